@@ -1,0 +1,67 @@
+"""Typed hand-overs between stages: what a stage directory holds once its record is written.
+
+Torch-free. An artifact is a folder; its kind says which files a later stage may rely on:
+
+=================  =====================================================================================
+kind               files
+=================  =====================================================================================
+ModelCheckpoint    ``model/``: an ordinary transformers folder (safetensors, tokenizer, chat template,
+                   generation_config), loadable by transformers and vLLM
+PolicyCheckpoint   the same, trained by a stage (LoRA already merged); ``adapter/`` beside it when there is one
+RewardCheckpoint   ``model/``: a ``...ForSequenceClassification`` folder with one label, its score head saved
+InstructionData    ``train.parquet`` and ``test.parquet``: ``prompt`` and ``completion`` (lists of messages)
+PreferenceData     the same files: ``prompt``, ``chosen``, ``rejected`` (lists of messages)
+PromptData         the same files: ``prompt``
+Scorecard          ``scorecard.json`` and ``samples.jsonl``
+Report             ``report.html``
+=================  =====================================================================================
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+
+class Kind(StrEnum):
+    """What a stage makes and what another may take."""
+
+    MODEL = "ModelCheckpoint"
+    POLICY = "PolicyCheckpoint"
+    REWARD = "RewardCheckpoint"
+    INSTRUCTIONS = "InstructionData"
+    PREFERENCES = "PreferenceData"
+    PROMPTS = "PromptData"
+    SCORECARD = "Scorecard"
+    REPORT = "Report"
+
+
+GENERATORS = (Kind.MODEL, Kind.POLICY)
+"""Checkpoints that can answer a prompt."""
+
+PROMPT_SOURCES = (Kind.PROMPTS, Kind.INSTRUCTIONS, Kind.PREFERENCES)
+"""Every data artifact has a ``prompt`` column."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished stage's folder, as a later stage sees it.
+
+    ``stage`` is the name in the pipeline, ``record`` the parsed ``record.json``.
+    """
+
+    stage: str
+    kind: Kind
+    path: Path
+    record: dict[str, Any]
+
+    @property
+    def model(self) -> Path:
+        """The transformers folder of a checkpoint."""
+        return self.path / "model"
+
+    def split(self, name: str) -> Path:
+        """The Parquet file of one split (``train`` or ``test``) of a data artifact."""
+        return self.path / f"{name}.parquet"
