@@ -1,0 +1,291 @@
+"""YAML → checked, ordered stages with their keys.
+
+``Pipeline`` is immutable: ``set`` returns a new one. Loading checks everything that can be checked without
+running: names, types, ranges, order, artifact kinds, files. Never imports torch.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field, create_model
+
+from align.artifacts import Kind
+from align.errors import UserError
+from align.fingerprint import digest
+from align.stage import STAGES, Config, Runtime, Stage, StageInput, stage_input
+from align.validation import load_yaml, nearest, parse_yaml, suggest, validate
+
+if TYPE_CHECKING:
+    from align.runner import Run
+
+NAME_PATTERN = r"^[A-Za-z][A-Za-z0-9_-]{0,63}$"
+
+
+class PipelineConfig(Config):
+    """The top level of a pipeline file."""
+
+    name: str = Field(pattern=NAME_PATTERN)
+    """Name of the run: what ``align gc`` keeps and what ``align explain`` compares with."""
+    description: str = ""
+    """Free text for the report."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Every random choice of every stage follows from it."""
+    runtime: Runtime = Runtime()
+    """Where and how the pipeline runs; changes no result and no key."""
+    stages: dict[str, dict[str, Any]] = Field(min_length=1)
+    """The stages in order; a name that is a stage kind needs no ``stage:``."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """One stage of a pipeline, checked: ``inputs`` maps a config field to a stage name, a list of them, or None."""
+
+    name: str
+    stage: Stage
+    config: Config
+    seed: int
+    inputs: dict[str, str | list[str] | None]
+    makes: Kind
+    identities: dict[str, str]
+    key: str
+    parts: dict[str, Any] = field(repr=False)
+    """What the key was made of; stored in the record, so that two keys can be compared field by field."""
+
+    @property
+    def input_names(self) -> list[str]:
+        """Names of all stages this one reads, in config order, without repeats."""
+        found: list[str] = []
+        for value in self.inputs.values():
+            names = [value] if isinstance(value, str) else value or []
+            found += [name for name in names if name not in found]
+        return found
+
+
+class Pipeline:
+    """A pipeline file with overrides applied, checked and ordered."""
+
+    def __init__(self, raw: Mapping[str, Any], where: str = "pipeline", base: Path | None = None) -> None:
+        """Check ``raw`` (the parsed YAML); relative paths in it start at ``base``, by default the current folder."""
+        self.raw: dict[str, Any] = copy.deepcopy(dict(raw))
+        self.where = where
+        self.base = base or Path.cwd()
+        self.config = validate(PipelineConfig, self.raw, where)
+        self.nodes: dict[str, Node] = {}
+        kinds = self._stage_kinds()
+        for name in kinds:
+            self.nodes[name] = self._build(name, kinds)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Pipeline:
+        """Read and check a pipeline file; ``UserError`` names file, YAML path and remedy."""
+        return cls(load_yaml(Path(path)), str(path))
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.config.name
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self.nodes.values())
+
+    def set(self, *assignments: str, **values: Any) -> Pipeline:
+        """A new pipeline with fields changed.
+
+        Takes ``"stages.ppo.kl_coef=0.1"`` (the value is YAML), ``("stages.ppo.kl_coef", 0.1)`` as two positional
+        arguments, or keywords with ``__`` for dots: ``set(stages__ppo__kl_coef=0.1)``.
+        """
+        pairs = [(key.replace("__", "."), value) for key, value in values.items()]
+        if len(assignments) == 2 and "=" not in assignments[0]:
+            pairs.append((assignments[0], assignments[1]))
+        else:
+            pairs += [_parse_assignment(text) for text in assignments]
+        raw = copy.deepcopy(self.raw)
+        for path, value in pairs:
+            _assign(raw, path, value)
+        return Pipeline(raw, self.where, self.base)
+
+    def run(self, **options: Any) -> Run:
+        """Run what is not cached; options as of :func:`align.runner.run_pipeline`."""
+        from align.runner import run_pipeline
+
+        return run_pipeline(self, **options)
+
+    # ---------------------------------------------------------------------------------------------------------
+
+    def _place(self, name: str) -> str:
+        return f"{self.where}: stages.{name}"
+
+    def _stage_kinds(self) -> dict[str, Stage]:
+        kinds: dict[str, Stage] = {}
+        for name, block in self.config.stages.items():
+            kind = block.get("stage", name)
+            if not isinstance(name, str) or not nearest(name, [name]):
+                raise UserError(f"{self.where}: stages: {name!r} is not a usable stage name.")
+            if kind not in STAGES:
+                slip = nearest("stage", [str(key) for key in block]) if "stage" not in block else None
+                hint = nearest(str(kind), STAGES)
+                if "stage" in block:
+                    raise UserError(f"{self._place(name)}.stage: unknown stage '{kind}'.{suggest(str(kind), STAGES)}")
+                if hint:
+                    raise UserError(
+                        f"{self.where}: stages: unknown stage '{name}'. Did you mean '{hint}'? "
+                        f"(A name of your own needs `stage: {hint}` below it.)"
+                    )
+                if slip:
+                    raise UserError(f"{self._place(name)}: unknown key '{slip}'. Did you mean 'stage'?")
+                raise UserError(
+                    f"{self._place(name)}: say which stage this is, with `stage:` one of {', '.join(STAGES)}."
+                )
+            kinds[name] = STAGES[str(kind)]
+        return kinds
+
+    def _build(self, name: str, kinds: dict[str, Stage]) -> Node:
+        block = dict(self.config.stages[name])
+        block.pop("stage", None)
+        seed = block.pop("seed", self.config.seed)
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+            raise UserError(f"{self._place(name)}.seed: should be a whole number from 0 to 2**32-1; found {seed!r}.")
+        stage = kinds[name]
+        config_class = stage.config_class()
+        if "seed" not in config_class.model_fields:
+            # so that a misspelt `seed` finds its name too
+            shadow = create_model(config_class.__name__, __base__=config_class, seed=(int | None, None))
+            validate(shadow, block, self._place(name))
+        config = validate(config_class, block, self._place(name))
+        inputs = {f: getattr(config, f) for f in input_fields(config_class)}
+        self._check_inputs(name, config_class, inputs, kinds)
+        makes = stage.makes
+        if makes is None:
+            try:
+                makes = config.makes()  # type: ignore[attr-defined]
+            except UserError as error:
+                raise UserError(_at(self._place(name), error)) from None
+        try:
+            identities = config.identities(self.base) if hasattr(config, "identities") else {}
+        except UserError as error:
+            raise UserError(_at(self._place(name), error)) from None
+        parts = self._key_parts(stage, config, seed, inputs, identities)
+        return Node(name, stage, config, seed, inputs, makes, identities, digest(parts), parts)
+
+    def _check_inputs(
+        self, name: str, config_class: type[Config], inputs: Mapping[str, Any], kinds: dict[str, Stage]
+    ) -> None:
+        for field_name, wanted in input_fields(config_class).items():
+            value = inputs[field_name]
+            for target in [value] if isinstance(value, str) else value or []:
+                place = f"{self._place(name)}.{field_name}"
+                if target not in kinds:
+                    raise UserError(f"{place}: there is no stage '{target}'.{suggest(target, kinds)}")
+                if target not in self.nodes:
+                    cycle = self._cycle(name, target, kinds)
+                    if cycle:
+                        raise UserError(f"{place}: stages go in a circle: {' → '.join(cycle)}. Take one link out.")
+                    raise UserError(f"{place}: stage '{target}' comes later; move it above '{name}'.")
+                made = self.nodes[target].makes
+                if made not in wanted.kinds:
+                    fitting = [node.name for node in self.nodes.values() if node.makes in wanted.kinds]
+                    remedy = f"Point it at '{fitting[-1]}'." if fitting else "Add such a stage above it."
+                    needs = " or ".join(wanted.kinds)
+                    raise UserError(
+                        f"{place} points at '{target}', a {made}; {kinds[name].kind} needs a {needs} there. {remedy}"
+                    )
+
+    def _cycle(self, name: str, target: str, kinds: dict[str, Stage]) -> list[str] | None:
+        """The circle that leads from ``target`` back to ``name``, if there is one."""
+        path, seen = [name], {name}
+
+        def follow(at: str) -> bool:
+            path.append(at)
+            if at == name:
+                return True
+            if at not in seen and at in kinds:
+                seen.add(at)
+                block = self.config.stages[at]
+                for field_name in input_fields(kinds[at].config_class()):
+                    value = block.get(field_name)
+                    for following in [value] if isinstance(value, str) else value or []:
+                        if isinstance(following, str) and follow(following):
+                            return True
+            path.pop()
+            return False
+
+        return path if follow(target) else None
+
+    def _key_parts(
+        self, stage: Stage, config: Config, seed: int, inputs: Mapping[str, Any], identities: dict[str, str]
+    ) -> dict[str, Any]:
+        """What the key is made of: a single input's name is dropped; in a list names are labels, so they stay."""
+        settings = config.model_dump(mode="python")
+        keys: dict[str, Any] = {}
+        for field_name, value in inputs.items():
+            if isinstance(value, str):
+                settings.pop(field_name)
+                keys[field_name] = self.nodes[value].key
+            elif value is not None:
+                keys[field_name] = [self.nodes[item].key for item in value]
+        return {
+            "stage": stage.kind,
+            "version": stage.version,
+            "config": settings,
+            "seed": seed,
+            "inputs": keys,
+            "identities": identities,
+        }
+
+
+def input_fields(config_class: type[Config]) -> dict[str, StageInput]:
+    """Config fields that name earlier stages."""
+    found: dict[str, StageInput] = {}
+    for name, info in config_class.model_fields.items():
+        marker = _find_marker(info.annotation, info.metadata)
+        if marker is not None:
+            found[name] = marker
+    return found
+
+
+def _find_marker(annotation: Any, metadata: list[Any]) -> StageInput | None:
+    for item in metadata:
+        if isinstance(item, StageInput):
+            return item
+    for argument in getattr(annotation, "__args__", ()):
+        marker = _find_marker(argument, list(getattr(argument, "__metadata__", ())))
+        if marker is not None:
+            return marker
+    return None
+
+
+def _at(place: str, error: UserError) -> str:
+    text = str(error)
+    return text if text.startswith(place) else f"{place}: {text}"
+
+
+def _parse_assignment(text: str) -> tuple[str, Any]:
+    path, equals, value = text.partition("=")
+    if not equals or not path.strip():
+        raise UserError(f"--set {text}: expected path=value, like stages.ppo.kl_coef=0.1.")
+    return path.strip(), parse_yaml(value, f"--set {path.strip()}")
+
+
+def _assign(raw: dict[str, Any], path: str, value: Any) -> None:
+    """Set ``a.b.c`` in nested mappings; an unknown stage is refused, a missing block is made."""
+    parts = path.split(".")
+    if parts[0] not in PipelineConfig.model_fields:
+        raise UserError(f"--set {path}: unknown key '{parts[0]}'.{suggest(parts[0], PipelineConfig.model_fields)}")
+    stages = raw.get("stages") or {}
+    if parts[0] == "stages" and len(parts) > 1 and parts[1] not in stages and len(parts) > 2:
+        raise UserError(f"--set {path}: there is no stage '{parts[1]}'.{suggest(parts[1], map(str, stages))}")
+    at: Any = raw
+    for index, part in enumerate(parts[:-1]):
+        following = at.setdefault(part, {})
+        if not isinstance(following, dict):
+            raise UserError(f"--set {path}: '{'.'.join(parts[: index + 1])}' is {following!r}, not a block of keys.")
+        at = following
+    at[parts[-1]] = value
+
+
+__all__ = ["NAME_PATTERN", "Node", "Pipeline", "PipelineConfig", "input_fields", "stage_input"]

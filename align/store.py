@@ -1,0 +1,270 @@
+"""Where finished stages live: keys, locks, records, atomic publishing. Knows no torch.
+
+Layout: ``<root>/align-store.json`` marks a store; ``<root>/<stage kind>/<12 hex>/`` is an artifact, done if and
+only if it holds ``record.json``; ``<12 hex>.partial/`` is work in progress; ``<root>/locks/`` holds the locks and
+``<root>/runs/<name>.json`` what each named run reached last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from align.artifacts import Artifact, Kind
+from align.errors import UserError
+from align.fingerprint import file_digest
+from align.stage import STAGES
+
+MARKER = "align-store.json"
+FORMAT = 1
+SHORT = 12
+RECORD = "record.json"
+UNRECORDED = {RECORD, "log.txt", "events.jsonl"}
+"""Files whose bytes are not part of the result: they carry times."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One file of an artifact that is not what its record says."""
+
+    path: Path
+    what: str
+
+
+class Store:
+    """A folder of artifacts. Make one with :meth:`open`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @classmethod
+    def open(cls, root: Path) -> Store:
+        """Open a store, making it where nothing is; ``UserError`` where it cannot be used or is something else."""
+        marker = root / MARKER
+        try:
+            if marker.is_file():
+                found = json.loads(marker.read_text(encoding="utf-8"))
+                if found.get("format") != FORMAT:
+                    raise UserError(
+                        f"{root}: a store of format {found.get('format')}, this align reads format {FORMAT}. "
+                        "Use the align that made it, or another --store."
+                    )
+            elif root.exists() and (not root.is_dir() or any(root.iterdir())):
+                raise UserError(
+                    f"{root}: not empty and not an align store (no {MARKER}); name an empty or new folder with --store."
+                )
+            else:
+                root.mkdir(parents=True, exist_ok=True)
+                _write_atomically(marker, {"format": FORMAT})
+            if not os.access(root, os.R_OK | os.W_OK | os.X_OK):
+                raise PermissionError(13, "permission denied")
+        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
+            raise UserError(f"{marker}: damaged; not readable as a store. Name another --store.") from None
+        except OSError as error:
+            raise UserError(
+                f"{root}: the store cannot be used ({error.strerror or error}); "
+                "name another folder with --store or $ALIGN_STORE."
+            ) from None
+        return cls(root)
+
+    def folder(self, kind: str, key: str) -> Path:
+        """Where the artifact of ``key`` lies once it is done."""
+        return self.root / kind / key[:SHORT]
+
+    def partial(self, kind: str, key: str) -> Path:
+        """Where the artifact of ``key`` is being made."""
+        return self.root / kind / f"{key[:SHORT]}.partial"
+
+    def find(self, kind: str, key: str, stage: str = "") -> Artifact | None:
+        """The finished artifact of ``key``, or None. ``stage`` is the name it has in the asking pipeline."""
+        artifact = self._read(self.folder(kind, key), stage)
+        return artifact if artifact is not None and artifact.record.get("key") == key else None
+
+    def _read(self, folder: Path, stage: str = "") -> Artifact | None:
+        try:
+            record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+            return Artifact(stage or record["stage"], Kind(record["makes"]), folder, record)
+        except FileNotFoundError:
+            return None
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, ValueError):
+            raise UserError(
+                f"{folder / RECORD}: damaged. Delete the folder {folder} and run again to rebuild the stage."
+            ) from None
+
+    def all(self) -> list[Artifact]:
+        """Every finished artifact, oldest first."""
+        found = [
+            artifact
+            for kind in STAGES
+            for folder in sorted((self.root / kind).glob("*"))
+            if folder.suffix == "" and (artifact := self._read(folder)) is not None
+        ]
+        return sorted(found, key=lambda artifact: str(artifact.record.get("created", "")))
+
+    def resolve(self, prefix: str) -> Artifact:
+        """The one artifact whose key starts with ``prefix`` (``kind/prefix`` works too)."""
+        kind, _, key = prefix.rpartition("/")
+        found = [
+            artifact
+            for artifact in self.all()
+            if str(artifact.record["key"]).startswith(key) and (not kind or artifact.record["kind"] == kind)
+        ]
+        if key and len(found) == 1:
+            return found[0]
+        if not found:
+            raise UserError(f"{self.root}: no artifact's key starts with '{prefix}'; `align list` shows them.")
+        keys = ", ".join(f"{a.record['kind']}/{a.record['key'][:SHORT]}" for a in found[:5])
+        raise UserError(f"'{prefix}' fits {len(found)} artifacts ({keys}, …); give more of the key.")
+
+    @contextlib.contextmanager
+    def lock(self, kind: str, key: str, on_wait: Callable[[str], None]) -> Iterator[None]:
+        """Hold the stage's lock; a second run waits, and ``on_wait`` is told once who holds it."""
+        folder = self.root / "locks"
+        folder.mkdir(exist_ok=True)
+        holder = folder / f"{kind}-{key[:SHORT]}.json"
+        lock = FileLock(folder / f"{kind}-{key[:SHORT]}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            on_wait(_describe_holder(holder))
+            lock.acquire()
+        try:
+            _write_atomically(holder, {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()})
+            yield
+        finally:
+            holder.unlink(missing_ok=True)
+            lock.release()
+
+    def publish(self, partial: Path, record: dict[str, Any]) -> Artifact:
+        """Write the record last and move the folder to its final name in one rename."""
+        folder = self.folder(record["kind"], record["key"])
+        record["outputs"] = output_digests(partial)
+        _write_atomically(partial / RECORD, record)
+        if folder.exists():  # a rebuild: the old one steps aside only now that the new one is whole
+            aside = folder.with_name(f"{folder.name}.old-{os.getpid()}")
+            folder.rename(aside)
+            partial.rename(folder)
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            partial.rename(folder)
+        _sync_folder(folder.parent)
+        artifact = self._read(folder)
+        assert artifact is not None
+        return artifact
+
+    def problems(self, artifact: Artifact, thorough: bool) -> list[Problem]:
+        """Files that differ from the record.
+
+        Sizes and modification times are compared; a file whose time changed is hashed, and all are when
+        ``thorough``.
+        """
+        found = []
+        for name, recorded in artifact.record.get("outputs", {}).items():
+            path = artifact.path / name
+            try:
+                stat = path.stat()
+            except OSError:
+                found.append(Problem(path, "is missing"))
+                continue
+            if stat.st_size != recorded["bytes"]:
+                found.append(Problem(path, f"has {stat.st_size} bytes, its record says {recorded['bytes']}"))
+            elif (thorough or stat.st_mtime_ns != recorded["mtime_ns"]) and file_digest(path) != recorded["sha256"]:
+                found.append(Problem(path, "has another sha256 than its record"))
+        return found
+
+    def remember_run(self, name: str, stages: dict[str, dict[str, str]], pipeline: dict[str, Any]) -> None:
+        """Note what a named run reaches, for ``gc``, ``plan`` and ``explain``."""
+        (self.root / "runs").mkdir(exist_ok=True)
+        _write_atomically(
+            self.root / "runs" / f"{name}.json",
+            {"name": name, "when": time.time(), "stages": stages, "pipeline": pipeline},
+        )
+
+    def runs(self) -> dict[str, dict[str, Any]]:
+        """Named runs, as remembered last."""
+        found = {}
+        for path in sorted((self.root / "runs").glob("*.json")):
+            with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):
+                found[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+
+    def garbage(self) -> list[Path]:
+        """Artifact and partial folders that no named run reaches, directly or as an input."""
+        reached = {
+            (entry["kind"], entry["key"]) for run in self.runs().values() for entry in run.get("stages", {}).values()
+        }
+        queue = list(reached)
+        while queue:
+            kind, key = queue.pop()
+            artifact = self.find(kind, key)
+            for link in artifact.record.get("input_stages", []) if artifact else []:
+                if (link["kind"], link["key"]) not in reached:
+                    reached.add((link["kind"], link["key"]))
+                    queue.append((link["kind"], link["key"]))
+        kept = {folder for kind, key in reached for folder in (self.folder(kind, key), self.partial(kind, key))}
+        return [
+            folder
+            for kind in STAGES
+            for folder in sorted((self.root / kind).glob("*"))
+            if folder.is_dir() and folder not in kept
+        ]
+
+    def delete(self, folder: Path) -> bool:
+        """Delete one folder unless a run holds its lock; the record goes first, so half a folder is never 'done'."""
+        lock = FileLock(self.root / "locks" / f"{folder.parent.name}-{folder.name[:SHORT]}.lock")
+        lock_folder = self.root / "locks"
+        lock_folder.mkdir(exist_ok=True)
+        try:
+            with lock.acquire(timeout=0):
+                (folder / RECORD).unlink(missing_ok=True)
+                shutil.rmtree(folder)
+        except Timeout:
+            return False
+        return True
+
+
+def output_digests(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size, time and sha256 of every file of a result."""
+    outputs = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in UNRECORDED:
+            stat = path.stat()
+            outputs[name] = {"sha256": file_digest(path), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    return outputs
+
+
+def _describe_holder(holder: Path) -> str:
+    try:
+        found = json.loads(holder.read_text(encoding="utf-8"))
+        minutes = (time.time() - found["since"]) / 60
+        return f"process {found['pid']} on {found['host']}, for {minutes:.0f} min"
+    except (OSError, ValueError, KeyError):
+        return "another process"
+
+
+def _write_atomically(path: Path, value: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, default=str)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
