@@ -1,0 +1,136 @@
+"""What a run would do and why: run, resume or cached per stage, and which field changed. Never imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from align.artifacts import Artifact
+from align.errors import UserError
+from align.pipeline import Node, Pipeline
+from align.provenance import source_digest
+from align.stage_process import CHECKPOINTS
+from align.store import Store
+from align.validation import suggest
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage in a plan: ``action`` is ``cached``, ``run``, ``resume`` or ``damaged``; ``why`` says it in words."""
+
+    node: Node
+    action: str
+    why: str
+    changes: tuple[str, ...] = ()
+
+
+def plan(pipeline: Pipeline, store: Store, anew: frozenset[str] | set[str] = frozenset()) -> list[Step]:
+    """What running the pipeline now would do, stage by stage."""
+    steps: list[Step] = []
+    fresh: set[str] = set()
+    for node in pipeline:
+        artifact = store.find(node.stage.kind, node.key, node.name)
+        waits_for = [name for name in node.input_names if name in fresh]
+        if artifact is not None and node.name not in anew:
+            problems = store.problems(artifact, thorough=False)
+            if problems:
+                steps.append(Step(node, "damaged", f"{problems[0].path.name} {problems[0].what}"))
+                continue
+            steps.append(Step(node, "cached", f"made {artifact.record['created'][:16].replace('T', ' ')}"))
+            continue
+        changes = explain(pipeline, node, store) if artifact is None else []
+        if artifact is not None:
+            steps.append(Step(node, "run", "asked for anew"))
+        elif any((store.partial(node.stage.kind, node.key) / CHECKPOINTS).glob("*")):
+            steps.append(Step(node, "resume", "an earlier attempt left checkpoints"))
+        elif changes:
+            steps.append(Step(node, "run", "; ".join(changes[:3]), tuple(changes)))
+        else:
+            steps.append(Step(node, "run", f"needs {waits_for[0]}" if waits_for else "never run"))
+        fresh.add(node.name)
+    return steps
+
+
+def explain(pipeline: Pipeline, node: Node, store: Store) -> list[str]:
+    """What differs between this stage and its last finished self, one line a field; empty when there is none."""
+    last = previous(pipeline, node, store)
+    if last is None or last.record["key"] == node.key:
+        return []
+    names = {artifact["key"]: artifact["stage"] for artifact in last.record.get("input_stages", [])}
+    current = {other.key: other.name for other in pipeline}
+    return list(_differences(last.record["parts"], _as_json(node.parts), "", {**names, **current}))
+
+
+def previous(pipeline: Pipeline, node: Node, store: Store) -> Artifact | None:
+    """The stage's artifact to compare with: of the same name if there is one, else of the same kind, newest last."""
+    found = [artifact for artifact in store.all() if artifact.record["kind"] == node.stage.kind]
+    named = [artifact for artifact in found if artifact.record["stage"] == node.name]
+    return (named or found or [None])[-1]  # type: ignore[list-item]
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _as_json(item) for key, item in value.items()}
+    return [_as_json(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _differences(old: Any, new: Any, path: str, names: dict[str, str]) -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(key for key in new if key not in old)]:
+            below = key if path in ("", "config") else f"{path}.{key}"
+            if key not in old:
+                yield f"{below} is new: {new[key]!r}"
+            elif key not in new:
+                yield f"{below} is gone"
+            else:
+                yield from _differences(old[key], new[key], below, names)
+    elif old != new:
+        if path.startswith("inputs."):
+            keys = new if isinstance(new, list) else [new]
+            changed = [names.get(key, "?") for key in keys if key not in (old if isinstance(old, list) else [old])]
+            yield f"input {path.removeprefix('inputs.')} changed ({', '.join(changed) or 'order'})"
+        elif path.startswith("identities."):
+            yield f"content of {path.removeprefix('identities.')} changed"
+        else:
+            yield f"{path}: {old!r} → {new!r}"
+
+
+def choose_stages(
+    pipeline: Pipeline, store: Store, only: str | None, from_: str | None, rebuild: tuple[str, ...]
+) -> set[str]:
+    """Stages to run although they are cached; checks the names, and with ``only`` that the inputs are there."""
+    for option, name in [("--only", only), ("--from", from_), *(("--rebuild", item) for item in rebuild)]:
+        if name is not None and name not in pipeline.nodes:
+            raise UserError(f"{option} {name}: there is no such stage.{suggest(name, pipeline.nodes)}")
+    anew = set(rebuild)
+    if from_ is not None:
+        anew.add(from_)
+        for node in pipeline:
+            if any(name in anew for name in node.input_names):
+                anew.add(node.name)
+    if only is not None:
+        missing = [
+            name
+            for name in pipeline.nodes[only].input_names
+            if store.find(pipeline.nodes[name].stage.kind, pipeline.nodes[name].key) is None
+        ]
+        if missing:
+            raise UserError(f"--only {only}: it reads {', '.join(missing)}, not finished yet. Run without --only first.")
+        anew &= {only}
+    return anew
+
+
+def check_sources(pipeline: Pipeline, store: Store, strict: bool) -> list[str]:
+    """Warnings for cached artifacts that other source code made under the same version; refused when ``strict``."""
+    warnings = []
+    for node in pipeline:
+        artifact = store.find(node.stage.kind, node.key, node.name)
+        if artifact is not None and artifact.record.get("source") != source_digest(node.stage):
+            warnings.append(node.name)
+    if not warnings:
+        return []
+    text = f"made by other source code under the same stage version: {', '.join(warnings)}"
+    if strict:
+        raise UserError(f"{text}. `--rebuild {warnings[0]}` makes it again; without --strict it is used as it is.")
+    return [f"{text}. They are used as they are; --rebuild STAGE makes one again, --strict refuses them."]

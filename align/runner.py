@@ -1,0 +1,329 @@
+"""Runs a pipeline: one process per stage, finished stages skipped, killed ones resumed. Never imports torch."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from align import __version__
+from align.artifacts import Artifact
+from align.errors import StageFailed, UserError
+from align.pipeline import Node, Pipeline
+from align.planning import choose_stages, check_sources
+from align.provenance import command_line, git_commit, source_digest
+from align.stage_process import CHECKPOINTS, EVENTS, LOG, OUTPUT, RESULT, WORK
+from align.store import RECORD, SHORT, Store
+
+POLL_SECONDS = 0.1
+GRACE_SECONDS = 10.0
+
+
+class Listener:
+    """Receives what happens during a run; the console is one. This one is silent."""
+
+    def stage_cached(self, node: Node, artifact: Artifact) -> None:
+        """A finished stage was found."""
+
+    def stage_started(self, node: Node, folder: Path, resumed: bool) -> None:
+        """A stage's process starts; ``resumed`` when an earlier attempt left checkpoints."""
+
+    def stage_event(self, node: Node, event: dict[str, Any]) -> None:
+        """One line of the stage's event file."""
+
+    def stage_done(self, node: Node, artifact: Artifact) -> None:
+        """The stage's artifact is published."""
+
+    def stage_failed(self, node: Node, message: str, log: Path) -> None:
+        """The stage ended without an artifact."""
+
+    def waiting(self, node: Node, holder: str) -> None:
+        """Another run holds the stage's lock."""
+
+    def warning(self, message: str) -> None:
+        """Something the user should know."""
+
+
+@dataclass
+class Run:
+    """What a run came to: artifacts by stage name, and which stages really ran."""
+
+    store: Store
+    artifacts: dict[str, Artifact] = field(default_factory=dict)
+    ran: list[str] = field(default_factory=list)
+
+    def metrics(self, stage: str) -> dict[str, Any]:
+        """The metrics in a stage's record."""
+        found: dict[str, Any] = self.artifacts[stage].record["metrics"]
+        return found
+
+
+def open_store(pipeline: Pipeline | None = None, store: str | Path | None = None) -> Store:
+    """The store: the argument, else ``$ALIGN_STORE``, else ``runtime.store``, else ``./store``."""
+    configured = pipeline.config.runtime.store if pipeline is not None else None
+    return Store.open(Path(store or os.environ.get("ALIGN_STORE") or configured or "store"))
+
+
+def run_pipeline(
+    pipeline: Pipeline,
+    *,
+    store: str | Path | None = None,
+    only: str | None = None,
+    from_: str | None = None,
+    rebuild: tuple[str, ...] = (),
+    strict: bool = False,
+    listener: Listener | None = None,
+) -> Run:
+    """Run every stage that is not cached, in order.
+
+    ``only`` runs that one stage and needs its inputs finished; ``from_`` runs that stage and all that depend on it
+    anew; ``rebuild`` runs the named stages anew. ``strict`` refuses artifacts made by other source code under the
+    same stage version. Raises ``UserError`` (nothing started) or ``StageFailed`` (the log's path is in it).
+    """
+    listener = listener or Listener()
+    opened = open_store(pipeline, store)
+    anew = choose_stages(pipeline, opened, only, from_, rebuild)
+    _refuse_damage(pipeline, opened, anew, only)
+    for message in check_sources(pipeline, opened, strict):
+        listener.warning(message)
+    run = Run(opened)
+    reached = {node.name: {"kind": node.stage.kind, "key": node.key} for node in pipeline}
+    opened.remember_run(pipeline.name, reached, pipeline.raw)
+    for node in pipeline:
+        found = opened.find(node.stage.kind, node.key, node.name)
+        if found is not None and node.name not in anew:
+            run.artifacts[node.name] = found
+            listener.stage_cached(node, found)
+        elif only is None or node.name == only:
+            inputs = {name: run.artifacts[name] for name in node.input_names}
+            ran, artifact = _make(pipeline, node, opened, inputs, node.name in anew, listener)
+            run.artifacts[node.name] = artifact
+            if ran:
+                run.ran.append(node.name)
+    return run
+
+
+def _refuse_damage(pipeline: Pipeline, store: Store, anew: set[str], only: str | None) -> None:
+    """A damaged finished stage stops the run before anything starts."""
+    for node in pipeline:
+        if node.name in anew:
+            continue
+        artifact = store.find(node.stage.kind, node.key, node.name)
+        problems = store.problems(artifact, thorough=False) if artifact is not None else []
+        if problems:
+            raise UserError(
+                f"stage '{node.name}': {problems[0].path} {problems[0].what}. "
+                f"The artifact is corrupted; `--rebuild {node.name}` makes it again."
+            )
+
+
+def _make(
+    pipeline: Pipeline, node: Node, store: Store, inputs: dict[str, Artifact], anew: bool, listener: Listener
+) -> tuple[bool, Artifact]:
+    """Run one stage under its lock; another run that finishes it meanwhile counts as cached."""
+    kind, partial = node.stage.kind, store.partial(node.stage.kind, node.key)
+    before = store.find(kind, node.key, node.name)
+    with store.lock(kind, node.key, lambda holder: listener.waiting(node, holder)):
+        found = store.find(kind, node.key, node.name)
+        fresh = found is not None and (before is None or found.record["created"] != before.record["created"])
+        if found is not None and (not anew or fresh):
+            listener.stage_cached(node, found)
+            return False, found
+        for artifact in inputs.values():
+            problems = store.problems(artifact, thorough=True)
+            if problems:
+                raise UserError(
+                    f"stage '{node.name}' would read {problems[0].path}, which {problems[0].what}. "
+                    f"The artifact is corrupted; `--rebuild {artifact.stage}` makes it again."
+                )
+        if (partial / RECORD).exists():  # the last attempt died between record and rename, or in a rebuild
+            shutil.rmtree(partial)
+        _prepare(pipeline, node, partial, inputs)
+        resumed = any((partial / CHECKPOINTS).glob("*"))
+        listener.stage_started(node, partial, resumed)
+        result = _run_process(node, partial, listener)
+        artifact = _publish(node, store, partial, inputs, result)
+    listener.stage_done(node, artifact)
+    return True, artifact
+
+
+def _prepare(pipeline: Pipeline, node: Node, partial: Path, inputs: dict[str, Artifact]) -> None:
+    """Lay out the partial folder; checkpoints of an earlier attempt stay, its half-written output goes."""
+    (partial / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(partial / OUTPUT, ignore_errors=True)
+    (partial / RESULT).unlink(missing_ok=True)
+
+    def pointer(name: str) -> dict[str, str]:
+        return {"stage": name, "path": str(inputs[name].path.resolve())}
+
+    work = {
+        "name": node.name,
+        "kind": node.stage.kind,
+        "config": node.config.model_dump(mode="json"),
+        "seed": node.seed,
+        "runtime": pipeline.config.runtime.model_dump(mode="json"),
+        "inputs": {
+            field_name: [pointer(name) for name in value] if isinstance(value, list) else value and pointer(value)
+            for field_name, value in node.inputs.items()
+        },
+        "runner_pid": os.getpid(),
+    }
+    (partial / WORK).write_text(json.dumps(work, indent=1), encoding="utf-8")
+
+
+def _run_process(node: Node, partial: Path, listener: Listener) -> dict[str, Any]:
+    """Start the stage's process, follow its events, and return its result."""
+    log = partial / LOG
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
+    events = _Tail(partial / EVENTS)
+    with log.open("ab") as output:
+        output.write(f"--- {datetime.now(UTC).isoformat(timespec='seconds')} {node.name}\n".encode())
+        output.flush()
+        command = [sys.executable, "-m", "align.stage_process", str(partial.resolve())]
+        # A session of its own: Ctrl-C reaches the runner only, which then ends the stage in order.
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            with _terminate_as_interrupt():
+                while process.poll() is None:
+                    for event in events.read():
+                        listener.stage_event(node, event)
+                    time.sleep(POLL_SECONDS)
+                for event in events.read():
+                    listener.stage_event(node, event)
+        except BaseException:
+            _stop(process)
+            raise
+    try:
+        result: dict[str, Any] = json.loads((partial / RESULT).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        result = {"status": "failed", "message": _describe_exit(process.returncode)}
+    if result["status"] == "done":
+        return result
+    listener.stage_failed(node, result["message"], log)
+    if result["status"] == "refused":
+        raise UserError(f"stage '{node.name}': {result['message']}")
+    raise StageFailed(f"stage '{node.name}' failed: {result['message']}\nLog: {log}")
+
+
+def _describe_exit(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return "its process was killed (SIGKILL; often the system running out of memory). Run again to resume it."
+    if code < 0:
+        return f"its process was ended by {signal.Signals(-code).name}. Run again to resume it."
+    return f"its process ended with exit code {code} and left no result."
+
+
+@contextlib.contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """Treat SIGTERM to the runner like Ctrl-C, so that the stage's process is ended with it."""
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        previous = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not the main thread: Python allows no handler there
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the stage's whole process group: politely, then not."""
+    for number, patience in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, GRACE_SECONDS)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
+            return
+
+
+def _publish(
+    node: Node, store: Store, partial: Path, inputs: dict[str, Artifact], result: dict[str, Any]
+) -> Artifact:
+    """Turn the partial folder into the artifact: outputs to the top, checkpoints away, record last."""
+    for path in (partial / OUTPUT).iterdir():
+        target = partial / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        path.rename(target)
+    (partial / OUTPUT).rmdir()
+    shutil.rmtree(partial / CHECKPOINTS, ignore_errors=True)
+    for name in (WORK, RESULT):
+        (partial / name).unlink(missing_ok=True)
+    record = {
+        "key": node.key,
+        "kind": node.stage.kind,
+        "stage": node.name,
+        "makes": str(node.makes),
+        "version": node.stage.version,
+        "config": node.config.model_dump(mode="json"),
+        "seed": node.seed,
+        "parts": node.parts,
+        "inputs": {
+            field_name: [inputs[name].record["key"] for name in value] if isinstance(value, list) else value
+            and inputs[value].record["key"]
+            for field_name, value in node.inputs.items()
+        },
+        "input_stages": [
+            {"stage": artifact.stage, "kind": artifact.record["kind"], "key": artifact.record["key"]}
+            for artifact in inputs.values()
+        ],
+        "identities": node.identities,
+        "metrics": result["metrics"],
+        "tokens": result["metrics"].get("tokens"),
+        "seconds": round(result["seconds"], 2),
+        "peak_memory_bytes": result["peak_memory_bytes"],
+        "created": datetime.now(UTC).isoformat(),
+        "align": __version__,
+        "packages": result["versions"],
+        "source": source_digest(node.stage),
+        "git": git_commit(),
+        "platform": f"{sys.platform} {os.uname().machine}, {os.cpu_count()} cores",
+        "command": command_line(),
+    }
+    return store.publish(partial, record)
+
+
+class _Tail:
+    """Reads the complete lines that were added to an event file since the last call."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        # An earlier attempt's events are history: they stay in the file, for the report, but are not shown again.
+        self.offset = path.stat().st_size if path.exists() else 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """New events; a line still being written waits for the next call."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.offset)
+                data = file.read()
+        except FileNotFoundError:
+            return []
+        end = data.rfind(b"\n") + 1
+        self.offset += end
+        found = []
+        for line in data[:end].splitlines():
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+        return found
+
+
+__all__ = ["Listener", "Run", "open_store", "run_pipeline", "SHORT"]

@@ -1,0 +1,134 @@
+"""The process a stage runs in: ``python -m align.stage_process FOLDER``.
+
+Reads ``FOLDER/work.json``, runs the stage, and writes ``FOLDER/result.json`` last. It publishes nothing: the
+runner does, once this process has ended well. The same command line is what a cluster launches.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import platform
+import resource
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from align.artifacts import Artifact, Kind
+from align.errors import UserError
+from align.stage import STAGES, Runtime, StageContext
+
+WORK, RESULT, EVENTS, LOG = "work.json", "result.json", "events.jsonl", "log.txt"
+OUTPUT, CHECKPOINTS = "output", "checkpoints"
+
+
+def main(folder: Path) -> int:
+    """Run the stage described in ``folder``; exit code 0 done, 1 failed, 2 the user's input was at fault."""
+    work = json.loads((folder / WORK).read_text(encoding="utf-8"))
+    die_with_parent(work.get("runner_pid"))
+    _set_threads(work["runtime"])
+    started = time.time()
+    try:
+        metrics = STAGES[work["kind"]].runner()(_context(folder, work, started))
+        result: dict[str, Any] = {"status": "done", "metrics": metrics or {}}
+        code = 0
+    except UserError as error:
+        result, code = {"status": "refused", "message": str(error)}, 2
+    except OSError as error:
+        traceback.print_exc()
+        result, code = {"status": "failed", "message": _explain_os_error(error, folder)}, 1
+    except MemoryError:
+        traceback.print_exc()
+        result, code = {"status": "failed", "message": "out of memory; lower micro_batch_size or max_length."}, 1
+    except Exception as error:
+        traceback.print_exc()
+        full = os.strerror(errno.ENOSPC) in str(error)  # safetensors and tokenizers wrap it in errors of their own
+        message = _explain_os_error(OSError(errno.ENOSPC, ""), folder) if full else f"{type(error).__name__}: {error}"
+        result, code = {"status": "failed", "message": message}, 1
+    result.update(seconds=time.time() - started, peak_memory_bytes=_peak_memory(), versions=_versions())
+    try:
+        temporary = folder / f"{RESULT}.tmp"
+        temporary.write_text(json.dumps(result, default=float), encoding="utf-8")
+        temporary.replace(folder / RESULT)
+    except OSError as error:
+        print(_explain_os_error(error, folder), file=sys.stderr)
+        return code or 1
+    return code
+
+
+def _context(folder: Path, work: dict[str, Any], started: float) -> StageContext:
+    stage = STAGES[work["kind"]]
+    inputs: dict[str, Any] = {}
+    for name, value in work["inputs"].items():
+        inputs[name] = [_artifact(item) for item in value] if isinstance(value, list) else value and _artifact(value)
+    (folder / OUTPUT).mkdir(exist_ok=True)
+    (folder / CHECKPOINTS).mkdir(exist_ok=True)
+    return StageContext(
+        name=work["name"],
+        config=stage.config_class().model_validate(work["config"]),
+        inputs=inputs,
+        seed=work["seed"],
+        runtime=Runtime.model_validate(work["runtime"]),
+        output=folder / OUTPUT,
+        checkpoints=folder / CHECKPOINTS,
+        events=folder / EVENTS,
+        started=started,
+    )
+
+
+def _artifact(item: dict[str, str]) -> Artifact:
+    path = Path(item["path"])
+    record = json.loads((path / "record.json").read_text(encoding="utf-8"))
+    return Artifact(item["stage"], Kind(record["makes"]), path, record)
+
+
+def die_with_parent(parent: int | None) -> None:
+    """Have Linux end this process when the runner dies, so that no orphan works on under a released lock."""
+    if not sys.platform.startswith("linux"):
+        return
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if parent is not None and os.getppid() != parent:  # it died before the line above
+        os._exit(1)
+
+
+def _set_threads(runtime: dict[str, Any]) -> None:
+    """One thread per core unless the user says otherwise; must be set before torch is imported."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ["OMP_NUM_THREADS"] = str(runtime.get("threads") or cores)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+def _explain_os_error(error: OSError, folder: Path) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"no space left on the disk that holds {folder}; free some (`align gc` lists what no run needs) "
+            "or name another --store, then run again: finished stages are kept."
+        )
+    return f"{type(error).__name__}: {error}"
+
+
+def _peak_memory() -> int:
+    """Peak resident bytes of this process, or peak bytes on the GPU where one was used."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
+        return int(torch.cuda.max_memory_allocated())
+    kilobyte = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte
+
+
+def _versions() -> dict[str, str]:
+    """Versions of what the stage really imported, and the machine."""
+    names = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "vllm", "numpy")
+    found = {name: str(getattr(sys.modules[name], "__version__", "?")) for name in names if name in sys.modules}
+    return {"python": platform.python_version(), **found}
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
