@@ -23,7 +23,7 @@ from align.pipeline import Node, Pipeline
 from align.planning import choose_stages, check_sources
 from align.provenance import command_line, git_commit, source_digest
 from align.stage_process import CHECKPOINTS, EVENTS, LOG, OUTPUT, RESULT, WORK
-from align.store import RECORD, SHORT, Store
+from align.store import Store
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 10.0
@@ -146,15 +146,23 @@ def _make(
                     f"stage '{node.name}' would read {problems[0].path}, which {problems[0].what}. "
                     f"The artifact is corrupted; `--rebuild {artifact.stage}` makes it again."
                 )
-        if (partial / RECORD).exists():  # the last attempt died between record and rename, or in a rebuild
-            shutil.rmtree(partial)
-        _prepare(pipeline, node, partial, inputs)
-        resumed = any((partial / CHECKPOINTS).glob("*"))
-        listener.stage_started(node, partial, resumed)
-        result = _run_process(node, partial, listener)
+        result = _finished_result(partial)
+        if result is None:
+            _prepare(pipeline, node, partial, inputs)
+            listener.stage_started(node, partial, any((partial / CHECKPOINTS).glob("*")))
+            result = _run_process(node, partial, listener)
         artifact = _publish(node, store, partial, inputs, result)
     listener.stage_done(node, artifact)
     return True, artifact
+
+
+def _finished_result(partial: Path) -> dict[str, Any] | None:
+    """The result of an attempt that ended well and whose runner died before publishing it."""
+    try:
+        result: dict[str, Any] = json.loads((partial / RESULT).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return result if result["status"] == "done" and (partial / OUTPUT).is_dir() else None
 
 
 def _prepare(pipeline: Pipeline, node: Node, partial: Path, inputs: dict[str, Artifact]) -> None:
@@ -257,16 +265,11 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 def _publish(
     node: Node, store: Store, partial: Path, inputs: dict[str, Artifact], result: dict[str, Any]
 ) -> Artifact:
-    """Turn the partial folder into the artifact: outputs to the top, checkpoints away, record last."""
-    for path in (partial / OUTPUT).iterdir():
-        target = partial / path.name
-        if target.is_dir():
-            shutil.rmtree(target)
-        path.rename(target)
-    (partial / OUTPUT).rmdir()
-    shutil.rmtree(partial / CHECKPOINTS, ignore_errors=True)
-    for name in (WORK, RESULT):
-        (partial / name).unlink(missing_ok=True)
+    """Give the output folder its log, events and record, move it to its final name, and drop the partial."""
+    output = partial / OUTPUT
+    for name in (LOG, EVENTS):
+        if (partial / name).exists():
+            shutil.copyfile(partial / name, output / name)
     record = {
         "key": node.key,
         "kind": node.stage.kind,
@@ -298,7 +301,9 @@ def _publish(
         "platform": f"{sys.platform} {os.uname().machine}, {os.cpu_count()} cores",
         "command": command_line(),
     }
-    return store.publish(partial, record)
+    artifact = store.publish(output, record)
+    shutil.rmtree(partial, ignore_errors=True)
+    return artifact
 
 
 class _Tail:
@@ -326,4 +331,4 @@ class _Tail:
         return found
 
 
-__all__ = ["Listener", "Run", "open_store", "run_pipeline", "SHORT"]
+__all__ = ["Listener", "Run", "open_store", "run_pipeline"]

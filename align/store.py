@@ -145,18 +145,18 @@ class Store:
             holder.unlink(missing_ok=True)
             lock.release()
 
-    def publish(self, partial: Path, record: dict[str, Any]) -> Artifact:
-        """Write the record last and move the folder to its final name in one rename."""
+    def publish(self, output: Path, record: dict[str, Any]) -> Artifact:
+        """Write the record into ``output`` last and move the folder to its final name in one rename."""
         folder = self.folder(record["kind"], record["key"])
-        record["outputs"] = output_digests(partial)
-        _write_atomically(partial / RECORD, record)
+        record["outputs"] = output_digests(output)
+        _write_atomically(output / RECORD, record)
         if folder.exists():  # a rebuild: the old one steps aside only now that the new one is whole
             aside = folder.with_name(f"{folder.name}.old-{os.getpid()}")
             folder.rename(aside)
-            partial.rename(folder)
+            output.rename(folder)
             shutil.rmtree(aside, ignore_errors=True)
         else:
-            partial.rename(folder)
+            output.rename(folder)
         _sync_folder(folder.parent)
         artifact = self._read(folder)
         assert artifact is not None

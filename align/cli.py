@@ -1,0 +1,332 @@
+"""The commands. Imports nothing heavy: every answer that needs no model comes without torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from align import __version__
+from align.errors import StageFailed, UserError
+
+INTERRUPTED = 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """Refuses abbreviations, and answers a wrong option with the nearest right one instead of a page of usage."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        from align.validation import nearest
+
+        hint = ""
+        if message.startswith("unrecognized arguments:"):
+            word = message.split(": ", 1)[1].split()[0].split("=")[0]
+            close = nearest(word, [name for name in self._option_names() if name.startswith("--")])
+            hint = f" Did you mean '{close}'?" if close else ""
+        elif "invalid choice:" in message:
+            word = message.split("invalid choice: ", 1)[1].split("'")[1]
+            close = nearest(word, COMMANDS)
+            message = f"unknown command '{word}'"
+            hint = f" Did you mean '{close}'?" if close else f" Commands: {', '.join(COMMANDS)}."
+        raise UserError(f"{self.prog}: {message}.{hint}")
+
+    def _option_names(self) -> list[str]:
+        names = list(self._option_string_actions)
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for parser in action.choices.values():
+                    names += list(parser._option_string_actions)
+        return names
+
+
+def _add_store(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--store", metavar="DIR", help="folder of the artifacts (else $ALIGN_STORE, else ./store)")
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
+
+
+def _add_pipeline(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("pipeline", metavar="PIPELINE", help="a pipeline file, like pipelines/quickstart.yaml")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="PATH=VALUE", dest="assignments",
+        help="override a field, like stages.ppo.kl_coef=0.1; may be given several times",
+    )  # fmt: skip
+    parser.add_argument("--from", dest="from_", metavar="STAGE", help="run this stage and all that need it anew")
+    parser.add_argument("--only", metavar="STAGE", help="run this stage only; what it reads must be finished")
+    parser.add_argument("--rebuild", action="append", default=[], metavar="STAGE", help="run this stage anew")
+    _add_store(parser)
+
+
+def _load(options: argparse.Namespace) -> Any:
+    from align.pipeline import Pipeline
+
+    pipeline = Pipeline.load(options.pipeline)
+    return pipeline.set(*options.assignments) if options.assignments else pipeline
+
+
+def _run(options: argparse.Namespace) -> int:
+    """run the pipeline; finished stages are skipped, a killed one resumes"""
+    from align.console import ConsoleListener
+    from align.runner import Listener, run_pipeline
+
+    pipeline = _load(options)
+    arguments: dict[str, Any] = {
+        "store": options.store, "only": options.only, "from_": options.from_,
+        "rebuild": tuple(options.rebuild), "strict": options.strict,
+    }  # fmt: skip
+    try:
+        if options.json:
+            run = run_pipeline(pipeline, listener=Listener(), **arguments)
+        else:
+            with ConsoleListener(list(pipeline)) as listener:
+                run = run_pipeline(pipeline, listener=listener, **arguments)
+    except KeyboardInterrupt:
+        print("\nStopped; finished stages and checkpoints are kept. The same command continues.", file=sys.stderr)
+        return INTERRUPTED
+    if options.json:
+        stages = {
+            name: {"key": artifact.record["key"], "path": str(artifact.path), "ran": name in run.ran,
+                   "seconds": artifact.record["seconds"], "metrics": artifact.record["metrics"]}
+            for name, artifact in run.artifacts.items()
+        }  # fmt: skip
+        _print_json({"name": pipeline.name, "store": str(run.store.root), "stages": stages})
+        return 0
+    for artifact in run.artifacts.values():
+        if (artifact.path / "report.html").exists():
+            print(f"Report: {(artifact.path / 'report.html').resolve()}")
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    """say what `run` would do, stage by stage, and why"""
+    from align.planning import choose_stages, plan
+    from align.runner import open_store
+
+    pipeline = _load(options)
+    store = open_store(pipeline, options.store)
+    anew = choose_stages(pipeline, store, options.only, options.from_, tuple(options.rebuild))
+    steps = plan(pipeline, store, anew)
+    if options.json:
+        _print_json([
+            {"stage": s.node.name, "kind": s.node.stage.kind, "key": s.node.key, "action": s.action, "why": s.why}
+            for s in steps
+        ])  # fmt: skip
+        return 0
+    width = max(len(step.node.name) for step in steps)
+    for step in steps:
+        print(f"{step.node.name:<{width}}  {step.action:<7}  {step.node.key[:12]}  {step.why}")
+    return 0
+
+
+def _explain(options: argparse.Namespace) -> int:
+    """say which fields changed since each stage was last finished"""
+    from align.planning import explain, previous
+    from align.runner import open_store
+
+    pipeline = _load(options)
+    store = open_store(pipeline, options.store)
+    found = {}
+    for node in pipeline:
+        last = previous(pipeline, node, store)
+        found[node.name] = explain(pipeline, node, store)
+        if not options.json:
+            state = "never finished" if last is None else "unchanged" if last.record["key"] == node.key else "changed"
+            print(f"{node.name}: {state}")
+            for line in found[node.name]:
+                print(f"    {line}")
+    if options.json:
+        _print_json(found)
+    return 0
+
+
+def _list(options: argparse.Namespace) -> int:
+    """list the artifacts in the store and the runs that reach them"""
+    from align.runner import open_store
+
+    store = open_store(None, options.store)
+    users: dict[str, list[str]] = {}
+    for name, run in store.runs().items():
+        for entry in run["stages"].values():
+            users.setdefault(entry["key"], []).append(name)
+    artifacts = store.all()
+    if options.json:
+        _print_json([{k: a.record[k] for k in ("kind", "key", "stage", "created", "seconds", "metrics")} for a in artifacts])
+        return 0
+    if not artifacts:
+        print(f"{store.root}: empty")
+    for a in artifacts:
+        size = sum(entry["bytes"] for entry in a.record["outputs"].values()) / 2**20
+        runs = ", ".join(users.get(a.record["key"], [])) or "no run"
+        print(f"{a.record['kind']}/{a.record['key'][:12]}  {a.record['created'][:16]}  {size:8.1f} MiB  {a.record['makes']}  {runs}")
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    """show one artifact's record; --log prints its log, --verify checks every digest"""
+    from align.console import printable
+    from align.runner import open_store
+
+    store = open_store(None, options.store)
+    artifact = store.resolve(options.key)
+    if options.verify:
+        problems = store.problems(artifact, thorough=True)
+        for problem in problems:
+            print(f"{problem.path} {problem.what}")
+        print(f"{artifact.path}: {'corrupted' if problems else 'every digest agrees'}")
+        return 1 if problems else 0
+    if options.log:
+        text = (artifact.path / "log.txt").read_text(encoding="utf-8", errors="replace")
+        print("\n".join(printable(line) for line in text.splitlines()))
+        return 0
+    if options.json:
+        _print_json(artifact.record)
+        return 0
+    record = {name: value for name, value in artifact.record.items() if name not in ("outputs", "parts")}
+    print(artifact.path)
+    print(printable_json(record))
+    for name, entry in artifact.record["outputs"].items():
+        print(f"  {entry['bytes']:>12}  {entry['sha256'][:12]}  {name}")
+    return 0
+
+
+def _gc(options: argparse.Namespace) -> int:
+    """list what no named run reaches any more; --delete deletes it"""
+    from align.runner import open_store
+
+    store = open_store(None, options.store)
+    folders = store.garbage()
+    sizes = {folder: sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) for folder in folders}
+    deleted = [folder for folder in folders if options.delete and store.delete(folder)]
+    if options.json:
+        _print_json([{"path": str(f), "bytes": sizes[f], "deleted": f in deleted} for f in folders])
+        return 0
+    for folder in folders:
+        state = "deleted" if folder in deleted else "in use" if options.delete else "unreached"
+        print(f"{state}  {sizes[folder] / 2**20:8.1f} MiB  {folder}")
+    total = sum(sizes.values()) / 2**20
+    tail = "" if options.delete or not folders else "; `align gc --delete` deletes them"
+    print(f"{len(folders)} folders, {total:.1f} MiB that no named run reaches{tail}")
+    return 0
+
+
+def _schema(options: argparse.Namespace) -> int:
+    """print the JSON schema of pipeline files, for editors"""
+    from align.schema import pipeline_schema
+
+    _print_json(pipeline_schema())
+    return 0
+
+
+def _chat(options: argparse.Namespace) -> int:
+    """talk with a checkpoint: a folder, an artifact's key, or PIPELINE:STAGE"""
+    checkpoint = _checkpoint(options.checkpoint, options.store)
+    from align.chat import chat
+
+    return chat(checkpoint, system=options.system, temperature=options.temperature, max_tokens=options.max_tokens)
+
+
+def _checkpoint(name: str, store_option: str | None) -> Path:
+    """The transformers folder that ``name`` means."""
+    from align.pipeline import Pipeline
+    from align.runner import open_store
+
+    folder = Path(name)
+    if (folder / "config.json").is_file():
+        return folder
+    if (folder / "model" / "config.json").is_file():
+        return folder / "model"
+    if folder.exists() and folder.is_dir():
+        raise UserError(f"{name}: no config.json in it, so not a checkpoint.")
+    if ":" in name:
+        path, _, stage = name.rpartition(":")
+        pipeline = Pipeline.load(path)
+        if stage not in pipeline.nodes:
+            raise UserError(f"{name}: the pipeline has no stage '{stage}'; it has {', '.join(pipeline.nodes)}.")
+        node = pipeline.nodes[stage]
+        artifact = open_store(pipeline, store_option).find(node.stage.kind, node.key)
+        if artifact is None:
+            raise UserError(f"{name}: not finished yet; `align run {path}` makes it.")
+    else:
+        artifact = open_store(None, store_option).resolve(name)
+    if not (artifact.model / "config.json").is_file():
+        raise UserError(f"{name} is a {artifact.kind}, not a checkpoint that can answer.")
+    return artifact.model
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    """say what is installed, which engine and device would be used, what is missing"""
+    from align.doctor import examine
+
+    findings = examine(options.store)
+    if options.json:
+        _print_json([vars(finding) for finding in findings])
+    else:
+        for finding in findings:
+            print(f"{ {'ok': ' ', 'note': '!', 'problem': '✗'}[finding.level] } {finding.what}")
+    return 1 if any(finding.level == "problem" for finding in findings) else 0
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "run": _run, "plan": _plan, "explain": _explain, "list": _list, "show": _show, "gc": _gc,
+    "schema": _schema, "chat": _chat, "doctor": _doctor,
+}  # fmt: skip
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = _Parser(prog="align", description="From a base model to an aligned, scored checkpoint.")
+    top.add_argument("--version", action="version", version=f"align {__version__}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+    made = {name: commands.add_parser(name, help=function.__doc__) for name, function in COMMANDS.items()}
+    for name in ("run", "plan", "explain"):
+        _add_pipeline(made[name])
+    for name in ("list", "show", "gc", "doctor", "schema"):
+        _add_store(made[name])
+    made["run"].add_argument("--strict", action="store_true", help="refuse artifacts made by other source code")
+    made["show"].add_argument("key", metavar="KEY", help="the beginning of an artifact's key")
+    made["show"].add_argument("--log", action="store_true", help="print the stage's log")
+    made["show"].add_argument("--verify", action="store_true", help="check every file's digest")
+    made["gc"].add_argument("--delete", action="store_true", help="delete what is listed")
+    chat = made["chat"]
+    chat.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder, a key, or PIPELINE:STAGE")
+    chat.add_argument("--store", metavar="DIR")
+    chat.add_argument("--system", help="a system message")
+    chat.add_argument("--temperature", type=float, default=0.7)
+    chat.add_argument("--max-tokens", type=int, default=256)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0 done, 1 a stage failed, 2 the user's input is wrong."""
+    try:
+        options = parser().parse_args(arguments)
+        return COMMANDS[options.command](options)
+    except (UserError, StageFailed) as error:
+        from align.console import printable
+
+        print("\n".join(printable(line) for line in str(error).splitlines()), file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def printable_json(value: Any) -> str:
+    """Indented JSON; control characters stay escaped, so the terminal is safe."""
+    return json.dumps(value, indent=1, ensure_ascii=True, default=str)
+
+
+def _print_json(value: Any) -> None:
+    print(printable_json(value))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

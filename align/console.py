@@ -1,0 +1,142 @@
+"""What a run looks like in a terminal: one line per stage. Plain and short when nobody watches. Never imports torch."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+
+from align.artifacts import Artifact
+from align.pipeline import Node
+from align.runner import Listener
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+SHOWN = ("loss", "score", "gold", "accuracy", "kl")
+"""Values a stage may show beside its bar, in this order."""
+
+
+def printable(text: str) -> str:
+    """Text without control characters, which could move the cursor or change the terminal."""
+    return CONTROL.sub(lambda match: f"\\x{ord(match.group()):02x}", text)
+
+
+def duration(seconds: float) -> str:
+    """``42s``, ``3m 05s``, ``2h 10m``."""
+    if seconds < 60:
+        return f"{seconds:.0f}s"
+    if seconds < 3600:
+        return f"{seconds // 60:.0f}m {seconds % 60:02.0f}s"
+    return f"{seconds // 3600:.0f}h {seconds % 3600 // 60:02.0f}m"
+
+
+class ConsoleListener(Listener):
+    """A live line per stage in a terminal; one line at a stage's start and end elsewhere."""
+
+    def __init__(self, pipeline_nodes: list[Node], console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False)
+        self.live = self.console.is_terminal
+        self.width = max((len(node.name) for node in pipeline_nodes), default=8)
+        self.started = 0.0
+        self.first: dict[str, Any] | None = None
+        self.progress = Progress(
+            SpinnerColumn(finished_text="✓"),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[status]}"),
+            console=self.console,
+            transient=False,
+        )
+        self.task: TaskID | None = None
+
+    def __enter__(self) -> ConsoleListener:
+        if self.live:
+            self.progress.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.progress.stop()
+
+    def _say(self, mark: str, name: str, text: str, style: str = "") -> None:
+        line = f"{mark} {name:<{self.width}}  {escape(printable(text))}"
+        self.console.print(f"[{style}]{line}[/]" if style else line)
+
+    def stage_cached(self, node: Node, artifact: Artifact) -> None:
+        """One dim line."""
+        self._say("·", node.name, f"cached  {_headline(artifact)}", "dim")
+
+    def stage_started(self, node: Node, folder: Path, resumed: bool) -> None:
+        """A bar in a terminal, a line elsewhere."""
+        self.started, self.first = time.time(), None
+        text = "resumes" if resumed else "starts"
+        if self.live:
+            self.task = self.progress.add_task(f"{node.name:<{self.width}}", total=None, status=text)
+        else:
+            self._say("▸", node.name, text)
+
+    def stage_event(self, node: Node, event: dict[str, Any]) -> None:
+        """Move the bar; print warnings."""
+        if event.get("event") == "warning":
+            self._say("!", node.name, str(event.get("message")), "yellow")
+        elif event.get("event") == "progress" and self.live and self.task is not None:
+            self.first = self.first or event
+            self.progress.update(
+                self.task, total=event["total"], completed=event["done"], status=escape(self._status(event))
+            )
+
+    def _status(self, event: dict[str, Any]) -> str:
+        """``12/40 steps · 310 tok/s · loss 1.23 · 2m 10s left``; rates count from this attempt's first event."""
+        parts = [f"{event['done']:g}/{event['total']:g} {event.get('unit', '')}"]
+        first = self.first or event
+        elapsed = event["time"] - first["time"]
+        if event.get("tokens") is not None and elapsed > 0:
+            parts.append(f"{(event['tokens'] - (first.get('tokens') or 0)) / elapsed:.0f} tok/s")
+        for name in SHOWN:
+            if isinstance(event.get(name), (int, float)):
+                parts.append(f"{name} {event[name]:.3g}")
+        done = event["done"] - first["done"]
+        if done > 0 and elapsed > 0:
+            parts.append(f"{duration((event['total'] - event['done']) * elapsed / done)} left")
+        return " · ".join(parts)
+
+    def stage_done(self, node: Node, artifact: Artifact) -> None:
+        """Time, memory and headline numbers."""
+        self._drop_task()
+        record = artifact.record
+        memory = (record.get("peak_memory_bytes") or 0) / 2**30
+        self._say("✓", node.name, f"{duration(record['seconds']):>7}  {memory:4.1f} GiB  {_headline(artifact)}", "green")
+
+    def stage_failed(self, node: Node, message: str, log: Path) -> None:
+        """The message itself follows from the command line."""
+        self._drop_task()
+        self._say("✗", node.name, f"failed after {duration(time.time() - self.started)}", "red")
+
+    def _drop_task(self) -> None:
+        if self.task is not None:
+            self.progress.remove_task(self.task)
+            self.task = None
+
+    def waiting(self, node: Node, holder: str) -> None:
+        """Say who holds the lock."""
+        self._say("…", node.name, f"waits: another run is making it ({holder})", "yellow")
+
+    def warning(self, message: str) -> None:
+        """A line in yellow."""
+        self.console.print(f"[yellow]! {escape(printable(message))}[/]")
+
+
+def _headline(artifact: Artifact) -> str:
+    """The stage's own one-line summary, else its first few numbers."""
+    metrics = artifact.record.get("metrics") or {}
+    if isinstance(metrics.get("summary"), str):
+        return str(metrics["summary"])
+    numbers = [
+        f"{name} {value:.4g}"
+        for name, value in metrics.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    ]
+    return "  ".join(numbers[:4])
