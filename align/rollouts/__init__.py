@@ -1,0 +1,1 @@
+"""Rollouts: sampling responses from the current weights, by vLLM or transformers behind one protocol."""

@@ -1,0 +1,40 @@
+"""Fixtures every test may use: a two-layer model, a two-layer reward model, and the real data where it is present."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Nothing in the default run may reach the network, whatever the caller's environment says.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a two-layer causal model with a byte tokenizer; read-only by agreement."""
+    from align.models.tiny import make_tiny
+
+    return make_tiny(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def tiny_reward(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a two-layer reward model with the same tokenizer; read-only by agreement."""
+    from align.models.tiny import make_tiny_reward
+
+    return make_tiny_reward(tmp_path_factory.mktemp("tiny_reward") / "model")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data: ``$ALIGN_DATA``, or ``shared/data`` beside the repository."""
+    named = os.environ.get("ALIGN_DATA")
+    folder = Path(named) if named else REPOSITORY.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}; set $ALIGN_DATA to the folder that holds it")
+    return folder
