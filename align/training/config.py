@@ -1,0 +1,72 @@
+"""Fields shared by the stages that train with trl. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from align.stage import Config, FullTuning, Tuning
+from align.trainer_options import check_trainer_options
+
+
+class TrainingFields(Config):
+    """How weights are fitted: one optimizer step sees ``batch_size`` rows, whatever the micro-batch."""
+
+    tuning: Tuning = FullTuning()
+    """``{method: full}`` trains every weight, ``{method: lora, rank: 16}`` a few per cent of them."""
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of the matrix products, bfloat16 twice as fast; weights and AdamW's state are float32 either way."""
+    learning_rate: float = Field(gt=0, le=1)
+    """Peak step size of AdamW. LoRA wants some ten times what full tuning wants, so there is no default."""
+    epochs: float = Field(1.0, gt=0, le=1000)
+    """Passes over the training rows; a fraction stops early."""
+    max_steps: int | None = Field(None, ge=1)
+    """Optimizer steps at most; takes precedence over ``epochs`` when that would give more."""
+    batch_size: int = Field(16, ge=1)
+    """Rows (or pairs) per optimizer step. Larger is smoother and slower per step."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Rows in memory at once; must divide ``batch_size``. By default the largest divisor up to 8."""
+    max_length: int = Field(1024, ge=8)
+    """Tokens per row at most; longer rows are cut (SFT) or left out (pairs), counted and warned of."""
+    warmup_ratio: float = Field(0.05, ge=0, lt=1)
+    """Share of the steps over which the learning rate rises from 0; too little warm-up can blow up the first steps."""
+    scheduler: Literal["constant", "linear", "cosine"] = "cosine"
+    """How the learning rate falls after the warm-up: not at all, or to 0 along a line or a half cosine."""
+    weight_decay: float = Field(0.0, ge=0, lt=1)
+    """Decoupled weight decay of AdamW per unit of learning rate; pulls weights towards 0."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this norm; lower it when the loss spikes."""
+    save_steps: int = Field(50, ge=1)
+    """Optimizer steps between checkpoints, what a killed stage repeats at most; full tuning writes 12 bytes a weight."""
+    eval_steps: int | None = Field(None, ge=1)
+    """Optimizer steps between scorings of the held-out rows; by default only before and after training."""
+    eval_rows: int = Field(512, ge=1)
+    """Held-out rows scored at most; fewer is faster and less certain."""
+    max_rows: int | None = Field(None, ge=1)
+    """Training rows used at most, the first ones; for trials."""
+    trainer: dict[str, Any] = Field(default_factory=dict)
+    """Options passed to trl's config class as they are, such as ``{adam_beta2: 0.95}``; checked against it."""
+
+    @property
+    def micro_batch(self) -> int:
+        """Rows in memory at once."""
+        if self.micro_batch_size is not None:
+            return self.micro_batch_size
+        return max(size for size in range(1, 9) if self.batch_size % size == 0)
+
+    @model_validator(mode="after")
+    def _micro_batches_fill_the_batch(self) -> Self:
+        if self.batch_size % self.micro_batch:
+            raise ValueError(
+                f"micro_batch_size {self.micro_batch} does not divide batch_size {self.batch_size}; "
+                f"take {max(n for n in range(1, self.micro_batch + 1) if self.batch_size % n == 0)}."
+            )
+        return self
+
+
+def checked_options(kind: str, options: dict[str, Any], reserved: Iterable[str] = ()) -> dict[str, Any]:
+    """For a ``trainer`` validator: the options as given, or ``ValueError`` (see ``check_trainer_options``)."""
+    check_trainer_options(kind, options, reserved)
+    return options

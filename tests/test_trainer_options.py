@@ -1,0 +1,83 @@
+"""The options read from source are those of the installed classes, and mistakes are named."""
+
+import dataclasses
+import importlib
+import subprocess
+import sys
+import time
+
+import pytest
+
+from align.trainer_options import CLASSES, OWNED, check_trainer_options, trainer_options
+
+TRL_KINDS = ("sft", "reward", "dpo")
+
+
+@pytest.mark.parametrize("kind", TRL_KINDS)
+def test_options_equal_the_installed_dataclass(kind: str) -> None:
+    name = CLASSES[kind][2]
+    real = {field.name for field in dataclasses.fields(getattr(importlib.import_module("trl"), name)) if field.init}
+    assert set(trainer_options(kind)) == real
+
+
+def test_every_owned_option_exists_somewhere() -> None:
+    known = set().union(*(trainer_options(kind) for kind in TRL_KINDS))
+    assert set(OWNED) <= known
+
+
+@pytest.mark.parametrize("kind", TRL_KINDS)
+def test_defaults_of_the_class_are_accepted(kind: str) -> None:
+    cls = getattr(importlib.import_module("trl"), CLASSES[kind][2])
+    for field in dataclasses.fields(cls):
+        if field.default not in (dataclasses.MISSING, None):
+            assert trainer_options(kind)[field.name].accepts(field.default), field
+
+
+def test_unknown_key_suggests_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"unknown key 'adam_bta2'.*SFTConfig.*Did you mean 'adam_beta2'"):
+        check_trainer_options("sft", {"adam_bta2": 0.95})
+
+
+def test_owned_key_names_our_field() -> None:
+    with pytest.raises(ValueError, match=r"'num_train_epochs'.*'epochs' beside 'trainer'"):
+        check_trainer_options("sft", {"num_train_epochs": 2})
+
+
+def test_reserved_key_names_the_field() -> None:
+    check_trainer_options("dpo", {"beta": 0.2})
+    with pytest.raises(ValueError, match="'beta' beside 'trainer'"):
+        check_trainer_options("dpo", {"beta": 0.2}, reserved={"beta"})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"adam_beta2": "high"}, "should be float; found 'high'"),
+        ({"gradient_checkpointing": 1}, "should be bool"),
+        ({"logging_steps": True}, "every step is logged"),
+        ({"loss_type": "nil"}, "one of 'nll'"),
+    ],
+)
+def test_wrong_values(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_trainer_options("sft", options)
+
+
+def test_right_values_pass() -> None:
+    check_trainer_options(
+        "sft", {"adam_beta2": 0.95, "packing": False, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    )
+
+
+def test_reading_is_quick_and_torch_free() -> None:
+    code = (
+        "import sys, time; import align.stage; start = time.perf_counter();"
+        "from align.trainer_options import trainer_options;"
+        "[trainer_options(kind) for kind in ('sft', 'reward', 'dpo')];"
+        "print(time.perf_counter() - start);"
+        "assert not {'torch', 'trl', 'transformers'} & set(sys.modules)"
+    )
+    start = time.perf_counter()
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert time.perf_counter() - start < 30
+    assert float(out.stdout) < 1.0  # about 0.1 s on an idle machine
