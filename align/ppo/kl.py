@@ -1,0 +1,79 @@
+"""How far the policy is from the reference: estimators, and controllers of the penalty's coefficient.
+
+Left out: a KL term in the loss; only the reward path is here, and there only k1 has the right gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Protocol
+
+import torch
+
+Estimator = Literal["k1", "k2", "k3"]
+
+
+def estimate_kl(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: Estimator = "k1") -> torch.Tensor:
+    """Per-token estimate of KL(policy || reference) in nats from tokens the policy sampled.
+
+    With l = logprobs - ref_logprobs: k1 = l (unbiased, may be negative), k2 = l^2/2 (biased), k3 = exp(-l) - 1 + l
+    (unbiased, never negative). Source: joschu.net/blog/kl-approx. As a reward only k1 is right: the gradient that k2
+    and k3 give there nearly vanishes close to the reference.
+    """
+    log_ratio = logprobs - ref_logprobs
+    if estimator == "k1":
+        return log_ratio
+    if estimator == "k2":
+        return log_ratio**2 / 2
+    return torch.exp(-log_ratio) - 1 + log_ratio
+
+
+class KLController(Protocol):
+    """Holds the coefficient of the KL penalty."""
+
+    value: float
+
+    def update(self, kl: float, episodes: int) -> None:
+        """Take the mean sequence KL (nats) of ``episodes`` responses into account."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class FixedKL:
+    """A constant coefficient."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def update(self, kl: float, episodes: int) -> None:
+        """Nothing changes."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.value = float(state["value"])
+
+
+class AdaptiveKL(FixedKL):
+    """Ziegler's proportional controller (arXiv 1909.08593, section 2.2).
+
+    ``value *= 1 + clip(kl / target - 1, -0.2, 0.2) * episodes / horizon``. ``target`` is in nats *per sequence* (6 for
+    24 tokens there), ``horizon`` in episodes. A target meant for token means does not transfer.
+    """
+
+    def __init__(self, value: float, target: float, horizon: int) -> None:
+        super().__init__(value)
+        self.target = target
+        self.horizon = horizon
+
+    def update(self, kl: float, episodes: int) -> None:
+        """Raise the coefficient when KL is above the target, lower it when below, by at most 20 % per horizon."""
+        error = min(max(kl / self.target - 1.0, -0.2), 0.2)
+        self.value *= 1.0 + error * episodes / self.horizon
+
+
+def make_controller(kind: Literal["fixed", "adaptive"], value: float, target: float, horizon: int) -> KLController:
+    """The controller a config asks for."""
+    return AdaptiveKL(value, target, horizon) if kind == "adaptive" else FixedKL(value)
