@@ -8,10 +8,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from align import __version__
 from align.errors import StageFailed, UserError
+
+if TYPE_CHECKING:
+    from align.pipeline import Pipeline
 
 INTERRUPTED = 130
 
@@ -20,7 +23,7 @@ class _Parser(argparse.ArgumentParser):
     """Refuses abbreviations, and answers a wrong option with the nearest right one instead of a page of usage."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
 
     def error(self, message: str) -> NoReturn:
         from align.validation import nearest
@@ -63,7 +66,7 @@ def _add_pipeline(parser: argparse.ArgumentParser) -> None:
     _add_store(parser)
 
 
-def _load(options: argparse.Namespace) -> Any:
+def _load(options: argparse.Namespace) -> Pipeline:
     from align.pipeline import Pipeline
 
     pipeline = Pipeline.load(options.pipeline)
@@ -156,14 +159,17 @@ def _list(options: argparse.Namespace) -> int:
             users.setdefault(entry["key"], []).append(name)
     artifacts = store.all()
     if options.json:
-        _print_json([{k: a.record[k] for k in ("kind", "key", "stage", "created", "seconds", "metrics")} for a in artifacts])
+        _print_json(
+            [{k: a.record[k] for k in ("kind", "key", "stage", "created", "seconds", "metrics")} for a in artifacts]
+        )
         return 0
     if not artifacts:
         print(f"{store.root}: empty")
     for a in artifacts:
         size = sum(entry["bytes"] for entry in a.record["outputs"].values()) / 2**20
         runs = ", ".join(users.get(a.record["key"], [])) or "no run"
-        print(f"{a.record['kind']}/{a.record['key'][:12]}  {a.record['created'][:16]}  {size:8.1f} MiB  {a.record['makes']}  {runs}")
+        name = f"{a.record['kind']}/{a.record['key'][:12]}"
+        print(f"{name}  {a.record['created'][:16]}  {size:8.1f} MiB  {a.record['makes']}  {runs}")
     return 0
 
 

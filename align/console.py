@@ -108,7 +108,9 @@ class ConsoleListener(Listener):
         self._drop_task()
         record = artifact.record
         memory = (record.get("peak_memory_bytes") or 0) / 2**30
-        self._say("✓", node.name, f"{duration(record['seconds']):>7}  {memory:4.1f} GiB  {_headline(artifact)}", "green")
+        self._say(
+            "✓", node.name, f"{duration(record['seconds']):>7}  {memory:4.1f} GiB  {_headline(artifact)}", "green"
+        )
 
     def stage_failed(self, node: Node, message: str, log: Path) -> None:
         """The message itself follows from the command line."""

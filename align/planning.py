@@ -116,7 +116,9 @@ def choose_stages(
             if store.find(pipeline.nodes[name].stage.kind, pipeline.nodes[name].key) is None
         ]
         if missing:
-            raise UserError(f"--only {only}: it reads {', '.join(missing)}, not finished yet. Run without --only first.")
+            raise UserError(
+                f"--only {only}: it reads {', '.join(missing)}, not finished yet. Run without --only first."
+            )
         anew &= {only}
     return anew
 

@@ -20,7 +20,7 @@ from align import __version__
 from align.artifacts import Artifact
 from align.errors import StageFailed, UserError
 from align.pipeline import Node, Pipeline
-from align.planning import choose_stages, check_sources
+from align.planning import check_sources, choose_stages
 from align.provenance import command_line, git_commit, source_digest
 from align.stage_process import CHECKPOINTS, EVENTS, LOG, OUTPUT, RESULT, WORK
 from align.store import Store
@@ -176,7 +176,7 @@ def _prepare(pipeline: Pipeline, node: Node, partial: Path, inputs: dict[str, Ar
 
     work = {
         "name": node.name,
-        "kind": node.stage.kind,
+        "stage": node.stage.path or node.stage.kind,
         "config": node.config.model_dump(mode="json"),
         "seed": node.seed,
         "runtime": pipeline.config.runtime.model_dump(mode="json"),
@@ -262,9 +262,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             return
 
 
-def _publish(
-    node: Node, store: Store, partial: Path, inputs: dict[str, Artifact], result: dict[str, Any]
-) -> Artifact:
+def _publish(node: Node, store: Store, partial: Path, inputs: dict[str, Artifact], result: dict[str, Any]) -> Artifact:
     """Give the output folder its log, events and record, move it to its final name, and drop the partial."""
     output = partial / OUTPUT
     for name in (LOG, EVENTS):
@@ -280,8 +278,9 @@ def _publish(
         "seed": node.seed,
         "parts": node.parts,
         "inputs": {
-            field_name: [inputs[name].record["key"] for name in value] if isinstance(value, list) else value
-            and inputs[value].record["key"]
+            field_name: [inputs[name].record["key"] for name in value]
+            if isinstance(value, list)
+            else value and inputs[value].record["key"]
             for field_name, value in node.inputs.items()
         },
         "input_stages": [

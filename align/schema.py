@@ -25,9 +25,7 @@ def pipeline_schema() -> dict[str, Any]:
         named[kind] = {"anyOf": [{"$ref": f"#/$defs/stage_{kind}"}, {"$ref": "#/$defs/named_stage"}]}
     definitions["named_stage"] = {
         "required": ["stage"],
-        "oneOf": [
-            {"allOf": [{"$ref": f"#/$defs/stage_{kind}"}, {"required": ["stage"]}]} for kind in STAGES
-        ],
+        "oneOf": [{"allOf": [{"$ref": f"#/$defs/stage_{kind}"}, {"required": ["stage"]}]} for kind in STAGES],
     }
     schema["properties"]["stages"] = {
         "type": "object",

@@ -5,8 +5,10 @@ Torch-free: a stage's ``run`` is named by import path and imported only in the s
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from align.artifacts import Artifact, Kind
+from align.errors import UserError
 
 
 class Config(BaseModel):
@@ -124,7 +127,7 @@ class StageContext:
             file.write(line + "\n")
 
     def progress(self, done: float, total: float, unit: str = "steps", tokens: int | None = None, **shown: Any) -> None:
-        """Report progress: ``done`` of ``total`` units, total real ``tokens`` so far, and values to show (loss, score)."""
+        """Report ``done`` of ``total`` units, the real ``tokens`` so far, and values to show (loss, score)."""
         self.emit("progress", done=done, total=total, unit=unit, tokens=tokens, **shown)
 
     def log(self, step: int, **metrics: float) -> None:
@@ -153,6 +156,8 @@ class Stage:
     config: str
     run: str
     purpose: str
+    path: str = ""
+    """Import path of this record itself (``module:NAME``), for a stage that is not in ``STAGES``."""
 
     def config_class(self) -> type[Config]:
         """Import the config class; never imports torch."""
@@ -164,9 +169,26 @@ class Stage:
 
 
 def load_object(path: str) -> Any:
-    """Import ``package.module:name``."""
-    module, _, name = path.partition(":")
-    return getattr(importlib.import_module(module), name)
+    """Import ``package.module:name``; modules in the current folder are found too.
+
+    Raises ``UserError`` when there is no such module or name.
+    """
+    module, colon, name = path.partition(":")
+    if not colon:
+        raise UserError(f"'{path}' is not an import path; write package.module:name.")
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # the module is there; something that it imports is not
+        if str(Path.cwd()) in sys.path:
+            raise UserError(f"'{path}': there is no module '{error.name}' here or installed.") from None
+        sys.path.append(str(Path.cwd()))
+        return load_object(path)
+    if not hasattr(found, name):
+        close = difflib.get_close_matches(name, dir(found), n=1)
+        raise UserError(f"'{path}': {module} has no '{name}'." + (f" Did you mean '{close[0]}'?" if close else ""))
+    return getattr(found, name)
 
 
 def _stage(kind: str, version: int, makes: Kind | None, purpose: str) -> Stage:
@@ -189,3 +211,16 @@ STAGES: dict[str, Stage] = {
     )
 }
 """Every stage there is, in the order of a usual pipeline."""
+
+
+def find_stage(kind: str) -> Stage:
+    """The stage of a kind, or one of the user's own by the import path of its ``Stage`` (``module:NAME``).
+
+    Raises ``KeyError`` for a name that is neither and ``UserError`` for an import path that does not load.
+    """
+    if ":" not in kind:
+        return STAGES[kind]
+    found = load_object(kind)
+    if not isinstance(found, Stage):
+        raise UserError(f"'{kind}' is a {type(found).__name__}, not an align.stage.Stage.")
+    return found

@@ -21,7 +21,7 @@ from typing import Any
 
 from align.artifacts import Artifact, Kind
 from align.errors import UserError
-from align.stage import STAGES, Runtime, StageContext
+from align.stage import Runtime, StageContext, find_stage
 
 WORK, RESULT, EVENTS, LOG = "work.json", "result.json", "events.jsonl", "log.txt"
 OUTPUT, CHECKPOINTS = "output", "checkpoints"
@@ -34,7 +34,7 @@ def main(folder: Path) -> int:
     _set_threads(work["runtime"])
     started = time.time()
     try:
-        metrics = STAGES[work["kind"]].runner()(_context(folder, work, started))
+        metrics = find_stage(work["stage"]).runner()(_context(folder, work, started))
         result: dict[str, Any] = {"status": "done", "metrics": metrics or {}}
         code = 0
     except UserError as error:
@@ -62,7 +62,7 @@ def main(folder: Path) -> int:
 
 
 def _context(folder: Path, work: dict[str, Any], started: float) -> StageContext:
-    stage = STAGES[work["kind"]]
+    stage = find_stage(work["stage"])
     inputs: dict[str, Any] = {}
     for name, value in work["inputs"].items():
         inputs[name] = [_artifact(item) for item in value] if isinstance(value, list) else value and _artifact(value)

@@ -23,7 +23,6 @@ from filelock import FileLock, Timeout
 from align.artifacts import Artifact, Kind
 from align.errors import UserError
 from align.fingerprint import file_digest
-from align.stage import STAGES
 
 MARKER = "align-store.json"
 FORMAT = 1
@@ -105,8 +104,7 @@ class Store:
         """Every finished artifact, oldest first."""
         found = [
             artifact
-            for kind in STAGES
-            for folder in sorted((self.root / kind).glob("*"))
+            for folder in self._folders()
             if folder.suffix == "" and (artifact := self._read(folder)) is not None
         ]
         return sorted(found, key=lambda artifact: str(artifact.record.get("created", "")))
@@ -212,12 +210,12 @@ class Store:
                     reached.add((link["kind"], link["key"]))
                     queue.append((link["kind"], link["key"]))
         kept = {folder for kind, key in reached for folder in (self.folder(kind, key), self.partial(kind, key))}
-        return [
-            folder
-            for kind in STAGES
-            for folder in sorted((self.root / kind).glob("*"))
-            if folder.is_dir() and folder not in kept
-        ]
+        return [folder for folder in self._folders() if folder not in kept]
+
+    def _folders(self) -> list[Path]:
+        """Every artifact and partial folder."""
+        kinds = [path for path in sorted(self.root.iterdir()) if path.is_dir() and path.name not in ("locks", "runs")]
+        return [folder for kind in kinds for folder in sorted(kind.iterdir()) if folder.is_dir()]
 
     def delete(self, folder: Path) -> bool:
         """Delete one folder unless a run holds its lock; the record goes first, so half a folder is never 'done'."""

@@ -146,9 +146,9 @@ def _explain(config_class: type[BaseModel], detail: ErrorDetails, where: str) ->
         expected = [tag.strip(" '") for tag in str(context.get("expected_tags", "")).split(",")]
         return f"{place}.{key}: unknown value '{context.get('tag')}'.{suggest(str(context.get('tag')), expected)}"
     if kind == "literal_error":
-        expected = str(context.get("expected", ""))
-        names = [part.strip(" '") for part in expected.replace(" or ", ",").split(",")]
-        return f"{place}: {detail['input']!r} is none of {expected}.{suggest(str(detail['input']), names)}"
+        choices = str(context.get("expected", ""))
+        names = [part.strip(" '") for part in choices.replace(" or ", ",").split(",")]
+        return f"{place}: {detail['input']!r} is none of {choices}.{suggest(str(detail['input']), names)}"
     if kind in ("value_error", "assertion_error"):
         return f"{place}: {detail['msg'].removeprefix('Value error, ').removeprefix('Assertion failed, ')}"
     message = detail["msg"].replace("Input should be", "should be", 1)
@@ -172,6 +172,11 @@ def _walk(config_class: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[li
             holders = tagged
             continue
         fields = [model.model_fields[part] for model in holders if part in model.model_fields]
+        values = [arg for kind in current if typing.get_origin(kind) is dict for arg in typing.get_args(kind)[1:]]
+        if not fields and values:
+            shown.append(part)
+            current = _members(values)
+            continue
         if not fields and part != loc[-1]:
             continue  # a branch label of a plain union, which the YAML does not spell
         if not fields and not holders:

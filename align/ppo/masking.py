@@ -47,8 +47,8 @@ def masked_sum(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor, reduce: Reduce = local) -> torch.Tensor:
     """Mean over the real tokens of all processes."""
-    total, count = reduce(torch.stack([masked_sum(values, mask), mask.sum().to(values.dtype)]))
-    return total / count
+    totals = reduce(torch.stack([masked_sum(values, mask), mask.sum().to(values.dtype)]))
+    return totals[0] / totals[1]
 
 
 def masked_mean_var(

@@ -39,7 +39,7 @@ class TrainingFields(Config):
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are scaled down to this norm; lower it when the loss spikes."""
     save_steps: int = Field(50, ge=1)
-    """Optimizer steps between checkpoints, what a killed stage repeats at most; full tuning writes 12 bytes a weight."""
+    """Steps between checkpoints, what a killed stage repeats at most; full tuning writes 12 bytes per weight."""
     eval_steps: int | None = Field(None, ge=1)
     """Optimizer steps between scorings of the held-out rows; by default only before and after training."""
     eval_rows: int = Field(512, ge=1)

@@ -1,0 +1,76 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from align.errors import UserError
+from align.pipeline import Pipeline
+from align.runner import run_pipeline
+from align.store import Store
+from tests import toy
+
+
+def test_a_foreign_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("x")
+    with pytest.raises(UserError, match="not empty and not an align store"):
+        Store.open(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"), [("{", "damaged"), ('{"format": 99}', "format 99"), ("[]", "damaged")]
+)
+def test_a_store_that_cannot_be_read(tmp_path: Path, content: str, expected: str) -> None:
+    (tmp_path / "align-store.json").write_text(content)
+    with pytest.raises(UserError, match=expected):
+        Store.open(tmp_path)
+
+
+def test_a_path_that_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="--store"):
+        Store.open(tmp_path / "file")
+    with pytest.raises(UserError, match="--store"):
+        Store.open(tmp_path / "file" / "below")
+
+
+def test_resolve_by_prefix(tmp_path: Path) -> None:
+    run = run_pipeline(Pipeline(toy.pipeline()), store=tmp_path)
+    key = run.artifacts["total"].record["key"]
+    assert run.store.resolve(key[:10]).path == run.artifacts["total"].path
+    assert run.store.resolve(f"sum/{key[:6]}").path == run.artifacts["total"].path
+    with pytest.raises(UserError, match="no artifact's key starts with 'zzz'"):
+        run.store.resolve("zzz")
+    with pytest.raises(UserError, match="fits 3 artifacts"):
+        run.store.resolve("")
+
+
+def test_gc_keeps_what_a_named_run_reaches_and_its_inputs(tmp_path: Path) -> None:
+    run_pipeline(Pipeline(toy.pipeline()), store=tmp_path)
+    run_pipeline(Pipeline(toy.pipeline(one={"number": 9})), store=tmp_path)  # same name: the first 'one' is unreached
+    store = Store.open(tmp_path)
+    garbage = store.garbage()
+    assert sorted(path.parent.name for path in garbage) == ["number", "sum"]
+    # a run that names only the sum still keeps what the sum was made from
+    runs = json.loads((tmp_path / "runs" / "toy.json").read_text())
+    runs["stages"] = {"total": runs["stages"]["total"]}
+    (tmp_path / "runs" / "toy.json").write_text(json.dumps(runs))
+    assert store.garbage() == garbage
+    assert all(store.delete(path) for path in garbage)
+    assert len(store.all()) == 3
+    assert run_pipeline(Pipeline(toy.pipeline(one={"number": 9})), store=tmp_path).ran == []
+
+
+def test_gc_leaves_a_folder_that_a_run_is_using(tmp_path: Path) -> None:
+    run = run_pipeline(Pipeline(toy.pipeline()), store=tmp_path)
+    artifact = run.artifacts["one"]
+    with run.store.lock("number", artifact.record["key"], lambda holder: None):
+        assert not run.store.delete(artifact.path)
+    assert artifact.path.exists()
+
+
+def test_a_damaged_record_is_named(tmp_path: Path) -> None:
+    run = run_pipeline(Pipeline(toy.pipeline()), store=tmp_path)
+    (run.artifacts["one"].path / "record.json").write_text("{")
+    with pytest.raises(UserError, match=r"record\.json: damaged\. Delete the folder"):
+        run_pipeline(Pipeline(toy.pipeline()), store=tmp_path)

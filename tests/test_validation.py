@@ -1,0 +1,93 @@
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from pydantic import Field
+
+from align.errors import UserError
+from align.stage import Config, FullTuning, LoraTuning, Tuning
+from align.validation import load_yaml, parse_yaml, suggest, validate
+
+
+class Inner(Config):
+    depth: int = 1
+
+
+class Example(Config):
+    learning_rate: float = Field(1e-4, gt=0)
+    tuning: Tuning = FullTuning()
+    several: list[LoraTuning] = []
+    mode: Literal["fast", "slow"] = "fast"
+    inner: Inner | None = None
+    needed: int = 0
+
+
+def message(mapping: object) -> str:
+    with pytest.raises(UserError) as caught:
+        validate(Example, mapping, "p.yaml: stages.ppo")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("mapping", "expected"),
+    [
+        ({"lerning_rate": 1}, "p.yaml: stages.ppo: unknown key 'lerning_rate'. Did you mean 'learning_rate'?"),
+        ({"learning_rate": -1}, "p.yaml: stages.ppo.learning_rate: should be greater than 0; found -1."),
+        ({"learning_rate": "much"}, "p.yaml: stages.ppo.learning_rate: should be a valid number"),
+        ({"tuning": {"metod": "lora"}}, "p.yaml: stages.ppo.tuning: unknown key 'metod'. Did you mean 'method'?"),
+        ({"tuning": {"method": "lorra"}}, "stages.ppo.tuning.method: unknown value 'lorra'. Did you mean 'lora'?"),
+        ({"tuning": {"method": "lora", "rnk": 1}}, "stages.ppo.tuning: unknown key 'rnk'. Did you mean 'rank'?"),
+        ({"tuning": {"method": "lora", "rank": 0}}, "stages.ppo.tuning.rank: should be greater than or equal to 1"),
+        ({"several": [{}, {"method": "lora", "alfa": 1}]}, "stages.ppo.several[1]: unknown key 'alfa'"),
+        ({"mode": "slo"}, "stages.ppo.mode: 'slo' is none of 'fast' or 'slow'. Did you mean 'slow'?"),
+        ({"inner": {"dept": 1}}, "stages.ppo.inner: unknown key 'dept'. Did you mean 'depth'?"),
+        ([1], "p.yaml: stages.ppo: expected a mapping"),
+    ],
+)
+def test_every_mistake_is_named_with_its_place_and_remedy(mapping: object, expected: str) -> None:
+    assert expected in message(mapping)
+
+
+def test_all_mistakes_are_listed_unknown_keys_first() -> None:
+    lines = message({"mode": 3, "xlearning_rate": 1}).splitlines()
+    assert len(lines) == 2
+    assert "xlearning_rate" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a: 1\nb: [1,\n", "line 3, column 1"),
+        ("a: 1\n  b: 2\n", "line 2, column 4"),
+        ("a: 1\na: 2\n", "line 2, column 1: the key 'a' stands here a second time"),
+        ("a: !!python/object/apply:os.system ['true']\n", "could not determine a constructor"),
+        ("a: \t- x", "line 1"),
+    ],
+)
+def test_invalid_yaml_names_line_and_column(text: str, expected: str) -> None:
+    with pytest.raises(UserError, match="p.yaml: invalid YAML") as caught:
+        parse_yaml(text, "p.yaml")
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["5e-4", "5.0e-4", "5E-4", ".5e-3"])
+def test_a_learning_rate_is_a_number_in_every_spelling(text: str) -> None:
+    assert parse_yaml(text, "x") == 5e-4
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "quickstart.yaml").write_text("a: 1")
+    with pytest.raises(UserError, match=r"no such file.*Did you mean .*quickstart\.yaml"):
+        load_yaml(tmp_path / "quickstrat.yaml")
+    (tmp_path / "latin.yaml").write_bytes("a: é".encode("latin-1"))
+    with pytest.raises(UserError, match="not UTF-8 text"):
+        load_yaml(tmp_path / "latin.yaml")
+    (tmp_path / "empty.yaml").write_text("")
+    with pytest.raises(UserError, match="the file is empty"):
+        load_yaml(tmp_path / "empty.yaml")
+    with pytest.raises(UserError, match="is a folder"):
+        load_yaml(tmp_path)
+
+
+def test_suggest_lists_what_is_known_when_nothing_is_near() -> None:
+    assert suggest("zzz", ["alpha", "beta"]) == " Known here: alpha, beta."
