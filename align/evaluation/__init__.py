@@ -1,0 +1,1 @@
+"""Scores checkpoints: generation, scoring, drift from a reference, statistics, the scorecard."""

@@ -1,0 +1,117 @@
+"""Statistics: worked by hand, against analytic results, and an A/A simulation."""
+
+import math
+
+import numpy as np
+import pytest
+
+from align.evaluation.statistics import (
+    holm,
+    mcnemar,
+    mean_interval,
+    paired_difference,
+    rate_interval,
+    t_quantile,
+    wilson,
+)
+
+
+def test_wilson_by_hand():
+    # p = 0.8, n = 10, z = 1.96: centre (0.8 + 0.19208) / 1.38416 = 0.71674; half 1.96/1.38416 * sqrt(0.016 + 0.009604)
+    # = 1.41602 * 0.160013 = 0.22658
+    found = wilson(8, 10)
+    assert found.value == 0.8
+    assert found.low == pytest.approx(0.4902, abs=2e-4)
+    assert found.high == pytest.approx(0.9433, abs=2e-4)
+
+
+def test_wilson_stays_open_at_the_edges():
+    assert wilson(0, 250).high == pytest.approx(0.0151, abs=2e-4)  # "0 of 250 is up to 1.5 %"
+    assert wilson(0, 250).low == 0
+    assert wilson(5, 5).low < 1
+    assert math.isnan(wilson(0, 0).value)
+
+
+def test_mcnemar_by_hand():
+    # 1 against 7: 2 * (C(8,0) + C(8,1)) / 2^8 = 2 * 9 / 256
+    assert mcnemar(1, 7) == pytest.approx(18 / 256)
+    assert mcnemar(7, 1) == mcnemar(1, 7)
+    assert mcnemar(3, 3) == 1
+    assert mcnemar(0, 0) == 1
+    assert 0 < mcnemar(900, 1100) < 1e-4  # 2**2000 does not fit a float
+
+
+def test_holm_by_hand():
+    # sorted 0.01*4, 0.02*3, 0.03*2, 0.5*1, then made monotone: 0.04, 0.06, 0.06, 0.5
+    assert holm([0.03, 0.01, 0.5, 0.02]) == pytest.approx([0.06, 0.04, 0.5, 0.06])
+    assert holm([]) == []
+
+
+@pytest.mark.parametrize(("degrees", "expected"), [(1, 12.706), (2, 4.3027), (3, 3.1824), (9, 2.2622), (99, 1.9842)])
+def test_t_quantile_against_the_table(degrees, expected):
+    assert t_quantile(0.975, degrees) == pytest.approx(expected, rel=0.01)
+
+
+def test_bootstrap_matches_the_t_interval():
+    x = np.random.default_rng(1).normal(3, 2, size=200)
+    found = mean_interval(x, resamples=20_000, seed=0)
+    half = t_quantile(0.975, 199) * x.std(ddof=1) / math.sqrt(200)
+    assert found.value == pytest.approx(x.mean())
+    assert found.low == pytest.approx(x.mean() - half, abs=0.03 * half)
+    assert found.high == pytest.approx(x.mean() + half, abs=0.03 * half)
+
+
+def test_weights_make_a_ratio_of_sums():
+    # 2 nats a token over 1 token and 1 nat over 3: 5 nats over 4 tokens
+    assert mean_interval([2, 1], weights=[1, 3], resamples=100, seed=0).value == 1.25
+
+
+def test_one_prompt_says_nothing_about_spread():
+    found = mean_interval([0.5], resamples=100, seed=0)
+    assert (found.value, found.low, found.high) == (0.5, -math.inf, math.inf)
+
+
+def test_aa_comparison_covers_at_its_nominal_rate():
+    """The same system twice: the paired interval holds 0, and p stays above 0.05, in 95 % of the tables."""
+    generator = np.random.default_rng(7)
+    covered, kept, tables = 0, 0, 400
+    for table in range(tables):
+        difficulty = generator.uniform(size=25)  # shared by the two passes, as prompts are
+        first, second = (np.clip(difficulty + generator.normal(0, 0.3, size=25), 0, 1) for _ in range(2))
+        found = paired_difference(first, second, resamples=400, seed=table)
+        covered += found.low <= 0 <= found.high
+        kept += found.p > 0.05
+    # binomial standard error at 0.95 and 400 tables: 1.1 points
+    assert covered / tables == pytest.approx(0.95, abs=0.033)
+    assert kept / tables == pytest.approx(0.95, abs=0.033)
+
+
+def test_paired_difference_removes_what_prompts_share():
+    generator = np.random.default_rng(3)
+    difficulty = generator.normal(0, 10, size=50)
+    found = paired_difference(difficulty + 1 + generator.normal(0, 0.1, 50), difficulty, resamples=2000, seed=0)
+    assert found.low > 0.9
+    assert found.high < 1.1
+    assert found.p < 0.01
+    assert found.test == "sign-flip"
+
+
+def test_binary_outcomes_use_mcnemar():
+    found = paired_difference([1, 1, 1, 0, 1], [0, 0, 1, 0, 0], resamples=100, seed=0)
+    assert found.test == "mcnemar"
+    assert found.p == pytest.approx(2 / 8)
+    assert found.value == pytest.approx(0.6)
+
+
+def test_identical_systems_differ_by_nothing():
+    found = paired_difference([0.2, 0.7], [0.2, 0.7], resamples=100, seed=0)
+    assert (found.value, found.low, found.high, found.p) == (0, 0, 0, 1)
+
+
+def test_samples_of_one_prompt_do_not_count_as_independent():
+    agreeing = rate_interval([1.0] * 20 + [0.0] * 20, 4)  # all four samples of a prompt agree
+    mixed = rate_interval([0.5] * 40, 4)
+    single = wilson(20, 40)
+    assert agreeing.high - agreeing.low == pytest.approx(single.high - single.low, rel=0.02)
+    assert mixed.high - mixed.low < 0.6 * (single.high - single.low)
+    assert rate_interval([1.0] * 30, 4).low == wilson(30, 30).low
