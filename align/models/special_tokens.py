@@ -1,0 +1,71 @@
+"""Which token ends a turn and which one pads, made to agree between tokenizer, config, generation config and template.
+
+Two faults ruin a chat model silently: an end token that differs from the one the chat template writes (the model never
+stops), and padding with the end token (masks hide it, so it is never learned). Both are put right once, when a model
+enters the store. Torch-free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from align.errors import UserError
+from align.models.render import MAX_TRAILING
+
+PREFERRED_PADS = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>", "[UNK]")
+"""Special tokens taken for padding, in this order: made for it, or never found inside a conversation."""
+
+
+def settle_special_tokens(tokenizer: Any, model: Any, warn: Callable[[str], None]) -> None:
+    """Make the end-of-turn token the eos everywhere, and choose a pad token that is not it.
+
+    ``tokenizer`` must have a chat template. ``model`` gets its config and generation config set, and one more row of
+    embeddings in the rare case that no existing special token can pad.
+    """
+    end = turn_end_token(tokenizer)
+    if end is None:
+        warn(
+            f"the chat template writes no special token at the end of a turn; {tokenizer.eos_token!r} is added there. "
+            "A model trained without it may not know when to stop."
+        )
+    elif end != tokenizer.eos_token_id:
+        token = tokenizer.convert_ids_to_tokens(end)
+        if tokenizer.eos_token is not None:
+            warn(f"the tokenizer's eos is {tokenizer.eos_token!r} but its chat template ends turns with {token!r}; "
+                 f"eos is now {token!r}.")  # fmt: skip
+        tokenizer.eos_token = token
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no eos token and its chat template writes none: no response could ever end.")
+    choose_pad(tokenizer, model)
+    for settings in (model.config, model.generation_config):
+        if settings is not None:
+            settings.eos_token_id = tokenizer.eos_token_id
+            settings.pad_token_id = tokenizer.pad_token_id
+            settings.bos_token_id = tokenizer.bos_token_id
+
+
+def turn_end_token(tokenizer: Any) -> int | None:
+    """Id of the special token with which the chat template closes an assistant's turn, or None."""
+    conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    ids = tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=False)
+    special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
+    for token in reversed(ids[-1 - MAX_TRAILING :]):
+        if token in special:
+            return int(token)
+    return None
+
+
+def choose_pad(tokenizer: Any, model: Any) -> None:
+    """Keep the pad token when it differs from eos and bos; else take an unused special token, or add one."""
+    taken = {tokenizer.eos_token_id, tokenizer.bos_token_id}
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in taken:
+        return
+    added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    for token in PREFERRED_PADS:
+        if token in added and added[token] not in taken:
+            tokenizer.pad_token = token
+            return
+    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer))

@@ -1,0 +1,1 @@
+"""One thin file per stage: its configuration and ``run``."""

@@ -1,0 +1,115 @@
+"""Stage ``model``: bring a base model into the store as plain safetensors and a tokenizer one can trust."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from align.errors import UserError
+from align.fingerprint import file_digest
+from align.models.source import Origin, Source, identity, refuse_pickles, resolve
+from align.stage import Config, StageContext
+
+
+class ModelConfig(Config):
+    """Which model, and how its files are read."""
+
+    source: str
+    """A built-in model (smollm2-135m-instruct, tiny), a model folder, a .gguf file, or a Hub name."""
+    revision: str | None = None
+    """The commit of a Hub model, 40 hexadecimal digits; needed there, so that the same file means the same model."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off: such a model is refused."""
+    chat_template: str | None = None
+    """Path of a Jinja chat template, which replaces the model's own; a base model without one needs it."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the stored weights; bfloat16 halves the files. Training starts from float32 copies either way."""
+
+    def identities(self, base: Path) -> dict[str, str]:
+        """The model's commit or digest, and the digest of the chat template's file."""
+        found = {"source": identity(self.source, self.revision, base)}
+        if self.chat_template is not None:
+            path = base / self.chat_template
+            if not path.is_file():
+                raise UserError(f"chat_template: there is no file '{path}'.")
+            found["chat_template"] = file_digest(path)
+        return found
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Fetch, convert and write ``model/``. Returns parameters, vocabulary and the special tokens."""
+    config: ModelConfig = context.config
+    source = resolve(config.source, config.revision, Path.cwd())
+    out_dir = context.output / "model"
+    try:
+        _write(context, source, out_dir)
+    except (OSError, ValueError) as error:
+        if source.origin is Origin.HUB:
+            raise UserError(_explain_hub(source, error)) from error
+        raise
+    return _describe(out_dir)
+
+
+def _write(context: StageContext, source: Source, out_dir: Path) -> None:
+    config: ModelConfig = context.config
+    template = Path(config.chat_template).read_text(encoding="utf-8") if config.chat_template else None
+    name = str(source.path or source.name)
+    if source.origin is Origin.TINY:
+        from align.models.tiny import make_tiny
+
+        name = str(make_tiny(context.checkpoints / "tiny", context.seed))
+    elif source.origin is Origin.EMBEDDED:
+        from align.models.embedded import fetch
+
+        name = str(fetch(print))
+    elif source.origin is Origin.GGUF:
+        from align.models.conversion import convert_gguf
+
+        assert source.path is not None
+        convert_gguf(source.path, out_dir, (lambda _: template) if template else None, context.warn, config.dtype)
+        return
+    elif source.origin is Origin.HUB:
+        name = _download(source)
+    from align.models.conversion import copy_model
+
+    copy_model(
+        name,
+        out_dir,
+        trust_remote_code=config.trust_remote_code,
+        chat_template=template,
+        dtype=config.dtype,
+        warn=context.warn,
+    )
+
+
+def _download(source: Source) -> str:
+    """Fetch a Hub model's files at its commit, weights as safetensors only; returns the local folder."""
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "*.tiktoken"]
+    folder = snapshot_download(source.name, revision=source.revision, allow_patterns=wanted)
+    refuse_pickles(source.name, [file.name for file in Path(folder).iterdir()])
+    return folder
+
+
+def _explain_hub(source: Source, error: Exception) -> str:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return (
+        f"the Hub model '{source.name}' at {source.revision} could not be brought in: {first}\n"
+        "Check the network, HF_HUB_OFFLINE, HF_TOKEN for a gated model, and that the commit exists; "
+        "or download it elsewhere and give the folder as source."
+    )
+
+
+def _describe(out_dir: Path) -> dict[str, Any]:
+    from align.models.loading import load_policy, load_tokenizer
+
+    tokenizer = load_tokenizer(out_dir)
+    model = load_policy(out_dir)
+    return {
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "architecture": type(model).__name__,
+        "vocabulary": len(tokenizer),
+        "eos": tokenizer.eos_token,
+        "pad": tokenizer.pad_token,
+    }

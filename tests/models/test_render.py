@@ -1,0 +1,47 @@
+"""Rendering: a conversation ends where a policy stops, whatever the template writes after it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from align.errors import UserError
+from align.models.loading import load_tokenizer
+from align.models.render import render_conversation, render_prompt, require_chat_template
+
+QUESTION = [{"role": "user", "content": "Hi"}]
+ANSWERED = [*QUESTION, {"role": "assistant", "content": "Yo"}]
+
+
+def test_conversation_is_prompt_answer_and_end(tiny_model: Path) -> None:
+    tokenizer = load_tokenizer(tiny_model)
+    prompt = render_prompt(tokenizer, QUESTION)
+    answer = tokenizer("Yo", add_special_tokens=False)["input_ids"]
+    assert render_conversation(tokenizer, ANSWERED) == [*prompt, *answer, tokenizer.eos_token_id]
+    assert render_conversation(tokenizer, ANSWERED, finished=False) == [*prompt, *answer]
+
+
+def test_trailing_line_break_of_chatml_is_cut(tiny_model: Path) -> None:
+    tokenizer = load_tokenizer(tiny_model)
+    ours = render_conversation(tokenizer, ANSWERED)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    assert render_conversation(tokenizer, ANSWERED) == ours
+
+
+def test_template_without_an_end_gets_one(tiny_model: Path) -> None:
+    tokenizer = load_tokenizer(tiny_model)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + '.' }}{% endfor %}"
+    assert render_conversation(tokenizer, ANSWERED)[-1] == tokenizer.eos_token_id
+    assert tokenizer.eos_token_id not in render_conversation(tokenizer, ANSWERED, finished=False)
+
+
+def test_missing_template_names_the_field() -> None:
+    class Bare:
+        chat_template = None
+
+    with pytest.raises(UserError, match="chat_template field"):
+        require_chat_template(Bare(), "the model 'x'")

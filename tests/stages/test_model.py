@@ -1,0 +1,88 @@
+"""Stage model: special tokens settled, base models refused by name of the field, nothing fetched when offline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from align.errors import UserError
+from align.models.loading import load_policy, load_tokenizer
+from align.stage import Runtime, StageContext
+from align.stages.model import ModelConfig, run
+
+
+def _context(tmp_path: Path, **config: Any) -> StageContext:
+    for name in ("output", "checkpoints"):
+        (tmp_path / name).mkdir()
+    return StageContext(
+        name="model",
+        config=ModelConfig(**config),
+        inputs={},
+        seed=3,
+        runtime=Runtime(),
+        output=tmp_path / "output",
+        checkpoints=tmp_path / "checkpoints",
+        events=tmp_path / "events.jsonl",
+    )
+
+
+def _edited(tiny_model: Path, folder: Path, **changes: Any) -> Path:
+    """A copy of the tiny model whose tokenizer has attributes changed."""
+    load_policy(tiny_model).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    for name, value in changes.items():
+        setattr(tokenizer, name, value)
+    tokenizer.save_pretrained(folder)
+    if changes.get("chat_template", "") is None:
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
+    return folder
+
+
+def test_tiny(tmp_path: Path) -> None:
+    metrics = run(_context(tmp_path, source="tiny"))
+    assert metrics["eos"] == "<|im_end|>"
+    assert metrics["vocabulary"] == 260
+    assert load_policy(tmp_path / "output" / "model").dtype == torch.float32
+
+
+def test_wrong_eos_and_pad_are_put_right_and_said(tiny_model: Path, tmp_path: Path) -> None:
+    source = _edited(tiny_model, tmp_path / "source", eos_token="<|im_start|>", pad_token="<|im_end|>")
+    context = _context(tmp_path, source=str(source))
+    run(context)
+    tokenizer = load_tokenizer(context.output / "model")
+    model = load_policy(context.output / "model")
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer.pad_token == "<|pad|>"
+    assert model.config.eos_token_id == model.generation_config.eos_token_id == 2
+    assert "ends turns with '<|im_end|>'" in context.events.read_text()
+
+
+def test_base_model_without_template_is_refused_or_given_one(tiny_model: Path, tmp_path: Path) -> None:
+    source = _edited(tiny_model, tmp_path / "source", chat_template=None)
+    (tmp_path / "one").mkdir()
+    with pytest.raises(UserError, match="chat_template field"):
+        run(_context(tmp_path / "one", source=str(source)))
+    template = tmp_path / "chat.jinja"
+    template.write_text("{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}")
+    (tmp_path / "two").mkdir()
+    context = _context(tmp_path / "two", source=str(source), chat_template=str(template))
+    run(context)
+    assert load_tokenizer(context.output / "model").chat_template == template.read_text()
+
+
+def test_bfloat16_is_stored_and_missing_template_file_found_early(tmp_path: Path) -> None:
+    context = _context(tmp_path, source="tiny", dtype="bfloat16")
+    run(context)
+    assert load_policy(context.output / "model", torch.bfloat16).dtype == torch.bfloat16
+    with pytest.raises(UserError, match="chat_template: there is no file"):
+        ModelConfig(source="tiny", chat_template="nowhere.jinja").identities(tmp_path)
+
+
+def test_unreachable_hub_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    with pytest.raises(UserError, match="could not be brought in"):
+        run(_context(tmp_path, source="a/b", revision="0" * 40))
