@@ -1,0 +1,1 @@
+"""Datasets: sources, formats, splits, the embedded generator, its checkers, preference pairs."""

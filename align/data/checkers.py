@@ -1,0 +1,232 @@
+"""Programs that check an answer: the gold score of embedded rows, and the final number of a word problem.
+
+``row["checks"]`` is JSON. For :func:`gold` it is ``{"constraints": [...], "guard": {...}}``; each constraint names a
+``kind`` (a function below) and its arguments, or ``ifeval`` with the ``id`` and ``args`` of an if-verifiable checker
+(arXiv 2311.07911). For :func:`gsm8k_answer` it is ``{"answer": "72"}``.
+
+Left out: if-verifiable's sentence, capital-word and language checkers, which download nltk data or guess at random.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Callable
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+from align.data.rows import Row
+
+VERSION = 1
+"""Bumped when a response should now get another score; part of the key of every stage that scores with these."""
+
+NEEDS_NLTK_DATA = frozenset({"length_constraints:number_sentences", "change_case:capital_word_frequency"})
+NEEDS_LANGUAGE_GUESS = frozenset(
+    {"language:response_language", "change_case:english_capital", "change_case:english_lowercase"}
+)
+
+_WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
+
+
+def words(text: str) -> list[str]:
+    """Words as the constraints count them: letters and digits, with inner apostrophes and hyphens."""
+    return _WORD.findall(text)
+
+
+def gold(rows: list[Row], responses: list[str]) -> list[float]:
+    """Share of each row's constraints that its response satisfies, in [0, 1]; 0 where the guard fails.
+
+    The guard keeps a constant, empty or repetitive reply from scoring: see :func:`passes_guard`.
+    Raises ``ValueError`` for a row without constraints or of unequal lengths.
+    """
+    return [_score(_parse(row), response) for row, response in zip(rows, responses, strict=True)]
+
+
+def explain(row: Row, response: str) -> dict[str, bool]:
+    """Which parts of a row's checks a response satisfies: ``{"guard": True, "lowercase": False}``."""
+    checks = _parse(row)
+    found = {"guard": passes_guard(checks["guard"], response)}
+    return found | {_name(constraint): satisfies(constraint, response) for constraint in checks["constraints"]}
+
+
+def gsm8k_answer(rows: list[Row], responses: list[str]) -> list[float]:
+    """1.0 where the response's final number equals the row's answer, else 0.0.
+
+    The final number is the one after the last ``####``, or else the last one in the text. Commas, currency signs and
+    trailing zeros do not matter.
+    """
+    scores = []
+    for row, response in zip(rows, responses, strict=True):
+        checks = json.loads(row["checks"]) if row["checks"] else {}
+        if "answer" not in checks:
+            raise ValueError(f"row {row['id']} has no answer in its checks; gsm8k_answer needs rows of format gsm8k")
+        answer, found = _decimal(checks["answer"]), final_number(response)
+        scores.append(1.0 if answer is not None and answer == found else 0.0)
+    return scores
+
+
+def final_number(text: str) -> Decimal | None:
+    """The number after the last ``####`` if there is one, else the last number of the text, else None."""
+    _, marker, tail = text.rpartition("####")
+    if marker:
+        match = _NUMBER.search(tail)
+        return _decimal(match.group()) if match else None
+    found = _NUMBER.findall(text)
+    return _decimal(found[-1]) if found else None
+
+
+def passes_guard(guard: dict[str, Any], response: str) -> bool:
+    """Whether a response is about the row's subject and long enough to mean something.
+
+    ``min_words`` different words, at most ``max_words`` words in all, no more than ``max_share`` of them the same
+    word, and at least ``min_hits`` of the word beginnings in ``any_of``. All but ``min_words`` are optional.
+    """
+    found = [word.lower() for word in words(response)]
+    if len(set(found)) < guard["min_words"] or len(found) > guard.get("max_words", 10**9):
+        return False
+    if found and max(found.count(word) for word in set(found)) > max(2, guard.get("max_share", 1.0) * len(found)):
+        return False
+    stems = guard.get("any_of", [])
+    hits = sum(any(word.startswith(stem) for word in found) for stem in stems)
+    return not stems or hits >= int(guard.get("min_hits", 1))
+
+
+def satisfies(constraint: dict[str, Any], response: str) -> bool:
+    """Whether a response satisfies one constraint. Raises ``ValueError`` for a kind that is not known."""
+    arguments = {name: value for name, value in constraint.items() if name != "kind"}
+    if constraint["kind"] == "ifeval":
+        return _ifeval(arguments["id"], json.dumps(arguments["args"], sort_keys=True))(response)
+    check = KINDS.get(constraint["kind"])
+    if check is None:
+        raise ValueError(f"unknown constraint '{constraint['kind']}'; known: ifeval, {', '.join(sorted(KINDS))}")
+    return bool(check(response, **arguments))
+
+
+def lowercase(response: str) -> bool:
+    """Letters, none of them a capital."""
+    return response.islower()
+
+
+def uppercase(response: str) -> bool:
+    """Letters, all of them capitals."""
+    return response.isupper()
+
+
+def starts_with(response: str, text: str) -> bool:
+    """Begins with ``text``, in any case; an opening quotation mark does not count."""
+    return response.strip().lstrip('"“').lower().startswith(text.lower())
+
+
+def word_count(response: str, low: int, high: int) -> bool:
+    """Between ``low`` and ``high`` words, both included."""
+    return low <= len(words(response)) <= high
+
+
+def sentence_count(response: str, count: int) -> bool:
+    """Exactly ``count`` sentences: runs of ``.!?`` followed by space or the end, and every one of them closed."""
+    text = response.strip().strip('"“”').strip()
+    return len(re.findall(r"[.!?]+(?=[\s\"”]|$)", text)) == count and text[-1:] in set(".!?")
+
+
+def question(response: str) -> bool:
+    """One question: ends with the only question mark."""
+    return response.strip().endswith("?") and response.count("?") == 1
+
+
+def number(response: str, value: int) -> bool:
+    """Nothing but the number, with or without a full stop."""
+    return _decimal(response.strip().rstrip(".")) == value
+
+
+def one_of(response: str, answer: str) -> bool:
+    """Nothing but the answer, in any case, with or without a full stop or quotation marks."""
+    return response.strip().strip(".\"'").strip().lower() == answer.lower()
+
+
+def in_order(response: str, items: list[str]) -> bool:
+    """Exactly these words in this order, whatever stands between them."""
+    return [word.lower() for word in words(response)] == [item.lower() for item in items]
+
+
+def numbered_list(response: str, count: int) -> bool:
+    """Lines ``1.`` to ``count.`` (or ``1)``) and no other line."""
+    lines = [line.strip() for line in response.strip().splitlines() if line.strip()]
+    return len(lines) == count and all(re.match(rf"{n}[.)]\s*\w", line) for n, line in enumerate(lines, 1))
+
+
+def separated(response: str, separator: str, count: int) -> bool:
+    """Exactly ``count`` non-empty parts on one line, parted by ``separator``."""
+    parts = response.strip().split(separator)
+    return len(parts) == count and all(part.strip() for part in parts) and "\n" not in response.strip()
+
+
+def json_keys(response: str, keys: list[str]) -> bool:
+    """One JSON object with exactly these keys and no empty value."""
+    try:
+        value = json.loads(response.strip())
+    except ValueError:
+        return False
+    return (
+        isinstance(value, dict) and set(value) == set(keys) and all(item not in ("", None) for item in value.values())
+    )
+
+
+def exact(response: str, text: str) -> bool:
+    """Exactly this text, case included; space around it and a final full stop do not count."""
+    return response.strip().rstrip(".").strip() == text
+
+
+KINDS: dict[str, Callable[..., bool]] = {
+    check.__name__: check
+    for check in (
+        lowercase, uppercase, starts_with, word_count, sentence_count, question, number, one_of, in_order,
+        numbered_list, separated, json_keys, exact,
+    )
+}  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)
+def _ifeval(name: str, arguments: str) -> Callable[[str], bool]:
+    """An if-verifiable checker with its arguments set. ``arguments`` is JSON, so that the cache can hold it."""
+    if name in NEEDS_NLTK_DATA | NEEDS_LANGUAGE_GUESS:
+        raise ValueError(f"{name} downloads data or guesses; use a constraint of align.data.checkers instead")
+    # Its package imports `datasets` (1.5 s), which a run that checks nothing should not pay.
+    from if_verifiable.ifeval.instructions_registry import INSTRUCTION_DICT
+
+    checker = INSTRUCTION_DICT[name](name)
+    checker.build_description(**json.loads(arguments))
+    return lambda response: bool(checker.check_following(response))
+
+
+@functools.lru_cache(maxsize=65536)
+def _loads(checks: str) -> dict[str, Any]:
+    parsed: dict[str, Any] = json.loads(checks)
+    return parsed
+
+
+def _parse(row: Row) -> dict[str, Any]:
+    checks = _loads(row["checks"]) if row["checks"] else {}
+    if not checks.get("constraints"):
+        raise ValueError(f"row {row['id']} ({row['source']}) has no constraints to check; gold needs embedded data")
+    return checks
+
+
+def _score(checks: dict[str, Any], response: str) -> float:
+    if not passes_guard(checks["guard"], response):
+        return 0.0
+    constraints = checks["constraints"]
+    return sum(satisfies(constraint, response) for constraint in constraints) / len(constraints)
+
+
+def _name(constraint: dict[str, Any]) -> str:
+    return str(constraint["id"] if constraint["kind"] == "ifeval" else constraint["kind"])
+
+
+def _decimal(text: str) -> Decimal | None:
+    try:
+        value = Decimal(text.replace(",", "").strip().lstrip("$").strip())
+    except InvalidOperation:
+        return None
+    return value if value.is_finite() else None

@@ -1,0 +1,92 @@
+"""Preference pairs from several scored responses to each prompt. Torch-free."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Iterator
+from typing import Literal
+
+from align.data.rows import Row, assistant
+
+How = Literal["best_worst", "all"]
+
+
+def make_pairs(
+    rows: list[Row],
+    responses: list[list[str]],
+    scores: list[list[float]],
+    how: How,
+    noise: float,
+    seed: int,
+) -> tuple[list[Row], dict[str, int]]:
+    """Pair each prompt's responses by score: the best against the worst, or every two.
+
+    ``responses[i]`` and ``scores[i]`` belong to ``rows[i]``. Empty responses are left out; a comparison whose texts
+    are identical or whose scores tie makes no pair. With probability ``noise`` (each pair's own draw from ``seed``
+    and its id, whatever the order) a pair's label is wrong: the texts swap sides, ``flipped`` is True, and
+    ``chosen_score`` and ``rejected_score`` stay the true scores of the texts beside them.
+
+    Returns the pairs and counts: ``prompts = prompts_too_few + prompts compared``, ``compared = identical + tied +
+    pairs``. Raises ``ValueError`` for unequal lengths, a score that is not finite, or ``noise`` outside [0, 1).
+    """
+    if not 0 <= noise < 1:
+        raise ValueError(f"noise is {noise}; expected a rate in [0, 1)")
+    counts = dict.fromkeys(
+        ("prompts", "empty_responses", "prompts_too_few", "compared", "identical", "tied", "pairs", "flipped"), 0
+    )
+    pairs: list[Row] = []
+    for row, texts, values in zip(rows, responses, scores, strict=True):
+        if any(not math.isfinite(value) for value in values):
+            raise ValueError(f"row {row['id']}: a score is not finite: {values}")
+        candidates = [(t, float(s), i) for i, (t, s) in enumerate(zip(texts, values, strict=True)) if t.strip()]
+        counts["prompts"] += 1
+        counts["empty_responses"] += len(texts) - len(candidates)
+        counts["prompts_too_few"] += len(candidates) < 2
+        for better, worse in _comparisons(candidates, how):
+            counts["compared"] += 1
+            if better[0].strip() == worse[0].strip():
+                counts["identical"] += 1
+            elif better[1] == worse[1]:
+                counts["tied"] += 1
+            else:
+                pair = _pair(row, better, worse, noise, seed)
+                counts["pairs"] += 1
+                counts["flipped"] += pair["flipped"]
+                pairs.append(pair)
+    return pairs, counts
+
+
+Candidate = tuple[str, float, int]  # text, score, sample index
+
+
+def _comparisons(candidates: list[Candidate], how: How) -> Iterator[tuple[Candidate, Candidate]]:
+    if len(candidates) < 2:
+        return
+    if how == "best_worst":
+        # Samples of one prompt are exchangeable, so the first of several best ones is as good as any.
+        best, worst = max(candidates, key=lambda c: c[1]), min(candidates, key=lambda c: c[1])
+        yield (best, worst) if best is not worst else (candidates[0], candidates[1])
+    elif how == "all":
+        for one, other in itertools.combinations(candidates, 2):
+            yield (one, other) if one[1] >= other[1] else (other, one)
+    else:
+        raise ValueError(f"how is {how!r}; expected 'best_worst' or 'all'")
+
+
+def _pair(row: Row, better: Candidate, worse: Candidate, noise: float, seed: int) -> Row:
+    name = f"{row['id']}-{better[2]}-{worse[2]}"
+    flipped = random.Random(f"{seed}:{name}").random() < noise  # noqa: S311  (label noise, not secrecy)
+    chosen, rejected = (worse, better) if flipped else (better, worse)
+    return {
+        "id": name,
+        "source": row["source"],
+        "prompt": row["prompt"],
+        "checks": row["checks"],
+        "chosen": [assistant(chosen[0])],
+        "rejected": [assistant(rejected[0])],
+        "chosen_score": chosen[1],
+        "rejected_score": rejected[1],
+        "flipped": flipped,
+    }

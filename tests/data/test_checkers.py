@@ -1,0 +1,93 @@
+"""The checkers, each against an answer that passes and one that does not."""
+
+from __future__ import annotations
+
+import json
+from decimal import Decimal
+
+import pytest
+
+from align.data.checkers import KINDS, explain, final_number, gold, gsm8k_answer, passes_guard, satisfies
+
+PASS_FAIL = {
+    "lowercase": ({}, "all small.", "All small."),
+    "uppercase": ({}, "ALL LOUD!", "ALL LOUd!"),
+    "starts_with": ({"text": "Honestly"}, '"honestly, cats purr."', "Cats purr, honestly."),
+    "word_count": ({"low": 3, "high": 3}, "Don't wake cats.", "Cats purr."),
+    "sentence_count": ({"count": 2}, "Cats purr. Dogs bark!", "Cats purr. Dogs bark"),
+    "question": ({}, "Do cats purr?", "Cats purr. Do they? Yes."),
+    "number": ({"value": 12}, "12.", "7 + 5 = 12"),
+    "one_of": ({"answer": "fruit"}, "Fruit.", "fruit or tool"),
+    "in_order": ({"items": ["ant", "bee"]}, "Ant, bee", "bee, ant"),
+    "numbered_list": ({"count": 2}, "1. Ant\n2) Bee", "1. Ant\n3. Bee"),
+    "separated": ({"separator": "|", "count": 3}, "a | b | c", "a | b | "),
+    "json_keys": ({"keys": ["a", "b"]}, '{"b": 0, "a": "x"}', '{"a": "x", "b": ""}'),
+    "exact": ({"text": "[red fox]"}, " [red fox]. ", "red fox"),
+}
+
+
+def test_every_kind_is_tested() -> None:
+    assert set(PASS_FAIL) == set(KINDS)
+
+
+@pytest.mark.parametrize("kind", PASS_FAIL)
+def test_kind_tells_right_from_wrong(kind: str) -> None:
+    arguments, right, wrong = PASS_FAIL[kind]
+    assert satisfies({"kind": kind, **arguments}, right)
+    assert not satisfies({"kind": kind, **arguments}, wrong)
+    assert not satisfies({"kind": kind, **arguments}, "")
+
+
+def test_ifeval_checker_and_the_ones_that_need_downloads() -> None:
+    no_comma = {"kind": "ifeval", "id": "punctuation:no_comma", "args": {}}
+    assert satisfies(no_comma, "a b")
+    assert not satisfies(no_comma, "a, b")
+    with pytest.raises(ValueError, match="downloads data"):
+        satisfies({"kind": "ifeval", "id": "length_constraints:number_sentences", "args": {}}, "x")
+    with pytest.raises(ValueError, match="unknown constraint 'loud'"):
+        satisfies({"kind": "loud"}, "x")
+
+
+def test_guard() -> None:
+    guard = {"min_words": 3, "max_words": 6, "max_share": 0.4, "any_of": ["cat"]}
+    assert passes_guard(guard, "Cats purr softly.")
+    assert not passes_guard(guard, "Cats purr.")  # two different words
+    assert not passes_guard(guard, "Dogs bark loudly.")  # off topic
+    assert not passes_guard(guard, "Cats purr and purr and purr again.")  # too long
+    assert not passes_guard(guard, "cats cats cats purr softly")  # 3 of 5 words the same
+
+
+def test_gold_is_the_share_of_constraints_and_zero_without_the_guard() -> None:
+    checks = {
+        "constraints": [{"kind": "lowercase"}, {"kind": "ifeval", "id": "punctuation:no_comma", "args": {}}],
+        "guard": {"min_words": 2, "any_of": ["cat"]},
+    }
+    row = {"id": "1", "source": "t", "checks": json.dumps(checks)}
+    assert gold([row] * 4, ["cats purr", "Cats purr", "Cats, purr", ""]) == [1.0, 0.5, 0.0, 0.0]
+    assert gold([row], ["dogs bark"]) == [0.0]
+    assert explain(row, "Cats purr") == {"guard": True, "lowercase": False, "punctuation:no_comma": True}
+    with pytest.raises(ValueError, match="no constraints"):
+        gold([row | {"checks": ""}], ["x"])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("He has 3 cats.\n#### 1,200", "1200"),
+        ("#### 5\nno, #### 6 and 7", "6"),
+        ("so it costs $12.50.", "12.5"),
+        ("-4", "-4"),
+        ("nothing", None),
+        ("5 apples\n####", None),
+        ("it is 18.", "18"),
+    ],
+)
+def test_final_number(text: str, value: str | None) -> None:
+    assert final_number(text) == (None if value is None else Decimal(value))
+
+
+def test_gsm8k_answer() -> None:
+    row = {"id": "1", "source": "g", "checks": '{"answer": "1,200"}'}
+    assert gsm8k_answer([row] * 3, ["#### 1200.0", "1200 of 1300", ""]) == [1.0, 0.0, 0.0]
+    with pytest.raises(ValueError, match="format gsm8k"):
+        gsm8k_answer([row | {"checks": ""}], ["1"])

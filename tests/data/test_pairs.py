@@ -1,0 +1,62 @@
+"""Pairs from scored responses."""
+
+from __future__ import annotations
+
+import pytest
+
+from align.data.pairs import make_pairs
+from align.data.rows import user
+
+
+def row(name: str = "r") -> dict:
+    return {"id": name, "source": "s", "prompt": [user("hi")], "checks": "c"}
+
+
+def test_best_against_worst() -> None:
+    pairs, counts = make_pairs([row()], [["a", "b", "c", " "]], [[0.5, 1.0, 0.0, 9.0]], "best_worst", 0.0, 0)
+    assert len(pairs) == 1
+    assert pairs[0]["chosen"] == [{"role": "assistant", "content": "b"}]
+    assert pairs[0]["rejected"] == [{"role": "assistant", "content": "c"}]
+    assert (pairs[0]["chosen_score"], pairs[0]["rejected_score"], pairs[0]["flipped"]) == (1.0, 0.0, False)
+    assert counts == {
+        "prompts": 1, "empty_responses": 1, "prompts_too_few": 0, "compared": 1, "identical": 0, "tied": 0, "pairs": 1,
+        "flipped": 0,
+    }  # fmt: skip
+
+
+def test_ties_identical_texts_and_too_few() -> None:
+    rows = [row("tied"), row("same"), row("few")]
+    responses, scores = [["a", "b"], ["a", "a "], ["a", ""]], [[1.0, 1.0], [1.0, 0.0], [1.0, 0.0]]
+    pairs, counts = make_pairs(rows, responses, scores, "best_worst", 0.0, 0)
+    assert pairs == []
+    assert (counts["tied"], counts["identical"], counts["prompts_too_few"]) == (1, 1, 1)
+
+
+def test_all_pairs_add_up() -> None:
+    # Scores 0, 1, 1, 2 of texts a, b, c, c: six comparisons; b-c ties, c-c is identical, four are left.
+    pairs, counts = make_pairs([row()], [["a", "b", "c", "c"]], [[0.0, 1.0, 1.0, 2.0]], "all", 0.0, 0)
+    assert (counts["compared"], counts["tied"], counts["identical"], counts["pairs"]) == (6, 1, 1, 4)
+    assert all(pair["chosen_score"] > pair["rejected_score"] for pair in pairs)
+    assert len({pair["id"] for pair in pairs}) == 4
+
+
+def test_noise_flips_labels_and_keeps_true_scores() -> None:
+    rows = [row(str(i)) for i in range(2000)]
+    pairs, counts = make_pairs(rows, [["good", "bad"]] * 2000, [[1.0, 0.0]] * 2000, "best_worst", 0.1, 3)
+    flipped = [pair for pair in pairs if pair["flipped"]]
+    assert counts["flipped"] == len(flipped) and 150 < len(flipped) < 250  # 200 ± 3.7 standard deviations
+    assert all(p["chosen"][0]["content"] == "bad" and p["chosen_score"] < p["rejected_score"] for p in flipped)
+    # A pair's draw does not depend on its neighbours.
+    again, _ = make_pairs(rows[::-1], [["good", "bad"]] * 2000, [[1.0, 0.0]] * 2000, "best_worst", 0.1, 3)
+    assert {p["id"] for p in again if p["flipped"]} == {p["id"] for p in flipped}
+    other, _ = make_pairs(rows, [["good", "bad"]] * 2000, [[1.0, 0.0]] * 2000, "best_worst", 0.1, 4)
+    assert {p["id"] for p in other if p["flipped"]} != {p["id"] for p in flipped}
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(ValueError, match="noise"):
+        make_pairs([row()], [["a"]], [[1.0]], "all", 1.0, 0)
+    with pytest.raises(ValueError, match="not finite"):
+        make_pairs([row()], [["a", "b"]], [[1.0, float("nan")]], "all", 0.0, 0)
+    with pytest.raises(ValueError, match="expected 'best_worst' or 'all'"):
+        make_pairs([row()], [["a", "b"]], [[1.0, 0.0]], "some", 0.0, 0)  # type: ignore[arg-type]
