@@ -1,0 +1,79 @@
+"""Reward model: one score per answer, learnt from pairs (Bradley-Terry loss, trl's RewardTrainer)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from align.artifacts import GENERATORS, Kind
+from align.stage import StageContext, stage_input
+from align.training.config import TrainingFields, checked_options
+
+
+class RewardConfig(TrainingFields):
+    """The score is read at an answer's last token; ``batch_size`` counts pairs."""
+
+    model: stage_input(*GENERATORS)  # type: ignore[valid-type]
+    """Stage whose checkpoint gets a score head in place of its vocabulary head; usually the SFT stage."""
+    data: stage_input(Kind.PREFERENCES)  # type: ignore[valid-type]
+    """Stage with the pairs."""
+    center_rewards: float = Field(0.01, ge=0)
+    """Weight of the squared sum of a pair's scores (2312.09244, eq. 2), which keeps scores near 0; 0 turns it off."""
+
+    @field_validator("trainer")
+    @classmethod
+    def _trainer_exists(cls, options: dict[str, Any]) -> dict[str, Any]:
+        if "center_rewards_coefficient" in options:
+            raise ValueError("'center_rewards_coefficient' is not set here: set 'center_rewards' beside 'trainer'.")
+        return checked_options("reward", options)
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Train, save ``model/``, check that it scores as the trained model did, and return the metrics.
+
+    Held-out accuracy comes on the labels as given and, where the data knows the true scores, on those.
+    Raises ``UserError`` for a model without chat template or data without usable pairs.
+    """
+    from align.models.threads import use_threads
+
+    use_threads(context.runtime)
+    from datasets import Dataset
+    from trl.trainer.reward_config import RewardConfig as Arguments
+
+    from align.models.loading import add_lora, load_tokenizer, new_reward
+    from align.training import held_out
+    from align.training.arguments import training_arguments
+    from align.training.fit import fit
+    from align.training.handover import check_encoded, check_model
+    from align.training.reload import save_reward
+    from align.training.rows import encode_conversations, read_split
+    from align.training.trainers import PreparedReward, score_in_float32
+
+    config: RewardConfig = context.config
+    source, data = context.artifact("model").model, context.artifact("data")
+    tokenizer, model = load_tokenizer(source), new_reward(source, context.seed)
+    check_model(context.name, model, tokenizer)
+    splits = {}
+    for split, most in (("train", config.max_rows), ("test", config.eval_rows)):
+        rows = read_split(data.split(split), most, context.name)
+        splits[split] = encode_conversations(tokenizer, rows, config.max_length)
+        check_encoded(context.name, splits[split], len(rows), split, config.max_length, context.warn)
+    train, test = splits["train"], splits["test"]
+    score_in_float32(model)
+    model = add_lora(model, config.tuning, context.seed)
+    trainer = PreparedReward(
+        model=model,
+        args=training_arguments(
+            Arguments, context, len(train.rows), center_rewards_coefficient=config.center_rewards or None
+        ),
+        train_dataset=Dataset.from_list(train.rows),
+        processing_class=tokenizer,
+    )
+    trainer.row_lengths = train.lengths
+    pad = tokenizer.pad_token_id
+    metrics = fit(trainer, context, lambda: held_out.pairs(trainer, test, pad))
+    probe = [test.rows[0]["chosen_ids"], test.rows[-1]["rejected_ids"]]
+    gap = save_reward(trainer, tokenizer, context.output / "model", probe)
+    facts = {"pairs": len(train.rows), "test_pairs": len(test.rows), "reload_difference": gap}
+    return {**metrics, **held_out.pair_facts(test), **facts}

@@ -1,0 +1,74 @@
+"""Supervised fine-tuning: the model learns to give the dataset's answers (trl's SFTTrainer, loss on answers only)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import field_validator
+
+from align.artifacts import GENERATORS, Kind
+from align.stage import StageContext, stage_input
+from align.training.config import TrainingFields, checked_options
+
+
+class SftConfig(TrainingFields):
+    """Takes ``completion`` of instructions, or ``chosen`` of preferences, as the answer to learn."""
+
+    model: stage_input(*GENERATORS)  # type: ignore[valid-type]
+    """Stage whose checkpoint is trained further; it needs a chat template."""
+    data: stage_input(Kind.INSTRUCTIONS, Kind.PREFERENCES)  # type: ignore[valid-type]
+    """Stage with the answers: its ``train`` split is learnt, its ``test`` split only scored."""
+
+    @field_validator("trainer")
+    @classmethod
+    def _trainer_exists(cls, options: dict[str, Any]) -> dict[str, Any]:
+        return checked_options(
+            "sft", options, {"packing", "padding_free", "assistant_only_loss", "completion_only_loss"}
+        )
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Train, save ``model/`` and return steps, tokens, speed and held-out loss before and after.
+
+    Raises ``UserError`` for a model without chat template, data without usable rows, or rows that never teach the end
+    of an answer.
+    """
+    from align.models.threads import use_threads
+
+    use_threads(context.runtime)
+    from datasets import Dataset
+    from trl.trainer.sft_config import SFTConfig as Arguments
+
+    from align.models.loading import add_lora, load_policy, load_tokenizer, save_policy
+    from align.training import held_out
+    from align.training.arguments import training_arguments
+    from align.training.fit import fit
+    from align.training.handover import check_encoded, check_ends, check_model
+    from align.training.rows import encode_supervised, read_split
+    from align.training.trainers import PreparedSFT, label_positions_only
+
+    config: SftConfig = context.config
+    source, data = context.artifact("model").model, context.artifact("data")
+    tokenizer, model = load_tokenizer(source), load_policy(source)
+    check_model(context.name, model, tokenizer)
+    splits = {}
+    for split, most in (("train", config.max_rows), ("test", config.eval_rows)):
+        rows = read_split(data.split(split), most, context.name)
+        splits[split] = encode_supervised(tokenizer, rows, config.max_length)
+        check_encoded(context.name, splits[split], len(rows), split, config.max_length, context.warn)
+    train, test = splits["train"], splits["test"]
+    check_ends(context.name, train, tokenizer)
+    model = add_lora(model, config.tuning, context.seed)
+    label_positions_only()
+    trainer = PreparedSFT(
+        model=model,
+        args=training_arguments(Arguments, context, len(train.rows)),
+        train_dataset=Dataset.from_list(train.rows),
+        processing_class=tokenizer,
+    )
+    trainer.row_lengths = train.lengths
+    metrics = fit(trainer, context, lambda: held_out.supervised(trainer, test))
+    save_policy(
+        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False), tokenizer, context.output / "model"
+    )
+    return {**metrics, "rows": len(train.rows), "test_rows": len(test.rows)}

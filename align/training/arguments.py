@@ -1,0 +1,73 @@
+"""From our fields to trl's config object: what every training stage sets the same way."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+from align.errors import UserError
+from align.models.threads import device_of
+from align.stage import StageContext
+from align.training.config import TrainingFields
+
+SCHEDULERS = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+
+
+def accumulation(stage: str, fields: TrainingFields, processes: int) -> int:
+    """Micro-batches per optimizer step and process; ``UserError`` when ``batch_size`` does not divide evenly."""
+    together = fields.micro_batch * processes
+    if fields.batch_size % together:
+        raise UserError(
+            f"{stage}: batch_size {fields.batch_size} is not a multiple of micro_batch_size {fields.micro_batch} "
+            f"times {processes} processes; change one of them."
+        )
+    return fields.batch_size // together
+
+
+def total_steps(stage: str, fields: TrainingFields, rows: int) -> int:
+    """Optimizer steps of the whole run, counted as transformers counts them: an epoch's short last batch is a step."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    micro_batches = math.ceil(rows / (fields.micro_batch * processes))
+    per_epoch = math.ceil(micro_batches / accumulation(stage, fields, processes))
+    steps = math.ceil(fields.epochs * per_epoch)
+    return steps if fields.max_steps is None else min(steps, fields.max_steps)
+
+
+def training_arguments(config_class: type[Any], context: StageContext, rows: int, **own: Any) -> Any:
+    """An instance of trl's ``config_class`` for ``rows`` training rows; ``own`` are the stage's own options.
+
+    Weights stay float32: ``bf16`` here is autocast, and the stage hands trl a model that is loaded already.
+    """
+    fields: TrainingFields = context.config
+    steps = total_steps(context.name, fields, rows)
+    on_gpu = device_of(context.runtime).type == "cuda"
+    options: dict[str, Any] = {
+        "output_dir": str(context.checkpoints),
+        "seed": context.seed % 2**32,  # numpy takes no more
+        "use_cpu": not on_gpu,
+        "bf16": fields.precision == "bfloat16",
+        "max_steps": steps,
+        "per_device_train_batch_size": fields.micro_batch,
+        "per_device_eval_batch_size": fields.micro_batch,
+        "gradient_accumulation_steps": accumulation(context.name, fields, int(os.environ.get("WORLD_SIZE", "1"))),
+        "learning_rate": fields.learning_rate,
+        "lr_scheduler_type": SCHEDULERS[fields.scheduler],
+        "warmup_steps": math.ceil(fields.warmup_ratio * steps),
+        "weight_decay": fields.weight_decay,
+        "max_grad_norm": fields.max_grad_norm,
+        "max_length": None,  # rows are cut already
+        "save_strategy": "steps",
+        "save_steps": fields.save_steps,
+        "save_total_limit": 2,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "eval_strategy": "no",
+        "include_num_input_tokens_seen": "non_padding",
+        "gradient_checkpointing": False,  # trl turns it on, which costs a fifth of the speed
+        "dataloader_num_workers": 0,
+        "dataloader_pin_memory": on_gpu,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    return config_class(**{**options, **own, **fields.trainer})

@@ -1,0 +1,70 @@
+"""Run a prepared trainer: held-out scores before and after, progress, checkpoints, resume."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+from align.stage import StageContext
+from align.training.checkpoints import MarkCheckpoints, last_complete
+from align.training.progress import ReportProgress
+
+
+def fit(
+    trainer: Any, context: StageContext, held_out: Callable[[], dict[str, float]], before: bool = True
+) -> dict[str, Any]:
+    """Train, or go on from the last complete checkpoint, and return the stage's metrics.
+
+    ``held_out`` scores the held-out rows with the trainer's model as it is; its values come back as
+    ``test_<name>_before`` (unless ``before`` is False) and ``test_<name>_after``. ``tokens`` counts the real tokens
+    of the whole run, ``tokens_per_second`` those of this attempt over its training time.
+    """
+    at_first = _scored_before(context, held_out) if before else {}
+    checkpoint = last_complete(context.checkpoints)
+    trainer.add_callback(ReportProgress(context, held_out, context.config.eval_steps))
+    trainer.add_callback(MarkCheckpoints())
+    if checkpoint is not None:
+        print(f"resuming from {checkpoint}")
+    start, at_start = time.perf_counter(), _tokens_in(checkpoint)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seconds = time.perf_counter() - start
+    after = held_out()
+    context.log(trainer.state.global_step, **{f"test_{name}": value for name, value in after.items()})
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    tokens = int(trainer.state.num_input_tokens_seen)
+    return {
+        "steps": trainer.state.global_step,
+        "epochs": trainer.state.epoch,
+        "resumed_from_step": int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0,
+        "tokens": tokens,
+        "training_seconds": seconds,
+        "tokens_per_second": (tokens - at_start) / seconds,
+        "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "loss_first": losses[0],
+        "loss_last": losses[-1],
+        **{f"test_{name}_before": value for name, value in at_first.items()},
+        **{f"test_{name}_after": value for name, value in after.items()},
+    }
+
+
+def _scored_before(context: StageContext, held_out: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """The scores before training, computed once: a resumed attempt reads the first one's."""
+    file = context.checkpoints / "before.json"
+    if file.is_file():
+        return {name: float(value) for name, value in json.loads(file.read_text(encoding="utf-8")).items()}
+    scores = held_out()
+    context.log(0, **{f"test_{name}": value for name, value in scores.items()})
+    draft = file.with_suffix(".draft")
+    draft.write_text(json.dumps(scores), encoding="utf-8")
+    draft.rename(file)
+    return scores
+
+
+def _tokens_in(checkpoint: Any) -> int:
+    if checkpoint is None:
+        return 0
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    return int(state.get("num_input_tokens_seen", 0))

@@ -1,0 +1,67 @@
+"""From the trainer's callbacks to the stage's events: progress, curves, held-out scores along the way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from align.errors import UserError
+from align.stage import StageContext
+
+HIDDEN = ("total_flos", "epoch", "num_tokens", "num_input_tokens_seen", "train_runtime", "train_tokens_per_second")
+"""Values trl logs that are no curve of their own."""
+
+
+class ReportProgress(TrainerCallback):
+    """One progress event and one point of the curves per optimizer step; a loss that is not finite stops the stage.
+
+    ``held_out`` scores the held-out rows (see ``align.training.held_out``) every ``eval_steps`` steps, if given.
+    """
+
+    def __init__(
+        self,
+        context: StageContext,
+        held_out: Callable[[], dict[str, float]] | None = None,
+        eval_steps: int | None = None,
+    ) -> None:
+        self.context, self.held_out, self.eval_steps = context, held_out, eval_steps
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """``logs`` holds ``loss`` after a step, and only run totals at the end."""
+        if not state.is_world_process_zero or not logs or "loss" not in logs:
+            return
+        loss = float(logs["loss"])
+        self.context.log(state.global_step, **{name: float(v) for name, v in logs.items() if name not in HIDDEN})
+        shown: dict[str, Any] = {
+            name.rpartition("/")[2]: float(logs[name]) for name in ("accuracy", "rewards/accuracies") if name in logs
+        }
+        self.context.progress(
+            state.global_step,
+            state.max_steps,
+            tokens=int(state.num_input_tokens_seen),
+            loss=loss,
+            learning_rate=float(logs.get("learning_rate", 0.0)),
+            **shown,
+        )
+        if not math.isfinite(loss):
+            raise UserError(
+                f"{self.context.name}: the training loss is {loss} at step {state.global_step}. "
+                f"Lower learning_rate (now {args.learning_rate:g}) or max_grad_norm (now {args.max_grad_norm:g}), "
+                "or raise warmup_ratio."
+            )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        due = self.held_out is not None and self.eval_steps is not None and state.global_step % self.eval_steps == 0
+        # The last step's scores are the stage's result and are taken once training has ended.
+        if due and self.held_out is not None and state.global_step < state.max_steps:
+            self.context.log(state.global_step, **{f"test_{name}": value for name, value in self.held_out().items()})

@@ -1,0 +1,126 @@
+"""From rows of messages to token ids, with every cut and every row left out counted.
+
+Done here and not by trl, whose own preparation caches on disk, drops over-long pairs without a word, and supervises
+whatever the chat template puts behind the end of the turn. Leaves out packing: rows are grouped by length instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from align.data.rows import read_rows
+from align.errors import UserError
+from align.models.render import render_conversation, render_prompt
+
+Row = dict[str, Any]
+MASKED = -100
+"""Label of a token that no loss is taken on; torch's and trl's convention."""
+
+
+@dataclass
+class Encoded:
+    """Token ids of one split.
+
+    ``rows`` are what trl's trainer of the stage takes, ``lengths`` their tokens (the longer side of a pair),
+    ``sources`` the rows they came from. ``counts`` says what was cut or left out, in words fit for a warning.
+    """
+
+    rows: list[dict[str, list[int]]] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    sources: list[Row] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, row: dict[str, list[int]], length: int, source: Row) -> None:
+        self.rows.append(row)
+        self.lengths.append(length)
+        self.sources.append(source)
+
+    def count(self, what: str) -> None:
+        self.counts[what] = self.counts.get(what, 0) + 1
+
+
+def read_split(path: Path, most: int | None, stage: str) -> list[Row]:
+    """The first ``most`` rows of a split; ``UserError`` when it has none."""
+    rows = read_rows(path)
+    if not rows:
+        raise UserError(f"{stage}: {path} has no rows; loosen the filters of its data stage.")
+    return rows[:most]
+
+
+def split_turn(tokenizer: Any, prompt: list[Row], answer: list[Row]) -> tuple[list[int], list[int]]:
+    """Ids of the prompt as it is rendered for sampling, and of the answer up to and with its end-of-turn token.
+
+    Raises ``UserError`` when the chat template renders the prompt differently once an answer follows it: training
+    and sampling would then see different contexts.
+    """
+    prompt_ids = render_prompt(tokenizer, prompt)
+    whole = render_conversation(tokenizer, [*prompt, *answer])
+    if whole[: len(prompt_ids)] != prompt_ids:
+        shared = next((at for at, pair in enumerate(zip(prompt_ids, whole, strict=False)) if pair[0] != pair[1]), 0)
+        raise UserError(
+            "the chat template renders a prompt differently once an answer follows it: sampling would see "
+            f"{tokenizer.decode(prompt_ids[shared:])!r} where training sees {tokenizer.decode(whole[shared:])[:60]!r}. "
+            "Give the model a chat template whose generation prompt is the beginning of an assistant turn."
+        )
+    return prompt_ids, whole[len(prompt_ids) :]
+
+
+def encode_supervised(tokenizer: Any, rows: Sequence[Row], max_length: int) -> Encoded:
+    """``input_ids`` and ``labels`` (``MASKED`` on the prompt) for SFT; the answer is ``completion``, else ``chosen``.
+
+    An answer that does not fit is cut at ``max_length`` tokens and loses its end of turn; a prompt that leaves no
+    room for an answer is left out.
+    """
+    out = Encoded()
+    for row in rows:
+        prompt_ids, answer_ids = split_turn(tokenizer, row["prompt"], row.get("completion") or row["chosen"])
+        room = max_length - len(prompt_ids)
+        if room <= 0:
+            out.count("left out, the prompt alone fills max_length")
+            continue
+        if len(answer_ids) > room:
+            out.count("answer cut at max_length, so without its end of turn")
+        ids = prompt_ids + answer_ids[:room]
+        out.add({"input_ids": ids, "labels": [MASKED] * len(prompt_ids) + ids[len(prompt_ids) :]}, len(ids), row)
+    return out
+
+
+def encode_pairs(tokenizer: Any, rows: Sequence[Row], max_length: int) -> Encoded:
+    """``prompt_ids``, ``chosen_ids`` and ``rejected_ids`` (answers only) for DPO.
+
+    A pair with a side longer than ``max_length`` is left out: a cut answer would be judged by its missing end.
+    """
+    out = Encoded()
+    for row in rows:
+        prompt_ids, chosen_ids = split_turn(tokenizer, row["prompt"], row["chosen"])
+        _, rejected_ids = split_turn(tokenizer, row["prompt"], row["rejected"])
+        if chosen_ids == rejected_ids:
+            out.count("left out, both answers are the same")
+            continue
+        length = len(prompt_ids) + max(len(chosen_ids), len(rejected_ids))
+        if length > max_length:
+            out.count("left out, longer than max_length")
+            continue
+        out.add({"prompt_ids": prompt_ids, "chosen_ids": chosen_ids, "rejected_ids": rejected_ids}, length, row)
+    return out
+
+
+def encode_conversations(tokenizer: Any, rows: Sequence[Row], max_length: int) -> Encoded:
+    """``chosen_ids`` and ``rejected_ids`` (prompt and answer, as a reward model reads them); too long ones left out."""
+    out = Encoded()
+    for row in rows:
+        chosen_ids, rejected_ids = (
+            render_conversation(tokenizer, [*row["prompt"], *row[side]]) for side in ("chosen", "rejected")
+        )
+        if chosen_ids == rejected_ids:
+            out.count("left out, both answers are the same")
+            continue
+        length = max(len(chosen_ids), len(rejected_ids))
+        if length > max_length:
+            out.count("left out, longer than max_length")
+            continue
+        out.add({"chosen_ids": chosen_ids, "rejected_ids": rejected_ids}, length, row)
+    return out

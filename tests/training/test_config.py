@@ -1,0 +1,63 @@
+"""The shared fields: bounds, micro-batches, and trainer options checked without torch."""
+
+import pytest
+
+from align.errors import UserError
+from align.stages.dpo import DpoConfig
+from align.stages.reward import RewardConfig
+from align.stages.sft import SftConfig
+from align.training.arguments import total_steps
+from align.validation import validate
+
+SFT = {"model": "model", "data": "data", "learning_rate": 1e-4}
+
+
+def test_default_micro_batch_divides_the_batch() -> None:
+    assert SftConfig(**SFT, batch_size=16).micro_batch == 8
+    assert SftConfig(**SFT, batch_size=12).micro_batch == 6
+    assert SftConfig(**SFT, batch_size=7).micro_batch == 7
+    assert SftConfig(**SFT, batch_size=11).micro_batch == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "extra", "message"),
+    [
+        (
+            SftConfig,
+            {"batch_size": 12, "micro_batch_size": 8},
+            "micro_batch_size 8 does not divide batch_size 12; take 6",
+        ),
+        (SftConfig, {"learning_rat": 1e-4}, r"unknown key 'learning_rat'\. Did you mean 'learning_rate'"),
+        (SftConfig, {"learning_rate": -1}, r"stages\.x\.learning_rate: should be greater than 0"),
+        (SftConfig, {"scheduler": "cosin"}, "Did you mean 'cosine'"),
+        (SftConfig, {"trainer": {"adam_beta": 0.9}}, r"stages\.x\.trainer: unknown key 'adam_beta'.*'adam_beta[12]'"),
+        (SftConfig, {"trainer": {"learning_rate": 1}}, "set 'learning_rate' beside 'trainer'"),
+        (RewardConfig, {"trainer": {"center_rewards_coefficient": 0.1}}, "set 'center_rewards' beside"),
+        (RewardConfig, {"center_reward": 0.1}, "Did you mean 'center_rewards'"),
+    ],
+)
+def test_mistakes_are_named(kind: type, extra: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        validate(kind, {**SFT, **extra}, "p.yaml: stages.x")
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"trainer": {"beta": 0.2}}, "set 'beta' beside"),
+        ({"trainer": {"loss_type": ["ipo"]}}, "set 'loss' beside"),
+        ({"trainer": {"precompute_ref_log_probs": False}}, "scored once"),
+        ({"bta": 0.2}, "Did you mean 'beta'"),
+    ],
+)
+def test_mistakes_in_dpo_are_named(extra: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        validate(DpoConfig, {"policy": "sft", "data": "pairs", "learning_rate": 1e-5, **extra}, "p.yaml: stages.x")
+
+
+def test_steps_count_short_batches_and_the_cap() -> None:
+    assert total_steps("sft", SftConfig(**SFT, batch_size=16), 100) == 7  # 6.25 batches
+    assert total_steps("sft", SftConfig(**SFT, batch_size=16, epochs=2), 100) == 14
+    assert total_steps("sft", SftConfig(**SFT, batch_size=16, epochs=0.5), 100) == 4
+    assert total_steps("sft", SftConfig(**SFT, batch_size=16, epochs=2, max_steps=5), 100) == 5
+    assert total_steps("sft", SftConfig(**SFT, batch_size=16, max_steps=50), 100) == 7

@@ -1,0 +1,122 @@
+"""A killed stage goes on: the remaining losses and the final weights are those of the uninterrupted run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from align.artifacts import Kind
+from align.stage import STAGES, StageContext
+from tests.training.harness import context, data_artifact, losses
+
+LORA = {"method": "lora", "rank": 4}
+FULL = {"method": "full"}
+
+
+class Killed(BaseException):
+    pass
+
+
+class Dying(StageContext):
+    """A context that kills the stage when step ``DIES_AT`` is reported."""
+
+    dies_at = 0
+
+    def progress(self, done: float, total: float, unit: str = "steps", **shown: Any) -> None:
+        super().progress(done, total, unit, **shown)
+        if unit == "steps" and done == self.dies_at:
+            raise Killed
+
+
+def dying(plain: StageContext, step: int) -> StageContext:
+    made = Dying(**{field.name: getattr(plain, field.name) for field in fields(plain)})
+    object.__setattr__(made, "dies_at", step)
+    return made
+
+
+def made(kind: str, root: Path, model: Path, tuning: dict[str, Any], save_steps: int) -> StageContext:
+    source = "policy" if kind == "dpo" else "model"
+    config = STAGES[kind].config_class()(
+        **{source: "model"},
+        data="data",
+        tuning=tuning,
+        learning_rate=3e-3,
+        epochs=3,
+        batch_size=8,
+        micro_batch_size=4,
+        max_length=128,
+        save_steps=save_steps,
+    )
+    return context(root, config, model, data_artifact(root / "data", Kind.PREFERENCES), source)
+
+
+@pytest.mark.parametrize("tuning", [FULL, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize(("save_steps", "dies_at"), [(4, 10), (5, 12)], ids=["mid-epoch", "epoch-end"])
+@pytest.mark.parametrize("kind", ["sft", "reward", "dpo"])
+def test_resumed_run_equals_the_uninterrupted_one(
+    kind: str, save_steps: int, dies_at: int, tuning: dict[str, Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    run = STAGES[kind].runner()
+    whole = made(kind, tmp_path / "whole", tiny_model, tuning, save_steps)
+    run(whole)
+    parts = made(kind, tmp_path / "parts", tiny_model, tuning, save_steps)
+    with pytest.raises(Killed):
+        run(dying(parts, dies_at))
+    metrics = run(parts)
+    assert metrics["resumed_from_step"] == dies_at - 2
+    assert metrics["steps"] == 15
+    assert losses(parts) == losses(whole)
+    expected, found = (load_file(c.output / "model" / "model.safetensors") for c in (whole, parts))
+    assert expected.keys() == found.keys()
+    assert all(expected[name].equal(found[name]) for name in expected)
+
+
+def test_stage_killed_after_its_last_step_only_finishes(tiny_model: Path, tmp_path: Path) -> None:
+    run = STAGES["sft"].runner()
+    whole = made("sft", tmp_path / "run", tiny_model, FULL, 4)
+    first = run(whole)
+    again = run(whole)
+    assert again["resumed_from_step"] == 15
+    assert again["test_loss_after"] == first["test_loss_after"]
+    assert again["tokens"] == first["tokens"]
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from align.stage import STAGES
+from tests.training.test_resume import FULL, made
+STAGES["sft"].runner()(made("sft", Path(sys.argv[1]), Path(sys.argv[2]), FULL, 1))
+"""
+
+
+def test_sigkill_in_the_middle_of_saving(tiny_model: Path, tmp_path: Path) -> None:
+    whole = made("sft", tmp_path / "whole", tiny_model, FULL, 1)
+    STAGES["sft"].runner()(whole)
+    root = tmp_path / "parts"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    child = subprocess.Popen([sys.executable, "-c", SCRIPT, str(root), str(tiny_model)], env=environment)
+    try:
+        deadline = time.monotonic() + 120
+        while not (root / "checkpoints" / "checkpoint-5").exists():
+            assert child.poll() is None, "the stage ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    parts = made("sft", root, tiny_model, FULL, 1)
+    metrics = STAGES["sft"].runner()(parts)
+    assert 4 <= metrics["resumed_from_step"] < 15
+    assert losses(parts) == losses(whole)
+    expected, found = (load_file(c.output / "model" / "model.safetensors") for c in (whole, parts))
+    assert all(expected[name].equal(found[name]) for name in expected)
