@@ -1,0 +1,140 @@
+"""The numbers of each response and each checkpoint: gold and reward-model scores, KL, held-out loss.
+
+Each measurement is kept on disk under what it was made of, so that an interrupted evaluation goes on where it was.
+Leaves out generation and statistics.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from align.errors import UserError
+from align.evaluation.generation import Generated
+from align.evaluation.logprobs import response_logprobs, sequence_kl
+from align.evaluation.prompts import Policy
+from align.evaluation.scorecard import Values
+from align.models.render import render_conversation, render_prompt
+
+Row = dict[str, Any]
+LogprobsOf = Callable[[list[list[int]], list[list[int]]], list[list[float]]]
+"""(prompts, responses) → log-probability of each response token, under one model."""
+
+
+def kept(folder: Path, name: str, identity: str, compute: Callable[[], Any]) -> Any:
+    """``compute()``'s JSON-able result, or the one of an earlier attempt under the same identity."""
+    path = folder / f"{name}.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["identity"] == identity:
+            return found["value"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        pass
+    value = compute()
+    draft = path.with_suffix(".draft")
+    draft.write_text(json.dumps({"identity": identity, "value": value}), encoding="utf-8")
+    draft.replace(path)
+    return value
+
+
+def shape_values(generated: Generated) -> dict[str, Values]:
+    """Length in tokens and whether the response ended by itself."""
+    return {
+        "length": [[float(len(one.token_ids)) for one in samples] for samples in generated.responses],
+        "finished": [[float(one.finished) for one in samples] for samples in generated.responses],
+    }
+
+
+def function_values(scorer: Any, rows: Sequence[Row], generated: Generated) -> Values:
+    """Scores of a verifiable function (an :class:`align.data.scoring.Scorer`), per prompt and sample."""
+    flat = [one for samples in generated.responses for one in samples]
+    repeated = [row for row, samples in zip(rows, generated.responses, strict=True) for _ in samples]
+    scores = scorer.score(repeated, [one.text for one in flat], [not one.finished for one in flat])
+    return _unflatten(scores, generated)
+
+
+def reward_values(score: Callable[..., list[float]], rows: Sequence[Row], generated: Generated) -> Values:
+    """Reward-model scores, per prompt and sample; ``score(prompts, responses, finished)``."""
+    flat = [one for samples in generated.responses for one in samples]
+    prompts = [row["prompt"] for row, samples in zip(rows, generated.responses, strict=True) for _ in samples]
+    scores = score(prompts, [one.text for one in flat], [one.finished for one in flat])
+    return _unflatten(scores, generated)
+
+
+def kl_values(
+    own: LogprobsOf, reference: LogprobsOf, prompts: Sequence[list[int]], generated: Generated
+) -> dict[str, Values]:
+    """k1 and k3 estimates of each response's KL to the reference, in nats; see :func:`sequence_kl`."""
+    flat = [one.token_ids for samples in generated.responses for one in samples]
+    repeated = [ids for ids, samples in zip(prompts, generated.responses, strict=True) for _ in samples]
+    pairs = zip(own(repeated, flat), reference(repeated, flat), strict=True)
+    estimates = [sequence_kl(logprobs, ref_logprobs) for logprobs, ref_logprobs in pairs]
+    return {
+        "kl": _unflatten([k1 for k1, _ in estimates], generated),
+        "kl_k3": _unflatten([k3 for _, k3 in estimates], generated),
+    }
+
+
+def heldout_losses(
+    logprobs_of: LogprobsOf, tokenizer: Any, rows: Sequence[Row], longest: int
+) -> tuple[list[int], list[float], list[int]]:
+    """Loss per token of each row's reference answer, end of turn included, as SFT takes it.
+
+    Returns the indices of the rows that fit ``longest`` tokens, their loss per token in nats, and their token counts.
+    Raises ``UserError`` when none fits.
+    """
+    prompts, answers, indices = [], [], []
+    for index, row in enumerate(rows):
+        prompt = render_prompt(tokenizer, row["prompt"])
+        whole = render_conversation(tokenizer, [*row["prompt"], *row["completion"]])
+        if whole[: len(prompt)] == prompt and len(prompt) < len(whole) <= longest:
+            prompts.append(prompt)
+            answers.append(whole[len(prompt) :])
+            indices.append(index)
+    if not indices:
+        raise UserError(f"heldout: none of {len(rows)} rows fits max_heldout_length={longest} tokens; raise it.")
+    losses = [-sum(values) / len(values) for values in logprobs_of(prompts, answers)]
+    return indices, losses, [len(answer) for answer in answers]
+
+
+class LoadedModels:
+    """Checkpoints for forward passes: the reference stays loaded, one other at a time beside it."""
+
+    def __init__(self, policies: Sequence[Policy], reference: str, device: Any, precision: Any) -> None:
+        self.policies = {policy.name: policy for policy in policies}
+        self.reference, self.device, self.precision = reference, device, precision
+        self.models: dict[str, Any] = {}
+
+    def logprobs_of(self, name: str, temperature: float) -> LogprobsOf:
+        """A function that gives the checkpoint's log-probabilities; it is loaded at the first call."""
+
+        def compute(prompts: list[list[int]], responses: list[list[int]]) -> list[list[float]]:
+            return response_logprobs(
+                self._model(name),
+                prompts,
+                responses,
+                temperature=temperature,
+                precision=self.precision,
+                pad=int(self.policies[name].tokenizer.pad_token_id),
+            )
+
+        return compute
+
+    def _model(self, name: str) -> Any:
+        from align.models.loading import load_policy
+
+        if name not in self.models:
+            for other in [other for other in self.models if other != self.reference]:
+                del self.models[other]
+            self.models[name] = load_policy(self.policies[name].model_dir).to(self.device).requires_grad_(False)
+        return self.models[name]
+
+
+def _unflatten(flat: Sequence[float], generated: Generated) -> Values:
+    values, at = [], 0
+    for samples in generated.responses:
+        values.append([float(value) for value in flat[at : at + len(samples)]])
+        at += len(samples)
+    return values

@@ -1,0 +1,43 @@
+"""The evaluate stage's configuration: what is refused, and what enters the key."""
+
+import pytest
+from pydantic import ValidationError
+
+from align.errors import UserError
+from align.stages.evaluate import EvaluateConfig
+
+GOOD = {"policies": ["model", "sft"], "reference": "sft", "prompts": "data"}
+
+
+def test_a_minimal_config_is_enough():
+    config = EvaluateConfig(**GOOD)
+    assert config.samples_per_prompt == 1
+    assert config.score is None
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"reference": "ppo"}, "not among policies"),
+        ({"policies": ["sft", "sft"]}, "twice"),
+        ({"pairs": "sample"}, "reward is missing"),
+        ({"policies": []}, "at least 1 item"),
+        ({"max_token": 3}, "Extra inputs"),
+    ],
+)
+def test_what_is_refused(change, words):
+    with pytest.raises(ValidationError, match=words):
+        EvaluateConfig(**GOOD | change)
+
+
+def test_the_scoring_program_is_part_of_the_key(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scorer = tmp_path / "my_scorer_of_tests.py"
+    scorer.write_text("def score(rows, responses): return [0.0] * len(rows)\n")
+    config = EvaluateConfig(**GOOD, score="my_scorer_of_tests:score")
+    before = config.identities(tmp_path)
+    scorer.write_text("def score(rows, responses): return [1.0] * len(rows)\n")
+    assert config.identities(tmp_path) != before
+    assert EvaluateConfig(**GOOD).identities(tmp_path) == {}
+    with pytest.raises(UserError, match="no module"):
+        EvaluateConfig(**GOOD, score="no_such_module:score").identities(tmp_path)
