@@ -227,7 +227,7 @@ class Pipeline:
         self, stage: Stage, config: Config, seed: int, inputs: Mapping[str, Any], identities: dict[str, str]
     ) -> dict[str, Any]:
         """What the key is made of: a single input's name is dropped; in a list names are labels, so they stay."""
-        settings = config.model_dump(mode="python")
+        settings = config.model_dump(mode="python", exclude=set(config.identified))
         keys: dict[str, Any] = {}
         for field_name, value in inputs.items():
             if isinstance(value, str):

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -25,6 +25,9 @@ class Config(BaseModel):
     """Base of every configuration block: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
+
+    identified: ClassVar[frozenset[str]] = frozenset()
+    """Fields whose meaning ``identities`` covers (paths, mostly): the key leaves their own text out."""
 
 
 @dataclass(frozen=True)
