@@ -128,7 +128,7 @@ def _read_csv(path: Path) -> Iterator[Record]:
                     raise UserError(f"{where}: more cells than the header's {len(reader.fieldnames or [])}.")
                 yield where, {str(name): cell for name, cell in value.items() if cell is not None}
         except csv.Error as error:
-            raise UserError(f"{path}:{reader.line_num}: not valid CSV: {error}.") from None
+            raise UserError(f"{path}:{reader.line_num + 1}: not valid CSV: {error}.") from None
 
 
 _READERS = {"jsonl": _read_jsonl, "json": _read_json, "parquet": _read_parquet, "csv": _read_csv}

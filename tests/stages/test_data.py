@@ -1,0 +1,93 @@
+"""The data stage: its config, its identities, and what it writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from align.artifacts import Kind
+from align.data.rows import read_rows
+from align.errors import UserError
+from align.stage import Runtime, StageContext
+from align.stages.data import DataConfig, run
+
+HUB = {"type": "hub", "name": "o/n", "revision": "0" * 40, "format": "gsm8k"}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"question": f"q{i}?", "answer": f"so {i}\n#### {i}"}) + "\n" for i in range(40))
+    )
+    recipe("hub.yaml", HUB, files_variable="ALIGN_TEST_FILES")
+    recipe("embedded.yaml", {"type": "embedded", "size": 100})
+    return tmp_path
+
+
+def recipe(name: str, source: dict, **options: object) -> None:
+    Path(name).write_text(yaml.safe_dump({"kind": "instructions", "sources": [source], **options}))
+
+
+def context(config: DataConfig, folder: Path) -> StageContext:
+    for name in ("out", "checkpoints"):
+        (folder / name).mkdir(exist_ok=True)
+    return StageContext(
+        "data", config, {}, 0, Runtime(), folder / "out", folder / "checkpoints", folder / "events.jsonl"
+    )
+
+
+def test_run_writes_splits_ledger_and_metrics(here: Path) -> None:
+    config = DataConfig(recipe="embedded.yaml")
+    assert config.makes() == Kind.INSTRUCTIONS
+    metrics = run(context(config, here))
+    train, test = read_rows(here / "out" / "train.parquet"), read_rows(here / "out" / "test.parquet")
+    ledger = json.loads((here / "out" / "ledger.json").read_text())
+    assert (metrics["train_rows"], metrics["test_rows"]) == (len(train), len(test))
+    assert ledger["rows_in"] == 100 == len(train) + len(test)
+    assert set(train[0]) == {"id", "source", "prompt", "checks", "completion"}
+    assert json.dumps(metrics) and "progress" in (here / "events.jsonl").read_text()
+    again = run(context(config, here))
+    assert again == metrics and read_rows(here / "out" / "train.parquet") == train
+
+
+def test_files_and_max_rows_override_the_recipe(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = run(context(DataConfig(recipe="hub.yaml", files=["*.jsonl"], max_rows=30), here))
+    assert metrics["rows_in"] == 40 and metrics["dropped"] == {"over max_rows": 10}
+    by_field = DataConfig(recipe="hub.yaml", files=["a.jsonl"]).identities(here)
+    monkeypatch.setenv("ALIGN_TEST_FILES", "a.jsonl")
+    assert DataConfig(recipe="hub.yaml").identities(here) == by_field
+    with pytest.raises(UserError, match=r"files cannot replace the sources of embedded.yaml"):
+        DataConfig(recipe="embedded.yaml", files=["a.jsonl"]).identities(here)
+    with pytest.raises(UserError, match=r"no file matches 'b.jsonl'.*'a.jsonl'"):
+        DataConfig(recipe="hub.yaml", files=["b.jsonl"]).identities(here)
+
+
+def test_identity_is_the_recipes_content_and_its_files(here: Path) -> None:
+    config = DataConfig(recipe="hub.yaml", files=["a.jsonl"])
+    first = config.identities(here)
+    Path("renamed.yaml").write_text("# a comment\n" + Path("hub.yaml").read_text() + "description: new\n")
+    assert DataConfig(recipe="renamed.yaml", files=["./a.jsonl"]).identities(here) == first
+    (here / "a.jsonl").write_text((here / "a.jsonl").read_text().replace("q1?", "q1!"))
+    assert config.identities(here) != first
+    hub = DataConfig(recipe="hub.yaml").identities(here)
+    assert hub["sources[0]"] == f"o/n@{'0' * 40}"
+    recipe("hub.yaml", HUB, seed=3)
+    assert DataConfig(recipe="hub.yaml").identities(here)["recipe"] != hub["recipe"]
+    assert "version 1" in DataConfig(recipe="embedded.yaml").identities(here)["sources[0]"]
+
+
+def test_a_missing_recipe(here: Path) -> None:
+    with pytest.raises(UserError, match=r"embeded.yaml: there is no such file.*embedded.yaml"):
+        DataConfig(recipe="embeded.yaml").makes()
+
+
+def test_a_broken_line_writes_nothing(here: Path) -> None:
+    with (here / "a.jsonl").open("a") as file:
+        file.write("{broken\n")
+    with pytest.raises(UserError, match=r"a.jsonl:41: not valid JSON"):
+        run(context(DataConfig(recipe="hub.yaml", files=["a.jsonl"]), here))
+    assert list((here / "out").iterdir()) == []
