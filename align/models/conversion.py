@@ -70,6 +70,7 @@ def write_model(model: Any, tokenizer: Any, out_dir: Path, warn: Callable[[str],
     """Settle the special tokens and write model and tokenizer to ``out_dir``."""
     settle_special_tokens(tokenizer, model, warn)
     require_sane(model)
+    tokenizer.clean_up_tokenization_spaces = False  # it would take spaces out of what was really sampled
     model.generation_config.do_sample = True  # a folder is sampled from by default, as its training was
     model.save_pretrained(out_dir)
     tokenizer.save_pretrained(out_dir)

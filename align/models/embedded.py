@@ -28,8 +28,8 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CONVERSION = 1
 """Part of the cache folder's name: bumped when the conversion writes other files, so that old ones are not reused."""
 
-UPSTREAM_TURN = "{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}"
-UPSTREAM_PROMPT = "{{ '<|im_start|>assistant\\n' }}"
+UPSTREAM_TURN = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+UPSTREAM_PROMPT = "{{ '<|im_start|>assistant\n' }}"
 OUR_TURN = (
     "{% if not loop.first %}{{ '\\n' }}{% endif %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' }}"

@@ -50,11 +50,14 @@ class RolloutEngine(Protocol):
     """vLLM or transformers; the rest of align does not ask which."""
 
     name: str
+    dtype: torch.dtype
+    """Type it computes in; the parity probe's tolerance follows from it."""
 
     def generate(
         self, prompts: list[list[int]], sampling: Sampling, on_progress: Progress | None = None
     ) -> list[list[Response]]:
         """``sampling.n`` responses for each prompt, in the order of ``prompts``."""
+        ...
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Take the full set of weights under their transformers names, and forget every cached prefix.

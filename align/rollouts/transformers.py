@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -26,7 +25,7 @@ class TransformersEngine:
     def __init__(self, model_dir: Path, *, device: torch.device, dtype: torch.dtype, batch_size: int) -> None:
         self.tokenizer = load_tokenizer(model_dir)
         self.model = load_policy(model_dir, dtype).to(device).requires_grad_(False)
-        self.device = device
+        self.device, self.dtype = device, dtype
         self.batch_size = batch_size
         self.eos = int(self.tokenizer.eos_token_id)
         self.pad = int(self.tokenizer.pad_token_id)

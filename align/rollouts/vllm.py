@@ -99,6 +99,7 @@ class VllmEngine:
         self.tokenizer = load_tokenizer(model_dir)
         self.eos = int(self.tokenizer.eos_token_id)
         self.names = weight_names(model_dir)
+        self.dtype = dtype
         memory: dict[str, Any] = {"gpu_memory_utilization": config.gpu_memory}
         if device.type == "cpu":
             memory = {"kv_cache_memory_bytes": int(config.cpu_kv_cache_gb * 2**30), "block_size": 32}

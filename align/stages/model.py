@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from align.errors import UserError
 from align.fingerprint import file_digest
@@ -24,6 +24,8 @@ class ModelConfig(Config):
     """Path of a Jinja chat template, which replaces the model's own; a base model without one needs it."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the stored weights; bfloat16 halves the files. Training starts from float32 copies either way."""
+
+    identified: ClassVar[frozenset[str]] = frozenset({"source", "revision", "chat_template"})
 
     def identities(self, base: Path) -> dict[str, str]:
         """The model's commit or digest, and the digest of the chat template's file."""

@@ -1,0 +1,68 @@
+"""Scoring responses with a trained reward model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from align.models.loading import load_reward, load_tokenizer
+from align.models.precision import Precision, autocast
+from align.models.render import Message, render_conversation
+
+
+class RewardModel:
+    """One score per response, read at the last token of the conversation, as the reward model was trained."""
+
+    def __init__(
+        self, model_dir: Path, device: Any = "cpu", precision: Precision = "bfloat16", batch_size: int = 32
+    ) -> None:
+        """Load the model. Raises ``UserError`` for a checkpoint without a score head."""
+        self.tokenizer = load_tokenizer(model_dir)
+        self.model = load_reward(model_dir).to(device).requires_grad_(False)
+        self.device = torch.device(device)
+        self.precision = precision
+        self.batch_size = batch_size
+
+    def score(
+        self, prompts: list[list[Message]], responses: list[str], truncated: list[bool] | None = None
+    ) -> list[float]:
+        """Scores of ``responses[i]`` as the assistant's answer to ``prompts[i]``, with this model's own template.
+
+        ``truncated`` marks answers cut off at their length limit: they are read without the end-of-turn token.
+        """
+        cut = truncated if truncated is not None else [False] * len(responses)
+        rows = [
+            render_conversation(
+                self.tokenizer, [*prompt, {"role": "assistant", "content": response}], finished=not was_cut
+            )
+            for prompt, response, was_cut in zip(prompts, responses, cut, strict=True)
+        ]
+        return self.score_tokens(rows)
+
+    @torch.inference_mode()
+    def score_tokens(self, rows: list[list[int]]) -> list[float]:
+        """Scores of rendered conversations, in the order given; rows of like length are read together."""
+        scores = [0.0] * len(rows)
+        order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            for index, value in zip(batch, self._forward([rows[index] for index in batch]), strict=True):
+                scores[index] = value
+        return scores
+
+    def _forward(self, rows: list[list[int]]) -> list[float]:
+        """Right-padded, so that positions need no shift and padding is never attended to."""
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)
+        width = int(lengths.max())
+        pad = self.tokenizer.pad_token_id
+        ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=self.device)  # (B, T)
+        mask = (torch.arange(width, device=self.device) < lengths[:, None]).long()
+        trunk = getattr(self.model, self.model.base_model_prefix)
+        with autocast(self.device, self.precision):
+            hidden = trunk(input_ids=ids, attention_mask=mask).last_hidden_state  # (B, T, H)
+            last = hidden[torch.arange(len(rows), device=self.device), lengths - 1]  # (B, H)
+        # The head is one dot product: in float32, so that scores of like answers do not tie by rounding.
+        values: list[float] = self.model.score(last.float())[:, 0].tolist()
+        return values
