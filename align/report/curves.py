@@ -1,0 +1,91 @@
+"""Training curves and warnings from a stage's ``events.jsonl``. Torch-free."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+MAX_POINTS = 400
+"""Points of a drawn curve; more are averaged in equal runs, which no screen would tell apart."""
+FIRST = (
+    "loss", "gold", "score", "objective", "reward", "accuracy", "kl", "margin", "entropy", "value", "policy",
+    "clip", "response", "length", "finished", "eos", "explained", "ratio", "grad_norm", "learning_rate",
+)  # fmt: skip
+"""Words that order a stage's curves: what the reader asks first."""
+
+
+@dataclass
+class Events:
+    """What a stage reported: ``series`` maps a metric to its (steps, values), ``warnings`` are in order."""
+
+    series: dict[str, tuple[list[float], list[float]]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+def read_events(folder: Path) -> Events:
+    """Curves and warnings of a stage's folder; a missing file or a damaged line is no error.
+
+    A resumed stage reports some steps twice: the later report counts.
+    """
+    points: dict[str, dict[float, float]] = {}
+    found = Events()
+    for event in _lines(folder / "events.jsonl"):
+        if event.get("event") == "warning":
+            message = str(event.get("message", ""))
+            if message not in found.warnings:
+                found.warnings.append(message)
+        elif event.get("event") == "metrics" and isinstance(event.get("step"), (int, float)):
+            for name, value in event.items():
+                if name in ("event", "time", "step") or isinstance(value, bool):
+                    continue
+                if isinstance(value, (int, float)) and math.isfinite(value):
+                    points.setdefault(name, {})[float(event["step"])] = float(value)
+    for name, by_step in points.items():
+        steps = sorted(by_step)
+        found.series[name] = thin(steps, [by_step[step] for step in steps])
+    return found
+
+
+def thin(steps: list[float], values: list[float]) -> tuple[list[float], list[float]]:
+    """At most :data:`MAX_POINTS` points: means of equal runs; the last run may be shorter."""
+    if len(steps) <= MAX_POINTS:
+        return steps, values
+    run = math.ceil(len(steps) / MAX_POINTS)
+    starts = range(0, len(steps), run)
+    mean = [sum(values[at : at + run]) / len(values[at : at + run]) for at in starts]
+    return [sum(steps[at : at + run]) / len(steps[at : at + run]) for at in starts], mean
+
+
+def panels(series: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    """Curves by panel, in reading order: a held-out curve shares the panel of its training curve."""
+    groups: dict[str, list[str]] = {}
+    for name in series:
+        base = name.removeprefix("test_").removeprefix("eval_")
+        groups.setdefault(base if base in series else name, []).append(name)
+    return sorted(((title, sorted(names, key=len)) for title, names in groups.items()), key=lambda item: _rank(item[0]))
+
+
+def _rank(name: str) -> tuple[int, str]:
+    last = name.rpartition("/")[2]
+    for place, word in enumerate(FIRST):
+        if word in last:
+            return place, name
+    return len(FIRST), name
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                try:
+                    event = json.loads(line)
+                except ValueError:
+                    continue
+                if isinstance(event, dict):
+                    yield event
+    except OSError:
+        return
