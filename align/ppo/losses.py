@@ -111,7 +111,7 @@ def value_loss(
     per_token = torch.maximum(squared, clipped) / 2
     with torch.no_grad():
         sums = {
-            "value_error": masked_sum(per_token, mask),
+            "value_loss": masked_sum(per_token, mask),
             "value_clipfrac": masked_sum((clipped > squared).to(squared.dtype), mask),
         }
     return LossTerms(aggregate(per_token, mask, count, aggregation), sums)

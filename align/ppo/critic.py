@@ -1,0 +1,78 @@
+"""The critic: a model of its own with one value per token, started from the reward model or from the policy.
+
+With LoRA its frozen weights are the very tensors of the model it started from, so it costs an adapter and a head. Left
+out: a value head on the policy's own trunk.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from align.errors import UserError
+from align.models.loading import add_lora
+from align.stage import FullTuning, LoraTuning
+
+
+class Critic(nn.Module):
+    """A trunk and a linear head. The head always computes in float32: bf16 would round values to 8 bits."""
+
+    def __init__(self, trunk: nn.Module, width: int) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = nn.Linear(width, 1, dtype=torch.float32)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def values(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(N, H) hidden states -> (N,) values in float32."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            values: torch.Tensor = self.head(hidden.float()).squeeze(-1)
+        return values
+
+
+def trunk_of(model: Any) -> Any:
+    """The module below the head that turns token ids into hidden states; a peft wrapper is looked through."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    trunk = getattr(base, base.base_model_prefix, None)
+    if trunk is None or trunk is base:
+        raise UserError(f"{type(base).__name__} has no separate trunk; PPO needs a decoder with a head on top.")
+    return trunk
+
+
+def critic_from_policy(policy: Any, tuning: LoraTuning | FullTuning, seed: int) -> Critic:
+    """A critic on the weights of ``policy``, a causal model without adapters yet. Its head is zero, as all values."""
+    model = _copy(policy, tuning)
+    return Critic(trunk_of(add_lora(model, tuning, seed)), policy.config.get_text_config().hidden_size)
+
+
+def critic_from_reward(reward: Any, tuning: LoraTuning | FullTuning, seed: int) -> Critic:
+    """A critic on the weights of ``reward``, a sequence classifier with one label; its head is the score head.
+
+    At the last token of a response its first value is thus the reward model's score (arXiv 2403.17031, detail 5).
+    ``reward`` itself stays as it is and can go on scoring.
+    """
+    head = getattr(reward, "score", None)
+    if not isinstance(head, nn.Linear) or head.out_features != 1:
+        raise UserError(
+            f"critic: reward needs a reward model with one linear 'score' head; {type(reward).__name__} has "
+            f"{type(head).__name__}. Set critic: policy."
+        )
+    critic = Critic(trunk_of(add_lora(_copy(reward, tuning), tuning, seed)), head.in_features)
+    critic.head.weight.data.copy_(head.weight.detach())
+    if head.bias is not None:
+        critic.head.bias.data.copy_(head.bias.detach())
+    return critic
+
+
+def _copy(model: Any, tuning: LoraTuning | FullTuning) -> Any:
+    """A second module tree: over the same tensors when they stay frozen (LoRA), over copies when they are trained."""
+    if isinstance(tuning, FullTuning):
+        duplicate = copy.deepcopy(model)
+        duplicate.requires_grad_(True)
+        return duplicate
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})

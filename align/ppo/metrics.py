@@ -1,0 +1,82 @@
+"""What is logged about each update, as means over the tokens or responses of all processes.
+
+Leaves out alarms: the numbers say what happened, the caller decides what to make of them.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import torch
+
+from align.ppo.advantages import explained_variance
+from align.ppo.kl import estimate_kl
+from align.ppo.masking import Reduce, masked_sum
+from align.ppo.rollout import Rollout
+
+
+class Averages:
+    """Means from sums and counts that arrive in pieces; every process adds the same names in the same order."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, list[float]] = {}
+
+    def add(self, name: str, total: torch.Tensor | float, count: torch.Tensor | float = 1) -> None:
+        """Add a sum over ``count`` items."""
+        entry = self._sums.setdefault(name, [0.0, 0.0])
+        entry[0] += float(total)
+        entry[1] += float(count)
+
+    def means(self, reduce: Reduce) -> dict[str, float]:
+        """The mean under each name, over all processes; what was added is forgotten."""
+        if not self._sums:
+            return {}
+        totals = reduce(torch.tensor(list(self._sums.values()), dtype=torch.float64))
+        names, self._sums = list(self._sums), {}
+        return {name: float(total / count) for name, (total, count) in zip(names, totals, strict=True)}
+
+
+def add_rollout(averages: Averages, rollout: Rollout, reduce: Reduce) -> dict[str, float]:
+    """Add a rollout's sums to ``averages``, and return the statistics that are no means."""
+    t = rollout.tensors
+    mask, responses = t["response_mask"], len(rollout)
+    tokens = mask.sum()
+    averages.add("score", t["scores"].sum(), responses)
+    averages.add("score_square", (t["scores"].double() ** 2).sum(), responses)
+    if "gold" in t:
+        averages.add("gold", t["gold"].sum(), responses)
+    averages.add("kl", t["kl"].sum(), responses)
+    averages.add("kl_k3", masked_sum(estimate_kl(t["logprobs"], t["ref_logprobs"], "k3"), mask), responses)
+    averages.add("entropy", masked_sum(t["entropy"], mask), tokens)
+    averages.add("reward", t["rewards"].sum(), responses)
+    averages.add("value", masked_sum(t["values"][:, :-1], mask), tokens)
+    averages.add("return", masked_sum(t["returns"], mask), tokens)
+    averages.add("advantage", masked_sum(t["raw_advantages"], mask), tokens)
+    averages.add("advantage_square", masked_sum(t["raw_advantages"] ** 2, mask), tokens)
+    averages.add("length", tokens, responses)
+    averages.add("eos_rate", t["finished"].sum(), responses)
+    gap = (t["logprobs"] - t["sampler_logprobs"]).abs()
+    known = mask & torch.isfinite(gap)
+    averages.add("parity_gap", masked_sum(gap, known), known.sum())
+    averages.add("parity_ratio", masked_sum(gap.exp(), known), known.sum())
+    return {
+        "parity_gap_max": float(torch.where(known, gap, gap.new_zeros(())).max()),
+        "explained_variance": explained_variance(t["values"][:, :-1], t["returns"], mask, reduce),
+    }
+
+
+def finish(means: dict[str, float]) -> dict[str, float]:
+    """Turn means of squares into standard deviations; the rest passes."""
+    out = {name: value for name, value in means.items() if not name.endswith("_square")}
+    for name, square in means.items():
+        if name.endswith("_square"):
+            base = name.removesuffix("_square")
+            out[f"{base}_std"] = max(square - means[base] ** 2, 0.0) ** 0.5
+    return out
+
+
+def peak_memory_gib() -> float:
+    """Largest resident memory of this process so far, in GiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes there, KiB on Linux

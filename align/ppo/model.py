@@ -1,0 +1,125 @@
+"""Policy, reference and critic as the one module that the Trainer optimises."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from align.errors import UserError
+from align.ppo.critic import Critic, trunk_of
+from align.ppo.logprobs import token_logprobs
+from align.ppo.packing import Batch
+
+
+class PolicyAndCritic(nn.Module):
+    """``policy`` (a causal model, maybe with LoRA), ``critic``, and the frozen ``reference``.
+
+    A LoRA policy with its adapter off is the reference; a fully tuned one gets a frozen copy. Dropout is always off:
+    otherwise the ratio is not 1 at the first step and KL is noise.
+    """
+
+    _keys_to_ignore_on_save = None
+
+    def __init__(self, policy: Any, critic: Critic, temperature: float) -> None:
+        super().__init__()
+        _check_head(policy)
+        self.policy = policy
+        self.critic = critic
+        self.temperature = temperature
+        self.checkpointing = False
+        self.reference = None if hasattr(policy, "disable_adapter") else copy.deepcopy(policy).requires_grad_(False)
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            if isinstance(getattr(module, "attention_dropout", None), float):
+                setattr(module, "attention_dropout", 0.0)  # noqa: B010  (nn.Module types its attributes)
+
+    def train(self, mode: bool = True) -> PolicyAndCritic:
+        """Stay in eval mode, unless activations are checkpointed, which transformers does in training mode only."""
+        return super().train(mode and self.checkpointing)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **options: Any) -> None:
+        """What the Trainer calls for ``gradient_checkpointing=True``."""
+        self.checkpointing = True
+        options["gradient_checkpointing_kwargs"] = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        for model in (self.policy, self.critic.trunk):
+            cast("Any", model).gradient_checkpointing_enable(**options)
+
+    def forward(
+        self, batch: Batch, policy: bool = True, critic: bool = True, reference: bool = False
+    ) -> dict[str, torch.Tensor]:
+        """``logprobs`` and ``entropy`` (B, T), ``values`` (B, T+1), ``ref_logprobs`` (B, T): those asked for.
+
+        ``values[:, t]`` belongs to the state before token t, the column after a row's last token to the state at the
+        end. All are float32, and zero on padding.
+        """
+        out = {}
+        if policy:
+            out["logprobs"], out["entropy"] = self._logprobs(self.policy, batch)
+        if critic:
+            mask = batch["response_mask"]
+            mask = torch.cat([mask.new_ones(len(mask), 1), mask], dim=1)  # (B, T+1)
+            hidden = _hidden(self.critic.trunk, batch)[batch["positions"][mask]]
+            out["values"] = _scatter(self.critic.values(hidden), mask)
+        if reference:
+            with torch.no_grad(), self.reference_policy() as model:
+                out["ref_logprobs"], _ = self._logprobs(model, batch)
+        return out
+
+    @contextlib.contextmanager
+    def reference_policy(self) -> Any:
+        """The policy as it was before training."""
+        if self.reference is not None:
+            yield self.reference
+        else:
+            with self.policy.disable_adapter():
+                yield self.policy
+
+    def _logprobs(self, model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        mask = batch["response_mask"]
+        hidden = _hidden(trunk_of(model), batch)[batch["positions"][:, :-1][mask]]  # (N, H), response tokens only
+        head = model.get_output_embeddings()
+        logprobs, entropy = token_logprobs(hidden, head, batch["targets"][mask], self.temperature)
+        return _scatter(logprobs, mask), _scatter(entropy, mask)
+
+
+def _hidden(trunk: Any, batch: Batch) -> torch.Tensor:
+    """(R * L, H)."""
+    states = trunk(
+        input_ids=batch["input_ids"],
+        attention_mask=batch.get("attention_mask"),
+        position_ids=batch.get("position_ids"),
+        use_cache=False,
+    ).last_hidden_state
+    flat: torch.Tensor = states.flatten(0, 1)
+    return flat
+
+
+def _scatter(flat: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """(N,) values of the real tokens -> mask's shape, zero elsewhere; differentiable."""
+    return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
+
+
+def can_share_prompts(model: Any) -> bool:
+    """Whether the attention takes an explicit mask, and no layer has a window that the mask would switch off."""
+    config = model.config.get_text_config()
+    plain = not getattr(config, "sliding_window", None) and set(getattr(config, "layer_types", None) or ()) <= {
+        "full_attention"
+    }
+    return plain and config._attn_implementation == "sdpa"
+
+
+def _check_head(policy: Any) -> None:
+    """The head is applied to response tokens by ``logprobs.py``, which knows linear heads and nothing after them."""
+    config = policy.config.get_text_config()
+    for name, neutral in (("final_logit_softcapping", None), ("logits_scaling", 1), ("logit_scale", 1)):
+        value = getattr(config, name, neutral)
+        if value not in (None, neutral):
+            raise UserError(
+                f"ppo: this model transforms its logits ({name}: {value}), which PPO here does not do; "
+                "its log-probabilities would be wrong. Use a model without."
+            )

@@ -1,0 +1,74 @@
+"""The prompts of a run: rendered once, then drawn epoch after epoch in an order that follows from the seed alone.
+
+Which prompts an update sees depends on (seed, update) and on nothing that happened before, so a resumed run needs no
+loader state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from align.errors import UserError
+from align.models.render import render_prompt
+
+Row = dict[str, Any]
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A seed below 2**31 from any parts; equal parts give equal seeds, and near ones unrelated seeds."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
+
+
+class Prompts:
+    """Rows with a ``prompt`` (a text, or messages ending with a user turn) and their token ids.
+
+    Raises ``UserError`` when no row is usable. ``dropped`` counts the prompts longer than ``max_length``.
+    """
+
+    def __init__(self, rows: Iterable[Mapping[str, Any]], tokenizer: Any, max_length: int | None) -> None:
+        self.rows: list[Row] = []
+        self.token_ids: list[list[int]] = []
+        self.dropped = 0
+        for row in rows:
+            ids = _token_ids(row, tokenizer)
+            if max_length is not None and len(ids) > max_length:
+                self.dropped += 1
+                continue
+            self.rows.append(dict(row))
+            self.token_ids.append(ids)
+        if not self.rows:
+            raise UserError(
+                f"ppo: no prompt left to train on ({self.dropped} were longer than max_prompt_length {max_length}); "
+                "check the prompts' split or raise max_prompt_length."
+            )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def draw(self, start: int, count: int, seed: int) -> list[int]:
+        """Indices of prompts ``start`` to ``start + count`` of the endless sequence of shuffled epochs."""
+        drawn: list[int] = []
+        while len(drawn) < count:
+            epoch, offset = divmod(start + len(drawn), len(self))
+            generator = torch.Generator().manual_seed(derive_seed(seed, "prompts", epoch))
+            order = torch.randperm(len(self), generator=generator).tolist()
+            drawn += order[offset : offset + count - len(drawn)]
+        return drawn
+
+
+def _token_ids(row: Mapping[str, Any], tokenizer: Any) -> list[int]:
+    prompt = row.get("prompt")
+    if isinstance(prompt, str):
+        ids = [int(token) for token in tokenizer(prompt)["input_ids"]]
+    elif isinstance(prompt, list) and prompt:
+        ids = render_prompt(tokenizer, prompt)
+    else:
+        raise UserError(f"ppo: a row's 'prompt' should be a text or a list of messages; found {prompt!r}.")
+    if not ids:
+        raise UserError("ppo: a prompt has no tokens; leave empty prompts out.")
+    return ids

@@ -1,0 +1,167 @@
+"""One update's experience: responses, what was measured on them, and what the update learns from.
+
+Left out: the passes of the models over it, which need the Trainer (``trainer.py``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from align.errors import UserError
+from align.ppo.advantages import gae, whiten_advantages
+from align.ppo.masking import Reduce, local, pad_rows, response_mask
+from align.ppo.packing import Batch, pack
+from align.ppo.prompts import Prompts, Row, derive_seed
+from align.ppo.rewards import adjust_scores, shape_rewards, whiten_rewards
+
+if TYPE_CHECKING:
+    from align.ppo.config import PPOConfig
+
+Scorer = Callable[[list[Row], list[str]], list[float]]
+"""One score per response, given each response's row. Higher is better; NaN and infinities are refused. An object with
+a method ``score(rows, responses, truncated)`` (``align.data.scoring.Scorer``) will do as well."""
+
+
+@dataclass
+class Rollout:
+    """B responses, right-padded to T tokens. ``tensors`` holds, once computed, under these names:
+
+    (B,): ``finished`` (EOS was reached), ``scores``, ``gold``; (B, T): ``response_mask``, ``sampler_logprobs``,
+    ``logprobs``, ``ref_logprobs``, ``entropy``, ``kl``, ``rewards``, ``advantages`` (whitened if asked for),
+    ``raw_advantages``, ``returns``; (B, T+1): ``values``.
+    """
+
+    update: int
+    rows: list[Row]
+    groups: list[int]
+    prompts: list[list[int]]
+    responses: list[list[int]]
+    texts: list[str]
+    tensors: dict[str, torch.Tensor]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.responses)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each prompt and response together."""
+        return [len(p) + len(r) for p, r in zip(self.prompts, self.responses, strict=True)]
+
+    def pack(self, indices: list[int], pad_id: int, share: bool) -> Batch:
+        """Model inputs of some of the responses."""
+        return pack(
+            [self.prompts[i] for i in indices],
+            [self.responses[i] for i in indices],
+            [self.groups[i] for i in indices],
+            pad_id,
+            share=share,
+        )
+
+    def select(self, indices: list[int], names: tuple[str, ...]) -> Batch:
+        """Rows of the named tensors, cut to the longest of these responses."""
+        width = max(len(self.responses[i]) for i in indices)
+        return {name: self.tensors[name][indices][:, : width + (name == "values")] for name in names}
+
+    def store(self, indices: list[int], results: Batch) -> None:
+        """Write model outputs for some of the responses into ``tensors``."""
+        width = self.tensors["response_mask"].shape[1]
+        for name, result in results.items():
+            full = width + (name == "values")
+            target = self.tensors.setdefault(name, torch.zeros(len(self), full))
+            target[indices, : result.shape[1]] = result.float().cpu()
+
+
+def sample_rollout(engine: Any, prompts: Prompts, args: PPOConfig, update: int, report: Any = None) -> Rollout:
+    """Sample this process's responses of one update; every request's seed follows from (seed, update, process)."""
+    from align.rollouts.protocol import Sampling
+
+    count = args.local_batch // args.samples_per_prompt
+    start = (update * args.world_size + args.process_index) * count
+    indices = prompts.draw(start, count, args.seed)
+    sampling = Sampling(
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        n=args.samples_per_prompt,
+        seed=derive_seed(args.seed, "sampling", update, args.process_index),
+    )
+    answers = engine.generate([prompts.token_ids[i] for i in indices], sampling, report)
+    pairs = [(place, index, answer) for place, index in enumerate(indices) for answer in answers[place]]
+    if len(pairs) != args.local_batch or any(not answer.token_ids for _, _, answer in pairs):
+        raise RuntimeError(
+            f"engine {engine.name} returned {len(pairs)} responses, some maybe empty; asked: {args.local_batch}"
+        )
+    lengths = [len(answer.token_ids) for _, _, answer in pairs]
+    return Rollout(
+        update=update,
+        rows=[prompts.rows[index] for _, index, _ in pairs],
+        groups=[place for place, _, _ in pairs],
+        prompts=[prompts.token_ids[index] for _, index, _ in pairs],
+        responses=[list(answer.token_ids) for _, _, answer in pairs],
+        texts=[answer.text for _, _, answer in pairs],
+        tensors={
+            "finished": torch.tensor([answer.finished for _, _, answer in pairs]),
+            "response_mask": response_mask(lengths),
+            "sampler_logprobs": pad_rows([answer.logprobs for _, _, answer in pairs], max(lengths)),
+        },
+    )
+
+
+def score_rollout(rollout: Rollout, scorer: Scorer, name: str = "scores") -> None:
+    """Add one number per response. Raises ``UserError`` for a scorer that returns too few, or a number not finite."""
+    if hasattr(scorer, "score"):
+        truncated = (~rollout.tensors["finished"]).tolist()
+        scores = [float(score) for score in scorer.score(rollout.rows, rollout.texts, truncated)]
+    else:
+        scores = [float(score) for score in scorer(rollout.rows, rollout.texts)]
+    if len(scores) != len(rollout):
+        raise UserError(
+            f"ppo: the scorer returned {len(scores)} scores for {len(rollout)} responses; one each is expected."
+        )
+    for score, text in zip(scores, rollout.texts, strict=True):
+        if not math.isfinite(score):
+            raise UserError(
+                f"ppo: update {rollout.update + 1}: the scorer gave {score} to {text[:80]!r}; scores must be finite."
+            )
+    rollout.tensors[name] = torch.tensor(scores)
+
+
+def add_advantages(rollout: Rollout, args: PPOConfig, kl_coef: float, reduce: Reduce = local) -> None:
+    """From scores, log-probabilities and values to rewards, advantages and returns, all in float32 on the CPU."""
+    tensors = rollout.tensors
+    mask, finished = tensors["response_mask"], tensors["finished"]
+    scores = adjust_scores(
+        tensors["scores"], finished, missing_eos_penalty=args.missing_eos_penalty, score_clip=args.score_clip
+    )
+    rewards, tensors["kl"] = shape_rewards(scores, tensors["logprobs"], tensors["ref_logprobs"], mask, kl_coef)
+    if args.whiten_rewards:
+        rewards = whiten_rewards(rewards, mask, reduce)
+    advantages, returns = gae(
+        rewards, tensors["values"], mask, finished, gamma=args.gamma, lam=args.lam, truncation=args.truncation
+    )
+    tensors |= {"rewards": rewards, "raw_advantages": advantages, "returns": returns}
+    tensors["advantages"] = whiten_advantages(advantages, mask, reduce) if args.whiten_advantages else advantages
+
+
+class RolloutLoader:
+    """What the Trainer iterates over: micro-batches of rollouts that are made when their turn comes.
+
+    ``make`` returns the micro-batches of one update; ``start`` the first update to make, asked for at iteration.
+    """
+
+    def __init__(
+        self, make: Callable[[int], Iterator[dict[str, Any]]], start: Callable[[], int], updates: int, per_update: int
+    ) -> None:
+        self._make, self._start, self._updates, self._per_update = make, start, updates, per_update
+
+    def __len__(self) -> int:
+        return self._updates * self._per_update
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for update in range(self._start(), self._updates):
+            yield from self._make(update)

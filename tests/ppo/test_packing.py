@@ -1,0 +1,118 @@
+"""Micro-batches: the same numbers whatever is shared, padded or split."""
+
+import pytest
+import torch
+
+from align.models.loading import load_policy, load_reward
+from align.ppo.critic import critic_from_policy, critic_from_reward
+from align.ppo.model import PolicyAndCritic, can_share_prompts
+from align.ppo.packing import pack, plan
+from align.stage import FullTuning
+
+PROMPTS = [[5, 6, 7], [5, 6, 7], [9], [9]]
+RESPONSES = [[10, 11, 2], [12, 2], [13, 14, 15, 16], [2]]
+GROUPS = [0, 0, 1, 1]
+
+
+def test_one_row_per_response_without_sharing():
+    batch = pack(PROMPTS, RESPONSES, GROUPS, pad_id=3, share=False)
+    assert batch["input_ids"].tolist() == [
+        [5, 6, 7, 10, 11, 2],
+        [5, 6, 7, 12, 2, 3],
+        [9, 13, 14, 15, 16, 3],
+        [9, 2, 3, 3, 3, 3],
+    ]
+    # row 0: before 10 is position 2, before 11 is 3, before EOS 4, at the end 5
+    assert batch["positions"][0].tolist() == [2, 3, 4, 5, 0]
+    assert batch["positions"][1].tolist() == [8, 9, 10, 0, 0]
+    assert batch["targets"][1].tolist() == [12, 2, 0, 0]
+    assert "attention_mask" not in batch
+
+
+def test_responses_share_their_prompt_and_do_not_see_each_other():
+    batch = pack(PROMPTS, RESPONSES, GROUPS, pad_id=3, share=True)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 10, 11, 2, 12, 2], [9, 13, 14, 15, 16, 2, 3, 3]]
+    assert batch["position_ids"][0].tolist() == [0, 1, 2, 3, 4, 5, 3, 4]
+    assert batch["positions"][1].tolist() == [2, 6, 7, 0, 0]
+    visible = batch["attention_mask"][0, 0]
+    assert visible[6].tolist() == [True, True, True, False, False, False, True, False]
+    assert visible[5].tolist() == [True] * 6 + [False] * 2
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    policy = load_policy(tiny_model)
+    critic = critic_from_policy(policy, FullTuning(), seed=0)
+    torch.manual_seed(1)
+    critic.head.weight.data.normal_()
+    return PolicyAndCritic(policy, critic, temperature=0.8)
+
+
+def outputs(model, batch):
+    results = model(batch, reference=True)
+    loss = (results["logprobs"] ** 2).sum() + (results["values"] ** 2).sum() + results["entropy"].sum()
+    model.zero_grad()
+    loss.backward()
+    return results, [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("change", ["shared", "padded"])
+def test_sharing_and_padding_change_no_number_and_no_gradient(model, change):
+    assert can_share_prompts(model.policy)
+    expected, gradients = outputs(model, pack(PROMPTS, RESPONSES, GROUPS, pad_id=3, share=False))
+    batch = pack(PROMPTS, RESPONSES, GROUPS, pad_id=3, share=change == "shared")
+    if change == "padded":
+        extra = torch.full((4, 5), 3)
+        length = batch["input_ids"].shape[1]
+        batch["input_ids"] = torch.cat([batch["input_ids"], extra], dim=1)
+        batch["positions"] = batch["positions"] // length * (length + 5) + batch["positions"] % length
+    found, others = outputs(model, batch)
+    for name, value in expected.items():
+        assert torch.allclose(found[name], value, atol=1e-5), name
+    for a, b in zip(gradients, others, strict=True):
+        assert (a - b).norm() <= 1e-5 * a.norm()
+
+
+def test_log_probabilities_are_those_of_the_plain_model(model):
+    results = model(pack(PROMPTS, RESPONSES, GROUPS, pad_id=3, share=True), reference=True)
+    for i, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
+        ids = torch.tensor([prompt + response])
+        log_p = torch.log_softmax(model.policy(ids).logits[0].float() / 0.8, dim=-1)
+        for t, token in enumerate(response):
+            row = log_p[len(prompt) - 1 + t]
+            assert results["logprobs"][i, t].item() == pytest.approx(row[token].item(), abs=1e-5)
+            assert results["entropy"][i, t].item() == pytest.approx(-(row.exp() * row).sum().item(), abs=1e-5)
+    assert torch.equal(results["ref_logprobs"], results["logprobs"])
+
+
+def test_a_new_critic_from_the_reward_model_gives_its_score_at_the_last_token(tiny_model, tiny_reward):
+    reward = load_reward(tiny_reward)
+    critic = critic_from_reward(reward, FullTuning(), seed=0)
+    model = PolicyAndCritic(load_policy(tiny_model), critic, temperature=1.0)
+    values = model(pack(PROMPTS, RESPONSES, GROUPS, pad_id=3, share=True), policy=False)["values"]
+    for i, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
+        score = reward(torch.tensor([prompt + response])).logits.item()
+        assert values[i, len(response)].item() == pytest.approx(score, abs=1e-4)
+
+
+def test_plan_covers_every_response_once_and_keeps_groups_together():
+    groups = [i // 2 for i in range(16)]
+    lengths = [10 + 3 * (i // 2) for i in range(16)]
+    planned = plan(groups, lengths, num_mini_batches=2, micro_batch_size=4, generator=torch.Generator().manual_seed(0))
+    assert [len(mini) for mini in planned] == [2, 2]
+    flat = [i for mini in planned for micro in mini for i in micro]
+    assert sorted(flat) == list(range(16))
+    for mini in planned:
+        members = [i for micro in mini for i in micro]
+        assert {groups[i] for i in members} == {groups[i] for i in members[::2]}
+        widths = [max(lengths[i] for i in micro) for micro in mini]
+        assert widths == sorted(widths)
+
+
+def test_groups_are_shuffled_between_epochs():
+    groups = list(range(16))
+    orders = [
+        plan(groups, [5] * 16, num_mini_batches=2, micro_batch_size=8, generator=torch.Generator().manual_seed(s))
+        for s in (0, 1)
+    ]
+    assert set(orders[0][0][0]) != set(orders[1][0][0])

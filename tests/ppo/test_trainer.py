@@ -1,0 +1,189 @@
+"""The trainer as a whole: what must not move does not, small steps survive, errors are named, it learns."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from align.errors import UserError
+from align.models.loading import load_policy
+from align.stage import FullTuning, LoraTuning
+
+LORA = LoraTuning(rank=4, alpha=8)
+LOGGED = {
+    *("score", "score_std", "gold", "kl", "kl_k3", "kl_coef", "entropy", "ratio", "clipfrac", "approx_kl"),
+    *("explained_variance", "policy_loss", "value_loss", "value_clipfrac", "advantage", "advantage_std", "return"),
+    *("value", "length", "eos_rate", "grad_norm_policy", "grad_norm_critic", "parity_gap", "parity_gap_max"),
+    *("parity_ratio", "importance_weight", "seconds_sync", "seconds_sampling", "seconds_scoring", "seconds_measuring"),
+    *("seconds_learning", "seconds", "sampled_tokens_per_second", "peak_memory_gib", "episodes", "tokens"),
+}
+
+
+def updates(trainer):
+    return [entry for entry in trainer.state.log_history if "score" in entry]
+
+
+@pytest.mark.parametrize("tuning", [FullTuning(), LORA], ids=["full", "lora"])
+def test_without_learning_nothing_drifts(make_trainer, tuning):
+    trainer = make_trainer(tuning=tuning, learning_rate=0.0, updates=3, num_epochs=2)
+    trainer.train()
+    for entry in updates(trainer):
+        assert entry["kl"] == 0.0 and entry["kl_k3"] == 0.0
+        assert entry["ratio"] == 1.0 and entry["clipfrac"] == 0.0
+        assert entry["parity_gap_max"] < 1e-4
+
+
+def test_the_ratio_is_exactly_one_at_the_first_step_in_bfloat16_too(make_trainer):
+    trainer = make_trainer(updates=1, bf16=True, per_device_train_batch_size=2, num_epochs=1)
+    trainer.train()
+    (entry,) = updates(trainer)
+    assert entry["ratio"] == 1.0 and entry["approx_kl"] == 0.0
+
+
+def test_a_small_step_survives_because_weights_are_float32(make_trainer):
+    trainer = make_trainer(updates=1, bf16=True, learning_rate=1e-6)
+    before = {name: p.detach().clone() for name, p in trainer.model.policy.named_parameters()}
+    trainer.train()
+    after = dict(trainer.model.policy.named_parameters())
+    moved = lost = total = 0
+    for name, old in before.items():
+        assert after[name].dtype == torch.float32
+        moved += int((after[name] != old).sum())
+        lost += int(((after[name] != old) & (after[name].bfloat16() == old.bfloat16())).sum())
+        total += old.numel()
+    assert moved > 0.5 * total
+    assert lost > 0.9 * moved  # what bfloat16 weights would have thrown away
+
+
+class Gradients(TrainerCallback):
+    def __init__(self):
+        self.found = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+
+
+@pytest.mark.parametrize("changed", [{"per_device_train_batch_size": 1}, {"share_prompts": False}])
+def test_micro_batches_and_shared_prompts_change_no_gradient(make_trainer, changed):
+    gradients = []
+    for fields in ({"per_device_train_batch_size": 4}, changed):
+        capture = Gradients()
+        make_trainer(callbacks=[capture], updates=1, entropy_coef=0.1, **fields).train()
+        gradients.append(capture.found[0])
+    assert (gradients[0] - gradients[1]).norm() <= 1e-5 * gradients[0].norm()
+
+
+def test_lora_trains_adapters_and_head_only_and_shares_the_frozen_weights(make_trainer):
+    trainer = make_trainer(tuning=LORA, updates=1)
+    model = trainer.model
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert all("lora_" in name or name.startswith("critic.head") for name in trained)
+    assert model.reference is None
+    policy = {p.data_ptr() for p in model.policy.parameters() if not p.requires_grad}
+    critic = {p.data_ptr() for p in model.critic.trunk.parameters() if not p.requires_grad}
+    assert critic <= policy
+    trainer.train()
+
+
+def test_a_critic_on_the_reward_model_leaves_its_scores_alone(make_trainer, tiny_reward):
+    trainer = make_trainer(tuning=LORA, reward=True, updates=2, learning_rate=1e-2)
+    trainer.train()
+    from align.models.loading import load_reward
+
+    fresh = load_reward(tiny_reward).state_dict()
+    trunk = {n: p for n, p in trainer.model.critic.trunk.named_parameters() if not p.requires_grad}
+    for name, tensor in trunk.items():
+        assert torch.equal(tensor, fresh["model." + name.replace(".base_layer", "")])
+
+
+def test_critic_warm_up_leaves_the_policy(make_trainer):
+    trainer = make_trainer(updates=2, critic_warmup_updates=2)
+    before = [p.detach().clone() for p in trainer.model.policy.parameters()]
+    critic = [p.detach().clone() for p in trainer.model.critic.parameters()]
+    trainer.train()
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.policy.parameters(), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(critic, trainer.model.critic.parameters(), strict=True))
+
+
+def test_policy_and_critic_have_learning_rates_of_their_own(make_trainer):
+    trainer = make_trainer(learning_rate=1e-3, critic_learning_rate=5e-3, weight_decay=0.1)
+    groups = trainer.create_optimizer().param_groups
+    assert [(g["lr"], g["weight_decay"]) for g in groups] == [(1e-3, 0.1), (1e-3, 0.0), (5e-3, 0.1), (5e-3, 0.0)]
+    assert groups[0]["eps"] == 1e-5
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    assert sum(p.numel() for g in groups for p in g["params"]) == trained
+
+
+def test_every_update_logs_what_is_needed_to_judge_it(make_trainer):
+    trainer = make_trainer(gold=lambda rows, texts: [0.25] * len(texts), updates=2)
+    trainer.train()
+    entries = updates(trainer)
+    assert [entry["update"] for entry in entries] == [1, 2]
+    assert entries[-1].keys() >= LOGGED
+    assert entries[-1]["gold"] == 0.25 and entries[-1]["episodes"] == 16
+    assert entries[-1]["epoch"] == 1.0  # 2 updates of 4 prompts over 8 prompts
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_update(make_trainer):
+    trainer = make_trainer(updates=3)
+    sample = trainer._sample
+
+    def poisoned(update):
+        rollout = sample(update)
+        if update == 1:
+            rollout.tensors["scores"][0] = float("nan")
+        return rollout
+
+    trainer._sample = poisoned
+    with pytest.raises(UserError, match=r"update 2 .*loss is nan"):
+        trainer.train()
+
+
+def test_a_scorer_that_misbehaves_is_named(make_trainer):
+    with pytest.raises(UserError, match="update 1: the scorer gave nan"):
+        make_trainer(scorer=lambda rows, texts: [float("nan")] * len(texts)).train()
+    with pytest.raises(UserError, match="1 scores for 8 responses"):
+        make_trainer(scorer=lambda rows, texts: [0.0]).train()
+
+
+def test_the_saved_policy_is_a_plain_model_with_the_adapter_merged(make_trainer, tmp_path):
+    trainer = make_trainer(tuning=LORA, updates=1, learning_rate=1e-2)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "out" / "model"))
+    saved = load_policy(tmp_path / "out" / "model")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert torch.allclose(saved(ids).logits, trainer.model.policy(ids).logits, atol=1e-4)
+
+
+def test_sizes_that_do_not_divide_are_refused(make_trainer):
+    with pytest.raises(ValueError, match="rollout_batch 8 is not a multiple"):
+        make_trainer(per_device_train_batch_size=3)
+    with pytest.raises(ValueError, match="samples_per_prompt 3"):
+        make_trainer(samples_per_prompt=3)
+
+
+@pytest.mark.parametrize("tuning", [FullTuning(), LoraTuning(rank=8, alpha=16)], ids=["full", "lora"])
+def test_it_learns_a_reward_that_is_known(make_trainer, tuning):
+    """Share of vowels among a response's bytes: 5/260 at the start, 1 at best.
+
+    LoRA cannot touch the tiny model's head, whose short rows bound a logit near 6: at temperature 1 the best byte would
+    have a probability of about 0.5, at 0.5 nearly 1.
+    """
+    trainer = make_trainer(
+        tuning=tuning,
+        updates=25,
+        rollout_batch=64,
+        samples_per_prompt=8,
+        per_device_train_batch_size=32,
+        num_epochs=2,
+        num_mini_batches=2,
+        max_tokens=8,
+        learning_rate=5e-3,
+        temperature=0.5,
+        kl_coef=0.0,
+    )
+    trainer.train()
+    scores = [entry["score"] for entry in updates(trainer)]
+    assert scores[0] < 0.1
+    assert min(scores[-3:]) > 0.9, scores
