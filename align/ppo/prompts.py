@@ -43,8 +43,8 @@ class Prompts:
             self.token_ids.append(ids)
         if not self.rows:
             raise UserError(
-                f"ppo: no prompt left to train on ({self.dropped} were longer than max_prompt_length {max_length}); "
-                "check the prompts' split or raise max_prompt_length."
+                f"ppo: no prompt left to train on ({self.dropped} were longer than max_prompt_tokens {max_length}); "
+                "check the prompts' split or raise max_prompt_tokens."
             )
 
     def __len__(self) -> int:

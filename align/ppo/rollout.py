@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from align.data.scoring import ScoreFunction, Scorer
 from align.errors import UserError
 from align.ppo.advantages import gae, whiten_advantages
 from align.ppo.masking import Reduce, local, pad_rows, response_mask
@@ -22,9 +23,9 @@ from align.ppo.rewards import adjust_scores, shape_rewards, whiten_rewards
 if TYPE_CHECKING:
     from align.ppo.config import PPOConfig
 
-Scorer = Callable[[list[Row], list[str]], list[float]]
-"""One score per response, given each response's row. Higher is better; NaN and infinities are refused. An object with
-a method ``score(rows, responses, truncated)`` (``align.data.scoring.Scorer``) will do as well."""
+AnyScorer = ScoreFunction | Scorer
+"""A function ``(rows, responses) -> scores``, or an object whose method ``score`` also hears which were truncated.
+Higher is better; NaN and infinities are refused."""
 
 
 @dataclass
@@ -77,7 +78,7 @@ class Rollout:
             target[indices, : result.shape[1]] = result.float().cpu()
 
 
-def sample_rollout(engine: Any, prompts: Prompts, args: PPOConfig, update: int, report: Any = None) -> Rollout:
+def sample_rollout(engine: Any, prompts: Prompts, args: PPOConfig, update: int) -> Rollout:
     """Sample this process's responses of one update; every request's seed follows from (seed, update, process)."""
     from align.rollouts.protocol import Sampling
 
@@ -90,7 +91,7 @@ def sample_rollout(engine: Any, prompts: Prompts, args: PPOConfig, update: int, 
         n=args.samples_per_prompt,
         seed=derive_seed(args.seed, "sampling", update, args.process_index),
     )
-    answers = engine.generate([prompts.token_ids[i] for i in indices], sampling, report)
+    answers = engine.generate([prompts.token_ids[i] for i in indices], sampling)
     pairs = [(place, index, answer) for place, index in enumerate(indices) for answer in answers[place]]
     if len(pairs) != args.local_batch or any(not answer.token_ids for _, _, answer in pairs):
         raise RuntimeError(
@@ -112,13 +113,13 @@ def sample_rollout(engine: Any, prompts: Prompts, args: PPOConfig, update: int, 
     )
 
 
-def score_rollout(rollout: Rollout, scorer: Scorer, name: str = "scores") -> None:
+def score_rollout(rollout: Rollout, scorer: AnyScorer, name: str = "scores") -> None:
     """Add one number per response. Raises ``UserError`` for a scorer that returns too few, or a number not finite."""
-    if hasattr(scorer, "score"):
-        truncated = (~rollout.tensors["finished"]).tolist()
-        scores = [float(score) for score in scorer.score(rollout.rows, rollout.texts, truncated)]
+    if callable(scorer):
+        found = scorer(rollout.rows, rollout.texts)
     else:
-        scores = [float(score) for score in scorer(rollout.rows, rollout.texts)]
+        found = scorer.score(rollout.rows, rollout.texts, (~rollout.tensors["finished"]).tolist())
+    scores = [float(score) for score in found]
     if len(scores) != len(rollout):
         raise UserError(
             f"ppo: the scorer returned {len(scores)} scores for {len(rollout)} responses; one each is expected."

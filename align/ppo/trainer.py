@@ -28,7 +28,7 @@ from align.ppo.objective import LEARNED_FROM, ppo_loss
 from align.ppo.optimizer import clip_by_part, make_optimizer
 from align.ppo.packing import plan
 from align.ppo.prompts import Prompts, derive_seed
-from align.ppo.rollout import Rollout, RolloutLoader, Scorer, add_advantages, sample_rollout, score_rollout
+from align.ppo.rollout import AnyScorer, Rollout, RolloutLoader, add_advantages, sample_rollout, score_rollout
 from align.stage import FullTuning, LoraTuning
 
 
@@ -51,10 +51,10 @@ class PPOTrainer(Trainer):
         args: PPOConfig,
         train_dataset: Iterable[Mapping[str, Any]],
         processing_class: Any,
-        scorer: Scorer,
+        scorer: AnyScorer,
         engine: Any,
         reward_model: Any = None,
-        gold: Scorer | None = None,
+        gold: AnyScorer | None = None,
         tuning: FullTuning | LoraTuning | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
@@ -69,7 +69,7 @@ class PPOTrainer(Trainer):
         super().__init__(model=both, args=args, processing_class=processing_class, callbacks=callbacks)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise UserError("ppo: sharded training (FSDP, DeepSpeed) is not supported; use one process or DDP.")
-        self.prompts = Prompts(train_dataset, processing_class, args.max_prompt_length)
+        self.prompts = Prompts(train_dataset, processing_class, args.max_prompt_tokens)
         self.scorer, self.gold, self.engine = scorer, gold, engine
         # compute_loss divides by num_items_in_batch itself: without this the Trainer would divide once more.
         self.model_accepts_loss_kwargs = True
@@ -166,7 +166,11 @@ class PPOTrainer(Trainer):
     def _probe_parity(self) -> None:
         from align.rollouts.parity import probe
 
-        probe(self.engine, self.model.policy, self.prompts.token_ids[:4], temperature=self.args.temperature)
+        with self.accelerator.autocast():
+            found = probe(self.engine, self.model.policy, self.prompts.token_ids[:4], temperature=self.args.temperature)
+        print(
+            f"parity of {self.engine.name} and trainer: {found.mean_gap:.2g} nats per token over {found.tokens} tokens"
+        )
         self._probed = True
 
     # ---- learning ----

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_engine
 from transformers import TrainerCallback
 
 from align.stage import FullTuning
+from tests.ppo.conftest import make_engine
 
 KL_COEF, GAMMA, LAM, CLIP, DUAL, VALUE_CLIP, VF, ENTROPY, CAP, PENALTY, TEMPERATURE = (
     0.3, 0.97, 0.9, 0.01, 1.02, 0.01, 0.7, 0.02, 1.1, 0.25, 0.9,

@@ -1,0 +1,160 @@
+"""The ``ppo`` stage's work: models, scorers and engine from artifacts; the trainer's run; its metrics."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from align.data.rows import read_rows
+from align.data.scoring import Scorer, function_scorer
+from align.models.loading import load_policy, load_tokenizer
+from align.models.reward import RewardModel
+from align.models.threads import device_of, use_threads
+from align.ppo.checkpoint import last_checkpoint
+from align.ppo.config import PPOConfig
+from align.ppo.scoring import RewardScorer, WeightedSum
+from align.ppo.trainer import PPOTrainer
+from align.rollouts.engine import open_engine
+from align.stage import StageContext
+from align.training.handover import check_model, check_same_vocabulary
+
+if TYPE_CHECKING:
+    from align.stages.ppo import PpoConfig
+
+SCHEDULERS = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+
+PASSED_ON = (
+    *("updates", "rollout_batch", "samples_per_prompt", "max_prompt_tokens", "max_tokens", "temperature", "num_epochs"),
+    *("num_mini_batches", "learning_rate", "critic_learning_rate", "critic_warmup_updates", "weight_decay"),
+    *("max_grad_norm", "kl_coef", "kl_controller", "kl_target", "kl_horizon", "gamma", "lam", "truncation"),
+    *("missing_eos_penalty", "score_clip", "whiten_rewards", "whiten_advantages", "clip_range", "dual_clip"),
+    *("value_clip_range", "vf_coef", "entropy_coef", "loss_aggregation", "importance_cap", "save_updates"),
+)
+"""Fields with the same name and meaning in ``PpoConfig`` and ``PPOConfig``."""
+
+
+def train(context: StageContext) -> dict[str, Any]:
+    """See ``align.stages.ppo.run``."""
+    use_threads(context.runtime)
+    config: PpoConfig = context.config
+    source = context.artifact("policy").model
+    tokenizer, policy = load_tokenizer(source), load_policy(source)
+    check_model(context.name, policy, tokenizer)
+    rows = read_rows(context.artifact("prompts").split("train"))[: config.max_prompts]
+    reward = _reward_model(context)
+    if reward is not None and config.critic_source == "reward":
+        check_same_vocabulary(context.name, tokenizer, reward.tokenizer, ("the policy", "the reward model"))
+    engine = open_engine(
+        source,
+        context.runtime,
+        precision=config.precision,
+        max_length=config.max_prompt_tokens + config.max_tokens,
+        seed=context.seed % 2**32,
+        warn=context.warn,
+    )
+    try:
+        trainer = PPOTrainer(
+            model=policy,
+            args=_arguments(context),
+            train_dataset=rows,
+            processing_class=tokenizer,
+            scorer=_scorer(config, reward),
+            engine=engine,
+            reward_model=reward.model if reward is not None and config.critic_source == "reward" else None,
+            gold=None if config.gold is None else function_scorer(config.gold),
+            tuning=config.tuning,
+            callbacks=[ReportUpdates(context)],
+        )
+        if trainer.prompts.dropped:
+            context.warn(
+                f"{context.name}: {trainer.prompts.dropped} of {len(rows)} prompts are longer than "
+                f"max_prompt_tokens {config.max_prompt_tokens} and were left out."
+            )
+        checkpoint = last_checkpoint(context.checkpoints)
+        if checkpoint is not None:
+            print(f"resuming from {checkpoint}")
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trainer.save_model(str(context.output / "model"))
+        return {"engine": engine.name, "prompts": len(trainer.prompts), **summary(trainer)}
+    finally:
+        engine.close()
+
+
+class ReportUpdates(TrainerCallback):
+    """One point of the curves and one progress event per update."""
+
+    def __init__(self, context: StageContext) -> None:
+        self.context = context
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """``logs`` holds ``score`` after an update, and only run totals at the end."""
+        if not state.is_world_process_zero or not logs or "score" not in logs:
+            return
+        update, tokens = int(logs["update"]), int(logs["tokens"])
+        points = {name: float(value) for name, value in logs.items() if name not in ("update", "total_flos")}
+        self.context.log(update, **points)
+        shown = {name: float(logs[name]) for name in ("score", "gold", "kl") if name in logs}
+        total = args.updates  # type: ignore[attr-defined]  # a PPOConfig
+        self.context.progress(update, total, unit="updates", tokens=tokens, **shown)
+
+
+def summary(trainer: PPOTrainer) -> dict[str, Any]:
+    """Metrics of the whole run, first and last ones as means over three updates; seconds are sums over all updates."""
+    history = [entry for entry in trainer.state.log_history if "score" in entry]
+    found: dict[str, Any] = {"updates": len(history), **trainer.totals}
+    for name in ("score", "gold", "kl", "length", "eos_rate", "entropy", "explained_variance", "parity_gap"):
+        if history and name in history[0]:
+            for label, part in (("first", history[:3]), ("last", history[-3:])):
+                found[f"{name}_{label}"] = sum(entry[name] for entry in part) / len(part)
+    phases = [name for name in history[-1] if name.startswith("seconds")] if history else []
+    found |= {name: sum(entry[name] for entry in history) for name in phases}
+    if history:
+        found["kl_coef_last"] = history[-1]["kl_coef"]
+        found["tokens_per_second"] = trainer.totals["tokens"] / max(found["seconds"], 1e-9)
+        found["peak_memory_gib"] = max(entry["peak_memory_gib"] for entry in history)
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    return found | {"trainable_parameters": trained}
+
+
+def _reward_model(context: StageContext) -> RewardModel | None:
+    if context.config.reward is None:
+        return None
+    device = device_of(context.runtime)
+    return RewardModel(context.artifact("reward").model, device=device, precision=context.config.precision)
+
+
+def _scorer(config: PpoConfig, reward: RewardModel | None) -> WeightedSum:
+    parts: list[tuple[float, Scorer]] = []
+    if reward is not None:
+        parts.append((config.reward_weight, RewardScorer(reward)))
+    if config.score is not None:
+        parts.append((config.score_weight, function_scorer(config.score)))
+    return WeightedSum(tuple(parts))
+
+
+def _arguments(context: StageContext) -> PPOConfig:
+    config: PpoConfig = context.config
+    on_gpu = device_of(context.runtime).type == "cuda"
+    options: dict[str, Any] = {name: getattr(config, name) for name in PASSED_ON}
+    options |= {
+        "output_dir": str(context.checkpoints),
+        "seed": context.seed % 2**32,
+        "use_cpu": not on_gpu,
+        "bf16": config.precision == "bfloat16",
+        "per_device_train_batch_size": config.micro_batch,
+        "lr_scheduler_type": SCHEDULERS[config.scheduler],
+        "warmup_steps": config.warmup_ratio,
+        "save_strategy": "steps",
+        "save_total_limit": 2,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    return PPOConfig(**(options | config.trainer))

@@ -1,0 +1,187 @@
+"""Stage ``ppo``: the policy learns, from responses it samples itself, to earn higher scores; with a critic."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from align.artifacts import GENERATORS, PROMPT_SOURCES, Kind
+from align.stage import Config, FullTuning, LoraTuning, StageContext, Tuning, stage_input
+from align.trainer_options import check_trainer_options
+
+
+class PpoConfig(Config):
+    """One update samples ``rollout_batch`` responses, scores them and learns from them.
+
+    Memory, in float32 weights of the policy: LoRA needs the policy once (the reference is the policy with its adapter
+    off) and the reward model once (the critic is an adapter on it); full tuning needs both twice, and AdamW's state.
+    """
+
+    policy: stage_input(*GENERATORS)  # type: ignore[valid-type]
+    """Stage whose checkpoint is trained and is the reference too; usually the SFT stage."""
+    prompts: stage_input(*PROMPT_SOURCES)  # type: ignore[valid-type]
+    """Stage whose training prompts are answered."""
+    reward: stage_input(Kind.REWARD) | None = None  # type: ignore[valid-type]
+    """Reward stage that scores responses; or give ``score``, or both."""
+    score: str | None = None
+    """Verifiable function that scores responses: ``gold``, or an import path ``module:name``."""
+    reward_weight: float = 1.0
+    """Factor of the reward model's score in the sum with ``score``."""
+    score_weight: float = 1.0
+    """Factor of the verifiable function's score in the sum with the reward model's."""
+    gold: str | None = None
+    """Verifiable function that is only logged, to see whether it rises with the score: ``gold`` or ``module:name``."""
+    critic: Literal["reward", "policy"] | None = None
+    """What the critic starts from; by default the reward model where there is one. From ``policy`` it starts at 0."""
+    tuning: Tuning = FullTuning()
+    """Of policy and critic alike."""
+
+    updates: int = Field(100, ge=1)
+    """Rollouts sampled and learned from."""
+    rollout_batch: int = Field(64, ge=1)
+    """Responses per update; more is steadier and slower."""
+    samples_per_prompt: int = Field(4, ge=1)
+    """Responses to each prompt of an update; its prompt is then computed once for all of them."""
+    max_prompts: int | None = Field(None, ge=1)
+    """Prompts used at most, the first ones."""
+    max_prompt_tokens: int = Field(1024, ge=1)
+    """Prompts longer than this are left out, and counted."""
+    max_tokens: int = Field(64, ge=1)
+    """Tokens per response at most; a longer one is cut off and has no end."""
+    temperature: float = Field(1.0, gt=0, le=5)
+    """Logits are divided by it in sampling and in learning alike."""
+    num_epochs: int = Field(1, ge=1)
+    """Passes over each rollout; more learn more from it and drift further from what was sampled."""
+    num_mini_batches: int = Field(1, ge=1)
+    """Optimizer steps per pass."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Responses in memory at once; changes no result. By default the largest divisor up to 16."""
+
+    learning_rate: float = Field(gt=0, le=1)
+    """Of the policy. LoRA wants some hundred times what full tuning wants, so there is no default."""
+    critic_learning_rate: float | None = Field(None, gt=0, le=1)
+    """Of the critic; by default the policy's."""
+    critic_warmup_updates: int = Field(0, ge=0)
+    """First updates in which only the critic learns."""
+    scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rates fall: not at all, or to 0 along a line or a half cosine."""
+    warmup_ratio: float = Field(0.0, ge=0, lt=1)
+    """Share of the optimizer steps over which the learning rates rise from 0."""
+    weight_decay: float = Field(0.0, ge=0, lt=1)
+    """Decoupled weight decay of AdamW."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients of policy and critic are each scaled down to this norm."""
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of the matrix products, bfloat16 twice as fast; weights and AdamW's state are float32 either way."""
+
+    kl_coef: float = Field(0.05, ge=0)
+    """Reward lost per nat of drift from the reference; 0 lets the policy go anywhere the score is high."""
+    kl_controller: Literal["fixed", "adaptive"] = "fixed"
+    """``adaptive`` moves ``kl_coef`` so that the KL of a response nears ``kl_target`` (arXiv 1909.08593)."""
+    kl_target: float = Field(6.0, gt=0)
+    """Nats per response that the adaptive controller aims at."""
+    kl_horizon: int = Field(10_000, ge=1)
+    """Responses over which it reacts."""
+    gamma: float = Field(1.0, gt=0, le=1)
+    """Discount per token."""
+    lam: float = Field(0.95, ge=0, le=1)
+    """Lambda of advantage estimation: 1 trusts the returns, 0 the critic."""
+    truncation: Literal["bootstrap", "terminal"] = "terminal"
+    """What follows a response cut at ``max_tokens``: what the critic expects of its rest, or nothing."""
+    missing_eos_penalty: float | None = Field(None, ge=0)
+    """Subtracted from the score of a response that does not end; teaches to stop."""
+    score_clip: float | None = Field(None, gt=0)
+    """Scores are clipped to plus or minus this."""
+    whiten_rewards: bool = False
+    """Scale token rewards to variance 1, keeping their mean."""
+    whiten_advantages: bool = True
+    """Scale advantages to mean 0 and variance 1 over the update's tokens."""
+
+    clip_range: float = Field(0.2, gt=0, lt=1)
+    """A token's probability ratio earns nothing further from 1 than this."""
+    dual_clip: float | None = Field(None, gt=1)
+    """Bound on the ratio where the advantage is negative (arXiv 1912.09729), usually 3."""
+    value_clip_range: float | None = Field(0.5, gt=0)
+    """Values move no further than this per update, in units of reward; null switches it off."""
+    vf_coef: float = Field(1.0, gt=0)
+    """Weight of the value loss."""
+    entropy_coef: float = Field(0.0, ge=0)
+    """Weight of the entropy bonus."""
+    loss_aggregation: Literal["token", "sequence"] = "token"
+    """Whether every token weighs the same, or every response."""
+    importance_cap: float | None = Field(2.0, ge=1)
+    """Cap on the weights that correct for the engine's log-probabilities being not quite the trainer's; null: none."""
+
+    save_updates: int = Field(1, ge=1)
+    """Updates between checkpoints, what a killed stage repeats at most."""
+    trainer: dict[str, Any] = Field(default_factory=dict)
+    """Other options of ``align.ppo.PPOConfig`` and transformers' ``TrainingArguments``, checked against them."""
+
+    identified: ClassVar[frozenset[str]] = frozenset({"score", "gold"})
+
+    @property
+    def micro_batch(self) -> int:
+        """Responses in memory at once."""
+        if self.micro_batch_size is not None:
+            return self.micro_batch_size
+        per_step = self.rollout_batch // self.num_mini_batches
+        return max(size for size in range(1, 17) if per_step % size == 0)
+
+    @property
+    def critic_source(self) -> Literal["reward", "policy"]:
+        """``critic``, or its default."""
+        return self.critic or ("policy" if self.reward is None else "reward")
+
+    @field_validator("trainer")
+    @classmethod
+    def _trainer_exists(cls, options: dict[str, Any]) -> dict[str, Any]:
+        check_trainer_options("ppo", options, reserved=set(cls.model_fields))
+        return options
+
+    @model_validator(mode="after")
+    def _scored_by_something(self) -> Self:
+        if self.reward is None and self.score is None:
+            raise ValueError("neither reward nor score is set; name a reward stage, or a verifiable function, or both.")
+        if self.critic == "reward" and self.reward is None:
+            raise ValueError("critic is reward, but no reward stage is named; set reward, or take `critic: policy`.")
+        return self
+
+    @model_validator(mode="after")
+    def _sizes_divide(self) -> Self:
+        for name, divisor in (
+            ("samples_per_prompt", self.samples_per_prompt),
+            ("num_mini_batches", self.num_mini_batches),
+            ("num_mini_batches x micro_batch_size", self.num_mini_batches * self.micro_batch),
+        ):
+            if self.rollout_batch % divisor:
+                raise ValueError(
+                    f"rollout_batch {self.rollout_batch} is not a multiple of {name} {divisor}; "
+                    f"the next one is {-(-self.rollout_batch // divisor) * divisor}."
+                )
+        if self.whiten_rewards and self.rollout_batch < 8:
+            raise ValueError(f"whiten_rewards needs a rollout_batch of at least 8; it is {self.rollout_batch}.")
+        if isinstance(self.tuning, LoraTuning) and self.tuning.dropout:
+            raise ValueError(
+                f"tuning.dropout is {self.tuning.dropout}; PPO compares log-probabilities of one model, so set it to 0."
+            )
+        return self
+
+    def identities(self, base: Path) -> dict[str, str]:
+        """The scoring functions, by their code."""
+        from align.data.scoring import function_identity
+
+        named = {"score": self.score, "gold": self.gold}
+        return {name: function_identity(path) for name, path in named.items() if path is not None}
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Train, save ``model/``, and return scores, KL, lengths, speeds and times of the run.
+
+    Resumes from the last whole checkpoint. Raises ``UserError`` for prompts or models that do not fit, and
+    ``ParityError`` when the engine and the trainer turn out to hold different models.
+    """
+    from align.ppo.stage_run import train
+
+    return train(context)

@@ -1,0 +1,175 @@
+"""The ppo stage: its config, its run on a two-layer model, and a run that was killed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+from pydantic import ValidationError
+from safetensors.torch import load_file
+
+from align.artifacts import Artifact, Kind
+from align.data.rows import user, write_rows
+from align.errors import UserError
+from align.ppo.checkpoint import DRAFT
+from align.ppo.config import PPOConfig
+from align.ppo.scoring import WeightedSum
+from align.ppo.stage_run import PASSED_ON, ReportUpdates
+from align.stage import Runtime, StageContext
+from align.stages.ppo import PpoConfig, run
+
+BASE = {"policy": "sft", "prompts": "data", "learning_rate": 1e-3}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "neither reward nor score is set"),
+        ({"score": "gold", "critic": "reward"}, "no reward stage is named"),
+        ({"score": "gold", "rollout_batch": 10}, "not a multiple of samples_per_prompt 4; the next one is 12"),
+        ({"score": "gold", "num_mini_batches": 3}, "not a multiple of num_mini_batches 3; the next one is 66"),
+        ({"score": "gold", "micro_batch_size": 24}, "num_mini_batches x micro_batch_size 24; the next one is 72"),
+        ({"score": "gold", "rollout_batch": 4, "whiten_rewards": True}, "at least 8"),
+        ({"score": "gold", "tuning": {"method": "lora", "dropout": 0.1}}, "set it to 0"),
+        ({"score": "gold", "trainer": {"kl_coef": 0.1}}, "set 'kl_coef' beside 'trainer'"),
+        ({"score": "gold", "trainer": {"adam_bta2": 0.9}}, "Did you mean 'adam_beta2'"),
+        ({"score": "gold", "trainer": {"bf16": True}}, "set 'precision' beside 'trainer'"),
+        ({"score": "gold", "kl_coef": -1}, "greater than or equal to 0"),
+    ],
+)
+def test_wrong_configs_are_refused_with_a_remedy(given, message):
+    with pytest.raises(ValidationError, match=message):
+        PpoConfig(**BASE, **given)
+
+
+def test_defaults_follow_from_what_is_given():
+    assert PpoConfig(**BASE, score="gold").critic_source == "policy"
+    assert PpoConfig(**BASE, reward="reward").critic_source == "reward"
+    assert PpoConfig(**BASE, reward="reward", critic="policy").critic_source == "policy"
+    assert PpoConfig(**BASE, score="gold", rollout_batch=48, num_mini_batches=2).micro_batch == 12
+
+
+def test_scoring_functions_are_part_of_the_identity(tmp_path):
+    assert PpoConfig(**BASE, reward="reward").identities(tmp_path) == {}
+    identities = PpoConfig(**BASE, score="gold", gold="gsm8k_answer").identities(tmp_path)
+    assert set(identities) == {"score", "gold"}
+    with pytest.raises(UserError, match="gold"):
+        PpoConfig(**BASE, score="gild").identities(tmp_path)
+
+
+def test_every_field_with_the_trainer_s_name_reaches_it():
+    shared = {field.name for field in fields(PPOConfig)} & set(PpoConfig.model_fields)
+    assert shared == set(PASSED_ON)
+
+
+def test_importing_the_config_imports_no_torch():
+    code = "import sys; import align.stages.ppo; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.fixture
+def make_context(tmp_path, tiny_model, tiny_reward):
+    """A context whose inputs are the tiny models and eight prompts."""
+    for name, model in (("sft", tiny_model), ("reward", tiny_reward)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model").symlink_to(model)
+    (tmp_path / "data").mkdir()
+    checks = json.dumps({"answer": "72"})
+    rows = [{"id": str(i), "source": "test", "prompt": [user(f"say {'x' * i}")], "checks": checks} for i in range(8)]
+    write_rows(tmp_path / "data" / "train.parquet", rows)
+    kinds = {"policy": ("sft", Kind.POLICY), "reward": ("reward", Kind.REWARD), "prompts": ("data", Kind.PROMPTS)}
+
+    def make(attempt: str, **given) -> StageContext:
+        options = {
+            **BASE,
+            "rollout_batch": 8,
+            "updates": 2,
+            "max_tokens": 6,
+            "max_prompt_tokens": 64,
+            "precision": "float32",
+        }
+        config = PpoConfig(**(options | given))
+        inputs = {
+            field: Artifact(stage, kind, tmp_path / stage, {}) if getattr(config, field) else None
+            for field, (stage, kind) in kinds.items()
+        }
+        folder = tmp_path / attempt
+        for name in ("out", "checkpoints"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        runtime = Runtime(engine={"name": "transformers"}, threads=1)
+        return StageContext(
+            "ppo", config, inputs, 5, runtime, folder / "out", folder / "checkpoints", folder / "events.jsonl"
+        )
+
+    return make
+
+
+def events(context: StageContext, kind: str) -> list[dict]:
+    lines = [json.loads(line) for line in context.events.read_text().splitlines()]
+    return [line for line in lines if line["event"] == kind]
+
+
+LORA = {"method": "lora", "rank": 4, "alpha": 8}
+
+
+def test_run_trains_on_a_reward_model_and_reports_every_update(make_context):
+    context = make_context("run", reward="reward", gold="gsm8k_answer", tuning=LORA)
+    metrics = run(context)
+    assert json.loads(json.dumps(metrics))["updates"] == 2
+    assert metrics["episodes"] == 16 and metrics["engine"] == "transformers"
+    assert metrics["kl_first"] >= 0 and metrics["parity_gap_last"] < 1e-4
+    assert metrics["gold_last"] == 0.0
+    points = events(context, "metrics")
+    assert [point["step"] for point in points] == [1, 2]
+    assert {"score", "gold", "kl", "entropy", "explained_variance"} <= points[0].keys()
+    assert events(context, "progress")[-1]["done"] == 2
+    assert (context.output / "model" / "model.safetensors").is_file()
+    assert (context.output / "adapter" / "adapter_config.json").is_file()
+
+
+def test_run_on_a_verifiable_function_alone(make_context):
+    metrics = run(make_context("run", score="gsm8k_answer", updates=1))
+    assert metrics["score_last"] == 0.0
+
+
+def test_two_scores_are_summed_with_their_weights(make_context):
+    class Constant:
+        def __init__(self, value):
+            self.value = value
+
+        def score(self, rows, responses, truncated=None):
+            return [self.value] * len(responses)
+
+    both = WeightedSum(((2.0, Constant(1.5)), (0.5, Constant(4.0))))
+    assert both.score([{}, {}], ["a", "b"]) == [5.0, 5.0]  # 2 * 1.5 + 0.5 * 4
+
+
+class Killed(BaseException):
+    """As abrupt as a signal: nothing catches it."""
+
+
+def test_a_killed_stage_goes_on_to_the_same_weights(make_context, monkeypatch):
+    given = {"reward": "reward", "tuning": LORA, "updates": 4, "scheduler": "linear", "num_mini_batches": 2}
+    whole, killed = make_context("whole", **given), make_context("killed", **given)
+    expected = run(whole)
+
+    def kill(self, args, state, control, **kwargs):
+        if state.global_step == 5:  # in the middle of the third update
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ReportUpdates, "on_step_begin", kill)
+        with pytest.raises(Killed):
+            run(killed)
+    assert not (killed.output / "model").exists()
+    shutil.copytree(killed.checkpoints / "checkpoint-4", killed.checkpoints / DRAFT / "checkpoint-6")  # half written
+    found = run(killed)
+    assert [point["step"] for point in events(killed, "metrics")] == [1, 2, 3, 4]
+    weights = [load_file(context.output / "model" / "model.safetensors") for context in (whole, killed)]
+    assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
+    for name in ("score_first", "score_last", "kl_last", "episodes", "tokens"):
+        assert found[name] == expected[name]
