@@ -26,18 +26,19 @@ class RewardModel:
         self.batch_size = batch_size
 
     def score(
-        self, prompts: list[list[Message]], responses: list[str], truncated: list[bool] | None = None
+        self, prompts: list[list[Message]], responses: list[str], finished: list[bool] | None = None
     ) -> list[float]:
         """Scores of ``responses[i]`` as the assistant's answer to ``prompts[i]``, with this model's own template.
 
-        ``truncated`` marks answers cut off at their length limit: they are read without the end-of-turn token.
+        Answers that are not ``finished`` (cut off at their length limit) are read without the end-of-turn token, which
+        the policy did not write; all are taken as finished when it is None.
         """
-        cut = truncated if truncated is not None else [False] * len(responses)
+        ended = finished if finished is not None else [True] * len(responses)
         rows = [
             render_conversation(
-                self.tokenizer, [*prompt, {"role": "assistant", "content": response}], finished=not was_cut
+                self.tokenizer, [*prompt, {"role": "assistant", "content": response}], finished=one_ended
             )
-            for prompt, response, was_cut in zip(prompts, responses, cut, strict=True)
+            for prompt, response, one_ended in zip(prompts, responses, ended, strict=True)
         ]
         return self.score_tokens(rows)
 

@@ -168,7 +168,7 @@ def _scorer(context: StageContext) -> Callable[[list[dict[str, Any]], list[str],
     from align.models.reward import RewardModel
 
     model = RewardModel(context.artifact("reward").model, device_of(context.runtime), context.config.precision)
-    return lambda rows, texts, cut: model.score([row["prompt"] for row in rows], texts, cut)
+    return lambda rows, texts, cut: model.score([row["prompt"] for row in rows], texts, [not one for one in cut])
 
 
 def _write(context: StageContext, jobs: list[Job], samples: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:

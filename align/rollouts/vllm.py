@@ -160,7 +160,7 @@ class VllmEngine:
         bar = (lambda **_: _Bar(total, on_progress)) if on_progress is not None else False
         inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
         with torch.inference_mode(), _caller_undisturbed():
-            return self.llm.generate(inputs, params, use_tqdm=bar)
+            return self.llm.generate(inputs, params, use_tqdm=bar)  # type: ignore[arg-type]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """See the protocol."""
@@ -206,7 +206,7 @@ class VllmEngine:
 
     def close(self) -> None:
         """See the protocol. A second engine in this process is not to be counted on."""
-        llm, self.llm, self.runner = self.llm, None, None
+        llm, self.llm, self.runner = self.llm, None, None  # type: ignore[assignment]
         if llm is not None:
             with _caller_undisturbed():
                 llm.llm_engine.engine_core.shutdown()

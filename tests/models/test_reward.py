@@ -1,0 +1,42 @@
+"""Scoring: padding and order change nothing, and the score is the model's own at the last token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from align.errors import UserError
+from align.models.loading import load_reward
+from align.models.render import render_conversation
+from align.models.reward import RewardModel
+
+PROMPTS = [[{"role": "user", "content": text}] for text in ("Hi", "A much longer question than that", "Why?")]
+ANSWERS = ["Yes", "No, certainly not, by no means whatever", ""]
+
+
+def test_scores_are_the_models_at_the_last_token(tiny_reward: Path) -> None:
+    scorer = RewardModel(tiny_reward, precision="float32", batch_size=2)
+    scores = scorer.score(PROMPTS, ANSWERS)
+    model = load_reward(tiny_reward)
+    for prompt, answer, score in zip(PROMPTS, ANSWERS, scores, strict=True):
+        ids = render_conversation(scorer.tokenizer, [*prompt, {"role": "assistant", "content": answer}])
+        with torch.no_grad():
+            assert score == pytest.approx(model(torch.tensor([ids])).logits.item(), abs=1e-5)
+    one_by_one = [RewardModel(tiny_reward, precision="float32").score([p], [a])[0]
+                  for p, a in zip(PROMPTS, ANSWERS, strict=True)]  # fmt: skip
+    assert scores == pytest.approx(one_by_one, abs=1e-5)
+    assert scorer.score(PROMPTS[::-1], ANSWERS[::-1]) == pytest.approx(scores[::-1], abs=1e-5)
+
+
+def test_unfinished_answers_are_read_without_the_end(tiny_reward: Path) -> None:
+    scorer = RewardModel(tiny_reward, precision="float32")
+    whole, cut = scorer.score(PROMPTS[:1] * 2, ["Yes", "Yes"], [True, False])
+    assert whole != pytest.approx(cut, abs=1e-4)
+    assert scorer.score(PROMPTS[:1], ["Yes"]) == pytest.approx([whole], abs=1e-5)
+
+
+def test_policy_is_no_reward_model(tiny_model: Path) -> None:
+    with pytest.raises(UserError, match="not a trained reward model"):
+        RewardModel(tiny_model)
