@@ -1,0 +1,133 @@
+"""Stage sample on a tiny model: pairs, counts, resume in the middle, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.artifacts import Artifact, Kind
+from align.data.rows import read_rows, write_rows
+from align.errors import UserError
+from align.rollouts import sampler
+from align.stage import EngineConfig, Runtime, StageContext
+from align.stages.sample import SampleConfig, run
+
+
+def flat_score(rows: list[dict[str, Any]], responses: list[str]) -> list[float]:
+    return [0.5] * len(responses)
+
+
+def length_score(rows: list[dict[str, Any]], responses: list[str]) -> list[float]:
+    return [len(response.encode()) / 100 for response in responses]
+
+
+def _rows(count: int, name: str) -> list[dict[str, Any]]:
+    return [
+        {"id": f"{name}{i}", "source": "t", "prompt": [{"role": "user", "content": f"Say {i}"}], "checks": ""}
+        for i in range(count)
+    ]
+
+
+def _context(folder: Path, model: Path, train: int = 5, test: int = 3, **config: Any) -> StageContext:
+    for name in ("output", "checkpoints", "prompts", "policy"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    write_rows(folder / "prompts" / "train.parquet", _rows(train, "a"))
+    write_rows(folder / "prompts" / "test.parquet", _rows(test, "b"))
+    if not (folder / "policy" / "model").exists():
+        (folder / "policy" / "model").symlink_to(model)
+    config = {"policy": "sft", "prompts": "data", "n": 3, "max_tokens": 8, "score": f"{__name__}:length_score"} | config
+    return StageContext(
+        name="sample",
+        config=SampleConfig(**config),
+        inputs={
+            "policy": Artifact("sft", Kind.POLICY, folder / "policy", {}),
+            "prompts": Artifact("data", Kind.PROMPTS, folder / "prompts", {}),
+            "reward": None,
+        },
+        seed=11,
+        runtime=Runtime(engine=EngineConfig(name="transformers")),
+        output=folder / "output",
+        checkpoints=folder / "checkpoints",
+        events=folder / "events.jsonl",
+    )
+
+
+@pytest.fixture(autouse=True)
+def _score_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Functions of this file as scorers, wherever the test runner put it."""
+    from align.data.scoring import FunctionScorer
+
+    functions = {"length_score": length_score, "flat_score": flat_score}
+    monkeypatch.setattr(sampler, "function_scorer", lambda path: FunctionScorer(path, functions[path.split(":")[1]]))
+
+
+def test_pairs_samples_and_counts(tiny_model: Path, tmp_path: Path) -> None:
+    context = _context(tmp_path, tiny_model, max_prompts={"train": 4})
+    metrics = run(context)
+    lines = [json.loads(line) for line in (context.output / "samples.jsonl").read_text().splitlines()]
+    assert [line["split"] for line in lines] == ["train"] * 4 + ["test"] * 3
+    assert all(len(line["texts"]) == len(line["scores"]) == len(line["finished"]) == 3 for line in lines)
+    for split in ("train", "test"):
+        pairs = read_rows(context.output / f"{split}.parquet")
+        assert metrics[f"{split}_pairs"] == len(pairs) > 0
+        assert all(pair["chosen_score"] > pair["rejected_score"] for pair in pairs)
+    assert metrics["engine"] == "transformers"
+    assert metrics["train_prompts"] == 4
+    assert metrics["tokens"] == sum(sum(line["tokens"]) for line in lines)
+    assert 0 <= metrics["train_eos_rate"] <= 1
+
+
+def test_killed_in_the_middle_it_goes_on_to_the_same_result(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampler, "CHUNK", 2)
+    whole = _context(tmp_path / "whole", tiny_model)
+    run(whole)
+    parts = _context(tmp_path / "parts", tiny_model)
+    real, calls = sampler._Chunks._sample, []
+
+    def dies_third(self: Any, job: Any, start: int) -> Any:
+        calls.append((job.split, start))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(self, job, start)
+
+    monkeypatch.setattr(sampler._Chunks, "_sample", dies_third)
+    with pytest.raises(KeyboardInterrupt):
+        run(parts)
+    run(parts)
+    assert calls == [("train", 0), ("train", 2), ("train", 4), ("train", 4), ("test", 0), ("test", 2)]
+    name = "samples.jsonl"
+    assert (parts.output / name).read_text() == (whole.output / name).read_text()
+
+
+def test_reward_model_scores(tiny_model: Path, tiny_reward: Path, tmp_path: Path) -> None:
+    context = _context(tmp_path, tiny_model, score=None, reward="reward", precision="float32")
+    (tmp_path / "reward").mkdir()
+    (tmp_path / "reward" / "model").symlink_to(tiny_reward)
+    context.inputs["reward"] = Artifact("reward", Kind.REWARD, tmp_path / "reward", {})
+    assert run(context)["train_pairs"] == 5
+
+
+def test_no_pairs_is_an_error_and_no_test_pairs_a_warning(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no train pair came out of 5 prompts"):
+        run(_context(tmp_path / "one", tiny_model, score=f"{__name__}:flat_score"))
+    context = _context(tmp_path / "two", tiny_model, test=0)
+    run(context)
+    assert read_rows(context.output / "test.parquet") == []
+    assert "no test pair" in context.events.read_text()
+
+
+def test_long_prompts_are_counted(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="every train prompt is longer than max_prompt_tokens 5"):
+        run(_context(tmp_path, tiny_model, max_prompt_tokens=5))
+
+
+def test_exactly_one_scorer() -> None:
+    with pytest.raises(ValueError, match="neither score nor reward"):
+        SampleConfig(policy="sft", prompts="data", score=None)
+    with pytest.raises(ValueError, match="both score and reward"):
+        SampleConfig(policy="sft", prompts="data", score="gold", reward="reward")
