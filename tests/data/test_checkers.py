@@ -52,6 +52,7 @@ def test_guard() -> None:
     guard = {"min_words": 3, "max_words": 6, "max_share": 0.4, "any_of": ["cat"]}
     assert passes_guard(guard, "Cats purr softly.")
     assert not passes_guard(guard, "Cats purr.")  # two different words
+    assert not passes_guard({"min_words": 3}, "cats cats purr purr")  # the same two, twice
     assert not passes_guard(guard, "Dogs bark loudly.")  # off topic
     assert not passes_guard(guard, "Cats purr and purr and purr again.")  # too long
     assert not passes_guard(guard, "cats cats cats purr softly")  # 3 of 5 words the same
