@@ -11,8 +11,10 @@ The schema of ``scorecard.json`` is what :func:`build` returns (format 1):
 - ``reward_model``: what :func:`align.evaluation.pairs.pair_accuracy` returns, or null
 - ``flags``: list of ``{policy, kind, text}``; kinds ``regression``, ``over-optimised``, ``eos``, ``length``
 
-Verdicts: ``better`` or ``worse`` (``higher`` or ``lower`` for a metric without a good side) when the interval is clear
-of zero and the Holm-corrected p is below 0.05; else ``unclear``. Torch-free; numbers that are not finite are null.
+p-values are corrected (Holm) in two families: the primary metric's comparisons, chosen beforehand, among themselves;
+all the others of the table together. Verdicts: ``better`` or ``worse`` (``higher`` or ``lower`` for a metric without a
+good side) when the interval is clear of zero and the corrected p is below 0.05; else ``unclear``. Torch-free; numbers
+that are not finite are null.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ METRICS: dict[str, dict[str, Any]] = {
         "title": "Gold score",
         "better": "higher",
         "unit": "0 to 1",
-        "meaning": "what a program that checks the response gives; no training stage saw it",
+        "meaning": "what a program that checks the response gives it",
     },
     "reward": {
         "title": "Reward-model score",
@@ -130,7 +132,8 @@ def build(
         if against == found.reference or policy == found.reference
         if (row := _difference(found, policy, against, primary, indices, resampling)) is not None
     ]
-    _correct(differences)
+    _correct([row for row in differences if row["metric"] == primary])
+    _correct([row for row in differences if row["metric"] != primary])
     _correct(by_family)
     shown = [*names, *(["heldout_loss"] if found.heldout else [])]
     return {

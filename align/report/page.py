@@ -147,8 +147,6 @@ def _accuracy(accuracy: dict[str, Any]) -> Markup:
     if accuracy.get("true"):
         rows += [("by gold score", accuracy["true"]), ("labels themselves", accuracy["labels_true"])]
     rows.append(("longer answer wins", accuracy["longer"]))
-    if len(accuracy["by_source"]) > 1:
-        rows += list(accuracy["by_source"].items())[:12]
     return figures.dots(rows, "share of held-out pairs ordered right", "Reward model accuracy", line=0.5)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from align.artifacts import Artifact
 from align.report.wording import count, duration, size
 
-WIDTH, HEIGHT, GAP_X, GAP_Y, MARGIN = 168, 84, 44, 22, 6
+WIDTH, HEIGHT, GAP_X, GAP_Y, MARGIN = 150, 84, 36, 22, 4
 
 
 def lay_out(artifacts: Sequence[Artifact], failed: dict[str, Any] | None) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def lay_out(artifacts: Sequence[Artifact], failed: dict[str, Any] | None) -> dic
         filled[column] = row + 1
         box["x"] = MARGIN + column * (WIDTH + GAP_X)
         box["y"] = MARGIN + row * (HEIGHT + GAP_Y)
-        box["short"] = name if len(name) <= 18 else f"{name[:17]}…"
+        box["short"] = name if len(name) <= 14 else f"{name[:13]}…"
     arrows = [
         {
             "x1": boxes[source]["x"] + WIDTH,
@@ -49,8 +49,6 @@ def lay_out(artifacts: Sequence[Artifact], failed: dict[str, Any] | None) -> dic
         for target, sources in inputs.items()
         for source in dict.fromkeys(sources)
     ]
-    for arrow in arrows:
-        arrow["bend"] = arrow["x2"] - GAP_X * 0.6
     return {
         "boxes": list(boxes.values()),
         "arrows": arrows,

@@ -74,7 +74,8 @@ def _p(value: float) -> str:
 
 
 def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:] + "."
+    """A flag as a sentence; a stage's name at its start keeps its spelling."""
+    return ("Only" + text[4:] if text.startswith("only") else text) + "."
 
 
 def _repeats(card: Card, flag: dict[str, str]) -> bool:

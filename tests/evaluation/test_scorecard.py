@@ -61,8 +61,15 @@ def test_rates_get_wilson_intervals_and_mcnemar():
     assert card["estimates"]["ppo"]["gold"]["method"] == "wilson"
     assert card["estimates"]["ppo"]["gold"]["low"] < 1
     assert rows(card)["ppo", "sft"]["test"] == "mcnemar"
-    # one test of 3 metrics; length and finished differ by nothing, so Holm multiplies the smallest p by 3
-    assert rows(card)["ppo", "sft"]["p_holm"] == pytest.approx(3 * 2 / 2**10)
+    assert rows(card)["ppo", "sft"]["p"] == pytest.approx(2 / 2**10)
+
+
+def test_holm_corrects_the_primary_metric_apart_from_the_rest():
+    found = measurements(model=[0.0] * 10, sft=[1.0] * 10, ppo=[1.0] * 10)
+    card = build(found, RESAMPLING, None, {})
+    # three comparisons of gold: p = 1/512 twice and 1; the other metrics' p of 1 do not enter
+    assert rows(card)["sft", "model"]["p_holm"] == pytest.approx(3 / 512)
+    assert rows(card)["ppo", "model"]["p_holm"] == pytest.approx(3 / 512)  # 2/512, made monotone
 
 
 def test_families_have_their_own_numbers():

@@ -1,0 +1,40 @@
+"""Curves from event files: resumed steps, damage, thinning, panels."""
+
+import json
+
+from align.report.curves import MAX_POINTS, panels, read_events, thin
+
+
+def test_a_resumed_step_counts_once_and_damage_is_skipped(tmp_path):
+    events = [
+        {"event": "metrics", "time": 1, "step": 2, "loss": 5.0},
+        {"event": "metrics", "time": 1, "step": 1, "loss": 9.0, "note": "text", "nan": float("nan")},
+        {"event": "metrics", "time": 2, "step": 2, "loss": 4.0},
+        {"event": "progress", "done": 1, "loss": 77},
+        {"event": "warning", "message": "w"},
+        {"event": "warning", "message": "w"},
+    ]
+    text = "\n".join(json.dumps(event) for event in events) + '\n{"event": "metr\n[1]\n'
+    (tmp_path / "events.jsonl").write_text(text)
+    found = read_events(tmp_path)
+    assert found.series == {"loss": ([1.0, 2.0], [9.0, 4.0])}
+    assert found.warnings == ["w"]
+    assert read_events(tmp_path / "nowhere").series == {}
+
+
+def test_long_curves_are_averaged():
+    steps, values = thin(list(range(10_000)), [float(i % 2) for i in range(10_000)])
+    assert len(steps) <= MAX_POINTS
+    assert set(values) <= {0.48, 0.5, 0.52}
+    assert (steps[0], steps[1]) == (12, 37)  # middles of runs of 25
+
+
+def test_held_out_shares_the_panel_and_loss_comes_first():
+    series = dict.fromkeys(["learning_rate", "grad_norm", "test_loss", "loss", "zebra", "eval_kl"])
+    assert panels(series) == [
+        ("loss", ["loss", "test_loss"]),
+        ("eval_kl", ["eval_kl"]),
+        ("grad_norm", ["grad_norm"]),
+        ("learning_rate", ["learning_rate"]),
+        ("zebra", ["zebra"]),
+    ]
