@@ -11,7 +11,7 @@ import json
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from align.artifacts import Artifact
 from align.evaluation.generation import Generated, OpenEngine, ResponseCache, generate_all
@@ -51,7 +51,7 @@ class Plan:
     pairs: list[Row]
     heldout: list[Row]
     heldout_length: int
-    precision: str
+    precision: Literal["bfloat16", "float32"]
     resampling: Resampling
 
 

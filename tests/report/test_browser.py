@@ -14,11 +14,10 @@ BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil
 def test_the_page_in_chromium(run, tmp_path):
     artifacts, card = run
     page = write_report(artifacts, card, tmp_path / "report.html")
-    command = [
-        str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
-        "--disable-background-networking", "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=2000",
-        "--dump-dom", page.as_uri(),
-    ]  # fmt: skip
+    switches = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking"
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    logging = ["--enable-logging=stderr", "--virtual-time-budget=2000", "--dump-dom"]
+    command = [str(BROWSER), *switches.split(), profile, *logging, page.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "<title>Alignment report</title>" in done.stdout  # a script of the sample would have renamed it
