@@ -34,6 +34,13 @@ def test_the_largest_size_can_be_made_and_prompts_differ() -> None:
     assert gold(rows, [reply(row) for row in rows]) == [1.0] * MAX_ROWS
 
 
+def test_a_forbidden_word_is_not_asked_for() -> None:
+    """Seed 79911 drew "Dear friend" beside "never say friend"."""
+    for seed in (79911, *range(12)):
+        rows = generate(1000, seed, ["combined"])
+        assert gold(rows, [reply(row) for row in rows]) == [1.0] * 1000
+
+
 def test_short_and_balanced() -> None:
     rows = generate(1000, 0)
     counts = collections.Counter(row["source"] for row in rows)

@@ -6,6 +6,7 @@ A twist says how the reply must look, turns a plain reply into one that does, an
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -46,6 +47,7 @@ class Twist:
     apply: Callable[[str], str]
     rank: int = 1
     facts: tuple[str, ...] = ()
+    forbids: str = ""
 
 
 MakeTwist = Callable[[random.Random, Topic], Twist]
@@ -95,7 +97,7 @@ def _forbidden(rng: random.Random, topic: Topic) -> Twist:
     ask = rng.choice(('Do not use the word "{0}".', 'Avoid the word "{0}".', 'Never say "{0}".'))
     facts = tuple(fact for fact in topic.facts if word not in fact.lower())
     constraint = ifeval("keywords:forbidden_words", forbidden_words=[word])
-    return Twist(ask.format(word), constraint, lambda reply: reply, facts=facts)
+    return Twist(ask.format(word), constraint, lambda reply: reply, facts=facts, forbids=word)
 
 
 def _quotes(rng: random.Random, topic: Topic) -> Twist:
@@ -169,10 +171,22 @@ def combined(rng: random.Random) -> Task:
     return _task(rng, rng.choice(COMBINATIONS))
 
 
+def _clash(twists: list[Twist]) -> bool:
+    """Whether one twist forbids a word that another asks for: "Dear friend" without "friend"."""
+    return any(
+        one.forbids and re.search(rf"\b{one.forbids}\b", other.ask.lower())
+        for one in twists
+        for other in twists
+        if other is not one
+    )
+
+
 def _task(rng: random.Random, names: tuple[str, ...]) -> Task:
     topic = rng.choice(TOPICS)
     makers = TWISTS | {"no_comma": _no_comma}
     twists = [makers[name](rng, topic) for name in names]
+    if _clash(twists):
+        return _task(rng, names)
     facts = next((twist.facts for twist in twists if twist.facts), topic.facts)
     reply = rng.choice(facts)
     for twist in sorted(twists, key=lambda twist: twist.rank):
