@@ -101,6 +101,8 @@ def _set_threads(runtime: dict[str, Any]) -> None:
     """One thread per core unless the user says otherwise; must be set before torch is imported."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ["OMP_NUM_THREADS"] = str(runtime.get("threads") or cores)
+    # Threads that spin while they wait make a trainer and anything else on the same cores ten times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 

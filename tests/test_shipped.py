@@ -1,0 +1,100 @@
+"""Every shipped YAML loads, and every key in it is refused when it is misspelt."""
+
+import copy
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.errors import UserError
+from align.pipeline import Pipeline
+from align.validation import load_yaml
+
+PIPELINES = sorted(Path("pipelines").rglob("*.yaml"))
+RECIPES = sorted(Path("data_recipes").rglob("*.yaml"))
+
+
+def test_all_are_there() -> None:
+    assert {"smoke", "quickstart", "hh", "gsm8k", "zephyr_7b"} <= {path.stem for path in PIPELINES}
+    assert "embedded" in {path.stem for path in RECIPES}
+
+
+@pytest.mark.parametrize("path", PIPELINES, ids=str)
+def test_every_pipeline_loads(path: Path) -> None:
+    pipeline = Pipeline.load(path)
+    assert pipeline.name
+    head = path.read_text().split("name:")[0]
+    assert head.startswith("#") and len(head) > 100, "the head comment says purpose, cost and measured result"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=str)
+def test_every_recipe_loads(path: Path) -> None:
+    from align.data.recipe import load_recipe
+
+    load_recipe(str(path), Path.cwd())
+
+
+def keys(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield (*path, key)
+            yield from keys(value, (*path, key))
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from keys(value, (*path, index))
+
+
+def misspell(word: str, rng: random.Random) -> str:
+    at = rng.randrange(len(word))
+    kind = rng.choice(["drop", "double", "swap", "wrong"]) if len(word) > 2 else "double"
+    if kind == "drop":
+        wrong = word[:at] + word[at + 1 :]
+    elif kind == "double":
+        wrong = word[:at] + word[at] + word[at:]
+    elif kind == "swap" and at + 1 < len(word) and word[at] != word[at + 1]:
+        wrong = word[:at] + word[at + 1] + word[at] + word[at + 2 :]
+    else:
+        wrong = word[:at] + ("x" if word[at] != "x" else "y") + word[at + 1 :]
+    return wrong
+
+
+def rename(raw: dict[str, Any], path: tuple[Any, ...], name: str) -> dict[str, Any]:
+    changed = copy.deepcopy(raw)
+    at: Any = changed
+    for part in path[:-1]:
+        at = at[part]
+    renamed = {(name if key == path[-1] else key): value for key, value in at.items()}
+    at.clear()
+    at.update(renamed)
+    return changed
+
+
+def test_every_misspelt_key_is_refused_and_the_right_one_suggested(tmp_path: Path) -> None:
+    from align.data.recipe import load_recipe
+
+    import yaml
+
+    rng = random.Random(0)
+    tried, suggested, missed = 0, 0, []
+    for path in [*PIPELINES, *RECIPES]:
+        raw = load_yaml(path)
+        for place in keys(raw):
+            for _ in range(2):
+                wrong = misspell(str(place[-1]), rng)
+                changed = rename(raw, place, wrong)
+                with pytest.raises(UserError) as caught:
+                    if path in PIPELINES:
+                        Pipeline(changed, str(path))
+                    else:
+                        copied = tmp_path / path.name
+                        copied.write_text(yaml.safe_dump(changed, sort_keys=False))
+                        load_recipe(str(copied), Path.cwd())
+                tried += 1
+                if f"'{place[-1]}'" in str(caught.value):
+                    suggested += 1
+                else:
+                    missed.append(f"{path}: {place} as {wrong}: {caught.value}")
+    assert tried > 200
+    assert suggested / tried >= 0.95, "\n".join(missed)
