@@ -1,0 +1,60 @@
+"""Stage sft, end to end on a tiny model: it learns, and what it writes is an ordinary model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from align.artifacts import Kind
+from align.models.loading import load_policy, load_tokenizer
+from align.models.render import render_prompt
+from align.stages.sft import SftConfig, run
+from tests.training.harness import context, data_artifact, events, losses, rows
+
+TUNINGS = {"full": {"method": "full"}, "lora": {"method": "lora", "rank": 16, "alpha": 64}}
+
+
+@pytest.mark.parametrize("tuning", TUNINGS)
+def test_it_learns_to_answer_and_to_stop(tuning: str, tiny_model: Path, tmp_path: Path) -> None:
+    config = SftConfig(
+        model="model",
+        data="data",
+        tuning=TUNINGS[tuning],
+        learning_rate=1e-2,
+        epochs=12,
+        batch_size=8,
+        max_length=128,
+        eval_steps=20,
+    )
+    made = context(tmp_path, config, tiny_model, data_artifact(tmp_path / "data", Kind.INSTRUCTIONS, train=80))
+    metrics = run(made)
+    assert metrics["test_loss_after"] < metrics["test_loss_before"] / 5
+    assert metrics["rows"] == 80
+    assert metrics["tokens"] > 0
+    assert metrics["tokens_per_second"] > 0
+    assert len(losses(made)) == metrics["steps"] == 120
+    shown = events(made, "progress")
+    assert (shown[-1]["done"], shown[-1]["total"], shown[-1]["tokens"]) == (120, 120, metrics["tokens"])
+    assert {e["step"] for e in events(made, "metrics") if "test_loss" in e} == {0, 20, 40, 60, 80, 100, 120}
+    assert not events(made, "warning")
+    folder = made.output / "model"
+    assert (made.output / "adapter").is_dir() == (tuning == "lora")
+    assert all(tensor.dtype == torch.float32 for tensor in load_file(folder / "model.safetensors").values())
+    tokenizer, model = load_tokenizer(folder), load_policy(folder)
+    prompt = torch.tensor([render_prompt(tokenizer, rows(1)[0]["prompt"])])
+    answer = model.generate(prompt, do_sample=False, max_new_tokens=20)[0, prompt.shape[1] :]
+    assert tokenizer.decode(answer) == "red<|im_end|>"
+
+
+def test_parameters_trained_are_counted(tiny_model: Path, tmp_path: Path) -> None:
+    config = SftConfig(
+        model="model", data="data", tuning=TUNINGS["lora"], learning_rate=1e-3, max_steps=1, max_length=128
+    )
+    made = context(tmp_path, config, tiny_model, data_artifact(tmp_path / "data", Kind.PREFERENCES))
+    metrics = run(made)
+    assert metrics["steps"] == 1
+    # rank 16, two layers: q, k, v, o (64 + 64 each), gate and up (64 + 128), down (128 + 64)
+    assert metrics["trainable_parameters"] == 16 * 2 * (4 * 128 + 3 * 192)

@@ -1,0 +1,107 @@
+"""Token ids: what is supervised, what is cut, what is left out and counted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.data.rows import assistant, user, write_rows
+from align.errors import UserError
+from align.models.loading import load_policy, load_tokenizer
+from align.models.render import render_prompt
+from align.training.handover import check_encoded, check_ends, check_model, check_same_vocabulary
+from align.training.rows import MASKED, encode_conversations, encode_pairs, encode_supervised, read_split
+from tests.training.harness import rows
+
+
+@pytest.fixture
+def tokenizer(tiny_model: Path) -> Any:
+    return load_tokenizer(tiny_model)
+
+
+def supervised_text(tokenizer: Any, row: dict[str, list[int]]) -> str:
+    return str(tokenizer.decode([label for label in row["labels"] if label != MASKED]))
+
+
+def test_the_answer_and_its_end_are_supervised_and_nothing_else(tokenizer: Any) -> None:
+    encoded = encode_supervised(tokenizer, rows(3), 100)
+    assert [supervised_text(tokenizer, row) for row in encoded.rows] == [
+        f"{word}<|im_end|>" for word in ("red", "green", "blue")
+    ]
+    prompt = render_prompt(tokenizer, rows(1)[0]["prompt"])
+    assert encoded.rows[0]["input_ids"][: len(prompt)] == prompt  # what the sampler will see
+    assert encoded.rows[0]["labels"][: len(prompt)] == [MASKED] * len(prompt)
+    assert encoded.lengths == [len(row["input_ids"]) for row in encoded.rows]
+    assert not encoded.counts
+
+
+def test_a_line_break_behind_the_end_of_turn_is_not_supervised(tokenizer: Any) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    (row,) = encode_supervised(tokenizer, rows(1), 100).rows
+    assert supervised_text(tokenizer, row) == "red<|im_end|>"
+
+
+def test_preferences_train_on_the_chosen_answer(tokenizer: Any) -> None:
+    pairs = [{name: value for name, value in row.items() if name != "completion"} for row in rows(2)]
+    assert encode_supervised(tokenizer, pairs, 100).rows == encode_supervised(tokenizer, rows(2), 100).rows
+
+
+def test_long_rows_are_cut_or_left_out_and_counted(tokenizer: Any) -> None:
+    prompt = len(render_prompt(tokenizer, rows(1)[0]["prompt"]))
+    long = {**rows(1)[0], "prompt": [user("x" * 200)]}
+    encoded = encode_supervised(tokenizer, [*rows(1), long], prompt + 2)
+    assert supervised_text(tokenizer, encoded.rows[0]) == "re"
+    assert sum(encoded.counts.values()) == 2
+    warnings: list[str] = []
+    check_encoded("sft", encoded, 2, "train", prompt + 2, warnings.append)
+    assert len(warnings) == 2
+    assert "sft: 1 of 2 train rows left out" in "".join(warnings)
+    with pytest.raises(UserError, match="never learn to stop"):
+        check_ends("sft", encoded, tokenizer)
+
+
+def test_no_usable_row_is_an_error(tokenizer: Any, tmp_path: Path) -> None:
+    encoded = encode_supervised(tokenizer, rows(2), 8)
+    with pytest.raises(UserError, match=r"none of the 2 train rows can be used.*Raise max_length \(now 8\)"):
+        check_encoded("sft", encoded, 2, "train", 8, lambda message: None)
+    write_rows(tmp_path / "train.parquet", [])
+    with pytest.raises(UserError, match="has no rows"):
+        read_split(tmp_path / "train.parquet", None, "sft")
+
+
+def test_pairs_that_are_too_long_or_equal_are_left_out(tokenizer: Any) -> None:
+    equal = {**rows(1)[0], "rejected": [assistant("red")]}
+    long = {**rows(1)[0], "rejected": [assistant("y" * 100)]}
+    for encode in (encode_pairs, encode_conversations):
+        encoded = encode(tokenizer, [*rows(2), equal, long], 60)
+        assert len(encoded.rows) == 2
+        assert encoded.counts == {"left out, both answers are the same": 1, "left out, longer than max_length": 1}
+
+
+def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer: Any) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:<think></think>' }}{% endif %}"
+    )
+    with pytest.raises(UserError, match="renders a prompt differently once an answer follows"):
+        encode_supervised(tokenizer, rows(1), 100)
+
+
+def test_tokenizer_and_model_are_checked(tiny_model: Path, tokenizer: Any) -> None:
+    model = load_policy(tiny_model)
+    check_model("sft", model, tokenizer)
+    other = load_tokenizer(tiny_model)
+    other.add_tokens(["<new>"])
+    with pytest.raises(UserError, match="has 261 tokens and the model embeds 260"):
+        check_model("sft", model, other)
+    with pytest.raises(UserError, match="different vocabularies"):
+        check_same_vocabulary("ppo", tokenizer, other, ("policy", "reward"))
+    check_same_vocabulary("ppo", tokenizer, load_tokenizer(tiny_model), ("policy", "reward"))
+    tokenizer.pad_token = tokenizer.eos_token
+    with pytest.raises(UserError, match="the two must differ"):
+        check_model("sft", model, tokenizer)

@@ -1,0 +1,155 @@
+"""trl's trainers as we drive them: masters in float32, exact held-out means, the reference before the first step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trl.trainer.utils
+from datasets import Dataset
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.sft_config import SFTConfig
+
+from align.artifacts import Kind
+from align.errors import UserError
+from align.models.loading import add_lora, load_policy, load_tokenizer
+from align.stage import LoraTuning, StageContext
+from align.stages.dpo import DpoConfig
+from align.stages.sft import SftConfig
+from align.training import held_out, order
+from align.training.arguments import training_arguments
+from align.training.fit import fit
+from align.training.progress import ReportProgress
+from align.training.rows import encode_pairs, encode_supervised
+from align.training.trainers import PreparedDPO, PreparedSFT, label_positions_only
+from tests.training.harness import context, data_artifact, rows
+
+
+def sft(root: Path, model: Path, **fields: Any) -> tuple[PreparedSFT, StageContext, Any]:
+    config = SftConfig(
+        model="model", data="data", **{"learning_rate": 1e-3, "batch_size": 4, "max_length": 128, **fields}
+    )
+    made = context(root, config, model, data_artifact(root / "data", Kind.INSTRUCTIONS))
+    tokenizer = load_tokenizer(model)
+    encoded = encode_supervised(tokenizer, rows(16), 128)
+    label_positions_only()
+    trainer = PreparedSFT(
+        model=load_policy(model),
+        args=training_arguments(SFTConfig, made, len(encoded.rows)),
+        train_dataset=Dataset.from_list(encoded.rows),
+        processing_class=tokenizer,
+    )
+    trainer.row_lengths = encoded.lengths
+    return trainer, made, encoded
+
+
+def test_a_small_update_survives_in_float32_and_is_lost_in_bfloat16(tiny_model: Path, tmp_path: Path) -> None:
+    trainer, made, encoded = sft(tmp_path, tiny_model, learning_rate=1e-6, warmup_ratio=0, max_steps=1)
+    name = "model.layers.0.mlp.up_proj.weight"
+    before = trainer.model.get_parameter(name).detach().clone()
+    fit(trainer, made, lambda: held_out.supervised(trainer, encoded))
+    after = trainer.model.get_parameter(name).detach()
+    assert trainer.args.bf16
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert all(s["exp_avg"].dtype == torch.float32 for s in trainer.optimizer.state.values())
+    step = after - before
+    # AdamW's first step is the learning rate along the gradient's sign, wherever there is a gradient.
+    assert (step.abs() > 5e-7).float().mean() > 0.9
+    # The same step on bfloat16 weights: nearly every weight rounds back to what it was.
+    narrow = before.bfloat16()
+    assert ((narrow + step.bfloat16()) == narrow).float().mean() > 0.99
+
+
+def test_held_out_loss_is_the_mean_over_tokens_whatever_the_batches(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, _, encoded = sft(tmp_path, tiny_model, precision="float32")
+    whole = held_out.supervised(trainer, encoded)
+    monkeypatch.setattr(held_out, "SCORING_TOKENS", 1)  # one row at a time: no padding at all
+    single = held_out.supervised(trainer, encoded)
+    assert single["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+    ids = [torch.tensor([row["input_ids"]]) for row in encoded.rows]
+    labels = [torch.tensor([row["labels"]]) for row in encoded.rows]
+    plain = load_policy(tiny_model)
+    with torch.no_grad():
+        total = sum(
+            float(plain(i, labels=y).loss) * int((y[:, 1:] != -100).sum()) for i, y in zip(ids, labels, strict=True)
+        )
+    assert whole["loss"] == pytest.approx(total / sum(int((y[:, 1:] != -100).sum()) for y in labels), rel=1e-5)
+
+
+def test_only_labelled_positions_reach_the_vocabulary(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, _, encoded = sft(tmp_path, tiny_model)
+    seen: list[int] = []
+    original = trl.trainer.utils._ChunkedLogProbFunction.apply
+    monkeypatch.setattr(
+        trl.trainer.utils._ChunkedLogProbFunction, "apply", lambda *a: seen.append(len(a[0])) or original(*a)
+    )
+    held_out.supervised(trainer, encoded)
+    assert sum(seen) == sum(label != -100 for row in encoded.rows for label in row["labels"])
+
+
+def test_rows_are_seen_in_our_order(tiny_model: Path, tmp_path: Path) -> None:
+    trainer, _, encoded = sft(tmp_path, tiny_model, micro_batch_size=2)
+    loader = trainer.get_train_dataloader()
+    loader.set_epoch(3)
+    expected = order.grouped_order(encoded.lengths, 2, 4, trainer.args.seed, 3)
+    found = [batch["input_ids"].shape[1] for batch in loader]
+    assert found == [max(encoded.lengths[row] for row in expected[at : at + 2]) for at in range(0, 16, 2)]
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_the_reference_is_the_policy_before_its_first_step(lora: bool, tiny_model: Path, tmp_path: Path) -> None:
+    config = DpoConfig(
+        policy="model", data="data", learning_rate=1e-2, batch_size=4, max_length=128, precision="float32"
+    )
+    made = context(tmp_path, config, tiny_model, data_artifact(tmp_path / "data", Kind.PREFERENCES), "policy")
+    tokenizer = load_tokenizer(tiny_model)
+    encoded = encode_pairs(tokenizer, rows(8), 128)
+    model = load_policy(tiny_model)
+    model = add_lora(model, LoraTuning(rank=4), 0) if lora else model
+    calls: list[int] = []
+    trainer = PreparedDPO(
+        cache=made.checkpoints,
+        on_progress=lambda done, total: calls.append(done),
+        model=model,
+        args=training_arguments(DPOConfig, made, 8, beta=0.1, precompute_ref_log_probs=True),
+        train_dataset=Dataset.from_list(encoded.rows),
+        eval_dataset=Dataset.from_list(encoded.rows),
+        processing_class=tokenizer,
+    )
+    trainer.row_lengths = encoded.lengths
+    encoded.rows = list(trainer.eval_dataset)
+    plain = load_policy(tiny_model)
+    for row in encoded.rows:
+        ids = torch.tensor([row["prompt_ids"] + row["chosen_ids"]])
+        with torch.no_grad():
+            logprobs = plain(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
+        assert row["ref_chosen_logps"] == pytest.approx(float(logprobs[-len(row["chosen_ids"]) :].sum()), abs=1e-3)
+    assert calls[-1] == 8
+    assert trainer.ref_model is None
+    assert getattr(trainer.model, "peft_config", {"default": 0}).keys() == {"default"}
+    assert held_out.preferences(trainer, encoded)["loss"] == pytest.approx(0.693147, abs=1e-5)
+    metrics = fit(trainer, made, lambda: held_out.preferences(trainer, encoded), before=False)
+    assert metrics["test_loss_after"] < 0.6
+    assert metrics["test_accuracy_after"] == 1.0
+    assert "test_loss_before" not in metrics
+
+
+def test_a_loss_that_is_not_finite_stops_the_stage(tiny_model: Path, tmp_path: Path) -> None:
+    trainer, made, _ = sft(tmp_path, tiny_model)
+    with torch.no_grad():
+        trainer.model.get_parameter("model.norm.weight").fill_(float("nan"))
+    trainer.add_callback(ReportProgress(made))
+    with pytest.raises(UserError, match=r"training loss is nan at step 1\. Lower learning_rate"):
+        trainer.train()
+
+
+def test_trainer_options_reach_trl(tiny_model: Path, tmp_path: Path) -> None:
+    trainer, _, _ = sft(tmp_path, tiny_model, trainer={"adam_beta2": 0.9, "gradient_checkpointing": True})
+    assert trainer.args.adam_beta2 == 0.9
+    assert trainer.args.gradient_checkpointing
