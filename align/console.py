@@ -59,7 +59,8 @@ class ConsoleListener(Listener):
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.progress.stop()
+        if self.live:
+            self.progress.stop()
 
     def _say(self, mark: str, name: str, text: str, style: str = "") -> None:
         line = f"{mark} {name:<{self.width}}  {escape(printable(text))}"

@@ -63,10 +63,15 @@ def explain(pipeline: Pipeline, node: Node, store: Store) -> list[str]:
 
 
 def previous(pipeline: Pipeline, node: Node, store: Store) -> Artifact | None:
-    """The stage's artifact to compare with: of the same name if there is one, else of the same kind, newest last."""
-    found = [artifact for artifact in store.all() if artifact.record["kind"] == node.stage.kind]
-    named = [artifact for artifact in found if artifact.record["stage"] == node.name]
-    return (named or found or [None])[-1]  # type: ignore[list-item]
+    """The newest artifact that this stage made in a run of the same name, or None."""
+    found = [
+        artifact
+        for artifact in store.all()
+        if artifact.record["kind"] == node.stage.kind
+        and artifact.record["stage"] == node.name
+        and artifact.record.get("pipeline") == pipeline.name
+    ]
+    return found[-1] if found else None
 
 
 def _as_json(value: Any) -> Any:

@@ -151,7 +151,7 @@ def _make(
             _prepare(pipeline, node, partial, inputs)
             listener.stage_started(node, partial, any((partial / CHECKPOINTS).glob("*")))
             result = _run_process(node, partial, listener)
-        artifact = _publish(node, store, partial, inputs, result)
+        artifact = _publish(pipeline, node, store, partial, inputs, result)
     listener.stage_done(node, artifact)
     return True, artifact
 
@@ -262,7 +262,9 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             return
 
 
-def _publish(node: Node, store: Store, partial: Path, inputs: dict[str, Artifact], result: dict[str, Any]) -> Artifact:
+def _publish(
+    pipeline: Pipeline, node: Node, store: Store, partial: Path, inputs: dict[str, Artifact], result: dict[str, Any]
+) -> Artifact:
     """Give the output folder its log, events and record, move it to its final name, and drop the partial."""
     output = partial / OUTPUT
     for name in (LOG, EVENTS):
@@ -272,6 +274,7 @@ def _publish(node: Node, store: Store, partial: Path, inputs: dict[str, Artifact
         "key": node.key,
         "kind": node.stage.kind,
         "stage": node.name,
+        "pipeline": pipeline.name,
         "makes": str(node.makes),
         "version": node.stage.version,
         "config": node.config.model_dump(mode="json"),
