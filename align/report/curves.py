@@ -12,10 +12,19 @@ from typing import Any
 MAX_POINTS = 400
 """Points of a drawn curve; more are averaged in equal runs, which no screen would tell apart."""
 FIRST = (
-    "loss", "gold", "score", "objective", "reward", "accuracy", "kl", "margin", "entropy", "value", "policy",
-    "clip", "response", "length", "finished", "eos", "explained", "ratio", "grad_norm", "learning_rate",
+    "loss", "score", "gold", "kl", "length", "eos_rate", "entropy", "accuracy", "rewards/accuracies", "rewards/margins",
+    "mean_token_accuracy", "margin", "policy_loss", "value_loss", "clipfrac", "explained_variance", "approx_kl",
+    "learning_rate", "grad_norm",
 )  # fmt: skip
-"""Words that order a stage's curves: what the reader asks first."""
+"""The curves a reader asks for first, in that order; all others follow by name."""
+TRAINING_NAME = {
+    "token_accuracy": "mean_token_accuracy",
+    "accuracy": "rewards/accuracies",
+    "margin": "rewards/margins",
+    "chosen_reward": "rewards/chosen",
+    "rejected_reward": "rewards/rejected",
+}
+"""What trl calls a value in training that is logged as ``test_<name>`` on held-out rows."""
 
 
 @dataclass
@@ -65,16 +74,18 @@ def panels(series: dict[str, Any]) -> list[tuple[str, list[str]]]:
     groups: dict[str, list[str]] = {}
     for name in series:
         base = name.removeprefix("test_").removeprefix("eval_")
+        if base != name and base not in series:
+            base = TRAINING_NAME.get(base, base)
         groups.setdefault(base if base in series else name, []).append(name)
-    return sorted(((title, sorted(names, key=len)) for title, names in groups.items()), key=lambda item: _rank(item[0]))
+    return sorted(
+        ((title, sorted(names, key=lambda name: name != title)) for title, names in groups.items()),
+        key=lambda item: _rank(item[0]),
+    )
 
 
-def _rank(name: str) -> tuple[int, str]:
-    last = name.rpartition("/")[2]
-    for place, word in enumerate(FIRST):
-        if word in last:
-            return place, name
-    return len(FIRST), name
+def _rank(title: str) -> tuple[int, str]:
+    name = title.removeprefix("test_").removeprefix("eval_")
+    return (FIRST.index(name) if name in FIRST else len(FIRST), name)
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -179,6 +179,8 @@ def dots(rows: Sequence[tuple[str, Mapping[str, Any]]], xlabel: str, label: str,
 @styled
 def curve(title: str, names: Sequence[str], series: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Markup:
     """One panel of a stage's curves: ``names`` (training, then held out) over optimizer steps."""
+    from matplotlib.ticker import MaxNLocator
+
     panel = Panel(3.0, 1.95)
     for index, name in enumerate(names):
         steps, values = series[name]
@@ -187,6 +189,7 @@ def curve(title: str, names: Sequence[str], series: Mapping[str, tuple[Sequence[
             steps, values, color=_of(COLOURS, index), linestyle=_of(LINES, index),
             marker=_of(MARKERS, index) if few else None, markersize=3.5, label=visible(name),
         )  # fmt: skip
+    panel.axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     panel.axes.set_xlabel("step")
     panel.axes.set_title(visible(title)[:44], fontsize=9.5, loc="left", color=INK)
     if len(names) > 1:

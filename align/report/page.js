@@ -16,7 +16,7 @@
     parent.appendChild(element);
     return element;
   }
-  const show = (value) => (value === null || value === undefined ? "–" : value.toFixed(2).replace("-", "−"));
+  const show = (value) => (value === null || value === undefined ? "–" : value.toFixed(2).replace(/^-(?=0\.00$)/, "").replace("-", "−"));
   const signed = (value) => (value > 0 ? "+" : "") + show(value);
 
   for (const name of [...new Set(data.items.map((item) => item.source))].sort()) add(from, "option", "", name).value = name;

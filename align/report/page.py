@@ -30,7 +30,7 @@ from align.report.tables import difference_rows, family_rows, scorecard_rows, st
 from align.report.wording import MARKS, count, duration, interval, number, signed, size
 
 HERE = Path(__file__).parent
-SHOWN_PANELS = 6
+SHOWN_PANELS = 8
 """Curves of a stage that are open at first; the rest unfolds."""
 MAX_PANELS = 18
 LOG_TAIL = 6_000
@@ -156,7 +156,8 @@ def _curves(events: dict[str, Events], failed: dict[str, Any] | None) -> list[di
         events = {**events, str(failed["stage"]): read_events(Path(failed["folder"]))}
     found = []
     for stage, reported in events.items():
-        groups = panels(reported.series)
+        # a single point is no curve; its value stands in the record
+        groups = panels({name: points for name, points in reported.series.items() if len(points[0]) > 1})
         drawn = [figures.curve(name, names, reported.series) for name, names in groups[:MAX_PANELS]]
         if drawn:
             left_out = [name for name, _ in groups[MAX_PANELS:]]

@@ -30,11 +30,12 @@ def test_long_curves_are_averaged():
 
 
 def test_held_out_shares_the_panel_and_loss_comes_first():
-    series = dict.fromkeys(["learning_rate", "grad_norm", "test_loss", "loss", "zebra", "eval_kl"])
-    assert panels(series) == [
+    names = ["learning_rate", "test_margin", "zebra", "rewards/margins", "test_loss", "loss", "test_ndcg", "grad_norm"]
+    assert panels(dict.fromkeys(names)) == [
         ("loss", ["loss", "test_loss"]),
-        ("eval_kl", ["eval_kl"]),
-        ("grad_norm", ["grad_norm"]),
+        ("rewards/margins", ["rewards/margins", "test_margin"]),
         ("learning_rate", ["learning_rate"]),
+        ("grad_norm", ["grad_norm"]),
+        ("test_ndcg", ["test_ndcg"]),
         ("zebra", ["zebra"]),
     ]
