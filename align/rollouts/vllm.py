@@ -44,7 +44,8 @@ def why_unusable() -> str | None:
         return "vLLM is not installed"
     _prepare_environment()
     try:
-        import vllm  # noqa: F401
+        with _caller_undisturbed():  # the import alone draws random numbers
+            import vllm  # noqa: F401
     except Exception as error:  # a broken build fails in many ways
         return f"vLLM does not import ({type(error).__name__}: {error})"
     return None
@@ -96,7 +97,8 @@ class VllmEngine:
     ) -> None:
         """Start an engine for sequences of at most ``max_length`` tokens, prompt and response together."""
         _prepare_environment()
-        self.tokenizer = load_tokenizer(model_dir)
+        with _caller_undisturbed():  # the first import of transformers' tokenizers draws random numbers
+            self.tokenizer = load_tokenizer(model_dir)
         self.eos = int(self.tokenizer.eos_token_id)
         self.names = weight_names(model_dir)
         self.dtype = dtype
@@ -157,7 +159,10 @@ class VllmEngine:
 
     def _run(self, prompts: list[list[int]], params: Any, on_progress: Progress | None) -> list[Any]:
         total = len(prompts)
-        bar = (lambda **_: _Bar(total, on_progress)) if on_progress is not None else False
+        bar: Any = False
+        if on_progress is not None:
+            # vLLM calls it twice: around the iterable of requests, which passes through, and for the bar itself.
+            bar = lambda it=None, **_: _Bar(total, on_progress) if it is None else it  # noqa: E731
         inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
         with torch.inference_mode(), _caller_undisturbed():
             return self.llm.generate(inputs, params, use_tqdm=bar)  # type: ignore[arg-type]
