@@ -52,6 +52,6 @@ def test_it_prefers_what_it_was_shown(tuning: dict[str, object], loss: str, tiny
     moved = margin(made.output / "model") - margin(tiny_model)
     # trl's margin is beta times the change of the log-probability gap, against the reference before training.
     assert 0.2 * moved == pytest.approx(metrics["test_margin_after"], rel=1e-3)
-    if loss == "sigmoid":
-        assert losses(made)[1] == pytest.approx(0.693147, abs=1e-4)  # ln 2 before the first step
+    # Before the first step every margin is 0: ln 2 for the sigmoid, (0 - 1 / (2 * 0.2))^2 for IPO.
+    assert losses(made)[1] == pytest.approx({"sigmoid": 0.693147, "ipo": 6.25}[loss], abs=1e-4)
     assert any(event["unit"] == "reference pairs" for event in events(made, "progress"))
