@@ -27,7 +27,9 @@ def main(path: str, coefficients: list[float]) -> None:
     pipeline = Pipeline.load(path)
     table = [["kl_coef", "RM score", "gold score", "KL to reference", "length"]]
     for kl_coef in coefficients:
-        variant = pipeline.set("stages.ppo.kl_coef", kl_coef).set("name", f"{pipeline.name}-kl-{kl_coef:g}".replace(".", "_"))
+        variant = pipeline.set("stages.ppo.kl_coef", kl_coef).set(
+            "name", f"{pipeline.name}-kl-{kl_coef:g}".replace(".", "_")
+        )
         table.append(row(kl_coef, variant.run()))
         print("  ".join(table[-1]), flush=True)
     widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
@@ -36,4 +38,7 @@ def main(path: str, coefficients: list[float]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "pipelines/quickstart.yaml", [float(x) for x in sys.argv[2:]] or [0.0, 0.05])
+    main(
+        sys.argv[1] if len(sys.argv) > 1 else "pipelines/quickstart.yaml",
+        [float(x) for x in sys.argv[2:]] or [0.0, 0.05],
+    )

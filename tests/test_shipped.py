@@ -72,9 +72,9 @@ def rename(raw: dict[str, Any], path: tuple[Any, ...], name: str) -> dict[str, A
 
 
 def test_every_misspelt_key_is_refused_and_the_right_one_suggested(tmp_path: Path) -> None:
-    from align.data.recipe import load_recipe
-
     import yaml
+
+    from align.data.recipe import load_recipe
 
     rng = random.Random(0)
     tried, suggested, missed = 0, 0, []
