@@ -64,7 +64,7 @@ class ConsoleListener(Listener):
 
     def _say(self, mark: str, name: str, text: str, style: str = "") -> None:
         line = f"{mark} {name:<{self.width}}  {escape(printable(text))}"
-        self.console.print(f"[{style}]{line}[/]" if style else line)
+        self.console.print(f"[{style}]{line}[/]" if style else line, soft_wrap=True)
 
     def stage_cached(self, node: Node, artifact: Artifact) -> None:
         """One dim line."""
@@ -133,13 +133,35 @@ class ConsoleListener(Listener):
 
 
 def _headline(artifact: Artifact) -> str:
-    """The stage's own one-line summary, else its first few numbers."""
+    """What a finished stage came to, in a few numbers; a metric that is absent is left out."""
     metrics = artifact.record.get("metrics") or {}
-    if isinstance(metrics.get("summary"), str):
-        return str(metrics["summary"])
-    numbers = [
-        f"{name} {value:.4g}"
-        for name, value in metrics.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool)
-    ]
-    return "  ".join(numbers[:4])
+    wanted = HEADLINES.get(artifact.record["kind"])
+    if wanted is None:
+        wanted = {name: name for name, value in metrics.items() if isinstance(value, (int, float))}
+        wanted = dict(list(wanted.items())[:4])
+    parts = [f"{label} {_short(metrics[name])}" for name, label in wanted.items() if name in metrics]
+    if artifact.record["kind"] == "evaluate":
+        for policy, values in metrics.get("values", {}).items():
+            if "gold" in values or "reward" in values:
+                parts.append(f"{policy} {_short(values.get('gold', values.get('reward')))}")
+    return "  ".join(parts)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+HEADLINES: dict[str, dict[str, str]] = {
+    "model": {"parameters": "parameters", "architecture": ""},
+    "data": {"train_rows": "train", "test_rows": "test"},
+    "sft": {"test_loss_before": "held-out loss", "test_loss_after": "→"},
+    "sample": {"train_pairs": "pairs", "train_mean_score": "mean score", "engine": "engine"},
+    "reward": {"test_accuracy_after": "held-out accuracy", "test_accuracy_true_after": "on true labels"},
+    "dpo": {"test_accuracy_after": "held-out accuracy", "test_margin_after": "margin"},
+    "ppo": {"score_first": "score", "score_last": "→", "kl_last": "KL", "engine": "engine"},
+    "evaluate": {"reward_accuracy": "RM accuracy"},
+    "report": {"stages": "stages"},
+}
+"""Metrics that a stage's closing line shows, with their labels."""

@@ -13,32 +13,32 @@ from align.runner import Run
 
 
 def row(kl_coef: float, run: Run) -> list[str]:
-    """One line of the table: what the scorecard says of the PPO checkpoint."""
-    metrics: dict[str, Any] = run.metrics("evaluate")["policies"]["ppo"]
-    cells = [f"{kl_coef:g}"]
-    for name in ("score", "gold", "kl", "length"):
-        found = metrics.get(name)
-        cells.append("-" if found is None else f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]")
+    """One line of the table: what the evaluation says of the PPO checkpoint."""
+    metrics: dict[str, Any] = run.metrics("evaluate")
+    values = metrics["values"]["ppo"]
+    cells = [f"{kl_coef:g}", *(f"{values[name]:.3f}" if name in values else "-" for name in ("reward", "gold", "kl"))]
+    for found in metrics["differences"]:
+        if found["policy"] == "ppo" and found["metric"] == "gold":
+            cells.append(
+                f"{found['value']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}] against {found['against']}"
+            )
     return cells
 
 
 def main(path: str, coefficients: list[float]) -> None:
     """Run and print a table."""
     pipeline = Pipeline.load(path)
-    table = [["kl_coef", "RM score", "gold score", "KL to reference", "length"]]
+    table = [["kl_coef", "RM score", "gold", "KL", "gold difference", ""]]
     for kl_coef in coefficients:
-        variant = pipeline.set("stages.ppo.kl_coef", kl_coef).set(
-            "name", f"{pipeline.name}-kl-{kl_coef:g}".replace(".", "_")
-        )
-        table.append(row(kl_coef, variant.run()))
+        name = f"{pipeline.name}-kl-{kl_coef:g}".replace(".", "_")
+        variant = pipeline.set("stages.ppo.kl_coef", kl_coef).set("name", name)
+        table.append((row(kl_coef, variant.run()) + [""] * 6)[:6])
         print("  ".join(table[-1]), flush=True)
-    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
+    widths = [max(len(line[column]) for line in table) for column in range(6)]
     for line in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
 
 
 if __name__ == "__main__":
-    main(
-        sys.argv[1] if len(sys.argv) > 1 else "pipelines/quickstart.yaml",
-        [float(x) for x in sys.argv[2:]] or [0.0, 0.05],
-    )
+    arguments = sys.argv[1:] or ["pipelines/quickstart.yaml"]
+    main(arguments[0], [float(text) for text in arguments[1:]] or [0.0, 0.05])
