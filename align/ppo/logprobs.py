@@ -28,13 +28,15 @@ class _TokenLogprobs(torch.autograd.Function):
         for start in range(0, len(hidden), CHUNK):
             part = slice(start, start + CHUNK)
             logits = _scaled_logits(hidden[part], weight, temperature)  # (n, V)
-            normaliser = torch.logsumexp(logits, dim=-1)
-            chosen = logits.gather(1, targets[part, None]).squeeze(1)
-            logprobs[part] = chosen - normaliser
-            normalisers[part] = normaliser
-            # H = -sum p log p = logsumexp - sum p * logit
-            probabilities = torch.exp(logits - normaliser[:, None])
-            entropies[part] = normaliser - torch.linalg.vecdot(probabilities, logits)
+            highest = logits.amax(dim=-1, keepdim=True)
+            logits.sub_(highest)
+            unnormalised = torch.exp(logits)
+            total = unnormalised.sum(dim=-1)
+            log_total = torch.log(total)
+            logprobs[part] = logits.gather(1, targets[part, None]).squeeze(1) - log_total
+            normalisers[part] = log_total + highest.squeeze(1)
+            # H = -sum p log p = log sum exp(l) - sum p l, for logits l shifted by their maximum
+            entropies[part] = log_total - torch.linalg.vecdot(unnormalised, logits) / total
         ctx.save_for_backward(hidden, weight, targets, normalisers, entropies)
         ctx.temperature = temperature
         return logprobs, entropies
@@ -56,7 +58,9 @@ class _TokenLogprobs(torch.autograd.Function):
                 factor = factor + grad_entropies[part, None] * (log_p + entropies[part, None])
             grad = p.mul_(-factor)
             grad.scatter_add_(1, targets[part, None], grad_logprobs[part, None])
-            grad = grad.div_(ctx.temperature).to(hidden.dtype)
+            if ctx.temperature != 1.0:
+                grad.div_(ctx.temperature)
+            grad = grad.to(hidden.dtype)
             grad_hidden[part] = grad @ weight
             if grad_weight is not None:
                 grad_weight += (grad.T @ hidden[part]).float()

@@ -107,12 +107,13 @@ class ReportUpdates(TrainerCallback):
 
 
 def summary(trainer: PPOTrainer) -> dict[str, Any]:
-    """Metrics of the whole run, first and last ones as means over three updates; seconds are sums over all updates."""
+    """Metrics of the whole run, first and last ones as means over a few updates; seconds are sums over all updates."""
     history = [entry for entry in trainer.state.log_history if "score" in entry]
     found: dict[str, Any] = {"updates": len(history), **trainer.totals}
+    few = max(1, min(3, len(history) // 4))
     for name in ("score", "gold", "kl", "length", "eos_rate", "entropy", "explained_variance", "parity_gap"):
         if history and name in history[0]:
-            for label, part in (("first", history[:3]), ("last", history[-3:])):
+            for label, part in (("first", history[:few]), ("last", history[-few:])):
                 found[f"{name}_{label}"] = sum(entry[name] for entry in part) / len(part)
     phases = [name for name in history[-1] if name.startswith("seconds")] if history else []
     found |= {name: sum(entry[name] for entry in history) for name in phases}
