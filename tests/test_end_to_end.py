@@ -1,0 +1,85 @@
+"""The smoke pipeline, from the command line to the report: every stage for real, on a tiny model."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SMOKE = "pipelines/smoke.yaml"
+
+
+def align(*arguments: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "align.cli", *arguments], capture_output=True, text=True, env={**os.environ}, timeout=280
+    )
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store in which the smoke pipeline has run, with its PPO stage killed once on the way."""
+    folder = tmp_path_factory.mktemp("smoke") / "store"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "align.cli", "run", SMOKE, "--store", str(folder)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    end = time.time() + 250
+    while not list(folder.glob("ppo/*.partial/checkpoints/*")):
+        assert process.poll() is None, process.stdout.read() if process.stdout else ""
+        assert time.time() < end, "PPO wrote no checkpoint"
+        time.sleep(0.05)
+    partial = next(iter(folder.glob("ppo/*.partial")))
+    found = subprocess.run(["pgrep", "-f", str(partial)], capture_output=True, text=True)
+    for pid in found.stdout.split():
+        os.kill(int(pid), signal.SIGKILL)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 1, output
+    assert "SIGKILL" in output
+    align("run", SMOKE, "--store", str(folder))
+    return folder
+
+
+def test_every_stage_is_done_and_a_second_run_runs_none(store: Path) -> None:
+    document = json.loads(align("run", SMOKE, "--store", str(store), "--json").stdout)
+    assert list(document["stages"]) == [
+        "model", "data", "sft", "sample", "reward", "dpo", "ppo", "evaluate", "report",
+    ]  # fmt: skip
+    assert not any(stage["ran"] for stage in document["stages"].values())
+    assert not list(store.glob("*/*.partial"))
+
+
+def test_the_report_and_the_scorecard_name_every_policy(store: Path) -> None:
+    page = next(iter(store.glob("report/*/report.html"))).read_text(encoding="utf-8")
+    scorecard = json.loads(next(iter(store.glob("evaluate/*/scorecard.json"))).read_text(encoding="utf-8"))
+    for policy in ("model", "sft", "dpo", "ppo"):
+        assert policy in page
+        assert policy in json.dumps(scorecard)
+
+
+def test_every_checkpoint_is_plain_safetensors_without_pickles(store: Path) -> None:
+    folders = [path.parent for path in store.glob("*/*/model/config.json")]
+    assert len(folders) == 5
+    for folder in folders:
+        assert list(folder.glob("*.safetensors"))
+        assert not [path for path in folder.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
+
+
+def test_a_base_model_without_a_chat_template_is_refused_with_the_field_to_set(store: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    subprocess.run(["cp", "-rL", str(next(iter(store.glob("model/*/model")))), str(bare)], check=True)
+    (bare / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((bare / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (bare / "tokenizer_config.json").write_text(json.dumps(config))
+    done = align(
+        "run", SMOKE, "--store", str(tmp_path / "store"), "--only", "model", "--set", f"stages.model.source={bare}",
+        expect=2,
+    )  # fmt: skip
+    assert "chat_template" in done.stderr
+    assert "Traceback" not in done.stderr
