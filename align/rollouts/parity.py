@@ -14,9 +14,9 @@ import torch
 
 from align.rollouts.protocol import RolloutEngine, Sampling
 
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
-"""Largest mean |difference| in nats per token, by the less exact of the two types. Measured on SmolLM2-135M: float32
-about 1e-5, bfloat16 about 0.02; a head that was not synced after a few updates gives 0.7."""
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
+"""Largest mean |difference| in nats per token, by the less exact of the two types. Measured on SmolLM2-135M at
+temperature 1: bfloat16 0.05, without bias (mean -0.003); a head that was not synced after a few updates gives 0.7."""
 
 
 class ParityError(RuntimeError):
