@@ -33,6 +33,8 @@ from align.stage import StageContext
 
 Row = dict[str, Any]
 SAMPLE_FIELDS = ("gold", "reward", "kl")
+SAMPLER_TOLERANCE = {"float32": 0.01, "bfloat16": 0.15}
+"""Largest mean |sampler - policy| log-probability per token, in nats: above it the engine holds other weights."""
 
 
 @dataclass(frozen=True)
@@ -125,15 +127,18 @@ def _measure_models(
     models = LoadedModels(plan.policies, plan.reference, device_of(context.runtime), plan.precision)
     losses: dict[str, tuple[list[int], list[float], list[int]]] = {}
     for at, policy in enumerate(plan.policies):
-        values[policy.name] |= _kl(context.checkpoints, plan, models, policy, generated[policy.name])
+        values[policy.name] |= _kl(context, plan, models, policy, generated[policy.name])
         if plan.heldout:
             losses[policy.name] = _heldout(context.checkpoints, plan, models, policy)
         context.progress(at + 1, len(plan.policies), unit="checkpoints measured")
     return _common_rows(losses, len(plan.heldout), context)
 
 
-def _kl(folder: Path, plan: Plan, models: LoadedModels, policy: Policy, one: Generated) -> dict[str, Values]:
-    """KL of one checkpoint's responses; empty where it has no meaning."""
+def _kl(context: StageContext, plan: Plan, models: LoadedModels, policy: Policy, one: Generated) -> dict[str, Values]:
+    """KL of one checkpoint's responses; empty where it has no meaning.
+
+    Raises ``RuntimeError`` when the checkpoint finds its responses far less or more likely than the engine did.
+    """
     temperature = plan.sampling.temperature
     reference = next(each for each in plan.policies if each.name == plan.reference)
     # Greedy responses are no sample to estimate from, and KL per token needs one vocabulary.
@@ -144,9 +149,20 @@ def _kl(folder: Path, plan: Plan, models: LoadedModels, policy: Policy, one: Gen
         return {"kl": zero, "kl_k3": zero}
     prompts = plan.prompts[policy.name]
     own, ref = (models.logprobs_of(each.name, temperature) for each in (policy, reference))
-    identity = digest([policy.key, reference.key, _identity(one), digest(prompts), plan.precision])
-    found: dict[str, Values] = kept(folder, f"kl-{policy.name}", identity, lambda: kl_values(own, ref, prompts, one))
-    return found
+    identity = digest(["kl 2", policy.key, reference.key, _identity(one), digest(prompts), plan.precision])
+    found = kept(context.checkpoints, f"kl-{policy.name}", identity, lambda: kl_values(own, ref, prompts, one))
+    gap = found.pop("sampler_gap")
+    exact = plan.precision == "float32" and context.runtime.engine.dtype != "bfloat16"
+    tolerance = SAMPLER_TOLERANCE["float32" if exact else "bfloat16"]
+    print(f"{policy.name}: sampler and policy differ by {gap:.4f} nats a token (at most {tolerance})")
+    if not gap <= tolerance:
+        raise RuntimeError(
+            f"the {one.engine} engine and the checkpoint '{policy.name}' differ by {gap:.3f} nats a token, at most "
+            f"{tolerance} was expected: the responses are not this checkpoint's. Set runtime.engine.name to "
+            "transformers, and report this."
+        )
+    scores: dict[str, Values] = found
+    return scores
 
 
 def _heldout(

@@ -65,15 +65,26 @@ def reward_values(score: Callable[..., list[float]], rows: Sequence[Row], genera
 
 def kl_values(
     own: LogprobsOf, reference: LogprobsOf, prompts: Sequence[list[int]], generated: Generated
-) -> dict[str, Values]:
-    """k1 and k3 estimates of each response's KL to the reference, in nats; see :func:`sequence_kl`."""
-    flat = [one.token_ids for samples in generated.responses for one in samples]
+) -> dict[str, Any]:
+    """``kl`` and ``kl_k3``: estimates of each response's KL to the reference in nats, see :func:`sequence_kl`.
+
+    ``sampler_gap`` is the mean |sampler - policy| log-probability per token: large when the engine did not sample from
+    the weights that this is about.
+    """
+    flat = [one for samples in generated.responses for one in samples]
+    tokens = [one.token_ids for one in flat]
     repeated = [ids for ids, samples in zip(prompts, generated.responses, strict=True) for _ in samples]
-    pairs = zip(own(repeated, flat), reference(repeated, flat), strict=True)
-    estimates = [sequence_kl(logprobs, ref_logprobs) for logprobs, ref_logprobs in pairs]
+    logprobs, ref_logprobs = own(repeated, tokens), reference(repeated, tokens)
+    estimates = [sequence_kl(values, ref_values) for values, ref_values in zip(logprobs, ref_logprobs, strict=True)]
+    gaps = [
+        abs(sampled - value)
+        for one, values in zip(flat, logprobs, strict=True)
+        for sampled, value in zip(one.logprobs, values, strict=True)
+    ]
     return {
         "kl": _unflatten([k1 for k1, _ in estimates], generated),
         "kl_k3": _unflatten([k3 for _, k3 in estimates], generated),
+        "sampler_gap": sum(gaps) / max(1, len(gaps)),
     }
 
 

@@ -133,3 +133,12 @@ def test_greedy_leaves_kl_out(context, inputs):
     card = json.loads((context.output / "scorecard.json").read_text(encoding="utf-8"))
     assert set(card["metrics"]) == {"finished", "length"}
     assert card["reward_model"] is None
+
+
+def test_responses_of_other_weights_are_noticed(context, monkeypatch):
+    """An engine that goes on with the first checkpoint's weights: what a failed hand-over looks like."""
+    from align.rollouts.transformers import TransformersEngine
+
+    monkeypatch.setattr(TransformersEngine, "load_weights", lambda self, weights: None)
+    with pytest.raises(RuntimeError, match="not this checkpoint's"):
+        evaluate.run(context)

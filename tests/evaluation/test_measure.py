@@ -1,0 +1,40 @@
+"""Measurements that need no model: KL with the sampler's gap, results kept between attempts."""
+
+import pytest
+
+from align.evaluation.generation import Generated
+from align.evaluation.measure import kept, kl_values
+from align.rollouts.protocol import Response
+
+
+def test_kl_and_the_samplers_gap_by_hand():
+    one = Response([7, 2], [-1.5, -0.5], True, "x")
+    two = Response([8], [-2.0], False, "y")
+    asked = []
+
+    def own(prompts, responses):
+        asked.append((prompts, responses))
+        return [[-1.0, -0.5], [-2.0]]
+
+    def reference(prompts, responses):
+        return [[-2.0, -1.0], [-2.5]]
+
+    found = kl_values(own, reference, [[1], [3]], Generated("e", [[one], [two]]))
+    assert asked == [([[1], [3]], [[7, 2], [8]])]
+    assert found["kl"] == [[1.5], [0.5]]
+    assert found["kl_k3"][1] == [pytest.approx(0.1065307)]  # exp(-0.5) - 1 + 0.5
+    assert found["sampler_gap"] == pytest.approx(0.5 / 3)
+
+
+def test_results_are_kept_under_their_identity(tmp_path):
+    calls = []
+
+    def compute():
+        calls.append(1)
+        return {"value": [len(calls)]}
+
+    assert kept(tmp_path, "x", "a", compute) == {"value": [1]}
+    assert kept(tmp_path, "x", "a", compute) == {"value": [1]}
+    assert kept(tmp_path, "x", "b", compute) == {"value": [2]}
+    (tmp_path / "x.json").write_text("{")
+    assert kept(tmp_path, "x", "b", compute) == {"value": [3]}
