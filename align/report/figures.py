@@ -94,7 +94,9 @@ def reward_against_kl(card: Mapping[str, Any], metric: str) -> Markup:
             x["value"], y["value"], xerr=_bars(x), yerr=_bars(y), marker=_of(MARKERS, index), color=_of(COLOURS, index),
             markersize=7, markeredgecolor="white", capsize=2, linewidth=1.2, linestyle="none", label=visible(policy),
         )  # fmt: skip
-    panel.axes.set_xlabel(f"KL to {visible(card['reference'])} (nats per response)")
+    # Reward moves with the root of KL (arXiv 2210.10760), and a base model may be far to the right of all others.
+    panel.axes.set_xscale("function", functions=(_signed_root, _signed_square))
+    panel.axes.set_xlabel(f"KL to {visible(card['reference'])} (nats per response, root scale)")
     panel.axes.set_ylabel(card["metrics"][metric]["title"])
     panel.axes.margins(0.12)
     panel.axes.legend(loc="best")
@@ -127,7 +129,7 @@ def by_family(card: Mapping[str, Any], metric: str, most: int = 30) -> Markup | 
             marker=_of(MARKERS, index), color=_of(COLOURS, index), markersize=5, label=visible(policy),
         )  # fmt: skip
     panel.axes.set_yticks(range(len(families)), [f"{visible(name)[:40]}  (n={f['n']})" for name, f in families])
-    panel.axes.invert_yaxis()
+    panel.axes.set_ylim(len(families) - 0.5, -0.5)
     panel.axes.grid(axis="y", visible=False)
     for place in range(1, len(families)):
         panel.axes.axhline(place - 0.5, color=GRID, linewidth=0.8)
@@ -195,6 +197,19 @@ def curve(title: str, names: Sequence[str], series: Mapping[str, tuple[Sequence[
     if len(names) > 1:
         panel.axes.legend(loc="best")
     return panel.svg(f"{title} over steps")
+
+
+def _signed_root(x: Any) -> Any:
+    """Square root that keeps the sign: an estimate of a small KL may be negative."""
+    import numpy as np
+
+    return np.sign(x) * np.sqrt(np.abs(x))
+
+
+def _signed_square(x: Any) -> Any:
+    import numpy as np
+
+    return np.sign(x) * np.square(x)
 
 
 def _bars(estimate: Mapping[str, Any]) -> list[list[float]]:
