@@ -45,7 +45,6 @@ test-slow: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks.rollouts
 	$(BIN)/python -m benchmarks.training
-	$(BIN)/python -m benchmarks.ppo
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
