@@ -15,8 +15,10 @@ import torch
 from align.rollouts.protocol import RolloutEngine, Sampling
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
-"""Largest mean |difference| in nats per token, by the less exact of the two types. Measured on SmolLM2-135M at
-temperature 1: float32 7e-6, bfloat16 0.05 without bias (mean -0.003); a head that was not synced after a few updates gives 0.7."""
+"""Largest mean |difference| in nats per token, by the less exact of the two types.
+
+Measured on SmolLM2-135M at temperature 1: float32 7e-6, bfloat16 0.05 without bias (mean -0.003); a head that was not
+synced after a few updates gives 0.7."""
 
 
 class ParityError(RuntimeError):
