@@ -192,7 +192,11 @@ def test_other_source_code_warns_and_strict_refuses(store: Path) -> None:
 def test_ctrl_c_ends_the_stage_and_the_next_run_resumes(store: Path, tmp_path: Path) -> None:
     script = tmp_path / "go.py"
     raw = toy.pipeline(one={"pause": 0.5, "steps": 8})
-    script.write_text(f"from align import Pipeline\nPipeline({raw!r}).run(store={str(store)!r})\n")
+    # a shell that starts a job in the background has it ignore SIGINT, which children inherit
+    script.write_text(
+        "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"from align import Pipeline\nPipeline({raw!r}).run(store={str(store)!r})\n"
+    )
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
     process = subprocess.Popen([sys.executable, str(script)], env=environment, stderr=subprocess.PIPE)
     wait_for(lambda: list(store.glob("number/*.partial/checkpoints/step-1")))
