@@ -28,7 +28,8 @@ def test_a_report_about_nothing_is_refused():
 def test_cost_and_curves_need_no_scorecard(tmp_path):
     folder = tmp_path / "sft"
     folder.mkdir()
-    (folder / "events.jsonl").write_text('{"event": "metrics", "step": 1, "loss": 2.0}\n')
+    points = [{"event": "metrics", "step": step, "loss": 2.0 / step} for step in (1, 2)]
+    (folder / "events.jsonl").write_text("".join(json.dumps(point) + "\n" for point in points))
     artifact = Artifact("sft", Kind.POLICY, folder, {"kind": "sft", "seconds": 3.0, "tokens": 40})
     metrics = run(context(tmp_path, ReportConfig(stages=["sft"]), {"scorecard": None, "stages": [artifact]}))
     text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
