@@ -100,6 +100,9 @@ class Speaker:
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder} holds no model; name a model folder or the artifact of a model or policy stage.")
         import torch
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()  # a conversation is no place for a library's advice
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer = load_tokenizer(folder)
