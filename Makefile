@@ -12,7 +12,7 @@ help:
 	@echo "make quickstart  set up, then take a 135M chat model through SFT, RM, DPO and PPO (20 min on 2 cores)"
 	@echo "make test        set up, then run the tests (make test-slow: those that take minutes, too)"
 	@echo "make check       ruff, mypy --strict on align/, import-linter"
-	@echo "make bench       the benchmarks that docs/performance.md quotes"
+	@echo "make bench       sampling and training speed on this machine"
 
 setup: $(READY)
 
