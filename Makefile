@@ -9,7 +9,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 
 .PHONY: help quickstart setup check test test-slow bench clean
 help:
-	@echo "make quickstart  set up, then take a 135M chat model through SFT, RM, DPO and PPO (20 min on 2 cores)"
+	@echo "make quickstart  set up, then take a 135M chat model through SFT, RM, DPO and PPO"
 	@echo "make test        set up, then run the tests (make test-slow: those that take minutes, too)"
 	@echo "make check       ruff, mypy --strict on align/, import-linter"
 	@echo "make bench       sampling and training speed on this machine"
