@@ -51,6 +51,12 @@ class FullTuning(Config):
     method: Literal["full"] = "full"
 
 
+LORA_HEAD_RATE = 0.1
+"""Learning rate of a score or value head, as a share of the adapters' beside it. Every step of Adam moves each weight of a
+head by about the learning rate, and so the score by that times hidden size and feature size: 1e-3, right for adapters,
+moves SmolLM2's scores by about 1."""
+
+
 class LoraTuning(Config):
     """Train low-rank adapters beside frozen weights (arXiv 2106.09685)."""
 
@@ -82,7 +88,7 @@ class EngineConfig(Config):
     """GiB of key-value cache on a CPU."""
     compile: bool = False
     """Compile the engine's graphs: 85 s at start on a CPU, about 1.3 times the speed afterwards."""
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(128, ge=1)
     """Sequences decoded at once."""
 
 
@@ -205,8 +211,8 @@ STAGES: dict[str, Stage] = {
         _stage("model", 1, Kind.MODEL, "bring a base model into the store as plain safetensors"),
         _stage("data", 1, None, "build a dataset from a recipe"),
         _stage("sft", 1, Kind.POLICY, "supervised fine-tuning on responses"),
-        _stage("sample", 1, Kind.PREFERENCES, "sample responses from a checkpoint, score and pair them"),
-        _stage("reward", 1, Kind.REWARD, "train a reward model on pairs"),
+        _stage("sample", 2, Kind.PREFERENCES, "sample responses from a checkpoint, score and pair them"),
+        _stage("reward", 2, Kind.REWARD, "train a reward model on pairs"),
         _stage("dpo", 1, Kind.POLICY, "direct preference optimisation on pairs"),
         _stage("ppo", 1, Kind.POLICY, "PPO with a critic against a reward model or a checker"),
         _stage("evaluate", 1, Kind.SCORECARD, "score checkpoints on held-out prompts, with intervals"),

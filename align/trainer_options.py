@@ -85,6 +85,25 @@ OWNED: dict[str, str] = {
 }
 """Options the stage sets itself, and what to do instead."""
 
+OWNED_BY_PPO: dict[str, str] = {
+    "num_train_epochs": "set 'updates' and 'num_epochs' beside 'trainer'",
+    "max_steps": "set 'updates' beside 'trainer'",
+    "per_device_eval_batch_size": "held-out prompts are the 'evaluate' stage's",
+    "gradient_accumulation_steps": "set 'rollout_batch', 'num_mini_batches' and 'micro_batch_size' beside 'trainer'",
+    "save_strategy": "set 'save_updates' beside 'trainer'",
+    "save_steps": "set 'save_updates' beside 'trainer'",
+    "enable_jit_checkpoint": "checkpoints follow 'save_updates'",
+    "eval_strategy": "held-out prompts are the 'evaluate' stage's",
+    "eval_steps": "held-out prompts are the 'evaluate' stage's",
+    "eval_on_start": "held-out prompts are the 'evaluate' stage's",
+    "logging_strategy": "every update is logged",
+    "logging_steps": "every update is logged",
+    "logging_first_step": "every update is logged",
+    "train_sampling_strategy": "prompts are shuffled by the seed",
+    "length_column_name": "prompts are shuffled by the seed",
+}
+"""Where PPO's stage has other words for it."""
+
 _SIMPLE: dict[str, tuple[type, ...]] = {
     "bool": (bool,),
     "int": (int,),
@@ -123,6 +142,7 @@ def check_trainer_options(kind: str, mapping: Mapping[str, Any], reserved: Itera
     """
     options = trainer_options(kind)
     own = set(reserved)
+    owned = OWNED | OWNED_BY_PPO if kind == "ppo" else OWNED
     for name, value in mapping.items():
         option = options.get(name)
         if option is None:
@@ -131,8 +151,8 @@ def check_trainer_options(kind: str, mapping: Mapping[str, Any], reserved: Itera
             raise ValueError(f"unknown key '{name}': {CLASSES[kind][2]} has no such option.{hint}")
         if name in own:
             raise ValueError(f"'{name}' is not set here: set '{name}' beside 'trainer'.")
-        if name in OWNED:
-            raise ValueError(f"'{name}' is not set here: {OWNED[name]}.")
+        if name in owned:
+            raise ValueError(f"'{name}' is not set here: {owned[name]}.")
         if not option.accepts(value):
             raise ValueError(f"'{name}' should be {option.annotation}; found {value!r}.")
         if option.choices and value not in option.choices:

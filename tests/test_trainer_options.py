@@ -2,13 +2,18 @@
 
 import dataclasses
 import importlib
+import re
 import subprocess
 import sys
 import time
 
 import pytest
 
-from align.trainer_options import CLASSES, OWNED, check_trainer_options, trainer_options
+from align.stages.dpo import DpoConfig
+from align.stages.ppo import PpoConfig
+from align.stages.reward import RewardConfig
+from align.stages.sft import SftConfig
+from align.trainer_options import CLASSES, OWNED, OWNED_BY_PPO, check_trainer_options, trainer_options
 
 TRL_KINDS = ("sft", "reward", "dpo")
 
@@ -41,6 +46,29 @@ def test_unknown_key_suggests_the_nearest() -> None:
 def test_owned_key_names_our_field() -> None:
     with pytest.raises(ValueError, match=r"'num_train_epochs'.*'epochs' beside 'trainer'"):
         check_trainer_options("sft", {"num_train_epochs": 2})
+
+
+@pytest.mark.parametrize(
+    ("key", "ours"),
+    [
+        ("save_steps", "'save_updates'"),
+        ("max_steps", "'updates'"),
+        ("gradient_accumulation_steps", "'rollout_batch', 'num_mini_batches' and 'micro_batch_size'"),
+        ("lr_scheduler_type", "'scheduler'"),
+    ],
+)
+def test_owned_keys_of_ppo_name_ppos_fields(key: str, ours: str) -> None:
+    with pytest.raises(ValueError, match=f"'{key}' is not set here: set {ours} beside"):
+        check_trainer_options("ppo", {key: 1})
+
+
+def test_every_remedy_names_a_field_that_exists() -> None:
+    stages = {"sft": SftConfig, "reward": RewardConfig, "dpo": DpoConfig, "ppo": PpoConfig}
+    for kind, config in stages.items():
+        for key in trainer_options(kind):
+            remedy = {**OWNED, **(OWNED_BY_PPO if kind == "ppo" else {})}.get(key, "")
+            named = re.findall(r"'(\w+)'", remedy.partition(" beside ")[0]) if " beside " in remedy else []
+            assert not set(named) - set(config.model_fields), (kind, key, remedy)
 
 
 def test_reserved_key_names_the_field() -> None:

@@ -6,11 +6,20 @@ import itertools
 import math
 import random
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from align.data.rows import Row, assistant
 
 How = Literal["best_worst", "all"]
+
+
+class Candidate(NamedTuple):
+    """One response of a prompt: its text, score, place among the samples, and whether it ended by itself."""
+
+    text: str
+    score: float
+    index: int
+    finished: bool
 
 
 def make_pairs(
@@ -20,11 +29,14 @@ def make_pairs(
     how: How,
     noise: float,
     seed: int,
+    finished: list[list[bool]] | None = None,
 ) -> tuple[list[Row], dict[str, int]]:
     """Pair each prompt's responses by score: the best against the worst, or every two.
 
-    ``responses[i]`` and ``scores[i]`` belong to ``rows[i]``. Empty responses are left out; a comparison whose texts
-    are identical or whose scores tie makes no pair. With probability ``noise`` (each pair's own draw from ``seed``
+    ``responses[i]``, ``scores[i]`` and ``finished[i]`` (all True by default) belong to ``rows[i]``. Empty responses
+    are left out; a comparison whose texts are identical or whose scores tie makes no pair. A response that was cut
+    off keeps that mark in its pair (``chosen_finished``, ``rejected_finished``), so that no end of turn is put behind
+    it in training. With probability ``noise`` (each pair's own draw from ``seed``
     and its id, whatever the order) a pair's label is wrong: the texts swap sides, ``flipped`` is True, and
     ``chosen_score`` and ``rejected_score`` stay the true scores of the texts beside them.
 
@@ -37,18 +49,20 @@ def make_pairs(
         ("prompts", "empty_responses", "prompts_too_few", "compared", "identical", "tied", "pairs", "flipped"), 0
     )
     pairs: list[Row] = []
-    for row, texts, values in zip(rows, responses, scores, strict=True):
+    ended = finished if finished is not None else [[True] * len(texts) for texts in responses]
+    for row, texts, values, ends in zip(rows, responses, scores, ended, strict=True):
         if any(not math.isfinite(value) for value in values):
             raise ValueError(f"row {row['id']}: a score is not finite: {values}")
-        candidates = [(t, float(s), i) for i, (t, s) in enumerate(zip(texts, values, strict=True)) if t.strip()]
+        every = [Candidate(t, float(s), i, e) for i, (t, s, e) in enumerate(zip(texts, values, ends, strict=True))]
+        candidates = [candidate for candidate in every if candidate.text.strip()]
         counts["prompts"] += 1
         counts["empty_responses"] += len(texts) - len(candidates)
         counts["prompts_too_few"] += len(candidates) < 2
         for better, worse in _comparisons(candidates, how):
             counts["compared"] += 1
-            if better[0].strip() == worse[0].strip():
+            if better.text.strip() == worse.text.strip():
                 counts["identical"] += 1
-            elif better[1] == worse[1]:
+            elif better.score == worse.score:
                 counts["tied"] += 1
             else:
                 pair = _pair(row, better, worse, noise, seed)
@@ -58,25 +72,22 @@ def make_pairs(
     return pairs, counts
 
 
-Candidate = tuple[str, float, int]  # text, score, sample index
-
-
 def _comparisons(candidates: list[Candidate], how: How) -> Iterator[tuple[Candidate, Candidate]]:
     if len(candidates) < 2:
         return
     if how == "best_worst":
         # Samples of one prompt are exchangeable, so the first of several best ones is as good as any.
-        best, worst = max(candidates, key=lambda c: c[1]), min(candidates, key=lambda c: c[1])
+        best, worst = max(candidates, key=lambda c: c.score), min(candidates, key=lambda c: c.score)
         yield (best, worst) if best is not worst else (candidates[0], candidates[1])
     elif how == "all":
         for one, other in itertools.combinations(candidates, 2):
-            yield (one, other) if one[1] >= other[1] else (other, one)
+            yield (one, other) if one.score >= other.score else (other, one)
     else:
         raise ValueError(f"how is {how!r}; expected 'best_worst' or 'all'")
 
 
 def _pair(row: Row, better: Candidate, worse: Candidate, noise: float, seed: int) -> Row:
-    name = f"{row['id']}-{better[2]}-{worse[2]}"
+    name = f"{row['id']}-{better.index}-{worse.index}"
     flipped = random.Random(f"{seed}:{name}").random() < noise  # noqa: S311  (label noise, not secrecy)
     chosen, rejected = (worse, better) if flipped else (better, worse)
     return {
@@ -84,9 +95,11 @@ def _pair(row: Row, better: Candidate, worse: Candidate, noise: float, seed: int
         "source": row["source"],
         "prompt": row["prompt"],
         "checks": row["checks"],
-        "chosen": [assistant(chosen[0])],
-        "rejected": [assistant(rejected[0])],
-        "chosen_score": chosen[1],
-        "rejected_score": rejected[1],
+        "chosen": [assistant(chosen.text)],
+        "rejected": [assistant(rejected.text)],
+        "chosen_score": chosen.score,
+        "rejected_score": rejected.score,
+        "chosen_finished": chosen.finished,
+        "rejected_finished": rejected.finished,
         "flipped": flipped,
     }

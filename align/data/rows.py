@@ -3,7 +3,8 @@
 A row is a plain dict. Every row has ``id`` (stable text), ``source``, ``prompt`` (messages, the last one a user
 turn) and ``checks`` (JSON text for :mod:`align.data.checkers`, ``""`` when no program can check the answer).
 Instructions add ``completion``; preferences add ``chosen`` and ``rejected`` (one assistant turn each) and may add
-``chosen_score`` and ``rejected_score``. Torch-free.
+``chosen_score`` and ``rejected_score``; ``chosen_finished`` or ``rejected_finished`` is False for an answer that was
+cut off at its length limit. Torch-free.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ _TYPES: dict[str, pa.DataType] = {
     "rejected": _MESSAGES,
     "chosen_score": pa.float64(),
     "rejected_score": pa.float64(),
+    "chosen_finished": pa.bool_(),
+    "rejected_finished": pa.bool_(),
     "flipped": pa.bool_(),
 }
 REQUIRED = ("id", "source", "prompt", "checks")
@@ -83,3 +86,8 @@ def normalised(text: str) -> str:
 def prompt_key(row: Row) -> str:
     """What makes two prompts the same: every turn, role and normalised content."""
     return "\n".join(f"{message['role']}: {normalised(message['content'])}" for message in row["prompt"])
+
+
+def is_finished(row: Row, side: str) -> bool:
+    """Whether the ``chosen`` or ``rejected`` answer ended by itself; True where the data says nothing of it."""
+    return row.get(f"{side}_finished") is not False

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from align.data.rows import is_finished
 from align.evaluation.statistics import wilson
 
 Row = dict[str, Any]
-Score = Callable[[list[list[dict[str, str]]], list[str]], list[float]]
+Score = Callable[[list[list[dict[str, str]]], list[str], list[bool]], list[float]]
+"""Prompts, answers and whether each answer ended by itself → one score each."""
 
 
 def pair_accuracy(rows: Sequence[Row], chosen: Sequence[float], rejected: Sequence[float]) -> dict[str, Any]:
@@ -49,7 +51,8 @@ def score_pairs(rows: Sequence[Row], score: Score) -> dict[str, Any]:
     """Score both answers of each pair and report accuracies; see :func:`pair_accuracy`."""
     prompts = [row["prompt"] for row in rows]
     sides = [[row[side][-1]["content"] for row in rows] for side in ("chosen", "rejected")]
-    scores = score(prompts + prompts, sides[0] + sides[1])
+    finished = [is_finished(row, side) for side in ("chosen", "rejected") for row in rows]
+    scores = score(prompts + prompts, sides[0] + sides[1], finished)
     return pair_accuracy(rows, scores[: len(rows)], scores[len(rows) :])
 
 

@@ -6,7 +6,6 @@ Only safetensors are read, and no code that comes with a model is run. Left out:
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +62,12 @@ def load_reward(model_dir: Path, dtype: torch.dtype = torch.float32) -> Any:
     return model
 
 
-def new_reward(model_dir: Path, seed: int, dtype: torch.dtype = torch.float32) -> Any:
+def new_reward(model_dir: Path, dtype: torch.dtype = torch.float32) -> Any:
     """A reward model to train, made from a causal checkpoint: its trunk, and a new score head.
 
-    The head is N(0, 1/(d+1)) without bias, d being the hidden size (arXiv 2403.17031, detail 4), so that first scores
-    are about N(0, 1). A head that the checkpoint already has is kept.
+    The head starts at zero, so all first scores are 0 and the first loss is log 2. N(0, 1/(d+1)), as in arXiv 2403.17031
+    (detail 4), suits features of unit size; after a final norm with large weights, as SmolLM2's, it made first scores
+    so wide that a third of the training went into taking them back. A head that the checkpoint already has is kept.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -75,10 +75,7 @@ def new_reward(model_dir: Path, seed: int, dtype: torch.dtype = torch.float32) -
     if missing - {HEAD}:
         raise UserError(f"{model_dir} lacks the weights {', '.join(sorted(missing - {HEAD}))}; it is damaged.")
     if missing:
-        generator = torch.Generator().manual_seed(seed)
-        width = model.score.weight.shape[1]
-        head = torch.randn(1, width, generator=generator) / math.sqrt(width + 1)
-        model.score.weight.data.copy_(head)
+        model.score.weight.data.zero_()
     return model
 
 

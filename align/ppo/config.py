@@ -30,6 +30,9 @@ class PPOConfig(TrainingArguments):
         default=1e-6, metadata={"help": "Of the policy; LoRA wants far more, about 1e-4 to 1e-3."}
     )
     critic_learning_rate: float | None = field(default=None, metadata={"help": "By default the policy's."})
+    critic_head_learning_rate: float | None = field(
+        default=None, metadata={"help": "By default the critic's, and a tenth of it where its trunk has adapters."}
+    )
     critic_warmup_updates: int = field(default=0, metadata={"help": "First updates in which only the critic learns."})
     adam_epsilon: float = field(default=1e-5, metadata={"help": "PPO's usual epsilon."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "See TrainingArguments."})

@@ -7,27 +7,40 @@ from typing import Any
 import torch
 
 from align.ppo.model import PolicyAndCritic
+from align.stage import LORA_HEAD_RATE
 
 PARTS = ("policy", "critic")
 
 
 def make_optimizer(trainer: Any, model: Any) -> torch.optim.Optimizer:
-    """The Trainer's optimizer class with up to four groups: each part's weights with and without weight decay."""
+    """The Trainer's optimizer class with up to six groups: policy, critic and value head, with and without weight decay."""
     args = trainer.args
     decaying = set(trainer.get_decay_parameter_names(model))
-    rates = {"policy": args.learning_rate, "critic": args.critic_learning_rate}
-    rates["critic"] = args.learning_rate if rates["critic"] is None else rates["critic"]
     groups = []
-    for part in PARTS:
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and name.split(".")[0] == part]
+    for part, rate in learning_rates(args, model).items():
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and _part(name) == part]
         for decays in (True, False):
             chosen = [p for name, p in named if (name in decaying) == decays]
             decay = args.weight_decay if decays else 0.0
             if chosen:
-                groups.append({"params": chosen, "lr": rates[part], "weight_decay": decay})
+                groups.append({"params": chosen, "lr": rate, "weight_decay": decay})
     optimizer_class, options = trainer.get_optimizer_cls_and_kwargs(args, model)
     optimizer: torch.optim.Optimizer = optimizer_class(groups, **options)
     return optimizer
+
+
+def learning_rates(args: Any, model: PolicyAndCritic) -> dict[str, float]:
+    """Peak rates of ``policy``, ``critic`` (its trunk) and ``head`` (its values), defaults filled in."""
+    critic = args.learning_rate if args.critic_learning_rate is None else args.critic_learning_rate
+    head = args.critic_head_learning_rate
+    if head is None:
+        adapters = any(not p.requires_grad for p in model.critic.parameters())
+        head = critic * (LORA_HEAD_RATE if adapters else 1.0)
+    return {"policy": args.learning_rate, "critic": critic, "head": head}
+
+
+def _part(name: str) -> str:
+    return "head" if name.startswith("critic.head.") else name.split(".")[0]
 
 
 def clip_by_part(model: PolicyAndCritic, max_norm: float) -> dict[str, torch.Tensor]:

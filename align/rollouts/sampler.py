@@ -20,7 +20,7 @@ from align.rollouts.engine import open_engine
 from align.rollouts.protocol import RolloutEngine, Sampling
 from align.stage import StageContext
 
-CHUNK = 64
+CHUNK = 128
 """Prompts answered between two writes: what a killed stage repeats at most."""
 SPLITS = ("train", "test")
 
@@ -187,6 +187,7 @@ def _write(context: StageContext, jobs: list[Job], samples: dict[str, list[dict[
             config.pairs,
             config.noise,
             context.seed,
+            [sample["finished"] for sample in some],
         )
         write_pairs(context.output / f"{job.split}.parquet", pairs)
         metrics |= {f"{job.split}_{name}": count for name, count in counts.items()}

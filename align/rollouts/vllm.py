@@ -25,6 +25,8 @@ from align.rollouts.sampling import pick_tokens
 from align.rollouts.weights import weight_names
 from align.stage import EngineConfig
 
+CPU_STEP_TOKENS = 8192
+"""Prompt tokens read in one step on a CPU at most."""
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -104,7 +106,13 @@ class VllmEngine:
         self.dtype = dtype
         memory: dict[str, Any] = {"gpu_memory_utilization": config.gpu_memory}
         if device.type == "cpu":
-            memory = {"kv_cache_memory_bytes": int(config.cpu_kv_cache_gb * 2**30), "block_size": 32}
+            memory = {
+                "kv_cache_memory_bytes": int(config.cpu_kv_cache_gb * 2**30),
+                "block_size": 32,
+                # A prompt read in parts makes vLLM wind its request's generator back, which a CPU generator cannot do.
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(CPU_STEP_TOKENS, max_length),
+            }
         with _caller_undisturbed():
             from vllm import LLM
 

@@ -24,12 +24,16 @@ class DpoConfig(TrainingFields):
     """``sigmoid`` is DPO; ``ipo`` (2310.12036) aims at a fixed margin; ``robust`` corrects for known label noise."""
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     """For ``robust``: the share of pairs believed to be mislabelled."""
+    sft_weight: float = Field(0.0, ge=0)
+    """Weight of the chosen answers' loss per token beside it, which keeps them likely (2404.19733); 0 leaves it out."""
 
     @field_validator("trainer")
     @classmethod
     def _trainer_exists(cls, options: dict[str, Any]) -> dict[str, Any]:
         if "loss_type" in options:
             raise ValueError("'loss_type' is not set here: set 'loss' beside 'trainer'.")
+        if "loss_weights" in options:
+            raise ValueError("'loss_weights' is not set here: set 'sft_weight' beside 'trainer'.")
         for name in ("precompute_ref_log_probs", "precompute_ref_batch_size", "sync_ref_model"):
             if name in options:
                 raise ValueError(f"'{name}' is not set here: the reference is always scored once, before training.")
@@ -39,7 +43,7 @@ class DpoConfig(TrainingFields):
 def run(context: StageContext) -> dict[str, Any]:
     """Train, save ``model/`` and return steps, tokens, speed, and held-out loss, accuracy and margin.
 
-    Nothing is scored before training: the loss is ln 2 then, and every margin 0, by construction.
+    Nothing is scored before training: every margin is 0 then, by construction.
 
     Raises ``UserError`` for a model without chat template or data without usable pairs.
     """
@@ -78,7 +82,8 @@ def run(context: StageContext) -> dict[str, Any]:
             context,
             len(train.rows),
             beta=config.beta,
-            loss_type=[config.loss],
+            loss_type=[config.loss, *(["sft"] if config.sft_weight else [])],
+            loss_weights=[1.0, config.sft_weight] if config.sft_weight else None,
             label_smoothing=config.label_smoothing,
             precompute_ref_log_probs=True,
         ),

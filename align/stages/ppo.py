@@ -63,6 +63,8 @@ class PpoConfig(Config):
     """Of the policy. LoRA wants some hundred times what full tuning wants, so there is no default."""
     critic_learning_rate: float | None = Field(None, gt=0, le=1)
     """Of the critic; by default the policy's."""
+    critic_head_learning_rate: float | None = Field(None, gt=0, le=1)
+    """Of the critic's value head; by default the critic's, and a tenth of it with LoRA."""
     critic_warmup_updates: int = Field(0, ge=0)
     """First updates in which only the critic learns."""
     scheduler: Literal["constant", "linear", "cosine"] = "constant"

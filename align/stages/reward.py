@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from align.artifacts import GENERATORS, Kind
-from align.stage import StageContext, stage_input
+from align.stage import LORA_HEAD_RATE, StageContext, stage_input
 from align.training.config import TrainingFields, checked_options
 
 
@@ -18,8 +18,17 @@ class RewardConfig(TrainingFields):
     """Stage whose checkpoint gets a score head in place of its vocabulary head; usually the SFT stage."""
     data: stage_input(Kind.PREFERENCES)  # type: ignore[valid-type]
     """Stage with the pairs."""
+    head_learning_rate: float | None = Field(None, gt=0, le=1)
+    """Peak step size of the score head; by default ``learning_rate``, and a tenth of it with LoRA."""
     center_rewards: float = Field(0.01, ge=0)
     """Weight of the squared sum of a pair's scores (2312.09244, eq. 2), which keeps scores near 0; 0 turns it off."""
+
+    @property
+    def head_rate(self) -> float:
+        """``head_learning_rate`` or its default."""
+        if self.head_learning_rate is not None:
+            return self.head_learning_rate
+        return self.learning_rate * (LORA_HEAD_RATE if self.tuning.method == "lora" else 1.0)
 
     @field_validator("trainer")
     @classmethod
@@ -52,7 +61,7 @@ def run(context: StageContext) -> dict[str, Any]:
 
     config: RewardConfig = context.config
     source, data = context.artifact("model").model, context.artifact("data")
-    tokenizer, model = load_tokenizer(source), new_reward(source, context.seed)
+    tokenizer, model = load_tokenizer(source), new_reward(source)
     check_model(context.name, model, tokenizer)
     splits = {}
     for split, most in (("train", config.max_rows), ("test", config.eval_rows)):
@@ -70,7 +79,7 @@ def run(context: StageContext) -> dict[str, Any]:
         train_dataset=Dataset.from_list(train.rows),
         processing_class=tokenizer,
     )
-    trainer.row_lengths = train.lengths
+    trainer.row_lengths, trainer.head_learning_rate = train.lengths, config.head_rate
     pad = tokenizer.pad_token_id
     metrics = fit(trainer, context, lambda: held_out.pairs(trainer, test, pad))
     probe = [test.rows[0]["chosen_ids"], test.rows[-1]["rejected_ids"]]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from align.data.rows import read_rows
+from align.data.rows import is_finished, read_rows
 from align.errors import UserError
 from align.models.render import render_conversation, render_prompt
 
@@ -50,14 +50,18 @@ def read_split(path: Path, most: int | None, stage: str) -> list[Row]:
     return rows[:most]
 
 
-def split_turn(tokenizer: Any, prompt: list[Row], answer: list[Row]) -> tuple[list[int], list[int]]:
+def split_turn(
+    tokenizer: Any, prompt: list[Row], answer: list[Row], finished: bool = True
+) -> tuple[list[int], list[int]]:
     """Ids of the prompt as it is rendered for sampling, and of the answer up to and with its end-of-turn token.
+
+    ``finished=False`` leaves the end of turn out, for an answer that was cut off.
 
     Raises ``UserError`` when the chat template renders the prompt differently once an answer follows it: training
     and sampling would then see different contexts.
     """
     prompt_ids = render_prompt(tokenizer, prompt)
-    whole = render_conversation(tokenizer, [*prompt, *answer])
+    whole = render_conversation(tokenizer, [*prompt, *answer], finished)
     if whole[: len(prompt_ids)] != prompt_ids:
         shared = next((at for at, pair in enumerate(zip(prompt_ids, whole, strict=False)) if pair[0] != pair[1]), 0)
         raise UserError(
@@ -95,8 +99,8 @@ def encode_pairs(tokenizer: Any, rows: Sequence[Row], max_length: int) -> Encode
     """
     out = Encoded()
     for row in rows:
-        prompt_ids, chosen_ids = split_turn(tokenizer, row["prompt"], row["chosen"])
-        _, rejected_ids = split_turn(tokenizer, row["prompt"], row["rejected"])
+        prompt_ids, chosen_ids = split_turn(tokenizer, row["prompt"], row["chosen"], is_finished(row, "chosen"))
+        _, rejected_ids = split_turn(tokenizer, row["prompt"], row["rejected"], is_finished(row, "rejected"))
         if chosen_ids == rejected_ids:
             out.count("left out, both answers are the same")
             continue
@@ -113,7 +117,8 @@ def encode_conversations(tokenizer: Any, rows: Sequence[Row], max_length: int) -
     out = Encoded()
     for row in rows:
         chosen_ids, rejected_ids = (
-            render_conversation(tokenizer, [*row["prompt"], *row[side]]) for side in ("chosen", "rejected")
+            render_conversation(tokenizer, [*row["prompt"], *row[side]], is_finished(row, side))
+            for side in ("chosen", "rejected")
         )
         if chosen_ids == rejected_ids:
             out.count("left out, both answers are the same")

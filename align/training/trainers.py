@@ -71,7 +71,26 @@ class PreparedSFT(_Prepared, SFTTrainer):  # type: ignore[misc]
 
 
 class PreparedReward(_Prepared, RewardTrainer):  # type: ignore[misc]
-    """Rows: ``chosen_ids``, ``rejected_ids``."""
+    """Rows: ``chosen_ids``, ``rejected_ids``. The score head learns at ``head_learning_rate``."""
+
+    head_learning_rate: float
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        made = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if made:
+            give_head_its_rate(optimizer, self.model if model is None else model, self.head_learning_rate)
+        return optimizer
+
+
+def give_head_its_rate(optimizer: torch.optim.Optimizer, model: Any, rate: float) -> None:
+    """Move a reward model's trained head into a parameter group with the learning rate ``rate``."""
+    head = {id(p): p for name, p in model.named_parameters() if "score." in name and p.requires_grad}
+    for group in list(optimizer.param_groups):
+        found = [p for p in group["params"] if id(p) in head]
+        group["params"] = [p for p in group["params"] if id(p) not in head]
+        if found:
+            optimizer.add_param_group({**group, "params": found, "lr": rate})
 
 
 class PreparedDPO(_Prepared, DPOTrainer):  # type: ignore[misc]

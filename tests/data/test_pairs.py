@@ -53,6 +53,13 @@ def test_noise_flips_labels_and_keeps_true_scores() -> None:
     assert {p["id"] for p in other if p["flipped"]} != {p["id"] for p in flipped}
 
 
+def test_a_cut_response_keeps_its_mark() -> None:
+    pairs, _ = make_pairs([row()], [["good", "bad"]], [[1.0, 0.0]], "all", 0.0, 0, [[True, False]])
+    assert (pairs[0]["chosen_finished"], pairs[0]["rejected_finished"]) == (True, False)
+    swapped, _ = make_pairs([row()], [["bad", "good"]], [[0.0, 1.0]], "all", 0.0, 0, [[True, False]])
+    assert (swapped[0]["chosen_finished"], swapped[0]["rejected_finished"]) == (False, True)
+
+
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="noise"):
         make_pairs([row()], [["a"]], [[1.0]], "all", 1.0, 0)

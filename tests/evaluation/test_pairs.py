@@ -37,13 +37,14 @@ def test_without_gold_scores_there_is_no_true_accuracy():
 
 
 def test_both_sides_are_scored_against_their_own_prompt():
-    seen: list[tuple[list, list[str]]] = []
+    seen: list[tuple[list, list[str], list[bool]]] = []
 
-    def score(prompts: list, responses: list[str]) -> list[float]:
-        seen.append((prompts, responses))
+    def score(prompts: list, responses: list[str], finished: list[bool]) -> list[float]:
+        seen.append((prompts, responses, finished))
         return [float(len(text)) for text in responses]
 
-    found = score_pairs([pair("aaa", "b"), pair("c", "dd")], score)
+    found = score_pairs([pair("aaa", "b"), {**pair("c", "dd"), "rejected_finished": False}], score)
     assert seen[0][1] == ["aaa", "c", "b", "dd"]
     assert len(seen[0][0]) == 4
+    assert seen[0][2] == [True, True, True, False]
     assert found["as_labelled"]["value"] == 0.5

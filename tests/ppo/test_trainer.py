@@ -109,10 +109,21 @@ def test_critic_warm_up_leaves_the_policy(make_trainer):
 def test_policy_and_critic_have_learning_rates_of_their_own(make_trainer):
     trainer = make_trainer(learning_rate=1e-3, critic_learning_rate=5e-3, weight_decay=0.1)
     groups = trainer.create_optimizer().param_groups
-    assert [(g["lr"], g["weight_decay"]) for g in groups] == [(1e-3, 0.1), (1e-3, 0.0), (5e-3, 0.1), (5e-3, 0.0)]
+    rates = [1e-3, 1e-3, 5e-3, 5e-3, 5e-3, 5e-3]  # policy, critic, value head; each with and without weight decay
+    assert [(g["lr"], g["weight_decay"]) for g in groups] == list(zip(rates, [0.1, 0.0] * 3, strict=True))
     assert groups[0]["eps"] == 1e-5
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     assert sum(p.numel() for g in groups for p in g["params"]) == trained
+
+
+@pytest.mark.parametrize(("given", "wanted"), [(None, 5e-4), (2e-5, 2e-5)])
+def test_a_value_head_beside_adapters_learns_more_slowly(make_trainer, given, wanted):
+    trainer = make_trainer(
+        tuning=LORA, learning_rate=1e-3, critic_learning_rate=5e-3, critic_head_learning_rate=given
+    )
+    head = {id(p) for p in trainer.model.critic.head.parameters()}
+    for group in trainer.create_optimizer().param_groups:
+        assert (group["lr"] == wanted) == any(id(p) in head for p in group["params"])
 
 
 def test_every_update_logs_what_is_needed_to_judge_it(make_trainer):

@@ -98,6 +98,13 @@ def frequencies_follow_the_model(engine: VllmEngine, model: Any) -> None:
     assert distance < 1.5 * chance, (distance, chance)
 
 
+def more_prompt_tokens_than_a_step_takes(engine: VllmEngine) -> None:
+    """Seeded requests whose prompts do not all fit into one step: read in parts, they crashed vLLM's CPU sampler."""
+    prompts = [[1, *((7 * i + 3 * at) % 250 + 3 for at in range(110))] for i in range(128)]
+    found = flat(engine.generate(prompts, Sampling(2, seed=1)))
+    assert len(found) == 128 and all(one.token_ids for one in found)
+
+
 def weights_are_taken_over(engine: VllmEngine, model_dir: Path) -> None:
     for model in (noisy(model_dir, 1), noisy(model_dir, 2), changed_head(model_dir)):
         try:
@@ -189,6 +196,7 @@ def main(model_dir: Path) -> None:
     logprobs_are_the_models(engine, model)
     samples_follow_their_seeds(engine)
     frequencies_follow_the_model(engine, model)
+    more_prompt_tokens_than_a_step_takes(engine)
     weights_are_taken_over(engine, model_dir)
     tied_head_may_be_left_out_by_the_caller(engine, model_dir)
     left_out_head_is_caught(engine, model_dir)

@@ -46,6 +46,7 @@ def test_mistakes_are_named(kind: type, extra: dict[str, object], message: str) 
     [
         ({"trainer": {"beta": 0.2}}, "set 'beta' beside"),
         ({"trainer": {"loss_type": ["ipo"]}}, "set 'loss' beside"),
+        ({"trainer": {"loss_weights": [1.0]}}, "set 'sft_weight' beside"),
         ({"trainer": {"precompute_ref_log_probs": False}}, "scored once"),
         ({"bta": 0.2}, "Did you mean 'beta'"),
     ],

@@ -83,6 +83,15 @@ def test_pairs_that_are_too_long_or_equal_are_left_out(tokenizer: Any) -> None:
         assert encoded.counts == {"left out, both answers are the same": 1, "left out, longer than max_length": 1}
 
 
+def test_an_answer_that_was_cut_off_gets_no_end_of_turn(tokenizer: Any) -> None:
+    whole, cut = rows(1)[0], {**rows(1)[0], "rejected_finished": False}
+    for encode in (encode_pairs, encode_conversations):
+        (ended,), (open_end,) = (encode(tokenizer, [row], 100).rows for row in (whole, cut))
+        assert ended["rejected_ids"][-1] == tokenizer.eos_token_id
+        assert open_end["rejected_ids"] == ended["rejected_ids"][:-1]
+        assert open_end["chosen_ids"] == ended["chosen_ids"]
+
+
 def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer: Any) -> None:
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '<|im_end|>' }}{% endfor %}"

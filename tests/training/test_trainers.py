@@ -14,16 +14,17 @@ from trl.trainer.sft_config import SFTConfig
 
 from align.artifacts import Kind
 from align.errors import UserError
-from align.models.loading import add_lora, load_policy, load_tokenizer
+from align.models.loading import add_lora, load_policy, load_tokenizer, new_reward
 from align.stage import LoraTuning, StageContext
 from align.stages.dpo import DpoConfig
+from align.stages.reward import RewardConfig
 from align.stages.sft import SftConfig
 from align.training import held_out, order
 from align.training.arguments import training_arguments
 from align.training.fit import fit
 from align.training.progress import ReportProgress
 from align.training.rows import encode_pairs, encode_supervised
-from align.training.trainers import PreparedDPO, PreparedSFT, label_positions_only
+from align.training.trainers import PreparedDPO, PreparedSFT, give_head_its_rate, label_positions_only
 from tests.training.harness import context, data_artifact, rows
 
 
@@ -60,6 +61,23 @@ def test_a_small_update_survives_in_float32_and_is_lost_in_bfloat16(tiny_model: 
     # The same step on bfloat16 weights: nearly every weight rounds back to what it was.
     narrow = before.bfloat16()
     assert ((narrow + step.bfloat16()) == narrow).float().mean() > 0.99
+
+
+@pytest.mark.parametrize(("tuning", "given", "wanted"), [("lora", None, 1e-4), ("lora", 3e-5, 3e-5), ("full", None, 1e-3)])
+def test_a_score_head_learns_at_its_own_rate(
+    tiny_model: Path, tuning: str, given: float | None, wanted: float
+) -> None:
+    config = RewardConfig(
+        model="model", data="data", tuning={"method": tuning}, learning_rate=1e-3, head_learning_rate=given
+    )  # type: ignore[arg-type]
+    model = add_lora(new_reward(tiny_model), config.tuning, 0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    give_head_its_rate(optimizer, model, config.head_rate)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert rates.keys() == {id(p) for p in trained.values()}
+    for name, p in trained.items():
+        assert rates[id(p)] == (wanted if "score." in name else 1e-3), name
 
 
 def test_held_out_loss_is_the_mean_over_tokens_whatever_the_batches(
