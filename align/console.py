@@ -139,7 +139,7 @@ def _headline(artifact: Artifact) -> str:
     if wanted is None:
         wanted = {name: name for name, value in metrics.items() if isinstance(value, (int, float))}
         wanted = dict(list(wanted.items())[:4])
-    parts = [f"{label} {_short(metrics[name])}" for name, label in wanted.items() if name in metrics]
+    parts = [f"{label} {_short(metrics[name])}" for name, label in wanted.items() if metrics.get(name) is not None]
     if artifact.record["kind"] == "evaluate":
         for policy, values in metrics.get("values", {}).items():
             if "gold" in values or "reward" in values:

@@ -52,9 +52,10 @@ class FullTuning(Config):
 
 
 LORA_HEAD_RATE = 0.1
-"""Learning rate of a score or value head, as a share of the adapters' beside it. Every step of Adam moves each weight of a
-head by about the learning rate, and so the score by that times hidden size and feature size: 1e-3, right for adapters,
-moves SmolLM2's scores by about 1."""
+"""Learning rate of a score or value head, as a share of the adapters' beside it. A step of Adam moves every weight of a
+head by about the learning rate, and a score by that times the hidden size and the features' size: 1e-3, right for
+adapters, moves SmolLM2's scores by about 1.
+"""
 
 
 class LoraTuning(Config):

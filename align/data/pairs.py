@@ -18,7 +18,7 @@ class Candidate(NamedTuple):
 
     text: str
     score: float
-    index: int
+    sample: int
     finished: bool
 
 
@@ -87,7 +87,7 @@ def _comparisons(candidates: list[Candidate], how: How) -> Iterator[tuple[Candid
 
 
 def _pair(row: Row, better: Candidate, worse: Candidate, noise: float, seed: int) -> Row:
-    name = f"{row['id']}-{better.index}-{worse.index}"
+    name = f"{row['id']}-{better.sample}-{worse.sample}"
     flipped = random.Random(f"{seed}:{name}").random() < noise  # noqa: S311  (label noise, not secrecy)
     chosen, rejected = (worse, better) if flipped else (better, worse)
     return {

@@ -7,14 +7,14 @@ checkpoint whose responses are on disk already is not generated again. Leaves ou
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from align.evaluation.prompts import Policy
 from align.fingerprint import digest
 from align.rollouts.protocol import Response, RolloutEngine, Sampling
+from align.rollouts.weights import checkpoint_weights
 from align.stage import Runtime
 
 Responses = list[list[Response]]
@@ -75,16 +75,6 @@ def architecture(model_dir: Path) -> str:
     return digest({"shapes": json.dumps(shapes, sort_keys=True), "ends": json.dumps(ends)})
 
 
-def read_weights(model_dir: Path) -> Iterator[tuple[str, Any]]:
-    """Every tensor of a checkpoint's safetensors files under its Hugging Face name, one at a time."""
-    from safetensors import safe_open
-
-    for file in sorted(model_dir.glob("*.safetensors")):
-        with safe_open(file, framework="pt", device="cpu") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  (not a dict)
-                yield name, tensors.get_tensor(name)
-
-
 def generate_all(
     policies: list[Policy],
     prompts: Mapping[str, list[list[int]]],
@@ -115,7 +105,7 @@ def generate_all(
             if kept is None:
                 kind = architecture(policy.model_dir)
                 if engine is not None and kind == opened_for:
-                    engine.load_weights(read_weights(policy.model_dir))
+                    engine.load_weights(checkpoint_weights(policy.model_dir))
                 else:
                     if engine is not None:
                         engine.close()

@@ -65,9 +65,9 @@ def load_reward(model_dir: Path, dtype: torch.dtype = torch.float32) -> Any:
 def new_reward(model_dir: Path, dtype: torch.dtype = torch.float32) -> Any:
     """A reward model to train, made from a causal checkpoint: its trunk, and a new score head.
 
-    The head starts at zero, so all first scores are 0 and the first loss is log 2. N(0, 1/(d+1)), as in arXiv 2403.17031
-    (detail 4), suits features of unit size; after a final norm with large weights, as SmolLM2's, it made first scores
-    so wide that a third of the training went into taking them back. A head that the checkpoint already has is kept.
+    The head starts at zero, so all first scores are 0 and the first loss is log 2. N(0, 1/(d+1)), as in arXiv
+    2403.17031 (detail 4), suits features of unit size; SmolLM2's are larger, and the first steps went into taking wide
+    scores back. A head that the checkpoint already has is kept.
     """
     from transformers import AutoModelForSequenceClassification
 

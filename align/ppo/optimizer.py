@@ -13,7 +13,7 @@ PARTS = ("policy", "critic")
 
 
 def make_optimizer(trainer: Any, model: Any) -> torch.optim.Optimizer:
-    """The Trainer's optimizer class with up to six groups: policy, critic and value head, with and without weight decay."""
+    """The Trainer's optimizer class with up to six groups: policy, critic and value head, with and without decay."""
     args = trainer.args
     decaying = set(trainer.get_decay_parameter_names(model))
     groups = []

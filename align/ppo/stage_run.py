@@ -27,7 +27,8 @@ SCHEDULERS = {"constant": "constant_with_warmup", "linear": "linear", "cosine": 
 PASSED_ON = (
     *("updates", "rollout_batch", "samples_per_prompt", "max_prompt_tokens", "max_tokens", "temperature", "num_epochs"),
     *("num_mini_batches", "learning_rate", "critic_learning_rate", "critic_head_learning_rate"),
-    *("critic_warmup_updates", "weight_decay", "max_grad_norm", "kl_coef", "kl_controller", "kl_target", "kl_horizon", "gamma", "lam", "truncation"),
+    *("critic_warmup_updates", "weight_decay", "max_grad_norm"),
+    *("kl_coef", "kl_controller", "kl_target", "kl_horizon", "gamma", "lam", "truncation"),
     *("missing_eos_penalty", "score_clip", "whiten_rewards", "whiten_advantages", "clip_range", "dual_clip"),
     *("value_clip_range", "vf_coef", "entropy_coef", "loss_aggregation", "importance_cap", "save_updates"),
 )

@@ -7,9 +7,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from align.evaluation.generation import ResponseCache, generate_all, read_weights
+from align.evaluation.generation import ResponseCache, generate_all
 from align.evaluation.prompts import Policy, choose_rows, render_for_all
 from align.rollouts.protocol import Response, Sampling
+from align.rollouts.weights import checkpoint_weights
 from align.stage import Runtime
 
 
@@ -30,7 +31,7 @@ class FakeEngine:
 
     def __init__(self, model_dir: Path, log: list[str]) -> None:
         self.log = log
-        self.load_weights(read_weights(model_dir))
+        self.load_weights(checkpoint_weights(model_dir))
         log[-1] = f"open {self.answer}"
 
     def generate(self, prompts, sampling, on_progress=None):

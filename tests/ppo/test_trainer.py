@@ -118,9 +118,7 @@ def test_policy_and_critic_have_learning_rates_of_their_own(make_trainer):
 
 @pytest.mark.parametrize(("given", "wanted"), [(None, 5e-4), (2e-5, 2e-5)])
 def test_a_value_head_beside_adapters_learns_more_slowly(make_trainer, given, wanted):
-    trainer = make_trainer(
-        tuning=LORA, learning_rate=1e-3, critic_learning_rate=5e-3, critic_head_learning_rate=given
-    )
+    trainer = make_trainer(tuning=LORA, learning_rate=1e-3, critic_learning_rate=5e-3, critic_head_learning_rate=given)
     head = {id(p) for p in trainer.model.critic.head.parameters()}
     for group in trainer.create_optimizer().param_groups:
         assert (group["lr"] == wanted) == any(id(p) in head for p in group["params"])

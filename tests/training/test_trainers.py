@@ -63,10 +63,10 @@ def test_a_small_update_survives_in_float32_and_is_lost_in_bfloat16(tiny_model: 
     assert ((narrow + step.bfloat16()) == narrow).float().mean() > 0.99
 
 
-@pytest.mark.parametrize(("tuning", "given", "wanted"), [("lora", None, 1e-4), ("lora", 3e-5, 3e-5), ("full", None, 1e-3)])
-def test_a_score_head_learns_at_its_own_rate(
-    tiny_model: Path, tuning: str, given: float | None, wanted: float
-) -> None:
+@pytest.mark.parametrize(
+    ("tuning", "given", "wanted"), [("lora", None, 1e-4), ("lora", 3e-5, 3e-5), ("full", None, 1e-3)]
+)
+def test_a_score_head_learns_at_its_own_rate(tiny_model: Path, tuning: str, given: float | None, wanted: float) -> None:
     config = RewardConfig(
         model="model", data="data", tuning={"method": tuning}, learning_rate=1e-3, head_learning_rate=given
     )  # type: ignore[arg-type]
