@@ -158,7 +158,10 @@ def _score(context: StageContext, jobs: list[Job], samples: dict[str, list[dict[
             [sample["texts"][i] for _, i, sample in flat],
             [not sample["finished"][i] for _, i, sample in flat],
         )
+        cut_off = context.config.cut_off_score
         for (_, i, sample), value in zip(flat, values, strict=True):
+            if cut_off is not None and not sample["finished"][i]:
+                value = cut_off
             sample.setdefault("scores", [0.0] * len(sample["texts"]))[i] = value
 
 

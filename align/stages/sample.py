@@ -39,6 +39,8 @@ class SampleConfig(Config):
     """Prompts longer than this are left out, and counted."""
     score: str | None = "gold"
     """Verifiable function that scores responses: ``gold``, or an import path ``module:name``; null for ``reward``."""
+    cut_off_score: float | None = None
+    """Score of a response that was cut off at ``max_tokens``, whatever its text; null scores it like any other."""
     noise: float = Field(0.0, ge=0, lt=0.5)
     """Share of pairs whose sides are swapped, as human labellers would: a reward model never sees clean labels."""
     pairs: Literal["best_worst", "all"] = "best_worst"
