@@ -104,6 +104,19 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_result(
     assert (parts.output / name).read_text() == (whole.output / name).read_text()
 
 
+def test_a_cut_off_response_gets_the_score_set_for_it(tiny_model: Path, tmp_path: Path) -> None:
+    context = _context(tmp_path, tiny_model, cut_off_score=-1.0, max_tokens=64)
+    run(context)
+    lines = [json.loads(line) for line in (context.output / "samples.jsonl").read_text().splitlines()]
+    answers = [each for line in lines for each in zip(line["texts"], line["scores"], line["finished"], strict=True)]
+    assert {finished for _, _, finished in answers} == {True, False}
+    for text, score, finished in answers:
+        assert score == (length_score([], [text])[0] if finished else -1.0)
+    pairs = read_rows(context.output / "train.parquet")
+    assert not all(pair["rejected_finished"] for pair in pairs)
+    assert all(pair["chosen_finished"] for pair in pairs)
+
+
 def test_reward_model_scores(tiny_model: Path, tiny_reward: Path, tmp_path: Path) -> None:
     context = _context(tmp_path, tiny_model, score=None, reward="reward", precision="float32")
     (tmp_path / "reward").mkdir()
