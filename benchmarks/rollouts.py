@@ -1,9 +1,11 @@
-"""Sampling speed: vLLM against transformers' ``generate()``, side by side, on the embedded model.
+"""Sampling speed: align's vLLM engine, vLLM as it comes, and transformers' ``generate()``, side by side.
 
-    python -m benchmarks.rollouts [--prompts 64] [--tokens 40] [--rounds 3]
+    python -m benchmarks.rollouts [--prompts 32] [--samples 4] [--tokens 48] [--rounds 3]
 
-Each engine runs in a process of its own, in turn, so that neither disturbs the other; responses have a fixed length
-(the end-of-turn token is banned in both). Quote the ratio: single rates move with whatever else the machine does.
+What PPO and the sample stage ask for: several seeded responses to each prompt with the log-probabilities of their
+tokens, ended by the end-of-turn token or cut at ``--tokens``. Each runs in a process of its own, in turn, after a
+warm-up, on the embedded model in bf16 at batch 64; rates count response tokens. Quote the ratio: single rates move with
+whatever else the machine does.
 """
 
 import argparse
@@ -12,74 +14,128 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ENGINES = ("align", "vllm", "transformers")
+BATCH = 64
 
 
-def measure(engine: str, prompts: int, tokens: int) -> float:
-    """Generated tokens per second of one engine in this process, after a warm-up."""
+def align_engine(folder: Path, inputs: list[list[int]], samples: int, tokens: int) -> Callable[[int], int]:
+    """The engine that stages use."""
+    from align.rollouts.engine import open_engine
+    from align.rollouts.protocol import Sampling
+    from align.stage import EngineConfig, Runtime
+
+    engine = open_engine(
+        folder,
+        Runtime(engine=EngineConfig(name="vllm", batch_size=BATCH)),
+        precision="bfloat16",
+        max_length=512,
+        seed=0,
+        warn=print,
+    )
+
+    def run(seed: int) -> int:
+        drawn = engine.generate(inputs, Sampling(tokens, n=samples, seed=seed))
+        return sum(len(one.token_ids) for some in drawn for one in some)
+
+    return run
+
+
+def plain_vllm(folder: Path, inputs: list[list[int]], samples: int, tokens: int) -> Callable[[int], int]:
+    """vLLM's own defaults, beside what the task fixes."""
+    import os
+
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(str(folder), dtype="bfloat16", enforce_eager=True, max_model_len=512, max_num_seqs=BATCH)
+
+    def run(seed: int) -> int:
+        params = SamplingParams(temperature=1.0, max_tokens=tokens, n=samples, seed=seed, logprobs=0)
+        found = llm.generate([{"prompt_token_ids": ids} for ids in inputs], params, use_tqdm=False)
+        return sum(len(one.token_ids) for some in found for one in some.outputs)
+
+    return run
+
+
+def plain_transformers(folder: Path, inputs: list[list[int]], samples: int, tokens: int) -> Callable[[int], int]:
+    """``generate()`` with left padding; the log-probabilities come from its logits."""
     import torch
 
+    from align.models.loading import load_policy, load_tokenizer
+
+    tokenizer: Any = load_tokenizer(folder)
+    model = load_policy(folder, dtype=torch.bfloat16).eval()
+    tokenizer.padding_side = "left"
+    options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "max_new_tokens": tokens}
+
+    def run(seed: int) -> int:
+        torch.manual_seed(seed)
+        count, step = 0, BATCH // samples
+        for at in range(0, len(inputs), step):
+            batch = tokenizer.pad({"input_ids": inputs[at : at + step]}, return_tensors="pt")
+            with torch.inference_mode():
+                out = model.generate(
+                    **batch, **options, num_return_sequences=samples, pad_token_id=tokenizer.pad_token_id,
+                    return_dict_in_generate=True, output_logits=True,
+                )  # fmt: skip
+                new = out.sequences[:, batch["input_ids"].shape[1] :]
+                for position, logits in enumerate(out.logits):
+                    logits.float().log_softmax(-1).gather(1, new[:, position, None])
+            ended = (new == tokenizer.eos_token_id).int().cumsum(dim=1)
+            count += int(((ended == 0) | ((new == tokenizer.eos_token_id) & (ended == 1))).sum())
+        return count
+
+    return run
+
+
+def measure(engine: str, prompts: int, samples: int, tokens: int) -> float:
+    """Response tokens per second of one engine in this process, after a warm-up."""
     from align.data.embedded import generate
     from align.models.embedded import fetch
-    from align.models.loading import load_policy, load_tokenizer
+    from align.models.loading import load_tokenizer
     from align.models.render import render_prompt
 
     folder = fetch()
     tokenizer = load_tokenizer(folder)
     inputs = [render_prompt(tokenizer, row["prompt"]) for row in generate(prompts, 0)]
-    if engine == "vllm":
-        import os
-
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        from vllm import LLM, SamplingParams
-
-        from align.rollouts.engine import open_engine  # noqa: F401  (the environment it sets)
-
-        llm = LLM(str(folder), dtype="bfloat16", enforce_eager=True, max_model_len=512, max_num_seqs=64)
-        fixed = SamplingParams(temperature=1.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-
-        def run() -> None:
-            llm.generate([{"prompt_token_ids": ids} for ids in inputs], fixed, use_tqdm=False)
-    else:
-        model = load_policy(folder, dtype=torch.bfloat16).eval()
-        tokenizer.padding_side = "left"
-
-        def run() -> None:
-            for at in range(0, len(inputs), 64):
-                batch = tokenizer.pad({"input_ids": inputs[at : at + 64]}, return_tensors="pt")
-                with torch.inference_mode():
-                    model.generate(
-                        **batch, do_sample=True, temperature=1.0, top_k=0, min_new_tokens=tokens, max_new_tokens=tokens,
-                        pad_token_id=tokenizer.pad_token_id,
-                    )  # fmt: skip
-
-    run()
+    make = {"align": align_engine, "vllm": plain_vllm, "transformers": plain_transformers}[engine]
+    run = make(folder, inputs, samples, tokens)
+    run(1)
     start = time.perf_counter()
-    run()
-    return prompts * tokens / (time.perf_counter() - start)
+    count = run(2)
+    return count / (time.perf_counter() - start)
 
 
 def main() -> None:
-    """Run the engines in turn and print the median rate and the ratio round by round."""
+    """Run the engines in turn and print each one's median rate, and align's ratio to the others round by round."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=40)
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--engine", choices=["vllm", "transformers"], help="measure one, here, and print JSON")
+    parser.add_argument("--engine", choices=ENGINES, help="measure one, here, and print JSON")
     options = parser.parse_args()
     if options.engine:
-        print(json.dumps({"rate": measure(options.engine, options.prompts, options.tokens)}))
+        rate = measure(options.engine, options.prompts, options.samples, options.tokens)
+        print(json.dumps({"rate": rate}))
         return
-    rates: dict[str, list[float]] = {"vllm": [], "transformers": []}
+    rates: dict[str, list[float]] = {engine: [] for engine in ENGINES}
     for _ in range(options.rounds):
         for engine, found in rates.items():
             command = [sys.executable, "-m", "benchmarks.rollouts", "--engine", engine]
-            command += ["--prompts", str(options.prompts), "--tokens", str(options.tokens)]
+            for name in ("prompts", "samples", "tokens"):
+                command += [f"--{name}", str(getattr(options, name))]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             found.append(json.loads(done.stdout.strip().splitlines()[-1])["rate"])
     for engine, found in rates.items():
-        print(f"{engine:<13} {statistics.median(found):7.0f} tokens/s  {[round(rate) for rate in found]}")
-    ratios = [a / b for a, b in zip(rates["vllm"], rates["transformers"], strict=True)]
-    print(f"ratio         {statistics.median(ratios):7.2f}           {[round(ratio, 2) for ratio in ratios]}")
+        print(f"{engine:<20} {statistics.median(found):7.0f} tokens/s  {[round(rate) for rate in found]}")
+    for other in ENGINES[1:]:
+        ratios = [a / b for a, b in zip(rates["align"], rates[other], strict=True)]
+        print(f"align / {other:<12} {statistics.median(ratios):7.2f}           {[round(ratio, 2) for ratio in ratios]}")
 
 
 if __name__ == "__main__":
