@@ -38,6 +38,13 @@ class PPOConfig(TrainingArguments):
     lr_scheduler_type: str = field(default="constant", metadata={"help": "See TrainingArguments."})
 
     kl_coef: float = field(default=0.05, metadata={"help": "Reward lost per nat of drift from the reference."})
+    kl_in: Literal["reward", "loss"] = field(default="reward", metadata={"help": "Where drift is paid for."})
+    kl_estimator: Literal["k1", "k2", "k3"] | None = field(
+        default=None, metadata={"help": "k1 in the reward, k2 or k3 in the loss; by default k1 there and k2 here."}
+    )
+    kl_budget: float | None = field(
+        default=None, metadata={"help": "Nats per response; a rollout with more ends the run before learning from it."}
+    )
     kl_controller: Literal["fixed", "adaptive"] = field(default="fixed", metadata={"help": "Ziegler's, if adaptive."})
     kl_target: float = field(default=6.0, metadata={"help": "Nats per response that the adaptive controller aims at."})
     kl_horizon: int = field(default=10_000, metadata={"help": "Responses over which it reacts."})
@@ -51,6 +58,11 @@ class PPOConfig(TrainingArguments):
         default=None, metadata={"help": "Subtracted from unfinished responses' scores."}
     )
     score_clip: float | None = field(default=None, metadata={"help": "Scores are clipped to plus or minus this."})
+    normalise_scores: bool = field(default=False, metadata={"help": "Mean 0 and variance 1 over all scores so far."})
+    length_penalty: float = field(default=0.0, metadata={"help": "Subtracted from a score per response token."})
+    truncated: Literal["learn", "mask"] = field(
+        default="learn", metadata={"help": "Learn from responses cut at max_tokens, or leave them out of the losses."}
+    )
     whiten_rewards: bool = field(default=False, metadata={"help": "Scale token rewards to variance 1; the mean stays."})
     whiten_advantages: bool = field(default=True, metadata={"help": "Mean 0 and variance 1 over the rollout's tokens."})
 
@@ -61,16 +73,21 @@ class PPOConfig(TrainingArguments):
     value_clip_range: float | None = field(default=0.5, metadata={"help": "In units of reward; None for no clipping."})
     vf_coef: float = field(default=1.0, metadata={"help": "Weight of the value loss."})
     entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus."})
-    loss_aggregation: Literal["token", "sequence"] = field(
-        default="token", metadata={"help": "Every token weighs the same, or every response."}
+    loss_aggregation: Literal["token", "sequence", "constant"] = field(
+        default="token",
+        metadata={"help": "Every token weighs the same, or every response; constant: by max_tokens."},
     )
     importance_cap: float | None = field(
         default=2.0, metadata={"help": "Cap on the weight correcting the sampler's log-probabilities; None for none."}
+    )
+    importance_sequence_cap: float | None = field(
+        default=None, metadata={"help": "Drop responses whose whole ratio to the sampler is outside [1/this, this]."}
     )
     share_prompts: bool = field(default=True, metadata={"help": "Run a prompt once for its responses, where possible."})
     probe_parity: bool = field(
         default=True, metadata={"help": "Compare engine and trainer at start and after resuming."}
     )
+    probe_updates: int = field(default=50, metadata={"help": "Updates between two such comparisons."})
     save_updates: int = field(default=1, metadata={"help": "Updates between checkpoints."})
 
     def __post_init__(self) -> None:
@@ -80,6 +97,8 @@ class PPOConfig(TrainingArguments):
         self.ignore_data_skip = True  # the position in the data follows from the update
         super().__post_init__()
         self._check()
+        if self.kl_estimator is None:
+            self.kl_estimator = "k1" if self.kl_in == "reward" else "k2"
         self.gradient_accumulation_steps = self.local_batch // (
             self.num_mini_batches * self.per_device_train_batch_size
         )
@@ -109,9 +128,12 @@ class PPOConfig(TrainingArguments):
                 f"rollout_batch {self.rollout_batch} over {self.world_size} processes is not a multiple of "
                 f"samples_per_prompt {self.samples_per_prompt}."
             )
-        for name in ("updates", "max_tokens", "num_epochs", "num_mini_batches", "save_updates"):
+        for name in ("updates", "max_tokens", "num_epochs", "num_mini_batches", "save_updates", "probe_updates"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.kl_estimator is not None and (self.kl_in == "reward") != (self.kl_estimator == "k1"):
+            right = {"reward": "only k1 has the KL's gradient", "loss": "k1 has none, on average; take k2 or k3"}
+            raise ValueError(f"kl_estimator is {self.kl_estimator}, but as a {self.kl_in} {right[self.kl_in]}.")
         if not self.temperature > 0 or math.isinf(self.temperature):
             raise ValueError(f"temperature is {self.temperature}; log-probabilities need one above 0.")
 

@@ -1,6 +1,6 @@
 """How far the policy is from the reference: estimators, and controllers of the penalty's coefficient.
 
-Left out: a KL term in the loss; only the reward path is here, and there only k1 has the right gradient.
+As a reward only k1 has the right gradient, as a loss only k2 (and k3 that of the reverse KL).
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ micro-batch changes the objective.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,9 +15,10 @@ import torch
 
 from align.ppo.masking import masked_sum
 
-Aggregation = Literal["token", "sequence"]
+Aggregation = Literal["token", "sequence", "constant"]
 """``token``: every token weighs the same, so long responses count more. ``sequence``: every response weighs the same,
-which under-penalises long bad ones (arXiv 2503.20783)."""
+which under-penalises long bad ones (arXiv 2503.20783). ``constant``: token sums over responses times the longest length
+allowed, so that a token weighs the same in every update, however long its neighbours are (same source)."""
 
 LOG_RATIO_LIMIT = 20.0
 """exp(20) is 5e8: far outside any clip range, and still finite in float32 (as in verl and OpenRLHF)."""
@@ -32,25 +35,46 @@ class LossTerms:
 def aggregate(
     per_token: torch.Tensor, mask: torch.Tensor, count: torch.Tensor | float, kind: Aggregation
 ) -> torch.Tensor:
-    """Reduce (B, T) to a scalar: a token sum over ``count`` tokens, or row means over ``count`` sequences."""
-    if kind == "token":
+    """Reduce (B, T) to a scalar: a token sum, or a sum of row means, over ``count`` (see ``loss_count``)."""
+    if kind != "sequence":
         return masked_sum(per_token, mask) / count
     lengths = mask.sum(dim=1, keepdim=True).clamp(min=1)
     return masked_sum(per_token / lengths, mask) / count
 
 
+def loss_count(masks: Sequence[torch.Tensor], kind: Aggregation, max_tokens: int) -> float:
+    """What the loss sums of responses with these (B, T) masks are divided by; see ``Aggregation``.
+
+    Counts of several processes add up. It is 0 where no token is learnt from.
+    """
+    if kind == "token":
+        return float(sum(int(mask.sum()) for mask in masks))
+    sequences = float(sum(int(mask.any(dim=1).sum()) for mask in masks))
+    return sequences * max_tokens if kind == "constant" else sequences
+
+
 def importance_weights(
-    logprobs: torch.Tensor, sampler_logprobs: torch.Tensor, mask: torch.Tensor, cap: float | None
+    logprobs: torch.Tensor,
+    sampler_logprobs: torch.Tensor,
+    mask: torch.Tensor,
+    cap: float | None,
+    sequence_cap: float | None = None,
 ) -> torch.Tensor:
     """Weights ``min(pi_trainer / pi_sampler, cap)`` that correct for the engine's rounding; (B, T), no gradient.
 
     Truncated importance sampling per token: biased but stable. A NaN from the sampler, or ``cap=None``, gives weight 1.
+    ``sequence_cap`` c drops whole responses (weight 0) whose ratio over all tokens is outside [1/c, c]: there the
+    engine followed another policy, and no weight repairs that.
     """
-    if cap is None:
-        return torch.ones_like(logprobs)
-    gap = (logprobs - sampler_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    weights = torch.exp(gap).clamp(max=cap)
-    return torch.where(mask & torch.isfinite(sampler_logprobs), weights, torch.ones_like(weights)).detach()
+    known = mask & torch.isfinite(sampler_logprobs)
+    gap = torch.where(known, logprobs - sampler_logprobs, torch.zeros_like(logprobs))
+    weights = torch.ones_like(logprobs)
+    if cap is not None:
+        weights = torch.exp(gap.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)).clamp(max=cap)
+    if sequence_cap is not None:
+        outside = gap.sum(dim=1, keepdim=True).abs() > math.log(sequence_cap)
+        weights = torch.where(mask & outside, torch.zeros_like(weights), weights)
+    return weights.detach()
 
 
 def policy_loss(

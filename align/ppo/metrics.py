@@ -34,7 +34,9 @@ class Averages:
             return {}
         totals = reduce(torch.tensor(list(self._sums.values()), dtype=torch.float64))
         names, self._sums = list(self._sums), {}
-        return {name: float(total / count) for name, (total, count) in zip(names, totals, strict=True)}
+        return {
+            name: float(total / count) if count else 0.0 for name, (total, count) in zip(names, totals, strict=True)
+        }
 
 
 def add_rollout(averages: Averages, rollout: Rollout, reduce: Reduce) -> dict[str, float]:
@@ -56,6 +58,7 @@ def add_rollout(averages: Averages, rollout: Rollout, reduce: Reduce) -> dict[st
     averages.add("advantage_square", masked_sum(t["raw_advantages"] ** 2, mask), tokens)
     averages.add("length", tokens, responses)
     averages.add("eos_rate", t["finished"].sum(), responses)
+    averages.add("truncation_rate", (~t["finished"]).sum(), responses)
     gap = (t["logprobs"] - t["sampler_logprobs"]).abs()
     known = mask & torch.isfinite(gap)
     averages.add("parity_gap", masked_sum(gap, known), known.sum())
@@ -63,7 +66,17 @@ def add_rollout(averages: Averages, rollout: Rollout, reduce: Reduce) -> dict[st
     return {
         "parity_gap_max": float(torch.where(known, gap, gap.new_zeros(())).max()),
         "explained_variance": explained_variance(t["values"][:, :-1], t["returns"], mask, reduce),
+        "score_length_correlation": correlation(t["scores"], mask.sum(dim=1), reduce),
     }
+
+
+def correlation(one: torch.Tensor, other: torch.Tensor, reduce: Reduce) -> float:
+    """Pearson correlation of two (B,) over all processes; 0 where one of them does not vary."""
+    x, y = one.double(), other.double()
+    count, sum_x, sum_y = reduce(torch.stack([torch.tensor(float(len(x)), dtype=torch.float64), x.sum(), y.sum()]))
+    x, y = x - sum_x / count, y - sum_y / count
+    xx, yy, xy = reduce(torch.stack([(x * x).sum(), (y * y).sum(), (x * y).sum()])).tolist()
+    return float(xy / (xx * yy) ** 0.5) if xx > 0 and yy > 0 else 0.0
 
 
 def finish(means: dict[str, float]) -> dict[str, float]:

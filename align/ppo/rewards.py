@@ -14,13 +14,18 @@ def adjust_scores(
     *,
     missing_eos_penalty: float | None = None,
     score_clip: float | None = None,
+    length_penalty: float = 0.0,
+    lengths: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Clip scores to [-score_clip, score_clip], then subtract the penalty from responses that never ended.
+    """Clip scores to [-score_clip, score_clip], then subtract the penalties.
 
-    The penalty is subtracted, not put in the score's place, so that the order among unfinished responses stays.
-    ``scores`` (B,), ``finished`` (B,) bool, True where the last token is EOS. The input is left as it was.
+    ``length_penalty`` is subtracted per token of ``lengths`` (B,); ``missing_eos_penalty`` from responses that never
+    ended, not put in the score's place, so that the order among them stays. ``scores`` (B,), ``finished`` (B,) bool,
+    True where the last token is EOS. The input is left as it was.
     """
     adjusted = scores.clone() if score_clip is None else scores.clamp(-score_clip, score_clip)
+    if length_penalty and lengths is not None:
+        adjusted = adjusted - length_penalty * lengths.to(scores.dtype)
     if missing_eos_penalty:
         adjusted = adjusted - missing_eos_penalty * (~finished).to(scores.dtype)
     return adjusted

@@ -16,6 +16,7 @@ from align.data.scoring import ScoreFunction, Scorer
 from align.errors import UserError
 from align.ppo.advantages import gae, whiten_advantages
 from align.ppo.masking import Reduce, local, pad_rows, response_mask
+from align.ppo.normalise import RunningScale
 from align.ppo.packing import Batch, pack
 from align.ppo.prompts import Prompts, Row, derive_seed
 from align.ppo.rewards import adjust_scores, shape_rewards, whiten_rewards
@@ -34,7 +35,7 @@ class Rollout:
 
     (B,): ``finished`` (EOS was reached), ``scores``, ``gold``; (B, T): ``response_mask``, ``sampler_logprobs``,
     ``logprobs``, ``ref_logprobs``, ``entropy``, ``kl``, ``rewards``, ``advantages`` (whitened if asked for),
-    ``raw_advantages``, ``returns``; (B, T+1): ``values``.
+    ``raw_advantages``, ``returns``, ``learn_mask`` (tokens learnt from); (B, T+1): ``values``.
     """
 
     update: int
@@ -132,12 +133,30 @@ def score_rollout(rollout: Rollout, scorer: AnyScorer, name: str = "scores") -> 
     rollout.tensors[name] = torch.tensor(scores)
 
 
-def add_advantages(rollout: Rollout, args: PPOConfig, kl_coef: float, reduce: Reduce = local) -> None:
-    """From scores, log-probabilities and values to rewards, advantages and returns, all in float32 on the CPU."""
+def add_advantages(
+    rollout: Rollout,
+    args: PPOConfig,
+    kl_coef: float,
+    reduce: Reduce = local,
+    scale: RunningScale | None = None,
+) -> None:
+    """From scores, log-probabilities and values to rewards, advantages and returns, all in float32 on the CPU.
+
+    ``kl_coef`` is what a nat of drift costs in the reward; ``scale`` puts scores on a running scale first.
+    """
     tensors = rollout.tensors
     mask, finished = tensors["response_mask"], tensors["finished"]
+    scores = tensors["scores"]
+    if scale is not None:
+        scale.add(scores, reduce)
+        scores = scale.apply(scores)
     scores = adjust_scores(
-        tensors["scores"], finished, missing_eos_penalty=args.missing_eos_penalty, score_clip=args.score_clip
+        scores,
+        finished,
+        missing_eos_penalty=args.missing_eos_penalty,
+        score_clip=args.score_clip,
+        length_penalty=args.length_penalty,
+        lengths=mask.sum(dim=1),
     )
     rewards, tensors["kl"] = shape_rewards(scores, tensors["logprobs"], tensors["ref_logprobs"], mask, kl_coef)
     if args.whiten_rewards:
@@ -146,13 +165,16 @@ def add_advantages(rollout: Rollout, args: PPOConfig, kl_coef: float, reduce: Re
         rewards, tensors["values"], mask, finished, gamma=args.gamma, lam=args.lam, truncation=args.truncation
     )
     tensors |= {"rewards": rewards, "raw_advantages": advantages, "returns": returns}
-    tensors["advantages"] = whiten_advantages(advantages, mask, reduce) if args.whiten_advantages else advantages
+    learnt = mask & finished[:, None] if args.truncated == "mask" else mask
+    tensors["learn_mask"] = learnt
+    tensors["advantages"] = whiten_advantages(advantages, learnt, reduce) if args.whiten_advantages else advantages
 
 
 class RolloutLoader:
     """What the Trainer iterates over: micro-batches of rollouts that are made when their turn comes.
 
-    ``make`` returns the micro-batches of one update; ``start`` the first update to make, asked for at iteration.
+    ``make`` returns the micro-batches of one update, none to end the run; ``start`` the first update to make, asked for
+    at iteration.
     """
 
     def __init__(
@@ -165,4 +187,9 @@ class RolloutLoader:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for update in range(self._start(), self._updates):
-            yield from self._make(update)
+            made = self._make(update)
+            first = next(made, None)
+            if first is None:  # the trainer stops here
+                return
+            yield first
+            yield from made

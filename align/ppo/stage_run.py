@@ -28,7 +28,8 @@ PASSED_ON = (
     *("updates", "rollout_batch", "samples_per_prompt", "max_prompt_tokens", "max_tokens", "temperature", "num_epochs"),
     *("num_mini_batches", "learning_rate", "critic_learning_rate", "critic_head_learning_rate"),
     *("critic_warmup_updates", "weight_decay", "max_grad_norm"),
-    *("kl_coef", "kl_controller", "kl_target", "kl_horizon", "gamma", "lam", "truncation"),
+    *("kl_coef", "kl_in", "kl_estimator", "kl_budget", "kl_controller", "kl_target", "kl_horizon", "gamma", "lam"),
+    *("truncation", "truncated", "length_penalty", "normalise_scores", "importance_sequence_cap", "probe_updates"),
     *("missing_eos_penalty", "score_clip", "whiten_rewards", "whiten_advantages", "clip_range", "dual_clip"),
     *("value_clip_range", "vf_coef", "entropy_coef", "loss_aggregation", "importance_cap", "save_updates"),
 )
@@ -76,6 +77,8 @@ def train(context: StageContext) -> dict[str, Any]:
         if checkpoint is not None:
             print(f"resuming from {checkpoint}")
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if trainer.stopped:
+            context.warn(f"{context.name} ended early, at {trainer.stopped}")
         trainer.save_model(str(context.output / "model"))
         return {"engine": engine.name, "prompts": len(trainer.prompts), **summary(trainer)}
     finally:
@@ -123,7 +126,7 @@ def summary(trainer: PPOTrainer) -> dict[str, Any]:
         found["tokens_per_second"] = trainer.totals["tokens"] / max(found["seconds"], 1e-9)
         found["peak_memory_gib"] = max(entry["peak_memory_gib"] for entry in history)
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    return found | {"trainable_parameters": trained}
+    return found | {"trainable_parameters": trained} | ({"stopped": trainer.stopped} if trainer.stopped else {})
 
 
 def _reward_model(context: StageContext) -> RewardModel | None:

@@ -2,7 +2,7 @@
 
 The Trainer asks its data loader for micro-batches; ours makes a rollout when the first of an update is asked for.
 Everything is normalised by counts over the whole optimizer step, so micro-batching, padding and the number of
-processes change nothing. Left out: sharded training (FSDP, DeepSpeed), a KL term in the loss, ptx mixing.
+processes change nothing. Left out: sharded training (FSDP, DeepSpeed), ptx mixing.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from align.ppo import checkpoint, metrics
 from align.ppo.config import PPOConfig
 from align.ppo.critic import critic_from_policy, critic_from_reward
 from align.ppo.kl import make_controller
+from align.ppo.losses import loss_count
 from align.ppo.masking import local
 from align.ppo.model import PolicyAndCritic, can_share_prompts
+from align.ppo.normalise import RunningScale
 from align.ppo.objective import LEARNED_FROM, ppo_loss
 from align.ppo.optimizer import clip_by_part, make_optimizer
 from align.ppo.packing import plan
@@ -78,7 +80,11 @@ class PPOTrainer(Trainer):
         self.totals = {"episodes": 0, "tokens": 0}
         self._averages = metrics.Averages()
         self._extra: dict[str, float] = {}
+        self.scale = RunningScale() if args.normalise_scores else None
+        self.stopped: str | None = None
+        """Why the run ended before its last update, if it did."""
         self._probed = False
+        self._loss_kl_coef = 0.0
         self._draft: Path | None = None
 
     # ---- rollouts ----
@@ -106,6 +112,8 @@ class PPOTrainer(Trainer):
                 # The first epoch's own micro-batches: the ratio is then exactly 1 at the first step, in bf16 too.
                 self._measure(rollout, [micro for mini in planned for micro in mini])
                 self._finish(rollout)
+                if self.stopped:
+                    return
             for indices in (micro for mini in planned for micro in mini):
                 pack = rollout.pack(indices, self._pad_id, self.share_prompts)
                 yield {"pack": pack, "learn": rollout.select(indices, LEARNED_FROM)}
@@ -113,7 +121,7 @@ class PPOTrainer(Trainer):
     def _sample(self, update: int) -> Rollout:
         clock = time.perf_counter()
         self.engine.load_weights(merged_weights(self.model.policy))
-        if self.args.probe_parity and not self._probed:
+        if self.args.probe_parity and (not self._probed or update % self.args.probe_updates == 0):
             self._probe_parity()
         synced = time.perf_counter()
         rollout = sample_rollout(self.engine, self.prompts, self.args, update)
@@ -151,11 +159,18 @@ class PPOTrainer(Trainer):
     def _finish(self, rollout: Rollout) -> None:
         """Advantages, the controller's next coefficient, and the metrics known before learning."""
         kl_coef = self.kl_controller.value
-        add_advantages(rollout, self.args, kl_coef, self._reduce)
+        in_loss = self.args.kl_in == "loss"
+        self._loss_kl_coef = kl_coef if in_loss else 0.0
+        add_advantages(rollout, self.args, 0.0 if in_loss else kl_coef, self._reduce, self.scale)
         statistics = metrics.add_rollout(self._averages, rollout, self._reduce)
         tokens = float(self._reduce(rollout.tensors["response_mask"].sum().double()))
         kl = float(self._reduce(rollout.tensors["kl"].double().sum())) / self.args.rollout_batch
         self.kl_controller.update(kl, self.args.rollout_batch)
+        if self.args.kl_budget is not None and kl > self.args.kl_budget:
+            self.stopped = (
+                f"update {rollout.update + 1}: the KL to the reference is {kl:.3g} nats a response, over kl_budget "
+                f"{self.args.kl_budget:g}"
+            )
         self.totals["episodes"] += self.args.rollout_batch
         self.totals["tokens"] += int(tokens)
         seconds = {f"seconds_{name}": value for name, value in rollout.seconds.items()}
@@ -179,11 +194,11 @@ class PPOTrainer(Trainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """One micro-batch's share of the optimizer step's loss; ``num_items_in_batch`` counts that whole step."""
-        args, mask = self.args, inputs["pack"]["response_mask"]
+        args, mask = self.args, inputs["learn"]["learn_mask"]
         warming = self.update < args.critic_warmup_updates
         # Under DDP every parameter must take part in the backward pass, so the policy runs during warm-up too.
         out = model(inputs["pack"], policy=not warming or args.world_size > 1)
-        loss, sums = ppo_loss(out, inputs["learn"], mask, num_items_in_batch, args, warming)
+        loss, sums = ppo_loss(out, inputs["learn"], mask, num_items_in_batch, args, warming, self._loss_kl_coef)
         for name, total in sums.items():
             self._averages.add(name, total, mask.sum())
         self._require_finite("loss", loss)
@@ -191,10 +206,9 @@ class PPOTrainer(Trainer):
         return (loss, out) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
-        masks = [sample["pack"]["response_mask"] for sample in batch_samples]
-        by_token = self.args.loss_aggregation == "token"
-        count = sum(int(mask.sum()) if by_token else len(mask) for mask in masks)
-        return self._reduce(torch.tensor(float(count), device=device))
+        masks = [sample["learn"]["learn_mask"] for sample in batch_samples]
+        count = loss_count(masks, self.args.loss_aggregation, self.args.max_tokens)
+        return self._reduce(torch.tensor(count, device=device)).clamp(min=1)  # without any token the sums are 0
 
     def create_optimizer(self, model: Any = None) -> Any:
         """AdamW with a learning rate of its own for the critic."""
@@ -275,6 +289,8 @@ class PPOTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.save_trained(self.model, folder)
         state = {"kl": self.kl_controller.state_dict(), "totals": self.totals, "fingerprint": self.args.fingerprint()}
+        if self.scale is not None:
+            state["scale"] = self.scale.state_dict()
         checkpoint.save_state(folder, state)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -282,4 +298,6 @@ class PPOTrainer(Trainer):
         state = checkpoint.load_state(folder, self.args.fingerprint())
         checkpoint.load_trained(self.model, folder)
         self.kl_controller.load_state_dict(state["kl"])
+        if self.scale is not None:
+            self.scale.load_state_dict(state["scale"])
         self.totals = state["totals"]

@@ -80,6 +80,12 @@ class PpoConfig(Config):
 
     kl_coef: float = Field(0.05, ge=0)
     """Reward lost per nat of drift from the reference; 0 lets the policy go anywhere the score is high."""
+    kl_in: Literal["reward", "loss"] = "reward"
+    """Whether drift is paid for in each token's reward, or by a term of the loss."""
+    kl_estimator: Literal["k1", "k2", "k3"] | None = None
+    """``k1`` in the reward; in the loss ``k2`` (the KL's own gradient, the default) or ``k3`` (the reverse KL's)."""
+    kl_budget: float | None = Field(None, gt=0)
+    """Nats per response: a rollout that has drifted further ends the run before anything is learnt from it."""
     kl_controller: Literal["fixed", "adaptive"] = "fixed"
     """``adaptive`` moves ``kl_coef`` so that the KL of a response nears ``kl_target`` (arXiv 1909.08593)."""
     kl_target: float = Field(6.0, gt=0)
@@ -94,6 +100,12 @@ class PpoConfig(Config):
     """What follows a response cut at ``max_tokens``: what the critic expects of its rest, or nothing."""
     missing_eos_penalty: float | None = Field(None, ge=0)
     """Subtracted from the score of a response that does not end; teaches to stop."""
+    length_penalty: float = Field(0.0, ge=0)
+    """Subtracted from the score per token of the response."""
+    truncated: Literal["learn", "mask"] = "learn"
+    """Whether responses cut at ``max_tokens`` are learnt from, or left out of the losses; metrics count them anyway."""
+    normalise_scores: bool = False
+    """Bring scores to mean 0 and variance 1 over all responses so far, before clipping and penalties."""
     score_clip: float | None = Field(None, gt=0)
     """Scores are clipped to plus or minus this."""
     whiten_rewards: bool = False
@@ -111,10 +123,14 @@ class PpoConfig(Config):
     """Weight of the value loss."""
     entropy_coef: float = Field(0.0, ge=0)
     """Weight of the entropy bonus."""
-    loss_aggregation: Literal["token", "sequence"] = "token"
-    """Whether every token weighs the same, or every response."""
+    loss_aggregation: Literal["token", "sequence", "constant"] = "token"
+    """Every token weighs the same, or every response does; ``constant`` divides token sums by ``max_tokens``."""
     importance_cap: float | None = Field(2.0, ge=1)
     """Cap on the weights that correct for the engine's log-probabilities being not quite the trainer's; null: none."""
+    importance_sequence_cap: float | None = Field(None, gt=1)
+    """Leave out responses whose whole ratio of trainer to engine is outside [1/this, this]; null: none."""
+    probe_updates: int = Field(50, ge=1)
+    """Updates between two comparisons of the engine's log-probabilities with the trainer's; every start has one."""
 
     save_updates: int = Field(1, ge=1)
     """Updates between checkpoints, what a killed stage repeats at most."""
@@ -148,6 +164,17 @@ class PpoConfig(Config):
             raise ValueError("neither reward nor score is set; name a reward stage, or a verifiable function, or both.")
         if self.critic == "reward" and self.reward is None:
             raise ValueError("critic is reward, but no reward stage is named; set reward, or take `critic: policy`.")
+        return self
+
+    @model_validator(mode="after")
+    def _estimator_fits_its_place(self) -> Self:
+        if self.kl_in == "reward" and self.kl_estimator in ("k2", "k3"):
+            raise ValueError(
+                f"kl_estimator is {self.kl_estimator}, whose gradient as a reward nearly vanishes close to the "
+                "reference; take k1, or set `kl_in: loss`."
+            )
+        if self.kl_in == "loss" and self.kl_estimator == "k1":
+            raise ValueError("kl_estimator is k1, which as a loss has no gradient on average; take k2 or k3.")
         return self
 
     @model_validator(mode="after")

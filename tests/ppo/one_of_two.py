@@ -52,6 +52,8 @@ def main(model_dir: Path, out: Path) -> None:
             per_device_train_batch_size=2,
             learning_rate=1e-3,
             whiten_rewards=True,
+            normalise_scores=True,
+            truncated="mask",
             kl_controller="adaptive",
             kl_target=0.01,
             kl_horizon=50,

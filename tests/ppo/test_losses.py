@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from align.ppo.losses import aggregate, importance_weights, policy_loss, value_loss
+from align.ppo.losses import aggregate, importance_weights, loss_count, policy_loss, value_loss
 from align.ppo.masking import response_mask
 
 MASK = response_mask([3])
@@ -101,3 +101,26 @@ def test_micro_batches_add_up_to_the_whole():
             for i in range(4)
         ]
         assert torch.allclose(whole, sum(parts), atol=1e-6)
+
+
+def test_responses_that_another_policy_wrote_are_dropped_whole():
+    # ratios over all tokens: row 0 has 2 * 1/2 * 3 = 3, row 1 has 1.5; a cap of 2 allows [1/2, 2]
+    logprobs = torch.tensor([[math.log(2.0), math.log(0.5), math.log(3.0)], [math.log(1.5), 0.0, 9.0]])
+    mask = response_mask([3, 2])
+    weights = importance_weights(logprobs, torch.zeros(2, 3), mask, cap=1.2, sequence_cap=2.0)
+    assert weights[0].tolist() == [0.0, 0.0, 0.0]
+    assert weights[1, :2].tolist() == pytest.approx([1.2, 1.0])
+    kept = importance_weights(logprobs, torch.zeros(2, 3), mask, cap=None, sequence_cap=3.1)
+    assert kept.tolist() == [[1.0] * 3] * 2
+
+
+def test_a_constant_divisor_weighs_a_token_the_same_whatever_its_neighbours():
+    masks = [response_mask([3, 1], 4), response_mask([2], 4)]
+    assert loss_count(masks, "token", 10) == 6
+    assert loss_count(masks, "sequence", 10) == 3
+    assert loss_count(masks, "constant", 10) == 30
+    nothing = [torch.zeros(2, 4, dtype=torch.bool), response_mask([2], 4)]
+    assert loss_count(nothing, "sequence", 10) == 1  # responses left out count nowhere
+    # tokens 1 + 2 + 3 and 4: sum 10, over 2 responses x 10 tokens
+    values = torch.tensor([[1.0, 2.0, 3.0, 99.0], [4.0, 99.0, 99.0, 99.0]])
+    assert aggregate(values, masks[0], loss_count(masks[:1], "constant", 10), "constant").item() == pytest.approx(0.5)

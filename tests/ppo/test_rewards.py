@@ -39,3 +39,16 @@ def test_reward_whitening_keeps_the_mean():
     # mean 5, variance (16 + 4 + 0 + 4 + 16) / 5 = 8
     assert whitened[MASK].mean().item() == pytest.approx(5.0, abs=1e-5)
     assert whitened[0, 0].item() == pytest.approx(5 - 4 / 8**0.5, abs=1e-5)
+
+
+def test_every_token_of_a_response_can_cost_something():
+    adjusted = adjust_scores(
+        torch.tensor([5.0, 1.0]),
+        torch.tensor([True, False]),
+        missing_eos_penalty=1.0,
+        score_clip=2.0,
+        length_penalty=0.1,
+        lengths=torch.tensor([3, 10]),
+    )
+    # 2 - 0.3;  1 - 1 - 1
+    assert adjusted.tolist() == pytest.approx([1.7, -1.0])

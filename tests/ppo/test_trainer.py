@@ -16,6 +16,7 @@ LOGGED = {
     *("explained_variance", "policy_loss", "value_loss", "value_clipfrac", "advantage", "advantage_std", "return"),
     *("value", "length", "eos_rate", "grad_norm_policy", "grad_norm_critic", "parity_gap", "parity_gap_max"),
     *("parity_ratio", "importance_weight", "seconds_sync", "seconds_sampling", "seconds_scoring", "seconds_measuring"),
+    *("truncation_rate", "score_length_correlation"),
     *("seconds_learning", "seconds", "sampled_tokens_per_second", "peak_memory_gib", "episodes", "tokens"),
 }
 
@@ -196,3 +197,53 @@ def test_it_learns_a_reward_that_is_known(make_trainer, tuning):
     scores = [entry["score"] for entry in updates(trainer)]
     assert scores[0] < 0.1
     assert min(scores[-3:]) > 0.9, scores
+
+
+def test_a_spent_kl_budget_ends_the_run_before_it_learns_more(make_trainer, tmp_path):
+    trainer = make_trainer(updates=6, learning_rate=5e-2, kl_budget=0.5)
+    weights = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            weights.append({n: p.detach().clone() for n, p in trainer.model.policy.named_parameters()})
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert "over kl_budget 0.5" in trainer.stopped
+    done = len(updates(trainer))
+    assert 0 < done < 6 and len(weights) == done
+    assert f"update {done + 1}:" in trainer.stopped
+    for name, parameter in trainer.model.policy.named_parameters():
+        assert torch.equal(parameter, weights[-1][name])
+
+
+def test_a_kl_term_in_the_loss_holds_the_policy_back(make_trainer):
+    drift = {}
+    for kl_coef in (0.0, 3.0):
+        trainer = make_trainer(updates=12, rollout_batch=32, learning_rate=1e-2, kl_in="loss", kl_coef=kl_coef)
+        trainer.train()
+        for entry in updates(trainer):  # nothing is paid in the reward
+            assert entry["reward"] == pytest.approx(entry["score"])
+        drift[kl_coef] = updates(trainer)[-1]["kl_k3"]
+    assert drift[3.0] < drift[0.0] / 4
+
+
+def test_masked_truncated_responses_teach_nothing(make_trainer):
+    trainer = make_trainer(updates=1, max_tokens=1, truncated="mask")
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    (entry,) = updates(trainer)
+    assert entry["truncation_rate"] == 1.0
+    assert entry["loss"] == 0.0
+    assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+
+
+@pytest.mark.parametrize(("place", "estimator"), [("reward", "k3"), ("reward", "k2"), ("loss", "k1")])
+def test_an_estimator_without_the_right_gradient_is_refused(make_trainer, place, estimator):
+    with pytest.raises(ValueError, match=f"kl_estimator is {estimator}"):
+        make_trainer(kl_in=place, kl_estimator=estimator)
+
+
+def test_the_probe_comes_back_every_so_many_updates(make_trainer, capsys):
+    make_trainer(updates=5, probe_parity=True, probe_updates=2).train()
+    assert capsys.readouterr().out.count("parity of") == 3  # before updates 1, 3 and 5
