@@ -78,8 +78,10 @@ class Pipeline:
         self.config = validate(PipelineConfig, self.raw, where)
         self.nodes: dict[str, Node] = {}
         kinds = self._stage_kinds()
-        for name in kinds:
-            self.nodes[name] = self._build(name, kinds)
+        # All keys and values first: a slip in the last stage is found even where the first one's file is missing.
+        checked = {name: self._validated(name, stage) for name, stage in kinds.items()}
+        for name, (config, seed) in checked.items():
+            self.nodes[name] = self._build(name, config, seed, kinds)
 
     @classmethod
     def load(cls, path: str | Path) -> Pipeline:
@@ -127,17 +129,22 @@ class Pipeline:
             kind = block.get("stage", name)
             if not re.fullmatch(NAME_PATTERN, name):
                 raise UserError(f"{self.where}: stages: '{name}' is no stage name; use letters, digits, - and _.")
-            if ":" in str(kind):
+            if not isinstance(kind, str):
+                fields = STAGES[name].config_class().model_fields if name in STAGES else ()
+                hint = nearest("stage", fields)
+                remedy = f" Did you mean '{hint}'?" if hint else f" One of {', '.join(STAGES)}."
+                raise UserError(f"{self._place(name)}.stage: expected the kind of a stage; found {kind!r}.{remedy}")
+            if ":" in kind:
                 try:
-                    kinds[name] = find_stage(str(kind))
+                    kinds[name] = find_stage(kind)
                 except UserError as error:
                     raise UserError(_at(f"{self._place(name)}.stage", error)) from None
                 continue
             if kind not in STAGES:
                 slip = nearest("stage", [str(key) for key in block]) if "stage" not in block else None
-                hint = nearest(str(kind), STAGES)
+                hint = nearest(kind, STAGES)
                 if "stage" in block:
-                    raise UserError(f"{self._place(name)}.stage: unknown stage '{kind}'.{suggest(str(kind), STAGES)}")
+                    raise UserError(f"{self._place(name)}.stage: unknown stage '{kind}'.{suggest(kind, STAGES)}")
                 if hint:
                     raise UserError(
                         f"{self.where}: stages: unknown stage '{name}'. Did you mean '{hint}'? "
@@ -151,19 +158,24 @@ class Pipeline:
             kinds[name] = STAGES[kind]
         return kinds
 
-    def _build(self, name: str, kinds: dict[str, Stage]) -> Node:
+    def _validated(self, name: str, stage: Stage) -> tuple[Config, int]:
+        """The stage's block as its config, and its seed."""
         block = dict(self.config.stages[name])
         block.pop("stage", None)
         seed = block.pop("seed", self.config.seed)
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
             raise UserError(f"{self._place(name)}.seed: should be a whole number from 0 to 2**32-1; found {seed!r}.")
-        stage = kinds[name]
         config_class = stage.config_class()
         if "seed" not in config_class.model_fields:
             # so that a misspelt `seed` finds its name too
             shadow = create_model(config_class.__name__, __base__=config_class, seed=(int | None, None))
             validate(shadow, block, self._place(name))
-        config = validate(config_class, block, self._place(name))
+        return validate(config_class, block, self._place(name)), seed
+
+    def _build(self, name: str, config: Config, seed: int, kinds: dict[str, Stage]) -> Node:
+        """Check what the stage reads, and work out its key."""
+        stage = kinds[name]
+        config_class = stage.config_class()
         inputs = {f: getattr(config, f) for f in input_fields(config_class)}
         self._check_inputs(name, config_class, inputs, kinds)
         makes = stage.makes

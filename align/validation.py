@@ -88,7 +88,9 @@ def _similar_files(path: Path) -> str:
     close = difflib.get_close_matches(path.name, names, n=1)
     if close:
         return f" Did you mean {folder / close[0]}?"
-    return f" {folder} has: {', '.join(names)}." if names else ""
+    if names:
+        return f" {folder} has: {', '.join(names)}."
+    return "" if folder.is_dir() else f" Nor is there a folder {folder}; relative paths start at the current folder."
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -127,3 +127,15 @@ def test_load_reads_a_file(tmp_path: Path) -> None:
     path = tmp_path / "p.yaml"
     path.write_text("name: x\nstages:\n  one: {stage: 'tests.toy:NUMBER', number: 4}\n")
     assert Pipeline.load(path).nodes["one"].config.number == 4
+
+
+def test_a_slip_in_the_last_stage_is_found_before_a_file_missing_in_the_first(tmp_path):
+    block = {"model": {"source": "tiny", "chat_template": "no/such.jinja"}, "data": {"recipe": "x", "max_rwos": 1}}
+    with pytest.raises(UserError, match="unknown key 'max_rwos'"):
+        Pipeline({"name": "p", "stages": block}, base=tmp_path)
+    block["data"] = {"recipe": str(tmp_path / "missing" / "x.yaml")}
+    with pytest.raises(UserError, match=r"no/such.jinja'; relative paths start at the current folder"):
+        Pipeline({"name": "p", "stages": block}, base=tmp_path)
+    block["model"] = {"source": "tiny"}
+    with pytest.raises(UserError, match=r"Nor is there a folder .*missing; relative paths"):
+        Pipeline({"name": "p", "stages": block}, base=tmp_path)

@@ -33,7 +33,9 @@ class ModelConfig(Config):
         if self.chat_template is not None:
             path = base / self.chat_template
             if not path.is_file():
-                raise UserError(f"chat_template: there is no file '{path}'.")
+                raise UserError(
+                    f"chat_template: there is no file '{path}'; relative paths start at the current folder."
+                )
             found["chat_template"] = file_digest(path)
         return found
 
