@@ -18,7 +18,7 @@ from typing import Any
 
 from align import __version__
 from align.artifacts import Artifact
-from align.errors import StageFailed, UserError
+from align.errors import NO_SPACE, StageFailed, UserError, disk_is_full, no_space
 from align.pipeline import Node, Pipeline
 from align.planning import check_sources, choose_stages
 from align.provenance import command_line, git_commit, source_digest
@@ -96,6 +96,15 @@ def run_pipeline(
     _refuse_damage(pipeline, opened, anew, only)
     for message in check_sources(pipeline, opened, strict):
         listener.warning(message)
+    try:
+        return _run_stages(pipeline, opened, only, anew, listener)
+    except OSError as error:  # the runner's own writing: locks, records, the move of a result to its place
+        if error.errno not in NO_SPACE:
+            raise
+        raise StageFailed(no_space(opened.root)) from None
+
+
+def _run_stages(pipeline: Pipeline, opened: Store, only: str | None, anew: set[str], listener: Listener) -> Run:
     run = Run(opened)
     reached = {node.name: {"kind": node.stage.kind, "key": node.key} for node in pipeline}
     opened.remember_run(pipeline.name, reached, pipeline.raw)
@@ -217,7 +226,8 @@ def _run_process(node: Node, partial: Path, listener: Listener) -> dict[str, Any
     try:
         result: dict[str, Any] = json.loads((partial / RESULT).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        result = {"status": "failed", "message": _describe_exit(process.returncode)}
+        full = disk_is_full(partial)  # so full that not even the result could be written
+        result = {"status": "failed", "message": no_space(partial) if full else _describe_exit(process.returncode)}
     if result["status"] == "done":
         return result
     listener.stage_failed(node, result["message"], log)

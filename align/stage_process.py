@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from align.artifacts import Artifact, Kind
-from align.errors import UserError
+from align.errors import UserError, explain_os_error, no_space
 from align.stage import Runtime, StageContext, find_stage
 
 WORK, RESULT, EVENTS, LOG = "work.json", "result.json", "events.jsonl", "log.txt"
@@ -41,14 +41,14 @@ def main(folder: Path) -> int:
         result, code = {"status": "refused", "message": str(error)}, 2
     except OSError as error:
         traceback.print_exc()
-        result, code = {"status": "failed", "message": _explain_os_error(error, folder)}, 1
+        result, code = {"status": "failed", "message": explain_os_error(error, folder)}, 1
     except MemoryError:
         traceback.print_exc()
         result, code = {"status": "failed", "message": "out of memory; lower micro_batch_size or max_length."}, 1
     except Exception as error:
         traceback.print_exc()
         full = os.strerror(errno.ENOSPC) in str(error)  # safetensors and tokenizers wrap it in errors of their own
-        message = _explain_os_error(OSError(errno.ENOSPC, ""), folder) if full else f"{type(error).__name__}: {error}"
+        message = no_space(folder) if full else f"{type(error).__name__}: {error}"
         result, code = {"status": "failed", "message": message}, 1
     result.update(seconds=time.time() - started, peak_memory_bytes=_peak_memory(), versions=_versions())
     try:
@@ -56,7 +56,7 @@ def main(folder: Path) -> int:
         temporary.write_text(json.dumps(result, default=float), encoding="utf-8")
         temporary.replace(folder / RESULT)
     except OSError as error:
-        print(_explain_os_error(error, folder), file=sys.stderr)
+        print(explain_os_error(error, folder), file=sys.stderr)
         return code or 1
     return code
 
@@ -105,15 +105,6 @@ def _set_threads(runtime: dict[str, Any]) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-
-
-def _explain_os_error(error: OSError, folder: Path) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return (
-            f"no space left on the disk that holds {folder}; free some (`align gc` lists what no run needs) "
-            "or name another --store, then run again: finished stages are kept."
-        )
-    return f"{type(error).__name__}: {error}"
 
 
 def _peak_memory() -> int:

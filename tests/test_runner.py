@@ -233,3 +233,25 @@ def test_the_store_can_be_moved(store: Path, tmp_path: Path) -> None:
     moved = tmp_path / "moved"
     shutil.move(store, moved)
     assert run_pipeline(Pipeline(toy.pipeline()), store=moved).ran == []
+
+
+def test_a_disk_too_full_for_the_result_itself_is_named(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(store.parent)
+    monkeypatch.setattr("align.errors.shutil.disk_usage", lambda folder: usage._replace(free=4096))
+    with pytest.raises(StageFailed, match="no space left on the disk"):
+        run_pipeline(Pipeline(toy.pipeline(one={"crash": "exit"})), store=store)
+
+
+def test_a_disk_full_when_the_runner_publishes_loses_no_work(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "publish", full)
+        with pytest.raises(StageFailed, match="no space left on the disk that holds .*finished stages are kept"):
+            run_pipeline(Pipeline(toy.pipeline()), store=store)
+    (log,) = store.glob("*/*.partial/log.txt")
+    before = log.read_text()
+    assert run_pipeline(Pipeline(toy.pipeline()), store=store).ran == ["one", "two", "total"]
+    (published,) = [a.path / "log.txt" for a in Store.open(store).all() if a.stage == "one"]
+    assert published.read_text() == before  # the finished attempt was published, not repeated
