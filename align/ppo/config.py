@@ -90,6 +90,19 @@ class PPOConfig(TrainingArguments):
     probe_updates: int = field(default=50, metadata={"help": "Updates between two such comparisons."})
     save_updates: int = field(default=1, metadata={"help": "Updates between checkpoints."})
 
+    critic_detach: bool = field(
+        default=True, metadata={"help": "A head on the policy's trunk sends no gradient into it."}
+    )
+    ptx_coef: float = field(default=0.0, metadata={"help": "Weight of the supervised loss on ptx_dataset."})
+    ptx_rows: int = field(default=8, metadata={"help": "Of its rows per optimizer step."})
+    eval_updates: int | None = field(default=None, metadata={"help": "Updates between validations on eval_dataset."})
+    keep: Literal["last", "best", "best_gold"] = field(
+        default="last", metadata={"help": "Policy at the end: the last, or the best validated score or gold score."}
+    )
+    keep_kl: float | None = field(default=None, metadata={"help": "Best among policies within these nats of KL."})
+    on_alarm: Literal["warn", "stop"] = field(default="warn", metadata={"help": "What an alarm does."})
+    completions: int = field(default=8, metadata={"help": "Responses of each update written down; 0 for none."})
+
     def __post_init__(self) -> None:
         """Derive the Trainer's counts. Raises ``ValueError`` for batch sizes that do not divide."""
         self.logging_nan_inf_filter = False  # a loss that is not finite stops the run
@@ -131,6 +144,8 @@ class PPOConfig(TrainingArguments):
         for name in ("updates", "max_tokens", "num_epochs", "num_mini_batches", "save_updates", "probe_updates"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.keep != "last" and self.eval_updates is None:
+            raise ValueError(f"keep is {self.keep}, which needs validations; set eval_updates.")
         if self.kl_estimator is not None and (self.kl_in == "reward") != (self.kl_estimator == "k1"):
             right = {"reward": "only k1 has the KL's gradient", "loss": "k1 has none, on average; take k2 or k3"}
             raise ValueError(f"kl_estimator is {self.kl_estimator}, but as a {self.kl_in} {right[self.kl_in]}.")

@@ -1,13 +1,13 @@
 """The critic: a model of its own with one value per token, started from the reward model or from the policy.
 
-With LoRA its frozen weights are the very tensors of the model it started from, so it costs an adapter and a head. Left
-out: a value head on the policy's own trunk.
+With LoRA its frozen weights are the very tensors of the model it started from, so it costs an adapter and a head. Or it
+is a head on the policy's own trunk and nothing else.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -18,9 +18,12 @@ from align.stage import FullTuning, LoraTuning
 
 
 class Critic(nn.Module):
-    """A trunk and a linear head. The head always computes in float32: bf16 would round values to 8 bits."""
+    """A trunk and a linear head. The head always computes in float32: bf16 would round values to 8 bits.
 
-    def __init__(self, trunk: nn.Module, width: int) -> None:
+    Without a trunk it reads the policy's hidden states: it then costs one vector, and nothing to run.
+    """
+
+    def __init__(self, trunk: nn.Module | None, width: int) -> None:
         super().__init__()
         self.trunk = trunk
         self.head = nn.Linear(width, 1, dtype=torch.float32)
@@ -41,6 +44,28 @@ def trunk_of(model: Any) -> Any:
     if trunk is None or trunk is base:
         raise UserError(f"{type(base).__name__} has no separate trunk; PPO needs a decoder with a head on top.")
     return trunk
+
+
+def make_critic(
+    kind: Literal["reward", "policy", "head"] | None,
+    policy: Any,
+    reward: Any,
+    tuning: LoraTuning | FullTuning,
+    seed: int,
+) -> Critic:
+    """The critic of that kind, by default from ``reward`` if there is one; ``ValueError`` when it is missing."""
+    if kind == "head":
+        return critic_head(policy)
+    if kind == "policy" or (kind is None and reward is None):
+        return critic_from_policy(policy, tuning, seed)
+    if reward is None:
+        raise ValueError("critic is reward, but no reward_model is given; pass one, or take critic='policy'.")
+    return critic_from_reward(reward, tuning, seed)
+
+
+def critic_head(policy: Any) -> Critic:
+    """A critic that is a head on the policy's hidden states (arXiv 1909.08593). It starts at zero, as all values."""
+    return Critic(None, policy.config.get_text_config().hidden_size)
 
 
 def critic_from_policy(policy: Any, tuning: LoraTuning | FullTuning, seed: int) -> Critic:

@@ -13,7 +13,7 @@ import torch
 from align.ppo.advantages import explained_variance
 from align.ppo.kl import estimate_kl
 from align.ppo.masking import Reduce, masked_sum
-from align.ppo.rollout import Rollout
+from align.ppo.rollout import COMPONENT, Rollout
 
 
 class Averages:
@@ -46,6 +46,8 @@ def add_rollout(averages: Averages, rollout: Rollout, reduce: Reduce) -> dict[st
     tokens = mask.sum()
     averages.add("score", t["scores"].sum(), responses)
     averages.add("score_square", (t["scores"].double() ** 2).sum(), responses)
+    for name in (name for name in t if name.startswith(COMPONENT)):
+        averages.add(name, t[name].sum(), responses)
     if "gold" in t:
         averages.add("gold", t["gold"].sum(), responses)
     averages.add("kl", t["kl"].sum(), responses)

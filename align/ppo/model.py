@@ -24,12 +24,13 @@ class PolicyAndCritic(nn.Module):
 
     _keys_to_ignore_on_save = None
 
-    def __init__(self, policy: Any, critic: Critic, temperature: float) -> None:
+    def __init__(self, policy: Any, critic: Critic, temperature: float, critic_detach: bool = True) -> None:
+        """``critic_detach``: values of a head on the policy's own trunk send no gradient into it."""
         super().__init__()
         _check_head(policy)
         self.policy = policy
         self.critic = critic
-        self.temperature = temperature
+        self.temperature, self.critic_detach = temperature, critic_detach
         self.checkpointing = False
         self.reference = None if hasattr(policy, "disable_adapter") else copy.deepcopy(policy).requires_grad_(False)
         for module in self.modules():
@@ -46,7 +47,7 @@ class PolicyAndCritic(nn.Module):
         """What the Trainer calls for ``gradient_checkpointing=True``."""
         self.checkpointing = True
         options["gradient_checkpointing_kwargs"] = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        for model in (self.policy, self.critic.trunk):
+        for model in (self.policy, *([] if self.critic.trunk is None else [self.critic.trunk])):
             cast("Any", model).gradient_checkpointing_enable(**options)
 
     def forward(
@@ -54,21 +55,34 @@ class PolicyAndCritic(nn.Module):
     ) -> dict[str, torch.Tensor]:
         """``logprobs`` and ``entropy`` (B, T), ``values`` (B, T+1), ``ref_logprobs`` (B, T): those asked for.
 
+        The last ``batch["ptx"]`` rows, if any, are supervised texts: they have no values.
+
         ``values[:, t]`` belongs to the state before token t, the column after a row's last token to the state at the
         end. All are float32, and zero on padding.
         """
         out = {}
-        if policy:
-            out["logprobs"], out["entropy"] = self._logprobs(self.policy, batch)
+        states = None  # (R * L, H) of the policy's trunk
+        if policy or (critic and self.critic.trunk is None):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and policy):
+                states = _hidden(trunk_of(self.policy), batch)
+        if policy and states is not None:
+            out["logprobs"], out["entropy"] = self._logprobs(self.policy, states, batch)
         if critic:
-            mask = batch["response_mask"]
-            mask = torch.cat([mask.new_ones(len(mask), 1), mask], dim=1)  # (B, T+1)
-            hidden = _hidden(self.critic.trunk, batch)[batch["positions"][mask]]
-            out["values"] = _scatter(self.critic.values(hidden), mask)
+            out["values"] = self._values(states, without_ptx(batch))
         if reference:
             with torch.no_grad(), self.reference_policy() as model:
-                out["ref_logprobs"], _ = self._logprobs(model, batch)
+                out["ref_logprobs"], _ = self._logprobs(model, _hidden(trunk_of(model), batch), batch)
         return out
+
+    def _values(self, states: torch.Tensor | None, batch: Batch) -> torch.Tensor:
+        mask = batch["response_mask"]
+        mask = torch.cat([mask.new_ones(len(mask), 1), mask], dim=1)  # (B, T+1)
+        if self.critic.trunk is not None:
+            states = _hidden(self.critic.trunk, batch)
+        elif states is not None and self.critic_detach:
+            states = states.detach()
+        assert states is not None
+        return _scatter(self.critic.values(states[batch["positions"][mask]]), mask)
 
     @contextlib.contextmanager
     def reference_policy(self) -> Any:
@@ -79,9 +93,9 @@ class PolicyAndCritic(nn.Module):
             with self.policy.disable_adapter():
                 yield self.policy
 
-    def _logprobs(self, model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def _logprobs(self, model: Any, states: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         mask = batch["response_mask"]
-        hidden = _hidden(trunk_of(model), batch)[batch["positions"][:, :-1][mask]]  # (N, H), response tokens only
+        hidden = states[batch["positions"][:, :-1][mask]]  # (N, H), response tokens only
         head = model.get_output_embeddings()
         logprobs, entropy = token_logprobs(hidden, head, batch["targets"][mask], self.temperature)
         return _scatter(logprobs, mask), _scatter(entropy, mask)
@@ -97,6 +111,16 @@ def _hidden(trunk: Any, batch: Batch) -> torch.Tensor:
     ).last_hidden_state
     flat: torch.Tensor = states.flatten(0, 1)
     return flat
+
+
+def without_ptx(batch: Batch) -> Batch:
+    """The batch without the supervised texts at its end; what was R x L stays so in its first rows."""
+    count = int(batch.get("ptx", 0))
+    if count == 0:
+        return batch
+    by_row = ("input_ids", "position_ids", "attention_mask")
+    by_response = ("positions", "targets", "response_mask")
+    return {name: tensor[:-count] for name, tensor in batch.items() if name in (*by_row, *by_response)}
 
 
 def _scatter(flat: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

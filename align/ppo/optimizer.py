@@ -34,7 +34,7 @@ def learning_rates(args: Any, model: PolicyAndCritic) -> dict[str, float]:
     critic = args.learning_rate if args.critic_learning_rate is None else args.critic_learning_rate
     head = args.critic_head_learning_rate
     if head is None:
-        adapters = any(not p.requires_grad for p in model.critic.parameters())
+        adapters = any(not p.requires_grad for p in model.policy.parameters())
         head = critic * (LORA_HEAD_RATE if adapters else 1.0)
     return {"policy": args.learning_rate, "critic": critic, "head": head}
 

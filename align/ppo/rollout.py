@@ -6,7 +6,7 @@ Left out: the passes of the models over it, which need the Trainer (``trainer.py
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -26,16 +26,21 @@ if TYPE_CHECKING:
 
 AnyScorer = ScoreFunction | Scorer
 """A function ``(rows, responses) -> scores``, or an object whose method ``score`` also hears which were truncated.
-Higher is better; NaN and infinities are refused."""
+One with a method ``score_parts`` has its components logged too (``align.ppo.scoring``). Higher is better; NaN and
+infinities are refused."""
+
+COMPONENT = "score_"
+"""Before the names of a score's components among a rollout's tensors."""
 
 
 @dataclass
 class Rollout:
     """B responses, right-padded to T tokens. ``tensors`` holds, once computed, under these names:
 
-    (B,): ``finished`` (EOS was reached), ``scores``, ``gold``; (B, T): ``response_mask``, ``sampler_logprobs``,
-    ``logprobs``, ``ref_logprobs``, ``entropy``, ``kl``, ``rewards``, ``advantages`` (whitened if asked for),
-    ``raw_advantages``, ``returns``, ``learn_mask`` (tokens learnt from); (B, T+1): ``values``.
+    (B,): ``finished`` (EOS was reached), ``scores``, its components as ``score_<name>``, ``gold``; (B, T):
+    ``response_mask``, ``sampler_logprobs``, ``logprobs``, ``ref_logprobs``, ``entropy``, ``kl``, ``rewards``,
+    ``advantages`` (whitened if asked for), ``raw_advantages``, ``returns``, ``learn_mask`` (tokens learnt from);
+    (B, T+1): ``values``.
     """
 
     update: int
@@ -55,15 +60,18 @@ class Rollout:
         """Tokens of each prompt and response together."""
         return [len(p) + len(r) for p, r in zip(self.prompts, self.responses, strict=True)]
 
-    def pack(self, indices: list[int], pad_id: int, share: bool) -> Batch:
-        """Model inputs of some of the responses."""
-        return pack(
-            [self.prompts[i] for i in indices],
-            [self.responses[i] for i in indices],
-            [self.groups[i] for i in indices],
+    def pack(
+        self, indices: list[int], pad_id: int, share: bool, ptx: Sequence[tuple[list[int], list[int]]] = ()
+    ) -> Batch:
+        """Model inputs of some of the responses, with (prompt, answer) texts behind them, counted under ``ptx``."""
+        batch = pack(
+            [*(self.prompts[i] for i in indices), *(prompt for prompt, _ in ptx)],
+            [*(self.responses[i] for i in indices), *(answer for _, answer in ptx)],
+            [*(self.groups[i] for i in indices), *(-1 - i for i in range(len(ptx)))],
             pad_id,
             share=share,
         )
+        return batch | {"ptx": torch.tensor(len(ptx))} if ptx else batch
 
     def select(self, indices: list[int], names: tuple[str, ...]) -> Batch:
         """Rows of the named tensors, cut to the longest of these responses."""
@@ -93,11 +101,17 @@ def sample_rollout(engine: Any, prompts: Prompts, args: PPOConfig, update: int) 
         seed=derive_seed(args.seed, "sampling", update, args.process_index),
     )
     answers = engine.generate([prompts.token_ids[i] for i in indices], sampling)
+    found = sum(len(some) for some in answers)
+    if found != args.local_batch:
+        raise RuntimeError(f"engine {engine.name} returned {found} responses; asked: {args.local_batch}")
+    return rollout_of(prompts, indices, answers, update)
+
+
+def rollout_of(prompts: Prompts, indices: list[int], answers: Sequence[Sequence[Any]], update: int) -> Rollout:
+    """A rollout from an engine's ``Response`` lists to the prompts at ``indices``."""
     pairs = [(place, index, answer) for place, index in enumerate(indices) for answer in answers[place]]
-    if len(pairs) != args.local_batch or any(not answer.token_ids for _, _, answer in pairs):
-        raise RuntimeError(
-            f"engine {engine.name} returned {len(pairs)} responses, some maybe empty; asked: {args.local_batch}"
-        )
+    if any(not answer.token_ids for _, _, answer in pairs):
+        raise RuntimeError("the engine returned an empty response; even one that ends at once has its end token")
     lengths = [len(answer.token_ids) for _, _, answer in pairs]
     return Rollout(
         update=update,
@@ -116,11 +130,19 @@ def sample_rollout(engine: Any, prompts: Prompts, args: PPOConfig, update: int) 
 
 def score_rollout(rollout: Rollout, scorer: AnyScorer, name: str = "scores") -> None:
     """Add one number per response. Raises ``UserError`` for a scorer that returns too few, or a number not finite."""
-    if callable(scorer):
-        found = scorer(rollout.rows, rollout.texts)
+    truncated = (~rollout.tensors["finished"]).tolist()
+    if hasattr(scorer, "score_parts"):
+        parts = scorer.score_parts(rollout.rows, rollout.texts, truncated)
+    elif callable(scorer):
+        parts = {"": scorer(rollout.rows, rollout.texts)}
     else:
-        found = scorer.score(rollout.rows, rollout.texts, (~rollout.tensors["finished"]).tolist())
-    scores = [float(score) for score in found]
+        parts = {"": scorer.score(rollout.rows, rollout.texts, truncated)}
+    for part, found in parts.items():
+        checked = _checked(rollout, [float(score) for score in found])
+        rollout.tensors[f"{COMPONENT}{part}" if part else name] = checked
+
+
+def _checked(rollout: Rollout, scores: list[float]) -> torch.Tensor:
     if len(scores) != len(rollout):
         raise UserError(
             f"ppo: the scorer returned {len(scores)} scores for {len(rollout)} responses; one each is expected."
@@ -130,7 +152,7 @@ def score_rollout(rollout: Rollout, scorer: AnyScorer, name: str = "scores") -> 
             raise UserError(
                 f"ppo: update {rollout.update + 1}: the scorer gave {score} to {text[:80]!r}; scores must be finite."
             )
-    rollout.tensors[name] = torch.tensor(scores)
+    return torch.tensor(scores)
 
 
 def add_advantages(

@@ -8,12 +8,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from align.data.rows import read_rows
 from align.data.scoring import Scorer, function_scorer
+from align.errors import UserError
 from align.models.loading import load_policy, load_tokenizer
 from align.models.reward import RewardModel
 from align.models.threads import device_of, use_threads
 from align.ppo.checkpoint import last_checkpoint
+from align.ppo.completions import gather
 from align.ppo.config import PPOConfig
-from align.ppo.scoring import RewardScorer, WeightedSum
+from align.ppo.scoring import Ensemble, Part, RewardScorer, WeightedSum
 from align.ppo.trainer import PPOTrainer
 from align.rollouts.engine import open_engine
 from align.stage import StageContext
@@ -32,6 +34,7 @@ PASSED_ON = (
     *("truncation", "truncated", "length_penalty", "normalise_scores", "importance_sequence_cap", "probe_updates"),
     *("missing_eos_penalty", "score_clip", "whiten_rewards", "whiten_advantages", "clip_range", "dual_clip"),
     *("value_clip_range", "vf_coef", "entropy_coef", "loss_aggregation", "importance_cap", "save_updates"),
+    *("critic_detach", "ptx_coef", "ptx_rows", "eval_updates", "keep", "keep_kl", "on_alarm", "completions"),
 )
 """Fields with the same name and meaning in ``PpoConfig`` and ``PPOConfig``."""
 
@@ -43,10 +46,11 @@ def train(context: StageContext) -> dict[str, Any]:
     source = context.artifact("policy").model
     tokenizer, policy = load_tokenizer(source), load_policy(source)
     check_model(context.name, policy, tokenizer)
-    rows = read_rows(context.artifact("prompts").split("train"))[: config.max_prompts]
-    reward = _reward_model(context)
-    if reward is not None and config.critic_source == "reward":
-        check_same_vocabulary(context.name, tokenizer, reward.tokenizer, ("the policy", "the reward model"))
+    rows = _rows(context, "prompts", "train", config.max_prompts)
+    rewards = _reward_models(context)
+    start = rewards[0] if rewards and config.critic_source == "reward" else None
+    if start is not None:
+        check_same_vocabulary(context.name, tokenizer, start.tokenizer, ("the policy", "the reward model"))
     engine = open_engine(
         source,
         context.runtime,
@@ -61,12 +65,16 @@ def train(context: StageContext) -> dict[str, Any]:
             args=_arguments(context),
             train_dataset=rows,
             processing_class=tokenizer,
-            scorer=_scorer(config, reward),
+            scorer=_scorer(config, rewards),
             engine=engine,
-            reward_model=reward.model if reward is not None and config.critic_source == "reward" else None,
+            reward_model=None if start is None else start.model,
             gold=None if config.gold is None else function_scorer(config.gold),
             tuning=config.tuning,
+            critic=config.critic_source,
+            eval_dataset=_rows(context, "prompts", "test", config.eval_prompts) if config.eval_updates else None,
+            ptx_dataset=_rows(context, "ptx", "train", None) if config.ptx else None,
             callbacks=[ReportUpdates(context)],
+            notify=lambda text: context.warn(f"{context.name}: {text}"),
         )
         if trainer.prompts.dropped:
             context.warn(
@@ -80,9 +88,17 @@ def train(context: StageContext) -> dict[str, Any]:
         if trainer.stopped:
             context.warn(f"{context.name} ended early, at {trainer.stopped}")
         trainer.save_model(str(context.output / "model"))
+        gather(context.checkpoints, context.output / "completions.jsonl")
         return {"engine": engine.name, "prompts": len(trainer.prompts), **summary(trainer)}
     finally:
         engine.close()
+
+
+def _rows(context: StageContext, field: str, split: str, most: int | None) -> list[dict[str, Any]]:
+    rows = read_rows(context.artifact(field).split(split))
+    if not rows:
+        raise UserError(f"{context.name}: {field} has no {split} rows; give its stage some.")
+    return rows[:most]
 
 
 class ReportUpdates(TrainerCallback):
@@ -99,8 +115,13 @@ class ReportUpdates(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """``logs`` holds ``score`` after an update, and only run totals at the end."""
-        if not state.is_world_process_zero or not logs or "score" not in logs:
+        """``logs`` holds ``score`` after an update, ``eval_score`` after a validation, else run totals."""
+        if not state.is_world_process_zero or not logs:
+            return
+        if "eval_score" in logs:
+            found = {name.replace("eval_", "test_", 1): float(value) for name, value in logs.items() if "eval_" in name}
+            self.context.log(int(logs["update"]), **found)
+        if "score" not in logs:
             return
         update, tokens = int(logs["update"]), int(logs["tokens"])
         points = {name: float(value) for name, value in logs.items() if name not in ("update", "total_flos")}
@@ -125,23 +146,31 @@ def summary(trainer: PPOTrainer) -> dict[str, Any]:
         found["kl_coef_last"] = history[-1]["kl_coef"]
         found["tokens_per_second"] = trainer.totals["tokens"] / max(found["seconds"], 1e-9)
         found["peak_memory_gib"] = max(entry["peak_memory_gib"] for entry in history)
+    if trainer.validation is not None and trainer.validation.best is not None:
+        found["kept"] = trainer.validation.best
+    if trainer.alarms:
+        found["alarms"] = [f"update {alarm.update}: {alarm.name}" for alarm in trainer.alarms]
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     return found | {"trainable_parameters": trained} | ({"stopped": trainer.stopped} if trainer.stopped else {})
 
 
-def _reward_model(context: StageContext) -> RewardModel | None:
-    if context.config.reward is None:
-        return None
+def _reward_models(context: StageContext) -> list[RewardModel]:
+    given = context.inputs["reward"] or []
     device = device_of(context.runtime)
-    return RewardModel(context.artifact("reward").model, device=device, precision=context.config.precision)
+    return [
+        RewardModel(artifact.model, device=device, precision=context.config.precision)
+        for artifact in (given if isinstance(given, list) else [given])
+    ]
 
 
-def _scorer(config: PpoConfig, reward: RewardModel | None) -> WeightedSum:
-    parts: list[tuple[float, Scorer]] = []
-    if reward is not None:
-        parts.append((config.reward_weight, RewardScorer(reward)))
+def _scorer(config: PpoConfig, rewards: list[RewardModel]) -> WeightedSum:
+    parts: list[Part] = []
+    if rewards:
+        members: tuple[Scorer, ...] = tuple(map(RewardScorer, rewards))
+        ensemble = Ensemble(members, config.ensemble, config.uncertainty_weight)
+        parts.append(Part("reward", config.reward_weight, members[0] if len(members) == 1 else ensemble))
     if config.score is not None:
-        parts.append((config.score_weight, function_scorer(config.score)))
+        parts.append(Part("function", config.score_weight, function_scorer(config.score)))
     return WeightedSum(tuple(parts))
 
 

@@ -23,8 +23,12 @@ class PpoConfig(Config):
     """Stage whose checkpoint is trained and is the reference too; usually the SFT stage."""
     prompts: stage_input(*PROMPT_SOURCES)  # type: ignore[valid-type]
     """Stage whose training prompts are answered."""
-    reward: stage_input(Kind.REWARD) | None = None  # type: ignore[valid-type]
-    """Reward stage that scores responses; or give ``score``, or both."""
+    reward: stage_input(Kind.REWARD) | list[stage_input(Kind.REWARD)] | None = None  # type: ignore[valid-type]
+    """Reward stage that scores responses, or a list of them, an ensemble; or give ``score``, or both."""
+    ensemble: Literal["mean", "minimum", "uncertainty"] = "mean"
+    """One score from several reward models: ``uncertainty`` is the mean less their variance (arXiv 2310.02743)."""
+    uncertainty_weight: float = Field(1.0, ge=0)
+    """What ``ensemble: uncertainty`` multiplies the variance by."""
     score: str | None = None
     """Verifiable function that scores responses: ``gold``, or an import path ``module:name``."""
     reward_weight: float = 1.0
@@ -33,8 +37,15 @@ class PpoConfig(Config):
     """Factor of the verifiable function's score in the sum with the reward model's."""
     gold: str | None = None
     """Verifiable function that is only logged, to see whether it rises with the score: ``gold`` or ``module:name``."""
-    critic: Literal["reward", "policy"] | None = None
-    """What the critic starts from; by default the reward model where there is one. From ``policy`` it starts at 0."""
+    critic: Literal["reward", "policy", "head"] | None = None
+    """What the critic starts from; by default the reward model where there is one. From ``policy`` it starts at 0.
+
+    In memory: with LoRA ``reward`` and ``policy`` cost a second adapter and a head on weights that are there anyway;
+    with full tuning a model of its own, 16 bytes a parameter with AdamW. ``head``, a linear head on the policy's own
+    hidden states, costs one vector and no pass of its own.
+    """
+    critic_detach: bool = True
+    """Whether ``critic: head`` leaves the policy's trunk alone; false lets its loss train the trunk too."""
     tuning: Tuning = FullTuning()
     """Of policy and critic alike."""
 
@@ -132,6 +143,25 @@ class PpoConfig(Config):
     probe_updates: int = Field(50, ge=1)
     """Updates between two comparisons of the engine's log-probabilities with the trainer's; every start has one."""
 
+    ptx: stage_input(Kind.INSTRUCTIONS, Kind.PREFERENCES) | None = None  # type: ignore[valid-type]
+    """Stage with answers to go on learning from beside PPO, against forgetting (arXiv 2203.02155)."""
+    ptx_coef: float = Field(0.0, ge=0)
+    """Weight of their loss per token."""
+    ptx_rows: int = Field(8, ge=1)
+    """Rows of them per optimizer step."""
+
+    eval_updates: int | None = Field(None, ge=1)
+    """Updates between validations on held-out prompts; the start and the end are validated too. Null: none."""
+    eval_prompts: int = Field(64, ge=1)
+    """Held-out prompts answered at each validation, the first ones of the ``test`` split."""
+    keep: Literal["last", "best", "best_gold"] = "last"
+    """Which policy the stage makes: the last one, or the one with the best validated score (or gold score)."""
+    keep_kl: float | None = Field(None, gt=0)
+    """With ``keep: best``, only among policies within so many nats of KL a response."""
+    on_alarm: Literal["warn", "stop"] = "warn"
+    """What a collapse, exploding lengths, or a score that climbs while gold falls does: a warning, or the run's end."""
+    completions: int = Field(8, ge=0)
+    """Responses of each update kept in ``completions.jsonl``."""
     save_updates: int = Field(1, ge=1)
     """Updates between checkpoints, what a killed stage repeats at most."""
     trainer: dict[str, Any] = Field(default_factory=dict)
@@ -148,9 +178,9 @@ class PpoConfig(Config):
         return max(size for size in range(1, 17) if per_step % size == 0)
 
     @property
-    def critic_source(self) -> Literal["reward", "policy"]:
+    def critic_source(self) -> Literal["reward", "policy", "head"]:
         """``critic``, or its default."""
-        return self.critic or ("policy" if self.reward is None else "reward")
+        return self.critic or ("reward" if self.reward else "policy")
 
     @field_validator("trainer")
     @classmethod
@@ -160,10 +190,22 @@ class PpoConfig(Config):
 
     @model_validator(mode="after")
     def _scored_by_something(self) -> Self:
-        if self.reward is None and self.score is None:
+        if not self.reward and self.score is None:
             raise ValueError("neither reward nor score is set; name a reward stage, or a verifiable function, or both.")
-        if self.critic == "reward" and self.reward is None:
+        if self.critic == "reward" and not self.reward:
             raise ValueError("critic is reward, but no reward stage is named; set reward, or take `critic: policy`.")
+        return self
+
+    @model_validator(mode="after")
+    def _kept_and_mixed_in(self) -> Self:
+        if self.keep != "last" and self.eval_updates is None:
+            raise ValueError(f"keep is {self.keep}, which needs validations; set eval_updates.")
+        if self.keep == "best_gold" and self.gold is None:
+            raise ValueError("keep is best_gold, but no gold function is named; set gold, or take `keep: best`.")
+        if self.keep == "last" and self.keep_kl is not None:
+            raise ValueError("keep_kl limits `keep: best`, but keep is last; set keep, or leave keep_kl out.")
+        if (self.ptx is None) != (self.ptx_coef == 0):
+            raise ValueError("ptx and ptx_coef go together: name a stage with answers, and a weight above 0.")
         return self
 
     @model_validator(mode="after")

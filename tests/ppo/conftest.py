@@ -10,6 +10,8 @@ from align.models.loading import load_policy, load_reward, load_tokenizer
 from align.ppo import PPOConfig, PPOTrainer
 from align.rollouts.transformers import TransformersEngine
 
+PASSED = ("critic", "eval_dataset", "ptx_dataset", "notify")
+"""Arguments of ``PPOTrainer`` that are no fields of its config."""
 ROWS = [{"id": str(i), "prompt": [{"role": "user", "content": f"say {'abc' * i}"}]} for i in range(8)]
 
 
@@ -35,6 +37,7 @@ def make_trainer(tiny_model, tiny_reward, tmp_path):
     def make(
         tuning=None, reward=False, scorer=share_of_vowels, engine=None, callbacks=None, rows=ROWS, gold=None, **fields
     ):
+        others = {name: fields.pop(name) for name in PASSED if name in fields}
         options = {
             "output_dir": str(tmp_path / "run"),
             "updates": 2,
@@ -62,6 +65,7 @@ def make_trainer(tiny_model, tiny_reward, tmp_path):
             gold=gold,
             tuning=tuning,
             callbacks=callbacks,
+            **others,
         )
 
     return make

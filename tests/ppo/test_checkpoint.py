@@ -88,7 +88,7 @@ def test_only_whole_checkpoints_count(make_trainer, tmp_path):
     folder = tmp_path / "run"
     assert last_checkpoint(folder) is None
     make_trainer(output_dir=str(folder), save_total_limit=2, **FIELDS).train()
-    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-12", "checkpoint-16"]
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-12", "checkpoint-16", "completions"]
     shutil.copytree(folder / "checkpoint-16", folder / DRAFT / "checkpoint-20")  # a kill while saving
     (folder / "checkpoint-16" / "trainer_state.json").unlink()
     assert last_checkpoint(folder) == folder / "checkpoint-12"
@@ -112,7 +112,8 @@ def test_a_kill_at_any_write_leaves_the_last_checkpoint_whole(make_trainer, tmp_
         trainer.train()
     assert DRAFT in str(writes[-1])
     assert last_checkpoint(folder) == folder / "checkpoint-4"
-    assert [path.name for path in Path(folder).iterdir()] == ["checkpoint-4"]
+    assert [path.name for path in Path(folder).glob("*checkpoint*")] == ["checkpoint-4"]
+    assert not (Path(folder) / DRAFT).exists()
 
 
 def test_another_run_s_checkpoint_is_refused(make_trainer, tmp_path):

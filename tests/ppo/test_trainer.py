@@ -247,3 +247,64 @@ def test_an_estimator_without_the_right_gradient_is_refused(make_trainer, place,
 def test_the_probe_comes_back_every_so_many_updates(make_trainer, capsys):
     make_trainer(updates=5, probe_parity=True, probe_updates=2).train()
     assert capsys.readouterr().out.count("parity of") == 3  # before updates 1, 3 and 5
+
+
+@pytest.mark.parametrize("tuning", [FullTuning(), LORA], ids=["full", "lora"])
+def test_a_value_head_on_the_policys_trunk_leaves_it_alone_unless_asked(make_trainer, tuning):
+    def policy_gradient(**fields):
+        capture = Gradients()
+        trainer = make_trainer(
+            tuning=tuning,
+            critic="head",
+            callbacks=[capture],
+            updates=2,
+            learning_rate=1e-2,
+            max_grad_norm=1e9,
+            **fields,
+        )
+        trainer.train()
+        assert trainer.model.critic.trunk is None
+        head = sum(p.numel() for p in trainer.model.critic.parameters())
+        return capture.found[1][:-head], updates(trainer)  # the head's gradient comes last
+
+    detached, entries = policy_gradient(vf_coef=1.0)
+    assert entries[1]["value"] != 0.0  # the head learns
+    # the first update's values are zero in both, so whatever vf_coef changes comes through the trunk
+    again, _ = policy_gradient(vf_coef=1.0)
+    assert torch.equal(detached, again)
+    attached, _ = policy_gradient(vf_coef=1.0, critic_detach=False)
+    assert (attached - detached).norm() > 1e-4 * detached.norm()
+
+
+def test_a_critic_from_nothing_is_refused(make_trainer):
+    with pytest.raises(ValueError, match="no reward_model is given"):
+        make_trainer(critic="reward")
+
+
+@pytest.mark.parametrize(("on_alarm", "done"), [("warn", 6), ("stop", 4)])
+def test_an_alarm_is_told_once_and_stops_if_asked(make_trainer, monkeypatch, on_alarm, done):
+    from align.ppo.alarms import Alarm
+
+    monkeypatch.setattr(
+        "align.ppo.trainer.alarms",
+        lambda history: [Alarm("collapse", len(history), "the entropy is gone")] if len(history) >= 4 else [],
+    )
+    told = []
+    trainer = make_trainer(updates=6, on_alarm=on_alarm, notify=told.append)
+    trainer.train()
+    assert told == ["update 4: collapse: the entropy is gone."]
+    assert len(updates(trainer)) == done
+    assert trainer.stopped == (told[0] if on_alarm == "stop" else None)
+
+
+def test_components_of_a_score_are_logged(make_trainer):
+    from align.ppo.scoring import Ensemble, Part, WeightedSum
+    from tests.ppo.test_scoring import Fixed
+
+    members = tuple(Fixed(*[value] * 8) for value in (1.0, 3.0))
+    sum_ = WeightedSum((Part("reward", 1.0, Ensemble(members, "mean")), Part("function", 0.5, Fixed(*[2.0] * 8))))
+    trainer = make_trainer(updates=1, scorer=sum_)
+    trainer.train()
+    (entry,) = updates(trainer)
+    names = ("score", "score_reward", "score_reward_spread", "score_function")
+    assert [entry[name] for name in names] == [3.0, 2.0, 1.0, 2.0]

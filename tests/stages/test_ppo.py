@@ -13,11 +13,10 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from align.artifacts import Artifact, Kind
-from align.data.rows import user, write_rows
+from align.data.rows import assistant, user, write_rows
 from align.errors import UserError
 from align.ppo.checkpoint import DRAFT
 from align.ppo.config import PPOConfig
-from align.ppo.scoring import WeightedSum
 from align.ppo.stage_run import PASSED_ON, ReportUpdates
 from align.stage import Runtime, StageContext
 from align.stages.ppo import PpoConfig, run
@@ -39,6 +38,14 @@ BASE = {"policy": "sft", "prompts": "data", "learning_rate": 1e-3}
         ({"score": "gold", "trainer": {"adam_bta2": 0.9}}, "Did you mean 'adam_beta2'"),
         ({"score": "gold", "trainer": {"bf16": True}}, "set 'precision' beside 'trainer'"),
         ({"score": "gold", "kl_coef": -1}, "greater than or equal to 0"),
+        ({"reward": []}, "neither reward nor score is set"),
+        ({"score": "gold", "keep": "best"}, "needs validations; set eval_updates"),
+        ({"score": "gold", "keep": "best_gold", "eval_updates": 2}, "no gold function is named"),
+        ({"score": "gold", "keep_kl": 3.0}, "keep is last"),
+        ({"score": "gold", "ptx": "data"}, "ptx and ptx_coef go together"),
+        ({"score": "gold", "ptx_coef": 0.5}, "ptx and ptx_coef go together"),
+        ({"score": "gold", "kl_estimator": "k3"}, "take k1, or set `kl_in: loss`"),
+        ({"score": "gold", "kl_in": "loss", "kl_estimator": "k1"}, "take k2 or k3"),
     ],
 )
 def test_wrong_configs_are_refused_with_a_remedy(given, message):
@@ -79,9 +86,15 @@ def make_context(tmp_path, tiny_model, tiny_reward):
         (tmp_path / name / "model").symlink_to(model)
     (tmp_path / "data").mkdir()
     checks = json.dumps({"answer": "72"})
-    rows = [{"id": str(i), "source": "test", "prompt": [user(f"say {'x' * i}")], "checks": checks} for i in range(8)]
+    rows = [
+        {"id": str(i), "source": "test", "prompt": [user(f"say {'x' * i}")], "checks": checks}
+        | {"completion": [assistant("x" * i + "!")]}
+        for i in range(8)
+    ]
     write_rows(tmp_path / "data" / "train.parquet", rows)
-    kinds = {"policy": ("sft", Kind.POLICY), "reward": ("reward", Kind.REWARD), "prompts": ("data", Kind.PROMPTS)}
+    write_rows(tmp_path / "data" / "test.parquet", rows[:4])
+    kinds = {"policy": ("sft", Kind.POLICY), "reward": ("reward", Kind.REWARD)}
+    kinds |= dict.fromkeys(("prompts", "ptx"), ("data", Kind.INSTRUCTIONS))
 
     def make(attempt: str, **given) -> StageContext:
         options = {
@@ -97,6 +110,8 @@ def make_context(tmp_path, tiny_model, tiny_reward):
             field: Artifact(stage, kind, tmp_path / stage, {}) if getattr(config, field) else None
             for field, (stage, kind) in kinds.items()
         }
+        if isinstance(config.reward, list):
+            inputs["reward"] = [inputs["reward"] for _ in config.reward]
         folder = tmp_path / attempt
         for name in ("out", "checkpoints"):
             (folder / name).mkdir(parents=True, exist_ok=True)
@@ -131,6 +146,33 @@ def test_run_trains_on_a_reward_model_and_reports_every_update(make_context):
     assert (context.output / "adapter" / "adapter_config.json").is_file()
 
 
+def test_an_ensemble_supervised_text_and_the_best_policy_kept(make_context):
+    context = make_context(
+        "run",
+        reward=["reward", "reward"],
+        ensemble="uncertainty",
+        score="gsm8k_answer",
+        critic="head",
+        ptx="data",
+        ptx_coef=0.1,
+        eval_updates=1,
+        eval_prompts=3,
+        keep="best",
+        completions=2,
+        tuning=LORA,
+    )
+    metrics = run(context)
+    points = events(context, "metrics")
+    assert [point["step"] for point in points if "test_score" in point] == [0, 1, 2]
+    trained = [point for point in points if "score" in point]
+    assert {"score_reward", "score_reward_spread", "score_function", "ptx_loss"} <= trained[0].keys()
+    assert trained[0]["score_reward_spread"] == 0.0  # the same model twice
+    best = max((point for point in points if "test_score" in point), key=lambda point: point["test_score"])
+    assert (metrics["kept"]["update"], metrics["kept"]["score"]) == (best["step"], best["test_score"])
+    lines = [json.loads(line) for line in (context.output / "completions.jsonl").read_text().splitlines()]
+    assert [line["update"] for line in lines] == [1, 1, 2, 2]
+
+
 def test_run_on_a_verifiable_function_alone(make_context):
     metrics = run(make_context("run", score="gsm8k_answer", updates=1))
     assert metrics["score_last"] == 0.0
@@ -143,9 +185,6 @@ def test_two_scores_are_summed_with_their_weights(make_context):
 
         def score(self, rows, responses, truncated=None):
             return [self.value] * len(responses)
-
-    both = WeightedSum(((2.0, Constant(1.5)), (0.5, Constant(4.0))))
-    assert both.score([{}, {}], ["a", "b"]) == [5.0, 5.0]  # 2 * 1.5 + 0.5 * 4
 
 
 class Killed(BaseException):

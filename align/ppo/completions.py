@@ -1,0 +1,48 @@
+"""A table of sampled responses, a few from every update: what the numbers do not show.
+
+One JSON line a response, one file an update, so that a resumed run rewrites what it repeats.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from align.ppo.rollout import COMPONENT, Rollout
+
+FOLDER = "completions"
+
+
+def write(folder: Path, rollout: Rollout, count: int) -> None:
+    """Write the first ``count`` responses of a rollout: ``update``, ``prompt``, ``response``, scores, length, KL."""
+    path = folder / FOLDER / f"{rollout.update + 1:06d}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(_line(rollout, index), ensure_ascii=False) for index in range(min(count, len(rollout)))]
+    draft = path.with_suffix(".draft")
+    draft.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    draft.replace(path)
+
+
+def _line(rollout: Rollout, index: int) -> dict[str, Any]:
+    tensors = rollout.tensors
+    scores = {name: float(tensors[name][index]) for name in tensors if name.startswith(COMPONENT)}
+    gold = {"gold": float(tensors["gold"][index])} if "gold" in tensors else {}
+    return {
+        "update": rollout.update + 1,
+        "prompt": rollout.rows[index]["prompt"],
+        "response": rollout.texts[index],
+        "score": float(tensors["scores"][index]),
+        **scores,
+        **gold,
+        "kl": float(tensors["kl"][index].sum()),
+        "tokens": len(rollout.responses[index]),
+        "finished": bool(tensors["finished"][index]),
+    }
+
+
+def gather(folder: Path, target: Path) -> None:
+    """Put all updates' responses into one file."""
+    files = sorted((folder / FOLDER).glob("*.jsonl"))
+    if files:
+        target.write_text("".join(file.read_text(encoding="utf-8") for file in files), encoding="utf-8")

@@ -1,0 +1,181 @@
+"""Where PPO's micro-batches come from: weights to the engine, responses, scores, log-probabilities, advantages.
+
+The Trainer asks its data loader for micro-batches; the loader makes a rollout when the first of an update is asked for.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from align.models.merging import merged_weights
+from align.ppo import completions, metrics
+from align.ppo.config import PPOConfig
+from align.ppo.kl import KLController
+from align.ppo.masking import local
+from align.ppo.model import PolicyAndCritic
+from align.ppo.normalise import RunningScale
+from align.ppo.objective import LEARNED_FROM
+from align.ppo.packing import plan
+from align.ppo.prompts import Prompts, derive_seed
+from align.ppo.ptx import PtxRows
+from align.ppo.rollout import AnyScorer, Rollout, RolloutLoader, add_advantages, sample_rollout, score_rollout
+from align.ppo.saving import SavingTrainer
+from align.ppo.validation import Validation
+
+
+class RolloutTrainer(SavingTrainer):
+    """A Trainer that samples what it learns from; ``PPOTrainer`` fills in the attributes and says what is learnt."""
+
+    args: PPOConfig
+    model: PolicyAndCritic
+    processing_class: Any
+    prompts: Prompts
+    engine: Any
+    scorer: AnyScorer
+    gold: AnyScorer | None
+    validation: Validation | None
+    ptx: PtxRows | None
+    scale: RunningScale | None
+    kl_controller: KLController
+    share_prompts: bool
+    totals: dict[str, int]
+    stopped: str | None
+    _averages: metrics.Averages
+    _extra: dict[str, float]
+    _probed: bool
+    _loss_kl_coef: float
+    _learning_since: float
+
+    def get_train_dataloader(self) -> Any:
+        """Micro-batches of all updates still to come."""
+        per_update = self.args.steps_per_update * self.args.gradient_accumulation_steps
+        return RolloutLoader(self._micro_batches, lambda: self.update, self.args.updates, per_update)
+
+    @property
+    def update(self) -> int:
+        """Number of finished updates."""
+        return int(self.state.global_step) // self.args.steps_per_update
+
+    def num_examples(self, dataloader: Any) -> int:
+        """Prompts in the data set."""
+        return len(self.prompts)
+
+    def _micro_batches(self, update: int) -> Iterator[dict[str, Any]]:
+        """Make a rollout and yield the micro-batches of its epochs."""
+        rollout = self._sample(update)
+        for epoch in range(self.args.num_epochs):
+            planned = self._plan(rollout, epoch)
+            if epoch == 0:
+                # The first epoch's own micro-batches: the ratio is then exactly 1 at the first step, in bf16 too.
+                self.measure(rollout, [micro for mini in planned for micro in mini])
+                self._finish(rollout)
+                if self.stopped:
+                    return
+            for at, mini in enumerate(planned):
+                texts = self._ptx_texts(update * self.args.steps_per_update + epoch * len(planned) + at)
+                for place, indices in enumerate(mini):
+                    pack = rollout.pack(indices, self._pad_id, self.share_prompts, texts[place :: len(mini)])
+                    yield {"pack": pack, "learn": rollout.select(indices, LEARNED_FROM)}
+
+    def _ptx_texts(self, step: int) -> list[tuple[list[int], list[int]]]:
+        """This process's supervised texts of one optimizer step."""
+        if self.ptx is None:
+            return []
+        drawn = self.ptx.draw(step, self.args.ptx_rows, self.args.seed)
+        return drawn[self.args.process_index :: self.args.world_size]
+
+    def _sample(self, update: int) -> Rollout:
+        clock = time.perf_counter()
+        self.engine.load_weights(merged_weights(self.model.policy))
+        if self.args.probe_parity and (not self._probed or update % self.args.probe_updates == 0):
+            self._probe_parity()
+        self._validate(update)
+        synced = time.perf_counter()
+        rollout = sample_rollout(self.engine, self.prompts, self.args, update)
+        sampled = time.perf_counter()
+        score_rollout(rollout, self.scorer)
+        if self.gold is not None:
+            score_rollout(rollout, self.gold, "gold")
+        rollout.seconds = {
+            "sync": synced - clock,
+            "sampling": sampled - synced,
+            "scoring": time.perf_counter() - sampled,
+        }
+        return rollout
+
+    def _plan(self, rollout: Rollout, epoch: int) -> list[list[list[int]]]:
+        seed = derive_seed(self.args.seed, "order", rollout.update, epoch, self.args.process_index)
+        return plan(
+            rollout.groups,
+            rollout.lengths,
+            num_mini_batches=self.args.num_mini_batches,
+            micro_batch_size=self.args.per_device_train_batch_size,
+            generator=torch.Generator().manual_seed(seed),
+        )
+
+    def _validate(self, update: int) -> None:
+        """Validate the policy as it is after ``update`` updates, when it is time to; the engine holds its weights."""
+        if self.validation is None or update % int(self.args.eval_updates or 1):
+            return
+        found = self.validation.run(self, update)
+        super().log({**found, "update": update})
+
+    @torch.no_grad()
+    def measure(self, rollout: Rollout, micro_batches: list[list[int]]) -> None:
+        """Log-probabilities, reference log-probabilities, entropies and values at the rollout's weights."""
+        clock = time.perf_counter()
+        self.model.eval()
+        for indices in micro_batches:
+            batch = self._prepare_inputs(rollout.pack(indices, self._pad_id, self.share_prompts))
+            rollout.store(indices, self.model_wrapped(batch, reference=True))
+        rollout.seconds["measuring"] = time.perf_counter() - clock
+
+    def _finish(self, rollout: Rollout) -> None:
+        """Advantages, the controller's next coefficient, and the metrics known before learning."""
+        kl_coef = self.kl_controller.value
+        in_loss = self.args.kl_in == "loss"
+        self._loss_kl_coef = kl_coef if in_loss else 0.0
+        add_advantages(rollout, self.args, 0.0 if in_loss else kl_coef, self.reduce, self.scale)
+        statistics = metrics.add_rollout(self._averages, rollout, self.reduce)
+        tokens = float(self.reduce(rollout.tensors["response_mask"].sum().double()))
+        kl = float(self.reduce(rollout.tensors["kl"].double().sum())) / self.args.rollout_batch
+        self.kl_controller.update(kl, self.args.rollout_batch)
+        if self.args.kl_budget is not None and kl > self.args.kl_budget:
+            self.stopped = (
+                f"update {rollout.update + 1}: the KL to the reference is {kl:.3g} nats a response, over kl_budget "
+                f"{self.args.kl_budget:g}"
+            )
+        if self.args.completions and self.is_world_process_zero():
+            completions.write(Path(str(self.args.output_dir)), rollout, self.args.completions)
+        self.totals["episodes"] += self.args.rollout_batch
+        self.totals["tokens"] += int(tokens)
+        seconds = {f"seconds_{name}": value for name, value in rollout.seconds.items()}
+        speed = {"sampled_tokens_per_second": tokens / max(rollout.seconds["sampling"], 1e-9)}
+        self._extra = {**statistics, "kl_coef": kl_coef, **seconds, **speed}
+        self._learning_since = time.perf_counter()
+
+    def _probe_parity(self) -> None:
+        from align.rollouts.parity import probe
+
+        with self.accelerator.autocast():
+            found = probe(self.engine, self.model.policy, self.prompts.token_ids[:4], temperature=self.args.temperature)
+        print(
+            f"parity of {self.engine.name} and trainer: {found.mean_gap:.2g} nats per token over {found.tokens} tokens"
+        )
+        self._probed = True
+
+    def reduce(self, total: torch.Tensor) -> torch.Tensor:
+        """Sum over all processes."""
+        if self.args.world_size == 1:
+            return local(total)
+        summed: torch.Tensor = self.accelerator.reduce(total.to(self.args.device), "sum").to(total.device)
+        return summed
+
+    @property
+    def _pad_id(self) -> int:
+        return int(self.processing_class.pad_token_id)

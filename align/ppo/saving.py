@@ -1,0 +1,68 @@
+"""The Trainer's checkpoints as PPO needs them: whole or not there, the trained tensors alone, and PPO's own state.
+
+What a checkpoint holds stands in ``checkpoint.py``.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer
+
+from align.models.loading import save_policy
+from align.ppo import checkpoint
+
+
+class SavingTrainer(Trainer):
+    """A Trainer whose checkpoints appear by one rename; subclasses say what state they add."""
+
+    model: Any
+    _draft: Path | None = None
+
+    @abstractmethod
+    def state_to_save(self) -> dict[str, Any]:
+        """JSON-able state for ``ppo_state.json``; the key ``fingerprint`` must be equal on loading."""
+
+    @abstractmethod
+    def take_state(self, state: dict[str, Any]) -> None:
+        """Go on from what ``state_to_save`` gave."""
+
+    def after_saving(self) -> None:
+        """Called by the process that wrote a checkpoint, once it is in its place."""
+
+    def _get_output_dir(self, trial: Any = None) -> str:
+        return str(self._draft or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
+        """Write a checkpoint under another name and rename it: at any moment it is whole or not there."""
+        output_dir = Path(super()._get_output_dir(trial))
+        self._draft = output_dir / checkpoint.DRAFT
+        checkpoint.clear(self._draft, self.accelerator)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            draft, self._draft = self._draft, None
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            checkpoint.publish(draft, output_dir, self.args.save_total_limit)
+            self.after_saving()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the policy, LoRA merged, as an ordinary model folder; inside a checkpoint, all that is trained."""
+        folder = Path(output_dir or str(self.args.output_dir))
+        if not self.args.should_save:
+            return
+        if not _internal_call:
+            save_policy(self.model.policy, self.processing_class, folder)
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.save_trained(self.model, folder)
+        checkpoint.save_state(folder, self.state_to_save())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        state = checkpoint.load_state(folder, self.state_to_save()["fingerprint"])
+        checkpoint.load_trained(self.model, folder)
+        self.take_state(state)

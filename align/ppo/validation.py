@@ -1,0 +1,117 @@
+"""Held-out prompts answered every so many updates, and the best policy so far kept aside.
+
+Left out: significance. Scores of a few prompts are noisy, and the best of several is a little too good to be true: what
+a checkpoint is worth is for the ``evaluate`` stage to say, on other prompts.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from align.ppo import checkpoint
+from align.ppo.prompts import Prompts, derive_seed
+from align.ppo.rollout import Rollout, rollout_of, score_rollout
+
+if TYPE_CHECKING:
+    from align.ppo.config import PPOConfig
+    from align.ppo.experience import RolloutTrainer
+
+FOLDER = "best-"
+
+
+class Validation:
+    """Asked at update 0, every ``eval_updates`` updates, and at the end of training."""
+
+    def __init__(self, prompts: Prompts, folder: Path) -> None:
+        self.prompts, self.folder = prompts, folder
+        self.best: dict[str, float] | None = None
+        """``update`` and measures of the best policy so far; its weights lie in ``best-<update>``."""
+
+    def run(self, trainer: RolloutTrainer, update: int) -> dict[str, float]:
+        """Answer the prompts with the policy as it is after ``update`` updates; the engine holds its weights.
+
+        Returns means over all processes under ``eval_<measure>``, ``kl`` in nats per response (k1).
+        """
+        rollout = self._answer(trainer)
+        score_rollout(rollout, trainer.scorer)
+        if trainer.gold is not None:
+            score_rollout(rollout, trainer.gold, "gold")
+        size = trainer.args.per_device_train_batch_size
+        order = sorted(range(len(rollout)), key=rollout.lengths.__getitem__)
+        trainer.measure(rollout, [order[at : at + size] for at in range(0, len(order), size)])
+        found = _means(rollout, trainer.reduce)
+        self._keep(trainer, update, found)
+        return {f"eval_{name}": value for name, value in found.items()}
+
+    def _answer(self, trainer: RolloutTrainer) -> Rollout:
+        from align.rollouts.protocol import Sampling
+
+        args = trainer.args
+        mine = list(range(len(self.prompts)))[args.process_index :: args.world_size]
+        sampling = Sampling(
+            max_tokens=args.max_tokens,
+            temperature=args.temperature,
+            # The same at every validation: what changes between two is the policy, and less is noise.
+            seed=derive_seed(args.seed, "validation", args.process_index),
+        )
+        answers = trainer.engine.generate([self.prompts.token_ids[i] for i in mine], sampling)
+        return rollout_of(self.prompts, mine, answers, 0)
+
+    def _keep(self, trainer: RolloutTrainer, update: int, found: dict[str, float]) -> None:
+        args = trainer.args
+        name = "gold" if args.keep == "best_gold" else "score"
+        if args.keep == "last" or (args.keep_kl is not None and found["kl"] > args.keep_kl):
+            return
+        if self.best is not None and found[name] <= self.best[name]:
+            return
+        if args.should_save:
+            target = self.folder / f"{FOLDER}{update}"
+            shutil.rmtree(target, ignore_errors=True)
+            target.mkdir(parents=True)
+            checkpoint.save_trained(trainer.model, target)
+        self.best = {"update": float(update), **found}
+
+    def tidy(self) -> None:
+        """Delete the weights of policies that are no longer the best."""
+        kept = None if self.best is None else f"{FOLDER}{int(self.best['update'])}"
+        for folder in self.folder.glob(f"{FOLDER}*"):
+            if folder.name != kept:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def restore(self, model: Any) -> None:
+        """Put the best policy's weights into the model."""
+        if self.best is not None:
+            checkpoint.load_trained(model, self.folder / f"{FOLDER}{int(self.best['update'])}")
+
+
+def make_validation(args: PPOConfig, rows: Iterable[Mapping[str, Any]] | None, tokenizer: Any) -> Validation | None:
+    """The validation that ``eval_updates`` asks for; ``ValueError`` when there is nothing to validate on."""
+    if args.eval_updates is None:
+        return None
+    if rows is None:
+        raise ValueError("eval_updates is set, but no eval_dataset is given.")
+    prompts = Prompts(rows, tokenizer, args.max_prompt_tokens)
+    if len(prompts) < args.world_size:
+        raise ValueError(f"eval_dataset has {len(prompts)} prompts for {args.world_size} processes; each needs one.")
+    return Validation(prompts, Path(str(args.output_dir)))
+
+
+def _means(rollout: Rollout, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+    tensors = rollout.tensors
+    mask = tensors["response_mask"]
+    sums = {
+        "score": tensors["scores"].double().sum(),
+        "gold": tensors["gold"].double().sum() if "gold" in tensors else None,
+        "kl": ((tensors["logprobs"] - tensors["ref_logprobs"]) * mask).double().sum(),
+        "length": mask.double().sum(),
+        "eos_rate": tensors["finished"].double().sum(),
+    }
+    known = {name: total for name, total in sums.items() if total is not None}
+    count = torch.tensor(float(len(rollout)), dtype=torch.float64)
+    *totals, responses = reduce(torch.stack([*known.values(), count])).tolist()
+    return {name: total / responses for name, total in zip(known, totals, strict=True)}

@@ -1,0 +1,102 @@
+"""Supervised text beside PPO: its own loss by hand, PPO's gradients untouched, and drawn from the seed alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from align.errors import UserError
+from align.models.loading import load_policy, load_tokenizer
+from align.ppo.ptx import PtxRows, take_out
+from align.stage import FullTuning, LoraTuning
+from align.training.rows import split_turn
+
+TEXTS = [
+    {
+        "prompt": [{"role": "user", "content": f"repeat {'xy' * i}"}],
+        "completion": [{"role": "assistant", "content": "xy" * (i + 1)}],
+    }
+    for i in range(5)
+]
+
+
+class Gradients(TrainerCallback):
+    def __init__(self):
+        self.found = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+
+def first_gradients(make_trainer, **fields):
+    capture = Gradients()
+    make_trainer(callbacks=[capture], updates=1, max_grad_norm=1e9, **fields).train()
+    return capture.found[0]
+
+
+@pytest.mark.parametrize("micro", [2, 8])
+@pytest.mark.parametrize("critic", ["policy", "head"])
+def test_the_gradient_is_ppos_plus_the_mean_loss_per_token(make_trainer, tiny_model, micro, critic):
+    plain = first_gradients(make_trainer, critic=critic)
+    mixed = first_gradients(
+        make_trainer, critic=critic, ptx_dataset=TEXTS, ptx_coef=0.5, ptx_rows=3, per_device_train_batch_size=micro
+    )
+
+    tokenizer, policy = load_tokenizer(tiny_model), load_policy(tiny_model)
+    drawn = PtxRows(TEXTS, tokenizer, 1000).draw(0, 3, seed=3)
+    total, tokens = torch.zeros(()), 0
+    for prompt, answer in drawn:
+        logits = policy(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
+        total = total - logits.log_softmax(-1)[range(len(answer)), answer].sum()
+        tokens += len(answer)
+    (0.5 * total / tokens).backward()
+    for name, parameter in policy.named_parameters():
+        expected = plain[f"policy.{name}"] + parameter.grad
+        assert torch.allclose(mixed[f"policy.{name}"], expected, atol=1e-5), name
+    for name, gradient in plain.items():
+        if name.startswith("critic."):
+            assert torch.allclose(mixed[name], gradient, atol=1e-5), name
+
+
+def test_it_is_logged_and_remembers(make_trainer):
+    losses = {}
+    for coef in (1e-9, 1.0):
+        trainer = make_trainer(updates=10, learning_rate=1e-2, ptx_dataset=TEXTS, ptx_coef=coef, ptx_rows=5)
+        trainer.train()
+        losses[coef] = [entry["ptx_loss"] for entry in trainer.state.log_history if "ptx_loss" in entry][-1]
+    assert losses[1.0] < losses[1e-9] - 1.0
+
+
+def test_rows_are_drawn_by_step_and_long_ones_left_out(tiny_model):
+    tokenizer = load_tokenizer(tiny_model)
+    rows = PtxRows(TEXTS, tokenizer, 1000)
+    epoch = rows.draw(0, 3, 7) + rows.draw(1, 3, 7)
+    assert sorted(epoch[:5]) == sorted(split_turn(tokenizer, r["prompt"], r["completion"]) for r in TEXTS)
+    assert rows.draw(1, 3, 7) == rows.draw(1, 3, 7) != rows.draw(1, 3, 8)
+    lengths = sorted(len(prompt) + len(answer) for prompt, answer in rows.texts)
+    assert PtxRows(TEXTS, tokenizer, lengths[1]).dropped == 3
+    with pytest.raises(UserError, match="no ptx row is left: 5 are longer"):
+        PtxRows(TEXTS, tokenizer, 3)
+    with pytest.raises(UserError, match="needs a 'prompt' and a 'completion'; found"):
+        PtxRows([{"prompt": "x"}], tokenizer, 100)
+
+
+def test_outputs_without_texts_pass_through():
+    out = {"logprobs": torch.ones(2, 3)}
+    assert take_out(out, {}, 3) == (out, None, 0.0)
+
+
+@pytest.mark.parametrize("tuning", [FullTuning(), LoraTuning(rank=4)], ids=["full", "lora"])
+def test_texts_wait_while_only_the_critic_learns(make_trainer, tuning):
+    trainer = make_trainer(
+        tuning=tuning, updates=1, critic_warmup_updates=1, ptx_dataset=TEXTS, ptx_coef=1.0, ptx_rows=4
+    )
+    before = {n: p.detach().clone() for n, p in trainer.model.policy.named_parameters()}
+    trainer.train()
+    assert all(torch.equal(p, before[n]) for n, p in trainer.model.policy.named_parameters())
+
+
+def test_a_weight_without_rows_is_refused(make_trainer):
+    with pytest.raises(ValueError, match="no ptx_dataset is given"):
+        make_trainer(ptx_coef=1.0)
