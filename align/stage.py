@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from align.artifacts import Artifact, Kind
 from align.errors import UserError
@@ -79,8 +79,8 @@ Tuning = Annotated[FullTuning | LoraTuning, Field(discriminator="method")]
 class EngineConfig(Config):
     """How responses are sampled. Changes speed and memory; samples come from the same distribution."""
 
-    name: Literal["auto", "vllm", "transformers"] = "auto"
-    """``auto`` takes vLLM where it imports, else transformers, and says which."""
+    name: Literal["auto", "vllm", "vllm-server", "transformers"] = "auto"
+    """``auto`` takes vLLM where it imports, else transformers, and says which; ``vllm-server`` is vLLM as a process."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Compute type of the engine; ``auto`` follows the stage's ``precision``."""
     gpu_memory: float = Field(0.35, gt=0, le=0.95)
@@ -91,6 +91,18 @@ class EngineConfig(Config):
     """Compile the engine's graphs: 85 s at start on a CPU, about 1.3 times the speed afterwards."""
     batch_size: int = Field(128, ge=1)
     """Sequences decoded at once."""
+    address: str | None = Field(None, pattern=r"^http://[A-Za-z0-9._-]+(:[0-9]{1,5})?/?$")
+    """A running vLLM server for ``vllm-server``, http://127.0.0.1:8000; null starts one, which ends with the stage."""
+    weights_folder: str | None = None
+    """Folder that a ``vllm-server`` reads new weights from, under the same path as here; null takes a temporary one."""
+    timeout: float = Field(600, gt=0)
+    """Seconds that a ``vllm-server`` may take to start, to answer a request, to load weights; then the stage fails."""
+
+    @model_validator(mode="after")
+    def _server_settings_need_the_server(self) -> EngineConfig:
+        if self.name == "auto" and (self.address is not None or self.weights_folder is not None):
+            raise ValueError("address and weights_folder are settings of a vLLM server. Write `name: vllm-server`.")
+        return self
 
 
 class Runtime(Config):

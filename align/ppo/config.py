@@ -34,7 +34,11 @@ class PPOConfig(TrainingArguments):
         default=None, metadata={"help": "By default the critic's, and a tenth of it where its trunk has adapters."}
     )
     critic_warmup_updates: int = field(default=0, metadata={"help": "First updates in which only the critic learns."})
-    adam_epsilon: float = field(default=1e-5, metadata={"help": "PPO's usual epsilon."})
+    adam_epsilon: float = field(default=1e-5, metadata={"help": "PPO's usual epsilon, of the policy."})
+    critic_adam_epsilon: float = field(
+        default=1e-8,
+        metadata={"help": "Smaller: below a head that starts at zero, gradients are, and 1e-5 would swallow them."},
+    )
     lr_scheduler_type: str = field(default="constant", metadata={"help": "See TrainingArguments."})
 
     kl_coef: float = field(default=0.05, metadata={"help": "Reward lost per nat of drift from the reference."})

@@ -15,6 +15,7 @@ PARTS = ("policy", "critic")
 def make_optimizer(trainer: Any, model: Any) -> torch.optim.Optimizer:
     """The Trainer's optimizer class with up to six groups: policy, critic and value head, with and without decay."""
     args = trainer.args
+    optimizer_class, options = trainer.get_optimizer_cls_and_kwargs(args, model)
     decaying = set(trainer.get_decay_parameter_names(model))
     groups = []
     for part, rate in learning_rates(args, model).items():
@@ -24,7 +25,8 @@ def make_optimizer(trainer: Any, model: Any) -> torch.optim.Optimizer:
             decay = args.weight_decay if decays else 0.0
             if chosen:
                 groups.append({"params": chosen, "lr": rate, "weight_decay": decay})
-    optimizer_class, options = trainer.get_optimizer_cls_and_kwargs(args, model)
+                if part != "policy" and isinstance(options.get("eps"), float):
+                    groups[-1]["eps"] = args.critic_adam_epsilon
     optimizer: torch.optim.Optimizer = optimizer_class(groups, **options)
     return optimizer
 

