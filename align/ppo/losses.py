@@ -109,6 +109,7 @@ def policy_loss(
             "ratio": masked_sum(ratio, mask),
             "clipfrac": masked_sum((clipped > plain).to(ratio.dtype), mask),
             "approx_kl": masked_sum(log_ratio**2 / 2, mask),
+            "policy_loss": masked_sum(per_token, mask),
         }
     return LossTerms(aggregate(per_token, mask, count, aggregation), sums)
 

@@ -68,9 +68,5 @@ def ppo_loss(
         drift = estimate_kl(out["logprobs"], learn["ref_logprobs"], args.kl_estimator)
         part = part + kl_coef * aggregate(drift, mask, count, kind)
     loss = loss + (0.0 if warming else 1.0) * part
-    sums |= {
-        **policy.sums,
-        "importance_weight": (weights * mask).sum(),
-        "policy_loss": policy.loss.detach() * mask.sum(),
-    }
+    sums |= {**policy.sums, "importance_weight": (weights * mask).sum()}
     return loss, sums
