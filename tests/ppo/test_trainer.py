@@ -187,32 +187,6 @@ def test_sizes_that_do_not_divide_are_refused(make_trainer):
         make_trainer(samples_per_prompt=3)
 
 
-@pytest.mark.parametrize("tuning", [FullTuning(), LoraTuning(rank=8, alpha=16)], ids=["full", "lora"])
-def test_it_learns_a_reward_that_is_known(make_trainer, tuning):
-    """Share of vowels among a response's bytes: 5/260 at the start, 1 at best.
-
-    LoRA cannot touch the tiny model's head, whose short rows bound a logit near 6: at temperature 1 the best byte would
-    have a probability of about 0.5, at 0.5 nearly 1.
-    """
-    trainer = make_trainer(
-        tuning=tuning,
-        updates=25,
-        rollout_batch=64,
-        samples_per_prompt=8,
-        per_device_train_batch_size=32,
-        num_epochs=2,
-        num_mini_batches=2,
-        max_tokens=8,
-        learning_rate=5e-3,
-        temperature=0.5,
-        kl_coef=0.0,
-    )
-    trainer.train()
-    scores = [entry["score"] for entry in updates(trainer)]
-    assert scores[0] < 0.1
-    assert min(scores[-3:]) > 0.9, scores
-
-
 def test_a_spent_kl_budget_ends_the_run_before_it_learns_more(make_trainer, tmp_path):
     trainer = make_trainer(updates=6, learning_rate=5e-2, kl_budget=0.5)
     weights = []
