@@ -103,6 +103,7 @@ class Speaker:
         from transformers.utils import logging
 
         logging.set_verbosity_error()  # a conversation is no place for a library's advice
+        logging.disable_progress_bar()
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer = load_tokenizer(folder)
