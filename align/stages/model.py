@@ -87,11 +87,18 @@ def _write(context: StageContext, source: Source, out_dir: Path) -> None:
 
 
 def _download(source: Source) -> str:
-    """Fetch a Hub model's files at its commit, weights as safetensors only; returns the local folder."""
+    """Fetch a Hub model's files at its commit, weights as safetensors only; returns the local folder.
+
+    A network that fails raises ``OSError``, in whichever class the Hub's client dresses it.
+    """
+    import httpx
     from huggingface_hub import snapshot_download
 
     wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "*.tiktoken"]
-    folder = snapshot_download(source.name, revision=source.revision, allow_patterns=wanted)
+    try:
+        folder = snapshot_download(source.name, revision=source.revision, allow_patterns=wanted)
+    except httpx.HTTPError as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
     refuse_pickles(source.name, [file.name for file in Path(folder).iterdir()])
     return folder
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -85,4 +86,13 @@ def test_bfloat16_is_stored_and_missing_template_file_found_early(tmp_path: Path
 def test_unreachable_hub_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     with pytest.raises(UserError, match="could not be brought in"):
+        run(_context(tmp_path, source="a/b", revision="0" * 40))
+
+
+def test_a_network_that_fails_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*arguments: object, **options: object) -> None:
+        raise httpx.ConnectError("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fails)
+    with pytest.raises(UserError, match=r"could not be brought in: ConnectError: .*not known\nCheck the network"):
         run(_context(tmp_path, source="a/b", revision="0" * 40))
