@@ -87,6 +87,10 @@ class PPOConfig(TrainingArguments):
     importance_sequence_cap: float | None = field(
         default=None, metadata={"help": "Drop responses whose whole ratio to the sampler is outside [1/this, this]."}
     )
+    reuse_forward: bool = field(
+        default=False,
+        metadata={"help": "Learn from the passes that measured the rollout: saves two, keeps all activations."},
+    )
     share_prompts: bool = field(default=True, metadata={"help": "Run a prompt once for its responses, where possible."})
     probe_parity: bool = field(
         default=True, metadata={"help": "Compare engine and trainer at start and after resuming."}
@@ -148,6 +152,10 @@ class PPOConfig(TrainingArguments):
         for name in ("updates", "max_tokens", "num_epochs", "num_mini_batches", "save_updates", "probe_updates"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.reuse_forward and (self.num_epochs, self.num_mini_batches, self.world_size) != (1, 1, 1):
+            raise ValueError(
+                "reuse_forward needs num_epochs 1, num_mini_batches 1 and one process: weights must stay in between."
+            )
         if self.keep != "last" and self.eval_updates is None:
             raise ValueError(f"keep is {self.keep}, which needs validations; set eval_updates.")
         if self.kl_estimator is not None and (self.kl_in == "reward") != (self.kl_estimator == "k1"):

@@ -72,7 +72,8 @@ class RolloutTrainer(SavingTrainer):
             planned = self._plan(rollout, epoch)
             if epoch == 0:
                 # The first epoch's own micro-batches: the ratio is then exactly 1 at the first step, in bf16 too.
-                self.measure(rollout, [micro for mini in planned for micro in mini])
+                reuse = self._reuses_forward(update)
+                outputs = self.measure(rollout, [micro for mini in planned for micro in mini], keep=reuse)
                 self._finish(rollout)
                 if self.stopped:
                     return
@@ -80,7 +81,12 @@ class RolloutTrainer(SavingTrainer):
                 texts = self._ptx_texts(update * self.args.steps_per_update + epoch * len(planned) + at)
                 for place, indices in enumerate(mini):
                     pack = rollout.pack(indices, self._pad_id, self.share_prompts, texts[place :: len(mini)])
-                    yield {"pack": pack, "learn": rollout.select(indices, LEARNED_FROM)}
+                    made = {"pack": pack, "learn": rollout.select(indices, LEARNED_FROM)}
+                    yield made | {"out": outputs.pop(0)} if outputs else made
+
+    def _reuses_forward(self, update: int) -> bool:
+        """Whether the measuring passes are those that are learnt from: the same rows, the same weights, all of them."""
+        return self.args.reuse_forward and self.ptx is None and update >= self.args.critic_warmup_updates
 
     def _ptx_texts(self, step: int) -> list[tuple[list[int], list[int]]]:
         """This process's supervised texts of one optimizer step."""
@@ -125,15 +131,23 @@ class RolloutTrainer(SavingTrainer):
         found = self.validation.run(self, update)
         super().log({**found, "update": update})
 
-    @torch.no_grad()
-    def measure(self, rollout: Rollout, micro_batches: list[list[int]]) -> None:
-        """Log-probabilities, reference log-probabilities, entropies and values at the rollout's weights."""
+    def measure(self, rollout: Rollout, micro_batches: list[list[int]], keep: bool = False) -> list[dict[str, Any]]:
+        """Log-probabilities, reference log-probabilities, entropies and values at the rollout's weights.
+
+        With ``keep`` the outputs are returned with their graphs, one dict a micro-batch, to learn from.
+        """
         clock = time.perf_counter()
         self.model.eval()
+        kept = []
         for indices in micro_batches:
             batch = self._prepare_inputs(rollout.pack(indices, self._pad_id, self.share_prompts))
-            rollout.store(indices, self.model_wrapped(batch, reference=True))
+            with torch.set_grad_enabled(keep):
+                out = self.model_wrapped(batch, reference=True)
+            rollout.store(indices, {name: tensor.detach() for name, tensor in out.items()})
+            if keep:
+                kept.append({name: tensor for name, tensor in out.items() if name != "ref_logprobs"})
         rollout.seconds["measuring"] = time.perf_counter() - clock
+        return kept
 
     def _finish(self, rollout: Rollout) -> None:
         """Advantages, the controller's next coefficient, and the metrics known before learning."""

@@ -101,8 +101,10 @@ class PPOTrainer(RolloutTrainer):
         args, mask = self.args, inputs["learn"]["learn_mask"]
         count, ptx_count = num_items_in_batch.unbind()
         warming = self.update < args.critic_warmup_updates
-        # Under DDP every parameter must take part in the backward pass, so the policy runs during warm-up too.
-        out = model(inputs["pack"], policy=not warming or args.world_size > 1)
+        out = inputs.pop("out", None)
+        if out is None:
+            # Under DDP every parameter must take part in the backward pass, so the policy runs during warm-up too.
+            out = model(inputs["pack"], policy=not warming or args.world_size > 1)
         out, ptx_loss, ptx_tokens = take_out(out, inputs["pack"], mask.shape[1])
         loss, sums = ppo_loss(out, inputs["learn"], mask, count, args, warming, self._loss_kl_coef)
         if ptx_loss is not None:

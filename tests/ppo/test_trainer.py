@@ -65,7 +65,9 @@ class Gradients(TrainerCallback):
         self.found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
 
 
-@pytest.mark.parametrize("changed", [{"per_device_train_batch_size": 1}, {"share_prompts": False}])
+@pytest.mark.parametrize(
+    "changed", [{"per_device_train_batch_size": 1}, {"share_prompts": False}, {"reuse_forward": True}]
+)
 def test_micro_batches_and_shared_prompts_change_no_gradient(make_trainer, changed):
     gradients = []
     for fields in ({"per_device_train_batch_size": 4}, changed):
@@ -296,3 +298,28 @@ def test_components_of_a_score_are_logged(make_trainer):
     (entry,) = updates(trainer)
     names = ("score", "score_reward", "score_reward_spread", "score_function")
     assert [entry[name] for name in names] == [3.0, 2.0, 1.0, 2.0]
+
+
+def counted(model):
+    """A list that grows by one with every forward pass."""
+    calls, forward = [], model.forward
+    model.forward = lambda *args, **options: calls.append(1) or forward(*args, **options)
+    return calls
+
+
+@pytest.mark.parametrize("tuning", [FullTuning(), LORA], ids=["full", "lora"])
+def test_learning_from_the_measuring_passes_changes_no_weight_and_saves_them(make_trainer, tuning):
+    weights, passes = [], []
+    for reuse in (False, True):
+        trainer = make_trainer(tuning=tuning, updates=3, critic_warmup_updates=1, reuse_forward=reuse, reward=True)
+        passes.append(counted(trainer.model))
+        trainer.train()
+        weights.append({n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad})
+    assert all(torch.allclose(weights[0][name], tensor, atol=1e-6) for name, tensor in weights[1].items())
+    # two micro-batches an update: measured and learnt from, 4 passes; 2 where the measuring ones serve
+    assert [len(some) for some in passes] == [12, 8]
+
+
+def test_passes_cannot_be_reused_once_weights_have_moved(make_trainer):
+    with pytest.raises(ValueError, match="reuse_forward needs num_epochs 1"):
+        make_trainer(reuse_forward=True, num_epochs=2)
