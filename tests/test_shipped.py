@@ -2,6 +2,7 @@
 
 import copy
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -97,3 +98,14 @@ def test_every_misspelt_key_is_refused_and_the_right_one_suggested(tmp_path: Pat
                 missed.append(f"{path}: {place} as {wrong}: {caught.value}")
     assert tried > 600
     assert suggested / tried >= 0.95, "\n".join(missed)
+
+
+def test_what_the_readme_shows_is_accepted() -> None:
+    import yaml
+
+    from align.stages.ppo import PpoConfig
+
+    blocks = re.findall(r"```yaml\n(.*?)```", Path("README.md").read_text(encoding="utf-8"), re.DOTALL)
+    whole, ppo = (yaml.safe_load(block) for block in blocks)
+    assert "ppo" in Pipeline(whole, "README.md").nodes
+    PpoConfig(**ppo["ppo"])
