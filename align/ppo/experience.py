@@ -100,8 +100,9 @@ class RolloutTrainer(SavingTrainer):
         self.engine.load_weights(merged_weights(self.model.policy))
         if self.args.probe_parity and (not self._probed or update % self.args.probe_updates == 0):
             self._probe_parity()
-        self._validate(update)
         synced = time.perf_counter()
+        self._validate(update)
+        validated = time.perf_counter()
         rollout = sample_rollout(self.engine, self.prompts, self.args, update)
         sampled = time.perf_counter()
         score_rollout(rollout, self.scorer)
@@ -109,9 +110,9 @@ class RolloutTrainer(SavingTrainer):
             score_rollout(rollout, self.gold, "gold")
         rollout.seconds = {
             "sync": synced - clock,
-            "sampling": sampled - synced,
+            "sampling": sampled - validated,
             "scoring": time.perf_counter() - sampled,
-        }
+        } | ({} if self.validation is None else {"validating": validated - synced})
         return rollout
 
     def _plan(self, rollout: Rollout, epoch: int) -> list[list[list[int]]]:
