@@ -1,325 +1,39 @@
 """Rollouts by a vLLM server: another process, or another machine, given new weights through a shared folder.
 
-The only file that touches vLLM's HTTP interface: its routes, fields and options as of 0.31 (``/v1/completions``,
-``/collective_rpc``, ``/reset_prefix_cache``, ``/server_info``, ``/health``), the middle three of which exist only with
-``VLLM_SERVER_DEV_MODE=1``. Every call ends within ``runtime.engine.timeout``, with an answer or with an error that says
-whether the server lives. Left out: retries, streaming, tokens scored at other temperatures, and more than one training
-process at a server.
+With ``server_process.py`` the only file that touches vLLM's HTTP interface: its routes, fields and options as of 0.31
+(``/v1/completions``, ``/collective_rpc``, ``/reset_prefix_cache``, ``/server_info``, ``/health``), the middle three of
+which exist only with ``VLLM_SERVER_DEV_MODE=1``. Every call ends within ``runtime.engine.timeout``, with an answer or an
+error that says whether the server lives. Left out: retries, streaming, tokens scored at other temperatures, and more
+than one training process at a server.
 """
 
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
-import os
-import queue
 import shutil
-import signal
-import socket
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-import psutil
 import torch
 
 from align.errors import UserError
 from align.models.loading import load_tokenizer
 from align.rollouts.protocol import Progress, Response, Sampling
+from align.rollouts.server_client import POLL_SECONDS, BadReply, Client, EngineLost
+from align.rollouts.server_process import GRACE_SECONDS, MODULE, start_server
 from align.rollouts.vllm import CPU_STEP_TOKENS, EMBEDDING, HEAD
 from align.rollouts.weights import checkpoint_weights, weight_names
 from align.stage import EngineConfig
 
-MODULE = "vllm.entrypoints.openai.api_server"
-"""What ``vllm serve`` runs; that command itself does not start from the CPU build."""
 COMPLETIONS, RPC, RESET, INFO = "/v1/completions", "/collective_rpc", "/reset_prefix_cache", "/server_info"
 READY = "READY"
 """File that is written last into a folder of weights: without it the folder is not whole."""
 SHARD_BYTES = 512 * 2**20
 """Weights held in memory at once while they are written."""
-POLL_SECONDS, PROBE_SECONDS, GRACE_SECONDS = 0.25, 1.0, 20.0
-
-GUARD = """
-import os, shutil, signal, subprocess, sys, time
-parent, folders, grace, stopping = int(sys.argv[1]), sys.argv[2].split(os.pathsep), float(sys.argv[3]), []
-signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
-server = subprocess.Popen(sys.argv[4:])
-while server.poll() is None and os.getppid() == parent and not stopping:
-    time.sleep(0.1)
-if server.poll() is None:
-    server.terminate()
-    try:
-        server.wait(grace)
-    except subprocess.TimeoutExpired:
-        pass
-os.killpg(0, signal.SIGTERM)
-if os.getppid() != parent:
-    time.sleep(1)
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
-    os.killpg(0, signal.SIGKILL)
-code = server.poll()
-sys.exit(1 if code is None else code if code >= 0 else 128 - code)
-"""
-"""Program between this process and the server: ends the server when this process is gone, however it went. vLLM alone
-leaves its engine and worker processes behind when its API process is killed."""
-
-
-class EngineLost(RuntimeError):
-    """The server did not answer, or not in time, or has died."""
-
-
-class BadReply(RuntimeError):
-    """The server answered something other than what was asked for."""
-
-
-@dataclass(frozen=True)
-class _Reply:
-    """What came of one call; ``status`` is 0 when nothing came, and then ``error`` says why."""
-
-    path: str
-    seconds: float
-    status: int = 0
-    data: bytes = b""
-    error: Exception | None = None
-
-
-class Client:
-    """JSON calls to one server, each of which ends within ``timeout`` seconds."""
-
-    def __init__(self, address: str, timeout: float, server: LocalServer | None = None) -> None:
-        """``server`` is the process behind ``address`` where it is ours, for error messages."""
-        parts = urlsplit(address)
-        self.address, self.host, self.port = address.rstrip("/"), parts.hostname or "", parts.port or 80
-        self.timeout, self.server = timeout, server
-        self._open: set[socket.socket | None] = set()
-        self._lock = threading.Lock()
-
-    def call(self, path: str, body: Any = None, method: str = "POST") -> Any:
-        """The answer to one call."""
-        return self.calls(path, [body], method=method)[0]
-
-    def calls(
-        self, path: str, bodies: list[Any], at_once: int = 1, on_progress: Progress | None = None, method: str = "POST"
-    ) -> list[Any]:
-        """Answers in the order of ``bodies``, of which ``at_once`` are under way at most.
-
-        Raises ``EngineLost`` or ``BadReply`` at the first call that fails, and gives the others up.
-        """
-        finished: queue.SimpleQueue[Future[_Reply]] = queue.SimpleQueue()
-        pool = ThreadPoolExecutor(max(1, min(at_once, len(bodies))), thread_name_prefix="vllm-server")
-        given_up = threading.Event()
-        try:
-            futures = [pool.submit(self._exchange, method, path, body, self.timeout, given_up) for body in bodies]
-            places = {future: place for place, future in enumerate(futures)}
-            for future in futures:
-                future.add_done_callback(finished.put)
-            answers: list[Any] = [None] * len(bodies)
-            for done in range(1, len(bodies) + 1):
-                future = self._next(finished, path)
-                answers[places[future]] = self._read(future.result())
-                if on_progress is not None:
-                    on_progress(done, len(bodies))
-            return answers
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-            given_up.set()
-            self._sever()
-
-    def _next(self, finished: queue.SimpleQueue[Future[_Reply]], path: str) -> Future[_Reply]:
-        """The next call to end. A server that sends a byte now and then keeps a socket from timing out, not this."""
-        began = time.monotonic()
-        while True:
-            with contextlib.suppress(queue.Empty):
-                return finished.get(timeout=POLL_SECONDS)
-            seconds = time.monotonic() - began
-            if self.server is not None and self.server.process.poll() is not None:
-                raise self._lost(_Reply(path, seconds, error=ConnectionError("its process ended")))
-            if seconds > self.timeout + PROBE_SECONDS:
-                raise self._lost(_Reply(path, seconds, error=TimeoutError()))
-
-    def _exchange(
-        self, method: str, path: str, body: Any, timeout: float, given_up: threading.Event | None = None
-    ) -> _Reply:
-        """One call, in a thread of its own. Nothing is raised: the caller asks for the state of the server first."""
-        began = time.monotonic()
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout)
-        opened = None
-        try:
-            connection.connect()
-            opened = connection.sock  # the connection itself forgets it before the answer is read
-            with self._lock:
-                self._open.add(opened)
-            if given_up is not None and given_up.is_set():
-                raise ConnectionAbortedError("given up before it was sent")
-            content = None if body is None else json.dumps(body).encode()
-            connection.request(method, path, content, {"Content-Type": "application/json", "Connection": "close"})
-            response = connection.getresponse()
-            data = response.read()
-            return _Reply(path, time.monotonic() - began, response.status, data)
-        except (OSError, http.client.HTTPException) as error:
-            return _Reply(path, time.monotonic() - began, error=error)
-        finally:
-            with self._lock:
-                self._open.discard(opened)
-            connection.close()
-
-    def _sever(self) -> None:
-        """End calls still under way, so that no thread is left waiting; vLLM drops the requests behind them."""
-        with self._lock:
-            for one in self._open:
-                if one is not None:
-                    with contextlib.suppress(OSError):
-                        one.shutdown(socket.SHUT_RDWR)
-
-    def _read(self, reply: _Reply) -> Any:
-        if reply.error is not None:
-            raise self._lost(reply)
-        if reply.status >= 500 and self.health() != "answers":
-            raise EngineLost(
-                f"the vLLM server at {self.address} failed at {reply.path} with status {reply.status}: "
-                f"{_short(reply.data)}. {self.state()}"
-            )
-        if reply.status != 200:
-            raise BadReply(
-                f"the vLLM server at {self.address} answered {reply.path} with status {reply.status}: "
-                f"{_short(reply.data)}"
-            )
-        try:
-            return json.loads(reply.data)
-        except ValueError:
-            raise self.unexpected(reply.path, "it is not JSON", reply.data) from None
-
-    def unexpected(self, path: str, what: str, got: Any) -> BadReply:
-        """The error for an answer that is not what vLLM 0.31 gives."""
-        return BadReply(
-            f"the vLLM server at {self.address} gave an answer to {path} that cannot be used: {what}. It began with "
-            f"{_short(got)}. Is it a vLLM server, of a version that align supports (pyproject.toml, extra vllm)?"
-        )
-
-    def find(self, path: str, answer: Any, *keys: str | int) -> Any:
-        """A part of an answer. Raises ``BadReply`` when it is not there."""
-        found = answer
-        for key in keys:
-            try:
-                found = found[key]
-            except (KeyError, IndexError, TypeError):
-                raise self.unexpected(path, f"it lacks {'.'.join(map(str, keys))}", answer) from None
-        return found
-
-    def _lost(self, reply: _Reply) -> EngineLost:
-        if isinstance(reply.error, TimeoutError):
-            what = f"did not answer {reply.path} within {self.timeout:g} s (runtime.engine.timeout)"
-        else:
-            what = (
-                f"could not be asked for {reply.path}: {type(reply.error).__name__}: {reply.error}, after "
-                f"{reply.seconds:.1f} s of at most {self.timeout:g}"
-            )
-        return EngineLost(f"the vLLM server at {self.address} {what}. {self.state()}")
-
-    def health(self) -> str:
-        """What ``/health`` says, in words: ``answers`` when all is well."""
-        reply = self._exchange("GET", "/health", None, min(PROBE_SECONDS, self.timeout))
-        if reply.error is not None:
-            return "does not answer"
-        return "answers" if reply.status == 200 else f"answers with status {reply.status}"
-
-    def state(self) -> str:
-        """Whether the server lives, as far as can be seen from here, and the end of its log."""
-        if self.server is None:
-            return f"This run did not start it, so its process cannot be seen from here; /health {self.health()}."
-        return f"Its process {self.server.life()}; /health {self.health()}.{self.server.last_words()}"
-
-
-def _short(got: Any, limit: int = 300) -> str:
-    text = got.decode("utf-8", "replace") if isinstance(got, bytes) else json.dumps(got)
-    return text if len(text) <= limit else f"{text[:limit]}..."
-
-
-class LocalServer:
-    """A server process that belongs to this one: it ends with ``end``, and with this process."""
-
-    def __init__(self, command: list[str], folders: list[Path]) -> None:
-        """Start ``command``. Its log and temporary files go to the first folder; all go if this process is killed."""
-        self.log, self._ended = folders[0] / "server.log", False
-        guard = [sys.executable, "-I", "-c", GUARD, str(os.getpid()), os.pathsep.join(map(str, folders))]
-        guard.append(str(GRACE_SECONDS))
-        with self.log.open("ab") as output:
-            # A session of its own, so that the whole group can be ended; the guard sees to it that none outlives us.
-            self.process = subprocess.Popen(
-                [*guard, *command], stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                env=_environment(folders[0]), start_new_session=True,
-            )  # fmt: skip
-
-    def life(self) -> str:
-        """Whether the process is alive, in words."""
-        try:
-            code = self.process.wait(2 * POLL_SECONDS)  # a connection breaks before the process that broke it is gone
-        except subprocess.TimeoutExpired:
-            return f"(pid {self.process.pid}) is alive"
-        number = -code if code < 0 else code - 128  # the guard's own signal, or the server's as shells tell it
-        with contextlib.suppress(ValueError):
-            return f"was ended by {signal.Signals(number).name}"
-        return f"ended with exit code {code}"
-
-    def last_words(self, lines: int = 12) -> str:
-        """The end of its log, as a sentence, or nothing."""
-        with contextlib.suppress(OSError):
-            text = self.log.read_bytes()[-8192:].decode("utf-8", "replace").strip()
-            return "\nThe end of its log:\n" + "\n".join(text.splitlines()[-lines:]) if text else ""
-        return ""
-
-    def end(self) -> None:
-        """End the process and its whole group: politely, which frees its shared memory, then not."""
-        if self._ended:
-            return
-        self._ended = True
-        if self.process.poll() is None:
-            self.process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(GRACE_SECONDS + 1)
-        if not self._gone_within(GRACE_SECONDS):  # workers clean up for some seconds after a server that was killed
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self._gone_within(GRACE_SECONDS)
-        self.process.wait()
-
-    def _gone_within(self, seconds: float) -> bool:
-        """Wait until no process of the group is left, those aside that only wait for their parent to look."""
-        deadline = time.monotonic() + seconds
-        while any(_in_group(process, self.process.pid) for process in psutil.process_iter()):
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.05)
-        return True
-
-
-def _in_group(process: psutil.Process, leader: int) -> bool:
-    try:
-        return os.getpgid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE
-    except (ProcessLookupError, psutil.NoSuchProcess):
-        return False
-
-
-def _environment(folder: Path) -> dict[str, str]:
-    """Settings of the server's process; the user's own values win, except where the engine depends on them."""
-    # The in-process engine sets the first, without which no server starts; calls send no key; the server is no part of
-    # what a launcher started.
-    dropped = {"VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_API_KEY"}
-    dropped |= {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    kept = {name: value for name, value in os.environ.items() if name not in dropped}
-    quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    # Bound to cores, vLLM's CPU worker leaves one to the scheduler, which hardly uses it: half of a small machine.
-    return quiet | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} | kept | {"VLLM_SERVER_DEV_MODE": "1", "TMPDIR": str(folder)}
 
 
 def server_options(dtype: torch.dtype, device: torch.device, config: EngineConfig, max_length: int) -> list[str]:
@@ -335,34 +49,6 @@ def server_options(dtype: torch.dtype, device: torch.device, config: EngineConfi
     # A prompt read in parts makes vLLM wind its request's generator back, which a CPU generator cannot do.
     options += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(CPU_STEP_TOKENS, max_length))]
     return [*options, "--block-size", "32", "--kv-cache-memory-bytes", str(int(config.cpu_kv_cache_gb * 2**30))]
-
-
-def start_server(model_dir: Path, options: list[str], seed: int, timeout: float, folders: list[Path]) -> Client:
-    """Start a server on this machine, for this machine only, and wait until it answers.
-
-    Raises ``EngineLost`` with the end of its log when it ends, or does not answer within ``timeout`` seconds.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", MODULE, "--host", "127.0.0.1", "--port", str(port), "--model", str(model_dir)]
-    command += [*options, "--seed", str(seed % 2**32), "--uvicorn-log-level", "warning", "--disable-uvicorn-access-log"]
-    command.append("--skip-tokenizer-init")  # tokens go in and out as ids; turning them into text took a third of it
-    server = LocalServer(command, folders)
-    client = Client(f"http://127.0.0.1:{port}", timeout, server)
-    began = time.monotonic()
-    try:
-        while client.health() != "answers":
-            if server.process.poll() is not None or time.monotonic() - began > timeout:
-                raise EngineLost(
-                    f"the vLLM server at {client.address} was not ready after {time.monotonic() - began:.0f} s of at "
-                    f"most {timeout:g} (runtime.engine.timeout). {client.state()}"
-                )
-            time.sleep(POLL_SECONDS)
-    except BaseException:
-        server.end()
-        raise
-    return client
 
 
 def refuse_unfit(client: Client, options: list[str], dtype: torch.dtype, max_length: int) -> None:

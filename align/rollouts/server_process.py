@@ -1,0 +1,150 @@
+"""A vLLM server's process on this machine: started, waited for, and ended with its group, however this one ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+from align.rollouts.server_client import POLL_SECONDS, Client, EngineLost
+
+MODULE = "vllm.entrypoints.openai.api_server"
+"""What ``vllm serve`` runs; that command itself does not start from the CPU build."""
+GRACE_SECONDS = 20.0
+
+GUARD = """
+import os, shutil, signal, subprocess, sys, time
+parent, folders, grace, stopping = int(sys.argv[1]), sys.argv[2].split(os.pathsep), float(sys.argv[3]), []
+signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
+server = subprocess.Popen(sys.argv[4:])
+while server.poll() is None and os.getppid() == parent and not stopping:
+    time.sleep(0.1)
+if server.poll() is None:
+    server.terminate()
+    try:
+        server.wait(grace)
+    except subprocess.TimeoutExpired:
+        pass
+os.killpg(0, signal.SIGTERM)
+if os.getppid() != parent:
+    time.sleep(1)
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+    os.killpg(0, signal.SIGKILL)
+code = server.poll()
+sys.exit(1 if code is None else code if code >= 0 else 128 - code)
+"""
+"""Program between this process and the server: ends the server when this process is gone, however it went. vLLM alone
+leaves its engine and worker processes behind when its API process is killed."""
+
+
+class LocalServer:
+    """A server process that belongs to this one: it ends with ``end``, and with this process."""
+
+    def __init__(self, command: list[str], folders: list[Path]) -> None:
+        """Start ``command``. Its log and temporary files go to the first folder; all go if this process is killed."""
+        self.log, self._ended = folders[0] / "server.log", False
+        guard = [sys.executable, "-I", "-c", GUARD, str(os.getpid()), os.pathsep.join(map(str, folders))]
+        guard.append(str(GRACE_SECONDS))
+        with self.log.open("ab") as output:
+            # A session of its own, so that the whole group can be ended; the guard sees to it that none outlives us.
+            self.process = subprocess.Popen(
+                [*guard, *command], stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                env=_environment(folders[0]), start_new_session=True,
+            )  # fmt: skip
+
+    def life(self) -> str:
+        """Whether the process is alive, in words."""
+        try:
+            code = self.process.wait(2 * POLL_SECONDS)  # a connection breaks before the process that broke it is gone
+        except subprocess.TimeoutExpired:
+            return f"(pid {self.process.pid}) is alive"
+        number = -code if code < 0 else code - 128  # the guard's own signal, or the server's as shells tell it
+        with contextlib.suppress(ValueError):
+            return f"was ended by {signal.Signals(number).name}"
+        return f"ended with exit code {code}"
+
+    def last_words(self, lines: int = 12) -> str:
+        """The end of its log, as a sentence, or nothing."""
+        with contextlib.suppress(OSError):
+            text = self.log.read_bytes()[-8192:].decode("utf-8", "replace").strip()
+            return "\nThe end of its log:\n" + "\n".join(text.splitlines()[-lines:]) if text else ""
+        return ""
+
+    def end(self) -> None:
+        """End the process and its whole group: politely, which frees its shared memory, then not."""
+        if self._ended:
+            return
+        self._ended = True
+        if self.process.poll() is None:
+            self.process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(GRACE_SECONDS + 1)
+        if not self._gone_within(GRACE_SECONDS):  # workers clean up for some seconds after a server that was killed
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self._gone_within(GRACE_SECONDS)
+        self.process.wait()
+
+    def _gone_within(self, seconds: float) -> bool:
+        """Wait until no process of the group is left, those aside that only wait for their parent to look."""
+        deadline = time.monotonic() + seconds
+        while any(_in_group(process, self.process.pid) for process in psutil.process_iter()):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        return True
+
+
+def _in_group(process: psutil.Process, leader: int) -> bool:
+    try:
+        return os.getpgid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE
+    except (ProcessLookupError, psutil.NoSuchProcess):
+        return False
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    """Settings of the server's process; the user's own values win, except where the engine depends on them."""
+    # The in-process engine sets the first, without which no server starts; calls send no key; the server is no part of
+    # what a launcher started.
+    dropped = {"VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_API_KEY"}
+    dropped |= {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    kept = {name: value for name, value in os.environ.items() if name not in dropped}
+    quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    # Bound to cores, vLLM's CPU worker leaves one to the scheduler, which hardly uses it: half of a small machine.
+    return quiet | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} | kept | {"VLLM_SERVER_DEV_MODE": "1", "TMPDIR": str(folder)}
+
+
+def start_server(model_dir: Path, options: list[str], seed: int, timeout: float, folders: list[Path]) -> Client:
+    """Start a server on this machine, for this machine only, and wait until it answers.
+
+    Raises ``EngineLost`` with the end of its log when it ends, or does not answer within ``timeout`` seconds.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", MODULE, "--host", "127.0.0.1", "--port", str(port), "--model", str(model_dir)]
+    command += [*options, "--seed", str(seed % 2**32), "--uvicorn-log-level", "warning", "--disable-uvicorn-access-log"]
+    command.append("--skip-tokenizer-init")  # tokens go in and out as ids; turning them into text took a third of it
+    server = LocalServer(command, folders)
+    client = Client(f"http://127.0.0.1:{port}", timeout, server)
+    began = time.monotonic()
+    try:
+        while client.health() != "answers":
+            if server.process.poll() is not None or time.monotonic() - began > timeout:
+                raise EngineLost(
+                    f"the vLLM server at {client.address} was not ready after {time.monotonic() - began:.0f} s of at "
+                    f"most {timeout:g} (runtime.engine.timeout). {client.state()}"
+                )
+            time.sleep(POLL_SECONDS)
+    except BaseException:
+        server.end()
+        raise
+    return client
