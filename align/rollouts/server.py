@@ -2,9 +2,9 @@
 
 With ``server_process.py`` the only file that touches vLLM's HTTP interface: its routes, fields and options as of 0.31
 (``/v1/completions``, ``/collective_rpc``, ``/reset_prefix_cache``, ``/server_info``, ``/health``), the middle three of
-which exist only with ``VLLM_SERVER_DEV_MODE=1``. Every call ends within ``runtime.engine.timeout``, with an answer or an
-error that says whether the server lives. Left out: retries, streaming, tokens scored at other temperatures, and more
-than one training process at a server.
+which exist only with ``VLLM_SERVER_DEV_MODE=1``. Every call ends within ``runtime.engine.timeout``, with an answer or
+an error that says whether the server lives. Left out: retries, streaming, tokens scored at other temperatures, and
+more than one training process at a server.
 """
 
 from __future__ import annotations

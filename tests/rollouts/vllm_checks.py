@@ -49,7 +49,7 @@ def caller_is_undisturbed(model_dir: Path) -> VllmEngine:
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()  # type: ignore[index]
     threads, setter = torch.get_num_threads(), torch.set_num_threads
-    runtime = Runtime(engine=EngineConfig(name="vllm", cpu_kv_cache_gb=0.1))
+    runtime = Runtime(engine=EngineConfig(name="vllm", cpu_kv_cache_gb=0.1), threads=threads)
     engine = open_engine(model_dir, runtime, precision="float32", max_length=128, seed=7, warn=print)
     assert engine.name == "vllm"
     engine.generate(PROMPTS[:2], Sampling(4))
