@@ -1,0 +1,179 @@
+"""align's side of ``ppo_vs_trl``: its PPO trainer on given work, set up as the ``ppo`` stage does.
+
+    python -m benchmarks.ppo_align WORK OUT --method full [--engine auto]   (called by ppo_vs_trl)
+
+The one thing added is that responses have the lengths the work gives them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.ppo_trl import LEARNING_RATE
+from benchmarks.ppo_work import read_work
+
+PHASES = ("sync", "sampling", "scoring", "measuring", "learning")
+
+
+class FixedLengths:
+    """An engine whose responses have given lengths: the end token does not end them, the number of tokens does.
+
+    vLLM gets a limit for each request, so that a short response leaves the batch when it is done, as always. With
+    transformers all are sampled to the last token and cut afterwards. What the work does not hold (the parity probe's
+    few prompts) passes through.
+    """
+
+    def __init__(self, engine: Any, work: dict[str, Any]) -> None:
+        self.engine, self.name, self.dtype = engine, engine.name, engine.dtype
+        self._samples, self._left = work["shape"].samples, list(zip(work["prompts"], work["lengths"], strict=True))
+        self.counts: list[dict[str, int]] = []
+        self.load_weights, self.score_tokens, self.close = engine.load_weights, engine.score_tokens, engine.close
+
+    def generate(self, prompts: list[list[int]], sampling: Any, on_progress: Any = None) -> Any:
+        """See ``align.rollouts.protocol``. Raises ``RuntimeError`` when a response has another length."""
+        if not self._left or [ids for ids in prompts for _ in range(self._samples)] != self._left[0][0]:
+            return self.engine.generate(prompts, sampling, on_progress)
+        expected, lengths = self._left.pop(0)
+        sample = self._by_limit if self.name == "vllm" else self._by_cutting
+        responses = sample(prompts, sampling, lengths)
+        counted = [len(response.token_ids) for some in responses for response in some]
+        if counted != lengths:
+            raise RuntimeError(f"responses have {counted} tokens, not {lengths}")
+        self.counts.append({"prompt_tokens": sum(map(len, expected)), "response_tokens": sum(counted)})
+        return responses
+
+    def _by_limit(self, prompts: list[list[int]], sampling: Any, lengths: list[int]) -> Any:
+        run = self.engine._run
+
+        def limited(rows: Any, params: Any, on_progress: Any) -> Any:
+            for one, length in zip(params, lengths, strict=True):
+                one.max_tokens = one.min_tokens = length
+            return run(rows, params, on_progress)
+
+        self.engine._run = limited
+        try:
+            return self.engine.generate(prompts, sampling)
+        finally:
+            self.engine._run = run
+
+    def _by_cutting(self, prompts: list[list[int]], sampling: Any, lengths: list[int]) -> Any:
+        from align.rollouts.protocol import Response
+
+        end, self.engine.eos = self.engine.eos, -1
+        try:
+            drawn = self.engine.generate(prompts, sampling)
+        finally:
+            self.engine.eos = end
+        left = iter(lengths)
+
+        def cut(response: Response) -> Response:
+            size = next(left)
+            ids = response.token_ids[:size]
+            text = self.engine.tokenizer.decode(ids, skip_special_tokens=True)
+            return Response(ids, response.logprobs[:size], False, text)
+
+        return [[cut(response) for response in some] for some in drawn]
+
+
+def make_trainer(work: dict[str, Any], method: str, engine: str, folder: str) -> Any:
+    """Policy, reward model, critic from the reward model, and engine, as ``align.ppo.stage_run`` puts them together."""
+    from align.models.loading import load_policy, load_tokenizer
+    from align.models.reward import RewardModel
+    from align.models.threads import use_threads
+    from align.ppo.config import PPOConfig
+    from align.ppo.scoring import Part, RewardScorer, WeightedSum
+    from align.ppo.trainer import PPOTrainer
+    from align.rollouts.engine import open_engine
+    from align.stage import EngineConfig, FullTuning, LoraTuning, Runtime
+
+    shape, model = work["shape"], Path(work["model"])
+    runtime = Runtime(device="cpu", engine=EngineConfig(name=engine))  # type: ignore[arg-type]
+    use_threads(runtime)
+    policy = load_policy(model)
+    reward = RewardModel(Path(work["reward"]), device="cpu", precision="bfloat16")
+    longest = max(len(ids) for batch in work["prompts"] for ids in batch) + shape.tokens
+    opened = open_engine(model, runtime, precision="bfloat16", max_length=longest, seed=shape.seed, warn=print)
+    return PPOTrainer(
+        model=policy,
+        args=PPOConfig(
+            output_dir=folder,
+            updates=shape.updates,
+            rollout_batch=shape.batch,
+            samples_per_prompt=shape.samples,
+            max_tokens=shape.tokens,
+            per_device_train_batch_size=shape.micro_batch,
+            learning_rate=LEARNING_RATE[method],
+            bf16=True,
+            use_cpu=True,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            seed=shape.seed,
+        ),
+        train_dataset=work["rows"],
+        processing_class=load_tokenizer(model),
+        scorer=WeightedSum((Part("reward", 1.0, RewardScorer(reward)),)),
+        engine=FixedLengths(opened, work),
+        reward_model=reward.model,
+        tuning=LoraTuning() if method == "lora" else FullTuning(),
+        critic="reward",
+    )
+
+
+def measure(work: dict[str, Any], method: str, engine: str) -> dict[str, Any]:
+    """Run all updates; seconds and tokens of each, peak memory in GiB, the model's size, the machine's matrix peak."""
+    from transformers import TrainerCallback
+
+    from align.ppo.metrics import peak_memory_gib
+    from benchmarks.training import matrix_peak
+
+    ends: list[float] = []
+    logged: list[dict[str, float]] = []
+
+    class Updates(TrainerCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            ends.append(time.perf_counter())
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if logs and "score" in logs:
+                ends.append(time.perf_counter())
+                logged.append(logs)
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(work, method, engine, folder)
+        trainer.add_callback(Updates())
+        trainer.train()
+        trainer.engine.close()
+    if len(trainer.engine.counts) != len(logged):
+        raise RuntimeError("align's trainer drew other prompts than the benchmark gives to trl")
+    updates = [
+        {phase: logs[f"seconds_{phase}"] for phase in PHASES} | {"seconds": end - start} | counts
+        for logs, (start, end), counts in zip(logged, itertools.pairwise(ends), trainer.engine.counts, strict=True)
+    ]
+    base = trainer.model.policy.get_base_model() if method == "lora" else trainer.model.policy
+    parameters = {"all": sum(p.numel() for n, p in base.named_parameters() if "lora_" not in n)}
+    parameters["head"] = base.get_output_embeddings().weight.numel()
+    found = {"updates": updates, "peak_gib": peak_memory_gib(), "engine": trainer.engine.name, "parameters": parameters}
+    return found | {"matrix_peak": matrix_peak()}
+
+
+def main() -> None:
+    """Measure, and write the result as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--method", choices=("full", "lora"), required=True)
+    parser.add_argument("--engine", choices=("auto", "vllm", "transformers"), default="auto")
+    options = parser.parse_args()
+    found = measure(read_work(options.work), options.method, options.engine)
+    options.out.write_text(json.dumps(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

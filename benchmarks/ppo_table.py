@@ -1,0 +1,124 @@
+"""What ``ppo_vs_trl`` prints, out of what its runs measured: pure, and tested without trl.
+
+A *run* is what one process found: ``updates`` (seconds by phase, the whole under ``seconds``, real tokens),
+``peak_gib`` and, of align, ``parameters`` and ``matrix_peak``. The first update of a run warms up and does not count.
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+Run = dict[str, Any]
+Round = dict[str, Run]
+"""A run of each side, under ``align`` and ``trl``; a curve may have align's alone."""
+
+PHASES = ("sampling", "scoring", "measuring", "learning", "other", "seconds")
+"""``seconds`` is the whole update; ``other`` what is left of it: weights to the engine, prompts, garbage."""
+UPDATE = ("scoring", "measuring", "learning")
+"""The update phase: everything that is matrix products of a training pass."""
+FLOPS = {"full": 16, "lora": 12}
+"""Per parameter and real token, see :func:`floor_flops`."""
+
+
+def floor_flops(method: str, parameters: int, tokens: float) -> float:
+    """FLOPs that an update phase cannot do without, at a multiplication and an addition per parameter and token.
+
+    A forward pass is 2 per parameter and real token (prompt and response, no padding), gradients of its inputs 2 more,
+    those of its weights another 2. ``full``: policy and critic 6 + 6, reference and reward model 2 + 2, in all 16.
+    ``lora``: policy and critic need no gradients of their frozen weights, 4 + 4, and again 2 + 2, in all 12. Every
+    model counts with all parameters of the policy. Left out: attention between tokens and the adapters, some 5 %; the
+    second pass of policy and critic before the advantages are known, which is work but no necessity.
+    """
+    return FLOPS[method] * parameters * tokens
+
+
+def matrix_flops(method: str, parameters: int, head: int, prompt_tokens: float, response_tokens: float) -> float:
+    """The same without products nobody needs: an embedding is looked up, and the output head, which is the embedding
+    of a tied model, is for response tokens of policy and reference only.
+
+    ``full``: 16 per parameter of the trunk and token, 6 + 2 per parameter of the head and response token; ``lora``:
+    12, and 4 + 2.
+    """
+    trunk = FLOPS[method] * (parameters - head) * (prompt_tokens + response_tokens)
+    return trunk + (8 if method == "full" else 6) * head * response_tokens
+
+
+def phases(run: Run) -> dict[str, float]:
+    """Median seconds of each phase over the updates that count, of a token's share in milliseconds, and peak GiB."""
+    counted = run["updates"][1:]
+    rows = []
+    for update in counted:
+        known = {name: update[name] for name in PHASES[:4]}
+        row = known | {"other": update["seconds"] - sum(known.values()), "seconds": update["seconds"]}
+        tokens = update["prompt_tokens"] + update["response_tokens"]
+        row["per_token"] = 1000 * update["seconds"] / tokens
+        row["per_response_token"] = 1000 * update["seconds"] / update["response_tokens"]
+        rows.append(row)
+    return {name: statistics.median(row[name] for row in rows) for name in rows[0]} | {"peak_gib": run["peak_gib"]}
+
+
+LABELS = {
+    **{name: f"{name}, s" for name in PHASES[:5]},
+    "seconds": "whole update, s",
+    "per_token": "per real token, ms",
+    "per_response_token": "per response token, ms",
+    "peak_gib": "peak memory, GiB",
+}
+
+
+def table(rounds: list[Round]) -> list[str]:
+    """Medians over the rounds by side and phase, the median of the rounds' ratios, and these ratios."""
+    found = [{side: phases(run) for side, run in one.items()} for one in rounds]
+    lines = [f"{'':<24}{'align':>9}{'trl':>9}{'ratio':>9}   align / trl, round by round"]
+    for name, label in LABELS.items():
+        ours, theirs = ([one[side][name] for one in found if side in one] for side in ("align", "trl"))
+        line = f"{label:<24}{statistics.median(ours):9.2f}"
+        if theirs:
+            line += f"{statistics.median(theirs):9.2f}"
+        ratios = [a / b for a, b in zip(ours, theirs, strict=False) if b > 0]
+        if ratios and name != "other":  # what is in it differs
+            line += f"{statistics.median(ratios):9.2f}   {' '.join(f'{ratio:.2f}' for ratio in ratios)}"
+        lines.append(line)
+    return lines
+
+
+def efficiency(rounds: list[Round], method: str) -> dict[str, float]:
+    """align's update phase against the machine: its floor in seconds at the best matrix rate seen, and shares of it."""
+    runs = [one["align"] for one in rounds if "align" in one]
+    peak = max(run["matrix_peak"] for run in runs)
+    sizes = runs[0]["parameters"]
+    shares, needed, seconds = [], [], []
+    for update in (update for run in runs for update in run["updates"][1:]):
+        spent = sum(update[name] for name in UPDATE)
+        prompt, response = update["prompt_tokens"], update["response_tokens"]
+        seconds.append(spent)
+        shares.append(floor_flops(method, sizes["all"], prompt + response) / peak / spent)
+        needed.append(matrix_flops(method, sizes["all"], sizes["head"], prompt, response) / peak / spent)
+    found = {"share": statistics.median(shares), "share_needed": statistics.median(needed)}
+    return {"matrix_peak": peak, "update_phase": statistics.median(seconds)} | found
+
+
+def efficiency_lines(rounds: list[Round], method: str) -> list[str]:
+    """The same in words."""
+    found = efficiency(rounds, method)
+    floor = found["share"] * found["update_phase"]
+    return [
+        f"align's update phase ({', '.join(UPDATE)}) takes {found['update_phase']:.1f} s; {FLOPS[method]} FLOPs per "
+        f"parameter and real token at {found['matrix_peak'] / 1e9:.0f} GFLOP/s (bf16, 2048 square) are {floor:.1f} s:",
+        f"{found['share']:.0%} of the matrix peak; {found['share_needed']:.0%} counting only products that are needed "
+        "(no embedding, the head at response tokens)",
+    ]
+
+
+def tokens_line(rounds: list[Round]) -> str:
+    """Real tokens of an update by side."""
+    sides = []
+    for side in ("align", "trl"):
+        updates = [update for one in rounds if side in one for update in one[side]["updates"][1:]]
+        if updates:
+            prompt, response = (
+                statistics.mean(update[name] for update in updates) for name in ("prompt_tokens", "response_tokens")
+            )
+            sides.append(f"{side} {prompt:.0f} prompt + {response:.0f} response")
+    return "real tokens an update: " + "; ".join(sides)
