@@ -9,14 +9,18 @@ import sys
 from dataclasses import fields
 
 import pytest
+import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from align.artifacts import Artifact, Kind
 from align.data.rows import assistant, user, write_rows
 from align.errors import UserError
+from align.models.loading import load_reward, load_tokenizer
+from align.models.reward import RewardModel
 from align.ppo.checkpoint import DRAFT
 from align.ppo.config import PPOConfig
+from align.ppo.scoring import RewardScorer
 from align.ppo.stage_run import PASSED_ON, ReportUpdates
 from align.stage import Runtime, StageContext
 from align.stages.ppo import PpoConfig, run
@@ -212,3 +216,44 @@ def test_a_killed_stage_goes_on_to_the_same_weights(make_context, monkeypatch):
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
     for name in ("score_first", "score_last", "kl_last", "episodes", "tokens"):
         assert found[name] == expected[name]
+
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST]{{ m.content }}[/INST]"
+    "{% else %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.fixture
+def another_reward(tiny_reward, tmp_path):
+    """The tiny reward model with a chat template of its own, and a vocabulary in which two letters changed places."""
+    folder = tmp_path / "another"
+    shutil.copytree(tiny_reward, folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["e"] = vocabulary["e"], vocabulary["a"]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return folder
+
+
+def test_a_reward_model_of_another_family_reads_its_own_template_and_tokens(another_reward, tiny_model):
+    rows = [{"prompt": [user("name a cat")]}, {"prompt": [user("and?")]}]
+    scorer = RewardScorer(RewardModel(another_reward, precision="float32"))
+    scores = scorer.score(rows, ["Bea", "Eva"], [False, True])
+    own = scorer.model.tokenizer
+    texts = [f"[INST]name a cat[/INST]Bea{own.eos_token}", "[INST]and?[/INST]Eva"]
+    ids = [own(text, add_special_tokens=False)["input_ids"] for text in texts]
+    assert ids[0] != load_tokenizer(tiny_model)(texts[0], add_special_tokens=False)["input_ids"]
+    model = load_reward(another_reward)
+    expected = [model(torch.tensor([tokens])).logits.item() for tokens in ids]
+    assert scores == pytest.approx(expected, abs=1e-5)
+
+
+def test_it_trains_a_policy_but_is_no_critic_for_it(make_context, another_reward, tmp_path):
+    context = make_context("run", reward="reward", critic="policy", updates=1)
+    (tmp_path / "reward" / "model").unlink()
+    (tmp_path / "reward" / "model").symlink_to(another_reward)
+    assert run(context)["updates"] == 1
+    with pytest.raises(UserError, match="the policy and the reward model have different vocabularies"):
+        run(make_context("refused", reward="reward", critic="reward"))
