@@ -10,6 +10,7 @@ import torch
 from align.models.loading import load_policy, load_tokenizer
 from align.ppo import PPOConfig, PPOTrainer
 from align.rollouts.protocol import Response
+from tests.ppo.test_ptx import TEXTS
 
 
 class FixedEngine:
@@ -62,19 +63,26 @@ def main(model_dir: Path, out: Path) -> None:
             disable_tqdm=True,
             save_strategy="no",
             probe_parity=False,
+            ptx_coef=0.5,
+            ptx_rows=4,
+            eval_updates=1,
         ),
         train_dataset=[{"prompt": "abc" * (i + 1)} for i in range(8)],
         processing_class=load_tokenizer(model_dir),
         scorer=lambda rows, texts: [int(text) % 7 / 7 for text in texts],
         engine=FixedEngine(),
+        eval_dataset=[{"prompt": "xy" * (i + 1)} for i in range(5)],
+        ptx_dataset=TEXTS,
     )
     trainer.train()
     if trainer.is_world_process_zero():
         logs = [entry for entry in trainer.state.log_history if "score" in entry]
+        validations = [entry for entry in trainer.state.log_history if "eval_score" in entry]
         weights = {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
         torch.save(
             {
                 "logs": logs,
+                "validations": validations,
                 "weights": weights,
                 "kl_coef": trainer.kl_controller.value,
                 "processes": trainer.args.world_size,

@@ -12,6 +12,7 @@ import torch
 
 SAME = ("loss", "score", "score_std", "kl", "entropy", "reward", "advantage", "advantage_std", "explained_variance")
 ALSO = ("value_loss", "policy_loss", "ratio", "clipfrac", "length", "eos_rate", "grad_norm_policy", "grad_norm_critic")
+VALIDATED = ("eval_score", "eval_kl", "eval_length", "eval_eos_rate")
 
 
 def launch(processes: int, tiny_model, out) -> dict:
@@ -42,5 +43,9 @@ def test_two_processes_make_the_update_of_one(tiny_model, tmp_path):
         assert (tensor - two["weights"][name]).abs().max() <= 1e-5, name
     assert two["kl_coef"] == pytest.approx(one["kl_coef"], abs=1e-7)
     for first, second in zip(one["logs"], two["logs"], strict=True):
-        for name in (*SAME, *ALSO):
+        for name in (*SAME, *ALSO, "ptx_loss"):
+            assert second[name] == pytest.approx(first[name], abs=2e-5), name
+    assert [entry["update"] for entry in one["validations"]] == [0, 1, 2]
+    for first, second in zip(one["validations"], two["validations"], strict=True):
+        for name in VALIDATED:
             assert second[name] == pytest.approx(first[name], abs=2e-5), name
