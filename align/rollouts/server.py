@@ -14,7 +14,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ from align.models.loading import load_tokenizer
 from align.rollouts.protocol import Progress, Response, Sampling
 from align.rollouts.server_client import POLL_SECONDS, BadReply, Client, EngineLost
 from align.rollouts.server_process import GRACE_SECONDS, MODULE, start_server
-from align.rollouts.vllm import CPU_STEP_TOKENS, EMBEDDING, HEAD
-from align.rollouts.weights import checkpoint_weights, weight_names
+from align.rollouts.vllm import CPU_STEP_TOKENS
+from align.rollouts.weights import checkpoint_weights, weight_names, with_tied_head
 from align.stage import EngineConfig
 
 COMPLETIONS, RPC, RESET, INFO = "/v1/completions", "/collective_rpc", "/reset_prefix_cache", "/server_info"
@@ -209,7 +209,7 @@ class ServerEngine:
         partial = folder.with_name(f"{folder.name}.partial")
         partial.mkdir()
         try:
-            seen = write_shards(_with_head(weights, self.tied), partial, self.dtype)
+            seen = write_shards(with_tied_head(weights, self.tied), partial, self.dtype)
             missing = self.names - seen
             if missing:
                 raise ValueError(f"the new weights lack {', '.join(sorted(missing)[:3])}: a full set is needed")
@@ -256,22 +256,6 @@ class ServerEngine:
 
 def _all(values: Any, kind: Any) -> bool:
     return isinstance(values, list) and all(isinstance(value, kind) for value in values)
-
-
-def _with_head(weights: Iterable[tuple[str, torch.Tensor]], tied: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    """Add the head of a model with tied embeddings.
-
-    vLLM's CPU backend keeps a packed copy of the head: without the head under its own name the sampler goes on with
-    the old one, silently.
-    """
-    embedding, seen = None, False
-    for name, tensor in weights:
-        seen = seen or name == HEAD
-        if name == EMBEDDING:
-            embedding = tensor
-        yield name, tensor
-    if tied and not seen and embedding is not None:
-        yield HEAD, embedding
 
 
 def write_shards(weights: Iterable[tuple[str, torch.Tensor]], folder: Path, dtype: torch.dtype) -> set[str]:

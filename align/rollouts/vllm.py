@@ -22,12 +22,11 @@ import torch
 from align.models.loading import load_tokenizer
 from align.rollouts.protocol import Progress, Response, Sampling
 from align.rollouts.sampling import pick_tokens
-from align.rollouts.weights import weight_names
+from align.rollouts.weights import weight_names, with_tied_head
 from align.stage import EngineConfig
 
 CPU_STEP_TOKENS = 8192
 """Prompt tokens read in one step on a CPU at most."""
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class VllmChanged(RuntimeError):
@@ -187,19 +186,10 @@ class VllmEngine:
             raise RuntimeError("vLLM kept its prefix cache across a change of weights: requests still hold blocks")
 
     def _complete(self, weights: Iterable[tuple[str, torch.Tensor]], seen: set[str]) -> Iterator[tuple[str, Any]]:
-        """Add the head of a model with tied embeddings.
-
-        vLLM's CPU backend keeps a packed copy of the head: without the head under its own name the sampler goes on
-        with the old one, silently.
-        """
-        embedding = None
-        for name, tensor in weights:
+        """Every weight with the tied head, noting in ``seen`` what came."""
+        for name, tensor in with_tied_head(weights, self.tied):
             seen.add(name)
-            if name == EMBEDDING:
-                embedding = tensor
             yield name, tensor.detach()
-        if self.tied and HEAD not in seen and embedding is not None:
-            yield HEAD, embedding.detach()
 
     def score_tokens(
         self, prompts: list[list[int]], responses: list[list[int]], temperature: float

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,24 @@ from align.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def with_tied_head(weights: Iterable[tuple[str, torch.Tensor]], tied: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights, and behind them the output head of a model with ``tied`` embeddings, if it is not among them.
+
+    vLLM's CPU backend keeps a packed copy of the head: without the head under its own name the sampler goes on with
+    the old one, silently.
+    """
+    embedding, seen = None, False
+    for name, tensor in weights:
+        seen = seen or name == HEAD
+        if name == EMBEDDING:
+            embedding = tensor
+        yield name, tensor
+    if tied and not seen and embedding is not None:
+        yield HEAD, embedding
 
 
 def weight_files(model_dir: Path) -> list[Path]:
