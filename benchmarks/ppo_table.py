@@ -1,7 +1,7 @@
 """What ``ppo_vs_trl`` prints, out of what its runs measured: pure, and tested without trl.
 
-A *run* is what one process found: ``updates`` (seconds by phase, the whole under ``seconds``, real tokens),
-``peak_gib`` and, of align, ``parameters`` and ``matrix_peak``. The first update of a run warms up and does not count.
+A *run* is what one process found: ``updates`` without those that warmed up (seconds by phase, the whole under
+``seconds``, real tokens), ``peak_gib`` and, of align, ``parameters`` and ``matrix_peak``.
 """
 
 from __future__ import annotations
@@ -45,10 +45,9 @@ def matrix_flops(method: str, parameters: int, head: int, prompt_tokens: float, 
 
 
 def phases(run: Run) -> dict[str, float]:
-    """Median seconds of each phase over the updates that count, of a token's share in milliseconds, and peak GiB."""
-    counted = run["updates"][1:]
+    """Median seconds of each phase over the updates, of a token's share in milliseconds, and peak GiB."""
     rows = []
-    for update in counted:
+    for update in run["updates"]:
         known = {name: update[name] for name in PHASES[:4]}
         row = known | {"other": update["seconds"] - sum(known.values()), "seconds": update["seconds"]}
         tokens = update["prompt_tokens"] + update["response_tokens"]
@@ -89,7 +88,7 @@ def efficiency(rounds: list[Round], method: str) -> dict[str, float]:
     peak = max(run["matrix_peak"] for run in runs)
     sizes = runs[0]["parameters"]
     shares, needed, seconds = [], [], []
-    for update in (update for run in runs for update in run["updates"][1:]):
+    for update in (update for run in runs for update in run["updates"]):
         spent = sum(update[name] for name in UPDATE)
         prompt, response = update["prompt_tokens"], update["response_tokens"]
         seconds.append(spent)
@@ -115,7 +114,7 @@ def tokens_line(rounds: list[Round]) -> str:
     """Real tokens of an update by side."""
     sides = []
     for side in ("align", "trl"):
-        updates = [update for one in rounds if side in one for update in one[side]["updates"][1:]]
+        updates = [update for one in rounds if side in one for update in one[side]["updates"]]
         if updates:
             prompt, response = (
                 statistics.mean(update[name] for update in updates) for name in ("prompt_tokens", "response_tokens")

@@ -16,9 +16,10 @@ which is kindest to trl: no padding behind a response.
 
 trl's weights are bfloat16 (``--trl-weights``), where it is fastest: float32 ones it would sample from, and measure
 values with, in float32. align's are float32 masters computing in bfloat16, always. Each run is a process of its own;
-sides take turns, and so does who goes first. The first update of a run is not counted. The floor that the update phase
-is held against is in ``ppo_table.floor_flops``: 16 FLOPs per parameter and real token (6 + 6 for the two that are
-trained, 2 + 2 for the frozen ones), with LoRA 12 (4 + 4, 2 + 2), over the measured rate of a large bf16 product.
+sides take turns, and so does who goes first. The first update of a run is not counted; in full fine-tuning the second
+is slower than later ones too, while memory is touched for the first time (``--warm-up 2`` leaves it out). The floor
+that the update phase is held against is in ``ppo_table.floor_flops``: 16 FLOPs per parameter and real token (6 + 6 for
+the two that are trained, 2 + 2 for the frozen ones), with LoRA 12 (4 + 4, 2 + 2), over a large bf16 product's rate.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Comparison:
     """Runs either side on prepared work in ``folder``."""
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
-        self.options, self.folder = options, folder
+        self.options, self.folder, self.warm_up = options, folder, options.warm_up
         own = Path(sys.executable)
         self.pythons = {"align": own}
         if not options.curve or options.curve_trl:
@@ -86,6 +87,7 @@ class Comparison:
         run_module(self.pythons[side], SIDES[side], arguments, self.folder / f"{side}.log")
         found: Run = json.loads(out.read_text(encoding="utf-8"))
         out.unlink()
+        found["warm_up"], found["updates"] = found["updates"][: self.warm_up], found["updates"][self.warm_up :]
         print(f" {phases(found)['seconds']:.1f} s an update, {found['peak_gib']:.1f} GiB")
         return found
 
@@ -114,7 +116,7 @@ def curve(comparison: Comparison, shape: Shape) -> list[dict[str, Any]]:
     """One counted update at each point of ``CURVE``; a side that fails at one is told of, and left out there."""
     points = []
     for batch, tokens in CURVE:
-        comparison.prepare(replace(shape, batch=batch, tokens=tokens, updates=2))
+        comparison.prepare(replace(shape, batch=batch, tokens=tokens, updates=comparison.warm_up + 1))
         for method in comparison.options.methods:
             runs: Round = {}
             for side in comparison.pythons:
@@ -151,7 +153,8 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--methods", nargs="+", choices=("full", "lora"), default=["full", "lora"])
     add("--rounds", type=int, default=3, help="runs of each side and method")
-    add("--updates", type=int, default=2, help="updates of a run that count; one more warms up")
+    add("--updates", type=int, default=2, help="updates of a run that count")
+    add("--warm-up", type=int, default=1, help="updates before them; the second one still pays for fresh memory")
     add("--batch", type=int, default=32, help="episodes an update")
     add("--tokens", type=int, default=64, help="response tokens at most")
     add("--lengths", choices=("mixed", "full"), default="mixed", help="of responses; mixed: from an eighth to the most")
@@ -177,7 +180,7 @@ def main() -> None:
         micro_batch=options.micro_batch,
         instructions=options.instructions,
         lengths=options.lengths,
-        updates=options.updates + 1,
+        updates=options.warm_up + options.updates,
     )
     try:
         with tempfile.TemporaryDirectory() as folder:
