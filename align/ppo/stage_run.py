@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -18,6 +20,7 @@ from align.ppo.config import PPOConfig
 from align.ppo.scoring import Ensemble, Part, RewardScorer, WeightedSum
 from align.ppo.trainer import PPOTrainer
 from align.rollouts.engine import open_engine
+from align.rollouts.server_client import EngineLost
 from align.stage import StageContext
 from align.training.handover import check_model, check_same_vocabulary
 
@@ -84,7 +87,8 @@ def train(context: StageContext) -> dict[str, Any]:
         checkpoint = last_checkpoint(context.checkpoints)
         if checkpoint is not None:
             print(f"resuming from {checkpoint}")
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        with _saying_what_is_kept(context):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if trainer.stopped:
             context.warn(f"{context.name} ended early, at {trainer.stopped}")
         trainer.save_model(str(context.output / "model"))
@@ -92,6 +96,17 @@ def train(context: StageContext) -> dict[str, Any]:
         return {"engine": engine.name, "prompts": len(trainer.prompts), **summary(trainer)}
     finally:
         engine.close()
+
+
+@contextmanager
+def _saying_what_is_kept(context: StageContext) -> Iterator[None]:
+    """Add to the loss of a server what its loss costs: whether the next run starts anew or goes on."""
+    try:
+        yield
+    except EngineLost as error:
+        kept = last_checkpoint(context.checkpoints)
+        start = "start anew, since no checkpoint was written yet" if kept is None else f"go on from {kept.name}"
+        raise EngineLost(f"{error}\nWith a server that answers, run again to {start}.") from error
 
 
 def _rows(context: StageContext, field: str, split: str, most: int | None) -> list[dict[str, Any]]:
