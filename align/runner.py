@@ -22,7 +22,7 @@ from align.errors import NO_SPACE, StageFailed, UserError, disk_is_full, no_spac
 from align.pipeline import Node, Pipeline
 from align.planning import check_sources, choose_stages
 from align.provenance import command_line, git_commit, source_digest
-from align.stage_process import CHECKPOINTS, EVENTS, LOG, OUTPUT, RESULT, WORK
+from align.stage_process import CHECKPOINTS, ENVIRONMENT, EVENTS, LOG, OUTPUT, RESULT, WORK
 from align.store import Store
 
 POLL_SECONDS = 0.1
@@ -201,7 +201,7 @@ def _prepare(pipeline: Pipeline, node: Node, partial: Path, inputs: dict[str, Ar
 def _run_process(node: Node, partial: Path, listener: Listener) -> dict[str, Any]:
     """Start the stage's process, follow its events, and return its result."""
     log = partial / LOG
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
+    environment = {**ENVIRONMENT, **os.environ}
     events = _Tail(partial / EVENTS)
     with log.open("ab") as output:
         output.write(f"--- {datetime.now(UTC).isoformat(timespec='seconds')} {node.name}\n".encode())

@@ -227,7 +227,7 @@ STAGES: dict[str, Stage] = {
         _stage("sample", 2, Kind.PREFERENCES, "sample responses from a checkpoint, score and pair them"),
         _stage("reward", 2, Kind.REWARD, "train a reward model on pairs"),
         _stage("dpo", 1, Kind.POLICY, "direct preference optimisation on pairs"),
-        _stage("ppo", 1, Kind.POLICY, "PPO with a critic against a reward model or a checker"),
+        _stage("ppo", 2, Kind.POLICY, "PPO with a critic against a reward model or a checker"),
         _stage("evaluate", 1, Kind.SCORECARD, "score checkpoints on held-out prompts, with intervals"),
         _stage("report", 1, Kind.REPORT, "one HTML page about the whole run"),
     )

@@ -27,6 +27,16 @@ WORK, RESULT, EVENTS, LOG = "work.json", "result.json", "events.jsonl", "log.txt
 OUTPUT, CHECKPOINTS = "output", "checkpoints"
 
 
+ENVIRONMENT = {
+    "PYTHONUNBUFFERED": "1",
+    "PYTHONFAULTHANDLER": "1",
+    # glibc gives large blocks back to the kernel at once, and a training step asks for the same ones over and over: in
+    # pages of 2 MiB rather than 4 KiB that costs little (PPO's learning on SmolLM2-135M: 7.8 s without, 6.8 s with).
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
+"""What a stage's process is started with, unless the user's environment says otherwise; read when a process starts."""
+
+
 def main(folder: Path) -> int:
     """Run the stage described in ``folder``; exit code 0 done, 1 failed, 2 the user's input was at fault."""
     work = json.loads((folder / WORK).read_text(encoding="utf-8"))

@@ -51,10 +51,10 @@ class FixedLengths:
     def _by_limit(self, prompts: list[list[int]], sampling: Any, lengths: list[int]) -> Any:
         run = self.engine._run
 
-        def limited(rows: Any, params: Any, on_progress: Any) -> Any:
+        def limited(call: str, rows: Any, params: Any, on_progress: Any) -> Any:
             for one, length in zip(params, lengths, strict=True):
                 one.max_tokens = one.min_tokens = length
-            return run(rows, params, on_progress)
+            return run(call, rows, params, on_progress)
 
         self.engine._run = limited
         try:
@@ -81,7 +81,7 @@ class FixedLengths:
         return [[cut(response) for response in some] for some in drawn]
 
 
-def make_trainer(work: dict[str, Any], method: str, engine: str, folder: str) -> Any:
+def make_trainer(work: dict[str, Any], method: str, engine: str, folder: str, reuse_forward: bool = False) -> Any:
     """Policy, reward model, critic from the reward model, and engine, as ``align.ppo.stage_run`` puts them together."""
     from align.models.loading import load_policy, load_tokenizer
     from align.models.reward import RewardModel
@@ -99,7 +99,7 @@ def make_trainer(work: dict[str, Any], method: str, engine: str, folder: str) ->
     reward = RewardModel(Path(work["reward"]), device="cpu", precision="bfloat16")
     longest = max(len(ids) for batch in work["prompts"] for ids in batch) + shape.tokens
     opened = open_engine(model, runtime, precision="bfloat16", max_length=longest, seed=shape.seed, warn=print)
-    return PPOTrainer(
+    trainer = PPOTrainer(
         model=policy,
         args=PPOConfig(
             output_dir=folder,
@@ -110,6 +110,7 @@ def make_trainer(work: dict[str, Any], method: str, engine: str, folder: str) ->
             per_device_train_batch_size=shape.micro_batch,
             learning_rate=LEARNING_RATE[method],
             bf16=True,
+            reuse_forward=reuse_forward,
             use_cpu=True,
             save_strategy="no",
             report_to="none",
@@ -124,9 +125,11 @@ def make_trainer(work: dict[str, Any], method: str, engine: str, folder: str) ->
         tuning=LoraTuning() if method == "lora" else FullTuning(),
         critic="reward",
     )
+    reward.round_weights()
+    return trainer
 
 
-def measure(work: dict[str, Any], method: str, engine: str) -> dict[str, Any]:
+def measure(work: dict[str, Any], method: str, engine: str, reuse_forward: bool) -> dict[str, Any]:
     """Run all updates; seconds and tokens of each, peak memory in GiB, the model's size, the machine's matrix peak."""
     from transformers import TrainerCallback
 
@@ -146,7 +149,7 @@ def measure(work: dict[str, Any], method: str, engine: str) -> dict[str, Any]:
                 logged.append(logs)
 
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(work, method, engine, folder)
+        trainer = make_trainer(work, method, engine, folder, reuse_forward)
         trainer.add_callback(Updates())
         trainer.train()
         trainer.engine.close()
@@ -170,8 +173,9 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--method", choices=("full", "lora"), required=True)
     parser.add_argument("--engine", choices=("auto", "vllm", "transformers"), default="auto")
+    parser.add_argument("--reuse-forward", action="store_true")
     options = parser.parse_args()
-    found = measure(read_work(options.work), options.method, options.engine)
+    found = measure(read_work(options.work), options.method, options.engine, options.reuse_forward)
     options.out.write_text(json.dumps(found), encoding="utf-8")
 
 

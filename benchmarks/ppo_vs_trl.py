@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import UserError
+from align.stage_process import ENVIRONMENT
 from benchmarks.ppo_table import Round, Run, efficiency, efficiency_lines, phases, table, tokens_line
 from benchmarks.ppo_work import TRL, Shape, environment, inventory, last_lines, process_environment
 
@@ -48,11 +49,16 @@ class RunFailed(RuntimeError):
     """A side's process ended without a result."""
 
 
-def run_module(python: Path, module: str, arguments: list[str], log: Path) -> None:
-    """Run one of the modules beside this one. Raises ``RunFailed`` with the end of what it wrote."""
+def run_module(python: Path, module: str, arguments: list[str], log: Path, more: dict[str, str] | None = None) -> None:
+    """Run one of the modules beside this one, with ``more`` in its environment.
+
+    Raises ``RunFailed`` with the end of what it wrote.
+    """
     with log.open("w", encoding="utf-8") as file:
         command = [str(python), "-m", module, *arguments]
-        done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=process_environment())
+        done = subprocess.run(
+            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env={**process_environment(), **(more or {})}
+        )
     if done.returncode:
         how = f"exit code {done.returncode}"
         if done.returncode < 0:
@@ -81,10 +87,12 @@ class Comparison:
         arguments = [str(self.folder / "work.json"), str(out), "--method", method]
         if side == "align":
             arguments += ["--engine", self.options.engine]
+            arguments += ["--reuse-forward"] * (method in self.options.reuse_forward)
         else:
             arguments += ["--weights", self.options.trl_weights]
         print(f"  {method}: {side} ...", end="", flush=True)
-        run_module(self.pythons[side], SIDES[side], arguments, self.folder / f"{side}.log")
+        more = ENVIRONMENT if side == "align" else {}  # as align's runner starts it; trl's starts with the user's own
+        run_module(self.pythons[side], SIDES[side], arguments, self.folder / f"{side}.log", more)
         found: Run = json.loads(out.read_text(encoding="utf-8"))
         out.unlink()
         found["warm_up"], found["updates"] = found["updates"][: self.warm_up], found["updates"][self.warm_up :]
@@ -162,6 +170,13 @@ def parse() -> argparse.Namespace:
     add("--instructions", type=int, default=1, help="prompts hold 1 to this many, for a wider mix of lengths")
     add("--micro-batch", type=int, default=16, help="episodes of a training pass, on both sides")
     add("--engine", choices=("auto", "vllm", "transformers"), default="auto", help="what align samples with")
+    add(
+        "--reuse-forward",
+        nargs="*",
+        choices=("full", "lora"),
+        default=["lora"],
+        help="align learns from measuring passes",
+    )
     add("--trl-weights", choices=("bfloat16", "float32"), default="bfloat16", help="type of trl's trained weights")
     add("--environment", type=Path, default=cache_folder() / f"trl-{TRL}", help="trl's virtual environment")
     add("--json", type=Path, help="write everything there")

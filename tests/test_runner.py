@@ -66,6 +66,18 @@ def test_a_run_makes_every_stage_once_and_a_second_run_none(store: Path) -> None
     assert not list(store.glob("*/*.partial"))
 
 
+def test_a_stage_starts_with_large_pages_unless_the_user_says_otherwise(store: Path, monkeypatch) -> None:
+    def found(seed: int) -> dict[str, str]:
+        raw = {"name": "toy", "seed": seed, "stages": {"env": {"stage": "tests.toy:ENV"}}}
+        artifact = run_pipeline(Pipeline(raw), store=store).artifacts["env"]
+        return json.loads((artifact.path / "environment.json").read_text())
+
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    assert found(1)["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")
+    assert found(2)["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=0"
+
+
 def test_a_changed_field_reruns_what_depends_on_it_and_explain_names_it(store: Path) -> None:
     run_pipeline(Pipeline(toy.pipeline()), store=store)
     changed = toy.pipeline(two={"number": 5})

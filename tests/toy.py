@@ -1,5 +1,6 @@
 """Stages without torch, for tests of the spine: they count, and can fail in every way a stage can."""
 
+import json
 import os
 import signal
 import time
@@ -56,8 +57,18 @@ def add(context: StageContext) -> dict[str, Any]:
     return {"total": total}
 
 
+def surroundings(context: StageContext) -> dict[str, Any]:
+    """What the process found in its environment."""
+    (context.output / "environment.json").write_text(json.dumps(dict(os.environ)))
+    return {}
+
+
 NUMBER = Stage("number", 1, Kind.PROMPTS, "tests.toy:NumberConfig", "tests.toy:number", "a number", "tests.toy:NUMBER")
 SUM = Stage("sum", 1, Kind.PROMPTS, "tests.toy:SumConfig", "tests.toy:add", "a sum", "tests.toy:SUM")
+POLICY = Stage("policy", 1, Kind.POLICY, "tests.toy:NumberConfig", "tests.toy:number", "a policy", "tests.toy:POLICY")
+ENV = Stage(
+    "env", 1, Kind.PROMPTS, "tests.toy:NumberConfig", "tests.toy:surroundings", "its environment", "tests.toy:ENV"
+)
 CARD = Stage("card", 1, Kind.SCORECARD, "tests.toy:NumberConfig", "tests.toy:number", "a card", "tests.toy:CARD")
 
 

@@ -2,6 +2,9 @@
 
 bfloat16 keeps 8 bits of a number: at a learning rate of 1e-6 an update is below the rounding of a weight near 0.02 and
 is lost. So weights are float32 masters, and ``torch.autocast`` rounds only the operands of matrix products.
+``low_residual`` goes further: what flows between them is rounded too, as in vLLM and in the mixed precision of FSDP and
+DeepSpeed. Measured on SmolLM2-135M against float32: log-probabilities are off by 0.037 nats on average rather than
+0.031, the gradient's direction by 1 - cos = 4e-5 rather than 2e-5.
 """
 
 from __future__ import annotations
@@ -24,3 +27,40 @@ def autocast(device: Any, precision: Precision) -> Any:
 
     kind = torch.device(device).type
     return torch.autocast(kind, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def low_residual(model: Any) -> None:
+    """Under autocast, have embeddings and norms of ``model`` hand on its type, so that no float32 flows between layers.
+
+    The weights stay as they are; without autocast nothing changes.
+    """
+    import torch
+
+    from align.models.norms import lean_norms
+
+    lean_norms(model)
+
+    def lowered(module: Any, inputs: Any, output: Any) -> Any:
+        kind = output.device.type
+        return output.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else output
+
+    for module in model.modules():
+        norm = isinstance(module, torch.nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")
+        if isinstance(module, torch.nn.Embedding) or (norm and not hasattr(module, "lean")):
+            module.register_forward_hook(lowered)
+        if hasattr(
+            module, "cast_input_dtype_enabled"
+        ):  # peft would raise each input to float32 for autocast to lower it
+            module.cast_input_dtype_enabled = False
+
+
+def round_frozen(model: Any) -> None:
+    """Keep the frozen matrices of ``model`` in bfloat16: autocast would round them in every pass, and not remember it.
+
+    For models that are neither trained nor saved any more. Whoever shares the tensors shares the rounding.
+    """
+    import torch
+
+    for module in model.modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) and not module.weight.requires_grad:
+            module.weight.data = module.weight.data.to(torch.bfloat16)

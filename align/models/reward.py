@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from align.models.loading import load_reward, load_tokenizer
-from align.models.precision import Precision, autocast
+from align.models.precision import Precision, autocast, round_frozen
+from align.models.ragged import can_run_ragged, hidden_states, lay_out, run_ragged, to_device
 from align.models.render import Message, render_conversation
 
 
@@ -24,6 +25,14 @@ class RewardModel:
         self.device = torch.device(device)
         self.precision = precision
         self.batch_size = batch_size
+        self._ragged = can_run_ragged(self.model)
+        if self._ragged:
+            run_ragged(self.model)
+
+    def round_weights(self) -> None:
+        """Keep the trunk in bfloat16, where that is what it computes in: half the memory; scores move by rounding."""
+        if self.precision == "bfloat16":
+            round_frozen(getattr(self.model, self.model.base_model_prefix))
 
     def score(
         self, prompts: list[list[Message]], responses: list[str], finished: list[bool] | None = None
@@ -54,6 +63,21 @@ class RewardModel:
         return scores
 
     def _forward(self, rows: list[list[int]]) -> list[float]:
+        with autocast(self.device, self.precision):
+            last = self._ragged_states(rows) if self._ragged else self._padded_states(rows)  # (B, H)
+        # The head is one dot product: in float32, so that scores of like answers do not tie by rounding.
+        values: list[float] = self.model.score(last.float())[:, 0].tolist()
+        return values
+
+    def _ragged_states(self, rows: list[list[int]]) -> torch.Tensor:
+        ids = torch.tensor([[token for row in rows for token in row]], device=self.device)
+        places = torch.tensor([[place for row in rows for place in range(len(row))]], device=self.device)
+        lengths = [len(row) for row in rows]
+        layout = to_device(lay_out(lengths), self.device)
+        trunk = getattr(self.model, self.model.base_model_prefix)
+        return hidden_states(trunk, ids, places, layout)[torch.tensor(lengths, device=self.device).cumsum(0) - 1]
+
+    def _padded_states(self, rows: list[list[int]]) -> torch.Tensor:
         """Right-padded, so that positions need no shift and padding is never attended to."""
         lengths = torch.tensor([len(row) for row in rows], device=self.device)
         width = int(lengths.max())
@@ -61,9 +85,6 @@ class RewardModel:
         ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=self.device)  # (B, T)
         mask = (torch.arange(width, device=self.device) < lengths[:, None]).long()
         trunk = getattr(self.model, self.model.base_model_prefix)
-        with autocast(self.device, self.precision):
-            hidden = trunk(input_ids=ids, attention_mask=mask).last_hidden_state  # (B, T, H)
-            last = hidden[torch.arange(len(rows), device=self.device), lengths - 1]  # (B, H)
-        # The head is one dot product: in float32, so that scores of like answers do not tie by rounding.
-        values: list[float] = self.model.score(last.float())[:, 0].tolist()
-        return values
+        hidden = trunk(input_ids=ids, attention_mask=mask).last_hidden_state  # (B, T, H)
+        states: torch.Tensor = hidden[torch.arange(len(rows), device=self.device), lengths - 1]
+        return states

@@ -91,7 +91,10 @@ class PPOConfig(TrainingArguments):
         default=False,
         metadata={"help": "Learn from the passes that measured the rollout: saves two, keeps all activations."},
     )
-    share_prompts: bool = field(default=True, metadata={"help": "Run a prompt once for its responses, where possible."})
+    padding_free: bool = field(default=True, metadata={"help": "Run real tokens only, where the model allows."})
+    share_prompts: bool = field(
+        default=True, metadata={"help": "Run a prompt once for its responses; padding-free only."}
+    )
     probe_parity: bool = field(
         default=True, metadata={"help": "Compare engine and trainer at start and after resuming."}
     )

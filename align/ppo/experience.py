@@ -20,7 +20,7 @@ from align.ppo.masking import local
 from align.ppo.model import PolicyAndCritic
 from align.ppo.normalise import RunningScale
 from align.ppo.objective import LEARNED_FROM
-from align.ppo.packing import plan
+from align.ppo.packing import Form, plan
 from align.ppo.prompts import Prompts, derive_seed
 from align.ppo.ptx import PtxRows
 from align.ppo.rollout import AnyScorer, Rollout, RolloutLoader, add_advantages, sample_rollout, score_rollout
@@ -42,7 +42,7 @@ class RolloutTrainer(SavingTrainer):
     ptx: PtxRows | None
     scale: RunningScale | None
     kl_controller: KLController
-    share_prompts: bool
+    form: Form
     totals: dict[str, int]
     stopped: str | None
     _averages: metrics.Averages
@@ -80,7 +80,7 @@ class RolloutTrainer(SavingTrainer):
             for at, mini in enumerate(planned):
                 texts = self._ptx_texts(update * self.args.steps_per_update + epoch * len(planned) + at)
                 for place, indices in enumerate(mini):
-                    pack = rollout.pack(indices, self._pad_id, self.share_prompts, texts[place :: len(mini)])
+                    pack = rollout.pack(indices, self._pad_id, self.form, texts[place :: len(mini)])
                     made = {"pack": pack, "learn": rollout.select(indices, LEARNED_FROM)}
                     yield made | {"out": outputs.pop(0)} if outputs else made
 
@@ -141,7 +141,7 @@ class RolloutTrainer(SavingTrainer):
         self.model.eval()
         kept = []
         for indices in micro_batches:
-            batch = self._prepare_inputs(rollout.pack(indices, self._pad_id, self.share_prompts))
+            batch = self._prepare_inputs(rollout.pack(indices, self._pad_id, self.form))
             with torch.set_grad_enabled(keep):
                 out = self.model_wrapped(batch, reference=True)
             rollout.store(indices, {name: tensor.detach() for name, tensor in out.items()})

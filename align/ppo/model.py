@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from align.errors import UserError
+from align.models import ragged
 from align.ppo.critic import Critic, trunk_of
 from align.ppo.logprobs import token_logprobs
 from align.ppo.packing import Batch
@@ -61,28 +62,30 @@ class PolicyAndCritic(nn.Module):
         end. All are float32, and zero on padding.
         """
         out = {}
-        states = None  # (R * L, H) of the policy's trunk
+        states = None  # (R * L, H) or (N, H) of the policy's trunk
         if policy or (critic and self.critic.trunk is None):
             with torch.set_grad_enabled(torch.is_grad_enabled() and policy):
                 states = _hidden(trunk_of(self.policy), batch)
         if policy and states is not None:
             out["logprobs"], out["entropy"] = self._logprobs(self.policy, states, batch)
         if critic:
-            out["values"] = self._values(states, without_ptx(batch))
+            out["values"] = self._values(states, batch)
         if reference:
             with torch.no_grad(), self.reference_policy() as model:
                 out["ref_logprobs"], _ = self._logprobs(model, _hidden(trunk_of(model), batch), batch)
         return out
 
     def _values(self, states: torch.Tensor | None, batch: Batch) -> torch.Tensor:
-        mask = batch["response_mask"]
-        mask = torch.cat([mask.new_ones(len(mask), 1), mask], dim=1)  # (B, T+1)
         if self.critic.trunk is not None:
+            batch = batch.get("without_ptx", batch)
             states = _hidden(self.critic.trunk, batch)
         elif states is not None and self.critic_detach:
             states = states.detach()
         assert states is not None
-        return _scatter(self.critic.values(states[batch["positions"][mask]]), mask)
+        own = len(batch["targets"]) - int(batch.get("ptx", 0))
+        mask = batch["response_mask"][:own]
+        mask = torch.cat([mask.new_ones(len(mask), 1), mask], dim=1)  # (B, T+1)
+        return _scatter(self.critic.values(states[batch["positions"][:own][mask]]), mask)
 
     @contextlib.contextmanager
     def reference_policy(self) -> Any:
@@ -102,39 +105,16 @@ class PolicyAndCritic(nn.Module):
 
 
 def _hidden(trunk: Any, batch: Batch) -> torch.Tensor:
-    """(R * L, H)."""
-    states = trunk(
-        input_ids=batch["input_ids"],
-        attention_mask=batch.get("attention_mask"),
-        position_ids=batch.get("position_ids"),
-        use_cache=False,
-    ).last_hidden_state
-    flat: torch.Tensor = states.flatten(0, 1)
+    """(R * L, H), or (N, H) of ragged rows."""
+    if "layout" in batch:
+        return ragged.hidden_states(trunk, batch["input_ids"], batch["position_ids"], batch["layout"])
+    flat: torch.Tensor = trunk(input_ids=batch["input_ids"], use_cache=False).last_hidden_state.flatten(0, 1)
     return flat
-
-
-def without_ptx(batch: Batch) -> Batch:
-    """The batch without the supervised texts at its end; what was R x L stays so in its first rows."""
-    count = int(batch.get("ptx", 0))
-    if count == 0:
-        return batch
-    by_row = ("input_ids", "position_ids", "attention_mask")
-    by_response = ("positions", "targets", "response_mask")
-    return {name: tensor[:-count] for name, tensor in batch.items() if name in (*by_row, *by_response)}
 
 
 def _scatter(flat: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """(N,) values of the real tokens -> mask's shape, zero elsewhere; differentiable."""
     return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
-
-
-def can_share_prompts(model: Any) -> bool:
-    """Whether the attention takes an explicit mask, and no layer has a window that the mask would switch off."""
-    config = model.config.get_text_config()
-    plain = not getattr(config, "sliding_window", None) and set(getattr(config, "layer_types", None) or ()) <= {
-        "full_attention"
-    }
-    return plain and config._attn_implementation == "sdpa"
 
 
 def _check_head(policy: Any) -> None:

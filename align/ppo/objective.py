@@ -30,21 +30,24 @@ def ppo_loss(
 
     ``out`` is what the models say now, ``learn`` what the rollout said, ``mask`` (B, T) the tokens learnt from. Each
     term is a sum divided by ``count``, the tokens (or sequences) of the whole optimizer step. Without ``logprobs`` in
-    ``out`` only the critic learns; while ``warming`` the policy's part counts for nothing, but stays in the graph.
+    ``out`` only the critic learns, without ``values`` only the policy; while ``warming`` the policy's part counts for
+    nothing, but stays in the graph.
     ``kl_coef`` is that of a KL term in the loss. Its gradient is that of the KL (k2) at the rollout's weights, and
     an approximation after steps away from them.
     """
     kind = args.loss_aggregation
-    critic = value_loss(
-        out["values"][:, :-1],
-        learn["values"][:, :-1],
-        learn["returns"],
-        mask,
-        count,
-        value_clip_range=args.value_clip_range,
-        aggregation=kind,
-    )
-    loss, sums = args.vf_coef * critic.loss, dict(critic.sums)
+    loss, sums = mask.new_zeros((), dtype=torch.float32), {}
+    if "values" in out:
+        critic = value_loss(
+            out["values"][:, :-1],
+            learn["values"][:, :-1],
+            learn["returns"],
+            mask,
+            count,
+            value_clip_range=args.value_clip_range,
+            aggregation=kind,
+        )
+        loss, sums = args.vf_coef * critic.loss, dict(critic.sums)
     if "logprobs" not in out:
         return loss, sums
     weights = importance_weights(

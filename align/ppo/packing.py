@@ -1,62 +1,66 @@
 """From ragged token lists to the tensors of one micro-batch, and which responses go into which.
 
-Rows are right-padded and causal, so padding is never attended to and needs no mask. Responses to the same prompt share
-it: ``prompt, response 1, response 2, ...`` is one row in which a response attends to the prompt and to itself. With n
-samples per prompt that saves n - 1 passes over the prompt and changes no number beyond rounding.
+``ragged``: rows stand end to end in one line of tokens, without padding (``align.models.ragged``). ``shared``: so they
+do, and responses to the same prompt share it: ``prompt, response 1, response 2, ...`` is one row, in which a response
+attends to the prompt and to itself; with n samples per prompt that saves n - 1 passes over the prompt. ``padded``: for
+models that cannot do that, one right-padded row per response; causal, so padding is never attended to. The form changes
+no number beyond rounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 
+from align.models.ragged import lay_out
 from align.ppo.masking import response_mask
 
-Batch = dict[str, torch.Tensor]
-"""``input_ids`` (R, L); for shared rows ``position_ids`` (R, L) and ``attention_mask`` (R, 1, L, L) bool, True where a
-query may look; ``positions`` (B, T+1): index into the flattened R x L of the state before each response token, and
-of the last token; ``targets`` (B, T); ``response_mask`` (B, T). R rows hold B >= R responses."""
+Form = Literal["shared", "ragged", "padded"]
+Batch = dict[str, Any]
+"""``input_ids`` (R, L), of ragged rows (1, N) with ``position_ids`` (1, N) and a ``layout``; ``positions`` (B, T+1):
+index into the flattened tokens of the state before each response token, and of the last token; ``targets`` (B, T);
+``response_mask`` (B, T)."""
 
 TokenLists = Sequence[Sequence[int]]
 
 
-def pack(prompts: TokenLists, responses: TokenLists, groups: Sequence[int], pad_id: int, *, share: bool) -> Batch:
-    """Tensors of a micro-batch of B responses; ``groups[i]`` is equal for responses whose prompt is the same.
-
-    Nothing is shared when ``share`` is False or no group has two members; the mask of all then stays implicit.
-    """
-    members = _rows(groups, share)
+def pack(prompts: TokenLists, responses: TokenLists, groups: Sequence[int], pad_id: int, form: Form) -> Batch:
+    """Tensors of a micro-batch of B responses; ``groups[i]`` is equal for responses whose prompt is the same."""
+    members = _rows(groups, form == "shared")
     rows = [[*prompts[row[0]], *(token for i in row for token in responses[i])] for row in members]
-    length, width = max(map(len, rows)), max(map(len, responses))
-    input_ids = torch.full((len(rows), length), pad_id, dtype=torch.long)
-    segments = torch.full((len(rows), length), -1, dtype=torch.long)  # 0 prompt, k the row's k-th response, -1 padding
-    position_ids = torch.zeros(len(rows), length, dtype=torch.long)
+    longest, width = max(map(len, rows)), max(map(len, responses))
     positions = torch.zeros(len(responses), width + 1, dtype=torch.long)
     targets = torch.zeros(len(responses), width, dtype=torch.long)
+    places: list[list[int]] = []  # of each row's tokens, within its sequence
+    parts: list[list[int]] = []  # 0 for the prompt, k for the row's k-th response
+    offset = 0
     for r, row in enumerate(members):
-        prompt = len(prompts[row[0]])
-        input_ids[r, : len(rows[r])] = torch.tensor(rows[r])
-        segments[r, :prompt] = 0
-        position_ids[r, :prompt] = torch.arange(prompt)
-        start = prompt
+        start = prompt = len(prompts[row[0]])
+        places.append(list(range(prompt)))
+        parts.append([0] * prompt)
         for k, i in enumerate(row, start=1):
-            end = start + len(responses[i])
-            segments[r, start:end] = k
-            position_ids[r, start:end] = torch.arange(prompt, prompt + end - start)
-            positions[i, 0] = r * length + prompt - 1  # the state before the first token is the end of the prompt
-            positions[i, 1 : end - start + 1] = r * length + torch.arange(start, end)
-            targets[i, : end - start] = torch.tensor(responses[i])
-            start = end
-    batch = {
-        "input_ids": input_ids,
+            size = len(responses[i])
+            places[r] += range(prompt, prompt + size)
+            parts[r] += [k] * size
+            positions[i, 0] = offset + prompt - 1  # the state before the first token is the end of the prompt
+            positions[i, 1 : size + 1] = offset + torch.arange(start, start + size)
+            targets[i, :size] = torch.tensor(responses[i])
+            start += size
+        offset += longest if form == "padded" else len(rows[r])
+    batch: Batch = {
         "positions": positions,
         "targets": targets,
         "response_mask": response_mask([len(response) for response in responses]),
     }
-    if len(members) < len(responses):
-        batch |= {"position_ids": position_ids, "attention_mask": _shared_mask(segments)}
-    return batch
+    if form == "padded":
+        return batch | {"input_ids": torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in rows])}
+    return batch | {
+        "input_ids": torch.tensor([[token for row in rows for token in row]]),
+        "position_ids": torch.tensor([[place for row in places for place in row]]),
+        "layout": lay_out([len(row) for row in rows], parts if len(members) < len(responses) else None),
+    }
 
 
 def _rows(groups: Sequence[int], share: bool) -> list[list[int]]:
@@ -66,14 +70,6 @@ def _rows(groups: Sequence[int], share: bool) -> list[list[int]]:
     for i, group in enumerate(groups):
         members.setdefault(group, []).append(i)
     return list(members.values())
-
-
-def _shared_mask(segments: torch.Tensor) -> torch.Tensor:
-    """Causal, and only within one's own segment or into the prompt; (R, 1, L, L) bool."""
-    length = segments.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    visible = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])  # (R, query, key)
-    return (visible & causal)[:, None]
 
 
 def plan(

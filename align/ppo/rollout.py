@@ -17,7 +17,7 @@ from align.errors import UserError
 from align.ppo.advantages import gae, whiten_advantages
 from align.ppo.masking import Reduce, local, pad_rows, response_mask
 from align.ppo.normalise import RunningScale
-from align.ppo.packing import Batch, pack
+from align.ppo.packing import Batch, Form, pack
 from align.ppo.prompts import Prompts, Row, derive_seed
 from align.ppo.rewards import adjust_scores, shape_rewards, whiten_rewards
 
@@ -61,17 +61,25 @@ class Rollout:
         return [len(p) + len(r) for p, r in zip(self.prompts, self.responses, strict=True)]
 
     def pack(
-        self, indices: list[int], pad_id: int, share: bool, ptx: Sequence[tuple[list[int], list[int]]] = ()
+        self, indices: list[int], pad_id: int, form: Form, ptx: Sequence[tuple[list[int], list[int]]] = ()
     ) -> Batch:
-        """Model inputs of some of the responses, with (prompt, answer) texts behind them, counted under ``ptx``."""
-        batch = pack(
-            [*(self.prompts[i] for i in indices), *(prompt for prompt, _ in ptx)],
-            [*(self.responses[i] for i in indices), *(answer for _, answer in ptx)],
-            [*(self.groups[i] for i in indices), *(-1 - i for i in range(len(ptx)))],
+        """Model inputs of some of the responses.
+
+        (prompt, answer) texts may stand behind them; ``ptx`` then counts them, and ``without_ptx`` is a batch without.
+        """
+        prompts, responses = [self.prompts[i] for i in indices], [self.responses[i] for i in indices]
+        groups = [self.groups[i] for i in indices]
+        batch = pack(prompts, responses, groups, pad_id, form)
+        if not ptx:
+            return batch
+        together = pack(
+            [*prompts, *(prompt for prompt, _ in ptx)],
+            [*responses, *(answer for _, answer in ptx)],
+            [*groups, *(-1 - i for i in range(len(ptx)))],
             pad_id,
-            share=share,
+            form,
         )
-        return batch | {"ptx": torch.tensor(len(ptx))} if ptx else batch
+        return together | {"ptx": torch.tensor(len(ptx)), "without_ptx": batch}
 
     def select(self, indices: list[int], names: tuple[str, ...]) -> Batch:
         """Rows of the named tensors, cut to the longest of these responses."""

@@ -79,6 +79,8 @@ def train(context: StageContext) -> dict[str, Any]:
             callbacks=[ReportUpdates(context)],
             notify=lambda text: context.warn(f"{context.name}: {text}"),
         )
+        for reward in rewards:
+            reward.round_weights()  # only now: a critic that is trained in full has taken its float32 copy
         if trainer.prompts.dropped:
             context.warn(
                 f"{context.name}: {trainer.prompts.dropped} of {len(rows)} prompts are longer than "

@@ -18,6 +18,8 @@ from transformers import TrainerCallback
 from align.errors import UserError
 from align.models.loading import add_lora
 from align.models.merging import merged_weights
+from align.models.precision import low_residual, round_frozen
+from align.models.ragged import can_run_ragged, run_ragged
 from align.ppo import metrics
 from align.ppo.alarms import Alarm, alarms
 from align.ppo.config import PPOConfig
@@ -25,10 +27,11 @@ from align.ppo.critic import make_critic
 from align.ppo.experience import RolloutTrainer
 from align.ppo.kl import make_controller
 from align.ppo.losses import loss_count
-from align.ppo.model import PolicyAndCritic, can_share_prompts
+from align.ppo.model import PolicyAndCritic
 from align.ppo.normalise import RunningScale
 from align.ppo.objective import ppo_loss
 from align.ppo.optimizer import clip_by_part, make_optimizer
+from align.ppo.packing import Form
 from align.ppo.prompts import Prompts, derive_seed
 from align.ppo.ptx import make_ptx, take_out
 from align.ppo.rollout import AnyScorer
@@ -68,8 +71,13 @@ class PPOTrainer(RolloutTrainer):
     ) -> None:
         tuning = tuning or FullTuning()
         made = make_critic(critic, model, reward_model, tuning, derive_seed(args.seed, "critic"))
+        self.form: Form = _choose_form([model, *([] if made.trunk is None else [made.trunk])], args)
         policy = add_lora(model, tuning, derive_seed(args.seed, "policy"))
         both = PolicyAndCritic(policy, made, args.temperature, args.critic_detach)
+        if args.bf16:
+            low_residual(both)
+            if both.reference is not None:
+                round_frozen(both.reference)
         super().__init__(model=both, args=args, processing_class=processing_class, callbacks=callbacks)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise UserError("ppo: sharded training (FSDP, DeepSpeed) is not supported; use one process or DDP.")
@@ -79,8 +87,6 @@ class PPOTrainer(RolloutTrainer):
         self.ptx = make_ptx(args, ptx_dataset, processing_class)
         # compute_loss divides by num_items_in_batch itself: without this the Trainer would divide once more.
         self.model_accepts_loss_kwargs = True
-        trunks = [model] if made.trunk is None else [model, made.trunk]
-        self.share_prompts = args.share_prompts and all(map(can_share_prompts, trunks))
         self.kl_controller = make_controller(args.kl_controller, args.kl_coef, args.kl_target, args.kl_horizon)
         self.totals = {"episodes": 0, "tokens": 0}
         self._averages = metrics.Averages()
@@ -102,9 +108,13 @@ class PPOTrainer(RolloutTrainer):
         count, ptx_count = num_items_in_batch.unbind()
         warming = self.update < args.critic_warmup_updates
         out = inputs.pop("out", None)
+        value_part: torch.Tensor | float = 0.0
         if out is None:
+            apart = self._learns_apart and not warming
+            if apart:
+                value_part = self._learn_values(model, inputs, count)
             # Under DDP every parameter must take part in the backward pass, so the policy runs during warm-up too.
-            out = model(inputs["pack"], policy=not warming or args.world_size > 1)
+            out = model(inputs["pack"], policy=not warming or args.world_size > 1, critic=not apart)
         out, ptx_loss, ptx_tokens = take_out(out, inputs["pack"], mask.shape[1])
         loss, sums = ppo_loss(out, inputs["learn"], mask, count, args, warming, self._loss_kl_coef)
         if ptx_loss is not None:
@@ -114,8 +124,28 @@ class PPOTrainer(RolloutTrainer):
         for name, total in sums.items():
             self._averages.add(name, total, mask.sum())
         self._require_finite("loss", loss)
-        loss = loss * args.world_size  # DDP averages gradients; ours are shares of one sum
+        loss = loss * args.world_size + value_part  # DDP averages gradients; ours are shares of one sum
         return (loss, out) if return_outputs else loss
+
+    @property
+    def _learns_apart(self) -> bool:
+        """Whether the critic's backward pass can be over before the policy's forward pass, which halves activations.
+
+        It cannot where they share a trunk, nor under DDP, which knows one backward pass for each forward pass.
+        """
+        return self.args.world_size == 1 and self.model.critic.trunk is not None
+
+    def _learn_values(self, model: Any, inputs: dict[str, Any], count: torch.Tensor) -> torch.Tensor:
+        """Forward and backward pass of the critic; returns its part of the loss, without a graph."""
+        mask = inputs["learn"]["learn_mask"]
+        out, _, _ = take_out(model(inputs["pack"], policy=False), inputs["pack"], mask.shape[1])
+        loss, sums = ppo_loss(out, inputs["learn"], mask, count, self.args, warming=False)
+        for name, total in sums.items():
+            self._averages.add(name, total, mask.sum())
+        self._require_finite("loss", loss)
+        with torch.autocast(loss.device.type, enabled=False):  # as the Trainer's own backward pass is
+            self.accelerator.backward(loss)
+        return loss.detach()
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
         """What this optimizer step's PPO loss and ptx loss are divided by, (2,): counts over all processes."""
@@ -215,3 +245,12 @@ class PPOTrainer(RolloutTrainer):
         """Weights of former best policies are needed no more."""
         if self.validation is not None:
             self.validation.tidy()
+
+
+def _choose_form(models: list[Any], args: PPOConfig) -> Form:
+    """How micro-batches are packed, and the models made ready for it."""
+    if not (args.padding_free and all(map(can_run_ragged, models))):
+        return "padded"
+    for model in models:
+        run_ragged(model)
+    return "shared" if args.share_prompts else "ragged"

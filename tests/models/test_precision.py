@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
-from align.models.loading import load_policy
-from align.models.precision import autocast
+from align.models.loading import add_lora, load_policy
+from align.models.precision import autocast, low_residual, round_frozen
+from align.stage import LoraTuning
 
 RATE = 1e-6
 IDS = torch.tensor([[1, 40, 41, 42]])
@@ -39,3 +40,46 @@ def test_autocast_rounds_products_only(tiny_model: Path) -> None:
         with autocast("cpu", "float32"):
             assert model(IDS).logits.dtype == torch.float32
     assert model.dtype == torch.float32
+
+
+def test_low_residual_hands_on_bfloat16_and_changes_nothing_without_autocast(tiny_model: Path) -> None:
+    plain, low = load_policy(tiny_model), load_policy(tiny_model)
+    low_residual(low)
+    kinds = []
+    low.model.layers[1].register_forward_pre_hook(lambda _, inputs: kinds.append(inputs[0].dtype))
+    with torch.no_grad():
+        assert torch.equal(low(IDS).logits, plain(IDS).logits)
+        with autocast("cpu", "bfloat16"):
+            gap = (low(IDS).logits.float() - plain(IDS).logits.float()).abs().max()
+    assert kinds == [torch.float32, torch.bfloat16]
+    assert low.model.norm.lean
+    assert 0 < gap < 0.02 * plain(IDS).logits.abs().max()
+
+
+def test_low_residual_keeps_weights_float32_and_lora_inputs_low(tiny_model: Path) -> None:
+    model = add_lora(load_policy(tiny_model), LoraTuning(rank=2), seed=0)
+    low_residual(model)
+    inputs = []
+    for name, module in model.named_modules():
+        if name.endswith("q_proj.lora_A.default"):
+            module.register_forward_pre_hook(lambda _, given: inputs.append(given[0].dtype))
+    with autocast("cpu", "bfloat16"):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+    assert set(inputs) == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_frozen_matrices_are_rounded_once_and_give_what_autocast_gave(tiny_model: Path) -> None:
+    model = load_policy(tiny_model)
+    trained = model.model.layers[0].mlp.up_proj.weight
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter is trained)
+    with torch.no_grad(), autocast("cpu", "bfloat16"):
+        before = model(IDS).logits
+        round_frozen(model)
+        # only the embedding's own rounding is new: the products rounded their operands already
+        assert (model(IDS).logits - before).abs().max() < 0.02 * before.abs().max()
+    assert trained.dtype == torch.float32
+    assert model.model.layers[1].mlp.up_proj.weight.dtype == torch.bfloat16
+    assert model.model.norm.weight.dtype == torch.float32  # norms are neither Linear nor Embedding

@@ -30,6 +30,23 @@ def test_scores_are_the_models_at_the_last_token(tiny_reward: Path) -> None:
     assert scorer.score(PROMPTS[::-1], ANSWERS[::-1]) == pytest.approx(scores[::-1], abs=1e-5)
 
 
+def test_a_model_that_cannot_be_run_ragged_gives_the_same_scores(tiny_reward: Path, monkeypatch) -> None:
+    ragged = RewardModel(tiny_reward, precision="float32", batch_size=3)
+    monkeypatch.setattr("align.models.reward.can_run_ragged", lambda model: False)
+    padded = RewardModel(tiny_reward, precision="float32", batch_size=3)
+    assert ragged._ragged and not padded._ragged
+    assert padded.score(PROMPTS, ANSWERS) == pytest.approx(ragged.score(PROMPTS, ANSWERS), abs=1e-5)
+
+
+def test_rounded_weights_score_as_autocast_does(tiny_reward: Path) -> None:
+    scorer = RewardModel(tiny_reward, precision="bfloat16")
+    before = scorer.score(PROMPTS, ANSWERS)
+    scorer.round_weights()
+    assert {p.dtype for p in scorer.model.model.layers.parameters() if p.dim() == 2} == {torch.bfloat16}
+    assert scorer.model.score.weight.dtype == torch.float32
+    assert scorer.score(PROMPTS, ANSWERS) == pytest.approx(before, abs=0.02)
+
+
 def test_unfinished_answers_are_read_without_the_end(tiny_reward: Path) -> None:
     scorer = RewardModel(tiny_reward, precision="float32")
     whole, cut = scorer.score(PROMPTS[:1] * 2, ["Yes", "Yes"], [True, False])

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from align.models.loading import load_policy, load_reward
+from align.models.ragged import can_run_ragged, run_ragged
 from align.ppo.critic import critic_from_policy, critic_from_reward
-from align.ppo.model import PolicyAndCritic, can_share_prompts
+from align.ppo.model import PolicyAndCritic
 from align.ppo.packing import pack, plan
 from align.stage import FullTuning
 
@@ -14,8 +15,8 @@ RESPONSES = [[10, 11, 2], [12, 2], [13, 14, 15, 16], [2]]
 GROUPS = [0, 0, 1, 1]
 
 
-def test_one_row_per_response_without_sharing():
-    batch = pack(PROMPTS, RESPONSES, GROUPS, pad_id=3, share=False)
+def test_one_padded_row_per_response():
+    batch = pack(PROMPTS, RESPONSES, GROUPS, pad_id=3, form="padded")
     assert batch["input_ids"].tolist() == [
         [5, 6, 7, 10, 11, 2],
         [5, 6, 7, 12, 2, 3],
@@ -29,12 +30,20 @@ def test_one_row_per_response_without_sharing():
     assert "attention_mask" not in batch
 
 
+def test_ragged_rows_stand_end_to_end():
+    batch = pack(PROMPTS, RESPONSES, GROUPS, pad_id=3, form="ragged")
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 10, 11, 2, 5, 6, 7, 12, 2, 9, 13, 14, 15, 16, 9, 2]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]]
+    assert batch["positions"].tolist() == [[2, 3, 4, 5, 0], [8, 9, 10, 0, 0], [11, 12, 13, 14, 15], [16, 17, 0, 0, 0]]
+
+
 def test_responses_share_their_prompt_and_do_not_see_each_other():
-    batch = pack(PROMPTS, RESPONSES, GROUPS, pad_id=3, share=True)
-    assert batch["input_ids"].tolist() == [[5, 6, 7, 10, 11, 2, 12, 2], [9, 13, 14, 15, 16, 2, 3, 3]]
-    assert batch["position_ids"][0].tolist() == [0, 1, 2, 3, 4, 5, 3, 4]
+    batch = pack(PROMPTS, RESPONSES, GROUPS, pad_id=3, form="shared")
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 10, 11, 2, 12, 2, 9, 13, 14, 15, 16, 2]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 3, 4, 0, 1, 2, 3, 4, 1]]
     assert batch["positions"][1].tolist() == [2, 6, 7, 0, 0]
-    visible = batch["attention_mask"][0, 0]
+    assert batch["layout"]["shapes"] == [(1, 8), (1, 6)]
+    visible = batch["layout"]["masks"][0][0, 0]
     assert visible[6].tolist() == [True, True, True, False, False, False, True, False]
     assert visible[5].tolist() == [True] * 6 + [False] * 2
 
@@ -45,6 +54,9 @@ def model(tiny_model):
     critic = critic_from_policy(policy, FullTuning(), seed=0)
     torch.manual_seed(1)
     critic.head.weight.data.normal_()
+    for trunk in (policy, critic.trunk):
+        assert can_run_ragged(trunk)
+        run_ragged(trunk)
     return PolicyAndCritic(policy, critic, temperature=0.8)
 
 
@@ -56,12 +68,11 @@ def outputs(model, batch):
     return results, [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-@pytest.mark.parametrize("change", ["shared", "padded"])
-def test_sharing_and_padding_change_no_number_and_no_gradient(model, change):
-    assert can_share_prompts(model.policy)
-    expected, gradients = outputs(model, pack(PROMPTS, RESPONSES, GROUPS, pad_id=3, share=False))
-    batch = pack(PROMPTS, RESPONSES, GROUPS, pad_id=3, share=change == "shared")
-    if change == "padded":
+@pytest.mark.parametrize("change", ["ragged", "shared", "padded more"])
+def test_packing_and_padding_change_no_number_and_no_gradient(model, change):
+    expected, gradients = outputs(model, pack(PROMPTS, RESPONSES, GROUPS, pad_id=3, form="padded"))
+    batch = pack(PROMPTS, RESPONSES, GROUPS, pad_id=3, form=change if change != "padded more" else "padded")
+    if change == "padded more":
         extra = torch.full((4, 5), 3)
         length = batch["input_ids"].shape[1]
         batch["input_ids"] = torch.cat([batch["input_ids"], extra], dim=1)
@@ -74,7 +85,7 @@ def test_sharing_and_padding_change_no_number_and_no_gradient(model, change):
 
 
 def test_log_probabilities_are_those_of_the_plain_model(model):
-    results = model(pack(PROMPTS, RESPONSES, GROUPS, pad_id=3, share=True), reference=True)
+    results = model(pack(PROMPTS, RESPONSES, GROUPS, pad_id=3, form="shared"), reference=True)
     for i, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
         ids = torch.tensor([prompt + response])
         log_p = torch.log_softmax(model.policy(ids).logits[0].float() / 0.8, dim=-1)
@@ -88,8 +99,9 @@ def test_log_probabilities_are_those_of_the_plain_model(model):
 def test_a_new_critic_from_the_reward_model_gives_its_score_at_the_last_token(tiny_model, tiny_reward):
     reward = load_reward(tiny_reward)
     critic = critic_from_reward(reward, FullTuning(), seed=0)
+    run_ragged(critic.trunk)
     model = PolicyAndCritic(load_policy(tiny_model), critic, temperature=1.0)
-    values = model(pack(PROMPTS, RESPONSES, GROUPS, pad_id=3, share=True), policy=False)["values"]
+    values = model(pack(PROMPTS, RESPONSES, GROUPS, pad_id=3, form="ragged"), policy=False)["values"]
     for i, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
         score = reward(torch.tensor([prompt + response])).logits.item()
         assert values[i, len(response)].item() == pytest.approx(score, abs=1e-4)

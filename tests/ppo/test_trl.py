@@ -42,7 +42,7 @@ def trl():
 
 def close(one, other, what):
     assert one.shape == other.shape, what
-    gap = (one - other).abs().max().item()
+    gap = ((one - other).abs() / other.abs().clamp(min=1)).max().item()  # float32 knows large numbers less well
     assert gap <= 1e-5, f"{what}: {gap:.1e} apart"
 
 
@@ -127,7 +127,7 @@ def test_an_update_without_early_ends_is_the_same(trl, tmp_path):
     assert run.logged["importance_weight"] == 1.0 and run.logged["parity_gap_max"] < 1e-5
     # trl's means over the update are half of what they should be: as many slots again are never written (difference 8)
     fill(run.trainer.model, run.steps.weights[0], theirs)
-    second = run.trainer.model(pack(trl.prompts, made["responses"], range(8), PAD, share=False))
+    second = run.trainer.model(pack(trl.prompts, made["responses"], range(8), PAD, "padded"))
     entropy = (t["entropy"].mean() + second["entropy"].mean()) / 2
     logged = {
         "policy/clipfrac_avg": run.logged["clipfrac"] / 2,
@@ -186,7 +186,7 @@ def test_an_update_with_early_ends_is_the_same_by_parts(trl, tmp_path):
         for place, micro in enumerate(micro_batches):
             rows, at = micro["indices"], f"step{step}/micro{place}"
             texts = [trl.prompts[i] for i in rows], [made["responses"][i] for i in rows]
-            out = model(pack(*texts, rows, PAD, share=False))
+            out = model(pack(*texts, rows, PAD, "padded"))
             assert out["logprobs"].shape == mask[rows].shape  # each micro-batch has a response of full length
             close(out["logprobs"][mask[rows]], found[f"{at}/new_logprobs"][mask[rows]], "new log-probabilities")
             close(out["values"][:, :-1], found[f"{at}/new_values"], "new values")
