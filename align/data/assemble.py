@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from align.data import embedded, splits
-from align.data.formats import Conversation, Dropped, convert
+from align.data.formats import Conversation, convert
 from align.data.recipe import EmbeddedSource, FilesSource, Filters, HubSource, Part, Recipe
-from align.data.rows import Row, assistant, prompt_key
+from align.data.rows import Dropped, Row, assistant, prompt_key
 from align.data.sources import read_files, read_hub
 from align.errors import UserError
 

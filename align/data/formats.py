@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from align.data.rows import Message, assistant, user
+from align.data.rows import Dropped, Message, assistant, user
 from align.errors import UserError
 from align.validation import nearest
 
@@ -49,13 +49,6 @@ class Conversation:
     chosen_score: float | None = None
     rejected_score: float | None = None
     checks: str = ""
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """A record that cannot be used, and why."""
-
-    reason: str
 
 
 def convert(record: dict[str, Any], form: Format, where: str) -> Conversation | Dropped:

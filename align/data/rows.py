@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,14 @@ _TYPES: dict[str, pa.DataType] = {
     "flipped": pa.bool_(),
 }
 REQUIRED = ("id", "source", "prompt", "checks")
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A record or row that is left out: why, in words that rows of like fate share, and what is particular to it."""
+
+    reason: str
+    detail: dict[str, Any] = field(default_factory=dict)
 
 
 def user(text: str) -> Message:
