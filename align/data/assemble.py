@@ -12,8 +12,9 @@ from typing import Any
 
 from align.data import embedded, splits
 from align.data.formats import Conversation, convert
-from align.data.recipe import EmbeddedSource, FilesSource, Filters, HubSource, Part, Recipe
+from align.data.recipe import Filters, Recipe
 from align.data.rows import Dropped, Row, assistant, prompt_key
+from align.data.source_configs import EmbeddedSource, FilesSource, HubSource, Part, Source
 from align.data.sources import read_files, read_hub
 from align.errors import UserError
 
@@ -78,9 +79,7 @@ def assemble(recipe: Recipe, base: Path, progress: Progress | None = None) -> Da
     return Dataset(train, test, ledger)
 
 
-def _read(
-    recipe: Recipe, source: EmbeddedSource | FilesSource | HubSource, base: Path, progress: Progress | None
-) -> Account:
+def _read(recipe: Recipe, source: Source, base: Path, progress: Progress | None) -> Account:
     if isinstance(source, EmbeddedSource):
         account = Account("embedded", source.type, source.part)
         account.rows = [
@@ -89,11 +88,12 @@ def _read(
         account.rows_in = len(account.rows)
         return account
     if isinstance(source, HubSource):
-        name, records = source.name, read_hub(source)
-        account = Account(f"{name} {source.split}", source.type, source.part)
+        name, records = source.dataset, read_hub(source)
+        account = Account(source.label, source.type, source.part)
     else:
+        assert isinstance(source, FilesSource)
         name, records = source.format, read_files(source, base)
-        account = Account(", ".join(source.paths), source.type, source.part)
+        account = Account(source.label, source.type, source.part)
     for where, record in records:
         account.rows_in += 1
         if progress and account.rows_in % 1000 == 0:

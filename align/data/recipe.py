@@ -6,71 +6,15 @@ A recipe is identified by its content, the digests of the files it reads and the
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from align.artifacts import Kind
-from align.data import embedded
-from align.data.formats import PAIRED, Format
+from align.data.formats import PAIRED
+from align.data.source_configs import EmbeddedSource, FilesSource, Source
 from align.stage import Config
-from align.validation import load_yaml, suggest, validate
-
-Part = Literal["split", "train", "test"]
-
-
-class EmbeddedSource(Config):
-    """The project's own generator of checkable instructions."""
-
-    type: Literal["embedded"]
-    size: int = Field(4000, ge=1, le=embedded.MAX_ROWS)
-    """Rows to generate, before the split."""
-    families: list[str] | None = Field(None, min_length=1)
-    """Families of instructions, by name; all of them by default."""
-    part: Part = "split"
-    """Where the rows go: divided by ``test_size``, or all to one side."""
-
-    @model_validator(mode="after")
-    def _known_families(self) -> Self:
-        for name in self.families or []:
-            if name not in embedded.FAMILIES:
-                raise ValueError(f"there is no family '{name}'.{suggest(name, embedded.FAMILIES)}")
-        return self
-
-
-class FilesSource(Config):
-    """Local files."""
-
-    type: Literal["files"]
-    paths: list[str] = Field(min_length=1)
-    """Paths or globs of .json, .jsonl, .jsonl.gz, .parquet or .csv files; relative to the current directory."""
-    format: Format
-    """How a record is spelled."""
-    part: Part = "split"
-    """Where the rows go: divided by ``test_size``, or all to one side."""
-
-
-class HubSource(Config):
-    """A dataset of the Hugging Face Hub at one commit."""
-
-    type: Literal["hub"]
-    name: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
-    """Owner and name, like openai/gsm8k."""
-    revision: str = Field(pattern=r"^[0-9a-f]{40}$")
-    """The dataset's commit, 40 hexadecimal digits, so that the recipe always means the same rows."""
-    format: Format
-    """How a record is spelled."""
-    split: str = "train"
-    """The dataset's own split to read."""
-    config: str | None = None
-    """The dataset's configuration (subset) where it has several."""
-    data_dir: str | None = None
-    """Folder inside the dataset's repository."""
-    part: Part = "split"
-    """Where the rows go: divided by ``test_size``, or all to one side."""
-
-
-Source = Annotated[EmbeddedSource | FilesSource | HubSource, Field(discriminator="type")]
+from align.validation import load_yaml, validate
 
 
 class Filters(Config):
@@ -107,7 +51,7 @@ class Recipe(Config):
     @model_validator(mode="after")
     def _formats_fit(self) -> Self:
         for index, source in enumerate(self.sources):
-            form = "embedded" if isinstance(source, EmbeddedSource) else source.format
+            form = source.type if source.format == "rows" else source.format
             if self.kind == "preferences" and form not in PAIRED:
                 raise ValueError(
                     f"kind is preferences, but sources[{index}] ({form}) has one reply per prompt; "

@@ -17,7 +17,7 @@ from typing import Any, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from align.data.recipe import FilesSource, HubSource
+from align.data.source_configs import FilesSource, HubSource
 from align.errors import UserError
 from align.fingerprint import file_digest
 from align.validation import suggest
@@ -138,10 +138,10 @@ def read_hub(source: HubSource) -> Iterator[Record]:
     """Records of a Hub dataset at its commit. Raises ``UserError`` when it cannot be reached or has no such split."""
     import datasets
 
-    place = f"the Hub dataset '{source.name}' at {source.revision[:12]}"
+    place = f"the Hub dataset '{source.dataset}' at {source.revision[:12]}"
     try:
         found = datasets.load_dataset(
-            source.name, source.config, data_dir=source.data_dir, split=source.split, revision=source.revision
+            source.dataset, source.config, data_dir=source.data_dir, split=source.split, revision=source.revision
         )
     except (OSError, ValueError, RuntimeError) as error:  # unreachable, unknown config or split, loading script
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -152,4 +152,4 @@ def read_hub(source: HubSource) -> Iterator[Record]:
             "--set 'stages.data.files=[path/to/*.jsonl.gz]'."
         ) from error
     for number, value in enumerate(found, 1):
-        yield f"{source.name} {source.split}: record {number}", dict(value)
+        yield f"{source.dataset} {source.split}: record {number}", dict(value)

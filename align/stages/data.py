@@ -12,8 +12,9 @@ from pydantic import Field
 from align.artifacts import Kind
 from align.data import checkers, embedded
 from align.data.assemble import assemble, summary_lines
-from align.data.recipe import EmbeddedSource, FilesSource, HubSource, Recipe, load_recipe
+from align.data.recipe import Recipe, load_recipe
 from align.data.rows import write_rows
+from align.data.source_configs import EmbeddedSource, FilesSource, HubSource
 from align.data.sources import identity
 from align.errors import UserError
 from align.fingerprint import digest
@@ -62,8 +63,8 @@ class DataConfig(Config):
             if isinstance(source, EmbeddedSource):
                 found[f"sources[{index}]"] = f"embedded version {embedded.VERSION}, checks {checkers.VERSION}"
             elif isinstance(source, HubSource):
-                found[f"sources[{index}]"] = f"{source.name}@{source.revision}"
-            else:
+                found[f"sources[{index}]"] = f"{source.dataset}@{source.revision}"
+            elif isinstance(source, FilesSource):
                 content["sources"][index].pop("paths")  # the files' digests stand for them
                 for name, value in identity(source, base).items():
                     found[f"sources[{index}] {name}"] = value

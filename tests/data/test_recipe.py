@@ -13,7 +13,7 @@ from align.errors import UserError
 
 FILES = {"type": "files", "paths": ["a.jsonl"], "format": "hh_rlhf"}
 EMBEDDED = {"type": "embedded"}
-HUB = {"type": "hub", "name": "o/n", "revision": "0" * 40, "format": "messages"}
+HUB = {"type": "hub", "dataset": "o/n", "revision": "0" * 40, "format": "messages"}
 
 
 def load(folder: Path, **content: object):
@@ -35,7 +35,7 @@ def test_kinds(tmp_path: Path) -> None:
         ({"kind": "preference", "sources": [FILES]}, "Did you mean 'preferences'"),
         ({"kind": "prompts", "sources": []}, "sources"),
         ({"kind": "prompts", "sources": [HUB | {"revision": "main"}]}, "sources.0..revision"),
-        ({"kind": "prompts", "sources": [{"type": "hub", "name": "o/n", "format": "prompt"}]}, "revision: this"),
+        ({"kind": "prompts", "sources": [{"type": "hub", "dataset": "o/n", "format": "prompt"}]}, "revision: this"),
         ({"kind": "prompts", "sources": [FILES], "test_size": 1.5}, "test_size"),
         ({"kind": "preferences", "sources": [HUB]}, "kind is preferences, but sources.0. .messages. has one reply"),
         ({"kind": "preferences", "sources": [EMBEDDED]}, "embedded. has one reply"),

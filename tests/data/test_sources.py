@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from align.data.recipe import FilesSource, HubSource
+from align.data.source_configs import FilesSource, HubSource
 from align.data.sources import find_files, identity, read_files, read_hub
 from align.errors import UserError
 
@@ -89,7 +89,7 @@ def test_unreachable_hub_names_the_dataset_and_the_way_out(monkeypatch: pytest.M
         raise ConnectionError("Couldn't reach 'o/n' on the Hub (LocalEntryNotFoundError)\nmore")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    hub = HubSource(type="hub", name="o/n", revision="0" * 40, format="messages")
+    hub = HubSource(type="hub", dataset="o/n", revision="0" * 40, format="messages")
     with pytest.raises(
         UserError, match=r"the Hub dataset 'o/n' at 000000000000 could not be read: Couldn't reach"
     ) as caught:

@@ -14,7 +14,7 @@ from align.errors import UserError
 from align.stage import Runtime, StageContext
 from align.stages.data import DataConfig, run
 
-HUB = {"type": "hub", "name": "o/n", "revision": "0" * 40, "format": "gsm8k"}
+HUB = {"type": "hub", "dataset": "o/n", "revision": "0" * 40, "format": "gsm8k"}
 
 
 @pytest.fixture

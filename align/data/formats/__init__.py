@@ -11,13 +11,14 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from align.data.formats.options import Format, FormatOptions
 from align.data.rows import Dropped, Message, assistant, user
 from align.errors import UserError
 from align.validation import nearest
 
-Format = Literal["messages", "prompt_completion", "alpaca", "gsm8k", "hh_rlhf", "preferences", "prompt"]
+__all__ = ["Conversation", "Dropped", "Format", "FormatOptions", "convert", "parse_transcript"]
 
 ROLES = {
     "user": "user", "human": "user", "prompter": "user", "assistant": "assistant", "gpt": "assistant",
