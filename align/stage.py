@@ -96,7 +96,12 @@ class EngineConfig(Config):
     weights_folder: str | None = None
     """Folder that a ``vllm-server`` reads new weights from, under the same path as here; null takes a temporary one."""
     timeout: float = Field(600, gt=0)
-    """Seconds that a ``vllm-server`` may take to start, to answer a request, to load weights; then the stage fails."""
+    """Seconds that an engine may take to start, to load weights, to answer; then the stage fails and can be resumed.
+
+    In this process only seconds without progress count: no token, no tensor. The default is generous because a healthy
+    call can be quiet for minutes (85 s of compiling on two idle cores, weights from a network disk) and a stage that is
+    ended for nothing costs an update, while one that hangs costs the night.
+    """
 
     @model_validator(mode="after")
     def _server_settings_need_the_server(self) -> EngineConfig:
@@ -135,6 +140,9 @@ class StageContext:
     checkpoints: Path
     events: Path
     started: float = field(default_factory=time.time)
+    fail_at_once: Callable[[str], None] | None = None
+    """Ends the stage's process, as failed and resumable, with a message: for what cannot be interrupted. None where
+    ``run`` was called in a process that is not a stage's own."""
 
     def artifact(self, field_name: str) -> Artifact:
         """The artifact behind a required input field."""

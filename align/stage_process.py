@@ -6,8 +6,10 @@ runner does, once this process has ended well. The same command line is what a c
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
+import functools
 import json
 import os
 import platform
@@ -62,13 +64,24 @@ def main(folder: Path) -> int:
         result, code = {"status": "failed", "message": message}, 1
     result.update(seconds=time.time() - started, peak_memory_bytes=_peak_memory(), versions=_versions())
     try:
-        temporary = folder / f"{RESULT}.tmp"
-        temporary.write_text(json.dumps(result, default=float), encoding="utf-8")
-        temporary.replace(folder / RESULT)
+        _write_result(folder, result)
     except OSError as error:
         print(explain_os_error(error, folder), file=sys.stderr)
         return code or 1
     return code
+
+
+def _write_result(folder: Path, result: dict[str, Any]) -> None:
+    temporary = folder / f"{RESULT}.tmp"
+    temporary.write_text(json.dumps(result, default=float), encoding="utf-8")
+    temporary.replace(folder / RESULT)
+
+
+def fail_at_once(folder: Path, message: str) -> None:
+    """End this process with exit code 1 and ``message`` as its result, from any thread and whatever the others do."""
+    with contextlib.suppress(OSError):
+        _write_result(folder, {"status": "failed", "message": message})
+    os._exit(1)
 
 
 def _context(folder: Path, work: dict[str, Any], started: float) -> StageContext:
@@ -88,6 +101,7 @@ def _context(folder: Path, work: dict[str, Any], started: float) -> StageContext
         checkpoints=folder / CHECKPOINTS,
         events=folder / EVENTS,
         started=started,
+        fail_at_once=functools.partial(fail_at_once, folder),
     )
 
 

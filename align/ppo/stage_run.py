@@ -61,6 +61,7 @@ def train(context: StageContext) -> dict[str, Any]:
         max_length=config.max_prompt_tokens + config.max_tokens,
         seed=context.seed % 2**32,
         warn=context.warn,
+        on_hang=context.fail_at_once,
     )
     try:
         trainer = PPOTrainer(

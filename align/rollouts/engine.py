@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from align.errors import UserError
 from align.models.precision import Precision
 from align.rollouts.protocol import RolloutEngine
+from align.rollouts.watchdog import OnHang, Watchdog
 from align.stage import Runtime
 
 if TYPE_CHECKING:
@@ -25,12 +26,14 @@ def open_engine(
     max_length: int,
     seed: int,
     warn: Callable[[str], None],
+    on_hang: OnHang | None = None,
 ) -> RolloutEngine:
     """An engine with the weights of ``model_dir``, for sequences of at most ``max_length`` tokens in all.
 
     ``auto`` takes vLLM where it works, and says through ``warn`` when it does not. Raises ``UserError`` when vLLM is
     asked for by name, in this process or as a server, and cannot be used. A process can hold one vLLM engine: use
-    ``load_weights`` to switch policies.
+    ``load_weights`` to switch policies. ``on_hang`` is told when a call makes no progress for
+    ``runtime.engine.timeout`` seconds, and may end the process; without it standard error is told (``watchdog.py``).
     """
     from align.models.threads import device_of, use_threads
 
@@ -44,7 +47,13 @@ def open_engine(
         reason = why_unusable()
         if reason is None:
             return VllmEngine(
-                model_dir, device=device, dtype=dtype, config=runtime.engine, max_length=max_length, seed=seed
+                model_dir,
+                device=device,
+                dtype=dtype,
+                config=runtime.engine,
+                max_length=max_length,
+                seed=seed,
+                watchdog=Watchdog("vllm", runtime.engine.timeout, on_hang),
             )
         if runtime.engine.name == "vllm":
             raise UserError(
@@ -54,7 +63,10 @@ def open_engine(
         warn(f"{reason}; sampling with transformers instead, which is slower")
     from align.rollouts.transformers import TransformersEngine
 
-    return TransformersEngine(model_dir, device=device, dtype=dtype, batch_size=runtime.engine.batch_size)
+    watchdog = Watchdog("transformers", runtime.engine.timeout, on_hang)
+    return TransformersEngine(
+        model_dir, device=device, dtype=dtype, batch_size=runtime.engine.batch_size, watchdog=watchdog
+    )
 
 
 def _open_server(

@@ -108,6 +108,7 @@ class _Chunks:
                 max_length=config.max_prompt_tokens + config.max_tokens,
                 seed=context.seed,
                 warn=context.warn,
+                on_hang=context.fail_at_once,
             )
             self.engine_name = self.engine.name
         began = time.perf_counter()

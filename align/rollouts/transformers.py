@@ -15,6 +15,7 @@ import torch
 from align.models.loading import load_policy, load_tokenizer
 from align.rollouts.protocol import Progress, Response, Sampling
 from align.rollouts.sampling import pick_tokens, processed_logprobs
+from align.rollouts.watchdog import Watchdog
 
 
 class TransformersEngine:
@@ -22,9 +23,19 @@ class TransformersEngine:
 
     name = "transformers"
 
-    def __init__(self, model_dir: Path, *, device: torch.device, dtype: torch.dtype, batch_size: int) -> None:
+    def __init__(
+        self,
+        model_dir: Path,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        batch_size: int,
+        watchdog: Watchdog | None = None,
+    ) -> None:
+        self.watchdog = watchdog or Watchdog(self.name)
         self.tokenizer = load_tokenizer(model_dir)
-        self.model = load_policy(model_dir, dtype).to(device).requires_grad_(False)
+        with self.watchdog.watch("start"):
+            self.model = load_policy(model_dir, dtype).to(device).requires_grad_(False)
         self.device, self.dtype = device, dtype
         self.batch_size = batch_size
         self.eos = int(self.tokenizer.eos_token_id)
@@ -43,7 +54,9 @@ class TransformersEngine:
             batch = order[start : start + self.batch_size]
             rows = [prompts[jobs[job][0]] for job in batch]
             seeds = [sampling.request_seed(*jobs[job]) for job in batch]
-            for job, response in zip(batch, self._decode(rows, seeds, sampling), strict=True):
+            with self.watchdog.watch("generate"):
+                found = self._decode(rows, seeds, sampling)
+            for job, response in zip(batch, found, strict=True):
                 made[job] = response
             done += len(batch)
             if on_progress is not None:
@@ -79,6 +92,7 @@ class TransformersEngine:
                 if not self._ended(tokens[row]):
                     tokens[row].append(token)
                     logprobs[row].append(value)
+            self.watchdog.progress()
             alive = [index for index, row in enumerate(rows) if not self._ended(tokens[row])]
             if not alive or step + 1 == sampling.max_tokens:
                 break
@@ -109,11 +123,13 @@ class TransformersEngine:
         """See the protocol. Tensors are copied, so training on does not change the sampler halfway."""
         own = self.model.state_dict()
         missing = set(own)
-        for name, tensor in weights:
-            if name not in own:
-                raise ValueError(f"the engine's model has no weight '{name}'")
-            own[name].copy_(tensor)
-            missing.discard(name)
+        with self.watchdog.watch("load_weights"):
+            for name, tensor in weights:
+                if name not in own:
+                    raise ValueError(f"the engine's model has no weight '{name}'")
+                own[name].copy_(tensor)
+                missing.discard(name)
+                self.watchdog.progress()
         tied = {name for name in missing if any(own[name].data_ptr() == own[k].data_ptr() for k in own if k != name)}
         if missing - tied:
             raise ValueError(f"the new weights lack {', '.join(sorted(missing - tied)[:3])}: a full set is needed")
@@ -123,12 +139,15 @@ class TransformersEngine:
         self, prompts: list[list[int]], responses: list[list[int]], temperature: float
     ) -> list[list[float]]:
         """See the protocol."""
-        found: list[list[float]] = []
-        for prompt, response in zip(prompts, responses, strict=True):
-            ids = torch.tensor([[*prompt, *response]], device=self.device)
-            logits = self.model(input_ids=ids, logits_to_keep=len(response) + 1).logits[0, :-1].float()  # (T, V)
-            scores = processed_logprobs(logits, temperature, 1.0)
-            found.append(scores.gather(1, ids[0, len(prompt) :, None])[:, 0].tolist())
+        with self.watchdog.watch("score_tokens"):
+            return [self._score(*pair, temperature) for pair in zip(prompts, responses, strict=True)]
+
+    def _score(self, prompt: list[int], response: list[int], temperature: float) -> list[float]:
+        ids = torch.tensor([[*prompt, *response]], device=self.device)
+        logits = self.model(input_ids=ids, logits_to_keep=len(response) + 1).logits[0, :-1].float()  # (T, V)
+        scores = processed_logprobs(logits, temperature, 1.0)
+        found: list[float] = scores.gather(1, ids[0, len(prompt) :, None])[:, 0].tolist()
+        self.watchdog.progress()
         return found
 
     def close(self) -> None:

@@ -1,9 +1,9 @@
 """Rollouts by vLLM, in this process, beside the trainer: the only file that touches vLLM's private parts.
 
-Three things here are not public in vLLM 0.30 and 0.31 and fail loudly when they change (``VllmChanged``): the path from
-``LLM`` to the model runner, its ``reload_weights``, and on a CPU the sampler, whose random numbers cost a third of a
-decoding step. One engine per process: to sample from another policy, ``load_weights`` into the one there is. Left out:
-servers, tensor parallelism, LoRA requests.
+Four things here are not public in vLLM 0.30 and 0.31 and fail loudly when they change (``VllmChanged``): the path from
+``LLM`` to the model runner, its ``reload_weights``, the engine core's ``get_output``, which tells the watchdog that a
+step is done, and on a CPU the sampler, whose random numbers cost a third of a decoding step. One engine per process:
+``load_weights`` puts another policy into the one there is. Left out: servers, tensor parallelism, LoRA requests.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import torch
 from align.models.loading import load_tokenizer
 from align.rollouts.protocol import Progress, Response, Sampling
 from align.rollouts.sampling import pick_tokens
+from align.rollouts.watchdog import Watchdog
 from align.rollouts.weights import weight_names, with_tied_head
 from align.stage import EngineConfig
 
@@ -95,8 +96,10 @@ class VllmEngine:
         config: EngineConfig,
         max_length: int,
         seed: int,
+        watchdog: Watchdog | None = None,
     ) -> None:
         """Start an engine for sequences of at most ``max_length`` tokens, prompt and response together."""
+        self.watchdog = watchdog or Watchdog(self.name, config.timeout)
         _prepare_environment()
         with _caller_undisturbed():  # the first import of transformers' tokenizers draws random numbers
             self.tokenizer = load_tokenizer(model_dir)
@@ -112,7 +115,7 @@ class VllmEngine:
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(CPU_STEP_TOKENS, max_length),
             }
-        with _caller_undisturbed():
+        with self.watchdog.watch("start"), _caller_undisturbed():
             from vllm import LLM
 
             self.llm = LLM(
@@ -129,6 +132,7 @@ class VllmEngine:
                 **memory,
             )
         self.runner = model_runner(self.llm)
+        notice_steps(self.llm, self.watchdog.progress)
         self.tied = bool(getattr(self.llm.model_config.hf_config, "tie_word_embeddings", False))
         if device.type == "cpu":
             install_sampler(self.runner)
@@ -153,7 +157,7 @@ class VllmEngine:
             )
             for index, sample in requests
         ]
-        outputs = self._run([prompts[index] for index, _ in requests], params, on_progress)
+        outputs = self._run("generate", [prompts[index] for index, _ in requests], params, on_progress)
         tokens = [list(output.outputs[0].token_ids) for output in outputs]
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         responses: list[list[Response]] = [[] for _ in prompts]
@@ -164,31 +168,33 @@ class VllmEngine:
             responses[index].append(Response(ids, logprobs, ids[-1] == self.eos, text))
         return responses
 
-    def _run(self, prompts: list[list[int]], params: Any, on_progress: Progress | None) -> list[Any]:
+    def _run(self, call: str, prompts: list[list[int]], params: Any, on_progress: Progress | None = None) -> list[Any]:
         total = len(prompts)
         bar: Any = False
         if on_progress is not None:
             # vLLM calls it twice: around the iterable of requests, which passes through, and for the bar itself.
             bar = lambda it=None, **_: _Bar(total, on_progress) if it is None else it  # noqa: E731
         inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
-        with torch.inference_mode(), _caller_undisturbed():
+        with self.watchdog.watch(call), torch.inference_mode(), _caller_undisturbed():
             return self.llm.generate(inputs, params, use_tqdm=bar)  # type: ignore[arg-type]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """See the protocol."""
         seen: set[str] = set()
-        with torch.no_grad(), _caller_undisturbed():
-            self.runner.reload_weights(weights_iterator=self._complete(weights, seen))
-        missing = self.names - seen
-        if missing:
-            raise ValueError(f"the new weights lack {', '.join(sorted(missing)[:3])}: a full set is needed")
-        if not self.llm.reset_prefix_cache():
-            raise RuntimeError("vLLM kept its prefix cache across a change of weights: requests still hold blocks")
+        with self.watchdog.watch("load_weights"):
+            with torch.no_grad(), _caller_undisturbed():
+                self.runner.reload_weights(weights_iterator=self._complete(weights, seen))
+            missing = self.names - seen
+            if missing:
+                raise ValueError(f"the new weights lack {', '.join(sorted(missing)[:3])}: a full set is needed")
+            if not self.llm.reset_prefix_cache():
+                raise RuntimeError("vLLM kept its prefix cache across a change of weights: requests still hold blocks")
 
     def _complete(self, weights: Iterable[tuple[str, torch.Tensor]], seen: set[str]) -> Iterator[tuple[str, Any]]:
         """Every weight with the tied head, noting in ``seen`` what came."""
         for name, tensor in with_tied_head(weights, self.tied):
             seen.add(name)
+            self.watchdog.progress()
             yield name, tensor.detach()
 
     def score_tokens(
@@ -202,7 +208,7 @@ class VllmEngine:
         rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
         params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
         found = []
-        for row, prompt, output in zip(rows, prompts, self._run(rows, params, None), strict=True):
+        for row, prompt, output in zip(rows, prompts, self._run("score_tokens", rows, params), strict=True):
             scores = zip(row[len(prompt) :], output.prompt_logprobs[len(prompt) :], strict=True)
             found.append([float(given[token].logprob) for token, given in scores])
         return found
@@ -211,7 +217,7 @@ class VllmEngine:
         """See the protocol. A second engine in this process is not to be counted on."""
         llm, self.llm, self.runner = self.llm, None, None  # type: ignore[assignment]
         if llm is not None:
-            with _caller_undisturbed():
+            with self.watchdog.watch("close"), _caller_undisturbed():
                 llm.llm_engine.engine_core.shutdown()
 
 
@@ -246,6 +252,22 @@ def model_runner(llm: Any) -> Any:
     if not callable(getattr(place, "reload_weights", None)):
         raise VllmChanged("reload_weights")
     return place
+
+
+def notice_steps(llm: Any, progress: Callable[[], None]) -> None:
+    """Have ``progress`` called after each step that gave a token; one that gives none may be part of a hang."""
+    core: Any = getattr(llm.llm_engine, "engine_core", None)
+    original = getattr(core, "get_output", None)
+    if original is None:
+        raise VllmChanged("get_output")
+
+    def get_output() -> Any:
+        found = original()
+        if found.outputs:
+            progress()
+        return found
+
+    core.get_output = get_output
 
 
 def install_sampler(runner: Any) -> None:

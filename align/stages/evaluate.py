@@ -95,6 +95,7 @@ def run(context: StageContext) -> dict[str, Any]:
             max_length=longest,
             seed=context.seed,
             warn=context.warn,
+            on_hang=context.fail_at_once,
         )
 
     card, generated = evaluate(context, plan, opened)

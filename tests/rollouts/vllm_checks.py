@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from align.models.merging import merged_weights
 from align.rollouts.engine import open_engine
 from align.rollouts.parity import ParityError, probe, trainer_logprobs
 from align.rollouts.protocol import Sampling
-from align.rollouts.vllm import VllmChanged, VllmEngine, install_sampler, model_runner
+from align.rollouts.vllm import VllmChanged, VllmEngine, install_sampler, model_runner, notice_steps
 from align.rollouts.weights import checkpoint_weights
 from align.stage import EngineConfig, LoraTuning, Runtime
 
@@ -162,6 +165,12 @@ def corrupted_tensor_is_caught(engine: VllmEngine, model_dir: Path) -> None:
 
 
 def changed_insides_fail_loudly() -> None:
+    try:
+        notice_steps(type("LLM", (), {"llm_engine": object()})(), print)
+    except VllmChanged as error:
+        assert "get_output" in str(error)
+    else:
+        raise AssertionError("a changed engine core went unnoticed")
     for broken in (object(), type("LLM", (), {"llm_engine": object()})()):
         try:
             model_runner(broken)
@@ -180,6 +189,30 @@ def progress_is_told(engine: VllmEngine) -> None:
     seen: list[tuple[int, int]] = []
     engine.generate(PROMPTS, Sampling(4, n=2), lambda done, total: seen.append((done, total)))
     assert seen[-1] == (16, 16)
+
+
+def a_hang_is_noticed(engine: VllmEngine) -> None:
+    """Every step that gives a token is progress; one that takes longer than the timeout is told of, with its stack."""
+    before = engine.watchdog._progress
+    (one,) = flat(engine.generate(PROMPTS[:1], Sampling(12, seed=1)))
+    assert engine.watchdog._progress - before == len(one.token_ids), (engine.watchdog._progress, before)
+    core = engine.llm.llm_engine.engine_core.engine_core
+    step, timeout = core.step_fn, engine.watchdog.timeout
+
+    def late() -> Any:
+        time.sleep(0.15)
+        return step()
+
+    core.step_fn = late
+    for seconds, expected in ((1.0, False), (0.05, True)):
+        engine.watchdog.timeout = seconds
+        with tempfile.TemporaryFile("w+") as file, contextlib.redirect_stderr(file):
+            engine.generate(PROMPTS[:1], Sampling(12, seed=1))
+            file.seek(0)
+            said = file.read()
+        assert ("the vllm engine made no progress in 'generate'" in said) == expected, said
+        assert ("in late" in said) == expected, said
+    core.step_fn, engine.watchdog.timeout = step, timeout
 
 
 def training_still_works(model_dir: Path) -> None:
@@ -204,6 +237,7 @@ def main(model_dir: Path) -> None:
     corrupted_tensor_is_caught(engine, model_dir)
     changed_insides_fail_loudly()
     progress_is_told(engine)
+    a_hang_is_noticed(engine)
     training_still_works(model_dir)
     engine.close()
     print("all checks passed")

@@ -1,6 +1,7 @@
 """The evaluate stage end to end on two-layer models: files, numbers, going on from an earlier attempt."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from align.artifacts import Artifact, Kind
 from align.data.rows import assistant, user, write_rows
 from align.errors import UserError
 from align.models.tiny import make_tiny
+from align.rollouts.transformers import TransformersEngine
 from align.stage import EngineConfig, Runtime, StageContext
 from align.stages import evaluate
 from align.stages.evaluate import EvaluateConfig
@@ -137,8 +139,15 @@ def test_greedy_leaves_kl_out(context, inputs):
 
 def test_responses_of_other_weights_are_noticed(context, monkeypatch):
     """An engine that goes on with the first checkpoint's weights: what a failed hand-over looks like."""
-    from align.rollouts.transformers import TransformersEngine
-
     monkeypatch.setattr(TransformersEngine, "load_weights", lambda self, weights: None)
     with pytest.raises(RuntimeError, match="not this checkpoint's"):
         evaluate.run(context)
+
+
+def test_an_engine_that_hangs_ends_the_stage(context, monkeypatch):
+    def end(message):
+        raise SystemExit(message)
+
+    monkeypatch.setattr(TransformersEngine, "generate", lambda engine, *given: engine.watchdog.on_hang("it hangs"))
+    with pytest.raises(SystemExit, match="it hangs"):
+        evaluate.run(replace(context, fail_at_once=end))

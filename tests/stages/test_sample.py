@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from align.artifacts import Artifact, Kind
 from align.data.rows import read_rows, write_rows
 from align.errors import UserError
 from align.rollouts import sampler
+from align.rollouts.transformers import TransformersEngine
 from align.stage import EngineConfig, Runtime, StageContext
 from align.stages.sample import SampleConfig, run
 
@@ -144,3 +146,15 @@ def test_exactly_one_scorer() -> None:
         SampleConfig(policy="sft", prompts="data", score=None)
     with pytest.raises(ValueError, match="both score and reward"):
         SampleConfig(policy="sft", prompts="data", score="gold", reward="reward")
+
+
+def test_an_engine_that_hangs_ends_the_stage(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hangs(engine: TransformersEngine, *given: Any) -> None:
+        engine.watchdog.on_hang("it hangs")  # type: ignore[misc]
+
+    def end(message: str) -> None:
+        raise SystemExit(message)
+
+    monkeypatch.setattr(TransformersEngine, "generate", hangs)
+    with pytest.raises(SystemExit, match="it hangs"):
+        run(replace(_context(tmp_path, tiny_model), fail_at_once=end))

@@ -1,7 +1,7 @@
-"""The ppo stage, in a process of its own, with a vLLM server that dies or hangs in the middle of the run.
+"""The ppo stage, in a process of its own, with an engine that dies or hangs in the middle of the run.
 
 The stage ends with the reason, leaves what it had, and the next run goes on from there to the very weights of a run
-whose server never failed.
+whose engine never failed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from align.planning import plan
 from align.ppo.stage_run import _saying_what_is_kept
 from align.rollouts.server_client import EngineLost
 from align.runner import Listener, run_pipeline
-from align.stage import StageContext
+from align.stage import Runtime, StageContext
 from align.stages.ppo import run as run_ppo
 from align.store import Store
 from tests.rollouts.model_server import ModelServer
@@ -61,7 +61,7 @@ def raw(tiny_model: Path) -> dict[str, Any]:
         "stage": "ppo",
         "policy": "policy",
         "prompts": "prompts",
-        "score": "tests.stages.test_ppo_server:vowels",
+        "score": "tests.stages.vowels:share",
         "learning_rate": 1e-3,
         "updates": UPDATES,
         "rollout_batch": 8,
@@ -81,11 +81,6 @@ def raw(tiny_model: Path) -> dict[str, Any]:
             "ppo": ppo,
         },
     }
-
-
-def vowels(rows: list[dict[str, Any]], responses: list[str]) -> list[float]:
-    """Share of a response's characters that are vowels."""
-    return [sum(c in "aeiou" for c in text) / max(len(text), 1) for text in responses]
 
 
 class Resumed(Listener):
@@ -112,7 +107,6 @@ def fail(raw: dict[str, Any], store: Path, **engine: Any) -> str:
     assert caught.value.exit_code == 1
     (partial,) = store.glob("ppo/*.partial")
     assert json.loads((partial / "result.json").read_text())["status"] == "failed"
-    assert "With a server that answers, run again to go on from checkpoint-2." in str(caught.value)
     assert {step.node.name: step.action for step in plan(Pipeline(raw), Store.open(store))}["ppo"] == "resume"
     return str(caught.value)
 
@@ -128,13 +122,12 @@ def finish(raw: dict[str, Any], store: Path, **engine: Any) -> Artifact:
     return artifact
 
 
-def assert_as_without_failure(found: Artifact, raw: dict[str, Any], store: Path, server: ModelServer) -> None:
-    """The same stage on the same inputs at a healthy server, here in one go: the same weights, bit for bit."""
+def assert_as_without_failure(found: Artifact, raw: dict[str, Any], store: Path, **engine: Any) -> None:
+    """The same stage on the same inputs with a healthy engine, here in one go: the same weights, bit for bit."""
     node, opened, folder = Pipeline(raw).nodes["ppo"], Store.open(store), store.parent / "whole"
     made = {one.stage: one for one in opened.all()}
     inputs = {field: made[name] if isinstance(name, str) else None for field, name in node.inputs.items()}
-    engine = raw["runtime"]["engine"] | {"address": server.address}
-    runtime = Pipeline(raw | {"runtime": raw["runtime"] | {"engine": engine}}).config.runtime
+    runtime = Runtime(threads=1, engine=raw["runtime"]["engine"] | engine)
     for name in ("output", "checkpoints"):
         (folder / name).mkdir(parents=True)
     places = folder / "output", folder / "checkpoints", folder / "events.jsonl"
@@ -158,8 +151,9 @@ def test_a_server_that_hangs(raw: dict[str, Any], server: ModelServer, tmp_path:
     waited = f"EngineLost: the vLLM server at {server.address} did not answer /v1/completions within 5 s"
     assert f"{waited} (runtime.engine.timeout)" in said
     assert "/health answers" in said
+    assert "With a server that answers, run again to go on from checkpoint-2." in said
     found = finish(raw, tmp_path / "store", address=server.address)
-    assert_as_without_failure(found, raw, tmp_path / "store", server)
+    assert_as_without_failure(found, raw, tmp_path / "store", address=server.address)
 
 
 def test_a_server_of_the_stage_s_own_that_dies(
@@ -179,6 +173,20 @@ def test_a_server_of_the_stage_s_own_that_dies(
         r"EngineLost: the vLLM server at http://127\.0\.0\.1:\d+ could not be asked for /v1/completions", said
     )
     assert "Its process was ended by SIGKILL" in said
+    assert "With a server that answers, run again to go on from checkpoint-2." in said
     monkeypatch.delenv("FAKE_DIES_AT")
     found = finish(raw, tmp_path / "store")
-    assert_as_without_failure(found, raw, tmp_path / "store", server)
+    assert_as_without_failure(found, raw, tmp_path / "store", address=server.address)
+
+
+def test_an_engine_in_the_process_that_hangs(
+    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ENGINE_HANGS", "1")
+    said = fail(raw, tmp_path / "store", name="transformers", timeout=3)
+    assert "the transformers engine made no progress in 'generate' for 3 s (runtime.engine.timeout)" in said
+    (log,) = tmp_path.glob("store/ppo/*.partial/log.txt")
+    assert "in never" in log.read_text()
+    monkeypatch.delenv("ENGINE_HANGS")
+    found = finish(raw, tmp_path / "store", name="transformers")
+    assert_as_without_failure(found, raw, tmp_path / "store", name="transformers")
