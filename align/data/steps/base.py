@@ -1,6 +1,6 @@
 """What a step of a recipe is. Torch-free.
 
-A step's settings are a pydantic ``Config`` with a ``type``; ``start`` makes the step itself, importing what it needs. A
+A step's settings are a ``StepConfig`` with a ``type``; ``start`` makes the step itself, importing what it needs. A
 ``RowStep`` looks at rows one by one and may run in several processes at once; a ``TableStep`` sketches rows one by one
 (so too) and then decides over the sketches of all rows, in one process. Neither ever has all rows in memory.
 """
@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
 from align.data.rows import Dropped, Row
+from align.stage import Config
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,18 @@ class StepContext:
     """For steps that run models."""
     inputs: tuple[Path, ...] = ()
     """Folders of the artifacts that the data stage was given, in order."""
+
+
+class StepConfig(Config):
+    """Base of the settings of a step, which also has a ``type`` and a method ``start(context)``.
+
+    It may have ``identities(base) -> dict[str, str]``: digests of what it reads beside the rows.
+    """
+
+    decides: ClassVar[bool] = False
+    """Whether ``start`` gives a ``TableStep``, rather than a ``RowStep``."""
+    alone: ClassVar[bool] = False
+    """Whether it must not run in several processes at once, because it runs a model on all cores or on a GPU."""
 
 
 class RowStep(Protocol):
