@@ -1,0 +1,223 @@
+"""The dataset card: README.md with the Hub's metadata, by which ``load_dataset(folder)`` reads a build.
+
+Everything on it comes from the recipe, the ledger and the Parquet files, and nothing from when or where it is written.
+Language is stated only where the recipe states it. Leaves out texts of dropped rows, which may be private. Torch-free.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from align.data.built import SPLITS, shards
+from align.data.licences import OTHER, Licence, normalise, of_mixture
+
+if TYPE_CHECKING:
+    from huggingface_hub import DatasetCardData
+
+CARD = "README.md"
+SIZES = (
+    (10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"),
+    (10**8, "10M<n<100M"), (10**9, "100M<n<1B"),
+)  # fmt: skip
+TAGS = {"instructions": ["sft"], "preferences": ["dpo", "reward-model"], "unpaired": ["kto"], "prompts": ["rl"]}
+COLUMNS = {
+    "id": "stable text that names the row", "source": "where it comes from", "completion": "the assistant's answer",
+    "prompt": "messages; the last is the user's", "checks": "JSON for a program that checks the answer, or empty",
+    "chosen": "the better answer", "rejected": "the worse answer", "label": "whether the answer is wanted",
+    "tools": "JSON list of the tools that may be called, or empty", "responses": "answers with scores or ranks",
+    "chosen_score": "score of the better answer", "rejected_score": "score of the worse answer",
+}  # fmt: skip
+"""What columns hold, for the card."""
+
+
+def write_card(folder: Path, recipe: Mapping[str, Any], ledger: Mapping[str, Any], name: str) -> Path:
+    """Write ``folder/README.md`` about the build in ``folder`` and return its path.
+
+    ``recipe`` is the recipe as plain JSON-able values, printed in full; ``name`` is what the dataset is called.
+    """
+    licence = of_mixture(source.get("license") for source in ledger["sources"])
+    data = metadata(folder, recipe, ledger, name, licence)
+    text = f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(_body(folder, recipe, ledger, name, licence)) + "\n"
+    path = folder / CARD
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def metadata(
+    folder: Path, recipe: Mapping[str, Any], ledger: Mapping[str, Any], name: str, licence: Licence
+) -> DatasetCardData:
+    """The Hub's metadata; ``configs`` names the Parquet files of a split, ``dataset_info`` their features and sizes."""
+    import pyarrow.parquet as pq
+    from datasets import DatasetInfo, Features, SplitDict, SplitInfo
+    from datasets.info import DatasetInfosDict
+    from huggingface_hub import DatasetCardData
+
+    sources = recipe.get("sources") or []
+    hub = sorted({str(source["dataset"]) for source in sources if source.get("type") == "hub" and "dataset" in source})
+    data = DatasetCardData(
+        language=_languages(recipe),
+        license=licence.names[0] if len(licence.names) == 1 else list(licence.names),
+        pretty_name=_printable(name),
+        size_categories=[size_category(ledger["rows_out"])],
+        task_categories=["text-generation"],
+        source_datasets=hub or ["original"],
+        tags=["align", *TAGS.get(str(recipe.get("kind")), [])],
+    )
+    if licence.names == (OTHER,):
+        data["license_name"], data["license_link"] = "terms-of-all-sources", f"{CARD}#licences"
+    files = {split: shards(folder, split) for split in SPLITS}
+    files = {split: found for split, found in files.items() if found}
+    splits, features, bytes_on_disk = SplitDict(), None, 0
+    for split, paths in files.items():
+        parts = [pq.read_metadata(path) for path in paths]
+        size = sum(part.row_group(group).total_byte_size for part in parts for group in range(part.num_row_groups))
+        splits.add(SplitInfo(split, num_bytes=size, num_examples=sum(part.num_rows for part in parts)))
+        bytes_on_disk += sum(path.stat().st_size for path in paths)
+        features = features or Features.from_arrow_schema(parts[0].schema.to_arrow_schema())
+    data["configs"] = [{
+        "config_name": "default",
+        "data_files": [{"split": split, "path": _pattern(paths, split)} for split, paths in files.items()],
+    }]  # fmt: skip
+    info = DatasetInfo(features=features, splits=splits, download_size=bytes_on_disk)
+    info.dataset_size = sum(split.num_bytes for split in splits.values())
+    DatasetInfosDict({"default": info}).to_dataset_card_data(data)
+    return data
+
+
+def _pattern(paths: Sequence[Path], split: str) -> str:
+    return paths[0].name if len(paths) == 1 and "-of-" not in paths[0].name else f"{split}-*-of-*.parquet"
+
+
+def size_category(rows: int) -> str:
+    """The Hub's name for so many rows."""
+    return next((name for limit, name in SIZES if rows < limit), "n>1B")
+
+
+def _languages(recipe: Mapping[str, Any]) -> list[str] | None:
+    """Languages that the recipe states: its own field, else those a language step keeps. Never guessed."""
+    stated = recipe.get("language") or recipe.get("languages")
+    for step in recipe.get("steps") or []:
+        stated = stated or step.get("languages") or (step.get("language") if isinstance(step, Mapping) else None)
+    if not stated:
+        return None
+    return [str(stated)] if isinstance(stated, str) else sorted(str(one) for one in stated)
+
+
+def _body(folder: Path, recipe: Mapping[str, Any], ledger: Mapping[str, Any], name: str, licence: Licence) -> list[str]:
+    kind = str(recipe.get("kind", "rows"))
+    lines = [f"# {_plain(name)}", ""]
+    if recipe.get("description"):
+        lines += [_printable(str(recipe["description"])).strip(), ""]
+    counts = ", ".join(f"{count:,} {split}" for split, count in ledger["splits"].items())
+    lines += [
+        f"{ledger['rows_out']:,} rows of kind `{kind}` ({counts}), built from {ledger['rows_in']:,} records by the "
+        f"recipe below. {sum(ledger['dropped'].values()):,} rows were dropped, each for a reason counted below.", "",
+        "```python", "from datasets import load_dataset", 'rows = load_dataset("path/to/this/folder")', "```", "",
+    ]  # fmt: skip
+    lines += ["## Sources", "", *_sources(ledger), ""]
+    lines += ["## Licences", "", f"**{', '.join(licence.names)}.** {_plain(licence.reason)}", ""]
+    lines += [f"- {_plain(concern)}." for concern in licence.concerns]
+    lines += [""] if licence.concerns else []
+    lines += ["## Splits and columns", "", *_splits(folder, ledger), ""]
+    lines += ["## Steps", "", *_steps(ledger), ""]
+    for source, choice in (ledger.get("format_choices") or {}).items():
+        lines.append(f"- Format of {_plain(source)}: {_plain(choice)}")
+    lines += [""] if ledger.get("format_choices") else []
+    text = _printable(yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=110))
+    return [*lines, "## Recipe", "", *_fenced(text, "yaml")]
+
+
+def _sources(ledger: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for line in ledger["sources"]:
+        given = normalise(line.get("license"))
+        identity = "; ".join(
+            f"{key} {value}" if key != value else str(key) for key, value in _pairs(line.get("identity"))
+        )
+        goes = {"split": "both, by prompt"}.get(str(line.get("part")), str(line.get("part")))
+        rows.append((
+            line["source"], line["type"], "**not known**" if given == "unknown" else given, goes,
+            f"{line['rows_in']:,}", f"{line['rows_out']:,}", _share(line["rows_out"], ledger["rows_out"]),
+            identity or "–",
+        ))  # fmt: skip
+    head = ("source", "type", "licence", "goes to", "records", "rows", "share", "identity")
+    return _table(head, rows, numbers=range(4, 7))
+
+
+def _splits(folder: Path, ledger: Mapping[str, Any]) -> list[str]:
+    import pyarrow.parquet as pq
+
+    digests = ledger.get("digests") or {}
+    rows = [
+        (split, f"{count:,}", f"{len(shards(folder, split))}", f"`{str(digests.get(split, '–'))[:16]}`")
+        for split, count in ledger["splits"].items()
+    ]
+    lines = _table(("split", "rows", "files", "digest of its rows"), rows, numbers=(1, 2))
+    first = next((paths[0] for split in SPLITS if (paths := shards(folder, split))), None)
+    names = pq.read_schema(first).names if first is not None else []
+    lines += ["", *(f"- `{_plain(name)}`: {COLUMNS.get(name, 'added by a step')}" for name in names)]
+    return [*lines, "", "No prompt is in both splits."]
+
+
+def _steps(ledger: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for line in ledger.get("steps") or []:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in line["dropped"].items()) or "–"
+        rows.append((
+            line["step"], f"{line['rows_in']:,}", f"{line['added']:,}", f"{line.get('changed', 0):,}",
+            f"{line['rows_out']:,}", reasons,
+        ))  # fmt: skip
+    head = ("step", "rows in", "added", "changed", "rows out", "dropped")
+    return [*_table(head, rows, numbers=range(1, 5)), "", "In every line: rows in + added = rows out + dropped."]
+
+
+def _pairs(identity: Any) -> Iterable[tuple[str, str]]:
+    """An identity is a mapping of names to digests or commits, or one text."""
+    if isinstance(identity, Mapping):
+        return [(str(key), _short(str(value))) for key, value in identity.items()]
+    return [("", str(identity))] if identity else []
+
+
+def _short(value: str) -> str:
+    """A sha256 is long for a table, a commit is not: it must be there in full to be of use."""
+    return f"{value[:16]}…" if re.fullmatch(r"[0-9a-f]{64}", value) else value
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}" if whole else "–"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]], numbers: Iterable[int] = ()) -> list[str]:
+    """A Markdown table; cells are plain text, whatever they contain."""
+    right = set(numbers)
+    rule = ["---:" if index in right else "---" for index in range(len(head))]
+    lines = [f"| {' | '.join(head)} |", f"| {' | '.join(rule)} |"]
+    lines += [f"| {' | '.join(_cell(str(cell)) for cell in row)} |" for row in rows]
+    return lines
+
+
+def _cell(text: str) -> str:
+    known = text.startswith("**not known**") or re.fullmatch(r"`[0-9a-f–]+`", text)
+    return text if known else _plain(text)
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown reads as text: on one line, no markup, no HTML, no links."""
+    return re.sub(r"([\\`*_{}\[\]()<>#|!~&])", r"\\\1", " ".join(_printable(text).split()))
+
+
+def _printable(text: str) -> str:
+    """Without control characters and without marks that reorder text; line breaks and tabs stay."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]", "\ufffd", text)
+
+
+def _fenced(text: str, language: str) -> list[str]:
+    """A code block whose fence is longer than any in the text."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return [f"{fence}{language}", text.rstrip("\n"), fence]

@@ -1,0 +1,109 @@
+"""What a mixture of datasets may be published under, from the licences of its parts. Torch-free.
+
+A licence is seen as the obligations it puts on whoever passes the data on. A mixture carries those of all its parts.
+Where one part's licence has every obligation of the others, it is the mixture's; otherwise no known licence fits, and
+what is allowed only a reader of all of them can say. This is bookkeeping, not legal advice. Leaves out what a language
+model's terms of use say of its outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+UNKNOWN = "unknown"
+OTHER = "other"
+
+_NONE: frozenset[str] = frozenset()
+_CREDIT = frozenset({"credit"})
+_NC, _ND = frozenset({"credit", "non-commercial"}), frozenset({"credit", "no derivatives"})
+_CC_SA = frozenset({"credit", "alike: CC BY-SA"})
+# NonCommercial's ShareAlike is a family of its own: neither licence may be exchanged for the other.
+_NC_SA = frozenset({"credit", "non-commercial", "alike: CC BY-NC-SA"})
+_NC_ND = _NC | _ND
+_CC = ("1.0", "2.0", "2.5", "3.0", "4.0")
+
+OBLIGATIONS: dict[str, frozenset[str]] = {
+    **dict.fromkeys(("cc0-1.0", "pddl", "unlicense", "wtfpl", "0bsd"), _NONE),
+    **dict.fromkeys(
+        (
+            "apache-2.0", "mit", "bsd", "bsd-2-clause", "bsd-3-clause", "isc", "zlib", "afl-3.0", "artistic-2.0",
+            "bsl-1.0", "odc-by", "cdla-permissive-1.0", "cdla-permissive-2.0", "etalab-2.0", "ms-pl", "ncsa",
+        ),
+        _CREDIT,
+    ),
+    "cc": _CREDIT,
+    **{f"cc-by-{version}": _CREDIT for version in _CC},
+    **{f"cc-by-sa-{version}": _CC_SA for version in _CC},
+    **{f"cc-by-nc-{version}": _NC for version in _CC},
+    **{f"cc-by-nd-{version}": _ND for version in _CC},
+    **{f"cc-by-nc-sa-{version}": _NC_SA for version in _CC},
+    **{f"cc-by-nc-nd-{version}": _NC_ND for version in _CC},
+    **{name: _CREDIT | {"alike: GPL"} for name in ("gpl", "gpl-2.0", "gpl-3.0", "agpl-3.0", "lgpl", "lgpl-3.0")},
+    **{name: _CREDIT | {f"alike: {name}"} for name in ("odbl", "gfdl", "mpl-2.0", "cdla-sharing-1.0", "eupl-1.2")},
+}  # fmt: skip
+"""What a licence asks of whoever passes the data on; the names are the Hub's, and lower-case SPDX names mostly."""
+
+ALIASES = {
+    "apache": "apache-2.0", "apache2": "apache-2.0", "mit license": "mit", "cc0": "cc0-1.0", "public domain": "cc0-1.0",
+    "odc-by-1.0": "odc-by", "odbl-1.0": "odbl", "pddl-1.0": "pddl", "none": UNKNOWN, "": UNKNOWN,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Licence:
+    """What goes into a card: the Hub's ``license`` (several where they ask the same), and why."""
+
+    names: tuple[str, ...]
+    """Hub names; ``("unknown",)`` and ``("other",)`` where no single licence can be named."""
+    reason: str
+    """One sentence."""
+    concerns: tuple[str, ...] = ()
+    """What a person should weigh before passing the data on; empty where credit is all that is asked."""
+
+
+def normalise(name: str | None) -> str:
+    """A licence's Hub name: ``CC BY-SA 3.0`` is ``cc-by-sa-3.0``; ``unknown`` for none. Others stay as they are."""
+    text = " ".join((name or "").strip().lower().split())
+    text = ALIASES.get(text, text)
+    if text in OBLIGATIONS or text in (UNKNOWN, OTHER):
+        return text
+    dashed = text.replace(" ", "-").replace("_", "-")
+    dashed = ALIASES.get(dashed, dashed)
+    return dashed if dashed in OBLIGATIONS else text
+
+
+def of_mixture(licences: Iterable[str | None]) -> Licence:
+    """The licence of a dataset whose parts stand under ``licences`` (None or empty: nobody said)."""
+    names = sorted({normalise(name) for name in licences})
+    named = [name for name in names if name in OBLIGATIONS]
+    concerns = tuple(concern for name in names if (concern := _concern(name)))
+    if not names or UNKNOWN in names:
+        return Licence(
+            (UNKNOWN,), "The licence of at least one source is not known, so neither is this dataset's.", concerns
+        )
+    if len(named) < len(names):
+        strange = ", ".join(name for name in names if name not in OBLIGATIONS)
+        return Licence((OTHER,), f"{strange}: not a licence with known terms, so all sources' terms apply.", concerns)
+    whole = frozenset[str]().union(*(OBLIGATIONS[name] for name in named))
+    strictest = tuple(name for name in named if OBLIGATIONS[name] == whole)
+    if not strictest:
+        text = ", ".join(named)
+        return Licence(
+            (OTHER,), f"No one of {text} has every obligation of the others, so all sources' terms apply.",
+            (*concerns, "the sources' licences do not fit under one of them"),
+        )  # fmt: skip
+    reason = "Every source has this licence." if len(names) == 1 else "The strictest among the sources' licences."
+    return Licence(strictest, reason, concerns)
+
+
+def _concern(name: str) -> str:
+    """What may forbid passing data of this licence on, in a few words; empty when nothing does."""
+    if name == UNKNOWN:
+        return "a source's licence is not known"
+    if name not in OBLIGATIONS:
+        return f"'{name}' is not a licence with known terms"
+    asked = OBLIGATIONS[name]
+    if "no derivatives" in asked:
+        return f"{name} forbids passing on changed versions, and a build is one"
+    return f"{name} forbids commercial use" if "non-commercial" in asked else ""

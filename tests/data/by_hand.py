@@ -1,0 +1,129 @@
+"""A small build laid out by hand, as the builder leaves one, some of it hostile."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from align.data.rows import Row, assistant, row_id, user, write_rows
+from align.data.shards import DROPPED
+
+HOSTILE = (
+    '<script>document.title="PWNED"</script><img src=x onerror="document.title=\'PWNED\'">'
+    "</pre></textarea><!-- {{ 7*7 }} {% raw %} | `x` [a](javascript:alert(1)) \x1b[31mred \u202egnp.exe \x00"
+)
+
+
+def row(prompt: str, answer: str, source: str = "first", **more: Any) -> Row:
+    """One instruction."""
+    made: Row = {"source": source, "prompt": [user(prompt)], "checks": "", "completion": [assistant(answer)], **more}
+    return {"id": row_id(made), **made}
+
+
+def pair(prompt: str, chosen: str, rejected: str, source: str = "first") -> Row:
+    """One preference."""
+    made: Row = {"source": source, "prompt": [user(prompt)], "checks": "", "chosen": [assistant(chosen)]}
+    made["rejected"] = [assistant(rejected)]
+    return {"id": row_id(made), **made}
+
+
+def write_split(folder: Path, split: str, rows: list[Row], files: int = 1) -> None:
+    """A split in so many shards."""
+    size = -(-len(rows) // files)
+    for number in range(files):
+        name = f"{split}-{number:05d}-of-{files:05d}.parquet"
+        write_rows(folder / name, rows[number * size : (number + 1) * size])
+
+
+def write_build(
+    folder: Path,
+    train: list[Row],
+    test: list[Row],
+    dropped: list[tuple[Row, str, dict[str, Any]]] = (),  # type: ignore[assignment]
+    licences: dict[str, str | None] | None = None,
+    files: int = 1,
+) -> Path:
+    """Rows, dropped rows (row, reason, detail) of one step called dedup, and a ledger that adds up."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_split(folder, "train", train, files)
+    write_split(folder, "test", test)
+    lines = [
+        {
+            "where": f"rows.jsonl:{number}",
+            "source": gone["source"],
+            "step": "1 dedup",
+            "reason": reason,
+            "detail": json.dumps(detail),
+            "row": json.dumps(gone, ensure_ascii=False),
+        }
+        for number, (gone, reason, detail) in enumerate(dropped, start=1)
+    ]
+    pq.write_table(pa.Table.from_pylist(lines, DROPPED), folder / "dropped-00000-of-00001.parquet")
+    write_ledger(folder, train, test, dropped, licences or {})
+    return folder
+
+
+def write_ledger(folder: Path, train: list[Row], test: list[Row], dropped: Any, licences: dict[str, Any]) -> None:
+    """The ledger of :func:`write_build`."""
+    kept = Counter(one["source"] for one in (*train, *test))
+    gone = Counter(one["source"] for one, _, _ in dropped)
+    names = sorted(set(kept) | set(gone))
+    reasons = {name: Counter(reason for one, reason, _ in dropped if one["source"] == name) for name in names}
+    by_source = {
+        name: {
+            "rows_in": kept[name] + gone[name],
+            "rows_out": kept[name],
+            "added": 0,
+            "changed": 0,
+            "dropped": dict(sorted(reasons[name].items())),
+        }
+        for name in names
+    }
+    total, out = sum(kept.values()) + sum(gone.values()), sum(kept.values())
+    why = dict(sorted(sum(reasons.values(), Counter()).items()))
+    examples = {
+        reason: [
+            {"where": f"rows.jsonl:{n}", "id": one["id"], "text": json.dumps(one)[:200], "detail": detail}
+            for n, (one, given, detail) in enumerate(dropped, start=1)
+            if given == reason
+        ][:3]
+        for reason in why
+    }
+    empty = {"rows_in": total, "rows_out": total, "added": 0, "changed": 0, "dropped": {}}
+    steps = [
+        {"step": "0 read", **empty, "by_source": {}, "examples": {}, "notes": {}},
+        {
+            "step": "1 dedup",
+            **(empty | {"rows_out": out, "dropped": why}),
+            "by_source": by_source,
+            "examples": examples,
+            "notes": {"clusters": 1},
+        },
+    ]
+    ledger = {
+        "rows_in": total,
+        "rows_out": out,
+        "added": 0,
+        "dropped": why,
+        "splits": {"train": len(train), "test": len(test)},
+        "format_choices": {},
+        "sources": [
+            {
+                "source": name,
+                "type": "files",
+                "part": "split",
+                "license": licences.get(name),
+                "identity": {f"{name}.jsonl": "ab" * 32},
+                **by_source[name],
+            }
+            for name in names
+        ],
+        "steps": steps,
+        "digests": {"train": "1" * 64, "test": "2" * 64},
+    }
+    (folder / "ledger.json").write_text(json.dumps(ledger, indent=1), encoding="utf-8")

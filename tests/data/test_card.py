@@ -1,0 +1,147 @@
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from align.data.card import size_category, write_card
+from tests.data.by_hand import HOSTILE, pair, row, write_build
+
+RECIPE = {
+    "description": "Two sources.",
+    "kind": "instructions",
+    "sources": [
+        {"type": "hub", "dataset": "org/set", "revision": "a" * 40},
+        {"type": "files", "paths": ["b.jsonl"]},
+    ],
+    "steps": [{"type": "dedup"}],
+    "seed": 17,
+}
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Path:
+    train = [row(f"question {n}", f"answer {n}", "first" if n % 2 else "second") for n in range(6)]
+    dropped = [(row("question 1!", "answer 1"), "duplicate", {"instead": {"id": train[1]["id"], "where": "x:1"}})]
+    licences = {"first": "MIT", "second": "CC-BY-SA-3.0"}
+    return write_build(tmp_path / "build", train, [row("held out", "yes")], dropped, licences, files=2)
+
+
+def card(folder: Path, recipe: dict = RECIPE, name: str = "demo") -> str:
+    ledger = json.loads((folder / "ledger.json").read_text())
+    return write_card(folder, recipe, ledger, name).read_text(encoding="utf-8")
+
+
+def test_the_metadata_is_the_hubs(build: Path) -> None:
+    from huggingface_hub import DatasetCard
+
+    data = DatasetCard(card(build)).data.to_dict()
+    assert data["license"] == "cc-by-sa-3.0"
+    assert data["pretty_name"] == "demo"
+    assert data["size_categories"] == ["n<1K"]
+    assert data["task_categories"] == ["text-generation"]
+    assert data["source_datasets"] == ["org/set"]
+    assert data["tags"] == ["align", "sft"]
+    assert "language" not in data  # nobody said
+    assert data["configs"] == [
+        {
+            "config_name": "default",
+            "data_files": [
+                {"split": "train", "path": "train-*-of-*.parquet"},
+                {"split": "test", "path": "test-*-of-*.parquet"},
+            ],
+        }
+    ]
+    info = data["dataset_info"]
+    assert [(split["name"], split["num_examples"]) for split in info["splits"]] == [("train", 6), ("test", 1)]
+    assert all(split["num_bytes"] > 0 for split in info["splits"])
+    assert info["dataset_size"] == sum(split["num_bytes"] for split in info["splits"])
+    assert info["download_size"] == sum(p.stat().st_size for p in build.glob("t*-of-*.parquet"))
+    assert [feature["name"] for feature in info["features"]] == ["id", "source", "prompt", "checks", "completion"]
+
+
+def test_datasets_reads_the_folder_through_the_card(build: Path, tmp_path: Path) -> None:
+    from datasets import load_dataset
+
+    card(build)
+    found = load_dataset(str(build), cache_dir=str(tmp_path / "cache"))
+    assert set(found) == {"train", "test"}
+    assert found["train"].num_rows == 6  # both shards, and no dropped row
+    assert found["train"][1]["completion"][0]["content"] == "answer 1"
+    assert found["test"]["prompt"][0][0] == {"role": "user", "content": "held out"}
+
+
+def test_the_body_accounts_for_sources_steps_and_recipe(build: Path) -> None:
+    text = card(build)
+    assert "7 rows of kind `instructions` (6 train, 1 test), built from 8 records" in text
+    assert "| first | files | mit | both, by prompt | 5 | 4 | 57.1% | first.jsonl abababababababab… |" in text
+    assert "| 1 dedup | 8 | 0 | 0 | 7 | 1 duplicate |" in text
+    assert "| train | 6 | 2 | `1111111111111111` |" in text
+    recipe = re.search(r"```yaml\n(.*?)\n```", text, re.DOTALL)
+    assert recipe is not None and yaml.safe_load(recipe[1]) == RECIPE
+
+
+def test_an_unknown_licence_is_said_plainly(build: Path) -> None:
+    ledger = json.loads((build / "ledger.json").read_text())
+    ledger["sources"][0]["license"] = None
+    (build / "ledger.json").write_text(json.dumps(ledger))
+    text = card(build)
+    assert "\nlicense: unknown\n" in text
+    assert "| first | files | **not known** |" in text
+    assert "The licence of at least one source is not known" in text
+
+
+def test_licences_that_do_not_fit_are_other_with_a_name_and_a_link(build: Path) -> None:
+    ledger = json.loads((build / "ledger.json").read_text())
+    ledger["sources"][0]["license"] = "CC-BY-NC-4.0"
+    (build / "ledger.json").write_text(json.dumps(ledger))
+    data = yaml.safe_load(card(build).split("---")[1])
+    assert data["license"] == "other"
+    assert data["license_name"] == "terms-of-all-sources"
+    assert data["license_link"] == "README.md#licences"
+
+
+def test_a_language_is_stated_where_the_recipe_states_it(build: Path) -> None:
+    kept = {**RECIPE, "steps": [{"type": "language", "languages": ["en", "de"]}]}
+    assert yaml.safe_load(card(build, kept).split("---")[1])["language"] == ["de", "en"]
+
+
+def test_preferences_have_their_own_tags_and_columns(tmp_path: Path) -> None:
+    folder = write_build(tmp_path / "pairs", [pair("a", "good", "bad")], [pair("b", "good", "bad")])
+    text = card(folder, {**RECIPE, "kind": "preferences"})
+    assert yaml.safe_load(text.split("---")[1])["tags"] == ["align", "dpo", "reward-model"]
+    assert "- `chosen`: the better answer" in text
+
+
+def test_hostile_text_stays_text(build: Path) -> None:
+    from huggingface_hub import DatasetCard
+
+    ledger = json.loads((build / "ledger.json").read_text())
+    ledger["sources"][0]["source"] = HOSTILE
+    ledger["steps"][1]["dropped"] = {HOSTILE: 1}
+    (build / "ledger.json").write_text(json.dumps(ledger))
+    recipe = {**RECIPE, "description": "ok", "note": f"````\n---\n{HOSTILE}"}
+    text = card(build, recipe, name=f"---\n{HOSTILE}")
+    body = text.split("\n---\n", 1)[1]
+    before, code = body.split("## Recipe")
+    assert not re.search(r"(?<!\\)<(script|img)", before)
+    assert not re.search(r"(?<!\\)\]\(javascript", before)
+    assert "\x1b" not in text and "\u202e" not in text and "\x00" not in text
+    fence = re.search(r"\n(`{3,})yaml\n", code)
+    assert fence is not None and len(fence[1]) > 4 and code.rstrip().endswith(fence[1])
+    rows = [line for line in before.splitlines() if line.startswith("| ")]
+    cells = [len(re.findall(r"(?<!\\)\|", line)) for line in rows]
+    assert set(cells) == {9, 5, 7}  # no cell broke out of its table
+    assert DatasetCard(text).data.to_dict()["tags"] == ["align", "sft"]
+
+
+def test_the_card_is_the_same_each_time(build: Path) -> None:
+    assert card(build) == card(build)
+
+
+@pytest.mark.parametrize(
+    ("rows", "name"), [(0, "n<1K"), (999, "n<1K"), (1000, "1K<n<10K"), (10**6, "1M<n<10M"), (10**9, "n>1B")]
+)
+def test_size_categories(rows: int, name: str) -> None:
+    assert size_category(rows) == name
