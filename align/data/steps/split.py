@@ -1,0 +1,136 @@
+"""The last word on every build: equal rows once, at most ``max_rows``, and each prompt on one side.
+
+No prompt, and with ``near_duplicates`` no near-duplicate of one, is in both splits. Not written in recipes: every build
+ends with it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from align.data.rows import Row
+from align.data.splits import group, share
+from align.data.steps.base import StepConfig, StepContext, Table, Verdict, keep_all
+
+SPLITS = ("train", "test")
+PARTS = ("split", *SPLITS)
+
+EQUAL, OVER, LEAKED = "duplicate", "over max_rows", "its question is in the test split"
+
+
+class Identical(StepConfig):
+    """Rows of equal content, the first of which stays."""
+
+    type: Literal["identical"] = "identical"
+    decides: ClassVar[bool] = True
+
+    def start(self, context: StepContext) -> _Identical:
+        """The step itself."""
+        return _Identical()
+
+
+class _Identical:
+    def sketch(self, rows: list[Row]) -> dict[str, np.ndarray]:
+        return {"id": np.array([row["id"] for row in rows], dtype="S48")}
+
+    def decide(self, table: Table) -> Verdict:
+        places = np.flatnonzero(table.alive)
+        first, inverse = np.unique(table.columns["id"][places], return_index=True, return_inverse=True)[1:]
+        stands = places[first[inverse]]
+        code, instead = keep_all(len(table)), np.full(len(table), -1, dtype=np.int64)
+        again = stands != places
+        code[places[again]], instead[places[again]] = 0, stands[again]
+        return Verdict(code, [EQUAL], instead)
+
+
+class MaxRows(StepConfig):
+    """A limit to the rows of the whole build, chosen by the seed."""
+
+    type: Literal["max_rows"] = "max_rows"
+    decides: ClassVar[bool] = True
+    rows: int
+
+    def start(self, context: StepContext) -> _MaxRows:
+        """The step itself."""
+        return _MaxRows(self.rows, context.seed)
+
+
+class _MaxRows:
+    def __init__(self, rows: int, seed: int) -> None:
+        self.rows, self.seed = rows, seed
+
+    def sketch(self, rows: list[Row]) -> dict[str, np.ndarray]:
+        return {"draw": np.array([share(row["id"], self.seed) for row in rows], dtype=np.float64)}
+
+    def decide(self, table: Table) -> Verdict:
+        places = np.flatnonzero(table.alive)
+        order = np.argsort(table.columns["draw"][places], kind="stable")
+        code = keep_all(len(table))
+        code[places[order[self.rows :]]] = 0
+        return Verdict(code, [OVER])
+
+
+class Split(StepConfig):
+    """Which side each prompt is on."""
+
+    type: Literal["split"] = "split"
+    decides: ClassVar[bool] = True
+    test_size: float
+    near_duplicates: float | None
+    parts: tuple[str, ...]
+    """Where the rows of each source go."""
+
+    def start(self, context: StepContext) -> _Split:
+        """The step itself."""
+        return _Split(self, context.seed)
+
+
+class _Split:
+    def __init__(self, config: Split, seed: int) -> None:
+        self.config, self.seed = config, seed
+
+    def sketch(self, rows: list[Row]) -> dict[str, np.ndarray]:
+        groups = [group(row) for row in rows]
+        found: dict[str, Any] = {
+            "draw": np.array([share(name, self.seed) for name in groups], dtype=np.float64),
+            "group": np.array([share(name, 0) for name in groups], dtype=np.float64),
+        }
+        if self.config.near_duplicates is not None:
+            from align.data.minhash import signatures
+
+            found["signature"] = signatures(groups)
+        return found
+
+    def decide(self, table: Table) -> Verdict:
+        """A group is tested when the draw of its first row's prompt falls below ``test_size``."""
+        places = np.flatnonzero(table.alive)
+        part = np.array([PARTS.index(name) for name in self.config.parts], dtype=np.int8)[table.source[places]]
+        first, label = np.unique(table.columns["group"][places], return_index=True, return_inverse=True)[1:]
+        label = first[label]  # of each row, the first row with its prompt
+        clusters = len(first)
+        if self.config.near_duplicates is not None:
+            from align.data.minhash import cluster
+
+            label = cluster(table.columns["signature"][places], label, self.config.near_duplicates)
+            clusters = len(np.unique(label))
+        tested = self._tested(table.columns["draw"][places][label], label, part == 0)
+        in_test = (part == 2) | ((part == 0) & tested)
+        leaked = ~in_test & np.isin(label, label[in_test])
+        code, side = keep_all(len(table)), np.zeros(len(table), dtype="U5")
+        code[places[leaked]] = 0
+        side[places] = np.where(in_test, "test", "train")
+        return Verdict(code, [LEAKED], columns={"_split": side}, notes={"prompts": len(first), "clusters": clusters})
+
+    def _tested(self, draw: np.ndarray, label: np.ndarray, divided: np.ndarray) -> np.ndarray:
+        """(N,) whether each row's group is tested; neither side stays empty where there are two groups to divide."""
+        tested = draw < self.config.test_size
+        groups, at = np.unique(label[divided], return_index=True)
+        if len(groups) > 1:
+            draws = draw[divided][at]
+            if not (draws < self.config.test_size).any():
+                tested |= label == groups[draws.argmin()]
+            elif (draws < self.config.test_size).all():
+                tested &= label != groups[draws.argmax()]
+        return tested

@@ -1,0 +1,126 @@
+"""Scores decide: by bounds, by quantiles, within sources; and are those of the model."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+from align.data.steps.score import ABOVE, BELOW, NO_SCORE, ScoreConfig
+from align.errors import UserError
+from align.models.loading import load_policy, load_tokenizer
+from align.models.render import render_conversation, render_prompt
+from align.models.reward import RewardModel
+from tests.data.steps.tables import decide, kept, row
+
+ROWS = [row(f"q{i}", completion="x" * (i + 1), source=i % 2) for i in range(10)]
+
+
+def lengths(rows):
+    return [
+        math.nan if made["completion"][0]["content"] == "x" else len(made["completion"][0]["content"]) for made in rows
+    ]
+
+
+def few(rows):
+    return [1.0]
+
+
+def by_length(**keep):
+    return ScoreConfig(type="score", by="function", function=f"{__name__}:lengths", keep=keep)
+
+
+def test_bounds_and_rows_without_a_score():
+    verdict = decide(by_length(above=3, below=6), ROWS)
+    assert kept(verdict) == [2, 3, 4, 5]
+    reasons = [verdict.reasons[code] for code in verdict.code if code >= 0]
+    assert reasons == [NO_SCORE, BELOW, ABOVE, ABOVE, ABOVE, ABOVE]
+    assert verdict.columns["score"][3] == 4
+
+
+def test_quantiles_are_of_all_living_rows_with_a_score():
+    # scores 2 to 10, their median 6
+    assert kept(decide(by_length(quantiles=(0.5, 1)), ROWS)) == [5, 6, 7, 8, 9]
+    # of 2 to 6 alone it is 4, and dead rows change nothing
+    alive = [at <= 5 for at in range(10)]
+    left = kept(decide(by_length(quantiles=(0.5, 1)), ROWS, alive=alive))
+    assert [at for at in left if alive[at]] == [3, 4, 5]
+
+
+def test_quantiles_within_each_source():
+    # source a: 3, 5, 7, 9 (1 has no score); source b: 2, 4, 6, 8, 10
+    left = kept(decide(by_length(quantiles=(0.5, 1), per_source=True), ROWS))
+    assert left == [5, 6, 7, 8, 9]
+    assert kept(decide(by_length(quantiles=(0, 0.25), per_source=True), ROWS)) == [1, 2, 3]
+    assert decide(by_length(per_source=True), ROWS).notes["b"]["quantiles"] == [2, 2.8, 4, 6, 8, 9.2, 10]
+
+
+def test_shards_change_nothing():
+    one, other = decide(by_length(quantiles=(0.2, 0.7)), ROWS), decide(by_length(quantiles=(0.2, 0.7)), ROWS, cut=3)
+    assert (one.code == other.code).all()
+
+
+def test_a_function_must_score_every_row():
+    with pytest.raises(UserError, match="few returned 1 scores for 10 rows"):
+        decide(ScoreConfig(type="score", by="function", function=f"{__name__}:few"), ROWS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"by": "function"}, "needs `function:"),
+        ({"by": "reward"}, "needs `model:`"),
+        ({"by": "reward", "model": "m", "keep": {"quantiles": [0.9, 0.1]}}, "two shares"),
+        ({"by": "reward", "model": "m", "keep": {"above": 2, "below": 1}}, "nothing is kept"),
+    ],
+)
+def test_contradictions_are_refused(settings, message):
+    with pytest.raises(ValidationError, match=message):
+        ScoreConfig(type="score", **settings)
+
+
+def test_a_missing_model_is_named(tmp_path):
+    config = ScoreConfig(type="score", by="perplexity", model="nowhere")
+    with pytest.raises(UserError, match=r"nowhere has no config.json; name the folder"):
+        decide(config, ROWS, base=tmp_path)
+    with pytest.raises(UserError, match="the data stage has 0 inputs"):
+        decide(ScoreConfig(type="score", by="perplexity", model="input 0"), ROWS)
+
+
+def test_reward_is_the_models(tiny_reward):
+    config = ScoreConfig(type="score", by="reward", model="input 0", precision="float32", batch_size=3)
+    scores = decide(config, ROWS[:4], inputs=(tiny_reward,)).columns["score"]
+    model = RewardModel(tiny_reward, precision="float32")
+    expected = model.score(
+        [made["prompt"] for made in ROWS[:4]], [made["completion"][0]["content"] for made in ROWS[:4]]
+    )
+    assert scores.tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def likelihood(model, ids, skip):
+    """Mean negative log-likelihood of the tokens behind the first ``skip``."""
+    with torch.no_grad():
+        log_p = torch.log_softmax(model(torch.tensor([ids])).logits[0].double(), dim=-1)
+    return -float(np.mean([log_p[at - 1, ids[at]].item() for at in range(skip, len(ids))]))
+
+
+def test_perplexity_and_difficulty_are_those_of_the_plain_model(tiny_model):
+    model, tokenizer = load_policy(tiny_model), load_tokenizer(tiny_model)
+    settings = {"type": "score", "model": str(tiny_model), "precision": "float32", "batch_size": 2}
+    perplexity = decide(ScoreConfig(by="perplexity", **settings), ROWS[:3]).columns["score"]
+    difficulty = decide(ScoreConfig(by="ifd", **settings), ROWS[:3]).columns["score"]
+    for at, made in enumerate(ROWS[:3]):
+        prompt = render_prompt(tokenizer, made["prompt"])
+        whole = render_conversation(tokenizer, [*made["prompt"], *made["completion"]])
+        conditioned = likelihood(model, whole, len(prompt))
+        begin = prompt[:1] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        alone = likelihood(model, [*begin, *whole[len(prompt) :]], 1)
+        assert perplexity[at] == pytest.approx(math.exp(conditioned), rel=1e-4)
+        assert difficulty[at] == pytest.approx(math.exp(conditioned - alone), rel=1e-4)
+
+
+def test_a_prompt_that_fills_the_context_has_no_score(tiny_model):
+    config = ScoreConfig(type="score", by="perplexity", model=str(tiny_model), precision="float32", max_length=8)
+    verdict = decide(config, [row("a long question " * 20)])
+    assert verdict.reasons[verdict.code[0]] == NO_SCORE
