@@ -22,7 +22,7 @@ class CapConfig(StepConfig):
     type: Literal["cap"]
     each: int | None = Field(None, ge=1)
     """Rows of every source that ``sources`` does not name."""
-    sources: dict[str, int] = {}
+    sources: dict[str, int] = Field({})
     """Rows of single sources, by name: ``{dolly: 2000}``."""
     decides: ClassVar[bool] = True
 
@@ -67,6 +67,5 @@ def check_names(given: dict[str, float] | dict[str, int], sources: list[str], wh
     """Raise ``UserError`` for a source that does not exist."""
     for name in given:
         if name not in sources:
-            raise UserError(
-                f"{where}: there is no source '{name}'; there are {', '.join(map(repr, sources))}.{suggest(name, sources)}"
-            )
+            known = ", ".join(map(repr, sources))
+            raise UserError(f"{where}: there is no source '{name}'; there are {known}.{suggest(name, sources)}")
