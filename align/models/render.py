@@ -23,8 +23,7 @@ def require_chat_template(tokenizer: Any, where: str) -> None:
 
 def render_prompt(tokenizer: Any, messages: list[Message]) -> list[int]:
     """Token ids of a conversation that ends with a user turn, up to where the assistant's answer begins."""
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-    return [int(token) for token in ids]
+    return _apply(tokenizer, messages, add_generation_prompt=True)
 
 
 def render_conversation(tokenizer: Any, messages: list[Message], finished: bool = True) -> list[int]:
@@ -34,12 +33,26 @@ def render_conversation(tokenizer: Any, messages: list[Message], finished: bool 
     stops there and nothing may be scored at a token it never samples. ``finished=False`` is for an answer that was
     cut off at its length limit: the end-of-turn token is left out too, since the policy did not write it.
     """
-    ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
-    tokens = [int(token) for token in ids]
+    tokens = _apply(tokenizer, messages)
     end = last_turn_end(tokens, tokenizer.eos_token_id)
     if end is None:  # a template that does not close the turn: the policy's end token is added
         return [*tokens, tokenizer.eos_token_id] if finished else tokens
     return tokens[: end + 1] if finished else tokens[:end]
+
+
+def _apply(tokenizer: Any, messages: list[Message], **options: Any) -> list[int]:
+    """Raises ``UserError`` where the template itself raises: for roles that it does not take."""
+    from jinja2 import TemplateError
+
+    try:
+        ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **options)
+    except TemplateError as error:
+        roles = ", ".join(str(message["role"]) for message in messages)
+        raise UserError(
+            f"the chat template refuses a conversation of the roles {roles}: {error}. Change its rows, or name another "
+            "template in the model stage's chat_template field."
+        ) from None
+    return [int(token) for token in ids]
 
 
 MAX_TRAILING = 4

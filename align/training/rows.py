@@ -18,6 +18,13 @@ from align.models.render import render_conversation, render_prompt
 Row = dict[str, Any]
 MASKED = -100
 """Label of a token that no loss is taken on; torch's and trl's convention."""
+NO_ROOM = "left out, the prompt alone fills max_length"
+TOO_LONG = "left out, longer than max_length"
+SAME_ANSWERS = "left out, both answers are the same"
+
+
+class PromptRewritten(UserError):
+    """The chat template renders a prompt differently once an answer follows it."""
 
 
 @dataclass
@@ -57,14 +64,14 @@ def split_turn(
 
     ``finished=False`` leaves the end of turn out, for an answer that was cut off.
 
-    Raises ``UserError`` when the chat template renders the prompt differently once an answer follows it: training
+    Raises ``PromptRewritten`` when the chat template renders the prompt differently once an answer follows it: training
     and sampling would then see different contexts.
     """
     prompt_ids = render_prompt(tokenizer, prompt)
     whole = render_conversation(tokenizer, [*prompt, *answer], finished)
     if whole[: len(prompt_ids)] != prompt_ids:
         shared = next((at for at, pair in enumerate(zip(prompt_ids, whole, strict=False)) if pair[0] != pair[1]), 0)
-        raise UserError(
+        raise PromptRewritten(
             "the chat template renders a prompt differently once an answer follows it: sampling would see "
             f"{tokenizer.decode(prompt_ids[shared:])!r} where training sees {tokenizer.decode(whole[shared:])[:60]!r}. "
             "Give the model a chat template whose generation prompt is the beginning of an assistant turn."
@@ -83,7 +90,7 @@ def encode_supervised(tokenizer: Any, rows: Sequence[Row], max_length: int) -> E
         prompt_ids, answer_ids = split_turn(tokenizer, row["prompt"], row.get("completion") or row["chosen"])
         room = max_length - len(prompt_ids)
         if room <= 0:
-            out.count("left out, the prompt alone fills max_length")
+            out.count(NO_ROOM)
             continue
         if len(answer_ids) > room:
             out.count("answer cut at max_length, so without its end of turn")
@@ -102,11 +109,11 @@ def encode_pairs(tokenizer: Any, rows: Sequence[Row], max_length: int) -> Encode
         prompt_ids, chosen_ids = split_turn(tokenizer, row["prompt"], row["chosen"], is_finished(row, "chosen"))
         _, rejected_ids = split_turn(tokenizer, row["prompt"], row["rejected"], is_finished(row, "rejected"))
         if chosen_ids == rejected_ids:
-            out.count("left out, both answers are the same")
+            out.count(SAME_ANSWERS)
             continue
         length = len(prompt_ids) + max(len(chosen_ids), len(rejected_ids))
         if length > max_length:
-            out.count("left out, longer than max_length")
+            out.count(TOO_LONG)
             continue
         out.add({"prompt_ids": prompt_ids, "chosen_ids": chosen_ids, "rejected_ids": rejected_ids}, length, row)
     return out
@@ -121,11 +128,11 @@ def encode_conversations(tokenizer: Any, rows: Sequence[Row], max_length: int) -
             for side in ("chosen", "rejected")
         )
         if chosen_ids == rejected_ids:
-            out.count("left out, both answers are the same")
+            out.count(SAME_ANSWERS)
             continue
         length = max(len(chosen_ids), len(rejected_ids))
         if length > max_length:
-            out.count("left out, longer than max_length")
+            out.count(TOO_LONG)
             continue
         out.add({"chosen_ids": chosen_ids, "rejected_ids": rejected_ids}, length, row)
     return out

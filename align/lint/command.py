@@ -1,0 +1,164 @@
+"""Lint rows or a built dataset for a model, without training: what ``align data lint`` calls."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from align.data.rows import Row, read_rows
+from align.errors import UserError
+from align.lint.batches import Collator
+from align.lint.findings import Finding
+from align.lint.linter import Linter, Options, StageKind
+from align.lint.tokens import Limits
+
+STAGE_OF: dict[str, StageKind] = {
+    "instructions": "sft", "preferences": "dpo", "unpaired": "sft", "prompts": "prompts",
+    "sft": "sft", "dpo": "dpo", "reward": "reward", "ppo": "prompts",
+}  # fmt: skip
+"""Kinds of data, and of training stages: how rows of each become tokens."""
+
+
+def lint_rows(rows: Iterable[Row], tokenizer: Any, kind: str, settings: Options | None = None) -> list[Finding]:
+    """Look at rows as ``tokenizer`` and its template will write them for a training stage.
+
+    ``kind`` is a recipe's kind, or a training stage's where that differs (``reward``); it decides ``settings.stage``.
+    Raises ``UserError`` for a tokenizer without chat template.
+    """
+    linter = _linter(tokenizer, _options(kind, settings or Options()))
+    linter.look("rows", list(rows), collator_of(linter.options.stage, tokenizer))
+    return linter.result()
+
+
+def lint_dataset(
+    folder: Path,
+    model: str,
+    kind: str | None = None,
+    max_length: int | None = None,
+    rows: int | None = Options.rows,
+    seed: int = 0,
+) -> list[Finding]:
+    """Look at both splits of a built dataset for a model: a folder, or a built-in model's name.
+
+    ``kind`` is found from the columns when it is None. Raises ``UserError`` for a folder without splits or a model
+    without chat template.
+    """
+    splits = read_splits(folder)
+    found = kind or kind_of(next(iter(splits.values())), folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer, limits, ends = load(model, Path(scratch), max_length)
+        linter = _linter(tokenizer, _options(found, Options(limits=limits, ends=ends, rows=rows, seed=seed)))
+        for name, split in splits.items():
+            linter.look(name, split, collator_of(linter.options.stage, tokenizer))
+        return linter.result()
+
+
+def print_findings(findings: Sequence[Finding], file: TextIO | None = None) -> int:
+    """Print findings with their examples and remedies; returns the exit code, 1 where there are errors."""
+    out = file or sys.stdout
+    for finding in findings:
+        print("\n".join(finding.lines()), file=out)
+    counts = {severity: sum(f.severity == severity for f in findings) for severity in ("error", "warning", "note")}
+    print(", ".join(f"{count} {name}{'' if count == 1 else 's'}" for name, count in counts.items()), file=out)
+    return 1 if counts["error"] else 0
+
+
+def _options(kind: str, settings: Options) -> Options:
+    if kind not in STAGE_OF:
+        raise UserError(f"lint: unknown kind '{kind}'; known are {', '.join(STAGE_OF)}.")
+    return Options(
+        STAGE_OF[kind], settings.limits, settings.supervise, settings.ends, settings.rows, settings.seed
+    )  # fmt: skip
+
+
+def _linter(tokenizer: Any, options: Options) -> Linter:
+    from align.models.render import require_chat_template
+
+    require_chat_template(tokenizer, "lint: the tokenizer")
+    return Linter(tokenizer, options)
+
+
+def collator_of(stage: StageKind, tokenizer: Any) -> Collator | None:
+    """The collator that trl's trainer of a stage makes by default; None for prompts, which are sampled from."""
+    if stage == "prompts":
+        return None
+    from trl.trainer import dpo_trainer, reward_trainer, sft_trainer
+
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    made: dict[str, Any] = {
+        "sft": sft_trainer.DataCollatorForLanguageModeling,
+        "dpo": dpo_trainer.DataCollatorForPreference,
+        "reward": reward_trainer.DataCollatorForPreference,
+    }
+    return made[stage](pad_token_id=pad)  # type: ignore[no-any-return]
+
+
+def read_splits(folder: Path) -> dict[str, list[Row]]:
+    """Rows of ``train`` and ``test``, whole files or shards. Raises ``UserError`` for a folder that has neither."""
+    found: dict[str, list[Row]] = {}
+    for name in ("train", "test"):
+        files = sorted(folder.glob(f"{name}-?????-of-?????.parquet")) or sorted(folder.glob(f"{name}.parquet"))
+        if files:
+            found[name] = [row for file in files for row in read_rows(file)]
+    if not any(found.values()):
+        raise UserError(f"{folder}: no rows in train or test Parquet files; name the folder of a built dataset.")
+    return found
+
+
+def kind_of(rows: Sequence[Row], folder: Path) -> str:
+    """The kind that the first row's columns show."""
+    row = rows[0] if rows else {}
+    if row.get("chosen") and row.get("rejected"):
+        return "preferences"
+    if row.get("completion"):
+        return "unpaired" if row.get("label") is not None else "instructions"
+    if row.get("prompt"):
+        return "prompts"
+    raise UserError(f"{folder}: a row has {', '.join(row) or 'no fields'}; expected 'prompt' and answers.")
+
+
+def load(model: str, scratch: Path, max_length: int | None) -> tuple[Any, Limits, frozenset[int]]:
+    """Tokenizer, sizes and end tokens of a model, read from its folder; no weights are loaded.
+
+    Unlike for training, a tokenizer that pads with eos is taken: the linter says what is wrong with it.
+    """
+    from transformers import AutoTokenizer
+
+    folder = model_folder(model, scratch)
+    config = _json(folder / "config.json")
+    sizes = {**config, **config.get("text_config", {})}
+    generation = _json(folder / "generation_config.json").get("eos_token_id")
+    ends = [] if generation is None else generation if isinstance(generation, list) else [generation]
+    limits = Limits(max_length, sizes.get("max_position_embeddings"), sizes.get("vocab_size"))
+    return AutoTokenizer.from_pretrained(folder), limits, frozenset(map(int, ends))
+
+
+def model_folder(model: str, scratch: Path) -> Path:
+    """The transformers folder that ``model`` names: itself, its ``model/``, or a built-in model's.
+
+    Raises ``UserError`` for a name that is none of these.
+    """
+    from align.models import embedded
+    from align.models.source import BUILT_IN, TINY
+    from align.models.tiny import make_tiny
+    from align.validation import suggest
+
+    if model == embedded.NAME:
+        return embedded.fetch()
+    if model == TINY:
+        return make_tiny(scratch / TINY)
+    for folder in (Path(model), Path(model) / "model"):
+        if (folder / "tokenizer_config.json").is_file():
+            return folder
+    raise UserError(
+        f"lint: '{model}' is neither a folder with a tokenizer nor a built-in model ({', '.join(BUILT_IN)})."
+        f"{suggest(model, BUILT_IN)} A Hub model comes in through a model stage; name the artifact's folder."
+    )
+
+
+def _json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

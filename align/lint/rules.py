@@ -1,0 +1,232 @@
+"""Every fault the linter knows: its name, how bad it is, what is wrong, and what to do about it. Torch-free.
+
+An *error* makes a row teach something wrong, and stops a training stage unless it is waived by name. A *warning* wastes
+rows or makes numbers doubtful. A *note* is a fact worth knowing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Severity = Literal["error", "warning", "note"]
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One kind of fault. ``counted`` marks those that a stage counts over all rows by itself and warns of anyway."""
+
+    severity: Severity
+    what: str
+    remedy: str
+    counted: bool = False
+
+
+RULES: dict[str, Rule] = {
+    # The template and the tokenizer.
+    "template-of-another-family": Rule(
+        "error",
+        "the chat template writes turn tokens that the tokenizer does not have, or leaves unused those that it has",
+        "Take the chat template that belongs to the tokenizer, or add the template's tokens to it and train them.",
+    ),
+    "special-token-split": Rule(
+        "error",
+        "a special token of the template reaches the model in pieces",
+        "Register it with `add_special_tokens`, and do not tokenize with `split_special_tokens`.",
+    ),
+    "generation-prompt-differs": Rule(
+        "error",
+        "training puts another beginning before the answer than sampling will",
+        "Take a chat template whose generation prompt is the beginning of an assistant turn, for both.",
+    ),
+    "pad-is-eos": Rule(
+        "warning",
+        "the tokenizer pads with its end token, which collators that mask padding by its id then mask in answers too",
+        "Bring the model in through a model stage, or set pad_token to another special token.",
+    ),
+    "template-refuses-row": Rule(
+        "error",
+        "the chat template raises an error on a row",
+        "Change the row's roles to those the template takes, with a normalise step, or leave the row out.",
+    ),
+    "unexpected-system-prompt": Rule(
+        "note",
+        "the template puts a system prompt into conversations that have none",
+        "Nothing, if the same template serves the model; else give rows a system turn, or edit the template.",
+    ),
+    # Token ids.
+    "double-bos": Rule(
+        "error",
+        "a row begins with the beginning-of-sequence token twice",
+        "Tokenize rendered text with `add_special_tokens=False`, or take the token out of the template.",
+    ),
+    "id-beyond-embeddings": Rule(
+        "error",
+        "a token id has no row in the model's embeddings",
+        "Tokenizer and weights are not of one model: take matching ones, or resize the embeddings.",
+    ),
+    "over-context": Rule(
+        "error",
+        "a row is longer than the model's context",
+        "Lower max_length to the model's context, or leave the row out.",
+    ),
+    "prompt-truncated": Rule(
+        "error",
+        "a row has lost the beginning of its first turn",
+        "Raise max_length, leave long rows out, or cut at the end (`truncation_mode: keep_start`).",
+    ),
+    "turn-rewritten": Rule(
+        "warning",
+        "the text of a turn is not among the tokens as it was written",
+        "The template drops or changes it (some drop thoughts or system turns): change the template or the row.",
+    ),
+    "pack-leak": Rule(
+        "error",
+        "positions do not start anew where a packed document begins, or its first token has a label",
+        "Pack with a collator that gives position ids per document (`packing_strategy: bfd`).",
+    ),
+    # Labels.
+    "missing-eos": Rule(
+        "error",
+        "an answer that ended has no end-of-turn token in its labels: the model never learns to stop",
+        "Take a tokenizer whose eos is the template's end of turn, and a template that writes it after answers.",
+    ),
+    "eos-masked": Rule(
+        "error",
+        "the end-of-turn token follows the answer but its label is masked: the model never learns to stop",
+        "Pad with a token other than eos, mask padding by position, and put the turn's end inside the mask.",
+    ),
+    "labels-all-masked": Rule(
+        "error",
+        "no token of a row has a label, so nothing is learnt from it",
+        "Raise max_length; with `assistant_only_loss`, take a template with {% generation %} markers.",
+    ),
+    "labels-none-masked": Rule(
+        "error",
+        "every token of a row has a label, the prompt's too",
+        "Train on answers only: prompt/completion rows, or `assistant_only_loss`.",
+    ),
+    "user-tokens-supervised": Rule(
+        "error",
+        "labels cover a user's or system's turn: the model learns to speak for them",
+        "Mask all but the assistant's turns; a template needs {% generation %} markers for that.",
+    ),
+    "middle-turns-unsupervised": Rule(
+        "error",
+        "an assistant turn in the middle of a conversation has no labels though all are meant to",
+        "Take a template whose {% generation %} markers enclose every assistant turn.",
+    ),
+    "mask-shifted": Rule(
+        "error",
+        "the labelled tokens are not those of the answer",
+        "Build the mask from token offsets of the same rendering, and label each token with itself.",
+    ),
+    "padding-supervised": Rule(
+        "error",
+        "a row has other labels in a batch than alone: padding is labelled",
+        "Pad labels with -100, by position.",
+    ),
+    "answer-truncated": Rule(
+        "warning",
+        "an answer is cut at max_length and so has no end",
+        "Raise max_length, or leave long rows out with a filter step.",
+        counted=True,
+    ),
+    "no-room-for-answer": Rule(
+        "warning",
+        "the prompt alone fills max_length: the row has no labels and is left out",
+        "Raise max_length, or leave long prompts out with a filter step.",
+        counted=True,
+    ),
+    "over-max-length": Rule(
+        "warning",
+        "a row is longer than max_length and is left out",
+        "Raise max_length, or leave long rows out with a filter step.",
+        counted=True,
+    ),
+    # Turns, as written.
+    "empty-answer": Rule(
+        "error",
+        "an answer is empty: the model learns to say nothing",
+        "Leave the row out with a filter step.",
+    ),
+    "empty-turn": Rule(
+        "warning",
+        "a turn of the prompt is empty",
+        "Leave the row out with a filter step.",
+    ),
+    "repeated-role": Rule(
+        "warning",
+        "two turns in a row are the same speaker's",
+        "Join them, or leave the row out, with a normalise step.",
+    ),
+    "unknown-role": Rule(
+        "error",
+        "a turn's role is none of system, user, assistant and tool; templates print it as it is",
+        "Rename the role (sharegpt's `human` is `user`, `gpt` is `assistant`).",
+    ),
+    "special-token-in-content": Rule(
+        "error",
+        "the text of a turn contains a control token, which ends or opens turns inside it",
+        "Leave the row out or rewrite it with a normalise step.",
+    ),
+    "turn-marker-in-content": Rule(
+        "warning",
+        "the text of a turn contains the template's own mark of a turn, which no token sets apart",
+        "Leave the row out, or rewrite the mark.",
+    ),
+    "not-utf8": Rule(
+        "warning",
+        "text with bytes that were not UTF-8 (replacement characters or lone surrogates)",
+        "Read the source in its own encoding, or leave the row out.",
+    ),
+    "placeholder": Rule(
+        "warning",
+        "a {{placeholder}} was never filled in",
+        "Fill it in, or leave the row out.",
+    ),
+    # Pairs.
+    "chosen-equals-rejected": Rule(
+        "warning",
+        "both answers of a pair are the same tokens, so there is nothing to learn",
+        "Leave the pair out; where only truncation makes them equal, raise max_length.",
+    ),
+    "pair-prompts-differ": Rule(
+        "error",
+        "chosen and rejected answer different prompts",
+        "Split the turns before comparing them, and leave out pairs whose prompts differ.",
+    ),
+    "length-imbalance": Rule(
+        "warning",
+        "one answer of a pair is many times longer than the other in a good share of the pairs",
+        "Leave such pairs out; else the model learns length.",
+    ),
+    "length-bias": Rule(
+        "warning",
+        "nearly always the longer (or the shorter) answer is the chosen one",
+        "Compare with the accuracy of preferring the longer answer; balance the pairs, or normalise by length.",
+    ),
+    "label-skew": Rule(
+        "warning",
+        "nearly all labels are the same",
+        "Balance the labels, or weigh them (`desirable_weight`, `undesirable_weight`).",
+    ),
+    # Between rows.
+    "leaked-prompt": Rule(
+        "warning",
+        "a prompt of the test split is in the train split too: scores on it say little",
+        "Split by prompt, as a recipe does, or decontaminate against the test split.",
+    ),
+    "nearly-leaked-prompt": Rule(
+        "note",
+        "most of a test prompt's word sequences are in one training prompt",
+        "Look at the examples; add a near-duplicate step before the split.",
+    ),
+    "duplicate-row": Rule(
+        "note",
+        "the same tokens as an earlier row",
+        "Add an exact duplicate step, unless the repetition is meant.",
+    ),
+}
+"""By name, in the order of a report."""
