@@ -25,10 +25,13 @@ class Sampling:
     n: int = 1
     """Responses per prompt."""
     seed: int = 0
+    seeds: tuple[int, ...] | None = None
+    """A seed for each prompt instead of ``seed`` and its place, so that it is answered alike in any company."""
 
     def request_seed(self, prompt: int, sample: int) -> int:
         """Seed of one response, from this sampling's seed and the response's place: batching does not change it."""
-        text = f"{self.seed}/{prompt}/{sample}".encode()
+        seed, place = (self.seed, prompt) if self.seeds is None else (self.seeds[prompt], 0)
+        text = f"{seed}/{place}/{sample}".encode()
         return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1  # non-negative int64
 
 

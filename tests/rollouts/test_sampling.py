@@ -48,3 +48,9 @@ def test_request_seeds_differ_and_fit_torch() -> None:
     seeds = {Sampling(8, seed=s).request_seed(i, j) for s in range(3) for i in range(20) for j in range(4)}
     assert len(seeds) == 240
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_seeds_of_their_own_make_a_prompts_place_not_matter() -> None:
+    together, alone = Sampling(8, seed=1, seeds=(5, 6)), Sampling(8, seed=2, seeds=(6,))
+    assert together.request_seed(1, 3) == alone.request_seed(0, 3)
+    assert len({together.request_seed(place, sample) for place in (0, 1) for sample in range(4)}) == 8
