@@ -1,0 +1,88 @@
+"""Rows that say nearly the same: of every cluster the first stays. MinHash, see :mod:`align.data.minhash`. Torch-free.
+
+Left out: rows that say the same in other words (``semantic_duplicates``).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from align.data import minhash
+from align.data.compared import Of, check, parts
+from align.data.rows import Row
+from align.data.steps.base import StepContext, Table, Verdict, keep_all
+from align.data.steps.exact_duplicates import DUPLICATE
+from align.stage import Config
+
+NEAR = "near-duplicate of an earlier row"
+SHINGLES: dict[Of, int] = {"prompt": minhash.SHINGLE, "reply": 5, "row": 5}
+
+
+class NearDuplicates(Config):
+    """Drop every row that hangs together with an earlier one by pairs of like rows."""
+
+    type: Literal["near_duplicates"]
+    of: Of = "row"
+    """What is compared: ``prompt`` (all turns but system ones), ``reply``, or ``row`` (both)."""
+    threshold: float = Field(0.7, gt=0, le=1)
+    """Jaccard similarity of the sets of shingles, as estimated, from which two rows are alike."""
+    shingle: int | None = Field(None, ge=1, le=50)
+    """Words in a shingle; 3 for prompts, 5 otherwise. One changed word changes as many shingles, so in texts of a dozen
+    words larger shingles find only equal ones."""
+    permutations: int = Field(minhash.PERMUTATIONS, ge=16, le=1024)
+    """Bytes of a signature. The estimate's standard error is sqrt(threshold * (1 - threshold) / permutations)."""
+    recall: float = Field(minhash.RECALL, gt=0, lt=1)
+    """Chance at least that a pair exactly at the threshold is looked at; nearer 1 compares more pairs."""
+
+    def start(self, context: StepContext) -> _NearDuplicates:
+        """The step itself. Raises ``UserError`` for replies where rows have none."""
+        check(self.of, context.kind, self.type)
+        return _NearDuplicates(self)
+
+
+class _NearDuplicates:
+    def __init__(self, config: NearDuplicates) -> None:
+        self.config = config
+        self.shingle = config.shingle or SHINGLES[config.of]
+
+    def sketch(self, rows: list[Row]) -> dict[str, np.ndarray]:
+        """``signature`` (N, permutations) uint8 and ``whole`` (N,) uint64, a hash of all words."""
+        compared = [parts(row, self.config.of) for row in rows]
+        texts, marks = [text for text, _ in compared], [mark for _, mark in compared]
+        signature, whole = minhash.sketch(texts, marks, shingle=self.shingle, permutations=self.config.permutations)
+        return {"signature": signature, "whole": whole}
+
+    def decide(self, table: Table) -> Verdict:
+        """The first row of a cluster stays and is named by the others."""
+        places = np.flatnonzero(table.alive)
+        whole = table.columns["whole"][places]
+        signature = table.columns["signature"]
+        if len(places) < len(table):
+            signature = signature[places]
+        found = minhash.find_clusters(signature, whole, self.config.threshold, self.config.recall)
+        again = found.label != np.arange(len(places))
+        equal = whole[found.label] == whole
+        code, instead = keep_all(len(table)), np.full(len(table), -1, dtype=np.int64)
+        code[places[again]] = np.where(equal[again], 1, 0)
+        instead[places[again]] = places[found.label[again]]
+        return Verdict(code, [NEAR, DUPLICATE], instead, notes=self._notes(found))
+
+    def _notes(self, found: minhash.Clusters) -> dict[str, Any]:
+        config = self.config
+        bands = minhash.choose_bands(config.threshold, config.permutations, config.recall)
+        sizes = np.bincount(found.label)
+        sizes = sizes[sizes > 1]
+        return {
+            "shingle": self.shingle,
+            "bands": bands.count,
+            "rows_per_band": bands.rows,
+            "chance_to_look_at_a_pair_at_the_threshold": round(bands.chance(config.threshold), 4),
+            "standard_error": round(minhash.standard_error(config.threshold, config.permutations), 4),
+            "pairs_compared": found.compared,
+            "candidates_left_out": found.left_out,
+            "clusters": len(sizes),
+            "largest_cluster": int(sizes.max(initial=0)),
+        }

@@ -1,0 +1,209 @@
+"""MinHash against Jaccard similarities counted by hand and by sets, and clusters against a plain union of pairs."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from align.data import minhash
+from align.data.minhash import choose_bands, cluster, estimate, find_clusters, signatures, sketch, standard_error
+
+
+def jaccard(one: str, other: str, size: int) -> float:
+    sets = []
+    for text in (one, other):
+        words = text.split()
+        sets.append({tuple(words[i : i + size]) for i in range(max(len(words) - size + 1, 1))})
+    return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
+
+
+def estimated(one: str, other: str, size: int, permutations: int = 1024) -> float:
+    found = signatures([one, other], shingle=size, permutations=permutations)
+    return float(estimate(found, np.array([0]), np.array([1]))[0])
+
+
+def words(rng: random.Random, count: int) -> list[str]:
+    return [f"w{rng.randrange(2000)}" for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    "one, other, size, expected",
+    [
+        ("a b c d", "a b c e", 2, 2 / 4),  # ab bc cd | ab bc ce
+        ("a b c d", "d c b a", 1, 1.0),  # the same words in another order
+        ("a b c d", "d c b a", 2, 0.0),  # no pair of words in common
+        ("a a a a", "a a", 2, 1.0),  # sets: a pair counts once
+        ("a b", "a b c", 3, 0.0),  # a short text is one shingle of its own
+        ("a b c d e f", "a b c x e f", 3, 1 / 7),  # abc | bcd cde def | bcx cxe xef
+    ],
+)
+def test_hand_worked_similarities(one: str, other: str, size: int, expected: float) -> None:
+    assert jaccard(one, other, size) == pytest.approx(expected)
+    assert estimated(one, other, size) == pytest.approx(expected, abs=4 * standard_error(0.5, 1024))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32), st.integers(3, 150), st.floats(0, 0.5), st.integers(1, 5))
+def test_estimates_are_within_five_standard_errors(seed: int, count: int, edits: float, size: int) -> None:
+    rng = random.Random(seed)
+    text = words(rng, count)
+    other = [word if rng.random() > edits else "new" for word in text]
+    expected = jaccard(" ".join(text), " ".join(other), size)
+    error = max(standard_error(expected, 1024), standard_error(1 / 256, 1024))
+    assert abs(estimated(" ".join(text), " ".join(other), size) - expected) < 5 * error
+
+
+def test_estimates_are_unbiased_and_as_wide_as_stated() -> None:
+    rng = random.Random(0)
+    pairs, expected = [], []
+    for _ in range(800):
+        text = words(rng, 60)
+        other = text[:50] + words(rng, 10)
+        pairs += [" ".join(text), " ".join(other)]
+        expected.append(jaccard(pairs[-2], pairs[-1], 2))
+    found = signatures(pairs, shingle=2, permutations=128)
+    off = estimate(found, np.arange(0, 1600, 2), np.arange(1, 1600, 2)) - np.array(expected)
+    stated = standard_error(float(np.mean(expected)), 128)
+    assert abs(off.mean()) < 4 * stated / 800**0.5
+    assert 0.85 < off.std() / stated < 1.15
+
+
+def test_parts_are_compared_apart_and_marked_parts_with_their_like_only() -> None:
+    one = sketch([["a b c", "d e f"]], [[0, 1]], shingle=2)
+    assert (one[0] != sketch([["a b c d e f"]], [[0]], shingle=2)[0]).any()
+    swapped = sketch([["d e f", "a b c"]], [[0, 1]], shingle=2)
+    both = np.concatenate([one[0], swapped[0]])
+    assert abs(float(estimate(both, np.array([0]), np.array([1]))[0])) < 0.05
+    assert one[1] != swapped[1]
+    assert sketch([["a B c!", "d e f"]], [[0, 1]], shingle=2)[1] == one[1]
+
+
+def test_texts_without_words_are_like_each_other_only() -> None:
+    texts = ["a b c", "?!", "...", "d e f", "", "a b c"]
+    signature, whole = sketch([[text] for text in texts])
+    assert cluster(signature, whole, 0.5).tolist() == [0, 1, 1, 3, 1, 0]
+    assert whole[1] == whole[2] != whole[0]
+
+
+def plain_components(similar: np.ndarray) -> list[int]:
+    label = list(range(len(similar)))
+    for _ in label:
+        for i, j in itertools.product(range(len(similar)), repeat=2):
+            if similar[i, j]:
+                label[i] = label[j] = min(label[i], label[j])
+    return label
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32), st.sampled_from([0.4, 0.7, 0.9]))
+def test_clusters_are_the_components_of_like_pairs(seed: int, threshold: float) -> None:
+    rng = random.Random(seed)
+    texts = [" ".join(words(rng, 20)) for _ in range(4)]
+    for _ in range(10):
+        copy = rng.choice(texts).split()
+        copy[rng.randrange(20)] = "edited"
+        texts.append(" ".join(copy))
+    signature, whole = sketch([[text] for text in texts], shingle=2)
+    every = np.arange(len(texts))
+    left, right = np.repeat(every, len(texts)), np.tile(every, len(texts))
+    similar = (estimate(signature, left, right) >= threshold).reshape(len(texts), -1)
+    with pytest.MonkeyPatch.context() as patch:  # bands of one row each: every like pair is a candidate
+        patch.setattr(minhash, "choose_bands", lambda *_: minhash.Bands(128, 1))
+        found = find_clusters(signature, whole, threshold)
+        assert found.label.tolist() == plain_components(similar)
+        shuffled = np.array(rng.sample(range(len(texts)), len(texts)))
+        again = cluster(signature[shuffled], whole[shuffled], threshold)
+    same = found.label[shuffled][:, None] == found.label[shuffled][None]
+    assert (same == (again[:, None] == again[None])).all()
+    assert (again <= np.arange(len(texts))).all()
+
+
+def test_exact_keys_join_what_signatures_do_not() -> None:
+    signature = signatures(["a b c d e", "v w x y z", "a b c d e", "k l m n o"])
+    assert cluster(signature, np.array([0.5, 0.25, 0.75, 0.25]), 0.7).tolist() == [0, 1, 0, 1]
+
+
+def test_a_chain_of_like_rows_is_one_cluster() -> None:
+    text = [f"w{number}" for number in range(60)]
+    chain = [" ".join(text[begin : begin + 40]) for begin in (12, 0, 4, 8, 16, 20)]
+    assert jaccard(chain[1], chain[5], 3) < 0.5
+    signature, whole = sketch([[text] for text in chain])
+    assert cluster(signature, whole, 0.7).tolist() == [0] * 6
+
+
+def test_crowded_buckets_are_compared_within_the_window_and_the_rest_is_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(minhash, "WINDOW", 4)
+    monkeypatch.setattr(minhash, "_PAIRS", 7)
+    rng = random.Random(1)
+    shared = words(rng, 60)
+    texts = [" ".join([*shared, *words(rng, 40)]) for _ in range(60)]
+    texts += [texts[number] + " more" for number in range(0, 60, 3)]
+    signature, whole = sketch([[text] for text in texts], shingle=1)
+    found = find_clusters(signature, whole, 0.8)
+    assert found.left_out > 0
+    expected = [*range(60), *range(0, 60, 3)]
+    assert found.label.tolist() == expected
+    assert found.compared < len(texts) * 4 * choose_bands(0.8, 128).count
+
+
+@given(st.floats(0.3, 1.0), st.integers(16, 256), st.floats(0.5, 0.99))
+def test_bands_look_at_pairs_at_the_threshold(threshold: float, permutations: int, recall: float) -> None:
+    bands = choose_bands(threshold, permutations, recall)
+    assert bands.count * bands.rows <= permutations
+    assert bands.chance(threshold) >= recall or bands.rows == 1
+    fewer = minhash.Bands(permutations // (bands.rows + 1), bands.rows + 1)
+    assert fewer.count == 0 or fewer.chance(threshold) < recall
+
+
+def test_bands_by_hand() -> None:
+    # 25 bands of 5: 1 - (1 - 0.7012^5)^25 = 0.990; 21 of 6: 1 - (1 - 0.7012^6)^21 = 0.929, too little
+    assert choose_bands(0.7, 128) == minhash.Bands(25, 5)
+    assert minhash.Bands(25, 5).chance(0.7) == pytest.approx(0.990, abs=0.001)
+
+
+def test_planted_near_duplicates_are_found_and_nothing_else() -> None:
+    rng = random.Random(3)
+    originals = [words(rng, rng.randrange(40, 200)) for _ in range(1500)]
+    texts = [" ".join(text) for text in originals]
+    planted = []
+    for number in range(300):
+        copy = list(originals[number])
+        for _ in range(max(1, len(copy) // 60)):
+            copy[rng.randrange(len(copy))] = "edit"
+        planted.append((number, len(texts)))
+        texts.append(" ".join(copy))
+    signature, whole = sketch([[text] for text in texts], shingle=5)
+    label = cluster(signature, whole, 0.7)
+    dropped = {number for number in range(len(texts)) if label[number] != number}
+    wanted = {copy for original, copy in planted if jaccard(texts[original], texts[copy], 5) >= 0.75}
+    assert len(wanted) > 200
+    assert len(dropped & wanted) / len(wanted) >= 0.95
+    assert len([n for n in dropped if jaccard(texts[n], texts[label[n]], 5) < 0.6]) / len(dropped) <= 0.01
+
+
+def _in_child(texts: list[str]) -> bytes:
+    return signatures(texts).tobytes()
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_signatures_are_the_same_in_every_process(method: str) -> None:
+    texts = ["What is three plus four?", "今天天气好", "", "née Ärger"]
+    here = signatures(texts).tobytes()
+    with multiprocessing.get_context(method).Pool(1) as pool:
+        assert pool.apply_async(_in_child, (texts,)).get(60) == here
+
+
+def test_signatures_are_frozen() -> None:
+    """Builds of the same recipe must agree for ever; if this changes, so must the version of the ``data`` stage."""
+    assert signatures(["The quick brown fox jumps"])[0, :8].tolist() == FROZEN
+
+
+FROZEN = [244, 245, 192, 27, 38, 137, 193, 131]
