@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -11,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from align.data import embedded, splits
-from align.data.formats import Conversation, convert
+from align.data.formats import convert
 from align.data.recipe import Filters, Recipe
-from align.data.rows import Dropped, Row, assistant, prompt_key
-from align.data.source_configs import EmbeddedSource, FilesSource, HubSource, Part, Source
-from align.data.sources import read_files, read_hub
+from align.data.rows import Dropped, Row
+from align.data.source_configs import EmbeddedSource, Part, Source
+from align.data.sources import BadRecord, choose_format, read
 from align.errors import UserError
 
 Progress = Callable[[int], None]
@@ -87,42 +85,21 @@ def _read(recipe: Recipe, source: Source, base: Path, progress: Progress | None)
         ]
         account.rows_in = len(account.rows)
         return account
-    if isinstance(source, HubSource):
-        name, records = source.dataset, read_hub(source)
-        account = Account(source.label, source.type, source.part)
-    else:
-        assert isinstance(source, FilesSource)
-        name, records = source.format, read_files(source, base)
-        account = Account(source.label, source.type, source.part)
-    for where, record in records:
-        account.rows_in += 1
-        if progress and account.rows_in % 1000 == 0:
-            progress(account.rows_in)
-        found = convert(record, source.format, where)
-        if isinstance(found, Dropped):
-            account.dropped[found.reason] += 1
-        else:
-            account.rows.append(_row(found, recipe.kind, name))
+    form, _, records = choose_format(source, read(source, base), recipe.kind)
+    account = Account(source.label, source.type, source.part)
+    for item in records:
+        if isinstance(item, BadRecord):
+            raise item
+        where, record = item
+        for found in convert(record, form, where, recipe.kind, source.options):
+            account.rows_in += 1
+            if progress and account.rows_in % 1000 == 0:
+                progress(account.rows_in)
+            if isinstance(found, Dropped):
+                account.dropped[found.reason] += 1
+            else:
+                account.rows.append({"source": source.label, **found})
     return account
-
-
-def _row(found: Conversation, kind: str, source: str) -> Row:
-    row: Row = {"id": "", "source": source, "prompt": found.prompt, "checks": found.checks}
-    if kind == "instructions":
-        row["completion"] = [assistant((found.completion or found.chosen or "").strip())]
-    elif kind == "preferences":
-        row["chosen"] = [assistant((found.chosen or "").strip())]
-        row["rejected"] = [assistant((found.rejected or "").strip())]
-        for name, score in (("chosen_score", found.chosen_score), ("rejected_score", found.rejected_score)):
-            if score is not None:
-                row[name] = score
-    return row | {"id": _id(row)}
-
-
-def _id(row: Row) -> str:
-    """Stable, and equal for rows of equal content: prompts as compared between splits, replies exactly."""
-    content = [prompt_key(row), *(row[name] for name in ("completion", "chosen", "rejected") if name in row)]
-    return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()[:16]
 
 
 def _for_kind(row: Row, kind: str) -> Row:

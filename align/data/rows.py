@@ -1,16 +1,22 @@
 """Rows of a dataset and the Parquet files that hold them.
 
 A row is a plain dict. Every row has ``id`` (stable text), ``source``, ``prompt`` (messages, the last one a user
-turn) and ``checks`` (JSON text for :mod:`align.data.checkers`, ``""`` when no program can check the answer).
-Instructions add ``completion``; preferences add ``chosen`` and ``rejected`` (one assistant turn each) and may add
-``chosen_score`` and ``rejected_score``; ``chosen_finished`` or ``rejected_finished`` is False for an answer that was
-cut off at its length limit. Torch-free.
+turn, or the result of a tool) and ``checks`` (JSON text for :mod:`align.data.checkers`, ``""`` when no program can
+check the answer). Instructions add ``completion``; preferences add ``chosen`` and ``rejected`` (one assistant turn
+each) and may add ``chosen_score`` and ``rejected_score``; ``chosen_finished`` or ``rejected_finished`` is False for an
+answer that was cut off at its length limit; unpaired rows add ``completion`` and ``label``. Before pairs are made of
+them, rows may have ``responses``: a list of ``content``, ``score`` and ``rank`` (0 is best), either of which may be
+None. ``tools`` is a JSON list of the functions a model may call (``""`` for none); a message that calls some has
+``tool_calls``, as JSON text too, since their arguments have no common type. Torch-free.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import unicodedata
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +29,18 @@ from align.errors import UserError
 Row = dict[str, Any]
 Message = dict[str, str]
 
-_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+_MESSAGE = {"role": pa.string(), "content": pa.string()}
+_MESSAGE_MORE = {"tool_calls": pa.string(), "tool_call_id": pa.string(), "name": pa.string()}
+_RESPONSE = {"content": pa.string(), "score": pa.float64(), "rank": pa.int32()}
+_RESPONSE_MORE = {"finished": pa.bool_(), "model": pa.string()}
+_STRUCTS = {
+    **dict.fromkeys(("prompt", "completion", "chosen", "rejected"), (_MESSAGE, _MESSAGE_MORE)),
+    "responses": (_RESPONSE, _RESPONSE_MORE),
+}
+"""Columns of lists, with the fields each item has and those that are written only where an item has one: a message with
+``tool_calls: None`` is one with a call to many a chat template.
+"""
+_MESSAGES = pa.list_(pa.struct(_MESSAGE))
 _TYPES: dict[str, pa.DataType] = {
     "id": pa.string(),
     "source": pa.string(),
@@ -36,7 +53,14 @@ _TYPES: dict[str, pa.DataType] = {
     "rejected_score": pa.float64(),
     "chosen_finished": pa.bool_(),
     "rejected_finished": pa.bool_(),
+    "label": pa.bool_(),
+    "responses": pa.list_(pa.struct(_RESPONSE)),
+    "tools": pa.string(),
     "flipped": pa.bool_(),
+    "score": pa.float64(),
+    "_where": pa.string(),
+    "_source": pa.int32(),
+    "_split": pa.string(),
 }
 REQUIRED = ("id", "source", "prompt", "checks")
 
@@ -59,6 +83,20 @@ def assistant(text: str) -> Message:
     return {"role": "assistant", "content": text}
 
 
+def column_types() -> dict[str, pa.DataType]:
+    """The known columns and their types where no message calls a tool, in the order they are written."""
+    return dict(_TYPES)
+
+
+def _column(name: str, rows: list[Row]) -> pa.Array:
+    values = [row.get(name) for row in rows]
+    if name not in _STRUCTS:
+        return pa.array(values, type=_TYPES.get(name))
+    fields, more = _STRUCTS[name]
+    used = {key for items in values if items for item in items for key in item if item[key] is not None}
+    return pa.array(values, pa.list_(pa.struct(fields | {key: kind for key, kind in more.items() if key in used})))
+
+
 def write_rows(path: Path, rows: list[Row]) -> None:
     """Write rows as one Parquet file; the known columns have fixed types, so that an empty file still has them.
 
@@ -69,19 +107,48 @@ def write_rows(path: Path, rows: list[Row]) -> None:
         if missing:
             raise ValueError(f"row {number} has no {', '.join(missing)}")
     names = list(dict.fromkeys([*REQUIRED, *(name for row in rows for name in row)]))
-    columns = [pa.array([row.get(name) for row in rows], type=_TYPES.get(name)) for name in names]
-    pq.write_table(pa.table(columns, names=names), path)
+    pq.write_table(pa.table([_column(name, rows) for name in names], names=names), path)
+
+
+def merged_schema(schemas: Iterable[pa.Schema]) -> pa.Schema:
+    """One schema that every file's rows fit after a cast: columns and fields of messages that some lack are in it."""
+    return pa.unify_schemas(list(schemas), promote_options="permissive")
+
+
+def split_files(path: Path) -> list[Path]:
+    """The file itself, or where ``train.parquet`` is missing its shards, ``train-00000-of-00002.parquet`` and so on."""
+    return [path] if path.exists() else sorted(path.parent.glob(f"{path.stem}-?????-of-?????{path.suffix}")) or [path]
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Read what :func:`write_rows` wrote. Raises ``UserError`` for a file that is missing or is no Parquet."""
+    """Read what :func:`write_rows` wrote, in one file or in shards.
+
+    Raises ``UserError`` for a file that is missing or is no Parquet.
+    """
+    return list(iter_rows(path))
+
+
+def iter_rows(path: Path, batch_size: int = 1024) -> Iterator[Row]:
+    """As :func:`read_rows`, one row after the other, ``batch_size`` in memory at a time."""
     try:
-        rows: list[Row] = pq.read_table(path).to_pylist()
+        for file in split_files(path):
+            with pq.ParquetFile(file) as parquet:
+                structs = [name for name in _STRUCTS if name in parquet.schema_arrow.names]
+                for batch in parquet.iter_batches(batch_size=batch_size):
+                    for row in batch.to_pylist():
+                        for name in structs:
+                            row[name] = _without_absent(row[name], _STRUCTS[name][1])
+                        yield row
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file; run the stage that makes it.") from None
     except pa.ArrowInvalid as error:
         raise UserError(f"{path}: not a readable Parquet file ({error}); delete its artifact and rebuild it.") from None
-    return rows
+
+
+def _without_absent(items: list[dict[str, Any]] | None, optional: dict[str, Any]) -> list[dict[str, Any]] | None:
+    if not items or not any(key in items[0] for key in optional):
+        return items
+    return [{key: value for key, value in item.items() if value is not None or key not in optional} for item in items]
 
 
 def normalised(text: str) -> str:
@@ -95,6 +162,13 @@ def normalised(text: str) -> str:
 def prompt_key(row: Row) -> str:
     """What makes two prompts the same: every turn, role and normalised content."""
     return "\n".join(f"{message['role']}: {normalised(message['content'])}" for message in row["prompt"])
+
+
+def row_id(row: Row) -> str:
+    """16 hex digits, equal for rows of equal content: prompts as compared between splits, replies exactly."""
+    names = ("completion", "chosen", "rejected", "label", "responses", "tools")
+    content = [prompt_key(row), *(row[name] for name in names if row.get(name) not in (None, ""))]
+    return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()[:16]
 
 
 def is_finished(row: Row, side: str) -> bool:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from align.data import checkers
 from align.data.rows import Row
@@ -53,41 +53,48 @@ class FunctionScorer:
 
 def function_scorer(path: str) -> FunctionScorer:
     """The scorer behind ``module:name`` or a short name. Raises ``UserError`` when it cannot be imported."""
-    full = _full(path)
+    return FunctionScorer(_full(path, "score"), load_function(path))
+
+
+def load_function(path: str, what: str = "score") -> Callable[..., Any]:
+    """The function behind ``module:name``. ``UserError``, which begins with ``what`` it is, where there is none."""
+    full = _full(path, what)
     module_name, _, name = full.partition(":")
-    _find(full)
+    _find(full, what)
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise UserError(f"score '{path}': importing {module_name} failed: {error}.") from error
+        raise UserError(f"{what} '{path}': importing {module_name} failed: {error}.") from error
     function = getattr(module, name, None)
     if not callable(function):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise UserError(f"score '{path}': {module_name} has no function '{name}'.{suggest(name, known)}")
-    return FunctionScorer(full, function)
+        raise UserError(f"{what} '{path}': {module_name} has no function '{name}'.{suggest(name, known)}")
+    found: Callable[..., Any] = function
+    return found
 
 
-def function_identity(path: str) -> str:
+def function_identity(path: str, what: str = "score") -> str:
     """What a key holds of a verifiable function: align's own by version, another one by its file's digest.
 
-    Imports nothing of the module itself (only its parent packages). Raises ``UserError`` when there is none.
+    Imports nothing of the module itself (only its parent packages). Raises ``UserError``, which begins with ``what`` it
+    is, when there is none.
     """
-    full = _full(path)
-    origin = _find(full)
+    full = _full(path, what)
+    origin = _find(full, what)
     if full.startswith("align.data.checkers:"):
         return f"{full} version {checkers.VERSION}"
     return f"{full} sha256:{file_digest(origin)}"
 
 
-def _full(path: str) -> str:
+def _full(path: str, what: str) -> str:
     full = SHORT.get(path, path)
     module, colon, name = full.partition(":")
     if not (module and colon and name):
-        raise UserError(f"score '{path}': expected 'gold' or 'module:name'.{suggest(path, SHORT)}")
+        raise UserError(f"{what} '{path}': expected 'gold' or 'module:name'.{suggest(path, SHORT)}")
     return full
 
 
-def _find(full: str) -> Path:
+def _find(full: str, what: str) -> Path:
     """File of the module, looked for in the current directory too, as ``python -m`` does."""
     module = full.partition(":")[0]
     here = str(Path.cwd())
@@ -100,7 +107,7 @@ def _find(full: str) -> Path:
         spec = None
     if spec is None or spec.origin is None or not Path(spec.origin).is_file():
         raise UserError(
-            f"score '{full}': there is no module '{module}'; write it as package.module:function, importable from the "
+            f"{what} '{full}': there is no module '{module}'; write it as package.module:function, importable from the "
             "current directory or installed."
         )
     return Path(spec.origin)

@@ -97,6 +97,10 @@ class HubSource(RecordSource):
     """The dataset's configuration (subset) where it has several."""
     data_dir: str | None = None
     """Folder inside the dataset's repository."""
+    files: list[str] | None = Field(None, min_length=1)
+    """Files of the repository, by path or pattern, to read as they are: for nested records (trees, calls of tools),
+    which tables of the ``datasets`` library fill with fields of other records. ``split`` and ``config`` then mean
+    nothing."""
     streaming: bool = True
     """Read records as they arrive; false downloads the dataset into the Hub's cache first, which pays when a recipe is
     built again and again."""
@@ -109,6 +113,8 @@ class HubSource(RecordSource):
         return given
 
     def _origin(self) -> str:
+        if self.files:
+            return f"{self.dataset} {', '.join(self.files)}"
         return " ".join(part for part in (self.dataset, self.config, self.data_dir, self.split) if part)
 
 

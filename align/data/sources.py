@@ -1,34 +1,106 @@
-"""Reading a recipe's sources: raw records with the place each came from, and the identity of each source.
+"""Where records come from (local files, the Hub, a Python generator, earlier artifacts), and each source's identity.
 
-Local files by glob (JSON, JSON lines, Parquet, CSV; .gz allowed for the text ones) and Hub datasets at a commit.
+Everything streams: what a source holds is never all in memory. A record that cannot be read is a ``BadRecord`` in its
+place, so that the caller may go on; a source that cannot be read at all is a ``UserError``.
 """
 
 from __future__ import annotations
 
-import csv
+import fnmatch
 import glob
-import gzip
-import io
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from align.data.source_configs import FilesSource, HubSource
+from align.data import checkers, embedded
+from align.data.formats import LOOKED_AT, Detection, Form, detect
+from align.data.formats.fields import renamed
+from align.data.reading import SUFFIXES, Item, checked, known, read_file
+from align.data.records import BadRecord, Record
+from align.data.rows import iter_rows
+from align.data.scoring import function_identity, load_function
+from align.data.source_configs import (
+    ArtifactSource,
+    EmbeddedSource,
+    FilesSource,
+    HubSource,
+    InputSource,
+    PythonSource,
+    Source,
+)
 from align.errors import UserError
 from align.fingerprint import file_digest
 from align.validation import suggest
 
-Record = tuple[str, dict[str, Any]]
-"""Where a record stands (``file:line``) and its fields."""
+__all__ = ["BadRecord", "Item", "Record", "choose_format", "find_files", "identity", "read"]
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".csv", ".csv.gz")
+RECORD = "record.json"
 
 
-def find_files(patterns: list[str], base: Path) -> list[Path]:
+def read(source: Source, base: Path, inputs: Sequence[Path] = (), seed: int = 0) -> Iterator[Item]:
+    """Records of a source, in its order, each with the place where it stands.
+
+    ``base`` is where relative paths start, ``inputs`` the folders the data stage was given, ``seed`` the recipe's,
+    which the embedded generator needs. Raises ``UserError`` for a source that cannot be found or opened.
+    """
+    if isinstance(source, FilesSource):
+        for path in find_files(source.paths, base):
+            yield from read_file(path)
+    elif isinstance(source, HubSource):
+        yield from _read_hub(source)
+    elif isinstance(source, PythonSource):
+        yield from _read_python(source)
+    elif isinstance(source, EmbeddedSource):
+        rows = embedded.generate(source.size, seed, source.families)
+        yield from ((f"embedded: row {number}", row) for number, row in enumerate(rows, 1))
+    else:
+        folder = _folder(source, base, inputs)
+        for split in ("train", "test") if source.split == "all" else (source.split,):
+            for number, row in enumerate(iter_rows(folder / f"{split}.parquet"), 1):
+                yield f"{folder.name}/{split}: row {number}", {k: v for k, v in row.items() if v is not None}
+
+
+def choose_format(source: Source, records: Iterator[Item], kind: str | None = None) -> tuple[Form, str, Iterator[Item]]:
+    """The source's format, why it was chosen (``""`` where the recipe says it), and the records, none of them used up.
+
+    ``format: auto`` looks at the first hundred. Raises ``UserError`` where none or more than one fits them.
+    """
+    if source.format != "auto":
+        return source.format, "", records
+    head = list(itertools.islice(records, LOOKED_AT))
+    readable = [renamed(item[1], source.options) for item in head if not isinstance(item, BadRecord)]
+    bad = next((item for item in head if isinstance(item, BadRecord)), None)
+    if not readable and bad is not None:
+        raise bad
+    try:
+        found: Detection = detect(readable, kind)
+    except UserError as error:
+        raise UserError(f"{source.label}: {error}") from None
+    return found.form, found.why, itertools.chain(head, records)
+
+
+def identity(source: Source, base: Path, inputs: Sequence[Path] = ()) -> dict[str, str]:
+    """What the source's records depend on beside its settings, by name; the same on every machine.
+
+    Files by sha256 (their folder does not matter), the Hub by commit, a Python generator by the digest of its own
+    source file, artifacts by their key. Inputs enter a stage's key by themselves, but are needed where a recipe is
+    built without a stage. Raises ``UserError`` for what is not there.
+    """
+    if isinstance(source, FilesSource):
+        return _digests(find_files(source.paths, base))
+    if isinstance(source, HubSource):
+        return {source.dataset: source.revision}
+    if isinstance(source, PythonSource):
+        return {source.function: function_identity(source.function, "function")}
+    if isinstance(source, EmbeddedSource):
+        return {"embedded": f"version {embedded.VERSION}, checks {checkers.VERSION}"}
+    folder = _folder(source, base, inputs)
+    return {"artifact" if isinstance(source, ArtifactSource) else f"input {source.index}": _key(folder)}
+
+
+def find_files(patterns: Sequence[str], base: Path) -> list[Path]:
     """Files behind paths and globs, in sorted order, each once. Raises ``UserError`` for one that finds nothing."""
     found: dict[Path, None] = {}
     for pattern in patterns:
@@ -37,21 +109,20 @@ def find_files(patterns: list[str], base: Path) -> list[Path]:
         if not files:
             raise UserError(f"no file matches '{pattern}' (looked from {base}).{_neighbours(base / pattern)}")
         for path in files:
-            if not path.name.endswith(SUFFIXES):
+            if not known(path):
                 raise UserError(f"{path}: unknown kind of file; known are {', '.join(SUFFIXES)}.")
             found[path] = None
     return list(found)
 
 
 def _neighbours(path: Path) -> str:
-    names = [p.name for p in path.parent.iterdir() if p.name.endswith(SUFFIXES)] if path.parent.is_dir() else []
+    names = [p.name for p in path.parent.iterdir() if known(p)] if path.parent.is_dir() else []
     return suggest(path.name, names)
 
 
-def identity(source: FilesSource, base: Path) -> dict[str, str]:
-    """sha256 of every file, by name; the folder does not matter. Raises ``UserError`` for a missing file."""
+def _digests(paths: Sequence[Path]) -> dict[str, str]:
     found: dict[str, str] = {}
-    for path in find_files(source.paths, base):
+    for path in paths:
         name, number = path.name, 2
         while name in found:
             name, number = f"{path.name} ({number})", number + 1
@@ -59,90 +130,26 @@ def identity(source: FilesSource, base: Path) -> dict[str, str]:
     return found
 
 
-def read_files(source: FilesSource, base: Path) -> Iterator[Record]:
-    """Records of all files. Raises ``UserError`` with file and line for what does not parse."""
-    for path in find_files(source.paths, base):
-        kind = path.name.removesuffix(".gz").rsplit(".", 1)[-1]
-        try:
-            yield from _READERS[kind](path)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8.") from None
-        except (gzip.BadGzipFile, EOFError) as error:
-            raise UserError(f"{path}: not a complete gzip file ({error}); fetch it again.") from None
-        except pa.ArrowInvalid as error:
-            raise UserError(f"{path}: not a readable Parquet file ({error}).") from None
-
-
-def _open(path: Path) -> TextIO:
-    if path.name.endswith(".gz"):
-        return io.TextIOWrapper(gzip.open(path), encoding="utf-8-sig", newline="")
-    return path.open(encoding="utf-8-sig", newline="")
-
-
-def _record(value: Any, where: str) -> Record:
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: holds {type(value).__name__} where a record (an object with fields) was expected.")
-    return where, value
-
-
-def _read_jsonl(path: Path) -> Iterator[Record]:
-    with _open(path) as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    value = json.loads(line)
-                except ValueError as error:
-                    raise UserError(f"{path}:{number}: not valid JSON: {error}. Correct or delete the line.") from None
-                yield _record(value, f"{path}:{number}")
-
-
-def _read_json(path: Path) -> Iterator[Record]:
-    with _open(path) as file:
-        try:
-            values = json.load(file)
-        except json.JSONDecodeError as error:
-            hint = " One record a line? Name it .jsonl." if error.msg == "Extra data" else ""
-            raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}.{hint}") from None
-    if not isinstance(values, list):
-        raise UserError(f"{path}: holds {type(values).__name__}; expected a list of records.")
-    for number, value in enumerate(values, 1):
-        yield _record(value, f"{path}: record {number}")
-
-
-def _read_parquet(path: Path) -> Iterator[Record]:
-    with pq.ParquetFile(path) as file:
-        number = 0
-        for batch in file.iter_batches(batch_size=1024):
-            for value in batch.to_pylist():
-                number += 1
-                yield f"{path}: record {number}", value
-
-
-def _read_csv(path: Path) -> Iterator[Record]:
-    with _open(path) as file:
-        reader = csv.DictReader(file, strict=True)
-        try:
-            for value in reader:
-                where = f"{path}:{reader.line_num}"
-                if None in value:
-                    raise UserError(f"{where}: more cells than the header's {len(reader.fieldnames or [])}.")
-                yield where, {str(name): cell for name, cell in value.items() if cell is not None}
-        except csv.Error as error:
-            raise UserError(f"{path}:{reader.line_num + 1}: not valid CSV: {error}.") from None
-
-
-_READERS = {"jsonl": _read_jsonl, "json": _read_json, "parquet": _read_parquet, "csv": _read_csv}
-
-
-def read_hub(source: HubSource) -> Iterator[Record]:
-    """Records of a Hub dataset at its commit. Raises ``UserError`` when it cannot be reached or has no such split."""
-    import datasets
-
+def _read_hub(source: HubSource) -> Iterator[Item]:
     place = f"the Hub dataset '{source.dataset}' at {source.revision[:12]}"
     try:
+        if source.files is not None:
+            for path, name in _hub_files(source, place):
+                for item in read_file(path):
+                    yield _named(item, str(path), f"{source.dataset}/{name}")
+            return
+        import datasets
+
         found = datasets.load_dataset(
-            source.dataset, source.config, data_dir=source.data_dir, split=source.split, revision=source.revision
+            source.dataset,
+            source.config,
+            data_dir=source.data_dir,
+            split=source.split,
+            revision=source.revision,
+            streaming=source.streaming,
         )
+        for number, value in enumerate(found, 1):
+            yield f"{source.dataset} {source.split}: record {number}", dict(value)
     except (OSError, ValueError, RuntimeError) as error:  # unreachable, unknown config or split, loading script
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
@@ -151,5 +158,72 @@ def read_hub(source: HubSource) -> Iterator[Record]:
             "use local files instead, download them elsewhere and set the data stage's files: "
             "--set 'stages.data.files=[path/to/*.jsonl.gz]'."
         ) from error
-    for number, value in enumerate(found, 1):
-        yield f"{source.dataset} {source.split}: record {number}", dict(value)
+
+
+def _hub_files(source: HubSource, place: str) -> Iterator[tuple[Path, str]]:
+    """Files of the repository, fetched into the Hub's cache one by one."""
+    import huggingface_hub
+
+    for pattern in source.files or []:
+        names = [pattern]
+        if any(sign in pattern for sign in "*?["):
+            every = huggingface_hub.list_repo_files(source.dataset, repo_type="dataset", revision=source.revision)
+            names = sorted(name for name in every if fnmatch.fnmatchcase(name, pattern))
+            if not names:
+                raise UserError(f"{place} has no file '{pattern}'.{suggest(pattern, every)}")
+        for name in names:
+            if not known(Path(name)):
+                raise UserError(f"{place}: {name}: unknown kind of file; known are {', '.join(SUFFIXES)}.")
+            fetched = huggingface_hub.hf_hub_download(
+                source.dataset, name, repo_type="dataset", revision=source.revision
+            )
+            yield Path(fetched), name
+
+
+def _named(item: Item, path: str, name: str) -> Item:
+    """The item under the file's name in its repository instead of its place in a cache."""
+    if isinstance(item, BadRecord):
+        return BadRecord(item.where.replace(path, name), item.problem)
+    return item[0].replace(path, name), item[1]
+
+
+def _read_python(source: PythonSource) -> Iterator[Item]:
+    function = load_function(source.function, "function")
+    number = 0
+    try:
+        for number, value in enumerate(function(**source.arguments), 1):
+            yield checked(value, f"{source.function}: record {number}")
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{source.function} failed after {number} records with {type(error).__name__}: {error}. It was called with "
+            f"{', '.join(f'{name}={value!r}' for name, value in source.arguments.items()) or 'no arguments'}."
+        ) from error
+
+
+def _folder(source: ArtifactSource | InputSource, base: Path, inputs: Sequence[Path]) -> Path:
+    if isinstance(source, ArtifactSource):
+        return base / Path(source.path).expanduser()
+    if source.index >= len(inputs):
+        given = f"{len(inputs)} inputs" if inputs else "none"
+        raise UserError(
+            f"a source reads input {source.index}, and the data stage was given {given}. List the stages whose data it "
+            "takes under the stage's inputs, counted from 0."
+        )
+    return inputs[source.index]
+
+
+def _key(folder: Path) -> str:
+    """The key in an artifact's record. Raises ``UserError`` for a folder that is no finished artifact."""
+    try:
+        found = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        key: Any = found["key"]
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder}: no finished artifact (it has no {RECORD}). `align list` shows the finished ones; files of "
+            "other programs are read with type: files."
+        ) from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{folder / RECORD}: not the record of an artifact; it has no key.") from None
+    return str(key)

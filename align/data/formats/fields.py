@@ -1,0 +1,144 @@
+"""What each format is made of: its fields, the kinds of dataset it gives, and what an unrecognised record is told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from align.data.formats.options import Form, FormatOptions
+from align.validation import nearest
+
+Groups = tuple[tuple[str, ...], ...]
+
+PROMPTS = ("prompt", "question", "query", "instruction")
+COMPLETIONS = ("completion", "response", "answer")
+CONVERSATIONS = ("messages", "conversations", "conversation")
+RESPONSES = ("responses", "completions", "answers", "outputs", "generations", "candidates", "output")
+CHOSEN = ("chosen", "response_j")
+REJECTED = ("rejected", "response_k")
+LABELS = ("label", "kto_tag")
+
+FIELDS: dict[str, Groups] = {
+    "oasst": (("prompt",), ("message_tree_id",)),
+    "hh_rlhf": (("chosen",), ("rejected",)),
+    "scored": (PROMPTS, RESPONSES),
+    "ranked": (PROMPTS, RESPONSES),
+    "unpaired": ((*PROMPTS, *CONVERSATIONS), LABELS),
+    "preferences": (CHOSEN, REJECTED),
+    "gsm8k": (("question",), ("answer",)),
+    "self_instruct": (("instruction",), ("instances",)),
+    "dolly": (("instruction",), ("context",), ("response",)),
+    "alpaca": (("instruction",), ("output",)),
+    "messages": (CONVERSATIONS,),
+    "sharegpt": (CONVERSATIONS,),
+    "prompt_completion": (PROMPTS, COMPLETIONS),
+    "prompt": ((*PROMPTS, *CONVERSATIONS),),
+    "rows": (("prompt",),),
+}
+"""What a record of each format has: every group needs one of its names. Those that ask for more come first."""
+
+OPTIONAL: dict[str, tuple[str, ...]] = {
+    "scored": ("scores", "system"),
+    "ranked": ("ranks", "ranking", "system"),
+    "unpaired": (*COMPLETIONS, "tools", "system"),
+    "preferences": (*PROMPTS, *CONVERSATIONS, "input", "system", "tools", "history"),
+    "alpaca": ("input", "system", "history"),
+    "messages": ("system", "tools"),
+    "sharegpt": ("system", "tools"),
+    "prompt_completion": ("system", "tools"),
+}
+"""Fields that a format takes where a record has them."""
+
+SEVERAL = ("ranked", "scored", "oasst")
+"""Formats with several answers to a prompt; preferences are made of them by a ``pairs`` step."""
+PAIRED = ("hh_rlhf", "preferences")
+"""Formats with a chosen and a rejected answer."""
+
+_ONE = frozenset({"instructions", "prompts"})
+_ALL = frozenset({"instructions", "prompts", "preferences", "unpaired"})
+KINDS: dict[str, frozenset[str]] = {
+    **dict.fromkeys(FIELDS, _ONE),
+    **dict.fromkeys((*SEVERAL, *PAIRED, "rows"), _ALL),
+    "unpaired": _ONE | {"unpaired"},
+    "prompt": frozenset({"prompts"}),
+}
+"""Kinds of dataset that a format's records can make."""
+
+
+class Malformed(ValueError):
+    """A field holds something its format does not allow: the data's or the recipe's mistake."""
+
+
+class Unusable(Exception):
+    """A record of its format that makes no row, for a reason that rows of like fate share."""
+
+
+def renamed(record: Mapping[str, Any], options: FormatOptions) -> dict[str, Any]:
+    """The record with the recipe's ``columns`` under their new names; a field that had such a name gives way."""
+    if not options.columns:
+        return dict(record)
+    kept = {name: value for name, value in record.items() if name not in options.columns}
+    return kept | {new: record[old] for old, new in options.columns.items() if old in record}
+
+
+def first(record: Mapping[str, Any], names: Iterable[str]) -> str | None:
+    """The first of the names under which the record has something."""
+    return next((name for name in names if record.get(name) is not None), None)
+
+
+def present(record: Mapping[str, Any]) -> list[str]:
+    """Fields that hold something; data libraries fill the absent ones with None."""
+    return [name for name, value in record.items() if value is not None]
+
+
+def missing(record: Mapping[str, Any], form: Form) -> list[tuple[str, ...]]:
+    """The format's groups of names none of which the record has."""
+    return [group for group in FIELDS[form] if first(record, group) is None]
+
+
+def spelled(form: str) -> str:
+    """A format and its fields in words: ``alpaca (instruction + output)``."""
+    return f"{form} ({' + '.join('/'.join(group) for group in FIELDS[form])})"
+
+
+def names_of(record: Mapping[str, Any]) -> str:
+    """The record's fields in words."""
+    return ", ".join(repr(name) for name in present(record)) or "no fields"
+
+
+def nearly(record: Mapping[str, Any]) -> list[str]:
+    """Formats of which the record has some field, those with the greatest share of it first."""
+    share = {
+        form: sum(first(record, group) is not None for group in groups) / len(groups)
+        for form, groups in FIELDS.items()
+        if form != "rows"
+    }
+    return [form for form in sorted(share, key=lambda form: -share[form]) if share[form] > 0]
+
+
+def slips(record: Mapping[str, Any], groups: Iterable[tuple[str, ...]]) -> list[tuple[str, str]]:
+    """Fields of the record that look like misspelt names of the groups, each with the name it is near."""
+    found = []
+    for group in groups:
+        for name in present(record):
+            meant = nearest(name, group)
+            if meant is not None and meant != name:
+                found.append((name, meant))
+                break
+    return found
+
+
+def unrecognised(record: Mapping[str, Any], form: Form, fits: Iterable[str]) -> str:
+    """What is said of a record that lacks the format's fields: its fields, and the formats it fits or nearly fits."""
+    lacking = missing(record, form)
+    needs = ", ".join(" or ".join(f"'{name}'" for name in group) for group in lacking)
+    text = f"not a record of format {form}: {needs} missing; it has {names_of(record)}."
+    for name, meant in slips(record, lacking):
+        text += f" Is '{name}' meant as '{meant}'?"
+    others = [name for name in fits if name != form]
+    near = [name for name in nearly(record) if name != form][:4]
+    if others:
+        text += f" It fits format: {', '.join(others)}."
+    elif near:
+        text += f" It nearly fits: {'; '.join(map(spelled, near))}."
+    return text

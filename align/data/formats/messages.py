@@ -1,0 +1,175 @@
+"""Messages in chat (role, content) and ShareGPT (from, value) spelling, with calls of tools and their results.
+
+A message becomes ``role`` and ``content``; one that calls tools also has ``tool_calls``, JSON text. Conversations are
+cut into a prompt and the answer behind it.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from align.data.formats.fields import CONVERSATIONS, Malformed, Unusable, first
+from align.data.formats.options import FormatOptions
+from align.data.rows import Dropped, Message, Row, assistant, user
+
+ROLES = {
+    "user": "user", "human": "user", "prompter": "user", "assistant": "assistant", "gpt": "assistant",
+    "bot": "assistant", "chatgpt": "assistant", "bard": "assistant", "bing": "assistant", "model": "assistant",
+    "system": "system", "developer": "system", "tool": "tool", "function": "tool", "observation": "tool",
+    "tool_response": "tool", "ipython": "tool", "function_call": "assistant", "tool_call": "assistant",
+}  # fmt: skip
+CALLS = ("function_call", "tool_call")
+"""ShareGPT roles whose text is a call, as JSON."""
+
+
+def text(value: Any, name: str) -> str:
+    """The value as text; raises ``Malformed`` for another type."""
+    if not isinstance(value, str):
+        raise Malformed(f"'{name}' holds {type(value).__name__}, expected text")
+    return value
+
+
+def parsed(value: Any, name: str) -> Any:
+    """JSON that stands in a text field, as CSV and ShareGPT have it; another value as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        raise Malformed(f"'{name}' holds text that is not JSON") from None
+
+
+def message(value: Any, name: str, options: FormatOptions) -> Message:
+    """One message; raises ``Malformed`` for another shape or an unknown role, ``Unusable`` for pictures and sound."""
+    if not isinstance(value, dict):
+        raise Malformed(f"'{name}' holds {type(value).__name__} where a message (role, content) was expected")
+    spelled = value.get("role", value.get("from"))
+    content = value.get("content", value.get("value"))
+    role = options.roles.get(str(spelled)) or ROLES.get(str(spelled))
+    if role is None:
+        known = ", ".join([*options.roles, *ROLES])
+        raise Malformed(
+            f"'{name}' has a message of role {spelled!r}; known roles: {known}. options.roles can name another"
+        )
+    if spelled in CALLS and str(spelled) not in options.roles:
+        return assistant("") | {"tool_calls": calls(text(content, f"{name}.value"), name)}
+    found: Message = {"role": role, "content": ""}
+    given = value.get("tool_calls") or ([value["function_call"]] if value.get("function_call") else None)
+    if given:
+        found["tool_calls"] = calls(given, name)
+    if content is not None or not given:
+        found["content"] = _content(content, f"{name}.content").strip()
+    for more in ("tool_call_id", "name"):
+        if role == "tool" and value.get(more):
+            found[more] = text(value[more], f"{name}.{more}")
+    return found
+
+
+def _content(value: Any, name: str) -> str:
+    if not isinstance(value, list):
+        return text(value, name)
+    for part in value:
+        if not isinstance(part, dict) or part.get("type", "text") != "text":
+            raise Unusable("a message that is not all text")
+    return "".join(text(part.get("text"), f"{name}.text") for part in value)
+
+
+def calls(value: Any, name: str) -> str:
+    """Calls of tools in OpenAI's nesting, as JSON text; taken from a list, from one call, or from either as text."""
+    value = parsed(value, f"{name}.tool_calls")
+    made = []
+    for call in value if isinstance(value, list) else [value]:
+        inner = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+            raise Malformed(f"'{name}' has a call of a tool without its name; expected name and arguments")
+        given = inner.get("arguments", inner.get("parameters"))
+        arguments = parsed(given, f"{name}.arguments") if given else {}
+        if not isinstance(given, str):
+            arguments = without_none(arguments)
+        outer = {"id": call["id"]} if call.get("id") else {}
+        made.append({**outer, "type": "function", "function": {"name": inner["name"], "arguments": arguments}})
+    return json.dumps(made, ensure_ascii=False)
+
+
+def tools(record: dict[str, Any]) -> str:
+    """The functions a record offers, as a JSON list in OpenAI's nesting; ``""`` for none."""
+    name = first(record, ("tools", "functions"))
+    value = parsed(record[name], name) if name and record[name] not in ("", []) else None
+    if not value:
+        return ""
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise Malformed(f"'{name}' holds {type(value).__name__}, expected a list of functions")
+    made = [
+        tool if "function" in tool or "name" not in tool else {"type": "function", "function": tool} for tool in value
+    ]
+    return json.dumps(without_none(made), ensure_ascii=False)
+
+
+def without_none(value: Any) -> Any:
+    """Nested values without None: tables give every record's objects the fields of all the others."""
+    if isinstance(value, dict):
+        return {key: without_none(item) for key, item in value.items() if item is not None}
+    return [without_none(item) for item in value] if isinstance(value, list) else value
+
+
+def messages(value: Any, name: str, options: FormatOptions) -> list[Message]:
+    """A list of messages, or one written as JSON text, as CSV has it."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise Malformed(f"'{name}' holds text where a list of messages was expected") from None
+    if not isinstance(value, list):
+        raise Malformed(f"'{name}' holds {type(value).__name__} where a list of messages was expected")
+    return [message(item, name, options) for item in value]
+
+
+def prompt(value: Any, name: str, options: FormatOptions) -> list[Message]:
+    """A prompt that is text or a list of messages."""
+    return [user(value.strip())] if isinstance(value, str) else messages(value, name, options)
+
+
+def with_system(record: dict[str, Any], found: list[Message]) -> list[Message]:
+    """The messages behind the system prompt that some formats keep in a field of its own."""
+    name = first(record, ("system", "system_prompt"))
+    words = text(record[name], name).strip() if name else ""
+    if not words or (found and found[0]["role"] == "system"):
+        return found
+    return [{"role": "system", "content": words}, *found]
+
+
+def reply(value: Any, name: str, options: FormatOptions) -> tuple[list[Message], Message]:
+    """What comes before the last answer, where ``value`` has it, and the answer, an assistant's message.
+
+    ``value`` is text, one message, or a list of them. Raises ``Unusable`` where the last turn is another's.
+    """
+    if isinstance(value, str):
+        return [], assistant(value.strip())
+    found = [message(value, name, options)] if isinstance(value, dict) else messages(value, name, options)
+    if not found:
+        raise Unusable("empty reply")
+    if found[-1]["role"] != "assistant":
+        raise Unusable("last turn is not the assistant's")
+    return found[:-1], found[-1]
+
+
+def conversations(found: list[Message], options: FormatOptions, more: Row) -> list[Row | Dropped]:
+    """Drafts of a conversation: of its last answer, or of each; without an answer behind it, of its prompt alone."""
+    if options.turns == "all":
+        ends = [at for at, turn in enumerate(found) if turn["role"] == "assistant"]
+    else:
+        ends = [len(found) - 1] if found and found[-1]["role"] == "assistant" else []
+    if not ends:
+        return [{"prompt": found, **more}]
+    return [{"prompt": found[:end], "completion": [found[end]], **more} for end in ends]
+
+
+def from_messages(record: dict[str, Any], options: FormatOptions, kind: str) -> list[Row | Dropped]:
+    """Formats ``messages`` and ``sharegpt``, which differ in spelling alone."""
+    name = first(record, CONVERSATIONS)
+    assert name is not None
+    found = messages(record[name], name, options)
+    if not found:
+        raise Unusable("empty conversation")
+    return conversations(with_system(record, found), options, {"tools": tools(record)})
