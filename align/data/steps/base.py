@@ -97,6 +97,8 @@ class Verdict:
     reasons: list[str] = field(default_factory=list)
     instead: np.ndarray | None = None
     """(N,) int64: which row stands for a dropped one (the first of its duplicates), -1 for none."""
+    details: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """What is particular to a dropped row, by its number; JSON-able. Dropped rows alone have one."""
     times: np.ndarray | None = None
     """(N,) int32: how often a kept row appears from now on; once by default."""
     columns: dict[str, np.ndarray] = field(default_factory=dict)
