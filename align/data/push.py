@@ -1,0 +1,170 @@
+"""Uploading a build to the Hugging Face Hub: what exactly would go, what speaks against it, the commit that does it.
+
+The rows, the card and the ledger go; dropped rows and texts of them (the preview page, the ledger's examples) stay here
+unless asked for: they were dropped for a reason, which may be that they are private. Shards that an earlier push left
+behind are deleted in the same commit, or a reader would mix two builds. The token is huggingface_hub's business and is
+never printed. Torch-free.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from align.data.built import LEDGER, SPLITS, count_rows, read_ledger, shards
+from align.data.card import CARD
+from align.data.licences import Licence, of_mixture
+from align.errors import StageFailed, UserError
+
+REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+PREVIEW = "preview.html"
+OURS = (
+    "train-*-of-*.parquet",
+    "test-*-of-*.parquet",
+    "dropped-*-of-*.parquet",
+    "train.parquet",
+    "test.parquet",
+    PREVIEW,
+)
+"""Names of files that a push puts there; such files of an earlier one are replaced or deleted."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file of an upload: its name there, and the file or the bytes it is."""
+
+    name: str
+    content: Path | bytes
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.content.stat().st_size if isinstance(self.content, Path) else len(self.content)
+
+
+@dataclass(frozen=True)
+class Upload:
+    """Everything that would be uploaded."""
+
+    folder: Path
+    repo: str
+    revision: str | None
+    private: bool
+    parts: tuple[Part, ...]
+    licence: Licence
+    rows: dict[str, int]
+
+    @property
+    def size(self) -> int:
+        """Bytes in all."""
+        return sum(part.size for part in self.parts)
+
+
+def prepare(
+    folder: Path, repo: str, revision: str | None = None, private: bool = False, everything: bool = False
+) -> Upload:
+    """What pushing ``folder`` would upload; touches no network.
+
+    ``everything`` adds dropped rows, the preview page and the ledger's examples. Raises ``UserError`` for a name that
+    the Hub does not take, and for a folder without rows, ledger or card.
+    """
+    if not REPO.fullmatch(repo) or ".." in repo or "--" in repo:
+        raise UserError(f"'{repo}' is no name of a Hub dataset; write owner/name, letters, digits, '-', '_' and '.'.")
+    ledger = read_ledger(folder)
+    if not (folder / CARD).is_file():
+        raise UserError(
+            f"{folder}: no {CARD} in it, and a dataset without a card is not pushed; build the recipe again."
+        )
+    parts = [Part(CARD, folder / CARD), Part(LEDGER, _ledger(folder, ledger, everything))]
+    splits = (*SPLITS, "dropped") if everything else SPLITS
+    parts += [Part(path.name, path) for split in splits for path in shards(folder, split)]
+    if everything and (folder / PREVIEW).is_file():
+        parts.append(Part(PREVIEW, folder / PREVIEW))
+    licence = of_mixture(source.get("license") for source in ledger["sources"])
+    rows = {split: count_rows(folder, split) for split in SPLITS}
+    return Upload(folder, repo, revision, private, tuple(parts), licence, rows)
+
+
+def _ledger(folder: Path, ledger: dict[str, Any], everything: bool) -> Path | bytes:
+    """The ledger's file, or its text without examples of dropped rows and without what steps noted of rows."""
+    if everything:
+        return folder / LEDGER
+    steps = [
+        {name: value for name, value in line.items() if name not in ("examples", "notes")} for line in ledger["steps"]
+    ]
+    return (json.dumps({**ledger, "steps": steps}, indent=2) + "\n").encode()
+
+
+def push(upload: Upload, api: Any = None) -> dict[str, Any]:
+    """Make the repository where there is none, and commit the upload. Returns ``url``, ``commit``, ``deleted``.
+
+    ``api`` is a ``huggingface_hub.HfApi``. Raises ``UserError`` where the Hub refuses (no token, no right, a public
+    repository that should be private) and ``StageFailed`` where it cannot be reached.
+    """
+    import httpx
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    api = api or HfApi(library_name="align")
+    try:
+        # None leaves the choice to the owner's own default, which may be private; False would say public.
+        api.create_repo(upload.repo, repo_type="dataset", private=upload.private or None, exist_ok=True)
+        if upload.private and not api.dataset_info(upload.repo).private:
+            raise UserError(f"{upload.repo} is there already, and public; make it private on the Hub, or name another.")
+        if upload.revision is not None:
+            api.create_branch(upload.repo, branch=upload.revision, repo_type="dataset", exist_ok=True)
+        there = api.list_repo_files(upload.repo, revision=upload.revision, repo_type="dataset")
+        deleted = stale(there, [part.name for part in upload.parts])
+        operations: list[Any] = [CommitOperationDelete(path_in_repo=name) for name in deleted]
+        operations += [
+            CommitOperationAdd(part.name, part.content if isinstance(part.content, bytes) else str(part.content))
+            for part in upload.parts
+        ]
+        made = api.create_commit(
+            upload.repo, operations, repo_type="dataset", revision=upload.revision, commit_message=_message(upload)
+        )
+    except (LocalTokenNotFoundError, OfflineModeIsEnabled) as error:
+        raise UserError(_safe(f"{upload.repo}: {error}")) from None
+    except HfHubHTTPError as error:
+        raise _refused(upload.repo, error) from None
+    except (httpx.HTTPError, OSError) as error:
+        raise StageFailed(_safe(f"{upload.repo}: the Hub cannot be reached: {type(error).__name__}: {error}")) from None
+    return {"url": str(made.commit_url), "commit": str(made.oid), "deleted": deleted}
+
+
+def stale(there: Sequence[str], uploaded: Sequence[str]) -> list[str]:
+    """Files of an earlier push that this one does not replace."""
+    ours = [name for name in there if any(fnmatch.fnmatchcase(name, pattern) for pattern in OURS)]
+    return sorted(set(ours) - set(uploaded))
+
+
+def _message(upload: Upload) -> str:
+    return ", ".join(f"{rows:,} {split}" for split, rows in upload.rows.items()) + " rows, built with align"
+
+
+def _refused(repo: str, error: Any) -> UserError | StageFailed:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    said = _safe(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
+    if status in (401, 403):
+        return UserError(
+            f"{repo}: the Hub refuses ({status}): {said}. Set HF_TOKEN to a token that may write there, or run "
+            "`hf auth login`."
+        )
+    if status is not None and status < 500:
+        return UserError(f"{repo}: the Hub refuses ({status}): {said}.")
+    return StageFailed(f"{repo}: the Hub failed: {said}. Push again; a push is one commit, so nothing is half there.")
+
+
+def _safe(text: str) -> str:
+    """Without the token, should an error ever quote it."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        token = os.environ.get(name)
+        if token:
+            text = text.replace(token, "***")
+    return re.sub(r"\bhf_[A-Za-z0-9]{8,}", "***", text)
