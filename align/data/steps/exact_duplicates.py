@@ -6,22 +6,22 @@ Left out: rows that say nearly the same (``near_duplicates``) or the same in oth
 from __future__ import annotations
 
 import hashlib
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
 from align.data.compared import Of, check, key
 from align.data.rows import Row
-from align.data.steps.base import StepContext, Table, Verdict, keep_all
-from align.stage import Config
+from align.data.steps.base import StepConfig, StepContext, Table, Verdict, keep_all
 
 DUPLICATE = "duplicate of an earlier row"
 
 
-class ExactDuplicates(Config):
+class ExactDuplicates(StepConfig):
     """Drop every row whose text an earlier row has."""
 
     type: Literal["exact_duplicates"]
+    decides: ClassVar[bool] = True
     of: Of = "row"
     """What must be equal: ``prompt`` (every turn of it), ``reply``, or ``row`` (both; chosen and rejected change
     places only in different rows)."""

@@ -5,7 +5,7 @@ Left out: rows that say the same in other words (``semantic_duplicates``).
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -13,18 +13,18 @@ from pydantic import Field
 from align.data import minhash
 from align.data.compared import Of, check, parts
 from align.data.rows import Row
-from align.data.steps.base import StepContext, Table, Verdict, keep_all
+from align.data.steps.base import StepConfig, StepContext, Table, Verdict, keep_all
 from align.data.steps.exact_duplicates import DUPLICATE
-from align.stage import Config
 
 NEAR = "near-duplicate of an earlier row"
 SHINGLES: dict[Of, int] = {"prompt": minhash.SHINGLE, "reply": 5, "row": 5}
 
 
-class NearDuplicates(Config):
+class NearDuplicates(StepConfig):
     """Drop every row that hangs together with an earlier one by pairs of like rows."""
 
     type: Literal["near_duplicates"]
+    decides: ClassVar[bool] = True
     of: Of = "row"
     """What is compared: ``prompt`` (all turns but system ones), ``reply``, or ``row`` (both)."""
     threshold: float = Field(0.7, gt=0, le=1)

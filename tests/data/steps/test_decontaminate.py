@@ -1,0 +1,186 @@
+"""Rows that contain evaluation items: the rule's edges, what is reported, and real sets against real evaluations."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from align.data.evaluation_sets import EvaluationSet
+from align.data.rows import Row, assistant, user
+from align.data.source_configs import FilesSource
+from align.data.sources import read
+from align.data.steps import decontaminate
+from align.data.steps.decontaminate import Decontaminate
+from tests.data.steps.tables import decide, kept, row
+
+WORDS = [f"w{number}" for number in range(20)]
+
+
+def item(begin: int = 0, end: int = 20) -> str:
+    return " ".join(WORDS[begin:end])
+
+
+def write(folder: Path, **sets: list[str]) -> list[EvaluationSet]:
+    for name, questions in sets.items():
+        lines = [json.dumps({"prompt": question}) for question in questions]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return [EvaluationSet(name=name, files=[f"{name}.jsonl"]) for name in sets]
+
+
+def step(sets: list[EvaluationSet], **given: Any) -> Decontaminate:
+    return Decontaminate(type="decontaminate", sets=sets, **given)
+
+
+def test_more_than_half_of_the_words_in_shared_runs(tmp_path: Path) -> None:
+    sets = write(tmp_path, mine=[item()])
+    rows = [
+        row("so: " + item(3, 14) + " and more"),  # 11 of 20 words: contained
+        row(item(3, 13) + " else"),  # 10 of 20, exactly half: not contained
+        row(item(0, 7) + " x " + item(8, 15) + " x " + item(13, 20)),  # 21 words in runs of 7: none of 8
+        row(item(0, 8) + " x " + item(12, 20)),  # 8 and 8 in one row: 16 of 20
+        row(item(0, 8)),  # each half of it is in
+        row(item(12, 20)),  # another row: 8 of 20 each
+        row("Something else", item()),  # in the reply
+    ]
+    verdict = decide(step(sets), rows, base=tmp_path)
+    assert kept(verdict) == [1, 2, 4, 5, 6]
+    assert verdict.reasons == ["contains an item of mine"]
+    assert verdict.details[0] == {"set": "mine", "item": "mine.jsonl:1", "coverage": 0.55, "excerpt": item()}
+    assert verdict.details[3]["coverage"] == 0.8
+    assert sorted(verdict.details) == [0, 3]
+    assert kept(decide(step(sets, of="all"), rows, base=tmp_path)) == [1, 2, 4, 5]
+    assert kept(decide(step(sets, coverage=0.0), rows, base=tmp_path)) == [2, 6]  # any shared run is a hit
+    assert kept(decide(step(sets, ngram=12), rows, base=tmp_path)) == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_short_items_must_be_a_user_turn(tmp_path: Path) -> None:
+    sets = write(tmp_path, mine=["What is the capital of France?"])
+    grown = {**row("x"), "prompt": [user("what is the capital of france"), assistant("Paris"), user("and Spain?")]}
+    rows = [row("Tell me: what is the capital of France?"), row("What is the  capital of France"), grown]
+    assert kept(decide(step(sets), rows, base=tmp_path)) == [0]
+
+
+def test_turns_of_an_item_are_looked_for_one_by_one(tmp_path: Path) -> None:
+    (tmp_path / "mt.jsonl").write_text(json.dumps({"turns": [item(0, 9), item(9, 20) + " again " * 20]}))
+    verdict = decide(step([EvaluationSet(name="mt", files=["mt.jsonl"])]), [row(item(0, 9))], base=tmp_path)
+    assert verdict.details[0]["coverage"] == 1.0
+    assert verdict.notes["sets"]["mt"]["items_hit"] == 1
+
+
+def test_notes_count_items_and_rows_of_each_set(tmp_path: Path) -> None:
+    others = [" ".join(f"{letter}{number}" for number in range(10)) for letter in "abcdefgh"]
+    sets = write(tmp_path, one=[item(), *others], two=["short one", *[f"another {i}" for i in range(199)]], three=["z"])
+    rows = [row(item()), row(item() + " again"), row("short one"), row(others[0] + " " + others[1]), row("clean")]
+    verdict = decide(step(sets), rows, base=tmp_path)
+    assert kept(verdict) == [4]
+    assert verdict.notes["sets"] == {
+        "one": {"items": 9, "items_hit": 3, "share": 0.3333, "rows": 3, "contaminated": True},
+        "two": {"items": 200, "items_hit": 1, "share": 0.005, "rows": 1, "contaminated": False},
+        "three": {"items": 1, "items_hit": 0, "share": 0.0, "rows": 0, "contaminated": False},
+    }
+    assert [verdict.reasons[code] for code in verdict.code[[0, 2]]] == [
+        "contains an item of one",
+        "contains an item of two",
+    ]
+    assert [hit["item"] for hit in verdict.details[3]["others"]] == ["one.jsonl:3"]
+    json.dumps([verdict.notes, verdict.details])
+
+
+def test_the_item_most_covered_names_the_set_and_too_many_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = write(tmp_path, less=[item(0, 12) + " v0 v1 v2"], most=[item()])
+    verdict = decide(step(sets), [row(item())], base=tmp_path)
+    assert verdict.details[0]["set"] == "most"
+    assert verdict.details[0]["others"] == [{"set": "less", "item": "less.jsonl:1", "coverage": 0.8}]
+    monkeypatch.setattr(decontaminate, "MOST", 1)
+    notes = decide(step(sets), [row(item())], base=tmp_path).notes
+    assert notes["rows_with_more_than_1_items"] == 1
+    assert notes["sets"]["less"]["items_hit"] == 0
+
+
+def test_reporting_keeps_the_rows_and_names_the_hits(tmp_path: Path) -> None:
+    sets = write(tmp_path, mine=[item()])
+    rows = [row("clean"), row(item())]
+    verdict = decide(step(sets, action="report"), rows, base=tmp_path)
+    assert kept(verdict) == [0, 1] and not verdict.details
+    assert verdict.notes["rows"] == 1
+    assert verdict.notes["examples"][0]["id"] == rows[1]["id"]
+    assert verdict.notes["examples"][0]["set"] == "mine"
+
+
+def test_rows_dropped_before_are_no_hits_and_shards_change_nothing(tmp_path: Path) -> None:
+    sets = write(tmp_path, mine=[item(), "short"])
+    rows = [row(text) for text in (item(), "short", "x", item(2, 20), "short")]
+    verdict = decide(step(sets), rows, base=tmp_path, alive=[False, True, True, True, True])
+    assert verdict.code.tolist() == [-1, 0, -1, 0, 0]
+    whole = decide(step(sets), rows, base=tmp_path)
+    for cut in (1, 2, 4):
+        parted = decide(step(sets), rows, base=tmp_path, cut=cut)
+        assert np.array_equal(parted.code, whole.code)
+        assert (parted.notes, parted.details) == (whole.notes, whole.details)
+
+
+def test_settings_that_make_no_sense(tmp_path: Path) -> None:
+    sets = write(tmp_path, mine=["a"])
+    with pytest.raises(ValidationError, match="two evaluation sets are named 'mine'"):
+        step(sets * 2)
+    with pytest.raises(ValidationError, match="less than 1"):
+        step(sets, coverage=50)
+    assert list(step(sets).identities(tmp_path)) == ["mine: mine.jsonl"]
+
+
+REAL = {
+    "ifeval": "ifeval/input_data.jsonl",
+    "mt_bench": "mt-bench/question.jsonl",
+    "truthfulqa": "truthfulqa/TruthfulQA.csv",
+    "xstest": "xstest/xstest_prompts.csv",
+    "arc_easy": "arc/ARC-Easy.test.json",
+}
+
+
+def real_rows(folder: Path, file: str, question: str, more: str = "") -> list[Row]:
+    records = [found for found in read(FilesSource(type="files", paths=[file]), folder) if isinstance(found, tuple)]
+    return [row("\n".join(filter(None, [record[question], record.get(more, "")]))) for _, record in records]
+
+
+@pytest.mark.parametrize(
+    "file, question, more, hits",
+    [
+        ("dolly-3k/dolly_3k.json", "instruction", "input", {"ifeval": 1}),  # both quote the first lines on World War II
+        ("gsm8k/train.jsonl", "question", "", {}),
+        ("llamafactory-demo/alpaca_en_demo.json", "instruction", "input", {}),
+    ],
+)
+def test_real_sets_against_real_evaluations(
+    file: str, question: str, more: str, hits: dict[str, int], shared_data: Path
+) -> None:
+    sets = [EvaluationSet(name=name, files=[path]) for name, path in REAL.items()]
+    rows = real_rows(shared_data, file, question, more)
+    notes = decide(step(sets), rows, base=shared_data).notes["sets"]
+    assert {name: found["items_hit"] for name, found in notes.items() if found["items_hit"]} == hits
+    assert not any(found["contaminated"] for found in notes.values())
+
+
+def test_the_template_of_a_set_is_no_hit(shared_data: Path) -> None:
+    sets = [EvaluationSet(name="arc_easy", files=[REAL["arc_easy"]])]
+    rows = real_rows(shared_data, "arc/ARC-Easy.train.json", "instruction")
+    found = decide(step(sets), rows, base=shared_data).notes["sets"]["arc_easy"]
+    assert (found["items_hit"], found["rows"]) == (27, 24)  # like the fossils, with the same four answers
+    counted = decide(step(sets, template=1.0), rows, base=shared_data).notes["sets"]["arc_easy"]
+    assert (counted["items_hit"], counted["rows"]) == (69, 94)  # "Please choose the correct answer to the question"
+
+
+def test_a_real_item_planted_in_real_rows_is_found(shared_data: Path) -> None:
+    sets = [EvaluationSet(name=name, files=[path]) for name, path in REAL.items()]
+    rows = real_rows(shared_data, "gsm8k/train.jsonl", "question")[:500]
+    planted = json.loads((shared_data / REAL["ifeval"]).read_text(encoding="utf-8").splitlines()[40])["prompt"]
+    rows.insert(123, row("Please do this. " + planted.upper()))
+    verdict = decide(step(sets), rows, base=shared_data)
+    assert np.flatnonzero(verdict.code >= 0).tolist() == [123]
+    assert verdict.details[123]["item"] == "input_data.jsonl:41"

@@ -1,0 +1,91 @@
+"""Coverage of known texts by rows, against a plain count of words, and hashes that many texts share."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from align.data.overlap import Index
+from align.data.rows import normalised
+
+WORDS = st.lists(st.sampled_from("abc"), max_size=9).map(" ".join)
+
+
+def search(texts: list[str], rows: list[list[str]], size: int) -> dict[tuple[int, int], float]:
+    hits = Index(texts, size).search(rows)
+    return {
+        (int(row), int(text)): float(coverage)
+        for row, text, coverage in zip(hits.row, hits.text, hits.coverage, strict=True)
+    }
+
+
+def plain(texts: list[str], rows: list[list[str]], size: int) -> dict[tuple[int, int], float]:
+    found = {}
+    for (i, row), (j, text) in product(enumerate(rows), enumerate(texts)):
+        words = normalised(text).split()
+        runs = set()
+        for part in row:
+            mine = normalised(part).split()
+            runs |= {tuple(mine[at : at + size]) for at in range(len(mine) - size + 1)}
+        covered = set()
+        for at in range(len(words) - size + 1):
+            if tuple(words[at : at + size]) in runs:
+                covered |= set(range(at, at + size))
+        if words and any(normalised(part).split() == words for part in row):
+            covered = set(range(len(words)))
+        if covered:
+            found[i, j] = len(covered) / len(words)
+    return found
+
+
+def test_coverage_by_hand() -> None:
+    # of "a b c d e f" the row has "b c d" (words 2 to 4) and "c d e": b to e are covered, 4 of 6
+    assert search(["a b c d e f"], [["x b c d e"]], 3) == {(0, 0): pytest.approx(4 / 6)}
+    # two parts of a row count together: "a b c" here, "d e f" there; no run spans both
+    assert search(["a b c d e f"], [["a b c", "d e f"]], 3) == {(0, 0): 1.0}
+    assert search(["c d"], [["a b c", "d e f"]], 2) == {}
+
+
+def test_short_texts_must_be_equal_to_a_part() -> None:
+    texts = ["What is it?", "..."]
+    assert search(texts, [["what is it"], ["what is it now"], ["..."], ["hm", "What IS it?!"]], 8) == {
+        (0, 0): 1.0,
+        (3, 0): 1.0,
+    }
+
+
+def test_texts_that_share_a_run_are_all_hit() -> None:
+    texts = ["say a b c", "a b c please", "other words here", "a b c"]
+    assert search(texts, [["a b c"]], 3) == {(0, 0): 0.75, (0, 1): 0.75, (0, 3): 1.0}
+
+
+def test_a_row_that_repeats_a_run_covers_it_once() -> None:
+    assert search(["a b c d e f"], [["a b c a b c a b c"]], 3) == {(0, 0): 0.5}
+
+
+def test_templates_show_nothing_and_do_not_count() -> None:
+    questions = [f"please answer this question now q{n} r{n} s{n} t{n}" for n in range(20)]
+    rows = [["please answer this question now what"], [questions[3]], ["now q5 r5 s5"], ["q6 r6 s6 t6"]]
+    groups = np.zeros(20, dtype=np.int64)
+    # runs of three: "please answer this" to "this question now" are in all texts; five of nine words do not count
+    hits = Index(questions, 3, groups, template=0.5).search(rows)
+    assert [hits.row.tolist(), hits.text.tolist(), hits.coverage.tolist()] == [[1, 2, 3], [3, 5, 6], [1.0, 0.75, 1.0]]
+    assert len(Index(questions, 3, groups, template=1.0).search(rows[:1]).row) == 20
+    assert len(Index(questions, 3, np.arange(20) // 10, template=0.5).search(rows[:1]).row) == 20  # ten are too few
+
+
+def test_a_text_that_is_nothing_but_template_counts_whole() -> None:
+    texts = ["a b c d"] * 20 + ["e f g h"]
+    hits = Index(texts, 3, np.zeros(21, dtype=np.int64), template=0.5).search([["a b c d"]])
+    assert hits.text.tolist() == list(range(20)) and set(hits.coverage.tolist()) == {1.0}
+
+
+@given(st.lists(WORDS, max_size=5), st.lists(st.lists(WORDS, max_size=3), max_size=5), st.integers(1, 4))
+def test_as_counted_word_by_word(texts: list[str], rows: list[list[str]], size: int) -> None:
+    found = search(texts, rows, size)
+    assert found == pytest.approx(plain(texts, rows, size))
+    assert list(found) == sorted(found)
