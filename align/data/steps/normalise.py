@@ -1,8 +1,8 @@
 """The ``normalise`` step: Unicode, control characters, white space and the order of turns.
 
 A row that is already clean comes back as the very same object, a changed one as a new dict, so that the build can
-count changes by identity. Doing it twice changes nothing more. Code (a fenced block, or the indentation of a line) keeps
-its white space. Leaves out what makes a row unwanted; only what cannot be put in order is dropped here.
+count changes by identity. Doing it twice changes nothing more. Code (a fenced block, or the indentation of a line)
+keeps its white space. Leaves out what makes a row unwanted; only what cannot be put in order is dropped here.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from typing import Any, Literal
 from pydantic import Field
 
 from align.data.rows import Dropped, Message, Row
-from align.data.steps.base import RowStep, StepContext
+from align.data.steps.base import RowStep, StepConfig, StepContext
 from align.data.steps.texts import change_texts
-from align.stage import Config
 
 
-class NormaliseStep(Config):
+class NormaliseStep(StepConfig):
     """Bring texts and turns into one form."""
 
     type: Literal["normalise"]
@@ -33,7 +32,7 @@ class NormaliseStep(Config):
     """Remove control characters, terminal escapes, zero-width and bidirectional-override characters; every kind of line
     end becomes a line feed."""
     whitespace: bool = True
-    """Remove blanks at line ends, blank lines at both ends of a text, and blank lines beyond ``blank_lines``; not in code."""
+    """Remove blanks at line ends, blank lines at both ends of a text, and those beyond ``blank_lines``; not in code."""
     blank_lines: int = Field(2, ge=1)
     """Most blank lines in a row."""
     turns: bool = True
