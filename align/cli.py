@@ -3,55 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from align import __version__
+from align.commands import data
+from align.commands.parsing import Parser, add_store, print_json, printable_json
 from align.errors import StageFailed, UserError
 
 if TYPE_CHECKING:
     from align.pipeline import Pipeline
 
 INTERRUPTED = 130
-
-
-class _Parser(argparse.ArgumentParser):
-    """Refuses abbreviations, and answers a wrong option with the nearest right one instead of a page of usage."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
-
-    def error(self, message: str) -> NoReturn:
-        from align.validation import nearest
-
-        hint = ""
-        if message.startswith("unrecognized arguments:"):
-            word = message.split(": ", 1)[1].split()[0].split("=")[0]
-            close = nearest(word, [name for name in self._option_names() if name.startswith("--")])
-            hint = f" Did you mean '{close}'?" if close else ""
-        elif "invalid choice:" in message:
-            word = message.split("invalid choice: ", 1)[1].split("'")[1]
-            close = nearest(word, COMMANDS)
-            message = f"unknown command '{word}'"
-            hint = f" Did you mean '{close}'?" if close else f" Commands: {', '.join(COMMANDS)}."
-        raise UserError(f"{self.prog}: {message}.{hint}")
-
-    def _option_names(self) -> list[str]:
-        names = list(self._option_string_actions)
-        for action in self._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                for parser in action.choices.values():
-                    names += list(parser._option_string_actions)
-        return names
-
-
-def _add_store(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--store", metavar="DIR", help="folder of the artifacts (else $ALIGN_STORE, else ./store)")
-    parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
 
 
 def _add_pipeline(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +28,7 @@ def _add_pipeline(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--from", dest="from_", metavar="STAGE", help="run this stage and all that need it anew")
     parser.add_argument("--only", metavar="STAGE", help="run this stage only; what it reads must be finished")
     parser.add_argument("--rebuild", action="append", default=[], metavar="STAGE", help="run this stage anew")
-    _add_store(parser)
+    add_store(parser)
 
 
 def _load(options: argparse.Namespace) -> Pipeline:
@@ -98,7 +63,7 @@ def _run(options: argparse.Namespace) -> int:
                    "seconds": artifact.record["seconds"], "metrics": artifact.record["metrics"]}
             for name, artifact in run.artifacts.items()
         }  # fmt: skip
-        _print_json({"name": pipeline.name, "store": str(run.store.root), "stages": stages})
+        print_json({"name": pipeline.name, "store": str(run.store.root), "stages": stages})
         return 0
     for artifact in run.artifacts.values():
         if (artifact.path / "report.html").exists():
@@ -116,7 +81,7 @@ def _plan(options: argparse.Namespace) -> int:
     anew = choose_stages(pipeline, store, options.only, options.from_, tuple(options.rebuild))
     steps = plan(pipeline, store, anew)
     if options.json:
-        _print_json([
+        print_json([
             {"stage": s.node.name, "kind": s.node.stage.kind, "key": s.node.key, "action": s.action, "why": s.why}
             for s in steps
         ])  # fmt: skip
@@ -144,7 +109,7 @@ def _explain(options: argparse.Namespace) -> int:
             for line in found[node.name]:
                 print(f"    {line}")
     if options.json:
-        _print_json(found)
+        print_json(found)
     return 0
 
 
@@ -159,7 +124,7 @@ def _list(options: argparse.Namespace) -> int:
             users.setdefault(entry["key"], []).append(name)
     artifacts = store.all()
     if options.json:
-        _print_json(
+        print_json(
             [{k: a.record[k] for k in ("kind", "key", "stage", "created", "seconds", "metrics")} for a in artifacts]
         )
         return 0
@@ -191,7 +156,7 @@ def _show(options: argparse.Namespace) -> int:
         print("\n".join(printable(line) for line in text.splitlines()))
         return 0
     if options.json:
-        _print_json(artifact.record)
+        print_json(artifact.record)
         return 0
     record = {name: value for name, value in artifact.record.items() if name not in ("outputs", "parts")}
     print(artifact.path)
@@ -210,7 +175,7 @@ def _gc(options: argparse.Namespace) -> int:
     sizes = {folder: sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) for folder in folders}
     deleted = [folder for folder in folders if options.delete and store.delete(folder)]
     if options.json:
-        _print_json([{"path": str(f), "bytes": sizes[f], "deleted": f in deleted} for f in folders])
+        print_json([{"path": str(f), "bytes": sizes[f], "deleted": f in deleted} for f in folders])
         return 0
     for folder in folders:
         state = "deleted" if folder in deleted else "in use" if options.delete else "unreached"
@@ -225,44 +190,18 @@ def _schema(options: argparse.Namespace) -> int:
     """print the JSON schema of pipeline files, for editors"""
     from align.schema import pipeline_schema
 
-    _print_json(pipeline_schema())
+    print_json(pipeline_schema())
     return 0
 
 
 def _chat(options: argparse.Namespace) -> int:
     """talk with a checkpoint: a folder, an artifact's key, or PIPELINE:STAGE"""
-    checkpoint = _checkpoint(options.checkpoint, options.store)
+    from align.commands.finding import find_checkpoint
+
+    checkpoint = find_checkpoint(options.checkpoint, options.store)
     from align.chat import chat
 
     return chat(checkpoint, system=options.system, temperature=options.temperature, max_tokens=options.max_tokens)
-
-
-def _checkpoint(name: str, store_option: str | None) -> Path:
-    """The transformers folder that ``name`` means."""
-    from align.pipeline import Pipeline
-    from align.runner import open_store
-
-    folder = Path(name)
-    if (folder / "config.json").is_file():
-        return folder
-    if (folder / "model" / "config.json").is_file():
-        return folder / "model"
-    if folder.exists() and folder.is_dir():
-        raise UserError(f"{name}: no config.json in it, so not a checkpoint.")
-    if ":" in name:
-        path, _, stage = name.rpartition(":")
-        pipeline = Pipeline.load(path)
-        if stage not in pipeline.nodes:
-            raise UserError(f"{name}: the pipeline has no stage '{stage}'; it has {', '.join(pipeline.nodes)}.")
-        node = pipeline.nodes[stage]
-        artifact = open_store(pipeline, store_option).find(node.stage.kind, node.key)
-        if artifact is None:
-            raise UserError(f"{name}: not finished yet; `align run {path}` makes it.")
-    else:
-        artifact = open_store(None, store_option).resolve(name)
-    if not (artifact.model / "config.json").is_file():
-        raise UserError(f"{name} is a {artifact.kind}, not a checkpoint that can answer.")
-    return artifact.model
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -271,7 +210,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
     findings = examine(options.store)
     if options.json:
-        _print_json([vars(finding) for finding in findings])
+        print_json([vars(finding) for finding in findings])
     else:
         for finding in findings:
             print(f"{ {'ok': ' ', 'note': '!', 'problem': '✗'}[finding.level] } {finding.what}")
@@ -280,20 +219,20 @@ def _doctor(options: argparse.Namespace) -> int:
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run, "plan": _plan, "explain": _explain, "list": _list, "show": _show, "gc": _gc,
-    "schema": _schema, "chat": _chat, "doctor": _doctor,
+    "schema": _schema, "chat": _chat, "doctor": _doctor, "data": data.run,
 }  # fmt: skip
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    top = _Parser(prog="align", description="From a base model to an aligned, scored checkpoint.")
+    top = Parser(prog="align", description="From a base model to an aligned, scored checkpoint.")
     top.add_argument("--version", action="version", version=f"align {__version__}")
-    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
     made = {name: commands.add_parser(name, help=function.__doc__) for name, function in COMMANDS.items()}
     for name in ("run", "plan", "explain"):
         _add_pipeline(made[name])
     for name in ("list", "show", "gc", "doctor", "schema"):
-        _add_store(made[name])
+        add_store(made[name])
     made["run"].add_argument("--strict", action="store_true", help="refuse artifacts made by other source code")
     made["show"].add_argument("key", metavar="KEY", help="the beginning of an artifact's key")
     made["show"].add_argument("--log", action="store_true", help="print the stage's log")
@@ -305,6 +244,7 @@ def parser() -> argparse.ArgumentParser:
     chat.add_argument("--system", help="a system message")
     chat.add_argument("--temperature", type=float, default=0.7)
     chat.add_argument("--max-tokens", type=int, default=256)
+    data.add_commands(made["data"])
     return top
 
 
@@ -323,15 +263,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return INTERRUPTED
-
-
-def printable_json(value: Any) -> str:
-    """Indented JSON; control characters stay escaped, so the terminal is safe."""
-    return json.dumps(value, indent=1, ensure_ascii=True, default=str)
-
-
-def _print_json(value: Any) -> None:
-    print(printable_json(value))
 
 
 if __name__ == "__main__":

@@ -48,6 +48,17 @@ def write_card(folder: Path, recipe: Mapping[str, Any], ledger: Mapping[str, Any
     return path
 
 
+def recipe_of(folder: Path) -> dict[str, Any]:
+    """The recipe that a build's card states; empty where there is no card of ours."""
+    try:
+        text = (folder / CARD).read_text(encoding="utf-8")
+        found = re.search(r"^## Recipe\n\n(`{3,})yaml\n(.*)\n\1$", text, re.DOTALL | re.MULTILINE)
+        recipe = yaml.safe_load(found[2]) if found else {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return recipe if isinstance(recipe, dict) else {}
+
+
 def metadata(
     folder: Path, recipe: Mapping[str, Any], ledger: Mapping[str, Any], name: str, licence: Licence
 ) -> DatasetCardData:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from align.data.card import size_category, write_card
+from align.data.card import recipe_of, size_category, write_card
 from tests.data.by_hand import HOSTILE, pair, row, write_build
 
 RECIPE = {
@@ -80,6 +80,7 @@ def test_the_body_accounts_for_sources_steps_and_recipe(build: Path) -> None:
     assert "| train | 6 | 2 | `1111111111111111` |" in text
     recipe = re.search(r"```yaml\n(.*?)\n```", text, re.DOTALL)
     assert recipe is not None and yaml.safe_load(recipe[1]) == RECIPE
+    assert recipe_of(build) == RECIPE
 
 
 def test_an_unknown_licence_is_said_plainly(build: Path) -> None:
@@ -129,6 +130,7 @@ def test_hostile_text_stays_text(build: Path) -> None:
     assert not re.search(r"(?<!\\)\]\(javascript", before)
     assert "\x1b" not in text and "\u202e" not in text and "\x00" not in text
     fence = re.search(r"\n(`{3,})yaml\n", code)
+    assert recipe_of(build)["note"].startswith("````\n---\n<script>")
     assert fence is not None and len(fence[1]) > 4 and code.rstrip().endswith(fence[1])
     rows = [line for line in before.splitlines() if line.startswith("| ")]
     cells = [len(re.findall(r"(?<!\\)\|", line)) for line in rows]
