@@ -56,10 +56,11 @@ def function_values(scorer: Any, rows: Sequence[Row], generated: Generated) -> V
 
 
 def reward_values(score: Callable[..., list[float]], rows: Sequence[Row], generated: Generated) -> Values:
-    """Reward-model scores, per prompt and sample; ``score(prompts, responses, finished)``."""
+    """Reward-model scores, per prompt and sample; ``score(prompts, responses, finished, tools)``."""
     flat = [one for samples in generated.responses for one in samples]
-    prompts = [row["prompt"] for row, samples in zip(rows, generated.responses, strict=True) for _ in samples]
-    scores = score(prompts, [one.text for one in flat], [one.finished for one in flat])
+    repeated = [row for row, samples in zip(rows, generated.responses, strict=True) for _ in samples]
+    prompts, tools = [row["prompt"] for row in repeated], [row.get("tools") for row in repeated]
+    scores = score(prompts, [one.text for one in flat], [one.finished for one in flat], tools)
     return _unflatten(scores, generated)
 
 
@@ -98,8 +99,9 @@ def heldout_losses(
     """
     prompts, answers, indices = [], [], []
     for index, row in enumerate(rows):
-        prompt = render_prompt(tokenizer, row["prompt"])
-        whole = render_conversation(tokenizer, [*row["prompt"], *row["completion"]])
+        tools = row.get("tools")
+        prompt = render_prompt(tokenizer, row["prompt"], tools)
+        whole = render_conversation(tokenizer, [*row["prompt"], *row["completion"]], tools=tools)
         if whole[: len(prompt)] == prompt and len(prompt) < len(whole) <= longest:
             prompts.append(prompt)
             answers.append(whole[len(prompt) :])

@@ -9,7 +9,7 @@ from align.data.rows import is_finished
 from align.evaluation.statistics import wilson
 
 Row = dict[str, Any]
-Score = Callable[[list[list[dict[str, str]]], list[str], list[bool]], list[float]]
+Score = Callable[[list[list[dict[str, str]]], list[str], list[bool], list[str | None]], list[float]]
 """Prompts, answers and whether each answer ended by itself → one score each."""
 
 
@@ -52,7 +52,8 @@ def score_pairs(rows: Sequence[Row], score: Score) -> dict[str, Any]:
     prompts = [row["prompt"] for row in rows]
     sides = [[row[side][-1]["content"] for row in rows] for side in ("chosen", "rejected")]
     finished = [is_finished(row, side) for side in ("chosen", "rejected") for row in rows]
-    scores = score(prompts + prompts, sides[0] + sides[1], finished)
+    tools = [row.get("tools") for row in rows]
+    scores = score(prompts + prompts, sides[0] + sides[1], finished, tools + tools)
     return pair_accuracy(rows, scores[: len(rows)], scores[len(rows) :])
 
 

@@ -37,7 +37,10 @@ def render_for_all(
 
     Dropping a row for all policies keeps every comparison paired; a prompt that was cut would ask something else.
     """
-    rendered = {policy.name: [render_prompt(policy.tokenizer, row["prompt"]) for row in rows] for policy in policies}
+    rendered = {
+        policy.name: [render_prompt(policy.tokenizer, row["prompt"], row.get("tools")) for row in rows]
+        for policy in policies
+    }
     kept = [index for index in range(len(rows)) if all(len(ids[index]) <= longest for ids in rendered.values())]
     chosen = {name: [ids[index] for index in kept] for name, ids in rendered.items()}
     return [rows[index] for index in kept], chosen, len(rows) - len(kept)

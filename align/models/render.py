@@ -5,6 +5,8 @@ Torch-free. Left out: truncation, which is the caller's decision.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from typing import Any
 
 from align.errors import UserError
@@ -21,31 +23,42 @@ def require_chat_template(tokenizer: Any, where: str) -> None:
         )
 
 
-def render_prompt(tokenizer: Any, messages: list[Message]) -> list[int]:
-    """Token ids of a conversation that ends with a user turn, up to where the assistant's answer begins."""
-    return _apply(tokenizer, messages, add_generation_prompt=True)
+def render_prompt(tokenizer: Any, messages: list[Message], tools: str | None = "") -> list[int]:
+    """Token ids of a conversation that ends with a user turn, up to where the assistant's answer begins.
+
+    ``tools`` is the row's, JSON text as a message's ``tool_calls`` is. Raises ``UserError`` for a template without a
+    place for tools or calls, which would leave them out without a word.
+    """
+    return _apply(tokenizer, messages, tools, add_generation_prompt=True)
 
 
-def render_conversation(tokenizer: Any, messages: list[Message], finished: bool = True) -> list[int]:
+def render_conversation(
+    tokenizer: Any, messages: list[Message], finished: bool = True, tools: str | None = ""
+) -> list[int]:
     """Token ids of a conversation that ends with an assistant turn, as a reward model reads it.
 
     It ends with the end-of-turn token: what a template writes after it (ChatML's line break) is cut, because a policy
     stops there and nothing may be scored at a token it never samples. ``finished=False`` is for an answer that was
-    cut off at its length limit: the end-of-turn token is left out too, since the policy did not write it.
+    cut off at its length limit: the end-of-turn token is left out too, since the policy did not write it. ``tools`` as
+    for :func:`render_prompt`.
     """
-    tokens = _apply(tokenizer, messages)
+    tokens = _apply(tokenizer, messages, tools)
     end = last_turn_end(tokens, tokenizer.eos_token_id)
     if end is None:  # a template that does not close the turn: the policy's end token is added
         return [*tokens, tokenizer.eos_token_id] if finished else tokens
     return tokens[: end + 1] if finished else tokens[:end]
 
 
-def _apply(tokenizer: Any, messages: list[Message], **options: Any) -> list[int]:
+def _apply(tokenizer: Any, messages: list[Message], tools: str | None, **options: Any) -> list[int]:
     """Raises ``UserError`` where the template itself raises: for roles that it does not take."""
     from jinja2 import TemplateError
 
+    if tools:
+        _require(tokenizer, "tools", "a row offers tools")
+        options["tools"] = json.loads(tools)
+    called = [_with_calls(tokenizer, message) for message in messages]
     try:
-        ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **options)
+        ids = tokenizer.apply_chat_template(called, tokenize=True, return_dict=False, **options)
     except TemplateError as error:
         roles = ", ".join(str(message["role"]) for message in messages)
         raise UserError(
@@ -53,6 +66,23 @@ def _apply(tokenizer: Any, messages: list[Message], **options: Any) -> list[int]
             "template in the model stage's chat_template field."
         ) from None
     return [int(token) for token in ids]
+
+
+def _require(tokenizer: Any, name: str, what: str) -> None:
+    if name not in str(tokenizer.chat_template):  # text, or a mapping of several by name
+        raise UserError(
+            f"{what}, and the chat template has no place for {name}: it would leave them out without a word. Name a "
+            "template that takes them in the model stage's chat_template field, or leave such rows out."
+        )
+
+
+def _with_calls(tokenizer: Any, message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as templates know it: its calls as objects, and no field at all where it has none."""
+    plain = {name: value for name, value in message.items() if value is not None and name != "tool_calls"}
+    if not message.get("tool_calls"):
+        return plain
+    _require(tokenizer, "tool_calls", "a message calls a tool")
+    return plain | {"tool_calls": json.loads(message["tool_calls"])}
 
 
 MAX_TRAILING = 4

@@ -35,19 +35,22 @@ class RewardModel:
             round_frozen(getattr(self.model, self.model.base_model_prefix))
 
     def score(
-        self, prompts: list[list[Message]], responses: list[str], finished: list[bool] | None = None
+        self,
+        prompts: list[list[Message]],
+        responses: list[str],
+        finished: list[bool] | None = None,
+        tools: list[str | None] | None = None,
     ) -> list[float]:
         """Scores of ``responses[i]`` as the assistant's answer to ``prompts[i]``, with this model's own template.
 
         Answers that are not ``finished`` (cut off at their length limit) are read without the end-of-turn token, which
-        the policy did not write; all are taken as finished when it is None.
+        the policy did not write; all are taken as finished when it is None. ``tools`` are those of each prompt's row.
         """
         ended = finished if finished is not None else [True] * len(responses)
+        offered = tools if tools is not None else [None] * len(responses)
         rows = [
-            render_conversation(
-                self.tokenizer, [*prompt, {"role": "assistant", "content": response}], finished=one_ended
-            )
-            for prompt, response, one_ended in zip(prompts, responses, ended, strict=True)
+            render_conversation(self.tokenizer, [*prompt, {"role": "assistant", "content": response}], one_ended, own)
+            for prompt, response, one_ended, own in zip(prompts, responses, ended, offered, strict=True)
         ]
         return self.score_tokens(rows)
 

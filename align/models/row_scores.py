@@ -45,9 +45,8 @@ class _Reward:
     def __call__(self, rows: list[Row]) -> list[float]:
         with_reply = [row for row in rows if reply(row) is not None]
         finished = [is_finished(row, "chosen") for row in with_reply]
-        scores = iter(
-            self.model.score([row["prompt"] for row in with_reply], [reply(row) or "" for row in with_reply], finished)
-        )
+        prompts, texts = [row["prompt"] for row in with_reply], [reply(row) or "" for row in with_reply]
+        scores = iter(self.model.score(prompts, texts, finished, [row.get("tools") for row in with_reply]))
         return [next(scores) if reply(row) is not None else math.nan for row in rows]
 
 
@@ -83,8 +82,9 @@ class _Likelihood:
         if not text:
             return []
         messages = [*row["prompt"], {"role": "assistant", "content": text}]
-        prompt = render_prompt(self.tokenizer, row["prompt"])
-        whole = render_conversation(self.tokenizer, messages, is_finished(row, "chosen"))
+        tools = row.get("tools")
+        prompt = render_prompt(self.tokenizer, row["prompt"], tools)
+        whole = render_conversation(self.tokenizer, messages, is_finished(row, "chosen"), tools)
         answer = whole[len(prompt) :]
         if len(prompt) + 1 >= self.max_length or not answer:
             return []

@@ -66,7 +66,7 @@ def _token_ids(row: Mapping[str, Any], tokenizer: Any) -> list[int]:
     if isinstance(prompt, str):
         ids = [int(token) for token in tokenizer(prompt)["input_ids"]]
     elif isinstance(prompt, list) and prompt:
-        ids = render_prompt(tokenizer, prompt)
+        ids = render_prompt(tokenizer, prompt, row.get("tools"))
     else:
         raise UserError(f"ppo: a row's 'prompt' should be a text or a list of messages; found {prompt!r}.")
     if not ids:

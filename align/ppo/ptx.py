@@ -33,7 +33,7 @@ class PtxRows:
             answer = row.get("completion") or row.get("chosen")
             if not answer:
                 raise UserError(f"ppo: a ptx row needs a 'prompt' and a 'completion'; found {sorted(row)}.")
-            prompt, completion = split_turn(tokenizer, row["prompt"], answer)
+            prompt, completion = split_turn(tokenizer, row["prompt"], answer, tools=row.get("tools"))
             if len(prompt) + len(completion) > max_length:
                 self.dropped += 1
             else:

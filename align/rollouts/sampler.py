@@ -59,7 +59,7 @@ def sample_splits(context: StageContext) -> dict[str, Any]:
 def _job(context: StageContext, split: str, tokenizer: Any) -> Job:
     rows = read_rows(context.artifact("prompts").split(split))
     rows = rows[: getattr(context.config.max_prompts, split)]
-    rendered = [(row, render_prompt(tokenizer, row["prompt"])) for row in rows]
+    rendered = [(row, render_prompt(tokenizer, row["prompt"], row.get("tools"))) for row in rows]
     kept = [(row, ids) for row, ids in rendered if len(ids) <= context.config.max_prompt_tokens]
     if len(kept) < len(rows):
         context.warn(
@@ -172,7 +172,9 @@ def _scorer(context: StageContext) -> Callable[[list[dict[str, Any]], list[str],
     from align.models.reward import RewardModel
 
     model = RewardModel(context.artifact("reward").model, device_of(context.runtime), context.config.precision)
-    return lambda rows, texts, cut: model.score([row["prompt"] for row in rows], texts, [not one for one in cut])
+    return lambda rows, texts, cut: model.score(
+        [row["prompt"] for row in rows], texts, [not one for one in cut], [row.get("tools") for row in rows]
+    )
 
 
 def _write(context: StageContext, jobs: list[Job], samples: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:

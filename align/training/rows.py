@@ -58,17 +58,17 @@ def read_split(path: Path, most: int | None, stage: str) -> list[Row]:
 
 
 def split_turn(
-    tokenizer: Any, prompt: list[Row], answer: list[Row], finished: bool = True
+    tokenizer: Any, prompt: list[Row], answer: list[Row], finished: bool = True, tools: str | None = ""
 ) -> tuple[list[int], list[int]]:
     """Ids of the prompt as it is rendered for sampling, and of the answer up to and with its end-of-turn token.
 
-    ``finished=False`` leaves the end of turn out, for an answer that was cut off.
+    ``finished=False`` leaves the end of turn out, for an answer that was cut off. ``tools`` is the row's.
 
     Raises ``PromptRewritten`` when the chat template renders the prompt differently once an answer follows it: training
     and sampling would then see different contexts.
     """
-    prompt_ids = render_prompt(tokenizer, prompt)
-    whole = render_conversation(tokenizer, [*prompt, *answer], finished)
+    prompt_ids = render_prompt(tokenizer, prompt, tools)
+    whole = render_conversation(tokenizer, [*prompt, *answer], finished, tools)
     if whole[: len(prompt_ids)] != prompt_ids:
         shared = next((at for at, pair in enumerate(zip(prompt_ids, whole, strict=False)) if pair[0] != pair[1]), 0)
         raise PromptRewritten(
@@ -87,7 +87,8 @@ def encode_supervised(tokenizer: Any, rows: Sequence[Row], max_length: int) -> E
     """
     out = Encoded()
     for row in rows:
-        prompt_ids, answer_ids = split_turn(tokenizer, row["prompt"], row.get("completion") or row["chosen"])
+        answer = row.get("completion") or row["chosen"]
+        prompt_ids, answer_ids = split_turn(tokenizer, row["prompt"], answer, tools=row.get("tools"))
         room = max_length - len(prompt_ids)
         if room <= 0:
             out.count(NO_ROOM)
@@ -106,8 +107,10 @@ def encode_pairs(tokenizer: Any, rows: Sequence[Row], max_length: int) -> Encode
     """
     out = Encoded()
     for row in rows:
-        prompt_ids, chosen_ids = split_turn(tokenizer, row["prompt"], row["chosen"], is_finished(row, "chosen"))
-        _, rejected_ids = split_turn(tokenizer, row["prompt"], row["rejected"], is_finished(row, "rejected"))
+        (prompt_ids, chosen_ids), (_, rejected_ids) = (
+            split_turn(tokenizer, row["prompt"], row[side], is_finished(row, side), row.get("tools"))
+            for side in ("chosen", "rejected")
+        )
         if chosen_ids == rejected_ids:
             out.count(SAME_ANSWERS)
             continue
@@ -124,7 +127,7 @@ def encode_conversations(tokenizer: Any, rows: Sequence[Row], max_length: int) -
     out = Encoded()
     for row in rows:
         chosen_ids, rejected_ids = (
-            render_conversation(tokenizer, [*row["prompt"], *row[side]], is_finished(row, side))
+            render_conversation(tokenizer, [*row["prompt"], *row[side]], is_finished(row, side), row.get("tools"))
             for side in ("chosen", "rejected")
         )
         if chosen_ids == rejected_ids:

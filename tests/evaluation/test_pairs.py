@@ -37,14 +37,15 @@ def test_without_gold_scores_there_is_no_true_accuracy():
 
 
 def test_both_sides_are_scored_against_their_own_prompt():
-    seen: list[tuple[list, list[str], list[bool]]] = []
+    seen: list[tuple[list, list[str], list[bool], list[str | None]]] = []
 
-    def score(prompts: list, responses: list[str], finished: list[bool]) -> list[float]:
-        seen.append((prompts, responses, finished))
+    def score(prompts: list, responses: list[str], finished: list[bool], tools: list[str | None]) -> list[float]:
+        seen.append((prompts, responses, finished, tools))
         return [float(len(text)) for text in responses]
 
-    found = score_pairs([pair("aaa", "b"), {**pair("c", "dd"), "rejected_finished": False}], score)
+    found = score_pairs([pair("aaa", "b"), {**pair("c", "dd"), "rejected_finished": False, "tools": "[]"}], score)
     assert seen[0][1] == ["aaa", "c", "b", "dd"]
     assert len(seen[0][0]) == 4
     assert seen[0][2] == [True, True, True, False]
+    assert seen[0][3] == [None, "[]", None, "[]"]
     assert found["as_labelled"]["value"] == 0.5

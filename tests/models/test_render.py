@@ -45,3 +45,41 @@ def test_missing_template_names_the_field() -> None:
 
     with pytest.raises(UserError, match="chat_template field"):
         require_chat_template(Bare(), "the model 'x'")
+
+
+TOOLS = '[{"type": "function", "function": {"name": "weather"}}]'
+CALLED = [
+    *QUESTION,
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": '[{"function": {"name": "weather", "arguments": {"city": "Rom"}}}]',
+    },
+    {"role": "tool", "content": "sun"},
+]
+WITH_TOOLS = (
+    "{% if tools %}{% for t in tools %}<{{ t['function']['name'] }}>{% endfor %}{% endif %}"
+    "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}"
+    "{% if 'tool_calls' in m %}{% for c in m['tool_calls'] %}({{ c['function']['arguments']['city'] }}){% endfor %}"
+    "{% endif %};{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+def test_tools_and_their_calls_reach_the_template_as_objects(tiny_model: Path) -> None:
+    tokenizer = load_tokenizer(tiny_model)
+    tokenizer.chat_template = WITH_TOOLS
+    said = tokenizer.decode(render_prompt(tokenizer, CALLED, TOOLS))
+    assert said == "<weather>user:Hi;assistant:(Rom);tool:sun;assistant:"
+    whole = tokenizer.decode(render_conversation(tokenizer, ANSWERED, finished=False, tools=TOOLS))
+    assert whole == "<weather>user:Hi;assistant:Yo;"
+    # A field that other rows of a file have is none of this message's.
+    bare = [{**QUESTION[0], "tool_calls": None}]
+    assert tokenizer.decode(render_prompt(tokenizer, bare)) == "user:Hi;assistant:"
+
+
+def test_templates_without_a_place_for_tools_are_refused(tiny_model: Path) -> None:
+    tokenizer = load_tokenizer(tiny_model)
+    with pytest.raises(UserError, match="a row offers tools, and the chat template has no place for tools"):
+        render_prompt(tokenizer, QUESTION, TOOLS)
+    with pytest.raises(UserError, match="calls a tool, and the chat template has no place for tool_calls"):
+        render_prompt(tokenizer, CALLED)
