@@ -44,7 +44,7 @@ class Prices(NamedTuple):
 
 def bounds(request: Request) -> tuple[int, int]:
     """Tokens that a request and its answer have at most: no token is shorter than a byte."""
-    content = sum(len(message["content"].encode()) + TURN_TOKENS for message in request.messages)
+    content = sum(len((message.get("content") or "").encode()) + TURN_TOKENS for message in request.messages)
     return content + TEMPLATE_TOKENS, request.max_tokens
 
 
@@ -164,12 +164,17 @@ class Asker:
         self._counted: set[bytes] = set()
         self._spent_for: list[dict[str, str]] = []
 
-    def ask(self, backend: Backend, requests: Sequence[Request], name: str = "model") -> list[Answer]:
-        """The answers, in the order of ``requests``; equal requests share one. Usage counts under ``name``."""
+    def ask(
+        self, backend: Backend, requests: Sequence[Request], name: str = "model", *, fresh: bool = False
+    ) -> list[Answer]:
+        """The answers, in the order of ``requests``; equal requests share one. Usage counts under ``name``.
+
+        ``fresh`` leaves the shared cache alone: for a question that is asked to see whether there is an answer.
+        """
         self._count_earlier(backend, name)
         self.expected = max(self.expected, len(self._counted) + len(requests))
         wanted = {request.key: request for request in requests if request.key not in self.cache}
-        if self.shared is not None:
+        if self.shared is not None and not fresh:
             known = [(wanted[key], found.answer) for key in wanted if (found := self.shared.get(key)) is not None]
             self.cache.put(known, copied=True)
         left = [request for key, request in wanted.items() if key not in self.cache]

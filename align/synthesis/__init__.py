@@ -1,0 +1,1 @@
+"""Synthetic data: new instructions, responses, the best of several, and on-policy pairs."""

@@ -1,0 +1,137 @@
+"""Checkpoints of the pipeline as backends of requests, through one rollout engine.
+
+A process can hold one vLLM engine: it is opened for the first checkpoint that is asked and takes the weights of the
+next.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+from align.artifacts import Artifact
+from align.errors import UserError
+from align.evaluation.generation import architecture
+from align.models.loading import load_tokenizer
+from align.models.render import render_prompt, require_chat_template
+from align.rollouts.asking import Desk
+from align.rollouts.engine import open_engine
+from align.rollouts.protocol import Response, RolloutEngine, Sampling
+from align.rollouts.requests import Answer, Request
+from align.rollouts.weights import checkpoint_weights
+from align.stage import StageContext
+
+CHUNK = 128
+"""Requests answered and kept together: what a killed stage repeats at most."""
+
+
+class Engines:
+    """The engine of this process, with the weights of the checkpoint that is asked."""
+
+    def __init__(self, context: StageContext, max_length: int) -> None:
+        """``max_length`` is the longest prompt and answer together, in tokens, of any checkpoint."""
+        self.context, self.max_length = context, max_length
+        self.names: list[str] = []
+        """Engines opened, by name."""
+        self._engine: RolloutEngine | None = None
+        self._kind, self._holds = "", Path()
+
+    def holding(self, model_dir: Path) -> RolloutEngine:
+        """The engine, with these weights."""
+        kind = architecture(model_dir)
+        if self._engine is not None and self._kind == kind:
+            if self._holds != model_dir:
+                self._engine.load_weights(checkpoint_weights(model_dir))
+        else:
+            first = self._engine is None
+            self.close()
+            self._engine = self._open(model_dir, first)
+        self._kind, self._holds = kind, model_dir
+        return self._engine
+
+    def _open(self, model_dir: Path, first: bool) -> RolloutEngine:
+        context, runtime = self.context, self.context.runtime
+        if not first and runtime.engine.name != "transformers":
+            context.warn("the judge is of another architecture than the model, so transformers samples its verdicts")
+            runtime = runtime.model_copy(update={"engine": runtime.engine.model_copy(update={"name": "transformers"})})
+        engine = open_engine(
+            model_dir,
+            runtime,
+            precision=context.config.precision,
+            max_length=self.max_length,
+            seed=context.seed,
+            warn=context.warn,
+            on_hang=context.fail_at_once,
+        )
+        self.names.append(engine.name)
+        return engine
+
+    def close(self) -> None:
+        """Free the engine, before a reward model is loaded."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+
+class LocalModel:
+    """One checkpoint. Raises ``UserError`` for one without a chat template."""
+
+    def __init__(self, engines: Engines, artifact: Artifact, max_prompt_tokens: int, precision: str) -> None:
+        self.engines, self.model_dir, self.max_prompt_tokens = engines, artifact.model, max_prompt_tokens
+        self.identity = {"checkpoint": str(artifact.record["key"]), "precision": precision}
+        self.tokenizer = load_tokenizer(artifact.model)
+        require_chat_template(self.tokenizer, f"the checkpoint of stage '{artifact.stage}'")
+
+    def answer(self, requests: list[Request], desk: Desk) -> None:
+        """Answer in chunks; prompts that are too long get an ``error``."""
+        fitting: list[tuple[Request, list[int]]] = []
+        for request in requests:
+            ids = self._render(request)
+            if len(ids) > self.max_prompt_tokens:
+                words = f"the prompt has {len(ids)} tokens, max_prompt_tokens is {self.max_prompt_tokens}"
+                desk.keep([(request, Answer("", error=words))])
+            else:
+                fitting.append((request, ids))
+        for _, alike in itertools.groupby(fitting, key=lambda one: _sampling_of(one[0])):
+            some = list(alike)
+            for start in range(0, len(some), CHUNK):
+                self._answer_chunk(some[start : start + CHUNK], desk)
+
+    def _render(self, request: Request) -> list[int]:
+        try:
+            return render_prompt(self.tokenizer, request.messages)
+        except Exception as error:  # a template may refuse a conversation, each in its own way
+            roles = ", ".join(message["role"] for message in request.messages)
+            raise UserError(f"the chat template of {self.model_dir} refuses messages of {roles}: {error}") from None
+
+    def _answer_chunk(self, chunk: list[tuple[Request, list[int]]], desk: Desk) -> None:
+        first = chunk[0][0]
+        sampling = Sampling(
+            max_tokens=first.max_tokens,
+            temperature=first.temperature,
+            top_p=first.top_p,
+            seeds=tuple(request.own_seed for request, _ in chunk),
+        )
+        engine = self.engines.holding(self.model_dir)
+        answers = engine.generate([ids for _, ids in chunk], sampling)
+        # Opened with another checkpoint's tokenizer, perhaps: texts are decoded with this one's own.
+        desk.keep(
+            [
+                (request, self._answer(ids, response))
+                for (request, ids), (response,) in zip(chunk, answers, strict=True)
+            ]
+        )  # fmt: skip
+
+    def _answer(self, ids: list[int], response: Response) -> Answer:
+        text: Any = self.tokenizer.decode(response.token_ids, skip_special_tokens=True)
+        return Answer(
+            text=text,
+            finished=bool(response.finished),
+            prompt_tokens=len(ids),
+            completion_tokens=len(response.token_ids),
+        )
+
+
+def _sampling_of(request: Request) -> tuple[int, float, float]:
+    return request.max_tokens, request.temperature, request.top_p

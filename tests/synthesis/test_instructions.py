@@ -1,0 +1,208 @@
+"""Self-instruct: seeds, lists, filters, rounds, and counts that add up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from align.data.rows import Message, user
+from align.errors import UserError
+from align.rollouts.requests import Answer
+from align.synthesis.book import Book
+from align.synthesis.config import InstructionsTask
+from align.synthesis.instructions import Seed, make_instructions, parse_list, read_seeds, seeds_of
+
+SEEDS = [
+    Seed(f"Explain topic {word} in plain words")
+    for word in ("alpha", "beta", "gamma", "delta", "one", "two", "three", "four")
+]
+
+
+def _task(**settings: Any) -> InstructionsTask:
+    return InstructionsTask(**{"type": "instructions", "count": 5, "max_requests": 1, "at_once": 1} | settings)
+
+
+def _make(
+    *answers: Answer | str, task: InstructionsTask | None = None, seeds: list[Seed] | None = None
+) -> tuple[list[str], Book, list[list[Message]]]:
+    book, left, asked = Book(), list(answers), []  # type: ignore[var-annotated]
+
+    def ask(conversations: list[list[Message]], first: int) -> list[Answer]:
+        assert first == len(asked)
+        asked.extend(conversations)
+        given = [left.pop(0) for _ in conversations]
+        return [Answer(one) if isinstance(one, str) else one for one in given]
+
+    rows, records = make_instructions(task or _task(), seeds or SEEDS, ask, 7, book)
+    assert len(records) == len(asked)
+    return [row["prompt"][0]["content"] for row in rows], book, asked
+
+
+@pytest.mark.parametrize(
+    ("text", "items"),
+    [
+        ("9. Do one thing.\n10. Do another.", ["Do one thing.", "Do another."]),
+        ("Sure!\n\nTask 9: First\nTask 10: Second", ["First", "Second"]),
+        ("9) First\n\n10) Second\n", ["First", "Second"]),
+        ("**9.** First\n**10.** *Second*", ["First", "Second"]),
+        ("9. Sort these:\n  b\n  a\n10. Next", ["Sort these:\nb\na", "Next"]),
+        ("9. Improve this list:\n1. milk\n2. eggs\n10. Next", ["Improve this list:\n1. milk\n2. eggs", "Next"]),
+        ("9.\n10. Only this", ["Only this"]),
+        ("In 2024. there was no list", []),
+        ("No list at all", []),
+        ("", []),
+    ],
+)
+def test_numbered_lists(text: str, items: list[str]) -> None:
+    assert list(parse_list(text)) == items
+
+
+def test_each_filter_counts_what_it_drops() -> None:
+    answer = "\n".join(
+        f"{number}. {text}"
+        for number, text in enumerate(
+            [
+                "Too short now",
+                "word " * 151,
+                "Describe what the Image above shows",
+                "Describe what imagery a poet may use",
+                "Go to the shop and buy some bread",
+                "Write a program that adds two numbers",
+                "- begins with a sign, does it",
+                "Explain topic alpha in very plain words",
+                "Invent a name for a bakery",
+                "This one would come too late",
+                "Cut off in the mid",
+            ],
+            9,
+        )
+    )
+    made, book, _ = _make(Answer(answer, finished=False), task=_task(count=2))
+    assert made == ["Describe what imagery a poet may use", "Invent a name for a bakery"]
+    found = book.to_json()["candidates"]
+    assert found["in"] == 11 and found["out"] == 2
+    assert found["dropped"] == {
+        "begins with a phrase of the blacklist": 1,
+        "begins with a sign": 1,
+        "cut off at max_tokens": 1,
+        "fewer than 4 words": 1,
+        "holds a word of the blacklist": 2,
+        "more than 150 words": 1,
+        "more than count": 1,
+        "not novel": 1,
+    }
+    # 6 common words of 7 and 6
+    assert found["examples"]["not novel"][0]["detail"] == {
+        "similarity": round(2 * 6 / 13, 4),
+        "nearest": "Explain topic alpha in plain words",
+    }
+
+
+def test_the_boundary_of_novelty_is_kept() -> None:
+    # 7 common words of 10 and 10: exactly 0.7, which is not more than 0.7
+    seeds = [Seed("a b c d e f g h i j"), *SEEDS]
+    made, *_ = _make("9. a b c d e f g x y z", seeds=seeds)
+    assert made == ["a b c d e f g x y z"]
+    made, *_ = _make("9. a b c d e f g h y z", seeds=seeds)
+    assert made == []
+
+
+def test_what_was_made_before_counts_as_known_within_one_answer_too() -> None:
+    made, book, _ = _make("9. Plan a trip to the northern coast\n10. Plan a trip to the southern coast")
+    assert made == ["Plan a trip to the northern coast"]
+    assert book.to_json()["candidates"]["dropped"] == {"not novel": 1}
+
+
+def test_answers_without_a_list_are_counted() -> None:
+    answers = [
+        Answer("I cannot"), Answer(" "), Answer("x", refused=True), Answer("", error="status 400"),
+        "9. Name five birds that cannot fly",
+    ]  # fmt: skip
+    made, book, _ = _make(*answers, task=_task(max_requests=5, at_once=2))
+    found = book.to_json()["requests"]
+    assert found["dropped"] == {
+        "empty answer": 1, "no numbered list in the answer": 1, "refused by the endpoint": 1, "request failed": 1,
+    }  # fmt: skip
+    assert (found["in"], found["out"], len(made)) == (5, 1, 1)
+
+
+def test_later_rounds_show_what_earlier_ones_made() -> None:
+    task = _task(
+        max_requests=4, at_once=2, made_examples=2, seed_examples=3, per_request=2, prompt="{first}-{last}|{tasks}"
+    )
+    answers = ["1. Name five birds that cannot fly", "1. List three uses of vinegar at home", "nothing", "nothing"]
+    made, _, asked = _make(*answers, task=task)
+    texts = [conversation[0]["content"] for conversation in asked]
+    assert all(text.startswith("6-7|1. ") and text.count("\n") == 4 for text in texts)
+    assert not any(one in text for one in made for text in texts[:2])
+    assert all(one in text for one in made for text in texts[2:])
+    assert texts[0] != texts[1]
+    again = _make(*answers, task=task)
+    assert again[2] == asked
+
+
+def test_it_stops_at_count() -> None:
+    made, _, asked = _make(
+        "9. Name five birds that cannot fly", "9. List three uses of vinegar", task=_task(count=1, max_requests=2)
+    )
+    assert len(made) == len(asked) == 1
+
+
+def test_seeds_with_an_input_are_compared_with_but_not_shown(tmp_path: Path) -> None:
+    records = [
+        {
+            "instruction": "Translate the sentence into French",
+            "instances": [{"input": "Good day", "output": "Bonjour"}],
+        },
+        {"instruction": " Name a colour ", "instances": [{"input": "", "output": "Red"}]},
+        {"instruction": "Sum up the text", "input": "Once upon a time"},
+        {"instruction": "Tell a joke"},
+    ]
+    path = tmp_path / "seeds.jsonl"
+    path.write_text("\n".join(json.dumps(one) for one in records) + "\n\n")
+    seeds = read_seeds(path)
+    assert [one.shown for one in seeds] == [False, True, False, True]
+    assert seeds[1].text == "Name a colour"
+    made, _, asked = _make("9. Translate the sentence into French", seeds=[*SEEDS, *seeds])
+    assert made == [] and "French" not in asked[0][0]["content"]
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"instruction": 5}', '{"instruction": " "}', '{"instruct": "x"}'])
+def test_a_bad_seed_is_named_by_its_line(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "seeds.jsonl"
+    path.write_text(f'{{"instruction": "Tell a joke"}}\n{line}\n')
+    with pytest.raises(UserError, match=r"seeds\.jsonl:2: "):
+        read_seeds(path)
+
+
+def test_seeds_from_prompts_are_single_questions() -> None:
+    rows = [{"prompt": [user("One")]}, {"prompt": [{"role": "system", "content": "s"}, user("Two")]}]
+    assert seeds_of(rows) == [Seed("One")]
+
+
+def test_too_few_seeds() -> None:
+    with pytest.raises(UserError, match=r"3 of 4 stand alone, without an input; each request shows 8"):
+        _make("", seeds=[*SEEDS[:3], Seed("x", shown=False)])
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"prompt": "no place"}, "needs {tasks}"),
+        ({"prompt": "{tasks} {other}"}, "needs {tasks}"),
+        ({"prompt": "{tasks} {"}, "cannot be filled in"),
+        ({"min_words": 9, "max_words": 8}, "min_words 9 is more than max_words 8"),
+    ],
+)
+def test_settings_that_make_no_sense(settings: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValidationError, match=text):
+        _task(**settings)
+
+
+def test_the_papers_seeds(shared_data: Path) -> None:
+    seeds = read_seeds(shared_data / "self-instruct" / "seed_tasks.jsonl")
+    assert len(seeds) == 175 and sum(one.shown for one in seeds) == 50
