@@ -233,6 +233,7 @@ STAGES: dict[str, Stage] = {
         _stage("data", 1, None, "build a dataset from a recipe"),
         _stage("sft", 1, Kind.POLICY, "supervised fine-tuning on responses"),
         _stage("sample", 2, Kind.PREFERENCES, "sample responses from a checkpoint, score and pair them"),
+        _stage("synthesise", 1, None, "make instructions, responses or pairs with a model or an endpoint"),
         _stage("reward", 2, Kind.REWARD, "train a reward model on pairs"),
         _stage("dpo", 1, Kind.POLICY, "direct preference optimisation on pairs"),
         _stage("ppo", 2, Kind.POLICY, "PPO with a critic against a reward model or a checker"),
