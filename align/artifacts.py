@@ -12,6 +12,7 @@ RewardCheckpoint   ``model/``: a ``...ForSequenceClassification`` folder with on
 InstructionData    ``train.parquet`` and ``test.parquet``: ``prompt`` and ``completion`` (lists of messages)
 PreferenceData     the same files: ``prompt``, ``chosen``, ``rejected`` (lists of messages)
 PromptData         the same files: ``prompt``
+UnpairedData       the same files: ``prompt``, ``completion`` and ``label``, whether it is wanted
 Scorecard          ``scorecard.json`` and ``samples.jsonl``
 Report             ``report.html``
 =================  =====================================================================================
@@ -34,6 +35,7 @@ class Kind(StrEnum):
     INSTRUCTIONS = "InstructionData"
     PREFERENCES = "PreferenceData"
     PROMPTS = "PromptData"
+    UNPAIRED = "UnpairedData"
     SCORECARD = "Scorecard"
     REPORT = "Report"
 
@@ -41,7 +43,7 @@ class Kind(StrEnum):
 GENERATORS = (Kind.MODEL, Kind.POLICY)
 """Checkpoints that can answer a prompt."""
 
-PROMPT_SOURCES = (Kind.PROMPTS, Kind.INSTRUCTIONS, Kind.PREFERENCES)
+PROMPT_SOURCES = (Kind.PROMPTS, Kind.INSTRUCTIONS, Kind.PREFERENCES, Kind.UNPAIRED)
 """Every data artifact has a ``prompt`` column."""
 
 

@@ -85,6 +85,8 @@ class EngineConfig(Config):
     """Compute type of the engine; ``auto`` follows the stage's ``precision``."""
     gpu_memory: float = Field(0.35, gt=0, le=0.95)
     """Share of each GPU's memory that vLLM may take."""
+    sleep: bool = True
+    """On a GPU, ``vllm`` leaves its memory to the trainer between rollouts, for a copy of the weights each way."""
     cpu_kv_cache_gb: float = Field(1.0, gt=0)
     """GiB of key-value cache on a CPU."""
     compile: bool = False
@@ -119,6 +121,8 @@ class Runtime(Config):
     """``auto`` takes CUDA where torch has it."""
     threads: int | None = Field(None, ge=1)
     """CPU threads per process; by default the cores there are."""
+    workers: int | None = Field(None, ge=1)
+    """Processes that build data; by default the cores there are."""
     engine: EngineConfig = EngineConfig()
 
 
@@ -230,7 +234,7 @@ STAGES: dict[str, Stage] = {
     stage.kind: stage
     for stage in (
         _stage("model", 1, Kind.MODEL, "bring a base model into the store as plain safetensors"),
-        _stage("data", 1, None, "build a dataset from a recipe"),
+        _stage("data", 2, None, "build a dataset from a recipe"),
         _stage("sft", 1, Kind.POLICY, "supervised fine-tuning on responses"),
         _stage("sample", 2, Kind.PREFERENCES, "sample responses from a checkpoint, score and pair them"),
         _stage("synthesise", 1, None, "make instructions, responses or pairs with a model or an endpoint"),

@@ -1,6 +1,7 @@
 """Every shipped YAML loads, and every key in it is refused when it is misspelt."""
 
 import copy
+import json
 import random
 import re
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from align.data.rows import read_rows
 from align.errors import UserError
 from align.pipeline import Pipeline
 from align.validation import load_yaml
@@ -19,7 +21,9 @@ RECIPES = sorted(Path("data_recipes").rglob("*.yaml"))
 
 def test_all_are_there() -> None:
     assert {"smoke", "quickstart", "hh", "gsm8k", "zephyr_7b"} <= {path.stem for path in PIPELINES}
-    assert "embedded" in {path.stem for path in RECIPES}
+    recipes = {path.stem for path in RECIPES}
+    assert {"embedded", "dolly", "hh_helpful", "hh_harmless", "oasst", "oasst_sft", "ultrafeedback"} <= recipes
+    assert {"gsm8k", "tulu3", "smoltalk", "ultrachat", "quickstart"} <= recipes
 
 
 @pytest.mark.parametrize("path", PIPELINES, ids=str)
@@ -35,6 +39,32 @@ def test_every_recipe_loads(path: Path) -> None:
     from align.data.recipe import load_recipe
 
     load_recipe(str(path), Path.cwd())
+
+
+LOCAL = {
+    "dolly": ("dolly-3k/dolly_3k.json", 2996),
+    "hh_helpful": ("hh-rlhf/helpful-base.test.jsonl.gz", 2354),
+    "hh_harmless": ("hh-rlhf/harmless-base.test.jsonl.gz", 2312),
+    "oasst": ("oasst-en100/en_100_tree.jsonl", 100),
+    "oasst_sft": ("oasst-en100/en_100_tree.jsonl", 100),
+    "gsm8k": ("gsm8k/train.jsonl", 7473),
+}
+"""Files at hand of shipped recipes, and their records."""
+
+
+@pytest.mark.parametrize("name", sorted(LOCAL))
+def test_a_recipe_builds_from_real_files(name: str, shared_data: Path, tmp_path: Path) -> None:
+    file, records = LOCAL[name]
+    stage = {"stage": "data", "recipe": f"data_recipes/{name}.yaml", "files": [str(shared_data / file)]}
+    run = Pipeline({"name": name, "stages": {"data": stage}}).run(store=tmp_path / "store")
+    folder = run.artifacts["data"].path
+    ledger = json.loads((folder / "ledger.json").read_text())
+    assert ledger["rows_in"] == records
+    assert ledger["rows_in"] + ledger["added"] == ledger["rows_out"] + sum(ledger["dropped"].values())
+    assert ledger["splits"]["test"] > 0.05 * ledger["rows_out"]
+    rows = [row for split in ("train", "test") for row in read_rows(folder / f"{split}.parquet")]
+    assert len(rows) == ledger["rows_out"] and {row["source"] for row in rows} == {ledger["sources"][0]["source"]}
+    assert (folder / "README.md").read_text().startswith("---\n") and (folder / "preview.html").stat().st_size > 10_000
 
 
 def keys(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

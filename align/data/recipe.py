@@ -11,21 +11,11 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from align.artifacts import Kind
-from align.data.formats import PAIRED
-from align.data.source_configs import EmbeddedSource, FilesSource, Source
+from align.data.formats import KINDS, SEVERAL
+from align.data.source_configs import FilesSource, RecordSource, Source, labels
+from align.data.steps import Step
 from align.stage import Config
 from align.validation import load_yaml, validate
-
-
-class Filters(Config):
-    """Rows to leave out; every one is counted in ledger.json."""
-
-    max_chars: int | None = Field(None, ge=1)
-    """Longest prompt plus its longer reply, in characters; about four to a token in English."""
-    max_prompt_chars: int | None = Field(None, ge=1)
-    """Longest prompt, all turns together, in characters."""
-    max_turns: int | None = Field(None, ge=1)
-    """Most messages in a prompt; 1 keeps single questions only."""
 
 
 class Recipe(Config):
@@ -33,12 +23,19 @@ class Recipe(Config):
 
     description: str = ""
     """What the dataset is; changes nothing."""
-    kind: Literal["instructions", "preferences", "prompts"]
-    """What a row has beside its prompt: one reply, a better and a worse one, or nothing."""
+    language: list[str] = Field([])
+    """Languages of its texts as codes (en, de), for the card; changes nothing."""
+    kind: Literal["instructions", "preferences", "prompts", "unpaired"]
+    """What a row has beside its prompt: one reply, a better and a worse one, nothing, or a good or bad reply."""
     sources: list[Source] = Field(min_length=1)
     """Where the rows come from, in order."""
-    filters: Filters = Filters()
-    """Rows to leave out."""
+    steps: list[Step] = Field([])
+    """What is done to the rows, in order. Equal rows, and prompts that are in both splits, are dropped in any case."""
+    on_error: Literal["stop", "drop"] = "stop"
+    """A record that cannot be read or converted ends the build, or is left out and counted, with file and line."""
+    near_duplicate_prompts: float | None = Field(0.8, gt=0, le=1)
+    """Prompts whose words overlap this much (Jaccard of their shingles, estimated) are on one side of the split; null
+    keeps only equal ones together, as recipes need whose prompts follow templates."""
     test_size: float = Field(0.1, gt=0, lt=1)
     """Share of the prompts held out for testing; a prompt's side depends on it and ``seed`` alone."""
     seed: int = Field(0, ge=0, lt=2**32)
@@ -49,16 +46,34 @@ class Recipe(Config):
     """Environment variable that, where set, names local files to read instead of the sources."""
 
     @model_validator(mode="after")
-    def _formats_fit(self) -> Self:
+    def _mix_is_last(self) -> Self:
+        if any(step.type == "mix" for step in self.steps[:-1]):
+            raise ValueError("a step comes after mix, which repeats rows; mix must be the last step")
+        return self
+
+    @model_validator(mode="after")
+    def _sources_fit(self) -> Self:
+        labels(self.sources)
+        paired = any(step.type == "pairs" for step in self.steps)
         for index, source in enumerate(self.sources):
-            form = source.type if source.format == "rows" else source.format
-            if self.kind == "preferences" and form not in PAIRED:
+            form = source.format
+            if form == "auto":
+                continue
+            if source.type == "embedded" and self.kind not in ("instructions", "prompts"):
                 raise ValueError(
-                    f"kind is preferences, but sources[{index}] ({form}) has one reply per prompt; "
-                    f"use a format with pairs ({', '.join(PAIRED)}) or kind instructions"
+                    f"kind is {self.kind}, but sources[{index}] (embedded) has one reply per prompt; "
+                    "use kind instructions or prompts"
                 )
-            if self.kind == "instructions" and form == "prompt":
-                raise ValueError(f"kind is instructions, but sources[{index}] has no replies; use kind prompts")
+            if self.kind not in KINDS[form]:
+                able = ", ".join(name for name, kinds in KINDS.items() if self.kind in kinds and name != "rows")
+                raise ValueError(
+                    f"kind is {self.kind}, which sources[{index}] (format {form}) cannot give; formats that can: {able}"
+                )
+            if self.kind in ("preferences", "unpaired") and form in SEVERAL and not paired:
+                raise ValueError(
+                    f"sources[{index}] (format {form}) has several answers to a prompt; add the step `type: pairs`, "
+                    "which makes pairs of them"
+                )
         parts = {source.part for source in self.sources}
         if parts in ({"train"}, {"test"}):
             raise ValueError(f"every source goes to {parts.pop()}, which leaves the other split empty")
@@ -67,7 +82,8 @@ class Recipe(Config):
     def makes(self) -> Kind:
         """The artifact kind that a stage with this recipe makes."""
         return {
-            "instructions": Kind.INSTRUCTIONS, "preferences": Kind.PREFERENCES, "prompts": Kind.PROMPTS
+            "instructions": Kind.INSTRUCTIONS, "preferences": Kind.PREFERENCES, "prompts": Kind.PROMPTS,
+            "unpaired": Kind.UNPAIRED,
         }[self.kind]  # fmt: skip
 
     def with_files(self, paths: list[str]) -> Recipe:
@@ -75,10 +91,18 @@ class Recipe(Config):
 
         Raises ``ValueError`` where no source has a format.
         """
-        form = next((s.format for s in self.sources if not isinstance(s, EmbeddedSource)), None)
-        if form is None:
+        first = next((source for source in self.sources if isinstance(source, RecordSource)), None)
+        if first is None:
             raise ValueError("its sources are generated, so there is no format to read files in")
-        return self.model_copy(update={"sources": [FilesSource(type="files", paths=paths, format=form)]})
+        source = FilesSource(
+            type="files",
+            name=first.name,
+            paths=paths,
+            format=first.format,
+            options=first.options,
+            license=first.license,
+        )
+        return self.model_copy(update={"sources": [source]})
 
 
 def load_recipe(path: str, base: Path) -> Recipe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -10,15 +11,18 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from align.artifacts import Kind
-from align.data import checkers, embedded
-from align.data.assemble import assemble, summary_lines
+from align.data.build import build
+from align.data.card import write_card
+from align.data.ledger import summary_lines
 from align.data.recipe import Recipe, load_recipe
-from align.data.rows import write_rows
-from align.data.source_configs import EmbeddedSource, FilesSource, HubSource
+from align.data.source_configs import FilesSource, InputSource
 from align.data.sources import identity
+from align.data.workers import Machine
 from align.errors import UserError
 from align.fingerprint import digest
-from align.stage import Config, StageContext
+from align.report.preview import write_preview
+from align.stage import Config, StageContext, stage_input
+from align.stage_process import die_with_parent
 
 
 class DataConfig(Config):
@@ -29,6 +33,8 @@ class DataConfig(Config):
     files: list[str] | None = Field(None, min_length=1)
     """Local files (paths or globs) to read instead of the recipe's sources, in the recipe's format."""
 
+    inputs: list[stage_input(Kind.INSTRUCTIONS, Kind.PREFERENCES, Kind.PROMPTS, Kind.POLICY, Kind.REWARD)] = Field([])  # type: ignore[valid-type]
+    """Earlier stages whose data the recipe's sources of type ``input`` read, or whose model its steps use."""
     max_rows: int | None = Field(None, ge=2)
     """Keep this many rows at most, both splits together; comes before the recipe's own."""
 
@@ -55,49 +61,69 @@ class DataConfig(Config):
             raise UserError(f"{origin} cannot replace the sources of {self.recipe}: {error}.") from None
 
     def identities(self, base: Path) -> dict[str, str]:
-        """The recipe's content, and the digest, commit or generator version of each source."""
+        """The recipe's content, and what every source and step reads: digests, commits, versions."""
         recipe = self.resolved(base)
-        content = recipe.model_dump(mode="python", exclude={"description", "files_variable"})
+        content = _without_identified(recipe)
+        for name in ("description", "language", "files_variable"):
+            content.pop(name)
         found = {}
         for index, source in enumerate(recipe.sources):
-            if isinstance(source, EmbeddedSource):
-                found[f"sources[{index}]"] = f"embedded version {embedded.VERSION}, checks {checkers.VERSION}"
-            elif isinstance(source, HubSource):
-                found[f"sources[{index}]"] = f"{source.dataset}@{source.revision}"
-            elif isinstance(source, FilesSource):
-                content["sources"][index].pop("paths")  # the files' digests stand for them
-                for name, value in identity(source, base).items():
-                    found[f"sources[{index}] {name}"] = value
+            if isinstance(source, InputSource):
+                continue  # an input's key is part of the stage's own
+            for name, value in identity(source, base).items():
+                found[f"sources[{index}] {name}".strip()] = value
+        for index, step in enumerate(recipe.steps):
+            if hasattr(step, "identities"):
+                for name, value in step.identities(base).items():
+                    found[f"steps[{index}] {name}".strip()] = value
         return {"recipe": digest(content), **found}
 
 
+def _without_identified(value: Any) -> Any:
+    """A config as plain values, without fields whose meaning its ``identities`` cover, however deep they are."""
+    if isinstance(value, Config):
+        names = [name for name in type(value).model_fields if name not in value.identified]
+        return {name: _without_identified(getattr(value, name)) for name in names}
+    if isinstance(value, (list, tuple)):
+        return [_without_identified(item) for item in value]
+    return value
+
+
 def run(context: StageContext) -> dict[str, Any]:
-    """Write ``train.parquet``, ``test.parquet`` and ``ledger.json``. Returns the row counts."""
+    """Build the recipe (``align.data.build``) with its card and preview page. Returns the row counts."""
     config: DataConfig = context.config
     base = Path.cwd()
     recipe = config.resolved(base)
-    files = [source for source in recipe.sources if isinstance(source, FilesSource)]
-    if config.files and files:
+    if config.files and any(isinstance(source, FilesSource) for source in recipe.sources):
         print(f"reading {len(config.files)} local patterns instead of the recipe's sources")
-    dataset = assemble(recipe, base, lambda done: context.progress(done, done, unit="rows"))
-    for line in summary_lines(dataset.ledger):
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    machine = Machine(
+        workers=context.runtime.workers or cores,
+        device=context.runtime.device,
+        start_worker=functools.partial(die_with_parent, os.getpid()),
+    )
+    inputs = [artifact.path for artifact in context.inputs.get("inputs") or []]
+    ledger = build(
+        recipe,
+        base,
+        context.checkpoints,
+        context.output,
+        inputs,
+        machine,
+        lambda done, step: context.progress(done, done, unit="rows", step=step),
+    )
+    for line in summary_lines(ledger):
         print(line)
-    write_rows(context.output / "train.parquet", dataset.train)
-    write_rows(context.output / "test.parquet", dataset.test)
-    (context.output / "ledger.json").write_text(json.dumps(dataset.ledger, indent=2) + "\n", encoding="utf-8")
-    total = len(dataset.train) + len(dataset.test)
+    (context.output / "ledger.json").write_text(json.dumps(ledger, indent=2) + "\n", encoding="utf-8")
+    name, said = Path(config.recipe).stem, recipe.model_dump(mode="json", exclude_unset=True)
+    write_card(context.output, said, ledger, name)
+    write_preview(context.output, said, name)
+    total = sum(ledger["splits"].values())
     context.progress(total, total, unit="rows")
-    replies = [
-        len(message["content"].split())
-        for row in dataset.train
-        for name in ("completion", "chosen")
-        for message in row.get(name, [])
-    ]
     return {
         "kind": recipe.kind,
-        "train_rows": len(dataset.train),
-        "test_rows": len(dataset.test),
-        "rows_in": dataset.ledger["rows_in"],
-        "dropped": dataset.ledger["dropped"],
-        "mean_reply_words": round(sum(replies) / len(replies), 1) if replies else None,
+        "train_rows": ledger["splits"]["train"],
+        "test_rows": ledger["splits"]["test"],
+        "rows_in": ledger["rows_in"],
+        "dropped": ledger["dropped"],
     }

@@ -74,10 +74,25 @@ def test_identity_is_the_recipes_content_and_its_files(here: Path) -> None:
     (here / "a.jsonl").write_text((here / "a.jsonl").read_text().replace("q1?", "q1!"))
     assert config.identities(here) != first
     hub = DataConfig(recipe="hub.yaml").identities(here)
-    assert hub["sources[0]"] == f"o/n@{'0' * 40}"
+    assert hub["sources[0] o/n"] == "0" * 40
     recipe("hub.yaml", HUB, seed=3)
     assert DataConfig(recipe="hub.yaml").identities(here)["recipe"] != hub["recipe"]
-    assert "version 1" in DataConfig(recipe="embedded.yaml").identities(here)["sources[0]"]
+    assert "version 1" in DataConfig(recipe="embedded.yaml").identities(here)["sources[0] embedded"]
+
+
+def test_the_key_changes_with_an_evaluation_sets_content_and_not_with_its_place(here: Path) -> None:
+    def identities(place: str) -> dict[str, str]:
+        sets = [{"name": "own", "files": [place]}]
+        recipe("clean.yaml", {"type": "embedded", "size": 100}, steps=[{"type": "decontaminate", "sets": sets}])
+        return DataConfig(recipe="clean.yaml").identities(here)
+
+    (here / "eval.jsonl").write_text('{"prompt": "what is the answer to everything?"}\n')
+    (here / "other").mkdir()
+    (here / "other" / "eval.jsonl").write_bytes((here / "eval.jsonl").read_bytes())
+    first = identities("eval.jsonl")
+    assert identities("other/eval.jsonl") == first
+    (here / "eval.jsonl").write_text('{"prompt": "what is the question?"}\n')
+    assert identities("eval.jsonl") != first
 
 
 def test_a_missing_recipe(here: Path) -> None:

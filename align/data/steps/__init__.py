@@ -7,7 +7,24 @@ from typing import Annotated
 from pydantic import Field
 
 from align.data.steps.cap import CapConfig
+from align.data.steps.decontaminate import Decontaminate
+from align.data.steps.exact_duplicates import ExactDuplicates
+from align.data.steps.filter import FilterStep
 from align.data.steps.mix import MixConfig
+from align.data.steps.near_duplicates import NearDuplicates
+from align.data.steps.normalise import NormaliseStep
+from align.data.steps.pairs import PairsStep
 from align.data.steps.score import ScoreConfig
 
-Step = Annotated[CapConfig | MixConfig | ScoreConfig, Field(discriminator="type")]
+Step = Annotated[
+    NormaliseStep
+    | FilterStep
+    | PairsStep
+    | ScoreConfig
+    | ExactDuplicates
+    | NearDuplicates
+    | Decontaminate
+    | CapConfig
+    | MixConfig,
+    Field(discriminator="type"),
+]

@@ -25,15 +25,15 @@ class MixConfig(StepConfig):
     weights: dict[str, float] | None = None
     """Share of the rows by source; sources that are not named have none. They need not sum to 1."""
     temperature: float | None = Field(None, gt=0)
-    """Shares go with size ** (1 / temperature): 1 leaves them as they are, much more makes them equal (arXiv 1910.10683,
-    3.5.2)."""
+    """Shares go with size ** (1 / temperature): 1 leaves them as they are, much more makes them equal (arXiv
+    1910.10683, 3.5.2)."""
     epochs: dict[str, float] | None = None
     """How often each row of a source appears; 1.5 takes half of the rows a second time; 1 for sources not named."""
     rows: int | None = Field(None, ge=1)
     """Training rows of the mixture, with weights and temperature; as many as there were by default."""
     max_epochs: float = Field(4, ge=1)
-    """A row appears this often at most, with weights and temperature; the mixture is smaller then, and the ledger says so.
-    Four is where repeats stop being worth fresh rows (arXiv 2305.16264)."""
+    """A row appears this often at most, with weights and temperature; the mixture is smaller then, and the ledger says
+    so. Four is where repeats stop being worth fresh rows (arXiv 2305.16264)."""
     decides: ClassVar[bool] = True
 
     @model_validator(mode="after")
@@ -91,11 +91,9 @@ class _Mix:
         wanted = (config.rows or int(sizes.sum())) * shares / max(shares.sum(), 1e-300)
         epochs = wanted / np.maximum(sizes, 1)
         held = [name for name, often in zip(sources, epochs, strict=True) if often > config.max_epochs]
-        notes: dict[str, object] = {
-            "epochs": {
-                name: round(min(float(e), config.max_epochs), 4) for name, e in zip(sources, epochs, strict=True)
-            }
-        }
+        epochs = np.minimum(epochs, config.max_epochs)
+        said = {name: round(float(often), 4) for name, often in zip(sources, epochs, strict=True)}
+        notes: dict[str, object] = {"epochs": said}
         if held:
             notes["held at max_epochs"] = held
-        return [min(float(often), config.max_epochs) for often in epochs], notes
+        return epochs.tolist(), notes

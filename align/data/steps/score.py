@@ -18,13 +18,13 @@ from align.data.rows import Row
 from align.data.steps.base import StepConfig, StepContext, Table, Verdict, keep_all
 from align.errors import UserError
 from align.fingerprint import file_digest
-from align.stage import load_object
+from align.stage import Config, load_object
 
 By = Literal["reward", "perplexity", "ifd", "function"]
 BELOW, ABOVE, NO_SCORE = "score too low", "score too high", "no score"
 
 
-class Keep(StepConfig):
+class Keep(Config):
     """Which rows are kept. Quantiles are of all rows, or of each source's with ``per_source``."""
 
     above: float | None = None

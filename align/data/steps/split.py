@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from align.data.rows import Row
+from align.data.formats import unusable
+from align.data.rows import Dropped, Row
 from align.data.splits import group, share
 from align.data.steps.base import StepConfig, StepContext, Table, Verdict, keep_all
 
@@ -18,6 +19,21 @@ SPLITS = ("train", "test")
 PARTS = ("split", *SPLITS)
 
 EQUAL, OVER, LEAKED = "duplicate", "over max_rows", "its question is in the test split"
+
+
+class Usable(StepConfig):
+    """What a trainer can use, looked at again once it is in order."""
+
+    type: Literal["usable"] = "usable"
+
+    def start(self, context: StepContext) -> _Usable:
+        """The step itself."""
+        return _Usable()
+
+
+class _Usable:
+    def apply(self, rows: list[Row]) -> list[Row | Dropped | list[Row]]:
+        return [unusable(row) or row for row in rows]
 
 
 class Identical(StepConfig):

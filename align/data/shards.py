@@ -1,0 +1,324 @@
+"""One pass over the shards of a build: verdicts applied, rows through their steps, sketches for the next verdicts.
+
+A shard's files (rows, dropped rows, sketches) are whole once its ``.json`` is there, which is written last: a killed
+build does only the others again. Runs in worker processes, which share nothing; each shard depends on its input alone.
+Left out: which passes there are, and what is decided between them (``build.py``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from align.data.formats import Form, FormatOptions, convert
+from align.data.ledger import Counts
+from align.data.reading import Item
+from align.data.records import BadRecord
+from align.data.rows import Dropped, Row, read_rows, row_id, write_rows
+from align.data.steps.base import RowStep, StepContext, TableStep, Verdict
+from align.errors import UserError
+
+STORAGE = -1
+"""Where the seconds of reading and writing shards are counted."""
+EXCERPT = 200
+"""Characters of a dropped row in the ledger."""
+DROPPED = pa.schema([(name, pa.string()) for name in ("where", "source", "step", "reason", "detail", "row")])
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What is done to each shard. ``table_steps`` and ``row_steps`` are (number, settings, context)."""
+
+    number: int
+    folder: Path
+    before: Path | None
+    """The folder of the pass before; None where records are read and converted."""
+    kind: str
+    on_error: str
+    steps: tuple[str, ...]
+    """Names of all steps of the build."""
+    sources: tuple[str, ...]
+    options: tuple[FormatOptions, ...]
+    """Of each source."""
+    check: bool
+    """Whether converted rows are checked at once, or later, by a step."""
+    verdicts: tuple[tuple[int, Path], ...] = ()
+    row_steps: tuple[tuple[int, Any, StepContext], ...] = ()
+    table_steps: tuple[tuple[int, Any, StepContext], ...] = ()
+
+
+@dataclass(frozen=True)
+class Task:
+    """One shard: its number, where its rows start among all rows, and, of the first pass, its records."""
+
+    shard: int
+    start: int
+    source: int = 0
+    form: Form = "rows"
+    records: tuple[Item, ...] = ()
+
+
+class Worker:
+    """Does tasks of one pass."""
+
+    def __init__(self, spec: Pass) -> None:
+        self.spec = spec
+        self.row_steps: list[tuple[int, RowStep]] = [(n, config.start(at)) for n, config, at in spec.row_steps]
+        self.table_steps: list[tuple[int, TableStep]] = [(n, config.start(at)) for n, config, at in spec.table_steps]
+
+    def run(self, task: Task) -> int:
+        """Do one shard and write its files; returns how many rows it has now."""
+        passage = _Passage(self.spec)
+        with passage.timed(STORAGE):
+            before = [] if self.spec.before is None else read_shard(self.spec.before, task.shard)
+        with passage.timed(0 if self.spec.before is None else STORAGE):
+            rows = passage.convert(task) if self.spec.before is None else passage.judge(before, task.start)
+        for number, step in self.row_steps:
+            with passage.timed(number):
+                rows = passage.apply(number, step, rows)
+        sketches = {"source": np.array([row["_source"] for row in rows], dtype=np.int32)}
+        for number, decider in self.table_steps:
+            with passage.timed(number):
+                sketches |= {f"{number}.{name}": column for name, column in decider.sketch(rows).items()}
+        write_shard(self.spec.folder, task.shard, rows, passage, sketches)
+        return len(rows)
+
+
+class _Passage:
+    """Counts and dropped rows of one shard."""
+
+    def __init__(self, spec: Pass) -> None:
+        self.spec = spec
+        self.counts = Counts()
+        self.dropped: list[dict[str, str]] = []
+        self.seconds: dict[int, float] = {}
+
+    @contextlib.contextmanager
+    def timed(self, step: int) -> Iterator[None]:
+        """Count what happens inside as seconds of a step."""
+        start = time.perf_counter()
+        yield
+        self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - start
+
+    def convert(self, task: Task) -> list[Row]:
+        """Rows of the shard's records; step 0."""
+        made: list[Row] = []
+        spec = self.spec
+        for record in task.records:
+            tally = self.counts.tallies[0, task.source]
+            tally.rows_in += 1
+            if isinstance(record, BadRecord):
+                self._bad(task, record, {})
+                continue
+            where, value = record
+            inside = {"_where": where, "_source": task.source}
+            try:
+                found = convert(value, task.form, where, spec.kind, spec.options[task.source], spec.check)
+            except BadRecord as error:
+                self._bad(task, error, value)
+                continue
+            found = found or [Dropped("nothing in it to use")]
+            tally.added += len(found) - 1
+            for row in found:
+                if isinstance(row, Dropped):
+                    self._drop(0, {**inside, "record": value}, row)
+                else:
+                    tally.rows_out += 1
+                    made.append({"source": spec.sources[task.source], **row, **inside})
+        return made
+
+    def _bad(self, task: Task, error: BadRecord, value: dict[str, Any]) -> None:
+        if self.spec.on_error == "stop":
+            raise UserError(f"{error}\nTo leave such records out and count them, write on_error: drop in the recipe.")
+        row = {"_where": error.where, "_source": task.source, "record": value}
+        self._drop(0, row, Dropped("unreadable", {"error": error.problem}))
+
+    def apply(self, number: int, step: RowStep, rows: list[Row]) -> list[Row]:
+        """The rows after one step."""
+        results = step.apply(rows)
+        kept: list[Row] = []
+        for row, result in zip(rows, results, strict=True):
+            tally = self.counts.tallies[number, row["_source"]]
+            tally.rows_in += 1
+            if isinstance(result, Dropped):
+                self._drop(number, row, result)
+                continue
+            if isinstance(result, list):
+                tally.added += len(result) - 1
+                tally.rows_out += len(result)
+                kept += [{**made, "id": row_id(made)} for made in result]
+                continue
+            tally.rows_out += 1
+            if result is not row:
+                tally.changed += 1
+                result = {**result, "id": row_id(result)}
+            kept.append(result)
+        return kept
+
+    def judge(self, rows: list[Row], start: int) -> list[Row]:
+        """The rows after the verdicts that were given on them."""
+        part = slice(start, start + len(rows))
+        left: list[tuple[int, Row]] = list(enumerate(rows))
+        for number, folder in self.spec.verdicts:
+            verdict = StoredVerdict(folder, part)
+            kept = []
+            for at, row in left:
+                tally = self.counts.tallies[number, row["_source"]]
+                tally.rows_in += 1
+                if verdict.code[at] >= 0:
+                    detail = verdict.detail(at)
+                    self._drop(number, row, Dropped(verdict.reasons[verdict.code[at]], detail))
+                    continue
+                given = {**row, **verdict.fields(at)} if verdict.columns else row
+                times = verdict.times(at)
+                tally.added += times - 1
+                tally.rows_out += times
+                kept.append((at, given))
+                kept += [(at, {**given, "id": f"{given['id']}-{copy}"}) for copy in range(2, times + 1)]
+            left = kept
+        return [row for _, row in left]
+
+    def _drop(self, step: int, row: Row, why: Dropped) -> None:
+        text = json.dumps(_public(row), ensure_ascii=False, default=str)
+        example = {"where": row["_where"], "id": row.get("id", ""), "text": text[:EXCERPT], "detail": why.detail}
+        self.counts.drop(step, row["_source"], why.reason, example)
+        self.dropped.append(
+            {
+                "where": row["_where"],
+                "source": self.spec.sources[row["_source"]],
+                "step": f"{step} {self.spec.steps[step]}",
+                "reason": why.reason,
+                "detail": json.dumps(why.detail, ensure_ascii=False, sort_keys=True),
+                "row": text,
+            }
+        )
+
+
+def _public(row: Row) -> Row:
+    return {name: value for name, value in row.items() if not name.startswith("_")}
+
+
+def write_shard(
+    folder: Path, shard: int, rows: Sequence[Row], passage: _Passage, sketches: dict[str, np.ndarray]
+) -> None:
+    """Rows, dropped rows and sketches, then the counts, which say that the others are whole."""
+    with passage.timed(STORAGE):
+        write_rows(folder / f"{shard:05d}.parquet", list(rows))
+        pq.write_table(pa.Table.from_pylist(passage.dropped, DROPPED), folder / f"{shard:05d}.dropped.parquet")
+        np.savez(folder / f"{shard:05d}.npz", **sketches)  # type: ignore[arg-type]
+    temporary = folder / f"{shard:05d}.tmp"
+    found = {"rows": len(rows), "seconds": passage.seconds, **passage.counts.to_json()}
+    temporary.write_text(json.dumps(found), encoding="utf-8")
+    temporary.replace(folder / f"{shard:05d}.json")
+
+
+def read_shard(folder: Path, shard: int) -> list[Row]:
+    """A shard's rows, without the fields that are empty in them."""
+    rows = read_rows(folder / f"{shard:05d}.parquet")
+    return [{name: value for name, value in row.items() if value is not None} for row in rows]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What is known of a finished shard."""
+
+    rows: int
+    counts: Counts
+    seconds: dict[int, float]
+
+
+def finished(folder: Path, shard: int) -> Finished | None:
+    """What a shard's last file says; None for one that is not finished."""
+    path = folder / f"{shard:05d}.json"
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text(encoding="utf-8"))
+    seconds = {int(step): value for step, value in found["seconds"].items()}
+    return Finished(found["rows"], Counts.from_json(found), seconds)
+
+
+def read_sketches(folder: Path, shards: int) -> dict[str, np.ndarray]:
+    """Each named array over all rows, one column at a time so that little is held twice."""
+    files = [np.load(folder / f"{shard:05d}.npz", allow_pickle=False) for shard in range(shards)]
+    try:
+        return {name: np.concatenate([file[name] for file in files]) for name in files[0].files} if files else {}
+    finally:
+        for file in files:
+            file.close()
+
+
+def store_verdict(folder: Path, verdict: Verdict, stand_ins: list[dict[str, str]] | None) -> None:
+    """Write a verdict for the workers of the next pass, ``verdict.json`` last.
+
+    ``stand_ins`` has, for each row that ``instead`` points to in the order of ``np.unique``, what is said of it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / "code.npy", verdict.code)
+    if verdict.times is not None:
+        np.save(folder / "times.npy", verdict.times)
+    for name, column in verdict.columns.items():
+        np.save(folder / f"column-{name}.npy", column)
+    if stand_ins is not None and verdict.instead is not None:
+        places = np.unique(verdict.instead[verdict.instead >= 0])
+        np.save(folder / "instead.npy", np.where(verdict.instead >= 0, np.searchsorted(places, verdict.instead), -1))
+        pq.write_table(pa.Table.from_pylist(stand_ins), folder / "stand_ins.parquet")
+    if verdict.details:
+        places, details = zip(*sorted(verdict.details.items()), strict=True)
+        said = [json.dumps(detail, ensure_ascii=False) for detail in details]
+        pq.write_table(pa.table({"row": pa.array(places, pa.int64()), "detail": said}), folder / "details.parquet")
+    summary = {"reasons": verdict.reasons, "columns": sorted(verdict.columns), "notes": verdict.notes}
+    temporary = folder / "verdict.tmp"
+    temporary.write_text(json.dumps(summary), encoding="utf-8")
+    temporary.replace(folder / "verdict.json")
+
+
+class StoredVerdict:
+    """A verdict on some of the rows, read from its folder."""
+
+    def __init__(self, folder: Path, part: slice) -> None:
+        said = json.loads((folder / "verdict.json").read_text(encoding="utf-8"))
+        self.reasons: list[str] = said["reasons"]
+        self.notes: dict[str, Any] = said["notes"]
+        self.code = self._load(folder / "code.npy", part)
+        self.columns = {name: self._load(folder / f"column-{name}.npy", part) for name in said["columns"]}
+        self._times = self._load(folder / "times.npy", part) if (folder / "times.npy").exists() else None
+        self._instead = self._load(folder / "instead.npy", part) if (folder / "instead.npy").exists() else None
+        self._stand_ins = pq.read_table(folder / "stand_ins.parquet") if self._instead is not None else None
+        self._details = self._read_details(folder / "details.parquet", part)
+
+    @staticmethod
+    def _load(path: Path, part: slice) -> np.ndarray:
+        return np.array(np.load(path, mmap_mode="r", allow_pickle=False)[part])
+
+    @staticmethod
+    def _read_details(path: Path, part: slice) -> dict[int, dict[str, Any]]:
+        if not path.exists():
+            return {}
+        inside = (pc.field("row") >= part.start) & (pc.field("row") < part.stop)
+        found = pq.read_table(path, filters=inside).to_pylist()
+        return {line["row"] - part.start: json.loads(line["detail"]) for line in found}
+
+    def times(self, at: int) -> int:
+        """How often a row appears."""
+        return 1 if self._times is None else int(self._times[at])
+
+    def fields(self, at: int) -> dict[str, Any]:
+        """What a kept row is given."""
+        return {name: column[at].item() for name, column in self.columns.items()}
+
+    def detail(self, at: int) -> dict[str, Any]:
+        """What is particular to a dropped row; under ``instead``, which row stands for it."""
+        found = self._details.get(at, {})
+        if self._instead is None or self._stand_ins is None or self._instead[at] < 0:
+            return found
+        return {**found, "instead": self._stand_ins.slice(int(self._instead[at]), 1).to_pylist()[0]}

@@ -1,0 +1,108 @@
+"""The end of every build: equal rows once, at most so many, and each prompt on one side."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from align.data.rows import assistant, user
+from align.data.splits import group
+from align.data.steps.split import LEAKED, Identical, MaxRows, Split, Usable
+from tests.data.steps.tables import context, decide, kept, row
+
+QUESTIONS = st.lists(st.text("ab .!", min_size=1, max_size=4).filter(str.strip), min_size=1, max_size=40)
+
+
+def split(rows, test_size=0.1, near=None, parts=("split", "split"), **more):
+    return decide(Split(test_size=test_size, near_duplicates=near, parts=parts), rows, **more)
+
+
+def side(verdict, name):
+    return [at for at in kept(verdict) if verdict.columns["_split"][at] == name]
+
+
+def test_equal_rows_stay_once():
+    rows = [row("a"), row("b"), row("A!"), row("a", "other"), row("b")]
+    verdict = decide(Identical(), rows, cut=2)
+    assert kept(verdict) == [0, 1, 3]
+    assert verdict.instead.tolist() == [-1, -1, 0, -1, 1]
+    # where the first is gone already, the next one stands for the others
+    assert decide(Identical(), rows, alive=[False, True, True, True, True]).code[2] == -1
+
+
+def test_at_most_so_many_rows_chosen_by_their_content():
+    rows = [row(f"q{at}") for at in range(50)]
+    some = {rows[at]["id"] for at in kept(decide(MaxRows(rows=10), rows))}
+    assert len(some) == 10
+    assert some == {rows[::-1][at]["id"] for at in kept(decide(MaxRows(rows=10), rows[::-1], cut=7))}
+    assert {rows[at]["id"] for at in kept(decide(MaxRows(rows=5), rows))} <= some
+    assert some != {rows[at]["id"] for at in kept(decide(MaxRows(rows=10), rows, seed=1))}
+
+
+@given(QUESTIONS, st.floats(0.01, 0.99), st.integers(1, 9))
+def test_no_prompt_on_both_sides_and_nothing_lost(questions, size, cut):
+    rows = [row(question) for question in questions]
+    verdict = split(rows, size, cut=cut)
+    train, test = side(verdict, "train"), side(verdict, "test")
+    assert sorted(train + test) == list(range(len(rows)))
+    assert not {group(rows[at]) for at in train} & {group(rows[at]) for at in test}
+    if len({group(made) for made in rows}) > 1:
+        assert train and test
+
+
+def test_a_side_depends_on_the_prompt_alone():
+    rows = [row(f"question {at}") for at in range(1000)]
+    tested = {group(rows[at]) for at in side(split(rows, 0.2, seed=3), "test")}
+    assert 150 < len(tested) < 250
+    fewer = rows[:300][::-1]
+    assert {group(fewer[at]) for at in side(split(fewer, 0.2, seed=3), "test")} == {
+        group(made) for made in fewer
+    } & tested
+    assert {group(rows[at]) for at in side(split(rows, 0.2, seed=4), "test")} != tested
+
+
+def test_a_test_source_keeps_its_questions_out_of_training():
+    rows = [*(row(f"q{at}", source=0) for at in range(10)), row("Q3!", "other", source=1), row("new", source=1)]
+    verdict = split(rows, parts=("train", "test"))
+    assert side(verdict, "train") == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+    assert side(verdict, "test") == [10, 11]
+    assert verdict.reasons[verdict.code[3]] == LEAKED
+    # the same with a source that is divided: its row stays only where it was drawn for the test split
+    verdict = split(rows, 0.5, parts=("split", "test"))
+    assert (3 in side(verdict, "test")) or verdict.code[3] >= 0
+
+
+BASE = "please write a short and friendly letter to my neighbour about the noise that the dog makes every night and morning"
+
+
+def test_near_duplicates_of_a_prompt_are_on_its_side():
+    rows = []
+    for at in range(60):
+        words = [f"{word}{at}" if place % 3 == 0 else word for place, word in enumerate(BASE.split())]
+        rows += [row(" ".join(words)), row(" ".join([*words, "now"]))]
+    sides = split(rows, 0.4, near=0.6).columns["_split"]
+    assert (sides[::2] == sides[1::2]).all() and set(sides) == {"train", "test"}
+    apart = split(rows, 0.4).columns["_split"]
+    assert (apart[::2] != apart[1::2]).any()
+
+
+def test_a_near_duplicate_of_a_test_prompt_leaves_training():
+    rows = [row(BASE, source=0), row("something else", source=0), row(f"{BASE} please", source=1)]
+    assert side(split(rows, near=0.7, parts=("train", "test")), "train") == [1]
+    assert side(split(rows, parts=("train", "test")), "train") == [0, 1]
+
+
+def test_rows_that_no_trainer_could_use_are_dropped():
+    step = Usable().start(context())
+    good, bad = row("a"), {**row("a"), "prompt": [user("a"), assistant("b")]}
+    found = step.apply([good, bad])
+    assert found[0] is good and found[1].reason
+
+
+def test_dead_rows_are_on_no_side_and_decide_nothing():
+    rows = [row("a"), row("b"), row("c")]
+    verdict = split(rows, 0.5, alive=[True, False, True])
+    assert verdict.columns["_split"][1] == ""
+    assert {verdict.columns["_split"][0], verdict.columns["_split"][2]} == {"train", "test"}
+    assert np.array_equal(split([], 0.5).code, [])

@@ -1,0 +1,273 @@
+"""Whole builds: the ledger adds up, every dropped record has its reason, and nothing but the recipe decides."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.data import build as building
+from align.data import finish, shards
+from align.data.build import Machine, build
+from align.data.checkers import gsm8k_answer
+from align.data.ledger import summary_lines
+from align.data.recipe import Recipe
+from align.data.rows import Row, assistant, prompt_key, read_rows, user
+from align.data.splits import group
+from align.errors import UserError
+
+
+class Built:
+    """A build in a folder, with its rows."""
+
+    def __init__(self, base: Path, folder: Path, content: dict[str, Any], **options: Any) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True)
+        recipe = Recipe.model_validate(content)
+        self.ledger = build(recipe, base, folder.parent / f"{folder.name}-work", folder, **options)
+        self.train, self.test = (read_rows(folder / f"{split}.parquet") for split in ("train", "test"))
+        self.dropped = read_rows(folder / "dropped.parquet")
+        self._check(content)
+
+    def _check(self, content: dict[str, Any]) -> None:
+        ledger = self.ledger
+        assert ledger["rows_in"] + ledger["added"] == ledger["rows_out"] + sum(ledger["dropped"].values())
+        assert ledger["splits"] == {"train": len(self.train), "test": len(self.test)}
+        for line in [*ledger["steps"], *ledger["sources"]]:
+            assert line["rows_in"] + line["added"] == line["rows_out"] + sum(line["dropped"].values())
+        for before, after in zip(ledger["steps"], ledger["steps"][1:], strict=False):
+            assert before["rows_out"] == after["rows_in"]
+        assert len(self.dropped) == sum(ledger["dropped"].values())
+        assert not {group(row) for row in self.train} & {group(row) for row in self.test}
+        rows = self.train + self.test
+        assert len({row["id"] for row in rows}) == len(rows)
+        assert not any(name.startswith("_") for row in rows for name in row)
+        assert json.loads(json.dumps(ledger)) == ledger
+
+
+@pytest.fixture
+def make(tmp_path: Path):
+    number = iter(range(100))
+
+    def made(sources: list[dict[str, Any]], kind: str = "instructions", base: Path = tmp_path, **content: Any) -> Built:
+        options = {name: content.pop(name) for name in ("machine", "inputs") if name in content}
+        return Built(base, tmp_path / f"built{next(number)}", {"kind": kind, "sources": sources, **content}, **options)
+
+    return made
+
+
+def write(path: Path, records: list[dict[str, Any]], form: str = "prompt_completion") -> dict[str, Any]:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return {"type": "files", "name": path.stem, "paths": [path.name], "format": form}
+
+
+def questions(count: int, name: str = "question", answer: str = "yes") -> list[dict[str, Any]]:
+    return [{"prompt": f"{name} {at}", "completion": answer} for at in range(count)]
+
+
+def test_embedded_recipe(make) -> None:
+    made = make([{"type": "embedded", "size": 600}], seed=17, near_duplicate_prompts=None)
+    assert len(made.train) + len(made.test) == 600 and 35 < len(made.test) < 90
+    prompts = make([{"type": "embedded", "size": 600}], "prompts", seed=17, near_duplicate_prompts=None)
+    assert [row["id"] for row in prompts.test] == [row["id"] for row in made.test]
+    assert "completion" not in prompts.train[0] and prompts.train[0]["checks"]
+
+
+def test_duplicates_and_limit_are_counted(make, tmp_path: Path) -> None:
+    records = questions(20)
+    records += [records[0], {"prompt": "Question 0?", "completion": "yes"}, {"prompt": "q", "completion": ""}]
+    made = make([write(tmp_path / "a.jsonl", records)], max_rows=15)
+    assert made.ledger["dropped"] == {"duplicate": 2, "empty reply": 1, "over max_rows": 5}
+    assert "a: 23 rows read, 15 kept" in list(summary_lines(made.ledger))
+    first = next(row for row in made.dropped if row["where"].endswith("a.jsonl:22"))
+    assert (first["source"], first["reason"]) == ("a", "duplicate")
+    assert json.loads(first["detail"])["instead"]["where"].endswith("a.jsonl:1")
+    assert json.loads(first["row"])["prompt"][0]["content"] == "Question 0?"
+    (step,) = [line for line in made.ledger["steps"] if "duplicate" in line["dropped"]]
+    assert [example["where"].rsplit(":", 1)[1] for example in step["examples"]["duplicate"]] == ["21", "22"]
+
+
+def test_a_test_source_keeps_its_questions_out_of_training(make, tmp_path: Path) -> None:
+    train = write(tmp_path / "a.jsonl", [{"prompt": f"q{i}", "completion": "a"} for i in range(10)])
+    test = write(tmp_path / "b.jsonl", [{"prompt": "Q3!", "completion": "other"}, {"prompt": "new", "completion": "a"}])
+    made = make([train | {"part": "train"}, test | {"part": "test"}])
+    assert (len(made.train), len(made.test)) == (9, 2)
+    assert made.ledger["sources"][0]["dropped"] == {"its question is in the test split": 1}
+
+
+def test_steps_go_in_order_and_their_counts_hand_over(make, tmp_path: Path) -> None:
+    records = [*questions(30), *questions(5), {"prompt": "two\r\nlines", "completion": "yes"}]
+    cap = {"type": "cap", "each": 20}
+    steps = [{"type": "exact_duplicates"}, {"type": "normalise"}, cap, {"type": "near_duplicates"}]
+    made = make([write(tmp_path / "a.jsonl", records)], steps=steps)
+    lines = {line["step"]: line for line in made.ledger["steps"]}
+    names = ["read", "exact_duplicates", "normalise", "usable", "cap", "near_duplicates", "identical", "split"]
+    assert list(lines) == [f"{number} {name}" for number, name in enumerate(names)]
+    assert lines["1 exact_duplicates"]["dropped"] == {"duplicate of an earlier row": 5}
+    assert lines["2 normalise"]["changed"] == 1
+    assert lines["4 cap"]["rows_out"] == 20
+
+
+def test_a_mixture_repeats_training_rows_under_ids_of_their_own(make, tmp_path: Path) -> None:
+    sources = [write(tmp_path / "a.jsonl", questions(40)), write(tmp_path / "b.jsonl", questions(10, "other"))]
+    made = make(sources, steps=[{"type": "mix", "epochs": {"b": 3}}])
+    once = make(sources)
+    assert made.test == once.test
+    count = sum(row["source"] == "b" for row in once.train)
+    assert sum(row["source"] == "b" for row in made.train) == 3 * count
+    assert made.ledger["sources"][1]["added"] == 2 * count
+    assert made.ledger["steps"][-1]["step"].endswith("mix")
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(building, "SHARD_ROWS", 7)
+
+
+STEPS = [{"type": "normalise"}, {"type": "exact_duplicates"}, {"type": "near_duplicates"}, {"type": "cap", "each": 25}]
+
+
+def messy(tmp_path: Path) -> list[dict[str, Any]]:
+    long = "tell me in a few words what the people of the town on the hill think of the new bridge over the river"
+    some = [{"prompt": f"{long} {at % 5}", "completion": "  yes "} for at in range(12)]
+    return [
+        write(tmp_path / "a.jsonl", [*questions(40), *some, *questions(3)]),
+        write(tmp_path / "b.jsonl", questions(18, "other")),
+    ]
+
+
+def test_four_processes_build_what_one_does(make, tmp_path: Path, small_shards) -> None:
+    sources = messy(tmp_path)
+    one = make(sources, steps=STEPS)
+    four = make(sources, steps=STEPS, machine=Machine(workers=4))
+    assert len(list((tmp_path / "built0-work").rglob("pass-0/*.json"))) > 8
+    assert four.ledger == one.ledger
+    assert (four.train, four.test, four.dropped) == (one.train, one.test, one.dropped)
+    assert len(one.ledger["digests"]["train"]) == 64
+
+
+def test_another_row_gives_another_digest(make, tmp_path: Path) -> None:
+    before = make([write(tmp_path / "a.jsonl", questions(40))]).ledger["digests"]
+    assert make([write(tmp_path / "a.jsonl", questions(40))]).ledger["digests"] == before
+    assert make([write(tmp_path / "a.jsonl", questions(41))]).ledger["digests"] != before
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing catches it."""
+
+
+@pytest.mark.parametrize("after", [0, 3, 8, 11, 16, 21])
+def test_a_killed_build_goes_on(tmp_path: Path, small_shards, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    content = {"kind": "instructions", "sources": messy(tmp_path), "steps": STEPS}
+    whole = Built(tmp_path, tmp_path / "whole", content)
+    done = 0
+    write_shard = shards.write_shard
+
+    def dies(*arguments: Any) -> None:
+        nonlocal done
+        if done == after:
+            arguments[0].joinpath(f"{arguments[1]:05d}.parquet").write_bytes(b"half")
+            raise Killed
+        done += 1
+        write_shard(*arguments)
+
+    recipe = Recipe.model_validate(content)
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "write_shard", dies)
+        (tmp_path / "again").mkdir()
+        with pytest.raises(Killed):
+            build(recipe, tmp_path, tmp_path / "again-work", tmp_path / "again")
+    counted: list[int] = []
+    monkeypatch.setattr(shards, "write_shard", lambda *a: (counted.append(a[1]), write_shard(*a)))
+    ledger = build(recipe, tmp_path, tmp_path / "again-work", tmp_path / "again")
+    assert ledger == whole.ledger
+    assert len(counted) + after == len(list((tmp_path / "whole-work").rglob("pass-*/?????.json")))
+
+
+def test_bad_rows_stop_the_build_or_are_counted_with_file_and_line(make, tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", questions(20))
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.write('{broken\n{"promt": "x", "completion": "y"}\n')
+    with pytest.raises(UserError, match=r"(?s)a.jsonl:21: not valid JSON.*on_error: drop"):
+        make([source])
+    made = make([source], on_error="drop")
+    assert made.ledger["dropped"] == {"unreadable": 2}
+    examples = made.ledger["steps"][0]["examples"]["unreadable"]
+    assert [example["where"].rsplit(":", 1)[1] for example in examples] == ["21", "22"]
+    assert "Is 'promt' meant as 'prompt'?" in examples[1]["detail"]["error"]
+
+
+def test_auto_says_what_it_chose(make, tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", questions(20), form="auto")
+    assert make([source]).ledger["format_choices"]["a"].startswith("prompt_completion: 20 of 20 records")
+
+
+def test_an_artifact_and_an_input_are_read_as_rows(make, tmp_path: Path) -> None:
+    first = make([write(tmp_path / "a.jsonl", questions(30))])
+    (first.folder / "record.json").write_text(json.dumps({"key": "ab" * 32}))
+    again = make([{"type": "input", "index": 0, "split": "train"}], inputs=[first.folder])
+    assert again.ledger["rows_in"] == len(first.train)
+    assert {row["id"] for row in again.train + again.test} == {row["id"] for row in first.train}
+
+
+def test_a_score_stays_in_the_rows(make, tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", [{"prompt": f"q {at}", "completion": "x" * (at + 1)} for at in range(30)])
+    step = {"type": "score", "by": "function", "function": f"{__name__}:length", "keep": {"quantiles": [0.5, 1]}}
+    made = make([source], steps=[step])
+    assert made.ledger["dropped"] == {"score too low": 15}
+    assert all(row["score"] == len(row["completion"][0]["content"]) >= 16 for row in made.train + made.test)
+
+
+def length(rows: list[Row]) -> list[float]:
+    return [len(row["completion"][0]["content"]) for row in rows]
+
+
+def test_rows_with_tools_and_without_end_in_one_schema(make, tmp_path: Path, small_shards) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    with_tool = {
+        "messages": [user("add one"), {"role": "assistant", "content": "", "tool_calls": [call]},
+                     {"role": "tool", "content": "2"}, assistant("2")],
+        "tools": [{"type": "function", "function": {"name": "add"}}],
+    }  # fmt: skip
+    plain = [{"messages": [user(f"hello {at}"), assistant("hi")]} for at in range(20)]
+    made = make([write(tmp_path / "a.jsonl", [*plain, with_tool], "messages")])
+    (row,) = [row for row in made.train + made.test if row["tools"]]
+    assert json.loads(row["prompt"][1]["tool_calls"])[0]["function"]["name"] == "add"
+    assert all("tool_calls" not in turn for row in made.train if not row["tools"] for turn in row["prompt"])
+
+
+def test_files_hold_so_many_rows_at_most(make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = [write(tmp_path / "a.jsonl", questions(60))]
+    whole = make(sources)
+    monkeypatch.setattr(finish, "FILE_ROWS", 10)
+    made = make(sources)
+    files = sorted(path.name for path in made.folder.glob("train-*"))
+    assert files[0] == f"train-00000-of-{len(files):05d}.parquet" and len(files) == -(-len(whole.train) // 10)
+    assert made.train == whole.train and made.ledger == whole.ledger
+
+
+def test_an_empty_split_says_where_the_rows_went(make, tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": ""}])
+    with pytest.raises(UserError, match=r"test split is empty: 2 rows read, 1 left \(1 empty reply\)"):
+        make([source])
+
+
+def test_hh_transcripts_become_pairs_and_single_replies(make, shared_data: Path) -> None:
+    source = {"type": "files", "paths": ["hh-rlhf/*.jsonl.gz"], "format": "hh_rlhf"}
+    made = make([source], "preferences", base=shared_data)
+    assert made.ledger["rows_in"] == 4666
+    for row in made.train:
+        assert row["prompt"][-1]["role"] == "user"
+        assert row["chosen"][0]["content"].strip() != row["rejected"][0]["content"].strip()
+        assert "\n\nHuman:" not in prompt_key(row)
+    assert len(make([source], base=shared_data).train) > 3500
+
+
+def test_gsm8k_rows_check_their_own_answers(make, shared_data: Path) -> None:
+    made = make([{"type": "files", "paths": ["gsm8k/train.jsonl"], "format": "gsm8k"}], base=shared_data)
+    assert made.ledger["rows_in"] == 7473
+    replies = [row["completion"][0]["content"] for row in made.train]
+    assert gsm8k_answer(made.train, replies) == [1.0] * len(made.train)
+    assert not any("<<" in reply for reply in replies)
