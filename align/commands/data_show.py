@@ -16,7 +16,7 @@ from rich.text import Text
 
 from align.commands.finding import find_build, find_tokenizer
 from align.commands.parsing import print_json
-from align.data.built import SPLITS, count_rows, rows, shards
+from align.data.built import SPLITS, count_rows, message_text, rows, shards
 from align.data.rows import Row
 from align.errors import UserError
 from align.report.escape import visible
@@ -150,6 +150,8 @@ class Printer:
         return text.append(CLOSE) if inside else text
 
     def _messages(self, row: Row) -> None:
+        if row.get("tools"):
+            self._turn("tools", {"content": row["tools"]}, "")
         for turn in row.get("prompt", []):
             self._turn(str(turn.get("role", "")), turn, "")
         for side in ("completion", "chosen", "rejected"):
@@ -166,7 +168,7 @@ class Printer:
 
     def _turn(self, name: str, turn: dict[str, Any], style: str) -> None:
         text = Text(f"{visible(name)}: ", SPECIAL if self.coloured else "")
-        self._print(text.append(visible(str(turn.get("content") or "")), style if self.coloured else ""))
+        self._print(text.append(visible(message_text(turn)), style if self.coloured else ""))
 
     def legend(self) -> None:
         """What colours or brackets mean."""

@@ -64,8 +64,33 @@ def batches(folder: Path, split: str, columns: list[str] | None = None) -> Itera
 def rows(folder: Path, split: str) -> Iterator[Row]:
     """The rows of a split as dicts, in order, without the fields that are empty in them."""
     for batch in batches(folder, split):
-        for row in batch.to_pylist():
-            yield {name: value for name, value in row.items() if value is not None}
+        yield from map(tidy, batch.to_pylist())
+
+
+def tidy(row: Row) -> Row:
+    """A row without the fields that are empty in it, messages without those that are there for others only."""
+    return {
+        name: [_tidy_item(item) for item in value] if isinstance(value, list) else value
+        for name, value in row.items()
+        if value is not None
+    }
+
+
+def _tidy_item(item: Any) -> Any:
+    if not isinstance(item, dict):
+        return item
+    return {name: value for name, value in item.items() if value is not None or name in ("content", "score", "rank")}
+
+
+def message_text(message: dict[str, Any]) -> str:
+    """A message's content and the calls of tools in it, to read."""
+    calls = f"tool_calls: {message['tool_calls']}" if message.get("tool_calls") else ""
+    return "\n".join(part for part in (str(message.get("content") or ""), calls) if part)
+
+
+def row_of(batch: pa.RecordBatch, at: int) -> Row:
+    """One row of a batch."""
+    return tidy(batch.slice(at, 1).to_pylist()[0])
 
 
 def count_rows(folder: Path, split: str) -> int:
@@ -81,7 +106,6 @@ def rows_at(folder: Path, split: str, places: Collection[int]) -> dict[int, Row]
     for batch in batches(folder, split):
         for place in wanted:
             if start <= place < start + batch.num_rows:
-                row = batch.slice(place - start, 1).to_pylist()[0]
-                found[place] = {name: value for name, value in row.items() if value is not None}
+                found[place] = row_of(batch, place - start)
         start += batch.num_rows
     return found

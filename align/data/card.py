@@ -110,10 +110,11 @@ def size_category(rows: int) -> str:
 
 
 def _languages(recipe: Mapping[str, Any]) -> list[str] | None:
-    """Languages that the recipe states: its own field, else those a language step keeps. Never guessed."""
-    stated = recipe.get("language") or recipe.get("languages")
+    """Languages that the recipe states: its own field, else those a filter keeps. Never guessed."""
+    stated = recipe.get("language")
     for step in recipe.get("steps") or []:
-        stated = stated or step.get("languages") or (step.get("language") if isinstance(step, Mapping) else None)
+        filtered = step.get("language")
+        stated = stated or (filtered.get("keep") if isinstance(filtered, Mapping) else None)
     if not stated:
         return None
     return [str(stated)] if isinstance(stated, str) else sorted(str(one) for one in stated)
@@ -196,7 +197,7 @@ def _pairs(identity: Any) -> Iterable[tuple[str, str]]:
 
 def _short(value: str) -> str:
     """A sha256 is long for a table, a commit is not: it must be there in full to be of use."""
-    return f"{value[:16]}…" if re.fullmatch(r"[0-9a-f]{64}", value) else value
+    return re.sub(r"\b([0-9a-f]{16})[0-9a-f]{48}\b", r"\1…", value)
 
 
 def _share(part: int, whole: int) -> str:

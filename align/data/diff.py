@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from align.data.built import LEDGER, SPLITS, count_rows, read_ledger, rows, rows_at
+from align.data.built import LEDGER, SPLITS, count_rows, message_text, read_ledger, rows, rows_at
 from align.data.rows import Row, prompt_key
 
 EXAMPLES = 3
@@ -207,12 +207,12 @@ def _example(was: tuple[str, Row] | None, now: tuple[str, Row] | None) -> dict[s
 
 
 def _excerpt(row: Row) -> str:
-    return _short(next((turn["content"] for turn in row.get("prompt", []) if turn.get("role") == "user"), ""))
+    return _short(next((message_text(turn) for turn in row.get("prompt", []) if turn.get("role") == "user"), ""))
 
 
 def _short(value: Any) -> str:
     if isinstance(value, list) and all(isinstance(turn, dict) and "content" in turn for turn in value):
-        value = "\n".join(str(turn["content"]) for turn in value)
+        value = "\n".join(map(message_text, value))
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= EXCERPT else f"{text[:EXCERPT]}…"
 

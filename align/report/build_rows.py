@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from align.data.built import SPLITS, batches
+from align.data.built import SPLITS, batches, row_of
 from align.data.rows import Row
 
 MOST_SOURCES = 24
@@ -93,7 +93,7 @@ def look(folder: Path) -> Found:
             _draw(batch, split, sources, ids, heaps)
             for at, name in enumerate(ids):
                 for cluster in wanted.get(name, ()) if wanted else ():
-                    cluster.kept = cluster.kept or _row(batch, at)
+                    cluster.kept = cluster.kept or row_of(batch, at)
     largest = sorted(heaps, key=lambda name: (-lengths[name].total, name))[:MOST_SOURCES]
     samples = {
         name: [(split, row) for _, _, _, split, row in sorted(heaps[name], key=lambda one: (-one[0], one[1]))]
@@ -102,18 +102,13 @@ def look(folder: Path) -> Found:
     return Found(dict(lengths), samples, clusters, duplicates)
 
 
-def _row(batch: pa.RecordBatch, at: int) -> Row:
-    row = batch.slice(at, 1).to_pylist()[0]
-    return {name: value for name, value in row.items() if value is not None}
-
-
 def _draw(batch: pa.RecordBatch, split: str, sources: list[str], ids: list[str], heaps: dict[str, Any]) -> None:
     """Keep of each source the ids with the lowest checksums: a random choice that nothing else decides."""
     for at, (source, name) in enumerate(zip(sources, ids, strict=True)):
         draw = -zlib.crc32(str(name).encode())
         heap = heaps[source]
         if len(heap) < SAMPLES or draw > heap[0][0]:
-            entry = (draw, str(name), next(_NUMBERS), split, _row(batch, at))
+            entry = (draw, str(name), next(_NUMBERS), split, row_of(batch, at))
             (heapq.heappush if len(heap) < SAMPLES else heapq.heapreplace)(heap, entry)
 
 

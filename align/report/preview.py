@@ -17,7 +17,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from align.data.built import read_ledger
+from align.data.built import message_text, read_ledger
 from align.data.licences import normalise, of_mixture
 from align.data.rows import Row
 from align.report.build_figures import figures
@@ -158,13 +158,13 @@ def _sample(row: Row, split: str, tokenizer: Any, max_length: int | None) -> dic
                 }
             )
         return shown
-    shown["turns"] = [{"role": turn["role"], "text": _shortened(turn["content"])} for turn in row["prompt"]]
+    shown["turns"] = [{"role": turn["role"], "text": _shortened(message_text(turn))} for turn in row["prompt"]]
     for side in ("completion", "chosen", "rejected"):
         for turn in row.get(side, []):
             score = row.get(f"{side}_score")
-            shown["answers"].append({"who": side, "score": score, "text": _shortened(turn["content"])})
+            shown["answers"].append({"who": side, "score": score, "text": _shortened(message_text(turn))})
     for number_, one in enumerate(row.get("responses", []), start=1):
-        answer = {"who": f"response {number_}", "score": one.get("score"), "text": _shortened(one["content"])}
+        answer = {"who": f"response {number_}", "score": one.get("score"), "text": _shortened(message_text(one))}
         shown["answers"].append(answer)
     if "label" in row and shown["answers"]:
         shown["answers"][0]["who"] = "a wanted answer" if row["label"] else "an unwanted answer"
@@ -196,7 +196,7 @@ def _question(row: Row) -> str:
     """The prompt's turns and the first answer, short."""
     answers: list[dict[str, str]] = next((row[side] for side in ("completion", "chosen") if row.get(side)), [])
     turns = [*row.get("prompt", []), *answers]
-    return _shortened("\n".join(f"{turn.get('role', '')}: {turn.get('content', '')}" for turn in turns), 700)
+    return _shortened("\n".join(f"{turn.get('role', '')}: {message_text(turn)}" for turn in turns), 700)
 
 
 def _shortened(text: str, most: int = MOST_TEXT) -> str:

@@ -88,7 +88,7 @@ def views(tokenizer: Any, row: Row, max_length: int | None = None) -> list[View]
             title = "a wanted answer" if row["label"] else "an unwanted answer"
             return [replace(view, title=title) for view in found]
         return found
-    return [_untrained(tokenizer, "prompt, up to where the answer begins", row["prompt"], prompt=True)]
+    return [_untrained(tokenizer, "prompt, up to where the answer begins", row)]
 
 
 def _supervised(tokenizer: Any, row: Row, most: int) -> list[View]:
@@ -97,10 +97,10 @@ def _supervised(tokenizer: Any, row: Row, most: int) -> list[View]:
     try:
         encoded = encode_supervised(tokenizer, [row], most)
     except UserError as error:
-        return [_untrained(tokenizer, "supervised", [*row["prompt"], *row["completion"]], str(error))]
+        return [_untrained(tokenizer, "supervised", row, "completion", str(error))]
     notes = tuple(encoded.counts)
     if not encoded.rows:
-        return [_untrained(tokenizer, "supervised", [*row["prompt"], *row["completion"]], *notes)]
+        return [_untrained(tokenizer, "supervised", row, "completion", *notes)]
     ids, labels = encoded.rows[0]["input_ids"], encoded.rows[0]["labels"]
     return [View("supervised", tuple(ids), tuple(label != MASKED for label in labels), notes)]
 
@@ -113,10 +113,10 @@ def _pair(tokenizer: Any, row: Row, most: int) -> list[View]:
     try:
         encoded = encode_pairs(tokenizer, [row], most)
     except UserError as error:
-        return [_untrained(tokenizer, side, [*row["prompt"], *row[side]], str(error)) for side in sides]
+        return [_untrained(tokenizer, side, row, side, str(error)) for side in sides]
     notes = tuple(encoded.counts)
     if not encoded.rows:
-        return [_untrained(tokenizer, side, [*row["prompt"], *row[side]], *notes) for side in sides]
+        return [_untrained(tokenizer, side, row, side, *notes) for side in sides]
     prompt = encoded.rows[0]["prompt_ids"]
     found = []
     for side in sides:
@@ -126,12 +126,15 @@ def _pair(tokenizer: Any, row: Row, most: int) -> list[View]:
     return found
 
 
-def _untrained(tokenizer: Any, title: str, messages: list[dict[str, str]], *notes: str, prompt: bool = False) -> View:
-    """A sequence that nothing is learned from."""
+def _untrained(tokenizer: Any, title: str, row: Row, side: str | None = None, *notes: str) -> View:
+    """A sequence that nothing is learned from: the prompt and an answer, or without ``side`` the prompt alone."""
     from align.models.render import render_conversation, render_prompt
 
     try:
-        ids = render_prompt(tokenizer, messages) if prompt else render_conversation(tokenizer, messages)
+        if side is None:
+            ids = render_prompt(tokenizer, row["prompt"], row.get("tools"))
+        else:
+            ids = render_conversation(tokenizer, [*row["prompt"], *row[side]], tools=row.get("tools"))
     except UserError as error:
         return View(title, (), (), (*dict.fromkeys((*notes, str(error))),))
     return View(title, tuple(ids), (False,) * len(ids), notes)

@@ -104,7 +104,7 @@ def test_licences_that_do_not_fit_are_other_with_a_name_and_a_link(build: Path) 
 
 
 def test_a_language_is_stated_where_the_recipe_states_it(build: Path) -> None:
-    kept = {**RECIPE, "steps": [{"type": "language", "languages": ["en", "de"]}]}
+    kept = {**RECIPE, "steps": [{"type": "filter", "language": {"keep": ["en", "de"]}}]}
     assert yaml.safe_load(card(build, kept).split("---")[1])["language"] == ["de", "en"]
 
 

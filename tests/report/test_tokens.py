@@ -137,3 +137,13 @@ def test_load_for_show_refuses_what_has_no_tokenizer_or_template(tmp_path: Path)
     tokenizer.save_pretrained(tmp_path / "base")
     with pytest.raises(UserError, match="no chat template"):
         load_for_show(tmp_path / "base")
+
+
+def test_tools_reach_the_template_in_every_view() -> None:
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.chat_template = "{{ tools | map(attribute='name') | join }}" + tokenizer.chat_template
+    tools = '[{"name": "clock"}]'
+    prompt = {name: value for name, value in row("q", "a").items() if name != "completion"}
+    for given in (row("q", "a"), prompt, pair("q", "good", "bad"), pair("q", "same", "same")):
+        for view in views(tokenizer, {**given, "tools": tools}):
+            assert text(view.pieces(tokenizer), False).startswith("clock<|im_start|>user"), given

@@ -1,0 +1,53 @@
+from pathlib import Path
+
+import pytest
+
+from align.data import built
+from align.data.built import count_rows, is_build, message_text, read_ledger, rows, rows_at, shards
+from align.errors import UserError
+from tests.data.by_hand import row, write_build, write_split
+
+
+def test_rows_come_in_order_from_all_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(built, "BATCH", 2)
+    given = [row(f"q{n}", f"a{n}", score=None if n % 2 else n / 2) for n in range(7)]
+    folder = write_build(tmp_path / "build", given, [row("t", "u")], files=3)
+    found = list(rows(folder, "train"))
+    assert [one["id"] for one in found] == [one["id"] for one in given]
+    assert "score" in found[0] and "score" not in found[1]
+    assert count_rows(folder, "train") == 7 and len(shards(folder, "train")) == 3
+    at = rows_at(folder, "train", [6, 0, 3])
+    assert {place: one["id"] for place, one in at.items()} == {n: given[n]["id"] for n in (0, 3, 6)}
+
+
+def test_messages_lose_fields_that_only_others_have(tmp_path: Path) -> None:
+    called = {"role": "assistant", "content": None, "tool_calls": '[{"name": "clock"}]'}
+    given = [row("q", "a"), {**row("r", "a"), "completion": [called]}]
+    write_split(tmp_path, "train", given)
+    plain, with_call = rows(tmp_path, "train")
+    assert plain["completion"] == [{"role": "assistant", "content": "a"}]
+    assert with_call["completion"] == [called]
+    assert message_text(with_call["completion"][0]) == 'tool_calls: [{"name": "clock"}]'
+    assert message_text(plain["completion"][0]) == "a"
+
+
+def test_one_file_is_a_split_too_and_an_empty_folder_no_build(tmp_path: Path) -> None:
+    assert not is_build(tmp_path)
+    write_split(tmp_path, "train", [row("q", "a")])
+    (tmp_path / "train-00000-of-00001.parquet").rename(tmp_path / "train.parquet")
+    assert is_build(tmp_path) and count_rows(tmp_path, "train") == 1 and shards(tmp_path, "test") == []
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"splits": {}}'])
+def test_a_damaged_ledger_is_said(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UserError, match="not what a recipe built"):
+        read_ledger(tmp_path)
+    (tmp_path / "ledger.json").write_text(text)
+    with pytest.raises(UserError, match="build the recipe again"):
+        read_ledger(tmp_path)
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "train.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(UserError, match=r"train\.parquet: not a readable Parquet"):
+        list(rows(tmp_path, "train"))
