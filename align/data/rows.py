@@ -160,8 +160,11 @@ def normalised(text: str) -> str:
 
 
 def prompt_key(row: Row) -> str:
-    """What makes two prompts the same: every turn, role and normalised content."""
-    return "\n".join(f"{message['role']}: {normalised(message['content'])}" for message in row["prompt"])
+    """What makes two prompts the same: every turn, role, normalised content and calls of tools."""
+    return "\n".join(
+        f"{message['role']}: {normalised(message['content'])}{message.get('tool_calls') or ''}"
+        for message in row["prompt"]
+    )
 
 
 def row_id(row: Row) -> str:

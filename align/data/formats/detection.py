@@ -168,6 +168,8 @@ def detect(records: Sequence[Record], kind: str | None = None) -> Detection:
     able = {form: n for form, n in counts.items() if n >= SHARE * len(records) and (not kind or kind in KINDS[form])}
     if not able:
         raise UserError(_nothing(records, counts, kind))
+    if len(able) > 1:
+        able.pop("prompt", None)  # every other format has a prompt too, and says more
     sample = {form: _used(next(r for r in records if SHAPES[form](r)), form) for form in able}
     order = list(able)
     chosen = max(order, key=lambda form: (len(sample[form]), -order.index(form)))
@@ -205,9 +207,8 @@ def _nothing(records: Sequence[Record], counts: dict[str, int], kind: str | None
             f"{form} fits {n}" + ("" if kind in (None, *KINDS[form]) else f" (no {kind})") for form, n in some.items()
         )
         text += f" {found[0].upper()}{found[1:]}."
-    near = nearly(record)[:4]
-    groups = [group for form in near or FIELDS for group in FIELDS[form] if first(record, group) is None]
-    for name, meant in dict(reversed(slips(record, groups))).items():
+    near = nearly(record, kind)[:4]
+    for name, meant in slips(record, [group for form in near for group in FIELDS[form]]).items():
         text += f" Is '{name}' meant as '{meant}'?"
     if near:
         text += f" Nearly: {'; '.join(map(spelled, near))}."

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from align.data.formats.options import Form, FormatOptions
-from align.validation import nearest
 
 Groups = tuple[tuple[str, ...], ...]
 
@@ -27,7 +27,7 @@ FIELDS: dict[str, Groups] = {
     "preferences": (CHOSEN, REJECTED),
     "gsm8k": (("question",), ("answer",)),
     "self_instruct": (("instruction",), ("instances",)),
-    "dolly": (("instruction",), ("context",), ("response",)),
+    "dolly": (("instruction",), ("response",)),
     "alpaca": (("instruction",), ("output",)),
     "messages": (CONVERSATIONS,),
     "sharegpt": (CONVERSATIONS,),
@@ -42,6 +42,7 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
     "ranked": ("ranks", "ranking", "system"),
     "unpaired": (*COMPLETIONS, "tools", "system"),
     "preferences": (*PROMPTS, *CONVERSATIONS, "input", "system", "tools", "history"),
+    "dolly": ("context",),
     "alpaca": ("input", "system", "history"),
     "messages": ("system", "tools"),
     "sharegpt": ("system", "tools"),
@@ -106,24 +107,31 @@ def names_of(record: Mapping[str, Any]) -> str:
     return ", ".join(repr(name) for name in present(record)) or "no fields"
 
 
-def nearly(record: Mapping[str, Any]) -> list[str]:
-    """Formats of which the record has some field, those with the greatest share of it first."""
+def nearly(record: Mapping[str, Any], kind: str | None = None) -> list[str]:
+    """Formats (that can give ``kind``) of which the record has a field, those first of which it has the greatest part.
+
+    A misspelt field counts, a little less.
+    """
     share = {
-        form: sum(first(record, group) is not None for group in groups) / len(groups)
+        form: sum(_near(record, group) for group in groups) / len(groups)
         for form, groups in FIELDS.items()
-        if form != "rows"
+        if form != "rows" and kind in (None, *KINDS[form])
     }
     return [form for form in sorted(share, key=lambda form: -share[form]) if share[form] > 0]
 
 
-def slips(record: Mapping[str, Any], groups: Iterable[tuple[str, ...]]) -> list[tuple[str, str]]:
-    """Fields of the record that look like misspelt names of the groups, each with the name it is near."""
-    found = []
+def _near(record: Mapping[str, Any], group: tuple[str, ...]) -> float:
+    return 1.0 if first(record, group) is not None else 0.9 * bool(slips(record, [group]))
+
+
+def slips(record: Mapping[str, Any], groups: Iterable[tuple[str, ...]]) -> dict[str, str]:
+    """Fields of the record that look like misspelt names of groups it has nothing of, each with the name it is near."""
+    found: dict[str, str] = {}
     for group in groups:
         for name in present(record):
-            meant = nearest(name, group)
-            if meant is not None and meant != name:
-                found.append((name, meant))
+            close = difflib.get_close_matches(name.lower(), group, n=1, cutoff=0.75)
+            if close and first(record, group) is None:
+                found.setdefault(name, close[0])
                 break
     return found
 
@@ -133,7 +141,7 @@ def unrecognised(record: Mapping[str, Any], form: Form, fits: Iterable[str]) -> 
     lacking = missing(record, form)
     needs = ", ".join(" or ".join(f"'{name}'" for name in group) for group in lacking)
     text = f"not a record of format {form}: {needs} missing; it has {names_of(record)}."
-    for name, meant in slips(record, lacking):
+    for name, meant in slips(record, lacking).items():
         text += f" Is '{name}' meant as '{meant}'?"
     others = [name for name in fits if name != form]
     near = [name for name in nearly(record) if name != form][:4]

@@ -48,6 +48,8 @@ def of_kind(draft: Row, kind: str) -> list[Row | Dropped]:
         return [_without(draft, OF_PAIRS)]
     if not paired:
         return [Dropped("no label")]
+    if _same(draft["chosen"], draft["rejected"]):
+        return [Dropped("chosen equals rejected")]
     rest = _without(draft, ("completion", *OF_PAIRS))
     return [{**rest, "completion": draft[side], "label": side == "chosen"} for side in ("chosen", "rejected")]
 

@@ -1,0 +1,133 @@
+"""What ``format: auto`` chooses and why, and what an unrecognised record is told."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import pytest
+
+from align.data.formats import CONVERTERS, KINDS, Format, convert, detect
+from align.data.formats.detection import SHAPES
+from align.data.formats.fields import FIELDS
+from align.data.records import BadRecord
+from align.data.rows import assistant
+from align.errors import UserError
+from tests.data.formats.made import chat, sharegpt
+
+HH = {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}
+
+
+@pytest.mark.parametrize(
+    ("record", "kind", "form"),
+    [
+        ({"instruction": "i", "input": "", "output": "o", "category": "x"}, "instructions", "alpaca"),
+        ({"instruction": "i", "context": "", "response": "o", "category": "x"}, "instructions", "dolly"),
+        ({"conversations": sharegpt("a", "b"), "id": "x"}, "instructions", "sharegpt"),
+        ({"messages": chat("a", "b"), "prompt": "a", "prompt_id": "x"}, "prompts", "messages"),
+        ({"messages": [{"role": "assistant", "tool_calls": []}]}, "instructions", "messages"),
+        ({"prompt": "a", "completion": "b"}, "instructions", "prompt_completion"),
+        ({"prompt": "a", "completion": "b"}, None, "prompt_completion"),
+        ({"system_prompt": "s", "question": "q", "response": "r"}, "instructions", "prompt_completion"),
+        ({"question": "q", "answer": "1 #### 2"}, "instructions", "gsm8k"),
+        ({"question": "q", "answer": "1"}, "instructions", "prompt_completion"),
+        (HH, "preferences", "hh_rlhf"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "preferences", "preferences"),
+        ({"prompt": "q", "chosen": chat("q", "a"), "rejected": chat("q", "b"), "messages": chat("q", "a")},
+         "preferences", "preferences"),
+        ({"conversations": sharegpt("q"), "chosen": {"from": "gpt", "value": "a"}, "rejected": {"value": "b"}},
+         "preferences", "preferences"),
+        ({"question": "q", "response_j": "a", "response_k": "b"}, "preferences", "preferences"),
+        ({"prompt": "q", "completion": "a", "label": False}, "unpaired", "unpaired"),
+        ({"messages": chat("q", "a"), "label": True}, None, "unpaired"),
+        ({"prompt": "q", "responses": ["a", "b"], "scores": [1, 2]}, "preferences", "scored"),
+        ({"instruction": "q", "completions": [{"response": "a", "annotations": {}}]}, "preferences", "scored"),
+        ({"prompt": "q", "answers": [{"answer": "a", "rank": 1}]}, "preferences", "ranked"),
+        ({"prompt": {"text": "q", "replies": []}, "message_tree_id": "t"}, "preferences", "oasst"),
+        ({"instruction": "q", "instances": [], "id": "x"}, "instructions", "self_instruct"),
+        ({"prompt": "q", "type": "x", "label": "safe"}, "prompts", "prompt"),
+    ],
+)  # fmt: skip
+def test_auto_finds_the_format(record: dict[str, Any], kind: str | None, form: str) -> None:
+    found = detect([record] * 3, kind)
+    assert found.form == form
+    assert found.why.startswith(f"{form}: 3 of 3 records have ")
+
+
+def test_auto_says_what_it_chose_and_what_that_covers() -> None:
+    why = detect([{"question": "q", "answer": "1 #### 2"}], "instructions").why
+    assert why == "gsm8k: 1 of 1 records have answer, question; that covers prompt_completion"
+    kto = detect([{"messages": chat("q", "a"), "label": True}], "unpaired").why
+    assert kto == "unpaired: 1 of 1 records have label, messages; messages would fit too, but cannot give unpaired"
+
+
+def test_auto_passes_over_a_few_bad_records() -> None:
+    good, bad = {"instruction": "i", "output": "o"}, {"instruction": "i"}
+    assert detect([good] * 9 + [bad], "instructions").why.startswith("alpaca: 9 of 10 records")
+    with pytest.raises(UserError, match=r"finds no format for the 9 records .* give instructions.*Alpaca fits 8"):
+        detect([good] * 8 + [bad], "instructions")
+
+
+def test_auto_does_not_guess_between_two() -> None:
+    record = {"instruction": "i", "output": "o", "chosen": "a", "rejected": "b"}
+    assert detect([record], "preferences").form == "preferences"
+    with pytest.raises(UserError, match=r"the records fit preferences .chosen, instruction, rejected.; alpaca .*Write"):
+        detect([record], "instructions")
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"text": "x"}, "They have 'text'. options.columns renames"),
+        ({"Question": "q", "Answr": "x"}, "Is 'Question' meant as 'question'"),
+        (
+            {"instruction": "i", "outputt": "o"},
+            "Is 'outputt' meant as 'output'. Nearly: .*alpaca .instruction",
+        ),
+        (
+            {"prompt": "q", "responses": ["a", "b"]},
+            "A list of answers without ranks or scores is read with format: ranked",
+        ),
+        ({"prompt": "q"}, "Prompt fits 1 .no instructions."),
+    ],
+)
+def test_auto_names_the_fields_and_what_nearly_fits(record: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        detect([record], "instructions")
+
+
+def test_auto_needs_a_record() -> None:
+    with pytest.raises(UserError, match="the source is empty"):
+        detect([])
+
+
+@pytest.mark.parametrize(
+    ("record", "form", "message"),
+    [
+        ({"question": "q", "answr": "a"}, "gsm8k", "f:1: not a record of format gsm8k: 'answer' missing; it has "
+         "'question', 'answr'. Is 'answr' meant as 'answer'."),
+        ({"instruction": "i", "output": "o"}, "messages", "'messages' or 'conversations' or 'conversation' missing; it "
+         "has 'instruction', 'output'. It fits format: alpaca"),
+        ({"chosen": "p", "text": "a"}, "preferences", r"It nearly fits: hh_rlhf \(chosen \+ rejected\)"),
+        ({"prompt": None}, "alpaca", "it has no fields"),
+        ({"chosen": "a", "rejected": None}, "preferences", "'rejected' or 'response_k' missing; it has 'chosen'"),
+    ],
+)  # fmt: skip
+def test_unrecognised_records(record: dict[str, Any], form: Any, message: str) -> None:
+    with pytest.raises(BadRecord, match=message):
+        convert(record, form, "f:1", next(iter(sorted(KINDS[form]))))
+
+
+def test_every_format_has_fields_a_shape_kinds_and_a_converter() -> None:
+    formats = set(get_args(Format)) - {"auto"}
+    assert formats == set(SHAPES) == set(FIELDS) - {"rows"} == set(KINDS) - {"rows"} == set(CONVERTERS) - {"rows"}
+
+
+def test_rows_keep_their_id_and_source_and_give_what_the_kind_takes() -> None:
+    row = {"id": "x", "source": "s", "prompt": chat("q"), "checks": "c", "completion": [assistant("a")], "label": None}
+    (same,) = convert(row, "rows", "f:1", "instructions")
+    assert same == {name: value for name, value in row.items() if value is not None}
+    (prompt,) = convert(row, "rows", "f:1", "prompts")
+    assert prompt == {"id": "x", "source": "s", "prompt": chat("q"), "checks": "c"}
+    pair = {"id": "x", "source": "s", "prompt": chat("q"), "chosen": [assistant("a")], "rejected": [assistant("b")]}
+    one, other = convert(pair, "rows", "f:1", "unpaired")
+    assert isinstance(one, dict) and isinstance(other, dict) and len({"x", one["id"], other["id"]}) == 3

@@ -1,0 +1,152 @@
+"""Chat and ShareGPT messages: roles, turns, tools and their calls."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from align.data.formats import convert
+from align.data.records import BadRecord
+from align.data.rows import assistant, user
+from tests.data.formats.made import chat, dropped, row, rows, sharegpt
+
+SYSTEM = {"role": "system", "content": "s"}
+
+
+def test_messages_are_cut_into_prompt_and_answer() -> None:
+    found = row({"messages": [SYSTEM, *chat("a", "b", "c", "d ")]}, "messages")
+    assert found == {"prompt": [SYSTEM, *chat("a", "b", "c")], "completion": [assistant("d")], "checks": ""}
+    assert row({"messages": json.dumps(chat("a", "b"))}, "messages")["completion"] == [assistant("b")]
+    assert row({"conversation": chat("a", "b"), "system": "s"}, "messages")["prompt"] == [SYSTEM, *chat("a")]
+    # A system prompt that is there already is not written twice.
+    assert row({"messages": [SYSTEM, *chat("a", "b")], "system": "t"}, "messages")["prompt"] == [SYSTEM, *chat("a")]
+
+
+def test_sharegpt_roles_are_mapped_and_unknown_ones_are_refused() -> None:
+    assert row({"conversations": sharegpt("a", "b")}, "sharegpt")["prompt"] == chat("a")
+    odd = [{"from": "human", "value": "a"}, {"from": "robot", "value": "b"}]
+    with pytest.raises(BadRecord, match="role 'robot'; known roles: user, human.*options.roles can name another"):
+        convert({"conversations": odd}, "sharegpt", "f:1", "instructions")
+    assert row({"conversations": odd}, "sharegpt", roles={"robot": "assistant"})["completion"] == [assistant("b")]
+
+
+def test_every_answer_or_the_last() -> None:
+    record = {"messages": chat("a", "b", "c", "d")}
+    assert [r["prompt"] for r in rows(record, "messages", turns="all")] == [chat("a"), chat("a", "b", "c")]
+    assert [r["completion"] for r in rows(record, "messages", turns="all")] == [[assistant("b")], [assistant("d")]]
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        (chat("a"), "last turn is not the assistant's"),
+        ([], "empty conversation"),
+        (chat("a", " "), "empty reply"),
+        (chat(" ", "b"), "empty prompt turn"),
+        ([user("a"), user("b"), assistant("c")], "roles do not alternate"),
+        ([assistant("a"), assistant("b")], "last prompt turn is not the user's"),
+        ([assistant("a"), user("b"), assistant("b")], "first turn is not the user's"),
+        ([user("a"), {"role": "tool", "content": "s"}, assistant("b")], "roles do not alternate"),
+        ([user("a"), {"role": "system", "content": "s"}, user("a"), assistant("b")], "system turn in the middle"),
+    ],
+)
+def test_messages_that_cannot_be_used(messages: list[dict[str, str]], reason: str) -> None:
+    assert dropped({"messages": messages}, "messages") == reason
+
+
+def test_what_a_normalise_step_may_mend_passes_unchecked() -> None:
+    record = {"messages": [user("a"), user("b"), assistant("c")]}
+    (found,) = convert(record, "messages", "f:1", "instructions", check=False)
+    assert isinstance(found, dict) and found["prompt"] == [user("a"), user("b")]
+    (found,) = convert({"messages": chat("a", "")}, "messages", "f:1", "instructions", check=False)
+    assert not isinstance(found, dict) and found.reason == "empty reply"
+
+
+def test_text_in_parts_is_joined_and_pictures_drop_the_record() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert row({"messages": [{"role": "user", "content": parts}, assistant("c")]}, "messages")["prompt"] == chat("ab")
+    picture = [{"role": "user", "content": [{"type": "image", "url": "x"}]}, assistant("c")]
+    assert dropped({"messages": picture}, "messages") == "a message that is not all text"
+
+
+CALL = {"name": "weather", "arguments": {"city": "Rom"}}
+NESTED = [{"type": "function", "function": CALL}]
+RESULT = {"role": "tool", "content": "sun"}
+
+
+@pytest.mark.parametrize(
+    "calling",
+    [
+        {"role": "assistant", "content": "", "tool_calls": NESTED},
+        {"role": "assistant", "content": None, "tool_calls": [{"function": CALL}]},
+        {"role": "assistant", "tool_calls": json.dumps([CALL])},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "weather", "arguments": '{"city": "Rom"}'}}]},
+        {"role": "assistant", "content": "", "function_call": CALL},
+        {"from": "function_call", "value": json.dumps(CALL)},
+        # Tables give each call the arguments of all others.
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"name": "weather", "arguments": {"city": "Rom", "n": None}}],
+        },
+    ],
+)
+def test_calls_of_tools_become_one_spelling(calling: dict[str, Any]) -> None:
+    found = row({"messages": [user("a"), calling, RESULT, assistant("Sunny.")]}, "messages")
+    assert found["completion"] == [assistant("Sunny.")]
+    assert found["prompt"][2] == RESULT and found["prompt"][1]["content"] == ""
+    assert json.loads(found["prompt"][1]["tool_calls"]) == NESTED
+    assert "tool_calls" not in found["prompt"][0]
+
+
+def test_a_call_can_be_the_answer() -> None:
+    record = {"messages": [user("a"), {"role": "assistant", "content": "", "tool_calls": NESTED}]}
+    assert json.loads(row(record, "messages")["completion"][0]["tool_calls"]) == NESTED
+    two = [row(r, "messages", turns="all") for r in (record,)]
+    assert two[0]["prompt"] == [user("a")]
+
+
+def test_tools_are_kept_as_json() -> None:
+    tool = {"name": "weather", "parameters": {"city": {"type": "string"}, "n": None}}
+    for tools in ([tool], json.dumps([{**tool, "parameters": {"city": {"type": "string"}}}])):
+        found = row({"messages": chat("a", "b"), "tools": tools}, "messages")
+        assert json.loads(found["tools"]) == [
+            {"type": "function", "function": {"name": "weather", "parameters": {"city": {"type": "string"}}}}
+        ]
+    for none in ([], "", "[]", None):
+        assert "tools" not in row({"messages": chat("a", "b"), "tools": none}, "messages")
+
+
+def test_tools_and_calls_make_other_ids() -> None:
+    def name(**more: Any) -> str:
+        messages = [
+            user("a"),
+            {"role": "assistant", "content": "", "tool_calls": more["calls"]},
+            RESULT,
+            assistant("b"),
+        ]
+        (found,) = convert({"messages": messages, "tools": more["tools"]}, "messages", "f:1", "instructions")
+        assert isinstance(found, dict)
+        return str(found["id"])
+
+    names = [name(calls=[CALL], tools=[]), name(calls=[{"name": "time"}], tools=[]), name(calls=[CALL], tools=[CALL])]
+    assert len(set(names)) == 3
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ("hello", "'messages' holds text where a list of messages was expected"),
+        (["x"], "'messages' holds str where a message"),
+        ([{"role": "user", "content": 3}], "'messages.content' holds int, expected text"),
+        ([user("a"), {"role": "assistant", "tool_calls": [{"id": "x"}]}], "a call of a tool without its name"),
+        ([user("a"), {"from": "function_call", "value": "not json"}], "holds text that is not JSON"),
+        ([{"role": ["x"], "content": "a"}], "role .'x'.; known roles"),
+    ],
+)
+def test_malformed_messages(messages: Any, message: str) -> None:
+    with pytest.raises(BadRecord, match=f"f:1: .*{message}") as caught:
+        convert({"messages": messages}, "messages", "f:1", "instructions")
+    assert caught.value.where == "f:1"
