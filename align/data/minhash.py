@@ -17,6 +17,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from align.data.components import first_equal, join
 from align.data.ngrams import Block, blocks, constants, mix
 
 PERMUTATIONS = 128
@@ -166,9 +167,8 @@ def find_clusters(signature: np.ndarray, exact_keys: np.ndarray, threshold: floa
     compared with its ``WINDOW`` neighbours in the order of the next band, so that likely pairs are close. Memory beside
     the arguments: about 100 bytes a row.
     """
-    first, inverse = np.unique(exact_keys, return_index=True, return_inverse=True)[1:]
-    label = first[inverse.reshape(-1)].astype(np.int64)
-    rows = np.sort(first)
+    label = first_equal(exact_keys)
+    rows = np.flatnonzero(label == np.arange(len(label)))
     bands = choose_bands(threshold, signature.shape[1], recall)
     compared = left_out = 0
     for band in range(bands.count):
@@ -182,7 +182,7 @@ def find_clusters(signature: np.ndarray, exact_keys: np.ndarray, threshold: floa
             alike = estimate(signature, left, right) >= threshold
             joins.append(np.stack([left[alike], right[alike]]))
         if joins:
-            _join(label, *np.concatenate(joins, axis=1))
+            join(label, *np.concatenate(joins, axis=1))
     return Clusters(label, compared, left_out)
 
 
@@ -227,19 +227,6 @@ def _neighbours(order: np.ndarray, bucket: np.ndarray) -> Iterator[tuple[np.ndar
             if not len(left):
                 break
             yield order[left], order[left + distance]
-
-
-def _join(label: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
-    """Give rows that pairs connect one label, the least. ``label`` points to the first of each cluster throughout."""
-    while True:
-        ends = np.sort(np.stack([label[left], label[right]]), axis=0)
-        apart = ends[0] != ends[1]
-        if not apart.any():
-            return
-        left, right = left[apart], right[apart]
-        np.minimum.at(label, ends[1][apart], ends[0][apart])
-        while not np.array_equal(farther := label[label], label):
-            label[:] = farther
 
 
 def standard_error(threshold: float, permutations: int) -> float:

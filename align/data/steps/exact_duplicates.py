@@ -11,8 +11,9 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from align.data.compared import Of, check, key
+from align.data.components import first_equal, first_stays
 from align.data.rows import Row
-from align.data.steps.base import StepConfig, StepContext, Table, Verdict, keep_all
+from align.data.steps.base import StepConfig, StepContext, Table, Verdict
 
 DUPLICATE = "duplicate of an earlier row"
 
@@ -45,9 +46,5 @@ class _ExactDuplicates:
         """The first of equal rows stays and is named by the others."""
         places = np.flatnonzero(table.alive)
         keys = table.columns["key"][places].view([("high", "<u8"), ("low", "<u8")])[:, 0]
-        first, inverse = np.unique(keys, return_index=True, return_inverse=True)[1:]
-        stands = places[first[inverse]]
-        again = stands != places
-        code, instead = keep_all(len(table)), np.full(len(table), -1, dtype=np.int64)
-        code[places[again]], instead[places[again]] = 0, stands[again]
+        code, instead = first_stays(len(table), places, first_equal(keys))
         return Verdict(code, [DUPLICATE], instead)

@@ -12,8 +12,9 @@ from pydantic import Field
 
 from align.data import minhash
 from align.data.compared import Of, check, parts
+from align.data.components import first_stays
 from align.data.rows import Row
-from align.data.steps.base import StepConfig, StepContext, Table, Verdict, keep_all
+from align.data.steps.base import StepConfig, StepContext, Table, Verdict
 from align.data.steps.exact_duplicates import DUPLICATE
 
 NEAR = "near-duplicate of an earlier row"
@@ -63,11 +64,9 @@ class _NearDuplicates:
         if len(places) < len(table):
             signature = signature[places]
         found = minhash.find_clusters(signature, whole, self.config.threshold, self.config.recall)
-        again = found.label != np.arange(len(places))
-        equal = whole[found.label] == whole
-        code, instead = keep_all(len(table)), np.full(len(table), -1, dtype=np.int64)
-        code[places[again]] = np.where(equal[again], 1, 0)
-        instead[places[again]] = places[found.label[again]]
+        code, instead = first_stays(len(table), places, found.label)
+        equal = places[whole[found.label] == whole]
+        code[equal[code[equal] == 0]] = 1
         return Verdict(code, [NEAR, DUPLICATE], instead, notes=self._notes(found))
 
     def _notes(self, found: minhash.Clusters) -> dict[str, Any]:
