@@ -79,7 +79,7 @@ def _broken(packed: str, error: Exception) -> str:
 def _open(path: Path, packed: str) -> io.BufferedReader:
     raw: Any
     if packed == ".zst":
-        raw = pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")
+        raw = pa.CompressedInputStream(pa.PythonFile(path.open("rb")), "zstd")
     else:
         opener: Any = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, "": open}[packed]
         raw = opener(path, "rb")
@@ -141,7 +141,7 @@ def _read_json(path: Path, file: io.BufferedReader) -> Iterator[Item]:
     head = file.peek(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
     if head.startswith(b"[") or not head:
         yield from _read_list(path, file)
-    elif head.startswith(b"{") and _is_record(head.split(b"\n", 1)[0]):
+    elif head.startswith(b"{") and (b"\n" not in head or _is_record(head.split(b"\n", 1)[0])):
         yield from _read_jsonl(path, file)
     else:
         what = "one object" if head.startswith(b"{") else "neither a list nor an object"
@@ -149,9 +149,7 @@ def _read_json(path: Path, file: io.BufferedReader) -> Iterator[Item]:
 
 
 def _is_record(line: bytes) -> bool:
-    """Whether a line is an object by itself; one that is longer than what was looked at counts as one."""
-    if len(line) >= 1 << 15:
-        return True
+    """Whether a line is an object by itself."""
     try:
         return isinstance(json.loads(line), dict)
     except ValueError:
@@ -197,7 +195,7 @@ def _items(file: io.BufferedReader) -> Iterator[Any]:
 def _read_parquet(path: Path) -> Iterator[Item]:
     number = 0
     try:
-        with pq.ParquetFile(path, pre_buffer=False) as file:
+        with path.open("rb") as raw, pq.ParquetFile(raw, pre_buffer=False) as file:
             for batch in file.iter_batches(batch_size=BATCH):
                 for value in batch.to_pylist():
                     number += 1

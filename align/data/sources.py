@@ -170,7 +170,8 @@ def _hub_files(source: HubSource, place: str) -> Iterator[tuple[Path, str]]:
             every = huggingface_hub.list_repo_files(source.dataset, repo_type="dataset", revision=source.revision)
             names = sorted(name for name in every if fnmatch.fnmatchcase(name, pattern))
             if not names:
-                raise UserError(f"{place} has no file '{pattern}'.{suggest(pattern, every)}")
+                readable = [name for name in every if known(Path(name))]
+                raise UserError(f"{place} has no file '{pattern}'.{suggest(pattern, readable[:20])}")
         for name in names:
             if not known(Path(name)):
                 raise UserError(f"{place}: {name}: unknown kind of file; known are {', '.join(SUFFIXES)}.")

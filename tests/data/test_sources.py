@@ -1,76 +1,57 @@
-"""Reading files, their identities, and what unreadable ones and an unreachable Hub give."""
+"""Sources of every kind: what they read, their identities, and what an unreadable one gives."""
 
 from __future__ import annotations
 
-import gzip
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from align.data.source_configs import FilesSource, HubSource
-from align.data.sources import find_files, identity, read_files, read_hub
-from align.errors import UserError
-
-RECORDS = [{"prompt": "é, 1", "completion": "a\nb"}, {"prompt": "2", "completion": "c"}]
-
-
-def source(*paths: str) -> FilesSource:
-    return FilesSource(type="files", paths=list(paths), format="prompt_completion")
-
-
-def write_all(folder: Path) -> None:
-    lines = "\n".join(json.dumps(record) for record in RECORDS)
-    (folder / "a.jsonl").write_text(lines + "\n\n")
-    with gzip.open(folder / "b.jsonl.gz", "wt") as file:
-        file.write(lines)
-    (folder / "c.json").write_text(json.dumps(RECORDS))
-    pq.write_table(pa.Table.from_pylist(RECORDS), folder / "d.parquet")
-    (folder / "e.csv").write_text('prompt,completion\n"é, 1","a\nb"\n2,c\n')
-
-
-def test_every_kind_of_file_gives_the_same_records(tmp_path: Path) -> None:
-    write_all(tmp_path)
-    for name in ("a.jsonl", "b.jsonl.gz", "c.json", "d.parquet", "e.csv"):
-        assert [record for _, record in read_files(source(name), tmp_path)] == RECORDS, name
-    assert [where for where, _ in read_files(source("a.jsonl"), tmp_path)][1] == f"{tmp_path / 'a.jsonl'}:2"
-    assert len(list(read_files(source("*.json*"), tmp_path))) == 6
-    assert len(find_files(["*.jsonl", "a.*"], tmp_path)) == 1
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("x.jsonl", b'{"a": 1}\n{"a": \n', r"x.jsonl:2: not valid JSON"),
-        ("x.jsonl", b'{"a": 1}\n[1]\n', r"x.jsonl:2: holds list where a record"),
-        ("x.jsonl", b'{"a": "\xff"}\n', "not UTF-8"),
-        ("x.jsonl.gz", b"plain", "not a complete gzip file"),
-        ("x.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 999)[:-9], "not a complete gzip file"),
-        ("x.json", b'{"a": 1}\n{"a": 2}', r"x.json:2: not valid JSON: Extra data. One record a line\? Name it .jsonl"),
-        ("x.json", b'{"a": 1}', "holds dict; expected a list"),
-        ("x.parquet", b"nope", "not a readable Parquet"),
-        ("x.csv", b"a,b\n1,2,3\n", r"x.csv:2: more cells than the header's 2"),
-        ("x.csv", b'a,b\n"1"x,2\n', r"x.csv:2: not valid CSV"),
-    ],
+from align.data import embedded
+from align.data.records import BadRecord
+from align.data.rows import assistant, user, write_rows
+from align.data.source_configs import (
+    ArtifactSource,
+    EmbeddedSource,
+    FilesSource,
+    HubSource,
+    InputSource,
+    PythonSource,
+    labels,
 )
-def test_unreadable_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        list(read_files(source(name), tmp_path))
+from align.data.sources import Item, choose_format, find_files, identity, read
+from align.errors import UserError
+from align.stage import Config
+from align.validation import validate
+
+ZEROS = "0" * 40
 
 
-def test_missing_and_unknown_files(tmp_path: Path) -> None:
-    write_all(tmp_path)
+def records(items: Iterator[Item]) -> list[dict[str, Any]]:
+    found = list(items)
+    assert not any(isinstance(item, BadRecord) for item in found), found
+    return [item[1] for item in found if not isinstance(item, BadRecord)]
+
+
+def source(*paths: str, **more: Any) -> FilesSource:
+    return FilesSource(type="files", paths=list(paths), **more)
+
+
+def test_files_by_path_and_glob_each_once(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.jsonl", "c.csv"):
+        (tmp_path / name).write_text(json.dumps({"a": name}) if name != "c.csv" else "a\nc.csv\n")
+    assert [r["a"] for r in records(read(source("*"), tmp_path))] == ["a.jsonl", "b.jsonl", "c.csv"]
+    assert [p.name for p in find_files(["c.csv", "*.jsonl", "a.*"], tmp_path)] == ["c.csv", "a.jsonl", "b.jsonl"]
     with pytest.raises(UserError, match=r"no file matches 'a.jsonll' .*Did you mean 'a.jsonl'"):
         find_files(["a.jsonll"], tmp_path)
     (tmp_path / "f.txt").write_text("x")
-    with pytest.raises(UserError, match=r"f.txt: unknown kind of file"):
+    with pytest.raises(UserError, match=r"f.txt: unknown kind of file; known are .jsonl, .jsonl.gz"):
         find_files(["f.txt"], tmp_path)
 
 
-def test_identity_is_the_content(tmp_path: Path) -> None:
+def test_identity_of_files_is_their_content(tmp_path: Path) -> None:
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "a.jsonl").write_text("{}\n")
@@ -81,17 +62,188 @@ def test_identity_is_the_content(tmp_path: Path) -> None:
     assert identity(source("one/a.jsonl"), tmp_path) != before
 
 
-def test_unreachable_hub_names_the_dataset_and_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def hub(**more: Any) -> HubSource:
+    return HubSource(type="hub", dataset="o/n", revision=ZEROS, format="messages", **more)
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_hub_datasets_are_read_at_their_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool
+) -> None:
+    import datasets
+
+    repository = tmp_path / "repository"
+    (repository / "en").mkdir(parents=True)
+    lines = [{"messages": [user("a"), assistant(str(number))], "n": number} for number in range(3)]
+    (repository / "en" / "test.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    load, asked = datasets.load_dataset, {}
+
+    def local(name: str, config: str | None, *, revision: str, **options: Any) -> Any:
+        asked.update(name=name, config=config, revision=revision, **options)
+        return load(str(repository), cache_dir=str(tmp_path / "cache"), **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", local)
+    found = list(read(hub(split="test", data_dir="en", streaming=streaming), tmp_path))
+    assert asked == {
+        "name": "o/n", "config": None, "revision": ZEROS, "data_dir": "en", "split": "test", "streaming": streaming
+    }  # fmt: skip
+    assert [item[0] for item in found] == [f"o/n test: record {number}" for number in (1, 2, 3)]
+    assert [item[1] for item in found] == lines
+    assert identity(hub(), tmp_path) == {"o/n": ZEROS}
+
+
+def test_files_of_a_hub_repository_are_read_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    (tmp_path / "blob.jsonl").write_text('{"a": 1}\n{broken\n')
+
+    def fetched(name: str, file: str, *, repo_type: str, revision: str) -> str:
+        assert (name, file, repo_type, revision) == ("o/n", "trees/x.jsonl", "dataset", ZEROS)
+        return str(tmp_path / "blob.jsonl")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetched)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *_, **__: ["README.md", "trees/x.jsonl"])
+    for pattern in ("trees/x.jsonl", "trees/*"):
+        good, bad = read(hub(files=[pattern]), tmp_path)
+        assert good == ("o/n/trees/x.jsonl:1", {"a": 1})
+        assert isinstance(bad, BadRecord) and bad.where == "o/n/trees/x.jsonl:2"
+    with pytest.raises(UserError, match=r"has no file 'tree/\*'. Known here: trees/x.jsonl.$"):
+        list(read(hub(files=["tree/*"]), tmp_path))
+    with pytest.raises(UserError, match="README.md: unknown kind of file"):
+        list(read(hub(files=["README.md"]), tmp_path))
+
+
+def test_unreachable_hub_names_the_dataset_and_the_way_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import datasets
 
     def unreachable(*arguments: object, **options: object) -> None:
-        assert options["revision"] == "0" * 40
         raise ConnectionError("Couldn't reach 'o/n' on the Hub (LocalEntryNotFoundError)\nmore")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    hub = HubSource(type="hub", dataset="o/n", revision="0" * 40, format="messages")
     with pytest.raises(
         UserError, match=r"the Hub dataset 'o/n' at 000000000000 could not be read: Couldn't reach"
     ) as caught:
-        list(read_hub(hub))
+        list(read(hub(), tmp_path))
     assert "stages.data.files=" in str(caught.value) and "more" not in str(caught.value)
+
+
+MODULE = """
+def make(count, word="x"):
+    for number in range(count):
+        yield {"prompt": f"{word}{number}"}
+    yield "no record"
+    yield {"prompt": "\\ud800"}
+    raise KeyError("gone")
+"""
+
+
+def test_generators_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "made_for_sources.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    made = PythonSource(type="python", function="made_for_sources:make", arguments={"count": 2, "word": "y"})
+    items = read(made, tmp_path)
+    assert next(items) == ("made_for_sources:make: record 1", {"prompt": "y0"})
+    assert next(items) == ("made_for_sources:make: record 2", {"prompt": "y1"})
+    odd, half = next(items), next(items)
+    assert isinstance(odd, BadRecord) and odd.where == "made_for_sources:make: record 3"
+    assert isinstance(half, BadRecord) and "surrogate" in half.problem
+    with pytest.raises(
+        UserError, match="make failed after 4 records with KeyError: 'gone'. It was called with count=2"
+    ):
+        next(items)
+    before = identity(made, tmp_path)
+    assert list(before) == ["made_for_sources:make"] and "sha256:" in before["made_for_sources:make"]
+    (tmp_path / "made_for_sources.py").write_text(MODULE + "# more\n")
+    assert identity(made, tmp_path) != before
+    missing = made.model_copy(update={"function": "made_for_sources:mak"})
+    with pytest.raises(
+        UserError, match="function 'made_for_sources:mak': .* has no function 'mak'. Did you mean 'make'"
+    ):
+        list(read(missing, tmp_path))
+
+
+def artifact(folder: Path, key: str = "abc") -> Path:
+    row = {"id": "1", "source": "s", "prompt": [user("a")], "checks": ""}
+    folder.mkdir()
+    write_rows(folder / "train-00000-of-00002.parquet", [row])
+    write_rows(folder / "train-00001-of-00002.parquet", [row | {"id": "2", "score": 1.0}])
+    write_rows(folder / "test.parquet", [row | {"id": "3"}])
+    (folder / "record.json").write_text(json.dumps({"key": key}))
+    return folder
+
+
+def test_artifacts_and_inputs_give_their_rows(tmp_path: Path) -> None:
+    folder = artifact(tmp_path / "one")
+    found = list(read(ArtifactSource(type="artifact", path="one"), tmp_path))
+    assert [item[0] for item in found] == ["one/train: row 1", "one/train: row 2", "one/test: row 1"]
+    assert [item[1]["id"] for item in found if not isinstance(item, BadRecord)] == ["1", "2", "3"]
+    assert "score" not in found[0][1] and found[1][1]["score"] == 1.0
+    given = InputSource(type="input", index=1, split="test")
+    assert [r["id"] for r in records(read(given, tmp_path, [tmp_path, folder]))] == ["3"]
+    assert identity(given, tmp_path, [tmp_path, folder]) == {"input 1": "abc"}
+    with pytest.raises(UserError, match=r"reads input 1, and the data stage was given 1 inputs"):
+        list(read(given, tmp_path, [folder]))
+
+
+def test_identity_of_an_artifact_is_its_key(tmp_path: Path) -> None:
+    artifact(tmp_path / "one")
+    one = ArtifactSource(type="artifact", path="one")
+    assert identity(one, tmp_path) == {"artifact": "abc"}
+    (tmp_path / "one" / "record.json").write_text("{}")
+    with pytest.raises(UserError, match="not the record of an artifact"):
+        identity(one, tmp_path)
+    (tmp_path / "one" / "record.json").unlink()
+    with pytest.raises(UserError, match="no finished artifact .it has no record.json."):
+        identity(one, tmp_path)
+
+
+def test_embedded_rows_follow_the_recipes_seed(tmp_path: Path) -> None:
+    made = EmbeddedSource(type="embedded", size=20, families=["title"])
+    assert records(read(made, tmp_path, seed=3)) == embedded.generate(20, 3, ["title"])
+    assert records(read(made, tmp_path, seed=4)) != embedded.generate(20, 3, ["title"])
+
+
+def test_a_chosen_format_comes_with_all_records(tmp_path: Path) -> None:
+    lines = [json.dumps({"question": f"q{number}", "answer": "1 #### 2"}) for number in range(150)]
+    (tmp_path / "a.jsonl").write_text("\n".join([lines[0], "{broken", *lines[1:]]))
+    found = source("a.jsonl")
+    form, why, items = choose_format(found, read(found, tmp_path), "instructions")
+    assert (form, why) == ("gsm8k", "gsm8k: 99 of 99 records have answer, question; that covers prompt_completion")
+    every = list(items)
+    assert len(every) == 151 and isinstance(every[1], BadRecord)
+    named = source("a.jsonl", format="prompt_completion")
+    assert choose_format(named, read(named, tmp_path))[:2] == ("prompt_completion", "")
+    renamed = source("a.jsonl", options={"columns": {"question": "prompt", "answer": "completion"}})
+    assert choose_format(renamed, read(renamed, tmp_path), "instructions")[0] == "prompt_completion"
+
+
+def test_auto_on_nothing_it_can_read(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("{broken\n")
+    (tmp_path / "b.jsonl").write_text('{"text": "x"}\n')
+    with pytest.raises(BadRecord, match="a.jsonl:1: not valid JSON"):
+        choose_format(source("a.jsonl"), read(source("a.jsonl"), tmp_path))
+    with pytest.raises(UserError, match="^b.jsonl: format: auto finds no format"):
+        choose_format(source("b.jsonl"), read(source("b.jsonl"), tmp_path))
+
+
+def test_labels_are_names_or_origins_and_all_different() -> None:
+    one, same = source("a", "b"), source("a", "b")
+    hubs = hub(config="main"), hub(files=["x.jsonl"], name="trees")
+    assert labels([one, same, *hubs]) == ["a, b", "a, b (2)", "o/n main train", "trees"]
+    assert labels([source("x"), source("y", name="x")]) == ["x (2)", "x"]
+    with pytest.raises(ValueError, match="two sources are named 'x'"):
+        labels([source("x", name="x"), source("y", name="x")])
+
+
+class Holder(Config):
+    """Something with a source in it."""
+
+    source: HubSource
+
+
+def test_the_hubs_dataset_is_not_its_name() -> None:
+    given = {"type": "hub", "name": "openai/gsm8k", "revision": ZEROS}
+    with pytest.raises(UserError, match="a Hub dataset is written as dataset: openai/gsm8k; name is what the ledger"):
+        validate(Holder, {"source": given}, "r.yaml")
+    with pytest.raises(UserError, match="revision"):
+        validate(Holder, {"source": {"type": "hub", "dataset": "o/n", "revision": "main"}}, "r.yaml")
