@@ -223,7 +223,7 @@ class _Synthesis:
         if splits["train"] == 0:
             ties = "" if made.ties is None else f", {len(made.ties)} ties"
             raise UserError(
-                f"no train row came out ({levels}{ties}). See dropped.jsonl for why, samples.jsonl for what was said, in "
+                f"no train row came out ({levels}{ties}). See dropped.jsonl for why, and samples.jsonl, in "
                 f"{self.context.output}."
             )
         if splits["test"] == 0:

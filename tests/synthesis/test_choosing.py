@@ -1,0 +1,252 @@
+"""Which answers become rows: all of them, the best, pairs by score and by judge; with counts that add up."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from align.data.rows import Message, Row, user
+from align.rollouts.requests import Answer
+from align.synthesis.book import Book, split_by_prompt
+from align.synthesis.choosing import Answered, best_of, responses, score_all
+from align.synthesis.config import BestOfTask, PairsTask, ResponsesTask
+from align.synthesis.pairing import pair_by_judge, pair_by_score
+
+CUT = Answer("cut", finished=False)
+EMPTY, REFUSED, FAILED = Answer(" "), Answer("no", refused=True), Answer("", error="status 400")
+
+
+def _row(name: str = "r") -> Row:
+    return {"id": name, "source": "s", "prompt": [user(f"Q {name}")], "checks": "", "completion": None, "score": 3.0}
+
+
+def _one(*answers: Answer | str, name: str = "r") -> Answered:
+    return Answered(_row(name), [Answer(one) if isinstance(one, str) else one for one in answers])
+
+
+def _scored(*scored: tuple[Answer | str, float], name: str = "r") -> Answered:
+    one = _one(*(answer for answer, _ in scored), name=name)
+    values = iter([score for _, score in scored])
+    score_all([one], lambda rows, texts, cut: [next(values) for _ in texts])
+    return one
+
+
+def _texts(rows: list[Row]) -> list[str]:
+    return [row["completion"][0]["content"] for row in rows]
+
+
+def test_every_different_answer_becomes_a_row() -> None:
+    book = Book()
+    answered = [_one("a", "b", "a ", CUT, EMPTY, REFUSED, FAILED), _one(EMPTY, name="q")]
+    rows = responses(ResponsesTask(type="responses", n=7), answered, book)
+    assert rows == [
+        {"id": f"r-{at}", "source": "s", "prompt": [user("Q r")], "checks": "",
+         "completion": [{"role": "assistant", "content": text}]}
+        for at, text in ((0, "a"), (1, "b"))
+    ]  # fmt: skip
+    found = book.to_json()
+    assert found["answers"]["dropped"] == {
+        "cut off at max_tokens": 1, "empty answer": 2, "refused by the endpoint": 1, "request failed": 1,
+        "same as another answer": 1,
+    }  # fmt: skip
+    assert (found["answers"]["in"], found["answers"]["out"]) == (8, 2)
+    assert found["prompts"] | {"examples": 0} == {"in": 2, "out": 1, "dropped": {"no answer of use": 1}, "examples": 0}
+
+
+def test_one_answer_keeps_the_rows_name_and_a_cut_off_one_stays_where_asked() -> None:
+    rows = responses(ResponsesTask(type="responses", cut_off="keep"), [_one(CUT)], Book())
+    assert [(row["id"], row["completion"][0]["content"]) for row in rows] == [("r", "cut")]
+
+
+@pytest.mark.parametrize(
+    ("scored", "settings", "kept", "dropped"),
+    [
+        ([("a", 1), ("b", 3), ("c", 2)], {}, ["b"], {"not among the best": 2}),
+        ([("a", 1), ("b", 3), ("c", 3)], {}, ["b"], {"not among the best": 2}),
+        ([("a", 1), ("b", 3), ("c", 2)], {"keep": 2}, ["b", "c"], {"not among the best": 1}),
+        ([("a", 1), ("b", 3), ("b ", 3)], {"keep": 2}, ["b", "a"], {"same as another answer": 1}),
+        ([("a", 1), ("b", 3), ("c", 2)], {"keep": 2, "min_score": 3}, ["b"], {"score below min_score": 2}),
+        ([("a", 1), ("b", 3)], {"min_score": 3.5}, [], {"score below min_score": 2}),
+        ([("a", 1), ("a ", 1)], {}, [], {"all answers the same": 2}),
+        ([("a", 1), (EMPTY, 0)], {}, ["a"], {"empty answer": 1}),
+        ([(CUT, 9), ("b", 3)], {}, ["b"], {"cut off at max_tokens": 1}),
+        ([(CUT, 9), ("b", 3)], {"cut_off": "keep"}, ["cut"], {"not among the best": 1}),
+        ([(EMPTY, 0), (REFUSED, 0)], {}, [], {"empty answer": 1, "refused by the endpoint": 1}),
+    ],
+)
+def test_the_best_answers(scored: Any, settings: dict[str, Any], kept: list[str], dropped: dict[str, int]) -> None:
+    book = Book()
+    rows = best_of(BestOfTask(**{"type": "best_of", "n": 3} | settings), [_scored(*scored)], book)
+    assert _texts(rows) == kept
+    found = book.to_json()
+    assert found["answers"]["dropped"] == dropped
+    assert found["prompts"]["out"] == bool(kept)
+    for row in rows:
+        text = row["completion"][0]["content"]
+        assert row["score"] == next(score for answer, score in scored if text in (answer, getattr(answer, "text", "")))
+
+
+def test_why_a_prompt_gave_no_best_answer() -> None:
+    book = Book()
+    answered = [
+        _scored(("a", 1), ("b", 0), name="low"),
+        _scored(("a", 1), ("a", 1), name="same"),
+        _scored((EMPTY, 0), name="none"),
+    ]
+    assert best_of(BestOfTask(type="best_of", min_score=2), answered, book) == []
+    found = book.to_json()["prompts"]
+    assert found["dropped"] == {"all answers the same": 1, "no answer of use": 1, "no score reaches min_score": 1}
+    assert found["examples"]["no score reaches min_score"] == [{"where": "low", "text": "a", "detail": {"best": 1.0}}]
+
+
+def test_scores_go_to_their_answers() -> None:
+    answered = [_one("a", EMPTY, "ccc"), _one(FAILED), _one(CUT)]
+    seen: list[bool] = []
+
+    def length(rows: list[Row], texts: list[str], cut: list[bool]) -> list[float]:
+        seen.extend(cut)
+        return [len(text) for text in texts]
+
+    score_all(answered, length)
+    assert [one.scores for one in answered] == [[1.0, None, 3.0], [None], [3.0]]
+    assert seen == [False, False, True]
+
+
+def _pairs(**settings: Any) -> PairsTask:
+    return PairsTask(**{"type": "pairs", "n": 3} | settings)
+
+
+def test_pairs_by_score_and_their_ties() -> None:
+    book = Book()
+    answered = [
+        _scored(("a", 1), ("b", 3), (CUT, 2), name="x"),
+        _scored(("a", 1), ("b", 1), name="tied"),
+        _scored(("a", 1), ("b", 1.4), name="close"),
+        _scored(("a", 1), ("a", 1), name="same"),
+        _scored(("a", 1), (EMPTY, 0), name="few"),
+    ]
+    found = pair_by_score(_pairs(min_margin=0.5), answered, 1, book)
+    assert [
+        (pair["id"], pair["chosen"][0]["content"], pair["rejected"][0]["content"], pair["chosen_score"])
+        for pair in found.pairs
+    ] == [("x-1-0", "b", "a", 3.0)]
+    assert [(tie["id"], tie["why"], [one["score"] for one in tie["responses"]]) for tie in found.ties] == [
+        ("tied-0-1", "equal scores", [1.0, 1.0]), ("close-1-0", "margin below min_margin", [1.4, 1.0]),
+    ]  # fmt: skip
+    counts = book.to_json()
+    assert counts["comparisons"]["dropped"] == {"both answers the same": 1, "margin below min_margin": 1, "tie": 1}
+    assert (counts["comparisons"]["in"], counts["comparisons"]["out"]) == (4, 1)
+    assert counts["prompts"]["dropped"] == {"fewer than two answers of use": 1, "no answer better than another": 3}
+    assert (counts["answers"]["in"], counts["answers"]["out"]) == (11, 10)
+
+
+def test_all_pairs_by_score_keep_the_mark_of_a_cut_answer() -> None:
+    found = pair_by_score(_pairs(pairs="all"), [_scored(("a", 1), ("b", 3), (CUT, 2))], 1, Book())
+    assert sorted(pair["id"] for pair in found.pairs) == ["r-1-0", "r-1-2", "r-2-0"]
+    assert {pair["id"]: (pair["chosen_finished"], pair["rejected_finished"]) for pair in found.pairs} == {
+        "r-1-0": (True, True), "r-1-2": (True, False), "r-2-0": (False, True),
+    }  # fmt: skip
+
+
+def _judge(prefers: Callable[[str, str], str]) -> Callable[[list[list[Message]]], list[Answer]]:
+    """A judge that says what ``prefers(first, second)`` says."""
+
+    def ask(questions: list[list[Message]]) -> list[Answer]:
+        found = []
+        for (message,) in questions:
+            first, _, rest = message["content"].partition("### Answer A\n")[2].partition("\n\n### Answer B\n")
+            found.append(Answer(f"[[{prefers(first, rest.partition(chr(10))[0])}]]"))
+        return found
+
+    return ask
+
+
+def _by_judge(
+    answered: list[Answered], prefers: Callable[[str, str], str], **settings: Any
+) -> tuple[list[str], list[tuple[str, str]], Book]:
+    book = Book()
+    found = pair_by_judge(_pairs(**settings), answered, "rubric", _judge(prefers), 1, book)
+    assert all(pair["chosen_score"] == 1.0 and pair["rejected_score"] == 0.0 for pair in found.pairs)
+    pairs = [f"{pair['chosen'][0]['content']}>{pair['rejected'][0]['content']}" for pair in found.pairs]
+    return pairs, [(tie["id"], tie["why"]) for tie in found.ties], book
+
+
+def _longer(first: str, second: str) -> str:
+    return "C" if len(first) == len(second) else "A" if len(first) > len(second) else "B"
+
+
+VERDICTS = ("A", "B", "C", "?")
+
+
+@pytest.mark.parametrize(("straight", "swapped"), list(itertools.product(VERDICTS, VERDICTS)))
+def test_two_answers_in_both_orders(straight: str, swapped: str) -> None:
+    one = _one("left", "right")
+    pairs, ties, book = _by_judge([one], lambda first, _: straight if first == "left" else swapped)
+    wins = {("A", "B"): "left>right", ("B", "A"): "right>left"}
+    if (straight, swapped) in wins:
+        assert (pairs, ties) == ([wins[straight, swapped]], [])
+    elif "?" in (straight, swapped):
+        assert (pairs, ties) == ([], [])
+        assert book.to_json()["comparisons"]["dropped"] == {"verdict not readable": 1}
+    else:
+        why = "tie" if straight == swapped == "C" else "orders disagree"
+        assert (pairs, ties) == ([], [("r-0-1", why)])
+    assert one.verdicts[0]["said"] == [f"[[{straight}]]", f"[[{swapped}]]"]
+
+
+def test_best_and_worst_by_a_judge() -> None:
+    pairs, ties, book = _by_judge([_one("aa", "a", "aaa", "aa")], _longer, n=4)
+    assert (pairs, ties) == (["aaa>a"], [])
+    # four answers, of which two are the same text: five comparisons in both orders
+    assert sum(book.notes.values()) == 10
+    assert book.notes == {"judge said first": 5, "judge said second": 5}
+
+
+def test_every_pair_by_a_judge() -> None:
+    pairs, ties, book = _by_judge([_one("aa", "a", "bb")], _longer, pairs="all")
+    assert sorted(pairs) == ["aa>a", "bb>a"] and ties == [("r-0-2", "tie")]
+    counts = book.to_json()["comparisons"]
+    assert (counts["in"], counts["out"], counts["dropped"]) == (3, 2, {"tie": 1})
+
+
+def test_a_judge_who_goes_round_in_circles_prefers_nothing() -> None:
+    beats = {("x", "y"), ("y", "z"), ("z", "x")}
+    pairs, ties, _ = _by_judge([_one("x", "y", "z")], lambda one, other: "A" if (one, other) in beats else "B")
+    assert (pairs, [why for _, why in ties]) == ([], ["orders disagree"])
+
+
+def test_a_judge_who_always_takes_the_first_makes_no_pair() -> None:
+    pairs, ties, book = _by_judge([_one("x", "y"), _one("x", "y", name="q")], lambda *_: "A", n=2)
+    assert pairs == [] and [why for _, why in ties] == ["orders disagree"] * 2
+    assert book.notes == {"judge said first": 4}
+
+
+def test_answers_that_are_all_the_same_are_not_judged() -> None:
+    asked: list[Any] = []
+    book = Book()
+    found = pair_by_judge(_pairs(), [_one("x", "x", EMPTY)], "r", lambda q: asked.extend(q) or [], 1, book)  # type: ignore[func-returns-value]
+    assert (found.pairs, found.ties, asked) == ([], [], [])
+    assert book.to_json()["prompts"]["dropped"] == {"no answer better than another": 1}
+
+
+def test_splits_are_by_prompt_and_neither_is_empty() -> None:
+    rows = [{"prompt": [user(f"question {number // 2}")], "id": number} for number in range(200)]
+    found = split_by_prompt(rows, 0.2, 1)
+    assert len(found["train"]) + len(found["test"]) == 200 and 20 <= len(found["test"]) <= 60
+    assert not {row["prompt"][0]["content"] for row in found["train"]} & {
+        row["prompt"][0]["content"] for row in found["test"]
+    }
+    for size in (0.001, 0.999):
+        assert {len(part) for part in split_by_prompt(rows[:4], size, 1).values()} == {2}
+    assert split_by_prompt(rows[:1], 0.5, 1)["train"] != split_by_prompt(rows[:1], 0.5, 1)["test"]
+
+
+def test_a_book_that_does_not_add_up_is_a_bug() -> None:
+    book = Book()
+    book.take("prompts", 2)
+    book.keep("prompts")
+    with pytest.raises(AssertionError, match="does not add up"):
+        book.to_json()
