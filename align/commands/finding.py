@@ -11,6 +11,7 @@ from typing import Any
 
 from align.artifacts import Artifact, Kind
 from align.data.built import is_build
+from align.data.card import name_of
 from align.errors import UserError
 from align.pipeline import Pipeline
 from align.runner import Listener, Run, open_store, run_pipeline
@@ -41,7 +42,7 @@ def find_build(word: str, store: str | None = None, workers: int | None = None) 
     if path.is_dir():
         if not is_build(path):
             raise UserError(f"{word}: no train or test Parquet files in it; `align data build RECIPE` makes a build.")
-        return Build(path, path.resolve().name)
+        return Build(path, name_of(path))
     if path.suffix in RECIPE_SUFFIXES:
         run = build_recipe(word, store, workers=workers)
         return Build(run.artifacts[STAGE].path, path.stem, run)
@@ -50,7 +51,7 @@ def find_build(word: str, store: str | None = None, workers: int | None = None) 
     artifact = open_store(None, store).resolve(word)
     if artifact.kind not in DATA:
         raise UserError(f"{word} is a {artifact.kind}, not rows.")
-    return Build(artifact.path, artifact.stage)
+    return Build(artifact.path, name_of(artifact.path))
 
 
 def recipe_pipeline(

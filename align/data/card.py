@@ -59,6 +59,16 @@ def recipe_of(folder: Path) -> dict[str, Any]:
     return recipe if isinstance(recipe, dict) else {}
 
 
+def name_of(folder: Path) -> str:
+    """What a build's card calls it, else the folder's name."""
+    try:
+        front = (folder / CARD).read_text(encoding="utf-8").split("---")[1]
+        name = (yaml.safe_load(front) or {}).get("pretty_name")
+    except (OSError, UnicodeDecodeError, IndexError, AttributeError, yaml.YAMLError):
+        name = None
+    return str(name or folder.resolve().name)
+
+
 def metadata(
     folder: Path, recipe: Mapping[str, Any], ledger: Mapping[str, Any], name: str, licence: Licence
 ) -> DatasetCardData:

@@ -31,6 +31,8 @@ HERE = Path(__file__).parent
 PREVIEW = "preview.html"
 MOST_TEXT = 3_000
 """Characters of one message or run of tokens; the middle of a longer one is left out."""
+MOST_CONTEXT = 900
+"""Characters of a run of tokens that is not trained on, so that what is trained on stays in sight."""
 MOST_NOTES = 4_000
 
 
@@ -147,7 +149,12 @@ def _sample(row: Row, split: str, tokenizer: Any, max_length: int | None) -> dic
     shown: dict[str, Any] = {"id": row.get("id", ""), "split": split, "views": [], "turns": [], "answers": []}
     if tokenizer is not None:
         for view in views(tokenizer, row, max_length):
-            cut = [Piece(_shortened(piece.text), piece.trained, piece.special) for piece in view.pieces(tokenizer)]
+            cut = [
+                Piece(
+                    _shortened(piece.text, MOST_TEXT if piece.trained else MOST_CONTEXT), piece.trained, piece.special
+                )
+                for piece in view.pieces(tokenizer)
+            ]
             shown["views"].append(
                 {
                     "title": view.title,

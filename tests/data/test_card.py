@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from align.data.card import recipe_of, size_category, write_card
+from align.data.card import name_of, recipe_of, size_category, write_card
 from tests.data.by_hand import HOSTILE, pair, row, write_build
 
 RECIPE = {
@@ -80,7 +80,14 @@ def test_the_body_accounts_for_sources_steps_and_recipe(build: Path) -> None:
     assert "| train | 6 | 2 | `1111111111111111` |" in text
     recipe = re.search(r"```yaml\n(.*?)\n```", text, re.DOTALL)
     assert recipe is not None and yaml.safe_load(recipe[1]) == RECIPE
-    assert recipe_of(build) == RECIPE
+    assert recipe_of(build) == RECIPE and name_of(build) == "demo"
+
+
+def test_a_folder_without_a_card_of_ours_has_its_own_name_and_no_recipe(tmp_path: Path) -> None:
+    for text in (None, "hello", "---\n- a\n---\n", "---\n{\n---\n## Recipe\n\n```yaml\n{\n```\n"):
+        if text is not None:
+            (tmp_path / "README.md").write_text(text)
+        assert name_of(tmp_path) == tmp_path.name and recipe_of(tmp_path) == {}
 
 
 def test_an_unknown_licence_is_said_plainly(build: Path) -> None:
