@@ -98,9 +98,8 @@ class HubSource(RecordSource):
     data_dir: str | None = None
     """Folder inside the dataset's repository."""
     files: list[str] | None = Field(None, min_length=1)
-    """Files of the repository, by path or pattern, to read as they are: for nested records (trees, calls of tools),
-    which tables of the ``datasets`` library fill with fields of other records. ``split`` and ``config`` then mean
-    nothing."""
+    """Files of the repository, by path or pattern, to read as they are: those that its configurations leave out (Open
+    Assistant's trees), or whose field types should not be inferred. ``split`` and ``config`` then mean nothing."""
     streaming: bool = True
     """Read records as they arrive; false downloads the dataset into the Hub's cache first, which pays when a recipe is
     built again and again."""

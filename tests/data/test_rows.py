@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
-from align.data.rows import assistant, normalised, prompt_key, read_rows, user, write_rows
+from align.data.rows import (
+    assistant,
+    iter_rows,
+    merged_schema,
+    normalised,
+    prompt_key,
+    read_rows,
+    row_id,
+    user,
+    write_rows,
+)
 from align.errors import UserError
 
 
@@ -39,3 +50,64 @@ def test_normalised_keeps_signs_and_drops_punctuation() -> None:
     assert normalised("3 + 4") != normalised("3 - 4")
     one, two = {"prompt": [user("a"), assistant("b")]}, {"prompt": [user("a b")]}
     assert prompt_key(one) != prompt_key(two)
+
+
+CALL = '[{"function": {"name": "f"}}]'
+
+
+def called(name: str) -> dict:
+    calling = {"role": "assistant", "content": "", "tool_calls": CALL}
+    result = {"role": "tool", "content": "1", "name": "f"}
+    return {"id": name, "source": "s", "prompt": [user("a"), calling, result], "checks": "", "tools": "[]"}
+
+
+def test_calls_of_tools_are_fields_of_the_messages_that_have_them(tmp_path: Path) -> None:
+    plain = {"id": "2", "source": "s", "prompt": [user("a")], "checks": "", "completion": [assistant("b")]}
+    write_rows(tmp_path / "both.parquet", [called("1"), plain])
+    assert read_rows(tmp_path / "both.parquet") == [called("1") | {"completion": None}, plain | {"tools": None}]
+    write_rows(tmp_path / "plain.parquet", [plain])
+    # A message with a call that is None counts as one with a call to many a chat template.
+    assert "tool_calls" not in str(pq.read_schema(tmp_path / "plain.parquet"))
+    assert read_rows(tmp_path / "plain.parquet") == [plain]
+
+
+def test_files_with_other_columns_fit_one_schema(tmp_path: Path) -> None:
+    labelled = {"id": "2", "source": "s", "prompt": [user("a")], "checks": "", "label": False}
+    write_rows(tmp_path / "0.parquet", [labelled])
+    write_rows(tmp_path / "1.parquet", [called("1")])
+    tables = [pq.read_table(tmp_path / f"{number}.parquet") for number in (0, 1)]
+    schema = merged_schema(table.schema for table in tables)
+    assert schema.names == ["id", "source", "prompt", "checks", "label", "tools"]
+    cast = tables[0]["prompt"].cast(schema.field("prompt").type)
+    assert cast.to_pylist()[0][0] == user("a") | {"tool_calls": None, "name": None}
+
+
+def test_responses_keep_scores_ranks_and_what_more_there_is(tmp_path: Path) -> None:
+    base = {"source": "s", "prompt": [user("a")], "checks": ""}
+    responses = [{"content": "x", "score": 1.5, "rank": None}, {"content": "y", "score": None, "rank": 0, "model": "m"}]
+    write_rows(tmp_path / "a.parquet", [{"id": "1", **base, "responses": responses}])
+    assert read_rows(tmp_path / "a.parquet")[0]["responses"] == responses
+
+
+def test_rows_are_read_over_shards_one_by_one(tmp_path: Path) -> None:
+    for shard in (0, 1):
+        rows = [called(f"{shard}-{number}") for number in range(5)]
+        write_rows(tmp_path / f"train-0000{shard}-of-00002.parquet", rows)
+    read = iter_rows(tmp_path / "train.parquet", batch_size=2)
+    assert [row["id"] for row in read] == [f"{shard}-{number}" for shard in (0, 1) for number in range(5)]
+
+
+def test_ids_follow_the_content(tmp_path: Path) -> None:
+    base = {"prompt": [user("A?")], "completion": [assistant("b")]}
+    assert row_id(base) == row_id(base | {"prompt": [user("a")], "source": "s", "tools": "", "label": None})
+    others = [
+        base,
+        base | {"completion": [assistant("B")]},
+        base | {"tools": "[]"},
+        base | {"label": True},
+        base | {"label": False},
+        base | {"responses": [{"content": "x"}]},
+        called("1"),
+        called("1") | {"prompt": [user("a"), assistant(""), {"role": "tool", "content": "1"}]},
+    ]
+    assert len({row_id(row) for row in others}) == len(others)

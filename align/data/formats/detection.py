@@ -214,4 +214,5 @@ def _nothing(records: Sequence[Record], counts: dict[str, int], kind: str | None
         text += f" Nearly: {'; '.join(map(spelled, near))}."
     if "ranked" in near and _item(record) is not None:
         text += " A list of answers without ranks or scores is read with format: ranked, the best first."
-    return text + " options.columns renames fields; every format is listed in docs/data.md."
+    every = sorted(form for form, kinds in KINDS.items() if form != "rows" and kind in (None, *kinds))
+    return f"{text} options.columns renames fields. The formats are {', '.join(every)}."

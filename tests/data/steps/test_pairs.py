@@ -1,0 +1,140 @@
+"""Pairs of several answers: by score and by rank, with margins, caps, ties and equal texts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.data.rows import Dropped, Row, assistant, user
+from align.data.steps.base import StepContext
+from align.data.steps.pairs import PairsStep
+from align.errors import UserError
+
+
+def made(row: Row, kind: str = "preferences", seed: int = 0, **settings: Any) -> Row | Dropped | list[Row]:
+    context = StepContext(kind, seed, Path(), Path())
+    (found,) = PairsStep(type="pairs", **settings).start(context).apply([row])
+    return found
+
+
+def pairs(row: Row, **settings: Any) -> list[str]:
+    """Pairs as ``better>worse``."""
+    found = made(row, **settings)
+    assert isinstance(found, list), found
+    return [f"{one['chosen'][0]['content']}>{one['rejected'][0]['content']}" for one in found]
+
+
+def row(*responses: dict[str, Any], **more: Any) -> Row:
+    return {
+        "id": "r", "source": "s", "prompt": [user("q")], "checks": "c", "_where": "f:1",
+        "responses": list(responses), **more,
+    }  # fmt: skip
+
+
+def scored(*values: float | None) -> Row:
+    """Answers a, b, c with these scores."""
+    return row(*({"content": "abcdef"[at], "score": value, "rank": None} for at, value in enumerate(values)))
+
+
+def ranked(*places: int | None) -> Row:
+    return row(*({"content": "abcdef"[at], "score": None, "rank": place} for at, place in enumerate(places)))
+
+
+def test_ways_to_compare() -> None:
+    four = scored(2, 1, 4, 3)
+    assert pairs(four) == ["c>b"]
+    assert pairs(four, how="all") == ["a>b", "c>a", "d>a", "c>b", "d>b", "c>d"]
+    assert pairs(four, how="adjacent") == ["c>d", "d>a", "a>b"]
+    by_seed = {pairs(four, how="best_random", seed=seed)[0] for seed in range(30)}
+    assert by_seed == {"c>a", "c>b", "c>d"}
+    assert pairs(four, how="best_random", seed=5) == pairs(four, how="best_random", seed=5)
+    # A random rejected answer is one that is worse, not one that ties.
+    assert {pairs(scored(4, 4, 4, 1), how="best_random", seed=seed)[0] for seed in range(20)} == {"a>d"}
+
+
+def test_ranks_count_from_the_best() -> None:
+    assert pairs(ranked(1, 0, 2)) == ["b>c"]
+    assert pairs(ranked(1, 0, 2), how="adjacent") == ["b>a", "a>c"]
+    assert pairs(ranked(0, 0, 1), how="all") == ["a>c", "b>c"]
+    found = made(ranked(1, 0))
+    assert isinstance(found, list) and "chosen_score" not in found[0]
+    # Answers without a rank are not compared, and a score says more than a rank.
+    assert pairs(ranked(None, 1, 0), how="all") == ["c>b"]
+    both = row({"content": "a", "score": 1.0, "rank": 0}, {"content": "b", "score": 2.0, "rank": 1})
+    assert pairs(both) == ["b>a"]
+
+
+def test_a_pair_has_all_that_a_row_needs() -> None:
+    cut = row({"content": "a", "score": 1.0, "finished": False}, {"content": "b", "score": 0.0}, tools="[]", score=3.0)
+    assert made(cut) == [
+        {
+            "id": "r-0-1", "source": "s", "prompt": [user("q")], "checks": "c", "_where": "f:1", "tools": "[]",
+            "chosen": [assistant("a")], "rejected": [assistant("b")], "chosen_score": 1.0, "rejected_score": 0.0,
+            "chosen_finished": False,
+        }
+    ]  # fmt: skip
+
+
+def test_margins_and_the_most_pairs_of_a_prompt() -> None:
+    four = scored(1, 2, 4, 4.5)
+    assert set(pairs(four, how="all", margin=2.5)) == {"c>a", "d>a", "d>b"}
+    assert pairs(four, how="all", max_per_prompt=2) == ["d>a", "c>a"]
+    assert set(pairs(ranked(0, 1, 2), how="all", margin=2)) == {"a>c"}
+    assert made(four, margin=4) == Dropped("answers nearer than the margin", {"scores": [1.0, 2.0, 4.0, 4.5]})
+    lone = scored(5, 4, 1)
+    assert {pairs(lone, how="best_random", margin=2, seed=seed)[0] for seed in range(20)} == {"a>c"}
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (scored(1, 1), "answers tie"),
+        (scored(1, None), "fewer than two answers with a score or a rank"),
+        (
+            row({"content": "a", "score": 2.0}, {"content": " ", "score": 1.0}),
+            "fewer than two answers with a score or a rank",
+        ),
+        (row({"content": "a", "score": 2.0}, {"content": "a ", "score": 1.0}), "answers are the same"),
+        ({"id": "r", "prompt": [user("q")]}, "no answers to compare"),
+    ],
+)
+def test_rows_that_make_no_pair(given: Row, reason: str) -> None:
+    found = made(given)
+    assert isinstance(found, Dropped) and found.reason == reason
+
+
+def test_equal_texts_are_left_out_of_the_pairs_of_others() -> None:
+    same = row(*({"content": text, "score": float(at)} for at, text in enumerate(("a", "b", "b "))))
+    assert pairs(same, how="all") == ["b>a", "b >a"]
+
+
+def test_pairs_that_are_there_already_stay_unless_their_scores_say_otherwise() -> None:
+    pair = {"id": "r", "prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("b")]}
+    assert made(pair) is pair
+    assert made(pair | {"chosen_score": 2.0, "rejected_score": 1.0}, margin=1) == pair | {
+        "chosen_score": 2.0, "rejected_score": 1.0
+    }  # fmt: skip
+    tie = {"chosen_score": 1.0, "rejected_score": 1.0}
+    assert made(pair | tie) == Dropped("scores tie", tie)
+    near = {"chosen_score": 1.0, "rejected_score": 0.5}
+    assert made(pair | near, margin=1) == Dropped("scores nearer than the margin", near)
+    against = pair | {"chosen_score": 0.0, "rejected_score": 1.0}
+    assert made(against) is against  # a label may contradict a score on purpose
+    assert isinstance(made(against, margin=0.1), Dropped)
+    assert made(pair | {"rejected": [assistant("a")]}) == Dropped("chosen equals rejected")
+
+
+def test_unpaired_data_gets_labels_and_none_that_contradict() -> None:
+    found = made(scored(3, 2, 1), "unpaired", how="all")
+    assert isinstance(found, list)
+    assert [(one["completion"], one["label"]) for one in found] == [([assistant("a")], True), ([assistant("c")], False)]
+    assert [one["id"] for one in found] == ["r-0", "r-2"] and "responses" not in found[0]
+    labelled = {"id": "r", "prompt": [user("q")], "completion": [assistant("a")], "label": True}
+    assert made(labelled, "unpaired") is labelled
+
+
+def test_other_kinds_have_no_pairs() -> None:
+    with pytest.raises(UserError, match="pairs makes preferences, and the recipe's kind is instructions"):
+        made(scored(1, 2), "instructions")
