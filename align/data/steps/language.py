@@ -6,7 +6,7 @@ Leaves out mixed rows: one judgement is made of all that is looked at. docs/deci
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Literal, Self
@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from align.data.rows import Dropped, Row
 from align.data.steps.base import RowStep, StepContext
-from align.data.steps.texts import Sides, excerpt, prompt_texts, reply_texts
+from align.data.steps.texts import Sides, excerpt, prompt_texts, reply_texts, without_code
 from align.stage import Config
 
 # ISO 639 codes that lid.176 knows.
@@ -30,9 +30,8 @@ LANGUAGES = frozenset(
     """.split()  # noqa: SIM905  (a list of 176 strings is no easier to read)
 )
 
-_READ = 1000
-"""Characters of each text that are read: more changes no judgement, and long turns do not drown the others."""
-_CODE = re.compile(r"^ {0,3}(`{3,}|~{3,})[^\n]*\n.*?(?:^ {0,3}\1[`~]*[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
+_OF_EACH, _OF_ALL = 400, 1000
+"""Characters read of each text and of all: more changes no judgement, and a long turn does not drown the others."""
 _NO_WORDS = re.compile(r"`[^`\n]*`|https?://\S+|[\d_=+*/<>|{}\[\]()#\\^~$%&@-]+")
 
 
@@ -82,10 +81,8 @@ def load_detector() -> Callable[[str], tuple[str, float]]:
 
 
 def readable(text: str) -> str:
-    """The part of a text that is language: no code, no addresses, no numbers; at most its first 1,000 characters."""
-    if "```" in text or "~~~" in text:
-        text = _CODE.sub("\n", text)
-    return _NO_WORDS.sub(" ", text[:_READ])
+    """The part of a text that is language: no code, no addresses, no numbers; at most its first 400 characters."""
+    return " ".join(_NO_WORDS.sub(" ", without_code(text)[:_OF_EACH]).split())
 
 
 class _Languages:
@@ -96,13 +93,19 @@ class _Languages:
     def apply(self, rows: list[Row]) -> Sequence[Row | Dropped]:
         return [self._judge(row) or row for row in rows]
 
-    def _judge(self, row: Row) -> Dropped | None:
-        texts: list[str] = []
-        if self._config.over != "reply":
-            texts += [text for _, text in prompt_texts(row, "user", "assistant")]
+    def _parts(self, row: Row) -> Iterator[str]:
+        """The replies, then the prompt's turns from the last to the first."""
         if self._config.over != "prompt":
-            texts += [text for _, text in reply_texts(row, self._sides)]
-        text = " ".join(" ".join(readable(text) for text in texts).split())
+            yield from (text for _, text in reply_texts(row, self._sides))
+        if self._config.over != "reply":
+            yield from (text for _, text in reversed(list(prompt_texts(row, "user", "assistant"))))
+
+    def _judge(self, row: Row) -> Dropped | None:
+        text = ""
+        for part in self._parts(row):
+            text = f"{text} {readable(part)}"
+            if len(text) >= _OF_ALL:
+                break
         if sum(map(str.isalpha, text)) < self._config.min_letters:
             return None
         language, confidence = self._detect(text)

@@ -15,10 +15,11 @@ from align.data.steps.texts import Sides, change_texts, excerpt, prompt_texts, r
 Urls = Literal["keep", "drop", "strip"]
 
 _URL = r"(?:\b(?:https?|ftps?)://|\bwww\.(?=[\w-]+\.\w))[^\s<>\"`{}|\\^\[\]，。、）】》]+"
+_LINKED = rf"{_URL[:-2]}()]+(?:\([^\s()]*\))?(?: \"[^\"\n]{{0,300}}\")?"
 _ADDRESS = re.compile(_URL, re.IGNORECASE)
 # In this order: an image of Markdown, a link of Markdown (its words stay), an address in angle brackets, a bare one.
 _TAKE_OUT = re.compile(
-    rf"!\[[^\]\n]*\]\({_URL}\)|\[(?P<words>[^\]\n]+)\]\({_URL}(?: \"[^\"\n]*\")?\)|<{_URL}>|{_URL}", re.IGNORECASE
+    rf"!\[[^\]\n]{{0,300}}\]\({_LINKED}\)|\[(?P<words>[^\]\n]{{1,300}})\]\({_LINKED}\)|<{_URL}>|{_URL}", re.IGNORECASE
 )
 _TAIL = ".,;:!?'\"*_)"
 """What ends a sentence rather than an address."""
@@ -26,7 +27,7 @@ _TAIL = ".,;:!?'\"*_)"
 
 def has_url(text: str) -> bool:
     """A quick look that is never wrong when it says no."""
-    return "://" in text or "www." in text or "WWW." in text
+    return "://" in text or "www." in text.lower()
 
 
 def find_url(text: str) -> re.Match[str] | None:
@@ -36,10 +37,24 @@ def find_url(text: str) -> re.Match[str] | None:
 
 def strip_urls(text: str) -> str:
     """Text without addresses; the words of a Markdown link stay, and so does the punctuation after an address."""
-    return re.sub(r"(?<=\S)[ \t]+(?=[.,;:!?\n]|$)", "", _TAKE_OUT.sub(_instead, text)) if find_url(text) else text
+    if not has_url(text):
+        return text
+    parts: list[str] = []
+    at = 0
+    for match in _TAKE_OUT.finditer(text):
+        before, instead = text[at : match.start()], _instead(match)
+        at = match.end()
+        following = instead[:1] or text[at : at + 1]
+        if not match["words"] and (not following or following in _TAIL + "\n"):
+            before = before.rstrip(" \t")
+        elif following == " " and before[-1:] == " ":
+            before = before[:-1]
+        parts += [before, instead]
+    return "".join([*parts, text[at:]]) if parts else text
 
 
 def _instead(match: re.Match[str]) -> str:
+    """The words of a link, else the punctuation at the address's end that is not part of it."""
     if match["words"]:
         return match["words"]
     text = match[0]

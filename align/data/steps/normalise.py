@@ -134,7 +134,7 @@ def _whole(text: str) -> str:
 
 
 _OTHER_END = re.compile(r"[^\S\n]\n")
-_BLANK_START = re.compile(r"(?:[^\S\n]*\n)+")
+_BLANK_START = re.compile(r"\A(?:[^\S\n]*\n)+")
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 
 
@@ -146,7 +146,7 @@ def tidy_whitespace(text: str, blank_lines: int) -> str:
     """
     if _is_tidy(text, blank_lines):
         return text
-    text = _BLANK_START.sub("", text.replace("\r\n", "\n").replace("\r", "\n"), count=1)
+    text = _BLANK_START.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
     text = text if text.startswith(("    ", "\t")) else text.lstrip()
     lines: list[str] = []
     fence, blanks = "", 0

@@ -63,7 +63,7 @@ _EMAIL = re.compile(
     r"(?<![\w.%+/:-])[A-Za-z0-9][\w.%+-]{0,63}@(?:[A-Za-z0-9-]{1,63}\.)+[A-Za-z]{2,24}(?![\w@-])", re.ASCII
 )
 _EXAMPLE = re.compile(
-    r"@(?:[\w-]+\.)*(?:example\.\w+|example|test|invalid|localhost|domain\.com|email\.com)$", re.IGNORECASE
+    r"@(?:[\w-]+\.)*(?:example(?:-\w+)?\.\w+|example|test|invalid|localhost|domain\.com|email\.com)$", re.IGNORECASE
 )
 
 
@@ -76,13 +76,15 @@ def find_emails(text: str) -> Iterator[Span]:
 
 
 _DIGITS = re.compile(r"\d{2}")
-# In groups, as people write them: arithmetic ("168-122=46"), money, decimals and bare runs of digits are no numbers.
+# In groups, as people write them: arithmetic ("168-122=46"), money, decimals and bare runs of digits are no numbers,
+# nor is anything under nine digits, like years (2019-2020), which some country's plan takes for a local number.
 _PHONE = re.compile(
     r"(?<![\w.+*/=$€£#%-])(?<![-+*/=$€£] )"
-    r"(?:\+\d{1,3}[ .-]?(?:\(0\))?[ .-]?)?(?:\(\d{2,5}\)[ .-]?)?\d{1,5}(?:[ .-]\d{2,5}){1,4}"
+    r"(?:\+\d{1,3}[ .-]?(?:\(\d{1,5}\)[ .-]?)?\d{1,12}(?:[ .-]\d{1,8}){0,5}"  # +1 (202) 456-1111, +442079460018
+    r"|\(\d{2,5}\)[ .-]?\d{3,8}(?:[ .-]\d{2,5}){0,3}"  # (202) 456-1111
+    r"|\d{1,5}(?:[ .-]\d{2,5}){1,4})"  # 202-456-1111
     r"(?![\w%°])(?! ?[-+*/=×÷<>^] ?\d| ?=|[.,:]\d)"
 )
-_INTERNATIONAL = re.compile(r"(?<![\w+])\+\d{8,15}(?!\w)(?!\.\d)")
 
 
 def phone_finder(regions: Sequence[str]) -> Finder:
@@ -95,15 +97,16 @@ def phone_finder(regions: Sequence[str]) -> Finder:
                 number = phonenumbers.parse(candidate, region)
             except phonenumbers.NumberParseException:
                 continue
-            if phonenumbers.is_valid_number(number) and not _is_fictional(number):
+            if _is_fictional(number):
+                return False
+            if phonenumbers.is_valid_number(number):
                 return True
         return False
 
     def find(text: str) -> Iterator[Span]:
-        for pattern in (_PHONE, _INTERNATIONAL):
-            for match in pattern.finditer(text):
-                if 7 <= sum(map(str.isdigit, match[0])) <= 15 and is_number(match[0]):
-                    yield match.span()
+        for match in _PHONE.finditer(text):
+            if 9 <= sum(map(str.isdigit, match[0])) <= 15 and is_number(match[0]):
+                yield match.span()
 
     return find
 
@@ -151,7 +154,7 @@ def find_cards(text: str) -> Iterator[Span]:
 
     for match in _CARD.finditer(text):
         digits = re.sub(r"\D", "", match[0])
-        if _ISSUER.fullmatch(digits) and luhn.is_valid(digits) and len(set(digits)) > 3:
+        if _ISSUER.fullmatch(digits) and luhn.is_valid(digits):
             yield match.span()
 
 

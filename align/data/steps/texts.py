@@ -5,6 +5,7 @@ Torch-free. Leaves out what is looked for: that stands with each filter.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -73,6 +74,14 @@ def change_messages(messages: list[Message], change: Callable[[str], str]) -> li
         for old in (message.get("content"),)
     ]
     return new if any(one is not other for one, other in zip(new, messages, strict=True)) else messages
+
+
+_FENCED = re.compile(r"^ {0,3}(```|~~~).*?(?:^ {0,3}\1[`~]*[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
+
+
+def without_code(text: str) -> str:
+    """Text without fenced code; an open fence reaches to the end."""
+    return _FENCED.sub("", text) if "```" in text or "~~~" in text else text
 
 
 def excerpt(text: str, start: int, end: int, around: int = 40) -> str:

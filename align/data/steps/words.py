@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from align.data.rows import Dropped, Row
-from align.data.steps.texts import excerpt, prompt_texts, reply_texts
+from align.data.steps.texts import excerpt, prompt_texts, reply_texts, without_code
 
 SELF_INSTRUCT = (
     "image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps", "draw", "plot",
@@ -14,21 +14,17 @@ SELF_INSTRUCT = (
 )  # fmt: skip
 """What Self-Instruct (arXiv 2212.10560, its code) leaves out: a model that reads and writes text cannot do it."""
 
-# {{name}} as templates have it, [insert name here] and [Your Name] as letters do, and <noinput> as Alpaca's data does.
-_PLACEHOLDER = re.compile(
-    r"\{\{\s*[A-Za-z_][\w .-]{0,40}\}\}|\[\s*(?:insert|enter|add|fill in|your)\b[^\]\n]{0,60}\]|<\s*no ?input\s*>",
-    re.IGNORECASE,
-)
-_CODE = re.compile(r"^ {0,3}(```|~~~).*?(?:^ {0,3}\1[`~]*[ \t]*$|\Z)|`[^`\n]+`", re.MULTILINE | re.DOTALL)
+# {{name}} as templates have it and <noinput> as Alpaca's data does. [Your Name] stays: a letter on request ends so.
+_PLACEHOLDER = re.compile(r"(?<!\$)\{\{\s*[A-Za-z_][\w .-]{0,40}\}\}|<\s*no ?input\s*>", re.IGNORECASE)
+_CODE = re.compile(r"`[^`\n]+`")
 
 
-def find_placeholder(text: str) -> re.Match[str] | None:
+def find_placeholder(text: str) -> str | None:
     """The first placeholder outside code, where ``{{name}}`` is a template engine's."""
-    if "{{" not in text and "[" not in text and "<" not in text:
+    if "{{" not in text and "<" not in text:
         return None
-    if "`" in text or "~~~" in text:
-        text = _CODE.sub(lambda match: " " * len(match[0]), text)
-    return _PLACEHOLDER.search(text)
+    match = _PLACEHOLDER.search(_CODE.sub("", without_code(text)))
+    return match[0] if match else None
 
 
 class PlaceholderFilter:
@@ -40,10 +36,9 @@ class PlaceholderFilter:
 
     def _judge(self, row: Row) -> Dropped | None:
         for field, text in (*prompt_texts(row), *reply_texts(row, "both")):
-            match = find_placeholder(text)
-            if match:
-                quoted = excerpt(text, match.start(), match.end())
-                return Dropped("filter: placeholder", {"in": field, "excerpt": quoted})
+            found = find_placeholder(text)
+            if found:
+                return Dropped("filter: placeholder", {"in": field, "excerpt": found})
         return None
 
 

@@ -1,0 +1,37 @@
+"""Rows, and a way to run a row step, for the tests of row steps."""
+
+from pathlib import Path
+from typing import Any
+
+from align.data.rows import Dropped, Row, assistant, user
+from align.data.steps.base import StepContext
+from align.data.steps.filter import FilterStep
+
+CONTEXT = StepContext("instructions", 0, Path(), Path())
+
+
+def instruction(question: str = "What is rain?", answer: str = "Water that falls from clouds.", **more: Any) -> Row:
+    """A row with one turn and one reply."""
+    row = {"id": "a1", "source": "s", "checks": "", "prompt": [user(question)], "completion": [assistant(answer)]}
+    return row | {"_where": "file.jsonl:7"} | more
+
+
+def pair(chosen: str, rejected: str, question: str = "What is rain?") -> Row:
+    """A preference row."""
+    row = instruction(question)
+    del row["completion"]
+    return row | {"chosen": [assistant(chosen)], "rejected": [assistant(rejected)]}
+
+
+def run(rows: list[Row], **settings: Any) -> list[Any]:
+    """What a filter step with these settings makes of rows."""
+    return list(FilterStep(type="filter", **settings).start(CONTEXT).apply(rows))
+
+
+def reason(row: Row, **settings: Any) -> str | None:
+    """Why the row is dropped, or None where it passes as the very same object."""
+    (result,) = run([row], **settings)
+    if isinstance(result, Dropped):
+        return result.reason
+    assert result is row
+    return None

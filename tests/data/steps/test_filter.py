@@ -1,0 +1,209 @@
+"""The filter step as a whole: order of filters and rows, functions of one's own, settings, and counts on real data."""
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from align.data.rows import Dropped, Row, assistant, user
+from align.data.steps.filter import FilterStep
+from align.errors import UserError
+from tests.data.steps.rows_for_steps import CONTEXT, instruction, reason, run
+
+EVERYTHING: dict[str, Any] = {
+    "turns": {"max": 3}, "urls": "strip", "personal_data": {"action": "mask"}, "chars": {"max": 300},
+    "words": {"min_reply": 2},
+    "placeholders": True, "keywords": ["draw"], "boilerplate": {}, "repetition": {}, "language": {"keep": ["en"]},
+}  # fmt: skip
+
+
+def keep_even(row: Row) -> bool:
+    row["prompt"].clear()  # it has a copy
+    return row["number"] % 2 == 0
+
+
+def tell(row: Row) -> str | None:
+    return None if row["number"] > 0 else "  number is\nnot positive "
+
+
+def answer_with(row: Row) -> Any:
+    return row["told"]
+
+
+def fail(row: Row) -> bool:
+    raise KeyError("colour")
+
+
+def test_functions_of_ones_own():
+    rows = [instruction(number=number) for number in range(4)]
+    results = run(rows, where=f"{__name__}:keep_even")
+    assert [result is row for result, row in zip(results, rows, strict=True)] == [True, False, True, False]
+    assert results[1] == Dropped(f"filter: {__name__}:keep_even")
+    assert rows[0]["prompt"]
+    assert run(rows, where=f"{__name__}:tell")[0] == Dropped(
+        "filter: number is not positive", {"where": f"{__name__}:tell"}
+    )
+    assert reason(instruction(told=np.bool_(True)), where=f"{__name__}:answer_with") is None
+    assert reason(instruction(told=np.bool_(False)), where=f"{__name__}:answer_with") is not None
+
+
+@pytest.mark.parametrize("answer", [0, 1, "", [], 1.0])
+def test_functions_that_answer_oddly(answer):
+    with pytest.raises(
+        UserError, match=r"file.jsonl:7 \(id a1\): where '.*answer_with' returned .*; expected True or None"
+    ):
+        run([instruction(told=answer)], where=f"{__name__}:answer_with")
+
+
+def test_functions_that_fail_or_are_not_there():
+    with pytest.raises(UserError, match=r"file.jsonl:7 \(id a1\): where '.*:fail' raised KeyError: 'colour'"):
+        run([instruction()], where=f"{__name__}:fail")
+    with pytest.raises(UserError, match="has no 'keep_evn'. Did you mean 'keep_even'"):
+        FilterStep(type="filter", where=f"{__name__}:keep_evn").start(CONTEXT)
+    with pytest.raises(UserError, match="holds dict, expected a function"):
+        FilterStep(type="filter", where=f"{__name__}:EVERYTHING").start(CONTEXT)
+    with pytest.raises(UserError, match="where 'no.such:thing'"):
+        FilterStep(type="filter", where="no.such:thing").identities(Path())
+
+
+def test_the_key_holds_the_functions_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    step = FilterStep(type="filter", where="own_filter:keep")
+    (tmp_path / "own_filter.py").write_text("def keep(row): return True\n")
+    before = step.identities(tmp_path)
+    (tmp_path / "own_filter.py").write_text("def keep(row): return False\n")
+    assert step.identities(tmp_path)["where"] != before["where"]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({}, "no filter is set; set one of turns, urls, personal_data"),
+        ({"placeholders": False, "urls": "keep"}, "no filter is set"),
+        ({"wher": "a:b"}, "wher"),
+        ({"where": "a.b"}, "where"),
+        ({"urls": "remove"}, "urls"),
+        ({"keywords": []}, "keywords"),
+    ],
+)
+def test_wrong_settings(chosen, message):
+    with pytest.raises(ValidationError, match=message):
+        FilterStep(type="filter", **chosen)
+
+
+def test_the_first_filter_of_several_counts():
+    row = instruction("Draw a cat at www.a.org", "x" * 500)
+    assert reason(row, chars={"max": 100}, keywords=["draw"], urls="drop", turns={"max": 1}) == "filter: url"
+    assert reason(row, keywords=["draw"], chars={"max": 100}) == "filter: chars.max"
+    assert reason(row, keywords=["draw"]) == "filter: keyword draw"
+
+
+def test_lengths_are_measured_after_texts_were_changed():
+    row = instruction(answer="See https://a.org/" + "x" * 500)
+    assert reason(row, chars={"max_reply": 10}) == "filter: chars.max_reply"
+    (result,) = run([row], chars={"max_reply": 10}, urls="strip")
+    assert result == row | {"completion": [assistant("See")]}
+    (result,) = run([row], urls="strip", where=f"{__name__}:was_stripped")
+    assert isinstance(result, dict)
+
+
+def was_stripped(row: Row) -> bool:
+    return row["completion"][0]["content"] == "See"
+
+
+TEXTS = st.sampled_from(
+    [
+        "Plain words about rain.", "Draw a cat.", "As an AI, I cannot eat.", "Mail bob@acme.io now.", "x", "{{name}}",
+        "See www.a.org for it.", "Und jetzt noch ein Satz auf Deutsch, damit es nicht nur Englisch ist.",
+        "It loops again here. " * 9, "y" * 400,
+    ]
+)  # fmt: skip
+ROWS = st.lists(
+    st.builds(
+        lambda turns, reply, number: (
+            instruction(answer=reply, id=str(number))
+            | {"prompt": [(user, assistant)[index % 2](text) for index, text in enumerate(turns)]}
+        ),
+        st.lists(TEXTS, min_size=1, max_size=5),
+        TEXTS,
+        st.integers(0, 99),
+    ),
+    max_size=8,
+)
+STEP = FilterStep(type="filter", **EVERYTHING).start(CONTEXT)
+
+
+@settings(deadline=None, max_examples=200, derandomize=True)
+@given(ROWS)
+def test_one_result_a_row_in_order_whatever_the_batch(rows):
+    before = copy.deepcopy(rows)
+    results = STEP.apply(rows)
+    assert rows == before
+    assert len(results) == len(rows)
+    assert list(results) == [STEP.apply([row])[0] for row in rows]
+    for row, result in zip(rows, results, strict=True):
+        if not isinstance(result, Dropped):
+            assert (result["id"], result["_where"]) == (row["id"], row["_where"])
+            assert (result is row) == (result == row)
+            assert STEP.apply([result])[0] is result  # what passed once passes again, unchanged
+
+
+def shown() -> str:
+    texts = [
+        "As an AI, I cannot eat.",
+        "Draw it, plot it",
+        "a b " * 80,
+        "bob@acme.io",
+        "So ist das, mein lieber Freund. " * 2,
+    ]
+    results = run([instruction(text, text) for text in texts], **EVERYTHING)
+    return json.dumps([vars(result) if isinstance(result, Dropped) else result for result in results])
+
+
+def test_results_do_not_depend_on_the_process():
+    command = [sys.executable, "-c", "from tests.data.steps.test_filter import shown; print(shown())"]
+    environment = {"PYTHONHASHSEED": "1", "PYTHONPATH": ".", "LC_ALL": "C"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == shown()
+
+
+def test_configuring_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom align.data.steps.filter import FilterStep\n"
+        "from align.data.steps.normalise import NormaliseStep\n"
+        "FilterStep(type='filter', language={'keep': ['en']}, personal_data={}, boilerplate={}).identities(None)\n"
+        "NormaliseStep(type='normalise', fix_encoding=True)\n"
+        "heavy = ('torch', 'transformers', 'fasttext', 'phonenumbers', 'stdnum', 'ftfy')\n"
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
+
+
+def test_dolly_loses_little(shared_data: Path):
+    records = json.loads((shared_data / "dolly-3k" / "dolly_3k.json").read_text(encoding="utf-8"))
+    rows = [
+        instruction(
+            "\n\n".join(filter(None, (record["instruction"], record["input"]))), record["output"], id=str(index)
+        )
+        for index, record in enumerate(records)
+        if record["output"].strip()
+    ]
+    assert len(rows) > 2900
+    chosen = {name: EVERYTHING[name] for name in ("boilerplate", "repetition", "language", "placeholders")} | {
+        "personal_data": {}
+    }
+    dropped = [result.reason for result in run(rows, **chosen) if isinstance(result, Dropped)]
+    # Written by people in English: 4 say the same words again and again, 2 give an address.
+    assert len(dropped) <= 8, dropped
+    assert dropped.count("filter: personal data (email)") == 2
