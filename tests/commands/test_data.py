@@ -314,3 +314,12 @@ def test_what_needs_no_model_answers_without_torch(made: SimpleNamespace, by_han
             capture_output=True, text=True, env={**os.environ, "PYTHONPATH": "."},
         )  # fmt: skip
         assert "HEAVY []" in done.stderr, (words, done.stderr)
+
+
+def test_the_recipe_of_the_guide_is_one() -> None:
+    from align.data.recipe import Recipe
+    from align.validation import validate
+
+    guide = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    recipe = yaml.safe_load(guide.split("```yaml\n")[1].split("```")[0])
+    assert validate(Recipe, recipe, "docs/data.md").language == ["en"]
