@@ -87,17 +87,19 @@ class Findings:
     _rows: dict[str, set[Place]] = field(default_factory=dict)
     _examples: dict[str, list[Example]] = field(default_factory=dict)
 
-    def add(self, name: str, place: Place | None, excerpt: str) -> None:
-        """Note that the row at ``place`` (None: no particular one) has the fault ``name``; ``excerpt`` shows it."""
+    def add(self, name: str, place: Place | None, excerpt: str, alike: bool = False) -> None:
+        """Note that the row at ``place`` (None: no particular one) has the fault ``name``; ``excerpt`` shows it.
+
+        One example is enough where all rows' are ``alike``.
+        """
         assert name in RULES, name
         rows, examples = self._rows.setdefault(name, set()), self._examples.setdefault(name, [])
         if place in rows:
             return
         if place is not None:
             rows.add(place)
-        shown = _short(excerpt)
-        if len(examples) < MOST_EXAMPLES and all(shown != example.excerpt for example in examples):
-            examples.append(Example(place, shown))
+        if len(examples) < (1 if alike else MOST_EXAMPLES):
+            examples.append(Example(place, _short(excerpt)))
 
     def names(self) -> set[str]:
         """Names of the faults met so far."""

@@ -195,7 +195,7 @@ class Linter:
             check_labels(seen, options.limits, options.supervise, self.found)
             self._check_start(seen)
             if self.injected and seen.messages and seen.messages[0]["role"] != "system":
-                self.found.add("unexpected-system-prompt", seen.place, self.injected)
+                self.found.add("unexpected-system-prompt", seen.place, self.injected, alike=True)
         if [seen.side for seen in sequences] == ["chosen", "rejected"]:
             self._pairs.check(sequences[0], sequences[1], self.found)
 

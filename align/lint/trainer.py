@@ -26,7 +26,7 @@ KINDS: dict[str, StageKind] = {"SFTTrainer": "sft", "DPOTrainer": "dpo", "Reward
 
 @dataclass(frozen=True)
 class Split:
-    """A split as read, and what became of it: None where the linter is to encode it as the stage does."""
+    """A split as read, and what became of it (None for prompts, which the linter renders as the stage does)."""
 
     rows: Sequence[Row]
     encoded: Encoded | None = None
@@ -46,28 +46,39 @@ def ends_of(model: Any) -> frozenset[int]:
 
 
 def lint_stage(
-    context: StageContext,
-    stage: StageKind,
-    tokenizer: Any,
-    model: Any,
-    splits: Mapping[str, Split],
-    max_length: int,
-    trainer: Any = None,
+    context: StageContext, stage: StageKind, trainer: Any, splits: Mapping[str, Split], max_length: int
 ) -> list[Finding]:
     """Look at ``splits`` through the trainer's own dataset and collator, write ``findings.json``, and warn.
 
     Raises ``UserError`` for errors that the stage's ``lint.waive`` does not name.
     """
-    settings: LintSettings = context.config.lint
     began = time.perf_counter()
-    options = Options(
-        stage, limits_of(model, max_length), ends=ends_of(model), rows=settings.rows, seed=context.seed % 2**32
-    )
-    linter = Linter(tokenizer, options)
+    linter = _linter(context, stage, trainer.processing_class, trainer.model, max_length)
     for name, split in splits.items():
-        source = trainer.train_dataset if trainer is not None and name == "train" else None
-        _look(linter, name, split, source, None if trainer is None else trainer.data_collator)
-    findings = linter.result(settings.waive)
+        _look(linter, name, split, trainer.train_dataset if name == "train" else None, trainer.data_collator)
+    return _report(context, linter, began)
+
+
+def lint_prompts(
+    context: StageContext, tokenizer: Any, model: Any, splits: Mapping[str, Split], max_length: int
+) -> list[Finding]:
+    """The same for prompts of at most ``max_length`` tokens, which ``model`` will answer."""
+    began = time.perf_counter()
+    linter = _linter(context, "prompts", tokenizer, model, max_length)
+    for name, split in splits.items():
+        linter.look(name, split.rows, None)
+    return _report(context, linter, began)
+
+
+def _linter(context: StageContext, stage: StageKind, tokenizer: Any, model: Any, max_length: int) -> Linter:
+    settings: LintSettings = context.config.lint
+    limits = limits_of(model, max_length)
+    return Linter(tokenizer, Options(stage, limits, ends=ends_of(model), rows=settings.rows, seed=context.seed % 2**32))
+
+
+def _report(context: StageContext, linter: Linter, began: float) -> list[Finding]:
+    """Write and say what was found, and refuse what must not be trained on."""
+    findings = linter.result(context.config.lint.waive)
     if int(os.environ.get("RANK", "0")) == 0:
         seconds = round(time.perf_counter() - began, 2)
         looked = {name: {"rows": some, "of": all_} for name, (some, all_) in linter.totals.items()}
@@ -79,10 +90,8 @@ def lint_stage(
     return findings
 
 
-def _look(linter: Linter, name: str, split: Split, dataset: Any, collator: Collator | None) -> None:
-    if split.encoded is None:
-        linter.look(name, split.rows, collator)
-        return
+def _look(linter: Linter, name: str, split: Split, dataset: Any, collator: Collator) -> None:
+    assert split.encoded is not None
     at = {id(row): number for number, row in enumerate(split.encoded.sources)}
     kept: Any = split.encoded.rows if dataset is None else dataset
 
@@ -132,7 +141,7 @@ def lint_trainer(
 
     ``rows`` are those the dataset was made from, in its order (``prompt`` with ``completion``, or with ``chosen`` and
     ``rejected``); without them, or where the trainer packed or dropped some, only the tokens are judged.
-    ``supervise`` says which answers of a conversation are to be learnt: with ``assistant_only_loss`` all, else the last.
+    ``supervise`` says which answers of a conversation are to be learnt; with ``assistant_only_loss`` all of them.
     Raises ``UserError`` for a trainer of another kind.
     """
     names = [kind.__name__ for kind in type(trainer).__mro__]

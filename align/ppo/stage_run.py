@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from align.data.rows import read_rows
 from align.data.scoring import Scorer, function_scorer
 from align.errors import UserError
+from align.lint.trainer import Split, lint_prompts
 from align.models.loading import load_policy, load_tokenizer
 from align.models.reward import RewardModel
 from align.models.threads import device_of, use_threads
@@ -50,6 +51,7 @@ def train(context: StageContext) -> dict[str, Any]:
     tokenizer, policy = load_tokenizer(source), load_policy(source)
     check_model(context.name, policy, tokenizer)
     rows = _rows(context, "prompts", "train", config.max_prompts)
+    lint_prompts(context, tokenizer, policy, {"train": Split(rows)}, config.max_prompt_tokens)
     rewards = _reward_models(context)
     start = rewards[0] if rewards and config.critic_source == "reward" else None
     if start is not None:

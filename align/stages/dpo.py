@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
 from align.artifacts import GENERATORS, Kind
+from align.lint.settings import LintSettings
 from align.stage import StageContext, stage_input
 from align.training.config import TrainingFields, checked_options
 
@@ -26,6 +27,10 @@ class DpoConfig(TrainingFields):
     """For ``robust``: the share of pairs believed to be mislabelled."""
     sft_weight: float = Field(0.0, ge=0)
     """Weight of the chosen answers' loss per token beside it, which keeps them likely (2404.19733); 0 leaves it out."""
+    lint: LintSettings = LintSettings()
+    """What of the look at the rows' tokens, before the first step, is waived (docs/lint.md)."""
+
+    identified: ClassVar[frozenset[str]] = frozenset({"lint"})
 
     @field_validator("trainer")
     @classmethod
@@ -53,6 +58,7 @@ def run(context: StageContext) -> dict[str, Any]:
     from datasets import Dataset
     from trl.trainer.dpo_config import DPOConfig as Arguments
 
+    from align.lint.trainer import Split, lint_stage
     from align.models.loading import add_lora, load_policy, load_tokenizer, save_policy
     from align.training import held_out
     from align.training.arguments import training_arguments
@@ -65,17 +71,19 @@ def run(context: StageContext) -> dict[str, Any]:
     source, data = context.artifact("policy").model, context.artifact("data")
     tokenizer, model = load_tokenizer(source), load_policy(source)
     check_model(context.name, model, tokenizer)
-    splits = {}
+    given, splits = {}, {}
     for split, most in (("train", config.max_rows), ("test", config.eval_rows)):
-        rows = read_split(data.split(split), most, context.name)
+        rows = given[split] = read_split(data.split(split), most, context.name)
         splits[split] = encode_pairs(tokenizer, rows, config.max_length)
         check_encoded(context.name, splits[split], len(rows), split, config.max_length, context.warn)
     train, test = splits["train"], splits["test"]
     model = add_lora(model, config.tuning, context.seed)
     label_positions_only()
+    looked_at = {name: Split(given[name], splits[name]) for name in splits}
     trainer = PreparedDPO(
         cache=context.checkpoints,
         on_progress=lambda done, total: context.progress(done, total, unit="reference pairs"),
+        before_reference=lambda made: lint_stage(context, "dpo", made, looked_at, config.max_length),
         model=model,
         args=training_arguments(
             Arguments,

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from align.artifacts import GENERATORS, PROMPT_SOURCES, Kind
+from align.lint.settings import LintSettings
 from align.stage import Config, FullTuning, LoraTuning, StageContext, Tuning, stage_input
 from align.trainer_options import check_trainer_options
 
@@ -167,7 +168,10 @@ class PpoConfig(Config):
     trainer: dict[str, Any] = Field(default_factory=dict)
     """Other options of ``align.ppo.PPOConfig`` and transformers' ``TrainingArguments``, checked against them."""
 
-    identified: ClassVar[frozenset[str]] = frozenset({"score", "gold"})
+    lint: LintSettings = LintSettings()
+    """What of the look at the prompts' tokens, before the first update, is waived (docs/lint.md)."""
+
+    identified: ClassVar[frozenset[str]] = frozenset({"score", "gold", "lint"})
 
     @property
     def micro_batch(self) -> int:

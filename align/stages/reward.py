@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field, field_validator
 
 from align.artifacts import GENERATORS, Kind
+from align.lint.settings import LintSettings
 from align.stage import LORA_HEAD_RATE, StageContext, stage_input
 from align.training.config import TrainingFields, checked_options
 
@@ -22,6 +23,10 @@ class RewardConfig(TrainingFields):
     """Peak step size of the score head; by default ``learning_rate``, and a tenth of it with LoRA."""
     center_rewards: float = Field(0.01, ge=0)
     """Weight of the squared sum of a pair's scores (2312.09244, eq. 2), which keeps scores near 0; 0 turns it off."""
+    lint: LintSettings = LintSettings()
+    """What of the look at the rows' tokens, before the first step, is waived (docs/lint.md)."""
+
+    identified: ClassVar[frozenset[str]] = frozenset({"lint"})
 
     @property
     def head_rate(self) -> float:
@@ -50,6 +55,7 @@ def run(context: StageContext) -> dict[str, Any]:
     from datasets import Dataset
     from trl.trainer.reward_config import RewardConfig as Arguments
 
+    from align.lint.trainer import Split, lint_stage
     from align.models.loading import add_lora, load_tokenizer, new_reward
     from align.training import held_out
     from align.training.arguments import training_arguments
@@ -63,9 +69,9 @@ def run(context: StageContext) -> dict[str, Any]:
     source, data = context.artifact("model").model, context.artifact("data")
     tokenizer, model = load_tokenizer(source), new_reward(source)
     check_model(context.name, model, tokenizer)
-    splits = {}
+    given, splits = {}, {}
     for split, most in (("train", config.max_rows), ("test", config.eval_rows)):
-        rows = read_split(data.split(split), most, context.name)
+        rows = given[split] = read_split(data.split(split), most, context.name)
         splits[split] = encode_conversations(tokenizer, rows, config.max_length)
         check_encoded(context.name, splits[split], len(rows), split, config.max_length, context.warn)
     train, test = splits["train"], splits["test"]
@@ -80,6 +86,8 @@ def run(context: StageContext) -> dict[str, Any]:
         processing_class=tokenizer,
     )
     trainer.row_lengths, trainer.head_learning_rate = train.lengths, config.head_rate
+    looked_at = {name: Split(given[name], splits[name]) for name in splits}
+    lint_stage(context, "reward", trainer, looked_at, config.max_length)
     pad = tokenizer.pad_token_id
     metrics = fit(trainer, context, lambda: held_out.pairs(trainer, test, pad))
     probe = [test.rows[0]["chosen_ids"], test.rows[-1]["rejected_ids"]]

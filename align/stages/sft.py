@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import field_validator
 
 from align.artifacts import GENERATORS, Kind
+from align.lint.settings import LintSettings
 from align.stage import StageContext, stage_input
 from align.training.config import TrainingFields, checked_options
 
@@ -18,6 +19,10 @@ class SftConfig(TrainingFields):
     """Stage whose checkpoint is trained further; it needs a chat template."""
     data: stage_input(Kind.INSTRUCTIONS, Kind.PREFERENCES)  # type: ignore[valid-type]
     """Stage with the answers: its ``train`` split is learnt, its ``test`` split only scored."""
+    lint: LintSettings = LintSettings()
+    """What of the look at the rows' tokens, before the first step, is waived (docs/lint.md)."""
+
+    identified: ClassVar[frozenset[str]] = frozenset({"lint"})
 
     @field_validator("trainer")
     @classmethod
@@ -39,6 +44,7 @@ def run(context: StageContext) -> dict[str, Any]:
     from datasets import Dataset
     from trl.trainer.sft_config import SFTConfig as Arguments
 
+    from align.lint.trainer import Split, lint_stage
     from align.models.loading import add_lora, load_policy, load_tokenizer, save_policy
     from align.training import held_out
     from align.training.arguments import training_arguments
@@ -51,9 +57,9 @@ def run(context: StageContext) -> dict[str, Any]:
     source, data = context.artifact("model").model, context.artifact("data")
     tokenizer, model = load_tokenizer(source), load_policy(source)
     check_model(context.name, model, tokenizer)
-    splits = {}
+    given, splits = {}, {}
     for split, most in (("train", config.max_rows), ("test", config.eval_rows)):
-        rows = read_split(data.split(split), most, context.name)
+        rows = given[split] = read_split(data.split(split), most, context.name)
         splits[split] = encode_supervised(tokenizer, rows, config.max_length)
         check_encoded(context.name, splits[split], len(rows), split, config.max_length, context.warn)
     train, test = splits["train"], splits["test"]
@@ -67,6 +73,8 @@ def run(context: StageContext) -> dict[str, Any]:
         processing_class=tokenizer,
     )
     trainer.row_lengths = train.lengths
+    looked_at = {name: Split(given[name], splits[name]) for name in splits}
+    lint_stage(context, "sft", trainer, looked_at, config.max_length)
     metrics = fit(trainer, context, lambda: held_out.supervised(trainer, test))
     save_policy(
         trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False), tokenizer, context.output / "model"

@@ -98,10 +98,18 @@ class PreparedDPO(_Prepared, DPOTrainer):  # type: ignore[misc]
 
     The reference is the policy before its first step, and its log-probabilities are computed once, before training:
     no second model in memory, no second forward pass per epoch. They are kept in ``cache`` for a resumed run.
+    ``before_reference`` is called with the trainer, complete but for them: the last moment at which refusing is cheap.
     """
 
-    def __init__(self, *, cache: Path, on_progress: Callable[[int, int], None], **kwargs: Any) -> None:
-        self._cache, self._on_progress = cache, on_progress
+    def __init__(
+        self,
+        *,
+        cache: Path,
+        on_progress: Callable[[int, int], None],
+        before_reference: Callable[[Any], object] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._cache, self._on_progress, self._before_reference = cache, on_progress, before_reference
         super().__init__(**kwargs)
         # trl copies a fresh adapter as its reference; it is the base model, and scored already.
         model: Any = self.model
@@ -109,6 +117,9 @@ class PreparedDPO(_Prepared, DPOTrainer):  # type: ignore[misc]
             model.delete_adapter("ref")
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        check, self._before_reference = self._before_reference, None
+        if check is not None:
+            check(self)
         file = self._cache / f"reference_{name}.json"
         if file.is_file():
             columns = json.loads(file.read_text(encoding="utf-8"))

@@ -23,7 +23,7 @@ def rows(count: int, start: int = 0) -> list[dict[str, Any]]:
                 "id": str(number),
                 "source": "test",
                 "checks": "",
-                "prompt": [user(f"Say {word}" + "!" * (number % 5))],
+                "prompt": [user(f"Say {word}" + "!" * (number % 5) + "+" * (number // 8))],  # no prompt twice
                 "completion": [assistant(word)],
                 "chosen": [assistant(word)],
                 "rejected": [assistant(f"{other} {other}")],
