@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from align.artifacts import Artifact, Kind
 from align.errors import UserError
@@ -95,6 +95,8 @@ class EngineConfig(Config):
     """Sequences decoded at once."""
     address: str | None = Field(None, pattern=r"^http://[A-Za-z0-9._-]+(:[0-9]{1,5})?/?$")
     """A running vLLM server for ``vllm-server``, http://127.0.0.1:8000; null starts one, which ends with the stage."""
+    weights: Literal["folder", "nccl"] = "folder"
+    """How a ``vllm-server`` gets new ones: from a folder, or from this GPU to those of the server at ``address``."""
     weights_folder: str | None = None
     """Folder that a ``vllm-server`` reads new weights from, under the same path as here; null takes a temporary one."""
     timeout: float = Field(600, gt=0)
@@ -107,8 +109,47 @@ class EngineConfig(Config):
 
     @model_validator(mode="after")
     def _server_settings_need_the_server(self) -> EngineConfig:
-        if self.name == "auto" and (self.address is not None or self.weights_folder is not None):
-            raise ValueError("address and weights_folder are settings of a vLLM server. Write `name: vllm-server`.")
+        server_s = self.address is not None or self.weights_folder is not None or self.weights == "nccl"
+        if self.name == "auto" and server_s:
+            raise ValueError(
+                "address, weights and weights_folder are settings of a vLLM server. Write `name: vllm-server`."
+            )
+        if self.weights == "nccl" and self.address is None:
+            raise ValueError(
+                "`weights: nccl` needs the address of a server on other GPUs than the trainer's, since NCCL wants one "
+                "for each side. Start one and name it, or take `weights: folder`."
+            )
+        return self
+
+
+class ExecutorConfig(Config):
+    """What does the shards of data builds. ``executor: slurm`` is short for ``executor: {name: slurm}``."""
+
+    name: Literal["local", "slurm", "ray"] = "local"
+    """``local``: ``workers`` processes here. ``slurm`` and ``ray``: jobs of a cluster, through datatrove."""
+    tasks: int = Field(100, ge=1)
+    """Jobs of a pass at most; each does its share of the shards."""
+    cpus: int = Field(1, ge=1)
+    """Cores of a job."""
+    gpus: int = Field(0, ge=0)
+    """GPUs of a job, for steps that run a model."""
+    memory_gb: int = Field(4, ge=1)
+    """GiB for each core."""
+    partition: str | None = None
+    """Slurm's partition."""
+    time: str = Field("04:00:00", pattern=r"^(\d+-)?\d{1,2}(:\d{2}){0,2}$")
+    """Slurm's time limit of a job, hours:minutes:seconds."""
+    qos: str | None = None
+    """Slurm's quality of service, where the cluster asks for one."""
+    setup: str | None = None
+    """Shell commands that make this program's environment ready on a node; by default its folder goes into the PATH."""
+    sbatch: dict[str, str] = Field({})
+    """Further options of sbatch: ``{account: nlp}``."""
+
+    @model_validator(mode="after")
+    def _slurm_needs_a_partition(self) -> ExecutorConfig:
+        if self.name == "slurm" and self.partition is None:
+            raise ValueError("executor slurm needs a partition: `executor: {name: slurm, partition: cpu}`")
         return self
 
 
@@ -123,7 +164,14 @@ class Runtime(Config):
     """CPU threads per process; by default the cores there are."""
     workers: int | None = Field(None, ge=1)
     """Processes that build data; by default the cores there are."""
+    executor: ExecutorConfig = ExecutorConfig()
+    """What does the shards of data builds: ``local``, ``slurm`` or ``ray``."""
     engine: EngineConfig = EngineConfig()
+
+    @field_validator("executor", mode="before")
+    @classmethod
+    def _by_name(cls, given: Any) -> Any:
+        return {"name": given} if isinstance(given, str) else given
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,12 @@ import multiprocessing
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 
+from align.data.cluster import Cluster
 from align.data.shards import Pass, Task, Worker, finished
+from align.stage import ExecutorConfig
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class Machine:
     device: str = "auto"
     start_worker: Callable[[], None] | None = None
     """Called at the start of each worker process; picklable."""
+    executor: ExecutorConfig = field(default_factory=ExecutorConfig)
 
 
 class Workers:
@@ -40,11 +43,14 @@ class Workers:
     def run(self, spec: Pass, tasks: Iterator[Task], alone: bool) -> Iterator[None]:
         """Yields once for each shard, in order, when it is done; finished ones are not done again.
 
-        ``alone`` keeps the pass in this process. So does a single shard, which is not worth starting others for.
+        ``alone`` keeps the pass in this process, for it runs a model. So does a single shard, which is not worth
+        starting others for. On a cluster every pass is jobs.
         """
         first = list(itertools.islice(tasks, 2))
         tasks = itertools.chain(first, tasks)
-        if alone or self.machine.workers == 1 or len(first) < 2:
+        if self.machine.executor.name != "local":
+            yield from Cluster(self.machine.executor).run(spec, tasks)
+        elif alone or self.machine.workers == 1 or len(first) < 2:
             yield from _here(spec, tasks)
         else:
             yield from self._there(spec, tasks)

@@ -101,6 +101,7 @@ def run(context: StageContext) -> dict[str, Any]:
         workers=context.runtime.workers or cores,
         device=context.runtime.device,
         start_worker=functools.partial(die_with_parent, os.getpid()),
+        executor=context.runtime.executor,
     )
     inputs = [artifact.path for artifact in context.inputs.get("inputs") or []]
     ledger = build(

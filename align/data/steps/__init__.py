@@ -15,6 +15,7 @@ from align.data.steps.near_duplicates import NearDuplicates
 from align.data.steps.normalise import NormaliseStep
 from align.data.steps.pairs import PairsStep
 from align.data.steps.score import ScoreConfig
+from align.data.steps.semantic_duplicates import SemanticDuplicates
 
 Step = Annotated[
     NormaliseStep
@@ -23,6 +24,7 @@ Step = Annotated[
     | ScoreConfig
     | ExactDuplicates
     | NearDuplicates
+    | SemanticDuplicates
     | Decontaminate
     | CapConfig
     | MixConfig,

@@ -1,0 +1,173 @@
+"""A build's shards as jobs of a cluster: Slurm or Ray, through datatrove's executors.
+
+A pass is one array of jobs. This process reads the sources and lays the records of each shard into a folder that all
+nodes see (the store must be on a shared file system); jobs do the shards, each with a file that says it is done; this
+process then decides, as it does without a cluster. Results are the same. datatrove is an extra, and hands its own
+jobs on as a dill file in that folder. Left out: anything about nodes, which is Slurm's or Ray's.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from align.data.records import BadRecord
+from align.data.shards import Pass, Task, Worker, finished
+from align.errors import UserError
+from align.stage import ExecutorConfig
+
+POLL_SECONDS = 5.0
+GRACE_SECONDS = 60.0
+"""How long after its jobs are gone a shared file system may take to show what they wrote."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Does tasks, a pass at a time, like ``workers.Workers``."""
+
+    config: ExecutorConfig
+
+    def run(self, spec: Pass, tasks: Iterator[Task]) -> Iterator[None]:
+        """Yields once for each shard, in order, when it is done; finished ones are not done again.
+
+        Raises ``UserError`` for what is wrong with the data, with a recipe's function or with the cluster's settings,
+        ``RuntimeError`` for jobs that ended without their shards.
+        """
+        folder = spec.folder / "jobs"
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / "tasks").mkdir(parents=True)
+        shards = 0
+        waiting: list[int] = []
+        for task in tasks:
+            shards += 1
+            if finished(spec.folder, task.shard) is None:
+                (folder / "tasks" / f"{len(waiting):05d}.json").write_text(_to_json(task), encoding="utf-8")
+                waiting.append(task.shard)
+        if waiting:
+            ranks = min(self.config.tasks, len(waiting))
+            work = functools.partial(run_rank, spec=spec, folder=folder)
+            _launch(self.config, work, ranks, folder)
+            self._wait(spec, folder, waiting)
+        yield from itertools.repeat(None, shards)
+
+    def _wait(self, spec: Pass, folder: Path, shards: list[int]) -> None:
+        gone: float | None = None
+        while left := [shard for shard in shards if finished(spec.folder, shard) is None]:
+            _raise_error(folder)
+            if not _is_queued(self.config, folder):
+                gone = gone or time.monotonic()
+                if time.monotonic() - gone > (GRACE_SECONDS if self.config.name == "slurm" else 0):
+                    raise RuntimeError(
+                        f"{self.config.name}: the jobs are gone, and {len(left)} of {len(shards)} shards are not "
+                        f"done (time limit, memory, a node that died). Their logs are in {folder / 'logs'}. The same "
+                        "command goes on with the shards that are left."
+                    )
+            time.sleep(min(POLL_SECONDS, 0.2 if self.config.name == "ray" else POLL_SECONDS))
+        _raise_error(folder)
+
+
+def run_rank(data: Any, rank: int, world_size: int, spec: Pass, folder: Path) -> None:
+    """In a job: the shards of one rank. An error is written down for the build, and raised for the job's own log."""
+    worker: Worker | None = None
+    try:
+        for path in sorted((folder / "tasks").glob("*.json"))[rank::world_size]:
+            task = _from_json(path.read_text(encoding="utf-8"))
+            if finished(spec.folder, task.shard) is None:
+                worker = worker or Worker(spec)
+                worker.run(task)
+    except Exception as error:
+        said = {"user": isinstance(error, UserError), "message": str(error), "trace": traceback.format_exc()}
+        temporary = folder / f"error-{rank:05d}.tmp"
+        temporary.write_text(json.dumps(said), encoding="utf-8")
+        temporary.replace(folder / f"error-{rank:05d}.json")
+        raise
+
+
+def _raise_error(folder: Path) -> None:
+    for path in sorted(folder.glob("error-*.json")):
+        said = json.loads(path.read_text(encoding="utf-8"))
+        if said["user"]:
+            raise UserError(said["message"])
+        raise RuntimeError(f"a job failed: {said['message']}\n{said['trace']}")
+
+
+def _to_json(task: Task) -> str:
+    records = [
+        {"where": item.where, "problem": item.problem} if isinstance(item, BadRecord) else list(item)
+        for item in task.records
+    ]
+    head = {"shard": task.shard, "start": task.start, "source": task.source, "form": task.form}
+    return json.dumps({**head, "records": records}, default=str)
+
+
+def _from_json(text: str) -> Task:
+    found = json.loads(text)
+    records = tuple(
+        BadRecord(item["where"], item["problem"]) if isinstance(item, dict) else (item[0], item[1])
+        for item in found.pop("records")
+    )
+    return Task(**found, records=records)
+
+
+def _launch(config: ExecutorConfig, work: Callable[..., None], ranks: int, folder: Path) -> None:
+    """Start the jobs: Slurm's run on by themselves, Ray's are over when this returns."""
+    try:
+        from datatrove.executor import RayPipelineExecutor, SlurmPipelineExecutor
+    except ImportError:
+        raise UserError(
+            f"runtime.executor is {config.name}, which needs datatrove: pip install 'align[cluster]', or write local."
+        ) from None
+    common: dict[str, Any] = {
+        "pipeline": [work],
+        "tasks": ranks,
+        "cpus_per_task": config.cpus,
+        "gpus_per_task": config.gpus,
+        "mem_per_cpu_gb": config.memory_gb,
+        "logging_dir": str(folder / "logs"),
+    }
+    if config.name == "ray":
+        try:
+            RayPipelineExecutor(**common).run()
+        except ImportError:
+            raise UserError("runtime.executor is ray, and ray is not installed: pip install ray.") from None
+        except Exception:
+            _raise_error(folder)
+            raise
+        return
+    executor = SlurmPipelineExecutor(
+        **common,
+        time=config.time,
+        partition=config.partition,
+        qos=config.qos,
+        job_name="align-data",
+        env_command=config.setup or f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH",
+        sbatch_args=dict(config.sbatch),
+        requeue=False,  # a shard that failed would fail again, and one that was cut off goes on with the next run
+    )
+    try:
+        executor.run()
+    except FileNotFoundError:
+        raise UserError("runtime.executor is slurm, and there is no sbatch here; run this on a login node.") from None
+    except subprocess.CalledProcessError as error:
+        raise UserError(f"sbatch refused the jobs (exit code {error.returncode}); its message stands above.") from None
+    (folder / "job").write_text(str(executor.job_id), encoding="utf-8")
+
+
+def _is_queued(config: ExecutorConfig, folder: Path) -> bool:
+    """Whether any job still waits or runs."""
+    if config.name == "ray":
+        return False
+    job = (folder / "job").read_text(encoding="utf-8")
+    asked = subprocess.run(["squeue", "--noheader", "--jobs", job], capture_output=True, text=True)
+    return asked.returncode == 0 and bool(asked.stdout.strip())
