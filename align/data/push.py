@@ -150,7 +150,8 @@ def _message(upload: Upload) -> str:
 
 def _refused(repo: str, error: Any) -> UserError | StageFailed:
     status = getattr(getattr(error, "response", None), "status_code", None)
-    said = _safe(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
+    lines = (getattr(error, "server_message", None) or str(error)).strip().splitlines()
+    said = _safe(lines[0].rstrip(".") if lines else type(error).__name__)
     if status in (401, 403):
         return UserError(
             f"{repo}: the Hub refuses ({status}): {said}. Set HF_TOKEN to a token that may write there, or run "

@@ -19,6 +19,7 @@ from align.errors import StageFailed, UserError
 from tests.data.by_hand import row, write_build
 
 TOKEN = "hf_secretsecretsecret"
+CACHED = "hf_fromalogincache"
 
 
 class Hub(ThreadingHTTPServer):
@@ -61,7 +62,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.note()
         if self.server.refuse:
-            return self.answer({"error": "refused"}, self.server.refuse)
+            return self.answer({"error": f"refused, you sent {TOKEN} or {CACHED}"}, self.server.refuse)
         info = {"id": "me/set", "private": self.server.private, "sha": "0" * 40}
         files = [{"type": "file", "path": name, "size": 1, "oid": "0" * 40} for name in self.server.files]
         if "/tree/" in self.path:
@@ -72,7 +73,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.note()
         if self.server.refuse:
-            return self.answer({"error": f"refused, you sent {TOKEN}"}, self.server.refuse)
+            return self.answer({"error": f"refused, you sent {TOKEN} or {CACHED}"}, self.server.refuse)
         if self.path == "/api/repos/create":
             self.server.created.append(json.loads(body))
             return self.answer({"url": f"{self.server.address}/datasets/me/set"})
@@ -204,7 +205,8 @@ def test_a_refusal_says_what_to_do_and_never_the_token(
     hub.refuse = status
     with pytest.raises(kind, match=said) as caught:
         push(prepare(build, "me/set"), HfApi(endpoint=hub.address))
-    assert TOKEN not in str(caught.value)
+    assert TOKEN not in str(caught.value) and CACHED not in str(caught.value)
+    assert "***" in str(caught.value)
 
 
 def test_a_hub_that_is_away_is_a_failure_not_a_mistake(build: Path, hub: Hub, online: None) -> None:
