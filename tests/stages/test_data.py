@@ -10,7 +10,8 @@ import yaml
 
 from align.artifacts import Kind
 from align.data.rows import read_rows
-from align.errors import UserError
+from align.errors import StageFailed, UserError
+from align.pipeline import Pipeline
 from align.stage import Runtime, StageContext
 from align.stages.data import DataConfig, run
 
@@ -106,3 +107,26 @@ def test_a_broken_line_writes_nothing(here: Path) -> None:
     with pytest.raises(UserError, match=r"a.jsonl:41: not valid JSON"):
         run(context(DataConfig(recipe="hub.yaml", files=["a.jsonl"]), here))
     assert list((here / "out").iterdir()) == []
+
+
+def test_a_build_that_is_killed_goes_on_in_its_next_run(tmp_path: Path) -> None:
+    source = {"type": "python", "function": "tests.data.many_rows:rows", "format": "prompt_completion", "name": "many"}
+    content = {
+        "kind": "instructions",
+        "sources": [source | {"arguments": {"count": 22_000, "folder": str(tmp_path)}}],
+        "steps": [{"type": "exact_duplicates"}],
+        "near_duplicate_prompts": None,
+    }
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(content))
+    stage = {"stage": "data", "recipe": str(tmp_path / "r.yaml")}
+    pipeline = Pipeline({"name": "killed", "runtime": {"workers": 2}, "stages": {"data": stage}})
+
+    def ledger(where: Path) -> str:
+        return (pipeline.run(store=where).artifacts["data"].path / "ledger.json").read_text()
+
+    (tmp_path / "kill").touch()
+    with pytest.raises(StageFailed, match="SIGKILL"):
+        ledger(tmp_path / "store")
+    again = ledger(tmp_path / "store")
+    assert again == ledger(tmp_path / "whole")
+    assert json.loads(again)["dropped"]["duplicate of an earlier row"] > 0
