@@ -76,9 +76,10 @@ class Rule:
         """Where the phrase stands; ``lower`` is ``text`` in lower case."""
         if self.at == "start":
             return self.pattern.match(text, 0, _OPENING)
-        if self.needs and not any(word in lower for word in self.needs):
-            return None
-        return self.pattern.search(text)
+        for word in self.needs:
+            if word in lower:
+                return self.pattern.search(text)
+        return None if self.needs else self.pattern.search(text)
 
 
 def _rules_text() -> str:

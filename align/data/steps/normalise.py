@@ -198,8 +198,7 @@ def _in_order(prompt: list[Message]) -> bool:
     start = 1 if prompt and prompt[0]["role"] == "system" else 0
     wanted = ("user", "assistant")
     return all(
-        message["role"] == wanted[index % 2] and message.get("content") and len(message) == 2
-        for index, message in enumerate(prompt[start:])
+        message["role"] == wanted[index % 2] and message.get("content") for index, message in enumerate(prompt[start:])
     ) and bool(not start or prompt[0].get("content"))
 
 

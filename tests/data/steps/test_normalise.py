@@ -52,7 +52,8 @@ def step(row: dict[str, Any], **settings: Any) -> Any:
         ("~~~\na  \n~~~\nb  ", "~~~\na  \n~~~\nb"),
         ("````\n```\nx  \n````\ny  \nz", "````\n```\nx  \n````\ny\nz"),
         ("an open fence\n```\nx  \n\n\n\n\ny", "an open fence\n```\nx  \n\n\n\n\ny"),
-        ("a ```quoted``` word  \nb", "a ```quoted``` word\nb"),
+        ("```quoted``` word  \nb  \nc", "```quoted``` word\nb\nc"),
+        ("```\na  \n``` b\nc  \n```\nd  \ne", "```\na  \n``` b\nc  \n```\nd\ne"),
         ("", ""),
     ],
 )  # fmt: skip
@@ -110,6 +111,12 @@ def test_turns_are_put_in_order():
     assert result["prompt"] == [system("be brief\n\nbe kind"), user("one\n\ntwo"), assistant("three"), user("four")]
     left = step(instruction() | {"prompt": prompt}, turns=False)
     assert [message["role"] for message in left["prompt"]] == [message["role"] for message in prompt]
+
+
+def test_merged_turns_are_one_text():
+    # each for itself is an open fence with code in it; together the second fence closes the first
+    prompt = [user("```\nx"), user("```\ny  \nz")]
+    assert step(instruction() | {"prompt": prompt})["prompt"] == [user("```\nx\n\n```\ny\nz")]
 
 
 def test_an_empty_system_turn_goes():
