@@ -23,7 +23,7 @@ def reply_texts(row: Row, sides: Sides) -> Iterator[tuple[str, str]]:
     several responses (lowest rank, else highest score; none where nothing ranks them). ``both``: every reply.
     """
     for name in _REPLIES:
-        if name in row and (sides == "both" or not _is_bad(row, name)):
+        if row.get(name) and (sides == "both" or not _is_bad(row, name)):
             for message in row[name]:
                 yield name, message.get("content") or ""
     responses = row.get("responses") or []
@@ -54,7 +54,7 @@ def change_texts(row: Row, change: Callable[[str], str]) -> Row:
     """The row with ``change`` made to every text of it: a new row, or the very same one where nothing changed."""
     new: Row = {}
     for name in ("prompt", *_REPLIES):
-        if name in row:
+        if row.get(name):
             messages = change_messages(row[name], change)
             if messages is not row[name]:
                 new[name] = messages

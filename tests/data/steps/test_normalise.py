@@ -91,6 +91,9 @@ def test_every_text_of_a_row_is_normalised():
     )
     assert step(several)["responses"][0] == {"content": "a", "score": 1.0, "rank": 0}
     assert step(several)["responses"][1] == several["responses"][1]
+    # as read from a Parquet file that also holds rows of another form
+    absent = instruction(chosen=None, rejected=None, responses=None)
+    assert step(absent) is absent
 
 
 def system(text: str) -> dict[str, str]:
