@@ -38,7 +38,9 @@ def _check_family(dialect: Dialect, found: Findings) -> None:
     text = "".join(filter(None, (dialect.opening, dialect.answer_start, dialect.user_start, dialect.closing)))
     marks = dict.fromkeys(MARK.findall(text))
     missing = [mark for mark in marks if mark in TURN_TOKENS and mark not in dialect.special and mark[0] == "<"]
-    owned = [token for token in TURN_TOKENS if token in dialect.special]
+    # A template may write the end of turn as whatever the tokenizer's eos is: that shows no kinship.
+    common = (dialect.tokenizer.eos_token, dialect.tokenizer.bos_token)
+    owned = [token for token in TURN_TOKENS if token in dialect.special and token not in common]
     used = [token for token in owned if token in dialect.written]
     ends = [mark for mark in MARK.findall(dialect.closing or "")[:1] if mark not in dialect.special]
     # Zephyr writes <|user|> in pieces and closes turns with eos: by design, not by mistake.

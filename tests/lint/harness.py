@@ -1,0 +1,110 @@
+"""Clean rows, their tokens, and a look at them after something was spoilt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from align.data.rows import assistant, user
+from align.lint.command import collator_of
+from align.lint.findings import Finding
+from align.lint.linter import ENCODERS, NO_LIMIT, Linter, Options
+from align.models.render import render_conversation, render_prompt
+
+Row = dict[str, Any]
+Prepared = list[dict[str, list[int]]]
+SPOILT = 3
+"""Index of the row that a test spoils; its conversation has two exchanges."""
+
+ASKED = [
+    "rivers",
+    "bridges",
+    "violins",
+    "comets",
+    "beetles",
+    "lanterns",
+    "harbours",
+    "glaciers",
+    "orchards",
+    "windmills",
+]
+
+
+def clean(count: int = 8) -> list[Row]:
+    """Rows without fault: every second one has an exchange before its question. Both answers of a pair differ."""
+    made = []
+    for number in range(count):
+        thing, other = ASKED[number % len(ASKED)], ASKED[(number + 3) % len(ASKED)]
+        before = [user(f"I like {other}, number {number}."), assistant(f"So do I; {other} are fine things.")]
+        made.append(
+            {
+                "id": f"row-{number}",
+                "source": "test",
+                "checks": "",
+                "prompt": [*(before if number % 2 else []), user(f"Name {number + 2} facts about {thing}, please.")],
+                "completion": [assistant(f"There are {number + 7} kinds of {thing}, and they last.")],
+                "chosen": [assistant(f"There are {number + 7} kinds of {thing}, and they last.")],
+                "rejected": [
+                    assistant(f"Nobody knows about {thing}" + (", and nobody ever will." if number % 2 else "."))
+                ],
+            }
+        )
+    return made
+
+
+def instructions(count: int = 8) -> list[Row]:
+    """The same, answers to learn only."""
+    return [{name: value for name, value in row.items() if name not in ("chosen", "rejected")} for row in clean(count)]
+
+
+def pairs(count: int = 8) -> list[Row]:
+    """The same, pairs only."""
+    return [{name: value for name, value in row.items() if name != "completion"} for row in clean(count)]
+
+
+def encoded(tokenizer: Any, rows: Sequence[Row], stage: str = "sft") -> Prepared:
+    """The rows as the stage prepares them."""
+    return [dict(row) for row in ENCODERS[stage](tokenizer, rows, NO_LIMIT).rows]
+
+
+def spans(tokenizer: Any, row: Row) -> list[tuple[int, int]]:
+    """Where each answer stands in the row's ids, its end of turn included."""
+    messages = [*row["prompt"], *row["completion"]]
+    found = []
+    for at, message in enumerate(messages):
+        if message["role"] == "assistant":
+            start = len(render_prompt(tokenizer, messages[:at]))
+            found.append((start, len(render_conversation(tokenizer, messages[: at + 1]))))
+    return found
+
+
+def all_answers(tokenizer: Any, rows: Sequence[Row]) -> Prepared:
+    """The rows with labels on every answer, as a mask of the assistant's turns gives them."""
+    made = encoded(tokenizer, rows)
+    for row, prepared in zip(rows, made, strict=True):
+        for start, end in spans(tokenizer, row):
+            prepared["labels"][start:end] = prepared["input_ids"][start:end]
+    return made
+
+
+def look(
+    tokenizer: Any,
+    rows: Sequence[Row],
+    made: Prepared | None = None,
+    collator: Callable[[Any], Any] | None = None,
+    options: Options | None = None,
+    test: Sequence[Row] = (),
+) -> dict[str, Finding]:
+    """Findings by name. ``made`` are the trainer's rows, encoded here when None."""
+    chosen = options or Options()
+    linter = Linter(tokenizer, chosen)
+    taken = collator or collator_of(chosen.stage, tokenizer)
+    linter.look("train", rows, taken, None if made is None else made.__getitem__)
+    if test:
+        linter.look("test", test, taken)
+    return {finding.name: finding for finding in linter.result()}
+
+
+def alarms(found: dict[str, Finding]) -> set[str]:
+    """Names of the errors and warnings."""
+    return {name for name, finding in found.items() if finding.severity != "note"}
