@@ -72,10 +72,14 @@ def question(prompt: list[Message], first: str, second: str, rubric: str = RUBRI
 
 
 def read_verdict(text: str) -> Verdict | None:
-    """What a judge said: the last mark in its text, or a text that is the letter alone; None for anything else."""
-    marks = _MARKED.findall(text)
-    if marks:
-        return _MEANS[marks[-1]]
+    """What a judge said: the mark in the last line that has one, or a text that is the letter alone.
+
+    None for anything else, and for a line with different marks, such as the question's own repeated.
+    """
+    for line in reversed(text.splitlines()):
+        marks = set(_MARKED.findall(line))
+        if marks:
+            return _MEANS[marks.pop()] if len(marks) == 1 else None
     bare = _BARE.fullmatch(text)
     return _MEANS[bare[1].upper()] if bare else None
 

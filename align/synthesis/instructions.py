@@ -26,7 +26,8 @@ LEVEL = "candidates"
 SOURCE = "synthetic/instructions"
 
 _NUMBERED = re.compile(
-    r"^[ \t]*(?:#+[ \t]*)?(?:\*\*)?(?:task[ \t]+)?(\d{1,4})[ \t]*[.):]+(?:\*\*)?[ \t]*", re.IGNORECASE | re.MULTILINE
+    r"^[ \t]*(?:[#>*•-]+[ \t]*)?(?:task[ \t]+)?(\d{1,4})[ \t]*[.):]+\**[ \t]*(?:\d{1,4}[.)]+[ \t]+)*",
+    re.IGNORECASE | re.MULTILINE,
 )
 
 Ask = Callable[[list[list[Message]], int], list[Answer]]

@@ -7,6 +7,7 @@ next.
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ class Engines:
     """The engine of this process, with the weights of the checkpoint that is asked."""
 
     def __init__(self, context: StageContext, max_length: int) -> None:
-        """``max_length`` is the longest prompt and answer together, in tokens, of any checkpoint."""
+        """``max_length`` is the longest prompt and answer together, in tokens, where a checkpoint can hold as many."""
         self.context, self.max_length = context, max_length
         self.names: list[str] = []
         """Engines opened, by name."""
@@ -59,7 +60,7 @@ class Engines:
             model_dir,
             runtime,
             precision=context.config.precision,
-            max_length=self.max_length,
+            max_length=min(self.max_length, positions(model_dir) or self.max_length),
             seed=context.seed,
             warn=context.warn,
             on_hang=context.fail_at_once,
@@ -74,29 +75,45 @@ class Engines:
             self._engine = None
 
 
+def positions(model_dir: Path) -> int | None:
+    """Tokens that a checkpoint can hold, or None where its ``config.json`` does not say."""
+    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    found = config.get("max_position_embeddings")
+    return found if isinstance(found, int) and found > 0 else None
+
+
 class LocalModel:
-    """One checkpoint. Raises ``UserError`` for one without a chat template."""
+    """One checkpoint."""
 
     def __init__(self, engines: Engines, artifact: Artifact, max_prompt_tokens: int, precision: str) -> None:
+        """Raises ``UserError`` for a checkpoint without a chat template."""
         self.engines, self.model_dir, self.max_prompt_tokens = engines, artifact.model, max_prompt_tokens
         self.identity = {"checkpoint": str(artifact.record["key"]), "precision": precision}
         self.tokenizer = load_tokenizer(artifact.model)
         require_chat_template(self.tokenizer, f"the checkpoint of stage '{artifact.stage}'")
+        self.positions = positions(artifact.model)
 
     def answer(self, requests: list[Request], desk: Desk) -> None:
         """Answer in chunks; prompts that are too long get an ``error``."""
         fitting: list[tuple[Request, list[int]]] = []
         for request in requests:
             ids = self._render(request)
-            if len(ids) > self.max_prompt_tokens:
-                words = f"the prompt has {len(ids)} tokens, max_prompt_tokens is {self.max_prompt_tokens}"
-                desk.keep([(request, Answer("", error=words))])
+            fault = self._too_long(len(ids), request.max_tokens)
+            if fault:
+                desk.keep([(request, Answer("", error=fault))])
             else:
                 fitting.append((request, ids))
         for _, alike in itertools.groupby(fitting, key=lambda one: _sampling_of(one[0])):
             some = list(alike)
             for start in range(0, len(some), CHUNK):
                 self._answer_chunk(some[start : start + CHUNK], desk)
+
+    def _too_long(self, prompt: int, answer: int) -> str:
+        if prompt > self.max_prompt_tokens:
+            return f"the prompt has {prompt} tokens, max_prompt_tokens is {self.max_prompt_tokens}"
+        if self.positions is not None and prompt + answer > self.positions:
+            return f"the prompt has {prompt} tokens; with max_tokens {answer} the model's {self.positions} are too few"
+        return ""
 
     def _render(self, request: Request) -> list[int]:
         try:

@@ -225,6 +225,15 @@ def test_long_prompts_are_dropped_and_counted(tiny_model: Path, tmp_path: Path) 
     assert "max_prompt_tokens is 3" in dropped[0]["detail"]["error"]
 
 
+def test_a_model_that_cannot_hold_prompt_and_answer_says_so(tiny_model: Path, tmp_path: Path) -> None:
+    context = _context(
+        tmp_path, tiny_model, task={"type": "responses"}, model="sft", prompts="data", max_tokens=100_000
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"9 request failed"):
+        run(context)
+    assert "with max_tokens 100000 the model's" in (context.output / "dropped.jsonl").read_text()
+
+
 def test_prices_and_a_budget(fake: FakeChat, tmp_path: Path) -> None:
     config = {
         "task": {"type": "responses", "n": 3}, "prompts": "data", "max_tokens": 10,
@@ -265,21 +274,26 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def _work(folder: Path, fake: FakeChat, kind: str, tmp_path: Path) -> Path:
-    """A folder as the runner lays it out for a stage's process."""
     config = dict(CONFIGS[kind]) | {"endpoint": _endpoint(fake, concurrency=3)}
     if kind == "instructions":
         config["seeds"] = _seeds(tmp_path)
     if kind == "pairs":
         config["judge"] = {"endpoint": _endpoint(fake, model="judge-model", concurrency=3)}
-    context = _context(folder, **config)
-    inputs: dict[str, Any] = dict.fromkeys(context.inputs)
-    if context.inputs["prompts"] is not None:
-        record = {"makes": "PromptData", "key": "key of prompts"}
-        (folder / "prompts" / "record.json").write_text(json.dumps(record))
-        inputs["prompts"] = {"stage": "prompts", "path": str(folder / "prompts")}
+    return _lay_out(_context(folder, **config))
+
+
+def _lay_out(context: StageContext, engine: str = "auto") -> Path:
+    """A folder as the runner lays it out for a stage's process."""
+    folder = context.output.parent
+    inputs: dict[str, Any] = {}
+    for name, artifact in context.inputs.items():
+        inputs[name] = artifact and {"stage": artifact.stage, "path": str(artifact.path)}
+        if artifact is not None:
+            record = {"makes": str(artifact.kind), "key": artifact.record["key"]}
+            (artifact.path / "record.json").write_text(json.dumps(record))
     work = {
         "name": "s", "stage": "synthesise", "config": context.config.model_dump(mode="json"), "seed": 11,
-        "runtime": Runtime().model_dump(mode="json"), "inputs": inputs,
+        "runtime": Runtime(engine=EngineConfig(name=engine)).model_dump(mode="json"), "inputs": inputs,
     }  # fmt: skip
     (folder / "work.json").write_text(json.dumps(work))
     return folder
@@ -362,6 +376,34 @@ def test_a_killed_checkpoint_run_comes_to_the_same_bytes(
     run(killed)
     assert calls == [4, 4, 4, 4, 4, 4, 4, 3], "27 answers in chunks of 4, the third twice"
     assert _digests(killed.output) == _digests(whole.output)
+
+
+@pytest.mark.slow
+def test_vllm_killed_between_its_chunks_comes_to_the_same_bytes(tiny_model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    config: dict[str, Any] = {
+        "task": {"type": "responses", "n": 8}, "model": "sft", "prompts": "data", "max_tokens": 128, "train": 120,
+    }  # fmt: skip
+
+    def answered(folder: Path) -> int:
+        path = folder / "checkpoints" / "answers.jsonl"
+        return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+    whole, killed = (_lay_out(_context(tmp_path / name, tiny_model, **config), "vllm") for name in ("whole", "killed"))
+    process = _process(whole)
+    assert process.wait() == 0, process.stderr and process.stderr.read()
+    assert answered(whole) == 8, "984 answers in chunks of 128"
+    for chunks in (1, 4):
+        process = _process(killed)
+        while process.poll() is None and answered(killed) < chunks:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert chunks <= answered(killed) < 8
+    process = _process(killed)
+    assert process.wait() == 0, process.stderr and process.stderr.read()
+    assert answered(killed) == 8
+    assert _digests(killed / "output") == _digests(whole / "output")
 
 
 # ---- settings -------------------------------------------------------------------------------------------------------

@@ -52,6 +52,8 @@ def _make(
         ("9. Sort these:\n  b\n  a\n10. Next", ["Sort these:\nb\na", "Next"]),
         ("9. Improve this list:\n1. milk\n2. eggs\n10. Next", ["Improve this list:\n1. milk\n2. eggs", "Next"]),
         ("9.\n10. Only this", ["Only this"]),
+        ("*9. First\n- 10. Second\n• 11) Third", ["First", "Second", "Third"]),
+        ("9. 1. 1. First\n10. 2. Second\n11. 3.5 is a number", ["First", "Second", "3.5 is a number"]),
         ("In 2024. there was no list", []),
         ("No list at all", []),
         ("", []),
