@@ -17,4 +17,4 @@ def rows(count: int, folder: str) -> Iterator[dict[str, Any]]:
                 time.sleep(0.05)
             flag.unlink()
             os.kill(os.getpid(), signal.SIGKILL)
-        yield {"prompt": f"what is {number % 15_000} and {number % 7}?", "completion": "yes"}
+        yield {"prompt": f"what is {number % 15_000}?", "completion": "yes"}
