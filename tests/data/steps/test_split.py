@@ -73,8 +73,7 @@ def test_a_test_source_keeps_its_questions_out_of_training():
     assert (3 in side(verdict, "test")) or verdict.code[3] >= 0
 
 
-    again = {group(fewer[at]) for at in side(split(fewer, 0.2, seed=3), "test")}
-    assert again == {group(made) for made in fewer} & tested
+BASE = "please write a short and friendly letter to my neighbour about the noise that the dog makes every night and morning"
 
 
 def test_near_duplicates_of_a_prompt_are_on_its_side():
