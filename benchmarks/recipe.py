@@ -4,10 +4,10 @@
 
 The recipe: read JSON lines, normalise, filter (lengths, turns, stock phrases, repetition), exact and near-duplicates,
 decontamination against three evaluation sets, the split with its near-duplicate prompts. Rows are those of
-``benchmarks.dedup``, random words with planted copies, and in one of a thousand stands an evaluation item. A step's rate is
-the rows it got over its seconds, summed over processes; ``storage`` is reading and writing shards. ``--datasketch N``
-also runs the near-duplicates of the first N rows with datasketch (``benchmarks.dedup``). Memory is the sum of the
-processes' proportional set sizes, sampled five times a second.
+``benchmarks.dedup``, random words with planted copies, and in one of a thousand stands an evaluation item. A step's
+rate is the rows it got over its seconds, summed over processes; ``storage`` is reading and writing shards.
+``--datasketch N`` also runs near-duplicate removal on N such rows beside datasketch. Memory is the sum of the processes'
+proportional set sizes, sampled five times a second.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import argparse
 import json
 import random
 import shutil
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -151,7 +153,7 @@ def main() -> None:
         prepare(folder, given.rows, given.seed)
         show(run(folder, given.workers), given.workers)
     if given.datasketch:
-        dedup.compare(given.datasketch, 1, 0.7, given.seed)
+        subprocess.run([sys.executable, "-m", "benchmarks.dedup", "--rows", str(given.datasketch)], check=True)
 
 
 if __name__ == "__main__":

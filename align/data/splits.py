@@ -1,4 +1,4 @@
-"""What splits go by: a row's first question, and a draw that it and the seed decide. Splitting is a step (``split``)."""
+"""What splits go by: a row's first question, and a draw that it and the seed decide. Splitting itself is a step."""
 
 from __future__ import annotations
 
