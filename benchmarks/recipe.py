@@ -6,8 +6,8 @@ The recipe: read JSON lines, normalise, filter (lengths, turns, stock phrases, r
 decontamination against three evaluation sets, the split with its near-duplicate prompts. Rows are those of
 ``benchmarks.dedup``, random words with planted copies, and in one of a thousand stands an evaluation item. A step's
 rate is the rows it got over its seconds, summed over processes; ``storage`` is reading and writing shards.
-``--datasketch N`` also runs near-duplicate removal on N such rows beside datasketch. Memory is the sum of the processes'
-proportional set sizes, sampled five times a second.
+``--datasketch N`` also runs near-duplicate removal on N such rows beside datasketch. Memory is the sum of the
+processes' proportional set sizes, sampled five times a second.
 """
 
 from __future__ import annotations

@@ -24,17 +24,16 @@ from align.data.ledger import Counts, SourceLine, empty_split, make_ledger
 from align.data.recipe import Recipe
 from align.data.shards import (
     Pass,
-    StoredVerdict,
     Task,
     finished,
     read_shard,
     read_sketches,
-    store_verdict,
 )
 from align.data.source_configs import labels
 from align.data.sources import choose_format, identity, read
 from align.data.steps.base import StepContext, Table, TableStep, Verdict
 from align.data.steps.split import SPLITS, Identical, MaxRows, Split, Usable
+from align.data.verdicts import StoredVerdict, store_verdict
 from align.data.workers import Machine, Workers
 from align.errors import UserError
 from align.fingerprint import digest

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from align.data.formats import Form, FormatOptions, convert
@@ -25,7 +24,8 @@ from align.data.ledger import Counts
 from align.data.reading import Item
 from align.data.records import BadRecord
 from align.data.rows import Dropped, Row, read_rows, row_id, write_rows
-from align.data.steps.base import RowStep, StepContext, TableStep, Verdict
+from align.data.steps.base import RowStep, StepContext, TableStep
+from align.data.verdicts import StoredVerdict
 from align.errors import UserError
 
 STORAGE = -1
@@ -255,70 +255,3 @@ def read_sketches(folder: Path, shards: int) -> dict[str, np.ndarray]:
     finally:
         for file in files:
             file.close()
-
-
-def store_verdict(folder: Path, verdict: Verdict, stand_ins: list[dict[str, str]] | None) -> None:
-    """Write a verdict for the workers of the next pass, ``verdict.json`` last.
-
-    ``stand_ins`` has, for each row that ``instead`` points to in the order of ``np.unique``, what is said of it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    np.save(folder / "code.npy", verdict.code)
-    if verdict.times is not None:
-        np.save(folder / "times.npy", verdict.times)
-    for name, column in verdict.columns.items():
-        np.save(folder / f"column-{name}.npy", column)
-    if stand_ins is not None and verdict.instead is not None:
-        places = np.unique(verdict.instead[verdict.instead >= 0])
-        np.save(folder / "instead.npy", np.where(verdict.instead >= 0, np.searchsorted(places, verdict.instead), -1))
-        pq.write_table(pa.Table.from_pylist(stand_ins), folder / "stand_ins.parquet")
-    if verdict.details:
-        places, details = zip(*sorted(verdict.details.items()), strict=True)
-        said = [json.dumps(detail, ensure_ascii=False) for detail in details]
-        pq.write_table(pa.table({"row": pa.array(places, pa.int64()), "detail": said}), folder / "details.parquet")
-    summary = {"reasons": verdict.reasons, "columns": sorted(verdict.columns), "notes": verdict.notes}
-    temporary = folder / "verdict.tmp"
-    temporary.write_text(json.dumps(summary), encoding="utf-8")
-    temporary.replace(folder / "verdict.json")
-
-
-class StoredVerdict:
-    """A verdict on some of the rows, read from its folder."""
-
-    def __init__(self, folder: Path, part: slice) -> None:
-        said = json.loads((folder / "verdict.json").read_text(encoding="utf-8"))
-        self.reasons: list[str] = said["reasons"]
-        self.notes: dict[str, Any] = said["notes"]
-        self.code = self._load(folder / "code.npy", part)
-        self.columns = {name: self._load(folder / f"column-{name}.npy", part) for name in said["columns"]}
-        self._times = self._load(folder / "times.npy", part) if (folder / "times.npy").exists() else None
-        self._instead = self._load(folder / "instead.npy", part) if (folder / "instead.npy").exists() else None
-        self._stand_ins = pq.read_table(folder / "stand_ins.parquet") if self._instead is not None else None
-        self._details = self._read_details(folder / "details.parquet", part)
-
-    @staticmethod
-    def _load(path: Path, part: slice) -> np.ndarray:
-        return np.array(np.load(path, mmap_mode="r", allow_pickle=False)[part])
-
-    @staticmethod
-    def _read_details(path: Path, part: slice) -> dict[int, dict[str, Any]]:
-        if not path.exists():
-            return {}
-        inside = (pc.field("row") >= part.start) & (pc.field("row") < part.stop)
-        found = pq.read_table(path, filters=inside).to_pylist()
-        return {line["row"] - part.start: json.loads(line["detail"]) for line in found}
-
-    def times(self, at: int) -> int:
-        """How often a row appears."""
-        return 1 if self._times is None else int(self._times[at])
-
-    def fields(self, at: int) -> dict[str, Any]:
-        """What a kept row is given."""
-        return {name: column[at].item() for name, column in self.columns.items()}
-
-    def detail(self, at: int) -> dict[str, Any]:
-        """What is particular to a dropped row; under ``instead``, which row stands for it."""
-        found = self._details.get(at, {})
-        if self._instead is None or self._stand_ins is None or self._instead[at] < 0:
-            return found
-        return {**found, "instead": self._stand_ins.slice(int(self._instead[at]), 1).to_pylist()[0]}
