@@ -55,7 +55,7 @@ class _Synthesis:
         if config.judge is not None:
             self.judge = self._backend("judge_model", config.judge.endpoint, "judge.endpoint")
         cache = RequestCache(context.checkpoints)
-        shared = None if config.cache is None else RequestCache(Path.cwd() / config.cache)
+        shared = None if config.cache is None else RequestCache(Path.cwd() / Path(config.cache).expanduser())
         for one in (cache, shared):
             if one is not None and one.unreadable:
                 context.warn(f"{one.unreadable} lines of {one.path} cannot be read; their requests are asked again")

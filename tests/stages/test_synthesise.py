@@ -485,6 +485,18 @@ def test_a_seed_file_counts_by_its_content(tmp_path: Path) -> None:
         key("four.jsonl")
 
 
+def test_what_the_guide_shows_is_accepted(tmp_path: Path) -> None:
+    import re
+
+    import yaml
+
+    (block,) = re.findall(r"```yaml\n(.*?)```", Path("docs/synthesis.md").read_text(encoding="utf-8"), re.DOTALL)
+    shown = yaml.safe_load(block)
+    shown["stages"]["instructions"]["seeds"] = _seeds(tmp_path)
+    made = {node.name: node.makes for node in Pipeline(shown, "docs/synthesis.md")}
+    assert list(made.values()) == [Kind.MODEL, Kind.PROMPTS, Kind.INSTRUCTIONS, Kind.PREFERENCES]
+
+
 def test_an_unreachable_judge_is_found_before_anything_is_generated(fake: FakeChat, tmp_path: Path) -> None:
     gone = FakeChat()
     gone.stop()
