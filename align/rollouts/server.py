@@ -1,6 +1,6 @@
-"""Rollouts by a vLLM server: another process, or another machine, given new weights through a shared folder.
+"""Rollouts by a vLLM server: another process, or machine, given new weights through a shared folder, or over NCCL.
 
-With ``server_process.py`` the only file that touches vLLM's HTTP interface: its routes, fields and options as of 0.31
+With ``server_process.py`` and ``nccl.py`` all that touches vLLM's HTTP interface: routes, fields and options as of 0.31
 (``/v1/completions``, ``/collective_rpc``, ``/reset_prefix_cache``, ``/server_info``, ``/health``), the middle three of
 which exist only with ``VLLM_SERVER_DEV_MODE=1``. Every call ends within ``runtime.engine.timeout``, with an answer or
 an error that says whether the server lives. Left out: retries, streaming, tokens scored at other temperatures, and
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import shutil
 import tempfile
 import time
@@ -22,11 +23,13 @@ import torch
 
 from align.errors import UserError
 from align.models.loading import load_tokenizer
+from align.rollouts import nccl
 from align.rollouts.protocol import Progress, Response, Sampling
 from align.rollouts.server_client import POLL_SECONDS, BadReply, Client, EngineLost
 from align.rollouts.server_process import GRACE_SECONDS, MODULE, start_server
 from align.rollouts.vllm import CPU_STEP_TOKENS
-from align.rollouts.weights import checkpoint_weights, weight_names, with_tied_head
+from align.rollouts.watchdog import Watchdog
+from align.rollouts.weights import checkpoint_weights, refuse_missing, weight_names, with_tied_head
 from align.stage import EngineConfig
 
 COMPLETIONS, RPC, RESET, INFO = "/v1/completions", "/collective_rpc", "/reset_prefix_cache", "/server_info"
@@ -44,6 +47,8 @@ def server_options(dtype: torch.dtype, device: torch.device, config: EngineConfi
     options += ["--enable-prefix-caching", "--disable-log-stats"]
     if not config.compile:
         options.append("--enforce-eager")
+    if config.weights == "nccl":
+        options += nccl.SERVER_OPTIONS
     if device.type != "cpu":
         return [*options, "--gpu-memory-utilization", str(config.gpu_memory)]
     # A prompt read in parts makes vLLM wind its request's generator back, which a CPU generator cannot do.
@@ -53,7 +58,7 @@ def server_options(dtype: torch.dtype, device: torch.device, config: EngineConfi
 
 def refuse_unfit(client: Client, options: list[str], dtype: torch.dtype, max_length: int) -> None:
     """Raise ``UserError`` when a server that somebody else started is not there, or would sample something else."""
-    remedy = f"Start it with: VLLM_SERVER_DEV_MODE=1 python -m {MODULE} --model MODEL {' '.join(options)}"
+    remedy = f"Start it with: VLLM_SERVER_DEV_MODE=1 python -m {MODULE} --model MODEL {shlex.join(options)}"
     where = f"runtime.engine.address is {client.address}, but"
     try:
         info = client.call(f"{INFO}?config_format=json", method="GET")
@@ -75,6 +80,8 @@ def refuse_unfit(client: Client, options: list[str], dtype: torch.dtype, max_len
     on_cpu = str(client.find(INFO, config, "device_config", "device")) == "cpu"
     if on_cpu and found["enable-chunked-prefill"]:
         wrong.append("chunked prefill, which breaks seeded requests on a CPU")
+    if "--weight-transfer-config" in options and not nccl.is_offered(client.find(INFO, config)):
+        wrong.append("no weight transfer over NCCL")
     if wrong:
         raise UserError(f"{where} the server there has {'; '.join(wrong)}.\n{remedy}")
 
@@ -83,6 +90,7 @@ class ServerEngine:
     """A :class:`~align.rollouts.protocol.RolloutEngine` around one vLLM server, started here or running already."""
 
     name = "vllm-server"
+    sender: nccl.NcclSender | None
 
     def __init__(
         self,
@@ -93,6 +101,7 @@ class ServerEngine:
         config: EngineConfig,
         max_length: int,
         seed: int,
+        watchdog: Watchdog | None = None,
     ) -> None:
         """Start a server for sequences of at most ``max_length`` tokens, or give the one at ``config.address`` the
         weights of ``model_dir``. Raises ``UserError`` when that one is unfit, ``EngineLost`` when none starts."""
@@ -103,7 +112,7 @@ class ServerEngine:
         self.eos = int(self.tokenizer.eos_token_id)
         self.names = weight_names(model_dir)
         self.tied = bool(getattr(AutoConfig.from_pretrained(model_dir), "tie_word_embeddings", False))
-        self.version = 0
+        self.version, self.sender = 0, None
         self._temporary = contextlib.ExitStack()
         self.weights_folder = self._folder(config.weights_folder)
         options = server_options(dtype, device, config, max_length)
@@ -114,6 +123,9 @@ class ServerEngine:
             else:
                 self.client = Client(config.address, config.timeout)
                 refuse_unfit(self.client, options, dtype, max_length)
+                if config.weights == "nccl":
+                    watched = watchdog or Watchdog(self.name, config.timeout)
+                    self.sender = nccl.NcclSender(self.client, device, dtype, watched)
                 self.load_weights(checkpoint_weights(model_dir))
         except BaseException:
             self._temporary.close()
@@ -186,6 +198,10 @@ class ServerEngine:
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """See the protocol. Raises ``BadReply`` when the server cannot read the folder, or what lies in it."""
+        if self.sender is not None:
+            self.sender.send(with_tied_head(weights, self.tied), self.names)
+            self._forget_prefixes()
+            return
         self.version += 1
         folder = self.weights_folder / f"step_{self.version}"
         self._write(weights, folder)
@@ -209,10 +225,7 @@ class ServerEngine:
         partial = folder.with_name(f"{folder.name}.partial")
         partial.mkdir()
         try:
-            seen = write_shards(with_tied_head(weights, self.tied), partial, self.dtype)
-            missing = self.names - seen
-            if missing:
-                raise ValueError(f"the new weights lack {', '.join(sorted(missing)[:3])}: a full set is needed")
+            refuse_missing(self.names, write_shards(with_tied_head(weights, self.tied), partial, self.dtype))
             for file in self.model_dir.iterdir():  # configuration and tokenizer
                 if file.suffix in (".json", ".jinja", ".model", ".txt") and not file.name.endswith(".index.json"):
                     shutil.copyfile(file, partial / file.name)

@@ -22,8 +22,9 @@ import torch
 from align.models.loading import load_tokenizer
 from align.rollouts.protocol import Progress, Response, Sampling
 from align.rollouts.sampling import pick_tokens
+from align.rollouts.sleep import CACHE, WEIGHTS, Sleep
 from align.rollouts.watchdog import Watchdog
-from align.rollouts.weights import weight_names, with_tied_head
+from align.rollouts.weights import refuse_missing, weight_names, with_tied_head
 from align.stage import EngineConfig
 
 CPU_STEP_TOKENS = 8192
@@ -106,7 +107,7 @@ class VllmEngine:
         self.eos = int(self.tokenizer.eos_token_id)
         self.names = weight_names(model_dir)
         self.dtype = dtype
-        memory: dict[str, Any] = {"gpu_memory_utilization": config.gpu_memory}
+        memory: dict[str, Any] = {"gpu_memory_utilization": config.gpu_memory, "enable_sleep_mode": config.sleep}
         if device.type == "cpu":
             memory = {
                 "kv_cache_memory_bytes": int(config.cpu_kv_cache_gb * 2**30),
@@ -131,6 +132,7 @@ class VllmEngine:
                 seed=seed,
                 **memory,
             )
+        self.sleep = Sleep(self.llm, memory.get("enable_sleep_mode", False))
         self.runner = model_runner(self.llm)
         notice_steps(self.llm, self.watchdog.progress)
         self.tied = bool(getattr(self.llm.model_config.hf_config, "tie_word_embeddings", False))
@@ -176,17 +178,20 @@ class VllmEngine:
             bar = lambda it=None, **_: _Bar(total, on_progress) if it is None else it  # noqa: E731
         inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
         with self.watchdog.watch(call), torch.inference_mode(), _caller_undisturbed():
-            return self.llm.generate(inputs, params, use_tqdm=bar)  # type: ignore[arg-type]
+            self.sleep.wake(WEIGHTS, CACHE)
+            outputs = self.llm.generate(inputs, params, use_tqdm=bar)  # type: ignore[arg-type]
+            if call == "generate":
+                self.sleep.fall()
+            return outputs
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """See the protocol."""
         seen: set[str] = set()
         with self.watchdog.watch("load_weights"):
             with torch.no_grad(), _caller_undisturbed():
+                self.sleep.wake(WEIGHTS)
                 self.runner.reload_weights(weights_iterator=self._complete(weights, seen))
-            missing = self.names - seen
-            if missing:
-                raise ValueError(f"the new weights lack {', '.join(sorted(missing)[:3])}: a full set is needed")
+            refuse_missing(self.names, seen)
             if not self.llm.reset_prefix_cache():
                 raise RuntimeError("vLLM kept its prefix cache across a change of weights: requests still hold blocks")
 

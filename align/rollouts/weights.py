@@ -49,6 +49,13 @@ def weight_names(model_dir: Path) -> set[str]:
     return names
 
 
+def refuse_missing(names: set[str], seen: set[str]) -> None:
+    """Raise ``ValueError`` unless every name was seen: where no new weight comes, an engine keeps the old one."""
+    missing = sorted(names - seen)
+    if missing:
+        raise ValueError(f"the new weights lack {', '.join(missing[:3])}: a full set is needed")
+
+
 def checkpoint_weights(model_dir: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """``(name, tensor)`` of a checkpoint, on the CPU, for ``RolloutEngine.load_weights``."""
     from safetensors import safe_open
