@@ -150,7 +150,8 @@ def lint_trainer(
         raise UserError(f"lint: {names[0]} is none of the trainers that can be linted: {', '.join(KINDS)}.")
     args, dataset = trainer.args, trainer.train_dataset
     wanted: Supervise = supervise or ("all" if getattr(args, "assistant_only_loss", False) else "last")
-    limits = limits_of(trainer.model, getattr(args, "max_length", None))
+    cut_at = getattr(trainer.data_collator, "max_length", None) or getattr(args, "max_length", None)
+    limits = limits_of(trainer.model, cut_at)
     options = Options(stage, limits, wanted, ends_of(trainer.model), most_rows, seed)
     linter = Linter(trainer.processing_class, options)
     if rows is not None and len(rows) == len(dataset):

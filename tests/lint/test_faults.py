@@ -209,7 +209,6 @@ def only_the_last_answer_supervised(case: Case) -> dict[str, Finding]:
 
 @seeds("mask-shifted")
 def mask_two_tokens_early(case: Case) -> dict[str, Finding]:
-    case.also = {"eos-masked"}
 
     def change(row: dict[str, list[int]]) -> None:
         kept = [label != MASKED for label in row["labels"]]
@@ -325,7 +324,7 @@ def tokenized_as_plain_text(case: Case) -> dict[str, Finding]:
 @seeds("special-token-split")
 def end_of_turn_unknown_to_the_tokenizer(case: Case) -> dict[str, Finding]:
     case.everywhere = True
-    case.also = {"template-of-another-family", "missing-eos", "mask-shifted", "turn-marker-in-content"}
+    case.also = {"template-of-another-family", "mask-shifted"}
     end = case.spec.eos
     special = (*(token for token in case.spec.special if token != end), "<|stop|>")
     template = case.spec.template.replace("eos_token", f"'{end}'")
@@ -335,7 +334,7 @@ def end_of_turn_unknown_to_the_tokenizer(case: Case) -> dict[str, Finding]:
 @seeds("template-of-another-family")
 def tokenizer_of_another_model(case: Case) -> dict[str, Finding]:
     case.everywhere = True
-    case.also = {"special-token-split", "missing-eos", "mask-shifted"}
+    case.also = {"special-token-split", "mask-shifted"}
     foreign = copy.deepcopy(dialects.tokenizer_of(FOREIGN[case.name]))
     foreign.chat_template = case.spec.template
     if foreign.bos_token is None:
@@ -393,7 +392,6 @@ def user_writes_a_control_token(case: Case) -> dict[str, Finding]:
 
 @seeds("special-token-in-content")
 def answer_writes_a_control_token(case: Case) -> dict[str, Finding]:
-    case.also = {"mask-shifted"}
     rows = instructions()
     rows[SPOILT]["completion"] = [assistant(f"It ends turns: {case.tokenizer.eos_token} does.")]
     return look(case.tokenizer, rows)
@@ -423,7 +421,7 @@ def two_questions_in_a_row(case: Case) -> dict[str, Finding]:
 
 @seeds("unknown-role")
 def a_human_instead_of_a_user(case: Case) -> dict[str, Finding]:
-    case.also = {"template-refuses-row", "turn-rewritten"}
+    case.also = {"template-refuses-row"} if case.spec.strict else set()
     rows = instructions()
     rows[SPOILT]["prompt"][-1] = {"role": "human", "content": "Is that so, or not?"}
     return look(case.tokenizer, rows)
