@@ -69,6 +69,10 @@ class Endpoint:
                     f"{place}.key_variable: the environment variable {config.key_variable} is not set; export the "
                     f"endpoint's key in it, or leave key_variable out for a server that needs none."
                 )
+            if not (self._key.isascii() and self._key.isprintable()):
+                raise UserError(
+                    f"{place}.key_variable: what {config.key_variable} holds is no key: odd characters in it."
+                )
 
     def answer(self, requests: list[Request], desk: Desk) -> None:
         """Ask everything; ``desk.keep`` takes each answer as it comes, in any order.

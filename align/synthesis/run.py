@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from align.synthesis.config import BestOfTask, InstructionsTask, PairsTask, Resp
 
 SPLITS = ("train", "test")
 COLUMNS = {"instructions": (), "pairs": ("chosen", "rejected")}
+PROGRESS_SECONDS = 0.2
 READY = [user("Reply with the one word: ready")]
 """What a judge is asked before anything expensive starts."""
 
@@ -50,6 +52,7 @@ class _Synthesis:
         self.context, self.config, self.book = context, config, Book()
         self.score = None if config.score is None else _function(config.score)  # a misspelt name ends it here
         self.engines: Any = None
+        self._told = 0.0
         self.model = self._backend("model", config.endpoint, "endpoint")
         self.judge = None
         if config.judge is not None:
@@ -80,6 +83,10 @@ class _Synthesis:
         return LocalModel(self.engines, self.context.artifact(field), config.max_prompt_tokens, config.precision)
 
     def _progress(self, done: int, total: int, tokens: int) -> None:
+        now = time.monotonic()
+        if done < total and now - self._told < PROGRESS_SECONDS:
+            return  # an endpoint may answer hundreds of times a second, and each report is a line in a file
+        self._told = now
         spent = {"cost": round(self.asker.budget.spent, 4)} if self.asker.prices else {}
         self.context.progress(done, total, "requests", tokens, **spent)
 

@@ -245,6 +245,10 @@ def test_the_key_goes_into_the_header_and_nowhere_else(
     monkeypatch.setenv("CHAT_KEY", " ")
     with pytest.raises(UserError, match="environment variable CHAT_KEY is not set"):
         _endpoint(fake, key_variable="CHAT_KEY")
+    monkeypatch.setenv("CHAT_KEY", f"{KEY}\nX-Other: 1")
+    with pytest.raises(UserError, match="what CHAT_KEY holds is no key") as caught:
+        _endpoint(fake, key_variable="CHAT_KEY")
+    assert KEY not in str(caught.value)
 
 
 def test_a_refused_request_ends_the_run_or_is_dropped(fake: FakeChat, tmp_path: Path) -> None:
