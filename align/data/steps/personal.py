@@ -162,13 +162,13 @@ _IBAN = re.compile(r"(?<![\w-])[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{
 
 
 def find_ibans(text: str) -> Iterator[Span]:
-    """Account numbers: a country of the register, its length and structure, and the check digits."""
+    """Account numbers: a country of the register, its length and structure, and the check digits; any bank's."""
     from stdnum import iban
 
     for match in _IBAN.finditer(text):
         candidate = match[0]
         while True:  # a word in capitals after the number looks like its next group
-            if iban.is_valid(candidate):
+            if iban.is_valid(candidate, check_country=False):
                 yield match.start(), match.start() + len(candidate)
                 break
             shorter = candidate.rpartition(" ")[0]

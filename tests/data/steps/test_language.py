@@ -91,16 +91,16 @@ def test_confidence_and_length():
     assert reason(unsure, language={"keep": ["en"], "min_confidence": 0.05}) is not None
 
 
-def test_a_long_prompt_does_not_hide_the_reply():
-    german = OTHERS["de"][1] * 10
-    row = instruction() | {
-        "prompt": [user(german), assistant(german), user(ENGLISH[1] * 100)],
-        "completion": [assistant(german)],
-    }
-    # 400 characters of each text are read, from the reply back, until there are 1,000: the English ones are too few
-    assert reason(row, language={"keep": ["de"]}) is None
-    early = row | {"prompt": [user(ENGLISH[1] * 10), assistant(german), user(german)]}
-    assert reason(early, language={"keep": ["de"], "min_confidence": 0.05}) is None
+def test_the_reply_and_the_turns_nearest_to_it_are_read():
+    german, english = OTHERS["de"][1] * 10, ENGLISH[1] * 10
+    # 400 characters of each text are read, from the reply back, until there are 1,000
+    turns = [user(german), assistant(german), user(german), assistant(english), user(english)]
+    row = instruction(answer=english) | {"prompt": turns}
+    (result,) = run([row], language={"keep": ["de"]})
+    assert result.reason == "filter: language en"
+    assert [result] == run([row | {"prompt": turns[3:]}], language={"keep": ["de"]})
+    long = instruction(ENGLISH[1] * 100, german) | {"prompt": [user(german), assistant(german), user(ENGLISH[1] * 100)]}
+    assert reason(long, language={"keep": ["de"], "min_confidence": 0.5}) is None
 
 
 def test_readable():

@@ -31,6 +31,7 @@ SOMEBODYS = [
     ("card", "Card 4012 8888 8888 1881 or 378282246310005", ["4012 8888 8888 1881", "378282246310005"]),
     ("card", "5105-1051-0510-5100", ["5105-1051-0510-5100"]),
     ("iban", "Pay to DE89 3704 0044 0532 0130 00 NOW", ["DE89 3704 0044 0532 0130 00"]),
+    ("iban", "BE68 5390 0754 7034 NOW or NL91 ABNA 0417 1643 00", ["BE68 5390 0754 7034", "NL91 ABNA 0417 1643 00"]),
     ("iban", "GB82WEST12345698765432", ["GB82WEST12345698765432"]),
 ]
 NOBODYS = [
@@ -65,7 +66,9 @@ def test_what_is_nobodys(kind, text):
 def test_national_numbers_are_those_of_the_regions():
     text = "Ruf an: (030) 18272720."
     assert not list(phone_finder(["US"])(text))
-    assert [text[start:end] for start, end in phone_finder(["US", "DE"])(text)] == ["(030) 18272720"]
+    german = phone_finder(["US", "DE"])
+    assert [text[start:end] for start, end in german(text)] == ["(030) 18272720"]
+    assert not list(german("Seasons 2019-2020 and 2010-2016, from 4000-4999"))
 
 
 def test_masking():
