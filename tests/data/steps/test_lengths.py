@@ -126,3 +126,9 @@ def test_tokenizers_that_are_not_there(tmp_path: Path):
 def test_wrong_bounds(settings, message):
     with pytest.raises(ValidationError, match=message):
         FilterStep(type="filter", **settings).start(CONTEXT)
+
+
+def test_fields_that_are_null_have_no_length():
+    # as read from a Parquet file that also holds rows of another form
+    row = instruction("12", "345", chosen=None, rejected=None, responses=None)
+    assert reason(row, chars={"max": 5, "min_reply": 3}) is None
