@@ -34,6 +34,8 @@ class Tokens:
     finished: bool
     """Whether the answer came to its end."""
     dialect: Dialect
+    tools: str | None = ""
+    """The row's tools, as JSON text."""
     hidden_end: int | None = None
     """The id behind ``ids`` that is in the batch but not attended to, if any."""
 
@@ -86,7 +88,7 @@ def tokens_of(
         found.append(
             Tokens(
                 place, name, ids, labels, [*row["prompt"], *answer], name == "completion" or is_finished(row, name),
-                dialect, hidden if len(parts) == 1 else None,
+                dialect, row.get("tools"), hidden if len(parts) == 1 else None,
             )
         )  # fmt: skip
     return found

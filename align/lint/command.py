@@ -9,7 +9,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from align.data.rows import Row, read_rows
+import pyarrow.parquet as pq
+
+from align.data.rows import Row, iter_rows, split_files
 from align.errors import UserError
 from align.lint.batches import Collator
 from align.lint.findings import Finding
@@ -47,13 +49,15 @@ def lint_dataset(
     ``kind`` is found from the columns when it is None. Raises ``UserError`` for a folder without splits or a model
     without chat template.
     """
-    splits = read_splits(folder)
-    found = kind or kind_of(next(iter(splits.values())), folder)
+    splits = find_splits(folder)
+    found = kind or kind_of(next(iter_rows(next(iter(splits)))), folder)
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer, limits, ends = load(model, Path(scratch), max_length)
         linter = _linter(tokenizer, _options(found, Options(limits=limits, ends=ends, rows=rows, seed=seed)))
-        for name, split in splits.items():
-            linter.look(name, split, collator_of(linter.options.stage, tokenizer))
+        for path, total in splits.items():
+            wanted = set(linter.sample(total))
+            drawn = ((number, row) for number, row in enumerate(iter_rows(path)) if number in wanted)
+            linter.look_at_these(path.stem, drawn, total, collator_of(linter.options.stage, tokenizer))
         return linter.result()
 
 
@@ -97,21 +101,24 @@ def collator_of(stage: StageKind, tokenizer: Any) -> Collator | None:
     return made[stage](pad_token_id=pad)  # type: ignore[no-any-return]
 
 
-def read_splits(folder: Path) -> dict[str, list[Row]]:
-    """Rows of ``train`` and ``test``, whole files or shards. Raises ``UserError`` for a folder that has neither."""
-    found: dict[str, list[Row]] = {}
-    for name in ("train", "test"):
-        files = sorted(folder.glob(f"{name}-?????-of-?????.parquet")) or sorted(folder.glob(f"{name}.parquet"))
-        if files:
-            found[name] = [row for file in files for row in read_rows(file)]
-    if not any(found.values()):
+def find_splits(folder: Path) -> dict[Path, int]:
+    """``train.parquet`` and ``test.parquet`` (or the names of their shards' whole), with the rows of each.
+
+    Raises ``UserError`` for a folder that has neither, or no rows.
+    """
+    found: dict[Path, int] = {}
+    for path in (folder / "train.parquet", folder / "test.parquet"):
+        files = [file for file in split_files(path) if file.is_file()]
+        total = sum(pq.ParquetFile(file).metadata.num_rows for file in files)
+        if total:
+            found[path] = total
+    if not found:
         raise UserError(f"{folder}: no rows in train or test Parquet files; name the folder of a built dataset.")
     return found
 
 
-def kind_of(rows: Sequence[Row], folder: Path) -> str:
-    """The kind that the first row's columns show."""
-    row = rows[0] if rows else {}
+def kind_of(row: Row, folder: Path) -> str:
+    """The kind that a row's columns show."""
     if row.get("chosen") and row.get("rejected"):
         return "preferences"
     if row.get("completion"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Literal
 
+from align.data.rows import Message
 from align.lint.batches import MASKED, Tokens
 from align.lint.dialect import squeezed
 from align.lint.findings import Findings
@@ -97,11 +99,14 @@ def _check_texts(
         return
     answers = [m["content"] or "" for m in seen.messages if m["role"] == "assistant"]
     others = [squeezed(m["content"] or "") for m in seen.messages if m["role"] != "assistant"]
+    called = [(squeezed(m["content"] or ""), _called(m)) for m in seen.messages if m.get("tool_calls")]
     whole = squeezed(seen.text)
     met: list[str] = []
     for run in runs:
         content = _content(seen, run)
         answer = next((text for text in answers if seen.dialect.same_text(content, text)), None)
+        if answer is None:
+            answer = next((text for text, names in called if all(name in content for name in (text, *names))), None)
         if answer is not None:
             met.append(answer)
             continue
@@ -117,6 +122,11 @@ def _check_texts(
         left = [text for text in answers if text not in met and squeezed(text) in whole]
         if left:
             found.add("middle-turns-unsupervised", seen.place, f"no labels on {left[0]!r}")
+
+
+def _called(message: Message) -> list[str]:
+    """Names of the functions that a message calls; how a call is written is the template's own."""
+    return [str(call.get("function", call).get("name", "")) for call in json.loads(message["tool_calls"])]
 
 
 def _is_start(content: str, answers: list[str]) -> bool:

@@ -6,7 +6,7 @@ The order of work: the template once, then each row's turns, then its tokens and
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -92,12 +92,21 @@ class Linter:
     ) -> None:
         """Look at a split: ``rows`` as they are in it, ``prepared`` as the trainer has them, else encoded here."""
         numbers = self.sample(len(rows))
-        self.totals[split] = (len(numbers), len(rows))
-        self.found.looked_at += len(numbers)
+        self.look_at_these(split, ((number, rows[number]) for number in numbers), len(rows), collator, prepared)
+
+    def look_at_these(
+        self,
+        split: str,
+        rows: Iterable[tuple[int, Row]],
+        total: int,
+        collator: Collator | None,
+        prepared: Prepared | None = None,
+    ) -> None:
+        """The same for some rows of ``total``, with their indices."""
         repeats, kept = Repeats(), self._splits.setdefault(split, [])
         shown: list[tuple[dict[str, Any], int]] = []
-        for number in numbers:
-            row = relevant(rows[number], self.options.stage)
+        for number, whole in rows:
+            row = relevant(whole, self.options.stage)
             place = Place(split, number + 1, str(row.get("id", "")), str(row.get("_where", "")))
             kept.append((place, row))
             check_turns(row, place, self.dialect, self.found)
@@ -109,6 +118,8 @@ class Linter:
                 repeats.check([seen.ids for seen in sequences], place, sequences[0].text, self.found)
             if made is not None and len(shown) < PADDED and sequences and sequences[0].labels is not None:
                 shown.append((made, sum(end - start for start, end in labelled(sequences[0]))))
+        self.totals[split] = (len(kept), total)
+        self.found.looked_at += len(kept)
         if collator is not None and len(shown) > 1:
             self._check_padding(split, shown, collator)
 
@@ -167,7 +178,7 @@ class Linter:
         most = self.options.limits.max_length or NO_LIMIT
         try:
             if self.options.stage == "prompts":
-                ids = render_prompt(self.tokenizer, row["prompt"])
+                ids = render_prompt(self.tokenizer, row["prompt"], row.get("tools"))
                 if len(ids) > most:
                     self.found.add("over-max-length", place, f"{len(ids)} tokens, at most {most} are taken")
                     return None
@@ -206,7 +217,7 @@ class Linter:
         if seen.labels is None or len(seen.messages) < 2 or cut or self._starts >= START_CHECKS:
             return
         self._starts += 1
-        start = render_prompt(self.tokenizer, seen.messages[:-1])
+        start = render_prompt(self.tokenizer, seen.messages[:-1], seen.tools)
         bos = self.tokenizer.bos_token_id
         if seen.ids[: len(start)] == start or (bos is not None and seen.ids[:2] == [bos, bos]):
             return

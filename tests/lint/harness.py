@@ -69,12 +69,12 @@ def encoded(tokenizer: Any, rows: Sequence[Row], stage: str = "sft") -> Prepared
 
 def spans(tokenizer: Any, row: Row) -> list[tuple[int, int]]:
     """Where each answer stands in the row's ids, its end of turn included."""
-    messages = [*row["prompt"], *row["completion"]]
+    messages, tools = [*row["prompt"], *row["completion"]], row.get("tools")
     found = []
     for at, message in enumerate(messages):
         if message["role"] == "assistant":
-            start = len(render_prompt(tokenizer, messages[:at]))
-            found.append((start, len(render_conversation(tokenizer, messages[: at + 1]))))
+            start = len(render_prompt(tokenizer, messages[:at], tools))
+            found.append((start, len(render_conversation(tokenizer, messages[: at + 1], tools=tools))))
     return found
 
 
