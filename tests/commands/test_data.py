@@ -194,6 +194,9 @@ def test_show_colours_what_is_trained(by_hand: Path, monkeypatch: pytest.MonkeyP
     assert "\x1b[1;32mé\x1b[0m\x1b[1;30;42m<|im_end|>\x1b[0m" in out  # trained, and a trained special token
     assert "\x1b[36m<|im_start|>\x1b[0muser\nSay é.\x1b[36m<|im_end|>" in out
     assert "⟦" not in out
+    assert main(["data", "show", str(by_hand), "--model", "tiny", "--source", "second"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\\x1b[31mred \\u202egnp.exe \\x00") == 2 and "\x1b[31m" not in out and "\u202e" not in out
     monkeypatch.setenv("NO_COLOR", "1")
     assert main(words) == 0
     out = capsys.readouterr().out
