@@ -3,12 +3,13 @@
     python -m benchmarks.dedup [--rows 200000] [--rounds 1] [--threshold 0.7] [--only align]
 
 Rows are random words with Zipf's frequencies, 20 to 250 of them, a prompt and a reply. Planted among them are copies
-with a few words replaced, inserted or deleted, anywhere behind the row they copy, and look-alikes, which share a third
-of their words in one piece with another row but are no duplicates. Both sides use 5-word shingles, 128 permutations and
-the same bands, and drop a row when the estimated similarity to an earlier row reaches the threshold. datasketch is used
-the fast way: signatures in bulk, one index, candidates verified. Seconds are the processor's, of one thread: they
-include normalising the text and exclude reading the file. Recall counts the planted copies whose exact Jaccard
-similarity reaches the threshold, precision the dropped rows that are planted copies.
+with a few words replaced, inserted or deleted, anywhere behind the row they copy, and look-alikes, which share 40 to
+78 % of their words in one piece with another row (Jaccard 0.25 to 0.64) but are no duplicates. Both sides use 5-word
+shingles, 128 permutations and the same bands. datasketch is used the fast way: signatures in bulk, one index, a row
+dropped when the estimated similarity to a candidate reaches the threshold; align compares the shingles of close pairs.
+Seconds are the processor's, of one thread: they include normalising the text and, in deciding, reading rows back, and
+exclude reading the file at first. Recall counts the planted copies whose exact Jaccard similarity reaches the
+threshold, precision the dropped rows that are planted copies.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from align.data.minhash import choose_bands
-from align.data.rows import Row, assistant, normalised, user
+from align.data.rows import Row, assistant, normalised, take_rows, user, write_rows
 from align.data.steps.base import StepContext, Table
 from align.data.steps.near_duplicates import NearDuplicates
 
@@ -58,6 +60,8 @@ def generate(folder: Path, rows: int, seed: int) -> None:
             texts.append(text)
             cut = max(len(text) // 4, 1)
             file.write(json.dumps({"prompt": " ".join(text[:cut]), "reply": " ".join(text[cut:]).capitalize()}) + "\n")
+    for number, records in enumerate(shards(folder)):
+        write_rows(folder / f"{number:05d}.parquet", [as_row(record) for record in records])
     (folder / "truth.json").write_text(json.dumps(planted))
 
 
@@ -71,9 +75,9 @@ def edited(text: list[str], words: list[str], rng: random.Random) -> list[str]:
 
 
 def look_alike(text: list[str], words: list[str], rng: random.Random) -> list[str]:
-    """Another text that shares a third with this one."""
-    third = len(text) // 3
-    return text[:third] + [rng.choice(words) for _ in range(len(text) - third)]
+    """Another text that shares its beginning with this one."""
+    shared = round(len(text) * rng.uniform(0.4, 0.78))
+    return text[:shared] + [rng.choice(words) for _ in range(len(text) - shared)]
 
 
 def exact_jaccard(one: list[str], other: list[str]) -> float:
@@ -99,22 +103,39 @@ def shards(folder: Path) -> Iterator[list[dict[str, str]]]:
         yield shard
 
 
+def as_row(record: dict[str, str]) -> Row:
+    """A record as a row of a build."""
+    prompt, completion = [user(record["prompt"])], [assistant(record["reply"])]
+    return {"id": "", "source": "rows", "prompt": prompt, "checks": "", "completion": completion}
+
+
+def read_back(folder: Path, places: np.ndarray) -> Iterator[Row]:
+    """Rows by number, from Parquet shard by shard, as a build does."""
+    for shard in np.unique(places // SHARD):
+        yield from take_rows(folder / f"{shard:05d}.parquet", places[places // SHARD == shard] % SHARD)
+
+
 def run_align(folder: Path, threshold: float) -> dict[str, Any]:
     """The step as a build runs it: sketches shard by shard, then one verdict."""
     config = NearDuplicates(type="near_duplicates", threshold=threshold, permutations=PERMUTATIONS, shingle=SHINGLE)
     step = config.start(StepContext(kind="instructions", seed=0, base=folder, work=folder))
     sketches, sketching = [], 0.0
     for records in shards(folder):
-        rows: list[Row] = [
-            {"prompt": [user(record["prompt"])], "completion": [assistant(record["reply"])]} for record in records
-        ]
+        rows = [as_row(record) for record in records]
         begin = time.process_time()
         sketches.append(step.sketch(rows))
         sketching += time.process_time() - begin
     begin = time.process_time()
     columns = {name: np.concatenate([sketch.pop(name) for sketch in sketches]) for name in list(sketches[0])}
     count = len(columns["whole"])
-    table = Table(columns, np.ones(count, dtype=bool), np.zeros(count, dtype=np.int32), ["rows"], lambda _: {})
+    table = Table(
+        columns,
+        np.ones(count, dtype=bool),
+        np.zeros(count, dtype=np.int32),
+        ["rows"],
+        lambda _: {},
+        partial(read_back, folder),
+    )
     verdict = step.decide(table)
     deciding = time.process_time() - begin
     return {

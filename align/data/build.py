@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from align.data.finish import finish
 from align.data.ledger import Counts, SourceLine, empty_split, make_ledger
 from align.data.recipe import Recipe
+from align.data.rows import take_rows
 from align.data.shards import (
     Pass,
     Task,
@@ -194,7 +195,8 @@ class Build:
                 step: TableStep = config.start(context)
                 mine = {name: sketches.pop(name) for name in list(sketches) if name.startswith(f"{number}.")}
                 columns = {name.split(".", 1)[1]: column for name, column in mine.items()}
-                table = Table(columns | given, alive.copy(), source, list(spec.sources), _Rows(spec.folder, rows))
+                read = _Rows(spec.folder, rows)
+                table = Table(columns | given, alive.copy(), source, list(spec.sources), read, read.many)
                 began = time.perf_counter()
                 verdict = step.decide(table)
                 self._spent({number: time.perf_counter() - began})
@@ -255,6 +257,15 @@ class _Rows:
             self.shard, self.held = shard, read_shard(self.folder, shard)
         start = int(self.ends[shard - 1]) if shard else 0
         return self.held[place - start]
+
+    def many(self, places: np.ndarray) -> Iterator[Any]:
+        """The rows with these numbers, which ascend; each shard is read once."""
+        start = 0
+        for shard, end in enumerate(self.ends):
+            inside = places[(places >= start) & (places < end)] - start
+            if len(inside):
+                yield from take_rows(self.folder / f"{shard:05d}.parquet", inside)
+            start = int(end)
 
 
 def _names(folder: Path, rows: list[int], places: np.ndarray) -> Iterator[dict[str, str]]:

@@ -18,18 +18,22 @@ _MARK = 1
 def reply_parts(row: Row) -> list[tuple[str, int]]:
     """What the assistant is to answer, or not to: each text, and 1 where it counts against, 0 where not."""
     bad = {"rejected"} if row.get("label", True) is not False else {"rejected", "completion"}
-    found = [(message.get("content") or "", _MARK if name in bad else 0) for name in _REPLIES for message in row.get(name) or ()]
+    found = [
+        (message.get("content") or "", _MARK if name in bad else 0)
+        for name in _REPLIES
+        for message in row.get(name) or ()
+    ]
     return found + [(response["content"], 0) for response in row.get("responses") or ()]
 
 
-def parts(row: Row, of: Of) -> tuple[list[str], list[int]]:
+def parts(row: Row, of: Of) -> list[tuple[str, int]]:
     """The texts compared and the mark of each. System turns are left out: a whole source may share one."""
     found: list[tuple[str, int]] = []
     if of != "reply":
         found += [(message.get("content") or "", 0) for message in row["prompt"] if message["role"] != "system"]
     if of != "prompt":
         found += reply_parts(row)
-    return [text for text, _ in found], [mark for _, mark in found]
+    return found
 
 
 def key(row: Row, of: Of) -> str:

@@ -4,21 +4,22 @@ The signature of a text is, for each of K permutations, the least hash among its
 byte is kept (b-bit minwise hashing, Li and König 2010, arXiv 0910.3349). Two texts whose sets of shingles have the
 Jaccard similarity J agree at a place with probability J + (1 - J) / 256, from which J is estimated with a standard
 error of sqrt(J (1 - J) / K). Candidates are pairs that agree in all rows of one of several bands (Broder 1997; Indyk
-and Motwani 1998), and each is judged by the whole signature. A signature of 128 bytes is all that is held of a text:
-128 MB a million. Left out: the exact Jaccard similarity, which needs the shingles.
+and Motwani 1998), and each is judged by the whole signature, and where that is not enough by the shingles themselves. A
+signature of 128 bytes is all that is held of a text: 128 MB a million.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
 from align.data.components import first_equal, join
-from align.data.ngrams import Block, blocks, constants, mix
+from align.data.ngrams import blocks, constants, mix
+from align.data.shingles import Part, Sets, shingles, whole
 
 PERMUTATIONS = 128
 SHINGLE = 3
@@ -26,7 +27,12 @@ SHINGLE = 3
 RECALL = 0.95
 """Chance at least that a pair exactly at the threshold is looked at."""
 WINDOW = 32
-"""In a bucket of more members each is compared with this many neighbours."""
+"""In a bucket of more members each is compared with this many neighbours on either side."""
+SURE, DOUBT = 3, 2.5
+"""Standard errors above and below the threshold between which shingles decide rather than the estimate."""
+
+REMEMBERED = 1 << 22
+"""Pairs that are kept until shingles decide on them: 32 MiB."""
 
 _PAIRS = 1 << 17
 """Pairs compared at once."""
@@ -35,57 +41,22 @@ _CHANCE = 1 / 256
 
 
 def signatures(texts: Sequence[str], *, shingle: int = SHINGLE, permutations: int = PERMUTATIONS) -> np.ndarray:
-    """(N, permutations) uint8 of N texts; see :func:`sketch`."""
-    return sketch([[text] for text in texts], shingle=shingle, permutations=permutations)[0]
+    """(N, permutations) uint8 of N texts."""
+    return sketch([[(text, 0)] for text in texts], shingle=shingle, permutations=permutations)[0]
 
 
 def sketch(
-    rows: Sequence[Sequence[str]],
-    salts: Sequence[Sequence[int]] | None = None,
-    *,
-    shingle: int = SHINGLE,
-    permutations: int = PERMUTATIONS,
+    rows: Sequence[Sequence[Part]], *, shingle: int = SHINGLE, permutations: int = PERMUTATIONS
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Signatures (N, permutations) uint8 and hashes of all words in order (N,) uint64 of N rows.
-
-    A row's text comes in parts, which no shingle spans. ``salts`` has a number for each part: parts of different
-    numbers have no shingle in common. A part of fewer words than ``shingle`` is one shingle; rows without any word are
-    like each other.
-    """
+    """Signatures (N, permutations) uint8 of N rows, and (N,) uint64, equal for rows of equal words in equal parts."""
     signature = np.empty((len(rows), permutations), dtype=np.uint8)
-    whole = np.empty(len(rows), dtype=np.uint64)
+    equal = np.empty(len(rows), dtype=np.uint64)
     for block in blocks(rows):
         span = slice(block.first, block.first + len(block.parts) - 1)
-        salt = np.zeros(block.parts[-1], dtype=np.uint64)
-        if salts is not None:
-            salt[:] = [number for row in salts[span] for number in row]
-        hashes, offsets = _shingles(block, salt, shingle)
+        hashes, offsets = shingles(block, shingle)
         signature[span] = _least(hashes, offsets[:-1], permutations)
-        whole[span] = _whole(block, salt)
-    return signature, whole
-
-
-def _shingles(block: Block, salt: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Shingles of a block's rows, at least one each."""
-    hashes, offsets = block.words.ngrams(size)
-    if salt.any():
-        hashes = mix(hashes ^ np.repeat(_salt(salt), np.diff(offsets)))
-    offsets = offsets[block.parts]
-    wordless = np.diff(offsets) == 0
-    hashes = np.insert(hashes, offsets[:-1][wordless], constants(1, stream=6))
-    return hashes, offsets + np.concatenate([[0], np.cumsum(wordless)])
-
-
-def _salt(numbers: np.ndarray) -> np.ndarray:
-    return np.where(numbers == 0, np.uint64(0), constants(int(numbers.max()) + 1, stream=2)[numbers])
-
-
-def _whole(block: Block, salt: np.ndarray) -> np.ndarray:
-    """(rows,) uint64: equal for rows of equal words in equal parts."""
-    place = np.arange(len(salt)) - np.repeat(block.parts[:-1], np.diff(block.parts))
-    parts = mix(block.words.whole() ^ _salt(salt)) * constants(int(place.max(initial=0)) + 1, stream=3)[place]
-    sums = np.concatenate([np.zeros(1, dtype=np.uint64), np.cumsum(parts)])
-    return mix(np.diff(sums[block.parts]))
+        equal[span] = whole(block)
+    return signature, equal
 
 
 @lru_cache(maxsize=4)
@@ -150,65 +121,127 @@ class Clusters:
     """(N,) int64: the first row of each row's cluster."""
     compared: int
     """Pairs whose signatures were compared."""
+    exact: int
+    """Pairs whose shingles were compared."""
     left_out: int
-    """Candidates that were not: pairs of crowded buckets beyond the window."""
+    """Candidates that were not compared: pairs of crowded buckets beyond the window."""
 
 
 def cluster(signature: np.ndarray, exact_keys: np.ndarray, threshold: float) -> np.ndarray:
-    """(N,) int64: which row is the first of each row's cluster; see :func:`find_clusters`."""
+    """(N,) int64: which row is the first of each row's cluster, by estimates; see :func:`find_clusters`."""
     return find_clusters(signature, exact_keys, threshold).label
 
 
-def find_clusters(signature: np.ndarray, exact_keys: np.ndarray, threshold: float, recall: float = RECALL) -> Clusters:
-    """Connected components of the N rows whose estimated similarity is at least ``threshold``.
+def find_clusters(
+    signature: np.ndarray,
+    exact_keys: np.ndarray,
+    threshold: float,
+    recall: float = RECALL,
+    read: Callable[[np.ndarray], Sets] | None = None,
+) -> Clusters:
+    """Connected components of the N rows whose Jaccard similarity is at least ``threshold``.
 
     ``signature`` is (N, K) uint8; rows of equal ``exact_keys`` (N,) are together whatever their signatures. All pairs
     of a bucket (rows that agree in a band) are compared unless it has more than ``WINDOW`` members; then each is
-    compared with its ``WINDOW`` neighbours in the order of the next band, so that likely pairs are close. Memory beside
-    the arguments: about 100 bytes a row.
+    compared with the ``WINDOW`` before and behind it.
+
+    Without ``read`` the estimate decides. Among many rows of one template, whose similarity is a little below the
+    threshold, some estimates are above it, and such pairs are enough to make one cluster of all. ``read`` gives the
+    shingles of rows by number; with it, they decide wherever the estimate is within some standard errors of the
+    threshold. Memory beside the arguments: about 100 bytes a row, and 4 a shingle of rows that are read.
     """
     label = first_equal(exact_keys)
-    rows = np.flatnonzero(label == np.arange(len(label)))
     bands = choose_bands(threshold, signature.shape[1], recall)
-    compared = left_out = 0
-    for band in range(bands.count):
-        order, bucket = _buckets(signature, rows, bands, band)
-        left_out += _beyond_window(bucket)
-        joins = []
-        for left, right in _neighbours(order, bucket):
-            apart = label[left] != label[right]
-            left, right = left[apart], right[apart]
-            compared += len(left)
-            alike = estimate(signature, left, right) >= threshold
-            joins.append(np.stack([left[alike], right[alike]]))
-        if joins:
-            join(label, *np.concatenate(joins, axis=1))
-    return Clusters(label, compared, left_out)
+    search = _Search(signature, bands, label, np.flatnonzero(label == np.arange(len(label))))
+    if read is None:
+        search.join(lambda left, right, estimated: estimated >= threshold)
+        return Clusters(label, search.compared, 0, search.left_out)
+    error = standard_error(min(threshold, 0.95), signature.shape[1])
+    sure, possible = threshold + SURE * error, threshold - DOUBT * error
+    unsure = np.zeros(len(label), dtype=bool)
+    pairs: list[np.ndarray] = []
+    count = 0
+
+    def mark(left: np.ndarray, right: np.ndarray, estimated: np.ndarray) -> np.ndarray:
+        nonlocal count
+        between = (estimated >= possible) & (estimated < sure)
+        unsure[left[between]] = unsure[right[between]] = True
+        count += int(between.sum())
+        if count <= REMEMBERED:
+            pairs.append(left[between] * len(label) + right[between])
+        return estimated >= sure
+
+    search.join(mark)
+    compared, left_out, exact = search.compared, search.left_out, 0
+    if count:
+        sets = read(np.flatnonzero(unsure))
+
+        def check(left: np.ndarray, right: np.ndarray, estimated: np.ndarray) -> np.ndarray:
+            nonlocal exact
+            alike = estimated >= sure
+            between = np.flatnonzero((estimated >= possible) & ~alike)
+            exact += len(between)
+            alike[between] = sets.jaccard(left[between], right[between]) >= threshold
+            return alike
+
+        if count <= REMEMBERED:
+            left, right = np.divmod(np.unique(np.concatenate(pairs)), len(label))  # most were met in several bands
+            alike = check(left, right, np.full(len(left), possible))
+            join(label, left[alike], right[alike])
+        else:
+            search.join(check)  # too many to remember: through the buckets again
+    return Clusters(label, compared, exact, left_out)
 
 
-def _band_key(signature: np.ndarray, rows: np.ndarray, bands: Bands, band: int) -> np.ndarray:
-    """(rows,) uint64: equal where signatures agree in the band."""
-    begin = (band % bands.count) * bands.rows
-    key = np.zeros(len(rows), dtype=np.uint64)
-    for at in range(begin, begin + bands.rows, 8):
-        chunk = np.zeros((len(rows), 8), dtype=np.uint8)
-        taken = signature[rows, at : min(at + 8, begin + bands.rows)]
-        chunk[:, : taken.shape[1]] = taken
-        key = mix(key ^ chunk.view("<u8")[:, 0])
-    return key
+Judge = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+"""Given pairs of rows and their estimated similarities, says which are alike."""
 
 
-def _buckets(signature: np.ndarray, rows: np.ndarray, bands: Bands, band: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows that share a bucket with another, bucket after bucket, and the number of each one's bucket."""
-    key = _band_key(signature, rows, bands, band)
-    ranked = np.argsort(key, kind="stable")
-    same = key[ranked][1:] == key[ranked][:-1]
-    shared = np.append(same, False) | np.append(False, same)
-    ranked = ranked[shared]
-    nearby = _band_key(signature, rows[ranked], bands, band + 1)
-    order = np.lexsort((nearby, key[ranked]))
-    bucket = np.cumsum(np.diff(key[ranked][order], prepend=np.uint64(0)) != 0)
-    return rows[ranked[order]], bucket
+class _Search:
+    """Looks through the buckets of all bands, band after band, and joins what is alike."""
+
+    def __init__(self, signature: np.ndarray, bands: Bands, label: np.ndarray, rows: np.ndarray) -> None:
+        self.signature, self.bands, self.label, self.rows = signature, bands, label, rows
+        self.compared = self.left_out = 0
+
+    def join(self, judge: Judge) -> None:
+        """Join the pairs that ``judge`` finds alike; pairs that hang together already are passed over."""
+        self.compared = self.left_out = 0
+        for band in range(self.bands.count):
+            order, bucket = self._buckets(band)
+            self.left_out += _beyond_window(bucket)
+            found = []
+            for left, right in _neighbours(order, bucket):
+                apart = self.label[left] != self.label[right]
+                left, right = left[apart], right[apart]
+                self.compared += len(left)
+                alike = judge(left, right, estimate(self.signature, left, right))
+                found.append(np.stack([left[alike], right[alike]]))
+            if found:
+                join(self.label, *np.concatenate(found, axis=1))
+
+    def _buckets(self, band: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows that share a bucket with another, bucket after bucket, and the number of each one's bucket."""
+        bits = np.uint64(len(self.rows).bit_length())
+        # the key's high bits and the row in one number: sorting numbers is ten times as fast as sorting places by key,
+        # and rows that share a bucket only by what is cut off are told apart by their signatures
+        packed = np.sort((self._key(band) >> bits << bits) | np.arange(len(self.rows), dtype=np.uint64))
+        key = packed >> bits
+        same = key[1:] == key[:-1]
+        shared = np.append(same, False) | np.append(False, same)
+        bucket = np.cumsum(np.diff(key[shared], prepend=key[:1]) != 0)
+        return self.rows[(packed[shared] & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64)], bucket
+
+    def _key(self, band: int) -> np.ndarray:
+        """(rows,) uint64: equal where signatures agree in the band."""
+        begin = band * self.bands.rows
+        end = begin + self.bands.rows
+        key = np.zeros(len(self.rows), dtype=np.uint64)
+        for at in range(begin, end, 8):
+            chunk = np.zeros((len(self.rows), 8), dtype=np.uint8)
+            chunk[:, : min(at + 8, end) - at] = self.signature[self.rows, at : min(at + 8, end)]
+            key = mix(key ^ chunk.view("<u8")[:, 0])
+        return key
 
 
 def _beyond_window(bucket: np.ndarray) -> int:

@@ -159,6 +159,8 @@ class Block:
     """Which row is the first."""
     parts: np.ndarray
     """(rows + 1,) int64: where each row's parts begin among the block's."""
+    marks: np.ndarray
+    """(parts,) int64: each part's mark."""
     words: Words
     """Of all parts."""
 
@@ -168,20 +170,27 @@ class Block:
         return hashes, offsets[self.parts]
 
 
-def blocks(rows: Iterable[Sequence[str]]) -> Iterator[Block]:
-    """Rows, each a sequence of parts, in blocks of about ``BLOCK_BYTES``."""
+def blocks(rows: Iterable[Sequence[tuple[str, int]]]) -> Iterator[Block]:
+    """Rows, each a sequence of parts with a mark, in blocks of about ``BLOCK_BYTES``."""
     first = size = 0
-    flat: list[bytes] = []
+    texts: list[bytes] = []
+    marks: list[int] = []
     parts = [0]
+
+    def block() -> Block:
+        return Block(first, np.array(parts, dtype=np.int64), np.array(marks, dtype=np.int64), read_words(texts))
+
     for row in rows:
-        flat += map(encode, row)
-        size += sum(map(len, flat[parts[-1] :]))
-        parts.append(len(flat))
+        for text, mark in row:
+            texts.append(encode(text))
+            marks.append(mark)
+            size += len(texts[-1])
+        parts.append(len(texts))
         if size >= BLOCK_BYTES:
-            yield Block(first, np.array(parts, dtype=np.int64), read_words(flat))
-            first, size, flat, parts = first + len(parts) - 1, 0, [], [0]
+            yield block()
+            first, size, texts, marks, parts = first + len(parts) - 1, 0, [], [], [0]
     if len(parts) > 1:
-        yield Block(first, np.array(parts, dtype=np.int64), read_words(flat))
+        yield block()
 
 
 def _power_of_two(size: int) -> int:

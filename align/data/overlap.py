@@ -41,7 +41,7 @@ class Index:
         self.size = size
         self.words = np.zeros(len(texts), dtype=np.int64)
         whole, grams, owners, places = [], [], [], []
-        for block in blocks([[text] for text in texts]):
+        for block in blocks([(text, 0)] for text in texts):
             counts = block.words.counts
             numbers = block.first + np.arange(len(counts))
             self.words[numbers] = counts
@@ -73,7 +73,7 @@ class Index:
 
     def search(self, rows: Sequence[Sequence[str]]) -> Hits:
         """What each row, given in parts, covers."""
-        found = [self._search(block) for block in blocks(rows)]
+        found = [self._search(block) for block in blocks([(part, 0) for part in row] for row in rows)]
         return Hits(*(_joined([getattr(hits, name) for hits in found]) for name in ("row", "text", "coverage")))
 
     def _search(self, block: Block) -> Hits:

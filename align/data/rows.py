@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -143,6 +144,15 @@ def iter_rows(path: Path, batch_size: int = 1024) -> Iterator[Row]:
         raise UserError(f"{path}: there is no such file; run the stage that makes it.") from None
     except pa.ArrowInvalid as error:
         raise UserError(f"{path}: not a readable Parquet file ({error}); delete its artifact and rebuild it.") from None
+
+
+def take_rows(path: Path, places: np.ndarray) -> list[Row]:
+    """Some rows of one file that :func:`write_rows` wrote, by their places in it; the others cost little."""
+    found: list[Row] = pq.read_table(path).take(places).to_pylist()
+    for row in found:
+        for name in set(_STRUCTS) & row.keys():
+            row[name] = _without_absent(row[name], _STRUCTS[name][1])
+    return found
 
 
 def _without_absent(items: list[dict[str, Any]] | None, optional: dict[str, Any]) -> list[dict[str, Any]] | None:

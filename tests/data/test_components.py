@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from align.data.components import first_equal, first_stays, join
 
 
+@settings(deadline=None)
 @given(st.integers(1, 15), st.data())
 def test_components_carry_the_label_of_their_first_row(count: int, data: st.DataObject) -> None:
     node = st.integers(0, count - 1)

@@ -6,7 +6,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from align.data.overlap import Index
@@ -84,6 +84,7 @@ def test_a_text_that_is_nothing_but_template_counts_whole() -> None:
     assert hits.text.tolist() == list(range(20)) and set(hits.coverage.tolist()) == {1.0}
 
 
+@settings(deadline=None)
 @given(st.lists(WORDS, max_size=5), st.lists(st.lists(WORDS, max_size=3), max_size=5), st.integers(1, 4))
 def test_as_counted_word_by_word(texts: list[str], rows: list[list[str]], size: int) -> None:
     found = search(texts, rows, size)

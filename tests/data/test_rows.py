@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
@@ -15,6 +16,7 @@ from align.data.rows import (
     prompt_key,
     read_rows,
     row_id,
+    take_rows,
     user,
     write_rows,
 )
@@ -95,6 +97,14 @@ def test_rows_are_read_over_shards_one_by_one(tmp_path: Path) -> None:
         write_rows(tmp_path / f"train-0000{shard}-of-00002.parquet", rows)
     read = iter_rows(tmp_path / "train.parquet", batch_size=2)
     assert [row["id"] for row in read] == [f"{shard}-{number}" for shard in (0, 1) for number in range(5)]
+
+
+def test_some_rows_by_their_places(tmp_path: Path) -> None:
+    plain = {"id": "p", "source": "s", "prompt": [user("a")], "checks": "", "completion": [assistant("b")]}
+    write_rows(tmp_path / "a.parquet", [plain, called("1"), plain | {"id": "q"}, called("2")])
+    every = read_rows(tmp_path / "a.parquet")
+    assert take_rows(tmp_path / "a.parquet", np.array([1, 2])) == every[1:3]
+    assert take_rows(tmp_path / "a.parquet", np.array([], dtype=np.int64)) == []
 
 
 def test_ids_follow_the_content(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from align.data import minhash
 from align.data.compared import Of, check, parts
 from align.data.components import first_stays
 from align.data.rows import Row
+from align.data.shingles import Sets, read_sets
 from align.data.steps.base import StepConfig, StepContext, Table, Verdict
 from align.data.steps.exact_duplicates import DUPLICATE
 
@@ -29,12 +30,12 @@ class NearDuplicates(StepConfig):
     of: Of = "row"
     """What is compared: ``prompt`` (all turns but system ones), ``reply``, or ``row`` (both)."""
     threshold: float = Field(0.7, gt=0, le=1)
-    """Jaccard similarity of the sets of shingles, as estimated, from which two rows are alike."""
+    """Jaccard similarity of the sets of shingles from which two rows are alike."""
     shingle: int | None = Field(None, ge=1, le=50)
     """Words in a shingle; 3 for prompts, 5 otherwise. One changed word changes as many shingles, so in texts of a dozen
     words larger shingles find only equal ones."""
     permutations: int = Field(minhash.PERMUTATIONS, ge=16, le=1024)
-    """Bytes of a signature. The estimate's standard error is sqrt(threshold * (1 - threshold) / permutations)."""
+    """Bytes of a signature. More of them leave fewer pairs whose words must be compared."""
     recall: float = Field(minhash.RECALL, gt=0, lt=1)
     """Chance at least that a pair exactly at the threshold is looked at; nearer 1 compares more pairs."""
 
@@ -52,8 +53,7 @@ class _NearDuplicates:
     def sketch(self, rows: list[Row]) -> dict[str, np.ndarray]:
         """``signature`` (N, permutations) uint8 and ``whole`` (N,) uint64, a hash of all words."""
         compared = [parts(row, self.config.of) for row in rows]
-        texts, marks = [text for text, _ in compared], [mark for _, mark in compared]
-        signature, whole = minhash.sketch(texts, marks, shingle=self.shingle, permutations=self.config.permutations)
+        signature, whole = minhash.sketch(compared, shingle=self.shingle, permutations=self.config.permutations)
         return {"signature": signature, "whole": whole}
 
     def decide(self, table: Table) -> Verdict:
@@ -63,7 +63,11 @@ class _NearDuplicates:
         signature = table.columns["signature"]
         if len(places) < len(table):
             signature = signature[places]
-        found = minhash.find_clusters(signature, whole, self.config.threshold, self.config.recall)
+
+        def read(rows: np.ndarray) -> Sets:
+            return read_sets(rows, (parts(row, self.config.of) for row in table.rows(places[rows])), self.shingle)
+
+        found = minhash.find_clusters(signature, whole, self.config.threshold, self.config.recall, read)
         code, instead = first_stays(len(table), places, found.label)
         equal = places[whole[found.label] == whole]
         code[equal[code[equal] == 0]] = 1
@@ -81,6 +85,7 @@ class _NearDuplicates:
             "chance_to_look_at_a_pair_at_the_threshold": round(bands.chance(config.threshold), 4),
             "standard_error": round(minhash.standard_error(config.threshold, config.permutations), 4),
             "pairs_compared": found.compared,
+            "pairs_compared_exactly": found.exact,
             "candidates_left_out": found.left_out,
             "clusters": len(sizes),
             "largest_cluster": int(sizes.max(initial=0)),

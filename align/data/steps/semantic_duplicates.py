@@ -112,7 +112,9 @@ class _SemanticDuplicates:
             folder = config.fetch(self.context.base)
             self._embed = make(folder, self.context.device, config.max_length, config.batch_size)
         assert self._embed is not None
-        return {"embedding": store(self._embed(["\n".join(parts(row, self.config.of)[0]) for row in rows]))}
+        return {
+            "embedding": store(self._embed(["\n".join(text for text, _ in parts(row, self.config.of)) for row in rows]))
+        }
 
     def decide(self, table: Table) -> Verdict:
         """A row stays unless an earlier one that stays is close, which is then named."""

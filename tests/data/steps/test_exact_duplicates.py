@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -51,6 +51,7 @@ def test_every_turn_and_the_side_of_a_reply_count() -> None:
     assert kept(decide(step(of="prompt"), system)) == [0, 1]
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(["a", "A.", "b", "c d", "c  D", ""]), max_size=12), st.integers(1, 12))
 def test_shards_change_nothing(prompts: list[str], cut: int) -> None:
     rows = [row(prompt) for prompt in prompts]

@@ -56,7 +56,7 @@ def test_short_questions_that_differ_in_a_word_are_different() -> None:
 
 
 def test_a_long_prompt_is_compared_without_its_system_turn_and_its_reply() -> None:
-    system = {"role": "system", "content": " ".join(["be helpful"] * 50)}
+    system = {"role": "system", "content": " ".join(f"rule{number}" for number in range(500))}
     rows = [{**row(text, reply)} for text, reply in ((TEXT, "yes"), (edited(TEXT, 3), "no"), ("unlike", "yes"))]
     rows = [{**made, "prompt": [system, *made["prompt"]]} for made in rows]
     assert kept(decide(step(of="prompt"), rows)) == [0, 2]
@@ -107,3 +107,17 @@ def test_notes_give_the_error_of_the_estimate() -> None:
     assert notes["standard_error"] == 0.025  # sqrt(0.8 * 0.2 / 256)
     assert notes["chance_to_look_at_a_pair_at_the_threshold"] >= 0.95
     assert notes["bands"] * notes["rows_per_band"] <= 256
+
+
+def test_rows_that_are_read_back_decide_between_close_rows() -> None:
+    """A template of 75 words in 100: 0.6 alike, though some estimates say 0.7."""
+    rng = random.Random(2)
+    shared = [f"shared{number}" for number in range(75)]
+    texts = [" ".join([*shared, *(f"w{rng.randrange(5000)}" for _ in range(25))]) for _ in range(300)]
+    rows = [row("p", text) for text in [*texts, edited(texts[7], 80)]]
+    verdict = decide(step(of="reply", shingle=1), rows)
+    assert kept(verdict) == list(range(300))
+    assert verdict.instead is not None and verdict.instead[300] == 7
+    assert verdict.notes["pairs_compared_exactly"] > 100
+    dropped_before = decide(step(of="reply", shingle=1), rows, alive=[False] * 5 + [True] * 296)
+    assert kept(dropped_before) == list(range(300))
