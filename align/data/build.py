@@ -9,6 +9,7 @@ process and the sketches of one pass.
 from __future__ import annotations
 
 import itertools
+import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ import pyarrow.parquet as pq
 
 from align.data.finish import finish
 from align.data.ledger import Counts, SourceLine, empty_split, make_ledger
+from align.data.licences import of_mixture
 from align.data.recipe import Recipe
 from align.data.rows import take_rows
 from align.data.shards import (
@@ -31,7 +33,7 @@ from align.data.shards import (
     read_sketches,
 )
 from align.data.source_configs import labels
-from align.data.sources import choose_format, identity, read
+from align.data.sources import choose_format, identity, read, source_folder
 from align.data.steps.base import StepContext, Table, TableStep, Verdict
 from align.data.steps.split import SPLITS, Identical, MaxRows, Split, Usable
 from align.data.verdicts import StoredVerdict, store_verdict
@@ -68,7 +70,7 @@ class Build:
         Raises ``UserError`` for what cannot be read, and for a split that ends up empty, with the counts per reason.
         """
         lines = [
-            SourceLine(name, source.type, source.part, source.license, identity(source, self.base, self.inputs))
+            SourceLine(name, source.type, source.part, self._license(source), identity(source, self.base, self.inputs))
             for name, source in zip(labels(self.recipe.sources), self.recipe.sources, strict=True)
         ]
         steps = self._steps()
@@ -81,6 +83,16 @@ class Build:
             if not splits[name]:
                 raise UserError(empty_split(name, ledger))
         return ledger
+
+    def _license(self, source: Any) -> str | None:
+        """What the recipe says, or what the ledger of an earlier build says of it."""
+        if source.license is not None or source.type not in ("artifact", "input"):
+            return source.license  # type: ignore[no-any-return]
+        ledger = source_folder(source, self.base, self.inputs) / "ledger.json"
+        if not ledger.exists():
+            return None
+        found = json.loads(ledger.read_text(encoding="utf-8")).get("sources", [])
+        return of_mixture(line.get("license") for line in found).names[0] if found else None
 
     def _first_pass(self, steps: Sequence[Any], sources: Sequence[str]) -> Pass:
         return Pass(

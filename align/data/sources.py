@@ -34,7 +34,7 @@ from align.errors import UserError
 from align.fingerprint import file_digest
 from align.validation import suggest
 
-__all__ = ["BadRecord", "Item", "Record", "choose_format", "find_files", "identity", "read"]
+__all__ = ["BadRecord", "Item", "Record", "choose_format", "find_files", "identity", "read", "source_folder"]
 
 RECORD = "record.json"
 
@@ -56,7 +56,7 @@ def read(source: Source, base: Path, inputs: Sequence[Path] = (), seed: int = 0)
         rows = embedded.generate(source.size, seed, source.families)
         yield from ((f"embedded: row {number}", row) for number, row in enumerate(rows, 1))
     else:
-        folder = _folder(source, base, inputs)
+        folder = source_folder(source, base, inputs)
         for split in ("train", "test") if source.split == "all" else (source.split,):
             for number, row in enumerate(iter_rows(folder / f"{split}.parquet"), 1):
                 yield f"{folder.name}/{split}: row {number}", {k: v for k, v in row.items() if v is not None}
@@ -96,7 +96,7 @@ def identity(source: Source, base: Path, inputs: Sequence[Path] = ()) -> dict[st
         return {source.function: function_identity(source.function, "function")}
     if isinstance(source, EmbeddedSource):
         return {"embedded": f"version {embedded.VERSION}, checks {checkers.VERSION}"}
-    folder = _folder(source, base, inputs)
+    folder = source_folder(source, base, inputs)
     return {"artifact" if isinstance(source, ArtifactSource) else f"input {source.index}": _key(folder)}
 
 
@@ -203,7 +203,8 @@ def _read_python(source: PythonSource) -> Iterator[Item]:
         ) from error
 
 
-def _folder(source: ArtifactSource | InputSource, base: Path, inputs: Sequence[Path]) -> Path:
+def source_folder(source: ArtifactSource | InputSource, base: Path, inputs: Sequence[Path]) -> Path:
+    """Where an earlier artifact is. Raises ``UserError`` for an input that the stage was not given."""
     if isinstance(source, ArtifactSource):
         return base / Path(source.path).expanduser()
     if source.index >= len(inputs):

@@ -205,10 +205,12 @@ def test_auto_says_what_it_chose(make, tmp_path: Path) -> None:
 
 
 def test_an_artifact_and_an_input_are_read_as_rows(make, tmp_path: Path) -> None:
-    first = make([write(tmp_path / "a.jsonl", questions(30))])
+    first = make([write(tmp_path / "a.jsonl", questions(30)) | {"license": "MIT"}])
+    (first.folder / "ledger.json").write_text(json.dumps(first.ledger))
     (first.folder / "record.json").write_text(json.dumps({"key": "ab" * 32}))
     again = make([{"type": "input", "index": 0, "split": "train"}], inputs=[first.folder])
     assert again.ledger["rows_in"] == len(first.train)
+    assert again.ledger["sources"][0]["license"] == "mit"
     assert {row["id"] for row in again.train + again.test} == {row["id"] for row in first.train}
 
 
