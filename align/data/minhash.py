@@ -127,11 +127,6 @@ class Clusters:
     """Candidates that were not compared: pairs of crowded buckets beyond the window."""
 
 
-def cluster(signature: np.ndarray, exact_keys: np.ndarray, threshold: float) -> np.ndarray:
-    """(N,) int64: which row is the first of each row's cluster, by estimates; see :func:`find_clusters`."""
-    return find_clusters(signature, exact_keys, threshold).label
-
-
 def find_clusters(
     signature: np.ndarray,
     exact_keys: np.ndarray,

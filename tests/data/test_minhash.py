@@ -12,8 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from align.data import minhash
-from align.data.minhash import choose_bands, cluster, estimate, find_clusters, signatures, sketch, standard_error
+from align.data.minhash import choose_bands, estimate, find_clusters, signatures, sketch, standard_error
 from align.data.shingles import Sets, read_sets
+
+
+def cluster(signature: np.ndarray, exact_keys: np.ndarray, threshold: float) -> np.ndarray:
+    return find_clusters(signature, exact_keys, threshold).label
 
 
 def jaccard(one: str, other: str, size: int) -> float:

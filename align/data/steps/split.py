@@ -127,9 +127,7 @@ class _Split:
         label = first[label]  # of each row, the first row with its prompt
         clusters = len(first)
         if self.config.near_duplicates is not None:
-            from align.data.minhash import cluster
-
-            label = cluster(table.columns["signature"][places], label, self.config.near_duplicates)
+            label = self._hang_together(table, places, label, self.config.near_duplicates)
             clusters = len(np.unique(label))
         tested = self._tested(table.columns["draw"][places][label], label, part == 0)
         in_test = (part == 2) | ((part == 0) & tested)
@@ -138,6 +136,16 @@ class _Split:
         code[places[leaked]] = 0
         side[places] = np.where(in_test, "test", "train")
         return Verdict(code, [LEAKED], columns={"_split": side}, notes={"prompts": len(first), "clusters": clusters})
+
+    def _hang_together(self, table: Table, places: np.ndarray, label: np.ndarray, threshold: float) -> np.ndarray:
+        """(M,) of each row, the first row whose prompt hangs together with its own by like prompts."""
+        from align.data.minhash import SHINGLE, find_clusters
+        from align.data.shingles import Sets, read_sets
+
+        def read(rows: np.ndarray) -> Sets:
+            return read_sets(rows, ([(group(row), 0)] for row in table.rows(places[rows])), SHINGLE)
+
+        return find_clusters(table.columns["signature"][places], label, threshold, read=read).label
 
     def _tested(self, draw: np.ndarray, label: np.ndarray, divided: np.ndarray) -> np.ndarray:
         """(N,) whether each row's group is tested; neither side stays empty where there are two groups to divide."""

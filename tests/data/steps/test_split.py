@@ -87,6 +87,14 @@ def test_near_duplicates_of_a_prompt_are_on_its_side():
     assert (apart[::2] != apart[1::2]).any()
 
 
+def test_prompts_of_one_template_stay_apart_though_estimates_waver():
+    """0.6 alike, which some estimates of 128 places put at 0.7: those alone would tie most prompts together."""
+    draws = np.random.default_rng(0).integers(5000, size=(400, 25))
+    shared = " ".join(f"w{place}" for place in range(79))
+    rows = [row(shared + " " + " ".join(f"own{word}" for word in draw)) for draw in draws]
+    assert split(rows, near=0.7).notes == {"prompts": 400, "clusters": 400}
+
+
 def test_a_near_duplicate_of_a_test_prompt_leaves_training():
     rows = [row(BASE, source=0), row("something else", source=0), row(f"{BASE} please", source=1)]
     assert side(split(rows, near=0.7, parts=("train", "test")), "train") == [1]
