@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Literal
 
-from align.data.rows import Message
 from align.lint.batches import MASKED, Tokens
 from align.lint.dialect import squeezed
 from align.lint.findings import Findings
 from align.lint.tokens import Limits, is_cut, labelled
+from align.models.render import render_conversation, render_prompt
 
 Supervise = Literal["last", "all"]
 """Which of a conversation's answers are to be learnt."""
@@ -76,7 +75,10 @@ def _tail(seen: Tokens, run: tuple[int, int]) -> str:
 
 def _content(seen: Tokens, run: tuple[int, int]) -> str:
     """Squeezed text of a run, without the tokens that end the turn."""
-    ids = seen.ids[run[0] : run[1]]
+    return _without_end(seen, seen.ids[run[0] : run[1]])
+
+
+def _without_end(seen: Tokens, ids: list[int]) -> str:
     while ids and (ids[-1] in seen.dialect.ends or not seen.dialect.decode([ids[-1]]).strip()):
         ids = ids[:-1]
     return squeezed(seen.dialect.decode(ids))
@@ -99,14 +101,14 @@ def _check_texts(
         return
     answers = [m["content"] or "" for m in seen.messages if m["role"] == "assistant"]
     others = [squeezed(m["content"] or "") for m in seen.messages if m["role"] != "assistant"]
-    called = [(squeezed(m["content"] or ""), _called(m)) for m in seen.messages if m.get("tool_calls")]
+    called = [(m["content"] or "", _rendered(seen, at)) for at, m in enumerate(seen.messages) if m.get("tool_calls")]
     whole = squeezed(seen.text)
     met: list[str] = []
     for run in runs:
         content = _content(seen, run)
         answer = next((text for text in answers if seen.dialect.same_text(content, text)), None)
         if answer is None:
-            answer = next((text for text, names in called if all(name in content for name in (text, *names))), None)
+            answer = next((text for text, rendered in called if rendered == content), None)
         if answer is not None:
             met.append(answer)
             continue
@@ -124,9 +126,12 @@ def _check_texts(
             found.add("middle-turns-unsupervised", seen.place, f"no labels on {left[0]!r}")
 
 
-def _called(message: Message) -> list[str]:
-    """Names of the functions that a message calls; how a call is written is the template's own."""
-    return [str(call.get("function", call).get("name", "")) for call in json.loads(message["tool_calls"])]
+def _rendered(seen: Tokens, at: int) -> str:
+    """Squeezed text of the answer at ``at``, which calls a tool: how a call is written is the template's own."""
+    tokenizer = seen.dialect.tokenizer
+    start = render_prompt(tokenizer, seen.messages[:at], seen.tools)
+    whole = render_conversation(tokenizer, seen.messages[: at + 1], tools=seen.tools)
+    return _without_end(seen, whole[len(start) :])
 
 
 def _is_start(content: str, answers: list[str]) -> bool:

@@ -1,0 +1,138 @@
+"""What ``align data lint`` calls: rows or a built folder, for a model's tokenizer."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.cli import main
+from align.data.rows import assistant, user, write_rows
+from align.errors import UserError
+from align.lint.command import lint_dataset, lint_rows, load, print_findings
+from align.lint.findings import Example, Finding, Findings, Place
+from align.lint.rules import RULES
+from tests.lint.harness import Row, instructions, pairs
+
+DOCS = Path(__file__).parents[2] / "docs" / "lint.md"
+
+
+def named(findings: list[Finding]) -> dict[str, Finding]:
+    return {finding.name: finding for finding in findings}
+
+
+def dataset(folder: Path, train: list[Row], test: list[Row]) -> Path:
+    """A built folder in shards."""
+    half = len(train) // 2
+    write_rows(folder / "train-00000-of-00002.parquet", train[:half])
+    write_rows(folder / "train-00001-of-00002.parquet", train[half:])
+    write_rows(folder / "test.parquet", test)
+    return folder
+
+
+def test_a_folder_in_shards(tiny_model: Path, tmp_path: Path) -> None:
+    rows = instructions(20)
+    rows[12]["prompt"] = [user("half a sentence \ufffd")]
+    rows[18]["prompt"] = rows[1]["prompt"]
+    found = named(lint_dataset(dataset(tmp_path, rows[:16], rows[16:]), str(tiny_model), max_length=512))
+    assert found.keys() == {"not-utf8", "leaked-prompt"}
+    assert [f.examples[0].place for f in found.values()] == [Place("train", 13, "row-12"), Place("test", 3, "row-18")]
+    assert found["leaked-prompt"].of == 20
+
+
+def test_the_kind_is_found_or_given(tiny_model: Path, tmp_path: Path) -> None:
+    rows = pairs(10)
+    rows[2]["rejected"] = [assistant("never mind " * 40)]  # 440 tokens: more than a byte tokenizer should see
+    folder = dataset(tmp_path, rows[:8], rows[8:])
+    assert set(named(lint_dataset(folder, str(tiny_model), max_length=400))) == {"over-max-length"}
+    assert set(named(lint_dataset(folder, str(tiny_model), "reward", max_length=400))) == {"over-max-length"}
+    assert not lint_dataset(folder, str(tiny_model), "sft", max_length=400)
+    assert not lint_dataset(folder, str(tiny_model), "ppo", max_length=400)
+    with pytest.raises(UserError, match="unknown kind 'grpo'; known are instructions"):
+        lint_dataset(folder, str(tiny_model), "grpo")
+
+
+def test_only_a_sample_of_many_rows(tiny_model: Path, tmp_path: Path) -> None:
+    folder = dataset(tmp_path, instructions(20), instructions(30)[20:])
+    whole = named(lint_dataset(folder, str(tiny_model), max_length=8))
+    some = named(lint_dataset(folder, str(tiny_model), max_length=8, rows=5))
+    assert [whole["no-room-for-answer"].count, some["no-room-for-answer"].count] == [30, 10]
+    assert [finding.of for finding in (*whole.values(), *some.values())] == [30, 10]
+
+
+def test_rows_at_hand(tiny_model: Path, tmp_path: Path) -> None:
+    tokenizer, limits, ends = load(str(tiny_model), tmp_path, None)
+    assert (limits.context, limits.embeddings, ends) == (2048, 260, {2})
+    assert not lint_rows(instructions(), tokenizer, "instructions")
+    labelled = [{**row, "label": number % 2 == 0} for number, row in enumerate(instructions(60))]
+    assert not lint_rows(labelled, tokenizer, "unpaired")
+
+
+def test_a_tokenizer_with_faults_of_its_own_is_linted_and_not_refused(tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in tiny_model.iterdir():
+        if file.suffix != ".safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": "<|im_end|>"}))
+    data = tmp_path / "data"
+    data.mkdir()
+    dataset(data, instructions(4), instructions(6)[4:])
+    assert set(named(lint_dataset(data, str(folder)))) == {"pad-is-eos"}
+
+
+def test_what_is_missing_is_named(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no rows in train or test Parquet files"):
+        lint_dataset(tmp_path, str(tiny_model))
+    dataset(tmp_path, instructions(4), instructions(6)[4:])
+    with pytest.raises(UserError, match=r"'smollm2-135m-instrct' is neither .* Did you mean 'smollm2-135m-instruct'"):
+        lint_dataset(tmp_path, "smollm2-135m-instrct")
+
+
+def test_findings_are_printed_without_steering_the_terminal() -> None:
+    findings = Findings(looked_at=7)
+    findings.add("double-bos", Place("train", 3, "id\x1b[2J"), "text \x1b]0;title\x07 \u202e\ud83d é 你好")
+    out = io.StringIO()
+    assert print_findings(findings.result(), out) == 1
+    text = out.getvalue()
+    assert "error double-bos, 1 of 7 rows:" in text
+    assert "train row 3 (id\\x1b[2J): text \\x1b]0;title\\x07 \\u202e\\ud83d é 你好" in text
+    assert text.rstrip().endswith("1 error, 0 warnings, 0 notes")
+    assert print_findings([], io.StringIO()) == 0
+
+
+def test_a_row_counts_once_and_five_are_shown() -> None:
+    findings = Findings()
+    for row in range(9):
+        for _ in range(2):
+            findings.add("placeholder", Place("train", row + 1), "x" * 500)
+    (found,) = findings.result()
+    assert found.count == 9
+    assert len(found.examples) == 5
+    assert found.examples[4] == Example(Place("train", 5), "x" * 159 + "…")
+
+
+def test_the_command(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = instructions(10)
+    folder = dataset(tmp_path, rows[:8], rows[8:])
+    assert main(["data", "lint", str(folder), "--model", str(tiny_model)]) == 0
+    rows[3]["completion"] = [assistant("")]
+    dataset(tmp_path, rows[:8], rows[8:])
+    assert main(["data", "lint", str(folder), "--model", str(tiny_model), "--json"]) == 1
+    (found,) = json.loads(capsys.readouterr().out.partition("notes\n")[2])
+    assert [found["name"], found["severity"], found["count"]] == ["empty-answer", "error", 1]
+
+
+def test_the_documentation_lists_every_rule_as_it_is() -> None:
+    text = DOCS.read_text(encoding="utf-8")
+    listed: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.split(" | ")]
+        if line.startswith("| `") and len(cells) == 4:
+            listed[cells[0].removeprefix("| ").strip("`")] = [cells[1], cells[2], cells[3].removesuffix(" |")]
+    wanted: dict[str, Any] = {name: [rule.severity, rule.what, rule.remedy] for name, rule in RULES.items()}
+    assert listed == wanted
