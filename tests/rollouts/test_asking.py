@@ -55,6 +55,9 @@ def test_usage_counts_each_answer_once_and_failures_apart(tmp_path: Path) -> Non
         "copied_completion_tokens": 0, "uncounted": 0, "failed": 1,
     }  # fmt: skip
     assert backend.asked == [0, 1, 2, 3]
+    asker.ask(backend, requests)
+    assert backend.asked == [0, 1, 2, 3, 2], "what failed is not kept, and so asked again"
+    assert asker.usage_json()["model"] == found
 
 
 def test_a_shared_cache_is_copied_from_and_filled_and_a_resumed_stage_counts_alike(tmp_path: Path) -> None:

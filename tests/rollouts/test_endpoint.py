@@ -162,6 +162,14 @@ def test_after_the_last_retry_the_run_ends_and_what_was_answered_is_kept(fake: F
     assert len(fake.bodies) == 10 - answered
 
 
+def test_after_a_failure_nothing_new_is_sent(fake: FakeChat, tmp_path: Path) -> None:
+    fake.delay = 0.01
+    fake.reply = lambda body: (500, b"broken") if body["messages"][0]["content"] == "q6" else echo(body)
+    with pytest.raises(EndpointLost):
+        _ask(_endpoint(fake, retries=0), tmp_path, 200)
+    assert len(fake.bodies) < 15
+
+
 def test_a_timeout_says_what_was_waited_for(fake: FakeChat, tmp_path: Path) -> None:
     fake.reply = fake.hang
     began = time.monotonic()
