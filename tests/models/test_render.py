@@ -73,8 +73,11 @@ def test_tools_and_their_calls_reach_the_template_as_objects(tiny_model: Path) -
     whole = tokenizer.decode(render_conversation(tokenizer, ANSWERED, finished=False, tools=TOOLS))
     assert whole == "<weather>user:Hi;assistant:Yo;"
     # A field that other rows of a file have is none of this message's.
-    bare = [{**QUESTION[0], "tool_calls": None}]
-    assert tokenizer.decode(render_prompt(tokenizer, bare)) == "user:Hi;assistant:"
+    tokenizer.chat_template = "{% if 'name' in m %}!{% endif %}".join(
+        ["{% for m in messages %}", "{{ m.content }}{% endfor %}"]
+    )
+    bare = [{**QUESTION[0], "tool_calls": None, "name": None}]
+    assert tokenizer.decode(render_prompt(tokenizer, bare)) == "Hi"
 
 
 def test_templates_without_a_place_for_tools_are_refused(tiny_model: Path) -> None:
