@@ -71,27 +71,23 @@ class _Block:
         self.floats = self._floats(self.rows)
 
     def compare(self, label: np.ndarray, earlier: np.ndarray) -> int:
-        """Drop the block's rows that are like one of the earlier ones."""
-        open_rows = np.flatnonzero(label[self.rows] == self.rows)
-        if not len(open_rows) or not len(earlier):
+        """Drop the block's rows that are like one of the earlier ones; returns how many pairs were compared."""
+        rows = self.rows[label[self.rows] == self.rows]
+        if not len(rows) or not len(earlier):
             return 0
-        like = self._like(self.floats[open_rows], self._floats(earlier), self.rows[open_rows], earlier)
-        some = like.any(axis=1)
-        label[self.rows[open_rows[some]]] = earlier[like[some].argmax(axis=1)]
-        return int(like.size)
+        left, right = self._like(rows, earlier)
+        some, first = np.unique(left, return_index=True)
+        label[rows[some]] = earlier[right[first]]
+        return len(rows) * len(earlier)
 
     def compare_within(self, label: np.ndarray) -> int:
-        """Drop the block's rows that are like an earlier one of it that stays."""
+        """Drop the block's rows that are like an earlier one of it that stays; returns how many pairs were compared."""
         rows = self.rows[label[self.rows] == self.rows]
-        if len(rows) < 2:
-            return 0
-        floats = self.floats[rows - self.rows[0]]
-        like = np.tril(self._like(floats, floats, rows, rows), -1)
-        stays = np.ones(len(rows), dtype=bool)
-        for number in np.flatnonzero(like.any(axis=1)):
-            found = np.flatnonzero(like[number] & stays)
-            if len(found):
-                label[rows[number]], stays[number] = rows[found[0]], False
+        left, right = self._like(rows, rows)
+        before = right < left
+        for row, other in zip(left[before].tolist(), right[before].tolist(), strict=True):
+            if label[rows[row]] == rows[row] and label[rows[other]] == rows[other]:
+                label[rows[row]] = rows[other]
         return len(rows) * (len(rows) - 1) // 2
 
     def _floats(self, rows: np.ndarray) -> torch.Tensor:
@@ -99,12 +95,14 @@ class _Block:
 
         return torch.from_numpy(self.vectors[rows]).to(self.device).float() / SCALE
 
-    def _like(self, left: torch.Tensor, right: torch.Tensor, rows: np.ndarray, others: np.ndarray) -> np.ndarray:
-        """(left, right) bool: whether the cosine reaches the threshold."""
-        products = left @ right.T
-        like: np.ndarray = (products >= self.threshold).cpu().numpy()
-        unsure = ((products - self.threshold).abs() < _UNSURE).nonzero().cpu().numpy()
-        for row, other in unsure:
-            exact = self.vectors[rows[row]].astype(np.int64) @ self.vectors[others[other]].astype(np.int64)
-            like[row, other] = exact >= self.threshold * SCALE * SCALE
-        return like
+    def _like(self, rows: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Places in both of the pairs whose cosine reaches the threshold, by row and then by the other."""
+        products = self.floats[rows - self.rows[0]] @ self._floats(others).T
+        near = products >= self.threshold - _UNSURE  # the only thing that is done to every product
+        left, right = (places.cpu().numpy() for places in near.nonzero(as_tuple=True))
+        values = products[near].cpu().numpy()
+        alike = values >= self.threshold
+        for pair in np.flatnonzero(values < self.threshold + _UNSURE):
+            one, other = self.vectors[rows[left[pair]]], self.vectors[others[right[pair]]]
+            alike[pair] = one.astype(np.int64) @ other.astype(np.int64) >= self.threshold * SCALE * SCALE
+        return left[alike], right[alike]
