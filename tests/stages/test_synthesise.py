@@ -13,8 +13,6 @@ from align.errors import UserError
 from align.rollouts import endpoint_client
 from align.stages.synthesise import run
 from tests.rollouts.fake_chat import FakeChat
-
-
 from tests.stages.synthesis_harness import digests, endpoint_of, make_context, read_ledger, talk, write_seeds
 
 FILES = ("train.parquet", "test.parquet", "samples.jsonl", "dropped.jsonl", "ledger.json")
