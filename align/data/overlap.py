@@ -87,7 +87,7 @@ class Index:
         row, text = np.concatenate([row, equal_row]), np.concatenate([text, equal_text])
         whole = self._counted[self._begin[1:]] - self._counted[self._begin[:-1]]
         covered = np.concatenate([covered, whole[equal_text]])
-        order = np.lexsort((-covered, text, row))
+        order = np.lexsort((text, row))  # found both ways, a pair is covered whole both times
         row, text, covered = row[order], text[order], covered[order]
         best = _changes(row, text)
         row, text, covered = row[best], text[best], covered[best]

@@ -205,6 +205,19 @@ def test_shingles_decide_where_estimates_are_unsure(remembered: int, monkeypatch
     assert read == sorted(set(read)) and found.exact > 0
 
 
+def test_a_pair_exactly_at_the_threshold_is_alike() -> None:
+    shared = [f"s{place}" for place in range(20)]
+    texts = [" ".join([*shared, *(f"{letter}{place}" for place in range(10))]) for letter in "ab"]  # 20 of 40
+    parts = [[(text, 0)] for text in texts]
+    signature, whole = sketch(parts, shingle=1)
+
+    def read(rows: np.ndarray) -> Sets:
+        return read_sets(rows, [parts[row] for row in rows], 1)
+
+    assert find_clusters(signature, whole, 0.5, 0.999999, read).label.tolist() == [0, 0]
+    assert find_clusters(signature, whole, 0.501, 0.999999, read).label.tolist() == [0, 1]
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**32), st.sampled_from([0.5, 0.8, 1.0]))
 def test_with_shingles_clusters_are_those_of_exact_similarity(seed: int, threshold: float) -> None:

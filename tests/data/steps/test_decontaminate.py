@@ -70,6 +70,9 @@ def test_turns_of_an_item_are_looked_for_one_by_one(tmp_path: Path) -> None:
     verdict = decide(step([EvaluationSet(name="mt", files=["mt.jsonl"])]), [row(item(0, 9))], base=tmp_path)
     assert verdict.details[0]["coverage"] == 1.0
     assert verdict.notes["sets"]["mt"]["items_hit"] == 1
+    (tmp_path / "mt.jsonl").write_text(json.dumps({"turns": [item(0, 10) + " x" * 8, item(0, 10), item(0, 10) + " y"]}))
+    verdict = decide(step([EvaluationSet(name="mt", files=["mt.jsonl"])]), [row(item(0, 10))], base=tmp_path)
+    assert verdict.details[0]["coverage"] == 1.0 and "others" not in verdict.details[0]  # the turn most covered
 
 
 def test_notes_count_items_and_rows_of_each_set(tmp_path: Path) -> None:
