@@ -72,23 +72,29 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    """say what `run` would do, stage by stage, and why"""
-    from align.planning import choose_stages, plan
+    """say what `run` would do, stage by stage, and why; --memory adds what PPO's choices cost in memory"""
+    from align.console import memory_lines
+    from align.planning import choose_stages, estimate_memory, plan
     from align.runner import open_store
 
     pipeline = _load(options)
     store = open_store(pipeline, options.store)
     anew = choose_stages(pipeline, store, options.only, options.from_, tuple(options.rebuild))
     steps = plan(pipeline, store, anew)
+    memory = estimate_memory(pipeline, store) if options.memory else {}
     if options.json:
+        counted = {name: {"unknown": e} if isinstance(e, str) else e.to_json() for name, e in memory.items()}
         print_json([
             {"stage": s.node.name, "kind": s.node.stage.kind, "key": s.node.key, "action": s.action, "why": s.why}
+            | ({"memory": counted[s.node.name]} if s.node.name in counted else {})
             for s in steps
         ])  # fmt: skip
         return 0
     width = max(len(step.node.name) for step in steps)
     for step in steps:
         print(f"{step.node.name:<{width}}  {step.action:<7}  {step.node.key[:12]}  {step.why}")
+    for name, found in memory.items():
+        print("", *memory_lines(name, found), sep="\n")
     return 0
 
 
@@ -234,6 +240,7 @@ def parser() -> argparse.ArgumentParser:
     for name in ("list", "show", "gc", "doctor", "schema"):
         add_store(made[name])
     made["run"].add_argument("--strict", action="store_true", help="refuse artifacts made by other source code")
+    made["plan"].add_argument("--memory", action="store_true", help="show what PPO's tuning and critic cost in memory")
     made["show"].add_argument("key", metavar="KEY", help="the beginning of an artifact's key")
     made["show"].add_argument("--log", action="store_true", help="print the stage's log")
     made["show"].add_argument("--verify", action="store_true", help="check every file's digest")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -14,6 +14,9 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from align.artifacts import Artifact
 from align.pipeline import Node
 from align.runner import Listener
+
+if TYPE_CHECKING:
+    from align.models.memory import Estimate
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 SHOWN = ("loss", "score", "gold", "accuracy", "kl")
@@ -145,6 +148,41 @@ def _headline(artifact: Artifact) -> str:
             if "gold" in values or "reward" in values:
                 parts.append(f"{policy} {_short(values.get('gold', values.get('reward')))}")
     return "  ".join(parts)
+
+
+MEMORY_COLUMNS = {
+    "weights": "policy", "gradients": "grads", "optimizer": "AdamW", "reference": "ref", "critic": "critic's",
+    "reward": "reward", "copies": "bf16", "logits": "logits", "engine": "engine", "kv_cache": "KV", "total": "in all",
+}  # fmt: skip
+"""What ``align plan --memory`` shows of an ``align.models.memory.Memory``, with its headings."""
+
+
+def memory_lines(name: str, found: Estimate | str) -> list[str]:
+    """A table of what a stage's choices cost, the chosen one marked; or one line that says why it is not known."""
+    if isinstance(found, str):
+        return [f"{name}: memory not known: {printable(found)}."]
+    unit, label = (2**30, "GiB") if found.choices[0].memory.total >= 2**28 else (2**20, "MiB")
+    columns = {
+        field: heading
+        for field, heading in MEMORY_COLUMNS.items()
+        if any(getattr(choice.memory, field) for choice in found.choices)
+    }
+    table = [["", *found.choices[0].settings, *columns.values(), "+ per 1k tokens"]]
+    for choice in found.choices:
+        amounts = [getattr(choice.memory, field) for field in columns]
+        tokens = choice.memory.activations
+        last = "not known" if tokens is None else f"{1000 * tokens / unit:.2f}"
+        numbers = [f"{amount / unit:.2f}" if amount else "-" for amount in amounts]
+        table.append(["*" if choice.chosen else "", *choice.settings.values(), *numbers, last])
+    words = 1 + len(found.choices[0].settings)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = [
+        "  ".join(f"{cell:<{width}}" if at < words else f"{cell:>{width}}"
+                  for at, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        for row in table
+    ]  # fmt: skip
+    head = f"{name}: memory of a process in {label}, counted for {found.parameters / 1e6:,.1f} million parameters"
+    return [head, *(f"  {line}" for line in [*lines, *found.notes])]
 
 
 def _short(value: Any) -> str:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from align.artifacts import Artifact
+from align.artifacts import GENERATORS, Artifact, Kind
 from align.errors import UserError
 from align.pipeline import Node, Pipeline
 from align.provenance import source_digest
 from align.stage_process import CHECKPOINTS
 from align.store import Store
 from align.validation import suggest
+
+if TYPE_CHECKING:
+    from align.models.architecture import Architecture
+    from align.models.memory import Estimate
+
+CHECKPOINTS_OF_MODELS = (*GENERATORS, Kind.REWARD)
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,51 @@ def _differences(old: Any, new: Any, path: str, names: dict[str, str]) -> Iterat
             yield f"content of {path.removeprefix('identities.')} changed"
         else:
             yield f"{path}: {old!r} → {new!r}"
+
+
+def estimate_memory(pipeline: Pipeline, store: Store) -> dict[str, Estimate | str]:
+    """What the stages hold in memory whose config has ``memory(models, runtime)``, or why that is not known.
+
+    ``models`` maps each input field that names checkpoints to their architectures, read from a ``config.json``. Where
+    no checkpoint is finished yet, the config of the stage it all starts from is asked for ``architecture(base)``.
+    """
+    from align.models.architecture import UnknownArchitecture
+
+    found: dict[str, Estimate | str] = {}
+    for node in pipeline:
+        if not hasattr(node.config, "memory"):
+            continue
+        try:
+            models = {
+                field: [_architecture(pipeline, name, store) for name in ([names] if isinstance(names, str) else names)]
+                for field, names in node.inputs.items()
+                if names and all(_is_model(pipeline, name) for name in ([names] if isinstance(names, str) else names))
+            }
+            found[node.name] = node.config.memory(models, pipeline.config.runtime)
+        except UnknownArchitecture as error:
+            found[node.name] = str(error)
+    return found
+
+
+def _is_model(pipeline: Pipeline, name: str) -> bool:
+    return pipeline.nodes[name].makes in CHECKPOINTS_OF_MODELS
+
+
+def _architecture(pipeline: Pipeline, name: str, store: Store) -> Architecture:
+    """Of the model that a stage makes: read where it is finished, else that of what the stage starts from."""
+    from align.models.architecture import UnknownArchitecture, read_architecture
+
+    node = pipeline.nodes[name]
+    artifact = store.find(node.stage.kind, node.key, name)
+    if artifact is not None:
+        return read_architecture(artifact.model / "config.json")
+    if hasattr(node.config, "architecture"):
+        found: Architecture = node.config.architecture(pipeline.base)
+        return found
+    for target in node.input_names:
+        if _is_model(pipeline, target):
+            return _architecture(pipeline, target, store)
+    raise UnknownArchitecture(f"the model that stage '{name}' makes is known once it is finished")
 
 
 def choose_stages(

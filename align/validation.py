@@ -10,11 +10,13 @@ import re
 import types
 import typing
 from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from align.errors import UserError
@@ -121,13 +123,50 @@ def validate(config_class: type[Model], mapping: Any, where: str) -> Model:
     except ValidationError as error:
         # An unknown key explains the missing one beside it, so it comes first.
         details = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
-        raise UserError("\n".join(_explain(config_class, detail, where) for detail in details)) from None
+        walked = [(detail, _walk(config_class, detail)) for detail in details]
+        raise UserError("\n".join(_explain(detail, at, where) for detail, at in _telling(walked))) from None
 
 
-def _explain(config_class: type[BaseModel], detail: ErrorDetails, where: str) -> str:
-    shown, models = _walk(config_class, detail["loc"])
+@dataclass(frozen=True)
+class _At:
+    """Where a mistake is: its path as the YAML spells it, without labels of unions, and what is expected there."""
+
+    path: tuple[str, ...]
+    """Below the block that is checked; an index stands with its list, ``several[1]``."""
+    holders: list[type[BaseModel]]
+    """Models that may hold the last key."""
+    expected: list[Any]
+    """Member types of the annotation at the path."""
+
+
+def _telling(walked: list[tuple[ErrorDetails, _At]]) -> list[tuple[ErrorDetails, _At]]:
+    """One mistake a place: pydantic reports every branch of a union, of which the one that got furthest was meant."""
+    kept: dict[tuple[str, ...], tuple[ErrorDetails, _At]] = {}
+    for detail, at in walked:
+        deeper = any(_is_below(other.path, at.path) for _, other in walked)
+        if not (deeper and _is_about_type(detail)) and (at.path not in kept or _is_about_type(kept[at.path][0])):
+            kept[at.path] = detail, at
+    return list(kept.values())
+
+
+def _is_below(path: tuple[str, ...], above: tuple[str, ...]) -> bool:
+    if not above:
+        return False
+    *before, last = above
+    same = path[: len(before)] == tuple(before) and len(path) >= len(above)
+    return same and path != above and (path[len(before)] == last or path[len(before)].startswith(f"{last}["))
+
+
+def _is_about_type(detail: ErrorDetails) -> bool:
+    """Whether the value is of another type than the branch, rather than a wrong value of the right type."""
+    kind = detail["type"]
+    return kind.endswith(("_type", "_parsing")) or kind in ("literal_error", "int_from_float")
+
+
+def _explain(detail: ErrorDetails, at: _At, where: str) -> str:
+    shown, models = at.path, at.holders
     prefix, _, path = where.partition(": ") if ": " in where else (where, "", "")
-    full = ".".join([path, *shown] if path else shown)
+    full = ".".join((path, *shown) if path else shown)
     place = f"{prefix}: {full}" if full else prefix
     kind, context = detail["type"], detail.get("ctx", {})
     if kind == "extra_forbidden":
@@ -147,6 +186,12 @@ def _explain(config_class: type[BaseModel], detail: ErrorDetails, where: str) ->
         key = str(context.get("discriminator", "")).strip("'")
         expected = [tag.strip(" '") for tag in str(context.get("expected_tags", "")).split(",")]
         return f"{place}.{key}: unknown value '{context.get('tag')}'.{suggest(str(context.get('tag')), expected)}"
+    special = kind in ("model_type", "dict_type") or _names_a_stage(at.expected)
+    if _is_about_type(detail) and (len(at.expected) > 1 or special):
+        listed = [word.strip("'") for kind in at.expected for word in _words(kind) if word.startswith("'")]
+        close = nearest(detail["input"], listed) if isinstance(detail["input"], str) else None
+        hint = f" Did you mean '{close}'?" if close else ""
+        return f"{place}: should be {_in_words(at.expected)}; found {detail['input']!r}.{hint}"
     if kind == "literal_error":
         choices = str(context.get("expected", ""))
         names = [part.strip(" '") for part in choices.replace(" or ", ",").split(",")]
@@ -157,19 +202,20 @@ def _explain(config_class: type[BaseModel], detail: ErrorDetails, where: str) ->
     return f"{place}: {message}; found {detail['input']!r}."
 
 
-def _walk(config_class: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[str], list[type[BaseModel]]]:
-    """Path as the YAML spells it (without union tags), and the models that hold the last key of ``loc``."""
+def _walk(config_class: type[BaseModel], detail: ErrorDetails) -> _At:
     current: list[Any] = [config_class]
     shown: list[str] = []
     holders: list[type[BaseModel]] = [config_class]
-    for part in loc:
+    *_, last = detail["loc"] or (None,)
+    for part in detail["loc"]:
         holders = [kind for kind in current if isinstance(kind, type) and issubclass(kind, BaseModel)]
         if isinstance(part, int):
             shown[-1:] = [f"{shown[-1] if shown else ''}[{part}]"]
-            current = [arg for kind in current for arg in _members(typing.get_args(kind)[:1])]
+            lists = [kind for kind in current if typing.get_origin(kind) is list]
+            current = [arg for kind in lists for arg in _members(typing.get_args(kind))]
             continue
         tagged = [model for model in holders if part in _tags(model)]
-        if tagged and not any(part in model.model_fields for model in holders):
+        if tagged and (len(holders) > 1 or not any(part in model.model_fields for model in holders)):
             current = list(tagged)
             holders = tagged
             continue
@@ -179,27 +225,64 @@ def _walk(config_class: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[li
             shown.append(part)
             current = _members(values)
             continue
-        if not fields and part != loc[-1]:
+        if not fields and (part != last or detail["type"] != "extra_forbidden"):
             continue  # a branch label of a plain union, which the YAML does not spell
-        if not fields and not holders:
-            continue
         shown.append(part)
-        current = [member for field in fields for member in _members([field.annotation])]
-    return shown, holders
+        current = [member for field in fields for member in _members([_annotation(field)])]
+    return _At(tuple(shown), holders, current)
+
+
+def _annotation(field: FieldInfo) -> Any:
+    """With the marker that pydantic takes out of the annotation of a field that names one stage."""
+    marks = [item for item in field.metadata if hasattr(item, "kinds")]
+    return typing.Annotated[field.annotation, marks[0]] if marks else field.annotation
 
 
 def _members(annotations: Iterable[Any]) -> list[Any]:
-    """Flatten ``Annotated`` and unions into their member types."""
+    """Flatten ``Annotated`` and unions into their member types; what names a stage stays marked."""
     found: list[Any] = []
     for annotation in annotations:
         origin = typing.get_origin(annotation)
-        if origin is typing.Annotated:
+        if origin is typing.Annotated and not _names_a_stage([annotation]):
             found += _members(typing.get_args(annotation)[:1])
         elif origin in (typing.Union, types.UnionType):
             found += _members(typing.get_args(annotation))
         else:
             found.append(annotation)
     return found
+
+
+def _names_a_stage(annotations: Iterable[Any]) -> bool:
+    """Whether one is marked with the ``kinds`` of artifact a stage must make (``align.stage``, not imported here)."""
+    return any(hasattr(item, "kinds") for a in annotations for item in getattr(a, "__metadata__", ()))
+
+
+WORDS: dict[Any, str] = {
+    type(None): "null", bool: "true or false", int: "a whole number", float: "a number", str: "a text",
+}  # fmt: skip
+
+
+def _in_words(expected: list[Any]) -> str:
+    """``a text, a list of these, or null``."""
+    parts: list[str] = []
+    for kind in sorted(expected, key=lambda kind: kind is type(None)):
+        if typing.get_origin(kind) is list and parts and _in_words(_members(typing.get_args(kind))) == parts[-1]:
+            parts.append("a list of these")
+        else:
+            parts += [word for word in _words(kind) if word not in parts]
+    if len(parts) == 2 and " or " not in parts[0]:
+        return " or ".join(parts)
+    return ", or ".join(part for part in (", ".join(parts[:-1]), parts[-1]) if part)
+
+
+def _words(kind: Any) -> list[str]:
+    if _names_a_stage([kind]):
+        return [f"the name of a stage that makes {' or '.join(kind.__metadata__[0].kinds)}"]
+    if typing.get_origin(kind) is typing.Literal:
+        return [repr(value) for value in typing.get_args(kind)]
+    if typing.get_origin(kind) is list:
+        return [f"a list, each item {_in_words(_members(typing.get_args(kind)))}"]
+    return [WORDS.get(kind, "a mapping of keys to values")]
 
 
 def _tags(model: type[BaseModel]) -> set[str]:

@@ -91,6 +91,7 @@ def test_a_failed_stage_ends_with_1(pipeline_file: Path, store: str, capsys: pyt
         ["schema"],
         ["plan", "pipelines/quickstart.yaml", "--store", "{store}"],
         ["plan", "pipelines/zephyr_7b.yaml", "--store", "{store}"],
+        ["plan", "pipelines/quickstart.yaml", "--memory", "--store", "{store}"],
         ["run", "pipelines/quickstart.yaml", "--set", "stages.ppo.kl_ceof=1", "--store", "{store}"],
     ],
 )
@@ -108,6 +109,23 @@ def test_these_answer_without_torch(arguments: list[str], store: str) -> None:
     )  # fmt: skip
     assert "HEAVY []" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_plan_says_on_request_what_ppo_costs_in_memory(store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "pipelines/quickstart.yaml", "--store", store]
+    assert main(words) == 0
+    plain = capsys.readouterr().out
+    assert main([*words, "--memory"]) == 0
+    asked = capsys.readouterr().out
+    assert asked.startswith(plain) and "GiB" not in plain
+    assert "ppo: memory of a process in GiB, counted for 134.5 million parameters" in asked
+    assert asked.count("\n  *  lora r16  policy ") == 1
+    assert main([*words, "--memory", "--json"]) == 0
+    stages = {entry["stage"]: entry for entry in json.loads(capsys.readouterr().out)}
+    assert [name for name, entry in stages.items() if "memory" in entry] == ["ppo"]
+    chosen = [choice for choice in stages["ppo"]["memory"]["choices"] if choice["chosen"]]
+    assert chosen[0]["settings"] == {"tuning": "lora r16", "critic": "policy"}
+    assert chosen[0]["memory"]["reference"] == 0 and chosen[0]["memory"]["total"] > 2**30
 
 
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:

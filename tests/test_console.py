@@ -11,7 +11,8 @@ import pytest
 from rich.console import Console
 
 from align.artifacts import Artifact, Kind
-from align.console import ConsoleListener, duration
+from align.console import ConsoleListener, duration, memory_lines
+from align.models.memory import Choice, Estimate, Memory
 
 NODE: Any = SimpleNamespace(name="one")
 
@@ -55,3 +56,33 @@ def test_rates_and_time_left_count_from_this_attempts_first_event() -> None:
     shown.first = {"time": 100.0, "done": 10, "total": 40, "tokens": 1000}
     event = {"time": 110.0, "done": 20, "total": 40, "unit": "steps", "tokens": 4000, "loss": 1.5}
     assert shown._status(event) == "20/40 steps · 300 tok/s · loss 1.5 · 20s left"
+
+
+GIB = 2**30
+
+
+def choices(unit: int) -> Estimate:
+    small = Memory(weights=unit, gradients=0, optimizer=unit // 2, activations=unit // 1000)
+    large = Memory(weights=2 * unit, gradients=0, optimizer=unit, activations=None)
+    made = (Choice({"tuning": "lora r8", "critic": "head"}, small, False),
+            Choice({"tuning": "full", "critic": "policy"}, large, True))  # fmt: skip
+    return Estimate(1_234_567_890, made, ("One note.",))
+
+
+def test_memory_is_a_table_of_what_is_there_with_the_chosen_row_marked() -> None:
+    assert memory_lines("ppo", choices(GIB)) == [
+        "ppo: memory of a process in GiB, counted for 1,234.6 million parameters",
+        "     tuning   critic  policy  AdamW  in all  + per 1k tokens",
+        "     lora r8  head      1.00   0.50    1.50             1.00",
+        "  *  full     policy    2.00   1.00    3.00        not known",
+        "  One note.",
+    ]
+
+
+def test_a_model_of_a_few_megabytes_is_told_in_mib() -> None:
+    lines = memory_lines("ppo", choices(2**20))
+    assert "in MiB" in lines[0] and "1.50" in lines[2]
+
+
+def test_memory_that_is_not_known_says_why_in_one_line() -> None:
+    assert memory_lines("ppo", "no \x1b[2Jrule") == ["ppo: memory not known: no \\x1b[2Jrule."]

@@ -1,11 +1,12 @@
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 from pydantic import Field
 
+from align.artifacts import Kind
 from align.errors import UserError
-from align.stage import Config, FullTuning, LoraTuning, Tuning
+from align.stage import Config, FullTuning, LoraTuning, Tuning, stage_input
 from align.validation import load_yaml, parse_yaml, suggest, validate
 
 
@@ -20,6 +21,13 @@ class Example(Config):
     mode: Literal["fast", "slow"] = "fast"
     inner: Inner | None = None
     needed: int = 0
+    block: Inner = Inner()
+    policy: stage_input(Kind.MODEL, Kind.POLICY) = "sft"  # type: ignore[valid-type]
+    reward: stage_input(Kind.REWARD) | list[stage_input(Kind.REWARD)] | None = None  # type: ignore[valid-type]
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    count: int | None = Field(None, ge=1)
+    either: Inner | str = ""
+    size: Annotated[int, Field(ge=1)] | Literal["all"] = "all"
 
 
 def message(mapping: object) -> str:
@@ -42,10 +50,37 @@ def message(mapping: object) -> str:
         ({"mode": "slo"}, "stages.ppo.mode: 'slo' is none of 'fast' or 'slow'. Did you mean 'slow'?"),
         ({"inner": {"dept": 1}}, "stages.ppo.inner: unknown key 'dept'. Did you mean 'depth'?"),
         ([1], "p.yaml: stages.ppo: expected a mapping"),
+        ({"either": {"dept": 1}}, "stages.ppo.either: unknown key 'dept'. Did you mean 'depth'?"),
+        ({"either": {"depth": "x"}}, "stages.ppo.either.depth: should be a valid integer"),
     ],
 )
 def test_every_mistake_is_named_with_its_place_and_remedy(mapping: object, expected: str) -> None:
     assert expected in message(mapping)
+
+
+REWARD = "the name of a stage that makes RewardCheckpoint"
+
+
+@pytest.mark.parametrize(
+    ("mapping", "line"),
+    [
+        ({"reward": 5}, f"reward: should be {REWARD}, a list of these, or null; found 5."),
+        ({"reward": {"a": 1}}, f"reward: should be {REWARD}, a list of these, or null; found {{'a': 1}}."),
+        ({"reward": ["rm", 5]}, f"reward[1]: should be {REWARD}; found 5."),
+        ({"policy": None}, "policy: should be the name of a stage that makes ModelCheckpoint or PolicyCheckpoint; "
+                           "found None."),
+        ({"targets": 3}, "targets: should be 'all-linear' or a list, each item a text; found 3."),
+        ({"targets": "all-liner"}, "targets: should be 'all-linear' or a list, each item a text; found 'all-liner'. "
+                                   "Did you mean 'all-linear'?"),
+        ({"count": "x"}, "count: should be a whole number or null; found 'x'."),
+        ({"count": 0}, "count: should be greater than or equal to 1; found 0."),
+        ({"block": 3}, "block: should be a mapping of keys to values; found 3."),
+        ({"size": 0}, "size: should be greater than or equal to 1; found 0."),
+        ({"either": 3}, "either: should be a mapping of keys to values or a text; found 3."),
+    ],
+)  # fmt: skip
+def test_a_field_of_several_types_has_one_line_that_says_what_it_takes(mapping: object, line: str) -> None:
+    assert message(mapping) == f"p.yaml: stages.ppo.{line}"
 
 
 def test_all_mistakes_are_listed_unknown_keys_first() -> None:

@@ -56,8 +56,8 @@ class Validation:
         sampling = Sampling(
             max_tokens=args.max_tokens,
             temperature=args.temperature,
-            # The same at every validation: what changes between two is the policy, and less is noise.
-            seed=derive_seed(args.seed, "validation", args.process_index),
+            # The same at every validation, in any number of processes: what changes between two is the policy.
+            seeds=tuple(derive_seed(args.seed, "validation", i) for i in mine),
         )
         answers = trainer.engine.generate([self.prompts.token_ids[i] for i in mine], sampling)
         return rollout_of(self.prompts, mine, answers, 0)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from align.errors import UserError
 from align.fingerprint import file_digest
 from align.models.source import Origin, Source, identity, refuse_pickles, resolve
 from align.stage import Config, StageContext
+
+if TYPE_CHECKING:
+    from align.models.architecture import Architecture
 
 
 class ModelConfig(Config):
@@ -38,6 +41,12 @@ class ModelConfig(Config):
                 )
             found["chat_template"] = file_digest(path)
         return found
+
+    def architecture(self, base: Path) -> Architecture:
+        """The model's sizes, from a ``config.json`` on this machine; ``UnknownArchitecture`` where there is none."""
+        from align.models.known import known_architecture
+
+        return known_architecture(self.source, self.revision, base)
 
 
 def run(context: StageContext) -> dict[str, Any]:

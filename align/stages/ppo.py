@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from align.artifacts import GENERATORS, PROMPT_SOURCES, Kind
 from align.lint.settings import LintSettings
-from align.stage import Config, FullTuning, LoraTuning, StageContext, Tuning, stage_input
+from align.stage import Config, FullTuning, LoraTuning, Runtime, StageContext, Tuning, stage_input
 from align.trainer_options import check_trainer_options
+
+if TYPE_CHECKING:
+    from align.models.architecture import Architecture
+    from align.models.memory import Estimate
 
 
 class PpoConfig(Config):
     """One update samples ``rollout_batch`` responses, scores them and learns from them.
 
-    Memory, in float32 weights of the policy: LoRA needs the policy once (the reference is the policy with its adapter
-    off) and the reward model once (the critic is an adapter on it); full tuning needs both twice, and AdamW's state.
+    Memory: LoRA needs the policy once, in float32 (the reference is the policy with its adapter off), and the reward
+    model once, in ``precision`` (the critic is an adapter on it); full tuning needs both a second time, trained, with
+    AdamW's state. `align plan --memory` says how much that is for the model at hand, and what other choices would cost.
     """
 
     policy: stage_input(*GENERATORS)  # type: ignore[valid-type]
@@ -249,6 +255,12 @@ class PpoConfig(Config):
 
         named = {"score": self.score, "gold": self.gold}
         return {name: function_identity(path) for name, path in named.items() if path is not None}
+
+    def memory(self, models: Mapping[str, Sequence[Architecture]], runtime: Runtime) -> Estimate:
+        """What this stage holds in memory, and what it would with another ``tuning`` or ``critic``."""
+        from align.ppo.memory import estimate
+
+        return estimate(self, models, runtime)
 
 
 def run(context: StageContext) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -91,6 +92,20 @@ def test_a_killed_run_keeps_the_same_best(make_trainer, tmp_path, killed_at):
     expected, found = outcome(whole), outcome(second)
     assert found[1] == expected[1]
     assert all(torch.equal(found[0][name], tensor) for name, tensor in expected[0].items())
+
+
+def test_a_prompt_is_answered_alike_in_any_number_of_processes(make_trainer):
+    trainer = make_trainer(**FIELDS, temperature=2.0)
+    answers = {}
+    for world in (1, 2):
+        for rank in range(world):
+            args = SimpleNamespace(max_tokens=6, temperature=2.0, seed=3, process_index=rank, world_size=world)
+            found = trainer.validation._answer(SimpleNamespace(args=args, engine=trainer.engine))
+            for row, response in zip(found.rows, found.responses, strict=True):
+                answers.setdefault(row["id"], []).append(response)
+    assert list(answers) == [row["id"] for row in HELD_OUT]
+    assert all(one == two for one, two in answers.values())
+    assert len({tuple(one) for one, _ in answers.values()}) == len(answers)  # sampled, and each by itself
 
 
 def test_wrong_settings_are_refused(make_trainer):

@@ -1,0 +1,260 @@
+"""How many weights a decoder has and where, from its ``config.json`` alone: nothing is built, nothing downloaded.
+
+``RULES`` holds one function per ``model_type``; a type without one is refused rather than guessed. The tests hold each
+against the model that transformers builds. Left out: mixtures of experts, encoders, models of several parts (vision).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from align.stage import FullTuning, LoraTuning
+
+
+class UnknownArchitecture(ValueError):
+    """The size of a model cannot be told; the message says why, to be read after "unknown: "."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A matrix of one layer; ``path`` is its module's name below the layer, ``self_attn.q_proj``."""
+
+    path: str
+    inputs: int
+    outputs: int
+    bias: bool = False
+
+    @property
+    def parameters(self) -> int:
+        """Of the matrix and its bias."""
+        return self.inputs * self.outputs + self.bias * self.outputs
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes of a decoder: counts are numbers of parameters, widths numbers of features."""
+
+    model_type: str
+    hidden: int
+    layers: int
+    vocabulary: int
+    key_value_width: int
+    """Features of the keys of one token in one layer; its values have as many."""
+    linears: tuple[Linear, ...]
+    """The matrices of one layer."""
+    vectors: int
+    """Parameters of one layer outside them: norms."""
+    embedded: int
+    """Parameters of the token and position embeddings."""
+    last_norm: int
+    """Parameters of the norm behind the layers."""
+    tied: bool
+    """Whether the output head is the token embedding."""
+    norms: int | None = None
+    """Norms over a layer's width in one layer; None where what a layer keeps for its gradients has no rule."""
+    normed_heads: int = 0
+    """Features of one layer's queries and keys that are normed by themselves."""
+    lean_norms: bool = False
+    """Whether norms are written as Llama's, and so keep little (``align.models.norms``)."""
+    conv1d: bool = False
+    """Whether the matrices are GPT-2's ``Conv1D``, no linear layers."""
+    layers_path: str = "model.layers"
+    head_path: str = "lm_head"
+
+    @property
+    def matrices(self) -> int:
+        """Parameters of all layers' matrices, which is what is multiplied with."""
+        return self.layers * sum(linear.parameters for linear in self.linears)
+
+    @property
+    def trunk(self) -> int:
+        """Parameters below the head."""
+        return self.embedded + self.last_norm + self.layers * self.vectors + self.matrices
+
+    @property
+    def rounded(self) -> int:
+        """Parameters of the trunk that ``align.models.precision.round_frozen`` keeps in bfloat16."""
+        linears = 0 if self.conv1d else sum(linear.inputs * linear.outputs for linear in self.linears)
+        return self.embedded + self.layers * linears
+
+    @property
+    def head(self) -> int:
+        """Parameters of the output head, whether tied or not."""
+        return self.vocabulary * self.hidden
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the causal language model; a tied head is counted once."""
+        return self.trunk + (0 if self.tied else self.head)
+
+    def adapters(self, tuning: LoraTuning | FullTuning, part: Literal["model", "trunk"]) -> int:
+        """Parameters of the LoRA adapters on the causal model, or on its trunk; 0 for full tuning.
+
+        A target names a module as peft does: its whole name, or the end of it after a dot.
+        """
+        if isinstance(tuning, FullTuning):
+            return 0
+        targets = tuning.targets if isinstance(tuning.targets, list) else None  # None is all-linear
+        widths = 0
+        for linear in self.linears:
+            names = [f"{self.layers_path}.{layer}.{linear.path}" for layer in range(self.layers)]
+            adapted = self.layers if targets is None else sum(_is_target(name, targets) for name in names)
+            widths += adapted * (linear.inputs + linear.outputs)
+        if part == "model" and targets is not None and _is_target(self.head_path, targets):
+            widths += self.hidden + self.vocabulary
+        return tuning.rank * widths
+
+
+def _is_target(name: str, targets: list[str]) -> bool:
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def read_architecture(config_file: Path) -> Architecture:
+    """The architecture in a model folder's ``config.json``; ``UnknownArchitecture`` where there is none to read."""
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UnknownArchitecture(f"{config_file} cannot be read ({type(error).__name__})") from None
+    return architecture_of(config if isinstance(config, dict) else {})
+
+
+def architecture_of(config: Mapping[str, Any]) -> Architecture:
+    """From the parsed ``config.json``; ``UnknownArchitecture`` for a type without a rule or a size that is missing."""
+    kind = str(config.get("model_type"))
+    if kind not in RULES:
+        raise UnknownArchitecture(f"there is no rule for model_type '{kind}', only for {', '.join(sorted(RULES))}")
+    try:
+        return RULES[kind](config)
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise UnknownArchitecture(f"the config.json of this {kind} lacks or garbles a size ({error})") from None
+
+
+def _llama_like(
+    *,
+    needs: tuple[str, ...] = (),
+    qkv_bias: bool | None = None,
+    mlp_bias: bool = False,
+    head_norms: Literal["none", "head", "all"] = "none",
+    norms: int = 2,
+    lean: bool = True,
+    tied: bool = False,
+    fused: bool = False,
+) -> Callable[[Mapping[str, Any]], Architecture]:
+    """A rule for decoders with RMS norms, grouped keys and a gated MLP.
+
+    ``needs`` names sizes whose defaults follow from no other size, so that they must be given. ``qkv_bias`` None
+    follows ``attention_bias``, which is then of the output projection too; ``mlp_bias`` says whether the key of that
+    name means anything. ``head_norms``: norms of queries and keys over one head's features, or over all heads'.
+    ``norms`` counts those of a layer's width; ``lean``: written as Llama's. ``tied`` holds where the config does not
+    say. ``fused``: one matrix for queries, keys and values, one for gate and up.
+    """
+
+    def rule(config: Mapping[str, Any]) -> Architecture:
+        missing = [name for name in needs if not config.get(name)]
+        if missing:
+            raise KeyError(missing[0])
+        hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+        size = config.get("head_dim") or hidden // heads
+        groups = config.get("num_key_value_heads") or heads
+        queries, keys = heads * size, groups * size
+        out_bias = bool(config.get("attention_bias", False)) if qkv_bias is None else False
+        in_bias = out_bias if qkv_bias is None else qkv_bias
+        inner_bias = mlp_bias and bool(config.get("mlp_bias", False))
+        if fused:
+            inputs = [Linear("self_attn.qkv_proj", hidden, queries + 2 * keys, in_bias)]
+            gated = [Linear("mlp.gate_up_proj", hidden, 2 * inner, inner_bias)]
+        else:
+            widths = (("q_proj", queries), ("k_proj", keys), ("v_proj", keys))
+            inputs = [Linear(f"self_attn.{name}", hidden, width, in_bias) for name, width in widths]
+            gated = [Linear(f"mlp.{name}", hidden, inner, inner_bias) for name in ("gate_proj", "up_proj")]
+        outputs = [Linear("self_attn.o_proj", queries, hidden, out_bias)]
+        down = [Linear("mlp.down_proj", inner, hidden, inner_bias)]
+        of_heads = {"none": 0, "head": 2 * size, "all": queries + keys}[head_norms]
+        return Architecture(
+            model_type=config["model_type"],
+            hidden=hidden,
+            layers=config["num_hidden_layers"],
+            vocabulary=config["vocab_size"],
+            key_value_width=keys,
+            linears=(*inputs, *outputs, *gated, *down),
+            vectors=norms * hidden + of_heads,
+            embedded=config["vocab_size"] * hidden,
+            last_norm=hidden,
+            tied=bool(config.get("tie_word_embeddings", tied)),
+            norms=norms,
+            normed_heads=0 if head_norms == "none" else queries + keys,
+            lean_norms=lean,
+        )
+
+    return rule
+
+
+def _gpt_neox(config: Mapping[str, Any]) -> Architecture:
+    hidden, inner, bias = config["hidden_size"], config["intermediate_size"], bool(config.get("attention_bias", True))
+    return Architecture(
+        model_type="gpt_neox",
+        hidden=hidden,
+        layers=config["num_hidden_layers"],
+        vocabulary=config["vocab_size"],
+        key_value_width=hidden,
+        linears=(
+            Linear("attention.query_key_value", hidden, 3 * hidden, bias),
+            Linear("attention.dense", hidden, hidden, bias),
+            Linear("mlp.dense_h_to_4h", hidden, inner, True),
+            Linear("mlp.dense_4h_to_h", inner, hidden, True),
+        ),
+        vectors=2 * 2 * hidden,  # two layer norms, each with weight and bias
+        embedded=config["vocab_size"] * hidden,
+        last_norm=2 * hidden,
+        tied=bool(config.get("tie_word_embeddings", False)),
+        layers_path="gpt_neox.layers",
+        head_path="embed_out",
+    )
+
+
+def _gpt2(config: Mapping[str, Any]) -> Architecture:
+    hidden = config["n_embd"]
+    inner = config.get("n_inner") or 4 * hidden
+    return Architecture(
+        model_type="gpt2",
+        hidden=hidden,
+        layers=config["n_layer"],
+        vocabulary=config["vocab_size"],
+        key_value_width=hidden,
+        linears=(
+            Linear("attn.c_attn", hidden, 3 * hidden, True),
+            Linear("attn.c_proj", hidden, hidden, True),
+            Linear("mlp.c_fc", hidden, inner, True),
+            Linear("mlp.c_proj", inner, hidden, True),
+        ),
+        vectors=2 * 2 * hidden,
+        embedded=(config["vocab_size"] + config["n_positions"]) * hidden,
+        last_norm=2 * hidden,
+        tied=bool(config.get("tie_word_embeddings", True)),
+        conv1d=True,
+        layers_path="transformer.h",
+    )
+
+
+GROUPS, HEADS = ("num_key_value_heads",), ("num_key_value_heads", "head_dim")
+
+RULES: dict[str, Callable[[Mapping[str, Any]], Architecture]] = {
+    "llama": _llama_like(mlp_bias=True),
+    "granite": _llama_like(mlp_bias=True),
+    "smollm3": _llama_like(needs=GROUPS, mlp_bias=True, tied=True),
+    "mistral": _llama_like(needs=GROUPS, qkv_bias=False),
+    "phi3": _llama_like(qkv_bias=False, fused=True),
+    "qwen2": _llama_like(needs=GROUPS, qkv_bias=True),
+    "qwen3": _llama_like(needs=HEADS, head_norms="head"),
+    "olmo2": _llama_like(head_norms="all", lean=False),
+    "gemma": _llama_like(needs=HEADS, lean=False, tied=True),
+    "gemma2": _llama_like(needs=HEADS, norms=4, lean=False, tied=True),
+    "gemma3_text": _llama_like(needs=HEADS, norms=4, head_norms="head", lean=False, tied=True),
+    "gpt_neox": _gpt_neox,
+    "gpt2": _gpt2,
+}
+"""``model_type`` -> the architecture in a config of that type."""

@@ -1,0 +1,208 @@
+"""What PPO needs in memory, in bytes, from the models' sizes alone: counted, not measured. Torch-free.
+
+A trained parameter takes 16 bytes: weight, gradient and AdamW's state in float32. Frozen models that are never saved,
+the reference and reward models, are in bfloat16 where that is the ``precision`` (``align.models.precision``).
+
+Left out: the interpreter and its libraries, scratch space of kernels, buffers of DDP, what an allocator keeps for
+itself. Activations stand beside the sum, per token: how long prompts are is known only once the data is there.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from align.models.architecture import Architecture
+from align.models.precision import Precision
+from align.stage import FullTuning, LoraTuning, Runtime
+
+FLOAT = 4
+TRAINED = 4 * FLOAT
+"""Bytes of a trained parameter: weight, gradient, and AdamW's two averages."""
+LOGIT_CHUNK = 256
+"""Tokens whose logits exist at a time (``align.ppo.logprobs.CHUNK``)."""
+SIZES: dict[Precision, int] = {"float32": 4, "bfloat16": 2}
+
+CriticKind = Literal["reward", "policy", "head"]
+Lent = Literal["nothing", "cache", "all"]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that one process holds when it is fullest, by what they are for."""
+
+    weights: int
+    """Of the policy, adapters included."""
+    gradients: int
+    """Of the policy; there while an optimizer step is prepared, and given back after it."""
+    optimizer: int
+    """AdamW's state for the policy."""
+    reference: int = 0
+    critic: int = 0
+    """Weights, gradients and AdamW's state that are the critic's alone."""
+    reward: int = 0
+    """Reward models, frozen."""
+    copies: int = 0
+    """Of float32 matrices in bfloat16, kept from a forward pass to its backward pass."""
+    logits: int = 0
+    """Those of a chunk of tokens, what is computed from them, and the head's gradient while it is summed up."""
+    engine: int = 0
+    """The rollout engine's own weights."""
+    kv_cache: int = 0
+    """Keys and values of sampled sequences."""
+    lent: Lent = "cache"
+    """What of the engine is not there while the trainer learns."""
+    activations: int | None = None
+    """Per token of a micro-batch; policy and critic learn one after the other. None where there is no rule."""
+
+    @property
+    def total(self) -> int:
+        """All of it but activations; where sampling needs more than learning, these partly stand in its place."""
+        lasting = self.weights + self.optimizer + self.reference + self.critic + self.reward
+        engine = self.engine + self.kv_cache
+        kept = {"nothing": engine, "cache": self.engine, "all": 0}[self.lent]
+        return lasting + max(engine, kept + self.gradients + self.copies + self.logits)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to set a stage up: ``settings`` are the config's words for it."""
+
+    settings: dict[str, str]
+    memory: Memory
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a stage's ways cost; ``notes`` say what to know about the numbers, one sentence each."""
+
+    parameters: int
+    """Of the model that is trained."""
+    choices: tuple[Choice, ...]
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Bytes and words of every choice, each sum included."""
+        choices = [asdict(choice) for choice in self.choices]
+        for shown, choice in zip(choices, self.choices, strict=True):
+            shown["memory"]["total"] = choice.memory.total
+        return {"parameters": self.parameters, "choices": choices, "notes": list(self.notes)}
+
+
+def ppo_memory(
+    policy: Architecture,
+    rewards: Sequence[Architecture],
+    *,
+    tuning: FullTuning | LoraTuning,
+    critic: CriticKind,
+    precision: Precision,
+) -> Memory:
+    """PPO in one process without its engine. ``rewards`` are reward models; ``critic: reward`` starts from the first.
+
+    With LoRA the reference is the policy with its adapter off, and the critic an adapter on weights that are there
+    anyway; with full tuning both are models of their own (``align.ppo.critic``, ``align.ppo.model``). A critic with a
+    trunk has learnt before the policy's forward pass starts, so of what both keep until then only the larger counts.
+    Raises ``ValueError`` for ``critic: reward`` without a reward model.
+    """
+    full, low = isinstance(tuning, FullTuning), precision == "bfloat16"
+    trained = policy.parameters if full else policy.adapters(tuning, "model")
+    if critic == "reward" and not rewards:
+        raise ValueError("critic is reward, but there is no reward model")
+    beside = {"reward": rewards[0] if rewards else None, "policy": policy, "head": None}[critic]
+    own = policy.hidden + 1  # the value head and its bias
+    copies = [policy.matrices + policy.head]
+    per_token = [activations_per_token(policy, tuning, precision)]
+    if beside is not None:
+        own = beside.hidden + 1 + (beside.trunk if full else beside.adapters(tuning, "trunk"))
+        copies.append(beside.matrices if full or critic == "policy" else 0)  # a frozen reward model is in bfloat16
+        per_token.append(activations_per_token(beside, tuning, precision))
+    known = [amount for amount in per_token if amount is not None]
+    return Memory(
+        weights=FLOAT * (policy.parameters + (0 if full else trained)),
+        gradients=FLOAT * trained,
+        optimizer=2 * FLOAT * trained,
+        reference=_frozen(policy, low) + (0 if policy.tied else (FLOAT - 2 * low) * policy.head) if full else 0,
+        critic=TRAINED * own,
+        reward=sum(_frozen(reward, low) + FLOAT * reward.hidden for reward in rewards),
+        copies=2 * max(copies) if low else 0,
+        logits=_logits(policy, full, low),
+        activations=max(known) if len(known) == len(per_token) else None,
+    )
+
+
+def _frozen(model: Architecture, low: bool) -> int:
+    """Bytes of a trunk that is neither trained nor saved."""
+    return FLOAT * model.trunk - (2 * model.rounded if low else 0)
+
+
+def activations_per_token(model: Architecture, tuning: FullTuning | LoraTuning, precision: Precision) -> int | None:
+    """Bytes that one token leaves in all layers for the backward pass; None for a kind of layer without a rule.
+
+    Counted from what autograd keeps of RMS norms, linear layers, attention of ragged rows and a gated MLP. Left out:
+    padding inside attention, and that where flash attention runs (a GPU, or rows beyond 512 tokens) its result is kept
+    once more.
+    """
+    if model.norms is None:
+        return None
+    size, trained = SIZES[precision], isinstance(tuning, FullTuning)
+    out = next(linear for linear in model.linears if "o_proj" in linear.path)
+    down = next(linear for linear in model.linears if "down_proj" in linear.path)
+    # A lean norm keeps its input; any other, in float32, its input and what its weight is multiplied with if trained.
+    norm = size if model.lean_norms and precision == "bfloat16" else (1 + trained) * FLOAT
+    norms = norm * (model.norms * model.hidden + model.normed_heads)
+    inputs = size * 2 * model.hidden  # of attention and of the MLP
+    attention = size * 4 * out.inputs  # queries, keys and values repeated for every head, and what comes out
+    gated = size * 4 * down.inputs  # gate, its activation, up, their product
+    low_rank = 0 if isinstance(tuning, FullTuning) else size * tuning.rank * len(model.linears)
+    return model.layers * (norms + inputs + attention + gated + low_rank) + norm * model.hidden
+
+
+def _logits(model: Architecture, head_trained: bool, low: bool) -> int:
+    """Work space of ``align.ppo.logprobs``, whose backward pass is the fuller one.
+
+    While a chunk's logits are made, the former chunk's and what came of them are still there; while the head's gradient
+    is made, its sum so far is.
+    """
+    spare = 2 if low else 0
+    chunk = LOGIT_CHUNK * model.vocabulary
+    making = (3 * FLOAT + 2 * spare) * chunk
+    if not head_trained:
+        return making
+    return max(making + FLOAT * model.head, (2 * FLOAT + spare) * (chunk + model.head))
+
+
+def engine_memory(
+    model: Architecture, runtime: Runtime, *, precision: Precision, sequences: int, length: int
+) -> tuple[int, int, Lent]:
+    """The engine's weights, its key-value cache, and what of them it lends to the trainer.
+
+    ``sequences`` of at most ``length`` tokens are sampled at once. On a CPU vLLM's cache is ``cpu_kv_cache_gb``; on a
+    GPU it fills vLLM's share of the card, so what the sequences need is counted, as with transformers. A server that
+    runs already (``address``) costs nothing here.
+    """
+    engine = runtime.engine
+    name, gpu = engine_of(runtime)
+    if engine.address is not None:
+        return 0, 0, "cache"
+    size = SIZES[precision if engine.dtype == "auto" else engine.dtype]
+    weights = size * model.parameters
+    if name != "transformers" and model.tied and not gpu:
+        weights += size * model.head  # its CPU backend packs a copy of the head
+    if name != "transformers" and not gpu:
+        return weights, int(engine.cpu_kv_cache_gb * 2**30), "nothing"
+    per_token = 2 * size * model.key_value_width * model.layers
+    lent: Lent = "cache" if name == "transformers" else "all" if name == "vllm" and engine.sleep else "nothing"
+    return weights, per_token * min(sequences, engine.batch_size) * length, lent
+
+
+def engine_of(runtime: Runtime) -> tuple[str, bool]:
+    """The name that ``auto`` comes to here, and whether it samples on a GPU; told without importing either library."""
+    name = runtime.engine.name
+    if name == "auto":
+        name = "vllm" if importlib.util.find_spec("vllm") is not None else "transformers"
+    gpu = runtime.device == "cuda" or (runtime.device == "auto" and Path("/dev/nvidia0").exists())
+    return name, gpu
