@@ -126,6 +126,10 @@ class Dialect:
         """Whether squeezed ``found`` is what is left of ``wanted`` after a trip through the tokenizer."""
         return found == squeezed(wanted) or found == squeezed(self.through(wanted))
 
+    def has_text(self, whole: str, wanted: str) -> bool:
+        """The same, for squeezed ``whole`` that may have more in it."""
+        return squeezed(wanted) in whole or squeezed(self.through(wanted)) in whole
+
     def through(self, text: str) -> str:
         """``text`` encoded and decoded: tokenizers may normalise it, or not know all its characters."""
         try:

@@ -116,14 +116,16 @@ def _check_texts(
             found.add("user-tokens-supervised", seen.place, seen.dialect.decode(seen.ids[run[0] : run[1]]))
         elif is_cut(seen, limits) and run == runs[-1] and _is_start(content, answers[-1:]):
             met += answers[-1:]  # cut, and reported as that
-        elif any(squeezed(text) in whole for text in answers[-1:]):
+        elif any(seen.dialect.has_text(whole, text) for text in answers[-1:]):
             shown = seen.dialect.decode(seen.ids[run[0] : run[1]])
             found.add("mask-shifted", seen.place, f"labels are of {shown!r}, the answer is {answers[-1]!r}")
         met += [text for text in answers if squeezed(text) in content or content in squeezed(text)]
     if supervise == "all":
-        left = [text for text in answers if text not in met and squeezed(text) in whole]
+        left = [text for text in answers if text not in met and seen.dialect.has_text(whole, text)]
         if left:
             found.add("middle-turns-unsupervised", seen.place, f"no labels on {left[0]!r}")
+    elif len(met) == len(runs) and met[-1] != answers[-1] and seen.dialect.has_text(whole, answers[-1]):
+        found.add("mask-shifted", seen.place, f"labels are of {met[-1]!r}, the answer is {answers[-1]!r}")
 
 
 def _rendered(seen: Tokens, at: int) -> str:

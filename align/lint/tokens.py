@@ -60,7 +60,7 @@ def _check_turns_are_there(seen: Tokens, limits: Limits, found: Findings) -> Non
         text = message["content"] or ""
         if message["role"] == "tool":
             continue  # templates wrap a tool's result as they like
-        if squeezed(text) in whole or squeezed(dialect.through(text)) in whole:
+        if dialect.has_text(whole, text):
             continue
         if number == len(seen.messages) - 1 and full:
             continue  # cut: judged by its labels

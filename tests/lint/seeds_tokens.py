@@ -166,6 +166,15 @@ def mask_two_tokens_late(case: Case) -> dict[str, Finding]:
 
 
 @seeds("mask-shifted")
+def the_earlier_answer_supervised(case: Case) -> dict[str, Finding]:
+    def change(row: dict[str, list[int]]) -> None:
+        start, end = spans(case.tokenizer, instructions()[SPOILT])[0]
+        row["labels"] = [token if start <= at < end else MASKED for at, token in enumerate(row["input_ids"])]
+
+    return spoilt(case, change)
+
+
+@seeds("mask-shifted")
 def labels_moved_by_one(case: Case) -> dict[str, Finding]:
     return spoilt(case, lambda row: row.update(labels=[*row["labels"][1:], MASKED]))
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from tokenizers import normalizers
 
 from align.data.rows import assistant, user
 from align.lint.batches import MASKED
@@ -80,3 +81,33 @@ def test_an_answer_that_calls_a_tool_and_a_tools_answer() -> None:
     assert alarms(look(tokenizer, [row], made)) == {"mask-shifted"}
     refused = look(dialects.tokenizer_of("chatml"), [row])  # a template without a place for tools
     assert alarms(refused) == {"template-refuses-row"}
+
+
+def test_a_tokenizer_that_normalises_is_no_fault() -> None:
+    tokenizer = dialects.make(SPECS["llama-2"])
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    rows = instructions()
+    rows[SPOILT]["completion"] = [assistant("The ﬁrst ½ of the STORY is ﬁne.")]
+    assert tokenizer.decode(tokenizer("ﬁrst ½", add_special_tokens=False)["input_ids"]) == "first 1⁄2"
+    assert not alarms(look(tokenizer, rows))
+    made = encoded(tokenizer, rows)
+    start = next(at for at, label in enumerate(made[SPOILT]["labels"]) if label != MASKED)
+    made[SPOILT]["labels"][start : start + 3] = [MASKED] * 3
+    assert alarms(look(tokenizer, rows, made)) == {"mask-shifted"}
+
+
+def test_a_tools_answer_may_be_wrapped() -> None:
+    template = SPECS["qwen-tools"].template.replace("+ m['content'] + '\n</tool", "+ m['content'] | tojson + '\n</tool")
+    tokenizer = dialects.make(SPECS["qwen-tools"], template=template)
+    row = {**instructions(1)[0], "prompt": [user("Rain?"), assistant("I ask."), {"role": "tool", "content": 'a "b"'}]}
+    assert '\\"b' in tokenizer.apply_chat_template(row["prompt"], tokenize=False)
+    assert not alarms(look(tokenizer, [row]))
+
+
+def test_answers_that_a_stage_does_not_read_are_not_judged() -> None:
+    rows = clean()
+    rows[SPOILT]["rejected"] = [assistant("")]
+    tokenizer = dialects.tokenizer_of("chatml")
+    assert not alarms(look(tokenizer, rows))
+    assert not alarms(look(tokenizer, rows, options=Options("prompts")))
+    assert alarms(look(tokenizer, rows, options=Options("dpo"))) == {"empty-answer"}
