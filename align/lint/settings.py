@@ -15,7 +15,7 @@ class LintSettings(Config):
     """The look at the rows' tokens before the first step (docs/lint.md). Changes no result, so it is in no key."""
 
     waive: list[str] = Field(default_factory=list)
-    """Findings, by name, that do not stop this stage; they are reported all the same."""
+    """Findings, by name, that are meant: errors do not stop this stage, warnings are kept but not shown."""
     rows: int | None = Field(MOST_ROWS, ge=1)
     """Rows looked at per split at most, drawn by the seed; null looks at all of them."""
 

@@ -110,7 +110,8 @@ def _say(context: StageContext, findings: Sequence[Finding], linter: Linter, sec
     print(f"lint: {looked}: {len(findings)} kinds of finding in {seconds} s")
     for finding in findings:
         print("\n".join(finding.lines()))
-        if (finding.severity == "warning" and not finding.counted) or finding.waived:
+        # A waiver silences a warning; that an error was waived is worth a warning itself.
+        if finding.waived == (finding.severity == "error") and finding.severity != "note" and not finding.counted:
             context.warn(f"{context.name}: {finding.headline()} See {FILE}.")
 
 

@@ -84,6 +84,15 @@ def test_warnings_are_said_and_what_the_stage_counts_is_said_once(tiny_model: Pa
     assert found["answer-truncated"]["examples"][0]["place"] == {"split": "train", "row": 6, "id": "5", "where": ""}
 
 
+def test_a_waived_warning_is_kept_and_not_shown(tiny_model: Path, tmp_path: Path) -> None:
+    train = rows(16)
+    train[3]["prompt"] = [user("Dear {{name}}, say violet")]
+    stage = made("sft", tmp_path, tiny_model, train, lint={"waive": ["placeholder"]})
+    STAGES["sft"].runner()(stage)
+    assert not events(stage, "warning")
+    assert [finding["name"] for finding in kept(stage)["findings"]] == ["placeholder"]
+
+
 def test_rows_that_were_left_out_are_named(tiny_model: Path, tmp_path: Path) -> None:
     train = rows(16)
     train[2]["rejected"] = train[2]["chosen"]
