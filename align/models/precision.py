@@ -64,3 +64,7 @@ def round_frozen(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) and not module.weight.requires_grad:
             module.weight.data = module.weight.data.to(torch.bfloat16)
+    for parameter in model.parameters():
+        if not parameter.requires_grad and parameter.dtype == torch.float32:
+            # What is left (norms) may still be part of a mapped file, which would stay in memory whole for its sake.
+            parameter.data = parameter.data.clone()

@@ -96,7 +96,10 @@ class Rollout:
 
 
 def sample_rollout(engine: Any, prompts: Prompts, args: PPOConfig, update: int) -> Rollout:
-    """Sample this process's responses of one update; every request's seed follows from (seed, update, process)."""
+    """Sample this process's responses of one update; a request's seed follows from the run's and the prompt's number.
+
+    So the responses of an update are the same however many processes sample them.
+    """
     from align.rollouts.protocol import Sampling
 
     count = args.local_batch // args.samples_per_prompt
@@ -106,7 +109,7 @@ def sample_rollout(engine: Any, prompts: Prompts, args: PPOConfig, update: int) 
         max_tokens=args.max_tokens,
         temperature=args.temperature,
         n=args.samples_per_prompt,
-        seed=derive_seed(args.seed, "sampling", update, args.process_index),
+        seeds=tuple(derive_seed(args.seed, "sampling", number) for number in range(start, start + count)),
     )
     answers = engine.generate([prompts.token_ids[i] for i in indices], sampling)
     found = sum(len(some) for some in answers)

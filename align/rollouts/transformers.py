@@ -36,6 +36,8 @@ class TransformersEngine:
         self.tokenizer = load_tokenizer(model_dir)
         with self.watchdog.watch("start"):
             self.model = load_policy(model_dir, dtype).to(device).requires_grad_(False)
+        # ``logits_to_keep`` hands the head a slice, for which torch's CPU product copies the head once a sequence.
+        self.model.get_output_embeddings().register_forward_pre_hook(lambda _, given: (given[0].contiguous(),))
         self.device, self.dtype = device, dtype
         self.batch_size = batch_size
         self.eos = int(self.tokenizer.eos_token_id)

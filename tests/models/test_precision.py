@@ -83,3 +83,13 @@ def test_frozen_matrices_are_rounded_once_and_give_what_autocast_gave(tiny_model
     assert trained.dtype == torch.float32
     assert model.model.layers[1].mlp.up_proj.weight.dtype == torch.bfloat16
     assert model.model.norm.weight.dtype == torch.float32  # norms are neither Linear nor Embedding
+
+
+def test_rounding_leaves_nothing_in_the_mapped_file(tiny_model: Path) -> None:
+    model = load_policy(tiny_model).requires_grad_(False)
+    before = {name: (p.data_ptr(), p.detach().clone()) for name, p in model.named_parameters()}
+    round_frozen(model)
+    for name, parameter in model.named_parameters():
+        place, value = before[name]
+        assert parameter.data_ptr() != place
+        assert torch.equal(parameter, value.to(parameter.dtype))

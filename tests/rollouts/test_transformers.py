@@ -93,3 +93,12 @@ def test_progress_and_global_randomness(tiny_model: Path) -> None:
     _engine(tiny_model, 3).generate(PROMPTS, Sampling(4, n=2), lambda done, total: seen.append((done, total)))
     assert seen == [(3, 8), (6, 8), (8, 8)]
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_head_is_given_what_its_product_needs_no_copy_for(tiny_model: Path) -> None:
+    # a slice of the hidden states makes torch's CPU product copy the head, once for each sequence
+    engine = TransformersEngine(tiny_model, device=torch.device("cpu"), dtype=torch.float32, batch_size=4)
+    given = []
+    engine.model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    engine.generate([[5, 6, 7], [8]], Sampling(max_tokens=2))
+    assert given and all(inputs.is_contiguous() for inputs in given)
