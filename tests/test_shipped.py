@@ -20,7 +20,7 @@ RECIPES = sorted(Path("data_recipes").rglob("*.yaml"))
 
 
 def test_all_are_there() -> None:
-    assert {"smoke", "quickstart", "hh", "gsm8k", "zephyr_7b"} <= {path.stem for path in PIPELINES}
+    assert {"smoke", "quickstart", "checker", "hh", "gsm8k", "zephyr_7b"} <= {path.stem for path in PIPELINES}
     recipes = {path.stem for path in RECIPES}
     assert {"embedded", "dolly", "hh_helpful", "hh_harmless", "oasst", "oasst_sft", "ultrafeedback"} <= recipes
     assert {"gsm8k", "tulu3", "smoltalk", "ultrachat", "quickstart"} <= recipes
