@@ -93,3 +93,6 @@ def main(model_dir: Path, out: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]))
+    if torch.distributed.is_initialized():
+        # or the interpreter ends under gloo's running threads, which on a busy machine aborts the process
+        torch.distributed.destroy_process_group()
