@@ -1,0 +1,1 @@
+"""Evaluation tasks: what is asked, and what an answer is worth."""
