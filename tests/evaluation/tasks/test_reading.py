@@ -1,0 +1,148 @@
+"""Records of a task: where they are, which are taken, and what a user reads who got it wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from pydantic import ValidationError
+
+from align.errors import UserError
+from align.evaluation.tasks.base import TaskConfig
+from align.evaluation.tasks.reading import TaskData, TaskRecord
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Gsm8kLike(TaskData, TaskConfig):
+    task: Literal["gsm8k"] = "gsm8k"
+
+
+class Homemade(TaskData, TaskConfig):
+    task: Literal["homemade"] = "homemade"
+
+
+def write(folder: Path, count: int = 10, name: str = "a.jsonl") -> Path:
+    path = folder / name
+    path.write_text("".join(json.dumps({"question": f"q{i}", "n": i}) + "\n" for i in range(count)))
+    return path
+
+
+def test_all_records_come_in_order_with_their_places(tmp_path: Path) -> None:
+    write(tmp_path, 2, "a.jsonl")
+    (tmp_path / "b.csv").write_text("question,n\nq2,2\n")
+    records = Homemade(files=["*.jsonl", "b.csv"]).records(tmp_path, seed=0)
+    assert [record["question"] for record in records] == ["q0", "q1", "q2"]
+    assert [record.where for record in records] == [
+        f"{tmp_path}/a.jsonl:1",
+        f"{tmp_path}/a.jsonl:2",
+        f"{tmp_path}/b.csv:2",
+    ]
+
+
+def test_max_items_draws_by_seed_and_keeps_the_order(tmp_path: Path) -> None:
+    write(tmp_path, 100)
+    config = Homemade(files=["a.jsonl"], max_items=10)
+    drawn = [[record["n"] for record in config.records(tmp_path, seed)] for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] == sorted(drawn[0])
+    assert len(set(drawn[0])) == 10
+    assert drawn[0] != drawn[2]
+    assert drawn[0] != list(range(10)), "the first ten would be a sample of whatever the file begins with"
+    assert len(Homemade(files=["a.jsonl"], max_items=200).records(tmp_path, 0)) == 100
+
+
+def test_files_are_identified_by_content_not_by_folder(tmp_path: Path) -> None:
+    for name in ("x", "y"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name)
+    x, y = (Homemade(files=[f"{name}/a.jsonl"]) for name in ("x", "y"))
+    assert x.identities(tmp_path) == y.identities(tmp_path)
+    assert next(iter(x.identities(tmp_path).values())).startswith("sha256:")
+    before = x.identities(tmp_path)
+    write(tmp_path / "x", 9)
+    assert x.identities(tmp_path) != before
+    assert "files" in Homemade.identified, "or the key would hold the folder as well"
+    assert x.described(tmp_path) == {"files": x.identities(tmp_path)}
+    assert Homemade(files=["x/a.jsonl"], max_items=3).described(tmp_path)["max_items"] == 3
+
+
+def test_a_known_benchmark_needs_only_a_commit_of_the_hub(tmp_path: Path) -> None:
+    config = Gsm8kLike(revision=COMMIT)
+    source = config.source()
+    assert source.type == "hub"
+    assert (source.dataset, source.config, source.split) == ("openai/gsm8k", "main", "test")
+    assert config.identities(tmp_path) == {}
+    assert config.described(tmp_path) == {
+        "dataset": "openai/gsm8k",
+        "config": "main",
+        "split": "test",
+        "revision": COMMIT,
+    }
+    named = Gsm8kLike(dataset="openai/gsm8k", revision=COMMIT, split="train").source()
+    assert named.type == "hub"
+    assert (named.config, named.split) == ("main", "train")
+    other = Gsm8kLike(dataset="some/one", revision=COMMIT).source()
+    assert other.type == "hub"
+    assert (other.dataset, other.config, other.split) == ("some/one", None, "test")
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "said"),
+    [
+        (Homemade, {}, "give its files, or its dataset and revision"),
+        (Gsm8kLike, {}, "the commit of openai/gsm8k"),
+        (Homemade, {"dataset": "a/b"}, "the commit of a/b"),
+        (Homemade, {"files": ["a.jsonl"], "dataset": "a/b", "revision": COMMIT}, "so 'dataset' means nothing"),
+        (Gsm8kLike, {"files": ["a.jsonl"], "revision": COMMIT}, "so 'revision' means nothing"),
+        (Homemade, {"files": ["a.jsonl"], "split": "test"}, "so 'split' means nothing"),
+        (Gsm8kLike, {"revision": "main"}, "revision"),
+        (Homemade, {"files": []}, "files"),
+        (Homemade, {"files": ["a.jsonl"], "max_items": 0}, "max_items"),
+    ],
+)
+def test_settings_that_name_no_one_place_are_refused(kind: type[TaskData], given: dict[str, object], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        kind.model_validate(given)
+
+
+def test_files_that_hold_nothing_usable_are_named(tmp_path: Path) -> None:
+    write(tmp_path, 1, "questions.jsonl")
+    missing = Homemade(files=["question.jsonl"])
+    for attempt in (lambda: missing.records(tmp_path, 0), lambda: missing.identities(tmp_path)):
+        with pytest.raises(UserError, match=r"no file matches 'question.jsonl'.*Did you mean 'questions.jsonl'"):
+            attempt()
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(UserError, match=r"empty.jsonl: there are no records"):
+        Homemade(files=["empty.jsonl"]).records(tmp_path, 0)
+    (tmp_path / "broken.jsonl").write_text('{"question": "q"}\n{"question": \n')
+    with pytest.raises(UserError, match=r"broken.jsonl:2: not valid JSON"):
+        Homemade(files=["broken.jsonl"], max_items=1).records(tmp_path, 0)
+
+
+def test_a_field_that_is_not_there_or_holds_something_else_is_named_with_its_line() -> None:
+    record = TaskRecord("a.jsonl:7", {"question": "q", "answers": [], "n": 3, "blank": " ", "list": ["a", 1]})
+    assert record["n"] == 3
+    assert record.get("gone") is None
+    assert record.text("question") == "q"
+    assert TaskRecord("x", {"list": ["a"]}).texts("list") == ["a"]
+    with pytest.raises(UserError, match=r"a.jsonl:7: there is no field 'questions'; there are .*Did you mean 'quest"):
+        record["questions"]
+    with pytest.raises(UserError, match=r"a.jsonl:7: field 'n' holds int \(3\); expected text"):
+        record.text("n")
+    with pytest.raises(UserError, match=r"a.jsonl:7: field 'blank' is empty"):
+        record.text("blank")
+    with pytest.raises(UserError, match=r"a.jsonl:7: field 'answers' holds an empty list; expected a list of texts"):
+        record.texts("answers")
+    with pytest.raises(UserError, match=r"field 'list' holds list \(\['a', 1\]\)"):
+        record.texts("list")
+
+
+def test_settings_are_read_without_torch() -> None:
+    code = (
+        "import sys, align.evaluation.tasks.reading as r; sys.exit('torch' in sys.modules or 'datasets' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0  # noqa: S603
