@@ -142,7 +142,5 @@ def test_a_field_that_is_not_there_or_holds_something_else_is_named_with_its_lin
 
 
 def test_settings_are_read_without_torch() -> None:
-    code = (
-        "import sys, align.evaluation.tasks.reading as r; sys.exit('torch' in sys.modules or 'datasets' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0  # noqa: S603
+    code = "import sys, align.evaluation.tasks.reading; sys.exit(bool({'torch', 'datasets'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
