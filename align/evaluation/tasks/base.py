@@ -113,6 +113,8 @@ class Reader(Protocol):
 
     info: SystemInfo
     tokenizer: Any
+    max_length: int
+    """Tokens that the model can read at once (its positions, or its tokenizer's limit where that is lower)."""
 
     def render(self, prompt: list[Message], examples: Sequence[Example] = ()) -> list[int]:
         """Ids of a conversation up to where the answer begins, the system's own way of prompting included."""
