@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from align.data.rows import Message
 from align.rollouts.protocol import Response, Sampling
-from align.stage import Config
+from align.stage import Config, Runtime
 
 Values = list[list[float]]
 """Per item, one number for each sample; a task without samples has one."""
@@ -113,6 +113,10 @@ class Reader(Protocol):
 
     info: SystemInfo
     tokenizer: Any
+    model_dir: Path
+    """Folder of the checkpoint, for what loads it itself."""
+    runtime: Runtime
+    """Where and how: device, threads, the engine's memory."""
     max_length: int
     """Tokens that the model can read at once (its positions, or its tokenizer's limit where that is lower)."""
 
