@@ -1,0 +1,143 @@
+"""Stage ``artifact``: take a finished artifact into a pipeline as it is, so that nothing of it is made again.
+
+The files are shared with the original (hard links) where the file system can, and copied elsewhere. A reward model's
+plain folder is taken, too; a plain folder that answers prompts is what the ``model`` stage reads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from align.artifacts import Kind
+from align.errors import UserError
+from align.fingerprint import file_digest
+from align.stage import Config, StageContext
+
+if TYPE_CHECKING:
+    from align.models.architecture import Architecture
+
+RECORD = "record.json"
+
+
+class ArtifactConfig(Config):
+    """Where the artifact is."""
+
+    path: str
+    """Folder of a finished artifact (with its record.json), or a reward model's folder (safetensors)."""
+
+    identified: ClassVar[frozenset[str]] = frozenset({"path"})
+
+    def folder(self, base: Path) -> Path:
+        """The folder; ``UserError`` where there is none."""
+        folder = base / Path(self.path).expanduser()
+        if not folder.is_dir():
+            raise UserError(f"path: there is no folder '{folder}'; relative paths start at the current folder.")
+        return folder
+
+    def makes(self) -> Kind:
+        """What its record says that it is."""
+        folder = self.folder(Path.cwd())
+        record = read_record(folder)
+        if record is None:
+            _refuse_other_models(folder)
+            return Kind.REWARD
+        return Kind(record["makes"])
+
+    def identities(self, base: Path) -> dict[str, str]:
+        """The artifact's key; for a reward model's folder the digest of its files."""
+        folder = self.folder(base)
+        record = read_record(folder)
+        if record is not None:
+            return {"path": str(record["key"])}
+        from align.models.source import identity
+
+        return {"path": identity(str(folder), None, base)}
+
+    def architecture(self, base: Path) -> Architecture:
+        """The model's sizes, for what stages that use it will hold in memory."""
+        from align.models.architecture import read_architecture
+
+        folder = self.folder(base)
+        inner = folder / "model" if read_record(folder) is not None else folder
+        return read_architecture(inner / "config.json")
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """The record of a finished artifact, or None; ``UserError`` for one that cannot be read."""
+    path = folder / RECORD
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        Kind(record["makes"])
+        if isinstance(record["key"], str) and isinstance(record["outputs"], dict):
+            return dict(record)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise UserError(f"path: {path} is no record of a finished artifact that this align reads.")
+
+
+def _refuse_other_models(folder: Path) -> None:
+    """Without a record only a reward model's folder is taken: all else has a stage that reads it properly."""
+    try:
+        kinds = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or ["?"]
+    except (OSError, ValueError, AttributeError):
+        raise UserError(
+            f"path: '{folder}' has no {RECORD}, so it is not a finished artifact; `align list` shows those of a store."
+        ) from None
+    if not str(kinds[0]).endswith("ForSequenceClassification"):
+        raise UserError(
+            f"path: '{folder}' is a {kinds[0]} without a {RECORD}, a plain model folder; bring it in with "
+            f"`stage: model` and `source: {folder}`."
+        )
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Fill the output with the artifact's files and say where it comes from: its ``key``, ``stage`` and ``kind``.
+
+    Raises ``UserError`` for a file that is gone or is not what the record says.
+    """
+    config: ArtifactConfig = context.config
+    folder = config.folder(Path.cwd())
+    record = read_record(folder)
+    if record is None:
+        _copy_model(folder, context.output / "model")
+        return {"key": config.identities(Path.cwd())["path"], "stage": folder.name, "kind": "folder"}
+    total = sum(entry["bytes"] for entry in record["outputs"].values())
+    done = 0
+    for name, entry in record["outputs"].items():
+        _take(folder / name, context.output / name, context.output, entry["sha256"])
+        done += entry["bytes"]
+        context.progress(done, total, unit="bytes")
+    return {"key": record["key"], "stage": record.get("stage", ""), "kind": record.get("kind", "")}
+
+
+def _take(source: Path, target: Path, root: Path, sha256: str) -> None:
+    """One file, checked: the key stands for these bytes, and a name must not lead out of the folder."""
+    if not target.resolve().is_relative_to(root.resolve()):
+        raise UserError(f"path: the record names the file '{source}', outside the artifact; do not use it.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        found = file_digest(source)
+    except OSError as error:
+        raise UserError(f"path: {source} cannot be read ({error.strerror}); the artifact is not whole.") from None
+    if found != sha256:
+        raise UserError(f"path: {source} has another sha256 than its record; the artifact is corrupted.")
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or a file system without links
+        shutil.copy2(source, target)
+
+
+def _copy_model(folder: Path, target: Path) -> None:
+    """A folder that someone may still change: copied, never shared."""
+    from align.models.source import MODEL_FILES
+
+    target.mkdir(parents=True)
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and file.suffix in MODEL_FILES:
+            shutil.copy2(file, target / file.name)

@@ -1,0 +1,140 @@
+"""The artifact stage: a finished artifact goes into another pipeline as it is, shared, checked, known by its key."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.artifacts import Artifact, Kind
+from align.errors import UserError
+from align.pipeline import Pipeline
+from align.store import Store
+from tests import toy
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Artifact:
+    """A finished number in a store of its own."""
+    raw = {"name": "toy", "stages": {"one": {"stage": "tests.toy:NUMBER", "number": 41}}}
+    return Pipeline(raw).run(store=tmp_path / "old").artifacts["one"]
+
+
+def taking(path: Path | str, **stages: Any) -> Pipeline:
+    return Pipeline({"name": "takes", "stages": {"mine": {"stage": "artifact", "path": str(path)}, **stages}}, "p.yaml")
+
+
+def test_a_later_stage_reads_it_and_its_files_are_shared(made: Artifact, tmp_path: Path) -> None:
+    pipeline = taking(made.path, total={"stage": "tests.toy:SUM", "first": "mine"})
+    assert pipeline.nodes["mine"].makes == Kind.PROMPTS
+    run = pipeline.run(store=tmp_path / "store")
+    assert run.metrics("total") == {"total": 41}
+    taken = run.artifacts["mine"]
+    assert os.path.samefile(taken.path / "number.txt", made.path / "number.txt")
+    assert run.metrics("mine") == {"key": made.record["key"], "stage": "one", "kind": "number"}
+    assert set(taken.record["outputs"]) == {"number.txt"}
+    assert "41" not in (taken.path / "log.txt").read_text()
+    assert Store(tmp_path / "store").problems(taken, thorough=True) == []
+    assert taking(made.path).run(store=tmp_path / "store").ran == []
+
+
+def test_where_links_are_impossible_files_are_copied(
+    made: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from align.stage import Runtime, StageContext
+    from align.stages.artifact import ArtifactConfig, run
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    (tmp_path / "out").mkdir()
+    context = StageContext(
+        "mine", ArtifactConfig(path=str(made.path)), {}, 0, Runtime(), tmp_path / "out", tmp_path, tmp_path / "events"
+    )
+    run(context)
+    assert (tmp_path / "out" / "number.txt").read_text() == "41"
+    assert not os.path.samefile(tmp_path / "out" / "number.txt", made.path / "number.txt")
+
+
+def test_the_key_follows_the_artifact_and_not_its_place(made: Artifact, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(made.path, moved)
+    assert taking(moved).nodes["mine"].key == taking(made.path).nodes["mine"].key
+    record = json.loads((moved / "record.json").read_text())
+    (moved / "record.json").write_text(json.dumps({**record, "key": "0" * 64}))
+    assert taking(moved).nodes["mine"].key != taking(made.path).nodes["mine"].key
+
+
+def test_a_reward_models_folder_needs_no_record(tiny_reward: Path, tmp_path: Path) -> None:
+    pipeline = taking(tiny_reward)
+    assert pipeline.nodes["mine"].makes == Kind.REWARD
+    taken = pipeline.run(store=tmp_path / "store").artifacts["mine"]
+    from align.models.reward import RewardModel
+
+    scores = [
+        RewardModel(folder).score([[{"role": "user", "content": "hi"}]], ["ho"])
+        for folder in (taken.model, tiny_reward)
+    ]
+    assert scores[0] == scores[1]
+    assert not os.path.samefile(taken.model / "config.json", tiny_reward / "config.json")
+
+
+def test_its_sizes_are_known_to_the_plan(tiny_reward: Path) -> None:
+    from align.models.architecture import read_architecture
+
+    config = taking(tiny_reward).nodes["mine"].config
+    assert config.architecture(Path.cwd()) == read_architecture(tiny_reward / "config.json")  # type: ignore[attr-defined]
+
+
+def test_what_cannot_be_taken_is_refused_before_anything_runs(made: Artifact, tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "record.json").write_text('{"makes": "Nonsense", "key": "k", "outputs": {}}')
+    for path, expected in (
+        (tmp_path / "nowhere", "p.yaml: stages.mine: path: there is no folder"),
+        (tmp_path / "empty", "has no record.json, so it is not a finished artifact; `align list`"),
+        (broken, "broken/record.json is no record of a finished artifact"),
+        (tiny_model, f"bring it in with `stage: model` and `source: {tiny_model}`"),
+    ):
+        with pytest.raises(UserError) as caught:
+            taking(path)
+        assert expected in str(caught.value)
+
+
+def damage(folder: Path) -> None:
+    (folder / "number.txt").write_text("42")
+
+
+def remove(folder: Path) -> None:
+    (folder / "number.txt").unlink()
+
+
+def lead_out(folder: Path) -> None:
+    record = json.loads((folder / "record.json").read_text())
+    record["outputs"] = {"../../outside.txt": record["outputs"]["number.txt"]}
+    (folder / "record.json").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    ("harm", "expected"),
+    [(damage, "another sha256 than its record"), (remove, "cannot be read"), (lead_out, "outside the artifact")],
+)
+def test_an_artifact_that_is_not_what_its_record_says_is_refused(
+    harm: Any, expected: str, made: Artifact, tmp_path: Path
+) -> None:
+    harm(made.path)
+    with pytest.raises(UserError, match=expected):
+        taking(made.path).run(store=tmp_path / "store")
+    assert not list(tmp_path.rglob("outside.txt"))
+
+
+def test_the_toy_is_not_a_checkpoint(made: Artifact) -> None:
+    with pytest.raises(UserError, match="points at 'mine', a PromptData"):
+        taking(made.path, sample={"policy": "mine", "prompts": "mine", "score": "examples.scorers:letters"})
+    assert toy.NUMBER.makes == Kind.PROMPTS
