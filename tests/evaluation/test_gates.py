@@ -1,0 +1,274 @@
+"""Gates: who they hold for, what fails, what the message says; against cards written by hand."""
+
+import json
+import math
+
+import pytest
+
+from align.errors import UserError
+from align.evaluation.bounds import Bound
+from align.evaluation.gates import (
+    Gate,
+    GateConfig,
+    check_gates,
+    default_gates,
+    evaluate_gates,
+    failed_gates,
+    parse_gates,
+)
+from align.evaluation.tasks.base import SystemInfo
+
+ROLES = {"model": "base", "sft": "checkpoint", "ppo": "checkpoint", "shots": "prompted", "best8": "best_of"}
+SYSTEMS = [SystemInfo(name, name, role, "key") for name, role in ROLES.items()]
+METRIC = "ifeval.prompt_strict"
+
+
+def estimate(value: float | None, low: float | None = None, high: float | None = None) -> dict:
+    return {"value": value, "low": low, "high": high, "n": 541, "method": "wilson"}
+
+
+def card(estimates: dict, differences: list | tuple = (), roles: dict = ROLES, reference: str = "sft") -> dict:
+    return {
+        "systems": [{"name": name, "role": role} for name, role in roles.items()],
+        "reference": reference,
+        "base": next((name for name, role in roles.items() if role == "base"), None),
+        "estimates": {name: {METRIC: value} for name, value in estimates.items()},
+        "differences": list(differences),
+    }
+
+
+def difference(policy: str, against: str, value: float, low: float | None, high: float | None, metric=METRIC) -> dict:
+    return {"policy": policy, "against": against, "metric": metric, "value": value, "low": low, "high": high}
+
+
+def one(text: str, found: dict, **more) -> dict:
+    [row] = evaluate_gates(parse_gates({METRIC: {"bound": text, "systems": ["ppo"], **more}}, ROLES, "sft"), found)
+    assert json.loads(json.dumps(row, allow_nan=False)) == row
+    return row
+
+
+FELL = card(
+    {"sft": estimate(0.38, 0.34, 0.42), "ppo": estimate(0.31, 0.27, 0.35), "model": estimate(0.2)},
+    [difference("ppo", "sft", -0.07, -0.1, -0.04)],
+)
+
+
+def test_a_number_beyond_another_systems_names_number_and_interval():
+    row = one(">= sft - 0.02", FELL)
+    assert row["passed"] is False
+    assert row["clear"] is True
+    assert row["text"] == (
+        "ifeval.prompt_strict of ppo is 0.31, below sft - 0.02 = 0.36 (ppo - sft: -0.07, 95 % interval -0.1 to -0.04)"
+    )
+    assert (row["value"], row["bound"]) == (0.31, pytest.approx(0.36))
+    # on the scale of the value: as far from it as -0.1 and -0.04 are from -0.07
+    assert (row["low"], row["high"]) == (pytest.approx(0.28), pytest.approx(0.34))
+    assert row["difference"] == {"against": "sft", "value": -0.07, "low": -0.1, "high": -0.04}
+    assert (row["expression"], row["level"], row["system"]) == (">= sft - 0.02", "error", "ppo")
+    assert failed_gates([row]) == [row["text"]]
+
+
+@pytest.mark.parametrize(
+    ("text", "passed", "clear"),
+    [
+        (">= sft - 0.07", True, False),  # just kept
+        (">= sft - 0.06", False, False),  # beyond, but 0.34 reaches 0.32
+        (">= sft - 0.04", False, False),  # the interval's end is the bound, which >= keeps
+        ("> sft - 0.04", False, True),  # and > does not
+        (">= sft - 0.03", False, True),
+        ("<= sft - 0.08", False, False),
+        ("<= sft - 0.11", False, True),
+        ("<= sft * 0.5", False, True),
+        ("< model + 0.5", True, False),
+    ],
+)
+def test_clear_means_the_whole_interval_is_beyond(text, passed, clear):
+    row = one(text, FELL)
+    assert (row["passed"], row["clear"]) == (passed, clear)
+
+
+def test_deciding_by_the_interval_fails_only_what_is_clear():
+    assert one(">= sft - 0.06", FELL, decide="interval")["passed"] is True
+    assert one(">= sft - 0.03", FELL, decide="interval")["passed"] is False
+    assert one(">= sft - 0.06", FELL, decide="value")["passed"] is False
+
+
+def test_a_number_of_its_own_shows_its_own_interval():
+    row = one(">= 0.36", FELL)
+    assert row["text"] == "ifeval.prompt_strict of ppo is 0.31, below 0.36 (95 % interval 0.27 to 0.35)"
+    assert (row["passed"], row["clear"], row["low"], row["high"], row["difference"]) == (False, True, 0.27, 0.35, None)
+    kept = one("<= 0.36", FELL)
+    assert kept["text"].startswith("ifeval.prompt_strict of ppo is 0.31, at most 0.36 (")
+    assert failed_gates([kept]) == []
+
+
+def test_a_difference_the_card_has_the_other_way_round_is_turned():
+    turned = FELL | {"differences": [difference("sft", "ppo", 0.07, 0.04, 0.1)]}
+    assert one(">= sft - 0.03", turned) == one(">= sft - 0.03", FELL)
+
+
+def test_a_pair_the_card_does_not_compare_has_no_interval_and_says_so():
+    apart = FELL | {"differences": [difference("ppo", "sft", -0.07, -0.1, -0.04, "other.metric")]}
+    row = one(">= sft - 0.02", apart)
+    assert "no interval: the scorecard does not compare them" in row["text"]
+    assert (row["passed"], row["clear"], row["low"], row["high"]) == (False, False, None, None)
+    undecided = one(">= sft - 0.02", apart, decide="interval")
+    assert undecided["passed"] is None
+    assert failed_gates([undecided]) == [undecided["text"]]
+    assert one(">= sft - 0.08", apart, decide="interval")["passed"] is True  # an interval holds its own value
+
+
+@pytest.mark.parametrize("hole", [None, math.nan, math.inf])
+def test_a_missing_number_is_undecided_and_fails_at_level_error(hole):
+    for text, absent, found in [
+        (">= 0.3", "ppo", {"ppo": estimate(hole), "sft": estimate(0.3)}),
+        (">= sft", "sft", {"ppo": estimate(0.3), "sft": estimate(hole)}),
+        (">= sft", "sft", {"ppo": estimate(0.3)}),
+        (">= sft", "ppo", {"sft": estimate(0.3)}),
+    ]:
+        row = one(text, card(found))
+        assert row["passed"] is None
+        assert row["text"] == f"ifeval.prompt_strict of ppo cannot be held to {text}: {absent} has no {METRIC}"
+        assert failed_gates([row]) == [row["text"]]
+        assert failed_gates([one(text, card(found), level="warning")]) == []
+
+
+def test_an_interval_without_an_end_is_never_clear():
+    found = card({"ppo": estimate(0.31, None, 0.35), "sft": estimate(0.3)}, [difference("ppo", "sft", 0.01, None, 0.1)])
+    assert one("<= 0.1", found)["clear"] is False
+    assert one(">= 0.36", found)["clear"] is True
+    assert one("<= sft - 0.1", found)["low"] is None
+
+
+def test_numbers_close_to_the_bound_are_shown_with_the_digits_that_tell_them_apart():
+    assert "is 0.35998, below 0.36" in one(">= 0.36", card({"ppo": estimate(0.35998)}))["text"]
+    assert "is 1235, above 1200" in one("<= 1200", card({"ppo": estimate(1235.2)}))["text"]
+
+
+def holds_for(raw: dict, roles: dict = ROLES, reference: str = "sft") -> list[str]:
+    gates = parse_gates(raw, roles, reference)
+    found = card({name: estimate(0.5) for name in roles}, roles=roles, reference=reference)
+    return [row["system"] for row in evaluate_gates(gates, found)]
+
+
+def test_who_a_gate_holds_for():
+    roles = ROLES | {"dpo": "checkpoint"}
+    assert holds_for({METRIC: ">= 0.3"}, roles) == ["ppo", "dpo"]
+    assert holds_for({METRIC: ">= sft"}, roles) == ["ppo", "dpo"]
+    assert holds_for({METRIC: ">= reference"}, roles) == ["ppo", "dpo"]
+    assert holds_for({METRIC: ">= dpo"}, roles) == ["ppo"]
+    assert holds_for({METRIC: ">= shots"}, roles) == ["ppo", "dpo"]
+    # against the base the reference is a trained checkpoint like any other
+    assert holds_for({METRIC: ">= base"}, roles) == ["sft", "ppo", "dpo"]
+    assert holds_for({METRIC: ">= model"}, roles) == ["sft", "ppo", "dpo"]
+    assert holds_for({METRIC: ">= 0.3"}, roles, reference="model") == ["sft", "ppo", "dpo"]
+    assert holds_for({f"sft/{METRIC}": ">= 0.3"}, roles) == ["sft"]
+    assert holds_for({f"base/{METRIC}": ">= 0.3"}, roles) == ["model"]
+    assert holds_for({METRIC: {"bound": ">= 0.3", "systems": ["best8", "reference", "sft"]}}, roles) == ["best8", "sft"]
+
+
+def test_a_system_that_is_called_base_comes_before_the_alias():
+    roles = {"model": "base", "base": "checkpoint", "ppo": "checkpoint"}
+    assert holds_for({METRIC: ">= base"}, roles, reference="model") == ["ppo"]
+
+
+def test_every_spelling_of_the_block():
+    gates = parse_gates(
+        {
+            METRIC: ">= sft - 0.02",
+            "kl_to_sft": "<= 15",
+            "ppo/gold": {"bound": ">= 0.5", "level": "warning", "decide": "interval"},
+            "length": [">= sft * 0.5", GateConfig(bound="<= sft * 2", systems=["ppo"])],
+        },
+        ROLES,
+        "sft",
+    )
+    assert gates == [
+        Gate(METRIC, METRIC, Bound(">=", "sft", "-", 0.02)),
+        Gate("kl_to_sft", "kl", Bound("<=", number=15.0)),
+        Gate("ppo/gold", "gold", Bound(">=", number=0.5), "warning", "interval", ("ppo",)),
+        Gate("length", "length", Bound(">=", "sft", "*", 0.5)),
+        Gate("length", "length", Bound("<=", "sft", "*", 2.0), systems=("ppo",)),
+    ]
+
+
+def test_drift_is_named_after_what_it_is_measured_against():
+    [gate] = parse_gates({"ppo/kl_to_reference": "<= 15"}, ROLES, "sft")
+    assert (gate.metric, gate.shown) == ("kl", "kl_to_reference")
+    found = card({}) | {"estimates": {"ppo": {"kl": estimate(17.25, 14.0, 20.5)}}}
+    [row] = evaluate_gates([gate], found)
+    assert row["text"] == "kl_to_reference of ppo is 17.2, above 15 (95 % interval 14 to 20.5)"
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        ({"kl_to_ppo": "<= 15"}, "gates.kl_to_ppo: KL is measured against the reference, 'sft'; write kl_to_sft"),
+        ({"poo/gold": ">= 1"}, "gates.poo/gold: there is no compared system 'poo'. Did you mean 'ppo'?"),
+        ({"gold": ">= sfft"}, "gates.gold: there is no compared system 'sfft'. Did you mean 'sft'?"),
+        ({"gold": {"bound": ">= 1", "systems": ["pppo"]}}, "no compared system 'pppo'. Did you mean 'ppo'?"),
+        ({"ppo/gold": {"bound": ">= 1", "systems": ["ppo"]}}, "the key names 'ppo' already"),
+        ({"gold": 0.5}, "gates.gold: expected a bound such as '>= 0.3'; found 0.5"),
+        ({"gold": []}, "gates.gold: no bound"),
+        ({"gold": {"bound": ">= 1", "lvl": "error"}}, "Extra inputs"),
+        ({"gold": {"bound": ">= 1", "level": "fatal"}}, "'error' or 'warning'"),
+        ({"gold": {"level": "error"}}, "Field required"),
+        (
+            {"ifval.prompt_strict": ">= 1"},
+            "gates.ifval.prompt_strict: there is no task 'ifval'. Did you mean 'ifeval'",
+        ),
+        ({"goldd": ">= 1"}, "gates.goldd: there is no metric 'goldd'; a task's is spelled task.metric. Did you mean"),
+    ],
+)
+def test_mistakes_are_named_with_place_and_remedy(raw, words):
+    with pytest.raises(ValueError) as caught:
+        parse_gates(raw, ROLES, "sft", tasks=["ifeval"], plain=["gold", "kl"])
+    assert words in str(caught.value)
+
+
+def test_a_gate_that_could_never_be_decided_is_refused_beforehand():
+    def check(raw: dict, systems: list[SystemInfo] = SYSTEMS) -> None:
+        check_gates(parse_gates(raw, [one.name for one in systems], "sft"), [METRIC, "gold"], systems, "sft")
+
+    check({METRIC: ">= base", "gold": ">= 0.3", "sft/gold": ">= 0.1"})
+    with pytest.raises(UserError, match=r"gates\.ifeval\.prompt_strct: nothing measures .* Did you mean 'ifeval\.pr"):
+        check({"ifeval.prompt_strct": ">= 0.3"})
+    with pytest.raises(UserError, match=r"gates\.kl_to_sft: nothing measures 'kl' here"):
+        check({"kl_to_sft": "<= 3"})
+    without = [one for one in SYSTEMS if one.role != "base"]
+    with pytest.raises(UserError, match=r"gates\.gold: no base model is compared"):
+        check({"gold": ">= base"}, without)
+    with pytest.raises(UserError, match=r"gates\.base/gold: no base model is compared"):
+        check({"base/gold": ">= 0.1"}, without)
+    with pytest.raises(UserError, match=r"gates\.gold: holds for no system.*'sft/gold'"):
+        check({"gold": ">= 0.3"}, [one for one in SYSTEMS if one.name in ("model", "sft")])
+
+
+def test_a_gate_for_nobody_is_shown_and_fails():
+    roles = {"model": "base", "sft": "checkpoint"}
+    rows = evaluate_gates(parse_gates({METRIC: ">= 0.3"}, roles, "sft"), card({"sft": estimate(0.1)}, roles=roles))
+    assert [row["passed"] for row in rows] == [None]
+    assert failed_gates(rows) == ["ifeval.prompt_strict >= 0.3 holds for no compared system"]
+
+
+def test_forgetting_is_gated_by_default_as_a_warning():
+    kinds = {"general": "perplexity", "code": "perplexity", "ifeval": "ifeval"}
+    own = parse_gates({"ppo/code.bits_per_byte": "<= 2"}, ROLES, "sft")
+    assert default_gates(kinds, None, own) == []
+    gates = default_gates(kinds, "model", own)
+    assert [(gate.metric, str(gate.bound), gate.level) for gate in gates] == [
+        ("general.bits_per_byte", "<= base * 1.05", "warning")
+    ]
+    values = {"model": 1.0, "sft": 1.06, "ppo": 1.04, "shots": 2.0}
+    found = card({}) | {
+        "estimates": {name: {"general.bits_per_byte": estimate(value)} for name, value in values.items()},
+        "differences": [difference("sft", "model", 0.06, 0.055, 0.065, "general.bits_per_byte")],
+    }
+    rows = evaluate_gates(gates, found)
+    assert [(row["system"], row["passed"], row["clear"]) for row in rows] == [
+        ("sft", False, True),
+        ("ppo", True, False),
+    ]
+    assert failed_gates(rows) == []
+    alone = card({"model": estimate(1.0)}, roles={"model": "base"}, reference="model")
+    assert evaluate_gates(gates, alone) == []
