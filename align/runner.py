@@ -67,6 +67,14 @@ class Run:
         found: dict[str, Any] = self.artifacts[stage].record["metrics"]
         return found
 
+    def failed_gates(self) -> list[str]:
+        """What evaluations of this run found below or above its gates, one text each; empty where all passed."""
+        return [
+            str(text)
+            for artifact in self.artifacts.values()
+            for text in artifact.record["metrics"].get("failed_gates") or []
+        ]
+
 
 def open_store(pipeline: Pipeline | None = None, store: str | Path | None = None) -> Store:
     """The store: the argument, else ``$ALIGN_STORE``, else ``runtime.store``, else ``./store``."""
@@ -157,7 +165,7 @@ def _make(
                 )
         result = _finished_result(partial)
         if result is None:
-            _prepare(pipeline, node, partial, inputs)
+            _prepare(pipeline, node, partial, inputs, store.cache)
             listener.stage_started(node, partial, any((partial / CHECKPOINTS).glob("*")))
             result = _run_process(node, partial, listener)
         artifact = _publish(pipeline, node, store, partial, inputs, result)
@@ -174,7 +182,7 @@ def _finished_result(partial: Path) -> dict[str, Any] | None:
     return result if result["status"] == "done" and (partial / OUTPUT).is_dir() else None
 
 
-def _prepare(pipeline: Pipeline, node: Node, partial: Path, inputs: dict[str, Artifact]) -> None:
+def _prepare(pipeline: Pipeline, node: Node, partial: Path, inputs: dict[str, Artifact], cache: Path) -> None:
     """Lay out the partial folder; checkpoints of an earlier attempt stay, its half-written output goes."""
     (partial / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial / OUTPUT, ignore_errors=True)
@@ -193,6 +201,7 @@ def _prepare(pipeline: Pipeline, node: Node, partial: Path, inputs: dict[str, Ar
             field_name: [pointer(name) for name in value] if isinstance(value, list) else value and pointer(value)
             for field_name, value in node.inputs.items()
         },
+        "cache": str(cache.resolve()),
         "runner_pid": os.getpid(),
     }
     (partial / WORK).write_text(json.dumps(work, indent=1), encoding="utf-8")

@@ -191,6 +191,9 @@ class StageContext:
     output: Path
     checkpoints: Path
     events: Path
+    cache: Path | None = None
+    """Folder of the store that stages share and nothing depends on: what lies there saves time and may be deleted.
+    None where ``run`` was called without a store."""
     started: float = field(default_factory=time.time)
     fail_at_once: Callable[[str], None] | None = None
     """Ends the stage's process, as failed and resumable, with a message: for what cannot be interrupted. None where
@@ -290,7 +293,7 @@ STAGES: dict[str, Stage] = {
         _stage("reward", 2, Kind.REWARD, "train a reward model on pairs"),
         _stage("dpo", 1, Kind.POLICY, "direct preference optimisation on pairs"),
         _stage("ppo", 2, Kind.POLICY, "PPO with a critic against a reward model or a checker"),
-        _stage("evaluate", 1, Kind.SCORECARD, "score checkpoints on held-out prompts, with intervals"),
+        _stage("evaluate", 2, Kind.SCORECARD, "compare systems on prompts, benchmarks and by judges, with intervals"),
         _stage("report", 1, Kind.REPORT, "one HTML page about the whole run"),
     )
 }

@@ -100,6 +100,7 @@ def _context(folder: Path, work: dict[str, Any], started: float) -> StageContext
         output=folder / OUTPUT,
         checkpoints=folder / CHECKPOINTS,
         events=folder / EVENTS,
+        cache=Path(work["cache"]) if work.get("cache") else None,
         started=started,
         fail_at_once=functools.partial(fail_at_once, folder),
     )

@@ -2,7 +2,7 @@
 
 Layout: ``<root>/align-store.json`` marks a store; ``<root>/<stage kind>/<12 hex>/`` is an artifact, done if and
 only if it holds ``record.json``; ``<12 hex>.partial/`` is work in progress; ``<root>/locks/`` holds the locks and
-``<root>/runs/<name>.json`` what each named run reached last.
+``<root>/runs/<name>.json`` what each named run reached last. ``<root>/reports/<name>/`` has the page about that run, ``<root>/cache/`` what only saves time.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ MARKER = "align-store.json"
 FORMAT = 1
 SHORT = 12
 RECORD = "record.json"
+REPORTS = "reports"
+NO_KINDS = ("locks", "runs", "cache", REPORTS)
+"""Folders of a store that hold no artifacts."""
 UNRECORDED = {RECORD, "log.txt", "events.jsonl"}
 """Files whose bytes are not part of the result: they carry times."""
 
@@ -75,6 +78,11 @@ class Store:
                 "name another folder with --store or $ALIGN_STORE."
             ) from None
         return cls(root)
+
+    @property
+    def cache(self) -> Path:
+        """Where stages keep what only saves time: sampled responses, judgements. May be deleted at any time."""
+        return self.root / "cache"
 
     def folder(self, kind: str, key: str) -> Path:
         """Where the artifact of ``key`` lies once it is done."""
@@ -142,6 +150,17 @@ class Store:
         finally:
             holder.unlink(missing_ok=True)
             lock.release()
+
+    def is_locked(self, kind: str, key: str) -> bool:
+        """Whether a run is making the artifact of ``key`` right now."""
+        path = self.root / "locks" / f"{kind}-{key[:SHORT]}.lock"
+        if not path.exists():
+            return False
+        try:
+            with FileLock(path).acquire(timeout=0):
+                return False
+        except Timeout:
+            return True
 
     def publish(self, output: Path, record: dict[str, Any]) -> Artifact:
         """Write the record into ``output`` last and move the folder to its final name in one rename."""
@@ -214,7 +233,7 @@ class Store:
 
     def _folders(self) -> list[Path]:
         """Every artifact and partial folder."""
-        kinds = [path for path in sorted(self.root.iterdir()) if path.is_dir() and path.name not in ("locks", "runs")]
+        kinds = [path for path in sorted(self.root.iterdir()) if path.is_dir() and path.name not in NO_KINDS]
         return [folder for kind in kinds for folder in sorted(kind.iterdir()) if folder.is_dir()]
 
     def delete(self, folder: Path) -> bool:

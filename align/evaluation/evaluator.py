@@ -1,20 +1,21 @@
-"""Evaluates checkpoints on held-out prompts: generate, score, measure drift, compare, write the scorecard.
+"""Evaluates systems: they answer, they read, their answers are scored; then numbers are compared and written.
 
-The one path that the ``evaluate`` stage takes. Written files: ``scorecard.json`` (schema in ``scorecard.py``) and
-``samples.jsonl``: one line per prompt with ``id``, ``source``, ``prompt`` (messages) and ``responses``, policy →
-samples, each ``{text, tokens, finished, gold, reward, kl}`` (scores that were not asked for are absent).
+The one path that the ``evaluate`` stage and ``align eval`` take. A machine holds one thing at a time: first the engine,
+then reward models, then the checkpoints themselves. What is dear is kept under what it depends on, so that an attempt
+that was killed, and the next run that asks the same, go on from it. Files: see ``written.py``.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
-from functools import cache, partial
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from align.artifacts import Artifact
-from align.evaluation.generation import Generated, OpenEngine, ResponseCache, generate_all
+from align.evaluation.bench import StageBench, SystemReader, SystemRespondent, keep_best
+from align.evaluation.comparisons import Resampling
+from align.evaluation.gates import Gate
+from align.evaluation.generation import Generated, OpenEngine, ResponseCache, Sampler
 from align.evaluation.measure import (
     LoadedModels,
     function_values,
@@ -26,215 +27,312 @@ from align.evaluation.measure import (
 )
 from align.evaluation.pairs import score_pairs
 from align.evaluation.prompts import Policy
-from align.evaluation.scorecard import Measurements, Resampling, Values, build
+from align.evaluation.scorecard import Measurements, TaskFound, build
+from align.evaluation.systems import System
+from align.evaluation.tasks.base import Answers, Measured, Task, Turn, Values
+from align.evaluation.written import write
 from align.fingerprint import digest
-from align.rollouts.protocol import Sampling
+from align.rollouts.protocol import Response, Sampling
 from align.stage import StageContext
 
 Row = dict[str, Any]
-SAMPLE_FIELDS = ("gold", "reward", "kl")
 SAMPLER_TOLERANCE = {"float32": 0.01, "bfloat16": 0.15}
 """Largest mean |sampler - policy| log-probability per token, in nats: above it the engine holds other weights."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is evaluated on what; ``scorer`` and ``reward`` may be absent, ``pairs`` and ``heldout`` empty."""
+    """What is evaluated on what; ``rows`` (the prompt set), ``tasks``, ``pairs`` and ``heldout`` may be empty."""
 
-    policies: list[Policy]
+    systems: list[System]
     reference: str
     base: str | None
     rows: list[Row]
     prompts: dict[str, list[list[int]]]
+    """The prompt set as each system reads it."""
     sampling: Sampling
     scorer: Any
     scorer_identity: str
-    reward: Artifact | None
     pairs: list[Row]
     heldout: list[Row]
     heldout_length: int
     precision: Literal["bfloat16", "float32"]
     resampling: Resampling
+    longest: int
+    """Tokens that the engine must hold, prompt and response together."""
+    tasks: list[Task] = field(default_factory=list)
+    gates: list[Gate] = field(default_factory=list)
+
+    @property
+    def policies(self) -> list[Policy]:
+        """The checkpoints behind the systems, each once."""
+        return list({system.policy.name: system.policy for system in self.systems}.values())
 
 
-def evaluate(context: StageContext, plan: Plan, open_engine: OpenEngine) -> tuple[dict[str, Any], dict[str, Generated]]:
-    """Run the plan and return the scorecard and the responses; files of earlier attempts are gone on from."""
-    generated = generate_all(
-        plan.policies,
-        plan.prompts,
-        plan.sampling,
-        context.runtime,
-        open_engine,
-        ResponseCache(context.checkpoints),
-        lambda done, total: context.progress(done, total, unit="responses"),
-        context.warn,
-    )
-    values = {name: shape_values(one) for name, one in generated.items()}
+@dataclass
+class Answered:
+    """What the systems said: to the prompt set, and to each task."""
+
+    generated: dict[str, Generated]
+    answers: dict[str, dict[str, Answers]]
+    engines: list[str]
+    tokens: int
+
+
+def evaluate(context: StageContext, plan: Plan, open_engine: OpenEngine) -> tuple[dict[str, Any], Answered]:
+    """Run the plan and return the scorecard and the answers."""
+    folder = context.cache / "evaluation" if context.cache is not None else context.checkpoints
+    bench = StageBench(context, folder, plan.reference, plan.base, plan.precision)
+    answered = _answer(context, plan, open_engine, folder)
+    values, reward_models = _score_by_models(context, plan, answered, bench, folder)
     if plan.scorer is not None:
-        for name, one in generated.items():
+        for name, one in answered.generated.items():
             values[name]["gold"] = function_values(plan.scorer, plan.rows, one)
-    accuracy = _score_by_model(context, plan, generated, values) if plan.reward is not None else None
-    heldout = _measure_models(context, plan, generated, values)
+    bench.close()
+    models = LoadedModels(plan.policies, plan.reference, _device(context), plan.precision)
+    token_kl = _measure_drift(context, plan, answered.generated, values, models, folder)
+    heldout = _measure_heldout(context, plan, models, folder)
+    tasks = _measure_tasks(context, plan, answered.answers, models, bench, folder)
+    bench.close()
     found = Measurements(
-        policies=[policy.name for policy in plan.policies],
+        systems=[system.info for system in plan.systems],
         reference=plan.reference,
         base=plan.base,
         sources=[str(row["source"]) for row in plan.rows],
         values=values,
         heldout=heldout,
+        tasks=tasks,
+        reward_models=reward_models,
+        gates=plan.gates,
     )
-    card = build(found, plan.resampling, accuracy, _settings(context, plan, generated))
-    _write(context.output, plan, card, generated, values)
-    return card, generated
+    card = build(found, plan.resampling, _settings(context, plan, answered.engines))
+    write(context.output, plan, card, answered, found, token_kl)
+    return card, answered
 
 
-def _score_by_model(
-    context: StageContext, plan: Plan, generated: dict[str, Generated], values: dict[str, dict[str, Values]]
-) -> dict[str, Any] | None:
-    """Reward-model scores of every response, and the model's accuracy on the held-out pairs if there are any."""
-    from align.models.reward import RewardModel
+def _device(context: StageContext) -> Any:
     from align.models.threads import device_of
 
-    artifact = plan.reward
-    assert artifact is not None
+    return device_of(context.runtime)
 
-    @cache
-    def model() -> Any:  # loaded only when a score is missing
-        return RewardModel(artifact.model, device_of(context.runtime), plan.precision)
 
-    def score(one: Generated) -> Values:
-        return reward_values(model().score, plan.rows, one)
+def _answer(context: StageContext, plan: Plan, open_engine: OpenEngine, folder: Path) -> Answered:
+    """Every system's answers, those of one checkpoint together; best-of-N systems have N times as many here."""
+    sampler = Sampler(
+        plan.policies,
+        context.runtime,
+        open_engine,
+        ResponseCache(folder / "responses"),
+        context.warn,
+        lambda done, total: context.progress(done, total, unit="responses"),
+        plan.precision,
+    )
+    asked = [task for task in plan.tasks if task.responds]
+    for system in plan.systems:
+        sampler.expect(system.info.best_of * (len(plan.rows) * plan.sampling.n + sum(len(t.items) for t in asked)))
+    found = Answered({}, {task.name: {} for task in asked}, [], 0)
+    try:
+        for policy in plan.policies:
+            for system in (one for one in plan.systems if one.policy is policy):
+                if plan.rows:
+                    found.generated[system.name] = sampler.generate(
+                        policy, plan.prompts[system.name], system.sampling(plan.sampling)
+                    )
+                respondent = SystemRespondent(system, sampler, plan.longest, context.warn)
+                for task in asked:
+                    found.answers[task.name][system.name] = task.respond(respondent)
+    finally:
+        sampler.close()
+    found.engines, found.tokens = sorted(sampler.engines), sampler.tokens
+    return found
 
-    key = artifact.record["key"]
-    folder = context.checkpoints
-    for at, (name, one) in enumerate(generated.items()):
-        identity = digest({"reward": key, "responses": _identity(one), "precision": plan.precision})
-        values[name]["reward"] = kept(folder, f"reward-{name}", identity, partial(score, one))
-        context.progress(at + 1, len(generated), unit="checkpoints scored")
+
+def _score_by_models(
+    context: StageContext, plan: Plan, answered: Answered, bench: StageBench, folder: Path
+) -> tuple[dict[str, dict[str, Values]], list[dict[str, Any]]]:
+    """Keep the best of N, score every response, and ask how good the reward models are.
+
+    Returns the values so far, by system, and what was found out about the reward models.
+    """
+    for system in plan.systems:
+        if system.info.role == "best_of":
+            _keep_best(plan, system, answered, bench)
+    order = {system.name: at for at, system in enumerate(plan.systems)}
+    answered.generated = dict(sorted(answered.generated.items(), key=lambda item: order[item[0]]))
+    values = {name: shape_values(one) for name, one in answered.generated.items()}
+    reward = bench.artifact("reward")
+    if reward is not None:
+        for at, (name, one) in enumerate(answered.generated.items()):
+            identity = digest([reward.record["key"], _identity(one), _asked(plan.rows), plan.precision])
+            scored = partial(lambda each: reward_values(bench.model("reward").score, plan.rows, each), one)
+            values[name]["reward"] = kept(folder, f"reward-{name}", identity, scored)
+            context.progress(at + 1, len(answered.generated), unit="systems scored")
+    return values, _reward_models(plan, bench, folder)
+
+
+def _keep_best(plan: Plan, system: System, answered: Answered, bench: StageBench) -> None:
+    for per_system in answered.answers.values():
+        per_system[system.name] = keep_best(per_system[system.name], system.info.best_of, bench)
+    if system.name not in answered.generated:
+        return
+    one = answered.generated[system.name]
+    turns: Answers = [
+        [[Turn(row["prompt"], response)] for response in samples]
+        for row, samples in zip(plan.rows, one.responses, strict=True)
+    ]
+    best: list[list[Response]] = [
+        [sample[-1].response for sample in samples] for samples in keep_best(turns, system.info.best_of, bench)
+    ]
+    answered.generated[system.name] = Generated(one.engine, best)
+
+
+def _reward_models(plan: Plan, bench: StageBench, folder: Path) -> list[dict[str, Any]]:
+    """Accuracy and calibration of the reward models on the held-out pairs, each beside the other as second scorer."""
     if not plan.pairs:
-        return None
-    identity = digest({"reward": key, "pairs": [row["id"] for row in plan.pairs], "precision": plan.precision})
-    accuracy: dict[str, Any] = kept(folder, "pairs", identity, lambda: score_pairs(plan.pairs, model().score))
-    return {**accuracy, "stage": artifact.stage}
+        return []
+    reports = []
+    for which in ("reward", "second_reward"):
+        artifact = bench.artifact(which)
+        if artifact is not None:
+            identity = digest([artifact.record["key"], [row["id"] for row in plan.pairs], plan.precision])
+            scored = partial(lambda name: score_pairs(plan.pairs, bench.model(name).score), which)
+            report: dict[str, Any] = kept(folder, "pairs", identity, scored)
+            reports.append({**report, "stage": artifact.stage, "task": "pairs"})
+    return reports
 
 
-def _measure_models(
-    context: StageContext, plan: Plan, generated: dict[str, Generated], values: dict[str, dict[str, Values]]
-) -> dict[str, tuple[list[float], list[int]]]:
-    """KL to the reference and held-out loss, by the checkpoints' own forward passes."""
-    from align.models.threads import device_of
+def _measure_drift(
+    context: StageContext,
+    plan: Plan,
+    generated: dict[str, Generated],
+    values: dict[str, dict[str, Values]],
+    models: LoadedModels,
+    folder: Path,
+) -> dict[str, list[list[float]]]:
+    """KL to the reference of every system that has a distribution; returns it token by token, for samples."""
+    found: dict[str, list[list[float]]] = {}
+    for at, system in enumerate(plan.systems):
+        if system.name in generated and system.info.role != "best_of":
+            measured = _kl(context, plan, models, system, generated[system.name], folder)
+            token_kl = measured.pop("token_kl", None)
+            values[system.name] |= measured
+            if token_kl:
+                found[system.name] = token_kl
+            context.progress(at + 1, len(plan.systems), unit="systems measured")
+    return found
 
-    models = LoadedModels(plan.policies, plan.reference, device_of(context.runtime), plan.precision)
-    losses: dict[str, tuple[list[int], list[float], list[int]]] = {}
-    for at, policy in enumerate(plan.policies):
-        values[policy.name] |= _kl(context, plan, models, policy, generated[policy.name])
-        if plan.heldout:
-            losses[policy.name] = _heldout(context.checkpoints, plan, models, policy)
-        context.progress(at + 1, len(plan.policies), unit="checkpoints measured")
-    return _common_rows(losses, len(plan.heldout), context)
 
-
-def _kl(context: StageContext, plan: Plan, models: LoadedModels, policy: Policy, one: Generated) -> dict[str, Values]:
-    """KL of one checkpoint's responses; empty where it has no meaning.
+def _kl(
+    context: StageContext, plan: Plan, models: LoadedModels, system: System, one: Generated, folder: Path
+) -> dict[str, Any]:
+    """KL of one system's responses; empty where it has no meaning.
 
     Raises ``RuntimeError`` when the checkpoint finds its responses far less or more likely than the engine did.
     """
     temperature = plan.sampling.temperature
-    reference = next(each for each in plan.policies if each.name == plan.reference)
+    reference = next(each for each in plan.systems if each.name == plan.reference)
+    policy = system.policy
     # Greedy responses are no sample to estimate from, and KL per token needs one vocabulary.
-    if temperature == 0 or policy.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
+    if temperature == 0 or policy.tokenizer.get_vocab() != reference.policy.tokenizer.get_vocab():
         return {}
-    if policy is reference:
+    if system is reference:
         zero = [[0.0] * len(samples) for samples in one.responses]
         return {"kl": zero, "kl_k3": zero}
-    prompts = plan.prompts[policy.name]
-    own, ref = (models.logprobs_of(each.name, temperature) for each in (policy, reference))
-    identity = digest(["kl 2", policy.key, reference.key, _identity(one), digest(prompts), plan.precision])
-    found = kept(context.checkpoints, f"kl-{policy.name}", identity, lambda: kl_values(own, ref, prompts, one))
+    prompts, ref_prompts = plan.prompts[system.name], plan.prompts[plan.reference]
+    own, ref = (models.logprobs_of(each.policy.name, temperature) for each in (system, reference))
+    identity = digest(["kl 3", policy.key, reference.policy.key, _identity(one), digest([prompts, ref_prompts]),
+                       temperature, plan.precision])  # fmt: skip
+    found: dict[str, Any] = kept(
+        folder, f"kl-{system.name}", identity, lambda: kl_values(own, ref, prompts, one, ref_prompts)
+    )
     gap = found.pop("sampler_gap")
     exact = plan.precision == "float32" and context.runtime.engine.dtype != "bfloat16"
     tolerance = SAMPLER_TOLERANCE["float32" if exact else "bfloat16"]
-    print(f"{policy.name}: sampler and policy differ by {gap:.4f} nats a token (at most {tolerance})")
+    print(f"{system.name}: sampler and policy differ by {gap:.4f} nats a token (at most {tolerance})")
     if not gap <= tolerance:
         raise RuntimeError(
             f"the {one.engine} engine and the checkpoint '{policy.name}' differ by {gap:.3f} nats a token, at most "
             f"{tolerance} was expected: the responses are not this checkpoint's. Set runtime.engine.name to "
             "transformers, and report this."
         )
-    scores: dict[str, Values] = found
-    return scores
+    return found
 
 
-def _heldout(
-    folder: Path, plan: Plan, models: LoadedModels, policy: Policy
-) -> tuple[list[int], list[float], list[int]]:
-    """Rows, losses and tokens of one checkpoint; see :func:`heldout_losses`."""
-    rows = digest([row["id"] for row in plan.heldout])
-    identity = digest([policy.key, rows, plan.heldout_length, plan.precision])
-    indices, losses, tokens = kept(
-        folder,
-        f"heldout-{policy.name}",
-        identity,
-        lambda: heldout_losses(
-            models.logprobs_of(policy.name, 1.0), policy.tokenizer, plan.heldout, plan.heldout_length
-        ),
-    )
-    return indices, losses, tokens
-
-
-def _common_rows(
-    kept_rows: dict[str, tuple[list[int], list[float], list[int]]], total: int, context: StageContext
+def _measure_heldout(
+    context: StageContext, plan: Plan, models: LoadedModels, folder: Path
 ) -> dict[str, tuple[list[float], list[int]]]:
-    """Held-out rows that every checkpoint could read, so that the comparison stays paired."""
-    if not kept_rows:
+    """Held-out loss of the checkpoints as they are, over the rows that every one of them could read."""
+    if not plan.heldout:
         return {}
-    common = set.intersection(*(set(indices) for indices, _, _ in kept_rows.values()))
-    if len(common) < total:
-        context.warn(f"{total - len(common)} of {total} held-out rows left out: longer than max_heldout_length")
+    losses: dict[str, tuple[list[int], list[float], list[int]]] = {}
+    rows = digest([row["id"] for row in plan.heldout])
+    for policy in plan.policies:
+        identity = digest([policy.key, rows, plan.heldout_length, plan.precision])
+        measure = partial(
+            heldout_losses, models.logprobs_of(policy.name, 1.0), policy.tokenizer, plan.heldout, plan.heldout_length
+        )
+        indices, values, tokens = kept(folder, f"heldout-{policy.name}", identity, measure)
+        losses[policy.name] = indices, values, tokens
+        context.progress(len(losses), len(plan.policies), unit="held-out sets read")
+    common = set.intersection(*(set(indices) for indices, _, _ in losses.values()))
+    if len(common) < len(plan.heldout):
+        left_out = len(plan.heldout) - len(common)
+        context.warn(f"{left_out} of {len(plan.heldout)} held-out rows left out: longer than max_heldout_length")
     result = {}
-    for name, (indices, losses, tokens) in kept_rows.items():
+    for name, (indices, values, tokens) in losses.items():
         places = [at for at, index in enumerate(indices) if index in common]
-        result[name] = ([losses[at] for at in places], [tokens[at] for at in places])
+        result[name] = ([values[at] for at in places], [tokens[at] for at in places])
     return result
+
+
+def _measure_tasks(
+    context: StageContext,
+    plan: Plan,
+    answers: dict[str, dict[str, Answers]],
+    models: LoadedModels,
+    bench: StageBench,
+    folder: Path,
+) -> list[TaskFound]:
+    """Every task's numbers: what systems read, checkpoint by checkpoint, then what scoring makes of their answers."""
+    measured: dict[str, dict[str, Measured]] = {task.name: {} for task in plan.tasks}
+    reading = [task for task in plan.tasks if task.reads]
+    readers = [system for system in plan.systems if system.info.role != "best_of"]
+    done = 0
+    for system in sorted(readers, key=lambda one: plan.policies.index(one.policy)):
+        for task in reading:
+            measured[task.name][system.name] = task.read(SystemReader(system, models, folder, context.runtime))
+            done += 1
+            context.progress(done, len(readers) * len(reading), unit="tasks read")
+    models.close()  # a judge may be large
+    for task in plan.tasks:
+        measured[task.name] |= task.score(answers[task.name], bench) if task.responds else task.score({}, bench)
+    order = {system.name: at for at, system in enumerate(plan.systems)}
+    return [
+        TaskFound(task, dict(sorted(measured[task.name].items(), key=lambda item: order.get(item[0], len(order)))))
+        for task in plan.tasks
+    ]
 
 
 def _identity(generated: Generated) -> str:
     return digest([[[one.token_ids, one.finished] for one in samples] for samples in generated.responses])
 
 
-def _settings(context: StageContext, plan: Plan, generated: dict[str, Generated]) -> dict[str, Any]:
+def _asked(rows: list[Row]) -> str:
+    return digest([[row["prompt"], row.get("tools")] for row in rows])
+
+
+def _settings(context: StageContext, plan: Plan, engines: list[str]) -> dict[str, Any]:
+    rewards = {which: context.inputs.get(which) for which in ("reward", "second_reward")}
     return {
         "prompts": len(plan.rows),
         "samples_per_prompt": plan.sampling.n,
         "sampling": asdict(plan.sampling),
         "precision": plan.precision,
-        "engines": sorted({one.engine for one in generated.values()}),
+        "engines": engines,
         "seed": context.seed,
         "score": plan.scorer_identity,
         "heldout_rows": len(plan.heldout),
         "checkpoints": {policy.name: policy.key for policy in plan.policies},
-        "reward_model": None if plan.reward is None else plan.reward.record["key"],
+        "reward_model": rewards["reward"] and rewards["reward"].record["key"],
+        "second_reward_model": rewards["second_reward"] and rewards["second_reward"].record["key"],
     }
-
-
-def _write(
-    folder: Path,
-    plan: Plan,
-    card: dict[str, Any],
-    generated: dict[str, Generated],
-    values: dict[str, dict[str, Values]],
-) -> None:
-    text = json.dumps(card, indent=1, allow_nan=False)
-    (folder / "scorecard.json").write_text(text + "\n", encoding="utf-8")
-    with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
-        for index, row in enumerate(plan.rows):
-            responses = {
-                name: [
-                    {"text": one.text, "tokens": len(one.token_ids), "finished": one.finished}
-                    | {field: values[name][field][index][at] for field in SAMPLE_FIELDS if field in values[name]}
-                    for at, one in enumerate(generated[name].responses[index])
-                ]
-                for name in generated
-            }
-            line = {"id": row["id"], "source": row["source"], "prompt": row["prompt"], "responses": responses}
-            file.write(json.dumps(line) + "\n")

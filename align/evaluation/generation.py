@@ -1,13 +1,14 @@
 """Responses of every compared checkpoint, through one rollout engine, kept on disk as they come.
 
-A process can hold one vLLM engine only: it is opened for the first checkpoint and given the weights of the next. A
-checkpoint whose responses are on disk already is not generated again. Leaves out scoring.
+Responses that are on disk already, from an earlier attempt or another run, are not generated again. Leaves out scoring.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,34 +37,40 @@ class Generated:
 
 
 class ResponseCache:
-    """``<folder>/responses-<policy>.jsonl``: a header line, then one line per prompt. A file is whole or absent."""
+    """``<folder>/<identity>.jsonl``: a header line, then one line per prompt. A file is whole or absent.
+
+    The identity is a digest of weights, prompts and sampling, so that runs may share the folder.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def path(self, policy: str) -> Path:
-        """Where the responses of a policy lie."""
-        return self.folder / f"responses-{policy}.jsonl"
+    def path(self, identity: str) -> Path:
+        """Where the responses lie."""
+        return self.folder / f"{identity[:32]}.jsonl"
 
-    def read(self, policy: str, identity: str) -> Generated | None:
-        """The responses stored under the same identity (weights, prompts, sampling), or None."""
+    def read(self, identity: str) -> Generated | None:
+        """The responses stored under the identity, or None."""
         try:
-            with self.path(policy).open(encoding="utf-8") as file:
+            with self.path(identity).open(encoding="utf-8") as file:
                 header = json.loads(next(file))
                 if header.get("identity") != identity:
                     return None
-                return Generated(header["engine"], [[Response(**item) for item in json.loads(line)] for line in file])
+                found = [[Response(**item) for item in json.loads(line)] for line in file]
+                return Generated(header["engine"], found) if len(found) == header["prompts"] else None
         except (FileNotFoundError, StopIteration, ValueError, KeyError, TypeError):
             return None
 
-    def write(self, policy: str, identity: str, generated: Generated) -> None:
+    def write(self, identity: str, generated: Generated) -> None:
         """Store responses; they appear under their name only once all are written."""
-        draft = self.path(policy).with_suffix(".draft")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        draft = self.path(identity).with_suffix(f".{os.getpid()}.draft")
         with draft.open("w", encoding="utf-8") as file:
-            file.write(json.dumps({"identity": identity, "engine": generated.engine}) + "\n")
+            header = {"identity": identity, "engine": generated.engine, "prompts": len(generated.responses)}
+            file.write(json.dumps(header) + "\n")
             for samples in generated.responses:
                 file.write(json.dumps([asdict(sample) for sample in samples]) + "\n")
-        draft.replace(self.path(policy))
+        draft.replace(self.path(identity))
 
 
 def architecture(model_dir: Path) -> str:
@@ -75,57 +82,91 @@ def architecture(model_dir: Path) -> str:
     return digest({"shapes": json.dumps(shapes, sort_keys=True), "ends": json.dumps(ends)})
 
 
-def generate_all(
-    policies: list[Policy],
-    prompts: Mapping[str, list[list[int]]],
-    sampling: Sampling,
-    runtime: Runtime,
-    open_engine: OpenEngine,
-    cache: ResponseCache,
-    progress: Progress,
-    warn: Callable[[str], None],
-) -> dict[str, Generated]:
-    """Responses of every policy to its own rendering of the same prompts, by policy name.
+class Sampler:
+    """The one engine of an evaluation: opened for the first checkpoint that must answer, given the weights of the next.
 
-    ``open_engine(model_dir, runtime)`` opens an engine; ``progress(done, total)`` counts responses over all policies.
     Checkpoints of several architectures are all answered by the transformers engine: numbers of two engines do not
     compare, and a process can hold only one vLLM.
     """
-    if len({architecture(policy.model_dir) for policy in policies}) > 1 and runtime.engine.name != "transformers":
-        warn("the compared checkpoints differ in architecture, so all are sampled with the transformers engine")
-        runtime = runtime.model_copy(update={"engine": runtime.engine.model_copy(update={"name": "transformers"})})
-    total = sum(len(ids) for ids in prompts.values()) * sampling.n
-    found: dict[str, Generated] = {}
-    engine, opened_for, done = None, "", 0
-    try:
-        for policy in policies:
-            ids = prompts[policy.name]
-            identity = digest({"key": policy.key, "prompts": ids, "sampling": asdict(sampling)})
-            kept = cache.read(policy.name, identity)
-            if kept is None:
-                kind = architecture(policy.model_dir)
-                if engine is not None and kind == opened_for:
-                    engine.load_weights(checkpoint_weights(policy.model_dir))
-                else:
-                    if engine is not None:
-                        engine.close()
-                    engine, opened_for = open_engine(policy.model_dir, runtime), kind
-                kept = _generate(engine, policy, ids, sampling, _offset(progress, done, total))
-                cache.write(policy.name, identity, kept)
-            done += len(ids) * sampling.n
-            progress(done, total)
-            found[policy.name] = kept
-    finally:
-        if engine is not None:
-            engine.close()
-    if len({one.engine for one in found.values()}) > 1:
-        warn("responses come from different engines (an earlier attempt used another); rebuild the stage to compare")
-    return found
+
+    def __init__(
+        self,
+        policies: Sequence[Policy],
+        runtime: Runtime,
+        open_engine: OpenEngine,
+        cache: ResponseCache,
+        warn: Callable[[str], None],
+        progress: Progress,
+        precision: str = "bfloat16",
+    ) -> None:
+        """``open_engine(model_dir, runtime)`` opens an engine that computes in ``precision``; ``progress(done, total)``
+        counts responses, ``total`` those that were announced by ``expect``.
+        """
+        if len({architecture(policy.model_dir) for policy in policies}) > 1 and runtime.engine.name != "transformers":
+            warn("the compared checkpoints differ in architecture, so all are sampled with the transformers engine")
+            runtime = runtime.model_copy(update={"engine": runtime.engine.model_copy(update={"name": "transformers"})})
+        self.runtime, self.open_engine, self.cache, self.progress = runtime, open_engine, cache, progress
+        self.warn = warn
+        dtype = precision if runtime.engine.dtype == "auto" else runtime.engine.dtype
+        self._made_by = [_engine_name(runtime), dtype]
+        self.engines: set[str] = set()
+        """Engines that the responses given out came from."""
+        self.expected = self.done = self.tokens = 0
+        self._engine: RolloutEngine | None = None
+        self._kind, self._holds = "", Path()
+
+    def expect(self, responses: int) -> None:
+        """Announce so many more responses."""
+        self.expected += responses
+
+    def generate(self, policy: Policy, prompts: list[list[int]], sampling: Sampling) -> Generated:
+        """Responses of a checkpoint, from the cache or sampled now."""
+        identity = digest(
+            {
+                "key": policy.key,
+                "prompts": prompts,
+                "sampling": asdict(sampling),
+                "engine": self._made_by,
+            }
+        )
+        found = self.cache.read(identity)
+        if found is None:
+            found = _generate(self._holding(policy), policy, prompts, sampling, self._report)
+            self.cache.write(identity, found)
+        self.done += len(prompts) * sampling.n
+        self.tokens += sum(len(one.token_ids) for samples in found.responses for one in samples)
+        self._report(0, 0)
+        if self.engines and found.engine not in self.engines:
+            self.warn("responses come from different engines (an earlier run used another); do not compare them")
+        self.engines.add(found.engine)
+        return found
+
+    def _report(self, done: int, _: int) -> None:
+        self.progress(self.done + done, max(self.done + done, self.expected))
+
+    def _holding(self, policy: Policy) -> RolloutEngine:
+        kind = architecture(policy.model_dir)
+        if self._engine is not None and kind == self._kind:
+            if self._holds != policy.model_dir:
+                self._engine.load_weights(checkpoint_weights(policy.model_dir))
+        else:
+            self.close()
+            self._engine, self._kind = self.open_engine(policy.model_dir, self.runtime), kind
+        self._holds = policy.model_dir
+        return self._engine
+
+    def close(self) -> None:
+        """Free the engine, before models are loaded for their own forward passes."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
 
 
-def _offset(progress: Progress, before: int, total: int) -> Progress:
-    """Progress of one checkpoint as progress of all."""
-    return lambda done, _: progress(before + done, total)
+def _engine_name(runtime: Runtime) -> str:
+    """The engine that ``auto`` will most likely be: responses of another one are not taken from the cache."""
+    if runtime.engine.name != "auto":
+        return runtime.engine.name
+    return "vllm" if importlib.util.find_spec("vllm") is not None else "transformers"
 
 
 def _generate(

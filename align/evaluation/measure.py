@@ -7,6 +7,7 @@ Leaves out generation and statistics.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from align.errors import UserError
 from align.evaluation.generation import Generated
 from align.evaluation.logprobs import response_logprobs, sequence_kl
 from align.evaluation.prompts import Policy
-from align.evaluation.scorecard import Values
+from align.evaluation.tasks.base import Values
 from align.models.render import render_conversation, render_prompt
 
 Row = dict[str, Any]
@@ -24,8 +25,8 @@ LogprobsOf = Callable[[list[list[int]], list[list[int]]], list[list[float]]]
 
 
 def kept(folder: Path, name: str, identity: str, compute: Callable[[], Any]) -> Any:
-    """``compute()``'s JSON-able result, or the one of an earlier attempt under the same identity."""
-    path = folder / f"{name}.json"
+    """``compute()``'s JSON-able result, or the one of an earlier attempt or run under the same identity."""
+    path = folder / f"{name}-{identity[:16]}.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if found["identity"] == identity:
@@ -33,7 +34,8 @@ def kept(folder: Path, name: str, identity: str, compute: Callable[[], Any]) -> 
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         pass
     value = compute()
-    draft = path.with_suffix(".draft")
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(f".{os.getpid()}.draft")
     draft.write_text(json.dumps({"identity": identity, "value": value}), encoding="utf-8")
     draft.replace(path)
     return value
@@ -64,18 +66,32 @@ def reward_values(score: Callable[..., list[float]], rows: Sequence[Row], genera
     return _unflatten(scores, generated)
 
 
+TOKEN_PROMPTS = 200
+"""Prompts whose first response's KL is kept token by token, for the reader of samples."""
+
+
 def kl_values(
-    own: LogprobsOf, reference: LogprobsOf, prompts: Sequence[list[int]], generated: Generated
+    own: LogprobsOf,
+    reference: LogprobsOf,
+    prompts: Sequence[list[int]],
+    generated: Generated,
+    ref_prompts: Sequence[list[int]] | None = None,
 ) -> dict[str, Any]:
     """``kl`` and ``kl_k3``: estimates of each response's KL to the reference in nats, see :func:`sequence_kl`.
 
-    ``sampler_gap`` is the mean |sampler - policy| log-probability per token: large when the engine did not sample from
-    the weights that this is about.
+    ``prompts`` are what the system read, ``ref_prompts`` what the reference reads (the same, unless the system has a
+    prompt of its own). ``token_kl`` has the k1 estimate of each token of the first response to the first
+    ``TOKEN_PROMPTS`` prompts. ``sampler_gap`` is the mean |sampler - policy| log-probability per token: large when the
+    engine did not sample from the weights that this is about.
     """
     flat = [one for samples in generated.responses for one in samples]
     tokens = [one.token_ids for one in flat]
-    repeated = [ids for ids, samples in zip(prompts, generated.responses, strict=True) for _ in samples]
-    logprobs, ref_logprobs = own(repeated, tokens), reference(repeated, tokens)
+
+    def repeated(rendered: Sequence[list[int]]) -> list[list[int]]:
+        return [ids for ids, samples in zip(rendered, generated.responses, strict=True) for _ in samples]
+
+    logprobs = own(repeated(prompts), tokens)
+    ref_logprobs = reference(repeated(prompts if ref_prompts is None else ref_prompts), tokens)
     estimates = [sequence_kl(values, ref_values) for values, ref_values in zip(logprobs, ref_logprobs, strict=True)]
     gaps = [
         abs(sampled - value)
@@ -85,8 +101,19 @@ def kl_values(
     return {
         "kl": _unflatten([k1 for k1, _ in estimates], generated),
         "kl_k3": _unflatten([k3 for _, k3 in estimates], generated),
+        "token_kl": _first_tokens(logprobs, ref_logprobs, generated),
         "sampler_gap": sum(gaps) / max(1, len(gaps)),
     }
+
+
+def _first_tokens(
+    logprobs: Sequence[Sequence[float]], ref_logprobs: Sequence[Sequence[float]], generated: Generated
+) -> list[list[float]]:
+    found, at = [], 0
+    for samples in generated.responses[:TOKEN_PROMPTS]:
+        found.append([round(own - ref, 4) for own, ref in zip(logprobs[at], ref_logprobs[at], strict=True)])
+        at += len(samples)
+    return found
 
 
 def heldout_losses(
@@ -134,6 +161,10 @@ class LoadedModels:
             )
 
         return compute
+
+    def close(self) -> None:
+        """Free what is loaded."""
+        self.models.clear()
 
     def _model(self, name: str) -> Any:
         from align.models.loading import load_policy

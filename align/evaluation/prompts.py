@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from align.models.render import render_prompt
+from pathlib import Path
+from typing import Any, Protocol
 
 Row = dict[str, Any]
+
+
+class Renders(Protocol):
+    """A compared system, as far as this file needs to know one."""
+
+    @property
+    def name(self) -> str:
+        """As the scorecard calls it."""
+        ...
+
+    def render(self, messages: list[Any], *, tools: str | None = None) -> list[int]:
+        """Token ids of a conversation, up to where the answer begins."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -17,7 +29,7 @@ class Policy:
     """One compared checkpoint: its name in the pipeline, its folder, its artifact's key, and its tokenizer."""
 
     name: str
-    model_dir: Any
+    model_dir: Path
     key: str
     tokenizer: Any
 
@@ -31,15 +43,14 @@ def choose_rows(rows: list[Row], most: int | None, seed: int) -> list[Row]:
 
 
 def render_for_all(
-    rows: list[Row], policies: list[Policy], longest: int
+    rows: list[Row], systems: Sequence[Renders], longest: int
 ) -> tuple[list[Row], Mapping[str, list[list[int]]], int]:
-    """Rows whose prompt fits ``longest`` tokens under every template, their ids by policy, and how many do not.
+    """Rows whose prompt fits ``longest`` tokens under every template, their ids by system, and how many do not.
 
-    Dropping a row for all policies keeps every comparison paired; a prompt that was cut would ask something else.
+    Dropping a row for all systems keeps every comparison paired; a prompt that was cut would ask something else.
     """
     rendered = {
-        policy.name: [render_prompt(policy.tokenizer, row["prompt"], row.get("tools")) for row in rows]
-        for policy in policies
+        system.name: [system.render(row["prompt"], tools=row.get("tools")) for row in rows] for system in systems
     }
     kept = [index for index in range(len(rows)) if all(len(ids[index]) <= longest for ids in rendered.values())]
     chosen = {name: [ids[index] for index in kept] for name, ids in rendered.items()}

@@ -1,15 +1,26 @@
-"""From measurements per response to the scorecard: estimates, paired differences, families, flags.
+"""From measurements to the scorecard: estimates, paired differences, families, gates, flags.
 
-The schema of ``scorecard.json`` is what :func:`build` returns (format 1):
+The schema of ``scorecard.json`` is what :func:`build` returns (format 2):
 
-- ``reference``, ``base`` (or null), ``primary`` (the metric that decides), ``policies`` (names in order), ``settings``
-- ``metrics``: name → ``title``, ``better`` (``higher``, ``lower`` or null), ``unit``, ``meaning``
-- ``estimates``: policy → metric → ``{value, low, high, n, method}``; ``n`` counts prompts (rows for held-out loss)
-- ``families``: source → ``{n, estimates: policy → metric → estimate}``
+- ``reference``, ``base`` (or null), ``primary`` (the metric that decides), ``policies`` (every compared system in
+  order, ways of prompting and best-of-N included), ``settings``
+- ``systems``: list of ``{name, of, role, key, system, shots, best_of}``; role ``base``, ``checkpoint``, ``prompted``,
+  ``best_of``
+- ``metrics``: name → ``title``, ``better`` (``higher``, ``lower`` or null), ``unit``, ``meaning``, ``task``. Metrics of
+  the prompt set have plain names (task ``prompts``), those of a task ``task.metric``
+- ``tasks``: name → ``{title, kind, n, primary, metrics, settings, notes: system → counts}``
+- ``estimates``: system → metric → ``{value, low, high, n, method}``; ``n`` counts items (rows for held-out loss)
+- ``families``: source of the prompt set → ``{n, estimates: system → metric → estimate}``; ``task_families``: task →
+  the same, for tasks of several sources
 - ``differences``: list of ``{policy, against, metric, value, low, high, n, p, p_holm, test, verdict}``
-- ``family_differences``: the same with ``family``, of the primary metric against the reference, corrected on their own
-- ``reward_model``: what :func:`align.evaluation.pairs.pair_accuracy` returns, or null
-- ``flags``: list of ``{policy, kind, text}``; kinds ``regression``, ``over-optimised``, ``eos``, ``length``
+- ``family_differences``: the same with ``family``, of the prompt set's primary metric against the reference, corrected
+  on their own
+- ``win_rates``: list of ``{task, judge, one, other, n, wins, ties, losses, disagreements, unreadable, win_rate,
+  length_controlled}``
+- ``reward_models``: list of what :func:`align.evaluation.pairs.pair_accuracy` and ``calibration.py`` return, with
+  ``stage`` and ``task`` (the pair set)
+- ``gates``: list of ``{name, system, metric, expression, value, low, high, bound, level, passed, clear, text}``
+- ``flags``: list of ``{policy, kind, text}``; kinds ``regression``, ``over-optimised``, ``eos``, ``length``, ``judge``
 
 p-values are corrected (Holm) in two families: the primary metric's comparisons, chosen beforehand, among themselves;
 all the others of the table together. Verdicts: ``better`` or ``worse`` (``higher`` or ``lower`` for a metric without a
@@ -20,17 +31,21 @@ that are not finite are null.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
+from align.evaluation.comparisons import Column, Resampling, correct, difference, estimate, is_rate
+from align.evaluation.flags import find_flags
+from align.evaluation.gates import Gate, default_gates, evaluate_gates
+from align.evaluation.statistics import LEVEL
+from align.evaluation.systems import best_of_kl
+from align.evaluation.tasks.base import Measured, SystemInfo, Task, Values
 
-from align.evaluation.statistics import LEVEL, Estimate, holm, mean_interval, paired_difference, rate_interval
-
-FORMAT = 1
-MIN_EOS_RATE = 0.9
-MAX_LENGTH_FACTOR = 2.0
+FORMAT = 2
 FAMILY_METRICS = ("gold", "reward", "length", "finished")
+DRIFT = ("kl", "kl_k3")
+"""Metrics against the reference itself: a difference of them says nothing new."""
+MOST_FAMILIES = 64
 
 METRICS: dict[str, dict[str, Any]] = {
     "gold": {
@@ -38,202 +53,254 @@ METRICS: dict[str, dict[str, Any]] = {
         "better": "higher",
         "unit": "0 to 1",
         "meaning": "what a program that checks the response gives it",
+        "task": "prompts",
     },
     "reward": {
         "title": "Reward-model score",
         "better": "higher",
         "unit": "score",
         "meaning": "the learned proxy; only differences mean something",
+        "task": "prompts",
     },
     "finished": {
         "title": "Ends by itself",
         "better": "higher",
         "unit": "share",
         "meaning": "share of responses that end with the end-of-turn token rather than at the token limit",
+        "task": "prompts",
     },
     "length": {
         "title": "Response length",
         "better": None,
         "unit": "tokens",
         "meaning": "tokens of a response, its end-of-turn token included",
+        "task": "prompts",
     },
     "kl": {
         "title": "KL to reference",
         "better": None,
         "unit": "nats",
         "meaning": "drift from the reference over a whole response, unbiased k1 estimate on the policy's own samples",
+        "task": "prompts",
     },
     "kl_k3": {
         "title": "KL to reference (k3)",
         "better": None,
         "unit": "nats",
         "meaning": "the same by the k3 estimate, never negative",
+        "task": "prompts",
     },
     "heldout_loss": {
         "title": "Held-out SFT loss",
         "better": "lower",
         "unit": "nats per token",
         "meaning": "negative log-likelihood per token of held-out reference answers",
+        "task": "prompts",
     },
 }
 
-Values = list[list[float]]
-"""One list per prompt with one number per sample."""
+
+@dataclass
+class TaskFound:
+    """A task and what came out of it, by system."""
+
+    task: Task
+    measured: dict[str, Measured]
 
 
 @dataclass
 class Measurements:
-    """What was measured, aligned by prompt.
+    """What was measured, aligned by item.
 
-    ``sources`` is the source of each prompt, ``values[policy][metric]`` has one list per prompt, and
-    ``heldout[policy]`` is (loss per token, tokens) of each held-out row.
+    ``sources`` is the source of each prompt of the prompt set, ``values[system][metric]`` has one list per prompt, and
+    ``heldout[system]`` is (loss per token, tokens) of each held-out row.
     """
 
-    policies: list[str]
+    systems: list[SystemInfo]
     reference: str
     base: str | None
-    sources: list[str]
-    values: dict[str, dict[str, Values]]
+    sources: list[str] = field(default_factory=list)
+    values: dict[str, dict[str, Values]] = field(default_factory=dict)
     heldout: dict[str, tuple[list[float], list[int]]] = field(default_factory=dict)
+    tasks: list[TaskFound] = field(default_factory=list)
+    reward_models: list[dict[str, Any]] = field(default_factory=list)
+    gates: list[Gate] = field(default_factory=list)
+
+    @property
+    def policies(self) -> list[str]:
+        """Names of the systems."""
+        return [system.name for system in self.systems]
 
 
-@dataclass(frozen=True)
-class Resampling:
-    """How many bootstrap resamples and from which seed."""
-
-    resamples: int
-    seed: int
-
-
-def build(
-    found: Measurements, resampling: Resampling, reward_model: dict[str, Any] | None, settings: dict[str, Any]
-) -> dict[str, Any]:
+def build(found: Measurements, resampling: Resampling, settings: dict[str, Any]) -> dict[str, Any]:
     """The scorecard of ``found``; see the module's text for its schema."""
-    names = [name for name in METRICS if any(name in per for per in found.values.values())]
-    binary = {name for name in names if _is_binary(found, name)}
-    everything = list(range(len(found.sources)))
-    estimates = {policy: _estimates(found, policy, everything, names, binary, resampling) for policy in found.policies}
-    for policy, (losses, tokens) in found.heldout.items():
-        loss = mean_interval(losses, weights=tokens, resamples=resampling.resamples, seed=resampling.seed)
-        estimates[policy]["heldout_loss"] = loss.as_dict()
-    primary = next((name for name in ("gold", "reward") if name in names), "length")
-    compared = [name for name in names if not name.startswith("kl")]
+    metrics, columns = _columns(found)
+    rates = {name for name, per in columns.items() if name not in DRIFT and is_rate(list(per.values()))}
+    estimates: dict[str, dict[str, Any]] = {policy: {} for policy in found.policies}
+    for name, per in columns.items():
+        for policy, column in per.items():
+            estimates[policy][name] = estimate(column, name in rates, resampling)
+    _bound_best_of(found, estimates)
+    primary = choose_primary(metrics, found.tasks)
     differences = [
-        row
-        for metric in compared
-        for policy, against in _contrasts(found)
-        if (row := _difference(found, policy, against, metric, everything, resampling)) is not None
-    ] + _heldout_differences(found, resampling)
-    families = _group(found.sources)
-    by_family = [
-        {"family": family, **row}
-        for family, indices in families.items()
-        for policy, against in _contrasts(found)
-        if against == found.reference or policy == found.reference
-        if (row := _difference(found, policy, against, primary, indices, resampling)) is not None
+        {"policy": policy, "against": against, "metric": name, **row}
+        for name, per in columns.items()
+        if name not in DRIFT
+        for policy, against in contrasts(found.systems, found.reference)
+        if policy in per and against in per
+        if (row := difference(per[policy], per[against], resampling)) is not None
     ]
-    _correct([row for row in differences if row["metric"] == primary])
-    _correct([row for row in differences if row["metric"] != primary])
-    _correct(by_family)
-    shown = [*names, *(["heldout_loss"] if found.heldout else [])]
-    return {
+    correct([row for row in differences if row["metric"] == primary], metrics)
+    correct([row for row in differences if row["metric"] != primary], metrics)
+    card = {
         "format": FORMAT,
         "reference": found.reference,
         "base": found.base,
         "primary": primary,
         "policies": found.policies,
+        "systems": [asdict(system) for system in found.systems],
         "settings": {**settings, "level": LEVEL, "bootstrap": resampling.resamples, "correction": "Holm"},
-        "metrics": {name: METRICS[name] for name in METRICS if name in shown},
+        "metrics": metrics,
+        "tasks": {one.task.name: _about(one) for one in found.tasks},
         "estimates": estimates,
-        "families": {
-            family: {
-                "n": len(indices),
-                "estimates": {
-                    policy: _estimates(
-                        found, policy, indices, [n for n in names if n in FAMILY_METRICS], binary, resampling
-                    )
-                    for policy in found.policies
-                },
-            }
-            for family, indices in families.items()
-        },
         "differences": differences,
-        "family_differences": by_family,
-        "reward_model": reward_model,
-        "flags": _flags(found, estimates, differences),
+        **_by_source(found, columns, rates, primary, metrics, resampling),
+        "win_rates": [row for one in found.tasks for row in one.task.extras().get("win_rates", [])],
+        "reward_models": found.reward_models
+        + [row for one in found.tasks for row in one.task.extras().get("reward_models", [])],
     }
+    kinds = {one.task.name: one.task.kind for one in found.tasks}
+    gates = [*found.gates, *default_gates(kinds, found.base, found.gates)]
+    card["gates"] = evaluate_gates(gates, card)
+    card["flags"] = find_flags(card)
+    return card
 
 
-def per_prompt(values: Values) -> list[float]:
-    """Mean over the samples of each prompt: the unit every statistic resamples."""
-    return [sum(samples) / len(samples) for samples in values]
+def choose_primary(metrics: Mapping[str, Any], tasks: Sequence[TaskFound]) -> str:
+    """The metric that decides: gold, else the reward model's score, else the first task's own."""
+    for name in ("gold", "reward"):
+        if name in metrics:
+            return name
+    for one in tasks:
+        name = f"{one.task.name}.{one.task.primary}"
+        if name in metrics:
+            return name
+    return "length" if "length" in metrics else next(iter(metrics), "")
+
+
+def contrasts(systems: Sequence[SystemInfo], reference: str) -> list[tuple[str, str]]:
+    """(system, against) that are compared: everything with the base, all but the base with the reference, and every
+    trained checkpoint with every way of using one without training.
+    """
+    base = next((one.name for one in systems if one.role == "base"), None)
+    pairs = []
+    for one in systems:
+        if one.name not in (reference, base):
+            pairs.append((one.name, reference))
+        if base is not None and one.name != base:
+            pairs.append((one.name, base))
+        if one.role == "checkpoint" and one.name != reference:
+            pairs += [(one.name, other.name) for other in systems if other.role in ("prompted", "best_of")]
+    return pairs
 
 
 # -----------------------------------------------------------------------------------------------------------------
 
 
-def _is_binary(found: Measurements, metric: str) -> bool:
-    """Whether every value of every policy is 0 or 1, so that it is a rate."""
-    return all(value in (0, 1) for per in found.values.values() for samples in per.get(metric, []) for value in samples)
+def _columns(found: Measurements) -> tuple[dict[str, Any], dict[str, dict[str, Column]]]:
+    """Metrics as the scorecard describes them, and metric → system → its column."""
+    columns: dict[str, dict[str, Column]] = {}
+    for policy, per in found.values.items():
+        for name, values in per.items():
+            columns.setdefault(name, {})[policy] = Column(values)
+    for policy, (losses, tokens) in found.heldout.items():
+        column = Column([[loss] for loss in losses], [float(count) for count in tokens])
+        columns.setdefault("heldout_loss", {})[policy] = column
+    metrics: dict[str, Any] = {name: about for name, about in METRICS.items() if name in columns}
+    for one in found.tasks:
+        for name, metric in one.task.metrics.items():
+            per_system = {
+                policy: Column(measured.values[name], measured.weights.get(name))
+                for policy, measured in one.measured.items()
+                if name in measured.values
+            }
+            if per_system:
+                full = f"{one.task.name}.{name}"
+                columns[full] = per_system
+                metrics[full] = {**asdict(metric), "task": one.task.name}
+    return metrics, {name: columns[name] for name in metrics}
 
 
-def _estimates(
+def _about(one: TaskFound) -> dict[str, Any]:
+    task = one.task
+    measured = {name for each in one.measured.values() for name in each.values}
+    return {
+        "title": task.title,
+        "kind": task.kind,
+        "n": len(task.items),
+        "primary": f"{task.name}.{task.primary}",
+        "metrics": [f"{task.name}.{name}" for name in task.metrics if name in measured],
+        "settings": task.settings(),
+        "notes": {policy: measured.notes for policy, measured in one.measured.items() if measured.notes},
+    }
+
+
+def _bound_best_of(found: Measurements, estimates: dict[str, dict[str, Any]]) -> None:
+    """Best of N of the reference: what its KL to it is at most, where KL was measured at all."""
+    if "kl" not in estimates[found.reference]:
+        return
+    for one in found.systems:
+        if one.role == "best_of" and one.of == found.reference:
+            bound = best_of_kl(one.best_of)
+            n = estimates[found.reference]["kl"]["n"]
+            estimates[one.name]["kl"] = {"value": bound, "low": None, "high": bound, "n": n, "method": "upper bound"}
+
+
+def _by_source(
     found: Measurements,
-    policy: str,
-    indices: Sequence[int],
-    names: Sequence[str],
-    binary: set[str],
+    columns: Mapping[str, Mapping[str, Column]],
+    rates: set[str],
+    primary: str,
+    metrics: Mapping[str, Any],
     resampling: Resampling,
-) -> dict[str, dict[str, Any]]:
-    result = {}
-    for name in names:
-        if name not in found.values[policy]:
-            continue
-        chosen = [found.values[policy][name][index] for index in indices]
-        means = per_prompt(chosen)
-        if name in binary and not name.startswith("kl"):
-            estimate: Estimate = rate_interval(means, max((len(samples) for samples in chosen), default=1))
-        else:
-            estimate = mean_interval(means, resamples=resampling.resamples, seed=resampling.seed)
-        result[name] = estimate.as_dict()
-    return result
+) -> dict[str, Any]:
+    """``families``, ``family_differences`` and ``task_families``."""
 
+    def table(groups: Mapping[str, list[int]], names: Sequence[str]) -> dict[str, Any]:
+        return {
+            source: {
+                "n": len(indices),
+                "estimates": {
+                    policy: {
+                        name: estimate(columns[name][policy].at(indices), name in rates, resampling)
+                        for name in names
+                        if policy in columns[name]
+                    }
+                    for policy in found.policies
+                },
+            }
+            for source, indices in groups.items()
+        }
 
-def _contrasts(found: Measurements) -> list[tuple[str, str]]:
-    """(policy, against): everything against the base, and everything but the base against the reference."""
-    pairs = []
-    for policy in found.policies:
-        if policy not in (found.reference, found.base):
-            pairs.append((policy, found.reference))
-        if found.base is not None and policy != found.base:
-            pairs.append((policy, found.base))
-    return pairs
-
-
-def _difference(
-    found: Measurements, policy: str, against: str, metric: str, indices: Sequence[int], resampling: Resampling
-) -> dict[str, Any] | None:
-    if metric not in found.values[policy] or metric not in found.values[against]:
-        return None
-    first, second = (per_prompt([found.values[name][metric][index] for index in indices]) for name in (policy, against))
-    row = paired_difference(first, second, resamples=resampling.resamples, seed=resampling.seed)
-    return {"policy": policy, "against": against, "metric": metric, **row.as_dict()}
-
-
-def _heldout_differences(found: Measurements, resampling: Resampling) -> list[dict[str, Any]]:
-    """Differences of loss per token; none between checkpoints whose tokenizers cut the rows differently."""
-    rows = []
-    for policy, against in _contrasts(found):
-        if policy not in found.heldout or against not in found.heldout:
-            continue
-        (first, tokens), (second, others) = found.heldout[policy], found.heldout[against]
-        if tokens != others:
-            continue
-        row = paired_difference(
-            first, second, weights=np.asarray(tokens, float), resamples=resampling.resamples, seed=resampling.seed
-        )
-        rows.append({"policy": policy, "against": against, "metric": "heldout_loss", **row.as_dict()})
-    return rows
+    groups = _group(found.sources)
+    shown = [name for name in FAMILY_METRICS if name in columns]
+    differences = [
+        {"family": family, "policy": policy, "against": against, "metric": primary, **row}
+        for family, indices in groups.items()
+        for policy, against in contrasts(found.systems, found.reference)
+        if primary in shown and found.reference in (policy, against)
+        if policy in columns[primary] and against in columns[primary]
+        if (row := difference(columns[primary][policy].at(indices), columns[primary][against].at(indices), resampling))
+        is not None
+    ]
+    correct(differences, metrics)
+    tasks: dict[str, Any] = {}
+    for one in found.tasks:
+        sources = _group([item.source for item in one.task.items])
+        names = [name for name in metrics if metrics[name]["task"] == one.task.name]
+        if 1 < len(sources) <= MOST_FAMILIES:
+            tasks[one.task.name] = table(sources, names)
+    return {"families": table(groups, shown), "family_differences": differences, "task_families": tasks}
 
 
 def _group(sources: Sequence[str]) -> dict[str, list[int]]:
@@ -241,62 +308,3 @@ def _group(sources: Sequence[str]) -> dict[str, list[int]]:
     for index, source in enumerate(sources):
         groups.setdefault(source, []).append(index)
     return dict(sorted(groups.items()))
-
-
-def _correct(differences: list[dict[str, Any]]) -> None:
-    """Add ``p_holm`` over the whole list, and the verdict that follows."""
-    for row, adjusted in zip(differences, holm([row["p"] for row in differences]), strict=True):
-        row["p_holm"] = adjusted
-        row["verdict"] = _verdict(row)
-
-
-def _verdict(row: Mapping[str, Any]) -> str:
-    low, high, better = row["low"], row["high"], METRICS[row["metric"]]["better"]
-    if low is None or high is None or low <= 0 <= high or row["p_holm"] >= 1 - LEVEL:
-        return "unclear"
-    up = row["value"] > 0
-    if better is None:
-        return "higher" if up else "lower"
-    return "better" if up == (better == "higher") else "worse"
-
-
-def _flags(
-    found: Measurements, estimates: Mapping[str, Any], differences: Sequence[Mapping[str, Any]]
-) -> list[dict[str, str]]:
-    """What a reader must not miss: regressions, a proxy that rose while gold fell, responses that collapsed."""
-    flags = []
-    verdicts = {(row["policy"], row["against"], row["metric"]): row for row in differences}
-    for row in differences:
-        if row["verdict"] == "worse":
-            title = METRICS[row["metric"]]["title"].lower()
-            text = f"{row['policy']} is worse than {row['against']} in {title}: {row['value']:+.3g} "
-            flags.append(
-                {
-                    "policy": row["policy"],
-                    "kind": "regression",
-                    "text": f"{text}(95 % interval {row['low']:+.3g} to {row['high']:+.3g})",
-                }
-            )
-    for policy in found.policies:
-        if policy == found.base:
-            continue
-        proxy = verdicts.get((policy, found.reference, "reward"))
-        gold = verdicts.get((policy, found.reference, "gold"))
-        if proxy and gold and proxy["verdict"] == "better" and gold["value"] < 0:
-            text = f"{policy} pleases the reward model more than {found.reference} but scores lower by the gold checker"
-            flags.append({"policy": policy, "kind": "over-optimised", "text": text})
-        flags += _collapse(policy, estimates[policy], found.reference, estimates[found.reference])
-    return flags
-
-
-def _collapse(policy: str, own: Mapping[str, Any], reference: str, theirs: Mapping[str, Any]) -> list[dict[str, str]]:
-    flags = []
-    finished = own["finished"]["value"]
-    if finished is not None and finished < MIN_EOS_RATE:
-        text = f"only {finished:.0%} of {policy}'s responses end by themselves; the rest were cut at the token limit"
-        flags.append({"policy": policy, "kind": "eos", "text": text})
-    length, expected = own["length"]["value"], theirs["length"]["value"]
-    if length and expected and not 1 / MAX_LENGTH_FACTOR <= length / expected <= MAX_LENGTH_FACTOR:
-        text = f"{policy} answers with {length:.0f} tokens on average, {reference} with {expected:.0f}"
-        flags.append({"policy": policy, "kind": "length", "text": text})
-    return flags

@@ -1,44 +1,65 @@
-"""Score checkpoints on held-out prompts: gold, reward model, drift, held-out loss; every number with its interval."""
+"""Score checkpoints: on held-out prompts, on benchmarks, by judges; every number with its interval."""
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from align.artifacts import GENERATORS, PROMPT_SOURCES, Kind
 from align.errors import UserError
+from align.evaluation.gates import GateSpec, parse_gates
+from align.evaluation.systems import BaselineConfig
+from align.evaluation.tasks.base import TaskConfig
+from align.evaluation.tasks.registry import AnyTask, named_tasks
 from align.stage import Config, StageContext, stage_input
+
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
+PROMPT_SET = "prompts"
 
 
 class EvaluateConfig(Config):
-    """Which checkpoints answer which prompts, and what scores the answers."""
+    """Which systems answer what, and what scores the answers."""
 
     policies: list[stage_input(*GENERATORS)] = Field(min_length=1)  # type: ignore[valid-type]
     """Stages whose checkpoints are compared, in the order the report shows them."""
     reference: stage_input(*GENERATORS)  # type: ignore[valid-type]
     """One of ``policies``: differences and KL are taken against it, usually the SFT stage."""
-    prompts: stage_input(*PROMPT_SOURCES)  # type: ignore[valid-type]
-    """Stage whose ``test`` split has the prompts."""
+    prompts: stage_input(*PROMPT_SOURCES) | None = None  # type: ignore[valid-type]
+    """Stage whose ``test`` split has the prompts; left out where ``tasks`` alone are asked."""
     reward: stage_input(Kind.REWARD) | None = None  # type: ignore[valid-type]
     """Reward model that scores the responses; shown beside the gold score as the proxy it is."""
+    second_reward: stage_input(Kind.REWARD) | None = None  # type: ignore[valid-type]
+    """Another one, to see how far the two agree."""
     pairs: stage_input(Kind.PREFERENCES) | None = None  # type: ignore[valid-type]
-    """Preferences whose ``test`` split measures the reward model's accuracy."""
+    """Preferences whose ``test`` split measures the reward models' accuracy; the task ``preference`` reads them too."""
     heldout: stage_input(Kind.INSTRUCTIONS) | None = None  # type: ignore[valid-type]
     """Instructions whose ``test`` split gives every checkpoint's loss per token on reference answers."""
     score: str | None = None
     """A program that scores responses: ``gold`` or ``package.module:function``."""
+    tasks: dict[str, AnyTask] = Field({})
+    """Benchmarks and checks by name: ``ifeval: {files: [...]}``; a name of your own needs ``task:`` with the kind."""
+    baselines: dict[str, BaselineConfig] = Field({})
+    """Ways to use a checkpoint without training it, by name: prompted, or the best of N answers."""
+    gates: dict[str, GateSpec] = Field({})
+    """Bounds that must hold, by metric: ``ifeval.prompt_strict: ">= sft - 0.02"``. A run that breaks one ends with exit
+    code 1, after everything else is done and written."""
     max_prompts: int | None = Field(None, ge=1)
     """At most so many prompts, drawn by seed; intervals narrow with the square root of it. All when absent."""
     samples_per_prompt: int = Field(1, ge=1)
     """Responses to each prompt and checkpoint, averaged before the statistics: less variance, more time."""
     max_tokens: int = Field(64, ge=1)
-    """Longest response, in tokens; a longer one is cut and counts as not finished."""
+    """Longest response to a prompt, in tokens; a longer one is cut and counts as not finished. Tasks have their own."""
     max_prompt_tokens: int = Field(1024, ge=1)
     """Prompts longer than this under any checkpoint's template are left out, and counted."""
+    max_context: int = Field(2048, ge=16)
+    """Tokens of a task's conversation and its answer together that the engine makes room for, where the model has as
+    many positions; a longer one counts as not answered, and is counted."""
     temperature: float = Field(1.0, ge=0)
-    """Sampling temperature; KL is measured at the same one. 0 is greedy and leaves KL out."""
+    """Sampling temperature of ``prompts``; KL is measured at the same one. 0 is greedy and leaves KL out."""
     max_pairs: int | None = Field(None, ge=1)
     """At most so many held-out pairs, drawn by seed."""
     max_heldout: int | None = Field(256, ge=1)
@@ -50,6 +71,13 @@ class EvaluateConfig(Config):
     bootstrap: int = Field(10_000, ge=100)
     """Resamples behind every interval and permutation test; the smallest p-value is about 1 / this."""
 
+    identified: ClassVar[frozenset[str]] = frozenset({"tasks", "baselines"})
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _kinds(cls, given: Any) -> Any:
+        return named_tasks(given)
+
     @model_validator(mode="after")
     def _consistent(self) -> EvaluateConfig:
         if self.reference not in self.policies:
@@ -59,106 +87,97 @@ class EvaluateConfig(Config):
             )
         if len(set(self.policies)) < len(self.policies):
             raise ValueError("policies names a stage twice; name each once.")
-        if self.pairs is not None and self.reward is None:
+        if self.prompts is None and not self.tasks and self.pairs is None and self.heldout is None:
+            raise ValueError("nothing to evaluate on; name a stage of prompts, or tasks.")
+        if self.pairs is not None and self.reward is None and not self._has("preference"):
             raise ValueError("pairs measures a reward model, but reward is missing; name a reward stage.")
+        if self.second_reward is not None and self.reward is None:
+            raise ValueError("second_reward is compared with reward, which is missing; name it as reward.")
+        if self.score is not None and self.prompts is None:
+            raise ValueError("score is the program for the responses to prompts, and there are none; name prompts.")
         return self
 
-    def identities(self, base: Path) -> dict[str, str]:
-        """What the scoring program is: its version or the digest of its file."""
-        if self.score is None:
-            return {}
-        from align.data.scoring import function_identity
+    @model_validator(mode="after")
+    def _names(self) -> EvaluateConfig:
+        for what, names in (("tasks", self.tasks), ("baselines", self.baselines)):
+            for name in names:
+                if not NAME.fullmatch(name) or name == PROMPT_SET:
+                    raise ValueError(f"{what}: '{name}' is no name for one; use letters, digits, - and _, another word "
+                                     f"than {PROMPT_SET}.")  # fmt: skip
+        for name, baseline in self.baselines.items():
+            if name in self.policies:
+                raise ValueError(f"baselines: '{name}' is a stage already; choose another name.")
+            if baseline.of not in self.policies:
+                raise ValueError(
+                    f"baselines.{name}: of '{baseline.of}' is none of policies ({', '.join(self.policies)})"
+                )
+            if baseline.best_of > 1 and self.reward is None:
+                raise ValueError(f"baselines.{name}: best_of keeps what the reward model likes best; name reward.")
+        parse_gates(self.gates, [*self.policies, *self.baselines], self.reference)
+        return self
 
-        return {"score": function_identity(self.score)}
+    def _has(self, kind: str) -> bool:
+        return any(task.kind == kind for task in self.tasks.values())
+
+    def identities(self, base: Path) -> dict[str, str]:
+        """Digests of everything read outside the store, and the settings of tasks and baselines, one by one."""
+        found: dict[str, str] = {}
+        if self.score is not None:
+            from align.data.scoring import function_identity
+
+            found["score"] = function_identity(self.score)
+        for what, blocks in (("tasks", self.tasks), ("baselines", self.baselines)):
+            for name, block in blocks.items():
+                place = f"{what}.{name}"
+                settings = block.model_dump(mode="json", exclude=set(block.identified))
+                found[place] = json.dumps(settings, sort_keys=True)
+                try:
+                    found |= {f"{place}.{key}": value for key, value in block.identities(base).items()}
+                except UserError as error:
+                    raise UserError(f"{place}.{error}") from None
+        return found
 
 
 def run(context: StageContext) -> dict[str, Any]:
-    """Evaluate, write ``scorecard.json`` and ``samples.jsonl``, and return the headline numbers.
+    """Evaluate, write the scorecard, samples and items, and return the headline numbers.
 
-    Raises ``UserError`` for an empty test split and prompts that are all too long.
+    Raises ``UserError`` for an empty test split and prompts that are all too long, for tasks whose data does not fit,
+    and for gates on numbers that no task makes.
     """
     from align.models.threads import use_threads
 
     use_threads(context.runtime)
     from align.evaluation.evaluator import evaluate
+    from align.evaluation.planning import make_plan
     from align.rollouts.engine import open_engine
 
     config: EvaluateConfig = context.config
-    plan = _plan(context)
-    longest = max(len(ids) for per in plan.prompts.values() for ids in per) + config.max_tokens
+    plan = make_plan(context)
 
     def opened(model_dir: Path, runtime: Any) -> Any:
         return open_engine(
             model_dir,
             runtime,
             precision=config.precision,
-            max_length=longest,
+            max_length=plan.longest,
             seed=context.seed,
             warn=context.warn,
             on_hang=context.fail_at_once,
         )
 
-    card, generated = evaluate(context, plan, opened)
-    sampled = sum(len(one.token_ids) for each in generated.values() for samples in each.responses for one in samples)
-    return _metrics(card) | {"tokens": sampled}
+    card, answered = evaluate(context, plan, opened)
+    return headline(card) | {"tokens": answered.tokens}
 
 
-def _plan(context: StageContext) -> Any:
-    """Read rows and tokenizers, choose prompts by seed, and put together what is evaluated."""
-    from align.data.rows import read_rows
-    from align.data.scoring import function_identity, function_scorer
-    from align.evaluation.evaluator import Plan
-    from align.evaluation.prompts import Policy, choose_rows, render_for_all
-    from align.evaluation.scorecard import Resampling
-    from align.models.loading import load_tokenizer
-    from align.rollouts.protocol import Sampling
+def headline(card: dict[str, Any]) -> dict[str, Any]:
+    """The record's summary of a scorecard: every estimate's value, the decisive differences, broken gates."""
+    from align.evaluation.gates import failed_gates
 
-    config: EvaluateConfig = context.config
-    artifacts = context.inputs["policies"]
-    policies = [Policy(one.stage, one.model, one.record["key"], load_tokenizer(one.model)) for one in artifacts]
-
-    def rows_of(field: str, most: int | None) -> list[dict[str, Any]]:
-        if context.inputs.get(field) is None:
-            return []
-        path = context.artifact(field).split("test")
-        rows = read_rows(path)
-        if not rows:
-            raise UserError(f"{field}: {path} has no rows; give its stage a test split.")
-        return choose_rows(rows, most, context.seed)
-
-    rows, prompts, too_long = render_for_all(rows_of("prompts", config.max_prompts), policies, config.max_prompt_tokens)
-    if not rows:
-        raise UserError(f"prompts: all {too_long} are longer than max_prompt_tokens={config.max_prompt_tokens}.")
-    if too_long:
-        context.warn(f"{too_long} prompts left out: longer than max_prompt_tokens={config.max_prompt_tokens}")
-    return Plan(
-        policies=policies,
-        reference=context.artifact("reference").stage,
-        base=next((one.stage for one in artifacts if one.kind == Kind.MODEL), None),
-        rows=rows,
-        prompts=dict(prompts),
-        sampling=Sampling(
-            max_tokens=config.max_tokens,
-            temperature=config.temperature,
-            n=config.samples_per_prompt,
-            seed=context.seed,
-        ),
-        scorer=None if config.score is None else function_scorer(config.score),
-        scorer_identity="" if config.score is None else function_identity(config.score),
-        reward=context.inputs.get("reward"),
-        pairs=rows_of("pairs", config.max_pairs),
-        heldout=rows_of("heldout", config.max_heldout),
-        heldout_length=config.max_heldout_length,
-        precision=config.precision,
-        resampling=Resampling(config.bootstrap, context.seed),
-    )
-
-
-def _metrics(card: dict[str, Any]) -> dict[str, Any]:
-    """The record's summary of a scorecard: every estimate's value, and the decisive differences."""
-    accuracy = card["reward_model"]
+    models = card["reward_models"]
+    accuracy = models[0] if models else None
     return {
         "prompts": card["settings"]["prompts"],
+        "items": {name: task["n"] for name, task in card["tasks"].items()},
         "engines": card["settings"]["engines"],
         "values": {
             policy: {name: estimate["value"] for name, estimate in per.items()}
@@ -170,6 +189,10 @@ def _metrics(card: dict[str, Any]) -> dict[str, Any]:
             if row["metric"] == card["primary"]
         ],
         "reward_accuracy": accuracy and accuracy["as_labelled"]["value"],
-        "reward_accuracy_true": accuracy and accuracy["true"] and accuracy["true"]["value"],
+        "reward_accuracy_true": accuracy and accuracy.get("true") and accuracy["true"]["value"],
         "flags": [flag["text"] for flag in card["flags"]],
+        "failed_gates": failed_gates(card["gates"]),
     }
+
+
+__all__ = ["EvaluateConfig", "TaskConfig", "headline", "run"]

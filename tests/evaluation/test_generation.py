@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from align.evaluation.generation import ResponseCache, generate_all
+from align.evaluation.generation import ResponseCache, Sampler
 from align.evaluation.prompts import Policy, choose_rows, render_for_all
+from align.evaluation.systems import make_systems
 from align.rollouts.protocol import Response, Sampling
 from align.rollouts.weights import checkpoint_weights
 from align.stage import Runtime
@@ -68,10 +69,14 @@ def generate(policies, folder, log, warnings=None, seen=None):
         (seen if seen is not None else []).append(runtime.engine.name)
         return FakeEngine(path, log)
 
-    return generate_all(
-        policies, prompts, Sampling(max_tokens=4, n=2), Runtime(), opened, ResponseCache(folder),
-        lambda done, total: log.append(f"{done}/{total}"), (warnings if warnings is not None else []).append,
+    sampler = Sampler(
+        policies, Runtime(), opened, ResponseCache(folder), (warnings if warnings is not None else []).append,
+        lambda done, total: log.append(f"{done}/{total}"),
     )  # fmt: skip
+    sampler.expect(4 * len(policies))
+    found = {one.name: sampler.generate(one, prompts[one.name], Sampling(max_tokens=4, n=2)) for one in policies}
+    sampler.close()
+    return found
 
 
 def test_one_engine_gets_the_next_weights(checkpoint, tmp_path):
@@ -102,7 +107,15 @@ def test_other_weights_or_a_damaged_file_are_sampled_again(checkpoint, tmp_path)
     log: list[str] = []
     generate([Policy(policy.name, policy.model_dir, "other key", policy.tokenizer)], tmp_path, log)
     assert "generate 5" in log
-    (tmp_path / "responses-p5.jsonl").write_text('{"identity"')
+    for damage in ('{"identity"', ""):
+        for file in tmp_path.glob("*.jsonl"):
+            file.write_text(damage)
+        log.clear()
+        generate([policy], tmp_path, log)
+        assert "generate 5" in log
+    whole = {file: file.read_text() for file in tmp_path.glob("*.jsonl")}
+    for file, text in whole.items():  # a line short
+        file.write_text("\n".join(text.splitlines()[:-1]) + "\n")
     log.clear()
     generate([policy], tmp_path, log)
     assert "generate 5" in log
@@ -127,7 +140,7 @@ def test_rows_are_chosen_by_seed_and_kept_in_order():
     assert choose_rows(rows, None, 0) == rows
 
 
-def test_a_prompt_too_long_for_one_checkpoint_is_dropped_for_all(checkpoint):
+def test_a_prompt_too_long_for_one_checkpoint_is_dropped_for_all(checkpoint, tmp_path):
     class Wordy(Words):
         def apply_chat_template(self, messages, **options):
             return [1, 1, *super().apply_chat_template(messages)]
@@ -135,6 +148,7 @@ def test_a_prompt_too_long_for_one_checkpoint_is_dropped_for_all(checkpoint):
     plain, wordy = checkpoint(5), checkpoint(6)
     wordy = Policy(wordy.name, wordy.model_dir, wordy.key, Wordy())
     rows = [{"prompt": [{"role": "user", "content": "x" * size}]} for size in (3, 5)]
-    kept, prompts, dropped = render_for_all(rows, [plain, wordy], 5)
+    systems = make_systems([plain, wordy], None, {}, tmp_path)
+    kept, prompts, dropped = render_for_all(rows, systems, 5)
     assert (kept, dropped) == (rows[:1], 1)
     assert {name: len(ids) for name, ids in prompts.items()} == {"p5": 1, "p6": 1}

@@ -23,6 +23,7 @@ def test_kl_and_the_samplers_gap_by_hand():
     assert asked == [([[1], [3]], [[7, 2], [8]])]
     assert found["kl"] == [[1.5], [0.5]]
     assert found["kl_k3"][1] == [pytest.approx(0.1065307)]  # exp(-0.5) - 1 + 0.5
+    assert found["token_kl"] == [[1.0, 0.5], [0.5]]
     assert found["sampler_gap"] == pytest.approx(0.5 / 3)
 
 
@@ -36,5 +37,6 @@ def test_results_are_kept_under_their_identity(tmp_path):
     assert kept(tmp_path, "x", "a", compute) == {"value": [1]}
     assert kept(tmp_path, "x", "a", compute) == {"value": [1]}
     assert kept(tmp_path, "x", "b", compute) == {"value": [2]}
-    (tmp_path / "x.json").write_text("{")
+    (tmp_path / "x-b.json").write_text("{")
     assert kept(tmp_path, "x", "b", compute) == {"value": [3]}
+    assert kept(tmp_path, "x", "a", compute) == {"value": [1]}  # still there

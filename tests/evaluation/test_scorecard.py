@@ -5,16 +5,22 @@ import json
 import numpy as np
 import pytest
 
-from align.evaluation.scorecard import Measurements, Resampling, build, per_prompt
+from align.evaluation.comparisons import Column, Resampling, difference, estimate, per_item
+from align.evaluation.scorecard import Measurements, TaskFound, build
+from align.evaluation.tasks.base import Item, Measured, Metric, SystemInfo, Task
 
 RESAMPLING = Resampling(400, 0)
 GENERATOR = np.random.default_rng(0)
 
 
+def info(name: str, role: str = "checkpoint", of: str = "", **more) -> SystemInfo:
+    return SystemInfo(name, of or name, role, f"key of {name}", **more)
+
+
 def measurements(**gold: list[float]) -> Measurements:
     n = len(next(iter(gold.values())))
     return Measurements(
-        policies=list(gold),
+        systems=[info(name, "base" if name == "model" else "checkpoint") for name in gold],
         reference="sft",
         base="model" if "model" in gold else None,
         sources=["odd" if i % 2 else "even" for i in range(n)],
@@ -39,7 +45,7 @@ def rows(card, metric="gold"):
 
 
 def test_contrasts_are_against_reference_and_base():
-    card = build(example(), RESAMPLING, None, {})
+    card = build(example(), RESAMPLING, {})
     assert set(rows(card)) == {("sft", "model"), ("ppo", "sft"), ("ppo", "model")}
     assert rows(card)["ppo", "sft"]["value"] == pytest.approx(0.3, abs=0.03)
     assert rows(card)["ppo", "sft"]["verdict"] == "better"
@@ -47,17 +53,17 @@ def test_contrasts_are_against_reference_and_base():
     assert card["primary"] == "gold"
 
 
-def test_samples_are_averaged_per_prompt():
-    assert per_prompt([[1.0, 0.0], [1.0, 1.0]]) == [0.5, 1.0]
+def test_samples_are_averaged_per_item():
+    assert per_item([[1.0, 0.0], [1.0, 1.0]]) == [0.5, 1.0]
     found = example()
     found.values["ppo"]["gold"] = [[0.0, 1.0]] * 40
-    card = build(found, RESAMPLING, None, {})
+    card = build(found, RESAMPLING, {})
     assert card["estimates"]["ppo"]["gold"]["n"] == 40
     assert card["estimates"]["ppo"]["gold"]["value"] == 0.5
 
 
 def test_rates_get_wilson_intervals_and_mcnemar():
-    card = build(measurements(sft=[0.0] * 10, ppo=[1.0] * 10), RESAMPLING, None, {})
+    card = build(measurements(sft=[0.0] * 10, ppo=[1.0] * 10), RESAMPLING, {})
     assert card["estimates"]["ppo"]["gold"]["method"] == "wilson"
     assert card["estimates"]["ppo"]["gold"]["low"] < 1
     assert rows(card)["ppo", "sft"]["test"] == "mcnemar"
@@ -66,14 +72,14 @@ def test_rates_get_wilson_intervals_and_mcnemar():
 
 def test_holm_corrects_the_primary_metric_apart_from_the_rest():
     found = measurements(model=[0.0] * 10, sft=[1.0] * 10, ppo=[1.0] * 10)
-    card = build(found, RESAMPLING, None, {})
+    card = build(found, RESAMPLING, {})
     # three comparisons of gold: p = 1/512 twice and 1; the other metrics' p of 1 do not enter
     assert rows(card)["sft", "model"]["p_holm"] == pytest.approx(3 / 512)
     assert rows(card)["ppo", "model"]["p_holm"] == pytest.approx(3 / 512)  # 2/512, made monotone
 
 
 def test_families_have_their_own_numbers():
-    card = build(example(), RESAMPLING, None, {})
+    card = build(example(), RESAMPLING, {})
     assert {name: family["n"] for name, family in card["families"].items()} == {"even": 20, "odd": 20}
     assert {row["family"] for row in card["family_differences"]} == {"even", "odd"}
     assert all("sft" in (row["policy"], row["against"]) for row in card["family_differences"])
@@ -89,7 +95,7 @@ def test_a_regression_a_collapse_and_a_hacked_proxy_are_flagged():
     }
     for name in ("model", "sft"):
         found.values[name]["reward"] = [[0.0]] * 40
-    kinds = {(flag["policy"], flag["kind"]) for flag in build(found, RESAMPLING, None, {})["flags"]}
+    kinds = {(flag["policy"], flag["kind"]) for flag in build(found, RESAMPLING, {})["flags"]}
     assert kinds == {("ppo", "regression"), ("ppo", "over-optimised"), ("ppo", "eos"), ("ppo", "length")}
 
 
@@ -101,7 +107,7 @@ def test_heldout_loss_is_per_token_and_lower_is_better():
         "sft": ([1.0, 0.5] * 20, tokens),
         "ppo": ([1.0, 0.5] * 20, [11, 30] * 20),
     }
-    card = build(found, RESAMPLING, None, {})
+    card = build(found, RESAMPLING, {})
     assert card["estimates"]["model"]["heldout_loss"]["value"] == pytest.approx((20 + 30) / 40)
     assert rows(card, "heldout_loss")["sft", "model"]["verdict"] == "better"
     # another tokenizer: no difference per token exists
@@ -110,6 +116,101 @@ def test_heldout_loss_is_per_token_and_lower_is_better():
 
 
 def test_the_scorecard_is_plain_json_even_with_one_prompt():
-    card = build(measurements(sft=[0.3], ppo=[0.5]), RESAMPLING, {"pairs": 0}, {"seed": 1})
+    card = build(measurements(sft=[0.3], ppo=[0.5]), RESAMPLING, {"seed": 1})
     assert json.loads(json.dumps(card, allow_nan=False))["estimates"]["sft"]["gold"]["low"] is None
     assert card["base"] is None
+
+
+class Quiz(Task):
+    """A task with a rate, a ratio of sums, and a metric that only some items take part in."""
+
+    name = kind = title = "quiz"
+    primary = "right"
+    metrics = {
+        "right": Metric("Right", "higher", "share", "is right"),
+        "loss": Metric("Loss", "lower", "nats", "per word"),
+        "safe": Metric("Safe", "lower", "share", "of odd items"),
+    }
+    items = [Item(str(i), "odd" if i % 2 else "even", []) for i in range(6)]
+
+    def extras(self):
+        return {"win_rates": [{"task": "quiz", "judge": "j", "one": "sft", "other": "ppo", "n": 4, "disagreements": 3}]}
+
+
+def quiz(**right: list[float]) -> TaskFound:
+    def measured(values: list[float]) -> Measured:
+        return Measured(
+            values={
+                "right": [[value] for value in values],
+                "loss": [[value + 1] for value in values],
+                "safe": [[value] for value in values],
+            },
+            weights={"loss": [1.0, 1.0, 1.0, 1.0, 1.0, 5.0], "safe": [0.0, 1.0] * 3},
+            notes={"cut off": 2},
+        )
+
+    return TaskFound(Quiz(), {name: measured(values) for name, values in right.items()})
+
+
+def test_a_tasks_metrics_have_their_own_n_weights_and_sources():
+    found = measurements(model=[0.1] * 4, sft=[0.2] * 4)
+    found.tasks = [quiz(model=[0, 0, 0, 0, 0, 0], sft=[1, 0, 1, 1, 1, 1])]
+    card = build(found, RESAMPLING, {})
+    own = card["estimates"]["sft"]
+    assert (own["quiz.right"]["value"], own["quiz.right"]["n"]) == (pytest.approx(5 / 6), 6)
+    assert own["quiz.right"]["method"] == "wilson"
+    # (2 + 1 + 2 + 2 + 2 + 5 * 2) / 10, while the plain mean is 11/6
+    assert own["quiz.loss"]["value"] == pytest.approx(1.9)
+    # items 1, 3, 5 alone take part: 0, 1, 1
+    assert (own["quiz.safe"]["value"], own["quiz.safe"]["n"]) == (pytest.approx(2 / 3), 3)
+    assert card["task_families"]["quiz"]["odd"]["estimates"]["sft"]["quiz.right"]["value"] == pytest.approx(2 / 3)
+    assert card["task_families"]["quiz"]["even"]["estimates"]["sft"]["quiz.safe"]["n"] == 0
+    assert rows(card, "quiz.safe")["sft", "model"]["n"] == 3
+    assert card["tasks"]["quiz"]["notes"]["sft"] == {"cut off": 2}
+    assert card["metrics"]["quiz.loss"]["task"] == "quiz"
+    assert card["flags"][-1]["kind"] == "judge"
+    json.dumps(card, allow_nan=False)
+
+
+def test_without_prompts_the_first_tasks_own_metric_decides():
+    found = Measurements([info("model", "base"), info("sft")], "sft", "model", tasks=[quiz(model=[0] * 6, sft=[1] * 6)])
+    card = build(found, RESAMPLING, {})
+    assert card["primary"] == "quiz.right"
+    assert card["families"] == {}
+    assert rows(card, "quiz.right")["sft", "model"]["p_holm"] == pytest.approx(2 / 2**6)
+
+
+def test_trained_checkpoints_are_compared_with_prompting_and_with_best_of_n():
+    found = measurements(model=[0.1] * 4, sft=[0.2] * 4, ppo=[0.3] * 4, asked=[0.2] * 4, best=[0.4] * 4)
+    found.systems[3] = info("asked", "prompted", "model", system="be good")
+    found.systems[4] = info("best", "best_of", "sft", best_of=8)
+    found.values["sft"]["kl"] = [[0.0]] * 4
+    card = build(found, RESAMPLING, {})
+    assert set(rows(card)) == {
+        ("sft", "model"), ("ppo", "sft"), ("ppo", "model"), ("ppo", "asked"), ("ppo", "best"),
+        ("asked", "sft"), ("asked", "model"), ("best", "sft"), ("best", "model"),
+    }  # fmt: skip
+    # log 8 - 7/8
+    assert card["estimates"]["best"]["kl"]["value"] == pytest.approx(1.204442)
+    assert "kl" not in card["estimates"]["asked"]
+    assert card["systems"][4] == {"name": "best", "of": "sft", "role": "best_of", "key": "key of best", "system": "",
+                                  "shots": 0, "best_of": 8}  # fmt: skip
+
+
+def test_a_gate_that_breaks_is_in_the_card():
+    from align.evaluation.gates import parse_gates
+
+    found = measurements(model=[0.1] * 4, sft=[0.5] * 4, ppo=[0.2] * 4)
+    found.gates = parse_gates({"gold": ">= sft - 0.02"}, ["model", "sft", "ppo"], "sft")
+    (gate,) = build(found, RESAMPLING, {})["gates"]
+    assert (gate["system"], gate["passed"], gate["level"]) == ("ppo", False, "error")
+    assert "0.2" in gate["text"]
+
+
+def test_only_items_that_both_answer_are_paired():
+    first = Column([[1.0], [], [3.0], [4.0]])
+    second = Column([[0.0], [9.0], [1.0], [0.0]], [1.0, 1.0, 1.0, 0.0])
+    row = difference(first, second, RESAMPLING)
+    assert (row["value"], row["n"]) == (1.5, 2)
+    assert difference(Column([[1.0]], [2.0]), Column([[1.0]], [3.0]), RESAMPLING) is None
+    assert estimate(Column([[1.0], [5.0]], [3.0, 1.0]), False, RESAMPLING)["value"] == 2.0

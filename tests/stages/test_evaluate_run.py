@@ -102,12 +102,16 @@ def test_everything_at_once_and_again_from_what_is_kept(context, monkeypatch):
     assert own["ppo"]["kl"]["value"] > 0.1
     assert own["ppo"]["kl_k3"]["value"] > 0.1
     assert own["ppo"]["heldout_loss"]["n"] == PROMPTS
-    assert card["reward_model"]["pairs"] == 4
+    (model,) = card["reward_models"]
+    assert (model["pairs"], model["stage"], model["task"]) == (4, "reward", "pairs")
     assert metrics["reward_accuracy"] in (0, 0.25, 0.5, 0.75, 1)
     assert metrics["tokens"] > 0
     samples = [json.loads(line) for line in (context.output / "samples.jsonl").read_text().splitlines()]
     assert [len(samples), len(samples[0]["responses"]["ppo"])] == [PROMPTS, 2]
-    assert set(samples[0]["responses"]["ppo"][0]) == {"text", "tokens", "finished", "gold", "reward", "kl"}
+    first, second = samples[0]["responses"]["ppo"]
+    assert set(second) == {"text", "tokens", "finished", "gold", "reward", "kl"}
+    assert len(first["token_kl"]) == first["tokens"]
+    assert sum(nats for _, nats in first["token_kl"]) == pytest.approx(first["kl"], abs=1e-2)
     warnings = [line for line in context.events.read_text().splitlines() if '"warning"' in line]
     assert len(warnings) == 2  # the long prompt and the long held-out row
 
@@ -134,7 +138,7 @@ def test_greedy_leaves_kl_out(context, inputs):
     evaluate.run(StageContext(**{**context.__dict__, "config": config, "inputs": given}))
     card = json.loads((context.output / "scorecard.json").read_text(encoding="utf-8"))
     assert set(card["metrics"]) == {"finished", "length"}
-    assert card["reward_model"] is None
+    assert card["reward_models"] == []
 
 
 def test_responses_of_other_weights_are_noticed(context, monkeypatch):

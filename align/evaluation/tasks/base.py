@@ -166,6 +166,11 @@ class Bench(Protocol):
 class TaskConfig(Config):
     """Settings that every task has. A subclass has ``task: Literal[...]`` and makes its task in ``build``."""
 
+    @property
+    def kind(self) -> str:
+        """Which kind of task this is."""
+        return str(getattr(self, "task", ""))
+
     def identities(self, base: Path) -> dict[str, str]:
         """Digests or revisions of everything outside the store that is read; raises ``UserError`` for what is missing.
 

@@ -1,0 +1,67 @@
+"""What a reader of a scorecard must not miss: regressions, a proxy that rose while gold fell, answers that collapsed.
+
+Torch-free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+MIN_EOS_RATE = 0.9
+MAX_LENGTH_FACTOR = 2.0
+
+Flag = dict[str, str]
+
+
+def find_flags(card: Mapping[str, Any]) -> list[Flag]:
+    """Flags of a scorecard that has its estimates and differences."""
+    flags = [_regression(row, card["metrics"]) for row in card["differences"] if row["verdict"] == "worse"]
+    verdicts = {(row["policy"], row["against"], row["metric"]): row for row in card["differences"]}
+    reference = card["reference"]
+    for policy in card["policies"]:
+        if policy == card["base"]:
+            continue
+        proxy = verdicts.get((policy, reference, "reward"))
+        gold = verdicts.get((policy, reference, "gold"))
+        if proxy and gold and proxy["verdict"] == "better" and gold["value"] < 0:
+            text = f"{policy} pleases the reward model more than {reference} but scores lower by the gold checker"
+            flags.append({"policy": policy, "kind": "over-optimised", "text": text})
+        flags += _collapse(policy, card["estimates"][policy], reference, card["estimates"][reference])
+    return flags + _judges(card.get("win_rates", ()))
+
+
+def _regression(row: Mapping[str, Any], metrics: Mapping[str, Any]) -> Flag:
+    about = metrics[row["metric"]]
+    title = about["title"] if "." in row["metric"] else about["title"].lower()
+    text = f"{row['policy']} is worse than {row['against']} in {title}: {row['value']:+.3g} "
+    interval = f"(95 % interval {row['low']:+.3g} to {row['high']:+.3g})"
+    return {"policy": row["policy"], "kind": "regression", "text": text + interval}
+
+
+def _collapse(policy: str, own: Mapping[str, Any], reference: str, theirs: Mapping[str, Any]) -> list[Flag]:
+    flags: list[Flag] = []
+    if "finished" not in own or "finished" not in theirs:
+        return flags
+    finished = own["finished"]["value"]
+    if finished is not None and finished < MIN_EOS_RATE:
+        text = f"only {finished:.0%} of {policy}'s responses end by themselves; the rest were cut at the token limit"
+        flags.append({"policy": policy, "kind": "eos", "text": text})
+    length, expected = own["length"]["value"], theirs["length"]["value"]
+    if length and expected and not 1 / MAX_LENGTH_FACTOR <= length / expected <= MAX_LENGTH_FACTOR:
+        text = f"{policy} answers with {length:.0f} tokens on average, {reference} with {expected:.0f}"
+        flags.append({"policy": policy, "kind": "length", "text": text})
+    return flags
+
+
+def _judges(win_rates: Sequence[Mapping[str, Any]]) -> list[Flag]:
+    """A judge that says another thing in most pairs once they are swapped tells nothing."""
+    flags = []
+    for row in win_rates:
+        if row["n"] and row["disagreements"] > row["n"] / 2:
+            text = (
+                f"the judge of {row['task']} ({row['judge']}) contradicts itself, once answers are swapped, in "
+                f"{row['disagreements']} of {row['n']} comparisons of {row['one']} and {row['other']}"
+            )
+            flags.append({"policy": row["one"], "kind": "judge", "text": text})
+    return flags

@@ -1,0 +1,190 @@
+"""What is compared: checkpoints as they are, and ways to use one without training it (prompting, best of N).
+
+The first question about fine-tuning is whether a prompt would have done as well, and the honest rival of PPO is the
+best of N answers of the model it started from, by the same reward model. Torch-free. Left out: sampling
+(``generation.py``).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from pydantic import Field, model_validator
+
+from align.data.rows import Message, assistant, user
+from align.errors import UserError
+from align.evaluation.prompts import Policy
+from align.evaluation.tasks.base import Example, SystemInfo
+from align.fingerprint import digest, file_digest
+from align.models.render import render_prompt
+from align.rollouts.protocol import Sampling
+from align.stage import Config
+
+
+class BaselineConfig(Config):
+    """A checkpoint used in another way: prompted, or the best of several answers."""
+
+    of: str
+    """Which of ``policies`` answers."""
+    system: str = ""
+    """A system message before every conversation; before the conversation's own where it has one."""
+    shots: int = Field(0, ge=0, le=64)
+    """Solved examples shown as earlier turns."""
+    examples: str | None = None
+    """JSON lines with ``question`` and ``answer`` (or ``prompt`` and ``completion``) for ``shots``, used in their
+    order; by default each task's own, which must then have some."""
+    best_of: int = Field(1, ge=1, le=1024)
+    """Answers drawn for each one kept: the one that ``reward`` scores highest."""
+    temperature: float = Field(1.0, gt=0)
+    """Temperature of ``best_of`` where a task itself decodes greedily, which would give N equal answers."""
+
+    identified: ClassVar[frozenset[str]] = frozenset({"examples"})
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        prompted = bool(self.system or self.shots)
+        if not prompted and self.best_of == 1:
+            raise ValueError(f"neither prompts nor samples differently, so it is '{self.of}' again; say system, shots "
+                             "or best_of")  # fmt: skip
+        if prompted and self.best_of > 1:
+            raise ValueError("has both prompting and best_of; compare them as two baselines")
+        if self.examples is not None and not self.shots:
+            raise ValueError("examples are read for shots, and shots is 0")
+        return self
+
+    def identities(self, base: Path) -> dict[str, str]:
+        """The digest of the examples' file."""
+        if self.examples is None:
+            return {}
+        return {"examples": file_digest(self._path(base))}
+
+    def read_examples(self, base: Path) -> list[Example]:
+        """The file's examples; raises ``UserError`` for fewer than ``shots`` and for records without both fields."""
+        if self.examples is None:
+            return []
+        path = self._path(base)
+        found = []
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+                question = _text(record, "question", "prompt")
+                found.append(Example(question, _text(record, "answer", "completion")))
+            except (ValueError, TypeError, KeyError):
+                raise UserError(
+                    f"{path}:{number}: expected a JSON object with the texts question and answer (or prompt and "
+                    "completion)."
+                ) from None
+        if len(found) < self.shots:
+            raise UserError(f"{path} has {len(found)} examples, shots is {self.shots}; lower shots or add examples.")
+        return found
+
+    def _path(self, base: Path) -> Path:
+        path = base / Path(str(self.examples)).expanduser()
+        if not path.is_file():
+            raise UserError(f"examples: there is no file '{path}'; relative paths start at the current folder.")
+        return path
+
+
+@dataclass(frozen=True)
+class System:
+    """One compared system."""
+
+    info: SystemInfo
+    policy: Policy
+    """The checkpoint that answers; its ``name`` is the stage's."""
+    own_examples: tuple[Example, ...] = ()
+    temperature: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """As the scorecard calls it."""
+        return self.info.name
+
+    @cached_property
+    def plain(self) -> bool:
+        """Whether conversations reach the checkpoint as they are."""
+        return not self.info.system and not self.info.shots
+
+    def conversation(self, messages: Sequence[Message], examples: Sequence[Example] = ()) -> list[Message]:
+        """``messages`` behind this system's own prompt. Raises ``UserError`` where there are too few examples."""
+        if self.plain:
+            return list(messages)
+        shown = list(self.own_examples or examples)[: self.info.shots]
+        if len(shown) < self.info.shots:
+            raise UserError(
+                f"baselines.{self.name}: shots is {self.info.shots}, but there are {len(shown)} examples to show; name "
+                "a file of them as `examples`, or give the task an examples_files."
+            )
+        head, rest = "", list(messages)
+        if self.info.system:
+            head = self.info.system
+            if rest and rest[0]["role"] == "system":
+                head = f"{head}\n\n{rest.pop(0)['content']}"
+        opening: list[Message] = [{"role": "system", "content": head}] if head else []
+        if not head and rest and rest[0]["role"] == "system":
+            opening = [rest.pop(0)]
+        turns = [turn for one in shown for turn in (user(one.question), assistant(one.answer))]
+        return [*opening, *turns, *rest]
+
+    def render(
+        self, messages: Sequence[Message], examples: Sequence[Example] = (), tools: str | None = None
+    ) -> list[int]:
+        """Token ids of the prompted conversation, up to where the answer begins."""
+        return render_prompt(self.policy.tokenizer, self.conversation(messages, examples), tools)
+
+    def sampling(self, asked: Sampling) -> Sampling:
+        """What the engine is asked for: N times the samples for a best-of-N system, and never greedily."""
+        if self.info.best_of == 1:
+            return asked
+        temperature = asked.temperature or self.temperature
+        return Sampling(
+            max_tokens=asked.max_tokens,
+            temperature=temperature,
+            top_p=asked.top_p,
+            n=asked.n * self.info.best_of,
+            seed=asked.seed,
+            seeds=asked.seeds,
+        )
+
+
+def make_systems(
+    policies: Sequence[Policy], base: str | None, baselines: dict[str, BaselineConfig], folder: Path
+) -> list[System]:
+    """Checkpoints in their order, then the ways to use them."""
+    by_name = {policy.name: policy for policy in policies}
+    found = []
+    for policy in policies:
+        role: Any = "base" if policy.name == base else "checkpoint"
+        found.append(System(SystemInfo(policy.name, policy.name, role, policy.key), policy))
+    for name, config in baselines.items():
+        policy = by_name[config.of]
+        examples = tuple(config.read_examples(folder))
+        used = [[one.question, one.answer] for one in examples[: config.shots]]
+        key = digest([policy.key, config.system, config.shots, used, config.best_of, config.temperature])
+        best = config.best_of > 1
+        info = SystemInfo(
+            name, config.of, "best_of" if best else "prompted", key, config.system, config.shots, config.best_of
+        )
+        found.append(System(info, policy, examples, config.temperature))
+    return found
+
+
+def best_of_kl(n: int) -> float:
+    """Upper bound on the KL of best-of-N from what it draws from, in nats: log N - (N - 1)/N (arXiv 2401.01879)."""
+    return math.log(n) - (n - 1) / n
+
+
+def _text(record: dict[str, Any], *names: str) -> str:
+    for name in names:
+        value = record.get(name)
+        if isinstance(value, str) and value.strip():
+            return value
+    raise KeyError(names[0])
