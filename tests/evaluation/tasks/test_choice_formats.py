@@ -1,0 +1,212 @@
+"""Spellings of multiple choice: what each record asks, and what a user reads whose record does not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.data.source_configs import FilesSource
+from align.errors import UserError
+from align.evaluation.tasks.choice_formats import TRUTHFUL_EXAMPLES, Question, choose_form, parse
+from align.evaluation.tasks.reading import TaskRecord, read_records
+
+HUB_ARC = {
+    "id": "X_1",
+    "question": "Which melts?",
+    "choices": {"text": ["ice", "iron", "oak"], "label": ["A", "B", "C"]},
+    "answerKey": "B",
+}
+LOCAL_ARC = {
+    "instruction": "Please choose the correct answer to the question: Which melts?\n\nAnswer1: ice Answer2: iron "
+    "Answer3: oak\n\nAnswer format: answer1/answer2/answer3",
+    "input": "",
+    "output": "the correct answer is answer2",
+    "answer": "answer2",
+}
+MMLU = {"question": "  Which metal? ", "choices": ["tin", "oak"], "answer": 0, "subject": "high_school_physics"}
+GENERIC = {"question": "Which?", "choices": ["a thing", "another"], "answer": 1}
+TARGETS = {
+    "question": "Is it?",
+    "mc1_targets": {"choices": ["No", "Yes"], "labels": [1, 0]},
+    "mc2_targets": {"choices": ["No", "Not at all", "Yes", "Sure"], "labels": [1, 1, 0, 0]},
+}
+CSV = {
+    "Type": "Adversarial",
+    "Category": "Law",
+    "Question": "Is it?",
+    "Best Answer": "No",
+    "Correct Answers": "Not at all; No; ",
+    "Incorrect Answers": "Yes; Sure",
+    "Source": "",
+}
+LISTS = {
+    "question": "Is it?",
+    "category": "Law",
+    "best_answer": "No",
+    "correct_answers": ["Not at all", "No"],
+    "incorrect_answers": ["Yes", "Sure"],
+}
+
+
+def record(fields: dict[str, Any]) -> TaskRecord:
+    return TaskRecord("a.jsonl:3", fields)
+
+
+def ask(fields: dict[str, Any], form: Any = "auto") -> Question:
+    chosen, _ = choose_form([record(fields)], form)
+    return parse(record(fields), chosen)
+
+
+def test_arc_from_the_hub_and_as_an_instruction_ask_the_same() -> None:
+    question = ask(HUB_ARC)
+    assert question.context == "Question: Which melts?\nAnswer:"
+    assert question.choices == ("ice", "iron", "oak")
+    assert (question.gold, question.answer, question.source) == (1, "iron", "arc")
+    assert ask(LOCAL_ARC) == question
+
+
+def test_arc_with_numbers_for_labels() -> None:
+    numbered = {**HUB_ARC, "choices": {"text": ["ice", "iron"], "label": ["1", "2"]}, "answerKey": "2"}
+    assert ask(numbered).gold == 1
+
+
+def test_a_number_inside_a_choice_is_no_choice() -> None:
+    text = "Which?\n\nAnswer1: see Answer3: above Answer2: the answer: 42"
+    question = ask({"instruction": text, "answer": "Answer 1"})
+    assert question.choices == ("see Answer3: above", "the answer: 42")
+    assert question.context == "Question: Which?\nAnswer:"
+
+
+def test_mmlu_asks_for_letters_under_its_subject() -> None:
+    question = ask(MMLU)
+    assert question.context == "Which metal?\nA. tin\nB. oak\nAnswer:"
+    assert question.choices == ("A", "B")
+    assert question.answer == "A"
+    assert question.source == "high school physics"
+    assert question.description == (
+        "The following are multiple choice questions (with answers) about high school physics.\n\n"
+    )
+
+
+@pytest.mark.parametrize("answer", [1, "another", "B", " b "])
+def test_one_s_own_answers_may_be_numbers_texts_or_letters(answer: Any) -> None:
+    question = ask({**GENERIC, "answer": answer, "category": "trivia"})
+    assert question.gold == 1
+    assert question.source == "trivia"
+    assert question.context == "Question: Which?\nAnswer:"
+
+
+def test_the_text_of_a_choice_comes_before_its_letter() -> None:
+    assert ask({"question": "?", "choices": ["B", "A"], "answer": "A"}).gold == 1
+
+
+def test_truthfulqa_by_targets() -> None:
+    question = ask(TARGETS)
+    assert question.choices == ("No", "Yes", "Not at all", "Sure")
+    assert (question.rivals, question.gold, question.answer) == ((0, 1), 0, "No")
+    assert question.truths == ((0, True), (2, True), (1, False), (3, False))
+    assert question.context.startswith("Q: What is human life expectancy in the United States?\nA: Human life")
+    assert question.context.endswith("held in Barcelona, Spain.\n\nQ: Is it?\nA:")
+    assert question.context.count("\n\nQ: ") == len(TRUTHFUL_EXAMPLES) == 6
+
+
+@pytest.mark.parametrize("fields", [CSV, LISTS])
+def test_truthfulqa_by_answers(fields: dict[str, Any]) -> None:
+    question = ask(fields)
+    assert [question.choices[index] for index in question.rivals] == ["No", "Yes", "Sure"]
+    assert [(question.choices[index], true) for index, true in question.truths] == [
+        ("Not at all", True), ("No", True), ("Yes", False), ("Sure", False),
+    ]  # fmt: skip
+    assert question.source == "Law"
+
+
+@pytest.mark.parametrize(
+    ("fields", "form"),
+    [
+        (HUB_ARC, "arc"),
+        (LOCAL_ARC, "arc"),
+        (MMLU, "mmlu"),
+        (GENERIC, "generic"),
+        (TARGETS, "truthfulqa"),
+        (CSV, "truthfulqa"),
+        (LISTS, "truthfulqa"),
+    ],
+)
+def test_auto_says_what_it_chose_and_why(fields: dict[str, Any], form: str) -> None:
+    assert choose_form([record(fields)], "auto")[0] == form
+    assert choose_form([record(fields)], "auto")[1].startswith("its records have")
+    assert choose_form([record(fields)], "generic") == ("generic", "")
+
+
+def test_auto_needs_every_record_to_fit() -> None:
+    with pytest.raises(UserError, match=r"a.jsonl:3: no format of multiple choice fits: the fields are .*answerKey"):
+        choose_form([record(HUB_ARC), record(GENERIC)], "auto")
+
+
+@pytest.mark.parametrize(
+    ("fields", "form", "message"),
+    [
+        ({**HUB_ARC, "answerKey": "D"}, "arc", "answerKey is 'D', the labels are A, B, C"),
+        ({**HUB_ARC, "choices": ["ice"]}, "arc", "'choices' holds list .*expected a mapping of text and label"),
+        ({**HUB_ARC, "choices": {"text": ["ice", " "], "label": ["A", "B"]}}, "arc", "one of its choices is empty"),
+        ({"instruction": "Which?", "answer": "answer1"}, "arc", "found 0 choices and the answer 'answer1'"),
+        ({**LOCAL_ARC, "answer": "answer4"}, "arc", "found 3 choices and the answer 'answer4'"),
+        ({"question": "?"}, "generic", "there is no field 'choices'; there are question"),
+        (
+            {**GENERIC, "answer": 2},
+            "generic",
+            r"'answer' holds int \(2\); expected the number of a choice from 0",
+        ),
+        ({**GENERIC, "answer": True}, "generic", "field 'answer' holds bool"),
+        ({**GENERIC, "answer": "1"}, "generic", r"field 'answer' holds str \('1'\)"),
+        ({**GENERIC, "choices": ["one"]}, "generic", "there are 1 choices; expected 2 to 26"),
+        ({**GENERIC, "question": " "}, "generic", "field 'question' is empty"),
+        ({**MMLU, "subject": ""}, "mmlu", "field 'subject' is empty"),
+        ({**TARGETS, "mc1_targets": [1]}, "truthfulqa", "'mc1_targets' holds list .*a mapping of choices and labels"),
+        (
+            {**TARGETS, "mc1_targets": {"choices": ["No", "Yes"], "labels": [1]}},
+            "truthfulqa",
+            "mc1_targets: field 'labels' holds list .*expected 2 labels, each 0 or 1",
+        ),
+        (
+            {**TARGETS, "mc2_targets": {"choices": ["No", "Yes"], "labels": [1, 1]}},
+            "truthfulqa",
+            "expected one true answer among MC1's .*found 1 of 2 and 2 of 2",
+        ),
+        ({**CSV, "Incorrect Answers": ""}, "truthfulqa", "field 'incorrect_answers' is empty"),
+    ],
+)
+def test_a_record_that_does_not_fit_is_named(fields: dict[str, Any], form: Any, message: str) -> None:
+    with pytest.raises(UserError, match=r"a\.jsonl:3.*" + message):
+        ask(fields, form)
+
+
+def test_all_of_arc_easy_is_understood(shared_data: Path) -> None:
+    records = read_records(FilesSource(type="files", paths=[str(shared_data / "arc/ARC-Easy.test.json")]), Path())
+    assert choose_form(records, "auto")[0] == "arc"
+    questions = [parse(each, "arc") for each in records]
+    assert len({question.id for question in questions}) == 2376
+    for given, question in zip(records, questions, strict=True):
+        asked = question.context.removeprefix("Question: ").removesuffix("\nAnswer:")
+        numbered = " ".join(f"Answer{number}: {choice}" for number, choice in enumerate(question.choices, 1))
+        names = "/".join(f"answer{number}" for number in range(1, len(question.choices) + 1))
+        assert given["instruction"] == (
+            f"Please choose the correct answer to the question: {asked}\n\n{numbered}\n\nAnswer format: {names}"
+        )
+        assert given["answer"] == f"answer{question.gold + 1}"
+
+
+def test_all_of_truthfulqa_is_understood(shared_data: Path) -> None:
+    records = read_records(FilesSource(type="files", paths=[str(shared_data / "truthfulqa/TruthfulQA.csv")]), Path())
+    assert choose_form(records, "auto")[0] == "truthfulqa"
+    questions = [parse(each, "truthfulqa") for each in records]
+    assert len({question.id for question in questions}) == 817
+    for given, question in zip(records, questions, strict=True):
+        assert question.answer == given["Best Answer"].strip()
+        assert [true for _, true in question.truths].count(True) >= 1
+        rivals = {question.choices[index] for index in question.rivals}
+        assert rivals - {question.answer} == {
+            question.choices[index] for index, true in question.truths if not true
+        }  # MC1 has every false answer of MC2

@@ -1,0 +1,142 @@
+"""Contexts, answers and windows as tokens."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from align.data.rows import user
+from align.errors import UserError
+from align.evaluation.tasks.encoding import (
+    answer_ids,
+    encode,
+    encode_choices,
+    fit,
+    prefix_token,
+    rolling_windows,
+)
+from align.models.render import render_conversation, render_prompt
+from align.models.tiny import make_tiny_tokenizer
+
+BOS = "<|im_start|>"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return make_tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def with_bos() -> Any:
+    """A tokenizer that puts its BOS before every text, as Llama's do."""
+    from tokenizers.processors import TemplateProcessing
+
+    made = make_tiny_tokenizer()
+    made._tokenizer.post_processor = TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, made.bos_token_id)])
+    return made
+
+
+def test_space_at_the_context_s_end_goes_to_the_choice(tokenizer: Any) -> None:
+    [(context, answer)] = encode_choices(tokenizer, "Question: a? ", ["b"])
+    assert tokenizer.decode(context) == "Question: a?"
+    assert tokenizer.decode(answer) == " b"
+
+
+def test_choices_share_the_context_s_tokens(tokenizer: Any) -> None:
+    (one, first), (two, second) = encode_choices(tokenizer, "Q:", [" yes", " no"])
+    assert one == two == tokenizer.encode("Q:")
+    assert [tokenizer.decode(ids) for ids in (first, second)] == [" yes", " no"]
+
+
+def test_bos_stands_once_in_front(with_bos: Any) -> None:
+    bos = with_bos.bos_token_id
+    [(context, answer)] = encode_choices(with_bos, "Q:", [" yes"])
+    assert context[0] == bos
+    assert bos not in [*context[1:], *answer]
+    assert with_bos.decode(answer) == " yes"
+    assert encode(with_bos, f"{BOS}user").count(bos) == 1
+
+
+def test_a_choice_without_tokens_is_an_error(tokenizer: Any) -> None:
+    swallowing = SimpleNamespace(
+        bos_token_id=1, eos_token_id=2, decode=tokenizer.decode, encode=lambda text, **_: [5, 6]
+    )  # a tokenizer whose text ends where its normaliser says
+    with pytest.raises(UserError, match=r"gives the answer ' b' no token.*after 'Q: a'"):
+        encode_choices(swallowing, "Q: a", [" b"])
+
+
+def test_an_answer_is_what_the_template_writes(tokenizer: Any) -> None:
+    prompt = [user("hello")]
+    for finished in (True, False):
+        ids, cut = answer_ids(tokenizer, prompt, "Hi you", finished)
+        assert cut
+        assert tokenizer.decode(ids) == "Hi you" + ("<|im_end|>" if finished else "")
+        whole = render_conversation(tokenizer, [*prompt, {"role": "assistant", "content": "Hi you"}], finished)
+        assert [*render_prompt(tokenizer, prompt), *ids] == whole
+
+
+def test_an_answer_under_a_template_without_a_place_to_cut(tokenizer: Any) -> None:
+    thinking = make_tiny_tokenizer()
+    thinking.chat_template = thinking.chat_template.replace(
+        "{{ '\\n<|im_start|>assistant\\n' }}", "{{ '\\n<|im_start|>assistant\\n<think>\\n' }}"
+    )
+    ids, cut = answer_ids(thinking, [user("hello")], "Hi", finished=True)
+    assert not cut
+    assert ids == [*tokenizer.encode("Hi"), tokenizer.eos_token_id]
+    assert answer_ids(thinking, [user("hello")], "Hi", finished=False)[0] == tokenizer.encode("Hi")
+
+
+@pytest.mark.parametrize(
+    ("context", "answer", "longest", "expected"),
+    [
+        ([1, 2, 3], [4, 5], 4, ([1, 2, 3], [4, 5], False)),  # inputs 1 2 3 4: the last token is only predicted
+        ([1, 2, 3], [4, 5], 3, ([2, 3], [4, 5], True)),
+        ([1, 2, 3], [4, 5], 2, ([3], [4, 5], True)),
+        ([1, 2, 3], [4, 5], 1, ([3], [4], True)),
+    ],
+)
+def test_fitting_by_hand(context: list[int], answer: list[int], longest: int, expected: Any) -> None:
+    assert fit(context, answer, longest) == expected
+
+
+def test_the_token_before_a_text() -> None:
+    assert prefix_token(SimpleNamespace(bos_token_id=7, eos_token_id=9)) == 7
+    assert prefix_token(SimpleNamespace(bos_token_id=None, eos_token_id=9)) == 9
+    assert prefix_token(SimpleNamespace(bos_token_id=0, eos_token_id=9)) == 0
+    with pytest.raises(UserError, match="neither a BOS nor an EOS"):
+        prefix_token(SimpleNamespace(bos_token_id=None, eos_token_id=None))
+
+
+def test_windows_by_hand() -> None:
+    # Three tokens a window; the last window has one token to ask for, and as much before it as its input holds.
+    assert rolling_windows([1, 2, 3, 4, 5, 6, 7], 0, 3) == [([0], [1, 2, 3]), ([3], [4, 5, 6]), ([4, 5, 6], [7])]
+    assert rolling_windows([1, 2], 0, 3) == [([0], [1, 2])]
+    assert rolling_windows([], 0, 3) == []
+    with pytest.raises(ValueError, match="longest is 0"):
+        rolling_windows([1], 0, 0)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 200), st.integers(1, 40))
+def test_windows_ask_for_every_token_once_behind_its_own_context(count: int, longest: int) -> None:
+    tokens = list(range(1, count + 1))
+    windows = rolling_windows(tokens, 0, longest)
+    assert [token for _, asked in windows for token in asked] == tokens
+    with_prefix = [0, *tokens]
+    for context, asked in windows:
+        assert context
+        assert len(context) + len(asked) - 1 <= longest  # the last token is no input
+        assert context == with_prefix[asked[0] - len(context) : asked[0]]  # what stands right before it in the text
+
+
+def test_windows_are_those_of_lm_eval() -> None:
+    utils = pytest.importorskip("lm_eval.utils")
+    for count in range(40):
+        tokens = list(range(1, count + 1))
+        for longest in range(1, 15):
+            theirs = utils.get_rolling_token_windows(tokens, prefix_token=0, max_seq_len=longest, context_len=1)
+            assert rolling_windows(tokens, 0, longest) == [utils.make_disjoint_window(window) for window in theirs]
