@@ -296,7 +296,8 @@ def _measure_tasks(
     """Every task's numbers: what systems read, checkpoint by checkpoint, then what scoring makes of their answers."""
     measured: dict[str, dict[str, Measured]] = {task.name: {} for task in plan.tasks}
     reading = [task for task in plan.tasks if task.reads]
-    readers = [system for system in plan.systems if system.info.role != "best_of"]
+    # best of N has no distribution to read with, and a checkpoint that is only sampled again reads as before
+    readers = [system for system in plan.systems if system.info.role not in ("best_of", "again")]
     done = 0
     for system in sorted(readers, key=lambda one: plan.policies.index(one.policy)):
         for task in reading:

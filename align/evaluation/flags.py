@@ -19,6 +19,9 @@ def find_flags(card: Mapping[str, Any]) -> list[Flag]:
     flags = [_regression(row, card["metrics"]) for row in card["differences"] if row["verdict"] == "worse"]
     verdicts = {(row["policy"], row["against"], row["metric"]): row for row in card["differences"]}
     reference = card["reference"]
+    if card["base"] is None:
+        text = "the base model is not among the compared systems, so nothing here says whether training helped at all"
+        flags.append({"policy": reference, "kind": "no-base", "text": text})
     for policy in card["policies"]:
         if policy == card["base"]:
             continue

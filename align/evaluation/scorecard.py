@@ -5,7 +5,7 @@ The schema of ``scorecard.json`` is what :func:`build` returns (format 2):
 - ``reference``, ``base`` (or null), ``primary`` (the metric that decides), ``policies`` (every compared system in
   order, ways of prompting and best-of-N included), ``settings``
 - ``systems``: list of ``{name, of, role, key, system, shots, best_of}``; role ``base``, ``checkpoint``, ``prompted``,
-  ``best_of``
+  ``best_of``, ``again`` (a checkpoint sampled once more)
 - ``metrics``: name → ``title``, ``better`` (``higher``, ``lower`` or null), ``unit``, ``meaning``, ``task``. Metrics of
   the prompt set have plain names (task ``prompts``), those of a task ``task.metric``
 - ``tasks``: name → ``{title, kind, n, primary, metrics, settings, notes: system → counts}``

@@ -1,8 +1,8 @@
-"""What is compared: checkpoints as they are, and ways to use one without training it (prompting, best of N).
+"""What is compared: checkpoints as they are, and ways to use one without training it (prompting, best of N, again).
 
 The first question about fine-tuning is whether a prompt would have done as well, and the honest rival of PPO is the
-best of N answers of the model it started from, by the same reward model. Torch-free. Left out: sampling
-(``generation.py``).
+best of N answers of the model it started from, by the same reward model. The same checkpoint sampled again shows how
+far numbers move by chance alone. Torch-free. Left out: sampling (``generation.py``).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -28,7 +28,7 @@ from align.stage import Config
 
 
 class BaselineConfig(Config):
-    """A checkpoint used in another way: prompted, or the best of several answers."""
+    """A checkpoint used in another way: prompted, the best of several answers, or only sampled again."""
 
     of: str
     """Which of ``policies`` answers."""
@@ -44,16 +44,20 @@ class BaselineConfig(Config):
     temperature: float = Field(1.0, gt=0)
     """Temperature of ``best_of`` where a task itself decodes greedily, which would give N equal answers."""
 
+    sample_seed: int | None = Field(None, ge=0, lt=2**31)
+    """Sample once more, with this seed: a comparison of a checkpoint with itself (A/A), the noise floor of the table.
+    Greedy answers do not change."""
+
     identified: ClassVar[frozenset[str]] = frozenset({"examples"})
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
         prompted = bool(self.system or self.shots)
-        if not prompted and self.best_of == 1:
-            raise ValueError(f"neither prompts nor samples differently, so it is '{self.of}' again; say system, shots "
-                             "or best_of")  # fmt: skip
-        if prompted and self.best_of > 1:
-            raise ValueError("has both prompting and best_of; compare them as two baselines")
+        ways = prompted + (self.best_of > 1) + (self.sample_seed is not None)
+        if ways == 0:
+            raise ValueError(f"is '{self.of}' as it is; say system, shots, best_of or sample_seed")
+        if ways > 1:
+            raise ValueError("mixes prompting, best_of and sample_seed; compare them as baselines of their own")
         if self.examples is not None and not self.shots:
             raise ValueError("examples are read for shots, and shots is 0")
         return self
@@ -102,6 +106,7 @@ class System:
     """The checkpoint that answers; its ``name`` is the stage's."""
     own_examples: tuple[Example, ...] = ()
     temperature: float = 1.0
+    sample_seed: int | None = None
 
     @property
     def name(self) -> str:
@@ -142,17 +147,14 @@ class System:
 
     def sampling(self, asked: Sampling) -> Sampling:
         """What the engine is asked for: N times the samples for a best-of-N system, and never greedily."""
+        if self.sample_seed is not None:
+            own = int(digest([asked.seed, self.sample_seed])[:15], 16)
+            seeds = None if asked.seeds is None else tuple(int(digest([own, s])[:15], 16) for s in asked.seeds)
+            return replace(asked, seed=own, seeds=seeds)
         if self.info.best_of == 1:
             return asked
         temperature = asked.temperature or self.temperature
-        return Sampling(
-            max_tokens=asked.max_tokens,
-            temperature=temperature,
-            top_p=asked.top_p,
-            n=asked.n * self.info.best_of,
-            seed=asked.seed,
-            seeds=asked.seeds,
-        )
+        return replace(asked, temperature=temperature, n=asked.n * self.info.best_of)
 
 
 def make_systems(
@@ -168,12 +170,12 @@ def make_systems(
         policy = by_name[config.of]
         examples = tuple(config.read_examples(folder))
         used = [[one.question, one.answer] for one in examples[: config.shots]]
-        key = digest([policy.key, config.system, config.shots, used, config.best_of, config.temperature])
-        best = config.best_of > 1
-        info = SystemInfo(
-            name, config.of, "best_of" if best else "prompted", key, config.system, config.shots, config.best_of
+        key = digest(
+            [policy.key, config.system, config.shots, used, config.best_of, config.temperature, config.sample_seed]
         )
-        found.append(System(info, policy, examples, config.temperature))
+        way: Any = "best_of" if config.best_of > 1 else "prompted" if config.system or config.shots else "again"
+        info = SystemInfo(name, config.of, way, key, config.system, config.shots, config.best_of)
+        found.append(System(info, policy, examples, config.temperature, config.sample_seed))
     return found
 
 

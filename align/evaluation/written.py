@@ -12,13 +12,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.evaluation.comparisons import Column
 from align.evaluation.scorecard import Measurements, TaskFound
 from align.evaluation.tasks.base import Answers, Turn
+from align.models.token_texts import token_texts
 
 if TYPE_CHECKING:
     from align.evaluation.evaluator import Answered, Plan
@@ -68,19 +69,6 @@ def _prompt_samples(
             responses[name] = samples
         yield {"task": "prompts", "id": row["id"], "source": row["source"], "prompt": row["prompt"],
                "responses": responses}  # fmt: skip
-
-
-def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """Text of each token, such that together they are the decoded response; a character's last token has it."""
-    texts, before = [], ""
-    for end in range(1, len(ids) + 1):
-        whole = str(tokenizer.decode(list(ids[:end]), skip_special_tokens=False, clean_up_tokenization_spaces=False))
-        if whole.endswith("\ufffd") and end < len(ids):  # half a character: it comes with the token that completes it
-            texts.append("")
-            continue
-        texts.append(whole[len(before) :] if whole.startswith(before) else "")
-        before = whole
-    return texts
 
 
 def _task_samples(one: TaskFound, answers: dict[str, Answers]) -> Iterator[dict[str, Any]]:

@@ -9,22 +9,30 @@ import json
 from pathlib import Path
 from typing import Any
 
+from align.models.token_texts import token_texts
 from align.ppo.rollout import COMPONENT, Rollout
 
 FOLDER = "completions"
+PER_TOKEN = ("kl", "values", "raw_advantages")
 
 
-def write(folder: Path, rollout: Rollout, count: int) -> None:
-    """Write the first ``count`` responses of a rollout: ``update``, ``prompt``, ``response``, scores, length, KL."""
+def write(folder: Path, rollout: Rollout, count: int, tokenizer: Any) -> None:
+    """Write the first ``count`` responses of a rollout: ``update``, ``prompt``, ``response``, scores, length, KL.
+
+    ``by_token`` has ``[text, KL to the reference, the critic's value before the token, advantage]`` of each token:
+    where a response strays, and what the critic expected there.
+    """
     path = folder / FOLDER / f"{rollout.update + 1:06d}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(_line(rollout, index), ensure_ascii=False) for index in range(min(count, len(rollout)))]
+    lines = [
+        json.dumps(_line(rollout, index, tokenizer), ensure_ascii=False) for index in range(min(count, len(rollout)))
+    ]
     draft = path.with_suffix(".draft")
     draft.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     draft.replace(path)
 
 
-def _line(rollout: Rollout, index: int) -> dict[str, Any]:
+def _line(rollout: Rollout, index: int, tokenizer: Any) -> dict[str, Any]:
     tensors = rollout.tensors
     scores = {name: float(tensors[name][index]) for name in tensors if name.startswith(COMPONENT)}
     gold = {"gold": float(tensors["gold"][index])} if "gold" in tensors else {}
@@ -38,7 +46,17 @@ def _line(rollout: Rollout, index: int) -> dict[str, Any]:
         "kl": float(tensors["kl"][index].sum()),
         "tokens": len(rollout.responses[index]),
         "finished": bool(tensors["finished"][index]),
+        "by_token": _by_token(rollout, index, tokenizer),
     }
+
+
+def _by_token(rollout: Rollout, index: int, tokenizer: Any) -> list[list[Any]]:
+    ids = rollout.responses[index]
+    numbers = zip(*(rollout.tensors[name][index].tolist() for name in PER_TOKEN), strict=False)  # values: one more
+    return [
+        [text, *(round(value, 4) for value in own)]
+        for text, own in zip(token_texts(tokenizer, ids), numbers, strict=False)
+    ]
 
 
 def gather(folder: Path, target: Path) -> None:

@@ -166,7 +166,7 @@ class RolloutTrainer(SavingTrainer):
                 f"{self.args.kl_budget:g}"
             )
         if self.args.completions and self.is_world_process_zero():
-            completions.write(Path(str(self.args.output_dir)), rollout, self.args.completions)
+            completions.write(Path(str(self.args.output_dir)), rollout, self.args.completions, self.processing_class)
         self.totals["episodes"] += self.args.rollout_batch
         self.totals["tokens"] += int(tokens)
         seconds = {f"seconds_{name}": value for name, value in rollout.seconds.items()}

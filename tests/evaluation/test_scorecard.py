@@ -214,3 +214,9 @@ def test_only_items_that_both_answer_are_paired():
     assert (row["value"], row["n"]) == (1.5, 2)
     assert difference(Column([[1.0]], [2.0]), Column([[1.0]], [3.0]), RESAMPLING) is None
     assert estimate(Column([[1.0], [5.0]], [3.0, 1.0]), False, RESAMPLING)["value"] == 2.0
+
+
+def test_without_the_base_model_the_card_says_so():
+    kinds = [flag["kind"] for flag in build(measurements(sft=[0.3] * 3), RESAMPLING, {})["flags"]]
+    assert kinds == ["no-base"]
+    assert not build(measurements(model=[0.3] * 3, sft=[0.3] * 3), RESAMPLING, {})["flags"]

@@ -121,6 +121,10 @@ def test_sampled_responses_are_written_down(make_trainer, tmp_path):
     assert [file.name for file in files] == ["000001.jsonl", "000002.jsonl"]
     lines = [json.loads(line) for line in files[1].read_text().splitlines()]
     assert len(lines) == 3
-    assert lines[0].keys() == {"update", "prompt", "response", "score", "gold", "kl", "tokens", "finished"}
+    assert lines[0].keys() == {"update", "prompt", "response", "score", "gold", "kl", "tokens", "finished", "by_token"}
+    for line in lines:  # text, KL, value, advantage of each token
+        assert [len(line["by_token"]), {len(token) for token in line["by_token"]}] == [line["tokens"], {4}]
+        assert sum(token[1] for token in line["by_token"]) == pytest.approx(line["kl"], abs=1e-3)
+        assert len({token[2] for token in line["by_token"]}) > 1 or line["tokens"] == 1
     assert lines[0]["update"] == 2 and lines[0]["gold"] == 0.25
     assert lines[0]["prompt"] in [row["prompt"] for row in ROWS]

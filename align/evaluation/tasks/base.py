@@ -84,7 +84,7 @@ class SystemInfo:
     name: str
     of: str
     """The stage whose checkpoint answers; equals ``name`` for a checkpoint as it is."""
-    role: Literal["base", "checkpoint", "prompted", "best_of"]
+    role: Literal["base", "checkpoint", "prompted", "best_of", "again"]
     key: str
     """Digest that changes with whatever changes its answers: the checkpoint's key, the way of prompting."""
     system: str = ""

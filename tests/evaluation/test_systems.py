@@ -1,0 +1,166 @@
+"""Ways to use a checkpoint without training it: what they add to a conversation, what they sample, what is refused."""
+
+import json
+import math
+
+import pytest
+from pydantic import ValidationError
+
+from align.errors import UserError
+from align.evaluation.bench import NOTHING, SystemRespondent, keep_best
+from align.evaluation.generation import Generated
+from align.evaluation.prompts import Policy
+from align.evaluation.systems import BaselineConfig, best_of_kl, make_systems
+from align.evaluation.tasks.base import Example, Turn
+from align.rollouts.protocol import Response, Sampling
+
+
+class Spelled:
+    """A tokenizer that shows a conversation as its messages' sizes."""
+
+    def apply_chat_template(self, messages, **options):
+        return [len(message["content"]) for message in messages]
+
+
+def systems(tmp_path, **baselines):
+    policies = [Policy(name, tmp_path, f"key {name}", Spelled()) for name in ("model", "sft")]
+    configs = {name: BaselineConfig(**block) for name, block in baselines.items()}
+    return {one.name: one for one in make_systems(policies, "model", configs, tmp_path)}
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+def test_roles_and_keys(tmp_path):
+    found = systems(tmp_path, asked={"of": "model", "system": "Be brief."}, best={"of": "sft", "best_of": 4})
+    assert {name: one.info.role for name, one in found.items()} == {
+        "model": "base", "sft": "checkpoint", "asked": "prompted", "best": "best_of",
+    }  # fmt: skip
+    assert found["model"].info.key == "key model"
+    other = systems(tmp_path, asked={"of": "model", "system": "Be long."}, best={"of": "sft", "best_of": 8})
+    assert found["asked"].info.key != other["asked"].info.key
+    assert found["best"].info.key != other["best"].info.key
+
+
+def test_a_prompted_conversation(tmp_path):
+    one = systems(tmp_path, asked={"of": "model", "system": "S", "shots": 2})["asked"]
+    shots = [Example("q1", "a1"), Example("q2", "a2"), Example("q3", "a3")]
+    asked = [turn("system", "own"), turn("user", "hello")]
+    assert one.conversation(asked, shots) == [
+        turn("system", "S\n\nown"),
+        turn("user", "q1"), turn("assistant", "a1"), turn("user", "q2"), turn("assistant", "a2"),
+        turn("user", "hello"),
+    ]  # fmt: skip
+    assert asked == [turn("system", "own"), turn("user", "hello")]  # as it was
+    with pytest.raises(UserError, match=r"baselines.asked: shots is 2, but there are 1 examples"):
+        one.conversation(asked, shots[:1])
+
+
+def test_examples_stand_behind_the_conversations_own_system_message(tmp_path):
+    one = systems(tmp_path, asked={"of": "model", "shots": 1})["asked"]
+    found = one.conversation([turn("system", "own"), turn("user", "hello")], [Example("q", "a")])
+    assert [message["content"] for message in found] == ["own", "q", "a", "hello"]
+
+
+def test_a_checkpoint_as_it_is_adds_nothing(tmp_path):
+    one = systems(tmp_path)["sft"]
+    assert one.conversation([turn("user", "x")], [Example("q", "a")]) == [turn("user", "x")]
+    assert one.sampling(Sampling(8, 0.0)) == Sampling(8, 0.0)
+
+
+def test_examples_of_a_file(tmp_path):
+    file = tmp_path / "shots.jsonl"
+    lines = [{"question": "q1", "answer": "a1"}, {"prompt": "q2", "completion": "a2"}]
+    file.write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
+    block = {"of": "sft", "shots": 2, "examples": "shots.jsonl"}
+    one = systems(tmp_path, asked=block)["asked"]
+    assert [m["content"] for m in one.conversation([turn("user", "x")])] == ["q1", "a1", "q2", "a2", "x"]
+    digest = BaselineConfig(**block).identities(tmp_path)["examples"]
+    with pytest.raises(UserError, match="has 2 examples, shots is 3"):
+        systems(tmp_path, asked=block | {"shots": 3})
+    file.write_text('{"question": "q1", "answer": "a1"}\n{"question": "q2"}\n')
+    assert BaselineConfig(**block).identities(tmp_path)["examples"] != digest
+    with pytest.raises(UserError, match=r"shots.jsonl:2: expected a JSON object"):
+        systems(tmp_path, asked=block)
+    file.unlink()
+    with pytest.raises(UserError, match="there is no file"):
+        BaselineConfig(**block).identities(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("block", "words"),
+    [
+        ({}, "is 'sft' as it is"),
+        ({"best_of": 4, "shots": 1}, "mixes"),
+        ({"best_of": 4, "sample_seed": 1}, "mixes"),
+        ({"system": "S", "examples": "x.jsonl"}, "shots is 0"),
+        ({"best_off": 2}, "Extra inputs"),
+    ],
+)
+def test_what_is_refused(block, words):
+    with pytest.raises(ValidationError, match=words):
+        BaselineConfig(of="sft", **block)
+
+
+def test_best_of_n_samples_n_times_and_never_greedily(tmp_path):
+    one = systems(tmp_path, best={"of": "sft", "best_of": 4, "temperature": 0.7})["best"]
+    asked = one.sampling(Sampling(8, 0.0, n=2, seed=5))
+    assert (asked.n, asked.temperature, asked.max_tokens, asked.seed) == (8, 0.7, 8, 5)
+    assert one.sampling(Sampling(8, 0.3)).temperature == 0.3
+
+
+def test_sampled_again_changes_seeds_and_nothing_else(tmp_path):
+    found = systems(tmp_path, again={"of": "sft", "sample_seed": 1}, third={"of": "sft", "sample_seed": 2})
+    asked = Sampling(8, 0.9, n=3, seed=5, seeds=(4, 4))
+    again, third = (found[name].sampling(asked) for name in ("again", "third"))
+    assert (again.n, again.temperature, again.max_tokens) == (3, 0.9, 8)
+    assert len({asked.seed, again.seed, third.seed}) == 3
+    assert again.request_seed(0, 0) != asked.request_seed(0, 0)
+    assert found["again"].info.role == "again" and found["again"].plain
+
+
+def test_best_of_kl_by_hand():
+    assert best_of_kl(1) == 0
+    assert best_of_kl(4) == pytest.approx(math.log(4) - 0.75)
+
+
+class Likes:
+    """A bench whose reward model likes what the text says."""
+
+    def __init__(self):
+        self.asked = []
+
+    def reward_scores(self, prompts, answers, finished):
+        self.asked.append((prompts, answers, finished))
+        return [float(text) for text in answers]
+
+
+def test_the_best_of_each_group_is_kept():
+    def sample(text, earlier=()):
+        return [*earlier, Turn([turn("user", "p")], Response([1], [-1.0], text != "0", text))]
+
+    earlier = [Turn([turn("user", "first")], Response([1], [-1.0], True, "9"))]
+    answers = [[sample("1"), sample("3", earlier), sample("2"), sample("0")], [sample(str(i)) for i in (5, 5, 4, 6)]]
+    bench = Likes()
+    best = keep_best(answers, 2, bench)
+    assert [[one[-1].response.text for one in samples] for samples in best] == [["3", "2"], ["5", "6"]]
+    assert best[0][0][0].response.text == "9"  # the whole conversation
+    assert best[1][0] is answers[1][0]  # the first of equal ones
+    assert bench.asked[0][2] == [True, True, True, False, True, True, True, True]  # cut-off answers are told
+
+
+def test_a_conversation_without_room_counts_as_not_answered(tmp_path):
+    one = systems(tmp_path)["sft"]
+    warnings = []
+
+    class Echo:
+        def generate(self, policy, prompts, sampling):
+            return Generated("e", [[Response(ids, [0.0], True, str(len(ids)))] * sampling.n for ids in prompts])
+
+    respondent = SystemRespondent(one, Echo(), 10, warnings.append)
+    many = [turn("user", "x")] * 5
+    found = respondent.answer([[turn("user", "x")], many, [turn("user", "x")] * 2], Sampling(max_tokens=6, n=2))
+    assert [[response.text for response in samples] for samples in found] == [["1", "1"], ["", ""], ["2", "2"]]
+    assert found[1] == [NOTHING, NOTHING]
+    assert "sft: 1 conversations" in warnings[0]
