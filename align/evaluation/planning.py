@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +15,7 @@ from align.evaluation.evaluator import Plan
 from align.evaluation.gates import check_gates, parse_gates
 from align.evaluation.prompts import Policy, choose_rows, render_for_all
 from align.evaluation.systems import make_systems
-from align.evaluation.tasks.base import Given, Task
+from align.evaluation.tasks.base import Example, Given, Task
 from align.rollouts.protocol import Sampling
 from align.stage import StageContext
 
@@ -43,7 +45,9 @@ def make_plan(context: StageContext) -> Plan:
     prompts: dict[str, list[list[int]]] = {}
     if config.prompts is not None:
         given = _rows_of(context, "prompts", config.max_prompts)
-        rows, rendered, too_long = render_for_all(given, systems, config.max_prompt_tokens)
+        shots = max((one.info.shots for one in systems if not one.own_examples), default=0)
+        examples = _examples(context, shots)
+        rows, rendered, too_long = render_for_all(given, systems, config.max_prompt_tokens, examples)
         prompts = dict(rendered)
         if not rows:
             raise UserError(f"prompts: all {too_long} are longer than max_prompt_tokens={config.max_prompt_tokens}.")
@@ -86,6 +90,27 @@ def _rows_of(context: StageContext, field: str, most: int | None) -> list[Row]:
     if not rows:
         raise UserError(f"{field}: {path} has no rows; give its stage a test split.")
     return choose_rows(rows, most, context.seed)
+
+
+def _examples(context: StageContext, count: int) -> list[Example]:
+    """Solved questions of the prompt set's train split, drawn by seed, of as many sources as there are.
+
+    Empty where the prompts' stage has no reference answers.
+    """
+    from align.data.rows import read_rows
+
+    artifact = context.artifact("prompts")
+    if count == 0 or artifact.kind != Kind.INSTRUCTIONS:
+        return []
+    rows = [row for row in read_rows(artifact.split("train")) if len(row["prompt"]) == 1]
+    random.Random(context.seed).shuffle(rows)  # noqa: S311
+    seen: Counter[str] = Counter()
+    ranked: list[tuple[int, int, Row]] = []
+    for row in rows:
+        ranked.append((seen[row["source"]], len(ranked), row))
+        seen[row["source"]] += 1
+    chosen = [row for _, _, row in sorted(ranked, key=lambda one: one[:2])[:count]]
+    return [Example(row["prompt"][0]["content"], row["completion"][0]["content"]) for row in chosen]
 
 
 def _build_tasks(context: StageContext, pairs: list[Row], heldout: list[Row]) -> list[Task]:

@@ -38,7 +38,7 @@ class BaselineConfig(Config):
     """Solved examples shown as earlier turns."""
     examples: str | None = None
     """JSON lines with ``question`` and ``answer`` (or ``prompt`` and ``completion``) for ``shots``, used in their
-    order; by default each task's own, which must then have some."""
+    order; by default each task's own, and for ``prompts`` answers of their stage's train split."""
     best_of: int = Field(1, ge=1, le=1024)
     """Answers drawn for each one kept: the one that ``reward`` scores highest."""
     temperature: float = Field(1.0, gt=0)
@@ -126,7 +126,7 @@ class System:
         if len(shown) < self.info.shots:
             raise UserError(
                 f"baselines.{self.name}: shots is {self.info.shots}, but there are {len(shown)} examples to show; name "
-                "a file of them as `examples`, or give the task an examples_files."
+                "a file of them as `examples`, or give the task an examples_files (prompts: a stage of instructions)."
             )
         head, rest = "", list(messages)
         if self.info.system:

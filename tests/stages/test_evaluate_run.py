@@ -9,6 +9,7 @@ import pytest
 from align.artifacts import Artifact, Kind
 from align.data.rows import assistant, user, write_rows
 from align.errors import UserError
+from align.evaluation.planning import make_plan
 from align.models.tiny import make_tiny
 from align.rollouts.transformers import TransformersEngine
 from align.stage import EngineConfig, Runtime, StageContext
@@ -228,3 +229,21 @@ def test_a_checkpoint_against_itself_shows_no_difference(context, inputs):
     # 95 % intervals: 16 or fewer of 20 cover zero in 1.6 % of such experiments, and this one is fixed by its seeds
     assert sum(row["low"] <= 0 <= row["high"] for row in gold) >= 17
     assert {row["verdict"] for row in card["differences"]} == {"unclear"}
+
+
+def test_examples_come_from_the_train_split_and_from_many_sources(context, inputs):
+    rows = [
+        {"id": str(i), "source": "common" if i < 8 else f"rare{i}", "checks": "", "prompt": [user(f"q{i}")],
+         "completion": [assistant(f"a{i}")]}
+        for i in range(10)
+    ]  # fmt: skip
+    write_rows(inputs["prompts"].split("train"), rows)
+    shown = {"shown": {"of": "model", "shots": 3}}
+    config = EvaluateConfig(**context.config.model_dump() | {"baselines": shown, "max_prompt_tokens": 300})
+    plan = make_plan(replace(context, config=config))
+    text = plan.systems[0].policy.tokenizer.decode(plan.prompts["shown"][0])
+    assert [text.count(word) for word in ("q8", "a8", "q9", "a9")] == [1, 1, 1, 1]  # one of each source first
+    assert len(plan.prompts["shown"][0]) > len(plan.prompts["model"][0])
+    write_rows(inputs["prompts"].split("train"), rows[:2])
+    with pytest.raises(UserError, match=r"baselines.shown: shots is 3, but there are 2 examples"):
+        make_plan(replace(context, config=config))
