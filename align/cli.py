@@ -6,15 +6,11 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
 
 from align import __version__
-from align.commands import data
+from align.commands import data, report
 from align.commands.parsing import Parser, add_store, print_json, printable_json
 from align.errors import StageFailed, UserError
-
-if TYPE_CHECKING:
-    from align.pipeline import Pipeline
 
 INTERRUPTED = 130
 
@@ -31,53 +27,21 @@ def _add_pipeline(parser: argparse.ArgumentParser) -> None:
     add_store(parser)
 
 
-def _load(options: argparse.Namespace) -> Pipeline:
-    from align.pipeline import Pipeline
-
-    pipeline = Pipeline.load(options.pipeline)
-    return pipeline.set(*options.assignments) if options.assignments else pipeline
-
-
 def _run(options: argparse.Namespace) -> int:
-    """run the pipeline; finished stages are skipped, a killed one resumes"""
-    from align.console import ConsoleListener
-    from align.runner import Listener, run_pipeline
+    """run the pipeline and write its report; finished stages are skipped, a killed one resumes"""
+    from align.commands.run import run
 
-    pipeline = _load(options)
-    arguments: dict[str, Any] = {
-        "store": options.store, "only": options.only, "from_": options.from_,
-        "rebuild": tuple(options.rebuild), "strict": options.strict,
-    }  # fmt: skip
-    try:
-        if options.json:
-            run = run_pipeline(pipeline, listener=Listener(), **arguments)
-        else:
-            with ConsoleListener(list(pipeline)) as listener:
-                run = run_pipeline(pipeline, listener=listener, **arguments)
-    except KeyboardInterrupt:
-        print("\nStopped; finished stages and checkpoints are kept. The same command continues.", file=sys.stderr)
-        return INTERRUPTED
-    if options.json:
-        stages = {
-            name: {"key": artifact.record["key"], "path": str(artifact.path), "ran": name in run.ran,
-                   "seconds": artifact.record["seconds"], "metrics": artifact.record["metrics"]}
-            for name, artifact in run.artifacts.items()
-        }  # fmt: skip
-        print_json({"name": pipeline.name, "store": str(run.store.root), "stages": stages})
-        return 0
-    for artifact in run.artifacts.values():
-        if (artifact.path / "report.html").exists():
-            print(f"Report: {(artifact.path / 'report.html').resolve()}")
-    return 0
+    return run(options)
 
 
 def _plan(options: argparse.Namespace) -> int:
     """say what `run` would do, stage by stage, and why; --memory adds what PPO's choices cost in memory"""
+    from align.commands.run import load
     from align.console import memory_lines
     from align.planning import choose_stages, estimate_memory, plan
     from align.runner import open_store
 
-    pipeline = _load(options)
+    pipeline = load(options)
     store = open_store(pipeline, options.store)
     anew = choose_stages(pipeline, store, options.only, options.from_, tuple(options.rebuild))
     steps = plan(pipeline, store, anew)
@@ -100,10 +64,11 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _explain(options: argparse.Namespace) -> int:
     """say which fields changed since each stage was last finished"""
+    from align.commands.run import load
     from align.planning import explain, previous
     from align.runner import open_store
 
-    pipeline = _load(options)
+    pipeline = load(options)
     store = open_store(pipeline, options.store)
     found = {}
     for node in pipeline:
@@ -226,6 +191,7 @@ def _doctor(options: argparse.Namespace) -> int:
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run, "plan": _plan, "explain": _explain, "list": _list, "show": _show, "gc": _gc,
     "schema": _schema, "chat": _chat, "doctor": _doctor, "data": data.run,
+    "report": report.run,
 }  # fmt: skip
 
 
@@ -252,6 +218,7 @@ def parser() -> argparse.ArgumentParser:
     chat.add_argument("--temperature", type=float, default=0.7)
     chat.add_argument("--max-tokens", type=int, default=256)
     data.add_commands(made["data"])
+    report.add_arguments(made["report"])
     return top
 
 

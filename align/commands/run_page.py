@@ -1,0 +1,207 @@
+"""The page about a run, from whatever of it the store holds: finished stages, the one that failed, those that wait.
+
+``<store>/reports/<run>/report.html`` with its figures and tables beside it. What the page says is ``align.report``'s.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from align import __version__
+from align.artifacts import Artifact, Kind
+from align.errors import UserError
+from align.fingerprint import digest, file_digest
+from align.pipeline import Node, Pipeline
+from align.stage_process import LOG, RESULT, WORK
+from align.store import REPORTS, Store
+from align.validation import suggest
+
+PAGE, STAMP = "report.html", ".written"
+STOPPED = "stopped before it was done; the same command continues."
+RUNNING = "being made right now; this page shows how far it was."
+
+
+@dataclass(frozen=True)
+class RunOf:
+    """A run by name: its stages in order with kind and key, and the pipeline it came from, as parsed YAML."""
+
+    name: str
+    stages: Mapping[str, tuple[str, str]]
+    pipeline: Mapping[str, Any]
+
+    @property
+    def title(self) -> str:
+        """The heading that the pipeline's own report stage has, else the run's name."""
+        blocks = self.pipeline.get("stages")
+        for name, block in blocks.items() if isinstance(blocks, dict) else ():
+            if isinstance(block, dict) and block.get("stage", name) == "report" and block.get("title"):
+                return str(block["title"])
+        return self.name
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The stage that did not finish, why, and its log where there is one."""
+
+    stage: str
+    message: str
+    log: Path | None = None
+
+
+def run_of(pipeline: Pipeline) -> RunOf:
+    """The run that ``pipeline`` is, finished or not."""
+    return RunOf(pipeline.name, {node.name: (node.stage.kind, node.key) for node in pipeline}, pipeline.raw)
+
+
+def find_run(word: str, store: Store) -> RunOf:
+    """The run that ``word`` means: a pipeline file, or a name that the store remembers; ``UserError`` for neither."""
+    if Path(word).is_file() or word.endswith((".yaml", ".yml")):
+        return run_of(Pipeline.load(word))
+    runs = store.runs()
+    if word not in runs:
+        known = suggest(word, runs) or " No run has been made there yet."
+        raise UserError(f"{word}: neither a pipeline file nor a run of the store {store.root}.{known}")
+    return remembered(word, runs[word])
+
+
+def remembered(name: str, found: Mapping[str, Any]) -> RunOf:
+    """A run as the store's file about it has it."""
+    stages = {stage: (entry["kind"], entry["key"]) for stage, entry in found.get("stages", {}).items()}
+    return RunOf(name, stages, found.get("pipeline") or {})
+
+
+def finished(run: RunOf, store: Store) -> dict[str, Artifact]:
+    """Artifacts of the run's finished stages, in its order, reports left out."""
+    found = {name: store.find(kind, key, name) for name, (kind, key) in run.stages.items()}
+    return {name: one for name, one in found.items() if one is not None and one.kind != Kind.REPORT}
+
+
+def unfinished(run: RunOf, store: Store) -> Failure | None:
+    """The first stage that was begun and is not finished, and what its process left about it."""
+    for name, (kind, key) in run.stages.items():
+        partial = store.partial(kind, key)
+        if store.find(kind, key) is not None or not partial.is_dir():
+            continue
+        log = partial / LOG
+        return Failure(name, _message(store, kind, key), log if log.is_file() else None)
+    return None
+
+
+def _message(store: Store, kind: str, key: str) -> str:
+    if store.is_locked(kind, key):
+        return RUNNING
+    try:
+        return str(json.loads((store.partial(kind, key) / RESULT).read_text(encoding="utf-8"))["message"])
+    except (OSError, ValueError, KeyError):
+        return STOPPED
+
+
+def write_page(
+    run: RunOf, store: Store, failure: Failure | None = None, folder: Path | None = None, always: bool = True
+) -> Path:
+    """Write the page into ``folder``, by default the store's own place for it, and return its path.
+
+    Unless ``always``, a page that was written of the same is left as it is. Raises ``UserError`` where there is
+    nothing to show.
+    """
+    from align.report.page import write_report
+
+    artifacts = finished(run, store)
+    if failure is not None:
+        artifacts.pop(failure.stage, None)  # it is being made anew: what it was before says nothing of this run
+    if not artifacts and failure is None:
+        raise UserError(f"{run.name}: no stage is finished yet, so there is nothing to show; `align run` makes them.")
+    folder = folder or store.root / REPORTS / run.name
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp = _stamp(run, artifacts, failure)
+    with FileLock(folder / ".lock"):
+        if not always and _read(folder / STAMP) == stamp and (folder / PAGE).is_file():
+            return folder / PAGE
+        (folder / STAMP).unlink(missing_ok=True)
+        failed = None if failure is None else _failed(run, store, failure, artifacts)
+        page = write_report(list(artifacts.values()), None, folder / PAGE, failed=failed, title=run.title)
+        (folder / STAMP).write_text(stamp, encoding="utf-8")
+    return page
+
+
+def _failed(run: RunOf, store: Store, failure: Failure, artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
+    """What ``write_report`` is told of a stage that did not finish, and of those that wait."""
+    kind, key = run.stages[failure.stage]
+    partial = store.partial(kind, key)
+    waiting = [
+        name
+        for name, (other, _) in run.stages.items()
+        if name != failure.stage and name not in artifacts and other != "report"
+    ]
+    return {
+        "stage": failure.stage,
+        "kind": kind,
+        "message": failure.message,
+        "log": None if failure.log is None else str(failure.log),
+        "folder": str(partial) if partial.is_dir() else None,
+        "inputs": _inputs(partial / WORK),
+        "pending": waiting,
+    }
+
+
+def _inputs(work: Path) -> list[str]:
+    """Names of the stages that a begun one reads."""
+    try:
+        values = json.loads(work.read_text(encoding="utf-8"))["inputs"].values()
+    except (OSError, ValueError, KeyError, AttributeError):
+        return []
+    flat = [item for value in values for item in (value if isinstance(value, list) else [value])]
+    return list(dict.fromkeys(str(item["stage"]) for item in flat if item))
+
+
+def _stamp(run: RunOf, artifacts: Mapping[str, Artifact], failure: Failure | None) -> str:
+    """Changes with whatever the page is made of."""
+    made = {name: [one.record["key"], str(one.record.get("created"))] for name, one in artifacts.items()}
+    # a failed attempt's log and curves grow under the same name: never the same
+    of_failure = None if failure is None else [failure.stage, failure.message, _age(failure)]
+    return digest([__version__, _code(), run.title, list(made.items()), of_failure])
+
+
+def _age(failure: Failure) -> str:
+    try:
+        return "" if failure.log is None else str(failure.log.stat().st_mtime_ns)
+    except OSError:
+        return ""
+
+
+@cache
+def _code() -> str:
+    """Digest of the code and the templates that make the page."""
+    folder = Path(__file__).parents[1] / "report"
+    return digest({file.name: file_digest(file) for file in sorted(folder.iterdir()) if file.is_file()})
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+def try_page(run: RunOf, store: Store, failure: Failure | None) -> Path | None:
+    """The page after a run; an error in making it is said on standard error and changes nothing else."""
+    try:
+        return write_page(run, store, failure, always=False)
+    except Exception as error:  # whatever it is: the run's own outcome must reach the user
+        from align.console import printable
+
+        print(printable(f"note: the report could not be written: {type(error).__name__}: {error}"), file=sys.stderr)
+        return None
+
+
+def first_missing(pipeline: Pipeline, store: Store) -> Node | None:
+    """The first stage without an artifact: where a run must have stopped that ended outside of a stage."""
+    return next((node for node in pipeline if store.find(node.stage.kind, node.key) is None), None)
