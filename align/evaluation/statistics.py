@@ -58,9 +58,9 @@ def mean_interval(
 ) -> Estimate:
     """Mean of one value per prompt with an expanded percentile bootstrap interval.
 
-    ``weights`` makes it a ratio of sums (loss per token: per-row loss per token weighted by the row's tokens). The
-    plain percentile interval is too narrow for small samples; the percentiles are moved out so that it matches the
-    t interval's width (Hesterberg 2015, "What Teachers Should Know About the Bootstrap", section 5.3).
+    ``weights`` makes it a ratio of sums (loss per token: per-row loss per token weighted by the row's tokens). Prompts
+    of weight 0 take no part, whatever their value is, and do not count in ``n``. See :func:`percentiles` for the
+    interval. Raises ``ValueError`` for a negative weight.
     """
     x, w = _arrays(values, weights)
     if len(x) == 0:
@@ -69,8 +69,20 @@ def mean_interval(
     if len(x) == 1 or np.ptp(x) == 0:  # nothing to resample; one prompt says nothing about its spread
         spread = math.inf if len(x) == 1 else 0.0
         return Estimate(value, value - spread, value + spread, len(x), "bootstrap")
-    low, high = _percentiles(_bootstrap_means(x, w, resamples, seed), len(x))
+    low, high = percentiles(_bootstrap_means(x, w, resamples, seed), len(x))
     return Estimate(value, low, high, len(x), "bootstrap")
+
+
+def percentiles(resampled: Floats, n: int) -> tuple[float, float]:
+    """Expanded percentile interval of a statistic's bootstrap distribution, ``resampled``, over ``n`` prompts.
+
+    The plain percentile interval is too narrow for small samples; the percentiles are moved out so that it matches the
+    t interval's width (Hesterberg 2015, "What Teachers Should Know About the Bootstrap", section 5.3).
+    """
+    stretched = math.sqrt(n / (n - 1)) * t_quantile(0.5 + LEVEL / 2, n - 1)
+    tail = NormalDist().cdf(-stretched)
+    low, high = np.quantile(resampled, [tail, 1 - tail])
+    return float(low), float(high)
 
 
 def wilson(successes: float, n: float, *, prompts: int | None = None) -> Estimate:
@@ -114,18 +126,21 @@ def paired_difference(
 ) -> Difference:
     """Mean difference over prompts that both systems answered, item ``i`` of one against item ``i`` of the other.
 
-    Interval: bootstrap over prompts. p-value: exact McNemar when every value is 0 or 1; otherwise a sign-flip
-    permutation test, which is exact when the null makes a difference's sign a coin toss.
+    ``weights`` are both systems'; prompts of weight 0 take no part. Interval: bootstrap over prompts. p-value: exact
+    McNemar when every value is 0 or 1 and all count alike; otherwise a sign-flip permutation test, which is exact when
+    the null makes a difference's sign a coin toss.
     """
     x, y = np.asarray(treatment, dtype=np.float64), np.asarray(control, dtype=np.float64)
     if x.shape != y.shape:
         raise ValueError(f"paired values need one shape, got {x.shape} and {y.shape}")
-    difference = mean_interval(x - y, weights=weights, resamples=resamples, seed=seed)
+    x, w = _arrays(x, weights)
+    y, _ = _arrays(y, weights)
+    difference = mean_interval(x - y, weights=w, resamples=resamples, seed=seed)
     binary = bool(np.isin(x, (0, 1)).all() and np.isin(y, (0, 1)).all())
-    if weights is None and binary:
+    if binary and (w == w[:1]).all():
         p, test = mcnemar(int(((x == 1) & (y == 0)).sum()), int(((x == 0) & (y == 1)).sum())), "mcnemar"
     else:
-        p, test = _sign_flip_p(x - y, weights, resamples, seed + 1), "sign-flip"
+        p, test = _sign_flip_p((x - y) * w, resamples, seed + 1), "sign-flip"
     return Difference(difference.value, difference.low, difference.high, difference.n, p, test)
 
 
@@ -179,11 +194,14 @@ def _finite(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _arrays(values: Sequence[float] | Floats, weights: Sequence[float] | Floats | None) -> tuple[Floats, Floats]:
+    """Values and weights of the prompts that take part."""
     x = np.asarray(values, dtype=np.float64)
     w = np.ones_like(x) if weights is None else np.asarray(weights, dtype=np.float64)
     if x.shape != w.shape or x.ndim != 1:
         raise ValueError(f"values and weights need one dimension and one shape, got {x.shape} and {w.shape}")
-    return x, w
+    if not (w >= 0).all():
+        raise ValueError("a weight is negative or no number")
+    return x[w > 0], w[w > 0]
 
 
 def _bootstrap_means(x: Floats, w: Floats, resamples: int, seed: int) -> Floats:
@@ -199,17 +217,11 @@ def _bootstrap_means(x: Floats, w: Floats, resamples: int, seed: int) -> Floats:
     return np.concatenate(blocks)
 
 
-def _percentiles(means: Floats, n: int) -> tuple[float, float]:
-    stretched = math.sqrt(n / (n - 1)) * t_quantile(0.5 + LEVEL / 2, n - 1)
-    tail = NormalDist().cdf(-stretched)
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return float(low), float(high)
+def _sign_flip_p(weighted: Floats, resamples: int, seed: int) -> float:
+    """Two-sided p: share of random sign patterns with a mean at least as far from zero, the observed one included.
 
-
-def _sign_flip_p(differences: Floats, weights: Sequence[float] | Floats | None, resamples: int, seed: int) -> float:
-    """Two-sided p: share of random sign patterns with a mean at least as far from zero, the observed one included."""
-    x, w = _arrays(differences, weights)
-    weighted = x * w
+    ``weighted`` are the prompts' differences times their weights.
+    """
     weighted = weighted[weighted != 0]
     if len(weighted) == 0:
         return 1.0
