@@ -19,11 +19,13 @@ from typing import Any
 from align import __version__
 from align.artifacts import Artifact
 from align.errors import NO_SPACE, StageFailed, UserError, disk_is_full, no_space
+from align.fingerprint import digest
 from align.pipeline import Node, Pipeline
 from align.planning import check_sources, choose_stages
 from align.provenance import command_line, git_commit, source_digest
 from align.stage_process import CHECKPOINTS, ENVIRONMENT, EVENTS, LOG, OUTPUT, RESULT, WORK
 from align.store import Store
+from align.trackers import require_trackers
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 10.0
@@ -99,6 +101,7 @@ def run_pipeline(
     same stage version. Raises ``UserError`` (nothing started) or ``StageFailed`` (the log's path is in it).
     """
     listener = listener or Listener()
+    require_trackers(pipeline.config.runtime.report_to)
     opened = open_store(pipeline, store)
     anew = choose_stages(pipeline, opened, only, from_, rebuild)
     _refuse_damage(pipeline, opened, anew, only)
@@ -202,6 +205,8 @@ def _prepare(pipeline: Pipeline, node: Node, partial: Path, inputs: dict[str, Ar
             for field_name, value in node.inputs.items()
         },
         "cache": str(cache.resolve()),
+        "pipeline": pipeline.name,
+        "group": digest({other.name: other.key for other in pipeline})[:8],
         "runner_pid": os.getpid(),
     }
     (partial / WORK).write_text(json.dumps(work, indent=1), encoding="utf-8")

@@ -153,6 +153,15 @@ class ExecutorConfig(Config):
         return self
 
 
+class TrackingConfig(Config):
+    """Where experiment trackers put a run. Addresses and keys come from their own environment variables, never here."""
+
+    project: str | None = Field(None, min_length=1, max_length=120)
+    """Project of wandb and trackio, experiment of mlflow; by default the pipeline's name."""
+    folder: str = "tracking"
+    """Folder of what trackers write on this machine; a relative one starts at the current folder."""
+
+
 class Runtime(Config):
     """Where and how a pipeline runs. Never part of a key: the same results are found whatever it says."""
 
@@ -167,11 +176,22 @@ class Runtime(Config):
     executor: ExecutorConfig = ExecutorConfig()
     """What does the shards of data builds: ``local``, ``slurm`` or ``ray``."""
     engine: EngineConfig = EngineConfig()
+    report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
+    """Trackers that get each stage's curves and scores while it runs, beside the report (docs/tracking.md)."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Where those trackers put them."""
 
     @field_validator("executor", mode="before")
     @classmethod
     def _by_name(cls, given: Any) -> Any:
         return {"name": given} if isinstance(given, str) else given
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_or_several(cls, given: Any) -> Any:
+        names = [given] if isinstance(given, str) else given
+        plain = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        return list(dict.fromkeys(names)) if plain else names
 
 
 @dataclass(frozen=True)
@@ -194,6 +214,12 @@ class StageContext:
     cache: Path | None = None
     """Folder of the store that stages share and nothing depends on: what lies there saves time and may be deleted.
     None where ``run`` was called without a store."""
+    pipeline: str = ""
+    """Name of the pipeline."""
+    group: str = ""
+    """Short digest of all its stages' keys: one run of a pipeline, however often it was killed and resumed."""
+    followers: list[Callable[[int, dict[str, float]], None]] = field(default_factory=list)
+    """Told of every point of the curves, as the event file is."""
     started: float = field(default_factory=time.time)
     fail_at_once: Callable[[str], None] | None = None
     """Ends the stage's process, as failed and resumable, with a message: for what cannot be interrupted. None where
@@ -218,6 +244,8 @@ class StageContext:
     def log(self, step: int, **metrics: float) -> None:
         """One point of the stage's curves, for the report."""
         self.emit("metrics", step=step, **metrics)
+        for follower in self.followers:
+            follower(step, metrics)
 
     def warn(self, message: str) -> None:
         """A warning the user sees on the console and in the report."""

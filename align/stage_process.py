@@ -101,6 +101,8 @@ def _context(folder: Path, work: dict[str, Any], started: float) -> StageContext
         checkpoints=folder / CHECKPOINTS,
         events=folder / EVENTS,
         cache=Path(work["cache"]) if work.get("cache") else None,
+        pipeline=work.get("pipeline", ""),
+        group=work.get("group", ""),
         started=started,
         fail_at_once=functools.partial(fail_at_once, folder),
     )
