@@ -139,7 +139,9 @@ class TaskData(Config):
             found: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
             found["revision"] = source.revision
         else:
-            found = {"files": self.identities(base)}
+            from align.data.sources import identity
+
+            found = {"files": identity(source, base)}
         return found if self.max_items is None else {**found, "max_items": self.max_items}
 
 

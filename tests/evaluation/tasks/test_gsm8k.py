@@ -1,0 +1,294 @@
+"""GSM8K: which number counts, what serves as an example, and that no example is asked."""
+
+from __future__ import annotations
+
+import json
+import time
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given as for_all
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from align.data.rows import normalised
+from align.errors import UserError
+from align.evaluation.tasks.gsm8k import MOST_EXAMPLES, Gsm8kConfig, Gsm8kTask, last_number, marked_number
+from tests.evaluation.tasks.answering import Scripted, SilentBench, answered, given
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def write(folder: Path, count: int, name: str = "train.jsonl", start: int = 0) -> str:
+    """Problems whose answer is their number, with a note to the calculator."""
+    lines = (
+        json.dumps({"question": f"What is {n} times 1?", "answer": f"{n} * 1 = <<{n}*1={n}>>{n} apples.\n#### {n:,}"})
+        for n in range(start, start + count)
+    )
+    (folder / name).write_text("".join(line + "\n" for line in lines))
+    return name
+
+
+def make(folder: Path, seed: int = 0, **settings: Any) -> Gsm8kTask:
+    return Gsm8kConfig(**settings).build("gsm8k", given(folder, seed))
+
+
+@pytest.mark.parametrize(
+    ("text", "last", "marked"),
+    [
+        ("The answer is 18.", "18", None),
+        ("She has $1,234.50 left", "1234.5", None),
+        ("It costs -$5", "-5", None),
+        ("It costs $-5!", "-5", None),
+        ("A loss of −7.", "-7", None),
+        ("10-3", "3", None),
+        ("(2)-3", "3", None),
+        ("x = 10 - 3 = 7.00", "7", None),
+        ("Between 4,5 and", "5", None),
+        (".5 of them", ".5", None),
+        ("so 18... really", "18", None),
+        ("\\boxed{72}", "72", None),
+        ("**72**", "72", None),
+        ("no idea", None, None),
+        ("", None, None),
+        ("48 / 2 = 24\n#### 72", "72", "72"),
+        ("#### $72", "72", "72"),
+        ("####72", "72", "72"),
+        ("#### 72\n\nQuestion: and 3?\n#### 4", "4", "72"),
+        ("#### none\n#### 8", "8", "8"),
+        ("####\n9", "9", None),
+        ("#### -1,080.", "-1080", "-1080"),
+    ],
+)
+def test_the_number_that_counts(text: str, last: str | None, marked: str | None) -> None:
+    assert last_number(text) == (None if last is None else Decimal(last))
+    assert marked_number(text) == (None if marked is None else Decimal(marked))
+
+
+@for_all(
+    value=st.decimals(min_value=-(10**9), max_value=10**9, places=3),
+    commas=st.booleans(),
+    zeros=st.integers(0, 3),
+    sign=st.sampled_from(["-", "−"]),
+    currency=st.sampled_from(["", "$", "before"]),
+    before=st.sampled_from(["", "So it is ", "= ", "**", "(", "7 apples and then\n"]),
+    after=st.sampled_from(["", ".", ",", " dollars.", "**", ")", "%", "\n", "..."]),
+)
+def test_a_number_is_found_however_it_is_spelled(
+    value: Decimal, commas: bool, zeros: int, sign: str, currency: str, before: str, after: str
+) -> None:
+    plain = value.normalize()
+    digits = f"{abs(plain):,f}" if commas else f"{abs(plain):f}"
+    if zeros:
+        digits += ("" if "." in digits else ".") + "0" * zeros
+    minus = sign if plain < 0 else ""
+    spelled = {"": minus, "$": f"{minus}$", "before": f"${minus}"}[currency] + digits
+    assert last_number(before + spelled + after) == value
+    assert marked_number(f"{before}\n#### {spelled}{after}\nthe end 1") == value
+
+
+@for_all(st.text(alphabet="0123456789.,-$#% a\n−", max_size=60))
+def test_any_text_gives_a_number_or_none(text: str) -> None:
+    for found in (last_number(text), marked_number(text)):
+        assert found is None or found.is_finite()
+    assert (last_number(text) is None) == (not any(sign.isdigit() for sign in text))
+
+
+def test_long_answers_are_read_in_no_time() -> None:
+    started = time.perf_counter()
+    for piece in ("1,111", "9", "-$", "#### ", "1.1.", ",000"):
+        last_number(piece * 20_000)
+        marked_number(piece * 20_000)
+    assert time.perf_counter() - started < 5
+
+
+def test_lm_evals_filters_agree_on_plain_numbers_and_differ_where_we_say() -> None:
+    extraction = pytest.importorskip("lm_eval.filters.extraction")
+    from lm_eval.api.metrics import exact_match_hf_evaluate
+
+    strict = extraction.RegexFilter(r"#### (\-?[0-9\.\,]+)")
+    flexible = extraction.RegexFilter(r"(-?[$0-9.,]{2,})|(-?[0-9]+)", group_select=-1)
+
+    def theirs(filter: Any, text: str, gold: str) -> bool:
+        (found,) = filter.apply([[text]], [{}])
+        ignored = [",", r"\$", "(?s).*#### ", r"\.$"]
+        return bool(exact_match_hf_evaluate(found, [f"so\n#### {gold}"], ignored, ignore_case=True)["exact_match"])
+
+    def ours(text: str, gold: str) -> tuple[bool, bool]:
+        return marked_number(text) == Decimal(gold), last_number(text) == Decimal(gold)
+
+    for text in (
+        "It is 18.",
+        "18",
+        "a 3 b $1,018 c",
+        "-7",
+        "x\n#### 18",
+        "#### 1,018.",
+        "#### -7",
+        "none",
+        "#### 18 or 3",
+    ):
+        for gold in ("18", "1018", "-7", "3"):
+            assert ours(text, gold) == (theirs(strict, text, gold), theirs(flexible, text, gold)), (text, gold)
+    for text in ("#### $18", "#### 18.00"):
+        assert ours(text, "18")[0]
+        assert not theirs(strict, text, "18")
+    for text in ("it is 18.00", "18...", "that is 18. $."):
+        assert ours(text, "18")[1]
+        assert not theirs(flexible, text, "18")
+    for text, gold, wrong in (("4,5", "5", "45"), ("10-3", "3", "-3")):
+        assert ours(text, gold)[1]
+        assert theirs(flexible, text, wrong)
+
+
+def test_both_numbers_are_scored_and_their_absence_is_counted(tmp_path: Path) -> None:
+    task = make(tmp_path, files=[write(tmp_path, 4, start=1000)], temperature=0.5, samples=2)
+    answers = answered(
+        task,
+        [
+            ["1,000 = 1000.0", "#### 1000"],
+            ["#### 1001\n\nNext: 5", "hm"],
+            ["1002 or 1003", " "],
+            ["#### 1003", "x 1003"],
+        ],
+    )
+    found = task.score({"a": answers}, SilentBench())["a"]
+    assert found.values["flexible"] == [[1.0, 1.0], [0.0, 0.0], [0.0, 0.0], [1.0, 1.0]]
+    assert found.values["strict"] == [[0.0, 1.0], [1.0, 0.0], [0.0, 0.0], [1.0, 0.0]]
+    assert found.notes == {"answers": 8, "cut_off": 0, "empty": 1, "no_number": 2, "no_marked_number": 5}
+    assert task.primary == "flexible"
+    assert list(task.metrics) == list(found.values)
+
+
+def test_shots_are_earlier_turns_and_a_baselines_examples_come_on_top(tmp_path: Path) -> None:
+    write(tmp_path, 20, "examples.jsonl", start=500)
+    files = [write(tmp_path, 3)]
+    task = make(tmp_path, files=files, examples_files=["examples.jsonl"], shots=2, suffix=" Think.")
+    respondent = Scripted(lambda prompt: "#### 0", shots=3)
+    answers = task.respond(respondent)
+    asked = respondent.prompts[0]
+    assert [message["role"] for message in asked] == ["user", "assistant", "user", "assistant", "user"]
+    assert asked[-1]["content"] == "What is 0 times 1? Think."
+    number = asked[0]["content"].split()[2]
+    assert asked[0]["content"] == f"What is {number} times 1? Think."
+    assert asked[1]["content"] == f"{number} * 1 = {number} apples.\n#### {number}", "without the calculator's notes"
+    assert answers[0][0][0].prompt == asked
+    assert task.items[0].prompt == asked[-1:]
+    shown = {asked[0]["content"], asked[2]["content"]}
+    assert len(respondent.examples) == 3
+    assert not shown & {example.question for example in respondent.examples}
+    assert task.examples(3) == respondent.examples
+    assert len(task.examples(1000)) == 18
+    assert make(tmp_path, files=files).examples(3) == []
+
+
+def test_a_system_that_is_not_prompted_gets_no_examples(tmp_path: Path) -> None:
+    task = make(tmp_path, files=[write(tmp_path, 3)], examples_files=[write(tmp_path, 20, "more.jsonl", start=50)])
+    respondent = Scripted(lambda prompt: "")
+    task.respond(respondent)
+    assert respondent.examples == []
+    assert [len(prompt) for prompt in respondent.prompts] == [1, 1, 1]
+
+
+def questions(task: Gsm8kTask) -> set[str]:
+    return {normalised(item.prompt[0]["content"]) for item in task.items}
+
+
+def test_no_example_is_asked_when_both_come_from_one_file(tmp_path: Path) -> None:
+    name = write(tmp_path, 100)
+    tasks = [make(tmp_path, seed, files=[name], examples_files=[name]) for seed in (0, 0, 1)]
+    pools = [[example.question for example in task.examples(1000)] for task in tasks]
+    assert len(pools[0]) == MOST_EXAMPLES
+    assert pools[0] == pools[1] != pools[2]
+    for task, pool in zip(tasks, pools, strict=True):
+        assert len(task.items) == 100 - MOST_EXAMPLES
+        assert not questions(task) & {normalised(question) for question in pool}
+        assert task.settings()["left_out_as_examples"] == MOST_EXAMPLES
+    few = make(tmp_path, files=[name], examples_files=[name], max_items=5)
+    assert len(few.items) == 5
+    assert [example.question for example in few.examples(1000)] == pools[0]
+    small = make(tmp_path, files=[write(tmp_path, 6, "small.jsonl")], examples_files=["small.jsonl"])
+    assert (len(small.items), len(small.examples(10))) == (3, 3)
+
+
+def test_an_example_that_is_also_a_question_is_passed_over(tmp_path: Path) -> None:
+    files = [write(tmp_path, 10, "test.jsonl")]
+    write(tmp_path, 15, "train.jsonl", start=5)  # five of them are questions too, one spelled otherwise
+    text = (tmp_path / "train.jsonl").read_text().replace("What is 5 times 1?", "what is 5  times 1")
+    (tmp_path / "train.jsonl").write_text(text)
+    task = make(tmp_path, files=files, examples_files=["train.jsonl"])
+    assert len(task.items) == 10, "the benchmark stays whole"
+    shown = {normalised(example.question) for example in task.examples(1000)}
+    assert len(shown) == 10
+    assert not shown & questions(task)
+
+
+def test_shots_without_enough_examples_are_an_error(tmp_path: Path) -> None:
+    write(tmp_path, 3, "few.jsonl", start=50)
+    with pytest.raises(UserError, match=r"4 shots need as many solved problems, and there are 3"):
+        make(tmp_path, files=[write(tmp_path, 5)], examples_files=["few.jsonl"], shots=4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"files": ["a"], "shots": 2}, "shots need solved problems"),
+        ({"files": ["a"], "examples_split": "train"}, "use examples_files"),
+        ({"revision": COMMIT, "examples_split": "train", "examples_files": ["a"]}, "drop one of them"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        Gsm8kConfig(**settings)
+
+
+def test_examples_of_the_hub_come_from_their_own_split() -> None:
+    source = Gsm8kConfig(revision=COMMIT, examples_split="train", shots=2).examples_source()
+    assert source is not None
+    assert source.type == "hub"
+    assert (source.dataset, source.config, source.split, source.revision) == ("openai/gsm8k", "main", "train", COMMIT)
+
+
+def test_example_files_are_part_of_the_identity(tmp_path: Path) -> None:
+    config = Gsm8kConfig(files=[write(tmp_path, 2)], examples_files=[write(tmp_path, 2, "more.jsonl")])
+    before = config.identities(tmp_path)
+    assert set(before) == {"train.jsonl", "examples: more.jsonl"}
+    assert config.described(tmp_path) == {
+        "files": {"train.jsonl": before["train.jsonl"]},
+        "examples": {"more.jsonl": before["examples: more.jsonl"]},
+    }
+    write(tmp_path, 3, "more.jsonl")
+    assert config.identities(tmp_path)["examples: more.jsonl"] != before["examples: more.jsonl"]
+    assert {"files", "examples_files"} <= Gsm8kConfig.identified
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ({"question": "q"}, "there is no field 'answer'"),
+        ({"question": "q", "answer": "It is 3."}, "no number behind ####"),
+        ({"question": "q", "answer": "It is 3.\n#### three"}, "no number behind ####"),
+        ({"question": 5, "answer": "#### 3"}, "field 'question' holds int"),
+    ],
+)
+def test_records_without_a_question_or_a_number_are_named_by_line(tmp_path: Path, record: Any, said: str) -> None:
+    (tmp_path / "a.jsonl").write_text('{"question": "q0", "answer": "#### 1"}\n' + json.dumps(record) + "\n")
+    with pytest.raises(UserError, match=r"a.jsonl:2: .*" + said):
+        make(tmp_path, files=["a.jsonl"])
+
+
+def test_the_real_problems_have_answers_that_score_as_right(shared_data: Path) -> None:
+    name = str(shared_data / "gsm8k/train.jsonl")
+    task = make(Path(), files=[name], examples_files=[name], shots=4)
+    assert len(task.items) == 7473 - MOST_EXAMPLES
+    assert len(task.examples(8)) == 8
+    solutions = {}
+    for line in Path(name).read_text().splitlines():
+        record = json.loads(line)
+        solutions[record["question"].strip()] = record["answer"]
+    answers = answered(task, [solutions[item.prompt[0]["content"]] for item in task.items])
+    found = task.score({"a": answers}, SilentBench())["a"]
+    assert all(value == [1.0] for values in found.values.values() for value in values)
+    assert all("<<" not in example.answer for example in task.examples(100))
