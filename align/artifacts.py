@@ -60,6 +60,11 @@ class Artifact:
     record: dict[str, Any]
 
     @property
+    def key(self) -> str:
+        """What names its contents: its key, or that of the artifact which it was taken from as it is."""
+        return original_key(self.record)
+
+    @property
     def model(self) -> Path:
         """The transformers folder of a checkpoint."""
         return self.path / "model"
@@ -67,3 +72,9 @@ class Artifact:
     def split(self, name: str) -> Path:
         """The Parquet file of one split (``train`` or ``test``) of a data artifact."""
         return self.path / f"{name}.parquet"
+
+
+def original_key(record: dict[str, Any]) -> str:
+    """The key under which an artifact's files were made; stage ``artifact`` only took them from there."""
+    metrics = record.get("metrics") or {}
+    return str(metrics["key"] if record.get("kind") == "artifact" and metrics.get("key") else record["key"])

@@ -36,7 +36,7 @@ def make_plan(context: StageContext) -> Plan:
 
     config: EvaluateConfig = context.config
     artifacts = context.inputs["policies"]
-    policies = [Policy(one.stage, one.model, one.record["key"], load_tokenizer(one.model)) for one in artifacts]
+    policies = [Policy(one.stage, one.model, one.key, load_tokenizer(one.model)) for one in artifacts]
     base = next((one.stage for one in artifacts if one.kind == Kind.MODEL), None)
     systems = make_systems(policies, base, config.baselines, Path.cwd())
     pairs, heldout = _rows_of(context, "pairs", config.max_pairs), _rows_of(context, "heldout", config.max_heldout)

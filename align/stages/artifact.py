@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from align.artifacts import Kind
+from align.artifacts import Kind, original_key
 from align.errors import UserError
 from align.fingerprint import file_digest
 from align.stage import Config, StageContext
@@ -113,7 +113,7 @@ def run(context: StageContext) -> dict[str, Any]:
         _take(folder / name, context.output / name, context.output, entry["sha256"])
         done += entry["bytes"]
         context.progress(done, total, unit="bytes")
-    return {"key": record["key"], "stage": record.get("stage", ""), "kind": record.get("kind", "")}
+    return {"key": original_key(record), "stage": record.get("stage", ""), "kind": record.get("kind", "")}
 
 
 def _take(source: Path, target: Path, root: Path, sha256: str) -> None:

@@ -42,6 +42,13 @@ def test_a_later_stage_reads_it_and_its_files_are_shared(made: Artifact, tmp_pat
     assert taking(made.path).run(store=tmp_path / "store").ran == []
 
 
+def test_what_was_taken_twice_keeps_the_key_of_the_original(made: Artifact, tmp_path: Path) -> None:
+    once = taking(made.path).run(store=tmp_path / "store").artifacts["mine"]
+    twice = taking(once.path).run(store=tmp_path / "store").artifacts["mine"]
+    assert once.record["key"] != made.record["key"] != twice.record["key"]
+    assert once.key == twice.key == made.key == made.record["key"]
+
+
 def test_where_links_are_impossible_files_are_copied(
     made: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
