@@ -64,7 +64,8 @@ class Measured:
     """Metric → values, without the task's name: ``prompt_strict``."""
     weights: dict[str, list[float]] = field(default_factory=dict)
     """For metrics that are a ratio of sums (loss per token, share of instructions): the weight of each item, and the
-    value is per unit of weight."""
+    value is per unit of weight. Weight 0 says that an item has no such number (XSTest's safe prompts, for the rate of
+    unsafe ones refused): its value is a 0 that means nothing, and statistics leave the item out, also of their n."""
     notes: dict[str, Any] = field(default_factory=dict)
     """Counts that a reader should see beside the numbers: verdicts that could not be read, answers cut off."""
 
