@@ -79,6 +79,10 @@ def to_device(layout: Layout, device: Any) -> Layout:
     return layout | moved | {"masks": [mask.to(device) for mask in layout["masks"]]}
 
 
+class NotRaggedError(RuntimeError):
+    """A model turned out, while running, to need more of attention than ragged rows have."""
+
+
 def can_run_ragged(model: Any) -> bool:
     """Whether ``model`` takes its attention from transformers' registry, and all its layers attend in full."""
     config = model.config.get_text_config()
@@ -115,11 +119,11 @@ def ragged_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention of (1, heads, N, D) queries within the sequences of ``layout``, (1, N, heads, D); without one, torch's.
 
-    Raises ``RuntimeError`` when a model was run by ``hidden_states`` but kept the layout to itself.
+    Raises ``NotRaggedError`` when a model was run by ``hidden_states`` but kept the layout to itself.
     """
     if layout is None:
         if attention_mask is not None and attention_mask.numel() == 1 and query.shape[2] > 1:
-            raise RuntimeError(
+            raise NotRaggedError(
                 f"{type(module).__name__} does not hand its arguments on to attention; set padding_free off"
             )
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -130,7 +134,7 @@ def ragged_attention(
         return plain
     unknown = [name for name in ("position_bias", "softcap", "s_aux", "sliding_window") if kwargs.get(name) is not None]
     if unknown:
-        raise RuntimeError(
+        raise NotRaggedError(
             f"{type(module).__name__} asks for {unknown[0]}, which ragged rows lack; set padding_free off"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

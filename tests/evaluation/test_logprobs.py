@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, MistralConfig, NemotronConfig
 
 from align.evaluation import logprobs as module
 from align.evaluation.logprobs import response_logprobs, sequence_kl
 from align.models.loading import load_policy
+
+SMALL = {"vocab_size": 70, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 def test_matches_a_plain_forward_pass_whatever_the_batches(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
@@ -25,6 +28,64 @@ def test_matches_a_plain_forward_pass_whatever_the_batches(tiny_model: Path, mon
         found = response_logprobs(model, prompts, responses, temperature=0.7, precision="float32", pad=3)
         for got, want in zip(found, expected, strict=True):
             assert got == pytest.approx(want, abs=1e-4)
+
+
+SHARED = [[5, 9, 7, 30, 11]] * 4 + [[8, 4]] + [[20, 21, 22, 23]] * 3
+ANSWERS = [[40, 41, 2], [50], [60, 61, 62, 63], [40], [9, 9], [31, 32], [33], []]
+
+
+def alone(model, prompt, response):
+    ids = torch.tensor([[*prompt, *response]])
+    table = torch.log_softmax(model(input_ids=ids).logits[0].float(), dim=-1)
+    return [table[len(prompt) - 1 + at, token].item() for at, token in enumerate(response)]
+
+
+def read_shared(model):
+    """What is found for SHARED, what each row gives by itself, and how many tokens were read."""
+    expected = [alone(model, prompt, response) for prompt, response in zip(SHARED, ANSWERS, strict=True)]
+    sizes = []
+    hook = model.register_forward_pre_hook(
+        lambda _, __, given: sizes.append(given["input_ids"].numel()), with_kwargs=True
+    )
+    found = response_logprobs(model, SHARED, ANSWERS, temperature=1.0, precision="float32", pad=3)
+    hook.remove()
+    for got, want in zip(found, expected, strict=True):
+        assert got == pytest.approx(want, abs=1e-5)
+    return sum(sizes)
+
+
+def test_a_shared_prompt_is_read_once_and_answers_do_not_see_one_another(tiny_model: Path, monkeypatch):
+    model = load_policy(tiny_model)
+    # The first prompt, 5 tokens, with 2 + 0 + 3 + 0 behind it; the third, 4, with 1 + 0; then two rows of 4.
+    assert read_shared(model) == (5 + 5) + (4 + 1) + 2 * 4
+    # At most 7 tokens a tree: 5 + 2 + 0, and what would follow stands in rows of its own, of 9.
+    monkeypatch.setattr(module, "TREE_TOKENS", 7)
+    assert read_shared(model) == 7 + 5 + 4 * 9
+    monkeypatch.setattr(module, "BATCH_TOKENS", 10)
+    read_shared(model)
+
+
+def test_a_shared_prompt_under_bfloat16(tiny_model: Path):
+    model = load_policy(tiny_model)
+    exact = response_logprobs(model, SHARED, ANSWERS, temperature=1.0, precision="float32", pad=3)
+    rounded = response_logprobs(model, SHARED, ANSWERS, temperature=1.0, precision="bfloat16", pad=3)
+    for got, want in zip(rounded, exact, strict=True):
+        assert got == pytest.approx(want, abs=0.1)
+        assert not want or got != want
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=3),  # attends to a window only
+        NemotronConfig(**SMALL, num_key_value_heads=2),  # keeps the layout to itself
+    ],
+    ids=["window", "deaf"],
+)
+def test_models_that_cannot_share_read_every_row(config):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert read_shared(model) >= sum(len(prompt) + len(answer) for prompt, answer in zip(SHARED, ANSWERS, strict=True))
 
 
 def test_kl_by_hand():
