@@ -1,0 +1,97 @@
+"""Starts ``lm_eval_run`` as a process and waits for it. Torch-free.
+
+A process of its own, because a process can hold one vLLM, because lm-eval seeds and patches what it runs in, and
+because what it held is gone when it ends. One that says nothing for too long is ended.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import align
+from align.errors import UserError
+from align.evaluation.lm_eval_run import JOB, RESULT
+
+MODULE = "align.evaluation.lm_eval_run"
+POLL_SECONDS = 0.1
+LAST_LINES = 15
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def lm_eval_version() -> str:
+    """The version installed. Raises ``UserError`` where there is none."""
+    try:
+        return importlib.metadata.version("lm_eval")
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(
+            "tasks of the kind lm_eval need lm-eval, which is not installed: `pip install 'align[evaluation]'`."
+        ) from None
+
+
+def run_lm_eval(job: Mapping[str, Any], base: Path, quiet_seconds: float) -> dict[str, Any]:
+    """Do ``job`` (see ``lm_eval_run``) and return its result; relative paths in tasks start at ``base``.
+
+    Raises ``UserError`` for what the user has to change, and ``RuntimeError`` with the end of its log where it failed
+    or printed nothing for ``quiet_seconds``.
+    """
+    with tempfile.TemporaryDirectory(prefix="align-lm-eval-") as name:
+        folder = Path(name)
+        log, result = folder / "log.txt", folder / RESULT
+        (folder / JOB).write_text(json.dumps({**job, "parent": os.getpid()}), encoding="utf-8")
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", MODULE, str(folder)], stdin=subprocess.DEVNULL, stdout=output,
+                stderr=subprocess.STDOUT, cwd=base, env=_environment(),
+            )  # fmt: skip
+        try:
+            quiet = _wait(process, log, quiet_seconds)
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+        if quiet:
+            raise RuntimeError(
+                f"lm-eval said nothing for {quiet_seconds:g} s and was ended (runtime.engine.timeout).{last_words(log)}"
+            )
+        if process.returncode != 0 or not result.is_file():
+            raise RuntimeError(f"lm-eval ended with exit code {process.returncode}.{last_words(log)}")
+        found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+    if "refused" in found:
+        raise UserError(found["refused"])
+    return found
+
+
+def _wait(process: subprocess.Popen[bytes], log: Path, quiet_seconds: float) -> bool:
+    """Whether it went quiet before it ended; progress bars count as speech."""
+    said, since = -1, time.monotonic()
+    while process.poll() is None:
+        size = log.stat().st_size
+        if size != said:
+            said, since = size, time.monotonic()
+        elif time.monotonic() - since > quiet_seconds:
+            return True
+        time.sleep(POLL_SECONDS)
+    return False
+
+
+def last_words(log: Path) -> str:
+    """The end of the log without its progress bars, as a sentence; nothing where it is empty."""
+    text = log.read_bytes()[-65536:].decode("utf-8", "replace").replace("\r", "\n")
+    lines = [line.rstrip() for line in text.splitlines() if line.strip() and "%|" not in line and "it/s" not in line]
+    return "\nThe end of its log:\n" + "\n".join(lines[-LAST_LINES:]) if lines else ""
+
+
+def _environment() -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
+    places = [str(Path(align.__file__).resolve().parents[1]), kept.get("PYTHONPATH", "")]
+    kept["PYTHONPATH"] = os.pathsep.join(place for place in places if place)  # the process starts in another folder
+    return {"LMEVAL_LOG_LEVEL": "WARNING", "TOKENIZERS_PARALLELISM": "false", **kept}
