@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -17,6 +17,8 @@ from align.data.source_configs import FilesSource, HubSource
 from align.errors import UserError
 from align.stage import Config
 from align.validation import nearest
+
+Some = TypeVar("Some")
 
 
 class TaskRecord(dict[str, Any]):
@@ -159,7 +161,7 @@ def read_records(source: FilesSource | HubSource, base: Path) -> list[TaskRecord
     return found
 
 
-def draw(records: list[TaskRecord], most: int | None, seed: int) -> list[TaskRecord]:
+def draw(records: list[Some], most: int | None, seed: int) -> list[Some]:
     """At most ``most`` records, drawn without replacement and left in their order."""
     if most is None or most >= len(records):
         return records
