@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.artifacts import Kind
+from align.data.rows import user
 from align.errors import UserError
 from align.evaluation.comparisons import Resampling
 from align.evaluation.evaluator import Plan
 from align.evaluation.gates import check_gates, parse_gates
 from align.evaluation.prompts import Policy, choose_rows, render_for_all
-from align.evaluation.systems import make_systems
+from align.evaluation.systems import System, make_systems
 from align.evaluation.tasks.base import Example, Given, Task
 from align.rollouts.protocol import Sampling
 from align.stage import StageContext
@@ -38,16 +39,16 @@ def make_plan(context: StageContext) -> Plan:
     artifacts = context.inputs["policies"]
     policies = [Policy(one.stage, one.model, one.key, load_tokenizer(one.model)) for one in artifacts]
     base = next((one.stage for one in artifacts if one.kind == Kind.MODEL), None)
-    systems = make_systems(policies, base, config.baselines, Path.cwd())
+    shots = max((one.shots for one in config.baselines.values() if one.examples is None), default=0)
+    systems = make_systems(policies, base, config.baselines, Path.cwd(), _examples(context, shots))
     pairs, heldout = _rows_of(context, "pairs", config.max_pairs), _rows_of(context, "heldout", config.max_heldout)
     tasks = _build_tasks(context, pairs, heldout)
+    _check_systems(tasks, systems)
     rows: list[Row] = []
     prompts: dict[str, list[list[int]]] = {}
     if config.prompts is not None:
         given = _rows_of(context, "prompts", config.max_prompts)
-        shots = max((one.info.shots for one in systems if not one.own_examples), default=0)
-        examples = _examples(context, shots)
-        rows, rendered, too_long = render_for_all(given, systems, config.max_prompt_tokens, examples)
+        rows, rendered, too_long = render_for_all(given, systems, config.max_prompt_tokens)
         prompts = dict(rendered)
         if not rows:
             raise UserError(f"prompts: all {too_long} are longer than max_prompt_tokens={config.max_prompt_tokens}.")
@@ -99,8 +100,8 @@ def _examples(context: StageContext, count: int) -> list[Example]:
     """
     from align.data.rows import read_rows
 
-    artifact = context.artifact("prompts")
-    if count == 0 or artifact.kind != Kind.INSTRUCTIONS:
+    artifact = context.inputs.get("prompts")
+    if count == 0 or artifact is None or artifact.kind != Kind.INSTRUCTIONS:
         return []
     rows = [row for row in read_rows(artifact.split("train")) if len(row["prompt"]) == 1]
     random.Random(context.seed).shuffle(rows)  # noqa: S311
@@ -130,8 +131,26 @@ def _build_tasks(context: StageContext, pairs: list[Row], heldout: list[Row]) ->
         try:
             tasks.append(block.build(name, given))
         except UserError as error:
-            raise UserError(f"tasks.{name}: {error}") from None
+            raise _in_task(name, error) from None
     return tasks
+
+
+def _check_systems(tasks: list[Task], systems: list[System]) -> None:
+    """Every system can be asked everything: examples above all, which a task may not have."""
+    for task in tasks:
+        for system in systems:
+            if task.responds or (task.reads and system.info.role not in ("best_of", "again")):
+                try:
+                    task.check(system.info)
+                    if task.responds:
+                        system.conversation([user("?")], task.examples(system.info.shots))
+                except UserError as error:
+                    raise _in_task(task.name, error) from None
+
+
+def _in_task(name: str, error: UserError) -> UserError:
+    text = str(error).removeprefix(f"{name}: ")
+    return UserError(f"tasks.{name}: {text}")
 
 
 def _longest(

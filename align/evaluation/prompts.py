@@ -19,7 +19,7 @@ class Renders(Protocol):
         """As the scorecard calls it."""
         ...
 
-    def render(self, messages: list[Any], examples: Sequence[Any] = (), tools: str | None = None) -> list[int]:
+    def render(self, messages: list[Any], *, tools: str | None = None) -> list[int]:
         """Token ids of a conversation, up to where the answer begins."""
         ...
 
@@ -43,15 +43,14 @@ def choose_rows(rows: list[Row], most: int | None, seed: int) -> list[Row]:
 
 
 def render_for_all(
-    rows: list[Row], systems: Sequence[Renders], longest: int, examples: Sequence[Any] = ()
+    rows: list[Row], systems: Sequence[Renders], longest: int
 ) -> tuple[list[Row], Mapping[str, list[list[int]]], int]:
     """Rows whose prompt fits ``longest`` tokens under every template, their ids by system, and how many do not.
 
-    ``examples`` are what a system prompted with examples shows. Dropping a row for all systems keeps every comparison
-    paired; a prompt that was cut would ask something else.
+    Dropping a row for all systems keeps every comparison paired; a prompt that was cut would ask something else.
     """
     rendered = {
-        system.name: [system.render(row["prompt"], examples, row.get("tools")) for row in rows] for system in systems
+        system.name: [system.render(row["prompt"], tools=row.get("tools")) for row in rows] for system in systems
     }
     kept = [index for index in range(len(rows)) if all(len(ids[index]) <= longest for ids in rendered.values())]
     chosen = {name: [ids[index] for index in kept] for name, ids in rendered.items()}

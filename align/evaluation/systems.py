@@ -38,7 +38,7 @@ class BaselineConfig(Config):
     """Solved examples shown as earlier turns."""
     examples: str | None = None
     """JSON lines with ``question`` and ``answer`` (or ``prompt`` and ``completion``) for ``shots``, used in their
-    order; by default each task's own, and for ``prompts`` answers of their stage's train split."""
+    order; by default each task's own, and where it has none answers of the train split of ``prompts``."""
     best_of: int = Field(1, ge=1, le=1024)
     """Answers drawn for each one kept: the one that ``reward`` scores highest."""
     temperature: float = Field(1.0, gt=0)
@@ -107,6 +107,8 @@ class System:
     own_examples: tuple[Example, ...] = ()
     temperature: float = 1.0
     sample_seed: int | None = None
+    fallback: tuple[Example, ...] = ()
+    """Shown where a task has too few examples of its own."""
 
     @property
     def name(self) -> str:
@@ -122,10 +124,13 @@ class System:
         """``messages`` behind this system's own prompt. Raises ``UserError`` where there are too few examples."""
         if self.plain:
             return list(messages)
-        shown = list(self.own_examples or examples)[: self.info.shots]
-        if len(shown) < self.info.shots:
+        count = self.info.shots
+        given = self.own_examples or (examples if len(examples) >= count else self.fallback)
+        shown = list(given)[:count]
+        if len(shown) < count:
+            most = max(len(given), len(examples))
             raise UserError(
-                f"baselines.{self.name}: shots is {self.info.shots}, but there are {len(shown)} examples to show; name "
+                f"baselines.{self.name}: shots is {count}, but there are {most} examples to show; name "
                 "a file of them as `examples`, or give the task an examples_files (prompts: a stage of instructions)."
             )
         head, rest = "", list(messages)
@@ -158,9 +163,13 @@ class System:
 
 
 def make_systems(
-    policies: Sequence[Policy], base: str | None, baselines: dict[str, BaselineConfig], folder: Path
+    policies: Sequence[Policy],
+    base: str | None,
+    baselines: dict[str, BaselineConfig],
+    folder: Path,
+    fallback: Sequence[Example] = (),
 ) -> list[System]:
-    """Checkpoints in their order, then the ways to use them."""
+    """Checkpoints in their order, then the ways to use them; ``fallback`` are examples where a task has too few."""
     by_name = {policy.name: policy for policy in policies}
     found = []
     for policy in policies:
@@ -170,12 +179,14 @@ def make_systems(
         policy = by_name[config.of]
         examples = tuple(config.read_examples(folder))
         used = [[one.question, one.answer] for one in examples[: config.shots]]
+        others = [] if examples else [[one.question, one.answer] for one in fallback[: config.shots]]
         key = digest(
-            [policy.key, config.system, config.shots, used, config.best_of, config.temperature, config.sample_seed]
-        )
+            [policy.key, config.system, config.shots, used, others, config.best_of, config.temperature,
+             config.sample_seed]
+        )  # fmt: skip
         way: Any = "best_of" if config.best_of > 1 else "prompted" if config.system or config.shots else "again"
         info = SystemInfo(name, config.of, way, key, config.system, config.shots, config.best_of)
-        found.append(System(info, policy, examples, config.temperature, config.sample_seed))
+        found.append(System(info, policy, examples, config.temperature, config.sample_seed, tuple(fallback)))
     return found
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from pydantic import ValidationError
@@ -55,6 +56,9 @@ def test_a_prompted_conversation(tmp_path):
     assert asked == [turn("system", "own"), turn("user", "hello")]  # as it was
     with pytest.raises(UserError, match=r"baselines.asked: shots is 2, but there are 1 examples"):
         one.conversation(asked, shots[:1])
+    with_more = replace(one, fallback=tuple(shots[1:]))
+    assert [m["content"] for m in with_more.conversation(asked, shots[:1])][1:5] == ["q2", "a2", "q3", "a3"]
+    assert [m["content"] for m in with_more.conversation(asked, shots)][1:5] == ["q1", "a1", "q2", "a2"]
 
 
 def test_examples_stand_behind_the_conversations_own_system_message(tmp_path):

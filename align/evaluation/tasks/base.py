@@ -220,6 +220,12 @@ class Task(ABC):
         """At most ``count`` solved questions that are none of the items; empty where the task has none."""
         return []
 
+    def check(self, info: SystemInfo) -> None:  # noqa: B027  (most tasks can be asked of any system)
+        """Raise ``UserError`` for a system that cannot be asked, such as one that shows more examples than there are.
+
+        Called for every system before anything expensive.
+        """
+
     def settings(self) -> dict[str, Any]:
         """JSON-able: what a reader needs to reproduce the numbers (data, template, tokens, sampling, rubric, seed)."""
         return {}
@@ -233,8 +239,8 @@ class Task(ABC):
         raise NotImplementedError
 
     def score(self, answers: Mapping[str, Answers], bench: Bench) -> dict[str, Measured]:
-        """Numbers of every system that answered, by its name; for tasks with ``responds``."""
-        raise NotImplementedError
+        """Numbers of every system that answered, by its name. ``answers`` is empty for a task without ``responds``."""
+        return {}
 
     def extras(self) -> dict[str, Any]:
         """JSON-able results that are no metric of a system, after everything was scored: ``win_rates``,

@@ -181,6 +181,11 @@ class MultipleChoiceTask(Task):
             )
         return of_kind[:count]
 
+    def check(self, info: SystemInfo) -> None:
+        """In plain text, a system's shots are this task's own examples."""
+        for question in [] if self.config.chat else self.questions:
+            self.shown(question, info.shots)
+
     def choice_logprobs(self, reader: Reader) -> list[list[float]]:
         """Log-likelihood of each choice of each item, in nats: the sum over the choice's tokens."""
         return self._read(reader)[0]
