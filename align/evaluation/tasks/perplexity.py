@@ -1,0 +1,297 @@
+"""Bits per byte of held-out plain text: whether training made a model forget what it knew before.
+
+No template, no prompt: the text as it is, in windows as lm-eval's ``loglikelihood_rolling`` makes them. Bits per byte
+compare models with different tokenizers, since all are asked about the same bytes; loss per token does not. Left out:
+perplexity itself, which is ``exp(loss)``.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from align.data.rows import user
+from align.data.source_configs import FilesSource
+from align.errors import UserError
+from align.evaluation.tasks.base import Given, Item, Measured, Metric, Reader, Task, TaskConfig
+from align.evaluation.tasks.encoding import prefix_token, rolling_windows
+from align.evaluation.tasks.reading import TaskData, TaskRecord, draw, read_records
+from align.fingerprint import digest, file_digest
+
+BLOCK_CHARACTERS = 200_000
+"""Text read between two results on disk: what an interrupted reading loses."""
+SHOWN = 500
+"""Characters of a document that stand among the samples."""
+TEXT_FILES = (".txt", ".md")
+TEXTS = ("text", "content", "document", "page")
+CONVERSATIONS = ("messages", "conversations", "prompt", "completion")
+
+METRICS = {
+    "bits_per_byte": Metric(
+        "bits per byte",
+        "lower",
+        "bits/byte",
+        "what the text costs under the model, per byte of UTF-8; all documents together, so that long ones count more",
+    ),
+    "loss": Metric(
+        "loss per token",
+        "lower",
+        "nats/token",
+        "as bits per byte, per token; compares only models that share a tokenizer",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text and where it is from."""
+
+    source: str
+    text: str
+
+    @property
+    def id(self) -> str:
+        """16 hex digits of the text."""
+        return hashlib.sha256(self.text.encode()).hexdigest()[:16]
+
+
+class PerplexityConfig(TaskData, TaskConfig):
+    """Held-out plain text."""
+
+    task: Literal["perplexity"] = "perplexity"
+    files: list[str] | None = Field(None, min_length=1)
+    """Paths or globs: .txt and .md files, a document each, and files of records as for the other tasks; relative to the
+    current directory."""
+    fields: list[str] | None = Field(None, min_length=1)
+    """Fields that make up a record's text, joined by a blank line. By default ``text`` (or content, document, page),
+    else the contents of ``messages``, or of ``prompt`` and ``completion``, without a template."""
+    chunk: int | None = Field(None, ge=200)
+    """Divide documents into pieces of at most this many characters, at line breaks where there are some; each becomes a
+    document of its own. One long file is a sample of one, and has no interval."""
+    max_characters: int | None = Field(None, ge=1)
+    """Read only the beginning of each document. In characters, so that every tokenizer reads the same text."""
+    max_length: int = Field(1024, ge=1)
+    """Tokens of a window, or as many as the model can read where that is fewer; more context makes text cheaper."""
+
+    def identities(self, base: Path) -> dict[str, str]:
+        """Digests of the files."""
+        from align.data.sources import identity
+
+        if self.files is None:
+            return {}
+        texts, records = self._files(base)
+        found = {} if records is None else identity(records, base)
+        for path in texts:
+            name, number = path.name, 2
+            while name in found:
+                name, number = f"{path.name} ({number})", number + 1
+            found[name] = f"sha256:{file_digest(path)}"
+        return found
+
+    def described(self, base: Path) -> dict[str, Any]:
+        """Digests of the files, plain ones as well, or the dataset; and what is read of each document."""
+        found = super().described(base) if self.files is None else {"files": self.identities(base)}
+        limits = {name: getattr(self, name) for name in ("fields", "chunk", "max_characters", "max_items")}
+        return found | {name: value for name, value in limits.items() if value is not None}
+
+    def documents(self, given: Given) -> list[Document]:
+        """The texts, at most ``max_items``. Raises ``UserError`` for records without text, and where there is none."""
+        texts, source = ([], self.source()) if self.files is None else self._files(given.base)
+        found = [Document(path.name, _read_text(path)) for path in texts]
+        records = [] if source is None else read_records(source, given.base)
+        found += [Document(_source(record), self._text(record)) for record in records]
+        full = [one for one in found if one.text.strip()]
+        if len(full) < len(found):
+            given.warn(f"{len(found) - len(full)} of {len(found)} documents are empty and left out")
+        if not full:
+            raise UserError(f"there is no text in the {len(found)} documents; nothing could be read.")
+        if self.chunk is not None:
+            full = [Document(one.source, piece) for one in full for piece in divide(one.text, self.chunk)]
+            full = [one for one in full if one.text.strip()]
+        cut = [Document(one.source, one.text[: self.max_characters]) for one in full]
+        return draw(cut, self.max_items, given.seed)
+
+    def build(self, name: str, given: Given) -> PerplexityTask:
+        """Read the texts."""
+        task = PerplexityTask(name, self.documents(given), self.max_length)
+        if len(task.documents) < 10:
+            given.warn(
+                f"{name}: {len(task.documents)} documents are a small sample; an interval over so few means little. "
+                "Give more, or divide long ones by `chunk`."
+            )
+        task.described = self.described(given.base)
+        return task
+
+    def _files(self, base: Path) -> tuple[list[Path], FilesSource | None]:
+        """Plain texts, and a source of the files that hold records."""
+        from align.data.sources import find_files
+
+        texts: dict[Path, None] = {}
+        others: list[str] = []
+        for pattern in self.files or []:
+            names = glob.glob(str(base / Path(pattern).expanduser()), recursive=True)
+            found = [Path(name).absolute() for name in sorted(names) if Path(name).is_file()]
+            plain = [path for path in found if path.suffix.lower() in TEXT_FILES]
+            texts |= dict.fromkeys(plain)
+            if not plain:
+                others.append(pattern)
+                find_files([pattern], base)  # says what is wrong with a pattern that matches nothing
+            others += [glob.escape(str(path)) for path in found if plain and path not in texts]
+        return list(texts), FilesSource(type="files", paths=others) if others else None
+
+    def _text(self, record: TaskRecord) -> str:
+        if self.fields is not None:
+            return "\n\n".join(_words(record, field) for field in self.fields)
+        field = next((name for name in TEXTS if isinstance(record.get(name), str)), None)
+        if field is not None:
+            return str(record[field])
+        parts = [name for name in CONVERSATIONS if record.get(name) is not None]
+        if not parts:
+            raise UserError(
+                f"{record.where}: no field looks like text; there are {', '.join(sorted(record)) or 'none'}. Name the "
+                f"text's: fields: [{next(iter(sorted(record)), 'text')}]."
+            )
+        return "\n\n".join(_words(record, name) for name in parts)
+
+
+class PerplexityTask(Task):
+    """See the module."""
+
+    reads = True
+    kind = "perplexity"
+    title = "Held-out text"
+
+    def __init__(self, name: str, documents: Sequence[Document], max_length: int) -> None:
+        self.name, self.documents, self.max_length = name, list(documents), max_length
+        self.metrics = METRICS
+        self.primary = "bits_per_byte"
+        seen: dict[str, int] = {}
+        self.items = []
+        for one in self.documents:
+            seen[one.id] = number = seen.get(one.id, 0) + 1
+            shown = one.text if len(one.text) <= SHOWN else f"{one.text[:SHOWN]} …"
+            self.items.append(Item(one.id if number == 1 else f"{one.id}-{number}", one.source, [user(shown)]))
+        self.described: dict[str, Any] = {}
+
+    def settings(self) -> dict[str, Any]:
+        """Data and windows."""
+        return {
+            **self.described,
+            "bytes": sum(len(one.text.encode()) for one in self.documents),
+            "window": self.max_length,
+            "windows": "disjoint, one token of context before each; the last one keeps as much as it can read",
+        }
+
+    def read(self, reader: Reader) -> Measured:
+        """The text's cost under one checkpoint; a system's way of prompting plays no part."""
+        window = min(self.max_length, reader.max_length)
+        losses: list[float] = []
+        tokens: list[int] = []
+        windows = unknown = 0
+        for number, block in enumerate(_blocks(self.documents)):
+            identity = digest(["perplexity 1", window, [one.id for one in block]])
+            kept = reader.kept(f"{self.name}-{number}", identity, partial(self._read_block, reader, block, window))
+            losses += kept["losses"]
+            tokens += kept["tokens"]
+            windows += kept["windows"]
+            unknown += kept["unknown"]
+        sizes = [len(one.text.encode()) for one in self.documents]
+        prefix = prefix_token(reader.tokenizer)
+        return Measured(
+            values={
+                "bits_per_byte": [[loss / math.log(2) / size] for loss, size in zip(losses, sizes, strict=True)],
+                "loss": [[loss / count] for loss, count in zip(losses, tokens, strict=True)],
+            },
+            weights={
+                "bits_per_byte": [float(size) for size in sizes],
+                "loss": [float(count) for count in tokens],
+            },
+            notes={
+                "tokens": sum(tokens),
+                "unknown_tokens": unknown,
+                "windows": windows,
+                "window": window,
+                "first_context": reader.tokenizer.decode([prefix]),
+            },
+        )
+
+    def _read_block(self, reader: Reader, block: Sequence[Document], window: int) -> dict[str, Any]:
+        """Nats and tokens of each document."""
+        tokenizer = reader.tokenizer
+        # Without the tokenizer's own special tokens: they are no part of the text, and a prefix is there already.
+        texts = [[int(token) for token in tokenizer.encode(one.text, add_special_tokens=False)] for one in block]
+        if not all(texts):
+            raise UserError(
+                f"{self.name}: '{reader.info.name}' has no token for a document that begins "
+                f"{block[texts.index([])].text[:40]!r}. Leave it out."
+            )
+        divided = [rolling_windows(ids, prefix_token(tokenizer), window) for ids in texts]
+        pairs = [pair for windows in divided for pair in windows]
+        flat = iter(reader.logprobs([context for context, _ in pairs], [asked for _, asked in pairs]))
+        losses = [-math.fsum(value for _ in windows for value in next(flat)) for windows in divided]
+        if any(math.isnan(loss) for loss in losses):
+            raise RuntimeError(f"{self.name}: '{reader.info.name}' gives probabilities that are not numbers (NaN)")
+        unknown = tokenizer.unk_token_id
+        return {
+            "losses": losses,
+            "tokens": [len(ids) for ids in texts],
+            "windows": len(pairs),
+            "unknown": 0 if unknown is None else sum(ids.count(unknown) for ids in texts),
+        }
+
+
+def divide(text: str, most: int) -> list[str]:
+    """Pieces of at most ``most`` characters that make up the text, ended by a line break, else by a space, where one
+    stands in their second half."""
+    pieces = []
+    while len(text) > most:
+        ends = [text.rfind(sign, most // 2, most) + 1 for sign in ("\n", " ")]
+        end = ends[0] or ends[1] or most
+        pieces.append(text[:end])
+        text = text[end:]
+    return [*pieces, text]
+
+
+def _blocks(documents: Sequence[Document]) -> list[list[Document]]:
+    """Runs of documents with about ``BLOCK_CHARACTERS`` together."""
+    found: list[list[Document]] = []
+    size = 0
+    for one in documents:
+        if not found or size >= BLOCK_CHARACTERS:
+            found.append([])
+            size = 0
+        found[-1].append(one)
+        size += len(one.text)
+    return found
+
+
+def _words(record: TaskRecord, field: str) -> str:
+    """A field's text, or the contents of its messages."""
+    value = record[field]
+    if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
+        parts = [turn.get("content", turn.get("value")) for turn in value]
+        if all(isinstance(part, str) for part in parts):
+            return "\n\n".join(str(part) for part in parts)
+    if not isinstance(value, str):
+        raise record.wrong(field, "text or a list of messages")
+    return value
+
+
+def _source(record: TaskRecord) -> str:
+    """The file's name, for the table by source."""
+    return record.where.rsplit(":", 1)[0].replace("\\", "/").rsplit("/", 1)[-1]
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8.") from None
