@@ -254,3 +254,43 @@ def test_no_answer_stops_a_checker_and_loose_is_never_below_strict(benchmark: If
         strict, loose = check(one, text)
     assert len(strict) == len(loose) == len(one.data["instructions"])
     assert all(not s or ls for s, ls in zip(strict, loose, strict=True))
+
+
+SIGNS = {"1122", "1129"}
+"""Prompts that ask for "#" or "!", where the published checker counts a letter drawn at random."""
+
+
+def test_lm_eval_judges_every_answer_as_we_do(
+    benchmark: IfevalTask, shared_data: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.CRITICAL)  # it logs every answer without letters
+    theirs = pytest.importorskip("lm_eval.tasks.ifeval.utils")
+    lines = (shared_data / "ifeval/input_data.jsonl").read_text().splitlines()
+    rows = json.loads((shared_data / "dolly-3k/dolly_3k.json").read_text())
+    texts = [row["output"] for row in rows if 200 < len(row["output"]) < 700]
+    short = ["", " \n", "*", "***", "My answer is yes.", '"quoted"', "<<t>>\n\n***\n\nP.S. [x]", "你好。", "* a\n* b"]
+    generator, compared, followed = random.Random(0), 0, 0
+    for one, line in zip(benchmark.items, lines, strict=True):
+        # The Hub's copy names every argument for every instruction, most of them None.
+        record = json.loads(line)
+        record["kwargs"] = [{"num_words": None, "keywords": None, **given} for given in record["kwargs"]]
+        text = generator.choice(texts)
+        for answer in (
+            generator.choice([text, text.upper(), text.lower(), f'"{text}"']),
+            generator.choice([f"{record['prompt']}\n{text}\nBye", f"Sure:\n* {text}\n***\n* {text}", short[0]]),
+            generator.choice(short),
+        ):
+            with seeded_language_guess():
+                expected = theirs.process_results(record, [answer])
+                strict, loose = check(one, answer)
+            if one.id in SIGNS:
+                continue
+            assert strict == expected["inst_level_strict_acc"], (one.id, answer)
+            assert loose == expected["inst_level_loose_acc"], (one.id, answer)
+            assert (all(strict), all(loose)) == (
+                expected["prompt_level_strict_acc"],
+                expected["prompt_level_loose_acc"],
+            )
+            compared, followed = compared + len(strict), followed + sum(strict)
+    assert compared == 3 * (834 - 4), "all but the four instructions of the two prompts with signs"
+    assert 0.1 < followed / compared < 0.9, "neither verdict is rare, so that agreement says something"
