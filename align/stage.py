@@ -322,7 +322,7 @@ STAGES: dict[str, Stage] = {
         _stage("dpo", 1, Kind.POLICY, "direct preference optimisation on pairs"),
         _stage("ppo", 2, Kind.POLICY, "PPO with a critic against a reward model or a checker"),
         _stage("evaluate", 2, Kind.SCORECARD, "compare systems on prompts, benchmarks and by judges, with intervals"),
-        _stage("report", 1, Kind.REPORT, "one HTML page about the whole run"),
+        _stage("report", 2, Kind.REPORT, "one HTML page about the whole run"),
     )
 }
 """Every stage there is, in the order of a usual pipeline."""

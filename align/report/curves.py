@@ -29,9 +29,15 @@ TRAINING_NAME = {
 
 @dataclass
 class Events:
-    """What a stage reported: ``series`` maps a metric to its (steps, values), ``warnings`` are in order."""
+    """What a stage reported: ``series`` maps a metric to its (steps, values), ``warnings`` are in order.
+
+    Where a value stands for several logged ones, ``spread`` has the (least, greatest) of them, and ``logged`` says how
+    many were logged in all.
+    """
 
     series: dict[str, tuple[list[float], list[float]]] = field(default_factory=dict)
+    spread: dict[str, tuple[list[float], list[float]]] = field(default_factory=dict)
+    logged: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
 
@@ -55,18 +61,32 @@ def read_events(folder: Path) -> Events:
                     points.setdefault(name, {})[float(event["step"])] = float(value)
     for name, by_step in points.items():
         steps = sorted(by_step)
-        found.series[name] = thin(steps, [by_step[step] for step in steps])
+        values = [by_step[step] for step in steps]
+        found.series[name], found.logged[name] = thin(steps, values), len(steps)
+        if len(steps) > MAX_POINTS:
+            runs = [values[start:end] for start, end in _runs(len(steps), MAX_POINTS)]
+            found.spread[name] = [min(run) for run in runs], [max(run) for run in runs]
     return found
 
 
 def thin(steps: list[float], values: list[float]) -> tuple[list[float], list[float]]:
     """At most :data:`MAX_POINTS` points: means of equal runs; the last run may be shorter."""
-    if len(steps) <= MAX_POINTS:
+    return thin_to(steps, values, MAX_POINTS)
+
+
+def thin_to(steps: list[float], values: list[float], most: int) -> tuple[list[float], list[float]]:
+    """The same with at most ``most`` points."""
+    if len(steps) <= most:
         return steps, values
-    run = math.ceil(len(steps) / MAX_POINTS)
-    starts = range(0, len(steps), run)
-    mean = [sum(values[at : at + run]) / len(values[at : at + run]) for at in starts]
-    return [sum(steps[at : at + run]) / len(steps[at : at + run]) for at in starts], mean
+    runs = _runs(len(steps), most)
+    mean = [sum(values[start:end]) / (end - start) for start, end in runs]
+    return [sum(steps[start:end]) / (end - start) for start, end in runs], mean
+
+
+def _runs(count: int, most: int) -> list[tuple[int, int]]:
+    """Equal runs of ``count`` points, as (start, end), at most ``most`` of them."""
+    run = math.ceil(count / most)
+    return [(start, min(count, start + run)) for start in range(0, count, run)]
 
 
 def panels(series: dict[str, Any]) -> list[tuple[str, list[str]]]:
@@ -92,6 +112,8 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
             for line in file:
+                if '"metrics"' not in line and '"warning"' not in line:
+                    continue  # a run of days reports its progress more often than its metrics
                 try:
                     event = json.loads(line)
                 except ValueError:

@@ -19,7 +19,10 @@ HIDDEN = frozenset(("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"))
 
 def visible(text: str) -> str:
     r"""``text`` with every hidden character as ``\x1b`` or ``\u202e``; what is left can be encoded as UTF-8."""
-    if text.isascii() and text.isprintable():
+    shown = text
+    for kept in KEPT:
+        shown = shown.replace(kept, "")
+    if shown.isprintable():  # what is not: HIDDEN, and spaces other than the common one
         return text
     return "".join(_escape(ch) if ch not in KEPT and unicodedata.category(ch) in HIDDEN else ch for ch in text)
 

@@ -1,91 +1,246 @@
-"""Side-by-side samples for the page's script: read, bounded in size, sorted by score change. Torch-free."""
+"""Samples for the page's script: answers side by side, bounded in size, sorted by score change; rollouts of training.
+
+Torch-free.
+"""
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-MAX_BYTES = 8_000_000
+from markupsafe import Markup
+
+from align.report.escape import script_json
+from align.report.tables import PROMPTS, task_title
+
+MAX_BYTES = 7_000_000
 """Text on the page; beyond it the prompts with the smallest score changes are left out, and counted."""
+MAX_HEAT_BYTES = 2_500_000
+"""The same for numbers by token, which come on top."""
 MAX_TEXT = 6_000
 """Characters of one response or turn on the page."""
+MAX_TOKENS = 2_000
+"""Tokens of a response that are shown with numbers."""
+STATIC = 8
+"""Samples that are there without a script."""
+FIELDS = ("tokens", "finished", "gold", "reward", "kl")
+MOST_ROLLOUTS = 48
+BY_TOKEN = ("k", "v", "a")
+"""KL, value and advantage, as a line of rollouts has them behind each token's text."""
+HUNDREDTHS = 100
 
 Sample = dict[str, Any]
 
 
 def read_samples(path: Path) -> list[Sample]:
-    """Lines of a ``samples.jsonl``; a missing file is an empty list."""
+    """Lines of a ``samples.jsonl``; a missing file is an empty list, a damaged line is left out."""
+    return [sample for sample in _lines(path) if "responses" in sample and "prompt" in sample]
+
+
+def read_rollouts(path: Path) -> list[Sample]:
+    """Some lines of a ``completions.jsonl``, evenly from its first update to its last."""
+    found = [one for one in _lines(path) if "response" in one and "prompt" in one]
+    most = min(MOST_ROLLOUTS, len(found))
+    return [found[round(at * (len(found) - 1) / max(1, most - 1))] for at in range(most)]
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        with path.open(encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
-    except FileNotFoundError:
-        return []
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                try:
+                    found = json.loads(line)
+                except ValueError:
+                    continue
+                if isinstance(found, dict):
+                    yield found
+    except OSError:
+        return
 
 
-def for_page(samples: list[Sample], card: dict[str, Any] | None) -> dict[str, Any]:
-    """What the page's script shows: ``policies``, ``reference``, ``metric``, ``items``, ``left_out``.
+def for_page(
+    samples: list[Sample], card: dict[str, Any] | None, rollouts: Mapping[str, list[Sample]] | None = None
+) -> dict[str, Any]:
+    """What the page's script shows: ``policies``, ``reference``, ``tasks``, ``items``, ``left_out``, ``without_heat``.
 
-    An item has ``prompt`` turns, ``source``, per policy its ``answers`` and mean ``score``, and ``change`` per policy
-    against the reference. The items with the largest change come first.
+    An item has its ``task``, ``source`` and ``prompt`` turns, per policy its ``answers`` and mean ``score`` (the task's
+    own metric, named in ``tasks``), and ``change`` per policy against the reference. The items with the largest change
+    come first; across tasks a change counts as a share of its task's largest. Numbers by token go with the first items
+    until their room is full. ``rollouts`` (stage → lines) come last, each with a column of its own in ``columns``.
     """
     policies = list(card["policies"]) if card else sorted({name for one in samples for name in one["responses"]})
     reference = str(card["reference"]) if card else (policies[0] if policies else "")
-    metric = str(card["primary"]) if card else "gold"
-    metric = metric if metric in ("gold", "reward") else "gold"
-    items = [_item(sample, policies, reference, metric) for sample in samples]
-    items.sort(key=lambda item: -max((abs(change) for change in item["change"].values()), default=0.0))
-    shown, used = [], 0
+    metrics = {task: _metric(card, task) for task in dict.fromkeys(str(one.get("task", PROMPTS)) for one in samples)}
+    items = [_item(sample, policies, reference, metrics) for sample in samples]
+    largest: dict[str, float] = {}
     for item in items:
-        used += len(json.dumps(item))
+        largest[item["task"]] = max(largest.get(item["task"], 0.0), _change(item))
+    for item in items:
+        item["weight"] = round(_change(item) / largest[item["task"]], 4) if largest[item["task"]] else 0.0
+    order = sorted(range(len(items)), key=lambda at: (-items[at]["weight"], at))
+    shown, used, heat, without = [], 0, 0, 0
+    for at in order:
+        item = items[at]
+        used += len(script_json(item).encode())
         if used > MAX_BYTES:
             break
+        found = _heat(samples[at], policies)
+        size = len(script_json(found).encode()) if found else 0
+        if heat + size <= MAX_HEAT_BYTES:
+            heat += size
+            for policy, numbers in found.items():
+                item["answers"][policy][0]["heat"] = numbers
+        else:
+            without += 1
         shown.append(item)
+    tasks = {
+        task: {"title": _title(card, task), "metric": metric[1], "key": metric[0]} for task, metric in metrics.items()
+    }
+    for stage, lines in (rollouts or {}).items():
+        if lines:
+            tasks[f"rollouts {stage}"] = {"title": f"rollouts of {stage}", "metric": "score", "key": "score"}
     return {
         "policies": policies,
         "reference": reference,
-        "metric": metric,
-        "items": shown,
+        "tasks": tasks,
+        "items": shown + [_rollout(stage, line) for stage, lines in (rollouts or {}).items() for line in lines],
         "left_out": len(items) - len(shown),
+        "without_heat": without,
     }
 
 
-def lengths(samples: list[Sample], policies: list[str]) -> dict[str, list[int]]:
-    """Response lengths in tokens of each policy, over prompts and samples."""
-    return {
-        policy: [one["tokens"] for sample in samples for one in sample["responses"].get(policy, [])]
-        for policy in policies
-    }
+def page_json(page: Mapping[str, Any]) -> Markup:
+    """The samples for the page's script."""
+    return script_json(dict(page))
 
 
-def _item(sample: Sample, policies: list[str], reference: str, metric: str) -> dict[str, Any]:
-    answers = {policy: sample["responses"].get(policy, []) for policy in policies}
-    scores = {policy: _mean([one.get(metric) for one in answers[policy]]) for policy in policies}
+def lengths(samples: Iterable[Sample], policies: list[str]) -> dict[str, dict[str, list[int]]]:
+    """Task → policy → response lengths in tokens, over prompts and samples; conversations of several turns left out."""
+    found: dict[str, dict[str, list[int]]] = {}
+    for sample in samples:
+        per = found.setdefault(str(sample.get("task", PROMPTS)), {policy: [] for policy in policies})
+        for policy in policies:
+            per[policy] += [one["tokens"] for one in sample["responses"].get(policy, []) if "turns" not in one]
+    return found
+
+
+def _metric(card: dict[str, Any] | None, task: str) -> tuple[str, str]:
+    """The metric whose change sorts a task's samples, as ``samples.jsonl`` names it, and its title."""
+    if card is None:
+        return "gold", "gold"
+    if task in card["tasks"]:
+        primary = str(card["tasks"][task]["primary"])
+        return primary.removeprefix(f"{task}."), str(card["metrics"].get(primary, {}).get("title", primary))
+    name = card["primary"] if card["primary"] in ("gold", "reward") else "gold"
+    return name, name
+
+
+def _title(card: dict[str, Any] | None, task: str) -> str:
+    return task_title(card, task) if card else task
+
+
+def _change(item: Mapping[str, Any]) -> float:
+    return max((abs(change) for change in item["change"].values()), default=0.0)
+
+
+def _item(sample: Sample, policies: list[str], reference: str, metrics: Mapping[str, tuple[str, str]]) -> Sample:
+    task = str(sample.get("task", PROMPTS))
+    metric = metrics[task][0]
+    answers = {policy: sample["responses"].get(policy) or [] for policy in policies}
+    scores = {policy: _mean(_score(one, metric) for one in answers[policy]) for policy in policies}
     start = scores.get(reference)
     return {
         "id": str(sample.get("id", "")),
+        "task": task,
         "source": str(sample.get("source", "")),
-        "prompt": [{"role": str(turn["role"]), "text": _cut(str(turn["content"]))} for turn in sample["prompt"]],
-        "answers": {
-            policy: [
-                {key: one.get(key) for key in ("tokens", "finished", "gold", "reward", "kl")}
-                | {"text": _cut(str(one["text"]))}
-                for one in answers[policy]
-            ]
-            for policy in policies
-        },
-        "score": scores,
+        "prompt": _turns(sample["prompt"]),
+        "answers": {policy: [_answer(one) for one in answers[policy]] for policy in policies},
+        "score": {policy: _round(score) for policy, score in scores.items()},
         "change": {
-            policy: score - start
+            policy: _round(score - start)
             for policy, score in scores.items()
             if policy != reference and score is not None and start is not None
         },
     }
 
 
-def _mean(values: list[float | None]) -> float | None:
+def _rollout(stage: str, line: Sample) -> dict[str, Any]:
+    """A response sampled in training, with what the policy, the reference and the critic made of each token."""
+    answer = _answer({**line, "text": line["response"]})
+    tokens = [one for one in (line.get("by_token") or [])[:MAX_TOKENS] if len(one) >= len(BY_TOKEN) + 1]
+    if tokens:
+        answer["heat"] = {"t": [str(one[0]) for one in tokens]}
+        answer["heat"] |= {key: [_hundredths(one[at]) for one in tokens] for at, key in enumerate(BY_TOKEN, 1)}
+    return {
+        "id": "",
+        "task": f"rollouts {stage}",
+        "source": f"update {line.get('update', '?')}",
+        "prompt": _turns(line["prompt"]),
+        "columns": [stage],
+        "answers": {stage: [answer]},
+        "score": {stage: _round(line.get("score"))},
+        "change": {},
+        "weight": 0.0,
+    }
+
+
+def _turns(prompt: Any) -> list[dict[str, str]]:
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return [{"role": str(turn["role"]), "text": _cut(str(turn.get("content") or ""))} for turn in turns]
+
+
+def _answer(one: Mapping[str, Any]) -> dict[str, Any]:
+    found = {key: _round(one[key]) for key in FIELDS if one.get(key) is not None}
+    found["text"] = _cut(str(one.get("text", "")))
+    if one.get("scores"):
+        found["scores"] = {str(name): _round(value) for name, value in one["scores"].items()}
+    if one.get("turns"):  # the last one is the answer itself
+        found["turns"] = [
+            {"prompt": _cut(str(turn.get("prompt", ""))), "text": _cut(str(turn.get("text", "")))}
+            for turn in one["turns"]
+        ]
+    return found
+
+
+def _heat(sample: Sample, policies: list[str]) -> dict[str, dict[str, Any]]:
+    """Numbers by token of each policy's first response: ``t`` texts, ``k`` KL and ``v`` value in hundredths."""
+    found = {}
+    for policy in policies:
+        first: Mapping[str, Any] = next(iter(sample["responses"].get(policy) or []), {})
+        pairs = (first.get("token_kl") or [])[:MAX_TOKENS]
+        if not pairs:
+            continue
+        heat = {"t": [str(text) for text, _ in pairs], "k": [_hundredths(value) for _, value in pairs]}
+        values = first.get("token_value") or []
+        if len(values) >= len(pairs):
+            heat["v"] = [_hundredths(value) for value in values[: len(pairs)]]
+        found[policy] = heat
+    return found
+
+
+def _hundredths(value: float | None) -> int | None:
+    return None if value is None or not math.isfinite(value) else round(value * HUNDREDTHS)
+
+
+def _score(one: Mapping[str, Any], metric: str) -> float | None:
+    if one.get(metric) is not None:
+        return float(one[metric])
+    value = (one.get("scores") or {}).get(metric)
+    return None if value is None else float(value)
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
+
+
+def _round(value: Any) -> Any:
+    if not isinstance(value, float):
+        return value
+    return round(value, 4) if math.isfinite(value) else None
 
 
 def _cut(text: str) -> str:

@@ -1,69 +1,115 @@
-"""The page's tables as plain rows of text: scorecard, differences, stages and their settings. Torch-free."""
+"""The scorecard's tables: numbers by task and system, all paired differences, numbers by source, gates. Torch-free.
+
+Each function gives rows for the page, as text, or for the files beside it, as plain values.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import yaml
 
-from align.artifacts import Artifact
-from align.report.curves import Events
-from align.report.summary import compared_with, find
-from align.report.wording import MARKS, WORDS, count, duration, interval, number, p_value, signed, size
+from align.report.beside import Beside
+from align.report.summary import compared_with, find, role, way
+from align.report.wording import MARKS, WORDS, interval, number, p_value, signed
 
 Card = dict[str, Any]
 
+TESTS = {"mcnemar": "exact McNemar", "sign-flip": "sign-flip permutation"}
+PROMPTS = "prompts"
+"""The prompt set's name among the tasks, as the scorecard has it."""
 
-def scorecard_rows(card: Card) -> list[dict[str, Any]]:
-    """One row a metric, one cell a checkpoint: value, interval, and the paired difference to its comparison."""
-    rows = []
+
+def columns(card: Card) -> list[dict[str, str]]:
+    """Heads of the scorecard's columns, one a system."""
+    return [{"name": name, "role": role(card, name), "way": way(card, name)} for name in card["policies"]]
+
+
+def task_groups(card: Card) -> list[dict[str, Any]]:
+    """The scorecard by task: the prompt set first, each with its metrics as rows of cells, one a system."""
+    groups: dict[str, list[dict[str, Any]]] = {}
     for metric, about in card["metrics"].items():
-        cells = []
-        for policy in card["policies"]:
-            estimate = card["estimates"][policy].get(metric)
-            against = compared_with(card, policy)
-            row = None if against is None else find(card, policy, against, metric)
-            cells.append(
-                {
-                    "value": number(estimate and estimate["value"]),
-                    "interval": interval(estimate) if estimate else "",
-                    "n": estimate["n"] if estimate else 0,
-                    "change": "" if row is None else signed(row["value"]),
-                    "change_interval": "" if row is None else interval(row, True),
-                    "against": against,
-                    "verdict": "" if row is None else row["verdict"],
-                    "mark": "" if row is None else MARKS[row["verdict"]],
-                    "words": "" if row is None else WORDS[row["verdict"]],
-                }
-            )
-        rows.append({"metric": metric, **about, "primary": metric == card["primary"], "cells": cells})
-    return rows
+        groups.setdefault(about["task"], []).append(_metric_row(card, metric, about))
+    found = []
+    for task, rows in groups.items():
+        about = card["tasks"].get(task)
+        found.append(
+            {
+                "task": task,
+                "title": "Held-out prompts" if about is None else about["title"],
+                "kind": "" if about is None or about["kind"] == task else about["kind"],
+                "n": card["settings"].get("prompts", 0) if about is None else about["n"],
+                "rows": rows,
+            }
+        )
+    return found
+
+
+def _metric_row(card: Card, metric: str, about: Mapping[str, Any]) -> dict[str, Any]:
+    sizes = {card["estimates"][name][metric]["n"] for name in card["policies"] if metric in card["estimates"][name]}
+    task = card["tasks"].get(about["task"])
+    return {
+        "metric": metric,
+        **about,
+        "primary": metric == card["primary"],
+        "main": task is not None and task["primary"] == metric,
+        "n": f"n {next(iter(sizes)):,}" if len(sizes) == 1 else "",
+        "cells": [_cell(card, name, metric, len(sizes) > 1) for name in card["policies"]],
+    }
+
+
+def _cell(card: Card, policy: str, metric: str, with_n: bool) -> dict[str, Any]:
+    estimate = card["estimates"][policy].get(metric)
+    if estimate is None:
+        return {"value": "–", "interval": "", "n": "", "changes": []}
+    first = compared_with(card, policy)
+    against = [name for name in dict.fromkeys((first, card["base"])) if name is not None]
+    rows = [row for name in against if (row := find(card, policy, name, metric)) is not None]
+    bound = estimate.get("method") == "upper bound"
+    return {
+        "value": f"≤ {number(estimate['value'])}" if bound else number(estimate["value"]),
+        "interval": "an upper bound" if bound else interval(estimate),
+        "n": f"n {estimate['n']:,}" if with_n else "",
+        "changes": [{**_change(row), "against": row["against"]} for row in rows],
+    }
+
+
+def _change(row: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "change": signed(row["value"]),
+        "interval": interval(dict(row), True),
+        "p": p_value(row["p_holm"]),
+        "verdict": row["verdict"],
+        "mark": MARKS[row["verdict"]],
+        "words": WORDS[row["verdict"]],
+    }
 
 
 def difference_rows(card: Card) -> list[dict[str, Any]]:
-    """Every paired difference of the scorecard."""
+    """Every paired difference of the scorecard, regressions first within each metric's order."""
     return [
         {
+            **_change(row),
             "policy": row["policy"],
             "against": row["against"],
             "title": card["metrics"][row["metric"]]["title"],
-            "value": signed(row["value"]),
-            "interval": interval(row, True),
+            "task": task_title(card, card["metrics"][row["metric"]]["task"]),
             "n": row["n"],
-            "p": p_value(row["p"]),
-            "p_holm": p_value(row["p_holm"]),
-            "test": {"mcnemar": "exact McNemar", "sign-flip": "sign-flip permutation"}[row["test"]],
-            "verdict": row["verdict"],
-            "mark": MARKS[row["verdict"]],
-            "words": WORDS[row["verdict"]],
+            "p_raw": p_value(row["p"]),
+            "test": TESTS.get(row["test"], row["test"]),
         }
         for row in card["differences"]
     ]
 
 
+def task_title(card: Card, task: str) -> str:
+    """What a task is called on the page."""
+    return str(card["tasks"][task]["title"]) if task in card["tasks"] else "held-out prompts"
+
+
 def family_rows(card: Card) -> list[dict[str, Any]]:
-    """The primary metric of every source and checkpoint, regressions and gains against the reference marked."""
+    """The primary metric of every source of the prompt set; regressions and gains against the reference marked."""
     verdicts = {
         (row["family"], row["policy"]): row for row in card["family_differences"] if row["against"] == card["reference"]
     }
@@ -71,77 +117,114 @@ def family_rows(card: Card) -> list[dict[str, Any]]:
     for family, about in card["families"].items():
         cells = []
         for policy in card["policies"]:
-            estimate = about["estimates"][policy].get(card["primary"])
+            cell = source_cell(about["estimates"].get(policy, {}).get(card["primary"]))
             row = verdicts.get((family, policy))
-            cells.append(
-                {
-                    "value": number(estimate and estimate["value"]),
-                    "interval": interval(estimate) if estimate else "",
-                    "change": "" if row is None else signed(row["value"]),
-                    "verdict": "" if row is None else row["verdict"],
-                    "mark": "" if row is None else MARKS[row["verdict"]],
-                    "words": "" if row is None else WORDS[row["verdict"]],
-                }
-            )
+            cells.append(cell | ({} if row is None else _change(row) | {"interval": cell["interval"]}))
         rows.append({"family": family, "n": about["n"], "cells": cells})
     return rows
 
 
-def stage_rows(artifacts: Sequence[Artifact], events: dict[str, Events]) -> list[dict[str, Any]]:
-    """What each stage cost and how it was made: numbers, settings as YAML, versions, warnings."""
-    return [_stage(artifact, events[artifact.stage]) for artifact in artifacts]
+def source_tables(card: Card) -> list[dict[str, Any]]:
+    """Tasks of several sources: the task's primary metric of every system in each of them."""
+    tables = []
+    for task, families in card["task_families"].items():
+        primary = card["tasks"][task]["primary"]
+        found = [name for name in _metrics_of(families) if name == primary] or _metrics_of(families)[:1]
+        for metric in found:
+            rows = [
+                {
+                    "family": family,
+                    "n": about["n"],
+                    "cells": [
+                        source_cell(about["estimates"].get(policy, {}).get(metric)) for policy in card["policies"]
+                    ],
+                }
+                for family, about in families.items()
+            ]
+            title = f"{card['tasks'][task]['title']}: {card['metrics'][metric]['title']}"
+            tables.append({"title": title, "task": task, "metric": metric, "rows": rows})
+    return tables
 
 
-def _stage(artifact: Artifact, events: Events) -> dict[str, Any]:
-    record = artifact.record
-    tokens, seconds = record.get("tokens"), record.get("seconds")
-    speed = tokens / seconds if tokens and seconds else None
-    return {
-        "name": artifact.stage,
-        "kind": str(record.get("kind", "")),
-        "makes": str(record.get("makes", artifact.kind)),
-        "time": duration(seconds),
-        "memory": size(record.get("peak_memory_bytes")),
-        "tokens": count(tokens) if tokens else "–",
-        "speed": f"{number(speed)} tok/s" if speed else "–",
-        "created": str(record.get("created", ""))[:16].replace("T", " "),
-        "key": str(record.get("key", ""))[:12],
-        "facts": _facts(record),
-        "config": yaml.safe_dump(record.get("config", {}), sort_keys=False, allow_unicode=True, width=100),
-        "metrics": flatten(record.get("metrics", {})),
-        "warnings": events.warnings,
-    }
+def _metrics_of(families: Mapping[str, Any]) -> list[str]:
+    names = (name for about in families.values() for per in about["estimates"].values() for name in per)
+    return list(dict.fromkeys(names))
 
 
-def _facts(record: dict[str, Any]) -> list[tuple[str, str]]:
-    packages = record.get("packages") or {}
-    facts = [
-        ("Command", record.get("command")),
-        ("Seed", record.get("seed")),
-        ("Key", record.get("key")),
-        ("Stage version", record.get("version")),
-        ("Reads", ", ".join(f"{one['stage']} {one['key'][:12]}" for one in record.get("input_stages", []))),
-        ("Outside the store", ", ".join(f"{name}: {value}" for name, value in record.get("identities", {}).items())),
-        ("Git commit", record.get("git")),
-        ("Packages", ", ".join(f"{name} {version}" for name, version in packages.items())),
-        ("Machine", record.get("platform")),
-        ("Made", record.get("created")),
-    ]
-    return [(name, str(value)) for name, value in facts if value not in (None, "")]
+def source_cell(estimate: Mapping[str, Any] | None) -> dict[str, str]:
+    """A cell with a value and its interval, empty where nothing was measured."""
+    shown = {"change": "", "verdict": "", "mark": "", "words": ""}
+    if estimate is None or not estimate["n"]:
+        return {"value": "–", "interval": "", **shown}
+    return {"value": number(estimate["value"]), "interval": interval(dict(estimate)), **shown}
 
 
-def flatten(metrics: Any, prefix: str = "", most: int = 80) -> list[tuple[str, str]]:
-    """Nested metrics as (dotted name, number) rows, at most ``most`` of them; lists of records are left out."""
-    rows: list[tuple[str, str]] = []
-    if not isinstance(metrics, dict):
-        return rows
-    for name, value in metrics.items():
-        path = f"{prefix}{name}"
-        if isinstance(value, dict):
-            rows += flatten(value, f"{path}.", most)
-        elif isinstance(value, list):
-            if value and all(not isinstance(item, (dict, list)) for item in value):
-                rows.append((path, ", ".join(number(item) for item in value[:12])))
-        elif value is not None:
-            rows.append((path, number(value)))
-    return rows[:most]
+def task_settings(card: Card) -> list[dict[str, Any]]:
+    """What a reader needs to reproduce each task's numbers, as YAML, and what was noted about each system."""
+    found = []
+    for name, about in card["tasks"].items():
+        found.append(
+            {
+                "name": name,
+                "title": about["title"],
+                "kind": about["kind"],
+                "n": about["n"],
+                "settings": as_yaml(about.get("settings") or {}),
+                "notes": [(system, as_yaml(notes)) for system, notes in (about.get("notes") or {}).items()],
+            }
+        )
+    return found
+
+
+def as_yaml(value: Any) -> str:
+    """Nested values as a reader likes them."""
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100).strip()
+
+
+# ---- files beside the page ----------------------------------------------------------------------------------------
+
+
+def keep_tables(card: Card, beside: Beside) -> None:
+    """Put the scorecard's numbers among the files beside the page, unrounded."""
+    ends = {"value": "Value", "low": "95 % low", "high": "95 % high", "n": "n"}
+    head = {"task": "Task", "metric": "Metric", "title": "Title", "unit": "Unit", "better": "Better"}
+    beside.table(
+        "scorecard", "Scorecard", {**head, "system": "System", "role": "Role", **ends, "method": "Method"},
+        list(_estimates(card)),
+    )  # fmt: skip
+    beside.table(
+        "differences",
+        "Paired differences",
+        {"metric": "Metric", "policy": "System", "against": "Against", **ends, "p": "p", "p_holm": "p (Holm)",
+         "test": "Test", "verdict": "Verdict"},
+        card["differences"],
+    )  # fmt: skip
+    beside.table(
+        "sources", "By source", {"task": "Task", "source": "Source", "metric": "Metric", "system": "System", **ends},
+        list(_sources(card)),
+    )  # fmt: skip
+    if card["gates"]:
+        beside.table(
+            "gates",
+            "Gates",
+            {"name": "Gate", "system": "System", "metric": "Metric", "expression": "Bound", "value": "Value",
+             "low": "95 % low", "high": "95 % high", "bound": "Bound's value", "level": "Level", "passed": "Passed",
+             "clear": "Clear of the bound", "text": "In words"},
+            card["gates"],
+        )  # fmt: skip
+
+
+def _estimates(card: Card) -> Iterator[dict[str, Any]]:
+    for metric, about in card["metrics"].items():
+        for policy in card["policies"]:
+            estimate = card["estimates"][policy].get(metric)
+            if estimate is not None:
+                yield {"metric": metric, **about, "system": policy, "role": role(card, policy), **estimate}
+
+
+def _sources(card: Card) -> Iterator[dict[str, Any]]:
+    for task, families in {PROMPTS: card["families"], **card["task_families"]}.items():
+        for source, about in families.items():
+            for policy, per in about["estimates"].items():
+                for metric, estimate in per.items():
+                    yield {"task": task, "source": source, "metric": metric, "system": policy, **estimate}

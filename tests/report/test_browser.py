@@ -1,27 +1,198 @@
-"""The page in a real browser, where there is one: no script of a model runs, the page's own does."""
+"""The page in a real browser, where there is one: no script of a model runs, the page's own does, at both widths."""
 
-import shutil
-import subprocess
+from __future__ import annotations
 
 import pytest
 
+from align.artifacts import Kind
 from align.report.page import write_report
+from tests.report.browser import chromium, console, needs_browser, requests, resize
+from tests.report.conftest import HOSTILE, write_artifact
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = needs_browser
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium installed")
-def test_the_page_in_chromium(run, tmp_path):
-    artifacts, card = run
-    page = write_report(artifacts, card, tmp_path / "report.html")
-    switches = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking"
-    profile = f"--user-data-dir={tmp_path / 'profile'}"
-    logging = ["--enable-logging=stderr", "--virtual-time-budget=2000", "--dump-dom"]
-    command = [str(BROWSER), *switches.split(), profile, *logging, page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "<title>Alignment report</title>" in done.stdout  # a script of the sample would have renamed it
-    assert "CONSOLE" not in done.stderr, done.stderr[-2000:]
-    assert "20 of 24 prompts" in done.stdout  # our own script ran
-    assert 'class="cut"' in done.stdout
-    assert "ppo gained most over sft" in done.stdout
+@pytest.fixture(scope="module")
+def driver():
+    with chromium() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def page(full_run, tmp_path_factory):
+    """The page of a full run."""
+    artifacts, card = full_run
+    return write_report(artifacts, card, tmp_path_factory.mktemp("page") / "report.html")
+
+
+@pytest.fixture
+def opened(driver, page):
+    """The page, open, its console and its requests not yet read."""
+    resize(driver, 1280, 900)
+    console(driver), requests(driver, page)  # of the page before
+    driver.get(page.as_uri())
+    yield page
+    driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def all_of(driver, selector):
+    return driver.find_elements("css selector", selector)
+
+
+def one(driver, selector):
+    return driver.find_element("css selector", selector)
+
+
+def choose(driver, name, value):
+    script = (
+        "const e = document.getElementById(arguments[0]); e.value = arguments[1]; e.dispatchEvent(new Event('input'));"
+    )
+    driver.execute_script(script, name, value)
+
+
+def titles(driver):
+    return [found.text for found in all_of(driver, "#list .sample .turn:first-child .text")]
+
+
+def test_it_loads_without_an_error_and_without_a_request(driver, opened):
+    assert one(driver, "#shown").text == "10 of 66 prompts"  # our own script ran, under the page's policy
+    assert console(driver) == []
+    assert requests(driver, opened) == []
+
+
+def test_a_hostile_sample_stays_text(driver, opened):
+    first = all_of(driver, "#list .sample")[0]
+    assert "<script>document.title" in first.text  # it is there to be read, and first: ppo gained most on it
+    assert "\\u202egnp.exe" in first.text
+    assert driver.title == "Alignment report"
+    assert all_of(driver, "#list img, #list script, #list b") == []
+
+
+def test_what_the_policy_must_stop_is_seen_by_the_console(driver, opened):
+    driver.execute_script("document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=alert(1)>')")
+    driver.execute_async_script("setTimeout(arguments[0], 200)")
+    assert any("Content Security Policy" in line for line in console(driver))  # so its silence elsewhere says something
+
+
+def test_figures_are_drawn(driver, opened):
+    sizes = driver.execute_script(
+        "return [...document.querySelectorAll('figure svg')].filter((s) => s.checkVisibility()).map((s) => {"
+        "const b = s.getBBox(); return [s.getAttribute('aria-label'), b.width, b.height]; })"
+    )
+    assert len(sizes) > 25
+    assert [label for label, width, height in sizes if width < 50 or height < 20] == []
+
+
+def test_filters_and_order(driver, opened):
+    choose(driver, "task", "ifeval")
+    assert one(driver, "#shown").text == "10 of 40 prompts"
+    assert titles(driver)[:3] == ["instruction 0", "instruction 1", "instruction 2"]  # where ppo did better
+    sources = [found.text for found in all_of(driver, "#source option")]
+    assert sources == ["all", "length"]
+    choose(driver, "find", "DID 17")
+    assert titles(driver) == ["instruction 17"]
+    choose(driver, "find", "")
+    one(driver, "#more").click()
+    assert len(titles(driver)) == 20
+    choose(driver, "task", "prompts")
+    choose(driver, "sort", "up:ppo")
+    assert HOSTILE[:8] in titles(driver)[0]
+    choose(driver, "sort", "down:ppo")
+    assert HOSTILE[:8] not in titles(driver)[0]
+    choose(driver, "source", "<b>lists</b>")
+    assert one(driver, "#shown").text == "10 of 24 prompts"
+
+
+def test_turns_of_a_conversation(driver, opened):
+    choose(driver, "task", "mt")
+    text = all_of(driver, "#list .answer")[0].text
+    assert text.index("first reply") < text.index("now shorter") < text.index("second reply")
+
+
+def test_numbers_by_token(driver, opened):
+    from selenium.webdriver import ActionChains
+
+    card = next(found for found in all_of(driver, "#list .answer") if found.text.startswith("ppo"))
+    kl, value = card.find_elements("css selector", ".heat-buttons button")
+    plain = card.find_element("css selector", ".text").text
+    kl.click()
+    box = card.find_element("css selector", ".text")
+    assert kl.get_attribute("aria-pressed") == "true"
+    assert "document.title" in box.text  # hostile tokens are text too
+    assert driver.title == "Alignment report"
+    tokens = box.find_elements("css selector", ".tok")
+    widths = {found.value_of_css_property("text-decoration-thickness") for found in tokens}
+    styles = {found.value_of_css_property("text-decoration-style") for found in tokens}
+    assert len(widths) > 3  # tells sizes apart without colour
+    assert styles == {"solid", "dotted"}  # and signs
+    ActionChains(driver).move_to_element(card.find_element("css selector", ".who")).perform()  # off the tokens
+    driver.execute_script("arguments[0].focus()", tokens[1])
+    reading = card.find_element("css selector", ".reading")
+    assert "token 2 of" in reading.text
+    assert "KL −0.50 nats" in reading.text
+    tokens[1].send_keys("\ue014")  # arrow right
+    assert "token 3 of" in reading.text
+    assert "KL 0.00 nats" in reading.text
+    value.click()
+    ActionChains(driver).move_to_element(card.find_element("css selector", ".who")).perform()
+    driver.execute_script("arguments[0].focus()", card.find_elements("css selector", ".tok")[2])
+    assert "value +0.20" in card.find_element("css selector", ".reading").text
+    value.click()
+    assert card.find_element("css selector", ".text").text == plain
+    assert card.find_elements("css selector", ".reading, .tok") == []
+
+
+def test_rollouts_of_training(driver, opened):
+    choose(driver, "task", "rollouts ppo")
+    card = one(driver, "#list .answer")
+    assert [button.text for button in card.find_elements("css selector", "button")] == [
+        "KL by token", "Value by token", "Advantage by token",
+    ]  # fmt: skip
+
+
+def test_values_are_read_off_a_curve(driver, opened):
+    figures = all_of(driver, "figure.curve")
+    pair = next(found for found in figures if "test_loss" in found.get_attribute("aria-label"))
+    driver.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", pair)
+    from selenium.webdriver import ActionChains
+
+    svg = pair.find_element("css selector", "svg")
+    width = svg.size["width"]
+    ActionChains(driver).move_to_element_with_offset(svg, round(width * (0.17 + 0.8 / 22) - width / 2) + 1, 0).perform()
+    reading = pair.find_element("css selector", ".reading")
+    assert reading.text == "step 0 · loss 1 · test_loss 1"
+    assert len(pair.find_elements("css selector", ".crosshair line")) == 1
+    driver.execute_script("arguments[0].focus()", pair)
+    pair.send_keys("\ue014")
+    assert reading.text == "step 1 · loss 0.5 · test_loss 0.5"
+    ppo = [found for found in figures if found.find_elements("css selector", "[id*=none], svg") and found is not pair][
+        -1
+    ]
+    driver.execute_script("arguments[0].focus()", ppo)
+    ppo.send_keys("\ue014", "\ue014")
+    shown = [found.text for found in all_of(driver, "figure.curve .reading") if found.text]
+    assert len(shown) == 4  # ppo's own four, and no longer sft's
+    assert all(text.startswith("step 1 · ") for text in shown)
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_nothing_is_wider_than_the_window(driver, opened, width):
+    resize(driver, width, 844)
+    driver.execute_script("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+    assert driver.execute_script("return window.innerWidth") == width
+    assert driver.execute_script("return document.documentElement.scrollWidth") <= width
+    assert console(driver) == []
+
+
+def test_pages_of_unfinished_and_empty_runs(driver, tmp_path):
+    model = write_artifact(tmp_path, "model", Kind.MODEL)
+    failed = {"stage": "sft", "message": HOSTILE, "pending": ["evaluate"], "inputs": ["model"]}
+    for number, (artifacts, what) in enumerate(
+        (([model], failed), ([model], {**failed, "status": "running"}), ([], None))
+    ):
+        page = write_report(artifacts, None, tmp_path / f"{number}.html", what)
+        console(driver), requests(driver, page)
+        driver.get(page.as_uri())
+        assert driver.title == "Alignment report"
+        assert console(driver) == []
+        assert requests(driver, page) == []

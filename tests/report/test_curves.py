@@ -29,6 +29,19 @@ def test_long_curves_are_averaged():
     assert (steps[0], steps[1]) == (12, 37)  # middles of runs of 25
 
 
+def test_what_an_average_hides_is_kept(tmp_path):
+    values = [0.0] * 1000
+    values[501] = 9.0  # a spike of one step
+    lines = [json.dumps({"event": "metrics", "step": step, "loss": value}) for step, value in enumerate(values)]
+    (tmp_path / "events.jsonl").write_text("\n".join(lines) + "\n")
+    found = read_events(tmp_path)
+    low, high = found.spread["loss"]
+    assert max(found.series["loss"][1]) == 3.0
+    assert (max(high), max(low)) == (9.0, 0.0)
+    assert len(low) == len(high) == len(found.series["loss"][0])
+    assert found.logged["loss"] == 1000
+
+
 def test_held_out_shares_the_panel_and_loss_comes_first():
     names = ["learning_rate", "test_margin", "zebra", "rewards/margins", "test_loss", "loss", "test_ndcg", "grad_norm"]
     assert panels(dict.fromkeys(names)) == [

@@ -34,14 +34,15 @@ class Page(HTMLParser):
             self.text += data
 
 
-@pytest.fixture
-def page(run, tmp_path) -> Page:
+@pytest.fixture(scope="module")
+def page(run, tmp_path_factory) -> Page:
     artifacts, card = run
-    return Page(write_report(artifacts, card, tmp_path / "report.html").read_text(encoding="utf-8"))
+    folder = tmp_path_factory.mktemp("page")
+    return Page(write_report(artifacts, card, folder / "report.html").read_text(encoding="utf-8"))
 
 
 def test_hostile_text_is_text(page):
-    assert [tag for tag, _ in page.tags].count("script") == 2  # the data and our own
+    assert [tag for tag, _ in page.tags].count("script") == 3  # the data of samples and curves, and our own
     assert not [tag for tag, _ in page.tags if tag in ("img", "iframe", "object", "b>")]
     handlers = [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
     assert handlers == []
@@ -70,7 +71,7 @@ def test_ids_are_unique_and_references_resolve(page):
 
 
 def test_the_summary_comes_first_and_says_what_helped(page):
-    assert page.text.index("sft raised the gold score over model") < page.text.index("Pipeline")
+    assert page.text.index("sft raised the gold score over model") < page.text.index("Each box")
     assert "ppo: no clear change in gold score over sft" in page.text
     assert "orders 0.800 of 10 held-out pairs" in page.text
     for words in ("align run pipelines/quickstart.yaml", "learning_rate: 0.0005", "torch 2.13.0", "nested.deep"):

@@ -1,0 +1,69 @@
+"""A real Chromium for tests of pages: Debian's, through its own driver, without a network."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CHROMIUM = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
+)
+DRIVER = shutil.which("chromedriver") or ""
+MISSING = "no Chromium with its driver here: `make browser` (apt-get install chromium chromium-driver)"
+SWITCHES = (
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-default-apps", "--disable-sync",
+    "--hide-scrollbars", "--force-prefers-reduced-motion", "--force-device-scale-factor=1",
+    "--host-resolver-rules=MAP * ~NOTFOUND",
+)  # fmt: skip
+
+THERE = bool(CHROMIUM and DRIVER and importlib.util.find_spec("selenium"))
+needs_browser = pytest.mark.skipif(not THERE, reason=MISSING)
+
+
+@contextmanager
+def chromium(width: int = 1280, height: int = 900) -> Iterator[Any]:
+    """A selenium driver that keeps the console's messages and every request the page makes."""
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for switch in (*SWITCHES, f"--window-size={width},{height}"):
+        options.add_argument(switch)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    driver.set_page_load_timeout(60)
+    try:
+        yield driver
+    finally:
+        driver.quit()
+
+
+def resize(driver: Any, width: int, height: int) -> None:
+    """The page at this width, as on a phone: a window is never narrower than 500 pixels."""
+    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
+
+def console(driver: Any) -> list[str]:
+    """What the page wrote to the console since the last call: errors, warnings, blocked scripts."""
+    return [f"{entry['level']}: {entry['message']}" for entry in driver.get_log("browser")]
+
+
+def requests(driver: Any, page: Path) -> list[str]:
+    """Addresses that were asked for since the last call, without the page itself and what it carries in it."""
+    found = []
+    for entry in driver.get_log("performance"):
+        message = json.loads(entry["message"])["message"]
+        if message["method"] == "Network.requestWillBeSent":
+            address = message["params"]["request"]["url"].partition("#")[0]
+            if address != page.as_uri() and not address.startswith("data:"):
+                found.append(address)
+    return found

@@ -1,0 +1,81 @@
+"""Samples of the page: order across tasks, room for numbers by token, rollouts of training, damaged files."""
+
+import json
+
+from align.report.samples import HUNDREDTHS, for_page, lengths, read_rollouts, read_samples
+from tests.report.conftest import prompt_samples, task_samples
+from tests.report.example_card import POLICIES, full_card
+
+
+def test_a_change_counts_as_a_share_of_its_task_s_largest():
+    def sample(task, name, **scores):
+        responses = {system: [{"text": "", "tokens": 1, **given}] for system, given in scores.items()}
+        return {"task": task, "prompt": "p", "id": name, "source": "s", "responses": responses}
+
+    small = [sample("prompts", str(at), sft={"gold": 0.0}, ppo={"gold": gold}) for at, gold in enumerate((0.01, 0.04))]
+    large = [
+        sample("mt", f"m{at}", sft={"scores": {"score": 1.0}}, ppo={"scores": {"score": score}})
+        for at, score in enumerate((7.0, 9.0))
+    ]
+    page = for_page(small + large, full_card())
+    assert [item["id"] for item in page["items"]] == ["1", "m1", "m0", "0"]
+    assert page["items"][1]["change"]["ppo"] == 8.0
+    assert page["tasks"]["mt"] == {"title": "MT-Bench", "metric": "Judge's score", "key": "score"}
+
+
+def test_numbers_by_token_go_with_the_largest_changes_until_their_room_is_full(monkeypatch):
+    samples, card = list(prompt_samples(POLICIES, heat=True)), full_card()
+    page = for_page(samples, card)
+    assert page["without_heat"] == 0
+    first = page["items"][0]["answers"]["ppo"][0]["heat"]
+    assert first["k"][:3] == [-HUNDREDTHS, -HUNDREDTHS // 2, 0]
+    assert first["v"][:3] == [0, 10, 20]
+    assert first["t"][0] == ""
+    monkeypatch.setattr("align.report.samples.MAX_HEAT_BYTES", 1_500)
+    bounded = for_page(samples, card)
+    with_heat = ["heat" in item["answers"]["ppo"][0] for item in bounded["items"]]
+    assert with_heat[0]
+    assert 0 < sum(with_heat) < len(samples)
+    assert bounded["without_heat"] == len(samples) - sum(with_heat)
+
+
+def test_numbers_that_are_none_or_not_finite_are_shown_as_missing():
+    sample = next(prompt_samples(["sft"], heat=True))
+    sample["responses"]["sft"][0] |= {
+        "token_kl": [["a", None], ["b", float("nan")]],
+        "token_value": [],
+        "gold": float("nan"),
+    }
+    page = for_page([sample], None)
+    answer = page["items"][0]["answers"]["sft"][0]
+    assert answer["heat"] == {"t": ["a", "b"], "k": [None, None]}
+    assert answer["gold"] is None
+
+
+def test_rollouts_are_spread_over_the_updates(tmp_path):
+    path = tmp_path / "completions.jsonl"
+    rest = {"prompt": [{"role": "user", "content": "q"}], "score": 1.0, "tokens": 1, "finished": True,
+            "by_token": [["r", 0.5, -0.25, 1.0]]}  # fmt: skip
+    lines = [{"update": at, "response": f"r{at}", **rest} for at in range(1, 201)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = read_rollouts(path)
+    assert len(found) == 48
+    assert (found[0]["update"], found[-1]["update"]) == (1, 200)
+    page = for_page([], None, {"ppo": found})
+    item = page["items"][0]
+    assert (item["source"], item["columns"]) == ("update 1", ["ppo"])
+    assert item["answers"]["ppo"][0]["heat"] == {"t": ["r"], "k": [50], "v": [-25], "a": [100]}
+    assert page["tasks"] == {"rollouts ppo": {"title": "rollouts of ppo", "metric": "score", "key": "score"}}
+
+
+def test_damaged_lines_are_left_out(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    path.write_text('{"prompt": [], "responses": {}}\n{"prompt": \n[1]\n{"id": 2}\n')
+    assert len(read_samples(path)) == 1
+    assert read_samples(tmp_path / "none") == []
+
+
+def test_lengths_by_task_leave_conversations_out():
+    found = lengths(task_samples(POLICIES), POLICIES)
+    assert found["ifeval"]["ppo"] == [4] * 40
+    assert found["mt"]["ppo"] == []
