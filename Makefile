@@ -7,10 +7,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help quickstart setup check test test-slow bench clean
+.PHONY: help quickstart setup browser check test test-slow bench clean
 help:
 	@echo "make quickstart  set up, then take a 135M chat model through SFT, RM, DPO and PPO"
 	@echo "make test        set up, then run the tests (make test-slow: those that take minutes, too)"
+	@echo "make browser     Debian's Chromium and its driver, for the tests that open pages; without it they are skipped"
 	@echo "make check       ruff, mypy --strict on align/, import-linter"
 	@echo "make bench       sampling and training speed on this machine"
 
@@ -26,6 +27,14 @@ $(READY): pyproject.toml constraints.txt
 	@if [ "$(ENGINE)" != vllm ]; then \
 	  $(BIN)/python -m pip uninstall --quiet --disable-pip-version-check -y torchaudio torchcodec; fi
 	@touch $(READY)
+
+# Never an error: a machine without root, apt or a network runs all other tests.
+browser:
+	@if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then chromium --version 2>/dev/null; \
+	else SUDO=$$([ "$$(id -u)" = 0 ] || echo "sudo -n"); APT="-q -y -o Acquire::Retries=1 -o Acquire::http::Timeout=20"; \
+	  { $$SUDO timeout 120 apt-get update $$APT && $$SUDO env DEBIAN_FRONTEND=noninteractive timeout 600 \
+	    apt-get install $$APT --no-install-recommends chromium chromium-driver; } >/dev/null \
+	  || echo "NOTE: Chromium cannot be installed here, so the tests that open pages in it are skipped."; fi
 
 quickstart: $(READY)
 	$(BIN)/align run pipelines/quickstart.yaml
