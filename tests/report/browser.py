@@ -46,6 +46,18 @@ def chromium(width: int = 1280, height: int = 900) -> Iterator[Any]:
         driver.quit()
 
 
+def open_page(driver: Any, page: Path) -> None:
+    """Open a page and wait until it is whole; what the one before it wrote and asked for is forgotten."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    driver.get("about:blank")
+    console(driver), requests(driver, page)
+    driver.get(page.as_uri())
+    # on a busy machine the driver may be back before the last of a page of this size is parsed
+    whole = "return document.readyState === 'complete' && document.querySelector('footer') !== null"
+    WebDriverWait(driver, 60).until(lambda one: one.execute_script(whole))
+
+
 def resize(driver: Any, width: int, height: int) -> None:
     """The page at this width, as on a phone: a window is never narrower than 500 pixels."""
     metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}

@@ -6,7 +6,7 @@ import pytest
 
 from align.artifacts import Kind
 from align.report.page import write_report
-from tests.report.browser import chromium, console, needs_browser, requests, resize
+from tests.report.browser import chromium, console, needs_browser, open_page, requests, resize
 from tests.report.conftest import HOSTILE, write_artifact
 
 pytestmark = needs_browser
@@ -29,8 +29,7 @@ def page(full_run, tmp_path_factory):
 def opened(driver, page):
     """The page, open, its console and its requests not yet read."""
     resize(driver, 1280, 900)
-    console(driver), requests(driver, page)  # of the page before
-    driver.get(page.as_uri())
+    open_page(driver, page)
     yield page
     driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
@@ -191,8 +190,7 @@ def test_pages_of_unfinished_and_empty_runs(driver, tmp_path):
         (([model], failed), ([model], {**failed, "status": "running"}), ([], None))
     ):
         page = write_report(artifacts, None, tmp_path / f"{number}.html", what)
-        console(driver), requests(driver, page)
-        driver.get(page.as_uri())
+        open_page(driver, page)
         assert driver.title == "Alignment report"
         assert console(driver) == []
         assert requests(driver, page) == []
