@@ -19,6 +19,8 @@ HIDDEN = frozenset(("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"))
 
 def visible(text: str) -> str:
     r"""``text`` with every hidden character as ``\x1b`` or ``\u202e``; what is left can be encoded as UTF-8."""
+    if text.isascii() and text.isprintable():
+        return text
     shown = text
     for kept in KEPT:
         shown = shown.replace(kept, "")

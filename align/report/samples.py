@@ -64,7 +64,9 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 def for_page(
     samples: list[Sample], card: dict[str, Any] | None, rollouts: Mapping[str, list[Sample]] | None = None
 ) -> dict[str, Any]:
-    """What the page's script shows: ``policies``, ``reference``, ``tasks``, ``items``, ``left_out``, ``without_heat``.
+    """What the page's script shows: ``policies``, ``reference``, ``tasks``, ``items`` (and as JSON in ``encoded``).
+
+    ``left_out`` counts the samples for which there was no room, ``without_heat`` those whose numbers by token had none.
 
     An item has its ``task``, ``source`` and ``prompt`` turns, per policy its ``answers`` and mean ``score`` (the task's
     own metric, named in ``tasks``), and ``change`` per policy against the reference. The items with the largest change
@@ -81,40 +83,45 @@ def for_page(
     for item in items:
         item["weight"] = round(_change(item) / largest[item["task"]], 4) if largest[item["task"]] else 0.0
     order = sorted(range(len(items)), key=lambda at: (-items[at]["weight"], at))
-    shown, used, heat, without = [], 0, 0, 0
+    shown, encoded, used, room, without = [], [], 0, MAX_HEAT_BYTES, 0
     for at in order:
-        item = items[at]
-        used += len(script_json(item).encode())
+        item, text = items[at], script_json(items[at])
+        used += len(text.encode())
         if used > MAX_BYTES:
             break
-        found = _heat(samples[at], policies)
-        size = len(script_json(found).encode()) if found else 0
-        if heat + size <= MAX_HEAT_BYTES:
-            heat += size
-            for policy, numbers in found.items():
-                item["answers"][policy][0]["heat"] = numbers
-        else:
-            without += 1
+        if _has_heat(samples[at], policies):
+            heat = _heat(samples[at], policies) if room > 0 else {}
+            room -= len(script_json(heat).encode())
+            if room > 0:
+                for policy, numbers in heat.items():
+                    item["answers"][policy][0]["heat"] = numbers
+                text = script_json(item)
+            else:
+                without += 1
         shown.append(item)
+        encoded.append(text)
     tasks = {
         task: {"title": _title(card, task), "metric": metric[1], "key": metric[0]} for task, metric in metrics.items()
     }
     for stage, lines in (rollouts or {}).items():
         if lines:
             tasks[f"rollouts {stage}"] = {"title": f"rollouts of {stage}", "metric": "score", "key": "score"}
+    more = [_rollout(stage, line) for stage, lines in (rollouts or {}).items() for line in lines]
     return {
         "policies": policies,
         "reference": reference,
         "tasks": tasks,
-        "items": shown + [_rollout(stage, line) for stage, lines in (rollouts or {}).items() for line in lines],
+        "items": shown + more,
+        "encoded": encoded + [script_json(item) for item in more],
         "left_out": len(items) - len(shown),
         "without_heat": without,
     }
 
 
 def page_json(page: Mapping[str, Any]) -> Markup:
-    """The samples for the page's script."""
-    return script_json(dict(page))
+    """The samples for the page's script; its items are encoded already."""
+    about = script_json({name: page[name] for name in ("policies", "reference", "tasks")})
+    return Markup(f'{about[:-1]},"items":[{",".join(page["encoded"])}]}}')  # noqa: S704  (parts are encoded)
 
 
 def lengths(samples: Iterable[Sample], policies: list[str]) -> dict[str, dict[str, list[int]]]:
@@ -203,6 +210,10 @@ def _answer(one: Mapping[str, Any]) -> dict[str, Any]:
             for turn in one["turns"]
         ]
     return found
+
+
+def _has_heat(sample: Sample, policies: list[str]) -> bool:
+    return any(one.get("token_kl") for policy in policies for one in (sample["responses"].get(policy) or [])[:1])
 
 
 def _heat(sample: Sample, policies: list[str]) -> dict[str, dict[str, Any]]:
