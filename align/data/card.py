@@ -15,6 +15,7 @@ import yaml
 
 from align.data.built import SPLITS, shards
 from align.data.licences import OTHER, Licence, normalise, of_mixture
+from align.data.markdown import fenced, plain, printable, table
 
 if TYPE_CHECKING:
     from huggingface_hub import DatasetCardData
@@ -83,7 +84,7 @@ def metadata(
     data = DatasetCardData(
         language=_languages(recipe),
         license=licence.names[0] if len(licence.names) == 1 else list(licence.names),
-        pretty_name=_printable(name),
+        pretty_name=printable(name),
         size_categories=[size_category(ledger["rows_out"])],
         task_categories=["text-generation"],
         source_datasets=hub or ["original"],
@@ -132,9 +133,9 @@ def _languages(recipe: Mapping[str, Any]) -> list[str] | None:
 
 def _body(folder: Path, recipe: Mapping[str, Any], ledger: Mapping[str, Any], name: str, licence: Licence) -> list[str]:
     kind = str(recipe.get("kind", "rows"))
-    lines = [f"# {_plain(name)}", ""]
+    lines = [f"# {plain(name)}", ""]
     if recipe.get("description"):
-        lines += [_printable(str(recipe["description"])).strip(), ""]
+        lines += [printable(str(recipe["description"])).strip(), ""]
     counts = ", ".join(f"{count:,} {split}" for split, count in ledger["splits"].items())
     lines += [
         f"{ledger['rows_out']:,} rows of kind `{kind}` ({counts}), built from {ledger['rows_in']:,} records by the "
@@ -142,16 +143,16 @@ def _body(folder: Path, recipe: Mapping[str, Any], ledger: Mapping[str, Any], na
         "```python", "from datasets import load_dataset", 'rows = load_dataset("path/to/this/folder")', "```", "",
     ]  # fmt: skip
     lines += ["## Sources", "", *_sources(ledger), ""]
-    lines += ["## Licences", "", f"**{', '.join(licence.names)}.** {_plain(licence.reason)}", ""]
-    lines += [f"- {_plain(concern)}." for concern in licence.concerns]
+    lines += ["## Licences", "", f"**{', '.join(licence.names)}.** {plain(licence.reason)}", ""]
+    lines += [f"- {plain(concern)}." for concern in licence.concerns]
     lines += [""] if licence.concerns else []
     lines += ["## Splits and columns", "", *_splits(folder, ledger), ""]
     lines += ["## Steps", "", *_steps(ledger), ""]
     for source, choice in (ledger.get("format_choices") or {}).items():
-        lines.append(f"- Format of {_plain(source)}: {_plain(choice)}")
+        lines.append(f"- Format of {plain(source)}: {plain(choice)}")
     lines += [""] if ledger.get("format_choices") else []
-    text = _printable(yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=110))
-    return [*lines, "## Recipe", "", *_fenced(text, "yaml")]
+    text = printable(yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=110))
+    return [*lines, "## Recipe", "", *fenced(text, "yaml")]
 
 
 def _sources(ledger: Mapping[str, Any]) -> list[str]:
@@ -168,7 +169,7 @@ def _sources(ledger: Mapping[str, Any]) -> list[str]:
             identity or "–",
         ))  # fmt: skip
     head = ("source", "type", "licence", "goes to", "records", "rows", "share", "identity")
-    return _table(head, rows, numbers=range(4, 7))
+    return table(head, rows, numbers=range(4, 7))
 
 
 def _splits(folder: Path, ledger: Mapping[str, Any]) -> list[str]:
@@ -179,10 +180,10 @@ def _splits(folder: Path, ledger: Mapping[str, Any]) -> list[str]:
         (split, f"{count:,}", f"{len(shards(folder, split))}", f"`{str(digests.get(split, '–'))[:16]}`")
         for split, count in ledger["splits"].items()
     ]
-    lines = _table(("split", "rows", "files", "digest of its rows"), rows, numbers=(1, 2))
+    lines = table(("split", "rows", "files", "digest of its rows"), rows, numbers=(1, 2))
     first = next((paths[0] for split in SPLITS if (paths := shards(folder, split))), None)
     names = pq.read_schema(first).names if first is not None else []
-    lines += ["", *(f"- `{_plain(name)}`: {COLUMNS.get(name, 'added by a step')}" for name in names)]
+    lines += ["", *(f"- `{plain(name)}`: {COLUMNS.get(name, 'added by a step')}" for name in names)]
     return [*lines, "", "No prompt is in both splits."]
 
 
@@ -195,7 +196,7 @@ def _steps(ledger: Mapping[str, Any]) -> list[str]:
             f"{line['rows_out']:,}", reasons,
         ))  # fmt: skip
     head = ("step", "rows in", "added", "changed", "rows out", "dropped")
-    return [*_table(head, rows, numbers=range(1, 5)), "", "In every line: rows in + added = rows out + dropped."]
+    return [*table(head, rows, numbers=range(1, 5)), "", "In every line: rows in + added = rows out + dropped."]
 
 
 def _pairs(identity: Any) -> Iterable[tuple[str, str]]:
@@ -212,34 +213,3 @@ def _short(value: str) -> str:
 
 def _share(part: int, whole: int) -> str:
     return f"{part / whole:.1%}" if whole else "–"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[Any]], numbers: Iterable[int] = ()) -> list[str]:
-    """A Markdown table; cells are plain text, whatever they contain."""
-    right = set(numbers)
-    rule = ["---:" if index in right else "---" for index in range(len(head))]
-    lines = [f"| {' | '.join(head)} |", f"| {' | '.join(rule)} |"]
-    lines += [f"| {' | '.join(_cell(str(cell)) for cell in row)} |" for row in rows]
-    return lines
-
-
-def _cell(text: str) -> str:
-    known = text.startswith("**not known**") or re.fullmatch(r"`[0-9a-f–]+`", text)
-    return text if known else _plain(text)
-
-
-def _plain(text: str) -> str:
-    """Text that Markdown reads as text: on one line, no markup, no HTML, no links."""
-    return re.sub(r"([\\`*_{}\[\]()<>#|!~&])", r"\\\1", " ".join(_printable(text).split()))
-
-
-def _printable(text: str) -> str:
-    """Without control characters and without marks that reorder text; line breaks and tabs stay."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]", "\ufffd", text)
-
-
-def _fenced(text: str, language: str) -> list[str]:
-    """A code block whose fence is longer than any in the text."""
-    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return [f"{fence}{language}", text.rstrip("\n"), fence]

@@ -130,11 +130,11 @@ def push(upload: Upload, api: Any = None) -> dict[str, Any]:
             upload.repo, operations, repo_type="dataset", revision=upload.revision, commit_message=_message(upload)
         )
     except (LocalTokenNotFoundError, OfflineModeIsEnabled) as error:
-        raise UserError(_safe(f"{upload.repo}: {error}")) from None
+        raise UserError(safe(f"{upload.repo}: {error}")) from None
     except HfHubHTTPError as error:
-        raise _refused(upload.repo, error) from None
+        raise refused(upload.repo, error) from None
     except (httpx.HTTPError, OSError) as error:
-        raise StageFailed(_safe(f"{upload.repo}: the Hub cannot be reached: {type(error).__name__}: {error}")) from None
+        raise StageFailed(safe(f"{upload.repo}: the Hub cannot be reached: {type(error).__name__}: {error}")) from None
     return {"url": str(made.commit_url), "commit": str(made.oid), "deleted": deleted}
 
 
@@ -148,10 +148,11 @@ def _message(upload: Upload) -> str:
     return ", ".join(f"{rows:,} {split}" for split, rows in upload.rows.items()) + " rows, built with align"
 
 
-def _refused(repo: str, error: Any) -> UserError | StageFailed:
+def refused(repo: str, error: Any) -> UserError | StageFailed:
+    """What the Hub's answer means for who pushes: theirs to put right, or the Hub's own failure."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     lines = (getattr(error, "server_message", None) or str(error)).strip().splitlines()
-    said = _safe(lines[0].rstrip(".") if lines else type(error).__name__)
+    said = safe(lines[0].rstrip(".") if lines else type(error).__name__)
     if status in (401, 403):
         return UserError(
             f"{repo}: the Hub refuses ({status}): {said}. Set HF_TOKEN to a token that may write there, or run "
@@ -162,8 +163,8 @@ def _refused(repo: str, error: Any) -> UserError | StageFailed:
     return StageFailed(f"{repo}: the Hub failed: {said}. Push again; a push is one commit, so nothing is half there.")
 
 
-def _safe(text: str) -> str:
-    """Without the token, should an error ever quote it."""
+def safe(text: str) -> str:
+    """``text`` without the token, should an error ever quote it."""
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         token = os.environ.get(name)
         if token:
