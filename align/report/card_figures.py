@@ -36,7 +36,7 @@ def task_scores(card: Card, metric: str, title: str) -> Markup:
     panel.axes.set_ylim(len(policies) - 0.5, -0.5)
     panel.axes.grid(axis="y", visible=False)
     panel.axes.set_xlabel(f"{card['metrics'][metric]['unit']}", fontsize=8)
-    panel.axes.set_title(title, fontsize=9, loc="left")
+    panel.axes.set_title(legend_name(title), fontsize=9, loc="left")
     return panel.svg(f"{title} of every system")
 
 
@@ -77,7 +77,7 @@ def by_family(card: Card, metric: str, most: int = MOST_SOURCES) -> Markup | Non
 
 @styled
 def length_histogram(lengths: Mapping[str, Sequence[int]], what: str = "") -> Markup:
-    """Share of responses by length in tokens, one outline per system."""
+    """Share of responses by length in tokens, one outline per system; ``what`` is for the label alone."""
     import numpy as np
 
     panel = Panel()
@@ -91,7 +91,7 @@ def length_histogram(lengths: Mapping[str, Sequence[int]], what: str = "") -> Ma
             counts / len(values), edges, color=nth(COLOURS, index), linestyle=nth(LINES, index), linewidth=1.6,
             label=legend_name(policy),
         )  # fmt: skip
-    panel.axes.set_xlabel(f"tokens of a response{what}")
+    panel.axes.set_xlabel("tokens of a response")
     panel.axes.set_ylabel("share of responses")
     panel.axes.legend(loc="best")
     return panel.svg(f"Distribution of response lengths of each system{what}")

@@ -25,6 +25,8 @@ POINTS = 72
 FEW = 20
 """Curves of no more points are drawn with markers."""
 DIGITS = 6
+LEAST, MOST = 0.01, 1e5
+"""Axes whose largest number is beyond these have powers of ten on them."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +65,14 @@ def curve(title: str, names: Sequence[str], events: Events) -> Curve:
         )  # fmt: skip
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
+    for axis, ends in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+        powers = not LEAST <= max(map(abs, ends)) < MOST
+        axis.set_major_formatter(FuncFormatter(lambda value, _, powers=powers: _tick(value, powers)))
     axes.tick_params(labelsize=8)
     axes.set_xlabel("step", labelpad=1)
     axes.set_title(visible(title)[:44], fontsize=9.5, loc="left", color=INK)
     if len(names) > 1:
-        axes.legend(loc="upper right")
+        axes.legend(loc="best")
     svg = panel.svg(_said(title, names, events.series))
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     reading = {
@@ -97,10 +100,12 @@ def _said(title: str, names: Sequence[str], series: Mapping[str, tuple[Sequence[
     return f"{title} over steps: {', '.join(ways)}"
 
 
-def _tick(value: float) -> str:
-    if value and not 1e-3 <= abs(value) < 1e4:
-        return f"{value:.2g}".replace("e-0", "e-").replace("e+0", "e").replace("-", "−")
-    return f"{value:.4g}".replace("-", "−")
+def _tick(value: float, powers: bool) -> str:
+    """A short label: the room to the left of the axes is fixed."""
+    if not value or not powers:
+        return f"{value:.4g}".replace("-", "−")
+    digits, _, power = f"{value:.1e}".partition("e")
+    return f"{digits.removesuffix('.0')}e{int(power)}".replace("-", "−")
 
 
 def _short(value: float) -> float:

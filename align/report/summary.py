@@ -103,7 +103,7 @@ def sentences(card: Card) -> list[dict[str, str]]:
 def _change(card: Card, row: dict[str, Any]) -> dict[str, str]:
     policy, against, title = row["policy"], row["against"], name_of(card, row["metric"])
     before, after = (card["estimates"][name][row["metric"]]["value"] for name in (against, policy))
-    change = f"{signed(row['value'])}, 95 % interval {interval(row, True)}, p {_p(row['p_holm'])}"
+    change = _how_sure(row)
     if row["verdict"] == "unclear":
         text = f"{policy}: no clear change in {title} over {against} ({number(before)} → {number(after)}; {change})."
     else:
@@ -127,7 +127,7 @@ def _rivals(card: Card) -> list[dict[str, str]]:
             "lower": "is lower than",
             "unclear": "is not clearly different from",
         }[row["verdict"]]
-        text = f"{row['policy']} {said} {against}: {signed(row['value'])}, 95 % interval {interval(row, True)}."
+        text = f"{row['policy']} {said} {against}: {_how_sure(row)}."
         found.append({"kind": row["verdict"], "text": text})
     return found
 
@@ -166,6 +166,11 @@ def gate_sentence(rows: list[dict[str, Any]]) -> str:
     parts = [f"{fails} failed"] if fails else []
     parts += [f"{warned} not kept as a warning"] if warned else []
     return ", ".join([*parts, f"{kept} of {len(rows)} passed"])
+
+
+def _how_sure(row: dict[str, Any]) -> str:
+    """A verdict needs both: an interval clear of zero may stand beside a p that is not small once corrected."""
+    return f"{signed(row['value'])}, 95 % interval {interval(row, True)}, corrected p {_p(row['p_holm'])}"
 
 
 def _p(value: float) -> str:

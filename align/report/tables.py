@@ -49,12 +49,15 @@ def task_groups(card: Card) -> list[dict[str, Any]]:
 def _metric_row(card: Card, metric: str, about: Mapping[str, Any]) -> dict[str, Any]:
     sizes = {card["estimates"][name][metric]["n"] for name in card["policies"] if metric in card["estimates"][name]}
     task = card["tasks"].get(about["task"])
+    better = f"{about['better']} is better" if about["better"] else ""
     return {
         "metric": metric,
         **about,
         "primary": metric == card["primary"],
         "main": task is not None and task["primary"] == metric,
-        "n": f"n {next(iter(sizes)):,}" if len(sizes) == 1 else "",
+        "about": [
+            part for part in (about["unit"], better, f"n {next(iter(sizes)):,}" if len(sizes) == 1 else "") if part
+        ],
         "cells": [_cell(card, name, metric, len(sizes) > 1) for name in card["policies"]],
     }
 

@@ -72,14 +72,14 @@ def test_the_scorecard_by_task(card):
         ("prompts", 24), ("ifeval", 40), ("refusals", 40), ("general", 40), ("mt", 40),
     ]  # fmt: skip
     strict = groups[1]["rows"][0]
-    assert (strict["main"], strict["n"]) == (True, "n 40")
+    assert (strict["main"], strict["about"]) == (True, ["share", "higher is better", "n 40"])
     changes = {change["against"]: change for change in strict["cells"][2]["changes"]}
     assert set(changes) == {"sft", "model"}
     row = find(card, "ppo", "model", "ifeval.prompt_strict")
     assert row is not None
     assert changes["model"]["verdict"] == row["verdict"] == "better"
     refused = groups[2]["rows"][0]
-    assert refused["n"] == "n 20"  # items of weight 0 take no part
+    assert refused["about"][-1] == "n 20"  # items of weight 0 take no part
     kl = next(row for row in groups[0]["rows"] if row["metric"] == "kl")
     assert kl["cells"][-1]["value"].startswith("≤ ")
 
