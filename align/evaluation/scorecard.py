@@ -22,10 +22,10 @@ The schema of ``scorecard.json`` is what :func:`build` returns (format 2):
 - ``gates``: list of ``{name, system, metric, expression, value, low, high, bound, level, passed, clear, text}``
 - ``flags``: list of ``{policy, kind, text}``; kinds ``regression``, ``over-optimised``, ``eos``, ``length``, ``judge``
 
-p-values are corrected (Holm) in two families: the primary metric's comparisons, chosen beforehand, among themselves;
-all the others of the table together. Verdicts: ``better`` or ``worse`` (``higher`` or ``lower`` for a metric without a
-good side) when the interval is clear of zero and the corrected p is below 0.05; else ``unclear``. Torch-free; numbers
-that are not finite are null.
+p-values are corrected (Holm) in three families: the primary metric's comparisons of checkpoints, chosen beforehand; the
+primary metric's comparisons with ways of using one without training it; all the others of the table. Verdicts:
+``better`` or ``worse`` (``higher`` or ``lower`` for a metric without a good side) when the interval is clear of zero and
+the corrected p is below 0.05; else ``unclear``. Torch-free; numbers that are not finite are null.
 """
 
 from __future__ import annotations
@@ -150,7 +150,10 @@ def build(found: Measurements, resampling: Resampling, settings: dict[str, Any])
         if policy in per and against in per
         if (row := difference(per[policy], per[against], resampling)) is not None
     ]
-    correct([row for row in differences if row["metric"] == primary], metrics)
+    trained = {one.name for one in found.systems if one.role in ("base", "checkpoint")}
+    decisive = [row for row in differences if row["metric"] == primary]
+    correct([row for row in decisive if {row["policy"], row["against"]} <= trained], metrics)
+    correct([row for row in decisive if not {row["policy"], row["against"]} <= trained], metrics)
     correct([row for row in differences if row["metric"] != primary], metrics)
     card = {
         "format": FORMAT,

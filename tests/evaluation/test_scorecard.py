@@ -78,6 +78,15 @@ def test_holm_corrects_the_primary_metric_apart_from_the_rest():
     assert rows(card)["ppo", "model"]["p_holm"] == pytest.approx(3 / 512)  # 2/512, made monotone
 
 
+def test_comparing_with_baselines_costs_the_stages_no_power():
+    found = measurements(model=[0.0] * 10, sft=[1.0] * 10, ppo=[1.0] * 10, asked=[0.0] * 10)
+    found.systems[3] = info("asked", "prompted", "model", system="be good")
+    card = build(found, RESAMPLING, {})
+    assert rows(card)["sft", "model"]["p_holm"] == pytest.approx(3 / 512)
+    # three comparisons with the prompted system: p = 1/512 twice and 1
+    assert rows(card)["ppo", "asked"]["p_holm"] == pytest.approx(3 / 512)
+
+
 def test_families_have_their_own_numbers():
     card = build(example(), RESAMPLING, {})
     assert {name: family["n"] for name, family in card["families"].items()} == {"even": 20, "odd": 20}
