@@ -195,7 +195,7 @@ class MultipleChoiceTask(Task):
         logprobs, cut = self._read(reader)
         rows = [score(question, values) for question, values in zip(self.questions, logprobs, strict=True)]
         values = {metric: [[row[metric]] for row in rows] for metric in self.metrics}
-        return Measured(values, notes={"ties": sum(map(is_tie, self.questions, logprobs)), "contexts_cut": cut})
+        return Measured(values, notes={"ties": sum(map(is_tie, self.questions, logprobs)), "inputs_cut": cut})
 
     def _read(self, reader: Reader) -> tuple[list[list[float]], int]:
         found: list[list[float]] = []

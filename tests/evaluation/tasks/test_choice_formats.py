@@ -149,6 +149,7 @@ def test_auto_needs_every_record_to_fit() -> None:
     ("fields", "form", "message"),
     [
         ({**HUB_ARC, "answerKey": "D"}, "arc", "answerKey is 'D', the labels are A, B, C"),
+        ({**HUB_ARC, "choices": {"text": ["ice"], "label": ["A", "B"]}}, "arc", "there are 1 texts; expected a label"),
         ({**HUB_ARC, "choices": ["ice"]}, "arc", "'choices' holds list .*expected a mapping of text and label"),
         ({**HUB_ARC, "choices": {"text": ["ice", " "], "label": ["A", "B"]}}, "arc", "one of its choices is empty"),
         ({"instruction": "Which?", "answer": "answer1"}, "arc", "found 0 choices and the answer 'answer1'"),
@@ -174,6 +175,11 @@ def test_auto_needs_every_record_to_fit() -> None:
             {**TARGETS, "mc2_targets": {"choices": ["No", "Yes"], "labels": [1, 1]}},
             "truthfulqa",
             "expected one true answer among MC1's .*found 1 of 2 and 2 of 2",
+        ),
+        (
+            {**TARGETS, "mc1_targets": {"choices": ["No", "Yes"], "labels": [1, 1]}},
+            "truthfulqa",
+            "expected one true answer among MC1's .*found 2 of 2 and 2 of 4",
         ),
         ({**CSV, "Incorrect Answers": ""}, "truthfulqa", "field 'incorrect_answers' is empty"),
     ],

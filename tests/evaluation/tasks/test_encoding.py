@@ -84,10 +84,11 @@ def test_an_answer_under_a_template_without_a_place_to_cut(tokenizer: Any) -> No
     thinking.chat_template = thinking.chat_template.replace(
         "{{ '\\n<|im_start|>assistant\\n' }}", "{{ '\\n<|im_start|>assistant\\n<think>\\n' }}"
     )
-    ids, cut = answer_ids(thinking, [user("hello")], "Hi", finished=True)
-    assert not cut
-    assert ids == [*tokenizer.encode("Hi"), tokenizer.eos_token_id]
-    assert answer_ids(thinking, [user("hello")], "Hi", finished=False)[0] == tokenizer.encode("Hi")
+    for answer in ("Hi", "An answer that is longer than the thought"):
+        ids, cut = answer_ids(thinking, [user("hello")], answer, finished=True)
+        assert not cut
+        assert ids == [*tokenizer.encode(answer), tokenizer.eos_token_id]
+        assert answer_ids(thinking, [user("hello")], answer, finished=False)[0] == tokenizer.encode(answer)
 
 
 @pytest.mark.parametrize(

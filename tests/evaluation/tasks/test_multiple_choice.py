@@ -102,7 +102,7 @@ def test_what_is_read_and_what_comes_of_it(tmp_path: Path) -> None:
     assert measured.values["acc"] == [[1.0], [0.0], [1.0]]
     # -1 over 3 characters is -0.333, -1.5 over 4 is -0.375
     assert measured.values["acc_norm"] == [[1.0], [0.0], [1.0]]
-    assert measured.notes == {"ties": 0, "contexts_cut": 0}
+    assert measured.notes == {"ties": 0, "inputs_cut": 0}
     assert list(measured.values) == list(task.metrics) == ["acc", "acc_norm"]
     assert task.primary == "acc"
     assert [item.source for item in task.items] == ["arc"] * 3
@@ -207,6 +207,9 @@ def test_what_was_read_is_kept_in_blocks(tmp_path: Path, monkeypatch: pytest.Mon
     other = build(tmp_path, ARC, SOLVED, shots=2)
     other.read(reader)
     assert reader.computed == ["quiz-0", "quiz-2"] * 2, "other contexts are other results"
+    reader.max_length = 10
+    other.read(reader)
+    assert reader.computed == ["quiz-0", "quiz-2"] * 3, "and so are contexts that are cut"
 
 
 def test_a_context_that_is_too_long_loses_its_beginning_and_is_counted(tmp_path: Path) -> None:
@@ -214,7 +217,7 @@ def test_a_context_that_is_too_long_loses_its_beginning_and_is_counted(tmp_path:
     reader = RuleReader(lambda context, answer: 0.0)
     reader.max_length = 20
     measured = task.read(reader)
-    assert measured.notes["contexts_cut"] == 6
+    assert measured.notes["inputs_cut"] == 6
     context, answer = reader.asked[0]
     assert len(context) + len(answer) == 21, "a byte a token: the last one is no input"
     assert "Question: Which melts?\nAnswer:".endswith(context)
@@ -245,8 +248,14 @@ def test_too_few_examples_are_an_error_before_anything_is_read(tmp_path: Path) -
     with pytest.raises(UserError, match=r"2 examples are to be shown and there are 1 about maths"):
         build(tmp_path, MMLU, DEV[:3], shots=2)
     task = build(tmp_path, ARC)
-    with pytest.raises(UserError, match=r"1 examples are to be shown and there are 0 .*examples_files"):
-        task.read(RuleReader(lambda context, answer: 0.0, prompted(shots=1)))
+    for ask in (
+        lambda: task.read(RuleReader(lambda context, answer: 0.0, prompted(1))),
+        lambda: task.check(prompted(1)),
+    ):
+        with pytest.raises(UserError, match=r"1 examples are to be shown and there are 0 .*examples_files"):
+            ask()
+    task.check(prompted())
+    build(tmp_path, ARC, chat=True).check(prompted(1))  # in a conversation, the system may have its own
 
 
 @pytest.mark.parametrize(
