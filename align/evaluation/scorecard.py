@@ -24,8 +24,8 @@ The schema of ``scorecard.json`` is what :func:`build` returns (format 2):
 
 p-values are corrected (Holm) in three families: the primary metric's comparisons of checkpoints, chosen beforehand; the
 primary metric's comparisons with ways of using one without training it; all the others of the table. Verdicts:
-``better`` or ``worse`` (``higher`` or ``lower`` for a metric without a good side) when the interval is clear of zero and
-the corrected p is below 0.05; else ``unclear``. Torch-free; numbers that are not finite are null.
+``better`` or ``worse`` (``higher`` or ``lower`` for a metric without a good side) when the interval is clear of zero
+and the corrected p is below 0.05; else ``unclear``. Torch-free; numbers that are not finite are null.
 """
 
 from __future__ import annotations
