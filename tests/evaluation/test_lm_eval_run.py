@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -264,6 +265,9 @@ def test_ifeval_needs_no_download_and_is_refused_where_it_would(hub: Hub, monkey
         raise AssertionError("lm-eval would fetch data from the network")
 
     monkeypatch.setattr(nltk, "download", download)
+    monkeypatch.setattr(nltk.data, "path", [])  # earlier tests may have found the model, or loaded the module
+    for name in [name for name in sys.modules if name.startswith("lm_eval.tasks.ifeval.")]:
+        monkeypatch.delitem(sys.modules, name)
     asked = job(None, "ifeval", revisions={"google/IFEval": COMMIT})
     described = lm_eval_describe.describe(asked)
     assert [one["metric"] for one in described["tasks"]["ifeval"]["metrics"]][:2] == [
