@@ -14,7 +14,7 @@ PreferenceData     the same files: ``prompt``, ``chosen``, ``rejected`` (lists o
 PromptData         the same files: ``prompt``
 UnpairedData       the same files: ``prompt``, ``completion`` and ``label``, whether it is wanted
 Scorecard          ``scorecard.json`` and ``samples.jsonl``
-Report             ``report.html``
+Report             ``report.html``; ``figures/`` and ``tables/``, what it shows as files
 =================  =====================================================================================
 """
 

@@ -46,7 +46,8 @@ def prepare(folder: Path, steps: int, samples: int, tokens: int) -> None:
         path = folder / stage
         path.mkdir(parents=True)
         record = {
-            "key": stage.encode().hex() * 8, "kind": stage, "stage": stage, "makes": str(kind), "version": 1, "seed": 17,
+            "key": stage.encode().hex() * 8, "kind": stage, "stage": stage, "makes": str(kind), "version": 1,
+            "seed": 17,
             "config": {f"field_{at}": at / 7 for at in range(40)}, "tokens": 1_000_000, "seconds": 3600.0,
             "input_stages": [{"stage": one, "kind": one, "key": one.encode().hex() * 8} for one in inputs],
             "metrics": {f"metric_{at}": rng.random() for at in range(30)}, "peak_memory_bytes": 9 * 2**30,
@@ -73,7 +74,8 @@ def sample(rng: random.Random, index: int, tokens: int) -> dict[str, Any]:
         words = [f"{rng.choice(WORDS)} " for _ in range(tokens)]
         responses[name] = [{
             "text": "".join(words), "tokens": tokens, "finished": rng.random() < 0.9, "gold": rng.random(),
-            "reward": rng.gauss(0, 1), "kl": rng.random() * 9, "token_kl": [[word, rng.gauss(0, 0.3)] for word in words],
+            "reward": rng.gauss(0, 1), "kl": rng.random() * 9,
+            "token_kl": [[word, rng.gauss(0, 0.3)] for word in words],
         }]  # fmt: skip
     prompt = [{"role": "user", "content": " ".join(rng.choice(WORDS) for _ in range(40))}]
     return {"task": "prompts", "id": str(index), "source": f"source {index % 20}", "prompt": prompt,
@@ -136,7 +138,13 @@ def open_page(page: Path) -> dict[str, float] | None:
 
     options = webdriver.ChromeOptions()
     options.binary_location = browser
-    for switch in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1280,900"):
+    for switch in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--window-size=1280,900",
+    ):
         options.add_argument(switch)
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver_path))
     try:
@@ -144,14 +152,16 @@ def open_page(page: Path) -> dict[str, float] | None:
         driver.get(page.as_uri())
         found: dict[str, float] = driver.execute_async_script(
             """
-            const done = arguments[0], entry = performance.getEntriesByType("navigation")[0];
-            const painted = performance.getEntriesByName("first-contentful-paint")[0];
-            const start = performance.now(), find = document.getElementById("find");
-            find.value = "kast";
-            find.dispatchEvent(new Event("input"));
-            requestAnimationFrame(() => requestAnimationFrame(() => done({
-              parsed: entry.domInteractive, loaded: entry.loadEventEnd, painted: painted ? painted.startTime : NaN,
-              filter: performance.now() - start})));
+            const done = arguments[0], twice = (then) => requestAnimationFrame(() => requestAnimationFrame(then));
+            twice(() => {
+              const entry = performance.getEntriesByType("navigation")[0];
+              const paint = performance.getEntriesByName("first-contentful-paint")[0];
+              const start = performance.now(), find = document.getElementById("find");
+              find.value = "kast";
+              find.dispatchEvent(new Event("input"));
+              twice(() => done({ parsed: entry.domInteractive, loaded: entry.loadEventEnd,
+                painted: paint ? paint.startTime : start, filter: performance.now() - start }));
+            });
             """
         )
     finally:
@@ -182,7 +192,9 @@ def main() -> None:
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             rounds.append(json.loads(done.stdout) | (open_page(folder / "out" / "report.html") or {}))
         page = folder / "out" / "report.html"
-        beside = sum(path.stat().st_size for path in (folder / "out").rglob("*") if path.is_file()) - page.stat().st_size
+        beside = (
+            sum(path.stat().st_size for path in (folder / "out").rglob("*") if path.is_file()) - page.stat().st_size
+        )
         print(f"page {page.stat().st_size / 1e6:.1f} MB, files beside it {beside / 1e6:.1f} MB")
         for name in rounds[0]:
             values = sorted(one[name] for one in rounds)

@@ -147,6 +147,7 @@ def test_the_way_of_a_stage_over_its_updates():
     assert drift.path({"ppo": found}, "score") is not None
     assert drift.path({"ppo": found}, "gold") is None  # one point is no way
     assert not drift.has_path(Events({"kl": (steps, steps)}))
+    assert not drift.has_path(Events({"score": (steps, steps)}))
 
 
 @pytest.mark.parametrize(
