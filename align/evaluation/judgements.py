@@ -95,14 +95,14 @@ class Judgements:
         requests = [self._request(question) for question in questions]
         self.asker.expected = len(requests)
         answers = self._answers(requests, requests[:PROBE])
-        bad = [at for at, answer in enumerate(answers) if not _is_readable(answer, readable)]
+        bad = [at for at, answer in enumerate(answers) if not readable(answer.text)]
         if len(answers) < len(requests) and 2 * len(bad) >= len(answers):
             raise self._garbled("its first questions", [answers[at] for at in bad], len(answers), len(requests))
         answers += self._answers(requests, requests[PROBE:])
         self.bench.progress(len(requests), len(requests), "judgements")
         for group in dict.fromkeys(groups):
             own = [answer for answer, its in zip(answers, groups, strict=True) if its == group]
-            bad_ones = [answer for answer in own if not _is_readable(answer, readable)]
+            bad_ones = [answer for answer in own if not readable(answer.text)]
             if len(bad_ones) > self.config.max_unreadable * len(own):
                 raise self._garbled(group, bad_ones, len(own), len(requests))
         return answers
@@ -156,10 +156,6 @@ class Judgements:
             return  # each report is a line in a file
         self._told = now
         self.bench.progress(done, total, "judgements")
-
-
-def _is_readable(answer: Answer, readable: Callable[[str], bool]) -> bool:
-    return not answer.error and readable(answer.text)
 
 
 def look_for(endpoint: EndpointConfig, place: str, warn: Callable[[str], None]) -> None:

@@ -66,6 +66,13 @@ def test_a_second_run_asks_nothing_and_another_seed_everything(fake: FakeChat, t
     assert len(fake.bodies) == 80
 
 
+def test_equal_questions_are_asked_once_and_counted_as_often_as_they_come(fake: FakeChat, tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    judgements = Judgements(EndpointJudge(**endpoint(fake)), "mt", bench)
+    assert len(judgements.ask([[user("The same")]] * 30, ["sft"] * 30, _readable)) == 30
+    assert len(fake.bodies) == 1 and bench.told[-1] == (30, 30, "judgements")
+
+
 def test_runs_share_judgements_where_there_is_a_place(fake: FakeChat, tmp_path: Path) -> None:
     for run in ("one", "two"):
         _ask(fake, Bench(tmp_path / run, shared=tmp_path / "shared"))

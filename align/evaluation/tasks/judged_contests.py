@@ -13,7 +13,7 @@ from align.evaluation.contests import POINTS, Contest, by_scores, verdict_counts
 from align.evaluation.judge import Outcome
 from align.evaluation.judgements import Judgements
 from align.evaluation.length_control import obstacle
-from align.evaluation.tasks.base import Answers, Bench, Given, Item, Measured, Metric, Turn
+from align.evaluation.tasks.base import Answers, Bench, Given, Item, Measured, Metric, Respondent, SystemInfo, Turn
 from align.evaluation.tasks.judged_task import JudgedTask, answer_notes, measured, talk
 from align.rollouts.protocol import Response
 
@@ -43,6 +43,7 @@ class ComparedTask(JudgedTask):
         meaning = f"share of questions where {self.by} prefers the answer to that of {opponent}; a tie is half"
         self.metrics = {WIN_RATE: Metric(f"{self.label} win rate against {opponent}", "higher", "share", meaning)}
         self.contests: list[Contest] = []
+        self._roles: set[str] = set()
 
     def settings(self) -> dict[str, Any]:
         """The same, and whom systems are compared with."""
@@ -51,6 +52,17 @@ class ComparedTask(JudgedTask):
     def extras(self) -> dict[str, Any]:
         """``win_rates``: a row for every two systems that were compared."""
         return {"win_rates": [contest.row(self.name, self.by) for contest in self.contests]}
+
+    def check(self, info: SystemInfo) -> None:
+        """Remembers who takes part; no system may be called what the records' answers are."""
+        self._roles.add(info.role)
+        self._name_is_free(info.name)
+
+    def respond(self, respondent: Respondent) -> Answers:
+        """The same, once it is known that there is someone to be compared with."""
+        if self.config.against == "base" and self._roles and "base" not in self._roles:
+            raise self._no_base()
+        return super().respond(respondent)
 
     def score(self, answers: Mapping[str, Answers], bench: Bench) -> dict[str, Measured]:
         """Win rates of every system but the one they are compared with.
@@ -79,19 +91,24 @@ class ComparedTask(JudgedTask):
     def _opponent(self, given: Mapping[str, Any], bench: Bench) -> str:
         against = self.config.against
         if against == "file":
-            if FILE in given:
-                raise UserError(
-                    f"tasks.{self.name}: a system is called '{FILE}', as the records' answers are; rename it."
-                )
+            for name in given:
+                self._name_is_free(name)
             return FILE
         if against == "base":
             if bench.base is None:
-                raise UserError(
-                    f"tasks.{self.name}.against: base, but no stage of kind `model` is among policies; add it, or "
-                    "compare with the reference."
-                )
+                raise self._no_base()
             return bench.base
         return bench.reference
+
+    def _name_is_free(self, name: str) -> None:
+        if self.config.against == "file" and name == FILE:
+            raise UserError(f"tasks.{self.name}: a system is called '{FILE}', as the records' answers are; rename it.")
+
+    def _no_base(self) -> UserError:
+        return UserError(
+            f"tasks.{self.name}.against: base, but no stage of kind `model` is among policies; add it, or compare with "
+            "the reference."
+        )
 
     def _by_endpoint(self, pairs: Sequence[Pair], sides: Sides, bench: Bench) -> list[Contest]:
         """Both orders of all answers that differ; the same answer twice is a tie that nobody is asked about."""
@@ -112,7 +129,7 @@ class ComparedTask(JudgedTask):
         judgements = Judgements(self.config.judge, self.name, bench)
         said = judgements.ask(questions, groups, lambda text: judge.read_verdict(text) is not None)
         self.usage = judgements.usage()
-        verdicts = [None if one.error else judge.read_verdict(one.text) for one in said]
+        verdicts = [judge.read_verdict(one.text) for one in said]
         decided = {place: verdicts[2 * number : 2 * number + 2] for number, place in enumerate(differ)}
         contests = []
         for one, other in pairs:

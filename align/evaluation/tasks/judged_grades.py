@@ -54,9 +54,7 @@ class GradedTask(JudgedTask):
         judgements = Judgements(self.config.judge, self.name, bench)
         said = judgements.ask(questions, [name for name, _, _ in asked], _is_grade)
         self.usage = judgements.usage()
-        grades = {
-            place: None if one.error else grading.read_grade(one.text) for place, one in zip(asked, said, strict=True)
-        }
+        grades = {place: grading.read_grade(one.text) for place, one in zip(asked, said, strict=True)}
         return {
             name: self._measured(
                 [[grades[name, at, number] for number in range(len(turns))] for at, turns in enumerate(per_item)],

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,21 @@ def test_against_the_base_model_and_against_the_file(fake: FakeChat, tmp_path: P
         task.score(answers_of(task, constant("file", "x")), Bench(tmp_path))
 
 
+def test_opponents_that_are_not_there_are_told_before_anyone_answers(fake: FakeChat, tmp_path: Path) -> None:
+    system = constant("sft", "x")
+    task = make_task(tmp_path, 2, against="base", judge=endpoint(fake))
+    task.check(system.info)
+    with pytest.raises(UserError, match="no stage of kind `model`"):
+        task.respond(system)
+    assert system.asked == []
+    task.check(replace(system.info, role="base"))
+    assert len(task.respond(system)) == 2
+    records = [{"instruction": "Question 0", "output": "xx"}]
+    task = make_task(tmp_path, records=records, against="file", judge=endpoint(fake))
+    with pytest.raises(UserError, match="a system is called 'file'"):
+        task.check(constant("file", "x").info)
+
+
 def test_one_system_has_nothing_to_be_compared_with(fake: FakeChat, tmp_path: Path) -> None:
     task = make_task(tmp_path, 2, judge=endpoint(fake))
     bench = Bench(tmp_path)
@@ -190,10 +206,12 @@ def test_one_system_has_nothing_to_be_compared_with(fake: FakeChat, tmp_path: Pa
 def test_a_judge_of_length_finds_even_systems_even_at_equal_length(fake: FakeChat, tmp_path: Path) -> None:
     # ppo is longer in 30 of 40 answers, by amounts of all sizes; the judge looks at nothing else.
     task = make_task(tmp_path, 40, judge=endpoint(fake))
-    sizes = [100 + (10 + 7 * n if n % 4 else -10 - 7 * n // 2) for n in range(40)]
-    answers = answers_of(task, constant("sft", "y" * 100), constant("ppo", *("x" * size for size in sizes)))
-    task.score(answers, Bench(tmp_path))
+    sizes = [300 + (10 + 7 * n if n % 4 else -10 - 7 * n // 2) for n in range(40)]
+    answers = answers_of(task, constant("sft", "y" * 300), constant("ppo", *("x" * size for size in sizes)))
+    (found,) = task.score(answers, Bench(tmp_path)).values()
+    assert "no_length_control" not in found.notes
     (row,) = task.extras()["win_rates"]
+    assert task.contests[0].gaps == [size - 300 for size in sizes]
     assert row["win_rate"]["value"] == 0.75 and row["win_rate"]["low"] > 0.55
     controlled = row["length_controlled"]
     assert controlled["low"] < 0.5 < controlled["high"] and controlled["value"] < 0.65 and controlled["n"] == 40
