@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from align import __version__
-from align.commands import data, report
+from align.commands import compare, data, evaluate, report
 from align.commands.parsing import Parser, add_store, print_json, printable_json
 from align.errors import StageFailed, UserError
 
@@ -191,7 +191,7 @@ def _doctor(options: argparse.Namespace) -> int:
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run, "plan": _plan, "explain": _explain, "list": _list, "show": _show, "gc": _gc,
     "schema": _schema, "chat": _chat, "doctor": _doctor, "data": data.run,
-    "report": report.run,
+    "eval": evaluate.run, "report": report.run, "compare": compare.run,
 }  # fmt: skip
 
 
@@ -218,7 +218,9 @@ def parser() -> argparse.ArgumentParser:
     chat.add_argument("--temperature", type=float, default=0.7)
     chat.add_argument("--max-tokens", type=int, default=256)
     data.add_commands(made["data"])
+    evaluate.add_arguments(made["eval"])
     report.add_arguments(made["report"])
+    compare.add_arguments(made["compare"])
     return top
 
 

@@ -1,42 +1,31 @@
-"""How much KL penalty does PPO want? Runs a pipeline once per ``kl_coef`` and tabulates score, gold score and KL.
+"""How much KL penalty does PPO want? Runs a pipeline once per ``kl_coef`` and compares the runs on one page.
 
-All runs share every stage before PPO through the store, so only PPO and what follows is repeated:
+All runs share every stage before PPO through the store, so only PPO and what follows is repeated. The page has the
+settings against the results, score against KL with the best trade-offs marked, and the curves over each other; it is
+what ``align compare NAME NAME ...`` writes, too:
 
     python examples/kl_sweep.py pipelines/quickstart.yaml 0.0 0.02 0.1
 """
 
 import sys
-from typing import Any
 
 from align import Pipeline
-from align.runner import Run
-
-
-def row(kl_coef: float, run: Run) -> list[str]:
-    """One line of the table: what the evaluation says of the PPO checkpoint."""
-    metrics: dict[str, Any] = run.metrics("evaluate")
-    values = metrics["values"]["ppo"]
-    cells = [f"{kl_coef:g}", *(f"{values[name]:.3f}" if name in values else "-" for name in ("reward", "gold", "kl"))]
-    for found in metrics["differences"]:
-        if found["policy"] == "ppo" and found["metric"] == "gold":
-            cells.append(
-                f"{found['value']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}] against {found['against']}"
-            )
-    return cells
+from align.report.compare import write_comparison
 
 
 def main(path: str, coefficients: list[float]) -> None:
-    """Run and print a table."""
+    """Run all, print what each came to, and write the page."""
     pipeline = Pipeline.load(path)
-    table = [["kl_coef", "RM score", "gold", "KL", "gold difference", ""]]
+    runs = {}
     for kl_coef in coefficients:
+        # a name of its own keeps each run's artifacts, and lets `align report` and `align compare` find it
         name = f"{pipeline.name}-kl-{kl_coef:g}".replace(".", "_")
-        variant = pipeline.set("stages.ppo.kl_coef", kl_coef).set("name", name)
-        table.append((row(kl_coef, variant.run()) + [""] * 6)[:6])
-        print("  ".join(table[-1]), flush=True)
-    widths = [max(len(line[column]) for line in table) for column in range(6)]
-    for line in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
+        runs[name] = pipeline.set("stages.ppo.kl_coef", kl_coef).set("name", name).run()
+        values = runs[name].metrics("evaluate")["values"]["ppo"]
+        print(name, *(f"{metric} {values[metric]:.3f}" for metric in ("reward", "gold", "kl") if metric in values))
+    page = runs[name].store.root / "reports" / "kl_sweep" / "compare.html"
+    write_comparison({name: run.artifacts for name, run in runs.items()}, page, title="PPO by KL penalty")
+    print(f"Comparison: {page.resolve()}")
 
 
 if __name__ == "__main__":

@@ -102,13 +102,14 @@ def find_checkpoint(name: str, store: str | None) -> Path:
         return folder / "model"
     if folder.exists() and folder.is_dir():
         raise UserError(f"{name}: no config.json in it, so not a checkpoint.")
-    artifact = _artifact(name, store)
+    artifact = find_artifact(name, store)
     if not (artifact.model / "config.json").is_file():
         raise UserError(f"{name} is a {artifact.kind}, not a checkpoint that can answer.")
     return artifact.model
 
 
-def _artifact(name: str, store: str | None) -> Artifact:
+def find_artifact(name: str, store: str | None) -> Artifact:
+    """The finished artifact that ``name`` means: the beginning of a key, or PIPELINE:STAGE."""
     if ":" not in name:
         return open_store(None, store).resolve(name)
     path, _, stage = name.rpartition(":")

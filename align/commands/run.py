@@ -81,20 +81,22 @@ def run_and_report(
             page = try_page(run_of(pipeline), store, _why(watch, error, pipeline, store))
             say_page(page, sys.stderr if quiet else sys.stdout)
         raise
-    return Outcome(run, try_page(run_of(pipeline), run.store, None))
+    found = [name for name in run.artifacts if name not in run.ran]
+    return Outcome(run, try_page(run_of(pipeline), run.store, None, found))
 
 
 def _why(watch: _Watching, error: BaseException, pipeline: Pipeline, store: Any) -> Failure | None:
     """What stopped the run, for the page."""
-    message = STOPPED if isinstance(error, KeyboardInterrupt) else str(error)
+    stopped = isinstance(error, KeyboardInterrupt)
+    message = STOPPED if stopped else str(error)
     if watch.failure is not None:
         return watch.failure
     if watch.current is not None:
         node, folder = watch.current
         log = folder / "log.txt"
-        return Failure(node.name, message, log if log.is_file() else None)
+        return Failure(node.name, message, log if log.is_file() else None, "stopped" if stopped else "failed")
     missing = first_missing(pipeline, store)
-    return None if missing is None else Failure(missing.name, message)
+    return None if missing is None else Failure(missing.name, message, None, "stopped" if stopped else "failed")
 
 
 def say_page(page: Path | None, stream: Any = None) -> None:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from filelock import FileLock
 
@@ -19,8 +19,9 @@ from align import __version__
 from align.artifacts import Artifact, Kind
 from align.errors import UserError
 from align.fingerprint import digest, file_digest
-from align.pipeline import Node, Pipeline
-from align.stage_process import LOG, RESULT, WORK
+from align.pipeline import Node, Pipeline, input_fields
+from align.stage import find_stage
+from align.stage_process import LOG, RESULT
 from align.store import REPORTS, Store
 from align.validation import suggest
 
@@ -36,6 +37,18 @@ class RunOf:
     name: str
     stages: Mapping[str, tuple[str, str]]
     pipeline: Mapping[str, Any]
+
+    def inputs(self, stage: str) -> list[str]:
+        """Names of the stages that one reads, in so far as its kind can be found here."""
+        block = (self.pipeline.get("stages") or {}).get(stage)
+        block = block if isinstance(block, dict) else {}
+        try:
+            fields = input_fields(find_stage(str(block.get("stage", stage))).config_class())
+        except (KeyError, UserError):
+            return []
+        values = [block.get(name) for name in fields]
+        flat = [item for value in values for item in (value if isinstance(value, list) else [value])]
+        return [str(item) for item in dict.fromkeys(map(str, filter(None, flat))) if item in self.stages]
 
     @property
     def title(self) -> str:
@@ -54,6 +67,7 @@ class Failure:
     stage: str
     message: str
     log: Path | None = None
+    status: Literal["failed", "stopped", "running"] = "failed"
 
 
 def run_of(pipeline: Pipeline) -> RunOf:
@@ -90,27 +104,30 @@ def unfinished(run: RunOf, store: Store) -> Failure | None:
         partial = store.partial(kind, key)
         if store.find(kind, key) is not None or not partial.is_dir():
             continue
-        log = partial / LOG
-        return Failure(name, _message(store, kind, key), log if log.is_file() else None)
+        log = partial / LOG if (partial / LOG).is_file() else None
+        if store.is_locked(kind, key):
+            return Failure(name, RUNNING, log, "running")
+        try:
+            message = str(json.loads((partial / RESULT).read_text(encoding="utf-8"))["message"])
+        except (OSError, ValueError, KeyError):
+            return Failure(name, STOPPED, log, "stopped")
+        return Failure(name, message, log)
     return None
 
 
-def _message(store: Store, kind: str, key: str) -> str:
-    if store.is_locked(kind, key):
-        return RUNNING
-    try:
-        return str(json.loads((store.partial(kind, key) / RESULT).read_text(encoding="utf-8"))["message"])
-    except (OSError, ValueError, KeyError):
-        return STOPPED
-
-
 def write_page(
-    run: RunOf, store: Store, failure: Failure | None = None, folder: Path | None = None, always: bool = True
+    run: RunOf,
+    store: Store,
+    failure: Failure | None = None,
+    folder: Path | None = None,
+    *,
+    cached: Collection[str] = (),
+    always: bool = True,
 ) -> Path:
     """Write the page into ``folder``, by default the store's own place for it, and return its path.
 
-    Unless ``always``, a page that was written of the same is left as it is. Raises ``UserError`` where there is
-    nothing to show.
+    ``cached`` names stages that a run found finished. Unless ``always``, a page that was written of the same is left as
+    it is. Raises ``UserError`` where there is nothing to show.
     """
     from align.report.page import write_report
 
@@ -126,40 +143,39 @@ def write_page(
         if not always and _read(folder / STAMP) == stamp and (folder / PAGE).is_file():
             return folder / PAGE
         (folder / STAMP).unlink(missing_ok=True)
-        failed = None if failure is None else _failed(run, store, failure, artifacts)
-        page = write_report(list(artifacts.values()), None, folder / PAGE, failed=failed, title=run.title)
+        pending = {
+            name: run.inputs(name)
+            for name, (kind, _) in run.stages.items()
+            if name not in artifacts and kind != "report" and (failure is None or name != failure.stage)
+        }
+        failed = None if failure is None else _failed(run, store, failure, list(pending))
+        page = write_report(
+            list(artifacts.values()),
+            None,
+            folder / PAGE,
+            failed=failed,
+            title=run.title,
+            cached=cached,
+            pending=pending,
+        )
         (folder / STAMP).write_text(stamp, encoding="utf-8")
     return page
 
 
-def _failed(run: RunOf, store: Store, failure: Failure, artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
-    """What ``write_report`` is told of a stage that did not finish, and of those that wait."""
+def _failed(run: RunOf, store: Store, failure: Failure, pending: list[str]) -> dict[str, Any]:
+    """What ``write_report`` is told of a stage that did not finish."""
     kind, key = run.stages[failure.stage]
     partial = store.partial(kind, key)
-    waiting = [
-        name
-        for name, (other, _) in run.stages.items()
-        if name != failure.stage and name not in artifacts and other != "report"
-    ]
     return {
         "stage": failure.stage,
+        "status": failure.status,
         "kind": kind,
         "message": failure.message,
         "log": None if failure.log is None else str(failure.log),
         "folder": str(partial) if partial.is_dir() else None,
-        "inputs": _inputs(partial / WORK),
-        "pending": waiting,
+        "inputs": run.inputs(failure.stage),
+        "pending": pending,
     }
-
-
-def _inputs(work: Path) -> list[str]:
-    """Names of the stages that a begun one reads."""
-    try:
-        values = json.loads(work.read_text(encoding="utf-8"))["inputs"].values()
-    except (OSError, ValueError, KeyError, AttributeError):
-        return []
-    flat = [item for value in values for item in (value if isinstance(value, list) else [value])]
-    return list(dict.fromkeys(str(item["stage"]) for item in flat if item))
 
 
 def _stamp(run: RunOf, artifacts: Mapping[str, Artifact], failure: Failure | None) -> str:
@@ -167,7 +183,7 @@ def _stamp(run: RunOf, artifacts: Mapping[str, Artifact], failure: Failure | Non
     made = {name: [one.record["key"], str(one.record.get("created"))] for name, one in artifacts.items()}
     # a failed attempt's log and curves grow under the same name: never the same
     of_failure = None if failure is None else [failure.stage, failure.message, _age(failure)]
-    return digest([__version__, _code(), run.title, list(made.items()), of_failure])
+    return digest([__version__, _code(), run.title, list(run.stages), list(made.items()), of_failure])
 
 
 def _age(failure: Failure) -> str:
@@ -191,10 +207,10 @@ def _read(path: Path) -> str:
         return ""
 
 
-def try_page(run: RunOf, store: Store, failure: Failure | None) -> Path | None:
+def try_page(run: RunOf, store: Store, failure: Failure | None, cached: Collection[str] = ()) -> Path | None:
     """The page after a run; an error in making it is said on standard error and changes nothing else."""
     try:
-        return write_page(run, store, failure, always=False)
+        return write_page(run, store, failure, cached=cached, always=False)
     except Exception as error:  # whatever it is: the run's own outcome must reach the user
         from align.console import printable
 

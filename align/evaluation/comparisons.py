@@ -109,6 +109,17 @@ def correct(differences: Sequence[Row], metrics: Mapping[str, Any]) -> None:
         row["verdict"] = verdict(row, metrics[row["metric"]]["better"])
 
 
+def correct_table(
+    differences: Sequence[Row], roles: Mapping[str, str], primary: str, metrics: Mapping[str, Any]
+) -> None:
+    """Correct a whole table in its three families (see ``scorecard.py``); ``roles`` is system → role."""
+    trained = {name for name, role in roles.items() if role in ("base", "checkpoint")}
+    decisive = [row for row in differences if row["metric"] == primary]
+    correct([row for row in decisive if {row["policy"], row["against"]} <= trained], metrics)
+    correct([row for row in decisive if not {row["policy"], row["against"]} <= trained], metrics)
+    correct([row for row in differences if row["metric"] != primary], metrics)
+
+
 def verdict(row: Row, better: str | None) -> str:
     """``better``, ``worse``, ``higher``, ``lower`` or ``unclear``; see ``scorecard.py``."""
     low, high = row["low"], row["high"]

@@ -34,7 +34,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from align.evaluation.comparisons import Column, Resampling, correct, difference, estimate, is_rate
+from align.evaluation.comparisons import Column, Resampling, correct, correct_table, difference, estimate, is_rate
 from align.evaluation.flags import find_flags
 from align.evaluation.gates import Gate, default_gates, evaluate_gates
 from align.evaluation.statistics import LEVEL
@@ -150,11 +150,7 @@ def build(found: Measurements, resampling: Resampling, settings: dict[str, Any])
         if policy in per and against in per
         if (row := difference(per[policy], per[against], resampling)) is not None
     ]
-    trained = {one.name for one in found.systems if one.role in ("base", "checkpoint")}
-    decisive = [row for row in differences if row["metric"] == primary]
-    correct([row for row in decisive if {row["policy"], row["against"]} <= trained], metrics)
-    correct([row for row in decisive if not {row["policy"], row["against"]} <= trained], metrics)
-    correct([row for row in differences if row["metric"] != primary], metrics)
+    correct_table(differences, {one.name: one.role for one in found.systems}, primary, metrics)
     card = {
         "format": FORMAT,
         "reference": found.reference,

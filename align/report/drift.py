@@ -40,7 +40,7 @@ def reward_against_kl(card: Mapping[str, Any], metric: str) -> Markup:
             markersize=7, markeredgecolor="white", capsize=2, linewidth=1.2, linestyle="none",
             label=legend_name(policy),
         )  # fmt: skip
-    _root_axis(panel)
+    root_axis(panel)
     panel.axes.set_xlabel(f"KL to {visible(card['reference'])} (nats, root scale)")
     panel.axes.set_ylabel(card["metrics"][metric]["title"])
     panel.axes.margins(0.12)
@@ -78,7 +78,7 @@ def path(events: Mapping[str, Events], name: str) -> Markup | None:
             )
     if not drawn:
         return None
-    _root_axis(panel)
+    root_axis(panel)
     panel.axes.set_xlabel("KL to the stage's start (nats, root scale)")
     panel.axes.set_ylabel(PATHS[name])
     panel.axes.margins(0.12)
@@ -96,7 +96,7 @@ def _points(events: Events, name: str) -> list[tuple[float, float, float]]:
     return list(zip(means, kls, scores, strict=True))
 
 
-def _root_axis(panel: Panel) -> None:
+def root_axis(panel: Panel) -> None:
     """Reward moves with the root of KL, and a base model may be far to the right of all others."""
     from matplotlib.ticker import MaxNLocator
 

@@ -68,14 +68,8 @@ def write_report(
     curves, readings = _curves(shown, beside)
     licences = ledgers.licence_rows(artifacts, beside)
     costs.keep_tables(artifacts, beside)
-    script = "\n".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
-    html = _template().render(
-        title=title,
-        version=__version__,
-        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        style=Markup((HERE / "page.css").read_text(encoding="utf-8")),  # noqa: S704  (our own file)
-        script=Markup(script),  # noqa: S704  (our own file)
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    html = template("page.html.jinja").render(
+        **shell(title),
         totals=costs.totals(artifacts),
         failure=_failure(failed),
         picture=lay_out(artifacts, failed, cached, pending or {}),
@@ -96,8 +90,22 @@ def write_report(
     return out
 
 
+def shell(title: str) -> dict[str, Any]:
+    """What every page has around its content: heading, date, style, the one script and its hash."""
+    script = "\n".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    return {
+        "title": title,
+        "version": __version__,
+        "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "style": Markup((HERE / "page.css").read_text(encoding="utf-8")),  # noqa: S704  (our own file)
+        "script": Markup(script),  # noqa: S704  (our own file)
+        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    }
+
+
 @cache
-def _template() -> Any:
+def template(name: str) -> Any:
+    """A template of this folder, with the escaping and the filters that every page relies on."""
     environment = Environment(
         loader=FileSystemLoader(HERE),
         autoescape=True,
@@ -110,7 +118,7 @@ def _template() -> Any:
         number=number, signed=signed, interval=interval, duration=duration, size=size, count=count
     )
     environment.globals["marks"] = MARKS
-    return environment.get_template("page.html.jinja")
+    return environment.get_template(name)
 
 
 def _curves(events: Mapping[str, Events], beside: Beside) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

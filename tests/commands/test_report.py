@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -55,6 +56,13 @@ def ran(file: Path, store: Path, *words: str) -> int:
     return main(["run", str(file), "--store", str(store), *words])
 
 
+def boxes(store: Path) -> dict[str, str]:
+    """Status of every stage in the picture of the pipeline."""
+    text = page_of(store).read_text()
+    found = re.findall(r'<g class="box (\w+)"><title>(\w+)</title>', text)
+    return {name: status for status, name in found}
+
+
 def page_of(store: Path, name: str = "toy") -> Path:
     return store / "reports" / name / "report.html"
 
@@ -79,6 +87,7 @@ def test_the_page_of_a_failed_run_has_the_error_the_log_and_what_was_not_run(
     failure = text[text.index('id="failure"') : text.index("</section>", text.index('id="failure"'))]
     assert "two" in failure and "ValueError: a bug" in failure and "total" in failure
     assert "Traceback" in failure, "the end of its log is on the page"
+    assert boxes(store) == {"one": "done", "two": "failed", "total": "pending"}
 
 
 def test_the_curves_of_a_killed_stage_are_on_the_page(pipeline_file: Path, store: Path) -> None:
@@ -113,8 +122,9 @@ def test_nothing_begun_leaves_no_page(pipeline_file: Path, store: Path) -> None:
 
 def test_only_shows_what_there_is(pipeline_file: Path, store: Path) -> None:
     assert ran(pipeline_file, store, "--only", "two") == 0
-    text = page_of(store).read_text()
-    assert "<title>two</title>" in text and "<title>one</title>" not in text
+    assert boxes(store) == {"two": "done", "one": "pending", "total": "pending"}
+    assert ran(pipeline_file, store) == 0
+    assert boxes(store) == {"one": "done", "two": "cached", "total": "done"}
 
 
 def test_a_stopped_run_has_a_page(pipeline_file: Path, store: Path) -> None:
@@ -133,7 +143,8 @@ def test_a_stopped_run_has_a_page(pipeline_file: Path, store: Path) -> None:
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "The same command continues." in err and str(page_of(store).resolve()) in out
-    assert "stopped before it was done" in page_of(store).read_text()
+    text = page_of(store).read_text()
+    assert "stopped before it was done" in text and "Stage two was stopped" in text
 
 
 def test_an_error_in_the_report_changes_nothing_else(
@@ -238,6 +249,7 @@ def test_report_while_a_stage_is_being_made(pipeline_file: Path, store: Path) ->
     with opened.lock(entry["kind"], entry["key"], lambda _: None):
         assert main(["report", "toy", "--store", str(store)]) == 0
         assert "being made right now" in page_of(store).read_text()
+        assert boxes(store)["two"] == "running"
     assert main(["report", "toy", "--store", str(store)]) == 0
     assert "being made right now" not in page_of(store).read_text()
 
