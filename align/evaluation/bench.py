@@ -107,6 +107,11 @@ class StageBench:
         found = self.context.inputs.get(which)
         return found if isinstance(found, Artifact) else None
 
+    def reward_stage(self, which: str = "reward") -> str | None:
+        """See the protocol."""
+        artifact = self.artifact(which)
+        return None if artifact is None else artifact.stage
+
     def model(self, which: str) -> Any:
         """A loaded reward model; one is held at a time. Raises ``UserError`` where the stage was given none."""
         if which not in self._models:

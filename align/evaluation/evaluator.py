@@ -25,7 +25,7 @@ from align.evaluation.measure import (
     reward_values,
     shape_values,
 )
-from align.evaluation.pairs import score_pairs
+from align.evaluation.pairs import Scores, pair_reports, score_pairs
 from align.evaluation.prompts import Policy
 from align.evaluation.scorecard import Measurements, TaskFound, build
 from align.evaluation.systems import System
@@ -190,15 +190,15 @@ def _reward_models(plan: Plan, bench: StageBench, folder: Path) -> list[dict[str
     """Accuracy and calibration of the reward models on the held-out pairs, each beside the other as second scorer."""
     if not plan.pairs:
         return []
-    reports = []
+    scores: list[tuple[str, Scores]] = []
     for which in ("reward", "second_reward"):
         artifact = bench.artifact(which)
         if artifact is not None:
-            identity = digest([artifact.key, [row["id"] for row in plan.pairs], plan.precision])
+            identity = digest(["pair scores", artifact.key, [row["id"] for row in plan.pairs], plan.precision])
             scored = partial(lambda name: score_pairs(plan.pairs, bench.model(name).score), which)
-            report: dict[str, Any] = kept(folder, "pairs", identity, scored)
-            reports.append({**report, "stage": artifact.stage, "task": "pairs"})
-    return reports
+            chosen, rejected = kept(folder, "pairs", identity, scored)
+            scores.append((artifact.stage, (chosen, rejected)))
+    return pair_reports(plan.pairs, scores, seed=plan.resampling.seed, task="pairs")
 
 
 def _measure_drift(

@@ -1,16 +1,30 @@
-"""How often a reward model prefers the better answer of held-out pairs, against two rivals: chance and length."""
+"""How good a reward model is on held-out pairs: accuracy against chance and length, calibration, a second scorer.
+
+Torch-free: scores are given, or made by a function. Every number has its n and a 95 % interval.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from align.data.rows import is_finished
+from align.evaluation.calibration import calibration
+from align.evaluation.correlation import cohen_kappa, spearman
 from align.evaluation.statistics import wilson
 
 Row = dict[str, Any]
 Score = Callable[[list[list[dict[str, str]]], list[str], list[bool], list[str | None]], list[float]]
-"""Prompts, answers and whether each answer ended by itself → one score each."""
+"""Prompts, answers, whether each answer ended by itself, and its prompt's tools → one score each."""
+Scores = tuple[list[float], list[float]]
+"""Of the chosen and of the rejected answers."""
+
+RESAMPLES = 2000
+MARGIN_BINS = 5
+PAIRS_PER_BIN = 20
+"""Fewer pairs make fewer bins of margins: an accuracy of less says nothing."""
 
 
 def pair_accuracy(rows: Sequence[Row], chosen: Sequence[float], rejected: Sequence[float]) -> dict[str, Any]:
@@ -47,14 +61,102 @@ def pair_accuracy(rows: Sequence[Row], chosen: Sequence[float], rejected: Sequen
     return found
 
 
-def score_pairs(rows: Sequence[Row], score: Score) -> dict[str, Any]:
-    """Score both answers of each pair and report accuracies; see :func:`pair_accuracy`."""
+def score_pairs(rows: Sequence[Row], score: Score) -> Scores:
+    """Scores of both answers of each pair."""
     prompts = [row["prompt"] for row in rows]
     sides = [[row[side][-1]["content"] for row in rows] for side in ("chosen", "rejected")]
     finished = [is_finished(row, side) for side in ("chosen", "rejected") for row in rows]
     tools = [row.get("tools") for row in rows]
     scores = score(prompts + prompts, sides[0] + sides[1], finished, tools + tools)
-    return pair_accuracy(rows, scores[: len(rows)], scores[len(rows) :])
+    return scores[: len(rows)], scores[len(rows) :]
+
+
+def pair_report(
+    rows: Sequence[Row], scores: Scores, *, seed: int, second: tuple[str, Scores] | None = None
+) -> dict[str, Any]:
+    """Everything a scorecard says of a reward model on one set of pairs, but for whose it is. JSON-able.
+
+    What :func:`pair_accuracy` has, and beside it:
+
+    - ``by_margin``: accuracy in up to five bins of like size, ``{low, high, n, accuracy}``. ``by_margin_of`` says of
+      what: ``gold`` margins where at least half of the pairs have ones that differ, and then right is what gold says
+      (is it wrong where the answers are close?); else the ``model``'s own, against the labels (is it right where it is
+      sure?)
+    - ``shorter_chosen``: accuracy on pairs whose chosen answer is the shorter one, in characters; null without any
+    - ``length_correlation``: Spearman of score and length over all answers, pairs resampled as a whole;
+      ``length_margin_correlation`` of the differences within pairs, which differing prompts cannot blur
+    - ``calibration``: see :func:`align.evaluation.calibration.calibration`
+    - ``agreement`` with ``second`` (its name and scores), or null: see :func:`agreement`
+    """
+    chosen, rejected = (np.asarray(side, dtype=np.float64) for side in scores)
+    lengths = np.array([[len(row[side][-1]["content"]) for side in ("chosen", "rejected")] for row in rows])
+    lengths = lengths.reshape(-1, 2)
+    margins, gaps = chosen - rejected, lengths[:, 0] - lengths[:, 1]
+    shorter = margins[gaps < 0] > 0
+    both = np.column_stack([chosen, rejected])
+    return {
+        **pair_accuracy(rows, *scores),
+        **_by_margin(rows, margins),
+        "shorter_chosen": wilson(float(shorter.sum()), len(shorter)).as_dict() if len(shorter) else None,
+        "length_correlation": spearman(both, lengths, resamples=RESAMPLES, seed=seed).as_dict(),
+        "length_margin_correlation": spearman(margins, gaps, resamples=RESAMPLES, seed=seed).as_dict(),
+        "calibration": calibration(margins.tolist(), seed=seed),
+        "agreement": None if second is None else {"other": second[0], **agreement(scores, second[1], seed=seed)},
+    }
+
+
+def pair_reports(
+    rows: Sequence[Row], scores: Sequence[tuple[str, Scores]], *, seed: int, task: str
+) -> list[dict[str, Any]]:
+    """A :func:`pair_report` of each reward model, with its ``stage`` and the pair set's name, ``task``.
+
+    ``scores`` are the models' stages and scores: one, or two, each of which is then the other's second scorer.
+    """
+    found = []
+    for at, (stage, own) in enumerate(scores):
+        other = scores[1 - at] if len(scores) == 2 else None
+        found.append({"stage": stage, "task": task, **pair_report(rows, own, seed=seed, second=other)})
+    return found
+
+
+def agreement(one: Scores, other: Scores, *, seed: int) -> dict[str, Any]:
+    """How far two scorers agree about pairs.
+
+    ``accuracy`` is the share they order alike, a tie of both included; ``kappa`` is what that is beyond chance, given
+    how often each prefers the chosen answer: two good scorers agree often without looking at the same things.
+    ``spearman`` is the rank correlation of their score differences.
+    """
+    first, second = (np.asarray(side[0]) - np.asarray(side[1]) for side in (one, other))
+    signs = [np.sign(side).astype(int).tolist() for side in (first, second)]
+    alike = sum(a == b for a, b in zip(*signs, strict=True))
+    return {
+        "accuracy": wilson(alike, len(first)).as_dict(),
+        "kappa": cohen_kappa(*signs, resamples=RESAMPLES, seed=seed).as_dict(),
+        "spearman": spearman(first, second, resamples=RESAMPLES, seed=seed).as_dict(),
+    }
+
+
+def _by_margin(rows: Sequence[Row], margins: np.ndarray) -> dict[str, Any]:
+    """``by_margin`` and what it is of."""
+    known = [row.get("chosen_score") is not None and row.get("rejected_score") is not None for row in rows]
+    gold = np.array(
+        [row["chosen_score"] - row["rejected_score"] if has else 0.0 for row, has in zip(rows, known, strict=True)]
+    )
+    by_gold = len(rows) > 0 and 2 * np.count_nonzero(gold) >= len(rows)
+    if by_gold:
+        sizes, right = np.abs(gold[gold != 0]), (gold * margins)[gold != 0] > 0
+    else:
+        sizes, right = np.abs(margins), margins > 0
+    count = int(np.clip(len(sizes) // PAIRS_PER_BIN, 1, MARGIN_BINS))
+    edges = np.unique(np.quantile(sizes, np.linspace(0, 1, count + 1))) if len(sizes) else np.zeros(0)
+    places = np.searchsorted(edges[1:-1], sizes, side="right")  # a size on an edge is in the bin above
+    bins = []
+    for place in np.unique(places).tolist():
+        inside = right[places == place]
+        low, high = edges[place], edges[min(place + 1, len(edges) - 1)]
+        accuracy = wilson(float(inside.sum()), len(inside)).as_dict()
+        bins.append({"low": float(low), "high": float(high), "n": len(inside), "accuracy": accuracy})
+    return {"by_margin_of": "gold" if by_gold else "model", "by_margin": bins}
 
 
 def _by_source(rows: Sequence[Row], right: Sequence[float]) -> dict[str, Any]:

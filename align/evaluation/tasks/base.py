@@ -146,6 +146,10 @@ class Bench(Protocol):
     shared: Path | None
     """Kept between runs too, where there is such a place."""
 
+    def reward_stage(self, which: str = "reward") -> str | None:
+        """The stage that made a reward model; None where the stage was given none."""
+        ...
+
     def reward_scores(
         self, prompts: Sequence[list[Message]], answers: Sequence[str], finished: Sequence[bool], which: str = "reward"
     ) -> list[float]:
