@@ -22,6 +22,10 @@ ACCURACIES = {
     "shorter_chosen": "where shorter is chosen",
 }
 """Shares of pairs ordered right, and what they are called."""
+MARGINS = {
+    "model": "how far apart the model's own two scores are: is it right where it is sure?",
+    "gold": "how far apart the two gold scores are, right by those: is it wrong where the answers are close?",
+}
 CHANCE = 0.5
 
 
@@ -42,6 +46,8 @@ def sections(card: Card, beside: Beside) -> list[dict[str, Any]]:
                     {"range": _range(one), "n": one["n"], **_ends(one["accuracy"])}
                     for one in report.get("by_margin") or []
                 ],
+                "margin_of": _margin_of(report),
+                "note": (report.get("calibration") or {}).get("note"),
                 "sections": _rows(dict(_section_estimates(report))),
                 "agreement": (report.get("agreement") or {}).get("other"),
             }
@@ -64,15 +70,19 @@ def numbers(report: Report) -> Iterator[dict[str, Any]]:
             yield _number(title, "share of pairs", report[key])
     calibration = report.get("calibration") or {}
     for key, title, note in (
-        ("ece", "calibration error (ECE)", "of sigmoid(score difference) as a probability"),
+        ("ece", "calibration error (ECE)", "of sigmoid(score difference) as a probability, its noise taken off"),
+        ("ece_plain", "the same, noise included", "as others publish it"),
         ("ece_scaled", "calibration error after scaling", "with the temperature that fits these pairs best"),
         ("temperature", "temperature that fits best", "above 1: too sure of itself"),
     ):
         if calibration.get(key) is not None:
             yield _number(title, note, calibration[key])
-    if report.get("length_correlation"):
-        note = "Spearman, from −1 to 1; 0 is no taste for length"
-        yield _number("score and length", note, report["length_correlation"])
+    for key, title, note in (
+        ("length_correlation", "score and length", "Spearman over all answers; 0 is no taste for length"),
+        ("length_margin_correlation", "difference in score and in length", "the same within pairs"),
+    ):
+        if report.get(key):
+            yield _number(title, note, report[key])
     agreement = report.get("agreement") or {}
     for key, title in (("accuracy", "same order"), ("kappa", "Cohen's kappa"), ("spearman", "Spearman of differences")):
         if agreement.get(key) is not None:
@@ -106,6 +116,11 @@ def _section_estimates(report: Report, prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{name}", {"value": value, "low": None, "high": None, "n": None}
 
 
+def _margin_of(report: Report) -> str:
+    """Whose differences ``by_margin`` is about."""
+    return "gold" if report.get("by_margin_of") == "gold" else "model"
+
+
 def _range(one: Mapping[str, Any]) -> str:
     low, high = one.get("low"), one.get("high")
     if high is None:
@@ -127,7 +142,7 @@ def _figures(report: Report, name: str, beside: Beside) -> Iterator[Figure]:
         yield beside.figure(f"reliability-{name}", reliability(bins, name), caption)
     margins = report.get("by_margin") or []
     if margins:
-        caption = "Accuracy by how far apart the two scores are. Dotted: chance."
+        caption = f"Accuracy by {MARGINS[_margin_of(report)]}. Dotted: chance."
         svg = dots(
             [(f"{_range(one)} (n={one['n']})", one["accuracy"]) for one in margins], "share of pairs ordered right",
             f"Reward model accuracy by margin: {name}", line=CHANCE,

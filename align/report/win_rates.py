@@ -68,7 +68,9 @@ def figure_of(rows: Sequence[Row], label: str) -> Markup:
     panel.axes.set_yticks(range(len(rows)), [f"{legend_name(r['one'])} over {legend_name(r['other'])}" for r in rows])
     panel.axes.set_ylim(len(rows) - 0.5, -0.5)
     panel.axes.grid(axis="y", visible=False)
-    panel.axes.set_xlabel("win rate, ties as half" + ("; hollow square: length-controlled" if controlled else ""))
+    panel.axes.set_xlabel(
+        "win rate (ties and contradictions: half)" + ("\nhollow square: length-controlled" if controlled else "")
+    )
     return panel.svg(f"Win rates: {visible(label)}")
 
 
@@ -88,7 +90,7 @@ def _shown(estimate: Row, row: Row, controlled: Row | None, wins_and_losses: tup
     return {
         "value": number(estimate["value"]),
         "interval": interval(dict(estimate)),
-        "counts": f"{wins:g} won · {row['ties']:g} tied · {losses:g} lost",
+        "counts": f"{wins:g} won · {row['ties']:g} tied · {losses:g} lost · {row['disagreements']:g} contradicted",
         "controlled": "" if not controlled else f"{number(controlled['value'])} ({interval(dict(controlled))})",
         "verdict": verdict(estimate),
         "mark": MARKS[verdict(estimate)],

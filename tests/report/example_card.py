@@ -104,8 +104,8 @@ def example_tasks(rates: dict[str, float]) -> list[TaskFound]:
 
 def win_rate(one: str, other: str, wins: int, ties: int, losses: int, controlled: bool = False) -> dict[str, Any]:
     """A comparison by a judge."""
-    n = wins + ties + losses
-    estimate = wilson(wins + ties / 2, n).as_dict()
+    n = wins + ties + losses + 7
+    estimate = wilson(wins + (ties + 7) / 2, n).as_dict()
     return {
         "task": "mt", "judge": "judge-7b", "one": one, "other": other, "n": n, "wins": wins, "ties": ties,
         "losses": losses, "disagreements": 7, "unreadable": 1, "win_rate": estimate,
@@ -127,10 +127,13 @@ def reward_report(stage: str = "reward", sections: bool = False) -> dict[str, An
             {"low": low, "high": high, "n": 10, "accuracy": wilson(hit, 10).as_dict()}
             for low, high, hit in ((0.0, 0.5, 6), (0.5, 1.0, 8), (1.0, None, 10))
         ],
+        "by_margin_of": "gold" if sections else "model",
         "shorter_chosen": wilson(6, 10).as_dict(),
         "calibration": {
             "ece": mean_interval([0.1, 0.2, 0.1], resamples=100, seed=0).as_dict(),
-            "temperature": 1.7,
+            "ece_plain": 0.15,
+            "temperature": mean_interval([1.6, 1.8], resamples=100, seed=0).as_dict(),
+            "note": None,
             "ece_scaled": mean_interval([0.05, 0.1, 0.1], resamples=100, seed=0).as_dict(),
             "bins": [
                 {"low": at / 4, "high": (at + 1) / 4, "n": 10, "confidence": confidence,

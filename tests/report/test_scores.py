@@ -97,13 +97,17 @@ def test_win_rates_are_seen_from_both_sides(card):
     assert matrix["names"] == POLICIES
     cells = {row["name"]: dict(zip(matrix["names"], row["cells"], strict=True)) for row in matrix["rows"]}
     won, lost = cells["ppo"]["sft"], cells["sft"]["ppo"]
-    assert (won["value"], won["mark"], won["counts"]) == ("0.688", "▲", "25 won · 5 tied · 10 lost")
-    assert (lost["value"], lost["mark"], lost["counts"]) == ("0.312", "▼", "10 won · 5 tied · 25 lost")
+    assert (won["value"], won["mark"], won["counts"]) == (
+        "0.660", "▲", "25 won · 5 tied · 10 lost · 7 contradicted",
+    )  # fmt: skip
+    assert (lost["value"], lost["mark"], lost["counts"]) == (
+        "0.340", "▼", "10 won · 5 tied · 25 lost · 7 contradicted",
+    )  # fmt: skip
     low, high = (float(end) for end in won["interval"].split(" to "))
     assert lost["interval"] == f"{1 - high:.3f} to {1 - low:.3f}"
     assert cells["sft"]["model"] is None
-    assert cells["ppo"]["model"]["controlled"].startswith("0.875")
-    assert matrix["counts"][0]["disagreements"] == "7 (18%)"
+    assert cells["ppo"]["model"]["controlled"].startswith("0.812")
+    assert matrix["counts"][0]["disagreements"] == "7 (15%)"
     assert matrix["counts"][0]["unreadable"] == "1"
 
 
@@ -121,7 +125,9 @@ def test_reward_models(card):
     assert named["as labelled"] == "0.800"
     assert named["where shorter is chosen"] == "0.600"
     assert named["calibration error (ECE)"] == "0.133"
-    assert named["temperature that fits best"] == "1.70"
+    assert (named["the same, noise included"], named["temperature that fits best"]) == ("0.150", "1.70")
+    assert "is it right where it is sure" in first["figures"][2].caption
+    assert "two gold scores" in second["figures"][2].caption
     assert named["agreement with reward-b: Cohen's kappa"] == "0.550"
     assert [row["range"] for row in first["by_margin"]] == ["0.000 to 0.500", "0.500 to 1.00", "from 1.00"]
     assert [figure.name.split("-reward")[0] for figure in first["figures"]] == [
