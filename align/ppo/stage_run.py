@@ -24,6 +24,7 @@ from align.rollouts.engine import open_engine
 from align.rollouts.server_client import EngineLost
 from align.stage import StageContext
 from align.training.handover import check_model, check_same_vocabulary
+from align.training.tracking import follow, tracking_options
 
 if TYPE_CHECKING:
     from align.stages.ppo import PpoConfig
@@ -92,7 +93,8 @@ def train(context: StageContext) -> dict[str, Any]:
         checkpoint = last_checkpoint(context.checkpoints)
         if checkpoint is not None:
             print(f"resuming from {checkpoint}")
-        with _saying_what_is_kept(context):
+        updates = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2]) // trainer.args.steps_per_update
+        with _saying_what_is_kept(context), follow(context, trainer, updates + 1 if checkpoint else 0):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if trainer.stopped:
             context.warn(f"{context.name} ended early, at {trainer.stopped}")
@@ -208,7 +210,7 @@ def _arguments(context: StageContext) -> PPOConfig:
         "warmup_steps": config.warmup_ratio,
         "save_strategy": "steps",
         "save_total_limit": 2,
-        "report_to": "none",
         "disable_tqdm": True,
+        **tracking_options(context),
     }
     return PPOConfig(**(options | config.trainer))

@@ -10,6 +10,7 @@ from align.errors import UserError
 from align.models.threads import device_of
 from align.stage import StageContext
 from align.training.config import TrainingFields
+from align.training.tracking import tracking_options
 
 SCHEDULERS = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
@@ -67,7 +68,7 @@ def training_arguments(config_class: type[Any], context: StageContext, rows: int
         "gradient_checkpointing": False,  # trl turns it on, which costs a fifth of the speed
         "dataloader_num_workers": 0,
         "dataloader_pin_memory": on_gpu,
-        "report_to": "none",
         "disable_tqdm": True,
+        **tracking_options(context),
     }
     return config_class(**{**options, **own, **fields.trainer})

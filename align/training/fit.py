@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from align.stage import StageContext
 from align.training.checkpoints import MarkCheckpoints, last_complete
 from align.training.progress import ReportProgress
+from align.training.tracking import follow
 
 
 def fit(
@@ -21,8 +23,16 @@ def fit(
     ``test_<name>_before`` (unless ``before`` is False) and ``test_<name>_after``. ``tokens`` counts the real tokens
     of the whole run, ``tokens_per_second`` those of this attempt over its training time.
     """
-    at_first = _scored_before(context, held_out) if before else {}
     checkpoint = last_complete(context.checkpoints)
+    done = _step_of(checkpoint)
+    with follow(context, trainer, done + 1 if checkpoint else 0):
+        return _fit(trainer, context, held_out, before, checkpoint)
+
+
+def _fit(
+    trainer: Any, context: StageContext, held_out: Callable[[], dict[str, float]], before: bool, checkpoint: Path | None
+) -> dict[str, Any]:
+    at_first = _scored_before(context, held_out) if before else {}
     trainer.add_callback(ReportProgress(context, held_out, context.config.eval_steps))
     trainer.add_callback(MarkCheckpoints())
     if checkpoint is not None:
@@ -37,7 +47,7 @@ def fit(
     return {
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
-        "resumed_from_step": int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0,
+        "resumed_from_step": _step_of(checkpoint),
         "tokens": tokens,
         "training_seconds": seconds,
         "tokens_per_second": (tokens - at_start) / seconds,
@@ -61,6 +71,10 @@ def _scored_before(context: StageContext, held_out: Callable[[], dict[str, float
     draft.write_text(json.dumps(scores), encoding="utf-8")
     draft.rename(file)
     return scores
+
+
+def _step_of(checkpoint: Path | None) -> int:
+    return 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def _tokens_in(checkpoint: Any) -> int:
