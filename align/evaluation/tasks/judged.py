@@ -46,7 +46,10 @@ class TaskJudge(EndpointJudge):
         if bool(self.reward) == (self.endpoint is not None):
             raise ValueError("name who judges: `reward: true` or `endpoint`, one of them")
         if self.reward:
-            useless = sorted(self.model_fields_set & {"rubric", "max_tokens", "temperature", "seed"})
+            # compared with the defaults: a stage's process reads settings back with all of them written out
+            fields = type(self).model_fields
+            names = ("rubric", "max_tokens", "temperature", "seed")
+            useless = sorted(name for name in names if getattr(self, name) != fields[name].get_default())
             if useless:
                 raise ValueError(f"a reward model has no use for {', '.join(useless)}; drop it")
         return self

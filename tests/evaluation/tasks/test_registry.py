@@ -1,0 +1,52 @@
+"""Every task is found by its kind, and its settings survive the way to a stage's process."""
+
+import json
+
+import pytest
+from pydantic import TypeAdapter, ValidationError
+
+from align.evaluation.tasks.registry import TASKS, AnyTask, named_tasks
+from align.stages.evaluate import EvaluateConfig
+
+FILES = {"files": ["x.jsonl"]}
+BLOCKS = {
+    "ifeval": FILES,
+    "gsm8k": FILES | {"shots": 2, "examples_files": ["y.jsonl"]},
+    "xstest": FILES | {"max_items": 5},
+    "multiple_choice": FILES | {"format": "arc"},
+    "perplexity": FILES,
+    "preference": {},
+    "judged": FILES | {"judge": {"reward": True}},
+    "reward_pairs": FILES,
+    "lm_eval": {"tasks": ["arc_easy"], "include": "tasks"},
+}
+
+
+def test_every_kind_is_here():
+    assert set(BLOCKS) == set(TASKS)
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_settings_read_back_are_the_settings(kind):
+    """A runner writes a stage's settings down with every default, and the stage's process reads them."""
+    config = EvaluateConfig(
+        policies=["a"], reference="a", reward="r", pairs="p", tasks={"mine": BLOCKS[kind] | {"task": kind}}
+    )
+    again = EvaluateConfig.model_validate(json.loads(json.dumps(config.model_dump(mode="json"))))
+    assert again == config
+    assert type(again.tasks["mine"]).__name__ == type(config.tasks["mine"]).__name__
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_a_misspelt_setting_is_refused(kind):
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        TypeAdapter(AnyTask).validate_python(BLOCKS[kind] | {"task": kind, "max_itms": 3})
+
+
+def test_a_name_is_the_kind_unless_it_says_another():
+    assert named_tasks({"ifeval": {}, "mine": {"task": "gsm8k"}}) == {
+        "ifeval": {"task": "ifeval"},
+        "mine": {"task": "gsm8k"},
+    }
+    with pytest.raises(ValueError, match="'ifevl' is no kind of task. Did you mean 'ifeval'"):
+        named_tasks({"ifevl": {}})
