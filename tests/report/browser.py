@@ -38,12 +38,23 @@ def chromium(width: int = 1280, height: int = 900) -> Iterator[Any]:
     for switch in (*SWITCHES, f"--window-size={width},{height}"):
         options.add_argument(switch)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    driver = _start(options)
     driver.set_page_load_timeout(60)
     try:
         yield driver
     finally:
         driver.quit()
+
+
+def _start(options: Any) -> Any:
+    """A session; a second try after one that failed: a browser's first start from a cold disk may take a minute."""
+    from selenium import webdriver
+    from selenium.common.exceptions import SessionNotCreatedException
+
+    try:
+        return webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    except SessionNotCreatedException:
+        return webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
 
 
 def open_page(driver: Any, page: Path) -> None:
