@@ -1,7 +1,7 @@
 """Starts ``lm_eval_run`` as a process and waits for it. Torch-free.
 
 A process of its own, because a process can hold one vLLM, because lm-eval seeds and patches what it runs in, and
-because what it held is gone when it ends. One that says nothing for too long is ended.
+because what it held is gone when it ends. One that says and computes nothing for too long is ended.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 import align
 from align.errors import UserError
 from align.evaluation.lm_eval_run import JOB, RESULT
@@ -24,6 +26,8 @@ from align.evaluation.lm_eval_run import JOB, RESULT
 MODULE = "align.evaluation.lm_eval_run"
 POLL_SECONDS = 0.1
 LAST_LINES = 15
+WORKING_SECONDS = 5.0
+"""Of CPU time, while it is silent: less than that, and it is waiting for something."""
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -41,7 +45,7 @@ def run_lm_eval(job: Mapping[str, Any], base: Path, quiet_seconds: float) -> dic
     """Do ``job`` (see ``lm_eval_run``) and return its result; relative paths in tasks start at ``base``.
 
     Raises ``UserError`` for what the user has to change, and ``RuntimeError`` with the end of its log where it failed
-    or printed nothing for ``quiet_seconds``.
+    or neither printed nor computed anything for ``quiet_seconds``.
     """
     with tempfile.TemporaryDirectory(prefix="align-lm-eval-") as name:
         folder = Path(name)
@@ -60,7 +64,7 @@ def run_lm_eval(job: Mapping[str, Any], base: Path, quiet_seconds: float) -> dic
             process.wait()
         if quiet:
             raise RuntimeError(
-                f"lm-eval said nothing for {quiet_seconds:g} s and was ended (runtime.engine.timeout).{last_words(log)}"
+                f"lm-eval did nothing for {quiet_seconds:g} s and was ended (runtime.engine.timeout).{last_words(log)}"
             )
         if process.returncode != 0 or not result.is_file():
             raise RuntimeError(f"lm-eval ended with exit code {process.returncode}.{last_words(log)}")
@@ -71,16 +75,27 @@ def run_lm_eval(job: Mapping[str, Any], base: Path, quiet_seconds: float) -> dic
 
 
 def _wait(process: subprocess.Popen[bytes], log: Path, quiet_seconds: float) -> bool:
-    """Whether it went quiet before it ended; progress bars count as speech."""
-    said, since = -1, time.monotonic()
+    """Whether it stood still before it ended.
+
+    Its log alone would not tell: a batch of long answers is minutes without a word, on a busy machine many.
+    """
+    said, worked, since = -1, 0.0, time.monotonic()
     while process.poll() is None:
-        size = log.stat().st_size
-        if size != said:
-            said, since = size, time.monotonic()
+        size, seconds = log.stat().st_size, _cpu_seconds(process.pid)
+        if size != said or seconds > worked + WORKING_SECONDS:
+            said, worked, since = size, seconds, time.monotonic()
         elif time.monotonic() - since > quiet_seconds:
             return True
         time.sleep(POLL_SECONDS)
     return False
+
+
+def _cpu_seconds(pid: int) -> float:
+    try:
+        used = psutil.Process(pid).cpu_times()
+    except psutil.NoSuchProcess:
+        return 0.0
+    return float(used.user + used.system)
 
 
 def last_words(log: Path) -> str:
