@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,17 @@ class SystemRespondent:
         self.info = system.info
 
     def answer(
-        self, prompts: Sequence[list[Message]], sampling: Sampling, examples: Sequence[Example] = ()
+        self,
+        prompts: Sequence[list[Message]],
+        sampling: Sampling,
+        examples: Sequence[Example] = (),
+        *,
+        going_on: bool = False,
     ) -> list[list[Response]]:
         """See the protocol. A conversation that leaves no room for the answer gets an empty, unfinished one."""
         asked = self.system.sampling(sampling)
+        if going_on:
+            asked = replace(asked, n=sampling.n)
         rendered = [self.system.render(prompt, examples) for prompt in prompts]
         fits = [index for index, ids in enumerate(rendered) if len(ids) + sampling.max_tokens <= self.longest]
         if len(fits) < len(rendered):

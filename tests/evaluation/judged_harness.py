@@ -35,10 +35,16 @@ class Scripted:
         return SystemInfo(self.name, self.name, role, f"key of {self.name}", best_of=self.best_of)
 
     def answer(
-        self, prompts: Sequence[list[Message]], sampling: Sampling, examples: Sequence[Example] = ()
+        self,
+        prompts: Sequence[list[Message]],
+        sampling: Sampling,
+        examples: Sequence[Example] = (),
+        *,
+        going_on: bool = False,
     ) -> list[list[Response]]:
         self.asked += [(prompt, sampling) for prompt in prompts]
-        texts = [[self.say(prompt, sample) for sample in range(sampling.n * self.best_of)] for prompt in prompts]
+        count = sampling.n * (1 if going_on else self.best_of)
+        texts = [[self.say(prompt, sample) for sample in range(count)] for prompt in prompts]
         return [[Response([1], [0.0], not self.cut_off, text) for text in samples] for samples in texts]
 
 

@@ -168,3 +168,16 @@ def test_a_conversation_without_room_counts_as_not_answered(tmp_path):
     assert [[response.text for response in samples] for samples in found] == [["1", "1"], ["", ""], ["2", "2"]]
     assert found[1] == [NOTHING, NOTHING]
     assert "sft: 1 conversations" in warnings[0]
+
+
+def test_later_turns_of_n_conversations_are_answered_once_each(tmp_path):
+    one = systems(tmp_path, best={"of": "sft", "best_of": 4})["best"]
+
+    class Counts:
+        def generate(self, policy, prompts, sampling):
+            return Generated("e", [[Response([1], [0.0], True, "x")] * sampling.n for _ in prompts])
+
+    respondent = SystemRespondent(one, Counts(), 100, print)
+    talk = [[turn("user", "x")]] * 4
+    assert [len(samples) for samples in respondent.answer(talk[:1], Sampling(6))] == [4]
+    assert [len(samples) for samples in respondent.answer(talk, Sampling(6), going_on=True)] == [1, 1, 1, 1]

@@ -99,9 +99,16 @@ class Respondent(Protocol):
     info: SystemInfo
 
     def answer(
-        self, prompts: Sequence[list[Message]], sampling: Sampling, examples: Sequence[Example] = ()
+        self,
+        prompts: Sequence[list[Message]],
+        sampling: Sampling,
+        examples: Sequence[Example] = (),
+        *,
+        going_on: bool = False,
     ) -> list[list[Response]]:
         """Responses to each conversation, ``sampling.n`` of them (times N for a best-of-N system); kept on disk.
+
+        ``going_on`` is for later turns of conversations that this system already has N times over: no further times N.
 
         The system's own way of prompting (a system message, examples) is added here. ``examples`` are the task's, which
         a system prompted with examples takes from in order; it raises ``UserError`` where it needs more than there are.

@@ -88,18 +88,17 @@ class JudgedTask(Task):
     def _go_on(self, respondent: Respondent, sampling: Sampling, places: list[int], found: Answers, turn: int) -> None:
         """A best-of-N system has N conversations to each question, of which the best is chosen when they are whole."""
         going = [
-            (number, turns, self.items[at].data["later"][turn - 1])
+            (turns, self.items[at].data["later"][turn - 1])
             for at in places
             if len(self.items[at].data["later"]) >= turn
-            for number, turns in enumerate(found[at])
+            for turns in found[at]
         ]
         if not going:
             return
-        prompts = [[*talk(turns[-1]), user(message)] for _, turns, message in going]
-        answers = respondent.answer(prompts, sampling, self.examples(respondent.info.shots))
-        for (number, turns, _), prompt, samples in zip(going, prompts, answers, strict=True):
-            # It answers each of the N conversations N times over, too; one answer goes on with each.
-            turns.append(Turn(prompt, samples[number % len(samples)]))
+        prompts = [[*talk(turns[-1]), user(message)] for turns, message in going]
+        answers = respondent.answer(prompts, sampling, self.examples(respondent.info.shots), going_on=True)
+        for (turns, _), prompt, samples in zip(going, prompts, answers, strict=True):
+            turns.append(Turn(prompt, samples[0]))
 
     def reference(self, at: int, turns: int) -> str:
         """Reference answers to an item's first messages, as a judge reads them; empty for none."""

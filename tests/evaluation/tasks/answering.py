@@ -54,7 +54,12 @@ class Scripted:
         return SystemInfo("scripted", "scripted", "prompted" if self.shots else "checkpoint", "key", shots=self.shots)
 
     def answer(
-        self, prompts: Sequence[list[Message]], sampling: Sampling, examples: Sequence[Example] = ()
+        self,
+        prompts: Sequence[list[Message]],
+        sampling: Sampling,
+        examples: Sequence[Example] = (),
+        *,
+        going_on: bool = False,
     ) -> list[list[Response]]:
         self.prompts, self.sampling, self.examples = [list(one) for one in prompts], sampling, list(examples)
         return [[response(self.reply(prompt)) for _ in range(sampling.n)] for prompt in prompts]

@@ -120,13 +120,15 @@ def test_best_of_n_has_n_whole_conversations(tmp_path: Path, fake: FakeChat) -> 
         {"question_id": 2, "category": "math", "turns": ["Three?", "Four?"]},
     ]
     task = make_task(tmp_path, records=records, preset="mt_bench", judge=_at(fake))
-    answers = task.respond(Scripted("best", _echo, best_of=3))
+    best = Scripted("best", _echo, best_of=3)
+    answers = task.respond(best)
+    assert len(best.asked) == 2 + 6  # each of the N conversations goes on once
     for samples in answers:
         assert len(samples) == 3
         for number, (first, second) in enumerate(samples):
             assert first.response.text.endswith(f":{number}")
             assert second.prompt[1]["content"] == first.response.text
-    assert len({second.response.text for samples in answers for _, second in samples}) == 6
+    assert len({str(second.prompt) for samples in answers for _, second in samples}) == 6
 
 
 def test_questions_of_one_and_of_several_turns_together(tmp_path: Path, fake: FakeChat) -> None:
