@@ -93,6 +93,9 @@ def test_a_failed_stage_ends_with_1(pipeline_file: Path, store: str, capsys: pyt
         ["plan", "pipelines/zephyr_7b.yaml", "--store", "{store}"],
         ["plan", "pipelines/quickstart.yaml", "--memory", "--store", "{store}"],
         ["run", "pipelines/quickstart.yaml", "--set", "stages.ppo.kl_ceof=1", "--store", "{store}"],
+        ["eval", "tiny", "--suite", "pipelines/suites/quick.yaml", "--set", "bootstrp=1", "--store", "{store}"],
+        ["report", "nothing", "--store", "{store}"],
+        ["compare", "a", "b", "--store", "{store}"],
     ],
 )
 def test_these_answer_without_torch(arguments: list[str], store: str) -> None:

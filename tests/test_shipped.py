@@ -10,17 +10,21 @@ from typing import Any
 
 import pytest
 
+from align.commands.suite import load_suite
 from align.data.rows import read_rows
 from align.errors import UserError
 from align.pipeline import Pipeline
-from align.validation import load_yaml
+from align.stages.evaluate import EvaluateConfig
+from align.validation import load_yaml, validate
 
-PIPELINES = sorted(Path("pipelines").rglob("*.yaml"))
+SUITES = sorted(Path("pipelines/suites").rglob("*.yaml"))
+PIPELINES = [path for path in sorted(Path("pipelines").rglob("*.yaml")) if path not in SUITES]
 RECIPES = sorted(Path("data_recipes").rglob("*.yaml"))
 
 
 def test_all_are_there() -> None:
     assert {"smoke", "quickstart", "checker", "hh", "gsm8k", "zephyr_7b"} <= {path.stem for path in PIPELINES}
+    assert {"quick", "standard"} == {path.stem for path in SUITES}
     recipes = {path.stem for path in RECIPES}
     assert {"embedded", "dolly", "hh_helpful", "hh_harmless", "oasst", "oasst_sft", "ultrafeedback"} <= recipes
     assert {"gsm8k", "tulu3", "smoltalk", "ultrachat", "quickstart"} <= recipes
@@ -32,6 +36,40 @@ def test_every_pipeline_loads(path: Path) -> None:
     assert pipeline.name
     head = path.read_text().split("name:")[0]
     assert head.startswith("#") and len(head) > 100, "the head comment says purpose, cost and measured result"
+
+
+def suite_config(path: Path) -> EvaluateConfig:
+    """The suite's own block, checked as ``align eval`` does."""
+    suite = load_suite(str(path))
+    policies = ["base", "trained"]
+    return validate(EvaluateConfig, {**suite.block, "policies": policies, "reference": "base"}, str(path))
+
+
+@pytest.mark.parametrize("path", SUITES, ids=str)
+def test_every_suite_loads(path: Path) -> None:
+    config = suite_config(path)
+    head = path.read_text().split("description:")[0]
+    assert head.startswith("#") and len(head) > 100, "the head comment says purpose, cost and where files go"
+    for name in [file for task in config.tasks.values() for file in task.files or []]:  # type: ignore[attr-defined]
+        assert f"#   {name} " in head
+
+
+@pytest.mark.parametrize("path", SUITES, ids=str)
+def test_every_suite_asks_real_files(
+    path: Path, shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from align.evaluation.tasks.base import Given
+
+    suite = path.resolve()
+    (tmp_path / "data").symlink_to(shared_data)
+    monkeypatch.chdir(tmp_path)
+    config = suite_config(suite)
+    given = Given(0, tmp_path, [], [], False, False, "float32", print)
+    # of these two there is no file at hand: GSM8K's test split and text of one's own
+    for name, task in config.tasks.items():
+        if name not in ("gsm8k", "general"):
+            built = task.build(name, given)
+            assert len(built.items) == (task.max_items or len(built.items)) > 90  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=str)
@@ -102,25 +140,41 @@ def rename(raw: dict[str, Any], path: tuple[Any, ...], name: str) -> dict[str, A
     return changed
 
 
-def test_every_misspelt_key_is_refused_and_the_right_one_suggested(tmp_path: Path) -> None:
+def is_own_name(raw: dict[str, Any], place: tuple[Any, ...]) -> bool:
+    """Whether the key is a name that the suite's author chose, such as that of a task with its kind below it."""
+    named = place[0] == "tasks" and len(place) == 2 and "task" in raw["tasks"][place[1]]
+    return named or (place[0] in ("baselines", "gates") and len(place) == 2)
+
+
+def load_changed(path: Path, changed: dict[str, Any], folder: Path) -> None:
+    """Load what a file became, as its kind is loaded."""
     import yaml
 
     from align.data.recipe import load_recipe
 
+    if path in PIPELINES:
+        Pipeline(changed, str(path))
+        return
+    copied = folder / path.name
+    copied.write_text(yaml.safe_dump(changed, sort_keys=False))
+    if path in SUITES:
+        suite_config(copied)
+    else:
+        load_recipe(str(copied), Path.cwd())
+
+
+def test_every_misspelt_key_is_refused_and_the_right_one_suggested(tmp_path: Path) -> None:
     rng = random.Random(0)
     tried, suggested, missed = 0, 0, []
-    for path in [*PIPELINES, *RECIPES]:
+    for path in [*PIPELINES, *SUITES, *RECIPES]:
         raw = load_yaml(path)
         for place in [place for place in keys(raw) for _ in range(3)]:  # three slips each
             wrong = misspell(str(place[-1]), rng)
             changed = rename(raw, place, wrong)
+            if path in SUITES and is_own_name(raw, place):
+                continue
             with pytest.raises(UserError) as caught:
-                if path in PIPELINES:
-                    Pipeline(changed, str(path))
-                else:
-                    copied = tmp_path / path.name
-                    copied.write_text(yaml.safe_dump(changed, sort_keys=False))
-                    load_recipe(str(copied), Path.cwd())
+                load_changed(path, changed, tmp_path)
             tried += 1
             if f"'{place[-1]}'" in str(caught.value):
                 suggested += 1

@@ -90,7 +90,9 @@ def _verdict(card: Card, system: str, metric: str) -> str:
 
 
 def legend(card: Card) -> str:
-    """What the marks mean."""
+    """What the numbers and marks mean."""
+    if len(card["policies"]) == 1:
+        return "Below each number its 95 % interval."
     with_base = card["base"] is not None and card["base"] != card["reference"]
     own = f", {card['reference']} with {card['base']}" if with_base else ""
     return (

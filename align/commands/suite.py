@@ -28,7 +28,10 @@ GIVEN = {
 ROWS: dict[str, tuple[Kind, ...]] = {
     "prompts": PROMPT_SOURCES, "pairs": (Kind.PREFERENCES,), "heldout": (Kind.INSTRUCTIONS,),
 }  # fmt: skip
+KNOWN = [*TOP, *(name for name in EvaluateConfig.model_fields if name not in GIVEN)]
 REWARDS = ("reward", "second_reward")
+NAMED = ("tasks", "baselines", "gates")
+"""Blocks of things by name."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Suite:
 
 
 def load_suite(path: str, assignments: Sequence[str] = ()) -> Suite:
-    """Read a suite and change what ``assignments`` (``tasks.ifeval.max_items=50``) say.
+    """Read a suite and change what ``assignments`` (``tasks.ifeval.max_items=50``) say; ``tasks.x=null`` takes one out.
 
     Raises ``UserError`` for a file that is none, and for fields that belong on the command line.
     """
@@ -60,6 +63,11 @@ def load_suite(path: str, assignments: Sequence[str] = ()) -> Suite:
     for name in raw:
         if name in GIVEN:
             raise UserError(f"{path}: {name} is given on the command line ({GIVEN[name]}), not in a suite.")
+        if name not in KNOWN:
+            raise UserError(f"{path}: unknown key '{name}'.{suggest(str(name), KNOWN)}")
+    for name in NAMED:
+        if isinstance(raw.get(name), dict):  # null takes one out: `--set tasks.gsm8k=null`
+            raw[name] = {key: value for key, value in raw[name].items() if value is not None}
     top = {name: raw.pop(name) for name in TOP if name in raw}
     return Suite(path, raw, top)
 
@@ -69,9 +77,8 @@ def _assign(raw: dict[str, Any], text: str) -> None:
     parts = [part.strip() for part in path.split(".")]
     if not equals or not all(parts):
         raise UserError(f"--set {text}: expected path=value, like tasks.ifeval.max_items=50.")
-    known = [*EvaluateConfig.model_fields, *TOP]
-    if parts[0] not in known:
-        raise UserError(f"--set {path}: unknown key '{parts[0]}'.{suggest(parts[0], known)}")
+    if parts[0] not in KNOWN and parts[0] not in GIVEN:
+        raise UserError(f"--set {path}: unknown key '{parts[0]}'.{suggest(parts[0], KNOWN)}")
     at: Any = raw
     for index, part in enumerate(parts[:-1]):
         at = at.setdefault(part, {})
