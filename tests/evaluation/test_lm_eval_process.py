@@ -136,7 +136,7 @@ def test_it_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
         "import json, sys\nfrom pathlib import Path\nfrom align.evaluation.lm_eval_process import run_lm_eval\n"
         "run_lm_eval(json.loads(sys.argv[1]), Path('.'), 600)\n"
     )
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache"), "TMPDIR": str(tmp_path)}
     starter = subprocess.Popen([sys.executable, "-c", code, json.dumps(job)], env=environment)
     try:
         pid = _wait_for(mark, starter)
