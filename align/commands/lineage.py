@@ -65,8 +65,9 @@ def pipeline_of(artifact: Artifact) -> dict[str, Any] | None:
         for run in runs
         if any(entry.get("key") == artifact.record["key"] for entry in run.get("stages", {}).values())
     ]
-    newest = max(reaching, key=lambda run: float(run.get("when", 0)), default=None)
-    return None if newest is None else newest.get("pipeline")
+    made_by = artifact.record.get("pipeline")
+    best = max(reaching, key=lambda run: (run.get("name") == made_by, float(run.get("when", 0))), default=None)
+    return None if best is None else best.get("pipeline")
 
 
 def find_scorecard(

@@ -23,6 +23,8 @@ from align.report.model_card_facts import TRAINING, Facts, base_model, licence_o
 from align.report.model_card_results import limitations, results
 from align.report.wording import duration, number, size
 
+MOST_COUNTS = 12
+
 
 def write_model_card(folder: Path, facts: Facts) -> Path:
     """Write ``folder/README.md`` and return its path."""
@@ -129,8 +131,10 @@ def _training(facts: Facts) -> list[str]:
 def _data(facts: Facts) -> list[str]:
     lines: list[str] = []
     for section in data_sections(facts.lineage, Beside()):
-        splits = ", ".join(f"{rows:,} {plain(name)}" for name, rows in section["splits"].items()) or "rows not counted"
-        lines += [f"### {plain(section['stage'])}", "", f"{plain(section['makes'])}: {splits}.", ""]
+        counted = [f"{rows:,} {plain(name)}" for name, rows in section["splits"].items()]
+        counted = counted or [f"{plain(name)} {number(value)}" for name, value in section["counts"][:MOST_COUNTS]]
+        rows_made = ", ".join(counted) or "rows not counted"
+        lines += [f"### {plain(section['stage'])}", "", f"{plain(section['makes'])}: {rows_made}.", ""]
         if section["sources"]:
             rows = [
                 (one["source"], one["type"], _licence(one["licence"]), f"{one['rows_in']:,}", f"{one['rows_out']:,}")
@@ -138,8 +142,8 @@ def _data(facts: Facts) -> list[str]:
             ]
             head = ("source", "type", "licence", "records", "rows")
             lines += [*table(head, rows, numbers=(3, 4)), ""]
-        lines += [*_dropped(section["steps"]), ""]
-    return lines or ["No rows are recorded."]
+        lines += [*dropped, ""] if (dropped := _dropped(section["steps"])) else []
+    return lines[:-1] or ["No rows are recorded."]
 
 
 def _dropped(steps: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -184,12 +188,12 @@ def _recipe(facts: Facts) -> list[str]:
     else:
         lines = ["The pipeline file; where and how it ran (`runtime`) changes no result and is left out.", ""]
     shown = {name: value for name, value in recipe.items() if name != "runtime"}
-    text = printable(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True, width=110))
+    text = _homeless(printable(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True, width=110)))
     return [*lines, *fenced(text, "yaml")]
 
 
 def _reproduce(facts: Facts) -> list[str]:
-    commands = _distinct(str(one.record["command"]) for one in facts.lineage if one.record.get("command"))
+    commands = _distinct(_homeless(str(one.record["command"])) for one in facts.lineage if one.record.get("command"))
     lines = [*fenced("\n".join(printable(command) for command in commands), "sh"), ""] if commands else []
     record = facts.lineage[-1].record
     packages = ", ".join(f"{name} {version}" for name, version in (record.get("packages") or {}).items())
@@ -198,6 +202,12 @@ def _reproduce(facts: Facts) -> list[str]:
         ("machine", str(record.get("platform", ""))), ("made", str(record.get("created", ""))[:19]),
     ]  # fmt: skip
     return [*lines, *table(("", ""), [row for row in rows if row[1]])]
+
+
+def _homeless(text: str) -> str:
+    """Without the name of who ran it, where paths begin at the home folder."""
+    home = str(Path.home())
+    return text.replace(f"{home}/", "~/") if len(home) > 1 else text
 
 
 def _commit(lineage: Sequence[Artifact]) -> str:

@@ -12,6 +12,8 @@ from align.report.summary import find
 from align.report.wording import MISSING, interval, number, p_value, signed
 
 MOST_WARNINGS = 12
+MOST_RIVALS = 3
+"""Columns for ways of prompting and best-of-N."""
 
 
 def results(facts: Facts) -> list[str]:
@@ -22,31 +24,33 @@ def results(facts: Facts) -> list[str]:
     if card is None or not names:
         return ["No evaluation of this checkpoint is recorded."]
     own, estimates = names[0], card["estimates"]
-    others = [one for one in dict.fromkeys((card["reference"], card["base"])) if one is not None and one != own]
-    head = ["metric", "n", f"**{plain(own)}**", *(plain(one) for one in others)]
-    if others:
-        head.append(f"change from {plain(others[0])}")
+    rivals = [system for system in card.get("systems") or [] if system.get("role") in ("prompted", "best_of")]
+    named = (card["reference"], card["base"], *(str(system["name"]) for system in rivals[:MOST_RIVALS]))
+    others = [one for one in dict.fromkeys(named) if one is not None and one != own and one in estimates]
+    head = ["task", "metric", "unit", "n", f"**{plain(own)}**", *(plain(one) for one in others)]
     rows = []
     for metric, estimate in estimates[own].items():
         about = card["metrics"].get(metric, {})
-        row = [_metric(card, metric), number(estimate["n"]), _estimate(estimate)]
-        row += [_estimate(estimates[one].get(metric)) for one in others]
-        if others:
-            row.append(_change(card, own, others[0], metric))
-        rows.append([*row[:2], *row[2:], about.get("unit", "")])
-    lines = table([*head, "unit"], rows, numbers=(1,))
+        row = [about.get("task", ""), about.get("title", metric), about.get("unit", ""), number(estimate["n"])]
+        row += [_estimate(estimate), *(_estimate(estimates[one].get(metric)) for one in others)]
+        rows.append(row + ([_change(card, own, others[0], metric)] if others else []))
+    lines = table([*head, *(f"change from {plain(one)}" for one in others[:1])], rows, numbers=(3,))
     return [
         *lines, "",
-        "In brackets 95 % intervals. Changes are paired over the same items; p-values are corrected (Holm) over the "
-        f"whole table of the evaluation {_cited(facts)}.", *_settings(card),
+        f"Measured by the evaluation {_cited(facts)}. In brackets 95 % intervals. Changes are paired over the same "
+        "items, their p-values corrected for the number of comparisons (Holm).",
+        *(_rival(system) for system in rivals if system["name"] in others), *_settings(card),
     ]  # fmt: skip
 
 
-def _metric(card: Mapping[str, Any], metric: str) -> str:
-    about = card["metrics"].get(metric, {})
-    task = (card.get("tasks") or {}).get(about.get("task", ""), {}).get("title", "")
-    title = str(about.get("title", metric))
-    return f"{task}: {title}" if task and task not in title else title
+def _rival(system: Mapping[str, Any]) -> str:
+    """What a way to use a checkpoint is: the honest rivals of training."""
+    name, of = plain(str(system["name"])), plain(str(system["of"]))
+    if system["role"] == "best_of":
+        return f"{name} is {of}, the best of {system.get('best_of')} answers by the reward model."
+    ways = [f"{system['shots']} examples"] if system.get("shots") else []
+    ways += ["a system message"] if system.get("system") else []
+    return f"{name} is {of} as it is, prompted with {' and '.join(ways) or 'nothing more'}."
 
 
 def _estimate(estimate: Mapping[str, Any] | None) -> str:
