@@ -141,7 +141,9 @@ def rename(raw: dict[str, Any], path: tuple[Any, ...], name: str) -> dict[str, A
 
 
 def is_own_name(raw: dict[str, Any], place: tuple[Any, ...]) -> bool:
-    """Whether the key is a name that the suite's author chose, such as that of a task with its kind below it."""
+    """Whether the key is a name that its author chose, such as that of a task with its kind below it."""
+    if place[0] == "stages" and len(place) > 3 and place[2] in ("tasks", "baselines"):
+        raw, place = raw["stages"][place[1]], place[2:]
     named = place[0] == "tasks" and len(place) == 2 and "task" in raw["tasks"][place[1]]
     return named or (place[0] in ("baselines", "gates") and len(place) == 2)
 
@@ -171,7 +173,7 @@ def test_every_misspelt_key_is_refused_and_the_right_one_suggested(tmp_path: Pat
         for place in [place for place in keys(raw) for _ in range(3)]:  # three slips each
             wrong = misspell(str(place[-1]), rng)
             changed = rename(raw, place, wrong)
-            if path in SUITES and is_own_name(raw, place):
+            if path not in RECIPES and is_own_name(raw, place):
                 continue
             with pytest.raises(UserError) as caught:
                 load_changed(path, changed, tmp_path)
@@ -187,9 +189,11 @@ def test_every_misspelt_key_is_refused_and_the_right_one_suggested(tmp_path: Pat
 def test_what_the_readme_shows_is_accepted() -> None:
     import yaml
 
+    from align.stages.evaluate import EvaluateConfig
     from align.stages.ppo import PpoConfig
 
     blocks = re.findall(r"```yaml\n(.*?)```", Path("README.md").read_text(encoding="utf-8"), re.DOTALL)
-    whole, ppo = (yaml.safe_load(block) for block in blocks)
+    whole, ppo, evaluate = (yaml.safe_load(block) for block in blocks)
     assert "ppo" in Pipeline(whole, "README.md").nodes
     PpoConfig(**ppo["ppo"])
+    EvaluateConfig(**evaluate["evaluate"])

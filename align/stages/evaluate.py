@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from align.artifacts import GENERATORS, PROMPT_SOURCES, Kind
 from align.errors import UserError
 from align.evaluation.gates import GateSpec, parse_gates
+from align.evaluation.scorecard import METRICS
 from align.evaluation.systems import BaselineConfig
 from align.evaluation.tasks.base import TaskConfig
 from align.evaluation.tasks.registry import AnyTask, named_tasks
@@ -113,7 +114,7 @@ class EvaluateConfig(Config):
                 )
             if baseline.best_of > 1 and self.reward is None:
                 raise ValueError(f"baselines.{name}: best_of keeps what the reward model likes best; name reward.")
-        parse_gates(self.gates, [*self.policies, *self.baselines], self.reference)
+        parse_gates(self.gates, [*self.policies, *self.baselines], self.reference, list(self.tasks), list(METRICS))
         return self
 
     def _has(self, kind: str) -> bool:

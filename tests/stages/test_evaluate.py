@@ -23,6 +23,14 @@ def test_a_minimal_config_is_enough():
         ({"pairs": "sample"}, "reward is missing"),
         ({"policies": []}, "at least 1 item"),
         ({"max_token": 3}, "Extra inputs"),
+        ({"gates": {"ifeval.prompt_strict": ">= 0.3"}}, "there is no task 'ifeval'"),
+        ({"gates": {"golt": ">= 0.3"}}, "Did you mean 'gold'"),
+        ({"gates": {"gold": ">= stf"}}, "Did you mean 'sft'"),
+        ({"baselines": {"sft": {"of": "sft", "shots": 1}}}, "is a stage already"),
+        ({"baselines": {"b": {"of": "ppo", "shots": 1}}}, "is none of policies"),
+        ({"baselines": {"b": {"of": "sft", "best_of": 4}}}, "name reward"),
+        ({"tasks": {"prompts": {"task": "ifeval", "files": ["x"]}}}, "no name for one"),
+        ({"prompts": None}, "nothing to evaluate on"),
     ],
 )
 def test_what_is_refused(change, words):

@@ -197,8 +197,8 @@ def test_prompting_best_of_n_and_a_gate(context, inputs, tmp_path, monkeypatch):
 
 def test_a_gate_on_what_nothing_measures_is_refused_before_anything_runs(context, monkeypatch):
     monkeypatch.setattr("align.evaluation.evaluator.evaluate", lambda *given: pytest.fail("it ran"))
-    config = EvaluateConfig(**context.config.model_dump() | {"gates": {"ifeval.prompt_strict": ">= 0.3"}})
-    with pytest.raises(UserError, match=r"gates\.ifeval\.prompt_strict: nothing measures"):
+    config = EvaluateConfig(**context.config.model_dump() | {"gates": {"gold": ">= 0.3"}, "score": None})
+    with pytest.raises(UserError, match=r"gates\.gold: nothing measures"):
         evaluate.run(replace(context, config=config))
 
 
