@@ -1,0 +1,298 @@
+"""Reward models on files of pairs: what is read of each layout, what is scored, and what stands in the scorecard."""
+
+import dataclasses
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from align.errors import UserError
+from align.evaluation.comparisons import Resampling
+from align.evaluation.pairs import pair_accuracy
+from align.evaluation.reward_bench import SCORE
+from align.evaluation.scorecard import Measurements, TaskFound, build
+from align.evaluation.tasks.base import Given, SystemInfo
+from align.evaluation.tasks.reward_pairs import RewardPairsConfig, RewardPairsTask
+from tests.evaluation.tasks.answering import given
+
+
+class Shelf:
+    """A bench whose reward models are functions of prompt, answer and whether it ended."""
+
+    seed = 3
+
+    def __init__(self, *models) -> None:
+        self.models = dict(zip(("reward", "second_reward"), models, strict=False))
+        self.asked: list[tuple] = []
+
+    def reward_stage(self, which: str = "reward") -> str | None:
+        return {"reward": "rm", "second_reward": "rm-b"}[which] if which in self.models else None
+
+    def reward_scores(self, prompts, answers, finished, which="reward") -> list[float]:
+        self.asked.append((which, prompts, answers, finished))
+        return [self.models[which](*one) for one in zip(prompts, answers, finished, strict=True)]
+
+    def progress(self, done, total, unit) -> None:
+        pass
+
+
+def with_models(folder: Path, count: int = 1, warned: list[str] | None = None, seed: int = 0) -> Given:
+    return dataclasses.replace(
+        given(folder, seed),
+        has_reward=count > 0,
+        has_second_reward=count > 1,
+        warn=(warned if warned is not None else []).append,
+    )
+
+
+def write(path: Path, records: list[dict]) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return str(path)
+
+
+def build_task(
+    folder: Path, records: list[dict], count: int = 1, warned: list | None = None, **more
+) -> RewardPairsTask:
+    config = RewardPairsConfig(files=[write(folder / "mine.jsonl", records)], **more)
+    return config.build("rm_set", with_models(folder, count, warned))
+
+
+def length(prompt, answer, finished) -> float:
+    return float(len(answer))
+
+
+PAIRS = [
+    {"prompt": "Hi", "chosen": "good day", "rejected": "no", "chosen_score": 1, "rejected_score": 0},
+    {"prompt": "Name a colour", "chosen": "red", "rejected": "I will not", "topic": "colours"},
+    {"prompt": "Count", "chosen": "1 2 3", "rejected": "3 2 1"},
+]
+
+
+def test_pairs_are_scored_side_by_side(tmp_path):
+    task = build_task(tmp_path, PAIRS)
+    shelf = Shelf(length)
+    assert task.score({}, shelf) == {}
+    [(which, prompts, answers, finished)] = shelf.asked
+    assert which == "reward"
+    assert [prompt[0]["content"] for prompt in prompts] == ["Hi", "Hi", "Name a colour", "Name a colour"] + [
+        "Count"
+    ] * 2
+    assert answers == ["good day", "no", "red", "I will not", "1 2 3", "3 2 1"]
+    assert all(finished)
+    [report] = task.extras()["reward_models"]
+    assert (report["stage"], report["task"], report["pairs"], report["ties"]) == ("rm", "rm_set", 3, 1)
+    assert report["as_labelled"]["value"] == pytest.approx(1 / 3)  # the tie is wrong
+    assert report["longer"]["value"] == pytest.approx(1.5 / 3)
+    assert report["true"]["n"] == 1
+    assert list(report["by_source"]) == ["mine.jsonl"]
+    assert report["sections"] is None
+    assert report["agreement"] is None
+    assert json.loads(json.dumps(task.settings(), allow_nan=False)) == task.settings()
+    assert (task.settings()["layout"], task.settings()["answers"]) == ("pairs", 6)
+
+
+def test_a_category_may_stand_in_any_field(tmp_path):
+    task = build_task(
+        tmp_path, [{**record, "topic": f"t{at % 2}"} for at, record in enumerate(PAIRS)], category="topic"
+    )
+    task.score({}, Shelf(length))
+    assert {name: one["n"] for name, one in task.reports[0]["by_source"].items()} == {"t0": 2, "t1": 1}
+    with pytest.raises(UserError, match=r"mine\.jsonl:1: there is no field 'topic'"):
+        build_task(tmp_path, PAIRS, category="topic")
+
+
+def test_every_file_is_a_category(tmp_path):
+    files = [write(tmp_path / f"{name}.jsonl", PAIRS) for name in ("helpful", "harmless")]
+    task = RewardPairsConfig(files=files).build("rm_set", with_models(tmp_path))
+    task.score({}, Shelf(length))
+    assert set(task.reports[0]["by_source"]) == {"helpful.jsonl", "harmless.jsonl"}
+
+
+def test_two_reward_models_are_compared(tmp_path):
+    task = build_task(tmp_path, PAIRS * 4, count=2)
+    shelf = Shelf(length, lambda prompt, answer, finished: -float(len(answer)))
+    task.score({}, shelf)
+    assert [which for which, *_ in shelf.asked] == ["reward", "second_reward"]
+    first, second = task.extras()["reward_models"]
+    assert (first["stage"], second["stage"]) == ("rm", "rm-b")
+    assert first["agreement"]["other"] == "rm-b"
+    assert first["agreement"]["accuracy"]["value"] == pytest.approx(1 / 3)  # only in ties
+    assert first["agreement"]["spearman"]["value"] == pytest.approx(-1)
+
+
+def bench_record(subset: str, chosen: str, rejected: str) -> dict:
+    return {"prompt": "Q", "chosen": chosen, "rejected": rejected, "subset": subset, "id": 1, "chosen_model": "x"}
+
+
+def test_reward_bench(tmp_path):
+    records = [
+        bench_record("alpacaeval-easy", "long answer", "short"),
+        bench_record("mt-bench-hard", "aa", "bb"),  # a tie is wrong
+        bench_record("donotanswer", "longer", "short"),
+        bench_record("math-prm", "a", "bb"),
+        bench_record("hep-go", "bb", "a"),
+        bench_record("hep-python", "bb", "a"),
+    ]
+    task = build_task(tmp_path, records)
+    assert (task.layout, task.title) == ("reward_bench", "RewardBench")
+    task.score({}, Shelf(length))
+    sections = task.reports[0]["sections"]
+    values = {name: one["value"] for name, one in sections.items()}
+    assert values == {SCORE: 0.625, "Chat": 1, "Chat Hard": 0, "Safety": 1, "Reasoning": 0.5}
+    assert task.reports[0]["by_source"]["hep-go"]["n"] == 1
+
+
+def best_of(subset: str, name: str, chosen: list[str], rejected: list[str]) -> dict:
+    return {"id": name, "prompt": f"Q{name}", "chosen": chosen, "rejected": rejected, "subset": subset}
+
+
+BEST = [
+    best_of("Math", "1", ["the longest"], ["a", "bb", "ccc"]),
+    best_of("Math", "2", ["mid"], ["a", "bb", "longest"]),
+    best_of("Focus", "3", ["tied"], ["tied", "a", "b"]),
+    best_of("Ties", "tied:4", ["yellow", "orange"], ["no", "go"]),
+    best_of("Ties", "ref:4", ["four"], ["two", "six", "ten"]),
+]
+
+
+def test_reward_bench_2(tmp_path):
+    task = build_task(tmp_path, BEST)
+    assert (task.layout, task.title, len(task.items)) == ("reward_bench_2", "RewardBench 2", 5)
+    shelf = Shelf(length)
+    task.score({}, shelf)
+    [(_, prompts, answers, finished)] = shelf.asked
+    assert len(prompts) == len(answers) == len(finished) == 4 + 4 + 4 + 4 + 4
+    assert answers[:5] == ["the longest", "a", "bb", "ccc", "mid"]
+    assert prompts[4] == [{"role": "user", "content": "Q2"}]
+    values = {name: one["value"] for name, one in task.reports[0]["sections"].items()}
+    # Focus: a tie of two. Ties: good answers score alike, 4 above the bad ones, and 1 for the ref prompt
+    assert values == {"Math": 0.5, "Focus": 0.5, "Ties": pytest.approx(1.01)}
+    assert task.reports[0]["pairs"] == 5
+    assert task.settings()["answers"] == 20
+
+
+def test_pairs_of_reward_bench_2_are_drawn_by_seed(tmp_path):
+    records = [best_of("Math", str(at), ["good"], [f"bad {at} {n}" for n in range(3)]) for at in range(30)]
+    config = RewardPairsConfig(files=[write(tmp_path / "best.jsonl", records)])
+
+    def drawn(seed: int) -> list[str]:
+        task = config.build("rb2", with_models(tmp_path, seed=seed))
+        return [row["rejected"][0]["content"] for row in task._rows()]
+
+    assert drawn(0) == drawn(0) != drawn(1)
+    assert {text.rsplit(" ", 1)[1] for text in drawn(0)} == {"0", "1", "2"}
+    # the scores of a pair are those of its own two answers
+    task = config.build("rb2", with_models(tmp_path))
+    task.score({}, Shelf(lambda prompt, answer, finished: 5.0 if answer == "good" else float(answer[-1])))
+    by_hand = pair_accuracy(task._rows(), [5.0] * 30, [float(text[-1]) for text in drawn(0)])
+    assert task.reports[0]["margin"] == by_hand["margin"]
+
+
+def test_what_belongs_together_in_ties_is_drawn_together(tmp_path):
+    records = [best_of("Ties", f"{kind}:{at}", ["a"], ["b"]) for kind in ("ref", "tied") for at in range(20)]
+    task = build_task(tmp_path, records, max_items=7)
+    names = [one.id for one in task.comparisons]
+    assert len(names) == 14
+    assert {name.removeprefix("ref:") for name in names if "ref" in name} == {
+        name.removeprefix("tied:") for name in names if "tied" in name
+    }
+    assert len(build_task(tmp_path, PAIRS * 5, max_items=7).comparisons) == 7
+
+
+def test_what_makes_no_pair_is_counted(tmp_path):
+    warned: list[str] = []
+    more = [
+        {"prompt": "Same", "chosen": "x", "rejected": "x"},
+        {"prompt": "Tools", "chosen": "x", "rejected": "y", "tools": [{"name": "f"}]},
+    ]
+    task = build_task(tmp_path, PAIRS + more, warned=warned)
+    assert len(task.comparisons) == 3
+    assert len(warned) == 1
+    assert warned[0].startswith("rm_set: 2 of 5 records make no pair: ")
+    assert "it has tools (1)" in warned[0]
+
+
+@pytest.mark.parametrize(
+    ("records", "more", "words"),
+    [
+        ([{"prompt": "x", "responses": [{"content": "a", "score": 1}]}], {}, "no chosen and rejected|no format"),
+        ([{"question": "x", "answer": "y"}], {}, "finds no format"),
+        ([{"prompt": "x", "chosen": "a", "rejected": "a"}], {}, "none of 1 records makes a pair"),
+        (
+            [bench_record("hep-gp", "a", "b")],
+            {"layout": "reward_bench"},
+            "'hep-gp' is no subset.*mean 'hep-go'",
+        ),
+        (PAIRS, {"layout": "reward_bench"}, r"mine.jsonl:1: there is no field 'subset'"),
+        (PAIRS, {"layout": "reward_bench_2"}, r"mine.jsonl:1: there is no field 'subset'"),
+        (
+            [{**BEST[0], "chosen": "text"}],
+            {"layout": "reward_bench_2"},
+            "'chosen' holds str .*a list of texts",
+        ),
+        ([{**BEST[0], "rejected": []}], {"layout": "reward_bench_2"}, "'rejected' holds an empty list"),
+        ([best_of("Ties", "4", ["a"], ["b"])], {}, "'id' holds str .*expected tied:N or ref:N"),
+        ([BEST[3], BEST[3]], {}, "mine.jsonl:2: 'tied:4' of the Ties subset is there twice"),
+    ],
+)
+def test_records_of_another_kind_are_refused(tmp_path, records, more, words):
+    with pytest.raises(UserError, match=words):
+        build_task(tmp_path, records, **more)
+
+
+def test_without_a_reward_model_there_is_nothing_to_measure(tmp_path):
+    config = RewardPairsConfig(files=[write(tmp_path / "mine.jsonl", PAIRS)])
+    with pytest.raises(UserError, match="rm_set measures a reward model; name a reward stage"):
+        config.build("rm_set", given(tmp_path))
+
+
+def test_settings_that_are_refused():
+    with pytest.raises(ValidationError, match="give its files, or its dataset"):
+        RewardPairsConfig()
+    with pytest.raises(ValidationError, match="Input should be 'auto'"):
+        RewardPairsConfig(files=["x"], layout="rewardbench")
+    source = RewardPairsConfig(dataset="allenai/reward-bench", revision="a" * 40).source()
+    assert source.split == "filtered"
+    assert RewardPairsConfig(dataset="allenai/reward-bench-2", revision="a" * 40).source().split == "test"
+
+
+def test_a_scorecard_takes_the_reports_and_no_metrics(tmp_path):
+    task = build_task(tmp_path, BEST)
+    task.score({}, Shelf(length))
+    systems = [SystemInfo("sft", "sft", "checkpoint", "key")]
+    values = {"sft": {"length": [[1.0], [2.0]], "finished": [[1.0], [1.0]]}}
+    found = Measurements(systems, "sft", None, ["a", "a"], values, tasks=[TaskFound(task, {})])
+    card = build(found, Resampling(100, 0), {})
+    assert card["reward_models"] == task.reports
+    assert card["tasks"]["rm_set"]["metrics"] == []
+    assert not any(name.startswith("rm_set") for name in card["metrics"])
+    json.dumps(card, allow_nan=False)
+
+
+def test_real_pairs_through_a_reward_model(tiny_reward, shared_data, tmp_path):
+    from align.models.reward import RewardModel
+
+    files = [str(shared_data / "hh-rlhf" / f"{name}-base.test.jsonl.gz") for name in ("helpful", "harmless")]
+    config = RewardPairsConfig(files=files, max_items=20)
+    warned: list[str] = []
+    task = config.build("hh", with_models(tmp_path, warned=warned))
+    assert len(task.comparisons) == 20
+    raw = [json.loads(line) for file in files for line in gzip.decompress(Path(file).read_bytes()).splitlines()]
+    equal = sum(record["chosen"] == record["rejected"] for record in raw)
+    assert f" of {len(raw)} records make no pair: " in warned[0]
+    assert f"chosen equals rejected ({equal})" in warned[0]
+    model = RewardModel(tiny_reward, precision="float32")
+    shelf = Shelf(None)
+    shelf.reward_scores = lambda prompts, answers, finished, which: model.score(prompts, answers, finished)
+    task.score({}, shelf)
+    [report] = task.reports
+    assert set(report["by_source"]) == {"helpful-base.test.jsonl.gz", "harmless-base.test.jsonl.gz"}
+    assert sum(one["n"] for one in report["by_source"].values()) == 20
+    assert report["length_correlation"]["n"] == 20
+    rows = task._rows()
+    scores = [model.score([row["prompt"] for row in rows], [row[side][0]["content"] for row in rows])
+              for side in ("chosen", "rejected")]  # fmt: skip
+    assert report["margin"] == pytest.approx(np.mean(np.subtract(*scores)), abs=1e-4)
