@@ -2,7 +2,8 @@
 
 Layout: ``<root>/align-store.json`` marks a store; ``<root>/<stage kind>/<12 hex>/`` is an artifact, done if and
 only if it holds ``record.json``; ``<12 hex>.partial/`` is work in progress; ``<root>/locks/`` holds the locks and
-``<root>/runs/<name>.json`` what each named run reached last. ``<root>/reports/<name>/`` has the page about that run, ``<root>/cache/`` what only saves time.
+``<root>/runs/<name>.json`` what each named run reached last. ``<root>/reports/<name>/`` has the page about that run,
+``<root>/cache/`` what only saves time.
 """
 
 from __future__ import annotations

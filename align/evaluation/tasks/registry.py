@@ -6,7 +6,6 @@ A task's name in the YAML is its kind, unless ``task:`` below it says which one 
 from __future__ import annotations
 
 import functools
-import importlib.util
 import operator
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,7 +21,6 @@ TASKS: dict[str, str] = {
     for kind in (
         "ifeval", "gsm8k", "multiple_choice", "xstest", "judged", "preference", "perplexity", "reward_pairs", "lm_eval",
     )
-    if importlib.util.find_spec(f"align.evaluation.tasks.{kind}") is not None
 }  # fmt: skip
 """Kind → import path of its settings, in the order of the guide."""
 
