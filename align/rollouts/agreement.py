@@ -193,10 +193,13 @@ def _refuse_unless_tied(
     (row, at), (a, b), nats = next(
         one for one in zip(places, pairs, gaps, strict=True) if one[2] > TIE or tied == len(places)
     )
+    parting = f"token {b} instead of {a}, which are {nats:.3g} nats apart"
+    if a is None or b is None:
+        parting = f"it {'goes on' if a is None else 'ends'} where the other {'ends' if a is None else 'goes on'}"
     raise StageFailed(
         f"the exported folder answers otherwise: {given.version} differs from {expected.version} in {len(places)} of "
-        f"{len(expected.tokens)} answers, first in answer {row + 1} at position {at + 1}: token {b} instead of {a}, "
-        f"which are {nats:.3g} nats apart. Up to there log-probabilities agree within {gap:.2g}. Likely cause: {cause}."
+        f"{len(expected.tokens)} answers, first in answer {row + 1} at position {at + 1}: {parting}. Up to there "
+        f"log-probabilities agree within {gap:.2g}. Likely cause: {cause}."
     )
 
 
