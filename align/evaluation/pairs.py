@@ -13,7 +13,7 @@ import numpy as np
 from align.data.rows import is_finished
 from align.evaluation.calibration import calibration
 from align.evaluation.correlation import cohen_kappa, spearman
-from align.evaluation.statistics import wilson
+from align.evaluation.statistics import mean_interval, wilson
 
 Row = dict[str, Any]
 Score = Callable[[list[list[dict[str, str]]], list[str], list[bool], list[str | None]], list[float]]
@@ -76,7 +76,7 @@ def pair_report(
 ) -> dict[str, Any]:
     """Everything a scorecard says of a reward model on one set of pairs, but for whose it is. JSON-able.
 
-    What :func:`pair_accuracy` has, and beside it:
+    What :func:`pair_accuracy` has, ``margin`` with its interval, and beside it:
 
     - ``by_margin``: accuracy in up to five bins of like size, ``{low, high, n, accuracy}``. ``by_margin_of`` says of
       what: ``gold`` margins where at least half of the pairs have ones that differ, and then right is what gold says
@@ -96,6 +96,7 @@ def pair_report(
     both = np.column_stack([chosen, rejected])
     return {
         **pair_accuracy(rows, *scores),
+        "margin": mean_interval(margins, resamples=RESAMPLES, seed=seed).as_dict(),
         **_by_margin(rows, margins),
         "shorter_chosen": wilson(float(shorter.sum()), len(shorter)).as_dict() if len(shorter) else None,
         "length_correlation": spearman(both, lengths, resamples=RESAMPLES, seed=seed).as_dict(),

@@ -77,6 +77,7 @@ def test_a_report_is_json_with_n_and_interval_everywhere():
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     estimates = [
         found["as_labelled"],
+        found["margin"],
         found["shorter_chosen"],
         found["length_correlation"],
         found["length_margin_correlation"],
@@ -89,7 +90,9 @@ def test_a_report_is_json_with_n_and_interval_everywhere():
     for one in estimates:
         assert one["low"] <= one["value"] <= one["high"]
         assert one["n"] > 0
-    assert pair_accuracy(rows, *scores).items() <= found.items()
+    plain = pair_accuracy(rows, *scores)
+    assert found["margin"]["value"] == pytest.approx(plain.pop("margin"))
+    assert plain.items() <= found.items()
 
 
 def test_accuracy_by_the_models_own_margin():

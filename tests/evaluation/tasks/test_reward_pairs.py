@@ -188,7 +188,7 @@ def test_pairs_of_reward_bench_2_are_drawn_by_seed(tmp_path):
     task = config.build("rb2", with_models(tmp_path))
     task.score({}, Shelf(lambda prompt, answer, finished: 5.0 if answer == "good" else float(answer[-1])))
     by_hand = pair_accuracy(task._rows(), [5.0] * 30, [float(text[-1]) for text in drawn(0)])
-    assert task.reports[0]["margin"] == by_hand["margin"]
+    assert task.reports[0]["margin"]["value"] == pytest.approx(by_hand["margin"])
 
 
 def test_what_belongs_together_in_ties_is_drawn_together(tmp_path):
@@ -295,4 +295,4 @@ def test_real_pairs_through_a_reward_model(tiny_reward, shared_data, tmp_path):
     rows = task._rows()
     scores = [model.score([row["prompt"] for row in rows], [row[side][0]["content"] for row in rows])
               for side in ("chosen", "rejected")]  # fmt: skip
-    assert report["margin"] == pytest.approx(np.mean(np.subtract(*scores)), abs=1e-4)
+    assert report["margin"]["value"] == pytest.approx(np.mean(np.subtract(*scores)), abs=1e-4)

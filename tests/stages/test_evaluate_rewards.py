@@ -1,0 +1,105 @@
+"""The evaluate stage's reward models and gates, end to end on two-layer models."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from align.artifacts import Artifact, Kind
+from align.data.rows import user, write_rows
+from align.errors import UserError
+from align.models.tiny import make_tiny, make_tiny_reward
+from align.rollouts.transformers import TransformersEngine
+from align.stage import EngineConfig, Runtime, StageContext
+from align.stages import evaluate
+from align.stages.evaluate import EvaluateConfig
+
+RECORDS = [
+    *({"id": f"m{at}", "prompt": f"q{at}", "chosen": ["yes" * at], "rejected": ["a", "b" * at, "c"], "subset": "Math"}
+      for at in range(1, 9)),
+    {"id": "tied:1", "prompt": "a colour", "chosen": ["red", "blue"], "rejected": ["stone"], "subset": "Ties"},
+    {"id": "ref:1", "prompt": "the sky", "chosen": ["blue"], "rejected": ["red"], "subset": "Ties"},
+]  # fmt: skip
+"""Shaped like RewardBench 2."""
+
+
+@pytest.fixture
+def context(tmp_path: Path, tiny_model: Path, tiny_reward: Path):
+    """Makes a stage's context of the gates."""
+
+    def artifact(stage: str, kind: Kind, model: Path | None = None) -> Artifact:
+        folder = model.parent if model else tmp_path / stage
+        folder.mkdir(exist_ok=True)
+        return Artifact(stage, kind, folder, {"key": f"{stage}-key"})
+
+    data = artifact("data", Kind.PROMPTS)
+    rows = [{"id": f"{at}", "source": "words", "checks": "", "prompt": [user("x" * at)]} for at in range(1, 5)]
+    write_rows(data.split("test"), rows)
+    policies = [
+        artifact("sft", Kind.POLICY, tiny_model),
+        artifact("ppo", Kind.POLICY, make_tiny(tmp_path / "ppo" / "model", seed=1)),
+    ]
+    file = tmp_path / "best.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in RECORDS), encoding="utf-8")
+    other = make_tiny_reward(tmp_path / "other" / "model", seed=1)
+
+    def make(**gates) -> StageContext:
+        config = EvaluateConfig(
+            policies=["sft", "ppo"], reference="sft", prompts="data", reward="reward", second_reward="other",
+            tasks={"bench": {"task": "reward_pairs", "files": [str(file)]}}, gates=gates, max_tokens=4,
+            precision="float32", bootstrap=200,
+        )  # fmt: skip
+        for name in ("out", "checkpoints"):
+            (tmp_path / name).mkdir()
+        return StageContext(
+            name="evaluate",
+            config=config,
+            inputs={
+                "policies": policies,
+                "reference": policies[0],
+                "prompts": data,
+                "reward": artifact("reward", Kind.REWARD, tiny_reward),
+                "second_reward": artifact("other", Kind.REWARD, other),
+            },
+            seed=3,
+            runtime=Runtime(device="cpu", engine=EngineConfig(name="transformers")),
+            output=tmp_path / "out",
+            checkpoints=tmp_path / "checkpoints",
+            events=tmp_path / "events.jsonl",
+        )
+
+    return make
+
+
+def test_reward_models_and_gates_reach_the_scorecard(context):
+    given = context(reward=[">= sft + 1000", ">= sft - 1000"], kl_to_sft={"bound": "<= 0.001", "level": "warning"})
+    found = evaluate.run(given)
+    card = json.loads((given.output / "scorecard.json").read_text(encoding="utf-8"))
+    first, second = card["reward_models"]
+    assert [(one["stage"], one["task"], one["pairs"]) for one in (first, second)] == [
+        ("reward", "bench", 10),
+        ("other", "bench", 10),
+    ]
+    assert set(first["sections"]) == {"Math", "Ties"}
+    assert (first["agreement"]["other"], second["agreement"]["other"]) == ("other", "reward")
+    assert first["margin"] != second["margin"]
+    assert card["tasks"]["bench"]["n"] == 10
+    assert [(row["system"], row["expression"], row["passed"]) for row in card["gates"]] == [
+        ("ppo", ">= sft + 1000", False),
+        ("ppo", ">= sft - 1000", True),
+        ("ppo", "<= 0.001", False),
+    ]
+    assert card["gates"][0]["clear"] is True
+    assert card["gates"][2]["low"] <= card["gates"][2]["value"] <= card["gates"][2]["high"]
+    assert found["failed_gates"] == [card["gates"][0]["text"]]
+    assert "reward of ppo is " in found["failed_gates"][0]
+    assert ", below sft + 1000 = " in found["failed_gates"][0]
+
+
+def test_a_gate_on_what_is_not_measured_stops_before_anything_is_sampled(context, monkeypatch):
+    def never(*_: object) -> None:
+        raise AssertionError("it was sampled")
+
+    monkeypatch.setattr(TransformersEngine, "__init__", never)
+    with pytest.raises(UserError, match=r"gates\.bench\.accuracy: nothing measures 'bench\.accuracy' here"):
+        evaluate.run(context(**{"bench.accuracy": ">= 0.5"}))
