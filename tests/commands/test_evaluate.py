@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
+from align.artifacts import Artifact, Kind
 from align.cli import main
-from align.commands.checkpoints import find_all
+from align.commands.checkpoints import base_of, find_all
 from align.commands.evaluate import with_bases
 from align.commands.suite import choose_reference, load_suite, suite_pipeline
 from align.errors import UserError
@@ -135,6 +136,25 @@ def test_the_base_model_of_a_checkpoint_is_added_in_front(made: SimpleNamespace,
     assert bases(made, [ppo, made.plain])[1] == ["base"], "a record says more than an order"
     assert bases(made, ["tiny", made.plain])[1] == ["tiny"]
     assert "'tiny' counts as the base model" in capsys.readouterr().err
+
+
+def test_the_base_of_a_reward_model_is_not_that_of_the_policy(tmp_path: Path) -> None:
+    store = Store.open(tmp_path / "store")
+
+    def put(kind: str, makes: Kind, number: int, reads: tuple[Artifact, ...] = ()) -> Artifact:
+        key = f"{number}" * 64
+        output = tmp_path / key
+        output.mkdir()
+        links = [{"stage": one.stage, "kind": one.record["kind"], "key": one.record["key"]} for one in reads]
+        record = {"key": key, "kind": kind, "stage": kind, "makes": str(makes), "input_stages": links, "metrics": {}}
+        return store.publish(output, record | {"created": "", "config": {}})
+
+    (store.root / "model").mkdir()
+    for folder in ("sft", "reward", "ppo"):
+        (store.root / folder).mkdir()
+    others, own = put("model", Kind.MODEL, 1), put("model", Kind.MODEL, 2)
+    reward, sft = put("reward", Kind.REWARD, 3, (others,)), put("sft", Kind.POLICY, 4, (own,))
+    assert base_of(put("ppo", Kind.POLICY, 5, (reward, sft)), store) == own
 
 
 def test_the_base_is_found_in_the_store_of_the_checkpoint(made: SimpleNamespace, tmp_path: Path) -> None:
@@ -316,5 +336,5 @@ def test_what_a_model_or_a_task_is_called_is_shown_and_never_run(tmp_path: Path,
     print_scorecard(tmp_path / "scorecard.json")
     said = capsys.readouterr().out
     assert "\x1b" not in said
-    assert said.count("[bold red]x\\x1b[2J") == 4
+    assert said.count("[bold red]x\\x1b[2J") == 3, "the system, the metric, the flag"
     assert "0.250 to 0.750" in said

@@ -84,6 +84,21 @@ def test_differences_across_runs_are_paired_by_item(sweep: dict[str, Any]) -> No
     assert rows["kl-0: ppo", "sft", "gold"]["value"] == pytest.approx(0.25)
 
 
+def test_items_are_found_by_their_id_whatever_the_order(tmp_path: Path) -> None:
+    runs = make_sweep(tmp_path / "runs", {"a": (0.5, 1.0), "b": (0.6, 2.0)})
+
+    def across() -> list[dict[str, Any]]:
+        wanted = ("b: ppo", "a: ppo", "gold")
+        rows = merge(read_cards(runs)[0])["differences"]
+        return [row for row in rows if (row["policy"], row["against"], row["metric"]) == wanted]
+
+    before = across()
+    path = runs["b"]["evaluate"].path / "items.jsonl"
+    path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
+    assert [row["value"] for row in across()] == [pytest.approx(0.1)] == [row["value"] for row in before]
+    assert across()[0]["high"] == pytest.approx(before[0]["high"])
+
+
 def test_the_correction_is_over_all_runs(sweep: dict[str, Any]) -> None:
     found, _ = read_cards(sweep)
     policy, against, metric = "kl-0_5: ppo", "model", "ifeval.prompt_strict"
