@@ -20,6 +20,7 @@ Report             ``report.html``; ``figures/`` and ``tables/``, what it shows 
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -63,6 +64,13 @@ class Artifact:
     def key(self) -> str:
         """What names its contents: its key, or that of the artifact which it was taken from as it is."""
         return original_key(self.record)
+
+    @property
+    def weights(self) -> str:
+        """Digest of a checkpoint's files, in which two makings of one key may differ; the key where none is recorded."""
+        outputs = self.record.get("outputs") or {}
+        files = [f"{name} {entry['sha256']}" for name, entry in sorted(outputs.items()) if name.startswith("model/")]
+        return hashlib.sha256("\n".join(files).encode()).hexdigest() if files else self.key
 
     @property
     def model(self) -> Path:

@@ -145,7 +145,7 @@ class StageBench:
         if artifact is None:
             raise UserError(f"{which}: no reward model was given; name a reward stage as `{which}`.")
         asked = [list(prompts), list(answers), [bool(one) for one in finished]]
-        identity = digest(["scores", artifact.key, self.precision, asked])
+        identity = digest(["scores", artifact.weights, self.precision, asked])
         found: list[float] = kept(self._kept, "scores", identity, lambda: self.model(which).score(*asked))
         return found
 

@@ -163,7 +163,7 @@ def _score_by_models(
     reward = bench.artifact("reward")
     if reward is not None:
         for at, (name, one) in enumerate(answered.generated.items()):
-            identity = digest([reward.key, _identity(one), _asked(plan.rows), plan.precision])
+            identity = digest([reward.weights, _identity(one), _asked(plan.rows), plan.precision])
             scored = partial(lambda each: reward_values(bench.model("reward").score, plan.rows, each), one)
             values[name]["reward"] = kept(folder, f"reward-{name}", identity, scored)
             context.progress(at + 1, len(answered.generated), unit="systems scored")
@@ -194,7 +194,7 @@ def _reward_models(plan: Plan, bench: StageBench, folder: Path) -> list[dict[str
     for which in ("reward", "second_reward"):
         artifact = bench.artifact(which)
         if artifact is not None:
-            identity = digest(["pair scores", artifact.key, [row["id"] for row in plan.pairs], plan.precision])
+            identity = digest(["pair scores", artifact.weights, [row["id"] for row in plan.pairs], plan.precision])
             scored = partial(lambda name: score_pairs(plan.pairs, bench.model(name).score), which)
             chosen, rejected = kept(folder, "pairs", identity, scored)
             scores.append((artifact.stage, (chosen, rejected)))
@@ -333,7 +333,7 @@ def _settings(context: StageContext, plan: Plan, engines: list[str]) -> dict[str
         "seed": context.seed,
         "score": plan.scorer_identity,
         "heldout_rows": len(plan.heldout),
-        "checkpoints": {policy.name: policy.key for policy in plan.policies},
+        "checkpoints": {one.stage: one.key for one in context.inputs["policies"]},
         "reward_model": rewards["reward"] and rewards["reward"].key,
         "second_reward_model": rewards["second_reward"] and rewards["second_reward"].key,
     }

@@ -37,7 +37,7 @@ def make_plan(context: StageContext) -> Plan:
 
     config: EvaluateConfig = context.config
     artifacts = context.inputs["policies"]
-    policies = [Policy(one.stage, one.model, one.key, load_tokenizer(one.model)) for one in artifacts]
+    policies = [Policy(one.stage, one.model, one.weights, load_tokenizer(one.model)) for one in artifacts]
     base = next((one.stage for one in artifacts if one.kind == Kind.MODEL), None)
     shots = max((one.shots for one in config.baselines.values() if one.examples is None), default=0)
     systems = make_systems(policies, base, config.baselines, Path.cwd(), _examples(context, shots))

@@ -26,7 +26,7 @@ class Renders(Protocol):
 
 @dataclass(frozen=True)
 class Policy:
-    """One compared checkpoint: its name in the pipeline, its folder, its artifact's key, and its tokenizer."""
+    """One compared checkpoint: its name in the pipeline, its folder, the digest of its files, and its tokenizer."""
 
     name: str
     model_dir: Path
