@@ -67,7 +67,7 @@ class Artifact:
 
     @property
     def weights(self) -> str:
-        """Digest of a checkpoint's files, in which two makings of one key may differ; the key where none is recorded."""
+        """Digest of a checkpoint's files, in which makings of one key may differ; the key where none is recorded."""
         outputs = self.record.get("outputs") or {}
         files = [f"{name} {entry['sha256']}" for name, entry in sorted(outputs.items()) if name.startswith("model/")]
         return hashlib.sha256("\n".join(files).encode()).hexdigest() if files else self.key
