@@ -91,7 +91,8 @@ def context(
 
 def _task_figures(card: Card, beside: Beside) -> list[Figure]:
     """The main number of each task, and that of the prompt set."""
-    mains = [(card["primary"], "Held-out prompts")] if card["metrics"][card["primary"]]["task"] == PROMPTS else []
+    of = card["metrics"].get(card["primary"], {}).get("task")
+    mains = [(card["primary"], "Held-out prompts")] if of == PROMPTS else []
     mains += [(about["primary"], str(about["title"])) for about in card["tasks"].values()]
     drawn = []
     for metric, task in mains[:MOST_TASK_FIGURES]:

@@ -51,8 +51,13 @@ def way(card: Card, policy: str) -> str:
 
 
 def headlines(card: Card) -> list[dict[str, Any]]:
-    """One card per system: its primary value, and the paired difference to what it started from."""
-    found = []
+    """One card per system: its primary value, and the paired difference to what it started from.
+
+    Empty where nothing was measured of the systems, as in an evaluation of reward models alone.
+    """
+    found: list[dict[str, Any]] = []
+    if card["primary"] not in card["metrics"]:
+        return found
     for policy in card["policies"]:
         against = compared_with(card, policy)
         found.append(
@@ -70,7 +75,7 @@ def headlines(card: Card) -> list[dict[str, Any]]:
 
 def measured_on(card: Card) -> str:
     """What the headline's numbers rest on: ``held-out prompts`` or a task's items, with their count."""
-    task = card["metrics"][card["primary"]]["task"]
+    task = card["metrics"].get(card["primary"], {}).get("task")
     if task in card["tasks"]:
         about = card["tasks"][task]
         return f"{about['n']:,} items of {about['title']}"
@@ -185,6 +190,8 @@ def _sentence(text: str) -> str:
 
 def _repeats(card: Card, flag: dict[str, str]) -> bool:
     """A regression in the primary metric already has its sentence, unless it is one against something else."""
+    if card["primary"] not in card["metrics"]:
+        return False
     about = card["metrics"][card["primary"]]
     title = about["title"] if about["task"] in card["tasks"] else about["title"].lower()
     against = compared_with(card, flag["policy"])

@@ -6,8 +6,12 @@ from html.parser import HTMLParser
 
 import pytest
 
+from align.evaluation.comparisons import Resampling
+from align.evaluation.scorecard import Measurements, build
+from align.evaluation.tasks.base import SystemInfo
 from align.report.page import write_report
 from align.report.samples import for_page
+from tests.report.example_card import SETTINGS, reward_report
 
 
 class Page(HTMLParser):
@@ -117,3 +121,13 @@ def test_samples_are_sorted_by_change_and_bounded(run, monkeypatch):
     bounded = for_page(samples, card)
     assert 0 < len(bounded["items"]) < len(samples)
     assert bounded["left_out"] == len(samples) - len(bounded["items"])
+
+
+def test_an_evaluation_of_reward_models_alone_has_a_page(tmp_path):
+    found = Measurements([SystemInfo("sft", "sft", "checkpoint", "key")], "sft", None, values={"sft": {}})
+    found.reward_models = [reward_report(sections=True)]
+    card = build(found, Resampling(100, 0), {**SETTINGS, "prompts": 0})
+    text = Page(write_report([], card, tmp_path / "r.html").read_text(encoding="utf-8")).text
+    assert "The reward model reward orders " in text
+    assert "Chat Hard" in text
+    assert "not measured" not in text
