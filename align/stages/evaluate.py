@@ -151,6 +151,7 @@ def run(context: StageContext) -> dict[str, Any]:
     from align.evaluation.evaluator import evaluate
     from align.evaluation.planning import make_plan
     from align.rollouts.engine import open_engine
+    from align.training.tracking import scorecard_values, track_result
 
     config: EvaluateConfig = context.config
     plan = make_plan(context)
@@ -167,6 +168,7 @@ def run(context: StageContext) -> dict[str, Any]:
         )
 
     card, answered = evaluate(context, plan, opened)
+    track_result(context, scorecard_values(card), card["settings"])
     return headline(card) | {"tokens": answered.tokens}
 
 

@@ -21,7 +21,11 @@ from align.stage import STAGES, Runtime, StageContext
 from align.training import tracking
 from align.training.tracking import scorecard_values, track_result
 from tests import toy
+from tests.stages.test_evaluate_run import context as evaluated
+from tests.stages.test_evaluate_run import inputs
 from tests.training.harness import context, data_artifact, events
+
+__all__ = ["evaluated", "inputs"]  # fixtures
 
 SECRET = "key-that-nobody-may-see"
 
@@ -212,6 +216,16 @@ def test_a_scorecard_s_estimates_are_final_values(tmp_path: Path) -> None:
         "sft/kl/high": {0: 0.75}, "ppo/ifeval.loose": {0: 0.5}, "ppo/ifeval.loose/low": {0: 0.25},
         "ppo/ifeval.loose/high": {0: 0.75},
     }  # fmt: skip
+
+
+def test_an_evaluation_s_scorecard_is_tracked(evaluated: StageContext, tmp_path: Path) -> None:
+    evaluate = tracked(evaluated, tmp_path / "tracking")
+    STAGES["evaluate"].runner()(evaluate)
+    card = json.loads((evaluated.output / "scorecard.json").read_text())
+    expected = {name: {0: value} for name, value in scorecard_values(card).items() if value is not None}
+    assert f"{card['reference']}/{card['primary']}" in expected
+    (folder,) = (tmp_path / "tracking/quick/0a1b2c3d").iterdir()
+    same(curves(folder), expected)
 
 
 def test_what_each_tracker_is_told_of_project_group_and_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
