@@ -7,6 +7,7 @@ running: names, types, ranges, order, artifact kinds, files. Never imports torch
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -167,9 +168,7 @@ class Pipeline:
             raise UserError(f"{self._place(name)}.seed: should be a whole number from 0 to 2**32-1; found {seed!r}.")
         config_class = stage.config_class()
         if "seed" not in config_class.model_fields:
-            # so that a misspelt `seed` finds its name too
-            shadow = create_model(config_class.__name__, __base__=config_class, seed=(int | None, None))
-            validate(shadow, block, self._place(name))
+            validate(_with_seed(config_class), block, self._place(name))
         return validate(config_class, block, self._place(name)), seed
 
     def _build(self, name: str, config: Config, seed: int, kinds: dict[str, Stage]) -> Node:
@@ -265,6 +264,12 @@ def input_fields(config_class: type[Config]) -> dict[str, StageInput]:
         if marker is not None:
             found[name] = marker
     return found
+
+
+@functools.cache  # pydantic looks through every loaded module for each class it makes
+def _with_seed(config_class: type[Config]) -> type[Config]:
+    """The config with a field ``seed``, so that a misspelt one finds its name too."""
+    return create_model(config_class.__name__, __base__=config_class, seed=(int | None, None))
 
 
 def _find_marker(annotation: Any, metadata: list[Any]) -> StageInput | None:
