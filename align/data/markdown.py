@@ -36,8 +36,3 @@ def fenced(text: str, language: str) -> list[str]:
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return [f"{fence}{language}", text.rstrip("\n"), fence]
-
-
-def code(text: str) -> str:
-    """What may stand between single backticks: one line without any."""
-    return " ".join(printable(text).replace("`", "'").split())

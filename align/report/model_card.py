@@ -16,7 +16,7 @@ import yaml
 from align import __version__
 from align.artifacts import Artifact
 from align.data.card import CARD
-from align.data.markdown import code, fenced, plain, printable, table
+from align.data.markdown import fenced, plain, printable, table
 from align.report.beside import Beside
 from align.report.ledgers import data_sections, licence_rows
 from align.report.model_card_facts import TRAINING, Facts, base_model, licence_of, metadata
@@ -62,8 +62,8 @@ def _about(facts: Facts) -> list[str]:
     path = " → ".join(plain(one.stage) for one in facts.lineage if one.record.get("kind") in ("model", *TRAINING))
     base = base_model(facts.lineage)
     lines.append(
-        f"It is the result of stage `{code(artifact.stage)}` of the pipeline "
-        f"`{code(str(artifact.record.get('pipeline', '')))}` ({path}), key `{artifact.key[:12]}`."
+        f"It is the result of stage {plain(artifact.stage)} of the pipeline "
+        f"{plain(str(artifact.record.get('pipeline', '')))} ({path}), key `{artifact.key[:12]}`."
     )
     return lines + ([f"Base model: [{plain(base)}](https://huggingface.co/{base})."] if base else [])
 

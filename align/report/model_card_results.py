@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from align.data.markdown import code, plain, table
+from align.data.markdown import plain, table
 from align.report.curves import read_events
 from align.report.model_card_facts import REWARD_METRICS, TRAINING, Facts, own_names, reward_results
 from align.report.summary import find
@@ -69,7 +69,7 @@ def _change(card: Mapping[str, Any], own: str, against: str, metric: str) -> str
 
 def _cited(facts: Facts) -> str:
     by = facts.scored_by
-    return "" if by is None else f"`{code(by.stage)}` (key `{by.key[:12]}`, {str(by.record.get('created', ''))[:10]})"
+    return "" if by is None else f"{plain(by.stage)} (key `{by.key[:12]}`, {str(by.record.get('created', ''))[:10]})"
 
 
 def _settings(card: Mapping[str, Any]) -> list[str]:
