@@ -177,7 +177,7 @@ class Runtime(Config):
     """What does the shards of data builds: ``local``, ``slurm`` or ``ray``."""
     engine: EngineConfig = EngineConfig()
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
-    """Trackers that get each stage's curves and scores while it runs, beside the report (docs/tracking.md)."""
+    """Trackers that get each stage's curves and scores while it runs, beside the report (docs/evaluation.md)."""
     tracking: TrackingConfig = TrackingConfig()
     """Where those trackers put them."""
 
