@@ -109,7 +109,7 @@ def _scratch(output: Path) -> Path:
 
 def _known(options: argparse.Namespace, chosen: Chosen, output: Path) -> dict[str, Any]:
     """What the card says that needs no model; refuses a push that is bound to fail or that a licence may forbid."""
-    from align.models.push import check_repo
+    from align.data.push import check_repo
     from align.report.model_card_facts import licence_of
 
     if options.push is None and (options.private or options.revision or options.dry_run):
@@ -117,7 +117,7 @@ def _known(options: argparse.Namespace, chosen: Chosen, output: Path) -> dict[st
     ancestors = [] if chosen.artifact is None else lineage(chosen.artifact)
     licence = licence_of(ancestors, options.license)
     if options.push is not None:
-        check_repo(options.push)
+        check_repo(options.push, "model")
         if licence.concerns and not (options.yes or options.dry_run or options.license):
             raise UserError(
                 f"not exported: {'; '.join(licence.concerns)}. State the model's with --license, or say --yes where "

@@ -12,10 +12,11 @@ import fnmatch
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from align.data.built import LEDGER, SPLITS, count_rows, read_ledger, shards
 from align.data.card import CARD
@@ -23,6 +24,7 @@ from align.data.licences import Licence, of_mixture
 from align.errors import StageFailed, UserError
 
 REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+RepoKind = Literal["dataset", "model"]
 PREVIEW = "preview.html"
 OURS = (
     "train-*-of-*.parquet",
@@ -74,8 +76,7 @@ def prepare(
     ``everything`` adds dropped rows, the preview page and the ledger's examples. Raises ``UserError`` for a name that
     the Hub does not take, and for a folder without rows, ledger or card.
     """
-    if not REPO.fullmatch(repo) or ".." in repo or "--" in repo:
-        raise UserError(f"'{repo}' is no name of a Hub dataset; write owner/name, letters, digits, '-', '_' and '.'.")
+    check_repo(repo, "dataset")
     ledger = read_ledger(folder)
     if not (folder / CARD).is_file():
         raise UserError(
@@ -107,19 +108,11 @@ def push(upload: Upload, api: Any = None) -> dict[str, Any]:
     ``api`` is a ``huggingface_hub.HfApi``. Raises ``UserError`` where the Hub refuses (no token, no right, a public
     repository that should be private) and ``StageFailed`` where it cannot be reached.
     """
-    import httpx
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
     api = api or HfApi(library_name="align")
-    try:
-        # None leaves the choice to the owner's own default, which may be private; False would say public.
-        api.create_repo(upload.repo, repo_type="dataset", private=upload.private or None, exist_ok=True)
-        if upload.private and not api.dataset_info(upload.repo).private:
-            raise UserError(f"{upload.repo} is there already, and public; make it private on the Hub, or name another.")
-        if upload.revision is not None:
-            api.create_branch(upload.repo, branch=upload.revision, repo_type="dataset", exist_ok=True)
-        there = api.list_repo_files(upload.repo, revision=upload.revision, repo_type="dataset")
+    with hub_errors(upload.repo):
+        there = make_repository(api, upload.repo, "dataset", upload.revision, upload.private)
         deleted = stale(there, [part.name for part in upload.parts])
         operations: list[Any] = [CommitOperationDelete(path_in_repo=name) for name in deleted]
         operations += [
@@ -129,12 +122,6 @@ def push(upload: Upload, api: Any = None) -> dict[str, Any]:
         made = api.create_commit(
             upload.repo, operations, repo_type="dataset", revision=upload.revision, commit_message=_message(upload)
         )
-    except (LocalTokenNotFoundError, OfflineModeIsEnabled) as error:
-        raise UserError(safe(f"{upload.repo}: {error}")) from None
-    except HfHubHTTPError as error:
-        raise refused(upload.repo, error) from None
-    except (httpx.HTTPError, OSError) as error:
-        raise StageFailed(safe(f"{upload.repo}: the Hub cannot be reached: {type(error).__name__}: {error}")) from None
     return {"url": str(made.commit_url), "commit": str(made.oid), "deleted": deleted}
 
 
@@ -146,6 +133,42 @@ def stale(there: Sequence[str], uploaded: Sequence[str]) -> list[str]:
 
 def _message(upload: Upload) -> str:
     return ", ".join(f"{rows:,} {split}" for split, rows in upload.rows.items()) + " rows, built with align"
+
+
+def check_repo(repo: str, kind: RepoKind) -> None:
+    """Raise ``UserError`` for a name that the Hub does not take."""
+    if not REPO.fullmatch(repo) or ".." in repo or "--" in repo:
+        raise UserError(f"'{repo}' is no name of a Hub {kind}; write owner/name, letters, digits, '-', '_' and '.'.")
+
+
+def make_repository(api: Any, repo: str, kind: RepoKind, revision: str | None, private: bool) -> list[str]:
+    """Make repository and branch where there are none, and return the files in it.
+
+    Raises ``UserError`` for a public one that should be private.
+    """
+    # None leaves the choice to the owner's own default, which may be private; False would say public.
+    api.create_repo(repo, repo_type=kind, private=private or None, exist_ok=True)
+    if private and not getattr(api, f"{kind}_info")(repo).private:
+        raise UserError(f"{repo} is there already, and public; make it private on the Hub, or name another.")
+    if revision is not None:
+        api.create_branch(repo, branch=revision, repo_type=kind, exist_ok=True)
+    return list(api.list_repo_files(repo, revision=revision, repo_type=kind))
+
+
+@contextmanager
+def hub_errors(repo: str) -> Iterator[None]:
+    """The Hub's errors as ours: ``UserError`` where it refuses, ``StageFailed`` where it cannot be reached."""
+    import httpx
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    try:
+        yield
+    except (LocalTokenNotFoundError, OfflineModeIsEnabled) as error:
+        raise UserError(safe(f"{repo}: {error}")) from None
+    except HfHubHTTPError as error:
+        raise refused(repo, error) from None
+    except (httpx.HTTPError, OSError) as error:
+        raise StageFailed(safe(f"{repo}: the Hub cannot be reached: {type(error).__name__}: {error}")) from None
 
 
 def refused(repo: str, error: Any) -> UserError | StageFailed:

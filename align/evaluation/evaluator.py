@@ -7,76 +7,32 @@ that was killed, and the next run that asks the same, go on from it. Files: see 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from align.evaluation.bench import StageBench, SystemReader, SystemRespondent, keep_best
-from align.evaluation.comparisons import Resampling
-from align.evaluation.gates import Gate
+from align.evaluation.drift import identity_of, measure_drift, measure_heldout
 from align.evaluation.generation import Generated, OpenEngine, ResponseCache, Sampler
 from align.evaluation.measure import (
     LoadedModels,
     function_values,
-    heldout_losses,
     kept,
-    kl_values,
     reward_values,
     shape_values,
 )
 from align.evaluation.pairs import Scores, pair_reports, score_pairs
-from align.evaluation.prompts import Policy
+from align.evaluation.plan import Answered, Plan
 from align.evaluation.scorecard import Measurements, TaskFound, build
 from align.evaluation.systems import System
-from align.evaluation.tasks.base import Answers, Measured, Task, Turn, Values
+from align.evaluation.tasks.base import Answers, Measured, Turn, Values
 from align.evaluation.written import write
 from align.fingerprint import digest
-from align.rollouts.protocol import Response, Sampling
+from align.rollouts.protocol import Response
 from align.stage import StageContext
 
 Row = dict[str, Any]
-SAMPLER_TOLERANCE = {"float32": 0.01, "bfloat16": 0.15}
-"""Largest mean |sampler - policy| log-probability per token, in nats: above it the engine holds other weights."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is evaluated on what; ``rows`` (the prompt set), ``tasks``, ``pairs`` and ``heldout`` may be empty."""
-
-    systems: list[System]
-    reference: str
-    base: str | None
-    rows: list[Row]
-    prompts: dict[str, list[list[int]]]
-    """The prompt set as each system reads it."""
-    sampling: Sampling
-    scorer: Any
-    scorer_identity: str
-    pairs: list[Row]
-    heldout: list[Row]
-    heldout_length: int
-    precision: Literal["bfloat16", "float32"]
-    resampling: Resampling
-    longest: int
-    """Tokens that the engine must hold, prompt and response together."""
-    tasks: list[Task] = field(default_factory=list)
-    gates: list[Gate] = field(default_factory=list)
-
-    @property
-    def policies(self) -> list[Policy]:
-        """The checkpoints behind the systems, each once."""
-        return list({system.policy.name: system.policy for system in self.systems}.values())
-
-
-@dataclass
-class Answered:
-    """What the systems said: to the prompt set, and to each task."""
-
-    generated: dict[str, Generated]
-    answers: dict[str, dict[str, Answers]]
-    engines: list[str]
-    tokens: int
 
 
 def evaluate(context: StageContext, plan: Plan, open_engine: OpenEngine) -> tuple[dict[str, Any], Answered]:
@@ -90,8 +46,8 @@ def evaluate(context: StageContext, plan: Plan, open_engine: OpenEngine) -> tupl
             values[name]["gold"] = function_values(plan.scorer, plan.rows, one)
     bench.close()
     models = LoadedModels(plan.policies, plan.reference, _device(context), plan.precision)
-    token_kl = _measure_drift(context, plan, answered.generated, values, models, folder)
-    heldout = _measure_heldout(context, plan, models, folder)
+    token_kl = measure_drift(context, plan, answered.generated, values, models, folder)
+    heldout = measure_heldout(context, plan, models, folder)
     tasks = _measure_tasks(context, plan, answered.answers, models, bench, folder)
     bench.close()
     found = Measurements(
@@ -163,7 +119,7 @@ def _score_by_models(
     reward = bench.artifact("reward")
     if reward is not None:
         for at, (name, one) in enumerate(answered.generated.items()):
-            identity = digest([reward.weights, _identity(one), _asked(plan.rows), plan.precision])
+            identity = digest([reward.weights, identity_of(one), _asked(plan.rows), plan.precision])
             scored = partial(lambda each: reward_values(bench.model("reward").score, plan.rows, each), one)
             values[name]["reward"] = kept(folder, f"reward-{name}", identity, scored)
             context.progress(at + 1, len(answered.generated), unit="systems scored")
@@ -201,90 +157,6 @@ def _reward_models(plan: Plan, bench: StageBench, folder: Path) -> list[dict[str
     return pair_reports(plan.pairs, scores, seed=plan.resampling.seed, task="pairs")
 
 
-def _measure_drift(
-    context: StageContext,
-    plan: Plan,
-    generated: dict[str, Generated],
-    values: dict[str, dict[str, Values]],
-    models: LoadedModels,
-    folder: Path,
-) -> dict[str, list[list[float]]]:
-    """KL to the reference of every system that has a distribution; returns it token by token, for samples."""
-    found: dict[str, list[list[float]]] = {}
-    for at, system in enumerate(plan.systems):
-        if system.name in generated and system.info.role != "best_of":
-            measured = _kl(context, plan, models, system, generated[system.name], folder)
-            token_kl = measured.pop("token_kl", None)
-            values[system.name] |= measured
-            if token_kl:
-                found[system.name] = token_kl
-            context.progress(at + 1, len(plan.systems), unit="systems measured")
-    return found
-
-
-def _kl(
-    context: StageContext, plan: Plan, models: LoadedModels, system: System, one: Generated, folder: Path
-) -> dict[str, Any]:
-    """KL of one system's responses; empty where it has no meaning.
-
-    Raises ``RuntimeError`` when the checkpoint finds its responses far less or more likely than the engine did.
-    """
-    temperature = plan.sampling.temperature
-    reference = next(each for each in plan.systems if each.name == plan.reference)
-    policy = system.policy
-    # Greedy responses are no sample to estimate from, and KL per token needs one vocabulary.
-    if temperature == 0 or policy.tokenizer.get_vocab() != reference.policy.tokenizer.get_vocab():
-        return {}
-    if system is reference:
-        zero = [[0.0] * len(samples) for samples in one.responses]
-        return {"kl": zero, "kl_k3": zero}
-    prompts, ref_prompts = plan.prompts[system.name], plan.prompts[plan.reference]
-    own, ref = (models.logprobs_of(each.policy.name, temperature) for each in (system, reference))
-    identity = digest(["kl 3", policy.key, reference.policy.key, _identity(one), digest([prompts, ref_prompts]),
-                       temperature, plan.precision])  # fmt: skip
-    found: dict[str, Any] = kept(
-        folder, f"kl-{system.name}", identity, lambda: kl_values(own, ref, prompts, one, ref_prompts)
-    )
-    gap = found.pop("sampler_gap")
-    exact = plan.precision == "float32" and context.runtime.engine.dtype != "bfloat16"
-    tolerance = SAMPLER_TOLERANCE["float32" if exact else "bfloat16"]
-    print(f"{system.name}: sampler and policy differ by {gap:.4f} nats a token (at most {tolerance})")
-    if not gap <= tolerance:
-        raise RuntimeError(
-            f"the {one.engine} engine and the checkpoint '{policy.name}' differ by {gap:.3f} nats a token, at most "
-            f"{tolerance} was expected: the responses are not this checkpoint's. Set runtime.engine.name to "
-            "transformers, and report this."
-        )
-    return found
-
-
-def _measure_heldout(
-    context: StageContext, plan: Plan, models: LoadedModels, folder: Path
-) -> dict[str, tuple[list[float], list[int]]]:
-    """Held-out loss of the checkpoints as they are, over the rows that every one of them could read."""
-    if not plan.heldout:
-        return {}
-    losses: dict[str, tuple[list[int], list[float], list[int]]] = {}
-    rows = digest([row["id"] for row in plan.heldout])
-    for policy in plan.policies:
-        identity = digest([policy.key, rows, plan.heldout_length, plan.precision])
-        measure = partial(
-            heldout_losses, models.logprobs_of(policy.name, 1.0), policy.tokenizer, plan.heldout, plan.heldout_length
-        )
-        indices, values, tokens = kept(folder, f"heldout-{policy.name}", identity, measure)
-        losses[policy.name] = indices, values, tokens
-        context.progress(len(losses), len(plan.policies), unit="held-out sets read")
-    common = set.intersection(*(set(indices) for indices, _, _ in losses.values()))
-    if len(common) < len(plan.heldout):
-        left_out = len(plan.heldout) - len(common)
-        context.warn(f"{left_out} of {len(plan.heldout)} held-out rows left out: longer than max_heldout_length")
-    result = {}
-    for name, (indices, values, tokens) in losses.items():
-        places = [at for at, index in enumerate(indices) if index in common]
-        result[name] = ([values[at] for at in places], [tokens[at] for at in places])
-    return result
-
-
 def _measure_tasks(
     context: StageContext,
     plan: Plan,
@@ -312,10 +184,6 @@ def _measure_tasks(
         TaskFound(task, dict(sorted(measured[task.name].items(), key=lambda item: order.get(item[0], len(order)))))
         for task in plan.tasks
     ]
-
-
-def _identity(generated: Generated) -> str:
-    return digest([[[one.token_ids, one.finished] for one in samples] for samples in generated.responses])
 
 
 def _asked(rows: list[Row]) -> str:

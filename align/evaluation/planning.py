@@ -12,8 +12,8 @@ from align.artifacts import Kind
 from align.data.rows import user
 from align.errors import UserError
 from align.evaluation.comparisons import Resampling
-from align.evaluation.evaluator import Plan
 from align.evaluation.gates import check_gates, parse_gates
+from align.evaluation.plan import Plan
 from align.evaluation.prompts import Policy, choose_rows, render_for_all
 from align.evaluation.systems import System, make_systems
 from align.evaluation.tasks.base import Example, Given, Task
@@ -142,7 +142,7 @@ def _check_systems(tasks: list[Task], systems: list[System]) -> None:
             if task.responds or (task.reads and system.info.role not in ("best_of", "again")):
                 try:
                     task.check(system.info)
-                    if task.responds:
+                    if task.responds or task.renders:
                         system.conversation([user("?")], task.examples(system.info.shots))
                 except UserError as error:
                     raise _in_task(task.name, error) from None

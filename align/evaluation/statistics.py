@@ -94,7 +94,9 @@ def wilson(successes: float, n: float, *, prompts: int | None = None) -> Estimat
     rate = successes / n
     centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    return Estimate(rate, max(0.0, centre - half), min(1.0, centre + half), shown, "wilson")
+    # At the edges the bound is the rate itself, which rounding would miss by a hair.
+    low, high = 0.0 if rate <= 0 else centre - half, 1.0 if rate >= 1 else centre + half
+    return Estimate(rate, max(0.0, low), min(1.0, high), shown, "wilson")
 
 
 def rate_interval(rates: Sequence[float] | Floats, samples_per_prompt: int) -> Estimate:

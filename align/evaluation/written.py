@@ -22,7 +22,7 @@ from align.evaluation.tasks.base import Answers, Turn
 from align.models.token_texts import token_texts
 
 if TYPE_CHECKING:
-    from align.evaluation.evaluator import Answered, Plan
+    from align.evaluation.plan import Answered, Plan
 
 SAMPLE_FIELDS = ("gold", "reward", "kl")
 

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from align.data.licences import Licence
-from align.data.push import REPO, Part, refused, safe
-from align.errors import StageFailed, UserError
+from align.data.push import Part, check_repo, hub_errors, make_repository
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json")
 """Files that decide which safetensors a loader takes: shards of an earlier push, an adapter that is merged now."""
@@ -36,15 +35,9 @@ class ModelUpload:
         return sum(part.size for part in self.parts)
 
 
-def check_repo(repo: str) -> None:
-    """Raise ``UserError`` for a name that the Hub does not take."""
-    if not REPO.fullmatch(repo) or ".." in repo or "--" in repo:
-        raise UserError(f"'{repo}' is no name of a Hub model; write owner/name, letters, digits, '-', '_' and '.'.")
-
-
 def prepare(folder: Path, repo: str, licence: Licence, revision: str | None, private: bool) -> ModelUpload:
     """What pushing ``folder`` would upload; touches no network."""
-    check_repo(repo)
+    check_repo(repo, "model")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     parts = tuple(Part(path.relative_to(folder).as_posix(), path) for path in files)
     return ModelUpload(folder, repo, revision, private, parts, licence)
@@ -56,29 +49,15 @@ def push(upload: ModelUpload, message: str, api: Any = None) -> dict[str, Any]:
     ``api`` is a ``huggingface_hub.HfApi``. Raises ``UserError`` where the Hub refuses (no token, no right, a public
     repository that should be private) and ``StageFailed`` where it cannot be reached.
     """
-    import httpx
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
     api = api or HfApi(library_name="align")
-    try:
-        # None leaves the choice to the owner's own default, which may be private; False would say public.
-        api.create_repo(upload.repo, repo_type="model", private=upload.private or None, exist_ok=True)
-        if upload.private and not api.model_info(upload.repo).private:
-            raise UserError(f"{upload.repo} is there already, and public; make it private on the Hub, or name another.")
-        if upload.revision is not None:
-            api.create_branch(upload.repo, branch=upload.revision, repo_type="model", exist_ok=True)
-        there = api.list_repo_files(upload.repo, revision=upload.revision, repo_type="model")
+    with hub_errors(upload.repo):
+        there = make_repository(api, upload.repo, "model", upload.revision, upload.private)
         made = api.upload_folder(
             repo_id=upload.repo, folder_path=upload.folder, repo_type="model", revision=upload.revision,
             commit_message=message, delete_patterns=list(WEIGHTS),
         )  # fmt: skip
-    except (LocalTokenNotFoundError, OfflineModeIsEnabled) as error:
-        raise UserError(safe(f"{upload.repo}: {error}")) from None
-    except HfHubHTTPError as error:
-        raise refused(upload.repo, error) from None
-    except (httpx.HTTPError, OSError) as error:
-        raise StageFailed(safe(f"{upload.repo}: the Hub cannot be reached: {type(error).__name__}: {error}")) from None
     kept = {part.name for part in upload.parts}
     deleted = sorted(
         name for name in there if name not in kept and any(fnmatch.fnmatch(name, pattern) for pattern in WEIGHTS)

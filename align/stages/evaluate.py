@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from align.artifacts import GENERATORS, PROMPT_SOURCES, Kind
 from align.errors import UserError
 from align.evaluation.gates import GateSpec, parse_gates
-from align.evaluation.scorecard import METRICS
+from align.evaluation.prompt_metrics import METRICS
 from align.evaluation.systems import BaselineConfig
 from align.evaluation.tasks.base import TaskConfig
 from align.evaluation.tasks.registry import AnyTask, named_tasks

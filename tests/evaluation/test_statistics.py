@@ -32,6 +32,13 @@ def test_wilson_stays_open_at_the_edges():
     assert math.isnan(wilson(0, 0).value)
 
 
+def test_wilson_is_closed_where_the_rate_is():
+    """A bound that rounding puts at 2.8e-17 reads like a number."""
+    for n in (3, 7, 60, 541):
+        assert wilson(0, n).low == 0.0 < wilson(0, n).high
+        assert wilson(n, n).high == 1.0 > wilson(n, n).low
+
+
 def test_mcnemar_by_hand():
     # 1 against 7: 2 * (C(8,0) + C(8,1)) / 2^8 = 2 * 9 / 256
     assert mcnemar(1, 7) == pytest.approx(18 / 256)

@@ -247,3 +247,16 @@ def test_examples_come_from_the_train_split_and_from_many_sources(context, input
     write_rows(inputs["prompts"].split("train"), rows[:2])
     with pytest.raises(UserError, match=r"baselines.shown: shots is 3, but there are 2 examples"):
         make_plan(replace(context, config=config))
+
+
+@pytest.mark.parametrize("task", ["preference", "chat"])
+def test_a_conversation_without_examples_to_show_is_refused_before_anything_runs(context, inputs, tmp_path, task):
+    (tmp_path / "q.jsonl").write_text('{"question": "2 + 2", "choices": ["3", "4"], "answer": 1}\n')
+    blocks = {
+        "preference": {"task": "preference"},
+        "chat": {"task": "multiple_choice", "format": "generic", "chat": True, "files": [str(tmp_path / "q.jsonl")]},
+    }
+    changes = {"tasks": {"mine": blocks[task]}, "baselines": {"shown": {"of": "model", "shots": 2}}, "prompts": None}
+    config = EvaluateConfig(**context.config.model_dump() | changes | {"score": None})
+    with pytest.raises(UserError, match=r"tasks\.mine: baselines\.shown: shots is 2, but there are 0 examples"):
+        make_plan(replace(context, config=config, inputs=inputs | {"prompts": None}))

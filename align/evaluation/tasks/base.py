@@ -217,6 +217,8 @@ class Task(ABC):
 
     responds: ClassVar[bool] = False
     reads: ClassVar[bool] = False
+    renders: bool = False
+    """Whether what is read is a conversation, with the system's own prompt and examples before it."""
 
     name: str
     """Name in the YAML, the part before the dot in ``ifeval.prompt_strict``."""

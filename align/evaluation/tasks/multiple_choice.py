@@ -140,6 +140,7 @@ class MultipleChoiceTask(Task):
         examples: Sequence[Question] = (),
     ) -> None:
         self.name, self.config, self.form = name, config, form
+        self.renders = config.chat
         self.title = TITLES[form]
         self.questions = list(questions)
         self.solved = list(examples)

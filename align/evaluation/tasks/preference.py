@@ -95,6 +95,7 @@ class PreferenceTask(Task):
     """See the module."""
 
     reads = True
+    renders = True
     kind = "preference"
     title = "Held-out preferences"
 
