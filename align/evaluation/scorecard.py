@@ -164,7 +164,7 @@ def _columns(found: Measurements) -> tuple[dict[str, Any], dict[str, dict[str, C
     for policy, (losses, tokens) in found.heldout.items():
         column = Column([[loss] for loss in losses], [float(count) for count in tokens])
         columns.setdefault("heldout_loss", {})[policy] = column
-    metrics: dict[str, Any] = {name: about for name, about in METRICS.items() if name in columns}
+    metrics: dict[str, Any] = {name: dict(about) for name, about in METRICS.items() if name in columns}
     for one in found.tasks:
         for name, metric in one.task.metrics.items():
             per_system = {

@@ -130,6 +130,12 @@ def test_the_scorecard_is_plain_json_even_with_one_prompt():
     assert card["base"] is None
 
 
+def test_changing_a_card_changes_no_later_one():
+    found = measurements(sft=[0.3, 0.4], ppo=[0.5, 0.2])
+    build(found, RESAMPLING, {})["metrics"]["gold"]["title"] = "something else"
+    assert build(found, RESAMPLING, {})["metrics"]["gold"]["title"] == "Gold score"
+
+
 class Quiz(Task):
     """A task with a rate, a ratio of sums, and a metric that only some items take part in."""
 
