@@ -45,37 +45,6 @@ def stage_input(*kinds: Kind) -> Any:
     return Annotated[str, StageInput(kinds)]
 
 
-class FullTuning(Config):
-    """Train every weight."""
-
-    method: Literal["full"] = "full"
-
-
-LORA_HEAD_RATE = 0.1
-"""Learning rate of a score or value head, as a share of the adapters' beside it. A step of Adam moves every weight of a
-head by about the learning rate, and a score by that times the hidden size and the features' size: 1e-3, right for
-adapters, moves SmolLM2's scores by about 1.
-"""
-
-
-class LoraTuning(Config):
-    """Train low-rank adapters beside frozen weights (arXiv 2106.09685)."""
-
-    method: Literal["lora"] = "lora"
-    rank: int = Field(16, ge=1, le=1024)
-    """Rank of each update; more rank, more capacity and memory."""
-    alpha: float = Field(32, gt=0)
-    """The update is scaled by alpha / rank; raising it acts like a higher learning rate."""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout on the adapter's input; keep 0 for PPO and DPO, whose ratios assume a deterministic model."""
-    targets: Literal["all-linear"] | list[str] = "all-linear"
-    """Module names that get an adapter; ``all-linear`` leaves out only the output head."""
-
-
-Tuning = Annotated[FullTuning | LoraTuning, Field(discriminator="method")]
-"""How weights are fitted. ``tuning: {method: lora, rank: 16}``"""
-
-
 class EngineConfig(Config):
     """How responses are sampled. Changes speed and memory; samples come from the same distribution."""
 

@@ -31,7 +31,7 @@ def step_seconds(method: str, rows: int, length: int, steps: int) -> tuple[float
     from align.models.embedded import fetch
     from align.models.loading import add_lora, load_policy
     from align.models.precision import autocast
-    from align.stage import FullTuning, LoraTuning
+    from align.tuning import FullTuning, LoraTuning
 
     model = load_policy(fetch())
     parameters = sum(weight.numel() for weight in model.parameters())

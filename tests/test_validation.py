@@ -6,7 +6,8 @@ from pydantic import Field
 
 from align.artifacts import Kind
 from align.errors import UserError
-from align.stage import Config, FullTuning, LoraTuning, Tuning, stage_input
+from align.stage import Config, stage_input
+from align.tuning import FullTuning, LoraTuning, Tuning
 from align.validation import load_yaml, parse_yaml, suggest, validate
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from align.stage import FullTuning, LoraTuning
+from align.tuning import FullTuning, LoraTuning
 
 
 class UnknownArchitecture(ValueError):

@@ -14,7 +14,7 @@ import torch
 from align.errors import UserError
 from align.models.merging import merged_weights
 from align.models.render import require_chat_template
-from align.stage import FullTuning, LoraTuning
+from align.tuning import FullTuning, LoraTuning
 
 HEAD = "score.weight"
 

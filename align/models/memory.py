@@ -17,7 +17,8 @@ from typing import Any, Literal
 
 from align.models.architecture import Architecture
 from align.models.precision import Precision
-from align.stage import FullTuning, LoraTuning, Runtime
+from align.stage import Runtime
+from align.tuning import FullTuning, LoraTuning
 
 FLOAT = 4
 TRAINED = 4 * FLOAT

@@ -14,7 +14,7 @@ from torch import nn
 
 from align.errors import UserError
 from align.models.loading import add_lora
-from align.stage import FullTuning, LoraTuning
+from align.tuning import FullTuning, LoraTuning
 
 
 class Critic(nn.Module):

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from align.models.architecture import Architecture
 from align.models.memory import Choice, CriticKind, Estimate, engine_memory, engine_of, ppo_memory
-from align.stage import FullTuning, LoraTuning, Runtime
+from align.stage import Runtime
+from align.tuning import FullTuning, LoraTuning
 
 if TYPE_CHECKING:
     from align.stages.ppo import PpoConfig

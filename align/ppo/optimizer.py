@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from align.ppo.model import PolicyAndCritic
-from align.stage import LORA_HEAD_RATE
+from align.tuning import LORA_HEAD_RATE
 
 PARTS = ("policy", "critic")
 

@@ -36,7 +36,7 @@ from align.ppo.prompts import Prompts, derive_seed
 from align.ppo.ptx import make_ptx, take_out
 from align.ppo.rollout import AnyScorer
 from align.ppo.validation import make_validation
-from align.stage import FullTuning, LoraTuning
+from align.tuning import FullTuning, LoraTuning
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,9 @@ from pydantic import Field, field_validator, model_validator
 
 from align.artifacts import GENERATORS, PROMPT_SOURCES, Kind
 from align.lint.settings import LintSettings
-from align.stage import Config, FullTuning, LoraTuning, Runtime, StageContext, Tuning, stage_input
+from align.stage import Config, Runtime, StageContext, stage_input
 from align.trainer_options import check_trainer_options
+from align.tuning import FullTuning, LoraTuning, Tuning
 
 if TYPE_CHECKING:
     from align.models.architecture import Architecture

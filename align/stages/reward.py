@@ -8,8 +8,9 @@ from pydantic import Field, field_validator
 
 from align.artifacts import GENERATORS, Kind
 from align.lint.settings import LintSettings
-from align.stage import LORA_HEAD_RATE, StageContext, stage_input
+from align.stage import StageContext, stage_input
 from align.training.config import TrainingFields, checked_options
+from align.tuning import LORA_HEAD_RATE
 
 
 class RewardConfig(TrainingFields):

@@ -7,8 +7,9 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from align.stage import Config, FullTuning, Tuning
+from align.stage import Config
 from align.trainer_options import check_trainer_options
+from align.tuning import FullTuning, Tuning
 
 
 class TrainingFields(Config):

@@ -20,7 +20,7 @@ from align.commands.lineage import find_scorecard, lineage, pipeline_of
 from align.errors import StageFailed
 from align.models.loading import add_lora, load_policy, load_reward, load_tokenizer, save_policy
 from align.models.push import prepare, push
-from align.stage import LoraTuning
+from align.tuning import LoraTuning
 from tests.commands.given_store import Given, add_scorecard, lay_out
 from tests.data.test_push import CACHED, TOKEN, Hub, hub, online, operations
 from tests.report.example_card import full_card

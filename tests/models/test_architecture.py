@@ -16,7 +16,7 @@ from align.models.embedded import NAME, fetch
 from align.models.known import EMBEDDED_SIZES, TINY_SIZES, known_architecture
 from align.models.loading import add_lora
 from align.models.precision import low_residual, round_frozen
-from align.stage import FullTuning, LoraTuning
+from align.tuning import FullTuning, LoraTuning
 
 SIZES = {
     "vocab_size": 300, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4,

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from align.errors import UserError
 from align.models.export import ADAPTER, Source, attach, export, load_source, round_weights, stored_type
 from align.models.loading import add_lora, load_policy, load_reward, load_tokenizer, new_reward, save_policy
-from align.stage import LoraTuning
+from align.tuning import LoraTuning
 
 IDS = torch.tensor([[1, 40, 41, 42, 2, 1, 50, 60, 70, 80]])
 

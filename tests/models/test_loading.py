@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from align.errors import UserError
 from align.models.loading import add_lora, load_policy, load_reward, load_tokenizer, new_reward, save_policy
 from align.models.merging import merged_weights
-from align.stage import FullTuning, LoraTuning
+from align.tuning import FullTuning, LoraTuning
 
 IDS = torch.tensor([[1, 40, 41, 42, 2]])
 

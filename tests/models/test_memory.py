@@ -19,7 +19,8 @@ from align.models.precision import low_residual
 from align.models.ragged import hidden_states, lay_out, run_ragged
 from align.ppo import logprobs
 from align.ppo.critic import trunk_of
-from align.stage import FullTuning, LoraTuning, Runtime
+from align.stage import Runtime
+from align.tuning import FullTuning, LoraTuning
 
 TOY = Architecture("toy", hidden=4, layers=2, vocabulary=10, key_value_width=3, linears=(Linear("q", 4, 5, True),),
                    vectors=4, embedded=40, last_norm=4, tied=True)  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 
 from align.models.loading import add_lora, load_policy
 from align.models.precision import autocast, low_residual, round_frozen
-from align.stage import LoraTuning
+from align.tuning import LoraTuning
 
 RATE = 1e-6
 IDS = torch.tensor([[1, 40, 41, 42]])

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from align.models.loading import load_policy, load_reward, load_tokenizer
 from align.ppo import PPOConfig, PPOTrainer
 from align.ppo.checkpoint import last_checkpoint
-from align.stage import LoraTuning
+from align.tuning import LoraTuning
 from tests.ppo.conftest import ROWS, make_engine, share_of_vowels
 
 TIMED = ("seconds", "per_second", "peak_memory", "runtime")

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from align.errors import UserError
 from align.ppo.checkpoint import DRAFT, last_checkpoint
-from align.stage import FullTuning, LoraTuning
+from align.tuning import FullTuning, LoraTuning
 
 FIELDS = {
     "updates": 4,

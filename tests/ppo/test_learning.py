@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from align.stage import FullTuning, LoraTuning
+from align.tuning import FullTuning, LoraTuning
 from tests.ppo.conftest import share_of_vowels
 
 SETTINGS = {

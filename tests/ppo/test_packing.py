@@ -8,7 +8,7 @@ from align.models.ragged import can_run_ragged, run_ragged
 from align.ppo.critic import critic_from_policy, critic_from_reward
 from align.ppo.model import PolicyAndCritic
 from align.ppo.packing import pack, plan
-from align.stage import FullTuning
+from align.tuning import FullTuning
 
 PROMPTS = [[5, 6, 7], [5, 6, 7], [9], [9]]
 RESPONSES = [[10, 11, 2], [12, 2], [13, 14, 15, 16], [2]]

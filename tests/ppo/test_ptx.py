@@ -9,8 +9,8 @@ from transformers import TrainerCallback
 from align.errors import UserError
 from align.models.loading import load_policy, load_tokenizer
 from align.ppo.ptx import PtxRows, take_out
-from align.stage import FullTuning, LoraTuning
 from align.training.rows import split_turn
+from align.tuning import FullTuning, LoraTuning
 
 TEXTS = [
     {

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from align.stage import FullTuning
+from align.tuning import FullTuning
 from tests.ppo.conftest import make_engine
 
 KL_COEF, GAMMA, LAM, CLIP, DUAL, VALUE_CLIP, VF, ENTROPY, CAP, PENALTY, TEMPERATURE = (

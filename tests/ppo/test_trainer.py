@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 
 from align.errors import UserError
 from align.models.loading import load_policy
-from align.stage import FullTuning, LoraTuning
+from align.tuning import FullTuning, LoraTuning
 
 LORA = LoraTuning(rank=4, alpha=8)
 LOGGED = {

@@ -21,7 +21,7 @@ from align.models.loading import load_policy, load_tokenizer, new_reward
 from align.models.memory import ppo_memory
 from align.models.precision import round_frozen
 from align.ppo import PPOConfig, PPOTrainer
-from align.stage import FullTuning, LoraTuning
+from align.tuning import FullTuning, LoraTuning
 from tests.ppo.conftest import share_of_vowels
 from tests.ppo.one_of_two import FixedEngine
 

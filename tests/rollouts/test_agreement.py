@@ -20,7 +20,7 @@ from align.models.export import Source, export
 from align.models.loading import add_lora, load_policy, load_tokenizer, new_reward, save_policy
 from align.rollouts.agreement import MAX_TOKENS, QUESTIONS, TIE, Agreement, check
 from align.rollouts.answering import Done, Job, do, run_job
-from align.stage import LoraTuning
+from align.tuning import LoraTuning
 
 
 def here(job: Job, scratch: Path) -> Done:

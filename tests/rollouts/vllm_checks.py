@@ -20,7 +20,8 @@ from align.rollouts.parity import ParityError, probe, trainer_logprobs
 from align.rollouts.protocol import Sampling
 from align.rollouts.vllm import VllmChanged, VllmEngine, install_sampler, model_runner, notice_steps
 from align.rollouts.weights import checkpoint_weights
-from align.stage import EngineConfig, LoraTuning, Runtime
+from align.stage import EngineConfig, Runtime
+from align.tuning import LoraTuning
 
 PROMPTS = [[1, 30 + i, 31, 32 + i] + [40 + i] * (3 * i) for i in range(8)]
 

@@ -15,7 +15,7 @@ from trl.trainer.sft_config import SFTConfig
 from align.artifacts import Kind
 from align.errors import UserError
 from align.models.loading import add_lora, load_policy, load_tokenizer, new_reward
-from align.stage import LoraTuning, StageContext
+from align.stage import StageContext
 from align.stages.dpo import DpoConfig
 from align.stages.reward import RewardConfig
 from align.stages.sft import SftConfig
@@ -25,6 +25,7 @@ from align.training.fit import fit
 from align.training.progress import ReportProgress
 from align.training.rows import encode_pairs, encode_supervised
 from align.training.trainers import PreparedDPO, PreparedSFT, give_head_its_rate, label_positions_only
+from align.tuning import LoraTuning
 from tests.training.harness import context, data_artifact, rows
 
 
