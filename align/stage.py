@@ -275,7 +275,8 @@ def load_object(path: str) -> Any:
 
 def _stage(kind: str, version: int, makes: Kind | None, purpose: str) -> Stage:
     base = f"align.stages.{kind}"
-    return Stage(kind, version, makes, f"{base}:{kind.capitalize()}Config", f"{base}:run", purpose)
+    name = "".join(part.capitalize() for part in kind.split("_"))
+    return Stage(kind, version, makes, f"{base}:{name}Config", f"{base}:run", purpose)
 
 
 STAGES: dict[str, Stage] = {
