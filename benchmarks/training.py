@@ -29,13 +29,14 @@ def step_seconds(method: str, rows: int, length: int, steps: int) -> tuple[float
     import torch
 
     from align.models.embedded import fetch
-    from align.models.loading import add_lora, load_policy
+    from align.models.loading import load_policy
     from align.models.precision import autocast
+    from align.models.tuning.apply import apply_tuning
     from align.tuning import FullTuning, LoraTuning
 
     model = load_policy(fetch())
     parameters = sum(weight.numel() for weight in model.parameters())
-    model = add_lora(model, LoraTuning(method="lora") if method == "lora" else FullTuning(), 0)
+    model = apply_tuning(model, LoraTuning(method="lora") if method == "lora" else FullTuning(), 0)
     model.train()
     optimizer = torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], lr=1e-4)
     ids = torch.randint(10, 1000, (rows, length))

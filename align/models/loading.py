@@ -1,7 +1,7 @@
-"""Checkpoints of the store: loading policies and reward models, adding LoRA, saving with LoRA merged.
+"""Checkpoints of the store: loading tokenizers, policies and reward models.
 
 Only safetensors are read, and no code that comes with a model is run. Left out: models from outside
-(``conversion.py``) and merging itself (``merging.py``).
+(``conversion.py``), and making them trainable and saving them (``tuning/apply.py``).
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ from typing import Any
 import torch
 
 from align.errors import UserError
-from align.models.merging import merged_weights
 from align.models.render import require_chat_template
-from align.tuning import FullTuning, LoraTuning
 
 HEAD = "score.weight"
 
@@ -95,50 +93,3 @@ def _load(model_class: Any, model_dir: Path, dtype: torch.dtype, **options: Any)
     if "num_labels" in options and pad is None:
         raise UserError(f"{model_dir}/config.json names no pad token, so the last token of a batch cannot be found.")
     return model.eval(), missing
-
-
-def add_lora(model: Any, tuning: LoraTuning | FullTuning, seed: int) -> Any:
-    """Wrap ``model`` in LoRA adapters drawn from ``seed``, or return it as it is for full tuning.
-
-    A reward model's score head is trained in full and saved with the adapters. The caller's randomness is untouched.
-    """
-    if isinstance(tuning, FullTuning):
-        return model
-    from peft import LoraConfig, TaskType, get_peft_model
-
-    classifier = hasattr(model, "score")
-    config = LoraConfig(
-        r=tuning.rank,
-        lora_alpha=tuning.alpha,  # type: ignore[arg-type]  # peft divides it, so a fraction is fine
-        lora_dropout=tuning.dropout,
-        target_modules=tuning.targets,
-        task_type=TaskType.SEQ_CLS if classifier else TaskType.CAUSAL_LM,
-        modules_to_save=["score"] if classifier else None,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            return get_peft_model(model, config)
-        except ValueError as error:
-            raise UserError(f"tuning.targets: {tuning.targets} fits no module of this model: {error}") from None
-
-
-def save_policy(model: Any, tokenizer: Any, out_dir: Path) -> None:
-    """Write ``model`` (a policy or a reward model) to ``out_dir`` as an ordinary folder, LoRA merged in float32.
-
-    The live model is left as it is. With LoRA, the bare adapter goes to ``adapter/`` beside ``out_dir``.
-    """
-    from peft import PeftModel
-
-    plain = model
-    if isinstance(model, PeftModel):
-        model.save_pretrained(str(out_dir.parent / "adapter"), safe_serialization=True)
-        plain = model.get_base_model()
-    weights = {name: tensor.detach() for name, tensor in merged_weights(model)}
-    config = plain.config
-    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-    generation = getattr(plain, "generation_config", None)
-    if generation is not None:
-        generation.eos_token_id, generation.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-    plain.save_pretrained(out_dir, state_dict=weights, is_main_process=True)
-    tokenizer.save_pretrained(out_dir)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from align.errors import UserError
-from align.models.loading import add_lora
+from align.models.tuning.apply import apply_tuning
 from align.tuning import FullTuning, LoraTuning
 
 
@@ -71,7 +71,7 @@ def critic_head(policy: Any) -> Critic:
 def critic_from_policy(policy: Any, tuning: LoraTuning | FullTuning, seed: int) -> Critic:
     """A critic on the weights of ``policy``, a causal model without adapters yet. Its head is zero, as all values."""
     model = _copy(policy, tuning)
-    return Critic(trunk_of(add_lora(model, tuning, seed)), policy.config.get_text_config().hidden_size)
+    return Critic(trunk_of(apply_tuning(model, tuning, seed)), policy.config.get_text_config().hidden_size)
 
 
 def critic_from_reward(reward: Any, tuning: LoraTuning | FullTuning, seed: int) -> Critic:
@@ -86,7 +86,7 @@ def critic_from_reward(reward: Any, tuning: LoraTuning | FullTuning, seed: int) 
             f"critic: reward needs a reward model with one linear 'score' head; {type(reward).__name__} has "
             f"{type(head).__name__}. Set critic: policy."
         )
-    critic = Critic(trunk_of(add_lora(_copy(reward, tuning), tuning, seed)), head.in_features)
+    critic = Critic(trunk_of(apply_tuning(_copy(reward, tuning), tuning, seed)), head.in_features)
     critic.head.weight.data.copy_(head.weight.detach())
     if head.bias is not None:
         critic.head.bias.data.copy_(head.bias.detach())

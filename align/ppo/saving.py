@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import Trainer
 
-from align.models.loading import save_policy
+from align.models.tuning.apply import save_tuned
 from align.ppo import checkpoint
 
 
@@ -55,7 +55,7 @@ class SavingTrainer(Trainer):
         if not self.args.should_save:
             return
         if not _internal_call:
-            save_policy(self.model.policy, self.processing_class, folder)
+            save_tuned(self.model.policy, self.processing_class, folder)
             return
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.save_trained(self.model, folder)

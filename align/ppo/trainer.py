@@ -16,10 +16,10 @@ import torch
 from transformers import TrainerCallback
 
 from align.errors import UserError
-from align.models.loading import add_lora
 from align.models.merging import merged_weights
 from align.models.precision import low_residual, round_frozen
 from align.models.ragged import can_run_ragged, run_ragged
+from align.models.tuning.apply import apply_tuning
 from align.ppo import metrics
 from align.ppo.alarms import Alarm, alarms
 from align.ppo.config import PPOConfig
@@ -72,7 +72,7 @@ class PPOTrainer(RolloutTrainer):
         tuning = tuning or FullTuning()
         made = make_critic(critic, model, reward_model, tuning, derive_seed(args.seed, "critic"))
         self.form: Form = _choose_form([model, *([] if made.trunk is None else [made.trunk])], args)
-        policy = add_lora(model, tuning, derive_seed(args.seed, "policy"))
+        policy = apply_tuning(model, tuning, derive_seed(args.seed, "policy"))
         both = PolicyAndCritic(policy, made, args.temperature, args.critic_detach)
         if args.bf16:
             low_residual(both)

@@ -59,13 +59,15 @@ def run(context: StageContext) -> dict[str, Any]:
     from trl.trainer.dpo_config import DPOConfig as Arguments
 
     from align.lint.trainer import Split, lint_stage
-    from align.models.loading import add_lora, load_policy, load_tokenizer, save_policy
+    from align.models.loading import load_policy, load_tokenizer
+    from align.models.tuning.apply import apply_tuning, save_tuned
     from align.training import held_out
     from align.training.arguments import training_arguments
+    from align.training.dpo_trainer import PreparedDPO
     from align.training.fit import fit
     from align.training.handover import check_encoded, check_model
     from align.training.rows import encode_pairs, read_split
-    from align.training.trainers import PreparedDPO, label_positions_only
+    from align.training.trainers import label_positions_only
 
     config: DpoConfig = context.config
     source, data = context.artifact("policy").model, context.artifact("data")
@@ -77,7 +79,7 @@ def run(context: StageContext) -> dict[str, Any]:
         splits[split] = encode_pairs(tokenizer, rows, config.max_length)
         check_encoded(context.name, splits[split], len(rows), split, config.max_length, context.warn)
     train, test = splits["train"], splits["test"]
-    model = add_lora(model, config.tuning, context.seed)
+    model = apply_tuning(model, config.tuning, context.seed)
     label_positions_only()
     looked_at = {name: Split(given[name], splits[name]) for name in splits}
     trainer = PreparedDPO(
@@ -103,7 +105,7 @@ def run(context: StageContext) -> dict[str, Any]:
     scored: Any = trainer.eval_dataset  # with the reference log-probabilities
     test.rows = list(scored)
     metrics = fit(trainer, context, lambda: held_out.preferences(trainer, test), before=False)
-    save_policy(
+    save_tuned(
         trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False), tokenizer, context.output / "model"
     )
     return {**metrics, "pairs": len(train.rows), "test_pairs": len(test.rows)}

@@ -57,7 +57,8 @@ def run(context: StageContext) -> dict[str, Any]:
     from trl.trainer.reward_config import RewardConfig as Arguments
 
     from align.lint.trainer import Split, lint_stage
-    from align.models.loading import add_lora, load_tokenizer, new_reward
+    from align.models.loading import load_tokenizer, new_reward
+    from align.models.tuning.apply import apply_tuning
     from align.training import held_out
     from align.training.arguments import training_arguments
     from align.training.fit import fit
@@ -77,7 +78,7 @@ def run(context: StageContext) -> dict[str, Any]:
         check_encoded(context.name, splits[split], len(rows), split, config.max_length, context.warn)
     train, test = splits["train"], splits["test"]
     score_in_float32(model)
-    model = add_lora(model, config.tuning, context.seed)
+    model = apply_tuning(model, config.tuning, context.seed)
     trainer = PreparedReward(
         model=model,
         args=training_arguments(

@@ -45,7 +45,8 @@ def run(context: StageContext) -> dict[str, Any]:
     from trl.trainer.sft_config import SFTConfig as Arguments
 
     from align.lint.trainer import Split, lint_stage
-    from align.models.loading import add_lora, load_policy, load_tokenizer, save_policy
+    from align.models.loading import load_policy, load_tokenizer
+    from align.models.tuning.apply import apply_tuning, save_tuned
     from align.training import held_out
     from align.training.arguments import training_arguments
     from align.training.fit import fit
@@ -64,7 +65,7 @@ def run(context: StageContext) -> dict[str, Any]:
         check_encoded(context.name, splits[split], len(rows), split, config.max_length, context.warn)
     train, test = splits["train"], splits["test"]
     check_ends(context.name, train, tokenizer)
-    model = add_lora(model, config.tuning, context.seed)
+    model = apply_tuning(model, config.tuning, context.seed)
     label_positions_only()
     trainer = PreparedSFT(
         model=model,
@@ -76,7 +77,7 @@ def run(context: StageContext) -> dict[str, Any]:
     looked_at = {name: Split(given[name], splits[name]) for name in splits}
     lint_stage(context, "sft", trainer, looked_at, config.max_length)
     metrics = fit(trainer, context, lambda: held_out.supervised(trainer, test))
-    save_policy(
+    save_tuned(
         trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False), tokenizer, context.output / "model"
     )
     return {**metrics, "rows": len(train.rows), "test_rows": len(test.rows)}

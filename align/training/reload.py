@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from align.models.loading import load_reward, save_policy
+from align.models.loading import load_reward
+from align.models.tuning.apply import save_tuned
 from align.training.held_out import scores
 
 TOLERANCE = 1e-3
@@ -24,7 +25,7 @@ def save_reward(trainer: Any, tokenizer: Any, out_dir: Path, probe: Sequence[Seq
     Both are scored in float32. Raises ``RuntimeError`` when they differ by more than rounding.
     """
     live = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
-    save_policy(live, tokenizer, out_dir)
+    save_tuned(live, tokenizer, out_dir)
     pad = int(tokenizer.pad_token_id)
     with torch.no_grad():
         trained = scores(live, probe, pad)

@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from align.cli import main
 from align.commands.lineage import find_scorecard, lineage, pipeline_of
 from align.errors import StageFailed
-from align.models.loading import add_lora, load_policy, load_reward, load_tokenizer, save_policy
+from align.models.loading import load_policy, load_reward, load_tokenizer
 from align.models.push import prepare, push
+from align.models.tuning.apply import apply_tuning, save_tuned
 from align.tuning import LoraTuning
 from tests.commands.given_store import Given, add_scorecard, lay_out
 from tests.data.test_push import CACHED, TOKEN, Hub, hub, online, operations
@@ -38,13 +39,13 @@ FREE: dict[str, str | None] = {"first": "Apache-2.0"}
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     """``model/`` and ``adapter/`` of a training stage; the adapter's config names the base's folder."""
     folder = tmp_path_factory.mktemp("trained")
-    model = add_lora(load_policy(tiny_model), LoraTuning(rank=4, alpha=8), seed=1)
+    model = apply_tuning(load_policy(tiny_model), LoraTuning(rank=4, alpha=8), seed=1)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 weight += 0.2 * torch.randn(weight.shape, generator=generator)
-    save_policy(model, load_tokenizer(tiny_model), folder / "model")
+    save_tuned(model, load_tokenizer(tiny_model), folder / "model")
     return folder
 
 

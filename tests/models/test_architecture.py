@@ -14,8 +14,8 @@ from align.errors import UserError
 from align.models.architecture import RULES, UnknownArchitecture, architecture_of, read_architecture
 from align.models.embedded import NAME, fetch
 from align.models.known import EMBEDDED_SIZES, TINY_SIZES, known_architecture
-from align.models.loading import add_lora
 from align.models.precision import low_residual, round_frozen
+from align.models.tuning.apply import apply_tuning
 from align.tuning import FullTuning, LoraTuning
 
 SIZES = {
@@ -74,7 +74,7 @@ def test_what_a_config_does_not_say_is_the_type_s_default(kind: str) -> None:
 def test_adapters_are_those_that_peft_makes(targets: Any) -> None:
     tuning = LoraTuning(rank=4, targets=targets)
     with torch.device("meta"):
-        adapted = add_lora(built("qwen3"), tuning, 0)
+        adapted = apply_tuning(built("qwen3"), tuning, 0)
     found = architecture_of({"model_type": "qwen3", **settings("qwen3")})
     assert found.adapters(tuning, "model") == numel(adapted, trained_only=True) > 0
     head = sum(p.numel() for name, p in adapted.named_parameters() if "lm_head.lora" in name)
@@ -86,7 +86,7 @@ def test_adapters_are_those_that_peft_makes(targets: Any) -> None:
 @pytest.mark.parametrize("kind", sorted(RULES))
 def test_all_linear_means_the_same_in_every_type(kind: str) -> None:
     with torch.device("meta"):
-        adapted = add_lora(built(kind), LoraTuning(rank=4), 0)
+        adapted = apply_tuning(built(kind), LoraTuning(rank=4), 0)
     found = architecture_of({"model_type": kind, **settings(kind)})
     assert found.adapters(LoraTuning(rank=4), "model") == numel(adapted, trained_only=True)
 

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from align.errors import UserError
 from align.models.export import ADAPTER, Source, attach, export, load_source, round_weights, stored_type
-from align.models.loading import add_lora, load_policy, load_reward, load_tokenizer, new_reward, save_policy
+from align.models.loading import load_policy, load_reward, load_tokenizer, new_reward
+from align.models.tuning.apply import apply_tuning, save_tuned
 from align.tuning import LoraTuning
 
 IDS = torch.tensor([[1, 40, 41, 42, 2, 1, 50, 60, 70, 80]])
@@ -48,8 +49,8 @@ def logits(model: Any) -> torch.Tensor:
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     """What a training stage leaves: ``model/``, merged, and ``adapter/`` beside it."""
     folder = tmp_path_factory.mktemp("trained")
-    model = stirred(add_lora(load_policy(tiny_model), LoraTuning(rank=4, alpha=8), seed=1))
-    save_policy(model, load_tokenizer(tiny_model), folder / "model")
+    model = stirred(apply_tuning(load_policy(tiny_model), LoraTuning(rank=4, alpha=8), seed=1))
+    save_tuned(model, load_tokenizer(tiny_model), folder / "model")
     return folder
 
 
@@ -130,8 +131,8 @@ def test_a_reward_model_stays_a_classifier(tiny_reward: Path, tmp_path: Path) ->
 
 
 def test_a_reward_model_s_adapter_brings_its_head(tiny_model: Path, tmp_path: Path) -> None:
-    model = stirred(add_lora(new_reward(tiny_model), LoraTuning(rank=4, alpha=8), seed=1))
-    save_policy(model, load_tokenizer(tiny_model), tmp_path / "model")
+    model = stirred(apply_tuning(new_reward(tiny_model), LoraTuning(rank=4, alpha=8), seed=1))
+    save_tuned(model, load_tokenizer(tiny_model), tmp_path / "model")
     source = Source(tiny_model, tmp_path / "adapter")
     assert source.is_reward()
     assert export(source, tmp_path / "out").is_reward

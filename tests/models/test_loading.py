@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from align.errors import UserError
-from align.models.loading import add_lora, load_policy, load_reward, load_tokenizer, new_reward, save_policy
+from align.models.loading import load_policy, load_reward, load_tokenizer, new_reward
 from align.models.merging import merged_weights
+from align.models.tuning.apply import apply_tuning, save_tuned
 from align.tuning import FullTuning, LoraTuning
 
 IDS = torch.tensor([[1, 40, 41, 42, 2]])
@@ -27,12 +28,12 @@ def _nudge(model: torch.nn.Module) -> None:
 
 def test_saved_lora_policy_answers_as_the_live_one(tiny_model: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tiny_model)
-    model = add_lora(load_policy(tiny_model), LoraTuning(rank=4), seed=0)
+    model = apply_tuning(load_policy(tiny_model), LoraTuning(rank=4), seed=0)
     _nudge(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with torch.no_grad():
         live, base = model(IDS).logits, load_policy(tiny_model)(IDS).logits
-    save_policy(model, tokenizer, tmp_path / "model")
+    save_tuned(model, tokenizer, tmp_path / "model")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     saved = load_policy(tmp_path / "model")
     with torch.no_grad():
@@ -48,7 +49,7 @@ def test_merged_weights_have_the_plain_names_and_the_tied_head(tiny_model: Path)
     plain = load_policy(tiny_model)
     names = {name for name, _ in merged_weights(plain)}
     assert "lm_head.weight" in names
-    adapted = add_lora(load_policy(tiny_model), LoraTuning(rank=2), seed=0)
+    adapted = apply_tuning(load_policy(tiny_model), LoraTuning(rank=2), seed=0)
     assert {name for name, _ in merged_weights(adapted)} == names
     # at the start LoRA adds nothing, so every weight is the base's
     for name, tensor in merged_weights(adapted):
@@ -68,11 +69,11 @@ def test_a_new_head_is_zero_and_draws_nothing(tiny_model: Path) -> None:
 def test_reward_without_head_is_refused_and_lora_reward_survives_saving(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no score\.weight"):
         load_reward(tiny_model)
-    model = add_lora(new_reward(tiny_model), LoraTuning(rank=4), seed=0)
+    model = apply_tuning(new_reward(tiny_model), LoraTuning(rank=4), seed=0)
     _nudge(model)
     with torch.no_grad():
         live = model(IDS).logits
-    save_policy(model, load_tokenizer(tiny_model), tmp_path / "model")
+    save_tuned(model, load_tokenizer(tiny_model), tmp_path / "model")
     assert "score.weight" in load_file(tmp_path / "model" / "model.safetensors")
     with torch.no_grad():
         assert torch.allclose(load_reward(tmp_path / "model")(IDS).logits, live, atol=1e-5)
@@ -80,17 +81,17 @@ def test_reward_without_head_is_refused_and_lora_reward_survives_saving(tiny_mod
 
 def test_full_tuning_adds_nothing_and_seeds_give_the_same_adapter(tiny_model: Path) -> None:
     model = load_policy(tiny_model)
-    assert add_lora(model, FullTuning(), seed=0) is model
+    assert apply_tuning(model, FullTuning(), seed=0) is model
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    one, two = (add_lora(load_policy(tiny_model), LoraTuning(rank=2), seed=5) for _ in range(2))
+    one, two = (apply_tuning(load_policy(tiny_model), LoraTuning(rank=2), seed=5) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 
 
 def test_unknown_lora_target_is_the_users_error(tiny_model: Path) -> None:
     with pytest.raises(UserError, match=r"tuning\.targets"):
-        add_lora(load_policy(tiny_model), LoraTuning(targets=["no_such"]), seed=0)
+        apply_tuning(load_policy(tiny_model), LoraTuning(targets=["no_such"]), seed=0)
 
 
 def test_tokenizer_that_pads_with_eos_is_refused(tiny_model: Path, tmp_path: Path) -> None:

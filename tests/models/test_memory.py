@@ -13,10 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from align.models import memory
 from align.models.architecture import Architecture, Linear, architecture_of
-from align.models.loading import add_lora
 from align.models.memory import Memory, activations_per_token, engine_memory, engine_of, ppo_memory
 from align.models.precision import low_residual
 from align.models.ragged import hidden_states, lay_out, run_ragged
+from align.models.tuning.apply import apply_tuning
 from align.ppo import logprobs
 from align.ppo.critic import trunk_of
 from align.stage import Runtime
@@ -145,7 +145,7 @@ def test_activations_are_what_autograd_keeps(kind: str, tuning: Any, precision: 
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SHAPE)).eval()
     sizes = architecture_of(model.config.to_dict())
     run_ragged(model)
-    model = add_lora(model, tuning, 0)
+    model = apply_tuning(model, tuning, 0)
     low_residual(model)
     # What does not grow with the tokens, the bfloat16 copies of the matrices, drops out of the difference.
     few, more = (kept_bytes(model, tokens, precision) for tokens in (24, 40))

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
-from align.models.loading import add_lora, load_policy
+from align.models.loading import load_policy
 from align.models.precision import autocast, low_residual, round_frozen
+from align.models.tuning.apply import apply_tuning
 from align.tuning import LoraTuning
 
 RATE = 1e-6
@@ -57,7 +58,7 @@ def test_low_residual_hands_on_bfloat16_and_changes_nothing_without_autocast(tin
 
 
 def test_low_residual_keeps_weights_float32_and_lora_inputs_low(tiny_model: Path) -> None:
-    model = add_lora(load_policy(tiny_model), LoraTuning(rank=2), seed=0)
+    model = apply_tuning(load_policy(tiny_model), LoraTuning(rank=2), seed=0)
     low_residual(model)
     inputs = []
     for name, module in model.named_modules():

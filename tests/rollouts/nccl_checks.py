@@ -20,8 +20,9 @@ import pytest
 import torch
 from vllm.distributed.weight_transfer import nccl_engine
 
-from align.models.loading import add_lora, load_policy
+from align.models.loading import load_policy
 from align.models.merging import merged_weights
+from align.models.tuning.apply import apply_tuning
 from align.rollouts.nccl import FINISH, INIT, START, UPDATE, WORKERS
 from align.rollouts.server import RESET, ServerEngine
 from align.rollouts.server_client import BadReply, EngineLost
@@ -108,7 +109,7 @@ def the_first_weights_come(server: Server, model_dir: Path) -> ServerEngine:
 
 
 def a_trained_policy_comes(server: Server, engine: ServerEngine, model_dir: Path) -> None:
-    policy = add_lora(load_policy(model_dir), LoraTuning(rank=4), seed=1)
+    policy = apply_tuning(load_policy(model_dir), LoraTuning(rank=4), seed=1)
     for name, weight in policy.named_parameters():
         weight.data += 0.1 * ("lora_B" in name)
     server.calls.clear()

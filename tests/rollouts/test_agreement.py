@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from align.errors import StageFailed
 from align.models.export import Source, export
-from align.models.loading import add_lora, load_policy, load_tokenizer, new_reward, save_policy
+from align.models.loading import load_policy, load_tokenizer, new_reward
+from align.models.tuning.apply import apply_tuning, save_tuned
 from align.rollouts.agreement import MAX_TOKENS, QUESTIONS, TIE, Agreement, check
 from align.rollouts.answering import Done, Job, do, run_job
 from align.tuning import LoraTuning
@@ -51,13 +52,13 @@ def alter(folder: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor
 
 def adapter(folder: Path, model: Any, tokenizer: Any) -> Path:
     """Adapters that change every answer."""
-    lora = add_lora(model, LoraTuning(rank=4, alpha=8), seed=1)
+    lora = apply_tuning(model, LoraTuning(rank=4, alpha=8), seed=1)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, weight in lora.named_parameters():
             if "lora_B" in name or "score.modules" in name:
                 weight += 0.2 * torch.randn(weight.shape, generator=generator)
-    save_policy(lora, tokenizer, folder / "model")
+    save_tuned(lora, tokenizer, folder / "model")
     return folder / "adapter"
 
 

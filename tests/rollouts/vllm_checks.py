@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from align.models.loading import add_lora, load_policy
+from align.models.loading import load_policy
 from align.models.merging import merged_weights
+from align.models.tuning.apply import apply_tuning
 from align.rollouts.engine import open_engine
 from align.rollouts.parity import ParityError, probe, trainer_logprobs
 from align.rollouts.protocol import Sampling
@@ -32,7 +33,7 @@ def flat(drawn: list[list[Any]]) -> list[Any]:
 
 def noisy(model_dir: Path, seed: int) -> Any:
     """A LoRA model after a pretended update."""
-    model = add_lora(load_policy(model_dir), LoraTuning(rank=4), seed=seed)
+    model = apply_tuning(load_policy(model_dir), LoraTuning(rank=4), seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
         if "lora_B" in name:

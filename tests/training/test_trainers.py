@@ -14,17 +14,19 @@ from trl.trainer.sft_config import SFTConfig
 
 from align.artifacts import Kind
 from align.errors import UserError
-from align.models.loading import add_lora, load_policy, load_tokenizer, new_reward
+from align.models.loading import load_policy, load_tokenizer, new_reward
+from align.models.tuning.apply import apply_tuning
 from align.stage import StageContext
 from align.stages.dpo import DpoConfig
 from align.stages.reward import RewardConfig
 from align.stages.sft import SftConfig
 from align.training import held_out, order
 from align.training.arguments import training_arguments
+from align.training.dpo_trainer import PreparedDPO
 from align.training.fit import fit
 from align.training.progress import ReportProgress
 from align.training.rows import encode_pairs, encode_supervised
-from align.training.trainers import PreparedDPO, PreparedSFT, give_head_its_rate, label_positions_only
+from align.training.trainers import PreparedSFT, give_head_its_rate, label_positions_only
 from align.tuning import LoraTuning
 from tests.training.harness import context, data_artifact, rows
 
@@ -71,7 +73,7 @@ def test_a_score_head_learns_at_its_own_rate(tiny_model: Path, tuning: str, give
     config = RewardConfig(
         model="model", data="data", tuning={"method": tuning}, learning_rate=1e-3, head_learning_rate=given
     )  # type: ignore[arg-type]
-    model = add_lora(new_reward(tiny_model), config.tuning, 0)
+    model = apply_tuning(new_reward(tiny_model), config.tuning, 0)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     give_head_its_rate(optimizer, model, config.head_rate)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -130,7 +132,7 @@ def test_the_reference_is_the_policy_before_its_first_step(lora: bool, tiny_mode
     tokenizer = load_tokenizer(tiny_model)
     encoded = encode_pairs(tokenizer, rows(8), 128)
     model = load_policy(tiny_model)
-    model = add_lora(model, LoraTuning(rank=4), 0) if lora else model
+    model = apply_tuning(model, LoraTuning(rank=4), 0) if lora else model
     calls: list[int] = []
     trainer = PreparedDPO(
         cache=made.checkpoints,

@@ -1,0 +1,1 @@
+"""What a way of fitting (``align.tuning``) does to a model: applied, referred to, saved. One module per family."""

@@ -1,0 +1,80 @@
+"""The four things a stage does with its ``tuning``: load a model for it, apply it, refer to the start, save the result.
+
+Each family of methods has a module of its own beside this one; here is only which.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from align.models.loading import load_policy, new_reward
+from align.models.merging import merged_weights
+from align.tuning import FullTuning, LoraTuning, TuningBase
+
+
+def load_for_tuning(source: Path, tuning: TuningBase, *, reward: bool = False) -> Any:
+    """The checkpoint in ``source`` as ``tuning`` trains it: a policy, or a reward model with a new score head.
+
+    float32 on the CPU, whatever the stage's precision (``align.models.precision``).
+    """
+    return new_reward(source) if reward else load_policy(source)
+
+
+def apply_tuning(
+    model: Any,
+    tuning: TuningBase,
+    seed: int,
+    *,
+    tokenizer: Any = None,
+    warn: Callable[[str], object] = print,
+    rows: Sequence[Sequence[int]] | None = None,
+) -> Any:
+    """``model`` made ready to be trained by ``tuning``; what is drawn at random is drawn from ``seed``.
+
+    ``tokenizer`` is for methods that add tokens, ``rows`` (token ids of training rows) for those that look at data.
+    The caller's randomness is untouched.
+    """
+    if isinstance(tuning, FullTuning):
+        return model
+    if isinstance(tuning, LoraTuning):
+        from align.models.tuning import lora
+
+        return lora.wrap(model, tuning, seed)
+    raise TypeError(f"nothing here applies {type(tuning).__name__}")
+
+
+@contextlib.contextmanager
+def initial_policy(model: Any) -> Iterator[Any]:
+    """``model`` as it came in, before anything was learnt: what DPO and PPO call the reference.
+
+    A model that trains its own weights has no such thing inside it; for one, its weights as they are now.
+    """
+    if hasattr(model, "disable_adapter"):
+        with model.disable_adapter():
+            yield model
+    else:
+        yield model
+
+
+def save_tuned(model: Any, tokenizer: Any, out_dir: Path) -> None:
+    """Write ``model`` (a policy or a reward model) to ``out_dir`` as an ordinary folder, adapters merged in float32.
+
+    The live model is left as it is. With adapters, the bare adapter goes to ``adapter/`` beside ``out_dir``.
+    """
+    from peft import PeftModel
+
+    plain = model
+    if isinstance(model, PeftModel):
+        model.save_pretrained(str(out_dir.parent / "adapter"), safe_serialization=True)
+        plain = model.get_base_model()
+    weights = {name: tensor.detach() for name, tensor in merged_weights(model)}
+    config = plain.config
+    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    generation = getattr(plain, "generation_config", None)
+    if generation is not None:
+        generation.eos_token_id, generation.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    plain.save_pretrained(out_dir, state_dict=weights, is_main_process=True)
+    tokenizer.save_pretrained(out_dir)
