@@ -10,6 +10,7 @@ from typing import Any
 
 from align.stage import StageContext
 from align.training.checkpoints import MarkCheckpoints, last_complete
+from align.training.extras import extra_callbacks
 from align.training.progress import ReportProgress
 from align.training.tracking import follow
 
@@ -33,6 +34,9 @@ def _fit(
     trainer: Any, context: StageContext, held_out: Callable[[], dict[str, float]], before: bool, checkpoint: Path | None
 ) -> dict[str, Any]:
     at_first = _scored_before(context, held_out) if before else {}
+    extras = extra_callbacks(context, trainer)
+    for callback in extras:
+        trainer.add_callback(callback)
     trainer.add_callback(ReportProgress(context, held_out, context.config.eval_steps))
     trainer.add_callback(MarkCheckpoints())
     if checkpoint is not None:
@@ -55,6 +59,7 @@ def _fit(
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "loss_first": losses[0],
         "loss_last": losses[-1],
+        **{name: value for extra in extras for name, value in getattr(extra, "facts", dict)().items()},
         **{f"test_{name}_before": value for name, value in at_first.items()},
         **{f"test_{name}_after": value for name, value in after.items()},
     }
