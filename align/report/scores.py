@@ -9,7 +9,7 @@ from typing import Any
 from align.artifacts import Artifact, Kind
 from align.evaluation.scorecard import FORMAT
 from align.report import card_figures as draw
-from align.report import drift, reward_models, tables, win_rates
+from align.report import drift, methods, reward_models, tables, win_rates
 from align.report.beside import Beside, Figure
 from align.report.curves import Events
 from align.report.samples import for_page, lengths, page_json, read_rollouts, read_samples
@@ -61,7 +61,7 @@ def context(
         "samples_json": page_json(page),
         "paths": _paths(events, beside),
         **{name: [] for name in LISTS},
-        **dict.fromkeys(("family_figure", "on", "gate_sentence")),
+        **dict.fromkeys(("family_figure", "on", "gate_sentence", "methods")),
     }
     if card is None:
         return found
@@ -74,6 +74,7 @@ def context(
         "gates": gates,
         "gate_sentence": gate_sentence(gates),
         "columns": tables.columns(card),
+        "methods": methods.section(artifacts, card, beside),
         "groups": tables.task_groups(card),
         "differences": tables.difference_rows(card),
         "families": tables.family_rows(card) if len(card["families"]) > 1 else [],

@@ -1,0 +1,120 @@
+"""Ways of fitting side by side: names, costs, the best and what cannot be told from it."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from align.artifacts import Artifact, Kind
+from align.evaluation.comparisons import Resampling
+from align.evaluation.scorecard import Measurements, build
+from align.evaluation.tasks.base import SystemInfo
+from align.report.beside import Beside
+from align.report.methods import fitting, section
+from align.report.page import write_report
+from tests.report.conftest import HOSTILE, write_artifact
+from tests.report.example_card import SETTINGS
+
+N = 60
+NOISE = np.random.default_rng(3).uniform(0, 0.2, N)
+GOLD = {
+    "model": NOISE,
+    "full": NOISE + 0.40,
+    "lora": NOISE + 0.41 + np.where(np.arange(N) % 2, 0.05, -0.05),  # a hair better, by a coin's flip
+    "prefix": NOISE + 0.1,
+}
+TUNING = {
+    "full": {"method": "full"},
+    "lora": {"method": "lora", "rank": 16, "dora": True, "rslora": False, "init": "pissa"},
+    "prefix": {"method": "prefix", "tokens": 20},
+}
+
+
+def made(root: Path, items: bool = True) -> tuple[list[Artifact], dict[str, Any]]:
+    artifacts = [write_artifact(root, "model", Kind.MODEL)]
+    for name, tuning in TUNING.items():
+        metrics = {"trainable_parameters": 100 if name == "full" else 1, "parameters": 100}
+        artifacts.append(
+            write_artifact(root, name, Kind.POLICY, ("model",), metrics=metrics,
+                           config={"learning_rate": 0.001, "tuning": tuning})
+        )  # fmt: skip
+        artifacts[-1].record["kind"] = "sft"
+    found = Measurements(
+        [SystemInfo(name, name, "base" if name == "model" else "checkpoint", name) for name in GOLD], "full", "model"
+    )
+    found.sources = ["all"] * N
+    found.values = {name: {"gold": [[float(one)] for one in column]} for name, column in GOLD.items()}
+    card = build(found, Resampling(300, 0), {**SETTINGS, "prompts": N})
+    artifacts.append(write_artifact(root, "evaluate", Kind.SCORECARD, tuple(GOLD)))
+    if items:
+        with (artifacts[-1].path / "items.jsonl").open("w") as file:
+            for at in range(N):
+                values = {name: {"gold": [float(column[at])]} for name, column in GOLD.items()}
+                file.write(json.dumps({"task": "prompts", "id": str(at), "values": values}) + "\n")
+    return artifacts, card
+
+
+def test_the_best_is_named_and_what_cannot_be_told_from_it(tmp_path):
+    artifacts, card = made(tmp_path)
+    found = section(artifacts, card, Beside())
+    assert {row["name"]: row["verdict"] for row in found["rows"]} == {
+        "full": "not told apart from the best",
+        "lora": "best",
+        "prefix": "below the best",
+    }
+    assert found["sentence"].startswith("Gold score is best for lora: 0.5")
+    assert found["sentence"].endswith("1 of 2 others are clearly below it; not told apart from it: full.")
+
+
+def test_a_row_says_how_it_was_fitted_and_what_that_cost(tmp_path):
+    artifacts, card = made(tmp_path)
+    beside = Beside()
+    rows = {row["name"]: row for row in section(artifacts, card, beside)["rows"]}
+    assert (rows["lora"]["share"], rows["full"]["share"]) == ("1.00 %", "100.0 %")
+    assert (rows["lora"]["time"], rows["lora"]["memory"], rows["lora"]["rate"]) == ("1 min 23 s", "3.0 GiB", "0.001")
+    beside.write(tmp_path / "out")
+    with (tmp_path / "out" / "tables" / "methods.csv").open() as file:
+        lines = {line["Stage"]: line for line in csv.DictReader(file)}
+    assert float(lines["lora"]["Gold score"]) == pytest.approx(GOLD["lora"].mean())
+    assert float(lines["prefix"]["Difference to the best"]) == pytest.approx((GOLD["prefix"] - GOLD["lora"]).mean())
+    assert lines["lora"]["Difference to the best"] == ""
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"kind": "sft", "config": {"tuning": TUNING["lora"]}}, "sft, lora r16 + dora + pissa"),
+        ({"kind": "sft", "config": {"tuning": TUNING["prefix"]}}, "sft, prefix t20"),
+        ({"kind": "dpo", "config": {"loss": "ipo", "tuning": {"method": "full"}}}, "dpo, ipo, full"),
+        ({"kind": "sft", "config": {"tuning": {"method": "peft", "type": "vera"}}}, "sft, vera"),
+        ({"kind": "sft"}, "sft, full"),
+    ],
+)
+def test_names_are_short(record, words):
+    assert fitting(record) == words
+
+
+def test_without_items_nothing_is_said_about_the_others(tmp_path):
+    artifacts, card = made(tmp_path, items=False)
+    found = section(artifacts, card, Beside())
+    assert {row["verdict"] for row in found["rows"]} == {"best", ""}
+    assert "not known which are really below it" in found["sentence"]
+
+
+def test_one_checkpoint_is_nothing_to_compare(tmp_path):
+    artifacts, card = made(tmp_path)
+    card["systems"] = card["systems"][:2]
+    assert section(artifacts, card, Beside()) is None
+
+
+def test_it_stands_on_the_page_and_its_texts_stay_text(tmp_path):
+    artifacts, card = made(tmp_path)
+    artifacts[2].record["config"]["loss"] = HOSTILE
+    text = write_report(artifacts, card, tmp_path / "page" / "report.html").read_text(encoding="utf-8")
+    assert "Gold score is best for lora" in text and 'href="#methods"' in text
+    assert "<script>document.title" not in text and "\x1b" not in text
