@@ -1,10 +1,10 @@
-"""Policy, reference and critic as the one module that the Trainer optimises."""
+"""Policy, reference and, for PPO, critic as the one module that the Trainer optimises."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from typing import Any, cast
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -16,8 +16,8 @@ from align.ppo.logprobs import token_logprobs
 from align.ppo.packing import Batch
 
 
-class PolicyAndCritic(nn.Module):
-    """``policy`` (a causal model, maybe with LoRA), ``critic``, and the frozen ``reference``.
+class PolicyAndReference(nn.Module):
+    """``policy`` (a causal model, maybe with LoRA) and the frozen ``reference``.
 
     A LoRA policy with its adapter off is the reference; a fully tuned one gets a frozen copy. Dropout is always off:
     otherwise the ratio is not 1 at the first step and KL is noise.
@@ -25,22 +25,28 @@ class PolicyAndCritic(nn.Module):
 
     _keys_to_ignore_on_save = None
 
-    def __init__(self, policy: Any, critic: Critic, temperature: float, critic_detach: bool = True) -> None:
-        """``critic_detach``: values of a head on the policy's own trunk send no gradient into it."""
+    def __init__(self, policy: Any, temperature: float) -> None:
         super().__init__()
         _check_head(policy)
         self.policy = policy
-        self.critic = critic
-        self.temperature, self.critic_detach = temperature, critic_detach
+        self.temperature = temperature
         self.checkpointing = False
         self.reference = None if hasattr(policy, "disable_adapter") else copy.deepcopy(policy).requires_grad_(False)
+        self._without_dropout()
+
+    def _without_dropout(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
             if isinstance(getattr(module, "attention_dropout", None), float):
                 setattr(module, "attention_dropout", 0.0)  # noqa: B010  (nn.Module types its attributes)
 
-    def train(self, mode: bool = True) -> PolicyAndCritic:
+    @property
+    def trained(self) -> list[Any]:
+        """The models with trunks that gradients flow through."""
+        return [self.policy]
+
+    def train(self, mode: bool = True) -> Self:
         """Stay in eval mode, unless activations are checkpointed, which transformers does in training mode only."""
         return super().train(mode and self.checkpointing)
 
@@ -48,8 +54,53 @@ class PolicyAndCritic(nn.Module):
         """What the Trainer calls for ``gradient_checkpointing=True``."""
         self.checkpointing = True
         options["gradient_checkpointing_kwargs"] = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        for model in (self.policy, *([] if self.critic.trunk is None else [self.critic.trunk])):
-            cast("Any", model).gradient_checkpointing_enable(**options)
+        for model in self.trained:
+            model.gradient_checkpointing_enable(**options)
+
+    def forward(self, batch: Batch, policy: bool = True, *, reference: bool = False) -> dict[str, torch.Tensor]:
+        """``logprobs`` and ``entropy`` (B, T), ``ref_logprobs`` (B, T): those asked for; float32, zero on padding."""
+        out = {}
+        if policy:
+            states = _hidden(trunk_of(self.policy), batch)  # (R * L, H) or (N, H)
+            out["logprobs"], out["entropy"] = self._logprobs(self.policy, states, batch)
+        if reference:
+            out["ref_logprobs"] = self._reference_logprobs(batch)
+        return out
+
+    def _reference_logprobs(self, batch: Batch) -> torch.Tensor:
+        with torch.no_grad(), self.reference_policy() as model:
+            return self._logprobs(model, _hidden(trunk_of(model), batch), batch)[0]
+
+    @contextlib.contextmanager
+    def reference_policy(self) -> Any:
+        """The policy as it was before training."""
+        if self.reference is not None:
+            yield self.reference
+        else:
+            with self.policy.disable_adapter():
+                yield self.policy
+
+    def _logprobs(self, model: Any, states: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        mask = batch["response_mask"]
+        hidden = states[batch["positions"][:, :-1][mask]]  # (N, H), response tokens only
+        head = model.get_output_embeddings()
+        logprobs, entropy = token_logprobs(hidden, head, batch["targets"][mask], self.temperature)
+        return _scatter(logprobs, mask), _scatter(entropy, mask)
+
+
+class PolicyAndCritic(PolicyAndReference):
+    """... and the ``critic``."""
+
+    def __init__(self, policy: Any, critic: Critic, temperature: float, critic_detach: bool = True) -> None:
+        """``critic_detach``: values of a head on the policy's own trunk send no gradient into it."""
+        super().__init__(policy, temperature)
+        self.critic, self.critic_detach = critic, critic_detach
+        self._without_dropout()
+
+    @property
+    def trained(self) -> list[Any]:
+        """The policy, and the critic's trunk where it has one."""
+        return [self.policy, *([] if self.critic.trunk is None else [self.critic.trunk])]
 
     def forward(
         self, batch: Batch, policy: bool = True, critic: bool = True, reference: bool = False
@@ -71,8 +122,7 @@ class PolicyAndCritic(nn.Module):
         if critic:
             out["values"] = self._values(states, batch)
         if reference:
-            with torch.no_grad(), self.reference_policy() as model:
-                out["ref_logprobs"], _ = self._logprobs(model, _hidden(trunk_of(model), batch), batch)
+            out["ref_logprobs"] = self._reference_logprobs(batch)
         return out
 
     def _values(self, states: torch.Tensor | None, batch: Batch) -> torch.Tensor:
@@ -86,22 +136,6 @@ class PolicyAndCritic(nn.Module):
         mask = batch["response_mask"][:own]
         mask = torch.cat([mask.new_ones(len(mask), 1), mask], dim=1)  # (B, T+1)
         return _scatter(self.critic.values(states[batch["positions"][:own][mask]]), mask)
-
-    @contextlib.contextmanager
-    def reference_policy(self) -> Any:
-        """The policy as it was before training."""
-        if self.reference is not None:
-            yield self.reference
-        else:
-            with self.policy.disable_adapter():
-                yield self.policy
-
-    def _logprobs(self, model: Any, states: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        mask = batch["response_mask"]
-        hidden = states[batch["positions"][:, :-1][mask]]  # (N, H), response tokens only
-        head = model.get_output_embeddings()
-        logprobs, entropy = token_logprobs(hidden, head, batch["targets"][mask], self.temperature)
-        return _scatter(logprobs, mask), _scatter(entropy, mask)
 
 
 def _hidden(trunk: Any, batch: Batch) -> torch.Tensor:
