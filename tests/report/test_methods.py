@@ -79,10 +79,10 @@ def test_a_row_says_how_it_was_fitted_and_what_that_cost(tmp_path):
     assert (rows["lora"]["time"], rows["lora"]["memory"], rows["lora"]["rate"]) == ("1 min 23 s", "3.0 GiB", "0.001")
     beside.write(tmp_path / "out")
     with (tmp_path / "out" / "tables" / "methods.csv").open() as file:
-        lines = {line["Stage"]: line for line in csv.DictReader(file)}
-    assert float(lines["lora"]["Gold score"]) == pytest.approx(GOLD["lora"].mean())
-    assert float(lines["prefix"]["Difference to the best"]) == pytest.approx((GOLD["prefix"] - GOLD["lora"]).mean())
-    assert lines["lora"]["Difference to the best"] == ""
+        lines = {line["stage"]: line for line in csv.DictReader(file)}
+    assert float(lines["lora"]["gold"]) == pytest.approx(GOLD["lora"].mean())
+    assert float(lines["prefix"]["to_best"]) == pytest.approx((GOLD["prefix"] - GOLD["lora"]).mean())
+    assert lines["lora"]["to_best"] == ""
 
 
 @pytest.mark.parametrize(
