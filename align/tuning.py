@@ -7,11 +7,14 @@ to a model stands in ``align.models.tuning``.
 from __future__ import annotations
 
 import itertools
-from typing import Annotated, ClassVar, Literal, Self
+import re
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_serializer, model_validator
+from pydantic import Field, field_serializer, field_validator, model_validator
 
+from align.peft_options import check_options, check_type
 from align.stage import Config
+from align.validation import nearest
 
 LORA_HEAD_RATE = 0.1
 """Learning rate of a score or value head, as a share of the adapters' beside it. A step of Adam moves every weight of a
@@ -20,6 +23,9 @@ adapters, moves SmolLM2's scores by about 1.
 """
 
 Targets = Literal["all-linear"] | list[str]
+
+LORA_INITS = ("default", "gaussian", "orthogonal", "eva", "pissa", "olora", "loftq")
+"""Where LoRA's matrices may start; ``pissa_niter_N`` beside them."""
 
 
 class TuningBase(Config):
@@ -33,6 +39,16 @@ class TuningBase(Config):
     def trains_all(self) -> bool:
         """Whether the model's own weights are trained, so that a reference needs a copy of them."""
         return self.method == "full"
+
+    @property
+    def head_share(self) -> float:
+        """Default learning rate of a score or value head, as a share of what is trained beside it."""
+        return 1.0 if self.trains_all else LORA_HEAD_RATE
+
+    @property
+    def online_objection(self) -> str | None:
+        """Why PPO and its kind cannot train so, which compare log-probabilities of one model; None where they can."""
+        return f"tuning {self.method} acts on the model's input, and there rows share them" if self.input_only else None
 
     @property
     def label(self) -> str:
@@ -72,10 +88,6 @@ class Unfreeze(Config):
     @field_serializer("at")
     def _in_order_with_text_keys(self, at: dict[float, int]) -> dict[str, int]:
         return {str(int(time) if time == int(time) else time): at[time] for time in sorted(at)}
-
-    def last_layers(self, time: float) -> int:
-        """How many of the last layers are open at ``time``, in ``unit``."""
-        return max(count for start, count in self.at.items() if start <= time)
 
 
 class Lisa(Config):
@@ -126,10 +138,9 @@ class FullTuning(TuningBase):
         return self
 
 
-class LoraTuning(TuningBase):
-    """Train low-rank adapters beside frozen weights (arXiv 2106.09685)."""
+class LowRank(TuningBase):
+    """What every kind of LoRA has."""
 
-    method: Literal["lora"] = "lora"
     rank: int = Field(16, ge=1, le=1024)
     """Rank of each update; more rank, more capacity and memory."""
     alpha: float = Field(32, gt=0)
@@ -138,11 +149,138 @@ class LoraTuning(TuningBase):
     """Dropout on the adapter's input; keep 0 for PPO and DPO, whose ratios assume a deterministic model."""
     targets: Targets = "all-linear"
     """Module names that get an adapter; ``all-linear`` leaves out only the output head."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead, so that a high rank keeps its step size (arXiv 2312.03732)."""
+    dora: bool = False
+    """Train each matrix's row lengths apart from its direction (arXiv 2402.09353): closer to full tuning, slower."""
+    init: str = "default"
+    """Where adapters start: ``default`` (the update is 0), ``gaussian``, ``orthogonal``, ``eva``, or from the weights.
+
+    ``pissa`` (the largest singular vectors, arXiv 2404.02948; ``pissa_niter_4`` finds them by 4 rounds of subspace
+    iteration, faster) and ``olora`` (a QR decomposition, 2406.01775) take their part out of the frozen weights. ``eva``
+    (2410.07170) looks at the first training rows. ``loftq`` (2310.08659) makes up for quantisation: with qlora only.
+    """
+    save_modules: list[str] = Field(default_factory=list)
+    """Modules trained whole beside the adapters and kept in checkpoints, such as ``embed_tokens`` for new tokens."""
+
+    @property
+    def from_weights(self) -> bool:
+        """Whether adapters start with a part of the weights, so that without them the model is another."""
+        return self.init == "olora" or self.init.startswith("pissa")
+
+    @property
+    def online_objection(self) -> str | None:
+        """Dropout and a look at training rows are no good there."""
+        if self.dropout:
+            return f"tuning.dropout is {self.dropout}; log-probabilities of one model are compared here, so set it to 0"
+        return "tuning.init eva looks at training rows, and here there are none yet" if self.init == "eva" else None
 
     @property
     def label(self) -> str:
-        """With its rank."""
-        return f"{self.method} r{self.rank}"
+        """With its rank and what is not plain about it."""
+        parts = ["rsLoRA"] * self.rslora + ["DoRA"] * self.dora + [self.init] * (self.init != "default")
+        return " ".join([f"{self.method} r{self.rank}", *parts])
+
+    @field_validator("init")
+    @classmethod
+    def _there_is_such_a_start(cls, init: str) -> str:
+        if init not in LORA_INITS and not re.fullmatch(r"pissa_niter_[1-9]\d?", init):
+            close = nearest(init, LORA_INITS)
+            hint = f" Did you mean '{close}'?" if close else ""
+            raise ValueError(f"'{init}' is none of {', '.join(LORA_INITS)}, pissa_niter_<1 to 99>.{hint}")
+        return init
+
+    @model_validator(mode="after")
+    def _parts_go_together(self) -> Self:
+        if self.init == "eva" and self.dora:
+            raise ValueError("dora with init eva is not supported: the matrices' lengths are taken before eva is done.")
+        if self.init == "loftq" and self.method != "qlora":
+            raise ValueError("init loftq makes up for what quantisation loses; take `method: qlora`, or another init.")
+        if self.init == "orthogonal" and self.rank % 2:
+            raise ValueError(f"init orthogonal needs an even rank; found {self.rank}.")
+        return self
+
+
+class LoraTuning(LowRank):
+    """Train low-rank adapters beside frozen weights (arXiv 2106.09685)."""
+
+    method: Literal["lora"] = "lora"
+
+
+class QloraTuning(LowRank):
+    """LoRA on weights kept in 4 bits (arXiv 2305.14314): the model takes an eighth of the memory, and is slower.
+
+    The quantised model is what is trained, and the reference too; what is saved is its weights, dequantised, with the
+    adapters added, in float32. Needs bitsandbytes; runs on CPUs too.
+    """
+
+    method: Literal["qlora"] = "qlora"
+    quantisation: Literal["nf4", "fp4"] = "nf4"
+    """The 16 values of a weight: quantiles of a normal distribution, or 4-bit floating point."""
+    double_quantisation: bool = True
+    """Quantise the scales too, which saves 0.4 bits a weight."""
+
+    @model_validator(mode="after")
+    def _weights_stay_as_they_are(self) -> Self:
+        if self.from_weights:
+            raise ValueError(
+                f"init {self.init} takes a part out of the weights, which 4 bits cannot hold; take `init: loftq`, "
+                "which is made for this, or `method: lora`."
+            )
+        return self
+
+
+class Ia3Tuning(TuningBase):
+    """Train factors of keys, values and the MLP's inner features (arXiv 2205.05638); they want a rate near 1e-2."""
+
+    method: Literal["ia3"] = "ia3"
+    targets: list[str] | None = Field(None, min_length=1)
+    """Module names whose output is scaled, or input if in ``feedforward``; null takes keys, values and MLP outputs."""
+    feedforward: list[str] | None = None
+    """Those of ``targets`` whose input is scaled rather than their output; by default the MLP's outputs."""
+
+    @model_validator(mode="after")
+    def _feedforward_are_targets(self) -> Self:
+        if (self.targets is None) != (self.feedforward is None):
+            raise ValueError("targets and feedforward go together: give both or neither (feedforward may be []).")
+        strange = [name for name in self.feedforward or () if name not in (self.targets or ())]
+        if strange:
+            raise ValueError(f"feedforward names {', '.join(strange)}, which is not among targets.")
+        return self
+
+
+class PeftTuning(TuningBase):
+    """Any other method of peft whose result folds into the weights: ``{method: peft, type: vera, options: {r: 64}}``."""
+
+    method: Literal["peft"] = "peft"
+    type: str
+    """peft's name of it, in small letters: vera, loha, lokr, oft, boft, c3a, hra, miss, randlora, ln_tuning..."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Fields of peft's own config class, checked against it; ``target_modules`` is ``all-linear`` by default."""
+
+    @property
+    def online_objection(self) -> str | None:
+        """Whatever makes two forward passes differ."""
+        found = next((name for name, value in self.options.items() if name.endswith("dropout") and value), None)
+        if found is not None:
+            return f"tuning.options.{found} is {self.options[found]}; log-probabilities of one model are compared here"
+        return "pvera draws its update at random in each pass" if self.type == "pvera" else None
+
+    @property
+    def label(self) -> str:
+        """peft's name."""
+        return self.type
+
+    @field_validator("type")
+    @classmethod
+    def _is_a_method(cls, name: str) -> str:
+        check_type(name)
+        return name
+
+    @model_validator(mode="after")
+    def _options_exist(self) -> Self:
+        check_options(self.type, self.options)
+        return self
 
 
 class VirtualTokens(TuningBase):
@@ -236,6 +374,15 @@ class AdaptersTuning(TuningBase):
 
 
 Tuning = Annotated[
-    FullTuning | LoraTuning | PrefixTuning | PromptTuning | PTuning | AdaptersTuning, Field(discriminator="method")
+    FullTuning
+    | LoraTuning
+    | QloraTuning
+    | Ia3Tuning
+    | PeftTuning
+    | PrefixTuning
+    | PromptTuning
+    | PTuning
+    | AdaptersTuning,
+    Field(discriminator="method"),
 ]
 """How weights are fitted. ``tuning: {method: lora, rank: 16}``"""

@@ -11,8 +11,16 @@ from typing import Any
 from transformers import TrainerCallback
 
 from align.stage import StageContext
+from align.training.unfreezing import schedule_layers
+from align.tuning import FullTuning
 
 
 def extra_callbacks(context: StageContext, trainer: Any) -> list[TrainerCallback]:
     """Callbacks for ``context.config``; called once, with the model as it came in and before a checkpoint is loaded."""
-    return []
+    tuning = context.config.tuning
+    callbacks: list[TrainerCallback] = []
+    if isinstance(tuning, FullTuning):
+        trainer.layer_decay = tuning.layer_decay
+        if tuning.scheduled:
+            callbacks.append(schedule_layers(context, trainer, tuning))
+    return callbacks

@@ -5,13 +5,17 @@ What is overridden is private in trl, so ``tests/training/test_trainers.py`` fai
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
 import trl.trainer.utils
 from trl.trainer.reward_trainer import RewardTrainer
 from trl.trainer.sft_trainer import SFTTrainer
 
+from align.training.layer_rates import give_layers_their_rates
 from align.training.order import GroupedOrder
 
 SCORING_TOKENS = 4096
@@ -43,11 +47,48 @@ def score_in_float32(model: Any) -> None:
     model.score.__class__ = _Float32Head
 
 
+class LossTerm(Protocol):
+    """Something added to a micro-batch's loss."""
+
+    def watching(self) -> AbstractContextManager[None]:
+        """Entered around trl's own forward pass, for a term that reads what it computes."""
+
+    def loss(self, trainer: Any, model: Any, inputs: Any, num_items: Any) -> torch.Tensor:
+        """The term, scaled as trl's loss is: over ``num_items`` where that is given, else as the micro-batch's mean."""
+
+
 class Prepared:
     """Mixed in before a trl trainer: rows come tokenized, grouped by length, and no model card is written."""
 
     args: Any
+    model: Any
+    optimizer: Any
     row_lengths: list[int]
+    layer_decay: float = 1.0
+    """Each layer's learning rate as a share of the one's above it (``align.training.layer_rates``)."""
+    terms: Sequence[LossTerm] = ()
+    """What is added to trl's loss while training (``align.training.extras``)."""
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        made = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)  # type: ignore[misc]
+        if made and self.layer_decay < 1:
+            give_layers_their_rates(optimizer, self.model if model is None else model, self.layer_decay)
+        return optimizer
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if not self.terms or not self.model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+        with contextlib.ExitStack() as watched:
+            for term in self.terms:
+                watched.enter_context(term.watching())
+            found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+        loss, *rest = found if return_outputs else (found,)
+        for term in self.terms:
+            loss = loss + term.loss(self, model, inputs, num_items_in_batch)
+        return (loss, *rest) if return_outputs else loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> GroupedOrder:
         processes = max(1, self.args.world_size)

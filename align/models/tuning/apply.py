@@ -10,9 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from align.models.loading import load_policy, new_reward
+from align.models.freezing import freeze
+from align.models.loading import load_policy, load_tokenizer, new_reward
 from align.models.merging import merged_weights
-from align.tuning import FullTuning, LoraTuning, TuningBase
+from align.models.tuning import stored, virtual_tokens
+from align.models.tuning.inserted import plain_save
+from align.tuning import FullTuning, LoraTuning, TuningBase, VirtualTokens
 
 
 def load_for_tuning(source: Path, tuning: TuningBase, *, reward: bool = False) -> Any:
@@ -20,7 +23,11 @@ def load_for_tuning(source: Path, tuning: TuningBase, *, reward: bool = False) -
 
     float32 on the CPU, whatever the stage's precision (``align.models.precision``).
     """
-    return new_reward(source) if reward else load_policy(source)
+    model = new_reward(source) if reward else load_policy(source)
+    if isinstance(tuning, VirtualTokens) and not stored.is_stored(source):
+        new = stored.tokenizer_for(load_tokenizer(source), source, tuning)
+        virtual_tokens.make_room(model, new.new_virtual_tokens)
+    return model
 
 
 def apply_tuning(
@@ -37,7 +44,11 @@ def apply_tuning(
     ``tokenizer`` is for methods that add tokens, ``rows`` (token ids of training rows) for those that look at data.
     The caller's randomness is untouched.
     """
+    stored.require_same(model, tuning)
+    if isinstance(tuning, stored.Inserted):
+        return stored.apply(model, tuning, seed, tokenizer)
     if isinstance(tuning, FullTuning):
+        freeze(model, tuning.freeze)
         return model
     if isinstance(tuning, LoraTuning):
         from align.models.tuning import lora
@@ -62,7 +73,8 @@ def initial_policy(model: Any) -> Iterator[Any]:
 def save_tuned(model: Any, tokenizer: Any, out_dir: Path) -> None:
     """Write ``model`` (a policy or a reward model) to ``out_dir`` as an ordinary folder, adapters merged in float32.
 
-    The live model is left as it is. With adapters, the bare adapter goes to ``adapter/`` beside ``out_dir``.
+    The live model is left as it is. With adapters, the bare adapter goes to ``adapter/`` beside ``out_dir``; one that
+    no ordinary weights can hold goes into ``out_dir`` (``stored.py``).
     """
     from peft import PeftModel
 
@@ -76,5 +88,7 @@ def save_tuned(model: Any, tokenizer: Any, out_dir: Path) -> None:
     generation = getattr(plain, "generation_config", None)
     if generation is not None:
         generation.eos_token_id, generation.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-    plain.save_pretrained(out_dir, state_dict=weights, is_main_process=True)
+    weights, changes = stored.settle(plain, weights, tokenizer, out_dir)
+    with stored.config_with(config, changes):
+        plain_save(plain, out_dir, weights)
     tokenizer.save_pretrained(out_dir)

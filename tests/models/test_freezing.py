@@ -1,0 +1,81 @@
+"""Freezing by pattern: what a pattern names, and that one which names nothing is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.errors import UserError
+from align.models.freezing import expand, freeze, matches
+from align.models.loading import load_policy, new_reward
+from align.models.places import layer_stack, places, tied_head
+from align.models.tuning.apply import apply_tuning
+from align.tuning import FullTuning
+
+
+@pytest.fixture
+def model(tiny_model: Path) -> Any:
+    return load_policy(tiny_model)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "fits"),
+    [
+        ("model.layers.1", "model.layers.1.mlp.up_proj.weight", True),
+        ("model.layers.1", "model.layers.10.mlp.up_proj.weight", False),
+        ("model.layers.{0..11}", "model.layers.11.self_attn.q_proj.weight", True),
+        ("model.layers.{0..11}", "model.layers.12.self_attn.q_proj.weight", False),
+        ("*norm*", "model.layers.3.input_layernorm.weight", True),
+        ("*.{q_proj,k_proj}", "model.layers.3.self_attn.k_proj.weight", True),
+        ("*.{q_proj,k_proj}", "model.layers.3.self_attn.v_proj.weight", False),
+        ("layers.1", "model.layers.1.mlp.up_proj.weight", False),
+    ],
+)
+def test_a_pattern_names_a_parameter_or_a_module_above_it(pattern: str, name: str, fits: bool) -> None:
+    assert matches(pattern, name) is fits
+
+
+def test_braces_are_ranges_and_lists() -> None:
+    assert expand("a.{8..10}.{x,y}") == ["a.8.x", "a.8.y", "a.9.x", "a.9.y", "a.10.x", "a.10.y"]
+
+
+def test_frozen_weights_get_no_gradient_and_others_do(model: Any) -> None:
+    apply_tuning(model, FullTuning(freeze=["model.embed_tokens", "*.0.mlp"]), 0)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {
+        "model.embed_tokens.weight",
+        *(f"model.layers.0.mlp.{part}_proj.weight" for part in ("gate", "up", "down")),
+    }
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        (["model.layer.0"], r"no weight is called 'model.layer.0'. Did you mean 'model.layers.0'\?"),
+        (["lm_head"], r"head is tied to its embeddings: freeze 'model.embed_tokens.weight'"),
+        (["model"], "nothing is left to train"),
+    ],
+)
+def test_a_pattern_that_fits_nothing_or_everything_is_refused(model: Any, patterns: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        freeze(model, patterns)
+
+
+def test_every_weight_has_a_place(model: Any, tiny_model: Path) -> None:
+    where = places(model)
+    assert where.keys() == {name for name, _ in model.named_parameters()}
+    assert where["model.embed_tokens.weight"] == "embeddings"
+    assert where["model.norm.weight"] == "norm"
+    assert where["model.layers.1.mlp.up_proj.weight"] == 1
+    assert tied_head(model)
+    reward = new_reward(tiny_model)
+    assert places(reward)["score.weight"] == "score"
+    assert not tied_head(reward)
+
+
+def test_a_model_without_one_stack_is_refused(model: Any) -> None:
+    model.config.num_hidden_layers = 7
+    with pytest.raises(UserError, match="has 0 stacks of 7 layers"):
+        layer_stack(model)

@@ -1,0 +1,172 @@
+"""Schedules of open layers: who is open when, what the optimizer holds, learning, and exact resume."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from align.artifacts import Kind
+from align.models.loading import load_policy, load_tokenizer, new_reward
+from align.models.places import places
+from align.stage import STAGES, StageContext
+from align.training.layer_rates import give_layers_their_rates
+from align.training.lisa import drawn_layers
+from align.training.unfreezing import open_at, optimizer_bytes
+from align.tuning import FullTuning
+from tests.training.harness import context, data_artifact, events, losses
+from tests.training.test_resume import Killed, dying
+
+UNFREEZE = {"method": "full", "unfreeze": {"at": {0: 1, 7: 2}, "embeddings": True}}
+LISA = {"method": "full", "lisa": {"layers": 1, "every": 3}}
+DECAY = {"method": "full", "layer_decay": 0.5, "freeze": ["model.embed_tokens"]}
+TUNINGS = {"unfreeze": UNFREEZE, "lisa": LISA, "decay": DECAY}
+
+
+def made(kind: str, root: Path, model: Path, tuning: dict[str, Any], **fields: Any) -> StageContext:
+    source = "policy" if kind == "dpo" else "model"
+    given = {"learning_rate": 3e-3, "epochs": 3, "batch_size": 8, "micro_batch_size": 4, "max_length": 128, **fields}
+    config = STAGES[kind].config_class()(**{source: "model"}, data="data", tuning=tuning, **given)
+    return context(root, config, model, data_artifact(root / "data", Kind.PREFERENCES), source)
+
+
+def layers_open(opened: frozenset[Any]) -> list[int]:
+    return sorted(place for place in opened if isinstance(place, int))
+
+
+@pytest.mark.parametrize("unit", ["steps", "epochs"])
+def test_layers_open_from_the_last_one_down(tiny_model: Path, unit: str) -> None:
+    model = load_policy(tiny_model)
+    at = {0: 0, 4: 1, 9: 40} if unit == "steps" else {0: 0, 0.8: 1, 1.8: 40}
+    tuning = FullTuning(unfreeze={"at": at, "unit": unit, "embeddings": True})  # type: ignore[arg-type]
+    schedule = open_at(tuning, model, steps_per_epoch=5, seed=0)
+    assert [layers_open(schedule(step)) for step in (0, 3, 4, 8, 9)] == [[], [], [1], [1], [0, 1]]
+    assert ["embeddings" in schedule(step) for step in (0, 8, 9)] == [False, False, True]
+    assert all("head" not in schedule(step) for step in range(12))
+
+
+def test_a_tied_head_opens_the_embeddings(tiny_model: Path) -> None:
+    model = load_policy(tiny_model)
+    schedule = open_at(FullTuning(unfreeze={"at": {0: 1}, "head": True}), model, 5, 0)  # type: ignore[arg-type]
+    assert "embeddings" in schedule(0)
+    schedule = open_at(FullTuning(unfreeze={"at": {0: 1}, "head": True}), new_reward(tiny_model), 5, 0)  # type: ignore[arg-type]
+    assert "embeddings" not in schedule(0)
+    assert "score" in schedule(0)
+
+
+def test_every_layer_is_drawn_as_often_and_by_step_alone() -> None:
+    drawn = [drawn_layers(8, 2, period, seed=3) for period in range(2000)]
+    assert drawn == [drawn_layers(8, 2, period, seed=3) for period in range(2000)]
+    assert drawn != [drawn_layers(8, 2, period, seed=4) for period in range(2000)]
+    assert all(len(set(layers)) == 2 for layers in drawn)
+    times = Counter(layer for layers in drawn for layer in layers)
+    # 2000 draws at 1/4: 500 each, standard deviation 19.4
+    assert all(abs(times[layer] - 500) < 4 * math.sqrt(2000 * 0.25 * 0.75) for layer in range(8))
+    assert drawn_layers(2, 5, 0, 0) == [0, 1]
+
+
+class Watch(TrainerCallback):
+    """At each step: the weights with gradients, those with optimizer state, and the bytes of both."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[set[str], set[str], int]] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.graded = {name for name, p in kwargs["model"].named_parameters() if p.grad is not None}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        optimizer = kwargs["optimizer"].optimizer
+        named = {id(p): name for name, p in kwargs["model"].named_parameters()}
+        self.seen.append((self.graded, {named[id(p)] for p in optimizer.state}, optimizer_bytes(optimizer)))
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
+    from align.training import fit
+
+    found = Watch()
+    extra = fit.extra_callbacks
+    monkeypatch.setattr(fit, "extra_callbacks", lambda *given: [*extra(*given), found])
+    return found
+
+
+@pytest.mark.parametrize("name", ["unfreeze", "lisa"])
+def test_only_what_is_open_has_gradients_and_optimizer_state(
+    name: str, tiny_model: Path, tmp_path: Path, watch: Watch
+) -> None:
+    run = made("sft", tmp_path, tiny_model, TUNINGS[name], max_steps=12)
+    metrics = STAGES["sft"].runner()(run)
+    model = load_policy(tiny_model)
+    where = places(model)
+    schedule = open_at(run.config.tuning, model, 5, run.seed)
+    for step, (graded, held, _) in enumerate(watch.seen):
+        wanted = {name for name, place in where.items() if place in schedule(step)}
+        assert graded == held == wanted, step
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    most = max(sum(sizes[n] for n in held) for _, held, _ in watch.seen)
+    assert metrics["trainable_parameters"] == most
+    # two float32 averages a weight, and a step count a tensor
+    assert [kept for _, _, kept in watch.seen] == [sum(8 * sizes[n] + 4 for n in held) for _, held, _ in watch.seen]
+    shown = {event["step"]: event["weights_open"] for event in events(run, "metrics") if "weights_open" in event}
+    assert set(shown) <= ({1, 8} if name == "unfreeze" else {1, 4, 7, 10})
+    assert shown[1] == sum(sizes[n] for n in watch.seen[0][1])
+
+
+def test_closed_layers_stay_as_they_are(tiny_model: Path, tmp_path: Path) -> None:
+    run = made("sft", tmp_path, tiny_model, UNFREEZE, max_steps=6, weight_decay=0.1)
+    STAGES["sft"].runner()(run)
+    before, after = (load_file(f / "model.safetensors") for f in (tiny_model, run.output / "model"))
+    changed = {name for name in after if not after[name].equal(before[name])}
+    assert {name.split(".")[2] for name in changed if ".layers." in name} == {"1"}
+    assert "model.embed_tokens.weight" not in changed
+    assert "model.norm.weight" in changed
+
+
+@pytest.mark.parametrize("name", TUNINGS)
+def test_it_learns(name: str, tiny_model: Path, tmp_path: Path) -> None:
+    run = made("sft", tmp_path, tiny_model, TUNINGS[name], learning_rate=1e-2, epochs=12)
+    metrics = STAGES["sft"].runner()(run)
+    assert metrics["test_loss_after"] < metrics["test_loss_before"] / 2
+    model = load_policy(run.output / "model").eval()
+    assert load_tokenizer(run.output / "model").eos_token == "<|im_end|>"
+    assert torch.isfinite(model(torch.tensor([[5, 6, 7]])).logits).all()
+
+
+@pytest.mark.parametrize(("save_steps", "dies_at"), [(4, 10), (3, 8)], ids=["inside a period", "at a switch"])
+@pytest.mark.parametrize(("kind", "name"), [("sft", "lisa"), ("reward", "unfreeze"), ("dpo", "lisa"), ("sft", "decay")])
+def test_resumed_run_equals_the_uninterrupted_one(
+    kind: str, name: str, save_steps: int, dies_at: int, tiny_model: Path, tmp_path: Path
+) -> None:
+    run = STAGES[kind].runner()
+    whole, parts = (made(kind, tmp_path / f, tiny_model, TUNINGS[name], save_steps=save_steps) for f in ("a", "b"))
+    first = run(whole)
+    with pytest.raises(Killed):
+        run(dying(parts, dies_at))
+    metrics = run(parts)
+    assert metrics["resumed_from_step"] == dies_at - 2
+    assert metrics["trainable_parameters"] == first["trainable_parameters"]
+    assert losses(parts) == losses(whole)
+    expected, found = (load_file(c.output / "model" / "model.safetensors") for c in (whole, parts))
+    assert all(expected[weight].equal(found[weight]) for weight in expected)
+
+
+def test_rates_fall_from_the_last_layer_to_the_embeddings(tiny_model: Path) -> None:
+    model = load_policy(tiny_model)
+    decaying = [p for p in model.parameters() if p.dim() > 1]
+    rest = [p for p in model.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW([{"params": decaying, "weight_decay": 0.1}, {"params": rest}], lr=8e-3)
+    give_layers_their_rates(optimizer, model, 0.5)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    named = {name: rates[id(p)] for name, p in model.named_parameters()}
+    assert named["model.norm.weight"] == named["model.layers.1.mlp.up_proj.weight"] == 8e-3
+    assert named["model.layers.1.input_layernorm.weight"] == 8e-3
+    assert named["model.layers.0.mlp.up_proj.weight"] == named["model.layers.0.input_layernorm.weight"] == 4e-3
+    assert named["model.embed_tokens.weight"] == 2e-3
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert all(decays[id(p)] == (0.1 if p.dim() > 1 else 0.01) for p in model.parameters())  # AdamW's default is 0.01
