@@ -1,0 +1,92 @@
+"""LLaMA-Adapter: learnt tokens that the upper layers attend to beside the text, through a gate that starts at 0.
+
+Of each such layer, ``output + gate * W_o softmax(q k^T / sqrt(d)) v`` with k and v made from the learnt tokens by the
+layer's own matrices, and q the text's rotated queries (arXiv 2303.16199, section 3.2; one gate a layer, as in peft).
+Left out: the visual tokens of that paper, and models that norm their queries or rotate some of them only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from align.errors import UserError
+from align.models.tuning.inserted import Insertion, train_insertions_only
+from align.models.tuning.layers import attentions
+from align.tuning import AdaptersTuning
+
+NAME = "llama_adapter"
+KINDS = ("llama", "mistral", "qwen2")
+"""Model types whose queries are a matrix and a rotation, nothing else."""
+
+
+class Gated(Insertion):
+    """The learnt tokens of one layer, and their gate."""
+
+    def __init__(self, tokens: int, hidden: int) -> None:
+        super().__init__()
+        self.prompt = nn.Parameter(torch.empty(1, tokens, hidden))
+        self.gate = nn.Parameter(torch.zeros(1))
+        nn.init.normal_(self.prompt)
+
+    def forward(self, attention: Any, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> Any:
+        """(B, T, hidden): what is added to the output of ``attention``."""
+        size = attention.head_dim
+        queries = _rotated(_heads(attention.q_proj(hidden), size), rotation)  # (B, heads, T, D)
+        prompt = self.prompt.to(hidden.dtype)
+        keys, values = (_heads(matrix(prompt), size) for matrix in (attention.k_proj, attention.v_proj))
+        times = queries.shape[1] // keys.shape[1]
+        keys, values = (part.repeat_interleave(times, dim=1) for part in (keys, values))  # (1, heads, N, D)
+        scores = (queries @ keys.transpose(-1, -2).to(queries.dtype)).float() * size**-0.5
+        weights = self.gate.float() * torch.softmax(scores, dim=-1)
+        added = (weights.to(values.dtype) @ values).transpose(1, 2).flatten(2)
+        return attention.o_proj(added)
+
+
+def _heads(flat: torch.Tensor, size: int) -> torch.Tensor:
+    return flat.unflatten(-1, (-1, size)).transpose(1, 2)
+
+
+def _rotated(queries: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Rotary positions in halves, as Llama has them; cos and sin are (B, T, D)."""
+    cos, sin = (part.unsqueeze(1) for part in rotation)
+    one, other = queries.chunk(2, dim=-1)
+    return queries * cos + torch.cat([-other, one], dim=-1) * sin
+
+
+def wrap(model: Any, tuning: AdaptersTuning, seed: int) -> Any:
+    """``model`` with gated tokens drawn from ``seed``, all that is trained."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        insert(model, tuning)
+    return train_insertions_only(model)
+
+
+def insert(model: Any, tuning: AdaptersTuning) -> None:
+    """Put the tokens into the last layers, with first values from torch's global generator."""
+    if model.config.model_type not in KINDS:
+        raise UserError(
+            f"tuning.kind: llama_adapter knows models of the kind {', '.join(KINDS)}, and this one is "
+            f"{model.config.model_type}. Take kind: bottleneck."
+        )
+    found = attentions(model, "adapters")
+    count = tuning.layers if tuning.layers is not None else max(1, len(found) - 2)
+    if count > len(found):
+        raise UserError(f"tuning.layers: {count} is more than the {len(found)} layers that this model has.")
+    if any(getattr(one.o_proj, "bias", None) is not None for one in found):
+        raise UserError("tuning.kind: llama_adapter needs attention whose output has no bias. Take kind: bottleneck.")
+    for attention in found[-count:]:
+        weight = attention.o_proj.weight
+        made = Gated(tuning.tokens, model.config.get_text_config().hidden_size)
+        attention.add_module(NAME, made.to(weight.device))
+        attention.register_forward_hook(_add, with_kwargs=True)
+
+
+def _add(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
+    adapter = attention.llama_adapter
+    if not adapter.enabled:
+        return outputs
+    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    return outputs[0] + adapter(attention, hidden, kwargs["position_embeddings"]), *outputs[1:]
