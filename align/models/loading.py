@@ -17,8 +17,8 @@ from align.models.render import require_chat_template
 HEAD = "score.weight"
 
 
-def load_tokenizer(model_dir: Path) -> Any:
-    """The tokenizer of a checkpoint.
+def load_tokenizer(model_dir: Path, tuning: Any = None) -> Any:
+    """The tokenizer of a checkpoint; for a stage that trains it by ``tuning``, with the virtual tokens that this adds.
 
     Raises ``UserError`` when it has no chat template, no end token, or pads with its end token.
     """
@@ -31,6 +31,10 @@ def load_tokenizer(model_dir: Path) -> Any:
             f"the tokenizer in {model_dir} has eos {tokenizer.eos_token!r} and pad {tokenizer.pad_token!r}; both are "
             "needed and must differ, or the end of a turn is never learned. Bring the model in through a model stage."
         )
+    if tuning is not None:
+        from align.models.tuning.stored import tokenizer_for
+
+        return tokenizer_for(tokenizer, model_dir, tuning)
     return tokenizer
 
 
@@ -92,4 +96,6 @@ def _load(model_class: Any, model_dir: Path, dtype: torch.dtype, **options: Any)
     pad = getattr(model.config, "pad_token_id", None)
     if "num_labels" in options and pad is None:
         raise UserError(f"{model_dir}/config.json names no pad token, so the last token of a batch cannot be found.")
-    return model.eval(), missing
+    from align.models.tuning.stored import attach  # here, because that package loads models too
+
+    return attach(model, model_dir).eval(), missing

@@ -57,8 +57,8 @@ def run(context: StageContext) -> dict[str, Any]:
     from trl.trainer.reward_config import RewardConfig as Arguments
 
     from align.lint.trainer import Split, lint_stage
-    from align.models.loading import load_tokenizer, new_reward
-    from align.models.tuning.apply import apply_tuning
+    from align.models.loading import load_tokenizer
+    from align.models.tuning.apply import apply_tuning, load_for_tuning
     from align.training import held_out
     from align.training.arguments import training_arguments
     from align.training.fit import fit
@@ -69,7 +69,8 @@ def run(context: StageContext) -> dict[str, Any]:
 
     config: RewardConfig = context.config
     source, data = context.artifact("model").model, context.artifact("data")
-    tokenizer, model = load_tokenizer(source), new_reward(source)
+    tokenizer = load_tokenizer(source, config.tuning)
+    model = load_for_tuning(source, config.tuning, reward=True)
     check_model(context.name, model, tokenizer)
     given, splits = {}, {}
     for split, most in (("train", config.max_rows), ("test", config.eval_rows)):
@@ -78,7 +79,14 @@ def run(context: StageContext) -> dict[str, Any]:
         check_encoded(context.name, splits[split], len(rows), split, config.max_length, context.warn)
     train, test = splits["train"], splits["test"]
     score_in_float32(model)
-    model = apply_tuning(model, config.tuning, context.seed)
+    model = apply_tuning(
+        model,
+        config.tuning,
+        context.seed,
+        tokenizer=tokenizer,
+        warn=context.warn,
+        rows=[row["chosen_ids"] for row in train.rows],
+    )
     trainer = PreparedReward(
         model=model,
         args=training_arguments(

@@ -45,8 +45,8 @@ def run(context: StageContext) -> dict[str, Any]:
     from trl.trainer.sft_config import SFTConfig as Arguments
 
     from align.lint.trainer import Split, lint_stage
-    from align.models.loading import load_policy, load_tokenizer
-    from align.models.tuning.apply import apply_tuning, save_tuned
+    from align.models.loading import load_tokenizer
+    from align.models.tuning.apply import apply_tuning, load_for_tuning, save_tuned
     from align.training import held_out
     from align.training.arguments import training_arguments
     from align.training.fit import fit
@@ -56,7 +56,7 @@ def run(context: StageContext) -> dict[str, Any]:
 
     config: SftConfig = context.config
     source, data = context.artifact("model").model, context.artifact("data")
-    tokenizer, model = load_tokenizer(source), load_policy(source)
+    tokenizer, model = load_tokenizer(source, config.tuning), load_for_tuning(source, config.tuning)
     check_model(context.name, model, tokenizer)
     given, splits = {}, {}
     for split, most in (("train", config.max_rows), ("test", config.eval_rows)):
@@ -65,7 +65,14 @@ def run(context: StageContext) -> dict[str, Any]:
         check_encoded(context.name, splits[split], len(rows), split, config.max_length, context.warn)
     train, test = splits["train"], splits["test"]
     check_ends(context.name, train, tokenizer)
-    model = apply_tuning(model, config.tuning, context.seed)
+    model = apply_tuning(
+        model,
+        config.tuning,
+        context.seed,
+        tokenizer=tokenizer,
+        warn=context.warn,
+        rows=[row["input_ids"] for row in train.rows],
+    )
     label_positions_only()
     trainer = PreparedSFT(
         model=model,

@@ -16,6 +16,7 @@ from torch import nn
 
 from align.models.tuning.inserted import Insertion, train_insertions_only
 from align.models.tuning.layers import attentions
+from align.models.tuning.virtual_tokens import NAME as TOKENS
 from align.models.tuning.virtual_tokens import Tokens, first_ids, make_room, new_tokens, put
 from align.tuning import PrefixTuning
 
@@ -41,7 +42,8 @@ class Rows(Insertion):
 def wrap(model: Any, tuning: PrefixTuning, seed: int, tokenizer: Any) -> Any:
     """``model`` with a prefix that starts as the keys and values of real tokens, all that is trained."""
     ids = new_tokens(tokenizer, tuning)
-    make_room(model, ids)
+    if not hasattr(model.get_input_embeddings(), TOKENS):
+        make_room(model, ids)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         start = first_ids(tokenizer, tuning.text, len(ids))

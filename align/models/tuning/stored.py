@@ -72,7 +72,7 @@ def apply(model: Any, tuning: Inserted, seed: int, tokenizer: Any) -> Any:
 
     Insertions that came with the checkpoint are trained further by the same tuning, and refused for any other.
     """
-    if insertions(model):
+    if getattr(model, "inserted_tuning", None) is not None:
         require_same(model, tuning)
         return train_insertions_only(model, started=True)
     if isinstance(tuning, PrefixTuning):

@@ -74,7 +74,10 @@ def new_tokens(tokenizer: Any, tuning: VirtualTokens) -> list[int]:
 
 
 def make_room(model: Any, ids: list[int]) -> None:
-    """Give ``model`` a row of zeros for each new token, in the embedding and in a head of its own."""
+    """Give ``model`` a row of zeros for each new token, in the embedding and in a head of its own.
+
+    Until they are learnt it reads rows as if the tokens were not there.
+    """
     table = model.get_input_embeddings()
     if type(table) is not nn.Embedding:
         raise UserError(
@@ -88,6 +91,9 @@ def make_room(model: Any, ids: list[int]) -> None:
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
             if module is not None:
                 module.weight[ids] = 0.0
+    hidden = Tokens(ids[0], len(ids))
+    hidden.enabled = False
+    put(model, hidden)
 
 
 class Tokens(Insertion):
@@ -149,7 +155,8 @@ def wrap(model: Any, tuning: PromptTuning | PTuning, seed: int, tokenizer: Any) 
     gives tokens without a row in its head too much of the probability.
     """
     ids = new_tokens(tokenizer, tuning)
-    make_room(model, ids)
+    if not hasattr(model.get_input_embeddings(), NAME):
+        make_room(model, ids)
     require_small_mass(model, tokenizer, ids, f"tuning.method: {tuning.method}")
     table = model.get_input_embeddings().weight
     with torch.random.fork_rng(devices=[]):
@@ -173,9 +180,12 @@ def first_ids(tokenizer: Any, text: str | None, count: int) -> list[int]:
 
 
 def put(model: Any, tokens: Tokens) -> None:
-    """Insert ``tokens`` at the embedding of ``model``."""
+    """Insert ``tokens`` at the embedding of ``model``, in place of any that are there."""
     embedding = model.get_input_embeddings()
+    hooked = hasattr(embedding, NAME)
     embedding.add_module(NAME, tokens.to(embedding.weight.device))
+    if hooked:
+        return
     embedding.register_forward_hook(_look_up)
     trunk = getattr(model, model.base_model_prefix)
     trunk.register_forward_pre_hook(_hide_when_off, with_kwargs=True)
