@@ -21,12 +21,16 @@ CLASSES: dict[str, tuple[str, str, str]] = {
     "sft": ("trl", "trainer/sft_config.py", "SFTConfig"),
     "reward": ("trl", "trainer/reward_config.py", "RewardConfig"),
     "dpo": ("trl", "trainer/dpo_config.py", "DPOConfig"),
+    "kto": ("trl", "trainer/kto_config.py", "KTOConfig"),
+    "cpo": ("trl", "experimental/cpo/cpo_config.py", "CPOConfig"),
+    "orpo": ("trl", "experimental/orpo/orpo_config.py", "ORPOConfig"),
     "ppo": ("align", "ppo/config.py", "PPOConfig"),
 }
 """Stage kind → (package, file in it, config class)."""
 
 EXPORTS: dict[str, tuple[str, str, str]] = {
-    "TrainingArguments": ("transformers", "training_args.py", "TrainingArguments")
+    "TrainingArguments": ("transformers", "training_args.py", "TrainingArguments"),
+    "PushToHubMixin": ("transformers", "utils/hub.py", "PushToHubMixin"),
 }
 """Base classes imported from a package's front, whose file the import does not name."""
 
@@ -167,12 +171,16 @@ def trainer_options(kind: str) -> dict[str, Option]:
 
     Raises ``LookupError`` when the installed source no longer has the class where it is expected.
     """
-    return _fields(*CLASSES[kind])
+    return class_options(*CLASSES[kind])
 
 
 @functools.cache
-def _fields(package: str, file: str, class_name: str) -> dict[str, Option]:
-    path = _folder(package) / file
+def class_options(package: str, file: str, class_name: str) -> dict[str, Option]:
+    """Every option of a dataclass in a package's source, base classes included, by name; none of it is imported.
+
+    Raises ``LookupError`` when the source does not have it there.
+    """
+    path = package_folder(package) / file
     tree = ast.parse(path.read_text(encoding="utf-8"))
     found = next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name), None)
     if found is None:
@@ -181,7 +189,7 @@ def _fields(package: str, file: str, class_name: str) -> dict[str, Option]:
     for base in found.bases:
         place = _home(tree, ast.unparse(base).rpartition(".")[2], package, file)
         if place is not None:
-            options |= _fields(*place)
+            options |= class_options(*place)
     for node in found.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             name, annotation = node.target.id, ast.unparse(node.annotation)
@@ -191,7 +199,7 @@ def _fields(package: str, file: str, class_name: str) -> dict[str, Option]:
     return options
 
 
-def _folder(package: str) -> Path:
+def package_folder(package: str) -> Path:
     """Folder of a top-level package; finding its spec runs none of its code."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
@@ -211,7 +219,7 @@ def _home(tree: ast.Module, name: str, package: str, file: str) -> tuple[str, st
             if node.level:
                 parents = Path(file).parts[: -node.level]
                 return package, "/".join((*parents, *parts)) + ".py", name
-            if parts and parts[0] in ("trl", "transformers", "align"):
+            if parts and parts[0] in ("trl", "transformers", "peft", "align"):
                 return parts[0], "/".join(parts[1:]) + ".py", name
     return None
 

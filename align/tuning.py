@@ -250,7 +250,7 @@ class Ia3Tuning(TuningBase):
 
 
 class PeftTuning(TuningBase):
-    """Any other method of peft whose result folds into the weights: ``{method: peft, type: vera, options: {r: 64}}``."""
+    """Any other method of peft that folds into the weights: ``{method: peft, type: vera, options: {r: 64}}``."""
 
     method: Literal["peft"] = "peft"
     type: str

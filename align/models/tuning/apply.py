@@ -15,15 +15,20 @@ from align.models.loading import load_policy, load_tokenizer, new_reward
 from align.models.merging import merged_weights
 from align.models.tuning import stored, virtual_tokens
 from align.models.tuning.inserted import plain_save
-from align.tuning import FullTuning, LoraTuning, TuningBase, VirtualTokens
+from align.models.tuning.lora import START, at_start, save_adapter
+from align.tuning import FullTuning, Ia3Tuning, LoraTuning, PeftTuning, QloraTuning, TuningBase, VirtualTokens
 
 
 def load_for_tuning(source: Path, tuning: TuningBase, *, reward: bool = False) -> Any:
     """The checkpoint in ``source`` as ``tuning`` trains it: a policy, or a reward model with a new score head.
 
-    float32 on the CPU, whatever the stage's precision (``align.models.precision``).
+    float32 on the CPU, whatever the stage's precision (``align.models.precision``); in 4 bits for ``qlora``.
     """
     model = new_reward(source) if reward else load_policy(source)
+    if isinstance(tuning, QloraTuning):
+        from align.models.tuning.quantised import quantise
+
+        quantise(model, tuning)
     if isinstance(tuning, VirtualTokens) and not stored.is_stored(source):
         new = stored.tokenizer_for(load_tokenizer(source), source, tuning)
         virtual_tokens.make_room(model, new.new_virtual_tokens)
@@ -53,7 +58,15 @@ def apply_tuning(
     if isinstance(tuning, LoraTuning):
         from align.models.tuning import lora
 
-        return lora.wrap(model, tuning, seed)
+        return lora.wrap(model, tuning, seed, rows)
+    if isinstance(tuning, QloraTuning):
+        from align.models.tuning import quantised
+
+        return quantised.wrap(model, tuning, seed, rows)
+    if isinstance(tuning, (Ia3Tuning, PeftTuning)):
+        from align.models.tuning import peft_method
+
+        return peft_method.wrap(model, tuning, seed)
     raise TypeError(f"nothing here applies {type(tuning).__name__}")
 
 
@@ -61,9 +74,13 @@ def apply_tuning(
 def initial_policy(model: Any) -> Iterator[Any]:
     """``model`` as it came in, before anything was learnt: what DPO and PPO call the reference.
 
-    A model that trains its own weights has no such thing inside it; for one, its weights as they are now.
+    Adapters are switched off, or put back where they started if that was part of the model. A model that trains its own
+    weights has no such thing inside it; for one, its weights as they are now.
     """
-    if hasattr(model, "disable_adapter"):
+    if hasattr(model, START):
+        with at_start(model):
+            yield model
+    elif hasattr(model, "disable_adapter"):
         with model.disable_adapter():
             yield model
     else:
@@ -80,7 +97,7 @@ def save_tuned(model: Any, tokenizer: Any, out_dir: Path) -> None:
 
     plain = model
     if isinstance(model, PeftModel):
-        model.save_pretrained(str(out_dir.parent / "adapter"), safe_serialization=True)
+        save_adapter(model, out_dir.parent / "adapter")
         plain = model.get_base_model()
     weights = {name: tensor.detach() for name, tensor in merged_weights(model)}
     config = plain.config
