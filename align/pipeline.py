@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,13 +18,14 @@ from pydantic import Field, create_model
 from align.artifacts import Kind
 from align.errors import UserError
 from align.fingerprint import digest
-from align.stage import STAGES, Config, Runtime, Stage, StageInput, find_stage
-from align.validation import load_yaml, nearest, parse_yaml, suggest, validate
+from align.looping import expand
+from align.overrides import assign, parse_assignment
+from align.stage import Config, Runtime, Stage, input_fields
+from align.stage_kinds import NAME_PATTERN, stage_of
+from align.validation import load_yaml, suggest, validate
 
 if TYPE_CHECKING:
     from align.runner import Run
-
-NAME_PATTERN = r"^[A-Za-z][A-Za-z0-9_-]{0,63}$"
 
 
 class PipelineConfig(Config):
@@ -40,7 +40,7 @@ class PipelineConfig(Config):
     runtime: Runtime = Runtime()
     """Where and how the pipeline runs; changes no result and no key."""
     stages: dict[str, dict[str, Any]] = Field(min_length=1)
-    """The stages in order; a name that is a stage kind needs no ``stage:``."""
+    """The stages in order; a name that is a stage kind needs no ``stage:``. A ``loop`` among them repeats some."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,9 @@ class Pipeline:
         self.where = where
         self.base = base or Path.cwd()
         self.config = validate(PipelineConfig, self.raw, where)
+        self.expanded = expand(self.config.stages, where, self.config.seed)
         self.nodes: dict[str, Node] = {}
-        kinds = self._stage_kinds()
+        kinds = {name: stage_of(name, block, f"{where}: stages") for name, block in self.expanded.stages.items()}
         # All keys and values first: a slip in the last stage is found even where the first one's file is missing.
         checked = {name: self._validated(name, stage) for name, stage in kinds.items()}
         for name, (config, seed) in checked.items():
@@ -94,6 +95,15 @@ class Pipeline:
         """The run's name."""
         return self.config.name
 
+    @property
+    def plain(self) -> dict[str, Any]:
+        """The same pipeline as parsed YAML with every loop written out."""
+        return {**self.raw, "stages": copy.deepcopy(self.expanded.stages)}
+
+    def resolve(self, name: str) -> str:
+        """The stage that a name means: for a stage of a loop, its last round."""
+        return self.expanded.resolve(name)
+
     def __iter__(self) -> Iterator[Node]:
         return iter(self.nodes.values())
 
@@ -107,10 +117,10 @@ class Pipeline:
         if len(assignments) == 2 and "=" not in assignments[0]:
             pairs.append((assignments[0], assignments[1]))
         else:
-            pairs += [_parse_assignment(text) for text in assignments]
+            pairs += [parse_assignment(text) for text in assignments]
         raw = copy.deepcopy(self.raw)
         for path, value in pairs:
-            _assign(raw, path, value)
+            assign(raw, path, value, PipelineConfig.model_fields)
         return Pipeline(raw, self.where, self.base)
 
     def run(self, **options: Any) -> Run:
@@ -122,46 +132,11 @@ class Pipeline:
     # ---------------------------------------------------------------------------------------------------------
 
     def _place(self, name: str) -> str:
-        return f"{self.where}: stages.{name}"
-
-    def _stage_kinds(self) -> dict[str, Stage]:
-        kinds: dict[str, Stage] = {}
-        for name, block in self.config.stages.items():
-            kind = block.get("stage", name)
-            if not re.fullmatch(NAME_PATTERN, name):
-                raise UserError(f"{self.where}: stages: '{name}' is no stage name; use letters, digits, - and _.")
-            if not isinstance(kind, str):
-                fields = STAGES[name].config_class().model_fields if name in STAGES else ()
-                hint = nearest("stage", fields)
-                remedy = f" Did you mean '{hint}'?" if hint else f" One of {', '.join(STAGES)}."
-                raise UserError(f"{self._place(name)}.stage: expected the kind of a stage; found {kind!r}.{remedy}")
-            if ":" in kind:
-                try:
-                    kinds[name] = find_stage(kind)
-                except UserError as error:
-                    raise UserError(_at(f"{self._place(name)}.stage", error)) from None
-                continue
-            if kind not in STAGES:
-                slip = nearest("stage", [str(key) for key in block]) if "stage" not in block else None
-                hint = nearest(kind, STAGES)
-                if "stage" in block:
-                    raise UserError(f"{self._place(name)}.stage: unknown stage '{kind}'.{suggest(kind, STAGES)}")
-                if hint:
-                    raise UserError(
-                        f"{self.where}: stages: unknown stage '{name}'. Did you mean '{hint}'? "
-                        f"(A name of your own needs `stage: {hint}` below it.)"
-                    )
-                if slip:
-                    raise UserError(f"{self._place(name)}: unknown key '{slip}'. Did you mean 'stage'?")
-                raise UserError(
-                    f"{self._place(name)}: say which stage this is, with `stage:` one of {', '.join(STAGES)}."
-                )
-            kinds[name] = STAGES[kind]
-        return kinds
+        return f"{self.where}: {self.expanded.places[name]}"
 
     def _validated(self, name: str, stage: Stage) -> tuple[Config, int]:
         """The stage's block as its config, and its seed."""
-        block = dict(self.config.stages[name])
+        block = dict(self.expanded.stages[name])
         block.pop("stage", None)
         seed = block.pop("seed", self.config.seed)
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
@@ -223,7 +198,7 @@ class Pipeline:
                 return True
             if at not in seen and at in kinds:
                 seen.add(at)
-                block = self.config.stages[at]
+                block = self.expanded.stages[at]
                 for field_name in input_fields(kinds[at].config_class()):
                     value = block.get(field_name)
                     for following in [value] if isinstance(value, str) else value or []:
@@ -256,60 +231,15 @@ class Pipeline:
         }
 
 
-def input_fields(config_class: type[Config]) -> dict[str, StageInput]:
-    """Config fields that name earlier stages."""
-    found: dict[str, StageInput] = {}
-    for name, info in config_class.model_fields.items():
-        marker = _find_marker(info.annotation, info.metadata)
-        if marker is not None:
-            found[name] = marker
-    return found
-
-
 @functools.cache  # pydantic looks through every loaded module for each class it makes
 def _with_seed(config_class: type[Config]) -> type[Config]:
     """The config with a field ``seed``, so that a misspelt one finds its name too."""
     return create_model(config_class.__name__, __base__=config_class, seed=(int | None, None))
 
 
-def _find_marker(annotation: Any, metadata: list[Any]) -> StageInput | None:
-    for item in metadata:
-        if isinstance(item, StageInput):
-            return item
-    for argument in getattr(annotation, "__args__", ()):
-        marker = _find_marker(argument, list(getattr(argument, "__metadata__", ())))
-        if marker is not None:
-            return marker
-    return None
-
-
 def _at(place: str, error: UserError) -> str:
     text = str(error)
     return text if text.startswith(place) else f"{place}: {text}"
-
-
-def _parse_assignment(text: str) -> tuple[str, Any]:
-    path, equals, value = text.partition("=")
-    if not equals or not path.strip():
-        raise UserError(f"--set {text}: expected path=value, like stages.ppo.kl_coef=0.1.")
-    return path.strip(), parse_yaml(value, f"--set {path.strip()}")
-
-
-def _assign(raw: dict[str, Any], path: str, value: Any) -> None:
-    """Set ``a.b.c`` in nested mappings; an unknown stage is refused, a missing block is made."""
-    parts = path.split(".")
-    if parts[0] not in PipelineConfig.model_fields:
-        raise UserError(f"--set {path}: unknown key '{parts[0]}'.{suggest(parts[0], PipelineConfig.model_fields)}")
-    stages = raw.get("stages") or {}
-    if parts[0] == "stages" and len(parts) > 1 and parts[1] not in stages and len(parts) > 2:
-        raise UserError(f"--set {path}: there is no stage '{parts[1]}'.{suggest(parts[1], map(str, stages))}")
-    at: Any = raw
-    for index, part in enumerate(parts[:-1]):
-        following = at.setdefault(part, {})
-        if not isinstance(following, dict):
-            raise UserError(f"--set {path}: '{'.'.join(parts[: index + 1])}' is {following!r}, not a block of keys.")
-        at = following
-    at[parts[-1]] = value
 
 
 __all__ = ["NAME_PATTERN", "Node", "Pipeline", "PipelineConfig", "input_fields"]

@@ -155,17 +155,22 @@ def _architecture(pipeline: Pipeline, name: str, store: Store) -> Architecture:
 def choose_stages(
     pipeline: Pipeline, store: Store, only: str | None, from_: str | None, rebuild: tuple[str, ...]
 ) -> set[str]:
-    """Stages to run although they are cached; checks the names, and with ``only`` that the inputs are there."""
+    """Stages to run although they are cached; checks the names, and with ``only`` that the inputs are there.
+
+    A stage of a loop is named with its round (``dpo-2``); without it ``only`` is the last one, the others every one.
+    """
     for option, name in [("--only", only), ("--from", from_), *(("--rebuild", item) for item in rebuild)]:
-        if name is not None and name not in pipeline.nodes:
-            raise UserError(f"{option} {name}: there is no such stage.{suggest(name, pipeline.nodes)}")
-    anew = set(rebuild)
+        if name is not None and pipeline.resolve(name) not in pipeline.nodes:
+            known = [*pipeline.nodes, *pipeline.expanded.rounds]
+            raise UserError(f"{option} {name}: there is no such stage.{suggest(name, known)}")
+    anew = {name for item in rebuild for name in pipeline.expanded.every(item)}
     if from_ is not None:
-        anew.add(from_)
+        anew.update(pipeline.expanded.every(from_))
         for node in pipeline:
             if any(name in anew for name in node.input_names):
                 anew.add(node.name)
     if only is not None:
+        only = pipeline.resolve(only)
         missing = [
             name
             for name in pipeline.nodes[only].input_names

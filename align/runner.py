@@ -63,10 +63,12 @@ class Run:
     store: Store
     artifacts: dict[str, Artifact] = field(default_factory=dict)
     ran: list[str] = field(default_factory=list)
+    last: dict[str, str] = field(default_factory=dict)
+    """Stage of a loop → its last round's."""
 
     def metrics(self, stage: str) -> dict[str, Any]:
-        """The metrics in a stage's record."""
-        found: dict[str, Any] = self.artifacts[stage].record["metrics"]
+        """The metrics in a stage's record; for a stage of a loop, of its last round."""
+        found: dict[str, Any] = self.artifacts[self.last.get(stage, stage)].record["metrics"]
         return found
 
     def failed_gates(self) -> list[str]:
@@ -116,9 +118,10 @@ def run_pipeline(
 
 
 def _run_stages(pipeline: Pipeline, opened: Store, only: str | None, anew: set[str], listener: Listener) -> Run:
-    run = Run(opened)
+    run = Run(opened, last={name: pipeline.resolve(name) for name in pipeline.expanded.rounds})
+    only = None if only is None else pipeline.resolve(only)
     reached = {node.name: {"kind": node.stage.kind, "key": node.key} for node in pipeline}
-    opened.remember_run(pipeline.name, reached, pipeline.raw)
+    opened.remember_run(pipeline.name, reached, pipeline.plain)
     for node in pipeline:
         found = opened.find(node.stage.kind, node.key, node.name)
         if found is not None and node.name not in anew:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from align.looping import LOOP, LoopConfig
 from align.pipeline import NAME_PATTERN, PipelineConfig
 from align.stage import STAGES
 
@@ -27,13 +28,24 @@ def pipeline_schema() -> dict[str, Any]:
         "required": ["stage"],
         "oneOf": [{"allOf": [{"$ref": f"#/$defs/stage_{kind}"}, {"required": ["stage"]}]} for kind in STAGES],
     }
-    schema["properties"]["stages"] = {
+    stages = {
         "type": "object",
-        "description": "The stages in order; a name that is a stage kind needs no `stage:`.",
         "minProperties": 1,
         "propertyNames": {"pattern": NAME_PATTERN},
         "properties": named,
         "additionalProperties": {"$ref": "#/$defs/named_stage"},
+    }
+    loop = LoopConfig.model_json_schema(ref_template="#/$defs/{model}")
+    definitions.update(loop.pop("$defs", {}))
+    loop["properties"]["stages"] = {**stages, "description": loop["properties"]["stages"]["description"]}
+    loop["properties"]["stage"] = {"const": LOOP, "description": "the kind, for a loop of another name"}
+    definitions["stage_loop"] = loop
+    either = [{"$ref": "#/$defs/named_stage"}, {"allOf": [{"$ref": "#/$defs/stage_loop"}, {"required": ["stage"]}]}]
+    schema["properties"]["stages"] = {
+        **stages,
+        "description": "The stages in order; a name that is a stage kind needs no `stage:`.",
+        "properties": {**named, LOOP: {"anyOf": [{"$ref": "#/$defs/stage_loop"}, either[0]]}},
+        "additionalProperties": {"anyOf": either},
     }
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "align pipeline"

@@ -45,6 +45,27 @@ def stage_input(*kinds: Kind) -> Any:
     return Annotated[str, StageInput(kinds)]
 
 
+def input_fields(config_class: type[Config]) -> dict[str, StageInput]:
+    """Config fields that name earlier stages."""
+    found: dict[str, StageInput] = {}
+    for name, info in config_class.model_fields.items():
+        marker = _find_marker(info.annotation, info.metadata)
+        if marker is not None:
+            found[name] = marker
+    return found
+
+
+def _find_marker(annotation: Any, metadata: list[Any]) -> StageInput | None:
+    for item in metadata:
+        if isinstance(item, StageInput):
+            return item
+    for argument in getattr(annotation, "__args__", ()):
+        marker = _find_marker(argument, list(getattr(argument, "__metadata__", ())))
+        if marker is not None:
+            return marker
+    return None
+
+
 class EngineConfig(Config):
     """How responses are sampled. Changes speed and memory; samples come from the same distribution."""
 

@@ -114,6 +114,7 @@ def find_artifact(name: str, store: str | None) -> Artifact:
         return open_store(None, store).resolve(name)
     path, _, stage = name.rpartition(":")
     pipeline = Pipeline.load(path)
+    stage = pipeline.resolve(stage)
     if stage not in pipeline.nodes:
         raise UserError(f"{name}: the pipeline has no stage '{stage}'; it has {', '.join(pipeline.nodes)}.")
     node = pipeline.nodes[stage]

@@ -19,8 +19,8 @@ from align import __version__
 from align.artifacts import Artifact, Kind
 from align.errors import UserError
 from align.fingerprint import digest, file_digest
-from align.pipeline import Node, Pipeline, input_fields
-from align.stage import find_stage
+from align.pipeline import Node, Pipeline
+from align.stage import find_stage, input_fields
 from align.stage_process import LOG, RESULT
 from align.store import REPORTS, Store
 from align.validation import suggest
@@ -72,7 +72,7 @@ class Failure:
 
 def run_of(pipeline: Pipeline) -> RunOf:
     """The run that ``pipeline`` is, finished or not."""
-    return RunOf(pipeline.name, {node.name: (node.stage.kind, node.key) for node in pipeline}, pipeline.raw)
+    return RunOf(pipeline.name, {node.name: (node.stage.kind, node.key) for node in pipeline}, pipeline.plain)
 
 
 def find_run(word: str, store: Store) -> RunOf:

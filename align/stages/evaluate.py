@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -11,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from align.artifacts import GENERATORS, PROMPT_SOURCES, Kind
 from align.errors import UserError
-from align.evaluation.gates import GateSpec, parse_gates
+from align.evaluation.gates import DRIFT, GateSpec, parse_gates
 from align.evaluation.prompt_metrics import METRICS
 from align.evaluation.systems import BaselineConfig
 from align.evaluation.tasks.base import TaskConfig
@@ -120,6 +121,22 @@ class EvaluateConfig(Config):
     def _has(self, kind: str) -> bool:
         return any(task.kind == kind for task in self.tasks.values())
 
+    @classmethod
+    def rename_stages(cls, block: dict[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
+        """The block as the YAML has it, with stages renamed also where baselines and gates name them."""
+        changed = dict(block)
+        baselines, gates = block.get("baselines"), block.get("gates")
+        if isinstance(baselines, dict):
+            changed["baselines"] = {
+                name: {**one, "of": rename(one["of"])}
+                if isinstance(one, dict) and isinstance(one.get("of"), str)
+                else one
+                for name, one in baselines.items()
+            }
+        if isinstance(gates, dict):
+            changed["gates"] = {_rename_key(str(key), rename): _rename_words(one, rename) for key, one in gates.items()}
+        return changed
+
     def identities(self, base: Path) -> dict[str, str]:
         """Digests of everything read outside the store, and the settings of tasks and baselines, one by one."""
         found: dict[str, str] = {}
@@ -137,6 +154,25 @@ class EvaluateConfig(Config):
                 except UserError as error:
                     raise UserError(f"{place}.{error}") from None
         return found
+
+
+def _rename_key(key: str, rename: Callable[[str], str]) -> str:
+    """``dpo/gold`` and ``kl_to_dpo`` with the stage's real name."""
+    system, slash, metric = key.rpartition("/")
+    if metric.startswith(DRIFT):
+        metric = DRIFT + rename(metric.removeprefix(DRIFT))
+    return f"{rename(system)}/{metric}" if slash else metric
+
+
+def _rename_words(spec: Any, rename: Callable[[str], str]) -> Any:
+    """Every name in a bound, or in a gate's ``systems``."""
+    if isinstance(spec, str):
+        return NAME.sub(lambda found: rename(found.group()), spec)
+    if isinstance(spec, list):
+        return [_rename_words(one, rename) for one in spec]
+    if isinstance(spec, dict):
+        return {key: _rename_words(one, rename) if key in ("bound", "systems") else one for key, one in spec.items()}
+    return spec
 
 
 def run(context: StageContext) -> dict[str, Any]:
