@@ -62,7 +62,8 @@ def round_frozen(model: Any) -> None:
     import torch
 
     for module in model.modules():
-        if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) and not module.weight.requires_grad:
+        matrix = isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) and module.weight.is_floating_point()
+        if matrix and not module.weight.requires_grad:
             module.weight.data = module.weight.data.to(torch.bfloat16)
     for parameter in model.parameters():
         if not parameter.requires_grad and parameter.dtype == torch.float32:

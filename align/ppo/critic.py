@@ -1,7 +1,7 @@
 """The critic: a model of its own with one value per token, started from the reward model or from the policy.
 
-With LoRA its frozen weights are the very tensors of the model it started from, so it costs an adapter and a head. Or it
-is a head on the policy's own trunk and nothing else.
+With adapters its frozen weights are the very tensors of the model it started from, so it costs an adapter and a head.
+Or it is a head on the policy's own trunk and nothing else.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import nn
 
 from align.errors import UserError
 from align.models.tuning.apply import apply_tuning
-from align.tuning import FullTuning, LoraTuning
+from align.tuning import TuningBase
 
 
 class Critic(nn.Module):
@@ -50,7 +50,7 @@ def make_critic(
     kind: Literal["reward", "policy", "head"] | None,
     policy: Any,
     reward: Any,
-    tuning: LoraTuning | FullTuning,
+    tuning: TuningBase,
     seed: int,
 ) -> Critic:
     """The critic of that kind, by default from ``reward`` if there is one; ``ValueError`` when it is missing."""
@@ -68,13 +68,13 @@ def critic_head(policy: Any) -> Critic:
     return Critic(None, policy.config.get_text_config().hidden_size)
 
 
-def critic_from_policy(policy: Any, tuning: LoraTuning | FullTuning, seed: int) -> Critic:
+def critic_from_policy(policy: Any, tuning: TuningBase, seed: int) -> Critic:
     """A critic on the weights of ``policy``, a causal model without adapters yet. Its head is zero, as all values."""
     model = _copy(policy, tuning)
     return Critic(trunk_of(apply_tuning(model, tuning, seed)), policy.config.get_text_config().hidden_size)
 
 
-def critic_from_reward(reward: Any, tuning: LoraTuning | FullTuning, seed: int) -> Critic:
+def critic_from_reward(reward: Any, tuning: TuningBase, seed: int) -> Critic:
     """A critic on the weights of ``reward``, a sequence classifier with one label; its head is the score head.
 
     At the last token of a response its first value is thus the reward model's score (arXiv 2403.17031, detail 5).
@@ -93,9 +93,9 @@ def critic_from_reward(reward: Any, tuning: LoraTuning | FullTuning, seed: int) 
     return critic
 
 
-def _copy(model: Any, tuning: LoraTuning | FullTuning) -> Any:
-    """A second module tree: over the same tensors when they stay frozen (LoRA), over copies when they are trained."""
-    if isinstance(tuning, FullTuning):
+def _copy(model: Any, tuning: TuningBase) -> Any:
+    """A second module tree: over the same tensors when they stay frozen, over copies when they are trained."""
+    if tuning.trains_all:
         duplicate = copy.deepcopy(model)
         duplicate.requires_grad_(True)
         return duplicate

@@ -11,6 +11,7 @@ from torch import nn
 
 from align.errors import UserError
 from align.models import ragged
+from align.models.tuning.apply import initial_policy
 from align.ppo.critic import Critic, trunk_of
 from align.ppo.logprobs import token_logprobs
 from align.ppo.packing import Batch
@@ -77,8 +78,8 @@ class PolicyAndReference(nn.Module):
         if self.reference is not None:
             yield self.reference
         else:
-            with self.policy.disable_adapter():
-                yield self.policy
+            with initial_policy(self.policy) as model:
+                yield model
 
     def _logprobs(self, model: Any, states: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         mask = batch["response_mask"]

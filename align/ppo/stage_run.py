@@ -12,9 +12,10 @@ from align.data.rows import read_rows
 from align.data.scoring import Scorer, function_scorer
 from align.errors import UserError
 from align.lint.trainer import Split, lint_prompts
-from align.models.loading import load_policy, load_tokenizer
+from align.models.loading import load_tokenizer
 from align.models.reward import RewardModel
 from align.models.threads import device_of, use_threads
+from align.models.tuning.apply import load_for_tuning
 from align.ppo.checkpoint import last_checkpoint
 from align.ppo.completions import gather
 from align.ppo.config import PPOConfig
@@ -49,7 +50,7 @@ def train(context: StageContext) -> dict[str, Any]:
     use_threads(context.runtime)
     config: PpoConfig = context.config
     source = context.artifact("policy").model
-    tokenizer, policy = load_tokenizer(source), load_policy(source)
+    tokenizer, policy = load_tokenizer(source), load_for_tuning(source, config.tuning)
     check_model(context.name, policy, tokenizer)
     rows = _rows(context, "prompts", "train", config.max_prompts)
     lint_prompts(context, tokenizer, policy, {"train": Split(rows)}, config.max_prompt_tokens)

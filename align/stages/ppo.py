@@ -12,7 +12,7 @@ from align.artifacts import GENERATORS, PROMPT_SOURCES, Kind
 from align.lint.settings import LintSettings
 from align.stage import Config, Runtime, StageContext, stage_input
 from align.trainer_options import check_trainer_options
-from align.tuning import FullTuning, LoraTuning, Tuning
+from align.tuning import FullTuning, Tuning
 
 if TYPE_CHECKING:
     from align.models.architecture import Architecture
@@ -37,6 +37,8 @@ class PpoConfig(Config):
     """One score from several reward models: ``uncertainty`` is the mean less their variance (arXiv 2310.02743)."""
     uncertainty_weight: float = Field(1.0, ge=0)
     """What ``ensemble: uncertainty`` multiplies the variance by."""
+    reward_floor: float | None = Field(0.5, ge=0, lt=1)
+    """Held-out accuracy above which the 95 % interval of every reward model must lie; null trains against any."""
     score: str | None = None
     """Verifiable function that scores responses: ``gold``, or an import path ``module:name``."""
     reward_weight: float = 1.0
@@ -244,10 +246,8 @@ class PpoConfig(Config):
                 )
         if self.whiten_rewards and self.rollout_batch < 8:
             raise ValueError(f"whiten_rewards needs a rollout_batch of at least 8; it is {self.rollout_batch}.")
-        if isinstance(self.tuning, LoraTuning) and self.tuning.dropout:
-            raise ValueError(
-                f"tuning.dropout is {self.tuning.dropout}; PPO compares log-probabilities of one model, so set it to 0."
-            )
+        if self.tuning.online_objection is not None:
+            raise ValueError(f"{self.tuning.online_objection}.")
         return self
 
     def identities(self, base: Path) -> dict[str, str]:

@@ -10,7 +10,6 @@ from align.artifacts import GENERATORS, Kind
 from align.lint.settings import LintSettings
 from align.stage import StageContext, stage_input
 from align.training.config import TrainingFields, checked_options
-from align.tuning import LORA_HEAD_RATE
 
 
 class RewardConfig(TrainingFields):
@@ -21,7 +20,7 @@ class RewardConfig(TrainingFields):
     data: stage_input(Kind.PREFERENCES)  # type: ignore[valid-type]
     """Stage with the pairs."""
     head_learning_rate: float | None = Field(None, gt=0, le=1)
-    """Peak step size of the score head; by default ``learning_rate``, and a tenth of it with LoRA."""
+    """Peak step size of the score head; by default ``learning_rate``, and a tenth of it with adapters."""
     center_rewards: float = Field(0.01, ge=0)
     """Weight of the squared sum of a pair's scores (2312.09244, eq. 2), which keeps scores near 0; 0 turns it off."""
     lint: LintSettings = LintSettings()
@@ -34,7 +33,7 @@ class RewardConfig(TrainingFields):
         """``head_learning_rate`` or its default."""
         if self.head_learning_rate is not None:
             return self.head_learning_rate
-        return self.learning_rate * (LORA_HEAD_RATE if self.tuning.method == "lora" else 1.0)
+        return self.learning_rate * self.tuning.head_share
 
     @field_validator("trainer")
     @classmethod
