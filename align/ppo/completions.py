@@ -52,7 +52,9 @@ def _line(rollout: Rollout, index: int, tokenizer: Any) -> dict[str, Any]:
 
 def _by_token(rollout: Rollout, index: int, tokenizer: Any) -> list[list[Any]]:
     ids = rollout.responses[index]
-    numbers = zip(*(rollout.tensors[name][index].tolist() for name in PER_TOKEN), strict=False)  # values: one more
+    nothing = [0.0] * len(ids)  # a method without a critic has no values
+    columns = [rollout.tensors[name][index].tolist() if name in rollout.tensors else nothing for name in PER_TOKEN]
+    numbers = zip(*columns, strict=False)  # values: one more
     return [
         [text, *(round(value, 4) for value in own)]
         for text, own in zip(token_texts(tokenizer, ids), numbers, strict=False)

@@ -1,181 +1,44 @@
-"""Arguments of PPO: transformers' ``TrainingArguments`` and what PPO adds.
-
-One *update* is a rollout of ``rollout_batch`` responses and ``num_epochs * num_mini_batches`` optimizer steps on it.
-``per_device_train_batch_size`` is the micro-batch in responses; accumulation and ``max_steps`` follow from these.
-"""
+"""Arguments of PPO: what every trainer that samples takes, and critic, advantages and clipping."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from transformers import TrainingArguments
+from align.ppo.arguments import RolloutArguments
 
 
 @dataclass
-class PPOConfig(TrainingArguments):
+class PPOConfig(RolloutArguments):
     """Field names and meanings are those of the ``ppo`` stage; counts are over all processes together."""
 
-    updates: int = field(default=100, metadata={"help": "Rollouts to sample and learn from."})
-    rollout_batch: int = field(default=64, metadata={"help": "Responses per update."})
-    samples_per_prompt: int = field(default=1, metadata={"help": "Responses to each prompt of a rollout."})
-    max_tokens: int = field(default=64, metadata={"help": "Tokens of a response at most."})
-    max_prompt_tokens: int | None = field(default=None, metadata={"help": "Longer prompts are left out, and counted."})
-    temperature: float = field(default=1.0, metadata={"help": "Of sampling, and of all log-probabilities."})
-    num_epochs: int = field(default=1, metadata={"help": "Passes over each rollout."})
-    num_mini_batches: int = field(default=1, metadata={"help": "Optimizer steps per pass."})
-
-    learning_rate: float = field(
-        default=1e-6, metadata={"help": "Of the policy; LoRA wants far more, about 1e-4 to 1e-3."}
-    )
     critic_learning_rate: float | None = field(default=None, metadata={"help": "By default the policy's."})
     critic_head_learning_rate: float | None = field(
         default=None, metadata={"help": "By default the critic's, and a tenth of it where its trunk has adapters."}
     )
     critic_warmup_updates: int = field(default=0, metadata={"help": "First updates in which only the critic learns."})
-    adam_epsilon: float = field(default=1e-5, metadata={"help": "PPO's usual epsilon, of the policy."})
     critic_adam_epsilon: float = field(
         default=1e-8,
         metadata={"help": "Smaller: below a head that starts at zero, gradients are, and 1e-5 would swallow them."},
     )
-    lr_scheduler_type: str = field(default="constant", metadata={"help": "See TrainingArguments."})
-
-    kl_coef: float = field(default=0.05, metadata={"help": "Reward lost per nat of drift from the reference."})
-    kl_in: Literal["reward", "loss"] = field(default="reward", metadata={"help": "Where drift is paid for."})
-    kl_estimator: Literal["k1", "k2", "k3"] | None = field(
-        default=None, metadata={"help": "k1 in the reward, k2 or k3 in the loss; by default k1 there and k2 here."}
-    )
-    kl_budget: float | None = field(
-        default=None, metadata={"help": "Nats per response; a rollout with more ends the run before learning from it."}
-    )
-    kl_controller: Literal["fixed", "adaptive"] = field(default="fixed", metadata={"help": "Ziegler's, if adaptive."})
-    kl_target: float = field(default=6.0, metadata={"help": "Nats per response that the adaptive controller aims at."})
-    kl_horizon: int = field(default=10_000, metadata={"help": "Responses over which it reacts."})
     gamma: float = field(default=1.0, metadata={"help": "Discount per token."})
     lam: float = field(default=0.95, metadata={"help": "Lambda of generalised advantage estimation."})
     truncation: Literal["bootstrap", "terminal"] = field(
         default="terminal",
         metadata={"help": "What follows a response cut at max_tokens: the critic's value, or nothing."},
     )
-    missing_eos_penalty: float | None = field(
-        default=None, metadata={"help": "Subtracted from unfinished responses' scores."}
-    )
-    score_clip: float | None = field(default=None, metadata={"help": "Scores are clipped to plus or minus this."})
-    normalise_scores: bool = field(default=False, metadata={"help": "Mean 0 and variance 1 over all scores so far."})
-    length_penalty: float = field(default=0.0, metadata={"help": "Subtracted from a score per response token."})
-    truncated: Literal["learn", "mask"] = field(
-        default="learn", metadata={"help": "Learn from responses cut at max_tokens, or leave them out of the losses."}
-    )
     whiten_rewards: bool = field(default=False, metadata={"help": "Scale token rewards to variance 1; the mean stays."})
     whiten_advantages: bool = field(default=True, metadata={"help": "Mean 0 and variance 1 over the rollout's tokens."})
-
     clip_range: float = field(default=0.2, metadata={"help": "The ratio earns nothing further from 1 than this."})
     dual_clip: float | None = field(
         default=None, metadata={"help": "Bound on the ratio where the advantage is negative."}
     )
     value_clip_range: float | None = field(default=0.5, metadata={"help": "In units of reward; None for no clipping."})
     vf_coef: float = field(default=1.0, metadata={"help": "Weight of the value loss."})
-    entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus."})
     loss_aggregation: Literal["token", "sequence", "constant"] = field(
         default="token",
         metadata={"help": "Every token weighs the same, or every response; constant: by max_tokens."},
     )
-    importance_cap: float | None = field(
-        default=2.0, metadata={"help": "Cap on the weight correcting the sampler's log-probabilities; None for none."}
-    )
-    importance_sequence_cap: float | None = field(
-        default=None, metadata={"help": "Drop responses whose whole ratio to the sampler is outside [1/this, this]."}
-    )
-    reuse_forward: bool = field(
-        default=False,
-        metadata={"help": "Learn from the passes that measured the rollout: saves two, keeps all activations."},
-    )
-    padding_free: bool = field(default=True, metadata={"help": "Run real tokens only, where the model allows."})
-    share_prompts: bool = field(
-        default=True, metadata={"help": "Run a prompt once for its responses; padding-free only."}
-    )
-    probe_parity: bool = field(
-        default=True, metadata={"help": "Compare engine and trainer at start and after resuming."}
-    )
-    probe_updates: int = field(default=50, metadata={"help": "Updates between two such comparisons."})
-    save_updates: int = field(default=1, metadata={"help": "Updates between checkpoints."})
-
     critic_detach: bool = field(
         default=True, metadata={"help": "A head on the policy's trunk sends no gradient into it."}
     )
-    ptx_coef: float = field(default=0.0, metadata={"help": "Weight of the supervised loss on ptx_dataset."})
-    ptx_rows: int = field(default=8, metadata={"help": "Of its rows per optimizer step."})
-    eval_updates: int | None = field(default=None, metadata={"help": "Updates between validations on eval_dataset."})
-    keep: Literal["last", "best", "best_gold"] = field(
-        default="last", metadata={"help": "Policy at the end: the last, or the best validated score or gold score."}
-    )
-    keep_kl: float | None = field(default=None, metadata={"help": "Best among policies within these nats of KL."})
-    on_alarm: Literal["warn", "stop"] = field(default="warn", metadata={"help": "What an alarm does."})
-    completions: int = field(default=8, metadata={"help": "Responses of each update written down; 0 for none."})
-
-    def __post_init__(self) -> None:
-        """Derive the Trainer's counts. Raises ``ValueError`` for batch sizes that do not divide."""
-        self.logging_nan_inf_filter = False  # a loss that is not finite stops the run
-        self.remove_unused_columns = False
-        self.ignore_data_skip = True  # the position in the data follows from the update
-        super().__post_init__()
-        self._check()
-        if self.kl_estimator is None:
-            self.kl_estimator = "k1" if self.kl_in == "reward" else "k2"
-        self.gradient_accumulation_steps = self.local_batch // (
-            self.num_mini_batches * self.per_device_train_batch_size
-        )
-        self.max_steps = self.updates * self.steps_per_update
-        self.logging_steps = self.steps_per_update
-        self.save_steps = self.save_updates * self.steps_per_update
-
-    @property
-    def steps_per_update(self) -> int:
-        """Optimizer steps between two rollouts."""
-        return self.num_epochs * self.num_mini_batches
-
-    @property
-    def local_batch(self) -> int:
-        """Responses per update of this process."""
-        return self.rollout_batch // int(self.world_size)
-
-    def _check(self) -> None:
-        together = self.num_mini_batches * self.per_device_train_batch_size * self.world_size
-        if self.rollout_batch % together:
-            raise ValueError(
-                f"rollout_batch {self.rollout_batch} is not a multiple of num_mini_batches {self.num_mini_batches} x "
-                f"per_device_train_batch_size {self.per_device_train_batch_size} x {self.world_size} processes."
-            )
-        if self.local_batch % self.samples_per_prompt:
-            raise ValueError(
-                f"rollout_batch {self.rollout_batch} over {self.world_size} processes is not a multiple of "
-                f"samples_per_prompt {self.samples_per_prompt}."
-            )
-        for name in ("updates", "max_tokens", "num_epochs", "num_mini_batches", "save_updates", "probe_updates"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if self.reuse_forward and (self.num_epochs, self.num_mini_batches, self.world_size) != (1, 1, 1):
-            raise ValueError(
-                "reuse_forward needs num_epochs 1, num_mini_batches 1 and one process: weights must stay in between."
-            )
-        if self.keep != "last" and self.eval_updates is None:
-            raise ValueError(f"keep is {self.keep}, which needs validations; set eval_updates.")
-        if self.kl_estimator is not None and (self.kl_in == "reward") != (self.kl_estimator == "k1"):
-            right = {"reward": "only k1 has the KL's gradient", "loss": "k1 has none, on average; take k2 or k3"}
-            raise ValueError(f"kl_estimator is {self.kl_estimator}, but as a {self.kl_in} {right[self.kl_in]}.")
-        if not self.temperature > 0 or math.isinf(self.temperature):
-            raise ValueError(f"temperature is {self.temperature}; log-probabilities need one above 0.")
-
-    def fingerprint(self) -> dict[str, Any]:
-        """The fields that decide where a resumed run stands in its data; a checkpoint remembers them."""
-        names = (
-            "seed",
-            "rollout_batch",
-            "samples_per_prompt",
-            "num_epochs",
-            "num_mini_batches",
-            "temperature",
-            "max_tokens",
-        )
-        return {name: getattr(self, name) for name in names} | {"world_size": self.world_size}

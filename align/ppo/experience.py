@@ -1,4 +1,4 @@
-"""Where PPO's micro-batches come from: weights to the engine, responses, scores, log-probabilities, advantages.
+"""Where micro-batches come from: weights to the engine, responses, scores, log-probabilities, advantages.
 
 The Trainer asks its data loader for micro-batches; the loader makes a rollout when the first of an update is asked for.
 """
@@ -6,33 +6,38 @@ The Trainer asks its data loader for micro-batches; the loader makes a rollout w
 from __future__ import annotations
 
 import time
+from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from align.models.merging import merged_weights
 from align.ppo import completions, metrics
-from align.ppo.config import PPOConfig
+from align.ppo.arguments import RolloutArguments
 from align.ppo.kl import KLController
 from align.ppo.masking import local
-from align.ppo.model import PolicyAndCritic
+from align.ppo.model import PolicyAndReference
 from align.ppo.normalise import RunningScale
-from align.ppo.objective import LEARNED_FROM
 from align.ppo.packing import Form, plan
 from align.ppo.prompts import Prompts, derive_seed
 from align.ppo.ptx import PtxRows
-from align.ppo.rollout import AnyScorer, Rollout, RolloutLoader, add_advantages, sample_rollout, score_rollout
+from align.ppo.rollout import AnyScorer, Rollout, RolloutLoader, sample_rollout, score_rollout
 from align.ppo.saving import SavingTrainer
 from align.ppo.validation import Validation
 
 
 class RolloutTrainer(SavingTrainer):
-    """A Trainer that samples what it learns from; ``PPOTrainer`` fills in the attributes and says what is learnt."""
+    """A Trainer that samples what it learns from; ``OnlineTrainer`` fills in the attributes."""
 
-    args: PPOConfig
-    model: PolicyAndCritic
+    method: ClassVar[str]
+    """As messages call it."""
+    learned_from: ClassVar[tuple[str, ...]]
+    """Tensors of a rollout that the loss needs, ``learn_mask`` among them."""
+
+    args: RolloutArguments
+    model: PolicyAndReference
     processing_class: Any
     prompts: Prompts
     engine: Any
@@ -50,6 +55,21 @@ class RolloutTrainer(SavingTrainer):
     _probed: bool
     _loss_kl_coef: float
     _learning_since: float
+
+    @abstractmethod
+    def estimate(self, rollout: Rollout, kl_coef: float) -> None:
+        """From scores and log-probabilities to what is learnt: adds ``learned_from`` and ``kl`` to the rollout.
+
+        ``kl_coef`` is what a nat of drift from the reference costs in the reward.
+        """
+
+    @abstractmethod
+    def count_learnt(self, learns: list[dict[str, torch.Tensor]]) -> float:
+        """What this process's part of an optimizer step's loss is divided by; ``learns`` has its micro-batches."""
+
+    def choose(self, rollout: Rollout) -> Rollout:
+        """Of a scored rollout, what is measured and learnt from: ``args.local_learnt`` responses; all by default."""
+        return rollout
 
     def get_train_dataloader(self) -> Any:
         """Micro-batches of all updates still to come."""
@@ -81,12 +101,12 @@ class RolloutTrainer(SavingTrainer):
                 texts = self._ptx_texts(update * self.args.steps_per_update + epoch * len(planned) + at)
                 for place, indices in enumerate(mini):
                     pack = rollout.pack(indices, self._pad_id, self.form, texts[place :: len(mini)])
-                    made = {"pack": pack, "learn": rollout.select(indices, LEARNED_FROM)}
+                    made = {"pack": pack, "learn": rollout.select(indices, self.learned_from)}
                     yield made | {"out": outputs.pop(0)} if outputs else made
 
     def _reuses_forward(self, update: int) -> bool:
         """Whether the measuring passes are those that are learnt from: the same rows, the same weights, all of them."""
-        return self.args.reuse_forward and self.ptx is None and update >= self.args.critic_warmup_updates
+        return self.args.reuse_forward and self.ptx is None
 
     def _ptx_texts(self, step: int) -> list[tuple[list[int], list[int]]]:
         """This process's supervised texts of one optimizer step."""
@@ -103,17 +123,23 @@ class RolloutTrainer(SavingTrainer):
         synced = time.perf_counter()
         self._validate(update)
         validated = time.perf_counter()
-        rollout = sample_rollout(self.engine, self.prompts, self.args, update)
+        drawn = sample_rollout(self.engine, self.prompts, self.args, update)
         sampled = time.perf_counter()
-        score_rollout(rollout, self.scorer)
-        if self.gold is not None:
-            score_rollout(rollout, self.gold, "gold")
-        rollout.seconds = {
+        self.score(drawn)
+        drawn.seconds = {
             "sync": synced - clock,
             "sampling": sampled - validated,
             "scoring": time.perf_counter() - sampled,
         } | ({} if self.validation is None else {"validating": validated - synced})
+        rollout = self.choose(drawn)
+        rollout.seconds = drawn.seconds
         return rollout
+
+    def score(self, rollout: Rollout) -> None:
+        """Add scores, and gold scores where there are any."""
+        score_rollout(rollout, self.scorer)
+        if self.gold is not None:
+            score_rollout(rollout, self.gold, "gold")
 
     def _plan(self, rollout: Rollout, epoch: int) -> list[list[list[int]]]:
         seed = derive_seed(self.args.seed, "order", rollout.update, epoch, self.args.process_index)
@@ -155,11 +181,14 @@ class RolloutTrainer(SavingTrainer):
         kl_coef = self.kl_controller.value
         in_loss = self.args.kl_in == "loss"
         self._loss_kl_coef = kl_coef if in_loss else 0.0
-        add_advantages(rollout, self.args, 0.0 if in_loss else kl_coef, self.reduce, self.scale)
+        self.estimate(rollout, 0.0 if in_loss else kl_coef)
         statistics = metrics.add_rollout(self._averages, rollout, self.reduce)
-        tokens = float(self.reduce(rollout.tensors["response_mask"].sum().double()))
-        kl = float(self.reduce(rollout.tensors["kl"].double().sum())) / self.args.rollout_batch
-        self.kl_controller.update(kl, self.args.rollout_batch)
+        drawn = [rollout.drawn or rollout, *rollout.redrawn]
+        counts = torch.tensor([sum(map(len, drawn)), sum(some.tokens for some in drawn)], dtype=torch.float64)
+        responses, tokens = self.reduce(counts).tolist()
+        measured = float(self.reduce(torch.tensor(float(len(rollout)), dtype=torch.float64)))
+        kl = float(self.reduce(rollout.tensors["kl"].double().sum())) / measured
+        self.kl_controller.update(kl, int(measured))
         if self.args.kl_budget is not None and kl > self.args.kl_budget:
             self.stopped = (
                 f"update {rollout.update + 1}: the KL to the reference is {kl:.3g} nats a response, over kl_budget "
@@ -167,7 +196,7 @@ class RolloutTrainer(SavingTrainer):
             )
         if self.args.completions and self.is_world_process_zero():
             completions.write(Path(str(self.args.output_dir)), rollout, self.args.completions, self.processing_class)
-        self.totals["episodes"] += self.args.rollout_batch
+        self.totals["episodes"] += int(responses)
         self.totals["tokens"] += int(tokens)
         seconds = {f"seconds_{name}": value for name, value in rollout.seconds.items()}
         speed = {"sampled_tokens_per_second": tokens / max(rollout.seconds["sampling"], 1e-9)}

@@ -40,36 +40,49 @@ class Averages:
 
 
 def add_rollout(averages: Averages, rollout: Rollout, reduce: Reduce) -> dict[str, float]:
-    """Add a rollout's sums to ``averages``, and return the statistics that are no means."""
+    """Add a rollout's sums to ``averages``, and return the statistics that are no means.
+
+    Scores and lengths are those of all responses that were drawn, the rest of those learnt from.
+    """
+    drawn = rollout.drawn or rollout
+    _add_scores(averages, drawn)
     t = rollout.tensors
     mask, responses = t["response_mask"], len(rollout)
     tokens = mask.sum()
+    averages.add("kl", t["kl"].sum(), responses)
+    averages.add("kl_k3", masked_sum(estimate_kl(t["logprobs"], t["ref_logprobs"], "k3"), mask), responses)
+    averages.add("entropy", masked_sum(t["entropy"], mask), tokens)
+    if "rewards" in t:
+        averages.add("reward", t["rewards"].sum(), responses)
+    if "values" in t:
+        averages.add("value", masked_sum(t["values"][:, :-1], mask), tokens)
+        averages.add("return", masked_sum(t["returns"], mask), tokens)
+    if "raw_advantages" in t:
+        averages.add("advantage", masked_sum(t["raw_advantages"], mask), tokens)
+        averages.add("advantage_square", masked_sum(t["raw_advantages"] ** 2, mask), tokens)
+    gap = (t["logprobs"] - t["sampler_logprobs"]).abs()
+    known = mask & torch.isfinite(gap)
+    averages.add("parity_gap", masked_sum(gap, known), known.sum())
+    averages.add("parity_ratio", masked_sum(gap.exp(), known), known.sum())
+    found = {"parity_gap_max": float(torch.where(known, gap, gap.new_zeros(())).max())}
+    if "values" in t:
+        found["explained_variance"] = explained_variance(t["values"][:, :-1], t["returns"], mask, reduce)
+    lengths = drawn.tensors["response_mask"].sum(dim=1)
+    found["score_length_correlation"] = correlation(drawn.tensors["scores"], lengths, reduce)
+    return found
+
+
+def _add_scores(averages: Averages, drawn: Rollout) -> None:
+    t, responses = drawn.tensors, len(drawn)
     averages.add("score", t["scores"].sum(), responses)
     averages.add("score_square", (t["scores"].double() ** 2).sum(), responses)
     for name in (name for name in t if name.startswith(COMPONENT)):
         averages.add(name, t[name].sum(), responses)
     if "gold" in t:
         averages.add("gold", t["gold"].sum(), responses)
-    averages.add("kl", t["kl"].sum(), responses)
-    averages.add("kl_k3", masked_sum(estimate_kl(t["logprobs"], t["ref_logprobs"], "k3"), mask), responses)
-    averages.add("entropy", masked_sum(t["entropy"], mask), tokens)
-    averages.add("reward", t["rewards"].sum(), responses)
-    averages.add("value", masked_sum(t["values"][:, :-1], mask), tokens)
-    averages.add("return", masked_sum(t["returns"], mask), tokens)
-    averages.add("advantage", masked_sum(t["raw_advantages"], mask), tokens)
-    averages.add("advantage_square", masked_sum(t["raw_advantages"] ** 2, mask), tokens)
-    averages.add("length", tokens, responses)
+    averages.add("length", t["response_mask"].sum(), responses)
     averages.add("eos_rate", t["finished"].sum(), responses)
     averages.add("truncation_rate", (~t["finished"]).sum(), responses)
-    gap = (t["logprobs"] - t["sampler_logprobs"]).abs()
-    known = mask & torch.isfinite(gap)
-    averages.add("parity_gap", masked_sum(gap, known), known.sum())
-    averages.add("parity_ratio", masked_sum(gap.exp(), known), known.sum())
-    return {
-        "parity_gap_max": float(torch.where(known, gap, gap.new_zeros(())).max()),
-        "explained_variance": explained_variance(t["values"][:, :-1], t["returns"], mask, reduce),
-        "score_length_correlation": correlation(t["scores"], mask.sum(dim=1), reduce),
-    }
 
 
 def correlation(one: torch.Tensor, other: torch.Tensor, reduce: Reduce) -> float:

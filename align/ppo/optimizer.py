@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from align.ppo.model import PolicyAndCritic
+from align.ppo.model import PolicyAndReference
 from align.tuning import LORA_HEAD_RATE
 
 PARTS = ("policy", "critic")
@@ -31,8 +31,10 @@ def make_optimizer(trainer: Any, model: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
-def learning_rates(args: Any, model: PolicyAndCritic) -> dict[str, float]:
-    """Peak rates of ``policy``, ``critic`` (its trunk) and ``head`` (its values), defaults filled in."""
+def learning_rates(args: Any, model: PolicyAndReference) -> dict[str, float]:
+    """Peak rates of ``policy`` and, where there is one, ``critic`` (its trunk) and ``head`` (its values)."""
+    if not hasattr(model, "critic"):
+        return {"policy": args.learning_rate}
     critic = args.learning_rate if args.critic_learning_rate is None else args.critic_learning_rate
     head = args.critic_head_learning_rate
     if head is None:
@@ -45,10 +47,10 @@ def _part(name: str) -> str:
     return "head" if name.startswith("critic.head.") else name.split(".")[0]
 
 
-def clip_by_part(model: PolicyAndCritic, max_norm: float) -> dict[str, torch.Tensor]:
+def clip_by_part(model: PolicyAndReference, max_norm: float) -> dict[str, torch.Tensor]:
     """Scale each part's gradients down to ``max_norm``; returns the norms before, 0 without gradients."""
     norms = {}
-    for part in PARTS:
+    for part in (part for part in PARTS if hasattr(model, part)):
         parameters = [p for p in getattr(model, part).parameters() if p.grad is not None]
         norms[part] = torch.nn.utils.clip_grad_norm_(parameters, max_norm) if parameters else torch.zeros(())
     return norms

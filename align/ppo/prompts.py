@@ -43,7 +43,7 @@ class Prompts:
             self.token_ids.append(ids)
         if not self.rows:
             raise UserError(
-                f"ppo: no prompt left to train on ({self.dropped} were longer than max_prompt_tokens {max_length}); "
+                f"no prompt left to train on ({self.dropped} were longer than max_prompt_tokens {max_length}); "
                 "check the prompts' split or raise max_prompt_tokens."
             )
 
@@ -68,7 +68,7 @@ def _token_ids(row: Mapping[str, Any], tokenizer: Any) -> list[int]:
     elif isinstance(prompt, list) and prompt:
         ids = render_prompt(tokenizer, prompt, row.get("tools"))
     else:
-        raise UserError(f"ppo: a row's 'prompt' should be a text or a list of messages; found {prompt!r}.")
+        raise UserError(f"a row's 'prompt' should be a text or a list of messages; found {prompt!r}.")
     if not ids:
-        raise UserError("ppo: a prompt has no tokens; leave empty prompts out.")
+        raise UserError("a prompt has no tokens; leave empty prompts out.")
     return ids

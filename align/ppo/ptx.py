@@ -16,7 +16,7 @@ from align.ppo.prompts import derive_seed
 from align.training.rows import split_turn
 
 if TYPE_CHECKING:
-    from align.ppo.config import PPOConfig
+    from align.ppo.arguments import RolloutArguments
 
 Text = tuple[list[int], list[int]]
 """Token ids of a prompt and of its answer, the end of turn included."""
@@ -32,7 +32,7 @@ class PtxRows:
         for row in rows:
             answer = row.get("completion") or row.get("chosen")
             if not answer:
-                raise UserError(f"ppo: a ptx row needs a 'prompt' and a 'completion'; found {sorted(row)}.")
+                raise UserError(f"a ptx row needs a 'prompt' and a 'completion'; found {sorted(row)}.")
             prompt, completion = split_turn(tokenizer, row["prompt"], answer, tools=row.get("tools"))
             if len(prompt) + len(completion) > max_length:
                 self.dropped += 1
@@ -40,7 +40,7 @@ class PtxRows:
                 self.texts.append((prompt, completion))
         if not self.texts:
             raise UserError(
-                f"ppo: no ptx row is left: {self.dropped} are longer than max_prompt_tokens + max_tokens, {max_length}."
+                f"no ptx row is left: {self.dropped} are longer than max_prompt_tokens + max_tokens, {max_length}."
             )
 
     def draw(self, step: int, count: int, seed: int) -> list[Text]:
@@ -55,7 +55,7 @@ class PtxRows:
         return drawn
 
 
-def make_ptx(args: PPOConfig, rows: Iterable[Mapping[str, Any]] | None, tokenizer: Any) -> PtxRows | None:
+def make_ptx(args: RolloutArguments, rows: Iterable[Mapping[str, Any]] | None, tokenizer: Any) -> PtxRows | None:
     """The texts that ``ptx_coef`` asks for; ``ValueError`` when none are given."""
     if not args.ptx_coef:
         return None

@@ -22,6 +22,7 @@ from align.ppo.prompts import Prompts, Row, derive_seed
 from align.ppo.rewards import adjust_scores, shape_rewards, whiten_rewards
 
 if TYPE_CHECKING:
+    from align.ppo.arguments import RolloutArguments
     from align.ppo.config import PPOConfig
 
 AnyScorer = ScoreFunction | Scorer
@@ -51,9 +52,18 @@ class Rollout:
     texts: list[str]
     tensors: dict[str, torch.Tensor]
     seconds: dict[str, float] = field(default_factory=dict)
+    drawn: Rollout | None = None
+    """The rollout that this one was chosen from, whose scores are logged; None where all of it is learnt from."""
+    redrawn: list[Rollout] = field(default_factory=list)
+    """Further responses that were sampled to choose from."""
 
     def __len__(self) -> int:
         return len(self.responses)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all responses."""
+        return int(self.tensors["response_mask"].sum())
 
     @property
     def lengths(self) -> list[int]:
@@ -86,6 +96,27 @@ class Rollout:
         width = max(len(self.responses[i]) for i in indices)
         return {name: self.tensors[name][indices][:, : width + (name == "values")] for name in names}
 
+    def subset(self, indices: Sequence[int]) -> Rollout:
+        """A rollout of some of the responses, cut to the longest of them; it remembers where it comes from."""
+        width = max(len(self.responses[i]) for i in indices)
+        wanted = torch.tensor(list(indices))
+        full = self.tensors["response_mask"].shape[1]
+
+        def cut(tensor: torch.Tensor) -> torch.Tensor:
+            chosen = tensor[wanted]
+            return chosen[:, :width] if chosen.dim() == 2 and chosen.shape[1] == full else chosen
+
+        return Rollout(
+            update=self.update,
+            rows=[self.rows[i] for i in indices],
+            groups=[self.groups[i] for i in indices],
+            prompts=[self.prompts[i] for i in indices],
+            responses=[self.responses[i] for i in indices],
+            texts=[self.texts[i] for i in indices],
+            tensors={name: cut(tensor) for name, tensor in self.tensors.items()},
+            drawn=self,
+        )
+
     def store(self, indices: list[int], results: Batch) -> None:
         """Write model outputs for some of the responses into ``tensors``."""
         width = self.tensors["response_mask"].shape[1]
@@ -95,26 +126,31 @@ class Rollout:
             target[indices, : result.shape[1]] = result.float().cpu()
 
 
-def sample_rollout(engine: Any, prompts: Prompts, args: PPOConfig, update: int) -> Rollout:
+def sample_rollout(engine: Any, prompts: Prompts, args: RolloutArguments, update: int) -> Rollout:
     """Sample this process's responses of one update; a request's seed follows from the run's and the prompt's number.
 
     So the responses of an update are the same however many processes sample them.
     """
-    from align.rollouts.protocol import Sampling
-
     count = args.local_batch // args.samples_per_prompt
     start = (update * args.world_size + args.process_index) * count
     indices = prompts.draw(start, count, args.seed)
+    seeds = [derive_seed(args.seed, "sampling", number) for number in range(start, start + count)]
+    return sample_prompts(engine, prompts, args, update, indices, seeds)
+
+
+def sample_prompts(
+    engine: Any, prompts: Prompts, args: RolloutArguments, update: int, indices: list[int], seeds: Sequence[int]
+) -> Rollout:
+    """Sample ``samples_per_prompt`` responses to each of the prompts at ``indices``, with a seed for each prompt."""
+    from align.rollouts.protocol import Sampling
+
     sampling = Sampling(
-        max_tokens=args.max_tokens,
-        temperature=args.temperature,
-        n=args.samples_per_prompt,
-        seeds=tuple(derive_seed(args.seed, "sampling", number) for number in range(start, start + count)),
+        max_tokens=args.max_tokens, temperature=args.temperature, n=args.samples_per_prompt, seeds=tuple(seeds)
     )
     answers = engine.generate([prompts.token_ids[i] for i in indices], sampling)
-    found = sum(len(some) for some in answers)
-    if found != args.local_batch:
-        raise RuntimeError(f"engine {engine.name} returned {found} responses; asked: {args.local_batch}")
+    found, asked = sum(len(some) for some in answers), len(indices) * args.samples_per_prompt
+    if found != asked:
+        raise RuntimeError(f"engine {engine.name} returned {found} responses; asked: {asked}")
     return rollout_of(prompts, indices, answers, update)
 
 
@@ -155,13 +191,11 @@ def score_rollout(rollout: Rollout, scorer: AnyScorer, name: str = "scores") -> 
 
 def _checked(rollout: Rollout, scores: list[float]) -> torch.Tensor:
     if len(scores) != len(rollout):
-        raise UserError(
-            f"ppo: the scorer returned {len(scores)} scores for {len(rollout)} responses; one each is expected."
-        )
+        raise UserError(f"the scorer returned {len(scores)} scores for {len(rollout)} responses; one each is expected.")
     for score, text in zip(scores, rollout.texts, strict=True):
         if not math.isfinite(score):
             raise UserError(
-                f"ppo: update {rollout.update + 1}: the scorer gave {score} to {text[:80]!r}; scores must be finite."
+                f"update {rollout.update + 1}: the scorer gave {score} to {text[:80]!r}; scores must be finite."
             )
     return torch.tensor(scores)
 
@@ -179,18 +213,7 @@ def add_advantages(
     """
     tensors = rollout.tensors
     mask, finished = tensors["response_mask"], tensors["finished"]
-    scores = tensors["scores"]
-    if scale is not None:
-        scale.add(scores, reduce)
-        scores = scale.apply(scores)
-    scores = adjust_scores(
-        scores,
-        finished,
-        missing_eos_penalty=args.missing_eos_penalty,
-        score_clip=args.score_clip,
-        length_penalty=args.length_penalty,
-        lengths=mask.sum(dim=1),
-    )
+    scores = adjusted_scores(rollout, args, reduce, scale)
     rewards, tensors["kl"] = shape_rewards(scores, tensors["logprobs"], tensors["ref_logprobs"], mask, kl_coef)
     if args.whiten_rewards:
         rewards = whiten_rewards(rewards, mask, reduce)
@@ -201,6 +224,25 @@ def add_advantages(
     learnt = mask & finished[:, None] if args.truncated == "mask" else mask
     tensors["learn_mask"] = learnt
     tensors["advantages"] = whiten_advantages(advantages, learnt, reduce) if args.whiten_advantages else advantages
+
+
+def adjusted_scores(
+    rollout: Rollout, args: RolloutArguments, reduce: Reduce = local, scale: RunningScale | None = None
+) -> torch.Tensor:
+    """Scores (B,) as they are learnt from: on the running scale, clipped, penalties subtracted."""
+    tensors = rollout.tensors
+    scores = tensors["scores"]
+    if scale is not None:
+        scale.add(scores, reduce)
+        scores = scale.apply(scores)
+    return adjust_scores(
+        scores,
+        tensors["finished"],
+        missing_eos_penalty=args.missing_eos_penalty,
+        score_clip=args.score_clip,
+        length_penalty=args.length_penalty,
+        lengths=tensors["response_mask"].sum(dim=1),
+    )
 
 
 class RolloutLoader:

@@ -18,7 +18,7 @@ from align.ppo.prompts import Prompts, derive_seed
 from align.ppo.rollout import Rollout, rollout_of, score_rollout
 
 if TYPE_CHECKING:
-    from align.ppo.config import PPOConfig
+    from align.ppo.arguments import RolloutArguments
     from align.ppo.experience import RolloutTrainer
 
 FOLDER = "best-"
@@ -89,7 +89,9 @@ class Validation:
             checkpoint.load_trained(model, self.folder / f"{FOLDER}{int(self.best['update'])}")
 
 
-def make_validation(args: PPOConfig, rows: Iterable[Mapping[str, Any]] | None, tokenizer: Any) -> Validation | None:
+def make_validation(
+    args: RolloutArguments, rows: Iterable[Mapping[str, Any]] | None, tokenizer: Any
+) -> Validation | None:
     """The validation that ``eval_updates`` asks for; ``ValueError`` when there is nothing to validate on."""
     if args.eval_updates is None:
         return None

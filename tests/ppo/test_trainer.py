@@ -277,7 +277,7 @@ def test_an_alarm_is_told_once_and_stops_if_asked(make_trainer, monkeypatch, on_
     from align.ppo.alarms import Alarm
 
     monkeypatch.setattr(
-        "align.ppo.trainer.alarms",
+        "align.ppo.online.alarms",
         lambda history: [Alarm("collapse", len(history), "the entropy is gone")] if len(history) >= 4 else [],
     )
     told = []
