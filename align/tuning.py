@@ -230,6 +230,12 @@ class QloraTuning(LowRank):
         return self
 
 
+IA3_OUTPUTS = ("k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn")
+"""Modules whose output IA3 scales by default: keys and values, or the one matrix that makes them."""
+IA3_INPUTS = ("down_proj", "dense_4h_to_h", "mlp.c_proj")
+"""Modules whose input it scales by default: the last of the MLP."""
+
+
 class Ia3Tuning(TuningBase):
     """Train factors of keys, values and the MLP's inner features (arXiv 2205.05638); they want a rate near 1e-2."""
 

@@ -7,12 +7,15 @@ against the model that transformers builds. Left out: mixtures of experts, encod
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from align.tuning import FullTuning, LoraTuning
+from align.tuning import IA3_INPUTS, IA3_OUTPUTS, FullTuning, Ia3Tuning, LowRank, TuningBase
+
+EMBEDDINGS = ("embed_tokens", "embed_in", "wte")
+"""What the token embedding is called."""
 
 
 class UnknownArchitecture(ValueError):
@@ -91,22 +94,52 @@ class Architecture:
         """Parameters of the causal language model; a tied head is counted once."""
         return self.trunk + (0 if self.tied else self.head)
 
-    def adapters(self, tuning: LoraTuning | FullTuning, part: Literal["model", "trunk"]) -> int:
-        """Parameters of the LoRA adapters on the causal model, or on its trunk; 0 for full tuning.
+    def adapters(self, tuning: TuningBase, part: Literal["model", "trunk"]) -> int:
+        """Parameters that ``tuning`` puts beside the causal model's own, or its trunk's; 0 for full tuning.
 
-        A target names a module as peft does: its whole name, or the end of it after a dot.
+        A target names a module as peft does: its whole name, or the end of it after a dot. Raises
+        ``UnknownArchitecture`` for a method without a rule.
         """
         if isinstance(tuning, FullTuning):
             return 0
+        if isinstance(tuning, LowRank):
+            return self._low_rank(tuning, part) + sum(self._module(name, part) for name in set(tuning.save_modules))
+        if isinstance(tuning, Ia3Tuning):
+            targets, inner = tuning.targets or [*IA3_OUTPUTS, *IA3_INPUTS], tuning.feedforward
+            inner = list(IA3_INPUTS) if inner is None else inner
+            return sum(
+                linear.inputs if _is_target(name, inner) else linear.outputs
+                for name, linear in self._matrices()
+                if _is_target(name, targets)
+            )
+        raise UnknownArchitecture(f"there is no rule for what tuning {tuning.label} adds to a model")
+
+    def _low_rank(self, tuning: LowRank, part: Literal["model", "trunk"]) -> int:
         targets = tuning.targets if isinstance(tuning.targets, list) else None  # None is all-linear
-        widths = 0
-        for linear in self.linears:
-            names = [f"{self.layers_path}.{layer}.{linear.path}" for layer in range(self.layers)]
-            adapted = self.layers if targets is None else sum(_is_target(name, targets) for name in names)
-            widths += adapted * (linear.inputs + linear.outputs)
+        shapes = [
+            (linear.inputs, linear.outputs)
+            for name, linear in self._matrices()
+            if targets is None or _is_target(name, targets)
+        ]
         if part == "model" and targets is not None and _is_target(self.head_path, targets):
-            widths += self.hidden + self.vocabulary
-        return tuning.rank * widths
+            shapes.append((self.hidden, self.vocabulary))
+        return sum(tuning.rank * (inputs + outputs) + tuning.dora * outputs for inputs, outputs in shapes)
+
+    def _matrices(self) -> Iterator[tuple[str, Linear]]:
+        for layer in range(self.layers):
+            for linear in self.linears:
+                yield f"{self.layers_path}.{layer}.{linear.path}", linear
+
+    def _module(self, name: str, part: Literal["model", "trunk"]) -> int:
+        """Parameters of the modules called ``name``; a head tied to the embeddings counts with these alone."""
+        if name in EMBEDDINGS:
+            return self.vocabulary * self.hidden
+        if name == self.head_path:
+            return self.head if part == "model" else 0
+        found = sum(linear.parameters for path, linear in self._matrices() if _is_target(path, [name]))
+        if not found:
+            raise UnknownArchitecture(f"there is no rule for the size of the module '{name}' in save_modules")
+        return found
 
 
 def _is_target(name: str, targets: list[str]) -> bool:

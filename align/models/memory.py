@@ -1,4 +1,4 @@
-"""What PPO needs in memory, in bytes, from the models' sizes alone: counted, not measured. Torch-free.
+"""What training needs in memory, in bytes, from the models' sizes alone: counted, not measured. Torch-free.
 
 A trained parameter takes 16 bytes: weight, gradient and AdamW's state in float32. Frozen models that are never saved,
 the reference and reward models, are in bfloat16 where that is the ``precision`` (``align.models.precision``).
@@ -18,7 +18,7 @@ from typing import Any, Literal
 from align.models.architecture import Architecture
 from align.models.precision import Precision
 from align.stage import Runtime
-from align.tuning import FullTuning, LoraTuning
+from align.tuning import LowRank, QloraTuning, TuningBase
 
 FLOAT = 4
 TRAINED = 4 * FLOAT
@@ -98,36 +98,39 @@ def ppo_memory(
     policy: Architecture,
     rewards: Sequence[Architecture],
     *,
-    tuning: FullTuning | LoraTuning,
+    tuning: TuningBase,
     critic: CriticKind,
     precision: Precision,
 ) -> Memory:
     """PPO in one process without its engine. ``rewards`` are reward models; ``critic: reward`` starts from the first.
 
-    With LoRA the reference is the policy with its adapter off, and the critic an adapter on weights that are there
-    anyway; with full tuning both are models of their own (``align.ppo.critic``, ``align.ppo.model``). A critic with a
+    With adapters the reference is the policy with them off, and the critic adapters on weights that are there anyway
+    (matrices in 4 bits, or less what adapters took out of them, are its own); with full tuning both are models of their
+    own (``align.ppo.critic``, ``align.ppo.model``). A critic with a
     trunk has learnt before the policy's forward pass starts, so of what both keep until then only the larger counts.
     Raises ``ValueError`` for ``critic: reward`` without a reward model.
     """
-    full, low = isinstance(tuning, FullTuning), precision == "bfloat16"
+    full, low = tuning.trains_all, precision == "bfloat16"
     trained = policy.parameters if full else policy.adapters(tuning, "model")
+    quantised = isinstance(tuning, QloraTuning)
     if critic == "reward" and not rewards:
         raise ValueError("critic is reward, but there is no reward model")
     beside = {"reward": rewards[0] if rewards else None, "policy": policy, "head": None}[critic]
     own = policy.hidden + 1  # the value head and its bias
-    copies = [policy.matrices + policy.head]
+    copies = [(0 if quantised else policy.matrices) + policy.head]
     per_token = [activations_per_token(policy, tuning, precision)]
     if beside is not None:
         own = beside.hidden + 1 + (beside.trunk if full else beside.adapters(tuning, "trunk"))
-        copies.append(beside.matrices if full or critic == "policy" else 0)  # a frozen reward model is in bfloat16
+        mine = full or (critic == "policy" and not quantised)  # a frozen reward model is in bfloat16
+        copies.append(beside.matrices if mine else 0)
         per_token.append(activations_per_token(beside, tuning, precision))
     known = [amount for amount in per_token if amount is not None]
     return Memory(
-        weights=FLOAT * (policy.parameters + (0 if full else trained)),
+        weights=model_bytes(policy, tuning) + (0 if full else FLOAT * trained),
         gradients=FLOAT * trained,
         optimizer=2 * FLOAT * trained,
         reference=_frozen(policy, low) + (0 if policy.tied else (FLOAT - 2 * low) * policy.head) if full else 0,
-        critic=TRAINED * own,
+        critic=TRAINED * own + (0 if beside is None else _own_matrices(beside, tuning, critic)),
         reward=sum(_frozen(reward, low) + FLOAT * reward.hidden for reward in rewards),
         copies=2 * max(copies) if low else 0,
         logits=_logits(policy, full, low),
@@ -135,21 +138,43 @@ def ppo_memory(
     )
 
 
+def model_bytes(model: Architecture, tuning: TuningBase) -> int:
+    """Weights of a causal model as ``tuning`` holds them, in bytes, without what it puts beside them."""
+    if not isinstance(tuning, QloraTuning):
+        return FLOAT * model.parameters
+    biases = model.layers * sum(linear.bias * linear.outputs for linear in model.linears)
+    return FLOAT * (model.parameters - model.matrices + biases) + _quantised(model.matrices - biases, tuning)
+
+
+def _quantised(weights: int, tuning: QloraTuning) -> int:
+    """Bytes of matrices in 4 bits: a scale for 64 weights, in float32, or in 8 bits with one for 256 scales."""
+    scales = weights / 64
+    return round(weights / 2 + (scales + FLOAT * scales / 256 if tuning.double_quantisation else FLOAT * scales))
+
+
+def _own_matrices(model: Architecture, tuning: TuningBase, critic: CriticKind) -> int:
+    """Bytes of frozen matrices that a critic cannot share with the model it starts from."""
+    if isinstance(tuning, QloraTuning):
+        return _quantised(model.matrices, tuning) if critic == "reward" else 0
+    return FLOAT * model.matrices if isinstance(tuning, LowRank) and tuning.from_weights else 0
+
+
 def _frozen(model: Architecture, low: bool) -> int:
     """Bytes of a trunk that is neither trained nor saved."""
     return FLOAT * model.trunk - (2 * model.rounded if low else 0)
 
 
-def activations_per_token(model: Architecture, tuning: FullTuning | LoraTuning, precision: Precision) -> int | None:
-    """Bytes that one token leaves in all layers for the backward pass; None for a kind of layer without a rule.
+def activations_per_token(model: Architecture, tuning: TuningBase, precision: Precision) -> int | None:
+    """Bytes that one token leaves in all layers for the backward pass; None for a layer or a tuning without a rule.
 
     Counted from what autograd keeps of RMS norms, linear layers, attention of ragged rows and a gated MLP. Left out:
     padding inside attention, and that where flash attention runs (a GPU, or rows beyond 512 tokens) its result is kept
     once more.
     """
-    if model.norms is None:
+    plain = tuning.trains_all or (isinstance(tuning, LowRank) and not tuning.dora)
+    if model.norms is None or not plain:
         return None
-    size, trained = SIZES[precision], isinstance(tuning, FullTuning)
+    size, trained = SIZES[precision], tuning.trains_all
     out = next(linear for linear in model.linears if "o_proj" in linear.path)
     down = next(linear for linear in model.linears if "down_proj" in linear.path)
     # A lean norm keeps its input; any other, in float32, its input and what its weight is multiplied with if trained.
@@ -158,7 +183,7 @@ def activations_per_token(model: Architecture, tuning: FullTuning | LoraTuning, 
     inputs = size * 2 * model.hidden  # of attention and of the MLP
     attention = size * 4 * out.inputs  # queries, keys and values repeated for every head, and what comes out
     gated = size * 4 * down.inputs  # gate, its activation, up, their product
-    low_rank = 0 if isinstance(tuning, FullTuning) else size * tuning.rank * len(model.linears)
+    low_rank = size * tuning.rank * len(model.linears) if isinstance(tuning, LowRank) else 0
     return model.layers * (norms + inputs + attention + gated + low_rank) + norm * model.hidden
 
 

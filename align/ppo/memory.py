@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from align.models.architecture import Architecture
 from align.models.memory import Choice, CriticKind, Estimate, engine_memory, engine_of, ppo_memory
 from align.stage import Runtime
-from align.tuning import FullTuning, LoraTuning
+from align.tuning import FullTuning, LoraTuning, TuningBase
 
 if TYPE_CHECKING:
     from align.stages.ppo import PpoConfig
@@ -28,8 +28,8 @@ def estimate(config: PpoConfig, models: Mapping[str, Sequence[Architecture]], ru
         sequences=config.rollout_batch,
         length=config.max_prompt_tokens + config.max_tokens,
     )
-    full = isinstance(config.tuning, FullTuning)
-    tunings = (LoraTuning(), config.tuning) if full else (config.tuning, FullTuning())
+    full = config.tuning.trains_all
+    tunings: tuple[TuningBase, ...] = (LoraTuning(), config.tuning) if full else (config.tuning, FullTuning())
     critics: tuple[CriticKind, ...] = ("reward", "policy", "head") if rewards else ("policy", "head")
     choices = []
     for tuning in tunings:
@@ -42,9 +42,8 @@ def estimate(config: PpoConfig, models: Mapping[str, Sequence[Architecture]], ru
                 precision=config.precision,
             )
             memory = replace(memory, engine=engine, kv_cache=cache, lent=lent)
-            name = "full" if isinstance(tuning, FullTuning) else f"lora r{tuning.rank}"
             chosen = tuning == config.tuning and critic == config.critic_source
-            choices.append(Choice({"tuning": name, "critic": critic}, memory, chosen))
+            choices.append(Choice({"tuning": tuning.label, "critic": critic}, memory, chosen))
     return Estimate(policy.parameters, tuple(choices), tuple(_notes(config, runtime)))
 
 

@@ -9,7 +9,7 @@ import torch
 from align.errors import UserError
 from align.models.tuning.folding import folded, tuner_layers
 from align.models.tuning.lora import check_names, check_ties
-from align.tuning import Ia3Tuning, PeftTuning
+from align.tuning import IA3_INPUTS, IA3_OUTPUTS, Ia3Tuning, PeftTuning
 
 STARTS: dict[str, dict[str, Any]] = {"c3a": {"init_weights": True}, "fourierft": {"init_weights": True}}
 """Options with which a method starts at the model as it came in, where peft's defaults do not."""
@@ -51,7 +51,10 @@ def _options(model: Any, tuning: Ia3Tuning | PeftTuning) -> dict[str, Any]:
     classifier = hasattr(model, "score")
     found: dict[str, Any] = {"task_type": "SEQ_CLS" if classifier else "CAUSAL_LM"}
     if isinstance(tuning, Ia3Tuning):
-        found |= {"peft_type": "IA3", "target_modules": tuning.targets, "feedforward_modules": tuning.feedforward}
+        names = [name for name, _ in model.named_modules()]
+        there = [end for end in (*IA3_OUTPUTS, *IA3_INPUTS) if any(name.endswith(f".{end}") for name in names)]
+        inner = [end for end in IA3_INPUTS if end in there] if tuning.feedforward is None else tuning.feedforward
+        found |= {"peft_type": "IA3", "target_modules": tuning.targets or there, "feedforward_modules": inner}
         return found | ({"modules_to_save": ["score"]} if classifier else {})
     found |= {"peft_type": tuning.type.upper(), **STARTS.get(tuning.type, {})}
     if tuning.type not in OWN_PLACES:
