@@ -83,9 +83,11 @@ class ConsoleListener(Listener):
             self._say("▸", node.name, text)
 
     def stage_event(self, node: Node, event: dict[str, Any]) -> None:
-        """Move the bar; print warnings."""
+        """Move the bar; print warnings and notes."""
         if event.get("event") == "warning":
             self._say("!", node.name, str(event.get("message")), "yellow")
+        elif event.get("event") == "note":
+            self._say("·", node.name, str(event.get("message")))
         elif event.get("event") == "progress" and self.live and self.task is not None:
             self.first = self.first or event
             self.progress.update(

@@ -241,6 +241,10 @@ class StageContext:
         """A warning the user sees on the console and in the report."""
         self.emit("warning", message=message)
 
+    def note(self, message: str) -> None:
+        """A line the user sees on the console and in the report, where nothing is wrong."""
+        self.emit("note", message=message)
+
 
 @dataclass(frozen=True)
 class Stage:

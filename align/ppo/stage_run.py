@@ -16,6 +16,7 @@ from align.models.loading import load_tokenizer
 from align.models.reward import RewardModel
 from align.models.threads import device_of, use_threads
 from align.models.tuning.apply import load_for_tuning
+from align.models.tuning.notice import notice
 from align.ppo.checkpoint import last_checkpoint
 from align.ppo.completions import gather
 from align.ppo.config import PPOConfig
@@ -94,6 +95,7 @@ def train(context: StageContext) -> dict[str, Any]:
         checkpoint = last_checkpoint(context.checkpoints)
         if checkpoint is not None:
             print(f"resuming from {checkpoint}")
+        context.note(notice(trainer.model, config.tuning, config.precision))
         updates = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2]) // trainer.args.steps_per_update
         with _saying_what_is_kept(context), follow(context, trainer, updates + 1 if checkpoint else 0):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

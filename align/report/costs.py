@@ -69,6 +69,7 @@ def _stage(artifact: Artifact, events: Events) -> dict[str, Any]:
         "config": as_yaml(record.get("config", {})),
         "metrics": flatten(record.get("metrics", {})),
         "warnings": events.warnings,
+        "notes": events.notes,
     }
 
 

@@ -29,7 +29,7 @@ TRAINING_NAME = {
 
 @dataclass
 class Events:
-    """What a stage reported: ``series`` maps a metric to its (steps, values), ``warnings`` are in order.
+    """What a stage reported: ``series`` maps a metric to its (steps, values), ``warnings`` and ``notes`` are in order.
 
     Where a value stands for several logged ones, ``spread`` has the (least, greatest) of them, and ``logged`` says how
     many were logged in all.
@@ -39,20 +39,21 @@ class Events:
     spread: dict[str, tuple[list[float], list[float]]] = field(default_factory=dict)
     logged: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def read_events(folder: Path) -> Events:
-    """Curves and warnings of a stage's folder; a missing file or a damaged line is no error.
+    """Curves, warnings and notes of a stage's folder; a missing file or a damaged line is no error.
 
     A resumed stage reports some steps twice: the later report counts.
     """
     points: dict[str, dict[float, float]] = {}
     found = Events()
     for event in _lines(folder / "events.jsonl"):
-        if event.get("event") == "warning":
-            message = str(event.get("message", ""))
-            if message not in found.warnings:
-                found.warnings.append(message)
+        if event.get("event") in ("warning", "note"):
+            messages, message = found.warnings if event["event"] == "warning" else found.notes, event.get("message", "")
+            if str(message) not in messages:
+                messages.append(str(message))
         elif event.get("event") == "metrics" and isinstance(event.get("step"), (int, float)):
             for name, value in event.items():
                 if name in ("event", "time", "step") or isinstance(value, bool):
@@ -112,7 +113,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
             for line in file:
-                if '"metrics"' not in line and '"warning"' not in line:
+                if '"metrics"' not in line and '"warning"' not in line and '"note"' not in line:
                     continue  # a run of days reports its progress more often than its metrics
                 try:
                     event = json.loads(line)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from align.models.tuning.notice import notice, parameter_counts
 from align.stage import StageContext
 from align.training.checkpoints import MarkCheckpoints, last_complete
 from align.training.extras import extra_callbacks
@@ -33,6 +34,7 @@ def fit(
 def _fit(
     trainer: Any, context: StageContext, held_out: Callable[[], dict[str, float]], before: bool, checkpoint: Path | None
 ) -> dict[str, Any]:
+    context.note(notice(trainer.model, context.config.tuning, context.config.precision))
     at_first = _scored_before(context, held_out) if before else {}
     extras = extra_callbacks(context, trainer)
     for callback in extras:
@@ -55,8 +57,7 @@ def _fit(
         "tokens": tokens,
         "training_seconds": seconds,
         "tokens_per_second": (tokens - at_start) / seconds,
-        "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        **dict(zip(("trainable_parameters", "parameters"), parameter_counts(trainer.model), strict=True)),
         "loss_first": losses[0],
         "loss_last": losses[-1],
         **{name: value for extra in extras for name, value in getattr(extra, "facts", dict)().items()},
