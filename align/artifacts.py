@@ -13,6 +13,7 @@ InstructionData    ``train.parquet`` and ``test.parquet``: ``prompt`` and ``comp
 PreferenceData     the same files: ``prompt``, ``chosen``, ``rejected`` (lists of messages)
 PromptData         the same files: ``prompt``
 UnpairedData       the same files: ``prompt``, ``completion`` and ``label``, whether it is wanted
+TextData           the same files: ``text``, a document without turns
 Scorecard          ``scorecard.json`` and ``samples.jsonl``
 Report             ``report.html``; ``figures/`` and ``tables/``, what it shows as files
 =================  =====================================================================================
@@ -37,6 +38,7 @@ class Kind(StrEnum):
     PREFERENCES = "PreferenceData"
     PROMPTS = "PromptData"
     UNPAIRED = "UnpairedData"
+    TEXTS = "TextData"
     SCORECARD = "Scorecard"
     REPORT = "Report"
 
@@ -45,7 +47,10 @@ GENERATORS = (Kind.MODEL, Kind.POLICY)
 """Checkpoints that can answer a prompt."""
 
 PROMPT_SOURCES = (Kind.PROMPTS, Kind.INSTRUCTIONS, Kind.PREFERENCES, Kind.UNPAIRED)
-"""Every data artifact has a ``prompt`` column."""
+"""Data artifacts with a ``prompt`` column: all but plain texts."""
+
+DATASETS = (*PROMPT_SOURCES, Kind.TEXTS)
+"""Every kind of data artifact."""
 
 
 @dataclass(frozen=True)

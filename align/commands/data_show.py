@@ -17,7 +17,7 @@ from rich.text import Text
 from align.commands.finding import find_build, find_tokenizer
 from align.commands.parsing import print_json
 from align.data.built import SPLITS, count_rows, message_text, rows, shards
-from align.data.rows import Row
+from align.data.rows import Row, is_text
 from align.errors import UserError
 from align.report.escape import visible
 from align.validation import suggest
@@ -152,6 +152,8 @@ class Printer:
     def _messages(self, row: Row) -> None:
         if row.get("tools"):
             self._turn("tools", {"content": row["tools"]}, "")
+        if is_text(row):
+            self._turn("text", {"content": row["text"]}, TRAINED)
         for turn in row.get("prompt", []):
             self._turn(str(turn.get("role", "")), turn, "")
         for side in ("completion", "chosen", "rejected"):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.artifacts import PROMPT_SOURCES, Artifact
+from align.artifacts import DATASETS, Artifact
 from align.data.built import is_build
 from align.data.card import name_of
 from align.errors import UserError
@@ -48,7 +48,7 @@ def find_build(word: str, store: str | None = None, workers: int | None = None) 
     if path.exists():
         raise UserError(f"{word}: neither a build's folder nor a recipe (.yaml).")
     artifact = open_store(None, store).resolve(word)
-    if artifact.kind not in PROMPT_SOURCES:
+    if artifact.kind not in DATASETS:
         raise UserError(f"{word} is a {artifact.kind}, not rows.")
     return Build(artifact.path, name_of(artifact.path))
 

@@ -25,13 +25,14 @@ SIZES = (
     (10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"),
     (10**8, "10M<n<100M"), (10**9, "100M<n<1B"),
 )  # fmt: skip
-TAGS = {"instructions": ["sft"], "preferences": ["dpo", "reward-model"], "unpaired": ["kto"], "prompts": ["rl"]}
+TAGS = {"instructions": ["sft"], "preferences": ["dpo", "reward-model"], "unpaired": ["kto"], "prompts": ["rl"],
+        "texts": ["pretraining"]}  # fmt: skip
 COLUMNS = {
     "id": "stable text that names the row", "source": "where it comes from", "completion": "the assistant's answer",
     "prompt": "messages; the last is the user's", "checks": "JSON for a program that checks the answer, or empty",
     "chosen": "the better answer", "rejected": "the worse answer", "label": "whether the answer is wanted",
     "tools": "JSON list of the tools that may be called, or empty", "responses": "answers with scores or ranks",
-    "chosen_score": "score of the better answer", "rejected_score": "score of the worse answer",
+    "text": "a document", "chosen_score": "score of the better answer", "rejected_score": "score of the worse answer",
 }  # fmt: skip
 """What columns hold, for the card."""
 
@@ -184,7 +185,7 @@ def _splits(folder: Path, ledger: Mapping[str, Any]) -> list[str]:
     first = next((paths[0] for split in SPLITS if (paths := shards(folder, split))), None)
     names = pq.read_schema(first).names if first is not None else []
     lines += ["", *(f"- `{plain(name)}`: {COLUMNS.get(name, 'added by a step')}" for name in names)]
-    return [*lines, "", "No prompt is in both splits."]
+    return [*lines, "", "No text is in both splits." if "text" in names else "No prompt is in both splits."]
 
 
 def _steps(ledger: Mapping[str, Any]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any, Literal
 
-from align.data.rows import Row, normalised, prompt_key
+from align.data.rows import Row, is_text, normalised, prompt_key
 from align.errors import UserError
 
 Of = Literal["prompt", "reply", "row"]
@@ -29,6 +29,8 @@ def reply_parts(row: Row) -> list[tuple[str, int]]:
 def parts(row: Row, of: Of) -> list[tuple[str, int]]:
     """The texts compared and the mark of each. System turns are left out: a whole source may share one."""
     found: list[tuple[str, int]] = []
+    if is_text(row):
+        return [(row["text"], 0)]
     if of != "reply":
         found += [(message.get("content") or "", 0) for message in row["prompt"] if message["role"] != "system"]
     if of != "prompt":
@@ -39,6 +41,8 @@ def parts(row: Row, of: Of) -> list[tuple[str, int]]:
 def key(row: Row, of: Of) -> str:
     """Text that is equal for rows of equal content: case, punctuation and white space apart, as between splits."""
     found: list[Any] = [] if of == "reply" else [prompt_key(row)]
+    if is_text(row):
+        return prompt_key(row)
     if of != "prompt":
         found += [[normalised(text), mark] for text, mark in reply_parts(row)]
     return json.dumps(found)
@@ -50,3 +54,5 @@ def check(of: Of, kind: str, step: str) -> None:
         raise UserError(
             f"{step}: 'of: reply' in a recipe of kind prompts, whose rows have no reply; write 'of: prompt'."
         )
+    if of != "row" and kind == "texts":
+        raise UserError(f"{step}: 'of: {of}' in a recipe of kind texts, whose rows have no turns; write 'of: row'.")

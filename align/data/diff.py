@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from align.data.built import LEDGER, SPLITS, count_rows, message_text, read_ledger, rows, rows_at
-from align.data.rows import Row, prompt_key
+from align.data.rows import Row, is_text, prompt_key
 
 EXAMPLES = 3
 EXCERPT = 160
@@ -207,6 +207,8 @@ def _example(was: tuple[str, Row] | None, now: tuple[str, Row] | None) -> dict[s
 
 
 def _excerpt(row: Row) -> str:
+    if is_text(row):
+        return _short(row["text"])
     return _short(next((message_text(turn) for turn in row.get("prompt", []) if turn.get("role") == "user"), ""))
 
 

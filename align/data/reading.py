@@ -1,4 +1,4 @@
-"""Reading data files, plain or compressed, record by record: JSON, JSON lines, CSV, TSV and Parquet.
+"""Reading data files, plain or compressed, record by record: JSON, JSON lines, CSV, TSV, Parquet; a text is one record.
 
 Memory holds one record (a line, a row) or one small batch at a time, whatever the size of the file. What cannot be read
 is given as a ``BadRecord`` in its place; where a file cannot be read on, the records before count. Leaves out what
@@ -28,7 +28,7 @@ from align.errors import UserError
 
 Item = Record | BadRecord
 
-TEXT = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+TEXT = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".md")
 PACKED = ("", ".gz", ".bz2", ".xz", ".zst")
 SUFFIXES = (*(kind + packed for kind in TEXT for packed in PACKED), ".parquet")
 """Endings of the files that can be read."""
@@ -240,10 +240,24 @@ def _read_table(path: Path, file: io.BufferedReader, delimiter: str) -> Iterator
             yield where(start), dict(zip(names, cells, strict=False))
 
 
+def _read_document(path: Path, file: io.BufferedReader) -> Iterator[Item]:
+    """A plain text: the whole file is the field ``text`` of one record."""
+    content = file.read(LONGEST_LINE + 1)
+    if len(content) > LONGEST_LINE:
+        yield BadRecord(str(path), f"a text of more than {LONGEST_LINE >> 20} MiB. Cut it into several files.")
+        return
+    try:
+        yield str(path), {"text": content.decode("utf-8-sig")}
+    except UnicodeDecodeError as error:
+        yield BadRecord(str(path), f"not UTF-8 text (byte {error.start}); save it as UTF-8.")
+
+
 _READERS: dict[str, Callable[[Path, io.BufferedReader], Iterator[Item]]] = {
     "jsonl": _read_jsonl,
     "ndjson": _read_jsonl,
     "json": _read_json,
     "csv": lambda path, file: _read_table(path, file, ","),
     "tsv": lambda path, file: _read_table(path, file, "\t"),
+    "txt": _read_document,
+    "md": _read_document,
 }

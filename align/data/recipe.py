@@ -25,8 +25,9 @@ class Recipe(Config):
     """What the dataset is; changes nothing."""
     language: list[str] = Field([])
     """Languages of its texts as codes (en, de), for the card; changes nothing."""
-    kind: Literal["instructions", "preferences", "prompts", "unpaired"]
-    """What a row has beside its prompt: one reply, a better and a worse one, nothing, or a good or bad reply."""
+    kind: Literal["instructions", "preferences", "prompts", "unpaired", "texts"]
+    """What a row has beside its prompt: one reply, a better and a worse one, nothing, or a good or bad reply; or, for
+    ``texts``, a plain text and no prompt (stage ``pretrain``)."""
     sources: list[Source] = Field(min_length=1)
     """Where the rows come from, in order."""
     steps: list[Step] = Field([])
@@ -52,6 +53,15 @@ class Recipe(Config):
         return self
 
     @model_validator(mode="after")
+    def _steps_fit(self) -> Self:
+        for index, step in enumerate(self.steps):
+            if self.kind == "texts" and step.type in ("pairs", "score") and getattr(step, "by", "") != "function":
+                raise ValueError(f"kind is texts, and steps[{index}] ({step.type}) is about answers; take it out")
+            if self.kind != "texts" and step.type == "divide":
+                raise ValueError(f"kind is {self.kind}, and steps[{index}] (divide) is about texts; take it out")
+        return self
+
+    @model_validator(mode="after")
     def _sources_fit(self) -> Self:
         labels(self.sources)
         paired = any(step.type == "pairs" for step in self.steps)
@@ -59,7 +69,7 @@ class Recipe(Config):
             form = source.format
             if form == "auto":
                 continue
-            if source.type == "embedded" and self.kind not in ("instructions", "prompts"):
+            if source.type == "embedded" and self.kind not in ("instructions", "prompts", "texts"):
                 raise ValueError(
                     f"kind is {self.kind}, but sources[{index}] (embedded) has one reply per prompt; "
                     "use kind instructions or prompts"
@@ -83,7 +93,7 @@ class Recipe(Config):
         """The artifact kind that a stage with this recipe makes."""
         return {
             "instructions": Kind.INSTRUCTIONS, "preferences": Kind.PREFERENCES, "prompts": Kind.PROMPTS,
-            "unpaired": Kind.UNPAIRED,
+            "unpaired": Kind.UNPAIRED, "texts": Kind.TEXTS,
         }[self.kind]  # fmt: skip
 
     def with_files(self, paths: list[str]) -> Recipe:

@@ -7,7 +7,8 @@ each) and may add ``chosen_score`` and ``rejected_score``; ``chosen_finished`` o
 answer that was cut off at its length limit; unpaired rows add ``completion`` and ``label``. Before pairs are made of
 them, rows may have ``responses``: a list of ``content``, ``score`` and ``rank`` (0 is best), either of which may be
 None. ``tools`` is a JSON list of the functions a model may call (``""`` for none); a message that calls some has
-``tool_calls``, as JSON text too, since their arguments have no common type. Torch-free.
+``tool_calls``, as JSON text too, since their arguments have no common type. A row of plain text has ``id``, ``source``
+and ``text`` instead of all that. Torch-free.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ _TYPES: dict[str, pa.DataType] = {
     "label": pa.bool_(),
     "responses": pa.list_(pa.struct(_RESPONSE)),
     "tools": pa.string(),
+    "text": pa.string(),
     "flipped": pa.bool_(),
     "score": pa.float64(),
     "_where": pa.string(),
@@ -64,6 +66,7 @@ _TYPES: dict[str, pa.DataType] = {
     "_split": pa.string(),
 }
 REQUIRED = ("id", "source", "prompt", "checks")
+REQUIRED_OF_TEXTS = ("id", "source", "text")
 
 
 @dataclass(frozen=True)
@@ -103,11 +106,12 @@ def write_rows(path: Path, rows: list[Row]) -> None:
 
     Raises ``ValueError`` for a row without a required column.
     """
+    required = REQUIRED_OF_TEXTS if rows and is_text(rows[0]) else REQUIRED
     for number, row in enumerate(rows):
-        missing = [name for name in REQUIRED if name not in row]
+        missing = [name for name in required if name not in row]
         if missing:
             raise ValueError(f"row {number} has no {', '.join(missing)}")
-    names = list(dict.fromkeys([*REQUIRED, *(name for row in rows for name in row)]))
+    names = list(dict.fromkeys([*required, *(name for row in rows for name in row)]))
     pq.write_table(pa.table([_column(name, rows) for name in names], names=names), path)
 
 
@@ -169,8 +173,15 @@ def normalised(text: str) -> str:
     return " ".join(re.sub(r"[.,:;!?\"'“”‘’`]+", " ", unicodedata.normalize("NFKC", text).casefold()).split())
 
 
+def is_text(row: Row) -> bool:
+    """Whether a row is a plain text, which has no turns."""
+    return "prompt" not in row and "text" in row
+
+
 def prompt_key(row: Row) -> str:
-    """What makes two prompts the same: every turn, role, normalised content and calls of tools."""
+    """What makes two prompts the same: every turn, role, normalised content and calls of tools; a text is all of it."""
+    if is_text(row):
+        return normalised(row["text"])
     return "\n".join(
         f"{message['role']}: {normalised(message['content'])}{message.get('tool_calls') or ''}"
         for message in row["prompt"]
@@ -180,6 +191,8 @@ def prompt_key(row: Row) -> str:
 def row_id(row: Row) -> str:
     """16 hex digits, equal for rows of equal content: prompts as compared between splits, replies exactly."""
     names = ("completion", "chosen", "rejected", "label", "responses", "tools")
+    if is_text(row):
+        return hashlib.sha256(json.dumps(["text", row["text"]], ensure_ascii=True).encode()).hexdigest()[:16]
     content = [prompt_key(row), *(row[name] for name in names if row.get(name) not in (None, ""))]
     return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()[:16]
 

@@ -74,8 +74,8 @@ class FilesSource(RecordSource):
 
     type: Literal["files"]
     paths: list[str] = Field(min_length=1)
-    """Paths or globs of .json, .jsonl, .csv, .tsv or .parquet files, the text ones also .gz, .bz2, .xz or .zst;
-    relative to the current directory."""
+    """Paths or globs of .json, .jsonl, .csv, .tsv or .parquet files, the text ones also .gz, .bz2, .xz or .zst, and for
+    kind ``texts`` .txt and .md files, a document each; relative to the current directory."""
 
     identified: ClassVar[frozenset[str]] = frozenset({"paths"})
 

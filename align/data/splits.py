@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 
-from align.data.rows import Row, normalised
+from align.data.rows import Row, is_text, normalised
 
 
 def group(row: Row) -> str:
     """What keeps rows on one side: the first user turn, normalised.
 
-    Conversations that grow from one question share it, and so would leak between splits cut by the whole prompt.
+    Conversations that grow from one question share it, and so would leak between splits cut by the whole prompt. A
+    plain text is its own group.
     """
+    if is_text(row):
+        return normalised(row["text"])
     return next(normalised(message["content"]) for message in row["prompt"] if message["role"] == "user")
 
 

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 import pyarrow.parquet as pq
 
-from align.data.rows import Row, iter_rows, split_files
+from align.data.rows import Row, is_text, iter_rows, split_files
 from align.errors import UserError
 from align.lint.batches import Collator
 from align.lint.findings import Finding
@@ -20,7 +20,7 @@ from align.lint.tokens import Limits
 
 STAGE_OF: dict[str, StageKind] = {
     "instructions": "sft", "preferences": "dpo", "unpaired": "sft", "prompts": "prompts",
-    "sft": "sft", "dpo": "dpo", "reward": "reward", "ppo": "prompts",
+    "sft": "sft", "dpo": "dpo", "orpo": "dpo", "cpo": "dpo", "simpo": "dpo", "reward": "reward", "ppo": "prompts",
 }  # fmt: skip
 """Kinds of data, and of training stages: how rows of each become tokens."""
 
@@ -125,6 +125,8 @@ def kind_of(row: Row, folder: Path) -> str:
         return "unpaired" if row.get("label") is not None else "instructions"
     if row.get("prompt"):
         return "prompts"
+    if is_text(row):
+        raise UserError(f"{folder}: plain texts, which have no turns, so no template and nothing that lint looks for.")
     raise UserError(f"{folder}: a row has {', '.join(row) or 'no fields'}; expected 'prompt' and answers.")
 
 

@@ -114,8 +114,12 @@ def _draw(batch: pa.RecordBatch, split: str, sources: list[str], ids: list[str],
 
 def _count(batch: pa.RecordBatch, split: str, sources: list[str], lengths: dict[str, Lengths]) -> None:
     names, codes = np.unique(np.array(sources, dtype=object).astype(str), return_inverse=True)
-    prompt, turns = _characters(batch.column("prompt"))
-    answers = {name: _characters(batch.column(name))[0] for name in ANSWERS if name in batch.schema.names}
+    if "prompt" in batch.schema.names:
+        prompt, turns = _characters(batch.column("prompt"))
+        answers = {name: _characters(batch.column(name))[0] for name in ANSWERS if name in batch.schema.names}
+    else:  # plain texts, which have no turns
+        prompt = turns = np.zeros(len(sources), np.int64)
+        answers = {"text": pc.utf8_length(batch.column("text")).to_numpy(zero_copy_only=False)}
     for code, name in enumerate(names.tolist()):
         mine, found = codes == code, lengths[name]
         found.rows[split] += int(mine.sum())

@@ -13,14 +13,14 @@ from typing import Any
 
 import yaml
 
-from align.artifacts import Artifact, Kind
+from align.artifacts import DATASETS, Artifact
 from align.data.built import LEDGER
 from align.data.licences import UNKNOWN, normalise, of_mixture
 from align.models.embedded import LICENCE, NAME
 from align.models.source import TINY
 from align.report.beside import Beside
 
-DATA = frozenset({Kind.INSTRUCTIONS, Kind.PREFERENCES, Kind.PROMPTS, Kind.UNPAIRED})
+DATA = frozenset(DATASETS)
 MOST_REASONS = 40
 MADE_HERE = "random weights, made here"
 

@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from align.data.built import message_text, read_ledger
 from align.data.licences import normalise, of_mixture
-from align.data.rows import Row
+from align.data.rows import Row, is_text
 from align.report.build_figures import figures
 from align.report.build_rows import Cluster, Found, look, quantile
 from align.report.escape import finalize
@@ -165,7 +165,9 @@ def _sample(row: Row, split: str, tokenizer: Any, max_length: int | None) -> dic
                 }
             )
         return shown
-    shown["turns"] = [{"role": turn["role"], "text": _shortened(message_text(turn))} for turn in row["prompt"]]
+    shown["turns"] = [{"role": turn["role"], "text": _shortened(message_text(turn))} for turn in row.get("prompt", [])]
+    if is_text(row):
+        shown["turns"] = [{"role": "text", "text": _shortened(row["text"])}]
     for side in ("completion", "chosen", "rejected"):
         for turn in row.get(side, []):
             score = row.get(f"{side}_score")
@@ -200,7 +202,9 @@ def _cluster(cluster: Cluster) -> dict[str, Any]:
 
 
 def _question(row: Row) -> str:
-    """The prompt's turns and the first answer, short."""
+    """The prompt's turns and the first answer, or a text; short."""
+    if is_text(row):
+        return _shortened(row["text"], 700)
     answers: list[dict[str, str]] = next((row[side] for side in ("completion", "chosen") if row.get(side)), [])
     turns = [*row.get("prompt", []), *answers]
     return _shortened("\n".join(f"{turn.get('role', '')}: {message_text(turn)}" for turn in turns), 700)

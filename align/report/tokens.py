@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from align.data.rows import Row, assistant
+from align.data.rows import Row, assistant, is_text
 from align.errors import UserError
 
 NO_LIMIT = 1 << 30
@@ -74,6 +74,9 @@ def load_for_show(folder: Path | str, **options: Any) -> tuple[Any, list[str]]:
 def views(tokenizer: Any, row: Row, max_length: int | None = None) -> list[View]:
     """The row's sequences; ``max_length`` as of the training stage, None for no limit."""
     most = max_length or NO_LIMIT
+    if is_text(row):
+        ids = [int(token) for token in tokenizer.encode(row["text"], add_special_tokens=False)]
+        return [View("text", tuple(ids), (True,) * len(ids))]
     if "chosen" in row and "rejected" in row:
         return _pair(tokenizer, row, most)
     if "responses" in row:

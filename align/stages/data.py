@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from align.artifacts import Kind
+from align.artifacts import DATASETS, Kind
 from align.data.build import build
 from align.data.card import write_card
 from align.data.ledger import summary_lines
@@ -33,7 +33,7 @@ class DataConfig(Config):
     files: list[str] | None = Field(None, min_length=1)
     """Local files (paths or globs) to read instead of the recipe's sources, in the recipe's format."""
 
-    inputs: list[stage_input(Kind.INSTRUCTIONS, Kind.PREFERENCES, Kind.PROMPTS, Kind.POLICY, Kind.REWARD)] = Field([])  # type: ignore[valid-type]
+    inputs: list[stage_input(*DATASETS, Kind.POLICY, Kind.REWARD)] = Field([])  # type: ignore[valid-type]
     """Earlier stages whose data the recipe's sources of type ``input`` read, or whose model its steps use."""
     max_rows: int | None = Field(None, ge=2)
     """Keep this many rows at most, both splits together; comes before the recipe's own."""

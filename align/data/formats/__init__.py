@@ -29,6 +29,7 @@ from align.data.formats.instructions import (
     from_prompt,
     from_prompt_completion,
     from_self_instruct,
+    from_text,
 )
 from align.data.formats.kinds import finished, unusable
 from align.data.formats.messages import from_messages
@@ -61,6 +62,7 @@ CONVERTERS: dict[str, Converter] = {
     "oasst": from_oasst,
     "unpaired": from_unpaired,
     "prompt": from_prompt,
+    "text": from_text,
     "rows": lambda record, options, kind: [dict(record)],
 }
 

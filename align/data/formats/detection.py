@@ -17,6 +17,7 @@ from align.data.formats.fields import (
     PROMPTS,
     REJECTED,
     RESPONSES,
+    TEXTS,
     Malformed,
     first,
     names_of,
@@ -146,13 +147,14 @@ SHAPES: dict[str, Callable[[Record], bool]] = {
     "sharegpt": _sharegpt,
     "prompt_completion": _answered,
     "prompt": _asks,
+    "text": lambda record: isinstance(record.get(first(record, TEXTS) or ""), str),
 }
 """Whether a record is in a format, by what its fields hold."""
 
 
 def fitting(record: Record) -> list[str]:
-    """All formats a record is in."""
-    return [form for form, fits in SHAPES.items() if fits(record)]
+    """All formats a record is in, but for ``text``, which whatever has a field of that name is in."""
+    return [form for form, fits in SHAPES.items() if form != "text" and fits(record)]
 
 
 def detect(records: Sequence[Record], kind: str | None = None) -> Detection:

@@ -17,6 +17,7 @@ RESPONSES = ("responses", "completions", "answers", "outputs", "generations", "c
 CHOSEN = ("chosen", "response_j")
 REJECTED = ("rejected", "response_k")
 LABELS = ("label", "kto_tag")
+TEXTS = ("text", "content", "document", "page")
 
 FIELDS: dict[str, Groups] = {
     "oasst": (("prompt",), ("message_tree_id",)),
@@ -33,7 +34,8 @@ FIELDS: dict[str, Groups] = {
     "sharegpt": (CONVERSATIONS,),
     "prompt_completion": (PROMPTS, COMPLETIONS),
     "prompt": ((*PROMPTS, *CONVERSATIONS),),
-    "rows": (("prompt",),),
+    "text": (TEXTS,),
+    "rows": (("prompt", "text"),),
 }
 """What a record of each format has: every group needs one of its names. Those that ask for more come first."""
 
@@ -55,13 +57,15 @@ SEVERAL = ("ranked", "scored", "oasst")
 PAIRED = ("hh_rlhf", "preferences")
 """Formats with a chosen and a rejected answer."""
 
-_ONE = frozenset({"instructions", "prompts"})
-_ALL = frozenset({"instructions", "prompts", "preferences", "unpaired"})
+_ONE = frozenset({"instructions", "prompts", "texts"})
+_MORE = frozenset({"instructions", "prompts", "preferences", "unpaired"})
 KINDS: dict[str, frozenset[str]] = {
     **dict.fromkeys(FIELDS, _ONE),
-    **dict.fromkeys((*SEVERAL, *PAIRED, "rows"), _ALL),
+    **dict.fromkeys((*SEVERAL, *PAIRED), _MORE),
+    "rows": _MORE | {"texts"},
     "unpaired": _ONE | {"unpaired"},
     "prompt": frozenset({"prompts"}),
+    "text": frozenset({"texts"}),
 }
 """Kinds of dataset that a format's records can make."""
 

@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any
 
-from align.data.formats.fields import COMPLETIONS, CONVERSATIONS, PROMPTS, Malformed, Unusable, first
+from align.data.formats.fields import COMPLETIONS, CONVERSATIONS, PROMPTS, TEXTS, Malformed, Unusable, first
 from align.data.formats.messages import messages, prompt, reply, text, tools, with_system
 from align.data.formats.options import FormatOptions
 from align.data.rows import Dropped, Message, Row, assistant, user
@@ -77,6 +77,13 @@ def from_gsm8k(record: dict[str, Any], options: FormatOptions, kind: str) -> lis
     question = user(text(record["question"], "question").strip())
     answer = assistant(f"{solution}\n#### {number}")
     return [{"prompt": [question], "completion": [answer], "checks": json.dumps({"answer": number})}]
+
+
+def from_text(record: dict[str, Any], options: FormatOptions, kind: str) -> list[Row | Dropped]:
+    """A document: text and nothing else."""
+    name = first(record, TEXTS)
+    assert name is not None
+    return [{"text": text(record[name], name)}]
 
 
 def from_prompt(record: dict[str, Any], options: FormatOptions, kind: str) -> list[Row | Dropped]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from align.data.rows import Dropped, Message, Row, assistant, row_id
+from align.data.rows import Dropped, Message, Row, assistant, is_text, row_id
 
 ANSWERS = ("completion", "chosen", "rejected", "responses")
 OF_PAIRS = ("chosen", "rejected", "chosen_score", "rejected_score", "chosen_finished", "rejected_finished", "flipped")
@@ -25,7 +25,8 @@ def finished(draft: Row | Dropped, kind: str, check: bool) -> list[Row | Dropped
 
 def _complete(row: Row, draft: Row, count: int) -> Row:
     row = {name: value for name, value in row.items() if value is not None and (name != "tools" or value)}
-    row.setdefault("checks", "")
+    if not is_text(row):
+        row.setdefault("checks", "")
     return {"id": draft["id"] if count == 1 and draft.get("id") else row_id(row), **_without(row, ("id",))}
 
 
@@ -35,6 +36,10 @@ def _without(row: Row, names: tuple[str, ...]) -> Row:
 
 def of_kind(draft: Row, kind: str) -> list[Row | Dropped]:
     """What a draft gives for a kind of dataset, unchecked."""
+    if kind == "texts":
+        return [_text(draft)]
+    if is_text(draft):
+        return [Dropped("a plain text, which has no turns")]
     if kind == "prompts":
         return [_without(draft, ("completion", "responses", "label", *OF_PAIRS))]
     if kind == "instructions":
@@ -52,6 +57,17 @@ def of_kind(draft: Row, kind: str) -> list[Row | Dropped]:
         return [Dropped("chosen equals rejected")]
     rest = _without(draft, ("completion", *OF_PAIRS))
     return [{**rest, "completion": draft[side], "label": side == "chosen"} for side in ("chosen", "rejected")]
+
+
+def _text(draft: Row) -> Row | Dropped:
+    """A draft's text; of a conversation what its turns say, a blank line between them, without any template."""
+    kept = {name: draft[name] for name in ("id", "source") if draft.get(name)}
+    if draft.get("text") is not None:
+        return kept | {"text": draft["text"]}
+    if draft.get("label") is False:
+        return Dropped("labelled as bad")
+    turns = [*draft.get("prompt", []), *(draft.get("completion") or draft.get("chosen") or [])]
+    return kept | {"text": "\n\n".join(turn["content"] for turn in turns if (turn.get("content") or "").strip())}
 
 
 def _instruction(draft: Row) -> Row | Dropped:
@@ -78,6 +94,8 @@ def best_response(responses: list[dict[str, object]]) -> str | None:
 
 def unusable(row: Row, mendable: bool = False) -> Dropped | None:
     """Why no trainer could use a row; None for a good one. ``mendable`` passes what a ``normalise`` step may mend."""
+    if is_text(row):
+        return None if row["text"].strip() else Dropped("empty text")
     prompt: list[Message] = row["prompt"]
     turns = [message for message in prompt if message["role"] != "system"]
     if not mendable:

@@ -24,6 +24,7 @@ Format = Literal[
     "oasst",
     "unpaired",
     "prompt",
+    "text",
 ]
 """How a record is spelled. ``rows`` is not among them: only artifacts have finished rows."""
 

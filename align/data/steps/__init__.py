@@ -8,6 +8,7 @@ from pydantic import Field
 
 from align.data.steps.cap import CapConfig
 from align.data.steps.decontaminate import Decontaminate
+from align.data.steps.divide import DivideStep
 from align.data.steps.exact_duplicates import ExactDuplicates
 from align.data.steps.filter import FilterStep
 from align.data.steps.mix import MixConfig
@@ -20,6 +21,7 @@ from align.data.steps.semantic_duplicates import SemanticDuplicates
 Step = Annotated[
     NormaliseStep
     | FilterStep
+    | DivideStep
     | PairsStep
     | ScoreConfig
     | ExactDuplicates

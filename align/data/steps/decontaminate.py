@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from align.data.compared import reply_parts
 from align.data.evaluation_sets import EvaluationSet, Item, all_items
 from align.data.overlap import Index
-from align.data.rows import Row
+from align.data.rows import Row, is_text
 from align.data.steps.base import StepConfig, StepContext, Table, Verdict, keep_all
 
 MOST = 4
@@ -150,5 +150,7 @@ class _Decontaminate:
 
 def searched(row: Row, of: Literal["user", "all"]) -> list[str]:
     """The texts of a row that evaluation items are looked for in."""
+    if is_text(row):
+        return [row["text"]]
     prompt = [message.get("content") or "" for message in row["prompt"] if of == "all" or message["role"] == "user"]
     return prompt + ([text for text, _ in reply_parts(row)] if of == "all" else [])

@@ -162,7 +162,7 @@ class _Turns:
         return [self._one(row) for row in rows]
 
     def _one(self, row: Row) -> Row | Dropped:
-        found = len(row["prompt"])
+        found = len(row.get("prompt") or ())
         if self._config.min is not None and found < self._config.min:
             return Dropped("filter: turns.min", {"found": found, "limit": self._config.min})
         if self._config.max is not None and found > self._config.max:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from align.data.rows import Dropped, Message, Row
+from align.data.rows import Dropped, Message, Row, is_text
 from align.data.steps.base import RowStep, StepConfig, StepContext
 from align.data.steps.texts import change_texts
 
@@ -184,6 +184,8 @@ def order_turns(row: Row) -> Row | Dropped:
 
     A tool's turns, and turns with more than a role and a content (calls of tools), are neither merged nor empty.
     """
+    if is_text(row):
+        return row if row["text"].strip() else Dropped("normalise: empty text")
     prompt = row["prompt"]
     if not _in_order(prompt):
         prompt = _put_in_order(prompt)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
-from align.data.rows import Message, Row
+from align.data.rows import Message, Row, is_text
 
 Sides = Literal["chosen", "both"]
 
@@ -20,8 +20,12 @@ def reply_texts(row: Row, sides: Sides) -> Iterator[tuple[str, str]]:
     """Field and text of the replies that ``sides`` means.
 
     ``chosen``: the completion, unless it is an unpaired row's whose label is False; the chosen reply; the best of
-    several responses (lowest rank, else highest score; none where nothing ranks them). ``both``: every reply.
+    several responses (lowest rank, else highest score; none where nothing ranks them). ``both``: every reply. A plain
+    text is one either way.
     """
+    if is_text(row):
+        yield "text", row["text"]
+        return
     for name in _REPLIES:
         if row.get(name) and (sides == "both" or not _is_bad(row, name)):
             for message in row[name]:
@@ -45,7 +49,7 @@ def _best(responses: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def prompt_texts(row: Row, *roles: str) -> Iterator[tuple[str, str]]:
     """``prompt`` and the text of each of its turns; those of ``roles`` only, where some are named."""
-    for message in row["prompt"]:
+    for message in row.get("prompt") or ():
         if not roles or message["role"] in roles:
             yield "prompt", message.get("content") or ""
 
@@ -53,6 +57,9 @@ def prompt_texts(row: Row, *roles: str) -> Iterator[tuple[str, str]]:
 def change_texts(row: Row, change: Callable[[str], str]) -> Row:
     """The row with ``change`` made to every text of it: a new row, or the very same one where nothing changed."""
     new: Row = {}
+    if is_text(row):
+        text = change(row["text"])
+        return row if text == row["text"] else row | {"text": text}
     for name in ("prompt", *_REPLIES):
         if row.get(name):
             messages = change_messages(row[name], change)

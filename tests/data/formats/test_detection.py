@@ -77,7 +77,10 @@ def test_auto_does_not_guess_between_two() -> None:
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"text": "x"}, "They have 'text'. options.columns renames fields. The formats are alpaca, dolly"),
+        (
+            {"text": "x"},
+            "Text fits 1 .no instructions.. options.columns renames fields. The formats are alpaca, dolly",
+        ),
         ({"Question": "q", "Answr": "x"}, "Is 'Question' meant as 'question'"),
         (
             {"instruction": "i", "outputt": "o"},
