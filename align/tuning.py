@@ -367,12 +367,17 @@ class AdaptersTuning(TuningBase):
     def _fields_are_of_this_kind(self) -> Self:
         bottleneck = self.kind == "bottleneck"
         meant = {"size", "position", "after"} if bottleneck else {"tokens", "layers"}
-        strange = sorted(self.model_fields_set - meant - {"method", "kind"})
+        # By value, not by what was set: a stage's process reads the whole block back, defaults written out.
+        plain = type(self).model_construct().__dict__
+        strange = sorted(
+            name for name, value in self.__dict__.items()
+            if name not in meant | {"method", "kind"} and value != plain[name]
+        )  # fmt: skip
         if strange:
             raise ValueError(
                 f"'{strange[0]}' means nothing for kind {self.kind}, which has {', '.join(sorted(meant))}."
             )
-        if self.position == "parallel" and "after" in self.model_fields_set:
+        if self.position == "parallel" and self.after != plain["after"]:
             raise ValueError("'after' is of a sequential bottleneck; a parallel one is beside the MLP.")
         if len(set(self.after)) < len(self.after):
             raise ValueError(f"'after' names a part twice: {', '.join(self.after)}.")

@@ -11,11 +11,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from align.artifacts import Artifact, Kind
 from align.evaluation.comparisons import Column, Resampling, correct, difference
 from align.report.beside import Beside
 from align.report.compare_cards import Evaluated
 from align.report.wording import duration, interval, number, size
+from align.tuning import Tuning
 
 Card = dict[str, Any]
 
@@ -23,8 +26,7 @@ FEWEST = 2
 """Rows from which there is something to compare."""
 METRICS = ("gold", "reward", "heldout_loss", "kl", "length")
 """Metrics of the prompt set that have a column where they were measured; the primary metric comes first."""
-NUMBERS = ("rank", "tokens", "size", "layers")
-"""Numbers of a tuning that belong to its name: ``lora r16`` reads better than its whole block."""
+TUNINGS: TypeAdapter[Any] = TypeAdapter(Tuning)
 
 
 def section(artifacts: Sequence[Artifact], card: Card, beside: Beside) -> dict[str, Any] | None:
@@ -55,17 +57,19 @@ def _trained(record: Mapping[str, Any]) -> bool:
 
 
 def fitting(record: Mapping[str, Any]) -> str:
-    """How a stage fitted its weights, in a few words: ``dpo, lora r16 + dora``."""
+    """How a stage fitted its weights, in a few words: ``dpo, ipo, lora r16 DoRA``."""
     config = record.get("config") or {}
-    tuning = config.get("tuning") or {}
-    words = [str(tuning.get("type") or tuning.get("method") or "full")]
-    words += [f"{name[0]}{tuning[name]}" for name in NUMBERS if isinstance(tuning.get(name), int)]
-    switches = [name for name, value in tuning.items() if value is True]
-    if tuning.get("init") not in (None, "default"):
-        switches.append(str(tuning["init"]))
-    text = " + ".join([" ".join(words), *switches])
+    text = _label(config.get("tuning") or {})
     loss = config.get("loss")
     return ", ".join([str(record.get("kind", "")), *([str(loss)] if isinstance(loss, str) else []), text])
+
+
+def _label(tuning: Mapping[str, Any]) -> str:
+    """A tuning's own short name; of a block that another align wrote, its method."""
+    try:
+        return str(TUNINGS.validate_python({"method": "full", **tuning}).label)
+    except ValidationError:
+        return str(tuning.get("method"))
 
 
 def against_best(

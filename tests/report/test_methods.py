@@ -88,11 +88,12 @@ def test_a_row_says_how_it_was_fitted_and_what_that_cost(tmp_path):
 @pytest.mark.parametrize(
     ("record", "words"),
     [
-        ({"kind": "sft", "config": {"tuning": TUNING["lora"]}}, "sft, lora r16 + dora + pissa"),
-        ({"kind": "sft", "config": {"tuning": TUNING["prefix"]}}, "sft, prefix t20"),
+        ({"kind": "sft", "config": {"tuning": TUNING["lora"]}}, "sft, lora r16 DoRA pissa"),
+        ({"kind": "sft", "config": {"tuning": TUNING["prefix"]}}, "sft, prefix 20"),
         ({"kind": "dpo", "config": {"loss": "ipo", "tuning": {"method": "full"}}}, "dpo, ipo, full"),
         ({"kind": "sft", "config": {"tuning": {"method": "peft", "type": "vera"}}}, "sft, vera"),
         ({"kind": "sft"}, "sft, full"),
+        ({"kind": "sft", "config": {"tuning": {"method": "of the future", "rank": 3}}}, "sft, of the future"),
     ],
 )
 def test_names_are_short(record, words):
