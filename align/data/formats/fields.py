@@ -119,7 +119,7 @@ def nearly(record: Mapping[str, Any], kind: str | None = None) -> list[str]:
     share = {
         form: sum(_near(record, group) for group in groups) / len(groups)
         for form, groups in FIELDS.items()
-        if form != "rows" and kind in (None, *KINDS[form])
+        if form != "rows" and (form != "text" or kind == "texts") and kind in (None, *KINDS[form])
     }
     return [form for form in sorted(share, key=lambda form: -share[form]) if share[form] > 0]
 
