@@ -19,6 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from align.artifacts import Artifact, Kind
 from align.errors import UserError
+from align.handover.faults import REMEDIES
+from align.validation import suggest
 
 
 class Config(BaseModel):
@@ -152,6 +154,21 @@ class TrackingConfig(Config):
     """Folder of what trackers write on this machine; a relative one starts at the current folder."""
 
 
+class HandoverConfig(Config):
+    """The look at every checkpoint that one stage hands to the next (docs/methods.md)."""
+
+    waive: list[str] = []
+    """Faults, by name, that are meant: they refuse nothing."""
+
+    @field_validator("waive")
+    @classmethod
+    def _known_names(cls, names: list[str]) -> list[str]:
+        for name in names:
+            if name not in REMEDIES:
+                raise ValueError(f"there is no fault '{name}'.{suggest(name, REMEDIES)}")
+        return names
+
+
 class Runtime(Config):
     """Where and how a pipeline runs. Never part of a key: the same results are found whatever it says."""
 
@@ -170,6 +187,8 @@ class Runtime(Config):
     """Trackers that get each stage's curves and scores while it runs, beside the report (docs/evaluation.md)."""
     tracking: TrackingConfig = TrackingConfig()
     """Where those trackers put them."""
+    handover: HandoverConfig = HandoverConfig()
+    """What of the look at checkpoints between stages is waived."""
 
     @field_validator("executor", mode="before")
     @classmethod
@@ -315,7 +334,15 @@ STAGES: dict[str, Stage] = {
         _stage("synthesise", 1, None, "make instructions, responses or pairs with a model or an endpoint"),
         _stage("reward", 2, Kind.REWARD, "train a reward model on pairs"),
         _stage("dpo", 1, Kind.POLICY, "direct preference optimisation on pairs"),
+        _stage("kto", 1, Kind.POLICY, "learning from single answers marked as wanted or not"),
+        _stage("orpo", 1, Kind.POLICY, "fine-tuning and preference learning in one loss, without a reference"),
+        _stage("cpo", 1, Kind.POLICY, "contrastive preference optimisation, without a reference"),
+        _stage("simpo", 1, Kind.POLICY, "preference optimisation per token with a margin, without a reference"),
         _stage("ppo", 2, Kind.POLICY, "PPO with a critic against a reward model or a checker"),
+        _stage("grpo", 1, Kind.POLICY, "GRPO and its variants: responses to a prompt compared, without a critic"),
+        _stage("rloo", 1, Kind.POLICY, "REINFORCE with the other responses to a prompt as the baseline"),
+        _stage("online_dpo", 1, Kind.POLICY, "DPO on pairs of the policy's own responses, update by update"),
+        _stage("rejection", 1, Kind.POLICY, "best-of-N fine-tuning on the policy's own responses, in rounds"),
         _stage("evaluate", 2, Kind.SCORECARD, "compare systems on prompts, benchmarks and by judges, with intervals"),
         _stage("report", 2, Kind.REPORT, "one HTML page about the whole run"),
     )

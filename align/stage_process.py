@@ -23,10 +23,12 @@ from typing import Any
 
 from align.artifacts import Artifact, Kind
 from align.errors import UserError, explain_os_error, no_space
-from align.stage import Runtime, StageContext, find_stage
+from align.stage import Runtime, Stage, StageContext, find_stage, load_object
 
 WORK, RESULT, EVENTS, LOG = "work.json", "result.json", "events.jsonl", "log.txt"
 OUTPUT, CHECKPOINTS = "output", "checkpoints"
+HANDOVER = "align.handover.stage"
+"""Loaded as the stage itself is: not before the process of a stage needs it."""
 
 
 ENVIRONMENT = {
@@ -46,8 +48,8 @@ def main(folder: Path) -> int:
     _set_threads(work["runtime"])
     started = time.time()
     try:
-        metrics = find_stage(work["stage"]).runner()(_context(folder, work, started))
-        result: dict[str, Any] = {"status": "done", "metrics": metrics or {}}
+        metrics = _run(_context(folder, work, started), find_stage(work["stage"]))
+        result: dict[str, Any] = {"status": "done", "metrics": metrics}
         code = 0
     except UserError as error:
         result, code = {"status": "refused", "message": str(error)}, 2
@@ -69,6 +71,15 @@ def main(folder: Path) -> int:
         print(explain_os_error(error, folder), file=sys.stderr)
         return code or 1
     return code
+
+
+def _run(context: StageContext, stage: Stage) -> dict[str, Any]:
+    """Look at the checkpoints that come in, run the stage, look at the one that goes out."""
+    makes = stage.makes or context.config.makes()
+    load_object(f"{HANDOVER}:check_inputs")(context, makes)
+    metrics = stage.runner()(context) or {}
+    load_object(f"{HANDOVER}:check_made")(context, stage.kind, makes, metrics)
+    return metrics
 
 
 def _write_result(folder: Path, result: dict[str, Any]) -> None:

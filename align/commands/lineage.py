@@ -11,6 +11,8 @@ from align.commands.checkpoints import artifact_at
 from align.commands.finding import find_artifact
 from align.errors import UserError
 from align.fingerprint import file_digest
+from align.handover.adapters import check_base, has_base
+from align.handover.faults import refuse
 from align.store import MARKER, RECORD, Store
 
 BASE_FIELDS = ("model", "policy")
@@ -126,11 +128,19 @@ def find_base(adapter: Path, recorded: str, given: Path | None) -> tuple[Path, s
         folder = Path(recorded)
     if folder is None:
         raise UserError(f"{adapter}: its base, '{recorded}', is not here; name it with --base.")
+    known = has_base(adapter)
     if expected is None:
-        return folder, f"nothing records which base {adapter} was trained on; it fits {folder} by its shapes alone"
+        refuse("export", check_base(adapter, folder), waivable=False)
+        return (
+            folder,
+            None
+            if known
+            else f"nothing records which base {adapter} was trained on; it fits {folder} by its shapes alone",
+        )
     key, original = expected
     _refuse_other_base(adapter, folder, key, original)
-    known = original is not None or record_of(folder) is not None
+    refuse("export", check_base(adapter, folder), waivable=False)
+    known = known or original is not None or record_of(folder) is not None
     return folder, None if known else f"the base of {adapter} is gone from its store, so {folder} cannot be compared"
 
 
