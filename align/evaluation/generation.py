@@ -79,7 +79,9 @@ def architecture(model_dir: Path) -> str:
     generation = model_dir / "generation_config.json"
     ends = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id") if generation.is_file() else None
     shapes = {key: value for key, value in config.items() if key not in VOLATILE}
-    return digest({"shapes": json.dumps(shapes, sort_keys=True), "ends": json.dumps(ends)})
+    adapter = model_dir / "adapter" / "adapter.json"  # what is stored beside the weights (align.models.tuning.stored)
+    inserted = {"adapter": adapter.read_text(encoding="utf-8")} if adapter.is_file() else {}
+    return digest({"shapes": json.dumps(shapes, sort_keys=True), "ends": json.dumps(ends)} | inserted)
 
 
 class Sampler:

@@ -40,11 +40,17 @@ def open_engine(
     use_threads(runtime)
     device, dtype = device_of(runtime), engine_dtype(runtime, precision)
     if runtime.engine.name == "vllm-server":
+        _refuse_server(model_dir, runtime)
         return _open_server(model_dir, runtime, device, dtype, max_length, seed, on_hang)
     if runtime.engine.name != "transformers":
         from align.rollouts.vllm import VllmEngine, why_unusable
+        from align.rollouts.vllm_adapters import why_not_here
 
         reason = why_unusable()
+        adapted = why_not_here(model_dir, runtime.engine)
+        if reason is None and adapted is not None and runtime.engine.name == "vllm":
+            raise UserError(f"runtime.engine.name is vllm, but {adapted}. Take transformers.")
+        reason = reason or adapted
         if reason is None:
             return VllmEngine(
                 model_dir,
@@ -67,6 +73,14 @@ def open_engine(
     return TransformersEngine(
         model_dir, device=device, dtype=dtype, batch_size=runtime.engine.batch_size, watchdog=watchdog
     )
+
+
+def _refuse_server(model_dir: Path, runtime: Runtime) -> None:
+    from align.rollouts.vllm_adapters import why_not_here
+
+    reason = why_not_here(model_dir, runtime.engine)
+    if reason is not None:
+        raise UserError(f"runtime.engine.name is vllm-server, but {reason}. Take vllm or transformers.")
 
 
 def _open_server(

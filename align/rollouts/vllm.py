@@ -20,9 +20,11 @@ import numpy as np
 import torch
 
 from align.models.loading import load_tokenizer
+from align.models.tuning.stored import is_stored
 from align.rollouts.protocol import Progress, Response, Sampling
 from align.rollouts.sampling import pick_tokens
 from align.rollouts.sleep import CACHE, WEIGHTS, Sleep
+from align.rollouts.vllm_adapters import Adapter
 from align.rollouts.watchdog import Watchdog
 from align.rollouts.weights import refuse_missing, weight_names, with_tied_head
 from align.stage import EngineConfig
@@ -135,6 +137,7 @@ class VllmEngine:
         self.sleep = Sleep(self.llm, memory.get("enable_sleep_mode", False))
         self.runner = model_runner(self.llm)
         notice_steps(self.llm, self.watchdog.progress)
+        self.adapter = _adapter(self.runner, model_dir, dtype)
         self.tied = bool(getattr(self.llm.model_config.hf_config, "tie_word_embeddings", False))
         if device.type == "cpu":
             install_sampler(self.runner)
@@ -200,7 +203,10 @@ class VllmEngine:
         for name, tensor in with_tied_head(weights, self.tied):
             seen.add(name)
             self.watchdog.progress()
-            yield name, tensor.detach()
+            if self.adapter is not None and name in self.adapter.weights:
+                self.adapter.take({name: tensor})
+            else:
+                yield name, tensor.detach()
 
     def score_tokens(
         self, prompts: list[list[int]], responses: list[list[int]], temperature: float
@@ -257,6 +263,16 @@ def model_runner(llm: Any) -> Any:
     if not callable(getattr(place, "reload_weights", None)):
         raise VllmChanged("reload_weights")
     return place
+
+
+def _adapter(runner: Any, model_dir: Path, dtype: torch.dtype) -> Adapter | None:
+    """The checkpoint's stored adapter, put into the live model; ``VllmChanged`` where that has other parts."""
+    if not is_stored(model_dir):
+        return None
+    try:
+        return Adapter(runner.model, model_dir, dtype)
+    except AttributeError as error:
+        raise VllmChanged(f"model ({error})") from None
 
 
 def notice_steps(llm: Any, progress: Callable[[], None]) -> None:

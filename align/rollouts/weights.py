@@ -38,15 +38,23 @@ def weight_files(model_dir: Path) -> list[Path]:
     return files
 
 
+def adapter_weights(model_dir: Path) -> dict[str, torch.Tensor]:
+    """Tensors of the adapter that a checkpoint keeps beside its weights (``align.models.tuning.stored``), if any."""
+    from safetensors.torch import load_file
+
+    file = model_dir / "adapter" / "adapter.safetensors"
+    return load_file(file) if file.is_file() else {}
+
+
 def weight_names(model_dir: Path) -> set[str]:
-    """Names of a checkpoint's tensors, from the files' headers alone."""
+    """Names of a checkpoint's tensors, its stored adapter's among them."""
     from safetensors import safe_open
 
     names: set[str] = set()
     for file in weight_files(model_dir):
         with safe_open(file, framework="pt") as opened:
             names |= set(opened.keys())
-    return names
+    return names | set(adapter_weights(model_dir))
 
 
 def refuse_missing(names: set[str], seen: set[str]) -> None:
@@ -64,3 +72,4 @@ def checkpoint_weights(model_dir: Path) -> Iterator[tuple[str, torch.Tensor]]:
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118  # not a dict: it cannot be iterated
                 yield name, opened.get_tensor(name)
+    yield from adapter_weights(model_dir).items()

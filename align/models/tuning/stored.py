@@ -48,13 +48,6 @@ def stored_tuning(model_dir: Path) -> Inserted:
         raise UserError(f"{file} does not describe an adapter: {error}. The checkpoint is damaged.") from None
 
 
-def why_not_vllm(model_dir: Path) -> str | None:
-    """Why vLLM cannot run the checkpoint, or None where it can: its model has no place for a stored adapter."""
-    if not is_stored(model_dir):
-        return None
-    return f"{model_dir} was trained by tuning {stored_tuning(model_dir).label}, which vLLM's models have no place for"
-
-
 def tokenizer_for(tokenizer: Any, model_dir: Path, tuning: Any) -> Any:
     """``tokenizer`` of the checkpoint as ``tuning`` trains it: with its virtual tokens, if it has any."""
     if not isinstance(tuning, PrefixTuning | PromptTuning | PTuning):
