@@ -25,6 +25,10 @@ CLASSES: dict[str, tuple[str, str, str]] = {
     "cpo": ("trl", "experimental/cpo/cpo_config.py", "CPOConfig"),
     "orpo": ("trl", "experimental/orpo/orpo_config.py", "ORPOConfig"),
     "ppo": ("align", "ppo/config.py", "PPOConfig"),
+    "grpo": ("align", "online/config.py", "GRPOConfig"),
+    "rloo": ("align", "online/config.py", "RLOOConfig"),
+    "online_dpo": ("align", "online/config.py", "OnlineDPOConfig"),
+    "rejection": ("align", "online/config.py", "BestOfNConfig"),
 }
 """Stage kind → (package, file in it, config class)."""
 
@@ -148,7 +152,7 @@ def check_trainer_options(kind: str, mapping: Mapping[str, Any], reserved: Itera
     """
     options = trainer_options(kind)
     own = set(reserved)
-    owned = OWNED | OWNED_BY_PPO if kind == "ppo" else OWNED
+    owned = OWNED | OWNED_BY_PPO if CLASSES[kind][0] == "align" else OWNED
     for name, value in mapping.items():
         option = options.get(name)
         if option is None:

@@ -1,4 +1,7 @@
-"""What a ppo stage costs in memory, for each choice of tuning and critic, from its config alone. Torch-free."""
+"""What ppo and its kind cost in memory, for each choice of tuning and critic, from the config alone. Torch-free.
+
+A stage without a critic is one whose critic is a head, less that head.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,11 @@ from align.stage import Runtime
 from align.tuning import FullTuning, LoraTuning, TuningBase
 
 if TYPE_CHECKING:
-    from align.stages.ppo import PpoConfig
+    from align.ppo.fields import RolloutFields
 
 
-def estimate(config: PpoConfig, models: Mapping[str, Sequence[Architecture]], runtime: Runtime) -> Estimate:
-    """Every tuning with every critic there can be; the chosen one is marked. ``models`` as for ``PpoConfig.memory``.
+def estimate(config: RolloutFields, models: Mapping[str, Sequence[Architecture]], runtime: Runtime) -> Estimate:
+    """Every tuning with every critic there can be; the chosen one is marked. ``models`` as for the config's ``memory``.
 
     The other tuning is LoRA with its default rank where full tuning is chosen.
     """
@@ -30,7 +33,9 @@ def estimate(config: PpoConfig, models: Mapping[str, Sequence[Architecture]], ru
     )
     full = config.tuning.trains_all
     tunings: tuple[TuningBase, ...] = (LoraTuning(), config.tuning) if full else (config.tuning, FullTuning())
+    source = getattr(config, "critic_source", None)
     critics: tuple[CriticKind, ...] = ("reward", "policy", "head") if rewards else ("policy", "head")
+    critics = ("head",) if source is None else critics
     choices = []
     for tuning in tunings:
         for critic in critics:
@@ -42,12 +47,15 @@ def estimate(config: PpoConfig, models: Mapping[str, Sequence[Architecture]], ru
                 precision=config.precision,
             )
             memory = replace(memory, engine=engine, kv_cache=cache, lent=lent)
-            chosen = tuning == config.tuning and critic == config.critic_source
-            choices.append(Choice({"tuning": tuning.label, "critic": critic}, memory, chosen))
+            if source is None:
+                memory = replace(memory, critic=0)
+            chosen = tuning == config.tuning and source in (None, critic)
+            settings = {"tuning": tuning.label} | ({} if source is None else {"critic": critic})
+            choices.append(Choice(settings, memory, chosen))
     return Estimate(policy.parameters, tuple(choices), tuple(_notes(config, runtime)))
 
 
-def _notes(config: PpoConfig, runtime: Runtime) -> list[str]:
+def _notes(config: RolloutFields, runtime: Runtime) -> list[str]:
     name, gpu = engine_of(runtime)
     prompts = -(-config.micro_batch // config.samples_per_prompt)
     notes = [

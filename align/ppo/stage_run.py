@@ -1,10 +1,14 @@
-"""The ``ppo`` stage's work: models, scorers and engine from artifacts; the trainer's run; its metrics."""
+"""The work of the ``ppo`` stage and its kind: models, scorers, engine from artifacts; the trainer's run; its metrics.
+
+Left out: how a method's trainer is made, which its stage passes in.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -17,9 +21,11 @@ from align.models.reward import RewardModel
 from align.models.threads import device_of, use_threads
 from align.models.tuning.apply import load_for_tuning
 from align.models.tuning.notice import notice
+from align.ppo.arguments import RolloutArguments
 from align.ppo.checkpoint import last_checkpoint
 from align.ppo.completions import gather
 from align.ppo.config import PPOConfig
+from align.ppo.online import OnlineTrainer
 from align.ppo.scoring import Ensemble, Part, RewardScorer, WeightedSum
 from align.ppo.trainer import PPOTrainer
 from align.rollouts.engine import open_engine
@@ -29,7 +35,10 @@ from align.training.handover import check_model, check_same_vocabulary
 from align.training.tracking import follow, tracking_options
 
 if TYPE_CHECKING:
+    from align.ppo.fields import RolloutFields
     from align.stages.ppo import PpoConfig
+
+Arguments = TypeVar("Arguments", bound=RolloutArguments)
 
 SCHEDULERS = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
@@ -46,19 +55,43 @@ PASSED_ON = (
 """Fields with the same name and meaning in ``PpoConfig`` and ``PPOConfig``."""
 
 
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from; ``options`` are the arguments that every ``OnlineTrainer`` takes."""
+
+    context: StageContext
+    rewards: list[RewardModel]
+    options: dict[str, Any]
+
+
 def train(context: StageContext) -> dict[str, Any]:
     """See ``align.stages.ppo.run``."""
+    return run_online(context, _ppo_trainer)
+
+
+def _ppo_trainer(start: Start) -> OnlineTrainer:
+    config: PpoConfig = start.context.config
+    first = start.rewards[0] if start.rewards and config.critic_source == "reward" else None
+    return PPOTrainer(
+        **start.options,
+        args=arguments(start.context, PPOConfig, PASSED_ON),
+        reward_model=None if first is None else first.model,
+        critic=config.critic_source,
+    )
+
+
+def run_online(context: StageContext, make: Callable[[Start], OnlineTrainer]) -> dict[str, Any]:
+    """Train with the trainer that ``make`` gives, save ``model/``, and return the run's metrics."""
     use_threads(context.runtime)
-    config: PpoConfig = context.config
+    config: RolloutFields = context.config
     source = context.artifact("policy").model
     tokenizer, policy = load_tokenizer(source), load_for_tuning(source, config.tuning)
     check_model(context.name, policy, tokenizer)
     rows = _rows(context, "prompts", "train", config.max_prompts)
     lint_prompts(context, tokenizer, policy, {"train": Split(rows)}, config.max_prompt_tokens)
     rewards = _reward_models(context)
-    start = rewards[0] if rewards and config.critic_source == "reward" else None
-    if start is not None:
-        check_same_vocabulary(context.name, tokenizer, start.tokenizer, ("the policy", "the reward model"))
+    if rewards and getattr(config, "critic_source", None) == "reward":
+        check_same_vocabulary(context.name, tokenizer, rewards[0].tokenizer, ("the policy", "the reward model"))
     engine = open_engine(
         source,
         context.runtime,
@@ -69,22 +102,20 @@ def train(context: StageContext) -> dict[str, Any]:
         on_hang=context.fail_at_once,
     )
     try:
-        trainer = PPOTrainer(
-            model=policy,
-            args=_arguments(context),
-            train_dataset=rows,
-            processing_class=tokenizer,
-            scorer=_scorer(config, rewards),
-            engine=engine,
-            reward_model=None if start is None else start.model,
-            gold=None if config.gold is None else function_scorer(config.gold),
-            tuning=config.tuning,
-            critic=config.critic_source,
-            eval_dataset=_rows(context, "prompts", "test", config.eval_prompts) if config.eval_updates else None,
-            ptx_dataset=_rows(context, "ptx", "train", None) if config.ptx else None,
-            callbacks=[ReportUpdates(context)],
-            notify=lambda text: context.warn(f"{context.name}: {text}"),
-        )
+        options = {
+            "model": policy,
+            "train_dataset": rows,
+            "processing_class": tokenizer,
+            "scorer": _scorer(config, rewards),
+            "engine": engine,
+            "gold": None if config.gold is None else function_scorer(config.gold),
+            "tuning": config.tuning,
+            "eval_dataset": _rows(context, "prompts", "test", config.eval_prompts) if config.eval_updates else None,
+            "ptx_dataset": _rows(context, "ptx", "train", None) if config.ptx else None,
+            "callbacks": [ReportUpdates(context)],
+            "notify": lambda text: context.warn(f"{context.name}: {text}"),
+        }
+        trainer = make(Start(context, rewards, options))
         for reward in rewards:
             reward.round_weights()  # only now: a critic that is trained in full has taken its float32 copy
         if trainer.prompts.dropped:
@@ -156,7 +187,7 @@ class ReportUpdates(TrainerCallback):
         self.context.progress(update, total, unit="updates", tokens=tokens, **shown)
 
 
-def summary(trainer: PPOTrainer) -> dict[str, Any]:
+def summary(trainer: OnlineTrainer) -> dict[str, Any]:
     """Metrics of the whole run, first and last ones as means over a few updates; seconds are sums over all updates."""
     history = [entry for entry in trainer.state.log_history if "score" in entry]
     found: dict[str, Any] = {"updates": len(history), **trainer.totals}
@@ -188,7 +219,7 @@ def _reward_models(context: StageContext) -> list[RewardModel]:
     ]
 
 
-def _scorer(config: PpoConfig, rewards: list[RewardModel]) -> WeightedSum:
+def _scorer(config: RolloutFields, rewards: list[RewardModel]) -> WeightedSum:
     parts: list[Part] = []
     if rewards:
         members: tuple[Scorer, ...] = tuple(map(RewardScorer, rewards))
@@ -199,10 +230,11 @@ def _scorer(config: PpoConfig, rewards: list[RewardModel]) -> WeightedSum:
     return WeightedSum(tuple(parts))
 
 
-def _arguments(context: StageContext) -> PPOConfig:
-    config: PpoConfig = context.config
+def arguments(context: StageContext, made: type[Arguments], passed_on: Iterable[str]) -> Arguments:
+    """A trainer's arguments from a stage's config: the fields ``passed_on`` by their names, the rest by ours."""
+    config: RolloutFields = context.config
     on_gpu = device_of(context.runtime).type == "cuda"
-    options: dict[str, Any] = {name: getattr(config, name) for name in PASSED_ON}
+    options: dict[str, Any] = {name: getattr(config, name) for name in passed_on}
     options |= {
         "output_dir": str(context.checkpoints),
         "seed": context.seed % 2**32,
@@ -216,4 +248,4 @@ def _arguments(context: StageContext) -> PPOConfig:
         "disable_tqdm": True,
         **tracking_options(context),
     }
-    return PPOConfig(**(options | config.trainer))
+    return made(**(options | config.trainer))
