@@ -199,8 +199,15 @@ HEADLINES: dict[str, dict[str, str]] = {
     "sft": {"test_loss_before": "held-out loss", "test_loss_after": "→"},
     "sample": {"train_pairs": "pairs", "train_mean_score": "mean score", "engine": "engine"},
     "reward": {"test_accuracy_after": "held-out accuracy", "test_accuracy_true_after": "on true labels"},
-    "dpo": {"test_accuracy_after": "held-out accuracy", "test_margin_after": "margin"},
+    **dict.fromkeys(
+        ("dpo", "kto", "orpo", "cpo", "simpo"),
+        {"test_accuracy_after": "held-out accuracy", "test_margin_after": "margin"},
+    ),
     "ppo": {"score_first": "score", "score_last": "→", "kl_last": "KL", "engine": "engine"},
+    "grpo": {"score_first": "score", "score_last": "→", "kl_last": "KL", "engine": "engine"},
+    "rloo": {"score_first": "score", "score_last": "→", "kl_last": "KL", "engine": "engine"},
+    "online_dpo": {"score_first": "score", "score_last": "→", "kl_last": "KL", "engine": "engine"},
+    "rejection": {"score_first": "score", "score_last": "→", "kl_last": "KL", "engine": "engine"},
     "evaluate": {"reward_accuracy": "RM accuracy"},
     "report": {"stages": "stages"},
 }

@@ -329,6 +329,7 @@ STAGES: dict[str, Stage] = {
         _stage("model", 1, Kind.MODEL, "bring a base model into the store as plain safetensors"),
         _stage("artifact", 1, None, "take a finished artifact from a store or a checkpoint's folder as it is"),
         _stage("data", 2, None, "build a dataset from a recipe"),
+        _stage("pretrain", 1, Kind.POLICY, "continued pre-training on plain texts, packed"),
         _stage("sft", 1, Kind.POLICY, "supervised fine-tuning on responses"),
         _stage("sample", 2, Kind.PREFERENCES, "sample responses from a checkpoint, score and pair them"),
         _stage("synthesise", 1, None, "make instructions, responses or pairs with a model or an endpoint"),
