@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from align import __version__
-from align.commands import compare, data, evaluate, export, report
+from align.commands import compare, data, evaluate, export, report, sweep
 from align.commands.parsing import Parser, add_store, print_json, printable_json
 from align.errors import StageFailed, UserError
 
@@ -191,7 +191,7 @@ def _doctor(options: argparse.Namespace) -> int:
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run, "plan": _plan, "explain": _explain, "list": _list, "show": _show, "gc": _gc,
     "schema": _schema, "chat": _chat, "doctor": _doctor, "data": data.run,
-    "eval": evaluate.run, "report": report.run, "compare": compare.run, "export": export.run,
+    "eval": evaluate.run, "report": report.run, "compare": compare.run, "export": export.run, "sweep": sweep.run,
 }  # fmt: skip
 
 
@@ -221,6 +221,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_arguments(made["eval"])
     report.add_arguments(made["report"])
     compare.add_arguments(made["compare"])
+    sweep.add_arguments(made["sweep"])
     export.add_arguments(made["export"])
     return top
 

@@ -214,7 +214,7 @@ def _renamed(
             written[field_name] = items
     kind = STAGES.get(str(block.get("stage", name)))
     config_class = kind.config_class() if kind is not None else None
-    if hasattr(config_class, "rename_stages"):
+    if config_class is not None and hasattr(config_class, "rename_stages"):
         written = config_class.rename_stages(written, one)
     return written
 

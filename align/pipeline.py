@@ -118,9 +118,13 @@ class Pipeline:
             pairs.append((assignments[0], assignments[1]))
         else:
             pairs += [parse_assignment(text) for text in assignments]
+        return self.changed(dict(pairs))
+
+    def changed(self, changes: Mapping[str, Any]) -> Pipeline:
+        """A new pipeline with many fields changed: path → value, in that order."""
         raw = copy.deepcopy(self.raw)
-        for path, value in pairs:
-            assign(raw, path, value, PipelineConfig.model_fields)
+        for path, value in changes.items():
+            assign(raw, path, copy.deepcopy(value), PipelineConfig.model_fields)
         return Pipeline(raw, self.where, self.base)
 
     def run(self, **options: Any) -> Run:

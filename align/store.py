@@ -3,7 +3,7 @@
 Layout: ``<root>/align-store.json`` marks a store; ``<root>/<stage kind>/<12 hex>/`` is an artifact, done if and
 only if it holds ``record.json``; ``<12 hex>.partial/`` is work in progress; ``<root>/locks/`` holds the locks and
 ``<root>/runs/<name>.json`` what each named run reached last. ``<root>/reports/<name>/`` has the page about that run,
-``<root>/cache/`` what only saves time.
+``<root>/cache/`` what only saves time, ``<root>/sweeps/<name>/`` what a sweep has tried.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ FORMAT = 1
 SHORT = 12
 RECORD = "record.json"
 REPORTS = "reports"
-NO_KINDS = ("locks", "runs", "cache", REPORTS)
+SWEEPS = "sweeps"
+NO_KINDS = ("locks", "runs", "cache", REPORTS, SWEEPS)
 """Folders of a store that hold no artifacts."""
 UNRECORDED = {RECORD, "log.txt", "events.jsonl"}
 """Files whose bytes are not part of the result: they carry times."""

@@ -32,6 +32,7 @@ from align.report.escape import script_json
 from align.report.figures import Panel
 from align.report.page import SHOWN_PANELS, shell, template
 from align.report.summary import find, name_of
+from align.report.sweep import SweepTrials, sweep_section
 from align.report.wording import interval, number, signed
 
 MAX_PANELS = 18
@@ -43,11 +44,12 @@ def write_comparison(
     out: Path,
     title: str = "Comparison of runs",
     notes: Mapping[str, str] | None = None,
+    sweep: SweepTrials | None = None,
 ) -> Path:
     """Write the page about ``runs`` (name → artifacts by stage, as ``Run.artifacts`` has them) to ``out``; returns it.
 
-    ``notes`` say of a run what a reader must know: that it failed, that stages are missing. Figures and tables go into
-    ``figures`` and ``tables`` in the same folder.
+    ``notes`` say of a run what a reader must know: that it failed, that stages are missing. ``sweep`` are the trials
+    that the runs come from. Figures and tables go into ``figures`` and ``tables`` in the same folder.
     """
     Panel.made = 0
     beside = Beside()
@@ -67,6 +69,7 @@ def write_comparison(
     html = template("compare.html.jinja").render(
         **shell(title),
         **{**parts, "drift": []},
+        sweep=sweep_section(sweep, beside),
         runs=table,
         first=found[0].run if found else "",
         heads=_heads(found, card),

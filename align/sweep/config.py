@@ -1,0 +1,102 @@
+"""A sweep's file: which pipeline, what varies, what decides, and how trials are chosen. Never imports torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from align.errors import UserError
+from align.pipeline import NAME_PATTERN
+from align.stage import Config
+from align.validation import load_yaml, validate
+
+
+class PruneConfig(Config):
+    """Ends trials early whose curve is behind: one of a stage's curves, as the report draws them."""
+
+    maximise: str | None = None
+    """``STAGE.CURVE`` that should rise, such as ``ppo.score``."""
+    minimise: str | None = None
+    """Or one that should fall, such as ``sft.loss``."""
+    method: Literal["successive_halving", "median"] = "successive_halving"
+    """``successive_halving`` (1810.05934): of the trials that have come as far as a rung, the best 1 / ``reduction`` go
+    on; rungs lie at ``start``, ``start * reduction``, … ``median``: what is worse than the median at a step ends."""
+    start: int = Field(ge=1)
+    """Step of the curve before which none is ended."""
+    reduction: int = Field(2, ge=2)
+    """One in so many goes on at each rung; 3 saves more and errs more."""
+
+    @model_validator(mode="after")
+    def _one_curve(self) -> PruneConfig:
+        given = self.maximise if self.minimise is None else self.minimise
+        if (self.maximise is None) == (self.minimise is None) or given is None:
+            raise ValueError("name one curve, as `maximise: STAGE.CURVE` or as `minimise: STAGE.CURVE`.")
+        if not all(given.partition(".")):
+            raise ValueError(f"'{given}' names no curve; write STAGE.CURVE, such as ppo.score.")
+        return self
+
+
+class SweepConfig(Config):
+    """The top level of a sweep file."""
+
+    name: str = Field(pattern=NAME_PATTERN, max_length=50)
+    """Name of the sweep; its trials are the runs ``NAME-0``, ``NAME-1``, …"""
+    description: str = ""
+    """Free text."""
+    pipeline: str
+    """The pipeline's file; a relative path starts at the current folder."""
+    set: dict[str, Any] = Field({})
+    """Fields that are otherwise than in the file, in every trial, by path: ``{stages.sft.max_rows: 200}``."""
+    space: dict[str, Any] = Field(min_length=1)
+    """What varies: a path with its range (``{low: 1.0e-5, high: 1.0e-3, log: true}``), a list of values or named ones;
+    or a name of your own with a set of changes for each choice."""
+    maximise: str | list[str] = Field([])
+    """What decides: ``SYSTEM.METRIC`` of the scorecard (``ppo.gold``), or ``STAGE.METRIC`` of a stage's record."""
+    minimise: str | list[str] = Field([])
+    """The same, where less is better. One objective in all, or several: then the best trade-offs are found."""
+    sampler: Literal["tpe", "random", "grid"] = "tpe"
+    """``tpe`` learns from the trials so far (1907.10902); ``grid`` takes every combination, in order."""
+    trials: int | None = Field(None, ge=1)
+    """Trials in all, failed and ended ones included; 20 by default, for ``grid`` all combinations."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Decides what is tried; with one worker the same seed tries the same, however often it is interrupted."""
+    workers: int = Field(1, ge=1)
+    """Trials at once, each a process; ``--workers`` comes first. Changes no trial's result."""
+    prune: PruneConfig | None = None
+    """Ends trials early that are behind."""
+
+    @model_validator(mode="after")
+    def _something_decides(self) -> SweepConfig:
+        names = [name for name, _ in self.objectives]
+        if not names:
+            raise ValueError("nothing decides which trial is best; say `maximise: SYSTEM.METRIC`, such as ppo.gold.")
+        for name in names:
+            if not all(name.partition(".")):
+                raise ValueError(f"'{name}' is no objective; write SYSTEM.METRIC, such as ppo.gold.")
+            if names.count(name) > 1:
+                raise ValueError(f"'{name}' is an objective twice; name it once.")
+        if self.prune is not None and len(names) > 1:
+            raise ValueError("prune ends trials by one objective, and there are several. Take `prune` or one out.")
+        return self
+
+    @property
+    def objectives(self) -> list[tuple[str, bool]]:
+        """Each objective with whether more of it is better."""
+
+        def listed(given: str | list[str]) -> list[str]:
+            return [given] if isinstance(given, str) else given
+
+        return [(name, True) for name in listed(self.maximise)] + [(name, False) for name in listed(self.minimise)]
+
+
+def load_sweep(path: str | Path) -> SweepConfig:
+    """Read and check a sweep file; ``UserError`` names file, YAML path and remedy."""
+    raw = load_yaml(Path(path))
+    if "stages" in raw and "pipeline" not in raw:
+        raise UserError(f"{path}: a pipeline, not a sweep; `align run` runs it. A sweep says `pipeline: {path}`.")
+    return validate(SweepConfig, raw, str(path))
+
+
+__all__ = ["PruneConfig", "SweepConfig", "load_sweep"]

@@ -1,0 +1,108 @@
+"""What decides between trials: a number of the scorecard, or of a stage's record. Torch-free."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from align.artifacts import Artifact, Kind
+from align.errors import UserError
+from align.pipeline import Pipeline
+from align.runner import Run
+from align.validation import suggest
+
+SCORECARD = "scorecard.json"
+OF_A_RECORD = ("seconds", "peak_memory_bytes")
+"""Numbers of every stage's record, beside its metrics."""
+
+
+class NoNumber(Exception):
+    """The trial measured the objective, and it came to no number (it is undefined there)."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A trial's value of an objective, with its 95 % interval where the scorecard has one."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Objective:
+    """``ppo.gold``: whose number it is, which, and whether more is better."""
+
+    name: str
+    higher: bool
+
+    @property
+    def owner(self) -> str:
+        """The system or stage."""
+        return self.name.partition(".")[0]
+
+    @property
+    def metric(self) -> str:
+        """The number's name, that of a task's metric with its dot."""
+        return self.name.partition(".")[2]
+
+    def check(self, pipeline: Pipeline, where: str) -> None:
+        """Raise ``UserError`` for an owner that is neither a stage nor compared in an evaluation."""
+        owner = pipeline.resolve(self.owner)
+        known = {*pipeline.nodes, *pipeline.expanded.rounds}
+        for node in pipeline:
+            if node.makes == Kind.SCORECARD:
+                known |= {*getattr(node.config, "policies", ()), *getattr(node.config, "baselines", ())}
+        if owner not in known:
+            raise UserError(
+                f"{where}: {self.name}: '{self.owner}' is neither a stage nor one of the systems that the pipeline "
+                f"evaluates.{suggest(self.owner, known)}"
+            )
+
+    def read(self, run: Run, pipeline: Pipeline) -> Reading:
+        """The number that a finished run came to.
+
+        The last scorecard that has the system and the metric counts, then the record of the stage of that name. Raises
+        ``UserError`` where neither has it, which would be so in every trial, and ``NoNumber`` where it is no number.
+        """
+        owner = pipeline.resolve(self.owner)
+        known: set[str] = set()
+        for artifact in reversed(list(run.artifacts.values())):
+            if artifact.kind != Kind.SCORECARD:
+                continue
+            own = _estimates(artifact).get(owner, {})
+            known |= set(own)
+            if self.metric in own:
+                estimate = own[self.metric]
+                return Reading(self._number(estimate["value"]), estimate.get("low"), estimate.get("high"))
+        if owner in run.artifacts:
+            record = run.artifacts[owner].record
+            numbers = {**(record.get("metrics") or {}), **{name: record.get(name) for name in OF_A_RECORD}}
+            known |= {name for name, value in numbers.items() if _is_number(value)}
+            if self.metric in numbers:
+                return Reading(self._number(numbers[self.metric]))
+        raise UserError(f"{self.name}: nothing measures '{self.metric}' of '{owner}'.{suggest(self.metric, known)}")
+
+    def _number(self, value: Any) -> float:
+        if not _is_number(value) or not math.isfinite(value):
+            raise NoNumber(f"{self.name} is no number there: {value!r}")
+        return float(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _estimates(artifact: Artifact) -> Mapping[str, Mapping[str, Any]]:
+    try:
+        card = json.loads((artifact.path / SCORECARD).read_text(encoding="utf-8"))
+        found: Mapping[str, Mapping[str, Any]] = card["estimates"]
+        return found
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+__all__ = ["NoNumber", "Objective", "Reading"]
