@@ -121,12 +121,11 @@ def attach(model: Any, model_dir: Path) -> Any:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    file = model_dir / FOLDER / WEIGHTS
+    tuning, file = stored_tuning(model_dir), model_dir / FOLDER / WEIGHTS
     try:
         found = load_file(file)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} cannot be read: {error}. The checkpoint is damaged.") from None
-    tuning = stored_tuning(model_dir)
     insert(model, tuning, _first_token(model_dir) if isinstance(tuning, PrefixTuning) else None)
     own = inserted_weights(model)
     odd = sorted(own.keys() ^ found.keys()) or [name for name in own if own[name].shape != found[name].shape]
