@@ -12,6 +12,16 @@ from align.trainer_options import check_trainer_options
 from align.tuning import FullTuning, Tuning
 
 
+class Anchor(Config):
+    """What holds the model near its start, so that it forgets less."""
+
+    to: Literal["l2", "kl"]
+    """``l2`` pulls weights back to their first values, at the cost of a copy of them (1802.01483). ``kl`` adds
+    KL(start || model) at the answers' tokens to the loss (1606.09282), at the cost of a second forward pass."""
+    weight: float = Field(gt=0)
+    """``l2``: share of the way back per step and unit of learning rate, as weight_decay's. ``kl``: price of a nat."""
+
+
 class TrainingFields(Config):
     """How weights are fitted: one optimizer step sees ``batch_size`` rows, whatever the micro-batch."""
 
@@ -39,6 +49,10 @@ class TrainingFields(Config):
     """Decoupled weight decay of AdamW per unit of learning rate; pulls weights towards 0."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are scaled down to this norm; lower it when the loss spikes."""
+    ema: float | None = Field(None, gt=0, lt=1)
+    """Decay of an average of the trained weights, 0.999 or less for short runs; it is what is scored and saved."""
+    anchor: Anchor | None = None
+    """Hold the model near its start: ``{to: l2, weight: 0.1}`` or ``{to: kl, weight: 0.1}``."""
     save_steps: int = Field(50, ge=1)
     """Steps between checkpoints, what a killed stage repeats at most; full tuning writes 12 bytes per weight."""
     eval_steps: int | None = Field(None, ge=1)
@@ -56,6 +70,12 @@ class TrainingFields(Config):
         if self.micro_batch_size is not None:
             return self.micro_batch_size
         return max(size for size in range(1, 9) if self.batch_size % size == 0)
+
+    @model_validator(mode="after")
+    def _kl_needs_a_start_to_switch_to(self) -> Self:
+        if self.anchor is not None and self.anchor.to == "kl" and self.tuning.input_only:
+            raise ValueError(f"anchor: kl does not go with {self.tuning.method}, which changes every input; take l2.")
+        return self
 
     @model_validator(mode="after")
     def _micro_batches_fill_the_batch(self) -> Self:

@@ -1,26 +1,56 @@
 """What a stage's config adds to the training loop beside trl's loss: one list of callbacks, in the order they must run.
 
 ``fit`` adds them before its own, so that they see a step before the held-out rows are scored and a checkpoint before
-it is marked complete. A callback may have ``facts()``, whose values become metrics of the stage.
+it is marked complete. A callback may have ``facts()``, whose values become metrics of the stage, and ``scoring()``, a
+context in which the model has the weights that will be its result.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import TrainerCallback
 
 from align.stage import StageContext
+from align.training.anchoring import KLToStart, PullToStart
+from align.training.averaging import AverageWeights
+from align.training.config import TrainingFields
 from align.training.unfreezing import schedule_layers
 from align.tuning import FullTuning
+
+Scores = dict[str, float]
 
 
 def extra_callbacks(context: StageContext, trainer: Any) -> list[TrainerCallback]:
     """Callbacks for ``context.config``; called once, with the model as it came in and before a checkpoint is loaded."""
-    tuning = context.config.tuning
+    config: TrainingFields = context.config
+    tuning = config.tuning
     callbacks: list[TrainerCallback] = []
     if isinstance(tuning, FullTuning):
         trainer.layer_decay = tuning.layer_decay
         if tuning.scheduled:
             callbacks.append(schedule_layers(context, trainer, tuning))
+    # Made once it is clear what is trained, and before any step: the start is the model as it is now.
+    if config.anchor is not None and config.anchor.to == "l2":
+        callbacks.append(PullToStart(trainer.model, config.anchor.weight))
+    if config.anchor is not None and config.anchor.to == "kl":
+        low = config.precision == "bfloat16"
+        trainer.terms = [*trainer.terms, KLToStart(trainer, config.anchor.weight, low)]
+    if config.ema is not None:
+        callbacks.append(AverageWeights(trainer.model, config.ema))
     return callbacks
+
+
+def scored_with(callbacks: Sequence[TrainerCallback], held_out: Callable[[], Scores]) -> Callable[[], Scores]:
+    """``held_out`` under the weights that will be the result: inside every callback's ``scoring()``, if it has one."""
+
+    def scored() -> Scores:
+        with contextlib.ExitStack() as weights:
+            for callback in callbacks:
+                if hasattr(callback, "scoring"):
+                    weights.enter_context(callback.scoring())
+            return held_out()
+
+    return scored

@@ -11,7 +11,7 @@ from typing import Any
 from align.models.tuning.notice import notice, parameter_counts
 from align.stage import StageContext
 from align.training.checkpoints import MarkCheckpoints, last_complete
-from align.training.extras import extra_callbacks
+from align.training.extras import extra_callbacks, scored_with
 from align.training.progress import ReportProgress
 from align.training.tracking import follow
 
@@ -39,6 +39,7 @@ def _fit(
     extras = extra_callbacks(context, trainer)
     for callback in extras:
         trainer.add_callback(callback)
+    held_out = scored_with(extras, held_out)
     trainer.add_callback(ReportProgress(context, held_out, context.config.eval_steps))
     trainer.add_callback(MarkCheckpoints())
     if checkpoint is not None:

@@ -1,0 +1,176 @@
+"""Anchors to the start: the arithmetic of the pull and of the KL term, what they hold, and exact resume."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from align.errors import UserError
+from align.models.loading import load_policy
+from align.models.tuning.apply import apply_tuning
+from align.stage import STAGES
+from align.stages.sft import SftConfig
+from align.training.anchoring import CHUNK, KLToStart, PullToStart, summed_kl
+from align.tuning import LoraTuning
+from tests.training.harness import events, losses
+from tests.training.test_resume import Killed, dying
+from tests.training.test_unfreezing import made
+
+FULL: dict[str, Any] = {"method": "full"}
+LORA = {"method": "lora", "rank": 4}
+
+
+def test_the_pull_is_a_share_of_the_way_back() -> None:
+    layer = nn.Linear(1, 2, bias=False)
+    layer.weight.data = torch.tensor([[1.0], [5.0]])
+    anchor = PullToStart(layer, strength=2.0)
+    layer.weight.data = torch.tensor([[3.0], [5.0]])
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    given: Any = {"args": None, "state": None, "control": None, "optimizer": optimizer}
+    anchor.on_pre_optimizer_step(**given)  # no gradient: the weight is closed
+    assert layer.weight.tolist() == [[3.0], [5.0]]
+    layer.weight.grad = torch.zeros(2, 1)
+    anchor.on_pre_optimizer_step(**given)
+    # 3 - 0.1 * 2 * (3 - 1) = 2.6
+    assert layer.weight.flatten().tolist() == pytest.approx([2.6, 5.0])
+    # |(1.6, 0)| / |(1, 5)|
+    assert anchor.facts()["moved"] == pytest.approx(1.6 / 26**0.5)
+
+
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_kl_in_chunks_is_that_of_whole_distributions(cap: float | None) -> None:
+    torch.manual_seed(0)
+    count = CHUNK + 7
+    base, hidden = torch.randn(count, 8), torch.randn(count, 8, requires_grad=True)
+    base_head, head = nn.Linear(8, 11, bias=False), nn.Linear(8, 11, bias=False)
+    found = summed_kl(base, base_head, hidden, head, cap)
+    found.backward()
+    got = (hidden.grad, head.weight.grad)
+    hidden.grad, head.weight.grad = None, None
+
+    def capped(logits: torch.Tensor) -> torch.Tensor:
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    wanted = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(logits=capped(base_head(base)).detach()),
+        torch.distributions.Categorical(logits=capped(head(hidden))),
+    ).sum()
+    wanted.backward()
+    assert float(found) == pytest.approx(float(wanted), rel=1e-5)
+    assert torch.allclose(got[0], hidden.grad, atol=1e-5)
+    assert torch.allclose(got[1], head.weight.grad, atol=1e-4)
+    assert base_head.weight.grad is None
+
+
+@pytest.mark.parametrize("tuning", [FULL, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("to", ["l2", "kl"])
+def test_an_anchored_model_learns_and_stays_nearer(
+    to: str, tuning: dict[str, Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    weight = {"l2": 200.0, "kl": 3.0}[to]
+    fields = {"learning_rate": 5e-3, "max_steps": 25, "epochs": 9, "precision": "float32"}
+    free = made("sft", tmp_path / "free", tiny_model, tuning, **fields)
+    held = made("sft", tmp_path / "held", tiny_model, tuning, anchor={"to": to, "weight": weight}, **fields)
+    free_metrics, held_metrics = STAGES["sft"].runner()(free), STAGES["sft"].runner()(held)
+    assert held_metrics["test_loss_after"] < held_metrics["test_loss_before"] - 0.3
+    assert held_metrics["test_loss_after"] > free_metrics["test_loss_after"]
+    start = load_policy(tiny_model)
+    ids = torch.tensor([list(range(40, 90))])
+
+    def drift(folder: Path) -> float:
+        with torch.no_grad():
+            base, now = (m(ids).logits.log_softmax(-1) for m in (start, load_policy(folder)))
+        return float((base.exp() * (base - now)).sum(-1).mean())
+
+    assert drift(held.output / "model") < 0.7 * drift(free.output / "model")
+    if to == "kl":
+        shown = [e["kl_to_start"] for e in events(held, "metrics") if "kl_to_start" in e]
+        assert len(shown) == 25
+        assert shown[0] == pytest.approx(0, abs=1e-5)
+        assert max(shown) > 0.05
+    else:
+        assert held_metrics["moved"] > 0
+
+
+def test_the_term_is_a_mean_over_the_answers_tokens(tiny_model: Path) -> None:
+    """A micro-batch like DPO's against distributions computed in full; halves of it add up over ``num_items``."""
+    model = load_policy(tiny_model)
+
+    class Holder:
+        def __init__(self) -> None:
+            self.model, self._metrics = model, {"train": {"kl_to_start": []}}
+            self.accelerator = type("A", (), {"num_processes": 1, "autocast": contextlib.nullcontext})
+            self.args = type("B", (), {"average_tokens_across_devices": True})
+
+    trainer = Holder()
+    term = KLToStart(trainer, 2.0, low=False)
+    start = load_policy(tiny_model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    ids = torch.arange(40, 60).view(2, 10)
+    mask = torch.tensor([[0] * 4 + [1] * 6, [0] * 7 + [1] * 3])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": mask}
+    with torch.no_grad():
+        base, now = (m(ids).logits.log_softmax(-1) for m in (start, model))
+    each = (base.exp() * (base - now)).sum(-1)[:, :-1]  # (B, T - 1)
+    wanted = float(each[mask[:, 1:] == 1].mean())
+
+    def value(given: dict[str, torch.Tensor], num_items: int | None) -> float:
+        with term.watching():
+            model(**{name: tensor for name, tensor in given.items() if name != "completion_mask"})
+        return float(term.loss(trainer, model, given, num_items))
+
+    assert value(inputs, None) == pytest.approx(2 * wanted, rel=1e-4)
+    halves = [{name: tensor[at : at + 1] for name, tensor in inputs.items()} for at in (0, 1)]
+    assert sum(value(half, 9) for half in halves) == pytest.approx(2 * wanted, rel=1e-4)
+    labels = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.masked_fill(mask == 0, -100)}
+    with term.watching():
+        model(input_ids=ids)
+    assert float(term.loss(trainer, model, labels, None)) == pytest.approx(2 * wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "to", "tuning"), [("dpo", "kl", LORA), ("sft", "kl", FULL), ("reward", "l2", FULL)])
+def test_resumed_run_equals_the_uninterrupted_one(
+    kind: str, to: str, tuning: dict[str, Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    run = STAGES[kind].runner()
+    fields = {"max_steps": 8, "save_steps": 4, "anchor": {"to": to, "weight": 1.0}}
+    whole, parts = (made(kind, tmp_path / f, tiny_model, tuning, **fields) for f in ("a", "b"))
+    run(whole)
+    with pytest.raises(Killed):
+        run(dying(parts, 6))
+    assert run(parts)["resumed_from_step"] == 4
+    assert losses(parts) == losses(whole)
+    expected, found = (load_file(c.output / "model" / "model.safetensors") for c in (whole, parts))
+    assert all(expected[name].equal(found[name]) for name in expected)
+
+
+def test_a_reward_model_has_no_distributions(tiny_model: Path, tmp_path: Path) -> None:
+    run = made("reward", tmp_path, tiny_model, FULL, anchor={"to": "kl", "weight": 1.0})
+    with pytest.raises(UserError, match="a reward model has none; take `to: l2`"):
+        STAGES["reward"].runner()(run)
+
+
+def test_an_adapted_head_is_refused(tiny_model: Path) -> None:
+    model = load_policy(tiny_model)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    model = apply_tuning(model, LoraTuning(rank=2, targets=["lm_head"]), 0)
+    with pytest.raises(UserError, match="take lm_head out of targets"):
+        KLToStart(type("T", (), {"model": model}), 1.0, low=False)
+
+
+@pytest.mark.parametrize(("key", "hint"), [("weigth", "weight"), ("too", "to")])
+def test_misspelt_keys_are_refused(key: str, hint: str) -> None:
+    from align.validation import validate
+
+    given = {"model": "m", "data": "d", "learning_rate": 1e-3, "anchor": {"to": "l2", "weight": 1, key: 1}}
+    with pytest.raises(UserError, match=rf"anchor: unknown key '{key}'. Did you mean '{hint}'\?"):
+        validate(SftConfig, given, "p.yaml: stages.sft")
