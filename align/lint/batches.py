@@ -78,7 +78,8 @@ def tokens_of(
     prepared: dict[str, Any], row: Row | None, place: Place, stage: str, collator: Collator, dialect: Dialect
 ) -> list[Tokens]:
     """The sequences that ``prepared``, a row of a trainer's dataset, becomes in a batch of its own."""
-    names = {"sft": ("completion",), "dpo": ("chosen", "rejected"), "reward": ("chosen", "rejected")}[stage]
+    pair = ("chosen", "rejected")
+    names = {"sft": ("completion",), "kto": ("completion",), "dpo": pair, "reward": pair}[stage]
     parts = rows_of(collator([prepared]))
     if row is None or len(parts) != len(names):
         return [Tokens(place, "text", ids, labels, [], True, dialect) for ids, labels, _ in parts]

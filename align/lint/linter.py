@@ -24,8 +24,9 @@ from align.lint.text import check_turns
 from align.lint.tokens import Limits, check_tokens, labelled
 from align.models.render import render_prompt
 from align.training import rows as encoding
+from align.training.unpaired import encode_unpaired
 
-StageKind = Literal["sft", "dpo", "reward", "prompts"]
+StageKind = Literal["sft", "dpo", "reward", "kto", "prompts"]
 Prepared = Callable[[int], "dict[str, Any] | None"]
 """A row of the trainer's dataset by the row's index in its split; None for a row that was left out."""
 
@@ -44,6 +45,7 @@ ENCODERS: dict[str, Callable[[Any, Sequence[Row], int], encoding.Encoded]] = {
     "sft": encoding.encode_supervised,
     "dpo": encoding.encode_pairs,
     "reward": encoding.encode_conversations,
+    "kto": encode_unpaired,
 }
 NO_LIMIT = 1 << 30
 
@@ -52,6 +54,7 @@ def relevant(row: Row, stage: StageKind) -> Row:
     """The row without the answers that a stage does not read."""
     unread = {
         "sft": ("rejected", "chosen") if row.get("completion") else ("rejected",),
+        "kto": ("chosen", "rejected"),
         "prompts": ("completion", "chosen", "rejected"),
     }.get(stage, ("completion",))
     return {name: value for name, value in row.items() if name not in unread}

@@ -21,7 +21,9 @@ from align.stage import StageContext
 from align.training.rows import Encoded
 
 FILE = "findings.json"
-KINDS: dict[str, StageKind] = {"SFTTrainer": "sft", "DPOTrainer": "dpo", "RewardTrainer": "reward"}
+KINDS: dict[str, StageKind] = {
+    "SFTTrainer": "sft", "DPOTrainer": "dpo", "RewardTrainer": "reward", "KTOTrainer": "kto",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

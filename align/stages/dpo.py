@@ -1,111 +1,192 @@
-"""Direct preference optimisation (arXiv 2305.18290): the policy learns from pairs without a reward model (trl)."""
+"""Direct preference optimisation (arXiv 2305.18290) and the losses that vary it: learning from pairs without a reward
+model (trl's DPOTrainer)."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from align.artifacts import GENERATORS, Kind
-from align.lint.settings import LintSettings
+from align.artifacts import Kind
 from align.stage import StageContext, stage_input
-from align.training.config import TrainingFields, checked_options
+from align.stages.preference import ReferenceFields
+from align.training.config import checked_options
+
+Loss = Literal[
+    "sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot",
+    "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft",
+]  # fmt: skip
+"""trl's loss types."""
+DIFFERENCES = frozenset({"sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair", "discopop", "sft"})
+"""Losses of the difference between the two sides alone, where what depends on the prompt cancels."""
+SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")
+"""Losses that read ``label_smoothing``."""
 
 
-class DpoConfig(TrainingFields):
-    """The reference is the policy as it comes in; ``batch_size`` counts pairs."""
+class DpoConfig(ReferenceFields):
+    """The reference is the policy as it comes in, or another stage's; ``batch_size`` counts pairs."""
 
-    policy: stage_input(*GENERATORS)  # type: ignore[valid-type]
-    """Stage whose checkpoint is trained, and is the reference too; usually the SFT stage."""
     data: stage_input(Kind.PREFERENCES)  # type: ignore[valid-type]
     """Stage with the pairs; best sampled from ``policy`` itself."""
-    beta: float = Field(0.1, gt=0)
-    """How much a nat of drift from the reference costs; smaller drifts further. For ``ipo`` it is that paper's tau."""
-    loss: Literal["sigmoid", "ipo", "hinge", "robust", "sigmoid_norm", "apo_zero", "apo_down"] = "sigmoid"
-    """``sigmoid`` is DPO; ``ipo`` (2310.12036) aims at a fixed margin; ``robust`` corrects for known label noise."""
+    loss: Loss = "sigmoid"
+    """``sigmoid`` is DPO, ``sigmoid_norm`` the same per token of each side, against growing length; ``hinge`` is SLiC
+    (2305.10425); ``ipo`` (2310.12036) aims at a fixed margin; ``robust`` (2403.00409) corrects for known label noise;
+    ``exo_pair`` 2402.00856; ``nca_pair`` 2402.05369; ``bco_pair`` 2404.04656; ``sppo_hard`` 2405.00675; ``aot`` and
+    ``aot_unpaired`` (2406.05882) compare sorted micro-batches; ``apo_zero`` and ``apo_down`` (2408.06266) are for
+    chosen answers better, or worse, than the policy's; ``discopop`` 2406.08414; ``sft`` the chosen answers' loss."""
+    losses: dict[Loss, float] = Field(default_factory=dict)
+    """Several losses by weight, added up, in place of ``loss``: ``{sigmoid: 1.0, bco_pair: 0.3, sft: 0.2}``."""
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-    """For ``robust``: the share of pairs believed to be mislabelled."""
+    """For ``robust`` and the AOT losses the share of pairs believed mislabelled; ``exo_pair`` needs some, 1e-3."""
     sft_weight: float = Field(0.0, ge=0)
     """Weight of the chosen answers' loss per token beside it, which keeps them likely (2404.19733); 0 leaves it out."""
-    lint: LintSettings = LintSettings()
-    """What of the look at the rows' tokens, before the first step, is waived (docs/lint.md)."""
+    reference_free: bool = False
+    """Leave the reference out: log-probabilities themselves are compared. Best per token, with ``sigmoid_norm``."""
+    ld_alpha: float | None = Field(None, ge=0, le=1)
+    """Weight of a side's tokens beyond the shorter one's length (LD-DPO, 2409.06411); less favours length less."""
+    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
+    """What drift from the reference is measured by (2309.16240)."""
+    f_alpha_divergence_coef: float = 0.5
+    """alpha of ``alpha_divergence``: near 0 as the forward, near 1 as the reverse KL."""
+    discopop_tau: float = Field(0.05, gt=0)
+    """Temperature of ``discopop``'s blend."""
+    use_weighting: bool = False
+    """Weigh pairs by how likely the policy finds them (WPO, 2406.11827), so that pairs sampled by others count less."""
 
-    identified: ClassVar[frozenset[str]] = frozenset({"lint"})
+    @property
+    def terms(self) -> dict[str, float]:
+        """Every loss there is, with its weight."""
+        named: dict[str, float] = {**self.losses} if self.losses else {self.loss: 1.0}
+        return named | ({"sft": self.sft_weight} if self.sft_weight else {})
+
+    @model_validator(mode="after")
+    def _losses_fit_together(self) -> Self:
+        terms = self.terms
+        if self.losses and "loss" in self.model_fields_set:
+            raise ValueError("set either loss or losses: a single one with weight 1, or several by weight.")
+        if any(weight <= 0 for weight in self.losses.values()):
+            raise ValueError(f"losses has weights {self.losses}; each must be above 0. Leave out what is not wanted.")
+        if self.sft_weight and (self.losses.get("sft") or self.loss == "sft"):
+            raise ValueError("the chosen answers' loss is there twice: as 'sft' and as sft_weight. Set one of them.")
+        if self.label_smoothing and not set(terms) & set(SMOOTHED):
+            raise ValueError(
+                f"label_smoothing means nothing to {', '.join(terms)}; it is read by {', '.join(SMOOTHED)}. For pairs "
+                "that may be mislabelled take `loss: robust`."
+            )
+        if "exo_pair" in terms and not self.label_smoothing:
+            raise ValueError("exo_pair needs label_smoothing above 0; its paper takes 0.001.")
+        if set(terms) & {"aot", "aot_unpaired"} and self.micro_batch < 2:
+            raise ValueError(
+                "aot compares the pairs of a micro-batch with one another; set micro_batch_size to 2 at least."
+            )
+        if self.use_weighting and set(terms) & {"aot", "aot_unpaired"}:
+            raise ValueError("use_weighting weighs pairs, and aot sorts their sides apart; leave out one of them.")
+        return self
+
+    @model_validator(mode="after")
+    def _losses_fit_the_reference(self) -> Self:
+        beyond = sorted(set(self.terms) - DIFFERENCES)
+        if self.f_divergence_type != "reverse_kl" and beyond:
+            raise ValueError(
+                f"f_divergence_type {self.f_divergence_type} has no {', '.join(beyond)}: only what compares the two "
+                f"sides has a form for it ({', '.join(sorted(DIFFERENCES))})."
+            )
+        if "f_alpha_divergence_coef" in self.model_fields_set and self.f_divergence_type != "alpha_divergence":
+            raise ValueError("f_alpha_divergence_coef is read with `f_divergence_type: alpha_divergence` only.")
+        if self.reference_free and (self.reference is not None or self.f_divergence_type != "reverse_kl"):
+            raise ValueError("reference_free leaves the reference out: drop reference and f_divergence_type, or it.")
+        if self.reference_free and beyond:
+            raise ValueError(
+                f"reference_free has no {', '.join(beyond)}: each side is held against the reference there. Take one "
+                f"of {', '.join(sorted(DIFFERENCES))}."
+            )
+        return self
 
     @field_validator("trainer")
     @classmethod
     def _trainer_exists(cls, options: dict[str, Any]) -> dict[str, Any]:
-        if "loss_type" in options:
-            raise ValueError("'loss_type' is not set here: set 'loss' beside 'trainer'.")
-        if "loss_weights" in options:
-            raise ValueError("'loss_weights' is not set here: set 'sft_weight' beside 'trainer'.")
+        for name, ours in (("loss_type", "'loss' or 'losses'"), ("loss_weights", "'losses'")):
+            if name in options:
+                raise ValueError(f"'{name}' is not set here: set {ours} beside 'trainer'.")
         for name in ("precompute_ref_log_probs", "precompute_ref_batch_size", "sync_ref_model"):
             if name in options:
                 raise ValueError(f"'{name}' is not set here: the reference is always scored once, before training.")
-        return checked_options("dpo", options, {"beta", "label_smoothing", "padding_free"})
+        own = {"beta", "label_smoothing", "ld_alpha", "f_divergence_type", "f_alpha_divergence_coef", "discopop_tau"}
+        return checked_options("dpo", options, own | {"use_weighting", "padding_free"})
 
 
 def run(context: StageContext) -> dict[str, Any]:
     """Train, save ``model/`` and return steps, tokens, speed, and held-out loss, accuracy and margin.
 
-    Nothing is scored before training: every margin is 0 then, by construction.
+    With the policy itself as reference nothing is scored before training: every margin is 0 then, by construction.
 
-    Raises ``UserError`` for a model without chat template or data without usable pairs.
+    Raises ``UserError`` for a model without chat template, data without usable pairs, or a reference of another
+    vocabulary.
     """
     from align.models.threads import use_threads
 
     use_threads(context.runtime)
     from datasets import Dataset
     from trl.trainer.dpo_config import DPOConfig as Arguments
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-    from align.lint.trainer import Split, lint_stage
-    from align.models.loading import load_policy, load_tokenizer
-    from align.models.tuning.apply import apply_tuning, save_tuned
+    from align.stages.preference import Reference, make_ready, save
     from align.training import held_out
-    from align.training.arguments import training_arguments
+    from align.training.arguments import total_steps, training_arguments
     from align.training.dpo_trainer import PreparedDPO
     from align.training.fit import fit
-    from align.training.handover import check_encoded, check_model
-    from align.training.rows import encode_pairs, read_split
-    from align.training.trainers import label_positions_only
+    from align.training.rows import encode_pairs
 
     config: DpoConfig = context.config
-    source, data = context.artifact("policy").model, context.artifact("data")
-    tokenizer, model = load_tokenizer(source), load_policy(source)
-    check_model(context.name, model, tokenizer)
-    given, splits = {}, {}
-    for split, most in (("train", config.max_rows), ("test", config.eval_rows)):
-        rows = given[split] = read_split(data.split(split), most, context.name)
-        splits[split] = encode_pairs(tokenizer, rows, config.max_length)
-        check_encoded(context.name, splits[split], len(rows), split, config.max_length, context.warn)
-    train, test = splits["train"], splits["test"]
-    model = apply_tuning(model, config.tuning, context.seed)
-    label_positions_only()
-    looked_at = {name: Split(given[name], splits[name]) for name in splits}
+    ready = make_ready(context, encode_pairs, DataCollatorForPreference)
+    ready.lint(context, "dpo")
+    facts = {}
+    if config.reference_free:
+        for row in (*ready.train.rows, *ready.test.rows):
+            row |= {"ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0}
+    else:
+        reference = Reference(context, ready)
+        for split, encoded in (("train", ready.train), ("test", ready.test)):
+            add_reference(encoded.rows, config.ld_alpha, lambda answers, split=split: reference.sums(split, answers))
+        facts = reference.facts()
+    rows = len(ready.train.rows)
     trainer = PreparedDPO(
-        cache=context.checkpoints,
-        on_progress=lambda done, total: context.progress(done, total, unit="reference pairs"),
-        before_reference=lambda made: lint_stage(context, "dpo", made, looked_at, config.max_length),
-        model=model,
+        model=ready.wrapped(context),
+        beta_at=config.beta_of(total_steps(context.name, config, rows)),
         args=training_arguments(
             Arguments,
             context,
-            len(train.rows),
+            rows,
             beta=config.beta,
-            loss_type=[config.loss, *(["sft"] if config.sft_weight else [])],
-            loss_weights=[1.0, config.sft_weight] if config.sft_weight else None,
+            loss_type=list(config.terms),
+            loss_weights=list(config.terms.values()),
             label_smoothing=config.label_smoothing,
+            ld_alpha=config.ld_alpha,
+            f_divergence_type=config.f_divergence_type,
+            f_alpha_divergence_coef=config.f_alpha_divergence_coef,
+            discopop_tau=config.discopop_tau,
+            use_weighting=config.use_weighting,
             precompute_ref_log_probs=True,
         ),
-        train_dataset=Dataset.from_list(train.rows),
-        eval_dataset=Dataset.from_list(test.rows),
-        processing_class=tokenizer,
+        data_collator=ready.collator,
+        train_dataset=Dataset.from_list(ready.train.rows),
+        processing_class=ready.tokenizer,
     )
-    trainer.row_lengths = train.lengths
-    scored: Any = trainer.eval_dataset  # with the reference log-probabilities
-    test.rows = list(scored)
-    metrics = fit(trainer, context, lambda: held_out.preferences(trainer, test), before=False)
-    save_tuned(
-        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False), tokenizer, context.output / "model"
-    )
-    return {**metrics, "pairs": len(train.rows), "test_pairs": len(test.rows)}
+    trainer.row_lengths = ready.train.lengths
+    start = config.reference_free or config.reference is not None
+    metrics = fit(trainer, context, lambda: held_out.preferences(trainer, ready.test), before=start)
+    save(context, trainer, ready.tokenizer)
+    return {**metrics, **facts, "pairs": rows, "test_pairs": len(ready.test.rows)}
+
+
+def add_reference(rows: list[dict[str, Any]], ld_alpha: float | None, sums: Any) -> None:
+    """Give each pair ``ref_chosen_logps`` and ``ref_rejected_logps`` (nats); ``sums`` scores a list of answers."""
+    from align.training.reference import Answer
+
+    answers = []
+    for row in rows:
+        shared = min(len(row["chosen_ids"]), len(row["rejected_ids"]))
+        answers += [Answer(row["prompt_ids"], row[side], shared) for side in ("chosen_ids", "rejected_ids")]
+    found = sums(answers).weighted(ld_alpha)
+    for at, row in enumerate(rows):
+        row["ref_chosen_logps"], row["ref_rejected_logps"] = found[2 * at], found[2 * at + 1]

@@ -54,7 +54,7 @@ def test_it_prefers_what_it_was_shown(tuning: dict[str, object], loss: str, tiny
     assert 0.2 * moved == pytest.approx(metrics["test_margin_after"], rel=1e-3)
     # Before the first step every margin is 0: ln 2 for the sigmoid, (0 - 1 / (2 * 0.2))^2 for IPO.
     assert losses(made)[1] == pytest.approx({"sigmoid": 0.693147, "ipo": 6.25}[loss], abs=1e-4)
-    assert any(event["unit"] == "reference pairs" for event in events(made, "progress"))
+    assert any(event["unit"] == "reference answers" for event in events(made, "progress"))
 
 
 def test_an_sft_term_adds_the_chosen_answers_loss_per_token(tiny_model: Path, tmp_path: Path) -> None:

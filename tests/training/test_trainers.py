@@ -1,4 +1,4 @@
-"""trl's trainers as we drive them: masters in float32, exact held-out means, the reference before the first step."""
+"""trl's trainers as we drive them: masters in float32, exact held-out means."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import pytest
 import torch
 import trl.trainer.utils
 from datasets import Dataset
-from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.sft_config import SFTConfig
 
 from align.artifacts import Kind
@@ -17,17 +16,14 @@ from align.errors import UserError
 from align.models.loading import load_policy, load_tokenizer, new_reward
 from align.models.tuning.apply import apply_tuning
 from align.stage import StageContext
-from align.stages.dpo import DpoConfig
 from align.stages.reward import RewardConfig
 from align.stages.sft import SftConfig
 from align.training import held_out, order
 from align.training.arguments import training_arguments
-from align.training.dpo_trainer import PreparedDPO
 from align.training.fit import fit
 from align.training.progress import ReportProgress
-from align.training.rows import encode_pairs, encode_supervised
+from align.training.rows import encode_supervised
 from align.training.trainers import PreparedSFT, give_head_its_rate, label_positions_only
-from align.tuning import LoraTuning
 from tests.training.harness import context, data_artifact, rows
 
 
@@ -121,44 +117,6 @@ def test_rows_are_seen_in_our_order(tiny_model: Path, tmp_path: Path) -> None:
     expected = order.grouped_order(encoded.lengths, 2, 4, trainer.args.seed, 3)
     found = [batch["input_ids"].shape[1] for batch in loader]
     assert found == [max(encoded.lengths[row] for row in expected[at : at + 2]) for at in range(0, 16, 2)]
-
-
-@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
-def test_the_reference_is_the_policy_before_its_first_step(lora: bool, tiny_model: Path, tmp_path: Path) -> None:
-    config = DpoConfig(
-        policy="model", data="data", learning_rate=1e-2, batch_size=4, max_length=128, precision="float32"
-    )
-    made = context(tmp_path, config, tiny_model, data_artifact(tmp_path / "data", Kind.PREFERENCES), "policy")
-    tokenizer = load_tokenizer(tiny_model)
-    encoded = encode_pairs(tokenizer, rows(8), 128)
-    model = load_policy(tiny_model)
-    model = apply_tuning(model, LoraTuning(rank=4), 0) if lora else model
-    calls: list[int] = []
-    trainer = PreparedDPO(
-        cache=made.checkpoints,
-        on_progress=lambda done, total: calls.append(done),
-        model=model,
-        args=training_arguments(DPOConfig, made, 8, beta=0.1, precompute_ref_log_probs=True),
-        train_dataset=Dataset.from_list(encoded.rows),
-        eval_dataset=Dataset.from_list(encoded.rows),
-        processing_class=tokenizer,
-    )
-    trainer.row_lengths = encoded.lengths
-    encoded.rows = list(trainer.eval_dataset)
-    plain = load_policy(tiny_model)
-    for row in encoded.rows:
-        ids = torch.tensor([row["prompt_ids"] + row["chosen_ids"]])
-        with torch.no_grad():
-            logprobs = plain(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
-        assert row["ref_chosen_logps"] == pytest.approx(float(logprobs[-len(row["chosen_ids"]) :].sum()), abs=1e-3)
-    assert calls[-1] == 8
-    assert trainer.ref_model is None
-    assert getattr(trainer.model, "peft_config", {"default": 0}).keys() == {"default"}
-    assert held_out.preferences(trainer, encoded)["loss"] == pytest.approx(0.693147, abs=1e-5)
-    metrics = fit(trainer, made, lambda: held_out.preferences(trainer, encoded), before=False)
-    assert metrics["test_loss_after"] < 0.6
-    assert metrics["test_accuracy_after"] == 1.0
-    assert "test_loss_before" not in metrics
 
 
 def test_a_loss_that_is_not_finite_stops_the_stage(tiny_model: Path, tmp_path: Path) -> None:

@@ -1,0 +1,110 @@
+"""Contrastive preference optimisation (arXiv 2401.08417) and its relatives without a reference, SimPO among them.
+
+Experimental in trl, which may move or drop its CPOTrainer.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from align.artifacts import Kind
+from align.stage import StageContext, stage_input
+from align.stages.preference import PreferenceFields, check_experimental, checked_experimental_options
+
+
+class CpoConfig(PreferenceFields):
+    """No reference, so half the memory and time of DPO's start; ``batch_size`` counts pairs. Experimental in trl."""
+
+    data: stage_input(Kind.PREFERENCES)  # type: ignore[valid-type]
+    """Stage with the pairs; best sampled from ``policy`` itself."""
+    beta: float = Field(0.1, gt=0)
+    """Scale of the log-probabilities that are compared. Those of ``simpo`` and ``alphapo`` are means over tokens and
+    small: 2 or more there."""
+    loss: Literal["sigmoid", "hinge", "ipo", "simpo", "alphapo"] = "sigmoid"
+    """``sigmoid`` is CPO; ``hinge`` SLiC (2305.10425); ``ipo`` 2310.12036; ``simpo`` 2405.14734, per token and with a
+    target margin; ``alphapo`` 2501.03884, SimPO with rewards bent by ``alpha``. See stage ``simpo`` for SimPO alone."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Share of pairs believed to be mislabelled; not for ``hinge`` and ``ipo``."""
+    cpo_alpha: float | None = Field(None, ge=0)
+    """Weight of the chosen answers' loss per token, which keeps them likely; by default 1, and 0 for ``simpo`` and
+    ``alphapo``, as in their papers."""
+    simpo_gamma: float = Field(0.5, ge=0)
+    """Margin that ``simpo`` and ``alphapo`` aim at, in units of the reward; about half of beta is usual."""
+    alpha: float = 0.0
+    """Bend of ``alphapo``'s reward; 0 is SimPO, 0.25 the paper's choice for most models."""
+
+    @property
+    def own_weight(self) -> float:
+        """``cpo_alpha`` or its default."""
+        if self.cpo_alpha is not None:
+            return self.cpo_alpha
+        return 0.0 if self.loss in ("simpo", "alphapo") else 1.0
+
+    @model_validator(mode="after")
+    def _options_fit_the_loss(self) -> Self:
+        if self.label_smoothing and self.loss in ("hinge", "ipo"):
+            raise ValueError(
+                f"label_smoothing means nothing to {self.loss}; take `loss: sigmoid` or `simpo`, or drop it."
+            )
+        if "simpo_gamma" in self.model_fields_set and self.loss not in ("simpo", "alphapo"):
+            raise ValueError(f"simpo_gamma means nothing to {self.loss}; take `loss: simpo`, or drop it.")
+        if self.alpha and self.loss != "alphapo":
+            raise ValueError(f"alpha means nothing to {self.loss} here; take `loss: alphapo`, or drop it.")
+        if self.loss == "alphapo" and self.cpo_alpha:
+            raise ValueError("alphapo has no loss of the chosen answers beside it (cpo_alpha); drop cpo_alpha.")
+        check_experimental("cpo")
+        return self
+
+    @field_validator("trainer")
+    @classmethod
+    def _trainer_exists(cls, options: dict[str, Any]) -> dict[str, Any]:
+        if "loss_type" in options:
+            raise ValueError("'loss_type' is not set here: set 'loss' beside 'trainer'.")
+        own = {"beta", "label_smoothing", "cpo_alpha", "simpo_gamma", "alpha"}
+        return checked_experimental_options("cpo", options, own)
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Train, save ``model/`` and return steps, tokens, speed, and held-out loss, accuracy and margin.
+
+    Raises ``UserError`` for a model without chat template, data without usable pairs, or a trl without CPOTrainer.
+    """
+    from align.models.threads import use_threads
+
+    use_threads(context.runtime)
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+    from align.stages.preference import make_ready, save
+    from align.training.arguments import training_arguments
+    from align.training.cpo_trainer import Arguments, PreparedCPO, held_out
+    from align.training.fit import fit
+    from align.training.rows import encode_pairs
+
+    config: CpoConfig = context.config
+    ready = make_ready(context, encode_pairs, DataCollatorForPreference)
+    ready.lint(context, "dpo")
+    trainer = PreparedCPO(
+        model=ready.wrapped(context),
+        args=training_arguments(
+            Arguments,
+            context,
+            len(ready.train.rows),
+            beta=config.beta,
+            loss_type=config.loss,
+            label_smoothing=config.label_smoothing,
+            cpo_alpha=config.own_weight,
+            simpo_gamma=config.simpo_gamma,
+            alpha=config.alpha,
+            max_length=config.max_length,  # read by what tokenizes, which has nothing to do
+            remove_unused_columns=False,
+        ),
+        data_collator=ready.collator,
+        train_dataset=ready.train.rows,
+        processing_class=ready.tokenizer,
+    )
+    trainer.row_lengths = ready.train.lengths
+    metrics = fit(trainer, context, lambda: held_out(trainer, ready.test))
+    save(context, trainer, ready.tokenizer)
+    return {**metrics, "pairs": len(ready.train.rows), "test_pairs": len(ready.test.rows)}

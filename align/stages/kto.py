@@ -1,0 +1,147 @@
+"""Kahneman-Tversky optimisation (arXiv 2402.01306): learning from single answers marked as wanted or not (trl)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from align.artifacts import Kind
+from align.stage import StageContext, stage_input
+from align.stages.preference import ReferenceFields
+from align.training.config import checked_options
+
+
+class KtoConfig(ReferenceFields):
+    """For feedback of one answer at a time, thumbs up or down; pairs are taken apart. ``batch_size`` counts answers."""
+
+    data: stage_input(Kind.UNPAIRED, Kind.PREFERENCES)  # type: ignore[valid-type]
+    """Stage with the answers and their labels, or with pairs, of which each becomes two answers."""
+    loss: Literal["kto", "apo_zero_unpaired"] = "kto"
+    """``kto`` measures answers from a reference point, the drift on answers to other prompts in the micro-batch;
+    ``apo_zero_unpaired`` (2408.06266) from none."""
+    desirable_weight: float = Field(1.0, gt=0)
+    """Weight of wanted answers; raise it when they are few, until together they weigh 1 to 4/3 of the others."""
+    undesirable_weight: float = Field(1.0, gt=0)
+    """Weight of unwanted answers."""
+
+    @model_validator(mode="after")
+    def _a_reference_point_needs_others(self) -> Self:
+        if self.loss == "kto" and self.micro_batch < 2:
+            raise ValueError(
+                "kto's reference point is the drift on the micro-batch's other answers; set micro_batch_size to 2 or "
+                "more, 8 is better, or take `loss: apo_zero_unpaired`."
+            )
+        return self
+
+    @field_validator("trainer")
+    @classmethod
+    def _trainer_exists(cls, options: dict[str, Any]) -> dict[str, Any]:
+        if "loss_type" in options:
+            raise ValueError("'loss_type' is not set here: set 'loss' beside 'trainer'.")
+        for name in ("precompute_ref_log_probs", "precompute_ref_batch_size", "sync_ref_model"):
+            if name in options:
+                raise ValueError(f"'{name}' is not set here: the reference is always scored once, before training.")
+        return checked_options("kto", options, {"beta", "desirable_weight", "undesirable_weight"})
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Train, save ``model/`` and return steps, tokens, speed, and held-out loss, accuracy, margin and reference point.
+
+    Raises ``UserError`` for a model without chat template, data without usable answers, or a reference of another
+    vocabulary.
+    """
+    from align.models.threads import use_threads
+
+    use_threads(context.runtime)
+    from datasets import Dataset
+    from trl.trainer.kto_config import KTOConfig as Arguments
+    from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
+
+    from align.stages.preference import Reference, make_ready, save
+    from align.training.arguments import total_steps, training_arguments
+    from align.training.fit import fit
+    from align.training.kto_trainer import PreparedKTO, held_out
+    from align.training.unpaired import encode_unpaired, fixed_groups, unpair
+
+    config: KtoConfig = context.config
+    ready = make_ready(context, encode_unpaired, DataCollatorForUnpairedPreference, unpair)
+    ready.lint(context, "kto")
+    wanted = _check_labels(context, [bool(row["label"]) for row in ready.train.rows])
+    seed, point = context.seed % 2**32, config.loss == "kto"
+    reference, groups = Reference(context, ready), []
+    for split, encoded in (("train", ready.train), ("test", ready.test)):
+        groups.append(fixed_groups(encoded.lengths, config.micro_batch, config.batch_size, seed))
+        _add_reference(context, reference, split, encoded.rows, groups[-1] if point else None)
+    trainer = PreparedKTO(
+        model=ready.wrapped(context),
+        beta_at=config.beta_of(total_steps(context.name, config, len(ready.train.rows))),
+        args=training_arguments(
+            Arguments,
+            context,
+            len(ready.train.rows),
+            beta=config.beta,
+            loss_type=config.loss,
+            desirable_weight=config.desirable_weight,
+            undesirable_weight=config.undesirable_weight,
+            precompute_ref_log_probs=True,
+            train_sampling_strategy="sequential",  # trl asks for it; the order is ``groups``'s
+        ),
+        data_collator=ready.collator,
+        train_dataset=Dataset.from_list(ready.train.rows),
+        processing_class=ready.tokenizer,
+    )
+    trainer.groups = groups[0]
+    metrics = fit(
+        trainer, context, lambda: held_out(trainer, ready.test), before=config.reference is not None
+    )  # the policy has not drifted from itself
+    save(context, trainer, ready.tokenizer)
+    facts = {"answers": len(ready.train.rows), "wanted": wanted, "test_answers": len(ready.test.rows)}
+    return {**metrics, **reference.facts(), **facts}
+
+
+def _check_labels(context: StageContext, labels: list[bool]) -> int:
+    """The number of wanted answers; a warning where the weights leave one kind outweighed (the paper's eq. 8)."""
+    config: KtoConfig = context.config
+    wanted = sum(labels)
+    others = len(labels) - wanted
+    if wanted == 0 or others == 0:
+        context.warn(
+            f"{context.name}: all {len(labels)} answers are {'un' * (wanted == 0)}wanted; without the other kind the "
+            "policy only learns to move away from the reference."
+        )
+        return wanted
+    ratio = config.desirable_weight * wanted / (config.undesirable_weight * others)
+    if not 0.99 <= ratio <= 1.34:
+        context.warn(
+            f"{context.name}: {wanted} answers are wanted and {others} not, and with these weights wanted ones count "
+            f"{ratio:.2f} times as much as the others in all, where 1 to 1.33 is advised (2402.01306, eq. 8). "
+            f"Set desirable_weight to {config.undesirable_weight * others / wanted:.3g}."
+        )
+    return wanted
+
+
+def _add_reference(
+    context: StageContext, reference: Any, split: str, rows: list[dict[str, Any]], groups: list[list[int]] | None
+) -> None:
+    """Give each row ``ref_logps``, and with ``groups`` a mismatched answer and its ``ref_KL_logps`` (nats)."""
+    from align.training.reference import Answer
+    from align.training.unpaired import add_mismatched
+
+    for row, total in zip(
+        rows,
+        reference.sums(split, [Answer(row["prompt_ids"], row["completion_ids"]) for row in rows]).total,
+        strict=True,
+    ):
+        row["ref_logps"] = total
+    if groups is None:
+        return
+    own = add_mismatched(rows, groups, context.config.max_length)
+    if own:
+        context.warn(
+            f"{context.name}: {own} of {len(rows)} {split} answers stand for another prompt's in the reference point "
+            "and have the same prompt; a larger micro_batch_size avoids it."
+        )
+    answers = [Answer(row["prompt_ids"], row["KL_completion_ids"]) for row in rows]
+    for row, total in zip(rows, reference.sums(f"{split}_mismatched", answers).total, strict=True):
+        row["ref_KL_logps"] = total

@@ -1,0 +1,243 @@
+"""What the stages that learn from preferences do alike: their fields, rows and reference. Torch-free at import.
+
+``dpo``, ``kto``, ``orpo``, ``cpo`` and ``simpo`` train a policy on answers that are better or worse; each says in its
+own module by which loss.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from align.artifacts import GENERATORS, Artifact
+from align.lint.settings import LintSettings
+from align.stage import StageContext, stage_input
+from align.trainer_options import CLASSES, trainer_options
+from align.training.beta import beta_at
+from align.training.config import TrainingFields, checked_options
+from align.tuning import TuningBase
+
+if TYPE_CHECKING:
+    from align.lint.linter import StageKind
+    from align.lint.trainer import Split
+    from align.training.reference import Answer, ReferenceCache, Sums
+    from align.training.rows import Encoded, Row
+
+ADAPTER_FIELDS = {"rank", "alpha", "dropout", "targets", "rslora", "dora", "init", "save_modules"}
+"""Fields of ``qlora`` that say nothing of the quantised weights."""
+
+
+class PreferenceFields(TrainingFields):
+    """Fields of every such stage."""
+
+    policy: stage_input(*GENERATORS)  # type: ignore[valid-type]
+    """Stage whose checkpoint is trained; usually the SFT stage."""
+    lint: LintSettings = LintSettings()
+    """What of the look at the rows' tokens, before the first step, is waived (docs/lint.md)."""
+
+    identified: ClassVar[frozenset[str]] = frozenset({"lint"})
+
+
+class ReferenceFields(PreferenceFields):
+    """Fields of those that hold the policy to a reference."""
+
+    reference: stage_input(*GENERATORS) | None = None  # type: ignore[valid-type]
+    """Stage whose checkpoint the policy is held to; by default the policy as it comes in. It is scored once."""
+    beta: float = Field(0.1, gt=0)
+    """How much a nat of drift from the reference costs; smaller drifts further. For ``ipo`` it is that paper's tau."""
+    beta_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How beta moves to ``final_beta`` over the steps: not at all, along a line, or a half cosine."""
+    final_beta: float | None = Field(None, gt=0)
+    """beta of the last step, which the held-out rows are scored with afterwards; only with a schedule."""
+
+    @model_validator(mode="after")
+    def _a_schedule_has_an_end(self) -> Self:
+        if (self.beta_schedule == "constant") != (self.final_beta is None):
+            raise ValueError(
+                f"beta_schedule is {self.beta_schedule} and final_beta {self.final_beta}: a schedule needs the beta "
+                "it ends at, and a constant beta has none. Set both, as in `beta_schedule: linear, final_beta: 0.02`, "
+                "or neither."
+            )
+        return self
+
+    def beta_of(self, steps: int) -> Callable[[int], float]:
+        """beta by the number of optimizer steps done, out of ``steps``."""
+        return lambda step: beta_at(step, steps, self.beta, self.final_beta, self.beta_schedule)
+
+
+def check_experimental(kind: str) -> None:
+    """``ValueError`` where the installed trl has no trainer for a stage that runs on an experimental one."""
+    try:
+        trainer_options(kind)
+    except (LookupError, OSError):
+        package, file, name = CLASSES[kind]
+        raise ValueError(
+            f"{package} {importlib.metadata.version(package)} has no {name} ({package}/{file}), which is experimental "
+            "there and which this stage needs. Install trl 1.16, or take stage 'dpo'."
+        ) from None
+
+
+def checked_experimental_options(kind: str, options: dict[str, Any], own: set[str]) -> dict[str, Any]:
+    """``checked_options`` for such a stage: what its trainer tokenizes or generates by is not set at all."""
+    check_experimental(kind)
+    for name in ("max_completion_length", "is_encoder_decoder", "padding_value"):
+        if name in options:
+            raise ValueError(f"'{name}' is not set here: rows are tokenized before training.")
+    if "generate_during_eval" in options:
+        raise ValueError("'generate_during_eval' is not set here: the 'evaluate' stage samples.")
+    return checked_options(kind, options, own)
+
+
+@dataclass
+class Ready:
+    """A policy that is not wrapped yet, and its rows, encoded and linted. ``collator`` is the trainer's."""
+
+    tokenizer: Any
+    model: Any
+    train: Encoded
+    test: Encoded
+    collator: Any
+    _splits: Mapping[str, Split]
+
+    def lint(self, context: StageContext, stage: StageKind) -> None:
+        """Look at the rows as the trainer will see them, before anything expensive."""
+        from align.lint.trainer import lint_stage
+
+        lint_stage(context, stage, _Seen(self), self._splits, context.config.max_length)
+
+    def wrapped(self, context: StageContext) -> Any:
+        """The model made ready to be trained by the stage's tuning."""
+        from align.models.tuning.apply import apply_tuning
+
+        shown = [[*row["prompt_ids"], *row.get("chosen_ids", row.get("completion_ids", []))] for row in self.train.rows]
+        return apply_tuning(
+            self.model, context.config.tuning, context.seed, tokenizer=self.tokenizer, warn=context.warn, rows=shown
+        )
+
+
+class _Seen:
+    """What ``lint_stage`` reads of a trainer: the rows are looked at before there is one."""
+
+    def __init__(self, ready: Ready) -> None:
+        self.processing_class, self.model = ready.tokenizer, ready.model
+        self.train_dataset, self.data_collator = ready.train.rows, ready.collator
+
+
+def make_ready(
+    context: StageContext,
+    encode: Callable[[Any, Sequence[Row], int], Encoded],
+    collator: Callable[..., Any],
+    rows_of: Callable[[Sequence[Row]], Sequence[Row]] = lambda rows: rows,
+) -> Ready:
+    """Load the policy and encode its rows; ``rows_of`` turns rows as stored into rows as trained on.
+
+    Raises ``UserError`` for a model without chat template or data without usable rows.
+    """
+    from align.lint.trainer import Split
+    from align.models.loading import load_tokenizer
+    from align.models.tuning.apply import load_for_tuning
+    from align.training.handover import check_encoded, check_model
+    from align.training.rows import read_split
+    from align.training.trainers import label_positions_only
+
+    config: PreferenceFields = context.config
+    source, data = context.artifact("policy").model, context.artifact("data")
+    tokenizer, model = load_tokenizer(source, config.tuning), load_for_tuning(source, config.tuning)
+    check_model(context.name, model, tokenizer)
+    label_positions_only()
+    splits = {}
+    for split, most in (("train", config.max_rows), ("test", config.eval_rows)):
+        rows = rows_of(read_split(data.split(split), most, context.name))
+        encoded = encode(tokenizer, rows, config.max_length)
+        check_encoded(context.name, encoded, len(rows), split, config.max_length, context.warn)
+        splits[split] = Split(rows, encoded)
+    train, test = (splits[name].encoded for name in ("train", "test"))
+    assert train is not None
+    assert test is not None
+    return Ready(tokenizer, model, train, test, collator(pad_token_id=tokenizer.pad_token_id), splits)
+
+
+class Reference:
+    """The stage's reference: the policy before it is wrapped, or the checkpoint of another stage, loaded if needed."""
+
+    def __init__(self, context: StageContext, ready: Ready) -> None:
+        from align.training.reference import ReferenceCache
+
+        self.context, self.ready = context, ready
+        named: Artifact | None = context.inputs.get("reference")
+        self.artifact = named or context.artifact("policy")
+        self._loaded = None if named is not None else ready.model
+        if named is not None:
+            _check_reference(context, ready.tokenizer, named)
+        shared = None if context.cache is None else context.cache / "reference_logprobs"
+        identity = {} if shared is None else _identity(context, self.artifact)
+        self.cache: ReferenceCache = ReferenceCache(context.checkpoints, shared, identity)
+
+    def sums(self, split: str, answers: Sequence[Answer]) -> Sums:
+        """Log-probabilities of a split's answers, from the cache where they are in it."""
+        return self.cache.sums(split, answers, self._compute)
+
+    def facts(self) -> dict[str, int]:
+        """Metrics: how many answers the reference had to score, and how many were found scored."""
+        return {"reference_computed": self.cache.computed, "reference_cached": self.cache.found}
+
+    def _compute(self, answers: Sequence[Answer]) -> Sums:
+        from align.models.threads import device_of
+        from align.models.tuning.apply import load_for_tuning
+        from align.training.reference import answer_sums
+
+        config = self.context.config
+        if self._loaded is None:
+            self._loaded = load_for_tuning(self.artifact.model, config.tuning)
+        device = device_of(self.context.runtime)
+        if next(self._loaded.parameters()).device.type != device.type:
+            self._loaded.to(device)
+        return answer_sums(
+            self._loaded,
+            answers,
+            self.ready.tokenizer.pad_token_id,
+            config.precision == "bfloat16",
+            lambda done, total: self.context.progress(done, total, unit="reference answers"),
+        )
+
+
+def _identity(context: StageContext, artifact: Artifact) -> dict[str, str]:
+    """All that decides a reference's numbers but the rows."""
+    from align.models.threads import device_of
+
+    tuning: TuningBase = context.config.tuning
+    # A quantised model is scored as it is trained: what decides its weights is all but the adapter's own fields.
+    loaded = tuning.model_dump_json(exclude=ADAPTER_FIELDS) if tuning.method == "qlora" else "float32"
+    return {
+        "weights": artifact.weights,
+        "loaded": loaded,
+        "precision": context.config.precision,
+        "device": device_of(context.runtime).type,
+    }
+
+
+def _check_reference(context: StageContext, tokenizer: Any, artifact: Artifact) -> None:
+    """A reference reads the policy's tokens: ``UserError`` for another vocabulary, a warning for another template."""
+    from align.models.loading import load_tokenizer
+    from align.training.handover import check_same_vocabulary
+
+    other = load_tokenizer(artifact.model, context.config.tuning)
+    names = (f"policy '{context.artifact('policy').stage}'", f"reference '{artifact.stage}'")
+    check_same_vocabulary(context.name, tokenizer, other, names)
+    if tokenizer.chat_template != other.chat_template:
+        context.warn(
+            f"{context.name}: {names[0]} and {names[1]} have different chat templates; the reference is shown the "
+            "policy's, which it was not trained on."
+        )
+
+
+def save(context: StageContext, trainer: Any, tokenizer: Any) -> None:
+    """Write what was trained to ``model/``."""
+    from align.models.tuning.apply import save_tuned
+
+    trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    save_tuned(trained, tokenizer, context.output / "model")

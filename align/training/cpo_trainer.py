@@ -1,0 +1,64 @@
+"""trl's CPO trainer (arXiv 2401.08417), whose losses include SimPO's and AlphaPO's, on rows tokenized already.
+
+Experimental in trl. What is overridden is held by ``tests/training/test_cpo_trainer.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from align.training.experimental import PairForward, experimental
+from align.training.held_out import scoring
+from align.training.order import by_length
+from align.training.rows import Encoded
+from align.training.trainers import SCORING_TOKENS
+
+CPOTrainer = experimental("cpo", "CPOTrainer")
+Arguments = experimental("cpo", "CPOConfig")
+
+
+class PreparedCPO(PairForward, CPOTrainer):  # type: ignore[misc,valid-type]
+    """Rows: ``prompt_ids``, ``chosen_ids``, ``rejected_ids``. No reference: the policy's own log-probabilities."""
+
+    loss_type: str
+    cpo_alpha: float
+
+    @property
+    def averaged(self) -> bool:  # type: ignore[override]
+        return self.loss_type in ("ipo", "simpo")
+
+    def pair_losses(self, chosen: torch.Tensor, rejected: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Losses and rewards of pairs; the loss that is trained is their mean and ``own_weight`` times the chosen
+        sides' loss per token.
+        """
+        losses, *rewards = self.cpo_loss(chosen, rejected)
+        return losses, *rewards
+
+    @property
+    def own_weight(self) -> float:
+        return self.cpo_alpha
+
+
+def held_out(trainer: Any, encoded: Encoded) -> dict[str, float]:
+    """Scores of a CPO or ORPO trainer's model on held-out pairs: means over pairs, ``nll`` over tokens.
+
+    ``loss`` is what is trained, ``accuracy`` the share of pairs whose chosen side has the larger reward, ``margin`` the
+    mean difference; a reward is beta times a side's log-probability (the mean over its tokens where the loss has it).
+    """
+    sums = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0, "chosen_reward": 0.0, "rejected_reward": 0.0}
+    total, tokens = 0.0, 0
+    with scoring(trainer):
+        for batch in by_length(encoded.lengths, SCORING_TOKENS // 2):
+            inputs = trainer._prepare_inputs(trainer.data_collator([encoded.rows[at] for at in batch]))
+            chosen, rejected, _, _, loss = trainer.concatenated_forward(trainer.model, inputs)[:5]
+            losses, one, other = trainer.pair_losses(chosen, rejected)
+            counted = inputs["attention_mask" if trainer.prompt_too else "completion_mask"][: len(batch), 1:].sum()
+            total, tokens = total + float(loss) * int(counted), tokens + int(counted)
+            values = (losses, (one > other).float(), one - other, one, other)
+            for name, value in zip(sums, values, strict=True):
+                sums[name] += float(value.double().sum())
+    means = {name: value / len(encoded.rows) for name, value in sums.items()}
+    nll = total / tokens
+    return {**means, "loss": means["loss"] + trainer.own_weight * nll, "nll": nll}

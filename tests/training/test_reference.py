@@ -1,0 +1,97 @@
+"""The reference's log-probabilities: right whatever the batches, found again under another beta, never another's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from align.models.loading import load_policy, load_tokenizer
+from align.training import reference
+from align.training.reference import Answer, ReferenceCache, Sums, answer_sums
+from align.training.rows import encode_pairs
+from align.training.trainers import label_positions_only
+from tests.training.harness import rows
+
+IDENTITY = {"weights": "w", "precision": "float32", "loaded": "float32", "device": "cpu"}
+
+
+def answers(model: Path) -> list[Answer]:
+    found = []
+    for row in encode_pairs(load_tokenizer(model), rows(6), 128).rows:
+        shared = min(len(row["chosen_ids"]), len(row["rejected_ids"]))
+        found += [Answer(row["prompt_ids"], row[side], shared) for side in ("chosen_ids", "rejected_ids")]
+    return found
+
+
+def test_sums_are_those_of_each_answer_alone(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    label_positions_only()
+    model, given = load_policy(tiny_model), answers(tiny_model)
+    found = answer_sums(model, given, 0, bfloat16=False)
+    monkeypatch.setattr(reference, "SCORING_TOKENS", 1)  # one answer at a time: no padding
+    alone = answer_sums(model, given, 0, bfloat16=False)
+    plain = load_policy(tiny_model)
+    for at, answer in enumerate(given):
+        ids = torch.tensor([[*answer.prompt, *answer.ids]])
+        with torch.no_grad():
+            every = plain(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[-len(answer.ids) :, 0]
+        assert found.total[at] == pytest.approx(float(every.sum()), abs=1e-3)
+        assert found.tail[at] == pytest.approx(float(every[answer.shared :].sum()), abs=1e-3)
+        assert alone.total[at] == pytest.approx(found.total[at], abs=1e-3)
+    assert any(found.tail) and not all(found.tail)  # one side of a pair is longer, the other is not
+    assert found.weighted(None) == found.total
+    assert found.weighted(0.25)[1] == pytest.approx(found.total[1] - 0.75 * found.tail[1])
+    # The head that scores labelled positions only is gone again.
+    assert "forward" not in model.__dict__
+
+
+def computed(sums: Sums, calls: list[int]) -> object:
+    def compute(given: object) -> Sums:
+        calls.append(1)
+        return sums
+
+    return compute
+
+
+def test_another_run_finds_them_and_other_rows_or_weights_do_not(tmp_path: Path) -> None:
+    given = [Answer([1, 2], [3, 4], 1), Answer([1, 2], [5], 1)]
+    calls: list[int] = []
+    compute = computed(Sums([-1.5, -2.5], [-0.5, 0.0]), calls)
+    first = ReferenceCache(tmp_path / "a", tmp_path / "shared", IDENTITY)
+    assert first.sums("train", given, compute).total == [-1.5, -2.5]  # type: ignore[arg-type]
+    assert (first.computed, first.found) == (2, 0)
+    other = ReferenceCache(tmp_path / "b", tmp_path / "shared", IDENTITY)
+    assert other.sums("train", given, compute) == Sums([-1.5, -2.5], [-0.5, 0.0])  # type: ignore[arg-type]
+    assert (other.computed, other.found, len(calls)) == (0, 2, 1)
+    for change in ("weights", "precision", "loaded", "device"):
+        cache = ReferenceCache(tmp_path / f"c{change}", tmp_path / "shared", IDENTITY | {change: "other"})
+        cache.sums("train", given, compute)  # type: ignore[arg-type]
+        assert cache.computed == 2, change
+    for number, changed in enumerate((
+        [Answer([1, 2], [3, 4], 1), Answer([1, 2], [6], 1)],
+        [Answer([1], [2, 3, 4], 1), Answer([1, 2], [5], 1)],
+        [Answer([1, 2], [3, 4], 2), Answer([1, 2], [5], 1)],
+        given[::-1],
+    )):  # fmt: skip
+        cache = ReferenceCache(tmp_path / f"d{number}", tmp_path / "shared", IDENTITY)
+        cache.sums("train", changed, compute)  # type: ignore[arg-type]
+        assert cache.computed == 2, changed
+
+
+def test_a_resumed_stage_reads_its_own_and_a_damaged_file_is_made_anew(tmp_path: Path) -> None:
+    given = [Answer([1, 2], [3, 4])]
+    calls: list[int] = []
+    compute = computed(Sums([-1.5], [0.0]), calls)
+    ReferenceCache(tmp_path / "own", None, {}).sums("train", given, compute)  # type: ignore[arg-type]
+    again = ReferenceCache(tmp_path / "own", tmp_path / "shared", IDENTITY)
+    again.sums("train", given, compute)  # type: ignore[arg-type]
+    assert len(calls) == 1
+    assert again.files[0].is_file()  # and the shared folder gets what was found
+    file = tmp_path / "own" / "reference_train.safetensors"
+    file.write_bytes(file.read_bytes()[:-3])
+    again.files[0].write_bytes(b"no tensors")
+    ReferenceCache(tmp_path / "own", tmp_path / "shared", IDENTITY).sums("train", given, compute)  # type: ignore[arg-type]
+    assert len(calls) == 2
+    ReferenceCache(tmp_path / "own", None, {}).sums("train", given, compute)  # type: ignore[arg-type]
+    assert len(calls) == 2
