@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from align.models.inserted_sizes import inserted_parameters
 from align.tuning import IA3_INPUTS, IA3_OUTPUTS, FullTuning, Ia3Tuning, LowRank, TuningBase
 
 EMBEDDINGS = ("embed_tokens", "embed_in", "wte")
@@ -112,7 +113,10 @@ class Architecture:
                 for name, linear in self._matrices()
                 if _is_target(name, targets)
             )
-        raise UnknownArchitecture(f"there is no rule for what tuning {tuning.label} adds to a model")
+        inserted = inserted_parameters(self, tuning)
+        if inserted is None:
+            raise UnknownArchitecture(f"there is no rule for what tuning {tuning.label} adds to a model")
+        return inserted
 
     def _low_rank(self, tuning: LowRank, part: Literal["model", "trunk"]) -> int:
         targets = tuning.targets if isinstance(tuning.targets, list) else None  # None is all-linear

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from align.models.tuning.folding import PEFT_PREFIX, folded, tuner_layers
+from align.models.tuning.stored import weights_to_hand_over
 
 
 @torch.no_grad()
@@ -24,7 +25,7 @@ def merged_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     from peft import PeftModel
 
     if not isinstance(model, PeftModel):
-        yield from model.state_dict().items()
+        yield from weights_to_hand_over(model).items()
         return
     layers = tuner_layers(model)
     done: set[str] = set()

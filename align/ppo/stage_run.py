@@ -21,6 +21,7 @@ from align.models.reward import RewardModel
 from align.models.threads import device_of, use_threads
 from align.models.tuning.apply import load_for_tuning
 from align.models.tuning.notice import notice
+from align.models.tuning.stored import engine_source
 from align.ppo.arguments import RolloutArguments
 from align.ppo.checkpoint import last_checkpoint
 from align.ppo.completions import gather
@@ -93,7 +94,7 @@ def run_online(context: StageContext, make: Callable[[Start], OnlineTrainer]) ->
     if rewards and getattr(config, "critic_source", None) == "reward":
         check_same_vocabulary(context.name, tokenizer, rewards[0].tokenizer, ("the policy", "the reward model"))
     engine = open_engine(
-        source,
+        engine_source(source, config.tuning, context.checkpoints / "engine" / "model"),
         context.runtime,
         precision=config.precision,
         max_length=config.max_prompt_tokens + config.max_tokens,

@@ -96,24 +96,29 @@ def is_parallel(model: Any) -> bool:
     return any(isinstance(module, Parallel) for module in model.modules())
 
 
-def folded(model: Any, weights: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
-    """``weights`` of ``model`` with each parallel bottleneck in its MLP, and the config's fields that change by it.
+def folded_width(model: Any) -> int:
+    """Features of each MLP once its parallel bottleneck is part of it."""
+    size = next(module.gate.shape[0] for module in model.modules() if isinstance(module, Parallel))
+    return int(model.config.get_text_config().intermediate_size) + size
+
+
+def folded(model: Any, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """``weights`` of ``model`` with each parallel bottleneck in its MLP.
 
     ``sum_i down_i act(gate_i x) up_i x`` runs over the features of both, so gate and up get more rows and down more
     columns; the bottleneck's gate and up have no bias, and its rows of one are zero.
     """
-    found, size = dict(weights), 0
+    found = dict(weights)
     for name, module in list(model.named_modules()):
         if not isinstance(module, Parallel):
             continue
         mlp, _, _ = name.rpartition(".")
-        size = module.gate.shape[0]
         gate, up, down = (f"{mlp}.{matrix}.weight" for matrix in GATED)
         for matrix, own, dim in ((gate, module.gate, 0), (up, module.up, 0), (down, module.down, 1)):
             found[matrix] = torch.cat([found[matrix], own.detach().to(found[matrix].dtype)], dim=dim)
             bias = matrix.removesuffix("weight") + "bias"
             if dim == 0 and bias in found:
-                found[bias] = torch.cat([found[bias], found[bias].new_zeros(size)])
+                found[bias] = torch.cat([found[bias], found[bias].new_zeros(len(own))])
         for key in module.state_dict():
             found.pop(f"{name}.{key}", None)
-    return found, {"intermediate_size": model.config.get_text_config().intermediate_size + size}
+    return found

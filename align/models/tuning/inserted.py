@@ -46,6 +46,10 @@ def train_insertions_only(model: Any, started: bool = False) -> Any:
     insertions have been trained already (``started``), that is the model with them as they are now.
     """
     inserted = insertions(model)
+    if started:  # a critic is made as a second tree over the policy's tensors; what both train must be two
+        for module in [part for one in inserted.values() for part in one.modules()]:
+            for name, parameter in list(module._parameters.items()):
+                module.register_parameter(name, None if parameter is None else nn.Parameter(parameter.detach().clone()))
     model.initial_insertions = {n: t.clone() for n, t in inserted_weights(model).items()} if started else None
     model.requires_grad_(False)
     for module in inserted.values():

@@ -158,10 +158,21 @@ def write(model: Any, folder: Path) -> None:
     (folder / DESCRIPTION).write_text(json.dumps(described, indent=1), encoding="utf-8")
 
 
+def weights_to_hand_over(model: Any) -> dict[str, torch.Tensor]:
+    """Every weight of ``model`` by its name in what loads it: insertions folded where that is plain, by name where not.
+
+    What an engine takes that was opened on :func:`engine_source`, and what is saved.
+    """
+    weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    if virtual_tokens.prompt_of(model) is not None:
+        return virtual_tokens.folded(model, weights)
+    return bottleneck.folded(model, weights) if bottleneck.is_parallel(model) else weights
+
+
 def settle(
     model: Any, weights: dict[str, torch.Tensor], tokenizer: Any, out_dir: Path
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The plain weights for ``out_dir``, insertions folded in or left out, and the fields of its config that change.
+    """The plain ones of ``weights`` (``weights_to_hand_over``), and the fields of the config that go with them.
 
     The adapter by itself is written to ``adapter/``: beside ``out_dir`` when it is folded, in it when it is not.
     """
@@ -173,13 +184,30 @@ def settle(
         where = f"tuning.method: {model.inserted_tuning.method}, after training"
         virtual_tokens.require_small_mass(model, tokenizer, ids, where)
         virtual_tokens.write_peft(tokens, out_dir.parent / FOLDER, reward=hasattr(model, "score"))
-        return virtual_tokens.folded(model, weights)
+        return weights, {} if model.get_output_embeddings() is None else {"tie_word_embeddings": False}
     if bottleneck.is_parallel(model):
         write(model, out_dir.parent / FOLDER)
-        return bottleneck.folded(model, weights)
+        return weights, {"intermediate_size": bottleneck.folded_width(model)}
     write(model, out_dir / FOLDER)
     own = inserted_weights(model)
     return {name: tensor for name, tensor in weights.items() if name not in own}, {}
+
+
+def engine_source(source: Path, tuning: Any, scratch: Path) -> Path:
+    """The folder to open an engine on for the policy in ``source``: one with a place for all that ``tuning`` trains.
+
+    ``source`` itself where its shapes are right; else a checkpoint of the first step, written into ``scratch``.
+    """
+    if not isinstance(tuning, AdaptersTuning) or is_stored(source):
+        return source
+    from align.models.tuning.apply import apply_tuning, load_for_tuning, save_tuned
+
+    if not (scratch / "config.json").is_file():
+        from align.models.loading import load_tokenizer
+
+        model = apply_tuning(load_for_tuning(source, tuning), tuning, seed=0)  # all start as nothing, whatever the seed
+        save_tuned(model, load_tokenizer(source), scratch)
+    return scratch
 
 
 @contextlib.contextmanager

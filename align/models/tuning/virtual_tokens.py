@@ -249,10 +249,10 @@ def prompt_of(model: Any) -> Tokens | None:
 
 
 @torch.no_grad()
-def folded(model: Any, weights: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """``weights`` of ``model`` with the learnt vectors in its embedding, and the config's fields that change by it.
+def folded(model: Any, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """``weights`` of ``model`` with the learnt vectors in its embedding.
 
-    A tied head is untied: its rows for the virtual tokens stay zero.
+    A tied head becomes one of its own, whose rows for the virtual tokens stay zero.
     """
     tokens, embedding, head = prompt_of(model), model.get_input_embeddings(), model.get_output_embeddings()
     assert tokens is not None
@@ -261,17 +261,12 @@ def folded(model: Any, weights: dict[str, torch.Tensor]) -> tuple[dict[str, torc
     for name in [one for one in found if one.startswith(prefix)]:
         del found[name]
     key = f"{names[id(embedding)]}.weight"
-    table = found[key].clone()
-    vectors = tokens.vectors()
+    if head is not None and head.weight is embedding.weight:
+        found[f"{names[id(head)]}.weight"] = found[key]
+    table, vectors = found[key].clone(), tokens.vectors()
     assert vectors is not None
     table[tokens.first : tokens.first + tokens.count] = vectors.to(table.dtype)
-    changes: dict[str, Any] = {}
-    if head is not None:
-        found[f"{names[id(head)]}.weight"] = found[key]
-        if head.weight is not embedding.weight:
-            found[f"{names[id(head)]}.weight"] = weights[f"{names[id(head)]}.weight"]
-        changes["tie_word_embeddings"] = False
-    return found | {key: table}, changes
+    return found | {key: table}
 
 
 def write_peft(tokens: Tokens, folder: Path, reward: bool) -> None:
