@@ -33,7 +33,7 @@ def insertions(model: Any) -> dict[str, Insertion]:
 
 def inserted_weights(model: Any) -> dict[str, torch.Tensor]:
     """The insertions' tensors under their names in ``model``, buffers included."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for name, module in insertions(model).items():
         found |= {f"{name}.{key}": tensor for key, tensor in module.state_dict().items()}
     return found

@@ -31,7 +31,7 @@ class Gated(Insertion):
         self.gate = nn.Parameter(torch.zeros(1))
         nn.init.normal_(self.prompt)
 
-    def forward(self, attention: Any, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> Any:
+    def forward(self, attention: Any, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """(B, T, hidden): what is added to the output of ``attention``."""
         size = attention.head_dim
         queries = _rotated(_heads(attention.q_proj(hidden), size), rotation)  # (B, heads, T, D)
@@ -42,7 +42,8 @@ class Gated(Insertion):
         scores = (queries @ keys.transpose(-1, -2).to(queries.dtype)).float() * size**-0.5
         weights = self.gate.float() * torch.softmax(scores, dim=-1)
         added = (weights.to(values.dtype) @ values).transpose(1, 2).flatten(2)
-        return attention.o_proj(added)
+        made: torch.Tensor = attention.o_proj(added)
+        return made
 
 
 def _heads(flat: torch.Tensor, size: int) -> torch.Tensor:
