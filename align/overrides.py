@@ -12,7 +12,8 @@ from typing import Any
 
 from align.errors import UserError
 from align.looping import is_loop
-from align.validation import parse_yaml, suggest
+from align.validation import suggest
+from align.yaml_file import parse_yaml
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:

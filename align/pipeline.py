@@ -22,7 +22,8 @@ from align.looping import expand
 from align.overrides import assign, parse_assignment
 from align.stage import Config, Runtime, Stage, input_fields
 from align.stage_kinds import NAME_PATTERN, stage_of
-from align.validation import load_yaml, suggest, validate
+from align.validation import suggest, validate
+from align.yaml_file import load_yaml
 
 if TYPE_CHECKING:
     from align.runner import Run

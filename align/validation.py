@@ -1,20 +1,17 @@
-"""From a YAML file to a checked config object, with errors that name the place and the remedy.
+"""From a mapping to a checked config object, with errors that name the place and the remedy.
 
-Leaves out what the fields mean: that stands in the config classes. Never imports torch.
+Leaves out reading the file (``yaml_file.py``) and what the fields mean (the config classes). Never imports torch.
 """
 
 from __future__ import annotations
 
 import difflib
-import re
 import types
 import typing
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
@@ -22,77 +19,6 @@ from pydantic_core import ErrorDetails
 from align.errors import UserError
 
 Model = TypeVar("Model", bound=BaseModel)
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key written twice, which YAML readers otherwise drop in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)
-            if not isinstance(key, Hashable):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be a plain value", key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands here a second time", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-# YAML 1.1 reads 5e-4 as text: it wants a dot and a sign. Everyone who writes learning rates means the number.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
-
-
-def load_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping.
-
-    Raises ``UserError`` for a file that is missing (similar names are suggested), is not UTF-8, does not parse
-    (line and column), repeats a key, or is no mapping.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file.{_similar_files(path)}") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder; name a YAML file in it.{_similar_files(path / 'x.yaml')}") from None
-    except PermissionError:
-        raise UserError(f"{path}: not readable; check its permissions.") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8.") from None
-    data = parse_yaml(text, str(path))
-    if not isinstance(data, dict):
-        what = "is empty" if data is None else f"holds {type(data).__name__}"
-        raise UserError(f"{path}: expected a mapping of keys to values, but the file {what}.")
-    return data
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """Parse YAML text safely; ``UserError`` names line and column."""
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "an unknown place"
-        raise UserError(f"{where}: invalid YAML at {place}: {error.problem or error}.") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{where}: invalid YAML: {error}.") from None
-
-
-def _similar_files(path: Path) -> str:
-    folder = path.parent
-    names = sorted(p.name for p in folder.glob("*.yaml")) if folder.is_dir() else []
-    close = difflib.get_close_matches(path.name, names, n=1)
-    if close:
-        return f" Did you mean {folder / close[0]}?"
-    if names:
-        return f" {folder} has: {', '.join(names)}."
-    return "" if folder.is_dir() else f" Nor is there a folder {folder}; relative paths start at the current folder."
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

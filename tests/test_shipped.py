@@ -15,7 +15,8 @@ from align.data.rows import read_rows
 from align.errors import UserError
 from align.pipeline import Pipeline
 from align.stages.evaluate import EvaluateConfig
-from align.validation import load_yaml, validate
+from align.validation import validate
+from align.yaml_file import load_yaml
 
 SUITES = sorted(Path("pipelines/suites").rglob("*.yaml"))
 PIPELINES = [path for path in sorted(Path("pipelines").rglob("*.yaml")) if path not in SUITES]

@@ -1,4 +1,3 @@
-from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
@@ -8,7 +7,7 @@ from align.artifacts import Kind
 from align.errors import UserError
 from align.stage import Config, stage_input
 from align.tuning import FullTuning, LoraTuning, Tuning
-from align.validation import load_yaml, parse_yaml, suggest, validate
+from align.validation import suggest, validate
 
 
 class Inner(Config):
@@ -88,41 +87,6 @@ def test_all_mistakes_are_listed_unknown_keys_first() -> None:
     lines = message({"mode": 3, "xlearning_rate": 1}).splitlines()
     assert len(lines) == 2
     assert "xlearning_rate" in lines[0]
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("a: 1\nb: [1,\n", "line 3, column 1"),
-        ("a: 1\n  b: 2\n", "line 2, column 4"),
-        ("a: 1\na: 2\n", "line 2, column 1: the key 'a' stands here a second time"),
-        ("a: !!python/object/apply:os.system ['true']\n", "could not determine a constructor"),
-        ("a: \t- x", "line 1"),
-    ],
-)
-def test_invalid_yaml_names_line_and_column(text: str, expected: str) -> None:
-    with pytest.raises(UserError, match="p.yaml: invalid YAML") as caught:
-        parse_yaml(text, "p.yaml")
-    assert expected in str(caught.value)
-
-
-@pytest.mark.parametrize("text", ["5e-4", "5.0e-4", "5E-4", ".5e-3"])
-def test_a_learning_rate_is_a_number_in_every_spelling(text: str) -> None:
-    assert parse_yaml(text, "x") == 5e-4
-
-
-def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    (tmp_path / "quickstart.yaml").write_text("a: 1")
-    with pytest.raises(UserError, match=r"no such file.*Did you mean .*quickstart\.yaml"):
-        load_yaml(tmp_path / "quickstrat.yaml")
-    (tmp_path / "latin.yaml").write_bytes("a: é".encode("latin-1"))
-    with pytest.raises(UserError, match="not UTF-8 text"):
-        load_yaml(tmp_path / "latin.yaml")
-    (tmp_path / "empty.yaml").write_text("")
-    with pytest.raises(UserError, match="the file is empty"):
-        load_yaml(tmp_path / "empty.yaml")
-    with pytest.raises(UserError, match="is a folder"):
-        load_yaml(tmp_path)
 
 
 def test_suggest_lists_what_is_known_when_nothing_is_near() -> None:

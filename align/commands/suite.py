@@ -17,7 +17,8 @@ from align.commands.checkpoints import BASE, Checkpoint, unique
 from align.errors import UserError
 from align.pipeline import NAME_PATTERN, Pipeline
 from align.stages.evaluate import EvaluateConfig
-from align.validation import load_yaml, parse_yaml, suggest, validate
+from align.validation import suggest, validate
+from align.yaml_file import load_yaml, parse_yaml
 
 TOP = ("description", "seed", "runtime")
 GIVEN = {

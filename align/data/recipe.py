@@ -15,7 +15,8 @@ from align.data.formats import KINDS, SEVERAL
 from align.data.source_configs import FilesSource, RecordSource, Source, labels
 from align.data.steps import Step
 from align.stage import Config
-from align.validation import load_yaml, validate
+from align.validation import validate
+from align.yaml_file import load_yaml
 
 
 class Recipe(Config):

@@ -10,7 +10,8 @@ from pydantic import Field, model_validator
 from align.errors import UserError
 from align.pipeline import NAME_PATTERN
 from align.stage import Config
-from align.validation import load_yaml, validate
+from align.validation import validate
+from align.yaml_file import load_yaml
 
 
 class PruneConfig(Config):

@@ -1,0 +1,111 @@
+"""Reads YAML: safely, with errors that name line and column, and with the slips that YAML lets pass refused. No torch.
+
+Leaves out what the keys mean (``validation.py``).
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from align.errors import UserError
+
+MOST_VALUES = 1_000_000
+"""Values in a YAML file once every alias stands for itself; a few lines of nested aliases could ask for any number."""
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key written twice, which YAML readers otherwise drop in silence.
+
+    A key that a merge (``<<: *other``) brings is no second one: the mapping's own takes its place, as YAML has it.
+    """
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Put merged keys into the mapping; looked at before that, since afterwards they stand beside its own."""
+        seen: set[Any] = set()
+        for key_node, _ in [] if getattr(node, "flattened", False) else node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a plain value", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands here a second time", key_node.start_mark
+                )
+            seen.add(key)
+        node.flattened = True  # type: ignore[attr-defined]
+        super().flatten_mapping(node)
+
+
+# YAML 1.1 reads 5e-4 as text: it wants a dot and a sign. Everyone who writes learning rates means the number.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping.
+
+    Raises ``UserError`` for a file that is missing (similar names are suggested), is not UTF-8, does not parse
+    (line and column), repeats a key, or is no mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file.{_similar_files(path)}") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder; name a YAML file in it.{_similar_files(path / 'x.yaml')}") from None
+    except PermissionError:
+        raise UserError(f"{path}: not readable; check its permissions.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8.") from None
+    data = parse_yaml(text, str(path))
+    if not isinstance(data, dict):
+        what = "is empty" if data is None else f"holds {type(data).__name__}"
+        raise UserError(f"{path}: expected a mapping of keys to values, but the file {what}.")
+    return data
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Parse YAML text safely; ``UserError`` names line and column."""
+    try:
+        return _apart(yaml.load(text, Loader=_Loader), [0])  # noqa: S506  (a SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "an unknown place"
+        raise UserError(f"{where}: invalid YAML at {place}: {error.problem or error}.") from None
+    except RecursionError:
+        raise UserError(
+            f"{where}: invalid YAML: an alias (*name) stands inside what it names, or nests too deep."
+        ) from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{where}: invalid YAML: {error}.") from None
+
+
+def _apart(value: Any, made: list[int]) -> Any:
+    """A copy in which nothing stands twice, so that setting a field of one stage leaves those that share it alone."""
+    made[0] += 1
+    if made[0] > MOST_VALUES:
+        raise ValueError(f"its aliases (*name) unfold to more than {MOST_VALUES:,} values, or into themselves")
+    if isinstance(value, dict):
+        return {key: _apart(item, made) for key, item in value.items()}
+    return [_apart(item, made) for item in value] if isinstance(value, list) else value
+
+
+def _similar_files(path: Path) -> str:
+    folder = path.parent
+    names = sorted(p.name for p in folder.glob("*.yaml")) if folder.is_dir() else []
+    close = difflib.get_close_matches(path.name, names, n=1)
+    if close:
+        return f" Did you mean {folder / close[0]}?"
+    if names:
+        return f" {folder} has: {', '.join(names)}."
+    return "" if folder.is_dir() else f" Nor is there a folder {folder}; relative paths start at the current folder."
