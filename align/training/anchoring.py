@@ -14,15 +14,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from align.errors import UserError
 from align.models.precision import round_frozen
+from align.models.trunk import soft_cap, trunk_and_head
 from align.models.tuning.apply import initial_policy
-
-CHUNK = 256
-"""Tokens whose distributions exist at a time."""
+from align.training.token_losses import summed_kl
 
 
 class PullToStart(TrainerCallback):
@@ -65,7 +63,9 @@ class KLToStart:
         """``trainer`` holds the model as it came in. Raises ``UserError`` for a model without distributions to hold."""
         self.weight = weight
         self.model = trainer.model
-        trunk, head = _parts(self.model)
+        trunk, head = trunk_and_head(self.model)
+        if head is None:
+            raise UserError("anchor: kl holds a model's distributions, and a reward model has none; take `to: l2`.")
         self.copy: tuple[Any, Any] | None = None
         if not hasattr(self.model, "disable_adapter"):
             self.copy = copy.deepcopy((trunk, head))
@@ -80,7 +80,7 @@ class KLToStart:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Keep the last hidden states of the forward pass inside."""
-        trunk, _ = _parts(self.model)
+        trunk, _ = trunk_and_head(self.model)
 
         def keep(module: Any, given: Any, output: Any) -> None:
             self.hidden = output[0]
@@ -98,14 +98,14 @@ class KLToStart:
         mask = mask[:, 1:]  # (B, T - 1): the state before a token predicts it
         assert hidden is not None, "the forward pass was not seen"
         assert hidden.shape[:2] == inputs["input_ids"].shape, "hidden states are not those of the batch"
-        trunk, head = _parts(self.model)
+        trunk, head = trunk_and_head(self.model)
         names = ("input_ids", "attention_mask", "position_ids")
         given = {name: inputs[name] for name in names if name in inputs}
         with (
             trainer.accelerator.autocast()
         ):  # accelerate wraps the trained model's own forward pass in it, and no other
             base, base_head = self._start(trunk, head, given)
-            total = summed_kl(base[:, :-1][mask], base_head, hidden[:, :-1][mask], head, _cap(self.model))
+            total = summed_kl(base[:, :-1][mask], base_head, hidden[:, :-1][mask], head, soft_cap(self.model))
         mean = total / mask.sum().clamp(min=1)
         trainer._metrics["train"]["kl_to_start"].append(float(mean.detach()))
         if num_items is None:
@@ -120,42 +120,3 @@ class KLToStart:
             return self.copy[0](**given, use_cache=False)[0], self.copy[1]
         with initial_policy(self.model):
             return trunk(**given, use_cache=False)[0], head
-
-
-def summed_kl(
-    base: torch.Tensor, base_head: Any, hidden: torch.Tensor, head: Any, cap: float | None = None
-) -> torch.Tensor:
-    """Sum over N tokens of KL(base || model) in float32, from (N, H) hidden states and the heads over them.
-
-    Distributions are made chunk by chunk and once more in the backward pass. ``cap`` is the soft cap on logits of
-    models that have one.
-    """
-
-    def part(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            wanted = _log_softmax(base_head(low), cap)
-        return (wanted.exp() * (wanted - _log_softmax(head(high), cap))).sum()
-
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for start in range(0, len(hidden), CHUNK):
-        chunk = slice(start, start + CHUNK)
-        total = total + checkpoint(part, base[chunk], hidden[chunk], use_reentrant=False, preserve_rng_state=False)
-    return total
-
-
-def _log_softmax(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
-    logits = logits.float()
-    return torch.log_softmax(logits if cap is None else cap * torch.tanh(logits / cap), dim=-1)
-
-
-def _cap(model: Any) -> float | None:
-    return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-
-
-def _parts(model: Any) -> tuple[Any, Any]:
-    """Trunk and vocabulary head of a causal model; an adapter around it is looked through."""
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    head = plain.get_output_embeddings()
-    if head is None:
-        raise UserError("anchor: kl holds a model's distributions, and a reward model has none; take `to: l2`.")
-    return getattr(plain, plain.base_model_prefix), head

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from align.stage import Config
+from align.artifacts import Kind
+from align.stage import Config, stage_input
 from align.trainer_options import check_trainer_options
 from align.tuning import FullTuning, Tuning
 
@@ -24,6 +25,9 @@ class Anchor(Config):
 
 class TrainingFields(Config):
     """How weights are fitted: one optimizer step sees ``batch_size`` rows, whatever the micro-batch."""
+
+    has_vocabulary: ClassVar[bool] = True
+    """Whether the stage's model has distributions over tokens."""
 
     tuning: Tuning = FullTuning()
     """``{method: full}`` trains every weight, ``{method: lora, rank: 16}`` a few per cent of them."""
@@ -53,6 +57,12 @@ class TrainingFields(Config):
     """Decay of an average of the trained weights, 0.999 or less for short runs; it is what is scored and saved."""
     anchor: Anchor | None = None
     """Hold the model near its start: ``{to: l2, weight: 0.1}`` or ``{to: kl, weight: 0.1}``."""
+    replay: stage_input(Kind.INSTRUCTIONS, Kind.PREFERENCES) | None = None  # type: ignore[valid-type]
+    """Stage with general data, learnt beside the stage's own so that less is forgotten; its test rows are scored."""
+    replay_fraction: float = Field(0.1, ge=0, lt=1)
+    """Share of the rows of an optimizer step that are replayed, beside ``batch_size``; 0 only scores the test rows."""
+    replay_weight: float | None = Field(None, gt=0)
+    """Price of the replayed answers' loss per token; by default fraction / (1 - fraction), as if rows were mixed."""
     save_steps: int = Field(50, ge=1)
     """Steps between checkpoints, what a killed stage repeats at most; full tuning writes 12 bytes per weight."""
     eval_steps: int | None = Field(None, ge=1)
@@ -70,6 +80,23 @@ class TrainingFields(Config):
         if self.micro_batch_size is not None:
             return self.micro_batch_size
         return max(size for size in range(1, 9) if self.batch_size % size == 0)
+
+    @model_validator(mode="after")
+    def _replay_settings_need_its_data(self) -> Self:
+        beside = {"replay_fraction", "replay_weight"} & self.model_fields_set
+        if self.replay is None and beside:
+            raise ValueError(f"{sorted(beside)[0]} says how to replay, but there is no `replay:` stage to replay from.")
+        if self.replay_fraction == 0 and self.replay_weight is not None:
+            raise ValueError("replay_weight has nothing to weigh at replay_fraction 0; leave it out.")
+        return self
+
+    @model_validator(mode="after")
+    def _a_vocabulary_where_it_is_needed(self) -> Self:
+        if not self.has_vocabulary and self.replay is not None:
+            raise ValueError("replay learns answers word by word, which a reward model cannot; mix pairs in the data.")
+        if not self.has_vocabulary and self.anchor is not None and self.anchor.to == "kl":
+            raise ValueError("anchor: kl holds a model's distributions, and a reward model has none; take `to: l2`.")
+        return self
 
     @model_validator(mode="after")
     def _kl_needs_a_start_to_switch_to(self) -> Self:

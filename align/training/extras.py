@@ -1,8 +1,8 @@
 """What a stage's config adds to the training loop beside trl's loss: one list of callbacks, in the order they must run.
 
 ``fit`` adds them before its own, so that they see a step before the held-out rows are scored and a checkpoint before
-it is marked complete. A callback may have ``facts()``, whose values become metrics of the stage, and ``scoring()``, a
-context in which the model has the weights that will be its result.
+it is marked complete. A callback may have ``facts()``, whose values become metrics of the stage; ``scores()``, which
+join the held-out scores; and ``scoring()``, a context in which the model has the weights that will be its result.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from align.stage import StageContext
 from align.training.anchoring import KLToStart, PullToStart
 from align.training.averaging import AverageWeights
 from align.training.config import TrainingFields
+from align.training.replay import make_replay
 from align.training.unfreezing import schedule_layers
 from align.tuning import FullTuning
 
@@ -38,19 +39,35 @@ def extra_callbacks(context: StageContext, trainer: Any) -> list[TrainerCallback
     if config.anchor is not None and config.anchor.to == "kl":
         low = config.precision == "bfloat16"
         trainer.terms = [*trainer.terms, KLToStart(trainer, config.anchor.weight, low)]
+    if config.replay is not None:
+        replay = make_replay(context, trainer)
+        callbacks.append(replay)
+        if config.replay_fraction:
+            trainer.terms = [*trainer.terms, replay]
     if config.ema is not None:
         callbacks.append(AverageWeights(trainer.model, config.ema))
     return callbacks
 
 
+def has_scores(callbacks: Sequence[TrainerCallback]) -> bool:
+    """Whether a callback has scores of its own."""
+    return any(hasattr(callback, "scores") for callback in callbacks)
+
+
 def scored_with(callbacks: Sequence[TrainerCallback], held_out: Callable[[], Scores]) -> Callable[[], Scores]:
-    """``held_out`` under the weights that will be the result: inside every callback's ``scoring()``, if it has one."""
+    """``held_out`` and the callbacks' own ``scores()``, under the weights that will be the result.
+
+    These are there inside every callback's ``scoring()``, if it has one.
+    """
 
     def scored() -> Scores:
         with contextlib.ExitStack() as weights:
             for callback in callbacks:
                 if hasattr(callback, "scoring"):
                     weights.enter_context(callback.scoring())
-            return held_out()
+            found = dict(held_out())
+            for callback in callbacks:
+                found |= callback.scores() if hasattr(callback, "scores") else {}
+            return found
 
     return scored

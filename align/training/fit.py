@@ -11,7 +11,7 @@ from typing import Any
 from align.models.tuning.notice import notice, parameter_counts
 from align.stage import StageContext
 from align.training.checkpoints import MarkCheckpoints, last_complete
-from align.training.extras import extra_callbacks, scored_with
+from align.training.extras import extra_callbacks, has_scores, scored_with
 from align.training.progress import ReportProgress
 from align.training.tracking import follow
 
@@ -34,9 +34,10 @@ def fit(
 def _fit(
     trainer: Any, context: StageContext, held_out: Callable[[], dict[str, float]], before: bool, checkpoint: Path | None
 ) -> dict[str, Any]:
-    context.note(notice(trainer.model, context.config.tuning, context.config.precision))
-    at_first = _scored_before(context, held_out) if before else {}
     extras = extra_callbacks(context, trainer)
+    context.note(notice(trainer.model, context.config.tuning, context.config.precision))
+    first = scored_with(extras, held_out if before else dict)
+    at_first = _scored_before(context, first) if before or has_scores(extras) else {}
     for callback in extras:
         trainer.add_callback(callback)
     held_out = scored_with(extras, held_out)

@@ -1,0 +1,132 @@
+"""Replay: which rows a step sees, the term's arithmetic, that it keeps what would be forgotten, exact resume."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from align.artifacts import Artifact, Kind
+from align.data.rows import assistant, user, write_rows
+from align.errors import UserError
+from align.models.loading import load_policy
+from align.stage import STAGES, StageContext
+from align.stages.reward import RewardConfig
+from align.stages.sft import SftConfig
+from align.training.replay import Replay, drawn
+from align.training.rows import Encoded
+from align.validation import validate
+from tests.training.harness import losses
+from tests.training.test_resume import Killed, dying
+from tests.training.test_unfreezing import made
+
+FULL: dict[str, Any] = {"method": "full"}
+
+
+def general(folder: Path, count: int = 12) -> Artifact:
+    """Rows of another task: count up."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "test"):
+        rows = [
+            {"id": str(n), "source": "general", "checks": "", "prompt": [user(f"{n} {n + 1}")],
+             "completion": [assistant(f"then {n + 2}")]}
+            for n in range(count)
+        ]  # fmt: skip
+        write_rows(folder / f"{split}.parquet", rows)
+    return Artifact("general", Kind.INSTRUCTIONS, folder, {})
+
+
+def replaying(kind: str, root: Path, model: Path, **fields: Any) -> StageContext:
+    run = made(kind, root, model, FULL, replay="general", **fields)
+    return dataclasses.replace(run, inputs={**run.inputs, "replay": general(root / "general")})
+
+
+def test_every_row_has_its_turn_before_one_comes_again() -> None:
+    series = drawn(5, 0, 15, seed=1)
+    assert all(sorted(series[at : at + 5]) == [0, 1, 2, 3, 4] for at in (0, 5, 10))
+    assert series[:5] != series[5:10]
+    assert drawn(5, 3, 8, seed=1) == series[3:8]
+    assert drawn(5, 0, 5, seed=2) != series[:5]
+    assert drawn(5, 4, 4, seed=1) == []
+
+
+def test_a_step_replays_its_fraction_and_carries_the_rest() -> None:
+    rows = Encoded(rows=[{"input_ids": [1, 2], "labels": [-100, 2]}] * 50)
+    replay = Replay(None, rows, rows, rows_per_step=8 * 0.2 / 0.8 + 0.5, weight=1.0, seed=0)
+    assert [len(replay.rows_of(step)) for step in range(4)] == [2, 3, 2, 3]
+
+
+@pytest.mark.parametrize("num_items", [None, 40])
+def test_the_term_is_the_steps_mean_whatever_the_micro_batches(tiny_model: Path, num_items: int | None) -> None:
+    model = load_policy(tiny_model)
+    rows = [{"input_ids": list(range(40, 44 + n)), "labels": [-100, -100, *range(42, 44 + n)]} for n in range(6)]
+    encoded = Encoded(rows=rows, lengths=[len(row["input_ids"]) for row in rows])
+    trainer = SimpleNamespace(
+        model=model,
+        accelerator=SimpleNamespace(autocast=torch.no_grad),
+        state=SimpleNamespace(global_step=0),
+        current_gradient_accumulation_steps=2,
+        _metrics={"train": {"replay_loss": []}},
+    )
+    replay = Replay(trainer, encoded, encoded, rows_per_step=3, weight=0.5, seed=4)
+    inputs = {"input_ids": torch.zeros(1, 1)}
+    total, tokens = 0.0, 0
+    for row in replay.rows_of(0):
+        ids = torch.tensor([rows[row]["input_ids"]])
+        with torch.no_grad():
+            logprobs = model(ids).logits.log_softmax(-1)[0, 1:-1].gather(1, ids[0, 2:, None])
+        total, tokens = total - float(logprobs.sum()), tokens + len(logprobs)
+    parts = [float(replay.loss(trainer, model, inputs, num_items)) for _ in range(2)]
+    # the Trainer takes the mean over micro-batches where there is no num_items
+    assert sum(parts) / (2 if num_items is None else 1) == pytest.approx(0.5 * total / tokens, rel=1e-4)
+    trainer.state.global_step = 1
+    assert float(replay.loss(trainer, model, inputs, num_items)) != parts[0]
+    assert replay.micro == 0
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_what_is_replayed_is_kept(kind: str, tiny_model: Path, tmp_path: Path) -> None:
+    fields = {"learning_rate": 5e-3, "max_steps": 20, "epochs": 9}
+    only_scored = replaying(kind, tmp_path / "scored", tiny_model, replay_fraction=0, **fields)
+    replayed = replaying(kind, tmp_path / "kept", tiny_model, replay_fraction=0.3, replay_weight=1.0, **fields)
+    without, with_it = STAGES[kind].runner()(only_scored), STAGES[kind].runner()(replayed)
+    assert without["test_replay_loss_before"] == with_it["test_replay_loss_before"]
+    assert with_it["test_replay_loss_after"] < without["test_replay_loss_after"] - 0.5
+    assert (without["replayed_rows"], with_it["replayed_rows"]) == (0, int(20 * 8 * 0.3 / 0.7))
+    if kind == "sft":
+        plain = made("sft", tmp_path / "plain", tiny_model, FULL, **fields)
+        STAGES["sft"].runner()(plain)
+        assert losses(plain) == losses(only_scored)
+
+
+def test_resumed_run_equals_the_uninterrupted_one(tiny_model: Path, tmp_path: Path) -> None:
+    run = STAGES["sft"].runner()
+    fields = {"replay_fraction": 0.2, "max_steps": 9, "save_steps": 4}
+    whole, parts = (replaying("sft", tmp_path / f, tiny_model, **fields) for f in ("a", "b"))
+    run(whole)
+    with pytest.raises(Killed):
+        run(dying(parts, 6))
+    assert run(parts)["resumed_from_step"] == 4
+    assert losses(parts) == losses(whole)
+    expected, found = (load_file(c.output / "model" / "model.safetensors") for c in (whole, parts))
+    assert all(expected[name].equal(found[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("config", "fields", "message"),
+    [
+        (SftConfig, {"replay_fraction": 0.2}, "there is no `replay:` stage to replay from"),
+        (SftConfig, {"replay": "g", "replay_fraction": 0, "replay_weight": 1}, "has nothing to weigh"),
+        (SftConfig, {"replay": "g", "replay_frac": 0.2}, "unknown key 'replay_frac'. Did you mean 'replay_fraction'"),
+        (SftConfig, {"replays": "g"}, "unknown key 'replays'. Did you mean 'replay'"),
+        (RewardConfig, {"replay": "g"}, "which a reward model cannot; mix pairs in the data"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(config: Any, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        validate(config, {"model": "m", "data": "d", "learning_rate": 1e-3, **fields}, "p.yaml: stages.x")
