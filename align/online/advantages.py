@@ -48,14 +48,16 @@ def leave_one_out(scores: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
 def whiten_responses(advantages: torch.Tensor, reduce: Reduce = local) -> torch.Tensor:
     """Mean zero and sample variance one over the responses of all processes."""
     count, total = reduce(torch.stack([advantages.new_tensor(float(len(advantages))), advantages.sum()]))
-    return (advantages - total / count) / (_deviation(advantages, reduce) + EPSILON)
+    whitened: torch.Tensor = (advantages - total / count) / (_deviation(advantages, reduce) + EPSILON)
+    return whitened
 
 
 def _deviation(values: torch.Tensor, reduce: Reduce) -> torch.Tensor:
     """Sample standard deviation over all processes, a scalar."""
     count, total = reduce(torch.stack([values.new_tensor(float(len(values))), values.sum()]))
     squares = reduce(((values - total / count) ** 2).sum())
-    return (squares / (count - 1).clamp(min=1)).sqrt()
+    deviation: torch.Tensor = (squares / (count - 1).clamp(min=1)).sqrt()
+    return deviation
 
 
 def overlong_penalty(lengths: torch.Tensor, max_tokens: int, buffer: int, penalty: float) -> torch.Tensor:

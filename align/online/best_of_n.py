@@ -62,7 +62,7 @@ class BestOfNTrainer(CriticFreeTrainer):
         """Tokens of an optimizer step."""
         return loss_count([learn["learn_mask"] for learn in learns], "token", self.args.max_tokens)
 
-    def objective(
+    def loss_of(
         self, out: dict[str, torch.Tensor], learn: dict[str, torch.Tensor], count: torch.Tensor
     ) -> torch.Tensor:
         """Mean negative log-likelihood per token."""

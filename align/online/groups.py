@@ -69,7 +69,7 @@ class GroupTrainer(CriticFreeTrainer):
         """Tokens or responses of an optimizer step, by the loss's aggregation."""
         return loss_count([learn["learn_mask"] for learn in learns], self.preset.aggregation, self.args.max_tokens)
 
-    def objective(
+    def loss_of(
         self, out: dict[str, torch.Tensor], learn: dict[str, torch.Tensor], count: torch.Tensor
     ) -> torch.Tensor:
         """Surrogate, less an entropy bonus, plus a KL term where drift is paid for in the loss."""

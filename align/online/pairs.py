@@ -50,7 +50,7 @@ class OnlineDPOTrainer(CriticFreeTrainer):
         """Decided pairs of an optimizer step."""
         return float(sum(int(learn["sides"].ne(0).sum()) for learn in learns)) / 2
 
-    def objective(
+    def loss_of(
         self, out: dict[str, torch.Tensor], learn: dict[str, torch.Tensor], count: torch.Tensor
     ) -> torch.Tensor:
         """The pair's loss; ``accuracy`` is the share of pairs that policy and reference rank as the scorer does."""

@@ -1,4 +1,4 @@
-"""A trainer without a critic: the policy, its reference, and an objective that a method fills in."""
+"""A trainer without a critic: the policy, its reference, and a loss that a method fills in."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class CriticFreeTrainer(OnlineTrainer):
         )
 
     @abstractmethod
-    def objective(
+    def loss_of(
         self, out: dict[str, torch.Tensor], learn: dict[str, torch.Tensor], count: torch.Tensor
     ) -> torch.Tensor:
         """A micro-batch's share of the optimizer step's loss; what is worth logging goes into ``_averages``.
@@ -82,7 +82,7 @@ class CriticFreeTrainer(OnlineTrainer):
         if out is None:
             out = model(inputs["pack"])
         out, ptx_loss, ptx_tokens = take_out(out, inputs["pack"], inputs["learn"]["learn_mask"].shape[1])
-        loss = self.objective(out, inputs["learn"], count)
+        loss = self.loss_of(out, inputs["learn"], count)
         if ptx_loss is not None:
             loss = loss + self.args.ptx_coef * ptx_loss / ptx_count
         if self.ptx is not None:

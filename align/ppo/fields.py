@@ -188,8 +188,17 @@ class RolloutFields(Config):
         ):
             if kept % divisor:
                 self._say_what_divides(kept, name, divisor)
+        return self
+
+    @model_validator(mode="after")
+    def _tuning_fits_rollouts(self) -> Self:
         if self.tuning.online_objection is not None:
             raise ValueError(f"{self.tuning.online_objection}.")
+        if isinstance(self.tuning, FullTuning) and (self.tuning.scheduled or self.tuning.layer_decay < 1):
+            raise ValueError(
+                "tuning.unfreeze, lisa and layer_decay are for stages that train on rows (sft, dpo, ...); those that "
+                "sample train the same weights in every update. `freeze` works here too."
+            )
         return self
 
     def _say_what_divides(self, responses: int, name: str, divisor: int) -> None:

@@ -1,0 +1,191 @@
+"""The stages grpo, rloo, online_dpo and rejection: their configs, their runs on a two-layer model, and killed runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+from pydantic import ValidationError
+from safetensors.torch import load_file
+
+from align.artifacts import Artifact, Kind
+from align.data.rows import user, write_rows
+from align.online.stage_run import KINDS
+from align.ppo.stage_run import ReportUpdates
+from align.stage import STAGES, Runtime, StageContext
+from align.validation import validate
+
+BASE = {"policy": "sft", "prompts": "data", "learning_rate": 1e-3}
+SCORED = BASE | {"score": "gsm8k_answer"}
+
+
+def config_of(kind, **given):
+    return STAGES[kind].config_class()(**given)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (BASE, "neither reward nor score is set"),
+        (SCORED | {"tuning": {"method": "lora", "dropout": 0.1}}, "set it to 0"),
+        (SCORED | {"tuning": {"method": "prompt"}}, "acts on the model's input"),
+        (SCORED | {"tuning": {"method": "full", "lisa": {"layers": 1}}}, "`freeze` works here too"),
+        (SCORED | {"trainer": {"updates": 3}}, "set 'updates' beside 'trainer'"),
+        (SCORED | {"trainer": {"adam_bta2": 0.9}}, "Did you mean 'adam_beta2'"),
+        (SCORED | {"trainer": {"save_steps": 3}}, "set 'save_updates' beside 'trainer'"),
+        (SCORED | {"num_generations": 8}, "it is called 'samples_per_prompt' here"),
+        (SCORED | {"max_completion_length": 8}, "it is called 'max_tokens' here"),
+        (SCORED | {"keep": "best"}, "needs validations"),
+    ],
+)
+def test_wrong_configs_are_refused_with_a_remedy(kind, given, message):
+    with pytest.raises(ValidationError, match=message):
+        config_of(kind, **given)
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "message"),
+    [
+        ("grpo", {"loss": "dapoo"}, "'grpo', 'bnpo', 'dr_grpo', 'dapo', 'gspo' or 'cispo'"),
+        ("grpo", {"beta": 0.1}, "it is called 'kl_coef' here"),
+        ("grpo", {"epsilon_high": 0.3}, "it is called 'clip_range_high' here"),
+        ("grpo", {"samples_per_prompt": 1}, "greater than or equal to 2"),
+        ("grpo", {"resample_rounds": 2}, "set `zero_variance: resample`"),
+        ("grpo", {"overlong_buffer": 65}, "longer than max_tokens 64"),
+        ("grpo", {"kl_estimator": "k1"}, "take k2 or k3"),
+        ("rloo", {"kl_estimator": "k3"}, "take k1"),
+        ("rloo", {"rollout_batch": 10}, "not a multiple of samples_per_prompt 4; the next one is 12"),
+        ("online_dpo", {"micro_batch_size": 1}, "take an even one"),
+        ("online_dpo", {"samples_per_prompt": 8, "num_mini_batches": 5}, "2 of 8 a prompt"),
+        ("online_dpo", {"loss": "ipo", "label_smoothing": 0.1}, "is for `loss: sigmoid`"),
+        ("rejection", {"best": 9}, "best 9 is more than samples_per_prompt 8"),
+        ("rejection", {"samples_per_prompt": 1}, "nothing is chosen"),
+        ("rejection", {"threshold": [0.1, 0.2, 0.3, 0.4]}, "4 values for 3 rounds"),
+        ("rejection", {"num_mini_batches": 5}, "1 of 8 a prompt"),
+    ],
+)
+def test_what_a_method_cannot_do_is_refused(kind, given, message):
+    with pytest.raises(ValidationError, match=message):
+        config_of(kind, **SCORED, **given)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_misspelt_key_is_refused_with_the_right_name(kind):
+    cls = STAGES[kind].config_class()
+    for name in cls.model_fields:
+        wrong = name[:-2] + name[-1] + name[-2] if name[-1] != name[-2] else name + "s"
+        if wrong in cls.model_fields:
+            continue
+        with pytest.raises(Exception, match=f"unknown key '{wrong}'. Did you mean '{name}'"):
+            validate(cls, SCORED | {wrong: 1}, f"p.yaml: stages.{kind}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_field_with_the_trainer_s_name_reaches_it(kind):
+    _, arguments, passed_on = KINDS[kind]
+    shared = {field.name for field in fields(arguments)} & set(STAGES[kind].config_class().model_fields)
+    assert shared == set(passed_on)
+
+
+def test_importing_the_configs_imports_no_torch():
+    code = (
+        "import sys; import align.stages.grpo, align.stages.rloo, align.stages.online_dpo, align.stages.rejection;"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_stage_without_a_critic_needs_the_memory_of_a_head_less_that_head():
+    from align.models.architecture import architecture_of
+    from align.models.known import EMBEDDED_SIZES
+
+    sizes = architecture_of(EMBEDDED_SIZES)
+    both = []
+    for kind, given in (("ppo", {"critic": "head"}), ("grpo", {"samples_per_prompt": 4})):
+        both.append(config_of(kind, **SCORED, **given).memory({"policy": [sizes]}, Runtime()))
+    (ppo,), (grpo,) = ([choice for choice in found.choices if choice.chosen] for found in both)
+    assert grpo.memory.critic == 0 < ppo.memory.critic
+    assert ppo.memory.total - grpo.memory.total == ppo.memory.critic
+    assert set(grpo.settings) == {"tuning"}
+
+
+@pytest.fixture
+def make_context(tmp_path, tiny_model, tiny_reward):
+    """A context whose inputs are the tiny models and eight prompts."""
+    for name, model in (("sft", tiny_model), ("reward", tiny_reward)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model").symlink_to(model)
+    (tmp_path / "data").mkdir()
+    checks = json.dumps({"answer": "72"})
+    rows = [{"id": str(i), "source": "test", "prompt": [user(f"say {'x' * i}")], "checks": checks} for i in range(8)]
+    write_rows(tmp_path / "data" / "train.parquet", rows)
+    write_rows(tmp_path / "data" / "test.parquet", rows[:4])
+
+    def make(kind: str, attempt: str, **given) -> StageContext:
+        options = BASE | {"rollout_batch": 16, "samples_per_prompt": 4, "num_mini_batches": 1}
+        options |= {"updates": 2, "max_tokens": 6, "max_prompt_tokens": 64, "precision": "float32"}
+        if kind == "rejection":
+            options["truncated"] = "learn"
+        config = config_of(kind, **(options | given))
+        kinds = {"policy": ("sft", Kind.POLICY), "reward": ("reward", Kind.REWARD), "prompts": ("data", Kind.PROMPTS)}
+        inputs = {
+            field: Artifact(stage, kind, tmp_path / stage, {}) if getattr(config, field) else None
+            for field, (stage, kind) in kinds.items()
+        } | {"ptx": None}
+        folder = tmp_path / attempt
+        for name in ("out", "checkpoints"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        runtime = Runtime(engine={"name": "transformers"}, threads=1)
+        return StageContext(
+            kind, config, inputs, 5, runtime, folder / "out", folder / "checkpoints", folder / "events.jsonl"
+        )
+
+    return make
+
+
+def events(context: StageContext, kind: str) -> list[dict]:
+    lines = [json.loads(line) for line in context.events.read_text().splitlines()]
+    return [line for line in lines if line["event"] == kind]
+
+
+LORA = {"method": "lora", "rank": 4, "alpha": 8}
+
+
+class Killed(BaseException):
+    """As abrupt as a signal: nothing catches it."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_stage_goes_on_to_the_same_weights(make_context, monkeypatch, kind):
+    """On a reward model and a verifiable function alike."""
+    given = {"reward": "reward", "reward_floor": None, "score": "gsm8k_answer", "gold": "gsm8k_answer", "tuning": LORA}
+    given |= {"updates": 2, "scheduler": "linear"}
+    whole, killed = make_context(kind, "whole", **given), make_context(kind, "killed", **given)
+    run = STAGES[kind].runner()
+    expected = run(whole)
+    points = events(whole, "metrics")
+    assert [point["step"] for point in points] == [1, 2]
+    assert {"score", "score_reward", "score_function", "gold", "kl", "entropy"} <= points[0].keys()
+    assert expected["episodes"] == 32 and expected["gold_last"] == 0.0 and expected["parity_gap_last"] < 1e-4
+    assert (whole.output / "adapter" / "adapter_config.json").is_file()
+    lines = [json.loads(line) for line in (whole.output / "completions.jsonl").read_text().splitlines()]
+    assert {line["update"] for line in lines} == {1, 2} and all(line["by_token"] for line in lines)
+
+    def kill(self, args, state, control, **kwargs):
+        if state.global_step == 1:  # the second update is sampled and measured
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ReportUpdates, "on_step_begin", kill)
+        with pytest.raises(Killed):
+            run(killed)
+    assert not (killed.output / "model").exists()
+    found = run(killed)
+    weights = [load_file(context.output / "model" / "model.safetensors") for context in (whole, killed)]
+    assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
+    for name in ("score_first", "score_last", "kl_last", "episodes", "tokens"):
+        assert found[name] == expected[name]
