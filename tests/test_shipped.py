@@ -109,7 +109,8 @@ def test_a_recipe_builds_from_real_files(name: str, shared_data: Path, tmp_path:
 def keys(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     if isinstance(node, dict):
         for key, value in node.items():
-            yield (*path, key)
+            if isinstance(key, str):  # a number is a value, such as the step from which a layer is trained
+                yield (*path, key)
             yield from keys(value, (*path, key))
     elif isinstance(node, list):
         for index, value in enumerate(node):
