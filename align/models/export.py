@@ -2,7 +2,7 @@
 
 The adapter is added in float32 by peft, once, onto a base that nobody uses afterwards; then the weights take the type
 they are written in. Left out: whether the folder answers as the checkpoint did (``align.rollouts.agreement``),
-quantised weights, and adapters that are no change of weights (prompt and prefix tuning).
+quantised weights, and adapters that are no change of weights (prefix tuning, sequential bottlenecks, LLaMA-Adapter).
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from align.models.source import refuse_pickles
 
 ADAPTER = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+STORED = Path("adapter", "adapter.json")
+"""In a model folder, what describes an adapter of our own (``align.models.tuning.stored``)."""
 SHARD = "5GB"
 """Largest file of weights; a larger model is split, with an index."""
 
@@ -70,6 +72,14 @@ def check_source(source: Source) -> None:
     """Raise ``UserError`` for pickled or quantised weights and for code that comes with a model. Imports no torch."""
     for folder in [source.folder, *([source.adapter] if source.adapter else [])]:
         _refuse_unsafe(folder)
+    stored = source.folder / STORED
+    if stored.is_file():
+        method = (read_json(stored).get("tuning") or {}).get("method")
+        raise UserError(
+            f"{source.folder}: its adapter of tuning {method} is no change of weights, so no ordinary folder can hold "
+            "it, and elsewhere the weights alone would answer as before the training. Use the checkpoint here, or "
+            "train with a tuning that is folded: lora, prompt, p_tuning, or adapters with position parallel."
+        )
     config = read_json(source.folder / "config.json")
     if "quantization_config" in config:
         raise UserError(

@@ -277,3 +277,16 @@ def test_ragged_rows_say_the_same(method: str, tiny_model: Path) -> None:
         places = torch.tensor([[place for row in rows for place in range(len(row))]])
         together = hidden_states(model.model, ids, places, lay_out([len(row) for row in rows]))
     assert torch.allclose(alone, together, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", STORED)
+def test_export_refuses_what_no_ordinary_folder_can_hold(method: str, tiny_model: Path, tmp_path: Path) -> None:
+    from align.models.export import Source, check_source, export
+
+    folder = saved(tiny_model, STORED[method], tmp_path / "model")
+    with pytest.raises(UserError, match=f"its adapter of tuning {STORED[method].method} is no change of weights"):
+        check_source(Source(folder))
+    plain = saved(tiny_model, PARALLEL, tmp_path / "parallel" / "model")
+    export(Source(plain), tmp_path / "out")
+    ids = ids_of(load_tokenizer(plain))
+    assert torch.equal(logits(load_policy(tmp_path / "out"), ids), logits(load_policy(plain), ids))
