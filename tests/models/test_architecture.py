@@ -16,7 +16,7 @@ from align.models.embedded import NAME, fetch
 from align.models.known import EMBEDDED_SIZES, TINY_SIZES, known_architecture
 from align.models.precision import low_residual, round_frozen
 from align.models.tuning.apply import apply_tuning
-from align.tuning import FullTuning, LoraTuning
+from align.tuning import FullTuning, Ia3Tuning, LoraTuning, PeftTuning, TuningBase
 
 SIZES = {
     "vocab_size": 300, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -89,6 +89,38 @@ def test_all_linear_means_the_same_in_every_type(kind: str) -> None:
         adapted = apply_tuning(built(kind), LoraTuning(rank=4), 0)
     found = architecture_of({"model_type": kind, **settings(kind)})
     assert found.adapters(LoraTuning(rank=4), "model") == numel(adapted, trained_only=True)
+
+
+@pytest.mark.parametrize(
+    "tuning",
+    [
+        LoraTuning(rank=4, dora=True),
+        LoraTuning(rank=2, save_modules=["embed_tokens"]),
+        LoraTuning(rank=2, save_modules=["o_proj"], targets=["q_proj"]),
+        Ia3Tuning(targets=["v_proj", "up_proj"], feedforward=["up_proj"]),
+    ],
+    ids=["dora", "embeddings", "o_proj", "ia3"],
+)
+def test_so_do_variants_and_saved_modules(tuning: TuningBase) -> None:
+    adapted = apply_tuning(built("llama"), tuning, 0)
+    found = architecture_of({"model_type": "llama", **settings("llama")})
+    assert found.adapters(tuning, "model") == numel(adapted, trained_only=True) > 0
+
+
+@pytest.mark.parametrize("kind", sorted(set(RULES) - {"gpt2"}))
+def test_ia3_scales_the_same_in_every_type(kind: str) -> None:
+    with torch.device("meta"):
+        adapted = apply_tuning(built(kind), Ia3Tuning(), 0)
+    found = architecture_of({"model_type": kind, **settings(kind)})
+    assert found.adapters(Ia3Tuning(), "model") == numel(adapted, trained_only=True) > 0
+
+
+def test_a_method_without_a_rule_is_not_guessed() -> None:
+    found = architecture_of({"model_type": "llama", **settings("llama")})
+    with pytest.raises(UnknownArchitecture, match="no rule for what tuning vera adds"):
+        found.adapters(PeftTuning(type="vera"), "model")
+    with pytest.raises(UnknownArchitecture, match="size of the module 'rotary'"):
+        found.adapters(LoraTuning(save_modules=["rotary"]), "model")
 
 
 @pytest.mark.parametrize("kind", sorted(RULES))

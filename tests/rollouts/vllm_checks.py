@@ -24,6 +24,9 @@ from align.rollouts.weights import checkpoint_weights
 from align.stage import EngineConfig, Runtime
 from align.tuning import LoraTuning
 
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+from tests.models.tuning.pretended import CASES, push, tuning_of, wrapped
+
 PROMPTS = [[1, 30 + i, 31, 32 + i] + [40 + i] * (3 * i) for i in range(8)]
 
 
@@ -120,6 +123,17 @@ def weights_are_taken_over(engine: VllmEngine, model_dir: Path) -> None:
             raise AssertionError("the probe did not notice that the weights were not loaded")
         engine.load_weights(merged_weights(model))
         assert probe(engine, model, PROMPTS).mean_gap < 1e-4
+
+
+def weights_of_every_tuning_are_taken_over(engine: VllmEngine, model_dir: Path) -> None:
+    """What a model in training answers, its merged weights answer here."""
+    for name in ("qdora", "loftq", "pissa_dora", "embeddings", "ia3", "oft", "ln_tuning"):
+        model = wrapped(model_dir, tuning_of(CASES[name]))
+        push(model)
+        engine.load_weights(merged_weights(model))
+        gap = probe(engine, model, PROMPTS).mean_gap
+        assert gap < 1e-4, (name, gap)
+    engine.load_weights(checkpoint_weights(model_dir))
 
 
 def tied_head_may_be_left_out_by_the_caller(engine: VllmEngine, model_dir: Path) -> None:
@@ -233,6 +247,7 @@ def main(model_dir: Path) -> None:
     frequencies_follow_the_model(engine, model)
     more_prompt_tokens_than_a_step_takes(engine)
     weights_are_taken_over(engine, model_dir)
+    weights_of_every_tuning_are_taken_over(engine, model_dir)
     tied_head_may_be_left_out_by_the_caller(engine, model_dir)
     left_out_head_is_caught(engine, model_dir)
     missing_weight_is_an_error(engine, model_dir)

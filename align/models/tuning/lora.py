@@ -51,7 +51,8 @@ def wrap(model: Any, tuning: LowRank, seed: int, rows: Sequence[Sequence[int]] |
         check_ties(made)
         if tuning.init == "eva":
             _start_from_rows(made, rows or ())
-    made.peft_config["default"].init_lora_weights = True  # done; an adapter loaded from a checkpoint starts nothing
+    config = made.peft_config["default"]  # it has started: an adapter loaded from a checkpoint starts nothing
+    config.init_lora_weights, config.eva_config = True, None
     if tuning.from_weights:
         keep_start(made)
     return made

@@ -40,8 +40,10 @@ def wrap(model: Any, tuning: Ia3Tuning | PeftTuning, seed: int) -> Any:
     layers = tuner_layers(made)
     if not layers:
         raise UserError(f"{place}: {tuning.label} changes no module of this model.")
+    first = next(iter(layers.values()))
     try:
-        folded(next(iter(layers.values())))
+        if not any(weight.is_meta for weight in first.parameters()):
+            folded(first)
     except ValueError as error:
         raise UserError(f"{place}: {error} Its result would run in no engine; take another method.") from None
     return made

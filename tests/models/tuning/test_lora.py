@@ -1,0 +1,88 @@
+"""LoRA's variants: where they start, what they share, and what of a config does not fit a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from align.errors import UserError
+from align.models.loading import load_policy, load_tokenizer
+from align.models.merging import merged_weights
+from align.models.tuning.apply import apply_tuning, save_tuned
+from align.tuning import LoraTuning
+from tests.models.tuning.pretended import ROWS, logits, push
+
+
+def test_adapters_that_take_their_part_out_leave_shared_tensors_alone(tiny_model: Path) -> None:
+    model = load_policy(tiny_model)
+    shared = dict(model.named_parameters())
+    before = {name: tensor.detach().clone() for name, tensor in shared.items()}
+    made = apply_tuning(model, LoraTuning(rank=4, init="pissa"), 0)
+    assert all(tensor.equal(before[name]) for name, tensor in shared.items())
+    layer = made.get_base_model().model.layers[0].mlp.up_proj
+    whole = before["model.layers.0.mlp.up_proj.weight"]
+    left, sizes, right = torch.linalg.svd(whole, full_matrices=False)
+    best = left[:, :4] * sizes[:4] @ right[:4]
+    assert torch.allclose(layer.get_delta_weight("default"), best, atol=1e-5)
+    assert torch.allclose(layer.get_base_layer().weight, whole - best, atol=1e-5)
+
+
+def test_rslora_scales_by_the_root_of_the_rank(tiny_model: Path) -> None:
+    plain, stable = (apply_tuning(load_policy(tiny_model), LoraTuning(rank=16, alpha=32, rslora=on), 0)
+                     for on in (False, True))  # fmt: skip
+    scales = [m.get_base_model().model.layers[0].mlp.up_proj.scaling["default"] for m in (plain, stable)]
+    assert scales == [2.0, 8.0]
+
+
+def test_eva_spans_what_the_inputs_vary_in(tiny_model: Path) -> None:
+    """The first adapter's rows are the largest right singular vectors of its inputs on the rows it was shown."""
+    made = apply_tuning(load_policy(tiny_model), LoraTuning(rank=4, init="eva"), 0, rows=ROWS)
+    layer = made.get_base_model().model.layers[0].self_attn.q_proj
+    seen: list[torch.Tensor] = []
+    layer.register_forward_pre_hook(lambda module, given: seen.append(given[0].detach().flatten(0, 1)))
+    with torch.no_grad():
+        made(input_ids=torch.tensor(ROWS))
+    spanned = layer.lora_A["default"].weight
+    assert torch.allclose(spanned @ spanned.T, torch.eye(4), atol=1e-4)
+    inputs = torch.cat(seen)
+    varied = inputs - inputs.mean(0)
+    kept = (varied @ spanned.T).square().sum() / varied.square().sum()
+    random = torch.linalg.qr(torch.randn(64, 4, generator=torch.Generator().manual_seed(0)))[0]
+    assert kept > 1.5 * (varied @ random).square().sum() / varied.square().sum()
+    with pytest.raises(UserError, match="eva looks at training rows, and there are none here"):
+        apply_tuning(load_policy(tiny_model), LoraTuning(init="eva"), 0)
+
+
+def test_an_adapter_from_the_weights_is_stored_as_one_of_twice_the_rank(tiny_model: Path, tmp_path: Path) -> None:
+    made = apply_tuning(load_policy(tiny_model), LoraTuning(rank=4, alpha=8, init="olora"), 0)
+    save_tuned(made, load_tokenizer(tiny_model), tmp_path / "model")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["init_lora_weights"]) == (8, 16, True)
+    assert made.peft_config["default"].r == 4
+
+
+def test_saved_modules_stay_tied(tiny_model: Path, tmp_path: Path) -> None:
+    made = apply_tuning(load_policy(tiny_model), LoraTuning(rank=2, save_modules=["embed_tokens"]), 0)
+    push(made)
+    weights = dict(merged_weights(made))
+    assert weights["lm_head.weight"].equal(weights["model.embed_tokens.weight"])
+    assert not weights["lm_head.weight"].equal(load_policy(tiny_model).lm_head.weight)
+    save_tuned(made, load_tokenizer(tiny_model), tmp_path / "model")
+    assert torch.allclose(logits(load_policy(tmp_path / "model")), logits(made.eval()), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"targets": ["q_proj", "up_porj"]}, r"tuning\.targets: 'up_porj' fits no module .* Did you mean 'up_proj'\?"),
+        ({"save_modules": ["embed_token"]}, r"tuning\.save_modules: 'embed_token' .* Did you mean 'embed_tokens'\?"),
+        ({"targets": ["lm_head"]}, "tied to its embeddings"),
+        ({"targets": ["embed_tokens"]}, "tied to its embeddings"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused(fields: dict[str, list[str]], said: str, tiny_model: Path) -> None:
+    with pytest.raises(UserError, match=said):
+        apply_tuning(load_policy(tiny_model), LoraTuning.model_validate(fields), 0)

@@ -1,0 +1,42 @@
+"""What a stage says before it starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from align.models.loading import load_policy
+from align.models.tuning.apply import apply_tuning
+from align.models.tuning.notice import notice, parameter_counts
+from align.tuning import FullTuning, LoraTuning, QloraTuning
+from tests.models.tuning.pretended import wrapped
+
+LAYERS = 2 * (4 * 64 * 64 + 3 * 64 * 128)
+WHOLE = 260 * 64 + LAYERS + 5 * 64
+ADAPTERS = 4 * 2 * (4 * 128 + 3 * 192)
+
+
+@pytest.mark.parametrize("tuning", [LoraTuning(rank=4), QloraTuning(rank=4)], ids=["lora", "qlora"])
+def test_four_bits_count_as_the_weights_they_stand_for(tuning: LoraTuning | QloraTuning, tiny_model: Path) -> None:
+    assert parameter_counts(wrapped(tiny_model, tuning)) == (ADAPTERS, WHOLE + ADAPTERS)
+
+
+def test_the_line_by_hand(tiny_model: Path) -> None:
+    made = apply_tuning(load_policy(tiny_model), LoraTuning(rank=4), 0)
+    needed = 4 * (WHOLE + ADAPTERS) + 12 * ADAPTERS
+    assert notice(made, LoraTuning(rank=4), "float32") == (
+        f"lora r4: {ADAPTERS:,} of {WHOLE + ADAPTERS:,} parameters are trained (8.09 %); about "
+        f"{needed / 2**20:.2f} MiB for weights, gradients and AdamW, and activations beside them"
+    )
+    low = needed + 2 * (LAYERS + 260 * 64 + ADAPTERS)
+    assert f"about {low / 2**20:.2f} MiB" in notice(made, LoraTuning(rank=4), "bfloat16")
+
+
+def test_full_tuning_trains_all_and_frozen_weights_are_not_counted_as_trained(tiny_model: Path) -> None:
+    model = load_policy(tiny_model)
+    assert f"full: {WHOLE:,} of {WHOLE:,} parameters are trained (100 %)" in notice(model, FullTuning(), "float32")
+    model.model.embed_tokens.requires_grad_(False)
+    assert f"full: {LAYERS + 320:,} of {WHOLE:,}" in notice(model, FullTuning(), "float32")
+    assert torch.is_grad_enabled()

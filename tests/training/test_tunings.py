@@ -1,0 +1,81 @@
+"""Every way of fitting that folds into weights: it learns, and a killed stage goes on bit for bit.
+
+Each stage has some of them here and the rest among the slow tests.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from align.artifacts import Kind
+from align.peft_options import peft_types
+from align.stage import STAGES, StageContext
+from tests.models.tuning.pretended import CASES, FEW, peft_case
+from tests.training.harness import context, data_artifact, events, losses
+from tests.training.test_resume import Killed, dying
+
+KILLED_AT, RESUMED_FROM, STEPS = 7, 6, 10
+
+
+def made(kind: str, root: Path, model: Path, tuning: dict[str, Any]) -> StageContext:
+    source = "policy" if kind == "dpo" else "model"
+    config = STAGES[kind].config_class()(
+        **{source: "model"},
+        data="data",
+        tuning=tuning,
+        learning_rate=1e-2 if "lora" in tuning["method"] else 5e-2,
+        epochs=2,
+        batch_size=8,
+        micro_batch_size=8,
+        max_length=128,
+        save_steps=3,
+        precision="float32",
+    )
+    return context(root, config, model, data_artifact(root / "data", Kind.PREFERENCES), source)
+
+
+def check(kind: str, name: str, model: Path, tmp_path: Path, killed_at: int = KILLED_AT) -> None:
+    run, tuning = STAGES[kind].runner(), CASES.get(name) or peft_case(name)
+    whole, parts = (made(kind, tmp_path / part, model, tuning) for part in ("whole", "parts"))
+    metrics = run(whole)
+    assert metrics["loss_last"] < 0.9 * metrics["loss_first"]
+    assert 0 < metrics["trainable_parameters"] < metrics["parameters"]
+    (said,) = events(whole, "note")
+    assert (
+        f": {metrics['trainable_parameters']:,} of {metrics['parameters']:,} parameters are trained" in said["message"]
+    )
+    with pytest.raises(Killed):
+        run(dying(parts, killed_at))
+    resumed = run(parts)
+    assert (resumed["resumed_from_step"], resumed["steps"]) == (RESUMED_FROM, STEPS)
+    assert losses(parts) == losses(whole)
+    expected, found = (load_file(each.output / "model" / "model.safetensors") for each in (whole, parts))
+    assert expected.keys() == found.keys()
+    assert all(expected[key].equal(found[key]) for key in expected)
+    # what a checkpoint has beside the optimizer is the adapter, not the model
+    adapter = whole.checkpoints / "checkpoint-10" / "adapter_model.safetensors"
+    assert adapter.is_file() and not (adapter.parent / "model.safetensors").exists()
+
+
+SHORT = {"sft": ("pissa_dora", "loftq", "ia3", "vera"), "reward": ("nf4",), "dpo": ("olora",)}
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in SHORT for name in SHORT[kind]])
+def test_it_learns_and_resumes_bit_for_bit(kind: str, name: str, tiny_model: Path, tmp_path: Path) -> None:
+    check(kind, name, tiny_model, tmp_path)
+
+
+REST = [*CASES, *(kind for kind in peft_types() if kind not in FEW)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REST)
+@pytest.mark.parametrize("kind", ["sft", "reward", "dpo"])
+def test_so_does_every_other(kind: str, name: str, tiny_model: Path, tmp_path: Path) -> None:
+    if name in SHORT[kind]:
+        pytest.skip("has run")
+    check(kind, name, tiny_model, tmp_path)
