@@ -344,6 +344,7 @@ STAGES: dict[str, Stage] = {
         _stage("rloo", 1, Kind.POLICY, "REINFORCE with the other responses to a prompt as the baseline"),
         _stage("online_dpo", 1, Kind.POLICY, "DPO on pairs of the policy's own responses, update by update"),
         _stage("rejection", 1, Kind.POLICY, "best-of-N fine-tuning on the policy's own responses, in rounds"),
+        _stage("merge", 1, None, "make one checkpoint of several: soups, SLERP, TIES, DARE, WARP"),
         _stage("evaluate", 2, Kind.SCORECARD, "compare systems on prompts, benchmarks and by judges, with intervals"),
         _stage("report", 2, Kind.REPORT, "one HTML page about the whole run"),
     )

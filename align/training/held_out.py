@@ -5,6 +5,7 @@ trl averages batch means, so its numbers move with the batch size; these do not.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from align.training.order import by_length
-from align.training.rows import Encoded
+from align.training.rows import MASKED, Encoded
 from align.training.trainers import SCORING_TOKENS
 
 
@@ -40,6 +41,16 @@ def supervised(trainer: Any, encoded: Encoded) -> dict[str, float]:
             right += int(outputs.is_top1.sum())
     loss = total / tokens
     return {"loss": loss, "perplexity": float(torch.exp(torch.tensor(loss))), "token_accuracy": right / tokens}
+
+
+def texts(trainer: Any, encoded: Encoded, size: int) -> dict[str, float]:
+    """As ``supervised`` of plain texts, and ``bits_per_byte``, their cost over their ``size`` in bytes of UTF-8.
+
+    Bits per byte compare models whatever their tokenizers; loss per token does not.
+    """
+    found = supervised(trainer, encoded)
+    tokens = sum(label != MASKED for row in encoded.rows for label in row["labels"])
+    return found | {"bits_per_byte": found["loss"] * tokens / math.log(2) / size}
 
 
 def preferences(trainer: Any, encoded: Encoded) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """From rows of messages to token ids, with every cut and every row left out counted.
 
 Done here and not by trl, whose own preparation caches on disk, drops over-long pairs without a word, and supervises
-whatever the chat template puts behind the end of the turn. Leaves out packing: rows are grouped by length instead.
+whatever the chat template puts behind the end of the turn. Left out: packing (``packing.py``) and plain texts
+(``texts.py``).
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ MASKED = -100
 """Label of a token that no loss is taken on; torch's and trl's convention."""
 NO_ROOM = "left out, the prompt alone fills max_length"
 TOO_LONG = "left out, longer than max_length"
+CUT = "answer cut at max_length, so without its end of turn"
+SPLIT_UP = "made a row for each answer, since the template rewrites earlier ones"
 SAME_ANSWERS = "left out, both answers are the same"
 
 
@@ -79,6 +82,41 @@ def split_turn(
     return prompt_ids, whole[len(prompt_ids) :]
 
 
+def encode_answers(tokenizer: Any, rows: Sequence[Row], max_length: int) -> Encoded:
+    """As ``encode_supervised``, with labels on every answer of a conversation and not on the last alone.
+
+    Where answers are is found by rendering the conversation up to each of them, which works with any template. One that
+    writes earlier answers differently once others follow (thoughts that it drops) has no one rendering in which each
+    stands as it is sampled: such a conversation becomes a row for each of its answers, and is counted.
+    """
+    out = Encoded()
+    for row in rows:
+        messages = [*row["prompt"], *(row.get("completion") or row["chosen"])]
+        places = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+        parts = [split_turn(tokenizer, messages[:at], [messages[at]], tools=row.get("tools")) for at in places]
+        whole = [*parts[-1][0], *parts[-1][1]]
+        if all(whole[: len(before) + len(answer)] == before + answer for before, answer in parts):
+            labels = [MASKED] * len(whole)
+            for before, answer in parts:
+                labels[len(before) : len(before) + len(answer)] = answer
+            _add_cut(out, whole, labels, max_length, row)
+        else:
+            out.count(SPLIT_UP)
+            for before, answer in parts:
+                _add_cut(out, before + answer, [MASKED] * len(before) + answer, max_length, row)
+    return out
+
+
+def _add_cut(out: Encoded, ids: list[int], labels: list[int], max_length: int, row: Row) -> None:
+    """A row of at most ``max_length`` tokens; one that has no label left is left out."""
+    if all(label == MASKED for label in labels[:max_length]):
+        out.count(NO_ROOM)
+        return
+    if len(ids) > max_length:
+        out.count(CUT)
+    out.add({"input_ids": ids[:max_length], "labels": labels[:max_length]}, min(len(ids), max_length), row)
+
+
 def encode_supervised(tokenizer: Any, rows: Sequence[Row], max_length: int) -> Encoded:
     """``input_ids`` and ``labels`` (``MASKED`` on the prompt) for SFT; the answer is ``completion``, else ``chosen``.
 
@@ -94,7 +132,7 @@ def encode_supervised(tokenizer: Any, rows: Sequence[Row], max_length: int) -> E
             out.count(NO_ROOM)
             continue
         if len(answer_ids) > room:
-            out.count("answer cut at max_length, so without its end of turn")
+            out.count(CUT)
         ids = prompt_ids + answer_ids[:room]
         out.add({"input_ids": ids, "labels": [MASKED] * len(prompt_ids) + ids[len(prompt_ids) :]}, len(ids), row)
     return out

@@ -1,0 +1,152 @@
+"""Stage pretrain, end to end on a tiny model: it learns a domain's texts, and resumes exactly."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from align.artifacts import Artifact, Kind
+from align.data.rows import write_rows
+from align.errors import UserError
+from align.models.loading import load_policy, load_tokenizer
+from align.stage import StageContext
+from align.stages.pretrain import PretrainConfig, run
+from align.training.rows import MASKED
+from align.training.texts import Ends, document_ends, encode_texts
+from align.validation import validate
+from tests.training.harness import context, events, losses
+from tests.training.test_resume import Killed, dying
+
+FIELDS: dict[str, Any] = {
+    "model": "model", "data": "data", "learning_rate": 1e-2, "batch_size": 4, "max_length": 64, "precision": "float32",
+}  # fmt: skip
+
+
+def verse(number: int) -> str:
+    chance = random.Random(number)
+    return " ".join(chance.choice(["kilo", "lima", "mike", "oscar"]) for _ in range(chance.randrange(2, 14))) + "."
+
+
+def texts_artifact(folder: Path, train: int = 60, test: int = 12) -> Artifact:
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, numbers in (("train", range(train)), ("test", range(train, train + test))):
+        write_rows(folder / f"{split}.parquet", [{"id": str(n), "source": "t", "text": verse(n)} for n in numbers])
+    return Artifact("data", Kind.TEXTS, folder, {})
+
+
+def made(root: Path, model: Path, **fields: Any) -> StageContext:
+    config = PretrainConfig(**{**FIELDS, **fields})
+    return context(root, config, model, texts_artifact(root / "data"))
+
+
+@pytest.mark.parametrize("tuning", [{"method": "full"}, {"method": "lora", "rank": 16, "alpha": 64}], ids=str)
+def test_it_learns_a_domain(tuning: dict[str, Any], tiny_model: Path, tmp_path: Path) -> None:
+    stage = made(tmp_path, tiny_model, tuning=tuning, epochs=12, eval_steps=40)
+    metrics = run(stage)
+    assert metrics["test_bits_per_byte_after"] < metrics["test_bits_per_byte_before"] / 3
+    assert metrics["test_perplexity_after"] == pytest.approx(math.exp(metrics["test_loss_after"]), rel=1e-4)
+    # bytes are this tokenizer's tokens: the cost of one is the loss in bits
+    assert metrics["test_bits_per_byte_after"] == pytest.approx(metrics["test_loss_after"] / math.log(2))
+    assert (metrics["texts"], metrics["test_texts"]) == (60, 12)
+    assert metrics["packs"] < 60 and metrics["pack_fill"] > 0.9
+    assert not events(stage, "warning")
+    model, tokenizer = load_policy(stage.output / "model"), load_tokenizer(stage.output / "model")
+    start = torch.tensor([[tokenizer.eos_token_id, *tokenizer.encode("kilo li", add_special_tokens=False)]])
+    said = tokenizer.decode(model.generate(start, do_sample=False, max_new_tokens=8)[0, 1:])
+    assert said.startswith("kilo lima")
+
+
+def test_held_out_loss_is_that_of_each_text_alone(tiny_model: Path, tmp_path: Path) -> None:
+    stage = made(tmp_path, tiny_model, max_steps=1)
+    metrics = run(stage)
+    model, tokenizer = load_policy(tiny_model), load_tokenizer(tiny_model)
+    nats = tokens = size = 0.0
+    for number in range(60, 72):
+        ids = tokenizer.encode(verse(number), add_special_tokens=False)
+        size += len(verse(number).encode())
+        for start in range(0, len(ids), 63):
+            window = ids[start : start + 63]
+            before = ids[start - 1] if start else tokenizer.eos_token_id
+            with torch.no_grad():
+                logprobs = model(torch.tensor([[before, *window]])).logits.log_softmax(-1)[0, :-1]
+            nats -= float(logprobs.gather(1, torch.tensor(window)[:, None]).sum())
+            tokens += len(window)
+    assert metrics["test_loss_before"] == pytest.approx(nats / tokens, rel=1e-5)
+    assert metrics["test_bits_per_byte_before"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+
+
+def test_resumed_run_equals_the_uninterrupted_one(tiny_model: Path, tmp_path: Path) -> None:
+    whole = made(tmp_path / "whole", tiny_model, epochs=3, save_steps=4)
+    expected = run(whole)
+    parts = made(tmp_path / "parts", tiny_model, epochs=3, save_steps=4)
+    with pytest.raises(Killed):
+        run(dying(parts, 10))
+    found = run(parts)
+    assert found["resumed_from_step"] == 8
+    assert losses(parts) == losses(whole) and found["tokens"] == expected["tokens"]
+    one, other = (load_file(c.output / "model" / "model.safetensors") for c in (whole, parts))
+    assert all(one[name].equal(other[name]) for name in one)
+
+
+@pytest.fixture
+def tokenizer(tiny_model: Path) -> Any:
+    return load_tokenizer(tiny_model)
+
+
+def test_every_token_is_learnt_once_in_windows_with_one_token_in_common(tokenizer: Any) -> None:
+    ends = document_ends(tokenizer, None, "x")
+    assert ends == Ends(tokenizer.eos_token_id, tokenizer.eos_token_id)
+    encoded = encode_texts(tokenizer, [{"text": "abcdefghij"}, {"text": "xy"}, {"text": ""}], 5, ends)
+    shown = [tokenizer.decode(row["input_ids"]) for row in encoded.rows]
+    end = tokenizer.eos_token
+    assert shown == [f"{end}abcd", "defgh", f"hij{end}", f"{end}xy{end}"]
+    assert all(row["labels"] == [MASKED, *row["input_ids"][1:]] for row in encoded.rows)
+    assert encoded.counts == {"left out, without a token": 1}
+    scored = encode_texts(tokenizer, [{"text": "abcdefghij"}], 5, ends, learn_end=False)
+    learnt = [label for row in scored.rows for label in row["labels"] if label != MASKED]
+    assert tokenizer.decode(learnt) == "abcdefghij"
+
+
+def test_a_tokenizer_that_begins_texts_with_bos_begins_documents_so(tokenizer: Any) -> None:
+    class WithBos:
+        eos_token, bos_token_id = tokenizer.eos_token, 7
+
+        def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            return [7, *ids] if add_special_tokens else ids
+
+    assert document_ends(WithBos(), None, "x") == Ends(7, tokenizer.eos_token_id)
+    assert document_ends(WithBos(), "!", "x").end == tokenizer.encode("!", add_special_tokens=False)[0]
+
+
+def test_an_end_of_several_tokens_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"stage\.document_end: 'The end' is 7 tokens.*Name one"):
+        run(made(tmp_path, tiny_model, document_end="The end"))
+
+
+def test_no_text_is_an_error(tiny_model: Path, tmp_path: Path) -> None:
+    stage = made(tmp_path, tiny_model)
+    write_rows(tmp_path / "data" / "train.parquet", [{"id": "0", "source": "t", "text": ""}])
+    with pytest.raises(UserError, match="none of the 1 train rows can be used: 1 left out, without a token"):
+        run(replace(stage))
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"document_ends": "x"}, "Did you mean 'document_end'"),
+        ({"dat": "x"}, "Did you mean 'data'"),
+        ({"trainer": {"packing": True}}, "set 'packing' beside"),
+        ({"tuning": {"method": "prompt"}}, "acts on a row's beginning"),
+    ],
+)
+def test_mistakes_are_named(extra: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        validate(PretrainConfig, {**FIELDS, **extra}, "p.yaml: stages.x")
