@@ -56,7 +56,7 @@ class DpoConfig(ReferenceFields):
     @property
     def terms(self) -> dict[str, float]:
         """Every loss there is, with its weight."""
-        named: dict[str, float] = {**self.losses} if self.losses else {self.loss: 1.0}
+        named = {str(name): weight for name, weight in self.losses.items()} or {str(self.loss): 1.0}
         return named | ({"sft": self.sft_weight} if self.sft_weight else {})
 
     @model_validator(mode="after")
@@ -142,8 +142,9 @@ def run(context: StageContext) -> dict[str, Any]:
     ready.lint(context, "dpo")
     facts = {}
     if config.reference_free:
-        for row in (*ready.train.rows, *ready.test.rows):
-            row |= {"ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0}
+        every: list[dict[str, Any]] = [*ready.train.rows, *ready.test.rows]
+        for row in every:
+            row.update(ref_chosen_logps=0.0, ref_rejected_logps=0.0)
     else:
         reference = Reference(context, ready)
         for split, encoded in (("train", ready.train), ("test", ready.test)):

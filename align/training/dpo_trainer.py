@@ -40,7 +40,7 @@ class ScoredByReference(Prepared):
         self._beta_at = beta_at
         # trl copies a fresh adapter as its reference, which not every method can do.
         reference = _NoReference(model.config) if isinstance(model, PeftModel) else None
-        super().__init__(model=model, ref_model=reference, **kwargs)
+        super().__init__(model=model, ref_model=reference, **kwargs)  # type: ignore[call-arg]
         self.ref_model = None
 
     def _precompute_ref_logps(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:

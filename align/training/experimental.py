@@ -52,7 +52,7 @@ class PairForward(Prepared):
     aux_loss_enabled: bool
 
     def __init__(self, *, model: Any, train_dataset: list[dict[str, Any]], **kwargs: Any) -> None:
-        super().__init__(model=model, train_dataset=Rows(train_dataset), **kwargs)
+        super().__init__(model=model, train_dataset=Rows(train_dataset), **kwargs)  # type: ignore[call-arg]
         plain = model.get_base_model() if hasattr(model, "get_base_model") else model
         add_fused_lm_head(plain, outputs=("log_probs", "mean_logits"))
 

@@ -1,0 +1,279 @@
+"""What the preference stages have in common, end to end on a tiny model: they learn, resume exactly, and reload."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+
+from align.artifacts import Artifact, Kind
+from align.errors import UserError
+from align.models.loading import load_policy, load_tokenizer
+from align.models.tiny import make_tiny
+from align.stage import STAGES, StageContext
+from align.stages import preference
+from align.training.rows import encode_pairs
+from tests.training.harness import context, data_artifact, events, losses, rows
+from tests.training.test_resume import Killed, dying
+
+KINDS: dict[str, dict[str, Any]] = {
+    "dpo": {"losses": {"sigmoid": 1.0, "bco_pair": 0.3, "sft": 0.2}, "beta_schedule": "cosine", "final_beta": 0.02},
+    "kto": {},
+    "orpo": {},
+    "cpo": {"loss": "hinge"},
+    "simpo": {},
+}
+LORA = {"method": "lora", "rank": 8}
+
+
+def made(root: Path, model: Path, kind: str, **fields: Any) -> StageContext:
+    config = STAGES[kind].config_class()(
+        policy="model",
+        data="data",
+        **{
+            "learning_rate": 3e-3,
+            "batch_size": 8,
+            "max_steps": 6,
+            "epochs": 2,
+            "max_length": 128,
+            "precision": "float32",
+            **fields,
+        },
+    )
+    return context(root, config, model, data_artifact(root / "data", Kind.PREFERENCES, train=24), "policy")
+
+
+def gap(folder: Path) -> float:
+    """Mean log-probability per token of chosen minus rejected answers that were not trained on, in nats."""
+    model, tokenizer = load_policy(folder), load_tokenizer(folder)
+    total = 0.0
+    for row in encode_pairs(tokenizer, rows(12, start=40), 128).rows:
+        for side, sign in (("chosen_ids", 1), ("rejected_ids", -1)):
+            ids = torch.tensor([row["prompt_ids"] + row[side]])
+            with torch.no_grad():
+                every = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
+            total += sign * float(every[-len(row[side]) :].mean())
+    return total / 12
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_stage_learns_what_the_whole_one_does(kind: str, tiny_model: Path, tmp_path: Path) -> None:
+    """The better answers become likelier; killed after its fifth step, the stage ends with the same weights."""
+    run = STAGES[kind].runner()
+    whole = made(tmp_path / "whole", tiny_model, kind, save_steps=2, **KINDS[kind])
+    metrics = run(whole)
+    assert gap(whole.output / "model") > gap(tiny_model) + 0.01
+    assert metrics["steps"] == 6
+    parts = made(tmp_path / "parts", tiny_model, kind, save_steps=2, **KINDS[kind])
+    with pytest.raises(Killed):
+        run(dying(parts, 5))
+    assert run(parts)["resumed_from_step"] == 4
+    assert losses(parts) == losses(whole)
+    expected, found = (load_file(c.output / "model" / "model.safetensors") for c in (whole, parts))
+    assert expected.keys() == found.keys()
+    assert all(expected[name].equal(found[name]) for name in expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_learn_resume_and_merge(kind: str, tiny_model: Path, tmp_path: Path) -> None:
+    run = STAGES[kind].runner()
+    whole = made(tmp_path / "whole", tiny_model, kind, tuning=LORA, save_steps=2, learning_rate=1e-2, **KINDS[kind])
+    run(whole)
+    assert gap(whole.output / "model") > gap(tiny_model) + 0.01
+    parts = made(tmp_path / "parts", tiny_model, kind, tuning=LORA, save_steps=2, learning_rate=1e-2, **KINDS[kind])
+    with pytest.raises(Killed):
+        run(dying(parts, 5))
+    run(parts)
+    expected, found = (load_file(c.output / "model" / "model.safetensors") for c in (whole, parts))
+    assert all(expected[name].equal(found[name]) for name in expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tuning", [LORA, {"method": "full"}], ids=["lora", "full"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_checkpoint_answers_alike_in_transformers_and_vllm(
+    kind: str, tuning: dict[str, Any], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits of the live model, of the reloaded folder, and vLLM's greedy tokens and log-probabilities."""
+    pytest.importorskip("vllm")
+    from align.rollouts.answering import Job, run_job
+
+    live: list[Any] = []
+    save = preference.save
+
+    def keep(given: StageContext, trainer: Any, tokenizer: Any) -> None:
+        live.append(trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval())
+        save(given, trainer, tokenizer)
+
+    monkeypatch.setattr(preference, "save", keep)
+    done = made(tmp_path, tiny_model, kind, tuning=tuning, **KINDS[kind])
+    STAGES[kind].runner()(done)
+    folder = done.output / "model"
+    ids = torch.randint(5, 200, (2, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.allclose(live[0](input_ids=ids).logits, load_policy(folder)(ids).logits, atol=2e-4)
+    asked = [row.tolist() for row in ids]
+    plain, other = (
+        run_job(Job(engine, str(folder), "tokens", asked, max_tokens=16), tmp_path / engine)
+        for engine in ("transformers", "vllm")
+    )
+    assert other.unusable is None
+    assert plain.tokens == other.tokens
+    for one, two in zip(plain.logprobs, other.logprobs, strict=True):
+        assert one == pytest.approx(two, abs=1e-3)
+
+
+def test_another_run_finds_the_reference_scored(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same policy and rows under another beta: nothing is scored again, and the losses are the same as without."""
+    run = STAGES["dpo"].runner()
+    record = {"key": "k" * 64, "outputs": {"model/model.safetensors": {"sha256": "0" * 64}}}
+
+    def stage(name: str, cache: Path | None, **fields: Any) -> StageContext:
+        plain = made(tmp_path / name, tiny_model, "dpo", max_steps=1, **fields)
+        policy = replace(plain.inputs["policy"], record=record)
+        return replace(plain, cache=cache, inputs={**plain.inputs, "policy": policy})
+
+    first = run(stage("a", tmp_path / "cache"))
+    assert (first["reference_computed"], first["reference_cached"]) == (72, 0)
+    second = stage("b", tmp_path / "cache", beta=0.3, learning_rate=1e-4, ld_alpha=0.5)
+    found = run(second)
+    assert (found["reference_computed"], found["reference_cached"]) == (0, 72)
+    assert not any(event["unit"] == "reference answers" for event in events(second, "progress"))
+    alone = stage("c", None, beta=0.3, learning_rate=1e-4, ld_alpha=0.5)
+    assert run(alone)["reference_computed"] == 72
+    assert losses(second) == losses(alone)
+
+
+def other_model(folder: Path, tiny_model: Path, **changes: Any) -> Artifact:
+    """A tiny model of another seed, or with files changed, as a reference."""
+    folder.mkdir()
+    made_ = make_tiny(folder / "model", seed=5)
+    for name, change in changes.items():
+        file = made_ / f"{name}.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    return Artifact("other", Kind.POLICY, folder, {})
+
+
+def test_the_reference_may_be_another_stage_s(tiny_model: Path, tmp_path: Path) -> None:
+    plain = made(tmp_path / "a", tiny_model, "dpo", max_steps=1, reference="other", beta=0.2, learning_rate=1e-9)
+    reference = other_model(tmp_path / "r", tiny_model)
+    metrics = STAGES["dpo"].runner()(replace(plain, inputs={**plain.inputs, "reference": reference}))
+    models, total = (load_policy(tiny_model), load_policy(reference.model)), 0.0
+    for row in encode_pairs(load_tokenizer(tiny_model), rows(12, start=24), 128).rows:
+        for side, sign in (("chosen_ids", 1), ("rejected_ids", -1)):
+            ids = torch.tensor([row["prompt_ids"] + row[side]])
+            for model, times in zip(models, (sign, -sign), strict=True):
+                with torch.no_grad():
+                    every = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
+                total += times * float(every[-len(row[side]) :].sum())
+    # It is not the policy, so there is a margin before the first step: beta times the difference of the two models.
+    assert metrics["test_margin_before"] == pytest.approx(0.2 * total / 12, rel=1e-3, abs=1e-4)
+    assert abs(metrics["test_margin_before"]) > 0.01
+
+
+def test_a_reference_of_another_vocabulary_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    plain = made(tmp_path / "a", tiny_model, "kto", reference="other")
+    reference = other_model(tmp_path / "r", tiny_model)
+    tokenizer = load_tokenizer(reference.model)
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(reference.model)
+    with pytest.raises(UserError, match=r"policy 'model' and reference 'other' have different vocabularies"):
+        STAGES["kto"].runner()(replace(plain, inputs={**plain.inputs, "reference": reference}))
+
+
+def test_without_a_reference_the_log_probabilities_themselves_are_compared(tiny_model: Path, tmp_path: Path) -> None:
+    fields = {"reference_free": True, "loss": "sigmoid_norm", "beta": 2.0, "max_steps": 1, "learning_rate": 1e-9}
+    metrics = STAGES["dpo"].runner()(made(tmp_path, tiny_model, "dpo", **fields))
+    assert "reference_computed" not in metrics
+    simpo = {"beta": 2.0, "simpo_gamma": 0.0, "max_steps": 1, "learning_rate": 1e-9}
+    same = STAGES["simpo"].runner()(made(tmp_path / "simpo", tiny_model, "simpo", **simpo))
+    assert metrics["test_loss_before"] == pytest.approx(same["test_loss_before"], rel=1e-3)
+
+
+def test_kto_says_which_weights_suit_the_labels(tiny_model: Path, tmp_path: Path) -> None:
+    plain = made(tmp_path, tiny_model, "kto", max_steps=1, desirable_weight=3.0)
+    STAGES["kto"].runner()(plain)
+    (said,) = [e["message"] for e in events(plain, "warning") if "eq. 8" in e["message"]]
+    assert "24 answers are wanted and 24 not" in said and "count 3.00 times" in said
+    assert said.endswith("Set desirable_weight to 1.")
+
+
+GIVEN = {"policy": "p", "data": "d", "learning_rate": 1e-5}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_misspelt_key_is_refused(kind: str) -> None:
+    from align.validation import nearest
+
+    config = STAGES[kind].config_class()
+    for name in config.model_fields:
+        wrong = f"{name[:-1]}{'x' if name[-1] != 'x' else 'y'}"
+        with pytest.raises(ValidationError, match="Extra inputs"):
+            config(**GIVEN, **{wrong: 1})
+        assert nearest(wrong, config.model_fields) == name
+    with pytest.raises(ValidationError, match="unknown key 'adam_bta2'.*Did you mean 'adam_beta2'"):
+        config(**GIVEN, trainer={"adam_bta2": 0.9})
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        ("dpo", {"loss": "sigmod"}, "Input should be 'sigmoid'"),
+        ("dpo", {"losses": {"sigmod": 1.0}}, "Input should be 'sigmoid'"),
+        ("dpo", {"loss": "ipo", "losses": {"sigmoid": 1.0}}, "set either loss or losses"),
+        ("dpo", {"losses": {"sigmoid": 0.0}}, "each must be above 0"),
+        ("dpo", {"losses": {"sigmoid": 1.0, "sft": 0.1}, "sft_weight": 0.1}, "is there twice"),
+        ("dpo", {"label_smoothing": 0.1}, r"means nothing to sigmoid; .*take `loss: robust`"),
+        ("dpo", {"loss": "exo_pair"}, "exo_pair needs label_smoothing above 0"),
+        ("dpo", {"loss": "aot", "micro_batch_size": 1}, "set micro_batch_size to 2"),
+        ("dpo", {"loss": "aot", "use_weighting": True}, "leave out one of them"),
+        ("dpo", {"loss": "apo_zero", "f_divergence_type": "js_divergence"}, "js_divergence has no apo_zero"),
+        ("dpo", {"f_alpha_divergence_coef": 0.3}, "read with `f_divergence_type: alpha_divergence` only"),
+        ("dpo", {"reference_free": True, "reference": "sft"}, "drop reference and f_divergence_type, or it"),
+        ("dpo", {"reference_free": True, "loss": "bco_pair"}, "reference_free has no bco_pair"),
+        ("dpo", {"beta_schedule": "linear"}, "a schedule needs the beta it ends at"),
+        ("kto", {"final_beta": 0.1}, "a constant beta has none"),
+        ("dpo", {"trainer": {"loss_type": ["ipo"]}}, "set 'loss' or 'losses' beside"),
+        ("dpo", {"trainer": {"ld_alpha": 0.5}}, "set 'ld_alpha' beside"),
+        ("kto", {"trainer": {"precompute_ref_log_probs": False}}, "always scored once"),
+        ("kto", {"micro_batch_size": 1}, "set micro_batch_size to 2 or more"),
+        ("kto", {"loss": "bco"}, "Input should be 'kto'"),
+        ("cpo", {"loss": "hinge", "label_smoothing": 0.1}, "means nothing to hinge"),
+        ("cpo", {"simpo_gamma": 1.0}, "simpo_gamma means nothing to sigmoid"),
+        ("cpo", {"alpha": 0.25}, "alpha means nothing to sigmoid"),
+        ("cpo", {"loss": "alphapo", "cpo_alpha": 0.5}, "drop cpo_alpha"),
+        ("simpo", {"loss": "sigmoid"}, "Input should be 'simpo'"),
+        ("cpo", {"trainer": {"generate_during_eval": True}}, "the 'evaluate' stage samples"),
+        ("orpo", {"trainer": {"padding_value": 3}}, "rows are tokenized before training"),
+    ],
+)
+def test_settings_that_do_not_fit_together(kind: str, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        STAGES[kind].config_class()(**GIVEN, **fields)
+
+
+@pytest.mark.parametrize("kind", ["cpo", "simpo", "orpo"])
+def test_a_trl_without_the_experimental_trainer_is_said_before_anything_runs(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from align import trainer_options
+
+    name = "orpo" if kind == "orpo" else "cpo"
+    moved = ("trl", f"experimental/{name}/moved.py", trainer_options.CLASSES[name][2])
+    monkeypatch.setitem(trainer_options.CLASSES, name, moved)
+    trainer_options.trainer_options.cache_clear()
+    try:
+        with pytest.raises(ValidationError, match=rf"trl 1\S+ has no \w+Config \(trl/experimental/{name}/moved.py\)"):
+            STAGES[kind].config_class()(**GIVEN)
+    finally:
+        monkeypatch.undo()
+        trainer_options.trainer_options.cache_clear()
