@@ -94,6 +94,8 @@ class KLToStart:
     def loss(self, trainer: Any, model: Any, inputs: Any, num_items: Any) -> torch.Tensor:
         """The term for one micro-batch, of the tokens that ``labels`` or ``completion_mask`` of ``inputs`` name."""
         hidden, self.hidden = self.hidden, None
+        if "input_ids" not in inputs or not {"labels", "completion_mask"} & set(inputs):
+            raise UserError("anchor: kl knows no answers' tokens in this stage's batches; take `to: l2`.")
         mask = inputs["labels"] != -100 if "labels" in inputs else inputs["completion_mask"] != 0
         mask = mask[:, 1:]  # (B, T - 1): the state before a token predicts it
         assert hidden is not None, "the forward pass was not seen"
@@ -101,9 +103,8 @@ class KLToStart:
         trunk, head = trunk_and_head(self.model)
         names = ("input_ids", "attention_mask", "position_ids")
         given = {name: inputs[name] for name in names if name in inputs}
-        with (
-            trainer.accelerator.autocast()
-        ):  # accelerate wraps the trained model's own forward pass in it, and no other
+        # accelerate wraps the trained model's own forward pass in autocast, and nothing else.
+        with trainer.accelerator.autocast():
             base, base_head = self._start(trunk, head, given)
             total = summed_kl(base[:, :-1][mask], base_head, hidden[:, :-1][mask], head, soft_cap(self.model))
         mean = total / mask.sum().clamp(min=1)
@@ -111,7 +112,8 @@ class KLToStart:
         if num_items is None:
             return self.weight * mean
         scale = trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1
-        return self.weight * scale * total / torch.as_tensor(num_items).clamp(min=1).to(total.device)
+        term: torch.Tensor = self.weight * scale * total / torch.as_tensor(num_items).clamp(min=1).to(total.device)
+        return term
 
     @torch.no_grad()
     def _start(self, trunk: Any, head: Any, given: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Any]:

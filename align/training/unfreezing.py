@@ -29,8 +29,12 @@ def open_at(tuning: FullTuning, model: Any, steps_per_epoch: int, seed: int) -> 
     count, tied = len(stack), tied_head(model)
 
     def around(embeddings: bool, head: bool) -> set[Place]:
-        open_embeddings = embeddings or (tied and head)
-        return {"score", *(["embeddings"] if open_embeddings else []), *(["head"] if head else []), "norm"}
+        found: set[Place] = {"score", "norm"}
+        if embeddings or (tied and head):
+            found.add("embeddings")
+        if head:
+            found.add("head")
+        return found
 
     def unfrozen(step: int) -> frozenset[Place]:
         schedule = tuning.unfreeze
@@ -52,8 +56,9 @@ def open_at(tuning: FullTuning, model: Any, steps_per_epoch: int, seed: int) -> 
 def steps_per_epoch(trainer: Any) -> int:
     """Optimizer steps of one pass over the trainer's rows, as transformers counts them."""
     args = trainer.args
-    micro_batches = math.ceil(len(trainer.train_dataset) / (args.train_batch_size * max(1, args.world_size)))
-    return max(1, math.ceil(micro_batches / args.gradient_accumulation_steps))
+    rows = int(args.train_batch_size) * max(1, int(args.world_size))
+    micro_batches = math.ceil(len(trainer.train_dataset) / rows)
+    return max(1, math.ceil(micro_batches / int(args.gradient_accumulation_steps)))
 
 
 class OpenLayers(TrainerCallback):

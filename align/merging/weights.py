@@ -1,0 +1,52 @@
+"""A checkpoint's tensors from disk, one at a time: what is merged need not fit in memory several times over."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from align.errors import UserError
+
+HEAD = "lm_head.weight"
+
+
+class Weights:
+    """Tensors of a model folder by name, read when asked for."""
+
+    def __init__(self, folder: Path, label: str) -> None:
+        """``label`` is what messages call it. Raises ``UserError`` for a folder whose weights are not all in it."""
+        self.folder, self.label = folder, label
+        self.config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if (folder / "adapter").is_dir():
+            raise UserError(
+                f"{label} carries an adapter that is no part of its weights ({self._method()}), so its weights are "
+                "those of its base. Merge checkpoints of methods that fold into the weights (docs/methods.md)."
+            )
+        self._files: dict[str, Path] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            with safe_open(file, framework="pt") as tensors:
+                self._files |= dict.fromkeys(tensors.keys(), file)
+        if not self._files:
+            raise UserError(f"{label} has no safetensors in {folder}.")
+        self.tied = bool(self.config.get("tie_word_embeddings", False)) and "score.weight" not in self._files
+        # A tied head may be written beside the embeddings or left out; it is one tensor either way.
+        self.names = {name for name in self._files if not (self.tied and name == HEAD)}
+
+    def _method(self) -> str:
+        about = self.folder / "adapter" / "adapter.json"
+        known = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
+        return str(known.get("method", "prefix, sequential adapters or LLaMA-Adapter"))
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        with safe_open(self._files[name], framework="pt") as tensors:
+            found: torch.Tensor = tensors.get_tensor(name)
+        return found
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor, without reading it."""
+        with safe_open(self._files[name], framework="pt") as tensors:
+            return tuple(tensors.get_slice(name).get_shape())

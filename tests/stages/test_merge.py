@@ -1,0 +1,193 @@
+"""Stage merge: what comes out, what is refused, and that the result is an ordinary checkpoint."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from align.artifacts import Artifact, Kind
+from align.errors import UserError
+from align.models.loading import load_policy, load_reward, load_tokenizer
+from align.pipeline import Pipeline
+from align.stage import Runtime, StageContext
+from align.stages.merge import MergeConfig, run
+
+
+def moved(source: Path, folder: Path, seed: int, size: float = 0.01) -> Path:
+    """``source`` with noise on its weights: a model that was trained from it."""
+    shutil.copytree(source, folder)
+    generator = torch.Generator().manual_seed(seed)
+    weights = load_file(source / "model.safetensors")
+    for name in sorted(weights):
+        if name != "lm_head.weight":
+            weights[name] = weights[name] + size * torch.randn(weights[name].shape, generator=generator)
+    if "lm_head.weight" in weights:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def artifact(name: str, model: Path, kind: Kind) -> Artifact:
+    """``model`` lies in a folder of that name."""
+    return Artifact(name, kind, model.parent, {})
+
+
+@pytest.fixture
+def trained(tiny_model: Path, tmp_path: Path) -> dict[str, Path]:
+    found = {"base": tmp_path / "base" / "model"}
+    shutil.copytree(tiny_model, found["base"])
+    return found | {name: moved(tiny_model, tmp_path / name / "model", seed) for seed, name in enumerate("abc")}
+
+
+def context(root: Path, folders: dict[str, Path], kind: Kind = Kind.POLICY, **fields: Any) -> StageContext:
+    config = MergeConfig(**fields)
+    inputs: dict[str, Any] = {
+        name: [artifact(stage, folders[stage], kind) for stage in getattr(config, name)]
+        for name in ("policies", "rewards")
+    }
+    inputs["base"] = None if config.base is None else artifact(config.base, folders[config.base], Kind.MODEL)
+    for folder in ("output", "checkpoints"):
+        (root / folder).mkdir(parents=True)
+    return StageContext(
+        "soup", config, inputs, 5, Runtime(device="cpu"), root / "output", root / "checkpoints", root / "events.jsonl"
+    )
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        name: tensor for name, tensor in load_file(folder / "model.safetensors").items() if name != "lm_head.weight"
+    }
+
+
+def test_a_soup_is_the_average_and_answers_like_a_model(trained: dict[str, Path], tmp_path: Path) -> None:
+    made = context(tmp_path / "run", trained, policies=["a", "b", "c"], weights=[2, 1, 1])
+    metrics = run(made)
+    result = made.output / "model"
+    found, given = weights_of(result), [weights_of(trained[name]) for name in "abc"]
+    assert found.keys() == given[0].keys()
+    for name, tensor in found.items():
+        assert torch.allclose(tensor, 0.5 * given[0][name] + 0.25 * given[1][name] + 0.25 * given[2][name], atol=1e-6)
+    assert metrics["models"] == 3
+    assert all(cosine > 0.9 for cosine in metrics["cosine_to_start"])
+    model, ids = load_policy(result), torch.tensor([[40, 50, 60]])
+    assert load_tokenizer(result).chat_template == load_tokenizer(trained["a"]).chat_template
+    reference = load_policy(trained["a"])
+    reference.load_state_dict(found | {"lm_head.weight": found["model.embed_tokens.weight"]})
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, reference(ids).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties", "warp"])
+def test_every_method_goes_from_the_base_by_its_scale(method: str, trained: dict[str, Path], tmp_path: Path) -> None:
+    full = context(tmp_path / "full", trained, policies=["a", "b"], base="base", method=method)
+    half = context(tmp_path / "half", trained, policies=["a", "b"], base="base", method=method, scale=0.5)
+    whole, part = run(full), run(half)
+    base, one, two = (weights_of(folder) for folder in (trained["base"], full.output / "model", half.output / "model"))
+    for name in base:
+        assert torch.allclose(two[name] - base[name], 0.5 * (one[name] - base[name]), atol=1e-6)
+    assert part["merged_moved"] == pytest.approx(whole["merged_moved"] / 2, rel=1e-4)
+    assert whole["task_cosines"] == [pytest.approx(0, abs=0.05)]
+    # Two ways at right angles: an average is as long as one of them over sqrt 2, WARP's merge as long as one of them.
+    if method == "warp":
+        assert whole["merged_moved"] == pytest.approx(whole["moved"][0], rel=0.02)
+    if method in ("linear", "task_arithmetic"):
+        assert whole["merged_moved"] == pytest.approx(whole["moved"][0] / 2**0.5, rel=0.02)
+
+
+def test_a_single_policy_may_go_part_of_its_way(trained: dict[str, Path], tmp_path: Path) -> None:
+    made = context(tmp_path / "run", trained, policies=["a"], base="base", scale=0.3)
+    run(made)
+    found, base, policy = (weights_of(f) for f in (made.output / "model", trained["base"], trained["a"]))
+    assert all(torch.allclose(found[n], 0.7 * base[n] + 0.3 * policy[n], atol=1e-6) for n in found)
+
+
+def test_reward_models_merge_with_their_heads(tiny_reward: Path, tiny_model: Path, tmp_path: Path) -> None:
+    folders = {name: moved(tiny_reward, tmp_path / name / "model", seed) for seed, name in enumerate("ab")}
+    made = context(tmp_path / "run", folders, Kind.REWARD, rewards=["a", "b"])
+    assert made.config.makes() == Kind.REWARD
+    run(made)
+    heads = [load_reward(folder).score.weight for folder in (*folders.values(), made.output / "model")]
+    assert torch.allclose(heads[2], (heads[0] + heads[1]) / 2, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (
+            "architecture",
+            r"policies \('a'\) and policies \('b'\) are not of one architecture: num_hidden_layers is 2 and 3",
+        ),
+        ("template", "have different chat templates"),
+        ("vocabulary", "have different vocabularies"),
+        ("origin", r"were not trained from one start: the cosine of their weights is -?0.[01]"),
+        ("adapter", "carries an adapter that is no part of its weights"),
+        ("shape", r"model.norm.weight is \[64\] in policies \('a'\) and \[32\]"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(
+    fault: str, message: str, trained: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = trained["b"]
+    if fault == "architecture":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    elif fault == "template":
+        tokenizer = load_tokenizer(folder)
+        tokenizer.chat_template += " "
+        tokenizer.save_pretrained(folder)
+    elif fault == "vocabulary":
+        tokenizer = load_tokenizer(folder)
+        tokenizer.add_tokens(["<new>"])
+        tokenizer.save_pretrained(folder)
+    elif fault == "adapter":
+        (folder / "adapter").mkdir()
+    else:
+        weights = load_file(folder / "model.safetensors")
+        if fault == "shape":
+            weights["model.norm.weight"] = weights["model.norm.weight"][:32].clone()
+        else:
+            torch.manual_seed(0)
+            weights = {name: torch.randn_like(tensor) * tensor.std() for name, tensor in weights.items()}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=message):
+        run(context(tmp_path / "run", trained, policies=["a", "b"]))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "name either policies or rewards, the checkpoints to merge; found neither"),
+        ({"policies": ["sft"]}, "there is one checkpoint, and merging takes two or more"),
+        ({"policies": ["sft", "sft"]}, "the same stage stands twice"),
+        ({"policies": ["sft", "dpo"], "method": "ties"}, "ties merges the ways from a base; name it"),
+        ({"policies": ["sft", "dpo"], "scale": 0.5}, "scale is how far to go from the base, and there is none"),
+        ({"policies": ["sft", "dpo"], "density": 0.5}, "density is read by ties"),
+        ({"policies": ["sft", "dpo"], "weights": [1]}, "weights has 1 numbers for 2 checkpoints"),
+        ({"policies": ["sft", "dpo"], "weights": [1, -1]}, "is for task_arithmetic only"),
+        ({"policies": ["sft", "dpo"], "base": "sft", "method": "warp"}, "'sft' is the base of itself"),
+        (
+            {"policies": ["sft", "dpo", "model"], "method": "slerp"},
+            "slerp goes between two checkpoints, and there are 3",
+        ),
+        ({"policies": ["sft", "dpo"], "metod": "ties"}, "unknown key 'metod'. Did you mean 'method'"),
+        ({"policy": ["sft", "dpo"]}, "unknown key 'policy'. Did you mean 'policies'"),
+        ({"policies": ["sft", "dpo"], "method": "tie"}, r"'tie'"),
+        ({"rewards": ["sft", "dpo"]}, "stages.merge.rewards points at 'sft', a PolicyCheckpoint"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_when_the_file_is_read(fields: dict[str, Any], message: str) -> None:
+    stages = {
+        "model": {"source": "tiny"},
+        "data": {"recipe": "data_recipes/quickstart.yaml"},
+        "sft": {"model": "model", "data": "data", "learning_rate": 1e-3},
+        "dpo": {"stage": "sft", "model": "model", "data": "data", "learning_rate": 2e-3},
+        "merge": fields,
+    }
+    with pytest.raises(UserError, match=message):
+        Pipeline({"name": "p", "stages": stages}, "p.yaml", Path(__file__).parents[2])
