@@ -54,7 +54,8 @@ class GrpoConfig(DriftFields):
     def _buffer_fits(self) -> Self:
         if self.overlong_buffer > self.max_tokens:
             raise ValueError(f"overlong_buffer {self.overlong_buffer} is longer than max_tokens {self.max_tokens}.")
-        if self.zero_variance == "keep" and "resample_rounds" in self.model_fields_set:
+        # By value, not by what was set: a stage's process reads the whole config back, defaults written out.
+        if self.zero_variance == "keep" and self.resample_rounds != type(self).model_fields["resample_rounds"].default:
             raise ValueError("resample_rounds is set, but zero_variance is keep; set `zero_variance: resample`.")
         return self
 

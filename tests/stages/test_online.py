@@ -85,6 +85,13 @@ def test_every_misspelt_key_is_refused_with_the_right_name(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_config_reads_back_from_its_own_json(kind):
+    """As the stage's process gets it: with every default written out."""
+    config = config_of(kind, **SCORED)
+    assert type(config).model_validate(json.loads(config.model_dump_json())) == config
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_field_with_the_trainer_s_name_reaches_it(kind):
     _, arguments, passed_on = KINDS[kind]
     shared = {field.name for field in fields(arguments)} & set(STAGES[kind].config_class().model_fields)
