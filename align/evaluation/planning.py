@@ -125,6 +125,7 @@ def _build_tasks(context: StageContext, pairs: list[Row], heldout: list[Row]) ->
         has_second_reward=context.inputs.get("second_reward") is not None,
         precision=config.precision,
         warn=context.warn,
+        texts={one.stage: one for one in context.inputs.get("texts") or []},
     )
     tasks = []
     for name, block in config.tasks.items():

@@ -48,14 +48,19 @@ def ends_of(model: Any) -> frozenset[int]:
 
 
 def lint_stage(
-    context: StageContext, stage: StageKind, trainer: Any, splits: Mapping[str, Split], max_length: int
+    context: StageContext,
+    stage: StageKind,
+    trainer: Any,
+    splits: Mapping[str, Split],
+    max_length: int,
+    supervise: Supervise = "last",
 ) -> list[Finding]:
     """Look at ``splits`` through the trainer's own dataset and collator, write ``findings.json``, and warn.
 
     Raises ``UserError`` for errors that the stage's ``lint.waive`` does not name.
     """
     began = time.perf_counter()
-    linter = _linter(context, stage, trainer.processing_class, trainer.model, max_length)
+    linter = _linter(context, stage, trainer.processing_class, trainer.model, max_length, supervise)
     for name, split in splits.items():
         _look(linter, name, split, trainer.train_dataset if name == "train" else None, trainer.data_collator)
     return _report(context, linter, began)
@@ -72,10 +77,17 @@ def lint_prompts(
     return _report(context, linter, began)
 
 
-def _linter(context: StageContext, stage: StageKind, tokenizer: Any, model: Any, max_length: int) -> Linter:
+def _linter(
+    context: StageContext,
+    stage: StageKind,
+    tokenizer: Any,
+    model: Any,
+    max_length: int,
+    supervise: Supervise = "last",
+) -> Linter:
     settings: LintSettings = context.config.lint
-    limits = limits_of(model, max_length)
-    return Linter(tokenizer, Options(stage, limits, ends=ends_of(model), rows=settings.rows, seed=context.seed % 2**32))
+    limits, ends = limits_of(model, max_length), ends_of(model)
+    return Linter(tokenizer, Options(stage, limits, supervise, ends, settings.rows, context.seed % 2**32))
 
 
 def _report(context: StageContext, linter: Linter, began: float) -> list[Finding]:

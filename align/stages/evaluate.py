@@ -40,6 +40,8 @@ class EvaluateConfig(Config):
     """Preferences whose ``test`` split measures the reward models' accuracy; the task ``preference`` reads them too."""
     heldout: stage_input(Kind.INSTRUCTIONS) | None = None  # type: ignore[valid-type]
     """Instructions whose ``test`` split gives every checkpoint's loss per token on reference answers."""
+    texts: list[stage_input(Kind.TEXTS)] = Field([])  # type: ignore[valid-type]
+    """Plain texts whose ``test`` split the task ``perplexity`` reads: ``domain: {task: perplexity, texts: books}``."""
     score: str | None = None
     """A program that scores responses: ``gold`` or ``package.module:function``."""
     tasks: dict[str, AnyTask] = Field({})
@@ -95,6 +97,11 @@ class EvaluateConfig(Config):
             raise ValueError("pairs measures a reward model, but reward is missing; name a reward stage.")
         if self.second_reward is not None and self.reward is None:
             raise ValueError("second_reward is compared with reward, which is missing; name it as reward.")
+        for name, task in self.tasks.items():
+            of = getattr(task, "texts", None)
+            if of is not None and of not in self.texts:
+                known = ", ".join(self.texts) or "none"
+                raise ValueError(f"tasks.{name}: texts '{of}' is none of the stage's texts ({known}); add it there.")
         if self.score is not None and self.prompts is None:
             raise ValueError("score is the program for the responses to prompts, and there are none; name prompts.")
         return self

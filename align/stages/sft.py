@@ -1,10 +1,13 @@
-"""Supervised fine-tuning: the model learns to give the dataset's answers (trl's SFTTrainer, loss on answers only)."""
+"""Supervised fine-tuning: the model learns to give the dataset's answers (trl's SFTTrainer, loss on answers only).
+
+Cross-entropy is trl's fused head: only tokens with a label go through the vocabulary, in chunks.
+"""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-from pydantic import field_validator
+from pydantic import Field, field_validator, model_validator
 
 from align.artifacts import GENERATORS, Kind
 from align.lint.settings import LintSettings
@@ -13,12 +16,24 @@ from align.training.config import TrainingFields, checked_options
 
 
 class SftConfig(TrainingFields):
-    """Takes ``completion`` of instructions, or ``chosen`` of preferences, as the answer to learn."""
+    """Takes ``completion`` of instructions, or ``chosen`` of preferences, as the answer to learn.
+
+    Rows of like length share a batch. With ``packing``, ``batch_size`` counts packs of ``max_length`` tokens.
+    """
 
     model: stage_input(*GENERATORS)  # type: ignore[valid-type]
     """Stage whose checkpoint is trained further; it needs a chat template."""
     data: stage_input(Kind.INSTRUCTIONS, Kind.PREFERENCES)  # type: ignore[valid-type]
     """Stage with the answers: its ``train`` split is learnt, its ``test`` split only scored."""
+    supervise: Literal["last", "all"] = "last"
+    """Which answers of a conversation are learnt: the last one, or every one of the assistant's. Where each stands is
+    found by rendering the conversation up to it, with any chat template."""
+    packing: bool = False
+    """Fill rows of ``max_length`` tokens with whole short ones, none of which sees another (best fit decreasing)."""
+    padding_free: bool = False
+    """Put a micro-batch's rows behind one another instead of padding them; ``packing`` does so in any case."""
+    neftune: float | None = Field(None, gt=0, le=100)
+    """Noise on the embeddings while training, NEFTune's alpha (2310.05914); 5 is usual."""
     lint: LintSettings = LintSettings()
     """What of the look at the rows' tokens, before the first step, is waived (docs/lint.md)."""
 
@@ -27,9 +42,25 @@ class SftConfig(TrainingFields):
     @field_validator("trainer")
     @classmethod
     def _trainer_exists(cls, options: dict[str, Any]) -> dict[str, Any]:
-        return checked_options(
-            "sft", options, {"packing", "padding_free", "assistant_only_loss", "completion_only_loss"}
-        )
+        for name, instead in {
+            "neftune_noise_alpha": "set 'neftune' beside 'trainer'",
+            "assistant_only_loss": "set 'supervise: all' beside 'trainer'",
+            "completion_only_loss": "answers alone are ever learnt; a 'pretrain' stage learns whole texts",
+            "eval_packing": "held-out rows are scored one by one",
+            "packing_strategy": "packs are filled with whole rows, best fit decreasing",
+        }.items():
+            if name in options:
+                raise ValueError(f"'{name}' is not set here: {instead}.")
+        return checked_options("sft", options, {"packing", "padding_free"})
+
+    @model_validator(mode="after")
+    def _one_line_needs_modules(self) -> SftConfig:
+        if self.tuning.input_only and (self.packing or self.padding_free):
+            raise ValueError(
+                f"{'packing' if self.packing else 'padding_free'} puts rows into one line, and tuning "
+                f"{self.tuning.method} acts on the beginning of each; turn one of them off."
+            )
+        return self
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -51,17 +82,21 @@ def run(context: StageContext) -> dict[str, Any]:
     from align.training.arguments import training_arguments
     from align.training.fit import fit
     from align.training.handover import check_encoded, check_ends, check_model
-    from align.training.rows import encode_supervised, read_split
+    from align.training.packing import Flat, check_separate, fill, form_of, packed, run_flat
+    from align.training.rows import encode_answers, encode_supervised, read_split
+    from align.training.sft_trainer import check_kernels, lint_rows, noisy
     from align.training.trainers import PreparedSFT, label_positions_only
 
     config: SftConfig = context.config
+    check_kernels(context.name, config.trainer, context.runtime)
+    encode = encode_answers if config.supervise == "all" else encode_supervised
     source, data = context.artifact("model").model, context.artifact("data")
     tokenizer, model = load_tokenizer(source, config.tuning), load_for_tuning(source, config.tuning)
     check_model(context.name, model, tokenizer)
     given, splits = {}, {}
     for split, most in (("train", config.max_rows), ("test", config.eval_rows)):
         rows = given[split] = read_split(data.split(split), most, context.name)
-        splits[split] = encode_supervised(tokenizer, rows, config.max_length)
+        splits[split] = encode(tokenizer, rows, config.max_length)
         check_encoded(context.name, splits[split], len(rows), split, config.max_length, context.warn)
     train, test = splits["train"], splits["test"]
     check_ends(context.name, train, tokenizer)
@@ -74,17 +109,29 @@ def run(context: StageContext) -> dict[str, Any]:
         rows=[row["input_ids"] for row in train.rows],
     )
     label_positions_only()
+    flat = config.packing or config.padding_free
+    rows = packed(train, config.max_length) if config.packing else train.rows
+    form = form_of(model) if flat else None
+    if form is not None:
+        run_flat(model, form)
     trainer = PreparedSFT(
         model=model,
-        args=training_arguments(Arguments, context, len(train.rows)),
-        train_dataset=Dataset.from_list(train.rows),
+        args=training_arguments(Arguments, context, len(rows)),
+        data_collator=None if form is None else Flat(form),
+        train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
     )
-    trainer.row_lengths = train.lengths
+    trainer.row_lengths = [len(row["input_ids"]) for row in rows]
     looked_at = {name: Split(given[name], splits[name]) for name in splits}
-    lint_stage(context, "sft", trainer, looked_at, config.max_length)
-    metrics = fit(trainer, context, lambda: held_out.supervised(trainer, test))
+    lint_stage(context, "sft", lint_rows(trainer, train), looked_at, config.max_length, config.supervise)
+    facts = {"rows": len(train.rows), "test_rows": len(test.rows)}
+    if flat:
+        facts |= {"pack_difference": check_separate(context.name, trainer, train)}
+    if config.packing:
+        facts |= {"packs": len(rows), "pack_fill": fill(rows, config.max_length)}
+    with noisy(trainer.model, config.neftune):
+        metrics = fit(trainer, context, lambda: held_out.supervised(trainer, test))
     save_tuned(
         trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False), tokenizer, context.output / "model"
     )
-    return {**metrics, "rows": len(train.rows), "test_rows": len(test.rows)}
+    return {**metrics, **facts}

@@ -12,7 +12,17 @@ from align.stage import StageContext
 from align.training.config import TrainingFields
 from align.training.tracking import tracking_options
 
-SCHEDULERS = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+SCHEDULERS = {
+    "constant": "constant_with_warmup",
+    "linear": "linear",
+    "cosine": "cosine",
+    "cosine_with_min_lr": "cosine_with_min_lr",
+    "wsd": "warmup_stable_decay",
+    "inverse_sqrt": "inverse_sqrt",
+}
+"""Our names, and transformers'."""
+MIN_LR_RATIO = 0.1
+"""Where a cosine with a floor ends by default (Chinchilla's tenth, arXiv 2203.15556)."""
 
 
 def accumulation(stage: str, fields: TrainingFields, processes: int) -> int:
@@ -35,6 +45,16 @@ def total_steps(stage: str, fields: TrainingFields, rows: int) -> int:
     return steps if fields.max_steps is None else min(steps, fields.max_steps)
 
 
+def schedule_options(fields: TrainingFields, steps: int) -> dict[str, Any]:
+    """``lr_scheduler_kwargs`` for ``steps`` in all."""
+    if fields.scheduler == "cosine_with_min_lr":
+        return {"min_lr_rate": MIN_LR_RATIO if fields.min_lr_ratio is None else fields.min_lr_ratio}
+    if fields.scheduler == "wsd":
+        falling = max(1, round(fields.decay_ratio * steps))
+        return {"num_decay_steps": falling, "decay_type": "linear", "min_lr_ratio": fields.min_lr_ratio or 0.0}
+    return {}
+
+
 def training_arguments(config_class: type[Any], context: StageContext, rows: int, **own: Any) -> Any:
     """An instance of trl's ``config_class`` for ``rows`` training rows; ``own`` are the stage's own options.
 
@@ -54,6 +74,7 @@ def training_arguments(config_class: type[Any], context: StageContext, rows: int
         "gradient_accumulation_steps": accumulation(context.name, fields, int(os.environ.get("WORLD_SIZE", "1"))),
         "learning_rate": fields.learning_rate,
         "lr_scheduler_type": SCHEDULERS[fields.scheduler],
+        "lr_scheduler_kwargs": schedule_options(fields, steps),
         "warmup_steps": math.ceil(fields.warmup_ratio * steps),
         "weight_decay": fields.weight_decay,
         "max_grad_norm": fields.max_grad_norm,
@@ -65,7 +86,7 @@ def training_arguments(config_class: type[Any], context: StageContext, rows: int
         "logging_nan_inf_filter": False,
         "eval_strategy": "no",
         "include_num_input_tokens_seen": "non_padding",
-        "gradient_checkpointing": False,  # trl turns it on, which costs a fifth of the speed
+        "gradient_checkpointing": fields.gradient_checkpointing,
         "dataloader_num_workers": 0,
         "dataloader_pin_memory": on_gpu,
         "disable_tqdm": True,

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, ClassVar, Literal, Self
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from align.artifacts import Kind
-from align.stage import Config, stage_input
+from align.stage import Config, Runtime, stage_input
 from align.trainer_options import check_trainer_options
 from align.tuning import FullTuning, Tuning
+
+if TYPE_CHECKING:
+    from align.models.architecture import Architecture
+    from align.models.memory import Estimate
 
 
 class Anchor(Config):
@@ -21,6 +25,15 @@ class Anchor(Config):
     KL(start || model) at the answers' tokens to the loss (1606.09282), at the cost of a second forward pass."""
     weight: float = Field(gt=0)
     """``l2``: share of the way back per step and unit of learning rate, as weight_decay's. ``kl``: price of a nat."""
+
+
+class EarlyStopping(Config):
+    """When to stop before the last step, by the loss on the held-out rows."""
+
+    patience: int = Field(3, ge=1)
+    """Scorings in a row, ``eval_steps`` apart, that may be no better than the best."""
+    min_improvement: float = Field(0.0, ge=0)
+    """By how much a loss must be lower to count as better."""
 
 
 class TrainingFields(Config):
@@ -47,12 +60,25 @@ class TrainingFields(Config):
     """Tokens per row at most; longer rows are cut (SFT) or left out (pairs), counted and warned of."""
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
     """Share of the steps over which the learning rate rises from 0; too little warm-up can blow up the first steps."""
-    scheduler: Literal["constant", "linear", "cosine"] = "cosine"
-    """How the learning rate falls after the warm-up: not at all, or to 0 along a line or a half cosine."""
+    scheduler: Literal["constant", "linear", "cosine", "cosine_with_min_lr", "wsd", "inverse_sqrt"] = "cosine"
+    """How the learning rate falls after the warm-up: not at all, to 0 along a line or a half cosine, along one to
+    ``min_lr_ratio``; ``wsd`` holds it, and it falls along a line in the last ``decay_ratio`` of the steps (2404.06395);
+    ``inverse_sqrt`` falls with the square root of the steps, never to 0."""
+    min_lr_ratio: float | None = Field(None, ge=0, lt=1)
+    """Where ``cosine_with_min_lr`` (0.1 by default) and ``wsd`` (0) end, as a share of ``learning_rate``."""
+    decay_ratio: float = Field(0.2, gt=0, lt=1)
+    """Share of the steps in which ``wsd`` lets the learning rate fall."""
     weight_decay: float = Field(0.0, ge=0, lt=1)
     """Decoupled weight decay of AdamW per unit of learning rate; pulls weights towards 0."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are scaled down to this norm; lower it when the loss spikes."""
+    gradient_checkpointing: bool = False
+    """Compute activations anew in the backward pass: less memory for about a third more time."""
+    early_stopping: EarlyStopping | None = None
+    """Stop when the held-out loss no longer falls: ``{patience: 3}``; needs ``eval_steps``."""
+    keep: Literal["last", "best"] = "last"
+    """Which weights are the result: the last, or those with the lowest held-out loss (needs ``eval_steps``, and a copy
+    of what is trained on the disk). The ``test`` split has then chosen, so that its loss flatters a little."""
     ema: float | None = Field(None, gt=0, lt=1)
     """Decay of an average of the trained weights, 0.999 or less for short runs; it is what is scored and saved."""
     anchor: Anchor | None = None
@@ -83,7 +109,9 @@ class TrainingFields(Config):
 
     @model_validator(mode="after")
     def _replay_settings_need_its_data(self) -> Self:
-        beside = {"replay_fraction", "replay_weight"} & self.model_fields_set
+        # Not model_fields_set: a stage's process is given its resolved config, in which every field is set.
+        fields = {name: type(self).model_fields[name].default for name in ("replay_fraction", "replay_weight")}
+        beside = {name for name, default in fields.items() if getattr(self, name) != default}
         if self.replay is None and beside:
             raise ValueError(f"{sorted(beside)[0]} says how to replay, but there is no `replay:` stage to replay from.")
         if self.replay_fraction == 0 and self.replay_weight is not None:
@@ -104,6 +132,32 @@ class TrainingFields(Config):
             raise ValueError(f"anchor: kl does not go with {self.tuning.method}, which changes every input; take l2.")
         return self
 
+    def memory(self, models: Mapping[str, Sequence[Architecture]], runtime: Runtime) -> Estimate:
+        """What this stage holds in memory, and what it would with another ``tuning``."""
+        from align.training.memory import estimate
+
+        return estimate(self, models)
+
+    @model_validator(mode="after")
+    def _scored_on_the_way(self) -> Self:
+        asked = "early_stopping" if self.early_stopping is not None else "keep: best"
+        if self.eval_steps is None and (self.early_stopping is not None or self.keep == "best"):
+            raise ValueError(f"{asked} goes by the held-out loss on the way; set eval_steps, such as eval_steps: 20.")
+        return self
+
+    @model_validator(mode="after")
+    def _schedule_has_its_shape(self) -> Self:
+        if self.min_lr_ratio is not None and self.scheduler not in ("cosine_with_min_lr", "wsd"):
+            raise ValueError(
+                f"min_lr_ratio means nothing to scheduler {self.scheduler}; take cosine_with_min_lr or wsd."
+            )
+        if self.scheduler == "wsd" and self.warmup_ratio + self.decay_ratio > 1:
+            raise ValueError(
+                f"warmup_ratio {self.warmup_ratio:g} and decay_ratio {self.decay_ratio:g} are more than all steps; "
+                "lower one."
+            )
+        return self
+
     @model_validator(mode="after")
     def _micro_batches_fill_the_batch(self) -> Self:
         if self.batch_size % self.micro_batch:
@@ -116,5 +170,5 @@ class TrainingFields(Config):
 
 def checked_options(kind: str, options: dict[str, Any], reserved: Iterable[str] = ()) -> dict[str, Any]:
     """For a ``trainer`` validator: the options as given, or ``ValueError`` (see ``check_trainer_options``)."""
-    check_trainer_options(kind, options, reserved)
+    check_trainer_options(kind, options, {*reserved, "gradient_checkpointing"})
     return options

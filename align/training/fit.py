@@ -13,6 +13,7 @@ from align.stage import StageContext
 from align.training.checkpoints import MarkCheckpoints, last_complete
 from align.training.extras import extra_callbacks, has_scores, scored_with
 from align.training.progress import ReportProgress
+from align.training.stopping import best_so_far
 from align.training.tracking import follow
 
 
@@ -40,8 +41,12 @@ def _fit(
     at_first = _scored_before(context, first) if before or has_scores(extras) else {}
     for callback in extras:
         trainer.add_callback(callback)
-    held_out = scored_with(extras, held_out)
+    plain, best = scored_with(extras, held_out), best_so_far(context, trainer, checkpoint)
+    held_out = scored_with(extras, best.watching(held_out) if best is not None else held_out)
     trainer.add_callback(ReportProgress(context, held_out, context.config.eval_steps))
+    if best is not None:
+        trainer.add_callback(best)  # after the scores, before the mark
+        extras = [*extras, best]
     trainer.add_callback(MarkCheckpoints())
     if checkpoint is not None:
         print(f"resuming from {checkpoint}")
@@ -49,6 +54,8 @@ def _fit(
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - start
     after = held_out()
+    if best is not None and best.restore():
+        after = plain()
     context.log(trainer.state.global_step, **{f"test_{name}": value for name, value in after.items()})
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     tokens = int(trainer.state.num_input_tokens_seen)

@@ -129,6 +129,6 @@ def test_a_loss_that_is_not_finite_stops_the_stage(tiny_model: Path, tmp_path: P
 
 
 def test_trainer_options_reach_trl(tiny_model: Path, tmp_path: Path) -> None:
-    trainer, _, _ = sft(tmp_path, tiny_model, trainer={"adam_beta2": 0.9, "gradient_checkpointing": True})
+    trainer, _, _ = sft(tmp_path, tiny_model, trainer={"adam_beta2": 0.9}, gradient_checkpointing=True)
     assert trainer.args.adam_beta2 == 0.9
     assert trainer.args.gradient_checkpointing

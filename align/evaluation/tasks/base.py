@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
+from align.artifacts import Artifact
 from align.data.rows import Message
 from align.rollouts.protocol import Response, Sampling
 from align.stage import Config, Runtime
@@ -210,6 +211,8 @@ class Given:
     has_second_reward: bool
     precision: Literal["bfloat16", "float32"]
     warn: Callable[[str], None]
+    texts: Mapping[str, Artifact] = field(default_factory=dict)
+    """The stage's ``texts``, by the name of the stage that made them."""
 
 
 class Task(ABC):

@@ -10,18 +10,19 @@ from __future__ import annotations
 import glob
 import hashlib
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from align.data.rows import user
+from align.data.rows import read_rows, user
 from align.data.source_configs import FilesSource
 from align.errors import UserError
-from align.evaluation.tasks.base import Given, Item, Measured, Metric, Reader, Task, TaskConfig
+from align.evaluation.tasks.base import Given, Item, Measured, Metric, Reader, SystemInfo, Task, TaskConfig
 from align.evaluation.tasks.encoding import prefix_token, rolling_windows
 from align.evaluation.tasks.reading import TaskData, TaskRecord, draw, read_records
 from align.fingerprint import digest, file_digest
@@ -30,6 +31,8 @@ BLOCK_CHARACTERS = 200_000
 """Text read between two results on disk: what an interrupted reading loses."""
 SHOWN = 500
 """Characters of a document that stand among the samples."""
+MOST_SHOWN = 64
+PLACES = ("files", "dataset", "revision", "config", "split")
 TEXT_FILES = (".txt", ".md")
 TEXTS = ("text", "content", "document", "page")
 CONVERSATIONS = ("messages", "conversations", "prompt", "completion")
@@ -70,6 +73,10 @@ class PerplexityConfig(TaskData, TaskConfig):
     files: list[str] | None = Field(None, min_length=1)
     """Paths or globs: .txt and .md files, a document each, and files of records as for the other tasks; relative to the
     current directory."""
+    texts: str | None = None
+    """Stage of plain texts, one of the evaluation's ``texts``, whose ``test`` split is read instead of files. A
+    baseline with ``shots`` then reads as many texts of the ``train`` split before each of them, and one with ``system``
+    that: what prompting can do for a domain."""
     fields: list[str] | None = Field(None, min_length=1)
     """Fields that make up a record's text, joined by a blank line. By default ``text`` (or content, document, page),
     else the contents of ``messages``, or of ``prompt`` and ``completion``, without a template."""
@@ -80,6 +87,15 @@ class PerplexityConfig(TaskData, TaskConfig):
     """Read only the beginning of each document. In characters, so that every tokenizer reads the same text."""
     max_length: int = Field(1024, ge=1)
     """Tokens of a window, or as many as the model can read where that is fewer; more context makes text cheaper."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if self.texts is None:
+            return super()._one_place()  # type: ignore[operator,no-any-return]
+        given = [name for name in (*PLACES, "fields") if getattr(self, name) is not None]
+        if given:
+            raise ValueError(f"it has texts, so '{given[0]}' means nothing; drop one of them")
+        return self
 
     def identities(self, base: Path) -> dict[str, str]:
         """Digests of the files."""
@@ -98,16 +114,23 @@ class PerplexityConfig(TaskData, TaskConfig):
 
     def described(self, base: Path) -> dict[str, Any]:
         """Digests of the files, plain ones as well, or the dataset; and what is read of each document."""
-        found = super().described(base) if self.files is None else {"files": self.identities(base)}
+        if self.texts is not None:
+            found: dict[str, Any] = {"texts": self.texts}
+        else:
+            found = super().described(base) if self.files is None else {"files": self.identities(base)}
         limits = {name: getattr(self, name) for name in ("fields", "chunk", "max_characters", "max_items")}
         return found | {name: value for name, value in limits.items() if value is not None}
 
     def documents(self, given: Given) -> list[Document]:
         """The texts, at most ``max_items``. Raises ``UserError`` for records without text, and where there is none."""
-        texts, source = ([], self.source()) if self.files is None else self._files(given.base)
-        found = [Document(path.name, _read_text(path)) for path in texts]
-        records = [] if source is None else read_records(source, given.base)
-        found += [Document(_source(record), self._text(record)) for record in records]
+        if self.texts is not None:
+            rows = read_rows(given.texts[self.texts].split("test"))
+            found = [Document(str(row["source"]), row["text"]) for row in rows]
+        else:
+            texts, source = ([], self.source()) if self.files is None else self._files(given.base)
+            found = [Document(path.name, _read_text(path)) for path in texts]
+            records = [] if source is None else read_records(source, given.base)
+            found += [Document(_source(record), self._text(record)) for record in records]
         full = [one for one in found if one.text.strip()]
         if len(full) < len(found):
             given.warn(f"{len(found) - len(full)} of {len(found)} documents are empty and left out")
@@ -122,6 +145,10 @@ class PerplexityConfig(TaskData, TaskConfig):
     def build(self, name: str, given: Given) -> PerplexityTask:
         """Read the texts."""
         task = PerplexityTask(name, self.documents(given), self.max_length)
+        if self.texts is not None:
+            shown = read_rows(given.texts[self.texts].split("train"))
+            random.Random(f"shown:{given.seed}").shuffle(shown)  # noqa: S311
+            task.shown = [row["text"] for row in shown[:MOST_SHOWN]]
         if len(task.documents) < 10:
             given.warn(
                 f"{name}: {len(task.documents)} documents are a small sample; an interval over so few means little. "
@@ -180,6 +207,15 @@ class PerplexityTask(Task):
             shown = one.text if len(one.text) <= SHOWN else f"{one.text[:SHOWN]} …"
             self.items.append(Item(one.id if number == 1 else f"{one.id}-{number}", one.source, [user(shown)]))
         self.described: dict[str, Any] = {}
+        self.shown: list[str] | None = None
+        """Texts that baselines with ``shots`` read first; None where prompting plays no part."""
+
+    def check(self, info: SystemInfo) -> None:
+        """There must be as many texts to show as a baseline shows."""
+        if self.shown is not None and info.shots > len(self.shown):
+            raise UserError(
+                f"baseline '{info.name}' shows {info.shots} texts, and there are {len(self.shown)}; lower shots."
+            )
 
     def settings(self) -> dict[str, Any]:
         """Data and windows."""
@@ -191,14 +227,16 @@ class PerplexityTask(Task):
         }
 
     def read(self, reader: Reader) -> Measured:
-        """The text's cost under one checkpoint; a system's way of prompting plays no part."""
+        """The text's cost under one checkpoint; of ways of prompting, texts shown before and system messages count."""
         window = min(self.max_length, reader.max_length)
+        before = self._before(reader, window)
         losses: list[float] = []
         tokens: list[int] = []
         windows = unknown = 0
         for number, block in enumerate(_blocks(self.documents)):
-            identity = digest(["perplexity 1", window, [one.id for one in block]])
-            kept = reader.kept(f"{self.name}-{number}", identity, partial(self._read_block, reader, block, window))
+            identity = digest(["perplexity 1", window, [one.id for one in block], *([before] if before else [])])
+            read = partial(self._read_block, reader, block, window, before)
+            kept = reader.kept(f"{self.name}-{number}", identity, read)
             losses += kept["losses"]
             tokens += kept["tokens"]
             windows += kept["windows"]
@@ -219,11 +257,28 @@ class PerplexityTask(Task):
                 "unknown_tokens": unknown,
                 "windows": windows,
                 "window": window,
+                **({"tokens_shown_before": len(before)} if before else {}),
                 "first_context": reader.tokenizer.decode([prefix]),
             },
         )
 
-    def _read_block(self, reader: Reader, block: Sequence[Document], window: int) -> dict[str, Any]:
+    def _before(self, reader: Reader, window: int) -> list[int]:
+        """Ids of what a prompted system reads before each window; raises ``UserError`` where they leave no room."""
+        if self.shown is None:
+            return []
+        info = reader.info
+        parts = [*([info.system] if info.system else []), *self.shown[: info.shots]]
+        ids = reader.tokenizer.encode("".join(f"{part}\n\n" for part in parts), add_special_tokens=False)
+        if parts and len(ids) > window // 2:
+            raise UserError(
+                f"{self.name}: what '{info.name}' reads first is {len(ids)} tokens, more than half of a window of "
+                f"{window}. Lower shots or raise max_length."
+            )
+        return [int(token) for token in ids] if parts else []
+
+    def _read_block(
+        self, reader: Reader, block: Sequence[Document], window: int, before: Sequence[int] = ()
+    ) -> dict[str, Any]:
         """Nats and tokens of each document."""
         tokenizer = reader.tokenizer
         # Without the tokenizer's own special tokens: they are no part of the text, and a prefix is there already.
@@ -233,7 +288,13 @@ class PerplexityTask(Task):
                 f"{self.name}: '{reader.info.name}' has no token for a document that begins "
                 f"{block[texts.index([])].text[:40]!r}. Leave it out."
             )
-        divided = [rolling_windows(ids, prefix_token(tokenizer), window) for ids in texts]
+        prefix = prefix_token(tokenizer)
+        divided = [rolling_windows(ids, prefix, window - len(before)) for ids in texts]
+        if before:
+            divided = [
+                [([prefix, *before, *(context if at else [])], asked) for at, (context, asked) in enumerate(windows)]
+                for windows in divided
+            ]
         pairs = [pair for windows in divided for pair in windows]
         flat = iter(reader.logprobs([context for context, _ in pairs], [asked for _, asked in pairs]))
         losses = [-math.fsum(value for _ in windows for value in next(flat)) for windows in divided]

@@ -1,0 +1,129 @@
+"""Early stopping, and the best weights instead of the last: both by the loss on the held-out rows.
+
+What was best so far is in every checkpoint, so that a resumed run stops and keeps where the uninterrupted one does: its
+scores are the same, and so are the weights that it keeps again. Left out: other metrics than the loss, and the weights
+before the first step.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from align.errors import UserError
+from align.stage import StageContext
+from align.training.config import TrainingFields
+from align.tuning import FullTuning
+
+Scores = dict[str, float]
+STATE, WEIGHTS = "stopping.json", "best.safetensors"
+
+
+class BestSoFar(TrainerCallback):
+    """Watches the held-out loss: stops the training when it no longer falls, and keeps the weights that had the lowest.
+
+    ``best_loss`` and ``best_step`` are of the scorings so far, ``waited`` counts those since then that were no better.
+    """
+
+    def __init__(self, context: StageContext, trainer: Any) -> None:
+        config: TrainingFields = context.config
+        self.stopping, self.keep = config.early_stopping, config.keep == "best"
+        self.trainer, self.folder, self.say = trainer, context.checkpoints, context.note
+        self.best_loss, self.best_step, self.waited, self.stopped_at = float("inf"), 0, 0, 0
+        # Which weights are open may change while a model is trained in full, so that all of them are kept.
+        every = isinstance(config.tuning, FullTuning)
+        self.parameters = {name: p for name, p in trainer.model.named_parameters() if every or p.requires_grad}
+
+    def watching(self, held_out: Callable[[], Scores]) -> Callable[[], Scores]:
+        """``held_out``, whose scores are taken note of; call it where the model has the weights that would be saved."""
+
+        def scored() -> Scores:
+            scores = held_out()
+            self._consider(scores["loss"], int(self.trainer.state.global_step))
+            return scores
+
+        return scored
+
+    def _consider(self, loss: float, step: int) -> None:
+        least = self.stopping.min_improvement if self.stopping is not None else 0.0
+        if loss < self.best_loss - least or self.best_step == 0:
+            self.best_loss, self.best_step, self.waited = loss, step, 0
+            if self.keep:
+                self._write()
+        else:
+            self.waited += 1
+        if self.stopping is not None and self.waited >= self.stopping.patience and not self.stopped_at:
+            self.stopped_at = step
+
+    def _write(self) -> None:
+        if not self.trainer.is_world_process_zero():
+            return
+        draft = self.folder / f"{WEIGHTS}.draft"
+        save_file({name: p.detach().cpu().contiguous() for name, p in self.parameters.items()}, draft)
+        draft.rename(self.folder / WEIGHTS)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take up what the checkpoint that is resumed from knew."""
+        if state.global_step == 0:
+            return
+        known = json.loads((self.folder / f"checkpoint-{state.global_step}" / STATE).read_text(encoding="utf-8"))
+        self.best_step, self.waited, self.stopped_at = known["best_step"], known["waited"], known["stopped_at"]
+        self.best_loss = float("inf") if known["best_loss"] is None else known["best_loss"]
+        if self.keep and self.best_step and not (self.folder / WEIGHTS).is_file():
+            raise UserError(
+                f"{self.folder / WEIGHTS} is missing: the best weights so far, of step {self.best_step}. Delete the "
+                "stage's unfinished folder, so that it starts anew."
+            )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.stopped_at:
+            control.should_training_stop = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            known = {
+                "best_loss": self.best_loss if self.best_step else None,
+                "best_step": self.best_step,
+                "waited": self.waited,
+                "stopped_at": self.stopped_at,
+            }
+            file = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / STATE
+            file.write_text(json.dumps(known), encoding="utf-8")
+
+    @torch.no_grad()
+    def restore(self) -> bool:
+        """Give the model its best weights back, once training has ended; False where it has them."""
+        last = int(self.trainer.state.global_step)
+        if self.stopped_at and self.stopped_at == last:
+            self.say(f"stopped at step {last}: the held-out loss was lowest at step {self.best_step}")
+        if not self.keep or self.best_step == last:
+            return False
+        kept = load_file(self.folder / WEIGHTS)
+        for name, parameter in self.parameters.items():
+            parameter.copy_(kept[name])
+        return True
+
+    def facts(self) -> dict[str, Any]:
+        """For the stage's metrics."""
+        return {"best_step": self.best_step, "stopped_early": bool(self.stopped_at)}
+
+
+def best_so_far(context: StageContext, trainer: Any, checkpoint: Path | None) -> BestSoFar | None:
+    """The callback, where the stage's config asks for one.
+
+    From a checkpoint at which training had stopped early no more steps are taken.
+    """
+    config: TrainingFields = context.config
+    if config.early_stopping is None and config.keep == "last":
+        return None
+    if checkpoint is not None and json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["stopped_at"]:
+        trainer.args.max_steps = int(checkpoint.name.removeprefix("checkpoint-"))
+    return BestSoFar(context, trainer)
