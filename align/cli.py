@@ -35,7 +35,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    """say what `run` would do, stage by stage, and why; --memory adds what PPO's choices cost in memory"""
+    """say what `run` would do, stage by stage, and why; --memory adds what choices of tuning cost in memory"""
     from align.commands.run import load
     from align.console import memory_lines
     from align.planning import choose_stages, estimate_memory, plan
@@ -206,7 +206,7 @@ def parser() -> argparse.ArgumentParser:
     for name in ("list", "show", "gc", "doctor", "schema"):
         add_store(made[name])
     made["run"].add_argument("--strict", action="store_true", help="refuse artifacts made by other source code")
-    made["plan"].add_argument("--memory", action="store_true", help="show what PPO's tuning and critic cost in memory")
+    made["plan"].add_argument("--memory", action="store_true", help="show what tuning and PPO's critic cost in memory")
     made["show"].add_argument("key", metavar="KEY", help="the beginning of an artifact's key")
     made["show"].add_argument("--log", action="store_true", help="print the stage's log")
     made["show"].add_argument("--verify", action="store_true", help="check every file's digest")

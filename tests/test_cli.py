@@ -125,7 +125,7 @@ def test_a_plan_says_on_request_what_ppo_costs_in_memory(store: str, capsys: pyt
     assert asked.count("\n  *  lora r16  policy ") == 1
     assert main([*words, "--memory", "--json"]) == 0
     stages = {entry["stage"]: entry for entry in json.loads(capsys.readouterr().out)}
-    assert [name for name, entry in stages.items() if "memory" in entry] == ["ppo"]
+    assert [name for name, entry in stages.items() if "memory" in entry] == ["sft", "reward", "dpo", "ppo"]
     chosen = [choice for choice in stages["ppo"]["memory"]["choices"] if choice["chosen"]]
     assert chosen[0]["settings"] == {"tuning": "lora r16", "critic": "policy"}
     assert chosen[0]["memory"]["reference"] == 0 and chosen[0]["memory"]["total"] > 2**30

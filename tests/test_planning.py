@@ -47,7 +47,7 @@ def publish(store: Store, node: Node, config: dict[str, Any]) -> None:
 
 def of(pipeline: Pipeline, store: Store) -> Estimate:
     found = estimate_memory(pipeline, store)
-    assert list(found) == ["ppo"]
+    assert list(found) == ["sft", "reward", "ppo"]
     assert isinstance(found["ppo"], Estimate), found
     return found["ppo"]
 
@@ -63,6 +63,16 @@ def test_a_finished_stage_s_own_config_comes_first(store: Store, tiny_model: Pat
     pipeline = Pipeline(RAW)
     publish(store, pipeline.nodes["sft"], json.loads((tiny_model / "config.json").read_text()))
     assert of(pipeline, store).parameters == TINY
+
+
+def test_stages_that_trl_trains_are_counted_too(store: Store) -> None:
+    found = estimate_memory(Pipeline(RAW).set("stages.sft.tuning={method: qlora}"), store)
+    sft, reward = found["sft"], found["reward"]
+    assert isinstance(sft, Estimate) and isinstance(reward, Estimate)
+    assert [choice.settings["tuning"] for choice in sft.choices] == ["qlora r16", "full", "lora r16"]
+    four, full, lora = (choice.memory for choice in sft.choices)
+    assert (sft.parameters, reward.parameters) == (MILLION_135, TINY)
+    assert four.weights < 0.4 * lora.weights and full.total > 2.5 * lora.total
 
 
 def test_an_ensemble_is_counted_whole(store: Store) -> None:
@@ -87,6 +97,7 @@ def test_what_is_not_here_is_not_guessed(store: Store, tmp_path: Path, monkeypat
 def test_a_stage_of_ones_own_is_known_once_it_is_finished(store: Store, tiny_model: Path) -> None:
     pipeline = Pipeline(RAW | {"stages": {**RAW["stages"], "other": {"stage": "tests.toy:POLICY"}}})
     reason = "the model that stage 'other' makes is known once it is finished"
-    assert estimate_memory(pipeline, store) == {"ppo": reason}
+    found = estimate_memory(pipeline, store)
+    assert (found["reward"], found["ppo"]) == (reason, reason)
     publish(store, pipeline.nodes["other"], json.loads((tiny_model / "config.json").read_text()))
     assert of(pipeline, store).parameters == MILLION_135

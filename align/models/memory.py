@@ -164,10 +164,14 @@ def _frozen(model: Architecture, low: bool) -> int:
     return FLOAT * model.trunk - (2 * model.rounded if low else 0)
 
 
-def activations_per_token(model: Architecture, tuning: TuningBase, precision: Precision) -> int | None:
+def activations_per_token(
+    model: Architecture, tuning: TuningBase, precision: Precision, low_residual: bool = True
+) -> int | None:
     """Bytes that one token leaves in all layers for the backward pass; None for a layer or a tuning without a rule.
 
-    Counted from what autograd keeps of RMS norms, linear layers, attention of ragged rows and a gated MLP. Left out:
+    Counted from what autograd keeps of RMS norms, linear layers, attention of ragged rows and a gated MLP. Without
+    ``low_residual`` (``align.models.precision``), as trl trains, float32 flows between the layers, and autocast rounds
+    it anew for every matrix; the count is then within an eighth. Left out:
     padding inside attention, and that where flash attention runs (a GPU, or rows beyond 512 tokens) its result is kept
     once more.
     """
@@ -178,9 +182,12 @@ def activations_per_token(model: Architecture, tuning: TuningBase, precision: Pr
     out = next(linear for linear in model.linears if "o_proj" in linear.path)
     down = next(linear for linear in model.linears if "down_proj" in linear.path)
     # A lean norm keeps its input; any other, in float32, its input and what its weight is multiplied with if trained.
-    norm = size if model.lean_norms and precision == "bfloat16" else (1 + trained) * FLOAT
+    lean = model.lean_norms and low_residual
+    norm = size if lean and precision == "bfloat16" else (1 + trained) * FLOAT
     norms = norm * (model.norms * model.hidden + model.normed_heads)
-    inputs = size * 2 * model.hidden  # of attention and of the MLP
+    readers = sum(linear.inputs == model.hidden and linear not in (out, down) for linear in model.linears)
+    rounded_apart = precision == "bfloat16" and not low_residual
+    inputs = size * (readers if rounded_apart else 2) * model.hidden  # of attention and of the MLP
     attention = size * 4 * out.inputs  # queries, keys and values repeated for every head, and what comes out
     gated = size * 4 * down.inputs  # gate, its activation, up, their product
     low_rank = size * tuning.rank * len(model.linears) if isinstance(tuning, LowRank) else 0

@@ -127,7 +127,9 @@ def run_online(context: StageContext, make: Callable[[Start], OnlineTrainer]) ->
         checkpoint = last_checkpoint(context.checkpoints)
         if checkpoint is not None:
             print(f"resuming from {checkpoint}")
-        context.note(notice(trainer.model, config.tuning, config.precision))
+        context.note(
+            notice(trainer.model.policy, config.tuning, config.precision, low_residual=True, whole=trainer.model)
+        )
         updates = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2]) // trainer.args.steps_per_update
         with _saying_what_is_kept(context), follow(context, trainer, updates + 1 if checkpoint else 0):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

@@ -13,14 +13,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from align.models import memory
 from align.models.architecture import Architecture, Linear, architecture_of
-from align.models.memory import Memory, activations_per_token, engine_memory, engine_of, ppo_memory
+from align.models.memory import Memory, activations_per_token, engine_memory, engine_of, model_bytes, ppo_memory
 from align.models.precision import low_residual
 from align.models.ragged import hidden_states, lay_out, run_ragged
 from align.models.tuning.apply import apply_tuning
+from align.models.tuning.notice import weight_bytes
+from align.models.tuning.quantised import quantise
 from align.ppo import logprobs
 from align.ppo.critic import trunk_of
 from align.stage import Runtime
-from align.tuning import FullTuning, LoraTuning
+from align.tuning import FullTuning, LoraTuning, QloraTuning, TuningBase
 
 TOY = Architecture("toy", hidden=4, layers=2, vocabulary=10, key_value_width=3, linears=(Linear("q", 4, 5, True),),
                    vectors=4, embedded=40, last_norm=4, tied=True)  # fmt: skip
@@ -154,6 +156,59 @@ def test_activations_are_what_autograd_keeps(kind: str, tuning: Any, precision: 
     if precision == "bfloat16" and isinstance(tuning, FullTuning):
         copies = few - 2 * 24 * (more - few) / (2 * 16)
         assert 2 * sizes.matrices == pytest.approx(copies, rel=0.02)
+
+
+def kept_by_padded_rows(model: Any, tokens: int, precision: str) -> int:
+    """As ``kept_bytes``, of a forward pass as trl makes it."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, Any] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    computing: Any = torch.autocast("cpu", torch.bfloat16) if precision == "bfloat16" else contextlib.nullcontext()
+    ids = torch.full((2, tokens), 5)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), computing:
+        assert trunk_of(model)(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)[0].requires_grad
+        return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+@pytest.mark.parametrize("tuning", [FullTuning(), LoraTuning(), QloraTuning()], ids=lambda t: t.method)
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "phi3"])
+def test_activations_of_trl_s_trainers_are_near_what_autograd_keeps(
+    kind: str, tuning: TuningBase, precision: Any
+) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SHAPE)).train()
+    sizes = architecture_of(model.config.to_dict())
+    model = apply_tuning(model, tuning, 0)
+    few, more = (kept_by_padded_rows(model, tokens, precision) for tokens in (24, 40))
+    found = activations_per_token(sizes, tuning, precision, low_residual=False)
+    assert found == pytest.approx((more - few) / (2 * 16), rel=0.12)
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_a_model_in_four_bits_is_as_large_as_the_live_one(double: bool) -> None:
+    tuning = QloraTuning(double_quantisation=double)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SHAPE))
+    sizes = architecture_of(model.config.to_dict())
+    quantise(model, tuning)
+    assert model_bytes(sizes, tuning) == pytest.approx(weight_bytes(model), rel=1e-3)
+    assert model_bytes(sizes, FullTuning()) == 4 * sizes.parameters
+
+
+def test_ppo_with_matrices_that_cannot_be_shared() -> None:
+    options: Any = {"precision": "bfloat16"}
+    four = ppo_memory(TOY, [TOY], tuning=QloraTuning(rank=2), critic="policy", **options)
+    assert four.copies == 2 * 40  # those of the head: 4-bit matrices are dequantised anew in the backward pass
+    assert four.critic == 16 * (36 + 4 + 1)
+    other = ppo_memory(TOY, [TOY], tuning=QloraTuning(rank=2), critic="reward", **options)
+    assert other.critic == four.critic + round(50 / 2 + 50 / 64 + 4 * 50 / 64 / 256)
+    taken = ppo_memory(TOY, [TOY], tuning=LoraTuning(rank=2, init="pissa"), critic="policy", **options)
+    assert taken.critic == 16 * (36 + 4 + 1) + 4 * 50
 
 
 def test_a_kind_of_layer_without_a_rule_has_no_activations() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from align.models.architecture import UnknownArchitecture, architecture_of
+from align.models.memory import activations_per_token
 from align.models.precision import Precision
 from align.tuning import TuningBase
 
@@ -36,20 +38,40 @@ def _scales(state: Any) -> int:
     return int(state.absmax.numel() * state.absmax.element_size() + nested)
 
 
-def notice(model: Any, tuning: TuningBase, precision: Precision) -> str:
-    """One line: trained parameters, their share of all, and estimated memory without activations."""
+def notice(
+    model: Any, tuning: TuningBase, precision: Precision, *, low_residual: bool = False, whole: Any = None
+) -> str:
+    """One line: trained parameters, their share of all, and estimated memory.
+
+    ``whole`` is what stands in memory where that is more than ``model``: its critic and reference. Activations stand
+    apart, per token, where there is a rule for them; ``low_residual`` is how the model computes
+    (``align.models.memory.activations_per_token``).
+    """
     import torch
 
     trained, everything = parameter_counts(model)
-    needed = weight_bytes(model) + GRADIENT_AND_ADAMW * trained
+    whole = model if whole is None else whole
+    needed = weight_bytes(whole) + GRADIENT_AND_ADAMW * parameter_counts(whole)[0]
     if precision == "bfloat16":  # autocast's copies of the matrices, kept for the backward pass
-        plain = (module.weight for module in model.modules() if isinstance(module, torch.nn.Linear))
+        plain = (module.weight for module in whole.modules() if isinstance(module, torch.nn.Linear))
         needed += 2 * sum(weight.numel() for weight in plain if weight.is_floating_point())
     unit, label = (2**30, "GiB") if needed >= 2**29 else (2**20, "MiB")
+    activations = _activations(model, tuning, precision, low_residual)
     return (
         f"{tuning.label}: {trained:,} of {everything:,} parameters are trained ({_percent(trained / everything)}); "
-        f"about {needed / unit:.2f} {label} for weights, gradients and AdamW, and activations beside them"
+        f"about {needed / unit:.2f} {label} for weights, gradients and AdamW, {activations}"
     )
+
+
+def _activations(model: Any, tuning: TuningBase, precision: Precision, low_residual: bool) -> str:
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    try:
+        found = activations_per_token(architecture_of(plain.config.to_dict()), tuning, precision, low_residual)
+    except UnknownArchitecture:
+        found = None
+    if found is None:
+        return "and activations beside them"
+    return f"and {1000 * found / 2**20:,.0f} MiB per 1,000 tokens of a micro-batch for activations"
 
 
 def _percent(share: float) -> str:

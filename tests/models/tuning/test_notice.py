@@ -25,10 +25,13 @@ def test_four_bits_count_as_the_weights_they_stand_for(tuning: LoraTuning | Qlor
 
 def test_the_line_by_hand(tiny_model: Path) -> None:
     made = apply_tuning(load_policy(tiny_model), LoraTuning(rank=4), 0)
+    # a layer: two norms, inputs of attention and MLP, queries to outputs, gate to product, seven times the rank
+    activations = 4 * (2 * (2 * 64 + 2 * 64 + 4 * 64 + 4 * 128 + 7 * 4) + 64)
     needed = 4 * (WHOLE + ADAPTERS) + 12 * ADAPTERS
     assert notice(made, LoraTuning(rank=4), "float32") == (
         f"lora r4: {ADAPTERS:,} of {WHOLE + ADAPTERS:,} parameters are trained (8.09 %); about "
-        f"{needed / 2**20:.2f} MiB for weights, gradients and AdamW, and activations beside them"
+        f"{needed / 2**20:.2f} MiB for weights, gradients and AdamW, "
+        f"and {1000 * activations / 2**20:,.0f} MiB per 1,000 tokens of a micro-batch for activations"
     )
     low = needed + 2 * (LAYERS + 260 * 64 + ADAPTERS)
     assert f"about {low / 2**20:.2f} MiB" in notice(made, LoraTuning(rank=4), "bfloat16")

@@ -1,0 +1,52 @@
+"""What trl's stages cost in memory, by hand and on the command line's terms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from align.models.architecture import Architecture, Linear, UnknownArchitecture
+from align.stage import Runtime
+from align.stages.reward import RewardConfig
+from align.stages.sft import SftConfig
+
+TOY = Architecture("toy", hidden=4, layers=2, vocabulary=10, key_value_width=3, linears=(Linear("q", 4, 5, True),),
+                   vectors=4, embedded=40, last_norm=4, tied=False)  # fmt: skip
+# A layer: 25 in its matrix with its bias, 4 in its norm. The trunk: 44 + 2 * 29 = 102; the head 40.
+LORA = {"method": "lora", "rank": 2}  # 2 layers x 2 x (4 + 5) = 36
+
+
+def found(stage: Any, tuning: dict[str, Any], **fields: Any) -> Any:
+    config = stage(model="m", data="d", learning_rate=1e-3, tuning=tuning, **fields)
+    return config.memory({"model": [TOY]}, Runtime())
+
+
+def test_sft_by_hand() -> None:
+    full, lora = found(SftConfig, LORA).choices[::-1]
+    assert [c.settings["tuning"] for c in (lora, full)] == ["lora r2", "full"]
+    assert (lora.chosen, full.chosen) == (True, False)
+    assert (lora.memory.weights, lora.memory.gradients, lora.memory.optimizer) == (4 * 178, 4 * 36, 8 * 36)
+    assert (full.memory.weights, full.memory.gradients, full.memory.optimizer) == (4 * 142, 4 * 142, 8 * 142)
+    assert lora.memory.copies == 2 * (50 + 40)
+    assert lora.memory.total == 4 * 178 + 12 * 36 + 2 * 90
+    assert found(SftConfig, LORA, precision="float32").choices[0].memory.copies == 0
+
+
+def test_a_reward_model_has_a_score_head_in_the_place_of_the_other() -> None:
+    lora = found(RewardConfig, LORA).choices[0].memory
+    assert (lora.weights, lora.gradients, lora.copies) == (4 * (102 + 36 + 4), 4 * (36 + 4), 2 * 50)
+    full = found(RewardConfig, {"method": "full"}).choices[0].memory
+    assert (full.weights, full.optimizer) == (4 * 106, 8 * 106)
+
+
+def test_a_method_without_a_rule_is_said_to_be_unknown() -> None:
+    with pytest.raises(UnknownArchitecture, match="no rule for what tuning vera adds"):
+        found(SftConfig, {"method": "peft", "type": "vera"})
+
+
+def test_what_may_differ_is_noted() -> None:
+    scheduled = found(SftConfig, {"method": "full", "unfreeze": {"at": {0: 1}}}, trainer={"optim": "adafactor"})
+    assert any("at most what is counted" in note for note in scheduled.notes)
+    assert any("optim adafactor" in note for note in scheduled.notes)
+    assert not any("at most" in note for note in found(SftConfig, LORA).notes)
