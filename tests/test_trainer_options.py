@@ -15,13 +15,19 @@ from align.stages.reward import RewardConfig
 from align.stages.sft import SftConfig
 from align.trainer_options import CLASSES, OWNED, OWNED_BY_PPO, check_trainer_options, trainer_options
 
-TRL_KINDS = ("sft", "reward", "dpo")
+TRL_KINDS = ("sft", "reward", "dpo", "kto", "cpo", "orpo")
+
+
+def installed(kind: str) -> type:
+    """The class that the options of ``kind`` are read for, imported."""
+    file, name = CLASSES[kind][1:]
+    where = f"trl.experimental.{kind}" if file.startswith("experimental/") else "trl"
+    return getattr(importlib.import_module(where), name)  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("kind", TRL_KINDS)
 def test_options_equal_the_installed_dataclass(kind: str) -> None:
-    name = CLASSES[kind][2]
-    real = {field.name for field in dataclasses.fields(getattr(importlib.import_module("trl"), name)) if field.init}
+    real = {field.name for field in dataclasses.fields(installed(kind)) if field.init}
     assert set(trainer_options(kind)) == real
 
 
@@ -32,8 +38,7 @@ def test_every_owned_option_exists_somewhere() -> None:
 
 @pytest.mark.parametrize("kind", TRL_KINDS)
 def test_defaults_of_the_class_are_accepted(kind: str) -> None:
-    cls = getattr(importlib.import_module("trl"), CLASSES[kind][2])
-    for field in dataclasses.fields(cls):
+    for field in dataclasses.fields(installed(kind)):
         if field.default not in (dataclasses.MISSING, None):
             assert trainer_options(kind)[field.name].accepts(field.default), field
 
