@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
     if options.dry_run:
         print_plan(sweep, store, options.json)
         return 0
-    workers = _positive("--workers", options.workers or config.workers)
+    workers = _positive("--workers", config.workers if options.workers is None else options.workers)
     study = Study.open(
         store.root / SWEEPS / config.name, config, sweep.space, sweep.objectives, sweep.parts(),
         fresh=options.fresh and options.worker is None,

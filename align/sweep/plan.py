@@ -11,7 +11,7 @@ from align.fingerprint import digest
 from align.pipeline import Pipeline
 from align.sweep.config import SweepConfig
 from align.sweep.objectives import Objective
-from align.sweep.space import Dimension, Draw, changes_of, corner_draws, read_space
+from align.sweep.space import Dimension, Draw, changes_of, corner_draws, grid, read_space
 from align.validation import suggest
 
 
@@ -40,6 +40,8 @@ class Sweep:
         for text in assignments:
             base = base.set(text)
         space = read_space(config.space, base, where)
+        if config.sampler == "grid":
+            grid(space, where)
         keys: list[dict[str, str]] = []
         for changed, draw in corner_draws(space):
             place = "space" if changed is None else f"space.{changed.name} = {draw[changed.name]}"
@@ -83,8 +85,7 @@ def _at(place: str, make: Callable[[], Pipeline]) -> Pipeline:
     try:
         return make()
     except UserError as error:
-        text = str(error)
-        raise UserError(f"{place}: {text.partition(': ')[2] if text.startswith('--set ') else text}") from None
+        raise UserError(f"{place}: {str(error).removeprefix('--set ')}") from None
 
 
 def _check_prune(config: SweepConfig, pipeline: Pipeline, where: str) -> None:

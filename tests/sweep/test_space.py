@@ -1,0 +1,132 @@
+"""What a sweep's file may say: ranges, choices, sets of changes, objectives; and every way to get it wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from align.errors import UserError
+from align.sweep.config import load_sweep
+from align.sweep.space import Range, changes_of, corner_draws, grid
+from tests.sweep import given
+
+
+def test_whole_numbers_are_those_of_a_whole_field(tmp_path: Path) -> None:
+    space = {
+        "stages.one.steps": {"low": 1, "high": 3},
+        "stages.ppo.height": {"low": 0, "high": 1},  # written without a dot, but the field holds 0.5
+        "stages.ppo.penalty": {"low": 1.0e-4, "high": 1, "log": True},
+    }
+    steps, height, penalty = given.check(tmp_path, space=space).space
+    assert [one.whole for one in (steps, height, penalty)] == [True, False, False]
+    assert steps.changes(2) == {"stages.one.steps": 2} and isinstance(steps.changes(2)["stages.one.steps"], int)
+    assert height.changes(0.123456) == {"stages.ppo.height": 0.1235}
+    assert Range("x", 0.0, 0.12345, False, False, None).changes(0.12345)["x"] == 0.12345  # never above the bound
+
+
+def test_choices_are_values_named_values_or_sets_of_changes(tmp_path: Path) -> None:
+    raw = given.pipeline()
+    space = {
+        "stages.ppo.steps": [4, 8],
+        "seed": [1, 2],
+        "way": {
+            "low": {"stages.ppo.kind": "a", "stages.ppo.height": 0.1},
+            "high": {"stages.ppo.kind": "b", "stages.ppo.height": 0.9},
+        },
+    }
+    sweep = given.check(tmp_path, raw, space=space)
+    draw = {"stages.ppo.steps": "4", "seed": "2", "way": "high"}
+    assert changes_of(sweep.space, draw) == {
+        "stages.ppo.steps": 4, "seed": 2, "stages.ppo.kind": "b", "stages.ppo.height": 0.9,
+    }  # fmt: skip
+    made = sweep.pipeline_of(draw, 7)
+    assert made.name == "sw-7" and made.nodes["ppo"].config.kind == "b" and made.nodes["one"].seed == 2
+    blocks = {"stages.sft.tuning": {"lora": {"method": "lora", "rank": 4}, "full": {"method": "full"}}}
+    stages = {
+        "model": {"source": "tiny"}, "data": {"recipe": "data_recipes/embedded.yaml"},
+        "sft": {"model": "model", "data": "data", "learning_rate": 1e-3},
+    }  # fmt: skip
+    tuned = given.check(tmp_path, {"name": "x", "stages": stages}, space=blocks, maximise="sft.test_loss_after")
+    assert tuned.pipeline_of({"stages.sft.tuning": "lora"}, 0).nodes["sft"].config.tuning.rank == 4
+    assert set(tuned.shared) == {"model", "data"}
+
+
+def test_a_grid_is_every_combination_in_order(tmp_path: Path) -> None:
+    space = {"stages.ppo.kind": ["a", "b"], "stages.ppo.height": {"low": 0.1, "high": 0.5, "step": 0.2}}
+    sweep = given.check(tmp_path, space=space, sampler="grid")
+    draws = [changes_of(sweep.space, draw) for draw in grid(sweep.space, "x")]
+    assert [(one["stages.ppo.kind"], one["stages.ppo.height"]) for one in draws] == [
+        ("a", 0.1), ("a", 0.3), ("a", 0.5), ("b", 0.1), ("b", 0.3), ("b", 0.5),
+    ]  # fmt: skip
+    assert len(list(corner_draws(sweep.space))) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"maximize": "ppo.gold"}, "unknown key 'maximize'. Did you mean 'maximise'?"),
+        ({"maximise": None}, "nothing decides which trial is best; say `maximise: SYSTEM.METRIC`"),
+        ({"maximise": "gold"}, "'gold' is no objective; write SYSTEM.METRIC"),
+        ({"maximise": "pop.gold"}, "'pop' is neither a stage nor one of the systems that the pipeline evaluates. Did"),
+        ({"minimise": "ppo.gold"}, "'ppo.gold' is an objective twice"),
+        ({"sampler": "tpee"}, "Did you mean 'tpe'?"),
+        ({"name": "../x"}, "name"),
+        ({"pipeline": "nowhere.yaml"}, "nowhere.yaml: there is no such file"),
+        ({"space": {}}, "space"),
+        ({"space": {"stages.ppo.hieght": [0.1]}}, "unknown key 'hieght'. Did you mean 'height'?"),
+        ({"space": {"stages.pop.height": [0.1]}}, "sweep.yaml: space: stages.pop.height: there is no stage 'pop'."),
+        ({"space": {"stages.ppo.height": {"low": 0.0, "hihg": 1.0}}}, "unknown key 'hihg'. Did you mean 'high'?"),
+        ({"space": {"stages.ppo.height": {"low": 1.0, "high": 0.0}}}, "low must be below high; found 1.0 and 0.0"),
+        ({"space": {"stages.ppo.height": {"low": 0.0, "high": 1.0, "log": True}}}, "a log scale begins above 0"),
+        ({"space": {"stages.ppo.height": {"low": 0.1, "high": 1.0, "log": True, "step": 0.1}}}, "exclude one another"),
+        ({"space": {"stages.ppo.height": {"low": 0.1, "high": 1.0, "step": 3.0}}}, "step: should be above 0 and at"),
+        ({"space": {"stages.ppo.height": 3}}, "should be a list of values, or a range"),
+        ({"space": {"stages.ppo.height": []}}, "an empty list; write the values to try"),
+        ({"space": {"stages.ppo.height": [0.5, 0.5]}}, "0.5 stands there twice"),
+        ({"space": {"stages.one.number": [5, 500]}}, "sweep.yaml: space.stages.one.number = 500: "),
+        (
+            {"space": {"w": {"a": {"stages.ppo.height": 1.0}, "b": {"stages.ppo.steps": 1}}}},
+            "every choice must set",
+        ),
+        ({"space": {"w": {"a": {"stages.ppo.steps": 1}}, "stages.ppo.steps": [1, 2]}}, "is varied twice"),
+        ({"sampler": "grid"}, "space.stages.ppo.height: a grid needs values to try; write a list"),
+        ({"set": {"stages.ppo.hight": 1.0}}, "unknown key 'hight'. Did you mean 'height'?"),
+        ({"prune": {"maximise": "ppo.score"}}, "prune.start: this key is required"),
+        ({"prune": {"start": 1}}, "name one curve, as `maximise: STAGE.CURVE`"),
+        ({"prune": {"start": 1, "maximise": "pop.score"}}, "prune: there is no stage 'pop'. Did you mean 'ppo'?"),
+        ({"prune": {"start": 1, "maximse": "ppo.score"}}, "unknown key 'maximse'. Did you mean 'maximise'?"),
+        ({"prune": {"start": 1, "maximise": "ppo.score"}, "minimise": "ppo.kl"}, "prune ends trials by one objective"),
+    ],
+)
+def test_mistakes_are_found_before_anything_runs(change: dict[str, Any], expected: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        given.check(tmp_path, **change)
+    assert expected in str(caught.value)
+
+
+def test_a_pipeline_is_no_sweep(tmp_path: Path) -> None:
+    file = tmp_path / "p.yaml"
+    file.write_text(yaml.safe_dump(given.pipeline()))
+    with pytest.raises(UserError, match="a pipeline, not a sweep; `align run` runs it"):
+        load_sweep(file)
+
+
+def test_what_no_choice_changes_is_shared(tmp_path: Path) -> None:
+    assert set(given.check(tmp_path).shared) == {"one"}
+    assert set(given.check(tmp_path, space={"stages.evaluate.spoilt": [True, False]}).shared) == {"one", "ppo"}
+
+
+def test_a_field_of_a_loop_is_varied_in_every_round(tmp_path: Path) -> None:
+    stages = {
+        "one": {"stage": "tests.toy:NUMBER"},
+        "again": {"stage": "loop", "rounds": 2, "stages": {"ppo": {"stage": given.CURVE.path, "number": "one"}}},
+        "evaluate": {"stage": given.CARDS.path, "policies": ["ppo-*"]},
+    }
+    space = {"stages.again.rounds": [1, 2], "stages.ppo.height": {"low": 0, "high": 1}}
+    sweep = given.check(tmp_path, {"name": "x", "stages": stages}, space=space)
+    assert not sweep.space[1].whole
+    nodes = sweep.pipeline_of({"stages.again.rounds": "2", "stages.ppo.height": 0.25}, 0).nodes
+    assert [nodes[name].config.height for name in ("ppo-1", "ppo-2")] == [0.25, 0.25]

@@ -1,0 +1,168 @@
+"""The study on disk: what is asked next, what an interruption leaves, what another file of the same name is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from align.errors import UserError
+from align.sweep.study import Study, Trial
+from tests.sweep import given
+
+SPACE: dict[str, Any] = {
+    "stages.ppo.height": {"low": 0.0, "high": 1.0},
+    "stages.ppo.steps": {"low": 1, "high": 8},
+    "stages.ppo.kind": ["a", "b"],
+}
+
+
+def value(trial: Trial) -> list[float]:
+    return [float(trial.draw["stages.ppo.height"]) - 0.1 * (trial.draw["stages.ppo.kind"] == "a")]
+
+
+def finish(study: Study, most: int = 10**6) -> list[dict[str, Any]]:
+    """Run to the end with a made-up result; the draws in order."""
+    draws = []
+    while len(draws) < most and (trial := study.next()) is not None:
+        draws.append(trial.draw)
+        study.done(trial, value(trial))
+    return draws
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_an_interrupted_sweep_asks_for_the_same_trials(sampler: str, tmp_path: Path) -> None:
+    sweep = given.check(tmp_path, space=SPACE, trials=16, sampler=sampler, seed=5)
+    whole = finish(given.opened(sweep, tmp_path / "whole"))
+    parts: list[dict[str, Any]] = []
+    for most in (3, 1, 8, 99):  # past TPE's ten random trials, too
+        parts += finish(given.opened(sweep, tmp_path / "parts"), most)
+    assert parts == whole and len(whole) == 16
+    assert len({one["stages.ppo.height"] for one in whole}) == 16, "no draw comes twice"
+    other = given.check(tmp_path, space=SPACE, trials=16, sampler=sampler, seed=6)
+    assert finish(given.opened(other, tmp_path / "other")) != whole
+
+
+def test_tpe_learns_where_random_does_not(tmp_path: Path) -> None:
+    def late(sampler: str) -> float:
+        sweep = given.check(tmp_path, space=SPACE, trials=40, sampler=sampler)
+        draws = finish(given.opened(sweep, tmp_path / sampler))[20:]
+        return sum(float(one["stages.ppo.height"]) for one in draws) / len(draws)
+
+    assert late("tpe") > 0.75 > 0.6 > late("random")
+
+
+def test_a_trial_that_nobody_runs_any_more_is_gone_on_with_under_its_number(tmp_path: Path) -> None:
+    sweep = given.check(tmp_path, space=SPACE, trials=3)
+    study = given.opened(sweep, tmp_path / "s")
+    first = study.next()
+    assert first is not None and not first.resumed
+    other = given.opened(sweep, tmp_path / "s")
+    second = other.next()
+    assert second is not None and second.number == 1, "the first one is being run"
+    first.lock.release()  # as the end of its process does
+    again = other.next()
+    assert again is not None and (again.number, again.draw, again.resumed) == (0, first.draw, True)
+    other.done(again, [0.5])
+    assert [one.state for one in study.tried()] == ["done", "unfinished"]
+    assert study.tried()[0].values == [0.5]
+
+
+def test_a_trial_that_died_before_it_was_drawn_is_drawn_as_it_would_have_been(tmp_path: Path) -> None:
+    sweep = given.check(tmp_path, space=SPACE, trials=2)
+    expected = finish(given.opened(sweep, tmp_path / "whole"))
+    study = given.opened(sweep, tmp_path / "s")
+    study._study.ask()  # no parameters yet
+    found = given.opened(sweep, tmp_path / "s").next()
+    assert found is not None and found.resumed and found.draw == expected[0]
+
+
+def test_a_grid_is_run_in_order_and_more_of_it_later(tmp_path: Path) -> None:
+    space = {"stages.ppo.kind": ["a", "b"], "stages.ppo.height": [0.2, 0.4]}
+    some = given.check(tmp_path, space=space, sampler="grid", trials=3)
+    heights = [(one["stages.ppo.kind"], one["stages.ppo.height"]) for one in finish(given.opened(some, tmp_path / "s"))]
+    assert heights == [("a", "0.2"), ("a", "0.4"), ("b", "0.2")]
+    whole = given.check(tmp_path, space=space, sampler="grid", trials=None)
+    assert [list(one.values()) for one in finish(given.opened(whole, tmp_path / "s"))] == [["b", "0.4"]]
+    assert given.opened(whole, tmp_path / "s").next() is None
+
+
+def test_failed_trials_count_and_can_be_run_again(tmp_path: Path) -> None:
+    sweep = given.check(tmp_path, space=SPACE, trials=2)
+    study = given.opened(sweep, tmp_path / "s")
+    first, second = study.next(), study.next()
+    assert first is not None and second is not None
+    study.failed(first, error="no")
+    study.done(second, [0.1])
+    assert study.next() is None and study.best() == [1]
+    assert study.retry() == 1 and study.retry() == 0
+    again = study.next()
+    assert again is not None and again.draw == first.draw and again.number == 2
+    study.done(again, [0.9])
+    assert study.next() is None and study.best() == [2]
+
+
+def test_two_objectives_have_a_front(tmp_path: Path) -> None:
+    sweep = given.check(tmp_path, space=SPACE, trials=3, minimise="ppo.kl")
+    study = given.opened(sweep, tmp_path / "s")
+    for values in ([0.5, 1.0], [0.9, 4.0], [0.4, 2.0]):
+        trial = study.next()
+        assert trial is not None
+        study.done(trial, values)
+    assert sorted(study.best()) == [0, 1]
+
+
+def test_another_sweep_of_the_same_name_is_refused_and_says_what_differs(tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    sweep = given.check(tmp_path, space=SPACE, trials=2)
+    finish(given.opened(sweep, folder))
+    finish(given.opened(given.check(tmp_path, space=SPACE, trials=4, workers=2), folder))
+    raw = given.pipeline()
+    raw["stages"]["one"]["number"] = 9
+    for changes, part in [
+        ({"space": {**SPACE, "stages.ppo.height": {"low": 0.0, "high": 2.0}}}, "another space,"),
+        ({"maximise": "ppo.kl"}, "another objective,"),
+        ({"seed": 3}, "another sampler,"),
+        ({"raw": raw}, "another pipeline,"),
+        ({"raw": raw, "minimise": "ppo.kl"}, "another objective and another pipeline,"),
+    ]:
+        other = given.check(tmp_path, **{"space": SPACE, "trials": 2, **changes})
+        with pytest.raises(UserError, match=part):
+            given.opened(other, folder)
+    fresh = given.opened(given.check(tmp_path, raw, space=SPACE, trials=2), folder, fresh=True)
+    assert fresh.tried() == [] and (folder / "earlier-1" / "journal.log").is_file()
+
+
+def test_a_sweep_of_which_nothing_is_done_may_change(tmp_path: Path) -> None:
+    study = given.opened(given.check(tmp_path, space=SPACE, maximise="ppo.golld"), tmp_path / "s")
+    trial = study.next()
+    assert trial is not None
+    study.release(trial)
+    assert given.opened(given.check(tmp_path, space=SPACE), tmp_path / "s").tried() == []
+
+
+def test_successive_halving_ends_who_is_behind_at_a_rung(tmp_path: Path) -> None:
+    prune = {"maximise": "ppo.score", "start": 2, "reduction": 2}
+    study = given.opened(given.check(tmp_path, space=SPACE, trials=4, prune=prune), tmp_path / "s")
+    ends = []
+    for height in (1.0, 0.5, 2.0, 0.1):
+        trial = study.next()
+        assert trial is not None
+        ended = next((step for step in range(1, 9) if study.behind(trial, step, height * step)), None)
+        ends.append(ended)
+        if ended is None:
+            study.done(trial, [height])
+        else:
+            study.ended(trial)
+    # rungs at 2, 4, 8: the first has no rival; each later one must be in the better half of those that came as far
+    assert ends == [None, 2, None, 2]
+    assert [one.state for one in study.tried()] == ["done", "ended early", "done", "ended early"]
+
+
+def test_what_is_private_in_optuna_is_still_there() -> None:
+    study = optuna.create_study()
+    asked = study.ask()
+    taken = optuna.Trial(study, study.get_trials()[0]._trial_id)
+    assert taken.number == asked.number and taken.suggest_float("x", 0, 1) == taken.suggest_float("x", 0, 1)
