@@ -30,8 +30,8 @@ class CpoConfig(PreferenceFields):
     cpo_alpha: float | None = Field(None, ge=0)
     """Weight of the chosen answers' loss per token, which keeps them likely; by default 1, and 0 for ``simpo`` and
     ``alphapo``, as in their papers."""
-    simpo_gamma: float = Field(0.5, ge=0)
-    """Margin that ``simpo`` and ``alphapo`` aim at, in units of the reward; about half of beta is usual."""
+    simpo_gamma: float | None = Field(None, ge=0)
+    """Margin that ``simpo`` and ``alphapo`` aim at, in units of the reward, 0.5 by default; half of beta is usual."""
     alpha: float = 0.0
     """Bend of ``alphapo``'s reward; 0 is SimPO, 0.25 the paper's choice for most models."""
 
@@ -48,7 +48,7 @@ class CpoConfig(PreferenceFields):
             raise ValueError(
                 f"label_smoothing means nothing to {self.loss}; take `loss: sigmoid` or `simpo`, or drop it."
             )
-        if "simpo_gamma" in self.model_fields_set and self.loss not in ("simpo", "alphapo"):
+        if self.simpo_gamma is not None and self.loss not in ("simpo", "alphapo"):
             raise ValueError(f"simpo_gamma means nothing to {self.loss}; take `loss: simpo`, or drop it.")
         if self.alpha and self.loss != "alphapo":
             raise ValueError(f"alpha means nothing to {self.loss} here; take `loss: alphapo`, or drop it.")
@@ -95,7 +95,7 @@ def run(context: StageContext) -> dict[str, Any]:
             loss_type=config.loss,
             label_smoothing=config.label_smoothing,
             cpo_alpha=config.own_weight,
-            simpo_gamma=config.simpo_gamma,
+            simpo_gamma=0.5 if config.simpo_gamma is None else config.simpo_gamma,
             alpha=config.alpha,
             max_length=config.max_length,  # read by what tokenizes, which has nothing to do
             remove_unused_columns=False,

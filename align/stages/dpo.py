@@ -46,8 +46,8 @@ class DpoConfig(ReferenceFields):
     """Weight of a side's tokens beyond the shorter one's length (LD-DPO, 2409.06411); less favours length less."""
     f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
     """What drift from the reference is measured by (2309.16240)."""
-    f_alpha_divergence_coef: float = 0.5
-    """alpha of ``alpha_divergence``: near 0 as the forward, near 1 as the reverse KL."""
+    f_alpha_divergence_coef: float | None = None
+    """alpha of ``alpha_divergence``, 0.5 by default: near 0 as the forward, near 1 as the reverse KL."""
     discopop_tau: float = Field(0.05, gt=0)
     """Temperature of ``discopop``'s blend."""
     use_weighting: bool = False
@@ -62,7 +62,7 @@ class DpoConfig(ReferenceFields):
     @model_validator(mode="after")
     def _losses_fit_together(self) -> Self:
         terms = self.terms
-        if self.losses and "loss" in self.model_fields_set:
+        if self.losses and self.loss != "sigmoid":
             raise ValueError("set either loss or losses: a single one with weight 1, or several by weight.")
         if any(weight <= 0 for weight in self.losses.values()):
             raise ValueError(f"losses has weights {self.losses}; each must be above 0. Leave out what is not wanted.")
@@ -91,7 +91,7 @@ class DpoConfig(ReferenceFields):
                 f"f_divergence_type {self.f_divergence_type} has no {', '.join(beyond)}: only what compares the two "
                 f"sides has a form for it ({', '.join(sorted(DIFFERENCES))})."
             )
-        if "f_alpha_divergence_coef" in self.model_fields_set and self.f_divergence_type != "alpha_divergence":
+        if self.f_alpha_divergence_coef is not None and self.f_divergence_type != "alpha_divergence":
             raise ValueError("f_alpha_divergence_coef is read with `f_divergence_type: alpha_divergence` only.")
         if self.reference_free and (self.reference is not None or self.f_divergence_type != "reverse_kl"):
             raise ValueError("reference_free leaves the reference out: drop reference and f_divergence_type, or it.")
@@ -164,7 +164,7 @@ def run(context: StageContext) -> dict[str, Any]:
             label_smoothing=config.label_smoothing,
             ld_alpha=config.ld_alpha,
             f_divergence_type=config.f_divergence_type,
-            f_alpha_divergence_coef=config.f_alpha_divergence_coef,
+            f_alpha_divergence_coef=0.5 if config.f_alpha_divergence_coef is None else config.f_alpha_divergence_coef,
             discopop_tau=config.discopop_tau,
             use_weighting=config.use_weighting,
             precompute_ref_log_probs=True,

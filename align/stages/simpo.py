@@ -22,5 +22,5 @@ class SimpoConfig(CpoConfig):
     """Only ``simpo``; the others are stage ``cpo``'s."""
     beta: float = Field(2.0, gt=0)
     """Scale of the mean log-probabilities that are compared; the paper takes 2 to 10."""
-    simpo_gamma: float = Field(1.0, ge=0)
+    simpo_gamma: float = Field(1.0, ge=0)  # type: ignore[assignment]
     """Margin that is aimed at, in units of the reward; the paper takes 0.3 to 0.6 of beta."""

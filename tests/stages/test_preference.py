@@ -224,6 +224,15 @@ def test_every_misspelt_key_is_refused(kind: str) -> None:
         config(**GIVEN, trainer={"adam_bta2": 0.9})
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_config_survives_its_own_dump(kind: str) -> None:
+    """A stage's process gets every field, those left at their defaults too."""
+    config = STAGES[kind].config_class()
+    for fields in ({}, KINDS[kind]):
+        given = config(**GIVEN, **fields)
+        assert config.model_validate(json.loads(given.model_dump_json())) == given
+
+
 @pytest.mark.parametrize(
     ("kind", "fields", "message"),
     [
