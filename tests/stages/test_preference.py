@@ -205,6 +205,9 @@ def test_kto_says_which_weights_suit_the_labels(tiny_model: Path, tmp_path: Path
     (said,) = [e["message"] for e in events(plain, "warning") if "eq. 8" in e["message"]]
     assert "24 answers are wanted and 24 not" in said and "count 3.00 times" in said
     assert said.endswith("Set desirable_weight to 1.")
+    # The lint looked at answers, not at pairs.
+    looked_at = json.loads((plain.output / "findings.json").read_text())["looked_at"]
+    assert looked_at == {"train": {"rows": 48, "of": 48}, "test": {"rows": 24, "of": 24}}
 
 
 GIVEN = {"policy": "p", "data": "d", "learning_rate": 1e-5}
