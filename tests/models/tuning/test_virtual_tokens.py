@@ -216,3 +216,28 @@ def test_an_embedding_that_scales_is_refused(base: Path) -> None:
 
     with pytest.raises(UserError, match="this model's is Scaled"):
         make_room(model, [260, 261])
+
+
+def test_positions_that_are_learnt_are_those_of_the_text(base: Path, tmp_path: Path) -> None:
+    """GPT-2 adds a vector for each place: switched off, the tokens must not count as places either."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=260, n_embd=32, n_layer=2, n_head=2, n_positions=128, initializer_range=0.5)
+    config.pad_token_id, config.bos_token_id, config.eos_token_id = 3, 1, 2
+    sure = GPT2LMHeadModel(config)
+    sure.transformer.ln_f.weight.data *= 8
+    sure.save_pretrained(tmp_path / "gpt2")
+    load_tokenizer(base).save_pretrained(tmp_path / "gpt2")
+    model, tokenizer = tuned(tmp_path / "gpt2", METHODS["prompt"])
+    ids, mask = rows_of("hello", "a longer one", tokenizer=tokenizer)
+    with torch.no_grad():
+        with initial_policy(model):
+            off = model(input_ids=ids, attention_mask=mask).logits[:, 5:, :260]
+        plain = load_policy(tmp_path / "gpt2")(input_ids=ids[:, 5:], attention_mask=mask[:, 5:]).logits
+        on = model(input_ids=ids, attention_mask=mask).logits
+    real = mask[:, 5:].bool()
+    assert torch.allclose(off[real], plain[real], atol=1e-3)
+    save_tuned(model, tokenizer, tmp_path / "model")
+    with torch.no_grad():
+        found = load_policy(tmp_path / "model")(input_ids=ids, attention_mask=mask).logits
+    assert torch.allclose(on, found, atol=1e-5)
