@@ -59,6 +59,7 @@ _TYPES: dict[str, pa.DataType] = {
     "responses": pa.list_(pa.struct(_RESPONSE)),
     "tools": pa.string(),
     "text": pa.string(),
+    "steps": pa.list_(pa.struct({"content": pa.string(), "label": pa.float64()})),
     "flipped": pa.bool_(),
     "score": pa.float64(),
     "_where": pa.string(),

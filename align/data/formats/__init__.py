@@ -37,6 +37,7 @@ from align.data.formats.oasst import from_oasst
 from align.data.formats.options import Form, Format, FormatOptions
 from align.data.formats.pairs import from_hh, from_preferences, from_unpaired
 from align.data.formats.responses import from_ranked, from_scored
+from align.data.formats.stepwise import from_stepwise
 from align.data.records import BadRecord
 from align.data.rows import Dropped, Row
 
@@ -61,6 +62,7 @@ CONVERTERS: dict[str, Converter] = {
     "scored": from_scored,
     "oasst": from_oasst,
     "unpaired": from_unpaired,
+    "stepwise": from_stepwise,
     "prompt": from_prompt,
     "text": from_text,
     "rows": lambda record, options, kind: [dict(record)],

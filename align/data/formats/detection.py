@@ -17,6 +17,8 @@ from align.data.formats.fields import (
     PROMPTS,
     REJECTED,
     RESPONSES,
+    STEP_LABELS,
+    STEPS,
     TEXTS,
     Malformed,
     first,
@@ -105,6 +107,19 @@ def _answers(record: Record, list_name: tuple[str, ...], item_names: tuple[str, 
     )
 
 
+def _marked_steps(record: Record) -> bool:
+    texts, marks = first(record, STEPS), first(record, STEP_LABELS)
+    if texts is None or marks is None or not _asks(record):
+        return False
+    given, labels = record[texts], record[marks]
+    return (
+        isinstance(given, list)
+        and isinstance(labels, list)
+        and len(given) == len(labels) > 0
+        and (all(isinstance(step, str) for step in given))
+    )
+
+
 def _labelled(record: Record) -> bool:
     name = first(record, LABELS)
     try:
@@ -135,6 +150,7 @@ def _transcripts(record: Record) -> bool:
 SHAPES: dict[str, Callable[[Record], bool]] = {
     "oasst": lambda record: isinstance(record.get("prompt"), dict) and "replies" in record["prompt"],
     "hh_rlhf": _transcripts,
+    "stepwise": _marked_steps,
     "scored": lambda record: _answers(record, ("scores", "ratings", "rewards"), (*SCORES, "annotations")),
     "ranked": lambda record: _answers(record, ("ranks", "ranking"), RANKS),
     "unpaired": _labelled,

@@ -17,11 +17,14 @@ RESPONSES = ("responses", "completions", "answers", "outputs", "generations", "c
 CHOSEN = ("chosen", "response_j")
 REJECTED = ("rejected", "response_k")
 LABELS = ("label", "kto_tag")
+STEPS = ("completions", "steps")
+STEP_LABELS = ("labels", "step_labels")
 TEXTS = ("text", "content", "document", "page")
 
 FIELDS: dict[str, Groups] = {
     "oasst": (("prompt",), ("message_tree_id",)),
     "hh_rlhf": (("chosen",), ("rejected",)),
+    "stepwise": (PROMPTS, STEPS, STEP_LABELS),
     "scored": (PROMPTS, RESPONSES),
     "ranked": (PROMPTS, RESPONSES),
     "unpaired": ((*PROMPTS, *CONVERSATIONS), LABELS),
@@ -42,6 +45,7 @@ FIELDS: dict[str, Groups] = {
 OPTIONAL: dict[str, tuple[str, ...]] = {
     "scored": ("scores", "system"),
     "ranked": ("ranks", "ranking", "system"),
+    "stepwise": ("system", "tools"),
     "unpaired": (*COMPLETIONS, "tools", "system"),
     "preferences": (*PROMPTS, *CONVERSATIONS, "input", "system", "tools", "history"),
     "dolly": ("context",),
@@ -64,6 +68,7 @@ KINDS: dict[str, frozenset[str]] = {
     **dict.fromkeys((*SEVERAL, *PAIRED), _MORE),
     "rows": _MORE | {"texts"},
     "unpaired": _ONE | {"unpaired"},
+    "stepwise": _ONE | {"unpaired"},
     "prompt": frozenset({"prompts"}),
     "text": frozenset({"texts"}),
 }

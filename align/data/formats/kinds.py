@@ -41,7 +41,7 @@ def of_kind(draft: Row, kind: str) -> list[Row | Dropped]:
     if is_text(draft):
         return [Dropped("a plain text, which has no turns")]
     if kind == "prompts":
-        return [_without(draft, ("completion", "responses", "label", *OF_PAIRS))]
+        return [_without(draft, ("completion", "responses", "label", "steps", *OF_PAIRS))]
     if kind == "instructions":
         return [_instruction(draft)]
     if draft.get("responses") is not None:  # the pairs step makes pairs of them

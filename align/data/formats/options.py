@@ -23,6 +23,7 @@ Format = Literal[
     "scored",
     "oasst",
     "unpaired",
+    "stepwise",
     "prompt",
     "text",
 ]
