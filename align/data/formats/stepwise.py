@@ -1,4 +1,4 @@
-"""Solutions whose steps are marked, as trl spells them (``prompt``, ``completions``, ``labels``): Math-Shepherd and others.
+"""Solutions whose steps are marked, as trl spells them: ``prompt``, ``completions``, ``labels``. For process rewards.
 
 The row's ``completion`` is its steps with an empty line between them, its ``label`` whether all are right. Left out:
 several solutions to a prompt in one record.
