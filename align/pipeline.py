@@ -72,13 +72,23 @@ class Node:
 class Pipeline:
     """A pipeline file with overrides applied, checked and ordered."""
 
-    def __init__(self, raw: Mapping[str, Any], where: str = "pipeline", base: Path | None = None) -> None:
-        """Check ``raw`` (the parsed YAML); relative paths in it start at ``base``, by default the current folder."""
+    def __init__(
+        self,
+        raw: Mapping[str, Any],
+        where: str = "pipeline",
+        base: Path | None = None,
+        rounds: Mapping[str, list[str]] | None = None,
+    ) -> None:
+        """Check ``raw`` (the parsed YAML); relative paths in it start at ``base``, by default the current folder.
+
+        ``rounds`` are the rounds of loops that ``raw`` has written out already.
+        """
         self.raw: dict[str, Any] = copy.deepcopy(dict(raw))
         self.where = where
         self.base = base or Path.cwd()
         self.config = validate(PipelineConfig, self.raw, where)
         self.expanded = expand(self.config.stages, where, self.config.seed)
+        self.expanded.rounds.update(rounds or {})
         self.nodes: dict[str, Node] = {}
         kinds = {name: stage_of(name, block, f"{where}: stages") for name, block in self.expanded.stages.items()}
         # All keys and values first: a slip in the last stage is found even where the first one's file is missing.

@@ -132,12 +132,15 @@ def print_plan(sweep: Sweep, store: Store, as_json: bool) -> None:
     for name, key in sweep.shared.items():
         node = pipeline.nodes[name]
         shared.append({"stage": name, "cached": store.find(node.stage.kind, key, name) is not None})
-    own = [name for name in pipeline.nodes if name not in sweep.shared]
+    needed = sweep.needed(pipeline)
+    shared = [one for one in shared if one["stage"] in needed]
+    own = [name for name in pipeline.nodes if name not in sweep.shared and name in needed]
+    spare = [name for name in pipeline.nodes if name not in needed]
     if as_json:
         print_json({
             "name": config.name, "trials": trials, "sampler": config.sampler, "combinations": combinations,
             "space": {one.name: str(one) for one in sweep.space}, "shared": shared, "every_trial": own,
-            "objectives": [one.name for one in sweep.objectives],
+            "left_out": spare, "objectives": [one.name for one in sweep.objectives],
         })  # fmt: skip
         return
     print(f"{config.name}: {trials} trials of {config.pipeline}, sampler {config.sampler}")
@@ -152,7 +155,12 @@ def print_plan(sweep: Sweep, store: Store, as_json: bool) -> None:
         print(f"ends trials early: {config.prune.method} on {curve} from step {config.prune.start}")
     cached = [str(one["stage"]) for one in shared if one["cached"]]
     once = [str(one["stage"]) for one in shared if not one["cached"]]
-    for what, names in (("cached", cached), ("made once for all trials", once), ("made in every trial", own)):
+    for what, names in (
+        ("cached", cached),
+        ("made once for all trials", once),
+        ("made in every trial", own),
+        ("left out, since nothing that decides needs it", spare),
+    ):
         if names:
             print(f"{what}: {', '.join(names)}")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from align.artifacts import Artifact, Kind
 from align.errors import UserError
-from align.pipeline import Pipeline
+from align.pipeline import Node, Pipeline
 from align.runner import Run
 from align.validation import suggest
 
@@ -54,8 +54,7 @@ class Objective:
         owner = pipeline.resolve(self.owner)
         known = {*pipeline.nodes, *pipeline.expanded.rounds}
         for node in pipeline:
-            if node.makes == Kind.SCORECARD:
-                known |= {*getattr(node.config, "policies", ()), *getattr(node.config, "baselines", ())}
+            known |= set(systems_of(node))
         if owner not in known:
             raise UserError(
                 f"{where}: {self.name}: '{self.owner}' is neither a stage nor one of the systems that the pipeline "
@@ -92,6 +91,13 @@ class Objective:
         return float(value)
 
 
+def systems_of(node: Node) -> list[str]:
+    """The systems that an evaluation compares; none for any other stage."""
+    if node.makes != Kind.SCORECARD:
+        return []
+    return [*getattr(node.config, "policies", ()), *getattr(node.config, "baselines", ())]
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -105,4 +111,4 @@ def _estimates(artifact: Artifact) -> Mapping[str, Mapping[str, Any]]:
         return {}
 
 
-__all__ = ["NoNumber", "Objective", "Reading"]
+__all__ = ["NoNumber", "Objective", "Reading", "systems_of"]

@@ -10,7 +10,7 @@ from align.errors import UserError
 from align.fingerprint import digest
 from align.pipeline import Pipeline
 from align.sweep.config import SweepConfig
-from align.sweep.objectives import Objective
+from align.sweep.objectives import Objective, systems_of
 from align.sweep.space import Dimension, Draw, changes_of, corner_draws, grid, read_space
 from align.validation import suggest
 
@@ -77,8 +77,28 @@ class Sweep:
         return f"{self.config.name}-{number}"
 
     def pipeline_of(self, draw: Draw, number: int) -> Pipeline:
-        """The pipeline of one trial. Raises ``UserError`` for a combination that is refused."""
-        return self.base.changed({**changes_of(self.space, draw), "name": self.run_name(number)})
+        """The pipeline of one trial: what decides needs of it. ``UserError`` for a combination that is refused."""
+        whole = self.base.changed({**changes_of(self.space, draw), "name": self.run_name(number)})
+        needed = self.needed(whole)
+        plain = whole.plain
+        plain["stages"] = {name: block for name, block in plain["stages"].items() if name in needed}
+        return Pipeline(plain, whole.where, whole.base, whole.expanded.rounds)
+
+    def needed(self, pipeline: Pipeline) -> set[str]:
+        """Stages without which an objective, or the curve that pruning goes by, could not be read."""
+        prune = self.config.prune
+        owners = {pipeline.resolve(one.owner) for one in self.objectives}
+        if prune is not None:
+            owners.add(pipeline.resolve(str(prune.maximise or prune.minimise).partition(".")[0]))
+        found = {name for name in owners if name in pipeline.nodes}
+        found |= {node.name for node in pipeline if owners & set(systems_of(node))}
+        queue = list(found)
+        while queue:
+            for name in pipeline.nodes[queue.pop()].input_names:
+                if name not in found:
+                    found.add(name)
+                    queue.append(name)
+        return found
 
 
 def _at(place: str, make: Callable[[], Pipeline]) -> Pipeline:

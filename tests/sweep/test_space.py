@@ -119,6 +119,19 @@ def test_what_no_choice_changes_is_shared(tmp_path: Path) -> None:
     assert set(given.check(tmp_path, space={"stages.evaluate.spoilt": [True, False]}).shared) == {"one", "ppo"}
 
 
+def test_what_nothing_that_decides_needs_is_left_out(tmp_path: Path) -> None:
+    raw = given.pipeline()
+    raw["stages"]["spare"] = {"stage": "tests.toy:NUMBER"}
+    raw["stages"]["other"] = {"stage": given.CARDS.path, "policies": ["spare"]}
+    sweep = given.check(tmp_path, raw)
+    assert list(sweep.pipeline_of({"stages.ppo.height": 0.5}, 0).nodes) == ["one", "ppo", "evaluate"]
+    sweep = given.check(tmp_path, raw, space={"stages.ppo.height": [0.1]}, maximise="spare.number")
+    assert list(sweep.pipeline_of({"stages.ppo.height": "0.1"}, 0).nodes) == ["spare", "other"]
+    prune = {"maximise": "one.loss", "start": 1}
+    sweep = given.check(tmp_path, raw, space={"stages.one.number": [1]}, maximise="spare.number", prune=prune)
+    assert list(sweep.pipeline_of({"stages.one.number": "1"}, 0).nodes) == ["one", "spare", "other"]
+
+
 def test_a_field_of_a_loop_is_varied_in_every_round(tmp_path: Path) -> None:
     stages = {
         "one": {"stage": "tests.toy:NUMBER"},
@@ -128,5 +141,7 @@ def test_a_field_of_a_loop_is_varied_in_every_round(tmp_path: Path) -> None:
     space = {"stages.again.rounds": [1, 2], "stages.ppo.height": {"low": 0, "high": 1}}
     sweep = given.check(tmp_path, {"name": "x", "stages": stages}, space=space)
     assert not sweep.space[1].whole
-    nodes = sweep.pipeline_of({"stages.again.rounds": "2", "stages.ppo.height": 0.25}, 0).nodes
+    made = sweep.pipeline_of({"stages.again.rounds": "2", "stages.ppo.height": 0.25}, 0)
+    nodes = made.nodes
+    assert made.resolve("ppo") == "ppo-2", "the objective is the last round's"
     assert [nodes[name].config.height for name in ("ppo-1", "ppo-2")] == [0.25, 0.25]
