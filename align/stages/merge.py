@@ -11,6 +11,7 @@ from align.stage import Config, StageContext, stage_input
 
 Method = Literal["linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties", "warp"]
 NEEDS_BASE = ("task_arithmetic", "ties", "dare_linear", "dare_ties", "warp")
+DENSITY = 0.5
 DENSE = ("ties", "dare_linear", "dare_ties")
 
 
@@ -32,7 +33,7 @@ class MergeConfig(Config):
     weights: list[float] | None = Field(None, min_length=1)
     """One for each checkpoint, in their order. ``linear`` and ``slerp`` take them as shares. By default all count the
     same: 1 / n each, and 1 each for ``ties`` and ``dare_ties``, which average by themselves."""
-    density: float = Field(0.5, gt=0, le=1)
+    density: float = Field(DENSITY, gt=0, le=1)
     """``ties``, ``dare``: share of each way's entries that is kept, the largest or random ones."""
     scale: float = Field(1.0, gt=0, le=3)
     """With a base, how much of the merged way is gone: below 1 forgets less (WiSE-FT 2109.01903; WARP's eta)."""
@@ -59,9 +60,10 @@ class MergeConfig(Config):
     def _settings_mean_something(self) -> Self:
         if self.base is None and self.method in NEEDS_BASE:
             raise ValueError(f"{self.method} merges the ways from a base; name it: `base: sft`.")
-        if self.base is None and "scale" in self.model_fields_set:
+        # Not model_fields_set: a stage's process is given its resolved config, in which every field is set.
+        if self.base is None and self.scale != 1:
             raise ValueError("scale is how far to go from the base, and there is none; name it: `base: sft`.")
-        if "density" in self.model_fields_set and self.method not in DENSE:
+        if self.density != DENSITY and self.method not in DENSE:
             raise ValueError(f"density is read by {', '.join(DENSE)} only; leave it out for {self.method}.")
         if self.base in (self.policies or self.rewards):
             raise ValueError(f"'{self.base}' is the base of itself; take it out of the checkpoints or name another.")

@@ -96,6 +96,10 @@ class KLToStart:
         hidden, self.hidden = self.hidden, None
         if "input_ids" not in inputs or not {"labels", "completion_mask"} & set(inputs):
             raise UserError("anchor: kl knows no answers' tokens in this stage's batches; take `to: l2`.")
+        if (
+            getattr(inputs.get("attention_mask"), "shape", None) != inputs["input_ids"].shape
+        ):  # the start would attend from one row to the next
+            raise UserError("anchor: kl needs each row to stand alone; leave out packing and padding_free.")
         mask = inputs["labels"] != -100 if "labels" in inputs else inputs["completion_mask"] != 0
         mask = mask[:, 1:]  # (B, T - 1): the state before a token predicts it
         assert hidden is not None, "the forward pass was not seen"

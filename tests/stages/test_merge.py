@@ -65,6 +65,12 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
+def test_a_config_reads_back_as_it_was_resolved() -> None:
+    """A stage's process gets every field, defaults too."""
+    config = MergeConfig(policies=["a", "b"])
+    assert MergeConfig(**config.model_dump()) == config
+
+
 def test_a_soup_is_the_average_and_answers_like_a_model(trained: dict[str, Path], tmp_path: Path) -> None:
     made = context(tmp_path / "run", trained, policies=["a", "b", "c"], weights=[2, 1, 1])
     metrics = run(made)
@@ -167,7 +173,7 @@ def test_what_does_not_fit_together_is_refused(
         ({"policies": ["sft", "sft"]}, "the same stage stands twice"),
         ({"policies": ["sft", "dpo"], "method": "ties"}, "ties merges the ways from a base; name it"),
         ({"policies": ["sft", "dpo"], "scale": 0.5}, "scale is how far to go from the base, and there is none"),
-        ({"policies": ["sft", "dpo"], "density": 0.5}, "density is read by ties"),
+        ({"policies": ["sft", "dpo"], "density": 0.3}, "density is read by ties"),
         ({"policies": ["sft", "dpo"], "weights": [1]}, "weights has 1 numbers for 2 checkpoints"),
         ({"policies": ["sft", "dpo"], "weights": [1, -1]}, "is for task_arithmetic only"),
         ({"policies": ["sft", "dpo"], "base": "sft", "method": "warp"}, "'sft' is the base of itself"),
