@@ -41,7 +41,7 @@ def _fit(
     at_first = _scored_before(context, first) if before or has_scores(extras) else {}
     for callback in extras:
         trainer.add_callback(callback)
-    plain, best = scored_with(extras, held_out), best_so_far(context, trainer, checkpoint)
+    plain, best = scored_with(extras, held_out), best_so_far(context, trainer)
     held_out = scored_with(extras, best.watching(held_out) if best is not None else held_out)
     trainer.add_callback(ReportProgress(context, held_out, context.config.eval_steps))
     if best is not None:

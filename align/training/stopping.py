@@ -75,7 +75,7 @@ class BestSoFar(TrainerCallback):
         if state.global_step == 0:
             return
         known = json.loads((self.folder / f"checkpoint-{state.global_step}" / STATE).read_text(encoding="utf-8"))
-        self.best_step, self.waited, self.stopped_at = known["best_step"], known["waited"], known["stopped_at"]
+        self.best_step, self.waited = known["best_step"], known["waited"]
         self.best_loss = float("inf") if known["best_loss"] is None else known["best_loss"]
         if self.keep and self.best_step and not (self.folder / WEIGHTS).is_file():
             raise UserError(
@@ -85,7 +85,9 @@ class BestSoFar(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.stopped_at:
-            control.should_training_stop = True
+            # No checkpoint of this step: from one, transformers would take a step more before it heard of the stop. A
+            # resumed run goes on from the one before and stops here again.
+            control.should_training_stop, control.should_save = True, False
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
@@ -93,7 +95,6 @@ class BestSoFar(TrainerCallback):
                 "best_loss": self.best_loss if self.best_step else None,
                 "best_step": self.best_step,
                 "waited": self.waited,
-                "stopped_at": self.stopped_at,
             }
             file = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / STATE
             file.write_text(json.dumps(known), encoding="utf-8")
@@ -116,14 +117,7 @@ class BestSoFar(TrainerCallback):
         return {"best_step": self.best_step, "stopped_early": bool(self.stopped_at)}
 
 
-def best_so_far(context: StageContext, trainer: Any, checkpoint: Path | None) -> BestSoFar | None:
-    """The callback, where the stage's config asks for one.
-
-    From a checkpoint at which training had stopped early no more steps are taken.
-    """
+def best_so_far(context: StageContext, trainer: Any) -> BestSoFar | None:
+    """The callback, where the stage's config asks for one."""
     config: TrainingFields = context.config
-    if config.early_stopping is None and config.keep == "last":
-        return None
-    if checkpoint is not None and json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["stopped_at"]:
-        trainer.args.max_steps = int(checkpoint.name.removeprefix("checkpoint-"))
-    return BestSoFar(context, trainer)
+    return BestSoFar(context, trainer) if config.early_stopping is not None or config.keep == "best" else None

@@ -1,0 +1,106 @@
+"""``supervise: all``: every answer of a conversation has labels, whatever the chat template, and nothing else has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.artifacts import Artifact, Kind
+from align.data.rows import assistant, user, write_rows
+from align.models.loading import load_policy, load_tokenizer
+from align.stages.sft import SftConfig, run
+from align.training.rows import MASKED, SPLIT_UP, encode_answers, encode_supervised
+from tests.training.harness import context, events
+
+TALK = {"prompt": [user("one"), assistant("first"), user("two"), assistant("second"), user("three")]}
+ROW = {**TALK, "completion": [assistant("third")]}
+TEMPLATES = {
+    "chatml": None,
+    "llama": (
+        "{{ '<|im_start|>' }}{% for m in messages %}{{ '[' + m['role'] + ']\n' + m['content'] }}"
+        "{% if m['role'] == 'assistant' %}{{ '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '[assistant]\n' }}{% endif %}"
+    ),
+    "no mark of its own": (
+        "{% for m in messages %}{{ 'Q: ' if m['role'] == 'user' else 'A: ' }}{{ m['content'] + '<|im_end|>' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ 'A: ' }}{% endif %}"
+    ),
+}
+THINKS = (  # drops the thoughts of all answers but the last, as reasoning models' templates do
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' and loop.last %}{{ '(thinks) ' }}{% endif %}{{ m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture
+def tokenizer(tiny_model: Path) -> Any:
+    return load_tokenizer(tiny_model)
+
+
+def runs(tokenizer: Any, row: dict[str, list[int]]) -> list[str]:
+    """Texts of the stretches with labels."""
+    found, text = [], []
+    for token, label in zip([*row["input_ids"], 0], [*row["labels"], MASKED], strict=True):
+        assert label in (MASKED, token)
+        if label != MASKED:
+            text.append(token)
+        elif text:
+            found.append(tokenizer.decode(text))
+            text = []
+    return found
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_every_answer_and_its_end_are_learnt_with_any_template(template: str, tokenizer: Any) -> None:
+    tokenizer.chat_template = TEMPLATES[template] or tokenizer.chat_template
+    encoded = encode_answers(tokenizer, [ROW], 400)
+    (row,) = encoded.rows
+    assert runs(tokenizer, row) == ["first<|im_end|>", "second<|im_end|>", "third<|im_end|>"]
+    assert row["input_ids"] == encode_supervised(tokenizer, [ROW], 400).rows[0]["input_ids"]
+    assert encoded.lengths == [len(row["input_ids"])] and not encoded.counts
+
+
+def test_a_template_that_rewrites_earlier_answers_gives_a_row_for_each(tokenizer: Any) -> None:
+    tokenizer.chat_template = THINKS
+    encoded = encode_answers(tokenizer, [ROW], 400)
+    assert [runs(tokenizer, row) for row in encoded.rows] == [
+        [f"(thinks) {word}<|im_end|>"] for word in ("first", "second", "third")
+    ]
+    assert "(thinks) first" not in tokenizer.decode(encoded.rows[1]["input_ids"])  # as sampling would see it
+    assert encoded.counts == {SPLIT_UP: 1}
+
+
+def test_a_cut_conversation_keeps_the_answers_that_fit(tokenizer: Any) -> None:
+    whole = encode_answers(tokenizer, [ROW], 400).rows[0]
+    first = whole["labels"].index(MASKED, next(at for at, label in enumerate(whole["labels"]) if label != MASKED))
+    encoded = encode_answers(tokenizer, [ROW], first + 3)
+    assert runs(tokenizer, encoded.rows[0]) == ["first<|im_end|>"]
+    none = encode_answers(tokenizer, [ROW], 5)
+    assert not none.rows and sum(none.counts.values()) == 1
+
+
+def test_all_answers_are_trained_and_the_linter_agrees(tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split, numbers in (("train", range(24)), ("test", range(24, 30))):
+        made = [{**ROW, "id": str(n), "source": "t", "checks": ""} for n in numbers]
+        for row in made:
+            row["prompt"] = [user(f"one {row['id']}"), *TALK["prompt"][1:]]
+        write_rows(folder / f"{split}.parquet", made)
+    config = SftConfig(model="model", data="data", supervise="all", learning_rate=1e-2, epochs=10, batch_size=8,
+                       max_length=256, precision="float32")  # fmt: skip
+    stage = context(tmp_path, config, tiny_model, Artifact("data", Kind.INSTRUCTIONS, folder, {}))
+    metrics = run(stage)
+    assert metrics["test_loss_after"] < metrics["test_loss_before"] / 5
+    assert not events(stage, "warning")
+    import torch
+
+    from align.models.render import render_prompt
+
+    model, tokenizer = load_policy(stage.output / "model"), load_tokenizer(tiny_model)
+    ids = torch.tensor([render_prompt(tokenizer, [user("one 99")])])
+    said = model.generate(ids, do_sample=False, max_new_tokens=12)[0, ids.shape[1] :]
+    assert tokenizer.decode(said) == "first<|im_end|>"

@@ -1,0 +1,163 @@
+"""Early stopping and the best weights, and that a resumed run stops and keeps where the uninterrupted one does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from align.artifacts import Kind
+from align.errors import UserError
+from align.stage import StageContext
+from align.stages.reward import RewardConfig
+from align.stages.sft import SftConfig, run
+from align.training.arguments import SCHEDULERS, schedule_options
+from align.validation import validate
+from tests.training.harness import context, data_artifact, events, losses
+from tests.training.test_resume import Killed, dying
+
+HOT = {"learning_rate": 0.05, "scheduler": "constant", "warmup_ratio": 0.0, "max_grad_norm": 100.0}
+"""What makes the held-out loss rise again after a few steps."""
+
+
+def made(root: Path, model: Path, **fields: Any) -> StageContext:
+    usual = {"batch_size": 4, "max_length": 128, "precision": "float32", "epochs": 6, "eval_steps": 2, "save_steps": 3}
+    config = SftConfig(model="model", data="data", **{**usual, **HOT, **fields})
+    return context(root, config, model, data_artifact(root / "data", Kind.INSTRUCTIONS, train=24, test=8))
+
+
+def scored(stage: StageContext) -> dict[int, float]:
+    return {e["step"]: e["test_loss"] for e in events(stage, "metrics") if "test_loss" in e and e["step"] > 0}
+
+
+def weights(stage: StageContext) -> dict[str, torch.Tensor]:
+    return load_file(stage.output / "model" / "model.safetensors")
+
+
+def test_the_best_weights_are_the_result(tiny_model: Path, tmp_path: Path) -> None:
+    stage = made(tmp_path / "best", tiny_model, keep="best", early_stopping={"patience": 2})
+    metrics = run(stage)
+    seen = scored(stage)
+    best = min(seen, key=lambda step: seen[step])
+    assert metrics["best_step"] == best == metrics["steps"] - 4
+    assert metrics["test_loss_after"] == pytest.approx(seen[best], rel=1e-6)
+    short = made(tmp_path / "short", tiny_model, max_steps=best)
+    run(short)
+    assert all(tensor.equal(weights(short)[name]) for name, tensor in weights(stage).items())
+
+
+def test_training_stops_when_the_held_out_loss_no_longer_falls(tiny_model: Path, tmp_path: Path) -> None:
+    stage = made(tmp_path, tiny_model, early_stopping={"patience": 2})
+    metrics = run(stage)
+    seen = scored(stage)
+    best = min(seen, key=lambda step: seen[step])
+    assert metrics["stopped_early"] and metrics["best_step"] == best
+    assert metrics["steps"] == best + 4 < 36
+    assert max(losses(stage)) == best + 4
+    assert any("stopped at step" in event["message"] for event in events(stage, "note"))
+
+
+@pytest.mark.parametrize("dies_at", [5, 7])
+def test_a_resumed_run_stops_and_keeps_where_the_whole_one_does(dies_at: int, tiny_model: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"early_stopping": {"patience": 3}, "keep": "best"}
+    whole, parts = (made(tmp_path / name, tiny_model, **settings) for name in ("whole", "parts"))
+    expected = run(whole)
+    with pytest.raises(Killed):
+        run(dying(parts, dies_at))
+    found = run(parts)
+    assert found["resumed_from_step"] == dies_at - dies_at % 3
+    for name in ("best_step", "stopped_early", "steps", "test_loss_after"):
+        assert found[name] == expected[name], name
+    assert all(tensor.equal(weights(parts)[name]) for name, tensor in weights(whole).items())
+
+
+def test_a_run_killed_after_it_stopped_takes_no_more_steps(tiny_model: Path, tmp_path: Path) -> None:
+    stage = made(tmp_path, tiny_model, early_stopping={"patience": 1}, keep="best", save_steps=1)
+    first = run(stage)
+    again = run(stage)  # as after a kill between the last step and the record
+    assert first["stopped_early"] and again["stopped_early"]
+    assert again["resumed_from_step"] == first["steps"] - 1
+    assert (again["steps"], again["best_step"]) == (first["steps"], first["best_step"])
+    assert again["test_loss_after"] == first["test_loss_after"]
+
+
+def test_an_average_is_what_is_kept(tiny_model: Path, tmp_path: Path) -> None:
+    stage = made(tmp_path, tiny_model, keep="best", ema=0.5)
+    metrics = run(stage)
+    assert metrics["test_loss_after"] == pytest.approx(min(scored(stage).values()), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "extra", "message"),
+    [
+        (SftConfig, {"keep": "best"}, "keep: best goes by the held-out loss on the way; set eval_steps"),
+        (RewardConfig, {"early_stopping": {}}, "early_stopping goes by the held-out loss"),
+        (SftConfig, {"keep": "bst", "eval_steps": 1}, "Did you mean 'best'"),
+        (SftConfig, {"early_stopping": {"patiense": 1}}, "Did you mean 'patience'"),
+        (SftConfig, {"early_stoping": {}}, "Did you mean 'early_stopping'"),
+        (SftConfig, {"min_lr_ratio": 0.1}, "min_lr_ratio means nothing to scheduler cosine"),
+        (SftConfig, {"scheduler": "wsd", "warmup_ratio": 0.5, "decay_ratio": 0.6}, "more than all steps"),
+        (SftConfig, {"gradient_checkpoint": True}, "Did you mean 'gradient_checkpointing'"),
+        (SftConfig, {"trainer": {"gradient_checkpointing": True}}, "set 'gradient_checkpointing' beside 'trainer'"),
+        (SftConfig, {"trainer": {"neftune_noise_alpha": 5}}, "set 'neftune' beside 'trainer'"),
+        (SftConfig, {"trainer": {"assistant_only_loss": True}}, "set 'supervise: all' beside"),
+        (SftConfig, {"trainer": {"packing": True}}, "set 'packing' beside"),
+        (SftConfig, {"paking": True}, "Did you mean 'packing'"),
+        (SftConfig, {"padding_fre": True}, "Did you mean 'padding_free'"),
+        (SftConfig, {"supervice": "all"}, "Did you mean 'supervise'"),
+        (SftConfig, {"neftun": 5}, "Did you mean 'neftune'"),
+        (SftConfig, {"decay_ration": 0.1}, "Did you mean 'decay_ratio'"),
+    ],
+)
+def test_mistakes_are_named(kind: type, extra: dict[str, Any], message: str) -> None:
+    fields = {"model": "model", "data": "data", "learning_rate": 1e-4}
+    with pytest.raises(UserError, match=message):
+        validate(kind, {**fields, **extra}, "p.yaml: stages.x")
+
+
+def rates(scheduler: str, steps: int = 20, **fields: Any) -> list[float]:
+    """The learning rate of each step, as a share of the peak."""
+    from transformers import get_scheduler
+
+    config = SftConfig(model="m", data="d", learning_rate=1, scheduler=scheduler, **fields)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = get_scheduler(
+        SCHEDULERS[scheduler], optimizer, num_warmup_steps=2, num_training_steps=steps,
+        scheduler_specific_kwargs=schedule_options(config, steps),
+    )  # fmt: skip
+    found = []
+    for _ in range(steps):
+        found.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    return [*found, schedule.get_last_lr()[0]]
+
+
+def test_schedules_have_their_shapes() -> None:
+    assert rates("constant")[2:] == [1.0] * 19
+    assert rates("linear")[11] == pytest.approx(0.5) and rates("linear")[-1] == 0
+    assert rates("cosine")[11] == pytest.approx(0.5) and rates("cosine")[-1] == pytest.approx(0)
+    assert rates("cosine_with_min_lr")[-1] == pytest.approx(0.1)
+    assert rates("cosine_with_min_lr", min_lr_ratio=0.4)[11] == pytest.approx(0.7)
+    wsd = rates("wsd", decay_ratio=0.25)
+    assert wsd[2:16] == [1.0] * 14 and wsd[15:] == pytest.approx([1, 0.8, 0.6, 0.4, 0.2, 0])
+    assert rates("wsd", decay_ratio=0.25, min_lr_ratio=0.5)[-1] == pytest.approx(0.5)
+    assert rates("inverse_sqrt")[8] == pytest.approx(0.5) and rates("inverse_sqrt")[-1] > 0.3
+
+
+def test_activations_made_anew_change_no_number(tiny_model: Path, tmp_path: Path) -> None:
+    plain, anew = (
+        made(tmp_path / str(on), tiny_model, gradient_checkpointing=on, max_steps=6, learning_rate=1e-3, packing=True)
+        for on in (False, True)
+    )
+    run(plain)
+    run(anew)
+    assert losses(plain) == pytest.approx(losses(anew), rel=1e-6)
+
+
+def test_liger_is_for_gpus(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="use_liger_kernel needs a GPU, and this stage runs on the CPU"):
+        run(made(tmp_path, tiny_model, trainer={"use_liger_kernel": True}))
