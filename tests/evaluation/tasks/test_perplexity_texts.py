@@ -1,0 +1,105 @@
+"""Perplexity of a pipeline's own held-out texts, and of a base model that reads some of the domain's texts first."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from align.artifacts import Artifact, Kind
+from align.data.rows import write_rows
+from align.errors import UserError
+from align.evaluation.tasks.base import Given, SystemInfo
+from align.evaluation.tasks.perplexity import PerplexityConfig
+from align.models.loading import load_policy, load_tokenizer
+from align.stages.evaluate import EvaluateConfig
+from align.validation import validate
+from tests.evaluation.tasks.systems_that_read import ModelReader
+
+TRAIN = [f"The {word} is on the table. It is {word}." for word in ("lamp", "book", "cup", "pen")]
+TEST = ["The plate is on the table. It is plate.", "The fork is on the table.", *(f"Number {n}." for n in range(9))]
+
+
+def given(folder: Path) -> Given:
+    folder.mkdir(exist_ok=True)
+    for split, texts in (("train", TRAIN), ("test", TEST)):
+        rows = [{"id": str(n), "source": "t", "text": text} for n, text in enumerate(texts)]
+        write_rows(folder / f"{split}.parquet", rows)
+    texts = {"books": Artifact("books", Kind.TEXTS, folder, {})}
+    return Given(0, folder, [], [], False, False, "float32", print, texts)
+
+
+def cost(model_dir: Path, before: str, text: str) -> float:
+    """Nats of ``text`` behind ``before``, token by token in a plain forward pass."""
+    model, tokenizer = load_policy(model_dir), load_tokenizer(model_dir)
+    prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    head = [prefix, *tokenizer.encode(before, add_special_tokens=False)]
+    ids = [*head, *tokenizer.encode(text, add_special_tokens=False)]
+    with torch.no_grad():
+        logprobs = model(torch.tensor([ids])).logits.log_softmax(-1)[0]
+    return -sum(float(logprobs[at - 1, ids[at]]) for at in range(len(head), len(ids)))
+
+
+def test_held_out_texts_of_a_stage_are_read(tiny_model: Path, tmp_path: Path) -> None:
+    task = PerplexityConfig(texts="books").build("domain", given(tmp_path / "data"))
+    assert [one.text for one in task.documents] == TEST
+    measured = task.read(ModelReader(tiny_model))
+    for (value,), text in zip(measured.values["bits_per_byte"], TEST, strict=True):
+        assert value == pytest.approx(cost(tiny_model, "", text) / math.log(2) / len(text), rel=1e-4)
+    assert task.settings()["texts"] == "books"
+
+
+@pytest.mark.parametrize(("shots", "system"), [(2, ""), (0, "Tables hold things."), (1, "Tables hold things.")])
+def test_a_prompted_system_reads_texts_first(shots: int, system: str, tiny_model: Path, tmp_path: Path) -> None:
+    task = PerplexityConfig(texts="books", max_length=400).build("domain", given(tmp_path / "data"))
+    reader: Any = ModelReader(tiny_model)
+    reader.info = SystemInfo("shown", "model", "prompted", "k", system=system, shots=shots)
+    assert task.shown is not None and set(task.shown) == set(TRAIN)
+    before = "".join(f"{part}\n\n" for part in [*([system] if system else []), *task.shown[:shots]])
+    measured = task.read(reader)
+    for (value,), text in zip(measured.values["loss"], TEST, strict=True):
+        assert value == pytest.approx(cost(tiny_model, before, text) / len(text), rel=1e-4)
+    assert measured.notes["tokens_shown_before"] == len(before)
+    assert measured.notes["tokens"] == sum(map(len, TEST))
+
+
+def test_later_windows_keep_what_was_shown(tiny_model: Path, tmp_path: Path) -> None:
+    task = PerplexityConfig(texts="books", max_length=60).build("domain", given(tmp_path / "data"))
+    reader: Any = ModelReader(tiny_model)
+    reader.info = SystemInfo("shown", "model", "prompted", "k", system="Tables hold", shots=0)
+    seen: list[tuple[list[int], list[int]]] = []
+    whole = reader.logprobs
+    reader.logprobs = lambda contexts, asked: seen.extend(zip(contexts, asked, strict=True)) or whole(contexts, asked)
+    task.read(reader)
+    assert all(reader.tokenizer.decode(context[1:]).startswith("Tables hold\n\n") for context, _ in seen)
+    assert max(len(context) + len(asked) for context, asked in seen) <= 61
+    assert len(seen) > len(TEST) or max(map(len, TEST)) <= 47
+
+
+def test_there_must_be_enough_to_show_and_room_for_it(tiny_model: Path, tmp_path: Path) -> None:
+    task = PerplexityConfig(texts="books", max_length=60).build("domain", given(tmp_path / "data"))
+    with pytest.raises(UserError, match="baseline 'shown' shows 5 texts, and there are 4"):
+        task.check(SystemInfo("shown", "model", "prompted", "k", shots=5))
+    reader: Any = ModelReader(tiny_model)
+    reader.info = SystemInfo("shown", "model", "prompted", "k", shots=4)
+    with pytest.raises(UserError, match="more than half of a window of 60. Lower shots"):
+        task.read(reader)
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ({"texts": "book"}, r"tasks\.domain: texts 'book' is none of the stage's texts \(books\)"),
+        ({"text": "books"}, "Did you mean 'texts'"),
+        ({"texts": "books", "files": ["a.txt"]}, "it has texts, so 'files' means nothing"),
+        ({}, "give its files, or its dataset"),
+    ],
+)
+def test_mistakes_are_named(task: dict[str, Any], message: str) -> None:
+    block = {"policies": ["model"], "reference": "model", "texts": ["books"]}
+    block["tasks"] = {"domain": {"task": "perplexity", **task}}
+    with pytest.raises(UserError, match=message):
+        validate(EvaluateConfig, block, "p.yaml: stages.evaluate")
