@@ -51,6 +51,12 @@ def test_text_from_a_model_or_a_file_can_neither_steer_the_terminal_nor_the_mark
     assert "bad\\x1b[2Jrow [bold]x[/bold] \\x07" in out.getvalue()
 
 
+def test_a_note_is_a_line_of_its_own() -> None:
+    shown, out = listener()
+    shown.stage_event(NODE, {"event": "note", "message": "lora r16: 5 of 100 parameters are trained (5 %)"})
+    assert out.getvalue() == "· one  lora r16: 5 of 100 parameters are trained (5 %)\n"
+
+
 def test_rates_and_time_left_count_from_this_attempts_first_event() -> None:
     shown, _ = listener()
     shown.first = {"time": 100.0, "done": 10, "total": 40, "tokens": 1000}

@@ -12,13 +12,15 @@ def test_a_resumed_step_counts_once_and_damage_is_skipped(tmp_path):
         {"event": "metrics", "time": 2, "step": 2, "loss": 4.0},
         {"event": "progress", "done": 1, "loss": 77},
         {"event": "warning", "message": "w"},
+        {"event": "note", "message": "n"},
         {"event": "warning", "message": "w"},
+        {"event": "note", "message": "n"},
     ]
     text = "\n".join(json.dumps(event) for event in events) + '\n{"event": "metr\n[1]\n'
     (tmp_path / "events.jsonl").write_text(text)
     found = read_events(tmp_path)
     assert found.series == {"loss": ([1.0, 2.0], [9.0, 4.0])}
-    assert found.warnings == ["w"]
+    assert (found.warnings, found.notes) == (["w"], ["n"])
     assert read_events(tmp_path / "nowhere").series == {}
 
 
