@@ -15,7 +15,7 @@ from align.data.formats import KINDS, SEVERAL
 from align.data.source_configs import FilesSource, RecordSource, Source, labels
 from align.data.steps import Step
 from align.stage import Config
-from align.validation import validate
+from align.validation import suggest, validate
 from align.yaml_file import load_yaml
 
 
@@ -60,6 +60,23 @@ class Recipe(Config):
                 raise ValueError(f"kind is texts, and steps[{index}] ({step.type}) is about answers; take it out")
             if self.kind != "texts" and step.type == "divide":
                 raise ValueError(f"kind is {self.kind}, and steps[{index}] (divide) is about texts; take it out")
+        return self
+
+    @model_validator(mode="after")
+    def _sources_are_named(self) -> Self:
+        known = labels(self.sources)
+        for index, step in enumerate(self.steps):
+            given: dict[str, float] = {}
+            if step.type == "mix":
+                given = (step.weights or {}) | (step.epochs or {})
+            if step.type == "cap":
+                given = dict(step.sources)
+            for name in given:
+                if name not in known:
+                    raise ValueError(
+                        f"steps[{index}] ({step.type}): there is no source '{name}'; there are "
+                        f"{', '.join(map(repr, known))}.{suggest(name, known)}"
+                    )
         return self
 
     @model_validator(mode="after")
