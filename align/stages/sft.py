@@ -124,7 +124,7 @@ def run(context: StageContext) -> dict[str, Any]:
     trainer.row_lengths = [len(row["input_ids"]) for row in rows]
     looked_at = {name: Split(given[name], splits[name]) for name in splits}
     lint_stage(context, "sft", lint_rows(trainer, train), looked_at, config.max_length, config.supervise)
-    facts = {"rows": len(train.rows), "test_rows": len(test.rows)}
+    facts: dict[str, Any] = {"rows": len(train.rows), "test_rows": len(test.rows)}
     if flat:
         facts |= {"pack_difference": check_separate(context.name, trainer, train)}
     if config.packing:
