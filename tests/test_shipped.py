@@ -19,7 +19,8 @@ from align.validation import validate
 from align.yaml_file import load_yaml
 
 SUITES = sorted(Path("pipelines/suites").rglob("*.yaml"))
-PIPELINES = [path for path in sorted(Path("pipelines").rglob("*.yaml")) if path not in SUITES]
+SWEEPS = sorted(Path("pipelines/sweeps").rglob("*.yaml"))
+PIPELINES = [path for path in sorted(Path("pipelines").rglob("*.yaml")) if path not in SUITES + SWEEPS]
 RECIPES = sorted(Path("data_recipes").rglob("*.yaml"))
 
 
