@@ -169,6 +169,7 @@ def export(source: Source, out: Path, dtype: str | None = None, shard: str = SHA
     """
     from align.models.conversion import require_sane
     from align.models.loading import load_tokenizer
+    from align.models.steps import Steps
 
     check_source(source)
     tokenizer = load_tokenizer(source.tokenizer_folder)
@@ -190,6 +191,9 @@ def export(source: Source, out: Path, dtype: str | None = None, shard: str = SHA
             _state_ends(config, tokenizer)
     model.save_pretrained(out, max_shard_size=shard)
     tokenizer.save_pretrained(out)
+    steps = Steps.read(source.folder)
+    if steps is not None:  # without them a process reward model would be read as one of whole answers
+        steps.write(out)
     return Written(
         is_reward=source.is_reward(),
         dtype=chosen,

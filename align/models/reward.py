@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,10 @@ from align.models.loading import load_reward, load_tokenizer
 from align.models.precision import Precision, autocast, round_frozen
 from align.models.ragged import can_run_ragged, hidden_states, lay_out, run_ragged, to_device
 from align.models.render import Message, render_conversation
+from align.models.steps import Steps, combined, step_ends
+
+Answer = tuple[list[Message], str, bool, str | None]
+"""Prompt, text, whether it came to its end, and the tools of its row."""
 
 
 class RewardModel:
@@ -25,6 +31,7 @@ class RewardModel:
         self.device = torch.device(device)
         self.precision = precision
         self.batch_size = batch_size
+        self._steps = Steps.read(model_dir)
         self._ragged = can_run_ragged(self.model)
         if self._ragged:
             run_ragged(self.model)
@@ -33,6 +40,11 @@ class RewardModel:
         """Keep the trunk in bfloat16, where that is what it computes in: half the memory; scores move by rounding."""
         if self.precision == "bfloat16":
             round_frozen(getattr(self.model, self.model.base_model_prefix))
+
+    @property
+    def steps(self) -> Steps | None:
+        """How answers are cut into steps, for a process reward model; None for one that scores whole answers."""
+        return self._steps
 
     def score(
         self,
@@ -45,42 +57,62 @@ class RewardModel:
 
         Answers that are not ``finished`` (cut off at their length limit) are read without the end-of-turn token, which
         the policy did not write; all are taken as finished when it is None. ``tools`` are those of each prompt's row.
+        A process reward model's score is what the chances of the answer's steps to be right come to, from 0 to 1.
         """
         ended = finished if finished is not None else [True] * len(responses)
         offered = tools if tools is not None else [None] * len(responses)
+        answers = list(zip(prompts, responses, ended, offered, strict=True))
+        if self._steps is not None:
+            return [combined(logits, self._steps.aggregate) for logits in self._score_steps(answers, self._steps)]
         rows = [
             render_conversation(self.tokenizer, [*prompt, {"role": "assistant", "content": response}], one_ended, own)
-            for prompt, response, one_ended, own in zip(prompts, responses, ended, offered, strict=True)
+            for prompt, response, one_ended, own in answers
         ]
         return self.score_tokens(rows)
 
-    @torch.inference_mode()
+    def _score_steps(self, answers: Sequence[Answer], steps: Steps) -> list[list[float]]:
+        """The log-odds of each step of each answer."""
+        found = [
+            step_ends(self.tokenizer, prompt, [{"role": "assistant", "content": text}], steps.separator, ended, tools)
+            for prompt, text, ended, tools in answers
+        ]
+        return self.score_places([ids for ids, _ in found], [places for _, places in found])
+
     def score_tokens(self, rows: list[list[int]]) -> list[float]:
-        """Scores of rendered conversations, in the order given; rows of like length are read together."""
-        scores = [0.0] * len(rows)
+        """Scores of rendered conversations at their ends, in the order given."""
+        return [scores[0] for scores in self.score_places(rows, [[len(row) - 1] for row in rows])]
+
+    @torch.inference_mode()
+    def score_places(self, rows: list[list[int]], places: list[list[int]]) -> list[list[float]]:
+        """Scores at some tokens of each row, in the order given; rows of like length are read together."""
+        scores: list[list[float]] = [[] for _ in rows]
         order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
-            for index, value in zip(batch, self._forward([rows[index] for index in batch]), strict=True):
-                scores[index] = value
+            wanted = [places[index] for index in batch]
+            values = iter(self._forward([rows[index] for index in batch], wanted))
+            for index in batch:
+                scores[index] = [next(values) for _ in places[index]]
         return scores
 
-    def _forward(self, rows: list[list[int]]) -> list[float]:
+    def _forward(self, rows: list[list[int]], places: list[list[int]]) -> list[float]:
         with autocast(self.device, self.precision):
-            last = self._ragged_states(rows) if self._ragged else self._padded_states(rows)  # (B, H)
+            states = (self._ragged_states if self._ragged else self._padded_states)(rows, places)  # (P, H)
         # The head is one dot product: in float32, so that scores of like answers do not tie by rounding.
-        values: list[float] = self.model.score(last.float())[:, 0].tolist()
+        values: list[float] = self.model.score(states.float())[:, 0].tolist()
         return values
 
-    def _ragged_states(self, rows: list[list[int]]) -> torch.Tensor:
+    def _ragged_states(self, rows: list[list[int]], wanted: list[list[int]]) -> torch.Tensor:
         ids = torch.tensor([[token for row in rows for token in row]], device=self.device)
         places = torch.tensor([[place for row in rows for place in range(len(row))]], device=self.device)
         lengths = [len(row) for row in rows]
         layout = to_device(lay_out(lengths), self.device)
         trunk = getattr(self.model, self.model.base_model_prefix)
-        return hidden_states(trunk, ids, places, layout)[torch.tensor(lengths, device=self.device).cumsum(0) - 1]
+        starts = itertools.accumulate([0, *lengths[:-1]])
+        at = [start + place for start, own in zip(starts, wanted, strict=True) for place in own]
+        return hidden_states(trunk, ids, places, layout)[torch.tensor(at, device=self.device)]
 
-    def _padded_states(self, rows: list[list[int]]) -> torch.Tensor:
+    def _padded_states(self, rows: list[list[int]], wanted: list[list[int]]) -> torch.Tensor:
         """Right-padded, so that positions need no shift and padding is never attended to."""
         lengths = torch.tensor([len(row) for row in rows], device=self.device)
         width = int(lengths.max())
@@ -89,5 +121,6 @@ class RewardModel:
         mask = (torch.arange(width, device=self.device) < lengths[:, None]).long()
         trunk = getattr(self.model, self.model.base_model_prefix)
         hidden = trunk(input_ids=ids, attention_mask=mask).last_hidden_state  # (B, T, H)
-        states: torch.Tensor = hidden[torch.arange(len(rows), device=self.device), lengths - 1]
+        at = torch.tensor([[row, place] for row, own in enumerate(wanted) for place in own], device=self.device)
+        states: torch.Tensor = hidden[at[:, 0], at[:, 1]]
         return states

@@ -1,32 +1,58 @@
-"""Reward model: one score per answer, learnt from pairs (Bradley-Terry loss, trl's RewardTrainer)."""
+"""Reward model: one score per answer, learnt from pairs, from scores, or from marks on the steps of answers."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from align.artifacts import GENERATORS, Kind
 from align.lint.settings import LintSettings
-from align.stage import StageContext, stage_input
+from align.stage import Config, StageContext, stage_input
 from align.training.config import TrainingFields, checked_options
+
+OF_PAIRS = {"margin": 0.0, "center_rewards": 0.01}
+"""Fields that only pairs have a use for, and their defaults."""
+
+
+class StepsConfig(Config):
+    """How the steps of an answer are told apart, and what they come to."""
+
+    separator: str = Field("\n\n", min_length=1)
+    """Text between two steps; a policy that is to be scored must write it."""
+    aggregate: Literal["min", "product", "last", "mean"] = "min"
+    """An answer's score from the chances of its steps to be right: a chain is as good as its weakest step."""
 
 
 class RewardConfig(TrainingFields):
-    """The score is read at an answer's last token; ``batch_size`` counts pairs."""
+    """The score is read at an answer's last token; ``batch_size`` counts pairs, or answers where there are no pairs."""
 
     model: stage_input(*GENERATORS)  # type: ignore[valid-type]
     """Stage whose checkpoint gets a score head in place of its vocabulary head; usually the SFT stage."""
-    data: stage_input(Kind.PREFERENCES)  # type: ignore[valid-type]
-    """Stage with the pairs."""
+    data: stage_input(Kind.PREFERENCES, Kind.INSTRUCTIONS, Kind.UNPAIRED)  # type: ignore[valid-type]
+    """Stage with the pairs; with scored answers for regression, with unpaired rows that have steps for process."""
+    objective: Literal["pairs", "regression", "process"] = "pairs"
+    """``pairs``: which of two answers is better (Bradley-Terry). ``regression``: the answer's score itself.
+    ``process``: whether each step is right (arXiv 2305.20050)."""
+    margin: float = Field(0.0, ge=0)
+    """Lead that the chosen answer must have, per unit that its score is ahead (2307.09288, eq. 2); needs scored pairs.
+    Scores differ by about 1 between good and bad in most data; 1 is a strong setting."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Share of the labels believed to be wrong; keeps scores from growing on pairs that contradict the others."""
+    score_loss: Literal["mse", "bce"] = "mse"
+    """For regression: squared error of scores brought to mean 0 and variance 1, or cross-entropy of scores in [0, 1]
+    (and of labels), where the model's score is their log-odds."""
+    steps: StepsConfig = StepsConfig()
+    """For process."""
     head_learning_rate: float | None = Field(None, gt=0, le=1)
     """Peak step size of the score head; by default ``learning_rate``, and a tenth of it with adapters."""
     center_rewards: float = Field(0.01, ge=0)
-    """Weight of the squared sum of a pair's scores (2312.09244, eq. 2), which keeps scores near 0; 0 turns it off."""
+    """For pairs: weight of the squared sum of a pair's scores (2312.09244, eq. 2), which keeps them near 0."""
     lint: LintSettings = LintSettings()
     """What of the look at the rows' tokens, before the first step, is waived (docs/lint.md)."""
 
     identified: ClassVar[frozenset[str]] = frozenset({"lint"})
+    has_vocabulary: ClassVar[bool] = False
 
     @property
     def head_rate(self) -> float:
@@ -35,6 +61,11 @@ class RewardConfig(TrainingFields):
             return self.head_learning_rate
         return self.learning_rate * self.tuning.head_share
 
+    @property
+    def loss_of_numbers(self) -> Literal["mse", "bce"]:
+        """What regression and process minimise."""
+        return "bce" if self.objective == "process" else self.score_loss
+
     @field_validator("trainer")
     @classmethod
     def _trainer_exists(cls, options: dict[str, Any]) -> dict[str, Any]:
@@ -42,12 +73,26 @@ class RewardConfig(TrainingFields):
             raise ValueError("'center_rewards_coefficient' is not set here: set 'center_rewards' beside 'trainer'.")
         return checked_options("reward", options)
 
+    @model_validator(mode="after")
+    def _fields_fit_the_objective(self) -> Self:
+        if self.objective != "pairs":
+            for name, default in OF_PAIRS.items():
+                if getattr(self, name) != default:
+                    raise ValueError(f"{name} is for pairs, and objective is {self.objective}; leave it out.")
+        if self.objective != "regression" and self.score_loss != "mse":
+            raise ValueError(f"score_loss is for regression, and objective is {self.objective}; leave it out.")
+        if self.objective != "process" and self.steps != StepsConfig():
+            raise ValueError(f"steps are for `objective: process`, and objective is {self.objective}; leave them out.")
+        if self.label_smoothing and self.objective == "regression" and self.score_loss == "mse":
+            raise ValueError("label_smoothing is for labels, and `score_loss: mse` predicts numbers; leave it out.")
+        return self
+
 
 def run(context: StageContext) -> dict[str, Any]:
     """Train, save ``model/``, check that it scores as the trained model did, and return the metrics.
 
     Held-out accuracy comes on the labels as given and, where the data knows the true scores, on those.
-    Raises ``UserError`` for a model without chat template or data without usable pairs.
+    Raises ``UserError`` for a model without chat template or data without usable rows.
     """
     from align.models.threads import use_threads
 
@@ -58,25 +103,20 @@ def run(context: StageContext) -> dict[str, Any]:
     from align.lint.trainer import Split, lint_stage
     from align.models.loading import load_tokenizer
     from align.models.tuning.apply import apply_tuning, load_for_tuning
-    from align.training import held_out
     from align.training.arguments import training_arguments
     from align.training.fit import fit
-    from align.training.handover import check_encoded, check_model
+    from align.training.handover import check_model
     from align.training.reload import save_reward
-    from align.training.rows import encode_conversations, read_split
-    from align.training.trainers import PreparedReward, score_in_float32
+    from align.training.reward_objectives import prepare
+    from align.training.trainers import score_in_float32
 
     config: RewardConfig = context.config
-    source, data = context.artifact("model").model, context.artifact("data")
+    source = context.artifact("model").model
     tokenizer = load_tokenizer(source, config.tuning)
     model = load_for_tuning(source, config.tuning, reward=True)
     check_model(context.name, model, tokenizer)
-    given, splits = {}, {}
-    for split, most in (("train", config.max_rows), ("test", config.eval_rows)):
-        rows = given[split] = read_split(data.split(split), most, context.name)
-        splits[split] = encode_conversations(tokenizer, rows, config.max_length)
-        check_encoded(context.name, splits[split], len(rows), split, config.max_length, context.warn)
-    train, test = splits["train"], splits["test"]
+    prepared = prepare(context, tokenizer)
+    train, test = prepared.splits["train"], prepared.splits["test"]
     score_in_float32(model)
     model = apply_tuning(
         model,
@@ -84,22 +124,21 @@ def run(context: StageContext) -> dict[str, Any]:
         context.seed,
         tokenizer=tokenizer,
         warn=context.warn,
-        rows=[row["chosen_ids"] for row in train.rows],
+        rows=[prepared.sequences(row)[0] for row in train.rows],
     )
-    trainer = PreparedReward(
+    trainer = prepared.trainer(
         model=model,
         args=training_arguments(
-            Arguments, context, len(train.rows), center_rewards_coefficient=config.center_rewards or None
+            Arguments, context, len(train.rows), center_rewards_coefficient=prepared.center_rewards
         ),
         train_dataset=Dataset.from_list(train.rows),
         processing_class=tokenizer,
     )
     trainer.row_lengths, trainer.head_learning_rate = train.lengths, config.head_rate
-    looked_at = {name: Split(given[name], splits[name]) for name in splits}
-    lint_stage(context, "reward", trainer, looked_at, config.max_length)
-    pad = tokenizer.pad_token_id
-    metrics = fit(trainer, context, lambda: held_out.pairs(trainer, test, pad))
-    probe = [test.rows[0]["chosen_ids"], test.rows[-1]["rejected_ids"]]
+    looked_at = {name: Split(prepared.given[name], prepared.splits[name]) for name in prepared.splits}
+    lint_stage(context, prepared.lint, trainer, looked_at, config.max_length)
+    metrics = fit(trainer, context, lambda: prepared.held_out(trainer))
+    probe = [prepared.sequences(test.rows[0])[0], prepared.sequences(test.rows[-1])[-1]]
     gap = save_reward(trainer, tokenizer, context.output / "model", probe)
-    facts = {"pairs": len(train.rows), "test_pairs": len(test.rows), "reload_difference": gap}
-    return {**metrics, **held_out.pair_facts(test), **facts}
+    prepared.save(context.output / "model")
+    return {**metrics, **prepared.facts(), "reload_difference": gap}

@@ -1,0 +1,118 @@
+"""Rows for reward models that learn from single answers: a number for each, or one for each of its steps.
+
+Left out: pairs (``rows.py``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from align.data.rows import is_finished
+from align.errors import UserError
+from align.models.render import render_conversation
+from align.models.steps import step_ends
+from align.training.rows import TOO_LONG, Encoded, Row
+
+NO_SCORE = "left out, no score"
+OTHER_STEPS = "left out, its text has another number of steps than it has labels"
+
+
+def scored_answers(rows: Sequence[Row]) -> list[Row]:
+    """One row with ``completion`` and ``target`` for every answer that has a number.
+
+    A pair gives two (``chosen_score``, ``rejected_score``); another row its ``score``, or its ``label`` as 1 or 0. The
+    same answer to the same prompt is taken once, so that rows sampled into several pairs do not count twice.
+    """
+    found: dict[str, Row] = {}
+    for row in rows:
+        for answer, target, finished in _answers(row):
+            single = {
+                name: value for name, value in row.items() if name not in ("chosen", "rejected", "label", "score")
+            }
+            key = repr((row["prompt"], answer, row.get("tools")))
+            found.setdefault(key, {**single, "completion": answer, "target": target, "finished": finished})
+    return list(found.values())
+
+
+def _answers(row: Row) -> list[tuple[Any, float | None, bool]]:
+    if row.get("chosen") is not None:
+        return [(row[side], row.get(f"{side}_score"), is_finished(row, side)) for side in ("chosen", "rejected")]
+    label = row.get("label")
+    target = row.get("score") if label is None else float(label)
+    return [(row["completion"], target, True)]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Targets as they are learnt: less ``mean``, over ``deviation``."""
+
+    mean: float = 0.0
+    deviation: float = 1.0
+
+    def __call__(self, target: float) -> float:
+        return (target - self.mean) / self.deviation
+
+
+def scale_of(rows: Sequence[Row], stage: str) -> Scale:
+    """Mean and standard deviation of the rows' targets; ``UserError`` where they are all the same or there are none."""
+    targets = [row["target"] for row in rows if row["target"] is not None]
+    if not targets:
+        raise UserError(
+            f"{stage}: objective is regression, and none of the {len(rows)} training answers has a score. It is read "
+            "from chosen_score and rejected_score of pairs, from score of instructions (a `score` step writes it), or "
+            "from label of unpaired rows."
+        )
+    mean = sum(targets) / len(targets)
+    deviation = math.sqrt(sum((target - mean) ** 2 for target in targets) / len(targets))
+    if deviation == 0:
+        raise UserError(f"{stage}: all {len(targets)} training answers have the score {mean:g}: nothing to learn.")
+    return Scale(mean, deviation)
+
+
+def encode_scored(tokenizer: Any, rows: Sequence[Row], max_length: int, scale: Scale) -> Encoded:
+    """``input_ids`` (prompt and answer) and ``targets``, a list of one number; too long ones are left out."""
+    out = Encoded()
+    for row in rows:
+        if row["target"] is None:
+            out.count(NO_SCORE)
+            continue
+        ids = render_conversation(tokenizer, [*row["prompt"], *row["completion"]], row["finished"], row.get("tools"))
+        if len(ids) > max_length:
+            out.count(TOO_LONG)
+            continue
+        out.add({"input_ids": ids, "places": [len(ids) - 1], "targets": [scale(row["target"])]}, len(ids), row)  # type: ignore[list-item, dict-item]
+    return out
+
+
+def stepwise_answers(rows: Sequence[Row], separator: str, stage: str) -> list[Row]:
+    """Rows whose ``completion`` is their steps with ``separator`` between them; ``UserError`` where none has steps."""
+    found = [
+        {**row, "completion": [{"role": "assistant", "content": separator.join(s["content"] for s in row["steps"])}]}
+        for row in rows
+        if row.get("steps")
+    ]
+    if not found:
+        raise UserError(
+            f"{stage}: objective is process, and none of the {len(rows)} rows has steps. Build them with a recipe of "
+            "kind unpaired and format stepwise (prompt, completions, labels)."
+        )
+    return found
+
+
+def encode_steps(tokenizer: Any, rows: Sequence[Row], max_length: int, separator: str) -> Encoded:
+    """``input_ids``, ``places`` (each step's last token) and ``targets`` (how right each step is, 0 to 1)."""
+    out = Encoded()
+    for row in rows:
+        ids, places = step_ends(tokenizer, row["prompt"], row["completion"], separator, tools=row.get("tools"))
+        targets = [float(step["label"]) for step in row["steps"] if step["content"].strip()]
+        if len(places) != len(targets):
+            out.count(OTHER_STEPS)
+            continue
+        if len(ids) > max_length:
+            out.count(TOO_LONG)
+            continue
+        out.add({"input_ids": ids, "places": places, "targets": targets}, len(ids), row)  # type: ignore[dict-item]
+    return out
