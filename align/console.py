@@ -208,6 +208,7 @@ HEADLINES: dict[str, dict[str, str]] = {
     "rloo": {"score_first": "score", "score_last": "→", "kl_last": "KL", "engine": "engine"},
     "online_dpo": {"score_first": "score", "score_last": "→", "kl_last": "KL", "engine": "engine"},
     "rejection": {"score_first": "score", "score_last": "→", "kl_last": "KL", "engine": "engine"},
+    "distill": {"test_divergence_before": "held-out nats from the teacher", "test_divergence_after": "→"},
     "evaluate": {"reward_accuracy": "RM accuracy"},
     "report": {"stages": "stages"},
 }

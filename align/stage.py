@@ -339,6 +339,7 @@ STAGES: dict[str, Stage] = {
         _stage("orpo", 1, Kind.POLICY, "fine-tuning and preference learning in one loss, without a reference"),
         _stage("cpo", 1, Kind.POLICY, "contrastive preference optimisation, without a reference"),
         _stage("simpo", 1, Kind.POLICY, "preference optimisation per token with a margin, without a reference"),
+        _stage("distill", 1, Kind.POLICY, "learn a larger teacher's distribution over the next token"),
         _stage("ppo", 2, Kind.POLICY, "PPO with a critic against a reward model or a checker"),
         _stage("grpo", 1, Kind.POLICY, "GRPO and its variants: responses to a prompt compared, without a critic"),
         _stage("rloo", 1, Kind.POLICY, "REINFORCE with the other responses to a prompt as the baseline"),

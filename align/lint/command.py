@@ -20,7 +20,8 @@ from align.lint.tokens import Limits
 
 STAGE_OF: dict[str, StageKind] = {
     "instructions": "sft", "preferences": "dpo", "unpaired": "sft", "prompts": "prompts",
-    "sft": "sft", "dpo": "dpo", "orpo": "dpo", "cpo": "dpo", "simpo": "dpo", "reward": "reward", "ppo": "prompts",
+    "sft": "sft", "distill": "sft", "reward": "reward", "dpo": "dpo", "orpo": "dpo", "cpo": "dpo", "simpo": "dpo",
+    "ppo": "prompts",
     "grpo": "prompts", "rloo": "prompts", "online_dpo": "prompts", "rejection": "prompts",
 }  # fmt: skip
 """Kinds of data, and of training stages: how rows of each become tokens."""

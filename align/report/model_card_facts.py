@@ -26,7 +26,21 @@ if TYPE_CHECKING:
     from align.rollouts.agreement import Agreement
 
 EMBEDDED_ON_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
-TRAINING = ("sft", "reward", "dpo", "kto", "orpo", "cpo", "simpo", "ppo", "grpo", "rloo", "online_dpo", "rejection")
+TRAINING = (
+    "sft",
+    "reward",
+    "dpo",
+    "kto",
+    "orpo",
+    "cpo",
+    "simpo",
+    "distill",
+    "ppo",
+    "grpo",
+    "rloo",
+    "online_dpo",
+    "rejection",
+)
 LICENCE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9.\- ]{0,60}")
 MOST_RESULTS = 60
 """In the metadata; the table on the card has all."""

@@ -1,0 +1,1 @@
+"""The work of the ``distill`` stage: student, teacher and engine brought together."""

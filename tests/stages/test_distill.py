@@ -1,0 +1,252 @@
+"""Stage distill, end to end on tiny models: the student nears its teacher, on answers of the data and its own."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from align.artifacts import Artifact, Kind
+from align.distillation import run as work
+from align.errors import UserError
+from align.models.loading import load_policy, load_tokenizer
+from align.models.tiny import make_tiny
+from align.stage import Runtime, StageContext
+from align.stages.distill import DistillConfig, run
+from align.training.distill_trainer import AnswerCollator, own_answers, prompt_of
+from align.training.divergence import Known, Live, Measure, summed_divergence, with_rest
+from align.training.rows import MASKED, encode_supervised
+from align.training.teacher import TeacherCache
+from tests.training.harness import context, data_artifact, losses, rows
+from tests.training.test_resume import Killed, dying
+
+ENGINE = Runtime.model_validate({"device": "cpu", "engine": {"name": "transformers"}})
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Wider and deeper than the student, and of other weights."""
+    return make_tiny(tmp_path_factory.mktemp("teacher") / "model", seed=5, hidden_size=96, layers=3)
+
+
+def made(root: Path, student: Path, teacher: Path, **fields: Any) -> StageContext:
+    given = {"learning_rate": 3e-3, "batch_size": 8, "max_length": 64, "precision": "float32", **fields}
+    config = DistillConfig(model="model", teacher="teacher", data="data", **given)
+    plain = context(root, config, student, data_artifact(root / "data", Kind.INSTRUCTIONS, train=24, test=8))
+    folder = root / "teacher"
+    if not folder.exists():
+        folder.mkdir()
+        (folder / "model").symlink_to(teacher)
+    given = {**plain.inputs, "teacher": Artifact("teacher", Kind.MODEL, folder, {"key": "teacher"})}
+    return replace(plain, inputs=given, runtime=ENGINE, cache=root.parent / "cache")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"divergence": "forward", "top_k": 16},
+        {"divergence": "reverse", "top_k": None, "tuning": {"method": "lora", "rank": 8}},
+        {"divergence": "jsd", "top_k": None, "on_policy": 0.5, "max_tokens": 8},
+    ],
+    ids=["forward", "reverse-lora", "jsd-own"],
+)
+def test_the_student_comes_nearer(fields: dict[str, Any], tiny_model: Path, teacher: Path, tmp_path: Path) -> None:
+    stage = made(tmp_path / "run", tiny_model, teacher, epochs=6, **fields)
+    metrics = run(stage)
+    assert metrics["test_divergence_after"] < 0.7 * metrics["test_divergence_before"]
+    assert metrics["steps"] == 18
+    own = sum(own_answers(stage.seed, step, fields.get("on_policy", 0.0)) for step in range(18))
+    assert metrics.get("own_steps", 0) == own
+    # The saved student, read back, is as near to the teacher as the trained one was.
+    test = encode_supervised(load_tokenizer(tiny_model), rows(8, start=24), 64)
+    measure = Measure(fields["divergence"], top_k=fields["top_k"])
+    student, model = load_policy(stage.output / "model"), load_policy(teacher)
+    apart, tokens = 0.0, 0
+    for row in test.rows:
+        ids, kept = torch.tensor([row["input_ids"]]), torch.tensor([label != MASKED for label in row["labels"][1:]])
+        with torch.no_grad():
+            one = student.model(ids).last_hidden_state[0, :-1][kept]
+            live = Live(model.model(ids).last_hidden_state[0, :-1][kept], model.lm_head)
+            apart += float(summed_divergence(measure, one, student.lm_head, live))
+        tokens += len(one)
+    assert apart / tokens == pytest.approx(metrics["test_divergence_after"], rel=1e-3)
+
+
+def test_the_loss_is_trls_generalised_jsd() -> None:
+    gkd = pytest.importorskip("trl.experimental.gkd.gkd_trainer").GKDTrainer
+    torch.manual_seed(0)
+    student, teacher = torch.randn(5, 11), torch.randn(5, 11)
+    for measure, beta in ((Measure("forward", 0.5, 2.0), 0), (Measure("reverse", 0.5, 2.0), 1),
+                          (Measure("jsd", 0.3, 2.0), 0.3)):  # fmt: skip
+        theirs = gkd.generalized_jsd_loss(student[None], teacher[None], beta=beta, temperature=2.0, reduction="sum")
+        ours = summed_divergence(measure, student, torch.nn.Identity(), Live(teacher, torch.nn.Identity()))
+        assert float(ours) == pytest.approx(float(theirs), rel=1e-5)
+
+
+def test_divergences_by_hand() -> None:
+    p, q = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
+    # KL(p || q) = 0.5 log 2 + 0.5 log (2/3) = 0.143841; KL(q || p) = 0.25 log 0.5 + 0.75 log 1.5 = 0.130812
+    assert float(Measure("forward").of(q, p)) == pytest.approx(0.143841, abs=1e-6)
+    assert float(Measure("reverse").of(q, p)) == pytest.approx(0.130812, abs=1e-6)
+    # The mixture is (0.375, 0.625): 0.5 KL(p || m) + 0.5 KL(q || m) = 0.5 (0.032269 + 0.035361)
+    assert float(Measure("jsd").of(q, p)) == pytest.approx(0.033821, abs=1e-5)
+
+
+def test_a_few_tokens_of_the_teacher_bound_the_whole_from_below() -> None:
+    torch.manual_seed(1)
+    student, teacher = torch.randn(7, 20), torch.randn(7, 20)
+    identity = torch.nn.Identity()
+    whole, some, most = (
+        float(summed_divergence(Measure(top_k=k), student, identity, Live(teacher, identity))) for k in (None, 4, 19)
+    )
+    assert 0 < some < whole
+    assert most == pytest.approx(whole, rel=1e-4)  # 19 of 20 and the rest are all 20
+    best = torch.log_softmax(teacher, dim=-1).topk(4, dim=-1)
+    known = Known(best.indices, best.values)
+    assert float(summed_divergence(Measure(top_k=4), student, identity, known)) == pytest.approx(some, rel=1e-6)
+    assert float(with_rest(best.values).exp().sum()) == pytest.approx(7, rel=1e-6)
+    same = torch.randn(3, 20)
+    assert float(summed_divergence(Measure(top_k=4), same, identity, Live(same, identity))) == pytest.approx(
+        0, abs=1e-5
+    )
+
+
+def test_heads_of_unlike_size_are_compared_where_they_meet() -> None:
+    torch.manual_seed(2)
+    logits, identity = torch.randn(4, 9), torch.nn.Identity()
+    padded = torch.cat([logits, torch.full((4, 3), 5.0)], dim=1)
+    assert float(summed_divergence(Measure(), logits, identity, Live(padded, identity))) == pytest.approx(0, abs=1e-5)
+    assert float(summed_divergence(Measure(), padded, identity, Live(logits, identity))) == pytest.approx(0, abs=1e-5)
+
+
+def test_the_gradient_is_that_of_the_whole_whatever_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(3)
+    teacher, identity = torch.randn(10, 6), torch.nn.Identity()
+    found = []
+    for chunk in (256, 3):
+        monkeypatch.setattr("align.training.divergence.CHUNK", chunk)
+        student = torch.randn(10, 6, generator=torch.Generator().manual_seed(4), requires_grad=True)
+        summed_divergence(Measure("reverse"), student, identity, Live(teacher, identity)).backward()
+        assert student.grad is not None
+        found.append(student.grad)
+    assert found[0].abs().sum() > 0
+    assert torch.allclose(found[0], found[1], atol=1e-6)
+
+
+def test_the_teachers_word_is_computed_once(
+    tiny_model: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(made(tmp_path / "one", tiny_model, teacher, max_steps=1))
+    assert (first["teacher_rows_cached"], first["teacher_rows_computed"]) == (0, 32)
+    monkeypatch.setattr(work, "load_policy", lambda *given: pytest.fail("the teacher was loaded"))
+    second = run(made(tmp_path / "two", tiny_model, teacher, max_steps=1, learning_rate=1e-3, divergence="reverse"))
+    assert (second["teacher_rows_cached"], second["teacher_rows_computed"]) == (32, 0)
+    with pytest.raises(pytest.fail.Exception, match="the teacher was loaded"):
+        run(made(tmp_path / "three", tiny_model, teacher, max_steps=1, temperature=2.0))
+
+
+def test_a_damaged_cache_is_made_again(tmp_path: Path) -> None:
+    cache = TeacherCache(tmp_path, {"teacher": "t"})
+    given = [{"input_ids": [1, 2, 3], "labels": [MASKED, 2, 3]}]
+    word = [Known(torch.tensor([[4], [5]], dtype=torch.int32), torch.tensor([[-1.0], [-2.0]]))]
+    assert cache.known(given, lambda: word)[0].ids.tolist() == [[4], [5]]
+    (file,) = tmp_path.glob("*.safetensors")
+    assert cache.known(given, lambda: pytest.fail("computed"))[0].logprobs.tolist() == [[-1.0], [-2.0]]
+    file.write_bytes(file.read_bytes()[:-4])
+    assert cache.known(given, lambda: word)[0].ids.tolist() == [[4], [5]]
+    assert (cache.found, cache.computed) == (1, 2)
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(tiny_model: Path, teacher: Path, tmp_path: Path) -> None:
+    def stage(name: str) -> StageContext:
+        fields = {"epochs": 2, "save_steps": 2, "on_policy": 0.5, "max_tokens": 6, "tuning": {"method": "lora"}}
+        return made(tmp_path / name, tiny_model, teacher, **fields)
+
+    whole, parts = stage("whole"), stage("parts")
+    own = [step for step in range(6) if own_answers(whole.seed, step, 0.5)]
+    assert own
+    assert own[-1] >= 4  # a step after the checkpoint samples too
+    run(whole)
+    with pytest.raises(Killed):
+        run(dying(parts, 5))
+    assert run(parts)["resumed_from_step"] == 4
+    assert losses(parts) == losses(whole)
+    one, other = (load_file(c.output / "model" / "model.safetensors") for c in (whole, parts))
+    assert all(one[name].equal(other[name]) for name in one)
+
+
+def test_own_answers_follow_the_datas_prompts(
+    tiny_model: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[int]] = []
+
+    def sampler(context: StageContext, engine: Any) -> Any:
+        def sample(model: Any, prompts: list[list[int]], step: int) -> list[list[int]]:
+            seen.extend(prompts)
+            return [[40, 41, 2] for _ in prompts]
+
+        return sample
+
+    monkeypatch.setattr(work, "_sampler", sampler)
+    metrics = run(made(tmp_path / "run", tiny_model, teacher, max_steps=2, on_policy=1.0, sft_weight=9.0, max_tokens=4))
+    assert metrics["own_steps"] == 2
+    encoded = encode_supervised(load_tokenizer(tiny_model), rows(24), 64)
+    prompts = {tuple(prompt_of(row["input_ids"], row["labels"])) for row in encoded.rows}
+    assert len(seen) == 16
+    assert {tuple(prompt) for prompt in seen} <= prompts
+    # The data's answers are no part of such a step: neither is their weight.
+    assert metrics["loss_first"] < 9.0 * math.log(260) / 2
+
+
+def test_steps_of_own_answers_follow_seed_and_step() -> None:
+    drawn = [own_answers(7, step, 0.3) for step in range(2000)]
+    assert sum(drawn) / 2000 == pytest.approx(0.3, abs=0.04)
+    assert drawn == [own_answers(7, step, 0.3) for step in range(2000)] != [own_answers(8, s, 0.3) for s in range(2000)]
+    assert not any(own_answers(7, step, 0.0) for step in range(9))
+    assert all(own_answers(7, step, 1.0) for step in range(9))
+
+
+def test_a_batch_of_answers() -> None:
+    batch = AnswerCollator(9)([
+        {"input_ids": [1, 2, 3], "labels": [MASKED, 2, 3], "row": 4}, {"input_ids": [5], "labels": [5]},
+    ])  # fmt: skip
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [5, 9, 9]]
+    assert batch["labels"].tolist() == [[MASKED, 2, 3], [5, MASKED, MASKED]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["row"].tolist() == [4, -1]
+
+
+def test_teachers_that_cannot_teach_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    other = make_tiny(tmp_path / "template", seed=1)
+    (other / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}")
+    with pytest.raises(UserError, match="student and teacher have different chat templates"):
+        run(made(tmp_path / "a", tiny_model, other))
+    tokenizer = load_tokenizer(tiny_model)
+    tokenizer.add_tokens(["zebra"])
+    more = make_tiny(tmp_path / "vocabulary", seed=1)
+    tokenizer.save_pretrained(more)
+    with pytest.raises(
+        UserError, match=r"the student and the teacher have different vocabularies \(260 and 261 tokens\)"
+    ):
+        run(made(tmp_path / "b", tiny_model, more))
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"teacher": "model"}, "teacher is 'model', the student itself"),
+        ({"on_policy": 0.5, "tuning": {"method": "prefix"}}, "on_policy samples from the student as it learns"),
+        ({"on_policy": 0.5, "max_tokens": 64}, "max_tokens 64 leaves no room for a prompt"),
+        ({"divergance": "jsd"}, "divergance"),
+        ({"trainer": {"packing": True}}, "packing"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        DistillConfig(**{"model": "model", "teacher": "teacher", "data": "d", "learning_rate": 1e-3, "max_length": 64,
+                         **fields})  # fmt: skip
