@@ -143,6 +143,17 @@ def test_packed_training_learns_and_takes_fewer_steps(tiny_model: Path, tmp_path
     assert metrics["packs"] < 50 and metrics["pack_fill"] > 0.75 and metrics["rows"] == 80
     assert metrics["test_loss_after"] < metrics["test_loss_before"] / 4
     assert not events(stage, "warning")
+    # What is saved is an ordinary folder, and answers as the packed model was scored.
+    saved = stage.output / "model"
+    assert "ragged" not in (saved / "config.json").read_text()
+    encoded = encode_supervised(load_tokenizer(saved), rows(12, start=80), 128)
+    model, nats, tokens = load_policy(saved), 0.0, 0
+    for row in encoded.rows:
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+        with torch.no_grad():
+            nats += float(model(ids, labels=labels).loss) * int((labels[:, 1:] != MASKED).sum())
+        tokens += int((labels[:, 1:] != MASKED).sum())
+    assert nats / tokens == pytest.approx(metrics["test_loss_after"], rel=1e-4)
 
 
 def test_resumed_packed_run_equals_the_uninterrupted_one(tiny_model: Path, tmp_path: Path) -> None:
