@@ -66,7 +66,7 @@ def test_sft_learns_and_what_it_saves_says_the_same(method: str, base: Path, tmp
     ("kind", "method"),
     [
         pytest.param(kind, method, marks=[] if method in quick else [pytest.mark.slow])
-        for kind, quick in (("dpo", ("prompt", "sequential")), ("reward", ("prefix", "parallel")))
+        for kind, quick in (("dpo", ("prompt",)), ("reward", ("sequential",)))
         for method in METHODS
     ],
 )
@@ -97,7 +97,11 @@ def resumes(kind: str, method: str, base: Path, tmp_path: Path) -> None:
         assert all(expected[key].equal(found[key]) for key in expected), name
 
 
-@pytest.mark.parametrize("method", METHODS)
+QUICK = ("prompt", "prefix", "parallel")
+"""Of each way a module is inserted one; the others are slow tests."""
+
+
+@pytest.mark.parametrize("method", [pytest.param(m, marks=[] if m in QUICK else [pytest.mark.slow]) for m in METHODS])
 def test_a_resumed_run_equals_the_uninterrupted_one(method: str, base: Path, tmp_path: Path) -> None:
     resumes("sft", method, base, tmp_path)
 
