@@ -60,7 +60,7 @@ def test_training_stops_when_the_held_out_loss_no_longer_falls(tiny_model: Path,
     assert any("stopped at step" in event["message"] for event in events(stage, "note"))
 
 
-@pytest.mark.parametrize("dies_at", [5, 7])
+@pytest.mark.parametrize("dies_at", [5, pytest.param(7, marks=pytest.mark.slow)])
 def test_a_resumed_run_stops_and_keeps_where_the_whole_one_does(dies_at: int, tiny_model: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"early_stopping": {"patience": 3}, "keep": "best"}
     whole, parts = (made(tmp_path / name, tiny_model, **settings) for name in ("whole", "parts"))
