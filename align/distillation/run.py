@@ -15,11 +15,12 @@ from align.models.loading import load_policy, load_tokenizer
 from align.models.merging import merged_weights
 from align.models.threads import device_of, use_threads
 from align.models.tuning.apply import apply_tuning, load_for_tuning, save_tuned
+from align.models.tuning.stored import engine_source
 from align.rollouts.engine import open_engine
 from align.rollouts.protocol import RolloutEngine, Sampling
 from align.stage import StageContext
 from align.training.arguments import training_arguments
-from align.training.distill_trainer import AnswerCollator, PreparedDistill, held_out
+from align.training.distill_trainer import AnswerCollator, PreparedDistill, held_out, own_answers
 from align.training.divergence import Known, Measure
 from align.training.fit import fit
 from align.training.handover import check_encoded, check_ends, check_model, check_same_vocabulary
@@ -75,7 +76,10 @@ def train(context: StageContext) -> dict[str, Any]:
         trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False), tokenizer, context.output / "model"
     )
     facts = {"rows": len(train_rows.rows), "test_rows": len(test.rows), **lesson.facts()}
-    return {**metrics, **facts} | ({"own_steps": trainer.own_steps, "engine": engine.name} if engine else {})
+    if engine is not None:
+        drawn = (own_answers(trainer.args.seed, step, config.on_policy) for step in range(metrics["steps"]))
+        facts |= {"own_steps": sum(drawn), "engine": engine.name}
+    return {**metrics, **facts}
 
 
 def _check_teacher(context: StageContext, tokenizer: Any, teacher: Artifact) -> None:
@@ -152,7 +156,7 @@ class _Lesson:
 def _engine(context: StageContext) -> RolloutEngine:
     config: DistillConfig = context.config
     return open_engine(
-        context.artifact("model").model,
+        engine_source(context.artifact("model").model, config.tuning, context.checkpoints / "engine" / "model"),
         context.runtime,
         precision=config.precision,
         max_length=config.max_length + config.max_tokens,

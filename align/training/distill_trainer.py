@@ -52,7 +52,6 @@ class _Distilling(SFTTrainer):  # type: ignore[misc]
     sft_weight: float = 0.0
     on_policy: float = 0.0
     sampler: Sampler | None = None
-    own_steps: int = 0
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["input_ids", "labels", "row"]
@@ -66,17 +65,17 @@ class _Distilling(SFTTrainer):  # type: ignore[misc]
         if not batches or not own_answers(self.args.seed, step, self.on_policy):
             return batches, count
         assert self.sampler is not None
-        self.own_steps += 1
         prompts = [prompt_of(*row) for batch in batches for row in _rows_of(batch)]
         plain = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         answers = iter(self.sampler(plain, prompts, step))
         places = iter(prompts)
-        own = []
+        own: list[Any] = []
         for batch in batches:
             pairs = [(next(places), next(answers)) for _ in range(len(batch["row"]))]
-            own.append(self.data_collator([
+            made = self.data_collator([
                 {"input_ids": prompt + answer, "labels": [MASKED] * len(prompt) + answer} for prompt, answer in pairs
-            ]))  # fmt: skip
+            ])  # fmt: skip
+            own.append({name: value.to(device) for name, value in made.items()})
         return own, self._get_num_items_in_batch(own, device)
 
     def compute_loss(
@@ -92,6 +91,8 @@ class _Distilling(SFTTrainer):  # type: ignore[misc]
                 targets, head = shifted[shifted != MASKED], trunk_and_head(plain)[1]
                 total = total + self.sft_weight * summed_nll(targets, hidden, head, soft_cap(plain))
         loss = total / (len(hidden) if num_items_in_batch is None else num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # the count is of all processes, whose gradients are averaged
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def divergence(self, plain: Any, hidden: torch.Tensor, inputs: Any, known: Sequence[Known] | None = None) -> Any:
