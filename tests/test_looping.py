@@ -84,8 +84,10 @@ def test_every_round_in_a_list_and_every_round_so_far_in_the_block() -> None:
     raw = looped(3, after={"all": {"stage": SUM, "first": "start", "others": ["total-*", "start"]}})
     block = raw["stages"]["loop"]["stages"]
     block["sofar"] = {"stage": SUM, "first": "total", "others": ["drawn-*", "sofar-*"]}
+    raw["stages"]["alone"] = {"stage": SUM, "first": "start", "others": "drawn-*"}  # a list, where one is taken
     nodes = Pipeline(raw).nodes
     assert nodes["all"].inputs["others"] == ["total-1", "total-2", "total-3", "start"]
+    assert nodes["alone"].inputs["others"] == ["drawn-1", "drawn-2", "drawn-3"]
     assert nodes["sofar-1"].inputs["others"] == ["drawn-1"]
     assert nodes["sofar-3"].inputs["others"] == ["drawn-1", "drawn-2", "drawn-3", "sofar-1", "sofar-2"]
 

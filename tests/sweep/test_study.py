@@ -89,6 +89,26 @@ def test_a_grid_is_run_in_order_and_more_of_it_later(tmp_path: Path) -> None:
     assert given.opened(whole, tmp_path / "s").next() is None
 
 
+def test_a_failed_trial_of_part_of_a_grid_comes_again_and_not_the_rest_of_the_grid(tmp_path: Path) -> None:
+    space = {"stages.ppo.kind": ["a", "b"], "stages.ppo.height": [0.2, 0.4]}
+    study = given.opened(given.check(tmp_path, space=space, sampler="grid", trials=2), tmp_path / "s")
+    first = study.next()
+    assert first is not None
+    study.failed(first, error="no")
+    assert len(finish(study)) == 1 and study.retry() == 1
+    assert finish(study) == [first.draw]
+
+
+def test_a_trial_run_again_takes_no_new_ones_place(tmp_path: Path) -> None:
+    study = given.opened(given.check(tmp_path, space=SPACE, trials=2), tmp_path / "s")
+    first = study.next()
+    assert first is not None
+    study.failed(first, error="no")
+    assert study.retry() == 1
+    again = finish(study)
+    assert len(again) == 2 and again[0] == first.draw != again[1]
+
+
 def test_failed_trials_count_and_can_be_run_again(tmp_path: Path) -> None:
     sweep = given.check(tmp_path, space=SPACE, trials=2)
     study = given.opened(sweep, tmp_path / "s")
