@@ -122,7 +122,7 @@ def test_margins_and_smoothing_change_what_is_learnt(tiny_model: Path, tmp_path:
         gaps[name] = metrics["test_margin_after"]
     assert gaps["smooth"] < gaps["plain"] < gaps["margin"]
     # With a share e of wrong labels the best gap is log((1 - e) / e): there the loss has its least.
-    assert 0 < gaps["smooth"] < 1.5 * math.log(0.7 / 0.3)
+    assert 0 < gaps["smooth"] < 2 * math.log(0.7 / 0.3)
 
 
 def test_the_loss_of_pairs_by_hand() -> None:
