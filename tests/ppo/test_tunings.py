@@ -10,12 +10,11 @@ from align.ppo.checkpoint import last_checkpoint
 from tests.models.tuning.pretended import CASES, push, tuning_of
 from tests.ppo.test_checkpoint import FIELDS, KillAt, Killed, outcome
 
-OTHERS = ("ia3", "vera", "oft", "embeddings", "dora", "nf4", "ln_tuning")
+OTHERS = ("pissa_dora", "ia3", "vera", "oft", "embeddings", "dora", "ln_tuning")
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in OTHERS]
 
 
-@pytest.mark.parametrize(
-    "name", ["pissa_dora", "loftq", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
-)
+@pytest.mark.parametrize("name", ["loftq", *SLOW])
 def test_a_killed_run_resumes_bit_for_bit(make_trainer, tmp_path, name):
     tuning = tuning_of(CASES[name])
     whole = make_trainer(tuning=tuning, reward=True, output_dir=str(tmp_path / "whole"), **FIELDS)
