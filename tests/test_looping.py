@@ -223,6 +223,7 @@ def test_the_page_and_the_store_know_the_rounds(tmp_path: Path, capsys: pytest.C
     assert "0 folders" in capsys.readouterr().out
     remembered = Store.open(Path(store)).runs()["looped"]["pipeline"]
     # what the store remembers is a pipeline without loops, and the same one
+    assert list(remembered["stages"]) == ["start", "drawn-1", "total-1", "drawn-2", "total-2"]
     assert [node.key for node in Pipeline(remembered)] == [node.key for node in Pipeline(looped(2))]
 
 
