@@ -112,7 +112,7 @@ class KLToStart:
             base, base_head = self._start(trunk, head, given)
             total = summed_kl(base[:, :-1][mask], base_head, hidden[:, :-1][mask], head, soft_cap(self.model))
         mean = total / mask.sum().clamp(min=1)
-        trainer._metrics["train"]["kl_to_start"].append(float(mean.detach()))
+        trainer.add_metric("kl_to_start", float(mean.detach()))
         if num_items is None:
             return self.weight * mean
         scale = trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1

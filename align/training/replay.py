@@ -66,12 +66,11 @@ class Replay(TrainerCallback):
         self.step, self.micro = step, self.micro + 1 if step == self.step else 0
         every = self.rows_of(step)
         mine = [self.train.rows[row] for row in every[self.micro :: parts]]
-        device = inputs["input_ids"].device
         if not mine:
-            return torch.zeros((), device=device)
+            return torch.zeros((), device=next(self.trainer.model.parameters()).device)
         tokens = sum(_answer_tokens(self.train.rows[row]) for row in every)
         total = self._summed(mine)
-        trainer._metrics["train"]["replay_loss"].append(float(total.detach()) / sum(map(_answer_tokens, mine)))
+        trainer.add_metric("replay_loss", float(total.detach()) / sum(map(_answer_tokens, mine)))
         # Without num_items the Trainer takes the mean over micro-batches, of which this is to be a sum.
         return self.weight * total / tokens * (parts if num_items is None else 1)
 

@@ -90,6 +90,14 @@ class Prepared:
             loss = loss + term.loss(self, model, inputs, num_items_in_batch)
         return (loss, *rest) if return_outputs else loss
 
+    def add_metric(self, name: str, value: float) -> None:
+        """Add to what trl logs with the step, as a mean over its micro-batches; its trainers keep that in two ways."""
+        kept = getattr(self, "_metrics", None)
+        if kept is not None:
+            kept["train"][name].append(value)
+        else:
+            self.store_metrics({name: value}, train_eval="train")  # type: ignore[attr-defined]
+
     def _get_train_sampler(self, train_dataset: Any = None) -> GroupedOrder:
         processes = max(1, self.args.world_size)
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * processes

@@ -21,7 +21,7 @@ from align.stages.sft import SftConfig
 from align.training.replay import Replay, drawn
 from align.training.rows import Encoded
 from align.validation import validate
-from tests.training.harness import losses
+from tests.training.harness import events, losses
 from tests.training.test_resume import Killed, dying
 from tests.training.test_unfreezing import made
 
@@ -71,7 +71,7 @@ def test_the_term_is_the_steps_mean_whatever_the_micro_batches(tiny_model: Path,
         accelerator=SimpleNamespace(autocast=torch.no_grad),
         state=SimpleNamespace(global_step=0),
         current_gradient_accumulation_steps=2,
-        _metrics={"train": {"replay_loss": []}},
+        add_metric=lambda name, value: None,
     )
     replay = Replay(trainer, encoded, encoded, rows_per_step=3, weight=0.5, seed=4)
     inputs = {"input_ids": torch.zeros(1, 1)}
@@ -87,6 +87,16 @@ def test_the_term_is_the_steps_mean_whatever_the_micro_batches(tiny_model: Path,
     trainer.state.global_step = 1
     assert float(replay.loss(trainer, model, inputs, num_items)) != parts[0]
     assert replay.micro == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["kto", "orpo", "cpo"])
+def test_every_loss_of_trl_takes_it(kind: str, tiny_model: Path, tmp_path: Path) -> None:
+    made_by = replaying(kind, tmp_path, tiny_model, replay_fraction=0.3, max_steps=2, ema=0.5)
+    metrics = STAGES[kind].runner()(made_by)
+    assert metrics["replayed_rows"] == int(2 * 8 * 0.3 / 0.7)
+    assert metrics["test_replay_loss_after"] != metrics["test_replay_loss_before"]
+    assert [event["step"] for event in events(made_by, "metrics") if "replay_loss" in event] == [1, 2]
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])

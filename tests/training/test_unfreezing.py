@@ -30,7 +30,7 @@ TUNINGS = {"unfreeze": UNFREEZE, "lisa": LISA, "decay": DECAY}
 
 
 def made(kind: str, root: Path, model: Path, tuning: dict[str, Any], **fields: Any) -> StageContext:
-    source = "policy" if kind == "dpo" else "model"
+    source = "model" if kind in ("sft", "reward") else "policy"
     given = {"learning_rate": 3e-3, "epochs": 3, "batch_size": 8, "micro_batch_size": 4, "max_length": 128, **fields}
     config = STAGES[kind].config_class()(**{source: "model"}, data="data", tuning=tuning, **given)
     return context(root, config, model, data_artifact(root / "data", Kind.PREFERENCES), source)
@@ -138,13 +138,22 @@ def test_it_learns(name: str, tiny_model: Path, tmp_path: Path) -> None:
     assert torch.isfinite(model(torch.tensor([[5, 6, 7]])).logits).all()
 
 
-@pytest.mark.parametrize(("save_steps", "dies_at"), [(4, 10), (3, 8)], ids=["inside a period", "at a switch"])
-@pytest.mark.parametrize(("kind", "name"), [("sft", "lisa"), ("reward", "unfreeze"), ("dpo", "lisa"), ("sft", "decay")])
+@pytest.mark.parametrize(
+    ("kind", "name", "save_steps", "dies_at"),
+    [
+        ("sft", "lisa", 4, 10),  # inside a period
+        ("dpo", "lisa", 3, 8),  # at a switch
+        ("reward", "unfreeze", 7, 9),  # at a switch
+        ("sft", "unfreeze", 4, 10),
+        ("sft", "decay", 4, 10),
+    ],
+)
 def test_resumed_run_equals_the_uninterrupted_one(
     kind: str, name: str, save_steps: int, dies_at: int, tiny_model: Path, tmp_path: Path
 ) -> None:
     run = STAGES[kind].runner()
-    whole, parts = (made(kind, tmp_path / f, tiny_model, TUNINGS[name], save_steps=save_steps) for f in ("a", "b"))
+    fields = {"save_steps": save_steps, "max_steps": 12}
+    whole, parts = (made(kind, tmp_path / f, tiny_model, TUNINGS[name], **fields) for f in ("a", "b"))
     first = run(whole)
     with pytest.raises(Killed):
         run(dying(parts, dies_at))
