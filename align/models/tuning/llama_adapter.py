@@ -31,7 +31,9 @@ class Gated(Insertion):
         self.gate = nn.Parameter(torch.zeros(1))
         nn.init.normal_(self.prompt)
 
-    def forward(self, attention: Any, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    def forward(
+        self, attention: Any, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
         """(B, T, hidden): what is added to the output of ``attention``."""
         size = attention.head_dim
         queries = _rotated(_heads(attention.q_proj(hidden), size), rotation)  # (B, heads, T, D)
@@ -47,7 +49,8 @@ class Gated(Insertion):
 
 
 def _heads(flat: torch.Tensor, size: int) -> torch.Tensor:
-    return flat.unflatten(-1, (-1, size)).transpose(1, 2)
+    split: torch.Tensor = flat.unflatten(-1, (-1, size))
+    return split.transpose(1, 2)
 
 
 def _rotated(queries: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
