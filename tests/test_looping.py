@@ -12,7 +12,7 @@ import yaml
 from align.cli import main
 from align.errors import UserError
 from align.pipeline import Pipeline
-from align.planning import explain, plan
+from align.planning import choose_stages, explain, plan
 from align.runner import run_pipeline
 from align.store import Store
 from tests import toy
@@ -203,8 +203,10 @@ def test_plan_and_explain_speak_of_rounds(tmp_path: Path) -> None:
 def test_options_take_a_round_or_the_stage_itself(tmp_path: Path) -> None:
     pipeline, store = Pipeline(looped(2)), tmp_path / "store"
     run_pipeline(pipeline, store=store)
-    assert run_pipeline(pipeline, store=store, from_="drawn").ran == ["drawn-1", "total-1", "drawn-2", "total-2"]
-    assert run_pipeline(pipeline, store=store, rebuild=("drawn",)).ran == ["drawn-1", "drawn-2"]
+    opened = Store.open(store)
+    assert choose_stages(pipeline, opened, None, "total-2", ()) == {"total-2"}
+    assert choose_stages(pipeline, opened, None, "drawn", ()) == {"drawn-1", "total-1", "drawn-2", "total-2"}
+    assert choose_stages(pipeline, opened, None, None, ("drawn",)) == {"drawn-1", "drawn-2"}
     more = pipeline.set("stages.loop.rounds=3")
     assert run_pipeline(more, store=store, only="drawn").ran == ["drawn-3"]
     with pytest.raises(UserError, match="--from totl: there is no such stage. Did you mean 'total'?"):

@@ -83,6 +83,7 @@ def test_a_failed_trial_is_noted_and_the_others_run(tmp_path: Path, capsys: Said
     assert "2 failed trials run again" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_failed_already_is_not_run_again_for_another_trial(tmp_path: Path, capsys: Said) -> None:
     space = {"stages.ppo.crash": [True, False], "stages.evaluate.spoilt": [False, True]}
     raw = given.pipeline()
