@@ -88,7 +88,7 @@ def tokens_of(
         answer = row.get(name) or row.get("chosen") or []
         found.append(
             Tokens(
-                place, name, ids, labels, [*row["prompt"], *answer], name == "completion" or is_finished(row, name),
+                place, name, ids, labels, [*row["prompt"], *answer], stage == "sft" or is_finished(row, name),
                 dialect, row.get("tools"), hidden if len(parts) == 1 else None,
             )
         )  # fmt: skip

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from align.artifacts import Artifact, Kind
+from align.data.rows import write_rows
 from align.errors import UserError
 from align.models.loading import load_policy, load_tokenizer
 from align.models.tiny import make_tiny
@@ -212,6 +213,13 @@ def test_kto_says_which_weights_suit_the_labels(tiny_model: Path, tmp_path: Path
     # The lint looked at answers, not at pairs.
     looked_at = json.loads((plain.output / "findings.json").read_text())["looked_at"]
     assert looked_at == {"train": {"rows": 48, "of": 48}, "test": {"rows": 24, "of": 24}}
+
+
+def test_kto_takes_answers_that_were_cut_off(tiny_model: Path, tmp_path: Path) -> None:
+    """Such an answer has no end of turn, which is no fault of the tokenizer's."""
+    plain = made(tmp_path, tiny_model, "kto", max_steps=1)
+    write_rows(plain.inputs["data"].split("train"), [{**row, "rejected_finished": False} for row in rows(24)])
+    assert STAGES["kto"].runner()(plain)["answers"] == 48
 
 
 GIVEN = {"policy": "p", "data": "d", "learning_rate": 1e-5}
