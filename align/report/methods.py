@@ -60,8 +60,9 @@ def fitting(record: Mapping[str, Any]) -> str:
     """How a stage fitted its weights, in a few words: ``dpo, ipo, lora r16 DoRA``."""
     config = record.get("config") or {}
     text = _label(config.get("tuning") or {})
-    loss = config.get("loss")
-    return ", ".join([str(record.get("kind", "")), *([str(loss)] if isinstance(loss, str) else []), text])
+    losses = config.get("losses") or {}
+    loss = " + ".join(map(str, losses)) if losses else config.get("loss")
+    return ", ".join([str(record.get("kind", "")), *([loss] if isinstance(loss, str) else []), text])
 
 
 def _label(tuning: Mapping[str, Any]) -> str:

@@ -91,6 +91,7 @@ def test_a_row_says_how_it_was_fitted_and_what_that_cost(tmp_path):
         ({"kind": "sft", "config": {"tuning": TUNING["lora"]}}, "sft, lora r16 DoRA pissa"),
         ({"kind": "sft", "config": {"tuning": TUNING["prefix"]}}, "sft, prefix 20"),
         ({"kind": "dpo", "config": {"loss": "ipo", "tuning": {"method": "full"}}}, "dpo, ipo, full"),
+        ({"kind": "dpo", "config": {"loss": "sigmoid", "losses": {"ipo": 1.0, "sft": 0.2}}}, "dpo, ipo + sft, full"),
         ({"kind": "sft", "config": {"tuning": {"method": "peft", "type": "vera"}}}, "sft, vera"),
         ({"kind": "sft"}, "sft, full"),
         ({"kind": "sft", "config": {"tuning": {"method": "of the future", "rank": 3}}}, "sft, of the future"),
