@@ -76,7 +76,7 @@ def test_it_learns_labels_as_log_odds(tuning: dict[str, Any], tiny_model: Path, 
 def test_it_learns_which_steps_are_right(tuning: dict[str, Any], tiny_model: Path, tmp_path: Path) -> None:
     data = artifact(tmp_path / "data", Kind.UNPAIRED, stepwise(48), stepwise(18, start=48))
     stage = made(
-        tmp_path, tiny_model, data, objective="process", epochs=4, tuning=tuning,
+        tmp_path, tiny_model, data, objective="process", epochs=6, tuning=tuning,
         steps={"separator": SEPARATOR, "aggregate": "product"}, head_learning_rate=3e-3,
     )  # fmt: skip
     metrics = run(stage)
