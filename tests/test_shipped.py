@@ -189,14 +189,59 @@ def test_every_misspelt_key_is_refused_and_the_right_one_suggested(tmp_path: Pat
     assert suggested / tried >= 0.95, "\n".join(missed)
 
 
+def yaml_blocks(path: str) -> list[str]:
+    return re.findall(r"```yaml\n(.*?)```", Path(path).read_text(encoding="utf-8"), re.DOTALL)
+
+
 def test_what_the_readme_shows_is_accepted() -> None:
     import yaml
 
     from align.stages.evaluate import EvaluateConfig
     from align.stages.ppo import PpoConfig
+    from align.stages.sft import SftConfig
 
-    blocks = re.findall(r"```yaml\n(.*?)```", Path("README.md").read_text(encoding="utf-8"), re.DOTALL)
-    whole, ppo, evaluate = (yaml.safe_load(block) for block in blocks)
+    whole, sft, ppo, evaluate = (yaml.safe_load(block) for block in yaml_blocks("README.md"))
     assert "ppo" in Pipeline(whole, "README.md").nodes
+    SftConfig(**sft["sft"])
     PpoConfig(**ppo["ppo"])
     EvaluateConfig(**evaluate["evaluate"])
+
+
+def test_what_the_guide_to_methods_shows_is_accepted() -> None:
+    """Whole pipelines, sweeps, stages, tunings a line each, and fields of any stage that trains."""
+    from align.stage import STAGES
+    from align.stages.sft import SftConfig
+    from align.sweep.config import SweepConfig
+    from align.yaml_file import parse_yaml
+
+    plain = {"model": "model", "data": "data", "learning_rate": 1e-4}
+    seen = set()
+    for block in yaml_blocks("docs/methods.md"):
+        lines = block.splitlines()
+        if all(line.startswith(("tuning:", "anchor:", "replay", "ema:")) for line in lines):
+            for line in lines:
+                SftConfig(**plain, **parse_yaml(line, "docs/methods.md"))
+                seen.add(line.split(":")[0])
+            continue
+        shown = parse_yaml(block, "docs/methods.md")
+        if "stages" in shown:
+            assert "dpo-3" in Pipeline({"name": "rounds", **shown}, "docs/methods.md").nodes
+        elif "space" in shown:
+            SweepConfig.model_validate(shown)
+        else:
+            for name, config in shown.items():
+                STAGES[name].config_class().model_validate(config)
+        seen |= set(shown)
+    assert seen >= {
+        "tuning",
+        "replay",
+        "ema",
+        "anchor",
+        "stages",
+        "space",
+        "sft",
+        "pretrain",
+        "reward",
+        "dpo",
+        "distill",
+    }
