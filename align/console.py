@@ -199,10 +199,10 @@ HEADLINES: dict[str, dict[str, str]] = {
     "sft": {"test_loss_before": "held-out loss", "test_loss_after": "→"},
     "sample": {"train_pairs": "pairs", "train_mean_score": "mean score", "engine": "engine"},
     "reward": {"test_accuracy_after": "held-out accuracy", "test_accuracy_true_after": "on true labels"},
-    **dict.fromkeys(
-        ("dpo", "kto", "orpo", "cpo", "simpo"),
-        {"test_accuracy_after": "held-out accuracy", "test_margin_after": "margin"},
-    ),
+    **{
+        kind: {"test_accuracy_after": "held-out accuracy", "test_margin_after": "margin"}
+        for kind in ("dpo", "kto", "orpo", "cpo", "simpo")
+    },
     "ppo": {"score_first": "score", "score_last": "→", "kl_last": "KL", "engine": "engine"},
     "grpo": {"score_first": "score", "score_last": "→", "kl_last": "KL", "engine": "engine"},
     "rloo": {"score_first": "score", "score_last": "→", "kl_last": "KL", "engine": "engine"},

@@ -114,7 +114,8 @@ class KLToStart:
         mean = total / mask.sum().clamp(min=1)
         trainer.add_metric("kl_to_start", float(mean.detach()))
         if num_items is None:
-            return self.weight * mean
+            alone: torch.Tensor = self.weight * mean
+            return alone
         scale = trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1
         term: torch.Tensor = self.weight * scale * total / torch.as_tensor(num_items).clamp(min=1).to(total.device)
         return term

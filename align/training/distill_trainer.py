@@ -54,7 +54,7 @@ class _Distilling(SFTTrainer):  # type: ignore[misc]
     sampler: Sampler | None = None
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["input_ids", "labels", "row"]
+        self._signature_columns = ["input_ids", "labels", "row"]  # type: ignore[assignment]
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -110,7 +110,7 @@ class _Distilling(SFTTrainer):  # type: ignore[misc]
         return summed_divergence(self.measure, hidden, trunk_and_head(plain)[1], said, soft_cap(plain))
 
 
-class PreparedDistill(Prepared, _Distilling):
+class PreparedDistill(Prepared, _Distilling):  # type: ignore[misc]
     """Rows: ``input_ids``, ``labels`` and ``row``, their number in the training split."""
 
 

@@ -130,7 +130,7 @@ class Regression(Objective):
     """Scores of single answers."""
 
     lint = "kto"
-    kinds = (Kind.PREFERENCES, Kind.INSTRUCTIONS, Kind.UNPAIRED)
+    kinds: ClassVar[tuple[Kind, ...]] = (Kind.PREFERENCES, Kind.INSTRUCTIONS, Kind.UNPAIRED)
     scale = Scale()
 
     def rows(self, rows: list[Row], split: str) -> list[Row]:

@@ -31,7 +31,7 @@ class _SmoothedPairs(RewardTrainer):  # type: ignore[misc]
         return (loss, outputs) if return_outputs else loss
 
 
-class PairReward(PreparedReward, _SmoothedPairs):
+class PairReward(PreparedReward, _SmoothedPairs):  # type: ignore[misc]
     """Rows: ``chosen_ids``, ``rejected_ids`` and perhaps ``margin``. Loss: Bradley-Terry, the chosen side ``margin``
     ahead (arXiv 2307.09288, eq. 2), a share ``label_smoothing`` of the labels taken to be wrong (2403.00409).
     """
@@ -50,11 +50,11 @@ class _Numbers(RewardTrainer):  # type: ignore[misc]
         return (loss, outputs) if return_outputs else loss
 
 
-class NumberReward(PreparedReward, _Numbers):
+class NumberReward(PreparedReward, _Numbers):  # type: ignore[misc]
     """Rows: ``input_ids``, ``places`` (tokens where a score is read) and ``targets`` (what it should be)."""
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["input_ids", "places", "targets"]
+        self._signature_columns = ["input_ids", "places", "targets"]  # type: ignore[assignment]
 
 
 def number_loss(scores: torch.Tensor, targets: torch.Tensor, loss: ScoreLoss, smoothing: float) -> torch.Tensor:

@@ -52,7 +52,8 @@ def answer_states(called: Any, plain: Any, inputs: Any) -> torch.Tensor:
             input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False, logits_to_keep=1
         )
     width = inputs["input_ids"].shape[1]
-    return seen[-1][:, -width:][:, :-1][inputs["labels"][:, 1:] != MASKED]
+    states: torch.Tensor = seen[-1][:, -width:][:, :-1][inputs["labels"][:, 1:] != MASKED]
+    return states
 
 
 @dataclass(frozen=True)
