@@ -1,0 +1,52 @@
+"""Which learning rate for which tuning: short SFT runs of pipelines/methods.yaml at several rates, by held-out loss.
+
+    python examples/rates.py sft lora_r4 --rates 2e-4 5e-4 1e-3 --set stages.sft.max_rows=160
+
+Every run is a stage in the store, so a second call tries only what is new. Held-out loss is that of the data's test
+split, which thereby chooses: look at other prompts when methods are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from align import Pipeline
+from align.errors import StageFailed, UserError
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("stages", nargs="+", help="SFT stages of the pipeline")
+    parser.add_argument("--pipeline", default="pipelines/methods.yaml")
+    parser.add_argument(
+        "--rates", nargs="+", type=float, help="by default a third, once and three times the file's own"
+    )
+    parser.add_argument("--set", action="append", default=[], help="a change of the pipeline, for every run")
+    parser.add_argument("--rows", type=int, default=160, help="training rows of a run")
+    parser.add_argument("--store", default=None)
+    given = parser.parse_args()
+    pipeline = Pipeline.load(given.pipeline).set(*given.set)
+    for stage in given.stages:
+        own = float(pipeline.nodes[stage].config.learning_rate)  # type: ignore[attr-defined]
+        found = {}
+        for rate in given.rates or (own / 3, own, own * 3):
+            found[rate] = loss_at(pipeline, stage, rate, given.rows, given.store)
+        best = min(found, key=lambda rate: found[rate])
+        shown = "  ".join(f"{rate:.2g}: {loss:.3f}{' *' if rate == best else ''}" for rate, loss in found.items())
+        print(f"{stage:14} {shown}", flush=True)
+
+
+def loss_at(pipeline: Pipeline, stage: str, rate: float, rows: int, store: str | None) -> float:
+    """Held-out loss after training ``stage`` at ``rate``; infinity where it blew up."""
+    changed = pipeline.set(f"stages.{stage}.learning_rate", rate).set(f"stages.{stage}.max_rows", rows)
+    for node in changed.nodes[stage].input_names:
+        changed.run(only=node, store=store)
+    try:
+        return float(changed.run(only=stage, store=store).metrics(stage)["test_loss_after"])
+    except (StageFailed, UserError) as error:
+        print(f"{stage} at {rate:g}: {error}")
+        return float("inf")
+
+
+if __name__ == "__main__":
+    main()
