@@ -37,6 +37,7 @@ from align.validation import suggest
 __all__ = ["BadRecord", "Item", "Record", "choose_format", "find_files", "identity", "read", "source_folder"]
 
 RECORD = "record.json"
+DATASET_CARD = "README.md"
 
 
 def read(source: Source, base: Path, inputs: Sequence[Path] = (), seed: int = 0) -> Iterator[Item]:
@@ -168,6 +169,7 @@ def _hub_files(source: HubSource, place: str) -> Iterator[tuple[Path, str]]:
         names = [pattern]
         if any(sign in pattern for sign in "*?["):
             every = huggingface_hub.list_repo_files(source.dataset, repo_type="dataset", revision=source.revision)
+            every = [name for name in every if name != DATASET_CARD]  # about the data, and no document of it
             names = sorted(name for name in every if fnmatch.fnmatchcase(name, pattern))
             if not names:
                 readable = [name for name in every if known(Path(name))]

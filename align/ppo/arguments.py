@@ -121,6 +121,11 @@ class RolloutArguments(TrainingArguments):
         return self.local_batch // self.samples_per_prompt * self.kept_per_prompt
 
     def _check(self) -> None:
+        if self.local_batch % self.samples_per_prompt:
+            raise ValueError(
+                f"rollout_batch {self.rollout_batch} over {self.world_size} processes is not a multiple of "
+                f"samples_per_prompt {self.samples_per_prompt}."
+            )
         together = self.num_mini_batches * self.per_device_train_batch_size * self.world_size
         learnt = self.rollout_batch // self.samples_per_prompt * self.kept_per_prompt
         if learnt % together:
@@ -129,11 +134,6 @@ class RolloutArguments(TrainingArguments):
                 f"rollout_batch {self.rollout_batch}{kept} is not a multiple of num_mini_batches "
                 f"{self.num_mini_batches} x per_device_train_batch_size {self.per_device_train_batch_size} x "
                 f"{self.world_size} processes."
-            )
-        if self.local_batch % self.samples_per_prompt:
-            raise ValueError(
-                f"rollout_batch {self.rollout_batch} over {self.world_size} processes is not a multiple of "
-                f"samples_per_prompt {self.samples_per_prompt}."
             )
         for name in ("updates", "max_tokens", "num_epochs", "num_mini_batches", "save_updates", "probe_updates"):
             if getattr(self, name) < 1:

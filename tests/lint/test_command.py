@@ -51,8 +51,8 @@ def test_the_kind_is_found_or_given(tiny_model: Path, tmp_path: Path) -> None:
     assert set(named(lint_dataset(folder, str(tiny_model), "reward", max_length=400))) == {"over-max-length"}
     assert not lint_dataset(folder, str(tiny_model), "sft", max_length=400)
     assert not lint_dataset(folder, str(tiny_model), "ppo", max_length=400)
-    with pytest.raises(UserError, match="unknown kind 'grpo'; known are instructions"):
-        lint_dataset(folder, str(tiny_model), "grpo")
+    with pytest.raises(UserError, match="unknown kind 'grop'; known are instructions"):
+        lint_dataset(folder, str(tiny_model), "grop")
 
 
 def test_only_a_sample_of_many_rows(tiny_model: Path, tmp_path: Path) -> None:

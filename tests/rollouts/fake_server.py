@@ -128,10 +128,14 @@ class FakeServer:
                     fake.under_way += path == "/v1/completions"
                     fake.most_under_way = max(fake.most_under_way, fake.under_way)
                 try:
-                    self._send(fake.answers[path](body) if path in fake.answers else (404, {"detail": "Not Found"}))
+                    self._send(self._made(path, body))
                 except ConnectionError:
                     self.close_connection = True
-                finally:
+
+            def _made(self, path: str, body: Any) -> Any:
+                try:
+                    return fake.answers[path](body) if path in fake.answers else (404, {"detail": "Not Found"})
+                finally:  # before it is sent: whoever gets it may ask again at once
                     with fake.lock:
                         fake.under_way -= path == "/v1/completions"
 

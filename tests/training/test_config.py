@@ -45,8 +45,8 @@ def test_mistakes_are_named(kind: type, extra: dict[str, object], message: str) 
     ("extra", "message"),
     [
         ({"trainer": {"beta": 0.2}}, "set 'beta' beside"),
-        ({"trainer": {"loss_type": ["ipo"]}}, "set 'loss' beside"),
-        ({"trainer": {"loss_weights": [1.0]}}, "set 'sft_weight' beside"),
+        ({"trainer": {"loss_type": ["ipo"]}}, "set 'loss' or 'losses' beside"),
+        ({"trainer": {"loss_weights": [1.0]}}, "set 'losses' beside"),
         ({"trainer": {"precompute_ref_log_probs": False}}, "scored once"),
         ({"bta": 0.2}, "Did you mean 'beta'"),
     ],
