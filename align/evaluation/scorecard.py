@@ -149,7 +149,7 @@ def contrasts(systems: Sequence[SystemInfo], reference: str) -> list[tuple[str, 
             pairs.append((one.name, base))
         if one.role == "checkpoint" and one.name != reference:
             pairs += [(one.name, other.name) for other in systems if other.role in ("prompted", "best_of")]
-    return pairs
+    return list(dict.fromkeys(pairs))  # the base may be the reference
 
 
 # -----------------------------------------------------------------------------------------------------------------

@@ -53,6 +53,13 @@ def test_contrasts_are_against_reference_and_base():
     assert card["primary"] == "gold"
 
 
+def test_a_base_that_is_the_reference_is_compared_with_once():
+    found = measurements(model=[0.1, 0.2], sft=[0.3, 0.5])
+    found.reference = "model"
+    rows = [(row["policy"], row["against"], row["metric"]) for row in build(found, RESAMPLING, {})["differences"]]
+    assert ("sft", "model", "gold") in rows and len(set(rows)) == len(rows)
+
+
 def test_samples_are_averaged_per_item():
     assert per_item([[1.0, 0.0], [1.0, 1.0]]) == [0.5, 1.0]
     found = example()
