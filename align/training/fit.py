@@ -15,6 +15,7 @@ from align.training.extras import extra_callbacks, has_scores, scored_with
 from align.training.progress import ReportProgress
 from align.training.stopping import best_so_far
 from align.training.tracking import follow
+from align.training.unfreezing import OpenLayers
 
 
 def fit(
@@ -36,7 +37,8 @@ def _fit(
     trainer: Any, context: StageContext, held_out: Callable[[], dict[str, float]], before: bool, checkpoint: Path | None
 ) -> dict[str, Any]:
     extras = extra_callbacks(context, trainer)
-    context.note(notice(trainer.model, context.config.tuning, context.config.precision))
+    at_once = next((extra.most for extra in extras if isinstance(extra, OpenLayers)), None)
+    context.note(notice(trainer.model, context.config.tuning, context.config.precision, at_once=at_once))
     first = scored_with(extras, held_out if before else dict)
     at_first = _scored_before(context, first) if before or has_scores(extras) else {}
     for callback in extras:

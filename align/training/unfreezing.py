@@ -118,11 +118,7 @@ def schedule_layers(context: StageContext, trainer: Any, tuning: FullTuning) -> 
         trainer.args.ddp_find_unused_parameters = True
     schedule = open_at(tuning, trainer.model, steps_per_epoch(trainer), context.seed)
     shown = context if trainer.is_world_process_zero() else None
-    made = OpenLayers(trainer.model, schedule, range(trainer.args.max_steps), shown)
-    if shown is not None:
-        everything = sum(p.numel() for p in trainer.model.parameters())
-        shown.note(f"{tuning.label}: at most {made.most:,} of {everything:,} parameters are open in one step")
-    return made
+    return OpenLayers(trainer.model, schedule, range(trainer.args.max_steps), shown)
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -39,11 +39,18 @@ def _scales(state: Any) -> int:
 
 
 def notice(
-    model: Any, tuning: TuningBase, precision: Precision, *, low_residual: bool = False, whole: Any = None
+    model: Any,
+    tuning: TuningBase,
+    precision: Precision,
+    *,
+    low_residual: bool = False,
+    whole: Any = None,
+    at_once: int | None = None,
 ) -> str:
     """One line: trained parameters, their share of all, and estimated memory.
 
-    ``whole`` is what stands in memory where that is more than ``model``: its critic and reference. Activations stand
+    ``whole`` is what stands in memory where that is more than ``model``: its critic and reference; ``at_once`` how many
+    parameters a schedule opens in one step at most, where not all that are trained are open together. Activations stand
     apart, per token, where there is a rule for them; ``low_residual`` is how the model computes
     (``align.models.memory.activations_per_token``).
     """
@@ -51,16 +58,18 @@ def notice(
 
     trained, everything = parameter_counts(model)
     whole = model if whole is None else whole
-    needed = weight_bytes(whole) + GRADIENT_AND_ADAMW * parameter_counts(whole)[0]
+    opened = parameter_counts(whole)[0] if at_once is None else at_once
+    needed = weight_bytes(whole) + GRADIENT_AND_ADAMW * opened
     if precision == "bfloat16":  # autocast's copies of the matrices, kept for the backward pass
         plain = (module.weight for module in whole.modules() if isinstance(module, torch.nn.Linear))
         needed += 2 * sum(weight.numel() for weight in plain if weight.is_floating_point())
     unit, label = (2**30, "GiB") if needed >= 2**29 else (2**20, "MiB")
     activations = _activations(model, tuning, precision, low_residual)
-    return (
-        f"{tuning.label}: {trained:,} of {everything:,} parameters are trained ({_percent(trained / everything)}); "
-        f"about {needed / unit:.2f} {label} for weights, gradients and AdamW, {activations}"
-    )
+    words = f"{trained:,} of {everything:,} parameters are trained ({_percent(trained / everything)})"
+    if at_once is not None:
+        share = _percent(at_once / everything)
+        words = f"at most {at_once:,} of {everything:,} parameters are trained in one step ({share})"
+    return f"{tuning.label}: {words}; about {needed / unit:.2f} {label} for weights, gradients and AdamW, {activations}"
 
 
 def _activations(model: Any, tuning: TuningBase, precision: Precision, low_residual: bool) -> str:
