@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from align.artifacts import GENERATORS, Artifact, Kind
-from align.handover.facts import Facts, facts_of, read_facts, template_text, token_ids, write_facts
+from align.handover.facts import facts_of, read_facts, template_text, token_ids, write_facts
 from align.handover.faults import Fault, refuse
 from align.handover.floor import below_floor
 from align.handover.folder import ADAPTER, look
@@ -91,8 +91,3 @@ def _note_base(context: StageContext) -> None:
     sources = [artifact for _, artifact in checkpoints(context) if artifact.kind in GENERATORS]
     if folder.is_dir() and sources:
         note_base(folder, sources[0].model)
-
-
-def facts_in(folder: Path) -> Facts | None:
-    """As :func:`align.handover.facts.read_facts`."""
-    return read_facts(folder)
