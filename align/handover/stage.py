@@ -6,7 +6,6 @@ their record was written, which the runner finds first (``Store.problems``).
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from align.artifacts import GENERATORS, Artifact, Kind
