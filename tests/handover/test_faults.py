@@ -17,7 +17,8 @@ from align.errors import UserError
 from align.handover.facts import read_facts
 from align.handover.faults import REMEDIES
 from align.handover.stage import check_inputs, check_made
-from align.stage import Config, Runtime, StageContext
+from align.runtime import Runtime
+from align.stage import Config, StageContext
 
 WEIGHTS = "model.safetensors"
 

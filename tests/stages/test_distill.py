@@ -16,7 +16,8 @@ from align.distillation import run as work
 from align.errors import UserError
 from align.models.loading import load_policy, load_tokenizer
 from align.models.tiny import make_tiny
-from align.stage import Runtime, StageContext
+from align.runtime import Runtime
+from align.stage import StageContext
 from align.stages.distill import DistillConfig, run
 from align.training.distill_trainer import AnswerCollator, own_answers, prompt_of
 from align.training.divergence import Known, Live, Measure, summed_divergence, with_rest

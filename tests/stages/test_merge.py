@@ -15,7 +15,8 @@ from align.artifacts import Artifact, Kind
 from align.errors import UserError
 from align.models.loading import load_policy, load_reward, load_tokenizer
 from align.pipeline import Pipeline
-from align.stage import Runtime, StageContext
+from align.runtime import Runtime
+from align.stage import StageContext
 from align.stages.merge import MergeConfig, run
 
 

@@ -22,7 +22,8 @@ from align.ppo.checkpoint import DRAFT
 from align.ppo.config import PPOConfig
 from align.ppo.scoring import RewardScorer
 from align.ppo.stage_run import PASSED_ON, ReportUpdates
-from align.stage import Runtime, StageContext
+from align.runtime import Runtime
+from align.stage import StageContext
 from align.stages.ppo import PpoConfig, run
 
 BASE = {"policy": "sft", "prompts": "data", "learning_rate": 1e-3}

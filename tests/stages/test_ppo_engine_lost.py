@@ -25,7 +25,8 @@ from align.planning import plan
 from align.ppo.stage_run import _saying_what_is_kept
 from align.rollouts.server_client import EngineLost
 from align.runner import Listener, run_pipeline
-from align.stage import Runtime, StageContext
+from align.runtime import Runtime
+from align.stage import StageContext
 from align.stages.ppo import run as run_ppo
 from align.store import Store
 from tests.rollouts.model_server import ModelServer
