@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,8 @@ from safetensors.torch import load_file
 
 from align.artifacts import Kind
 from align.stage import STAGES, StageContext
+from align.training.checkpoints import MARKER, mark_complete
+from align.training.clock import FILE
 from tests.training.harness import context, data_artifact, losses
 
 LORA = {"method": "lora", "rank": 4}
@@ -88,6 +92,26 @@ def test_stage_killed_after_its_last_step_only_finishes(tiny_model: Path, tmp_pa
     assert again["resumed_from_step"] == 15
     assert again["test_loss_after"] == first["test_loss_after"]
     assert again["tokens"] == first["tokens"]
+    last = whole.checkpoints / "checkpoint-15"
+    assert FILE in json.loads((last / MARKER).read_text())
+    assert first["training_seconds"] >= float((last / FILE).read_text()) > 0
+    assert again["training_seconds"] >= float((last / FILE).read_text())  # of training that this attempt found done
+    for each in (first, again):
+        assert each["tokens_per_second"] == pytest.approx(each["tokens"] / each["training_seconds"])
+
+
+def test_a_checkpoint_that_does_not_say_how_long_it_took_is_left_out_of_the_speed(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    whole = made("sft", tmp_path / "run", tiny_model, FULL, 10)
+    first = STAGES["sft"].runner()(whole)
+    shutil.rmtree(whole.checkpoints / "checkpoint-15")
+    (whole.checkpoints / "checkpoint-10" / FILE).unlink()
+    mark_complete(whole.checkpoints / "checkpoint-10")
+    again = STAGES["sft"].runner()(whole)
+    rest = again["tokens_per_second"] * again["training_seconds"]
+    state = json.loads((whole.checkpoints / "checkpoint-10" / "trainer_state.json").read_text())
+    assert rest == pytest.approx(first["tokens"] - state["num_input_tokens_seen"])
 
 
 SCRIPT = """
