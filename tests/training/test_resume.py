@@ -63,8 +63,18 @@ def made(kind: str, root: Path, model: Path, tuning: dict[str, Any], save_steps:
     return context(root, config, model, data_artifact(root / "data", Kind.PREFERENCES), source)
 
 
-@pytest.mark.parametrize("tuning", [FULL, LORA], ids=["full", "lora"])
-@pytest.mark.parametrize(("save_steps", "dies_at"), [(4, 10), (5, 12)], ids=["mid-epoch", "epoch-end"])
+MID_EPOCH, EPOCH_END = (4, 10), (5, 12)
+
+
+@pytest.mark.parametrize(
+    ("save_steps", "dies_at", "tuning"),
+    [
+        pytest.param(*MID_EPOCH, LORA, id="mid-epoch-lora"),
+        pytest.param(*EPOCH_END, FULL, id="epoch-end-full"),
+        pytest.param(*MID_EPOCH, FULL, id="mid-epoch-full", marks=pytest.mark.slow),
+        pytest.param(*EPOCH_END, LORA, id="epoch-end-lora", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("kind", ["sft", "reward", "dpo"])
 def test_resumed_run_equals_the_uninterrupted_one(
     kind: str, save_steps: int, dies_at: int, tuning: dict[str, Any], tiny_model: Path, tmp_path: Path
