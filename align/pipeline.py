@@ -20,7 +20,8 @@ from align.errors import UserError
 from align.fingerprint import digest
 from align.looping import expand
 from align.overrides import assign, parse_assignment
-from align.stage import Config, Runtime, Stage, input_fields
+from align.runtime import Runtime
+from align.stage import Config, Stage, input_fields
 from align.stage_kinds import NAME_PATTERN, stage_of
 from align.validation import suggest, validate
 from align.yaml_file import load_yaml

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,17 +13,15 @@ from typing import Any
 
 from align import __version__
 from align.artifacts import Artifact
-from align.errors import NO_SPACE, StageFailed, UserError, disk_is_full, no_space
+from align.attempt import run_attempt, seconds_of_attempts
+from align.errors import NO_SPACE, StageFailed, UserError, no_space
 from align.fingerprint import digest
 from align.pipeline import Node, Pipeline
 from align.planning import check_sources, choose_stages
 from align.provenance import command_line, git_commit, source_digest
-from align.stage_process import CHECKPOINTS, ENVIRONMENT, EVENTS, LOG, OUTPUT, RESULT, WORK
+from align.stage_process import CHECKPOINTS, EVENTS, LOG, OUTPUT, RESULT, WORK
 from align.store import Store
 from align.trackers import require_trackers
-
-POLL_SECONDS = 0.1
-GRACE_SECONDS = 10.0
 
 
 class Listener:
@@ -173,7 +166,7 @@ def _make(
         if result is None:
             _prepare(pipeline, node, partial, inputs, store.cache)
             listener.stage_started(node, partial, any((partial / CHECKPOINTS).glob("*")))
-            result = _run_process(node, partial, listener)
+            result = _attempt(node, partial, listener)
         artifact = _publish(pipeline, node, store, partial, inputs, result)
     listener.stage_done(node, artifact)
     return True, artifact
@@ -215,85 +208,28 @@ def _prepare(pipeline: Pipeline, node: Node, partial: Path, inputs: dict[str, Ar
     (partial / WORK).write_text(json.dumps(work, indent=1), encoding="utf-8")
 
 
-def _run_process(node: Node, partial: Path, listener: Listener) -> dict[str, Any]:
-    """Start the stage's process, follow its events, and return its result."""
-    log = partial / LOG
-    environment = {**ENVIRONMENT, **os.environ}
-    events = _Tail(partial / EVENTS)
-    with log.open("ab") as output:
-        output.write(f"--- {datetime.now(UTC).isoformat(timespec='seconds')} {node.name}\n".encode())
-        output.flush()
-        command = [sys.executable, "-m", "align.stage_process", str(partial.resolve())]
-        # A session of its own: Ctrl-C reaches the runner only, which then ends the stage in order.
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
-            start_new_session=True,
-        )  # fmt: skip
-        try:
-            with _terminate_as_interrupt():
-                while process.poll() is None:
-                    for event in events.read():
-                        listener.stage_event(node, event)
-                    time.sleep(POLL_SECONDS)
-                for event in events.read():
-                    listener.stage_event(node, event)
-        except BaseException:
-            _stop(process)
-            raise
-    try:
-        result: dict[str, Any] = json.loads((partial / RESULT).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        full = disk_is_full(partial)  # so full that not even the result could be written
-        result = {"status": "failed", "message": no_space(partial) if full else _describe_exit(process.returncode)}
+def _attempt(node: Node, partial: Path, listener: Listener) -> dict[str, Any]:
+    """Run the stage's process; its result if it is done, else an error that says why not."""
+    result = run_attempt(node.name, partial, lambda event: listener.stage_event(node, event))
     if result["status"] == "done":
         return result
+    log = partial / LOG
     listener.stage_failed(node, result["message"], log)
     if result["status"] == "refused":
         raise UserError(f"stage '{node.name}': {result['message']}")
     raise StageFailed(f"stage '{node.name}' failed: {result['message']}\nLog: {log}")
 
 
-def _describe_exit(code: int) -> str:
-    if code == -signal.SIGKILL:
-        return "its process was killed (SIGKILL; often the system running out of memory). Run again to resume it."
-    if code < 0:
-        return f"its process was ended by {signal.Signals(-code).name}. Run again to resume it."
-    return f"its process ended with exit code {code} and left no result."
-
-
-@contextlib.contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """Treat SIGTERM to the runner like Ctrl-C, so that the stage's process is ended with it."""
-
-    def interrupt(signum: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    try:
-        previous = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:  # not the main thread: Python allows no handler there
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the stage's whole process group: politely, then not."""
-    for number, patience in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, GRACE_SECONDS)):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(patience)
-            return
-
-
 def _publish(
     pipeline: Pipeline, node: Node, store: Store, partial: Path, inputs: dict[str, Artifact], result: dict[str, Any]
 ) -> Artifact:
-    """Give the output folder its log, events and record, move it to its final name, and drop the partial."""
+    """Give the output folder its log, events and record, move it to its final name, and drop the partial.
+
+    The record's ``seconds`` are the sum of its ``attempts`` (``attempt.seconds_of_attempts``), a stage that was never
+    killed having one; ``peak_memory_bytes`` is the last one's.
+    """
     output = partial / OUTPUT
+    attempts = [*seconds_of_attempts(partial)[:-1], result["seconds"]]
     for name in (LOG, EVENTS):
         if (partial / name).exists():
             shutil.copyfile(partial / name, output / name)
@@ -320,7 +256,8 @@ def _publish(
         "identities": node.identities,
         "metrics": result["metrics"],
         "tokens": result["metrics"].get("tokens"),
-        "seconds": round(result["seconds"], 2),
+        "seconds": round(sum(attempts), 2),
+        "attempts": [round(seconds, 2) for seconds in attempts],
         "peak_memory_bytes": result["peak_memory_bytes"],
         "created": datetime.now(UTC).isoformat(),
         "align": __version__,
@@ -333,31 +270,6 @@ def _publish(
     artifact = store.publish(output, record)
     shutil.rmtree(partial, ignore_errors=True)
     return artifact
-
-
-class _Tail:
-    """Reads the complete lines that were added to an event file since the last call."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        # An earlier attempt's events are history: they stay in the file, for the report, but are not shown again.
-        self.offset = path.stat().st_size if path.exists() else 0
-
-    def read(self) -> list[dict[str, Any]]:
-        """New events; a line still being written waits for the next call."""
-        try:
-            with self.path.open("rb") as file:
-                file.seek(self.offset)
-                data = file.read()
-        except FileNotFoundError:
-            return []
-        end = data.rfind(b"\n") + 1
-        self.offset += end
-        found = []
-        for line in data[:end].splitlines():
-            with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
-        return found
 
 
 __all__ = ["Listener", "Run", "open_store", "run_pipeline"]

@@ -13,14 +13,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict
 
 from align.artifacts import Artifact, Kind
 from align.errors import UserError
-from align.handover.faults import REMEDIES
-from align.validation import suggest
+
+if TYPE_CHECKING:
+    from align.runtime import Runtime
 
 
 class Config(BaseModel):
@@ -66,141 +67,6 @@ def _find_marker(annotation: Any, metadata: list[Any]) -> StageInput | None:
         if marker is not None:
             return marker
     return None
-
-
-class EngineConfig(Config):
-    """How responses are sampled. Changes speed and memory; samples come from the same distribution."""
-
-    name: Literal["auto", "vllm", "vllm-server", "transformers"] = "auto"
-    """``auto`` takes vLLM where it imports, else transformers, and says which; ``vllm-server`` is vLLM as a process."""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Compute type of the engine; ``auto`` follows the stage's ``precision``."""
-    gpu_memory: float = Field(0.35, gt=0, le=0.95)
-    """Share of each GPU's memory that vLLM may take."""
-    sleep: bool = True
-    """On a GPU, ``vllm`` leaves its memory to the trainer between rollouts, for a copy of the weights each way."""
-    cpu_kv_cache_gb: float = Field(1.0, gt=0)
-    """GiB of key-value cache on a CPU."""
-    compile: bool = False
-    """Compile the engine's graphs: 85 s at start on a CPU, about 1.3 times the speed afterwards."""
-    batch_size: int = Field(128, ge=1)
-    """Sequences decoded at once."""
-    address: str | None = Field(None, pattern=r"^http://[A-Za-z0-9._-]+(:[0-9]{1,5})?/?$")
-    """A running vLLM server for ``vllm-server``, http://127.0.0.1:8000; null starts one, which ends with the stage."""
-    weights: Literal["folder", "nccl"] = "folder"
-    """How a ``vllm-server`` gets new ones: from a folder, or from this GPU to those of the server at ``address``."""
-    weights_folder: str | None = None
-    """Folder that a ``vllm-server`` reads new weights from, under the same path as here; null takes a temporary one."""
-    timeout: float = Field(600, gt=0)
-    """Seconds that an engine may take to start, to load weights, to answer; then the stage fails and can be resumed.
-
-    In this process only seconds without progress count: no token, no tensor. The default is generous because a healthy
-    call can be quiet for minutes (85 s of compiling on two idle cores, weights from a network disk) and a stage that is
-    ended for nothing costs an update, while one that hangs costs the night.
-    """
-
-    @model_validator(mode="after")
-    def _server_settings_need_the_server(self) -> EngineConfig:
-        server_s = self.address is not None or self.weights_folder is not None or self.weights == "nccl"
-        if self.name == "auto" and server_s:
-            raise ValueError(
-                "address, weights and weights_folder are settings of a vLLM server. Write `name: vllm-server`."
-            )
-        if self.weights == "nccl" and self.address is None:
-            raise ValueError(
-                "`weights: nccl` needs the address of a server on other GPUs than the trainer's, since NCCL wants one "
-                "for each side. Start one and name it, or take `weights: folder`."
-            )
-        return self
-
-
-class ExecutorConfig(Config):
-    """What does the shards of data builds. ``executor: slurm`` is short for ``executor: {name: slurm}``."""
-
-    name: Literal["local", "slurm", "ray"] = "local"
-    """``local``: ``workers`` processes here. ``slurm`` and ``ray``: jobs of a cluster, through datatrove."""
-    tasks: int = Field(100, ge=1)
-    """Jobs of a pass at most; each does its share of the shards."""
-    cpus: int = Field(1, ge=1)
-    """Cores of a job."""
-    gpus: int = Field(0, ge=0)
-    """GPUs of a job, for steps that run a model."""
-    memory_gb: int = Field(4, ge=1)
-    """GiB for each core."""
-    partition: str | None = None
-    """Slurm's partition."""
-    time: str = Field("04:00:00", pattern=r"^(\d+-)?\d{1,2}(:\d{2}){0,2}$")
-    """Slurm's time limit of a job, hours:minutes:seconds."""
-    qos: str | None = None
-    """Slurm's quality of service, where the cluster asks for one."""
-    setup: str | None = None
-    """Shell commands that make this program's environment ready on a node; by default its folder goes into the PATH."""
-    sbatch: dict[str, str] = Field({})
-    """Further options of sbatch: ``{account: nlp}``."""
-
-    @model_validator(mode="after")
-    def _slurm_needs_a_partition(self) -> ExecutorConfig:
-        if self.name == "slurm" and self.partition is None:
-            raise ValueError("executor slurm needs a partition: `executor: {name: slurm, partition: cpu}`")
-        return self
-
-
-class TrackingConfig(Config):
-    """Where experiment trackers put a run. Addresses and keys come from their own environment variables, never here."""
-
-    project: str | None = Field(None, min_length=1, max_length=120)
-    """Project of wandb and trackio, experiment of mlflow; by default the pipeline's name."""
-    folder: str = "tracking"
-    """Folder of what trackers write on this machine; a relative one starts at the current folder."""
-
-
-class HandoverConfig(Config):
-    """The look at every checkpoint that one stage hands to the next (docs/methods.md)."""
-
-    waive: list[str] = []
-    """Faults, by name, that are meant: they refuse nothing."""
-
-    @field_validator("waive")
-    @classmethod
-    def _known_names(cls, names: list[str]) -> list[str]:
-        for name in names:
-            if name not in REMEDIES:
-                raise ValueError(f"there is no fault '{name}'.{suggest(name, REMEDIES)}")
-        return names
-
-
-class Runtime(Config):
-    """Where and how a pipeline runs. Never part of a key: the same results are found whatever it says."""
-
-    store: str | None = None
-    """Folder of the artifacts; ``--store`` and ``$ALIGN_STORE`` come first, ``./store`` last."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """``auto`` takes CUDA where torch has it."""
-    threads: int | None = Field(None, ge=1)
-    """CPU threads per process; by default the cores there are."""
-    workers: int | None = Field(None, ge=1)
-    """Processes that build data; by default the cores there are."""
-    executor: ExecutorConfig = ExecutorConfig()
-    """What does the shards of data builds: ``local``, ``slurm`` or ``ray``."""
-    engine: EngineConfig = EngineConfig()
-    report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
-    """Trackers that get each stage's curves and scores while it runs, beside the report (docs/evaluation.md)."""
-    tracking: TrackingConfig = TrackingConfig()
-    """Where those trackers put them."""
-    handover: HandoverConfig = HandoverConfig()
-    """What of the look at checkpoints between stages is waived."""
-
-    @field_validator("executor", mode="before")
-    @classmethod
-    def _by_name(cls, given: Any) -> Any:
-        return {"name": given} if isinstance(given, str) else given
-
-    @field_validator("report_to", mode="before")
-    @classmethod
-    def _one_or_several(cls, given: Any) -> Any:
-        names = [given] if isinstance(given, str) else given
-        plain = isinstance(names, list) and all(isinstance(name, str) for name in names)
-        return list(dict.fromkeys(names)) if plain else names
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from typing import Any
 
 from align.artifacts import Artifact, Kind
 from align.errors import UserError, explain_os_error, no_space
-from align.stage import Runtime, Stage, StageContext, find_stage, load_object
+from align.runtime import Runtime
+from align.stage import Stage, StageContext, find_stage, load_object
 
 WORK, RESULT, EVENTS, LOG = "work.json", "result.json", "events.jsonl", "log.txt"
 OUTPUT, CHECKPOINTS = "output", "checkpoints"

@@ -78,7 +78,7 @@ def run_align(model: Path, options: argparse.Namespace) -> dict[str, float]:
     from align.models.loading import load_tokenizer
     from align.rollouts.engine import open_engine
     from align.rollouts.protocol import Sampling
-    from align.stage import EngineConfig, Runtime
+    from align.runtime import EngineConfig, Runtime
 
     runtime = Runtime(engine=EngineConfig(name="vllm", batch_size=BATCH))
     policy = Policy("model", model, "key", load_tokenizer(model))

@@ -90,7 +90,7 @@ def make_trainer(work: dict[str, Any], method: str, engine: str, folder: str, re
     from align.ppo.scoring import Part, RewardScorer, WeightedSum
     from align.ppo.trainer import PPOTrainer
     from align.rollouts.engine import open_engine
-    from align.stage import EngineConfig, Runtime
+    from align.runtime import EngineConfig, Runtime
     from align.tuning import FullTuning, LoraTuning
 
     shape, model = work["shape"], Path(work["model"])

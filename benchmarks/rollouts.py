@@ -26,7 +26,7 @@ def align_engine(folder: Path, inputs: list[list[int]], samples: int, tokens: in
     """The engine that stages use."""
     from align.rollouts.engine import open_engine
     from align.rollouts.protocol import Sampling
-    from align.stage import EngineConfig, Runtime
+    from align.runtime import EngineConfig, Runtime
 
     engine = open_engine(
         folder,

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from align.artifacts import Artifact
+from align.attempt import seconds_of_attempts
 from align.errors import StageFailed, UserError
 from align.pipeline import Node, Pipeline
 from align.planning import plan
@@ -113,15 +114,21 @@ def test_a_failing_stage_says_why_and_publishes_nothing(
 
 
 def test_a_killed_stage_resumes_from_its_checkpoints(store: Path) -> None:
-    raw = toy.pipeline(one={"crash": "kill"})
+    raw = toy.pipeline(one={"crash": "kill", "pause": 0.3})
     with pytest.raises(StageFailed):
         run_pipeline(Pipeline(raw), store=store)
     assert actions(raw, store)["one"] == "resume"
+    (partial,) = store.glob("number/*.partial")
+    assert len(seconds_of_attempts(partial)) == 1
     recorder = Recorder()
     run = run_pipeline(Pipeline(raw), store=store, listener=recorder)
     assert ("resumed", "one") in recorder.said
     assert run.metrics("one")["resumed_at"] == 2
     assert ("progress", 1) not in recorder.said[: recorder.said.index(("started", "two"))]
+    record = run.artifacts["one"].record
+    killed, last = record["attempts"]
+    assert killed >= 0.6 and last >= 0.3  # two steps and one, each with its pause
+    assert record["seconds"] == pytest.approx(killed + last, abs=0.011)
 
 
 def test_a_runner_killed_before_publishing_loses_no_finished_work(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,6 +143,8 @@ def test_a_runner_killed_before_publishing_loses_no_finished_work(store: Path, m
     run_pipeline(Pipeline(toy.pipeline()), store=store, listener=recorder)
     assert ("started", "one") not in recorder.said
     assert ("started", "two") in recorder.said
+    (record,) = [artifact.record for artifact in Store.open(store).all() if artifact.stage == "one"]
+    assert record["attempts"] == [record["seconds"]]
 
 
 def test_a_corrupted_artifact_is_found_and_rebuilt_on_request(store: Path) -> None:
@@ -216,7 +225,9 @@ def test_ctrl_c_ends_the_stage_and_the_next_run_resumes(store: Path, tmp_path: P
     assert process.wait(20) != 0
     assert actions(raw, store)["one"] == "resume"
     quick = toy.pipeline(one={"pause": 0.5, "steps": 8})
-    assert run_pipeline(Pipeline(quick), store=store).metrics("one")["resumed_at"] >= 2
+    run = run_pipeline(Pipeline(quick), store=store)
+    assert run.metrics("one")["resumed_at"] >= 2
+    assert run.artifacts["one"].record["attempts"][0] >= 1.0  # of the attempt that was ended, two steps at least
 
 
 def test_a_killed_runner_takes_its_stage_along(store: Path, tmp_path: Path) -> None:
@@ -225,6 +236,8 @@ def test_a_killed_runner_takes_its_stage_along(store: Path, tmp_path: Path) -> N
     script.write_text(f"from align import Pipeline\nPipeline({raw!r}).run(store={str(store)!r})\n")
     process = subprocess.Popen([sys.executable, str(script)], env={**os.environ, "PYTHONPATH": os.getcwd()})
     wait_for(lambda: list(store.glob("number/*.partial/checkpoints/step-0")))
+    (partial,) = store.glob("number/*.partial")
+    wait_for(lambda: sum(seconds_of_attempts(partial)) >= 1.0)  # noted while the stage runs, not at its end
     process.kill()
     process.wait()
     time.sleep(0.7)

@@ -25,7 +25,7 @@ from typing import Any
 from align.data.records import BadRecord
 from align.data.shards import Pass, Task, Worker, finished
 from align.errors import UserError
-from align.stage import ExecutorConfig
+from align.runtime import ExecutorConfig
 
 POLL_SECONDS = 5.0
 GRACE_SECONDS = 60.0

@@ -12,7 +12,7 @@ from types import TracebackType
 
 from align.data.cluster import Cluster
 from align.data.shards import Pass, Task, Worker, finished
-from align.stage import ExecutorConfig
+from align.runtime import ExecutorConfig
 
 
 @dataclass(frozen=True)

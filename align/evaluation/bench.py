@@ -21,7 +21,8 @@ from align.evaluation.tasks.base import Answers, Example
 from align.fingerprint import digest
 from align.models.precision import Precision
 from align.rollouts.protocol import Response, Sampling
-from align.stage import Runtime, StageContext
+from align.runtime import Runtime
+from align.stage import StageContext
 
 NOTHING = Response([], [], False, "")
 """The answer to a conversation that has grown longer than the engine reads."""

@@ -16,7 +16,7 @@ from align.evaluation.prompts import Policy
 from align.fingerprint import digest
 from align.rollouts.protocol import Response, RolloutEngine, Sampling
 from align.rollouts.weights import checkpoint_weights
-from align.stage import Runtime
+from align.runtime import Runtime
 
 Responses = list[list[Response]]
 """Per prompt, its samples."""

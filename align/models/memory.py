@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from align.models.architecture import Architecture
 from align.models.precision import Precision
-from align.stage import Runtime
+from align.runtime import Runtime
 from align.tuning import LowRank, QloraTuning, TuningBase
 
 FLOAT = 4

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from align.errors import UserError
-from align.stage import Runtime
+from align.runtime import Runtime
 
 
 def cores() -> int:

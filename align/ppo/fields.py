@@ -13,7 +13,8 @@ from pydantic import Field, field_validator, model_validator
 
 from align.artifacts import GENERATORS, PROMPT_SOURCES, Kind
 from align.lint.settings import LintSettings
-from align.stage import Config, Runtime, stage_input
+from align.runtime import Runtime
+from align.stage import Config, stage_input
 from align.trainer_options import check_trainer_options
 from align.tuning import FullTuning, Tuning
 

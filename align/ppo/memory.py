@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from align.models.architecture import Architecture
 from align.models.memory import Choice, CriticKind, Estimate, engine_memory, engine_of, ppo_memory
-from align.stage import Runtime
+from align.runtime import Runtime
 from align.tuning import FullTuning, LoraTuning, TuningBase
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from align.models.loading import load_tokenizer
 from align.models.reward import RewardModel
 from align.models.threads import device_of, use_threads
 from align.models.tuning.apply import load_for_tuning
-from align.models.tuning.notice import notice
+from align.models.tuning.notice import notice, parameter_counts
 from align.models.tuning.stored import engine_source
 from align.ppo.arguments import RolloutArguments
 from align.ppo.checkpoint import last_checkpoint
@@ -191,7 +191,11 @@ class ReportUpdates(TrainerCallback):
 
 
 def summary(trainer: OnlineTrainer) -> dict[str, Any]:
-    """Metrics of the whole run, first and last ones as means over a few updates; seconds are sums over all updates."""
+    """Metrics of the whole run, first and last ones as means over a few updates; seconds are sums over all updates.
+
+    ``trainable_parameters`` and ``parameters`` are the policy's, the critic and a frozen reference aside: so they
+    compare with those of stages that have neither.
+    """
     history = [entry for entry in trainer.state.log_history if "score" in entry]
     found: dict[str, Any] = {"updates": len(history), **trainer.totals}
     few = max(1, min(3, len(history) // 4))
@@ -209,8 +213,11 @@ def summary(trainer: OnlineTrainer) -> dict[str, Any]:
         found["kept"] = trainer.validation.best
     if trainer.alarms:
         found["alarms"] = [f"update {alarm.update}: {alarm.name}" for alarm in trainer.alarms]
-    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    return found | {"trainable_parameters": trained} | ({"stopped": trainer.stopped} if trainer.stopped else {})
+    found |= dict(zip(("trainable_parameters", "parameters"), parameter_counts(trainer.model.policy), strict=True))
+    critic = getattr(trainer.model, "critic", None)
+    if critic is not None:
+        found["trainable_parameters_critic"] = parameter_counts(critic)[0]
+    return found | ({"stopped": trainer.stopped} if trainer.stopped else {})
 
 
 def _reward_models(context: StageContext) -> list[RewardModel]:

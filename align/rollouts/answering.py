@@ -82,7 +82,7 @@ def do(job: Job) -> Done:
 def _answers(job: Job) -> Done:
     from align.rollouts.engine import open_engine
     from align.rollouts.protocol import Sampling
-    from align.stage import Runtime
+    from align.runtime import Runtime
 
     longest = max(map(len, job.rows)) + max([job.max_tokens, *map(len, job.responses)])
     settings = {"name": job.engine, "batch_size": 16, "gpu_memory": FLOAT32_GPU_SHARE, "sleep": False}
@@ -120,7 +120,7 @@ def _scores(job: Job) -> Done:
 
     from align.models.export import Source, load_source, round_weights
     from align.models.threads import device_of, use_threads
-    from align.stage import Runtime
+    from align.runtime import Runtime
 
     use_threads(Runtime())
     source = Source(Path(job.folder), None if job.adapter is None else Path(job.adapter))
@@ -136,7 +136,7 @@ def _vllm_scores(job: Job) -> Done:
     from vllm import LLM, PoolingParams
 
     from align.models.threads import device_of, use_threads
-    from align.stage import Runtime
+    from align.runtime import Runtime
 
     use_threads(Runtime())
     memory: dict[str, Any] = {"gpu_memory_utilization": FLOAT32_GPU_SHARE}

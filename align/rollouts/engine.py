@@ -12,7 +12,7 @@ from align.errors import UserError
 from align.models.precision import Precision
 from align.rollouts.protocol import RolloutEngine
 from align.rollouts.watchdog import OnHang, Watchdog
-from align.stage import Runtime
+from align.runtime import Runtime
 
 if TYPE_CHECKING:
     import torch

@@ -30,7 +30,7 @@ from align.rollouts.server_process import GRACE_SECONDS, MODULE, start_server
 from align.rollouts.vllm import CPU_STEP_TOKENS
 from align.rollouts.watchdog import Watchdog
 from align.rollouts.weights import checkpoint_weights, refuse_missing, weight_names, with_tied_head
-from align.stage import EngineConfig
+from align.runtime import EngineConfig
 
 COMPLETIONS, RPC, RESET, INFO = "/v1/completions", "/collective_rpc", "/reset_prefix_cache", "/server_info"
 READY = "READY"

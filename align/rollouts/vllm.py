@@ -27,7 +27,7 @@ from align.rollouts.sleep import CACHE, WEIGHTS, Sleep
 from align.rollouts.vllm_adapters import Adapter
 from align.rollouts.watchdog import Watchdog
 from align.rollouts.weights import refuse_missing, weight_names, with_tied_head
-from align.stage import EngineConfig
+from align.runtime import EngineConfig
 
 CPU_STEP_TOKENS = 8192
 """Prompt tokens read in one step on a CPU at most."""

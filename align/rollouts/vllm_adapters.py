@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from align.models.tuning.stored import DESCRIPTION, FOLDER, is_stored, stored_tuning
 from align.rollouts.weights import adapter_weights
-from align.stage import EngineConfig
+from align.runtime import EngineConfig
 from align.tuning import AdaptersTuning, PrefixTuning
 
 KINDS = ("llama", "mistral", "qwen2", "qwen3")

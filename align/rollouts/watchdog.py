@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from align.stage import EngineConfig
+from align.runtime import EngineConfig
 
 OnHang = Callable[[str], None]
 """Told what was waited for; need not return."""

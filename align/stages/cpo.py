@@ -11,7 +11,12 @@ from pydantic import Field, field_validator, model_validator
 
 from align.artifacts import Kind
 from align.stage import StageContext, stage_input
-from align.stages.preference import PreferenceFields, check_experimental, checked_experimental_options
+from align.stages.preference import (
+    PreferenceFields,
+    check_experimental,
+    checked_experimental_options,
+    train_without_reference,
+)
 
 
 class CpoConfig(PreferenceFields):
@@ -71,40 +76,17 @@ def run(context: StageContext) -> dict[str, Any]:
 
     Raises ``UserError`` for a model without chat template, data without usable pairs, or a trl without CPOTrainer.
     """
-    from align.models.threads import use_threads
-
-    use_threads(context.runtime)
-    from trl.trainer.dpo_trainer import DataCollatorForPreference
-
-    from align.stages.preference import make_ready, save
-    from align.training.arguments import training_arguments
-    from align.training.cpo_trainer import Arguments, PreparedCPO, held_out
-    from align.training.fit import fit
-    from align.training.rows import encode_pairs
+    from align.training.cpo_trainer import Arguments, PreparedCPO
 
     config: CpoConfig = context.config
-    ready = make_ready(context, encode_pairs, DataCollatorForPreference)
-    ready.lint(context, "dpo")
-    trainer = PreparedCPO(
-        model=ready.wrapped(context),
-        args=training_arguments(
-            Arguments,
-            context,
-            len(ready.train.rows),
-            beta=config.beta,
-            loss_type=config.loss,
-            label_smoothing=config.label_smoothing,
-            cpo_alpha=config.own_weight,
-            simpo_gamma=0.5 if config.simpo_gamma is None else config.simpo_gamma,
-            alpha=config.alpha,
-            max_length=config.max_length,  # read by what tokenizes, which has nothing to do
-            remove_unused_columns=False,
-        ),
-        data_collator=ready.collator,
-        train_dataset=ready.train.rows,
-        processing_class=ready.tokenizer,
+    return train_without_reference(
+        context,
+        PreparedCPO,
+        Arguments,
+        beta=config.beta,
+        loss_type=config.loss,
+        label_smoothing=config.label_smoothing,
+        cpo_alpha=config.own_weight,
+        simpo_gamma=0.5 if config.simpo_gamma is None else config.simpo_gamma,
+        alpha=config.alpha,
     )
-    trainer.row_lengths = ready.train.lengths
-    metrics = fit(trainer, context, lambda: held_out(trainer, ready.test))
-    save(context, trainer, ready.tokenizer)
-    return {**metrics, "pairs": len(ready.train.rows), "test_pairs": len(ready.test.rows)}

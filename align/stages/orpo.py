@@ -5,13 +5,19 @@ Experimental in trl, which may move or drop its ORPOTrainer.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
 from align.artifacts import Kind
 from align.stage import StageContext, stage_input
-from align.stages.preference import PreferenceFields, check_experimental, checked_experimental_options
+from align.stages.preference import (
+    PreferenceFields,
+    check_experimental,
+    checked_experimental_options,
+    train_without_reference,
+)
 
 
 class OrpoConfig(PreferenceFields):
@@ -40,37 +46,8 @@ def run(context: StageContext) -> dict[str, Any]:
 
     Raises ``UserError`` for a model without chat template, data without usable pairs, or a trl without ORPOTrainer.
     """
-    from align.models.threads import use_threads
-
-    use_threads(context.runtime)
-    from trl.trainer.dpo_trainer import DataCollatorForPreference
-
-    from align.stages.preference import make_ready, save
-    from align.training.arguments import training_arguments
-    from align.training.cpo_trainer import held_out
-    from align.training.fit import fit
     from align.training.orpo_trainer import Arguments, PreparedORPO
-    from align.training.rows import encode_pairs
 
     config: OrpoConfig = context.config
-    ready = make_ready(context, encode_pairs, DataCollatorForPreference)
-    ready.lint(context, "dpo")
-    trainer = PreparedORPO(
-        prompt_too=config.prompt_loss,
-        model=ready.wrapped(context),
-        args=training_arguments(
-            Arguments,
-            context,
-            len(ready.train.rows),
-            beta=config.beta,
-            max_length=config.max_length,  # read by what tokenizes, which has nothing to do
-            remove_unused_columns=False,
-        ),
-        data_collator=ready.collator,
-        train_dataset=ready.train.rows,
-        processing_class=ready.tokenizer,
-    )
-    trainer.row_lengths = ready.train.lengths
-    metrics = fit(trainer, context, lambda: held_out(trainer, ready.test))
-    save(context, trainer, ready.tokenizer)
-    return {**metrics, "pairs": len(ready.train.rows), "test_pairs": len(ready.test.rows)}
+    make = functools.partial(PreparedORPO, prompt_too=config.prompt_loss)
+    return train_without_reference(context, make, Arguments, beta=config.beta)

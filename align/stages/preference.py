@@ -241,3 +241,42 @@ def save(context: StageContext, trainer: Any, tokenizer: Any) -> None:
 
     trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     save_tuned(trained, tokenizer, context.output / "model")
+
+
+def train_without_reference(
+    context: StageContext, make: Callable[..., Any], arguments: type[Any], **options: Any
+) -> dict[str, Any]:
+    """Train on pairs by a loss that needs no reference, save ``model/``, and return the stage's metrics.
+
+    ``make`` is the trainer, ``arguments`` its arguments' class, ``options`` what of these is the loss's own.
+    """
+    from align.models.threads import use_threads
+
+    use_threads(context.runtime)
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+    from align.training.arguments import training_arguments
+    from align.training.cpo_trainer import held_out
+    from align.training.fit import fit
+    from align.training.rows import encode_pairs
+
+    ready = make_ready(context, encode_pairs, DataCollatorForPreference)
+    ready.lint(context, "dpo")
+    trainer = make(
+        model=ready.wrapped(context),
+        args=training_arguments(
+            arguments,
+            context,
+            len(ready.train.rows),
+            **options,
+            max_length=context.config.max_length,  # read by what tokenizes, which has nothing to do
+            remove_unused_columns=False,
+        ),
+        data_collator=ready.collator,
+        train_dataset=ready.train.rows,
+        processing_class=ready.tokenizer,
+    )
+    trainer.row_lengths = ready.train.lengths
+    metrics = fit(trainer, context, lambda: held_out(trainer, ready.test))
+    save(context, trainer, ready.tokenizer)
+    return {**metrics, "pairs": len(ready.train.rows), "test_pairs": len(ready.test.rows)}

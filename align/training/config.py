@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from align.artifacts import Kind
-from align.stage import Config, Runtime, stage_input
+from align.runtime import Runtime
+from align.stage import Config, stage_input
 from align.trainer_options import check_trainer_options
 from align.tuning import FullTuning, Tuning
 

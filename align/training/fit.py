@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from align.models.tuning.notice import notice, parameter_counts
 from align.stage import StageContext
 from align.training.checkpoints import MarkCheckpoints, last_complete
+from align.training.clock import TrainingClock
 from align.training.extras import extra_callbacks, has_scores, scored_with
 from align.training.progress import ReportProgress
 from align.training.stopping import best_so_far
@@ -25,7 +25,8 @@ def fit(
 
     ``held_out`` scores the held-out rows with the trainer's model as it is; its values come back as
     ``test_<name>_before`` (unless ``before`` is False) and ``test_<name>_after``. ``tokens`` counts the real tokens
-    of the whole run, ``tokens_per_second`` those of this attempt over its training time.
+    of the whole run, ``training_seconds`` the time of its steps, those of earlier attempts included and those that a
+    kill threw away left out; ``tokens_per_second`` is the one over the other.
     """
     checkpoint = last_complete(context.checkpoints)
     done = _step_of(checkpoint)
@@ -49,25 +50,27 @@ def _fit(
     if best is not None:
         trainer.add_callback(best)  # after the scores, before the mark
         extras = [*extras, best]
+    clock = TrainingClock(checkpoint)
+    trainer.add_callback(clock)
     trainer.add_callback(MarkCheckpoints())
     if checkpoint is not None:
         print(f"resuming from {checkpoint}")
-    start, at_start = time.perf_counter(), _tokens_in(checkpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    seconds = time.perf_counter() - start
+    seconds = clock.seconds()
     after = held_out()
     if best is not None and best.restore():
         after = plain()
     context.log(trainer.state.global_step, **{f"test_{name}": value for name, value in after.items()})
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     tokens = int(trainer.state.num_input_tokens_seen)
+    timed = tokens if clock.knows_all else tokens - _tokens_in(checkpoint)
     return {
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
         "resumed_from_step": _step_of(checkpoint),
         "tokens": tokens,
         "training_seconds": seconds,
-        "tokens_per_second": (tokens - at_start) / seconds,
+        "tokens_per_second": timed / seconds,
         **dict(zip(("trainable_parameters", "parameters"), parameter_counts(trainer.model), strict=True)),
         "loss_first": losses[0],
         "loss_last": losses[-1],
@@ -94,7 +97,7 @@ def _step_of(checkpoint: Path | None) -> int:
     return 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-def _tokens_in(checkpoint: Any) -> int:
+def _tokens_in(checkpoint: Path | None) -> int:
     if checkpoint is None:
         return 0
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))

@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from align.errors import UserError
 from align.models.threads import device_of
-from align.stage import Runtime
+from align.runtime import Runtime
 from align.training.neftune import NoisyEmbeddings
 from align.training.rows import Encoded
 

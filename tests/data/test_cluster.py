@@ -20,7 +20,7 @@ from align.data.records import BadRecord
 from align.data.shards import Task
 from align.data.workers import Machine
 from align.errors import UserError
-from align.stage import ExecutorConfig, Runtime
+from align.runtime import ExecutorConfig, Runtime
 
 SBATCH = """#!{python}
 import os, re, subprocess, sys

@@ -12,7 +12,7 @@ from align.evaluation.prompts import Policy, choose_rows, render_for_all
 from align.evaluation.systems import make_systems
 from align.rollouts.protocol import Response, Sampling
 from align.rollouts.weights import checkpoint_weights
-from align.stage import Runtime
+from align.runtime import Runtime
 
 
 class Words:

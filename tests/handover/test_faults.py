@@ -17,7 +17,8 @@ from align.errors import UserError
 from align.handover.facts import read_facts
 from align.handover.faults import REMEDIES
 from align.handover.stage import check_inputs, check_made
-from align.stage import Config, Runtime, StageContext
+from align.runtime import Runtime
+from align.stage import Config, StageContext
 
 WEIGHTS = "model.safetensors"
 
@@ -29,10 +30,12 @@ class Learner(Config):
     critic_source: Literal["reward", "policy"] = "reward"
 
 
-def context(folder: Path, inputs: dict[str, Any], waive: list[str] | None = None) -> StageContext:
+def context(
+    folder: Path, inputs: dict[str, Any], waive: list[str] | None = None, config: Learner | None = None
+) -> StageContext:
     folder.mkdir(parents=True, exist_ok=True)
     runtime = Runtime.model_validate({"handover": {"waive": waive or []}})
-    return StageContext("ppo", Learner(), inputs, 0, runtime, folder, folder, folder / "events.jsonl")
+    return StageContext("ppo", config or Learner(), inputs, 0, runtime, folder, folder, folder / "events.jsonl")
 
 
 def finished(folder: Path, source: Path, kind: Kind, **metrics: Any) -> Artifact:
@@ -135,6 +138,10 @@ def pad_with_eos(models: dict[str, Path]) -> None:
     edit_json(models["policy"] / "tokenizer_config.json", pad_token="<|im_end|>")
 
 
+def pad_with_another(models: dict[str, Path]) -> None:
+    edit_json(models["policy"] / "tokenizer_config.json", pad_token="<|endoftext|>")
+
+
 def end_elsewhere(models: dict[str, Path]) -> None:
     (models["policy"] / "align.json").unlink()
     edit_json(models["policy"] / "tokenizer_config.json", eos_token="<|endoftext|>")
@@ -166,6 +173,7 @@ FAULTS: list[tuple[str, Callable[[dict[str, Path]], None]]] = [
     ("template-changed", reward_of_another_template),
     ("tokenizer-changed", other_tokenizer),
     ("tokenizer-changed", reward_of_another_tokenizer),
+    ("tokenizer-changed", pad_with_another),
     ("pad-is-eos", pad_with_eos),
     ("eos-not-turn-end", end_elsewhere),
     ("eos-not-turn-end", never_stop),
@@ -228,6 +236,17 @@ def test_what_is_only_compared_may_differ(given: dict[str, Artifact], tmp_path: 
     check_inputs(a_coin_free, Kind.SCORECARD)
     with pytest.raises(UserError, match="template-changed"):
         check_inputs(context(tmp_path / "ppo", given), Kind.POLICY)
+    # a reward model that only scores renders texts anew, with a template of its own
+    check_inputs(context(tmp_path / "grpo", given, config=Learner(critic_source="policy")), Kind.POLICY)
+
+
+def test_a_floor_of_its_own_or_none(given: dict[str, Artifact], tmp_path: Path) -> None:
+    # 140 of 200: the interval is [0.633, 0.759]
+    check_inputs(context(tmp_path / "a", given, config=Learner(reward_floor=0.63)), Kind.POLICY)
+    with pytest.raises(UserError, match="reward-floor"):
+        check_inputs(context(tmp_path / "b", given, config=Learner(reward_floor=0.64)), Kind.POLICY)
+    a_coin({field: artifact.model for field, artifact in given.items()})
+    check_inputs(context(tmp_path / "c", given, config=Learner(reward_floor=None)), Kind.POLICY)
 
 
 def test_a_folder_of_a_link_is_left_as_it_is(tiny_model: Path, tmp_path: Path) -> None:

@@ -31,6 +31,9 @@ def test_slerp_of_parallel_or_zero_vectors_is_the_straight_line() -> None:
     assert torch.allclose(methods.slerp(one, 2 * one, 0.25), 1.25 * one)
     assert torch.allclose(methods.slerp(one, torch.zeros(3), 0.25), 0.75 * one)
     assert torch.isfinite(methods.slerp(one, -one, 0.5)).all()
+    for seed in range(20):  # rounding puts the cosine of some of these with themselves above 1
+        vector = torch.randn(64, generator=torch.Generator().manual_seed(seed))
+        assert torch.allclose(methods.slerp(vector, vector, 0.3), vector)
 
 
 def test_warp_keeps_the_length_that_an_average_loses() -> None:
@@ -51,6 +54,9 @@ def test_ties_trims_elects_and_averages_those_that_agree() -> None:
     assert methods.ties([one, other], [1, 1], 0.5).tolist() == pytest.approx([3.0, -3.0, -2.0, 0.0])
     # all kept: signs + - - +; those that agree: (4 + 2) / 2, -3, -2, 0.2
     assert methods.ties([one, other], [1, 1], 1.0).tolist() == pytest.approx([3.0, -3.0, -2.0, 0.2])
+    # the first counts double: its entries are twice as large, who agrees is the same
+    assert methods.ties([one, other], [2, 1], 0.5).tolist() == pytest.approx([5.0, -3.0, -4.0, 0.0])
+    assert methods.ties([one, other], [2, 1], 1.0).tolist() == pytest.approx([5.0, -3.0, -4.0, 0.4])
 
 
 @pytest.mark.parametrize("elect", [False, True])
@@ -72,3 +78,10 @@ def test_dare_keeps_the_expected_value_and_repeats_itself(elect: bool) -> None:
 def test_a_tensors_seed_is_its_own() -> None:
     assert methods.seed_of(1, "a") == methods.seed_of(1, "a")
     assert len({methods.seed_of(seed, name) for seed in (1, 2) for name in "abc"}) == 6
+
+
+def test_dare_that_drops_nothing_only_adds_or_elects() -> None:
+    vectors = [torch.tensor([4.0, -2.0]), torch.tensor([2.0, 1.0])]
+    assert methods.dare(vectors, [0.5, 0.25], 1.0, seed=0, elect=False).tolist() == [2.5, -0.75]
+    # elected: + and -; those that agree: (0.5 * 4 + 0.25 * 2) / 2, 0.5 * -2
+    assert methods.dare(vectors, [0.5, 0.25], 1.0, seed=0, elect=True).tolist() == [1.25, -1.0]

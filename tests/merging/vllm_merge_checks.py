@@ -10,7 +10,8 @@ from align.artifacts import Kind
 from align.models.loading import load_policy
 from align.rollouts.engine import open_engine
 from align.rollouts.weights import checkpoint_weights
-from align.stage import STAGES, EngineConfig, Runtime
+from align.runtime import EngineConfig, Runtime
+from align.stage import STAGES
 from tests.rollouts.vllm_adapter_checks import difference
 from tests.stages.test_merge import context
 from tests.training.test_replay import replaying

@@ -21,7 +21,7 @@ from align.models.tuning.notice import weight_bytes
 from align.models.tuning.quantised import quantise
 from align.ppo import logprobs
 from align.ppo.critic import trunk_of
-from align.stage import Runtime
+from align.runtime import Runtime
 from align.tuning import FullTuning, LoraTuning, QloraTuning, TuningBase
 
 TOY = Architecture("toy", hidden=4, layers=2, vocabulary=10, key_value_width=3, linears=(Linear("q", 4, 5, True),),

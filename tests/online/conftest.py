@@ -16,7 +16,7 @@ from align.online import (
     RLOOConfig,
     RLOOTrainer,
 )
-from tests.ppo.conftest import ROWS, make_engine, one_thread, share_of_vowels
+from tests.ppo.conftest import ROWS, make_engine, one_thread, options_in, share_of_vowels
 
 __all__ = ["one_thread"]  # a fixture: bit-for-bit comparisons need a fixed thread count
 
@@ -36,21 +36,7 @@ def make_online(tiny_model, tmp_path):
     def make(method, tuning=None, rows=ROWS, scorer=share_of_vowels, engine=None, **fields):
         trainer, config = METHODS[method]
         others = {name: fields.pop(name) for name in PASSED if name in fields}
-        options = {
-            "output_dir": str(tmp_path / "run"),
-            "updates": 2,
-            "rollout_batch": 8,
-            "samples_per_prompt": 4,
-            "max_tokens": 6,
-            "per_device_train_batch_size": 2,
-            "learning_rate": 1e-3,
-            "use_cpu": True,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "save_strategy": "no",
-            "probe_parity": False,
-            "seed": 3,
-        }
+        options = options_in(tmp_path) | {"samples_per_prompt": 4, "per_device_train_batch_size": 2}
         if method == "rejection":
             options |= {"truncated": "learn"}  # the tiny model hardly ever ends
         torch.manual_seed(0)

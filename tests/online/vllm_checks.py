@@ -11,7 +11,7 @@ from align.models.loading import load_policy
 from align.rollouts.engine import open_engine
 from align.rollouts.parity import trainer_logprobs
 from align.rollouts.protocol import Sampling
-from align.stage import EngineConfig, Runtime
+from align.runtime import EngineConfig, Runtime
 
 PROMPTS = [[1, 30 + i, 31, 32 + i] + [40 + i] * (3 * i) for i in range(6)]
 

@@ -30,6 +30,23 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+def options_in(folder):
+    """Fields of a trainer's config for two updates of eight responses, without anything written but the run's own."""
+    return {
+        "output_dir": str(folder / "run"),
+        "updates": 2,
+        "rollout_batch": 8,
+        "max_tokens": 6,
+        "learning_rate": 1e-3,
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "probe_parity": False,
+        "seed": 3,
+    }
+
+
 @pytest.fixture
 def make_trainer(tiny_model, tiny_reward, tmp_path):
     """``make_trainer(tuning=..., reward=True, engine=..., **PPOConfig fields) -> PPOTrainer``."""
@@ -38,21 +55,7 @@ def make_trainer(tiny_model, tiny_reward, tmp_path):
         tuning=None, reward=False, scorer=share_of_vowels, engine=None, callbacks=None, rows=ROWS, gold=None, **fields
     ):
         others = {name: fields.pop(name) for name in PASSED if name in fields}
-        options = {
-            "output_dir": str(tmp_path / "run"),
-            "updates": 2,
-            "rollout_batch": 8,
-            "samples_per_prompt": 2,
-            "max_tokens": 6,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 1e-3,
-            "use_cpu": True,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "save_strategy": "no",
-            "probe_parity": False,
-            "seed": 3,
-        }
+        options = options_in(tmp_path) | {"samples_per_prompt": 2, "per_device_train_batch_size": 4}
         torch.manual_seed(0)
         return PPOTrainer(
             model=load_policy(tiny_model),

@@ -1,9 +1,16 @@
-"""What each process of ``test_distributed.py`` runs: two updates on the tiny model; rank 0 writes what came out."""
+"""What each process of ``test_distributed.py`` runs: two updates on the tiny model; rank 0 writes what came out.
+
+``python -m tests.ppo.one_of_two MODEL OUT``; ``tests.online.one_of_two`` does the same with its methods.
+"""
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,26 +45,39 @@ class FixedEngine:
         return answers
 
 
-def main(model_dir: Path, out: Path) -> None:
+def launch(module: str, processes: int, model_dir: Path, out: Path, *words: str) -> dict[str, Any]:
+    """What ``python -m module MODEL OUT WORDS`` wrote, run as that many processes of one trainer."""
+    out.parent.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    running = []
+    for rank in range(processes):
+        env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        if processes > 1:
+            env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = [sys.executable, "-m", module, str(model_dir), str(out), *words]
+        running.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    for process in running:
+        output, _ = process.communicate(timeout=280)
+        assert process.returncode == 0, output[-3000:]
+    return torch.load(out, weights_only=True)
+
+
+def two_updates(trainer: Any, config: Any, model_dir: Path, out: Path, fields: dict[str, Any], **given: Any) -> None:
+    """Train by ``trainer``, whose ``config`` has these ``fields`` beside the usual ones, and write what came out."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    trainer = PPOTrainer(
+    made = trainer(
         model=load_policy(model_dir),
-        args=PPOConfig(
+        args=config(
             output_dir=str(out.parent / "run"),
             updates=2,
-            rollout_batch=8,
-            samples_per_prompt=2,
             max_tokens=8,
             num_epochs=2,
             per_device_train_batch_size=2,
             learning_rate=1e-3,
-            whiten_rewards=True,
-            normalise_scores=True,
-            truncated="mask",
-            kl_controller="adaptive",
-            kl_target=0.01,
-            kl_horizon=50,
             use_cpu=True,
             report_to="none",
             disable_tqdm=True,
@@ -65,34 +85,44 @@ def main(model_dir: Path, out: Path) -> None:
             probe_parity=False,
             ptx_coef=0.5,
             ptx_rows=4,
-            eval_updates=1,
+            **fields,
         ),
         train_dataset=[{"prompt": "abc" * (i + 1)} for i in range(8)],
         processing_class=load_tokenizer(model_dir),
         scorer=lambda rows, texts: [int(text) % 7 / 7 for text in texts],
         engine=FixedEngine(),
-        eval_dataset=[{"prompt": "xy" * (i + 1)} for i in range(5)],
         ptx_dataset=TEXTS,
+        **given,
     )
-    trainer.train()
-    if trainer.is_world_process_zero():
-        logs = [entry for entry in trainer.state.log_history if "score" in entry]
-        validations = [entry for entry in trainer.state.log_history if "eval_score" in entry]
-        weights = {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    made.train()
+    if made.is_world_process_zero():
         torch.save(
             {
-                "logs": logs,
-                "validations": validations,
-                "weights": weights,
-                "kl_coef": trainer.kl_controller.value,
-                "processes": trainer.args.world_size,
+                "logs": [entry for entry in made.state.log_history if "score" in entry],
+                "validations": [entry for entry in made.state.log_history if "eval_score" in entry],
+                "weights": {name: p.detach() for name, p in made.model.named_parameters() if p.requires_grad},
+                "kl_coef": made.kl_controller.value,
+                "processes": made.args.world_size,
             },
             out,
         )
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
     if torch.distributed.is_initialized():
         # or the interpreter ends under gloo's running threads, which on a busy machine aborts the process
         torch.distributed.destroy_process_group()
+
+
+FIELDS = {
+    "rollout_batch": 8,
+    "samples_per_prompt": 2,
+    "eval_updates": 1,
+    "whiten_rewards": True,
+    "normalise_scores": True,
+    "truncated": "mask",
+    "kl_controller": "adaptive",
+    "kl_target": 0.01,
+    "kl_horizon": 50,
+}
+
+if __name__ == "__main__":
+    held_out = [{"prompt": "xy" * (i + 1)} for i in range(5)]
+    two_updates(PPOTrainer, PPOConfig, Path(sys.argv[1]), Path(sys.argv[2]), FIELDS, eval_dataset=held_out)

@@ -22,7 +22,7 @@ from align.models.precision import round_frozen
 from align.models.tiny import make_tiny
 from align.ppo.memory import estimate
 from align.rollouts.transformers import TransformersEngine
-from align.stage import Runtime
+from align.runtime import Runtime
 from align.stages.ppo import PpoConfig
 from align.tuning import FullTuning, LoraTuning
 

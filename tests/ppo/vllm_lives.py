@@ -18,7 +18,7 @@ from typing import Any
 
 from align.rollouts.engine import open_engine
 from align.rollouts.vllm import why_unusable
-from align.stage import EngineConfig, Runtime
+from align.runtime import EngineConfig, Runtime
 from tests.ppo.killed_run import FIELDS, main
 
 MIDDLE = 6

@@ -28,7 +28,7 @@ from align.rollouts.server import RESET, ServerEngine
 from align.rollouts.server_client import BadReply, EngineLost
 from align.rollouts.watchdog import Watchdog
 from align.rollouts.weights import HEAD, checkpoint_weights
-from align.stage import EngineConfig
+from align.runtime import EngineConfig
 from align.tuning import LoraTuning
 from tests.rollouts.fake_server import FakeServer, info
 

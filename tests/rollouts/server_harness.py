@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from align.rollouts.server import ServerEngine
-from align.stage import EngineConfig
+from align.runtime import EngineConfig
 
 PROMPTS = [[1, 30 + i, 31] for i in range(12)]
 

@@ -11,7 +11,7 @@ from align.errors import UserError
 from align.rollouts import vllm
 from align.rollouts.engine import engine_dtype, open_engine
 from align.rollouts.weights import checkpoint_weights, weight_names
-from align.stage import EngineConfig, Runtime
+from align.runtime import EngineConfig, Runtime
 
 
 def _open(model_dir: Path, name: str, said: list[str]) -> str:

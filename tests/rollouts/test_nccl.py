@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from align.errors import UserError
 from align.rollouts.engine import open_engine
-from align.stage import EngineConfig, Runtime
+from align.runtime import EngineConfig, Runtime
 from tests.rollouts.fake_server import FakeServer, info
 from tests.rollouts.server_harness import open_at
 

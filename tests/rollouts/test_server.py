@@ -20,7 +20,7 @@ from align.rollouts.protocol import Sampling
 from align.rollouts.server import ServerEngine
 from align.rollouts.server_client import BadReply, EngineLost
 from align.rollouts.weights import checkpoint_weights
-from align.stage import EngineConfig, Runtime
+from align.runtime import EngineConfig, Runtime
 from tests.rollouts.fake_server import EOS, FakeServer, completion
 from tests.rollouts.server_harness import PROMPTS, soon, wait_for
 

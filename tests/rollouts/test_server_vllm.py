@@ -24,7 +24,7 @@ from align.rollouts.server import COMPLETIONS, INFO, RESET, RPC, ServerEngine
 from align.rollouts.server_client import EngineLost
 from align.rollouts.server_process import LocalServer
 from align.rollouts.weights import checkpoint_weights
-from align.stage import EngineConfig, Runtime
+from align.runtime import EngineConfig, Runtime
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 

@@ -13,7 +13,7 @@ import torch
 from align.rollouts.protocol import Sampling
 from align.rollouts.vllm import VllmEngine
 from align.rollouts.weights import checkpoint_weights
-from align.stage import EngineConfig
+from align.runtime import EngineConfig
 
 
 class FakeLLM:

@@ -16,7 +16,7 @@ from align.models.loading import load_policy
 from align.models.render import render_prompt
 from align.rollouts.engine import open_engine
 from align.rollouts.vllm_adapters import why_not_here
-from align.stage import EngineConfig, Runtime
+from align.runtime import EngineConfig, Runtime
 from align.tuning import AdaptersTuning, PromptTuning, PTuning, TuningBase
 from tests.models.tuning.confident import confident_copy, saved
 
@@ -44,7 +44,7 @@ import sys
 from pathlib import Path
 from align.models.loading import load_policy
 from align.rollouts.engine import open_engine
-from align.stage import EngineConfig, Runtime
+from align.runtime import EngineConfig, Runtime
 from tests.rollouts.vllm_adapter_checks import difference
 folder = Path(sys.argv[1])
 runtime = Runtime(engine=EngineConfig(name="vllm", cpu_kv_cache_gb=0.1))

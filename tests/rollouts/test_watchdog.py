@@ -20,7 +20,7 @@ from align.rollouts.transformers import TransformersEngine
 from align.rollouts.watchdog import Watchdog
 from align.rollouts.weights import checkpoint_weights
 from align.runner import run_pipeline
-from align.stage import EngineConfig, Runtime
+from align.runtime import EngineConfig, Runtime
 from align.store import Store
 
 # ---- in a stage's own process ----

@@ -18,7 +18,7 @@ from align.rollouts.protocol import Sampling
 from align.rollouts.vllm import VllmEngine
 from align.rollouts.vllm_adapters import Adapter
 from align.rollouts.weights import checkpoint_weights, weight_names
-from align.stage import EngineConfig, Runtime
+from align.runtime import EngineConfig, Runtime
 from align.tuning import AdaptersTuning, PrefixTuning
 from tests.models.tuning.confident import saved
 

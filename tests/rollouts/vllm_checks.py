@@ -21,7 +21,7 @@ from align.rollouts.parity import ParityError, probe, trainer_logprobs
 from align.rollouts.protocol import Sampling
 from align.rollouts.vllm import VllmChanged, VllmEngine, install_sampler, model_runner, notice_steps
 from align.rollouts.weights import checkpoint_weights
-from align.stage import EngineConfig, Runtime
+from align.runtime import EngineConfig, Runtime
 from align.tuning import LoraTuning
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))

@@ -10,7 +10,8 @@ from typing import Any
 
 from align.artifacts import Artifact, Kind
 from align.data.rows import user, write_rows
-from align.stage import EngineConfig, Runtime, StageContext
+from align.runtime import EngineConfig, Runtime
+from align.stage import StageContext
 from align.stages.synthesise import SynthesiseConfig
 from tests.rollouts.fake_chat import FakeChat, completion
 

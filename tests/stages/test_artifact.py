@@ -52,7 +52,8 @@ def test_what_was_taken_twice_keeps_the_key_of_the_original(made: Artifact, tmp_
 def test_where_links_are_impossible_files_are_copied(
     made: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from align.stage import Runtime, StageContext
+    from align.runtime import Runtime
+    from align.stage import StageContext
     from align.stages.artifact import ArtifactConfig, run
 
     def refuse(*_: Any, **__: Any) -> None:

@@ -12,7 +12,8 @@ from align.artifacts import Kind
 from align.data.rows import read_rows
 from align.errors import StageFailed, UserError
 from align.pipeline import Pipeline
-from align.stage import Runtime, StageContext
+from align.runtime import Runtime
+from align.stage import StageContext
 from align.stages.data import DataConfig, run
 
 HUB = {"type": "hub", "dataset": "o/n", "revision": "0" * 40, "format": "gsm8k"}

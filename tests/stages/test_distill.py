@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,9 @@ from align.distillation import run as work
 from align.errors import UserError
 from align.models.loading import load_policy, load_tokenizer
 from align.models.tiny import make_tiny
-from align.stage import Runtime, StageContext
+from align.rollouts.protocol import Response, Sampling
+from align.runtime import Runtime
+from align.stage import StageContext
 from align.stages.distill import DistillConfig, run
 from align.training.distill_trainer import AnswerCollator, own_answers, prompt_of
 from align.training.divergence import Known, Live, Measure, summed_divergence, with_rest
@@ -42,7 +43,7 @@ def made(root: Path, student: Path, teacher: Path, **fields: Any) -> StageContex
     if not folder.exists():
         folder.mkdir()
         (folder / "model").symlink_to(teacher)
-    given = {**plain.inputs, "teacher": Artifact("teacher", Kind.MODEL, folder, {"key": "teacher"})}
+    given = {**plain.inputs, "teacher": Artifact("teacher", Kind.MODEL, folder, {"key": str(teacher)})}
     return replace(plain, inputs=given, runtime=ENGINE, cache=root.parent / "cache")
 
 
@@ -124,6 +125,16 @@ def test_heads_of_unlike_size_are_compared_where_they_meet() -> None:
     assert float(summed_divergence(Measure(), padded, identity, Live(logits, identity))) == pytest.approx(0, abs=1e-5)
 
 
+def test_soft_caps_are_those_of_each_model() -> None:
+    torch.manual_seed(6)
+    student, teacher = 4 * torch.randn(5, 11), 4 * torch.randn(5, 11)
+    identity = torch.nn.Identity()
+    found = summed_divergence(Measure(temperature=2.0), student, identity, Live(teacher, identity, cap=3.0), cap=5.0)
+    one, other = 5 * torch.tanh(student / 5), 3 * torch.tanh(teacher / 3)
+    wanted = summed_divergence(Measure(temperature=2.0), one, identity, Live(other, identity))
+    assert float(found) == pytest.approx(float(wanted), rel=1e-6)
+
+
 def test_the_gradient_is_that_of_the_whole_whatever_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(3)
     teacher, identity = torch.randn(10, 6), torch.nn.Identity()
@@ -146,8 +157,12 @@ def test_the_teachers_word_is_computed_once(
     monkeypatch.setattr(work, "load_policy", lambda *given: pytest.fail("the teacher was loaded"))
     second = run(made(tmp_path / "two", tiny_model, teacher, max_steps=1, learning_rate=1e-3, divergence="reverse"))
     assert (second["teacher_rows_cached"], second["teacher_rows_computed"]) == (32, 0)
+    for name, given in (("warmer", {"temperature": 2.0}), ("fewer", {"top_k": 8}), ("low", {"precision": "bfloat16"})):
+        with pytest.raises(pytest.fail.Exception, match="the teacher was loaded"):
+            run(made(tmp_path / name, tiny_model, teacher, max_steps=1, **given))
+    other = make_tiny(tmp_path / "other" / "model", seed=6)
     with pytest.raises(pytest.fail.Exception, match="the teacher was loaded"):
-        run(made(tmp_path / "three", tiny_model, teacher, max_steps=1, temperature=2.0))
+        run(made(tmp_path / "another", tiny_model, other, max_steps=1))
 
 
 def test_a_damaged_cache_is_made_again(tmp_path: Path) -> None:
@@ -160,6 +175,14 @@ def test_a_damaged_cache_is_made_again(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-4])
     assert cache.known(given, lambda: word)[0].ids.tolist() == [[4], [5]]
     assert (cache.found, cache.computed) == (1, 2)
+
+
+def test_a_cache_tells_apart_which_tokens_are_learnt(tmp_path: Path) -> None:
+    cache = TeacherCache(tmp_path, {"teacher": "t"})
+    word = [Known(torch.tensor([[4]], dtype=torch.int32), torch.tensor([[-1.0]]))]
+    for labels in ([MASKED, 2, MASKED], [MASKED, MASKED, 3]):  # as many
+        cache.known([{"input_ids": [1, 2, 3], "labels": labels}], lambda: word)
+    assert (cache.found, cache.computed) == (0, 2)
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one(tiny_model: Path, teacher: Path, tmp_path: Path) -> None:
@@ -193,14 +216,83 @@ def test_own_answers_follow_the_datas_prompts(
         return sample
 
     monkeypatch.setattr(work, "_sampler", sampler)
-    metrics = run(made(tmp_path / "run", tiny_model, teacher, max_steps=2, on_policy=1.0, sft_weight=9.0, max_tokens=4))
-    assert metrics["own_steps"] == 2
+    stage = made(tmp_path / "run", tiny_model, teacher, max_steps=2, on_policy=1.0, sft_weight=9.0, max_tokens=4)
+    assert run(stage)["own_steps"] == 2
     encoded = encode_supervised(load_tokenizer(tiny_model), rows(24), 64)
     prompts = {tuple(prompt_of(row["input_ids"], row["labels"])) for row in encoded.rows}
     assert len(seen) == 16
     assert {tuple(prompt) for prompt in seen} <= prompts
-    # The data's answers are no part of such a step: neither is their weight.
-    assert metrics["loss_first"] < 9.0 * math.log(260) / 2
+    # The student's tokens alone count: neither the prompts', nor the data's answers with their weight.
+    answered = [{"input_ids": [*p, 40, 41, 2], "labels": [MASKED] * len(p) + [40, 41, 2]} for p in seen[:8]]
+    apart, _, tokens = by_hand(tiny_model, teacher, answered)
+    assert tokens == 8 * 3
+    assert losses(stage)[1] == pytest.approx(apart / tokens, rel=1e-4)
+
+
+def by_hand(student: Path, teacher: Path, given: list[dict[str, Any]]) -> tuple[float, float, int]:
+    """Divergence (forward, 64 tokens) and negative log-likelihood, summed over the labelled tokens, and how many."""
+    one, other = load_policy(student), load_policy(teacher)
+    apart, nll, tokens = 0.0, 0.0, 0
+    for row in given:
+        ids, kept = torch.tensor([row["input_ids"]]), torch.tensor([label != MASKED for label in row["labels"][1:]])
+        with torch.no_grad():
+            states = one.model(ids).last_hidden_state[0, :-1][kept]
+            live = Live(other.model(ids).last_hidden_state[0, :-1][kept], other.lm_head)
+            apart += float(summed_divergence(Measure(top_k=64), states, one.lm_head, live))
+            nll += float(torch.nn.functional.cross_entropy(one.lm_head(states), ids[0, 1:][kept], reduction="sum"))
+        tokens += len(states)
+    return apart, nll, tokens
+
+
+def test_the_datas_tokens_count_by_their_weight_beside_the_divergence(
+    tiny_model: Path, teacher: Path, tmp_path: Path
+) -> None:
+    fields: dict[str, Any] = {"max_steps": 1, "batch_size": 24, "micro_batch_size": 8, "sft_weight": 0.5}
+    stage = made(tmp_path / "run", tiny_model, teacher, **fields)
+    run(stage)
+    apart, nll, tokens = by_hand(tiny_model, teacher, encode_supervised(load_tokenizer(tiny_model), rows(24), 64).rows)
+    assert losses(stage)[1] == pytest.approx((apart + 0.5 * nll) / tokens, rel=1e-4)
+
+
+class Asked:
+    """An engine that writes down what it is asked, in order."""
+
+    name = "asked"
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    def load_weights(self, weights: Any) -> None:
+        self.calls.append({name: tensor.clone() for name, tensor in weights})
+
+    def generate(self, prompts: list[list[int]], sampling: Sampling) -> list[list[Response]]:
+        self.calls.append(sampling)
+        return [[Response([40, 2], [0.0, 0.0], True, "")] for _ in prompts]
+
+    def close(self) -> None:
+        pass
+
+
+def test_each_step_samples_anew_from_the_student_as_it_is(
+    tiny_model: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Asked()
+    monkeypatch.setattr(work, "open_engine", lambda *given, **options: engine)
+    fields: dict[str, Any] = {
+        "temperature": 2.0,
+        "sample_temperature": 0.7,
+        "max_tokens": 4,
+        "max_steps": 3,
+        "on_policy": 1.0,
+    }
+    run(made(tmp_path / "run", tiny_model, teacher, **fields))
+    given, asked = engine.calls[::2], engine.calls[1::2]
+    start = load_file(tiny_model / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert given[0][name].equal(start[name])
+    assert not given[2][name].equal(start[name])  # the first step warms up, at a rate of 0
+    assert [(one.temperature, one.max_tokens) for one in asked] == 3 * [(0.7, 4)]
+    assert len({one.seed for one in asked}) == 3
 
 
 def test_steps_of_own_answers_follow_seed_and_step() -> None:

@@ -10,7 +10,8 @@ from align.data.rows import user, write_rows
 from align.errors import UserError
 from align.models.tiny import make_tiny, make_tiny_reward
 from align.rollouts.transformers import TransformersEngine
-from align.stage import EngineConfig, Runtime, StageContext
+from align.runtime import EngineConfig, Runtime
+from align.stage import StageContext
 from align.stages import evaluate
 from align.stages.evaluate import EvaluateConfig
 

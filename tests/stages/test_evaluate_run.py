@@ -12,7 +12,8 @@ from align.errors import UserError
 from align.evaluation.planning import make_plan
 from align.models.tiny import make_tiny
 from align.rollouts.transformers import TransformersEngine
-from align.stage import EngineConfig, Runtime, StageContext
+from align.runtime import EngineConfig, Runtime
+from align.stage import StageContext
 from align.stages import evaluate
 from align.stages.evaluate import EvaluateConfig
 

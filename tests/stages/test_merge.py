@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from align.artifacts import Artifact, Kind
 from align.errors import UserError
+from align.merging import methods
+from align.merging.run import merge_tensor
 from align.models.loading import load_policy, load_reward, load_tokenizer
 from align.pipeline import Pipeline
-from align.stage import Runtime, StageContext
+from align.runtime import Runtime
+from align.stage import StageContext
 from align.stages.merge import MergeConfig, run
 
 
@@ -103,7 +107,28 @@ def test_every_method_goes_from_the_base_by_its_scale(method: str, trained: dict
     if method == "warp":
         assert whole["merged_moved"] == pytest.approx(whole["moved"][0], rel=0.02)
     if method in ("linear", "task_arithmetic"):
+        way = sum(float((weights_of(trained["a"])[name] - base[name]).double().square().sum()) for name in base)
+        length = sum(float(base[name].double().square().sum()) for name in base)
+        assert whole["moved"][0] == pytest.approx(math.sqrt(way / length), rel=1e-5)
         assert whole["merged_moved"] == pytest.approx(whole["moved"][0] / 2**0.5, rel=0.02)
+
+
+@pytest.mark.parametrize("base", [None, "base"])
+def test_slerp_stays_nearer_to_the_one_with_the_larger_share(
+    base: str | None, trained: dict[str, Path], tmp_path: Path
+) -> None:
+    made = context(tmp_path / "run", trained, policies=["a", "b"], base=base, method="slerp", weights=[3, 1])
+    run(made)
+    found, one, other = (weights_of(f) for f in (made.output / "model", trained["a"], trained["b"]))
+    for name in found:
+        assert torch.allclose(found[name], methods.slerp(one[name], other[name], 0.25), atol=1e-6), name
+
+
+def test_what_dare_drops_differs_from_tensor_to_tensor() -> None:
+    config = MergeConfig(policies=["a", "b"], base="base", method="dare_linear", density=0.5)
+    tensors, origin = [torch.ones(64), torch.ones(64)], torch.zeros(64)
+    one, other = (merge_tensor(config, name, tensors, origin, seed=5) for name in ("q_proj", "k_proj"))
+    assert not one.equal(other)
 
 
 def test_a_single_policy_may_go_part_of_its_way(trained: dict[str, Path], tmp_path: Path) -> None:
@@ -120,6 +145,20 @@ def test_reward_models_merge_with_their_heads(tiny_reward: Path, tiny_model: Pat
     run(made)
     heads = [load_reward(folder).score.weight for folder in (*folders.values(), made.output / "model")]
     assert torch.allclose(heads[2], (heads[0] + heads[1]) / 2, atol=1e-6)
+
+
+def test_reward_models_merge_from_a_policy_which_has_no_head(
+    tiny_reward: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    folders = {name: moved(tiny_reward, tmp_path / name / "model", seed) for seed, name in enumerate("ab")}
+    folders["base"] = tmp_path / "base" / "model"
+    shutil.copytree(tiny_model, folders["base"])
+    made = context(tmp_path / "run", folders, Kind.REWARD, rewards=["a", "b"], base="base", scale=0.5)
+    run(made)
+    heads = [load_reward(folders[name]).score.weight for name in "ab"]
+    # a head starts at zero, so half the way to the average is a quarter of the sum
+    found = load_reward(made.output / "model").score.weight
+    assert torch.allclose(found, (heads[0] + heads[1]) / 4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +198,8 @@ def test_what_does_not_fit_together_is_refused(
             weights["model.norm.weight"] = weights["model.norm.weight"][:32].clone()
         else:
             torch.manual_seed(0)
-            weights = {name: torch.randn_like(tensor) * tensor.std() for name, tensor in weights.items()}
+            # norms are near 1 in every model: matrices alone tell where it started
+            weights = {n: torch.randn_like(t) * t.std() if t.dim() > 1 else t for n, t in weights.items()}
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=message):
         run(context(tmp_path / "run", trained, policies=["a", "b"]))

@@ -12,7 +12,8 @@ from transformers import AutoTokenizer
 
 from align.errors import UserError
 from align.models.loading import load_policy, load_tokenizer
-from align.stage import Runtime, StageContext
+from align.runtime import Runtime
+from align.stage import StageContext
 from align.stages.model import ModelConfig, run
 
 

@@ -15,7 +15,8 @@ from align.artifacts import Artifact, Kind
 from align.data.rows import user, write_rows
 from align.online.stage_run import KINDS
 from align.ppo.stage_run import ReportUpdates
-from align.stage import STAGES, Runtime, StageContext
+from align.runtime import Runtime
+from align.stage import STAGES, StageContext
 from align.validation import validate
 
 BASE = {"policy": "sft", "prompts": "data", "learning_rate": 1e-3}

@@ -21,8 +21,9 @@ from align.models.reward import RewardModel
 from align.ppo.checkpoint import DRAFT
 from align.ppo.config import PPOConfig
 from align.ppo.scoring import RewardScorer
-from align.ppo.stage_run import PASSED_ON, ReportUpdates
-from align.stage import Runtime, StageContext
+from align.ppo.stage_run import PASSED_ON, ReportUpdates, _scorer
+from align.runtime import Runtime
+from align.stage import StageContext
 from align.stages.ppo import PpoConfig, run
 
 BASE = {"policy": "sft", "prompts": "data", "learning_rate": 1e-3}
@@ -142,6 +143,11 @@ def test_run_trains_on_a_reward_model_and_reports_every_update(make_context):
     assert metrics["episodes"] == 16 and metrics["engine"] == "transformers"
     assert metrics["kl_first"] >= 0 and metrics["parity_gap_last"] < 1e-4
     assert metrics["gold_last"] == 0.0
+    adapters = 4 * 2 * (4 * 128 + 3 * 192)  # rank x layers x (attention's and the MLP's matrices, inputs + outputs)
+    trained = adapters, adapters + 64 + 1  # the critic has a head with a bias
+    assert (metrics["trainable_parameters"], metrics["trainable_parameters_critic"]) == trained
+    (said,) = events(context, "note")
+    assert f"{adapters:,} of {metrics['parameters']:,} parameters are trained" in said["message"]
     points = events(context, "metrics")
     assert [point["step"] for point in points] == [1, 2]
     assert {"score", "gold", "kl", "entropy", "explained_variance"} <= points[0].keys()
@@ -180,15 +186,13 @@ def test_an_ensemble_supervised_text_and_the_best_policy_kept(make_context):
 def test_run_on_a_verifiable_function_alone(make_context):
     metrics = run(make_context("run", score="gsm8k_answer", updates=1))
     assert metrics["score_last"] == 0.0
+    assert metrics["trainable_parameters"] == metrics["parameters"]  # the policy's alone: no reference, no critic
 
 
-def test_two_scores_are_summed_with_their_weights(make_context):
-    class Constant:
-        def __init__(self, value):
-            self.value = value
-
-        def score(self, rows, responses, truncated=None):
-            return [self.value] * len(responses)
+def test_scores_of_a_reward_model_and_a_function_have_the_config_s_weights():
+    config = PpoConfig(**BASE, reward="reward", score="gsm8k_answer", reward_weight=0.5, score_weight=2.0)
+    parts = _scorer(config, [object()]).parts
+    assert [(part.name, part.weight) for part in parts] == [("reward", 0.5), ("function", 2.0)]
 
 
 class Killed(BaseException):

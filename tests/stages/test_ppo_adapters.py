@@ -14,7 +14,8 @@ from align.artifacts import Artifact, Kind
 from align.data.rows import user, write_rows
 from align.models.loading import load_policy, load_tokenizer
 from align.models.render import render_prompt
-from align.stage import Runtime, StageContext
+from align.runtime import Runtime
+from align.stage import StageContext
 from align.stages.ppo import PpoConfig, run
 from align.tuning import AdaptersTuning
 from tests.models.tuning.confident import saved

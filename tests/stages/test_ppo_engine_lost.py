@@ -25,12 +25,13 @@ from align.planning import plan
 from align.ppo.stage_run import _saying_what_is_kept
 from align.rollouts.server_client import EngineLost
 from align.runner import Listener, run_pipeline
-from align.stage import Runtime, StageContext
+from align.runtime import Runtime
+from align.stage import StageContext
 from align.stages.ppo import run as run_ppo
 from align.store import Store
 from tests.rollouts.model_server import ModelServer
 
-UPDATES = 4
+UPDATES = 3
 FAULTY_LOAD = 4
 """The weights of the third update, behind those that the engine gives a server to begin with."""
 
@@ -56,7 +57,7 @@ def server(tiny_model: Path) -> Iterator[ModelServer]:
 
 @pytest.fixture
 def raw(tiny_model: Path) -> dict[str, Any]:
-    """A pipeline of a given policy, given prompts, and four updates of PPO."""
+    """A pipeline of a given policy, given prompts, and three updates of PPO."""
     ppo = {
         "stage": "ppo",
         "policy": "policy",
@@ -122,8 +123,31 @@ def finish(raw: dict[str, Any], store: Path, **engine: Any) -> Artifact:
     return artifact
 
 
-def assert_as_without_failure(found: Artifact, raw: dict[str, Any], store: Path, **engine: Any) -> None:
-    """The same stage on the same inputs with a healthy engine, here in one go: the same weights, bit for bit."""
+Whole = tuple[dict[str, Any], dict[str, torch.Tensor]]
+
+
+@pytest.fixture(scope="module")
+def wholes() -> dict[str, Whole]:
+    """Metrics and weights of runs whose engine never failed, by the engine: made once, by who needs one first."""
+    return {}
+
+
+def assert_as_without_failure(
+    found: Artifact, raw: dict[str, Any], store: Path, wholes: dict[str, Whole], **engine: Any
+) -> None:
+    """The same stage on the same inputs with a healthy engine in one go comes to the same weights, bit for bit."""
+    name = str((raw["runtime"]["engine"] | engine)["name"])
+    if name not in wholes:
+        wholes[name] = run_whole(raw, store, **engine)
+    metrics, weights = wholes[name]
+    for each in ("score_first", "score_last", "kl_last", "length_last", "episodes", "tokens"):
+        assert found.record["metrics"][each] == metrics[each], each
+    others = load_file(found.path / "model" / "model.safetensors")
+    assert all(torch.equal(others[each], weights[each]) for each in weights)
+
+
+def run_whole(raw: dict[str, Any], store: Path, **engine: Any) -> Whole:
+    """The stage run here, in this process."""
     node, opened, folder = Pipeline(raw).nodes["ppo"], Store.open(store), store.parent / "whole"
     made = {one.stage: one for one in opened.all()}
     inputs = {field: made[name] if isinstance(name, str) else None for field, name in node.inputs.items()}
@@ -132,10 +156,7 @@ def assert_as_without_failure(found: Artifact, raw: dict[str, Any], store: Path,
         (folder / name).mkdir(parents=True)
     places = folder / "output", folder / "checkpoints", folder / "events.jsonl"
     metrics = run_ppo(StageContext("ppo", node.config, inputs, node.seed, runtime, *places))
-    for name in ("score_first", "score_last", "kl_last", "length_last", "episodes", "tokens"):
-        assert found.record["metrics"][name] == metrics[name], name
-    weights = [load_file(place / "model" / "model.safetensors") for place in (found.path, folder / "output")]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+    return metrics, load_file(folder / "output" / "model" / "model.safetensors")
 
 
 def test_a_server_lost_before_the_first_checkpoint(tmp_path: Path) -> None:
@@ -144,7 +165,9 @@ def test_a_server_lost_before_the_first_checkpoint(tmp_path: Path) -> None:
         raise EngineLost("the server is gone")
 
 
-def test_a_server_that_hangs(raw: dict[str, Any], server: ModelServer, tmp_path: Path) -> None:
+def test_a_server_that_hangs(
+    raw: dict[str, Any], server: ModelServer, wholes: dict[str, Whole], tmp_path: Path
+) -> None:
     """One that somebody else started, and that answers again when the stage is run again."""
     server.fault_at = FAULTY_LOAD
     said = fail(raw, tmp_path / "store", address=server.address, timeout=5)
@@ -153,11 +176,15 @@ def test_a_server_that_hangs(raw: dict[str, Any], server: ModelServer, tmp_path:
     assert "/health answers" in said
     assert "With a server that answers, run again to go on from checkpoint-2." in said
     found = finish(raw, tmp_path / "store", address=server.address)
-    assert_as_without_failure(found, raw, tmp_path / "store", address=server.address)
+    assert_as_without_failure(found, raw, tmp_path / "store", wholes, address=server.address)
 
 
 def test_a_server_of_the_stage_s_own_that_dies(
-    raw: dict[str, Any], server: ModelServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    raw: dict[str, Any],
+    server: ModelServer,
+    wholes: dict[str, Whole],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The stage starts the stand-in where it looks for vLLM's server; the next run starts a new one."""
     package = tmp_path / "shadow" / "vllm" / "entrypoints" / "openai"
@@ -176,11 +203,11 @@ def test_a_server_of_the_stage_s_own_that_dies(
     assert "With a server that answers, run again to go on from checkpoint-2." in said
     monkeypatch.delenv("FAKE_DIES_AT")
     found = finish(raw, tmp_path / "store")
-    assert_as_without_failure(found, raw, tmp_path / "store", address=server.address)
+    assert_as_without_failure(found, raw, tmp_path / "store", wholes, address=server.address)
 
 
 def test_an_engine_in_the_process_that_hangs(
-    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    raw: dict[str, Any], wholes: dict[str, Whole], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ENGINE_HANGS", "1")
     said = fail(raw, tmp_path / "store", name="transformers", timeout=3)
@@ -189,4 +216,4 @@ def test_an_engine_in_the_process_that_hangs(
     assert "in never" in log.read_text()
     monkeypatch.delenv("ENGINE_HANGS")
     found = finish(raw, tmp_path / "store", name="transformers")
-    assert_as_without_failure(found, raw, tmp_path / "store", name="transformers")
+    assert_as_without_failure(found, raw, tmp_path / "store", wholes, name="transformers")

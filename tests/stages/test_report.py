@@ -8,7 +8,8 @@ from pydantic import ValidationError
 
 from align.artifacts import Artifact, Kind
 from align.errors import UserError
-from align.stage import Runtime, StageContext
+from align.runtime import Runtime
+from align.stage import StageContext
 from align.stages.report import ReportConfig, run
 
 

@@ -14,7 +14,8 @@ from align.data.rows import read_rows, write_rows
 from align.errors import UserError
 from align.rollouts import sampler
 from align.rollouts.transformers import TransformersEngine
-from align.stage import EngineConfig, Runtime, StageContext
+from align.runtime import EngineConfig, Runtime
+from align.stage import StageContext
 from align.stages.sample import SampleConfig, run
 
 

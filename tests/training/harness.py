@@ -8,7 +8,8 @@ from typing import Any
 
 from align.artifacts import Artifact, Kind
 from align.data.rows import assistant, user, write_rows
-from align.stage import Config, Runtime, StageContext
+from align.runtime import Runtime
+from align.stage import Config, StageContext
 
 WORDS = ["red", "green", "blue", "amber", "violet", "silver", "copper", "ivory"]
 

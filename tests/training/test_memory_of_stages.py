@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from align.models.architecture import Architecture, Linear, UnknownArchitecture
-from align.stage import Runtime
+from align.runtime import Runtime
 from align.stages.reward import RewardConfig
 from align.stages.sft import SftConfig
 

@@ -20,8 +20,8 @@ from align.models.tuning.apply import apply_tuning
 from align.stage import STAGES
 from align.stages.sft import SftConfig, run
 from align.training import packing
-from align.training.packing import Flat, best_fit, check_separate, form_of, packed, run_flat
-from align.training.rows import MASKED, encode_supervised
+from align.training.packing import Flat, best_fit, check_separate, fill, form_of, packed, run_flat
+from align.training.rows import MASKED, Encoded, encode_supervised
 from align.training.trainers import PreparedSFT
 from align.tuning import LoraTuning
 from tests.training.harness import context, data_artifact, events, losses, rows
@@ -45,6 +45,17 @@ def test_the_fullest_pack_with_room_is_taken() -> None:
     assert best_fit([6, 2, 9, 8, 1], 10) == [[2, 4], [3, 1], [0]]
     with pytest.raises(ValueError, match="11 tokens fits no pack of 10"):
         best_fit([11], 10)
+
+
+def test_the_fill_is_the_share_of_the_room() -> None:
+    assert fill([{"input_ids": [1] * 6}, {"input_ids": [1] * 9}], 10) == 0.75
+
+
+def test_a_row_s_first_token_has_no_label_in_a_pack() -> None:
+    # as of plain texts, whose every token is learnt
+    encoded = Encoded([{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}, {"input_ids": [4, 5], "labels": [4, 5]}], [3, 2])
+    (pack,) = packed(encoded, 6)
+    assert pack == {"input_ids": [1, 2, 3, 4, 5], "labels": [MASKED, 2, 3, MASKED, 5], "seq_lengths": [3, 2]}
 
 
 def flat_and_padded(root: Path, model: Path, form: str, lora: bool = False) -> tuple[PreparedSFT, Any, Any, Any]:
@@ -102,9 +113,23 @@ def test_a_model_that_lets_rows_see_each_other_is_refused(
 ) -> None:
     trainer, _, _, encoded = flat_and_padded(tmp_path, tiny_model, "ragged")
     trainer.data_collator = Flat("ragged")
+    trainer.model.train()
     assert check_separate("sft", trainer, encoded) < 1e-4
     monkeypatch.setattr(packing, "lay_out", lambda lengths: lay_out([sum(lengths)]))
     with pytest.raises(UserError, match=r"sft: rows in one line are not kept apart by this model.*packing"):
+        check_separate("sft", trainer, encoded)
+    assert trainer.model.training  # as it was
+
+
+@pytest.mark.parametrize("gap", [1.0, -1.0, float("nan")])
+def test_a_gap_on_either_side_and_no_number_are_refused(
+    gap: float, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, _, encoded = sft(tmp_path, tiny_model, precision="float32")
+    trainer.data_collator = Flat("ragged")
+    said = iter([torch.zeros(3), torch.zeros(3), torch.tensor([0.0] * 5 + [gap])])
+    monkeypatch.setattr(packing, "_logprobs", lambda *given: next(said))
+    with pytest.raises(UserError, match="are not kept apart by this model"):
         check_separate("sft", trainer, encoded)
 
 

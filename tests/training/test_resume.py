@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,8 @@ from safetensors.torch import load_file
 
 from align.artifacts import Kind
 from align.stage import STAGES, StageContext
+from align.training.checkpoints import MARKER, mark_complete
+from align.training.clock import FILE
 from tests.training.harness import context, data_artifact, losses
 
 LORA = {"method": "lora", "rank": 4}
@@ -59,8 +63,18 @@ def made(kind: str, root: Path, model: Path, tuning: dict[str, Any], save_steps:
     return context(root, config, model, data_artifact(root / "data", Kind.PREFERENCES), source)
 
 
-@pytest.mark.parametrize("tuning", [FULL, LORA], ids=["full", "lora"])
-@pytest.mark.parametrize(("save_steps", "dies_at"), [(4, 10), (5, 12)], ids=["mid-epoch", "epoch-end"])
+MID_EPOCH, EPOCH_END = (4, 10), (5, 12)
+
+
+@pytest.mark.parametrize(
+    ("save_steps", "dies_at", "tuning"),
+    [
+        pytest.param(*MID_EPOCH, LORA, id="mid-epoch-lora"),
+        pytest.param(*EPOCH_END, FULL, id="epoch-end-full"),
+        pytest.param(*MID_EPOCH, FULL, id="mid-epoch-full", marks=pytest.mark.slow),
+        pytest.param(*EPOCH_END, LORA, id="epoch-end-lora", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("kind", ["sft", "reward", "dpo"])
 def test_resumed_run_equals_the_uninterrupted_one(
     kind: str, save_steps: int, dies_at: int, tuning: dict[str, Any], tiny_model: Path, tmp_path: Path
@@ -88,6 +102,26 @@ def test_stage_killed_after_its_last_step_only_finishes(tiny_model: Path, tmp_pa
     assert again["resumed_from_step"] == 15
     assert again["test_loss_after"] == first["test_loss_after"]
     assert again["tokens"] == first["tokens"]
+    last = whole.checkpoints / "checkpoint-15"
+    assert FILE in json.loads((last / MARKER).read_text())
+    assert first["training_seconds"] >= float((last / FILE).read_text()) > 0
+    assert again["training_seconds"] >= float((last / FILE).read_text())  # of training that this attempt found done
+    for each in (first, again):
+        assert each["tokens_per_second"] == pytest.approx(each["tokens"] / each["training_seconds"])
+
+
+def test_a_checkpoint_that_does_not_say_how_long_it_took_is_left_out_of_the_speed(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    whole = made("sft", tmp_path / "run", tiny_model, FULL, 10)
+    first = STAGES["sft"].runner()(whole)
+    shutil.rmtree(whole.checkpoints / "checkpoint-15")
+    (whole.checkpoints / "checkpoint-10" / FILE).unlink()
+    mark_complete(whole.checkpoints / "checkpoint-10")
+    again = STAGES["sft"].runner()(whole)
+    rest = again["tokens_per_second"] * again["training_seconds"]
+    state = json.loads((whole.checkpoints / "checkpoint-10" / "trainer_state.json").read_text())
+    assert rest == pytest.approx(first["tokens"] - state["num_input_tokens_seen"])
 
 
 SCRIPT = """

@@ -17,7 +17,8 @@ from align.artifacts import Kind
 from align.errors import UserError
 from align.pipeline import Pipeline
 from align.runner import run_pipeline
-from align.stage import STAGES, Runtime, StageContext
+from align.runtime import Runtime
+from align.stage import STAGES, StageContext
 from align.training import tracking
 from align.training.tracking import scorecard_values, track_result
 from tests import toy

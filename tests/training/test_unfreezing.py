@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,9 +17,10 @@ from align.artifacts import Kind
 from align.models.loading import load_policy, load_tokenizer, new_reward
 from align.models.places import places
 from align.stage import STAGES, StageContext
+from align.training import fit
 from align.training.layer_rates import give_layers_their_rates
 from align.training.lisa import drawn_layers
-from align.training.unfreezing import open_at, optimizer_bytes
+from align.training.unfreezing import open_at, optimizer_bytes, steps_per_epoch
 from align.tuning import FullTuning
 from tests.training.harness import context, data_artifact, events, losses
 from tests.training.test_resume import Killed, dying
@@ -43,7 +45,7 @@ def layers_open(opened: frozenset[Any]) -> list[int]:
 @pytest.mark.parametrize("unit", ["steps", "epochs"])
 def test_layers_open_from_the_last_one_down(tiny_model: Path, unit: str) -> None:
     model = load_policy(tiny_model)
-    at = {0: 0, 4: 1, 9: 40} if unit == "steps" else {0: 0, 0.8: 1, 1.8: 40}
+    at = {0: 0, 4: 1, 9: 40} if unit == "steps" else {0: 0, 0.8: 1, 1.8: 2}  # more than all layers, and just all
     tuning = FullTuning(unfreeze={"at": at, "unit": unit, "embeddings": True})  # type: ignore[arg-type]
     schedule = open_at(tuning, model, steps_per_epoch=5, seed=0)
     assert [layers_open(schedule(step)) for step in (0, 3, 4, 8, 9)] == [[], [], [1], [1], [0, 1]]
@@ -58,6 +60,20 @@ def test_a_tied_head_opens_the_embeddings(tiny_model: Path) -> None:
     schedule = open_at(FullTuning(unfreeze={"at": {0: 1}, "head": True}), new_reward(tiny_model), 5, 0)  # type: ignore[arg-type]
     assert "embeddings" not in schedule(0)
     assert "score" in schedule(0)
+
+
+@pytest.mark.parametrize(("embeddings", "head"), [(True, False), (False, True)])
+def test_lisa_opens_around_its_layers_what_it_is_told(tiny_model: Path, embeddings: bool, head: bool) -> None:
+    lisa = {"layers": 1, "embeddings": embeddings, "head": head}
+    schedule = open_at(FullTuning(lisa=lisa), new_reward(tiny_model), 5, 0)  # type: ignore[arg-type]
+    assert ("embeddings" in schedule(0), "head" in schedule(0)) == (embeddings, head)
+
+
+@pytest.mark.parametrize(("processes", "accumulation", "steps"), [(1, 1, 11), (1, 3, 4), (2, 3, 2), (1, 100, 1)])
+def test_an_epoch_has_the_steps_that_transformers_takes(processes: int, accumulation: int, steps: int) -> None:
+    # 41 rows by fours: 11 micro-batches of one process, 6 of two; what is left over at the end is a step
+    args = SimpleNamespace(train_batch_size=4, world_size=processes, gradient_accumulation_steps=accumulation)
+    assert steps_per_epoch(SimpleNamespace(args=args, train_dataset=range(41))) == steps
 
 
 def test_every_layer_is_drawn_as_often_and_by_step_alone() -> None:
@@ -86,13 +102,26 @@ class Watch(TrainerCallback):
         self.seen.append((self.graded, {named[id(p)] for p in optimizer.state}, optimizer_bytes(optimizer)))
 
 
+class Rates(TrainerCallback):
+    """The learning rate of every weight in the second step."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            groups = kwargs["optimizer"].param_groups
+            rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+            self.found = {name: rates[id(p)] for name, p in kwargs["model"].named_parameters() if p.requires_grad}
+
+
+def added(callback: TrainerCallback, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``callback`` is among those of every run."""
+    extra = fit.extra_callbacks
+    monkeypatch.setattr(fit, "extra_callbacks", lambda *given: [*extra(*given), callback])
+
+
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
-    from align.training import fit
-
     found = Watch()
-    extra = fit.extra_callbacks
-    monkeypatch.setattr(fit, "extra_callbacks", lambda *given: [*extra(*given), found])
+    added(found, monkeypatch)
     return found
 
 
@@ -179,3 +208,12 @@ def test_rates_fall_from_the_last_layer_to_the_embeddings(tiny_model: Path) -> N
     assert named["model.embed_tokens.weight"] == 2e-3
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert all(decays[id(p)] == (0.1 if p.dim() > 1 else 0.01) for p in model.parameters())  # AdamW's default is 0.01
+
+
+def test_a_run_learns_at_these_rates(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = Rates()
+    added(rates, monkeypatch)
+    STAGES["sft"].runner()(made("sft", tmp_path, tiny_model, DECAY, max_steps=2))
+    assert rates.found["model.norm.weight"] == rates.found["model.layers.1.mlp.up_proj.weight"] > 0
+    assert rates.found["model.layers.0.mlp.up_proj.weight"] == 0.5 * rates.found["model.norm.weight"]
+    assert "model.embed_tokens.weight" not in rates.found

@@ -16,7 +16,8 @@ from typing import Any, ClassVar, Literal, Protocol
 from align.artifacts import Artifact
 from align.data.rows import Message
 from align.rollouts.protocol import Response, Sampling
-from align.stage import Config, Runtime
+from align.runtime import Runtime
+from align.stage import Config
 
 Values = list[list[float]]
 """Per item, one number for each sample; a task without samples has one."""

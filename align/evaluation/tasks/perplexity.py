@@ -7,12 +7,9 @@ perplexity itself, which is ``exp(loss)``.
 
 from __future__ import annotations
 
-import glob
-import hashlib
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -20,11 +17,11 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from align.data.rows import read_rows, user
-from align.data.source_configs import FilesSource
 from align.errors import UserError
 from align.evaluation.tasks.base import Given, Item, Measured, Metric, Reader, SystemInfo, Task, TaskConfig
+from align.evaluation.tasks.documents import Document, divide, find_documents, read_text, source_of, text_of
 from align.evaluation.tasks.encoding import prefix_token, rolling_windows
-from align.evaluation.tasks.reading import TaskData, TaskRecord, draw, read_records
+from align.evaluation.tasks.reading import TaskData, draw, read_records
 from align.fingerprint import digest, file_digest
 
 BLOCK_CHARACTERS = 200_000
@@ -33,9 +30,6 @@ SHOWN = 500
 """Characters of a document that stand among the samples."""
 MOST_SHOWN = 64
 PLACES = ("files", "dataset", "revision", "config", "split")
-TEXT_FILES = (".txt", ".md")
-TEXTS = ("text", "content", "document", "page")
-CONVERSATIONS = ("messages", "conversations", "prompt", "completion")
 
 METRICS = {
     "bits_per_byte": Metric(
@@ -51,19 +45,6 @@ METRICS = {
         "as bits per byte, per token; compares only models that share a tokenizer",
     ),
 }
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text and where it is from."""
-
-    source: str
-    text: str
-
-    @property
-    def id(self) -> str:
-        """16 hex digits of the text."""
-        return hashlib.sha256(self.text.encode()).hexdigest()[:16]
 
 
 class PerplexityConfig(TaskData, TaskConfig):
@@ -103,7 +84,7 @@ class PerplexityConfig(TaskData, TaskConfig):
 
         if self.files is None:
             return {}
-        texts, records = self._files(base)
+        texts, records = find_documents(self.files, base)
         found = {} if records is None else identity(records, base)
         for path in texts:
             name, number = path.name, 2
@@ -127,10 +108,10 @@ class PerplexityConfig(TaskData, TaskConfig):
             rows = read_rows(given.texts[self.texts].split("test"))
             found = [Document(str(row["source"]), row["text"]) for row in rows]
         else:
-            texts, source = ([], self.source()) if self.files is None else self._files(given.base)
-            found = [Document(path.name, _read_text(path)) for path in texts]
+            texts, source = ([], self.source()) if self.files is None else find_documents(self.files, given.base)
+            found = [Document(path.name, read_text(path)) for path in texts]
             records = [] if source is None else read_records(source, given.base)
-            found += [Document(_source(record), self._text(record)) for record in records]
+            found += [Document(source_of(record), text_of(record, self.fields)) for record in records]
         full = [one for one in found if one.text.strip()]
         if len(full) < len(found):
             given.warn(f"{len(found) - len(full)} of {len(found)} documents are empty and left out")
@@ -156,37 +137,6 @@ class PerplexityConfig(TaskData, TaskConfig):
             )
         task.described = self.described(given.base)
         return task
-
-    def _files(self, base: Path) -> tuple[list[Path], FilesSource | None]:
-        """Plain texts, and a source of the files that hold records."""
-        from align.data.sources import find_files
-
-        texts: dict[Path, None] = {}
-        others: list[str] = []
-        for pattern in self.files or []:
-            names = glob.glob(str(base / Path(pattern).expanduser()), recursive=True)
-            found = [Path(name).absolute() for name in sorted(names) if Path(name).is_file()]
-            plain = [path for path in found if path.suffix.lower() in TEXT_FILES]
-            texts |= dict.fromkeys(plain)
-            if not plain:
-                others.append(pattern)
-                find_files([pattern], base)  # says what is wrong with a pattern that matches nothing
-            others += [glob.escape(str(path)) for path in found if plain and path not in texts]
-        return list(texts), FilesSource(type="files", paths=others) if others else None
-
-    def _text(self, record: TaskRecord) -> str:
-        if self.fields is not None:
-            return "\n\n".join(_words(record, field) for field in self.fields)
-        field = next((name for name in TEXTS if isinstance(record.get(name), str)), None)
-        if field is not None:
-            return str(record[field])
-        parts = [name for name in CONVERSATIONS if record.get(name) is not None]
-        if not parts:
-            raise UserError(
-                f"{record.where}: no field looks like text; there are {', '.join(sorted(record)) or 'none'}. Name the "
-                f"text's: fields: [{next(iter(sorted(record)), 'text')}]."
-            )
-        return "\n\n".join(_words(record, name) for name in parts)
 
 
 class PerplexityTask(Task):
@@ -309,18 +259,6 @@ class PerplexityTask(Task):
         }
 
 
-def divide(text: str, most: int) -> list[str]:
-    """Pieces of at most ``most`` characters that make up the text, ended by a line break, else by a space, where one
-    stands in their second half."""
-    pieces = []
-    while len(text) > most:
-        ends = [text.rfind(sign, most // 2, most) + 1 for sign in ("\n", " ")]
-        end = ends[0] or ends[1] or most
-        pieces.append(text[:end])
-        text = text[end:]
-    return [*pieces, text]
-
-
 def _blocks(documents: Sequence[Document]) -> list[list[Document]]:
     """Runs of documents with about ``BLOCK_CHARACTERS`` together."""
     found: list[list[Document]] = []
@@ -332,27 +270,3 @@ def _blocks(documents: Sequence[Document]) -> list[list[Document]]:
         found[-1].append(one)
         size += len(one.text)
     return found
-
-
-def _words(record: TaskRecord, field: str) -> str:
-    """A field's text, or the contents of its messages."""
-    value = record[field]
-    if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
-        parts = [turn.get("content", turn.get("value")) for turn in value]
-        if all(isinstance(part, str) for part in parts):
-            return "\n\n".join(str(part) for part in parts)
-    if not isinstance(value, str):
-        raise record.wrong(field, "text or a list of messages")
-    return value
-
-
-def _source(record: TaskRecord) -> str:
-    """The file's name, for the table by source."""
-    return record.where.rsplit(":", 1)[0].replace("\\", "/").rsplit("/", 1)[-1]
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8.") from None

@@ -10,7 +10,8 @@ import pytest
 
 from align.artifacts import Artifact, Kind
 from align.models.tiny import make_tiny
-from align.stage import EngineConfig, Runtime, StageContext
+from align.runtime import EngineConfig, Runtime
+from align.stage import StageContext
 from align.stages import evaluate
 from align.stages.evaluate import EvaluateConfig
 from tests.evaluation.judged_harness import endpoint, parts, write_lines

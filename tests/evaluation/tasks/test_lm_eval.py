@@ -16,7 +16,7 @@ from align.errors import UserError
 from align.evaluation.tasks import lm_eval as module
 from align.evaluation.tasks.base import Measured, SystemInfo
 from align.evaluation.tasks.lm_eval import LmEvalConfig, LmEvalTask
-from align.stage import Runtime
+from align.runtime import Runtime
 from align.validation import validate
 from tests.evaluation.tasks.answering import given
 from tests.evaluation.tasks.lm_eval_folder import ALL, QUESTIONS, make_tasks

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from align.errors import UserError
 from align.evaluation.tasks import perplexity as module
 from align.evaluation.tasks.base import Given, SystemInfo
-from align.evaluation.tasks.perplexity import Document, PerplexityConfig, PerplexityTask, divide
+from align.evaluation.tasks.documents import Document, divide
+from align.evaluation.tasks.perplexity import PerplexityConfig, PerplexityTask
 from tests.evaluation.tasks.systems_that_read import ModelReader, RuleReader
 
 

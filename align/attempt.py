@@ -1,0 +1,158 @@
+"""One attempt at a stage: its process, followed until it ends, and the time it took. Never imports torch.
+
+Left out: what an attempt is given, and what becomes of its result (``runner.py``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from align.errors import disk_is_full, no_space
+from align.stage_process import ENVIRONMENT, EVENTS, LOG, RESULT
+
+POLL_SECONDS = 0.1
+GRACE_SECONDS = 10.0
+KEEP_SECONDS = 1.0
+"""Seconds between two notes of an attempt's time: what is lost of it when the runner itself is killed."""
+ATTEMPTS = "attempts.json"
+
+
+def run_attempt(name: str, partial: Path, follow: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Start the process of the stage laid out in ``partial``; returns its result once it has ended, however it did.
+
+    ``follow`` hears every line of the stage's event file. An interrupt (SIGTERM too) ends the process, then is raised.
+    """
+    environment = {**ENVIRONMENT, **os.environ}
+    events, spent = _Tail(partial / EVENTS), _Spent(partial)
+    with (partial / LOG).open("ab") as output:
+        output.write(f"--- {datetime.now(UTC).isoformat(timespec='seconds')} {name}\n".encode())
+        output.flush()
+        command = [sys.executable, "-m", "align.stage_process", str(partial.resolve())]
+        # A session of its own: Ctrl-C reaches the runner only, which then ends the stage in order.
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            with _terminate_as_interrupt():
+                while process.poll() is None:
+                    for event in events.read():
+                        follow(event)
+                    spent.note()
+                    time.sleep(POLL_SECONDS)
+                for event in events.read():
+                    follow(event)
+        except BaseException:
+            _stop(process)
+            raise
+        finally:
+            spent.note(at_once=True)
+    try:
+        result: dict[str, Any] = json.loads((partial / RESULT).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        full = disk_is_full(partial)  # so full that not even the result could be written
+        result = {"status": "failed", "message": no_space(partial) if full else _describe_exit(process.returncode)}
+    return result
+
+
+def seconds_of_attempts(partial: Path) -> list[float]:
+    """Wall-clock seconds of every attempt made in ``partial``, killed and failed ones too, the last one's last.
+
+    All that an attempt took counts, work that was lost with it included: it was paid for. The runner notes the time
+    every ``KEEP_SECONDS`` while the attempt runs, so a stage that is killed loses nothing of it, and a runner that is
+    killed, which takes its stage along, no more than that.
+    """
+    try:
+        return [float(seconds) for seconds in json.loads((partial / ATTEMPTS).read_text(encoding="utf-8"))]
+    except FileNotFoundError:
+        return []
+
+
+class _Spent:
+    """Notes the time of an attempt beside that of the attempts before it."""
+
+    def __init__(self, partial: Path) -> None:
+        self.file, self.before = partial / ATTEMPTS, seconds_of_attempts(partial)
+        self.start, self.noted = time.monotonic(), -KEEP_SECONDS
+
+    def note(self, at_once: bool = False) -> None:
+        """Write the time so far if it is due."""
+        seconds = time.monotonic() - self.start
+        if seconds - self.noted < KEEP_SECONDS and not at_once:
+            return
+        self.noted = seconds
+        draft = self.file.with_suffix(".draft")
+        with contextlib.suppress(OSError):  # a disk without room for a few bytes is the stage's to report
+            draft.write_text(json.dumps([*self.before, round(seconds, 2)]), encoding="utf-8")
+            draft.replace(self.file)
+
+
+def _describe_exit(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return "its process was killed (SIGKILL; often the system running out of memory). Run again to resume it."
+    if code < 0:
+        return f"its process was ended by {signal.Signals(-code).name}. Run again to resume it."
+    return f"its process ended with exit code {code} and left no result."
+
+
+@contextlib.contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """Treat SIGTERM to the runner like Ctrl-C, so that the stage's process is ended with it."""
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        previous = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not the main thread: Python allows no handler there
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the stage's whole process group: politely, then not."""
+    for number, patience in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, GRACE_SECONDS)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
+            return
+
+
+class _Tail:
+    """Reads the complete lines that were added to an event file since the last call."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        # An earlier attempt's events are history: they stay in the file, for the report, but are not shown again.
+        self.offset = path.stat().st_size if path.exists() else 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """New events; a line still being written waits for the next call."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.offset)
+                data = file.read()
+        except FileNotFoundError:
+            return []
+        end = data.rfind(b"\n") + 1
+        self.offset += end
+        found = []
+        for line in data[:end].splitlines():
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+        return found
