@@ -66,6 +66,8 @@ SMALL = {
 RESUMED = SMALL | {
     "dapo": {"loss": "dapo", "zero_variance": "resample", "num_epochs": 2},
 }
+VARIANTS = {way: WAYS[way][1] | {"updates": 4, "num_epochs": 2} for way in WAYS if way not in RESUMED}
+"""Losses whose resuming is a slow test."""
 
 
 def by_prompt(rows, texts):
@@ -76,12 +78,12 @@ def by_prompt(rows, texts):
     ]
 
 
-@pytest.mark.parametrize("way", RESUMED)
+@pytest.mark.parametrize("way", [*RESUMED, *(pytest.param(way, marks=pytest.mark.slow) for way in VARIANTS)])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(make_online, tmp_path, way):
-    method = "grpo" if way == "dapo" else way
-    fields = {
-        **RESUMED[way], "updates": 4, "save_strategy": "steps", "lr_scheduler_type": "linear", "tuning": LORA,
-        "scorer": by_prompt, "samples_per_prompt": 4,
+    method = WAYS[way][0]
+    fields = (RESUMED | VARIANTS)[way] | {
+        "updates": 4, "save_strategy": "steps", "lr_scheduler_type": "linear", "tuning": LORA, "scorer": by_prompt,
+        "samples_per_prompt": 4,
     }  # fmt: skip
     whole = make_online(method, output_dir=str(tmp_path / "whole"), **fields)
     whole.train()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -129,6 +130,34 @@ def test_what_dare_drops_differs_from_tensor_to_tensor() -> None:
     tensors, origin = [torch.ones(64), torch.ones(64)], torch.zeros(64)
     one, other = (merge_tensor(config, name, tensors, origin, seed=5) for name in ("q_proj", "k_proj"))
     assert not one.equal(other)
+
+
+class Stopped(BaseException):
+    pass
+
+
+class Stopping(StageContext):
+    """A context in which the merge ends after its fifth tensor."""
+
+    def progress(self, done: float, total: float, unit: str = "steps", **shown: Any) -> None:
+        if done == 5:
+            raise Stopped
+
+
+def test_a_killed_merge_makes_the_same_when_it_is_run_again(trained: dict[str, Path], tmp_path: Path) -> None:
+    """There is nothing to go on from: what a method draws at random follows from the seed and the tensor's name."""
+    fields: dict[str, Any] = {"policies": ["a", "b"], "base": "base", "method": "dare_ties"}
+    whole, killed = (context(tmp_path / name, trained, **fields) for name in ("whole", "killed"))
+    expected = run(whole)
+    with pytest.raises(Stopped):
+        run(Stopping(**{field.name: getattr(killed, field.name) for field in dataclasses.fields(killed)}))
+    assert not (killed.output / "model").exists()
+    torch.manual_seed(999)  # a fresh process has another random state
+    assert run(killed) == expected
+    one, other = ((stage.output / "model" / "model.safetensors").read_bytes() for stage in (whole, killed))
+    assert one == other
+    weights = weights_of(whole.output / "model")
+    assert any(not weights[name].equal(tensor) for name, tensor in weights_of(trained["base"]).items())
 
 
 def test_a_single_policy_may_go_part_of_its_way(trained: dict[str, Path], tmp_path: Path) -> None:

@@ -98,10 +98,15 @@ def test_it_learns_which_steps_are_right(tuning: dict[str, Any], tiny_model: Pat
     assert model.score_places([ids], [places])[0] == pytest.approx(cut, abs=1e-4)
 
 
-def test_a_resumed_process_model_equals_the_uninterrupted_one(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("objective", ["process", "regression"])
+def test_a_resumed_run_equals_the_uninterrupted_one(objective: str, tiny_model: Path, tmp_path: Path) -> None:
     def stage(name: str) -> StageContext:
-        data = artifact(tmp_path / name / "data", Kind.UNPAIRED, stepwise(24), stepwise(6, start=24))
-        fields = {"objective": "process", "epochs": 3, "save_steps": 2, "steps": {"separator": SEPARATOR}}
+        folder, fields = tmp_path / name / "data", {"objective": objective, "epochs": 3, "save_steps": 2}
+        if objective == "process":
+            data = artifact(folder, Kind.UNPAIRED, stepwise(24), stepwise(6, start=24))
+            fields |= {"steps": {"separator": SEPARATOR}}
+        else:
+            data = artifact(folder, Kind.INSTRUCTIONS, scored(24), scored(6, start=24))
         return made(tmp_path / name, tiny_model, data, tuning=LORA, **fields)
 
     whole, parts = stage("whole"), stage("parts")
