@@ -195,6 +195,15 @@ def test_it_is_refused_by_name(
     check_inputs(context(tmp_path / "ppo", given, waive=found), Kind.POLICY)
 
 
+@pytest.mark.parametrize(("inject", "what"), [(other_template, "chat template"), (other_tokenizer, "tokenizer")])
+def test_a_change_shows_in_a_checkpoint_that_stands_alone(
+    inject: Callable[[dict[str, Path]], None], what: str, given: dict[str, Artifact], tmp_path: Path
+) -> None:
+    inject({"policy": given["policy"].model})
+    with pytest.raises(UserError, match=f"-changed: .* has another {what} than it was trained with"):
+        check_inputs(context(tmp_path / "sft", {"policy": given["policy"]}), Kind.POLICY)
+
+
 def test_every_fault_is_injected_somewhere() -> None:
     here = {name for name, _ in FAULTS} | {"adapter-base"}  # tests/handover/test_adapters.py
     assert here == set(REMEDIES)
