@@ -16,6 +16,9 @@ from align.models.render import require_chat_template
 
 HEAD = "score.weight"
 
+SCORING: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
+"""What a reward model's config says: it gives one number, taken as it is. vLLM would put it through a sigmoid."""
+
 
 def load_tokenizer(model_dir: Path, tuning: Any = None) -> Any:
     """The tokenizer of a checkpoint; for a stage that trains it by ``tuning``, with the virtual tokens that this adds.
@@ -55,7 +58,7 @@ def load_reward(model_dir: Path, dtype: torch.dtype = torch.float32) -> Any:
     """
     from transformers import AutoModelForSequenceClassification
 
-    model, missing = _load(AutoModelForSequenceClassification, model_dir, dtype, num_labels=1)
+    model, missing = _load(AutoModelForSequenceClassification, model_dir, dtype, **SCORING)
     if missing:
         raise UserError(
             f"{model_dir} is not a trained reward model: it has no {', '.join(sorted(missing))}. "
@@ -73,7 +76,7 @@ def new_reward(model_dir: Path, dtype: torch.dtype = torch.float32) -> Any:
     """
     from transformers import AutoModelForSequenceClassification
 
-    model, missing = _load(AutoModelForSequenceClassification, model_dir, dtype, num_labels=1)
+    model, missing = _load(AutoModelForSequenceClassification, model_dir, dtype, **SCORING)
     if missing - {HEAD}:
         raise UserError(f"{model_dir} lacks the weights {', '.join(sorted(missing - {HEAD}))}; it is damaged.")
     if missing:

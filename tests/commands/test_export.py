@@ -142,6 +142,8 @@ def test_a_reward_model_is_a_classifier(given: Given, export: Callable[..., int]
     assert export("33333333") == 0
     assert same_weights(tmp_path / "out", given.reward.model)
     load_reward(tmp_path / "out")
+    # or vLLM, which serves such a checkpoint as a classifier, would answer with the sigmoid of the score
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["problem_type"] == "regression"
     assert ModelCard.load(tmp_path / "out" / "README.md").data.pipeline_tag == "text-classification"
 
 
