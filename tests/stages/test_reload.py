@@ -140,4 +140,4 @@ def test_vllm_reads_what_every_tuning_folds(name: str, tiny_model: Path, tmp_pat
     save_tuned(model, load_tokenizer(tiny_model), tmp_path / "model")
     found = vllm_policy(tmp_path / "model")
     assert found["apart"] < 1e-3
-    assert found["moved"] > 0.01
+    assert found["moved"] > 2e-3  # some move little, but more than what is let pass as equal
