@@ -139,7 +139,7 @@ def start(file: str, store: Path, *words: str) -> subprocess.Popen[str]:
     )
 
 
-def wait_for(what: Any, seconds: float = 60) -> None:
+def wait_for(what: Any, seconds: float = 240) -> None:
     end = time.time() + seconds
     while not what():
         assert time.time() < end, "it did not come to that"
@@ -158,7 +158,7 @@ def test_a_killed_sweep_goes_on_with_the_trial_and_its_checkpoints(
     process = start(file, store)
     wait_for(lambda: len(list(store.glob("curve/*.partial/checkpoints/step-*"))) >= 2)
     process.send_signal(number)
-    process.communicate(timeout=60)
+    process.communicate(timeout=240)
     assert process.returncode == (-9 if number == signal.SIGKILL else 130)
     found = document(tmp_path, capsys, **changes)
     assert [(row["number"], row["state"]) for row in found["trials"]] == [(0, "done")]
