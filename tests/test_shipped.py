@@ -144,7 +144,14 @@ def rename(raw: dict[str, Any], path: tuple[Any, ...], name: str) -> dict[str, A
 
 
 def is_own_name(raw: dict[str, Any], place: tuple[Any, ...]) -> bool:
-    """Whether the key is a name that its author chose, such as that of a task with its kind below it."""
+    """Whether the key is a name that its author chose, such as that of a task with its kind below it.
+
+    So is that of a stage which says its kind and which no other stage reads.
+    """
+    if place[0] == "stages" and len(place) == 2 and "stage" in (raw["stages"][place[1]] or {}):
+        others = [block for name, block in raw["stages"].items() if name != place[1]]
+        return not any(place[1] in (value if isinstance(value, list) else [value])
+                       for block in others for value in (block or {}).values())  # fmt: skip
     if place[0] == "stages" and len(place) > 3 and place[2] in ("tasks", "baselines"):
         raw, place = raw["stages"][place[1]], place[2:]
     named = place[0] == "tasks" and len(place) == 2 and "task" in raw["tasks"][place[1]]

@@ -133,6 +133,7 @@ def test_a_stopped_run_has_a_page(pipeline_file: Path, store: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "align.cli", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": "."},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )  # fmt: skip
     deadline = time.time() + 60
     while time.time() < deadline and not list(store.glob("number/*.partial/log.txt")):
