@@ -26,6 +26,9 @@ from align.ppo.ptx import PtxRows
 from align.ppo.rollout import AnyScorer, Rollout, RolloutLoader, sample_rollout, score_rollout
 from align.ppo.saving import SavingTrainer
 from align.ppo.validation import Validation
+from align.rollouts.parity import Parity, probe
+from align.rollouts.pool import ask_each, returns
+from align.rollouts.protocol import RolloutEngine
 
 
 class RolloutTrainer(SavingTrainer):
@@ -53,6 +56,7 @@ class RolloutTrainer(SavingTrainer):
     _averages: metrics.Averages
     _extra: dict[str, float]
     _probed: bool
+    _returns: int = 0
     _loss_kl_coef: float
     _learning_since: float
 
@@ -118,7 +122,7 @@ class RolloutTrainer(SavingTrainer):
     def _sample(self, update: int) -> Rollout:
         clock = time.perf_counter()
         self.engine.load_weights(merged_weights(self.model.policy))
-        if self.args.probe_parity and (not self._probed or update % self.args.probe_updates == 0):
+        if self._must_probe(update):
             self._probe_parity()
         synced = time.perf_counter()
         self._validate(update)
@@ -204,14 +208,22 @@ class RolloutTrainer(SavingTrainer):
         self._learning_since = time.perf_counter()
 
     def _probe_parity(self) -> None:
-        from align.rollouts.parity import probe
+        def ask(engine: RolloutEngine) -> Parity:
+            return probe(engine, self.model.policy, self.prompts.token_ids[:4], temperature=self.args.temperature)
 
+        self._returns = returns(self.engine)
         with self.accelerator.autocast():
-            found = probe(self.engine, self.model.policy, self.prompts.token_ids[:4], temperature=self.args.temperature)
-        print(
-            f"parity of {self.engine.name} and trainer: {found.mean_gap:.2g} nats per token over {found.tokens} tokens"
-        )
+            for found in ask_each(self.engine, ask):
+                print(
+                    f"parity of {self.engine.name} and trainer: {found.mean_gap:.2g} nats per token over "
+                    f"{found.tokens} tokens"
+                )
         self._probed = True
+
+    def _must_probe(self, update: int) -> bool:
+        """At the start, every so often, and when a server came back since the last time."""
+        due = not self._probed or update % self.args.probe_updates == 0 or returns(self.engine) > self._returns
+        return self.args.probe_parity and due
 
     def reduce(self, total: torch.Tensor) -> torch.Tensor:
         """Sum over all processes."""
