@@ -14,8 +14,8 @@ import torch
 
 from align.errors import UserError
 from align.models.loading import load_tokenizer
+from align.pool_config import RolloutsConfig
 from align.rollouts import nccl
-from align.rollouts.pool_config import RolloutsConfig
 from align.rollouts.server_client import BadReply, Client, EngineLost
 from align.rollouts.server_process import MODULE
 from align.rollouts.vllm import CPU_STEP_TOKENS

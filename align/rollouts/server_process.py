@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 
 from align.errors import UserError
-from align.rollouts.pool_config import RolloutsConfig
+from align.pool_config import RolloutsConfig
 from align.rollouts.server_client import POLL_SECONDS, Client, EngineLost
 
 MODULE = "vllm.entrypoints.openai.api_server"

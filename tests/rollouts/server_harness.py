@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from align.rollouts.pool_config import RolloutsConfig
+from align.pool_config import RolloutsConfig
 from align.rollouts.server import ServerEngine
 from align.rollouts.server_options import Served
 from align.rollouts.weights_folder import WeightsFolder

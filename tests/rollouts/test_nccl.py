@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from align.errors import UserError
+from align.pool_config import RolloutsConfig
 from align.rollouts.engine import open_engine
-from align.rollouts.pool_config import RolloutsConfig
 from align.runtime import Runtime
 from tests.rollouts.fake_server import FakeServer, info
 from tests.rollouts.server_harness import open_at

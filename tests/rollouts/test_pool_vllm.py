@@ -13,9 +13,9 @@ import torch
 
 from align.models.loading import load_policy
 from align.models.merging import merged_weights
+from align.pool_config import RolloutsConfig
 from align.rollouts.parity import probe
 from align.rollouts.pool import Member, PoolEngine, ask_each, returns
-from align.rollouts.pool_config import RolloutsConfig
 from align.rollouts.protocol import Sampling
 from align.rollouts.server_options import Served
 from align.rollouts.transformers import TransformersEngine

@@ -18,8 +18,8 @@ import torch
 
 from align.models.loading import load_policy
 from align.models.merging import merged_weights
+from align.pool_config import RolloutsConfig
 from align.rollouts.parity import ParityError, probe, trainer_logprobs
-from align.rollouts.pool_config import RolloutsConfig
 from align.rollouts.protocol import Sampling
 from align.rollouts.server import COMPLETIONS, RESET, RPC, ServerEngine
 from align.rollouts.server_client import EngineLost

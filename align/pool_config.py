@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from align.stage import Config
 
@@ -54,8 +54,8 @@ class RolloutsConfig(Config):
             raise ValueError(f"{twice[0]} stands there twice")
         return bare
 
-    @model_validator(mode="after")
-    def _fit_together(self) -> RolloutsConfig:
+    def refuse_unfit(self) -> None:
+        """Raise ``ValueError`` for fields that do not go together; a stage's own block may hold a part of them."""
         if self.servers and self.addresses:
             raise ValueError("servers are started, addresses are those of servers that run already; give one of them.")
         if self.addresses and (self.tensor_parallel > 1 or self.gpus is not None):
@@ -70,7 +70,6 @@ class RolloutsConfig(Config):
                 f"gpus names {len(set(self.gpus))} GPUs; {self.servers} servers of {self.tensor_parallel} each need "
                 f"{self.servers * self.tensor_parallel}."
             )
-        return self
 
     def gpus_of(self, server: int, there: int) -> list[int]:
         """GPUs of one of ``servers`` on a machine that has ``there`` of them, of which the trainer takes the first.

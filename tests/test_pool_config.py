@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from align.rollouts.pool_config import RolloutsConfig
+from align.errors import UserError
+from align.pool_config import RolloutsConfig
 from align.runtime import Runtime
 
 
@@ -36,7 +37,19 @@ def test_none_is_named_by_default() -> None:
 )
 def test_what_cannot_be_is_refused(given: dict[str, Any], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
-        RolloutsConfig.model_validate(given)
+        Runtime.model_validate({"rollouts": given})
+
+
+def test_a_stage_has_servers_of_its_own() -> None:
+    given: dict[str, Any] = {
+        "rollouts": {"servers": 2},
+        "stages": {"judge": {"rollouts": {"tensor_parallel": 2, "weights": "nccl"}}},
+    }
+    found = Runtime.model_validate(given).for_stage("judge").rollouts
+    assert (found.servers, found.tensor_parallel, found.weights) == (2, 2, "nccl")
+    given["stages"]["judge"]["rollouts"] = {"addresses": ["http://h:1"]}
+    with pytest.raises(UserError, match=r"runtime\.stages\.judge: rollouts: servers are started.*give one of them"):
+        Runtime.model_validate(given).for_stage("judge")
 
 
 @pytest.mark.parametrize(
