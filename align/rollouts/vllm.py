@@ -182,7 +182,7 @@ class VllmEngine:
         inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
         with self.watchdog.watch(call), torch.inference_mode(), _caller_undisturbed():
             self.sleep.wake(WEIGHTS, CACHE)
-            outputs = self.llm.generate(inputs, params, use_tqdm=bar)  # type: ignore[arg-type]
+            outputs: list[Any] = self.llm.generate(inputs, params, use_tqdm=bar)  # type: ignore[arg-type]
             if call == "generate":
                 self.sleep.fall()
             return outputs
