@@ -55,7 +55,10 @@ def pool(tiny_model: Path, said: list[str]) -> Iterator[PoolEngine]:
 
 def children(member: Member) -> list[psutil.Process]:
     assert member.client.server is not None
-    return psutil.Process(member.client.server.process.pid).children(recursive=True)
+    try:
+        return psutil.Process(member.client.server.process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:  # it was killed, and is being started anew
+        return []
 
 
 def kill_api(member: Member) -> None:
