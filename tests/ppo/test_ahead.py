@@ -1,4 +1,4 @@
-"""Rollouts drawn ahead: with which weights, the same beside the trainer as in it, kept by checkpoints, and learnt from."""
+"""Rollouts drawn ahead: with which weights, the same beside the trainer as in it, kept by checkpoints, learnt from."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from tests.ppo.test_learning import SETTINGS, history
 from tests.rollouts.model_server import ModelServer
 from tests.rollouts.server_harness import served_at
 
-AHEAD = {**FIELDS, "updates": 5, "probe_parity": False}
+AHEAD = {**FIELDS, "updates": 5, "num_epochs": 1, "probe_parity": False}
+"""Two steps an update."""
 
 
 class Noted:
@@ -77,7 +78,7 @@ def alone(tiny_model) -> TransformersEngine:
     return TransformersEngine(tiny_model, device=torch.device("cpu"), dtype=torch.float32, batch_size=1)
 
 
-@pytest.mark.parametrize("staleness", [0, 1, 3])
+@pytest.mark.parametrize("staleness", [0, 1, pytest.param(3, marks=pytest.mark.slow)])
 def test_servers_beside_the_trainer_change_nothing(make_trainer, tiny_model, tmp_path, pool, staleness) -> None:
     """Bit for bit what an engine in the process gives, which draws when it is asked: nothing depends on a clock.
 
@@ -125,8 +126,10 @@ def test_the_trainer_learns_while_servers_sample(make_trainer, tmp_path, pool, m
     assert waited == [True]
 
 
-@pytest.mark.parametrize("killed_at", [8, 10])  # at the boundary after two updates; in the middle of the third
-@pytest.mark.parametrize("staleness", [1, 2])
+@pytest.mark.parametrize(
+    ("staleness", "killed_at"),
+    [(2, 5), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 4), (1, 5), (2, 4)))],
+)  # at the boundary after two updates; in the middle of the third
 def test_a_killed_run_resumes_bit_for_bit(make_trainer, tmp_path, staleness, killed_at) -> None:
     """What was drawn ahead is in the checkpoint: the weights that drew it are no more."""
     fields = {**AHEAD, "max_staleness": staleness, "tuning": LoraTuning(rank=4, alpha=8)}
@@ -137,8 +140,8 @@ def test_a_killed_run_resumes_bit_for_bit(make_trainer, tmp_path, staleness, kil
         make_trainer(output_dir=str(folder), callbacks=[KillAt(killed_at)], **fields).train()
     torch.manual_seed(12345)
     second = make_trainer(output_dir=str(folder), **fields)
-    assert last_checkpoint(folder) == folder / "checkpoint-8"
-    second.train(resume_from_checkpoint=str(folder / "checkpoint-8"))
+    assert last_checkpoint(folder) == folder / "checkpoint-4"
+    second.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
     (weights, logs), (expected, expected_logs) = outcome(second), outcome(whole)
     assert logs == expected_logs and len(logs) == 5
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
