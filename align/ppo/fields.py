@@ -255,7 +255,7 @@ class DriftFields(RolloutFields):
     importance_cap: float | None = Field(2.0, ge=1)
     """Cap on the weights that correct for the engine's log-probabilities being not quite the trainer's; null: none."""
     max_staleness: int = Field(0, ge=0, le=64)
-    """Updates that sampling runs ahead, with weights as old: 1 lets servers (runtime.rollouts) sample during learning."""
+    """Updates that sampling runs ahead, with weights as old; with 1 servers sample while the trainer learns."""
     importance_sequence_cap: float | None = Field(None, gt=1)
     """Leave out responses whose whole ratio of trainer to engine is outside [1/this, this]; null: none."""
 
