@@ -58,6 +58,9 @@ class RolloutArguments(TrainingArguments):
     importance_sequence_cap: float | None = field(
         default=None, metadata={"help": "Drop responses whose whole ratio to the sampler is outside [1/this, this]."}
     )
+    max_staleness: int = field(
+        default=0, metadata={"help": "Updates that sampling runs ahead of learning; needs importance_cap."}
+    )
     reuse_forward: bool = field(
         default=False,
         metadata={"help": "Learn from the passes that measured the rollout: saves two, keeps all activations."},
@@ -83,6 +86,8 @@ class RolloutArguments(TrainingArguments):
 
     loss_estimator: ClassVar[Literal["k2", "k3"]] = "k2"
     """Estimator of a KL term in the loss, where none is given."""
+    corrects: ClassVar[bool] = True
+    """Whether the loss weighs a token by how likely the policy is to say what another one said."""
 
     def __post_init__(self) -> None:
         """Derive the Trainer's counts. Raises ``ValueError`` for batch sizes that do not divide."""
@@ -142,6 +147,15 @@ class RolloutArguments(TrainingArguments):
             raise ValueError(
                 "reuse_forward needs num_epochs 1, num_mini_batches 1 and one process: weights must stay in between."
             )
+        if self.max_staleness < 0:
+            raise ValueError(f"max_staleness is {self.max_staleness}; it must be at least 0.")
+        if self.max_staleness and (self.importance_cap is None or not self.corrects):
+            raise ValueError(
+                f"max_staleness is {self.max_staleness}, so older weights sample, which the loss must correct for: set "
+                "importance_cap, or max_staleness 0 for a method whose loss has no such weights."
+            )
+        if self.max_staleness and self.world_size > 1:
+            raise ValueError(f"max_staleness is {self.max_staleness}; it needs one training process, here are more.")
         if self.keep != "last" and self.eval_updates is None:
             raise ValueError(f"keep is {self.keep}, which needs validations; set eval_updates.")
         if self.kl_estimator is not None and (self.kl_in == "reward") != (self.kl_estimator == "k1"):
@@ -160,5 +174,6 @@ class RolloutArguments(TrainingArguments):
             "num_mini_batches",
             "temperature",
             "max_tokens",
+            "max_staleness",
         )
         return {name: getattr(self, name) for name in names} | {"world_size": self.world_size}

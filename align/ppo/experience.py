@@ -15,6 +15,7 @@ import torch
 
 from align.models.merging import merged_weights
 from align.ppo import completions, metrics
+from align.ppo.ahead import RolloutsAhead
 from align.ppo.arguments import RolloutArguments
 from align.ppo.kl import KLController
 from align.ppo.masking import local
@@ -23,7 +24,7 @@ from align.ppo.normalise import RunningScale
 from align.ppo.packing import Form, plan
 from align.ppo.prompts import Prompts, derive_seed
 from align.ppo.ptx import PtxRows
-from align.ppo.rollout import AnyScorer, Rollout, RolloutLoader, sample_rollout, score_rollout
+from align.ppo.rollout import AnyScorer, Rollout, RolloutLoader, score_rollout
 from align.ppo.saving import SavingTrainer
 from align.ppo.validation import Validation
 from align.rollouts.parity import Parity, probe
@@ -49,6 +50,7 @@ class RolloutTrainer(SavingTrainer):
     validation: Validation | None
     ptx: PtxRows | None
     scale: RunningScale | None
+    ahead: RolloutsAhead
     kl_controller: KLController
     form: Form
     totals: dict[str, int]
@@ -121,13 +123,17 @@ class RolloutTrainer(SavingTrainer):
 
     def _sample(self, update: int) -> Rollout:
         clock = time.perf_counter()
-        self.engine.load_weights(merged_weights(self.model.policy))
-        if self._must_probe(update):
+        self.ahead.give(update, merged_weights(self.model.policy))
+        probes, validates = self._must_probe(update), self._must_validate(update)
+        if probes or validates:
+            self.ahead.settle()  # they ask the engine themselves, about these weights
+        if probes:
             self._probe_parity()
         synced = time.perf_counter()
-        self._validate(update)
+        if validates:
+            self._validate(update)
         validated = time.perf_counter()
-        drawn = sample_rollout(self.engine, self.prompts, self.args, update)
+        drawn = self.ahead.take(update)
         sampled = time.perf_counter()
         self.score(drawn)
         drawn.seconds = {
@@ -155,10 +161,12 @@ class RolloutTrainer(SavingTrainer):
             generator=torch.Generator().manual_seed(seed),
         )
 
+    def _must_validate(self, update: int) -> bool:
+        return self.validation is not None and update % int(self.args.eval_updates or 1) == 0
+
     def _validate(self, update: int) -> None:
-        """Validate the policy as it is after ``update`` updates, when it is time to; the engine holds its weights."""
-        if self.validation is None or update % int(self.args.eval_updates or 1):
-            return
+        """Validate the policy as it is after ``update`` updates; the engine holds its weights."""
+        assert self.validation is not None
         found = self.validation.run(self, update)
         super().log({**found, "update": update})
 
@@ -203,8 +211,10 @@ class RolloutTrainer(SavingTrainer):
         self.totals["episodes"] += int(responses)
         self.totals["tokens"] += int(tokens)
         seconds = {f"seconds_{name}": value for name, value in rollout.seconds.items()}
-        speed = {"sampled_tokens_per_second": tokens / max(rollout.seconds["sampling"], 1e-9)}
-        self._extra = {**statistics, "kl_coef": kl_coef, **seconds, **speed}
+        took = rollout.drawing if self.args.max_staleness else rollout.seconds["sampling"]
+        speed = {"sampled_tokens_per_second": tokens / max(took, 1e-9)}
+        stale = {"staleness": float(rollout.update - rollout.weights_of)} if self.args.max_staleness else {}
+        self._extra = {**statistics, "kl_coef": kl_coef, **stale, **seconds, **speed}
         self._learning_since = time.perf_counter()
 
     def _probe_parity(self) -> None:

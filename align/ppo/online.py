@@ -20,6 +20,7 @@ from align.models.merging import merged_weights
 from align.models.precision import low_residual, round_frozen
 from align.models.ragged import can_run_ragged, run_ragged
 from align.ppo import metrics
+from align.ppo.ahead import RolloutsAhead
 from align.ppo.alarms import Alarm, alarms
 from align.ppo.arguments import RolloutArguments
 from align.ppo.experience import RolloutTrainer
@@ -30,7 +31,7 @@ from align.ppo.optimizer import clip_by_part, make_optimizer
 from align.ppo.packing import Form
 from align.ppo.prompts import Prompts
 from align.ppo.ptx import make_ptx
-from align.ppo.rollout import AnyScorer
+from align.ppo.rollout import AnyScorer, Rollout, drawn_prompts, rollout_of, sample_rollout
 from align.ppo.validation import make_validation
 
 logger = logging.getLogger(__name__)
@@ -82,6 +83,11 @@ class OnlineTrainer(RolloutTrainer):
         """Why the run ended before its last update, if it did."""
         self._probed = False
         self._loss_kl_coef = 0.0
+
+        def draw(update: int) -> Rollout:
+            return sample_rollout(self.engine, self.prompts, self.args, update)
+
+        self.ahead = RolloutsAhead(engine, draw, args.max_staleness, args.updates)
 
     # ---- learning ----
 
@@ -154,7 +160,11 @@ class OnlineTrainer(RolloutTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, validate what came out, and put the best policy in the last one's place if ``keep`` says so."""
-        result = super().train(*args, **kwargs)
+        try:
+            result = super().train(*args, **kwargs)
+            self.ahead.settle()  # a run that ended early may have drawn ahead
+        finally:
+            self.ahead.close()
         if self.validation is not None:
             if self.update not in [entry["update"] for entry in self.state.log_history if "eval_score" in entry]:
                 self.engine.load_weights(merged_weights(self.model.policy))
@@ -165,10 +175,13 @@ class OnlineTrainer(RolloutTrainer):
         return result
 
     def state_to_save(self) -> dict[str, Any]:
-        """KL controller, totals, running scale, best validation, and the fields that decide the data order."""
+        """KL controller, totals, running scale, best validation, rollouts drawn ahead, and the fields that decide the
+        data order."""
         state = {"kl": self.kl_controller.state_dict(), "totals": self.totals, "fingerprint": self.args.fingerprint()}
         if self.scale is not None:
             state["scale"] = self.scale.state_dict()
+        if self.args.max_staleness:
+            state["ahead"] = self.ahead.state_dict()
         return state | ({} if self.validation is None else {"best": self.validation.best})
 
     def take_state(self, state: dict[str, Any]) -> None:
@@ -179,6 +192,10 @@ class OnlineTrainer(RolloutTrainer):
         if self.validation is not None:
             self.validation.best = state["best"]
         self.totals = state["totals"]
+        self.ahead.load_state_dict(state.get("ahead", []), self._restored)
+
+    def _restored(self, update: int, answers: list[Any]) -> Rollout:
+        return rollout_of(self.prompts, drawn_prompts(self.prompts, self.args, update)[1], answers, update)
 
     def after_saving(self) -> None:
         """Weights of former best policies are needed no more."""

@@ -56,6 +56,10 @@ class Rollout:
     """The rollout that this one was chosen from, whose scores are logged; None where all of it is learnt from."""
     redrawn: list[Rollout] = field(default_factory=list)
     """Further responses that were sampled to choose from."""
+    weights_of: int = 0
+    """The update before which the policy had the weights that were sampled from."""
+    drawing: float = 0.0
+    """Seconds that sampling took, waited for or not."""
 
     def __len__(self) -> int:
         return len(self.responses)
@@ -115,6 +119,8 @@ class Rollout:
             texts=[self.texts[i] for i in indices],
             tensors={name: cut(tensor) for name, tensor in self.tensors.items()},
             drawn=self,
+            weights_of=self.weights_of,
+            drawing=self.drawing,
         )
 
     def store(self, indices: list[int], results: Batch) -> None:
@@ -131,11 +137,16 @@ def sample_rollout(engine: Any, prompts: Prompts, args: RolloutArguments, update
 
     So the responses of an update are the same however many processes sample them.
     """
+    start, indices = drawn_prompts(prompts, args, update)
+    seeds = [derive_seed(args.seed, "sampling", number) for number in range(start, start + len(indices))]
+    return sample_prompts(engine, prompts, args, update, indices, seeds)
+
+
+def drawn_prompts(prompts: Prompts, args: RolloutArguments, update: int) -> tuple[int, list[int]]:
+    """Number of this process's first prompt of an update, and the indices of all of them."""
     count = args.local_batch // args.samples_per_prompt
     start = (update * args.world_size + args.process_index) * count
-    indices = prompts.draw(start, count, args.seed)
-    seeds = [derive_seed(args.seed, "sampling", number) for number in range(start, start + count)]
-    return sample_prompts(engine, prompts, args, update, indices, seeds)
+    return start, prompts.draw(start, count, args.seed)
 
 
 def sample_prompts(

@@ -159,8 +159,23 @@ class PoolEngine:
         self.await_ready()
         self._give(weights)
 
-    def _give(self, weights: Iterable[tuple[str, torch.Tensor]], first: bool = False) -> None:
-        """``first``: a server that fails is no loss to be borne, but the error of whoever opened the pool."""
+    @property
+    def takes_folders(self) -> bool:
+        """Whether weights can be written now, and read by the servers later."""
+        return self.served.pool.weights == "folder"
+
+    def write_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> int:
+        """Write a full set for ``adopt``, which is given what this returns; servers go on with what they hold."""
+        return self.folder.write(weights)
+
+    def adopt(self, version: int) -> None:
+        """Have every server read what was written: the second half of ``load_weights``. Raises as it does."""
+        self.await_ready()
+        self._give(version)
+
+    def _give(self, weights: Iterable[tuple[str, torch.Tensor]] | int, first: bool = False) -> None:
+        """Give weights, or the version of some that were written. ``first``: a server that fails is no loss to be
+        borne, but the error of whoever opened the pool."""
         failed: dict[Member, Exception] = {}
 
         def read(member: Member) -> None:
@@ -172,10 +187,10 @@ class PoolEngine:
 
         with self._weights:
             ready = [member for member in self.members if member.ready]
-            if self.served.pool.weights == "nccl":
+            if not isinstance(weights, int) and not self.takes_folders:
                 self._send(list(with_tied_head(weights, self.served.tied)), ready, failed)
             else:
-                self.version = self.folder.write(weights)
+                self.version = weights if isinstance(weights, int) else self.folder.write(weights)
                 self._each(ready, read)
             if failed and (first or all(isinstance(failed.get(member), BadReply) for member in ready)):
                 raise next(iter(failed.values()))
