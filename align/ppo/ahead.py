@@ -100,8 +100,9 @@ class RolloutsAhead:
         for kept in state:
             rollout = restore(kept["update"], [[_Answer(**one) for one in some] for some in kept["answers"]])
             rollout.weights_of, rollout.drawing = kept["weights_of"], kept["drawing"]
-            self._kept[kept["update"]] = done = Future()
+            done: Future[Rollout] = Future()
             done.set_result(rollout)
+            self._kept[kept["update"]] = done
         if state:
             self._next = max(self._kept) + 1
 

@@ -177,7 +177,8 @@ class OnlineTrainer(RolloutTrainer):
     def state_to_save(self) -> dict[str, Any]:
         """KL controller, totals, running scale, best validation, rollouts drawn ahead, and the fields that decide the
         data order."""
-        state = {"kl": self.kl_controller.state_dict(), "totals": self.totals, "fingerprint": self.args.fingerprint()}
+        state: dict[str, Any] = {"kl": self.kl_controller.state_dict(), "totals": self.totals}
+        state["fingerprint"] = self.args.fingerprint()
         if self.scale is not None:
             state["scale"] = self.scale.state_dict()
         if self.args.max_staleness:
