@@ -25,6 +25,11 @@ class KtoConfig(ReferenceFields):
     undesirable_weight: float = Field(1.0, gt=0)
     """Weight of unwanted answers."""
 
+    @property
+    def rows_add_up(self) -> bool:
+        """Not where a micro-batch has a reference point."""
+        return self.loss != "kto"
+
     @model_validator(mode="after")
     def _a_reference_point_needs_others(self) -> Self:
         if self.loss == "kto" and self.micro_batch < 2:
@@ -58,10 +63,11 @@ def run(context: StageContext) -> dict[str, Any]:
     from trl.trainer.kto_config import KTOConfig as Arguments
     from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
-    from align.stages.preference import Reference, make_ready, save
+    from align.stages.preference import Reference, make_ready
     from align.training.arguments import total_steps, training_arguments
     from align.training.fit import fit
     from align.training.kto_trainer import PreparedKTO, held_out
+    from align.training.saving import save
     from align.training.unpaired import encode_unpaired, fixed_groups, unpair
 
     config: KtoConfig = context.config
