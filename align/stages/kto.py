@@ -30,6 +30,11 @@ class KtoConfig(ReferenceFields):
         """Not where a micro-batch has a reference point."""
         return self.loss != "kto"
 
+    @property
+    def sides(self) -> int:
+        """Answers come one by one."""
+        return 1
+
     @model_validator(mode="after")
     def _a_reference_point_needs_others(self) -> Self:
         if self.loss == "kto" and self.micro_batch < 2:

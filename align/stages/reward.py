@@ -60,6 +60,11 @@ class RewardConfig(TrainingFields):
         return self.objective != "process"
 
     @property
+    def sides(self) -> int:
+        """A pair is two sequences."""
+        return 2 if self.objective == "pairs" else 1
+
+    @property
     def head_rate(self) -> float:
         """``head_learning_rate`` or its default."""
         if self.head_learning_rate is not None:
