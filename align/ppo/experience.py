@@ -211,8 +211,8 @@ class RolloutTrainer(SavingTrainer):
             with torch.set_grad_enabled(keep):
                 out = self.model_wrapped(batch, reference=True)
             measured |= out.keys()
-            if counts:
-                rollout.store(indices, {name: tensor.detach() for name, tensor in out.items()})
+            mine = indices if counts else []  # nothing of a pass that does not count, but a place for others' results
+            rollout.store(mine, {name: tensor.detach()[: len(mine)] for name, tensor in out.items()})
             if keep:
                 kept.append({name: tensor for name, tensor in out.items() if name != "ref_logprobs"})
         if not keep:
