@@ -71,15 +71,15 @@ class RolloutsConfig(Config):
                 f"{self.servers * self.tensor_parallel}."
             )
 
-    def gpus_of(self, server: int, there: int) -> list[int]:
-        """GPUs of one of ``servers`` on a machine that has ``there`` of them, of which the trainer takes the first.
+    def gpus_of(self, server: int, there: int, trainers: int = 1) -> list[int]:
+        """GPUs of one of ``servers`` on a machine that has ``there`` of them, of which ``trainers`` take the first.
 
-        Where there are too few to leave the trainer its own, servers share them by turns.
+        Where there are too few to leave the trainers theirs, servers share them by turns.
         """
         size = self.tensor_parallel
         if self.gpus is not None:
             return self.gpus[server * size : (server + 1) * size]
-        first = 1 if there > self.servers * size else 0
+        first = trainers if there >= trainers + self.servers * size else 0
         return [(first + server * size + at) % max(there, 1) for at in range(size)]
 
 

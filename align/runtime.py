@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from align.handover.faults import REMEDIES
+from align.launch import LaunchConfig
 from align.pool_config import RolloutsConfig, refuse_moved
 from align.stage import Config
 from align.validation import suggest, validate
@@ -109,6 +110,8 @@ class StageRuntime(Config):
     """Fields that are other than in ``runtime.engine``."""
     rollouts: RolloutsConfig | None = None
     """Fields that are other than in ``runtime.rollouts``."""
+    launch: LaunchConfig | None = None
+    """Fields that are other than in ``runtime.launch``."""
 
 
 class Runtime(Config):
@@ -119,7 +122,7 @@ class Runtime(Config):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto`` takes CUDA where torch has it."""
     threads: int | None = Field(None, ge=1)
-    """CPU threads per process; by default the cores there are."""
+    """CPU threads per process; by default the cores there are, shared out among a stage's processes."""
     workers: int | None = Field(None, ge=1)
     """Processes that build data; by default the cores there are."""
     executor: ExecutorConfig = ExecutorConfig()
@@ -127,6 +130,8 @@ class Runtime(Config):
     engine: EngineConfig = EngineConfig()
     rollouts: RolloutsConfig = RolloutsConfig()
     """vLLM servers that sample instead of the engine in the stage's own process."""
+    launch: LaunchConfig = LaunchConfig()
+    """Processes of every stage that trains; a stage's own under ``stages`` (docs/distributed.md)."""
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field([])
     """Trackers that get each stage's curves and scores while it runs, beside the report (docs/evaluation.md)."""
     tracking: TrackingConfig = TrackingConfig()
@@ -155,6 +160,14 @@ class Runtime(Config):
         """The same, but sampled with transformers in the stage's own process."""
         engine = self.engine.model_copy(update={"name": "transformers"})
         return self.model_copy(update={"engine": engine, "rollouts": RolloutsConfig()})
+
+    @field_validator("launch")
+    @classmethod
+    def _launch_fits_together(cls, launch: LaunchConfig) -> LaunchConfig:
+        objection = launch.objection()
+        if objection is not None:
+            raise ValueError(objection)
+        return launch
 
     @field_validator("executor", mode="before")
     @classmethod

@@ -85,5 +85,6 @@ def test_gpus_are_dealt_behind_the_trainers() -> None:
     assert [two.gpus_of(number, 4) for number in (0, 1)] == [[0, 1], [2, 3]]  # none can be left out
     assert RolloutsConfig(servers=1).gpus_of(0, 1) == [0]
     assert [RolloutsConfig(servers=3).gpus_of(number, 2) for number in range(3)] == [[0], [1], [0]]
+    assert [two.gpus_of(number, 8, trainers=4) for number in (0, 1)] == [[4, 5], [6, 7]]
     named = RolloutsConfig(servers=2, tensor_parallel=2, gpus=[7, 6, 5, 4])
     assert [named.gpus_of(number, 8) for number in (0, 1)] == [[7, 6], [5, 4]]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from align.ppo.rollout import Rollout
-from align.rollouts.pool import PoolEngine
+from align.rollouts.pool import PoolEngine, is_shared
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 
@@ -28,15 +28,18 @@ class RolloutsAhead:
     the same cores: then nothing is saved, and the results are the same.
     """
 
-    def __init__(self, engine: Any, draw: Callable[[int], Rollout], staleness: int, updates: int) -> None:
-        """``draw(update)`` samples the rollout of an update from ``engine``, with the weights that it holds."""
+    def __init__(self, engine: Any, draw: Callable[[int], Rollout | None], staleness: int, updates: int) -> None:
+        """``draw(update)`` samples this process's part of an update's rollout from ``engine``, with the weights that it
+        holds; None where others have it all. It asks no other process for anything, since it may run at any time."""
         self.engine, self._draw, self.staleness, self.updates = engine, draw, staleness, updates
-        self._kept: dict[int, Future[Rollout]] = {}
+        self._kept: dict[int, Future[Rollout | None]] = {}
         self._given = 0
         self._next: int | None = None
         """First update whose rollout nobody was asked for yet; None before the first."""
         self.beside = staleness > 0 and isinstance(engine, PoolEngine)
         """Whether rollouts are drawn while the trainer goes on."""
+        self.shared = is_shared(engine)
+        """Whether one process has all of every rollout, however many learn from it."""
         self._thread: ThreadPoolExecutor | None = None
         self._last: Future[Any] | None = None
 
@@ -55,8 +58,8 @@ class RolloutsAhead:
         if self._last is not None:
             self._last.result()
 
-    def take(self, update: int) -> Rollout:
-        """The rollout of an update, waited for; what may be drawn with the weights given last is begun first."""
+    def take(self, update: int) -> Rollout | None:
+        """The part of an update, waited for; what may be drawn with the weights given last is begun first."""
         begin = update if self._next is None else self._next
         end = min(update + self.staleness, self.updates - 1)
         for one in range(begin, end + 1):
@@ -64,19 +67,20 @@ class RolloutsAhead:
         self._next = max(begin, end + 1)
         return self._kept.pop(update).result()
 
-    def _begin(self, update: int) -> Future[Rollout]:
+    def _begin(self, update: int) -> Future[Rollout | None]:
         given = self._given
 
-        def drawn() -> Rollout:
+        def drawn() -> Rollout | None:
             began = time.perf_counter()
             rollout = self._draw(update)
-            rollout.weights_of, rollout.drawing = given, time.perf_counter() - began
+            if rollout is not None:
+                rollout.weights_of, rollout.drawing = given, time.perf_counter() - began
             return rollout
 
         if self.beside:
             self._last = begun = self._beside(drawn)
             return begun
-        done: Future[Rollout] = Future()
+        done: Future[Rollout | None] = Future()
         done.set_result(drawn())
         return done
 
@@ -93,14 +97,16 @@ class RolloutsAhead:
 
     def state_dict(self) -> list[dict[str, Any]]:
         """What was drawn ahead, waited for, as it is kept in a checkpoint."""
-        return [_as_json(self._kept[update].result()) for update in sorted(self._kept)]
+        drawn = [self._kept[update].result() for update in sorted(self._kept)]
+        return [_as_json(rollout) for rollout in drawn if rollout is not None]
 
-    def load_state_dict(self, state: list[dict[str, Any]], restore: Callable[[int, list[Any]], Rollout]) -> None:
-        """Take it back; ``restore(update, answers)`` makes a rollout of an engine's answers to its prompts."""
+    def load_state_dict(self, state: list[dict[str, Any]], restore: Callable[[int, list[Any]], Rollout | None]) -> None:
+        """Take it back; ``restore(update, answers)`` makes this process's part of a rollout of all answers to it."""
         for kept in state:
             rollout = restore(kept["update"], [[_Answer(**one) for one in some] for some in kept["answers"]])
-            rollout.weights_of, rollout.drawing = kept["weights_of"], kept["drawing"]
-            done: Future[Rollout] = Future()
+            if rollout is not None:
+                rollout.weights_of, rollout.drawing = kept["weights_of"], kept["drawing"]
+            done: Future[Rollout | None] = Future()
             done.set_result(rollout)
             self._kept[kept["update"]] = done
         if state:

@@ -18,7 +18,7 @@ from align.ppo.advantages import gae, whiten_advantages
 from align.ppo.masking import Reduce, local, pad_rows, response_mask
 from align.ppo.normalise import RunningScale
 from align.ppo.packing import Batch, Form, pack
-from align.ppo.prompts import Prompts, Row, derive_seed
+from align.ppo.prompts import Prompts, Row
 from align.ppo.rewards import adjust_scores, shape_rewards, whiten_rewards
 
 if TYPE_CHECKING:
@@ -132,21 +132,10 @@ class Rollout:
             target[indices, : result.shape[1]] = result.float().cpu()
 
 
-def sample_rollout(engine: Any, prompts: Prompts, args: RolloutArguments, update: int) -> Rollout:
-    """Sample this process's responses of one update; a request's seed follows from the run's and the prompt's number.
-
-    So the responses of an update are the same however many processes sample them.
-    """
-    start, indices = drawn_prompts(prompts, args, update)
-    seeds = [derive_seed(args.seed, "sampling", number) for number in range(start, start + len(indices))]
-    return sample_prompts(engine, prompts, args, update, indices, seeds)
-
-
-def drawn_prompts(prompts: Prompts, args: RolloutArguments, update: int) -> tuple[int, list[int]]:
-    """Number of this process's first prompt of an update, and the indices of all of them."""
-    count = args.local_batch // args.samples_per_prompt
-    start = (update * args.world_size + args.process_index) * count
-    return start, prompts.draw(start, count, args.seed)
+def turn_of(args: RolloutArguments, update: int) -> range:
+    """Numbers of the prompts of an update in the endless sequence of all updates' prompts."""
+    count = args.rollout_batch // args.samples_per_prompt
+    return range(update * count, (update + 1) * count)
 
 
 def sample_prompts(
@@ -254,6 +243,33 @@ def adjusted_scores(
         length_penalty=args.length_penalty,
         lengths=tensors["response_mask"].sum(dim=1),
     )
+
+
+def joined(parts: Sequence[Rollout]) -> Rollout:
+    """One rollout of several of the same update, group after group; none of theirs are taken for the same."""
+    width = max(part.tensors["response_mask"].shape[1] for part in parts)
+    groups: list[int] = []
+    for part in parts:
+        first = max(groups, default=-1) + 1
+        places = {group: first + at for at, group in enumerate(dict.fromkeys(part.groups))}
+        groups += [places[group] for group in part.groups]
+    return Rollout(
+        update=parts[0].update,
+        rows=[row for part in parts for row in part.rows],
+        groups=groups,
+        prompts=[prompt for part in parts for prompt in part.prompts],
+        responses=[response for part in parts for response in part.responses],
+        texts=[text for part in parts for text in part.texts],
+        tensors={name: torch.cat([_widened(part.tensors[name], width) for part in parts]) for name in parts[0].tensors},
+        weights_of=parts[0].weights_of,
+        drawing=max(part.drawing for part in parts),
+    )
+
+
+def _widened(tensor: torch.Tensor, width: int) -> torch.Tensor:
+    if tensor.dim() == 1:
+        return tensor
+    return torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]))
 
 
 class RolloutLoader:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from align.errors import UserError
+from align.launch import local_size, rank, world_size
 from align.models.precision import Precision
 from align.rollouts.protocol import RolloutEngine
 from align.rollouts.watchdog import OnHang, Watchdog
@@ -27,6 +27,7 @@ def open_engine(
     seed: int,
     warn: Callable[[str], None],
     on_hang: OnHang | None = None,
+    together: bool = False,
 ) -> RolloutEngine:
     """An engine with the weights of ``model_dir``, for sequences of at most ``max_length`` tokens in all.
 
@@ -34,14 +35,18 @@ def open_engine(
     ``warn`` when it does not. Raises ``UserError`` when vLLM is asked for by name, in this process or as servers, and
     cannot be used. A process can hold one vLLM engine: use ``load_weights`` to switch policies. ``on_hang`` is told
     when a call makes no progress for ``runtime.engine.timeout`` seconds, and may end the process; without it standard
-    error is told (``watchdog.py``).
+    error is told (``watchdog.py``). ``together`` says that a stage's processes let the first of them ask the servers.
     """
     from align.models.threads import device_of, use_threads
 
     use_threads(runtime)
     device, dtype = device_of(runtime), engine_dtype(runtime, precision)
     if runtime.rollouts.pooled:
-        _refuse_pool(model_dir, runtime, device)
+        _refuse_pool(model_dir, runtime, device, together)
+        if rank() > 0:
+            from align.rollouts.pool import ElsewhereEngine
+
+            return ElsewhereEngine(dtype)
         return _open_pool(model_dir, runtime, device, dtype, max_length, seed, warn, on_hang)
     if runtime.engine.name != "transformers":
         from align.rollouts.vllm import VllmEngine, why_unusable
@@ -76,7 +81,7 @@ def open_engine(
     )
 
 
-def _refuse_pool(model_dir: Path, runtime: Runtime, device: torch.device) -> None:
+def _refuse_pool(model_dir: Path, runtime: Runtime, device: torch.device, together: bool) -> None:
     """Raise ``UserError`` for what servers cannot do, before any is started."""
     from align.rollouts.vllm_adapters import why_not_here
 
@@ -84,7 +89,7 @@ def _refuse_pool(model_dir: Path, runtime: Runtime, device: torch.device) -> Non
     reason = why_not_here(model_dir, runtime.engine, server=True)
     if reason is not None:
         raise UserError(f"runtime.rollouts names servers, but {reason}. Leave it out, or give servers another model.")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1 and not together:
         raise UserError(
             "runtime.rollouts names servers, but several processes train: each would give them weights while another "
             "samples. Leave it out: the engine vllm gives each process one of its own."
@@ -102,11 +107,12 @@ def _refuse_pool(model_dir: Path, runtime: Runtime, device: torch.device) -> Non
     if pool.weights == "nccl" and pool.servers:
         import torch
 
-        own = torch.cuda.current_device()
-        if any(own in pool.gpus_of(number, torch.cuda.device_count()) for number in range(pool.servers)):
+        there = torch.cuda.device_count()
+        taken = {gpu for number in range(pool.servers) for gpu in pool.gpus_of(number, there, local_size())}
+        if any(own in taken for own in range(local_size())):
             raise UserError(
-                f"runtime.rollouts.weights is nccl, but servers would share GPU {own} with the trainer, and NCCL wants "
-                "one for each side. Name others as runtime.rollouts.gpus, or take `weights: folder`."
+                "runtime.rollouts.weights is nccl, but servers would share a GPU with the trainer, and NCCL wants one "
+                "for each side. Name others as runtime.rollouts.gpus, or take `weights: folder`."
             )
 
 

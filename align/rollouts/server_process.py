@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 
 from align.errors import UserError
+from align.launch import local_size
 from align.pool_config import RolloutsConfig
 from align.rollouts.server_client import POLL_SECONDS, Client, EngineLost
 
@@ -67,7 +68,7 @@ class Place:
         import torch
 
         there = torch.cuda.device_count()
-        gpus = pool.gpus_of(number, there)
+        gpus = pool.gpus_of(number, there, local_size())
         if max(gpus) >= there or len(set(gpus)) < len(gpus):
             raise UserError(
                 f"runtime.rollouts: server {number + 1} of {pool.servers} would have GPUs {gpus} (tensor_parallel "
@@ -146,8 +147,12 @@ def _environment(folder: Path, place: Place) -> dict[str, str]:
     # The in-process engine sets the first, without which no server starts; calls send no key; the server is no part of
     # what a launcher started.
     dropped = {"VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_API_KEY"}
-    dropped |= {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    kept = {name: value for name, value in os.environ.items() if name not in dropped}
+    dropped |= {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in dropped and not name.startswith(("TORCHELASTIC_", "GROUP_", "ROLE_"))
+    }
     quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     # Bound to cores, vLLM's CPU worker leaves one to the scheduler, which hardly uses it: half of a small machine.
     quiet |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
