@@ -24,10 +24,15 @@ from typing import Any
 from align.artifacts import Artifact, Kind
 from align.errors import UserError, explain_os_error, no_space
 from align.runtime import Runtime
+from align.shared_folder import is_unreachable
 from align.stage import Stage, StageContext, find_stage, load_object
 
 WORK, RESULT, EVENTS, LOG = "work.json", "result.json", "events.jsonl", "log.txt"
 OUTPUT, CHECKPOINTS = "output", "checkpoints"
+UNREACHABLE_STORE = "unreachable"
+"""Status of a stage that failed because the store did not answer: once it does, the stage can go on."""
+UNREACHABLE_CODE = 75
+"""Exit code of such a stage; "temporary failure" in sysexits.h. It stands for a result that could not be written."""
 HANDOVER = "align.handover.stage"
 """Loaded as the stage itself is: not before the process of a stage needs it."""
 
@@ -54,24 +59,36 @@ def main(folder: Path) -> int:
         code = 0
     except UserError as error:
         result, code = {"status": "refused", "message": str(error)}, 2
-    except OSError as error:
-        traceback.print_exc()
-        result, code = {"status": "failed", "message": explain_os_error(error, folder)}, 1
     except MemoryError:
-        traceback.print_exc()
+        _print_trace()
         result, code = {"status": "failed", "message": "out of memory; lower micro_batch_size or max_length."}, 1
     except Exception as error:
-        traceback.print_exc()
-        full = os.strerror(errno.ENOSPC) in str(error)  # safetensors and tokenizers wrap it in errors of their own
-        message = no_space(folder) if full else f"{type(error).__name__}: {error}"
-        result, code = {"status": "failed", "message": message}, 1
+        _print_trace()
+        result, code = _explain(error, folder)
     result.update(seconds=time.time() - started, peak_memory_bytes=_peak_memory(), versions=_versions())
     try:
         _write_result(folder, result)
     except OSError as error:
-        print(explain_os_error(error, folder), file=sys.stderr)
-        return code or 1
+        with contextlib.suppress(OSError):
+            print(explain_os_error(error, folder), file=sys.stderr)
+        return UNREACHABLE_CODE if is_unreachable(error) else code or 1
     return code
+
+
+def _explain(error: Exception, folder: Path) -> tuple[dict[str, Any], int]:
+    """The result and the exit code of a stage that failed."""
+    if is_unreachable(error):
+        message = f"the store could not be reached ({error})."
+        return {"status": UNREACHABLE_STORE, "message": message}, UNREACHABLE_CODE
+    if isinstance(error, OSError):
+        return {"status": "failed", "message": explain_os_error(error, folder)}, 1
+    full = os.strerror(errno.ENOSPC) in str(error)  # safetensors and tokenizers wrap it in errors of their own
+    return {"status": "failed", "message": no_space(folder) if full else f"{type(error).__name__}: {error}"}, 1
+
+
+def _print_trace() -> None:
+    with contextlib.suppress(OSError):  # the log lies where nothing can be written perhaps
+        traceback.print_exc()
 
 
 def _run(context: StageContext, stage: Stage) -> dict[str, Any]:
