@@ -91,11 +91,14 @@ class Pipeline:
         self.expanded = expand(self.config.stages, where, self.config.seed)
         self.expanded.rounds.update(rounds or {})
         self.nodes: dict[str, Node] = {}
+        self.runtimes: dict[str, Runtime] = {}
+        """What of ``runtime`` holds for each stage."""
         kinds = {name: stage_of(name, block, f"{where}: stages") for name, block in self.expanded.stages.items()}
         # All keys and values first: a slip in the last stage is found even where the first one's file is missing.
         checked = {name: self._validated(name, stage) for name, stage in kinds.items()}
         for name, (config, seed) in checked.items():
             self.nodes[name] = self._build(name, config, seed, kinds)
+        self.runtimes = self._runtimes()
 
     @classmethod
     def load(cls, path: str | Path) -> Pipeline:
@@ -161,6 +164,18 @@ class Pipeline:
         if "seed" not in config_class.model_fields:
             validate(_with_seed(config_class), block, self._place(name))
         return validate(config_class, block, self._place(name)), seed
+
+    def _runtimes(self) -> dict[str, Runtime]:
+        """``runtime`` with each stage's own part of it; ``UserError`` for a name that is no stage's."""
+        known = {*self.expanded.stages, *self.expanded.rounds}
+        for name in self.config.runtime.stages:
+            if name not in known:
+                raise UserError(f"{self.where}: runtime.stages: there is no stage '{name}'.{suggest(name, known)}")
+        found = {}
+        for name in self.nodes:
+            of_rounds = [short for short, rounds in self.expanded.rounds.items() if name in rounds]
+            found[name] = self.config.runtime.for_stage(name, *of_rounds, where=f"{self.where}: runtime.stages")
+        return found
 
     def _build(self, name: str, config: Config, seed: int, kinds: dict[str, Stage]) -> Node:
         """Check what the stage reads, and work out its key."""

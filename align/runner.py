@@ -240,7 +240,7 @@ def _prepare(pipeline: Pipeline, node: Node, store: Store, partial: Path, inputs
         "stage": node.stage.path or node.stage.kind,
         "config": node.config.model_dump(mode="json"),
         "seed": node.seed,
-        "runtime": pipeline.config.runtime.model_dump(mode="json"),
+        "runtime": pipeline.runtimes[node.name].model_dump(mode="json"),
         "inputs": {
             field_name: [pointer(name) for name in value] if isinstance(value, list) else value and pointer(value)
             for field_name, value in node.inputs.items()

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from align.handover.faults import REMEDIES
 from align.stage import Config
-from align.validation import suggest
+from align.validation import suggest, validate
 
 
 class EngineConfig(Config):
@@ -123,6 +123,17 @@ class HandoverConfig(Config):
         return names
 
 
+class StageRuntime(Config):
+    """What differs for one stage. What is not said here is as ``runtime`` says, field by field inside a block too."""
+
+    device: Literal["auto", "cpu", "cuda"] | None = None
+    """Instead of ``runtime.device``."""
+    threads: int | None = Field(None, ge=1)
+    """Instead of ``runtime.threads``."""
+    engine: EngineConfig | None = None
+    """Fields that are other than in ``runtime.engine``."""
+
+
 class Runtime(Config):
     """Where and how a pipeline runs. Never part of a key: the same results are found whatever it says."""
 
@@ -143,6 +154,8 @@ class Runtime(Config):
     """Where those trackers put them."""
     handover: HandoverConfig = HandoverConfig()
     """What of the look at checkpoints between stages is waived."""
+    stages: dict[str, StageRuntime] = Field({})
+    """What differs for one stage, by its name: ``{ppo: {threads: 4}}``. A name in a loop means every round's stage."""
 
     @field_validator("store", mode="before")
     @classmethod
@@ -160,3 +173,25 @@ class Runtime(Config):
         names = [given] if isinstance(given, str) else given
         plain = isinstance(names, list) and all(isinstance(name, str) for name in names)
         return list(dict.fromkeys(names)) if plain else names
+
+    def for_stage(self, *names: str, where: str = "runtime.stages") -> Runtime:
+        """What holds for a stage that goes by one of ``names``, the first that ``stages`` knows; it has no ``stages``.
+
+        Raises ``UserError``, its place below ``where``, if the stage's own fields do not go with the run's.
+        """
+        said = self.model_dump(exclude_unset=True, exclude={"stages"})
+        name = next((name for name in names if name in self.stages), None)
+        if name is None:
+            return self.model_copy(update={"stages": {}})
+        return validate(Runtime, _over(said, self.stages[name].model_dump(exclude_unset=True)), f"{where}.{name}")
+
+
+def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """``below`` with what ``above`` says; blocks field by field, and a null says nothing."""
+    found = dict(below)
+    for name, value in above.items():
+        if isinstance(value, dict) and isinstance(found.get(name), dict):
+            found[name] = _over(found[name], value)
+        elif value is not None:
+            found[name] = value
+    return found

@@ -82,6 +82,10 @@ class Sweep:
         needed = self.needed(whole)
         plain = whole.plain
         plain["stages"] = {name: block for name, block in plain["stages"].items() if name in needed}
+        runtime = plain.get("runtime") or {}
+        known = {*plain["stages"], *whole.expanded.rounds}
+        own = {name: block for name, block in (runtime.get("stages") or {}).items() if name in known}
+        plain["runtime"] = {**runtime, "stages": own}
         return Pipeline(plain, whole.where, whole.base, whole.expanded.rounds)
 
     def needed(self, pipeline: Pipeline) -> set[str]:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from align.data.rows import assistant, user
 from align.lint.dialect import MARK
 from align.lint.linter import Options
+from align.lint.pairs import TOKENS
 from align.lint.text import PLACEHOLDER
 from tests.lint.dialects import SPECS, tokenizer_of
 from tests.lint.harness import alarms, look
@@ -38,6 +39,7 @@ def conversations(draw: st.DrawFn) -> dict[str, Any]:
         turns = [{"role": "system", "content": draw(TEXT)}, *turns]
     chosen, rejected = draw(TEXT), draw(TEXT)
     assume("".join(chosen.split()) != "".join(rejected.split()))
+    assume(abs(len(chosen.encode()) - len(rejected.encode())) <= TOKENS)  # or the lengths would be a fault
     return {"id": "row", "source": "test", "checks": "", "prompt": turns, "completion": [assistant(chosen)],
             "chosen": [assistant(chosen)], "rejected": [assistant(rejected)]}  # fmt: skip
 

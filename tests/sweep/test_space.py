@@ -123,8 +123,10 @@ def test_what_nothing_that_decides_needs_is_left_out(tmp_path: Path) -> None:
     raw = given.pipeline()
     raw["stages"]["spare"] = {"stage": "tests.toy:NUMBER"}
     raw["stages"]["other"] = {"stage": given.CARDS.path, "policies": ["spare"]}
+    raw["runtime"] = {"stages": {"one": {"threads": 2}, "spare": {"threads": 1}}}
     sweep = given.check(tmp_path, raw)
-    assert list(sweep.pipeline_of({"stages.ppo.height": 0.5}, 0).nodes) == ["one", "ppo", "evaluate"]
+    trial = sweep.pipeline_of({"stages.ppo.height": 0.5}, 0)
+    assert list(trial.nodes) == ["one", "ppo", "evaluate"] and trial.runtimes["one"].threads == 2
     sweep = given.check(tmp_path, raw, space={"stages.ppo.height": [0.1]}, maximise="spare.number")
     assert list(sweep.pipeline_of({"stages.ppo.height": "0.1"}, 0).nodes) == ["spare", "other"]
     prune = {"maximise": "one.loss", "start": 1}
