@@ -1,7 +1,7 @@
-"""Locks that hold between machines over a shared folder, that a dead machine does not keep, and that fence.
+"""Locks that hold between machines over a shared place, that a dead machine does not keep, and that fence.
 
-A lock is a folder of numbered claims. Making the next number is what takes the lock: ``link`` gives a name to one
-asker alone, on NFS too. The holder writes into its claim every few seconds; who waits watches it change. A claim that
+A lock is a place with numbered claims (``claims.py``). Making the next number is what takes the lock: one asker alone
+gets it. The holder writes into its claim every few seconds; who waits watches it change. A claim that
 stays the same for its lease is lost: its machine died, or cannot reach the folder. A holder on this machine that died
 is seen at once. Numbers never come again, so a holder that wakes up after its lock was taken finds a higher one
 (`Hold.confirm`), and a path that contains its number is its own for ever.
@@ -13,7 +13,6 @@ those between two looks that the folder answered, so that a stopped waiter or an
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import socket
@@ -26,13 +25,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from align.claims import CLAIM_BYTES, Claims, FolderClaims
 from align.errors import StageFailed
-from align.shared_folder import UNREACHABLE, Patience, forget_cached
+from align.shared_folder import Patience
 
-CLAIM_BYTES = 1024
-"""Claims are written over in place, always whole: on a full disk the holder can still say that it lives."""
 FIRST_LOOK, LONGEST_LOOK = 0.1, 2.0
-NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
 @dataclass(frozen=True)
@@ -50,8 +47,11 @@ class LockLost(StageFailed):
 class Hold:
     """A lock that is held, until `release`. ``number`` is higher than that of any holder before."""
 
-    def __init__(self, folder: Path, number: int, token: str, lease: Lease, after_silence: bool) -> None:
-        self.folder, self.number, self.token, self.lease = folder, number, token, lease
+    def __init__(
+        self, claims: Claims, number: int, token: str, lease: Lease, since: float, after_silence: bool
+    ) -> None:
+        self.claims, self.number, self.token, self.lease = claims, number, token, lease
+        self.since = since
         self.after_silence = after_silence
         """Whether the holder before was silent rather than known to have ended: it may wake up."""
         self.lost = ""
@@ -59,13 +59,12 @@ class Hold:
         self._beats = 0
         self._writing = threading.Lock()
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name=f"lock-{folder.name}", daemon=True)
+        self._thread = threading.Thread(target=self._beat, name=f"lock-{number}", daemon=True)
         self._thread.start()
 
     def confirm(self) -> None:
-        """Make sure, from the folder itself, that the lock is still held; raises ``LockLost``."""
-        with contextlib.suppress(FileNotFoundError):
-            forget_cached(self.folder)
+        """Make sure, from the claims themselves, that the lock is still held; raises ``LockLost``."""
+        self.claims.look_anew()
         self._look()
         if self.lost:
             raise LockLost(self.lost)
@@ -95,32 +94,27 @@ class Hold:
                         self._write(released=False)
 
     def _look(self) -> None:
-        highest = _highest(self.folder)
+        highest = max(self.claims.numbers(), default=0)
         if highest > self.number:
-            self.lost = f"the lock was taken by {describe(_read(self.folder / str(highest)))} while this run was silent"
-        elif highest < self.number or _parse(_read(self.folder / str(self.number))).get("token") != self.token:
-            self.lost = f"the lock's file {self.folder / str(self.number)} is gone"
+            self.lost = f"the lock was taken by {describe(self.claims.read(highest))} while this run was silent"
+        elif highest < self.number or _parse(self.claims.read(self.number)).get("token") != self.token:
+            self.lost = f"the lock's file {self.claims.describe(self.number)} is gone"
 
     def _write(self, released: bool) -> None:
         self._beats += 1
-        content = _content(self.token, self.lease, self._beats, released)
-        handle = os.open(self.folder / str(self.number), os.O_WRONLY)
-        try:
-            os.pwrite(handle, content, 0)
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        self.claims.write(self.number, _content(self.token, self.lease, self.since, self._beats, released))
 
 
 class Lock:
-    """The lock in ``folder``, as one who may ask for it sees it. Not for use by several threads at once."""
+    """The lock at a place, as one who may ask for it sees it. Not for use by several threads at once."""
 
-    def __init__(self, folder: Path, lease: Lease | None = None) -> None:
-        self.folder, self.lease = folder, lease or Lease()
+    def __init__(self, place: Path | Claims, lease: Lease | None = None) -> None:
+        self.claims: Claims = FolderClaims(place) if isinstance(place, Path) else place
+        self.lease = lease or Lease()
         self._seen: tuple[int, bytes] = (0, b"")
         self._silent = 0.0
         self._last: float | None = None
-        self._token, self._after_silence = "", False
+        self._token, self._since, self._after_silence = "", 0.0, False
 
     def acquire(self, on_wait: Callable[[str], None], patience: Patience) -> Hold:
         """Wait until the lock is this process's; ``on_wait`` is told once who holds it.
@@ -140,7 +134,7 @@ class Lock:
 
     def try_acquire(self) -> Hold | None:
         """The lock, or None while another has it. After an ``OSError`` it may be called again."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.claims.prepare()
         number, content = self._top()
         if (
             not self._token or _parse(content).get("token") != self._token
@@ -149,18 +143,20 @@ class Lock:
             if state == "held":
                 return None
             number, self._token, self._after_silence = number + 1, uuid.uuid4().hex, state == "silent"
-            if not _make_claim(self.folder, number, _content(self._token, self.lease, 0, released=False)):
+            self._since = time.time()
+            if not self.claims.make(number, _content(self._token, self.lease, self._since, 0, released=False)):
                 return None
         token = self._token
         # Who looked before another had the lock, lost it and tidied up may have made a number that was gone already.
-        if _highest(self.folder) != number:
-            (self.folder / str(number)).unlink(missing_ok=True)
+        made = self.claims.numbers()
+        if max(made, default=0) != number:
+            self.claims.drop(number)
             return None
-        for below in _numbers(self.folder):
+        for below in made:
             if below < number:
-                (self.folder / str(below)).unlink(missing_ok=True)
+                self.claims.drop(below)
         self._token = ""
-        return Hold(self.folder, number, token, self.lease, self._after_silence)
+        return Hold(self.claims, number, token, self.lease, self._since, self._after_silence)
 
     def is_held(self) -> bool:
         """Whether a process has the lock, as far as one look can tell: one that fell silent may still be counted."""
@@ -171,8 +167,8 @@ class Lock:
 
     def _top(self) -> tuple[int, bytes]:
         try:
-            number = _highest(self.folder)
-            return (number, _read(self.folder / str(number))) if number else (0, b"")
+            number = max(self.claims.numbers(), default=0)
+            return (number, self.claims.read(number)) if number else (0, b"")
         except OSError:
             self._last = None  # what could not be seen was no silence
             raise
@@ -203,23 +199,6 @@ def describe(content: bytes) -> str:
     return f"{words}, for {since:.0f} min" if 0 <= since < 60 * 24 * 365 else words
 
 
-def _numbers(folder: Path) -> list[int]:
-    return [int(name) for name in os.listdir(folder) if name.isdecimal()]
-
-
-def _highest(folder: Path) -> int:
-    return max(_numbers(folder), default=0)
-
-
-def _read(path: Path) -> bytes:
-    """A claim's bytes: opening a file has NFS ask for its newest state. Empty for one that was just tidied away."""
-    try:
-        with path.open("rb") as file:
-            return file.read(CLAIM_BYTES)
-    except FileNotFoundError:
-        return b""
-
-
 def _parse(content: bytes) -> dict[str, Any]:
     """A claim; empty for one that is half-written, which then counts as held by somebody unknown."""
     try:
@@ -229,52 +208,13 @@ def _parse(content: bytes) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _content(token: str, lease: Lease, beats: int, released: bool) -> bytes:
+def _content(token: str, lease: Lease, since: float, beats: int, released: bool) -> bytes:
     claim = {
         "token": token, "pid": os.getpid(), "host": socket.gethostname()[:200], "machine": _machine(),
-        "started": _started(os.getpid()), "since": round(time.time()), "lease": lease.seconds, "beats": beats,
+        "started": _started(os.getpid()), "since": since, "lease": lease.seconds, "beats": beats,
         "released": released,
     }  # fmt: skip
     return json.dumps(claim).encode("ascii").ljust(CLAIM_BYTES)
-
-
-def _make_claim(folder: Path, number: int, content: bytes) -> bool:
-    """Give the claim its number unless it has been given; complete from its first moment where links exist."""
-    target, draft = folder / str(number), folder / f".draft-{uuid.uuid4().hex}"
-    try:
-        _write_new(draft, content)
-        try:
-            os.link(draft, target)
-        except FileExistsError:
-            pass
-        except OSError as error:
-            if error.errno in NO_LINKS:
-                return _make_alone(target, content)
-            if error.errno not in UNREACHABLE:
-                raise
-        # The answer to a link may be lost on its way although the link was made: the count of names tells.
-        return os.stat(draft).st_nlink == 2
-    finally:
-        with contextlib.suppress(OSError):
-            draft.unlink()
-
-
-def _make_alone(target: Path, content: bytes) -> bool:
-    """For a file system without links: empty at first, which its readers bear."""
-    try:
-        _write_new(target, content)
-    except FileExistsError:
-        return False
-    return True
-
-
-def _write_new(path: Path, content: bytes) -> None:
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        os.write(handle, content)
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @cache

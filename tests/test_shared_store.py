@@ -126,8 +126,8 @@ def test_a_result_that_was_being_published_is_not_moved_over_anothers(store: Pat
         output = opened.partial("number", key) / "output"
         output.mkdir(parents=True)
         (output / "number.txt").write_text("half")
-        taken = hold.folder / str(hold.number + 1)
-        shutil.copyfile(hold.folder / str(hold.number), taken)  # as another does after a silence
+        taken = hold.claims.folder / str(hold.number + 1)
+        shutil.copyfile(hold.claims.folder / str(hold.number), taken)  # as another does after a silence
         opened._take_over("number", key, type("", (), {"number": hold.number + 1})())
         with pytest.raises(FileNotFoundError):
             output.rename(artifact.path)
@@ -214,7 +214,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 PLACES = [
     ("align.store", "_write_atomically", errno.EIO), ("align.store", "output_digests", errno.ESTALE),
-    ("align.store", "_sync_folder", errno.ETIMEDOUT), ("align.locking", "_highest", errno.ENOTCONN),
+    ("align.store", "_sync_folder", errno.ETIMEDOUT), ("align.claims", "_write_new", errno.ENOTCONN),
     ("align.runner", "_add_logs", errno.EHOSTDOWN), ("align.runner", "_prepare", errno.EHOSTUNREACH),
     ("align.attempt", "_result", errno.ESTALE),
 ]  # fmt: skip
@@ -336,7 +336,7 @@ def test_the_holder_of_a_lock_on_a_full_disk_still_shows_that_it_lives(small_dis
     opened = Store.open(small_disk / "store", lease=1.2)
     with opened.lock("sft", "0" * 64, lambda _: None) as hold:
         filler = fill(small_disk)
-        before = (hold.folder / str(hold.number)).read_bytes()
-        wait_for(lambda: (hold.folder / str(hold.number)).read_bytes() != before)
+        before = (hold.claims.folder / str(hold.number)).read_bytes()
+        wait_for(lambda: (hold.claims.folder / str(hold.number)).read_bytes() != before)
         filler.unlink()
     assert not opened.is_locked("sft", "0" * 64)
