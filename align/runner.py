@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import sys
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -24,6 +25,7 @@ from align.provenance import command_line, git_commit, source_digest
 from align.runtime import StoreConfig
 from align.shared_folder import UNREACHABLE_STORE
 from align.stage_process import CHECKPOINTS, EVENTS, LOG, OUTPUT, RESULT, WORK
+from align.stop_request import Stopped, StopRequest, clear
 from align.store import Store
 from align.trackers import require_trackers
 
@@ -48,6 +50,9 @@ class Listener:
 
     def stage_failed(self, node: Node, message: str, log: Path) -> None:
         """The stage ended without an artifact."""
+
+    def stage_queued(self, node: Node, how: str) -> None:
+        """The stage has its place in a cluster's queue, or another one than before; ``how`` says it in words."""
 
     def waiting(self, node: Node, holder: str) -> None:
         """Another run holds the stage's lock."""
@@ -96,30 +101,47 @@ def run_pipeline(
     rebuild: tuple[str, ...] = (),
     strict: bool = False,
     listener: Listener | None = None,
+    stop: StopRequest | None = None,
 ) -> Run:
     """Run every stage that is not cached, in order.
 
     ``only`` runs that one stage and needs its inputs finished; ``from_`` runs that stage and all that depend on it
     anew; ``rebuild`` runs the named stages anew. ``strict`` refuses artifacts made by other source code under the
-    same stage version. Raises ``UserError`` (nothing started) or ``StageFailed`` (the log's path is in it).
+    same stage version. Raises ``UserError`` (nothing started), ``StageFailed`` (the log's path is in it), or
+    ``Stopped`` once it was asked to stop: through ``stop``, or by the signal USR1 where none is given.
     """
     listener = listener or Listener()
-    require_trackers(pipeline.config.runtime.report_to)
     opened = open_store(pipeline, store)
     opened.patience.say = listener.warning
-    anew = choose_stages(pipeline, opened, only, from_, rebuild)
-    _refuse_damage(pipeline, opened, anew, only)
-    for message in check_sources(pipeline, opened, strict):
+    anew, warnings = prepare_run(pipeline, opened, only=only, from_=from_, rebuild=rebuild, strict=strict)
+    for message in warnings:
         listener.warning(message)
+    heard = contextlib.nullcontext(stop) if stop is not None else StopRequest().hearing(signal.SIGUSR1)
     try:
-        return _run_stages(pipeline, opened, only, anew, listener)
+        with heard as stop:
+            return _run_stages(pipeline, opened, only, anew, listener, stop)
     except OSError as error:  # the runner's own writing: locks, records, the move of a result to its place
         if error.errno not in NO_SPACE:
             raise
         raise StageFailed(no_space(opened.root)) from None
 
 
-def _run_stages(pipeline: Pipeline, opened: Store, only: str | None, anew: set[str], listener: Listener) -> Run:
+def prepare_run(
+    pipeline: Pipeline, store: Store, *, only: str | None, from_: str | None, rebuild: tuple[str, ...], strict: bool
+) -> tuple[set[str], list[str]]:
+    """Which stages are made although an artifact is there, and warnings; options as of ``run_pipeline``.
+
+    Raises ``UserError`` for what must stop a run before anything starts.
+    """
+    require_trackers(pipeline.config.runtime.report_to)
+    anew = choose_stages(pipeline, store, only, from_, rebuild)
+    _refuse_damage(pipeline, store, anew, only)
+    return anew, check_sources(pipeline, store, strict)
+
+
+def _run_stages(
+    pipeline: Pipeline, opened: Store, only: str | None, anew: set[str], listener: Listener, stop: StopRequest
+) -> Run:
     run = Run(opened, last={name: pipeline.resolve(name) for name in pipeline.expanded.rounds})
     only = None if only is None else pipeline.resolve(only)
     reached = {node.name: {"kind": node.stage.kind, "key": node.key} for node in pipeline}
@@ -131,7 +153,9 @@ def _run_stages(pipeline: Pipeline, opened: Store, only: str | None, anew: set[s
             listener.stage_cached(node, found)
         elif only is None or node.name == only:
             inputs = {name: run.artifacts[name] for name in node.input_names}
-            ran, artifact = _make(pipeline, node, opened, inputs, node.name in anew, listener)
+            if stop.asked:
+                raise Stopped(f"stopped as asked, before stage '{node.name}'.")
+            ran, artifact = _make(pipeline, node, opened, inputs, node.name in anew, listener, stop)
             run.artifacts[node.name] = artifact
             if ran:
                 run.ran.append(node.name)
@@ -153,7 +177,13 @@ def _refuse_damage(pipeline: Pipeline, store: Store, anew: set[str], only: str |
 
 
 def _make(
-    pipeline: Pipeline, node: Node, store: Store, inputs: dict[str, Artifact], anew: bool, listener: Listener
+    pipeline: Pipeline,
+    node: Node,
+    store: Store,
+    inputs: dict[str, Artifact],
+    anew: bool,
+    listener: Listener,
+    stop: StopRequest,
 ) -> tuple[bool, Artifact]:
     """Run one stage under its lock; another run that finishes it meanwhile counts as cached.
 
@@ -162,7 +192,7 @@ def _make(
     """
     for tries_left in reversed(range(TRIES)):
         try:
-            return _make_under_lock(pipeline, node, store, inputs, anew, listener)
+            return _make_under_lock(pipeline, node, store, inputs, anew, listener, stop)
         except LockLost as lost:
             if tries_left == 0:
                 raise LockLost(f"stage '{node.name}': {lost}. Nothing of it was published here; run again.") from None
@@ -171,8 +201,9 @@ def _make(
 
 
 def _make_under_lock(
-    pipeline: Pipeline, node: Node, store: Store, inputs: dict[str, Artifact], anew: bool, listener: Listener
-) -> tuple[bool, Artifact]:
+    pipeline: Pipeline, node: Node, store: Store, inputs: dict[str, Artifact], anew: bool, listener: Listener,
+    stop: StopRequest,
+) -> tuple[bool, Artifact]:  # fmt: skip
     kind = node.stage.kind
     before = store.find(kind, node.key, node.name)
     with store.lock(kind, node.key, lambda holder: listener.waiting(node, holder)) as hold:
@@ -191,7 +222,7 @@ def _make_under_lock(
                 )
         result = store.patience.keep_trying(lambda: _finished_result(partial))
         if result is None:
-            result = _attempts(pipeline, node, store, partial, inputs, hold, listener)
+            result = _attempts(pipeline, node, store, partial, inputs, hold, listener, stop)
         artifact = _publish(pipeline, node, store, partial, inputs, result, hold, found)
     listener.stage_done(node, artifact)
     return True, artifact
@@ -200,16 +231,19 @@ def _make_under_lock(
 def _attempts(
     pipeline: Pipeline, node: Node, store: Store, partial: Path, inputs: dict[str, Artifact], hold: Hold,
     listener: Listener,
+    stop: StopRequest,
 ) -> dict[str, Any]:  # fmt: skip
     """Run the stage's process; again from its checkpoints where the store was away, once it answers."""
     for tries_left in reversed(range(TRIES)):
         store.patience.keep_trying(lambda: _prepare(pipeline, node, store, partial, inputs))
         listener.stage_started(node, partial, any((partial / CHECKPOINTS).glob("*")))
         result = run_attempt(
-            node.name, partial, lambda event: listener.stage_event(node, event), hold.check, store.patience
+            node.name, partial, lambda event: listener.stage_event(node, event), stop, hold.check, store.patience
         )
         if result["status"] == "done":
             return result
+        if result["status"] == "stopped":
+            raise Stopped(f"stage '{node.name}' {result['message']}")
         if result["status"] != UNREACHABLE_STORE or tries_left == 0:
             break
         listener.warning(f"stage '{node.name}': {result['message']} It is tried again.")
@@ -232,6 +266,7 @@ def _prepare(pipeline: Pipeline, node: Node, store: Store, partial: Path, inputs
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(partial / OUTPUT)
     (partial / RESULT).unlink(missing_ok=True)
+    clear(partial)
 
     def pointer(name: str) -> dict[str, str]:
         return {"stage": name, "path": str(inputs[name].path.resolve())}
@@ -320,4 +355,4 @@ def _add_logs(partial: Path, output: Path) -> None:
             shutil.copyfile(partial / name, output / name)
 
 
-__all__ = ["Listener", "Run", "open_store", "run_pipeline"]
+__all__ = ["Listener", "Run", "open_store", "prepare_run", "run_pipeline"]
