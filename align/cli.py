@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from align import __version__
-from align.commands import compare, data, evaluate, export, report, sweep
+from align.commands import capacity, compare, data, evaluate, export, report, sweep
 from align.commands.parsing import Parser, add_store, print_json, printable_json
 from align.errors import StageFailed, UserError
 
@@ -35,7 +35,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    """say what `run` would do, stage by stage, and why; --memory adds what choices of tuning cost in memory"""
+    """say what `run` would do, stage by stage, and why; --memory what it would hold, --hardware where it fits"""
     from align.commands.run import load
     from align.console import memory_lines
     from align.planning import choose_stages, estimate_memory, plan
@@ -43,6 +43,9 @@ def _plan(options: argparse.Namespace) -> int:
 
     pipeline = load(options)
     store = open_store(pipeline, options.store)
+    if options.hardware is not None:
+        return capacity.run(options, pipeline, store)
+    capacity.refuse_without_hardware(options)
     anew = choose_stages(pipeline, store, options.only, options.from_, tuple(options.rebuild))
     steps = plan(pipeline, store, anew)
     memory = estimate_memory(pipeline, store) if options.memory else {}
@@ -207,6 +210,7 @@ def parser() -> argparse.ArgumentParser:
         add_store(made[name])
     made["run"].add_argument("--strict", action="store_true", help="refuse artifacts made by other source code")
     made["plan"].add_argument("--memory", action="store_true", help="show what tuning and PPO's critic cost in memory")
+    capacity.add_arguments(made["plan"])
     made["show"].add_argument("key", metavar="KEY", help="the beginning of an artifact's key")
     made["show"].add_argument("--log", action="store_true", help="print the stage's log")
     made["show"].add_argument("--verify", action="store_true", help="check every file's digest")

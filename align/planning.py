@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -120,25 +120,37 @@ def estimate_memory(pipeline: Pipeline, store: Store) -> dict[str, Estimate | st
         if not hasattr(node.config, "memory"):
             continue
         try:
-            models = {
-                field: [_architecture(pipeline, name, store) for name in ([names] if isinstance(names, str) else names)]
-                for field, names in node.inputs.items()
-                if names and all(_is_model(pipeline, name) for name in ([names] if isinstance(names, str) else names))
-            }
-            found[node.name] = node.config.memory(models, pipeline.config.runtime)
+            found[node.name] = node.config.memory(models_of(pipeline, node, store), pipeline.config.runtime)
         except UnknownArchitecture as error:
             found[node.name] = str(error)
     return found
+
+
+def models_of(
+    pipeline: Pipeline, node: Node, store: Store, given: Mapping[str, Architecture] | None = None
+) -> dict[str, list[Architecture]]:
+    """Architectures behind each input field of a stage that names checkpoints; ``given`` ones, by stage, come first.
+
+    Raises ``UnknownArchitecture`` where one cannot be told.
+    """
+    fields = {field: [names] if isinstance(names, str) else names for field, names in node.inputs.items() if names}
+    return {
+        field: [_architecture(pipeline, name, store, given or {}) for name in names]
+        for field, names in fields.items()
+        if names and all(_is_model(pipeline, name) for name in names)
+    }
 
 
 def _is_model(pipeline: Pipeline, name: str) -> bool:
     return pipeline.nodes[name].makes in CHECKPOINTS_OF_MODELS
 
 
-def _architecture(pipeline: Pipeline, name: str, store: Store) -> Architecture:
+def _architecture(pipeline: Pipeline, name: str, store: Store, given: Mapping[str, Architecture]) -> Architecture:
     """Of the model that a stage makes: read where it is finished, else that of what the stage starts from."""
     from align.models.architecture import UnknownArchitecture, read_architecture
 
+    if name in given:
+        return given[name]
     node = pipeline.nodes[name]
     artifact = store.find(node.stage.kind, node.key, name)
     if artifact is not None:
@@ -148,7 +160,7 @@ def _architecture(pipeline: Pipeline, name: str, store: Store) -> Architecture:
         return found
     for target in node.input_names:
         if _is_model(pipeline, target):
-            return _architecture(pipeline, target, store)
+            return _architecture(pipeline, target, store, given)
     raise UnknownArchitecture(f"the model that stage '{name}' makes is known once it is finished")
 
 

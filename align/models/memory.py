@@ -1,10 +1,11 @@
 """What training needs in memory, in bytes, from the models' sizes alone: counted, not measured. Torch-free.
 
-A trained parameter takes 16 bytes: weight, gradient and AdamW's state in float32. Frozen models that are never saved,
-the reference and reward models, are in bfloat16 where that is the ``precision`` (``align.models.precision``).
+The one model of memory: `align plan --memory`, `--hardware` and what a stage says before its first step all come from
+here. A trained parameter takes 16 bytes: weight, gradient and AdamW's state in float32. Frozen models that are never
+saved, the reference and reward models, are in bfloat16 where that is the ``precision`` (``align.models.precision``).
 
-Left out: the interpreter and its libraries, scratch space of kernels, buffers of DDP, what an allocator keeps for
-itself. Activations stand beside the sum, per token: how long prompts are is known only once the data is there.
+Left out: the interpreter and its libraries, what an allocator keeps for itself. How parts are shared out among devices
+stands in ``align.capacity.sharing``.
 """
 
 from __future__ import annotations
@@ -13,19 +14,20 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from align.models.activations import FLOAT, SIZES, activations_per_token
 from align.models.architecture import Architecture
-from align.models.precision import Precision
 from align.runtime import Runtime
 from align.tuning import LowRank, QloraTuning, TuningBase
 
-FLOAT = 4
+if TYPE_CHECKING:
+    from align.models.precision import Precision
+
 TRAINED = 4 * FLOAT
 """Bytes of a trained parameter: weight, gradient, and AdamW's two averages."""
 LOGIT_CHUNK = 256
 """Tokens whose logits exist at a time (``align.ppo.logprobs.CHUNK``)."""
-SIZES: dict[Precision, int] = {"float32": 4, "bfloat16": 2}
 
 CriticKind = Literal["reward", "policy", "head"]
 Lent = Literal["nothing", "cache", "all"]
@@ -42,6 +44,7 @@ class Memory:
     optimizer: int
     """AdamW's state for the policy."""
     reference: int = 0
+    """Models of the start that are not trained: a reference, a teacher, averages of the weights."""
     critic: int = 0
     """Weights, gradients and AdamW's state that are the critic's alone."""
     reward: int = 0
@@ -50,6 +53,8 @@ class Memory:
     """Of float32 matrices in bfloat16, kept from a forward pass to its backward pass."""
     logits: int = 0
     """Those of a chunk of tokens, what is computed from them, and the head's gradient while it is summed up."""
+    scoring: int = 0
+    """Work space of passes without gradients over rows that are only scored."""
     engine: int = 0
     """The rollout engine's own weights."""
     kv_cache: int = 0
@@ -58,14 +63,41 @@ class Memory:
     """What of the engine is not there while the trainer learns."""
     activations: int | None = None
     """Per token of a micro-batch; policy and critic learn one after the other. None where there is no rule."""
+    saving: int = 0
+    """What writing the finished model takes beside it: folded matrices, and the model read back to be checked."""
+    accumulated: bool = True
+    """Whether the gradients of an earlier micro-batch are there while the next one's pass is made."""
+    buffers: int = 0
+    """What devices that work together hold to exchange gradients and weights."""
 
     @property
     def total(self) -> int:
         """All of it but activations; where sampling needs more than learning, these partly stand in its place."""
-        lasting = self.weights + self.optimizer + self.reference + self.critic + self.reward
-        engine = self.engine + self.kv_cache
-        kept = {"nothing": engine, "cache": self.engine, "all": 0}[self.lent]
-        return lasting + max(engine, kept + self.gradients + self.copies + self.logits)
+        return self.peak(0)
+
+    def peak(self, tokens: int) -> int:
+        """Most bytes held at a time, with micro-batches of ``tokens`` tokens; without activations if these are None."""
+        return sum(self.fullest(tokens).values())
+
+    def fullest(self, tokens: int) -> dict[str, int]:
+        """The parts that are there when most is."""
+        return max(self.phases(tokens).values(), key=lambda parts: sum(parts.values()))
+
+    def phases(self, tokens: int) -> dict[str, dict[str, int]]:
+        """Bytes by part while a stage samples, learns, takes an optimizer step, scores rows, and is saved."""
+        lasting = {name: getattr(self, name) for name in ("weights", "optimizer", "reference", "critic", "reward")}
+        kept = {"nothing": (self.engine, self.kv_cache), "cache": (self.engine, 0), "all": (0, 0)}[self.lent]
+        lasting["buffers"] = self.buffers
+        asleep = lasting | {"engine": kept[0], "kv_cache": kept[1]}
+        needed = {"activations": tokens * (self.activations or 0), "copies": self.copies, "logits": self.logits}
+        return {
+            "sampling": lasting | {"engine": self.engine, "kv_cache": self.kv_cache},
+            # A micro-batch that is alone gives its activations back as its gradients come about.
+            "learning": asleep | needed | ({"gradients": self.gradients} if self.accumulated else {}),
+            "stepping": asleep | {"gradients": self.gradients},
+            "scoring": asleep | {"logits": self.scoring},
+            "saving": asleep | {"saving": self.saving},
+        }
 
 
 @dataclass(frozen=True)
@@ -101,13 +133,16 @@ def ppo_memory(
     tuning: TuningBase,
     critic: CriticKind,
     precision: Precision,
+    checkpointing: bool = False,
+    apart: bool = True,
 ) -> Memory:
     """PPO in one process without its engine. ``rewards`` are reward models; ``critic: reward`` starts from the first.
 
     With adapters the reference is the policy with them off, and the critic adapters on weights that are there anyway
     (matrices in 4 bits, or less what adapters took out of them, are its own); with full tuning both are models of their
     own (``align.ppo.critic``, ``align.ppo.model``). A critic with a
-    trunk has learnt before the policy's forward pass starts, so of what both keep until then only the larger counts.
+    trunk has learnt before the policy's forward pass starts, so of what both keep until then only the larger counts,
+    unless they are not ``apart``, as with several processes.
     Raises ``ValueError`` for ``critic: reward`` without a reward model.
     """
     full, low = tuning.trains_all, precision == "bfloat16"
@@ -118,12 +153,13 @@ def ppo_memory(
     beside = {"reward": rewards[0] if rewards else None, "policy": policy, "head": None}[critic]
     own = policy.hidden + 1  # the value head and its bias
     copies = [(0 if quantised else policy.matrices) + policy.head]
-    per_token = [activations_per_token(policy, tuning, precision)]
+    per_token = [activations_per_token(policy, tuning, precision, checkpointing=checkpointing)]
     if beside is not None:
         own = beside.hidden + 1 + (beside.trunk if full else beside.adapters(tuning, "trunk"))
         mine = full or (critic == "policy" and not quantised)  # a frozen reward model is in bfloat16
         copies.append(beside.matrices if mine else 0)
-        per_token.append(activations_per_token(beside, tuning, precision))
+        per_token.append(activations_per_token(beside, tuning, precision, checkpointing=checkpointing))
+    together = max if apart else sum
     known = [amount for amount in per_token if amount is not None]
     return Memory(
         weights=model_bytes(policy, tuning) + (0 if full else FLOAT * trained),
@@ -132,9 +168,9 @@ def ppo_memory(
         reference=_frozen(policy, low) + (0 if policy.tied else (FLOAT - 2 * low) * policy.head) if full else 0,
         critic=TRAINED * own + (0 if beside is None else _own_matrices(beside, tuning, critic)),
         reward=sum(_frozen(reward, low) + FLOAT * reward.hidden for reward in rewards),
-        copies=2 * max(copies) if low else 0,
+        copies=2 * together(copies) if low else 0,
         logits=_logits(policy, full, low),
-        activations=max(known) if len(known) == len(per_token) else None,
+        activations=together(known) if len(known) == len(per_token) else None,
     )
 
 
@@ -162,36 +198,6 @@ def _own_matrices(model: Architecture, tuning: TuningBase, critic: CriticKind) -
 def _frozen(model: Architecture, low: bool) -> int:
     """Bytes of a trunk that is neither trained nor saved."""
     return FLOAT * model.trunk - (2 * model.rounded if low else 0)
-
-
-def activations_per_token(
-    model: Architecture, tuning: TuningBase, precision: Precision, low_residual: bool = True
-) -> int | None:
-    """Bytes that one token leaves in all layers for the backward pass; None for a layer or a tuning without a rule.
-
-    Counted from what autograd keeps of RMS norms, linear layers, attention of ragged rows and a gated MLP. Without
-    ``low_residual`` (``align.models.precision``), as trl trains, float32 flows between the layers, and autocast rounds
-    it anew for every matrix; the count is then within an eighth. Left out:
-    padding inside attention, and that where flash attention runs (a GPU, or rows beyond 512 tokens) its result is kept
-    once more.
-    """
-    plain = tuning.trains_all or (isinstance(tuning, LowRank) and not tuning.dora)
-    if model.norms is None or not plain:
-        return None
-    size, trained = SIZES[precision], tuning.trains_all
-    out = next(linear for linear in model.linears if "o_proj" in linear.path)
-    down = next(linear for linear in model.linears if "down_proj" in linear.path)
-    # A lean norm keeps its input; any other, in float32, its input and what its weight is multiplied with if trained.
-    lean = model.lean_norms and low_residual
-    norm = size if lean and precision == "bfloat16" else (1 + trained) * FLOAT
-    norms = norm * (model.norms * model.hidden + model.normed_heads)
-    readers = sum(linear.inputs == model.hidden and linear not in (out, down) for linear in model.linears)
-    rounded_apart = precision == "bfloat16" and not low_residual
-    inputs = size * (readers if rounded_apart else 2) * model.hidden  # of attention and of the MLP
-    attention = size * 4 * out.inputs  # queries, keys and values repeated for every head, and what comes out
-    gated = size * 4 * down.inputs  # gate, its activation, up, their product
-    low_rank = size * tuning.rank * len(model.linears) if isinstance(tuning, LowRank) else 0
-    return model.layers * (norms + inputs + attention + gated + low_rank) + norm * model.hidden
 
 
 def _logits(model: Architecture, head_trained: bool, low: bool) -> int:

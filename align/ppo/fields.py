@@ -20,6 +20,7 @@ from align.tuning import FullTuning, Tuning
 
 if TYPE_CHECKING:
     from align.models.architecture import Architecture
+    from align.models.job import Job
     from align.models.memory import Estimate
 
 ELSEWHERE = {
@@ -225,6 +226,12 @@ class RolloutFields(Config):
         from align.ppo.memory import estimate
 
         return estimate(self, models, runtime)
+
+    def job(self, models: Mapping[str, Sequence[Architecture]], runtime: Runtime) -> Job:
+        """What this stage asks of devices."""
+        from align.ppo.memory import job
+
+        return job(self, models, runtime)
 
 
 class DriftFields(RolloutFields):

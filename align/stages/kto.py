@@ -25,6 +25,11 @@ class KtoConfig(ReferenceFields):
     undesirable_weight: float = Field(1.0, gt=0)
     """Weight of unwanted answers."""
 
+    @property
+    def sides(self) -> int:
+        """Answers come one by one."""
+        return 1
+
     @model_validator(mode="after")
     def _a_reference_point_needs_others(self) -> Self:
         if self.loss == "kto" and self.micro_batch < 2:

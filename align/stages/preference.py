@@ -41,9 +41,16 @@ class PreferenceFields(TrainingFields):
 
     identified: ClassVar[frozenset[str]] = frozenset({"lint"})
 
+    @property
+    def sides(self) -> int:
+        """A pair is two sequences."""
+        return 2
+
 
 class ReferenceFields(PreferenceFields):
     """Fields of those that hold the policy to a reference."""
+
+    refers: ClassVar[bool] = True
 
     reference: stage_input(*GENERATORS) | None = None  # type: ignore[valid-type]
     """Stage whose checkpoint the policy is held to; by default the policy as it comes in. It is scored once."""

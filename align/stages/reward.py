@@ -55,6 +55,11 @@ class RewardConfig(TrainingFields):
     has_vocabulary: ClassVar[bool] = False
 
     @property
+    def sides(self) -> int:
+        """A pair is two sequences."""
+        return 2 if self.objective == "pairs" else 1
+
+    @property
     def head_rate(self) -> float:
         """``head_learning_rate`` or its default."""
         if self.head_learning_rate is not None:

@@ -15,6 +15,7 @@ from align.tuning import FullTuning, Tuning
 
 if TYPE_CHECKING:
     from align.models.architecture import Architecture
+    from align.models.job import Job
     from align.models.memory import Estimate
 
 
@@ -42,6 +43,8 @@ class TrainingFields(Config):
 
     has_vocabulary: ClassVar[bool] = True
     """Whether the stage's model has distributions over tokens."""
+    refers: ClassVar[bool] = False
+    """Whether another model's log-probabilities of every row are needed, which are computed once."""
 
     tuning: Tuning = FullTuning()
     """``{method: full}`` trains every weight, ``{method: lora, rank: 16}`` a few per cent of them."""
@@ -102,6 +105,11 @@ class TrainingFields(Config):
     """Options passed to trl's config class as they are, such as ``{adam_beta2: 0.95}``; checked against it."""
 
     @property
+    def sides(self) -> int:
+        """Token sequences of a row."""
+        return 1
+
+    @property
     def micro_batch(self) -> int:
         """Rows in memory at once."""
         if self.micro_batch_size is not None:
@@ -137,7 +145,13 @@ class TrainingFields(Config):
         """What this stage holds in memory, and what it would with another ``tuning``."""
         from align.training.memory import estimate
 
-        return estimate(self, models)
+        return estimate(self, models, runtime)
+
+    def job(self, models: Mapping[str, Sequence[Architecture]], runtime: Runtime) -> Job:
+        """What this stage asks of devices."""
+        from align.training.memory import job
+
+        return job(self, models)
 
     @model_validator(mode="after")
     def _scored_on_the_way(self) -> Self:

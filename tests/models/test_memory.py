@@ -12,8 +12,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from align.models import memory
+from align.models.activations import SIZES, activations_per_token
 from align.models.architecture import Architecture, Linear, architecture_of
-from align.models.memory import Memory, activations_per_token, engine_memory, engine_of, model_bytes, ppo_memory
+from align.models.memory import Memory, engine_memory, engine_of, model_bytes, ppo_memory
 from align.models.precision import low_residual
 from align.models.ragged import hidden_states, lay_out, run_ragged
 from align.models.tuning.apply import apply_tuning
@@ -242,7 +243,7 @@ def test_the_head_s_work_space_is_what_the_profiler_sees(precision: Any, trained
     loss = found.sum()
     sizes = replace(TOY, vocabulary=vocabulary, hidden=hidden)
     counted = cost(FullTuning() if trained else LORA, "head", sizes, precision).logits
-    counted += memory.SIZES[precision] * states.numel()  # their gradient
+    counted += SIZES[precision] * states.numel()  # their gradient
     assert counted == pytest.approx(peak_of(loss.backward), rel=0.05)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from align.models.activations import activations_per_token
 from align.models.architecture import UnknownArchitecture, architecture_of
-from align.models.memory import activations_per_token
 from align.models.precision import Precision
 from align.tuning import TuningBase
 
@@ -52,7 +52,7 @@ def notice(
     ``whole`` is what stands in memory where that is more than ``model``: its critic and reference; ``at_once`` how many
     parameters a schedule opens in one step at most, where not all that are trained are open together. Activations stand
     apart, per token, where there is a rule for them; ``low_residual`` is how the model computes
-    (``align.models.memory.activations_per_token``).
+    (``align.models.activations.activations_per_token``).
     """
     import torch
 

@@ -1,0 +1,160 @@
+"""Devices: memory, speed, links, price; and ``4x8xh100`` as a user writes it. Never imports torch.
+
+Speeds are the makers' data sheets (dense products, without sparsity). Memory is what torch reports on such a card,
+which is less than its name says.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, replace
+
+from align.errors import UserError
+from align.validation import suggest
+
+GIB = 2**30
+PRICES_FROM = (
+    "rates on demand in US dollars, early 2026: RunPod's as listed by deploybase.ai (March 2026), an A100 of 40 GB by "
+    "alloclabs.com (February 2026); prices move, so give yours with --price"
+)
+"""Where the prices are from."""
+CPU_GFLOPS_PER_CORE = {"bfloat16": 200.0, "float32": 90.0}
+"""Of a 2048-square product on one core of an AMD EPYC with avx512_bf16 (docs/performance.md)."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """One accelerator, or a machine's processor."""
+
+    name: str
+    memory: int
+    """Bytes that programs can have."""
+    flops: float
+    """Products in bfloat16 a second, at best."""
+    flops_float32: float
+    bandwidth: float
+    """Bytes a second from its memory."""
+    link: float
+    """Bytes a second to the other devices of a machine, each way."""
+    network: float = 50e9
+    """Bytes a second to other machines for each device, each way: 400 Gbit/s."""
+    price: float | None = None
+    """US dollars an hour."""
+    context: int = int(0.7 * GIB)
+    """Bytes that the driver and the libraries take before any tensor."""
+    host: int = 200 * GIB
+    """Bytes of the machine's own memory for each device."""
+    gpu: bool = True
+
+    @property
+    def usable(self) -> int:
+        """Bytes for tensors; a twentieth is left for what the allocator cannot use."""
+        return int(0.95 * self.memory) - self.context
+
+
+def _card(
+    name: str, gib: float, tflops: float, tflops_float32: float, terabytes: float, link: float, price: float
+) -> Device:
+    return Device(name, int(gib * GIB), tflops * 1e12, tflops_float32 * 1e12, terabytes * 1e12, link * 1e9, price=price)
+
+
+DEVICES: dict[str, Device] = {
+    device.name: device
+    for device in (
+        # name, GiB, TFLOP/s in bfloat16 and float32 (TF32 products), TB/s, GB/s to its neighbours each way, dollars
+        _card("b200", 178.4, 2250, 1125, 8.0, 900, 5.98),
+        _card("h200", 139.8, 989, 495, 4.8, 450, 3.59),
+        _card("h100", 79.1, 989, 495, 3.35, 450, 2.69),
+        _card("a100-80", 79.2, 312, 156, 2.04, 300, 1.39),
+        _card("a100-40", 39.4, 312, 156, 1.555, 300, 1.50),
+        _card("l40s", 44.5, 362, 183, 0.864, 25, 0.79),
+        _card("l4", 22.0, 121, 60, 0.3, 25, 0.44),
+        _card("a10g", 22.0, 70, 35, 0.6, 25, 1.00),
+        _card("rtx4090", 23.5, 165, 83, 1.008, 25, 0.34),
+        _card("rtx3090", 23.6, 71, 36, 0.936, 25, 0.22),
+    )
+}
+"""Cards by the name they have in ``--hardware``."""
+ALIASES = {"a100": "a100-80", "4090": "rtx4090", "3090": "rtx3090", "h100-80": "h100"}
+CPU = re.compile(r"cpu(-(?P<gib>[1-9]\d{0,4}))?")
+WRITTEN = re.compile(r"((?P<first>[1-9]\d{0,3})x)?((?P<second>[1-9]\d{0,3})x)?(?P<name>[a-z][a-z0-9-]*|\d{4})")
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """``nodes`` machines with ``per_node`` devices each."""
+
+    device: Device
+    nodes: int = 1
+    per_node: int = 1
+
+    @property
+    def devices(self) -> int:
+        """All of them."""
+        return self.nodes * self.per_node
+
+    @property
+    def label(self) -> str:
+        """As a user writes it."""
+        count = f"{self.nodes}x{self.per_node}x" if self.nodes > 1 else f"{self.per_node}x" if self.per_node > 1 else ""
+        return f"{count}{self.device.name}"
+
+
+def parse_hardware(text: str, price: float | None = None) -> Hardware:
+    """``cpu``, ``1xa100-40``, ``8xh100``, ``4x8xh100`` (machines, devices of each); ``cpu-64`` is one with 64 GiB.
+
+    ``price`` replaces the table's, in dollars an hour and device. Raises ``UserError`` for anything else.
+    """
+    found = WRITTEN.fullmatch(text.strip().lower())
+    name = found["name"] if found else text
+    processor = CPU.fullmatch(name)
+    device = _processor(processor["gib"]) if processor else DEVICES.get(ALIASES.get(name, name))
+    if found is None or device is None:
+        raise UserError(
+            f"--hardware {text}: expected a number of devices and their name, such as 8xh100, 1xa100-40, cpu, or "
+            f"4x8xh100 for four machines of eight.{suggest(name, [*DEVICES, *ALIASES, 'cpu'])}"
+        )
+    if price is not None:
+        device = replace(device, price=price)
+    first, second = int(found["first"] or 1), found["second"]
+    nodes, per_node = (first, int(second)) if second else (1, first)
+    if not device.gpu and per_node > 1:
+        shared = per_node  # processes of one machine, which share its memory and its cores
+        device = replace(
+            device, memory=device.memory // shared, flops=device.flops / shared, host=device.memory // shared,
+            flops_float32=device.flops_float32 / shared, bandwidth=device.bandwidth / shared,
+        )  # fmt: skip
+    return Hardware(device, nodes, per_node)
+
+
+def _processor(gib: str | None) -> Device:
+    """This machine's processor; with ``gib`` as much memory instead of what the machine has."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = int(gib) * GIB if gib else _memory()
+    return Device(
+        name="cpu" if gib is None else f"cpu-{gib}",
+        memory=memory,
+        flops=cores * CPU_GFLOPS_PER_CORE["bfloat16"] * 1e9,
+        flops_float32=cores * CPU_GFLOPS_PER_CORE["float32"] * 1e9,
+        bandwidth=20e9,
+        link=10e9,
+        network=1.25e9,
+        price=0.0,
+        context=int(0.8 * GIB),
+        host=memory,
+        gpu=False,
+    )
+
+
+def _memory() -> int:
+    """Of this machine, or of the container it is."""
+    import psutil
+
+    total = int(psutil.virtual_memory().total)
+    try:
+        with open("/sys/fs/cgroup/memory.max", encoding="utf-8") as file:
+            limit = file.read().strip()
+    except OSError:
+        return total
+    return min(total, int(limit)) if limit.isdigit() else total

@@ -1,0 +1,67 @@
+"""What a forward pass leaves for the backward pass, in bytes, counted from the sizes of a decoder alone. Torch-free.
+
+Counted from what autograd keeps of norms, linear layers, attention by a fused kernel and a gated MLP. Left out: padding
+inside attention, and one copy of its result where a flash kernel runs on ragged rows.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from align.models.architecture import Architecture
+from align.tuning import LowRank, TuningBase
+
+if TYPE_CHECKING:
+    from align.models.precision import Precision
+
+FLOAT = 4
+SIZES: dict[Precision, int] = {"float32": 4, "bfloat16": 2}
+
+
+def activations_per_token(
+    model: Architecture,
+    tuning: TuningBase,
+    precision: Precision,
+    low_residual: bool = True,
+    checkpointing: bool = False,
+) -> int | None:
+    """Bytes that one token leaves in all layers for the backward pass; None for a layer or a tuning without a rule.
+
+    Without ``low_residual`` (``align.models.precision``), as trl trains, float32 flows between the layers, and autocast
+    rounds it anew for every matrix. With ``checkpointing`` only what goes into a layer is kept, and one layer at a time
+    is computed again.
+    """
+    layer = activations_of_layer(model, tuning, precision, low_residual)
+    if layer is None:
+        return None
+    last = _norm(model, tuning, precision, low_residual) * model.hidden
+    if not checkpointing:
+        return model.layers * layer + last
+    flowing = SIZES[precision] if low_residual else FLOAT
+    return model.layers * flowing * model.hidden + layer + last
+
+
+def activations_of_layer(
+    model: Architecture, tuning: TuningBase, precision: Precision, low_residual: bool
+) -> int | None:
+    """Bytes that one token leaves in one layer."""
+    plain = tuning.trains_all or (isinstance(tuning, LowRank) and not tuning.dora)
+    if model.norms is None or not plain:
+        return None
+    size = SIZES[precision]
+    out = next(linear for linear in model.linears if "o_proj" in linear.path)
+    down = next(linear for linear in model.linears if "down_proj" in linear.path)
+    norms = _norm(model, tuning, precision, low_residual) * (model.norms * model.hidden + model.normed_heads)
+    readers = sum(linear.inputs == model.hidden and linear not in (out, down) for linear in model.linears)
+    rounded_apart = precision == "bfloat16" and not low_residual
+    inputs = size * (readers if rounded_apart else 2) * model.hidden  # of attention and of the MLP
+    attention = size * 4 * out.inputs  # queries, keys and values repeated for every head, and what comes out
+    gated = size * 4 * down.inputs  # gate, its activation, up, their product
+    low_rank = size * tuning.rank * len(model.linears) if isinstance(tuning, LowRank) else 0
+    return norms + inputs + attention + gated + low_rank
+
+
+def _norm(model: Architecture, tuning: TuningBase, precision: Precision, low_residual: bool) -> int:
+    """Bytes a feature that a norm keeps: a lean one its input, any other, in float32, what its weight meets too."""
+    lean = model.lean_norms and low_residual
+    return SIZES[precision] if lean and precision == "bfloat16" else (1 + tuning.trains_all) * FLOAT

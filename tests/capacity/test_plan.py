@@ -1,0 +1,179 @@
+"""``align plan --hardware`` as a user runs it: what fits is shown, what does not is refused with a remedy."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.cli import main
+
+MISTRAL = {
+    "model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+}  # fmt: skip
+SEVENTY = {
+    "model_type": "llama", "vocab_size": 128256, "hidden_size": 8192, "intermediate_size": 28672,
+    "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
+}  # fmt: skip
+
+
+@pytest.fixture
+def pipeline(tmp_path: Path) -> Path:
+    file = tmp_path / "large.yaml"
+    revision = "0" * 40
+    file.write_text(
+        "name: large\nstages:\n"
+        f"  model: {{source: some/model, revision: '{revision}'}}\n"
+        "  data: {recipe: data_recipes/embedded.yaml}\n"
+        "  sft: {model: model, data: data, learning_rate: 1.0e-5, batch_size: 64, max_length: 2048}\n"
+        "  sample: {policy: sft, prompts: data, score: gold}\n"
+        "  reward: {model: sft, data: sample, learning_rate: 1.0e-5, batch_size: 64, max_length: 2048}\n"
+        "  dpo: {policy: sft, data: sample, learning_rate: 1.0e-6, batch_size: 64, max_length: 2048}\n"
+        "  ppo: {policy: sft, prompts: data, reward: reward, learning_rate: 1.0e-6, rollout_batch: 128}\n"
+    )
+    return file
+
+
+@pytest.fixture
+def plan(pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run the command for a model of this config; returns exit code, output, errors."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(Path(__file__).parents[2])
+
+    def run(config: dict[str, Any] | None, *words: str) -> tuple[int, str, str]:
+        given = []
+        if config is not None:
+            (tmp_path / "config.json").write_text(json.dumps(config))
+            given = ["--model-config", f"model={tmp_path / 'config.json'}"]
+        code = main(["plan", str(pipeline), "--store", str(tmp_path / "store"), *given, *words])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def stages(text: str) -> dict[str, Any]:
+    return {stage["stage"]: stage for stage in json.loads(text)["stages"]}
+
+
+def test_seven_billion_in_full_need_sharing_and_get_it(plan: Any) -> None:
+    code, out, err = plan(MISTRAL, "--hardware", "8xh100", "--rows", "10000", "--json")
+    assert (code, err) == (0, "")
+    found = stages(out)
+    assert list(found) == ["sft", "reward", "dpo", "ppo"]
+    for stage in found.values():
+        best, fits = stage["options"][0], [one for one in stage["options"] if one["fits"]]
+        assert best["fits"] and best["strategy"] in ("fsdp2", "deepspeed") and best["peak"] < 79.1 * 2**30
+        assert best["time"]["seconds"] == min(one["time"]["seconds"] for one in fits)
+        assert sum(best["parts"].values()) == best["peak"]
+        assert stage["parameters"] == 7_241_732_096
+        ddp = next(one for one in stage["options"] if one["strategy"] == "ddp")
+        assert not ddp["fits"] and "GiB, usable are 75.1" in ddp["why_not"]
+    sft = found["sft"]
+    assert (sft["rows"], found["ppo"]["rows"]) == (10000, 100 * 128)
+    assert sft["options"][0]["time"]["tokens"] == 10000 * 2048
+    assert sft["dollars"] == pytest.approx(sft["options"][0]["time"]["seconds"] / 3600 * 8 * 2.69)
+    assert {"reference", "critic"} <= set(found["ppo"]["options"][0]["parts"])
+
+
+@pytest.mark.parametrize(("config", "card"), [(SEVENTY, "1xa100-40"), (MISTRAL, "1xl4")])
+def test_what_fits_nowhere_is_refused_with_remedies_that_hold(plan: Any, config: dict[str, Any], card: str) -> None:
+    code, out, err = plan(config, "--hardware", card, "--json")
+    found = stages(out)
+    nowhere = [name for name, stage in found.items() if not stage["options"][0]["fits"]]
+    assert code == 2 and any(found[name]["remedies"] for name in nowhere) and "Traceback" not in err
+    for name in nowhere:
+        line = next(line for line in err.splitlines() if f"large.yaml: stages.{name} fits on" in line)
+        remedies = found[name]["remedies"]
+        assert all(remedy in line for remedy in remedies)
+        assert remedies or line.endswith("Take a smaller model.")
+        for remedy in remedies:
+            words = ["--hardware", card, *shlex.split(remedy)]  # a second --hardware takes the first one's place
+            assert stages(plan(config, *words, "--json")[1])[name]["options"][0]["fits"], remedy
+
+
+def test_adapters_on_four_bits_fit_where_full_tuning_does_not(plan: Any) -> None:
+    words = ["--hardware", "1xa100-40", "--json"]
+    full = stages(plan(MISTRAL, *words)[1])["sft"]["options"]
+    four = stages(plan(MISTRAL, *words, "--set", "stages.sft.tuning={method: qlora}")[1])["sft"]["options"]
+    assert not any(one["fits"] and one["strategy"] == "single" for one in full)
+    assert four[0]["fits"] and four[0]["strategy"] == "single"
+
+
+def test_the_largest_micro_batch_fits_and_one_more_does_not(plan: Any) -> None:
+    from align.capacity.choosing import _parts
+    from align.capacity.hardware import parse_hardware
+    from align.capacity.strategies import Strategy
+    from align.models.architecture import architecture_of
+    from align.stages.sft import SftConfig
+
+    config = SftConfig(model="m", data="d", learning_rate=1e-3, tuning={"method": "lora"}, batch_size=4096)
+    job, hardware = config.job({"model": [architecture_of(MISTRAL)]}, None), parse_hardware("h100")  # type: ignore[arg-type]
+    ways = stages(
+        plan(MISTRAL, "--hardware", "h100", "--set", "stages.sft.tuning={method: lora}",
+             "--set", "stages.sft.max_length=1024", "--json")[1]
+    )["sft"]["options"]  # fmt: skip
+    largest = next(
+        w["largest_micro_batch"] for w in ways if w["strategy"] == "single" and not w["gradient_checkpointing"]
+    )
+    sizes = [sum(_parts(job, hardware, Strategy("single"), rows)[0].values()) for rows in (largest, largest + 1)]
+    usable = hardware.device.usable + hardware.device.context
+    assert sizes[0] <= usable < sizes[1]
+
+
+def test_the_table_says_it_in_words(plan: Any) -> None:
+    code, out, _ = plan(MISTRAL, "--hardware", "8xh100", "--fill", "0.5", "--price", "2")
+    assert code == 0
+    assert "8xh100: 79.1 GiB each, 2 dollars an hour each" in out
+    assert "sft: 7,241.7 million parameters, full, 64 rows a step" in out
+    assert "time for 1,000 of them, since its data is not there yet (--rows)" in out
+    assert "of 0.5 of the greatest length" in out
+    assert "all of these stages:" in out
+    assert out.count("  *  ") == 4
+
+
+def test_a_batch_that_cannot_be_shared_gets_its_own_remedy(plan: Any) -> None:
+    code, _, err = plan(MISTRAL, "--hardware", "8xh100", "--set", "stages.sft.batch_size=4")
+    assert code == 2 and "What does: 8 rows a step, which divide among 8 devices" in err
+
+
+def test_a_model_that_is_not_here_is_said_to_be_unknown(plan: Any) -> None:
+    code, out, _ = plan(None, "--hardware", "8xh100")
+    assert code == 0 and "sft: not known: the config.json of 'some/model' is not on this machine" in out
+    assert "--model-config" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--hardware", "8xh10o"], "--hardware 8xh10o: expected"),
+        (["--price", "2"], "--price goes with --hardware"),
+        (["--hardware", "cpu", "--model-config", "mdel=x"], "there is no stage 'mdel'. Did you mean 'model'?"),
+        (["--hardware", "cpu", "--model-config", "model"], "expected STAGE=FILE"),
+        (["--hardware", "cpu", "--model-config", "model=none.json"], "none.json cannot be read"),
+    ],
+)
+def test_wrong_options_are_refused(plan: Any, words: list[str], message: str) -> None:
+    code, _, err = plan(None, *words)
+    assert code == 2 and message in err
+
+
+@pytest.mark.parametrize("words", [["--price", "0"], ["--fill", "1.5"], ["--rows", "0"]])
+def test_numbers_out_of_range_are_refused(plan: Any, words: list[str]) -> None:
+    code, _, err = plan(None, "--hardware", "cpu", *words)
+    assert code == 2 and f"'{words[1]}' is not" in err
+
+
+def test_nothing_heavy_is_imported(pipeline: Path, tmp_path: Path) -> None:
+    words = ["plan", "pipelines/quickstart.yaml", "--hardware", "8xh100", "--store", str(tmp_path)]
+    script = (
+        f"import sys; from align.cli import main; main({words!r}); "
+        "print([n for n in ('torch', 'transformers', 'trl', 'peft') if n in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.stderr.splitlines()[-1] == "[]", done.stderr

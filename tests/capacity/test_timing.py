@@ -1,0 +1,92 @@
+"""Seconds and bytes by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from align.capacity.hardware import Hardware, parse_hardware
+from align.capacity.strategies import Strategy
+from align.capacity.timing import EFFICIENCY, estimate, exchanged
+from align.models.flops import forward_flops, learning_flops
+from align.stages.ppo import PpoConfig
+from align.stages.sft import SftConfig
+from align.tuning import FullTuning, LoraTuning
+from tests.capacity.test_sharing import TOY, job
+
+
+def test_operations_by_hand() -> None:
+    # 3 tokens: 2 x 50 in the matrices, 2 x 4 x 10 for the head, 2 layers x 2 x 4 features x 3 tokens of length
+    assert forward_flops(TOY, 3, 3) == 3 * (2 * 50 + 2 * 2 * 4 * 3)
+    assert forward_flops(TOY, 3, 3, head=2) == forward_flops(TOY, 3, 3) + 2 * 2 * 40
+    assert learning_flops(TOY, FullTuning(), 3, 3) == 3 * forward_flops(TOY, 3, 3)
+    assert learning_flops(TOY, LoraTuning(), 3, 3) == 2 * forward_flops(TOY, 3, 3)
+
+
+def test_what_each_way_sends() -> None:
+    made = job()  # 142 parameters, 568 bytes; 3 layers with the embeddings
+    assert exchanged(made, Strategy("ddp"), 1, 10, 20).sent == 0
+    assert exchanged(made, Strategy("ddp"), 4, 10, 20).sent == pytest.approx(10 * 0.75 * 2 * 568)
+    assert exchanged(made, Strategy("deepspeed", 1), 4, 10, 20).sent == pytest.approx(0.75 * (10 * 568 + 10 * 568))
+    assert exchanged(made, Strategy("deepspeed", 2), 4, 10, 20).sent == pytest.approx(0.75 * (20 * 568 + 10 * 568))
+    assert exchanged(made, Strategy("fsdp2"), 4, 10, 20).sent == pytest.approx(20 * 0.75 * 3 * 568)
+    assert exchanged(made, Strategy("fsdp2"), 4, 10, 20).collectives == 20 * 3 * 3
+
+
+def test_a_stage_takes_its_operations_over_the_rate() -> None:
+    made, hardware = job(batch_size=4), parse_hardware("h100")
+    found = estimate(made, hardware, Strategy("single"), 4, 100)
+    flops = 100 * learning_flops(TOY, FullTuning(), 8, 8, 8)
+    assert found.flops == flops
+    assert found.seconds == pytest.approx(flops / (EFFICIENCY[True] * hardware.device.flops_float32))
+    again = estimate(made, hardware, Strategy("single", checkpointing=True), 4, 100)
+    assert again.flops == pytest.approx(flops * 4 / 3)
+    assert (found.tokens, found.sampled, found.sent) == (800, 0, 0)
+
+
+def test_rows_half_as_long_take_less_than_half() -> None:
+    whole, half = (estimate(job(), parse_hardware("h100"), Strategy("single"), 1, 100, share) for share in (1.0, 0.5))
+    assert half.flops < whole.flops / 2
+    assert half.tokens == whole.tokens / 2
+
+
+def test_other_machines_are_behind_a_slower_link() -> None:
+    made = job(batch_size=64)
+    inside, across = (
+        estimate(made, parse_hardware(text), Strategy("ddp"), 1, 6400).exchanging for text in ("8xh100", "8x1xh100")
+    )
+    assert across > inside > 0
+
+
+def test_ppo_samples_and_learns_what_its_config_says() -> None:
+    config = PpoConfig(
+        policy="p", prompts="d", score="gold", learning_rate=1e-3, updates=3, rollout_batch=8, samples_per_prompt=4,
+        num_epochs=2, max_prompt_tokens=6, max_tokens=4, critic="head", precision="float32",
+    )  # fmt: skip
+    made = config.job({"policy": [TOY]}, parse_runtime())
+    found = estimate(made, parse_hardware("h100"), Strategy("single"), 8, made.rows(None) or 0)
+    assert made.rows(None) == 24 and made.steps(24) == 6
+    assert found.sampled == 24 * 4
+    assert found.tokens == 24 * 2 * (6 / 4 + 4)  # a prompt is run once for its four responses; two epochs
+    assert found.sampling > 0
+
+
+def parse_runtime():
+    from align.runtime import Runtime
+
+    return Runtime.model_validate({"engine": {"name": "transformers"}})
+
+
+@given(st.sampled_from(["ddp", "fsdp2"]), st.sampled_from([1, 2, 4, 8, 16]), st.integers(1, 8))
+def test_more_devices_compute_less_each_and_never_send_less_than_nothing(name, devices, micro) -> None:
+    config = SftConfig(model="m", data="d", learning_rate=1e-3, batch_size=128)
+    made = config.job({"model": [TOY]}, None)
+    device = parse_hardware("h100").device
+    one, many = (estimate(made, Hardware(device, 1, n), Strategy(name), micro, 1280) for n in (1, devices))
+    assert many.computing == pytest.approx(one.computing / devices)
+    assert many.seconds >= many.computing and many.sent >= 0
+    slower = replace(device, link=device.link / 10)
+    assert estimate(made, Hardware(slower, 1, devices), Strategy(name), micro, 1280).seconds >= many.seconds
