@@ -61,9 +61,12 @@ class RolloutArguments(TrainingArguments):
     max_staleness: int = field(
         default=0, metadata={"help": "Updates that sampling runs ahead of learning; needs importance_cap."}
     )
-    reuse_forward: bool = field(
-        default=False,
-        metadata={"help": "Learn from the passes that measured the rollout: saves two, keeps all activations."},
+    reuse_forward: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of an update's first mini-batch learnt from the passes that measured it, whose activations "
+            "wait that long."
+        },
     )
     padding_free: bool = field(default=True, metadata={"help": "Run real tokens only, where the model allows."})
     share_prompts: bool = field(
@@ -137,10 +140,6 @@ class RolloutArguments(TrainingArguments):
         for name in ("updates", "max_tokens", "num_epochs", "num_mini_batches", "save_updates", "probe_updates"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if self.reuse_forward and (self.num_epochs, self.num_mini_batches, self.world_size) != (1, 1, 1):
-            raise ValueError(
-                "reuse_forward needs num_epochs 1, num_mini_batches 1 and one process: weights must stay in between."
-            )
         if self.max_staleness < 0:
             raise ValueError(f"max_staleness is {self.max_staleness}; it must be at least 0.")
         if self.max_staleness and (self.importance_cap is None or not self.corrects):
@@ -148,6 +147,10 @@ class RolloutArguments(TrainingArguments):
                 f"max_staleness is {self.max_staleness}, so older weights sample, which the loss must correct for: set "
                 "importance_cap, or max_staleness 0 for a method whose loss has no such weights."
             )
+        if not 0 <= self.reuse_forward <= 1:
+            raise ValueError(f"reuse_forward is {self.reuse_forward}; it is a share of micro-batches, from 0 to 1.")
+        if self.reuse_forward and self.world_size > 1:
+            raise ValueError("reuse_forward works in one process: DDP knows one backward pass for each forward pass.")
         if self.keep != "last" and self.eval_updates is None:
             raise ValueError(f"keep is {self.keep}, which needs validations; set eval_updates.")
         if self.kl_estimator is not None and (self.kl_in == "reward") != (self.kl_estimator == "k1"):
