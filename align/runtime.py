@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from align.handover.faults import REMEDIES
+from align.launch import LaunchConfig
 from align.stage import Config
 from align.validation import suggest, validate
 
@@ -121,6 +122,8 @@ class StageRuntime(Config):
     """Instead of ``runtime.threads``."""
     engine: EngineConfig | None = None
     """Fields that are other than in ``runtime.engine``."""
+    launch: LaunchConfig | None = None
+    """Fields that are other than in ``runtime.launch``."""
 
 
 class Runtime(Config):
@@ -131,12 +134,14 @@ class Runtime(Config):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto`` takes CUDA where torch has it."""
     threads: int | None = Field(None, ge=1)
-    """CPU threads per process; by default the cores there are."""
+    """CPU threads per process; by default the cores there are, shared out among a stage's processes."""
     workers: int | None = Field(None, ge=1)
     """Processes that build data; by default the cores there are."""
     executor: ExecutorConfig = ExecutorConfig()
     """What does the shards of data builds: ``local``, ``slurm`` or ``ray``."""
     engine: EngineConfig = EngineConfig()
+    launch: LaunchConfig = LaunchConfig()
+    """Processes of every stage that trains; a stage's own under ``stages`` (docs/distributed.md)."""
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field([])
     """Trackers that get each stage's curves and scores while it runs, beside the report (docs/evaluation.md)."""
     tracking: TrackingConfig = TrackingConfig()
@@ -145,6 +150,14 @@ class Runtime(Config):
     """What of the look at checkpoints between stages is waived."""
     stages: dict[str, StageRuntime] = Field({})
     """What differs for one stage, by its name: ``{ppo: {threads: 4}}``. A name in a loop means every round's stage."""
+
+    @field_validator("launch")
+    @classmethod
+    def _launch_fits_together(cls, launch: LaunchConfig) -> LaunchConfig:
+        objection = launch.objection()
+        if objection is not None:
+            raise ValueError(objection)
+        return launch
 
     @field_validator("executor", mode="before")
     @classmethod
