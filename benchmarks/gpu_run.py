@@ -15,7 +15,7 @@ from typing import Any
 from align.models.architecture import Architecture, read_architecture
 from align.models.job import Job, Setting
 from align.runtime import Runtime
-from benchmarks.memory_run import memory, model_in
+from benchmarks.memory_run import model_in
 from benchmarks.stage_work import FIELD, config_of, run_stage
 
 ON_GPU = {"length": 1024, "batch": 16, "micro": 4, "steps": 12, "prompt": 256, "response": 128, "rollout": 64}
@@ -68,6 +68,8 @@ def fields_of(kind: str, method: str, sizes: dict[str, int]) -> dict[str, Any]:
 
 def stage_line(root: Path, kind: str, method: str, device: str, model: Path, sizes: dict[str, int]) -> dict[str, Any]:
     """Rate, share of the matrix rate, and peak memory of a stage against the plan's."""
+    import torch
+
     engine = {"name": "auto" if device == "cuda" else "transformers"}
     runtime = Runtime.model_validate({"device": device, "engine": engine})
     fields = fields_of(kind, method, sizes)
@@ -75,7 +77,6 @@ def stage_line(root: Path, kind: str, method: str, device: str, model: Path, siz
     sizes_of_model = read_architecture(model / "config.json")
     job = _job(kind, fields, sizes_of_model, runtime)
     rate = matrix_rate(device)
-    before = memory("VmRSS")
     metrics = run_stage(root / "run", kind, fields, model, length, rows, runtime)
     setting = Setting(job.micro_batch, job.batch > job.micro_batch, gpu=device == "cuda")
     learnt = job.steps(job.rows(10**9) or 0) * job.batch if kind != "ppo" else job.rows(None) or 0
@@ -86,7 +87,8 @@ def stage_line(root: Path, kind: str, method: str, device: str, model: Path, siz
     return {
         "tokens_per_second": float(metrics["tokens_per_second"]),
         "share": flops / seconds / rate,
-        "peak": _peak(device, before),
+        # a processor's memory is measured by benchmarks.memory_plan, beyond what its libraries take
+        "peak": torch.cuda.max_memory_allocated() if device == "cuda" else None,
         "plan": job.memory(setting).peak(job.tokens(job.micro_batch)),
         "note": f"engine {metrics['engine']}, sampling included" if kind == "ppo" else "",
     }
@@ -96,14 +98,6 @@ def _job(kind: str, fields: dict[str, Any], model: Architecture, runtime: Runtim
     models = {FIELD[kind]: [model]} | ({"reward": [model]} if kind == "ppo" else {})
     job: Job = config_of(kind, fields).job(models, runtime)
     return job
-
-
-def _peak(device: str, before: int) -> int:
-    import torch
-
-    if device == "cuda":
-        return int(torch.cuda.max_memory_allocated())
-    return memory("VmHWM") - before
 
 
 def rollout_line(device: str, model: Path, sizes: dict[str, int]) -> dict[str, Any]:
