@@ -19,6 +19,7 @@ from typing import Any
 
 from align.errors import disk_is_full, no_space
 from align.stage_process import ENVIRONMENT, EVENTS, LOG, RESULT
+from align.stop_request import Stopped, StopRequest, pass_on
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 10.0
@@ -27,13 +28,17 @@ KEEP_SECONDS = 1.0
 ATTEMPTS = "attempts.json"
 
 
-def run_attempt(name: str, partial: Path, follow: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def run_attempt(
+    name: str, partial: Path, follow: Callable[[dict[str, Any]], None], stop: StopRequest
+) -> dict[str, Any]:
     """Start the process of the stage laid out in ``partial``; returns its result once it has ended, however it did.
 
-    ``follow`` hears every line of the stage's event file. An interrupt (SIGTERM too) ends the process, then is raised.
+    ``follow`` hears every line of the stage's event file. An interrupt (SIGTERM too, unless ``stop`` hears it) ends the
+    process, then is raised. When ``stop`` is asked for, the stage is asked in turn; one that takes longer than its
+    patience is ended, which raises ``Stopped``.
     """
     environment = {**ENVIRONMENT, **os.environ}
-    events, spent = _Tail(partial / EVENTS), _Spent(partial)
+    events, spent = Tail(partial / EVENTS), _Spent(partial)
     with (partial / LOG).open("ab") as output:
         output.write(f"--- {datetime.now(UTC).isoformat(timespec='seconds')} {name}\n".encode())
         output.flush()
@@ -44,8 +49,14 @@ def run_attempt(name: str, partial: Path, follow: Callable[[dict[str, Any]], Non
             start_new_session=True,
         )  # fmt: skip
         try:
-            with _terminate_as_interrupt():
+            with contextlib.nullcontext() if signal.SIGTERM in stop.hears else _terminate_as_interrupt():
+                asked = False
                 while process.poll() is None:
+                    if stop.asked and not asked:
+                        asked = True
+                        pass_on(partial)
+                    if stop.is_over:
+                        raise Stopped("asked to stop, and ended since it took too long to do so.")
                     for event in events.read():
                         follow(event)
                     spent.note()
@@ -133,7 +144,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             return
 
 
-class _Tail:
+class Tail:
     """Reads the complete lines that were added to an event file since the last call."""
 
     def __init__(self, path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import sys
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -20,6 +22,7 @@ from align.pipeline import Node, Pipeline
 from align.planning import check_sources, choose_stages
 from align.provenance import command_line, git_commit, source_digest
 from align.stage_process import CHECKPOINTS, EVENTS, LOG, OUTPUT, RESULT, WORK
+from align.stop_request import Stopped, StopRequest, clear
 from align.store import Store
 from align.trackers import require_trackers
 
@@ -41,6 +44,9 @@ class Listener:
 
     def stage_failed(self, node: Node, message: str, log: Path) -> None:
         """The stage ended without an artifact."""
+
+    def stage_queued(self, node: Node, how: str) -> None:
+        """The stage has its place in a cluster's queue, or another one than before; ``how`` says it in words."""
 
     def waiting(self, node: Node, holder: str) -> None:
         """Another run holds the stage's lock."""
@@ -88,29 +94,46 @@ def run_pipeline(
     rebuild: tuple[str, ...] = (),
     strict: bool = False,
     listener: Listener | None = None,
+    stop: StopRequest | None = None,
 ) -> Run:
     """Run every stage that is not cached, in order.
 
     ``only`` runs that one stage and needs its inputs finished; ``from_`` runs that stage and all that depend on it
     anew; ``rebuild`` runs the named stages anew. ``strict`` refuses artifacts made by other source code under the
-    same stage version. Raises ``UserError`` (nothing started) or ``StageFailed`` (the log's path is in it).
+    same stage version. Raises ``UserError`` (nothing started), ``StageFailed`` (the log's path is in it), or
+    ``Stopped`` once it was asked to stop: through ``stop``, or by the signal USR1 where none is given.
     """
     listener = listener or Listener()
-    require_trackers(pipeline.config.runtime.report_to)
     opened = open_store(pipeline, store)
-    anew = choose_stages(pipeline, opened, only, from_, rebuild)
-    _refuse_damage(pipeline, opened, anew, only)
-    for message in check_sources(pipeline, opened, strict):
+    anew, warnings = prepare_run(pipeline, opened, only=only, from_=from_, rebuild=rebuild, strict=strict)
+    for message in warnings:
         listener.warning(message)
+    heard = contextlib.nullcontext(stop) if stop is not None else StopRequest().hearing(signal.SIGUSR1)
     try:
-        return _run_stages(pipeline, opened, only, anew, listener)
+        with heard as stop:
+            return _run_stages(pipeline, opened, only, anew, listener, stop)
     except OSError as error:  # the runner's own writing: locks, records, the move of a result to its place
         if error.errno not in NO_SPACE:
             raise
         raise StageFailed(no_space(opened.root)) from None
 
 
-def _run_stages(pipeline: Pipeline, opened: Store, only: str | None, anew: set[str], listener: Listener) -> Run:
+def prepare_run(
+    pipeline: Pipeline, store: Store, *, only: str | None, from_: str | None, rebuild: tuple[str, ...], strict: bool
+) -> tuple[set[str], list[str]]:
+    """Which stages are made although an artifact is there, and warnings; options as of ``run_pipeline``.
+
+    Raises ``UserError`` for what must stop a run before anything starts.
+    """
+    require_trackers(pipeline.config.runtime.report_to)
+    anew = choose_stages(pipeline, store, only, from_, rebuild)
+    _refuse_damage(pipeline, store, anew, only)
+    return anew, check_sources(pipeline, store, strict)
+
+
+def _run_stages(
+    pipeline: Pipeline, opened: Store, only: str | None, anew: set[str], listener: Listener, stop: StopRequest
+) -> Run:
     run = Run(opened, last={name: pipeline.resolve(name) for name in pipeline.expanded.rounds})
     only = None if only is None else pipeline.resolve(only)
     reached = {node.name: {"kind": node.stage.kind, "key": node.key} for node in pipeline}
@@ -122,7 +145,9 @@ def _run_stages(pipeline: Pipeline, opened: Store, only: str | None, anew: set[s
             listener.stage_cached(node, found)
         elif only is None or node.name == only:
             inputs = {name: run.artifacts[name] for name in node.input_names}
-            ran, artifact = _make(pipeline, node, opened, inputs, node.name in anew, listener)
+            if stop.asked:
+                raise Stopped(f"stopped as asked, before stage '{node.name}'.")
+            ran, artifact = _make(pipeline, node, opened, inputs, node.name in anew, listener, stop)
             run.artifacts[node.name] = artifact
             if ran:
                 run.ran.append(node.name)
@@ -144,7 +169,13 @@ def _refuse_damage(pipeline: Pipeline, store: Store, anew: set[str], only: str |
 
 
 def _make(
-    pipeline: Pipeline, node: Node, store: Store, inputs: dict[str, Artifact], anew: bool, listener: Listener
+    pipeline: Pipeline,
+    node: Node,
+    store: Store,
+    inputs: dict[str, Artifact],
+    anew: bool,
+    listener: Listener,
+    stop: StopRequest,
 ) -> tuple[bool, Artifact]:
     """Run one stage under its lock; another run that finishes it meanwhile counts as cached."""
     kind, partial = node.stage.kind, store.partial(node.stage.kind, node.key)
@@ -166,7 +197,7 @@ def _make(
         if result is None:
             _prepare(pipeline, node, partial, inputs, store.cache)
             listener.stage_started(node, partial, any((partial / CHECKPOINTS).glob("*")))
-            result = _attempt(node, partial, listener)
+            result = _attempt(node, partial, listener, stop)
         artifact = _publish(pipeline, node, store, partial, inputs, result)
     listener.stage_done(node, artifact)
     return True, artifact
@@ -186,6 +217,7 @@ def _prepare(pipeline: Pipeline, node: Node, partial: Path, inputs: dict[str, Ar
     (partial / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial / OUTPUT, ignore_errors=True)
     (partial / RESULT).unlink(missing_ok=True)
+    clear(partial)
 
     def pointer(name: str) -> dict[str, str]:
         return {"stage": name, "path": str(inputs[name].path.resolve())}
@@ -208,11 +240,13 @@ def _prepare(pipeline: Pipeline, node: Node, partial: Path, inputs: dict[str, Ar
     (partial / WORK).write_text(json.dumps(work, indent=1), encoding="utf-8")
 
 
-def _attempt(node: Node, partial: Path, listener: Listener) -> dict[str, Any]:
+def _attempt(node: Node, partial: Path, listener: Listener, stop: StopRequest) -> dict[str, Any]:
     """Run the stage's process; its result if it is done, else an error that says why not."""
-    result = run_attempt(node.name, partial, lambda event: listener.stage_event(node, event))
+    result = run_attempt(node.name, partial, lambda event: listener.stage_event(node, event), stop)
     if result["status"] == "done":
         return result
+    if result["status"] == "stopped":
+        raise Stopped(f"stage '{node.name}' {result['message']}")
     log = partial / LOG
     listener.stage_failed(node, result["message"], log)
     if result["status"] == "refused":
@@ -272,4 +306,4 @@ def _publish(
     return artifact
 
 
-__all__ = ["Listener", "Run", "open_store", "run_pipeline"]
+__all__ = ["Listener", "Run", "open_store", "prepare_run", "run_pipeline"]

@@ -26,6 +26,7 @@ from align.errors import UserError, explain_os_error, no_space
 from align.launch import PARENT, RANKS, is_head, local_size, rank, symptom, world_size
 from align.runtime import Runtime
 from align.stage import Stage, StageContext, find_stage, load_object
+from align.stop_request import Stopped
 
 WORK, RESULT, EVENTS, LOG = "work.json", "result.json", "events.jsonl", "log.txt"
 OUTPUT, CHECKPOINTS = "output", "checkpoints"
@@ -44,7 +45,7 @@ ENVIRONMENT = {
 
 
 def main(folder: Path) -> int:
-    """Run the stage described in ``folder``; exit code 0 done, 1 failed, 2 the user's input was at fault.
+    """Run the stage described in ``folder``; exit code 0 done, 1 failed, 2 wrong input, 75 stopped as asked.
 
     A stage that trains in several processes is run by ranks of this one (``align.launcher``).
     """
@@ -101,6 +102,8 @@ def _outcome(folder: Path, work: dict[str, Any], started: float, result_file: st
         result: dict[str, Any] = {"status": "done", "metrics": metrics}
     except UserError as error:
         result = {"status": "refused", "message": str(error)}
+    except Stopped as error:
+        result = {"status": "stopped", "message": str(error)}
     except OSError as error:
         traceback.print_exc()
         result = {"status": "failed", "message": explain_os_error(error, folder)}
@@ -120,7 +123,7 @@ def _outcome(folder: Path, work: dict[str, Any], started: float, result_file: st
 
 def _finish(folder: Path, name: str, result: dict[str, Any]) -> int:
     """Write a result; the exit code that goes with it."""
-    code = {"done": 0, "refused": 2}.get(result["status"], 1)
+    code = {"done": 0, "refused": 2, "stopped": Stopped.exit_code}.get(result["status"], 1)
     try:
         _write_result(folder, result, name)
     except OSError as error:

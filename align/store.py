@@ -3,7 +3,8 @@
 Layout: ``<root>/align-store.json`` marks a store; ``<root>/<stage kind>/<12 hex>/`` is an artifact, done if and
 only if it holds ``record.json``; ``<12 hex>.partial/`` is work in progress; ``<root>/locks/`` holds the locks and
 ``<root>/runs/<name>.json`` what each named run reached last. ``<root>/reports/<name>/`` has the page about that run,
-``<root>/cache/`` what only saves time, ``<root>/sweeps/<name>/`` what a sweep has tried.
+``<root>/cache/`` what only saves time, ``<root>/sweeps/<name>/`` what a sweep has tried,
+``<root>/jobs/<name>/`` what of a run was handed to a cluster.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ SHORT = 12
 RECORD = "record.json"
 REPORTS = "reports"
 SWEEPS = "sweeps"
-NO_KINDS = ("locks", "runs", "cache", REPORTS, SWEEPS)
+JOBS = "jobs"
+NO_KINDS = ("locks", "runs", "cache", REPORTS, SWEEPS, JOBS)
 """Folders of a store that hold no artifacts."""
 UNRECORDED = {RECORD, "log.txt", "events.jsonl"}
 """Files whose bytes are not part of the result: they carry times."""
@@ -163,6 +165,16 @@ class Store:
                 return False
         except Timeout:
             return True
+
+    def holder_of(self, kind: str, key: str) -> dict[str, Any] | None:
+        """``pid`` and ``host`` of who holds the lock of ``key``, as it noted them; read only while it is locked."""
+        try:
+            found: dict[str, Any] = json.loads(
+                (self.root / "locks" / f"{kind}-{key[:SHORT]}.json").read_text(encoding="utf-8")
+            )
+        except (OSError, ValueError):
+            return None
+        return found
 
     def publish(self, output: Path, record: dict[str, Any]) -> Artifact:
         """Write the record into ``output`` last and move the folder to its final name in one rename."""
