@@ -18,6 +18,7 @@ from typing import Any
 
 from align.launch import LATE, PARENT, RANKS, is_head
 from align.runtime import Runtime
+from align.shared_folder import UNREACHABLE_STORE
 
 GRACE_SECONDS = 5
 """What a rank has to end after a signal; less than the runner gives the launcher."""
@@ -105,7 +106,7 @@ def _why(
     ranks: Path, world: int, failures: Mapping[int, int], left: Mapping[int, dict[str, Any]], timeout: float
 ) -> dict[str, Any]:
     bad = {number: found for number, found in left.items() if found["status"] != "done"}
-    for status in ("refused", "failed"):
+    for status in ("refused", UNREACHABLE_STORE, "failed"):
         own = [number for number, found in bad.items() if found["status"] == status and not found.get("symptom")]
         if own:
             where = "" if status == "refused" else f"rank {own[0]} of {world}: "

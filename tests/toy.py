@@ -1,5 +1,6 @@
 """Stages without torch, for tests of the spine: they count, and can fail in every way a stage can."""
 
+import errno
 import json
 import os
 import signal
@@ -41,6 +42,10 @@ def number(context: StageContext) -> dict[str, Any]:
             raise ValueError("a bug")
         if crash == "disk":
             raise OSError(28, "No space left on device")
+        if crash == "away" and step == 2 and done == 0:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        if crash == "gone":
+            raise OSError(errno.EIO, "Input/output error")
         if crash == "exit":
             os._exit(9)
         time.sleep(context.config.pause)
