@@ -141,7 +141,7 @@ def _run_trial(sweep: Sweep, study: Study, store: Store, watching: Watching, tri
     with watching(pipeline) as inner:
         watch = _Watch(inner, sweep, study, trial, pipeline)
         try:
-            run = run_pipeline(pipeline, store=store.root, listener=watch)
+            run = run_pipeline(pipeline, store=store, listener=watch)
         except Ended:
             assert watch.current is not None
             node = watch.current
