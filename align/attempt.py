@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import disk_is_full, no_space
-from align.shared_folder import UNREACHABLE, Patience
-from align.stage_process import ENVIRONMENT, EVENTS, LOG, RESULT, UNREACHABLE_CODE, UNREACHABLE_STORE
+from align.shared_folder import UNREACHABLE, UNREACHABLE_STORE, Patience
+from align.stage_process import ENVIRONMENT, EVENTS, LOG, RESULT, UNREACHABLE_CODE
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 10.0

@@ -175,7 +175,24 @@ class Pipeline:
         for name in self.nodes:
             of_rounds = [short for short, rounds in self.expanded.rounds.items() if name in rounds]
             found[name] = self.config.runtime.for_stage(name, *of_rounds, where=f"{self.where}: runtime.stages")
+            self._check_launch(self.nodes[name], found[name], [name, *of_rounds])
         return found
+
+    def _check_launch(self, node: Node, runtime: Runtime, names: list[str]) -> None:
+        """A stage is trained by several processes if it trains at all, and if its batches can be shared out."""
+        own = next((self.config.runtime.stages[name] for name in names if name in self.config.runtime.stages), None)
+        has_its_own = own is not None and own.launch is not None
+        place = f"{self.where}: runtime.{f'stages.{node.name}.' if has_its_own else ''}launch"
+        if not node.stage.distributed:
+            if has_its_own:
+                raise UserError(
+                    f"{place}: a stage of kind {node.stage.kind} trains nothing and runs in one process; leave it out."
+                )
+            return
+        check = getattr(node.config, "processes_objection", None)
+        objection = check(runtime.launch) if check is not None else None
+        if objection:
+            raise UserError(f"{place}: stage '{node.name}': {objection}")
 
     def _build(self, name: str, config: Config, seed: int, kinds: dict[str, Stage]) -> Node:
         """Check what the stage reads, and work out its key."""

@@ -23,8 +23,9 @@ from align.planning import check_sources, choose_stages
 from align.provenance import command_line, git_commit, source_digest
 from align.remote import Remote
 from align.runtime import StoreConfig
+from align.shared_folder import UNREACHABLE_STORE
 from align.sharing import among_machines, bring, fetched_meanwhile, offer
-from align.stage_process import CHECKPOINTS, EVENTS, LOG, OUTPUT, RESULT, UNREACHABLE_STORE, WORK
+from align.stage_process import CHECKPOINTS, EVENTS, LOG, OUTPUT, RESULT, WORK
 from align.store import Store
 from align.trackers import require_trackers
 

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from align.bucket import check_address
 from align.handover.faults import REMEDIES
+from align.launch import LaunchConfig
 from align.stage import Config
 from align.validation import suggest, validate
 
@@ -140,6 +141,8 @@ class StageRuntime(Config):
     """Instead of ``runtime.threads``."""
     engine: EngineConfig | None = None
     """Fields that are other than in ``runtime.engine``."""
+    launch: LaunchConfig | None = None
+    """Fields that are other than in ``runtime.launch``."""
 
 
 class Runtime(Config):
@@ -150,12 +153,14 @@ class Runtime(Config):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto`` takes CUDA where torch has it."""
     threads: int | None = Field(None, ge=1)
-    """CPU threads per process; by default the cores there are."""
+    """CPU threads per process; by default the cores there are, shared out among a stage's processes."""
     workers: int | None = Field(None, ge=1)
     """Processes that build data; by default the cores there are."""
     executor: ExecutorConfig = ExecutorConfig()
     """What does the shards of data builds: ``local``, ``slurm`` or ``ray``."""
     engine: EngineConfig = EngineConfig()
+    launch: LaunchConfig = LaunchConfig()
+    """Processes of every stage that trains; a stage's own under ``stages`` (docs/distributed.md)."""
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field([])
     """Trackers that get each stage's curves and scores while it runs, beside the report (docs/evaluation.md)."""
     tracking: TrackingConfig = TrackingConfig()
@@ -169,6 +174,14 @@ class Runtime(Config):
     @classmethod
     def _folder_alone(cls, given: Any) -> Any:
         return {"remote" if "://" in given else "folder": given} if isinstance(given, str) else given
+
+    @field_validator("launch")
+    @classmethod
+    def _launch_fits_together(cls, launch: LaunchConfig) -> LaunchConfig:
+        objection = launch.objection()
+        if objection is not None:
+            raise ValueError(objection)
+        return launch
 
     @field_validator("executor", mode="before")
     @classmethod

@@ -28,6 +28,8 @@ UNREACHABLE = frozenset({
 """Errors of a file system whose server, network or mount is away for a while."""
 OF_FILES = frozenset({errno.EIO, errno.ESTALE, errno.EREMOTEIO})
 """Those that no socket gives: they are a file system's whatever was being done."""
+UNREACHABLE_STORE = "unreachable"
+"""Status of a stage that failed because the store did not answer: once it does, the stage can go on."""
 SECONDS = 300.0
 """How long such errors are borne by default: a file server restarts within minutes."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0
@@ -111,4 +113,12 @@ def is_unreachable(error: BaseException) -> bool:
     return any(f"(os error {number})" in text for number in OF_FILES)
 
 
-__all__ = ["UNREACHABLE", "Patience", "StoreUnreachable", "forget_cached", "is_unreachable", "patient"]
+__all__ = [
+    "UNREACHABLE",
+    "UNREACHABLE_STORE",
+    "Patience",
+    "StoreUnreachable",
+    "forget_cached",
+    "is_unreachable",
+    "patient",
+]

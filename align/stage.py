@@ -150,6 +150,8 @@ class Stage:
     purpose: str
     path: str = ""
     """Import path of this record itself (``module:NAME``), for a stage that is not in ``STAGES``."""
+    distributed: bool = False
+    """Whether ``run`` may be run by several processes at once (``runtime.launch``), as ranks of torch.distributed."""
 
     def config_class(self) -> type[Config]:
         """Import the config class; never imports torch."""
@@ -183,10 +185,17 @@ def load_object(path: str) -> Any:
     return getattr(found, name)
 
 
+TRAINING = (
+    *("pretrain", "sft", "reward", "dpo", "kto", "orpo", "cpo", "simpo", "distill"),
+    *("ppo", "grpo", "rloo", "online_dpo", "rejection"),
+)
+"""Kinds that train a model, alone or in several processes."""
+
+
 def _stage(kind: str, version: int, makes: Kind | None, purpose: str) -> Stage:
     base = f"align.stages.{kind}"
     name = "".join(part.capitalize() for part in kind.split("_"))
-    return Stage(kind, version, makes, f"{base}:{name}Config", f"{base}:run", purpose)
+    return Stage(kind, version, makes, f"{base}:{name}Config", f"{base}:run", purpose, distributed=kind in TRAINING)
 
 
 STAGES: dict[str, Stage] = {

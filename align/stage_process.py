@@ -1,7 +1,7 @@
 """The process a stage runs in: ``python -m align.stage_process FOLDER``.
 
 Reads ``FOLDER/work.json``, runs the stage, and writes ``FOLDER/result.json`` last. It publishes nothing: the
-runner does, once this process has ended well. The same command line is what a cluster launches.
+runner does, once this process has ended well. The same command line is what a cluster launches, once on each node.
 """
 
 from __future__ import annotations
@@ -23,17 +23,16 @@ from typing import Any
 
 from align.artifacts import Artifact, Kind
 from align.errors import UserError, explain_os_error, no_space
+from align.launch import PARENT, RANKS, is_head, local_size, rank, symptom, world_size
 from align.runtime import Runtime
-from align.shared_folder import is_unreachable
+from align.shared_folder import UNREACHABLE_STORE, is_unreachable
 from align.stage import Stage, StageContext, find_stage, load_object
 
 WORK, RESULT, EVENTS, LOG = "work.json", "result.json", "events.jsonl", "log.txt"
 OUTPUT, CHECKPOINTS = "output", "checkpoints"
-UNREACHABLE_STORE = "unreachable"
-"""Status of a stage that failed because the store did not answer: once it does, the stage can go on."""
 UNREACHABLE_CODE = 75
-"""Exit code of such a stage; "temporary failure" in sysexits.h. It stands for a result that could not be written."""
-HANDOVER = "align.handover.stage"
+"""Exit code of a stage that lost the store ("temporary failure" in sysexits.h); it stands for an unwritten result."""
+HANDOVER, PROCESSES, LAUNCHER = "align.handover.stage", "align.models.processes", "align.launcher"
 """Loaded as the stage itself is: not before the process of a stage needs it."""
 
 
@@ -48,26 +47,80 @@ ENVIRONMENT = {
 
 
 def main(folder: Path) -> int:
-    """Run the stage described in ``folder``; exit code 0 done, 1 failed, 2 the user's input was at fault."""
+    """Run the stage described in ``folder``; exit code 0 done, 1 failed, 2 the user's input was at fault.
+
+    A stage that trains in several processes is run by ranks of this one (``align.launcher``).
+    """
     work = json.loads((folder / WORK).read_text(encoding="utf-8"))
-    die_with_parent(work.get("runner_pid"))
-    _set_threads(work["runtime"])
+    die_with_parent(work.get("runner_pid") if is_head() else None)
     started = time.time()
+    if _several(work):
+        made: dict[str, Any] | None = load_object(f"{LAUNCHER}:run_ranks")(folder, _runtime(work))
+        if made is not None:
+            made["seconds"] = time.time() - started
+            return _finish(folder, RESULT, made) if is_head() else int(made["status"] != "done")
+    _set_threads(work["runtime"])
+    return _finish(folder, RESULT, _outcome(folder, work, started, RESULT))
+
+
+def _runtime(work: dict[str, Any]) -> Runtime:
+    return Runtime.model_validate(work["runtime"])
+
+
+def _several(work: dict[str, Any]) -> bool:
+    """Whether the stage is to be run by more processes than one, as far as is known without a look at the machine."""
     try:
-        metrics = _run(_context(folder, work, started), find_stage(work["stage"]))
+        distributed = find_stage(work["stage"]).distributed
+    except UserError:
+        return False  # refused below
+    return distributed and _runtime(work).launch.known != 1
+
+
+def run_rank(folder: Path) -> int:
+    """One of several processes of the stage in ``folder``; leaves its result for the launcher."""
+    work = json.loads((folder / WORK).read_text(encoding="utf-8"))
+    die_with_parent(int(os.environ[PARENT]))
+    _set_threads(work["runtime"])
+    ranks, number = folder / RANKS, rank()
+    (ranks / f"{number}.pid").write_text(str(os.getpid()), encoding="utf-8")
+    if number:
+        log = os.open(ranks / f"{number}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        for stream in (1, 2):
+            os.dup2(log, stream)
+    name = f"{RANKS}/{number}.json"
+    code = _finish(folder, name, _outcome(folder, work, time.time(), name))
+    if code:
+        os._exit(code)  # the group is broken: its threads would have to be waited for
+    load_object(f"{PROCESSES}:leave")()
+    return code
+
+
+def _outcome(folder: Path, work: dict[str, Any], started: float, result_file: str) -> dict[str, Any]:
+    """The stage's result, or what became of it instead."""
+    try:
+        if world_size() > 1:
+            load_object(f"{PROCESSES}:join")(_runtime(work))
+        metrics = _run(_context(folder, work, started, result_file), find_stage(work["stage"]))
         result: dict[str, Any] = {"status": "done", "metrics": metrics}
-        code = 0
     except UserError as error:
-        result, code = {"status": "refused", "message": str(error)}, 2
+        result = {"status": "refused", "message": str(error)}
     except MemoryError:
         _print_trace()
-        result, code = {"status": "failed", "message": "out of memory; lower micro_batch_size or max_length."}, 1
+        result = {"status": "failed", "message": "out of memory; lower micro_batch_size or max_length."}
     except Exception as error:
         _print_trace()
-        result, code = _explain(error, folder)
+        result = _explain(error, folder)
+        if world_size() > 1 and not isinstance(error, OSError):
+            result["symptom"] = symptom(error)
     result.update(seconds=time.time() - started, peak_memory_bytes=_peak_memory(), versions=_versions())
+    return result
+
+
+def _finish(folder: Path, name: str, result: dict[str, Any]) -> int:
+    """Write a result; the exit code that goes with it."""
+    code = {"done": 0, "refused": 2, UNREACHABLE_STORE: UNREACHABLE_CODE}.get(result["status"], 1)
     try:
-        _write_result(folder, result)
+        _write_result(folder, result, name)
     except OSError as error:
         with contextlib.suppress(OSError):
             print(explain_os_error(error, folder), file=sys.stderr)
@@ -75,15 +128,14 @@ def main(folder: Path) -> int:
     return code
 
 
-def _explain(error: Exception, folder: Path) -> tuple[dict[str, Any], int]:
-    """The result and the exit code of a stage that failed."""
+def _explain(error: Exception, folder: Path) -> dict[str, Any]:
+    """The result of a stage that failed."""
     if is_unreachable(error):
-        message = f"the store could not be reached ({error})."
-        return {"status": UNREACHABLE_STORE, "message": message}, UNREACHABLE_CODE
+        return {"status": UNREACHABLE_STORE, "message": f"the store could not be reached ({error})."}
     if isinstance(error, OSError):
-        return {"status": "failed", "message": explain_os_error(error, folder)}, 1
+        return {"status": "failed", "message": explain_os_error(error, folder)}
     full = os.strerror(errno.ENOSPC) in str(error)  # safetensors and tokenizers wrap it in errors of their own
-    return {"status": "failed", "message": no_space(folder) if full else f"{type(error).__name__}: {error}"}, 1
+    return {"status": "failed", "message": no_space(folder) if full else f"{type(error).__name__}: {error}"}
 
 
 def _print_trace() -> None:
@@ -94,26 +146,28 @@ def _print_trace() -> None:
 def _run(context: StageContext, stage: Stage) -> dict[str, Any]:
     """Look at the checkpoints that come in, run the stage, look at the one that goes out."""
     makes = stage.makes or context.config.makes()
+    if rank():  # of several processes the first one looks
+        return stage.runner()(context) or {}
     load_object(f"{HANDOVER}:check_inputs")(context, makes)
     metrics = stage.runner()(context) or {}
     load_object(f"{HANDOVER}:check_made")(context, stage.kind, makes, metrics)
     return metrics
 
 
-def _write_result(folder: Path, result: dict[str, Any]) -> None:
-    temporary = folder / f"{RESULT}.tmp"
+def _write_result(folder: Path, result: dict[str, Any], name: str) -> None:
+    temporary = folder / f"{name}.tmp"
     temporary.write_text(json.dumps(result, default=float), encoding="utf-8")
-    temporary.replace(folder / RESULT)
+    temporary.replace(folder / name)
 
 
-def fail_at_once(folder: Path, message: str) -> None:
+def fail_at_once(folder: Path, result_file: str, message: str) -> None:
     """End this process with exit code 1 and ``message`` as its result, from any thread and whatever the others do."""
     with contextlib.suppress(OSError):
-        _write_result(folder, {"status": "failed", "message": message})
+        _write_result(folder, {"status": "failed", "message": message}, result_file)
     os._exit(1)
 
 
-def _context(folder: Path, work: dict[str, Any], started: float) -> StageContext:
+def _context(folder: Path, work: dict[str, Any], started: float, result_file: str) -> StageContext:
     stage = find_stage(work["stage"])
     inputs: dict[str, Any] = {}
     for name, value in work["inputs"].items():
@@ -128,12 +182,12 @@ def _context(folder: Path, work: dict[str, Any], started: float) -> StageContext
         runtime=Runtime.model_validate(work["runtime"]),
         output=folder / OUTPUT,
         checkpoints=folder / CHECKPOINTS,
-        events=folder / EVENTS,
+        events=Path(os.devnull) if rank() else folder / EVENTS,  # of several processes the first one speaks
         cache=Path(work["cache"]) if work.get("cache") else None,
         pipeline=work.get("pipeline", ""),
         group=work.get("group", ""),
         started=started,
-        fail_at_once=functools.partial(fail_at_once, folder),
+        fail_at_once=functools.partial(fail_at_once, folder, result_file),
     )
 
 
@@ -154,9 +208,9 @@ def die_with_parent(parent: int | None) -> None:
 
 
 def _set_threads(runtime: dict[str, Any]) -> None:
-    """One thread per core unless the user says otherwise; must be set before torch is imported."""
+    """This process's share of the cores there are, unless the user says otherwise; before torch is imported."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ["OMP_NUM_THREADS"] = str(runtime.get("threads") or cores)
+    os.environ["OMP_NUM_THREADS"] = str(runtime.get("threads") or max(1, cores // local_size()))
     # Threads that spin while they wait make a trainer and anything else on the same cores ten times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -180,4 +234,4 @@ def _versions() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit((run_rank if "--rank" in sys.argv[2:] else main)(Path(sys.argv[1])))

@@ -68,6 +68,48 @@ def surroundings(context: StageContext) -> dict[str, Any]:
     return {}
 
 
+def ranks(context: StageContext) -> dict[str, Any]:
+    """What each of several processes found in its environment; one of them may die, stop or be at fault at a step."""
+    rank, names = int(os.environ["RANK"]), ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS")
+    done = len(list(context.checkpoints.glob("step-*")))
+    (context.checkpoints / f"rank-{rank}.json").write_text(json.dumps({name: os.environ[name] for name in names}))
+    print(f"rank {rank} is here")
+    context.warn(f"from rank {rank}")
+    import torch.distributed as dist
+
+    for step in range(done, context.config.steps):
+        if context.config.crash == "step" and step == 1:
+            _fault(os.environ.get("ALIGN_TEST_FAULT", ""), rank)
+        time.sleep(context.config.pause)
+        dist.barrier()
+        if rank == 0:
+            (context.checkpoints / f"step-{step}").write_text("x")
+        dist.barrier()
+    if rank == 0:
+        found = [json.loads(file.read_text()) for file in sorted(context.checkpoints.glob("rank-*.json"))]
+        (context.output / "ranks.json").write_text(json.dumps(found))
+    return {"rank": rank, "resumed_at": done}
+
+
+def _fault(what: str, rank: int) -> None:
+    """``kill 1`` kills rank 1."""
+    kind, _, number = what.partition(" ")
+    if number != str(rank):
+        return
+    if kind in ("kill", "stop"):
+        os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
+    if kind == "user":
+        raise UserError("the dataset is empty after filtering.")
+    if kind == "bug":
+        raise ValueError("a bug")
+    if kind == "exit":
+        os._exit(9)
+
+
+RANKS = Stage(
+    "ranks", 1, Kind.PROMPTS, "tests.toy:NumberConfig", "tests.toy:ranks", "processes", distributed=True,
+    path="tests.toy:RANKS",
+)  # fmt: skip
 NUMBER = Stage("number", 1, Kind.PROMPTS, "tests.toy:NumberConfig", "tests.toy:number", "a number", "tests.toy:NUMBER")
 SUM = Stage("sum", 1, Kind.PROMPTS, "tests.toy:SumConfig", "tests.toy:add", "a sum", "tests.toy:SUM")
 POLICY = Stage("policy", 1, Kind.POLICY, "tests.toy:NumberConfig", "tests.toy:number", "a policy", "tests.toy:POLICY")

@@ -13,8 +13,10 @@ from align.errors import UserError
 from align.lint.trainer import Split, lint_stage
 from align.models.loading import load_policy, load_tokenizer
 from align.models.merging import merged_weights
+from align.models.processes import agreed
+from align.models.sharding import whole
 from align.models.threads import device_of, use_threads
-from align.models.tuning.apply import apply_tuning, load_for_tuning, save_tuned
+from align.models.tuning.apply import apply_tuning, load_for_tuning
 from align.models.tuning.stored import engine_source
 from align.rollouts.engine import open_engine
 from align.rollouts.protocol import RolloutEngine, Sampling
@@ -25,6 +27,7 @@ from align.training.divergence import Known, Measure
 from align.training.fit import fit
 from align.training.handover import check_encoded, check_ends, check_model, check_same_vocabulary
 from align.training.rows import Encoded, Row, encode_supervised, read_split
+from align.training.saving import save
 from align.training.teacher import Teacher, TeacherCache
 
 if TYPE_CHECKING:
@@ -72,9 +75,7 @@ def train(context: StageContext) -> dict[str, Any]:
     finally:
         if engine is not None:
             engine.close()
-    save_tuned(
-        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False), tokenizer, context.output / "model"
-    )
+    save(context, trainer, tokenizer)
     facts = {"rows": len(train_rows.rows), "test_rows": len(test.rows), **lesson.facts()}
     if engine is not None:
         drawn = (own_answers(trainer.args.seed, step, config.on_policy) for step in range(metrics["steps"]))
@@ -156,7 +157,11 @@ class _Lesson:
 def _engine(context: StageContext) -> RolloutEngine:
     config: DistillConfig = context.config
     return open_engine(
-        engine_source(context.artifact("model").model, config.tuning, context.checkpoints / "engine" / "model"),
+        agreed(
+            lambda: engine_source(
+                context.artifact("model").model, config.tuning, context.checkpoints / "engine" / "model"
+            )
+        ),
         context.runtime,
         precision=config.precision,
         max_length=config.max_length + config.max_tokens,
@@ -170,8 +175,8 @@ def _sampler(context: StageContext, engine: RolloutEngine) -> Any:
     config: DistillConfig = context.config
 
     def sample(model: Any, prompts: list[list[int]], step: int) -> list[list[int]]:
-        with torch.no_grad():
-            engine.load_weights(merged_weights(model))
+        with torch.no_grad(), whole(model) as plain:
+            engine.load_weights(merged_weights(plain))
         sampling = Sampling(config.max_tokens, config.sample_temperature, seed=context.seed + (step << 20))
         return [answers[0].token_ids for answers in engine.generate(prompts, sampling)]
 

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from align.errors import UserError
+from align.launch import local_size
 from align.runtime import Runtime
 
 
@@ -17,13 +18,13 @@ def cores() -> int:
 
 
 def use_threads(runtime: Runtime) -> int:
-    """Set torch's thread count to ``runtime.threads`` or the cores there are, and return it.
+    """Set torch's thread count to ``runtime.threads`` or this process's share of the cores there are, and return it.
 
     ``accelerate launch`` sets ``OMP_NUM_THREADS=1`` on a CPU, which would leave all cores but one idle.
     """
     import torch
 
-    wanted = runtime.threads or cores()
+    wanted = runtime.threads or max(1, cores() // local_size())
     os.environ["OMP_NUM_THREADS"] = str(wanted)
     if torch.get_num_threads() != wanted:
         torch.set_num_threads(wanted)

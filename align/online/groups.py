@@ -54,7 +54,7 @@ class GroupTrainer(CriticFreeTrainer):
         """A response's score, less what its drift costs in all, against its group: the same for each of its tokens."""
         tensors = rollout.tensors
         mask = tensors["response_mask"]
-        scores = adjusted_scores(rollout, self.args, self.reduce, self.scale) - self.penalty(mask.sum(dim=1))
+        scores = adjusted_scores(rollout, self.args, scale=self.scale) - self.penalty(mask.sum(dim=1))
         kl = torch.where(mask, estimate_kl(tensors["logprobs"], tensors["ref_logprobs"]), torch.zeros(()))
         totals = scores - kl_coef * kl.sum(dim=1)
         groups = torch.tensor(rollout.groups)
@@ -114,7 +114,7 @@ class GRPOTrainer(GroupTrainer):
 
     def advantages(self, totals: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
         """Less the group's mean, over a spread by ``scale_rewards``."""
-        return group_advantages(totals, groups, self.args.scale, self.reduce)
+        return group_advantages(totals, groups, self.args.scale)
 
     def penalty(self, lengths: torch.Tensor) -> torch.Tensor:
         """DAPO's, for the last ``overlong_buffer`` tokens."""
@@ -152,7 +152,7 @@ class RLOOTrainer(GroupTrainer):
     def advantages(self, totals: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
         """Less the mean of the others."""
         found = leave_one_out(totals, groups)
-        return whiten_responses(found, self.reduce) if self.args.whiten_advantages else found
+        return whiten_responses(found) if self.args.whiten_advantages else found
 
 
 def _flat(rollout: Rollout) -> torch.Tensor:

@@ -1,21 +1,19 @@
 """Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): other prompts for those whose responses all score the same.
 
 Which prompts come, and their seeds, follow from the run's seed, the update and the round, so that a resumed run samples
-what the uninterrupted one would have. Each process looks after its own groups. Left out: sampling until every group
+what the uninterrupted one would have, whatever the number of processes. Left out: sampling until every group
 varies, which need not end; what is left after some rounds is learnt nothing from.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from align.online.advantages import without_variance
 from align.ppo.prompts import derive_seed
-from align.ppo.rollout import Rollout, sample_prompts
+from align.ppo.rollout import Rollout, joined
 
 if TYPE_CHECKING:
     from align.ppo.experience import RolloutTrainer
@@ -48,39 +46,11 @@ def _groups(rollout: Rollout, varying: bool) -> list[int]:
 
 
 def _sample(trainer: RolloutTrainer, rollout: Rollout, number: int, rounds: int, count: int) -> Rollout:
-    args, since = trainer.args, time.perf_counter()
-    most = args.local_batch // args.samples_per_prompt
-    start = ((rollout.update * rounds + number) * args.world_size + args.process_index) * most
+    args = trainer.args
+    start = (rollout.update * rounds + number) * (args.rollout_batch // args.samples_per_prompt)
     indices = trainer.prompts.draw(start, count, derive_seed(args.seed, "resampled prompts"))
     seeds = [derive_seed(args.seed, "resampling", at) for at in range(start, start + count)]
-    more = sample_prompts(trainer.engine, trainer.prompts, args, rollout.update, indices, seeds)
-    sampled = time.perf_counter()
-    trainer.score(more)
-    rollout.seconds["sampling"] += sampled - since
-    rollout.seconds["scoring"] += time.perf_counter() - sampled
+    more = trainer.draw(rollout.update, indices, seeds)
+    for phase, seconds in more.seconds.items():
+        rollout.seconds[phase] += seconds
     return more
-
-
-def joined(parts: Sequence[Rollout]) -> Rollout:
-    """One rollout of several of the same update, group after group; none of theirs are taken for the same."""
-    width = max(part.tensors["response_mask"].shape[1] for part in parts)
-    groups: list[int] = []
-    for part in parts:
-        first = max(groups, default=-1) + 1
-        places = {group: first + at for at, group in enumerate(dict.fromkeys(part.groups))}
-        groups += [places[group] for group in part.groups]
-    return Rollout(
-        update=parts[0].update,
-        rows=[row for part in parts for row in part.rows],
-        groups=groups,
-        prompts=[prompt for part in parts for prompt in part.prompts],
-        responses=[response for part in parts for response in part.responses],
-        texts=[text for part in parts for text in part.texts],
-        tensors={name: torch.cat([_widened(part.tensors[name], width) for part in parts]) for name in parts[0].tensors},
-    )
-
-
-def _widened(tensor: torch.Tensor, width: int) -> torch.Tensor:
-    if tensor.dim() == 1:
-        return tensor
-    return torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]))

@@ -106,25 +106,19 @@ class RolloutArguments(TrainingArguments):
         return self.num_epochs * self.num_mini_batches
 
     @property
-    def local_batch(self) -> int:
-        """Responses per update of this process."""
-        return self.rollout_batch // int(self.world_size)
-
-    @property
     def kept_per_prompt(self) -> int:
         """Responses to a prompt that are learnt from; all of them unless a method chooses."""
         return self.samples_per_prompt
 
     @property
     def local_learnt(self) -> int:
-        """Responses per update of this process that are learnt from."""
-        return self.local_batch // self.samples_per_prompt * self.kept_per_prompt
+        """Responses per update that this process learns from."""
+        return self.rollout_batch // self.samples_per_prompt * self.kept_per_prompt // int(self.world_size)
 
     def _check(self) -> None:
-        if self.local_batch % self.samples_per_prompt:
+        if self.rollout_batch % self.samples_per_prompt:
             raise ValueError(
-                f"rollout_batch {self.rollout_batch} over {self.world_size} processes is not a multiple of "
-                f"samples_per_prompt {self.samples_per_prompt}."
+                f"rollout_batch {self.rollout_batch} is not a multiple of samples_per_prompt {self.samples_per_prompt}."
             )
         together = self.num_mini_batches * self.per_device_train_batch_size * self.world_size
         learnt = self.rollout_batch // self.samples_per_prompt * self.kept_per_prompt
@@ -161,4 +155,4 @@ class RolloutArguments(TrainingArguments):
             "temperature",
             "max_tokens",
         )
-        return {name: getattr(self, name) for name in names} | {"world_size": self.world_size}
+        return {name: getattr(self, name) for name in names}

@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 import torch
 
 from align.models.merging import merged_weights
+from align.models.processes import gathered, part_of, summed, turns
+from align.models.sharding import forget_gathered, whole
 from align.ppo import completions, metrics
 from align.ppo.arguments import RolloutArguments
 from align.ppo.kl import KLController
@@ -23,7 +25,7 @@ from align.ppo.normalise import RunningScale
 from align.ppo.packing import Form, plan
 from align.ppo.prompts import Prompts, derive_seed
 from align.ppo.ptx import PtxRows
-from align.ppo.rollout import AnyScorer, Rollout, RolloutLoader, sample_rollout, score_rollout
+from align.ppo.rollout import AnyScorer, Rollout, RolloutLoader, joined, sample_prompts, score_rollout, turn_of
 from align.ppo.saving import SavingTrainer
 from align.ppo.validation import Validation
 
@@ -99,7 +101,7 @@ class RolloutTrainer(SavingTrainer):
                     return
             for at, mini in enumerate(planned):
                 texts = self._ptx_texts(update * self.args.steps_per_update + epoch * len(planned) + at)
-                for place, indices in enumerate(mini):
+                for place, indices, _ in turns(mini):
                     pack = rollout.pack(indices, self._pad_id, self.form, texts[place :: len(mini)])
                     made = {"pack": pack, "learn": rollout.select(indices, self.learned_from)}
                     yield made | {"out": outputs.pop(0)} if outputs else made
@@ -109,30 +111,42 @@ class RolloutTrainer(SavingTrainer):
         return self.args.reuse_forward and self.ptx is None
 
     def _ptx_texts(self, step: int) -> list[tuple[list[int], list[int]]]:
-        """This process's supervised texts of one optimizer step."""
-        if self.ptx is None:
-            return []
-        drawn = self.ptx.draw(step, self.args.ptx_rows, self.args.seed)
-        return drawn[self.args.process_index :: self.args.world_size]
+        """The supervised texts of one optimizer step, which its micro-batches share out."""
+        return [] if self.ptx is None else self.ptx.draw(step, self.args.ptx_rows, self.args.seed)
 
     def _sample(self, update: int) -> Rollout:
         clock = time.perf_counter()
-        self.engine.load_weights(merged_weights(self.model.policy))
-        if self.args.probe_parity and (not self._probed or update % self.args.probe_updates == 0):
-            self._probe_parity()
+        with whole(self.model) as model:
+            self.engine.load_weights(merged_weights(model.policy))
+            if self.args.probe_parity and (not self._probed or update % self.args.probe_updates == 0):
+                self._probe_parity(model.policy)
         synced = time.perf_counter()
         self._validate(update)
         validated = time.perf_counter()
-        drawn = sample_rollout(self.engine, self.prompts, self.args, update)
-        sampled = time.perf_counter()
-        self.score(drawn)
-        drawn.seconds = {
-            "sync": synced - clock,
-            "sampling": sampled - validated,
-            "scoring": time.perf_counter() - sampled,
-        } | ({} if self.validation is None else {"validating": validated - synced})
+        turn = turn_of(self.args, update)
+        indices = self.prompts.draw(turn.start, len(turn), self.args.seed)
+        drawn = self.draw(update, indices, [derive_seed(self.args.seed, "sampling", number) for number in turn])
+        drawn.seconds["sync"] = synced - clock
+        if self.validation is not None:
+            drawn.seconds["validating"] = validated - synced
         rollout = self.choose(drawn)
         rollout.seconds = drawn.seconds
+        return rollout
+
+    def draw(self, update: int, indices: list[int], seeds: list[int]) -> Rollout:
+        """Scored responses to the prompts at ``indices``, each with its seed, of which every process samples a part.
+
+        All processes have all of them, so that what follows from them is the same however many there are.
+        """
+        mine, clock = part_of(len(indices)), time.perf_counter()
+        own, sampled = None, clock
+        if mine:
+            at = slice(mine.start, mine.stop)
+            own = sample_prompts(self.engine, self.prompts, self.args, update, indices[at], seeds[at])
+            sampled = time.perf_counter()
+            self.score(own)
+        rollout = joined([part for part in gathered(own) if part is not None])
+        rollout.seconds = {"sampling": sampled - clock, "scoring": time.perf_counter() - sampled}
         return rollout
 
     def score(self, rollout: Rollout) -> None:
@@ -142,7 +156,7 @@ class RolloutTrainer(SavingTrainer):
             score_rollout(rollout, self.gold, "gold")
 
     def _plan(self, rollout: Rollout, epoch: int) -> list[list[list[int]]]:
-        seed = derive_seed(self.args.seed, "order", rollout.update, epoch, self.args.process_index)
+        seed = derive_seed(self.args.seed, "order", rollout.update, epoch, 0)
         return plan(
             rollout.groups,
             rollout.lengths,
@@ -161,18 +175,26 @@ class RolloutTrainer(SavingTrainer):
     def measure(self, rollout: Rollout, micro_batches: list[list[int]], keep: bool = False) -> list[dict[str, Any]]:
         """Log-probabilities, reference log-probabilities, entropies and values at the rollout's weights.
 
-        With ``keep`` the outputs are returned with their graphs, one dict a micro-batch, to learn from.
+        Every process measures some of the micro-batches, and has all results. With ``keep`` the outputs are returned
+        with their graphs, one dict a micro-batch, to learn from.
         """
         clock = time.perf_counter()
         self.model.eval()
         kept = []
-        for indices in micro_batches:
+        measured: set[str] = set()
+        for _, indices, counts in turns(micro_batches):
             batch = self._prepare_inputs(rollout.pack(indices, self._pad_id, self.form))
             with torch.set_grad_enabled(keep):
                 out = self.model_wrapped(batch, reference=True)
-            rollout.store(indices, {name: tensor.detach() for name, tensor in out.items()})
+            measured |= out.keys()
+            if counts:
+                rollout.store(indices, {name: tensor.detach() for name, tensor in out.items()})
             if keep:
                 kept.append({name: tensor for name, tensor in out.items() if name != "ref_logprobs"})
+        if not keep:
+            forget_gathered(self.model)
+        for name in sorted(measured):  # zeros where another process measured
+            rollout.tensors[name] = summed(rollout.tensors[name])
         rollout.seconds["measuring"] = time.perf_counter() - clock
         return kept
 
@@ -182,13 +204,11 @@ class RolloutTrainer(SavingTrainer):
         in_loss = self.args.kl_in == "loss"
         self._loss_kl_coef = kl_coef if in_loss else 0.0
         self.estimate(rollout, 0.0 if in_loss else kl_coef)
-        statistics = metrics.add_rollout(self._averages, rollout, self.reduce)
+        statistics = metrics.add_rollout(self._averages, rollout, local)
         drawn = [rollout.drawn or rollout, *rollout.redrawn]
-        counts = torch.tensor([sum(map(len, drawn)), sum(some.tokens for some in drawn)], dtype=torch.float64)
-        responses, tokens = self.reduce(counts).tolist()
-        measured = float(self.reduce(torch.tensor(float(len(rollout)), dtype=torch.float64)))
-        kl = float(self.reduce(rollout.tensors["kl"].double().sum())) / measured
-        self.kl_controller.update(kl, int(measured))
+        responses, tokens = sum(map(len, drawn)), sum(some.tokens for some in drawn)
+        kl = float(rollout.tensors["kl"].double().sum()) / len(rollout)
+        self.kl_controller.update(kl, len(rollout))
         if self.args.kl_budget is not None and kl > self.args.kl_budget:
             self.stopped = (
                 f"update {rollout.update + 1}: the KL to the reference is {kl:.3g} nats a response, over kl_budget "
@@ -196,25 +216,25 @@ class RolloutTrainer(SavingTrainer):
             )
         if self.args.completions and self.is_world_process_zero():
             completions.write(Path(str(self.args.output_dir)), rollout, self.args.completions, self.processing_class)
-        self.totals["episodes"] += int(responses)
-        self.totals["tokens"] += int(tokens)
+        self.totals["episodes"] += responses
+        self.totals["tokens"] += tokens
         seconds = {f"seconds_{name}": value for name, value in rollout.seconds.items()}
         speed = {"sampled_tokens_per_second": tokens / max(rollout.seconds["sampling"], 1e-9)}
         self._extra = {**statistics, "kl_coef": kl_coef, **seconds, **speed}
         self._learning_since = time.perf_counter()
 
-    def _probe_parity(self) -> None:
+    def _probe_parity(self, policy: Any) -> None:
         from align.rollouts.parity import probe
 
         with self.accelerator.autocast():
-            found = probe(self.engine, self.model.policy, self.prompts.token_ids[:4], temperature=self.args.temperature)
+            found = probe(self.engine, policy, self.prompts.token_ids[:4], temperature=self.args.temperature)
         print(
             f"parity of {self.engine.name} and trainer: {found.mean_gap:.2g} nats per token over {found.tokens} tokens"
         )
         self._probed = True
 
     def reduce(self, total: torch.Tensor) -> torch.Tensor:
-        """Sum over all processes."""
+        """Sum over all processes, of what each has of an optimizer step; rollouts are the same in all of them."""
         if self.args.world_size == 1:
             return local(total)
         summed: torch.Tensor = self.accelerator.reduce(total.to(self.args.device), "sum").to(total.device)

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from align.artifacts import GENERATORS, PROMPT_SOURCES, Kind
+from align.launch import LaunchConfig
 from align.lint.settings import LintSettings
 from align.runtime import Runtime
 from align.stage import Config, stage_input
 from align.trainer_options import check_trainer_options
+from align.training.config import sharding_objection
 from align.tuning import FullTuning, Tuning
 
 if TYPE_CHECKING:
@@ -143,8 +145,40 @@ class RolloutFields(Config):
         """Responses in memory at once."""
         if self.micro_batch_size is not None:
             return self.micro_batch_size
-        per_step = self.rollout_batch // self.samples_per_prompt * self.kept_per_prompt // self.num_mini_batches
-        return max(size for size in range(1, 17) if per_step % size == 0)
+        return max(size for size in range(1, 17) if self.per_step % size == 0)
+
+    @property
+    def together(self) -> int:
+        """Responses that are learnt from in one micro-batch or not at all."""
+        return 1
+
+    @property
+    def per_step(self) -> int:
+        """Responses of an optimizer step."""
+        return self.rollout_batch // self.samples_per_prompt * self.kept_per_prompt // self.num_mini_batches
+
+    def micro_batch_of(self, processes: int) -> int:
+        """Responses in memory at once in each of several processes; less than ``micro_batch`` only where none was set.
+
+        It changes no number but by rounding: losses are sums over counts of the whole step.
+        """
+        if self.micro_batch_size is not None:
+            return self.micro_batch_size
+        groups, most = self.per_step // processes // self.together, self.micro_batch // self.together
+        return max((n for n in range(1, most + 1) if groups % n == 0), default=1) * self.together
+
+    def processes_objection(self, launch: LaunchConfig) -> str | None:
+        """Why the processes cannot share an optimizer step's responses, or hold the model, and what to do."""
+        processes, least = launch.known or 1, self.micro_batch_size or self.together
+        if self.per_step % (processes * least) == 0:
+            return sharding_objection(launch, self.tuning)
+        most = max(n for n in range(1, processes + 1) if self.per_step % (n * least) == 0)
+        size = f" x micro_batch_size {least}" if least > 1 else ""
+        return (
+            f"an optimizer step learns from {self.per_step} responses of rollout_batch {self.rollout_batch}, all "
+            f"processes together, which is not a multiple of {processes} processes{size}; take {most}, or another "
+            "rollout_batch."
+        )
 
     @model_validator(mode="before")
     @classmethod

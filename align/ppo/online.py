@@ -2,7 +2,7 @@
 
 How a rollout comes about stands in ``experience.py``, what is saved in ``saving.py``; PPO's loss in ``trainer.py``, the
 losses without a critic in ``align.online``. Everything is normalised by counts over the whole optimizer step, so
-micro-batching, padding and the number of processes change nothing. Left out: sharded training (FSDP, DeepSpeed).
+micro-batching, padding and the number of processes change nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from align.errors import UserError
 from align.models.merging import merged_weights
 from align.models.precision import low_residual, round_frozen
 from align.models.ragged import can_run_ragged, run_ragged
+from align.models.sharding import forget_gathered, full, whole
 from align.ppo import metrics
 from align.ppo.alarms import Alarm, alarms
 from align.ppo.arguments import RolloutArguments
@@ -64,8 +65,10 @@ class OnlineTrainer(RolloutTrainer):
         super().__init__(model=both, args=args, processing_class=processing_class, callbacks=callbacks)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise UserError(
-                f"{self.method}: sharded training (FSDP, DeepSpeed) is not supported; use one process or DDP."
+                f"{self.method}: accelerate's FSDP and DeepSpeed plugins are not supported here. Run it as a stage "
+                "with `runtime: {launch: {strategy: fsdp2}}`, or by DDP."
             )
+        self.share_out()
         self.prompts = Prompts(train_dataset, processing_class, args.max_prompt_tokens)
         self.scorer, self.gold, self.engine, self.notify = scorer, gold, engine, notify
         self.validation = make_validation(args, eval_dataset, processing_class)
@@ -95,12 +98,14 @@ class OnlineTrainer(RolloutTrainer):
     def create_optimizer(self, model: Any = None) -> Any:
         """AdamW with a learning rate of its own for a critic."""
         if self.optimizer is None:
+            forget_gathered(self.model)
             self.optimizer = make_optimizer(self, self.model if model is None else model)
         return self.optimizer
 
     def _clip_grad_norm(self, model: Any) -> torch.Tensor:
         """Clip policy and critic separately: a critic far off must not shrink the policy's step."""
         norms = clip_by_part(self.accelerator.unwrap_model(model), self.args.max_grad_norm)
+        norms = {name: full(norm) for name, norm in norms.items()}
         for name, norm in norms.items():
             self._require_finite(f"gradient of the {name}", norm)
             self._averages.add(f"grad_norm_{name}", norm)
@@ -157,7 +162,8 @@ class OnlineTrainer(RolloutTrainer):
         result = super().train(*args, **kwargs)
         if self.validation is not None:
             if self.update not in [entry["update"] for entry in self.state.log_history if "eval_score" in entry]:
-                self.engine.load_weights(merged_weights(self.model.policy))
+                with whole(self.model) as model:
+                    self.engine.load_weights(merged_weights(model.policy))
                 super().log({**self.validation.run(self, self.update), "update": self.update})
             if self.args.keep != "last":
                 self.accelerator.wait_for_everyone()

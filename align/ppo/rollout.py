@@ -18,7 +18,7 @@ from align.ppo.advantages import gae, whiten_advantages
 from align.ppo.masking import Reduce, local, pad_rows, response_mask
 from align.ppo.normalise import RunningScale
 from align.ppo.packing import Batch, Form, pack
-from align.ppo.prompts import Prompts, Row, derive_seed
+from align.ppo.prompts import Prompts, Row
 from align.ppo.rewards import adjust_scores, shape_rewards, whiten_rewards
 
 if TYPE_CHECKING:
@@ -126,16 +126,10 @@ class Rollout:
             target[indices, : result.shape[1]] = result.float().cpu()
 
 
-def sample_rollout(engine: Any, prompts: Prompts, args: RolloutArguments, update: int) -> Rollout:
-    """Sample this process's responses of one update; a request's seed follows from the run's and the prompt's number.
-
-    So the responses of an update are the same however many processes sample them.
-    """
-    count = args.local_batch // args.samples_per_prompt
-    start = (update * args.world_size + args.process_index) * count
-    indices = prompts.draw(start, count, args.seed)
-    seeds = [derive_seed(args.seed, "sampling", number) for number in range(start, start + count)]
-    return sample_prompts(engine, prompts, args, update, indices, seeds)
+def turn_of(args: RolloutArguments, update: int) -> range:
+    """Numbers of the prompts of an update in the endless sequence of all updates' prompts."""
+    count = args.rollout_batch // args.samples_per_prompt
+    return range(update * count, (update + 1) * count)
 
 
 def sample_prompts(
@@ -243,6 +237,31 @@ def adjusted_scores(
         length_penalty=args.length_penalty,
         lengths=tensors["response_mask"].sum(dim=1),
     )
+
+
+def joined(parts: Sequence[Rollout]) -> Rollout:
+    """One rollout of several of the same update, group after group; none of theirs are taken for the same."""
+    width = max(part.tensors["response_mask"].shape[1] for part in parts)
+    groups: list[int] = []
+    for part in parts:
+        first = max(groups, default=-1) + 1
+        places = {group: first + at for at, group in enumerate(dict.fromkeys(part.groups))}
+        groups += [places[group] for group in part.groups]
+    return Rollout(
+        update=parts[0].update,
+        rows=[row for part in parts for row in part.rows],
+        groups=groups,
+        prompts=[prompt for part in parts for prompt in part.prompts],
+        responses=[response for part in parts for response in part.responses],
+        texts=[text for part in parts for text in part.texts],
+        tensors={name: torch.cat([_widened(part.tensors[name], width) for part in parts]) for name in parts[0].tensors},
+    )
+
+
+def _widened(tensor: torch.Tensor, width: int) -> torch.Tensor:
+    if tensor.dim() == 1:
+        return tensor
+    return torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]))
 
 
 class RolloutLoader:

@@ -11,11 +11,13 @@ from typing import Any
 
 from transformers import Trainer
 
+from align.models.sharding import whole
 from align.models.tuning.apply import save_tuned
 from align.ppo import checkpoint
+from align.training.sharded import ShardingTrainer
 
 
-class SavingTrainer(Trainer):
+class SavingTrainer(ShardingTrainer, Trainer):  # type: ignore[misc]
     """A Trainer whose checkpoints appear by one rename; subclasses say what state they add."""
 
     model: Any
@@ -52,17 +54,19 @@ class SavingTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the policy, LoRA merged, as an ordinary model folder; inside a checkpoint, all that is trained."""
         folder = Path(output_dir or str(self.args.output_dir))
-        if not self.args.should_save:
-            return
-        if not _internal_call:
-            save_tuned(self.model.policy, self.processing_class, folder)
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.save_trained(self.model, folder)
-        checkpoint.save_state(folder, self.state_to_save())
+        with whole(self.model) as model:
+            if not self.args.should_save:
+                return
+            if not _internal_call:
+                save_tuned(model.policy, self.processing_class, folder)
+                return
+            folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.save_trained(model, folder)
+            checkpoint.save_state(folder, self.state_to_save())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
         state = checkpoint.load_state(folder, self.state_to_save()["fingerprint"])
-        checkpoint.load_trained(self.model, folder)
+        with whole(self.model, store=True) as plain:
+            checkpoint.load_trained(plain, folder)
         self.take_state(state)

@@ -5,6 +5,7 @@ Left out: how a method's trainer is made, which its stage passes in.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +16,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from align.data.rows import read_rows
 from align.data.scoring import Scorer, function_scorer
 from align.errors import UserError
+from align.launch import rank, world_size
 from align.lint.trainer import Split, lint_prompts
 from align.models.loading import load_tokenizer
+from align.models.processes import agreed
 from align.models.reward import RewardModel
 from align.models.threads import device_of, use_threads
 from align.models.tuning.apply import load_for_tuning
@@ -94,7 +97,7 @@ def run_online(context: StageContext, make: Callable[[Start], OnlineTrainer]) ->
     if rewards and getattr(config, "critic_source", None) == "reward":
         check_same_vocabulary(context.name, tokenizer, rewards[0].tokenizer, ("the policy", "the reward model"))
     engine = open_engine(
-        engine_source(source, config.tuning, context.checkpoints / "engine" / "model"),
+        agreed(lambda: engine_source(source, config.tuning, context.checkpoints / "engine" / "model")),
         context.runtime,
         precision=config.precision,
         max_length=config.max_prompt_tokens + config.max_tokens,
@@ -124,7 +127,7 @@ def run_online(context: StageContext, make: Callable[[Start], OnlineTrainer]) ->
                 f"{context.name}: {trainer.prompts.dropped} of {len(rows)} prompts are longer than "
                 f"max_prompt_tokens {config.max_prompt_tokens} and were left out."
             )
-        checkpoint = last_checkpoint(context.checkpoints)
+        checkpoint = agreed(lambda: last_checkpoint(context.checkpoints))
         if checkpoint is not None:
             print(f"resuming from {checkpoint}")
         context.note(
@@ -136,7 +139,8 @@ def run_online(context: StageContext, make: Callable[[Start], OnlineTrainer]) ->
         if trainer.stopped:
             context.warn(f"{context.name} ended early, at {trainer.stopped}")
         trainer.save_model(str(context.output / "model"))
-        gather(context.checkpoints, context.output / "completions.jsonl")
+        if rank() == 0:
+            gather(context.checkpoints, context.output / "completions.jsonl")
         return {"engine": engine.name, "prompts": len(trainer.prompts), **summary(trainer)}
     finally:
         engine.close()
@@ -250,7 +254,8 @@ def arguments(context: StageContext, made: type[Arguments], passed_on: Iterable[
         "seed": context.seed % 2**32,
         "use_cpu": not on_gpu,
         "bf16": config.precision == "bfloat16",
-        "per_device_train_batch_size": config.micro_batch,
+        "per_device_train_batch_size": config.micro_batch_of(world_size()),
+        "ddp_timeout": math.ceil(context.runtime.launch.timeout),
         "lr_scheduler_type": SCHEDULERS[config.scheduler],
         "warmup_steps": config.warmup_ratio,
         "save_strategy": "steps",
@@ -258,4 +263,6 @@ def arguments(context: StageContext, made: type[Arguments], passed_on: Iterable[
         "disable_tqdm": True,
         **tracking_options(context),
     }
-    return made(**(options | config.trainer))
+    arguments = made(**(options | config.trainer))
+    arguments.launch = context.runtime.launch  # type: ignore[attr-defined]
+    return arguments

@@ -82,7 +82,7 @@ class PPOTrainer(OnlineTrainer):
 
     def estimate(self, rollout: Rollout, kl_coef: float) -> None:
         """Rewards per token, advantages by the critic, and returns."""
-        add_advantages(rollout, self.args, kl_coef, self.reduce, self.scale)
+        add_advantages(rollout, self.args, kl_coef, scale=self.scale)
 
     def count_learnt(self, learns: list[dict[str, torch.Tensor]]) -> float:
         """Tokens or responses of an optimizer step, by ``loss_aggregation``."""

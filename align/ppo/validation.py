@@ -7,15 +7,15 @@ a checkpoint is worth is for the ``evaluate`` stage to say, on other prompts.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from align.models.processes import gathered, part_of
+from align.models.sharding import whole
 from align.ppo import checkpoint
 from align.ppo.prompts import Prompts, derive_seed
-from align.ppo.rollout import Rollout, rollout_of, score_rollout
+from align.ppo.rollout import Rollout, joined, rollout_of
 
 if TYPE_CHECKING:
     from align.ppo.arguments import RolloutArguments
@@ -38,13 +38,10 @@ class Validation:
         Returns means over all processes under ``eval_<measure>``, ``kl`` in nats per response (k1).
         """
         rollout = self._answer(trainer)
-        score_rollout(rollout, trainer.scorer)
-        if trainer.gold is not None:
-            score_rollout(rollout, trainer.gold, "gold")
         size = trainer.args.per_device_train_batch_size
         order = sorted(range(len(rollout)), key=rollout.lengths.__getitem__)
         trainer.measure(rollout, [order[at : at + size] for at in range(0, len(order), size)])
-        found = _means(rollout, trainer.reduce)
+        found = _means(rollout)
         self._keep(trainer, update, found)
         return {f"eval_{name}": value for name, value in found.items()}
 
@@ -52,7 +49,7 @@ class Validation:
         from align.rollouts.protocol import Sampling
 
         args = trainer.args
-        mine = list(range(len(self.prompts)))[args.process_index :: args.world_size]
+        mine = part_of(len(self.prompts))
         sampling = Sampling(
             max_tokens=args.max_tokens,
             temperature=args.temperature,
@@ -60,7 +57,9 @@ class Validation:
             seeds=tuple(derive_seed(args.seed, "validation", i) for i in mine),
         )
         answers = trainer.engine.generate([self.prompts.token_ids[i] for i in mine], sampling)
-        return rollout_of(self.prompts, mine, answers, 0)
+        own = rollout_of(self.prompts, list(mine), answers, 0)
+        trainer.score(own)
+        return joined(gathered(own))
 
     def _keep(self, trainer: RolloutTrainer, update: int, found: dict[str, float]) -> None:
         args = trainer.args
@@ -69,11 +68,12 @@ class Validation:
             return
         if self.best is not None and found[name] <= self.best[name]:
             return
-        if args.should_save:
-            target = self.folder / f"{FOLDER}{update}"
-            shutil.rmtree(target, ignore_errors=True)
-            target.mkdir(parents=True)
-            checkpoint.save_trained(trainer.model, target)
+        with whole(trainer.model) as model:
+            if args.should_save:
+                target = self.folder / f"{FOLDER}{update}"
+                shutil.rmtree(target, ignore_errors=True)
+                target.mkdir(parents=True)
+                checkpoint.save_trained(model, target)
         self.best = {"update": float(update), **found}
 
     def tidy(self) -> None:
@@ -85,8 +85,10 @@ class Validation:
 
     def restore(self, model: Any) -> None:
         """Put the best policy's weights into the model."""
-        if self.best is not None:
-            checkpoint.load_trained(model, self.folder / f"{FOLDER}{int(self.best['update'])}")
+        if self.best is None:
+            return
+        with whole(model, store=True) as plain:
+            checkpoint.load_trained(plain, self.folder / f"{FOLDER}{int(self.best['update'])}")
 
 
 def make_validation(
@@ -103,7 +105,7 @@ def make_validation(
     return Validation(prompts, Path(str(args.output_dir)))
 
 
-def _means(rollout: Rollout, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+def _means(rollout: Rollout) -> dict[str, float]:
     tensors = rollout.tensors
     mask = tensors["response_mask"]
     sums = {
@@ -114,6 +116,4 @@ def _means(rollout: Rollout, reduce: Callable[[torch.Tensor], torch.Tensor]) -> 
         "eos_rate": tensors["finished"].double().sum(),
     }
     known = {name: total for name, total in sums.items() if total is not None}
-    count = torch.tensor(float(len(rollout)), dtype=torch.float64)
-    *totals, responses = reduce(torch.stack([*known.values(), count])).tolist()
-    return {name: total / responses for name, total in zip(known, totals, strict=True)}
+    return {name: float(total) / len(rollout) for name, total in known.items()}

@@ -47,6 +47,11 @@ class CpoConfig(PreferenceFields):
             return self.cpo_alpha
         return 0.0 if self.loss in ("simpo", "alphapo") else 1.0
 
+    @property
+    def rows_add_up(self) -> bool:
+        """Not the chosen answers' part, which is the mean over a micro-batch's tokens."""
+        return False
+
     @model_validator(mode="after")
     def _options_fit_the_loss(self) -> Self:
         if self.label_smoothing and self.loss in ("hinge", "ipo"):

@@ -59,6 +59,11 @@ class DpoConfig(ReferenceFields):
         named = {str(name): weight for name, weight in self.losses.items()} or {str(self.loss): 1.0}
         return named | ({"sft": self.sft_weight} if self.sft_weight else {})
 
+    @property
+    def rows_add_up(self) -> bool:
+        """Not where pairs are compared with one another, or a loss is the mean over a micro-batch's tokens."""
+        return not set(self.terms) & {"aot", "aot_unpaired", "sft"}
+
     @model_validator(mode="after")
     def _losses_fit_together(self) -> Self:
         terms = self.terms
@@ -130,12 +135,13 @@ def run(context: StageContext) -> dict[str, Any]:
     from trl.trainer.dpo_config import DPOConfig as Arguments
     from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-    from align.stages.preference import Reference, make_ready, save
+    from align.stages.preference import Reference, make_ready
     from align.training import held_out
     from align.training.arguments import total_steps, training_arguments
     from align.training.dpo_trainer import PreparedDPO
     from align.training.fit import fit
     from align.training.rows import encode_pairs
+    from align.training.saving import save
 
     config: DpoConfig = context.config
     ready = make_ready(context, encode_pairs, DataCollatorForPreference)

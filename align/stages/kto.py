@@ -26,6 +26,11 @@ class KtoConfig(ReferenceFields):
     """Weight of unwanted answers."""
 
     @property
+    def rows_add_up(self) -> bool:
+        """Not where a micro-batch has a reference point."""
+        return self.loss != "kto"
+
+    @property
     def sides(self) -> int:
         """Answers come one by one."""
         return 1
@@ -63,10 +68,11 @@ def run(context: StageContext) -> dict[str, Any]:
     from trl.trainer.kto_config import KTOConfig as Arguments
     from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
-    from align.stages.preference import Reference, make_ready, save
+    from align.stages.preference import Reference, make_ready
     from align.training.arguments import total_steps, training_arguments
     from align.training.fit import fit
     from align.training.kto_trainer import PreparedKTO, held_out
+    from align.training.saving import save
     from align.training.unpaired import encode_unpaired, fixed_groups, unpair
 
     config: KtoConfig = context.config

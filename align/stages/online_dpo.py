@@ -37,8 +37,12 @@ class OnlineDpoConfig(RolloutFields):
         """Responses in memory at once, an even number."""
         if self.micro_batch_size is not None:
             return self.micro_batch_size
-        per_step = self.rollout_batch // self.samples_per_prompt * 2 // self.num_mini_batches
-        return max((size for size in range(2, 17, 2) if per_step % size == 0), default=2)
+        return max((size for size in range(2, 17, 2) if self.per_step % size == 0), default=2)
+
+    @property
+    def together(self) -> int:
+        """The two of a pair."""
+        return 2
 
     @model_validator(mode="after")
     def _pairs_stay_together(self) -> Self:

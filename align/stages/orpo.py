@@ -30,6 +30,11 @@ class OrpoConfig(PreferenceFields):
     prompt_loss: bool = True
     """Whether the chosen answers' loss takes in their prompts, as the paper's code and trl do; off, answers alone."""
 
+    @property
+    def rows_add_up(self) -> bool:
+        """Not the chosen answers' part, which is the mean over a micro-batch's tokens."""
+        return False
+
     @model_validator(mode="after")
     def _trl_has_it(self) -> OrpoConfig:
         check_experimental("orpo")

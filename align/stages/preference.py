@@ -242,14 +242,6 @@ def _check_reference(context: StageContext, tokenizer: Any, artifact: Artifact) 
         )
 
 
-def save(context: StageContext, trainer: Any, tokenizer: Any) -> None:
-    """Write what was trained to ``model/``."""
-    from align.models.tuning.apply import save_tuned
-
-    trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    save_tuned(trained, tokenizer, context.output / "model")
-
-
 def train_without_reference(
     context: StageContext, make: Callable[..., Any], arguments: type[Any], **options: Any
 ) -> dict[str, Any]:
@@ -266,6 +258,7 @@ def train_without_reference(
     from align.training.cpo_trainer import held_out
     from align.training.fit import fit
     from align.training.rows import encode_pairs
+    from align.training.saving import save
 
     ready = make_ready(context, encode_pairs, DataCollatorForPreference)
     ready.lint(context, "dpo")

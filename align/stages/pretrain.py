@@ -56,13 +56,14 @@ def run(context: StageContext) -> dict[str, Any]:
     from trl.trainer.sft_config import SFTConfig as Arguments
 
     from align.models.loading import load_tokenizer
-    from align.models.tuning.apply import apply_tuning, load_for_tuning, save_tuned
+    from align.models.tuning.apply import apply_tuning, load_for_tuning
     from align.training import held_out
     from align.training.arguments import training_arguments
     from align.training.fit import fit
     from align.training.handover import check_encoded, check_model
     from align.training.packing import Flat, check_separate, fill, form_of, packed, run_flat
     from align.training.rows import read_split
+    from align.training.saving import save
     from align.training.texts import document_ends, encode_texts
     from align.training.trainers import PreparedSFT, label_positions_only
 
@@ -100,8 +101,6 @@ def run(context: StageContext) -> dict[str, Any]:
     gap = check_separate(context.name, trainer, train)
     size = sum(len(row["text"].encode()) for row in given["test"])
     metrics = fit(trainer, context, lambda: held_out.texts(trainer, test, size))
-    save_tuned(
-        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False), tokenizer, context.output / "model"
-    )
+    save(context, trainer, tokenizer)
     facts = {"texts": len(given["train"]), "test_texts": len(given["test"]), "packs": len(packs)}
     return {**metrics, **facts, "pack_fill": fill(packs, config.max_length), "pack_difference": gap}

@@ -55,6 +55,11 @@ class RewardConfig(TrainingFields):
     has_vocabulary: ClassVar[bool] = False
 
     @property
+    def rows_add_up(self) -> bool:
+        """Not where a loss is the mean over a micro-batch's steps."""
+        return self.objective != "process"
+
+    @property
     def sides(self) -> int:
         """A pair is two sequences."""
         return 2 if self.objective == "pairs" else 1
@@ -105,6 +110,7 @@ def run(context: StageContext) -> dict[str, Any]:
     from datasets import Dataset
     from trl.trainer.reward_config import RewardConfig as Arguments
 
+    from align.launch import rank
     from align.lint.trainer import Split, lint_stage
     from align.models.loading import load_tokenizer
     from align.models.tuning.apply import apply_tuning, load_for_tuning
@@ -145,5 +151,6 @@ def run(context: StageContext) -> dict[str, Any]:
     metrics = fit(trainer, context, lambda: prepared.held_out(trainer))
     probe = [prepared.sequences(test.rows[0])[0], prepared.sequences(test.rows[-1])[-1]]
     gap = save_reward(trainer, tokenizer, context.output / "model", probe)
-    prepared.save(context.output / "model")
+    if rank() == 0:
+        prepared.save(context.output / "model")
     return {**metrics, **prepared.facts(), "reload_difference": gap}

@@ -77,13 +77,14 @@ def run(context: StageContext) -> dict[str, Any]:
 
     from align.lint.trainer import Split, lint_stage
     from align.models.loading import load_tokenizer
-    from align.models.tuning.apply import apply_tuning, load_for_tuning, save_tuned
+    from align.models.tuning.apply import apply_tuning, load_for_tuning
     from align.training import held_out
     from align.training.arguments import training_arguments
     from align.training.fit import fit
     from align.training.handover import check_encoded, check_ends, check_model
     from align.training.packing import Flat, check_separate, fill, form_of, packed, run_flat
     from align.training.rows import encode_answers, encode_supervised, read_split
+    from align.training.saving import save
     from align.training.sft_trainer import check_kernels, lint_rows, noisy
     from align.training.trainers import PreparedSFT, label_positions_only
 
@@ -131,7 +132,5 @@ def run(context: StageContext) -> dict[str, Any]:
         facts |= {"packs": len(rows), "pack_fill": fill(rows, config.max_length)}
     with noisy(trainer.model, config.neftune):
         metrics = fit(trainer, context, lambda: held_out.supervised(trainer, test))
-    save_tuned(
-        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False), tokenizer, context.output / "model"
-    )
+    save(context, trainer, tokenizer)
     return {**metrics, **facts}

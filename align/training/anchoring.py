@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from align.errors import UserError
 from align.models.precision import round_frozen
+from align.models.sharding import full, whole
 from align.models.trunk import soft_cap, trunk_and_head
 from align.models.tuning.apply import initial_policy
 from align.training.token_losses import summed_kl
@@ -46,8 +47,8 @@ class PullToStart(TrainerCallback):
     @torch.no_grad()
     def facts(self) -> dict[str, float]:
         """``moved``: the length of the change as a share of the first weights' length."""
-        change = sum(float((p - first).double().square().sum()) for p, first in self.start.items())
-        length = sum(float(first.double().square().sum()) for first in self.start.values())
+        change = sum(float(full((p - first).double().square().sum())) for p, first in self.start.items())
+        length = sum(float(full(first.double().square().sum())) for first in self.start.values())
         return {"moved": math.sqrt(change / length)}
 
 
@@ -59,6 +60,8 @@ class KLToStart:
     precision).
     """
 
+    of_the_step = False
+
     def __init__(self, trainer: Any, weight: float, low: bool) -> None:
         """``trainer`` holds the model as it came in. Raises ``UserError`` for a model without distributions to hold."""
         self.weight = weight
@@ -68,9 +71,11 @@ class KLToStart:
             raise UserError("anchor: kl holds a model's distributions, and a reward model has none; take `to: l2`.")
         self.copy: tuple[Any, Any] | None = None
         if not hasattr(self.model, "disable_adapter"):
-            self.copy = copy.deepcopy((trunk, head))
+            device = next(trunk.parameters()).device
+            with whole(self.model) as plain:
+                self.copy = copy.deepcopy(trunk_and_head(plain))
             for module in self.copy:
-                module.requires_grad_(False).eval()
+                module.to(device).requires_grad_(False).eval()
                 if low:
                     round_frozen(module)
         elif type(head) is not torch.nn.Linear:

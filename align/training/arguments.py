@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 from typing import Any
 
 from align.errors import UserError
+from align.launch import LaunchConfig, world_size
 from align.models.threads import device_of
 from align.stage import StageContext
 from align.training.config import TrainingFields
@@ -27,20 +27,16 @@ MIN_LR_RATIO = 0.1
 
 def accumulation(stage: str, fields: TrainingFields, processes: int) -> int:
     """Micro-batches per optimizer step and process; ``UserError`` when ``batch_size`` does not divide evenly."""
-    together = fields.micro_batch * processes
-    if fields.batch_size % together:
-        raise UserError(
-            f"{stage}: batch_size {fields.batch_size} is not a multiple of micro_batch_size {fields.micro_batch} "
-            f"times {processes} processes; change one of them."
-        )
-    return fields.batch_size // together
+    objection = fields.processes_objection(LaunchConfig(processes=processes))
+    if objection is not None:
+        raise UserError(f"{stage}: {objection}")
+    return fields.batch_size // (fields.micro_batch_of(processes) * processes)
 
 
 def total_steps(stage: str, fields: TrainingFields, rows: int) -> int:
     """Optimizer steps of the whole run, counted as transformers counts them: an epoch's short last batch is a step."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    micro_batches = math.ceil(rows / (fields.micro_batch * processes))
-    per_epoch = math.ceil(micro_batches / accumulation(stage, fields, processes))
+    accumulation(stage, fields, world_size())
+    per_epoch = math.ceil(rows / fields.batch_size)
     steps = math.ceil(fields.epochs * per_epoch)
     return steps if fields.max_steps is None else min(steps, fields.max_steps)
 
@@ -69,9 +65,10 @@ def training_arguments(config_class: type[Any], context: StageContext, rows: int
         "use_cpu": not on_gpu,
         "bf16": fields.precision == "bfloat16",
         "max_steps": steps,
-        "per_device_train_batch_size": fields.micro_batch,
-        "per_device_eval_batch_size": fields.micro_batch,
-        "gradient_accumulation_steps": accumulation(context.name, fields, int(os.environ.get("WORLD_SIZE", "1"))),
+        "per_device_train_batch_size": fields.micro_batch_of(world_size()),
+        "per_device_eval_batch_size": fields.micro_batch_of(world_size()),
+        "gradient_accumulation_steps": accumulation(context.name, fields, world_size()),
+        "ddp_timeout": math.ceil(context.runtime.launch.timeout),
         "learning_rate": fields.learning_rate,
         "lr_scheduler_type": SCHEDULERS[fields.scheduler],
         "lr_scheduler_kwargs": schedule_options(fields, steps),
@@ -92,4 +89,7 @@ def training_arguments(config_class: type[Any], context: StageContext, rows: int
         "disable_tqdm": True,
         **tracking_options(context),
     }
-    return config_class(**{**options, **own, **fields.trainer})
+    made = config_class(**{**options, **own, **fields.trainer})
+    made.launch = context.runtime.launch
+    made.order_micro_batch = fields.micro_batch  # the rows' order is that of one process (``training.epochs``)
+    return made

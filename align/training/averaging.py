@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from align.models.sharding import forget_gathered, full, is_sharded, part
+
 FILE = "averages.safetensors"
 """The averages in a checkpoint's folder."""
 
@@ -31,7 +33,7 @@ class AverageWeights(TrainerCallback):
     """
 
     def __init__(self, model: Any, decay: float) -> None:
-        self.decay = decay
+        self.model, self.decay = model, decay
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.averages = {name: p.detach().clone() for name, p in self.trained.items()}
         self.in_place = False
@@ -44,7 +46,7 @@ class AverageWeights(TrainerCallback):
             return
         kept = load_file(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / FILE)
         for name, average in self.averages.items():
-            average.copy_(kept[name])
+            average.copy_(part(kept[name], average))
 
     @torch.no_grad()
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -54,9 +56,9 @@ class AverageWeights(TrainerCallback):
             self.averages[name].lerp_(parameter.detach(), share)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        whole = {name: full(average).contiguous() for name, average in self.averages.items()}
         if state.is_world_process_zero:
-            folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-            save_file({name: average.contiguous() for name, average in self.averages.items()}, folder / FILE)
+            save_file(whole, Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / FILE)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -76,7 +78,14 @@ class AverageWeights(TrainerCallback):
         finally:
             self._swap()
 
+    @torch.no_grad()
     def _swap(self) -> None:
-        """Exchange the tensors behind the parameters; the optimizer knows the parameters and notices nothing."""
+        """Exchange weights and averages; the optimizer knows the parameters and notices nothing."""
+        forget_gathered(self.model)
         for name, parameter in self.trained.items():
-            parameter.data, self.averages[name] = self.averages[name], parameter.data
+            if is_sharded(self.model):  # what is gathered is read from the parts' own memory
+                held = parameter.clone()
+                parameter.copy_(self.averages[name])
+                self.averages[name] = held
+            else:
+                parameter.data, self.averages[name] = self.averages[name], parameter.data

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from align.artifacts import Kind
+from align.launch import LaunchConfig
 from align.runtime import Runtime
 from align.stage import Config, stage_input
 from align.trainer_options import check_trainer_options
-from align.tuning import FullTuning, Tuning
+from align.tuning import FullTuning, QloraTuning, Tuning, TuningBase
 
 if TYPE_CHECKING:
     from align.models.architecture import Architecture
@@ -116,6 +118,38 @@ class TrainingFields(Config):
             return self.micro_batch_size
         return max(size for size in range(1, 9) if self.batch_size % size == 0)
 
+    @property
+    def rows_add_up(self) -> bool:
+        """Whether a micro-batch's loss is the mean of its rows' own, so that half of it can be another process's."""
+        return True
+
+    def micro_batch_of(self, processes: int) -> int:
+        """Rows in memory at once in each of several processes: ``micro_batch``, or a part of it where none was set."""
+        if self.batch_size % (self.micro_batch * processes) == 0 or self.micro_batch_size is not None:
+            return self.micro_batch
+        return math.gcd(self.batch_size // processes or 1, self.micro_batch)
+
+    def processes_objection(self, launch: LaunchConfig) -> str | None:
+        """Why the processes cannot share an optimizer step's rows, or hold the model, and what to do."""
+        return self._batch_objection(launch.known or 1) or sharding_objection(launch, self.tuning)
+
+    def _batch_objection(self, processes: int) -> str | None:
+        if self.batch_size % processes:
+            most = max(n for n in range(1, processes + 1) if self.batch_size % n == 0)
+            return (
+                f"batch_size {self.batch_size} counts the rows of all processes together and is not a multiple of "
+                f"{processes}; take {most} processes, or another batch_size."
+            )
+        fits = self.batch_size % (self.micro_batch * processes) == 0
+        if not fits and (self.micro_batch_size is not None or not self.rows_add_up):
+            size = math.gcd(self.batch_size // processes, self.micro_batch)
+            return (
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch} times "
+                f"{processes} processes; take micro_batch_size: {size}, which is another order of the rows and so "
+                "another key."
+            )
+        return None
+
     @model_validator(mode="after")
     def _replay_settings_need_its_data(self) -> Self:
         # Not model_fields_set: a stage's process is given its resolved config, in which every field is set.
@@ -181,6 +215,16 @@ class TrainingFields(Config):
                 f"take {max(n for n in range(1, self.micro_batch + 1) if self.batch_size % n == 0)}."
             )
         return self
+
+
+def sharding_objection(launch: LaunchConfig, tuning: TuningBase) -> str | None:
+    """Why a model with this tuning cannot be shared out in parts, and what to do."""
+    if launch.strategy != "fsdp2" or launch.known == 1:
+        return None
+    what = "tuning qlora keeps weights in 4 bits, which" if isinstance(tuning, QloraTuning) else None
+    if isinstance(tuning, FullTuning) and tuning.scheduled:
+        what = "tuning.unfreeze and lisa open and close weights on the way, which"
+    return what and f"{what} strategy fsdp2 cannot share out; take ddp."
 
 
 def checked_options(kind: str, options: dict[str, Any], reserved: Iterable[str] = ()) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from align.models.trunk import soft_cap, trunk_and_head
 from align.training.divergence import Known, Live, Measure, summed_divergence
+from align.training.epochs import SHARE
 from align.training.held_out import scoring
 from align.training.order import by_length
 from align.training.rows import MASKED, Encoded
@@ -75,7 +76,8 @@ class _Distilling(SFTTrainer):  # type: ignore[misc]
             made = self.data_collator([
                 {"input_ids": prompt + answer, "labels": [MASKED] * len(prompt) + answer} for prompt, answer in pairs
             ])  # fmt: skip
-            own.append({name: value.to(device) for name, value in made.items()})
+            kept = {SHARE: batch[SHARE]} if SHARE in batch else {}
+            own.append({name: value.to(device) for name, value in (made | kept).items()})
         return own, self._get_num_items_in_batch(own, device)
 
     def compute_loss(

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from align.launch import rank
+from align.models.processes import agreed, gathered
 from align.models.tuning.notice import notice, parameter_counts
 from align.stage import StageContext
 from align.training.checkpoints import MarkCheckpoints, last_complete
@@ -28,10 +30,11 @@ def fit(
     of the whole run, ``training_seconds`` the time of its steps, those of earlier attempts included and those that a
     kill threw away left out; ``tokens_per_second`` is the one over the other.
     """
-    checkpoint = last_complete(context.checkpoints)
+    checkpoint = agreed(lambda: last_complete(context.checkpoints))
     done = _step_of(checkpoint)
     with follow(context, trainer, done + 1 if checkpoint else 0):
-        return _fit(trainer, context, held_out, before, checkpoint)
+        # What follows from the scores, such as when to stop, is to be the same in all processes.
+        return _fit(trainer, context, lambda: gathered(held_out())[0], before, checkpoint)
 
 
 def _fit(
@@ -83,10 +86,12 @@ def _fit(
 def _scored_before(context: StageContext, held_out: Callable[[], dict[str, float]]) -> dict[str, float]:
     """The scores before training, computed once: a resumed attempt reads the first one's."""
     file = context.checkpoints / "before.json"
-    if file.is_file():
+    if agreed(file.is_file):
         return {name: float(value) for name, value in json.loads(file.read_text(encoding="utf-8")).items()}
     scores = held_out()
     context.log(0, **{f"test_{name}": value for name, value in scores.items()})
+    if rank():
+        return scores
     draft = file.with_suffix(".draft")
     draft.write_text(json.dumps(scores), encoding="utf-8")
     draft.rename(file)

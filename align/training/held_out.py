@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from align.models.sharding import forget_gathered
 from align.training.order import by_length
 from align.training.rows import MASKED, Encoded
 from align.training.trainers import SCORING_TOKENS
@@ -27,6 +28,7 @@ def scoring(trainer: Any) -> Iterator[None]:
             yield
     finally:
         trainer.model.train(training)
+        forget_gathered(trainer.model)
 
 
 def supervised(trainer: Any, encoded: Encoded) -> dict[str, float]:

@@ -21,6 +21,8 @@ from safetensors.torch import load_file, save_file
 from trl.trainer.utils import add_fused_lm_head
 
 from align.fingerprint import canonical
+from align.launch import rank
+from align.models.processes import agreed, gathered, part_of
 from align.training.order import by_length
 from align.training.trainers import SCORING_TOKENS
 
@@ -72,15 +74,17 @@ class ReferenceCache:
         if self.shared is not None:
             places.append(self.shared / f"{self.key(answers)}.safetensors")
         self.files += places[1:]
-        made = next((sums for sums in (_read(place, len(answers)) for place in places) if sums is not None), None)
+        known = (_read(place, len(answers)) for place in places)
+        made = agreed(lambda: next((sums for sums in known if sums is not None), None))
         if made is None:
-            made = compute(answers)
+            made = _shared_out(answers, compute)
             self.computed += len(answers)
         else:
             self.found += len(answers)
-        for place in places:
-            if _read(place, len(answers)) is None:
-                _write(place, made)
+        if rank() == 0:
+            for place in places:
+                if _read(place, len(answers)) is None:
+                    _write(place, made)
         return made
 
     def key(self, answers: Sequence[Answer]) -> str:
@@ -90,6 +94,13 @@ class ReferenceCache:
             line = f"{list(answer.prompt)}{list(answer.ids)}{answer.shared}\n"
             digest.update(line.encode())
         return digest.hexdigest()[:32]
+
+
+def _shared_out(answers: Sequence[Answer], compute: Callable[[Sequence[Answer]], Sums]) -> Sums:
+    """Sums of all answers, each process computing those of its part."""
+    mine = part_of(len(answers))
+    parts = gathered(compute(answers[mine.start : mine.stop]))
+    return Sums([one for part in parts for one in part.total], [one for part in parts for one in part.tail])
 
 
 def _read(file: Path, count: int) -> Sums | None:

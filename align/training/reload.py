@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 
+from align.launch import rank
 from align.models.loading import load_reward
+from align.models.sharding import whole
 from align.models.tuning.apply import save_tuned
 from align.training.held_out import scores
+from align.training.saving import trained_model
 
 TOLERANCE = 1e-3
 """Largest difference of a score, relative to its size (at least 1), that merging in float32 may leave."""
@@ -24,7 +27,11 @@ def save_reward(trainer: Any, tokenizer: Any, out_dir: Path, probe: Sequence[Seq
 
     Both are scored in float32. Raises ``RuntimeError`` when they differ by more than rounding.
     """
-    live = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
+    with whole(trained_model(trainer)) as live:
+        return 0.0 if rank() else _save(live.eval(), tokenizer, out_dir, probe)
+
+
+def _save(live: Any, tokenizer: Any, out_dir: Path, probe: Sequence[Sequence[int]]) -> float:
     save_tuned(live, tokenizer, out_dir)
     pad = int(tokenizer.pad_token_id)
     with torch.no_grad():

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
+from align.launch import rank, world_size
 from align.models.trunk import soft_cap, trunk_and_head
 from align.training.order import by_length
 from align.training.rows import MASKED, Encoded
@@ -43,6 +44,8 @@ class Replay(TrainerCallback):
     As a callback it changes nothing; ``scores`` tell how well the general test rows are still answered.
     """
 
+    of_the_step = True
+
     def __init__(
         self, trainer: Any, train: Encoded, test: Encoded, *, rows_per_step: float, weight: float, seed: int
     ) -> None:
@@ -61,18 +64,19 @@ class Replay(TrainerCallback):
         return drawn(len(self.train.rows), *ends, self.seed)
 
     def loss(self, trainer: Any, model: Any, inputs: Any, num_items: Any) -> torch.Tensor:
-        """This micro-batch's part: it takes turns with the step's others in taking the step's rows."""
+        """This micro-batch's part: it takes turns with the step's others, in all processes, in taking its rows."""
         step, parts = trainer.state.global_step, trainer.current_gradient_accumulation_steps
         self.step, self.micro = step, self.micro + 1 if step == self.step else 0
-        every = self.rows_of(step)
-        mine = [self.train.rows[row] for row in every[self.micro :: parts]]
+        every, processes = self.rows_of(step), world_size()
+        mine = [self.train.rows[row] for row in every[self.micro * processes + rank() :: parts * processes]]
         if not mine:
             return torch.zeros((), device=next(self.trainer.model.parameters()).device)
         tokens = sum(_answer_tokens(self.train.rows[row]) for row in every)
         total = self._summed(mine)
         trainer.add_metric("replay_loss", float(total.detach()) / sum(map(_answer_tokens, mine)))
-        # Without num_items the Trainer takes the mean over micro-batches, of which this is to be a sum.
-        return self.weight * total / tokens * (parts if num_items is None else 1)
+        # Without num_items the Trainer takes the mean over micro-batches, of which this is to be a sum; and in any case
+        # gradients are averaged over processes.
+        return self.weight * total / tokens * processes * (parts if num_items is None else 1)
 
     def _summed(self, rows: Sequence[dict[str, list[int]]]) -> torch.Tensor:
         """Summed loss of the answers' tokens of ``rows``, nats."""

@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from align.errors import UserError
+from align.models.processes import wait_for_all
+from align.models.sharding import forget_gathered, full, put
 from align.stage import StageContext
 from align.training.config import TrainingFields
 from align.tuning import FullTuning
@@ -62,10 +64,12 @@ class BestSoFar(TrainerCallback):
             self.stopped_at = step
 
     def _write(self) -> None:
+        forget_gathered(self.trainer.model)
+        kept = {name: full(p.detach()).cpu().contiguous() for name, p in self.parameters.items()}
         if not self.trainer.is_world_process_zero():
             return
         draft = self.folder / f"{WEIGHTS}.draft"
-        save_file({name: p.detach().cpu().contiguous() for name, p in self.parameters.items()}, draft)
+        save_file(kept, draft)
         draft.rename(self.folder / WEIGHTS)
 
     def on_train_begin(
@@ -107,9 +111,8 @@ class BestSoFar(TrainerCallback):
             self.say(f"stopped at step {last}: the held-out loss was lowest at step {self.best_step}")
         if not self.keep or self.best_step == last:
             return False
-        kept = load_file(self.folder / WEIGHTS)
-        for name, parameter in self.parameters.items():
-            parameter.copy_(kept[name])
+        wait_for_all()
+        put(self.trainer.model, load_file(self.folder / WEIGHTS))
         return True
 
     def facts(self) -> dict[str, Any]:

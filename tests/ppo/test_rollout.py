@@ -4,8 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from align.ppo.prompts import Prompts
-from align.ppo.rollout import sample_rollout
+from align.ppo import experience
+from align.ppo.prompts import Prompts, derive_seed
+from align.ppo.rollout import turn_of
 from align.rollouts.protocol import Response
 
 
@@ -30,21 +31,24 @@ def requests(world_size, update, seed=3):
     prompts = Prompts.__new__(Prompts)
     prompts.rows = [{"id": str(at)} for at in range(6)]
     prompts.token_ids = [[10 + at] for at in range(6)]
-    found = []
-    for process in range(world_size):
-        engine = Recorder()
-        args = SimpleNamespace(
-            local_batch=8 // world_size, samples_per_prompt=2, world_size=world_size, process_index=process, seed=seed,
-            max_tokens=4, temperature=1.0,
-        )  # fmt: skip
-        sample_rollout(engine, prompts, args, update)
-        found += engine.requests
+    args = SimpleNamespace(rollout_batch=8, samples_per_prompt=2, seed=seed, max_tokens=4, temperature=1.0)
+    turn, found = turn_of(args, update), []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(experience, "gathered", lambda own: [own])
+        patched.setenv("WORLD_SIZE", str(world_size))
+        for process in range(world_size):
+            patched.setenv("RANK", str(process))
+            trainer = SimpleNamespace(engine=Recorder(), prompts=prompts, args=args, score=lambda rollout: None)
+            indices = prompts.draw(turn.start, len(turn), seed)
+            seeds = [derive_seed(seed, "sampling", number) for number in turn]
+            experience.RolloutTrainer.draw(trainer, update, indices, seeds)
+            found += trainer.engine.requests
     return found
 
 
 @pytest.mark.parametrize("update", [0, 5])
 def test_processes_share_out_the_requests_of_one(update):
-    assert requests(2, update) == requests(1, update) == requests(4, update)
+    assert requests(2, update) == requests(1, update) == requests(3, update)
 
 
 def test_a_prompt_that_comes_again_is_answered_anew():

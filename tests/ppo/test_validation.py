@@ -94,13 +94,17 @@ def test_a_killed_run_keeps_the_same_best(make_trainer, tmp_path, killed_at):
     assert all(torch.equal(found[0][name], tensor) for name, tensor in expected[0].items())
 
 
-def test_a_prompt_is_answered_alike_in_any_number_of_processes(make_trainer):
+def test_a_prompt_is_answered_alike_in_any_number_of_processes(make_trainer, monkeypatch):
     trainer = make_trainer(**FIELDS, temperature=2.0)
+    monkeypatch.setattr("align.ppo.validation.gathered", lambda own: [own])
     answers = {}
     for world in (1, 2):
+        monkeypatch.setenv("WORLD_SIZE", str(world))
         for rank in range(world):
-            args = SimpleNamespace(max_tokens=6, temperature=2.0, seed=3, process_index=rank, world_size=world)
-            found = trainer.validation._answer(SimpleNamespace(args=args, engine=trainer.engine))
+            monkeypatch.setenv("RANK", str(rank))
+            args = SimpleNamespace(max_tokens=6, temperature=2.0, seed=3)
+            asked = SimpleNamespace(args=args, engine=trainer.engine, score=lambda rollout: None)
+            found = trainer.validation._answer(asked)
             for row, response in zip(found.rows, found.responses, strict=True):
                 answers.setdefault(row["id"], []).append(response)
     assert list(answers) == [row["id"] for row in HELD_OUT]

@@ -1,0 +1,32 @@
+"""A stage that hands over the harness's rows, for runs of whole pipelines. Torch-free."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from align.artifacts import Kind
+from align.stage import Config, Stage, StageContext
+
+
+class GivenRowsConfig(Config):
+    """How many rows there are."""
+
+    train: int = 40
+    test: int = 12
+
+
+def given_rows(context: StageContext) -> dict[str, Any]:
+    """Pairs, which serve every stage that trains on rows."""
+    from align.data.rows import write_rows
+    from tests.training.harness import rows
+
+    config = context.config
+    write_rows(context.output / "train.parquet", rows(config.train))
+    write_rows(context.output / "test.parquet", rows(config.test, start=config.train))
+    return {}
+
+
+ROWS = Stage(
+    "given_rows", 1, Kind.PREFERENCES, f"{__name__}:GivenRowsConfig", f"{__name__}:given_rows", "rows",
+    f"{__name__}:ROWS",
+)  # fmt: skip
