@@ -201,7 +201,8 @@ def _doctor(options: argparse.Namespace) -> int:
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run, "plan": _plan, "explain": _explain, "list": _list, "show": _show, "gc": _gc,
     "schema": _schema, "chat": _chat, "doctor": _doctor, "data": data.run,
-    "eval": evaluate.run, "report": report.run, "compare": compare.run, "export": export.run, "sweep": sweep.run, "push": push.run,
+    "eval": evaluate.run, "report": report.run, "compare": compare.run, "export": export.run, "sweep": sweep.run,
+    "push": push.run,
 }  # fmt: skip
 
 
