@@ -20,6 +20,7 @@ from typing import Any
 from align.errors import disk_is_full, no_space
 from align.shared_folder import UNREACHABLE, UNREACHABLE_STORE, Patience
 from align.stage_process import ENVIRONMENT, EVENTS, LOG, RESULT, UNREACHABLE_CODE
+from align.stop_request import Stopped, StopRequest, pass_on
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 10.0
@@ -32,17 +33,20 @@ def run_attempt(
     name: str,
     partial: Path,
     follow: Callable[[dict[str, Any]], None],
+    stop: StopRequest,
     check: Callable[[], None] = lambda: None,
     patience: Patience | None = None,
 ) -> dict[str, Any]:
     """Start the process of the stage laid out in ``partial``; returns its result once it has ended, however it did.
 
-    ``follow`` hears every line of the stage's event file. An interrupt (SIGTERM too) ends the process, then is raised;
-    so does what ``check`` raises, which is asked all the while. ``patience`` is for a folder that does not answer.
+    ``follow`` hears every line of the stage's event file. An interrupt (SIGTERM too, unless ``stop`` hears it) ends the
+    process, then is raised; so does what ``check`` raises, which is asked all the while. When ``stop`` is asked for,
+    the stage is asked in turn; one that takes longer than its patience is ended, which raises ``Stopped``.
+    ``patience`` is for a folder that does not answer.
     """
     patience = patience or Patience(partial)
     environment = {**ENVIRONMENT, **os.environ}
-    events, spent = patience.keep_trying(lambda: (_Tail(partial / EVENTS), _Spent(partial)))
+    events, spent = patience.keep_trying(lambda: (Tail(partial / EVENTS), _Spent(partial)))
     with patience.keep_trying(lambda: (partial / LOG).open("ab")) as output:
         output.write(f"--- {datetime.now(UTC).isoformat(timespec='seconds')} {name}\n".encode())
         output.flush()
@@ -53,9 +57,15 @@ def run_attempt(
             start_new_session=True,
         )  # fmt: skip
         try:
-            with _terminate_as_interrupt():
+            with contextlib.nullcontext() if signal.SIGTERM in stop.hears else _terminate_as_interrupt():
+                asked = False
                 while process.poll() is None:
                     check()
+                    if stop.asked and not asked:
+                        asked = True
+                        pass_on(partial)
+                    if stop.is_over:
+                        raise Stopped("asked to stop, and ended since it took too long to do so.")
                     for event in events.read():
                         follow(event)
                     spent.note()
@@ -150,7 +160,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             return
 
 
-class _Tail:
+class Tail:
     """Reads the complete lines that were added to an event file since the last call."""
 
     def __init__(self, path: Path) -> None:

@@ -165,6 +165,15 @@ class Lock:
         except FileNotFoundError:
             return False
 
+    def holder(self) -> dict[str, Any] | None:
+        """``pid``, ``host`` and more of who holds the lock, by its own claim; None while nobody does."""
+        try:
+            number, content = self._top()
+        except FileNotFoundError:
+            return None
+        claim = _parse(content)
+        return claim if claim.get("pid") and self._judge(number, content) == "held" else None
+
     def _top(self) -> tuple[int, bytes]:
         try:
             number = max(self.claims.numbers(), default=0)

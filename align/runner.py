@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import sys
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -26,6 +27,7 @@ from align.runtime import StoreConfig
 from align.shared_folder import UNREACHABLE_STORE
 from align.sharing import among_machines, bring, fetched_meanwhile, offer
 from align.stage_process import CHECKPOINTS, EVENTS, LOG, OUTPUT, RESULT, WORK
+from align.stop_request import Stopped, StopRequest, clear
 from align.store import Store
 from align.trackers import require_trackers
 
@@ -50,6 +52,9 @@ class Listener:
 
     def stage_failed(self, node: Node, message: str, log: Path) -> None:
         """The stage ended without an artifact."""
+
+    def stage_queued(self, node: Node, how: str) -> None:
+        """The stage has its place in a cluster's queue, or another one than before; ``how`` says it in words."""
 
     def waiting(self, node: Node, holder: str) -> None:
         """Another run holds the stage's lock."""
@@ -117,31 +122,52 @@ def run_pipeline(
     rebuild: tuple[str, ...] = (),
     strict: bool = False,
     listener: Listener | None = None,
+    stop: StopRequest | None = None,
 ) -> Run:
     """Run every stage that is not cached, in order.
 
     ``only`` runs that one stage and needs its inputs finished; ``from_`` runs that stage and all that depend on it
     anew; ``rebuild`` runs the named stages anew. ``strict`` refuses artifacts made by other source code under the
-    same stage version. Raises ``UserError`` (nothing started) or ``StageFailed`` (the log's path is in it).
+    same stage version. Raises ``UserError`` (nothing started), ``StageFailed`` (the log's path is in it), or
+    ``Stopped`` once it was asked to stop: through ``stop``, or by the signal USR1 where none is given.
     """
     listener = listener or Listener()
-    require_trackers(pipeline.config.runtime.report_to)
     opened = open_store(pipeline, store)
     opened.patience.say = listener.warning
-    bring(pipeline, opened, only, choose_stages(pipeline, opened, None, from_, rebuild), listener.transfer)
-    anew = choose_stages(pipeline, opened, only, from_, rebuild)
-    _refuse_damage(pipeline, opened, anew, only)
-    for message in check_sources(pipeline, opened, strict):
+    anew, warnings = prepare_run(
+        pipeline, opened, only=only, from_=from_, rebuild=rebuild, strict=strict, listener=listener
+    )
+    for message in warnings:
         listener.warning(message)
+    heard = contextlib.nullcontext(stop) if stop is not None else StopRequest().hearing(signal.SIGUSR1)
     try:
-        return _run_stages(pipeline, opened, only, anew, listener)
+        with heard as stop:
+            return _run_stages(pipeline, opened, only, anew, listener, stop)
     except OSError as error:  # the runner's own writing: locks, records, the move of a result to its place
         if error.errno not in NO_SPACE:
             raise
         raise StageFailed(no_space(opened.root)) from None
 
 
-def _run_stages(pipeline: Pipeline, opened: Store, only: str | None, anew: set[str], listener: Listener) -> Run:
+def prepare_run(
+    pipeline: Pipeline, store: Store, *, only: str | None, from_: str | None, rebuild: tuple[str, ...], strict: bool,
+    listener: Listener | None = None,
+) -> tuple[set[str], list[str]]:  # fmt: skip
+    """Which stages are made although an artifact is there, and warnings; options as of ``run_pipeline``.
+
+    Fetches what is finished in the store's remote. Raises ``UserError`` for what must stop a run before anything starts.
+    """
+    require_trackers(pipeline.config.runtime.report_to)
+    say = (listener or Listener()).transfer
+    bring(pipeline, store, only, choose_stages(pipeline, store, None, from_, rebuild), say)
+    anew = choose_stages(pipeline, store, only, from_, rebuild)
+    _refuse_damage(pipeline, store, anew, only)
+    return anew, check_sources(pipeline, store, strict)
+
+
+def _run_stages(
+    pipeline: Pipeline, opened: Store, only: str | None, anew: set[str], listener: Listener, stop: StopRequest
+) -> Run:
     run = Run(opened, last={name: pipeline.resolve(name) for name in pipeline.expanded.rounds})
     only = None if only is None else pipeline.resolve(only)
     reached = {node.name: {"kind": node.stage.kind, "key": node.key} for node in pipeline}
@@ -154,7 +180,9 @@ def _run_stages(pipeline: Pipeline, opened: Store, only: str | None, anew: set[s
             offer(opened, found, listener.transfer)
         elif only is None or node.name == only:
             inputs = {name: run.artifacts[name] for name in node.input_names}
-            ran, artifact = _make(pipeline, node, opened, inputs, node.name in anew, listener)
+            if stop.asked:
+                raise Stopped(f"stopped as asked, before stage '{node.name}'.")
+            ran, artifact = _make(pipeline, node, opened, inputs, node.name in anew, listener, stop)
             run.artifacts[node.name] = artifact
             if ran:
                 run.ran.append(node.name)
@@ -176,7 +204,13 @@ def _refuse_damage(pipeline: Pipeline, store: Store, anew: set[str], only: str |
 
 
 def _make(
-    pipeline: Pipeline, node: Node, store: Store, inputs: dict[str, Artifact], anew: bool, listener: Listener
+    pipeline: Pipeline,
+    node: Node,
+    store: Store,
+    inputs: dict[str, Artifact],
+    anew: bool,
+    listener: Listener,
+    stop: StopRequest,
 ) -> tuple[bool, Artifact]:
     """Run one stage under its lock; another run that finishes it meanwhile counts as cached.
 
@@ -185,7 +219,7 @@ def _make(
     """
     for tries_left in reversed(range(TRIES)):
         try:
-            return _make_among_machines(pipeline, node, store, inputs, anew, listener)
+            return _make_among_machines(pipeline, node, store, inputs, anew, listener, stop)
         except LockLost as lost:
             if tries_left == 0:
                 raise LockLost(f"stage '{node.name}': {lost}. Nothing of it was published here; run again.") from None
@@ -194,8 +228,9 @@ def _make(
 
 
 def _make_among_machines(
-    pipeline: Pipeline, node: Node, store: Store, inputs: dict[str, Artifact], anew: bool, listener: Listener
-) -> tuple[bool, Artifact]:
+    pipeline: Pipeline, node: Node, store: Store, inputs: dict[str, Artifact], anew: bool, listener: Listener,
+    stop: StopRequest,
+) -> tuple[bool, Artifact]:  # fmt: skip
     """Run one stage while no other machine that shares the store's remote does; what one has published is fetched."""
     kind, key = node.stage.kind, node.key
     with among_machines(store, kind, key, lambda who: listener.waiting(node, who), listener.warning) as far:
@@ -203,14 +238,14 @@ def _make_among_machines(
         if found is not None:
             listener.stage_cached(node, found)
             return False, found
-        ran, artifact = _make_under_lock(pipeline, node, store, inputs, anew, listener, far)
+        ran, artifact = _make_under_lock(pipeline, node, store, inputs, anew, listener, stop, far)
         offer(store, artifact, listener.transfer, replace=anew and ran)
     return ran, artifact
 
 
 def _make_under_lock(
     pipeline: Pipeline, node: Node, store: Store, inputs: dict[str, Artifact], anew: bool, listener: Listener,
-    far: Hold | None,
+    stop: StopRequest, far: Hold | None,
 ) -> tuple[bool, Artifact]:  # fmt: skip
     kind = node.stage.kind
     before = store.find(kind, node.key, node.name)
@@ -230,7 +265,7 @@ def _make_under_lock(
                 )
         result = store.patience.keep_trying(lambda: _finished_result(partial))
         if result is None:
-            result = _attempts(pipeline, node, store, partial, inputs, (hold, far), listener)
+            result = _attempts(pipeline, node, store, partial, inputs, (hold, far), listener, stop)
         if far is not None:
             _confirm(far, listener)
         artifact = _publish(pipeline, node, store, partial, inputs, result, hold, found)
@@ -240,7 +275,7 @@ def _make_under_lock(
 
 def _attempts(
     pipeline: Pipeline, node: Node, store: Store, partial: Path, inputs: dict[str, Artifact],
-    holds: tuple[Hold | None, ...], listener: Listener,
+    holds: tuple[Hold | None, ...], listener: Listener, stop: StopRequest,
 ) -> dict[str, Any]:  # fmt: skip
     """Run the stage's process; again from its checkpoints where the store was away, once it answers."""
 
@@ -252,9 +287,13 @@ def _attempts(
     for tries_left in reversed(range(TRIES)):
         store.patience.keep_trying(lambda: _prepare(pipeline, node, store, partial, inputs))
         listener.stage_started(node, partial, any((partial / CHECKPOINTS).glob("*")))
-        result = run_attempt(node.name, partial, lambda event: listener.stage_event(node, event), check, store.patience)
+        result = run_attempt(
+            node.name, partial, lambda event: listener.stage_event(node, event), stop, check, store.patience
+        )
         if result["status"] == "done":
             return result
+        if result["status"] == "stopped":
+            raise Stopped(f"stage '{node.name}' {result['message']}")
         if result["status"] != UNREACHABLE_STORE or tries_left == 0:
             break
         listener.warning(f"stage '{node.name}': {result['message']} It is tried again.")
@@ -285,6 +324,7 @@ def _prepare(pipeline: Pipeline, node: Node, store: Store, partial: Path, inputs
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(partial / OUTPUT)
     (partial / RESULT).unlink(missing_ok=True)
+    clear(partial)
 
     def pointer(name: str) -> dict[str, str]:
         return {"stage": name, "path": str(inputs[name].path.resolve())}
@@ -373,4 +413,4 @@ def _add_logs(partial: Path, output: Path) -> None:
             shutil.copyfile(partial / name, output / name)
 
 
-__all__ = ["Listener", "Run", "open_store", "run_pipeline"]
+__all__ = ["Listener", "Run", "open_store", "prepare_run", "run_pipeline"]

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from align.bucket import check_address
 from align.handover.faults import REMEDIES
 from align.launch import LaunchConfig
+from align.machines import RayConfig, SlurmConfig
 from align.stage import Config
 from align.validation import suggest, validate
 
@@ -143,6 +144,10 @@ class StageRuntime(Config):
     """Fields that are other than in ``runtime.engine``."""
     launch: LaunchConfig | None = None
     """Fields that are other than in ``runtime.launch``."""
+    slurm: SlurmConfig | None = None
+    """Fields that are other than in ``runtime.slurm``."""
+    ray: RayConfig | None = None
+    """Fields that are other than in ``runtime.ray``."""
 
 
 class Runtime(Config):
@@ -158,6 +163,10 @@ class Runtime(Config):
     """Processes that build data; by default the cores there are."""
     executor: ExecutorConfig = ExecutorConfig()
     """What does the shards of data builds: ``local``, ``slurm`` or ``ray``."""
+    slurm: SlurmConfig = SlurmConfig()
+    """What each stage's job asks of Slurm under ``--on slurm``."""
+    ray: RayConfig = RayConfig()
+    """What each stage's task asks of Ray under ``--on ray``."""
     engine: EngineConfig = EngineConfig()
     launch: LaunchConfig = LaunchConfig()
     """Processes of every stage that trains; a stage's own under ``stages`` (docs/distributed.md)."""

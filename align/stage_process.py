@@ -27,11 +27,12 @@ from align.launch import PARENT, RANKS, is_head, local_size, rank, symptom, worl
 from align.runtime import Runtime
 from align.shared_folder import UNREACHABLE_STORE, is_unreachable
 from align.stage import Stage, StageContext, find_stage, load_object
+from align.stop_request import Stopped
 
 WORK, RESULT, EVENTS, LOG = "work.json", "result.json", "events.jsonl", "log.txt"
 OUTPUT, CHECKPOINTS = "output", "checkpoints"
-UNREACHABLE_CODE = 75
-"""Exit code of a stage that lost the store ("temporary failure" in sysexits.h); it stands for an unwritten result."""
+UNREACHABLE_CODE = 74
+"""Exit code of a stage that lost the store (EX_IOERR of sysexits.h); it stands for a result that was not written."""
 HANDOVER, PROCESSES, LAUNCHER = "align.handover.stage", "align.models.processes", "align.launcher"
 """Loaded as the stage itself is: not before the process of a stage needs it."""
 
@@ -47,7 +48,7 @@ ENVIRONMENT = {
 
 
 def main(folder: Path) -> int:
-    """Run the stage described in ``folder``; exit code 0 done, 1 failed, 2 the user's input was at fault.
+    """Run the stage described in ``folder``; exit code 0 done, 1 failed, 2 wrong input, 75 stopped as asked.
 
     A stage that trains in several processes is run by ranks of this one (``align.launcher``).
     """
@@ -104,6 +105,8 @@ def _outcome(folder: Path, work: dict[str, Any], started: float, result_file: st
         result: dict[str, Any] = {"status": "done", "metrics": metrics}
     except UserError as error:
         result = {"status": "refused", "message": str(error)}
+    except Stopped as error:
+        result = {"status": "stopped", "message": str(error)}
     except MemoryError:
         _print_trace()
         result = {"status": "failed", "message": "out of memory; lower micro_batch_size or max_length."}
@@ -118,7 +121,8 @@ def _outcome(folder: Path, work: dict[str, Any], started: float, result_file: st
 
 def _finish(folder: Path, name: str, result: dict[str, Any]) -> int:
     """Write a result; the exit code that goes with it."""
-    code = {"done": 0, "refused": 2, UNREACHABLE_STORE: UNREACHABLE_CODE}.get(result["status"], 1)
+    codes = {"done": 0, "refused": 2, "stopped": Stopped.exit_code, UNREACHABLE_STORE: UNREACHABLE_CODE}
+    code = codes.get(result["status"], 1)
     try:
         _write_result(folder, result, name)
     except OSError as error:

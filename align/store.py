@@ -4,7 +4,8 @@ Layout: ``<root>/align-store.json`` marks a store; ``<root>/<stage kind>/<12 hex
 only if it holds ``record.json``; ``<12 hex>.partial/`` is work in progress (``<12 hex>.<number>.partial/`` where it was
 taken over from a holder of the lock that fell silent); ``<root>/locks/`` holds the locks and
 ``<root>/runs/<name>.json`` what each named run reached last. ``<root>/reports/<name>/`` has the page about that run,
-``<root>/cache/`` what only saves time, ``<root>/sweeps/<name>/`` what a sweep has tried.
+``<root>/cache/`` what only saves time, ``<root>/sweeps/<name>/`` what a sweep has tried,
+``<root>/jobs/<name>/`` what of a run was handed to a cluster.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ SHORT = 12
 RECORD = "record.json"
 REPORTS = "reports"
 SWEEPS = "sweeps"
-NO_KINDS = ("locks", "runs", "cache", REPORTS, SWEEPS)
+JOBS = "jobs"
+NO_KINDS = ("locks", "runs", "cache", REPORTS, SWEEPS, JOBS)
 """Folders of a store that hold no artifacts."""
 UNRECORDED = {RECORD, "log.txt", "events.jsonl"}
 """Files whose bytes are not part of the result: they carry times."""
@@ -222,6 +224,11 @@ class Store:
     def is_locked(self, kind: str, key: str) -> bool:
         """Whether a run is making the artifact of ``key`` right now."""
         return self._lock(kind, key).is_held()
+
+    @patient
+    def holder_of(self, kind: str, key: str) -> dict[str, Any] | None:
+        """``pid`` and ``host`` of who holds the lock of ``key``, as it noted them; None where nobody does."""
+        return self._lock(kind, key).holder()
 
     @patient
     def publish(
