@@ -155,7 +155,7 @@ def prepare_run(
 ) -> tuple[set[str], list[str]]:  # fmt: skip
     """Which stages are made although an artifact is there, and warnings; options as of ``run_pipeline``.
 
-    Fetches what is finished in the store's remote. Raises ``UserError`` for what must stop a run before anything starts.
+    What is finished in the store's remote is fetched. Raises ``UserError`` for what must stop a run before it starts.
     """
     require_trackers(pipeline.config.runtime.report_to)
     say = (listener or Listener()).transfer
