@@ -54,13 +54,17 @@ class Bucket:
 
     def get(self, path: str) -> bytes | None:
         """An object's bytes, or None."""
-        return self._call(path, lambda obstore, store: bytes(obstore.get(store, path).bytes()), missing=None)
+        found: bytes | None = self._call(
+            path, lambda obstore, store: bytes(obstore.get(store, path).bytes()), missing=None
+        )
+        return found
 
     def get_range(self, path: str, start: int, length: int) -> bytes | None:
         """Some bytes of an object, fewer at its end; None where there is no such object."""
-        return self._call(
+        found: bytes | None = self._call(
             path, lambda obstore, store: bytes(obstore.get_range(store, path, start=start, length=length)), missing=None
         )
+        return found
 
     def put(self, path: str, data: bytes) -> None:
         """Make or replace an object."""
