@@ -23,6 +23,8 @@ from align.launcher import outcome
 from align.pipeline import Pipeline
 from align.runner import Listener, Run, run_pipeline
 
+pytestmark = pytest.mark.timeout(900)
+
 
 class Heard(Listener):
     def __init__(self) -> None:
