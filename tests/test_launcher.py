@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -243,3 +244,31 @@ def test_a_stages_processes_keep_the_runs_strategy() -> None:
     runtime = {"launch": {"processes": 4, "strategy": "fsdp2"}, "stages": {"sft": {"launch": {"processes": 2}}}}
     found = Pipeline({"name": "x", "runtime": runtime, "stages": {**SFT, "sft": TRAINED}}).runtimes["sft"].launch
     assert found == LaunchConfig(processes=2, strategy="fsdp2")
+
+
+@pytest.mark.slow
+def test_two_nodes_meet_and_the_first_one_writes_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = pipeline().raw
+    raw["runtime"]["launch"] = {"processes": 1, "nodes": 2, "rendezvous": f"127.0.0.1:{free_port()}", "timeout": 240}
+    raw["stages"]["ranks"]["crash"] = ""
+    other: list[subprocess.Popen[bytes]] = []
+
+    class Second(Listener):
+        def stage_started(self, node: Any, folder: Path, resumed: bool) -> None:
+            environment = {**os.environ, "ALIGN_NODE_RANK": "1"}
+            command = [sys.executable, "-m", "align.stage_process", str(folder)]
+            other.append(subprocess.Popen(command, env=environment))
+
+    finished = run_pipeline(Pipeline(raw, "p.yaml"), store=tmp_path, listener=Second())
+    assert other[0].wait(120) == 0
+    found = json.loads((finished.artifacts["ranks"].path / "ranks.json").read_text())
+    assert [(each["RANK"], each["WORLD_SIZE"], each["LOCAL_WORLD_SIZE"]) for each in found] == [
+        ("0", "2", "1"), ("1", "2", "1"),
+    ]  # fmt: skip
+    assert finished.metrics("ranks")["rank"] == 0
+
+
+def free_port() -> int:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        return int(held.getsockname()[1])
