@@ -9,11 +9,12 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help quickstart setup browser check test test-slow bench clean
+.PHONY: help quickstart setup browser slurm slurm-stop check test test-slow bench clean
 help:
 	@echo "make quickstart  set up, then take a 135M chat model through SFT, RM, DPO and PPO"
 	@echo "make test        set up, then run the tests (make test-slow: those that take minutes, too)"
 	@echo "make browser     Debian's Chromium and its driver, for the tests that open pages; without it they are skipped"
+	@echo "make slurm       Debian's Slurm, and a cluster of two nodes on this machine, to try \`align run --on slurm\`; make slurm-stop ends it"
 	@echo "make check       ruff, mypy --strict on align/, import-linter"
 	@echo "make bench       sampling and training speed on this machine"
 
@@ -37,6 +38,16 @@ browser:
 	  { $$SUDO timeout 120 apt-get update $$APT && $$SUDO env DEBIAN_FRONTEND=noninteractive timeout 600 \
 	    apt-get install $$APT --no-install-recommends chromium chromium-driver; } >/dev/null \
 	  || echo "NOTE: Chromium cannot be installed here, so the tests that open pages in it are skipped."; fi
+
+slurm:
+	@if ! PATH="$$PATH:/usr/sbin:/sbin" command -v slurmctld >/dev/null; then \
+	  SUDO=$$([ "$$(id -u)" = 0 ] || echo "sudo -n"); APT="-q -y -o Acquire::Retries=1 -o Acquire::http::Timeout=20 -o DPkg::Lock::Timeout=300"; \
+	  { $$SUDO timeout 120 apt-get update $$APT && $$SUDO env DEBIAN_FRONTEND=noninteractive timeout 900 \
+	    apt-get install $$APT --no-install-recommends slurmctld slurmd slurm-client munge; } >/dev/null; fi
+	@tests/slurm/start_slurm.sh start .slurm && echo "export SLURM_CONF=$$(pwd)/.slurm/slurm.conf   # then: sinfo, align run PIPELINE --on slurm"
+
+slurm-stop:
+	@tests/slurm/start_slurm.sh stop .slurm && rm -rf .slurm
 
 quickstart: $(READY)
 	$(BIN)/align run pipelines/quickstart.yaml

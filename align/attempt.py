@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import disk_is_full, no_space
-from align.stage_process import ENVIRONMENT, EVENTS, LOG, RESULT
+from align.shared_folder import UNREACHABLE, UNREACHABLE_STORE, Patience
+from align.stage_process import ENVIRONMENT, EVENTS, LOG, RESULT, UNREACHABLE_CODE
+from align.stop_request import Stopped, StopRequest, pass_on
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 10.0
@@ -27,14 +29,25 @@ KEEP_SECONDS = 1.0
 ATTEMPTS = "attempts.json"
 
 
-def run_attempt(name: str, partial: Path, follow: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def run_attempt(
+    name: str,
+    partial: Path,
+    follow: Callable[[dict[str, Any]], None],
+    stop: StopRequest,
+    check: Callable[[], None] = lambda: None,
+    patience: Patience | None = None,
+) -> dict[str, Any]:
     """Start the process of the stage laid out in ``partial``; returns its result once it has ended, however it did.
 
-    ``follow`` hears every line of the stage's event file. An interrupt (SIGTERM too) ends the process, then is raised.
+    ``follow`` hears every line of the stage's event file. An interrupt (SIGTERM too, unless ``stop`` hears it) ends the
+    process, then is raised; so does what ``check`` raises, which is asked all the while. When ``stop`` is asked for,
+    the stage is asked in turn; one that takes longer than its patience is ended, which raises ``Stopped``.
+    ``patience`` is for a folder that does not answer.
     """
+    patience = patience or Patience(partial)
     environment = {**ENVIRONMENT, **os.environ}
-    events, spent = _Tail(partial / EVENTS), _Spent(partial)
-    with (partial / LOG).open("ab") as output:
+    events, spent = patience.keep_trying(lambda: (Tail(partial / EVENTS), _Spent(partial)))
+    with patience.keep_trying(lambda: (partial / LOG).open("ab")) as output:
         output.write(f"--- {datetime.now(UTC).isoformat(timespec='seconds')} {name}\n".encode())
         output.flush()
         command = [sys.executable, "-m", "align.stage_process", str(partial.resolve())]
@@ -44,8 +57,15 @@ def run_attempt(name: str, partial: Path, follow: Callable[[dict[str, Any]], Non
             start_new_session=True,
         )  # fmt: skip
         try:
-            with _terminate_as_interrupt():
+            with contextlib.nullcontext() if signal.SIGTERM in stop.hears else _terminate_as_interrupt():
+                asked = False
                 while process.poll() is None:
+                    check()
+                    if stop.asked and not asked:
+                        asked = True
+                        pass_on(partial)
+                    if stop.is_over:
+                        raise Stopped("asked to stop, and ended since it took too long to do so.")
                     for event in events.read():
                         follow(event)
                     spent.note()
@@ -57,11 +77,18 @@ def run_attempt(name: str, partial: Path, follow: Callable[[dict[str, Any]], Non
             raise
         finally:
             spent.note(at_once=True)
+    return patience.keep_trying(lambda: _result(partial, process.returncode))
+
+
+def _result(partial: Path, code: int) -> dict[str, Any]:
+    """What a process that ended with ``code`` has left, or what its end says."""
     try:
         result: dict[str, Any] = json.loads((partial / RESULT).read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if code == UNREACHABLE_CODE:
+            return {"status": UNREACHABLE_STORE, "message": "the store could not be reached, not even for the result."}
         full = disk_is_full(partial)  # so full that not even the result could be written
-        result = {"status": "failed", "message": no_space(partial) if full else _describe_exit(process.returncode)}
+        result = {"status": "failed", "message": no_space(partial) if full else _describe_exit(code)}
     return result
 
 
@@ -133,7 +160,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             return
 
 
-class _Tail:
+class Tail:
     """Reads the complete lines that were added to an event file since the last call."""
 
     def __init__(self, path: Path) -> None:
@@ -149,6 +176,10 @@ class _Tail:
                 data = file.read()
         except FileNotFoundError:
             return []
+        except OSError as error:
+            if error.errno not in UNREACHABLE:
+                raise
+            return []  # they are still there when the folder is back
         end = data.rfind(b"\n") + 1
         self.offset += end
         found = []

@@ -8,9 +8,10 @@ import sys
 from collections.abc import Callable, Sequence
 
 from align import __version__
-from align.commands import capacity, compare, data, evaluate, export, report, sweep
+from align.commands import cancel, capacity, compare, data, evaluate, export, report, status, sweep
 from align.commands.parsing import Parser, add_store, print_json, printable_json
 from align.errors import StageFailed, UserError
+from align.stop_request import Stopped
 
 INTERRUPTED = 130
 
@@ -195,6 +196,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run, "plan": _plan, "explain": _explain, "list": _list, "show": _show, "gc": _gc,
     "schema": _schema, "chat": _chat, "doctor": _doctor, "data": data.run,
     "eval": evaluate.run, "report": report.run, "compare": compare.run, "export": export.run, "sweep": sweep.run,
+    "status": status.run, "cancel": cancel.run,
 }  # fmt: skip
 
 
@@ -209,6 +211,8 @@ def parser() -> argparse.ArgumentParser:
     for name in ("list", "show", "gc", "doctor", "schema"):
         add_store(made[name])
     made["run"].add_argument("--strict", action="store_true", help="refuse artifacts made by other source code")
+    made["run"].add_argument("--on", choices=["here", "slurm", "ray"], default="here", help="what runs the stages")
+    made["run"].add_argument("--detach", action="store_true", help="hand the stages to the cluster and come back")
     made["plan"].add_argument("--memory", action="store_true", help="show what tuning and PPO's critic cost in memory")
     capacity.add_arguments(made["plan"])
     made["show"].add_argument("key", metavar="KEY", help="the beginning of an artifact's key")
@@ -227,15 +231,17 @@ def parser() -> argparse.ArgumentParser:
     compare.add_arguments(made["compare"])
     sweep.add_arguments(made["sweep"])
     export.add_arguments(made["export"])
+    status.add_arguments(made["status"])
+    cancel.add_arguments(made["cancel"])
     return top
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0 done, 1 a stage failed, 2 the user's input is wrong."""
+    """Entry point; returns the exit code: 0 done, 1 a stage failed, 2 the input is wrong, 75 stopped as asked."""
     try:
         options = parser().parse_args(arguments)
         return COMMANDS[options.command](options)
-    except (UserError, StageFailed) as error:
+    except (UserError, StageFailed, Stopped) as error:
         from align.console import printable
 
         print("\n".join(printable(line) for line in str(error).splitlines()), file=sys.stderr)

@@ -44,8 +44,8 @@ class ConsoleListener(Listener):
         self.console = console or Console(highlight=False)
         self.live = self.console.is_terminal
         self.width = max((len(node.name) for node in pipeline_nodes), default=8)
-        self.started = 0.0
-        self.first: dict[str, Any] | None = None
+        self.started: dict[str, float] = {}
+        self.first: dict[str, dict[str, Any]] = {}
         self.progress = Progress(
             SpinnerColumn(finished_text="✓"),
             TextColumn("{task.description}"),
@@ -54,7 +54,8 @@ class ConsoleListener(Listener):
             console=self.console,
             transient=False,
         )
-        self.task: TaskID | None = None
+        self.tasks: dict[str, TaskID] = {}
+        """Bars by stage; on a cluster several stages run at once."""
 
     def __enter__(self) -> ConsoleListener:
         if self.live:
@@ -75,10 +76,12 @@ class ConsoleListener(Listener):
 
     def stage_started(self, node: Node, folder: Path, resumed: bool) -> None:
         """A bar in a terminal, a line elsewhere."""
-        self.started, self.first = time.time(), None
+        self.started[node.name] = time.time()
+        self.first.pop(node.name, None)
+        self._drop_task(node)
         text = "resumes" if resumed else "starts"
         if self.live:
-            self.task = self.progress.add_task(f"{node.name:<{self.width}}", total=None, status=text)
+            self.tasks[node.name] = self.progress.add_task(f"{node.name:<{self.width}}", total=None, status=text)
         else:
             self._say("▸", node.name, text)
 
@@ -88,16 +91,16 @@ class ConsoleListener(Listener):
             self._say("!", node.name, str(event.get("message")), "yellow")
         elif event.get("event") == "note":
             self._say("·", node.name, str(event.get("message")))
-        elif event.get("event") == "progress" and self.live and self.task is not None:
-            self.first = self.first or event
+        elif event.get("event") == "progress" and node.name in self.tasks:
+            first = self.first.setdefault(node.name, event)
             self.progress.update(
-                self.task, total=event["total"], completed=event["done"], status=escape(self._status(event))
-            )
+                self.tasks[node.name], total=event["total"], completed=event["done"],
+                status=escape(self._status(event, first)),
+            )  # fmt: skip
 
-    def _status(self, event: dict[str, Any]) -> str:
+    def _status(self, event: dict[str, Any], first: dict[str, Any]) -> str:
         """``12/40 steps · 310 tok/s · loss 1.23 · 2m 10s left``; rates count from this attempt's first event."""
         parts = [f"{event['done']:g}/{event['total']:g} {event.get('unit', '')}"]
-        first = self.first or event
         elapsed = event["time"] - first["time"]
         if event.get("tokens") is not None and elapsed > 0:
             parts.append(f"{(event['tokens'] - (first.get('tokens') or 0)) / elapsed:.0f} tok/s")
@@ -111,7 +114,7 @@ class ConsoleListener(Listener):
 
     def stage_done(self, node: Node, artifact: Artifact) -> None:
         """Time, memory and headline numbers."""
-        self._drop_task()
+        self._drop_task(node)
         record = artifact.record
         memory = (record.get("peak_memory_bytes") or 0) / 2**30
         self._say(
@@ -120,13 +123,19 @@ class ConsoleListener(Listener):
 
     def stage_failed(self, node: Node, message: str, log: Path) -> None:
         """The message itself follows from the command line."""
-        self._drop_task()
-        self._say("✗", node.name, f"failed after {duration(time.time() - self.started)}", "red")
+        self._drop_task(node)
+        started = self.started.get(node.name)
+        after = "" if started is None else f" after {duration(time.time() - started)}"
+        self._say("✗", node.name, f"failed{after}", "red")
 
-    def _drop_task(self) -> None:
-        if self.task is not None:
-            self.progress.remove_task(self.task)
-            self.task = None
+    def _drop_task(self, node: Node) -> None:
+        task = self.tasks.pop(node.name, None)
+        if task is not None:
+            self.progress.remove_task(task)
+
+    def stage_queued(self, node: Node, how: str) -> None:
+        """Where the stage is in a cluster's queue."""
+        self._say("…", node.name, how, "dim")
 
     def waiting(self, node: Node, holder: str) -> None:
         """Say who holds the lock."""

@@ -18,6 +18,7 @@ from typing import Any
 
 from align.launch import LATE, PARENT, RANKS, is_head
 from align.runtime import Runtime
+from align.shared_folder import UNREACHABLE_STORE
 
 GRACE_SECONDS = 5
 """What a rank has to end after a signal; less than the runner gives the launcher."""
@@ -68,7 +69,6 @@ def run_ranks(folder: Path, runtime: Runtime) -> dict[str, Any] | None:
         shutdown_timeout=GRACE_SECONDS,
         virtual_local_rank=gpus > 0,  # each sees its own GPU alone, and so does an engine in the same process
     )
-    _pass_on_signals(ranks)
     world = processes * launch.nodes
     try:
         elastic_launch(agent, sys.executable)("-m", "align.stage_process", str(folder.resolve()), "--rank")
@@ -92,17 +92,6 @@ def _gpus(runtime: Runtime) -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def _pass_on_signals(ranks: Path) -> None:
-    """A request to stop soon, SIGUSR1, is the ranks' to answer."""
-
-    def pass_on(number: int, frame: object) -> None:
-        for file in ranks.glob("*.pid"):
-            with contextlib.suppress(OSError, ValueError):
-                os.kill(int(file.read_text(encoding="utf-8")), number)
-
-    signal.signal(signal.SIGUSR1, pass_on)
-
-
 def outcome(ranks: Path, world: int, failures: Mapping[int, int], timeout: float) -> dict[str, Any]:
     """The stage's result from what its ranks left and from the exit codes of those that failed, the first one first."""
     left = {number: found for number in range(world) if (found := _left(ranks, number)) is not None}
@@ -117,11 +106,14 @@ def _why(
     ranks: Path, world: int, failures: Mapping[int, int], left: Mapping[int, dict[str, Any]], timeout: float
 ) -> dict[str, Any]:
     bad = {number: found for number, found in left.items() if found["status"] != "done"}
-    for status in ("refused", "failed"):
+    for status in ("refused", UNREACHABLE_STORE, "failed"):
         own = [number for number, found in bad.items() if found["status"] == status and not found.get("symptom")]
         if own:
             where = "" if status == "refused" else f"rank {own[0]} of {world}: "
             return {"status": status, "message": f"{where}{bad[own[0]]['message']}"}
+    stopped = next((found for found in bad.values() if found["status"] == "stopped"), None)
+    if stopped is not None:  # one that the agent ended before it could say so has stopped with the others
+        return {"status": "stopped", "message": stopped["message"]}
     late = [number for number, found in bad.items() if found.get("symptom") == LATE]
     silent = [number for number in range(world) if number not in bad and number not in late]
     if late:

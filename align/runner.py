@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import sys
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -16,12 +18,19 @@ from align.artifacts import Artifact
 from align.attempt import run_attempt, seconds_of_attempts
 from align.errors import NO_SPACE, StageFailed, UserError, no_space
 from align.fingerprint import digest
+from align.locking import Hold, LockLost
 from align.pipeline import Node, Pipeline
 from align.planning import check_sources, choose_stages
 from align.provenance import command_line, git_commit, source_digest
+from align.runtime import StoreConfig
+from align.shared_folder import UNREACHABLE_STORE
 from align.stage_process import CHECKPOINTS, EVENTS, LOG, OUTPUT, RESULT, WORK
+from align.stop_request import Stopped, StopRequest, clear
 from align.store import Store
 from align.trackers import require_trackers
+
+TRIES = 3
+"""How often a stage is begun whose lock was lost, or whose process lost the store, before the run gives up."""
 
 
 class Listener:
@@ -41,6 +50,9 @@ class Listener:
 
     def stage_failed(self, node: Node, message: str, log: Path) -> None:
         """The stage ended without an artifact."""
+
+    def stage_queued(self, node: Node, how: str) -> None:
+        """The stage has its place in a cluster's queue, or another one than before; ``how`` says it in words."""
 
     def waiting(self, node: Node, holder: str) -> None:
         """Another run holds the stage's lock."""
@@ -75,8 +87,9 @@ class Run:
 
 def open_store(pipeline: Pipeline | None = None, store: str | Path | None = None) -> Store:
     """The store: the argument, else ``$ALIGN_STORE``, else ``runtime.store``, else ``./store``."""
-    configured = pipeline.config.runtime.store if pipeline is not None else None
-    return Store.open(Path(store or os.environ.get("ALIGN_STORE") or configured or "store"))
+    settings = pipeline.config.runtime.store if pipeline is not None else StoreConfig()
+    folder = Path(store or os.environ.get("ALIGN_STORE") or settings.folder or "store")
+    return Store.open(folder, lease=settings.lease, patience=settings.patience)
 
 
 def run_pipeline(
@@ -88,29 +101,47 @@ def run_pipeline(
     rebuild: tuple[str, ...] = (),
     strict: bool = False,
     listener: Listener | None = None,
+    stop: StopRequest | None = None,
 ) -> Run:
     """Run every stage that is not cached, in order.
 
     ``only`` runs that one stage and needs its inputs finished; ``from_`` runs that stage and all that depend on it
     anew; ``rebuild`` runs the named stages anew. ``strict`` refuses artifacts made by other source code under the
-    same stage version. Raises ``UserError`` (nothing started) or ``StageFailed`` (the log's path is in it).
+    same stage version. Raises ``UserError`` (nothing started), ``StageFailed`` (the log's path is in it), or
+    ``Stopped`` once it was asked to stop: through ``stop``, or by the signal USR1 where none is given.
     """
     listener = listener or Listener()
-    require_trackers(pipeline.config.runtime.report_to)
     opened = open_store(pipeline, store)
-    anew = choose_stages(pipeline, opened, only, from_, rebuild)
-    _refuse_damage(pipeline, opened, anew, only)
-    for message in check_sources(pipeline, opened, strict):
+    opened.patience.say = listener.warning
+    anew, warnings = prepare_run(pipeline, opened, only=only, from_=from_, rebuild=rebuild, strict=strict)
+    for message in warnings:
         listener.warning(message)
+    heard = contextlib.nullcontext(stop) if stop is not None else StopRequest().hearing(signal.SIGUSR1)
     try:
-        return _run_stages(pipeline, opened, only, anew, listener)
+        with heard as stop:
+            return _run_stages(pipeline, opened, only, anew, listener, stop)
     except OSError as error:  # the runner's own writing: locks, records, the move of a result to its place
         if error.errno not in NO_SPACE:
             raise
         raise StageFailed(no_space(opened.root)) from None
 
 
-def _run_stages(pipeline: Pipeline, opened: Store, only: str | None, anew: set[str], listener: Listener) -> Run:
+def prepare_run(
+    pipeline: Pipeline, store: Store, *, only: str | None, from_: str | None, rebuild: tuple[str, ...], strict: bool
+) -> tuple[set[str], list[str]]:
+    """Which stages are made although an artifact is there, and warnings; options as of ``run_pipeline``.
+
+    Raises ``UserError`` for what must stop a run before anything starts.
+    """
+    require_trackers(pipeline.config.runtime.report_to)
+    anew = choose_stages(pipeline, store, only, from_, rebuild)
+    _refuse_damage(pipeline, store, anew, only)
+    return anew, check_sources(pipeline, store, strict)
+
+
+def _run_stages(
+    pipeline: Pipeline, opened: Store, only: str | None, anew: set[str], listener: Listener, stop: StopRequest
+) -> Run:
     run = Run(opened, last={name: pipeline.resolve(name) for name in pipeline.expanded.rounds})
     only = None if only is None else pipeline.resolve(only)
     reached = {node.name: {"kind": node.stage.kind, "key": node.key} for node in pipeline}
@@ -122,7 +153,9 @@ def _run_stages(pipeline: Pipeline, opened: Store, only: str | None, anew: set[s
             listener.stage_cached(node, found)
         elif only is None or node.name == only:
             inputs = {name: run.artifacts[name] for name in node.input_names}
-            ran, artifact = _make(pipeline, node, opened, inputs, node.name in anew, listener)
+            if stop.asked:
+                raise Stopped(f"stopped as asked, before stage '{node.name}'.")
+            ran, artifact = _make(pipeline, node, opened, inputs, node.name in anew, listener, stop)
             run.artifacts[node.name] = artifact
             if ran:
                 run.ran.append(node.name)
@@ -144,12 +177,37 @@ def _refuse_damage(pipeline: Pipeline, store: Store, anew: set[str], only: str |
 
 
 def _make(
-    pipeline: Pipeline, node: Node, store: Store, inputs: dict[str, Artifact], anew: bool, listener: Listener
+    pipeline: Pipeline,
+    node: Node,
+    store: Store,
+    inputs: dict[str, Artifact],
+    anew: bool,
+    listener: Listener,
+    stop: StopRequest,
 ) -> tuple[bool, Artifact]:
-    """Run one stage under its lock; another run that finishes it meanwhile counts as cached."""
-    kind, partial = node.stage.kind, store.partial(node.stage.kind, node.key)
+    """Run one stage under its lock; another run that finishes it meanwhile counts as cached.
+
+    A run that was silent for so long that another took its lock (its machine slept, or could not reach the store)
+    leaves the stage to that one, and waits for it as any other would.
+    """
+    for tries_left in reversed(range(TRIES)):
+        try:
+            return _make_under_lock(pipeline, node, store, inputs, anew, listener, stop)
+        except LockLost as lost:
+            if tries_left == 0:
+                raise LockLost(f"stage '{node.name}': {lost}. Nothing of it was published here; run again.") from None
+            listener.warning(f"stage '{node.name}': {lost}; what was made here since is left out")
+    raise AssertionError
+
+
+def _make_under_lock(
+    pipeline: Pipeline, node: Node, store: Store, inputs: dict[str, Artifact], anew: bool, listener: Listener,
+    stop: StopRequest,
+) -> tuple[bool, Artifact]:  # fmt: skip
+    kind = node.stage.kind
     before = store.find(kind, node.key, node.name)
-    with store.lock(kind, node.key, lambda holder: listener.waiting(node, holder)):
+    with store.lock(kind, node.key, lambda holder: listener.waiting(node, holder)) as hold:
+        partial = store.partial(kind, node.key)
         found = store.find(kind, node.key, node.name)
         fresh = found is not None and (before is None or found.record["created"] != before.record["created"])
         if found is not None and (not anew or fresh):
@@ -162,14 +220,34 @@ def _make(
                     f"stage '{node.name}' would read {problems[0].path}, which {problems[0].what}. "
                     f"The artifact is corrupted; `--rebuild {artifact.stage}` makes it again."
                 )
-        result = _finished_result(partial)
+        result = store.patience.keep_trying(lambda: _finished_result(partial))
         if result is None:
-            _prepare(pipeline, node, partial, inputs, store.cache)
-            listener.stage_started(node, partial, any((partial / CHECKPOINTS).glob("*")))
-            result = _attempt(node, partial, listener)
-        artifact = _publish(pipeline, node, store, partial, inputs, result)
+            result = _attempts(pipeline, node, store, partial, inputs, hold, listener, stop)
+        artifact = _publish(pipeline, node, store, partial, inputs, result, hold, found)
     listener.stage_done(node, artifact)
     return True, artifact
+
+
+def _attempts(
+    pipeline: Pipeline, node: Node, store: Store, partial: Path, inputs: dict[str, Artifact], hold: Hold,
+    listener: Listener,
+    stop: StopRequest,
+) -> dict[str, Any]:  # fmt: skip
+    """Run the stage's process; again from its checkpoints where the store was away, once it answers."""
+    for tries_left in reversed(range(TRIES)):
+        store.patience.keep_trying(lambda: _prepare(pipeline, node, store, partial, inputs))
+        listener.stage_started(node, partial, any((partial / CHECKPOINTS).glob("*")))
+        result = run_attempt(
+            node.name, partial, lambda event: listener.stage_event(node, event), stop, hold.check, store.patience
+        )
+        if result["status"] == "done":
+            return result
+        if result["status"] == "stopped":
+            raise Stopped(f"stage '{node.name}' {result['message']}")
+        if result["status"] != UNREACHABLE_STORE or tries_left == 0:
+            break
+        listener.warning(f"stage '{node.name}': {result['message']} It is tried again.")
+    raise _failed(node, partial, result, listener)
 
 
 def _finished_result(partial: Path) -> dict[str, Any] | None:
@@ -181,11 +259,14 @@ def _finished_result(partial: Path) -> dict[str, Any] | None:
     return result if result["status"] == "done" and (partial / OUTPUT).is_dir() else None
 
 
-def _prepare(pipeline: Pipeline, node: Node, partial: Path, inputs: dict[str, Artifact], cache: Path) -> None:
+def _prepare(pipeline: Pipeline, node: Node, store: Store, partial: Path, inputs: dict[str, Artifact]) -> None:
     """Lay out the partial folder; checkpoints of an earlier attempt stay, its half-written output goes."""
+    store.require_present()
     (partial / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(partial / OUTPUT, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(partial / OUTPUT)
     (partial / RESULT).unlink(missing_ok=True)
+    clear(partial)
 
     def pointer(name: str) -> dict[str, str]:
         return {"stage": name, "path": str(inputs[name].path.resolve())}
@@ -200,7 +281,7 @@ def _prepare(pipeline: Pipeline, node: Node, partial: Path, inputs: dict[str, Ar
             field_name: [pointer(name) for name in value] if isinstance(value, list) else value and pointer(value)
             for field_name, value in node.inputs.items()
         },
-        "cache": str(cache.resolve()),
+        "cache": str(store.cache.resolve()),
         "pipeline": pipeline.name,
         "group": digest({other.name: other.key for other in pipeline})[:8],
         "runner_pid": os.getpid(),
@@ -208,31 +289,27 @@ def _prepare(pipeline: Pipeline, node: Node, partial: Path, inputs: dict[str, Ar
     (partial / WORK).write_text(json.dumps(work, indent=1), encoding="utf-8")
 
 
-def _attempt(node: Node, partial: Path, listener: Listener) -> dict[str, Any]:
-    """Run the stage's process; its result if it is done, else an error that says why not."""
-    result = run_attempt(node.name, partial, lambda event: listener.stage_event(node, event))
-    if result["status"] == "done":
-        return result
+def _failed(node: Node, partial: Path, result: dict[str, Any], listener: Listener) -> UserError | StageFailed:
+    """The error that says why the stage's process is not done."""
     log = partial / LOG
     listener.stage_failed(node, result["message"], log)
     if result["status"] == "refused":
-        raise UserError(f"stage '{node.name}': {result['message']}")
-    raise StageFailed(f"stage '{node.name}' failed: {result['message']}\nLog: {log}")
+        return UserError(f"stage '{node.name}': {result['message']}")
+    return StageFailed(f"stage '{node.name}' failed: {result['message']}\nLog: {log}")
 
 
 def _publish(
-    pipeline: Pipeline, node: Node, store: Store, partial: Path, inputs: dict[str, Artifact], result: dict[str, Any]
-) -> Artifact:
+    pipeline: Pipeline, node: Node, store: Store, partial: Path, inputs: dict[str, Artifact], result: dict[str, Any],
+    hold: Hold, replaces: Artifact | None,
+) -> Artifact:  # fmt: skip
     """Give the output folder its log, events and record, move it to its final name, and drop the partial.
 
     The record's ``seconds`` are the sum of its ``attempts`` (``attempt.seconds_of_attempts``), a stage that was never
     killed having one; ``peak_memory_bytes`` is the last one's.
     """
     output = partial / OUTPUT
-    attempts = [*seconds_of_attempts(partial)[:-1], result["seconds"]]
-    for name in (LOG, EVENTS):
-        if (partial / name).exists():
-            shutil.copyfile(partial / name, output / name)
+    attempts = store.patience.keep_trying(lambda: [*seconds_of_attempts(partial)[:-1], result["seconds"]])
+    store.patience.keep_trying(lambda: _add_logs(partial, output))
     record = {
         "key": node.key,
         "kind": node.stage.kind,
@@ -267,9 +344,15 @@ def _publish(
         "platform": f"{sys.platform} {os.uname().machine}, {os.cpu_count()} cores",
         "command": command_line(),
     }
-    artifact = store.publish(output, record)
-    shutil.rmtree(partial, ignore_errors=True)
+    artifact = store.publish(output, record, hold, replaces)
+    store.drop_partials(node.stage.kind, node.key)
     return artifact
 
 
-__all__ = ["Listener", "Run", "open_store", "run_pipeline"]
+def _add_logs(partial: Path, output: Path) -> None:
+    for name in (LOG, EVENTS):
+        if (partial / name).exists():
+            shutil.copyfile(partial / name, output / name)
+
+
+__all__ = ["Listener", "Run", "open_store", "prepare_run", "run_pipeline"]

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from align.handover.faults import REMEDIES
 from align.launch import LaunchConfig
+from align.machines import RayConfig, SlurmConfig
 from align.stage import Config
 from align.validation import suggest, validate
 
@@ -98,6 +99,17 @@ class TrackingConfig(Config):
     """Folder of what trackers write on this machine; a relative one starts at the current folder."""
 
 
+class StoreConfig(Config):
+    """Where artifacts are kept, and how long one waits for what is away (docs/store.md)."""
+
+    folder: str | None = None
+    """Folder of the artifacts; ``--store`` and ``$ALIGN_STORE`` come first, ``./store`` last."""
+    lease: float = Field(120.0, ge=1)
+    """Seconds of silence after which a machine that holds a stage's lock counts as dead, and another takes over."""
+    patience: float = Field(300.0, ge=0)
+    """Seconds that a folder which does not answer (a file server that restarts) is tried before the run ends."""
+
+
 class HandoverConfig(Config):
     """The look at every checkpoint that one stage hands to the next (docs/methods.md)."""
 
@@ -124,13 +136,17 @@ class StageRuntime(Config):
     """Fields that are other than in ``runtime.engine``."""
     launch: LaunchConfig | None = None
     """Fields that are other than in ``runtime.launch``."""
+    slurm: SlurmConfig | None = None
+    """Fields that are other than in ``runtime.slurm``."""
+    ray: RayConfig | None = None
+    """Fields that are other than in ``runtime.ray``."""
 
 
 class Runtime(Config):
     """Where and how a pipeline runs. Never part of a key: the same results are found whatever it says."""
 
-    store: str | None = None
-    """Folder of the artifacts; ``--store`` and ``$ALIGN_STORE`` come first, ``./store`` last."""
+    store: StoreConfig = StoreConfig()
+    """Where the artifacts are; ``store: FOLDER`` is short for its folder."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto`` takes CUDA where torch has it."""
     threads: int | None = Field(None, ge=1)
@@ -139,6 +155,10 @@ class Runtime(Config):
     """Processes that build data; by default the cores there are."""
     executor: ExecutorConfig = ExecutorConfig()
     """What does the shards of data builds: ``local``, ``slurm`` or ``ray``."""
+    slurm: SlurmConfig = SlurmConfig()
+    """What each stage's job asks of Slurm under ``--on slurm``."""
+    ray: RayConfig = RayConfig()
+    """What each stage's task asks of Ray under ``--on ray``."""
     engine: EngineConfig = EngineConfig()
     launch: LaunchConfig = LaunchConfig()
     """Processes of every stage that trains; a stage's own under ``stages`` (docs/distributed.md)."""
@@ -150,6 +170,11 @@ class Runtime(Config):
     """What of the look at checkpoints between stages is waived."""
     stages: dict[str, StageRuntime] = Field({})
     """What differs for one stage, by its name: ``{ppo: {threads: 4}}``. A name in a loop means every round's stage."""
+
+    @field_validator("store", mode="before")
+    @classmethod
+    def _folder_alone(cls, given: Any) -> Any:
+        return {"folder": given} if isinstance(given, str) else given
 
     @field_validator("launch")
     @classmethod

@@ -25,10 +25,14 @@ from align.artifacts import Artifact, Kind
 from align.errors import UserError, explain_os_error, no_space
 from align.launch import PARENT, RANKS, is_head, local_size, rank, symptom, world_size
 from align.runtime import Runtime
+from align.shared_folder import UNREACHABLE_STORE, is_unreachable
 from align.stage import Stage, StageContext, find_stage, load_object
+from align.stop_request import Stopped
 
 WORK, RESULT, EVENTS, LOG = "work.json", "result.json", "events.jsonl", "log.txt"
 OUTPUT, CHECKPOINTS = "output", "checkpoints"
+UNREACHABLE_CODE = 74
+"""Exit code of a stage that lost the store (EX_IOERR of sysexits.h); it stands for a result that was not written."""
 HANDOVER, PROCESSES, LAUNCHER = "align.handover.stage", "align.models.processes", "align.launcher"
 """Loaded as the stage itself is: not before the process of a stage needs it."""
 
@@ -44,7 +48,7 @@ ENVIRONMENT = {
 
 
 def main(folder: Path) -> int:
-    """Run the stage described in ``folder``; exit code 0 done, 1 failed, 2 the user's input was at fault.
+    """Run the stage described in ``folder``; exit code 0 done, 1 failed, 2 wrong input, 75 stopped as asked.
 
     A stage that trains in several processes is run by ranks of this one (``align.launcher``).
     """
@@ -101,18 +105,15 @@ def _outcome(folder: Path, work: dict[str, Any], started: float, result_file: st
         result: dict[str, Any] = {"status": "done", "metrics": metrics}
     except UserError as error:
         result = {"status": "refused", "message": str(error)}
-    except OSError as error:
-        traceback.print_exc()
-        result = {"status": "failed", "message": explain_os_error(error, folder)}
+    except Stopped as error:
+        result = {"status": "stopped", "message": str(error)}
     except MemoryError:
-        traceback.print_exc()
+        _print_trace()
         result = {"status": "failed", "message": "out of memory; lower micro_batch_size or max_length."}
     except Exception as error:
-        traceback.print_exc()
-        full = os.strerror(errno.ENOSPC) in str(error)  # safetensors and tokenizers wrap it in errors of their own
-        message = no_space(folder) if full else f"{type(error).__name__}: {error}"
-        result = {"status": "failed", "message": message}
-        if world_size() > 1:
+        _print_trace()
+        result = _explain(error, folder)
+        if world_size() > 1 and not isinstance(error, OSError):
             result["symptom"] = symptom(error)
     result.update(seconds=time.time() - started, peak_memory_bytes=_peak_memory(), versions=_versions())
     return result
@@ -120,13 +121,30 @@ def _outcome(folder: Path, work: dict[str, Any], started: float, result_file: st
 
 def _finish(folder: Path, name: str, result: dict[str, Any]) -> int:
     """Write a result; the exit code that goes with it."""
-    code = {"done": 0, "refused": 2}.get(result["status"], 1)
+    codes = {"done": 0, "refused": 2, "stopped": Stopped.exit_code, UNREACHABLE_STORE: UNREACHABLE_CODE}
+    code = codes.get(result["status"], 1)
     try:
         _write_result(folder, result, name)
     except OSError as error:
-        print(explain_os_error(error, folder), file=sys.stderr)
-        return code or 1
+        with contextlib.suppress(OSError):
+            print(explain_os_error(error, folder), file=sys.stderr)
+        return UNREACHABLE_CODE if is_unreachable(error) else code or 1
     return code
+
+
+def _explain(error: Exception, folder: Path) -> dict[str, Any]:
+    """The result of a stage that failed."""
+    if is_unreachable(error):
+        return {"status": UNREACHABLE_STORE, "message": f"the store could not be reached ({error})."}
+    if isinstance(error, OSError):
+        return {"status": "failed", "message": explain_os_error(error, folder)}
+    full = os.strerror(errno.ENOSPC) in str(error)  # safetensors and tokenizers wrap it in errors of their own
+    return {"status": "failed", "message": no_space(folder) if full else f"{type(error).__name__}: {error}"}
+
+
+def _print_trace() -> None:
+    with contextlib.suppress(OSError):  # the log lies where nothing can be written perhaps
+        traceback.print_exc()
 
 
 def _run(context: StageContext, stage: Stage) -> dict[str, Any]:

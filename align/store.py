@@ -1,29 +1,32 @@
 """Where finished stages live: keys, locks, records, atomic publishing. Knows no torch.
 
 Layout: ``<root>/align-store.json`` marks a store; ``<root>/<stage kind>/<12 hex>/`` is an artifact, done if and
-only if it holds ``record.json``; ``<12 hex>.partial/`` is work in progress; ``<root>/locks/`` holds the locks and
+only if it holds ``record.json``; ``<12 hex>.partial/`` is work in progress (``<12 hex>.<number>.partial/`` where it was
+taken over from a holder of the lock that fell silent); ``<root>/locks/`` holds the locks and
 ``<root>/runs/<name>.json`` what each named run reached last. ``<root>/reports/<name>/`` has the page about that run,
-``<root>/cache/`` what only saves time, ``<root>/sweeps/<name>/`` what a sweep has tried.
+``<root>/cache/`` what only saves time, ``<root>/sweeps/<name>/`` what a sweep has tried,
+``<root>/jobs/<name>/`` what of a run was handed to a cluster.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
-import socket
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from align.artifacts import Artifact, Kind
 from align.errors import UserError
 from align.fingerprint import file_digest
+from align.locking import Hold, Lease, Lock, LockLost
+from align.shared_folder import SECONDS, UNREACHABLE, Patience, forget_cached, patient
 
 MARKER = "align-store.json"
 FORMAT = 1
@@ -31,7 +34,8 @@ SHORT = 12
 RECORD = "record.json"
 REPORTS = "reports"
 SWEEPS = "sweeps"
-NO_KINDS = ("locks", "runs", "cache", REPORTS, SWEEPS)
+JOBS = "jobs"
+NO_KINDS = ("locks", "runs", "cache", REPORTS, SWEEPS, JOBS)
 """Folders of a store that hold no artifacts."""
 UNRECORDED = {RECORD, "log.txt", "events.jsonl"}
 """Files whose bytes are not part of the result: they carry times."""
@@ -46,15 +50,26 @@ class Problem:
 
 
 class Store:
-    """A folder of artifacts. Make one with :meth:`open`."""
+    """A folder of artifacts. Make one with :meth:`open`.
 
-    def __init__(self, root: Path) -> None:
+    Its file system may be shared by many machines and be away for a while: what reads and writes here is repeated for
+    ``patience`` seconds, then ``StoreUnreachable`` is raised. ``lease`` is how long a lock outlives a silent holder.
+    """
+
+    def __init__(self, root: Path, *, lease: float | None = None, patience: float = SECONDS) -> None:
         self.root = root
+        self.lease = Lease() if lease is None else Lease(lease, min(lease / 6, Lease.every))
+        self.patience = Patience(root, patience)
 
     @classmethod
-    def open(cls, root: Path) -> Store:
+    def open(cls, root: Path, *, lease: float | None = None, patience: float = SECONDS) -> Store:
         """Open a store, making it where nothing is; ``UserError`` where it cannot be used or is something else."""
-        marker = root / MARKER
+        store = cls(root, lease=lease, patience=patience)
+        store.patience.keep_trying(store._open)
+        return store
+
+    def _open(self) -> None:
+        root, marker = self.root, self.root / MARKER
         try:
             if marker.is_file():
                 found = json.loads(marker.read_text(encoding="utf-8"))
@@ -63,7 +78,7 @@ class Store:
                         f"{root}: a store of format {found.get('format')}, this align reads format {FORMAT}. "
                         "Use the align that made it, or another --store."
                     )
-            elif root.exists() and (not root.is_dir() or any(root.iterdir())):
+            elif root.exists() and not _may_become_a_store(root):
                 raise UserError(
                     f"{root}: not empty and not an align store (no {MARKER}); name an empty or new folder with --store."
                 )
@@ -75,11 +90,17 @@ class Store:
         except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
             raise UserError(f"{marker}: damaged; not readable as a store. Name another --store.") from None
         except OSError as error:
+            if error.errno in UNREACHABLE:
+                raise
             raise UserError(
                 f"{root}: the store cannot be used ({error.strerror or error}); "
                 "name another folder with --store or $ALIGN_STORE."
             ) from None
-        return cls(root)
+
+    def require_present(self) -> None:
+        """Raise ``OSError`` where the store's own mark is gone: a mount that is away leaves an empty folder behind."""
+        if not (self.root / MARKER).is_file():
+            raise OSError(errno.ENOTCONN, f"its mark {MARKER} is gone, as where a file system is not mounted")
 
     @property
     def cache(self) -> Path:
@@ -92,8 +113,11 @@ class Store:
 
     def partial(self, kind: str, key: str) -> Path:
         """Where the artifact of ``key`` is being made."""
-        return self.root / kind / f"{key[:SHORT]}.partial"
+        plain = self.root / kind / f"{key[:SHORT]}.partial"
+        taken_over = list(plain.parent.glob(f"{key[:SHORT]}.*.partial"))
+        return max(taken_over, key=_number_of, default=plain)
 
+    @patient
     def find(self, kind: str, key: str, stage: str = "") -> Artifact | None:
         """The finished artifact of ``key``, or None. ``stage`` is the name it has in the asking pipeline."""
         artifact = self._read(self.folder(kind, key), stage)
@@ -104,12 +128,14 @@ class Store:
             record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
             return Artifact(stage or record["stage"], Kind(record["makes"]), folder, record)
         except FileNotFoundError:
+            self.require_present()
             return None
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, ValueError):
             raise UserError(
                 f"{folder / RECORD}: damaged. Delete the folder {folder} and run again to rebuild the stage."
             ) from None
 
+    @patient
     def all(self) -> list[Artifact]:
         """Every finished artifact, oldest first."""
         found = [
@@ -135,52 +161,97 @@ class Store:
         raise UserError(f"'{prefix}' fits {len(found)} artifacts ({keys}, …); give more of the key.")
 
     @contextlib.contextmanager
-    def lock(self, kind: str, key: str, on_wait: Callable[[str], None]) -> Iterator[None]:
-        """Hold the stage's lock; a second run waits, and ``on_wait`` is told once who holds it."""
-        folder = self.root / "locks"
-        folder.mkdir(exist_ok=True)
-        holder = folder / f"{kind}-{key[:SHORT]}.json"
-        lock = FileLock(folder / f"{kind}-{key[:SHORT]}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            on_wait(_describe_holder(holder))
-            lock.acquire()
-        try:
-            _write_atomically(holder, {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()})
-            yield
-        finally:
-            holder.unlink(missing_ok=True)
-            lock.release()
+    def lock(self, kind: str, key: str, on_wait: Callable[[str], None]) -> Iterator[Hold]:
+        """Hold the stage's lock; a second run waits, and ``on_wait`` is told once who holds it.
 
+        What a silent holder was making is moved to a name of this holder's own, so that nothing which the other still
+        does when it wakes up arrives there.
+        """
+
+        def waits(holder: str) -> None:
+            waited.append(holder)
+            on_wait(holder)
+
+        waited: list[str] = []
+        hold = self._lock(kind, key).acquire(waits, self.patience)
+        try:
+            if waited or hold.after_silence:
+                self.patience.keep_trying(lambda: self._look_again(kind))
+            if hold.after_silence:
+                self.patience.keep_trying(lambda: self._take_over(kind, key, hold))
+            yield hold
+        finally:
+            self.patience.keep_trying(hold.release)
+
+    def _lock(self, kind: str, key: str) -> Lock:
+        return Lock(self.root / "locks" / f"{kind}-{key[:SHORT]}", self.lease)
+
+    def _look_again(self, kind: str) -> None:
+        """See what another machine has put there a moment ago."""
+        if (self.root / kind).is_dir():
+            forget_cached(self.root / kind)
+
+    def _take_over(self, kind: str, key: str, hold: Hold) -> None:
+        before = self.partial(kind, key)
+        if before.is_dir() and _number_of(before) < hold.number:
+            before.rename(before.with_name(f"{key[:SHORT]}.{hold.number}.partial"))
+
+    @patient
     def is_locked(self, kind: str, key: str) -> bool:
         """Whether a run is making the artifact of ``key`` right now."""
-        path = self.root / "locks" / f"{kind}-{key[:SHORT]}.lock"
-        if not path.exists():
-            return False
-        try:
-            with FileLock(path).acquire(timeout=0):
-                return False
-        except Timeout:
-            return True
+        return self._lock(kind, key).is_held()
 
-    def publish(self, output: Path, record: dict[str, Any]) -> Artifact:
-        """Write the record into ``output`` last and move the folder to its final name in one rename."""
+    @patient
+    def holder_of(self, kind: str, key: str) -> dict[str, Any] | None:
+        """``pid`` and ``host`` of who holds the lock of ``key``, as it noted them; None where nobody does."""
+        return self._lock(kind, key).holder()
+
+    @patient
+    def publish(
+        self, output: Path, record: dict[str, Any], hold: Hold | None = None, replaces: Artifact | None = None
+    ) -> Artifact:
+        """Write the record into ``output`` last and move the folder to its final name in one rename.
+
+        ``replaces`` is the artifact of that name which was there when the lock was taken. Raises ``LockLost`` and
+        publishes nothing where ``hold`` was lost meanwhile, or another artifact was published under the name.
+        """
         folder = self.folder(record["kind"], record["key"])
+        if not output.is_dir() and self._is(folder, record):  # the answer to an earlier rename was lost on its way
+            return self._published(folder)
+        if hold is not None:
+            hold.confirm()
         record["outputs"] = output_digests(output)
         _write_atomically(output / RECORD, record)
+        _sync_folder(output)
+        if hold is not None:
+            hold.confirm()
         if folder.exists():  # a rebuild: the old one steps aside only now that the new one is whole
-            aside = folder.with_name(f"{folder.name}.old-{os.getpid()}")
+            found = self._read(folder)
+            if hold is not None and found is not None and not (replaces and self._is(folder, replaces.record)):
+                raise LockLost(f"{folder} was published by another run while this one was silent")
+            aside = folder.with_name(f"{folder.name}.old-{uuid.uuid4().hex[:8]}")
             folder.rename(aside)
-            output.rename(folder)
+            try:
+                output.rename(folder)
+            except BaseException:
+                aside.rename(folder)
+                raise
             shutil.rmtree(aside, ignore_errors=True)
         else:
             output.rename(folder)
+        return self._published(folder)
+
+    def _is(self, folder: Path, record: dict[str, Any]) -> bool:
+        found = self._read(folder)
+        return found is not None and found.record.get("created") == record.get("created")
+
+    def _published(self, folder: Path) -> Artifact:
         _sync_folder(folder.parent)
         artifact = self._read(folder)
         assert artifact is not None
         return artifact
 
+    @patient
     def problems(self, artifact: Artifact, thorough: bool) -> list[Problem]:
         """Files that differ from the record.
 
@@ -201,6 +272,7 @@ class Store:
                 found.append(Problem(path, "has another sha256 than its record"))
         return found
 
+    @patient
     def remember_run(self, name: str, stages: dict[str, dict[str, str]], pipeline: dict[str, Any]) -> None:
         """Note what a named run reaches, for ``gc``, ``plan`` and ``explain``."""
         (self.root / "runs").mkdir(exist_ok=True)
@@ -209,6 +281,7 @@ class Store:
             {"name": name, "when": time.time(), "stages": stages, "pipeline": pipeline},
         )
 
+    @patient
     def runs(self) -> dict[str, dict[str, Any]]:
         """Named runs, as remembered last."""
         found = {}
@@ -217,6 +290,7 @@ class Store:
                 found[path.stem] = json.loads(path.read_text(encoding="utf-8"))
         return found
 
+    @patient
     def garbage(self) -> list[Path]:
         """Artifact and partial folders that no named run reaches, directly or as an input."""
         reached = {
@@ -240,16 +314,20 @@ class Store:
 
     def delete(self, folder: Path) -> bool:
         """Delete one folder unless a run holds its lock; the record goes first, so half a folder is never 'done'."""
-        lock = FileLock(self.root / "locks" / f"{folder.parent.name}-{folder.name[:SHORT]}.lock")
-        lock_folder = self.root / "locks"
-        lock_folder.mkdir(exist_ok=True)
-        try:
-            with lock.acquire(timeout=0):
-                (folder / RECORD).unlink(missing_ok=True)
-                shutil.rmtree(folder)
-        except Timeout:
+        hold = self.patience.keep_trying(self._lock(folder.parent.name, folder.name[:SHORT]).try_acquire)
+        if hold is None:
             return False
+        try:
+            (folder / RECORD).unlink(missing_ok=True)
+            shutil.rmtree(folder)
+        finally:
+            hold.release()
         return True
+
+    def drop_partials(self, kind: str, key: str) -> None:
+        """Delete what the making of a finished artifact has left, that of lost holders too."""
+        for folder in (self.root / kind).glob(f"{key[:SHORT]}*.partial"):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def output_digests(folder: Path) -> dict[str, dict[str, Any]]:
@@ -263,17 +341,19 @@ def output_digests(folder: Path) -> dict[str, dict[str, Any]]:
     return outputs
 
 
-def _describe_holder(holder: Path) -> str:
-    try:
-        found = json.loads(holder.read_text(encoding="utf-8"))
-        minutes = (time.time() - found["since"]) / 60
-        return f"process {found['pid']} on {found['host']}, for {minutes:.0f} min"
-    except (OSError, ValueError, KeyError):
-        return "another process"
+def _may_become_a_store(root: Path) -> bool:
+    """An empty folder, or one that another run has begun to make a store at this moment."""
+    return root.is_dir() and all(path.name.startswith(f".{MARKER}.") or path.name == MARKER for path in root.iterdir())
+
+
+def _number_of(partial: Path) -> int:
+    """The number of the lock under which a partial was taken over; 0 for one that never was."""
+    number = partial.name.split(".")[1]
+    return int(number) if number.isdecimal() else 0
 
 
 def _write_atomically(path: Path, value: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     with temporary.open("w", encoding="utf-8") as file:
         json.dump(value, file, indent=1, default=str)
         file.flush()

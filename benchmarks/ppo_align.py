@@ -81,7 +81,7 @@ class FixedLengths:
         return [[cut(response) for response in some] for some in drawn]
 
 
-def make_trainer(work: dict[str, Any], method: str, engine: str, folder: str, reuse_forward: bool = False) -> Any:
+def make_trainer(work: dict[str, Any], method: str, engine: str, folder: str, reuse_forward: float = 0.0) -> Any:
     """Policy, reward model, critic from the reward model, and engine, as ``align.ppo.stage_run`` puts them together."""
     from align.models.loading import load_policy, load_tokenizer
     from align.models.reward import RewardModel
@@ -130,7 +130,7 @@ def make_trainer(work: dict[str, Any], method: str, engine: str, folder: str, re
     return trainer
 
 
-def measure(work: dict[str, Any], method: str, engine: str, reuse_forward: bool) -> dict[str, Any]:
+def measure(work: dict[str, Any], method: str, engine: str, reuse_forward: float) -> dict[str, Any]:
     """Run all updates; seconds and tokens of each, peak memory in GiB, the model's size, the machine's matrix peak."""
     from transformers import TrainerCallback
 
@@ -174,7 +174,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--method", choices=("full", "lora"), required=True)
     parser.add_argument("--engine", choices=("auto", "vllm", "transformers"), default="auto")
-    parser.add_argument("--reuse-forward", action="store_true")
+    parser.add_argument("--reuse-forward", type=float, default=0.0)
     options = parser.parse_args()
     found = measure(read_work(options.work), options.method, options.engine, options.reuse_forward)
     options.out.write_text(json.dumps(found), encoding="utf-8")

@@ -87,7 +87,7 @@ class Comparison:
         arguments = [str(self.folder / "work.json"), str(out), "--method", method]
         if side == "align":
             arguments += ["--engine", self.options.engine]
-            arguments += ["--reuse-forward"] * (method in self.options.reuse_forward)
+            arguments += ["--reuse-forward", str(getattr(self.options, f"reuse_forward_{method}"))]
         else:
             arguments += ["--weights", self.options.trl_weights]
         print(f"  {method}: {side} ...", end="", flush=True)
@@ -170,13 +170,8 @@ def parse() -> argparse.Namespace:
     add("--instructions", type=int, default=1, help="prompts hold 1 to this many, for a wider mix of lengths")
     add("--micro-batch", type=int, default=16, help="episodes of a training pass, on both sides")
     add("--engine", choices=("auto", "vllm", "transformers"), default="auto", help="what align samples with")
-    add(
-        "--reuse-forward",
-        nargs="*",
-        choices=("full", "lora"),
-        default=["lora"],
-        help="align learns from measuring passes",
-    )
+    add("--reuse-forward-full", type=float, default=0.5, help="share of measuring passes that align learns from")
+    add("--reuse-forward-lora", type=float, default=1.0, help="the same with LoRA")
     add("--trl-weights", choices=("bfloat16", "float32"), default="bfloat16", help="type of trl's trained weights")
     add("--environment", type=Path, default=cache_folder() / f"trl-{TRL}", help="trl's virtual environment")
     add("--json", type=Path, help="write everything there")

@@ -59,9 +59,9 @@ def test_a_note_is_a_line_of_its_own() -> None:
 
 def test_rates_and_time_left_count_from_this_attempts_first_event() -> None:
     shown, _ = listener()
-    shown.first = {"time": 100.0, "done": 10, "total": 40, "tokens": 1000}
+    first = {"time": 100.0, "done": 10, "total": 40, "tokens": 1000}
     event = {"time": 110.0, "done": 20, "total": 40, "unit": "steps", "tokens": 4000, "loss": 1.5}
-    assert shown._status(event) == "20/40 steps · 300 tok/s · loss 1.5 · 20s left"
+    assert shown._status(event, first) == "20/40 steps · 300 tok/s · loss 1.5 · 20s left"
 
 
 GIB = 2**30

@@ -1,4 +1,4 @@
-"""``docs/testing.md`` is true: every test it names exists, and no stage that makes weights and no tuning is missing."""
+"""``docs/testing.md`` and ``docs/faults.md`` are true: every test they name exists, no stage or tuning is missing."""
 
 from __future__ import annotations
 
@@ -40,6 +40,16 @@ def test_every_test_that_is_named_exists() -> None:
         assert name.startswith("test_"), name
         assert name in names_in(Path("tests") / file), f"{file} has no {name}"
     assert len(named) == GUIDE.count("::")  # none is written in a way that is not looked at here
+
+
+def test_every_test_of_a_fault_exists() -> None:
+    faults = Path("docs/faults.md").read_text(encoding="utf-8")
+    rows = [line for line in faults.splitlines() if line.startswith("|")][2:]
+    assert rows and all(len(row.strip("|").split("|")) == 3 and NAMED.search(row) for row in rows)
+    named = NAMED.findall(faults)
+    for file, name in named:
+        assert name in names_in(Path("tests") / file), f"{file} has no {name}"
+    assert len(named) == faults.count("::")
 
 
 def test_every_row_fills_its_columns() -> None:

@@ -1,5 +1,6 @@
 """Stages without torch, for tests of the spine: they count, and can fail in every way a stage can."""
 
+import errno
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from pydantic import Field
 from align.artifacts import Kind
 from align.errors import UserError
 from align.stage import Config, Stage, StageContext, stage_input
+from align.stop_request import Stopped, is_asked
 
 
 class NumberConfig(Config):
@@ -18,6 +20,7 @@ class NumberConfig(Config):
     crash: str = ""
     steps: int = 3
     pause: float = 0.0
+    stops: bool = False
 
 
 class SumConfig(Config):
@@ -39,12 +42,18 @@ def number(context: StageContext) -> dict[str, Any]:
             raise ValueError("a bug")
         if crash == "disk":
             raise OSError(28, "No space left on device")
+        if crash == "away" and step == 2 and done == 0:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        if crash == "gone":
+            raise OSError(errno.EIO, "Input/output error")
         if crash == "exit":
             os._exit(9)
         time.sleep(context.config.pause)
         (context.checkpoints / f"step-{step}").write_text("x")
         context.progress(step + 1, context.config.steps, loss=1.0 / (step + 1))
         context.log(step + 1, loss=1.0 / (step + 1))
+        if context.config.stops and is_asked(context.events.parent):
+            raise Stopped(f"stopped as asked, at step {step + 1} of {context.config.steps}.")
     (context.output / "number.txt").write_text(str(context.config.number))
     return {"number": context.config.number, "resumed_at": done, "tokens": 7}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from align.console import ConsoleListener, printable
 from align.errors import StageFailed, UserError
 from align.pipeline import Node, Pipeline
 from align.runner import Listener, Run, open_store, run_pipeline
+from align.stop_request import Stopped
 
 FAILED = 1
 
@@ -65,20 +67,36 @@ class Outcome:
 def run_and_report(
     pipeline: Pipeline, *, quiet: bool = False, console: Console | None = None, **options: Any
 ) -> Outcome:
-    """Run ``pipeline`` (options as of ``run_pipeline``) and write its page, also where the run fails or is stopped.
+    """Run ``pipeline`` here (options as of ``run_pipeline``) and write its page, as ``report_on`` does."""
 
-    Raises what ``run_pipeline`` raises, ``KeyboardInterrupt`` included, after the page was written and its path said.
+    def run(listener: Listener) -> Run:
+        return run_pipeline(pipeline, listener=listener, **options)
+
+    return report_on(run, pipeline, quiet=quiet, console=console, store=options.get("store"))
+
+
+def report_on(
+    make: Callable[[Listener], Run],
+    pipeline: Pipeline,
+    *,
+    quiet: bool = False,
+    console: Console | None = None,
+    store: str | Path | None = None,
+) -> Outcome:
+    """Show a run while ``make`` makes it, and write its page, also where it fails or is stopped.
+
+    Raises what ``make`` raises, ``KeyboardInterrupt`` included, after the page was written and its path said.
     """
     watch: _Silent | _Shown = _Silent() if quiet else _Shown(list(pipeline), console)
     try:
         with contextlib.ExitStack() as stack:
             if isinstance(watch, _Shown):
                 stack.enter_context(watch)
-            run = run_pipeline(pipeline, listener=watch, **options)
-    except (UserError, StageFailed, KeyboardInterrupt) as error:
+            run = make(watch)
+    except (UserError, StageFailed, Stopped, KeyboardInterrupt) as error:
         if watch.begun:
-            store = open_store(pipeline, options.get("store"))
-            page = try_page(run_of(pipeline), store, _why(watch, error, pipeline, store))
+            opened = open_store(pipeline, store)
+            page = try_page(run_of(pipeline), opened, _why(watch, error, pipeline, opened))
             say_page(page, sys.stderr if quiet else sys.stdout)
         raise
     found = [name for name in run.artifacts if name not in run.ran]
@@ -87,7 +105,7 @@ def run_and_report(
 
 def _why(watch: _Watching, error: BaseException, pipeline: Pipeline, store: Any) -> Failure | None:
     """What stopped the run, for the page."""
-    stopped = isinstance(error, KeyboardInterrupt)
+    stopped = isinstance(error, (KeyboardInterrupt, Stopped))
     message = STOPPED if stopped else str(error)
     if watch.failure is not None:
         return watch.failure
@@ -122,15 +140,33 @@ def load(options: argparse.Namespace) -> Pipeline:
 def run(options: argparse.Namespace) -> int:
     """run the pipeline and write its report; finished stages are skipped, a killed one resumes"""
     pipeline = load(options)
+    how = {
+        "store": options.store, "only": options.only, "from_": options.from_, "rebuild": tuple(options.rebuild),
+        "strict": options.strict,
+    }  # fmt: skip
+    if options.on == "slurm":
+        from align.commands.run_on_slurm import run_on_slurm
+
+        return run_on_slurm(pipeline, detach=options.detach, json=options.json, **how)
+    if options.detach:
+        raise UserError("--detach leaves a run to a queue that lives without this command: give --on slurm, too.")
+    if options.on == "ray":
+        from align.commands.run_on_ray import run_on_ray
+
+        return run_on_ray(pipeline, json=options.json, **how)
     try:
-        outcome = run_and_report(
-            pipeline, quiet=options.json, store=options.store, only=options.only, from_=options.from_,
-            rebuild=tuple(options.rebuild), strict=options.strict,
-        )  # fmt: skip
+        outcome = run_and_report(pipeline, quiet=options.json, **how)
     except KeyboardInterrupt:
         print("\nStopped; finished stages and checkpoints are kept. The same command continues.", file=sys.stderr)
         raise
-    if options.json:
+    except Stopped as error:
+        raise Stopped(f"{error} Finished stages and checkpoints are kept. The same command continues.") from None
+    return say_outcome(pipeline, outcome, options.json)
+
+
+def say_outcome(pipeline: Pipeline, outcome: Outcome, json: bool) -> int:
+    """What a run that came to its end leaves on the screen; the exit code."""
+    if json:
         print_json(run_document(pipeline, outcome))
         return FAILED if outcome.run.failed_gates() else 0
     say_page(outcome.page)

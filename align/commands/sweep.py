@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 from align.commands.parsing import add_store, print_json
 from align.commands.report import add_output, output_folder, show
 from align.errors import StageFailed, UserError
+from align.stop_request import Stopped
 
 if TYPE_CHECKING:
     from align.pipeline import Pipeline
     from align.runner import Listener
+    from align.stop_request import StopRequest
     from align.store import Store
     from align.sweep.plan import Sweep
     from align.sweep.study import Study, Trial
@@ -46,6 +48,8 @@ def run(options: argparse.Namespace) -> int:
     if options.dry_run:
         print_plan(sweep, store, options.json)
         return 0
+    if options.detach and options.on != "slurm":
+        raise UserError("--detach leaves a sweep to a queue that lives without this command: give --on slurm, too.")
     workers = _positive("--workers", config.workers if options.workers is None else options.workers)
     study = Study.open(
         store.root / SWEEPS / config.name, config, sweep.space, sweep.objectives, sweep.parts(),
@@ -56,12 +60,22 @@ def run(options: argparse.Namespace) -> int:
     if options.retry:
         print(f"{study.retry()} failed trials run again", file=sys.stderr)
     try:
-        if workers == 1:
-            _work(sweep, study, store, quiet=options.json, shown=not options.json)
+        if options.on == "slurm":
+            from align.commands.sweep_on_slurm import sweep_on_slurm
+
+            if sweep_on_slurm(sweep, study, store, workers, options):
+                return 0
+        elif options.on == "ray":
+            from align.commands.sweep_on_ray import sweep_on_ray
+
+            sweep_on_ray(sweep, study, store, workers, options)
+        elif workers == 1:
+            work_here(sweep, study, store, quiet=options.json, shown=not options.json)
         else:
             _start_workers(options, workers)
     except KeyboardInterrupt:
-        print("\nStopped; finished trials and stages are kept. The same command continues.", file=sys.stderr)
+        if options.on != "slurm":
+            print("\nStopped; finished trials and stages are kept. The same command continues.", file=sys.stderr)
         raise
     finally:
         page = _try_page(sweep, study, store, folder)
@@ -83,7 +97,9 @@ def _positive(option: str, value: int) -> int:
 # ---- trials ---------------------------------------------------------------------------------------------------------
 
 
-def _work(sweep: Sweep, study: Study, store: Store, *, quiet: bool, shown: bool) -> None:
+def work_here(
+    sweep: Sweep, study: Study, store: Store, *, quiet: bool, shown: bool, stop: StopRequest | None = None
+) -> None:
     """Run trials in this process; ``shown``: with a line a stage."""
     from align.commands.sweep_table import say_trial
     from align.sweep.work import work
@@ -92,7 +108,7 @@ def _work(sweep: Sweep, study: Study, store: Store, *, quiet: bool, shown: bool)
         if not quiet:
             say_trial(sweep, study, trial, how)
 
-    work(sweep, study, store, _shown if shown else _silent, told)
+    work(sweep, study, store, _shown if shown else _silent, told, stop)
 
 
 @contextlib.contextmanager
@@ -133,6 +149,12 @@ def _start_workers(options: argparse.Namespace, count: int) -> None:
         environment = {**os.environ, **_devices(os.environ.get(DEVICES), at, count)}
         # sessions of their own: Ctrl-C reaches this process, which then ends them in order
         processes.append(subprocess.Popen(command, env=environment, start_new_session=True))
+
+    def pass_on(number: int, frame: object) -> None:
+        for process in processes:
+            process.send_signal(number)
+
+    heard = signal.signal(signal.SIGUSR1, pass_on)
     try:
         codes = [process.wait() for process in processes]
     except BaseException:
@@ -142,6 +164,10 @@ def _start_workers(options: argparse.Namespace, count: int) -> None:
         for process in processes:
             process.wait()
         raise
+    finally:
+        signal.signal(signal.SIGUSR1, heard)
+    if Stopped.exit_code in codes:
+        raise Stopped("stopped as asked; finished trials and stages are kept. The same command continues.")
     if any(codes):  # each has said why on standard error
         if all(code == UserError.exit_code for code in codes if code):
             raise UserError(f"{sum(map(bool, codes))} of {count} workers ended before their time; see above.")
@@ -166,7 +192,7 @@ def _work_for(options: argparse.Namespace, sweep: Sweep, study: Study, store: St
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         sweep = replace(sweep, base=sweep.base.changed({"runtime.threads": max(1, cores // int(count))}))
     try:
-        _work(sweep, study, store, quiet=options.json, shown=False)
+        work_here(sweep, study, store, quiet=options.json, shown=False)
     except KeyboardInterrupt:
         return INTERRUPTED
     return 0
@@ -214,6 +240,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], metavar="PATH=VALUE", dest="assignments",
         help="override a field of the pipeline in every trial; may be given several times",
     )  # fmt: skip
+    parser.add_argument("--on", choices=["here", "slurm", "ray"], default="here", help="what runs the trials")
+    parser.add_argument("--detach", action="store_true", help="hand the trials to the cluster and come back")
     parser.add_argument("--worker", metavar="PARENT/COUNT", help=argparse.SUPPRESS)
     add_output(parser)
     add_store(parser)

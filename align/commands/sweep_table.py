@@ -17,7 +17,7 @@ from align.report.wording import interval, number
 if TYPE_CHECKING:
     from align.store import Store
     from align.sweep.plan import Sweep
-    from align.sweep.study import Study, Trial
+    from align.sweep.study import Study, Trial, Tried
     from align.sweep.summary import TrialRow
 
 PLAIN_WIDTH = 400
@@ -26,7 +26,7 @@ LONGEST = 40
 MARKS = {"starts": "▸", "resumes": "▸", "done": "✓", "failed": "✗", "ended early": "·"}
 
 
-def say_trial(sweep: Sweep, study: Study, trial: Trial, how: str) -> None:
+def say_trial(sweep: Sweep, study: Study, trial: Trial | Tried, how: str) -> None:
     """One line: a trial begins, with what it sets, or has ended, with what it came to."""
     head = f"{MARKS[how]} trial {trial.number} of {study.limit}"
     drawn = _drawn(sweep, trial.draw)

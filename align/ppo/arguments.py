@@ -58,9 +58,12 @@ class RolloutArguments(TrainingArguments):
     importance_sequence_cap: float | None = field(
         default=None, metadata={"help": "Drop responses whose whole ratio to the sampler is outside [1/this, this]."}
     )
-    reuse_forward: bool = field(
-        default=False,
-        metadata={"help": "Learn from the passes that measured the rollout: saves two, keeps all activations."},
+    reuse_forward: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of an update's first mini-batch learnt from the passes that measured it, whose activations "
+            "wait that long."
+        },
     )
     padding_free: bool = field(default=True, metadata={"help": "Run real tokens only, where the model allows."})
     share_prompts: bool = field(
@@ -132,10 +135,10 @@ class RolloutArguments(TrainingArguments):
         for name in ("updates", "max_tokens", "num_epochs", "num_mini_batches", "save_updates", "probe_updates"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if self.reuse_forward and (self.num_epochs, self.num_mini_batches, self.world_size) != (1, 1, 1):
-            raise ValueError(
-                "reuse_forward needs num_epochs 1, num_mini_batches 1 and one process: weights must stay in between."
-            )
+        if not 0 <= self.reuse_forward <= 1:
+            raise ValueError(f"reuse_forward is {self.reuse_forward}; it is a share of micro-batches, from 0 to 1.")
+        if self.reuse_forward and self.world_size > 1:
+            raise ValueError("reuse_forward works in one process: DDP knows one backward pass for each forward pass.")
         if self.keep != "last" and self.eval_updates is None:
             raise ValueError(f"keep is {self.keep}, which needs validations; set eval_updates.")
         if self.kl_estimator is not None and (self.kl_in == "reward") != (self.kl_estimator == "k1"):

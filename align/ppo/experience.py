@@ -5,6 +5,8 @@ The Trainer asks its data loader for micro-batches; the loader makes a rollout w
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -15,7 +17,7 @@ import torch
 
 from align.models.merging import merged_weights
 from align.models.processes import gathered, part_of, summed, turns
-from align.models.sharding import forget_gathered, whole
+from align.models.sharding import forget_gathered, is_sharded, whole
 from align.ppo import completions, metrics
 from align.ppo.arguments import RolloutArguments
 from align.ppo.kl import KLController
@@ -93,9 +95,11 @@ class RolloutTrainer(SavingTrainer):
         for epoch in range(self.args.num_epochs):
             planned = self._plan(rollout, epoch)
             if epoch == 0:
+                keep = self._passes_to_keep(update, len(planned[0]))
+                if keep:
+                    planned[0].reverse()  # the longest first: their passes save most
                 # The first epoch's own micro-batches: the ratio is then exactly 1 at the first step, in bf16 too.
-                reuse = self._reuses_forward(update)
-                outputs = self.measure(rollout, [micro for mini in planned for micro in mini], keep=reuse)
+                outputs = self.measure(rollout, [micro for mini in planned for micro in mini], keep=keep)
                 self._finish(rollout)
                 if self.stopped:
                     return
@@ -106,9 +110,12 @@ class RolloutTrainer(SavingTrainer):
                     made = {"pack": pack, "learn": rollout.select(indices, self.learned_from)}
                     yield made | {"out": outputs.pop(0)} if outputs else made
 
-    def _reuses_forward(self, update: int) -> bool:
-        """Whether the measuring passes are those that are learnt from: the same rows, the same weights, all of them."""
-        return self.args.reuse_forward and self.ptx is None
+    def _passes_to_keep(self, update: int, micro_batches: int) -> int:
+        """Of the first optimizer step's micro-batches, those learnt from the passes that measured them.
+
+        Same rows and, before that step, same weights. Supervised texts are not measured, so with them it is none.
+        """
+        return math.floor(self.args.reuse_forward * micro_batches) if self.ptx is None else 0
 
     def _ptx_texts(self, step: int) -> list[tuple[list[int], list[int]]]:
         """The supervised texts of one optimizer step, which its micro-batches share out."""
@@ -172,31 +179,38 @@ class RolloutTrainer(SavingTrainer):
         found = self.validation.run(self, update)
         super().log({**found, "update": update})
 
-    def measure(self, rollout: Rollout, micro_batches: list[list[int]], keep: bool = False) -> list[dict[str, Any]]:
+    def measure(self, rollout: Rollout, micro_batches: list[list[int]], keep: int = 0) -> list[dict[str, Any]]:
         """Log-probabilities, reference log-probabilities, entropies and values at the rollout's weights.
 
-        Every process measures some of the micro-batches, and has all results. With ``keep`` the outputs are returned
-        with their graphs, one dict a micro-batch, to learn from.
+        Every process measures some of the micro-batches, and has all results. The outputs of the first ``keep`` are
+        returned with their graphs, one dict each, to learn from.
         """
         clock = time.perf_counter()
         self.model.eval()
         kept = []
         measured: set[str] = set()
-        for _, indices, counts in turns(micro_batches):
-            batch = self._prepare_inputs(rollout.pack(indices, self._pad_id, self.form))
-            with torch.set_grad_enabled(keep):
-                out = self.model_wrapped(batch, reference=True)
-            measured |= out.keys()
-            if counts:
-                rollout.store(indices, {name: tensor.detach() for name, tensor in out.items()})
-            if keep:
-                kept.append({name: tensor for name, tensor in out.items() if name != "ref_logprobs"})
+        # Kept ones come last, so that their activations wait no longer than they must. Each loop rounds the weights to
+        # autocast's type once, and for itself: what is rounded without gradients has no way back to the weights.
+        for part, with_graph in ((micro_batches[keep:], False), (micro_batches[:keep], True)):
+            with torch.set_grad_enabled(with_graph), self._weights_rounded_once():
+                for _, indices, counts in turns(part):
+                    batch = self._prepare_inputs(rollout.pack(indices, self._pad_id, self.form))
+                    out = self.model_wrapped(batch, reference=True)
+                    measured |= out.keys()
+                    if counts:
+                        rollout.store(indices, {name: tensor.detach() for name, tensor in out.items()})
+                    if with_graph:
+                        kept.append({name: tensor for name, tensor in out.items() if name != "ref_logprobs"})
         if not keep:
             forget_gathered(self.model)
         for name in sorted(measured):  # zeros where another process measured
             rollout.tensors[name] = summed(rollout.tensors[name])
         rollout.seconds["measuring"] = time.perf_counter() - clock
         return kept
+
+    def _weights_rounded_once(self) -> Any:
+        """Autocast around several passes; of a sharded model, which would then be held whole, around each alone."""
+        return contextlib.nullcontext() if is_sharded(self.model) else self.accelerator.autocast()
 
     def _finish(self, rollout: Rollout) -> None:
         """Advantages, the controller's next coefficient, and the metrics known before learning."""

@@ -157,7 +157,11 @@ def _notes(config: RolloutFields, runtime: Runtime) -> list[str]:
     elif name == "transformers":
         notes.append("The cache is for prompts of max_prompt_tokens, the longest there can be.")
     if config.trainer.get("reuse_forward"):
-        notes.append("reuse_forward: activations of policy and critic together, and copies, of every micro-batch.")
+        share = config.trainer["reuse_forward"]
+        notes.append(
+            f"reuse_forward: activations of policy and critic together, and of {share:g} of an optimizer step's "
+            "micro-batches at once."
+        )
     if "optim" in config.trainer:
         notes.append(f"AdamW's state is counted; optim {config.trainer['optim']} may need another amount.")
     return notes

@@ -37,6 +37,7 @@ from align.rollouts.server_client import EngineLost
 from align.stage import StageContext
 from align.training.arguments import parallel_options
 from align.training.handover import check_model, check_same_vocabulary
+from align.training.stop_request import StopWhenAsked
 from align.training.tracking import follow, tracking_options
 
 if TYPE_CHECKING:
@@ -121,6 +122,7 @@ def run_online(context: StageContext, make: Callable[[Start], OnlineTrainer]) ->
             "notify": lambda text: context.warn(f"{context.name}: {text}"),
         }
         trainer = make(Start(context, rewards, options))
+        trainer.add_callback(StopWhenAsked(context, every=trainer.args.steps_per_update))
         for reward in rewards:
             reward.round_weights()  # only now: a critic that is trained in full has taken its float32 copy
         if trainer.prompts.dropped:

@@ -89,8 +89,8 @@ class PPOTrainer(OnlineTrainer):
         masks = [learn["learn_mask"] for learn in learns]
         return loss_count(masks, self.args.loss_aggregation, self.args.max_tokens)
 
-    def _reuses_forward(self, update: int) -> bool:
-        return super()._reuses_forward(update) and update >= self.args.critic_warmup_updates
+    def _passes_to_keep(self, update: int, micro_batches: int) -> int:
+        return 0 if update < self.args.critic_warmup_updates else super()._passes_to_keep(update, micro_batches)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -17,6 +17,7 @@ from align.errors import StageFailed, UserError
 from align.pipeline import Node, Pipeline
 from align.runner import Listener, Run, run_pipeline
 from align.stage_process import EVENTS
+from align.stop_request import Stopped, StopRequest
 from align.store import Store
 from align.sweep.objectives import NoNumber
 from align.sweep.plan import Sweep
@@ -110,23 +111,35 @@ def _events(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def work(sweep: Sweep, study: Study, store: Store, watching: Watching, told: Callable[[Trial, str], None]) -> None:
+def work(
+    sweep: Sweep,
+    study: Study,
+    store: Store,
+    watching: Watching,
+    told: Callable[[Trial, str], None],
+    stop: StopRequest | None = None,
+) -> None:
     """Run trials until there are none left to run.
 
     ``watching`` gives the listener of a trial's run; ``told`` hears of a trial's beginning (``starts`` or ``resumes``)
     and how it ended (``done``, ``failed``, ``ended early``). Raises ``UserError`` and ``StageFailed`` for what would
-    happen in every trial; the trial is then left open, and the next call goes on with it.
+    happen in every trial, and ``Stopped`` once ``stop`` is asked for; the trial is then left open, and the next call
+    goes on with it.
     """
     while (trial := study.next()) is not None:
         told(trial, "resumes" if trial.resumed else "starts")
         try:
-            how = _run_trial(sweep, study, store, watching, trial)
+            if stop is not None and stop.asked:
+                raise Stopped("stopped as asked, between two trials.")
+            how = _run_trial(sweep, study, store, watching, trial, stop)
         finally:
             study.release(trial)
         told(trial, how)
 
 
-def _run_trial(sweep: Sweep, study: Study, store: Store, watching: Watching, trial: Trial) -> str:
+def _run_trial(
+    sweep: Sweep, study: Study, store: Store, watching: Watching, trial: Trial, stop: StopRequest | None
+) -> str:
     try:
         pipeline = sweep.pipeline_of(trial.draw, trial.number)
     except UserError as error:
@@ -141,7 +154,7 @@ def _run_trial(sweep: Sweep, study: Study, store: Store, watching: Watching, tri
     with watching(pipeline) as inner:
         watch = _Watch(inner, sweep, study, trial, pipeline)
         try:
-            run = run_pipeline(pipeline, store=store.root, listener=watch)
+            run = run_pipeline(pipeline, store=store.root, listener=watch, stop=stop)
         except Ended:
             assert watch.current is not None
             node = watch.current

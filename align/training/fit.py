@@ -15,6 +15,7 @@ from align.training.checkpoints import MarkCheckpoints, last_complete
 from align.training.clock import TrainingClock
 from align.training.extras import extra_callbacks, has_scores, scored_with
 from align.training.progress import ReportProgress
+from align.training.stop_request import StopWhenAsked
 from align.training.stopping import best_so_far
 from align.training.tracking import follow
 from align.training.unfreezing import OpenLayers
@@ -56,6 +57,7 @@ def _fit(
     clock = TrainingClock(checkpoint)
     trainer.add_callback(clock)
     trainer.add_callback(MarkCheckpoints())
+    trainer.add_callback(StopWhenAsked(context))  # after the mark
     if checkpoint is not None:
         print(f"resuming from {checkpoint}")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

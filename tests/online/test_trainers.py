@@ -104,7 +104,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(make_online, tmp_pat
 @pytest.mark.parametrize("method", METHODS)
 def test_micro_batches_and_packing_change_no_gradient(make_online, method):
     gradients = []
-    for fields in ({}, {"per_device_train_batch_size": 4, "padding_free": False}, {"reuse_forward": True}):
+    for fields in ({}, {"per_device_train_batch_size": 4, "padding_free": False}, {"reuse_forward": 1.0}):
         capture = Gradients()
         make_online(method, callbacks=[capture], updates=1, rollout_batch=16, max_grad_norm=1e9, **fields).train()
         gradients.append(capture.found[0])

@@ -133,7 +133,7 @@ def test_every_choice_is_there_and_the_chosen_one_is_marked(tiny_model):
         ({"device": "cuda", "engine": {"name": "vllm"}}, "needed or not, but asleep while the trainer learns."),
         ({"device": "cuda", "engine": {"name": "vllm", "sleep": False}}, "cache, needed or not."),
         ({"engine": {"name": "vllm-server", "address": "http://127.0.0.1:1"}}, "its memory is not counted"),
-        ({"trainer": {"reuse_forward": True}}, "and copies, of every micro-batch"),
+        ({"trainer": {"reuse_forward": 0.5}}, "and of 0.5 of an optimizer step's micro-batches"),
         ({"trainer": {"optim": "adafactor"}}, "optim adafactor may need another amount"),
     ],
 )

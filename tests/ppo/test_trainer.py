@@ -67,7 +67,7 @@ class Gradients(TrainerCallback):
 
 @pytest.mark.parametrize(
     "changed",
-    [{"per_device_train_batch_size": 1}, {"share_prompts": False}, {"padding_free": False}, {"reuse_forward": True}],
+    [{"per_device_train_batch_size": 1}, {"share_prompts": False}, {"padding_free": False}, {"reuse_forward": 1.0}],
 )
 def test_micro_batches_and_shared_prompts_change_no_gradient(make_trainer, changed):
     gradients = []
@@ -311,17 +311,31 @@ def counted(model):
 @pytest.mark.parametrize("tuning", [FullTuning(), LORA], ids=["full", "lora"])
 def test_learning_from_the_measuring_passes_changes_no_weight_and_saves_them(make_trainer, tuning):
     weights, passes = [], []
-    for reuse in (False, True):
+    for reuse in (0.0, 0.5, 1.0):
         trainer = make_trainer(tuning=tuning, updates=3, critic_warmup_updates=1, reuse_forward=reuse, reward=True)
         passes.append(counted(trainer.model))
         trainer.train()
         weights.append({n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad})
-    assert all(torch.allclose(weights[0][name], tensor, atol=1e-6) for name, tensor in weights[1].items())
+    for some in weights[1:]:
+        assert all(torch.allclose(weights[0][name], tensor, atol=1e-6) for name, tensor in some.items())
     # Two micro-batches an update: measured, then critic and policy learn in passes of their own (one warms up):
-    # 4 + 6 + 6. Where the measuring passes serve, 2 an update are left; the one that warms up keeps its 4.
-    assert [len(some) for some in passes] == [16, 8]
+    # 4 + 6 + 6. Where one measuring pass serves, 4 an update are left, where both do, 2; warming up keeps its 4.
+    assert [len(some) for some in passes] == [16, 12, 8]
 
 
-def test_passes_cannot_be_reused_once_weights_have_moved(make_trainer):
-    with pytest.raises(ValueError, match="reuse_forward needs num_epochs 1"):
-        make_trainer(reuse_forward=True, num_epochs=2)
+def test_only_the_first_optimizer_step_learns_from_the_measuring_passes(make_trainer):
+    weights, passes = [], []
+    for reuse in (0.0, 1.0):
+        trainer = make_trainer(updates=2, num_epochs=2, num_mini_batches=2, per_device_train_batch_size=2,
+                               reuse_forward=reuse, reward=True)  # fmt: skip
+        passes.append(counted(trainer.model))
+        trainer.train()
+        weights.append({n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad})
+    assert all(torch.allclose(weights[0][name], tensor, atol=1e-6) for name, tensor in weights[1].items())
+    first_step = trainer.args.gradient_accumulation_steps
+    assert len(passes[0]) - len(passes[1]) == 2 * 2 * first_step  # two updates, critic and policy
+
+
+def test_a_share_of_passes_outside_zero_to_one_is_refused(make_trainer):
+    with pytest.raises(ValueError, match="reuse_forward is 2.0; it is a share"):
+        make_trainer(reuse_forward=2.0)

@@ -25,6 +25,7 @@ from align.ppo.stage_run import PASSED_ON, ReportUpdates, _scorer
 from align.runtime import Runtime
 from align.stage import StageContext
 from align.stages.ppo import PpoConfig, run
+from align.stop_request import Stopped, clear, pass_on
 
 BASE = {"policy": "sft", "prompts": "data", "learning_rate": 1e-3}
 
@@ -220,6 +221,29 @@ def test_a_killed_stage_goes_on_to_the_same_weights(make_context, monkeypatch):
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
     for name in ("score_first", "score_last", "kl_last", "episodes", "tokens"):
         assert found[name] == expected[name]
+
+
+def test_a_stage_that_is_asked_to_stop_saves_after_its_update_and_goes_on_to_the_same_weights(
+    make_context, monkeypatch
+):
+    given = {"reward": "reward", "tuning": LORA, "updates": 4, "num_mini_batches": 2, "save_updates": 100}
+    whole, parts = make_context("whole", **given), make_context("parts", **given)
+    run(whole)
+
+    def ask(self, args, state, control, **kwargs):
+        if state.global_step == 3:  # the first of the second update's two steps
+            pass_on(parts.events.parent)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ReportUpdates, "on_step_end", ask)
+        with pytest.raises(Stopped, match="stopped as asked, at step 4 of 8"):
+            run(parts)
+    assert [folder.name for folder in parts.checkpoints.glob("checkpoint-*")] == ["checkpoint-4"]
+    clear(parts.events.parent)
+    run(parts)
+    assert [point["step"] for point in events(parts, "metrics")] == [1, 2, 3, 4]
+    weights = [load_file(context.output / "model" / "model.safetensors") for context in (whole, parts)]
+    assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
 
 
 TEMPLATE = (

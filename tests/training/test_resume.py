@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 from align.artifacts import Kind
 from align.stage import STAGES, StageContext
-from align.training.checkpoints import MARKER, mark_complete
+from align.stop_request import Stopped, clear, pass_on
+from align.training.checkpoints import MARKER, is_complete, mark_complete
 from align.training.clock import FILE
 from tests.training.harness import context, data_artifact, losses
 
@@ -92,6 +93,46 @@ def test_resumed_run_equals_the_uninterrupted_one(
     expected, found = (load_file(c.output / "model" / "model.safetensors") for c in (whole, parts))
     assert expected.keys() == found.keys()
     assert all(expected[name].equal(found[name]) for name in expected)
+
+
+class Asking(StageContext):
+    """A context that asks the stage to stop when step ``at`` is reported."""
+
+    at = 0
+
+    def progress(self, done: float, total: float, unit: str = "steps", **shown: Any) -> None:
+        super().progress(done, total, unit, **shown)
+        if unit == "steps" and done == self.at:
+            pass_on(self.events.parent)
+
+
+def asking(plain: StageContext, step: int) -> StageContext:
+    made = Asking(**{field.name: getattr(plain, field.name) for field in fields(plain)})
+    object.__setattr__(made, "at", step)
+    return made
+
+
+def test_a_stage_that_is_asked_to_stop_saves_at_once_and_goes_on_to_the_same_weights(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    run = STAGES["sft"].runner()
+    whole, parts = (made("sft", tmp_path / name, tiny_model, LORA, 100) for name in ("whole", "parts"))
+    run(whole)
+    with pytest.raises(Stopped, match="stopped as asked, at step [78] of 15"):  # the one under way is finished
+        run(asking(parts, 7))
+    (kept,) = parts.checkpoints.glob("checkpoint-*")
+    assert is_complete(kept) and kept.name in ("checkpoint-7", "checkpoint-8")
+    clear(parts.events.parent)
+    assert run(parts)["resumed_from_step"] == int(kept.name[-1])
+    assert losses(parts) == losses(whole)
+    expected, found = (load_file(c.output / "model" / "model.safetensors") for c in (whole, parts))
+    assert all(expected[name].equal(found[name]) for name in expected)
+
+
+def test_a_stage_that_is_asked_at_its_last_step_is_finished(tiny_model: Path, tmp_path: Path) -> None:
+    context = made("sft", tmp_path / "run", tiny_model, LORA, 100)
+    assert STAGES["sft"].runner()(asking(context, 15))["steps"] == 15
+    assert (context.output / "model" / "model.safetensors").is_file()
 
 
 def test_stage_killed_after_its_last_step_only_finishes(tiny_model: Path, tmp_path: Path) -> None:

@@ -1,0 +1,75 @@
+"""``align run --on ray``: a run's stages as tasks of a Ray cluster, followed until they are over."""
+
+from __future__ import annotations
+
+import secrets
+import signal
+import sys
+import time
+from pathlib import Path
+
+from align.commands.run import report_on, say_outcome
+from align.console import printable
+from align.elsewhere import stages_to_make
+from align.errors import StageFailed
+from align.following import Following
+from align.pipeline import Pipeline
+from align.ray_cluster import client
+from align.ray_cluster.tasks import RayQueue
+from align.runner import Listener, Run, open_store, prepare_run
+from align.stop_request import Stopped, StopRequest
+from align.store import JOBS, Store
+
+GOES_ON = "Finished stages and checkpoints are kept. The same command continues."
+
+
+def run_on_ray(
+    pipeline: Pipeline,
+    *,
+    json: bool,
+    store: str | Path | None,
+    only: str | None,
+    from_: str | None,
+    rebuild: tuple[str, ...],
+    strict: bool,
+) -> int:
+    """Start what is to be made as tasks and follow it; the exit code. The tasks end with this command."""
+    opened = open_store(pipeline, store)
+    anew, warnings = prepare_run(pipeline, opened, only=only, from_=from_, rebuild=rebuild, strict=strict)
+    for message in warnings:
+        print(f"! {printable(message)}", file=sys.stderr)
+    wanted = stages_to_make(pipeline, opened, only, anew)
+    client.require_ray()
+
+    def run(listener: Listener) -> Run:
+        with (
+            StopRequest().hearing(signal.SIGUSR1) as stop,
+            client.connected(pipeline.config.runtime.ray.address) as ray,
+        ):
+            queue = RayQueue(ray, pipeline, opened, _folder(opened, pipeline.name), stop=stop)
+            reached = {node.name: {"kind": node.stage.kind, "key": node.key} for node in pipeline}
+            opened.remember_run(pipeline.name, reached, pipeline.plain)
+            queue.start(wanted, anew)
+            try:
+                return Following(pipeline, opened, [node.name for node in wanted], queue, listener).follow()
+            except StageFailed as error:
+                if stop.asked:
+                    raise Stopped(f"stopped as asked. {GOES_ON}") from error
+                raise
+            except BaseException:
+                client.call_off(ray, list(queue.references.values()))
+                raise
+
+    try:
+        outcome = report_on(run, pipeline, quiet=json, store=store)
+    except KeyboardInterrupt:
+        print(f"\nStopped. {GOES_ON}", file=sys.stderr)
+        raise
+    return say_outcome(pipeline, outcome, json)
+
+
+def _folder(store: Store, run: str) -> Path:
+    """Where the tasks of this run say how they are."""
+    folder = store.root / JOBS / run / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+    folder.mkdir(parents=True)
+    return folder

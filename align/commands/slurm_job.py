@@ -1,0 +1,144 @@
+"""What a job of Slurm runs: ``python -m align.commands.slurm_job FOLDER STAGE``.
+
+One stage of the submission in ``FOLDER``, under the store's lock as any run's. Asked to stop (USR1 before the time
+limit or at a preemption, SIGTERM), it has the stage save a checkpoint and queues its job again, to go on from there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from align.artifacts import Artifact
+from align.commands.run_page import Failure, run_of, try_page
+from align.console import ConsoleListener, printable
+from align.elsewhere import await_inputs, with_threads
+from align.errors import StageFailed, UserError
+from align.following import NoAnswer, Said
+from align.pipeline import Node, Pipeline
+from align.runner import run_pipeline
+from align.slurm import commands
+from align.slurm.submission import Submission, write_json
+from align.stage_process import CHECKPOINTS, LOG
+from align.stop_request import Stopped, StopRequest
+from align.store import Store
+
+SHARE_OF_GRACE = 0.75
+"""Of the time that Slurm gives, what the stage may take; the rest is for ending it and for queueing again."""
+IDLE_TURNS = 3
+"""Turns in a row that may end without a new checkpoint."""
+ENDING = ("CANCELLED", "COMPLETING", "TIMEOUT")
+"""States of a job that Slurm is ending already; queued again, it would come back to life."""
+
+
+def main(folder: Path, stage: str) -> int:
+    """Make one stage; the exit code: 0 done, 1 or 2 failed, 75 stopped and queued again."""
+    submission = Submission.read(folder)
+    turn = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    log: Path | None = None
+    stop = StopRequest()
+    with stop.hearing(signal.SIGUSR1, signal.SIGTERM):
+        store = Store.open(Path(submission.store))
+        try:
+            pipeline = with_threads(submission.pipeline(), cores_of_job())
+            node = pipeline.nodes[stage]
+            stop.patience = SHARE_OF_GRACE * pipeline.runtimes[stage].slurm.grace
+            log = store.partial(node.stage.kind, node.key) / LOG
+            _run(submission, pipeline, node, store, stop)
+        except (UserError, StageFailed) as error:
+            return _fail(submission, stage, error, turn, log)
+        except Stopped as stopped:
+            return _stop(submission, stage, stopped, turn, store)
+    submission.say(stage, Said("done", "", turn))
+    if all(store.find(one.stage.kind, one.key) is not None for one in pipeline):
+        try_page(run_of(pipeline), store, None)
+    return 0
+
+
+def _run(submission: Submission, pipeline: Pipeline, node: Node, store: Store, stop: StopRequest) -> None:
+    job = submission.job_of(node.name)
+    await_inputs(pipeline, node, store)
+    found = store.find(node.stage.kind, node.key, node.name)
+    anew = job.anew and found is not None and found.record["created"] == job.replaces
+    with _Lines([node]) as listener:
+        run_pipeline(
+            pipeline, store=store.root, only=node.name, rebuild=(node.name,) if anew else (), listener=listener,
+            stop=stop,
+        )  # fmt: skip
+
+
+class _Lines(ConsoleListener):
+    """A line at the start and the end, in the job's own log."""
+
+    def stage_cached(self, node: Node, artifact: Artifact) -> None:
+        """What the stage reads was told of where it was made."""
+
+
+def cores_of_job() -> int | None:
+    """The cores that this job has, as Slurm says; it may not bind a job to them."""
+    cores = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE") or ""
+    return int(cores) if cores.isdigit() else None
+
+
+def _fail(submission: Submission, stage: str, error: UserError | StageFailed, turn: int, log: Path | None) -> int:
+    text = str(error)
+    print("\n".join(printable(line) for line in text.splitlines()), file=sys.stderr)
+    message = text.partition("\nLog: ")[0].removeprefix(f"stage '{stage}' failed: ").removeprefix(f"stage '{stage}': ")
+    known = str(log) if log is not None and log.is_file() else None
+    submission.say(stage, Said("refused" if isinstance(error, UserError) else "failed", message, turn, known))
+    pipeline = Pipeline(submission.raw, submission.where, Path(submission.base), submission.rounds)
+    try_page(run_of(pipeline), Store.open(Path(submission.store)), Failure(stage, message, log))
+    return error.exit_code
+
+
+# ---- stopped, and queued again --------------------------------------------------------------------------------------
+
+
+def _stop(submission: Submission, stage: str, stopped: Stopped, turn: int, store: Store) -> int:
+    """Queue the job again unless it was called off, or gets nowhere."""
+    block = submission.pipeline().runtimes[stage].slurm
+    if _idle_turns(submission, stage, store) >= IDLE_TURNS:
+        error = StageFailed(
+            f"stage '{stage}' failed: {IDLE_TURNS} turns of its job in a row ended without a new checkpoint. Give it "
+            f"more time (runtime.stages.{stage}.slurm.time, now {block.time or 'as the partition has it'}; grace, now "
+            f"{block.grace} s), or have it save more often."
+        )
+        return _fail(submission, stage, error, turn, None)
+    return queue_again(submission, stage, str(stopped).removeprefix(f"stage '{stage}' "), turn, block.requeue)
+
+
+def queue_again(submission: Submission, name: str, message: str, turn: int, wanted: bool) -> int:
+    """Queue this job again, unless it was called off or that is not ``wanted``; the exit code of a stop."""
+    job = os.environ.get("SLURM_JOB_ID", "")
+    submission.say(name, Said("stopped", message, turn))
+    if not wanted or submission.is_called_off or commands.state_of(job) in ENDING:
+        print(f"{message} Not queued again.", file=sys.stderr)
+        return Stopped.exit_code
+    print(f"{message} Its job is queued again.", file=sys.stderr, flush=True)
+    try:
+        commands.requeue(job)
+    except NoAnswer as error:
+        print(f"It could not be queued again: {error}. The same command goes on.", file=sys.stderr)
+    return Stopped.exit_code
+
+
+def _idle_turns(submission: Submission, stage: str, store: Store) -> int:
+    """How many turns in a row, this one included, have left the stage's checkpoints as they were."""
+    job = submission.job_of(stage)
+    folder = store.partial(job.kind, job.key) / CHECKPOINTS
+    now = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+    file = submission.folder / f"{stage}.turns.json"
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        before = {"checkpoints": None, "idle": 0}
+    idle = before["idle"] + 1 if before["checkpoints"] == now or (before["checkpoints"] is None and not now) else 0
+    write_json(file, {"checkpoints": now, "idle": idle})
+    return idle
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2]))

@@ -1,0 +1,1 @@
+"""A run's stages as tasks of a Ray cluster that exists already."""

@@ -1,0 +1,140 @@
+"""What was handed to Slurm, as a folder in the store: ``jobs/<run>/<time>-<six hex>/``.
+
+``submission.json`` has the pipeline as it was and a job for each stage; ``<stage>.sh`` is a job's script,
+``<stage>.log`` what it printed, ``<stage>.json`` what it said of its end. ``cancelled`` stands there once the jobs were
+called off, so that none queues itself again. Never imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from align.errors import UserError
+from align.following import Said
+from align.pipeline import Pipeline
+from align.store import JOBS, Store
+
+ABOUT, CANCELLED = "submission.json", "cancelled"
+
+
+@dataclass(frozen=True)
+class StageJob:
+    """One stage's job."""
+
+    stage: str
+    kind: str
+    key: str
+    job: int
+    """Slurm's number."""
+    anew: bool = False
+    """Whether the stage is made although an artifact is there, the one of time ``replaces``."""
+    replaces: str | None = None
+
+
+@dataclass
+class Submission:
+    """A folder of jobs."""
+
+    folder: Path
+    run: str
+    raw: dict[str, Any]
+    """The pipeline as parsed YAML, overrides set and loops written out."""
+    where: str
+    base: str
+    rounds: dict[str, list[str]]
+    store: str
+    stages: list[StageJob] = field(default_factory=list)
+    sweep: dict[str, Any] | None = None
+    """For a sweep: where its file was, `--set`'s, how many workers, the number of their array of jobs."""
+
+    @classmethod
+    def begin(cls, store: Store, pipeline: Pipeline, run: str, sweep: dict[str, Any] | None = None) -> Submission:
+        """A new folder for ``pipeline``; nothing is submitted yet."""
+        stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+        folder = (store.root / JOBS / run / stamp).resolve()
+        folder.mkdir(parents=True)
+        rounds = {name: list(names) for name, names in pipeline.expanded.rounds.items()}
+        made = cls(
+            folder, run, pipeline.plain, pipeline.where, str(pipeline.base), rounds, str(store.root.resolve()),
+            sweep=sweep,
+        )  # fmt: skip
+        made.write()
+        return made
+
+    @classmethod
+    def read(cls, folder: Path) -> Submission:
+        """The submission in ``folder``."""
+        found = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        stages = [StageJob(**one) for one in found.pop("stages")]
+        return cls(folder, stages=stages, **found)
+
+    def write(self) -> None:
+        """Bring ``submission.json`` up to date, in one rename."""
+        about = {name: value for name, value in vars(self).items() if name not in ("folder", "stages")}
+        write_json(self.folder / ABOUT, {**about, "stages": [asdict(one) for one in self.stages]})
+
+    def pipeline(self) -> Pipeline:
+        """The pipeline that was submitted; ``UserError`` where its files have changed so that it is another now."""
+        pipeline = Pipeline(self.raw, self.where, Path(self.base), self.rounds)
+        for one in self.stages:
+            if pipeline.nodes[one.stage].key != one.key:
+                raise UserError(
+                    f"stage '{one.stage}' is another than when it was submitted: a file that {self.where} names has "
+                    "changed since. Run the same command again to submit it as it is now."
+                )
+        return pipeline
+
+    def job_of(self, stage: str) -> StageJob:
+        """The job of a stage."""
+        return next(one for one in self.stages if one.stage == stage)
+
+    def log(self, stage: str) -> Path:
+        """What the stage's job prints."""
+        return self.folder / f"{stage}.log"
+
+    def said(self, stage: str) -> Said | None:
+        """What the stage's job said of its last turn, if one has ended."""
+        try:
+            return Said(**json.loads((self.folder / f"{stage}.json").read_text(encoding="utf-8")))
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def say(self, stage: str, said: Said) -> None:
+        """Note how a turn ended."""
+        write_json(self.folder / f"{stage}.json", asdict(said))
+
+    def call_off(self) -> None:
+        """No job of this submission is to queue itself again."""
+        (self.folder / CANCELLED).touch()
+
+    @property
+    def is_called_off(self) -> bool:
+        """Whether it was called off."""
+        return (self.folder / CANCELLED).exists()
+
+
+def submissions(store: Store, run: str | None = None) -> Iterator[Submission]:
+    """Those of a run, or all; newest first."""
+    folder = store.root / JOBS
+    for path in sorted(folder.glob(f"{run or '*'}/*/{ABOUT}"), key=lambda path: path.parent.name, reverse=True):
+        try:
+            yield Submission.read(path.parent.resolve())
+        except (OSError, ValueError, TypeError):  # being written, deleted, or by another version
+            continue
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a file that others read meanwhile."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    draft.replace(path)
+
+
+__all__ = ["StageJob", "Submission", "submissions", "write_json"]

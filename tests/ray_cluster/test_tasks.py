@@ -1,0 +1,114 @@
+"""A stage's task without Ray: it is a function of plain values. And what is refused before anything starts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.errors import StageFailed, UserError
+from align.following import Following
+from align.machines import RayConfig
+from align.pipeline import Pipeline
+from align.ray_cluster import client
+from align.ray_cluster.tasks import RayQueue, Work, make_stage
+from align.runner import Listener
+from align.store import Store
+from tests import toy
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "said").mkdir()
+    return tmp_path
+
+
+def work(folder: Path, stage: str, raw: dict[str, Any] | None = None, **given: Any) -> dict[str, Any]:
+    raw = raw or toy.pipeline()
+    store = Store.open(folder / "store")
+    made = Work(
+        raw, "toy.yaml", str(folder), {}, str(store.root), str(folder / "said"), stage, Pipeline(raw).nodes[stage].key
+    )
+    return {**asdict(made), **given}
+
+
+def said(folder: Path, stage: str) -> dict[str, Any]:
+    return json.loads((folder / "said" / f"{stage}.json").read_text())
+
+
+def test_a_task_makes_its_stage_and_says_so(folder: Path) -> None:
+    assert [make_stage(work(folder, name)) for name in ("one", "two")] == ["done", "done"]
+    assert make_stage(work(folder, "total"), "done", "done") == "done"
+    assert said(folder, "total")["status"] == "done"
+    found = {one.stage: one.record for one in Store.open(folder / "store").all()}
+    assert found["total"]["metrics"] == {"total": 3}
+    assert make_stage(work(folder, "total"), "done", "failed") == "skipped"
+
+
+def test_a_stage_that_fails_says_why_and_where_its_log_is(folder: Path) -> None:
+    assert make_stage(work(folder, "one", toy.pipeline(one={"crash": "bug"}))) == "failed"
+    assert said(folder, "one")["message"] == "ValueError: a bug"
+    assert "Traceback" in Path(said(folder, "one")["log"]).read_text()
+    assert make_stage(work(folder, "one", toy.pipeline(one={"crash": "user"}))) == "refused"
+    assert said(folder, "one")["message"] == "the dataset is empty after filtering."
+
+
+def test_a_node_without_the_store_or_with_other_files_says_so(folder: Path) -> None:
+    assert "does not see the store" in make_stage(work(folder, "one", store=str(folder / "elsewhere")))
+    assert make_stage(work(folder, "one", key="0" * 64)) == "refused"
+    assert "All nodes must see the same files" in said(folder, "one")["message"]
+
+
+def test_a_stage_is_made_anew_once(folder: Path) -> None:
+    make_stage(work(folder, "one"))
+    (before,) = Store.open(folder / "store").all()
+    again = work(folder, "one", anew=True, replaces=before.record["created"])
+    assert make_stage(again) == "done"
+    (after,) = Store.open(folder / "store").all()
+    assert after.record["created"] > before.record["created"]
+    assert make_stage(again) == "done"  # as a node's death right after the end would have it
+    assert Store.open(folder / "store").all()[0].record["created"] == after.record["created"]
+
+
+def test_without_ray_or_without_a_cluster_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ray:
+        @staticmethod
+        def init(**_: Any) -> None:
+            raise ConnectionError("Could not find any running Ray instance.")
+
+    monkeypatch.setitem(sys.modules, "ray", Ray)
+    remedy = r"no Ray cluster answers at 'auto' .*Start one with `ray start --head`"
+    with pytest.raises(UserError, match=remedy), client.connected("auto"):
+        pass
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r"ray is not installed here: pip install 'align\[ray\]'"):
+        client.require_ray()
+
+
+class NoNode:
+    """A cluster whose nodes have one core and no more."""
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True, "Resources": {"CPU": 1.0}}, {"Alive": False, "Resources": {"CPU": 8.0, "a100": 1.0}}]
+
+    def wait(self, references: list[Any], **_: Any) -> tuple[list[Any], list[Any]]:
+        return [], references
+
+    def cancel(self, reference: Any, force: bool) -> None:
+        pass
+
+
+def test_a_stage_that_no_node_could_hold_is_given_up_in_time(folder: Path) -> None:
+    assert client.wanted(RayConfig(memory_gb=2, resources={"a100": 1})) == {"CPU": 1, "a100": 1, "memory": 2 * 2**30}
+    assert client.could_hold(NoNode(), RayConfig())
+    assert not client.could_hold(NoNode(), RayConfig(resources={"a100": 1}))
+    runtime = {"stages": {"one": {"ray": {"resources": {"a100": 1}, "wait": 0}}}}
+    pipeline = Pipeline({"name": "t", "runtime": runtime, "stages": {"one": toy.pipeline()["stages"]["one"]}})
+    queue = RayQueue(NoNode(), pipeline, Store.open(folder / "store"), folder / "said", {"one": object()}, every=0)
+    with pytest.raises(StageFailed, match=r"no node of the Ray cluster has what it asks for \(CPU 1, a100 1\)"):
+        Following(pipeline, queue.store, ["one"], queue, Listener()).follow()
