@@ -23,6 +23,7 @@ from align.launch import LATE, LOST, LaunchConfig, is_head, symptom
 from align.launcher import outcome
 from align.pipeline import Pipeline
 from align.runner import Listener, Run, run_pipeline
+from align.shared_folder import UNREACHABLE_STORE
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -162,6 +163,11 @@ def test_a_fault_is_told_from_its_consequences(tmp_path: Path) -> None:
     assert "rank 0 of 2 waited 9 seconds for rank 1" in outcome(ranks, 2, {0: 1, 1: -9}, 9)["message"]
     left(ranks, 1, status="refused", message="no rows")
     assert outcome(ranks, 2, {0: 1, 1: 2}, 9)["message"] == "no rows"
+    left(ranks, 1, status="stopped", message="stopped as asked, at step 3 of 9.")
+    found = outcome(ranks, 2, {0: 1, 1: 75}, 9)
+    assert (found["status"], found["message"]) == ("stopped", "stopped as asked, at step 3 of 9.")
+    left(ranks, 1, status=UNREACHABLE_STORE, message="the store could not be reached")
+    assert outcome(ranks, 2, {0: 1, 1: 74}, 9)["status"] == UNREACHABLE_STORE
     left(ranks, 0, status="done", metrics={"a": 1}, peak_memory_bytes=5, versions={"torch": "2"})
     left(ranks, 1, status="done", metrics={"a": 2}, peak_memory_bytes=7, versions={})
     found = outcome(ranks, 2, {}, 9)
