@@ -91,7 +91,7 @@ def interrupted(tmp_path: Path, name: str, first: dict[str, Any], then: dict[str
     last = first.get("processes", 1) - 1
 
     def kill() -> None:
-        end = time.monotonic() + 400
+        end = time.monotonic() + 1500
         where = f"{STAGES[name].get('stage', name)}/*.partial"
         while time.monotonic() < end and not list(store.glob(f"{where}/checkpoints/checkpoint-*/{DONE[name]}")):
             time.sleep(0.02)

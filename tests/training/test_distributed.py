@@ -71,3 +71,16 @@ def test_a_run_that_lost_a_rank_goes_on_in_another_number(
     assert found.losses[-1] == pytest.approx(expected.losses[-1], abs=2 * WITHIN)
     for key, tensor in expected.weights.items():
         assert (tensor - found.weights[key]).abs().max() < 1e-3, key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sft", "ppo"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_bfloat16_and_checkpointed_activations_go_with_it(tmp_path: Path, name: str, strategy: str) -> None:
+    found = {}
+    more = {"trainer": {"gradient_checkpointing": True}} if name == "ppo" else {"gradient_checkpointing": True}
+    for processes in (1, 2):
+        launch = {"processes": processes, "strategy": strategy}
+        finished = run_pipeline(pipeline(name, launch, precision="bfloat16", **more), store=tmp_path / f"{processes}")
+        found[processes] = Made(name, finished.artifacts[name].path, finished.metrics(name))
+    assert found[2].losses == pytest.approx(found[1].losses, abs=0.03)
