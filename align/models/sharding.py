@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from align.errors import UserError
 from align.launch import FsdpConfig, world_size
 
 _SHELLS: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
@@ -39,9 +40,10 @@ def shard(model: nn.Module, options: FsdpConfig, device: torch.device) -> None:
     mesh = init_device_mesh(device.type, (world_size(),))
     offload = CPUOffloadPolicy() if options.offload and device.type == "cuda" else OffloadPolicy()
     names = _layer_classes(model)
-    for module in list(model.modules()):
-        if type(module).__name__ in names and module is not model:
-            fully_shard(module, mesh=mesh, reshard_after_forward=options.reshard_after_forward, offload_policy=offload)
+    layers = [module for module in model.modules() if type(module).__name__ in names and module is not model]
+    give_each_its_own(model, layers)
+    for module in layers:
+        fully_shard(module, mesh=mesh, reshard_after_forward=options.reshard_after_forward, offload_policy=offload)
     fully_shard(model, mesh=mesh, reshard_after_forward=False, offload_policy=offload)
 
 
@@ -51,6 +53,30 @@ def _layer_classes(model: nn.Module) -> set[str]:
     for module in model.modules():
         found |= set(getattr(module, "_no_split_modules", None) or ())
     return found
+
+
+def give_each_its_own(model: nn.Module, layers: list[nn.Module]) -> None:
+    """Frozen parameters of one layer that are another's too (a critic beside its policy, with adapters) become copies.
+
+    A parameter has its parts in one group alone. Raises ``UserError`` for a trained one in two layers.
+    """
+    inside = {id(part) for layer in layers for part in layer.modules()}
+    around = [part for part in model.modules() if id(part) not in inside]
+    taken: set[int] = set()
+    for group in [*(list(layer.modules()) for layer in layers), around]:
+        own: dict[int, nn.Parameter] = {}
+        for part in group:
+            for name, parameter in part._parameters.items():
+                if parameter is None or id(parameter) not in taken:
+                    continue
+                if parameter.requires_grad:
+                    raise UserError(
+                        f"strategy fsdp2: a weight that is trained, {name} of {type(part).__name__}, is part of two "
+                        "layers, which cannot be shared out; take ddp."
+                    )
+                copied = own.setdefault(id(parameter), nn.Parameter(parameter.detach().clone(), requires_grad=False))
+                part._parameters[name] = copied
+        taken |= {id(p) for part in group for p in part._parameters.values() if p is not None}
 
 
 def _shell(model: nn.Module) -> nn.Module:
