@@ -111,14 +111,15 @@ class ShardingTrainer:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if not self._in_parts or checkpoint is None:
+        # With several processes transformers reads onto the device, and no file can be read onto accelerate's "cpu:0".
+        if checkpoint is None or (world_size() == 1 and not self._in_parts):
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
             return
         state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
         if self.is_deepspeed_enabled:
             zero.take_state(self._groups, self.optimizer, state)
         else:
-            self.optimizer.load_state_dict(_parted(state, self.optimizer))
+            self.optimizer.load_state_dict(_parted(state, self.optimizer))  # plain where nothing is in parts
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def _clip_grad_norm(self, model: Any) -> Any:
