@@ -393,3 +393,9 @@ def test_a_real_mount_that_goes_away_in_the_middle_of_a_stage_costs_no_finished_
         run_pipeline(Pipeline(short), store=store)
     away.unlink()
     assert run_pipeline(Pipeline(raw), store=store).ran == []
+
+
+def test_a_process_that_could_not_leave_its_result_says_so_by_its_exit_code(tmp_path: Path) -> None:
+    from align.attempt import _result
+
+    assert [_result(tmp_path, code)["status"] for code in (74, 120, 1, -9)] == ["unreachable"] * 2 + ["failed"] * 2
