@@ -35,8 +35,8 @@ class SlurmConfig(Config):
     """Features that the node must have, as sbatch takes them: ``a100|h100``."""
     time: str | None = Field(None, pattern=r"^(\d+-)?\d{1,2}(:\d{2}){0,2}$")
     """Time limit of a job, days-hours:minutes:seconds; a stage that needs longer goes on in its next job."""
-    nodes: int = Field(1, ge=1)
-    """Nodes of a job."""
+    nodes: int | None = Field(None, ge=1)
+    """Nodes of a job; by default those of ``runtime.launch`` for a stage that trains, else one."""
     cpus: int | None = Field(None, ge=1)
     """Cores of a job on each node."""
     memory_gb: int | None = Field(None, ge=1)
@@ -65,6 +65,19 @@ class SlurmConfig(Config):
         return given
 
 
+class SamplersConfig(Config):
+    """Engines on a Ray cluster that share the prompts of a stage."""
+
+    count: int = Field(0, ge=0)
+    """How many; 0 samples in the stage's own process."""
+    cpus: float = Field(1, ge=0)
+    """Cores of each."""
+    gpus: float = Field(0, ge=0)
+    """GPUs of each."""
+    resources: dict[str, float] = Field({})
+    """Further resources of each, by the names that nodes were started with."""
+
+
 class RayConfig(Config):
     """What a stage's task asks of Ray under ``--on ray`` (docs/cluster.md)."""
 
@@ -80,8 +93,10 @@ class RayConfig(Config):
     """Further resources by the names that nodes were started with: ``{a100: 1}``."""
     retries: int = Field(3, ge=0)
     """How often a stage whose node or worker died is tried again, on another node where there is one."""
+    samplers: SamplersConfig = SamplersConfig()
+    """Engines elsewhere in the cluster that draw the stage's responses, whatever runs the stage itself."""
     wait: float = Field(300, ge=0)
     """Seconds that a stage waits while no node of the cluster could ever hold it; raise it for an autoscaler."""
 
 
-__all__ = ["RayConfig", "SlurmConfig"]
+__all__ = ["RayConfig", "SamplersConfig", "SlurmConfig"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def main(folder: Path, stage: str) -> int:
     with stop.hearing(signal.SIGUSR1, signal.SIGTERM):
         store = Store.open(Path(submission.store))
         try:
-            pipeline = with_threads(submission.pipeline(), cores_of_job())
+            pipeline = with_meeting_place(with_threads(submission.pipeline(), cores_of_job()))
             node = pipeline.nodes[stage]
             stop.patience = SHARE_OF_GRACE * pipeline.runtimes[stage].slurm.grace
             log = store.partial(node.stage.kind, node.key) / LOG
@@ -75,6 +76,19 @@ class _Lines(ConsoleListener):
 
     def stage_cached(self, node: Node, artifact: Artifact) -> None:
         """What the stage reads was told of where it was made."""
+
+
+def with_meeting_place(pipeline: Pipeline) -> Pipeline:
+    """The pipeline with this node, the job's first, as the place where the nodes of a stage meet."""
+    runtimes = pipeline.runtimes.values()
+    if all(one.launch.nowhere_to_meet() is None for one in runtimes):
+        return pipeline
+    # of several jobs on one node each has a port of its own
+    port = 20000 + int("".join(filter(str.isdigit, os.environ.get("SLURM_JOB_ID", "0"))) or 0) % 12000
+    runtime = pipeline.raw.get("runtime", {})
+    launch = {**runtime.get("launch", {}), "rendezvous": f"{socket.gethostname()}:{port}"}
+    raw = {**pipeline.raw, "runtime": {**runtime, "launch": launch}}
+    return Pipeline(raw, pipeline.where, pipeline.base, pipeline.expanded.rounds)
 
 
 def cores_of_job() -> int | None:

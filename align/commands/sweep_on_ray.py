@@ -12,11 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from align import ray_client as client
 from align.commands.sweep import work_here
 from align.commands.sweep_table import say_trial
 from align.elsewhere import with_threads
 from align.errors import StageFailed, UserError
-from align.ray_cluster import client
 from align.stop_request import Stopped, StopRequest
 from align.store import MARKER, SWEEPS, Store
 from align.sweep.config import SweepConfig

@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from align.commands.parsing import print_json
-from align.commands.slurm_job import cores_of_job, queue_again
+from align.commands.slurm_job import SHARE_OF_GRACE, cores_of_job, queue_again
 from align.commands.sweep import work_here
 from align.commands.sweep_table import say_trial
 from align.console import printable
@@ -147,7 +147,7 @@ def main(folder: Path) -> int:
         try:
             config = load_sweep(folder / FILE)
             sweep = Sweep.check(config, about["where"], about["assignments"])
-            stop.patience = 0.75 * sweep.base.config.runtime.slurm.grace
+            stop.patience = SHARE_OF_GRACE * sweep.base.config.runtime.slurm.grace
             sweep = replace(sweep, base=with_threads(sweep.base, cores_of_job()))
             folder = store.root / SWEEPS / config.name
             study = Study.open(folder, config, sweep.space, sweep.objectives, sweep.parts())

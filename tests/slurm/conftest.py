@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -43,6 +44,7 @@ class Slurm:
         process = subprocess.Popen(
             [sys.executable, "-m", "align.cli", *words, "--store", str(self.store)], cwd=self.folder, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=dict(os.environ),
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
         )  # fmt: skip
         if not wait:
             return process
