@@ -9,10 +9,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help quickstart setup browser slurm slurm-stop check test test-slow bench clean
+.PHONY: help quickstart setup browser slurm slurm-stop check test test-slow test-gpu bench clean
 help:
 	@echo "make quickstart  set up, then take a 135M chat model through SFT, RM, DPO and PPO"
 	@echo "make test        set up, then run the tests (make test-slow: those that take minutes, too)"
+	@echo "make test-gpu    what needs one GPU: its tests, then one table of speed and memory (10 minutes)"
 	@echo "make browser     Debian's Chromium and its driver, for the tests that open pages; without it they are skipped"
 	@echo "make slurm       Debian's Slurm, and a cluster of two nodes on this machine, to try \`align run --on slurm\`; make slurm-stop ends it"
 	@echo "make check       ruff, mypy --strict on align/, import-linter"
@@ -63,6 +64,10 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "slow or not slow" --timeout 3600
+
+test-gpu: $(READY)
+	$(BIN)/python -m pytest -m gpu tests/gpu --timeout 900 -rs
+	$(BIN)/python -m benchmarks.gpu
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.rollouts

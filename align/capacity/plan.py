@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from align.capacity.choosing import Option, options, remedies
 from align.capacity.hardware import Hardware
+from align.capacity.strategies import Strategy, of_launch
 from align.errors import UserError
+from align.launch import LaunchConfig
 from align.models.architecture import Architecture, UnknownArchitecture
 from align.models.job import Job
 from align.pipeline import Node, Pipeline
@@ -33,6 +35,10 @@ class StagePlan:
     """Those that fit first, the fastest of them at the head."""
     rows: int | None = None
     """Rows learnt in the whole stage, epochs included; None where its data is not there yet."""
+    used: Hardware | None = None
+    """What of the hardware the stage runs on: all of it, unless ``runtime.launch`` asks for less."""
+    given: Strategy | None = None
+    """The way that ``runtime.launch`` asks for; no other is tried then."""
     unknown: str = ""
     remedies: tuple[str, ...] = ()
 
@@ -81,12 +87,16 @@ def plan_hardware(
     for node in pipeline:
         if not hasattr(node.config, "job"):
             continue
+        runtime = pipeline.runtimes[node.name]
+        used = _narrowed(pipeline, node, hardware)
         try:
             models = models_of(pipeline, node, store, configs)
-            job: Job = node.config.job(models, pipeline.config.runtime)
-            given = _rows_of_data(pipeline, node, store)
-            learnt = job.rows(rows if given is None else given)
-            ways = options(job, hardware, learnt or ROWS_SHOWN, fill)
+            job: Job = node.config.job(models, runtime)
+            counted = _rows_of_data(pipeline, node, store)
+            learnt = job.rows(rows if counted is None else counted)
+            asked = runtime.launch != LaunchConfig()
+            given = of_launch(runtime.launch, used.devices, job.checkpointing) if asked else None
+            ways = options(job, used, learnt or ROWS_SHOWN, fill, given)
         except UnknownArchitecture as error:
             found.append(StagePlan(node.name, node.stage.kind, unknown=str(error)))
             continue
@@ -98,7 +108,9 @@ def plan_hardware(
                 job,
                 tuple(ways),
                 learnt,
-                remedies=tuple(remedies(job, hardware, ways, others)) if ways[0].why_not else (),
+                used,
+                given,
+                remedies=tuple(remedies(job, used, ways, others)) if ways[0].why_not else (),
             )
         )
     return found
@@ -137,6 +149,20 @@ def read_configs(pipeline: Pipeline, given: list[str]) -> dict[str, Architecture
     return found
 
 
+def _narrowed(pipeline: Pipeline, node: Node, hardware: Hardware) -> Hardware:
+    """The devices that the stage's ``launch`` asks for; ``UserError`` where that is more than there are."""
+    launch = pipeline.runtimes[node.name].launch
+    if launch == LaunchConfig():
+        return hardware
+    per_node = hardware.per_node if launch.processes == "auto" else launch.processes
+    if launch.nodes > hardware.nodes or per_node > hardware.per_node:
+        raise UserError(
+            f"{pipeline.where}: stages.{node.name} asks for {launch.nodes} x {per_node} processes (runtime.launch), "
+            f"and --hardware {hardware.label} has {hardware.nodes} x {hardware.per_node} devices. Change one of them."
+        )
+    return replace(hardware, nodes=launch.nodes, per_node=per_node)
+
+
 def _others(pipeline: Pipeline, node: Node, models: dict[str, list[Architecture]]) -> dict[str, Job]:
     """The stage with settings that need less, by what to write on the command line; those it cannot have left out."""
     place, config = f"stages.{node.name}", node.config
@@ -149,7 +175,7 @@ def _others(pipeline: Pipeline, node: Node, models: dict[str, list[Architecture]
     for words, changes in wanted.items():
         try:
             changed: Any = type(config).model_validate(config.model_dump() | changes)
-            found[words] = changed.job(models, pipeline.config.runtime)
+            found[words] = changed.job(models, pipeline.runtimes[node.name])
         except (ValueError, UnknownArchitecture):
             continue
     return found

@@ -1,8 +1,10 @@
 """What one device holds when several share a stage: from one process's memory to a device's. Never imports torch.
 
-Counted by what the engines say they do: DDP keeps buckets as large as the gradients; FSDP2 and ZeRO-3 gather a layer's
-weights while they compute it, and the next one's ahead; DeepSpeed keeps bfloat16 weights and gradients and a float32
-master copy beside AdamW's averages. Reward models and the rollout engine are never shared out.
+Counted by what the engines say they do, with float32 weights and autocast, as ``align.training`` sets them up: DDP has
+buckets as large as the gradients; FSDP2 gathers a layer's weights while it computes it, and the next one's ahead, and
+those around the layers for a whole step; DeepSpeed keeps a master copy beside AdamW's averages, a bucket of gradients,
+and at stage 3 so many gathered weights as its defaults allow. Autocast's bfloat16 copies of gathered weights stay until
+their backward pass. Reward models and the rollout engine are never shared out.
 """
 
 from __future__ import annotations
@@ -11,13 +13,15 @@ from dataclasses import replace
 from typing import Any
 
 from align.capacity.strategies import Strategy
-from align.models.activations import FLOAT, SIZES
+from align.models.activations import FLOAT
 from align.models.architecture import Architecture
 from align.models.job import Job
 from align.models.memory import Memory
 
 BUCKET = 2 * 2**20 * 25
 """Bytes of NCCL's and the engines' own exchange buffers: two buckets of 25 MiB."""
+ZERO_BUCKET, ZERO_LIVE = 5 * 10**8, 10**9
+"""Parameters of DeepSpeed's bucket, and of the weights that stage 3 may keep gathered, by its own defaults."""
 GATHERED_AHEAD = 2
 """Layers whose whole weights are there at a time."""
 
@@ -27,16 +31,11 @@ def shared(memory: Memory, job: Job, strategy: Strategy, devices: int) -> Memory
     if strategy.name in ("single", "ddp"):
         extra = BUCKET + FLOAT * job.trained if devices > 1 else 0  # buckets beside the gradients themselves
         return replace(memory, buffers=extra)
-    low = strategy.name == "deepspeed" and job.precision == "bfloat16"
-    trained, frozen = _split(memory, job)
-    weights, optimizer = memory.weights, memory.optimizer
-    gradients, critic = memory.gradients, memory.critic
-    if low:  # bfloat16 weights and gradients; their float32 masters stand with AdamW's averages
-        weights, gradients = trained // 2 + frozen // 2, gradients // 2
-        optimizer += trained
+    masters = memory.gradients if strategy.name == "deepspeed" else 0  # as many bytes: float32, of what is trained
+    optimizer, critic = memory.optimizer + masters, memory.critic
     parts: dict[str, Any] = {
-        "weights": _part(weights, strategy.shares_weights, devices),
-        "gradients": _part(gradients, strategy.shares_gradients, devices),
+        "weights": _part(memory.weights, strategy.shares_weights, devices),
+        "gradients": _part(memory.gradients, strategy.shares_gradients, devices),
         "optimizer": _part(optimizer, strategy.shares_optimizer, devices),
         "reference": _part(memory.reference, strategy.shares_weights, devices),
         # 16 bytes a parameter of the critic's own: 4 weights, 4 gradients, 8 of AdamW
@@ -46,8 +45,7 @@ def shared(memory: Memory, job: Job, strategy: Strategy, devices: int) -> Memory
     }
     for name in _moved(strategy):
         parts[name] = 0
-    copies = 0 if low or strategy.shares_weights else memory.copies
-    return replace(memory, **parts, copies=copies, buffers=BUCKET * (devices > 1) + _gathered(job, strategy))
+    return replace(memory, **parts, buffers=BUCKET * (devices > 1) + _gathered(job, strategy))
 
 
 def offloaded(memory: Memory, job: Job, strategy: Strategy, devices: int) -> int:
@@ -63,24 +61,19 @@ def largest_unit(model: Architecture) -> int:
 
 
 def _gathered(job: Job, strategy: Strategy) -> int:
-    """Whole weights of a few layers and of the embeddings, and a layer's whole gradients before they are shared out."""
-    if not strategy.shares_weights:
-        return 0
-    size, model = SIZES[job.precision], job.model
+    """Bytes of weights and gradients that are whole for a while."""
+    bucket = FLOAT * min(ZERO_BUCKET, job.trained)
+    if strategy.name == "deepspeed":
+        return bucket + (FLOAT * min(ZERO_LIVE, job.gathered) if strategy.shares_weights else 0)
+    model = job.model
     layer = sum(linear.parameters for linear in model.linears) + model.vectors
-    root = model.embedded + (0 if model.tied else model.head)  # stays gathered from the first layer to the last
+    root = model.embedded + (0 if model.tied else model.head)
     gradients = largest_unit(model) if job.tuning.trains_all else 0
-    return size * (GATHERED_AHEAD * layer + root) + FLOAT * gradients
+    return FLOAT * (GATHERED_AHEAD * layer + root + gradients)
 
 
 def _moved(strategy: Strategy) -> tuple[str, ...]:
     return {"none": (), "optimizer": ("optimizer",), "all": ("weights", "gradients", "optimizer")}[strategy.offload]
-
-
-def _split(memory: Memory, job: Job) -> tuple[int, int]:
-    """Bytes of the weights that are trained, and of those that are not."""
-    trained = min(memory.gradients, memory.weights)
-    return trained, memory.weights - trained
 
 
 def _part(amount: int, is_shared: bool, devices: int) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from align.launch import LaunchConfig
+
 Name = Literal["single", "ddp", "fsdp2", "deepspeed"]
 Offload = Literal["none", "optimizer", "all"]
 
@@ -43,6 +45,19 @@ class Strategy:
     def shares_optimizer(self) -> bool:
         """Whether a device holds a part of AdamW's state only."""
         return self.name in ("fsdp2", "deepspeed")
+
+
+def of_launch(launch: LaunchConfig, devices: int, checkpointing: bool) -> Strategy:
+    """The way that ``runtime.launch`` asks for."""
+    if devices == 1:
+        return Strategy("single", checkpointing=checkpointing)
+    if launch.strategy == "ddp":
+        return Strategy("ddp", checkpointing=checkpointing)
+    if launch.strategy == "fsdp2":
+        return Strategy("fsdp2", 0, checkpointing, "all" if launch.fsdp.offload else "none")
+    zero = launch.deepspeed
+    offload: Offload = "all" if zero.offload_parameters else "optimizer" if zero.offload_optimizer else "none"
+    return Strategy("deepspeed", zero.stage, checkpointing, offload)
 
 
 def candidates(devices: int, checkpointing: bool) -> list[Strategy]:

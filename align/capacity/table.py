@@ -57,6 +57,8 @@ def _stage(plan: StagePlan, hardware: Hardware, fill: float) -> list[str]:
             f"  {rows:,} {job.row}{unknown}, {length}: {_count(best.time.tokens)} tokens learnt{sampled}, "
             f"{best.time.flops:.2g} operations"
         )
+        if plan.given is not None and plan.used is not None:
+            result.append(f"  runtime.launch asks for this way, on {plan.used.devices} of {hardware.devices} devices")
         if best.strategy.checkpointing and not job.checkpointing:
             result.append(f"  checkpointing is a setting of the stage: {job.checkpointing_field}: true")
     return result + [f"  {note}" for note in job.notes]

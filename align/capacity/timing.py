@@ -85,18 +85,18 @@ def exchanged(job: Job, strategy: Strategy, devices: int, steps: int, passes: in
     """Rings: an all-gather or a reduce-scatter sends (N - 1) / N of the whole, an all-reduce twice that."""
     if devices == 1:
         return Traffic(0.0, 0)
-    ring, size = (devices - 1) / devices, SIZES[job.precision]
+    ring = (devices - 1) / devices
     layers = job.model.layers + 1
     if strategy.shares_weights:
-        weights = size * job.gathered  # gathered in the forward pass and again in the backward pass
+        weights = FLOAT * job.gathered  # gathered in the forward pass and again in the backward pass
         sent = passes * ring * (2 * weights + FLOAT * job.trained)
         return Traffic(sent, passes * 3 * layers)
-    gradients = (size if strategy.name == "deepspeed" else FLOAT) * job.trained
+    gradients = FLOAT * job.trained
     if strategy.name == "ddp":
         return Traffic(steps * ring * 2 * gradients, steps * layers)
     # ZeRO-1 and 2: gradients go to their owners, updated weights come back
     reduced = passes if strategy.zero_stage == 2 else steps
-    return Traffic(ring * (reduced * gradients + steps * size * job.trained), (reduced + steps) * layers)
+    return Traffic(ring * (reduced + steps) * gradients, (reduced + steps) * layers)
 
 
 def _seconds(traffic: Traffic, hardware: Hardware) -> float:

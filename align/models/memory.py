@@ -152,12 +152,13 @@ def ppo_memory(
         raise ValueError("critic is reward, but there is no reward model")
     beside = {"reward": rewards[0] if rewards else None, "policy": policy, "head": None}[critic]
     own = policy.hidden + 1  # the value head and its bias
-    copies = [(0 if quantised else policy.matrices) + policy.head]
+    kept = 1 if not checkpointing else policy.layers  # of the layers' copies, a layer's where its pass is made again
+    copies = [(0 if quantised else policy.matrices // kept) + policy.head]
     per_token = [activations_per_token(policy, tuning, precision, checkpointing=checkpointing)]
     if beside is not None:
         own = beside.hidden + 1 + (beside.trunk if full else beside.adapters(tuning, "trunk"))
         mine = full or (critic == "policy" and not quantised)  # a frozen reward model is in bfloat16
-        copies.append(beside.matrices if mine else 0)
+        copies.append(beside.matrices // kept if mine else 0)
         per_token.append(activations_per_token(beside, tuning, precision, checkpointing=checkpointing))
     together = max if apart else sum
     known = [amount for amount in per_token if amount is not None]

@@ -29,6 +29,17 @@ def autocast(device: Any, precision: Precision) -> Any:
     return torch.autocast(kind, dtype=torch.bfloat16, enabled=precision == "bfloat16")
 
 
+def forget_copies(accelerator: Any) -> None:
+    """Have autocast make its copies of trained matrices anew at each use, rather than keep them all to a pass's end.
+
+    For models whose activations are checkpointed: each matrix is then used once in a pass, and the copies, 2 bytes a
+    weight, would be most of what is there. No number changes.
+    """
+    from accelerate.utils import AutocastKwargs
+
+    accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
+
+
 def low_residual(model: Any) -> None:
     """Under autocast, have embeddings and norms of ``model`` hand on its type, so that no float32 flows between layers.
 

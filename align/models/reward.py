@@ -40,6 +40,9 @@ class RewardModel:
         """Keep the trunk in bfloat16, where that is what it computes in: half the memory; scores move by rounding."""
         if self.precision == "bfloat16":
             round_frozen(getattr(self.model, self.model.base_model_prefix))
+            # The head is part of the mapped file still, which would stay in memory whole for its sake.
+            for parameter in self.model.parameters():
+                parameter.data = parameter.data.clone()
 
     @property
     def steps(self) -> Steps | None:

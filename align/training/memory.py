@@ -87,10 +87,10 @@ def training_memory(config: TrainingFields, models: Models, tuning: TuningBase, 
 
 
 def _copies(model: Architecture, tuning: TuningBase, checkpointing: bool) -> int:
-    """Bytes of float32 matrices in bfloat16; of frozen ones only a layer's where its pass is made again."""
+    """Bytes of float32 matrices in bfloat16; a layer's where its pass is made again."""
     if tuning.method == "qlora":
         return 0
-    return 2 * model.matrices // (model.layers if checkpointing and not tuning.trains_all else 1)
+    return 2 * model.matrices // (model.layers if checkpointing else 1)
 
 
 def rows_to_tokens(config: TrainingFields, rows: int) -> int:

@@ -14,6 +14,7 @@ import torch
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from align.launch import LaunchConfig, world_size
+from align.models.precision import forget_copies
 from align.models.sharding import forget_gathered, full, is_sharded, part, shard, whole
 
 
@@ -29,6 +30,8 @@ class ShardingTrainer:
 
     def share_out(self) -> None:
         """Shard the model where that is the strategy; before an optimizer is made."""
+        if self.args.gradient_checkpointing:
+            forget_copies(self.accelerator)
         launch: LaunchConfig | None = getattr(self.args, "launch", None)
         if launch is None or launch.strategy != "fsdp2" or world_size() == 1:
             return

@@ -137,6 +137,24 @@ def test_the_table_says_it_in_words(plan: Any) -> None:
     assert out.count("  *  ") == 4
 
 
+def test_what_runtime_launch_asks_for_is_what_is_planned(plan: Any) -> None:
+    launch = ["--set", "runtime.launch={processes: 4, strategy: fsdp2}", "--hardware", "8xh200"]
+    code, out, _ = plan(MISTRAL, *launch, "--json")
+    for stage in stages(out).values():
+        assert [one["strategy"] for one in stage["options"]] == ["fsdp2"]
+    sft = stages(out)["sft"]["options"][0]
+    assert sft["parts"]["optimizer"] == pytest.approx(8 * 7_241_732_096 / 4)
+    text = plan(MISTRAL, *launch)[1]
+    assert code == 0 and text.count("runtime.launch asks for this way, on 4 of 8 devices") == 4
+    own = ["--set", "runtime.stages={sft: {launch: {processes: 8}}}"]
+    assert stages(plan(MISTRAL, *launch, *own, "--json")[1])["sft"]["options"][0]["strategy"] == "fsdp2"
+
+
+def test_more_processes_than_devices_are_refused(plan: Any) -> None:
+    code, _, err = plan(MISTRAL, "--hardware", "2xh100", "--set", "runtime.launch.processes=8")
+    assert code == 2 and "asks for 1 x 8 processes (runtime.launch), and --hardware 2xh100 has 1 x 2 devices" in err
+
+
 def test_a_batch_that_cannot_be_shared_gets_its_own_remedy(plan: Any) -> None:
     code, _, err = plan(MISTRAL, "--hardware", "8xh100", "--set", "stages.sft.batch_size=4")
     assert code == 2 and "What does: 8 rows a step, which divide among 8 devices" in err

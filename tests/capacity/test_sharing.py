@@ -39,17 +39,18 @@ def test_one_device_holds_everything_and_ddp_buckets_as_well() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "weights", "gradients", "optimizer"), [(1, 568, 568, 284), (2, 568, 142, 284), (3, 142, 142, 284)]
+    ("stage", "weights", "gradients", "optimizer"), [(1, 568, 568, 426), (2, 568, 142, 426), (3, 142, 142, 426)]
 )
 def test_zero_shares_out_one_thing_after_another(stage: int, weights: int, gradients: int, optimizer: int) -> None:
     found = of(Strategy("deepspeed", stage), 4)
     assert (found.weights, found.gradients, found.optimizer) == (weights, gradients, optimizer)
 
 
-def test_deepspeed_in_bfloat16_has_float32_masters_with_the_optimizer() -> None:
+def test_deepspeed_has_masters_with_the_optimizer_and_a_bucket() -> None:
     found = of(ZERO2, 4, "bfloat16")
-    assert (found.weights, found.gradients, found.copies) == (284, 71, 0)
-    assert found.optimizer == (1136 + 568) // 4
+    assert (found.weights, found.gradients, found.copies) == (568, 142, 2 * 50)
+    assert (found.optimizer, found.buffers) == ((1136 + 568) // 4, BUCKET + 568)
+    assert of(Strategy("deepspeed", 3), 4).buffers == BUCKET + 568 + 568  # all that it gathers is below its limit
 
 
 def test_sharded_weights_are_gathered_layer_by_layer() -> None:
@@ -66,7 +67,7 @@ def test_what_is_offloaded_waits_in_the_machine_s_memory() -> None:
     made = job()
     away = Strategy("deepspeed", 2, offload="optimizer")
     assert of(away, 4).optimizer == 0
-    assert offloaded(made.memory(Setting(1)), made, away, 4) == 284
+    assert offloaded(made.memory(Setting(1)), made, away, 4) == 426
     everything = Strategy("fsdp2", offload="all")
     assert (of(everything, 4).weights, of(everything, 4).gradients) == (0, 0)
     assert offloaded(made.memory(Setting(1)), made, everything, 4) == 142 + 142 + 284

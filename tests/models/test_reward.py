@@ -47,6 +47,15 @@ def test_rounded_weights_score_as_autocast_does(tiny_reward: Path) -> None:
     assert scorer.score(PROMPTS, ANSWERS) == pytest.approx(before, abs=0.02)
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="maps of a process are Linux's")
+def test_rounded_weights_leave_nothing_of_the_file_in_memory(tiny_reward: Path) -> None:
+    maps, file = Path("/proc/self/maps"), str((tiny_reward / "model.safetensors").resolve())
+    scorer = RewardModel(tiny_reward, precision="bfloat16")
+    assert file in maps.read_text()
+    scorer.round_weights()
+    assert file not in maps.read_text()
+
+
 def test_unfinished_answers_are_read_without_the_end(tiny_reward: Path) -> None:
     scorer = RewardModel(tiny_reward, precision="float32")
     whole, cut = scorer.score(PROMPTS[:1] * 2, ["Yes", "Yes"], [True, False])

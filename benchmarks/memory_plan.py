@@ -1,0 +1,134 @@
+"""Peak memory of real stages on a CPU against what ``align plan`` counts for them; exit code 1 beyond 15 %.
+
+    python -m benchmarks.memory_plan [--only ppo] [--json FILE]
+
+Each configuration runs in a process of its own (``benchmarks.memory_run``): the whole stage, from loading to saving, on
+rows as long as they may be. What is compared is its peak beyond a baseline, which is the same process after the same
+stage on a model of under a megabyte. The largest takes 4 GiB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from align.models.architecture import Architecture, architecture_of
+from align.models.job import Setting
+from align.models.known import EMBEDDED_SIZES, TINY_SIZES
+from align.runtime import Runtime
+from align.stage_process import ENVIRONMENT
+from benchmarks.memory_run import RUNTIME, WIDE
+from benchmarks.stage_work import FIELD, config_of
+
+TOLERANCE = 0.15
+MIB = 2**20
+LORA, FULL = {"method": "lora"}, {"method": "full"}
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One stage; ``length`` is of rows, of PPO's prompts."""
+
+    stage: str
+    model: str
+    length: int
+    fields: dict[str, Any]
+    rows: int = 4
+
+    @property
+    def label(self) -> str:
+        """``sft lora 128 x 2``."""
+        size = f"{self.length} x {self.fields['micro_batch_size']}"
+        if self.stage == "ppo":
+            size = f"{self.length} + {self.fields['max_tokens']} x {self.fields['micro_batch_size']}"
+        return f"{self.stage:<6} {self.fields['tuning']['method']:<4} {self.model:<8} {size}"
+
+
+def _trl(stage: str, tuning: dict[str, str], length: int, micro: int) -> Configuration:
+    fields = {"tuning": tuning, "batch_size": 2 * micro, "micro_batch_size": micro, "max_length": length}
+    return Configuration(stage, "embedded", length, fields | {"eval_rows": 4}, 4 * micro)
+
+
+def _ppo(model: str, tuning: dict[str, str], prompt: int, response: int, micro: int) -> Configuration:
+    fields = {"tuning": tuning, "updates": 2, "rollout_batch": 8, "samples_per_prompt": 4, "micro_batch_size": micro}
+    return Configuration("ppo", model, prompt, fields | {"max_prompt_tokens": prompt, "max_tokens": response})
+
+
+CONFIGURATIONS = (
+    _trl("sft", LORA, 128, 2), _trl("sft", LORA, 512, 1), _trl("sft", FULL, 128, 2), _trl("sft", FULL, 384, 1),
+    _trl("reward", LORA, 128, 2), _trl("reward", LORA, 512, 1), _trl("reward", FULL, 128, 1),
+    _trl("dpo", LORA, 128, 1), _trl("dpo", LORA, 256, 1), _trl("dpo", FULL, 64, 1), _trl("dpo", FULL, 192, 1),
+    _ppo("embedded", LORA, 64, 32, 4), _ppo("embedded", LORA, 256, 64, 8), _ppo("wide", FULL, 128, 64, 4),
+    _ppo("wide", FULL, 384, 128, 8),
+)  # fmt: skip
+
+
+def counted(wanted: Configuration) -> dict[str, int]:
+    """Bytes by part that the plan counts for a process, when it is fullest."""
+    model = _architecture(wanted.model)
+    models = {FIELD[wanted.stage]: [model]} | ({"reward": [model]} if wanted.stage == "ppo" else {})
+    job = config_of(wanted.stage, wanted.fields).job(models, Runtime.model_validate(RUNTIME))
+    memory = job.memory(Setting(job.micro_batch, accumulated=job.batch > job.micro_batch))
+    parts: dict[str, int] = memory.fullest(job.tokens(job.micro_batch))
+    return parts
+
+
+def _architecture(name: str) -> Architecture:
+    if name == "embedded":
+        return architecture_of(EMBEDDED_SIZES)
+    hidden = WIDE["hidden_size"]
+    sizes = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": WIDE["layers"]}
+    return architecture_of({**TINY_SIZES, **sizes, "num_attention_heads": hidden // 32})
+
+
+def measured(wanted: Configuration) -> dict[str, int]:
+    """Baseline and peak beyond it, in bytes; ``RuntimeError`` with the end of its output if the process fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "benchmarks.memory_run", folder, json.dumps(vars(wanted))]
+        environment = {**ENVIRONMENT, "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", **os.environ}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{wanted.label}: {done.stderr[-2000:]}")
+    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def compare(wanted: Configuration) -> dict[str, Any]:
+    """What was counted and measured, and the count's error as a share of the measurement."""
+    parts, found = counted(wanted), measured(wanted)
+    total = sum(parts.values())
+    return {"label": wanted.label, "counted": total, **found, "error": total / found["peak"] - 1, "parts": parts}
+
+
+def main() -> int:
+    """Run them one after another, print a table, and say whether all are within the tolerance."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="run those whose line contains this")
+    parser.add_argument("--json", type=Path, help="write all numbers to this file")
+    options = parser.parse_args()
+    chosen = [one for one in CONFIGURATIONS if options.only in one.label]
+    print("stage  tuning model   tokens x rows       counted  measured, MiB    off")
+    results = []
+    for one in chosen:
+        found = compare(one)
+        results.append(found)
+        print(
+            f"{one.label:<40} {found['counted'] / MIB:8,.0f} {found['peak'] / MIB:9,.0f} {found['error']:+13.1%}",
+            flush=True,
+        )
+    if options.json is not None:
+        options.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    beyond = [found["label"] for found in results if abs(found["error"]) > TOLERANCE]
+    print(f"{len(results) - len(beyond)} of {len(results)} within {TOLERANCE:.0%}")
+    return 1 if beyond else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""Work for stages that are measured: rows as long as asked for, inputs, and one run of a real stage on them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from align.artifacts import Artifact, Kind
+from align.runtime import Runtime
+from align.stage import StageContext, find_stage
+
+WORDS = ("red", "green", "blue", "house", "water", "paper", "music", "river", "stone", "light", "garden", "winter")
+FIELD = {"sft": "model", "reward": "model", "dpo": "policy", "ppo": "policy"}
+"""Stages that can be measured, and what each calls the model it trains."""
+
+
+def config_of(kind: str, fields: Mapping[str, Any]) -> Any:
+    """The stage's config, with names for what it reads."""
+    named: dict[str, Any] = {FIELD[kind]: "m", "learning_rate": 1e-5, **fields}
+    named |= {"prompts": "d", "reward": "r", "reward_floor": None} if kind == "ppo" else {"data": "d"}
+    return find_stage(kind).config_class().model_validate(named)
+
+
+def run_stage(
+    root: Path, kind: str, fields: Mapping[str, Any], model: Path, length: int, rows: int, runtime: Runtime
+) -> dict[str, Any]:
+    """Run a stage below ``root`` on ``model`` and on ``rows`` rows of ``length`` tokens; returns its metrics."""
+    from align.models.loading import load_tokenizer
+
+    inputs: dict[str, Any] = {FIELD[kind]: _holder(root / "source", model)}
+    data = _data(root / "data", load_tokenizer(model), kind, length, rows)
+    if kind == "ppo":
+        inputs |= {"prompts": data, "reward": _reward(root, model), "ptx": None}
+    else:
+        inputs |= {"data": data, "replay": None, "reference": None}
+    for folder in ("output", "checkpoints"):
+        (root / folder).mkdir(parents=True)
+    config = config_of(kind, fields)
+    context = StageContext(kind, config, inputs, 17, runtime, root / "output", root / "checkpoints", root / "events")
+    return find_stage(kind).runner()(context)
+
+
+def _holder(root: Path, model: Path) -> Artifact:
+    root.mkdir(parents=True)
+    (root / "model").symlink_to(model)
+    return Artifact("m", Kind.MODEL, root, {"key": "0"})
+
+
+def _reward(root: Path, model: Path) -> Artifact:
+    from align.models.loading import load_tokenizer, new_reward
+
+    folder = root / "reward" / "model"
+    new_reward(model).save_pretrained(folder)
+    load_tokenizer(model).save_pretrained(folder)
+    return Artifact("r", Kind.REWARD, root / "reward", {"key": "1"})
+
+
+def _data(root: Path, tokenizer: Any, kind: str, length: int, count: int) -> Artifact:
+    from align.data.rows import assistant, user, write_rows
+
+    def row(number: int) -> dict[str, Any]:
+        if kind == "ppo":
+            return {"prompt": _filled(tokenizer, length, number, prompt=True)}
+        answer = _filled(tokenizer, length, number, prompt=False)
+        other = [assistant(_text(number + 5, len(answer[0]["content"].split())))]
+        return {"prompt": [user(f"{number}")], "completion": answer, "chosen": answer, "rejected": other}
+
+    root.mkdir(parents=True)
+    for split, start in (("train", 0), ("test", count)):
+        rows = [
+            {"id": f"{start + at}", "source": "made", "checks": "", **row(start + at)}
+            for at in range(count if split == "train" else 4)
+        ]
+        write_rows(root / f"{split}.parquet", rows)
+    return Artifact("d", Kind.PROMPTS if kind == "ppo" else Kind.PREFERENCES, root, {"key": "2"})
+
+
+def _text(number: int, words: int) -> str:
+    return " ".join(WORDS[(number * 7 + at * (1 + number % 5)) % len(WORDS)] for at in range(words))
+
+
+def _filled(tokenizer: Any, length: int, number: int, prompt: bool) -> list[dict[str, Any]]:
+    """One turn that makes a row of ``length`` tokens, or of few less: a prompt, or the answer to a short one."""
+    from align.data.rows import assistant, user
+
+    for words in range(length, 0, -1):
+        text = _text(number, words)
+        turns = [user(text)] if prompt else [user(f"{number}"), assistant(text)]
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=prompt, return_dict=False)
+        if len(ids) <= length:
+            return turns[-1:]
+    raise ValueError(f"no row fits into {length} tokens")

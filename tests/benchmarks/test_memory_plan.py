@@ -1,0 +1,25 @@
+"""The count of memory against real stages: a few cheap configurations here, all of them in the benchmark."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.memory_plan import CONFIGURATIONS, TOLERANCE, Configuration, compare, counted
+
+
+def test_there_are_enough_configurations_of_every_kind() -> None:
+    assert len(CONFIGURATIONS) >= 12
+    kinds = {(one.stage, one.fields["tuning"]["method"]) for one in CONFIGURATIONS}
+    assert kinds == {(stage, method) for stage in ("sft", "reward", "dpo", "ppo") for method in ("lora", "full")}
+    assert len({one.length for one in CONFIGURATIONS}) >= 5
+    assert all(sum(counted(one).values()) < 4 * 2**30 for one in CONFIGURATIONS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo"])
+def test_a_real_stage_holds_what_was_counted(stage: str) -> None:
+    wanted: Configuration = next(
+        one for one in CONFIGURATIONS if one.stage == stage and one.fields["tuning"]["method"] == "lora"
+    )
+    found = compare(wanted)
+    assert abs(found["error"]) <= TOLERANCE, found
