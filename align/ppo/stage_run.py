@@ -53,6 +53,7 @@ PASSED_ON = (
     *("critic_warmup_updates", "weight_decay", "max_grad_norm"),
     *("kl_coef", "kl_in", "kl_estimator", "kl_budget", "kl_controller", "kl_target", "kl_horizon", "gamma", "lam"),
     *("truncation", "truncated", "length_penalty", "normalise_scores", "importance_sequence_cap", "probe_updates"),
+    "max_staleness",
     *("missing_eos_penalty", "score_clip", "whiten_rewards", "whiten_advantages", "clip_range", "dual_clip"),
     *("value_clip_range", "vf_coef", "entropy_coef", "loss_aggregation", "importance_cap", "save_updates"),
     *("critic_detach", "ptx_coef", "ptx_rows", "eval_updates", "keep", "keep_kl", "on_alarm", "completions"),
@@ -105,6 +106,7 @@ def run_online(context: StageContext, make: Callable[[Start], OnlineTrainer]) ->
         seed=context.seed % 2**32,
         warn=context.warn,
         on_hang=context.fail_at_once,
+        together=True,
     )
     try:
         options = {
