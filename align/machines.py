@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from align.stage import Config
 
@@ -20,6 +20,23 @@ OURS = {
     "constraint": "constraint",
 }  # fmt: skip
 """Options of sbatch that are set here, and what sets them."""
+
+
+SLACK = 60
+"""Seconds that Slurm may send a signal early."""
+
+
+def seconds_of(time: str) -> int:
+    """Slurm's spelling of a time: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash:
+        hours, minutes, seconds = [*parts, 0, 0][:3]
+    elif len(parts) == 3:
+        hours, minutes, seconds = parts
+    else:
+        hours, (minutes, seconds) = 0, [*parts, 0][:2]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 class SlurmConfig(Config):
@@ -53,6 +70,16 @@ class SlurmConfig(Config):
     """Whether a job that was preempted, or reached its time limit, is queued again to go on from its checkpoint."""
     shared_store: bool = False
     """Says that all nodes see the store under its path, where that cannot be told from its file system."""
+
+    @model_validator(mode="after")
+    def _time_to_begin(self) -> SlurmConfig:
+        seconds = None if self.time is None else seconds_of(self.time)
+        if seconds is not None and seconds < self.grace + 2 * SLACK:
+            raise ValueError(
+                f"time {self.time} leaves a stage no time before it is asked to stop: Slurm may do so {SLACK} seconds "
+                f"earlier than grace says ({self.grace} s). Take {self.grace + 2 * SLACK} seconds or more, or less grace."
+            )
+        return self
 
     @field_validator("sbatch")
     @classmethod

@@ -50,7 +50,10 @@ def main(folder: Path, stage: str) -> int:
             log = store.partial(node.stage.kind, node.key) / LOG
             _run(submission, pipeline, node, store, stop)
         except (UserError, StageFailed) as error:
-            return _fail(submission, stage, error, turn, log)
+            if not stop.asked:
+                return _fail(submission, stage, error, turn, log)
+            # Slurm's SIGTERM goes to every process of a job: the stage's own may end by it before it can save
+            return _stop(submission, stage, Stopped(f"ended while it was asked to stop ({error})."), turn, store)
         except Stopped as stopped:
             return _stop(submission, stage, stopped, turn, store)
     submission.say(stage, Said("done", "", turn))
@@ -128,7 +131,11 @@ def queue_again(submission: Submission, name: str, message: str, turn: int, want
     """Queue this job again, unless it was called off or that is not ``wanted``; the exit code of a stop."""
     job = os.environ.get("SLURM_JOB_ID", "")
     submission.say(name, Said("stopped", message, turn))
-    if not wanted or submission.is_called_off or commands.state_of(job) in ENDING:
+    state = commands.state_of(job)
+    if state in commands.WAITING:  # Slurm itself has queued it again, as where its node failed
+        print(message, file=sys.stderr)
+        return Stopped.exit_code
+    if not wanted or submission.is_called_off or state in ENDING:
         print(f"{message} Not queued again.", file=sys.stderr)
         return Stopped.exit_code
     print(f"{message} Its job is queued again.", file=sys.stderr, flush=True)

@@ -15,7 +15,7 @@ import yaml
 from align.commands.parsing import print_json
 from align.commands.slurm_job import SHARE_OF_GRACE, cores_of_job, queue_again
 from align.commands.sweep import work_here
-from align.commands.sweep_table import say_trial
+from align.commands.sweep_table import say_changes
 from align.console import printable
 from align.elsewhere import with_threads
 from align.errors import StageFailed, UserError
@@ -108,11 +108,7 @@ def _follow(sweep: Sweep, study: Study, submission: Submission, quiet: bool) -> 
             known = None
             if time.monotonic() - answered > SILENT_SECONDS:
                 raise StageFailed(f"Slurm has not answered for {SILENT_SECONDS / 60:.0f} min ({error}).") from None
-        for trial in study.tried():
-            before = states.get(trial.number)
-            if trial.state != before and not quiet:
-                say_trial(sweep, study, trial, "starts" if trial.state == "unfinished" else trial.state)
-            states[trial.number] = trial.state
+        say_changes(sweep, study, states, quiet)
         is_over = known is None or not known.is_live
         if is_over and time.monotonic() - answered < SlurmQueue.every:
             said = [submission.said(f"worker-{at}") for at in range(int((submission.sweep or {})["workers"]))]

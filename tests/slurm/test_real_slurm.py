@@ -156,8 +156,8 @@ def test_a_preempted_job_saves_and_goes_on_when_there_is_room_again(cluster: Clu
 
 
 def test_a_job_at_its_time_limit_goes_on_in_another_turn(cluster: Cluster) -> None:
-    runtime = {"slurm": {**SMALL["slurm"], "time": "00:01:00", "grace": 30}}
-    raw = toy.pipeline(one={"steps": 100, "pause": 0.8, "stops": True}) | {"runtime": runtime}
+    runtime = {"slurm": {**SMALL["slurm"], "time": "00:03:00", "grace": 30}}
+    raw = toy.pipeline(one={"steps": 200, "pause": 1.0, "stops": True}) | {"runtime": runtime}
     raw["stages"] = {"one": raw["stages"]["one"]}
     code, said = cluster.align("run", cluster.write(raw), "--on", "slurm")
     assert code == 0, said
