@@ -94,9 +94,7 @@ def _open_shards(
             "Leave it out for this stage: `runtime: {stages: {NAME: {ray: {samplers: {count: 0}}}}}`."
         )
     if runtime.rollouts.pooled:
-        raise UserError(
-            "runtime.rollouts names servers and runtime.ray.samplers engines on Ray: leave one of them out."
-        )
+        raise UserError("runtime.rollouts names servers, runtime.ray.samplers engines on Ray: leave one out.")
     return RayEngine(model_dir, runtime, precision, max_length, seed, warn)
 
 
