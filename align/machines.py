@@ -77,7 +77,7 @@ class SlurmConfig(Config):
         if seconds is not None and seconds < self.grace + 2 * SLACK:
             raise ValueError(
                 f"time {self.time} leaves a stage no time before it is asked to stop: Slurm may do so {SLACK} seconds "
-                f"earlier than grace says ({self.grace} s). Take {self.grace + 2 * SLACK} seconds or more, or less grace."
+                f"earlier than grace says ({self.grace} s). Take {self.grace + 2 * SLACK} seconds, or less grace."
             )
         return self
 
