@@ -122,7 +122,8 @@ def _import_error(module: str) -> str | None:
 
 
 def _machine(store: str | None) -> list[Finding]:
-    folder = Path(store or os.environ.get("ALIGN_STORE") or "store").absolute()
+    named = [word for word in (store, os.environ.get("ALIGN_STORE")) if word and "://" not in word]
+    folder = Path([*named, "store"][0]).absolute()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free / 2**30

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from align.bucket import check_address
 from align.handover.faults import REMEDIES
 from align.launch import LaunchConfig
 from align.machines import RayConfig, SlurmConfig
@@ -90,10 +91,17 @@ class StoreConfig(Config):
 
     folder: str | None = None
     """Folder of the artifacts; ``--store`` and ``$ALIGN_STORE`` come first, ``./store`` last."""
+    remote: str | None = None
+    """Bucket that finished stages are fetched from and put into, s3://bucket/prefix; ``--store`` takes it, too."""
     lease: float = Field(120.0, ge=1)
     """Seconds of silence after which a machine that holds a stage's lock counts as dead, and another takes over."""
     patience: float = Field(300.0, ge=0)
-    """Seconds that a folder which does not answer (a file server that restarts) is tried before the run ends."""
+    """Seconds that a folder or a bucket which does not answer is tried before the run ends or goes on without."""
+
+    @field_validator("remote")
+    @classmethod
+    def _an_address(cls, given: str | None) -> str | None:
+        return given if given is None else check_address(given)
 
 
 class HandoverConfig(Config):
@@ -134,7 +142,7 @@ class Runtime(Config):
     """Where and how a pipeline runs. Never part of a key: the same results are found whatever it says."""
 
     store: StoreConfig = StoreConfig()
-    """Where the artifacts are; ``store: FOLDER`` is short for its folder."""
+    """Where the artifacts are; ``store: FOLDER`` is short for its folder, ``store: s3://…`` for its remote."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto`` takes CUDA where torch has it."""
     threads: int | None = Field(None, ge=1)
@@ -184,7 +192,7 @@ class Runtime(Config):
     @field_validator("store", mode="before")
     @classmethod
     def _folder_alone(cls, given: Any) -> Any:
-        return {"folder": given} if isinstance(given, str) else given
+        return {"remote" if "://" in given else "folder": given} if isinstance(given, str) else given
 
     @field_validator("launch")
     @classmethod
