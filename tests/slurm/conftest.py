@@ -19,6 +19,7 @@ import yaml
 
 from align import following
 from align.slurm.queue import SlurmQueue
+from tests import toy
 
 HERE = Path(__file__).resolve().parent
 COMMANDS = ("sbatch", "squeue", "scancel", "scontrol", "sinfo")
@@ -67,10 +68,8 @@ class Slurm:
             time.sleep(0.05)
         return found
 
-    def checkpoints(self, folder: str = "number") -> int:
-        return max(
-            (len(list(path.glob("checkpoints/step-*"))) for path in self.store.glob(f"{folder}/*.partial")), default=0
-        )
+    def checkpoints(self) -> int:
+        return toy.steps_kept(self.store, "one")
 
 
 @pytest.fixture

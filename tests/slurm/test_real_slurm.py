@@ -55,8 +55,7 @@ class Cluster:
         return found
 
     def checkpoints(self) -> int:
-        folders = self.store.glob("number/*.partial")
-        return max((len(list(path.glob("checkpoints/step-*"))) for path in folders), default=0)
+        return toy.steps_kept(self.store, "one")
 
     def state(self, job: int) -> str:
         return self.ask("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").splitlines()[0]
