@@ -29,12 +29,13 @@ from align.ppo.experience import RolloutTrainer
 from align.ppo.kl import make_controller
 from align.ppo.model import PolicyAndReference
 from align.ppo.normalise import RunningScale
-from align.ppo.optimizer import clip_by_part, make_optimizer
+from align.ppo.optimizer import PARTS, clip_by_part, make_optimizer
 from align.ppo.packing import Form
 from align.ppo.prompts import Prompts
 from align.ppo.ptx import make_ptx
 from align.ppo.rollout import AnyScorer, Rollout, rollout_of, turn_of
 from align.ppo.validation import make_validation
+from align.training.zero import clip_part
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class OnlineTrainer(RolloutTrainer):
             if both.reference is not None:
                 round_frozen(both.reference)
         super().__init__(model=both, args=args, processing_class=processing_class, callbacks=callbacks)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_fsdp_enabled or (self.is_deepspeed_enabled and not hasattr(args, "launch")):
             raise UserError(
                 f"{self.method}: accelerate's FSDP and DeepSpeed plugins are not supported here. Run it as a stage "
                 "with `runtime: {launch: {strategy: fsdp2}}`, or by DDP."
@@ -86,6 +87,7 @@ class OnlineTrainer(RolloutTrainer):
         self.stopped: str | None = None
         """Why the run ended before its last update, if it did."""
         self._probed = False
+        self._norms: dict[str, torch.Tensor] = {}
         self._loss_kl_coef = 0.0
 
         self.ahead = RolloutsAhead(engine, self.own_turn, args.max_staleness, args.updates)
@@ -113,13 +115,26 @@ class OnlineTrainer(RolloutTrainer):
 
     def _clip_grad_norm(self, model: Any) -> torch.Tensor:
         """Clip policy and critic separately: a critic far off must not shrink the policy's step."""
-        norms = clip_by_part(self.accelerator.unwrap_model(model), self.args.max_grad_norm)
+        if self.is_deepspeed_enabled:
+            norms = self._norms  # clipped already, and the step is made
+        else:
+            norms = clip_by_part(self.accelerator.unwrap_model(model), self.args.max_grad_norm)
         norms = {name: full(norm) for name, norm in norms.items()}
         for name, norm in norms.items():
             self._require_finite(f"gradient of the {name}", norm)
             self._averages.add(f"grad_norm_{name}", norm)
         total: torch.Tensor = torch.stack(list(norms.values())).norm()
         return total
+
+    clips_itself = True
+
+    def clip_in_parts(self) -> None:
+        """As ``_clip_grad_norm``, where DeepSpeed holds the gradients."""
+        trained = {part: getattr(self.model, part, None) for part in PARTS}
+        self._norms = {
+            part: clip_part([p for p in model.parameters() if p.requires_grad], self.args.max_grad_norm)
+            for part, model in trained.items() if model is not None
+        }  # fmt: skip
 
     def _require_finite(self, what: str, value: torch.Tensor) -> None:
         if not bool(torch.isfinite(value)):

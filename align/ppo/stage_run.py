@@ -35,6 +35,7 @@ from align.ppo.trainer import PPOTrainer
 from align.rollouts.engine import open_engine
 from align.rollouts.server_client import EngineLost
 from align.stage import StageContext
+from align.training.arguments import parallel_options
 from align.training.handover import check_model, check_same_vocabulary
 from align.training.stop_request import StopWhenAsked
 from align.training.tracking import follow, tracking_options
@@ -266,7 +267,8 @@ def arguments(context: StageContext, made: type[Arguments], passed_on: Iterable[
         "save_total_limit": 2,
         "disable_tqdm": True,
         **tracking_options(context),
+        **parallel_options(context, on_gpu),
     }
     arguments = made(**(options | config.trainer))
-    arguments.launch = context.runtime.launch  # type: ignore[attr-defined]
+    arguments.launch, arguments.precision = context.runtime.launch, config.precision  # type: ignore[attr-defined]
     return arguments
