@@ -53,7 +53,13 @@ def main(folder: Path, stage: str) -> int:
             if not stop.asked:
                 return _fail(submission, stage, error, turn, log)
             # Slurm's SIGTERM goes to every process of a job: the stage's own may end by it before it can save
-            return _stop(submission, stage, Stopped(f"ended while it was asked to stop ({error})."), turn, store)
+            return _stop(
+                submission,
+                stage,
+                Stopped(f"ended while it was asked to stop: {error}".partition("\nLog: ")[0]),
+                turn,
+                store,
+            )
         except Stopped as stopped:
             return _stop(submission, stage, stopped, turn, store)
     submission.say(stage, Said("done", "", turn))
