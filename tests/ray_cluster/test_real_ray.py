@@ -157,7 +157,7 @@ def sampled(runs: Runs, name: str, samplers: int, kill: bool = False) -> list[st
         victims: list[int] = []
 
         def find() -> bool:
-            lines = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout.splitlines()
+            lines = subprocess.run(["ps", "-ww", "-eo", "pid,args"], capture_output=True, text=True).stdout.splitlines()
             victims[:] = [int(line.split()[0]) for line in lines if "ray::Shard.generate" in line]
             return bool(victims) or process.poll() is not None
 

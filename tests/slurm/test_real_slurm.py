@@ -200,7 +200,9 @@ def test_a_node_that_dies_and_comes_back(cluster: Cluster) -> None:
     job = cluster.job("one")
     number = cluster.ask("squeue", "--noheader", f"--jobs={job}", "--format=%N").removeprefix("node")
     daemon = int((cluster.conf.parent / f"slurmd{number}.pid").read_text())
-    for line in cluster.ask("ps", "-eo", "pid,args").splitlines():  # as where the power fails: all of the job at once
+    for line in cluster.ask(
+        "ps", "-ww", "-eo", "pid,args"
+    ).splitlines():  # as where the power fails: all of the job at once
         pid, _, words = line.strip().partition(" ")
         if f"slurmstepd: [{job}." in words or ("slurm_job" in words and str(cluster.store) in words):
             os.kill(int(pid), signal.SIGKILL)
