@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from align import __version__
-from align.commands import cancel, capacity, compare, data, evaluate, export, report, status, sweep
+from align.commands import cancel, capacity, compare, data, evaluate, export, push, report, status, sweep
 from align.commands.parsing import Parser, add_store, print_json, printable_json
 from align.errors import StageFailed, UserError
 from align.stop_request import Stopped
@@ -90,6 +90,7 @@ def _explain(options: argparse.Namespace) -> int:
 
 def _list(options: argparse.Namespace) -> int:
     """list the artifacts in the store and the runs that reach them"""
+    from align.console import printable
     from align.runner import open_store
 
     store = open_store(None, options.store)
@@ -97,19 +98,25 @@ def _list(options: argparse.Namespace) -> int:
     for name, run in store.runs().items():
         for entry in run["stages"].values():
             users.setdefault(entry["key"], []).append(name)
-    artifacts = store.all()
+    here = {artifact.record["key"]: artifact.record for artifact in store.all()}
+    there = {record["key"]: record for record in store.remote.all()} if store.remote is not None else {}
+    records = sorted({**there, **here}.values(), key=lambda record: str(record.get("created", "")))
+
+    def where(key: str) -> str:
+        return "bucket" if key not in here else "both" if key in there else "here"
+
     if options.json:
-        print_json(
-            [{k: a.record[k] for k in ("kind", "key", "stage", "created", "seconds", "metrics")} for a in artifacts]
-        )
+        names = ("kind", "key", "stage", "created", "seconds", "metrics")
+        print_json([{**{name: r.get(name) for name in names}, "where": where(r["key"])} for r in records])
         return 0
-    if not artifacts:
+    if not records:
         print(f"{store.root}: empty")
-    for a in artifacts:
-        size = sum(entry["bytes"] for entry in a.record["outputs"].values()) / 2**20
-        runs = ", ".join(users.get(a.record["key"], [])) or "no run"
-        name = f"{a.record['kind']}/{a.record['key'][:12]}"
-        print(f"{name}  {a.record['created'][:16]}  {size:8.1f} MiB  {a.record['makes']}  {runs}")
+    for record in records:
+        size = sum(entry["bytes"] for entry in record["outputs"].values()) / 2**20
+        runs = ", ".join(users.get(record["key"], [])) or "no run"
+        name = f"{record['kind']}/{record['key'][:12]}"
+        place = f"  {where(record['key']):<6}" if store.remote is not None else ""
+        print(printable(f"{name}  {record['created'][:16]}  {size:8.1f} MiB{place}  {record['makes']}  {runs}"))
     return 0
 
 
@@ -196,7 +203,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run, "plan": _plan, "explain": _explain, "list": _list, "show": _show, "gc": _gc,
     "schema": _schema, "chat": _chat, "doctor": _doctor, "data": data.run,
     "eval": evaluate.run, "report": report.run, "compare": compare.run, "export": export.run, "sweep": sweep.run,
-    "status": status.run, "cancel": cancel.run,
+    "status": status.run, "cancel": cancel.run, "push": push.run,
 }  # fmt: skip
 
 
@@ -231,6 +238,7 @@ def parser() -> argparse.ArgumentParser:
     compare.add_arguments(made["compare"])
     sweep.add_arguments(made["sweep"])
     export.add_arguments(made["export"])
+    push.add_arguments(made["push"])
     status.add_arguments(made["status"])
     cancel.add_arguments(made["cancel"])
     return top

@@ -141,6 +141,10 @@ class ConsoleListener(Listener):
         """Say who holds the lock."""
         self._say("…", node.name, f"waits: another run is making it ({holder})", "yellow")
 
+    def transfer(self, message: str) -> None:
+        """A dim line."""
+        self.console.print(f"[dim]⇅ {escape(printable(message))}[/]")
+
     def warning(self, message: str) -> None:
         """A line in yellow."""
         self.console.print(f"[yellow]! {escape(printable(message))}[/]")

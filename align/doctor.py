@@ -94,17 +94,21 @@ def _engine() -> list[Finding]:
 
 
 def _server() -> Finding:
-    """Whether ``vllm-server`` can start a server here; what it imports is most of what can be missing."""
+    """Whether ``runtime.rollouts.servers`` can be started here; what it imports is most of what can be missing."""
     from align.rollouts.server_process import MODULE, free_port
 
     last = _import_error(MODULE)
     if last is not None:
-        return Finding("note", f"no engine vllm-server of its own: {MODULE} does not import ({last})")
+        return Finding("note", f"no servers of its own (runtime.rollouts): {MODULE} does not import ({last})")
     try:
         port = free_port()
     except OSError as error:
-        return Finding("note", f"no engine vllm-server of its own: no port of 127.0.0.1 can be opened ({error})")
-    return Finding("ok", f"engine vllm-server: python -m {MODULE} --host 127.0.0.1 --port {port} (any free one)")
+        return Finding(
+            "note", f"no servers of its own (runtime.rollouts): no port of 127.0.0.1 can be opened ({error})"
+        )
+    return Finding(
+        "ok", f"servers (runtime.rollouts): python -m {MODULE} --host 127.0.0.1 --port {port} (any free one)"
+    )
 
 
 def _import_error(module: str) -> str | None:
@@ -118,7 +122,8 @@ def _import_error(module: str) -> str | None:
 
 
 def _machine(store: str | None) -> list[Finding]:
-    folder = Path(store or os.environ.get("ALIGN_STORE") or "store").absolute()
+    named = [word for word in (store, os.environ.get("ALIGN_STORE")) if word and "://" not in word]
+    folder = Path([*named, "store"][0]).absolute()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free / 2**30

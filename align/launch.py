@@ -23,6 +23,17 @@ class FsdpConfig(Config):
     """Keep the parts in the CPU's memory and do the optimizer's step there; for GPUs that they do not fit."""
 
 
+class DeepspeedConfig(Config):
+    """DeepSpeed's ZeRO, by transformers' and accelerate's integration; needs the extra ``deepspeed``."""
+
+    stage: Literal[1, 2, 3] = 2
+    """What is shared out: optimizer state (1), gradients too (2), weights too (3)."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's state in the CPU's memory, and do its step there."""
+    offload_parameters: bool = False
+    """Keep the weights in the CPU's memory too; stage 3 alone."""
+
+
 class LaunchConfig(Config):
     """Processes of a stage that trains. Batch sizes and losses are those of all processes together."""
 
@@ -32,10 +43,12 @@ class LaunchConfig(Config):
     """Machines; each runs the stage's command line once (docs/distributed.md)."""
     rendezvous: str | None = Field(None, pattern=r"^[A-Za-z0-9._-]+:[0-9]{1,5}$")
     """Of several nodes, where they meet: a name of the first one and a free port there, ``node1:29500``."""
-    strategy: Literal["ddp", "fsdp2"] = "ddp"
-    """``ddp``: a whole model in each process. ``fsdp2``: each holds a part of it."""
+    strategy: Literal["ddp", "fsdp2", "deepspeed"] = "ddp"
+    """``ddp``: a whole model in each process. ``fsdp2``, ``deepspeed``: each holds a part of what training needs."""
     fsdp: FsdpConfig = FsdpConfig()
     """What of ``fsdp2`` is other than usual."""
+    deepspeed: DeepspeedConfig = DeepspeedConfig()
+    """What of ``deepspeed`` is other than usual."""
     timeout: float = Field(1800, gt=0)
     """Seconds that a process may wait for the others; then the stage fails, says who waited, and can be resumed."""
 
@@ -55,6 +68,10 @@ class LaunchConfig(Config):
             )
         if self.fsdp != FsdpConfig() and self.strategy != "fsdp2":
             return f"fsdp is read with `strategy: fsdp2` only; here it is {self.strategy}."
+        if self.deepspeed != DeepspeedConfig() and self.strategy != "deepspeed":
+            return f"deepspeed is read with `strategy: deepspeed` only; here it is {self.strategy}."
+        if self.deepspeed.offload_parameters and self.deepspeed.stage != 3:
+            return f"deepspeed.offload_parameters needs stage 3; it is {self.deepspeed.stage}."
         return None
 
     @property

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from align.claims import CLAIM_BYTES, Claims, FolderClaims
-from align.errors import StageFailed
+from align.errors import StageFailed, UserError
 from align.shared_folder import Patience
 
 FIRST_LOOK, LONGEST_LOOK = 0.1, 2.0
@@ -85,7 +85,7 @@ class Hold:
     def _beat(self) -> None:
         while not self._ended.wait(self.lease.every):
             # An error is the folder's, not the lock's: whether it was lost shows when the folder is back.
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, UserError):
                 self._look()
                 with self._writing:
                     if self.lost:

@@ -23,7 +23,10 @@ CHECKPOINTS_OF_MODELS = (*GENERATORS, Kind.REWARD)
 
 @dataclass(frozen=True)
 class Step:
-    """One stage in a plan: ``action`` is ``cached``, ``run``, ``resume`` or ``damaged``; ``why`` says it in words."""
+    """One stage in a plan.
+
+    ``action`` is ``cached``, ``fetch``, ``run``, ``resume`` or ``damaged``; ``why`` says it in words.
+    """
 
     node: Node
     action: str
@@ -44,6 +47,12 @@ def plan(pipeline: Pipeline, store: Store, anew: frozenset[str] | set[str] = fro
                 steps.append(Step(node, "damaged", f"{problems[0].path.name} {problems[0].what}"))
                 continue
             steps.append(Step(node, "cached", f"made {artifact.record['created'][:16].replace('T', ' ')}"))
+            continue
+        far = store.remote if artifact is None and node.name not in anew else None
+        record = far.find(node.stage.kind, node.key) if far is not None else None
+        if far is not None and record is not None:
+            made = str(record["created"])[:16].replace("T", " ")
+            steps.append(Step(node, "fetch", f"made {made}, in {far.address}"))
             continue
         changes = explain(pipeline, node, store) if artifact is None else []
         if artifact is not None:

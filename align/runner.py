@@ -22,8 +22,10 @@ from align.locking import Hold, LockLost
 from align.pipeline import Node, Pipeline
 from align.planning import check_sources, choose_stages
 from align.provenance import command_line, git_commit, source_digest
+from align.remote import Remote
 from align.runtime import StoreConfig
 from align.shared_folder import UNREACHABLE_STORE
+from align.sharing import among_machines, bring, fetched_meanwhile, offer
 from align.stage_process import CHECKPOINTS, EVENTS, LOG, OUTPUT, RESULT, WORK
 from align.stop_request import Stopped, StopRequest, clear
 from align.store import Store
@@ -57,6 +59,9 @@ class Listener:
     def waiting(self, node: Node, holder: str) -> None:
         """Another run holds the stage's lock."""
 
+    def transfer(self, message: str) -> None:
+        """A finished stage is fetched from the store's remote or uploaded to it."""
+
     def warning(self, message: str) -> None:
         """Something the user should know."""
 
@@ -85,17 +90,33 @@ class Run:
         ]
 
 
-def open_store(pipeline: Pipeline | None = None, store: str | Path | None = None) -> Store:
-    """The store: the argument, else ``$ALIGN_STORE``, else ``runtime.store``, else ``./store``."""
+def open_store(pipeline: Pipeline | None = None, store: str | Path | Store | None = None) -> Store:
+    """The store: the argument, else ``$ALIGN_STORE``, else ``runtime.store``, else ``./store``.
+
+    Each may be a folder or the address of a bucket, and leaves the other to those that come after it.
+    """
+    if isinstance(store, Store):
+        return store
     settings = pipeline.config.runtime.store if pipeline is not None else StoreConfig()
-    folder = Path(store or os.environ.get("ALIGN_STORE") or settings.folder or "store")
-    return Store.open(folder, lease=settings.lease, patience=settings.patience)
+    given = [("--store", str(store or "")), ("$ALIGN_STORE", os.environ.get("ALIGN_STORE", ""))]
+    folders = [word for _, word in given if word and "://" not in word]
+    addresses = [(name, word) for name, word in given if "://" in word]
+    opened = Store.open(
+        Path([*folders, settings.folder or "store"][0]), lease=settings.lease, patience=settings.patience
+    )
+    name, address = [*addresses, ("runtime.store.remote", settings.remote)][0]
+    if address is not None:
+        try:
+            opened.remote = Remote(opened, address)
+        except ValueError as error:
+            raise UserError(f"{name}: {error}") from None
+    return opened
 
 
 def run_pipeline(
     pipeline: Pipeline,
     *,
-    store: str | Path | None = None,
+    store: str | Path | Store | None = None,
     only: str | None = None,
     from_: str | None = None,
     rebuild: tuple[str, ...] = (),
@@ -113,7 +134,9 @@ def run_pipeline(
     listener = listener or Listener()
     opened = open_store(pipeline, store)
     opened.patience.say = listener.warning
-    anew, warnings = prepare_run(pipeline, opened, only=only, from_=from_, rebuild=rebuild, strict=strict)
+    anew, warnings = prepare_run(
+        pipeline, opened, only=only, from_=from_, rebuild=rebuild, strict=strict, listener=listener
+    )
     for message in warnings:
         listener.warning(message)
     heard = contextlib.nullcontext(stop) if stop is not None else StopRequest().hearing(signal.SIGUSR1)
@@ -127,13 +150,16 @@ def run_pipeline(
 
 
 def prepare_run(
-    pipeline: Pipeline, store: Store, *, only: str | None, from_: str | None, rebuild: tuple[str, ...], strict: bool
-) -> tuple[set[str], list[str]]:
+    pipeline: Pipeline, store: Store, *, only: str | None, from_: str | None, rebuild: tuple[str, ...], strict: bool,
+    listener: Listener | None = None,
+) -> tuple[set[str], list[str]]:  # fmt: skip
     """Which stages are made although an artifact is there, and warnings; options as of ``run_pipeline``.
 
-    Raises ``UserError`` for what must stop a run before anything starts.
+    What is finished in the store's remote is fetched. Raises ``UserError`` for what must stop a run before it starts.
     """
     require_trackers(pipeline.config.runtime.report_to)
+    say = (listener or Listener()).transfer
+    bring(pipeline, store, only, choose_stages(pipeline, store, None, from_, rebuild), say)
     anew = choose_stages(pipeline, store, only, from_, rebuild)
     _refuse_damage(pipeline, store, anew, only)
     return anew, check_sources(pipeline, store, strict)
@@ -151,6 +177,7 @@ def _run_stages(
         if found is not None and node.name not in anew:
             run.artifacts[node.name] = found
             listener.stage_cached(node, found)
+            offer(opened, found, listener.transfer)
         elif only is None or node.name == only:
             inputs = {name: run.artifacts[name] for name in node.input_names}
             if stop.asked:
@@ -192,7 +219,7 @@ def _make(
     """
     for tries_left in reversed(range(TRIES)):
         try:
-            return _make_under_lock(pipeline, node, store, inputs, anew, listener, stop)
+            return _make_among_machines(pipeline, node, store, inputs, anew, listener, stop)
         except LockLost as lost:
             if tries_left == 0:
                 raise LockLost(f"stage '{node.name}': {lost}. Nothing of it was published here; run again.") from None
@@ -200,9 +227,25 @@ def _make(
     raise AssertionError
 
 
-def _make_under_lock(
+def _make_among_machines(
     pipeline: Pipeline, node: Node, store: Store, inputs: dict[str, Artifact], anew: bool, listener: Listener,
     stop: StopRequest,
+) -> tuple[bool, Artifact]:  # fmt: skip
+    """Run one stage while no other machine that shares the store's remote does; what one has published is fetched."""
+    kind, key = node.stage.kind, node.key
+    with among_machines(store, kind, key, lambda who: listener.waiting(node, who), listener.warning) as far:
+        found = None if anew else fetched_meanwhile(store, kind, key, node.name, listener.warning)
+        if found is not None:
+            listener.stage_cached(node, found)
+            return False, found
+        ran, artifact = _make_under_lock(pipeline, node, store, inputs, anew, listener, stop, far)
+        offer(store, artifact, listener.transfer, replace=anew and ran)
+    return ran, artifact
+
+
+def _make_under_lock(
+    pipeline: Pipeline, node: Node, store: Store, inputs: dict[str, Artifact], anew: bool, listener: Listener,
+    stop: StopRequest, far: Hold | None,
 ) -> tuple[bool, Artifact]:  # fmt: skip
     kind = node.stage.kind
     before = store.find(kind, node.key, node.name)
@@ -222,23 +265,30 @@ def _make_under_lock(
                 )
         result = store.patience.keep_trying(lambda: _finished_result(partial))
         if result is None:
-            result = _attempts(pipeline, node, store, partial, inputs, hold, listener, stop)
+            result = _attempts(pipeline, node, store, partial, inputs, (hold, far), listener, stop)
+        if far is not None:
+            _confirm(far, listener)
         artifact = _publish(pipeline, node, store, partial, inputs, result, hold, found)
     listener.stage_done(node, artifact)
     return True, artifact
 
 
 def _attempts(
-    pipeline: Pipeline, node: Node, store: Store, partial: Path, inputs: dict[str, Artifact], hold: Hold,
-    listener: Listener,
-    stop: StopRequest,
+    pipeline: Pipeline, node: Node, store: Store, partial: Path, inputs: dict[str, Artifact],
+    holds: tuple[Hold | None, ...], listener: Listener, stop: StopRequest,
 ) -> dict[str, Any]:  # fmt: skip
     """Run the stage's process; again from its checkpoints where the store was away, once it answers."""
+
+    def check() -> None:
+        for hold in holds:
+            if hold is not None:
+                hold.check()
+
     for tries_left in reversed(range(TRIES)):
         store.patience.keep_trying(lambda: _prepare(pipeline, node, store, partial, inputs))
         listener.stage_started(node, partial, any((partial / CHECKPOINTS).glob("*")))
         result = run_attempt(
-            node.name, partial, lambda event: listener.stage_event(node, event), stop, hold.check, store.patience
+            node.name, partial, lambda event: listener.stage_event(node, event), stop, check, store.patience
         )
         if result["status"] == "done":
             return result
@@ -248,6 +298,14 @@ def _attempts(
             break
         listener.warning(f"stage '{node.name}': {result['message']} It is tried again.")
     raise _failed(node, partial, result, listener)
+
+
+def _confirm(far: Hold, listener: Listener) -> None:
+    """Whether the lock in the remote is still held; where that cannot be asked, the work is not thrown away."""
+    try:
+        far.confirm()
+    except (OSError, UserError) as error:
+        listener.warning(f"the lock in the remote cannot be confirmed ({error}); the stage is kept here")
 
 
 def _finished_result(partial: Path) -> dict[str, Any] | None:

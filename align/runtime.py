@@ -6,9 +6,11 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from align.bucket import check_address
 from align.handover.faults import REMEDIES
 from align.launch import LaunchConfig
 from align.machines import RayConfig, SlurmConfig
+from align.pool_config import RolloutsConfig, refuse_moved
 from align.stage import Config
 from align.validation import suggest, validate
 
@@ -16,8 +18,8 @@ from align.validation import suggest, validate
 class EngineConfig(Config):
     """How responses are sampled. Changes speed and memory; samples come from the same distribution."""
 
-    name: Literal["auto", "vllm", "vllm-server", "transformers"] = "auto"
-    """``auto`` takes vLLM where it imports, else transformers, and says which; ``vllm-server`` is vLLM as a process."""
+    name: Literal["auto", "vllm", "transformers"] = "auto"
+    """``auto`` takes vLLM where it imports, else transformers, and says which; for servers see ``rollouts``."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Compute type of the engine; ``auto`` follows the stage's ``precision``."""
     gpu_memory: float = Field(0.35, gt=0, le=0.95)
@@ -30,12 +32,6 @@ class EngineConfig(Config):
     """Compile the engine's graphs: 85 s at start on a CPU, about 1.3 times the speed afterwards."""
     batch_size: int = Field(128, ge=1)
     """Sequences decoded at once."""
-    address: str | None = Field(None, pattern=r"^http://[A-Za-z0-9._-]+(:[0-9]{1,5})?/?$")
-    """A running vLLM server for ``vllm-server``, http://127.0.0.1:8000; null starts one, which ends with the stage."""
-    weights: Literal["folder", "nccl"] = "folder"
-    """How a ``vllm-server`` gets new ones: from a folder, or from this GPU to those of the server at ``address``."""
-    weights_folder: str | None = None
-    """Folder that a ``vllm-server`` reads new weights from, under the same path as here; null takes a temporary one."""
     timeout: float = Field(600, gt=0)
     """Seconds that an engine may take to start, to load weights, to answer; then the stage fails and can be resumed.
 
@@ -44,19 +40,10 @@ class EngineConfig(Config):
     ended for nothing costs an update, while one that hangs costs the night.
     """
 
-    @model_validator(mode="after")
-    def _server_settings_need_the_server(self) -> EngineConfig:
-        server_s = self.address is not None or self.weights_folder is not None or self.weights == "nccl"
-        if self.name == "auto" and server_s:
-            raise ValueError(
-                "address, weights and weights_folder are settings of a vLLM server. Write `name: vllm-server`."
-            )
-        if self.weights == "nccl" and self.address is None:
-            raise ValueError(
-                "`weights: nccl` needs the address of a server on other GPUs than the trainer's, since NCCL wants one "
-                "for each side. Start one and name it, or take `weights: folder`."
-            )
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _servers_moved(cls, given: Any) -> Any:
+        return refuse_moved(given)
 
 
 class ExecutorConfig(Config):
@@ -104,10 +91,17 @@ class StoreConfig(Config):
 
     folder: str | None = None
     """Folder of the artifacts; ``--store`` and ``$ALIGN_STORE`` come first, ``./store`` last."""
+    remote: str | None = None
+    """Bucket that finished stages are fetched from and put into, s3://bucket/prefix; ``--store`` takes it, too."""
     lease: float = Field(120.0, ge=1)
     """Seconds of silence after which a machine that holds a stage's lock counts as dead, and another takes over."""
     patience: float = Field(300.0, ge=0)
-    """Seconds that a folder which does not answer (a file server that restarts) is tried before the run ends."""
+    """Seconds that a folder or a bucket which does not answer is tried before the run ends or goes on without."""
+
+    @field_validator("remote")
+    @classmethod
+    def _an_address(cls, given: str | None) -> str | None:
+        return given if given is None else check_address(given)
 
 
 class HandoverConfig(Config):
@@ -134,6 +128,8 @@ class StageRuntime(Config):
     """Instead of ``runtime.threads``."""
     engine: EngineConfig | None = None
     """Fields that are other than in ``runtime.engine``."""
+    rollouts: RolloutsConfig | None = None
+    """Fields that are other than in ``runtime.rollouts``."""
     launch: LaunchConfig | None = None
     """Fields that are other than in ``runtime.launch``."""
     slurm: SlurmConfig | None = None
@@ -146,7 +142,7 @@ class Runtime(Config):
     """Where and how a pipeline runs. Never part of a key: the same results are found whatever it says."""
 
     store: StoreConfig = StoreConfig()
-    """Where the artifacts are; ``store: FOLDER`` is short for its folder."""
+    """Where the artifacts are; ``store: FOLDER`` is short for its folder, ``store: s3://…`` for its remote."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto`` takes CUDA where torch has it."""
     threads: int | None = Field(None, ge=1)
@@ -160,6 +156,8 @@ class Runtime(Config):
     ray: RayConfig = RayConfig()
     """What each stage's task asks of Ray under ``--on ray``."""
     engine: EngineConfig = EngineConfig()
+    rollouts: RolloutsConfig = RolloutsConfig()
+    """vLLM servers that sample instead of the engine in the stage's own process."""
     launch: LaunchConfig = LaunchConfig()
     """Processes of every stage that trains; a stage's own under ``stages`` (docs/distributed.md)."""
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field([])
@@ -171,10 +169,30 @@ class Runtime(Config):
     stages: dict[str, StageRuntime] = Field({})
     """What differs for one stage, by its name: ``{ppo: {threads: 4}}``. A name in a loop means every round's stage."""
 
+    @field_validator("rollouts")
+    @classmethod
+    def _servers_fit(cls, rollouts: RolloutsConfig) -> RolloutsConfig:
+        rollouts.refuse_unfit()
+        return rollouts
+
+    @model_validator(mode="after")
+    def _one_engine(self) -> Runtime:
+        if self.rollouts.pooled and self.engine.name == "transformers":
+            raise ValueError(
+                "rollouts names servers of vLLM, but engine.name is transformers, which samples in the stage's "
+                "process. Leave one of them out."
+            )
+        return self
+
+    def with_transformers(self) -> Runtime:
+        """The same, but sampled with transformers in the stage's own process."""
+        engine = self.engine.model_copy(update={"name": "transformers"})
+        return self.model_copy(update={"engine": engine, "rollouts": RolloutsConfig()})
+
     @field_validator("store", mode="before")
     @classmethod
     def _folder_alone(cls, given: Any) -> Any:
-        return {"folder": given} if isinstance(given, str) else given
+        return {"remote" if "://" in given else "folder": given} if isinstance(given, str) else given
 
     @field_validator("launch")
     @classmethod

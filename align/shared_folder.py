@@ -42,7 +42,7 @@ class StoreUnreachable(StageFailed):
 class Patience:
     """Repeats what fails because a folder cannot be reached, for a bounded time."""
 
-    def __init__(self, folder: Path, seconds: float = SECONDS, say: Callable[[str], None] | None = None) -> None:
+    def __init__(self, folder: Path | str, seconds: float = SECONDS, say: Callable[[str], None] | None = None) -> None:
         self.folder, self.seconds, self.say = folder, seconds, say or (lambda _: None)
 
     def keep_trying(self, action: Callable[[], T]) -> T:
@@ -61,8 +61,8 @@ class Patience:
                 if left <= 0:
                     raise StoreUnreachable(
                         f"{self.folder}: the store could not be reached for {self.seconds:.0f} s "
-                        f"({error.strerror or error}). Finished stages and checkpoints are kept; run again when the "
-                        "folder is back, or raise runtime.store.patience."
+                        f"({error.strerror or error}). Finished stages and checkpoints are kept; run again when "
+                        "it is back, or raise runtime.store.patience."
                     ) from None
                 if not told:
                     told = True

@@ -20,13 +20,16 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from align.artifacts import Artifact, Kind
 from align.errors import UserError
 from align.fingerprint import file_digest
 from align.locking import Hold, Lease, Lock, LockLost
 from align.shared_folder import SECONDS, UNREACHABLE, Patience, forget_cached, patient
+
+if TYPE_CHECKING:
+    from align.remote import Remote
 
 MARKER = "align-store.json"
 FORMAT = 1
@@ -60,6 +63,7 @@ class Store:
         self.root = root
         self.lease = Lease() if lease is None else Lease(lease, min(lease / 6, Lease.every))
         self.patience = Patience(root, patience)
+        self.remote: Remote | None = None
 
     @classmethod
     def open(cls, root: Path, *, lease: float | None = None, patience: float = SECONDS) -> Store:
@@ -84,7 +88,7 @@ class Store:
                 )
             else:
                 root.mkdir(parents=True, exist_ok=True)
-                _write_atomically(marker, {"format": FORMAT})
+                write_atomically(marker, {"format": FORMAT})
             if not os.access(root, os.R_OK | os.W_OK | os.X_OK):
                 raise PermissionError(13, "permission denied")
         except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
@@ -153,12 +157,32 @@ class Store:
             for artifact in self.all()
             if str(artifact.record["key"]).startswith(key) and (not kind or artifact.record["kind"] == kind)
         ]
+        if not found and key and self.remote is not None:
+            found = self._from_afar(kind, key)
         if key and len(found) == 1:
             return found[0]
         if not found:
             raise UserError(f"{self.root}: no artifact's key starts with '{prefix}'; `align list` shows them.")
         keys = ", ".join(f"{a.record['kind']}/{a.record['key'][:SHORT]}" for a in found[:5])
         raise UserError(f"'{prefix}' fits {len(found)} artifacts ({keys}, …); give more of the key.")
+
+    def _from_afar(self, kind: str, key: str) -> list[Artifact]:
+        """Artifacts of the remote whose keys start with ``key``, fetched when there is one."""
+        assert self.remote is not None
+        found = [
+            record
+            for record in self.remote.all()
+            if str(record["key"]).startswith(key) and (not kind or record["kind"] == kind)
+        ]
+        if len(found) == 1:
+            artifact = self.remote.fetch(found[0]["kind"], found[0]["key"])
+            return [] if artifact is None else [artifact]
+        return [Artifact(one["stage"], Kind(one["makes"]), self.folder(one["kind"], one["key"]), one) for one in found]
+
+    def obtain(self, kind: str, key: str, stage: str = "") -> Artifact | None:
+        """The finished artifact of ``key``, fetched from the remote where it is only there; or None."""
+        found = self.find(kind, key, stage)
+        return self.remote.fetch(kind, key, stage) if found is None and self.remote is not None else found
 
     @contextlib.contextmanager
     def lock(self, kind: str, key: str, on_wait: Callable[[str], None]) -> Iterator[Hold]:
@@ -221,8 +245,8 @@ class Store:
         if hold is not None:
             hold.confirm()
         record["outputs"] = output_digests(output)
-        _write_atomically(output / RECORD, record)
-        _sync_folder(output)
+        write_atomically(output / RECORD, record)
+        sync_folder(output)
         if hold is not None:
             hold.confirm()
         if folder.exists():  # a rebuild: the old one steps aside only now that the new one is whole
@@ -246,7 +270,7 @@ class Store:
         return found is not None and found.record.get("created") == record.get("created")
 
     def _published(self, folder: Path) -> Artifact:
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
         artifact = self._read(folder)
         assert artifact is not None
         return artifact
@@ -276,7 +300,7 @@ class Store:
     def remember_run(self, name: str, stages: dict[str, dict[str, str]], pipeline: dict[str, Any]) -> None:
         """Note what a named run reaches, for ``gc``, ``plan`` and ``explain``."""
         (self.root / "runs").mkdir(exist_ok=True)
-        _write_atomically(
+        write_atomically(
             self.root / "runs" / f"{name}.json",
             {"name": name, "when": time.time(), "stages": stages, "pipeline": pipeline},
         )
@@ -352,7 +376,8 @@ def _number_of(partial: Path) -> int:
     return int(number) if number.isdecimal() else 0
 
 
-def _write_atomically(path: Path, value: dict[str, Any]) -> None:
+def write_atomically(path: Path, value: dict[str, Any]) -> None:
+    """Write JSON that is there whole or not at all."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     with temporary.open("w", encoding="utf-8") as file:
         json.dump(value, file, indent=1, default=str)
@@ -361,7 +386,8 @@ def _write_atomically(path: Path, value: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Have the disk know the names in a folder."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -35,7 +35,7 @@ def test_both_ways_to_vllm_are_named(broken: dict[str, Any]) -> None:
     own, server = doctor._engine()
     assert (own.level, own.what) == ("ok", "engine vllm, in process")
     assert server.level == "ok"
-    assert server.what.startswith(f"engine vllm-server: python -m {MODULE} --host 127.0.0.1 --port ")
+    assert server.what.startswith(f"servers (runtime.rollouts): python -m {MODULE} --host 127.0.0.1 --port ")
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_a_server_that_does_not_import_is_noted(broken: dict[str, Any], error: A
     assert own.level == "ok"
     assert (server.level, server.what) == (
         "note",
-        f"no engine vllm-server of its own: {MODULE} does not import ({said})",
+        f"no servers of its own (runtime.rollouts): {MODULE} does not import ({said})",
     )
 
 
@@ -59,7 +59,7 @@ def test_a_machine_without_a_port_is_noted(broken: dict[str, Any], monkeypatch: 
     monkeypatch.setattr("align.rollouts.server_process.free_port", full)
     assert doctor._engine()[1] == doctor.Finding(
         "note",
-        "no engine vllm-server of its own: no port of 127.0.0.1 can be opened (Address family not supported)",
+        "no servers of its own (runtime.rollouts): no port of 127.0.0.1 can be opened (Address family not supported)",
     )
 
 

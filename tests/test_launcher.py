@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -22,6 +23,9 @@ from align.launch import LATE, LOST, LaunchConfig, is_head, symptom
 from align.launcher import outcome
 from align.pipeline import Pipeline
 from align.runner import Listener, Run, run_pipeline
+from align.shared_folder import UNREACHABLE_STORE
+
+pytestmark = pytest.mark.timeout(900)
 
 
 class Heard(Listener):
@@ -159,6 +163,11 @@ def test_a_fault_is_told_from_its_consequences(tmp_path: Path) -> None:
     assert "rank 0 of 2 waited 9 seconds for rank 1" in outcome(ranks, 2, {0: 1, 1: -9}, 9)["message"]
     left(ranks, 1, status="refused", message="no rows")
     assert outcome(ranks, 2, {0: 1, 1: 2}, 9)["message"] == "no rows"
+    left(ranks, 1, status="stopped", message="stopped as asked, at step 3 of 9.")
+    found = outcome(ranks, 2, {0: 1, 1: 75}, 9)
+    assert (found["status"], found["message"]) == ("stopped", "stopped as asked, at step 3 of 9.")
+    left(ranks, 1, status=UNREACHABLE_STORE, message="the store could not be reached")
+    assert outcome(ranks, 2, {0: 1, 1: 74}, 9)["status"] == UNREACHABLE_STORE
     left(ranks, 0, status="done", metrics={"a": 1}, peak_memory_bytes=5, versions={"torch": "2"})
     left(ranks, 1, status="done", metrics={"a": 2}, peak_memory_bytes=7, versions={})
     found = outcome(ranks, 2, {}, 9)
@@ -241,3 +250,31 @@ def test_a_stages_processes_keep_the_runs_strategy() -> None:
     runtime = {"launch": {"processes": 4, "strategy": "fsdp2"}, "stages": {"sft": {"launch": {"processes": 2}}}}
     found = Pipeline({"name": "x", "runtime": runtime, "stages": {**SFT, "sft": TRAINED}}).runtimes["sft"].launch
     assert found == LaunchConfig(processes=2, strategy="fsdp2")
+
+
+@pytest.mark.slow
+def test_two_nodes_meet_and_the_first_one_writes_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = pipeline().raw
+    raw["runtime"]["launch"] = {"processes": 1, "nodes": 2, "rendezvous": f"127.0.0.1:{free_port()}", "timeout": 240}
+    raw["stages"]["ranks"]["crash"] = ""
+    other: list[subprocess.Popen[bytes]] = []
+
+    class Second(Listener):
+        def stage_started(self, node: Any, folder: Path, resumed: bool) -> None:
+            environment = {**os.environ, "ALIGN_NODE_RANK": "1"}
+            command = [sys.executable, "-m", "align.stage_process", str(folder)]
+            other.append(subprocess.Popen(command, env=environment))
+
+    finished = run_pipeline(Pipeline(raw, "p.yaml"), store=tmp_path, listener=Second())
+    assert other[0].wait(120) == 0
+    found = json.loads((finished.artifacts["ranks"].path / "ranks.json").read_text())
+    assert [(each["RANK"], each["WORLD_SIZE"], each["LOCAL_WORLD_SIZE"]) for each in found] == [
+        ("0", "2", "1"), ("1", "2", "1"),
+    ]  # fmt: skip
+    assert finished.metrics("ranks")["rank"] == 0
+
+
+def free_port() -> int:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        return int(held.getsockname()[1])

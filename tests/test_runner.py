@@ -37,6 +37,9 @@ class Recorder(Listener):
     def waiting(self, node: Node, holder: str) -> None:
         self.said.append(("waits", holder))
 
+    def transfer(self, message: str) -> None:
+        self.said.append(("transfer", message))
+
     def warning(self, message: str) -> None:
         self.said.append(("warning", message))
 

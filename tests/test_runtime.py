@@ -57,11 +57,8 @@ def test_a_name_in_a_loop_means_every_round_unless_one_is_named() -> None:
         ({"stages": {"toal": {}}}, "runtime.stages: there is no stage 'toal'. Did you mean 'total'?"),
         ({"stages": {"one": {"thread": 2}}}, "runtime.stages.one: unknown key 'thread'. Did you mean 'threads'?"),
         (
-            {
-                "engine": {"name": "vllm-server", "address": "http://a:1"},
-                "stages": {"one": {"engine": {"name": "auto"}}},
-            },
-            "runtime.stages.one.engine: address, weights and weights_folder are settings of a vLLM server",
+            {"rollouts": {"servers": 1}, "stages": {"one": {"engine": {"name": "transformers"}}}},
+            "runtime.stages.one: rollouts names servers of vLLM, but engine.name is transformers",
         ),
     ],
 )

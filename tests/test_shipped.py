@@ -203,11 +203,15 @@ def yaml_blocks(path: str) -> list[str]:
 def test_what_the_readme_shows_is_accepted() -> None:
     import yaml
 
+    from align.runtime import Runtime
     from align.stages.evaluate import EvaluateConfig
     from align.stages.ppo import PpoConfig
     from align.stages.sft import SftConfig
 
-    whole, sft, ppo, evaluate = (yaml.safe_load(block) for block in yaml_blocks("README.md"))
+    blocks = [yaml.safe_load(block) for block in yaml_blocks("README.md")]
+    runtimes = [block["runtime"] for block in blocks if list(block) == ["runtime"]]
+    assert any(Runtime.model_validate(runtime).rollouts.servers for runtime in runtimes)
+    whole, sft, ppo, evaluate = (block for block in blocks if list(block) != ["runtime"])
     assert "ppo" in Pipeline(whole, "README.md").nodes
     SftConfig(**sft["sft"])
     PpoConfig(**ppo["ppo"])

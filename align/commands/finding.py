@@ -118,7 +118,7 @@ def find_artifact(name: str, store: str | None) -> Artifact:
     if stage not in pipeline.nodes:
         raise UserError(f"{name}: the pipeline has no stage '{stage}'; it has {', '.join(pipeline.nodes)}.")
     node = pipeline.nodes[stage]
-    artifact = open_store(pipeline, store).find(node.stage.kind, node.key)
+    artifact = open_store(pipeline, store).obtain(node.stage.kind, node.key)
     if artifact is None:
         raise UserError(f"{name}: not finished yet; `align run {path}` makes it.")
     return artifact

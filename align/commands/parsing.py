@@ -52,7 +52,11 @@ def option_names(parser: argparse.ArgumentParser) -> list[str]:
 
 def add_store(parser: argparse.ArgumentParser) -> None:
     """``--store`` and ``--json``, which most commands have."""
-    parser.add_argument("--store", metavar="DIR", help="folder of the artifacts (else $ALIGN_STORE, else ./store)")
+    parser.add_argument(
+        "--store",
+        metavar="DIR",
+        help="folder of the artifacts, or s3://bucket/prefix (else $ALIGN_STORE, else ./store)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
 
 

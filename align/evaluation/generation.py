@@ -88,7 +88,7 @@ class Sampler:
     """The one engine of an evaluation: opened for the first checkpoint that must answer, given the weights of the next.
 
     Checkpoints of several architectures are all answered by the transformers engine: numbers of two engines do not
-    compare, and a process can hold only one vLLM.
+    compare, and a process can hold only one vLLM. Servers are started anew for each instead.
     """
 
     def __init__(
@@ -104,9 +104,10 @@ class Sampler:
         """``open_engine(model_dir, runtime)`` opens an engine that computes in ``precision``; ``progress(done, total)``
         counts responses, ``total`` those that were announced by ``expect``.
         """
-        if len({architecture(policy.model_dir) for policy in policies}) > 1 and runtime.engine.name != "transformers":
+        several = len({architecture(policy.model_dir) for policy in policies}) > 1
+        if several and runtime.engine.name != "transformers" and not runtime.rollouts.servers:
             warn("the compared checkpoints differ in architecture, so all are sampled with the transformers engine")
-            runtime = runtime.model_copy(update={"engine": runtime.engine.model_copy(update={"name": "transformers"})})
+            runtime = runtime.with_transformers()
         self.runtime, self.open_engine, self.cache, self.progress = runtime, open_engine, cache, progress
         self.warn = warn
         dtype = precision if runtime.engine.dtype == "auto" else runtime.engine.dtype
@@ -166,6 +167,8 @@ class Sampler:
 
 def _engine_name(runtime: Runtime) -> str:
     """The engine that ``auto`` will most likely be: responses of another one are not taken from the cache."""
+    if runtime.rollouts.pooled:
+        return "vllm-server"
     if runtime.engine.name != "auto":
         return runtime.engine.name
     return "vllm" if importlib.util.find_spec("vllm") is not None else "transformers"

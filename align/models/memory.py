@@ -221,19 +221,20 @@ def engine_memory(
     """The engine's weights, its key-value cache, and what of them it lends to the trainer.
 
     ``sequences`` of at most ``length`` tokens are sampled at once. On a CPU vLLM's cache is ``cpu_kv_cache_gb``; on a
-    GPU it fills vLLM's share of the card, so what the sequences need is counted, as with transformers. A server that
-    runs already (``address``) costs nothing here.
+    GPU it fills vLLM's share of the card, so what the sequences need is counted, as with transformers. Servers that
+    run already (``addresses``) cost nothing here; of those that are started on this machine, each costs as much.
     """
     engine = runtime.engine
     name, gpu = engine_of(runtime)
-    if engine.address is not None:
+    if runtime.rollouts.addresses:
         return 0, 0, "cache"
     size = SIZES[precision if engine.dtype == "auto" else engine.dtype]
     weights = size * model.parameters
     if name != "transformers" and model.tied and not gpu:
         weights += size * model.head  # its CPU backend packs a copy of the head
     if name != "transformers" and not gpu:
-        return weights, int(engine.cpu_kv_cache_gb * 2**30), "nothing"
+        servers = max(1, runtime.rollouts.servers)
+        return servers * weights, servers * int(engine.cpu_kv_cache_gb * 2**30), "nothing"
     per_token = 2 * size * model.key_value_width * model.layers
     lent: Lent = "cache" if name == "transformers" else "all" if name == "vllm" and engine.sleep else "nothing"
     return weights, per_token * min(sequences, engine.batch_size) * length, lent
@@ -241,7 +242,7 @@ def engine_memory(
 
 def engine_of(runtime: Runtime) -> tuple[str, bool]:
     """The name that ``auto`` comes to here, and whether it samples on a GPU; told without importing either library."""
-    name = runtime.engine.name
+    name: str = "vllm-server" if runtime.rollouts.pooled else runtime.engine.name
     if name == "auto":
         name = "vllm" if importlib.util.find_spec("vllm") is not None else "transformers"
     gpu = runtime.device == "cuda" or (runtime.device == "auto" and Path("/dev/nvidia0").exists())

@@ -105,7 +105,8 @@ def whole(model: Any, store: bool = False) -> Iterator[Any]:
     """
     shell = _SHELLS.get(model) if isinstance(model, nn.Module) else None
     if shell is None:
-        yield model
+        with _gathered_by_zero(model, store):
+            yield model
         return
     forget_gathered(model)
     named = dict(model.named_parameters(remove_duplicate=False))
@@ -122,6 +123,19 @@ def whole(model: Any, store: bool = False) -> Iterator[Any]:
             put(model, {name: filled[id(parameter)].detach() for name, parameter in empty.items()})
     finally:
         _exchange(shell, {id(filled[id(parameter)]): parameter for parameter in empty.values()})
+
+
+@contextmanager
+def _gathered_by_zero(model: Any, store: bool) -> Iterator[None]:
+    """Inside, the parameters of a model in DeepSpeed's stage 3 are whole; with ``store`` the first process's stay."""
+    given = [p for p in model.parameters() if hasattr(p, "ds_id")] if isinstance(model, nn.Module) else []
+    if not given:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(given, modifier_rank=0 if store else None):
+        yield
 
 
 def _exchange(shell: nn.Module, values: dict[int, nn.Parameter]) -> None:

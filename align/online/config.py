@@ -60,6 +60,11 @@ class GRPOConfig(RolloutArguments):
     def _check(self) -> None:
         super()._check()
         need_groups(self.samples_per_prompt, "a group's mean as the baseline")
+        if self.max_staleness and self.zero_variance == "resample":
+            raise ValueError(
+                f"max_staleness is {self.max_staleness}, but resampling asks the engine for more of this very update; "
+                "set zero_variance keep, or max_staleness 0."
+            )
         if not 0 <= self.overlong_buffer <= self.max_tokens:
             raise ValueError(f"overlong_buffer is {self.overlong_buffer}; it lies within max_tokens {self.max_tokens}.")
 
@@ -89,6 +94,8 @@ class RLOOConfig(RolloutArguments):
 class OnlineDPOConfig(RolloutArguments):
     """Field names and meanings are those of the ``online_dpo`` stage; counts are over all processes together."""
 
+    corrects: ClassVar[bool] = False
+
     beta: float = field(default=0.1, metadata={"help": "What a nat of drift costs; for ipo that paper's tau."})
     loss: Literal["sigmoid", "ipo", "hinge"] = field(default="sigmoid", metadata={"help": "Of a pair."})
     label_smoothing: float = field(default=0.0, metadata={"help": "Share of pairs the scorer gets wrong (sigmoid)."})
@@ -114,6 +121,8 @@ class OnlineDPOConfig(RolloutArguments):
 @dataclass
 class BestOfNConfig(RolloutArguments):
     """Field names and meanings are those of the ``rejection`` stage; an update is one of its rounds."""
+
+    corrects: ClassVar[bool] = False
 
     best: int = field(default=1, metadata={"help": "Best responses to each prompt that are learnt from."})
     threshold: float | list[float] | None = field(

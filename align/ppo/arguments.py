@@ -58,6 +58,9 @@ class RolloutArguments(TrainingArguments):
     importance_sequence_cap: float | None = field(
         default=None, metadata={"help": "Drop responses whose whole ratio to the sampler is outside [1/this, this]."}
     )
+    max_staleness: int = field(
+        default=0, metadata={"help": "Updates that sampling runs ahead of learning; needs importance_cap."}
+    )
     reuse_forward: float = field(
         default=0.0,
         metadata={
@@ -86,6 +89,8 @@ class RolloutArguments(TrainingArguments):
 
     loss_estimator: ClassVar[Literal["k2", "k3"]] = "k2"
     """Estimator of a KL term in the loss, where none is given."""
+    corrects: ClassVar[bool] = True
+    """Whether the loss weighs a token by how likely the policy is to say what another one said."""
 
     def __post_init__(self) -> None:
         """Derive the Trainer's counts. Raises ``ValueError`` for batch sizes that do not divide."""
@@ -135,6 +140,13 @@ class RolloutArguments(TrainingArguments):
         for name in ("updates", "max_tokens", "num_epochs", "num_mini_batches", "save_updates", "probe_updates"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.max_staleness < 0:
+            raise ValueError(f"max_staleness is {self.max_staleness}; it must be at least 0.")
+        if self.max_staleness and (self.importance_cap is None or not self.corrects):
+            raise ValueError(
+                f"max_staleness is {self.max_staleness}, so older weights sample, which the loss must correct for: set "
+                "importance_cap, or max_staleness 0 for a method whose loss has no such weights."
+            )
         if not 0 <= self.reuse_forward <= 1:
             raise ValueError(f"reuse_forward is {self.reuse_forward}; it is a share of micro-batches, from 0 to 1.")
         if self.reuse_forward and self.world_size > 1:
@@ -157,5 +169,6 @@ class RolloutArguments(TrainingArguments):
             "num_mini_batches",
             "temperature",
             "max_tokens",
+            "max_staleness",
         )
         return {name: getattr(self, name) for name in names}

@@ -16,9 +16,10 @@ from typing import Any, ClassVar
 import torch
 
 from align.models.merging import merged_weights
-from align.models.processes import gathered, part_of, summed, turns
+from align.models.processes import gathered, summed, turns
 from align.models.sharding import forget_gathered, is_sharded, whole
 from align.ppo import completions, metrics
+from align.ppo.ahead import RolloutsAhead
 from align.ppo.arguments import RolloutArguments
 from align.ppo.kl import KLController
 from align.ppo.masking import local
@@ -30,6 +31,9 @@ from align.ppo.ptx import PtxRows
 from align.ppo.rollout import AnyScorer, Rollout, RolloutLoader, joined, sample_prompts, score_rollout, turn_of
 from align.ppo.saving import SavingTrainer
 from align.ppo.validation import Validation
+from align.rollouts.parity import Parity, probe
+from align.rollouts.pool import ask_each, part_for, returns
+from align.rollouts.protocol import RolloutEngine
 
 
 class RolloutTrainer(SavingTrainer):
@@ -50,6 +54,7 @@ class RolloutTrainer(SavingTrainer):
     validation: Validation | None
     ptx: PtxRows | None
     scale: RunningScale | None
+    ahead: RolloutsAhead
     kl_controller: KLController
     form: Form
     totals: dict[str, int]
@@ -57,6 +62,7 @@ class RolloutTrainer(SavingTrainer):
     _averages: metrics.Averages
     _extra: dict[str, float]
     _probed: bool
+    _returns: int = 0
     _loss_kl_coef: float
     _learning_since: float
 
@@ -124,15 +130,17 @@ class RolloutTrainer(SavingTrainer):
     def _sample(self, update: int) -> Rollout:
         clock = time.perf_counter()
         with whole(self.model) as model:
-            self.engine.load_weights(merged_weights(model.policy))
-            if self.args.probe_parity and (not self._probed or update % self.args.probe_updates == 0):
+            self.ahead.give(update, merged_weights(model.policy))
+            probes, validates = self._must_probe(update), self._must_validate(update)
+            if probes or validates:
+                self.ahead.settle()  # they ask the engine themselves, about these weights
+            if probes:
                 self._probe_parity(model.policy)
         synced = time.perf_counter()
-        self._validate(update)
+        if validates:
+            self._validate(update)
         validated = time.perf_counter()
-        turn = turn_of(self.args, update)
-        indices = self.prompts.draw(turn.start, len(turn), self.args.seed)
-        drawn = self.draw(update, indices, [derive_seed(self.args.seed, "sampling", number) for number in turn])
+        drawn = self.together(self.ahead.take(update), validated)
         drawn.seconds["sync"] = synced - clock
         if self.validation is not None:
             drawn.seconds["validating"] = validated - synced
@@ -140,17 +148,31 @@ class RolloutTrainer(SavingTrainer):
         rollout.seconds = drawn.seconds
         return rollout
 
+    def own_turn(self, update: int) -> Rollout | None:
+        """This process's part of an update's responses, none where others have it all; no other process is asked."""
+        turn = turn_of(self.args, update)
+        indices = self.prompts.draw(turn.start, len(turn), self.args.seed)
+        return self._own(update, indices, [derive_seed(self.args.seed, "sampling", number) for number in turn])
+
     def draw(self, update: int, indices: list[int], seeds: list[int]) -> Rollout:
-        """Scored responses to the prompts at ``indices``, each with its seed, of which every process samples a part.
+        """Scored responses to the prompts at ``indices``, each with its seed, of which every process samples a part."""
+        clock = time.perf_counter()
+        return self.together(self._own(update, indices, seeds), clock)
+
+    def _own(self, update: int, indices: list[int], seeds: list[int]) -> Rollout | None:
+        mine = part_for(self.engine, len(indices))
+        if not mine:
+            return None
+        at = slice(mine.start, mine.stop)
+        return sample_prompts(self.engine, self.prompts, self.args, update, indices[at], seeds[at])
+
+    def together(self, own: Rollout | None, clock: float) -> Rollout:
+        """The parts of all processes, scored; what was sampled since ``clock`` is this one's.
 
         All processes have all of them, so that what follows from them is the same however many there are.
         """
-        mine, clock = part_of(len(indices)), time.perf_counter()
-        own, sampled = None, clock
-        if mine:
-            at = slice(mine.start, mine.stop)
-            own = sample_prompts(self.engine, self.prompts, self.args, update, indices[at], seeds[at])
-            sampled = time.perf_counter()
+        sampled = time.perf_counter()
+        if own is not None:
             self.score(own)
         rollout = joined([part for part in gathered(own) if part is not None])
         rollout.seconds = {"sampling": sampled - clock, "scoring": time.perf_counter() - sampled}
@@ -172,10 +194,12 @@ class RolloutTrainer(SavingTrainer):
             generator=torch.Generator().manual_seed(seed),
         )
 
+    def _must_validate(self, update: int) -> bool:
+        return self.validation is not None and update % int(self.args.eval_updates or 1) == 0
+
     def _validate(self, update: int) -> None:
-        """Validate the policy as it is after ``update`` updates, when it is time to; the engine holds its weights."""
-        if self.validation is None or update % int(self.args.eval_updates or 1):
-            return
+        """Validate the policy as it is after ``update`` updates; the engine holds its weights."""
+        assert self.validation is not None
         found = self.validation.run(self, update)
         super().log({**found, "update": update})
 
@@ -197,8 +221,8 @@ class RolloutTrainer(SavingTrainer):
                     batch = self._prepare_inputs(rollout.pack(indices, self._pad_id, self.form))
                     out = self.model_wrapped(batch, reference=True)
                     measured |= out.keys()
-                    if counts:
-                        rollout.store(indices, {name: tensor.detach() for name, tensor in out.items()})
+                    mine = indices if counts else []  # of a pass that does not count only a place for others' results
+                    rollout.store(mine, {name: tensor.detach()[: len(mine)] for name, tensor in out.items()})
                     if with_graph:
                         kept.append({name: tensor for name, tensor in out.items() if name != "ref_logprobs"})
         if not keep:
@@ -233,19 +257,29 @@ class RolloutTrainer(SavingTrainer):
         self.totals["episodes"] += responses
         self.totals["tokens"] += tokens
         seconds = {f"seconds_{name}": value for name, value in rollout.seconds.items()}
-        speed = {"sampled_tokens_per_second": tokens / max(rollout.seconds["sampling"], 1e-9)}
-        self._extra = {**statistics, "kl_coef": kl_coef, **seconds, **speed}
+        took = rollout.drawing if self.args.max_staleness else rollout.seconds["sampling"]
+        speed = {"sampled_tokens_per_second": tokens / max(took, 1e-9)}
+        stale = {"staleness": float(rollout.update - rollout.weights_of)} if self.args.max_staleness else {}
+        self._extra = {**statistics, "kl_coef": kl_coef, **stale, **seconds, **speed}
         self._learning_since = time.perf_counter()
 
     def _probe_parity(self, policy: Any) -> None:
-        from align.rollouts.parity import probe
+        def ask(engine: RolloutEngine) -> Parity:
+            return probe(engine, policy, self.prompts.token_ids[:4], temperature=self.args.temperature)
 
+        self._returns = returns(self.engine)
         with self.accelerator.autocast():
-            found = probe(self.engine, policy, self.prompts.token_ids[:4], temperature=self.args.temperature)
-        print(
-            f"parity of {self.engine.name} and trainer: {found.mean_gap:.2g} nats per token over {found.tokens} tokens"
-        )
+            for found in ask_each(self.engine, ask):
+                print(
+                    f"parity of {self.engine.name} and trainer: {found.mean_gap:.2g} nats per token over "
+                    f"{found.tokens} tokens"
+                )
         self._probed = True
+
+    def _must_probe(self, update: int) -> bool:
+        """At the start, every so often, and when a server came back since the last time."""
+        due = not self._probed or update % self.args.probe_updates == 0 or returns(self.engine) > self._returns
+        return self.args.probe_parity and due
 
     def reduce(self, total: torch.Tensor) -> torch.Tensor:
         """Sum over all processes, of what each has of an optimizer step; rollouts are the same in all of them."""

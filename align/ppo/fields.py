@@ -295,8 +295,19 @@ class DriftFields(RolloutFields):
     """Weight of the entropy bonus."""
     importance_cap: float | None = Field(2.0, ge=1)
     """Cap on the weights that correct for the engine's log-probabilities being not quite the trainer's; null: none."""
+    max_staleness: int = Field(0, ge=0, le=64)
+    """Updates that sampling runs ahead, with weights as old; with 1 servers sample while the trainer learns."""
     importance_sequence_cap: float | None = Field(None, gt=1)
     """Leave out responses whose whole ratio of trainer to engine is outside [1/this, this]; null: none."""
+
+    @model_validator(mode="after")
+    def _staleness_is_corrected(self) -> Self:
+        if self.max_staleness and self.importance_cap is None:
+            raise ValueError(
+                f"max_staleness is {self.max_staleness}, so older weights sample, which importance_cap corrects for; "
+                "set it (2.0 by default), or `max_staleness: 0`."
+            )
+        return self
 
     @model_validator(mode="after")
     def _estimator_fits_its_place(self) -> Self:

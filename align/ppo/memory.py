@@ -146,8 +146,8 @@ def _notes(config: RolloutFields, runtime: Runtime) -> list[str]:
         f"and {prompts} prompts.",
         "Not counted: Python and its libraries (about 0.6 GiB, 1.2 with vLLM), scratch space of kernels.",
     ]
-    if runtime.engine.address is not None:
-        notes.append("The engine is a server that runs already; its memory is not counted.")
+    if runtime.rollouts.addresses:
+        notes.append("Servers that run already sample; their memory is not counted.")
     elif name != "transformers" and gpu:
         asleep = ", but asleep while the trainer learns" if name == "vllm" and runtime.engine.sleep else ""
         notes.append(

@@ -16,23 +16,26 @@ import torch
 from transformers import TrainerCallback
 
 from align.errors import UserError
+from align.launch import rank
 from align.models.merging import merged_weights
 from align.models.precision import low_residual, round_frozen
 from align.models.ragged import can_run_ragged, run_ragged
 from align.models.sharding import forget_gathered, full, whole
 from align.ppo import metrics
+from align.ppo.ahead import RolloutsAhead
 from align.ppo.alarms import Alarm, alarms
 from align.ppo.arguments import RolloutArguments
 from align.ppo.experience import RolloutTrainer
 from align.ppo.kl import make_controller
 from align.ppo.model import PolicyAndReference
 from align.ppo.normalise import RunningScale
-from align.ppo.optimizer import clip_by_part, make_optimizer
+from align.ppo.optimizer import PARTS, clip_by_part, make_optimizer
 from align.ppo.packing import Form
 from align.ppo.prompts import Prompts
 from align.ppo.ptx import make_ptx
-from align.ppo.rollout import AnyScorer
+from align.ppo.rollout import AnyScorer, Rollout, rollout_of, turn_of
 from align.ppo.validation import make_validation
+from align.training.zero import clip_part
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +66,7 @@ class OnlineTrainer(RolloutTrainer):
             if both.reference is not None:
                 round_frozen(both.reference)
         super().__init__(model=both, args=args, processing_class=processing_class, callbacks=callbacks)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_fsdp_enabled or (self.is_deepspeed_enabled and not hasattr(args, "launch")):
             raise UserError(
                 f"{self.method}: accelerate's FSDP and DeepSpeed plugins are not supported here. Run it as a stage "
                 "with `runtime: {launch: {strategy: fsdp2}}`, or by DDP."
@@ -84,7 +87,15 @@ class OnlineTrainer(RolloutTrainer):
         self.stopped: str | None = None
         """Why the run ended before its last update, if it did."""
         self._probed = False
+        self._norms: dict[str, torch.Tensor] = {}
         self._loss_kl_coef = 0.0
+
+        self.ahead = RolloutsAhead(engine, self.own_turn, args.max_staleness, args.updates)
+        if args.max_staleness and args.world_size > 1 and not self.ahead.shared:
+            raise UserError(
+                f"{self.method}: max_staleness {args.max_staleness} in several processes needs servers, since an "
+                "engine of each would sample while it learns. Set runtime.rollouts, or max_staleness 0."
+            )
 
     # ---- learning ----
 
@@ -104,13 +115,26 @@ class OnlineTrainer(RolloutTrainer):
 
     def _clip_grad_norm(self, model: Any) -> torch.Tensor:
         """Clip policy and critic separately: a critic far off must not shrink the policy's step."""
-        norms = clip_by_part(self.accelerator.unwrap_model(model), self.args.max_grad_norm)
+        if self.is_deepspeed_enabled:
+            norms = self._norms  # clipped already, and the step is made
+        else:
+            norms = clip_by_part(self.accelerator.unwrap_model(model), self.args.max_grad_norm)
         norms = {name: full(norm) for name, norm in norms.items()}
         for name, norm in norms.items():
             self._require_finite(f"gradient of the {name}", norm)
             self._averages.add(f"grad_norm_{name}", norm)
         total: torch.Tensor = torch.stack(list(norms.values())).norm()
         return total
+
+    clips_itself = True
+
+    def clip_in_parts(self) -> None:
+        """As ``_clip_grad_norm``, where DeepSpeed holds the gradients."""
+        trained = {part: getattr(self.model, part, None) for part in PARTS}
+        self._norms = {
+            part: clip_part([p for p in model.parameters() if p.requires_grad], self.args.max_grad_norm)
+            for part, model in trained.items() if model is not None
+        }  # fmt: skip
 
     def _require_finite(self, what: str, value: torch.Tensor) -> None:
         if not bool(torch.isfinite(value)):
@@ -159,7 +183,11 @@ class OnlineTrainer(RolloutTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, validate what came out, and put the best policy in the last one's place if ``keep`` says so."""
-        result = super().train(*args, **kwargs)
+        try:
+            result = super().train(*args, **kwargs)
+            self.ahead.settle()  # a run that ended early may have drawn ahead
+        finally:
+            self.ahead.close()
         if self.validation is not None:
             if self.update not in [entry["update"] for entry in self.state.log_history if "eval_score" in entry]:
                 with whole(self.model) as model:
@@ -171,10 +199,14 @@ class OnlineTrainer(RolloutTrainer):
         return result
 
     def state_to_save(self) -> dict[str, Any]:
-        """KL controller, totals, running scale, best validation, and the fields that decide the data order."""
-        state = {"kl": self.kl_controller.state_dict(), "totals": self.totals, "fingerprint": self.args.fingerprint()}
+        """KL controller, totals, running scale, best validation, rollouts drawn ahead, and the fields that decide the
+        data order."""
+        state: dict[str, Any] = {"kl": self.kl_controller.state_dict(), "totals": self.totals}
+        state["fingerprint"] = self.args.fingerprint()
         if self.scale is not None:
             state["scale"] = self.scale.state_dict()
+        if self.args.max_staleness:
+            state["ahead"] = self.ahead.state_dict()
         return state | ({} if self.validation is None else {"best": self.validation.best})
 
     def take_state(self, state: dict[str, Any]) -> None:
@@ -185,6 +217,13 @@ class OnlineTrainer(RolloutTrainer):
         if self.validation is not None:
             self.validation.best = state["best"]
         self.totals = state["totals"]
+        self.ahead.load_state_dict(state.get("ahead", []), self._restored)
+
+    def _restored(self, update: int, answers: list[Any]) -> Rollout | None:
+        if rank() > 0:
+            return None  # the first process had all of it
+        turn = turn_of(self.args, update)
+        return rollout_of(self.prompts, self.prompts.draw(turn.start, len(turn), self.args.seed), answers, update)
 
     def after_saving(self) -> None:
         """Weights of former best policies are needed no more."""

@@ -56,6 +56,10 @@ class Rollout:
     """The rollout that this one was chosen from, whose scores are logged; None where all of it is learnt from."""
     redrawn: list[Rollout] = field(default_factory=list)
     """Further responses that were sampled to choose from."""
+    weights_of: int = 0
+    """The update before which the policy had the weights that were sampled from."""
+    drawing: float = 0.0
+    """Seconds that sampling took, waited for or not."""
 
     def __len__(self) -> int:
         return len(self.responses)
@@ -115,6 +119,8 @@ class Rollout:
             texts=[self.texts[i] for i in indices],
             tensors={name: cut(tensor) for name, tensor in self.tensors.items()},
             drawn=self,
+            weights_of=self.weights_of,
+            drawing=self.drawing,
         )
 
     def store(self, indices: list[int], results: Batch) -> None:
@@ -255,6 +261,8 @@ def joined(parts: Sequence[Rollout]) -> Rollout:
         responses=[response for part in parts for response in part.responses],
         texts=[text for part in parts for text in part.texts],
         tensors={name: torch.cat([_widened(part.tensors[name], width) for part in parts]) for name in parts[0].tensors},
+        weights_of=parts[0].weights_of,
+        drawing=max(part.drawing for part in parts),
     )
 
 

@@ -35,6 +35,7 @@ from align.ppo.trainer import PPOTrainer
 from align.rollouts.engine import open_engine
 from align.rollouts.server_client import EngineLost
 from align.stage import StageContext
+from align.training.arguments import parallel_options
 from align.training.handover import check_model, check_same_vocabulary
 from align.training.stop_request import StopWhenAsked
 from align.training.tracking import follow, tracking_options
@@ -53,6 +54,7 @@ PASSED_ON = (
     *("critic_warmup_updates", "weight_decay", "max_grad_norm"),
     *("kl_coef", "kl_in", "kl_estimator", "kl_budget", "kl_controller", "kl_target", "kl_horizon", "gamma", "lam"),
     *("truncation", "truncated", "length_penalty", "normalise_scores", "importance_sequence_cap", "probe_updates"),
+    "max_staleness",
     *("missing_eos_penalty", "score_clip", "whiten_rewards", "whiten_advantages", "clip_range", "dual_clip"),
     *("value_clip_range", "vf_coef", "entropy_coef", "loss_aggregation", "importance_cap", "save_updates"),
     *("critic_detach", "ptx_coef", "ptx_rows", "eval_updates", "keep", "keep_kl", "on_alarm", "completions"),
@@ -105,6 +107,7 @@ def run_online(context: StageContext, make: Callable[[Start], OnlineTrainer]) ->
         seed=context.seed % 2**32,
         warn=context.warn,
         on_hang=context.fail_at_once,
+        together=True,
     )
     try:
         options = {
@@ -264,7 +267,8 @@ def arguments(context: StageContext, made: type[Arguments], passed_on: Iterable[
         "save_total_limit": 2,
         "disable_tqdm": True,
         **tracking_options(context),
+        **parallel_options(context, on_gpu),
     }
     arguments = made(**(options | config.trainer))
-    arguments.launch = context.runtime.launch  # type: ignore[attr-defined]
+    arguments.launch, arguments.precision = context.runtime.launch, config.precision  # type: ignore[attr-defined]
     return arguments

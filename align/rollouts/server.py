@@ -1,153 +1,82 @@
-"""Rollouts by a vLLM server: another process, or machine, given new weights through a shared folder, or over NCCL.
+"""One vLLM server: what it is asked, what its answers must hold, how it takes new weights.
 
-With ``server_process.py`` and ``nccl.py`` all that touches vLLM's HTTP interface: routes, fields and options as of 0.31
-(``/v1/completions``, ``/collective_rpc``, ``/reset_prefix_cache``, ``/server_info``, ``/health``), the middle three of
-which exist only with ``VLLM_SERVER_DEV_MODE=1``. Every call ends within ``runtime.engine.timeout``, with an answer or
-an error that says whether the server lives. Left out: retries, streaming, tokens scored at other temperatures, and
-more than one training process at a server.
+With ``server_process.py``, ``server_options.py`` and ``nccl.py`` all that touches vLLM's HTTP interface: routes, fields
+and options as of 0.31 (``/v1/completions``, ``/collective_rpc``, ``/reset_prefix_cache``, ``/server_info``,
+``/health``), the middle three of which exist only with ``VLLM_SERVER_DEV_MODE=1``. Every call ends within
+``runtime.engine.timeout``, with an answer or an error that says whether the server lives. Left out: asking again, and
+several servers (``pool.py``); streaming, tokens scored at other temperatures.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import shlex
-import shutil
-import tempfile
+import threading
 import time
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from align.errors import UserError
-from align.models.loading import load_tokenizer
 from align.rollouts import nccl
 from align.rollouts.protocol import Progress, Response, Sampling
-from align.rollouts.server_client import POLL_SECONDS, BadReply, Client, EngineLost
-from align.rollouts.server_process import GRACE_SECONDS, MODULE, start_server
-from align.rollouts.vllm import CPU_STEP_TOKENS
+from align.rollouts.server_client import POLL_SECONDS, BadReply, Client
+from align.rollouts.server_options import Served, refuse_unfit
+from align.rollouts.server_process import GRACE_SECONDS, Place, start_server
 from align.rollouts.watchdog import Watchdog
-from align.rollouts.weights import checkpoint_weights, refuse_missing, weight_names, with_tied_head
-from align.runtime import EngineConfig
+from align.rollouts.weights import checkpoint_weights, with_tied_head
+from align.rollouts.weights_folder import WeightsFolder
 
-COMPLETIONS, RPC, RESET, INFO = "/v1/completions", "/collective_rpc", "/reset_prefix_cache", "/server_info"
-READY = "READY"
-"""File that is written last into a folder of weights: without it the folder is not whole."""
-SHARD_BYTES = 512 * 2**20
-"""Weights held in memory at once while they are written."""
-
-
-def server_options(dtype: torch.dtype, device: torch.device, config: EngineConfig, max_length: int) -> list[str]:
-    """Options of a server that samples what the trainer expects; the same as the in-process engine's."""
-    options = ["--dtype", str(dtype).removeprefix("torch."), "--max-model-len", str(max_length)]
-    options += ["--max-num-seqs", str(config.batch_size), "--logprobs-mode", "processed_logprobs"]
-    options += ["--generation-config", "vllm"]  # or the checkpoint's own top-k and penalties would creep in
-    options += ["--enable-prefix-caching", "--disable-log-stats"]
-    if not config.compile:
-        options.append("--enforce-eager")
-    if config.weights == "nccl":
-        options += nccl.SERVER_OPTIONS
-    if device.type != "cpu":
-        return [*options, "--gpu-memory-utilization", str(config.gpu_memory)]
-    # A prompt read in parts makes vLLM wind its request's generator back, which a CPU generator cannot do.
-    options += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(CPU_STEP_TOKENS, max_length))]
-    return [*options, "--block-size", "32", "--kv-cache-memory-bytes", str(int(config.cpu_kv_cache_gb * 2**30))]
-
-
-def refuse_unfit(client: Client, options: list[str], dtype: torch.dtype, max_length: int) -> None:
-    """Raise ``UserError`` when a server that somebody else started is not there, or would sample something else."""
-    remedy = f"Start it with: VLLM_SERVER_DEV_MODE=1 python -m {MODULE} --model MODEL {shlex.join(options)}"
-    where = f"runtime.engine.address is {client.address}, but"
-    try:
-        info = client.call(f"{INFO}?config_format=json", method="GET")
-    except (EngineLost, BadReply) as error:
-        raise UserError(f"{where} no vLLM server in development mode answers there: {error}\n{remedy}") from None
-    config = client.find(INFO, info, "vllm_config")
-    found = {
-        "dtype": str(client.find(INFO, config, "model_config", "dtype")).removeprefix("torch."),
-        "logprobs-mode": client.find(INFO, config, "model_config", "logprobs_mode"),
-        "generation-config": client.find(INFO, config, "model_config", "generation_config"),
-        "max-model-len": client.find(INFO, config, "model_config", "max_model_len"),
-        "enable-chunked-prefill": client.find(INFO, config, "scheduler_config", "enable_chunked_prefill"),
-    }
-    wanted = {"dtype": str(dtype).removeprefix("torch."), "logprobs-mode": "processed_logprobs"}
-    wanted["generation-config"] = "vllm"
-    wrong = [f"{name} {found[name]} instead of {value}" for name, value in wanted.items() if found[name] != value]
-    if found["max-model-len"] < max_length:
-        wrong.append(f"max-model-len {found['max-model-len']} instead of {max_length} or more")
-    on_cpu = str(client.find(INFO, config, "device_config", "device")) == "cpu"
-    if on_cpu and found["enable-chunked-prefill"]:
-        wrong.append("chunked prefill, which breaks seeded requests on a CPU")
-    if "--weight-transfer-config" in options and not nccl.is_offered(client.find(INFO, config)):
-        wrong.append("no weight transfer over NCCL")
-    if wrong:
-        raise UserError(f"{where} the server there has {'; '.join(wrong)}.\n{remedy}")
+COMPLETIONS, RPC, RESET = "/v1/completions", "/collective_rpc", "/reset_prefix_cache"
 
 
 class ServerEngine:
     """A :class:`~align.rollouts.protocol.RolloutEngine` around one vLLM server, started here or running already."""
 
     name = "vllm-server"
-    sender: nccl.NcclSender | None
+    sender: nccl.NcclSender | None = None
 
     def __init__(
         self,
-        model_dir: Path,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        config: EngineConfig,
-        max_length: int,
-        seed: int,
-        watchdog: Watchdog | None = None,
+        served: Served,
+        folder: WeightsFolder,
+        number: int = 0,
+        given_up: threading.Event | None = None,
     ) -> None:
-        """Start a server for sequences of at most ``max_length`` tokens, or give the one at ``config.address`` the
-        weights of ``model_dir``. Raises ``UserError`` when that one is unfit, ``EngineLost`` when none starts."""
-        from transformers import AutoConfig
+        """Start server ``number`` of the pool, with the weights of ``served.model_dir``, or meet the one at its address
+        there, which holds whatever it was given last.
 
-        self.model_dir, self.dtype, self.batch_size = model_dir, dtype, config.batch_size
-        self.tokenizer = load_tokenizer(model_dir)
-        self.eos = int(self.tokenizer.eos_token_id)
-        self.names = weight_names(model_dir)
-        self.tied = bool(getattr(AutoConfig.from_pretrained(model_dir), "tie_word_embeddings", False))
-        self.version, self.sender = 0, None
-        self._temporary = contextlib.ExitStack()
-        self.weights_folder = self._folder(config.weights_folder)
-        options = server_options(dtype, device, config, max_length)
-        try:
-            if config.address is None:
-                folders = [self._folder(None), self.weights_folder]
-                self.client = start_server(model_dir, options, seed, config.timeout, folders)
-            else:
-                self.client = Client(config.address, config.timeout)
-                refuse_unfit(self.client, options, dtype, max_length)
-                if config.weights == "nccl":
-                    watched = watchdog or Watchdog(self.name, config.timeout)
-                    self.sender = nccl.NcclSender(self.client, device, dtype, watched)
-                self.load_weights(checkpoint_weights(model_dir))
-        except BaseException:
-            self._temporary.close()
-            raise
+        Raises ``UserError`` when that one is unfit, ``EngineLost`` when none starts, or ``given_up`` is set meanwhile.
+        """
+        self.served, self.folder, self.number = served, folder, number
+        self.dtype, self.batch_size = served.dtype, served.config.batch_size
+        self.tokenizer, self.eos = served.tokenizer, served.eos
+        pool, timeout = served.pool, served.config.timeout
+        if not pool.addresses:
+            place = Place.of(served.pool, number, served.device.type)
+            self.client = start_server(
+                served.model_dir, served.options(), served.seed, timeout, [folder.temporary(), folder.path], place,
+                given_up,
+            )  # fmt: skip
+        else:
+            self.client = Client(pool.addresses[number], timeout)
+            refuse_unfit(self.client, served)
 
-    def _folder(self, inside: str | None) -> Path:
-        """A new folder that ``close`` removes."""
-        outer = None if inside is None else Path(inside).expanduser().absolute()
-        if outer is not None:
-            outer.mkdir(parents=True, exist_ok=True)
-        made = tempfile.TemporaryDirectory(prefix="align-", dir=outer, ignore_cleanup_errors=True)
-        folder = Path(self._temporary.enter_context(made))
-        if outer is not None:
-            folder.chmod(0o755)  # the server may run as another user; the outer folder says who gets in
-        return folder
+    @property
+    def own(self) -> bool:
+        """Whether it was started here, and holds the checkpoint's weights to begin with."""
+        return self.client.server is not None
 
     def generate(
         self, prompts: list[list[int]], sampling: Sampling, on_progress: Progress | None = None
     ) -> list[list[Response]]:
         """See the protocol."""
-        requests = [(index, sample) for index in range(len(prompts)) for sample in range(sampling.n)]
-        bodies = [
+        bodies = self.questions(prompts, sampling)
+        answers = self.client.calls(COMPLETIONS, bodies, self.batch_size, on_progress)
+        found = [self.sampled(body, answer) for body, answer in zip(bodies, answers, strict=True)]
+        return self.responses(found, sampling.n)
+
+    def questions(self, prompts: list[list[int]], sampling: Sampling) -> list[dict[str, Any]]:
+        """A request for each response, those to one prompt behind each other."""
+        return [
             {
                 "prompt": prompts[index],
                 "max_tokens": sampling.max_tokens,
@@ -160,17 +89,20 @@ class ServerEngine:
                 "return_token_ids": True,
                 "return_tokens_as_token_ids": True,  # or every token is decoded once more, for a field nobody reads
             }
-            for index, sample in requests
+            for index in range(len(prompts))
+            for sample in range(sampling.n)
         ]
-        answers = self.client.calls(COMPLETIONS, bodies, self.batch_size, on_progress)
-        found = [self._sampled(body, answer) for body, answer in zip(bodies, answers, strict=True)]
-        texts = self.tokenizer.batch_decode([tokens for tokens, _ in found], skip_special_tokens=True)
-        responses: list[list[Response]] = [[] for _ in prompts]
-        for (index, _), (tokens, logprobs), text in zip(requests, found, texts, strict=True):
-            responses[index].append(Response(tokens, logprobs, tokens[-1] == self.eos, text))
-        return responses
 
-    def _sampled(self, body: dict[str, Any], answer: Any) -> tuple[list[int], list[float]]:
+    def responses(self, found: list[tuple[list[int], list[float]]], each: int) -> list[list[Response]]:
+        """``each`` responses to a prompt, from their tokens and log-probabilities in the order of ``questions``."""
+        texts = self.tokenizer.batch_decode([tokens for tokens, _ in found], skip_special_tokens=True)
+        made = [
+            Response(tokens, logprobs, tokens[-1] == self.eos, text)
+            for (tokens, logprobs), text in zip(found, texts, strict=True)
+        ]
+        return [made[start : start + each] for start in range(0, len(made), each)]
+
+    def sampled(self, body: dict[str, Any], answer: Any) -> tuple[list[int], list[float]]:
         """Tokens and log-probabilities of an answer that holds exactly what ``body`` asked for. Raises ``BadReply``."""
         choice = self._choice(body["prompt"], answer)
         tokens = self.client.find(COMPLETIONS, choice, "token_ids")
@@ -197,104 +129,87 @@ class ServerEngine:
         return choices[0]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """See the protocol. Raises ``BadReply`` when the server cannot read the folder, or what lies in it."""
-        if self.sender is not None:
-            self.sender.send(with_tied_head(weights, self.tied), self.names)
-            self._forget_prefixes()
+        """See the protocol."""
+        if self.served.pool.weights == "nccl":
+            self.send_weights(weights)
             return
-        self.version += 1
-        folder = self.weights_folder / f"step_{self.version}"
-        self._write(weights, folder)
+        version = self.folder.write(weights)
+        self.read_weights(version)
+        self.folder.drop_before(version)
+
+    def load_checkpoint(self) -> None:
+        """The weights of the checkpoint that the pool was opened with: what a server of somebody else's needs first."""
+        self.load_weights(checkpoint_weights(self.served.model_dir))
+
+    def send_weights(self, weights: Iterable[tuple[str, torch.Tensor]], watchdog: Watchdog | None = None) -> None:
+        """Give it weights over NCCL, from the calling thread, which meets it first where it has not yet.
+
+        ``ValueError`` when a tensor is missing, and then nothing is sent.
+        """
+        served = self.served
+        if self.sender is None:
+            watched = watchdog or Watchdog(self.name, served.config.timeout)
+            self.sender = nccl.NcclSender(self.client, served.device, served.dtype, watched)
+        self.sender.send(with_tied_head(weights, self.served.tied), set(self.served.names))
+        self._forget_prefixes()
+
+    def read_weights(self, version: int) -> None:
+        """Have it read a version from the folder. ``BadReply`` when it cannot read the folder, or what lies there."""
+        folder = self.folder.of(version)
         try:
             answer = self.client.call(RPC, {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
         except BadReply as error:
             raise BadReply(
                 f"{error}. It was told to read new weights from {folder}: can it, under this very path? "
-                "runtime.engine.weights_folder names a folder that both sides see."
+                "runtime.rollouts.weights_folder names a folder that both sides see."
             ) from None
         results = self.client.find(RPC, answer, "results")
         if not isinstance(results, list) or not results or any(result is not None for result in results):
             raise self.client.unexpected(RPC, "results is no list of nulls, one per worker", answer)
         self._forget_prefixes()
-        for old in self.weights_folder.glob("step_*"):
-            if old != folder:
-                shutil.rmtree(old, ignore_errors=True)
-
-    def _write(self, weights: Iterable[tuple[str, torch.Tensor]], folder: Path) -> None:
-        """Write a whole model folder: under another name until it is complete, its marker last."""
-        partial = folder.with_name(f"{folder.name}.partial")
-        partial.mkdir()
-        try:
-            refuse_missing(self.names, write_shards(with_tied_head(weights, self.tied), partial, self.dtype))
-            for file in self.model_dir.iterdir():  # configuration and tokenizer
-                if file.suffix in (".json", ".jinja", ".model", ".txt") and not file.name.endswith(".index.json"):
-                    shutil.copyfile(file, partial / file.name)
-            partial.rename(folder)
-            (folder / READY).touch()
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
 
     def _forget_prefixes(self) -> None:
         """Drop the old weights' keys and values. Refused while requests hold blocks: given-up ones do, for a while."""
         deadline = time.monotonic() + min(GRACE_SECONDS, self.client.timeout)
         while self.client.find(RESET, self.client.call(RESET), "success") is not True:
             if time.monotonic() > deadline:
-                raise RuntimeError("vLLM kept its prefix cache across a change of weights: requests still hold blocks")
+                raise BadReply("vLLM kept its prefix cache across a change of weights: requests still hold blocks")
             time.sleep(POLL_SECONDS)
 
     def score_tokens(
         self, prompts: list[list[int]], responses: list[list[int]], temperature: float
     ) -> list[list[float]]:
         """See the protocol. ``temperature`` must be 1: vLLM scores given tokens before temperature."""
+        bodies = self.scoring(prompts, responses, temperature)
+        answers = self.client.calls(COMPLETIONS, bodies, self.batch_size)
+        found = zip(bodies, answers, prompts, strict=True)
+        return [self.scored(body, answer, len(prompt)) for body, answer, prompt in found]
+
+    def scoring(self, prompts: list[list[int]], responses: list[list[int]], temperature: float) -> list[dict[str, Any]]:
+        """A request for the log-probabilities of each prompt and response."""
         if temperature != 1:
             raise ValueError("vLLM gives log-probabilities of given tokens at temperature 1 only")
         rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
         settings = {"max_tokens": 1, "temperature": 0, "prompt_logprobs": 0, "return_token_ids": True}
-        answers = self.client.calls(COMPLETIONS, [{"prompt": row, **settings} for row in rows], self.batch_size)
-        found = []
-        for row, prompt, answer in zip(rows, prompts, answers, strict=True):
-            given = self.client.find(COMPLETIONS, self._choice(row, answer), "prompt_logprobs")
-            places = range(len(prompt), len(row))
-            values = [self.client.find(COMPLETIONS, given, place, str(row[place]), "logprob") for place in places]
-            found.append([float(value) for value in values])
-        return found
+        return [{"prompt": row, **settings} for row in rows]
 
-    def close(self) -> None:
-        """See the protocol. A server that was running already goes on, with the last weights it was given."""
+    def scored(self, body: dict[str, Any], answer: Any, start: int) -> list[float]:
+        """Log-probabilities of the tokens from place ``start`` on. Raises ``BadReply``."""
+        row = body["prompt"]
+        given = self.client.find(COMPLETIONS, self._choice(row, answer), "prompt_logprobs")
+        places = range(start, len(row))
+        return [float(self.client.find(COMPLETIONS, given, at, str(row[at]), "logprob")) for at in places]
+
+    def end(self) -> None:
+        """End a server that was started here; another goes on, with the last weights it was given."""
         if self.client.server is not None:
             self.client.server.end()
-        self._temporary.close()
+
+    def close(self) -> None:
+        """See the protocol."""
+        self.end()
+        self.folder.close()
 
 
 def _all(values: Any, kind: Any) -> bool:
     return isinstance(values, list) and all(isinstance(value, kind) for value in values)
-
-
-def write_shards(weights: Iterable[tuple[str, torch.Tensor]], folder: Path, dtype: torch.dtype) -> set[str]:
-    """Write safetensors of about ``SHARD_BYTES`` and their index; floating-point tensors in ``dtype``. The names."""
-    from safetensors.torch import save_file
-
-    index: dict[str, str] = {}
-    shard: dict[str, torch.Tensor] = {}
-    size = 0
-
-    def flush() -> None:
-        file = f"model-{len(set(index.values())) + 1:05d}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        index.update(dict.fromkeys(shard, file))
-        shard.clear()
-
-    for name, tensor in weights:
-        kind = dtype if tensor.is_floating_point() else tensor.dtype
-        # A copy of its own: safetensors refuses tensors that share memory, as a tied head does.
-        copy = tensor.detach().to("cpu", kind, copy=True, memory_format=torch.contiguous_format)
-        if shard and size + copy.nbytes > SHARD_BYTES:
-            flush()
-            size = 0
-        shard[name] = copy
-        size += copy.nbytes
-    flush()
-    content = {"metadata": {}, "weight_map": index}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(content), encoding="utf-8")
-    return set(index)

@@ -34,7 +34,7 @@ class BadReply(RuntimeError):
 
 
 @dataclass(frozen=True)
-class _Reply:
+class Reply:
     """What came of one call; ``status`` is 0 when nothing came, and then ``error`` says why."""
 
     path: str
@@ -66,27 +66,27 @@ class Client:
 
         Raises ``EngineLost`` or ``BadReply`` at the first call that fails, and gives the others up.
         """
-        finished: queue.SimpleQueue[Future[_Reply]] = queue.SimpleQueue()
+        finished: queue.SimpleQueue[Future[Reply]] = queue.SimpleQueue()
         pool = ThreadPoolExecutor(max(1, min(at_once, len(bodies))), thread_name_prefix="vllm-server")
         given_up = threading.Event()
         try:
-            futures = [pool.submit(self._exchange, method, path, body, self.timeout, given_up) for body in bodies]
+            futures = [pool.submit(self.exchange, method, path, body, self.timeout, given_up) for body in bodies]
             places = {future: place for place, future in enumerate(futures)}
             for future in futures:
                 future.add_done_callback(finished.put)
             answers: list[Any] = [None] * len(bodies)
             for done in range(1, len(bodies) + 1):
                 future = self._next(finished, path)
-                answers[places[future]] = self._read(future.result())
+                answers[places[future]] = self.read(future.result())
                 if on_progress is not None:
                     on_progress(done, len(bodies))
             return answers
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
             given_up.set()
-            self._sever()
+            self.sever()
 
-    def _next(self, finished: queue.SimpleQueue[Future[_Reply]], path: str) -> Future[_Reply]:
+    def _next(self, finished: queue.SimpleQueue[Future[Reply]], path: str) -> Future[Reply]:
         """The next call to end. A server that sends a byte now and then keeps a socket from timing out, not this."""
         began = time.monotonic()
         while True:
@@ -94,13 +94,13 @@ class Client:
                 return finished.get(timeout=POLL_SECONDS)
             seconds = time.monotonic() - began
             if self.server is not None and self.server.process.poll() is not None:
-                raise self._lost(_Reply(path, seconds, error=ConnectionError("its process ended")))
+                raise self.lost(Reply(path, seconds, error=ConnectionError("its process ended")))
             if seconds > self.timeout + PROBE_SECONDS:
-                raise self._lost(_Reply(path, seconds, error=TimeoutError()))
+                raise self.lost(Reply(path, seconds, error=TimeoutError()))
 
-    def _exchange(
+    def exchange(
         self, method: str, path: str, body: Any, timeout: float, given_up: threading.Event | None = None
-    ) -> _Reply:
+    ) -> Reply:
         """One call, in a thread of its own. Nothing is raised: the caller asks for the state of the server first."""
         began = time.monotonic()
         connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout)
@@ -116,15 +116,15 @@ class Client:
             connection.request(method, path, content, {"Content-Type": "application/json", "Connection": "close"})
             response = connection.getresponse()
             data = response.read()
-            return _Reply(path, time.monotonic() - began, response.status, data)
+            return Reply(path, time.monotonic() - began, response.status, data)
         except (OSError, http.client.HTTPException) as error:
-            return _Reply(path, time.monotonic() - began, error=error)
+            return Reply(path, time.monotonic() - began, error=error)
         finally:
             with self._lock:
                 self._open.discard(opened)
             connection.close()
 
-    def _sever(self) -> None:
+    def sever(self) -> None:
         """End calls still under way, so that no thread is left waiting; vLLM drops the requests behind them."""
         with self._lock:
             for one in self._open:
@@ -132,9 +132,10 @@ class Client:
                     with contextlib.suppress(OSError):
                         one.shutdown(socket.SHUT_RDWR)
 
-    def _read(self, reply: _Reply) -> Any:
+    def read(self, reply: Reply) -> Any:
+        """The answer in a reply. Raises ``EngineLost`` or ``BadReply``."""
         if reply.error is not None:
-            raise self._lost(reply)
+            raise self.lost(reply)
         if reply.status >= 500 and self.health() != "answers":
             raise EngineLost(
                 f"the vLLM server at {self.address} failed at {reply.path} with status {reply.status}: "
@@ -167,7 +168,8 @@ class Client:
                 raise self.unexpected(path, f"it lacks {'.'.join(map(str, keys))}", answer) from None
         return found
 
-    def _lost(self, reply: _Reply) -> EngineLost:
+    def lost(self, reply: Reply) -> EngineLost:
+        """The error for a call that came to nothing."""
         if isinstance(reply.error, TimeoutError):
             what = f"did not answer {reply.path} within {self.timeout:g} s (runtime.engine.timeout)"
         else:
@@ -179,7 +181,7 @@ class Client:
 
     def health(self) -> str:
         """What ``/health`` says, in words: ``answers`` when all is well."""
-        reply = self._exchange("GET", "/health", None, min(PROBE_SECONDS, self.timeout))
+        reply = self.exchange("GET", "/health", None, min(PROBE_SECONDS, self.timeout))
         if reply.error is not None:
             return "does not answer"
         return "answers" if reply.status == 200 else f"answers with status {reply.status}"

@@ -8,11 +8,16 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+from align.errors import UserError
+from align.launch import local_size
+from align.pool_config import RolloutsConfig
 from align.rollouts.server_client import POLL_SECONDS, Client, EngineLost
 
 MODULE = "vllm.entrypoints.openai.api_server"
@@ -45,10 +50,37 @@ sys.exit(1 if code is None else code if code >= 0 else 128 - code)
 leaves its engine and worker processes behind when its API process is killed."""
 
 
+@dataclass(frozen=True)
+class Place:
+    """What of this machine a server may use."""
+
+    threads: int | None = None
+    """Of each of its processes that computes on CPU cores; None leaves it as it is."""
+    gpus: tuple[int, ...] = ()
+    """As this process counts them; none leaves it all that this process sees."""
+
+    @classmethod
+    def of(cls, pool: RolloutsConfig, number: int, device: str) -> Place:
+        """The place of server ``number``: GPUs of its own, or its share of the cores. Raises ``UserError``."""
+        if device == "cpu":
+            cores = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+            return cls(threads=max(1, cores // (pool.servers * pool.tensor_parallel)))
+        import torch
+
+        there = torch.cuda.device_count()
+        gpus = pool.gpus_of(number, there, local_size())
+        if max(gpus) >= there or len(set(gpus)) < len(gpus):
+            raise UserError(
+                f"runtime.rollouts: server {number + 1} of {pool.servers} would have GPUs {gpus} (tensor_parallel "
+                f"{pool.tensor_parallel}), and there are {there}. Lower servers or tensor_parallel, or name gpus."
+            )
+        return cls(gpus=tuple(gpus))
+
+
 class LocalServer:
     """A server process that belongs to this one: it ends with ``end``, and with this process."""
 
-    def __init__(self, command: list[str], folders: list[Path]) -> None:
+    def __init__(self, command: list[str], folders: list[Path], place: Place | None = None) -> None:
         """Start ``command``. Its log and temporary files go to the first folder; all go if this process is killed."""
         self.log, self._ended = folders[0] / "server.log", False
         guard = [sys.executable, "-I", "-c", GUARD, str(os.getpid()), os.pathsep.join(map(str, folders))]
@@ -57,7 +89,7 @@ class LocalServer:
             # A session of its own, so that the whole group can be ended; the guard sees to it that none outlives us.
             self.process = subprocess.Popen(
                 [*guard, *command], stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                env=_environment(folders[0]), start_new_session=True,
+                env=_environment(folders[0], place or Place()), start_new_session=True,
             )  # fmt: skip
 
     def life(self) -> str:
@@ -110,16 +142,26 @@ def _in_group(process: psutil.Process, leader: int) -> bool:
         return False
 
 
-def _environment(folder: Path) -> dict[str, str]:
+def _environment(folder: Path, place: Place) -> dict[str, str]:
     """Settings of the server's process; the user's own values win, except where the engine depends on them."""
     # The in-process engine sets the first, without which no server starts; calls send no key; the server is no part of
     # what a launcher started.
     dropped = {"VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_API_KEY"}
-    dropped |= {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    kept = {name: value for name, value in os.environ.items() if name not in dropped}
+    dropped |= {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in dropped and not name.startswith(("TORCHELASTIC_", "GROUP_", "ROLE_"))
+    }
     quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     # Bound to cores, vLLM's CPU worker leaves one to the scheduler, which hardly uses it: half of a small machine.
-    return quiet | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} | kept | {"VLLM_SERVER_DEV_MODE": "1", "TMPDIR": str(folder)}
+    quiet |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    if place.threads is not None:
+        kept["OMP_NUM_THREADS"] = str(place.threads)
+    if place.gpus:
+        visible = [one for one in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one]
+        kept["CUDA_VISIBLE_DEVICES"] = ",".join(visible[gpu] if visible else str(gpu) for gpu in place.gpus)
+    return quiet | kept | {"VLLM_SERVER_DEV_MODE": "1", "TMPDIR": str(folder)}
 
 
 def free_port(address: str = "127.0.0.1") -> int:
@@ -129,20 +171,31 @@ def free_port(address: str = "127.0.0.1") -> int:
         return int(free.getsockname()[1])
 
 
-def start_server(model_dir: Path, options: list[str], seed: int, timeout: float, folders: list[Path]) -> Client:
+def start_server(
+    model_dir: Path,
+    options: list[str],
+    seed: int,
+    timeout: float,
+    folders: list[Path],
+    place: Place | None = None,
+    given_up: threading.Event | None = None,
+) -> Client:
     """Start a server on this machine, for this machine only, and wait until it answers.
 
-    Raises ``EngineLost`` with the end of its log when it ends, or does not answer within ``timeout`` seconds.
+    Raises ``EngineLost`` with the end of its log when it ends, or does not answer within ``timeout`` seconds, or
+    ``given_up`` is set.
     """
     port = free_port()
     command = [sys.executable, "-m", MODULE, "--host", "127.0.0.1", "--port", str(port), "--model", str(model_dir)]
     command += [*options, "--seed", str(seed % 2**32), "--uvicorn-log-level", "warning", "--disable-uvicorn-access-log"]
     command.append("--skip-tokenizer-init")  # tokens go in and out as ids; turning them into text took a third of it
-    server = LocalServer(command, folders)
+    server = LocalServer(command, folders, place)
     client = Client(f"http://127.0.0.1:{port}", timeout, server)
     began = time.monotonic()
     try:
         while client.health() != "answers":
+            if given_up is not None and given_up.is_set():
+                raise EngineLost(f"the vLLM server at {client.address} is needed no more")
             if server.process.poll() is not None or time.monotonic() - began > timeout:
                 raise EngineLost(
                     f"the vLLM server at {client.address} was not ready after {time.monotonic() - began:.0f} s of at "

@@ -24,13 +24,14 @@ KINDS = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose vLLM model has ``self_attn.qkv_proj`` and ``mlp``, each called as a module."""
 
 
-def why_not_here(model_dir: Path, config: EngineConfig) -> str | None:
-    """Why vLLM cannot run the checkpoint for its stored adapter; None where it can, or where there is no adapter."""
+def why_not_here(model_dir: Path, config: EngineConfig, server: bool = False) -> str | None:
+    """Why vLLM, in this process or as a ``server``, cannot run the checkpoint for its stored adapter; None where it
+    can, or where there is no adapter."""
     if not is_stored(model_dir):
         return None
     carried = f"the checkpoint carries an adapter of tuning {stored_tuning(model_dir).label}"
     kind = str(json.loads((model_dir / "config.json").read_text(encoding="utf-8")).get("model_type"))
-    if config.name == "vllm-server":
+    if server:
         return f"{carried}, which a vLLM server has no place for"
     if config.compile:
         return f"{carried}, which a compiled vLLM model has no place for (runtime.engine.compile)"

@@ -57,6 +57,11 @@ class GrpoConfig(DriftFields):
         # By value, not by what was set: a stage's process reads the whole config back, defaults written out.
         if self.zero_variance == "keep" and self.resample_rounds != type(self).model_fields["resample_rounds"].default:
             raise ValueError("resample_rounds is set, but zero_variance is keep; set `zero_variance: resample`.")
+        if self.max_staleness and self.zero_variance == "resample":
+            raise ValueError(
+                f"max_staleness is {self.max_staleness}, but `zero_variance: resample` asks the engine for more of "
+                "this very update; set `zero_variance: keep`, or `max_staleness: 0`."
+            )
         return self
 
 

@@ -154,7 +154,7 @@ def _run_trial(
     with watching(pipeline) as inner:
         watch = _Watch(inner, sweep, study, trial, pipeline)
         try:
-            run = run_pipeline(pipeline, store=store.root, listener=watch, stop=stop)
+            run = run_pipeline(pipeline, store=store, listener=watch, stop=stop)
         except Ended:
             assert watch.current is not None
             node = watch.current

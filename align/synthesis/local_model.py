@@ -53,9 +53,9 @@ class Engines:
 
     def _open(self, model_dir: Path, first: bool) -> RolloutEngine:
         context, runtime = self.context, self.context.runtime
-        if not first and runtime.engine.name != "transformers":
+        if not first and runtime.engine.name != "transformers" and not runtime.rollouts.servers:
             context.warn("the judge is of another architecture than the model, so transformers samples its verdicts")
-            runtime = runtime.model_copy(update={"engine": runtime.engine.model_copy(update={"name": "transformers"})})
+            runtime = runtime.with_transformers()
         engine = open_engine(
             model_dir,
             runtime,

@@ -51,6 +51,16 @@ def schedule_options(fields: TrainingFields, steps: int) -> dict[str, Any]:
     return {}
 
 
+def parallel_options(context: StageContext, on_gpu: bool) -> dict[str, Any]:
+    """What the strategy of ``runtime.launch`` adds, where several processes train."""
+    launch = context.runtime.launch
+    if launch.strategy != "deepspeed" or world_size() == 1:
+        return {}
+    from align.training.zero import zero_options
+
+    return zero_options(launch.deepspeed, on_gpu, context.config.precision == "bfloat16")
+
+
 def training_arguments(config_class: type[Any], context: StageContext, rows: int, **own: Any) -> Any:
     """An instance of trl's ``config_class`` for ``rows`` training rows; ``own`` are the stage's own options.
 
@@ -88,8 +98,9 @@ def training_arguments(config_class: type[Any], context: StageContext, rows: int
         "dataloader_pin_memory": on_gpu,
         "disable_tqdm": True,
         **tracking_options(context),
+        **parallel_options(context, on_gpu),
     }
     made = config_class(**{**options, **own, **fields.trainer})
-    made.launch = context.runtime.launch
+    made.launch, made.precision = context.runtime.launch, fields.precision
     made.order_micro_batch = fields.micro_batch  # the rows' order is that of one process (``training.epochs``)
     return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -131,7 +132,18 @@ class TrainingFields(Config):
 
     def processes_objection(self, launch: LaunchConfig) -> str | None:
         """Why the processes cannot share an optimizer step's rows, or hold the model, and what to do."""
-        return self._batch_objection(launch.known or 1) or sharding_objection(launch, self.tuning)
+        return (
+            self._batch_objection(launch.known or 1)
+            or sharding_objection(launch, self.tuning)
+            or (self._zero_objection() if launch.strategy == "deepspeed" and launch.known != 1 else None)
+        )
+
+    def _zero_objection(self) -> str | None:
+        """What reads or moves weights beside DeepSpeed's engine, which keeps copies of its own."""
+        asked = {"ema": self.ema, "anchor": self.anchor, "replay": self.replay}
+        asked["keep: best"] = self.keep == "best" or None
+        names = [name for name, value in asked.items() if value is not None]
+        return f"{names[0]} does not go with strategy deepspeed; take fsdp2, or leave it out." if names else None
 
     def _batch_objection(self, processes: int) -> str | None:
         if self.batch_size % processes:
@@ -219,12 +231,16 @@ class TrainingFields(Config):
 
 def sharding_objection(launch: LaunchConfig, tuning: TuningBase) -> str | None:
     """Why a model with this tuning cannot be shared out in parts, and what to do."""
-    if launch.strategy != "fsdp2" or launch.known == 1:
+    if launch.strategy == "ddp" or launch.known == 1:
         return None
     what = "tuning qlora keeps weights in 4 bits, which" if isinstance(tuning, QloraTuning) else None
     if isinstance(tuning, FullTuning) and tuning.scheduled:
         what = "tuning.unfreeze and lisa open and close weights on the way, which"
-    return what and f"{what} strategy fsdp2 cannot share out; take ddp."
+    if what is not None:
+        return f"{what} strategy {launch.strategy} cannot share out; take ddp."
+    if launch.strategy == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        return "strategy deepspeed needs the package deepspeed; install the extra `deepspeed`, or take fsdp2."
+    return None
 
 
 def checked_options(kind: str, options: dict[str, Any], reserved: Iterable[str] = ()) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from align.launch import LaunchConfig, world_size
 from align.models.precision import forget_copies
 from align.models.sharding import forget_gathered, full, is_sharded, part, shard, whole
+from align.training import zero
 
 
 class ShardingTrainer:
@@ -27,12 +28,27 @@ class ShardingTrainer:
     accelerator: Any
     optimizer: Any
     lr_scheduler: Any
+    state: Any
+    is_deepspeed_enabled: bool
+    _groups: zero.Groups
+    _save: Any
+
+    clips_itself = False
+    """Whether ``clip_in_parts`` clips gradients before a step of DeepSpeed's, which is else told to."""
+
+    def clip_in_parts(self) -> None:
+        """Called before a step of DeepSpeed's engine."""
 
     def share_out(self) -> None:
         """Shard the model where that is the strategy; before an optimizer is made."""
         if self.args.gradient_checkpointing:
             forget_copies(self.accelerator)
         launch: LaunchConfig | None = getattr(self.args, "launch", None)
+        if self.is_deepspeed_enabled:
+            zero.forget_global_config()
+            if self.args.precision == "bfloat16":  # where the engine is not asked, as in scoring
+                device = self.accelerator.device.type
+                self.accelerator.autocast = functools.partial(torch.autocast, device, torch.bfloat16)
         if launch is None or launch.strategy != "fsdp2" or world_size() == 1:
             return
         shard(self.model, launch.fsdp, self.accelerator.device)
@@ -44,52 +60,87 @@ class ShardingTrainer:
         forget_gathered(self.model)
         return super().create_optimizer(model)  # type: ignore[misc]
 
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        if not self.is_deepspeed_enabled:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)  # type: ignore[misc]
+        self.create_optimizer()  # for its groups: DeepSpeed has another made, which it flattens
+        self._groups = [list(group["params"]) for group in self.optimizer.param_groups]
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)  # type: ignore[misc]
+        if self.clips_itself:
+            zero.clip_by(self.model_wrapped, self.clip_in_parts)
+        if resume_from_checkpoint is not None:
+            self._load_from_checkpoint(resume_from_checkpoint)
+            zero.take_weights(self._groups)
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
+
+    @property
+    def _in_parts(self) -> bool:
+        return is_sharded(self.model) or self.is_deepspeed_enabled
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As ever; a sharded model is gathered for it by all processes."""
-        if not is_sharded(self.model):
+        """As ever; a model in parts is gathered for it by all processes."""
+        if not self._in_parts:
             super().save_model(output_dir, _internal_call)  # type: ignore[misc]
             return
-        sharded = self.model
-        with whole(sharded) as self.model:
-            super().save_model(output_dir, _internal_call)  # type: ignore[misc]
-        self.model = sharded
+        held = self.model
+        with whole(held) as self.model:
+            if self.args.should_save:
+                self._save(output_dir or self.args.output_dir)
+        self.model = held
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not is_sharded(self.model):
+        if not self._in_parts:
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
             return
-        sharded = self.model
-        with whole(sharded, store=True) as self.model:
-            super()._load_from_checkpoint(resume_from_checkpoint)  # type: ignore[misc]
-        self.model = sharded
+        held = self.model
+        with whole(held, store=True) as self.model:
+            super()._load_from_checkpoint(resume_from_checkpoint, self.model)  # type: ignore[misc]
+        self.model = held
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not is_sharded(self.model):
+        if not self._in_parts:
             super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
             return
-        state = self.optimizer.state_dict()
-        state["state"] = {
-            number: {name: full(value) if isinstance(value, torch.Tensor) else value for name, value in kept.items()}
-            for number, kept in state["state"].items()
-        }
+        if self.is_deepspeed_enabled:
+            state = zero.whole_state(self._groups, self.optimizer, int(self.state.global_step))
+        else:
+            state = _gathered(self.optimizer.state_dict())
         if self.args.should_save:
             torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if not is_sharded(self.model) or checkpoint is None:
+        if not self._in_parts or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
             return
         state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
-        numbered = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        for number, kept in state["state"].items():
-            like = numbered[number]
-            for name, value in kept.items():
-                if isinstance(value, torch.Tensor) and value.shape == like.shape:
-                    kept[name] = part(value, like)
-        self.optimizer.load_state_dict(state)
+        if self.is_deepspeed_enabled:
+            zero.take_state(self._groups, self.optimizer, state)
+        else:
+            self.optimizer.load_state_dict(_parted(state, self.optimizer))
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def _clip_grad_norm(self, model: Any) -> Any:
         norm = super()._clip_grad_norm(model)  # type: ignore[misc]
         return full(norm) if isinstance(norm, torch.Tensor) else norm
+
+
+def _gathered(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state with whole tensors."""
+    kept = {
+        number: {name: full(value) if isinstance(value, torch.Tensor) else value for name, value in own.items()}
+        for number, own in state["state"].items()
+    }
+    return {**state, "state": kept}
+
+
+def _parted(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
+    """A whole state with this process's parts of what is as large as its parameter."""
+    numbered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, own in state["state"].items():
+        like = numbered[number]
+        for name, value in own.items():
+            if isinstance(value, torch.Tensor) and value.shape == like.shape:
+                own[name] = part(value, like)
+    return state

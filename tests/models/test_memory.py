@@ -108,7 +108,10 @@ def test_the_engine_has_weights_and_a_cache_of_its_own() -> None:
     assert engine_memory(TOY, gpu, **options) == (2 * 102, per_token * 64 * 100, "all")
     awake = runtime(name="vllm", sleep=False).model_copy(update={"device": "cuda"})
     assert engine_memory(TOY, awake, **options) == (2 * 102, per_token * 64 * 100, "nothing")
-    assert engine_memory(TOY, runtime(name="vllm-server", address="http://x:1"), **options) == (0, 0, "cache")
+    elsewhere = Runtime.model_validate({"device": "cpu", "rollouts": {"addresses": "http://x:1"}})
+    assert engine_memory(TOY, elsewhere, **options) == (0, 0, "cache")
+    two = Runtime.model_validate({"device": "cpu", "engine": {"cpu_kv_cache_gb": 0.5}, "rollouts": {"servers": 2}})
+    assert engine_memory(TOY, two, **options) == (2 * 2 * (102 + 40), 2 * 2**29, "nothing")
 
 
 @pytest.mark.parametrize(("installed", "name"), [(object(), "vllm"), (None, "transformers")])

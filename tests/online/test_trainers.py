@@ -26,13 +26,15 @@ WAYS = {
     "gspo": ("grpo", {"loss": "gspo", "num_epochs": 1, "num_mini_batches": 4}),
     "cispo": ("grpo", {"loss": "cispo"}),
     "rloo": ("rloo", {"kl_coef": 0.0}),
+    "grpo_ahead": ("grpo", {"max_staleness": 1}),
+    "rloo_ahead": ("rloo", {"max_staleness": 2, "kl_coef": 0.0}),
     "online_dpo": ("online_dpo", {"num_mini_batches": 1, "beta": 0.05, "updates": 11}),
     "ipo": ("online_dpo", {"num_mini_batches": 1, "beta": 0.01, "loss": "ipo", "num_epochs": 1}),
     "rejection": ("rejection", {"num_mini_batches": 1, "per_device_train_batch_size": 8, "updates": 11}),
 }
 
 
-@pytest.mark.parametrize("way", [way for way in WAYS if way not in ("bnpo", "ipo")])
+@pytest.mark.parametrize("way", [way for way in WAYS if way not in ("bnpo", "ipo", "grpo_ahead", "rloo_ahead")])
 def test_it_learns_a_reward_that_is_known(make_online, way):
     """Share of vowels among a response's bytes: 5/260 at the start."""
     method, fields = WAYS[way]

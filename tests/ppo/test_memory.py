@@ -103,8 +103,9 @@ def test_the_count_is_what_is_there(make_trainer, tiny_model, tiny_reward, monke
 def found_for(tiny_model: Any, **fields: Any) -> Estimate:
     sizes = read_architecture(tiny_model / "config.json")
     base = {"policy": "sft", "prompts": "data", "learning_rate": 1e-3, "reward": "reward"}
-    device, engine = fields.pop("device", "cpu"), fields.pop("engine", {"name": "transformers"})
-    runtime = Runtime.model_validate({"device": device, "engine": engine})
+    device, rollouts = fields.pop("device", "cpu"), fields.pop("rollouts", {})
+    engine = fields.pop("engine", {} if rollouts else {"name": "transformers"})
+    runtime = Runtime.model_validate({"device": device, "engine": engine, "rollouts": rollouts})
     models = {"policy": [sizes]} | ({"reward": [sizes]} if "score" not in fields else {})
     config = PpoConfig.model_validate(base | fields | ({"reward": None} if "score" in fields else {}))
     return estimate(config, models, runtime)
@@ -132,7 +133,7 @@ def test_every_choice_is_there_and_the_chosen_one_is_marked(tiny_model):
         ({}, "The cache is for prompts of max_prompt_tokens"),
         ({"device": "cuda", "engine": {"name": "vllm"}}, "needed or not, but asleep while the trainer learns."),
         ({"device": "cuda", "engine": {"name": "vllm", "sleep": False}}, "cache, needed or not."),
-        ({"engine": {"name": "vllm-server", "address": "http://127.0.0.1:1"}}, "its memory is not counted"),
+        ({"rollouts": {"addresses": "http://127.0.0.1:1"}}, "their memory is not counted"),
         ({"trainer": {"reuse_forward": 0.5}}, "and of 0.5 of an optimizer step's micro-batches"),
         ({"trainer": {"optim": "adafactor"}}, "optim adafactor may need another amount"),
     ],

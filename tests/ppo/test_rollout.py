@@ -1,6 +1,6 @@
 """Sampling an update: the same requests, with the same seeds, however many processes share them."""
 
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import pytest
 
@@ -41,6 +41,8 @@ def requests(world_size, update, seed=3):
             trainer = SimpleNamespace(engine=Recorder(), prompts=prompts, args=args, score=lambda rollout: None)
             indices = prompts.draw(turn.start, len(turn), seed)
             seeds = [derive_seed(seed, "sampling", number) for number in turn]
+            for name in ("_own", "together"):
+                setattr(trainer, name, MethodType(getattr(experience.RolloutTrainer, name), trainer))
             experience.RolloutTrainer.draw(trainer, update, indices, seeds)
             found += trainer.engine.requests
     return found

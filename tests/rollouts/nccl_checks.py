@@ -28,9 +28,10 @@ from align.rollouts.server import RESET, ServerEngine
 from align.rollouts.server_client import BadReply, EngineLost
 from align.rollouts.watchdog import Watchdog
 from align.rollouts.weights import HEAD, checkpoint_weights
-from align.runtime import EngineConfig
+from align.rollouts.weights_folder import WeightsFolder
 from align.tuning import LoraTuning
 from tests.rollouts.fake_server import FakeServer, info
+from tests.rollouts.server_harness import served_at
 
 ROUND = [START, UPDATE, FINISH, RESET]
 
@@ -91,10 +92,10 @@ class Server(FakeServer):
 
 
 def open_at(model_dir: Path, address: str, dtype: torch.dtype = torch.float32, on_hang: Any = None) -> ServerEngine:
-    config = EngineConfig(name="vllm-server", address=address, weights="nccl", timeout=30)
-    watchdog = Watchdog("vllm-server", 30, on_hang)
-    cpu = torch.device("cpu")
-    return ServerEngine(model_dir, device=cpu, dtype=dtype, config=config, max_length=64, seed=0, watchdog=watchdog)
+    served = served_at(model_dir, [address], dtype, weights="nccl")
+    engine = ServerEngine(served, WeightsFolder(served))
+    engine.send_weights(checkpoint_weights(model_dir), Watchdog("vllm-server", 30, on_hang))
+    return engine
 
 
 def the_first_weights_come(server: Server, model_dir: Path) -> ServerEngine:

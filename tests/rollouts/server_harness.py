@@ -10,23 +10,40 @@ from typing import Any
 
 import torch
 
+from align.pool_config import RolloutsConfig
 from align.rollouts.server import ServerEngine
+from align.rollouts.server_options import Served
+from align.rollouts.weights_folder import WeightsFolder
 from align.runtime import EngineConfig
 
 PROMPTS = [[1, 30 + i, 31] for i in range(12)]
 
 
-def open_at(model_dir: Path, address: str | None, dtype: torch.dtype = torch.float32, **config: Any) -> ServerEngine:
-    """An engine that has four calls under way; without an address it starts a server. Patient: cores may be busy."""
-    settings = {"name": "vllm-server", "address": address, "timeout": 30, "batch_size": 4} | config
-    return ServerEngine(
+def served_at(
+    model_dir: Path, addresses: list[str], dtype: torch.dtype = torch.float32, servers: int = 1, **config: Any
+) -> Served:
+    """What servers are asked for, each with four calls under way; without an address they are started here."""
+    pool = {name: config.pop(name) for name in list(config) if name in RolloutsConfig.model_fields}
+    settings = {"timeout": 30, "batch_size": 4} | config
+    return Served.of(
         model_dir,
         device=torch.device("cpu"),
         dtype=dtype,
         config=EngineConfig(**settings),
+        pool=RolloutsConfig(servers=0 if addresses else servers, addresses=addresses, **pool),
         max_length=64,
         seed=0,
     )
+
+
+def open_at(model_dir: Path, address: str | None, dtype: torch.dtype = torch.float32, **config: Any) -> ServerEngine:
+    """One server, which is given the checkpoint's weights where it was running. Patient: cores may be busy."""
+    served = served_at(model_dir, [] if address is None else [address], dtype, **config)
+    folder = WeightsFolder(served)
+    engine = ServerEngine(served, folder)
+    if address is not None:
+        engine.load_checkpoint()
+    return engine
 
 
 @contextmanager

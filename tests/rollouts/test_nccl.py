@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
 from align.errors import UserError
+from align.pool_config import RolloutsConfig
 from align.rollouts.engine import open_engine
-from align.runtime import EngineConfig, Runtime
+from align.runtime import Runtime
 from tests.rollouts.fake_server import FakeServer, info
 from tests.rollouts.server_harness import open_at
 
@@ -27,25 +27,11 @@ def test_the_way_of_weights(tiny_model: Path) -> None:
     assert "all checks passed" in done.stdout
 
 
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"name": "auto", "address": "http://h:1"}, "are settings of a vLLM server"),
-        ({"name": "auto"}, "are settings of a vLLM server"),
-        ({"name": "vllm-server"}, "needs the address of a server on other GPUs"),
-    ],
-)
-def test_what_cannot_be_is_refused(settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValidationError, match=said):
-        EngineConfig(weights="nccl", **settings)
-
-
 def test_a_trainer_without_cuda_is_refused(tiny_model: Path, fake: FakeServer) -> None:
-    engine = EngineConfig(name="vllm-server", weights="nccl", address=fake.address)
+    rollouts = RolloutsConfig(weights="nccl", addresses=[fake.address])
+    runtime = Runtime(device="cpu", rollouts=rollouts)
     with pytest.raises(UserError, match="weights is nccl, but the trainer has no CUDA device"):
-        open_engine(
-            tiny_model, Runtime(device="cpu", engine=engine), precision="float32", max_length=64, seed=0, warn=print
-        )
+        open_engine(tiny_model, runtime, precision="float32", max_length=64, seed=0, warn=print)
     assert fake.calls == []
 
 

@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 
 from align.errors import UserError
 from align.rollouts.engine import open_engine
+from align.rollouts.pool import PoolEngine
 from align.rollouts.protocol import Sampling
 from align.rollouts.server import ServerEngine
 from align.rollouts.server_client import BadReply, EngineLost
 from align.rollouts.weights import checkpoint_weights
-from align.runtime import EngineConfig, Runtime
+from align.runtime import Runtime
 from tests.rollouts.fake_server import EOS, FakeServer, completion
 from tests.rollouts.server_harness import PROMPTS, soon, wait_for
 
@@ -100,7 +100,7 @@ def test_a_server_that_dies_during_a_call(fake: FakeServer, served: ServerEngine
     )
     assert "/health does not answer" in str(caught.value)
     with soon(), pytest.raises(EngineLost, match=r"collective_rpc: ConnectionRefusedError"):
-        served.load_weights(checkpoint_weights(served.model_dir))
+        served.load_weights(checkpoint_weights(served.served.model_dir))
 
 
 @pytest.mark.parametrize("status", ["dropped", "halved"])
@@ -191,30 +191,20 @@ def test_garbage_scores(fake: FakeServer, served: ServerEngine) -> None:
 # ---- configuration ----
 
 
-def test_settings_are_checked() -> None:
-    with pytest.raises(ValidationError, match=r"Write `name: vllm-server`"):
-        EngineConfig(address="http://127.0.0.1:8000")
-    with pytest.raises(ValidationError, match=r"Write `name: vllm-server`"):
-        EngineConfig(weights_folder="shared")
-    for address in ("127.0.0.1:8000", "https://host:1", "http://host:1/v1"):
-        with pytest.raises(ValidationError, match="address"):
-            EngineConfig(name="vllm-server", address=address)
-    EngineConfig(name="transformers", address="http://127.0.0.1:8000")  # to look for a fault, one word is changed
-
-
-def test_open_engine_takes_it_by_name(fake: FakeServer, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def opened(**config: Any) -> ServerEngine:
-        runtime = Runtime(engine=EngineConfig(name="vllm-server", **config))
+def test_open_engine_takes_a_pool(fake: FakeServer, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def opened(**pool: Any) -> PoolEngine:
+        runtime = Runtime.model_validate({"rollouts": pool})
         engine = open_engine(tiny_model, runtime, precision="float32", max_length=64, seed=0, warn=print)
-        assert isinstance(engine, ServerEngine)
+        assert isinstance(engine, PoolEngine)
         return engine
 
-    engine = opened(address=f"{fake.address}/")
-    assert (engine.name, engine.dtype, engine.client.address) == ("vllm-server", torch.float32, fake.address)
+    engine = opened(addresses=f"{fake.address}/")
+    assert (engine.name, engine.dtype) == ("vllm-server", torch.float32)
+    assert [member.client.address for member in engine.members] == [fake.address]
     engine.close()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"vLLM is not installed.*runtime\.engine\.address"):
-        opened()
+    with pytest.raises(UserError, match=r"vLLM is not installed.*runtime\.rollouts\.addresses"):
+        opened(servers=1)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="several processes train"):
-        opened(address=fake.address)
+        opened(addresses=[fake.address])

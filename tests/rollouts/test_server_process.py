@@ -33,7 +33,7 @@ def test_no_server_at_the_address(tiny_model: Path) -> None:
     gone.stop()
     with soon(), pytest.raises(UserError) as caught:
         open_at(tiny_model, gone.address)
-    assert f"runtime.engine.address is {gone.address}, but no vLLM server" in str(caught.value)
+    assert f"runtime.rollouts.addresses has {gone.address}, but no vLLM server" in str(caught.value)
     assert "ConnectionRefusedError" in str(caught.value)
     assert "Start it with: VLLM_SERVER_DEV_MODE=1 python -m vllm." in str(caught.value)
 
@@ -77,7 +77,7 @@ def test_it_is_given_the_weights_first_and_goes_on_afterwards(fake: FakeServer, 
     engine = open_at(tiny_model, fake.address)
     assert fake.paths() == ["/server_info", "/collective_rpc", "/reset_prefix_cache"]
     engine.close()
-    assert not engine.weights_folder.exists()
+    assert not engine.folder.path.exists()
     assert engine.client.health() == "answers"
 
 

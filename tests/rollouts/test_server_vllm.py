@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,16 @@ import torch
 
 from align.models.loading import load_policy
 from align.models.merging import merged_weights
-from align.rollouts.engine import open_engine
+from align.pool_config import RolloutsConfig
 from align.rollouts.parity import ParityError, probe, trainer_logprobs
 from align.rollouts.protocol import Sampling
-from align.rollouts.server import COMPLETIONS, INFO, RESET, RPC, ServerEngine
+from align.rollouts.server import COMPLETIONS, RESET, RPC, ServerEngine
 from align.rollouts.server_client import EngineLost
+from align.rollouts.server_options import INFO, Served
 from align.rollouts.server_process import LocalServer
 from align.rollouts.weights import checkpoint_weights
-from align.runtime import EngineConfig, Runtime
+from align.rollouts.weights_folder import WeightsFolder
+from align.runtime import EngineConfig
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
@@ -32,10 +35,18 @@ PROMPTS = [[1, 30 + i, 31, 32 + i] + [40 + i] * (3 * i) for i in range(8)]
 
 
 def _open(model_dir: Path, address: str | None) -> ServerEngine:
-    config = EngineConfig(name="vllm-server", cpu_kv_cache_gb=0.1, address=address, timeout=240)
-    runtime = Runtime(device="cpu", threads=1, engine=config)
-    engine = open_engine(model_dir, runtime, precision="float32", max_length=128, seed=7, warn=print)
-    assert isinstance(engine, ServerEngine)
+    served = Served.of(
+        model_dir,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        config=EngineConfig(cpu_kv_cache_gb=0.1, timeout=240),
+        pool=RolloutsConfig(servers=1) if address is None else RolloutsConfig(addresses=[address]),
+        max_length=128,
+        seed=7,
+    )
+    engine = ServerEngine(served, WeightsFolder(served))
+    if address is not None:
+        engine.load_checkpoint()
     return engine
 
 
@@ -59,8 +70,8 @@ def engine(tiny_model: Path) -> Iterator[ServerEngine]:
 @pytest.fixture
 def model(engine: ServerEngine) -> Any:
     """The model as it was saved, and a server that holds its weights."""
-    engine.load_weights(checkpoint_weights(engine.model_dir))
-    return load_policy(engine.model_dir)
+    engine.load_weights(checkpoint_weights(engine.served.model_dir))
+    return load_policy(engine.served.model_dir)
 
 
 def _local(engine: ServerEngine) -> LocalServer:
@@ -118,7 +129,7 @@ def test_weights_are_taken_over(engine: ServerEngine, model: Any, name: str) -> 
 def test_a_left_out_head_is_caught(engine: ServerEngine, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM on a CPU goes on with its packed copy of the old head; only the probe can see it."""
     _disturb(model, "model.embed_tokens.weight")
-    monkeypatch.setattr(engine, "tied", False)
+    monkeypatch.setattr(engine.folder, "served", replace(engine.served, tied=False))
     engine.load_weights(pair for pair in merged_weights(model) if pair[0] != "lm_head.weight")
     with pytest.raises(ParityError, match="tied output head"):
         probe(engine, model, PROMPTS)
@@ -139,7 +150,7 @@ def test_a_kept_prefix_is_caught(engine: ServerEngine, model: Any, monkeypatch: 
 
 
 def test_missing_weights_leave_the_server_as_it_was(engine: ServerEngine, model: Any) -> None:
-    changed = load_policy(engine.model_dir)
+    changed = load_policy(engine.served.model_dir)
     _disturb(changed, "model.embed_tokens.weight")
     with pytest.raises(ValueError, match=r"lack model\.norm\.weight"):
         engine.load_weights(pair for pair in merged_weights(changed) if pair[0] != "model.norm.weight")
@@ -169,8 +180,8 @@ def test_a_second_user_of_a_running_server(engine: ServerEngine, model: Any) -> 
     """Our own server passes for one that somebody started with our options: it is checked, filled and left running."""
     _disturb(model, "model.embed_tokens.weight")
     engine.load_weights(merged_weights(model))
-    guest = _open(engine.model_dir, engine.client.address)
-    assert probe(guest, load_policy(engine.model_dir), PROMPTS).mean_gap < 1e-4
+    guest = _open(engine.served.model_dir, engine.client.address)
+    assert probe(guest, load_policy(engine.served.model_dir), PROMPTS).mean_gap < 1e-4
     guest.close()
     assert engine.client.health() == "answers"
 

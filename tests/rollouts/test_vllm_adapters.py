@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,6 +43,7 @@ def _passes(arguments: list[str]) -> None:
 FOLDED = """
 import sys
 from pathlib import Path
+from typing import Any
 from align.models.loading import load_policy
 from align.rollouts.engine import open_engine
 from align.runtime import EngineConfig, Runtime
@@ -85,7 +87,7 @@ def test_the_transformers_engine_runs_a_stored_adapter(tiny_model: Path, tmp_pat
 
 def test_why_vllm_cannot_run_one(tiny_model: Path, tmp_path: Path) -> None:
     folder = saved(tiny_model, SEQUENTIAL, tmp_path / "out" / "model")
-    assert why_not_here(tiny_model, EngineConfig(name="vllm-server")) is None
+    assert why_not_here(tiny_model, EngineConfig(), server=True) is None
     assert why_not_here(folder, EngineConfig(name="vllm")) is None
     compiled = why_not_here(folder, EngineConfig(name="vllm", compile=True))
     assert compiled is not None and "bottleneck 8 sequential" in compiled and "compiled" in compiled
@@ -96,11 +98,22 @@ def test_why_vllm_cannot_run_one(tiny_model: Path, tmp_path: Path) -> None:
 
 
 @HAS_VLLM
-@pytest.mark.parametrize(("engine", "found"), [("vllm-server", "a vLLM server"), ("vllm", "a compiled vLLM model")])
-def test_vllm_by_name_is_refused_where_it_cannot(engine: str, found: str, tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ({"rollouts": {"servers": 1}}, "names servers, but the checkpoint carries .*a vLLM server has no place"),
+        (
+            {"engine": {"name": "vllm", "compile": True}},
+            "name is vllm, but the checkpoint carries .*a compiled vLLM model has no place",
+        ),
+    ],
+)
+def test_vllm_by_name_is_refused_where_it_cannot(
+    settings: dict[str, Any], found: str, tiny_model: Path, tmp_path: Path
+) -> None:
     folder = saved(tiny_model, SEQUENTIAL, tmp_path / "out" / "model")
-    runtime = Runtime(device="cpu", engine=EngineConfig(name=engine, compile=engine == "vllm"))
-    with pytest.raises(UserError, match=f"name is {engine}, but the checkpoint carries .*{found} has no place"):
+    runtime = Runtime.model_validate({"device": "cpu", **settings})
+    with pytest.raises(UserError, match=found):
         open_engine(folder, runtime, precision="float32", max_length=128, seed=7, warn=print)
 
 

@@ -1,7 +1,8 @@
 """The ppo stage, in a process of its own, with an engine that dies or hangs in the middle of the run.
 
-The stage ends with the reason, leaves what it had, and the next run goes on from there to the very weights of a run
-whose engine never failed.
+Servers are started anew, or asked again, and the run goes on. Where there is no engine any more the stage ends with the
+reason, leaves what it had, and the next run goes on from there. Either way it comes to the very weights of a run whose
+engine never failed.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def raw(tiny_model: Path) -> dict[str, Any]:
     return {
         "name": "served",
         "seed": 3,
-        "runtime": {"threads": 1, "engine": {"name": "vllm-server", "batch_size": 4, "timeout": 60}},
+        "runtime": {"threads": 1, "engine": {"batch_size": 4, "timeout": 60}},
         "stages": {
             "policy": {"stage": f"{given}:POLICY", "folder": str(tiny_model)},
             "prompts": {"stage": f"{given}:PROMPTS", "count": 8},
@@ -94,17 +95,27 @@ class Resumed(Listener):
         self.stages += [node.name] if resumed else []
 
 
-def run(raw: dict[str, Any], store: Path, listener: Listener | None = None, **engine: Any) -> Artifact:
-    """The artifact of the ppo stage, run with another engine configuration than ``raw`` has."""
-    runtime = raw["runtime"] | {"engine": raw["runtime"]["engine"] | engine}
-    pipeline = Pipeline(raw | {"runtime": runtime})
+def runtime_of(raw: dict[str, Any], rollouts: dict[str, Any] | None, engine: dict[str, Any]) -> dict[str, Any]:
+    """The runtime of ``raw`` with these servers and other settings of the engine."""
+    return raw["runtime"] | {"engine": raw["runtime"]["engine"] | engine, "rollouts": rollouts or {}}
+
+
+def run(
+    raw: dict[str, Any],
+    store: Path,
+    rollouts: dict[str, Any] | None = None,
+    listener: Listener | None = None,
+    **engine: Any,
+) -> Artifact:
+    """The artifact of the ppo stage, run with these servers and with other settings of the engine than ``raw`` has."""
+    pipeline = Pipeline(raw | {"runtime": runtime_of(raw, rollouts, engine)})
     return run_pipeline(pipeline, store=store, listener=listener).artifacts["ppo"]
 
 
-def fail(raw: dict[str, Any], store: Path, **engine: Any) -> str:
+def fail(raw: dict[str, Any], store: Path, rollouts: dict[str, Any] | None = None, **engine: Any) -> str:
     """What is said of a run that fails; it exits with 1 and leaves a partial that the next one resumes."""
     with pytest.raises(StageFailed) as caught:
-        run(raw, store, **engine)
+        run(raw, store, rollouts, **engine)
     assert caught.value.exit_code == 1
     (partial,) = store.glob("ppo/*.partial")
     assert json.loads((partial / "result.json").read_text())["status"] == "failed"
@@ -112,10 +123,10 @@ def fail(raw: dict[str, Any], store: Path, **engine: Any) -> str:
     return str(caught.value)
 
 
-def finish(raw: dict[str, Any], store: Path, **engine: Any) -> Artifact:
+def finish(raw: dict[str, Any], store: Path, rollouts: dict[str, Any] | None = None, **engine: Any) -> Artifact:
     """Run again: it goes on after the second update and repeats none."""
     resumed = Resumed()
-    artifact = run(raw, store, resumed, **engine)
+    artifact = run(raw, store, rollouts, resumed, **engine)
     assert resumed.stages == ["ppo"]
     lines = [json.loads(line) for line in (artifact.path / "events.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["event"] == "metrics"] == list(range(1, UPDATES + 1))
@@ -133,12 +144,17 @@ def wholes() -> dict[str, Whole]:
 
 
 def assert_as_without_failure(
-    found: Artifact, raw: dict[str, Any], store: Path, wholes: dict[str, Whole], **engine: Any
+    found: Artifact,
+    raw: dict[str, Any],
+    store: Path,
+    wholes: dict[str, Whole],
+    rollouts: dict[str, Any] | None = None,
+    **engine: Any,
 ) -> None:
     """The same stage on the same inputs with a healthy engine in one go comes to the same weights, bit for bit."""
-    name = str((raw["runtime"]["engine"] | engine)["name"])
+    name = "servers" if rollouts else str(engine["name"])
     if name not in wholes:
-        wholes[name] = run_whole(raw, store, **engine)
+        wholes[name] = run_whole(raw, store, rollouts, engine)
     metrics, weights = wholes[name]
     for each in ("score_first", "score_last", "kl_last", "length_last", "episodes", "tokens"):
         assert found.record["metrics"][each] == metrics[each], each
@@ -146,12 +162,12 @@ def assert_as_without_failure(
     assert all(torch.equal(others[each], weights[each]) for each in weights)
 
 
-def run_whole(raw: dict[str, Any], store: Path, **engine: Any) -> Whole:
+def run_whole(raw: dict[str, Any], store: Path, rollouts: dict[str, Any] | None, engine: dict[str, Any]) -> Whole:
     """The stage run here, in this process."""
     node, opened, folder = Pipeline(raw).nodes["ppo"], Store.open(store), store.parent / "whole"
     made = {one.stage: one for one in opened.all()}
     inputs = {field: made[name] if isinstance(name, str) else None for field, name in node.inputs.items()}
-    runtime = Runtime(threads=1, engine=raw["runtime"]["engine"] | engine)
+    runtime = Runtime.model_validate(runtime_of(raw, rollouts, engine))
     for name in ("output", "checkpoints"):
         (folder / name).mkdir(parents=True)
     places = folder / "output", folder / "checkpoints", folder / "events.jsonl"
@@ -170,23 +186,19 @@ def test_a_server_that_hangs(
 ) -> None:
     """One that somebody else started, and that answers again when the stage is run again."""
     server.fault_at = FAULTY_LOAD
-    said = fail(raw, tmp_path / "store", address=server.address, timeout=5)
+    one = {"addresses": [server.address]}
+    said = fail(raw, tmp_path / "store", one | {"restarts": 0}, timeout=5)
     waited = f"EngineLost: the vLLM server at {server.address} did not answer /v1/completions within 5 s"
     assert f"{waited} (runtime.engine.timeout)" in said
     assert "/health answers" in said
     assert "With a server that answers, run again to go on from checkpoint-2." in said
-    found = finish(raw, tmp_path / "store", address=server.address)
-    assert_as_without_failure(found, raw, tmp_path / "store", wholes, address=server.address)
+    found = finish(raw, tmp_path / "store", one)
+    assert_as_without_failure(found, raw, tmp_path / "store", wholes, one)
 
 
-def test_a_server_of_the_stage_s_own_that_dies(
-    raw: dict[str, Any],
-    server: ModelServer,
-    wholes: dict[str, Whole],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The stage starts the stand-in where it looks for vLLM's server; the next run starts a new one."""
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stage starts the stand-in where it looks for vLLM's server."""
     package = tmp_path / "shadow" / "vllm" / "entrypoints" / "openai"
     package.mkdir(parents=True)
     for folder in (package, package.parent, package.parent.parent):
@@ -194,16 +206,47 @@ def test_a_server_of_the_stage_s_own_that_dies(
     (package / "api_server.py").write_text("import sys; from tests.rollouts.model_server import main; main(sys.argv)")
     path = [str(tmp_path / "shadow"), *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_the_last_server_of_the_stage_s_own_that_dies(
+    raw: dict[str, Any],
+    server: ModelServer,
+    wholes: dict[str, Whole],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The next run starts a new one."""
     monkeypatch.setenv("FAKE_DIES_AT", str(FAULTY_LOAD - 1))  # it starts with the weights that another is given
-    said = fail(raw, tmp_path / "store")
+    said = fail(raw, tmp_path / "store", {"servers": 1, "restarts": 0})
     assert re.search(
         r"EngineLost: the vLLM server at http://127\.0\.0\.1:\d+ could not be asked for /v1/completions", said
     )
     assert "Its process was ended by SIGKILL" in said
     assert "With a server that answers, run again to go on from checkpoint-2." in said
     monkeypatch.delenv("FAKE_DIES_AT")
-    found = finish(raw, tmp_path / "store")
-    assert_as_without_failure(found, raw, tmp_path / "store", wholes, address=server.address)
+    found = finish(raw, tmp_path / "store", {"servers": 1})
+    assert_as_without_failure(found, raw, tmp_path / "store", wholes, {"addresses": [server.address]})
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_servers_that_die_are_started_anew(
+    raw: dict[str, Any],
+    server: ModelServer,
+    wholes: dict[str, Whole],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Both are killed by the weights of the third update, after two answers; new ones are given those weights first."""
+    monkeypatch.setenv("FAKE_DIES_AT", str(FAULTY_LOAD - 1))
+    found = run(raw, tmp_path / "store", {"servers": 2})
+    events = [json.loads(line) for line in (found.path / "events.jsonl").read_text().splitlines()]
+    warned = [event["message"] for event in events if event["event"] == "warning"]
+    assert {text.splitlines()[-1] for text in warned} == {
+        f"Server {number} of 2 is lost, for the first time: it is started anew." for number in (1, 2)
+    }
+    assert all("Its process was ended by SIGKILL" in text for text in warned)
+    assert_as_without_failure(found, raw, tmp_path / "store", wholes, {"addresses": [server.address]})
 
 
 def test_an_engine_in_the_process_that_hangs(

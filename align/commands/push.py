@@ -1,0 +1,41 @@
+"""``align push``: finished stages that are only here go into the bucket of the store. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from align.commands.parsing import add_store, print_json
+from align.errors import UserError
+
+
+def run(options: argparse.Namespace) -> int:
+    """upload finished stages that are only here to the store's bucket; runs do so by themselves"""
+    from align.runner import open_store
+
+    store = open_store(None, options.store)
+    if store.remote is None:
+        raise UserError("align push: no bucket is named; give --store s3://bucket/prefix, or set $ALIGN_STORE to it.")
+    store.patience.say = lambda text: print(text, file=sys.stderr)
+    artifacts = [store.resolve(key) for key in options.keys] if options.keys else store.all()
+    outcomes = []
+    for artifact in artifacts:
+        kind, key = artifact.record["kind"], artifact.record["key"]
+        if store.remote.find(kind, key) is not None:
+            outcome = "there"
+        else:
+            outcome = "uploaded" if store.remote.push(artifact) else "another's"
+        outcomes.append({"kind": kind, "key": key, "outcome": outcome})
+        if not options.json:
+            print(f"{outcome:<9}  {kind}/{key[:12]}  {store.remote.address}")
+    if options.json:
+        print_json(outcomes)
+    elif not artifacts:
+        print(f"{store.root}: empty")
+    return 0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``align push``."""
+    parser.add_argument("keys", nargs="*", metavar="KEY", help="the beginning of an artifact's key; by default all")
+    add_store(parser)

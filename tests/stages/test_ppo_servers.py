@@ -1,0 +1,76 @@
+"""The ppo stage in several processes, of which the first one keeps the servers and asks them for all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from align.artifacts import Artifact
+from align.pipeline import Pipeline
+from align.runner import run_pipeline
+from tests.rollouts.model_server import ModelServer
+
+pytestmark = pytest.mark.slow
+
+MEASURES = ("score", "kl", "loss", "entropy", "staleness")
+
+
+@pytest.fixture(scope="module")
+def servers(tiny_model: Path) -> Iterator[list[ModelServer]]:
+    two = [ModelServer(tiny_model), ModelServer(tiny_model)]
+    yield two
+    for one in two:
+        one.stop()
+
+
+def run(tiny_model: Path, folder: Path, servers: list[ModelServer], processes: int, strategy: str) -> Artifact:
+    ppo = {
+        "stage": "ppo", "policy": "policy", "prompts": "prompts", "score": "tests.stages.vowels:share", "updates": 4,
+        "learning_rate": 1e-3, "rollout_batch": 8, "max_tokens": 6, "max_prompt_tokens": 64, "precision": "float32",
+        "micro_batch_size": 4, "max_staleness": 1, "eval_updates": 2, "eval_prompts": 3,
+    }  # fmt: skip
+    raw: dict[str, Any] = {
+        "name": "shared",
+        "seed": 3,
+        "runtime": {
+            "threads": 1,
+            "device": "cpu",
+            "engine": {"batch_size": 4, "timeout": 200},
+            "rollouts": {"addresses": [one.address for one in servers]},
+            "stages": {"ppo": {"launch": {"processes": processes, "strategy": strategy}}},
+        },
+        "stages": {
+            "policy": {"stage": "tests.stages.given:POLICY", "folder": str(tiny_model)},
+            "prompts": {"stage": "tests.stages.given:PROMPTS", "count": 8},
+            "ppo": ppo,
+        },
+    }
+    return run_pipeline(Pipeline(raw), store=folder).artifacts["ppo"]
+
+
+def points(artifact: Artifact) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (artifact.path / "events.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == "metrics"]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_and_two_servers(
+    strategy: str, tiny_model: Path, servers: list[ModelServer], tmp_path: Path
+) -> None:
+    """What one process comes to, with rollouts drawn ahead, validations and probes."""
+    one = run(tiny_model, tmp_path / "one", servers, 1, "ddp")
+    for server in servers:
+        server.calls.clear()
+    two = run(tiny_model, tmp_path / "two", servers, 2, strategy)
+    assert all("/v1/completions" in server.paths() for server in servers)
+    assert one.record["key"] == two.record["key"]
+    for first, second in zip(points(one), points(two), strict=True):
+        for name in MEASURES:
+            assert second.get(name) == pytest.approx(first.get(name), abs=1e-4), name
+    weights, others = (load_file(found.path / "model" / "model.safetensors") for found in (one, two))
+    assert max(float((weights[name] - others[name]).abs().max()) for name in weights) < 1e-4
