@@ -101,7 +101,8 @@ class Dispatch:
     def run(self) -> list[Any]:
         """Ask until everything is answered. Raises ``EngineLost`` when no server is left, ``BadReply`` for a question
         that was answered with nonsense several times."""
-        most = max(1, min(self.left, self.at_once * len(self.desks)) + len(self.desks))
+        # More than can be under way: a call to a lost server may not have ended when its question is asked again.
+        most = 4 * self.at_once * len(self.desks) + len(self.desks)
         self.threads = ThreadPoolExecutor(most, thread_name_prefix="vllm-server")
         try:
             while self.left:

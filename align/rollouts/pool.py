@@ -262,7 +262,8 @@ class PoolEngine:
                 with self._changed:
                     member.trouble = str(error)
                     member.losses += 1
-                    member.coming_back = member.losses <= self.served.pool.restarts
+                    unfit = isinstance(error, UserError)  # it was waited for as long as may be
+                    member.coming_back = member.losses <= self.served.pool.restarts and not unfit
                     self._changed.notify_all()
                 if not member.coming_back:
                     self._say_lost(member, error)
@@ -297,7 +298,7 @@ class PoolEngine:
             return said
         return (
             f"{said}\nNo server is left of {len(self.members)}: each was lost more than "
-            f"{self.served.pool.restarts} times (runtime.rollouts.restarts)."
+            f"{self.served.pool.restarts} times (runtime.rollouts.restarts), or did not come back as it was."
         )
 
     def close(self) -> None:

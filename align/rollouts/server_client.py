@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from align.rollouts.server_process import LocalServer
 
 POLL_SECONDS, PROBE_SECONDS = 0.25, 1.0
+CONNECT_SECONDS = 20.0
+"""For a machine to say that it is there; calls that wait for it cannot be ended otherwise."""
 
 
 class EngineLost(RuntimeError):
@@ -103,11 +105,12 @@ class Client:
     ) -> Reply:
         """One call, in a thread of its own. Nothing is raised: the caller asks for the state of the server first."""
         began = time.monotonic()
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout)
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=min(CONNECT_SECONDS, timeout))
         opened = None
         try:
             connection.connect()
             opened = connection.sock  # the connection itself forgets it before the answer is read
+            opened.settimeout(timeout)
             with self._lock:
                 self._open.add(opened)
             if given_up is not None and given_up.is_set():

@@ -15,7 +15,7 @@ from align.rollouts.pool import PoolEngine, ask_each, returns
 from align.rollouts.protocol import Sampling
 from align.rollouts.server_client import BadReply, EngineLost
 from align.rollouts.weights import checkpoint_weights
-from tests.rollouts.fake_server import FakeServer, completion
+from tests.rollouts.fake_server import FakeServer, completion, info
 from tests.rollouts.server_harness import PROMPTS, served_at, soon, wait_for
 
 COMPLETIONS = "/v1/completions"
@@ -276,7 +276,7 @@ def test_all_are_lost(fakes: list[FakeServer], opened: Opened) -> None:
     with soon(20), pytest.raises(EngineLost) as caught:
         pool.generate(PROMPTS, Sampling(4))
     assert all(fake.address in str(caught.value) for fake in fakes)
-    assert "No server is left of 2: each was lost more than 1 times (runtime.rollouts.restarts)." in str(caught.value)
+    assert "No server is left of 2: each was lost more than 1 times (runtime.rollouts.restarts)" in str(caught.value)
     with pytest.raises(EngineLost, match="No server is left"):
         pool.load_weights(iter(()))
 
@@ -302,6 +302,17 @@ def test_a_server_that_comes_back_is_asked_again(fakes: list[FakeServer], opened
         "Server 1 of 2 is lost",
         "Server 2 of 2 is lost",
     }
+
+
+def test_one_that_comes_back_as_another_is_given_up(fakes: list[FakeServer], opened: Opened, said: list[str]) -> None:
+    pool, sampling = opened(timeout=2), Sampling(4)
+    fakes[0].answers |= {COMPLETIONS: fakes[0].drop, "/server_info": lambda body: info(dtype="torch.bfloat16")}
+    assert tokens(pool.generate(PROMPTS, sampling)) == expected(sampling)
+    wait_for(lambda: not pool.members[0].coming_back)
+    wait_for(lambda: len(said) == 2)
+    assert "dtype bfloat16 instead of float32" in said[1] and said[1].endswith("it is given up.")
+    assert not pool.members[0].ready
+    assert tokens(pool.generate(PROMPTS, sampling)) == expected(sampling)
 
 
 def test_a_silent_server_that_is_not_well_is_not_waited_for(
