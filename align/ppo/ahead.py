@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from align.ppo.rollout import Rollout
-from align.rollouts.pool import PoolEngine, is_shared
+from align.rollouts.pool import PoolEngine
+from align.rollouts.sharing import is_shared
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 

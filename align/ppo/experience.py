@@ -32,8 +32,8 @@ from align.ppo.rollout import AnyScorer, Rollout, RolloutLoader, joined, sample_
 from align.ppo.saving import SavingTrainer
 from align.ppo.validation import Validation
 from align.rollouts.parity import Parity, probe
-from align.rollouts.pool import ask_each, part_for, returns
 from align.rollouts.protocol import RolloutEngine
+from align.rollouts.sharing import ask_each, part_for, returns
 
 
 class RolloutTrainer(SavingTrainer):

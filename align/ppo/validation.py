@@ -16,7 +16,7 @@ from align.models.sharding import whole
 from align.ppo import checkpoint
 from align.ppo.prompts import Prompts, derive_seed
 from align.ppo.rollout import Rollout, joined, rollout_of
-from align.rollouts.pool import part_for
+from align.rollouts.sharing import part_for
 
 if TYPE_CHECKING:
     from align.ppo.arguments import RolloutArguments

@@ -44,7 +44,7 @@ def open_engine(
     if runtime.rollouts.pooled:
         _refuse_pool(model_dir, runtime, device, together)
         if rank() > 0:
-            from align.rollouts.pool import ElsewhereEngine
+            from align.rollouts.sharing import ElsewhereEngine
 
             return ElsewhereEngine(dtype)
         return _open_pool(model_dir, runtime, device, dtype, max_length, seed, warn, on_hang)

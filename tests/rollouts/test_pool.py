@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from align.rollouts import dispatch
-from align.rollouts.pool import PoolEngine, ask_each, returns
+from align.rollouts.pool import PoolEngine
 from align.rollouts.protocol import Sampling
 from align.rollouts.server_client import BadReply, EngineLost
+from align.rollouts.sharing import ask_each, returns
 from align.rollouts.weights import checkpoint_weights
 from tests.rollouts.fake_server import FakeServer, completion, info
 from tests.rollouts.server_harness import PROMPTS, served_at, soon, wait_for

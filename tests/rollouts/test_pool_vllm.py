@@ -15,9 +15,10 @@ from align.models.loading import load_policy
 from align.models.merging import merged_weights
 from align.pool_config import RolloutsConfig
 from align.rollouts.parity import probe
-from align.rollouts.pool import Member, PoolEngine, ask_each, returns
+from align.rollouts.pool import Member, PoolEngine
 from align.rollouts.protocol import Sampling
 from align.rollouts.server_options import Served
+from align.rollouts.sharing import ask_each, returns
 from align.rollouts.transformers import TransformersEngine
 from align.runtime import EngineConfig
 
