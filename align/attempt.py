@@ -27,6 +27,8 @@ GRACE_SECONDS = 10.0
 KEEP_SECONDS = 1.0
 """Seconds between two notes of an attempt's time: what is lost of it when the runner itself is killed."""
 ATTEMPTS = "attempts.json"
+NO_OUTPUT_CODE = 120
+"""Python's exit code where the last of its output, here the log, could not be written."""
 
 
 def run_attempt(
@@ -47,37 +49,44 @@ def run_attempt(
     patience = patience or Patience(partial)
     environment = {**ENVIRONMENT, **os.environ}
     events, spent = patience.keep_trying(lambda: (Tail(partial / EVENTS), _Spent(partial)))
-    with patience.keep_trying(lambda: (partial / LOG).open("ab")) as output:
-        output.write(f"--- {datetime.now(UTC).isoformat(timespec='seconds')} {name}\n".encode())
-        output.flush()
-        command = [sys.executable, "-m", "align.stage_process", str(partial.resolve())]
-        # A session of its own: Ctrl-C reaches the runner only, which then ends the stage in order.
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
-            start_new_session=True,
-        )  # fmt: skip
-        try:
-            with contextlib.nullcontext() if signal.SIGTERM in stop.hears else _terminate_as_interrupt():
-                asked = False
-                while process.poll() is None:
-                    check()
-                    if stop.asked and not asked:
-                        asked = True
+    output = patience.keep_trying(lambda: _open_log(partial, name))
+    command = [sys.executable, "-m", "align.stage_process", str(partial.resolve())]
+    # A session of its own: Ctrl-C reaches the runner only, which then ends the stage in order.
+    process = subprocess.Popen(
+        command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
+        start_new_session=True,
+    )  # fmt: skip
+    with contextlib.suppress(OSError):  # the process has it; where the folder is away even closing fails
+        os.close(output)
+    try:
+        with contextlib.nullcontext() if signal.SIGTERM in stop.hears else _terminate_as_interrupt():
+            asked = False
+            while process.poll() is None:
+                check()
+                if stop.asked and not asked:
+                    with contextlib.suppress(OSError):  # asked again until the folder is back
                         pass_on(partial)
-                    if stop.is_over:
-                        raise Stopped("asked to stop, and ended since it took too long to do so.")
-                    for event in events.read():
-                        follow(event)
-                    spent.note()
-                    time.sleep(POLL_SECONDS)
+                        asked = True
+                if stop.is_over:
+                    raise Stopped("asked to stop, and ended since it took too long to do so.")
                 for event in events.read():
                     follow(event)
-        except BaseException:
-            _stop(process)
-            raise
-        finally:
-            spent.note(at_once=True)
+                spent.note()
+                time.sleep(POLL_SECONDS)
+            for event in events.read():
+                follow(event)
+    except BaseException:
+        _stop(process)
+        raise
+    finally:
+        spent.note(at_once=True)
     return patience.keep_trying(lambda: _result(partial, process.returncode))
+
+
+def _open_log(partial: Path, name: str) -> int:
+    handle = os.open(partial / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    os.write(handle, f"--- {datetime.now(UTC).isoformat(timespec='seconds')} {name}\n".encode())
+    return handle
 
 
 def _result(partial: Path, code: int) -> dict[str, Any]:
@@ -85,7 +94,7 @@ def _result(partial: Path, code: int) -> dict[str, Any]:
     try:
         result: dict[str, Any] = json.loads((partial / RESULT).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        if code == UNREACHABLE_CODE:
+        if code in (UNREACHABLE_CODE, NO_OUTPUT_CODE):
             return {"status": UNREACHABLE_STORE, "message": "the store could not be reached, not even for the result."}
         full = disk_is_full(partial)  # so full that not even the result could be written
         result = {"status": "failed", "message": no_space(partial) if full else _describe_exit(code)}

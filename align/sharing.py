@@ -40,7 +40,7 @@ def bring(pipeline: Pipeline, store: Store, only: str | None, anew: set[str], sa
     except StoreUnreachable as error:
         raise StoreUnreachable(
             f"{error} Nothing was begun, since what is finished there is not known; "
-            "`--set runtime.store.remote=null` runs without it."
+            "a folder alone (`--set runtime.store=FOLDER`, or --store FOLDER for an address there) runs without it."
         ) from None
     except UserError as error:
         raise UserError(f"runtime.store.remote: {error}") from None

@@ -237,5 +237,15 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), **found}
 
 
+def _start(arguments: list[str]) -> int:
+    """``main`` or ``run_rank``; a store that is away before or after what they look after has an exit code, too."""
+    try:
+        return (run_rank if "--rank" in arguments[1:] else main)(Path(arguments[0]))
+    except OSError as error:
+        if not is_unreachable(error):
+            raise
+        return UNREACHABLE_CODE
+
+
 if __name__ == "__main__":
-    sys.exit((run_rank if "--rank" in sys.argv[2:] else main)(Path(sys.argv[1])))
+    sys.exit(_start(sys.argv[1:]))

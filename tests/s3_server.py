@@ -75,6 +75,10 @@ class Server:
         assert self.process is not None
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        for port in self.ports.values():  # the server names them itself, and a killed one leaves them behind
+            for number in (port, port + 10000):
+                for left in Path("/tmp").glob(f"seaweedfs-*-{number}.sock"):
+                    left.unlink(missing_ok=True)
 
 
 def _free_ports(count: int) -> list[int]:

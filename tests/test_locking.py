@@ -182,17 +182,25 @@ def test_a_machine_that_slept_less_than_its_lease_goes_on(folder: Path, elsewher
 def test_a_wall_clock_that_jumps_neither_gives_nor_blocks(
     folder: Path, monkeypatch: pytest.MonkeyPatch, jump: float
 ) -> None:
-    hold = take(Lock(folder, SHORT))
-    real = time.time
-    monkeypatch.setattr(time, "time", lambda: real() + jump)
-    waiter = Lock(folder, SHORT)
-    for _ in range(15):
+    hold, waiter = take(Lock(folder, SHORT)), Lock(folder, SHORT)
+    real, offset = time.time, [0.0]
+    monkeypatch.setattr(time, "time", lambda: real() + offset[0])
+    for look in range(15):
+        offset[0] = jump * (look >= 5)
         assert waiter.try_acquire() is None
         time.sleep(0.1)
     assert "min" not in describe((folder / "1").read_bytes())  # rather than a nonsense
     hold.release()
     claim_of_elsewhere(folder, 2, since=real())
-    assert take(waiter).after_silence
+    offset[0] = 0.0
+    assert waiter.try_acquire() is None
+    offset[0] = jump
+    end = time.monotonic() + 30
+    while (hold := waiter.try_acquire()) is None:
+        assert time.monotonic() < end, "it is never given"
+        time.sleep(0.1)
+    assert hold.after_silence
+    hold.release()
 
 
 def test_a_waiter_that_was_stopped_counts_no_time_that_it_did_not_look(

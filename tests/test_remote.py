@@ -330,7 +330,7 @@ def test_a_remote_that_is_away_at_the_start_stops_a_run_before_anything_is_made(
     tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch, hurried: None
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    with pytest.raises(StageFailed, match=r"could not be reached for 1 s .*runtime\.store\.remote=null"):
+    with pytest.raises(StageFailed, match=r"could not be reached for 1 s .*--set runtime\.store=FOLDER"):
         run_pipeline(Pipeline(raw(address)), store=tmp_path / "a")
     assert Store.open(tmp_path / "a").all() == []
     assert run_pipeline(Pipeline(raw(None)), store=tmp_path / "a").ran == ["one", "two", "total"]

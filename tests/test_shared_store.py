@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -340,3 +341,61 @@ def test_the_holder_of_a_lock_on_a_full_disk_still_shows_that_it_lives(small_dis
         wait_for(lambda: (hold.claims.folder / str(hold.number)).read_bytes() != before)
         filler.unlink()
     assert not opened.is_locked("sft", "0" * 64)
+
+
+@pytest.fixture
+def flaky(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
+    """A real mount, and the file that has it be away."""
+    pytest.importorskip("mfusepy", exc_type=(ImportError, OSError), reason="no FUSE here: install mfusepy and libfuse3")
+    folder, place, away = tmp_path / "server", tmp_path / "mount", tmp_path / "server.away"
+    folder.mkdir()
+    place.mkdir()
+    command = [sys.executable, "-m", "tests.flaky_mount", str(folder), str(place)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    end = time.monotonic() + 60
+    while not os.path.ismount(place):
+        if process.poll() is not None or time.monotonic() > end:
+            pytest.skip(f"no FUSE mounts here: {process.communicate()[1].decode()[-200:]}")
+        time.sleep(0.05)
+    yield place, away
+    away.unlink(missing_ok=True)
+    subprocess.run(["fusermount3", "-u", "-z", str(place)], check=True)
+    process.communicate(timeout=30)
+
+
+@pytest.mark.slow
+def test_a_real_mount_that_goes_away_in_the_middle_of_a_stage_costs_no_finished_work(
+    flaky: tuple[Path, Path],
+) -> None:
+    place, away = flaky
+    store, recorder = place / "store", Recorder()
+    raw = {**toy.pipeline(one={"pause": 0.3, "steps": 8}), "runtime": {"store": {"patience": 60}}}
+
+    class Outage(Recorder):
+        def stage_event(self, node: Any, event: dict[str, Any]) -> None:
+            super().stage_event(node, event)
+            if event["event"] == "progress" and event["done"] == 3 and not self.before:
+                self.before = True
+                away.touch()
+                threading.Timer(3.0, away.unlink).start()
+
+        before = False
+
+    recorder = Outage()
+    run = run_pipeline(Pipeline(raw), store=store, listener=recorder)
+    assert run.ran == ["one", "two", "total"]
+    assert run.metrics("one")["resumed_at"] >= 2
+    assert not any(run.store.problems(artifact, thorough=True) for artifact in run.artifacts.values())
+    assert any(what == "warning" for what, _ in recorder.said)
+    away.touch()
+    short = {**toy.pipeline(one={"number": 9}), "runtime": {"store": {"patience": 1}}}
+    with pytest.raises(StoreUnreachable, match="Stale file handle"):
+        run_pipeline(Pipeline(short), store=store)
+    away.unlink()
+    assert run_pipeline(Pipeline(raw), store=store).ran == []
+
+
+def test_a_process_that_could_not_leave_its_result_says_so_by_its_exit_code(tmp_path: Path) -> None:
+    from align.attempt import _result
+
+    assert [_result(tmp_path, code)["status"] for code in (74, 120, 1, -9)] == ["unreachable"] * 2 + ["failed"] * 2
