@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import disk_is_full, no_space
+from align.launch import BY_SRUN
 from align.shared_folder import UNREACHABLE, UNREACHABLE_STORE, Patience
-from align.stage_process import ENVIRONMENT, EVENTS, LOG, RESULT, UNREACHABLE_CODE
+from align.stage import find_stage
+from align.stage_process import ENVIRONMENT, EVENTS, LOG, RESULT, UNREACHABLE_CODE, WORK
 from align.stop_request import Stopped, StopRequest, pass_on
 
 POLL_SECONDS = 0.1
@@ -50,7 +52,7 @@ def run_attempt(
     environment = {**ENVIRONMENT, **os.environ}
     events, spent = patience.keep_trying(lambda: (Tail(partial / EVENTS), _Spent(partial)))
     output = patience.keep_trying(lambda: _open_log(partial, name))
-    command = [sys.executable, "-m", "align.stage_process", str(partial.resolve())]
+    command = _command(partial, environment)
     # A session of its own: Ctrl-C reaches the runner only, which then ends the stage in order.
     process = subprocess.Popen(
         command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
@@ -99,6 +101,31 @@ def _result(partial: Path, code: int) -> dict[str, Any]:
         full = disk_is_full(partial)  # so full that not even the result could be written
         result = {"status": "failed", "message": no_space(partial) if full else _describe_exit(code)}
     return result
+
+
+def _command(partial: Path, environment: dict[str, str]) -> list[str]:
+    """The stage's command line; one that trains on several nodes is started on each by srun, inside a job of Slurm."""
+    command = [sys.executable, "-m", "align.stage_process", str(partial.resolve())]
+    work = json.loads((partial / WORK).read_text(encoding="utf-8"))
+    nodes = int(work["runtime"]["launch"]["nodes"])
+    if (
+        nodes == 1
+        or not find_stage(work["stage"]).distributed
+        or int(os.environ.get("SLURM_JOB_NUM_NODES") or 1) < nodes
+    ):
+        return command
+    environment[BY_SRUN] = "1"
+    # srun does not take the job's cores for its own
+    cores = [f"--cpus-per-task={n}"] if (n := os.environ.get("SLURM_CPUS_PER_TASK")) else []
+    return [
+        "srun",
+        f"--nodes={nodes}",
+        f"--ntasks={nodes}",
+        "--ntasks-per-node=1",
+        "--kill-on-bad-exit=1",
+        *cores,
+        *command,
+    ]
 
 
 def seconds_of_attempts(partial: Path) -> list[float]:

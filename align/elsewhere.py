@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import time
+from typing import Any
 
 from align.pipeline import Node, Pipeline
 from align.store import Store
 
 
-def stages_to_make(pipeline: Pipeline, store: Store, only: str | None, anew: set[str]) -> list[Node]:
-    """Those that a run makes, in order: ``only`` that one if given, finished ones only where they are in ``anew``."""
-    only = None if only is None else pipeline.resolve(only)
-    return [
-        node
-        for node in pipeline
-        if (only is None or node.name == only)
-        and (node.name in anew or store.find(node.stage.kind, node.key, node.name) is None)
-    ]
-
-
 def with_threads(pipeline: Pipeline, cores: int | None) -> Pipeline:
-    """The pipeline with as many threads as a cluster gave ``cores``, unless it says how many."""
+    """The pipeline with a cluster's ``cores`` as threads of each stage's processes, unless it says how many itself.
+
+    Where ``runtime.launch.processes`` is ``auto`` the stage's own machine decides.
+    """
     if pipeline.config.runtime.threads is not None or not cores:
         return pipeline
-    raw = {**pipeline.raw, "runtime": {**pipeline.raw.get("runtime", {}), "threads": cores}}
-    return Pipeline(raw, pipeline.where, pipeline.base, pipeline.expanded.rounds)
+    runtime = copy.deepcopy(dict(pipeline.raw.get("runtime") or {}))
+    blocks: dict[str, dict[str, Any]] = runtime.setdefault("stages", {})
+    for node in pipeline:
+        processes = pipeline.runtimes[node.name].launch.processes if node.stage.distributed else 1
+        short = next((name for name, rounds in pipeline.expanded.rounds.items() if node.name in rounds), node.name)
+        block = blocks.setdefault(node.name if node.name in blocks or short not in blocks else short, {})
+        if processes != "auto" and block.get("threads") is None:
+            block["threads"] = max(1, cores // processes)
+    return Pipeline({**pipeline.raw, "runtime": runtime}, pipeline.where, pipeline.base, pipeline.expanded.rounds)
 
 
 def await_inputs(pipeline: Pipeline, node: Node, store: Store, seconds: float = 60.0) -> None:
@@ -35,4 +36,4 @@ def await_inputs(pipeline: Pipeline, node: Node, store: Store, seconds: float = 
         time.sleep(0.5)
 
 
-__all__ = ["await_inputs", "stages_to_make", "with_threads"]
+__all__ = ["await_inputs", "with_threads"]

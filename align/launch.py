@@ -42,7 +42,8 @@ class LaunchConfig(Config):
     nodes: int = Field(1, ge=1)
     """Machines; each runs the stage's command line once (docs/distributed.md)."""
     rendezvous: str | None = Field(None, pattern=r"^[A-Za-z0-9._-]+:[0-9]{1,5}$")
-    """Of several nodes, where they meet: a name of the first one and a free port there, ``node1:29500``."""
+    """Of several nodes, where they meet: a name of the first one and a free port there, ``node1:29500``; ``--on slurm``
+    sets it itself."""
     strategy: Literal["ddp", "fsdp2", "deepspeed"] = "ddp"
     """``ddp``: a whole model in each process. ``fsdp2``, ``deepspeed``: each holds a part of what training needs."""
     fsdp: FsdpConfig = FsdpConfig()
@@ -61,11 +62,6 @@ class LaunchConfig(Config):
 
     def objection(self) -> str | None:
         """What does not go together, once a stage's own fields and the run's are one block."""
-        if self.nodes > 1 and self.rendezvous is None:
-            return (
-                f"nodes is {self.nodes}, and they need to know where to meet: set rendezvous to the first node's name "
-                "and a free port, such as node1:29500."
-            )
         if self.fsdp != FsdpConfig() and self.strategy != "fsdp2":
             return f"fsdp is read with `strategy: fsdp2` only; here it is {self.strategy}."
         if self.deepspeed != DeepspeedConfig() and self.strategy != "deepspeed":
@@ -73,6 +69,15 @@ class LaunchConfig(Config):
         if self.deepspeed.offload_parameters and self.deepspeed.stage != 3:
             return f"deepspeed.offload_parameters needs stage 3; it is {self.deepspeed.stage}."
         return None
+
+    def nowhere_to_meet(self) -> str | None:
+        """What is missing where the run itself does not choose the nodes, as it does under Slurm."""
+        if self.nodes == 1 or self.rendezvous is not None:
+            return None
+        return (
+            f"nodes is {self.nodes}, and they need to know where to meet: set rendezvous to the first node's name and "
+            "a free port, such as node1:29500. `align run --on slurm` starts them on all nodes and sets it itself."
+        )
 
     @property
     def known(self) -> int | None:
@@ -104,6 +109,8 @@ RANKS = "ranks"
 """Folder beside a stage's checkpoints with what each of its processes left: result, log, process id."""
 PARENT = "ALIGN_LAUNCHER_PID"
 """Environment variable with the process that a rank ends with."""
+BY_SRUN = "ALIGN_BY_SRUN"
+"""Environment variable of a stage's process that srun started on each node: its parent is not the runner."""
 NODE = "ALIGN_NODE_RANK"
 """Environment variable with the number of this node; Slurm's is read too."""
 LOST, LATE = "lost", "late"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from align.stage import Config
 
@@ -20,6 +20,23 @@ OURS = {
     "constraint": "constraint",
 }  # fmt: skip
 """Options of sbatch that are set here, and what sets them."""
+
+
+SLACK = 60
+"""Seconds that Slurm may send a signal early."""
+
+
+def seconds_of(time: str) -> int:
+    """Slurm's spelling of a time: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash:
+        hours, minutes, seconds = [*parts, 0, 0][:3]
+    elif len(parts) == 3:
+        hours, minutes, seconds = parts
+    else:
+        hours, (minutes, seconds) = 0, [*parts, 0][:2]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 class SlurmConfig(Config):
@@ -35,8 +52,8 @@ class SlurmConfig(Config):
     """Features that the node must have, as sbatch takes them: ``a100|h100``."""
     time: str | None = Field(None, pattern=r"^(\d+-)?\d{1,2}(:\d{2}){0,2}$")
     """Time limit of a job, days-hours:minutes:seconds; a stage that needs longer goes on in its next job."""
-    nodes: int = Field(1, ge=1)
-    """Nodes of a job."""
+    nodes: int | None = Field(None, ge=1)
+    """Nodes of a job; by default those of ``runtime.launch`` for a stage that trains, else one."""
     cpus: int | None = Field(None, ge=1)
     """Cores of a job on each node."""
     memory_gb: int | None = Field(None, ge=1)
@@ -54,6 +71,16 @@ class SlurmConfig(Config):
     shared_store: bool = False
     """Says that all nodes see the store under its path, where that cannot be told from its file system."""
 
+    @model_validator(mode="after")
+    def _time_to_begin(self) -> SlurmConfig:
+        seconds = None if self.time is None else seconds_of(self.time)
+        if seconds is not None and seconds < self.grace + 2 * SLACK:
+            raise ValueError(
+                f"time {self.time} leaves a stage no time before it is asked to stop: Slurm may do so {SLACK} seconds "
+                f"earlier than grace says ({self.grace} s). Take {self.grace + 2 * SLACK} seconds, or less grace."
+            )
+        return self
+
     @field_validator("sbatch")
     @classmethod
     def _not_what_is_set_here(cls, given: dict[str, str]) -> dict[str, str]:
@@ -63,6 +90,19 @@ class SlurmConfig(Config):
             if name in OURS:
                 raise ValueError(f"sbatch's --{name} follows from {OURS[name]}; take it out here.")
         return given
+
+
+class SamplersConfig(Config):
+    """Engines on a Ray cluster that share the prompts of a stage."""
+
+    count: int = Field(0, ge=0)
+    """How many; 0 samples in the stage's own process."""
+    cpus: float = Field(1, ge=0)
+    """Cores of each."""
+    gpus: float = Field(0, ge=0)
+    """GPUs of each."""
+    resources: dict[str, float] = Field({})
+    """Further resources of each, by the names that nodes were started with."""
 
 
 class RayConfig(Config):
@@ -80,8 +120,10 @@ class RayConfig(Config):
     """Further resources by the names that nodes were started with: ``{a100: 1}``."""
     retries: int = Field(3, ge=0)
     """How often a stage whose node or worker died is tried again, on another node where there is one."""
+    samplers: SamplersConfig = SamplersConfig()
+    """Engines elsewhere in the cluster that draw the stage's responses, whatever runs the stage itself."""
     wait: float = Field(300, ge=0)
     """Seconds that a stage waits while no node of the cluster could ever hold it; raise it for an autoscaler."""
 
 
-__all__ = ["RayConfig", "SlurmConfig"]
+__all__ = ["RayConfig", "SamplersConfig", "SlurmConfig"]

@@ -205,6 +205,17 @@ def choose_stages(
     return anew
 
 
+def stages_to_make(pipeline: Pipeline, store: Store, only: str | None, anew: set[str]) -> list[Node]:
+    """Those that a run makes, in order: ``only`` that one if given, finished ones only where they are in ``anew``."""
+    only = None if only is None else pipeline.resolve(only)
+    return [
+        node
+        for node in pipeline
+        if (only is None or node.name == only)
+        and (node.name in anew or store.find(node.stage.kind, node.key, node.name) is None)
+    ]
+
+
 def check_sources(pipeline: Pipeline, store: Store, strict: bool) -> list[str]:
     """Warnings for cached artifacts that other source code made under the same version; refused when ``strict``."""
     warnings = []

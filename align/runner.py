@@ -20,7 +20,7 @@ from align.errors import NO_SPACE, StageFailed, UserError, no_space
 from align.fingerprint import digest
 from align.locking import Hold, LockLost
 from align.pipeline import Node, Pipeline
-from align.planning import check_sources, choose_stages
+from align.planning import check_sources, choose_stages, stages_to_make
 from align.provenance import command_line, git_commit, source_digest
 from align.remote import Remote
 from align.runtime import StoreConfig
@@ -139,6 +139,7 @@ def run_pipeline(
     )
     for message in warnings:
         listener.warning(message)
+    _refuse_nodes_without_a_place(pipeline, stages_to_make(pipeline, opened, only, anew))
     heard = contextlib.nullcontext(stop) if stop is not None else StopRequest().hearing(signal.SIGUSR1)
     try:
         with heard as stop:
@@ -187,6 +188,14 @@ def _run_stages(
             if ran:
                 run.ran.append(node.name)
     return run
+
+
+def _refuse_nodes_without_a_place(pipeline: Pipeline, nodes: list[Node]) -> None:
+    """A stage on several nodes must know where they meet before it starts."""
+    for node in nodes:
+        objection = pipeline.runtimes[node.name].launch.nowhere_to_meet() if node.stage.distributed else None
+        if objection is not None:
+            raise UserError(f"{pipeline.where}: runtime.launch, for stage '{node.name}': {objection}")
 
 
 def _refuse_damage(pipeline: Pipeline, store: Store, anew: set[str], only: str | None) -> None:

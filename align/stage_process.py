@@ -23,7 +23,7 @@ from typing import Any
 
 from align.artifacts import Artifact, Kind
 from align.errors import UserError, explain_os_error, no_space
-from align.launch import PARENT, RANKS, is_head, local_size, rank, symptom, world_size
+from align.launch import BY_SRUN, PARENT, RANKS, is_head, local_size, rank, symptom, world_size
 from align.runtime import Runtime
 from align.shared_folder import UNREACHABLE_STORE, is_unreachable
 from align.stage import Stage, StageContext, find_stage, load_object
@@ -53,7 +53,7 @@ def main(folder: Path) -> int:
     A stage that trains in several processes is run by ranks of this one (``align.launcher``).
     """
     work = json.loads((folder / WORK).read_text(encoding="utf-8"))
-    die_with_parent(work.get("runner_pid") if is_head() else None)
+    die_with_parent(work.get("runner_pid") if is_head() and not os.environ.get(BY_SRUN) else None)
     started = time.time()
     if _several(work):
         made: dict[str, Any] | None = load_object(f"{LAUNCHER}:run_ranks")(folder, _runtime(work))

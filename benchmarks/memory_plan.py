@@ -3,8 +3,8 @@
     python -m benchmarks.memory_plan [--only ppo] [--json FILE]
 
 Each configuration runs in a process of its own (``benchmarks.memory_run``): the whole stage, from loading to saving, on
-rows as long as they may be. What is compared is its peak beyond a baseline, which is the same process after the same
-stage on a model of under a megabyte. The largest takes 4 GiB.
+rows as long as they may be. What is compared is its peak beyond a baseline, a process that has imported everything and
+run the stage on a model of under a megabyte. The largest takes 4 GiB. The environment is that of a stage's process.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -24,9 +23,10 @@ from align.models.job import Setting
 from align.models.known import EMBEDDED_SIZES, TINY_SIZES
 from align.runtime import Runtime
 from align.stage_process import ENVIRONMENT
-from benchmarks.memory_run import RUNTIME, WIDE
+from benchmarks.memory_run import RUNTIME, WIDE, Measurer
 from benchmarks.stage_work import FIELD, config_of
 
+SURROUNDINGS = {**ENVIRONMENT, "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", **os.environ}
 TOLERANCE = 0.15
 MIB = 2**20
 LORA, FULL = {"method": "lora"}, {"method": "full"}
@@ -88,21 +88,9 @@ def _architecture(name: str) -> Architecture:
     return architecture_of({**TINY_SIZES, **sizes, "num_attention_heads": hidden // 32})
 
 
-def measured(wanted: Configuration) -> dict[str, int]:
-    """Baseline and peak beyond it, in bytes; ``RuntimeError`` with the end of its output if the process fails."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "benchmarks.memory_run", folder, json.dumps(vars(wanted))]
-        environment = {**ENVIRONMENT, "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", **os.environ}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise RuntimeError(f"{wanted.label}: {done.stderr[-2000:]}")
-    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
-def compare(wanted: Configuration) -> dict[str, Any]:
+def compare(measurer: Measurer, wanted: Configuration) -> dict[str, Any]:
     """What was counted and measured, and the count's error as a share of the measurement."""
-    parts, found = counted(wanted), measured(wanted)
+    parts, found = counted(wanted), measurer.measure(**vars(wanted))
     total = sum(parts.values())
     return {"label": wanted.label, "counted": total, **found, "error": total / found["peak"] - 1, "parts": parts}
 
@@ -113,16 +101,20 @@ def main() -> int:
     parser.add_argument("--only", default="", help="run those whose line contains this")
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
     options = parser.parse_args()
+    if any(name not in os.environ for name in ENVIRONMENT):  # glibc reads its part when a process starts
+        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.memory_plan", *sys.argv[1:]], SURROUNDINGS)
     chosen = [one for one in CONFIGURATIONS if options.only in one.label]
     print("stage  tuning model   tokens x rows       counted  measured, MiB    off")
     results = []
-    for one in chosen:
-        found = compare(one)
-        results.append(found)
-        print(
-            f"{one.label:<40} {found['counted'] / MIB:8,.0f} {found['peak'] / MIB:9,.0f} {found['error']:+13.1%}",
-            flush=True,
-        )
+    with tempfile.TemporaryDirectory() as folder:
+        measurer = Measurer(Path(folder))
+        for one in chosen:
+            found = compare(measurer, one)
+            results.append(found)
+            print(
+                f"{one.label:<40} {found['counted'] / MIB:8,.0f} {found['peak'] / MIB:9,.0f} {found['error']:+13.1%}",
+                flush=True,
+            )
     if options.json is not None:
         options.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
     beyond = [found["label"] for found in results if abs(found["error"]) > TOLERANCE]

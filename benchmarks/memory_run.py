@@ -1,16 +1,20 @@
-"""One configuration of ``benchmarks.memory_plan`` in a process of its own: the stage itself, and its peak memory.
+"""Configurations of ``benchmarks.memory_plan``, each in a process of its own: the stage itself, and its peak memory.
 
-    python -m benchmarks.memory_run FOLDER '{"stage": "sft", "model": "embedded", "length": 256, ...}'
-
-The baseline is what the process holds after the same stage has run on a model of under a megabyte: interpreter,
-libraries, thread pools. Linux only: the peak is ``VmHWM``, set back in between.
+A first process imports what the stages need and runs each kind once on a model of under a megabyte; those that measure
+are its forks. The baseline is what a fork starts with: interpreter, libraries, pools. Linux only: the peak is
+``VmHWM``, set back at the start.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import gc
 import json
+import os
 import sys
+import tempfile
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -38,24 +42,51 @@ def model_in(root: Path, name: str) -> Path:
     return make_tiny(root / name, **(WIDE if name == "wide" else {}))
 
 
-def main(root: Path, wanted: dict[str, Any]) -> dict[str, int]:
-    """Baseline and peak beyond it, in bytes."""
-    import torch
+class Measurer:
+    """Runs stages in forks of this process, which must have no threads of torch's: one thread is set."""
 
-    from align.models.threads import use_threads
+    def __init__(self, root: Path) -> None:
+        import torch
 
-    runtime = Runtime.model_validate(RUNTIME)
-    use_threads(runtime)
-    work = [wanted[name] for name in ("length", "rows")]
-    model = model_in(root, wanted["model"])
-    torch.ones(512, 512) @ torch.ones(512, 512)
-    run_stage(root / "warm", wanted["stage"], wanted["fields"], model_in(root, "tiny"), *work, runtime)
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-    before = memory("VmRSS")
-    run_stage(root / "run", wanted["stage"], wanted["fields"], model, *work, runtime)
-    return {"baseline": before, "peak": memory("VmHWM") - before}
+        from align.models.threads import use_threads
 
+        self.root, self.runtime = root, Runtime.model_validate(RUNTIME)
+        use_threads(self.runtime)
+        torch.ones(512, 512) @ torch.ones(512, 512)
+        self.warm: set[str] = set()
 
-if __name__ == "__main__":
-    print(json.dumps(main(Path(sys.argv[1]), json.loads(sys.argv[2]))))
+    def measure(self, stage: str, model: str, length: int, rows: int, fields: dict[str, Any]) -> dict[str, int]:
+        """Baseline and peak beyond it, in bytes; ``RuntimeError`` if the fork fails, whose output went to stderr."""
+        if stage not in self.warm:
+            with tempfile.TemporaryDirectory(dir=self.root) as folder, contextlib.redirect_stdout(sys.stderr):
+                tiny = model_in(Path(folder), "tiny")
+                run_stage(Path(folder) / "run", stage, fields, tiny, length, rows, self.runtime)
+            self.warm.add(stage)
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        with tempfile.TemporaryDirectory(dir=self.root) as folder:
+            result = Path(folder) / "result.json"
+            child = os.fork()
+            if not child:
+                self._in_fork(Path(folder), result, stage, model, length, rows, fields)
+            _, status = os.waitpid(child, 0)
+            if status or not result.exists():
+                raise RuntimeError(f"{stage} on {model} with {fields} failed; see above")
+            found: dict[str, int] = json.loads(result.read_text(encoding="utf-8"))
+            return found
+
+    def _in_fork(self, root: Path, result: Path, stage: str, model: str, length: int, rows: int, fields: Any) -> None:
+        code = 1
+        os.dup2(2, 1)  # what a stage prints is not the benchmark's answer
+        try:
+            folder = model_in(root, model)
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+            before = memory("VmRSS")
+            run_stage(root / "run", stage, fields, folder, length, rows, self.runtime)
+            found = {"baseline": before, "peak": memory("VmHWM") - before}
+            result.write_text(json.dumps(found), encoding="utf-8")
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)

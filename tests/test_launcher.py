@@ -203,12 +203,17 @@ SFT = {"model": {"source": "tiny"}, "data": {"recipe": "data_recipes/embedded.ya
 TRAINED = {"model": "model", "data": "data", "learning_rate": 1e-3}
 
 
+def test_nodes_that_do_not_know_where_to_meet_are_refused_where_slurm_does_not_start_them(tmp_path: Path) -> None:
+    pipeline = Pipeline({"name": "x", "runtime": {"launch": {"nodes": 2}}, "stages": {**SFT, "sft": TRAINED}}, "p.yaml")
+    with pytest.raises(UserError, match="launch, for stage 'sft': nodes is 2, .* where to meet.*--on slurm"):
+        run_pipeline(pipeline, store=tmp_path / "store")
+
+
 @pytest.mark.parametrize(
     ("runtime", "sft", "words"),
     [
         ({"launch": {"processes": 0}}, {}, "runtime.launch.processes: should be at least 1, or auto; found 0"),
         ({"launch": {"strategy": "fdsp2"}}, {}, "Did you mean 'fsdp2'?"),
-        ({"launch": {"nodes": 2}}, {}, "runtime.launch: nodes is 2, and they need to know where to meet"),
         ({"launch": {"fsdp": {"offload": True}}}, {}, "fsdp is read with `strategy: fsdp2` only"),
         (
             {"stages": {"data": {"launch": {"processes": 2}}}},

@@ -1,10 +1,12 @@
 """Stages without torch, for tests of the spine: they count, and can fail in every way a stage can."""
 
+import contextlib
 import errno
 import json
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field
@@ -121,6 +123,16 @@ ENV = Stage(
     "env", 1, Kind.PROMPTS, "tests.toy:NumberConfig", "tests.toy:surroundings", "its environment", "tests.toy:ENV"
 )
 CARD = Stage("card", 1, Kind.SCORECARD, "tests.toy:NumberConfig", "tests.toy:number", "a card", "tests.toy:CARD")
+
+
+def steps_kept(store: Path, stage: str) -> int:
+    """Checkpoints of a stage that is being made."""
+    found = 0
+    for work in store.glob("*/*.partial/work.json"):
+        with contextlib.suppress(OSError, ValueError):  # being published
+            if json.loads(work.read_text())["name"] == stage:
+                found = max(found, len(list((work.parent / "checkpoints").glob("step-*"))))
+    return found
 
 
 def pipeline(**changes: dict[str, Any]) -> dict[str, Any]:

@@ -45,7 +45,15 @@ def shared(memory: Memory, job: Job, strategy: Strategy, devices: int) -> Memory
     }
     for name in _moved(strategy):
         parts[name] = 0
-    return replace(memory, **parts, buffers=BUCKET * (devices > 1) + _gathered(job, strategy))
+    copies = memory.copies
+    if (
+        strategy.name == "deepspeed"
+        and strategy.checkpointing
+        and job.precision == "bfloat16"
+        and job.tuning.trains_all
+    ):
+        copies = max(copies, 2 * job.model.matrices)  # its own autocast keeps them all to the end of a pass
+    return replace(memory, **parts, copies=copies, buffers=BUCKET * (devices > 1) + _gathered(job, strategy))
 
 
 def offloaded(memory: Memory, job: Job, strategy: Strategy, devices: int) -> int:

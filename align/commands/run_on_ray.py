@@ -8,13 +8,13 @@ import sys
 import time
 from pathlib import Path
 
+from align import ray_client as client
 from align.commands.run import report_on, say_outcome
 from align.console import printable
-from align.elsewhere import stages_to_make
 from align.errors import StageFailed
 from align.following import Following
 from align.pipeline import Pipeline
-from align.ray_cluster import client
+from align.planning import stages_to_make
 from align.ray_cluster.tasks import RayQueue
 from align.runner import Listener, Run, open_store, prepare_run
 from align.stop_request import Stopped, StopRequest

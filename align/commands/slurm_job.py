@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -43,13 +44,22 @@ def main(folder: Path, stage: str) -> int:
     with stop.hearing(signal.SIGUSR1, signal.SIGTERM):
         store = Store.open(Path(submission.store))
         try:
-            pipeline = with_threads(submission.pipeline(), cores_of_job())
+            pipeline = with_meeting_place(with_threads(submission.pipeline(), cores_of_job()))
             node = pipeline.nodes[stage]
             stop.patience = SHARE_OF_GRACE * pipeline.runtimes[stage].slurm.grace
             log = store.partial(node.stage.kind, node.key) / LOG
             _run(submission, pipeline, node, store, stop)
         except (UserError, StageFailed) as error:
-            return _fail(submission, stage, error, turn, log)
+            if not stop.asked:
+                return _fail(submission, stage, error, turn, log)
+            # Slurm's SIGTERM goes to every process of a job: the stage's own may end by it before it can save
+            return _stop(
+                submission,
+                stage,
+                Stopped(f"ended while it was asked to stop: {error}".partition("\nLog: ")[0]),
+                turn,
+                store,
+            )
         except Stopped as stopped:
             return _stop(submission, stage, stopped, turn, store)
     submission.say(stage, Said("done", "", turn))
@@ -75,6 +85,19 @@ class _Lines(ConsoleListener):
 
     def stage_cached(self, node: Node, artifact: Artifact) -> None:
         """What the stage reads was told of where it was made."""
+
+
+def with_meeting_place(pipeline: Pipeline) -> Pipeline:
+    """The pipeline with this node, the job's first, as the place where the nodes of a stage meet."""
+    runtimes = pipeline.runtimes.values()
+    if all(one.launch.nowhere_to_meet() is None for one in runtimes):
+        return pipeline
+    # of several jobs on one node each has a port of its own
+    port = 20000 + int("".join(filter(str.isdigit, os.environ.get("SLURM_JOB_ID", "0"))) or 0) % 12000
+    runtime = pipeline.raw.get("runtime", {})
+    launch = {**runtime.get("launch", {}), "rendezvous": f"{socket.gethostname()}:{port}"}
+    raw = {**pipeline.raw, "runtime": {**runtime, "launch": launch}}
+    return Pipeline(raw, pipeline.where, pipeline.base, pipeline.expanded.rounds)
 
 
 def cores_of_job() -> int | None:
@@ -114,7 +137,11 @@ def queue_again(submission: Submission, name: str, message: str, turn: int, want
     """Queue this job again, unless it was called off or that is not ``wanted``; the exit code of a stop."""
     job = os.environ.get("SLURM_JOB_ID", "")
     submission.say(name, Said("stopped", message, turn))
-    if not wanted or submission.is_called_off or commands.state_of(job) in ENDING:
+    state = commands.state_of(job)
+    if state in commands.WAITING:  # Slurm itself has queued it again, as where its node failed
+        print(message, file=sys.stderr)
+        return Stopped.exit_code
+    if not wanted or submission.is_called_off or state in ENDING:
         print(f"{message} Not queued again.", file=sys.stderr)
         return Stopped.exit_code
     print(f"{message} Its job is queued again.", file=sys.stderr, flush=True)

@@ -12,11 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from align import ray_client as client
 from align.commands.sweep import work_here
-from align.commands.sweep_table import say_trial
+from align.commands.sweep_table import say_changes
 from align.elsewhere import with_threads
 from align.errors import StageFailed, UserError
-from align.ray_cluster import client
 from align.stop_request import Stopped, StopRequest
 from align.store import MARKER, SWEEPS, Store
 from align.sweep.config import SweepConfig
@@ -65,10 +65,7 @@ def _follow(ray: Any, tasks: list[Any], sweep: Sweep, study: Study, stop: StopRe
     states = {one.number: one.state for one in study.tried()}
     left = list(tasks)
     while True:
-        for trial in study.tried():
-            if trial.state != states.get(trial.number) and not quiet:
-                say_trial(sweep, study, trial, "starts" if trial.state == "unfinished" else trial.state)
-            states[trial.number] = trial.state
+        say_changes(sweep, study, states, quiet)
         for task in list(left):
             over, returned, why = client.outcome(ray, task)
             if over:

@@ -13,9 +13,9 @@ from pathlib import Path
 import yaml
 
 from align.commands.parsing import print_json
-from align.commands.slurm_job import cores_of_job, queue_again
+from align.commands.slurm_job import SHARE_OF_GRACE, cores_of_job, queue_again
 from align.commands.sweep import work_here
-from align.commands.sweep_table import say_trial
+from align.commands.sweep_table import say_changes
 from align.console import printable
 from align.elsewhere import with_threads
 from align.errors import StageFailed, UserError
@@ -108,11 +108,7 @@ def _follow(sweep: Sweep, study: Study, submission: Submission, quiet: bool) -> 
             known = None
             if time.monotonic() - answered > SILENT_SECONDS:
                 raise StageFailed(f"Slurm has not answered for {SILENT_SECONDS / 60:.0f} min ({error}).") from None
-        for trial in study.tried():
-            before = states.get(trial.number)
-            if trial.state != before and not quiet:
-                say_trial(sweep, study, trial, "starts" if trial.state == "unfinished" else trial.state)
-            states[trial.number] = trial.state
+        say_changes(sweep, study, states, quiet)
         is_over = known is None or not known.is_live
         if is_over and time.monotonic() - answered < SlurmQueue.every:
             said = [submission.said(f"worker-{at}") for at in range(int((submission.sweep or {})["workers"]))]
@@ -147,7 +143,7 @@ def main(folder: Path) -> int:
         try:
             config = load_sweep(folder / FILE)
             sweep = Sweep.check(config, about["where"], about["assignments"])
-            stop.patience = 0.75 * sweep.base.config.runtime.slurm.grace
+            stop.patience = SHARE_OF_GRACE * sweep.base.config.runtime.slurm.grace
             sweep = replace(sweep, base=with_threads(sweep.base, cores_of_job()))
             folder = store.root / SWEEPS / config.name
             study = Study.open(folder, config, sweep.space, sweep.objectives, sweep.parts())

@@ -41,6 +41,16 @@ def say_trial(sweep: Sweep, study: Study, trial: Trial | Tried, how: str) -> Non
     print(printable(f"{head}  {how}  {text}{mark}  ({drawn})"), flush=True)
 
 
+def say_changes(sweep: Sweep, study: Study, states: dict[int, str], quiet: bool) -> None:
+    """A line for each trial that others have begun or ended since ``states``, which is brought up to date."""
+    for trial in study.tried():
+        if len(trial.draw) < len(sweep.space):
+            continue  # begun a moment ago: what it sets is not all written yet
+        if trial.state != states.get(trial.number) and not quiet:
+            say_trial(sweep, study, trial, "starts" if trial.state == "unfinished" else trial.state)
+        states[trial.number] = trial.state
+
+
 def _drawn(sweep: Sweep, draw: Any) -> str:
     from align.sweep.summary import short_name
 

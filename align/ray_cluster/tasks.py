@@ -14,12 +14,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from align import ray_client as client
 from align.elsewhere import await_inputs, with_threads
 from align.errors import StageFailed, UserError
 from align.following import Place, Said
 from align.machines import RayConfig
 from align.pipeline import Node, Pipeline
-from align.ray_cluster import client
 from align.runner import Listener, run_pipeline
 from align.stage_process import LOG
 from align.stop_request import Stopped, StopRequest, pass_on

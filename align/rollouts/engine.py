@@ -39,6 +39,8 @@ def open_engine(
     """
     from align.models.threads import device_of, use_threads
 
+    if runtime.ray.samplers.count:
+        return _open_shards(model_dir, runtime, precision, max_length, seed, warn)
     use_threads(runtime)
     device, dtype = device_of(runtime), engine_dtype(runtime, precision)
     if runtime.rollouts.pooled:
@@ -79,6 +81,21 @@ def open_engine(
     return TransformersEngine(
         model_dir, device=device, dtype=dtype, batch_size=runtime.engine.batch_size, watchdog=watchdog
     )
+
+
+def _open_shards(
+    model_dir: Path, runtime: Runtime, precision: Precision, max_length: int, seed: int, warn: Callable[[str], None]
+) -> RolloutEngine:
+    from align.rollouts.ray_shards import RayEngine
+
+    if world_size() > 1:
+        raise UserError(
+            "runtime.ray.samplers: several processes train, and each would open engines of its own on the cluster. "
+            "Leave it out for this stage: `runtime: {stages: {NAME: {ray: {samplers: {count: 0}}}}}`."
+        )
+    if runtime.rollouts.pooled:
+        raise UserError("runtime.rollouts names servers, runtime.ray.samplers engines on Ray: leave one out.")
+    return RayEngine(model_dir, runtime, precision, max_length, seed, warn)
 
 
 def _refuse_pool(model_dir: Path, runtime: Runtime, device: torch.device, together: bool) -> None:

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from align.elsewhere import stages_to_make
 from align.errors import UserError
 from align.following import NoAnswer
 from align.machines import SlurmConfig
 from align.pipeline import Node, Pipeline
+from align.planning import stages_to_make
 from align.runner import prepare_run
 from align.slurm import commands
 from align.slurm.checks import check_cluster
@@ -76,6 +76,20 @@ def _blocks(pipeline: Pipeline, nodes: Iterable[Node]) -> dict[str, SlurmConfig]
     return blocks
 
 
+def _with_nodes(pipeline: Pipeline, node: Node) -> SlurmConfig:
+    """What the stage asks for, with as many nodes as it trains on; ``UserError`` where it asks for fewer."""
+    block, launch = pipeline.runtimes[node.name].slurm, pipeline.runtimes[node.name].launch
+    needed = launch.nodes if node.stage.distributed else 1
+    if block.nodes is None:
+        return block.model_copy(update={"nodes": needed})
+    if block.nodes < needed:
+        raise UserError(
+            f"{pipeline.where}: stage '{node.name}' trains on {needed} nodes (runtime.launch), and its job is to have "
+            f"{block.nodes} (runtime.slurm.nodes). Leave that out, or make them equal."
+        )
+    return block
+
+
 def _live_jobs(store: Store, run: str, wanted: list[Node]) -> dict[str, Submission]:
     """Which of these stages an earlier submission of the run still has a job for."""
     keys = {node.name: node.key for node in wanted}
@@ -103,7 +117,7 @@ def _submit(found: Submitted, nodes: list[Node], anew: set[str]) -> None:
     submission = Submission.begin(store, pipeline, pipeline.name)
     asked: dict[str, tuple[list[str], Path]] = {}
     for node in nodes:
-        block = pipeline.runtimes[node.name].slurm
+        block = _with_nodes(pipeline, node)
         what = f"stage {node.name} of {pipeline.name}"
         script = submission.folder / f"{node.name}.sh"
         write_script(script, what, [str(submission.folder), node.name], block.setup)

@@ -53,6 +53,16 @@ def test_deepspeed_has_masters_with_the_optimizer_and_a_bucket() -> None:
     assert of(Strategy("deepspeed", 3), 4).buffers == BUCKET + 568 + 568  # all that it gathers is below its limit
 
 
+def test_deepspeed_s_own_autocast_keeps_copies_where_checkpointing_spares_them() -> None:
+    again = {"checkpointing": True}
+    made = job("bfloat16")
+    found = {
+        name: shared(made.memory(Setting(1, **again)), made, Strategy(name, stage, **again), 4).copies
+        for name, stage in (("fsdp2", 0), ("deepspeed", 3))
+    }
+    assert found == {"fsdp2": 2 * 25, "deepspeed": 2 * 50}  # a layer's, both layers'
+
+
 def test_sharded_weights_are_gathered_layer_by_layer() -> None:
     found = of(Strategy("fsdp2"), 4)
     assert (found.weights, found.gradients, found.optimizer) == (142, 142, 284)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -58,6 +59,7 @@ class Runs:
         return subprocess.Popen(
             [sys.executable, "-m", "align.cli", *words, "--store", str(self.store)], cwd=self.folder, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
         )  # fmt: skip
 
     def align(self, *words: str) -> tuple[int, str]:
@@ -70,8 +72,7 @@ class Runs:
         return found
 
     def checkpoints(self) -> int:
-        folders = self.store.glob("number/*.partial")
-        return max((len(list(path.glob("checkpoints/step-*"))) for path in folders), default=0)
+        return toy.steps_kept(self.store, "one")
 
 
 @pytest.fixture
@@ -87,11 +88,12 @@ def until(what: Callable[[], Any], seconds: float = 600) -> None:
 
 
 def test_stages_run_where_their_resources_are_and_come_to_the_same(runs: Runs) -> None:
-    file = runs.pipeline({"one": {"resources": {"alpha": 1}}, "two": {"resources": {"beta": 1}}})
+    slow = {"one": {"pause": 1.0}}
+    file = runs.pipeline({"one": {"resources": {"alpha": 1}}, "two": {"resources": {"beta": 1}}}, **slow)
     code, said = runs.align("run", file, "--on", "ray")
     assert code == 0, said
     assert "one    runs on" in said and "✓ total" in said and "Report: " in said
-    plain = run_pipeline(Pipeline(toy.pipeline()), store=runs.folder / "plain")
+    plain = run_pipeline(Pipeline(toy.pipeline(**slow)), store=runs.folder / "plain")
     for stage, artifact in plain.artifacts.items():
         assert runs.record(stage)["key"] == artifact.record["key"]
         assert runs.record(stage)["metrics"] == artifact.record["metrics"]
@@ -132,6 +134,63 @@ def test_an_array_of_tasks_works_on_a_sweep(runs: Runs) -> None:
     code, said = runs.align("sweep", runs.write(sweep, "sweep.yaml"), "--on", "ray", "--workers", "2")
     assert code == 0, said
     assert "3 trials done" in said and "Best: trial 2; its run is s-2." in said
+
+
+def sampled(runs: Runs, name: str, samplers: int, kill: bool = False) -> list[str]:
+    """The texts that a stage has drawn, in a store of its own."""
+    runtime = {
+        "device": "cpu", "engine": {"name": "transformers", "batch_size": 4},
+        "ray": {"address": runs.address, "samplers": {"count": samplers, "cpus": 0.5}},
+    }  # fmt: skip
+    raw = {
+        "name": name, "seed": 4, "runtime": runtime,
+        "stages": {
+            "model": {"source": "tiny"},
+            "prompts": {"stage": "tests.stages.given:PROMPTS", "count": 24},
+            "sample": {"policy": "model", "prompts": "prompts", "n": 2, "max_tokens": 48,
+                       "score": "tests.stages.vowels:share", "precision": "float32"},
+        },
+    }  # fmt: skip
+    runs.store = runs.folder / name
+    process = runs.start("run", runs.write(raw))
+    if kill:
+        victims: list[int] = []
+
+        def find() -> bool:
+            lines = subprocess.run(["ps", "-ww", "-eo", "pid,args"], capture_output=True, text=True).stdout.splitlines()
+            victims[:] = [int(line.split()[0]) for line in lines if "ray::Shard.generate" in line]
+            return bool(victims) or process.poll() is not None
+
+        until(find)
+        assert victims, "sampling was over before an engine could be killed"
+        os.kill(victims[0], signal.SIGKILL)
+    said, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, said
+    path = next(runs.store.glob("sample/*/samples.jsonl"))
+    return path.read_text().splitlines()
+
+
+def test_engines_on_the_cluster_draw_what_one_here_does_also_when_one_dies(runs: Runs) -> None:
+    alone = sampled(runs, "alone", 0)
+    assert sampled(runs, "shared", 2) == alone
+    assert sampled(runs, "killed", 2, kill=True) == alone
+
+
+def test_data_builds_run_there_too(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("datatrove")
+    monkeypatch.setenv("RAY_ADDRESS", runs.address)
+    rows = "".join(json.dumps({"prompt": f"q {at}", "completion": "yes"}) + "\n" for at in range(60))
+    (runs.folder / "a.jsonl").write_text(rows)
+    source = {"type": "files", "paths": ["a.jsonl"], "format": "prompt_completion"}
+    runs.write({"kind": "instructions", "sources": [source], "steps": [{"type": "exact_duplicates"}]}, "recipe.yaml")
+    found = []
+    for name, runtime in (("plain", {}), ("tasks", {"executor": {"name": "ray", "tasks": 2, "memory_gb": 1}})):
+        runs.store = runs.folder / name
+        raw = {"name": name, "runtime": runtime, "stages": {"data": {"recipe": "recipe.yaml"}}}
+        code, said = runs.align("run", runs.write(raw, f"{name}.yaml"))
+        assert code == 0, said
+        found.append(json.loads(next(runs.store.glob("data/*/**/ledger.json")).read_text())["digests"])
+    assert found[0] == found[1]
 
 
 def test_a_node_that_dies_in_mid_stage(runs: Runs, cluster: Any) -> None:

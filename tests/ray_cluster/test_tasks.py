@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
+from align import ray_client as client
 from align.errors import StageFailed, UserError
 from align.following import Following
 from align.machines import RayConfig
 from align.pipeline import Pipeline
-from align.ray_cluster import client
 from align.ray_cluster.tasks import RayQueue, Work, make_stage
 from align.runner import Listener
 from align.store import Store

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import yaml
 
 from align import following
 from align.slurm.queue import SlurmQueue
+from tests import toy
 
 HERE = Path(__file__).resolve().parent
 COMMANDS = ("sbatch", "squeue", "scancel", "scontrol", "sinfo")
@@ -43,6 +45,7 @@ class Slurm:
         process = subprocess.Popen(
             [sys.executable, "-m", "align.cli", *words, "--store", str(self.store)], cwd=self.folder, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=dict(os.environ),
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
         )  # fmt: skip
         if not wait:
             return process
@@ -65,10 +68,8 @@ class Slurm:
             time.sleep(0.05)
         return found
 
-    def checkpoints(self, folder: str = "number") -> int:
-        return max(
-            (len(list(path.glob("checkpoints/step-*"))) for path in self.store.glob(f"{folder}/*.partial")), default=0
-        )
+    def checkpoints(self) -> int:
+        return toy.steps_kept(self.store, "one")
 
 
 @pytest.fixture

@@ -113,6 +113,7 @@ def run(name: str, options: dict) -> bool:
     write(name, state="RUNNING", why="None", pid=process.pid)
     while process.poll() is None:
         if wants(name):
+            write(name, state="COMPLETING")
             end(process)
         time.sleep(0.05)
     asked = wants(name)
@@ -169,7 +170,7 @@ def scancel(words: list[str]) -> int:
 
 
 def scontrol(words: list[str]) -> int:
-    if words[0] == "requeue":
+    if words[0] == "requeue" and not wants(words[1]):
         ask(words[1], "requeue")
     return 0
 

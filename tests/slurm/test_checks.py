@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from align.errors import UserError
-from align.machines import SlurmConfig
+from align.machines import SlurmConfig, seconds_of
 from align.pipeline import Pipeline
 from align.slurm import checks
 from align.slurm.checks import file_system
@@ -92,6 +92,21 @@ def test_the_type_of_a_file_system_is_that_of_the_innermost_mount(tmp_path: Path
 def test_options_that_are_set_here_are_refused(given: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Pipeline(toy.pipeline() | {"runtime": {"slurm": {"sbatch": given}}}, "toy.yaml")
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("5", 300), ("5:30", 330), ("02:00:00", 7200), ("1-2", 93600), ("1-02:30", 95400), ("2-00:00:01", 172801)],
+)
+def test_times_are_read_as_slurm_reads_them(time: str, seconds: int) -> None:
+    assert seconds_of(time) == seconds
+    assert SlurmConfig(time=time).time == time
+
+
+def test_a_time_limit_that_leaves_no_time_is_refused() -> None:
+    SlurmConfig(time="00:03:00", grace=60)
+    with pytest.raises(ValueError, match="time 00:02:59 leaves a stage no time before it is asked to stop"):
+        SlurmConfig(time="00:02:59", grace=60)
 
 
 def test_options_say_what_was_asked_for_and_no_more(tmp_path: Path) -> None:

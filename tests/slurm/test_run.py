@@ -229,7 +229,7 @@ def test_a_job_that_vanishes_without_a_word_is_noticed(slurm: Slurm, monkeypatch
     (slurm.state / "held").touch()
     submitted = submit_run(Pipeline(toy.pipeline(), base=slurm.folder), Store.open(slurm.store))
     monkeypatch.setattr("align.slurm.commands.jobs", lambda numbers: {})
-    with pytest.raises(StageFailed, match=r"stage 'one' failed: its job is gone.*It left no log: does its node see"):
+    with pytest.raises(StageFailed, match=r"stage 'one' failed: its job is gone.*It left no log: does the machine it"):
         followed(submitted, Listener())
 
 

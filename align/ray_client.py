@@ -63,7 +63,11 @@ def start(ray: Any, work: Callable[..., Any], block: RayConfig, name: str, words
 
 def could_hold(ray: Any, block: RayConfig) -> bool:
     """Whether a node that lives could ever hold the task, when it is free."""
-    needs = wanted(block)
+    return could_ever_hold(ray, wanted(block))
+
+
+def could_ever_hold(ray: Any, needs: dict[str, float]) -> bool:
+    """Whether a node that lives has as much of everything, free or not."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return any(all(has.get(name, 0.0) >= amount for name, amount in needs.items()) for has in nodes)
 
