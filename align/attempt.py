@@ -98,7 +98,8 @@ def _result(partial: Path, code: int) -> dict[str, Any]:
     except FileNotFoundError:
         if code in (UNREACHABLE_CODE, NO_OUTPUT_CODE):
             return {"status": UNREACHABLE_STORE, "message": "the store could not be reached, not even for the result."}
-        full = disk_is_full(partial)  # so full that not even the result could be written
+        # So full that not even the result could be written; the folder itself may be another run's by now.
+        full = disk_is_full(partial.parent)
         result = {"status": "failed", "message": no_space(partial) if full else _describe_exit(code)}
     return result
 

@@ -132,6 +132,7 @@ def run_pipeline(
     ``Stopped`` once it was asked to stop: through ``stop``, or by the signal USR1 where none is given.
     """
     listener = listener or Listener()
+    require_trackers(pipeline.config.runtime.report_to)  # before there is a store
     opened = open_store(pipeline, store)
     opened.patience.say = listener.warning
     anew, warnings = prepare_run(
@@ -301,6 +302,8 @@ def _attempts(
         )
         if result["status"] == "done":
             return result
+        if holds[0] is not None:  # a stage that another run has taken over ends without a result, which is no failure
+            store.patience.keep_trying(holds[0].confirm)
         if result["status"] == "stopped":
             raise Stopped(f"stage '{node.name}' {result['message']}")
         if result["status"] != UNREACHABLE_STORE or tries_left == 0:

@@ -273,4 +273,4 @@ def test_the_schema_knows_loops() -> None:
 
 def test_the_toy_pipeline_without_a_loop_keeps_its_keys() -> None:
     keys = {node.name: node.key[:12] for node in Pipeline(toy.pipeline())}
-    assert keys == {"one": "3ad6d8a2203b", "two": "c9f150bdabbf", "total": "9ec6ab372b90"}
+    assert keys == {"one": "7a9700d387e8", "two": "19764925c4ac", "total": "f048945424d0"}

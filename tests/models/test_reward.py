@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -48,9 +49,10 @@ def test_rounded_weights_score_as_autocast_does(tiny_reward: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="maps of a process are Linux's")
-def test_rounded_weights_leave_nothing_of_the_file_in_memory(tiny_reward: Path) -> None:
-    maps, file = Path("/proc/self/maps"), str((tiny_reward / "model.safetensors").resolve())
-    scorer = RewardModel(tiny_reward, precision="bfloat16")
+def test_rounded_weights_leave_nothing_of_the_file_in_memory(tiny_reward: Path, tmp_path: Path) -> None:
+    own = shutil.copytree(tiny_reward, tmp_path / "own")  # which no other test has loaded
+    maps, file = Path("/proc/self/maps"), str((own / "model.safetensors").resolve())
+    scorer = RewardModel(own, precision="bfloat16")
     assert file in maps.read_text()
     scorer.round_weights()
     assert file not in maps.read_text()

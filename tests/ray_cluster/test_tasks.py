@@ -24,6 +24,7 @@ from tests import toy
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))  # tasks leave this folder, toys are in it
     (tmp_path / "said").mkdir()
     return tmp_path
 

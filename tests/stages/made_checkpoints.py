@@ -160,9 +160,8 @@ REWARDS: dict[str, Way] = {
 @contextlib.contextmanager
 def listening() -> Iterator[list[torch.Tensor]]:
     """What the models that stages save in here say to ``IDS`` just before: logits, or scores."""
-    from align.distillation import run as distillation
-    from align.ppo import saving
-    from align.training import reload
+    from align.ppo import saving as ppo_saving
+    from align.training import reload, saving
 
     heard: list[torch.Tensor] = []
     original = apply.save_tuned
@@ -175,7 +174,7 @@ def listening() -> Iterator[list[torch.Tensor]]:
         original(model, tokenizer, out_dir)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (apply, distillation, saving, reload):
+        for module in (apply, saving, ppo_saving, reload):
             patch.setattr(module, "save_tuned", save)
         yield heard
 
