@@ -6,6 +6,7 @@ runner does, once this process has ended well. The same command line is what a c
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import errno
@@ -79,6 +80,8 @@ def _several(work: dict[str, Any]) -> bool:
 
 def run_rank(folder: Path) -> int:
     """One of several processes of the stage in ``folder``; leaves its result for the launcher."""
+    ended: list[int] = []
+    atexit.register(_end_at_once, ended)
     work = json.loads((folder / WORK).read_text(encoding="utf-8"))
     die_with_parent(int(os.environ[PARENT]))
     _set_threads(work["runtime"])
@@ -93,7 +96,20 @@ def run_rank(folder: Path) -> int:
     if code:
         os._exit(code)  # the group is broken: its threads would have to be waited for
     load_object(f"{PROCESSES}:leave")()
+    ended.append(code)
     return code
+
+
+def _end_at_once(ended: list[int]) -> None:
+    """End a rank that has done its work, after all that others want done at an end: registered first, this runs last.
+
+    Gloo's threads may still hold tensors, even of a group that was destroyed, and one that lets go of them while the
+    interpreter is taken down aborts the process (pytorch/pytorch#179291).
+    """
+    if ended:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(ended[0])
 
 
 def _outcome(folder: Path, work: dict[str, Any], started: float, result_file: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from align.models.heap import give_back
 from align.models.sharding import forget_gathered
 from align.training.order import by_length
 from align.training.rows import MASKED, Encoded
@@ -23,6 +24,7 @@ def scoring(trainer: Any) -> Iterator[None]:
     """Evaluation mode, no gradients, the stage's precision; training mode is restored."""
     training = trainer.model.training
     trainer.model.eval()
+    give_back()
     try:
         with torch.no_grad(), trainer.accelerator.autocast():
             yield

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from align.launch import rank
+from align.models.heap import give_back
 from align.models.loading import load_reward
 from align.models.sharding import whole
 from align.models.tuning.apply import save_tuned
@@ -33,6 +34,7 @@ def save_reward(trainer: Any, tokenizer: Any, out_dir: Path, probe: Sequence[Seq
 
 def _save(live: Any, tokenizer: Any, out_dir: Path, probe: Sequence[Sequence[int]]) -> float:
     save_tuned(live, tokenizer, out_dir)
+    give_back()
     pad = int(tokenizer.pad_token_id)
     with torch.no_grad():
         trained = scores(live, probe, pad)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from align.models.loading import load_policy, load_tokenizer
+from align.models.processes import leave
 from align.ppo import PPOConfig, PPOTrainer
 from align.rollouts.protocol import Response
 from tests.ppo.test_ptx import TEXTS
@@ -107,8 +108,9 @@ def two_updates(trainer: Any, config: Any, model_dir: Path, out: Path, fields: d
             out,
         )
     if torch.distributed.is_initialized():
-        # or the interpreter ends under gloo's running threads, which on a busy machine aborts the process
-        torch.distributed.destroy_process_group()
+        leave()
+        sys.stdout.flush()
+        os._exit(0)  # as a stage's ranks do: gloo's threads may abort an interpreter that is taken down
 
 
 FIELDS = {

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from align.models.freezing import freeze
+from align.models.heap import give_back
 from align.models.loading import load_policy, load_tokenizer, new_reward
 from align.models.merging import merged_weights
 from align.models.tuning import stored, virtual_tokens
@@ -95,6 +96,7 @@ def save_tuned(model: Any, tokenizer: Any, out_dir: Path) -> None:
     """
     from peft import PeftModel
 
+    give_back()
     plain = model
     if isinstance(model, PeftModel):
         save_adapter(model, out_dir.parent / "adapter")
