@@ -18,7 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from align.capacity.engines import EngineWay
+from align.capacity.hardware import parse_hardware
+from align.capacity.serving import serving
 from align.models.architecture import Architecture, architecture_of
+from align.models.inference import Rows
 from align.models.job import Setting
 from align.models.known import EMBEDDED_SIZES, TINY_SIZES
 from align.runtime import Runtime
@@ -34,7 +38,7 @@ LORA, FULL = {"method": "lora"}, {"method": "full"}
 
 @dataclass(frozen=True)
 class Configuration:
-    """One stage; ``length`` is of rows, of PPO's prompts."""
+    """One stage; ``length`` is of rows, of PPO's and of sample's prompts."""
 
     stage: str
     model: str
@@ -45,6 +49,10 @@ class Configuration:
     @property
     def label(self) -> str:
         """``sft lora 128 x 2``."""
+        if self.stage == "sample":
+            scored = "reward" if self.fields.get("reward") else "-"
+            size = f"{self.length} + {self.fields['max_tokens']} x {self.rows * self.fields['n']}"
+            return f"{self.stage:<6} {scored:<4} {self.model:<8} {size}"
         size = f"{self.length} x {self.fields['micro_batch_size']}"
         if self.stage == "ppo":
             size = f"{self.length} + {self.fields['max_tokens']} x {self.fields['micro_batch_size']}"
@@ -61,23 +69,41 @@ def _ppo(model: str, tuning: dict[str, str], prompt: int, response: int, micro: 
     return Configuration("ppo", model, prompt, fields | {"max_prompt_tokens": prompt, "max_tokens": response})
 
 
+def _sample(prompt: int, response: int, rows: int, fields: dict[str, Any]) -> Configuration:
+    lengths = {"max_prompt_tokens": prompt, "max_tokens": response, "n": 4}
+    return Configuration("sample", "embedded", prompt, lengths | fields, rows)
+
+
+BY_LENGTH = {"score": "benchmarks.stage_work:by_length"}
 CONFIGURATIONS = (
     _trl("sft", LORA, 128, 2), _trl("sft", LORA, 512, 1), _trl("sft", FULL, 128, 2), _trl("sft", FULL, 384, 1),
     _trl("reward", LORA, 128, 2), _trl("reward", LORA, 512, 1), _trl("reward", FULL, 128, 1),
     _trl("dpo", LORA, 128, 1), _trl("dpo", LORA, 256, 1), _trl("dpo", FULL, 64, 1), _trl("dpo", FULL, 192, 1),
     _ppo("embedded", LORA, 64, 32, 4), _ppo("embedded", LORA, 256, 64, 8), _ppo("wide", FULL, 128, 64, 4),
-    _ppo("wide", FULL, 384, 128, 8),
+    _ppo("wide", FULL, 384, 128, 8), _sample(256, 64, 16, BY_LENGTH), _sample(512, 16, 4, BY_LENGTH),
+    _sample(128, 16, 8, {"score": None, "reward": "r"}),
 )  # fmt: skip
 
 
 def counted(wanted: Configuration) -> dict[str, int]:
     """Bytes by part that the plan counts for a process, when it is fullest."""
     model = _architecture(wanted.model)
+    if wanted.stage == "sample":
+        return _sampled(wanted, model)
     models = {FIELD[wanted.stage]: [model]} | ({"reward": [model]} if wanted.stage == "ppo" else {})
     job = config_of(wanted.stage, wanted.fields).job(models, Runtime.model_validate(RUNTIME))
     memory = job.memory(Setting(job.micro_batch, accumulated=job.batch > job.micro_batch))
     parts: dict[str, int] = memory.fullest(job.tokens(job.micro_batch))
     return parts
+
+
+def _sampled(wanted: Configuration, model: Architecture) -> dict[str, int]:
+    """The same for a stage that samples, whose baseline has the libraries in it already."""
+    models = {"policy": [model]} | ({"reward": [model]} if wanted.fields.get("reward") else {})
+    asked = config_of("sample", wanted.fields).inference(models, {"prompts": Rows(wanted.rows, 4)})
+    runtime = Runtime.model_validate(RUNTIME)
+    found = serving(asked, runtime, parse_hardware("cpu"), EngineWay("process", "transformers"), 1.0)
+    return {name: amount for name, amount in found.parts.items() if name != "context"}
 
 
 def _architecture(name: str) -> Architecture:

@@ -11,14 +11,20 @@ from align.runtime import Runtime
 from align.stage import StageContext, find_stage
 
 WORDS = ("red", "green", "blue", "house", "water", "paper", "music", "river", "stone", "light", "garden", "winter")
-FIELD = {"sft": "model", "reward": "model", "dpo": "policy", "ppo": "policy"}
-"""Stages that can be measured, and what each calls the model it trains."""
+FIELD = {"sft": "model", "reward": "model", "dpo": "policy", "ppo": "policy", "sample": "policy"}
+"""Stages that can be measured, and what each calls the model it trains, or samples from."""
+PROMPTED = ("ppo", "sample")
+"""Those that answer prompts."""
 
 
 def config_of(kind: str, fields: Mapping[str, Any]) -> Any:
     """The stage's config, with names for what it reads."""
-    named: dict[str, Any] = {FIELD[kind]: "m", "learning_rate": 1e-5, **fields}
-    named |= {"prompts": "d", "reward": "r", "reward_floor": None} if kind == "ppo" else {"data": "d"}
+    named: dict[str, Any] = {FIELD[kind]: "m", **fields}
+    named |= {"prompts" if kind in PROMPTED else "data": "d"}
+    if kind != "sample":
+        named["learning_rate"] = 1e-5
+    if kind == "ppo":
+        named |= {"reward": "r", "reward_floor": None}
     return find_stage(kind).config_class().model_validate(named)
 
 
@@ -32,6 +38,9 @@ def run_stage(
     data = _data(root / "data", load_tokenizer(model), kind, length, rows)
     if kind == "ppo":
         inputs |= {"prompts": data, "reward": _reward(root, model), "ptx": None}
+    elif kind == "sample":
+        reward = None if fields.get("reward") is None else _reward(root, model, scores=True)
+        inputs |= {"prompts": data, "reward": reward}
     else:
         inputs |= {"data": data, "replay": None, "reference": None}
     for folder in ("output", "checkpoints"):
@@ -47,11 +56,20 @@ def _holder(root: Path, model: Path) -> Artifact:
     return Artifact("m", Kind.MODEL, root, {"key": "0"})
 
 
-def _reward(root: Path, model: Path) -> Artifact:
+def by_length(rows: list[dict[str, Any]], responses: list[str]) -> list[float]:
+    """A score that no two responses are likely to share."""
+    return [float(len(response)) for response in responses]
+
+
+def _reward(root: Path, model: Path, scores: bool = False) -> Artifact:
+    """A reward model with a new head, which gives every answer 0 unless it ``scores``."""
     from align.models.loading import load_tokenizer, new_reward
 
     folder = root / "reward" / "model"
-    new_reward(model).save_pretrained(folder)
+    made = new_reward(model)
+    if scores:
+        made.score.weight.data.fill_(0.01)[..., ::2] *= -1
+    made.save_pretrained(folder)
     load_tokenizer(model).save_pretrained(folder)
     return Artifact("r", Kind.REWARD, root / "reward", {"key": "1"})
 
@@ -60,7 +78,7 @@ def _data(root: Path, tokenizer: Any, kind: str, length: int, count: int) -> Art
     from align.data.rows import assistant, user, write_rows
 
     def row(number: int) -> dict[str, Any]:
-        if kind == "ppo":
+        if kind in PROMPTED:
             return {"prompt": _filled(tokenizer, length, number, prompt=True)}
         answer = _filled(tokenizer, length, number, prompt=False)
         other = [assistant(_text(number + 5, len(answer[0]["content"].split())))]
@@ -73,7 +91,7 @@ def _data(root: Path, tokenizer: Any, kind: str, length: int, count: int) -> Art
             for at in range(count if split == "train" else 4)
         ]
         write_rows(root / f"{split}.parquet", rows)
-    return Artifact("d", Kind.PROMPTS if kind == "ppo" else Kind.PREFERENCES, root, {"key": "2"})
+    return Artifact("d", Kind.PROMPTS if kind in PROMPTED else Kind.PREFERENCES, root, {"key": "2"})
 
 
 def _text(number: int, words: int) -> str:

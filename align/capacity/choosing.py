@@ -6,6 +6,7 @@ number of devices: what a device gets of it must come out even.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,6 +40,11 @@ class Option:
     """None where it does not fit, or where the number of rows is not known."""
     why_not: str = ""
     """What stands against it; empty where it fits."""
+
+    @property
+    def label(self) -> str:
+        """The strategy's."""
+        return self.strategy.label
 
     @property
     def peak(self) -> int:
@@ -119,15 +125,20 @@ def _largest(job: Job, hardware: Hardware, strategy: Strategy) -> int:
         parts = _parts(job, hardware, strategy, rows)[0]
         return sum(parts.values()) - hardware.device.context <= hardware.device.usable
 
+    return greatest(fits, MOST_ROWS)
+
+
+def greatest(fits: Callable[[int], bool], most: int) -> int:
+    """The greatest number up to ``most`` that ``fits``, which those below it do as well; 0 for none."""
     if not fits(1):
         return 0
     low, high = 1, 2
-    while high <= MOST_ROWS and fits(high):
+    while high <= most and fits(high):
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    return min(low, MOST_ROWS)
+    return min(low, most)
 
 
 def remedies(job: Job, hardware: Hardware, tried: list[Option], others: dict[str, Job]) -> list[str]:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from align.capacity.hardware import Hardware
+from align.capacity.hardware import Device, Hardware
 from align.capacity.strategies import Strategy
 from align.models.activations import FLOAT, SIZES
+from align.models.architecture import Architecture
 from align.models.job import Job
 
 EFFICIENCY = {True: 0.30, False: 0.50}
@@ -69,7 +70,7 @@ def estimate(
     passes = steps * math.ceil(job.batch / (devices * micro_batch))
     again = work.again if strategy.checkpointing else 0.0
     flops = rows * (work.learning + again + work.scoring)
-    rate = EFFICIENCY[device.gpu] * (device.flops if job.precision == "bfloat16" else device.flops_float32)
+    rate = EFFICIENCY[device.gpu] * product_rate(device, SIZES[job.precision])
     computing = flops / devices / rate
     traffic = exchanged(job, strategy, devices, steps, passes)
     exchanging = _seconds(traffic, hardware)
@@ -121,8 +122,23 @@ def _sampling(job: Job, hardware: Hardware, rows: int, sampled: float) -> float:
         return 0.0
     device, size = hardware.device, SIZES[job.precision]
     together = math.ceil(job.rollout / hardware.devices)
-    weights = size * job.model.parameters
-    cache = 2 * size * job.model.key_value_width * job.model.layers * together * job.tokens(1) / 2
+    return rows / job.rollout * sampled * decoding_step(job.model, size, together, job.tokens(1) / 2, device)
+
+
+def decoding_step(
+    model: Architecture, size: int, together: int, held: float, device: Device, parallel: int = 1
+) -> float:
+    """Seconds of one token of ``together`` sequences, which hold ``held`` tokens each; ``parallel`` devices share it.
+
+    Weights and cache are read whole, ``size`` bytes a number; every sequence costs a product with every weight.
+    """
+    weights = size * model.parameters
+    cache = 2 * size * model.key_value_width * model.layers * together * held
     reading = (weights + cache) / (READING * device.bandwidth)
-    products = 2 * job.model.parameters * together / (EFFICIENCY[device.gpu] * device.flops)
-    return rows / job.rollout * sampled * max(reading, products)
+    products = 2 * model.parameters * together / (EFFICIENCY[device.gpu] * product_rate(device, size))
+    return max(reading, products) / parallel
+
+
+def product_rate(device: Device, size: int) -> float:
+    """Operations a second at best of products of numbers of ``size`` bytes."""
+    return device.flops if size == SIZES["bfloat16"] else device.flops_float32

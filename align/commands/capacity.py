@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--hardware", metavar="HARDWARE", help="8xh100, 1xa100-40, 4x8xh100, cpu: where each stage fits, and its cost"
     )
     parser.add_argument("--price", type=_positive, metavar="DOLLARS", help="of a device and hour, for the table's")
-    parser.add_argument("--rows", type=_count, metavar="N", help="training rows of data that is not there yet")
+    parser.add_argument("--rows", type=_count, metavar="N", help="rows or prompts of data that is not there yet")
     parser.add_argument(
         "--fill", type=_share, default=1.0, metavar="SHARE", help="mean length of rows over the greatest (default 1)"
     )

@@ -61,6 +61,18 @@ def activations_of_layer(
     return norms + inputs + attention + gated + low_rank
 
 
+def passing_per_token(model: Architecture, size: int, flowing: int) -> int:
+    """Bytes of one token in a pass without gradients, while the widest part of a layer is computed.
+
+    ``size`` is that of a product's result, ``flowing`` that of what goes from layer to layer, which is there twice: as
+    it came in, and normed. Beside it stands the gate, what it is multiplied with and the result, or attention's input.
+    """
+    queries = next((linear.inputs for linear in model.linears if "o_proj" in linear.path), model.hidden)
+    inner = max((linear.inputs for linear in model.linears), default=model.hidden)
+    attention = 4 * queries + 2 * model.key_value_width  # queries, result, keys and values as read and repeated
+    return flowing * 2 * model.hidden + size * max(3 * inner, attention)
+
+
 def _norm(model: Architecture, tuning: TuningBase, precision: Precision, low_residual: bool) -> int:
     """Bytes a feature that a norm keeps: a lean one its input, any other, in float32, what its weight meets too."""
     lean = model.lean_norms and low_residual

@@ -68,6 +68,8 @@ class Architecture:
     """Whether the matrices are GPT-2's ``Conv1D``, no linear layers."""
     layers_path: str = "model.layers"
     head_path: str = "lm_head"
+    heads: tuple[int, int] = (0, 0)
+    """Of queries, and of keys and values; zeros where they are not known."""
 
     @property
     def matrices(self) -> int:
@@ -225,6 +227,7 @@ def _llama_like(
             norms=norms,
             normed_heads=0 if head_norms == "none" else queries + keys,
             lean_norms=lean,
+            heads=(heads, groups),
         )
 
     return rule
@@ -248,6 +251,7 @@ def _gpt_neox(config: Mapping[str, Any]) -> Architecture:
         embedded=config["vocab_size"] * hidden,
         last_norm=2 * hidden,
         tied=bool(config.get("tie_word_embeddings", False)),
+        heads=(config.get("num_attention_heads") or 0,) * 2,
         layers_path="gpt_neox.layers",
         head_path="embed_out",
     )
@@ -273,6 +277,7 @@ def _gpt2(config: Mapping[str, Any]) -> Architecture:
         last_norm=2 * hidden,
         tied=bool(config.get("tie_word_embeddings", True)),
         conv1d=True,
+        heads=(config.get("n_head") or 0,) * 2,
         layers_path="transformer.h",
     )
 

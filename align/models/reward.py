@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from align.models.inference import SCORED_AT_ONCE
 from align.models.loading import load_reward, load_tokenizer
 from align.models.precision import Precision, autocast, round_frozen
 from align.models.ragged import can_run_ragged, hidden_states, lay_out, run_ragged, to_device
@@ -23,7 +24,7 @@ class RewardModel:
     """One score per response, read at the last token of the conversation, as the reward model was trained."""
 
     def __init__(
-        self, model_dir: Path, device: Any = "cpu", precision: Precision = "bfloat16", batch_size: int = 32
+        self, model_dir: Path, device: Any = "cpu", precision: Precision = "bfloat16", batch_size: int = SCORED_AT_ONCE
     ) -> None:
         """Load the model. Raises ``UserError`` for a checkpoint without a score head."""
         self.tokenizer = load_tokenizer(model_dir)

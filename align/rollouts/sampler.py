@@ -17,11 +17,10 @@ from align.models.loading import load_tokenizer
 from align.models.render import render_prompt
 from align.models.threads import device_of, use_threads
 from align.rollouts.engine import open_engine
+from align.rollouts.memory import CHUNK
 from align.rollouts.protocol import RolloutEngine, Sampling
 from align.stage import StageContext
 
-CHUNK = 128
-"""Prompts answered between two writes: what a killed stage repeats at most."""
 SPLITS = ("train", "test")
 
 

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from align.errors import UserError
+from align.models.inference import CPU_STEP_TOKENS
 from align.models.loading import load_tokenizer
 from align.pool_config import RolloutsConfig
 from align.rollouts import nccl
 from align.rollouts.server_client import BadReply, Client, EngineLost
 from align.rollouts.server_process import MODULE
-from align.rollouts.vllm import CPU_STEP_TOKENS
 from align.rollouts.weights import weight_names
 from align.runtime import EngineConfig
 

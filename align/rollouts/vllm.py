@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from align.models.inference import CPU_STEP_TOKENS
 from align.models.loading import load_tokenizer
 from align.models.tuning.stored import is_stored
 from align.rollouts.protocol import Progress, Response, Sampling
@@ -28,9 +29,6 @@ from align.rollouts.vllm_adapters import Adapter
 from align.rollouts.watchdog import Watchdog
 from align.rollouts.weights import refuse_missing, weight_names, with_tied_head
 from align.runtime import EngineConfig
-
-CPU_STEP_TOKENS = 8192
-"""Prompt tokens read in one step on a CPU at most."""
 
 
 class VllmChanged(RuntimeError):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from align.artifacts import GENERATORS, PROMPT_SOURCES, Kind
 from align.stage import Config, StageContext, stage_input
+
+if TYPE_CHECKING:
+    from align.models.architecture import Architecture
+    from align.models.inference import Inference, Rows
 
 
 class SplitCounts(Config):
@@ -58,6 +63,12 @@ class SampleConfig(Config):
             have = "both score and reward are" if self.score else "neither score nor reward is"
             raise ValueError(f"{have} set; one scores the responses. With a reward stage, write `score: null`.")
         return self
+
+    def inference(self, models: Mapping[str, Sequence[Architecture]], rows: Mapping[str, Rows]) -> Inference:
+        """What it asks of devices; ``models`` and ``rows`` by the input fields that name them."""
+        from align.rollouts.memory import inference
+
+        return inference(self, models, rows)
 
     def identities(self, base: Path) -> dict[str, str]:
         """The scoring function, by its code."""

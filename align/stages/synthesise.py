@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -15,6 +16,10 @@ from align.rollouts.endpoint import EndpointConfig
 from align.stage import Config, StageContext, stage_input
 from align.stages.sample import SplitCounts
 from align.synthesis.config import PairsTask, Task
+
+if TYPE_CHECKING:
+    from align.models.architecture import Architecture
+    from align.models.inference import Inference, Rows
 
 
 class SynthesiseConfig(Config):
@@ -114,6 +119,12 @@ class SynthesiseConfig(Config):
     def makes(self) -> Kind:
         """What the task gives."""
         return {"instructions": Kind.PROMPTS, "pairs": Kind.PREFERENCES}.get(self.task.type, Kind.INSTRUCTIONS)
+
+    def inference(self, models: Mapping[str, Sequence[Architecture]], rows: Mapping[str, Rows]) -> Inference:
+        """What it asks of devices; ``models`` and ``rows`` by the input fields that name them."""
+        from align.synthesis.memory import inference
+
+        return inference(self, models, rows)
 
     def identities(self, base: Path) -> dict[str, str]:
         """What stands outside the store: models behind endpoints by name, seeds by content, functions by their code."""

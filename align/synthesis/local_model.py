@@ -22,9 +22,7 @@ from align.rollouts.protocol import Response, RolloutEngine, Sampling
 from align.rollouts.requests import Answer, Request
 from align.rollouts.weights import checkpoint_weights
 from align.stage import StageContext
-
-CHUNK = 128
-"""Requests answered and kept together: what a killed stage repeats at most."""
+from align.synthesis.memory import CHUNK
 
 
 class Engines:

@@ -65,8 +65,8 @@ def test_seven_billion_in_full_need_sharing_and_get_it(plan: Any) -> None:
     code, out, err = plan(MISTRAL, "--hardware", "8xh100", "--rows", "10000", "--json")
     assert (code, err) == (0, "")
     found = stages(out)
-    assert list(found) == ["sft", "reward", "dpo", "ppo"]
-    for stage in found.values():
+    assert list(found) == ["sft", "sample", "reward", "dpo", "ppo"]
+    for stage in (one for name, one in found.items() if name != "sample"):
         best, fits = stage["options"][0], [one for one in stage["options"] if one["fits"]]
         assert best["fits"] and best["strategy"] in ("fsdp2", "deepspeed") and best["peak"] < 79.1 * 2**30
         assert best["time"]["seconds"] == min(one["time"]["seconds"] for one in fits)
@@ -134,13 +134,13 @@ def test_the_table_says_it_in_words(plan: Any) -> None:
     assert "time for 1,000 of them, since its data is not there yet (--rows)" in out
     assert "of 0.5 of the greatest length" in out
     assert "all of these stages:" in out
-    assert out.count("  *  ") == 4
+    assert out.count("  *  ") == 5
 
 
 def test_what_runtime_launch_asks_for_is_what_is_planned(plan: Any) -> None:
     launch = ["--set", "runtime.launch={processes: 4, strategy: fsdp2}", "--hardware", "8xh200"]
     code, out, _ = plan(MISTRAL, *launch, "--json")
-    for stage in stages(out).values():
+    for stage in (one for one in stages(out).values() if one["kind"] != "sample"):
         assert [one["strategy"] for one in stage["options"]] == ["fsdp2"]
     sft = stages(out)["sft"]["options"][0]
     assert sft["parts"]["optimizer"] == pytest.approx(8 * 7_241_732_096 / 4)
@@ -148,6 +148,68 @@ def test_what_runtime_launch_asks_for_is_what_is_planned(plan: Any) -> None:
     assert code == 0 and text.count("runtime.launch asks for this way, on 4 of 8 devices") == 4
     own = ["--set", "runtime.stages={sft: {launch: {processes: 8}}}"]
     assert stages(plan(MISTRAL, *launch, *own, "--json")[1])["sft"]["options"][0]["strategy"] == "fsdp2"
+
+
+EVALUATED = """\
+  judged:
+    stage: evaluate
+    policies: [model, sft, dpo]
+    reference: sft
+    prompts: data
+    reward: reward
+    heldout: data
+    max_prompts: 50
+    baselines: {best: {of: sft, best_of: 4}}
+    tasks: {lm_eval: {tasks: [arc_easy]}, ifeval: {files: [none.jsonl], max_items: 20, max_tokens: 256}}
+  pairs: {stage: synthesise, model: sft, prompts: data, task: {type: pairs}, judge: {}, judge_model: dpo}
+  asked:
+    {stage: synthesise, endpoint: {url: "http://127.0.0.1:1/v1", model: some}, prompts: data, task: {type: responses}}
+"""
+
+
+@pytest.fixture
+def evaluated(pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "none.jsonl").write_text('{"key": 1, "prompt": "p", "instruction_id_list": [], "kwargs": []}\n' * 30)
+    pipeline.write_text(pipeline.read_text() + EVALUATED.replace("none.jsonl", str(tmp_path / "none.jsonl")))
+
+
+def test_stages_that_generate_are_planned_and_paid_for(plan: Any, evaluated: None) -> None:
+    code, out, _ = plan(MISTRAL, "--hardware", "8xh100", "--rows", "200", "--json")
+    found = stages(out)
+    assert code == 0 and list(found)[-3:] == ["judged", "pairs", "asked"]
+    sample, judged, pairs = (found[name]["options"][0] for name in ("sample", "judged", "pairs"))
+    assert (sample["way"], sample["time"]["sampled"]) == ("4 servers, tensor_parallel 2", 200 * 4 * 64)
+    # three checkpoints and four of the best of four: 50 prompts of 64 tokens, 20 of a task of 256
+    assert judged["time"]["sampled"] == 7 * (50 * 64 + 20 * 256)
+    # 4 answers to each prompt, and two verdicts about each two of them
+    assert pairs["time"]["sampled"] == 200 * (4 + 12) * 512
+    for option in (sample, judged, pairs):
+        assert sum(option["parts"].values()) == option["peak"] <= 79.1 * 2**30
+    assert any("lm_eval: lm-eval's own tasks" in note for note in found["judged"]["notes"])
+    assert (found["asked"]["options"], found["asked"]["elsewhere"]) == ([], "some, a server, answers")
+    text = plan(MISTRAL, "--hardware", "8xh100", "--rows", "200")[1]
+    assert "asked: some, a server, answers; nothing of it is counted." in text
+    assert "servers are a setting of the run: runtime.rollouts: {servers: 4, tensor_parallel: 2}" in text
+    total = sum(stage["dollars"] for stage in found.values() if stage["dollars"])
+    assert f"all of these stages: {total:,.2f} dollars" in text
+
+
+def test_a_stage_whose_engine_does_not_fit_is_refused_with_remedies_that_hold(plan: Any) -> None:
+    code, out, err = plan(MISTRAL, "--hardware", "1xa100-40", "--json")
+    line = next(line for line in err.splitlines() if "stages.sample fits on a100-40 in no way" in line)
+    remedies = stages(out)["sample"]["remedies"]
+    assert code == 2 and "--set runtime.engine.gpu_memory=0.9" in remedies
+    for remedy in remedies:
+        assert remedy in line
+        words = ["--hardware", "1xa100-40", *shlex.split(remedy), "--json"]
+        assert stages(plan(MISTRAL, *words)[1])["sample"]["options"][0]["fits"], remedy
+
+
+def test_servers_that_run_already_are_not_counted(plan: Any) -> None:
+    words = ["--hardware", "8xh100", "--set", "runtime.rollouts.addresses=[http://127.0.0.1:8000]", "--json"]
+    sample = stages(plan(MISTRAL, *words)[1])["sample"]
+    assert [one["way"] for one in sample["options"]] == ["servers that run already"]
+    assert "what they hold and the time they take are not counted" in " ".join(sample["notes"])
 
 
 def test_more_processes_than_devices_are_refused(plan: Any) -> None:

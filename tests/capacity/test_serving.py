@@ -1,0 +1,256 @@
+"""Stages that sample and score, by hand: a model whose bytes and operations can be counted on one's fingers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from align.capacity.engines import EngineWay, asked_for, candidates, cannot_be_parted, parted
+from align.capacity.hardware import GIB, Hardware, parse_hardware
+from align.capacity.serving import remedies, serving, servings
+from align.capacity.timing import EFFICIENCY, HOP, LINKED, READING
+from align.models.architecture import Architecture, architecture_of
+from align.models.flops import forward_flops
+from align.models.inference import Inference, Lot, Reading, Rows, reading_memory, sampling_memory, scored
+from align.runtime import Runtime
+from tests.capacity.test_plan import MISTRAL
+from tests.capacity.test_sharing import TOY
+
+# TOY: hidden 4, 2 layers of 29 (a matrix 4 x 5 with bias, a norm of 4), keys 3, 10 words, trunk 102, head 40.
+ONE = EngineWay("process", "transformers")
+VLLM = EngineWay("process", "vllm")
+LOT = Lot("policy", TOY, sequences=40, prompts=10, prompt=6, response=2, call=40)
+LARGE = architecture_of(MISTRAL)
+
+
+def runtime(name: str = "transformers", **blocks: Any) -> Runtime:
+    engine = {"name": name, **blocks.pop("engine", {})}
+    return Runtime.model_validate({"device": "cuda", "engine": engine, **blocks})
+
+
+def asked(lot: Lot = LOT, *readings: Reading, precision: Any = "float32") -> Inference:
+    return Inference(precision, (lot,), readings, "prompts", lot.prompts, True)
+
+
+def test_bytes_of_an_engine_by_hand() -> None:
+    found = sampling_memory(LOT, runtime(), "bfloat16", 5, "transformers", gpu=True)
+    assert found["engine"] == 2 * 142
+    assert found["kv_cache"] == 2 * 2 * 3 * 2 * 5 * 8  # keys and values, 2 bytes, 3 features, 2 layers, 5 x 8 tokens
+    # 5 prompts of 6 tokens in one pass: 2 x 4 features that flow, 4 x 4 + 2 x 3 in attention; a mask of 3 bytes a pair
+    assert found["activations"] == 30 * 2 * (8 + 22) + 3 * 5 * 6 * 6
+    assert found["logits"] == 5 * 10 * (2 + 12)
+    cut = sampling_memory(replace(LOT, cut=True), runtime(), "bfloat16", 5, "transformers", gpu=True)
+    assert cut["logits"] == 5 * 10 * (2 + 28)
+
+
+def test_vllm_reads_so_many_tokens_at_a_time_and_sets_its_cache_aside_on_a_processor() -> None:
+    long = replace(LOT, prompt=10_000)
+    many = [
+        sampling_memory(long, runtime("vllm", device=device), "float32", 5, "vllm", gpu=device == "cuda")
+        for device in ("cuda", "cpu")
+    ]
+    assert [one["activations"] for one in many] == [16384 * 4 * 30, 10_002 * 4 * 30]  # a prompt is read in one step
+    assert many[1]["kv_cache"] == GIB
+
+
+def test_bytes_of_what_is_read_by_hand() -> None:
+    reward = reading_memory(scored("reward", TOY, 3, 8), "bfloat16")
+    assert reward == {
+        "reward": 4 * (102 + 4), "reference": 0, "copies": 2 * 25,
+        "activations": 32 * 8 * (4 * 8 + 2 * 22), "logits": 0,
+    }  # fmt: skip
+    own = reading_memory(Reading("sft", TOY, 8, 16, 3, words=2, beside=(TOY,)), "float32")
+    assert (own["weights"], own["reference"], own["copies"]) == (4 * 142, 4 * 142, 0)
+    assert own["logits"] == 2 * 4 * 4 * 10 + 12 * 4 * 10  # two rows of 8 tokens in a pass, two words each
+
+
+def test_operations_of_a_lot_by_hand() -> None:
+    whole, prompt = forward_flops(TOY, 8, 8, 2), forward_flops(TOY, 6, 6)
+    assert LOT.flops(1.0, shared_prompts=False) == 40 * whole
+    assert LOT.flops(1.0, shared_prompts=True) == 10 * prompt + 40 * (whole - prompt)
+
+
+def test_seconds_of_one_engine_by_hand() -> None:
+    hardware = parse_hardware("h100")
+    device = hardware.device
+    settings = runtime(engine={"batch_size": 8})
+    found = serving(asked(), settings, hardware, ONE, 1.0)
+    assert found.at_once == 8 and found.time is not None
+    step = (4 * 142 + 2 * 4 * 3 * 2 * 8 * 7) / (READING * device.bandwidth)  # 8 sequences that hold 6 + 2 / 2 tokens
+    reading = 40 * forward_flops(TOY, 6, 6) / (EFFICIENCY[True] * device.flops_float32)
+    assert found.time.sampling == pytest.approx(reading + 2 * 5 * step)  # five times eight sequences of two tokens
+    assert (found.time.sampled, found.time.read, found.time.scoring) == (80, 240, 0)
+    scoring = serving(asked(LOT, scored("reward", TOY, 40, 8)), settings, hardware, ONE, 1.0).time
+    assert scoring is not None
+    assert scoring.scoring == pytest.approx(40 * forward_flops(TOY, 8, 8) / (EFFICIENCY[True] * device.flops_float32))
+    assert scoring.seconds == pytest.approx(found.time.sampling + scoring.scoring)
+    assert scoring.read == 240 + 320
+
+
+def test_servers_share_the_sequences_and_vllm_reads_a_prompt_once() -> None:
+    hardware = parse_hardware("4xh100")
+    one, four = (
+        serving(asked(), runtime("vllm"), hardware, EngineWay("servers", "vllm", count), 1.0) for count in (1, 4)
+    )
+    assert (one.at_once, four.at_once) == (40, 10)
+    assert one.time is not None and four.time is not None
+    assert one.time.read == four.time.read == 60
+    assert four.time.sampling < one.time.sampling
+    few = replace(LOT, call=4)  # what is handed over at a time is all that servers can share
+    assert serving(asked(few), runtime("vllm"), hardware, EngineWay("servers", "vllm", 4), 1.0).at_once == 1
+
+
+def test_tensor_parallel_by_hand() -> None:
+    model = replace(TOY, heads=(4, 1), key_value_width=1)
+    # norms (2 x 4 + 4) stand on both; the one head of keys too, and its matrices of 2 x 4 weights a layer
+    weights, cache = parted(model, 2 * 142, 100, 2, 2)
+    assert cache == 100
+    assert weights == (284 - 24) / 2 + 24 + 2 * 2 * 2 * 4 * 1 * (1 - 1 / 2)
+    assert parted(replace(model, heads=(4, 2)), 284, 100, 2, 2)[1] == 50
+    hardware, way = parse_hardware("2xh100"), EngineWay("servers", "vllm", 1, 2)
+    found = serving(asked(replace(LOT, model=replace(model, heads=(4, 2)))), runtime("vllm"), hardware, way, 1.0)
+    assert found.time is not None
+    tokens = 2 * 40 + 60  # decoded, and of prompts
+    ring = 2 * (1 / 2) * 4 * 4  # an all-reduce of 4 features of 4 bytes
+    exchanged = 4 * (tokens * ring / (LINKED * hardware.device.link) + 2 * HOP)
+    assert found.time.exchanging == pytest.approx(exchanged)
+
+
+@pytest.mark.parametrize(
+    ("heads", "devices", "said"),
+    [
+        ((9, 3), 2, "9 heads (3 of keys) do not divide among 2"), ((8, 3), 2, "8 heads (3"), ((32, 8), 8, ""),
+        ((32, 2), 8, ""), ((0, 0), 2, "is not known"), ((9, 3), 1, ""),
+    ],
+)  # fmt: skip
+def test_what_devices_can_share(heads: tuple[int, int], devices: int, said: str) -> None:
+    found = cannot_be_parted(replace(TOY, heads=heads), devices)
+    assert said in found and bool(said) == bool(found)
+
+
+def test_ways_are_those_that_there_are() -> None:
+    machine = parse_hardware("8xh100")
+    found = [way.label for way in candidates(runtime("auto"), machine)]
+    assert found[1:] == ["8 servers", "4 servers, tensor_parallel 2", "2 servers, tensor_parallel 4",
+                         "1 server, tensor_parallel 8"]  # fmt: skip
+    assert [way.kind for way in candidates(runtime("auto"), parse_hardware("h100"))] == ["process"]
+    assert asked_for(runtime("auto"), machine) is None
+    own = asked_for(runtime("transformers"), machine)
+    assert own is not None and own.label == "one engine (transformers)"
+    running = asked_for(runtime("auto", rollouts={"addresses": ["http://127.0.0.1:8000"]}), machine)
+    assert running is not None and running.label == "servers that run already"
+    ray = asked_for(runtime("vllm", ray={"samplers": {"count": 9}}), machine)
+    assert ray is not None and (ray.label, ray.together) == ("9 samplers of Ray (vllm)", 2)
+
+
+@pytest.mark.parametrize(
+    ("rollouts", "hardware", "together", "why"),
+    [
+        ({"servers": 7}, "8xh100", 1, ""),
+        ({"servers": 8}, "8xh100", 1, ""),
+        ({"servers": 3}, "2xh100", 2, ""),
+        ({"servers": 1, "tensor_parallel": 4}, "2xh100", 2, "tensor_parallel 4 takes as many devices of one machine"),
+        ({"servers": 1, "gpus": [9]}, "8xh100", 1, "names GPU 9, and a machine has 8 (0 to 7)"),
+    ],
+)
+def test_servers_stand_where_the_settings_put_them(rollouts: Any, hardware: str, together: int, why: str) -> None:
+    way = asked_for(runtime("auto", rollouts=rollouts), parse_hardware(hardware))
+    assert way is not None and way.together == together
+    assert why in way.why_not and bool(why) == bool(way.why_not)
+    shown = servings(asked(), runtime("auto", rollouts=rollouts), parse_hardware(hardware), 1.0)
+    assert len(shown) == 1 and shown[0].why_not == way.why_not
+
+
+def large(sequences: int = 4000, prompt: int = 1000) -> Inference:
+    return asked(Lot("policy", LARGE, sequences, sequences // 4, prompt, 24, sequences), precision="bfloat16")
+
+
+def test_the_largest_number_at_a_time_fills_the_share_of_the_card_and_one_more_does_not_fit() -> None:
+    hardware = parse_hardware("h100")
+    found = serving(large(), runtime("vllm"), hardware, VLLM, 1.0)
+    assert 0 < found.at_once == found.largest < 128
+    share = int(0.35 * hardware.device.memory)
+    each = 2 * 2 * 1024 * 32 * 1024 + 32000 * 14  # a sequence's cache of 1,024 tokens, and its logits
+    assert found.peak <= share < found.peak + each
+    more = serving(large(), runtime("vllm", engine={"gpu_memory": 0.9}), hardware, VLLM, 1.0)
+    assert more.at_once == 128 < more.largest
+
+
+def test_an_engine_that_does_not_fit_into_its_share_says_so_and_remedies_hold() -> None:
+    hardware = parse_hardware("a100-40")
+    ways = servings(large(), runtime("vllm"), hardware, 1.0)
+    assert "one sequence of 1024 tokens needs 14.4 GiB, the engine has 13.8 (runtime.engine.gpu_memory 0.35)" in (
+        ways[0].why_not
+    )
+    found = remedies(large(), runtime("vllm"), hardware, {"--set x": large(4000, 8)})
+    assert found[:2] == ["--set runtime.engine.gpu_memory=0.9", "--hardware 2xa100-40"]
+    assert found[2].startswith("--hardware ") and "--set x" not in found
+    for words in found[1:]:
+        assert not servings(large(), runtime("vllm"), parse_hardware(words.split()[1]), 1.0)[0].why_not
+    assert not servings(large(), runtime("vllm", engine={"gpu_memory": 0.9}), hardware, 1.0)[0].why_not
+
+
+def test_a_cache_too_small_for_one_sequence_is_refused_on_a_processor() -> None:
+    hardware = parse_hardware("cpu-64")
+    small = runtime("vllm", device="cpu", engine={"cpu_kv_cache_gb": 0.1})
+    found = serving(large(), small, hardware, VLLM, 1.0)
+    assert found.why_not == (
+        "one sequence of 1024 tokens does not fit into a cache of 0.1 GiB (runtime.engine.cpu_kv_cache_gb)"
+    )
+    roomy = serving(large(), runtime("vllm", device="cpu"), hardware, VLLM, 1.0)
+    assert roomy.at_once == 8 and not roomy.why_not  # 1 GiB holds eight of 128 MiB
+
+
+def test_a_reward_model_that_stands_on_one_device_is_refused_whatever_samples() -> None:
+    hardware = parse_hardware("2xl4")
+    wanted = replace(large(), readings=(scored("reward", LARGE, 4000, 1024),))
+    found = servings(wanted, runtime("auto"), hardware, 1.0)
+    said = next(one.why_not for one in found if one.largest)
+    assert said.startswith("scoring by reward needs ") and said.endswith("on one device, usable are 20.9")
+    assert all(one.why_not and one.time is None for one in found)
+    card = remedies(wanted, runtime("auto"), hardware, {})
+    assert len(card) == 1 and card[0].startswith("--hardware 2x")
+
+
+def test_the_fastest_way_that_fits_is_first_and_a_large_model_is_parted() -> None:
+    from tests.capacity.test_plan import SEVENTY
+
+    lot = Lot("policy", architecture_of(SEVENTY), 4000, 1000, 1000, 24, 512)
+    found = servings(asked(lot, precision="bfloat16"), runtime("auto"), parse_hardware("8xh100"), 1.0)
+    assert [one.label for one in found if not one.why_not] == ["1 server, tensor_parallel 8"]
+    small = servings(large(), runtime("auto"), parse_hardware("8xh100"), 1.0)
+    times = [one.time.seconds for one in small if one.time is not None]
+    assert times == sorted(times) and small[0].way.engines > 1
+
+
+def test_engines_that_share_a_card_share_its_memory_and_its_speed() -> None:
+    hardware = Hardware(parse_hardware("h100").device, 1, 1)
+    one, two = (servings(large(), runtime("auto", rollouts={"servers": count}), hardware, 1.0)[0] for count in (1, 2))
+    assert one.time is not None and two.time is not None
+    assert two.time.sampling >= one.time.sampling
+    assert two.parts["engine"] == 2 * one.parts["engine"]
+    crowded = servings(large(), runtime("auto", rollouts={"servers": 3}), hardware, 1.0)[0]
+    assert crowded.why_not == ("3 engines stand on one device, and each takes 0.35 of it (runtime.engine.gpu_memory)")
+    small = Hardware(parse_hardware("cpu-20").device, 1, 1)
+    shared = servings(large(), runtime("vllm", device="cpu", rollouts={"servers": 2}), small, 1.0)[0]
+    assert "each of 2 engines on a device has" in shared.why_not
+
+
+@pytest.mark.parametrize(
+    ("rows", "both", "held_out"),
+    [(Rows(100, 20, 7), 90 + 5, 4), (Rows(stand_in=1000), 90, 4), (Rows(0, 0, 1000), 0, 0), (Rows(3, 1), 4, 1)],
+)
+def test_rows_of_a_record_come_before_a_stand_in(rows: Rows, both: int, held_out: int) -> None:
+    assert (rows.both(90, 5), rows.held_out(4)) == (both, held_out)
+
+
+def test_what_is_not_known_takes_memory_and_no_time() -> None:
+    unknown = asked(replace(LOT, sequences=None, prompts=0))
+    found = serving(unknown, runtime(), parse_hardware("h100"), ONE, 1.0)
+    assert found.time is not None and found.time.seconds == 0 and found.at_once == 40
+    model: Architecture = TOY
+    read = Inference("float32", (), (Reading("sft", model, 8, 16, None, 8),), "items", 0, True)
+    only = servings(read, runtime(), parse_hardware("h100"), 1.0)
+    assert [one.label for one in only] == ["one device"] and only[0].phase == "reading by sft"
