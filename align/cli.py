@@ -39,8 +39,8 @@ def _plan(options: argparse.Namespace) -> int:
     """say what `run` would do, stage by stage, and why; --memory what it would hold, --hardware where it fits"""
     from align.commands.run import load
     from align.console import memory_lines
+    from align.opening import open_store
     from align.planning import choose_stages, estimate_memory, plan
-    from align.runner import open_store
 
     pipeline = load(options)
     store = open_store(pipeline, options.store)
@@ -69,8 +69,8 @@ def _plan(options: argparse.Namespace) -> int:
 def _explain(options: argparse.Namespace) -> int:
     """say which fields changed since each stage was last finished"""
     from align.commands.run import load
+    from align.opening import open_store
     from align.planning import explain, previous
-    from align.runner import open_store
 
     pipeline = load(options)
     store = open_store(pipeline, options.store)
@@ -91,7 +91,7 @@ def _explain(options: argparse.Namespace) -> int:
 def _list(options: argparse.Namespace) -> int:
     """list the artifacts in the store and the runs that reach them"""
     from align.console import printable
-    from align.runner import open_store
+    from align.opening import open_store
 
     store = open_store(None, options.store)
     users: dict[str, list[str]] = {}
@@ -123,7 +123,7 @@ def _list(options: argparse.Namespace) -> int:
 def _show(options: argparse.Namespace) -> int:
     """show one artifact's record; --log prints its log, --verify checks every digest"""
     from align.console import printable
-    from align.runner import open_store
+    from align.opening import open_store
 
     store = open_store(None, options.store)
     artifact = store.resolve(options.key)
@@ -150,7 +150,7 @@ def _show(options: argparse.Namespace) -> int:
 
 def _gc(options: argparse.Namespace) -> int:
     """list what no named run reaches any more; --delete deletes it"""
-    from align.runner import open_store
+    from align.opening import open_store
 
     store = open_store(None, options.store)
     folders = store.garbage()

@@ -19,11 +19,10 @@ from align.attempt import run_attempt, seconds_of_attempts
 from align.errors import NO_SPACE, StageFailed, UserError, no_space
 from align.fingerprint import digest
 from align.locking import Hold, LockLost
+from align.opening import open_store
 from align.pipeline import Node, Pipeline
 from align.planning import check_sources, choose_stages, stages_to_make
 from align.provenance import command_line, git_commit, source_digest
-from align.remote import Remote
-from align.runtime import StoreConfig
 from align.shared_folder import UNREACHABLE_STORE
 from align.sharing import among_machines, bring, fetched_meanwhile, offer
 from align.stage_process import CHECKPOINTS, EVENTS, LOG, OUTPUT, RESULT, WORK
@@ -88,29 +87,6 @@ class Run:
             for artifact in self.artifacts.values()
             for text in artifact.record["metrics"].get("failed_gates") or []
         ]
-
-
-def open_store(pipeline: Pipeline | None = None, store: str | Path | Store | None = None) -> Store:
-    """The store: the argument, else ``$ALIGN_STORE``, else ``runtime.store``, else ``./store``.
-
-    Each may be a folder or the address of a bucket, and leaves the other to those that come after it.
-    """
-    if isinstance(store, Store):
-        return store
-    settings = pipeline.config.runtime.store if pipeline is not None else StoreConfig()
-    given = [("--store", str(store or "")), ("$ALIGN_STORE", os.environ.get("ALIGN_STORE", ""))]
-    folders = [word for _, word in given if word and "://" not in word]
-    addresses = [(name, word) for name, word in given if "://" in word]
-    opened = Store.open(
-        Path([*folders, settings.folder or "store"][0]), lease=settings.lease, patience=settings.patience
-    )
-    name, address = [*addresses, ("runtime.store.remote", settings.remote)][0]
-    if address is not None:
-        try:
-            opened.remote = Remote(opened, address)
-        except ValueError as error:
-            raise UserError(f"{name}: {error}") from None
-    return opened
 
 
 def run_pipeline(
@@ -425,4 +401,4 @@ def _add_logs(partial: Path, output: Path) -> None:
             shutil.copyfile(partial / name, output / name)
 
 
-__all__ = ["Listener", "Run", "open_store", "prepare_run", "run_pipeline"]
+__all__ = ["Listener", "Run", "prepare_run", "run_pipeline"]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from tests.s3_server import KEY, NAMES, SECRET, Server
 
 # Property tests try the same cases every time; HYPOTHESIS_PROFILE=default looks for new ones.
 settings.register_profile("same", derandomize=True)
@@ -18,6 +22,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+BUCKETS = itertools.count()
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -45,3 +50,34 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}; set $ALIGN_DATA to the folder that holds it")
     return folder
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that speaks S3; its clients' variables are in the environment."""
+    before = {name: os.environ.get(name) for name in NAMES}
+    from tests import s3_server
+
+    folder = tmp_path_factory.mktemp("s3")
+    patched = pytest.MonkeyPatch()
+    ports = s3_server._free_ports
+
+    def known(count: int) -> list[int]:
+        found = ports(count)
+        for name, value in zip(NAMES, (KEY, SECRET, "us-east-1", f"http://127.0.0.1:{found[3]}"), strict=True):
+            os.environ[name] = value
+        return found
+
+    patched.setattr(s3_server, "_free_ports", known)
+    started = Server(folder)
+    yield started
+    started.stop()
+    patched.undo()
+    for name, value in before.items():
+        os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@pytest.fixture
+def address(server: Server) -> str:
+    """An address on it that no other test has."""
+    return f"s3://tests/project {next(BUCKETS)}/store"

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,47 +16,17 @@ from align import remote as remote_module
 from align.bucket import Bucket
 from align.errors import StageFailed, UserError
 from align.locking import Lease, Lock
+from align.opening import open_store
 from align.pipeline import Pipeline
 from align.planning import plan
 from align.remote import BucketClaims, Remote
-from align.runner import open_store, run_pipeline
+from align.runner import run_pipeline
 from align.shared_folder import Patience
 from align.store import Store
 from tests import toy
-from tests.s3_server import KEY, NAMES, SECRET, Server
+from tests.s3_server import SECRET, Server
 from tests.test_runner import Recorder
 from tests.test_shared_store import published
-
-COUNT = iter(range(1000))
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    before = {name: os.environ.get(name) for name in NAMES}
-    from tests import s3_server
-
-    folder = tmp_path_factory.mktemp("s3")
-    patched = pytest.MonkeyPatch()
-    ports = s3_server._free_ports
-
-    def known(count: int) -> list[int]:
-        found = ports(count)
-        for name, value in zip(NAMES, (KEY, SECRET, "us-east-1", f"http://127.0.0.1:{found[3]}"), strict=True):
-            os.environ[name] = value
-        return found
-
-    patched.setattr(s3_server, "_free_ports", known)
-    started = Server(folder)
-    yield started
-    started.stop()
-    patched.undo()
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
-@pytest.fixture
-def address(server: Server) -> str:
-    return f"s3://tests/project {next(COUNT)}/store"
 
 
 def raw(address: str | None, folder: Path | None = None, **changes: Any) -> dict[str, Any]:

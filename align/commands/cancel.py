@@ -22,7 +22,7 @@ def run(options: argparse.Namespace) -> int:
     """end a run's jobs on a cluster, or its process here; finished stages and checkpoints are kept"""
     from align.commands.run_page import find_run
     from align.following import NoAnswer
-    from align.runner import open_store
+    from align.opening import open_store
     from align.slurm.submission import submissions
     from align.slurm.submit import call_off
     from align.store import JOBS

@@ -25,8 +25,8 @@ LONGEST = 100
 def run(options: argparse.Namespace) -> int:
     """compare runs on one page: changed settings against results, score against KL, curves over each other"""
     from align.commands.run_page import finished
+    from align.opening import open_store
     from align.report.compare import write_comparison
-    from align.runner import open_store
     from align.store import REPORTS
 
     folder = output_folder(options.output)

@@ -24,7 +24,7 @@ def run(options: argparse.Namespace) -> int:
     from align.commands.report import output_folder
     from align.commands.run import run_and_report, run_document, say_gates, say_page
     from align.commands.suite import REWARDS, ROWS, choose_reference, load_suite, suite_pipeline
-    from align.runner import open_store
+    from align.opening import open_store
 
     folder = output_folder(options.output)
     suite = load_suite(options.suite, options.assignments)

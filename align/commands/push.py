@@ -11,7 +11,7 @@ from align.errors import UserError
 
 def run(options: argparse.Namespace) -> int:
     """upload finished stages that are only here to the store's bucket; runs do so by themselves"""
-    from align.runner import open_store
+    from align.opening import open_store
 
     store = open_store(None, options.store)
     if store.remote is None:

@@ -14,8 +14,8 @@ from align.errors import UserError
 def run(options: argparse.Namespace) -> int:
     """write the report of a run anew, by name or by its pipeline file, and open it with --open"""
     from align.commands.run_page import RunOf, find_run, remembered, unfinished, write_page
+    from align.opening import open_store
     from align.pipeline import Pipeline
-    from align.runner import open_store
 
     word = options.run
     named = None if word is None or not word.endswith((".yaml", ".yml")) else Pipeline.load(word)

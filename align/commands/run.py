@@ -17,9 +17,11 @@ from align.commands.parsing import print_json
 from align.commands.run_page import STOPPED, Failure, first_missing, run_of, try_page
 from align.console import ConsoleListener, printable
 from align.errors import StageFailed, UserError
+from align.opening import open_store
 from align.pipeline import Node, Pipeline
-from align.runner import Listener, Run, open_store, run_pipeline
+from align.runner import Listener, Run, run_pipeline
 from align.stop_request import Stopped
+from align.store import Store
 
 FAILED = 1
 
@@ -81,7 +83,7 @@ def report_on(
     *,
     quiet: bool = False,
     console: Console | None = None,
-    store: str | Path | None = None,
+    store: str | Path | Store | None = None,
 ) -> Outcome:
     """Show a run while ``make`` makes it, and write its page, also where it fails or is stopped.
 

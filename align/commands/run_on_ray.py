@@ -13,10 +13,11 @@ from align.commands.run import report_on, say_outcome
 from align.console import printable
 from align.errors import StageFailed
 from align.following import Following
+from align.opening import open_store
 from align.pipeline import Pipeline
 from align.planning import stages_to_make
 from align.ray_cluster.tasks import RayQueue
-from align.runner import Listener, Run, open_store, prepare_run
+from align.runner import Listener, Run, prepare_run
 from align.stop_request import Stopped, StopRequest
 from align.store import JOBS, Store
 
@@ -61,7 +62,7 @@ def run_on_ray(
                 raise
 
     try:
-        outcome = report_on(run, pipeline, quiet=json, store=store)
+        outcome = report_on(run, pipeline, quiet=json, store=opened)
     except KeyboardInterrupt:
         print(f"\nStopped. {GOES_ON}", file=sys.stderr)
         raise

@@ -9,8 +9,9 @@ from align.commands.parsing import print_json
 from align.commands.run import report_on, say_outcome
 from align.console import printable
 from align.following import Following
+from align.opening import open_store
 from align.pipeline import Pipeline
-from align.runner import Listener, Run, open_store
+from align.runner import Listener, Run
 from align.slurm.queue import SlurmQueue
 from align.slurm.submit import Submitted, submit_run
 
@@ -27,9 +28,8 @@ def run_on_slurm(
     strict: bool,
 ) -> int:
     """Submit what is to be made, and follow it unless ``detach``; the exit code."""
-    submitted = submit_run(
-        pipeline, open_store(pipeline, store), only=only, from_=from_, rebuild=rebuild, strict=strict
-    )
+    opened = open_store(pipeline, store)
+    submitted = submit_run(pipeline, opened, only=only, from_=from_, rebuild=rebuild, strict=strict)
     for message in submitted.warnings:
         print(f"! {printable(message)}", file=sys.stderr)
     if detach:
@@ -40,7 +40,7 @@ def run_on_slurm(
         return Following(pipeline, submitted.store, submitted.places, SlurmQueue(submitted), listener).follow()
 
     try:
-        outcome = report_on(follow, pipeline, quiet=json, store=store)
+        outcome = report_on(follow, pipeline, quiet=json, store=opened)
     except KeyboardInterrupt:
         print(
             f"\nNo longer followed; its jobs go on. `align status {pipeline.name}` says how they are, the same command "

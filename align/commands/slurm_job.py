@@ -42,7 +42,7 @@ def main(folder: Path, stage: str) -> int:
     log: Path | None = None
     stop = StopRequest()
     with stop.hearing(signal.SIGUSR1, signal.SIGTERM):
-        store = Store.open(Path(submission.store))
+        store = submission.store.open()
         try:
             pipeline = with_meeting_place(with_threads(submission.pipeline(), cores_of_job()))
             node = pipeline.nodes[stage]
@@ -51,7 +51,7 @@ def main(folder: Path, stage: str) -> int:
             _run(submission, pipeline, node, store, stop)
         except (UserError, StageFailed) as error:
             if not stop.asked:
-                return _fail(submission, stage, error, turn, log)
+                return _fail(submission, stage, error, turn, log, store)
             # Slurm's SIGTERM goes to every process of a job: the stage's own may end by it before it can save
             return _stop(
                 submission,
@@ -75,7 +75,7 @@ def _run(submission: Submission, pipeline: Pipeline, node: Node, store: Store, s
     anew = job.anew and found is not None and found.record["created"] == job.replaces
     with _Lines([node]) as listener:
         run_pipeline(
-            pipeline, store=store.root, only=node.name, rebuild=(node.name,) if anew else (), listener=listener,
+            pipeline, store=store, only=node.name, rebuild=(node.name,) if anew else (), listener=listener,
             stop=stop,
         )  # fmt: skip
 
@@ -106,14 +106,16 @@ def cores_of_job() -> int | None:
     return int(cores) if cores.isdigit() else None
 
 
-def _fail(submission: Submission, stage: str, error: UserError | StageFailed, turn: int, log: Path | None) -> int:
+def _fail(
+    submission: Submission, stage: str, error: UserError | StageFailed, turn: int, log: Path | None, store: Store
+) -> int:
     text = str(error)
     print("\n".join(printable(line) for line in text.splitlines()), file=sys.stderr)
     message = text.partition("\nLog: ")[0].removeprefix(f"stage '{stage}' failed: ").removeprefix(f"stage '{stage}': ")
     known = str(log) if log is not None and log.is_file() else None
     submission.say(stage, Said("refused" if isinstance(error, UserError) else "failed", message, turn, known))
     pipeline = Pipeline(submission.raw, submission.where, Path(submission.base), submission.rounds)
-    try_page(run_of(pipeline), Store.open(Path(submission.store)), Failure(stage, message, log))
+    try_page(run_of(pipeline), store, Failure(stage, message, log))
     return error.exit_code
 
 
@@ -129,7 +131,7 @@ def _stop(submission: Submission, stage: str, stopped: Stopped, turn: int, store
             f"more time (runtime.stages.{stage}.slurm.time, now {block.time or 'as the partition has it'}; grace, now "
             f"{block.grace} s), or have it save more often."
         )
-        return _fail(submission, stage, error, turn, None)
+        return _fail(submission, stage, error, turn, None, store)
     return queue_again(submission, stage, str(stopped).removeprefix(f"stage '{stage}' "), turn, block.requeue)
 
 

@@ -35,7 +35,7 @@ class StageStatus:
 def run(options: argparse.Namespace) -> int:
     """say what of a run is done, runs, waits or has failed, here and on a cluster; without a name, of every run"""
     from align.commands.run_page import find_run, remembered
-    from align.runner import open_store
+    from align.opening import open_store
 
     store = open_store(None, options.store)
     if options.run is None:

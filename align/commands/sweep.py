@@ -33,7 +33,7 @@ DEVICES = "CUDA_VISIBLE_DEVICES"
 def run(options: argparse.Namespace) -> int:
     """try out a space over a pipeline's fields; unchanged stages are made once, an interrupted sweep goes on"""
     from align.commands.sweep_table import print_plan, print_trials
-    from align.runner import open_store
+    from align.opening import open_store
     from align.store import SWEEPS
     from align.sweep.config import load_sweep
     from align.sweep.plan import Sweep

@@ -8,7 +8,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from align.commands.sweep import work_here
 from align.commands.sweep_table import say_changes
 from align.elsewhere import with_threads
 from align.errors import StageFailed, UserError
+from align.opening import Opening
 from align.stop_request import Stopped, StopRequest
 from align.store import MARKER, SWEEPS, Store
 from align.sweep.config import SweepConfig
@@ -33,7 +34,7 @@ def sweep_on_ray(sweep: Sweep, study: Study, store: Store, workers: int, options
         "config": sweep.config.model_dump(mode="json", exclude_unset=True),
         "where": sweep.where,
         "assignments": list(options.assignments),
-        "store": str(store.root.resolve()),
+        "store": asdict(Opening.of(store)),
         "base": str(Path.cwd()),
         "cores": max(1, int(block.cpus)),
     }
@@ -80,17 +81,19 @@ def _follow(ray: Any, tasks: list[Any], sweep: Sweep, study: Study, stop: StopRe
 
 def work_elsewhere(given: dict[str, Any]) -> str:
     """The task: trials until none is left; empty, or why it ended before."""
-    store = Path(given["store"])
-    if not (store / MARKER).is_file():
-        return f"node {socket.gethostname()} does not see the store {store}; all nodes must, under the same path"
+    opening = Opening(**given["store"])
+    if not (Path(opening.folder) / MARKER).is_file():
+        host = socket.gethostname()
+        return f"node {host} does not see the store {opening.folder}; all nodes must, under the same path"
     os.chdir(given["base"])
     try:
         config = SweepConfig.model_validate(given["config"])
         sweep = Sweep.check(config, given["where"], given["assignments"])
         sweep = replace(sweep, base=with_threads(sweep.base, given["cores"]))
-        folder = store / SWEEPS / config.name
+        store = opening.open()
+        folder = store.root / SWEEPS / config.name
         study = Study.open(folder, config, sweep.space, sweep.objectives, sweep.parts())
-        work_here(sweep, study, Store.open(store), quiet=True, shown=False, stop=StopRequest())
+        work_here(sweep, study, store, quiet=True, shown=False, stop=StopRequest())
     except (UserError, StageFailed) as error:
         return str(error)
     return ""

@@ -139,7 +139,7 @@ def main(folder: Path) -> int:
     turn = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     stop = StopRequest()
     with stop.hearing(signal.SIGUSR1, signal.SIGTERM):
-        store = Store.open(Path(submission.store))
+        store = submission.store.open()
         try:
             config = load_sweep(folder / FILE)
             sweep = Sweep.check(config, about["where"], about["assignments"])

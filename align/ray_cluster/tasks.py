@@ -19,6 +19,7 @@ from align.elsewhere import await_inputs, with_threads
 from align.errors import StageFailed, UserError
 from align.following import Place, Said
 from align.machines import RayConfig
+from align.opening import Opening
 from align.pipeline import Node, Pipeline
 from align.runner import Listener, run_pipeline
 from align.stage_process import LOG
@@ -35,9 +36,10 @@ class Work:
     where: str
     base: str
     rounds: dict[str, list[str]]
-    store: str
+    store: dict[str, Any]
+    """Fields of ``align.opening.Opening``."""
     folder: str
-    """Of the store, for what tasks say."""
+    """Where tasks say how they are."""
     stage: str
     key: str
     anew: bool = False
@@ -51,8 +53,9 @@ def make_stage(work: dict[str, Any], *after: str) -> str:
         return "skipped"
     given = Work(**work)
     host = socket.gethostname()
-    if not (Path(given.store) / MARKER).is_file():
-        return f"failed: node {host} does not see the store {given.store}; all nodes must, under the same path."
+    folder = Path(given.store["folder"])
+    if not (folder / MARKER).is_file():
+        return f"failed: node {host} does not see the store {folder}; all nodes must, under the same path."
     os.chdir(given.base)
     _say(given, Said("runs", host))
     said = _made(given)
@@ -61,7 +64,7 @@ def make_stage(work: dict[str, Any], *after: str) -> str:
 
 
 def _made(given: Work) -> Said:
-    store = Store.open(Path(given.store))
+    store = Opening(**given.store).open()
     log: Path | None = None
     try:
         pipeline = with_threads(Pipeline(given.raw, given.where, Path(given.base), given.rounds), max(1, given.cores))
@@ -76,7 +79,7 @@ def _made(given: Work) -> Said:
         found = store.find(node.stage.kind, node.key)
         again = given.anew and found is not None and found.record["created"] == given.replaces
         run_pipeline(
-            pipeline, store=store.root, only=node.name, rebuild=(node.name,) if again else (), listener=Listener(),
+            pipeline, store=store, only=node.name, rebuild=(node.name,) if again else (), listener=Listener(),
             stop=StopRequest(),
         )  # fmt: skip
     except Stopped as stopped:
@@ -124,7 +127,7 @@ class RayQueue:
                 self._replaces[node.name] = str(before.record["created"])
             work = Work(
                 self.pipeline.plain, self.pipeline.where, str(self.pipeline.base.resolve()), rounds,
-                str(self.store.root.resolve()), str(self.folder.resolve()), node.name, node.key, node.name in anew,
+                asdict(Opening.of(self.store)), str(self.folder.resolve()), node.name, node.key, node.name in anew,
                 self._replaces.get(node.name), int(block.cpus),
             )  # fmt: skip
             after = [self.references[name] for name in node.input_names if name in self.references]

@@ -18,6 +18,7 @@ from typing import Any
 
 from align.errors import UserError
 from align.following import Said
+from align.opening import Opening
 from align.pipeline import Pipeline
 from align.store import JOBS, Store
 
@@ -49,7 +50,7 @@ class Submission:
     where: str
     base: str
     rounds: dict[str, list[str]]
-    store: str
+    store: Opening
     stages: list[StageJob] = field(default_factory=list)
     sweep: dict[str, Any] | None = None
     """For a sweep: where its file was, `--set`'s, how many workers, the number of their array of jobs."""
@@ -62,7 +63,7 @@ class Submission:
         folder.mkdir(parents=True)
         rounds = {name: list(names) for name, names in pipeline.expanded.rounds.items()}
         made = cls(
-            folder, run, pipeline.plain, pipeline.where, str(pipeline.base), rounds, str(store.root.resolve()),
+            folder, run, pipeline.plain, pipeline.where, str(pipeline.base), rounds, Opening.of(store),
             sweep=sweep,
         )  # fmt: skip
         made.write()
@@ -73,12 +74,13 @@ class Submission:
         """The submission in ``folder``."""
         found = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         stages = [StageJob(**one) for one in found.pop("stages")]
-        return cls(folder, stages=stages, **found)
+        return cls(folder, stages=stages, store=Opening(**found.pop("store")), **found)
 
     def write(self) -> None:
         """Bring ``submission.json`` up to date, in one rename."""
-        about = {name: value for name, value in vars(self).items() if name not in ("folder", "stages")}
-        write_json(self.folder / ABOUT, {**about, "stages": [asdict(one) for one in self.stages]})
+        about = asdict(self)
+        del about["folder"]
+        write_json(self.folder / ABOUT, about)
 
     def pipeline(self) -> Pipeline:
         """The pipeline that was submitted; ``UserError`` where its files have changed so that it is another now."""

@@ -11,14 +11,19 @@ from typing import Any
 import pytest
 
 from align import ray_client as client
+from align.commands.sweep_on_ray import work_elsewhere
 from align.errors import StageFailed, UserError
 from align.following import Following
 from align.machines import RayConfig
+from align.opening import Opening
 from align.pipeline import Pipeline
 from align.ray_cluster.tasks import RayQueue, Work, make_stage
+from align.remote import Remote
 from align.runner import Listener
 from align.store import Store
+from align.sweep.config import SweepConfig
 from tests import toy
+from tests.sweep import given
 
 
 @pytest.fixture
@@ -33,7 +38,14 @@ def work(folder: Path, stage: str, raw: dict[str, Any] | None = None, **given: A
     raw = raw or toy.pipeline()
     store = Store.open(folder / "store")
     made = Work(
-        raw, "toy.yaml", str(folder), {}, str(store.root), str(folder / "said"), stage, Pipeline(raw).nodes[stage].key
+        raw,
+        "toy.yaml",
+        str(folder),
+        {},
+        asdict(Opening.of(store)),
+        str(folder / "said"),
+        stage,
+        Pipeline(raw).nodes[stage].key,
     )
     return {**asdict(made), **given}
 
@@ -60,7 +72,8 @@ def test_a_stage_that_fails_says_why_and_where_its_log_is(folder: Path) -> None:
 
 
 def test_a_node_without_the_store_or_with_other_files_says_so(folder: Path) -> None:
-    assert "does not see the store" in make_stage(work(folder, "one", store=str(folder / "elsewhere")))
+    elsewhere = asdict(Opening(str(folder / "elsewhere")))
+    assert "does not see the store" in make_stage(work(folder, "one", store=elsewhere))
     assert make_stage(work(folder, "one", key="0" * 64)) == "refused"
     assert "All nodes must see the same files" in said(folder, "one")["message"]
 
@@ -74,6 +87,20 @@ def test_a_stage_is_made_anew_once(folder: Path) -> None:
     assert after.record["created"] > before.record["created"]
     assert make_stage(again) == "done"  # as a node's death right after the end would have it
     assert Store.open(folder / "store").all()[0].record["created"] == after.record["created"]
+
+
+def test_tasks_of_runs_and_sweeps_open_the_store_of_the_run(folder: Path, address: str) -> None:
+    store = Opening(str(folder / "store"), lease=5, patience=3, remote=address)
+    assert make_stage(work(folder, "one", store=asdict(store))) == "done"
+    assert [record["stage"] for record in Remote(store.open(), address).all()] == ["one"]
+    config = SweepConfig.model_validate(
+        {"name": "s", "pipeline": "p.yaml", "space": {"stages.ppo.height": [0.5]}, "sampler": "grid",
+         "maximise": "ppo.gold"}
+    )  # fmt: skip
+    given.write(folder)
+    task = {"config": config.model_dump(mode="json", exclude_unset=True), "where": "s.yaml", "assignments": []}
+    assert work_elsewhere({**task, "store": asdict(store), "base": str(folder), "cores": 1}) == ""
+    assert {record["stage"] for record in Remote(store.open(), address).all()} == {"one", "ppo", "evaluate"}
 
 
 def test_without_ray_or_without_a_cluster_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
