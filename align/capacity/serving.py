@@ -21,7 +21,7 @@ from align.capacity.engines import (
 )
 from align.capacity.hardware import DEVICES, GIB, Hardware
 from align.capacity.serving_time import Spent, spent
-from align.models.activations import SIZES
+from align.models.activations import FLOAT, SIZES
 from align.models.inference import Inference, Lot, reading_memory, sampling_memory
 from align.pool_config import RolloutsConfig
 from align.runtime import Runtime
@@ -42,7 +42,7 @@ class Serving:
     largest: int
     """The greatest number of them that would fit, whatever ``runtime.engine.batch_size`` says."""
     phase: str
-    """When a device is fullest: ``sampling``, ``scoring``, ``reading``."""
+    """When a device is fullest: ``loading``, ``sampling``, ``scoring by …``, ``reading by …``."""
     parts: dict[str, int]
     """Bytes of a device then, by what they are for; with one sequence where none fits."""
     time: Spent | None
@@ -106,7 +106,7 @@ def serving(asked: Inference, runtime: Runtime, hardware: Hardware, way: EngineW
     at_once = [min(number, largest or 1) for number in wanted]
     phases = _phases(asked, alone, hardware, way, list(zip(lots, at_once, strict=True)) if parted_well else [])
     name, parts = max(phases, key=lambda one: sum(one[1].values()))
-    after = [(which, sum(one.values())) for which, one in phases if which != "sampling"]
+    after = [(which, sum(one.values())) for which, one in phases if which not in ("sampling", "loading")]
     usable = device.usable + device.context
     for which, amount in after:
         if amount > usable and not why:
@@ -200,12 +200,25 @@ def _phases(
         whole = {name: way.together * amount for name, amount in parts.items()}
         apart = way.kind == "servers" and not device.gpu
         found.append(("sampling", whole | {"context": (way.together + apart) * device.context}))
+        if not device.gpu and engine_of_lot(lot, way) == "transformers":
+            found.append(("loading", _loading(lot, parts["engine"], hardware)))
     for reading in asked.readings:
         parts = reading_memory(reading, asked.precision)
         found.append((f"reading by {reading.who}" if reading.words else f"scoring by {reading.who}",
                       parts | {"context": device.context}))  # fmt: skip
     found = [(name, {part: amount for part, amount in parts.items() if amount}) for name, parts in found]
     return found or [("waiting", {"context": device.context})]
+
+
+def _loading(lot: Lot, weights: int, hardware: Hardware) -> dict[str, int]:
+    """Bytes on a processor while float32 weights are rounded, out of a file that is mapped meanwhile.
+
+    The system takes its pages back where it needs them, so they are no reason not to fit.
+    """
+    device = hardware.device
+    whole = FLOAT * lot.model.parameters
+    mapped = min(whole, max(0, device.usable - weights)) if weights < whole else 0
+    return {"engine": weights, "file": mapped, "context": device.context}
 
 
 def remedies(asked: Inference, runtime: Runtime, hardware: Hardware, others: dict[str, Inference]) -> list[str]:

@@ -10,7 +10,7 @@ from align.capacity.serving import Serving
 COLUMNS = {
     "weights": "weights", "gradients": "grads", "optimizer": "AdamW", "activations": "acts", "logits": "logits",
     "copies": "bf16", "reference": "ref", "critic": "critic", "reward": "reward", "engine": "engine",
-    "kv_cache": "KV", "saving": "saving", "buffers": "buffers", "context": "driver",
+    "kv_cache": "KV", "file": "file", "saving": "saving", "buffers": "buffers", "context": "driver",
 }  # fmt: skip
 """Parts of a device's memory, with their headings."""
 MOST_SHOWN = 5

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from align.models.heap import give_back
 from align.models.loading import load_policy, load_tokenizer
 from align.rollouts.protocol import Progress, Response, Sampling
 from align.rollouts.sampling import pick_tokens, processed_logprobs
@@ -155,3 +156,4 @@ class TransformersEngine:
     def close(self) -> None:
         """See the protocol."""
         self.model = None
+        give_back()  # what a reward model or a checkpoint that reads takes next would come on top of it

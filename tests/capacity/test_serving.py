@@ -254,3 +254,15 @@ def test_what_is_not_known_takes_memory_and_no_time() -> None:
     read = Inference("float32", (), (Reading("sft", model, 8, 16, None, 8),), "items", 0, True)
     only = servings(read, runtime(), parse_hardware("h100"), 1.0)
     assert [one.label for one in only] == ["one device"] and only[0].phase == "reading by sft"
+
+
+def test_a_mapped_file_is_there_while_weights_are_rounded_and_refuses_nothing() -> None:
+    wanted = asked(replace(LOT, model=LARGE, call=1), precision="bfloat16")
+    roomy, tight = (
+        serving(wanted, runtime(device="cpu"), parse_hardware(text), ONE, 1.0) for text in ("cpu-64", "cpu-20")
+    )
+    assert roomy.phase == tight.phase == "loading" and not roomy.why_not and not tight.why_not
+    assert roomy.parts["file"] == 4 * LARGE.parameters and roomy.parts["engine"] == 2 * LARGE.parameters
+    assert tight.peak == tight.parts["context"] + parse_hardware("cpu-20").device.usable
+    plain = serving(replace(wanted, precision="float32"), runtime(device="cpu"), parse_hardware("cpu-64"), ONE, 1.0)
+    assert plain.phase == "sampling"
