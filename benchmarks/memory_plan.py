@@ -85,7 +85,8 @@ CONFIGURATIONS = (
     _trl("dpo", LORA, 128, 1), _trl("dpo", LORA, 256, 1), _trl("dpo", FULL, 64, 1), _trl("dpo", FULL, 192, 1),
     _ppo("embedded", LORA, 64, 32, 4), _ppo("embedded", LORA, 256, 64, 8), _ppo("embedded", LAST, 256, 64, 8),
     _ppo("wide", FULL, 128, 64, 4), _ppo("wide", FULL, 384, 128, 8),
-    _sample(256, 64, 16, BY_LENGTH), _sample(512, 16, 4, BY_LENGTH), _sample(128, 16, 8, {"score": None, "reward": "r"}),
+    _sample(256, 64, 16, BY_LENGTH), _sample(512, 16, 4, BY_LENGTH),
+    _sample(128, 16, 8, {"score": None, "reward": "r"}),
 )  # fmt: skip
 
 

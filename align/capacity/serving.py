@@ -113,6 +113,8 @@ def serving(asked: Inference, runtime: Runtime, hardware: Hardware, way: EngineW
             why = f"{which} needs {amount / GIB:.1f} GiB on one device, usable are {usable / GIB:.1f}"
     if why:
         return Serving(way, 0, largest, name, parts, None, why)
+    if not asked.timed:
+        return Serving(way, max(at_once, default=0), largest, name, parts, None, wanted=max(wanted, default=0))
     time = spent(asked, [(lot, number, engine_of_lot(lot, way)) for lot, number in zip(lots, at_once, strict=True)],
                  hardware, way, share, runtime.engine.dtype)  # fmt: skip
     return Serving(way, max(at_once, default=0), largest, name, parts, time, wanted=max(wanted, default=0))

@@ -27,7 +27,8 @@ def lines(plans: list[StagePlan], hardware: Hardware, fill: float) -> list[str]:
     total = [plan.cost(hardware) for plan in plans]
     known = [cost for cost in total if cost is not None]
     if known and device.price:
-        found += ["", f"all of these stages: {sum(known):,.2f} dollars. Prices: {PRICES_FROM}."]
+        but = ", but for what is not counted" * any(plan.asked is not None and plan.asked.partly for plan in plans)
+        found += ["", f"all of these stages{but}: {sum(known):,.2f} dollars. Prices: {PRICES_FROM}."]
     return found
 
 
@@ -58,7 +59,7 @@ def _head(plan: StagePlan) -> str:
         parameters = f"{job.model.parameters / 1e6:,.1f} million parameters"
     elif asked is not None and asked.models:
         names = dict.fromkeys([*(lot.who for lot in asked.lots), *(reading.who for reading in asked.readings)])
-        what = f"{asked.rows:,} {asked.row} (" + ", ".join(names) + ")"
+        what = f"{asked.rows:,} {asked.row} (" * bool(asked.rows) + ", ".join(names) + ")" * bool(asked.rows)
         sizes = sorted({model.parameters for model in asked.models})
         parameters = " and ".join(f"{size / 1e6:,.1f}" for size in sizes) + " million parameters"
     else:

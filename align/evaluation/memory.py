@@ -48,6 +48,7 @@ def inference(config: EvaluateConfig, models: Models, rows: Mapping[str, Rows]) 
         "prompts" if config.prompts is not None else "items",
         total,
         given.known,
+        partly=counted.partly,
         notes=tuple(counted.notes),
     )
 
@@ -65,6 +66,7 @@ class _Evaluation:
         self.lots: list[Lot] = []
         self.readings: list[Reading] = []
         self.notes: list[str] = []
+        self.partly = False
         self.prompts = 0
         self.sizes: list[int] = []
         """Items of the tasks whose number is known."""
@@ -110,25 +112,30 @@ class _Evaluation:
         """What one task has systems and reward models do; a note says what of it is not counted."""
         config = self.config
         if isinstance(task, LmEvalConfig):
-            self.notes.append(f"{name}: lm-eval's own tasks run in its own process and are not counted.")
+            self._left_out(f"{name}: lm-eval's own tasks run in its own process and are not counted.")
         elif isinstance(task, MultipleChoiceConfig | PerplexityConfig | PreferenceConfig):
             length = task.max_length if isinstance(task, PerplexityConfig) else config.max_context
             words = length if isinstance(task, PerplexityConfig) else min(length, config.max_tokens)
             for of in dict.fromkeys(of for _, of, best_of in self.systems if best_of == 1):
                 self.readings.append(self._read(of, None, length, words, ()))
-            self.notes.append(f"{name}: its memory is counted, not its time: how long its texts are is not known.")
+            self._left_out(f"{name}: its memory is counted, not its time: how long its texts are is not known.")
         elif isinstance(task, RewardPairsConfig):
             for field in ("reward", "second_reward"):
                 self.readings += [scored(field, one, None, config.max_context) for one in self.models.get(field, ())]
-            self.notes.append(f"{name}: its memory is counted, not its time: how long its texts are is not known.")
+            self._left_out(f"{name}: its memory is counted, not its time: how long its texts are is not known.")
         else:
             self._answered(name, task)
+
+    def _left_out(self, note: str) -> None:
+        """Say what is not counted."""
+        self.notes.append(note)
+        self.partly = True
 
     def _answered(self, name: str, task: Any) -> None:
         config, response = self.config, task.max_tokens
         items, turns = _items(name, task)
         if items is None:
-            self.notes.append(
+            self._left_out(
                 f"{name}: its memory is counted, not its time: its records are on the Hub, and max_items is not set."
             )
         else:
@@ -139,7 +146,7 @@ class _Evaluation:
         if not isinstance(task, JudgedConfig):
             return
         if task.judge.endpoint is not None:
-            self.notes.append(f"{name}: {task.judge.endpoint.model}, a server, judges; that is not counted.")
+            self._left_out(f"{name}: {task.judge.endpoint.model}, a server, judges; that is not counted.")
         elif task.judge.which is not None:
             number = None if asked is None else asked * len(self.systems)
             self.readings += [

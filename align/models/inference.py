@@ -127,7 +127,14 @@ class Inference:
     """Whether ``rows`` comes from the data's record or the config, rather than from a stand-in."""
     elsewhere: str = ""
     """What other servers do, in words; it is not counted."""
+    partly: bool = False
+    """Whether something of it takes time that is not counted, as the notes say."""
     notes: tuple[str, ...] = ()
+
+    @property
+    def timed(self) -> bool:
+        """Whether any of it takes time that is known."""
+        return any(lot.sequences is not None for lot in self.lots) or any(one.rows is not None for one in self.readings)
 
     @property
     def models(self) -> tuple[Architecture, ...]:

@@ -57,5 +57,6 @@ def inference(
         prompts,
         given.known or isinstance(task, InstructionsTask),
         elsewhere=", and ".join(named),
+        partly=bool(named),
         notes=tuple(f"{one}; that is not counted." for one in named if counted),
     )

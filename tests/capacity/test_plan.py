@@ -191,7 +191,7 @@ def test_stages_that_generate_are_planned_and_paid_for(plan: Any, evaluated: Non
     assert "asked: some, a server, answers; nothing of it is counted." in text
     assert "servers are a setting of the run: runtime.rollouts: {servers: 4, tensor_parallel: 2}" in text
     total = sum(stage["dollars"] for stage in found.values() if stage["dollars"])
-    assert f"all of these stages: {total:,.2f} dollars" in text
+    assert f"all of these stages, but for what is not counted: {total:,.2f} dollars" in text
 
 
 def test_a_stage_whose_engine_does_not_fit_is_refused_with_remedies_that_hold(plan: Any) -> None:
