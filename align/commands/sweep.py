@@ -18,8 +18,8 @@ from align.errors import StageFailed, UserError
 from align.stop_request import Stopped
 
 if TYPE_CHECKING:
+    from align.listener import Listener
     from align.pipeline import Pipeline
-    from align.runner import Listener
     from align.stop_request import StopRequest
     from align.store import Store
     from align.sweep.plan import Sweep
@@ -127,7 +127,7 @@ def _shown(pipeline: Pipeline) -> Iterator[Listener]:
 
 @contextlib.contextmanager
 def _silent(pipeline: Pipeline) -> Iterator[Listener]:
-    from align.runner import Listener
+    from align.listener import Listener
 
     yield Listener()
 

@@ -14,8 +14,9 @@ from typing import Any
 
 from align.artifacts import Artifact
 from align.errors import StageFailed, UserError
+from align.listener import Listener
 from align.pipeline import Node, Pipeline
-from align.runner import Listener, Run, run_pipeline
+from align.runner import Run, run_pipeline
 from align.stage_process import EVENTS
 from align.stop_request import Stopped, StopRequest
 from align.store import Store
