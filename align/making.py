@@ -25,6 +25,7 @@ from align.sharing import among_machines, fetched_meanwhile, offer
 from align.stage_process import CHECKPOINTS, EVENTS, LOG, OUTPUT, RESULT, WORK
 from align.stop_request import Stopped, StopRequest, clear
 from align.store import Store
+from align.store_mark import require_mark
 
 TRIES = 3
 """How often a stage is begun whose lock was lost, or whose process lost the store, before the run gives up."""
@@ -148,7 +149,7 @@ def _finished_result(partial: Path) -> dict[str, Any] | None:
 
 def _prepare(pipeline: Pipeline, node: Node, store: Store, partial: Path, inputs: dict[str, Artifact]) -> None:
     """Lay out the partial folder; checkpoints of an earlier attempt stay, its half-written output goes."""
-    store.require_present()
+    require_mark(store.root)
     (partial / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(partial / OUTPUT)

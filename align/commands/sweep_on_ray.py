@@ -19,7 +19,8 @@ from align.elsewhere import with_threads
 from align.errors import StageFailed, UserError
 from align.opening import Opening
 from align.stop_request import Stopped, StopRequest
-from align.store import MARKER, SWEEPS, Store
+from align.store import SWEEPS, Store
+from align.store_mark import MARKER
 from align.sweep.config import SweepConfig
 from align.sweep.plan import Sweep
 from align.sweep.study import Study

@@ -25,7 +25,8 @@ from align.pipeline import Node, Pipeline
 from align.runner import run_pipeline
 from align.stage_process import LOG
 from align.stop_request import Stopped, StopRequest, pass_on
-from align.store import MARKER, Store
+from align.store import Store
+from align.store_mark import MARKER
 
 
 @dataclass(frozen=True)
