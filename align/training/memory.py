@@ -136,9 +136,9 @@ def _scoring(config: TrainingFields, models: Models, tuning: TuningBase, gpu: bo
 
 
 def _saving(config: TrainingFields, model: Architecture, tuning: TuningBase, gpu: bool) -> int:
-    """Matrices with their adapters folded in, all at once; a reward model is read back then, through a mapped file."""
+    """Matrices with their adapters folded in, all at once; a reward model is read back once these are gone."""
     folded = FLOAT * model.matrices if isinstance(tuning, LowRank) and not gpu else 0
-    return folded if config.has_vocabulary else max(folded, (1 if gpu else 2) * FLOAT * model.trunk)
+    return folded if config.has_vocabulary else max(folded, FLOAT * model.trunk)
 
 
 def job(config: TrainingFields, models: Models) -> Job:

@@ -34,7 +34,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "ppo_lora": {"stage": "ppo", **SAMPLED, "tuning": LORA},
     "sft_lora": {"stage": "sft", "model": "model", "data": "rows", **ROWS, "tuning": LORA, "ema": 0.9, "keep": "best",
                  "eval_steps": 2},
-    "pretrain": {"model": "model", "data": "rows", **ROWS},
+    "pretrain": {"model": "model", "data": "texts", **ROWS, "batch_size": 2, "max_length": 64},
     "kto": {"policy": "model", "data": "rows", **ROWS, "micro_batch_size": 2},
     "orpo": {"policy": "model", "data": "rows", **ROWS, "micro_batch_size": 2},
     "cpo": {"policy": "model", "data": "rows", **ROWS, "micro_batch_size": 2},
@@ -52,9 +52,10 @@ def pipeline(name: str, launch: dict[str, Any], **changes: Any) -> Pipeline:
     """``name`` trained from a tiny model under ``launch``."""
     stages = {
         "model": {"source": "tiny"},
-        "teacher": {"stage": "model", "source": "tiny"},
         "rows": {"stage": "tests.training.given_rows:ROWS", "train": 41},
+        "texts": {"stage": "tests.training.given_rows:TEXTS", "train": 200},
         "prompts": {"stage": "tests.stages.given:PROMPTS", "count": 10},
+        **({"teacher": {"stage": "sft", **STAGES["sft"]}} if name == "distill" else {}),  # or it would teach itself
         name: {**STAGES[name], **changes},
     }
     runtime = {"device": "cpu", "engine": {"name": "transformers"}, "launch": {"timeout": 600, **launch}}
