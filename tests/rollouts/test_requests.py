@@ -9,6 +9,7 @@ import multiprocessing
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -114,8 +115,19 @@ def test_lines_that_mean_nothing_are_counted_and_left(tmp_path: Path) -> None:
     assert again.get(ONE.key).answer.text == "a"  # type: ignore[union-attr]
 
 
-def _fill(folder: Path, start: int) -> None:
+def test_no_file_is_written_by_two(tmp_path: Path) -> None:
+    caches = [RequestCache(tmp_path) for _ in range(2)]
+    for _ in range(2):
+        for request, cache in zip(_requests(2), caches, strict=True):
+            cache.put([(request, Answer(f"{request.sample}"))])
+    for sample, request in enumerate(_requests(2)):
+        assert request.key in (tmp_path / f"answers-{sample + 1}.jsonl").read_text()
+        assert len((tmp_path / f"answers-{sample + 1}.jsonl").read_text().splitlines()) == 2
+
+
+def _fill(folder: Path, start: int, together: Any) -> None:
     fcntl.flock = lambda *_: None  # as on a file system that keeps such locks on each machine
+    together.wait()
     cache = RequestCache(folder)
     for sample in range(start, start + 200):
         request, answer = replace(ONE, sample=sample), Answer(f"{sample} " * 300)
@@ -126,7 +138,8 @@ def _fill(folder: Path, start: int) -> None:
 
 def test_processes_on_several_machines_share_a_folder(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=_fill, args=(tmp_path, start)) for start in (0, 200, 400)]
+    together = context.Barrier(3)
+    workers = [context.Process(target=_fill, args=(tmp_path, start, together)) for start in (0, 200, 400)]
     for worker in workers:
         worker.start()
     for worker in workers:
