@@ -102,6 +102,9 @@ class LowRank(TuningBase):
     """Dropout on the adapter's input; keep 0 for PPO and DPO, whose ratios assume a deterministic model."""
     targets: Targets = "all-linear"
     """Module names that get an adapter; ``all-linear`` leaves out only the output head."""
+    last_layers: int | None = Field(None, ge=1)
+    """Adapters in so many of the last layers only. What is below needs no backward pass and keeps no activations, and
+    PPO passes it once for policy and reference together."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead, so that a high rank keeps its step size (arXiv 2312.03732)."""
     dora: bool = False
@@ -132,6 +135,7 @@ class LowRank(TuningBase):
     def label(self) -> str:
         """With its rank and what is not plain about it."""
         parts = ["rsLoRA"] * self.rslora + ["DoRA"] * self.dora + [self.init] * (self.init != "default")
+        parts += [f"last {self.last_layers} layers"] * (self.last_layers is not None)
         return " ".join([f"{self.method} r{self.rank}", *parts])
 
     @field_validator("init")

@@ -15,9 +15,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from align.tuning import FullTuning, LoraTuning
 from benchmarks.ppo_trl import LEARNING_RATE
-from benchmarks.ppo_work import read_work
+from benchmarks.ppo_work import TRL_METHODS, read_work
 
+LAST_LAYERS = 15
+"""Layers with adapters of ``lora_last``: half of the embedded model's."""
+TUNINGS = {"full": FullTuning(), "lora": LoraTuning(), "lora_last": LoraTuning(last_layers=LAST_LAYERS)}
 PHASES = ("sync", "sampling", "scoring", "measuring", "learning")
 
 
@@ -91,7 +95,6 @@ def make_trainer(work: dict[str, Any], method: str, engine: str, folder: str, re
     from align.ppo.trainer import PPOTrainer
     from align.rollouts.engine import open_engine
     from align.runtime import EngineConfig, Runtime
-    from align.tuning import FullTuning, LoraTuning
 
     shape, model = work["shape"], Path(work["model"])
     runtime = Runtime(device="cpu", engine=EngineConfig(name=engine))  # type: ignore[arg-type]
@@ -109,7 +112,7 @@ def make_trainer(work: dict[str, Any], method: str, engine: str, folder: str, re
             samples_per_prompt=shape.samples,
             max_tokens=shape.tokens,
             per_device_train_batch_size=shape.micro_batch,
-            learning_rate=LEARNING_RATE[method],
+            learning_rate=LEARNING_RATE[TRL_METHODS[method]],
             bf16=True,
             reuse_forward=reuse_forward,
             use_cpu=True,
@@ -123,7 +126,7 @@ def make_trainer(work: dict[str, Any], method: str, engine: str, folder: str, re
         scorer=WeightedSum((Part("reward", 1.0, RewardScorer(reward)),)),
         engine=FixedLengths(opened, work),
         reward_model=reward.model,
-        tuning=LoraTuning() if method == "lora" else FullTuning(),
+        tuning=TUNINGS[method],
         critic="reward",
     )
     reward.round_weights()
@@ -160,7 +163,7 @@ def measure(work: dict[str, Any], method: str, engine: str, reuse_forward: float
         {phase: logs[f"seconds_{phase}"] for phase in PHASES} | {"seconds": end - start} | counts
         for logs, (start, end), counts in zip(logged, itertools.pairwise(ends), trainer.engine.counts, strict=True)
     ]
-    base = trainer.model.policy.get_base_model() if method == "lora" else trainer.model.policy
+    base = trainer.model.policy if method == "full" else trainer.model.policy.get_base_model()
     parameters = {"all": sum(p.numel() for n, p in base.named_parameters() if "lora_" not in n)}
     parameters["head"] = base.get_output_embeddings().weight.numel()
     found = {"updates": updates, "peak_gib": peak_memory_gib(), "engine": trainer.engine.name, "parameters": parameters}
@@ -172,7 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--method", choices=("full", "lora"), required=True)
+    parser.add_argument("--method", choices=TUNINGS, required=True)
     parser.add_argument("--engine", choices=("auto", "vllm", "transformers"), default="auto")
     parser.add_argument("--reuse-forward", type=float, default=0.0)
     options = parser.parse_args()

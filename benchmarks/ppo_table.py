@@ -17,7 +17,7 @@ PHASES = ("sampling", "scoring", "measuring", "learning", "other", "seconds")
 """``seconds`` is the whole update; ``other`` what is left of it: weights to the engine, prompts, garbage."""
 UPDATE = ("scoring", "measuring", "learning")
 """The update phase: everything that is matrix products of a training pass."""
-FLOPS = {"full": 16, "lora": 12}
+FLOPS = {"full": 16, "lora": 12, "lora_last": 9}
 """Per parameter and real token, see :func:`floor_flops`."""
 
 
@@ -26,9 +26,10 @@ def floor_flops(method: str, parameters: int, tokens: float) -> float:
 
     A forward pass is 2 per parameter and real token (prompt and response, no padding), gradients of its inputs 2 more,
     those of its weights another 2. ``full``: policy and critic 6 + 6, reference and reward model 2 + 2, in all 16.
-    ``lora``: policy and critic need no gradients of their frozen weights, 4 + 4, and again 2 + 2, in all 12. Every
-    model counts with all parameters of the policy. Left out: attention between tokens and the adapters, some 5 %; the
-    second pass of policy and critic before the advantages are known, which is work but no necessity.
+    ``lora``: policy and critic need no gradients of their frozen weights, 4 + 4, and again 2 + 2, in all 12.
+    ``lora_last``: no gradients in the lower half of the layers, 3 + 3, which the reference need not pass either, 1 + 2,
+    in all 9. Every model counts with all parameters of the policy. Left out: attention between tokens and the adapters,
+    some 5 %; the second pass of policy and critic before the advantages are known, which is work but no necessity.
     """
     return FLOPS[method] * parameters * tokens
 

@@ -1,11 +1,12 @@
 """PPO side by side: align's trainer and that of trl 1.12, the last release with one, on the same work.
 
-    python -m benchmarks.ppo_vs_trl [--methods full lora] [--rounds 3] [--updates 2] [--json FILE]
+    python -m benchmarks.ppo_vs_trl [--methods full lora lora_last] [--rounds 3] [--updates 2] [--json FILE]
     python -m benchmarks.ppo_vs_trl --curve [--curve-trl]    response lengths 64 to 512, batches 16 to 128
 
 ``full``: full fine-tuning with policy, reference, critic and reward model apart on both sides. ``lora``: align as
 recommended (LoRA on the policy, its reference is the policy with the adapter off, the critic is an adapter on the
-reward model's weights) against trl's LoRA (``peft_config``; its critic is a model of its own, trained in full). align
+reward model's weights) against trl's LoRA (``peft_config``; its critic is a model of its own, trained in full).
+``lora_last``: align with adapters in the last half of the layers (``last_layers``) against the same trl run. align
 samples with vLLM where it is installed (``--engine transformers`` compares the rest), trl with ``generate()``.
 
 Same on both sides: the embedded model in bf16, the prompts as token ids and their order, the micro-batch, one epoch,
@@ -19,7 +20,8 @@ values with, in float32. align's are float32 masters computing in bfloat16, alwa
 sides take turns, and so does who goes first. The first update of a run is not counted; in full fine-tuning the second
 is slower than later ones too, while memory is touched for the first time (``--warm-up 2`` leaves it out). The floor
 that the update phase is held against is in ``ppo_table.floor_flops``: 16 FLOPs per parameter and real token (6 + 6 for
-the two that are trained, 2 + 2 for the frozen ones), with LoRA 12 (4 + 4, 2 + 2), over a large bf16 product's rate.
+the two that are trained, 2 + 2 for the frozen ones), with LoRA 12 (4 + 4, 2 + 2), with LoRA in the last half 9, over a
+large bf16 product's rate.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from typing import Any
 from align.errors import UserError
 from align.stage_process import ENVIRONMENT
 from benchmarks.ppo_table import Round, Run, efficiency, efficiency_lines, phases, table, tokens_line
-from benchmarks.ppo_work import TRL, Shape, environment, inventory, last_lines, process_environment
+from benchmarks.ppo_work import TRL, TRL_METHODS, Shape, environment, inventory, last_lines, process_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 CURVE = [(32, 64), (32, 128), (32, 256), (32, 512), (16, 64), (64, 64), (128, 64)]
@@ -84,11 +86,12 @@ class Comparison:
     def run(self, side: str, method: str) -> Run:
         """One process of ``side`` on the work there is."""
         out = self.folder / "result.json"
-        arguments = [str(self.folder / "work.json"), str(out), "--method", method]
+        arguments = [str(self.folder / "work.json"), str(out), "--method"]
         if side == "align":
-            arguments += ["--engine", self.options.engine]
-            arguments += ["--reuse-forward", str(getattr(self.options, f"reuse_forward_{method}"))]
+            reuse = getattr(self.options, f"reuse_forward_{TRL_METHODS[method]}")
+            arguments += [method, "--engine", self.options.engine, "--reuse-forward", str(reuse)]
         else:
+            arguments += [TRL_METHODS[method]]
             arguments += ["--weights", self.options.trl_weights]
         print(f"  {method}: {side} ...", end="", flush=True)
         more = ENVIRONMENT if side == "align" else {}  # as align's runner starts it; trl's starts with the user's own
@@ -159,7 +162,7 @@ def parse() -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--methods", nargs="+", choices=("full", "lora"), default=["full", "lora"])
+    add("--methods", nargs="+", choices=TRL_METHODS, default=["full", "lora", "lora_last"])
     add("--rounds", type=int, default=3, help="runs of each side and method")
     add("--updates", type=int, default=2, help="updates of a run that count")
     add("--warm-up", type=int, default=1, help="updates before them; the second one still pays for fresh memory")

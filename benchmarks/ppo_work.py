@@ -22,6 +22,8 @@ from align.errors import UserError
 
 TRL = "1.12.0"
 """The last release with a PPO trainer."""
+TRL_METHODS = {"full": "full", "lora": "lora", "lora_last": "lora"}
+"""What trl runs beside each of align's methods."""
 SAME = ("transformers", "peft", "accelerate")
 """Packages that trl's environment gets in the versions of this one."""
 INVENTORY = """

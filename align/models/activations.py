@@ -35,10 +35,11 @@ def activations_per_token(
     if layer is None:
         return None
     last = _norm(model, tuning, precision, low_residual) * model.hidden
+    layers = model.learning_layers(tuning)
     if not checkpointing:
-        return model.layers * layer + last
+        return layers * layer + last
     flowing = SIZES[precision] if low_residual else FLOAT
-    return model.layers * flowing * model.hidden + layer + last
+    return layers * flowing * model.hidden + layer + last
 
 
 def activations_of_layer(

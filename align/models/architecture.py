@@ -120,17 +120,24 @@ class Architecture:
 
     def _low_rank(self, tuning: LowRank, part: Literal["model", "trunk"]) -> int:
         targets = tuning.targets if isinstance(tuning.targets, list) else None  # None is all-linear
+        lowest = 0 if tuning.last_layers is None else self.layers - min(tuning.last_layers, self.layers)
         shapes = [
             (linear.inputs, linear.outputs)
-            for name, linear in self._matrices()
+            for name, linear in self._matrices(lowest)
             if targets is None or _is_target(name, targets)
         ]
-        if part == "model" and targets is not None and _is_target(self.head_path, targets):
+        head = targets is not None and tuning.last_layers is None and _is_target(self.head_path, targets)
+        if part == "model" and head:
             shapes.append((self.hidden, self.vocabulary))
         return sum(tuning.rank * (inputs + outputs) + tuning.dora * outputs for inputs, outputs in shapes)
 
-    def _matrices(self) -> Iterator[tuple[str, Linear]]:
-        for layer in range(self.layers):
+    def learning_layers(self, tuning: TuningBase) -> int:
+        """Layers, counted from the last one, that gradients go through."""
+        last = tuning.last_layers if isinstance(tuning, LowRank) and not tuning.save_modules else None
+        return self.layers if last is None else min(last, self.layers)
+
+    def _matrices(self, lowest: int = 0) -> Iterator[tuple[str, Linear]]:
+        for layer in range(lowest, self.layers):
             for linear in self.linears:
                 yield f"{self.layers_path}.{layer}.{linear.path}", linear
 

@@ -18,5 +18,11 @@ def forward_flops(model: Architecture, tokens: float, length: float, head: float
 
 
 def learning_flops(model: Architecture, tuning: TuningBase, tokens: float, length: float, head: float = 0.0) -> float:
-    """Of forward and backward pass: three forward passes' worth, or two where no frozen matrix needs a gradient."""
-    return (3 if tuning.trains_all else 2) * forward_flops(model, tokens, length, head)
+    """Of forward and backward pass: three forward passes' worth, or two where no frozen matrix needs a gradient.
+
+    No backward pass goes through layers below the first one that is trained.
+    """
+    if tuning.trains_all:
+        return 3 * forward_flops(model, tokens, length, head)
+    below = forward_flops(model, tokens, length) * (1 - model.learning_layers(tuning) / model.layers)
+    return 2 * forward_flops(model, tokens, length, head) - below

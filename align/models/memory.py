@@ -152,13 +152,12 @@ def ppo_memory(
         raise ValueError("critic is reward, but there is no reward model")
     beside = {"reward": rewards[0] if rewards else None, "policy": policy, "head": None}[critic]
     own = policy.hidden + 1  # the value head and its bias
-    kept = 1 if not checkpointing else policy.layers  # of the layers' copies, a layer's where its pass is made again
-    copies = [(0 if quantised else policy.matrices // kept) + policy.head]
+    copies = [(0 if quantised else copied(policy, tuning, checkpointing)) + policy.head]
     per_token = [activations_per_token(policy, tuning, precision, checkpointing=checkpointing)]
     if beside is not None:
         own = beside.hidden + 1 + (beside.trunk if full else beside.adapters(tuning, "trunk"))
         mine = full or (critic == "policy" and not quantised)  # a frozen reward model is in bfloat16
-        copies.append(beside.matrices // kept if mine else 0)
+        copies.append(copied(beside, tuning, checkpointing) if mine else 0)
         per_token.append(activations_per_token(beside, tuning, precision, checkpointing=checkpointing))
     together = max if apart else sum
     known = [amount for amount in per_token if amount is not None]
@@ -173,6 +172,12 @@ def ppo_memory(
         logits=_logits(policy, full, low),
         activations=together(known) if len(known) == len(per_token) else None,
     )
+
+
+def copied(model: Architecture, tuning: TuningBase, checkpointing: bool) -> int:
+    """Parameters of the matrices whose copies autocast makes and a backward pass needs; a layer's where passes are made
+    again."""
+    return model.matrices // model.layers * (1 if checkpointing else model.learning_layers(tuning))
 
 
 def model_bytes(model: Architecture, tuning: TuningBase) -> int:

@@ -98,13 +98,16 @@ def run_ragged(model: Any) -> None:
     model.set_attn_implementation(NAME)
 
 
-def hidden_states(trunk: Any, input_ids: torch.Tensor, position_ids: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """(N, H) last hidden states of ``trunk`` for (1, N) tokens laid out so."""
+def hidden_states(
+    trunk: Any, input_ids: torch.Tensor, position_ids: torch.Tensor, layout: Layout, states: torch.Tensor | None = None
+) -> torch.Tensor:
+    """(N, H) last hidden states of ``trunk`` for (1, N) tokens laid out so, or from (N, H) ``states`` it is given."""
     marker = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)  # transformers leaves a 4D mask alone
-    states: torch.Tensor = trunk(
-        input_ids=input_ids, attention_mask=marker, position_ids=position_ids, use_cache=False, layout=layout
+    given: dict[str, Any] = {"input_ids": input_ids} if states is None else {"inputs_embeds": states[None]}
+    found: torch.Tensor = trunk(
+        **given, attention_mask=marker, position_ids=position_ids, use_cache=False, layout=layout
     ).last_hidden_state
-    return states[0]
+    return found[0]
 
 
 def ragged_attention(

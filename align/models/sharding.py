@@ -31,6 +31,11 @@ def is_sharded(model: Any) -> bool:
     return isinstance(model, FSDPModule)
 
 
+def in_parts(model: nn.Module) -> bool:
+    """Whether its weights are shared out, by FSDP2 or by ZeRO-3, so that its modules cannot be run one by one."""
+    return is_sharded(model) or any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
 def shard(model: nn.Module, options: FsdpConfig, device: torch.device) -> None:
     """Leave each process its part of every parameter of ``model``, in place; all processes hold the same one before.
 

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from align.errors import UserError
-from align.models import ragged
+from align.models import lower, ragged
+from align.models.sharding import in_parts
 from align.models.tuning.apply import initial_policy
 from align.ppo.critic import Critic, trunk_of
 from align.ppo.logprobs import token_logprobs
@@ -32,6 +33,7 @@ class PolicyAndReference(nn.Module):
         self.policy = policy
         self.temperature = temperature
         self.checkpointing = False
+        self.frozen_layers = _frozen_layers(policy, trunk_of(policy))
         self.reference = None if hasattr(policy, "disable_adapter") else copy.deepcopy(policy).requires_grad_(False)
         self._without_dropout()
 
@@ -62,7 +64,7 @@ class PolicyAndReference(nn.Module):
         """``logprobs`` and ``entropy`` (B, T), ``ref_logprobs`` (B, T): those asked for; float32, zero on padding."""
         out = {}
         if policy:
-            states = _hidden(trunk_of(self.policy), batch)  # (R * L, H) or (N, H)
+            states = self._states(trunk_of(self.policy), batch)
             out["logprobs"], out["entropy"] = self._logprobs(self.policy, states, batch)
         if reference:
             out["ref_logprobs"] = self._reference_logprobs(batch)
@@ -70,7 +72,7 @@ class PolicyAndReference(nn.Module):
 
     def _reference_logprobs(self, batch: Batch) -> torch.Tensor:
         with torch.no_grad(), self.reference_policy() as model:
-            return self._logprobs(model, _hidden(trunk_of(model), batch), batch)[0]
+            return self._logprobs(model, self._states(trunk_of(model), batch), batch)[0]
 
     @contextlib.contextmanager
     def reference_policy(self) -> Any:
@@ -80,6 +82,19 @@ class PolicyAndReference(nn.Module):
         else:
             with initial_policy(self.policy) as model:
                 yield model
+
+    def _states(self, trunk: Any, batch: Batch) -> torch.Tensor:
+        """(R * L, H) or (N, H) hidden states; layers that nothing trains are passed once for all that share them"""
+        count = self.frozen_layers.get(id(trunk), 0)
+        if not count or in_parts(self):
+            return _hidden(trunk, batch)
+        known = batch.setdefault("below", {})
+        key = (*lower.same_below(trunk), count)
+        if key not in known:
+            with torch.no_grad(), lower.below(trunk, count):
+                known[key] = _hidden(trunk, batch)
+        with lower.above(trunk, count):
+            return _hidden(trunk, batch, known[key])
 
     def _logprobs(self, model: Any, states: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         mask = batch["response_mask"]
@@ -96,6 +111,8 @@ class PolicyAndCritic(PolicyAndReference):
         """``critic_detach``: values of a head on the policy's own trunk send no gradient into it."""
         super().__init__(policy, temperature)
         self.critic, self.critic_detach = critic, critic_detach
+        if critic.trunk is not None:
+            self.frozen_layers |= _frozen_layers(policy, critic.trunk)
         self._without_dropout()
 
     @property
@@ -117,7 +134,7 @@ class PolicyAndCritic(PolicyAndReference):
         states = None  # (R * L, H) or (N, H) of the policy's trunk
         if policy or (critic and self.critic.trunk is None):
             with torch.set_grad_enabled(torch.is_grad_enabled() and policy):
-                states = _hidden(trunk_of(self.policy), batch)
+                states = self._states(trunk_of(self.policy), batch)
         if policy and states is not None:
             out["logprobs"], out["entropy"] = self._logprobs(self.policy, states, batch)
         if critic:
@@ -129,7 +146,7 @@ class PolicyAndCritic(PolicyAndReference):
     def _values(self, states: torch.Tensor | None, batch: Batch) -> torch.Tensor:
         if self.critic.trunk is not None:
             batch = batch.get("without_ptx", batch)
-            states = _hidden(self.critic.trunk, batch)
+            states = self._states(self.critic.trunk, batch)
         elif states is not None and self.critic_detach:
             states = states.detach()
         assert states is not None
@@ -139,12 +156,19 @@ class PolicyAndCritic(PolicyAndReference):
         return _scatter(self.critic.values(states[batch["positions"][:own][mask]]), mask)
 
 
-def _hidden(trunk: Any, batch: Batch) -> torch.Tensor:
-    """(R * L, H), or (N, H) of ragged rows."""
+def _hidden(trunk: Any, batch: Batch, states: torch.Tensor | None = None) -> torch.Tensor:
+    """(R * L, H), or (N, H) of ragged rows, from their tokens or from such ``states``."""
+    ids = batch["input_ids"]
     if "layout" in batch:
-        return ragged.hidden_states(trunk, batch["input_ids"], batch["position_ids"], batch["layout"])
-    flat: torch.Tensor = trunk(input_ids=batch["input_ids"], use_cache=False).last_hidden_state.flatten(0, 1)
+        return ragged.hidden_states(trunk, ids, batch["position_ids"], batch["layout"], states)
+    given = {"input_ids": ids} if states is None else {"inputs_embeds": states.unflatten(0, ids.shape)}
+    flat: torch.Tensor = trunk(**given, use_cache=False).last_hidden_state.flatten(0, 1)
     return flat
+
+
+def _frozen_layers(policy: Any, trunk: Any) -> dict[int, int]:
+    """By the trunk's id, how many of its lowest layers nothing trains; only adapters leave them so for good."""
+    return {id(trunk): lower.frozen_below(trunk)} if hasattr(policy, "peft_config") else {}
 
 
 def _scatter(flat: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

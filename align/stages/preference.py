@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from align.training.reference import Answer, ReferenceCache, Sums
     from align.training.rows import Encoded, Row
 
-ADAPTER_FIELDS = {"rank", "alpha", "dropout", "targets", "rslora", "dora", "init", "save_modules"}
+ADAPTER_FIELDS = {"rank", "alpha", "dropout", "targets", "last_layers", "rslora", "dora", "init", "save_modules"}
 """Fields of ``qlora`` that say nothing of the quantised weights."""
 
 

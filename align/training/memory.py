@@ -10,7 +10,7 @@ from align.models.activations import FLOAT, SIZES, activations_of_layer, activat
 from align.models.architecture import Architecture, UnknownArchitecture
 from align.models.flops import forward_flops, learning_flops
 from align.models.job import Job, Setting, Work
-from align.models.memory import Choice, Estimate, Memory, engine_of, model_bytes
+from align.models.memory import Choice, Estimate, Memory, copied, engine_of, model_bytes
 from align.runtime import Runtime
 from align.tuning import FullTuning, LoraTuning, LowRank, TuningBase
 
@@ -87,10 +87,8 @@ def training_memory(config: TrainingFields, models: Models, tuning: TuningBase, 
 
 
 def _copies(model: Architecture, tuning: TuningBase, checkpointing: bool) -> int:
-    """Bytes of float32 matrices in bfloat16; a layer's where its pass is made again."""
-    if tuning.method == "qlora":
-        return 0
-    return 2 * model.matrices // (model.layers if checkpointing else 1)
+    """Bytes of float32 matrices in bfloat16."""
+    return 0 if tuning.method == "qlora" else 2 * copied(model, tuning, checkpointing)
 
 
 def rows_to_tokens(config: TrainingFields, rows: int) -> int:

@@ -37,6 +37,7 @@ def make_rounds():
 def test_floor_is_16_flops_a_parameter_and_token_in_full_and_12_with_lora():
     assert floor_flops("full", parameters=10, tokens=100) == 16 * 10 * 100
     assert floor_flops("lora", parameters=10, tokens=100) == 12 * 10 * 100
+    assert floor_flops("lora_last", parameters=10, tokens=100) == 9 * 10 * 100
 
 
 def test_products_that_are_needed_leave_out_embedding_and_prompt_heads():

@@ -24,6 +24,10 @@ def test_operations_by_hand() -> None:
     assert forward_flops(TOY, 3, 3, head=2) == forward_flops(TOY, 3, 3) + 2 * 2 * 40
     assert learning_flops(TOY, FullTuning(), 3, 3) == 3 * forward_flops(TOY, 3, 3)
     assert learning_flops(TOY, LoraTuning(), 3, 3) == 2 * forward_flops(TOY, 3, 3)
+    # the backward pass ends at the second of two layers; embeddings that are trained are below both
+    assert learning_flops(TOY, LoraTuning(last_layers=1), 3, 3) == 1.5 * forward_flops(TOY, 3, 3)
+    low = LoraTuning(last_layers=1, save_modules=["embed_tokens"])
+    assert learning_flops(TOY, low, 3, 3) == 2 * forward_flops(TOY, 3, 3)
 
 
 def test_what_each_way_sends() -> None:

@@ -96,10 +96,13 @@ def test_all_linear_means_the_same_in_every_type(kind: str) -> None:
     [
         LoraTuning(rank=4, dora=True),
         LoraTuning(rank=2, save_modules=["embed_tokens"]),
+        LoraTuning(rank=4, last_layers=1),
+        LoraTuning(rank=4, last_layers=1, targets=["q_proj", "up_proj"]),
+        LoraTuning(rank=2, last_layers=1, save_modules=["embed_tokens"]),
         LoraTuning(rank=2, save_modules=["o_proj"], targets=["q_proj"]),
         Ia3Tuning(targets=["v_proj", "up_proj"], feedforward=["up_proj"]),
     ],
-    ids=["dora", "embeddings", "o_proj", "ia3"],
+    ids=["dora", "embeddings", "last", "last_some", "last_embeddings", "o_proj", "ia3"],
 )
 def test_so_do_variants_and_saved_modules(tuning: TuningBase) -> None:
     adapted = apply_tuning(built("llama"), tuning, 0)

@@ -144,7 +144,9 @@ SHAPE = {"vocab_size": 300, "hidden_size": 512, "intermediate_size": 1280, "num_
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
-@pytest.mark.parametrize("tuning", [FullTuning(), LoraTuning(rank=16)], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "tuning", [FullTuning(), LoraTuning(rank=16), LoraTuning(rank=16, last_layers=2)], ids=["full", "lora", "last"]
+)
 @pytest.mark.parametrize("kind", ["llama", "phi3", "qwen3", "olmo2", "gemma"])
 def test_activations_are_what_autograd_keeps(kind: str, tuning: Any, precision: Any) -> None:
     torch.manual_seed(0)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from align.errors import UserError
+from align.models.places import layer_stack
 from align.tuning import LowRank
 from align.validation import nearest
 
@@ -69,7 +70,7 @@ def _config(model: Any, tuning: LowRank) -> Any:
         r=tuning.rank,
         lora_alpha=tuning.alpha,  # type: ignore[arg-type]  # peft divides it, so a fraction is fine
         lora_dropout=tuning.dropout,
-        target_modules=tuning.targets,
+        target_modules=_targets(model, tuning),
         use_rslora=tuning.rslora,
         use_dora=tuning.dora,
         init_lora_weights=starts.get(tuning.init, tuning.init),
@@ -79,6 +80,30 @@ def _config(model: Any, tuning: LowRank) -> Any:
         modules_to_save=saved or None,
         ensure_weight_tying=tied and bool(tuning.save_modules),
     )
+
+
+def _targets(model: Any, tuning: LowRank) -> str | list[str]:
+    """What peft is to put adapters on; whole names where the layers are told apart, since peft knows none otherwise."""
+    if tuning.last_layers is None:
+        return tuning.targets
+    from transformers.pytorch_utils import Conv1D
+
+    stack, layers = layer_stack(model)
+    if tuning.last_layers > len(layers):
+        raise UserError(f"tuning.last_layers is {tuning.last_layers}, and this model has {len(layers)} layers.")
+    matrices = [
+        f"{stack}.{number}.{name}"
+        for number in range(len(layers) - tuning.last_layers, len(layers))
+        for name, module in layers[number].named_modules()
+        if isinstance(module, (torch.nn.Linear, Conv1D))
+    ]
+    if tuning.targets == "all-linear":
+        return matrices
+    chosen = {one: [name for name in matrices if f".{name}".endswith(f".{one}")] for one in tuning.targets}
+    for one, names in chosen.items():
+        if not names:
+            raise UserError(f"tuning.targets: '{one}' fits no matrix of the last {tuning.last_layers} layers.")
+    return sorted({name for names in chosen.values() for name in names})
 
 
 def check_names(model: Any, names: Sequence[str], place: str) -> None:

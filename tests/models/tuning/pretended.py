@@ -27,6 +27,8 @@ LORA: dict[str, dict[str, Any]] = {
     "pissa_dora": {"init": "pissa", "dora": True},
     "eva": {"init": "eva"},
     "embeddings": {"save_modules": ["embed_tokens"]},
+    "last": {"last_layers": 1},
+    "last_pissa": {"last_layers": 1, "init": "pissa"},
 }
 QLORA: dict[str, dict[str, Any]] = {
     "nf4": {},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,3 +87,26 @@ def test_saved_modules_stay_tied(tiny_model: Path, tmp_path: Path) -> None:
 def test_what_does_not_fit_the_model_is_refused(fields: dict[str, list[str]], said: str, tiny_model: Path) -> None:
     with pytest.raises(UserError, match=said):
         apply_tuning(load_policy(tiny_model), LoraTuning.model_validate(fields), 0)
+
+
+def test_adapters_of_the_last_layers_are_there_alone(tiny_model: Path) -> None:
+    made = apply_tuning(load_policy(tiny_model), LoraTuning(last_layers=1), 0)
+    trained = [name for name, p in made.named_parameters() if p.requires_grad]
+    everywhere = apply_tuning(load_policy(tiny_model), LoraTuning(), 0)
+    assert trained == [n for n, p in everywhere.named_parameters() if p.requires_grad and ".layers.1." in n]
+    some = apply_tuning(load_policy(tiny_model), LoraTuning(last_layers=1, targets=["q_proj", "down_proj"]), 0)
+    wanted = [name for name in trained if "q_proj" in name or "down_proj" in name]
+    assert [name for name, p in some.named_parameters() if p.requires_grad] == wanted
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"last_layers": 3}, "tuning.last_layers is 3, and this model has 2 layers"),
+        ({"last_layers": 1, "targets": ["q_proj", "lm_head"]}, "'lm_head' fits no matrix of the last 1 layers"),
+        ({"last_layers": 1, "targets": ["layers.0.self_attn.q_proj"]}, "fits no matrix of the last 1 layers"),
+    ],
+)
+def test_last_layers_that_there_are_not_are_refused(fields: dict[str, Any], message: str, tiny_model: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        apply_tuning(load_policy(tiny_model), LoraTuning(**fields), 0)

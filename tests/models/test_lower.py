@@ -1,0 +1,61 @@
+"""Lower layers passed apart give what the whole decoder gives, for every type that is split."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from align.models import lower
+from align.models.loading import load_policy
+from align.models.tuning.apply import apply_tuning
+from align.ppo.critic import trunk_of
+from align.tuning import LoraTuning
+
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 5, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 99, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])
+
+
+@pytest.mark.parametrize("model_type", lower.SPLIT)
+def test_in_two_parts_as_in_one(model_type: str) -> None:
+    torch.manual_seed(0)
+    trunk = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **SIZES)).eval().model
+    with torch.no_grad():
+        whole = trunk(input_ids=IDS, use_cache=False).last_hidden_state
+        with lower.below(trunk, 3):
+            states = trunk(input_ids=IDS, use_cache=False).last_hidden_state
+        with lower.above(trunk, 3):
+            found = trunk(inputs_embeds=states, use_cache=False).last_hidden_state
+    assert found.equal(whole)
+    assert not states.equal(whole)
+    assert len(trunk.layers) == 5
+
+
+def test_layers_below_the_first_adapter_are_frozen(tiny_model: Path) -> None:
+    model = load_policy(tiny_model)
+    assert lower.frozen_below(trunk_of(model)) == 0
+    assert lower.frozen_below(trunk_of(apply_tuning(model, LoraTuning(last_layers=1), 0))) == 1
+    everywhere = apply_tuning(load_policy(tiny_model), LoraTuning(), 0)
+    assert lower.frozen_below(trunk_of(everywhere)) == 0
+    embedded = LoraTuning(last_layers=1, save_modules=["embed_tokens"])
+    assert lower.frozen_below(trunk_of(apply_tuning(load_policy(tiny_model), embedded, 0))) == 0
+
+
+def test_another_kind_of_decoder_is_passed_whole() -> None:
+    sizes = {"n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 99}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **sizes)).requires_grad_(False)
+    assert lower.frozen_below(model.transformer) == 0
+
+
+def test_the_stack_is_whole_again_after_an_error(tiny_model: Path) -> None:
+    trunk = trunk_of(load_policy(tiny_model))
+    layers, norm = trunk.layers, trunk.norm
+    with pytest.raises(ZeroDivisionError), lower.below(trunk, 1):
+        1 / 0  # noqa: B018
+    assert trunk.layers is layers
+    assert trunk.norm is norm
