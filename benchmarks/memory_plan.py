@@ -30,6 +30,7 @@ SURROUNDINGS = {**ENVIRONMENT, "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLE
 TOLERANCE = 0.15
 MIB = 2**20
 LORA, FULL = {"method": "lora"}, {"method": "full"}
+LAST = {"method": "lora", "last_layers": 15}
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,12 @@ class Configuration:
         size = f"{self.length} x {self.fields['micro_batch_size']}"
         if self.stage == "ppo":
             size = f"{self.length} + {self.fields['max_tokens']} x {self.fields['micro_batch_size']}"
-        return f"{self.stage:<6} {self.fields['tuning']['method']:<4} {self.model:<8} {size}"
+        tuning = self.fields["tuning"]
+        kind = "last" if "last_layers" in tuning else tuning["method"]
+        return f"{self.stage:<6} {kind:<4} {self.model:<8} {size}"
 
 
-def _trl(stage: str, tuning: dict[str, str], length: int, micro: int) -> Configuration:
+def _trl(stage: str, tuning: dict[str, Any], length: int, micro: int) -> Configuration:
     fields = {"tuning": tuning, "batch_size": 2 * micro, "micro_batch_size": micro, "max_length": length}
     return Configuration(stage, "embedded", length, fields | {"eval_rows": 4}, 4 * micro)
 
@@ -63,10 +66,11 @@ def _ppo(model: str, tuning: dict[str, str], prompt: int, response: int, micro: 
 
 CONFIGURATIONS = (
     _trl("sft", LORA, 128, 2), _trl("sft", LORA, 512, 1), _trl("sft", FULL, 128, 2), _trl("sft", FULL, 384, 1),
+    _trl("sft", LAST, 512, 1),
     _trl("reward", LORA, 128, 2), _trl("reward", LORA, 512, 1), _trl("reward", FULL, 128, 1),
     _trl("dpo", LORA, 128, 1), _trl("dpo", LORA, 256, 1), _trl("dpo", FULL, 64, 1), _trl("dpo", FULL, 192, 1),
-    _ppo("embedded", LORA, 64, 32, 4), _ppo("embedded", LORA, 256, 64, 8), _ppo("wide", FULL, 128, 64, 4),
-    _ppo("wide", FULL, 384, 128, 8),
+    _ppo("embedded", LORA, 64, 32, 4), _ppo("embedded", LORA, 256, 64, 8), _ppo("embedded", LAST, 256, 64, 8),
+    _ppo("wide", FULL, 128, 64, 4), _ppo("wide", FULL, 384, 128, 8),
 )  # fmt: skip
 
 

@@ -60,7 +60,8 @@ class Measurer:
         if stage not in self.warm:
             with tempfile.TemporaryDirectory(dir=self.root) as folder, contextlib.redirect_stdout(sys.stderr):
                 tiny = model_in(Path(folder), "tiny")
-                run_stage(Path(folder) / "run", stage, fields, tiny, length, rows, self.runtime)
+                small = {**fields, "tuning": {"method": fields["tuning"]["method"]}}  # it has two layers
+                run_stage(Path(folder) / "run", stage, small, tiny, length, rows, self.runtime)
             self.warm.add(stage)
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
