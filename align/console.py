@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from align.artifacts import Artifact
+from align.listener import Listener
 from align.pipeline import Node
-from align.runner import Listener
 
 if TYPE_CHECKING:
     from align.models.memory import Estimate

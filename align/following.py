@@ -15,8 +15,9 @@ from typing import Literal, Protocol
 from align.artifacts import Artifact
 from align.attempt import Tail
 from align.errors import StageFailed
+from align.listener import Listener
 from align.pipeline import Node, Pipeline
-from align.runner import Listener, Run
+from align.runner import Run
 from align.stage_process import CHECKPOINTS, EVENTS, LOG
 from align.store import Store
 

@@ -158,6 +158,20 @@ class Lock:
         self._token = ""
         return Hold(self.claims, number, token, self.lease, self._since, self._after_silence)
 
+    def holder_lives(self, patience: Patience) -> bool:
+        """Whether the lock stays with who has it: looks until the holder shows that it lives, or could be taken over.
+
+        That takes no time for a holder on this machine, ``Lease.every`` seconds for one elsewhere that lives, and the
+        lease for one that is dead there. Raises as ``acquire``.
+        """
+        first = top = patience.keep_trying(self._top)
+        while self._judge(*top) == "held":
+            if top != first or _is_of_this_machine(_parse(top[1])):
+                return True
+            time.sleep(LONGEST_LOOK)
+            top = patience.keep_trying(self._top)
+        return False
+
     def is_held(self) -> bool:
         """Whether a process has the lock, as far as one look can tell: one that fell silent may still be counted."""
         try:
@@ -248,6 +262,8 @@ def _started(pid: int) -> str:
 
 def _died_here(claim: dict[str, Any]) -> bool:
     """Whether the claim was made on this machine by a process that has ended. Elsewhere nobody can know."""
-    if not _machine() or claim.get("machine") != _machine() or not isinstance(claim.get("pid"), int):
-        return False
-    return _started(claim["pid"]) != claim.get("started")
+    return _is_of_this_machine(claim) and _started(claim["pid"]) != claim.get("started")
+
+
+def _is_of_this_machine(claim: dict[str, Any]) -> bool:
+    return bool(_machine()) and claim.get("machine") == _machine() and isinstance(claim.get("pid"), int)

@@ -22,8 +22,10 @@ from align.bucket import CHUNK, Bucket
 from align.errors import UserError
 from align.fingerprint import digest, file_digest
 from align.locking import Hold, Lock
+from align.outputs import RECORD
 from align.shared_folder import Patience, StoreUnreachable
-from align.store import RECORD, SHORT, Store, sync_folder, write_atomically
+from align.store import SHORT, Store
+from align.whole_files import sync_folder, write_atomically
 
 T = TypeVar("T")
 UNRECORDED = ("log.txt", "events.jsonl")

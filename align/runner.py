@@ -3,66 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import shutil
 import signal
-import sys
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from align import __version__
 from align.artifacts import Artifact
-from align.attempt import run_attempt, seconds_of_attempts
 from align.errors import NO_SPACE, StageFailed, UserError, no_space
-from align.fingerprint import digest
-from align.locking import Hold, LockLost
-from align.opening import open_store
+from align.listener import Listener
+from align.making import make_stage
 from align.pipeline import Node, Pipeline
-from align.planning import check_sources, choose_stages, stages_to_make
-from align.provenance import command_line, git_commit, source_digest
-from align.shared_folder import UNREACHABLE_STORE
-from align.sharing import among_machines, bring, fetched_meanwhile, offer
-from align.stage_process import CHECKPOINTS, EVENTS, LOG, OUTPUT, RESULT, WORK
-from align.stop_request import Stopped, StopRequest, clear
+from align.preparing import RunOptions, prepare_run
+from align.sharing import offer
+from align.stop_request import Stopped, StopRequest
 from align.store import Store
-from align.trackers import require_trackers
-
-TRIES = 3
-"""How often a stage is begun whose lock was lost, or whose process lost the store, before the run gives up."""
-
-
-class Listener:
-    """Receives what happens during a run; the console is one. This one is silent."""
-
-    def stage_cached(self, node: Node, artifact: Artifact) -> None:
-        """A finished stage was found."""
-
-    def stage_started(self, node: Node, folder: Path, resumed: bool) -> None:
-        """A stage's process starts; ``resumed`` when an earlier attempt left checkpoints."""
-
-    def stage_event(self, node: Node, event: dict[str, Any]) -> None:
-        """One line of the stage's event file."""
-
-    def stage_done(self, node: Node, artifact: Artifact) -> None:
-        """The stage's artifact is published."""
-
-    def stage_failed(self, node: Node, message: str, log: Path) -> None:
-        """The stage ended without an artifact."""
-
-    def stage_queued(self, node: Node, how: str) -> None:
-        """The stage has its place in a cluster's queue, or another one than before; ``how`` says it in words."""
-
-    def waiting(self, node: Node, holder: str) -> None:
-        """Another run holds the stage's lock."""
-
-    def transfer(self, message: str) -> None:
-        """A finished stage is fetched from the store's remote or uploaded to it."""
-
-    def warning(self, message: str) -> None:
-        """Something the user should know."""
 
 
 @dataclass
@@ -100,47 +54,24 @@ def run_pipeline(
     listener: Listener | None = None,
     stop: StopRequest | None = None,
 ) -> Run:
-    """Run every stage that is not cached, in order.
+    """Run every stage that is not cached, in order; ``store`` to ``strict`` are as of ``RunOptions``.
 
-    ``only`` runs that one stage and needs its inputs finished; ``from_`` runs that stage and all that depend on it
-    anew; ``rebuild`` runs the named stages anew. ``strict`` refuses artifacts made by other source code under the
-    same stage version. Raises ``UserError`` (nothing started), ``StageFailed`` (the log's path is in it), or
+    Raises ``UserError`` (nothing started), ``StageFailed`` (the log's path is in it), or
     ``Stopped`` once it was asked to stop: through ``stop``, or by the signal USR1 where none is given.
     """
     listener = listener or Listener()
-    require_trackers(pipeline.config.runtime.report_to)  # before there is a store
-    opened = open_store(pipeline, store)
-    opened.patience.say = listener.warning
-    anew, warnings = prepare_run(
-        pipeline, opened, only=only, from_=from_, rebuild=rebuild, strict=strict, listener=listener
-    )
-    for message in warnings:
+    ready = prepare_run(pipeline, RunOptions(store, only, from_, rebuild, strict), listener)
+    for message in ready.warnings:
         listener.warning(message)
-    _refuse_nodes_without_a_place(pipeline, stages_to_make(pipeline, opened, only, anew))
+    _refuse_nodes_without_a_place(pipeline, ready.wanted)
     heard = contextlib.nullcontext(stop) if stop is not None else StopRequest().hearing(signal.SIGUSR1)
     try:
         with heard as stop:
-            return _run_stages(pipeline, opened, only, anew, listener, stop)
+            return _run_stages(pipeline, ready.store, only, ready.anew, listener, stop)
     except OSError as error:  # the runner's own writing: locks, records, the move of a result to its place
         if error.errno not in NO_SPACE:
             raise
-        raise StageFailed(no_space(opened.root)) from None
-
-
-def prepare_run(
-    pipeline: Pipeline, store: Store, *, only: str | None, from_: str | None, rebuild: tuple[str, ...], strict: bool,
-    listener: Listener | None = None,
-) -> tuple[set[str], list[str]]:  # fmt: skip
-    """Which stages are made although an artifact is there, and warnings; options as of ``run_pipeline``.
-
-    What is finished in the store's remote is fetched. Raises ``UserError`` for what must stop a run before it starts.
-    """
-    require_trackers(pipeline.config.runtime.report_to)
-    say = (listener or Listener()).transfer
-    bring(pipeline, store, only, choose_stages(pipeline, store, None, from_, rebuild), say)
-    anew = choose_stages(pipeline, store, only, from_, rebuild)
-    _refuse_damage(pipeline, store, anew, only)
-    return anew, check_sources(pipeline, store, strict)
+        raise StageFailed(no_space(ready.store.root)) from None
 
 
 def _run_stages(
@@ -160,7 +91,7 @@ def _run_stages(
             inputs = {name: run.artifacts[name] for name in node.input_names}
             if stop.asked:
                 raise Stopped(f"stopped as asked, before stage '{node.name}'.")
-            ran, artifact = _make(pipeline, node, opened, inputs, node.name in anew, listener, stop)
+            ran, artifact = make_stage(pipeline, node, opened, inputs, node.name in anew, listener, stop)
             run.artifacts[node.name] = artifact
             if ran:
                 run.ran.append(node.name)
@@ -175,230 +106,4 @@ def _refuse_nodes_without_a_place(pipeline: Pipeline, nodes: list[Node]) -> None
             raise UserError(f"{pipeline.where}: runtime.launch, for stage '{node.name}': {objection}")
 
 
-def _refuse_damage(pipeline: Pipeline, store: Store, anew: set[str], only: str | None) -> None:
-    """A damaged finished stage stops the run before anything starts."""
-    for node in pipeline:
-        if node.name in anew:
-            continue
-        artifact = store.find(node.stage.kind, node.key, node.name)
-        problems = store.problems(artifact, thorough=False) if artifact is not None else []
-        if problems:
-            raise UserError(
-                f"stage '{node.name}': {problems[0].path} {problems[0].what}. "
-                f"The artifact is corrupted; `--rebuild {node.name}` makes it again."
-            )
-
-
-def _make(
-    pipeline: Pipeline,
-    node: Node,
-    store: Store,
-    inputs: dict[str, Artifact],
-    anew: bool,
-    listener: Listener,
-    stop: StopRequest,
-) -> tuple[bool, Artifact]:
-    """Run one stage under its lock; another run that finishes it meanwhile counts as cached.
-
-    A run that was silent for so long that another took its lock (its machine slept, or could not reach the store)
-    leaves the stage to that one, and waits for it as any other would.
-    """
-    for tries_left in reversed(range(TRIES)):
-        try:
-            return _make_among_machines(pipeline, node, store, inputs, anew, listener, stop)
-        except LockLost as lost:
-            if tries_left == 0:
-                raise LockLost(f"stage '{node.name}': {lost}. Nothing of it was published here; run again.") from None
-            listener.warning(f"stage '{node.name}': {lost}; what was made here since is left out")
-    raise AssertionError
-
-
-def _make_among_machines(
-    pipeline: Pipeline, node: Node, store: Store, inputs: dict[str, Artifact], anew: bool, listener: Listener,
-    stop: StopRequest,
-) -> tuple[bool, Artifact]:  # fmt: skip
-    """Run one stage while no other machine that shares the store's remote does; what one has published is fetched."""
-    kind, key = node.stage.kind, node.key
-    with among_machines(store, kind, key, lambda who: listener.waiting(node, who), listener.warning) as far:
-        found = None if anew else fetched_meanwhile(store, kind, key, node.name, listener.warning)
-        if found is not None:
-            listener.stage_cached(node, found)
-            return False, found
-        ran, artifact = _make_under_lock(pipeline, node, store, inputs, anew, listener, stop, far)
-        offer(store, artifact, listener.transfer, replace=anew and ran)
-    return ran, artifact
-
-
-def _make_under_lock(
-    pipeline: Pipeline, node: Node, store: Store, inputs: dict[str, Artifact], anew: bool, listener: Listener,
-    stop: StopRequest, far: Hold | None,
-) -> tuple[bool, Artifact]:  # fmt: skip
-    kind = node.stage.kind
-    before = store.find(kind, node.key, node.name)
-    with store.lock(kind, node.key, lambda holder: listener.waiting(node, holder)) as hold:
-        partial = store.partial(kind, node.key)
-        found = store.find(kind, node.key, node.name)
-        fresh = found is not None and (before is None or found.record["created"] != before.record["created"])
-        if found is not None and (not anew or fresh):
-            listener.stage_cached(node, found)
-            return False, found
-        for artifact in inputs.values():
-            problems = store.problems(artifact, thorough=True)
-            if problems:
-                raise UserError(
-                    f"stage '{node.name}' would read {problems[0].path}, which {problems[0].what}. "
-                    f"The artifact is corrupted; `--rebuild {artifact.stage}` makes it again."
-                )
-        result = store.patience.keep_trying(lambda: _finished_result(partial))
-        if result is None:
-            result = _attempts(pipeline, node, store, partial, inputs, (hold, far), listener, stop)
-        if far is not None:
-            _confirm(far, listener)
-        artifact = _publish(pipeline, node, store, partial, inputs, result, hold, found)
-    listener.stage_done(node, artifact)
-    return True, artifact
-
-
-def _attempts(
-    pipeline: Pipeline, node: Node, store: Store, partial: Path, inputs: dict[str, Artifact],
-    holds: tuple[Hold | None, ...], listener: Listener, stop: StopRequest,
-) -> dict[str, Any]:  # fmt: skip
-    """Run the stage's process; again from its checkpoints where the store was away, once it answers."""
-
-    def check() -> None:
-        for hold in holds:
-            if hold is not None:
-                hold.check()
-
-    for tries_left in reversed(range(TRIES)):
-        store.patience.keep_trying(lambda: _prepare(pipeline, node, store, partial, inputs))
-        listener.stage_started(node, partial, any((partial / CHECKPOINTS).glob("*")))
-        result = run_attempt(
-            node.name, partial, lambda event: listener.stage_event(node, event), stop, check, store.patience
-        )
-        if result["status"] == "done":
-            return result
-        if holds[0] is not None:  # a stage that another run has taken over ends without a result, which is no failure
-            store.patience.keep_trying(holds[0].confirm)
-        if result["status"] == "stopped":
-            raise Stopped(f"stage '{node.name}' {result['message']}")
-        if result["status"] != UNREACHABLE_STORE or tries_left == 0:
-            break
-        listener.warning(f"stage '{node.name}': {result['message']} It is tried again.")
-    raise _failed(node, partial, result, listener)
-
-
-def _confirm(far: Hold, listener: Listener) -> None:
-    """Whether the lock in the remote is still held; where that cannot be asked, the work is not thrown away."""
-    try:
-        far.confirm()
-    except (OSError, UserError) as error:
-        listener.warning(f"the lock in the remote cannot be confirmed ({error}); the stage is kept here")
-
-
-def _finished_result(partial: Path) -> dict[str, Any] | None:
-    """The result of an attempt that ended well and whose runner died before publishing it."""
-    try:
-        result: dict[str, Any] = json.loads((partial / RESULT).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
-    return result if result["status"] == "done" and (partial / OUTPUT).is_dir() else None
-
-
-def _prepare(pipeline: Pipeline, node: Node, store: Store, partial: Path, inputs: dict[str, Artifact]) -> None:
-    """Lay out the partial folder; checkpoints of an earlier attempt stay, its half-written output goes."""
-    store.require_present()
-    (partial / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(partial / OUTPUT)
-    (partial / RESULT).unlink(missing_ok=True)
-    clear(partial)
-
-    def pointer(name: str) -> dict[str, str]:
-        return {"stage": name, "path": str(inputs[name].path.resolve())}
-
-    work = {
-        "name": node.name,
-        "stage": node.stage.path or node.stage.kind,
-        "config": node.config.model_dump(mode="json"),
-        "seed": node.seed,
-        "runtime": pipeline.runtimes[node.name].model_dump(mode="json"),
-        "inputs": {
-            field_name: [pointer(name) for name in value] if isinstance(value, list) else value and pointer(value)
-            for field_name, value in node.inputs.items()
-        },
-        "cache": str(store.cache.resolve()),
-        "pipeline": pipeline.name,
-        "group": digest({other.name: other.key for other in pipeline})[:8],
-        "runner_pid": os.getpid(),
-    }
-    (partial / WORK).write_text(json.dumps(work, indent=1), encoding="utf-8")
-
-
-def _failed(node: Node, partial: Path, result: dict[str, Any], listener: Listener) -> UserError | StageFailed:
-    """The error that says why the stage's process is not done."""
-    log = partial / LOG
-    listener.stage_failed(node, result["message"], log)
-    if result["status"] == "refused":
-        return UserError(f"stage '{node.name}': {result['message']}")
-    return StageFailed(f"stage '{node.name}' failed: {result['message']}\nLog: {log}")
-
-
-def _publish(
-    pipeline: Pipeline, node: Node, store: Store, partial: Path, inputs: dict[str, Artifact], result: dict[str, Any],
-    hold: Hold, replaces: Artifact | None,
-) -> Artifact:  # fmt: skip
-    """Give the output folder its log, events and record, move it to its final name, and drop the partial.
-
-    The record's ``seconds`` are the sum of its ``attempts`` (``attempt.seconds_of_attempts``), a stage that was never
-    killed having one; ``peak_memory_bytes`` is the last one's.
-    """
-    output = partial / OUTPUT
-    attempts = store.patience.keep_trying(lambda: [*seconds_of_attempts(partial)[:-1], result["seconds"]])
-    store.patience.keep_trying(lambda: _add_logs(partial, output))
-    record = {
-        "key": node.key,
-        "kind": node.stage.kind,
-        "stage": node.name,
-        "pipeline": pipeline.name,
-        "makes": str(node.makes),
-        "version": node.stage.version,
-        "config": node.config.model_dump(mode="json"),
-        "seed": node.seed,
-        "parts": node.parts,
-        "inputs": {
-            field_name: [inputs[name].record["key"] for name in value]
-            if isinstance(value, list)
-            else value and inputs[value].record["key"]
-            for field_name, value in node.inputs.items()
-        },
-        "input_stages": [
-            {"stage": artifact.stage, "kind": artifact.record["kind"], "key": artifact.record["key"]}
-            for artifact in inputs.values()
-        ],
-        "identities": node.identities,
-        "metrics": result["metrics"],
-        "tokens": result["metrics"].get("tokens"),
-        "seconds": round(sum(attempts), 2),
-        "attempts": [round(seconds, 2) for seconds in attempts],
-        "peak_memory_bytes": result["peak_memory_bytes"],
-        "created": datetime.now(UTC).isoformat(),
-        "align": __version__,
-        "packages": result["versions"],
-        "source": source_digest(node.stage),
-        "git": git_commit(),
-        "platform": f"{sys.platform} {os.uname().machine}, {os.cpu_count()} cores",
-        "command": command_line(),
-    }
-    artifact = store.publish(output, record, hold, replaces)
-    store.drop_partials(node.stage.kind, node.key)
-    return artifact
-
-
-def _add_logs(partial: Path, output: Path) -> None:
-    for name in (LOG, EVENTS):
-        if (partial / name).exists():
-            shutil.copyfile(partial / name, output / name)
-
-
-__all__ = ["Listener", "Run", "prepare_run", "run_pipeline"]
+__all__ = ["Run", "run_pipeline"]

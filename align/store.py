@@ -11,45 +11,31 @@ taken over from a holder of the lock that fell silent); ``<root>/locks/`` holds 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
-import os
 import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.artifacts import Artifact, Kind
 from align.errors import UserError
-from align.fingerprint import file_digest
 from align.locking import Hold, Lease, Lock, LockLost
-from align.shared_folder import SECONDS, UNREACHABLE, Patience, forget_cached, patient
+from align.outputs import RECORD, Problem, differing, output_digests
+from align.shared_folder import SECONDS, Patience, forget_cached, patient
+from align.store_mark import open_folder, require_mark
+from align.whole_files import sync_folder, write_atomically
 
 if TYPE_CHECKING:
     from align.remote import Remote
 
-MARKER = "align-store.json"
-FORMAT = 1
 SHORT = 12
-RECORD = "record.json"
 REPORTS = "reports"
 SWEEPS = "sweeps"
 JOBS = "jobs"
 NO_KINDS = ("locks", "runs", "cache", REPORTS, SWEEPS, JOBS)
 """Folders of a store that hold no artifacts."""
-UNRECORDED = {RECORD, "log.txt", "events.jsonl"}
-"""Files whose bytes are not part of the result: they carry times."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One file of an artifact that is not what its record says."""
-
-    path: Path
-    what: str
 
 
 class Store:
@@ -69,42 +55,8 @@ class Store:
     def open(cls, root: Path, *, lease: float | None = None, patience: float = SECONDS) -> Store:
         """Open a store, making it where nothing is; ``UserError`` where it cannot be used or is something else."""
         store = cls(root, lease=lease, patience=patience)
-        store.patience.keep_trying(store._open)
+        store.patience.keep_trying(lambda: open_folder(root))
         return store
-
-    def _open(self) -> None:
-        root, marker = self.root, self.root / MARKER
-        try:
-            if marker.is_file():
-                found = json.loads(marker.read_text(encoding="utf-8"))
-                if found.get("format") != FORMAT:
-                    raise UserError(
-                        f"{root}: a store of format {found.get('format')}, this align reads format {FORMAT}. "
-                        "Use the align that made it, or another --store."
-                    )
-            elif root.exists() and not _may_become_a_store(root):
-                raise UserError(
-                    f"{root}: not empty and not an align store (no {MARKER}); name an empty or new folder with --store."
-                )
-            else:
-                root.mkdir(parents=True, exist_ok=True)
-                write_atomically(marker, {"format": FORMAT})
-            if not os.access(root, os.R_OK | os.W_OK | os.X_OK):
-                raise PermissionError(13, "permission denied")
-        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
-            raise UserError(f"{marker}: damaged; not readable as a store. Name another --store.") from None
-        except OSError as error:
-            if error.errno in UNREACHABLE:
-                raise
-            raise UserError(
-                f"{root}: the store cannot be used ({error.strerror or error}); "
-                "name another folder with --store or $ALIGN_STORE."
-            ) from None
-
-    def require_present(self) -> None:
-        """Raise ``OSError`` where the store's own mark is gone: a mount that is away leaves an empty folder behind."""
-        if not (self.root / MARKER).is_file():
-            raise OSError(errno.ENOTCONN, f"its mark {MARKER} is gone, as where a file system is not mounted")
 
     @property
     def cache(self) -> Path:
@@ -132,7 +84,7 @@ class Store:
             record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
             return Artifact(stage or record["stage"], Kind(record["makes"]), folder, record)
         except FileNotFoundError:
-            self.require_present()
+            require_mark(self.root)
             return None
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, ValueError):
             raise UserError(
@@ -277,24 +229,8 @@ class Store:
 
     @patient
     def problems(self, artifact: Artifact, thorough: bool) -> list[Problem]:
-        """Files that differ from the record.
-
-        Sizes and modification times are compared; a file whose time changed is hashed, and all are when
-        ``thorough``.
-        """
-        found = []
-        for name, recorded in artifact.record.get("outputs", {}).items():
-            path = artifact.path / name
-            try:
-                stat = path.stat()
-            except OSError:
-                found.append(Problem(path, "is missing"))
-                continue
-            if stat.st_size != recorded["bytes"]:
-                found.append(Problem(path, f"has {stat.st_size} bytes, its record says {recorded['bytes']}"))
-            elif (thorough or stat.st_mtime_ns != recorded["mtime_ns"]) and file_digest(path) != recorded["sha256"]:
-                found.append(Problem(path, "has another sha256 than its record"))
-        return found
+        """Files that differ from the record; see ``align.outputs``."""
+        return differing(artifact, thorough)
 
     @patient
     def remember_run(self, name: str, stages: dict[str, dict[str, str]], pipeline: dict[str, Any]) -> None:
@@ -354,42 +290,7 @@ class Store:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def output_digests(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size, time and sha256 of every file of a result."""
-    outputs = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_file() and name not in UNRECORDED:
-            stat = path.stat()
-            outputs[name] = {"sha256": file_digest(path), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-    return outputs
-
-
-def _may_become_a_store(root: Path) -> bool:
-    """An empty folder, or one that another run has begun to make a store at this moment."""
-    return root.is_dir() and all(path.name.startswith(f".{MARKER}.") or path.name == MARKER for path in root.iterdir())
-
-
 def _number_of(partial: Path) -> int:
     """The number of the lock under which a partial was taken over; 0 for one that never was."""
     number = partial.name.split(".")[1]
     return int(number) if number.isdecimal() else 0
-
-
-def write_atomically(path: Path, value: dict[str, Any]) -> None:
-    """Write JSON that is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, default=str)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the disk know the names in a folder."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -21,8 +21,9 @@ import pytest
 from align.errors import StageFailed, UserError
 from align.launch import LATE, LOST, LaunchConfig, is_head, symptom
 from align.launcher import outcome
+from align.listener import Listener
 from align.pipeline import Pipeline
-from align.runner import Listener, Run, run_pipeline
+from align.runner import Run, run_pipeline
 from align.shared_folder import UNREACHABLE_STORE
 
 pytestmark = pytest.mark.timeout(900)

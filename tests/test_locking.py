@@ -152,6 +152,20 @@ def test_a_machine_that_died_keeps_it_for_its_lease(folder: Path) -> None:
     hold.release()
 
 
+def test_whether_a_holder_lives_is_found_by_watching(folder: Path, elsewhere: Callable[[float], Holder]) -> None:
+    patience = Patience(Path(), 5)
+    here = take(Lock(folder))
+    began = time.monotonic()
+    assert Lock(folder).holder_lives(patience)
+    assert time.monotonic() - began < 1, "a process of this machine is looked up"
+    here.release()
+    assert not Lock(folder).holder_lives(patience)
+    holder = elsewhere(1.0)
+    assert Lock(folder).holder_lives(patience)
+    holder.process.kill()
+    assert not Lock(folder).holder_lives(patience)
+
+
 def test_a_machine_that_comes_back_finds_its_lock_taken(folder: Path, elsewhere: Callable[[float], Holder]) -> None:
     holder = elsewhere(1.0)
     lock, end = Lock(folder, SHORT), time.monotonic() + 2.0

@@ -14,9 +14,10 @@ import pytest
 from align.artifacts import Artifact
 from align.attempt import seconds_of_attempts
 from align.errors import StageFailed, UserError
+from align.listener import Listener
 from align.pipeline import Node, Pipeline
 from align.planning import plan
-from align.runner import Listener, run_pipeline
+from align.runner import run_pipeline
 from align.store import Store
 from tests import toy
 

@@ -216,7 +216,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
 PLACES = [
     ("align.store", "write_atomically", errno.EIO), ("align.store", "output_digests", errno.ESTALE),
     ("align.store", "sync_folder", errno.ETIMEDOUT), ("align.claims", "_write_new", errno.ENOTCONN),
-    ("align.runner", "_add_logs", errno.EHOSTDOWN), ("align.runner", "_prepare", errno.EHOSTUNREACH),
+    ("align.making", "_add_logs", errno.EHOSTDOWN), ("align.making", "_prepare", errno.EHOSTUNREACH),
     ("align.attempt", "_result", errno.ESTALE),
 ]  # fmt: skip
 

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import yaml
 
+from align.listener import Listener
 from align.pipeline import Node, Pipeline
 from align.planning import plan
-from align.runner import Listener, run_pipeline
+from align.runner import run_pipeline
 from align.stop_request import REQUEST, Stopped, StopRequest, is_asked
 from align.store import Store
 from tests import toy

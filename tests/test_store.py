@@ -10,30 +10,6 @@ from align.store import Store
 from tests import toy
 
 
-def test_a_foreign_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "thesis.txt").write_text("x")
-    with pytest.raises(UserError, match="not empty and not an align store"):
-        Store.open(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
-
-
-@pytest.mark.parametrize(
-    ("content", "expected"), [("{", "damaged"), ('{"format": 99}', "format 99"), ("[]", "damaged")]
-)
-def test_a_store_that_cannot_be_read(tmp_path: Path, content: str, expected: str) -> None:
-    (tmp_path / "align-store.json").write_text(content)
-    with pytest.raises(UserError, match=expected):
-        Store.open(tmp_path)
-
-
-def test_a_path_that_is_no_folder(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="--store"):
-        Store.open(tmp_path / "file")
-    with pytest.raises(UserError, match="--store"):
-        Store.open(tmp_path / "file" / "below")
-
-
 def test_resolve_by_prefix(tmp_path: Path) -> None:
     run = run_pipeline(Pipeline(toy.pipeline()), store=tmp_path)
     key = run.artifacts["total"].record["key"]

@@ -18,7 +18,8 @@ from align.errors import UserError
 from align.models import source
 from align.pipeline import NAME_PATTERN
 from align.stages.artifact import RECORD, read_record
-from align.store import MARKER, Store
+from align.store import Store
+from align.store_mark import MARKER
 from align.validation import suggest
 
 NAMED = re.compile(r"([A-Za-z][A-Za-z0-9_-]{0,63})=(.+)", re.DOTALL)

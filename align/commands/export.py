@@ -20,7 +20,7 @@ from align.commands.lineage import find_base, find_scorecard, lineage, pipeline_
 from align.commands.parsing import add_store, print_json
 from align.errors import StageFailed, UserError, explain_os_error
 from align.models.export import ADAPTER, Source, check_source, read_json
-from align.store import MARKER
+from align.store_mark import MARKER
 
 if TYPE_CHECKING:
     from align.models.push import ModelUpload

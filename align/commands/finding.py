@@ -13,9 +13,10 @@ from align.artifacts import DATASETS, Artifact
 from align.data.built import is_build
 from align.data.card import name_of
 from align.errors import UserError
+from align.listener import Listener
 from align.opening import open_store
 from align.pipeline import Pipeline
-from align.runner import Listener, Run, run_pipeline
+from align.runner import Run, run_pipeline
 from align.validation import suggest
 
 RECIPE_SUFFIXES = (".yaml", ".yml")

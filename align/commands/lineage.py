@@ -13,7 +13,9 @@ from align.errors import UserError
 from align.fingerprint import file_digest
 from align.handover.adapters import check_base, has_base
 from align.handover.faults import refuse
-from align.store import MARKER, RECORD, Store
+from align.outputs import RECORD
+from align.store import Store
+from align.store_mark import MARKER
 
 BASE_FIELDS = ("model", "policy")
 """Input fields that name the checkpoint which a training stage starts from."""

@@ -17,9 +17,11 @@ from align.commands.parsing import print_json
 from align.commands.run_page import STOPPED, Failure, first_missing, run_of, try_page
 from align.console import ConsoleListener, printable
 from align.errors import StageFailed, UserError
+from align.listener import Listener
 from align.opening import open_store
 from align.pipeline import Node, Pipeline
-from align.runner import Listener, Run, run_pipeline
+from align.preparing import RunOptions
+from align.runner import Run, run_pipeline
 from align.stop_request import Stopped
 from align.store import Store
 
@@ -142,22 +144,19 @@ def load(options: argparse.Namespace) -> Pipeline:
 def run(options: argparse.Namespace) -> int:
     """run the pipeline and write its report; finished stages are skipped, a killed one resumes"""
     pipeline = load(options)
-    how = {
-        "store": options.store, "only": options.only, "from_": options.from_, "rebuild": tuple(options.rebuild),
-        "strict": options.strict,
-    }  # fmt: skip
+    how = RunOptions(options.store, options.only, options.from_, tuple(options.rebuild), options.strict)
     if options.on == "slurm":
         from align.commands.run_on_slurm import run_on_slurm
 
-        return run_on_slurm(pipeline, detach=options.detach, json=options.json, **how)
+        return run_on_slurm(pipeline, how, detach=options.detach, json=options.json)
     if options.detach:
         raise UserError("--detach leaves a run to a queue that lives without this command: give --on slurm, too.")
     if options.on == "ray":
         from align.commands.run_on_ray import run_on_ray
 
-        return run_on_ray(pipeline, json=options.json, **how)
+        return run_on_ray(pipeline, how, json=options.json)
     try:
-        outcome = run_and_report(pipeline, quiet=options.json, **how)
+        outcome = run_and_report(pipeline, quiet=options.json, **vars(how))
     except KeyboardInterrupt:
         print("\nStopped; finished stages and checkpoints are kept. The same command continues.", file=sys.stderr)
         raise

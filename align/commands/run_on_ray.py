@@ -13,33 +13,23 @@ from align.commands.run import report_on, say_outcome
 from align.console import printable
 from align.errors import StageFailed
 from align.following import Following
-from align.opening import open_store
+from align.listener import Listener
 from align.pipeline import Pipeline
-from align.planning import stages_to_make
+from align.preparing import RunOptions, prepare_run
 from align.ray_cluster.tasks import RayQueue
-from align.runner import Listener, Run, prepare_run
+from align.runner import Run
 from align.stop_request import Stopped, StopRequest
 from align.store import JOBS, Store
 
 GOES_ON = "Finished stages and checkpoints are kept. The same command continues."
 
 
-def run_on_ray(
-    pipeline: Pipeline,
-    *,
-    json: bool,
-    store: str | Path | None,
-    only: str | None,
-    from_: str | None,
-    rebuild: tuple[str, ...],
-    strict: bool,
-) -> int:
+def run_on_ray(pipeline: Pipeline, options: RunOptions, *, json: bool) -> int:
     """Start what is to be made as tasks and follow it; the exit code. The tasks end with this command."""
-    opened = open_store(pipeline, store)
-    anew, warnings = prepare_run(pipeline, opened, only=only, from_=from_, rebuild=rebuild, strict=strict)
-    for message in warnings:
+    ready = prepare_run(pipeline, options)
+    opened = ready.store
+    for message in ready.warnings:
         print(f"! {printable(message)}", file=sys.stderr)
-    wanted = stages_to_make(pipeline, opened, only, anew)
     client.require_ray()
 
     def run(listener: Listener) -> Run:
@@ -50,9 +40,9 @@ def run_on_ray(
             queue = RayQueue(ray, pipeline, opened, _folder(opened, pipeline.name), stop=stop)
             reached = {node.name: {"kind": node.stage.kind, "key": node.key} for node in pipeline}
             opened.remember_run(pipeline.name, reached, pipeline.plain)
-            queue.start(wanted, anew)
+            queue.start(ready.wanted, ready.anew)
             try:
-                return Following(pipeline, opened, [node.name for node in wanted], queue, listener).follow()
+                return Following(pipeline, opened, [node.name for node in ready.wanted], queue, listener).follow()
             except StageFailed as error:
                 if stop.asked:
                     raise Stopped(f"stopped as asked. {GOES_ON}") from error

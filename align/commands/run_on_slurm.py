@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from align.commands.parsing import print_json
 from align.commands.run import report_on, say_outcome
 from align.console import printable
 from align.following import Following
-from align.opening import open_store
+from align.listener import Listener
 from align.pipeline import Pipeline
-from align.runner import Listener, Run
+from align.preparing import RunOptions
+from align.runner import Run
 from align.slurm.queue import SlurmQueue
 from align.slurm.submit import Submitted, submit_run
 
 
-def run_on_slurm(
-    pipeline: Pipeline,
-    *,
-    detach: bool,
-    json: bool,
-    store: str | Path | None,
-    only: str | None,
-    from_: str | None,
-    rebuild: tuple[str, ...],
-    strict: bool,
-) -> int:
+def run_on_slurm(pipeline: Pipeline, options: RunOptions, *, detach: bool, json: bool) -> int:
     """Submit what is to be made, and follow it unless ``detach``; the exit code."""
-    opened = open_store(pipeline, store)
-    submitted = submit_run(pipeline, opened, only=only, from_=from_, rebuild=rebuild, strict=strict)
+    submitted = submit_run(pipeline, options)
     for message in submitted.warnings:
         print(f"! {printable(message)}", file=sys.stderr)
     if detach:
@@ -40,7 +29,7 @@ def run_on_slurm(
         return Following(pipeline, submitted.store, submitted.places, SlurmQueue(submitted), listener).follow()
 
     try:
-        outcome = report_on(follow, pipeline, quiet=json, store=opened)
+        outcome = report_on(follow, pipeline, quiet=json, store=submitted.store)
     except KeyboardInterrupt:
         print(
             f"\nNo longer followed; its jobs go on. `align status {pipeline.name}` says how they are, the same command "

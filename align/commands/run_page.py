@@ -5,20 +5,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import FileLock
-
 from align import __version__
 from align.artifacts import Artifact, Kind
 from align.errors import UserError
 from align.fingerprint import digest, file_digest
+from align.locking import Lock
 from align.pipeline import Node, Pipeline
 from align.stage import find_stage, input_fields
 from align.stage_process import LOG, RESULT
@@ -139,7 +139,7 @@ def write_page(
     folder = folder or store.root / REPORTS / run.name
     folder.mkdir(parents=True, exist_ok=True)
     stamp = _stamp(run, artifacts, failure)
-    with FileLock(folder / ".lock"):
+    with _alone(folder, store):
         if not always and _read(folder / STAMP) == stamp and (folder / PAGE).is_file():
             return folder / PAGE
         (folder / STAMP).unlink(missing_ok=True)
@@ -160,6 +160,16 @@ def write_page(
         )
         (folder / STAMP).write_text(stamp, encoding="utf-8")
     return page
+
+
+@contextlib.contextmanager
+def _alone(folder: Path, store: Store) -> Iterator[None]:
+    """Nobody else, on whatever machine, writes the page meanwhile."""
+    hold = Lock(folder / ".locks", store.lease).acquire(lambda _: None, store.patience)
+    try:
+        yield
+    finally:
+        store.patience.keep_trying(hold.release)
 
 
 def _failed(run: RunOf, store: Store, failure: Failure, pending: list[str]) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from align.errors import StageFailed, UserError
 from align.stop_request import Stopped
 
 if TYPE_CHECKING:
+    from align.listener import Listener
     from align.pipeline import Pipeline
-    from align.runner import Listener
     from align.stop_request import StopRequest
     from align.store import Store
     from align.sweep.plan import Sweep
@@ -34,7 +34,6 @@ def run(options: argparse.Namespace) -> int:
     """try out a space over a pipeline's fields; unchanged stages are made once, an interrupted sweep goes on"""
     from align.commands.sweep_table import print_plan, print_trials
     from align.opening import open_store
-    from align.store import SWEEPS
     from align.sweep.config import load_sweep
     from align.sweep.plan import Sweep
     from align.sweep.study import Study
@@ -51,10 +50,7 @@ def run(options: argparse.Namespace) -> int:
     if options.detach and options.on != "slurm":
         raise UserError("--detach leaves a sweep to a queue that lives without this command: give --on slurm, too.")
     workers = _positive("--workers", config.workers if options.workers is None else options.workers)
-    study = Study.open(
-        store.root / SWEEPS / config.name, config, sweep.space, sweep.objectives, sweep.parts(),
-        fresh=options.fresh and options.worker is None,
-    )  # fmt: skip
+    study = Study.open(store, sweep, fresh=options.fresh and options.worker is None)
     if options.worker is not None:
         return _work_for(options, sweep, study, store)
     if options.retry:
@@ -127,7 +123,7 @@ def _shown(pipeline: Pipeline) -> Iterator[Listener]:
 
 @contextlib.contextmanager
 def _silent(pipeline: Pipeline) -> Iterator[Listener]:
-    from align.runner import Listener
+    from align.listener import Listener
 
     yield Listener()
 

@@ -19,7 +19,8 @@ from align.elsewhere import with_threads
 from align.errors import StageFailed, UserError
 from align.opening import Opening
 from align.stop_request import Stopped, StopRequest
-from align.store import MARKER, SWEEPS, Store
+from align.store import Store
+from align.store_mark import MARKER
 from align.sweep.config import SweepConfig
 from align.sweep.plan import Sweep
 from align.sweep.study import Study
@@ -91,8 +92,7 @@ def work_elsewhere(given: dict[str, Any]) -> str:
         sweep = Sweep.check(config, given["where"], given["assignments"])
         sweep = replace(sweep, base=with_threads(sweep.base, given["cores"]))
         store = opening.open()
-        folder = store.root / SWEEPS / config.name
-        study = Study.open(folder, config, sweep.space, sweep.objectives, sweep.parts())
+        study = Study.open(store, sweep)
         work_here(sweep, study, store, quiet=True, shown=False, stop=StopRequest())
     except (UserError, StageFailed) as error:
         return str(error)

@@ -26,7 +26,7 @@ from align.slurm.queue import SlurmQueue
 from align.slurm.script import sbatch_options, write_script
 from align.slurm.submission import Submission, submissions
 from align.stop_request import Stopped, StopRequest
-from align.store import SWEEPS, Store
+from align.store import Store
 from align.sweep.config import load_sweep
 from align.sweep.plan import Sweep
 from align.sweep.study import Study
@@ -145,8 +145,7 @@ def main(folder: Path) -> int:
             sweep = Sweep.check(config, about["where"], about["assignments"])
             stop.patience = SHARE_OF_GRACE * sweep.base.config.runtime.slurm.grace
             sweep = replace(sweep, base=with_threads(sweep.base, cores_of_job()))
-            folder = store.root / SWEEPS / config.name
-            study = Study.open(folder, config, sweep.space, sweep.objectives, sweep.parts())
+            study = Study.open(store, sweep)
             work_here(sweep, study, store, quiet=False, shown=False, stop=stop)
         except (UserError, StageFailed) as error:
             print(printable(str(error)), file=sys.stderr)

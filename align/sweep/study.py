@@ -1,34 +1,37 @@
-"""The one place that speaks to Optuna: what was tried, what to try next, who is behind.
+"""A sweep's trials as all its workers share them: what was tried, what to try next, who is behind.
 
-A study lies in a folder: Optuna's journal, and a lock for each trial that is being run. A trial whose lock nobody holds
-was interrupted; the next worker goes on with it under its own number. The sampler of each trial is seeded by the
-sweep's seed and the trial's number, so that a sweep that was interrupted asks for the same trials as one that was not:
-Optuna's own samplers would begin their random numbers anew. Left out: running a trial (``work.py``). Never imports
-torch.
+A study lies in a folder of the store: Optuna's journal (which has a lock of its own, a link that NFS makes once), and a
+lock for each trial that is being run. A trial whose lock nobody holds was interrupted, as is one whose holder was
+silent for the store's lease; the next worker, on whatever machine, goes on with it under its own number. The sampler
+of each trial is seeded by the sweep's seed and the trial's number, so that a sweep that was interrupted asks for the
+same trials as one that was not: Optuna's own samplers would begin their random numbers anew. This file and
+``optuna_words.py`` alone know Optuna. Left out: running a trial (``work.py``). Never imports torch.
 """
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import optuna
-from filelock import FileLock, Timeout
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from align.errors import UserError
-from align.sweep.config import PruneConfig, SweepConfig
-from align.sweep.objectives import Objective
-from align.sweep.space import Choice, Dimension, Draw, grid
+from align.locking import Hold, Lock, LockLost
+from align.store import SWEEPS, Store
+from align.sweep.optuna_words import distribution_of, handle_of, pruner_of, sampler_of, suggest
+from align.sweep.plan import Sweep
+from align.sweep.space import Draw, grid
+from align.whole_files import write_atomically
 
-JOURNAL, ABOUT = "journal.log", "sweep.json"
+JOURNAL, ABOUT, LOCKS = "journal.log", "sweep.json", "locks"
 DEFAULT_TRIALS = 20
 STATES = {
     TrialState.COMPLETE: "done", TrialState.PRUNED: "ended early", TrialState.FAIL: "failed",
@@ -56,47 +59,46 @@ class Trial:
     number: int
     draw: Draw
     resumed: bool
-    lock: FileLock
+    hold: Hold
     handle: optuna.Trial
+
+
+class TrialLost(Exception):
+    """Another worker has taken the trial over while this one was silent; what it came to is the other's to tell."""
 
 
 class Study:
     """A sweep's trials, shared by all its workers. Make one with :meth:`open`."""
 
-    def __init__(self, folder: Path, config: SweepConfig, space: list[Dimension], objectives: list[Objective]) -> None:
-        self.folder, self.config, self.space, self.objectives = folder, config, space, objectives
-        self.limit = config.trials or (len(grid(space, "")) if config.sampler == "grid" else DEFAULT_TRIALS)
-        self._ask_lock = FileLock(folder / "ask.lock")
+    def __init__(self, store: Store, sweep: Sweep) -> None:
+        config = sweep.config
+        self.store, self.config, self.space, self.objectives = store, config, sweep.space, sweep.objectives
+        self.folder = folder_of(store, sweep)
+        self.limit = config.trials or (len(grid(self.space, "")) if config.sampler == "grid" else DEFAULT_TRIALS)
+        self._locks: dict[int, Lock] = {}
+        """Of trials. Kept from look to look: only who has watched a lock can tell that its holder is silent."""
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._study = optuna.create_study(
-            storage=_storage(folder),
+            storage=_storage(self.folder),
             study_name=config.name,
-            directions=["maximize" if one.higher else "minimize" for one in objectives],
-            pruner=_pruner(config.prune),
+            directions=["maximize" if one.higher else "minimize" for one in self.objectives],
+            pruner=pruner_of(config.prune),
             load_if_exists=True,
         )
 
     @classmethod
-    def open(
-        cls,
-        folder: Path,
-        config: SweepConfig,
-        space: list[Dimension],
-        objectives: list[Objective],
-        parts: Mapping[str, Any],
-        *,
-        fresh: bool = False,
-    ) -> Study:
-        """The study in ``folder``, begun where there is none.
+    def open(cls, store: Store, sweep: Sweep, *, fresh: bool = False) -> Study:
+        """The sweep's study in ``store``, begun where there is none.
 
-        ``parts`` is what its trials have in common. A study of other parts is refused with ``UserError``, which says
-        which; with ``fresh`` it is put aside.
+        One whose trials have other parts in common is refused with ``UserError``, which says which; with ``fresh`` it
+        is put aside.
         """
+        config, parts, folder = sweep.config, json.loads(json.dumps(sweep.parts())), folder_of(store, sweep)
         folder.mkdir(parents=True, exist_ok=True)
         about = folder / ABOUT
-        with FileLock(folder / "open.lock"):
+        with _alone(store, folder):
             known = json.loads(about.read_text(encoding="utf-8")) if about.exists() else None
-            same = known == json.loads(json.dumps(parts))
+            same = known == parts
             if known is not None and (fresh or (not same and not _has_results(folder, config.name))):
                 number = next(at for at in range(1, 10**6) if not (folder / f"earlier-{at}").exists())
                 (folder / f"earlier-{number}").mkdir()
@@ -104,43 +106,62 @@ class Study:
                     if (folder / name).exists():
                         (folder / name).rename(folder / f"earlier-{number}" / name)
             if about.exists():
-                _compare(json.loads(about.read_text(encoding="utf-8")), json.loads(json.dumps(parts)), config.name)
+                _compare(json.loads(about.read_text(encoding="utf-8")), parts, config.name)
             else:
-                about.write_text(json.dumps(parts, indent=1), encoding="utf-8")
-            study = cls(folder, config, space, objectives)
+                write_atomically(about, parts)
+            study = cls(store, sweep)
             if config.sampler == "grid":
                 queued = sum(RETRY not in one.user_attrs for one in study._study.get_trials(deepcopy=False))
-                for draw in grid(space, "")[queued : study.limit]:
+                for draw in grid(study.space, "")[queued : study.limit]:
                     study._study.enqueue_trial(dict(draw))
         return study
 
     # ---- asking -------------------------------------------------------------------------------------------------
 
     def next(self) -> Trial | None:
-        """An interrupted trial to go on with, else a new one, else None: as many as wanted were begun."""
-        with self._ask_lock:
-            found = self._study.get_trials(deepcopy=False)
-            for one in found:
-                if one.state == TrialState.RUNNING and (lock := self._lock(one.number)) is not None:
-                    self._study.sampler = _sampler(self.config, one.number)
-                    handle = _handle(self._study, one)
-                    # what was drawn before comes again; what the interruption left undrawn is drawn now
-                    draw = {each.name: _suggest(handle, each) for each in self.space}
-                    return Trial(one.number, draw, True, lock, handle)
-            begun = [one for one in found if one.state != TrialState.WAITING]
-            if len(begun) - sum(RETRY in one.user_attrs for one in begun) >= self.limit and not _retries(found):
+        """An interrupted trial to go on with, else a new one, else None: as many as wanted were begun.
+
+        Before it is None, those that run on other machines are watched until each has shown that it lives.
+        """
+        while True:
+            with _alone(self.store, self.folder):
+                found = self._study.get_trials(deepcopy=False)
+                taken = self._interrupted(found) or self._new(found)
+            if taken is not None:
+                return taken
+            running = [one.number for one in found if one.state == TrialState.RUNNING]
+            if all(self._lock(number).holder_lives(self.store.patience) for number in running):
                 return None
-            self._study.sampler = _sampler(self.config, len(found))
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that a sampler is experimental
-                made = self._study.ask({one.name: _distribution(one) for one in self.space})
-            lock = self._lock(made.number)
-            assert lock is not None
-            return Trial(made.number, dict(made.params), False, lock, made)
+
+    def _interrupted(self, found: Sequence[FrozenTrial]) -> Trial | None:
+        for one in found:
+            if one.state != TrialState.RUNNING or (hold := self._take(one.number)) is None:
+                continue
+            if self._study.get_trials(deepcopy=False)[one.number].state != TrialState.RUNNING:  # told since that look
+                self._give_back(hold)
+                continue
+            self._study.sampler = sampler_of(self.config, one.number)
+            handle = handle_of(self._study, one)
+            # what was drawn before comes again; what the interruption left undrawn is drawn now
+            draw = {each.name: suggest(handle, each) for each in self.space}
+            return Trial(one.number, draw, True, hold, handle)
+        return None
+
+    def _new(self, found: Sequence[FrozenTrial]) -> Trial | None:
+        begun = [one for one in found if one.state != TrialState.WAITING]
+        if len(begun) - sum(RETRY in one.user_attrs for one in begun) >= self.limit and not _retries(found):
+            return None
+        self._study.sampler = sampler_of(self.config, len(found))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a sampler is experimental
+            made = self._study.ask({one.name: distribution_of(one) for one in self.space})
+        hold = self._take(made.number)
+        assert hold is not None
+        return Trial(made.number, dict(made.params), False, hold, made)
 
     def retry(self) -> int:
         """Put failed trials, each once, before the new ones; returns how many."""
-        with self._ask_lock:
+        with _alone(self.store, self.folder):
             found = self._study.get_trials(deepcopy=False)
             taken = {one.user_attrs.get(RETRY) for one in found}
             failed = [one for one in found if one.state == TrialState.FAIL and one.number not in taken]
@@ -148,13 +169,15 @@ class Study:
                 self._study.enqueue_trial(dict(one.params), user_attrs={RETRY: one.number})
         return len(failed)
 
-    def _lock(self, number: int) -> FileLock | None:
-        lock = FileLock(self.folder / f"trial-{number}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            return None
-        return lock
+    def _lock(self, number: int) -> Lock:
+        place = self.folder / LOCKS / f"trial-{number}"
+        return self._locks.setdefault(number, Lock(place, self.store.lease))
+
+    def _take(self, number: int) -> Hold | None:
+        return self.store.patience.keep_trying(self._lock(number).try_acquire)
+
+    def _give_back(self, hold: Hold) -> None:
+        self.store.patience.keep_trying(hold.release)
 
     # ---- telling ------------------------------------------------------------------------------------------------
 
@@ -172,13 +195,17 @@ class Study:
 
     def release(self, trial: Trial) -> None:
         """Leave the trial to whoever asks next."""
-        trial.lock.release()
+        self._give_back(trial.hold)
 
     def _tell(self, trial: Trial, state: TrialState, values: list[float] | None, notes: Mapping[str, Any]) -> None:
+        try:
+            self.store.patience.keep_trying(trial.hold.confirm)
+        except LockLost as lost:
+            raise TrialLost(str(lost)) from None
         for name, value in notes.items():
             trial.handle.set_user_attr(name, value)
         self._study.tell(trial.number, values, state)
-        trial.lock.release()
+        self._give_back(trial.hold)
 
     def behind(self, trial: Trial, step: int, value: float) -> bool:
         """Note a point of the curve that pruning goes by; whether the trial should end there.
@@ -215,6 +242,21 @@ class Study:
         return {name: one.params[name] for name in (each.name for each in self.space) if name in one.params}
 
 
+def folder_of(store: Store, sweep: Sweep) -> Path:
+    """Where a sweep's study lies."""
+    return store.root / SWEEPS / sweep.config.name
+
+
+@contextlib.contextmanager
+def _alone(store: Store, folder: Path) -> Iterator[None]:
+    """No other worker, on whatever machine, opens the study or asks it meanwhile."""
+    hold = Lock(folder / LOCKS / "ask", store.lease).acquire(lambda _: None, store.patience)
+    try:
+        yield
+    finally:
+        store.patience.keep_trying(hold.release)
+
+
 def _storage(folder: Path) -> JournalStorage:
     # absolute: the lock beside it is a link to it, and a link starts at its own folder
     return JournalStorage(JournalFileBackend(str((folder / JOURNAL).resolve())))
@@ -231,23 +273,8 @@ def _has_results(folder: Path, name: str) -> bool:
     return any(one.state.is_finished() for one in found)
 
 
-def _suggest(trial: optuna.Trial, one: Dimension) -> float | int | str:
-    kind = _distribution(one)
-    if isinstance(kind, optuna.distributions.CategoricalDistribution):
-        return str(trial.suggest_categorical(one.name, kind.choices))
-    if isinstance(kind, optuna.distributions.IntDistribution):
-        return trial.suggest_int(one.name, kind.low, kind.high, step=kind.step, log=kind.log)
-    assert isinstance(kind, optuna.distributions.FloatDistribution)
-    return trial.suggest_float(one.name, kind.low, kind.high, step=kind.step, log=kind.log)
-
-
 def _retries(found: Sequence[FrozenTrial]) -> bool:
     return any(one.state == TrialState.WAITING and RETRY in one.user_attrs for one in found)
-
-
-def _handle(study: optuna.Study, one: FrozenTrial) -> optuna.Trial:
-    """A trial that another process began, to go on with. Optuna has no public way to take one up."""
-    return optuna.Trial(study, one._trial_id)
 
 
 def _compare(old: Mapping[str, Any], new: Mapping[str, Any], name: str) -> None:
@@ -261,29 +288,4 @@ def _compare(old: Mapping[str, Any], new: Mapping[str, Any], name: str) -> None:
         )
 
 
-def _pruner(config: PruneConfig | None) -> optuna.pruners.BasePruner:
-    if config is None:
-        return optuna.pruners.NopPruner()
-    if config.method == "median":
-        return optuna.pruners.MedianPruner(n_startup_trials=2, n_warmup_steps=config.start)
-    return optuna.pruners.SuccessiveHalvingPruner(min_resource=config.start, reduction_factor=config.reduction)
-
-
-def _sampler(config: SweepConfig, number: int) -> optuna.samplers.BaseSampler:
-    seed = int.from_bytes(hashlib.sha256(f"{config.seed}/{number}".encode()).digest()[:4], "big")
-    if config.sampler == "tpe":
-        return optuna.samplers.TPESampler(seed=seed)
-    return optuna.samplers.RandomSampler(seed=seed)  # a grid's trials are queued beforehand
-
-
-def _distribution(one: Dimension) -> optuna.distributions.BaseDistribution:
-    if isinstance(one, Choice):
-        return optuna.distributions.CategoricalDistribution(list(one.options))
-    points = one.points() if one.step else None
-    high = float(points[-1]) if points else one.high  # Optuna wants the last step itself
-    if one.whole:
-        return optuna.distributions.IntDistribution(int(one.low), int(high), log=one.log, step=int(one.step or 1))
-    return optuna.distributions.FloatDistribution(float(one.low), float(high), log=one.log, step=one.step)
-
-
-__all__ = ["Study", "Trial", "Tried"]
+__all__ = ["Study", "Trial", "TrialLost", "Tried", "folder_of"]

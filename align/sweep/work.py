@@ -14,14 +14,15 @@ from typing import Any
 
 from align.artifacts import Artifact
 from align.errors import StageFailed, UserError
+from align.listener import Listener
 from align.pipeline import Node, Pipeline
-from align.runner import Listener, Run, run_pipeline
+from align.runner import Run, run_pipeline
 from align.stage_process import EVENTS
 from align.stop_request import Stopped, StopRequest
 from align.store import Store
 from align.sweep.objectives import NoNumber
 from align.sweep.plan import Sweep
-from align.sweep.study import Study, Trial
+from align.sweep.study import Study, Trial, TrialLost
 from align.validation import suggest
 
 Watching = Callable[[Pipeline], AbstractContextManager[Listener]]
@@ -122,9 +123,9 @@ def work(
     """Run trials until there are none left to run.
 
     ``watching`` gives the listener of a trial's run; ``told`` hears of a trial's beginning (``starts`` or ``resumes``)
-    and how it ended (``done``, ``failed``, ``ended early``). Raises ``UserError`` and ``StageFailed`` for what would
-    happen in every trial, and ``Stopped`` once ``stop`` is asked for; the trial is then left open, and the next call
-    goes on with it.
+    and how it ended (``done``, ``failed``, ``ended early``, or ``taken over`` by another worker). Raises ``UserError``
+    and ``StageFailed`` for what would happen in every trial, and ``Stopped`` once ``stop`` is asked for; the trial is
+    then left open, and the next call goes on with it.
     """
     while (trial := study.next()) is not None:
         told(trial, "resumes" if trial.resumed else "starts")
@@ -132,6 +133,8 @@ def work(
             if stop is not None and stop.asked:
                 raise Stopped("stopped as asked, between two trials.")
             how = _run_trial(sweep, study, store, watching, trial, stop)
+        except TrialLost:
+            how = "taken over"
         finally:
             study.release(trial)
         told(trial, how)

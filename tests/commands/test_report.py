@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -9,14 +10,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import webbrowser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from align.cli import main
+from align.commands.run_page import remembered, write_page
 from align.store import Store
 from tests import toy
 
@@ -176,6 +180,32 @@ def test_a_page_of_the_same_is_not_written_again(pipeline_file: Path, finished: 
     assert third > second
     assert main(["report", "toy", "--store", str(store)]) == 0
     assert page_of(store).stat().st_mtime_ns > third, "asked for, it is written anew"
+
+
+def test_one_page_is_written_by_one_at_a_time_on_whatever_machine(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)  # as on a file system that keeps such locks on each machine
+    inside: list[int] = []
+    most: list[int] = []
+
+    def write(artifacts: Any, folder: Any, page: Path, **_: Any) -> Path:
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.3)
+        inside.pop()
+        page.write_text("x")
+        return page
+
+    monkeypatch.setattr("align.report.page.write_report", write)
+    opened = Store.open(finished)
+    run = remembered("toy", opened.runs()["toy"])
+    writers = [threading.Thread(target=write_page, args=(run, opened)) for _ in range(3)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert most == [1, 1, 1]
 
 
 def test_the_garbage_collector_leaves_pages_alone(finished: Path, capsys: Said) -> None:

@@ -14,12 +14,12 @@ from align import ray_client as client
 from align.commands.sweep_on_ray import work_elsewhere
 from align.errors import StageFailed, UserError
 from align.following import Following
+from align.listener import Listener
 from align.machines import RayConfig
 from align.opening import Opening
 from align.pipeline import Pipeline
 from align.ray_cluster.tasks import RayQueue, Work, make_stage
 from align.remote import Remote
-from align.runner import Listener
 from align.store import Store
 from align.sweep.config import SweepConfig
 from tests import toy

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import multiprocessing
+import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,59 +57,96 @@ def test_answers_are_found_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 2, 40, 10_000])
-def test_a_half_written_last_line_is_cut_off_whatever_its_length(tmp_path: Path, cut: int) -> None:
+def test_a_half_written_last_line_is_not_there_whatever_its_length(tmp_path: Path, cut: int) -> None:
     first, second, third = _requests(3)
-    cache = RequestCache(tmp_path)
+    cache, path = RequestCache(tmp_path), tmp_path / "answers-1.jsonl"
     cache.put([(first, Answer("kept"))])
-    whole = cache.path.read_bytes()
     cache.put([(second, Answer("x" * 200_000)), (third, Answer("lost with it"))])
-    full = cache.path.read_bytes()
-    cache.path.write_bytes(full[:-cut])
+    path.write_bytes(path.read_bytes()[:-cut])
     again = RequestCache(tmp_path)
-    assert cache.path.read_bytes() == whole
+    assert again.unreadable == 0
     assert [one.key in again for one in (first, second, third)] == [True, False, False]
     again.put([(second, Answer("anew"))])
     assert RequestCache(tmp_path).get(second.key).answer.text == "anew"  # type: ignore[union-attr]
 
 
-def test_a_writer_that_dies_does_not_spoil_the_line_of_another(tmp_path: Path) -> None:
-    first, second, _ = _requests(3)
+def test_a_write_that_failed_half_way_does_not_spoil_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, third = _requests(3)
     cache = RequestCache(tmp_path)
-    with cache.path.open("ab") as file:  # another process, killed in the middle of its line
-        file.write(b'{"answers": [{"key"')
     cache.put([(first, Answer("a"))])
-    cache.put([(second, Answer("b"))])
+    real = os.pwrite
+
+    def full(handle: int, data: bytes, offset: int) -> int:  # a disk that takes half of it, and then no more
+        if offset > real_end:
+            raise OSError(errno.ENOSPC, "no space left on device")
+        return real(handle, data[: len(data) // 2], offset)
+
+    real_end = (tmp_path / "answers-1.jsonl").stat().st_size
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="no space"):
+        patched.setattr(os, "pwrite", full)
+        cache.put([(second, Answer("b" * 1000))])
+    cache.put([(third, Answer("c"))])
     again = RequestCache(tmp_path)
-    assert len(again) == 2 and again.unreadable == 0
+    assert [one.key in again for one in (first, second, third)] == [True, False, True]
+    assert again.unreadable == 0 and cache.get(third.key) == again.get(third.key)
+
+
+def test_the_file_that_earlier_versions_shared_is_read(tmp_path: Path) -> None:
+    first, second, _ = _requests(3)
+    RequestCache(tmp_path).put([(first, Answer("a"))])
+    (tmp_path / "answers-1.jsonl").rename(tmp_path / "answers.jsonl")
+    cache = RequestCache(tmp_path)
+    cache.put([(second, Answer("b"))])
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["answers-1.jsonl", "answers.jsonl"]
+    assert [answer.text for _, answer in RequestCache(tmp_path).asked()] == ["a", "b"]
 
 
 def test_lines_that_mean_nothing_are_counted_and_left(tmp_path: Path) -> None:
-    cache = RequestCache(tmp_path)
-    cache.put([(ONE, Answer("a"))])
-    line = json.loads(cache.path.read_text())
+    RequestCache(tmp_path).put([(ONE, Answer("a"))])
+    path = tmp_path / "answers-1.jsonl"
+    line = json.loads(path.read_text())
     line["answers"][0]["answer"]["surprise"] = 1
     bad = [b"\0\0\0\n", b"[]\n", b'{"answers": [{"key": "zz"}]}\n', json.dumps(line).encode() + b"\n"]
-    cache.path.write_bytes(b"".join(bad) + cache.path.read_bytes())
+    path.write_bytes(b"".join(bad) + path.read_bytes())
     again = RequestCache(tmp_path)
     assert again.unreadable == 4
     assert again.get(ONE.key).answer.text == "a"  # type: ignore[union-attr]
 
 
-def _fill(folder: Path, start: int) -> None:
+def test_no_file_is_written_by_two(tmp_path: Path) -> None:
+    caches = [RequestCache(tmp_path) for _ in range(2)]
+    for _ in range(2):
+        for request, cache in zip(_requests(2), caches, strict=True):
+            cache.put([(request, Answer(f"{request.sample}"))])
+    for sample, request in enumerate(_requests(2)):
+        assert request.key in (tmp_path / f"answers-{sample + 1}.jsonl").read_text()
+        assert len((tmp_path / f"answers-{sample + 1}.jsonl").read_text().splitlines()) == 2
+
+
+def _fill(folder: Path, start: int, together: Any) -> None:
+    fcntl.flock = lambda *_: None  # as on a file system that keeps such locks on each machine
+    together.wait()
     cache = RequestCache(folder)
-    for sample in range(start, start + 50):
-        cache.put([(replace(ONE, sample=sample), Answer(f"{sample} " * 300))])
+    for sample in range(start, start + 200):
+        request, answer = replace(ONE, sample=sample), Answer(f"{sample} " * 300)
+        cache.put([(request, answer)])
+        found = cache.get(request.key)
+        assert found is not None and found.answer == answer
 
 
-def test_two_processes_share_a_folder(tmp_path: Path) -> None:
+def test_processes_on_several_machines_share_a_folder(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=_fill, args=(tmp_path, start)) for start in (0, 50)]
+    together = context.Barrier(3)
+    workers = [context.Process(target=_fill, args=(tmp_path, start, together)) for start in (0, 200, 400)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
     cache = RequestCache(tmp_path)
-    assert (len(cache), cache.unreadable) == (100, 0)
+    assert (len(cache), cache.unreadable) == (600, 0)
     assert cache.get(replace(ONE, sample=77).key).answer.text == "77 " * 300  # type: ignore[union-attr]
 
 

@@ -19,7 +19,8 @@ from align.models.tuning.apply import apply_tuning
 from align.rollouts.engine import open_engine
 from align.rollouts.parity import ParityError, probe, trainer_logprobs
 from align.rollouts.protocol import Sampling
-from align.rollouts.vllm import VllmChanged, VllmEngine, install_sampler, model_runner, notice_steps
+from align.rollouts.vllm import VllmEngine
+from align.rollouts.vllm_insides import VllmChanged, install_sampler, model_runner, notice_steps
 from align.rollouts.weights import checkpoint_weights
 from align.runtime import EngineConfig, Runtime
 from align.tuning import LoraTuning

@@ -6,10 +6,12 @@ from pathlib import Path
 
 from align.bucket import Bucket
 from align.commands import sweep_on_slurm
+from align.listener import Listener
 from align.opening import Opening
 from align.pipeline import Pipeline
+from align.preparing import RunOptions
 from align.remote import Remote
-from align.runner import Listener, run_pipeline
+from align.runner import run_pipeline
 from align.slurm.submission import Submission
 from align.slurm.submit import submit_run
 from align.store import Store
@@ -26,7 +28,7 @@ def opened(folder: Path, address: str) -> Store:
 
 def test_what_jobs_make_goes_to_the_bucket_and_nothing_secret_into_their_folder(slurm: Slurm, address: str) -> None:
     store = opened(slurm.store, address)
-    submitted = submit_run(Pipeline(toy.pipeline(), base=slurm.folder), store)
+    submitted = submit_run(Pipeline(toy.pipeline(), base=slurm.folder), RunOptions(store))
     assert followed(submitted, Listener()).ran
     assert {record["stage"] for record in Remote(store, address).all()} == {"one", "two", "total"}
     folder = submitted.places["one"].folder
@@ -37,7 +39,7 @@ def test_what_jobs_make_goes_to_the_bucket_and_nothing_secret_into_their_folder(
 
 def test_jobs_fetch_what_another_machine_has_made_since_they_were_submitted(slurm: Slurm, address: str) -> None:
     (slurm.state / "held").touch()
-    submitted = submit_run(Pipeline(toy.pipeline(), base=slurm.folder), opened(slurm.store, address))
+    submitted = submit_run(Pipeline(toy.pipeline(), base=slurm.folder), RunOptions(opened(slurm.store, address)))
     made = run_pipeline(Pipeline(toy.pipeline()), store=opened(slurm.folder / "other machine", address))
     (slurm.state / "held").unlink()
     run = followed(submitted, Listener())

@@ -13,6 +13,7 @@ import pytest
 from align.errors import UserError
 from align.machines import SlurmConfig, seconds_of
 from align.pipeline import Pipeline
+from align.preparing import RunOptions
 from align.slurm import checks
 from align.slurm.checks import file_system
 from align.slurm.script import sbatch_options, write_script
@@ -26,7 +27,7 @@ from tests.slurm.conftest import Slurm
 def refused(on: Slurm, **runtime: object) -> str:
     """The error of submitting, which leaves nothing submitted."""
     with pytest.raises(UserError) as caught:
-        submit_run(Pipeline(toy.pipeline() | {"runtime": runtime}, "toy.yaml", base=on.folder), Store.open(on.store))
+        submit_run(Pipeline(toy.pipeline() | {"runtime": runtime}, "toy.yaml", base=on.folder), RunOptions(on.store))
     on.wait_until(lambda: all(job["state"] == "CANCELLED" for job in on.jobs().values()))
     return str(caught.value)
 
@@ -52,10 +53,10 @@ def test_a_store_that_no_node_sees_is_refused(slurm: Slurm, monkeypatch: pytest.
     assert "lies on a file system of this machine alone (ext4)" in said and "shared_store: true" in said
     submit_run(
         Pipeline(toy.pipeline() | {"runtime": {"slurm": {"shared_store": True}}}, base=slurm.folder),
-        Store.open(slurm.store),
+        RunOptions(slurm.store),
     )
     monkeypatch.setattr(checks, "file_system", lambda path: "nfs4")
-    submit_run(Pipeline(toy.pipeline() | {"seed": 9}, base=slurm.folder), Store.open(slurm.store))
+    submit_run(Pipeline(toy.pipeline() | {"seed": 9}, base=slurm.folder), RunOptions(slurm.store))
 
 
 def test_what_slurm_refuses_is_said_with_the_stage_and_nothing_stays_submitted(slurm: Slurm) -> None:
@@ -170,7 +171,7 @@ def test_a_signal_that_comes_before_python_can_hear_it_is_kept(tmp_path: Path) -
 def test_nothing_of_the_environment_is_in_scripts_or_records(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_TOKEN", "sesame-1234")
     (slurm.state / "held").touch()
-    submitted = submit_run(Pipeline(toy.pipeline(), base=slurm.folder), Store.open(slurm.store))
+    submitted = submit_run(Pipeline(toy.pipeline(), base=slurm.folder), RunOptions(slurm.store))
     for path in submitted.places["one"].folder.iterdir():
         assert "sesame-1234" not in path.read_text()
     assert "sesame-1234" not in (slurm.state / "calls").read_text()

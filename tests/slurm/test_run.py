@@ -17,8 +17,10 @@ import pytest
 from align import following
 from align.errors import StageFailed, UserError
 from align.following import Following
+from align.listener import Listener
 from align.pipeline import Node, Pipeline
-from align.runner import Listener, Run, run_pipeline
+from align.preparing import RunOptions
+from align.runner import Run, run_pipeline
 from align.slurm.queue import SlurmQueue
 from align.slurm.submission import submissions
 from align.slurm.submit import Submitted, call_off, submit_run
@@ -59,7 +61,7 @@ def followed(submitted: Submitted, listener: Listener) -> Run:
 def here(raw: dict[str, Any], slurm: Slurm, listener: Listener | None = None, **options: Any) -> Run:
     """Submit and follow in this process."""
     pipeline = Pipeline(raw, base=slurm.folder)
-    submitted = submit_run(pipeline, Store.open(slurm.store), **options)
+    submitted = submit_run(pipeline, RunOptions(slurm.store, **options))
     return followed(submitted, listener or Listener())
 
 
@@ -167,7 +169,7 @@ def test_a_job_that_is_asked_to_stop_saves_queues_itself_again_and_goes_on(slurm
 def test_a_job_called_off_while_it_stops_does_not_come_back(slurm: Slurm) -> None:
     pipeline = Pipeline(toy.pipeline(one={"steps": 400, "pause": 0.1, "stops": True}), base=slurm.folder)
     store = Store.open(slurm.store)
-    submit_run(pipeline, store)
+    submit_run(pipeline, RunOptions(store))
     slurm.wait_until(lambda: slurm.checkpoints() >= 2)
     (place,) = submissions(store, "toy")
     assert len(call_off([place])) in (2, 3)  # two may be done by now
@@ -187,7 +189,7 @@ def test_a_job_that_gets_nowhere_in_its_turns_is_given_up(slurm: Slurm) -> None:
     raw = toy.pipeline(one={"steps": 400, "pause": 60, "stops": True}) | {"runtime": {"slurm": {"grace": 10}}}
     raw["stages"] = {"one": raw["stages"]["one"]}
     pipeline = Pipeline(raw, base=slurm.folder)
-    submitted = submit_run(pipeline, Store.open(slurm.store))
+    submitted = submit_run(pipeline, RunOptions(slurm.store))
     place = submitted.places["one"]
     for turn in range(3):
         slurm.wait_until(lambda turn=turn: began(slurm) == turn + 1)
@@ -214,7 +216,7 @@ def test_rebuilding_replaces_what_is_there_once(slurm: Slurm) -> None:
 def test_a_pipeline_whose_files_have_changed_since_is_not_run_as_another(slurm: Slurm) -> None:
     (slurm.state / "held").touch()
     raw = toy.pipeline()
-    submitted = submit_run(Pipeline(raw, base=slurm.folder), Store.open(slurm.store))
+    submitted = submit_run(Pipeline(raw, base=slurm.folder), RunOptions(slurm.store))
     about = submitted.places["one"].folder / "submission.json"
     found = json.loads(about.read_text())
     found["raw"]["stages"]["one"]["number"] = 9
@@ -227,7 +229,7 @@ def test_a_pipeline_whose_files_have_changed_since_is_not_run_as_another(slurm: 
 def test_a_job_that_vanishes_without_a_word_is_noticed(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(following, "LATE_SECONDS", 0.5)
     (slurm.state / "held").touch()
-    submitted = submit_run(Pipeline(toy.pipeline(), base=slurm.folder), Store.open(slurm.store))
+    submitted = submit_run(Pipeline(toy.pipeline(), base=slurm.folder), RunOptions(slurm.store))
     monkeypatch.setattr("align.slurm.commands.jobs", lambda numbers: {})
     with pytest.raises(StageFailed, match=r"stage 'one' failed: its job is gone.*It left no log: does the machine it"):
         followed(submitted, Listener())
@@ -239,13 +241,13 @@ def test_a_controller_that_is_silent_is_waited_for_and_then_given_up(
 ) -> None:
     monkeypatch.setattr("align.slurm.commands.PAUSE", 0.05)
     (slurm.state / "held").touch()
-    submitted = submit_run(Pipeline(toy.pipeline(), base=slurm.folder), Store.open(slurm.store))
+    submitted = submit_run(Pipeline(toy.pipeline(), base=slurm.folder), RunOptions(slurm.store))
     (slurm.state / "silent").touch()
     monkeypatch.setattr(following, "SILENT_SECONDS", 1.0)
     with pytest.raises(StageFailed, match="Slurm has not answered for .* Unable to contact slurm controller"):
         followed(submitted, Listener())
     with pytest.raises(UserError, match="Slurm does not answer"):
-        submit_run(Pipeline(toy.pipeline(), base=slurm.folder), Store.open(slurm.store))
+        submit_run(Pipeline(toy.pipeline(), base=slurm.folder), RunOptions(slurm.store))
     (slurm.state / "silent").unlink()
     (slurm.state / "held").unlink()
     assert sorted(followed(submitted, Listener()).ran) == ["one", "total", "two"]

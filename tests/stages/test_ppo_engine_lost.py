@@ -21,11 +21,12 @@ from safetensors.torch import load_file
 
 from align.artifacts import Artifact
 from align.errors import StageFailed
+from align.listener import Listener
 from align.pipeline import Pipeline
 from align.planning import plan
 from align.ppo.stage_run import _saying_what_is_kept
 from align.rollouts.server_client import EngineLost
-from align.runner import Listener, run_pipeline
+from align.runner import run_pipeline
 from align.runtime import Runtime
 from align.stage import StageContext
 from align.stages.ppo import run as run_ppo

@@ -13,7 +13,8 @@ from pathlib import Path
 from align.models.loading import load_policy
 from align.models.reward import RewardModel
 from align.rollouts.engine import open_engine
-from align.rollouts.vllm import VllmEngine, model_runner, why_unusable
+from align.rollouts.vllm import VllmEngine, why_unusable
+from align.rollouts.vllm_insides import model_runner
 from align.rollouts.weights import checkpoint_weights
 from align.runtime import EngineConfig, Runtime
 from tests.rollouts.vllm_adapter_checks import difference

@@ -10,6 +10,7 @@ import yaml
 
 from align.artifacts import Kind
 from align.stage import Config, Stage, StageContext, stage_input
+from align.store import Store
 from align.sweep.config import load_sweep
 from align.sweep.plan import Sweep
 from align.sweep.study import Study
@@ -106,8 +107,8 @@ def check(folder: Path, raw: dict[str, Any] | None = None, **sweep: Any) -> Swee
     return Sweep.check(load_sweep(file), "sweep.yaml")
 
 
-def opened(sweep: Sweep, folder: Path, **options: Any) -> Study:
-    return Study.open(folder, sweep.config, sweep.space, sweep.objectives, sweep.parts(), **options)
+def opened(sweep: Sweep, folder: Path, lease: float | None = None, **options: Any) -> Study:
+    return Study.open(Store.open(folder, lease=lease), sweep, **options)
 
 
 __all__ = ["CARDS", "CURVE", "check", "opened", "pipeline", "toy", "write"]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,7 @@ import optuna
 import pytest
 
 from align.errors import UserError
-from align.sweep.study import Study, Trial
+from align.sweep.study import Study, Trial, TrialLost
 from tests.sweep import given
 
 SPACE: dict[str, Any] = {
@@ -62,12 +65,77 @@ def test_a_trial_that_nobody_runs_any_more_is_gone_on_with_under_its_number(tmp_
     other = given.opened(sweep, tmp_path / "s")
     second = other.next()
     assert second is not None and second.number == 1, "the first one is being run"
-    first.lock.release()  # as the end of its process does
+    first.hold.release()  # as the end of its process does
     again = other.next()
     assert again is not None and (again.number, again.draw, again.resumed) == (0, first.draw, True)
     other.done(again, [0.5])
     assert [one.state for one in study.tried()] == ["done", "unfinished"]
     assert study.tried()[0].values == [0.5]
+
+
+ELSEWHERE = """
+import fcntl, json, sys, time
+from pathlib import Path
+from align import locking
+from tests.sweep import given
+locking._machine = lambda: sys.argv[1]
+fcntl.flock = lambda *_: None  # as on a file system that keeps such locks on each machine
+folder, most = Path(sys.argv[2]), int(sys.argv[3])
+space = {"stages.ppo.height": [0.1 * n for n in range(8)]}
+sweep = given.check(folder / sys.argv[1], space=space, sampler="grid", trials=None)
+study = given.opened(sweep, folder / "store", lease=2.0)
+while most and (trial := study.next()) is not None:
+    print(trial.number, flush=True)
+    most -= 1
+    if most:
+        study.done(trial, [0.5])
+time.sleep(0 if most else 600)
+"""
+
+
+def elsewhere(folder: Path, machine: str, most: int) -> subprocess.Popen[str]:
+    """A worker on another machine, which says what trials it takes; it keeps the last of ``most`` for ever."""
+    (folder / machine).mkdir()
+    command = [sys.executable, "-c", ELSEWHERE, machine, str(folder), str(most)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def test_workers_on_several_machines_take_each_trial_once(tmp_path: Path) -> None:
+    workers = [elsewhere(tmp_path, machine, 99) for machine in ("a", "b", "c")]
+    taken = [number for worker in workers for number in worker.communicate(timeout=240)[0].split()]
+    assert [worker.returncode for worker in workers] == [0, 0, 0]
+    assert sorted(map(int, taken)) == list(range(8))
+
+
+def test_the_trial_of_a_machine_that_died_is_gone_on_with_once_it_was_silent(tmp_path: Path) -> None:
+    worker = elsewhere(tmp_path, "a", 8)
+    assert worker.stdout is not None
+    try:
+        assert [int(worker.stdout.readline()) for _ in range(8)] == list(range(8))
+        space = {"stages.ppo.height": [0.1 * n for n in range(8)]}
+        sweep = given.check(tmp_path, space=space, sampler="grid", trials=None)
+        study = given.opened(sweep, tmp_path / "store", lease=2.0)
+        assert study.next() is None, "the other shows that it lives"
+    finally:
+        worker.kill()
+        worker.wait()
+    found = study.next()
+    assert found is not None and (found.number, found.resumed) == (7, True)
+    study.done(found, [0.7])
+    assert study.next() is None and {one.state for one in study.tried()} == {"done"}
+
+
+def test_a_worker_whose_trial_was_taken_over_tells_nothing_of_it(tmp_path: Path) -> None:
+    sweep = given.check(tmp_path, space=SPACE, trials=1)
+    first, second = given.opened(sweep, tmp_path / "s"), given.opened(sweep, tmp_path / "s")
+    trial = first.next()
+    assert trial is not None
+    claim = trial.hold.claims
+    claim.make(trial.hold.number + 1, claim.read(trial.hold.number))  # as another does after this one's silence
+    with pytest.raises(TrialLost, match="was taken by process"):
+        first.done(trial, [0.9])
+    assert second.tried()[0].state == "unfinished"
 
 
 def test_a_trial_that_died_before_it_was_drawn_is_drawn_as_it_would_have_been(tmp_path: Path) -> None:
@@ -152,7 +220,7 @@ def test_another_sweep_of_the_same_name_is_refused_and_says_what_differs(tmp_pat
         with pytest.raises(UserError, match=part):
             given.opened(other, folder)
     fresh = given.opened(given.check(tmp_path, raw, space=SPACE, trials=2), folder, fresh=True)
-    assert fresh.tried() == [] and (folder / "earlier-1" / "journal.log").is_file()
+    assert fresh.tried() == [] and (folder / "sweeps" / "sw" / "earlier-1" / "journal.log").is_file()
 
 
 def test_a_sweep_of_which_nothing_is_done_may_change(tmp_path: Path) -> None:

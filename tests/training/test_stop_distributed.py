@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from align.listener import Listener
 from align.pipeline import Node
-from align.runner import Listener, run_pipeline
+from align.runner import run_pipeline
 from align.stop_request import Stopped, StopRequest
 from tests.training.test_distributed import WITHIN, pipeline
 

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import align.trackers
 from align.artifacts import Kind
+from align.cli import main
 from align.errors import UserError
 from align.pipeline import Pipeline
 from align.runner import run_pipeline
@@ -256,6 +257,17 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_starts(
     raw = toy.pipeline() | {"runtime": {"report_to": ["tensorboard", "wandb", "trackio"]}}
     with pytest.raises(UserError, match=r"report_to: wandb, trackio are not installed\. `pip install wandb trackio`"):
         run_pipeline(Pipeline(raw), store=tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("on", ["slurm", "ray"])
+def test_so_it_is_where_a_cluster_makes_the_stages(
+    on: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(align.trackers, "is_installed", lambda name: False)
+    (tmp_path / "p.yaml").write_text(json.dumps(toy.pipeline() | {"runtime": {"report_to": "wandb"}}))
+    assert main(["run", str(tmp_path / "p.yaml"), "--on", on, "--store", str(tmp_path / "store")]) == 2
+    assert "runtime.report_to: wandb is not installed." in capsys.readouterr().err
     assert not (tmp_path / "store").exists()
 
 

@@ -1,0 +1,77 @@
+"""What is looked at, fetched and chosen before a run begins, wherever its stages are then made. Never imports torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from align.errors import UserError
+from align.listener import Listener
+from align.opening import open_store
+from align.pipeline import Node, Pipeline
+from align.planning import check_sources, choose_stages, stages_to_make
+from align.sharing import bring
+from align.store import Store
+from align.trackers import require_trackers
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What of a pipeline is made, and where it is kept; the same for a run here and one on a cluster."""
+
+    store: str | Path | Store | None = None
+    """As of ``open_store``."""
+    only: str | None = None
+    """Make this one stage, whose inputs must be finished."""
+    from_: str | None = None
+    """Make this stage and all that depend on it anew."""
+    rebuild: tuple[str, ...] = ()
+    """Make these stages anew."""
+    strict: bool = False
+    """Refuse artifacts made by other source code under the same stage version."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that may begin."""
+
+    store: Store
+    anew: set[str]
+    """Stages that are made although an artifact is there."""
+    wanted: list[Node]
+    """Stages that are to be made, in order."""
+    warnings: list[str]
+
+
+def prepare_run(pipeline: Pipeline, options: RunOptions, listener: Listener | None = None) -> Prepared:
+    """Open the store, fetch what is finished in its remote, and choose what is made.
+
+    Raises ``UserError`` for what must stop a run before it starts.
+    """
+    listener = listener or Listener()
+    require_trackers(pipeline.config.runtime.report_to)  # before there is a store
+    store = open_store(pipeline, options.store)
+    store.patience.say = listener.warning
+    from_, rebuild = options.from_, options.rebuild
+    bring(pipeline, store, options.only, choose_stages(pipeline, store, None, from_, rebuild), listener.transfer)
+    anew = choose_stages(pipeline, store, options.only, from_, rebuild)
+    _refuse_damage(pipeline, store, anew)
+    warnings = check_sources(pipeline, store, options.strict)
+    return Prepared(store, anew, stages_to_make(pipeline, store, options.only, anew), warnings)
+
+
+def _refuse_damage(pipeline: Pipeline, store: Store, anew: set[str]) -> None:
+    """A damaged finished stage stops the run before anything starts."""
+    for node in pipeline:
+        if node.name in anew:
+            continue
+        artifact = store.find(node.stage.kind, node.key, node.name)
+        problems = store.problems(artifact, thorough=False) if artifact is not None else []
+        if problems:
+            raise UserError(
+                f"stage '{node.name}': {problems[0].path} {problems[0].what}. "
+                f"The artifact is corrupted; `--rebuild {node.name}` makes it again."
+            )
+
+
+__all__ = ["Prepared", "RunOptions", "prepare_run"]
