@@ -20,9 +20,8 @@ def test_a_killed_run_resumes_bit_for_bit(make_trainer, tmp_path, name):
     whole = make_trainer(tuning=tuning, reward=True, output_dir=str(tmp_path / "whole"), **FIELDS)
     whole.train()
     expected_weights, expected_logs = outcome(whole)
-    assert (
-        abs(expected_logs[0]["kl"]) < 1e-4 < max(entry["kl"] for entry in expected_logs)
-    )  # it starts at its reference
+    drift = [abs(entry["kl"]) for entry in expected_logs]  # an estimate, which may be below 0
+    assert drift[0] < 1e-4 < max(drift)  # it starts at its reference
     folder = tmp_path / "killed"
     first = make_trainer(tuning=tuning, reward=True, output_dir=str(folder), callbacks=[KillAt(8)], **FIELDS)
     with pytest.raises(Killed):
