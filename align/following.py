@@ -41,6 +41,8 @@ class Said:
     turn: int = 0
     """How often the job had been queued again before."""
     log: str | None = None
+    node: str = ""
+    """The cluster's own name of the machine, where it has one."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -86,6 +87,17 @@ def outcome(ray: Any, reference: Any) -> tuple[bool, Any, str]:
     except ray.exceptions.RayError as error:
         kind = type(error).__name__
         return True, None, f"its worker or its node died ({kind}), as often as it may be tried again"
+
+
+def own_node() -> str:
+    """Ray's name of the node that this task runs on; empty outside a task."""
+    ray: Any = sys.modules.get("ray")  # a task has it
+    return str(ray.get_runtime_context().get_node_id()) if ray is not None and ray.is_initialized() else ""
+
+
+def lives(ray: Any, node: str) -> bool:
+    """Whether Ray still counts on a node; on one without a name it does."""
+    return not node or any(one["NodeID"] == node and one["Alive"] for one in ray.nodes())
 
 
 def call_off(ray: Any, references: Sequence[Any]) -> None:

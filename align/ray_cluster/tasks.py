@@ -59,7 +59,7 @@ def make_stage(work: dict[str, Any], *after: str) -> str:
     if not (folder / MARKER).is_file():
         return f"failed: node {host} does not see the store {folder}; all nodes must, under the same path."
     os.chdir(given.base)
-    _say(given, Said("runs", host))
+    _say(given, Said("runs", host, node=client.own_node()))
     said = _made(given)
     _say(given, said)
     return said.status
@@ -118,6 +118,8 @@ class RayQueue:
     """Asks the stages under way to save and stop, and begins no other."""
     _replaces: dict[str, str] = field(default_factory=dict)
     _unheld: dict[str, float] = field(default_factory=dict)
+    _given_up: dict[str, Place] = field(default_factory=dict)
+    """Of stages called off here; Ray says of their tasks that they were cancelled."""
 
     def start(self, nodes: Iterable[Node], anew: set[str]) -> None:
         """Start a task for each of these stages, in the pipeline's order."""
@@ -154,6 +156,8 @@ class RayQueue:
         return places
 
     def _place(self, stage: str, left: Collection[str]) -> Place:
+        if stage in self._given_up:
+            return self._given_up[stage]
         over, status, why = client.outcome(self.ray, self.references[stage])
         if over:
             if status == "done":
@@ -166,7 +170,8 @@ class RayQueue:
         if any(name in left for name in self.pipeline.nodes[stage].input_names):
             return Place("waits", "waits for what it reads")
         said = self._note(stage)
-        if said is not None and said.status == "runs":
+        # of one whose node died, which has to begin anew, the note is still there
+        if said is not None and said.status == "runs" and client.lives(self.ray, said.node):
             return Place("runs", f"runs on {said.message}")
         return self._waiting(stage)
 
@@ -180,10 +185,11 @@ class RayQueue:
         since = self._unheld.setdefault(stage, time.monotonic())
         if time.monotonic() - since > block.wait:
             client.call_off(self.ray, [self.references[stage]])
-            return Place(
+            self._given_up[stage] = Place(
                 "over", f"no node of the Ray cluster has what it asks for ({needs})",
                 f"Start such a node, or change runtime.stages.{stage}.ray.",
             )  # fmt: skip
+            return self._given_up[stage]
         return Place("waits", f"waits: no node has what it asks for ({needs})")
 
     def _note(self, stage: str) -> Said | None:

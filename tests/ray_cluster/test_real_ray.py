@@ -208,7 +208,7 @@ def test_a_node_that_dies_in_mid_stage(runs: Runs, cluster: Any) -> None:
     cluster.remove_node(node, allow_graceful=False)
     said, _ = process.communicate(timeout=900)
     assert process.returncode == 1, said
-    assert "stage 'one' failed: no node of the Ray cluster has what it asks for" in said
+    assert "stage 'one' failed: no node of the Ray cluster has what it asks for" in said, said
     assert runs.record("two")["metrics"]["number"] == 2
     file = runs.pipeline({"one": {"resources": {"either": 1}}}, one={"steps": 40, "pause": 0.5})
     code, said = runs.align("run", file, "--on", "ray")

@@ -125,10 +125,20 @@ class NoNode:
         return [{"Alive": True, "Resources": {"CPU": 1.0}}, {"Alive": False, "Resources": {"CPU": 8.0, "a100": 1.0}}]
 
     def wait(self, references: list[Any], **_: Any) -> tuple[list[Any], list[Any]]:
-        return [], references
+        return (references, []) if self.cancelled else ([], references)
+
+    class exceptions:
+        class TaskCancelledError(Exception): ...
+
+        RayTaskError = RayError = TaskCancelledError
+
+    def get(self, reference: Any) -> Any:
+        raise self.exceptions.TaskCancelledError
 
     def cancel(self, reference: Any, force: bool) -> None:
-        pass
+        self.cancelled = True
+
+    cancelled = False
 
 
 def test_a_stage_that_no_node_could_hold_is_given_up_in_time(folder: Path) -> None:
@@ -139,4 +149,21 @@ def test_a_stage_that_no_node_could_hold_is_given_up_in_time(folder: Path) -> No
     pipeline = Pipeline({"name": "t", "runtime": runtime, "stages": {"one": toy.pipeline()["stages"]["one"]}})
     queue = RayQueue(NoNode(), pipeline, Store.open(folder / "store"), folder / "said", {"one": object()}, every=0)
     with pytest.raises(StageFailed, match=r"no node of the Ray cluster has what it asks for \(CPU 1, a100 1\)"):
+        Following(pipeline, queue.store, ["one"], queue, Listener()).follow()
+
+
+def test_a_stage_whose_node_died_is_not_taken_to_run(folder: Path) -> None:
+    """Its task has to begin anew, and there may be no node for it; what it said last is still in its file."""
+    nodes = [{"NodeID": "f00d", "Alive": True, "Resources": {"CPU": 1.0, "a100": 1.0}},
+             {"NodeID": "c0de", "Alive": True, "Resources": {"CPU": 1.0}}]  # fmt: skip
+    cluster = NoNode()
+    cluster.nodes = lambda: nodes  # type: ignore[method-assign]
+    runtime = {"stages": {"one": {"ray": {"resources": {"a100": 1}, "wait": 0}}}}
+    pipeline = Pipeline({"name": "t", "runtime": runtime, "stages": {"one": toy.pipeline()["stages"]["one"]}})
+    queue = RayQueue(cluster, pipeline, Store.open(folder / "store"), folder / "said", {"one": object()}, every=0)
+    note = {"status": "runs", "message": "host", "node": "f00d"}
+    (folder / "said" / "one.json").write_text(json.dumps(note))
+    assert queue.look(["one"])["one"].state == "runs"
+    nodes[0]["Alive"] = False
+    with pytest.raises(StageFailed, match="no node of the Ray cluster has what it asks for"):
         Following(pipeline, queue.store, ["one"], queue, Listener()).follow()
