@@ -31,6 +31,8 @@ from benchmarks.memory_run import RUNTIME, WIDE, Measurer
 from benchmarks.stage_work import FIELD, config_of
 
 SURROUNDINGS = {**ENVIRONMENT, "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", **os.environ}
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+"""For threads that load weights too: torch's setting is the main thread's alone, and a fork has none of its pool."""
 TOLERANCE = 0.15
 MIB = 2**20
 LORA, FULL = {"method": "lora"}, {"method": "full"}
@@ -67,7 +69,7 @@ def _trl(stage: str, tuning: dict[str, Any], length: int, micro: int) -> Configu
     return Configuration(stage, "embedded", length, fields | {"eval_rows": 4}, 4 * micro)
 
 
-def _ppo(model: str, tuning: dict[str, str], prompt: int, response: int, micro: int) -> Configuration:
+def _ppo(model: str, tuning: dict[str, Any], prompt: int, response: int, micro: int) -> Configuration:
     fields = {"tuning": tuning, "updates": 2, "rollout_batch": 8, "samples_per_prompt": 4, "micro_batch_size": micro}
     return Configuration("ppo", model, prompt, fields | {"max_prompt_tokens": prompt, "max_tokens": response})
 
@@ -132,8 +134,10 @@ def main() -> int:
     parser.add_argument("--only", default="", help="run those whose line contains this")
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
     options = parser.parse_args()
-    if any(name not in os.environ for name in ENVIRONMENT):  # glibc reads its part when a process starts
-        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.memory_plan", *sys.argv[1:]], SURROUNDINGS)
+    if any(name not in os.environ for name in ENVIRONMENT) or os.environ.get("OMP_NUM_THREADS") != "1":
+        # glibc and OpenMP read theirs when a process starts
+        command = [sys.executable, "-m", "benchmarks.memory_plan", *sys.argv[1:]]
+        os.execve(sys.executable, command, {**SURROUNDINGS, **ONE_THREAD})
     chosen = [one for one in CONFIGURATIONS if options.only in one.label]
     print("stage  tuning model   tokens x rows       counted  measured, MiB    off")
     results = []
