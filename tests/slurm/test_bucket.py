@@ -30,6 +30,7 @@ def test_what_jobs_make_goes_to_the_bucket_and_nothing_secret_into_their_folder(
     store = opened(slurm.store, address)
     submitted = submit_run(Pipeline(toy.pipeline(), base=slurm.folder), RunOptions(store))
     assert followed(submitted, Listener()).ran
+    slurm.wait_until(lambda: all(job["state"] == "COMPLETED" for job in slurm.jobs().values()))  # a job uploads last
     assert {record["stage"] for record in Remote(store, address).all()} == {"one", "two", "total"}
     folder = submitted.places["one"].folder
     assert Submission.read(folder).store == Opening.of(store)
