@@ -100,7 +100,7 @@ def make_trainer(work: dict[str, Any], method: str, engine: str, folder: str, re
     runtime = Runtime(device="cpu", engine=EngineConfig(name=engine))  # type: ignore[arg-type]
     use_threads(runtime)
     policy = load_policy(model)
-    reward = RewardModel(Path(work["reward"]), device="cpu", precision="bfloat16")
+    reward = RewardModel(Path(work["reward"]), device="cpu", precision="bfloat16", share_beginnings=True)
     longest = max(len(ids) for batch in work["prompts"] for ids in batch) + shape.tokens
     opened = open_engine(model, runtime, precision="bfloat16", max_length=longest, seed=shape.seed, warn=print)
     trainer = PPOTrainer(
@@ -133,6 +133,18 @@ def make_trainer(work: dict[str, Any], method: str, engine: str, folder: str, re
     return trainer
 
 
+def count_read(trainer: Any, read: list[int]) -> None:
+    """Have the tokens of each update that a model reads, what prompts have in common once a micro-batch, appended."""
+    measure = trainer.measure
+
+    def counted(rollout: Any, micro_batches: list[list[int]], keep: int = 0) -> Any:
+        packs = [rollout.pack(indices, trainer._pad_id, trainer.form) for indices in micro_batches]
+        read.append(sum(pack["input_ids"].numel() for pack in packs))
+        return measure(rollout, micro_batches, keep)
+
+    trainer.measure = counted
+
+
 def measure(work: dict[str, Any], method: str, engine: str, reuse_forward: float) -> dict[str, Any]:
     """Run all updates; seconds and tokens of each, peak memory in GiB, the model's size, the machine's matrix peak."""
     from transformers import TrainerCallback
@@ -152,16 +164,20 @@ def measure(work: dict[str, Any], method: str, engine: str, reuse_forward: float
                 ends.append(time.perf_counter())
                 logged.append(logs)
 
+    read: list[int] = []
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(work, method, engine, folder, reuse_forward)
+        count_read(trainer, read)
         trainer.add_callback(Updates())
         trainer.train()
         trainer.engine.close()
     if len(trainer.engine.counts) != len(logged):
         raise RuntimeError("align's trainer drew other prompts than the benchmark gives to trl")
     updates = [
-        {phase: logs[f"seconds_{phase}"] for phase in PHASES} | {"seconds": end - start} | counts
-        for logs, (start, end), counts in zip(logged, itertools.pairwise(ends), trainer.engine.counts, strict=True)
+        {phase: logs[f"seconds_{phase}"] for phase in PHASES} | {"seconds": end - start, "read_tokens": tokens} | counts
+        for logs, (start, end), tokens, counts in zip(
+            logged, itertools.pairwise(ends), read, trainer.engine.counts, strict=True
+        )
     ]
     base = trainer.model.policy if method == "full" else trainer.model.policy.get_base_model()
     parameters = {"all": sum(p.numel() for n, p in base.named_parameters() if "lora_" not in n)}

@@ -1,7 +1,8 @@
 """What ``ppo_vs_trl`` prints, out of what its runs measured: pure, and tested without trl.
 
 A *run* is what one process found: ``updates`` without those that warmed up (seconds by phase, the whole under
-``seconds``, real tokens), ``peak_gib`` and, of align, ``parameters`` and ``matrix_peak``.
+``seconds``, real tokens and, of align, how many a model reads: what all prompts of a micro-batch begin with counts
+once), ``peak_gib`` and, of align, ``parameters`` and ``matrix_peak``.
 """
 
 from __future__ import annotations
@@ -88,15 +89,16 @@ def efficiency(rounds: list[Round], method: str) -> dict[str, float]:
     runs = [one["align"] for one in rounds if "align" in one]
     peak = max(run["matrix_peak"] for run in runs)
     sizes = runs[0]["parameters"]
-    shares, needed, seconds = [], [], []
+    shares, needed, read, seconds = [], [], [], []
     for update in (update for run in runs for update in run["updates"]):
         spent = sum(update[name] for name in UPDATE)
         prompt, response = update["prompt_tokens"], update["response_tokens"]
         seconds.append(spent)
         shares.append(floor_flops(method, sizes["all"], prompt + response) / peak / spent)
+        read.append(floor_flops(method, sizes["all"], update["read_tokens"]) / peak / spent)
         needed.append(matrix_flops(method, sizes["all"], sizes["head"], prompt, response) / peak / spent)
-    found = {"share": statistics.median(shares), "share_needed": statistics.median(needed)}
-    return {"matrix_peak": peak, "update_phase": statistics.median(seconds)} | found
+    found = {"share": shares, "share_needed": needed, "share_read": read, "update_phase": seconds}
+    return {"matrix_peak": peak} | {name: statistics.median(values) for name, values in found.items()}
 
 
 def efficiency_lines(rounds: list[Round], method: str) -> list[str]:
@@ -107,7 +109,8 @@ def efficiency_lines(rounds: list[Round], method: str) -> list[str]:
         f"align's update phase ({', '.join(UPDATE)}) takes {found['update_phase']:.1f} s; {FLOPS[method]} FLOPs per "
         f"parameter and real token at {found['matrix_peak'] / 1e9:.0f} GFLOP/s (bf16, 2048 square) are {floor:.1f} s:",
         f"{found['share']:.0%} of the matrix peak; {found['share_needed']:.0%} counting only products that are needed "
-        "(no embedding, the head at response tokens)",
+        "(no embedding, the head at response tokens); "
+        f"{found['share_read']:.0%} counting once a micro-batch what all its prompts begin with, as it is read",
     ]
 
 

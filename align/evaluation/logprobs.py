@@ -14,8 +14,6 @@ from typing import Any
 
 BATCH_TOKENS = 2048
 """Tokens, padding included, in one forward pass."""
-TREE_TOKENS = 512
-"""Tokens of a prompt and the responses that are read behind it in one sequence."""
 HEAD_ROWS = 256
 """Positions whose logits are in float32 at a time."""
 
@@ -31,7 +29,7 @@ def response_logprobs(
 ) -> list[list[float]]:
     """Log-probability of each response token under ``softmax(logits / temperature)``, in nats; one list a response.
 
-    A prompt that several responses share is read once for as many of them as ``TREE_TOKENS`` allows, where the model
+    A prompt that several responses share is read once for as many of them as ``BATCH_TOKENS`` allows, where the model
     can (``align.models.ragged``): the choices of a question, samples of one prompt, chosen and rejected.
     """
     import torch
@@ -113,10 +111,7 @@ class _Tree:
 
 
 def _trees(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[_Tree]:
-    """Responses that share a prompt, at least two together.
-
-    Every token of a tree costs attention to all others, so one holds ``TREE_TOKENS`` at most.
-    """
+    """Responses that share a prompt, at least two together, ``BATCH_TOKENS`` with it at most."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for index, prompt in enumerate(prompts):
         if responses[index]:
@@ -126,7 +121,7 @@ def _trees(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]])
         members, length = [indices[0]], len(prompt) + len(responses[indices[0]]) - 1
         for index in indices[1:]:
             more = len(responses[index]) - 1
-            if length + more > TREE_TOKENS:
+            if length + more > BATCH_TOKENS:
                 found.append(_Tree(members, length))
                 members, length = [], len(prompt)
             members.append(index)
@@ -158,34 +153,30 @@ def _read_trees(
     """Fill ``found`` for the members of ``trees``: each response sees the prompt and itself, as if it stood alone."""
     import torch
 
-    from align.models.ragged import lay_out, to_device
+    from align.models.line import Line
+    from align.models.ragged import to_device
 
     device = next(model.parameters()).device
-    ids: list[int] = []
-    places: list[int] = []  # position of each token in its own sequence
-    segments: list[list[int]] = []
+    line = Line()
     keep: list[int] = []  # tokens from which something is predicted
     rows: list[int] = []  # for each response token, which of ``keep`` predicts it
     for tree in trees:
-        prompt = prompts[tree.members[0]]
-        last, segment = len(keep), [0] * len(prompt)
-        keep.append(len(ids) + len(prompt) - 1)
-        ids += prompt
-        places += range(len(prompt))
-        for number, index in enumerate(tree.members, 1):
+        prompt = line.add(prompts[tree.members[0]])
+        last = len(keep)
+        keep.append(len(line.tokens) - 1)
+        for index in tree.members:
             inputs = responses[index][:-1]
             rows += [last, *range(len(keep), len(keep) + len(inputs))]
-            keep += range(len(ids), len(ids) + len(inputs))
-            ids += inputs
-            places += range(len(prompt), len(prompt) + len(inputs))
-            segment += [number] * len(inputs)
-        segments.append(segment)
+            if inputs:
+                start = line.starts[line.add(inputs, prompt)]
+                keep += range(start, start + len(inputs))
+    batch = line.batch()
     logits = model(
-        input_ids=torch.tensor([ids], device=device),
+        input_ids=batch["input_ids"].to(device),
         attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),  # as ragged.hidden_states
-        position_ids=torch.tensor([places], device=device),
+        position_ids=batch["position_ids"].to(device),
         use_cache=False,
-        layout=to_device(lay_out([tree.length for tree in trees], segments), device),
+        layout=to_device(batch["layout"], device),
         logits_to_keep=torch.tensor(keep, device=device),
     ).logits[0]  # (N, V)
     members = [index for tree in trees for index in tree.members]

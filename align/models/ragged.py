@@ -4,11 +4,13 @@ Everything but attention looks at one token at a time, so it can run over (1, N)
 sequences into a few right-padded groups of like length, and gives its results back to their places. It is an attention
 function of transformers' own registry, so any model that takes its attention from there can be run this way. On a CPU
 short sequences take the products of matrices as they are written: torch's flash kernel there needs 2 to 4 times as long
-up to a few hundred tokens, backwards above all. Left out: sliding windows, linear attention, caches.
+up to a few hundred tokens, backwards above all. What several sequences begin with may stand there once (``Line``): each
+goes on from it, and looks at its keys and values. Left out: sliding windows, linear attention, caches.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,60 +24,88 @@ GROUP = 8
 """Sequences of a group at most; a sequence much shorter than the longest of its group starts a new one."""
 
 Layout = dict[str, Any]
-"""``gather`` (M,): for each place of the groups, the token in it, or N where it is padding; ``inverse`` (N,): the place
-of each token; ``shapes``: (sequences, length) of each group; ``masks``: (S, 1, L, L) or (1, 1, L, L) bool of each, True
-where a query may look."""
+"""``gather`` (M,): for each place of the groups, the token that asks there, or N where it is padding; ``inverse`` (N,):
+the place of each token; ``shapes``: (pieces, queries, keys) of each group; ``masks``: (S, 1, Q, K) or (1, 1, Q, K) bool
+of each, True where a query may look. Where pieces go on from others, ``keys`` (K,) are the tokens that are looked at,
+``own`` (N,) each token's place among them as part of its own piece, and ``again`` the (place, token, count) of those
+that stand there once more, for a piece that goes on from theirs."""
 
 
-def lay_out(lengths: Sequence[int], segments: Sequence[Sequence[int]] | None = None) -> Layout:
-    """Groups for sequences of these lengths that follow one another.
+def lay_out(lengths: Sequence[int], parents: Sequence[int | None] | None = None) -> Layout:
+    """Groups for pieces of these lengths that follow one another. Causal.
 
-    Causal; ``segments[i]`` further names the part each token of sequence i belongs to: it sees part 0 and its own.
+    ``parents[i]``, an earlier piece, is what piece i goes on from: it sees that one and all that one goes on from. Two
+    pieces that go on from the same see nothing of each other.
     """
-    starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    starts = [0, *itertools.accumulate(lengths)]
     total = starts[-1]
+    before = _before(parents or [None] * len(lengths))
+    seen = [sum(lengths[i] for i in path) for path in before]
     gather, inverse = [], torch.empty(total, dtype=torch.long)
+    keys, own, again = [], torch.empty(total, dtype=torch.long), []
     shapes, masks = [], []
-    place = 0
-    for members in _groups(lengths):
-        length = lengths[members[0]]
-        parts = torch.full((len(members), length), -1)
-        for at, member in enumerate(members):
+    place = of_keys = 0
+    for members in _groups(lengths, seen):
+        length, width = lengths[members[0]], max(seen[member] for member in members)
+        for member in members:
             size, start = lengths[member], starts[member]
-            tokens = torch.full((length,), total)
+            tokens, more = torch.full((length,), total), torch.full((width,), total)
             tokens[:size] = torch.arange(start, start + size)
-            gather.append(tokens)
             inverse[start : start + size] = torch.arange(place, place + size)
+            own[start : start + size] = torch.arange(of_keys, of_keys + size)
+            at = 0
+            for i in before[member]:
+                more[at : at + lengths[i]] = torch.arange(starts[i], starts[i + 1])
+                again.append((of_keys + length + at, starts[i], lengths[i]))
+                at += lengths[i]
+            gather.append(tokens)
+            keys += [tokens, more]
             place += length
-            if segments is not None:
-                parts[at, :size] = torch.tensor(segments[member])
-        shapes.append((len(members), length))
-        masks.append(_visible(length, parts if segments is not None else None))
-    return {"gather": torch.cat(gather), "inverse": inverse, "shapes": shapes, "masks": masks}
+            of_keys += length + width
+        shapes.append((len(members), length, length + width))
+        masks.append(_visible(length, [seen[member] for member in members]))
+    layout: Layout = {"gather": torch.cat(gather), "inverse": inverse, "shapes": shapes, "masks": masks}
+    return layout | ({"keys": torch.cat(keys), "own": own, "again": again} if again else {})
 
 
-def _groups(lengths: Sequence[int]) -> list[list[int]]:
-    """Sequences by falling length, in groups whose padding is a fifth of the longest at most."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+def _before(parents: Sequence[int | None]) -> list[list[int]]:
+    """The pieces that each goes on from, the first of all first."""
+    found: list[list[int]] = []
+    for parent in parents:
+        found.append([] if parent is None else [*found[parent], parent])
+    return found
+
+
+def _groups(lengths: Sequence[int], seen: Sequence[int]) -> list[list[int]]:
+    """Pieces by falling length, in groups whose padding is a fifth of the longest at most, before them too."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], -seen[i]))
     groups: list[list[int]] = []
     for i in order:
-        if groups and len(groups[-1]) < GROUP and lengths[i] >= 0.8 * lengths[groups[-1][0]]:
+        first = groups[-1][0] if groups and len(groups[-1]) < GROUP else None
+        if first is not None and lengths[i] >= 0.8 * lengths[first] and _alike(seen[i], seen[first]):
             groups[-1].append(i)
         else:
             groups.append([i])
     return groups
 
 
-def _visible(length: int, parts: torch.Tensor | None) -> torch.Tensor:
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    if parts is None:
-        return causal[None, None]
-    return (causal & ((parts[:, None, :] == 0) | (parts[:, None, :] == parts[:, :, None])))[:, None]
+def _alike(one: int, other: int) -> bool:
+    return min(one, other) >= 0.8 * max(one, other)
+
+
+def _visible(length: int, seen: Sequence[int]) -> torch.Tensor:
+    """A piece's own tokens in their order, and behind them all of those it goes on from."""
+    causal = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+    width = max(seen)
+    if min(seen) == width:
+        return torch.cat([causal, causal.new_ones(1, 1, length, width)], dim=-1)
+    more = torch.arange(width) < torch.tensor(seen)[:, None]  # (S, W)
+    return torch.cat([causal.expand(len(seen), -1, -1, -1), more[:, None, None].expand(-1, 1, length, -1)], dim=-1)
 
 
 def to_device(layout: Layout, device: Any) -> Layout:
     """The layout with its tensors on ``device``."""
-    moved = {name: layout[name].to(device) for name in ("gather", "inverse")}
+    moved = {name: layout[name].to(device) for name in ("gather", "inverse", "keys", "own") if name in layout}
     return layout | moved | {"masks": [mask.to(device) for mask in layout["masks"]]}
 
 
@@ -141,23 +171,30 @@ def ragged_attention(
             f"{type(module).__name__} asks for {unknown[0]}, which ragged rows lack; set padding_free off"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    rows = [_TakeRows.apply(tensor[0].transpose(0, 1), layout["gather"]) for tensor in (query, key, value)]  # (M, h, D)
-    results, start = [], 0
-    for (count, length), mask in zip(layout["shapes"], layout["masks"], strict=True):
-        part = slice(start, start + count * length)
-        q, k, v = (tensor[part].unflatten(0, (count, length)).transpose(1, 2) for tensor in rows)  # (S, h, L, D)
+    queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (N, h, D)
+    queries = _TakeRows.apply(queries, layout["gather"])  # (M, h, D)
+    if "keys" in layout:
+        keys, values = (
+            _TakeKeys.apply(rows, layout["keys"], layout["own"], layout["again"]) for rows in (keys, values)
+        )
+    else:
+        keys, values = (_TakeRows.apply(rows, layout["gather"]) for rows in (keys, values))
+    results, at, of_keys = [], 0, 0
+    for (count, asking, seen), mask in zip(layout["shapes"], layout["masks"], strict=True):
+        part, of_part = slice(at, at := at + count * asking), slice(of_keys, of_keys := of_keys + count * seen)
+        q = queries[part].unflatten(0, (count, asking)).transpose(1, 2)  # (S, h, Q, D)
+        k, v = (rows[of_part].unflatten(0, (count, seen)).transpose(1, 2) for rows in (keys, values))  # (S, h, K, D)
         results.append(_attend(q, k, v, mask, scale).transpose(1, 2).flatten(0, 1))
-        start = part.stop
     return _TakeRows.apply(torch.cat(results), layout["inverse"])[None], None
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
     times = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(times, dim=1), v.repeat_interleave(times, dim=1)
-    if q.device.type == "cpu" and q.shape[2] <= SHORT:
+    if q.device.type == "cpu" and k.shape[2] <= SHORT:
         short: torch.Tensor = _ShortAttention.apply(q, k, v, mask, scale)
         return short
-    if mask.shape[0] == 1:
+    if q.shape[2] == k.shape[2]:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
@@ -179,8 +216,31 @@ class _TakeRows(torch.autograd.Function):
         return rows[: ctx.count], None
 
 
+class _TakeKeys(torch.autograd.Function):
+    """``rows[index]``, where a row may be named by its own piece and again by those that go on from it.
+
+    Its gradient is their sum, in float32: a beginning that many share would lose the last of it in bfloat16.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, rows: torch.Tensor, index: torch.Tensor, own: torch.Tensor, again: list[tuple[int, int, int]]
+    ) -> torch.Tensor:
+        ctx.save_for_backward(own)
+        ctx.again = again
+        return rows[index.clamp(max=len(rows) - 1)]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        (own,) = ctx.saved_tensors
+        rows = grad[own].float()
+        for place, token, count in ctx.again:  # whole slices: index_add_ on a CPU goes row by row
+            rows[token : token + count] += grad[place : place + count]
+        return rows.to(grad.dtype), None, None, None
+
+
 class _ShortAttention(torch.autograd.Function):
-    """softmax(q k^T scale) v of (S, h, L, D); weights are made again in the backward pass rather than kept."""
+    """softmax(q k^T scale) v of (S, h, Q or K, D); weights are made again in the backward pass rather than kept."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -205,7 +265,7 @@ class _ShortAttention(torch.autograd.Function):
 
 
 def _weights(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
-    """(S, h, L, L) float32."""
+    """(S, h, Q, K) float32."""
     scores = (q @ k.transpose(-1, -2)).float().mul_(scale)
     return torch.softmax(scores.masked_fill_(~mask, float("-inf")), dim=-1)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,10 @@ from typing import Any
 import torch
 
 from align.models.inference import SCORED_AT_ONCE
+from align.models.line import Line, in_common
 from align.models.loading import load_reward, load_tokenizer
 from align.models.precision import Precision, autocast, round_frozen
-from align.models.ragged import can_run_ragged, hidden_states, lay_out, run_ragged, to_device
+from align.models.ragged import can_run_ragged, hidden_states, run_ragged, to_device
 from align.models.render import Message, render_conversation
 from align.models.steps import Steps, combined, step_ends
 
@@ -24,14 +24,24 @@ class RewardModel:
     """One score per response, read at the last token of the conversation, as the reward model was trained."""
 
     def __init__(
-        self, model_dir: Path, device: Any = "cpu", precision: Precision = "bfloat16", batch_size: int = SCORED_AT_ONCE
+        self,
+        model_dir: Path,
+        device: Any = "cpu",
+        precision: Precision = "bfloat16",
+        batch_size: int = SCORED_AT_ONCE,
+        share_beginnings: bool = False,
     ) -> None:
-        """Load the model. Raises ``UserError`` for a checkpoint without a score head."""
+        """Load the model. Raises ``UserError`` for a checkpoint without a score head.
+
+        With ``share_beginnings`` what all conversations of a batch begin with is read once. Rounding then depends on
+        which others are in the batch, so that the same answer may get another score in the next call.
+        """
         self.tokenizer = load_tokenizer(model_dir)
         self.model = load_reward(model_dir).to(device).requires_grad_(False)
         self.device = torch.device(device)
         self.precision = precision
         self.batch_size = batch_size
+        self.share_beginnings = share_beginnings
         self._steps = Steps.read(model_dir)
         self._ragged = can_run_ragged(self.model)
         if self._ragged:
@@ -88,16 +98,19 @@ class RewardModel:
 
     @torch.inference_mode()
     def score_places(self, rows: list[list[int]], places: list[list[int]]) -> list[list[float]]:
-        """Scores at some tokens of each row, in the order given; rows of like length are read together."""
-        scores: list[list[float]] = [[] for _ in rows]
-        order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
+        """Scores at some tokens of each row, in the order given; rows of like length are read together.
+
+        Of equal rows one is read, so that they tie.
+        """
+        asked = [(tuple(row), tuple(own)) for row, own in zip(rows, places, strict=True)]
+        scores: dict[tuple[tuple[int, ...], tuple[int, ...]], list[float]] = {}
+        order = sorted(dict.fromkeys(asked), key=lambda one: -len(one[0]))
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
-            wanted = [places[index] for index in batch]
-            values = iter(self._forward([rows[index] for index in batch], wanted))
-            for index in batch:
-                scores[index] = [next(values) for _ in places[index]]
-        return scores
+            values = iter(self._forward([list(row) for row, _ in batch], [list(own) for _, own in batch]))
+            for one in batch:
+                scores[one] = [next(values) for _ in one[1]]
+        return [list(scores[one]) for one in asked]
 
     def _forward(self, rows: list[list[int]], places: list[list[int]]) -> list[float]:
         with autocast(self.device, self.precision):
@@ -107,14 +120,17 @@ class RewardModel:
         return values
 
     def _ragged_states(self, rows: list[list[int]], wanted: list[list[int]]) -> torch.Tensor:
-        ids = torch.tensor([[token for row in rows for token in row]], device=self.device)
-        places = torch.tensor([[place for row in rows for place in range(len(row))]], device=self.device)
-        lengths = [len(row) for row in rows]
-        layout = to_device(lay_out(lengths), self.device)
+        line, shared = Line(), in_common(rows) if self.share_beginnings else 0
+        beginning = line.add(rows[0][:shared]) if shared else None
+        at = []
+        for row, own in zip(rows, wanted, strict=True):
+            start = line.starts[line.add(row[shared:], beginning)] - shared
+            at += [place if place < shared else start + place for place in own]
+        batch = line.batch()
+        ids, places = batch["input_ids"].to(self.device), batch["position_ids"].to(self.device)
         trunk = getattr(self.model, self.model.base_model_prefix)
-        starts = itertools.accumulate([0, *lengths[:-1]])
-        at = [start + place for start, own in zip(starts, wanted, strict=True) for place in own]
-        return hidden_states(trunk, ids, places, layout)[torch.tensor(at, device=self.device)]
+        states = hidden_states(trunk, ids, places, to_device(batch["layout"], self.device))
+        return states[torch.tensor(at, device=self.device)]
 
     def _padded_states(self, rows: list[list[int]], wanted: list[list[int]]) -> torch.Tensor:
         """Right-padded, so that positions need no shift and padding is never attended to."""

@@ -70,7 +70,10 @@ class RolloutArguments(TrainingArguments):
     )
     padding_free: bool = field(default=True, metadata={"help": "Run real tokens only, where the model allows."})
     share_prompts: bool = field(
-        default=True, metadata={"help": "Run a prompt once for its responses; padding-free only."}
+        default=True,
+        metadata={
+            "help": "Run once what several prompts begin with, and a prompt for all its responses; padding-free only."
+        },
     )
     probe_parity: bool = field(
         default=True, metadata={"help": "Compare engine and trainer at start and after resuming."}

@@ -1,10 +1,10 @@
 """From ragged token lists to the tensors of one micro-batch, and which responses go into which.
 
 ``ragged``: rows stand end to end in one line of tokens, without padding (``align.models.ragged``). ``shared``: so they
-do, and responses to the same prompt share it: ``prompt, response 1, response 2, ...`` is one row, in which a response
-attends to the prompt and to itself; with n samples per prompt that saves n - 1 passes over the prompt. ``padded``: for
-models that cannot do that, one right-padded row per response; causal, so padding is never attended to. The form changes
-no number beyond rounding.
+do, and what is the same stands there once: the prompt of several responses to it, and the tokens that all prompts begin
+with, such as a template's system message. A response attends to its prompt and to itself; with n samples per prompt
+that saves n - 1 passes over the prompt. ``padded``: for models that cannot do that, one right-padded row per response;
+causal, so padding is never attended to. The form changes no number beyond rounding.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from align.models.ragged import lay_out
+from align.models.line import Line, in_common
 from align.ppo.masking import response_mask
 
 Form = Literal["shared", "ragged", "padded"]
@@ -28,39 +28,43 @@ TokenLists = Sequence[Sequence[int]]
 
 def pack(prompts: TokenLists, responses: TokenLists, groups: Sequence[int], pad_id: int, form: Form) -> Batch:
     """Tensors of a micro-batch of B responses; ``groups[i]`` is equal for responses whose prompt is the same."""
-    members = _rows(groups, form == "shared")
-    rows = [[*prompts[row[0]], *(token for i in row for token in responses[i])] for row in members]
-    longest, width = max(map(len, rows)), max(map(len, responses))
+    ends = torch.zeros(len(responses), dtype=torch.long)  # where the state before a response is: its prompt's end
+    starts = torch.zeros(len(responses), dtype=torch.long)
+    if form == "padded":
+        rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
+        longest = max(map(len, rows))
+        made: Batch = {"input_ids": torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in rows])}
+        starts += torch.tensor([i * longest + len(prompt) for i, prompt in enumerate(prompts)])
+        ends += starts - 1
+    else:
+        line = Line()
+        _fill(line, prompts, responses, _rows(groups, form == "shared"), form == "shared", starts, ends)
+        made = line.batch()
+    width = max(map(len, responses))
     positions = torch.zeros(len(responses), width + 1, dtype=torch.long)
     targets = torch.zeros(len(responses), width, dtype=torch.long)
-    places: list[list[int]] = []  # of each row's tokens, within its sequence
-    parts: list[list[int]] = []  # 0 for the prompt, k for the row's k-th response
-    offset = 0
-    for r, row in enumerate(members):
-        start = prompt = len(prompts[row[0]])
-        places.append(list(range(prompt)))
-        parts.append([0] * prompt)
-        for k, i in enumerate(row, start=1):
-            size = len(responses[i])
-            places[r] += range(prompt, prompt + size)
-            parts[r] += [k] * size
-            positions[i, 0] = offset + prompt - 1  # the state before the first token is the end of the prompt
-            positions[i, 1 : size + 1] = offset + torch.arange(start, start + size)
-            targets[i, :size] = torch.tensor(responses[i])
-            start += size
-        offset += longest if form == "padded" else len(rows[r])
-    batch: Batch = {
-        "positions": positions,
-        "targets": targets,
-        "response_mask": response_mask([len(response) for response in responses]),
-    }
-    if form == "padded":
-        return batch | {"input_ids": torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in rows])}
-    return batch | {
-        "input_ids": torch.tensor([[token for row in rows for token in row]]),
-        "position_ids": torch.tensor([[place for row in places for place in row]]),
-        "layout": lay_out([len(row) for row in rows], parts if len(members) < len(responses) else None),
-    }
+    for i, response in enumerate(responses):
+        positions[i, 0] = ends[i]
+        positions[i, 1 : len(response) + 1] = starts[i] + torch.arange(len(response))
+        targets[i, : len(response)] = torch.tensor(response)
+    mask = response_mask([len(response) for response in responses])
+    return {"positions": positions, "targets": targets, "response_mask": mask, **made}
+
+
+def _fill(
+    line: Line, prompts: TokenLists, responses: TokenLists, rows: list[list[int]], share: bool,
+    starts: torch.Tensor, ends: torch.Tensor,
+) -> None:  # fmt: skip
+    """Put the rows into the line, and where each response starts and its prompt ends into ``starts`` and ``ends``."""
+    shared = in_common([prompts[row[0]] for row in rows]) if share else 0
+    beginning = line.add(prompts[rows[0][0]][:shared]) if shared else None
+    for row in rows:
+        own = prompts[row[0]][shared:]
+        alone = [*own, *responses[row[0]]] if len(row) == 1 else own
+        prompt = line.add(alone, beginning)
+        for i in row:
+            ends[i] = line.starts[prompt] + len(own) - 1
+            starts[i] = ends[i] + 1 if len(row) == 1 else line.starts[line.add(responses[i], prompt)]
 
 
 def _rows(groups: Sequence[int], share: bool) -> list[list[int]]:

@@ -233,7 +233,7 @@ def _reward_models(context: StageContext) -> list[RewardModel]:
     given = context.inputs["reward"] or []
     device = device_of(context.runtime)
     return [
-        RewardModel(artifact.model, device=device, precision=context.config.precision)
+        RewardModel(artifact.model, device=device, precision=context.config.precision, share_beginnings=True)
         for artifact in (given if isinstance(given, list) else [given])
     ]
 

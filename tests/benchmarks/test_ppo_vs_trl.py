@@ -20,7 +20,7 @@ def make_run(seconds, **more):
     """Updates of these lengths, a tenth of each sampling, a fifth each of three phases."""
     updates = [
         {"sampling": 0.1 * s, "scoring": 0.2 * s, "measuring": 0.2 * s, "learning": 0.2 * s, "seconds": s}
-        | {"prompt_tokens": 60, "response_tokens": 40}
+        | {"prompt_tokens": 60, "response_tokens": 40, "read_tokens": 75}
         for s in seconds
     ]
     return {"updates": updates, "peak_gib": 2.0} | more
@@ -73,6 +73,7 @@ def test_efficiency_uses_the_best_matrix_rate():
     assert found["update_phase"] == pytest.approx(6.0)
     assert found["share"] == pytest.approx(16 / 6)
     assert found["share_needed"] == pytest.approx(10.88 / 6)
+    assert found["share_read"] == pytest.approx(12 / 6)
     assert "267% of the matrix peak; 181%" in efficiency_lines(make_rounds(), "full")[1]
 
 

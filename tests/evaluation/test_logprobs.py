@@ -58,11 +58,9 @@ def test_a_shared_prompt_is_read_once_and_answers_do_not_see_one_another(tiny_mo
     model = load_policy(tiny_model)
     # The first prompt, 5 tokens, with 2 + 0 + 3 + 0 behind it; the third, 4, with 1 + 0; then two rows of 4.
     assert read_shared(model) == (5 + 5) + (4 + 1) + 2 * 4
-    # At most 7 tokens a tree: 5 + 2 + 0, and what would follow stands in rows of its own, of 9.
-    monkeypatch.setattr(module, "TREE_TOKENS", 7)
-    assert read_shared(model) == 7 + 5 + 4 * 9
-    monkeypatch.setattr(module, "BATCH_TOKENS", 10)
-    read_shared(model)
+    # At most 7 tokens at once: 5 + 2 + 0 and 4 + 1; what would follow stands in rows of its own, of 9, 6, 4 and 4.
+    monkeypatch.setattr(module, "BATCH_TOKENS", 7)
+    assert read_shared(model) == 7 + 5 + 9 + 6 + 4 + 4
 
 
 def test_a_shared_prompt_under_bfloat16(tiny_model: Path):

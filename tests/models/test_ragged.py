@@ -30,10 +30,9 @@ def rows_of(lengths, seed=0):
     return [torch.randint(0, 50, (length,), generator=generator) for length in lengths]
 
 
-def together(model, rows, segments=None, places=None):
-    places = places or [range(len(row)) for row in rows]
-    positions = torch.tensor([[place for some in places for place in some]])
-    return hidden_states(model, torch.cat(rows)[None], positions, lay_out([len(row) for row in rows], segments))
+def together(model, rows):
+    positions = torch.tensor([[place for row in rows for place in range(len(row))]])
+    return hidden_states(model, torch.cat(rows)[None], positions, lay_out([len(row) for row in rows]))
 
 
 def gradients(model, loss):
@@ -76,19 +75,29 @@ def test_other_architectures(config):
     agree(model, rows_of([3, 17, 9, 1]))
 
 
-def test_parts_see_the_first_and_their_own(llama):
-    run_ragged(llama)
-    prompt, one, two = rows_of([5, 4, 3])
-    shared = together(llama, [torch.cat([prompt, one, two])], [[0] * 5 + [1] * 4 + [2] * 3], [[*range(9), 5, 6, 7]])
-    assert torch.allclose(shared[:9], together(llama, [torch.cat([prompt, one])]), atol=1e-5)
-    assert torch.allclose(shared[9:], together(llama, [torch.cat([prompt, two])])[5:], atol=1e-5)
-
-
 def test_a_group_wastes_a_fifth_at_most_and_places_are_given_back():
     layout = lay_out([10, 3, 9, 8, 7])
-    assert layout["shapes"] == [(3, 10), (1, 7), (1, 3)]  # 10, 9, 8 together; 7 < 0.8 * 10
+    assert layout["shapes"] == [(3, 10, 10), (1, 7, 7), (1, 3, 3)]  # 10, 9, 8 together; 7 < 0.8 * 10
     assert layout["gather"][layout["inverse"]].tolist() == list(range(37))
     assert (layout["gather"] == 37).sum() == 3  # 9 and 8 are filled up to 10
+
+
+def test_pieces_that_see_as_much_before_them_are_together_and_no_mask_is_made_twice():
+    layout = lay_out([10, 4, 4, 5, 4], [None, 0, 0, None, 1])
+    assert layout["shapes"] == [(1, 10, 10), (1, 5, 5), (1, 4, 18), (2, 4, 14)]
+    assert layout["masks"][3].shape == (1, 1, 4, 14)  # both see all of the 10
+    assert layout["keys"][layout["own"]].tolist() == list(range(27))
+    for place, token, count in layout["again"]:
+        assert layout["keys"][place : place + count].tolist() == list(range(token, token + count))
+
+
+def test_unlike_beginnings_in_a_group_have_masks_of_their_own():
+    layout = lay_out([10, 9, 3, 3], [None, None, 0, 1])
+    assert layout["shapes"][1] == (2, 3, 13)
+    mask = layout["masks"][1]
+    assert mask.shape == (2, 1, 3, 13)
+    assert mask[0, 0].tolist() == [[True] * (1 + i) + [False] * (2 - i) + [True] * 10 for i in range(3)]
+    assert mask[1, 0, 0].tolist() == [True, False, False] + [True] * 9 + [False]
 
 
 def test_what_only_looks_at_a_window_is_refused():

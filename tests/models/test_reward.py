@@ -39,6 +39,24 @@ def test_a_model_that_cannot_be_run_ragged_gives_the_same_scores(tiny_reward: Pa
     assert padded.score(PROMPTS, ANSWERS) == pytest.approx(ragged.score(PROMPTS, ANSWERS), abs=1e-5)
 
 
+def test_what_conversations_begin_with_is_read_once(tiny_reward: Path) -> None:
+    beginning, ends = list(range(20, 40)), [[5, 6], [7], [5, 6], [8, 9, 10, 11]]
+    rows = [[*beginning, *end] for end in ends]
+    places = [[21], [3, 20], [21], [19, 23]]
+    plain = RewardModel(tiny_reward, precision="float32").score_places(rows, places)
+    model = RewardModel(tiny_reward, precision="float32", share_beginnings=True)
+    read = []
+    hook = model.model.base_model.register_forward_pre_hook(
+        lambda _, __, given: read.append(given["input_ids"].numel()), with_kwargs=True
+    )
+    found = model.score_places(rows, places)
+    hook.remove()
+    assert read == [20 + 2 + 1 + 4]  # the third row is the first
+    for got, want in zip(found, plain, strict=True):
+        assert got == pytest.approx(want, abs=1e-5)
+    assert found[0] == found[2]
+
+
 def test_rounded_weights_score_as_autocast_does(tiny_reward: Path) -> None:
     scorer = RewardModel(tiny_reward, precision="bfloat16")
     before = scorer.score(PROMPTS, ANSWERS)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from align.models.loading import load_policy, load_reward
-from align.models.ragged import can_run_ragged, run_ragged
+from align.models.ragged import can_run_ragged, lay_out, run_ragged
 from align.ppo.critic import critic_from_policy, critic_from_reward
 from align.ppo.model import PolicyAndCritic
 from align.ppo.packing import pack, plan
@@ -42,10 +42,26 @@ def test_responses_share_their_prompt_and_do_not_see_each_other():
     assert batch["input_ids"].tolist() == [[5, 6, 7, 10, 11, 2, 12, 2, 9, 13, 14, 15, 16, 2]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 3, 4, 0, 1, 2, 3, 4, 1]]
     assert batch["positions"][1].tolist() == [2, 6, 7, 0, 0]
-    assert batch["layout"]["shapes"] == [(1, 8), (1, 6)]
-    visible = batch["layout"]["masks"][0][0, 0]
-    assert visible[6].tolist() == [True, True, True, False, False, False, True, False]
-    assert visible[5].tolist() == [True] * 6 + [False] * 2
+    lengths, parents = [3, 3, 2, 1, 4, 1], [None, 0, 0, None, 3, 3]
+    assert batch["layout"]["again"] == lay_out(lengths, parents)["again"]
+
+
+LONG = [[*range(20, 32), *prompt] for prompt in PROMPTS]
+"""Prompts that begin alike, as a chat template has it."""
+
+
+def test_prompts_share_what_they_begin_with():
+    batch = pack(LONG, RESPONSES, [0, 1, 2, 2], pad_id=3, form="shared")
+    rest = [5, 6, 7, 10, 11, 2, 5, 6, 7, 12, 2, 9, 13, 14, 15, 16, 2]
+    assert batch["input_ids"].tolist() == [[*range(20, 32), *rest]]
+    places = [*range(12), *range(12, 18), *range(12, 17), 12, *range(13, 17), 13]
+    assert batch["position_ids"].tolist() == [places]
+    assert batch["positions"].tolist() == [
+        [14, 15, 16, 17, 0],
+        [20, 21, 22, 0, 0],
+        [23, 24, 25, 26, 27],
+        [23, 28, 0, 0, 0],
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +84,11 @@ def outputs(model, batch):
     return results, [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
+@pytest.mark.parametrize("prompts", [PROMPTS, LONG], ids=["short", "with a common beginning"])
 @pytest.mark.parametrize("change", ["ragged", "shared", "padded more"])
-def test_packing_and_padding_change_no_number_and_no_gradient(model, change):
-    expected, gradients = outputs(model, pack(PROMPTS, RESPONSES, GROUPS, pad_id=3, form="padded"))
-    batch = pack(PROMPTS, RESPONSES, GROUPS, pad_id=3, form=change if change != "padded more" else "padded")
+def test_packing_and_padding_change_no_number_and_no_gradient(model, change, prompts):
+    expected, gradients = outputs(model, pack(prompts, RESPONSES, GROUPS, pad_id=3, form="padded"))
+    batch = pack(prompts, RESPONSES, GROUPS, pad_id=3, form=change if change != "padded more" else "padded")
     if change == "padded more":
         extra = torch.full((4, 5), 3)
         length = batch["input_ids"].shape[1]
