@@ -47,6 +47,11 @@ ENVIRONMENT = {
 }
 """What a stage's process is started with, unless the user's environment says otherwise; read when a process starts."""
 
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
+"""How OpenMP's threads wait for work. libgomp's own 300,000 turns starve whatever else runs on the same cores (an SFT
+step took ten times as long); to sleep at once costs a sixth of PPO's update where nothing else runs. So few turns are
+as fast alone and, beside other jobs, near to sleeping (docs/performance.md)."""
+
 
 def main(folder: Path) -> int:
     """Run the stage described in ``folder``; exit code 0 done, 1 failed, 2 wrong input, 75 stopped as asked.
@@ -231,8 +236,8 @@ def _set_threads(runtime: dict[str, Any]) -> None:
     """This process's share of the cores there are, unless the user says otherwise; before torch is imported."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ["OMP_NUM_THREADS"] = str(runtime.get("threads") or max(1, cores // local_size()))
-    # Threads that spin while they wait make a trainer and anything else on the same cores ten times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if not WAITING.keys() & os.environ.keys():
+        os.environ.update(WAITING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 

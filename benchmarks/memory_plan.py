@@ -26,11 +26,11 @@ from align.models.inference import Rows
 from align.models.job import Setting
 from align.models.known import EMBEDDED_SIZES, TINY_SIZES
 from align.runtime import Runtime
-from align.stage_process import ENVIRONMENT
+from align.stage_process import ENVIRONMENT, WAITING
 from benchmarks.memory_run import RUNTIME, WIDE, Measurer
 from benchmarks.stage_work import FIELD, config_of
 
-SURROUNDINGS = {**ENVIRONMENT, "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", **os.environ}
+SURROUNDINGS = {**ENVIRONMENT, **WAITING, "TOKENIZERS_PARALLELISM": "false", **os.environ}
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 """For threads that load weights too: torch's setting is the main thread's alone, and a fork has none of its pool."""
 TOLERANCE = 0.15

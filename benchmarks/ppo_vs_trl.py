@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import UserError
-from align.stage_process import ENVIRONMENT
+from align.stage_process import ENVIRONMENT, WAITING
 from benchmarks.ppo_table import Round, Run, efficiency, efficiency_lines, phases, table, tokens_line
 from benchmarks.ppo_work import TRL, TRL_METHODS, Shape, environment, inventory, last_lines, process_environment
 
@@ -94,7 +94,9 @@ class Comparison:
             arguments += [TRL_METHODS[method]]
             arguments += ["--weights", self.options.trl_weights]
         print(f"  {method}: {side} ...", end="", flush=True)
-        more = ENVIRONMENT if side == "align" else {}  # as align's runner starts it; trl's starts with the user's own
+        more = (
+            {**ENVIRONMENT, **WAITING} if side == "align" else {}
+        )  # as align's runner starts it; trl's starts with the user's own
         run_module(self.pythons[side], SIDES[side], arguments, self.folder / f"{side}.log", more)
         found: Run = json.loads(out.read_text(encoding="utf-8"))
         out.unlink()
@@ -173,7 +175,7 @@ def parse() -> argparse.Namespace:
     add("--instructions", type=int, default=1, help="prompts hold 1 to this many, for a wider mix of lengths")
     add("--micro-batch", type=int, default=16, help="episodes of a training pass, on both sides")
     add("--engine", choices=("auto", "vllm", "transformers"), default="auto", help="what align samples with")
-    add("--reuse-forward-full", type=float, default=0.5, help="share of measuring passes that align learns from")
+    add("--reuse-forward-full", type=float, default=0.0, help="share of measuring passes that align learns from")
     add("--reuse-forward-lora", type=float, default=1.0, help="the same with LoRA")
     add("--trl-weights", choices=("bfloat16", "float32"), default="bfloat16", help="type of trl's trained weights")
     add("--environment", type=Path, default=cache_folder() / f"trl-{TRL}", help="trl's virtual environment")

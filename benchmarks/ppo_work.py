@@ -167,13 +167,12 @@ def last_lines(text: str, count: int = 20) -> str:
 
 
 def process_environment() -> dict[str, str]:
-    """Both sides' environment: all cores, threads that wait without spinning, no GPU, nothing from the network."""
+    """Both sides' environment: all cores, no GPU, nothing from the network."""
     from align.models.threads import cores
 
     return {
         **os.environ,
         "OMP_NUM_THREADS": str(cores()),
-        "OMP_WAIT_POLICY": "PASSIVE",
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
