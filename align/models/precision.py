@@ -9,6 +9,8 @@ DeepSpeed. Measured on SmolLM2-135M against float32: log-probabilities are off b
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 Precision = Literal["bfloat16", "float32"]
@@ -80,3 +82,31 @@ def round_frozen(model: Any) -> None:
         if not parameter.requires_grad and parameter.dtype == torch.float32:
             # What is left (norms) may still be part of a mapped file, which would stay in memory whole for its sake.
             parameter.data = parameter.data.clone()
+
+
+@contextmanager
+def frozen_rounded(model: Any) -> Iterator[None]:
+    """Have the frozen float32 matrices of ``model`` rounded to bfloat16 once for all passes inside.
+
+    Autocast would round them in every pass, and each pass with a graph would hold its own copies. A graph that outlives
+    this keeps the one copy; the module has its float32 matrices again. No number changes under autocast.
+    """
+    import torch
+
+    whole: list[tuple[Any, Any]] = []
+    low: dict[int, Any] = {}
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if not isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) or type(weight) is not torch.nn.Parameter:
+            continue
+        if weight.requires_grad or weight.dtype != torch.float32:
+            continue
+        if id(weight) not in low:  # tied ones stay one
+            low[id(weight)] = torch.nn.Parameter(weight.data.to(torch.bfloat16), requires_grad=False)
+        whole.append((module, weight))
+        module.weight = low[id(weight)]
+    try:
+        yield
+    finally:
+        for module, weight in whole:
+            module.weight = weight

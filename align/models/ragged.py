@@ -189,11 +189,11 @@ def ragged_attention(
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
-    times = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(times, dim=1), v.repeat_interleave(times, dim=1)
     if q.device.type == "cpu" and k.shape[2] <= SHORT:
         short: torch.Tensor = _ShortAttention.apply(q, k, v, mask, scale)
         return short
+    times = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(times, dim=1), v.repeat_interleave(times, dim=1)
     if q.shape[2] == k.shape[2]:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
@@ -240,34 +240,48 @@ class _TakeKeys(torch.autograd.Function):
 
 
 class _ShortAttention(torch.autograd.Function):
-    """softmax(q k^T scale) v of (S, h, Q or K, D); weights are made again in the backward pass rather than kept."""
+    """softmax(q k^T scale) v of (S, h, Q, D) queries and (S, g, K, D) keys; g divides h, as in grouped-query attention.
+
+    Queries that share keys are multiplied together. Weights are made again in the backward pass rather than kept.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        q, k, v = _by_group(q, k.shape[1]), k.contiguous(), v.contiguous()
         ctx.save_for_backward(q, k, v, mask)
-        ctx.scale = scale
-        return _weights(q, k, mask, scale).to(v.dtype) @ v
+        ctx.scale, ctx.heads = scale, q.shape[1] * q.shape[2] // mask.shape[2]
+        return _by_head(_weights(q, k, mask, scale).to(v.dtype) @ v, ctx.heads)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
         q, k, v, mask = ctx.saved_tensors
         weights = _weights(q, k, mask, ctx.scale)
-        grad = grad.contiguous()
+        grad = _by_group(grad, k.shape[1])
         grad_v = weights.to(grad.dtype).transpose(-1, -2) @ grad
         of_weights = (grad @ v.transpose(-1, -2)).float()
         # d softmax: w * (g - sum w g), row by row
         inner = (of_weights * weights).sum(dim=-1, keepdim=True)
         of_scores = of_weights.sub_(inner).mul_(weights).mul_(ctx.scale).to(q.dtype)
-        return of_scores @ k, of_scores.transpose(-1, -2) @ q, grad_v, None, None
+        return _by_head(of_scores @ k, ctx.heads), of_scores.transpose(-1, -2) @ q, grad_v, None, None
+
+
+def _by_group(rows: torch.Tensor, groups: int) -> torch.Tensor:
+    """(S, h, Q, D) -> (S, g, h / g Q, D)."""
+    return rows.contiguous().view(len(rows), groups, -1, rows.shape[-1])
+
+
+def _by_head(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """... and back."""
+    return rows.view(len(rows), heads, -1, rows.shape[-1])
 
 
 def _weights(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
-    """(S, h, Q, K) float32."""
+    """(S, g, h / g Q, K) float32."""
     scores = (q @ k.transpose(-1, -2)).float().mul_(scale)
-    return torch.softmax(scores.masked_fill_(~mask, float("-inf")), dim=-1)
+    scores.unflatten(2, (-1, mask.shape[2])).masked_fill_(~mask[:, :, None], float("-inf"))
+    return torch.softmax(scores, dim=-1)
 
 
 def _register() -> None:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 
 from align.models.merging import merged_weights
+from align.models.precision import frozen_rounded
 from align.models.processes import gathered, summed, turns
 from align.models.sharding import forget_gathered, is_sharded, whole
 from align.ppo import completions, metrics
@@ -215,16 +216,19 @@ class RolloutTrainer(SavingTrainer):
         measured: set[str] = set()
         # Kept ones come last, so that their activations wait no longer than they must. Each loop rounds the weights to
         # autocast's type once, and for itself: what is rounded without gradients has no way back to the weights.
-        for part, with_graph in ((micro_batches[keep:], False), (micro_batches[:keep], True)):
-            with torch.set_grad_enabled(with_graph), self._weights_rounded_once():
-                for _, indices, counts in turns(part):
-                    batch = self._prepare_inputs(rollout.pack(indices, self._pad_id, self.form))
-                    out = self.model_wrapped(batch, reference=True)
-                    measured |= out.keys()
-                    mine = indices if counts else []  # of a pass that does not count only a place for others' results
-                    rollout.store(mine, {name: tensor.detach()[: len(mine)] for name, tensor in out.items()})
-                    if with_graph:
-                        kept.append({name: tensor for name, tensor in out.items() if name != "ref_logprobs"})
+        with self._frozen_rounded_once():
+            for part, with_graph in ((micro_batches[keep:], False), (micro_batches[:keep], True)):
+                with torch.set_grad_enabled(with_graph), self._weights_rounded_once():
+                    for _, indices, counts in turns(part):
+                        batch = self._prepare_inputs(rollout.pack(indices, self._pad_id, self.form))
+                        out = self.model_wrapped(batch, reference=True)
+                        measured |= out.keys()
+                        mine = (
+                            indices if counts else []
+                        )  # of a pass that does not count only a place for others' results
+                        rollout.store(mine, {name: tensor.detach()[: len(mine)] for name, tensor in out.items()})
+                        if with_graph:
+                            kept.append({name: tensor for name, tensor in out.items() if name != "ref_logprobs"})
         if not keep:
             forget_gathered(self.model)
         for name in sorted(measured):  # zeros where another process measured
@@ -235,6 +239,10 @@ class RolloutTrainer(SavingTrainer):
     def _weights_rounded_once(self) -> Any:
         """Autocast around several passes; of a sharded model, which would then be held whole, around each alone."""
         return contextlib.nullcontext() if is_sharded(self.model) else self.accelerator.autocast()
+
+    def _frozen_rounded_once(self) -> Any:
+        plain = self.args.bf16 and not is_sharded(self.model)
+        return frozen_rounded(self.model) if plain else contextlib.nullcontext()
 
     def _finish(self, rollout: Rollout) -> None:
         """Advantages, the controller's next coefficient, and the metrics known before learning."""
