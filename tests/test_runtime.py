@@ -12,6 +12,7 @@ from align.errors import UserError
 from align.pipeline import Pipeline
 from align.runner import run_pipeline
 from align.runtime import Runtime
+from align.stage_process import WAITING
 from tests import toy
 from tests.test_looping import looped
 
@@ -41,6 +42,22 @@ def test_a_stages_process_gets_its_own_part_and_its_key_stays(tmp_path: Path) ->
     found = {name: json.loads((run.artifacts[name].path / "environment.json").read_text()) for name in raw["stages"]}
     assert {name: each["OMP_NUM_THREADS"] for name, each in found.items()} == {"narrow": "1", "wide": "5"}
     assert {node.key for node in Pipeline(raw)} == {node.key for node in pipeline}
+
+
+def test_threads_turn_a_moment_before_they_sleep_unless_the_user_says_how_they_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found(folder: str) -> dict[str, str]:
+        pipeline = Pipeline({"name": "envs", "stages": {"one": {"stage": "tests.toy:ENV"}}})
+        run = run_pipeline(pipeline, store=tmp_path / folder)
+        environment = json.loads((run.artifacts["one"].path / "environment.json").read_text())
+        return {name: environment[name] for name in WAITING if name in environment}
+
+    for name in WAITING:
+        monkeypatch.delenv(name, raising=False)
+    assert found("none") == WAITING
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert found("own") == {"OMP_WAIT_POLICY": "ACTIVE"}
 
 
 def test_a_name_in_a_loop_means_every_round_unless_one_is_named() -> None:

@@ -11,9 +11,14 @@ import gc
 import sys
 
 
-def give_back() -> None:
-    """Have glibc return what it keeps of freed memory; some hundredths of a second a GiB."""
-    gc.collect()
+def give_back(garbage: bool = True) -> None:
+    """Have glibc return what it keeps of freed memory; some hundredths of a second a GiB.
+
+    Objects that refer to one another, as models do, are freed before; to look for them takes some tenths of a second
+    more, so what is done often goes without ``garbage``.
+    """
+    if garbage:
+        gc.collect()
     if not sys.platform.startswith("linux"):
         return
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none

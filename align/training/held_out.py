@@ -24,7 +24,7 @@ def scoring(trainer: Any) -> Iterator[None]:
     """Evaluation mode, no gradients, the stage's precision; training mode is restored."""
     training = trainer.model.training
     trainer.model.eval()
-    give_back()
+    give_back(garbage=False)
     try:
         with torch.no_grad(), trainer.accelerator.autocast():
             yield

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from align.models.loading import load_policy
-from align.models.precision import autocast, low_residual, round_frozen
+from align.models.precision import autocast, frozen_rounded, low_residual, round_frozen
 from align.models.tuning.apply import apply_tuning
 from align.tuning import LoraTuning
 
@@ -94,3 +94,32 @@ def test_rounding_leaves_nothing_in_the_mapped_file(tiny_model: Path) -> None:
         place, value = before[name]
         assert parameter.data_ptr() != place
         assert torch.equal(parameter, value.to(parameter.dtype))
+
+
+def test_frozen_matrices_are_rounded_for_a_while_and_no_number_changes(tiny_model: Path) -> None:
+    def adapted() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+        model = apply_tuning(load_policy(tiny_model), LoraTuning(rank=4), 0)
+        low_residual(model)
+        return model, dict(model.named_parameters())
+
+    def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    plain, _ = adapted()
+    with autocast("cpu", "bfloat16"):
+        expected = plain(input_ids=IDS, labels=IDS).loss
+    expected.backward()
+    model, before = adapted()
+    with frozen_rounded(model), autocast("cpu", "bfloat16"):
+        inside = dict(model.named_parameters())
+        frozen = [p for name, p in inside.items() if "lora_" not in name and "norm" not in name]
+        assert {p.dtype for p in frozen} == {torch.bfloat16}
+        assert model.get_input_embeddings().weight is model.get_output_embeddings().weight  # still tied
+        loss = model(input_ids=IDS, labels=IDS).loss
+    after = dict(model.named_parameters())
+    assert before.keys() == after.keys() and all(after[name] is p for name, p in before.items())
+    loss.backward()  # of a graph that outlives it
+    assert torch.equal(loss, expected)
+    wanted = gradients(plain)
+    assert wanted and gradients(model).keys() == wanted.keys()
+    assert all(torch.equal(gradient, wanted[name]) for name, gradient in gradients(model).items())
