@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from align.models.precision import Precision
 
 FLOAT = 4
+SHORT = 512
+"""Tokens of a row up to which a CPU takes attention's products as they are written (``align.models.ragged.SHORT``)."""
 SIZES: dict[Precision, int] = {"float32": 4, "bfloat16": 2}
 
 
@@ -24,14 +26,16 @@ def activations_per_token(
     precision: Precision,
     low_residual: bool = True,
     checkpointing: bool = False,
+    flash: bool = False,
 ) -> int | None:
     """Bytes that one token leaves in all layers for the backward pass; None for a layer or a tuning without a rule.
 
     Without ``low_residual`` (``align.models.precision``), as trl trains, float32 flows between the layers, and autocast
     rounds it anew for every matrix. With ``checkpointing`` only what goes into a layer is kept, and one layer at a time
-    is computed again.
+    is computed again. ``flash``: ragged rows' attention is torch's own kernel, on a GPU or beyond ``SHORT``
+    tokens, as trl's always is; it keeps keys and values once for every head.
     """
-    layer = activations_of_layer(model, tuning, precision, low_residual)
+    layer = activations_of_layer(model, tuning, precision, low_residual, flash or not low_residual)
     if layer is None:
         return None
     last = _norm(model, tuning, precision, low_residual) * model.hidden
@@ -43,7 +47,7 @@ def activations_per_token(
 
 
 def activations_of_layer(
-    model: Architecture, tuning: TuningBase, precision: Precision, low_residual: bool
+    model: Architecture, tuning: TuningBase, precision: Precision, low_residual: bool, flash: bool
 ) -> int | None:
     """Bytes that one token leaves in one layer."""
     plain = tuning.trains_all or (isinstance(tuning, LowRank) and not tuning.dora)
@@ -56,7 +60,8 @@ def activations_of_layer(
     readers = sum(linear.inputs == model.hidden and linear not in (out, down) for linear in model.linears)
     rounded_apart = precision == "bfloat16" and not low_residual
     inputs = size * (readers if rounded_apart else 2) * model.hidden  # of attention and of the MLP
-    attention = size * 4 * out.inputs  # queries, keys and values repeated for every head, and what comes out
+    keys = out.inputs if flash else model.key_value_width
+    attention = size * 2 * (out.inputs + keys)  # queries and what comes out, keys and values
     gated = size * 4 * down.inputs  # gate, its activation, up, their product
     low_rank = size * tuning.rank * len(model.linears) if isinstance(tuning, LowRank) else 0
     return norms + inputs + attention + gated + low_rank

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from align.models.activations import FLOAT, SIZES, passing_per_token
 from align.models.architecture import Architecture
 from align.models.flops import forward_flops
-from align.models.memory import LOGIT_CHUNK, engine_memory
+from align.models.memory import engine_memory
 from align.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 SCORED_AT_ONCE = 32
 """Rows that a reward model reads at a time (``align.models.reward``)."""
+HEAD_ROWS = 256
+"""Tokens whose logits are in float32 at a time (``align.evaluation.logprobs``)."""
 CPU_STEP_TOKENS = 8192
 """Prompt tokens that vLLM reads in one step on a CPU at most (``align.rollouts.vllm``)."""
 GPU_STEP_TOKENS = 16384
@@ -188,7 +190,7 @@ def reading_memory(reading: Reading, precision: Precision) -> dict[str, int]:
     widest = max((linear.parameters for linear in model.linears), default=0)
     own = FLOAT * (model.trunk + model.hidden if scores else model.parameters)
     kept = round(reading.together * reading.words / reading.length)
-    chunk = 3 * FLOAT * min(LOGIT_CHUNK, kept) * model.vocabulary  # in float32, scaled, and their sum's work space
+    chunk = 3 * FLOAT * min(HEAD_ROWS, kept) * model.vocabulary  # in float32, scaled, and their sum's work space
     return {
         "reward" if scores else "weights": own,
         "reference": sum(FLOAT * other.parameters for other in reading.beside),

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 TRAINED = 4 * FLOAT
 """Bytes of a trained parameter: weight, gradient, and AdamW's two averages."""
-LOGIT_CHUNK = 256
-"""Tokens whose logits exist at a time (``align.ppo.logprobs.CHUNK``)."""
+LOGITS_AT_ONCE = {"cpu": 2**20, "cuda": 2**24}
+"""Logits of a block (``align.ppo.logprobs.LOGITS``)."""
 
 CriticKind = Literal["reward", "policy", "head"]
 Lent = Literal["nothing", "cache", "all"]
@@ -135,6 +135,8 @@ def ppo_memory(
     precision: Precision,
     checkpointing: bool = False,
     apart: bool = True,
+    gpu: bool = False,
+    flash: bool = False,
 ) -> Memory:
     """PPO in one process without its engine. ``rewards`` are reward models; ``critic: reward`` starts from the first.
 
@@ -142,7 +144,7 @@ def ppo_memory(
     (matrices in 4 bits, or less what adapters took out of them, are its own); with full tuning both are models of their
     own (``align.ppo.critic``, ``align.ppo.model``). A critic with a
     trunk has learnt before the policy's forward pass starts, so of what both keep until then only the larger counts,
-    unless they are not ``apart``, as with several processes.
+    unless they are not ``apart``, as with several processes. ``flash``: see ``activations_per_token``.
     Raises ``ValueError`` for ``critic: reward`` without a reward model.
     """
     full, low = tuning.trains_all, precision == "bfloat16"
@@ -153,12 +155,12 @@ def ppo_memory(
     beside = {"reward": rewards[0] if rewards else None, "policy": policy, "head": None}[critic]
     own = policy.hidden + 1  # the value head and its bias
     copies = [(0 if quantised else copied(policy, tuning, checkpointing)) + policy.head]
-    per_token = [activations_per_token(policy, tuning, precision, checkpointing=checkpointing)]
+    per_token = [activations_per_token(policy, tuning, precision, checkpointing=checkpointing, flash=flash)]
     if beside is not None:
         own = beside.hidden + 1 + (beside.trunk if full else beside.adapters(tuning, "trunk"))
         mine = full or (critic == "policy" and not quantised)  # a frozen reward model is in bfloat16
         copies.append(copied(beside, tuning, checkpointing) if mine else 0)
-        per_token.append(activations_per_token(beside, tuning, precision, checkpointing=checkpointing))
+        per_token.append(activations_per_token(beside, tuning, precision, checkpointing=checkpointing, flash=flash))
     together = max if apart else sum
     known = [amount for amount in per_token if amount is not None]
     return Memory(
@@ -169,7 +171,7 @@ def ppo_memory(
         critic=TRAINED * own + (0 if beside is None else _own_matrices(beside, tuning, critic)),
         reward=sum(_frozen(reward, low) + FLOAT * reward.hidden for reward in rewards),
         copies=2 * together(copies) if low else 0,
-        logits=_logits(policy, full, low),
+        logits=_logits(policy, full, low, LOGITS_AT_ONCE["cuda" if gpu else "cpu"]),
         activations=together(known) if len(known) == len(per_token) else None,
     )
 
@@ -206,18 +208,17 @@ def _frozen(model: Architecture, low: bool) -> int:
     return FLOAT * model.trunk - (2 * model.rounded if low else 0)
 
 
-def _logits(model: Architecture, head_trained: bool, low: bool) -> int:
+def _logits(model: Architecture, head_trained: bool, low: bool, block: int) -> int:
     """Work space of ``align.ppo.logprobs``, whose backward pass is the fuller one.
 
-    While a chunk's logits are made, the former chunk's and what came of them are still there; while the head's gradient
-    is made, its sum so far is.
+    While a block's logits are made, the former block's and what came of them are still there; while the head's gradient
+    is rounded, its sum is.
     """
     spare = 2 if low else 0
-    chunk = LOGIT_CHUNK * model.vocabulary
-    making = (3 * FLOAT + 2 * spare) * chunk
+    making = (2 * FLOAT + 2 * spare) * block
     if not head_trained:
         return making
-    return max(making + FLOAT * model.head, (2 * FLOAT + spare) * (chunk + model.head))
+    return max(making + FLOAT * model.head, (FLOAT + spare) * block + (FLOAT + spare) * model.head)
 
 
 def engine_memory(

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from align.models.activations import FLOAT
+from align.models.activations import FLOAT, SHORT
 from align.models.architecture import Architecture
 from align.models.flops import forward_flops, learning_flops
 from align.models.job import Job, Setting, Work
@@ -71,6 +71,8 @@ def rollout_memory(
         precision=config.precision,
         checkpointing=setting.checkpointing,
         apart=setting.processes == 1,
+        gpu=setting.gpu,
+        flash=setting.gpu or config.max_prompt_tokens + config.max_tokens > SHORT,
     )
     memory = replace(memory, engine=engine, kv_cache=cache, lent=lent, accumulated=setting.accumulated)
     return replace(memory, critic=0) if getattr(config, "critic_source", None) is None else memory

@@ -128,7 +128,7 @@ def _scoring(config: TrainingFields, models: Models, tuning: TuningBase, gpu: bo
     other = sum(FLOAT * reference.parameters for reference in models.get("reference", ()))
     tokens = min(SCORED_TOKENS, rows_to_tokens(config, config.eval_rows))
     if not config.has_vocabulary:
-        return tokens * (activations_of_layer(model, tuning, config.precision, False) or 0)
+        return tokens * (activations_of_layer(model, tuning, config.precision, False, True) or 0)
     tile = tokens * min(model.vocabulary, TILE[1])
     return other + (size if gpu else size + 3 * FLOAT) * tile + FLOAT * tokens * model.hidden
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from align.models import memory
-from align.models.activations import SIZES, activations_per_token
+from align.evaluation import logprobs as evaluation
+from align.models import activations, inference, memory, ragged
+from align.models.activations import FLOAT, activations_per_token
 from align.models.architecture import Architecture, Linear, architecture_of
 from align.models.memory import Memory, engine_memory, engine_of, model_bytes, ppo_memory
 from align.models.precision import low_residual
@@ -164,6 +165,19 @@ def test_activations_are_what_autograd_keeps(kind: str, tuning: Any, precision: 
         assert 2 * sizes.matrices == pytest.approx(copies, rel=0.02)
 
 
+def test_beyond_short_rows_keys_and_values_are_kept_once_for_every_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert activations.SHORT == ragged.SHORT and inference.HEAD_ROWS == evaluation.HEAD_ROWS
+    monkeypatch.setattr(ragged, "SHORT", 0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SHAPE)).eval()
+    run_ragged(model)
+    low_residual(model)
+    few, more = (kept_bytes(model, tokens, "bfloat16") for tokens in (24, 40))
+    sizes = architecture_of(model.config.to_dict())
+    found = activations_per_token(sizes, FullTuning(), "bfloat16", flash=True)
+    assert found == pytest.approx((more - few) / (2 * 16), rel=0.06)
+    assert found > activations_per_token(sizes, FullTuning(), "bfloat16")  # type: ignore[operator]
+
+
 def kept_by_padded_rows(model: Any, tokens: int, precision: str) -> int:
     """As ``kept_bytes``, of a forward pass as trl makes it."""
     own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
@@ -239,7 +253,7 @@ def test_activations_are_those_of_the_larger_of_policy_and_critic() -> None:
 @pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize("hidden", [32, 512])
 def test_the_head_s_work_space_is_what_the_profiler_sees(precision: Any, trained: bool, hidden: int) -> None:
-    assert memory.LOGIT_CHUNK == logprobs.CHUNK
+    assert memory.LOGITS_AT_ONCE == logprobs.LOGITS
     vocabulary = 4000
     head = torch.nn.Linear(hidden, vocabulary, bias=False).requires_grad_(trained)
     states = torch.randn(600, hidden, requires_grad=True)
@@ -248,7 +262,7 @@ def test_the_head_s_work_space_is_what_the_profiler_sees(precision: Any, trained
     loss = found.sum()
     sizes = replace(TOY, vocabulary=vocabulary, hidden=hidden)
     counted = cost(FullTuning() if trained else LORA, "head", sizes, precision).logits
-    counted += SIZES[precision] * states.numel()  # their gradient
+    counted += FLOAT * states.numel()  # their gradient
     assert counted == pytest.approx(peak_of(loss.backward), rel=0.05)
 
 
