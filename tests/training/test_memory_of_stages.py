@@ -60,7 +60,7 @@ def test_checkpointing_keeps_a_layer_s_input_and_one_layer() -> None:
     sizes = {"model_type": "llama", "vocab_size": 10, "hidden_size": 64, "intermediate_size": 128,
              "num_hidden_layers": 10, "num_attention_heads": 2}  # fmt: skip
     model = architecture_of(sizes)
-    layer = activations_of_layer(model, FullTuning(), "bfloat16", False)
+    layer = activations_of_layer(model, FullTuning(), "bfloat16", False, True)
     assert layer is not None
     last = 2 * 4 * 64
     full: Any = {"tuning": FullTuning(), "precision": "bfloat16", "low_residual": False}
