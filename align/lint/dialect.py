@@ -16,6 +16,9 @@ from align.models.render import MAX_TRAILING
 U1, A1, U2, A2 = "Qanat", "Zephyrus", "Xylem", "Vortex"
 PROBE = [user(U1), assistant(A1), user(U2), assistant(A2)]
 
+THOUGHT = re.compile(r"(?:<(?P<tag>think|thinking|thought|reasoning)>)?</(?:think|thinking|thought|reasoning)>")
+"""An empty thought without white space, or its end where the generation prompt has opened it."""
+
 MARK = re.compile(r"<\|[^<>|\s]{1,40}\|>|</?[a-z]{1,3}>|<(?:start|end)_of_[a-z]+>|\[/?[A-Z_]{2,20}\]|<</?[A-Z]+>>")
 """What the marks of the known templates look like: ``<|im_end|>``, ``</s>``, ``<end_of_turn>``, ``[/INST]``."""
 
@@ -67,6 +70,27 @@ class Dialect:
         ids = self.encode(self.closing or "")[: 1 + MAX_TRAILING]
         found.update(token for token in ids if token in self.special_ids)
         return frozenset(found)
+
+    @cached_property
+    def answer_lead(self) -> str:
+        """Return the template's text between generation prompt and answer, without white space; "" if it has none.
+
+        Models that think write an empty thought there when they answer at once (Qwen3, GLM-4.5). Models with channels
+        write the channel's name (gpt-oss). It is sampled and trained as a part of the answer. A template without a
+        generation prompt, or whose prompt stops within the turn's header, has no such text: it is at fault.
+        """
+        prompt = PROBE[:1]
+        start = self._render(prompt, add_generation_prompt=True)
+        whole = self._render([*prompt, PROBE[1]])
+        if start == self._render(prompt, add_generation_prompt=False) or not whole.startswith(start):
+            return ""
+        lead = whole.removeprefix(start).partition(A1)[0]
+        names = self.special_pattern.findall(lead) if self.special_pattern else []
+        is_header = bool(names) and lead.rstrip().endswith(names[-1])
+        return squeezed(lead) if is_header or THOUGHT.fullmatch(squeezed(lead)) else ""
+
+    def _render(self, messages: list[dict[str, Any]], **options: Any) -> str:
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
@@ -129,6 +153,10 @@ class Dialect:
     def has_text(self, whole: str, wanted: str) -> bool:
         """The same, for squeezed ``whole`` that may have more in it."""
         return squeezed(wanted) in whole or squeezed(self.through(wanted)) in whole
+
+    def has_exact_text(self, whole: str, wanted: str) -> bool:
+        """Return whether ``wanted`` is in ``whole`` with its white space, as written or after the tokenizer's trip."""
+        return wanted in whole or self.through(wanted) in whole
 
     def through(self, text: str) -> str:
         """``text`` encoded and decoded: tokenizers may normalise it, or not know all its characters."""

@@ -33,6 +33,7 @@ def check_labels(seen: Tokens, limits: Limits, supervise: Supervise, found: Find
         return
     _check_ends(seen, runs, limits, found)
     _check_texts(seen, runs, limits, supervise, found)
+    _check_lead(seen, runs[-1], found)
 
 
 def _has_prompt(seen: Tokens) -> bool:
@@ -74,8 +75,18 @@ def _tail(seen: Tokens, run: tuple[int, int]) -> str:
 
 
 def _content(seen: Tokens, run: tuple[int, int]) -> str:
-    """Squeezed text of a run, without the tokens that end the turn."""
-    return _without_end(seen, seen.ids[run[0] : run[1]])
+    """Squeezed text of a run, without the tokens that end the turn and what the template writes before answers."""
+    return _without_end(seen, seen.ids[run[0] : run[1]]).removeprefix(seen.dialect.answer_lead)
+
+
+def _check_lead(seen: Tokens, run: tuple[int, int], found: Findings) -> None:
+    """Check that the template's text before an answer has labels: sampling leaves it to the model to write."""
+    lead = seen.dialect.answer_lead
+    if not lead or not seen.messages:
+        return
+    labels_lead = squeezed(seen.dialect.decode(seen.ids[run[0] : run[1]])).startswith(lead)
+    if not labels_lead and squeezed(seen.dialect.decode(seen.ids[: run[0]])).endswith(lead):
+        found.add("generation-prompt-differs", seen.place, f"{lead!r} stands before the answer and has no labels")
 
 
 def _without_end(seen: Tokens, ids: list[int]) -> str:

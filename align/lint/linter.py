@@ -17,6 +17,7 @@ from align.lint.dialect import Dialect, squeezed
 from align.lint.findings import Finding, Findings, Place
 from align.lint.labels import Supervise, check_document_start, check_labels
 from align.lint.pairs import Pairs
+from align.lint.repeated_answers import check_leaked_answers, check_repeated_answers
 from align.lint.settings import MOST_ROWS
 from align.lint.splits import Repeats, check_leaks
 from align.lint.template import check_template, injected_system
@@ -147,8 +148,11 @@ class Linter:
     def result(self, waive: Sequence[str] = ()) -> list[Finding]:
         """All findings, the worst first."""
         self._pairs.finish(self.found)
+        for rows in self._splits.values():
+            check_repeated_answers(rows, self.found)
         if "train" in self._splits and "test" in self._splits:
             check_leaks(self._splits["train"], self._splits["test"], self.found)
+            check_leaked_answers(self._splits["train"], self._splits["test"], self.found)
         count = sum(self._labels.values())
         if count >= FEWEST and max(self._labels.values()) > SKEW * count:
             self.found.add("label-skew", None, f"{self._labels[True]} of {count} labels are true")

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
+from align.evaluation.statistics import wilson
 from align.lint.batches import Tokens
 from align.lint.dialect import squeezed
 from align.lint.findings import Findings, Place
+from align.lint.swapped_sides import SwappedSides
 
 TIMES, TOKENS, SHARE = 8, 64, 0.05
 """A pair is lopsided when one answer has ``TIMES`` the tokens of the other and ``TOKENS`` more; a warning, when more
 than ``SHARE`` of the pairs are."""
-BIAS, FEWEST = 0.85, 50
-"""Share of pairs won by the longer (or shorter) side that is called a bias, from ``FEWEST`` pairs on."""
+BIAS, FEWEST = 0.75, 50
+"""A bias: from ``FEWEST`` pairs on, the longer (or shorter) side wins more than this share, and the lower end of the
+share's 95 % interval (Wilson) is above it too."""
 
 
 @dataclass
@@ -24,6 +26,7 @@ class Pairs:
     longer: int = 0
     shorter: int = 0
     count: int = 0
+    probe: SwappedSides = field(default_factory=SwappedSides)
 
     def check(self, chosen: Tokens, rejected: Tokens, found: Findings) -> None:
         """One pair: equal sides, prompts that differ; its lengths are kept."""
@@ -32,6 +35,9 @@ class Pairs:
             same = chosen.messages == rejected.messages
             found.add("chosen-equals-rejected", place, ("" if same else "after truncation: ") + chosen.text)
             return
+        if _letters(chosen) == _letters(rejected):
+            found.add("sides-differ-in-case-alone", place, f"{_answer(chosen)!r} and {_answer(rejected)!r}")
+        self.probe.add(chosen, rejected)
         shared = next(
             (at for at, pair in enumerate(zip(chosen.ids, rejected.ids, strict=False)) if pair[0] != pair[1]),
             min(len(chosen.ids), len(rejected.ids)),
@@ -66,9 +72,18 @@ class Pairs:
             for place, excerpt in self.lopsided:
                 found.add("length-imbalance", place, excerpt)
         decided = self.longer + self.shorter
-        if self.count >= FEWEST and decided:
-            share = self.longer / decided
-            spread = 2 * math.sqrt(0.25 / decided)  # a fair coin's two standard deviations
-            if max(share, 1 - share) > BIAS + spread:
-                side, wins = ("longer", self.longer) if share > 0.5 else ("shorter", self.shorter)
-                found.add("length-bias", None, f"the chosen answer is the {side} one in {wins} of {decided} pairs")
+        if self.count < FEWEST or not decided:
+            return
+        side, wins = ("longer", self.longer) if self.longer >= self.shorter else ("shorter", self.shorter)
+        if wilson(wins, decided).low > BIAS:
+            found.add("length-bias", None, f"the chosen answer is the {side} one in {wins} of {decided} pairs")
+        self.probe.finish(found)
+
+
+def _answer(side: Tokens) -> str:
+    return str(side.messages[-1]["content"] or "") if side.messages else side.text
+
+
+def _letters(side: Tokens) -> str:
+    """The answer without white space and case."""
+    return squeezed(_answer(side)).casefold()

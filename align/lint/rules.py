@@ -40,6 +40,16 @@ RULES: dict[str, Rule] = {
         "training puts another beginning before the answer than sampling will",
         "Take a chat template whose generation prompt is the beginning of an assistant turn, for both.",
     ),
+    "text-before-answer": Rule(
+        "note",
+        "the template writes text between the generation prompt and the answer, such as an empty thought",
+        "Nothing: it is trained with the answer, as such models have it. Sampled answers will begin with it.",
+    ),
+    "earlier-turns-unclosed": Rule(
+        "warning",
+        "the template closes the last answer of a conversation with an end token and earlier answers without one",
+        "Write the end token after every answer, as the model will sample it.",
+    ),
     "pad-is-eos": Rule(
         "warning",
         "the tokenizer pads with its end token, which collators that mask padding by its id then mask in answers too",
@@ -186,7 +196,83 @@ RULES: dict[str, Rule] = {
         "a {{placeholder}} was never filled in",
         "Fill it in, or leave the row out.",
     ),
+    "foreign-token-in-content": Rule(
+        "warning",
+        "the text of a turn contains the mark of a turn of another model's template",
+        "Split the rendered text into turns, or take the mark out, with a normalise step.",
+    ),
+    "invisible-character": Rule(
+        "note",
+        "text with characters that have no width (zero-width spaces, byte order marks)",
+        "Take them out with a normalise step.",
+    ),
+    "direction-override": Rule(
+        "warning",
+        "text with characters that change its direction: what a person reads is not what the model learns",
+        "Take them out with a normalise step, or leave the row out.",
+    ),
+    "assistant-speaks-first": Rule(
+        "warning",
+        "the first turn of a conversation is the assistant's",
+        "Leave the turn out, or give it a user turn before it.",
+    ),
+    "system-turn-inside": Rule(
+        "warning",
+        "a system turn stands inside a conversation; many templates move, drop or refuse it",
+        "Put it first, or make it part of a user's turn.",
+    ),
+    "white-space-changed": Rule(
+        "warning",
+        "the template changes the white space of a turn: indentation is lost, or runs of spaces become one",
+        "Take a template that writes a turn as it is.",
+    ),
+    "trailing-space-stripped": Rule(
+        "note",
+        "the template strips the white space at the end of an answer",
+        "Nothing, unless it matters for your answers.",
+    ),
+    "one-answer-for-all": Rule(
+        "warning",
+        "most rows have the same answer",
+        "Look at the source: a column may be mapped wrongly. Cap repeated answers, or balance the classes.",
+    ),
+    "prompt-with-several-answers": Rule(
+        "note",
+        "a prompt has another answer in an earlier row",
+        "Nothing, if several answers are meant; else keep one of them.",
+    ),
+    # The model.
+    "untrained-token": Rule(
+        "warning",
+        "a control token of the template has an embedding that was never trained",
+        "Take the model's own template, or train the embeddings (`tuning: {method: full}`).",
+    ),
+    "rows-dropped": Rule(
+        "warning",
+        "the trainer has left out rows without a word",
+        "Raise max_length, or leave long rows out with a filter step.",
+    ),
+    "no-rows-left": Rule(
+        "error",
+        "the trainer's dataset has no rows",
+        "Raise max_length, or look at what the trainer's preparation filters.",
+    ),
     # Pairs.
+    "sides-differ-in-case-alone": Rule(
+        "warning",
+        "the two answers of a pair differ in case or white space alone",
+        "Leave the pair out, unless that is what is to be learnt.",
+    ),
+    "pairs-contradict": Rule(
+        "warning",
+        "two pairs of one prompt prefer the same two answers the other way round",
+        "Keep one of them, by a majority of its annotators, or leave both out.",
+    ),
+    "sides-swapped": Rule(
+        "warning",
+        "chosen and rejected look swapped in a good share of the pairs",
+        "Look at pairs on both sides of the split; correct the mapping of the source that swaps them.",
+    ),
     "chosen-equals-rejected": Rule(
         "warning",
         "both answers of a pair are the same tokens, so there is nothing to learn",
@@ -222,6 +308,11 @@ RULES: dict[str, Rule] = {
         "note",
         "most of a test prompt's word sequences are in one training prompt",
         "Look at the examples; add a near-duplicate step before the split.",
+    ),
+    "leaked-answer": Rule(
+        "warning",
+        "a long answer of the test split is a training row's answer to another prompt",
+        "Decontaminate against the test split, replies included.",
     ),
     "duplicate-row": Rule(
         "note",

@@ -32,6 +32,7 @@ def check_template(dialect: Dialect, found: Findings) -> None:
     _check_family(dialect, found)
     _check_marks(dialect, found)
     _check_generation_prompt(dialect, found)
+    _check_earlier_turns(dialect, found)
 
 
 def _check_family(dialect: Dialect, found: Findings) -> None:
@@ -66,23 +67,42 @@ def _pieces(dialect: Dialect, ids: list[int]) -> str:
 
 
 def _check_generation_prompt(dialect: Dialect, found: Findings) -> None:
-    """What sampling sees must be how the same conversation begins once an answer follows."""
+    """Compare what sampling sees with how the same conversation begins once an answer follows."""
     for messages in (PROBE[:2], PROBE):
         prompt, whole = messages[:-1], _render(dialect, messages)
         start = _render(dialect, prompt, add_generation_prompt=True)
-        rest = whole.removeprefix(start)
-        answer = messages[-1]["content"]
+        lead = whole.removeprefix(start).partition(messages[-1]["content"])[0]
         if not whole.startswith(start):
-            shared = next((at for at, pair in enumerate(zip(start, whole, strict=False)) if pair[0] != pair[1]), 0)
-            found.add(
-                "generation-prompt-differs", None,
-                f"sampling sees {start[shared:]!r} where training sees {whole[shared : shared + 60]!r}",
-            )  # fmt: skip
-        elif squeezed(rest.partition(answer)[0]):
-            found.add(
-                "generation-prompt-differs", None,
-                f"sampling stops before {rest.partition(answer)[0]!r}, which training puts before the answer",
-            )  # fmt: skip
+            shared = next(
+                (index for index, pair in enumerate(zip(start, whole, strict=False)) if pair[0] != pair[1]), 0
+            )
+            excerpt = f"sampling sees {start[shared:]!r} where training sees {whole[shared : shared + 60]!r}"
+            found.add("generation-prompt-differs", None, excerpt)
+        elif squeezed(lead) and not dialect.answer_lead:
+            excerpt = f"sampling stops before {lead!r}, which training puts before the answer"
+            found.add("generation-prompt-differs", None, excerpt)
+        elif squeezed(lead):
+            found.add("text-before-answer", None, f"{lead!r}")
+
+
+def _check_earlier_turns(dialect: Dialect, found: Findings) -> None:
+    """Check that an answer is closed in the middle of a conversation where it is closed at the end."""
+    last, after, before = (
+        [token for token in dialect.encode((text or "").lstrip()) if token in dialect.special_ids]
+        for text in (dialect.closing, dialect.user_start, dialect.opening)
+    )
+    starts_turns = {*before[-1:], *_generation_tokens(dialect)[:1]} - dialect.ends
+    if last and (not after or after[0] in starts_turns):
+        excerpt = f"the last answer is followed by {dialect.closing!r}, an earlier one by {dialect.user_start!r}"
+        found.add("earlier-turns-unclosed", None, excerpt)
+
+
+def _generation_tokens(dialect: Dialect) -> list[int]:
+    """Control tokens of the generation prompt."""
+    prompt = PROBE[:1]
+    start = _render(dialect, prompt, add_generation_prompt=True)
+    header = start.removeprefix(_render(dialect, prompt, add_generation_prompt=False))
+    return [token for token in dialect.encode(header) if token in dialect.special_ids]
 
 
 def _render(dialect: Dialect, messages: list[dict[str, str]], **options: Any) -> str:

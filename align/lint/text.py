@@ -14,6 +14,18 @@ ROLES = frozenset({"system", "user", "assistant", "tool"})
 PLACEHOLDER = re.compile(r"\{\{ ?[A-Za-z_][\w -]{0,38} ?\}\}")
 # What a decoder puts for bytes it cannot read, and halves of characters that were cut apart.
 BROKEN = re.compile("[\ufffd\ud800-\udfff]")
+FOREIGN = re.compile(
+    r"<\|(?:im_start|im_end|endoftext|end_of_text|begin_of_text|start_header_id|end_header_id|eot_id|system|user|"
+    r"assistant|end)\|>|<(?:start|end)_of_turn>|</s>|\[/?INST\]|<</?SYS>>|<\uff5c[^<>\uff5c]{1,30}\uff5c>|"
+    r"\n\n(?:Human|Assistant): |### (?:Instruction|Response):"
+)
+"""Marks of a turn in the well-known templates. In a text they are what is left of a rendering for another model."""
+HTML_STRIKE = re.compile(r"<s>[^<>]*</s>")
+"""Struck-out text, whose closing tag is no end of sequence."""
+INVISIBLE = re.compile("[\u180e\u200b\u2060\ufeff]")
+"""Characters without width. The joiners U+200C and U+200D, which scripts and emoji need, are not among them."""
+OVERRIDE = re.compile("[\u202a-\u202e\u2066-\u2069]")
+"""Characters that change the direction of the text around them: what is read is not what the model learns."""
 ANSWERS = ("completion", "chosen", "rejected")
 
 
@@ -51,16 +63,38 @@ def _check_text(text: str, who: str, place: Place, dialect: Dialect, found: Find
             found.add(
                 "turn-marker-in-content", place, f"{who} writes {mark!r}: {text[max(0, at - 40) : at + 60]}"
             )  # fmt: skip
+    _check_foreign(text, who, place, dialect, found)
+    for pattern, name in ((INVISIBLE, "invisible-character"), (OVERRIDE, "direction-override")):
+        if character := pattern.search(text):
+            found.add(name, place, f"{who} has U+{ord(character.group()):04X}: {around(text, character)}")
     if broken := BROKEN.search(text):
         found.add("not-utf8", place, f"{who}: {around(text, broken)}")
     if placeholder := PLACEHOLDER.search(text):
         found.add("placeholder", place, f"{who}: {around(text, placeholder)}")
 
 
+def _check_foreign(text: str, who: str, place: Place, dialect: Dialect, found: Findings) -> None:
+    """Look for marks of other models' templates; those of the dialect's template have findings of their own."""
+    for mark in FOREIGN.finditer(text):
+        name = mark.group().strip()
+        is_html = name == "</s>" and any(mark.end() == html.end() for html in HTML_STRIKE.finditer(text))
+        if name in dialect.special or name in dialect.marks or is_html:
+            continue
+        found.add("foreign-token-in-content", place, f"{who} writes {name!r}: {around(text, mark)}")
+        return
+
+
 def _check_order(messages: list[Message], place: Place, found: Findings) -> None:
-    for one, other in pairwise(messages):
-        if one["role"] == other["role"] and one["role"] != "tool":
-            found.add("repeated-role", place, f"two {one['role']} turns: {one['content']!r}, {other['content']!r}")
+    for message, following in pairwise(messages):
+        if message["role"] == following["role"] and message["role"] != "tool":
+            excerpt = f"two {message['role']} turns: {message['content']!r}, {following['content']!r}"
+            found.add("repeated-role", place, excerpt)
+    turns_of_speakers = [message for message in messages if message["role"] != "system"]
+    if len(turns_of_speakers) > 1 and turns_of_speakers[0]["role"] == "assistant":
+        found.add("assistant-speaks-first", place, f"{turns_of_speakers[0]['content']!r}")
+    for message in messages[1:]:
+        if message["role"] == "system":
+            found.add("system-turn-inside", place, f"{message['content']!r}")
 
 
 def around(text: str, match: re.Match[str]) -> str:

@@ -61,6 +61,7 @@ def _check_turns_are_there(seen: Tokens, limits: Limits, found: Findings) -> Non
         if message["role"] == "tool":
             continue  # templates wrap a tool's result as they like
         if dialect.has_text(whole, text):
+            _check_white_space(seen, message["role"], text, found)
             continue
         if number == len(seen.messages) - 1 and full:
             continue  # cut: judged by its labels
@@ -69,6 +70,17 @@ def _check_turns_are_there(seen: Tokens, limits: Limits, found: Findings) -> Non
         else:
             found.add("turn-rewritten", seen.place, f"{message['role']}: {text}")
         return
+
+
+def _check_white_space(seen: Tokens, role: str, text: str, found: Findings) -> None:
+    """Compare a turn that is there with its white space. Templates that trim a user's turn do no harm."""
+    if seen.dialect.has_exact_text(seen.text, text):
+        return
+    if seen.dialect.has_exact_text(seen.text, text.strip() if role != "assistant" else text.rstrip()):
+        if role == "assistant":
+            found.add("trailing-space-stripped", seen.place, f"{text[-40:]!r}")
+        return
+    found.add("white-space-changed", seen.place, f"{role}: {text[:60]!r}")
 
 
 def is_cut(seen: Tokens, limits: Limits) -> bool:

@@ -12,7 +12,8 @@ from typing import Any
 from align.data.rows import Row
 from align.errors import UserError
 from align.lint.batches import Collator
-from align.lint.findings import Finding
+from align.lint.embeddings import check_embeddings
+from align.lint.findings import Finding, Findings
 from align.lint.labels import Supervise
 from align.lint.linter import Linter, Options, StageKind
 from align.lint.settings import MOST_ROWS, LintSettings
@@ -61,6 +62,7 @@ def lint_stage(
     """
     began = time.perf_counter()
     linter = _linter(context, stage, trainer.processing_class, trainer.model, max_length, supervise)
+    check_embeddings(trainer.model, linter.dialect, linter.found)
     for name, split in splits.items():
         _look(linter, name, split, trainer.train_dataset if name == "train" else None, trainer.data_collator)
     return _report(context, linter, began)
@@ -169,8 +171,20 @@ def lint_trainer(
     limits = limits_of(trainer.model, cut_at)
     options = Options(stage, limits, wanted, ends_of(trainer.model), most_rows, seed)
     linter = Linter(trainer.processing_class, options)
+    check_embeddings(trainer.model, linter.dialect, linter.found)
+    _check_dropped_rows(dataset, rows, linter.found)
     if rows is not None and len(rows) == len(dataset):
         linter.look("train", rows, trainer.data_collator, lambda number: dict(dataset[number]))
     else:
         linter.look_at_documents("train", dataset, trainer.data_collator)
     return linter.result()
+
+
+def _check_dropped_rows(dataset: Any, rows: Sequence[Row] | None, found: Findings) -> None:
+    """Compare the trainer's dataset with its rows. A packed dataset holds documents, so it may be shorter."""
+    if len(dataset) == 0:
+        found.add("no-rows-left", None, "" if rows is None else f"0 of {len(rows)} rows are left")
+        return
+    is_packed = "seq_lengths" in dataset.column_names
+    if rows is not None and len(dataset) < len(rows) and not is_packed:
+        found.add("rows-dropped", None, f"{len(dataset)} of {len(rows)} rows are left")

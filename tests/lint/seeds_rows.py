@@ -168,3 +168,100 @@ def a_pair_too_long(case: Case) -> dict[str, Finding]:
     rows = pairs()
     rows[SPOILT]["rejected"] = [assistant("word " * 300)]
     return look(case.tokenizer, rows, options=Options("dpo", Limits(max_length=300)))
+
+
+@seeds("foreign-token-in-content")
+def a_rendering_for_another_model(case: Case) -> dict[str, Finding]:
+    mark = next(token for token in ("<|eot_id|>", "<end_of_turn>") if token not in case.spec.special)
+    rows = instructions()
+    rows[SPOILT]["completion"] = [assistant(f"There are nine kinds.{mark}")]
+    return look(case.tokenizer, rows)
+
+
+@seeds("foreign-token-in-content")
+def a_transcript_inside_an_answer(case: Case) -> dict[str, Finding]:
+    rows = instructions()
+    rows[SPOILT]["completion"] = [assistant("There are nine kinds.\n\nHuman: Name them.")]
+    return look(case.tokenizer, rows)
+
+
+@seeds("invisible-character")
+def a_zero_width_space(case: Case) -> dict[str, Finding]:
+    rows = instructions()
+    rows[SPOILT]["completion"] = [assistant("There are nine\u200b kinds.")]
+    return look(case.tokenizer, rows)
+
+
+@seeds("direction-override")
+def an_answer_that_reads_backwards(case: Case) -> dict[str, Finding]:
+    rows = instructions()
+    rows[SPOILT]["completion"] = [assistant("There are \u202eenin kinds.")]
+    return look(case.tokenizer, rows)
+
+
+@seeds("assistant-speaks-first")
+def a_greeting_before_the_question(case: Case) -> dict[str, Finding]:
+    case.also = {"template-refuses-row"} if case.spec.strict else set()
+    rows = instructions()
+    rows[SPOILT]["prompt"] = [assistant("What can I do for you?"), user("Name nine facts.")]
+    return look(case.tokenizer, rows)
+
+
+@seeds("system-turn-inside")
+def a_system_turn_after_the_question(case: Case) -> dict[str, Finding]:
+    case.also = {"template-refuses-row", "turn-rewritten", "repeated-role"}
+    rows = instructions()
+    rows[SPOILT]["prompt"] = [user("Are you there?"), {"role": "system", "content": "Answer in one sentence."}]
+    return look(case.tokenizer, rows)
+
+
+@seeds("one-answer-for-all")
+def a_column_mapped_wrongly(case: Case) -> dict[str, Finding]:
+    case.everywhere = True
+    rows = [{**row, "completion": [assistant("It is so.")]} for row in instructions(60)]
+    return look(case.tokenizer, rows)
+
+
+@seeds("prompt-with-several-answers")
+def a_question_that_is_answered_twice(case: Case) -> dict[str, Finding]:
+    rows = instructions()
+    rows[SPOILT]["prompt"] = rows[SPOILT - 1]["prompt"]
+    return look(case.tokenizer, rows)
+
+
+@seeds("sides-differ-in-case-alone")
+def the_rejected_side_is_the_chosen_one_in_capitals(case: Case) -> dict[str, Finding]:
+    rows = pairs()
+    rows[SPOILT]["rejected"] = [assistant(rows[SPOILT]["chosen"][0]["content"].upper() + " ")]
+    return look(case.tokenizer, rows, options=Options("dpo"))
+
+
+@seeds("pairs-contradict")
+def a_pair_the_other_way_round(case: Case) -> dict[str, Finding]:
+    rows = pairs()
+    before = rows[SPOILT - 1]
+    rows[SPOILT] |= {"prompt": before["prompt"], "chosen": before["rejected"], "rejected": before["chosen"]}
+    return look(case.tokenizer, rows, options=Options("dpo"))
+
+
+@seeds("sides-swapped")
+def a_third_of_the_pairs_swapped(case: Case) -> dict[str, Finding]:
+    case.everywhere = True
+    rows = pairs(60)
+    for number, row in enumerate(rows):
+        answer = assistant(f"I can tell you {number + 7} things about that, and each of them is well worth knowing.")
+        refusal = assistant(f"No. {number}")
+        row |= (
+            {"chosen": [refusal], "rejected": [answer]}
+            if number % 3 == 0
+            else {"chosen": [answer], "rejected": [refusal]}
+        )
+    return look(case.tokenizer, rows, options=Options("dpo"))
+
+
+@seeds("leaked-answer")
+def a_test_answer_that_was_trained_on(case: Case) -> dict[str, Finding]:
+    rows = instructions(12)
+    long = assistant("The keeper wrote one letter home a week, and each of them began with the weather.")
+    rows[2]["completion"] = rows[SPOILT]["completion"] = [long]
+    return look(case.tokenizer, [*rows[:3], *rows[4:8]], test=[*rows[8:], rows[SPOILT]])

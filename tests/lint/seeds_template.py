@@ -85,3 +85,41 @@ def a_template_that_takes_three_turns(case: Case) -> dict[str, Finding]:
     rows = instructions()
     rows[SPOILT]["prompt"] = [*rows[SPOILT]["prompt"], assistant("Which ones?"), user("Any of them.")]
     return look(dialects.make(case.spec, template=template), rows)
+
+
+CODE = "def double(x):\n    y = 2 * x\n    return y"
+
+
+@seeds("white-space-changed")
+def a_template_that_collapses_white_space(case: Case) -> dict[str, Finding]:
+    template = case.spec.template.replace("m['content']", "(m['content'].split() | join(' '))")
+    rows = instructions()
+    rows[SPOILT]["completion"] = [assistant(CODE)]
+    return look(dialects.make(case.spec, template=template), rows)
+
+
+@seeds("white-space-changed")
+def a_template_that_strips_indentation(case: Case) -> dict[str, Finding]:
+    template = case.spec.template.replace("m['content']", "m['content'].lstrip()")
+    rows = instructions()
+    rows[SPOILT]["completion"] = [assistant("    y = 2 * x")]
+    return look(dialects.make(case.spec, template=template), rows)
+
+
+@seeds("trailing-space-stripped")
+def a_template_that_trims_the_end_of_answers(case: Case) -> dict[str, Finding]:
+    template = case.spec.template.replace("m['content']", "m['content'].rstrip()")
+    rows = instructions()
+    rows[SPOILT]["completion"] = [assistant("There are nine kinds.\n")]
+    return look(dialects.make(case.spec, template=template), rows)
+
+
+@seeds("earlier-turns-unclosed")
+def a_template_that_closes_the_last_turn_alone(case: Case) -> dict[str, Finding]:
+    case.everywhere = True
+    template = case.spec.template
+    end = f"'{case.spec.eos}\n'" if f"'{case.spec.eos}\n'" in template else f"'{case.spec.eos}'"
+    if end not in template:
+        end = "eos_token"
+    closed = f"({end} if loop is not defined or loop.last or m['role'] != 'assistant' else ' ')"
+    return look(dialects.make(case.spec, template=template.replace(end, closed)), instructions())
