@@ -73,14 +73,15 @@ def show(options: argparse.Namespace) -> int:
 
 def lint(options: argparse.Namespace) -> int:
     """look for faults in the tokens a model would be trained on; exit code 1 where there are errors"""
-    from align.commands.finding import find_build, find_tokenizer_folder
+    from align.commands.finding import find_build, find_checkpoint, find_tokenizer_folder
     from align.lint.command import lint_dataset, print_findings
 
     found = find_build(options.recipe, options.store, options.workers)
     model = find_tokenizer_folder(options.model, options.store)
     findings = lint_dataset(
-        found.folder, model, kind=options.kind, max_length=options.max_length, rows=options.rows, seed=options.seed
-    )
+        found.folder, model, kind=options.kind, max_length=options.max_length, rows=options.rows, seed=options.seed,
+        reward=find_checkpoint(options.reward, options.store) if options.reward else None,
+    )  # fmt: skip
     if options.json:
         print_json([finding.to_json() for finding in findings])
         return int(any(finding.severity == "error" for finding in findings))
@@ -204,6 +205,9 @@ def _add_lint(parser: argparse.ArgumentParser) -> None:
         "--rows", type=int, default=10_000, metavar="N", help="rows looked at per split (default 10000)"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="draws those rows")
+    parser.add_argument(
+        "--reward", metavar="CHECKPOINT", help="a reward model that is asked whether sides of pairs are swapped"
+    )
 
 
 def _add_push(parser: argparse.ArgumentParser) -> None:

@@ -88,7 +88,8 @@ class Linter:
         check_template(self.dialect, self.found)
         self.injected = injected_system(self.dialect)
         self._pairs, self._labels = Pairs(), {True: 0, False: 0}
-        self._splits: dict[str, list[tuple[Place, Row]]] = {}
+        self.rows: dict[str, list[tuple[Place, Row]]] = {}
+        """Rows looked at, with their places, per split."""
         self._starts = 0
 
     def look(
@@ -107,7 +108,7 @@ class Linter:
         prepared: Prepared | None = None,
     ) -> None:
         """The same for some rows of ``total``, with their indices."""
-        repeats, kept = Repeats(), self._splits.setdefault(split, [])
+        repeats, kept = Repeats(), self.rows.setdefault(split, [])
         shown: list[tuple[dict[str, Any], int]] = []
         for number, whole in rows:
             row = relevant(whole, self.options.stage)
@@ -148,11 +149,11 @@ class Linter:
     def result(self, waive: Sequence[str] = ()) -> list[Finding]:
         """All findings, the worst first."""
         self._pairs.finish(self.found)
-        for rows in self._splits.values():
+        for rows in self.rows.values():
             check_repeated_answers(rows, self.found)
-        if "train" in self._splits and "test" in self._splits:
-            check_leaks(self._splits["train"], self._splits["test"], self.found)
-            check_leaked_answers(self._splits["train"], self._splits["test"], self.found)
+        if "train" in self.rows and "test" in self.rows:
+            check_leaks(self.rows["train"], self.rows["test"], self.found)
+            check_leaked_answers(self.rows["train"], self.rows["test"], self.found)
         count = sum(self._labels.values())
         if count >= FEWEST and max(self._labels.values()) > SKEW * count:
             self.found.add("label-skew", None, f"{self._labels[True]} of {count} labels are true")

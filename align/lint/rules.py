@@ -201,6 +201,11 @@ RULES: dict[str, Rule] = {
         "the text of a turn contains the mark of a turn of another model's template",
         "Split the rendered text into turns, or take the mark out, with a normalise step.",
     ),
+    "speaker-label-in-content": Rule(
+        "note",
+        "the text of a turn has the label of a speaker, as a transcript has it",
+        "Nothing where a text quotes a conversation; else split it into turns.",
+    ),
     "invisible-character": Rule(
         "note",
         "text with characters that have no width (zero-width spaces, byte order marks)",

@@ -16,10 +16,11 @@ PLACEHOLDER = re.compile(r"\{\{ ?[A-Za-z_][\w -]{0,38} ?\}\}")
 BROKEN = re.compile("[\ufffd\ud800-\udfff]")
 FOREIGN = re.compile(
     r"<\|(?:im_start|im_end|endoftext|end_of_text|begin_of_text|start_header_id|end_header_id|eot_id|system|user|"
-    r"assistant|end)\|>|<(?:start|end)_of_turn>|</s>|\[/?INST\]|<</?SYS>>|<\uff5c[^<>\uff5c]{1,30}\uff5c>|"
-    r"\n\n(?:Human|Assistant): |### (?:Instruction|Response):"
+    r"assistant|end)\|>|<(?:start|end)_of_turn>|</s>|\[/?INST\]|<</?SYS>>|<\uff5c[^<>\uff5c]{1,30}\uff5c>"
 )
 """Marks of a turn in the well-known templates. In a text they are what is left of a rendering for another model."""
+SPEAKER = re.compile(r"(?:^|\n\n)(?:Human|Assistant): |^### (?:Instruction|Response):", re.MULTILINE)
+"""Labels of speakers in transcripts and prompts of older models; also in ordinary texts that quote a conversation."""
 HTML_STRIKE = re.compile(r"<s>[^<>]*</s>")
 """Struck-out text, whose closing tag is no end of sequence."""
 INVISIBLE = re.compile("[\u180e\u200b\u2060\ufeff]")
@@ -64,6 +65,8 @@ def _check_text(text: str, who: str, place: Place, dialect: Dialect, found: Find
                 "turn-marker-in-content", place, f"{who} writes {mark!r}: {text[max(0, at - 40) : at + 60]}"
             )  # fmt: skip
     _check_foreign(text, who, place, dialect, found)
+    if speaker := SPEAKER.search(text):
+        found.add("speaker-label-in-content", place, f"{who}: {around(text, speaker)}")
     for pattern, name in ((INVISIBLE, "invisible-character"), (OVERRIDE, "direction-override")):
         if character := pattern.search(text):
             found.add(name, place, f"{who} has U+{ord(character.group()):04X}: {around(text, character)}")

@@ -61,7 +61,8 @@ def _check_turns_are_there(seen: Tokens, limits: Limits, found: Findings) -> Non
         if message["role"] == "tool":
             continue  # templates wrap a tool's result as they like
         if dialect.has_text(whole, text):
-            _check_white_space(seen, message["role"], text, found)
+            if not full:  # a cut answer that quotes its prompt is found there, with the prompt's white space
+                _check_white_space(seen, message["role"], text, found)
             continue
         if number == len(seen.messages) - 1 and full:
             continue  # cut: judged by its labels

@@ -26,9 +26,7 @@ class Genuine:
 
 
 CHATML = Genuine(("<|im_end|>",), ("<|im_start|>", "<|endoftext|>"))
-LLAMA_3 = Genuine(
-    ("<|eot_id|>",), ("<|start_header_id|>", "<|end_header_id|>", "<|end_of_text|>"), "<|begin_of_text|>"
-)
+LLAMA_3 = Genuine(("<|eot_id|>",), ("<|start_header_id|>", "<|end_header_id|>", "<|end_of_text|>"), "<|begin_of_text|>")
 GEMMA = Genuine(("<end_of_turn>",), ("<start_of_turn>", "<eos>"), "<bos>")
 PHI_3 = Genuine(("<|endoftext|>", "<|end|>"), ("<|user|>", "<|assistant|>", "<|system|>"))
 COHERE = Genuine(

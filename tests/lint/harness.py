@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-from align.data.rows import assistant, user
+from align.data.rows import assistant, user, write_rows
 from align.lint.command import collator_of
 from align.lint.findings import Finding
 from align.lint.linter import ENCODERS, NO_LIMIT, Linter, Options
@@ -108,3 +109,12 @@ def look(
 def alarms(found: dict[str, Finding]) -> set[str]:
     """Names of the errors and warnings."""
     return {name for name, finding in found.items() if finding.severity != "note"}
+
+
+def dataset(folder: Path, train: list[Row], test: list[Row]) -> Path:
+    """A built folder in shards."""
+    half = len(train) // 2
+    write_rows(folder / "train-00000-of-00002.parquet", train[:half])
+    write_rows(folder / "train-00001-of-00002.parquet", train[half:])
+    write_rows(folder / "test.parquet", test)
+    return folder

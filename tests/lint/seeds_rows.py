@@ -178,7 +178,7 @@ def a_rendering_for_another_model(case: Case) -> dict[str, Finding]:
     return look(case.tokenizer, rows)
 
 
-@seeds("foreign-token-in-content")
+@seeds("speaker-label-in-content")
 def a_transcript_inside_an_answer(case: Case) -> dict[str, Finding]:
     rows = instructions()
     rows[SPOILT]["completion"] = [assistant("There are nine kinds.\n\nHuman: Name them.")]

@@ -12,7 +12,7 @@ from align.data.rows import assistant, user
 from align.lint.dialect import MARK
 from align.lint.linter import Options
 from align.lint.pairs import TOKENS
-from align.lint.text import PLACEHOLDER
+from align.lint.text import FOREIGN, OVERRIDE, PLACEHOLDER
 from tests.lint.dialects import SPECS, tokenizer_of
 from tests.lint.harness import alarms, look
 
@@ -23,10 +23,11 @@ LETTERS = st.characters(
 WORDS = st.sampled_from(
     ["The answer is 42.", "human:", "f(x) = {x}", "<b>bold</b>", "user", "assistant", "```py\nx = 1\n```"]
 )
+FAULTS = (MARK, PLACEHOLDER, FOREIGN, OVERRIDE)
 SAID = st.one_of(
     st.text(LETTERS, min_size=1, max_size=30), WORDS, st.builds("{} {}".format, WORDS, st.text(LETTERS, max_size=9))
 )
-TEXT = SAID.map(str.strip).filter(lambda text: bool(text) and not MARK.search(text) and not PLACEHOLDER.search(text))
+TEXT = SAID.map(str.strip).filter(lambda text: bool(text) and not any(fault.search(text) for fault in FAULTS))
 
 
 @st.composite
@@ -38,7 +39,7 @@ def conversations(draw: st.DrawFn) -> dict[str, Any]:
     if draw(st.booleans()):
         turns = [{"role": "system", "content": draw(TEXT)}, *turns]
     chosen, rejected = draw(TEXT), draw(TEXT)
-    assume("".join(chosen.split()) != "".join(rejected.split()))
+    assume("".join(chosen.split()).casefold() != "".join(rejected.split()).casefold())
     assume(abs(len(chosen.encode()) - len(rejected.encode())) <= TOKENS)  # or the lengths would be a fault
     return {"id": "row", "source": "test", "checks": "", "prompt": turns, "completion": [assistant(chosen)],
             "chosen": [assistant(chosen)], "rejected": [assistant(rejected)]}  # fmt: skip

@@ -10,27 +10,18 @@ from typing import Any
 import pytest
 
 from align.cli import main
-from align.data.rows import assistant, user, write_rows
+from align.data.rows import assistant, user
 from align.errors import UserError
 from align.lint.command import lint_dataset, lint_rows, load, print_findings
 from align.lint.findings import Example, Finding, Findings, Place
 from align.lint.rules import RULES
-from tests.lint.harness import Row, instructions, pairs
+from tests.lint.harness import dataset, instructions, pairs
 
 DOCS = Path(__file__).parents[2] / "docs" / "lint.md"
 
 
 def named(findings: list[Finding]) -> dict[str, Finding]:
     return {finding.name: finding for finding in findings}
-
-
-def dataset(folder: Path, train: list[Row], test: list[Row]) -> Path:
-    """A built folder in shards."""
-    half = len(train) // 2
-    write_rows(folder / "train-00000-of-00002.parquet", train[:half])
-    write_rows(folder / "train-00001-of-00002.parquet", train[half:])
-    write_rows(folder / "test.parquet", test)
-    return folder
 
 
 def test_a_folder_in_shards(tiny_model: Path, tmp_path: Path) -> None:

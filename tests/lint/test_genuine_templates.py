@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from align.data.rows import Row, assistant, user
+from align.data.rows import assistant
 from align.lint.batches import MASKED
 from align.lint.linter import Options
 from tests.lint.dialects import SPECS, make
@@ -37,7 +35,7 @@ def test_a_mask_of_every_answer_raises_no_alarm(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(WRITES_BEFORE_ANSWERS))
 def test_text_before_answers_needs_labels(name: str) -> None:
-    """Sampling leaves that text to the model, so a mask over the answer's words alone does not teach what is sampled."""
+    """Sampling leaves that text to the model: a mask over the answer alone does not teach what is sampled."""
     tokenizer, rows = tokenizer_of(name), instructions()
     prepared = encoded(tokenizer, rows)
     row = prepared[SPOILT]
@@ -60,11 +58,3 @@ def test_a_thought_that_is_written_out_is_the_answers() -> None:
 def test_a_thought_that_training_does_not_close_is_a_fault() -> None:
     template = SPECS["chatml"].template.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}")
     assert "generation-prompt-differs" in look(make(SPECS["chatml"], template=template), instructions())
-
-
-REAL = {
-    "dolly": ("dolly-3k/dolly_3k.json", "auto", "sft"),
-    "gsm8k": ("gsm8k/train.jsonl", "gsm8k", "sft"),
-    "hh-rlhf": ("hh-rlhf/helpful-base.test.jsonl.gz", "hh_rlhf", "dpo"),
-    "oasst": ("oasst-en100/en_100_tree.jsonl", "oasst", "dpo"),
-}

@@ -10,13 +10,19 @@ import pytest
 from align.cli import main
 
 SYSTEM = "unexpected-system-prompt"  # SmolLM2's template has one of its own
+LABEL = "speaker-label-in-content"  # hh-rlhf's assistant says "Human:" itself; oasst quotes conversations
 LONG = {"answer-truncated", "no-room-for-answer"}
+NOTES = {"nearly-leaked-prompt", "prompt-with-several-answers"}
 FOUND = {
-    "dolly": ("ALIGN_DOLLY_FILES", "dolly-3k/dolly_3k.json", {SYSTEM, *LONG, "nearly-leaked-prompt"}),
-    "hh_helpful": ("ALIGN_HH_FILES", "hh-rlhf/helpful-base.test.jsonl.gz", {SYSTEM}),
-    "hh_harmless": ("ALIGN_HH_HARMLESS_FILES", "hh-rlhf/harmless-base.test.jsonl.gz", {SYSTEM}),
-    "oasst": ("ALIGN_OASST_FILES", "oasst-en100/en_100_tree.jsonl", {SYSTEM, "over-max-length", "length-imbalance"}),
-    "oasst_sft": ("ALIGN_OASST_FILES", "oasst-en100/en_100_tree.jsonl", {SYSTEM, *LONG}),
+    "dolly": ("ALIGN_DOLLY_FILES", "dolly-3k/dolly_3k.json", {SYSTEM, *LONG, *NOTES}),
+    "hh_helpful": ("ALIGN_HH_FILES", "hh-rlhf/helpful-base.test.jsonl.gz", {SYSTEM, LABEL}),
+    "hh_harmless": ("ALIGN_HH_HARMLESS_FILES", "hh-rlhf/harmless-base.test.jsonl.gz", {SYSTEM, LABEL}),
+    "oasst": (
+        "ALIGN_OASST_FILES",
+        "oasst-en100/en_100_tree.jsonl",
+        {SYSTEM, "over-max-length", "length-imbalance", LABEL},
+    ),
+    "oasst_sft": ("ALIGN_OASST_FILES", "oasst-en100/en_100_tree.jsonl", {SYSTEM, *LONG, LABEL}),
 }
 
 

@@ -121,6 +121,25 @@ def test_pairs_of_dpo_and_reward(tiny_model: Path, tmp_path: Path) -> None:
     assert {finding.name for finding in lint_trainer(reward, rows)} == {"chosen-equals-rejected"}
 
 
+def test_rows_that_trl_has_dropped_are_missed(tiny_model: Path, tmp_path: Path) -> None:
+    rows = pairs()
+    dataset = Dataset.from_list([{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows])
+
+    def findings(max_length: int) -> dict[str, Finding]:
+        args = RewardConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_length=max_length)
+        trainer = RewardTrainer(
+            new_reward(tiny_model), args, train_dataset=dataset, processing_class=load_tokenizer(tiny_model)
+        )
+        return {finding.name: finding for finding in lint_trainer(trainer, rows)}
+
+    lengths = findings(512)
+    assert not lengths
+    some = findings(200)["rows-dropped"]
+    assert (some.severity, some.examples[0].excerpt) == ("warning", "4 of 8 rows are left")
+    none = findings(10)["no-rows-left"]
+    assert (none.severity, none.examples[0].excerpt) == ("error", "0 of 8 rows are left")
+
+
 def test_another_kind_of_trainer_is_refused() -> None:
     with pytest.raises(UserError, match="str is none of the trainers that can be linted: SFTTrainer"):
         lint_trainer("trainer")
