@@ -132,9 +132,8 @@ def test_rows_that_trl_has_dropped_are_missed(tiny_model: Path, tmp_path: Path) 
         )
         return {finding.name: finding for finding in lint_trainer(trainer, rows)}
 
-    lengths = findings(512)
-    assert not lengths
-    some = findings(200)["rows-dropped"]
+    assert not findings(512)
+    some = findings(150)["rows-dropped"]
     assert (some.severity, some.examples[0].excerpt) == ("warning", "4 of 8 rows are left")
     none = findings(10)["no-rows-left"]
     assert (none.severity, none.examples[0].excerpt) == ("error", "0 of 8 rows are left")
