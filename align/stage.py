@@ -203,7 +203,7 @@ STAGES: dict[str, Stage] = {
     for stage in (
         _stage("model", 1, Kind.MODEL, "bring a base model into the store as plain safetensors"),
         _stage("artifact", 1, None, "take a finished artifact from a store or a checkpoint's folder as it is"),
-        _stage("data", 2, None, "build a dataset from a recipe"),
+        _stage("data", 3, None, "build a dataset from a recipe"),
         _stage("pretrain", 1, Kind.POLICY, "continued pre-training on plain texts, packed"),
         _stage("sft", 1, Kind.POLICY, "supervised fine-tuning on responses"),
         _stage("sample", 2, Kind.PREFERENCES, "sample responses from a checkpoint, score and pair them"),
@@ -221,7 +221,7 @@ STAGES: dict[str, Stage] = {
         _stage("online_dpo", 1, Kind.POLICY, "DPO on pairs of the policy's own responses, update by update"),
         _stage("rejection", 1, Kind.POLICY, "best-of-N fine-tuning on the policy's own responses, in rounds"),
         _stage("merge", 1, None, "make one checkpoint of several: soups, SLERP, TIES, DARE, WARP"),
-        _stage("evaluate", 2, Kind.SCORECARD, "compare systems on prompts, benchmarks and by judges, with intervals"),
+        _stage("evaluate", 3, Kind.SCORECARD, "compare systems on prompts, benchmarks and by judges, with intervals"),
         _stage("report", 2, Kind.REPORT, "one HTML page about the whole run"),
     )
 }

@@ -50,6 +50,8 @@ class Counts:
     def __init__(self) -> None:
         self.tallies: defaultdict[tuple[int, int], Tally] = defaultdict(Tally)
         self.examples: defaultdict[tuple[int, str], list[dict[str, Any]]] = defaultdict(list)
+        self.unused: defaultdict[int, Counter[str]] = defaultdict(Counter)
+        """Of each source, the fields that were not used and in how many records they stood."""
 
     def drop(self, step: int, source: int, reason: str, example: dict[str, Any]) -> None:
         """One row went in and does not come out."""
@@ -65,12 +67,15 @@ class Counts:
         for reason, examples in other.examples.items():
             shown = self.examples[reason]
             shown += examples[: EXAMPLES - len(shown)]
+        for source, fields in other.unused.items():
+            self.unused[source] += fields
 
     def to_json(self) -> dict[str, Any]:
         """Lists, since JSON has no pairs as keys."""
         return {
             "tallies": [[*key, tally.to_json()] for key, tally in self.tallies.items()],
             "examples": [[*key, examples] for key, examples in self.examples.items()],
+            "unused": [[source, dict(fields)] for source, fields in self.unused.items()],
         }
 
     @classmethod
@@ -81,6 +86,8 @@ class Counts:
             counts.tallies[step, source] = Tally(**{**tally, "dropped": Counter(tally["dropped"])})
         for step, reason, examples in found["examples"]:
             counts.examples[step, reason] = examples
+        for source, fields in found["unused"]:
+            counts.unused[source] = Counter(fields)
         return counts
 
 
@@ -150,6 +157,7 @@ def _source_line(counts: Counts, number: int, source: SourceLine, steps: int) ->
         "part": source.part,
         "license": source.license,
         "identity": source.identity,
+        "unused_fields": dict(sorted(counts.unused[number].items())),
         **whole.to_json(),
     }
 
@@ -161,6 +169,9 @@ def summary_lines(ledger: dict[str, Any]) -> Iterator[str]:
         yield f"{line['source']}: {line['rows_in']} rows read{added}, {line['rows_out']} kept"
         for reason, count in line["dropped"].items():
             yield f"  {count} dropped: {reason}"
+        if line["unused_fields"]:
+            fields = ", ".join(f"{name} ({count})" for name, count in line["unused_fields"].items())
+            yield f"  fields that were not used, and in how many rows' records: {fields}"
     for name, choice in ledger["format_choices"].items():
         yield f"{name}: {choice}"
     yield f"train {ledger['splits']['train']}, test {ledger['splits']['test']}"

@@ -7,7 +7,8 @@ each) and may add ``chosen_score`` and ``rejected_score``; ``chosen_finished`` o
 answer that was cut off at its length limit; unpaired rows add ``completion`` and ``label``. Before pairs are made of
 them, rows may have ``responses``: a list of ``content``, ``score`` and ``rank`` (0 is best), either of which may be
 None. ``tools`` is a JSON list of the functions a model may call (``""`` for none); a message that calls some has
-``tool_calls``, as JSON text too, since their arguments have no common type. A row of plain text has ``id``, ``source``
+``tool_calls``, as JSON text too, since their arguments have no common type; an assistant's turn that is not to be
+trained on has ``train: False``. A row of plain text has ``id``, ``source``
 and ``text`` instead of all that. Torch-free.
 """
 
@@ -29,10 +30,10 @@ import pyarrow.parquet as pq
 from align.errors import UserError
 
 Row = dict[str, Any]
-Message = dict[str, str]
+Message = dict[str, Any]
 
 _MESSAGE = {"role": pa.string(), "content": pa.string()}
-_MESSAGE_MORE = {"tool_calls": pa.string(), "tool_call_id": pa.string(), "name": pa.string()}
+_MESSAGE_MORE = {"tool_calls": pa.string(), "tool_call_id": pa.string(), "name": pa.string(), "train": pa.bool_()}
 _RESPONSE = {"content": pa.string(), "score": pa.float64(), "rank": pa.int32()}
 _RESPONSE_MORE = {"finished": pa.bool_(), "model": pa.string()}
 _STRUCTS = {
@@ -195,6 +196,8 @@ def row_id(row: Row) -> str:
     if is_text(row):
         return hashlib.sha256(json.dumps(["text", row["text"]], ensure_ascii=True).encode()).hexdigest()[:16]
     content = [prompt_key(row), *(row[name] for name in names if row.get(name) not in (None, ""))]
+    if any(message.get("train") is False for message in row["prompt"]):
+        content.append([message.get("train") is False for message in row["prompt"]])
     return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()[:16]
 
 

@@ -123,7 +123,10 @@ class _Passage:
             where, value = record
             inside = {"_where": where, "_source": task.source}
             try:
-                found = convert(value, task.form, where, spec.kind, spec.options[task.source], spec.check)
+                found = convert(
+                    value, task.form, where, spec.kind, spec.options[task.source], spec.check,
+                    self.counts.unused[task.source],
+                )  # fmt: skip
             except BadRecord as error:
                 self._bad(task, error, value)
                 continue

@@ -132,7 +132,8 @@ def _check_texts(
             found.add("mask-shifted", seen.place, f"labels are of {shown!r}, the answer is {answers[-1]!r}")
         met += [text for text in answers if squeezed(text) in content or content in squeezed(text)]
     if supervise == "all":
-        left = [text for text in answers if text not in met and seen.dialect.has_text(whole, text)]
+        marked = [m["content"] or "" for m in seen.messages if m.get("train") is False]
+        left = [text for text in answers if text not in [*met, *marked] and seen.dialect.has_text(whole, text)]
         if left:
             found.add("middle-turns-unsupervised", seen.place, f"no labels on {left[0]!r}")
     elif len(met) == len(runs) and met[-1] != answers[-1] and seen.dialect.has_text(whole, answers[-1]):

@@ -29,7 +29,8 @@ def render_prompt(tokenizer: Any, messages: list[Message], tools: str | None = "
     ``tools`` is the row's, JSON text as a message's ``tool_calls`` is. Raises ``UserError`` for a template without a
     place for tools or calls, which would leave them out without a word.
     """
-    return _apply(tokenizer, messages, tools, add_generation_prompt=True)
+    ids: list[int] = _apply(tokenizer, messages, tools, add_generation_prompt=True)
+    return ids
 
 
 def render_conversation(
@@ -42,15 +43,39 @@ def render_conversation(
     cut off at its length limit: the end-of-turn token is left out too, since the policy did not write it. ``tools`` as
     for :func:`render_prompt`.
     """
-    tokens = _apply(tokenizer, messages, tools)
+    return _until_turn_end(tokenizer, _apply(tokenizer, messages, tools), finished)
+
+
+def _until_turn_end(tokenizer: Any, tokens: list[int], finished: bool) -> list[int]:
+    """Ids up to and with the end-of-turn token, or without it."""
     end = last_turn_end(tokens, tokenizer.eos_token_id)
     if end is None:  # a template that does not close the turn: the policy's end token is added
         return [*tokens, tokenizer.eos_token_id] if finished else tokens
     return tokens[: end + 1] if finished else tokens[:end]
 
 
-def _apply(tokenizer: Any, messages: list[Message], tools: str | None, **options: Any) -> list[int]:
-    """Raises ``UserError`` where the template itself raises: for roles that it does not take."""
+def render_answer(
+    tokenizer: Any, prompt: list[Message], answer: list[Message], finished: bool = True, tools: str | None = ""
+) -> list[int] | None:
+    """Token ids of the text that the template writes behind a prompt, encoded alone, up to the end of the turn.
+
+    For an answer whose first characters would share a token with the prompt's last ones, as a line break and the
+    indentation behind it do: a policy continues the prompt's ids, so it never samples that token. None where the
+    prompt's text is not how the conversation's begins.
+    """
+    start = _apply(tokenizer, prompt, tools, tokenize=False, add_generation_prompt=True)
+    whole = _apply(tokenizer, [*prompt, *answer], tools, tokenize=False)
+    if not whole.startswith(start):
+        return None
+    ids = [int(token) for token in tokenizer(whole[len(start) :], add_special_tokens=False)["input_ids"]]
+    return _until_turn_end(tokenizer, ids, finished)
+
+
+def _apply(tokenizer: Any, messages: list[Message], tools: str | None, tokenize: bool = True, **options: Any) -> Any:
+    """Ids of a conversation, or its text.
+
+    Raises ``UserError`` where the template itself raises: for roles that it does not take.
+    """
     from jinja2 import TemplateError
 
     if tools:
@@ -58,14 +83,14 @@ def _apply(tokenizer: Any, messages: list[Message], tools: str | None, **options
         options["tools"] = json.loads(tools)
     called = [_with_calls(tokenizer, message) for message in messages]
     try:
-        ids = tokenizer.apply_chat_template(called, tokenize=True, return_dict=False, **options)
+        made = tokenizer.apply_chat_template(called, tokenize=tokenize, return_dict=False, **options)
     except TemplateError as error:
         roles = ", ".join(str(message["role"]) for message in messages)
         raise UserError(
             f"the chat template refuses a conversation of the roles {roles}: {error}. Change its rows, or name another "
             "template in the model stage's chat_template field."
         ) from None
-    return [int(token) for token in ids]
+    return [int(token) for token in made] if tokenize else str(made)
 
 
 def _require(tokenizer: Any, name: str, what: str) -> None:
@@ -77,8 +102,9 @@ def _require(tokenizer: Any, name: str, what: str) -> None:
 
 
 def _with_calls(tokenizer: Any, message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message as templates know it: its calls as objects, and no field at all where it has none."""
-    plain = {name: value for name, value in message.items() if value is not None and name != "tool_calls"}
+    """A message as templates know it: its calls as objects, no field that it lacks, and no mark of training."""
+    hidden = ("tool_calls", "train")
+    plain = {name: value for name, value in message.items() if value is not None and name not in hidden}
     if not message.get("tool_calls"):
         return plain
     _require(tokenizer, "tool_calls", "a message calls a tool")

@@ -14,7 +14,7 @@ from typing import Any
 
 from align.data.rows import is_finished, read_rows
 from align.errors import UserError
-from align.models.render import render_conversation, render_prompt
+from align.models.render import render_answer, render_conversation, render_prompt
 
 Row = dict[str, Any]
 MASKED = -100
@@ -65,6 +65,7 @@ def split_turn(
 ) -> tuple[list[int], list[int]]:
     """Ids of the prompt as it is rendered for sampling, and of the answer up to and with its end-of-turn token.
 
+    Where the tokenizer would join the prompt's last characters and the answer's first, they stay apart, as in sampling.
     ``finished=False`` leaves the end of turn out, for an answer that was cut off. ``tools`` is the row's.
 
     Raises ``PromptRewritten`` when the chat template renders the prompt differently once an answer follows it: training
@@ -73,6 +74,9 @@ def split_turn(
     prompt_ids = render_prompt(tokenizer, prompt, tools)
     whole = render_conversation(tokenizer, [*prompt, *answer], finished, tools)
     if whole[: len(prompt_ids)] != prompt_ids:
+        answer_ids = render_answer(tokenizer, prompt, answer, finished, tools)
+        if answer_ids is not None:
+            return prompt_ids, answer_ids
         shared = next((at for at, pair in enumerate(zip(prompt_ids, whole, strict=False)) if pair[0] != pair[1]), 0)
         raise PromptRewritten(
             "the chat template renders a prompt differently once an answer follows it: sampling would see "
@@ -85,6 +89,7 @@ def split_turn(
 def encode_answers(tokenizer: Any, rows: Sequence[Row], max_length: int) -> Encoded:
     """As ``encode_supervised``, with labels on every answer of a conversation and not on the last alone.
 
+    A turn with ``train: False`` has none.
     Where answers are is found by rendering the conversation up to each of them, which works with any template. One that
     writes earlier answers differently once others follow (thoughts that it drops) has no one rendering in which each
     stands as it is sampled: such a conversation becomes a row for each of its answers, and is counted.
@@ -92,7 +97,8 @@ def encode_answers(tokenizer: Any, rows: Sequence[Row], max_length: int) -> Enco
     out = Encoded()
     for row in rows:
         messages = [*row["prompt"], *(row.get("completion") or row["chosen"])]
-        places = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+        answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+        places = [at for at in answers if messages[at].get("train") is not False]
         parts = [split_turn(tokenizer, messages[:at], [messages[at]], tools=row.get("tools")) for at in places]
         whole = [*parts[-1][0], *parts[-1][1]]
         if all(whole[: len(before) + len(answer)] == before + answer for before, answer in parts):

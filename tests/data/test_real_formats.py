@@ -43,7 +43,7 @@ def test_dolly(shared_data: Path) -> None:
     assert (form, len(rows), dropped) == ("alpaca", 2996, {})
     given = json.loads((shared_data / "dolly-3k" / "dolly_3k.json").read_text())
     folded = sum(bool(record["input"].strip()) for record in given)
-    assert 0 < folded == sum("\n\n" + r["input"].strip() in row["prompt"][0]["content"] and r["input"].strip() != ""
+    assert 0 < folded == sum("\n\n" + r["input"] in row["prompt"][0]["content"] and r["input"].strip() != ""
                              for r, row in zip(given, rows, strict=True))  # fmt: skip
 
 
@@ -90,7 +90,7 @@ def test_oasst_trees_make_754_pairs(shared_data: Path) -> None:
 def test_oasst_leaves_out_what_models_wrote(shared_data: Path) -> None:
     path = "oasst-en100/en_100_tree.jsonl"
     trees = [json.loads(line) for line in (shared_data / path).read_text().splitlines()]
-    synthetic = {node["text"].strip() for tree in trees for node in nodes(tree["prompt"]) if node["synthetic"]}
+    synthetic = {node["text"] for tree in trees for node in nodes(tree["prompt"]) if node["synthetic"]}
     rows, dropped = converted(shared_data, path, "preferences")[1:]
     assert (len(rows), dropped.total()) == (207, 5)
     said = {response["content"] for row in rows for response in row["responses"]}
@@ -107,7 +107,7 @@ def test_llamafactory_demos(shared_data: Path) -> None:
     assert (form, len(rows), dropped) == ("preferences", 300, {})
     given = json.loads((folder / "dpo_en_demo.json").read_text())
     for record, row in zip(given, rows, strict=True):
-        assert row["chosen"][0]["content"] == record["chosen"]["value"].strip()
+        assert row["chosen"][0]["content"] == record["chosen"]["value"]
         assert len(row["prompt"]) == len(record["conversations"])
     form, rows, dropped = converted(folder, "kto_en_demo.json", "unpaired")
     assert (form, len(rows), dropped) == ("unpaired", 300, {})
@@ -116,7 +116,7 @@ def test_llamafactory_demos(shared_data: Path) -> None:
     form, rows, _ = converted(folder, "alpaca_en_demo.json", "instructions")
     assert (form, len(rows)) == ("alpaca", 999)
     given = json.loads((folder / "alpaca_en_demo.json").read_text())
-    folded = [row["prompt"][0]["content"] != r["instruction"].strip() for r, row in zip(given, rows, strict=True)]
+    folded = [row["prompt"][0]["content"] != r["instruction"] for r, row in zip(given, rows, strict=True)]
     assert sum(folded) == sum(bool(record["input"].strip()) for record in given) == 412
     _, rows, _ = converted(folder, "identity.json", "instructions")
     assert len(rows) == 91 and any("{{name}}" in row["completion"][0]["content"] for row in rows)
@@ -127,13 +127,15 @@ def test_stack_exchange_pairs(shared_data: Path) -> None:
     form, rows, dropped = converted(shared_data, path, "preferences")
     given = json.loads((shared_data / path).read_text())
     assert (form, len(rows), dropped) == ("preferences", 25, {})
-    assert [row["chosen"][0]["content"] for row in rows] == [record["response_j"].strip() for record in given]
+    assert [row["chosen"][0]["content"] for row in rows] == [record["response_j"] for record in given]
 
 
 def test_gsm8k(shared_data: Path) -> None:
     form, rows, dropped = converted(shared_data, "gsm8k/train.jsonl", "instructions")
     assert (form, len(rows), dropped) == ("gsm8k", 7473, {})
     assert not any("<<" in row["completion"][0]["content"] for row in rows)
+    lines = (shared_data / "gsm8k" / "train.jsonl").read_text().splitlines()
+    assert [row["prompt"][0]["content"] for row in rows] == [json.loads(line)["question"] for line in lines]
 
 
 def test_llms_from_scratch(shared_data: Path) -> None:
@@ -154,6 +156,6 @@ def test_self_instruct_and_prompts(shared_data: Path) -> None:
     assert (form, len(rows)) == ("self_instruct", 175)
     form, rows, _ = converted(shared_data, "xstest/xstest_prompts.csv", "prompts")
     with (shared_data / "xstest" / "xstest_prompts.csv").open(newline="") as file:
-        asked = [record["prompt"].strip() for record in csv.DictReader(file)]
+        asked = [record["prompt"] for record in csv.DictReader(file)]
     assert form == "prompt" and [row["prompt"][0]["content"] for row in rows] == asked and len(rows) == 450
     assert len(converted(shared_data, "ifeval/input_data.jsonl", "prompts")[1]) == 541

@@ -63,6 +63,13 @@ def test_every_answer_and_its_end_are_learnt_with_any_template(template: str, to
     assert encoded.lengths == [len(row["input_ids"])] and not encoded.counts
 
 
+def test_an_answer_that_is_not_to_be_trained_on_has_no_labels(tokenizer: Any) -> None:
+    prompt = [user("one"), assistant("first") | {"train": False}, *TALK["prompt"][2:]]
+    (row,) = encode_answers(tokenizer, [{**ROW, "prompt": prompt}], 400).rows
+    assert runs(tokenizer, row) == ["second<|im_end|>", "third<|im_end|>"]
+    assert row["input_ids"] == encode_answers(tokenizer, [ROW], 400).rows[0]["input_ids"]  # the template sees no mark
+
+
 def test_a_template_that_rewrites_earlier_answers_gives_a_row_for_each(tokenizer: Any) -> None:
     tokenizer.chat_template = THINKS
     encoded = encode_answers(tokenizer, [ROW], 400)

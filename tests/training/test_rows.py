@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, trainers
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedTokenizerFast
 
 from align.data.rows import assistant, user, write_rows
 from align.errors import UserError
@@ -90,6 +93,43 @@ def test_an_answer_that_was_cut_off_gets_no_end_of_turn(tokenizer: Any) -> None:
         assert ended["rejected_ids"][-1] == tokenizer.eos_token_id
         assert open_end["rejected_ids"] == ended["rejected_ids"][:-1]
         assert open_end["chosen_ids"] == ended["chosen_ids"]
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture
+def joining_tokenizer() -> Any:
+    """A byte-level BPE tokenizer that joins a line break and the blanks behind it, as GPT-2's and SmolLM2's do."""
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|im_start|>", "<|im_end|>"], initial_alphabet=ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(["def f(x):\n    y = x\n    return y\n" * 20], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|im_end|>", chat_template=CHATML
+    )
+
+
+def test_an_answers_indentation_is_learned_as_it_is_sampled(joining_tokenizer: Any) -> None:
+    tokenizer = joining_tokenizer
+    code = "    y = x + 0\n    return y\n"
+    row = {"prompt": [user("def f(x):")], "completion": [assistant(code)]}
+    prompt = render_prompt(tokenizer, row["prompt"])
+    joint = tokenizer.apply_chat_template([*row["prompt"], *row["completion"]], return_dict=False)
+    assert joint[: len(prompt)] != prompt  # the line break and the indentation are one token
+    (encoded,) = encode_supervised(tokenizer, [row], 100).rows
+    assert encoded["input_ids"][: len(prompt)] == prompt
+    assert supervised_text(tokenizer, encoded) == f"{code}<|im_end|>"
+    pair = {"prompt": row["prompt"], "chosen": row["completion"], "rejected": [assistant("no")]}
+    sides = encode_pairs(tokenizer, [pair | {"chosen_finished": False}], 100).rows[0]
+    assert sides["prompt_ids"] == prompt and tokenizer.decode(sides["chosen_ids"]) == code
 
 
 def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer: Any) -> None:

@@ -8,6 +8,7 @@ and splitting.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -32,12 +33,13 @@ from align.data.formats.instructions import (
     from_text,
 )
 from align.data.formats.kinds import finished, unusable
-from align.data.formats.messages import from_messages
+from align.data.formats.messages import from_messages, with_conversations_parsed
 from align.data.formats.oasst import from_oasst
 from align.data.formats.options import Form, Format, FormatOptions
 from align.data.formats.pairs import from_hh, from_preferences, from_unpaired
 from align.data.formats.responses import from_ranked, from_scored
 from align.data.formats.stepwise import from_stepwise
+from align.data.formats.usage import Watched, left_aside
 from align.data.records import BadRecord
 from align.data.rows import Dropped, Row
 
@@ -76,15 +78,17 @@ def convert(
     kind: str,
     options: FormatOptions | None = None,
     check: bool = True,
+    unused: Counter[str] | None = None,
 ) -> list[Row | Dropped]:
     """The rows of one record, or why there is none; a tree, or several instances of a task, give several.
 
     ``kind`` is the recipe's. Rows have ``id`` (of their content; a finished row keeps its own) and ``checks``, and
     ``source`` only where the record has one, being a row already. ``check=False`` leaves in what a ``normalise`` step
-    may still mend, such as two user turns in a row; ``unusable`` finds it later.
+    may still mend, such as two user turns in a row; ``unusable`` finds it later. ``unused`` counts the fields that were
+    not read of records that made rows.
 
     Raises ``BadRecord``, which begins with ``where``, for a record that lacks the format's fields or holds something
-    else in them.
+    else in them, and for one with a field that means something and would be lost.
     """
     options = options or FormatOptions()
     if kind not in KINDS[form]:
@@ -93,12 +97,20 @@ def convert(
     fields = renamed(record, options)
     if missing(fields, form):
         raise BadRecord(where, unrecognised(fields, form, fitting(fields)))
+    watched = Watched(with_conversations_parsed(fields))
     try:
-        drafts = CONVERTERS[form](fields, options, kind)
+        made = [item for draft in CONVERTERS[form](watched, options, kind) for item in finished(draft, kind, check)]
+        left = left_aside(watched, options.ignore) if form != "rows" and not _all_dropped(made) else []
     except Malformed as error:
         raise BadRecord(where, f"{error} (format {form}).") from None
     except RecursionError:
         raise BadRecord(where, "nested too deeply.") from None
     except Unusable as error:
         return [Dropped(str(error))]
-    return [item for draft in drafts for item in finished(draft, kind, check)]
+    if unused is not None:
+        unused.update(left)
+    return made
+
+
+def _all_dropped(made: list[Row | Dropped]) -> bool:
+    return all(isinstance(item, Dropped) for item in made)

@@ -27,6 +27,7 @@ from align.data.formats.fields import (
     slips,
     spelled,
 )
+from align.data.formats.messages import is_number
 from align.data.formats.options import Form
 from align.data.formats.pairs import truth
 from align.data.formats.responses import CONTENTS, RANKS, SCORES
@@ -49,7 +50,9 @@ class Detection:
 
 
 def _said(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and bool(value) and isinstance(value[0], dict))
+    if isinstance(value, list):
+        return bool(value) and isinstance(value[0], dict)
+    return isinstance(value, str) or is_number(value)
 
 
 def _message(record: Record) -> dict[str, Any] | None:
@@ -101,7 +104,7 @@ def _answers(record: Record, list_name: tuple[str, ...], item_names: tuple[str, 
     item = _item(record)
     if not _asks(record) or item is None:
         return False
-    whole = isinstance(item, str) or (isinstance(item, dict) and first(item, CONTENTS) is not None)
+    whole = isinstance(item, str) or is_number(item) or (isinstance(item, dict) and first(item, CONTENTS) is not None)
     return whole and (
         first(record, list_name) is not None or (isinstance(item, dict) and first(item, item_names) is not None)
     )
@@ -130,7 +133,7 @@ def _labelled(record: Record) -> bool:
 
 
 def _texts(record: Record, *names: str) -> bool:
-    return all(isinstance(record.get(name), str) for name in names)
+    return all(isinstance(record.get(name), str) or is_number(record.get(name)) for name in names)
 
 
 def _pair(record: Record) -> bool:
@@ -142,9 +145,8 @@ def _pair(record: Record) -> bool:
 
 
 def _transcripts(record: Record) -> bool:
-    return _texts(record, "chosen", "rejected") and all(
-        "\n\nHuman:" in record[name] and "\n\nAssistant:" in record[name] for name in ("chosen", "rejected")
-    )
+    sides = [str(record.get(name)) for name in ("chosen", "rejected")]
+    return all("\n\nHuman:" in side and "\n\nAssistant:" in side for side in sides)
 
 
 SHAPES: dict[str, Callable[[Record], bool]] = {
@@ -155,7 +157,7 @@ SHAPES: dict[str, Callable[[Record], bool]] = {
     "ranked": lambda record: _answers(record, ("ranks", "ranking"), RANKS),
     "unpaired": _labelled,
     "preferences": _pair,
-    "gsm8k": lambda record: _texts(record, "question", "answer") and "####" in record["answer"],
+    "gsm8k": lambda record: _texts(record, "question", "answer") and "####" in str(record["answer"]),
     "self_instruct": lambda record: _texts(record, "instruction") and isinstance(record.get("instances"), list),
     "dolly": lambda record: _texts(record, "instruction", "response") and "context" in record,
     "alpaca": lambda record: _texts(record, "instruction", "output"),

@@ -42,6 +42,9 @@ FIELDS: dict[str, Groups] = {
 }
 """What a record of each format has: every group needs one of its names. Those that ask for more come first."""
 
+NAMES = frozenset(name for groups in FIELDS.values() for group in groups for name in group)
+"""Every name that a format asks for."""
+
 OPTIONAL: dict[str, tuple[str, ...]] = {
     "scored": ("scores", "system"),
     "ranked": ("ranks", "ranking", "system"),
@@ -138,6 +141,8 @@ def slips(record: Mapping[str, Any], groups: Iterable[tuple[str, ...]]) -> dict[
     found: dict[str, str] = {}
     for group in groups:
         for name in present(record):
+            if name in NAMES:
+                continue  # spelled as some format has it
             close = difflib.get_close_matches(name.lower(), group, n=1, cutoff=0.75)
             if close and first(record, group) is None:
                 found.setdefault(name, close[0])

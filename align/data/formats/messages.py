@@ -6,7 +6,9 @@ cut into a prompt and the answer behind it.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 from typing import Any
 
 from align.data.formats.fields import CONVERSATIONS, Malformed, Unusable, first
@@ -23,11 +25,23 @@ CALLS = ("function_call", "tool_call")
 """ShareGPT roles whose text is a call, as JSON."""
 
 
+MARKS = ("train", "weight", "loss")
+"""Fields of a message that say whether it is trained on, as axolotl, OpenAI and ms-swift write them."""
+ALL_UNTRAINED = "every answer is marked not to be trained on"
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number, which stands for its digits where text is expected."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def text(value: Any, name: str) -> str:
-    """The value as text; raises ``Malformed`` for another type."""
-    if not isinstance(value, str):
-        raise Malformed(f"'{name}' holds {type(value).__name__}, expected text")
-    return value
+    """The value as text, a number as its digits; raises ``Malformed`` for another type."""
+    if isinstance(value, str):
+        return value
+    if is_number(value):
+        return str(value)
+    raise Malformed(f"'{name}' holds {type(value).__name__}, expected text or a number")
 
 
 def parsed(value: Any, name: str) -> Any:
@@ -41,7 +55,11 @@ def parsed(value: Any, name: str) -> Any:
 
 
 def message(value: Any, name: str, options: FormatOptions) -> Message:
-    """One message; raises ``Malformed`` for another shape or an unknown role, ``Unusable`` for pictures and sound."""
+    """One message; ``train`` is False in one that is marked not to be trained on.
+
+    Raises ``Malformed`` for another shape, an unknown role or a mark that cannot be honored, ``Unusable`` for pictures
+    and sound.
+    """
     if not isinstance(value, dict):
         raise Malformed(f"'{name}' holds {type(value).__name__} where a message (role, content) was expected")
     spelled = value.get("role", value.get("from"))
@@ -53,17 +71,38 @@ def message(value: Any, name: str, options: FormatOptions) -> Message:
             f"'{name}' has a message of role {spelled!r}; known roles: {known}. options.roles can name another"
         )
     if spelled in CALLS and str(spelled) not in options.roles:
-        return assistant("") | {"tool_calls": calls(text(content, f"{name}.value"), name)}
+        marked = {"train": False} if _is_trained(value, role, name, options) is False else {}
+        return assistant("") | {"tool_calls": calls(text(content, f"{name}.value"), name)} | marked
     found: Message = {"role": role, "content": ""}
     given = value.get("tool_calls") or ([value["function_call"]] if value.get("function_call") else None)
     if given:
         found["tool_calls"] = calls(given, name)
     if content is not None or not given:
-        found["content"] = _content(content, f"{name}.content").strip()
+        found["content"] = _content(content, f"{name}.content")
     for more in ("tool_call_id", "name"):
         if role == "tool" and value.get(more):
             found[more] = text(value[more], f"{name}.{more}")
+    if _is_trained(value, role, name, options) is False and role == "assistant":
+        found["train"] = False
     return found
+
+
+def _is_trained(value: dict[str, Any], role: str, name: str, options: FormatOptions) -> bool | None:
+    """What a message's mark says; None where it has none."""
+    honored = [mark for mark in MARKS if not {mark, f"{name}.{mark}"} & set(options.ignore)]
+    marks = {mark: value[mark] for mark in honored if value.get(mark) is not None}
+    for mark, said in marks.items():
+        if said not in (0, 1):  # True and False are equal to these
+            raise Malformed(
+                f"'{name}.{mark}' is {said!r}, and align trains on a message as a whole or not at all: write true or "
+                f"false, or leave it aside with options.ignore: [{mark}]"
+            )
+        if said and role != "assistant":
+            raise Malformed(
+                f"'{name}.{mark}' is {said!r} in a message of role {role}, and align trains on the assistant's "
+                f"messages alone. Take the mark out, or leave all of them aside with options.ignore: [{mark}]"
+            )
+    return all(marks.values()) if marks else None
 
 
 def _content(value: Any, name: str) -> str:
@@ -125,16 +164,28 @@ def messages(value: Any, name: str, options: FormatOptions) -> list[Message]:
     return [message(item, name, options) for item in value]
 
 
+def with_conversations_parsed(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with lists of messages where it has them as JSON text."""
+    parsed_lists = {}
+    for name in CONVERSATIONS:
+        if isinstance(record.get(name), str):
+            with contextlib.suppress(ValueError):
+                parsed_lists[name] = json.loads(record[name])
+    return record | parsed_lists
+
+
 def prompt(value: Any, name: str, options: FormatOptions) -> list[Message]:
     """A prompt that is text or a list of messages."""
-    return [user(value.strip())] if isinstance(value, str) else messages(value, name, options)
+    if isinstance(value, str) or is_number(value):
+        return [user(text(value, name))]
+    return messages(value, name, options)
 
 
 def with_system(record: dict[str, Any], found: list[Message]) -> list[Message]:
     """The messages behind the system prompt that some formats keep in a field of its own."""
     name = first(record, ("system", "system_prompt"))
-    words = text(record[name], name).strip() if name else ""
-    if not words or (found and found[0]["role"] == "system"):
+    words = text(record[name], name) if name else ""
+    if not words.strip() or (found and found[0]["role"] == "system"):
         return found
     return [{"role": "system", "content": words}, *found]
 
@@ -144,24 +195,35 @@ def reply(value: Any, name: str, options: FormatOptions) -> tuple[list[Message],
 
     ``value`` is text, one message, or a list of them. Raises ``Unusable`` where the last turn is another's.
     """
-    if isinstance(value, str):
-        return [], assistant(value.strip())
+    if isinstance(value, str) or is_number(value):
+        return [], assistant(text(value, name))
     found = [message(value, name, options)] if isinstance(value, dict) else messages(value, name, options)
     if not found:
         raise Unusable("empty reply")
     if found[-1]["role"] != "assistant":
         raise Unusable("last turn is not the assistant's")
+    if found[-1].get("train") is False:
+        raise Unusable(ALL_UNTRAINED)
     return found[:-1], found[-1]
 
 
-def conversations(found: list[Message], options: FormatOptions, more: Row) -> list[Row | Dropped]:
-    """Drafts of a conversation: of its last answer, or of each; without an answer behind it, of its prompt alone."""
-    if options.turns == "all":
-        ends = [at for at, turn in enumerate(found) if turn["role"] == "assistant"]
-    else:
-        ends = [len(found) - 1] if found and found[-1]["role"] == "assistant" else []
-    if not ends:
+def conversations(found: list[Message], options: FormatOptions, kind: str, more: Row) -> list[Row | Dropped]:
+    """Drafts of a conversation: of its last answer, or of each; without an answer behind it, of its prompt alone.
+
+    An answer that is marked not to be trained on ends no draft. What comes behind the last answer that may be trained
+    on is left out, since nothing of it is learned.
+    """
+    ends = [at for at, turn in enumerate(found) if turn["role"] == "assistant"]
+    if not ends or (options.turns == "last" and ends[-1] != len(found) - 1):
         return [{"prompt": found, **more}]
+    if kind == "texts" and any(turn.get("train") is False for turn in found):
+        return [Dropped("a turn is marked not to be trained on")]
+    if kind != "prompts":
+        ends = [at for at in ends if found[at].get("train") is not False]
+    if not ends:
+        return [Dropped(ALL_UNTRAINED)]
+    if options.turns == "last":
+        ends = ends[-1:]
     return [{"prompt": found[:end], "completion": [found[end]], **more} for end in ends]
 
 
@@ -172,4 +234,4 @@ def from_messages(record: dict[str, Any], options: FormatOptions, kind: str) -> 
     found = messages(record[name], name, options)
     if not found:
         raise Unusable("empty conversation")
-    return conversations(with_system(record, found), options, {"tools": tools(record)})
+    return conversations(with_system(record, found), options, kind, {"tools": tools(record)})

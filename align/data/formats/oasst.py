@@ -53,7 +53,7 @@ def replies(node: Node, role: str, options: FormatOptions) -> list[Node]:
 
 
 def _turn(node: Node) -> Message:
-    return (user if node["role"] == PEOPLE else assistant)(text(node.get("text"), "text").strip())
+    return (user if node["role"] == PEOPLE else assistant)(text(node.get("text"), "text"))
 
 
 def ranked(node: Node, before: list[Message], options: FormatOptions) -> Iterator[Row | Dropped]:

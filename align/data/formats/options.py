@@ -37,6 +37,9 @@ class FormatOptions(Config):
 
     columns: dict[str, str] = Field({})
     """Field names to rename before anything else, the record's own first: ``{response_j: chosen}``."""
+    ignore: list[str] = Field([])
+    """Fields to leave aside although they mean something that align does not train on: ``[images]``, or with a path
+    ``[messages.thinking]``."""
     roles: dict[str, Literal["system", "user", "assistant", "tool"]] = Field({})
     """messages, sharegpt: roles beside the known ones, as they are written there: ``{bot: assistant}``."""
     turns: Literal["last", "all"] = "last"

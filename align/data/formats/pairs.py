@@ -17,8 +17,8 @@ from align.data.formats.fields import (
     Unusable,
     first,
 )
-from align.data.formats.instructions import asked
-from align.data.formats.messages import messages, prompt, reply, text, tools, with_system
+from align.data.formats.instructions import question
+from align.data.formats.messages import messages, reply, text, tools, with_system
 from align.data.formats.options import FormatOptions
 from align.data.rows import Dropped, Message, Row, assistant, user
 
@@ -51,13 +51,14 @@ def parse_transcript(words: str) -> list[Message] | None:
     """Turns of an hh-rlhf transcript, or None when text stands before the first turn.
 
     Turns are cut before chosen and rejected are compared: a comparison by characters puts the opening that both
-    replies share into the prompt.
+    replies share into the prompt. The two line breaks before a role and the blank behind its colon belong to the
+    separator; all other white space is text.
     """
-    head, *rest = re.split(r"\n\n(Human|Assistant):", words)
+    head, *rest = re.split(r"\n\n(Human|Assistant): ?", words)
     if head.strip() or not rest:
         return None
     roles = {"Human": user, "Assistant": assistant}
-    return [roles[role](content.strip()) for role, content in zip(rest[::2], rest[1::2], strict=True)]
+    return [roles[role](content) for role, content in zip(rest[::2], rest[1::2], strict=True)]
 
 
 def from_hh(record: dict[str, Any], options: FormatOptions, kind: str) -> list[Row | Dropped]:
@@ -83,7 +84,7 @@ def from_preferences(record: dict[str, Any], options: FormatOptions, kind: str) 
     other, rejected = reply(record[worse], worse, options)
     if before != other:
         raise Unusable("prompts differ")
-    found = with_system(record, before or _beside(record, better, worse, options))
+    found = with_system(record, before) if before else _beside(record, better, worse, options)
     draft: Row = {"prompt": found, "chosen": [chosen], "rejected": [rejected], "tools": tools(record)}
     for side in ("chosen", "rejected"):
         name = first(record, (f"{side}_score", f"score_{side}", f"{side}_rating", f"{side}-rating"))
@@ -98,7 +99,7 @@ def _beside(record: dict[str, Any], better: str, worse: str, options: FormatOpti
     if name is None:
         known = ", ".join((*PROMPTS, *CONVERSATIONS))
         raise Malformed(f"'{better}' and '{worse}' are single replies and there is no prompt ({known})")
-    return asked(record) if name == "instruction" else prompt(record[name], name, options)
+    return question(record, name, options)
 
 
 def from_unpaired(record: dict[str, Any], options: FormatOptions, kind: str) -> list[Row | Dropped]:
@@ -110,9 +111,10 @@ def from_unpaired(record: dict[str, Any], options: FormatOptions, kind: str) -> 
     if answer is not None:
         ask = first(record, (*PROMPTS, *CONVERSATIONS))
         assert ask is not None
-        before, completion = prompt(record[ask], ask, options), reply(record[answer], answer, options)[1]
+        before, completion = question(record, ask, options), reply(record[answer], answer, options)[1]
     elif talk is not None:
         before, completion = reply(messages(record[talk], talk, options), talk, options)
+        before = with_system(record, before)
     else:
         raise Malformed(f"a label and no answer beside it ({', '.join((*COMPLETIONS, *CONVERSATIONS))})")
-    return [{"prompt": with_system(record, before), "completion": [completion], "label": label, "tools": tools(record)}]
+    return [{"prompt": before, "completion": [completion], "label": label, "tools": tools(record)}]

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from align.data.formats.fields import PROMPTS, RESPONSES, Malformed, Unusable, first
-from align.data.formats.instructions import asked
-from align.data.formats.messages import parsed, prompt, text, tools, with_system
+from align.data.formats.instructions import question
+from align.data.formats.messages import is_number, parsed, text, tools
 from align.data.formats.options import FormatOptions
 from align.data.formats.pairs import number
+from align.data.formats.usage import Watched
 from align.data.rows import Dropped, Message, Row
 
 CONTENTS = ("content", "text", "response", "completion", "answer", "output", "generated_text")
@@ -30,25 +31,24 @@ def answers(record: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
         raise Malformed(f"'{name}' holds {type(items).__name__}, expected a list of answers")
     made = []
     for item in items:
-        if isinstance(item, str):
-            made.append({"content": item.strip()})
+        if isinstance(item, str) or is_number(item):
+            made.append({"content": text(item, name)})
             continue
         if isinstance(item, list) and item and isinstance(item[-1], dict):
             item = item[-1]  # a conversation, whose last message is the answer
         key = first(item, CONTENTS) if isinstance(item, dict) else None
         if key is None:
             raise Malformed(f"'{name}' has an answer without its text ({', '.join(CONTENTS)})")
-        made.append({**item, "content": text(item[key], f"{name}.{key}").strip()})
+        content = {"content": text(item[key], f"{name}.{key}")}
+        made.append(item.with_fields(content) if isinstance(item, Watched) else {**item, **content})
     return made, name
 
 
-def question(record: dict[str, Any], options: FormatOptions) -> list[Message]:
+def shared_prompt(record: dict[str, Any], options: FormatOptions) -> list[Message]:
     """The prompt of all answers."""
     name = first(record, PROMPTS)
     assert name is not None
-    if name == "instruction":
-        return asked(record)
-    return with_system(record, prompt(record[name], name, options))
+    return question(record, name, options)
 
 
 def beside(record: dict[str, Any], names: Sequence[str], count: int) -> list[Any] | None:
@@ -103,7 +103,7 @@ def from_scored(record: dict[str, Any], options: FormatOptions, kind: str) -> li
             "options.score names the field"
         )
     responses = [_response(answer, score, None) for answer, score in zip(found, scores, strict=True)]
-    return [{"prompt": question(record, options), "responses": responses, "tools": tools(record)}]
+    return [{"prompt": shared_prompt(record, options), "responses": responses, "tools": tools(record)}]
 
 
 def from_ranked(record: dict[str, Any], options: FormatOptions, kind: str) -> list[Row | Dropped]:
@@ -118,7 +118,7 @@ def from_ranked(record: dict[str, Any], options: FormatOptions, kind: str) -> li
     if any(rank is None for rank in ranks):
         raise Malformed(f"some answers in '{name}' have a rank and some have none")
     responses = [_response(a, None, rank) for a, rank in zip(found, dense(ranks), strict=True)]
-    return [{"prompt": question(record, options), "responses": responses, "tools": tools(record)}]
+    return [{"prompt": shared_prompt(record, options), "responses": responses, "tools": tools(record)}]
 
 
 def dense(ranks: Sequence[float | None]) -> list[int]:

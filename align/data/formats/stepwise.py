@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from align.data.formats.fields import PROMPTS, STEP_LABELS, STEPS, Malformed, first
-from align.data.formats.messages import prompt, tools, with_system
+from align.data.formats.instructions import question
+from align.data.formats.messages import tools
 from align.data.formats.options import FormatOptions
 from align.data.formats.pairs import truth
 from align.data.rows import Dropped, Row, assistant
@@ -28,15 +29,13 @@ def from_stepwise(record: dict[str, Any], options: FormatOptions, kind: str) -> 
         count = len(labels) if isinstance(labels, list) else "no list of"
         raise Malformed(f"{len(given)} steps in {texts} and {count} marks in {marks}")
     steps = [
-        {"content": step.strip(), "label": _mark(label)}
-        for step, label in zip(given, labels, strict=True)
-        if step.strip()
+        {"content": step, "label": _mark(label)} for step, label in zip(given, labels, strict=True) if step.strip()
     ]
     if not steps:
         return [Dropped("no step")]
     return [
         {
-            "prompt": with_system(record, prompt(record[ask], ask, options)),
+            "prompt": question(record, ask, options),
             "completion": [assistant(BETWEEN.join(str(step["content"]) for step in steps))],
             "label": all(float(step["label"]) >= 0.5 for step in steps),
             "steps": steps,

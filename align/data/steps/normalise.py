@@ -222,12 +222,23 @@ def _put_in_order(prompt: list[Message]) -> list[Message]:
     merged: list[Message] = []
     for message in [*system, *turns]:
         last = merged[-1] if merged else None
-        if last and last["role"] == message["role"] and _is_plain(last) and _is_plain(message):
+        if (
+            last
+            and last["role"] == message["role"]
+            and _is_plain(last)
+            and _is_plain(message)
+            and _alike(last, message)
+        ):
             parts = [text for text in (last.get("content"), message.get("content")) if text]
             merged[-1] = last | {"content": "\n\n".join(parts)}
         else:
             merged.append(message)
     return merged
+
+
+def _alike(one: Message, other: Message) -> bool:
+    """Whether both turns are to be trained on, or neither."""
+    return one.get("train") == other.get("train")
 
 
 def _disorder(row: Row) -> str | None:

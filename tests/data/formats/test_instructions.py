@@ -16,7 +16,7 @@ SYSTEM = {"role": "system", "content": "s"}
 
 def test_alpaca_folds_the_input_into_the_prompt() -> None:
     record = {"instruction": "Add.", "input": "1 and 2", "output": "3 "}
-    assert row(record, "alpaca") == {"prompt": chat("Add.\n\n1 and 2"), "completion": [assistant("3")], "checks": ""}
+    assert row(record, "alpaca") == {"prompt": chat("Add.\n\n1 and 2"), "completion": [assistant("3 ")], "checks": ""}
     for blank in ({"input": ""}, {"input": " "}, {"input": None}):
         assert row(record | blank, "alpaca")["prompt"] == chat("Add.")
     # An unfilled {{name}} is a matter of filters: here it stays.
@@ -60,7 +60,7 @@ def test_prompt_and_completion_in_their_spellings() -> None:
     wanted = {"prompt": chat("a"), "completion": [assistant("b")], "checks": ""}
     for record in (
         {"prompt": "a", "completion": "b"},
-        {"question": " a", "response": "b"},
+        {"question": "a", "response": "b"},
         {"query": "a", "response": "b", "type": "x"},
         {"prompt": chat("a"), "completion": [assistant("b")]},
     ):
@@ -83,8 +83,8 @@ def test_prompts_alone() -> None:
 
 @pytest.mark.parametrize("form", ["alpaca", "dolly", "gsm8k"])
 def test_text_must_be_text(form: Any) -> None:
-    record = {"instruction": 3, "question": 3, "context": "", "output": "o", "response": "r", "answer": "#### 1"}
-    with pytest.raises(BadRecord, match="f:1: '(instruction|question)' holds int, expected text"):
+    record = {"instruction": ["x"], "question": True, "context": "", "output": "o", "response": "r", "answer": "#### 1"}
+    with pytest.raises(BadRecord, match="f:1: '(instruction|question)' holds (list|bool), expected text or a number"):
         convert(record, form, "f:1", "instructions")
 
 

@@ -16,7 +16,7 @@ SYSTEM = {"role": "system", "content": "s"}
 
 
 def test_messages_are_cut_into_prompt_and_answer() -> None:
-    found = row({"messages": [SYSTEM, *chat("a", "b", "c", "d ")]}, "messages")
+    found = row({"messages": [SYSTEM, *chat("a", "b", "c", "d")]}, "messages")
     assert found == {"prompt": [SYSTEM, *chat("a", "b", "c")], "completion": [assistant("d")], "checks": ""}
     assert row({"messages": json.dumps(chat("a", "b"))}, "messages")["completion"] == [assistant("b")]
     assert row({"conversation": chat("a", "b"), "system": "s"}, "messages")["prompt"] == [SYSTEM, *chat("a")]
@@ -140,7 +140,7 @@ def test_tools_and_calls_make_other_ids() -> None:
     [
         ("hello", "'messages' holds text where a list of messages was expected"),
         (["x"], "'messages' holds str where a message"),
-        ([{"role": "user", "content": 3}], "'messages.content' holds int, expected text"),
+        ([{"role": "user", "content": True}], "'messages.content' holds bool, expected text or a number"),
         ([user("a"), {"role": "assistant", "tool_calls": [{"id": "x"}]}], "a call of a tool without its name"),
         ([user("a"), {"from": "function_call", "value": "not json"}], "holds text that is not JSON"),
         ([{"role": ["x"], "content": "a"}], "role .'x'.; known roles"),

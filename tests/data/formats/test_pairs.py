@@ -78,7 +78,8 @@ def test_scores_prompts_and_empty_replies() -> None:
     record = {"prompt": "q", "chosen": "a", "rejected": "b"}
     scored = row(record | {"score_chosen": 8, "score_rejected": "3.5"}, "preferences", "preferences")
     assert (scored["chosen_score"], scored["rejected_score"]) == (8.0, 3.5)
-    assert row(record | {"input": "more"}, "preferences", "preferences")["prompt"] == chat("q")
+    with pytest.raises(BadRecord, match="'input' would be lost: it is part of the prompt"):
+        convert(record | {"input": "more"}, "preferences", "f:1", "preferences")
     folded = {"instruction": "q", "input": "more", "chosen": "a", "rejected": "b"}
     assert row(folded, "preferences", "preferences")["prompt"] == chat("q\n\nmore")
     differ = {"chosen": chat("q", "a"), "rejected": chat("r", "b")}

@@ -24,7 +24,7 @@ def rated(rating: str | int, **more: Any) -> dict[str, Any]:
 def test_scored_answers_in_their_spellings() -> None:
     wanted = [{"content": "a", "score": 1.0, "rank": None}, {"content": "b", "score": 2.0, "rank": None}]
     for record in (
-        {"prompt": "q", "responses": ["a ", "b"], "scores": [1, 2]},
+        {"prompt": "q", "responses": ["a", "b"], "scores": [1, 2]},
         {"prompt": "q", "responses": [{"content": "a", "score": 1}, {"content": "b", "score": "2"}]},
         {"question": "q", "answers": [{"text": "a", "pm_score": 1}, {"text": "b", "pm_score": 2}]},
         {"prompt": "q", "responses": [chat("q", "a"), chat("q", "b")], "scores": [1, 2]},
