@@ -34,7 +34,7 @@ from align.data.shards import (
 )
 from align.data.source_configs import labels
 from align.data.sources import choose_format, identity, read, source_folder
-from align.data.steps.base import StepContext, Table, TableStep, Verdict
+from align.data.steps.base import StepContext, Table, TableStep, Verdict, keep_all
 from align.data.steps.split import SPLITS, Identical, MaxRows, Split, Usable
 from align.data.verdicts import StoredVerdict, store_verdict
 from align.data.workers import Machine, Workers
@@ -77,7 +77,9 @@ class Build:
         first = self._first_pass(steps, [line.name for line in lines])
         with Workers(self.machine) as workers:
             last, shards = self._passes(first, deque(enumerate(steps, start=1)), workers)
-        splits, digests = finish(self.work, range(shards), last, output)
+        splits, digests = dict.fromkeys(SPLITS, 0), dict[str, str]()
+        if shards:
+            splits, digests = finish(self.work, range(shards), last, output)
         ledger = make_ledger(self.counts, first.steps, lines, self.notes, splits, digests, self.format_choices)
         for name in SPLITS:
             if not splits[name]:
@@ -108,11 +110,16 @@ class Build:
         )
 
     def _passes(self, spec: Pass, pending: deque[tuple[int, Any]], workers: Workers) -> tuple[Path, int]:
-        """All passes and the verdicts between them; returns the folder of the last and its shards."""
+        """All passes and the verdicts between them; returns the folder of the last and its shards.
+
+        There are no shards where no row is left, and no pass after that.
+        """
         while True:
             row_steps, table_steps = _next(pending)
             spec = replace(spec, row_steps=self._started(row_steps), table_steps=self._started(table_steps))
             rows = self._pass(spec, workers)
+            if not sum(rows):
+                return spec.folder, 0
             if not table_steps:
                 return spec.folder, len(rows)
             verdicts = self._decide(spec, rows)
@@ -210,7 +217,7 @@ class Build:
                 read = _Rows(spec.folder, rows)
                 table = Table(columns | given, alive.copy(), source, list(spec.sources), read, read.many)
                 began = time.perf_counter()
-                verdict = step.decide(table)
+                verdict = step.decide(table) if alive.any() else Verdict(keep_all(len(table)))
                 self._spent({number: time.perf_counter() - began})
                 self._store(spec, rows, folder, verdict)
                 alive &= verdict.code < 0

@@ -178,9 +178,14 @@ def summary_lines(ledger: dict[str, Any]) -> Iterator[str]:
 
 
 def empty_split(name: str, ledger: dict[str, Any]) -> str:
-    """Why a split has no rows, and what to do."""
+    """Why a split has no rows, and what to do; then what each step dropped, with the place of an example."""
     reasons = ", ".join(f"{count} {reason}" for reason, count in ledger["dropped"].items()) or "none dropped"
-    return (
-        f"the {name} split is empty: {ledger['rows_in']} rows read, {ledger['rows_out']} left ({reasons}). Loosen the "
+    lines = [
+        f"no {name} row is left: {ledger['rows_in']} rows read, {ledger['rows_out']} left ({reasons}). Loosen the "
         "recipe's filters, change test_size, or add rows."
-    )
+    ]
+    for step in ledger["steps"]:
+        for reason, count in step["dropped"].items():
+            example = next((f", such as {shown['where']}" for shown in step["examples"][reason]), "")
+            lines.append(f"  step {step['step']}: {count} of {step['rows_in']} dropped, {reason}{example}")
+    return "\n".join(lines)

@@ -10,13 +10,13 @@ import fnmatch
 import glob
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from align.data import checkers, embedded
 from align.data.formats import LOOKED_AT, Detection, Form, detect
-from align.data.formats.fields import renamed
+from align.data.formats.fields import present, renamed
 from align.data.reading import SUFFIXES, Item, checked, known, read_file
 from align.data.records import BadRecord, Record
 from align.data.rows import iter_rows
@@ -32,7 +32,7 @@ from align.data.source_configs import (
 )
 from align.errors import UserError
 from align.fingerprint import file_digest
-from align.validation import suggest
+from align.validation import nearest, suggest
 
 __all__ = ["BadRecord", "Item", "Record", "choose_format", "find_files", "identity", "read", "source_folder"]
 
@@ -44,8 +44,13 @@ def read(source: Source, base: Path, inputs: Sequence[Path] = (), seed: int = 0)
     """Records of a source, in its order, each with the place where it stands.
 
     ``base`` is where relative paths start, ``inputs`` the folders the data stage was given, ``seed`` the recipe's,
-    which the embedded generator needs. Raises ``UserError`` for a source that cannot be found or opened.
+    which the embedded generator needs. Raises ``UserError`` for a source that cannot be found or opened, and for a
+    column to rename that no record has.
     """
+    return columns_checked(source.label, source.options.columns, _records(source, base, inputs, seed))
+
+
+def _records(source: Source, base: Path, inputs: Sequence[Path], seed: int) -> Iterator[Item]:
     if isinstance(source, FilesSource):
         for path in find_files(source.paths, base):
             yield from read_file(path)
@@ -61,6 +66,34 @@ def read(source: Source, base: Path, inputs: Sequence[Path] = (), seed: int = 0)
         for split in ("train", "test") if source.split == "all" else (source.split,):
             for number, row in enumerate(iter_rows(folder / f"{split}.parquet"), 1):
                 yield f"{folder.name}/{split}: row {number}", {k: v for k, v in row.items() if v is not None}
+
+
+def columns_checked(label: str, columns: Mapping[str, str], records: Iterator[Item]) -> Iterator[Item]:
+    """The records as they are. Raises ``UserError`` for a key of ``columns`` that none of them has.
+
+    A misspelled one ends the build at once: it is missing in the first hundred records, and they have a field whose
+    name is like it. A field that comes later is no mistake, so any other key is missed at the end.
+    """
+    missing, names, count = set(columns), dict[str, None](), 0
+    for item in records:
+        if missing and not isinstance(item, BadRecord):
+            names |= dict.fromkeys(present(item[1]))
+            missing -= names.keys()
+            count += 1
+            slips = [name for name in missing if count == LOOKED_AT and nearest(name, names)]
+            if slips:
+                raise _no_column(label, slips[0], f"the {count} records looked at", names)
+        yield item
+    if missing and count:
+        raise _no_column(label, min(missing), f"its {count} records", names)
+
+
+def _no_column(label: str, name: str, records: str, names: Iterable[str]) -> UserError:
+    near = nearest(name, names)
+    return UserError(
+        f"{label}: options.columns renames '{name}', which none of {records} has; they have "
+        f"{', '.join(map(repr, names)) or 'no fields'}." + (f" Did you mean '{near}'?" if near else "")
+    )
 
 
 def choose_format(source: Source, records: Iterator[Item], kind: str | None = None) -> tuple[Form, str, Iterator[Item]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -252,7 +253,7 @@ def test_files_hold_so_many_rows_at_most(make, tmp_path: Path, monkeypatch: pyte
 
 def test_an_empty_split_says_where_the_rows_went(make, tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": ""}])
-    with pytest.raises(UserError, match=r"test split is empty: 2 rows read, 1 left \(1 empty reply\)"):
+    with pytest.raises(UserError, match=r"no test row is left: 2 rows read, 1 left \(1 empty reply\)"):
         make([source])
 
 
@@ -273,3 +274,51 @@ def test_gsm8k_rows_check_their_own_answers(make, shared_data: Path) -> None:
     replies = [row["completion"][0]["content"] for row in made.train]
     assert gsm8k_answer(made.train, replies) == [1.0] * len(made.train)
     assert not any("<<" in reply for reply in replies)
+
+
+def test_fields_that_were_not_used_are_named_with_their_counts(make, tmp_path: Path, small_shards) -> None:
+    records = [{**record, "lang": "en", "meta": {"a": 1}} for record in questions(20)]
+    records[3] |= {"note": "x"}
+    made = make([write(tmp_path / "a.jsonl", records), write(tmp_path / "b.jsonl", questions(8, "other"))])
+    assert [line["unused_fields"] for line in made.ledger["sources"]] == [{"lang": 20, "meta": 20, "note": 1}, {}]
+    (line,) = [line for line in summary_lines(made.ledger) if "not used" in line]
+    assert "lang (20), meta (20), note (1)" in line
+
+
+@pytest.mark.parametrize(
+    ("column", "count", "message"),
+    [
+        ("contxt", 24, "'contxt', which none of its 24 records has; they have 'prompt', 'context', 'completion'."),
+        ("contxt", 130, "'contxt', which none of the 100 records looked at has;"),
+        ("passage", 130, "'passage', which none of its 130 records has;"),
+    ],
+)
+def test_a_column_that_no_record_has_is_an_error(make, tmp_path: Path, column: str, count: int, message: str) -> None:
+    records = [{"prompt": f"q {at}", "context": "c", "completion": "a"} for at in range(count)]
+    options = {"columns": {column: "input"}, "ignore": ["context"]}
+    with pytest.raises(UserError, match=re.escape(f"a: options.columns renames {message}")) as caught:
+        make([write(tmp_path / "a.jsonl", records) | {"options": options}])
+    assert ("Did you mean 'context'?" in str(caught.value)) == (column == "contxt")
+
+
+def test_a_column_may_come_late(make, tmp_path: Path) -> None:
+    records = [*questions(200), {"question": "late", "completion": "yes"}]
+    records[-1]["ask"] = records[-1].pop("question")
+    made = make([write(tmp_path / "a.jsonl", records) | {"options": {"columns": {"ask": "prompt"}}}])
+    assert any(row["prompt"][0]["content"] == "late" for row in made.train + made.test)
+
+
+@pytest.mark.parametrize("steps", [[], [{"type": "filter", "chars": {"min": 100}}], [{"type": "near_duplicates"}]])
+def test_a_build_of_which_nothing_is_left_says_what_became_of_its_rows(
+    make, tmp_path: Path, steps, small_shards
+) -> None:
+    answer = "yes" if steps and steps[0]["type"] == "filter" else " "
+    said = "filter: chars.min" if answer == "yes" else "empty reply"
+    for near in (0.8, None):
+        with pytest.raises(UserError, match=f"no train row is left: 20 rows read, 0 left .20 {said}.*Loosen"):
+            make([write(tmp_path / "a.jsonl", questions(20, answer=answer))], steps=steps, near_duplicate_prompts=near)
+
+
+def test_an_empty_source_is_named(make, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no train row is left: 0 rows read"):
+        make([write(tmp_path / "a.jsonl", [])])

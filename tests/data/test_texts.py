@@ -113,7 +113,7 @@ def test_near_duplicates_are_on_one_side_of_the_split(tmp_path: Path) -> None:
 def test_one_book_is_divided_and_nothing_is_lost(tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text("\n\n".join(document(n) for n in range(50)))
     sources = [{"type": "files", "paths": [str(tmp_path / "book.txt")]}]
-    with pytest.raises(UserError, match="split is empty"):
+    with pytest.raises(UserError, match="row is left"):
         built(tmp_path, {"sources": sources})
     folder, ledger = built(
         tmp_path, {"sources": sources, "steps": [{"type": "divide", "characters": 600}], "test_size": 0.3}
