@@ -25,7 +25,12 @@ LONGEST_BYTES = 1 << 22
 _MULTIPLIER = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2**64
 _SPACE = 32
 _SPACES = [*range(9, 14), *range(28, 33)]  # what str.split() takes for space in ASCII
-_SPACES_BEYOND_ASCII = "“”‘’\x85\u1680\u2028\u2029"  # quotes, and the white space that NFKC leaves
+# Quotes, and the white space that NFKC leaves, as what they are in ASCII.
+_BEYOND_ASCII = str.maketrans({
+    "“": '"', "”": '"', "‘": "'", "’": "'", "\x85": "\n", "\u1680": " ", "\u2028": "\n", "\u2029": "\n"
+})  # fmt: skip
+_EDGES = b'.:;!?\n\r"()[]{}|*#>-'
+"""Signs that end a sentence, a line or a label, or enclose one; two words with such a sign between them are apart."""
 _UNSPACED = re.compile(
     "([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff])"
 )
@@ -78,12 +83,16 @@ def encode(text: str) -> bytes:
     if not unicodedata.is_normalized("NFKC", text):
         text = unicodedata.normalize("NFKC", text)
     text = text.casefold()
-    for character in _SPACES_BEYOND_ASCII:
-        text = text.replace(character, " ")
+    text = text.translate(_BEYOND_ASCII)
     encoded = text.encode("utf-8", "surrogatepass")
     if len(encoded.translate(None, _UNSPACED_LEADS)) < len(encoded):
         encoded = _UNSPACED.sub(r" \1 ", text).encode("utf-8", "surrogatepass")
     return encoded[:LONGEST_BYTES]
+
+
+def is_unspaced(text: str) -> bool:
+    """Whether a text has characters of a script without spaces, each of which is a word."""
+    return not text.isascii() and _UNSPACED.search(text) is not None
 
 
 @dataclass(frozen=True)
@@ -98,6 +107,10 @@ class Words:
     """(W,) int64: where it ends."""
     sums: np.ndarray
     """(bytes + 1,) uint64: prefix sums of byte value times power."""
+    opens: np.ndarray | None = None
+    """(W,) bool, where asked for: the word begins a text, a sentence, a line or what stands behind a label."""
+    closes: np.ndarray | None = None
+    """(W,) bool, where asked for: the word ends one."""
 
     @property
     def counts(self) -> np.ndarray:
@@ -117,6 +130,14 @@ class Words:
         right = np.minimum(left + (size - 1), np.repeat(self.first[1:] - 1, runs))
         return self._hash(left, right), offsets
 
+    def exact_runs(self, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Hashes (S,) uint64 of all runs of ``size`` words, none of fewer, with their text and their first word."""
+        hashes, offsets = self.ngrams(size)
+        text = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+        first = self.first[text] + np.arange(len(hashes)) - offsets[text]
+        enough = self.counts[text] >= size
+        return hashes[enough], text[enough], first[enough]
+
     def whole(self) -> np.ndarray:
         """(N,) uint64: a hash of each text's words in order; 0 for a text without words."""
         found = np.zeros(len(self.first) - 1, dtype=np.uint64)
@@ -131,14 +152,15 @@ class Words:
         return mix((self.sums[self.end[right]] - self.sums[begin]) * inverse[begin])
 
 
-def read_words(texts: Sequence[bytes]) -> Words:
-    """The words of some texts of :func:`encode`, best about ``BLOCK_BYTES`` in all."""
+def read_words(texts: Sequence[bytes], edges: bool = False) -> Words:
+    """The words of some texts of :func:`encode`, best about ``BLOCK_BYTES`` in all; with ``opens`` and ``closes``."""
     lengths = np.fromiter(map(len, texts), dtype=np.int64, count=len(texts))
     bounds = np.concatenate([[0], np.cumsum(lengths + 1)])
-    letters = np.frombuffer(b" ".join([*texts, b""]).translate(_BYTE), dtype=np.uint8)
+    joined = b" ".join([*texts, b""])
+    letters = np.frombuffer(joined.translate(_BYTE), dtype=np.uint8)
     inside = letters != _SPACE
-    edges = np.flatnonzero(np.diff(inside, prepend=False, append=False))
-    begins, ends = edges[0::2], edges[1::2]
+    switches = np.flatnonzero(np.diff(inside, prepend=False, append=False))
+    begins, ends = switches[0::2], switches[1::2]
     keep = inside  # each word, and the one space after it
     keep[ends] = True
     compact = letters[keep]
@@ -148,7 +170,30 @@ def read_words(texts: Sequence[bytes]) -> Words:
     sums = np.empty(len(compact) + 1, dtype=np.uint64)
     sums[0] = 0
     np.cumsum(_BYTE_VALUE.take(compact) * powers[: len(compact)], out=sums[1:])
-    return Words(np.searchsorted(begins, bounds), start, end, sums)
+    first = np.searchsorted(begins, bounds)
+    return Words(first, start, end, sums, *(_edges(joined, first, begins, ends) if edges else ()))
+
+
+_IS_EDGE = np.isin(np.arange(256), list(_EDGES))
+
+
+def _edges(joined: bytes, first: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which words open and which close a stretch of text. (W,) bool each.
+
+    Between two words counts what no word contains, and the sign that the first ends with or the second begins with:
+    ``1) What is it (in short)``. A capital letter behind a word ends a stretch too: ``The capital of Peru is A) Lima``.
+    """
+    letters = np.frombuffer(joined, dtype=np.uint8)
+    signs = np.concatenate([[0], np.cumsum(_IS_EDGE[letters])])
+    opens, closes = np.ones(len(begins), dtype=bool), np.ones(len(begins), dtype=bool)
+    opens[1:] = signs[begins[1:]] > signs[ends[:-1] - 1]
+    following = letters[begins[1:]]
+    capital = (following >= ord("A")) & (following <= ord("Z"))
+    closes[:-1] = (signs[begins[1:] + 1] > signs[ends[:-1]]) | capital
+    some = np.diff(first) > 0
+    opens[first[:-1][some]] = True
+    closes[first[1:][some] - 1] = True
+    return opens, closes
 
 
 @dataclass(frozen=True)
@@ -170,15 +215,15 @@ class Block:
         return hashes, offsets[self.parts]
 
 
-def blocks(rows: Iterable[Sequence[tuple[str, int]]]) -> Iterator[Block]:
-    """Rows, each a sequence of parts with a mark, in blocks of about ``BLOCK_BYTES``."""
+def blocks(rows: Iterable[Sequence[tuple[str, int]]], edges: bool = False) -> Iterator[Block]:
+    """Rows, each a sequence of parts with a mark, in blocks of about ``BLOCK_BYTES``; with ``edges`` of their words."""
     first = size = 0
     texts: list[bytes] = []
     marks: list[int] = []
     parts = [0]
 
     def block() -> Block:
-        return Block(first, np.array(parts, dtype=np.int64), np.array(marks, dtype=np.int64), read_words(texts))
+        return Block(first, np.array(parts, dtype=np.int64), np.array(marks, dtype=np.int64), read_words(texts, edges))
 
     for row in rows:
         for text, mark in row:

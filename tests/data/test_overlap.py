@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from align.data import overlap
 from align.data.overlap import Index
 from align.data.rows import normalised
 
@@ -23,6 +24,12 @@ def search(texts: list[str], rows: list[list[str]], size: int) -> dict[tuple[int
     }
 
 
+def holds(part: list[str], words: list[str], size: int) -> bool:
+    """Whether a part of words that no sign divides has a short text: five words and more anywhere."""
+    runs = [part[at : at + len(words)] for at in range(len(part) - len(words) + 1)]
+    return part == words or (5 <= len(words) < size and words in runs)
+
+
 def plain(texts: list[str], rows: list[list[str]], size: int) -> dict[tuple[int, int], float]:
     found = {}
     for (i, row), (j, text) in product(enumerate(rows), enumerate(texts)):
@@ -35,7 +42,7 @@ def plain(texts: list[str], rows: list[list[str]], size: int) -> dict[tuple[int,
         for at in range(len(words) - size + 1):
             if tuple(words[at : at + size]) in runs:
                 covered |= set(range(at, at + size))
-        if words and any(normalised(part).split() == words for part in row):
+        if words and any(holds(normalised(part).split(), words, size) for part in row):
             covered = set(range(len(words)))
         if covered:
             found[i, j] = len(covered) / len(words)
@@ -50,12 +57,57 @@ def test_coverage_by_hand() -> None:
     assert search(["c d"], [["a b c", "d e f"]], 2) == {}
 
 
-def test_short_texts_must_be_equal_to_a_part() -> None:
-    texts = ["What is it?", "..."]
-    assert search(texts, [["what is it"], ["what is it now"], ["..."], ["hm", "What IS it?!"]], 8) == {
+def test_very_short_texts_must_be_equal_to_a_part() -> None:
+    texts = ["What is?", "..."]
+    assert search(texts, [["what is"], ["what is? Now"], ["..."], ["hm", "What IS?!"]], 8) == {
         (0, 0): 1.0,
         (3, 0): 1.0,
     }
+
+
+@pytest.mark.parametrize(
+    ("part", "inside"),
+    [
+        ("so: what is it? Hm", True),
+        ("1) what is it (in short)", True),
+        ("a\nWhat is it\nb", True),
+        ("“What is it,” he said", True),
+        ("What is it A) red", True),
+        ("what is it now", False),
+        ("What is it, now", False),
+        ("tell me what is it.", False),
+    ],
+)
+def test_short_texts_are_found_as_a_sentence_or_line(part: str, inside: bool) -> None:
+    assert search(["What is it?"], [[part]], 8) == ({(0, 0): 1.0} if inside else {})
+
+
+def test_five_words_are_found_anywhere_but_not_five_characters() -> None:
+    assert search(["a b c d e"], [["x a b c d e y"], ["x a b c", "d e y"]], 8) == {(0, 0): 1.0}
+    assert search(["今天天气好"], [["我说今天天气好吗"], ["今天天气好"], ["他说:今天天气好"]], 8) == {
+        (1, 0): 1.0,
+        (2, 0): 1.0,
+    }
+
+
+def test_texts_that_share_much_are_looked_at_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    frame = " ".join(f"f{number}" for number in range(20))
+    texts = [f"{frame} a{number} b{number} c{number}" for number in range(40)]
+    rows = [[text] for text in texts] + [["else"], ["f1 f2 f3 f4"]]
+    whole = search(texts, rows, 4)
+    sizes: list[int] = []
+    pairs = overlap._pairs
+
+    def counted(place: np.ndarray, many: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        sizes.append(int(many.sum()))
+        return pairs(place, many)
+
+    monkeypatch.setattr(overlap, "MATCHES", 2000)
+    monkeypatch.setattr(overlap, "_pairs", counted)
+    assert search(texts, rows, 4) == whole and len(whole) == 40 * 40 + 40
+    assert max(sizes) <= 2000 and sum(sizes) > 20_000
+    hits = Index(texts, 4).search(rows, least=0.99)
+    assert hits.row.tolist() == hits.text.tolist() == list(range(40))
 
 
 def test_texts_that_share_a_run_are_all_hit() -> None:
@@ -85,7 +137,7 @@ def test_a_text_that_is_nothing_but_template_counts_whole() -> None:
 
 
 @settings(deadline=None)
-@given(st.lists(WORDS, max_size=5), st.lists(st.lists(WORDS, max_size=3), max_size=5), st.integers(1, 4))
+@given(st.lists(WORDS, max_size=5), st.lists(st.lists(WORDS, max_size=3), max_size=5), st.integers(1, 8))
 def test_as_counted_word_by_word(texts: list[str], rows: list[list[str]], size: int) -> None:
     found = search(texts, rows, size)
     assert found == pytest.approx(plain(texts, rows, size))

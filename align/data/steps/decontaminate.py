@@ -1,8 +1,9 @@
 """Rows that contain questions of evaluation sets, found by runs of words they share, and reported hit by hit.
 
-The rule is Tülu 3's (arXiv 2411.15124, section 3.2): an item counts as contained when more than half of its words lie
-in runs of eight words that one row's user turns have too. Items of fewer words must be equal to a user turn.
-Torch-free. Left out: paraphrases and translations, which no run of words gives away.
+The rule is Tülu 3's (arXiv 2411.15124, section 3.2), in replies too: an item counts as contained when more than half of
+its words lie in runs of eight words that a row has too. An item of fewer words is contained where a row has all of them
+in a row: five or more anywhere, three or four as a sentence or a line, one or two as a whole turn. Torch-free. Left
+out: paraphrases and translations, which no run of words gives away.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pydantic import Field, model_validator
 from align.data.compared import reply_parts
 from align.data.evaluation_sets import EvaluationSet, Item, all_items
 from align.data.overlap import Index
-from align.data.rows import Row, is_text
+from align.data.rows import Row, is_text, normalised
 from align.data.steps.base import StepConfig, StepContext, Table, Verdict, keep_all
 
 MOST = 4
@@ -40,8 +41,8 @@ class Decontaminate(StepConfig):
     template: float = Field(0.1, gt=0, le=1)
     """A run that more than this share of a set's items have, and more than ten, is the set's template (``Answer format:
     answer1/answer2``): it shows nothing, and its words do not count. At 1 there are no templates, as in Tülu 3."""
-    of: Literal["user", "all"] = "user"
-    """What of a row is searched: its ``user`` turns, or ``all`` of it, replies included."""
+    of: Literal["user", "all"] = "all"
+    """What of a row is searched: ``all`` of it, replies included, or its ``user`` turns alone, as Tülu 3 does."""
     action: Literal["drop", "report"] = "drop"
     """``report`` keeps the rows and names the hits in the ledger."""
     decides: ClassVar[bool] = True
@@ -71,12 +72,28 @@ class _Decontaminate:
         self.item_of_text = np.repeat(np.arange(len(items)), [len(item.texts) for item in items])
         texts = [text for item in items for text in item.texts]
         self.index = Index(texts, config.ngram, self.set_of_item[self.item_of_text], config.template)
+        self.first_equal = self._first_equal(texts)
+        self.equal_items = np.bincount(self.first_equal, minlength=len(items))
+
+    def _first_equal(self, texts: list[str]) -> np.ndarray:
+        """(items,) of each item the first of its set that has the same words, for which one hit counts."""
+        words = [normalised(text) for text in texts]
+        first: dict[tuple[int, tuple[str, ...]], int] = {}
+        begins = np.searchsorted(self.item_of_text, np.arange(len(self.items) + 1))
+        return np.array(
+            [
+                first.setdefault((int(self.set_of_item[item]), tuple(words[begins[item] : begins[item + 1]])), item)
+                for item in range(len(self.items))
+            ],
+            dtype=np.int64,
+        )
 
     def sketch(self, rows: list[Row]) -> dict[str, np.ndarray]:
         """The items each row contains: ``item`` (N, MOST) int32, -1 for none, their ``coverage``, and ``hits`` (N,)."""
-        hits = self.index.search([searched(row, self.config.of) for row in rows])
+        hits = self.index.search([searched(row, self.config.of) for row in rows], self.config.coverage)
         contained = hits.coverage > self.config.coverage
-        row, item, coverage = hits.row[contained], self.item_of_text[hits.text[contained]], hits.coverage[contained]
+        item = self.first_equal[self.item_of_text[hits.text[contained]]]
+        row, coverage = hits.row[contained], hits.coverage[contained]
         order = np.lexsort((-coverage, item, row))  # of the texts of an item, the one most covered
         row, item, coverage = row[order], item[order], coverage[order]
         first = np.ones(len(row), dtype=bool)
@@ -132,15 +149,16 @@ class _Decontaminate:
 
     def _per_set(self, items: np.ndarray) -> dict[str, dict[str, Any]]:
         hit = np.unique(items[items >= 0])
-        set_of_item = self.set_of_item
+        set_of_item, equal = self.set_of_item, self.equal_items
         row_sets = np.where(items >= 0, set_of_item[items], -1)
         found = {}
         for number, one in enumerate(self.config.sets):
             count = int((set_of_item == number).sum())
-            share = float((set_of_item[hit] == number).sum()) / count
+            items_hit = int(equal[hit[set_of_item[hit] == number]].sum())
+            share = items_hit / count
             found[one.name] = {
                 "items": count,
-                "items_hit": int((set_of_item[hit] == number).sum()),
+                "items_hit": items_hit,
                 "share": round(share, 4),
                 "rows": int((row_sets == number).any(axis=1).sum()),
                 "contaminated": share > CONTAMINATED,

@@ -47,22 +47,52 @@ def test_more_than_half_of_the_words_in_shared_runs(tmp_path: Path) -> None:
         row(item(12, 20)),  # another row: 8 of 20 each
         row("Something else", item()),  # in the reply
     ]
-    verdict = decide(step(sets), rows, base=tmp_path)
+    verdict = decide(step(sets, of="user"), rows, base=tmp_path)
     assert kept(verdict) == [1, 2, 4, 5, 6]
     assert verdict.reasons == ["contains an item of mine"]
     assert verdict.details[0] == {"set": "mine", "item": "mine.jsonl:1", "coverage": 0.55, "excerpt": item()}
     assert verdict.details[3]["coverage"] == 0.8
     assert sorted(verdict.details) == [0, 3]
-    assert kept(decide(step(sets, of="all"), rows, base=tmp_path)) == [1, 2, 4, 5]
-    assert kept(decide(step(sets, coverage=0.0), rows, base=tmp_path)) == [2, 6]  # any shared run is a hit
-    assert kept(decide(step(sets, ngram=12), rows, base=tmp_path)) == [0, 1, 2, 3, 4, 5, 6]
+    assert kept(decide(step(sets), rows, base=tmp_path)) == [1, 2, 4, 5]
+    assert kept(decide(step(sets, coverage=0.0), rows, base=tmp_path)) == [2]  # any shared run is a hit
+    assert kept(decide(step(sets, ngram=12), rows, base=tmp_path)) == [0, 1, 2, 3, 4, 5]
 
 
-def test_short_items_must_be_a_user_turn(tmp_path: Path) -> None:
-    sets = write(tmp_path, mine=["What is the capital of France?"])
-    grown = {**row("x"), "prompt": [user("what is the capital of france"), assistant("Paris"), user("and Spain?")]}
-    rows = [row("Tell me: what is the capital of France?"), row("What is the  capital of France"), grown]
-    assert kept(decide(step(sets), rows, base=tmp_path)) == [0]
+LEAKS = {
+    "alone": lambda item: row(item),
+    "in an earlier turn": lambda item: {**row("x"), "prompt": [user(item), assistant("Yes."), user("and?")]},
+    "with choices": lambda item: row(f"Question: {item}\nA. red\nB. blue\nAnswer:"),
+    "behind a sentence": lambda item: row(f"Answer this. {item} Think first."),
+    "in a reply": lambda item: row("Write a question.", f"Sure! Here it is:\n\n1) {item}\n2) Who came first?"),
+    "in a reply, quoted": lambda item: row("Write a question.", f'How about "{item}" Or is that too easy?'),
+}
+
+
+@pytest.mark.parametrize("leak", LEAKS)
+@pytest.mark.parametrize("question", ["What is LSD?", "The plague was caused by", "Who wrote the first novel in prose"])
+def test_short_items_are_found_wherever_they_leak(leak: str, question: str, tmp_path: Path) -> None:
+    sets = write(tmp_path, mine=[question])
+    assert kept(decide(step(sets), [LEAKS[leak](question), row("clean")], base=tmp_path)) == [1]
+
+
+def test_short_items_are_not_found_by_chance(tmp_path: Path) -> None:
+    sets = write(tmp_path, mine=["What do you do?", "Never.", "Blue whale"])
+    rows = [
+        row("What do you do when the engine of your car stops?"),
+        row("Tell me what do you do, and why."),
+        row("Is it so?", "Never. It is a blue whale."),
+        row("Never"),
+    ]
+    assert kept(decide(step(sets), rows, base=tmp_path)) == [0, 1, 2]
+
+
+def test_equal_items_count_each_and_are_one_hit(tmp_path: Path) -> None:
+    sets = write(tmp_path, mine=["Which of these is true?"] * 30 + ["something else entirely, is it not?"])
+    verdict = decide(step(sets), [row("which of these is TRUE")], base=tmp_path)
+    assert verdict.notes["sets"]["mine"] == {
+        "items": 31, "items_hit": 30, "share": 0.9677, "rows": 1, "contaminated": True
+    }  # fmt: skip
+    assert "others" not in verdict.details[0]
 
 
 def test_turns_of_an_item_are_looked_for_one_by_one(tmp_path: Path) -> None:
@@ -155,7 +185,12 @@ def real_rows(folder: Path, file: str, question: str, more: str = "") -> list[Ro
 @pytest.mark.parametrize(
     "file, question, more, hits",
     [
-        ("dolly-3k/dolly_3k.json", "instruction", "input", {"ifeval": 1}),  # both quote the first lines on World War II
+        (
+            "dolly-3k/dolly_3k.json",
+            "instruction",
+            "input",
+            {"ifeval": 1, "xstest": 1},
+        ),  # the first lines on World War II; "What is LSD"
         ("gsm8k/train.jsonl", "question", "", {}),
         ("llamafactory-demo/alpaca_en_demo.json", "instruction", "input", {}),
     ],
