@@ -136,7 +136,9 @@ def clean_rows(folder: Path) -> Iterator[tuple[str, Row]]:
         path = folder / file
         content = path.read_bytes()
         text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8")
-        records = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.split("\n") if line]
+        records = (
+            json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.split("\n") if line]
+        )
         kind = "instructions" if form == "alpaca" else "preferences"
         for number, record in enumerate(records):
             for row in convert(record, form, f"{name}:{number}", kind):  # type: ignore[arg-type]

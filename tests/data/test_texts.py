@@ -132,6 +132,12 @@ def test_pieces_end_with_words_and_keep_every_word() -> None:
     assert divided("a" * 250, 100) == ["a" * 100, "a" * 100, "a" * 50]
 
 
+def test_pieces_keep_their_indentation() -> None:
+    lines = [f"    call(argument_{number})" for number in range(12)]
+    pieces = divided("\n".join(lines) + "\n", 100)
+    assert len(pieces) > 2 and "\n".join(pieces) == "\n".join(lines) + "\n"
+
+
 def test_conversations_become_texts_without_a_template(tmp_path: Path) -> None:
     lines = [{"question": document(n), "answer": f"So it is.\n#### {n}"} for n in range(20)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))

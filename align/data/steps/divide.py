@@ -45,11 +45,14 @@ class _Divide:
 
 
 def divided(text: str, most: int) -> list[str]:
-    """Pieces of at most ``most`` characters, without white space at their ends and without empty ones."""
+    """Pieces of at most ``most`` characters, as they stand in the text but for the sign that each cut is made at.
+
+    Indentation stays, so that code is code in every piece. Pieces of white space alone are left out.
+    """
     pieces = []
     while len(text) > most:
-        ends = (text.rfind(sign, most // 2, most + 1) for sign in ENDS)
-        cut = next((end for end in ends if end > 0), most)
-        pieces.append(text[:cut].strip())
-        text = text[cut:].lstrip()
-    return [piece for piece in (*pieces, text.strip()) if piece]
+        places = ((text.rfind(sign, most // 2, most + 1), len(sign)) for sign in ENDS)
+        cut, width = next(((place, width) for place, width in places if place > 0), (most, 0))
+        pieces.append(text[:cut])
+        text = text[cut + width :]
+    return [piece for piece in (*pieces, text) if piece.strip()]
