@@ -27,6 +27,7 @@ CALLS = ("function_call", "tool_call")
 
 MARKS = ("train", "weight", "loss")
 """Fields of a message that say whether it is trained on, as axolotl, OpenAI and ms-swift write them."""
+_MARKS = frozenset(MARKS)
 ALL_UNTRAINED = "every answer is marked not to be trained on"
 
 
@@ -89,6 +90,8 @@ def message(value: Any, name: str, options: FormatOptions) -> Message:
 
 def _is_trained(value: dict[str, Any], role: str, name: str, options: FormatOptions) -> bool | None:
     """What a message's mark says; None where it has none."""
+    if _MARKS.isdisjoint(value):
+        return None
     honored = [mark for mark in MARKS if not {mark, f"{name}.{mark}"} & set(options.ignore)]
     marks = {mark: value[mark] for mark in honored if value.get(mark) is not None}
     for mark, said in marks.items():

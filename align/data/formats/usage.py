@@ -7,6 +7,7 @@ itself, as Open Assistant's replies to replies, is named once. Left out: what a 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 from align.data.formats.fields import Malformed
@@ -39,11 +40,18 @@ class Watched(dict[str, Any]):
         super().__init__(record)
         self.path = path
         self.read: set[str] = set() if read is None else read
+        self._inside: dict[str, Any] = {}
+        """Objects and lists that were read, as watched ones."""
 
     def __getitem__(self, name: str) -> Any:
+        value = super().__getitem__(name)
         path = joined(self.path, name)
         self.read.add(path)
-        return self._inside(super().__getitem__(name), name, path)
+        if not isinstance(value, (dict, list)) or name in READ_WHOLE:
+            return value
+        if name not in self._inside:
+            self._inside[name] = self._watched(value, path)
+        return self._inside[name]
 
     def get(self, name: str, default: Any = None) -> Any:
         return self[name] if name in self else default  # noqa: SIM401 - this is get
@@ -58,16 +66,13 @@ class Watched(dict[str, Any]):
         """A copy with other values for some fields; reading it is noted in the same place."""
         return Watched({**dict(self), **fields}, self.path, self.read)
 
-    def _inside(self, value: Any, name: str, path: str) -> Any:
-        if name in READ_WHOLE:
-            return value
+    def _watched(self, value: dict[str, Any] | list[Any], path: str) -> Any:
         if isinstance(value, dict):
             return Watched(value, path, self.read)
-        if isinstance(value, list):
-            return [Watched(item, path, self.read) if isinstance(item, dict) else item for item in value]
-        return value
+        return [Watched(item, path, self.read) if isinstance(item, dict) else item for item in value]
 
 
+@lru_cache(maxsize=4096)
 def joined(path: str, name: str) -> str:
     """The path of a field inside another."""
     if not path:
@@ -75,10 +80,9 @@ def joined(path: str, name: str) -> str:
     return path if path.rsplit(".", 1)[-1] == name else f"{path}.{name}"
 
 
-def unread(record: Mapping[str, Any], read: set[str], path: str = "") -> Iterator[str]:
+def unread(record: dict[str, Any], read: set[str], path: str = "") -> Iterator[str]:
     """Paths of fields that hold something and were not read. A path may come several times."""
-    for name in dict.keys(record):  # type: ignore[arg-type]
-        value = dict.get(record, name)  # type: ignore[arg-type]
+    for name, value in dict.items(record):  # of a watched record too, without noting it
         if value is None or value in ("", [], {}):
             continue
         field = joined(path, name)
@@ -96,6 +100,8 @@ def left_aside(record: Watched, ignored: Iterable[str]) -> list[str]:
     Raises ``Malformed`` for one that means something, unless it is among ``ignored``.
     """
     paths = list(dict.fromkeys(unread(record, record.read)))
+    if not paths:
+        return paths
     wanted = [path for path in paths if not _is_among(path, ignored)]
     for path in wanted:
         reason = REFUSED.get(path) or REFUSED.get(path.rsplit(".", 1)[-1])
