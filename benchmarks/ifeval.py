@@ -90,7 +90,7 @@ def run_align(model: Path, options: argparse.Namespace) -> dict[str, float]:
         task = task_of(options)
         built = time.perf_counter()
         sampler = Sampler(
-            [policy], runtime, lambda *given: engine, ResponseCache(Path(kept)), print, lambda *done: None
+            [policy], runtime, lambda *given: engine, ResponseCache(Path(kept), print), print, lambda *done: None
         )
         answers = task.respond(SystemRespondent(system, sampler, 2048, print))
         answered = time.perf_counter()

@@ -15,7 +15,7 @@ from align.artifacts import Artifact
 from align.data.rows import Message
 from align.errors import UserError
 from align.evaluation.generation import Sampler
-from align.evaluation.measure import LoadedModels, kept
+from align.evaluation.measure import LoadedModels, Results
 from align.evaluation.systems import System
 from align.evaluation.tasks.base import Answers, Example
 from align.fingerprint import digest
@@ -65,9 +65,8 @@ class SystemRespondent:
 class SystemReader:
     """One system's own forward pass."""
 
-    def __init__(self, system: System, models: LoadedModels, folder: Path, runtime: Runtime) -> None:
-        """``folder`` is where results are kept."""
-        self.system, self.folder, self.runtime = system, folder, runtime
+    def __init__(self, system: System, models: LoadedModels, results: Results, runtime: Runtime) -> None:
+        self.system, self.results, self.runtime = system, results, runtime
         self.info = system.info
         self.tokenizer = system.policy.tokenizer
         self.model_dir: Path = system.policy.model_dir
@@ -86,7 +85,7 @@ class SystemReader:
     def kept(self, name: str, identity: Any, compute: Callable[[], Any]) -> Any:
         """See the protocol."""
         whole = digest([self.info.key, self._precision, identity])
-        return kept(self.folder, f"{name}-{self.info.name}", whole, compute)
+        return self.results.kept(f"{name}-{self.info.name}", whole, compute)
 
 
 def positions(model_dir: Path, tokenizer: Any) -> int:
@@ -101,14 +100,13 @@ class StageBench:
     """What scoring may use in a stage."""
 
     def __init__(
-        self, context: StageContext, folder: Path, reference: str, base: str | None, precision: Precision
+        self, context: StageContext, results: Results, reference: str, base: str | None, precision: Precision
     ) -> None:
-        """``folder`` is where results are kept."""
         self.context, self.precision = context, precision
         self.seed, self.reference, self.base = context.seed, reference, base
         self.folder = context.checkpoints
-        self.shared: Path | None = folder
-        self._kept = folder
+        self.shared: Path | None = results.folder
+        self.results = results
         self._models: dict[str, Any] = {}
 
     def artifact(self, which: str) -> Artifact | None:
@@ -147,7 +145,7 @@ class StageBench:
             raise UserError(f"{which}: no reward model was given; name a reward stage as `{which}`.")
         asked = [list(prompts), list(answers), [bool(one) for one in finished]]
         identity = digest(["scores", artifact.weights, self.precision, asked])
-        found: list[float] = kept(self._kept, "scores", identity, lambda: self.model(which).score(*asked))
+        found: list[float] = self.results.kept("scores", identity, lambda: self.model(which).score(*asked))
         return found
 
     def warn(self, message: str) -> None:

@@ -6,11 +6,10 @@ The checkpoints' own forward passes; results are kept under what they depend on.
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from align.evaluation.generation import Generated
-from align.evaluation.measure import LoadedModels, heldout_losses, kept, kl_values
+from align.evaluation.measure import LoadedModels, Results, heldout_losses, kl_values
 from align.evaluation.plan import Plan
 from align.evaluation.systems import System
 from align.evaluation.tasks.base import Values
@@ -27,13 +26,13 @@ def measure_drift(
     generated: dict[str, Generated],
     values: dict[str, dict[str, Values]],
     models: LoadedModels,
-    folder: Path,
+    results: Results,
 ) -> dict[str, list[list[float]]]:
     """KL to the reference of every system that has a distribution; returns it token by token, for samples."""
     found: dict[str, list[list[float]]] = {}
     for at, system in enumerate(plan.systems):
         if system.name in generated and system.info.role != "best_of":
-            measured = _kl(context, plan, models, system, generated[system.name], folder)
+            measured = _kl(context, plan, models, system, generated[system.name], results)
             token_kl = measured.pop("token_kl", None)
             values[system.name] |= measured
             if token_kl:
@@ -43,7 +42,7 @@ def measure_drift(
 
 
 def _kl(
-    context: StageContext, plan: Plan, models: LoadedModels, system: System, one: Generated, folder: Path
+    context: StageContext, plan: Plan, models: LoadedModels, system: System, one: Generated, results: Results
 ) -> dict[str, Any]:
     """KL of one system's responses; empty where it has no meaning.
 
@@ -60,10 +59,19 @@ def _kl(
         return {"kl": zero, "kl_k3": zero}
     prompts, ref_prompts = plan.prompts[system.name], plan.prompts[plan.reference]
     own, ref = (models.logprobs_of(each.policy.name, temperature) for each in (system, reference))
-    identity = digest(["kl 3", policy.key, reference.policy.key, identity_of(one), digest([prompts, ref_prompts]),
-                       temperature, plan.precision])  # fmt: skip
-    found: dict[str, Any] = kept(
-        folder, f"kl-{system.name}", identity, lambda: kl_values(own, ref, prompts, one, ref_prompts)
+    key = digest(
+        {
+            "what": "kl 4",
+            "policy": policy.key,
+            "reference": reference.policy.key,
+            "prompts": [prompts, ref_prompts],
+            "responses": _tokens(one),
+            "temperature": temperature,
+            "precision": plan.precision,
+        }
+    )
+    found: dict[str, Any] = results.kept(
+        f"kl-{system.name}", key, lambda: kl_values(own, ref, prompts, one, ref_prompts)
     )
     gap = found.pop("sampler_gap")
     exact = plan.precision == "float32" and context.runtime.engine.dtype != "bfloat16"
@@ -79,19 +87,20 @@ def _kl(
 
 
 def measure_heldout(
-    context: StageContext, plan: Plan, models: LoadedModels, folder: Path
+    context: StageContext, plan: Plan, models: LoadedModels, results: Results
 ) -> dict[str, tuple[list[float], list[int]]]:
     """Held-out loss of the checkpoints as they are, over the rows that every one of them could read."""
     if not plan.heldout:
         return {}
     losses: dict[str, tuple[list[int], list[float], list[int]]] = {}
-    rows = digest([row["id"] for row in plan.heldout])
+    # Ids do not determine rows: the rows themselves, as far as they are read.
+    rows = digest([[row["prompt"], row["completion"], row.get("tools")] for row in plan.heldout])
     for policy in plan.policies:
-        identity = digest([policy.key, rows, plan.heldout_length, plan.precision])
+        key = digest(["held-out loss 2", policy.key, rows, plan.heldout_length, plan.precision])
         measure = partial(
             heldout_losses, models.logprobs_of(policy.name, 1.0), policy.tokenizer, plan.heldout, plan.heldout_length
         )
-        indices, values, tokens = kept(folder, f"heldout-{policy.name}", identity, measure)
+        indices, values, tokens = results.kept(f"heldout-{policy.name}", key, measure)
         losses[policy.name] = indices, values, tokens
         context.progress(len(losses), len(plan.policies), unit="held-out sets read")
     common = set.intersection(*(set(indices) for indices, _, _ in losses.values()))
@@ -105,6 +114,6 @@ def measure_heldout(
     return result
 
 
-def identity_of(generated: Generated) -> str:
-    """Digest of responses, as far as a measurement of them depends on them."""
-    return digest([[[one.token_ids, one.finished] for one in samples] for samples in generated.responses])
+def _tokens(generated: Generated) -> list[Any]:
+    """Responses as far as KL and ``sampler_gap`` depend on them. Log-probabilities as text: one may be NaN."""
+    return [[[one.token_ids, repr(one.logprobs)] for one in samples] for samples in generated.responses]

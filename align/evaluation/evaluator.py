@@ -9,20 +9,19 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from align.evaluation.bench import StageBench, SystemReader, SystemRespondent, keep_best
-from align.evaluation.drift import identity_of, measure_drift, measure_heldout
+from align.evaluation.drift import measure_drift, measure_heldout
 from align.evaluation.generation import Generated, OpenEngine, ResponseCache, Sampler
 from align.evaluation.measure import (
     LoadedModels,
+    Results,
     function_values,
-    kept,
     reward_values,
     shape_values,
 )
-from align.evaluation.pairs import Scores, pair_reports, score_pairs
+from align.evaluation.pairs import Scores, pair_reports, read_sides, score_sides
 from align.evaluation.plan import Answered, Plan
 from align.evaluation.scorecard import Measurements, TaskFound, build
 from align.evaluation.systems import System
@@ -38,17 +37,18 @@ Row = dict[str, Any]
 def evaluate(context: StageContext, plan: Plan, open_engine: OpenEngine) -> tuple[dict[str, Any], Answered]:
     """Run the plan and return the scorecard and the answers."""
     folder = context.cache / "evaluation" if context.cache is not None else context.checkpoints
-    bench = StageBench(context, folder, plan.reference, plan.base, plan.precision)
-    answered = _answer(context, plan, open_engine, folder)
-    values, reward_models = _score_by_models(context, plan, answered, bench, folder)
+    results = Results(folder, context.warn)
+    bench = StageBench(context, results, plan.reference, plan.base, plan.precision)
+    answered = _answer(context, plan, open_engine, results)
+    values, reward_models = _score_by_models(context, plan, answered, bench, results)
     if plan.scorer is not None:
         for name, one in answered.generated.items():
             values[name]["gold"] = function_values(plan.scorer, plan.rows, one)
     bench.close()
     models = LoadedModels(plan.policies, plan.reference, _device(context), plan.precision)
-    token_kl = measure_drift(context, plan, answered.generated, values, models, folder)
-    heldout = measure_heldout(context, plan, models, folder)
-    tasks = _measure_tasks(context, plan, answered.answers, models, bench, folder)
+    token_kl = measure_drift(context, plan, answered.generated, values, models, results)
+    heldout = measure_heldout(context, plan, models, results)
+    tasks = _measure_tasks(context, plan, answered.answers, models, bench, results)
     bench.close()
     found = Measurements(
         systems=[system.info for system in plan.systems],
@@ -72,13 +72,13 @@ def _device(context: StageContext) -> Any:
     return device_of(context.runtime)
 
 
-def _answer(context: StageContext, plan: Plan, open_engine: OpenEngine, folder: Path) -> Answered:
+def _answer(context: StageContext, plan: Plan, open_engine: OpenEngine, results: Results) -> Answered:
     """Every system's answers, those of one checkpoint together; best-of-N systems have N times as many here."""
     sampler = Sampler(
         plan.policies,
         context.runtime,
         open_engine,
-        ResponseCache(folder / "responses"),
+        ResponseCache(results.folder / "responses", results.warn),
         context.warn,
         lambda done, total: context.progress(done, total, unit="responses"),
         plan.precision,
@@ -104,7 +104,7 @@ def _answer(context: StageContext, plan: Plan, open_engine: OpenEngine, folder: 
 
 
 def _score_by_models(
-    context: StageContext, plan: Plan, answered: Answered, bench: StageBench, folder: Path
+    context: StageContext, plan: Plan, answered: Answered, bench: StageBench, results: Results
 ) -> tuple[dict[str, dict[str, Values]], list[dict[str, Any]]]:
     """Keep the best of N, score every response, and ask how good the reward models are.
 
@@ -119,11 +119,11 @@ def _score_by_models(
     reward = bench.artifact("reward")
     if reward is not None:
         for at, (name, one) in enumerate(answered.generated.items()):
-            identity = digest([reward.weights, identity_of(one), _asked(plan.rows), plan.precision])
+            key = digest(["rewards 2", reward.weights, _asked(plan.rows), _said(one), plan.precision])
             scored = partial(lambda each: reward_values(bench.model("reward").score, plan.rows, each), one)
-            values[name]["reward"] = kept(folder, f"reward-{name}", identity, scored)
+            values[name]["reward"] = results.kept(f"reward-{name}", key, scored)
             context.progress(at + 1, len(answered.generated), unit="systems scored")
-    return values, _reward_models(plan, bench, folder)
+    return values, _reward_models(plan, bench, results)
 
 
 def _keep_best(plan: Plan, system: System, answered: Answered, bench: StageBench) -> None:
@@ -142,17 +142,18 @@ def _keep_best(plan: Plan, system: System, answered: Answered, bench: StageBench
     answered.generated[system.name] = Generated(one.engine, best)
 
 
-def _reward_models(plan: Plan, bench: StageBench, folder: Path) -> list[dict[str, Any]]:
+def _reward_models(plan: Plan, bench: StageBench, results: Results) -> list[dict[str, Any]]:
     """Accuracy and calibration of the reward models on the held-out pairs, each beside the other as second scorer."""
     if not plan.pairs:
         return []
+    sides = read_sides(plan.pairs)
     scores: list[tuple[str, Scores]] = []
     for which in ("reward", "second_reward"):
         artifact = bench.artifact(which)
         if artifact is not None:
-            identity = digest(["pair scores", artifact.weights, [row["id"] for row in plan.pairs], plan.precision])
-            scored = partial(lambda name: score_pairs(plan.pairs, bench.model(name).score), which)
-            chosen, rejected = kept(folder, "pairs", identity, scored)
+            key = digest(["pair scores 2", artifact.weights, sides, plan.precision])
+            scored = partial(lambda name: score_sides(sides, bench.model(name).score), which)
+            chosen, rejected = results.kept("pairs", key, scored)
             scores.append((artifact.stage, (chosen, rejected)))
     return pair_reports(plan.pairs, scores, seed=plan.resampling.seed, task="pairs")
 
@@ -163,7 +164,7 @@ def _measure_tasks(
     answers: dict[str, dict[str, Answers]],
     models: LoadedModels,
     bench: StageBench,
-    folder: Path,
+    results: Results,
 ) -> list[TaskFound]:
     """Every task's numbers: what systems read, checkpoint by checkpoint, then what scoring makes of their answers."""
     measured: dict[str, dict[str, Measured]] = {task.name: {} for task in plan.tasks}
@@ -173,7 +174,7 @@ def _measure_tasks(
     done = 0
     for system in sorted(readers, key=lambda one: plan.policies.index(one.policy)):
         for task in reading:
-            measured[task.name][system.name] = task.read(SystemReader(system, models, folder, context.runtime))
+            measured[task.name][system.name] = task.read(SystemReader(system, models, results, context.runtime))
             done += 1
             context.progress(done, len(readers) * len(reading), unit="tasks read")
     models.close()  # a judge may be large
@@ -186,8 +187,14 @@ def _measure_tasks(
     ]
 
 
-def _asked(rows: list[Row]) -> str:
-    return digest([[row["prompt"], row.get("tools")] for row in rows])
+def _asked(rows: list[Row]) -> list[Any]:
+    """What a reward model reads of the prompts."""
+    return [[row["prompt"], row.get("tools")] for row in rows]
+
+
+def _said(generated: Generated) -> list[Any]:
+    """What a reward model reads of the responses: their texts, which another tokenizer makes of the same tokens."""
+    return [[[one.text, one.finished] for one in samples] for samples in generated.responses]
 
 
 def _settings(context: StageContext, plan: Plan, engines: list[str]) -> dict[str, Any]:

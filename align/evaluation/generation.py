@@ -6,8 +6,8 @@ Responses that are on disk already, from an earlier attempt or another run, are 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from align.fingerprint import digest
 from align.rollouts.protocol import Response, RolloutEngine, Sampling
 from align.rollouts.weights import checkpoint_weights
 from align.runtime import Runtime
+from align.sealed import read_entry, write_entry
 
 Responses = list[list[Response]]
 """Per prompt, its samples."""
@@ -37,40 +38,30 @@ class Generated:
 
 
 class ResponseCache:
-    """``<folder>/<identity>.jsonl``: a header line, then one line per prompt. A file is whole or absent.
+    """``<folder>/<identity>.jsonl``: a header line, one line per prompt, and the seal. A file is whole or absent.
 
     The identity is a digest of weights, prompts and sampling, so that runs may share the folder.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, warn: Callable[[str], object]) -> None:
+        self.folder, self.warn = folder, warn
 
     def path(self, identity: str) -> Path:
         """Where the responses lie."""
         return self.folder / f"{identity[:32]}.jsonl"
 
     def read(self, identity: str) -> Generated | None:
-        """The responses stored under the identity, or None."""
-        try:
-            with self.path(identity).open(encoding="utf-8") as file:
-                header = json.loads(next(file))
-                if header.get("identity") != identity:
-                    return None
-                found = [[Response(**item) for item in json.loads(line)] for line in file]
-                return Generated(header["engine"], found) if len(found) == header["prompts"] else None
-        except (FileNotFoundError, StopIteration, ValueError, KeyError, TypeError):
+        """The responses stored under the identity; None where there are none, or others than were stored."""
+        lines = read_entry(self.path(identity), identity, self.warn)
+        if lines is None:
             return None
+        header, *responses = lines
+        return Generated(header["engine"], [[Response(**item) for item in samples] for samples in responses])
 
     def write(self, identity: str, generated: Generated) -> None:
         """Store responses; they appear under their name only once all are written."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        draft = self.path(identity).with_suffix(f".{uuid.uuid4().hex}.draft")  # machines share process numbers
-        with draft.open("w", encoding="utf-8") as file:
-            header = {"identity": identity, "engine": generated.engine, "prompts": len(generated.responses)}
-            file.write(json.dumps(header) + "\n")
-            for samples in generated.responses:
-                file.write(json.dumps([asdict(sample) for sample in samples]) + "\n")
-        draft.replace(self.path(identity))
+        responses = ([asdict(sample) for sample in samples] for samples in generated.responses)
+        write_entry(self.path(identity), identity, itertools.chain([{"engine": generated.engine}], responses))
 
 
 def architecture(model_dir: Path) -> str:

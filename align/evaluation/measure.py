@@ -6,9 +6,8 @@ Leaves out generation and statistics.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +17,26 @@ from align.evaluation.logprobs import response_logprobs, sequence_kl
 from align.evaluation.prompts import Policy
 from align.evaluation.tasks.base import Values
 from align.models.render import render_conversation, render_prompt
+from align.sealed import kept
 
 Row = dict[str, Any]
 LogprobsOf = Callable[[list[list[int]], list[list[int]]], list[list[float]]]
 """(prompts, responses) → log-probability of each response token, under one model."""
 
 
-def kept(folder: Path, name: str, identity: str, compute: Callable[[], Any]) -> Any:
-    """``compute()``'s JSON-able result, or the one of an earlier attempt or run under the same identity."""
-    path = folder / f"{name}-{identity[:16]}.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found["identity"] == identity:
-            return found["value"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        pass
-    value = compute()
-    folder.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(f".{os.getpid()}.draft")
-    draft.write_text(json.dumps({"identity": identity, "value": value}), encoding="utf-8")
-    draft.replace(path)
-    return value
+@dataclass(frozen=True)
+class Results:
+    """Measurements on disk, which runs share: each under a name and the digest of all that it depends on."""
+
+    folder: Path
+    warn: Callable[[str], object]
+
+    def kept(self, name: str, key: str, compute: Callable[[], Any]) -> Any:
+        """``compute()``'s JSON-able result, or the one of an earlier attempt or run under the same key.
+
+        A result that is not what was written there is computed again, with a warning.
+        """
+        return kept(self.folder / f"{name}-{key[:16]}.jsonl", key, compute, self.warn)
 
 
 def shape_values(generated: Generated) -> dict[str, Values]:

@@ -18,6 +18,8 @@ from align.evaluation.statistics import mean_interval, wilson
 Row = dict[str, Any]
 Score = Callable[[list[list[dict[str, str]]], list[str], list[bool], list[str | None]], list[float]]
 """Prompts, answers, whether each answer ended by itself, and its prompt's tools → one score each."""
+Sides = tuple[list[list[dict[str, str]]], list[str], list[bool], list[str | None]]
+"""The arguments of ``Score``."""
 Scores = tuple[list[float], list[float]]
 """Of the chosen and of the rejected answers."""
 
@@ -61,14 +63,27 @@ def pair_accuracy(rows: Sequence[Row], chosen: Sequence[float], rejected: Sequen
     return found
 
 
+def read_sides(rows: Sequence[Row]) -> Sides:
+    """Everything that a reward model reads of the pairs: all chosen answers, then all rejected ones."""
+    both = [(row, side) for side in ("chosen", "rejected") for row in rows]
+    return (
+        [row["prompt"] for row, _ in both],
+        [row[side][-1]["content"] for row, side in both],
+        [is_finished(row, side) for row, side in both],
+        [row.get("tools") for row, _ in both],
+    )
+
+
+def score_sides(sides: Sides, score: Score) -> Scores:
+    """Scores of the chosen and of the rejected answers of what :func:`read_sides` returns."""
+    scores = score(*sides)
+    pairs = len(scores) // 2
+    return scores[:pairs], scores[pairs:]
+
+
 def score_pairs(rows: Sequence[Row], score: Score) -> Scores:
     """Scores of both answers of each pair."""
-    prompts = [row["prompt"] for row in rows]
-    sides = [[row[side][-1]["content"] for row in rows] for side in ("chosen", "rejected")]
-    finished = [is_finished(row, side) for side in ("chosen", "rejected") for row in rows]
-    tools = [row.get("tools") for row in rows]
-    scores = score(prompts + prompts, sides[0] + sides[1], finished, tools + tools)
-    return scores[: len(rows)], scores[len(rows) :]
+    return score_sides(read_sides(rows), score)
 
 
 def pair_report(

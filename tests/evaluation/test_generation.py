@@ -70,7 +70,7 @@ def generate(policies, folder, log, warnings=None, seen=None):
         return FakeEngine(path, log)
 
     sampler = Sampler(
-        policies, Runtime(), opened, ResponseCache(folder), (warnings if warnings is not None else []).append,
+        policies, Runtime(), opened, ResponseCache(folder, print), (warnings if warnings is not None else []).append,
         lambda done, total: log.append(f"{done}/{total}"),
     )  # fmt: skip
     sampler.expect(4 * len(policies))

@@ -3,7 +3,7 @@
 import pytest
 
 from align.evaluation.generation import Generated
-from align.evaluation.measure import kept, kl_values
+from align.evaluation.measure import Results, kl_values
 from align.rollouts.protocol import Response
 
 
@@ -34,9 +34,13 @@ def test_results_are_kept_under_their_identity(tmp_path):
         calls.append(1)
         return {"value": [len(calls)]}
 
-    assert kept(tmp_path, "x", "a", compute) == {"value": [1]}
-    assert kept(tmp_path, "x", "a", compute) == {"value": [1]}
-    assert kept(tmp_path, "x", "b", compute) == {"value": [2]}
-    (tmp_path / "x-b.json").write_text("{")
-    assert kept(tmp_path, "x", "b", compute) == {"value": [3]}
-    assert kept(tmp_path, "x", "a", compute) == {"value": [1]}  # still there
+    warnings = []
+    results = Results(tmp_path, warnings.append)
+    assert results.kept("x", "a", compute) == {"value": [1]}
+    assert results.kept("x", "a", compute) == {"value": [1]}
+    assert results.kept("x", "b", compute) == {"value": [2]}
+    assert warnings == []
+    (tmp_path / "x-b.jsonl").write_text("{")
+    assert results.kept("x", "b", compute) == {"value": [3]}
+    assert len(warnings) == 1 and "x-b.jsonl" in warnings[0]
+    assert results.kept("x", "a", compute) == {"value": [1]}  # still there

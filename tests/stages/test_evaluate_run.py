@@ -1,13 +1,14 @@
 """The evaluate stage end to end on two-layer models: files, numbers, going on from an earlier attempt."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from align.artifacts import Artifact, Kind
-from align.data.rows import assistant, user, write_rows
+from align.data.rows import assistant, read_rows, user, write_rows
 from align.errors import UserError
 from align.evaluation.planning import make_plan
 from align.models.tiny import make_tiny
@@ -125,6 +126,60 @@ def test_everything_at_once_and_again_from_what_is_kept(context, monkeypatch):
     monkeypatch.setattr("align.models.reward.RewardModel", no_engine)
     evaluate.run(context)
     assert (context.output / "scorecard.json").read_text(encoding="utf-8") == text
+
+
+def read_card(context):
+    return json.loads((context.output / "scorecard.json").read_text(encoding="utf-8"))
+
+
+def test_pairs_with_flipped_labels_are_scored_anew_though_their_ids_are_the_same(context, inputs):
+    """Ids of rows need not determine them: those of a sampled pair name its prompt and its place."""
+    evaluate.run(context)
+    rows = read_rows(inputs["pairs"].split("test"))
+    before = read_card(context)["reward_models"][0]
+    flipped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
+    write_rows(inputs["pairs"].split("test"), flipped)
+    evaluate.run(context)
+    after = read_card(context)["reward_models"][0]
+    assert after["margin"]["value"] == pytest.approx(-before["margin"]["value"]) and before["margin"]["value"] != 0
+    assert after["as_labelled"]["value"] == 1 - before["as_labelled"]["value"]
+
+
+def test_another_held_out_answer_under_the_same_id_is_read_anew(context, inputs):
+    evaluate.run(context)
+    before = read_card(context)["estimates"]["ppo"]["heldout_loss"]["value"]
+    rows = read_rows(inputs["heldout"].split("test"))
+    write_rows(inputs["heldout"].split("test"), [row | {"completion": [assistant("zzzz")]} for row in rows])
+    evaluate.run(context)
+    assert read_card(context)["estimates"]["ppo"]["heldout_loss"]["value"] != before
+
+
+def change_a_number(text: str) -> str:
+    """The text with the first of its fractions another one."""
+    return re.sub(r"\d\.\d+", "9.75", text, count=1)
+
+
+def test_a_changed_result_on_disk_is_computed_again(context):
+    """Every file of the cache in turn: a number or a text is changed by hand, and the scorecard stays what it was."""
+    evaluate.run(context)
+    card, samples = ((context.output / name).read_text() for name in ("scorecard.json", "samples.jsonl"))
+    files = [path for path in sorted(context.checkpoints.rglob("*.json*")) if path.is_file()]
+    kinds = {path.name.split("-")[0] for path in files if path.parent == context.checkpoints}
+    assert kinds == {"reward", "pairs", "kl", "heldout"}
+    assert len(files) == 3 + 3 + 1 + 2 + 3  # responses, rewards, pairs, KL without the reference, held-out losses
+    for path in files:
+        changed = change_a_number(path.read_text()).replace('"text": "', '"text": "not this ')
+        assert changed != path.read_text()
+        path.write_text(changed)
+    warnings = count_warnings(context)
+    evaluate.run(context)
+    assert (context.output / "scorecard.json").read_text() == card
+    assert (context.output / "samples.jsonl").read_text() == samples
+    assert count_warnings(context) - warnings == len(files) + 2
+
+
+def count_warnings(context):
+    return context.events.read_text().count('"warning"')
 
 
 def test_an_empty_split_is_refused(context, inputs):

@@ -181,7 +181,7 @@ def test_policies_of_several_architectures(
         policies,
         Runtime.model_validate({"rollouts": rollouts}),
         lambda folder, runtime: None,  # type: ignore[arg-type, return-value]
-        generation.ResponseCache(tmp_path),
+        generation.ResponseCache(tmp_path, print),
         told.append,
         lambda done, total: None,
     )

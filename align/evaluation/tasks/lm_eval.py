@@ -184,7 +184,13 @@ class LmEvalTask(Task):
         if info.system and self.config.chat:
             # lm-eval leaves the system message out where a template refuses it, and says so to nobody.
             render_prompt(reader.tokenizer, [{"role": "system", "content": info.system}, user("?")])
-        identity = {**self.settings(), "asked": self.config.tasks, "system": info.system, "shots": self._shots(info)}
+        identity = {
+            **self.settings(),
+            "files": self.config.identities(self.given.base),  # functions beside the tasks' YAML, and what they call
+            "asked": self.config.tasks,
+            "system": info.system,
+            "shots": self._shots(info),
+        }
         found = reader.kept(f"lm_eval-{self.name}", identity, lambda: self._run(reader))
         return self._measured(found, info)
 

@@ -184,7 +184,7 @@ class PerplexityTask(Task):
         tokens: list[int] = []
         windows = unknown = 0
         for number, block in enumerate(_blocks(self.documents)):
-            identity = digest(["perplexity 1", window, [one.id for one in block], *([before] if before else [])])
+            identity = digest(["perplexity 2", window, [one.text for one in block], before])
             read = partial(self._read_block, reader, block, window, before)
             kept = reader.kept(f"{self.name}-{number}", identity, read)
             losses += kept["losses"]

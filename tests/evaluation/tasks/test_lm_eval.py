@@ -267,6 +267,19 @@ def test_a_second_read_of_the_same_is_kept(run: Run, jobs: list[dict[str, Any]])
     assert len(jobs) == 1
 
 
+def test_another_file_beside_the_tasks_is_another_read(
+    run: Run, jobs: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The settings hold a function's own source, and not that of what it calls."""
+    other = reader(run.reader.model_dir)
+    other.results = dict(run.reader.results)
+    run.task.read(other)
+    assert not jobs
+    monkeypatch.setattr(LmEvalConfig, "identities", lambda self, base: {"include": "another digest"})
+    run.task.read(other)
+    assert len(jobs) == 1
+
+
 def test_a_prompted_system_s_message_and_examples_are_lm_eval_s(run: Run, jobs: list[dict[str, Any]]) -> None:
     info = SystemInfo("prompted", "sft", "prompted", "k2", system="Be brief.", shots=3)
     prompted = reader(run.reader.model_dir, info)
