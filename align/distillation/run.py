@@ -126,7 +126,7 @@ class _Lesson:
             "vocabulary": rows,
         }
         folder = (context.cache or context.checkpoints) / "teachers"
-        self.cache = TeacherCache(folder, identity)
+        self.cache = TeacherCache(folder, identity, context.warn)
 
     def prepare(self) -> None:
         """Look up or compute what the teacher says; it is loaded only where something is left for it to say."""

@@ -77,7 +77,9 @@ class Judgements:
         shared = None if bench.shared is None else RequestCache(bench.shared / FOLDER)
         for one in (cache, shared):
             if one is not None and one.unreadable:
-                bench.warn(f"{one.unreadable} lines in {one.folder} cannot be read; their judgements are asked again")
+                bench.warn(
+                    f"{one.unreadable} lines in {one.folder} are not what was written there; their judgements are asked again"
+                )
         prices = {}
         if config.endpoint.price_input is not None and config.endpoint.price_output is not None:
             prices["judge"] = Prices(config.endpoint.price_input, config.endpoint.price_output)

@@ -1,7 +1,8 @@
 """Requests to a model, their answers, and a cache of both on disk, so that nothing is asked twice.
 
 A request is named by the sha256 of its canonical JSON: model, messages, sampling, seed and which of several samples it
-is. The cache is one JSON line a write, appended; a process killed in the middle of one loses that line. Torch-free.
+is. The cache is one JSON line a write, sealed and appended; a process killed in the middle of one loses that line, and
+one that was changed is not believed. Torch-free.
 Left out: who answers (``endpoint.py``, ``local_model.py``) and what it costs (``asking.py``).
 """
 
@@ -22,6 +23,7 @@ from typing import Any
 from align.data.rows import Message
 from align.errors import UserError
 from align.fingerprint import digest
+from align.sealed import open_sealed, seal
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Request:
     """One answer wanted: everything that decides it, and nothing else."""
 
     model: dict[str, str]
-    """What stands for the model: the key of a checkpoint, or an endpoint's address and its name of the model."""
+    """What stands for the model: the digest of a checkpoint, or an endpoint's address and its name of the model."""
     messages: list[Message]
     max_tokens: int
     temperature: float = 1.0
@@ -77,12 +79,15 @@ class RequestCache:
     """Answers by key, in ``<folder>/answers-<number>.jsonl``: a file for each process that asked, its own.
 
     So any number of processes, on any number of machines, may share a folder without a lock; one reads what it finds
-    when it opens the folder. A line is ``{"answers": [...]}``: what was written together is there together or not at
-    all. Only places in the files are held in memory.
+    when it opens the folder. A line is ``{"answers": [...], "seal": ...}``: what was written together is there together
+    or not at all. Only places in the files are held in memory.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Open or make the cache: a half-written last line counts as not there, other unreadable lines are counted."""
+        """Open or make the cache: a half-written last line counts as not there, other unreadable lines are counted.
+
+        A line whose content is not what was sealed is unreadable.
+        """
         self.folder = folder
         self.unreadable = 0
         self.lost: list[Request] = []
@@ -114,12 +119,12 @@ class RequestCache:
 
     def _note(self, line: bytes, at: int, offset: int) -> None:
         try:
-            found = json.loads(line)
+            found = open_sealed(json.loads(line))
             keys = [bytes.fromhex(one["key"]) for one in found["answers"]]
             for one in found["answers"]:
                 Answer(**one["answer"])
             lost = [Request(**one) for one in found.get("lost", [])]
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             self.unreadable += 1
             return
         self.lost += lost
@@ -170,7 +175,7 @@ class RequestCache:
         self._append({"answers": [], "lost": [asdict(request)]})
 
     def _append(self, entry: dict[str, Any]) -> None:
-        line = json.dumps(entry, ensure_ascii=True, sort_keys=True).encode("ascii") + b"\n"
+        line = json.dumps(seal(entry), ensure_ascii=True, sort_keys=True).encode("ascii") + b"\n"
         with self._writing:
             if self._own is None:
                 self._own = self._begin()

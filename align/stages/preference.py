@@ -181,8 +181,8 @@ class Reference:
         if named is not None:
             _check_reference(context, ready.tokenizer, named)
         shared = None if context.cache is None else context.cache / "reference_logprobs"
-        identity = {} if shared is None else _identity(context, self.artifact)
-        self.cache: ReferenceCache = ReferenceCache(context.checkpoints, shared, identity)
+        identity = _identity(context, self.artifact)
+        self.cache: ReferenceCache = ReferenceCache(context.checkpoints, shared, identity, context.warn)
 
     def sums(self, split: str, answers: Sequence[Answer]) -> Sums:
         """Log-probabilities of a split's answers, from the cache where they are in it."""

@@ -86,7 +86,7 @@ class LocalModel:
     def __init__(self, engines: Engines, artifact: Artifact, max_prompt_tokens: int, precision: str) -> None:
         """Raises ``UserError`` for a checkpoint without a chat template."""
         self.engines, self.model_dir, self.max_prompt_tokens = engines, artifact.model, max_prompt_tokens
-        self.identity = {"checkpoint": str(artifact.record["key"]), "precision": precision}
+        self.identity = {"checkpoint": artifact.weights, "precision": precision}
         self.tokenizer = load_tokenizer(artifact.model)
         require_chat_template(self.tokenizer, f"the checkpoint of stage '{artifact.stage}'")
         self.positions = positions(artifact.model)

@@ -61,7 +61,9 @@ class _Synthesis:
         shared = None if config.cache is None else RequestCache(Path.cwd() / Path(config.cache).expanduser())
         for one in (cache, shared):
             if one is not None and one.unreadable:
-                context.warn(f"{one.unreadable} lines in {one.folder} cannot be read; their requests are asked again")
+                context.warn(
+                    f"{one.unreadable} lines in {one.folder} are not what was written there; their requests are asked again"
+                )
         prices = {
             name: Prices(endpoint.price_input, endpoint.price_output)
             for name, endpoint in (("model", config.endpoint), ("judge", config.judge and config.judge.endpoint))

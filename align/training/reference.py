@@ -8,7 +8,6 @@ move during training (TR-DPO).
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from trl.trainer.utils import add_fused_lm_head
 
 from align.fingerprint import canonical
 from align.launch import rank
 from align.models.processes import agreed, gathered, part_of
 from align.training.order import by_length
+from align.training.sealed_tensors import read_tensors, write_tensors
 from align.training.trainers import SCORING_TOKENS
 
 VERSION = 1
@@ -57,34 +55,36 @@ class Sums:
 class ReferenceCache:
     """Where sums are looked for and kept: the stage's own checkpoints, then a folder that stages share.
 
-    ``identity`` names everything but the rows: the digest of the weights, how they were loaded, the precision.
-    ``found`` and ``computed`` count the answers.
+    ``identity`` names everything but the rows: the digest of the weights, how they were loaded, the precision. It
+    counts for the stage's own file too: the weights behind one key may be another making of them. ``found`` and
+    ``computed`` count the answers; ``warn`` is told of files that are not what was written.
     """
 
     own: Path
     shared: Path | None
     identity: dict[str, str]
+    warn: Callable[[str], object] = print
     found: int = 0
     computed: int = 0
     files: list[Path] = field(default_factory=list)
 
     def sums(self, name: str, answers: Sequence[Answer], compute: Callable[[Sequence[Answer]], Sums]) -> Sums:
         """The sums of ``answers``, from a file or from ``compute``. A file that is damaged counts as none."""
+        key = self.key(answers)
         places = [self.own / f"reference_{name}.safetensors"]
         if self.shared is not None:
-            places.append(self.shared / f"{self.key(answers)}.safetensors")
+            places.append(self.shared / f"{key[:32]}.safetensors")
         self.files += places[1:]
-        known = (_read(place, len(answers)) for place in places)
+        known = [_read(place, key, len(answers), self.warn) for place in places] if rank() == 0 else []
         made = agreed(lambda: next((sums for sums in known if sums is not None), None))
         if made is None:
             made = _shared_out(answers, compute)
             self.computed += len(answers)
         else:
             self.found += len(answers)
-        if rank() == 0:
-            for place in places:
-                if _read(place, len(answers)) is None:
-                    _write(place, made)
+        for place, sums in zip(places, known, strict=False):  # in the first process, which looked
+            if sums is None:
+                _write(place, key, made)
         return made
 
     def key(self, answers: Sequence[Answer]) -> str:
@@ -93,7 +93,7 @@ class ReferenceCache:
         for answer in answers:
             line = f"{list(answer.prompt)}{list(answer.ids)}{answer.shared}\n"
             digest.update(line.encode())
-        return digest.hexdigest()[:32]
+        return digest.hexdigest()
 
 
 def _shared_out(answers: Sequence[Answer], compute: Callable[[Sequence[Answer]], Sums]) -> Sums:
@@ -103,21 +103,16 @@ def _shared_out(answers: Sequence[Answer], compute: Callable[[Sequence[Answer]],
     return Sums([one for part in parts for one in part.total], [one for part in parts for one in part.tail])
 
 
-def _read(file: Path, count: int) -> Sums | None:
-    try:
-        found = load_file(file)
-    except (OSError, SafetensorError):
-        return None
-    if found.keys() != {"total", "tail"} or any(values.shape != (count,) for values in found.values()):
+def _read(file: Path, key: str, count: int, warn: Callable[[str], object]) -> Sums | None:
+    found = read_tensors(file, key, warn)
+    if found is None or found.keys() != {"total", "tail"} or any(one.shape != (count,) for one in found.values()):
         return None
     return Sums(found["total"].tolist(), found["tail"].tolist())
 
 
-def _write(file: Path, sums: Sums) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_suffix(f".{os.getpid()}.draft")
-    save_file({name: torch.tensor(getattr(sums, name), dtype=torch.float32) for name in ("total", "tail")}, draft)
-    draft.rename(file)
+def _write(file: Path, key: str, sums: Sums) -> None:
+    columns = {name: torch.tensor(getattr(sums, name), dtype=torch.float32) for name in ("total", "tail")}
+    write_tensors(file, key, columns)
 
 
 @contextmanager

@@ -7,7 +7,6 @@ finds it in the store's cache and needs no teacher in memory.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from align.fingerprint import canonical
 from align.models.trunk import soft_cap, trunk_and_head
 from align.training.divergence import CHUNK, Known, Live, Measure
 from align.training.order import by_length
 from align.training.rows import MASKED
+from align.training.sealed_tensors import read_tensors, write_tensors
 from align.training.trainers import SCORING_TOKENS
 
 VERSION = 1
@@ -108,41 +106,43 @@ class Teacher:
 
 @dataclass
 class TeacherCache:
-    """Files of ``Known``, by what they were made of. ``identity`` names all of that but the rows."""
+    """Files of ``Known``, by what they were made of. ``identity`` names all of that but the rows.
+
+    ``warn`` is told of files that are not what was written.
+    """
 
     folder: Path
     identity: dict[str, Any]
+    warn: Callable[[str], object] = print
     found: int = 0
     computed: int = 0
 
     def known(self, rows: Sequence[dict[str, Any]], compute: Callable[[], list[Known]]) -> list[Known]:
         """Of ``rows``, from a file or from ``compute``. A file that is damaged counts as none."""
-        file = self.folder / f"{self._key(rows)}.safetensors"
+        key = self._key(rows)
+        file = self.folder / f"{key[:32]}.safetensors"
         counts = [sum(label != MASKED for label in row["labels"][1:]) for row in rows]
-        kept = _read(file, sum(counts))
+        kept = _read(file, key, sum(counts), self.warn)
         if kept is not None:
             self.found += len(rows)
             ends = list(pairwise(accumulate([0, *counts])))
             return [Known(kept["ids"][a:b], kept["logprobs"][a:b]) for a, b in ends]
         made = compute()
         self.computed += len(rows)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        draft = file.with_suffix(f".{os.getpid()}.draft")
-        save_file({name: torch.cat([getattr(one, name) for one in made]) for name in ("ids", "logprobs")}, draft)
-        draft.rename(file)
+        columns = {name: torch.cat([getattr(one, name) for one in made]) for name in ("ids", "logprobs")}
+        write_tensors(file, key, columns)
         return made
 
     def _key(self, rows: Sequence[dict[str, Any]]) -> str:
         digest = hashlib.sha256(canonical({**self.identity, "version": VERSION}).encode())
         for row in rows:
             digest.update(f"{row['input_ids']}{[label != MASKED for label in row['labels']]}\n".encode())
-        return digest.hexdigest()[:32]
+        return digest.hexdigest()
 
 
-def _read(file: Path, tokens: int) -> dict[str, torch.Tensor] | None:
-    try:
-        found = load_file(file)
-    except (OSError, SafetensorError):
+def _read(file: Path, key: str, tokens: int, warn: Callable[[str], object]) -> dict[str, torch.Tensor] | None:
+    found = read_tensors(file, key, warn)
+    if found is None:
         return None
     whole = found.keys() == {"ids", "logprobs"} and all(len(values) == tokens for values in found.values())
     return found if whole else None

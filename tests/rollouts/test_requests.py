@@ -15,6 +15,7 @@ import pytest
 
 from align.errors import UserError
 from align.rollouts.requests import Answer, Request, RequestCache
+from align.sealed import open_sealed, seal
 
 ONE = Request({"checkpoint": "abc"}, [{"role": "user", "content": "Hi"}], max_tokens=8, seed=3)
 
@@ -106,13 +107,29 @@ def test_the_file_that_earlier_versions_shared_is_read(tmp_path: Path) -> None:
 def test_lines_that_mean_nothing_are_counted_and_left(tmp_path: Path) -> None:
     RequestCache(tmp_path).put([(ONE, Answer("a"))])
     path = tmp_path / "answers-1.jsonl"
-    line = json.loads(path.read_text())
+    line = open_sealed(json.loads(path.read_text()))
     line["answers"][0]["answer"]["surprise"] = 1
-    bad = [b"\0\0\0\n", b"[]\n", b'{"answers": [{"key": "zz"}]}\n', json.dumps(line).encode() + b"\n"]
-    path.write_bytes(b"".join(bad) + path.read_bytes())
+    strange = [seal(line), seal({"answers": [{"key": "zz"}]}), {"answers": []}, []]
+    bad = [b"\0\0\0", b"[" * 100_000, *(json.dumps(each).encode() for each in strange)]
+    path.write_bytes(b"\n".join(bad) + b"\n" + path.read_bytes())
     again = RequestCache(tmp_path)
-    assert again.unreadable == 4
+    assert again.unreadable == len(bad)
     assert again.get(ONE.key).answer.text == "a"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("written", "changed"),
+    [('"text": "good"', '"text": "evil"'), (ONE.key, "0" * 64), ('"copied": false', '"copied": true')],
+    ids=["text", "key", "origin"],
+)
+def test_an_answer_that_was_changed_is_asked_again(tmp_path: Path, written: str, changed: str) -> None:
+    RequestCache(tmp_path).put([(ONE, Answer("good"))])
+    path = tmp_path / "answers-1.jsonl"
+    text = path.read_text()
+    assert written in text
+    path.write_text(text.replace(written, changed))
+    again = RequestCache(tmp_path)
+    assert (again.unreadable, len(again), again.get(ONE.key)) == (1, 0, None)
 
 
 def test_no_file_is_written_by_two(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from align.artifacts import Artifact, Kind
 from align.distillation import run as work
@@ -175,6 +176,20 @@ def test_a_damaged_cache_is_made_again(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-4])
     assert cache.known(given, lambda: word)[0].ids.tolist() == [[4], [5]]
     assert (cache.found, cache.computed) == (1, 2)
+
+
+def test_a_changed_number_is_computed_again(tmp_path: Path) -> None:
+    warnings: list[str] = []
+    cache = TeacherCache(tmp_path, {"teacher": "t"}, warnings.append)
+    given = [{"input_ids": [1, 2, 3], "labels": [MASKED, 2, 3]}]
+    word = [Known(torch.tensor([[4], [5]], dtype=torch.int32), torch.tensor([[-1.0], [-2.0]]))]
+    cache.known(given, lambda: word)
+    (file,) = tmp_path.glob("*.safetensors")
+    with safe_open(file, "pt") as tensors:
+        header = tensors.metadata()
+    save_file({**load_file(file), "ids": torch.tensor([[4], [9]], dtype=torch.int32)}, file, header)
+    assert cache.known(given, lambda: word)[0].ids.tolist() == [[4], [5]]
+    assert len(warnings) == 1 and file.name in warnings[0]
 
 
 def test_a_cache_tells_apart_which_tokens_are_learnt(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from align.models.loading import load_policy, load_tokenizer
 from align.training import reference
@@ -83,7 +85,7 @@ def test_a_resumed_stage_reads_its_own_and_a_damaged_file_is_made_anew(tmp_path:
     given = [Answer([1, 2], [3, 4])]
     calls: list[int] = []
     compute = computed(Sums([-1.5], [0.0]), calls)
-    ReferenceCache(tmp_path / "own", None, {}).sums("train", given, compute)  # type: ignore[arg-type]
+    ReferenceCache(tmp_path / "own", None, IDENTITY).sums("train", given, compute)  # type: ignore[arg-type]
     again = ReferenceCache(tmp_path / "own", tmp_path / "shared", IDENTITY)
     again.sums("train", given, compute)  # type: ignore[arg-type]
     assert len(calls) == 1
@@ -93,5 +95,32 @@ def test_a_resumed_stage_reads_its_own_and_a_damaged_file_is_made_anew(tmp_path:
     again.files[0].write_bytes(b"no tensors")
     ReferenceCache(tmp_path / "own", tmp_path / "shared", IDENTITY).sums("train", given, compute)  # type: ignore[arg-type]
     assert len(calls) == 2
-    ReferenceCache(tmp_path / "own", None, {}).sums("train", given, compute)  # type: ignore[arg-type]
+    ReferenceCache(tmp_path / "own", None, IDENTITY).sums("train", given, compute)  # type: ignore[arg-type]
     assert len(calls) == 2
+
+
+def test_a_resumed_stage_does_not_take_its_file_for_that_of_other_weights(tmp_path: Path) -> None:
+    """Two makings of a checkpoint may have one key, so a killed stage may go on beside other weights."""
+    given = [Answer([1, 2], [3, 4])]
+    warnings: list[str] = []
+    ReferenceCache(tmp_path, None, IDENTITY).sums("train", given, computed(Sums([-1.5], [0.0]), []))  # type: ignore[arg-type]
+    other = ReferenceCache(tmp_path, None, IDENTITY | {"weights": "v"}, warnings.append)
+    assert other.sums("train", given, computed(Sums([-9.0], [0.0]), [])).total == [-9.0]  # type: ignore[arg-type]
+    assert len(warnings) == 1 and "another key" in warnings[0]
+
+
+def test_a_changed_number_is_computed_again_in_both_places(tmp_path: Path) -> None:
+    given = [Answer([1, 2], [3, 4])]
+    own, shared = tmp_path / "own", tmp_path / "shared"
+    compute = computed(Sums([-1.5], [-0.5]), [])
+    ReferenceCache(own, shared, IDENTITY).sums("train", given, compute)  # type: ignore[arg-type]
+    files = [*own.iterdir(), *shared.iterdir()]
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            header = tensors.metadata()
+        save_file({"total": torch.tensor([-6.78]), "tail": torch.tensor([-0.5])}, file, header)
+    warnings: list[str] = []
+    again = ReferenceCache(own, shared, IDENTITY, warnings.append)
+    assert again.sums("train", given, compute).total == [-1.5]  # type: ignore[arg-type]
+    assert (again.computed, len(warnings)) == (1, len(files)) and len(files) == 2
+    assert ReferenceCache(own, None, IDENTITY, pytest.fail).sums("train", given, compute).total == [-1.5]  # type: ignore[arg-type]
