@@ -23,8 +23,9 @@ from align.data.formats import Form, FormatOptions, convert
 from align.data.ledger import Counts
 from align.data.reading import Item
 from align.data.records import BadRecord
-from align.data.rows import Dropped, Row, read_rows, row_id, write_rows
+from align.data.rows import Dropped, Row, content_digest, read_rows, row_id, write_rows
 from align.data.steps.base import RowStep, StepContext, TableStep
+from align.data.steps.split import ID_TAKEN
 from align.data.verdicts import StoredVerdict
 from align.errors import UserError
 
@@ -183,6 +184,8 @@ class _Passage:
                     self._drop(number, row, Dropped(verdict.reasons[verdict.code[at]], detail))
                     continue
                 given = {**row, **verdict.fields(at)} if verdict.columns else row
+                if given.pop(ID_TAKEN, False):
+                    given["id"] = content_digest(given).hex()[:16]
                 times = verdict.times(at)
                 tally.added += times - 1
                 tally.rows_out += times

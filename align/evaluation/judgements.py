@@ -78,7 +78,8 @@ class Judgements:
         for one in (cache, shared):
             if one is not None and one.unreadable:
                 bench.warn(
-                    f"{one.unreadable} lines in {one.folder} are not what was written there; their judgements are asked again"
+                    f"{one.unreadable} lines in {one.folder} are not what was written there; their judgements are "
+                    "asked again"
                 )
         prices = {}
         if config.endpoint.price_input is not None and config.endpoint.price_output is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,14 @@ from align.data.pairs import make_pairs
 from align.data.rows import read_rows, write_rows
 from align.data.scoring import function_scorer
 from align.errors import UserError
+from align.fingerprint import digest
 from align.models.loading import load_tokenizer
 from align.models.render import render_prompt
 from align.models.threads import device_of, use_threads
 from align.rollouts.engine import open_engine
 from align.rollouts.memory import CHUNK
 from align.rollouts.protocol import RolloutEngine, Sampling
+from align.sealed import read_entry, write_entry
 from align.stage import StageContext
 
 SPLITS = ("train", "test")
@@ -82,22 +84,40 @@ class _Chunks:
 
     def chunk(self, job: Job, start: int) -> list[dict[str, Any]]:
         """Samples of one chunk: ``n`` texts per row, whether each finished, and its tokens."""
-        path = self.context.checkpoints / f"{job.split}-{start:07d}.json"
-        if path.is_file():
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            self.engine_name = kept["engine"]
-            found: list[dict[str, Any]] = kept["samples"]
+        path = self.context.checkpoints / f"{job.split}-{start:07d}.jsonl"
+        sampling = self._sampling(job, start)
+        key = digest(
+            {
+                "policy": self.context.artifact("policy").weights,
+                "precision": self.context.config.precision,
+                "sampling": asdict(sampling),
+                "rows": [row["id"] for row in job.rows[start : start + CHUNK]],
+                "prompts": job.prompts[start : start + CHUNK],
+            }
+        )
+        lines = read_entry(path, key, self.context.warn)
+        if lines is None:
+            found = self._sample(job, start, sampling)
+            write_entry(path, key, [self.engine_name, *found])
         else:
-            found = self._sample(job, start)
-            draft = path.with_suffix(".draft")
-            draft.write_text(json.dumps({"engine": self.engine_name, "samples": found}), encoding="utf-8")
-            draft.replace(path)
+            self.engine_name, *found = lines
         self.done += sum(len(sample["texts"]) for sample in found)
         self.tokens += sum(sum(sample["tokens"]) for sample in found)
         self.context.progress(self.done, self.total, "responses", self.tokens)
         return found
 
-    def _sample(self, job: Job, start: int) -> list[dict[str, Any]]:
+    def _sampling(self, job: Job, start: int) -> Sampling:
+        """The seed follows from where the chunk starts: it is the same whether or not an earlier one was read back."""
+        config = self.context.config
+        return Sampling(
+            max_tokens=config.max_tokens,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            n=config.n,
+            seed=self.context.seed + start + (1 << 40) * SPLITS.index(job.split),
+        )
+
+    def _sample(self, job: Job, start: int, sampling: Sampling) -> list[dict[str, Any]]:
         context, config = self.context, self.context.config
         if self.engine is None:
             self.engine = open_engine(
@@ -111,14 +131,6 @@ class _Chunks:
             )
             self.engine_name = self.engine.name
         began = time.perf_counter()
-        # The seed follows from where the chunk starts: it is the same whether or not an earlier chunk was read back.
-        sampling = Sampling(
-            max_tokens=config.max_tokens,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            n=config.n,
-            seed=context.seed + start + (1 << 40) * SPLITS.index(job.split),
-        )
         answers = self.engine.generate(job.prompts[start : start + CHUNK], sampling, self._report)
         self.seconds += time.perf_counter() - began
         found = [

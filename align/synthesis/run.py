@@ -62,7 +62,7 @@ class _Synthesis:
         for one in (cache, shared):
             if one is not None and one.unreadable:
                 context.warn(
-                    f"{one.unreadable} lines in {one.folder} are not what was written there; their requests are asked again"
+                    f"{one.unreadable} lines in {one.folder} are not what was written there; they are asked again"
                 )
         prices = {
             name: Prices(endpoint.price_input, endpoint.price_output)

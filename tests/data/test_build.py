@@ -15,9 +15,10 @@ from align.data.build import Machine, build
 from align.data.checkers import gsm8k_answer
 from align.data.ledger import summary_lines
 from align.data.recipe import Recipe
-from align.data.rows import Row, assistant, prompt_key, read_rows, user
+from align.data.rows import Row, assistant, prompt_key, read_rows, user, write_rows
 from align.data.splits import group
 from align.errors import UserError
+from align.fingerprint import digest
 
 
 class Built:
@@ -203,6 +204,30 @@ def test_bad_rows_stop_the_build_or_are_counted_with_file_and_line(make, tmp_pat
 def test_auto_says_what_it_chose(make, tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", questions(20), form="auto")
     assert make([source]).ledger["format_choices"]["a"].startswith("prompt_completion: 20 of 20 records")
+
+
+def sampled(folder: Path, answer: str, count: int = 30) -> Path:
+    """A round of sampling as an artifact: its pairs are named by the prompt and the places of the two responses."""
+    folder.mkdir()
+    (folder / "record.json").write_text(json.dumps({"key": digest(answer)}))
+    sides = {"chosen": [assistant(answer)], "rejected": [assistant("no")]}
+    prompts = [
+        {"id": f"{at}-0-1", "source": "s", "checks": "", "prompt": [user(f"question {at}")]} for at in range(count)
+    ]
+    write_rows(folder / "train.parquet", [prompt | sides for prompt in prompts])
+    return folder
+
+
+def test_rounds_of_sampling_are_merged_without_a_loss(make, tmp_path: Path) -> None:
+    rounds = [sampled(tmp_path / name, name) for name in ("one", "two", "two again")]
+    write_rows(rounds[2] / "train.parquet", read_rows(rounds[1] / "train.parquet"))
+    sources = [{"type": "input", "index": at, "split": "train"} for at in range(3)]
+    made = make(sources, "preferences", inputs=rounds)
+    assert made.ledger["dropped"] == {"duplicate": 30}
+    answers = [row["chosen"][0]["content"] for row in made.train + made.test]
+    assert (answers.count("one"), answers.count("two")) == (30, 30)
+    ids = {row["id"] for row in made.train + made.test}
+    assert len(ids) == 60 and {f"{at}-0-1" for at in range(30)} < ids  # the first keeps its name
 
 
 def test_an_artifact_and_an_input_are_read_as_rows(make, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def _context(folder: Path, model: Path, train: int = 5, test: int = 3, **config:
         name="sample",
         config=SampleConfig(**config),
         inputs={
-            "policy": Artifact("sft", Kind.POLICY, folder / "policy", {}),
+            "policy": Artifact("sft", Kind.POLICY, folder / "policy", {"key": "sft"}),
             "prompts": Artifact("data", Kind.PROMPTS, folder / "prompts", {}),
             "reward": None,
         },
@@ -92,11 +92,11 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_result(
     parts = _context(tmp_path / "parts", tiny_model)
     real, calls = sampler._Chunks._sample, []
 
-    def dies_third(self: Any, job: Any, start: int) -> Any:
+    def dies_third(self: Any, job: Any, start: int, sampling: Any) -> Any:
         calls.append((job.split, start))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(self, job, start)
+        return real(self, job, start, sampling)
 
     monkeypatch.setattr(sampler._Chunks, "_sample", dies_third)
     with pytest.raises(KeyboardInterrupt):
@@ -105,6 +105,19 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_result(
     assert calls == [("train", 0), ("train", 2), ("train", 4), ("train", 4), ("test", 0), ("test", 2)]
     name = "samples.jsonl"
     assert (parts.output / name).read_text() == (whole.output / name).read_text()
+
+
+def test_responses_that_were_changed_between_two_attempts_are_sampled_again(tiny_model: Path, tmp_path: Path) -> None:
+    context = _context(tmp_path, tiny_model)
+    run(context)
+    samples = (context.output / "samples.jsonl").read_text()
+    chunks = sorted(context.checkpoints.glob("*.jsonl"))
+    assert len(chunks) == 2
+    for chunk in chunks:
+        chunk.write_text(chunk.read_text().replace('"texts": ["', '"texts": ["not this '))
+    run(context)
+    assert (context.output / "samples.jsonl").read_text() == samples
+    assert context.events.read_text().count("is not what was written there") == 2
 
 
 def test_a_cut_off_response_gets_the_score_set_for_it(tiny_model: Path, tmp_path: Path) -> None:

@@ -6,12 +6,14 @@ ends with it.
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from align.data.components import first_equal, first_stays
 from align.data.formats import unusable
-from align.data.rows import Dropped, Row
+from align.data.rows import Dropped, Row, content_digest
 from align.data.splits import group, share
 from align.data.steps.base import StepConfig, StepContext, Table, Verdict, keep_all
 
@@ -36,8 +38,12 @@ class _Usable:
         return [unusable(row) or row for row in rows]
 
 
+ID_TAKEN = "_id_taken"
+"""Column that marks rows whose id an earlier row has, which says something else: they get another one."""
+
+
 class Identical(StepConfig):
-    """Rows of equal content, the first of which stays."""
+    """Rows of equal content, the first of which stays; rows that differ keep no common id."""
 
     type: Literal["identical"] = "identical"
     decides: ClassVar[bool] = True
@@ -49,16 +55,22 @@ class Identical(StepConfig):
 
 class _Identical:
     def sketch(self, rows: list[Row]) -> dict[str, np.ndarray]:
-        return {"id": np.array([row["id"] for row in rows], dtype="S48")}
+        digests = b"".join(content_digest(row) for row in rows)
+        names = b"".join(hashlib.blake2b(row["id"].encode(), digest_size=8).digest() for row in rows)
+        return {
+            "content": np.frombuffer(digests, dtype="<u8").reshape(len(rows), 2).copy(),
+            "id": np.frombuffer(names, dtype="<u8").copy(),
+        }
 
     def decide(self, table: Table) -> Verdict:
         places = np.flatnonzero(table.alive)
-        first, inverse = np.unique(table.columns["id"][places], return_index=True, return_inverse=True)[1:]
-        stands = places[first[inverse]]
-        code, instead = keep_all(len(table)), np.full(len(table), -1, dtype=np.int64)
-        again = stands != places
-        code[places[again]], instead[places[again]] = 0, stands[again]
-        return Verdict(code, [EQUAL], instead)
+        keys = table.columns["content"][places].view([("high", "<u8"), ("low", "<u8")])[:, 0]
+        code, instead = first_stays(len(table), places, first_equal(keys))
+        left = places[code[places] < 0]
+        again = first_equal(table.columns["id"][left]) != np.arange(len(left))
+        taken = np.zeros(len(table), dtype=bool)
+        taken[left] = again
+        return Verdict(code, [EQUAL], instead, columns={ID_TAKEN: taken} if again.any() else {})
 
 
 class MaxRows(StepConfig):

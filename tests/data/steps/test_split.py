@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from align.data.rows import assistant, user
 from align.data.splits import group
-from align.data.steps.split import LEAKED, Identical, MaxRows, Split, Usable
+from align.data.steps.split import ID_TAKEN, LEAKED, Identical, MaxRows, Split, Usable
 from tests.data.steps.tables import context, decide, kept, row
 
 QUESTIONS = st.lists(st.text("ab .!", min_size=1, max_size=4).filter(str.strip), min_size=1, max_size=40)
@@ -29,6 +29,27 @@ def test_equal_rows_stay_once():
     assert verdict.instead.tolist() == [-1, -1, 0, -1, 1]
     # where the first is gone already, the next one stands for the others
     assert decide(Identical(), rows, alive=[False, True, True, True, True]).code[2] == -1
+
+
+def pair(prompt: str, chosen: str, rejected: str, **fields):
+    return row(prompt, None, chosen=[assistant(chosen)], rejected=[assistant(rejected)], **fields)
+
+
+def test_rows_of_one_id_that_say_something_else_stay():
+    """Two rounds of sampling name their pairs alike; ids longer than any limit may begin alike."""
+    rounds = [pair("a", "yes", "no") | {"id": "a-0-1"}, pair("a", "yes!", "no") | {"id": "a-0-1"}]
+    verdict = decide(Identical(), rounds)
+    assert kept(verdict) == [0, 1]
+    assert verdict.columns[ID_TAKEN].tolist() == [False, True]
+    long = [row("a") | {"id": "x" * 60 + "1"}, row("b") | {"id": "x" * 60 + "2"}]
+    assert kept(decide(Identical(), long)) == [0, 1]
+    assert not decide(Identical(), long).columns
+
+
+def test_equal_rows_under_different_ids_stay_once():
+    rows = [pair("a", "yes", "no") | {"id": "first"}, pair("a", "yes", "no") | {"id": "second"}]
+    rows += [pair("a", "no", "yes"), pair("a", "yes", "no", chosen_finished=False), pair("a", "yes", "no", checks="[]")]
+    assert kept(decide(Identical(), rows)) == [0, 2, 3]
 
 
 def test_at_most_so_many_rows_chosen_by_their_content():
