@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from align.data import checkers
+from align.data.code_identity import code_identity
 from align.data.rows import Row
 from align.errors import UserError
 from align.fingerprint import file_digest
@@ -74,16 +75,23 @@ def load_function(path: str, what: str = "score") -> Callable[..., Any]:
 
 
 def function_identity(path: str, what: str = "score") -> str:
-    """What a key holds of a verifiable function: align's own by version, another one by its file's digest.
+    """What a key holds of a verifiable function: align's own by version, another one by its code.
 
-    Imports nothing of the module itself (only its parent packages). Raises ``UserError``, which begins with ``what`` it
-    is, when there is none.
+    The code is the module's and that of the user's modules which it imports (``align.data.code_identity``). Imports
+    nothing of the module itself (only its parent packages). Raises ``UserError``, which begins with ``what`` it is,
+    when there is none.
     """
     full = _full(path, what)
     origin = _find(full, what)
-    if full.startswith("align.data.checkers:"):
+    module = full.partition(":")[0]
+    if module == "align.data.checkers":
         return f"{full} version {checkers.VERSION}"
-    return f"{full} sha256:{file_digest(origin)}"
+    if module.partition(".")[0] == "align":
+        return f"{full} sha256:{file_digest(origin)}"
+    try:
+        return f"{full} sha256:{code_identity(module)}"
+    except UserError as error:
+        raise UserError(f"{what} '{full}': {error}") from None
 
 
 def _full(path: str, what: str) -> str:
