@@ -54,6 +54,15 @@ def test_holm_by_hand():
     assert holm([]) == []
 
 
+def test_holm_steps_down_a_larger_p_is_never_adjusted_below_a_smaller_one():
+    # sorted 0.01*3 = 0.03, 0.03*2 = 0.06, 0.04*1 = 0.04: once one is not rejected, neither is any after it
+    assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    p_values = np.random.default_rng(3).uniform(size=40)
+    adjusted = np.array(holm(p_values.tolist()))
+    assert (np.diff(adjusted[np.argsort(p_values)]) >= 0).all()
+    assert (adjusted >= p_values).all() and adjusted.max() <= 1
+
+
 @pytest.mark.parametrize(("degrees", "expected"), [(1, 12.706), (2, 4.3027), (3, 3.1824), (9, 2.2622), (99, 1.9842)])
 def test_t_quantile_against_the_table(degrees, expected):
     assert t_quantile(0.975, degrees) == pytest.approx(expected, rel=0.01)
