@@ -207,7 +207,7 @@ STAGES: dict[str, Stage] = {
         _stage("pretrain", 1, Kind.POLICY, "continued pre-training on plain texts, packed"),
         _stage("sft", 1, Kind.POLICY, "supervised fine-tuning on responses"),
         _stage("sample", 2, Kind.PREFERENCES, "sample responses from a checkpoint, score and pair them"),
-        _stage("synthesise", 1, None, "make instructions, responses or pairs with a model or an endpoint"),
+        _stage("synthesise", 2, None, "make instructions, responses or pairs with a model or an endpoint"),
         _stage("reward", 2, Kind.REWARD, "train a reward model on pairs"),
         _stage("dpo", 1, Kind.POLICY, "direct preference optimisation on pairs"),
         _stage("kto", 1, Kind.POLICY, "learning from single answers marked as wanted or not"),

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, StrictBool, model_validator
 
 from align.artifacts import GENERATORS, PROMPT_SOURCES, Kind
 from align.errors import UserError
@@ -57,18 +57,18 @@ class SynthesiseConfig(Config):
     """``{train: 600, test: 100}``: prompts used of each split at most."""
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the matrix products of ``model``, ``judge_model`` and ``reward``."""
-    cache: str | None = None
-    """Folder of a cache of requests that runs share; each stage has one of its own besides."""
+    cache: StrictBool | str = True
+    """Where stages and runs share their answers, so that none is asked for twice: true for the store's own cache, a
+    folder for another one, false for none. A stage that was killed goes on from answers of its own in any case."""
     max_cost: float | None = Field(None, gt=0)
     """Stop before the endpoints cost more in all, by their prices; raise it and run again to go on."""
     on_error: Literal["stop", "drop"] = "stop"
-    """What a request comes to that an endpoint refuses as such or never answers readably: the end, or a dropped row."""
+    """What a request comes to that an endpoint refuses as such or never answers readably: the end, or a dropped row.
+    Part of the key: rows that were dropped are no result of a stage that should have stopped."""
 
     # The endpoints' addresses and models, the seeds' content and the scorer's code enter by ``identities``; how often,
     # how fast and for how much an endpoint is asked changes nothing of what is made.
-    identified: ClassVar[frozenset[str]] = frozenset(
-        {"endpoint", "seeds", "score", "judge", "cache", "max_cost", "on_error"}
-    )
+    identified: ClassVar[frozenset[str]] = frozenset({"endpoint", "seeds", "score", "judge", "cache", "max_cost"})
 
     @model_validator(mode="after")
     def _one_generator(self) -> SynthesiseConfig:

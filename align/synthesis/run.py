@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from align.data.rows import Message, Row, read_rows, user
 from align.errors import UserError
+from align.fingerprint import canonical
 from align.rollouts.asking import Asker, Backend, Prices
 from align.rollouts.endpoint import EndpointConfig
 from align.rollouts.endpoint_client import Endpoint
@@ -23,6 +25,8 @@ from align.synthesis.config import BestOfTask, InstructionsTask, PairsTask, Resp
 
 SPLITS = ("train", "test")
 COLUMNS = {"instructions": (), "pairs": ("chosen", "rejected")}
+SHARED = "requests"
+"""Folder of the store's cache that has everything that was asked and answered."""
 PROGRESS_SECONDS = 0.2
 READY = [user("Reply with the one word: ready")]
 """What a judge is asked before anything expensive starts."""
@@ -58,7 +62,8 @@ class _Synthesis:
         if config.judge is not None:
             self.judge = self._backend("judge_model", config.judge.endpoint, "judge.endpoint")
         cache = RequestCache(context.checkpoints)
-        shared = None if config.cache is None else RequestCache(Path.cwd() / Path(config.cache).expanduser())
+        folder = _shared_folder(context)
+        shared = None if folder is None else RequestCache(folder)
         for one in (cache, shared):
             if one is not None and one.unreadable:
                 context.warn(
@@ -145,12 +150,7 @@ class _Synthesis:
 
     def _answers(self) -> _Made:
         prompts = {split: self._prompts(split) for split in SPLITS}
-        wanted = [
-            self._request(row["prompt"], sample)
-            for split in SPLITS
-            for row in prompts[split]
-            for sample in range(self.config.task.n)
-        ]
+        wanted = self._wanted([row["prompt"] for split in SPLITS for row in prompts[split]])
         given = iter(self.asker.ask(self.model, wanted))
         answered = {
             split: [Answered(row, [next(given) for _ in range(self.config.task.n)]) for row in prompts[split]]
@@ -164,6 +164,17 @@ class _Synthesis:
             made.rows[split] = self._choose(answered[split], split, made)
             made.samples += [one.to_json(split) for one in answered[split]]
         return made
+
+    def _wanted(self, prompts: list[list[Message]]) -> list[Request]:
+        """``n`` requests a prompt. A prompt that is there again goes on counting, so that its answers are its own."""
+        times: Counter[str] = Counter()
+        requests = []
+        for prompt in prompts:
+            name = canonical(prompt)
+            first = times[name]
+            times[name] += self.config.task.n
+            requests += [self._request(prompt, sample) for sample in range(first, times[name])]
+        return requests
 
     def _label(self, answered: list[Answered]) -> None:
         """Scores, for both splits at once."""
@@ -257,6 +268,14 @@ class _Synthesis:
             **({"cost": round(sum(costs), 6), "spent": round(self.asker.budget.spent, 6)} if costs else {}),
             "engines": [] if self.engines is None else self.engines.names,
         }
+
+
+def _shared_folder(context: StageContext) -> Path | None:
+    """Where answers are shared; None for nowhere, also where a stage runs without a store."""
+    place = context.config.cache
+    if isinstance(place, str):
+        return Path.cwd() / Path(place).expanduser()
+    return context.cache / SHARED if place and context.cache is not None else None
 
 
 def _function(path: str) -> Callable[[list[Row], list[str], list[bool]], list[float]]:

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from align.data.rows import read_rows, user
+from align.data.rows import read_rows, user, write_rows
 from align.errors import UserError
 from align.rollouts import endpoint_client
 from align.stages.synthesise import run
 from tests.rollouts.fake_chat import FakeChat
-from tests.stages.synthesis_harness import digests, endpoint_of, make_context, read_ledger, talk, write_seeds
+from tests.stages.synthesis_harness import (
+    digests,
+    endpoint_of,
+    make_context,
+    make_rows,
+    read_ledger,
+    talk,
+    write_seeds,
+)
 
 FILES = ("train.parquet", "test.parquet", "samples.jsonl", "dropped.jsonl", "ledger.json")
 
@@ -171,6 +181,64 @@ def test_a_second_stage_takes_what_the_first_put_into_the_shared_cache(fake: Fak
     assert (usage["requests"], usage["copied"]) == (0, 27)
     names = set(FILES) - {"ledger.json"}
     assert {name: digests(one.output)[name] for name in names} == {name: digests(two.output)[name] for name in names}
+
+
+@pytest.mark.parametrize(("settings", "asked"), [({}, 27), ({"cache": True}, 27), ({"cache": False}, 54)])
+def test_by_default_the_stores_cache_is_shared(
+    fake: FakeChat, tmp_path: Path, settings: dict[str, Any], asked: int
+) -> None:
+    """Sampled answers too: each has its number and its seed in its key, and so its draw."""
+    config = {"task": {"type": "responses", "n": 3}, "prompts": "data", "temperature": 1.0, **settings}
+    contexts = [
+        replace(make_context(tmp_path / name, endpoint=endpoint_of(fake), **config), cache=tmp_path / "store" / "cache")
+        for name in ("one", "two")
+    ]
+    samples = []
+    for context in contexts:
+        run(context)
+        samples.append((context.output / "samples.jsonl").read_text())
+    assert len(fake.bodies) == asked
+    assert samples[0] == samples[1]
+    assert (tmp_path / "store" / "cache" / "requests").is_dir() == (asked == 27)
+    first = json.loads(samples[0].splitlines()[0])["texts"]
+    assert len(set(first)) > 1, "the answers to one prompt are drawn one by one"
+
+
+def test_more_answers_to_the_same_prompts_ask_for_the_others_alone(fake: FakeChat, tmp_path: Path) -> None:
+    texts = {}
+    for n in (2, 5):
+        config = {"task": {"type": "responses", "n": n}, "prompts": "data", "endpoint": endpoint_of(fake)}
+        context = replace(make_context(tmp_path / f"{n}", **config), cache=tmp_path / "cache")
+        run(context)
+        texts[n] = [json.loads(line)["texts"] for line in (context.output / "samples.jsonl").read_text().splitlines()]
+    assert len(fake.bodies) == 9 * 5
+    assert [few == many[:2] for few, many in zip(texts[2], texts[5], strict=True)] == [True] * 9
+
+
+def test_a_changed_answer_in_the_stores_cache_is_asked_for_again(fake: FakeChat, tmp_path: Path) -> None:
+    config = {"task": {"type": "responses"}, "prompts": "data", "endpoint": endpoint_of(fake)}
+    one, two = (replace(make_context(tmp_path / name, **config), cache=tmp_path / "cache") for name in ("one", "two"))
+    run(one)
+    (file,) = (tmp_path / "cache" / "requests").iterdir()
+    lines = file.read_text().splitlines(keepends=True)
+    lines[0] = lines[0].replace('"text": "', '"text": "not this ')
+    file.write_text("".join(lines))
+    run(two)
+    assert len(fake.bodies) == 9 + 1
+    assert (two.output / "samples.jsonl").read_text() == (one.output / "samples.jsonl").read_text()
+    assert "1 lines in" in two.events.read_text()
+
+
+def test_a_prompt_that_is_there_twice_has_answers_of_its_own(fake: FakeChat, tmp_path: Path) -> None:
+    config = {"task": {"type": "responses", "n": 2}, "prompts": "data", "endpoint": endpoint_of(fake)}
+    context = make_context(tmp_path, train=2, test=1, **config)
+    same = [row | {"prompt": [user("Say it")]} for row in make_rows(2, "a")]
+    write_rows(tmp_path / "prompts" / "train.parquet", same)
+    run(context)
+    assert len(fake.bodies) == 6
+    lines = (context.output / "samples.jsonl").read_text().splitlines()
+    first, second = (json.loads(line)["texts"] for line in lines[:2])
+    assert len({*first, *second}) > 2
 
 
 def test_an_unreachable_judge_is_found_before_anything_is_generated(fake: FakeChat, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_the_key_holds_what_decides_the_rows_and_nothing_else() -> None:
     same = [
         {"endpoint": SERVER | {"concurrency": 3, "retries": 9, "timeout": 3, "price_input": 1, "price_output": 1}},
         {"cache": "elsewhere"},
-        {"on_error": "drop"},
+        {"cache": False},
         {"endpoint": SERVER | {"price_input": 1, "price_output": 1}, "max_cost": 5,
          "judge": {"endpoint": SERVER | {"price_input": 1, "price_output": 1}}},
     ]  # fmt: skip
@@ -75,9 +75,10 @@ def test_the_key_holds_what_decides_the_rows_and_nothing_else() -> None:
         {"judge": {"endpoint": SERVER | {"model": "n"}}},
         {"judge": {"endpoint": SERVER, "rubric": "Shorter."}},
         {"temperature": 0.5},
+        {"on_error": "drop"},
         {"task": {"type": "pairs", "n": 3}},
     ]
-    assert len({_pipeline(base, **one).nodes["synthesise"].key for one in other} | {node.key}) == 8
+    assert len({_pipeline(base, **one).nodes["synthesise"].key for one in other} | {node.key}) == 9
 
 
 def test_a_seed_file_counts_by_its_content(tmp_path: Path) -> None:
