@@ -93,7 +93,7 @@ def read_entry(path: Path, key: str, warn: Warn) -> list[Any] | None:
     return None
 
 
-def kept(path: Path, key: str, compute: Callable[[], Any], warn: Warn) -> Any:
+def read_or_compute(path: Path, key: str, compute: Callable[[], Any], warn: Warn) -> Any:
     """``compute()``'s JSON-able result, or the one that was written under the same key.
 
     The result is as JSON reads it back, so that a second run gets what the first one got.

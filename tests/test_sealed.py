@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from align.sealed import BrokenSealError, kept, open_sealed, read_entry, seal, write_entry
+from align.sealed import BrokenSealError, open_sealed, read_entry, read_or_compute, seal, write_entry
 
 KEY = "a" * 64
 
@@ -77,12 +77,12 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_entry_is_computed_again_with_a_word(tmp_path: Path, damage: Any) -> None:
     path, warnings = tmp_path / "entry.jsonl", []  # type: ignore[var-annotated]
-    assert kept(path, KEY, lambda: {"kl": (0.25,)}, warnings.append) == {"kl": [0.25]}
-    assert kept(path, KEY, lambda: pytest.fail("it is there"), warnings.append) == {"kl": [0.25]}
+    assert read_or_compute(path, KEY, lambda: {"kl": (0.25,)}, warnings.append) == {"kl": [0.25]}
+    assert read_or_compute(path, KEY, lambda: pytest.fail("it is there"), warnings.append) == {"kl": [0.25]}
     path.write_bytes(damage(path.read_bytes()))
-    assert kept(path, KEY, lambda: {"kl": [0.25]}, warnings.append) == {"kl": [0.25]}
+    assert read_or_compute(path, KEY, lambda: {"kl": [0.25]}, warnings.append) == {"kl": [0.25]}
     assert len(warnings) == 1 and str(path) in warnings[0]
-    assert kept(path, KEY, lambda: pytest.fail("it is mended"), warnings.append) == {"kl": [0.25]}
+    assert read_or_compute(path, KEY, lambda: pytest.fail("it is mended"), warnings.append) == {"kl": [0.25]}
 
 
 def test_every_bit_of_an_entry_is_covered(tmp_path: Path) -> None:

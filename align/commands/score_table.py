@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from align.console import printable
-from align.report.wording import MARKS, interval, number
+from align.report.wording import ACCURACIES, MARKS, interval, number
 
 STYLES = {"better": "green", "worse": "red"}
 PLAIN_WIDTH = 400
@@ -29,7 +29,11 @@ def print_scorecard(path: Path, console: Console | None = None) -> None:
         console = Console(highlight=False)
         if not console.is_terminal:
             console = Console(highlight=False, width=PLAIN_WIDTH)
-    console.print(score_table(card))
+    systems, models = score_table(card), reward_table(card)
+    if systems.row_count:
+        console.print(systems)
+    if models.row_count:
+        console.print(models)
     console.print(_text(legend(card)), style="dim", soft_wrap=True)
     for line, style in findings(card):
         console.print(_text(line), style=style, soft_wrap=True)
@@ -52,6 +56,39 @@ def score_table(card: Card) -> Table:
         task = about.get("task")
         table.add_row(_title(name, about), *cells, style="bold" if name == card["primary"] else "")
     return table
+
+
+def reward_table(card: Card) -> Table:
+    """How good the reward models are: numbers down, a column for each model and set of pairs."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    reports = card.get("reward_models") or []
+    table.add_column(_text("reward models"))
+    for report in reports:
+        task = str(report.get("task", "pairs"))
+        title = str(card["tasks"][task]["title"]) if task in card["tasks"] else "held-out pairs"
+        column = _text(f"{report.get('stage', 'reward model')} on {title}")
+        column.append(f"\n{printable(task)}", style="dim not bold")
+        table.add_column(column)
+    for key, title in {"pairs": "pairs", "ties": "ties of its scores"}.items():
+        if reports:
+            table.add_row(_text(title), *(_text(number(report.get(key))) for report in reports))
+    names = {key: f"ordered right, {title}" for key, title in ACCURACIES.items()} | {"margin": "mean score difference"}
+    for key, title in names.items():
+        cells = [_estimate(report.get(key)) for report in reports]
+        if any(cell.plain for cell in cells):
+            table.add_row(_text(title), *cells, style="bold" if key == "as_labelled" else "")
+    return table
+
+
+def _estimate(estimate: Any) -> Text:
+    """A number over its interval; empty where there is none."""
+    row = estimate if isinstance(estimate, dict) else {"value": estimate}
+    if row.get("value") is None:
+        return Text()
+    text = Text(number(row["value"]))
+    if isinstance(row.get("low"), (int, float)):
+        text.append(f"\n{interval(row)}", style="dim not bold")
+    return text
 
 
 def _title(name: str, about: dict[str, Any]) -> Text:

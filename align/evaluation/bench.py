@@ -85,7 +85,7 @@ class SystemReader:
     def kept(self, name: str, identity: Any, compute: Callable[[], Any]) -> Any:
         """See the protocol."""
         whole = digest([self.info.key, self._precision, identity])
-        return self.results.kept(f"{name}-{self.info.name}", whole, compute)
+        return self.results.read_or_compute(f"{name}-{self.info.name}", whole, compute)
 
 
 def positions(model_dir: Path, tokenizer: Any) -> int:
@@ -145,7 +145,7 @@ class StageBench:
             raise UserError(f"{which}: no reward model was given; name a reward stage as `{which}`.")
         asked = [list(prompts), list(answers), [bool(one) for one in finished]]
         identity = digest(["scores", artifact.weights, self.precision, asked])
-        found: list[float] = self.results.kept("scores", identity, lambda: self.model(which).score(*asked))
+        found: list[float] = self.results.read_or_compute("scores", identity, lambda: self.model(which).score(*asked))
         return found
 
     def warn(self, message: str) -> None:

@@ -72,10 +72,23 @@ def is_rate(columns: Sequence[Column]) -> bool:
     ) and not any(column.ratio for column in columns)
 
 
-def estimate(column: Column, rate: bool, resampling: Resampling) -> Row:
-    """The column's value with its 95 % interval; ``n`` counts the items that take part."""
+def win_rate(points: Sequence[float]) -> Estimate:
+    """Share won, from 1, 0.5 or 0 a question, with Wilson's interval; the interval of every win rate there is.
+
+    A tie is half for each side, so a question counts as two, and as fewer where questions differ more than that.
+    """
+    return rate_interval(points, 2)
+
+
+def estimate(column: Column, rate: bool, resampling: Resampling, *, halves: bool = False) -> Row:
+    """The column's value with its 95 % interval; ``n`` counts the items that take part.
+
+    ``rate`` says that all values are 0 or 1, ``halves`` that they are points of a win rate.
+    """
     found = column.at(column.counted)
     means = per_item(found.values)
+    if halves:
+        return win_rate(means).as_dict()
     if rate:
         result: Estimate = rate_interval(means, max((len(samples) for samples in found.values), default=1))
     else:

@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from align.evaluation.comparisons import win_rate
 from align.evaluation.judge import Outcome, Verdict
 from align.evaluation.length_control import length_controlled
-from align.evaluation.statistics import rate_interval
 
 POINTS: dict[Outcome, float] = {"one": 1.0, "other": 0.0, "tie": 0.5, "disagreement": 0.5}
 """What an outcome gives ``one``; one that could not be read gives nothing to either and is left out."""
+NOT_MEASURED = "not measured"
+"""Method of a win rate between answers that are all the same."""
 TURNED: dict[Outcome, Outcome] = {"one": "other", "other": "one"}
 
 
@@ -31,11 +33,13 @@ class Contest:
     """Characters of ``one``'s answers minus ``other``'s, question by question."""
     verdicts: list[Verdict | None] = field(default_factory=list)
     """Everything a judge said who was asked in both orders; empty for one who has no order."""
+    same: int = 0
+    """Questions that both sides answered word for word alike: ties that nobody was asked about."""
 
     def turned(self) -> Contest:
         """The same from the other's side."""
         outcomes: list[Outcome] = [TURNED.get(outcome, outcome) for outcome in self.outcomes]
-        return Contest(self.other, self.one, outcomes, [-gap for gap in self.gaps], self.verdicts)
+        return Contest(self.other, self.one, outcomes, [-gap for gap in self.gaps], self.verdicts, self.same)
 
     @property
     def decided(self) -> list[int]:
@@ -46,14 +50,22 @@ class Contest:
         """Of the decided questions: 1 won, 0 lost, 0.5 neither."""
         return [POINTS[self.outcomes[at]] for at in self.decided]
 
+    @property
+    def is_copy(self) -> bool:
+        """Whether no two answers differ, so that nothing was compared."""
+        return bool(self.outcomes) and self.same == len(self.outcomes)
+
+    def rate(self) -> dict[str, Any]:
+        """Share won, with its interval; without one where nothing was compared: no noise was measured then."""
+        rate = win_rate(self.points()).as_dict()
+        return {**rate, "low": None, "high": None, "method": NOT_MEASURED} if self.is_copy else rate
+
     def row(self, task: str, judge: str) -> dict[str, Any]:
         """The contest in the scorecard's ``win_rates``."""
         counts = Counter(self.outcomes)
         points = self.points()
         gaps = [self.gaps[at] for at in self.decided]
-        # Each question is asked twice, and a tie or a disagreement is one for each side.
-        rate = rate_interval(points, 2).as_dict()
-        equal = length_controlled(points, gaps)
+        equal = None if self.is_copy else length_controlled(points, gaps)
         return {
             "task": task,
             "judge": judge,
@@ -65,7 +77,8 @@ class Contest:
             "losses": counts["other"],
             "disagreements": counts["disagreement"],
             "unreadable": counts["unreadable"],
-            "win_rate": rate,
+            "same_answers": self.same,
+            "win_rate": self.rate(),
             "length_controlled": None if equal is None else equal.as_dict(),
         }
 

@@ -70,7 +70,7 @@ def _kl(
             "precision": plan.precision,
         }
     )
-    found: dict[str, Any] = results.kept(
+    found: dict[str, Any] = results.read_or_compute(
         f"kl-{system.name}", key, lambda: kl_values(own, ref, prompts, one, ref_prompts)
     )
     gap = found.pop("sampler_gap")
@@ -100,7 +100,7 @@ def measure_heldout(
         measure = partial(
             heldout_losses, models.logprobs_of(policy.name, 1.0), policy.tokenizer, plan.heldout, plan.heldout_length
         )
-        indices, values, tokens = results.kept(f"heldout-{policy.name}", key, measure)
+        indices, values, tokens = results.read_or_compute(f"heldout-{policy.name}", key, measure)
         losses[policy.name] = indices, values, tokens
         context.progress(len(losses), len(plan.policies), unit="held-out sets read")
     common = set.intersection(*(set(indices) for indices, _, _ in losses.values()))

@@ -32,6 +32,8 @@ from align.rollouts.protocol import Response
 from align.stage import StageContext
 
 Row = dict[str, Any]
+PROMPT_SET = "prompts"
+"""The prompt set among tasks."""
 
 
 def evaluate(context: StageContext, plan: Plan, open_engine: OpenEngine) -> tuple[dict[str, Any], Answered]:
@@ -60,10 +62,34 @@ def evaluate(context: StageContext, plan: Plan, open_engine: OpenEngine) -> tupl
         tasks=tasks,
         reward_models=reward_models,
         gates=plan.gates,
+        copies=_copies(plan, answered),
     )
     card = build(found, plan.resampling, _settings(context, plan, answered.engines))
     write(context.output, plan, card, answered, found, token_kl)
     return card, answered
+
+
+def _copies(plan: Plan, answered: Answered) -> dict[str, list[str]]:
+    """Checkpoints sampled again that said the same once more, with the tasks in which they did."""
+    copies = {}
+    for system in plan.systems:
+        if system.info.role == "again":
+            again, first = (_tokens(answered, name) for name in (system.name, system.info.of))
+            copies[system.name] = [task for task, tokens in again.items() if tokens == first[task]]
+    return {name: tasks for name, tasks in copies.items() if tasks}
+
+
+def _tokens(answered: Answered, system: str) -> dict[str, Any]:
+    """Task → everything that a system said in it, as tokens."""
+    tokens: dict[str, Any] = {}
+    if system in answered.generated:
+        responses = answered.generated[system].responses
+        tokens[PROMPT_SET] = [[response.token_ids for response in samples] for samples in responses]
+    for task, answers in answered.answers.items():
+        tokens[task] = [
+            [[turn.response.token_ids for turn in turns] for turns in samples] for samples in answers[system]
+        ]
+    return tokens
 
 
 def _device(context: StageContext) -> Any:
@@ -121,7 +147,7 @@ def _score_by_models(
         for at, (name, one) in enumerate(answered.generated.items()):
             key = digest(["rewards 2", reward.weights, _asked(plan.rows), _said(one), plan.precision])
             scored = partial(lambda each: reward_values(bench.model("reward").score, plan.rows, each), one)
-            values[name]["reward"] = results.kept(f"reward-{name}", key, scored)
+            values[name]["reward"] = results.read_or_compute(f"reward-{name}", key, scored)
             context.progress(at + 1, len(answered.generated), unit="systems scored")
     return values, _reward_models(plan, bench, results)
 
@@ -153,7 +179,7 @@ def _reward_models(plan: Plan, bench: StageBench, results: Results) -> list[dict
         if artifact is not None:
             key = digest(["pair scores 2", artifact.weights, sides, plan.precision])
             scored = partial(lambda name: score_sides(sides, bench.model(name).score), which)
-            chosen, rejected = results.kept("pairs", key, scored)
+            chosen, rejected = results.read_or_compute("pairs", key, scored)
             scores.append((artifact.stage, (chosen, rejected)))
     return pair_reports(plan.pairs, scores, seed=plan.resampling.seed, task="pairs")
 

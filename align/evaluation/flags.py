@@ -31,7 +31,7 @@ def find_flags(card: Mapping[str, Any]) -> list[Flag]:
             text = f"{policy} pleases the reward model more than {reference} but scores lower by the gold checker"
             flags.append({"policy": policy, "kind": "over-optimised", "text": text})
         flags += _collapse(policy, card["estimates"][policy], reference, card["estimates"][reference])
-    return flags + _judges(card.get("win_rates", ()))
+    return flags + _judges(card.get("win_rates", ())) + _copies(card)
 
 
 def _regression(row: Mapping[str, Any], metrics: Mapping[str, Any]) -> Flag:
@@ -54,6 +54,19 @@ def _collapse(policy: str, own: Mapping[str, Any], reference: str, theirs: Mappi
     if length and expected and not 1 / MAX_LENGTH_FACTOR <= length / expected <= MAX_LENGTH_FACTOR:
         text = f"{policy} answers with {length:.0f} tokens on average, {reference} with {expected:.0f}"
         flags.append({"policy": policy, "kind": "length", "text": text})
+    return flags
+
+
+def _copies(card: Mapping[str, Any]) -> list[Flag]:
+    """A checkpoint sampled again that says the same once more shows no noise, and no absence of it."""
+    of = {one["name"]: one["of"] for one in card.get("systems", ())}
+    flags = []
+    for policy, tasks in card.get("copies", {}).items():
+        text = (
+            f"{policy} says word for word what {of[policy]} does in {', '.join(tasks)}, so the noise was not measured "
+            "there: greedy answers do not change with the seed; sample at a temperature above 0"
+        )
+        flags.append({"policy": policy, "kind": "noise", "text": text})
     return flags
 
 

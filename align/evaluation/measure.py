@@ -17,7 +17,7 @@ from align.evaluation.logprobs import response_logprobs, sequence_kl
 from align.evaluation.prompts import Policy
 from align.evaluation.tasks.base import Values
 from align.models.render import render_conversation, render_prompt
-from align.sealed import kept
+from align.sealed import read_or_compute
 
 Row = dict[str, Any]
 LogprobsOf = Callable[[list[list[int]], list[list[int]]], list[list[float]]]
@@ -31,12 +31,12 @@ class Results:
     folder: Path
     warn: Callable[[str], object]
 
-    def kept(self, name: str, key: str, compute: Callable[[], Any]) -> Any:
+    def read_or_compute(self, name: str, key: str, compute: Callable[[], Any]) -> Any:
         """``compute()``'s JSON-able result, or the one of an earlier attempt or run under the same key.
 
         A result that is not what was written there is computed again, with a warning.
         """
-        return kept(self.folder / f"{name}-{key[:16]}.jsonl", key, compute, self.warn)
+        return read_or_compute(self.folder / f"{name}-{key[:16]}.jsonl", key, compute, self.warn)
 
 
 def shape_values(generated: Generated) -> dict[str, Values]:

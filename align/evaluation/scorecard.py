@@ -15,12 +15,15 @@ The schema of ``scorecard.json`` is what :func:`build` returns (format 2):
 - ``differences``: list of ``{policy, against, metric, value, low, high, n, p, p_holm, test, verdict}``
 - ``family_differences``: the same with ``family``, of the prompt set's primary metric against the reference, corrected
   on their own
-- ``win_rates``: list of ``{task, judge, one, other, n, wins, ties, losses, disagreements, unreadable, win_rate,
-  length_controlled}``
+- ``copies``: system of role ``again`` → tasks in which it said word for word what its checkpoint did, as greedy answers
+  are: the two are not compared there, and nothing says how large the noise is
+- ``win_rates``: list of ``{task, judge, one, other, n, wins, ties, losses, disagreements, unreadable, same_answers,
+  win_rate, length_controlled}``; of two systems with the same answers throughout the rate has no interval
 - ``reward_models``: list of what :func:`align.evaluation.pairs.pair_accuracy` and ``calibration.py`` return, with
   ``stage`` and ``task`` (the pair set)
 - ``gates``: list of ``{name, system, metric, expression, value, low, high, bound, level, passed, clear, text}``
-- ``flags``: list of ``{policy, kind, text}``; kinds ``regression``, ``over-optimised``, ``eos``, ``length``, ``judge``
+- ``flags``: list of ``{policy, kind, text}``; kinds ``regression``, ``over-optimised``, ``eos``, ``length``, ``judge``,
+  ``noise``
 
 p-values are corrected (Holm) in three families: the primary metric's comparisons of checkpoints, chosen beforehand; the
 primary metric's comparisons with ways of using one without training it; all the others of the table. Verdicts:
@@ -74,6 +77,14 @@ class Measurements:
     tasks: list[TaskFound] = field(default_factory=list)
     reward_models: list[dict[str, Any]] = field(default_factory=list)
     gates: list[Gate] = field(default_factory=list)
+    copies: dict[str, list[str]] = field(default_factory=dict)
+    """Systems of role ``again`` → tasks (``prompts``: the prompt set) in which they said what their checkpoint did."""
+
+    def is_copy(self, policy: str, against: str, task: str) -> bool:
+        """Whether one of two systems said word for word what the other did, because nothing was drawn anew."""
+        of = {system.name: system.of for system in self.systems}
+        orders = ((policy, against), (against, policy))
+        return any(of[again] == first and task in self.copies.get(again, ()) for again, first in orders)
 
     @property
     def policies(self) -> list[str]:
@@ -87,8 +98,12 @@ def build(found: Measurements, resampling: Resampling, settings: dict[str, Any])
     rates = {name for name, per in columns.items() if name not in DRIFT and is_rate(list(per.values()))}
     estimates: dict[str, dict[str, Any]] = {policy: {} for policy in found.policies}
     for name, per in columns.items():
+        halves = metrics[name].get("halves", False)
         for policy, column in per.items():
-            estimates[policy][name] = estimate(column, name in rates, resampling)
+            estimates[policy][name] = estimate(column, name in rates, resampling, halves=halves)
+    for one in found.tasks:
+        for policy, measured in one.measured.items():
+            estimates[policy] |= {f"{one.task.name}.{name}": row for name, row in measured.estimates.items()}
     _bound_best_of(found, estimates)
     primary = choose_primary(metrics, found.tasks)
     differences = [
@@ -96,7 +111,7 @@ def build(found: Measurements, resampling: Resampling, settings: dict[str, Any])
         for name, per in columns.items()
         if name not in DRIFT
         for policy, against in contrasts(found.systems, found.reference)
-        if policy in per and against in per
+        if policy in per and against in per and not found.is_copy(policy, against, metrics[name]["task"])
         if (row := difference(per[policy], per[against], resampling)) is not None
     ]
     correct_table(differences, {one.name: one.role for one in found.systems}, primary, metrics)
@@ -113,6 +128,7 @@ def build(found: Measurements, resampling: Resampling, settings: dict[str, Any])
         "estimates": estimates,
         "differences": differences,
         **_by_source(found, columns, rates, primary, metrics, resampling),
+        "copies": found.copies,
         "win_rates": [row for one in found.tasks for row in one.task.extras().get("win_rates", [])],
         "reward_models": found.reward_models
         + [row for one in found.tasks for row in one.task.extras().get("reward_models", [])],
@@ -220,7 +236,12 @@ def _by_source(
                 "n": len(indices),
                 "estimates": {
                     policy: {
-                        name: estimate(columns[name][policy].at(indices), name in rates, resampling)
+                        name: estimate(
+                            columns[name][policy].at(indices),
+                            name in rates,
+                            resampling,
+                            halves=metrics[name].get("halves", False),
+                        )
                         for name in names
                         if policy in columns[name]
                     }
@@ -238,6 +259,7 @@ def _by_source(
         for policy, against in contrasts(found.systems, found.reference)
         if primary in shown and found.reference in (policy, against)
         if policy in columns[primary] and against in columns[primary]
+        if not found.is_copy(policy, against, metrics[primary]["task"])
         if (row := difference(columns[primary][policy].at(indices), columns[primary][against].at(indices), resampling))
         is not None
     ]
@@ -246,7 +268,7 @@ def _by_source(
     for one in found.tasks:
         sources = _group([item.source for item in one.task.items])
         names = [name for name in metrics if metrics[name]["task"] == one.task.name]
-        if 1 < len(sources) <= MOST_FAMILIES:
+        if names and 1 < len(sources) <= MOST_FAMILIES:
             tasks[one.task.name] = table(sources, names)
     return {"families": table(groups, shown), "family_differences": differences, "task_families": tasks}
 

@@ -4,9 +4,11 @@
 - ``samples.jsonl``: a line per question that systems answered: ``task`` (``prompts`` for the prompt set), ``id``,
   ``source``, ``prompt`` (messages) and ``responses``, system → samples, each ``{text, tokens, finished}``, with
   ``gold``, ``reward`` and ``kl`` where they were measured, ``scores`` (the task's metrics), ``turns`` (all of them, in
-  conversations of several), ``token_kl`` (``[[text, nats], …]``, of first samples)
+  conversations of several), ``token_kl`` (``[[text, nats], …]``, of first samples). A pair that reward models scored
+  has its two sides as ``responses``, named in ``columns``, and ``scores`` by reward model
 - ``items.jsonl``: a line per item of every task: ``task``, ``id``, ``source``, ``values``, system → metric → one number
-  a sample; an item that takes no part in a metric has none of it
+  a sample; an item that takes no part in a metric has none of it. Of pairs ``values`` are the reward models':
+  ``chosen``, ``rejected``, ``margin``, ``correct``
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ def write(
         for line in _prompt_samples(plan, answered, found, token_kl):
             file.write(json.dumps(line) + "\n")
         for one in found.tasks:
-            for line in _task_samples(one, answered.answers.get(one.task.name, {})):
+            answers = answered.answers.get(one.task.name, {})
+            for line in _task_samples(one, answers) if answers else _scored_answers(one):
                 file.write(json.dumps(line) + "\n")
     with (folder / "items.jsonl").open("w", encoding="utf-8") as file:
         for line in _items(plan, found):
@@ -72,13 +75,26 @@ def _prompt_samples(
 
 
 def _task_samples(one: TaskFound, answers: dict[str, Answers]) -> Iterator[dict[str, Any]]:
-    for index, item in enumerate(one.task.items if answers else []):
+    for index, item in enumerate(one.task.items):
         responses = {
             name: [_sample(one, name, index, at, sample) for at, sample in enumerate(per_item[index])]
             for name, per_item in answers.items()
         }
         yield {"task": one.task.name, "id": item.id, "source": item.source, "prompt": item.prompt,
                "responses": responses}  # fmt: skip
+
+
+def _scored_answers(one: TaskFound) -> Iterator[dict[str, Any]]:
+    """Answers that came with the items; none in most tasks."""
+    for item, sides in zip(one.task.items, one.task.item_answers(), strict=False):
+        yield {
+            "task": one.task.name,
+            "id": item.id,
+            "source": item.source,
+            "prompt": item.prompt,
+            "columns": list(sides),
+            "responses": sides,
+        }
 
 
 def _sample(one: TaskFound, name: str, index: int, at: int, turns: list[Turn]) -> dict[str, Any]:
@@ -110,10 +126,13 @@ def _items(plan: Plan, found: Measurements) -> Iterator[dict[str, Any]]:
             name: {metric: Column(values, measured.weights.get(metric)) for metric, values in measured.values.items()}
             for name, measured in one.measured.items()
         }
+        scorers = one.task.item_values()
         counted = {name: {metric: set(c.counted) for metric, c in per.items()} for name, per in columns.items()}
         for index, item in enumerate(one.task.items):
             per_system = {
                 name: {metric: column.values[index] for metric, column in per.items() if index in counted[name][metric]}
                 for name, per in columns.items()
             }
-            yield {"task": one.task.name, "id": item.id, "source": item.source, "values": per_system}
+            per_scorer = {name: per_item[index] for name, per_item in scorers.items()}
+            values = per_system | per_scorer
+            yield {"task": one.task.name, "id": item.id, "source": item.source, "values": values}

@@ -9,19 +9,11 @@ from markupsafe import Markup
 
 from align.report.beside import Beside, Figure
 from align.report.figures import COLOURS, INK, Panel, bars, dots, legend_name, styled
-from align.report.wording import interval, number
+from align.report.wording import ACCURACIES, interval, number
 
 Card = Mapping[str, Any]
 Report = Mapping[str, Any]
 
-ACCURACIES = {
-    "as_labelled": "as labelled",
-    "true": "by gold score",
-    "labels_true": "labels themselves",
-    "longer": "longer answer wins",
-    "shorter_chosen": "where shorter is chosen",
-}
-"""Shares of pairs ordered right, and what they are called."""
 MARGINS = {
     "model": "how far apart the model's own two scores are: is it right where it is sure?",
     "gold": "how far apart the two gold scores are, right by those: is it wrong where the answers are close?",

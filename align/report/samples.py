@@ -128,6 +128,8 @@ def lengths(samples: Iterable[Sample], policies: list[str]) -> dict[str, dict[st
     """Task → policy → response lengths in tokens, over prompts and samples; conversations of several turns left out."""
     found: dict[str, dict[str, list[int]]] = {}
     for sample in samples:
+        if "columns" in sample:
+            continue
         per = found.setdefault(str(sample.get("task", PROMPTS)), {policy: [] for policy in policies})
         for policy in policies:
             per[policy] += [one["tokens"] for one in sample["responses"].get(policy, []) if "turns" not in one]
@@ -140,6 +142,9 @@ def _metric(card: dict[str, Any] | None, task: str) -> tuple[str, str]:
         return "gold", "gold"
     if task in card["tasks"]:
         primary = str(card["tasks"][task]["primary"])
+        scorers = [str(one.get("stage")) for one in card.get("reward_models", ()) if one.get("task") == task]
+        if primary not in card["metrics"] and scorers:
+            return scorers[0], f"score by {scorers[0]}"
         return primary.removeprefix(f"{task}."), str(card["metrics"].get(primary, {}).get("title", primary))
     name = card["primary"] if card["primary"] in ("gold", "reward") else "gold"
     return name, name
@@ -156,10 +161,12 @@ def _change(item: Mapping[str, Any]) -> float:
 def _item(sample: Sample, policies: list[str], reference: str, metrics: Mapping[str, tuple[str, str]]) -> Sample:
     task = str(sample.get("task", PROMPTS))
     metric = metrics[task][0]
+    columns = sample.get("columns")  # of answers that no compared system gave
+    policies = policies if columns is None else [str(name) for name in columns]
     answers = {policy: sample["responses"].get(policy) or [] for policy in policies}
     scores = {policy: _mean(_score(one, metric) for one in answers[policy]) for policy in policies}
     start = scores.get(reference)
-    return {
+    return ({} if columns is None else {"columns": policies}) | {
         "id": str(sample.get("id", "")),
         "task": task,
         "source": str(sample.get("source", "")),

@@ -17,6 +17,16 @@ WORDS = {
 }
 
 
+ACCURACIES = {
+    "as_labelled": "as labelled",
+    "true": "by gold score",
+    "labels_true": "labels themselves",
+    "longer": "longer answer wins",
+    "shorter_chosen": "where shorter is chosen",
+}
+"""Shares of pairs that a reward model orders right, and what they are called."""
+
+
 def number(value: Any, digits: int = 3) -> str:
     """About ``digits`` significant digits: ``0.412``, ``12.3``, ``1,840``, ``5e-04``."""
     if value is None or isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -322,6 +322,37 @@ def test_mistakes_end_with_2_before_anything_runs(
     assert {path for path in Path(made.store).rglob("*") if "locks" not in path.parts} == before
 
 
+def test_the_table_shows_reward_models_also_where_nothing_else_was_measured(tmp_path: Path, capsys: Said) -> None:
+    from align.commands.score_table import print_scorecard
+
+    def rate(value: float) -> dict[str, object]:
+        return {"value": value, "low": value - 0.125, "high": value + 0.125, "n": 399, "method": "wilson"}
+
+    report = {
+        "pairs": 399,
+        "ties": 2,
+        "as_labelled": rate(0.625),
+        "longer": rate(0.5),
+        "true": None,
+        "margin": rate(1.25),
+    }
+    card = {
+        "base": None, "reference": "sft", "primary": "", "policies": ["sft"], "differences": [], "metrics": {},
+        "tasks": {"hh": {"title": "Reward-model pairs"}}, "estimates": {"sft": {}}, "gates": [], "flags": [],
+        "reward_models": [{"stage": "rm", "task": "hh", **report}, {"stage": "rm-b", "task": "pairs", **report}],
+    }  # fmt: skip
+    (tmp_path / "scorecard.json").write_text(json.dumps(card))
+    print_scorecard(tmp_path / "scorecard.json")
+    said = capsys.readouterr().out
+    assert "rm on Reward-model pairs" in said and "rm-b on held-out pairs" in said
+    lines = [line.split() for line in said.splitlines()]
+    assert ["pairs", "399", "399"] in lines
+    assert ["ordered", "right,", "as", "labelled", "0.625", "0.625"] in lines
+    assert ["0.500", "to", "0.750", "0.500", "to", "0.750"] in lines
+    assert "by gold score" not in said
+    assert "sft" not in said, "a table of systems without a number is left out"
+
+
 def test_what_a_model_or_a_task_is_called_is_shown_and_never_run(tmp_path: Path, capsys: Said) -> None:
     from align.commands.score_table import print_scorecard
 

@@ -36,11 +36,11 @@ def test_results_are_kept_under_their_identity(tmp_path):
 
     warnings = []
     results = Results(tmp_path, warnings.append)
-    assert results.kept("x", "a", compute) == {"value": [1]}
-    assert results.kept("x", "a", compute) == {"value": [1]}
-    assert results.kept("x", "b", compute) == {"value": [2]}
+    assert results.read_or_compute("x", "a", compute) == {"value": [1]}
+    assert results.read_or_compute("x", "a", compute) == {"value": [1]}
+    assert results.read_or_compute("x", "b", compute) == {"value": [2]}
     assert warnings == []
     (tmp_path / "x-b.jsonl").write_text("{")
-    assert results.kept("x", "b", compute) == {"value": [3]}
+    assert results.read_or_compute("x", "b", compute) == {"value": [3]}
     assert len(warnings) == 1 and "x-b.jsonl" in warnings[0]
-    assert results.kept("x", "a", compute) == {"value": [1]}  # still there
+    assert results.read_or_compute("x", "a", compute) == {"value": [1]}  # still there

@@ -52,6 +52,23 @@ def test_numbers_that_are_none_or_not_finite_are_shown_as_missing():
     assert answer["gold"] is None
 
 
+def test_pairs_that_reward_models_scored_have_columns_of_their_own():
+    def side(text, score):
+        return [{"text": text, "finished": True, "scores": {"rm": score, "rm-b": None}}]
+
+    sides = {"chosen": side("yes", 1.25), "rejected": side("no", -0.5)}
+    pair = {"task": "hh", "prompt": "p", "id": "a:1", "source": "s", "columns": [*sides], "responses": sides}
+    card = full_card()
+    card["tasks"]["hh"] = {"title": "Reward-model pairs", "primary": "hh.", "metrics": [], "n": 1}
+    card["reward_models"].append({"stage": "rm", "task": "hh"})
+    page = for_page([pair, *task_samples(["sft"])], card)
+    item = page["items"][0]
+    assert (item["columns"], item["score"]) == (["chosen", "rejected"], {"chosen": 1.25, "rejected": -0.5})
+    assert item["answers"]["rejected"][0] == {"finished": True, "text": "no", "scores": {"rm": -0.5, "rm-b": None}}
+    assert page["tasks"]["hh"] == {"title": "Reward-model pairs", "metric": "score by rm", "key": "rm"}
+    assert lengths([pair], ["sft"]) == {}
+
+
 def test_rollouts_are_spread_over_the_updates(tmp_path):
     path = tmp_path / "completions.jsonl"
     rest = {"prompt": [{"role": "user", "content": "q"}], "score": 1.0, "tokens": 1, "finished": True,

@@ -82,6 +82,19 @@ def test_reward_models_and_gates_reach_the_scorecard(context):
         ("other", "bench", 10),
     ]
     assert set(first["sections"]) == {"Math", "Ties"}
+    items, samples = (_of_bench(given.output / name) for name in ("items.jsonl", "samples.jsonl"))
+    assert len(items) == len(samples) == 10
+    for report in (first, second):
+        values = [item["values"][report["stage"]] for item in items]
+        assert sum(one["correct"][0] for one in values) / 10 == report["as_labelled"]["value"]
+        assert sum(one["margin"][0] for one in values) / 10 == pytest.approx(report["margin"]["value"])
+        for one, sample in zip(values, samples, strict=True):
+            for side in ("chosen", "rejected"):
+                shown = [answer["scores"][report["stage"]] for answer in sample["responses"][side]]
+                assert shown == one[side]
+    assert [len(sample["responses"]["rejected"]) for sample in samples] == [3] * 8 + [1] * 2
+    assert samples[0]["responses"]["rejected"][1]["text"] == "b"
+    assert {item["source"] for item in items} == {"Math", "Ties"}
     assert (first["agreement"]["other"], second["agreement"]["other"]) == ("other", "reward")
     assert first["margin"] != second["margin"]
     assert card["tasks"]["bench"]["n"] == 10
@@ -95,6 +108,10 @@ def test_reward_models_and_gates_reach_the_scorecard(context):
     assert found["failed_gates"] == [card["gates"][0]["text"]]
     assert "reward of ppo is " in found["failed_gates"][0]
     assert ", below sft + 1000 = " in found["failed_gates"][0]
+
+
+def _of_bench(path: Path) -> list:
+    return [line for line in map(json.loads, path.read_text().splitlines()) if line["task"] == "bench"]
 
 
 def test_a_gate_on_what_is_not_measured_stops_before_anything_is_sampled(context, monkeypatch):

@@ -287,6 +287,23 @@ def test_a_checkpoint_against_itself_shows_no_difference(context, inputs):
     assert {row["verdict"] for row in card["differences"]} == {"unclear"}
 
 
+def test_a_greedy_checkpoint_sampled_again_is_no_measure_of_noise(context, inputs):
+    baselines = {"again": {"of": "sft", "sample_seed": 1}, "other": {"of": "ppo", "sample_seed": 1}}
+    config = EvaluateConfig(
+        policies=["sft", "ppo"], reference="sft", prompts="data", score=context.config.score, max_tokens=6,
+        temperature=0.0, precision="float32", bootstrap=200, baselines=baselines,
+    )  # fmt: skip
+    given = dict.fromkeys(inputs) | {name: inputs[name] for name in ("reference", "prompts")}
+    evaluate.run(replace(context, config=config, inputs=given | {"policies": inputs["policies"][1:]}))
+    card = read_card(context)
+    assert card["copies"] == {"again": ["prompts"], "other": ["prompts"]}
+    compared = {(row["policy"], row["against"]) for row in card["differences"]}
+    assert compared == {("ppo", "sft"), ("other", "sft")}
+    noise = [flag["text"] for flag in card["flags"] if flag["kind"] == "noise"]
+    assert len(noise) == 2
+    assert noise[0].startswith("again says word for word what sft does in prompts, so the noise was not measured")
+
+
 def test_examples_come_from_the_train_split_and_from_many_sources(context, inputs):
     rows = [
         {"id": str(i), "source": "common" if i < 8 else f"rare{i}", "checks": "", "prompt": [user(f"q{i}")],

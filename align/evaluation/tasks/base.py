@@ -31,6 +31,8 @@ class Metric:
     better: Literal["higher", "lower"] | None
     unit: str
     meaning: str
+    halves: bool = False
+    """Whether it is a win rate: 1 for won, 0 for lost, 0.5 for neither."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class Measured:
     unsafe ones refused): its value is a 0 that means nothing, and statistics leave the item out, also of their n."""
     notes: dict[str, Any] = field(default_factory=dict)
     """Counts that a reader should see beside the numbers: verdicts that could not be read, answers cut off."""
+    estimates: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Metric → its estimate, where the task makes it itself; else the scorecard makes it of the values."""
 
 
 @dataclass(frozen=True)
@@ -258,6 +262,14 @@ class Task(ABC):
     def score(self, answers: Mapping[str, Answers], bench: Bench) -> dict[str, Measured]:
         """Numbers of every system that answered, by its name. ``answers`` is empty for a task without ``responds``."""
         return {}
+
+    def item_values(self) -> dict[str, list[dict[str, list[float | None]]]]:
+        """Numbers of items that are no compared system's: whose (a reward model's stage) → item → name → numbers."""
+        return {}
+
+    def item_answers(self) -> list[dict[str, list[dict[str, Any]]]]:
+        """Answers that came with the items and were scored, by item: side → answers, as ``samples.jsonl`` has them."""
+        return []
 
     def extras(self) -> dict[str, Any]:
         """JSON-able results that are no metric of a system, after everything was scored: ``win_rates``,

@@ -41,7 +41,7 @@ class ComparedTask(JudgedTask):
         self.title = f"{self.label}, compared by {self.by}"
         opponent = OPPONENTS.get(config.against or "", "the reference")
         meaning = f"share of questions where {self.by} prefers the answer to that of {opponent}; a tie is half"
-        self.metrics = {WIN_RATE: Metric(f"{self.label} win rate against {opponent}", "higher", "share", meaning)}
+        self.metrics = {WIN_RATE: Metric(f"{self.label} win rate against {opponent}", "higher", "share", meaning, True)}
         self.contests: list[Contest] = []
         self._roles: set[str] = set()
 
@@ -136,7 +136,8 @@ class ComparedTask(JudgedTask):
             own = [decided.get((one, other, at)) for at in range(len(self.items))]
             outcomes: list[Outcome] = ["tie" if each is None else judge.settle(*each) for each in own]
             flat = [verdict for each in own for verdict in each or ()]
-            contests.append(Contest(one, other, outcomes, _gaps(sides[one], sides[other]), flat))
+            same = own.count(None)
+            contests.append(Contest(one, other, outcomes, _gaps(sides[one], sides[other]), flat, same))
         return contests
 
     def _by_reward(self, pairs: Sequence[Pair], sides: Sides, bench: Bench) -> list[Contest]:
@@ -152,7 +153,8 @@ class ComparedTask(JudgedTask):
                     f"comparisons of {one} and {other}; max_unreadable is {most:g}. Train it anew, with a lower "
                     "learning rate."
                 )
-            contests.append(Contest(one, other, outcomes, _gaps(sides[one], sides[other])))
+            same = sum(_said(a) == _said(b) for a, b in zip(sides[one], sides[other], strict=True))
+            contests.append(Contest(one, other, outcomes, _gaps(sides[one], sides[other]), same=same))
         return contests
 
     def _scores(self, answers: list[list[Turn]], bench: Bench) -> list[float]:
@@ -177,7 +179,9 @@ class ComparedTask(JudgedTask):
             notes["verdicts"] = verdict_counts(own)
         if (why := obstacle([contest.gaps[at] for at in contest.decided])) is not None:
             notes["no_length_control"] = why
-        return measured({WIN_RATE: [POINTS.get(outcome) for outcome in contest.outcomes]}, notes)
+        found = measured({WIN_RATE: [POINTS.get(outcome) for outcome in contest.outcomes]}, notes)
+        found.estimates[WIN_RATE] = contest.rate()
+        return found
 
 
 def _said(turns: list[Turn]) -> list[str]:

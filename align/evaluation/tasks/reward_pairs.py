@@ -10,6 +10,7 @@ are drawn by seed. Left out: answers that call tools.
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections import Counter
@@ -175,12 +176,14 @@ class RewardPairsTask(Task):
     ) -> None:
         self.name, self.layout, self.title = name, layout, TITLES[layout]
         self.comparisons, self.described = list(comparisons), described
-        self.items = [Item(one.id, name, list(one.prompt)) for one in self.comparisons]
+        self.items = [Item(one.id, one.category, list(one.prompt)) for one in self.comparisons]
         self.metrics, self.primary = {}, ""  # its numbers are no system's
         self.models = ("reward", "second_reward") if given.has_second_reward else ("reward",)
         generator = random.Random(given.seed)  # noqa: S311
         self.drawn = [(generator.randrange(len(c.chosen)), generator.randrange(len(c.rejected))) for c in comparisons]
         self.reports: list[dict[str, Any]] = []
+        self.scored: list[tuple[str, list[tuple[list[float], list[float]]]]] = []
+        """Stage of each reward model, and its scores of each comparison's chosen and rejected answers."""
 
     def settings(self) -> dict[str, Any]:
         """Data, layout, and how many answers are scored."""
@@ -189,7 +192,7 @@ class RewardPairsTask(Task):
 
     def score(self, answers: Mapping[str, Answers], bench: Bench) -> dict[str, Measured]:
         """Have the reward models score every answer; nothing is measured of the systems."""
-        scores = []
+        scores = self.scored = []
         for which in self.models:
             scores.append((bench.reward_stage(which) or which, self._scores(bench, which)))
             bench.progress(len(scores), len(self.models), "reward models")
@@ -202,6 +205,34 @@ class RewardPairsTask(Task):
     def extras(self) -> dict[str, Any]:
         """``reward_models``: a report of each."""
         return {"reward_models": self.reports}
+
+    def item_values(self) -> dict[str, list[dict[str, list[float | None]]]]:
+        """Of each reward model: ``chosen`` and ``rejected`` (the scores of all such answers), ``margin``, ``correct``.
+
+        The latter two are of the pair that the report is about: one of each side, drawn where there are several. A
+        score that is no number is null.
+        """
+        return {
+            stage: [_numbers(*sides, *drawn) for sides, drawn in zip(scores, self.drawn, strict=True)]
+            for stage, scores in self.scored
+        }
+
+    def item_answers(self) -> list[dict[str, list[dict[str, Any]]]]:
+        """``chosen`` and ``rejected``: texts, each with its score by every reward model."""
+        return [
+            {
+                side: [
+                    {
+                        "text": text,
+                        "finished": True,
+                        "scores": {stage: _finite(scores[place][which][at]) for stage, scores in self.scored},
+                    }
+                    for at, text in enumerate(texts)
+                ]
+                for which, (side, texts) in enumerate((("chosen", one.chosen), ("rejected", one.rejected)))
+            }
+            for place, one in enumerate(self.comparisons)
+        ]
 
     def _scores(self, bench: Bench, which: str) -> list[tuple[list[float], list[float]]]:
         """Scores of each comparison's chosen and rejected answers."""
@@ -232,6 +263,21 @@ class RewardPairsTask(Task):
         if self.layout == "reward_bench":
             return pair_sections(categories, [good[0] > bad[0] for good, bad in scores], seed=seed)
         return None
+
+
+def _numbers(chosen: list[float], rejected: list[float], good: int, bad: int) -> dict[str, list[float | None]]:
+    """What ``item_values`` says of one comparison; ``good`` and ``bad`` are the answers of the drawn pair."""
+    margin = chosen[good] - rejected[bad]
+    return {
+        "chosen": [_finite(score) for score in chosen],
+        "rejected": [_finite(score) for score in rejected],
+        "margin": [_finite(margin)],
+        "correct": [float(margin > 0)],
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _is_texts(value: Any) -> bool:

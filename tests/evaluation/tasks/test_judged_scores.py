@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 
 from align.errors import UserError
+from align.evaluation.comparisons import Resampling
 from align.evaluation.flags import find_flags
+from align.evaluation.scorecard import Measurements, TaskFound, build
 from align.evaluation.tasks.base import Measured
 from align.rollouts.endpoint_client import EndpointLost
 from tests.evaluation.judged_harness import (
@@ -262,6 +264,39 @@ def test_a_reward_model_prefers_what_it_scores_higher(tmp_path: Path) -> None:
     strict = make_task(tmp_path, 10, judge={"reward": True, "max_unreadable": 0.05})
     with pytest.raises(UserError, match="no numbers in 1 of 10 comparisons of ppo and sft"):
         strict.score(answers_of(strict, *systems), bench)
+
+
+def card_of(task: Any, folder: Path, *systems: Scripted) -> dict[str, Any]:
+    """The scorecard of a task that a reward model of length judged."""
+    bench = Bench(folder, score=lambda prompts, texts, finished: [float(len(text)) for text in texts])
+    measured = task.score(answers_of(task, *systems), bench)
+    infos = [system.info for system in systems]
+    return build(Measurements(infos, "sft", None, tasks=[TaskFound(task, measured)]), Resampling(300, 0), {})
+
+
+def test_a_win_rate_has_one_interval_wherever_it_stands(tmp_path: Path) -> None:
+    """Ties make it no plain rate; the table bootstrapped it, and the list of win rates took Wilson's interval."""
+    task = make_task(tmp_path, count=12, **REWARD)
+    ppo, sft = constant("ppo", *["a" * (n % 4) for n in range(12)]), constant("sft", "bb")
+    card = card_of(task, tmp_path, sft, ppo)
+    (row,) = card["win_rates"]
+    assert (row["wins"], row["ties"], row["losses"]) == (3, 3, 6)
+    assert card["estimates"]["ppo"]["judge-it.win_rate"] == row["win_rate"]
+    assert (row["win_rate"]["value"], row["win_rate"]["method"]) == (4.5 / 12, "wilson")
+    assert card["metrics"]["judge-it.win_rate"]["halves"]
+
+
+def test_a_copy_has_no_interval_since_nothing_was_compared(tmp_path: Path) -> None:
+    task = make_task(tmp_path, count=12, **REWARD)
+    card = card_of(task, tmp_path, constant("sft", "bb"), constant("again", "bb"))
+    (row,) = card["win_rates"]
+    assert (row["same_answers"], row["ties"], row["length_controlled"]) == (12, 12, None)
+    unmeasured = {"value": 0.5, "low": None, "high": None, "n": 12, "method": "not measured"}
+    assert row["win_rate"] == card["estimates"]["again"]["judge-it.win_rate"] == unmeasured
+    # ties of different answers are something that was seen
+    card = card_of(task, tmp_path, constant("sft", "bb"), constant("again", "cc"))
+    assert card["win_rates"][0]["same_answers"] == 0
+    assert 0.2 < card["win_rates"][0]["win_rate"]["low"] < 0.5
 
 
 def test_of_several_turns_the_mean_score_counts_and_each_is_scored_in_its_conversation(tmp_path: Path) -> None:

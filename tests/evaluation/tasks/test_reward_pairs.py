@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,23 @@ def test_pairs_are_scored_side_by_side(tmp_path):
     assert report["agreement"] is None
     assert json.loads(json.dumps(task.settings(), allow_nan=False)) == task.settings()
     assert (task.settings()["layout"], task.settings()["answers"]) == ("pairs", 6)
+
+
+def test_every_pair_has_its_numbers_and_its_texts(tmp_path):
+    task = build_task(tmp_path, PAIRS)
+    task.score({}, Shelf(length))
+    task.scored = [("rm", [([4.0], [math.nan]), ([1.5], [5.0]), ([2.5], [2.5])])]
+    assert task.item_values() == {
+        "rm": [
+            {"chosen": [4.0], "rejected": [None], "margin": [None], "correct": [0.0]},
+            {"chosen": [1.5], "rejected": [5.0], "margin": [-3.5], "correct": [0.0]},
+            {"chosen": [2.5], "rejected": [2.5], "margin": [0.0], "correct": [0.0]},
+        ]
+    }
+    answers = task.item_answers()
+    assert answers[1]["chosen"] == [{"text": "red", "finished": True, "scores": {"rm": 1.5}}]
+    assert answers[0]["rejected"] == [{"text": "no", "finished": True, "scores": {"rm": None}}]
+    json.dumps([answers, task.item_values()], allow_nan=False)
 
 
 def test_a_category_may_stand_in_any_field(tmp_path):
