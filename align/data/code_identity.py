@@ -41,7 +41,7 @@ class _Imports:
     def __init__(self, module: str) -> None:
         self.module = module
         self.root = module.partition(".")[0]
-        self.found: dict[str, str] = {}
+        self.identities: dict[str, str] = {}
         """Module -> digest of its file; installed package -> version."""
         self._places: dict[str, list[Path] | None] = {}
 
@@ -55,7 +55,7 @@ class _Imports:
                 continue
             seen.add(name)
             pending += self._look_at(name)
-        return self.found
+        return self.identities
 
     def _look_at(self, name: str) -> list[str]:
         """Note one module; returns the modules that it names."""
@@ -69,7 +69,7 @@ class _Imports:
         parents = [name.rpartition(".")[0]] if rest else []
         if file is None:  # an attribute of its parent, or a folder without a file of its own
             return parents
-        self.found[name] = file_digest(file)
+        self.identities[name] = file_digest(file)
         if file.suffix != ".py":
             return parents
         package = name if file.stem == "__init__" else name.rpartition(".")[0]
@@ -94,7 +94,7 @@ class _Imports:
         if not places and spec.origin is not None:
             places = [Path(spec.origin)]
         if top != self.root and any(INSTALLED & set(place.parts) for place in places):
-            self.found[f"installed {top}"] = _version(top)
+            self.identities[f"installed {top}"] = _version(top)
             return None
         return places
 

@@ -225,13 +225,13 @@ class RewardPairsTask(Task):
                     {
                         "text": text,
                         "finished": True,
-                        "scores": {stage: _finite(scores[place][which][at]) for stage, scores in self.scored},
+                        "scores": {stage: _finite(scores[place][which][number]) for stage, scores in self.scored},
                     }
-                    for at, text in enumerate(texts)
+                    for number, text in enumerate(texts)
                 ]
-                for which, (side, texts) in enumerate((("chosen", one.chosen), ("rejected", one.rejected)))
+                for which, (side, texts) in enumerate((("chosen", pair.chosen), ("rejected", pair.rejected)))
             }
-            for place, one in enumerate(self.comparisons)
+            for place, pair in enumerate(self.comparisons)
         ]
 
     def _scores(self, bench: Bench, which: str) -> list[tuple[list[float], list[float]]]:
