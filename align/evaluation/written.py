@@ -134,5 +134,5 @@ def _items(plan: Plan, found: Measurements) -> Iterator[dict[str, Any]]:
                 for name, per in columns.items()
             }
             per_scorer = {name: per_item[index] for name, per_item in scorers.items()}
-            values = per_system | per_scorer
-            yield {"task": one.task.name, "id": item.id, "source": item.source, "values": values}
+            numbers: dict[str, Any] = {**per_system, **per_scorer}
+            yield {"task": one.task.name, "id": item.id, "source": item.source, "values": numbers}

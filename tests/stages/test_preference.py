@@ -142,7 +142,7 @@ def other_model(folder: Path, tiny_model: Path, **changes: Any) -> Artifact:
     for name, change in changes.items():
         file = made_ / f"{name}.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
-    return Artifact("other", Kind.POLICY, folder, {})
+    return Artifact("other", Kind.POLICY, folder, {"key": "other"})
 
 
 def test_the_reference_may_be_another_stage_s(tiny_model: Path, tmp_path: Path) -> None:

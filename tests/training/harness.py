@@ -51,7 +51,7 @@ def context(root: Path, config: Config, model: Path, data: Artifact, field: str 
     if not holder.exists():
         holder.mkdir()
         (holder / "model").symlink_to(model)
-    inputs = {field: Artifact("model", Kind.MODEL, holder, {}), "data": data}
+    inputs = {field: Artifact("model", Kind.MODEL, holder, {"key": "model"}), "data": data}
     return StageContext("stage", config, inputs, 17, Runtime(device="cpu"), output, checkpoints, root / "events.jsonl")
 
 
