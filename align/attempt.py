@@ -6,7 +6,6 @@ Left out: what an attempt is given, and what becomes of its result (``runner.py`
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -17,18 +16,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from align.checked_files import DamagedFile
 from align.errors import disk_is_full, no_space
+from align.events import parse_event
 from align.launch import BY_SRUN
 from align.shared_folder import UNREACHABLE, UNREACHABLE_STORE, Patience
 from align.stage import find_stage
-from align.stage_process import ENVIRONMENT, EVENTS, LOG, RESULT, UNREACHABLE_CODE, WORK
+from align.stage_process import ENVIRONMENT, EVENTS, LOG, UNREACHABLE_CODE
+from align.stage_result import RESULT, read_attempts, read_result, read_work, write_attempts
 from align.stop_request import Stopped, StopRequest, pass_on
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 10.0
 KEEP_SECONDS = 1.0
 """Seconds between two notes of an attempt's time: what is lost of it when the runner itself is killed."""
-ATTEMPTS = "attempts.json"
 NO_OUTPUT_CODE = 120
 """Python's exit code where the last of its output, here the log, could not be written."""
 
@@ -94,7 +95,9 @@ def _open_log(partial: Path, name: str) -> int:
 def _result(partial: Path, code: int) -> dict[str, Any]:
     """What a process that ended with ``code`` has left, or what its end says."""
     try:
-        result: dict[str, Any] = json.loads((partial / RESULT).read_text(encoding="utf-8"))
+        result = read_result(partial / RESULT).model_dump()
+    except DamagedFile as error:
+        result = {"status": "failed", "message": f"{partial / RESULT}: damaged: it {error}. Run again to resume it."}
     except FileNotFoundError:
         if code in (UNREACHABLE_CODE, NO_OUTPUT_CODE):
             return {"status": UNREACHABLE_STORE, "message": "the store could not be reached, not even for the result."}
@@ -107,13 +110,9 @@ def _result(partial: Path, code: int) -> dict[str, Any]:
 def _command(partial: Path, environment: dict[str, str]) -> list[str]:
     """The stage's command line; one that trains on several nodes is started on each by srun, inside a job of Slurm."""
     command = [sys.executable, "-m", "align.stage_process", str(partial.resolve())]
-    work = json.loads((partial / WORK).read_text(encoding="utf-8"))
-    nodes = int(work["runtime"]["launch"]["nodes"])
-    if (
-        nodes == 1
-        or not find_stage(work["stage"]).distributed
-        or int(os.environ.get("SLURM_JOB_NUM_NODES") or 1) < nodes
-    ):
+    work = read_work(partial)
+    nodes = int(work.runtime["launch"]["nodes"])
+    if nodes == 1 or not find_stage(work.stage).distributed or int(os.environ.get("SLURM_JOB_NUM_NODES") or 1) < nodes:
         return command
     environment[BY_SRUN] = "1"
     # srun does not take the job's cores for its own
@@ -136,17 +135,14 @@ def seconds_of_attempts(partial: Path) -> list[float]:
     every ``KEEP_SECONDS`` while the attempt runs, so a stage that is killed loses nothing of it, and a runner that is
     killed, which takes its stage along, no more than that.
     """
-    try:
-        return [float(seconds) for seconds in json.loads((partial / ATTEMPTS).read_text(encoding="utf-8"))]
-    except FileNotFoundError:
-        return []
+    return read_attempts(partial)
 
 
 class _Spent:
     """Notes the time of an attempt beside that of the attempts before it."""
 
     def __init__(self, partial: Path) -> None:
-        self.file, self.before = partial / ATTEMPTS, seconds_of_attempts(partial)
+        self.partial, self.before = partial, seconds_of_attempts(partial)
         self.start, self.noted = time.monotonic(), -KEEP_SECONDS
 
     def note(self, at_once: bool = False) -> None:
@@ -155,10 +151,8 @@ class _Spent:
         if seconds - self.noted < KEEP_SECONDS and not at_once:
             return
         self.noted = seconds
-        draft = self.file.with_suffix(".draft")
         with contextlib.suppress(OSError):  # a disk without room for a few bytes is the stage's to report
-            draft.write_text(json.dumps([*self.before, round(seconds, 2)]), encoding="utf-8")
-            draft.replace(self.file)
+            write_attempts(self.partial, [*self.before, round(seconds, 2)])
 
 
 def _describe_exit(code: int) -> str:
@@ -221,6 +215,7 @@ class Tail:
         self.offset += end
         found = []
         for line in data[:end].splitlines():
-            with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
+            event = parse_event(line)
+            if event is not None:
+                found.append(event)
         return found

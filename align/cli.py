@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable, Sequence
 
 from align import __version__
-from align.commands import cancel, capacity, compare, data, evaluate, export, push, report, status, sweep
-from align.commands.parsing import Parser, add_store, print_json, printable_json
+from align.commands import artifacts, cancel, capacity, compare, data, evaluate, export, push, report, status, sweep
+from align.commands.parsing import Parser, add_store, print_json
 from align.errors import StageFailed, UserError
 from align.stop_request import Stopped
 
@@ -88,86 +88,6 @@ def _explain(options: argparse.Namespace) -> int:
     return 0
 
 
-def _list(options: argparse.Namespace) -> int:
-    """list the artifacts in the store and the runs that reach them"""
-    from align.console import printable
-    from align.opening import open_store
-
-    store = open_store(None, options.store)
-    users: dict[str, list[str]] = {}
-    for name, run in store.runs().items():
-        for entry in run["stages"].values():
-            users.setdefault(entry["key"], []).append(name)
-    here = {artifact.record["key"]: artifact.record for artifact in store.all()}
-    there = {record["key"]: record for record in store.remote.all()} if store.remote is not None else {}
-    records = sorted({**there, **here}.values(), key=lambda record: str(record.get("created", "")))
-
-    def where(key: str) -> str:
-        return "bucket" if key not in here else "both" if key in there else "here"
-
-    if options.json:
-        names = ("kind", "key", "stage", "created", "seconds", "metrics")
-        print_json([{**{name: r.get(name) for name in names}, "where": where(r["key"])} for r in records])
-        return 0
-    if not records:
-        print(f"{store.root}: empty")
-    for record in records:
-        size = sum(entry["bytes"] for entry in record["outputs"].values()) / 2**20
-        runs = ", ".join(users.get(record["key"], [])) or "no run"
-        name = f"{record['kind']}/{record['key'][:12]}"
-        place = f"  {where(record['key']):<6}" if store.remote is not None else ""
-        print(printable(f"{name}  {record['created'][:16]}  {size:8.1f} MiB{place}  {record['makes']}  {runs}"))
-    return 0
-
-
-def _show(options: argparse.Namespace) -> int:
-    """show one artifact's record; --log prints its log, --verify checks every digest"""
-    from align.console import printable
-    from align.opening import open_store
-
-    store = open_store(None, options.store)
-    artifact = store.resolve(options.key)
-    if options.verify:
-        problems = store.problems(artifact, thorough=True)
-        for problem in problems:
-            print(f"{problem.path} {problem.what}")
-        print(f"{artifact.path}: {'corrupted' if problems else 'every digest agrees'}")
-        return 1 if problems else 0
-    if options.log:
-        text = (artifact.path / "log.txt").read_text(encoding="utf-8", errors="replace")
-        print("\n".join(printable(line) for line in text.splitlines()))
-        return 0
-    if options.json:
-        print_json(artifact.record)
-        return 0
-    record = {name: value for name, value in artifact.record.items() if name not in ("outputs", "parts")}
-    print(artifact.path)
-    print(printable_json(record))
-    for name, entry in artifact.record["outputs"].items():
-        print(f"  {entry['bytes']:>12}  {entry['sha256'][:12]}  {name}")
-    return 0
-
-
-def _gc(options: argparse.Namespace) -> int:
-    """list what no named run reaches any more; --delete deletes it"""
-    from align.opening import open_store
-
-    store = open_store(None, options.store)
-    folders = store.garbage()
-    sizes = {folder: sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) for folder in folders}
-    deleted = [folder for folder in folders if options.delete and store.delete(folder)]
-    if options.json:
-        print_json([{"path": str(f), "bytes": sizes[f], "deleted": f in deleted} for f in folders])
-        return 0
-    for folder in folders:
-        state = "deleted" if folder in deleted else "in use" if options.delete else "unreached"
-        print(f"{state}  {sizes[folder] / 2**20:8.1f} MiB  {folder}")
-    total = sum(sizes.values()) / 2**20
-    tail = "" if options.delete or not folders else "; `align gc --delete` deletes them"
-    print(f"{len(folders)} folders, {total:.1f} MiB that no named run reaches{tail}")
-    return 0
-
-
 def _schema(options: argparse.Namespace) -> int:
     """print the JSON schema of pipeline files, for editors"""
     from align.schema import pipeline_schema
@@ -200,7 +120,8 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
-    "run": _run, "plan": _plan, "explain": _explain, "list": _list, "show": _show, "gc": _gc,
+    "run": _run, "plan": _plan, "explain": _explain, "list": artifacts.list_artifacts,
+    "show": artifacts.show, "gc": artifacts.collect_garbage,
     "schema": _schema, "chat": _chat, "doctor": _doctor, "data": data.run,
     "eval": evaluate.run, "report": report.run, "compare": compare.run, "export": export.run, "sweep": sweep.run,
     "status": status.run, "cancel": cancel.run, "push": push.run,
@@ -215,17 +136,14 @@ def parser() -> argparse.ArgumentParser:
     made = {name: commands.add_parser(name, help=function.__doc__) for name, function in COMMANDS.items()}
     for name in ("run", "plan", "explain"):
         _add_pipeline(made[name])
-    for name in ("list", "show", "gc", "doctor", "schema"):
+    for name in ("doctor", "schema"):
         add_store(made[name])
+    artifacts.add_arguments(made["list"], made["show"], made["gc"])
     made["run"].add_argument("--strict", action="store_true", help="refuse artifacts made by other source code")
     made["run"].add_argument("--on", choices=["here", "slurm", "ray"], default="here", help="what runs the stages")
     made["run"].add_argument("--detach", action="store_true", help="hand the stages to the cluster and come back")
     made["plan"].add_argument("--memory", action="store_true", help="show what tuning and PPO's critic cost in memory")
     capacity.add_arguments(made["plan"])
-    made["show"].add_argument("key", metavar="KEY", help="the beginning of an artifact's key")
-    made["show"].add_argument("--log", action="store_true", help="print the stage's log")
-    made["show"].add_argument("--verify", action="store_true", help="check every file's digest")
-    made["gc"].add_argument("--delete", action="store_true", help="delete what is listed")
     chat = made["chat"]
     chat.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder, a key, or PIPELINE:STAGE")
     chat.add_argument("--store", metavar="DIR")

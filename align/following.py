@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from pydantic import BaseModel, ConfigDict
+
 from align.artifacts import Artifact
 from align.attempt import Tail
+from align.checked_files import DamagedFile, read_sealed, write_sealed
 from align.errors import StageFailed
 from align.listener import Listener
 from align.pipeline import Node, Pipeline
@@ -43,6 +46,31 @@ class Said:
     log: str | None = None
     node: str = ""
     """The cluster's own name of the machine, where it has one."""
+
+
+def write_note(path: Path, said: Said) -> None:
+    """Write how a job is into a file that others read meanwhile."""
+    write_sealed(path, asdict(said))
+
+
+def read_note(path: Path) -> Said | None:
+    """The note of a job; None where there is none or it is damaged: the job then counts as silent."""
+    try:
+        return Said(**read_sealed(path, _Note).model_dump())
+    except (FileNotFoundError, DamagedFile):
+        return None
+
+
+class _Note(BaseModel):
+    """The content of a job's note."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    status: str
+    message: str
+    turn: int = 0
+    log: str | None = None
+    node: str = ""
 
 
 @dataclass(frozen=True)
@@ -136,7 +164,7 @@ class Following:
         if one.tail is not None:
             for event in one.tail.read():
                 self.listener.stage_event(node, event)
-        found = self.store.find(node.stage.kind, node.key, name)
+        found = self.store.find_intact(node.stage.kind, node.key, name)
         if found is not None and found.record["created"] != self.queue.replaces(name):
             self._done(one, found)
             return
@@ -203,4 +231,4 @@ class Following:
         self.listener.stage_failed(one.node, message, found)
 
 
-__all__ = ["Following", "NoAnswer", "Place", "Queue", "Said"]
+__all__ = ["Following", "NoAnswer", "Place", "Queue", "Said", "read_note", "write_note"]

@@ -8,7 +8,6 @@ out: starting anew with the ranks that are left; the next run resumes from the l
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -16,9 +15,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from align.checked_files import DamagedFile
 from align.launch import LATE, PARENT, RANKS, is_head
 from align.runtime import Runtime
 from align.shared_folder import UNREACHABLE_STORE
+from align.stage_result import read_result
 
 GRACE_SECONDS = 5
 """What a rank has to end after a signal; less than the runner gives the launcher."""
@@ -156,7 +157,6 @@ def _failed(message: str, ranks: Path, about: Sequence[int]) -> dict[str, Any]:
 
 def _left(ranks: Path, number: int) -> dict[str, Any] | None:
     try:
-        found: dict[str, Any] = json.loads((ranks / f"{number}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_result(ranks / f"{number}.json").model_dump(exclude_unset=True)
+    except (OSError, DamagedFile):
         return None
-    return found

@@ -222,13 +222,23 @@ def describe(content: bytes) -> str:
     return f"{words}, for {since:.0f} min" if 0 <= since < 60 * 24 * 365 else words
 
 
+FIELDS: dict[str, tuple[type, ...]] = {
+    "token": (str,), "pid": (int,), "host": (str,), "machine": (str,), "started": (str,), "since": (int, float),
+    "lease": (int, float), "beats": (int,), "released": (bool,),
+}  # fmt: skip
+"""Types of what a claim says."""
+
+
 def _parse(content: bytes) -> dict[str, Any]:
-    """A claim; empty for one that is half-written, which then counts as held by somebody unknown."""
+    """A claim; empty for one that is half-written or damaged, which then counts as held by somebody unknown."""
     try:
-        found = json.loads(content)
-    except ValueError:
+        claim = json.loads(content)
+    except (ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    if not isinstance(claim, dict):
+        return {}
+    is_whole = all(isinstance(claim[name], types) for name, types in FIELDS.items() if name in claim)
+    return claim if is_whole else {}
 
 
 def _content(token: str, lease: Lease, since: float, beats: int, released: bool) -> bytes:

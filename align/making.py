@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from align import __version__
 from align.artifacts import Artifact
 from align.attempt import run_attempt, seconds_of_attempts
+from align.checked_files import DamagedFile
 from align.errors import StageFailed, UserError
 from align.fingerprint import digest
 from align.listener import Listener
@@ -22,7 +23,8 @@ from align.pipeline import Node, Pipeline
 from align.provenance import command_line, git_commit, source_digest
 from align.shared_folder import UNREACHABLE_STORE
 from align.sharing import among_machines, fetched_meanwhile, offer
-from align.stage_process import CHECKPOINTS, EVENTS, LOG, OUTPUT, RESULT, WORK
+from align.stage_process import CHECKPOINTS, EVENTS, LOG, OUTPUT
+from align.stage_result import RESULT, read_result, write_work
 from align.stop_request import Stopped, StopRequest, clear
 from align.store import Store
 from align.store_mark import require_mark
@@ -76,10 +78,11 @@ def _under_lock(
     stop: StopRequest, far: Hold | None,
 ) -> tuple[bool, Artifact]:  # fmt: skip
     kind = node.stage.kind
-    before = store.find(kind, node.key, node.name)
+    look = store.find_intact if anew else store.find  # what is damaged is replaced where that is asked for, else named
+    before = look(kind, node.key, node.name)
     with store.lock(kind, node.key, lambda holder: listener.waiting(node, holder)) as hold:
         partial = store.partial(kind, node.key)
-        found = store.find(kind, node.key, node.name)
+        found = look(kind, node.key, node.name)
         fresh = found is not None and (before is None or found.record["created"] != before.record["created"])
         if found is not None and (not anew or fresh):
             listener.stage_cached(node, found)
@@ -91,7 +94,7 @@ def _under_lock(
                     f"stage '{node.name}' would read {problems[0].path}, which {problems[0].what}. "
                     f"The artifact is corrupted; `--rebuild {artifact.stage}` makes it again."
                 )
-        result = store.patience.keep_trying(lambda: _finished_result(partial))
+        result = store.patience.keep_trying(lambda: _finished_result(partial, listener.warning))
         if result is None:
             result = _attempts(pipeline, node, store, partial, inputs, (hold, far), listener, stop)
         if far is not None:
@@ -138,13 +141,16 @@ def _confirm(far: Hold, listener: Listener) -> None:
         listener.warning(f"the lock in the remote cannot be confirmed ({error}); the stage is kept here")
 
 
-def _finished_result(partial: Path) -> dict[str, Any] | None:
+def _finished_result(partial: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
     """The result of an attempt that ended well and whose runner died before publishing it."""
     try:
-        result: dict[str, Any] = json.loads((partial / RESULT).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        result = read_result(partial / RESULT)
+    except FileNotFoundError:
         return None
-    return result if result["status"] == "done" and (partial / OUTPUT).is_dir() else None
+    except DamagedFile as error:
+        say(f"{partial / RESULT}: damaged: it {error}. The stage goes on from its checkpoints instead.")
+        return None
+    return result.model_dump() if result.status == "done" and (partial / OUTPUT).is_dir() else None
 
 
 def _prepare(pipeline: Pipeline, node: Node, store: Store, partial: Path, inputs: dict[str, Artifact]) -> None:
@@ -174,7 +180,7 @@ def _prepare(pipeline: Pipeline, node: Node, store: Store, partial: Path, inputs
         "group": digest({other.name: other.key for other in pipeline})[:8],
         "runner_pid": os.getpid(),
     }
-    (partial / WORK).write_text(json.dumps(work, indent=1), encoding="utf-8")
+    write_work(partial, work)
 
 
 def _failed(node: Node, partial: Path, result: dict[str, Any], listener: Listener) -> UserError | StageFailed:

@@ -8,8 +8,8 @@ from typing import Any
 
 from align.artifacts import Artifact
 from align.fingerprint import file_digest
+from align.records import RECORD
 
-RECORD = "record.json"
 UNRECORDED = {RECORD, "log.txt", "events.jsonl"}
 """Files whose bytes are not part of the result: they carry times."""
 
@@ -40,7 +40,7 @@ def differing(artifact: Artifact, thorough: bool) -> list[Problem]:
     ``thorough``.
     """
     found = []
-    for name, recorded in artifact.record.get("outputs", {}).items():
+    for name, recorded in artifact.record["outputs"].items():
         path = artifact.path / name
         try:
             stat = path.stat()

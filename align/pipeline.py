@@ -115,6 +115,11 @@ class Pipeline:
         """The same pipeline as parsed YAML with every loop written out."""
         return {**self.raw, "stages": copy.deepcopy(self.expanded.stages)}
 
+    @property
+    def references(self) -> dict[str, dict[str, str]]:
+        """Kind and key of every stage, by its name."""
+        return {node.name: {"kind": node.stage.kind, "key": node.key} for node in self}
+
     def resolve(self, name: str) -> str:
         """The stage that a name means: for a stage of a loop, its last round."""
         return self.expanded.resolve(name)

@@ -10,6 +10,7 @@ from align.artifacts import GENERATORS, Artifact, Kind
 from align.errors import UserError
 from align.pipeline import Node, Pipeline
 from align.provenance import source_digest
+from align.records import RECORD, DamagedRecord
 from align.stage_process import CHECKPOINTS
 from align.store import Store
 from align.validation import suggest
@@ -39,7 +40,11 @@ def plan(pipeline: Pipeline, store: Store, anew: frozenset[str] | set[str] = fro
     steps: list[Step] = []
     fresh: set[str] = set()
     for node in pipeline:
-        artifact = store.find(node.stage.kind, node.key, node.name)
+        try:
+            artifact = (store.find_intact if node.name in anew else store.find)(node.stage.kind, node.key, node.name)
+        except DamagedRecord as error:
+            steps.append(Step(node, "damaged", f"{RECORD} {error.finding}"))
+            continue
         waits_for = [name for name in node.input_names if name in fresh]
         if artifact is not None and node.name not in anew:
             problems = store.problems(artifact, thorough=False)
@@ -49,13 +54,17 @@ def plan(pipeline: Pipeline, store: Store, anew: frozenset[str] | set[str] = fro
             steps.append(Step(node, "cached", f"made {artifact.record['created'][:16].replace('T', ' ')}"))
             continue
         far = store.remote if artifact is None and node.name not in anew else None
-        record = far.find(node.stage.kind, node.key) if far is not None else None
+        try:
+            record = far.find(node.stage.kind, node.key) if far is not None else None
+        except DamagedRecord as error:
+            steps.append(Step(node, "damaged", f"{error.path} {error.finding}"))
+            continue
         if far is not None and record is not None:
             made = str(record["created"])[:16].replace("T", " ")
             steps.append(Step(node, "fetch", f"made {made}, in {far.address}"))
             continue
         changes = explain(pipeline, node, store) if artifact is None else []
-        if artifact is not None:
+        if node.name in anew and store.folder(node.stage.kind, node.key).exists():
             steps.append(Step(node, "run", "asked for anew"))
         elif any((store.partial(node.stage.kind, node.key) / CHECKPOINTS).glob("*")):
             steps.append(Step(node, "resume", "an earlier attempt left checkpoints"))
@@ -72,7 +81,7 @@ def explain(pipeline: Pipeline, node: Node, store: Store) -> list[str]:
     last = previous(pipeline, node, store)
     if last is None or last.record["key"] == node.key:
         return []
-    names = {artifact["key"]: artifact["stage"] for artifact in last.record.get("input_stages", [])}
+    names = {artifact["key"]: artifact["stage"] for artifact in last.record["input_stages"]}
     current = {other.key: other.name for other in pipeline}
     return list(_differences(last.record["parts"], _as_json(node.parts), "", {**names, **current}))
 
@@ -161,7 +170,7 @@ def _architecture(pipeline: Pipeline, name: str, store: Store, given: Mapping[st
     if name in given:
         return given[name]
     node = pipeline.nodes[name]
-    artifact = store.find(node.stage.kind, node.key, name)
+    artifact = store.find_intact(node.stage.kind, node.key, name)
     if artifact is not None:
         return read_architecture(artifact.model / "config.json")
     if hasattr(node.config, "architecture"):
@@ -195,7 +204,7 @@ def choose_stages(
         missing = [
             name
             for name in pipeline.nodes[only].input_names
-            if store.find(pipeline.nodes[name].stage.kind, pipeline.nodes[name].key) is None
+            if store.find(pipeline.nodes[name].stage.kind, pipeline.nodes[name].key, name) is None
         ]
         if missing:
             raise UserError(
@@ -220,7 +229,7 @@ def check_sources(pipeline: Pipeline, store: Store, strict: bool) -> list[str]:
     """Warnings for cached artifacts that other source code made under the same version; refused when ``strict``."""
     warnings = []
     for node in pipeline:
-        artifact = store.find(node.stage.kind, node.key, node.name)
+        artifact = store.find_intact(node.stage.kind, node.key, node.name)
         if artifact is not None and artifact.record.get("source") != source_digest(node.stage):
             warnings.append(node.name)
     if not warnings:

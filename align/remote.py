@@ -17,15 +17,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from align.artifacts import Artifact, Kind
+from align.artifacts import Artifact
 from align.bucket import CHUNK, Bucket
+from align.checked_files import DamagedFile, as_json
 from align.errors import UserError
 from align.fingerprint import digest, file_digest
 from align.locking import Hold, Lock
-from align.outputs import RECORD
+from align.records import RECORD, DamagedRecord, parse_record, write_record
+from align.sealed import seal
 from align.shared_folder import Patience, StoreUnreachable
 from align.store import SHORT, Store
-from align.whole_files import sync_folder, write_atomically
+from align.whole_files import sync_folder
 
 T = TypeVar("T")
 UNRECORDED = ("log.txt", "events.jsonl")
@@ -48,7 +50,10 @@ class Remote:
         return self.bucket.address
 
     def find(self, kind: str, key: str) -> dict[str, Any] | None:
-        """The record of ``key``, or None where nobody has published it. What was found once is not asked again."""
+        """The record of ``key``, or None where nobody has published it. What was found once is not asked again.
+
+        Raises ``DamagedRecord``.
+        """
         place = _place(kind, key)
         if self._known.get(place) is None:
             data = self._try(lambda: self.bucket.get(f"{place}/{RECORD}"))
@@ -56,14 +61,22 @@ class Remote:
         return self._known[place]
 
     def all(self) -> list[dict[str, Any]]:
-        """Every record, oldest first."""
+        """Every intact record, oldest first."""
+        return self.survey()[0]
+
+    def survey(self) -> tuple[list[dict[str, Any]], list[DamagedRecord]]:
+        """Every intact record, oldest first, and what is wrong with the others."""
         places = [PurePosixPath(path).parent for path in self._try(lambda: self.bucket.sizes("")) if _is_record(path)]
-        found = []
+        intact, damaged = [], []
         for place in places:
             data = self._try(lambda place=place: self.bucket.get(f"{place}/{RECORD}"))  # type: ignore[misc]
-            if data is not None:
-                found.append(self._record(str(place), data, place.parent.name, place.name))
-        return sorted(found, key=lambda record: str(record.get("created", "")))
+            if data is None:
+                continue
+            try:
+                intact.append(self._record(str(place), data, place.parent.name, place.name))
+            except DamagedRecord as error:
+                damaged.append(error)
+        return sorted(intact, key=lambda record: str(record["created"])), damaged
 
     def fetch(self, kind: str, key: str, stage: str = "") -> Artifact | None:
         """Bring an artifact into the store, every digest checked; None where it is not there.
@@ -87,7 +100,7 @@ class Remote:
                 data = self._try(lambda name=name: self.bucket.get(f"{place}/{name}"))  # type: ignore[misc]
                 if data is not None:
                     (draft / name).write_bytes(data)
-            write_atomically(draft / RECORD, record)
+            write_record(draft, record)
             if folder.exists():  # without a record, so of no use
                 shutil.rmtree(folder)
             draft.rename(folder)
@@ -112,11 +125,17 @@ class Remote:
         for name in UNRECORDED:
             if (artifact.path / name).is_file():
                 self._upload(f"{content}/{name}", artifact.path / name)
-        data = json.dumps(record, indent=1, default=str).encode()
+        data = json.dumps(seal(as_json(record)), indent=1).encode()
         if not self._try(lambda: self.bucket.put_new(f"{place}/{RECORD}", data)):
             self._known.pop(place, None)
-            other = self.find(record["kind"], record["key"])
-            if other is not None and other.get("created") != record.get("created"):
+            try:
+                other = self.find(record["kind"], record["key"])
+            except DamagedRecord:
+                if not replace:
+                    raise
+                other = None
+                self._try(lambda: self.bucket.put(f"{place}/{RECORD}", data))
+            if other is not None and other["created"] != record["created"]:
                 if not replace:
                     return False
                 self._try(lambda: self.bucket.put(f"{place}/{RECORD}", data))
@@ -173,22 +192,15 @@ class Remote:
                 )
 
     def _record(self, place: str, data: bytes, kind: str, key: str) -> dict[str, Any]:
-        """A record that was read, checked as far as paths are made of it: whoever wrote it may have been anybody."""
+        """A record that was read, checked: whoever wrote it may have been anybody, and paths are made of it."""
         try:
-            record: dict[str, Any] = json.loads(data)
-            Kind(record["makes"])
-            right = record["kind"] == kind and str(record["key"]).startswith(key[:SHORT]) and bool(record["created"])
-            for name, entry in record["outputs"].items():
-                path = PurePosixPath(name)
-                right &= not path.is_absolute() and ".." not in path.parts and "\\" not in name and bool(path.parts)
-                right &= isinstance(entry["bytes"], int) and entry["bytes"] >= 0 and isinstance(entry["mtime_ns"], int)
-                right &= isinstance(entry["sha256"], str)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            right = False
-        if not right or (len(key) > SHORT and record["key"] != key):
-            raise UserError(
-                f"{self.address}/{place}/{RECORD}: damaged. Delete that object and run again; the stage is made anew."
-            )
+            record = parse_record(data)
+            if record["kind"] != kind or record["key"][: len(key)] != key:
+                raise DamagedFile(f"is the record of {record['kind']}/{record['key'][:SHORT]}")
+        except DamagedFile as error:
+            address = f"{self.address}/{place}/{RECORD}"
+            remedy = "Delete that object and run again, or run with --rebuild: the stage is made anew."
+            raise DamagedRecord(address, str(error), remedy=remedy) from None
         return record
 
     def _patience(self) -> Patience:

@@ -66,7 +66,7 @@ def run_pipeline(
     _refuse_nodes_without_a_place(pipeline, ready.wanted)
     heard = contextlib.nullcontext(stop) if stop is not None else StopRequest().hearing(signal.SIGUSR1)
     try:
-        with heard as stop:
+        with heard as stop, ready.store.use(pipeline.name, pipeline.references, pipeline.plain):
             return _run_stages(pipeline, ready.store, only, ready.anew, listener, stop)
     except OSError as error:  # the runner's own writing: locks, records, the move of a result to its place
         if error.errno not in NO_SPACE:
@@ -79,8 +79,6 @@ def _run_stages(
 ) -> Run:
     run = Run(opened, last={name: pipeline.resolve(name) for name in pipeline.expanded.rounds})
     only = None if only is None else pipeline.resolve(only)
-    reached = {node.name: {"kind": node.stage.kind, "key": node.key} for node in pipeline}
-    opened.remember_run(pipeline.name, reached, pipeline.plain)
     for node in pipeline:
         found = opened.find(node.stage.kind, node.key, node.name)
         if found is not None and node.name not in anew:

@@ -13,6 +13,7 @@ from align.artifacts import Artifact
 from align.errors import UserError
 from align.locking import Hold
 from align.pipeline import Pipeline
+from align.records import DamagedRecord
 from align.shared_folder import StoreUnreachable
 from align.store import Store
 
@@ -31,7 +32,7 @@ def bring(pipeline: Pipeline, store: Store, only: str | None, anew: set[str], sa
     wanted = set(pipeline.nodes) if name not in pipeline.nodes else {name, *pipeline.nodes[name].input_names}
     try:
         for node in pipeline:
-            if node.name not in wanted - anew or store.find(node.stage.kind, node.key) is not None:
+            if node.name not in wanted - anew or store.find(node.stage.kind, node.key, node.name) is not None:
                 continue
             record = remote.find(node.stage.kind, node.key)
             if record is not None:
@@ -42,6 +43,8 @@ def bring(pipeline: Pipeline, store: Store, only: str | None, anew: set[str], sa
             f"{error} Nothing was begun, since what is finished there is not known; "
             "a folder alone (`--set runtime.store=FOLDER`, or --store FOLDER for an address there) runs without it."
         ) from None
+    except DamagedRecord:  # names its file itself
+        raise
     except UserError as error:
         raise UserError(f"runtime.store.remote: {error}") from None
 

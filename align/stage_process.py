@@ -11,7 +11,6 @@ import contextlib
 import ctypes
 import errno
 import functools
-import json
 import os
 import platform
 import resource
@@ -22,15 +21,17 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from align.artifacts import Artifact, Kind
+from align.artifacts import Artifact
 from align.errors import UserError, explain_os_error, no_space
 from align.launch import BY_SRUN, PARENT, RANKS, is_head, local_size, rank, symptom, world_size
+from align.records import read_artifact
 from align.runtime import Runtime
 from align.shared_folder import UNREACHABLE_STORE, is_unreachable
 from align.stage import Stage, StageContext, find_stage, load_object
+from align.stage_result import RESULT, read_work, write_result
 from align.stop_request import Stopped
 
-WORK, RESULT, EVENTS, LOG = "work.json", "result.json", "events.jsonl", "log.txt"
+EVENTS, LOG = "events.jsonl", "log.txt"
 OUTPUT, CHECKPOINTS = "output", "checkpoints"
 UNREACHABLE_CODE = 74
 """Exit code of a stage that lost the store (EX_IOERR of sysexits.h); it stands for a result that was not written."""
@@ -58,7 +59,10 @@ def main(folder: Path) -> int:
 
     A stage that trains in several processes is run by ranks of this one (``align.launcher``).
     """
-    work = json.loads((folder / WORK).read_text(encoding="utf-8"))
+    try:
+        work = read_work(folder).model_dump()
+    except UserError as error:
+        return _finish(folder, RESULT, {"status": "refused", "message": str(error)})
     die_with_parent(work.get("runner_pid") if is_head() and not os.environ.get(BY_SRUN) else None)
     started = time.time()
     if _several(work):
@@ -87,7 +91,7 @@ def run_rank(folder: Path) -> int:
     """One of several processes of the stage in ``folder``; leaves its result for the launcher."""
     ended: list[int] = []
     atexit.register(_end_at_once, ended)
-    work = json.loads((folder / WORK).read_text(encoding="utf-8"))
+    work = read_work(folder).model_dump()
     die_with_parent(int(os.environ[PARENT]))
     _set_threads(work["runtime"])
     ranks, number = folder / RANKS, rank()
@@ -145,7 +149,7 @@ def _finish(folder: Path, name: str, result: dict[str, Any]) -> int:
     codes = {"done": 0, "refused": 2, "stopped": Stopped.exit_code, UNREACHABLE_STORE: UNREACHABLE_CODE}
     code = codes.get(result["status"], 1)
     try:
-        _write_result(folder, result, name)
+        write_result(folder / name, result)
     except OSError as error:
         with contextlib.suppress(OSError):
             print(explain_os_error(error, folder), file=sys.stderr)
@@ -179,16 +183,10 @@ def _run(context: StageContext, stage: Stage) -> dict[str, Any]:
     return metrics
 
 
-def _write_result(folder: Path, result: dict[str, Any], name: str) -> None:
-    temporary = folder / f"{name}.tmp"
-    temporary.write_text(json.dumps(result, default=float), encoding="utf-8")
-    temporary.replace(folder / name)
-
-
 def fail_at_once(folder: Path, result_file: str, message: str) -> None:
     """End this process with exit code 1 and ``message`` as its result, from any thread and whatever the others do."""
     with contextlib.suppress(OSError):
-        _write_result(folder, {"status": "failed", "message": message}, result_file)
+        write_result(folder / result_file, {"status": "failed", "message": message})
     os._exit(1)
 
 
@@ -218,8 +216,7 @@ def _context(folder: Path, work: dict[str, Any], started: float, result_file: st
 
 def _artifact(item: dict[str, str]) -> Artifact:
     path = Path(item["path"])
-    record = json.loads((path / "record.json").read_text(encoding="utf-8"))
-    return Artifact(item["stage"], Kind(record["makes"]), path, record)
+    return read_artifact(path, item["stage"])
 
 
 def die_with_parent(parent: int | None) -> None:

@@ -2,8 +2,9 @@
 
 Layout: ``<root>/align-store.json`` marks a store; ``<root>/<stage kind>/<12 hex>/`` is an artifact, done if and
 only if it holds ``record.json``; ``<12 hex>.partial/`` is work in progress (``<12 hex>.<number>.partial/`` where it was
-taken over from a holder of the lock that fell silent); ``<root>/locks/`` holds the locks and
-``<root>/runs/<name>.json`` what each named run reached last. ``<root>/reports/<name>/`` has the page about that run,
+taken over from a holder of the lock that fell silent); ``<root>/locks/`` holds the locks,
+``<root>/leases/`` what runs under way use and ``<root>/runs/<name>.json`` what each named run reached last.
+``<root>/reports/<name>/`` has the page about that run,
 ``<root>/cache/`` what only saves time, ``<root>/sweeps/<name>/`` what a sweep has tried,
 ``<root>/jobs/<name>/`` what of a run was handed to a cluster.
 """
@@ -11,21 +12,25 @@ taken over from a holder of the lock that fell silent); ``<root>/locks/`` holds 
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel, ConfigDict
+
 from align.artifacts import Artifact, Kind
+from align.checked_files import DamagedFile, read_sealed, write_sealed
 from align.errors import UserError
 from align.locking import Hold, Lease, Lock, LockLost
-from align.outputs import RECORD, Problem, differing, output_digests
+from align.outputs import Problem, differing, output_digests
+from align.records import RECORD, DamagedRecord, read_artifact, write_record
+from align.run_leases import LEASES, RunLeases, Stages, UsedStage, Uses
 from align.shared_folder import SECONDS, Patience, forget_cached, patient
 from align.store_mark import open_folder, require_mark
-from align.whole_files import sync_folder, write_atomically
+from align.whole_files import sync_folder
 
 if TYPE_CHECKING:
     from align.remote import Remote
@@ -34,8 +39,33 @@ SHORT = 12
 REPORTS = "reports"
 SWEEPS = "sweeps"
 JOBS = "jobs"
-NO_KINDS = ("locks", "runs", "cache", REPORTS, SWEEPS, JOBS)
+RUNS = "runs"
+NO_KINDS = ("locks", RUNS, "cache", LEASES, REPORTS, SWEEPS, JOBS)
 """Folders of a store that hold no artifacts."""
+
+
+class RememberedRun(BaseModel):
+    """The content of ``runs/<name>.json``."""
+
+    model_config = ConfigDict(strict=True)
+
+    name: str
+    when: float
+    """Seconds since the epoch."""
+    stages: dict[str, UsedStage]
+    pipeline: dict[str, Any]
+    """As parsed YAML."""
+
+
+class DamagedRun(UserError):
+    """The file about a named run cannot be used."""
+
+    def __init__(self, path: Path, finding: str) -> None:
+        self.name = path.stem
+        super().__init__(
+            f"{path}: damaged: it {finding}. Run the pipeline of '{path.stem}' again to write it anew, or delete it if "
+            "that run is no longer needed."
+        )
 
 
 class Store:
@@ -75,40 +105,67 @@ class Store:
 
     @patient
     def find(self, kind: str, key: str, stage: str = "") -> Artifact | None:
-        """The finished artifact of ``key``, or None. ``stage`` is the name it has in the asking pipeline."""
-        artifact = self._read(self.folder(kind, key), stage)
-        return artifact if artifact is not None and artifact.record.get("key") == key else None
+        """The finished artifact of ``key``, or None. ``stage`` is the name it has in the asking pipeline.
+
+        Raises ``DamagedRecord`` where one is there whose record cannot be used.
+        """
+        folder = self.folder(kind, key)
+        artifact = self._read(folder, stage)
+        if artifact is not None and artifact.record["key"] != key:
+            raise DamagedRecord(folder / RECORD, f"is the record of key {artifact.record['key']}", stage)
+        return artifact
+
+    def find_intact(self, kind: str, key: str, stage: str = "") -> Artifact | None:
+        """As ``find``, but None where the record is damaged."""
+        try:
+            return self.find(kind, key, stage)
+        except DamagedRecord:
+            return None
 
     def _read(self, folder: Path, stage: str = "") -> Artifact | None:
         try:
-            record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-            return Artifact(stage or record["stage"], Kind(record["makes"]), folder, record)
-        except FileNotFoundError:
+            artifact = read_artifact(folder, stage)
+        except (FileNotFoundError, NotADirectoryError):
             require_mark(self.root)
             return None
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, ValueError):
-            raise UserError(
-                f"{folder / RECORD}: damaged. Delete the folder {folder} and run again to rebuild the stage."
-            ) from None
+        kind, key = artifact.record["kind"], artifact.record["key"]
+        if (kind, key[:SHORT]) != (folder.parent.name, folder.name):
+            raise DamagedRecord(folder / RECORD, f"is the record of {kind}/{key[:SHORT]}", stage)
+        return artifact
 
     @patient
+    def survey(self) -> tuple[list[Artifact], list[DamagedRecord]]:
+        """Every finished artifact, oldest first, and those whose records are damaged."""
+        intact, damaged = [], []
+        for folder in self._folders():
+            if folder.suffix:
+                continue
+            try:
+                artifact = self._read(folder)
+            except DamagedRecord as error:
+                damaged.append(error)
+                continue
+            if artifact is not None:
+                intact.append(artifact)
+        return sorted(intact, key=lambda artifact: str(artifact.record["created"])), damaged
+
     def all(self) -> list[Artifact]:
-        """Every finished artifact, oldest first."""
-        found = [
-            artifact
-            for folder in self._folders()
-            if folder.suffix == "" and (artifact := self._read(folder)) is not None
-        ]
-        return sorted(found, key=lambda artifact: str(artifact.record.get("created", "")))
+        """Every finished artifact whose record is intact, oldest first."""
+        return self.survey()[0]
 
     def resolve(self, prefix: str) -> Artifact:
         """The one artifact whose key starts with ``prefix`` (``kind/prefix`` works too)."""
         kind, _, key = prefix.rpartition("/")
+        intact, damaged = self.survey()
         found = [
             artifact
-            for artifact in self.all()
+            for artifact in intact
             if str(artifact.record["key"]).startswith(key) and (not kind or artifact.record["kind"] == kind)
         ]
+        for error in damaged:
+            folder = Path(error.path).parent
+            if key and folder.name.startswith(key[:SHORT]) and (not kind or folder.parent.name == kind):
+                raise error
         if not found and key and self.remote is not None:
             found = self._from_afar(kind, key)
         if key and len(found) == 1:
@@ -197,12 +254,12 @@ class Store:
         if hold is not None:
             hold.confirm()
         record["outputs"] = output_digests(output)
-        write_atomically(output / RECORD, record)
+        write_record(output, record)
         sync_folder(output)
         if hold is not None:
             hold.confirm()
         if folder.exists():  # a rebuild: the old one steps aside only now that the new one is whole
-            found = self._read(folder)
+            found = self._read_intact(folder)
             if hold is not None and found is not None and not (replaces and self._is(folder, replaces.record)):
                 raise LockLost(f"{folder} was published by another run while this one was silent")
             aside = folder.with_name(f"{folder.name}.old-{uuid.uuid4().hex[:8]}")
@@ -218,8 +275,14 @@ class Store:
         return self._published(folder)
 
     def _is(self, folder: Path, record: dict[str, Any]) -> bool:
-        found = self._read(folder)
-        return found is not None and found.record.get("created") == record.get("created")
+        found = self._read_intact(folder)
+        return found is not None and found.record["created"] == record.get("created")
+
+    def _read_intact(self, folder: Path) -> Artifact | None:
+        try:
+            return self._read(folder)
+        except DamagedRecord:
+            return None
 
     def _published(self, folder: Path) -> Artifact:
         sync_folder(folder.parent)
@@ -233,39 +296,82 @@ class Store:
         return differing(artifact, thorough)
 
     @patient
-    def remember_run(self, name: str, stages: dict[str, dict[str, str]], pipeline: dict[str, Any]) -> None:
+    def remember_run(self, name: str, stages: Stages, pipeline: dict[str, Any]) -> None:
         """Note what a named run reaches, for ``gc``, ``plan`` and ``explain``."""
-        (self.root / "runs").mkdir(exist_ok=True)
-        write_atomically(
-            self.root / "runs" / f"{name}.json",
-            {"name": name, "when": time.time(), "stages": stages, "pipeline": pipeline},
-        )
+        (self.root / RUNS).mkdir(exist_ok=True)
+        about = {"name": name, "when": time.time(), "stages": stages, "pipeline": pipeline}
+        write_sealed(self.root / RUNS / f"{name}.json", about)
+
+    @contextlib.contextmanager
+    def use(self, name: str, stages: Stages, pipeline: dict[str, Any]) -> Iterator[None]:
+        """Remember a run, and hold a lease on its stages until the block ends."""
+        with self._leases.hold(name, stages):
+            self.remember_run(name, stages, pipeline)
+            yield
+
+    def uses(self) -> list[Uses]:
+        """What runs under way use, as far as one look can tell. Raises ``UserError`` where that is not known."""
+        return self._leases.uses()
+
+    @property
+    def _leases(self) -> RunLeases:
+        return RunLeases(self.root, self.lease, self.patience)
 
     @patient
+    def survey_runs(self) -> tuple[dict[str, dict[str, Any]], list[DamagedRun]]:
+        """Named runs, as remembered last, and those whose files are damaged."""
+        intact, damaged = {}, []
+        for path in sorted((self.root / RUNS).glob("*.json")):
+            try:
+                run = read_sealed(path, RememberedRun)
+                if run.name != path.stem:
+                    raise DamagedFile(f"is about the run '{run.name}'")
+                intact[path.stem] = run.model_dump()
+            except DamagedFile as error:
+                damaged.append(DamagedRun(path, str(error)))
+            except FileNotFoundError:  # deleted since the folder was listed
+                continue
+        return intact, damaged
+
     def runs(self) -> dict[str, dict[str, Any]]:
-        """Named runs, as remembered last."""
-        found = {}
-        for path in sorted((self.root / "runs").glob("*.json")):
-            with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):
-                found[path.stem] = json.loads(path.read_text(encoding="utf-8"))
-        return found
+        """Named runs whose files are intact, as remembered last."""
+        return self.survey_runs()[0]
+
+    def garbage(self, used: Iterable[UsedStage] = ()) -> list[Path]:
+        """Artifact and partial folders that no named run and no run under way reaches, directly or as an input.
+
+        ``used`` are more stages that count as reached. Raises ``UserError`` where it cannot be told what is reached.
+        """
+        kept = self._reached(used)
+        return [folder for folder in self._folders() if folder not in kept]
+
+    def delete_garbage(self, used: Callable[[], Iterable[UsedStage]] = tuple) -> dict[Path, bool]:
+        """Delete it; which folders were deleted, and which not since a run holds their locks.
+
+        No run begins meanwhile. ``used`` is asked once none can. Raises as ``garbage``.
+        """
+        ended = self._leases.find_ended()
+        with self._leases.gate():
+            self._leases.drop(ended)
+            return {folder: self.delete(folder) for folder in self.garbage(used())}
 
     @patient
-    def garbage(self) -> list[Path]:
-        """Artifact and partial folders that no named run reaches, directly or as an input."""
-        reached = {
-            (entry["kind"], entry["key"]) for run in self.runs().values() for entry in run.get("stages", {}).values()
-        }
+    def _reached(self, used: Iterable[UsedStage]) -> set[Path]:
+        runs, damaged = self.survey_runs()
+        if damaged:
+            raise UserError(f"{damaged[0]} Until then everything is kept, since it is not known what that run needs.")
+        reached = {(stage["kind"], stage["key"]) for run in runs.values() for stage in run["stages"].values()}
+        reached |= {(stage.kind, stage.key) for uses in self.uses() for stage in uses.stages.values()}
+        reached |= {(stage.kind, stage.key) for stage in used}
         queue = list(reached)
         while queue:
             kind, key = queue.pop()
-            artifact = self.find(kind, key)
-            for link in artifact.record.get("input_stages", []) if artifact else []:
+            artifact = self.find_intact(kind, key)
+            for link in artifact.record["input_stages"] if artifact else []:
                 if (link["kind"], link["key"]) not in reached:
                     reached.add((link["kind"], link["key"]))
                     queue.append((link["kind"], link["key"]))
-        kept = {folder for kind, key in reached for folder in (self.folder(kind, key), self.partial(kind, key))}
-        return [folder for folder in self._folders() if folder not in kept]
+        return {folder for kind, key in reached for folder in (self.folder(kind, key), self.partial(kind, key))}
 
     def _folders(self) -> list[Path]:
         """Every artifact and partial folder."""

@@ -12,6 +12,7 @@ from align.models.memory import Estimate
 from align.pipeline import Node, Pipeline
 from align.planning import estimate_memory
 from align.store import Store
+from tests.records import put_record
 
 RAW: dict[str, Any] = {
     "name": "memory",
@@ -41,8 +42,7 @@ def publish(store: Store, node: Node, config: dict[str, Any]) -> None:
     folder = store.folder(node.stage.kind, node.key)
     (folder / "model").mkdir(parents=True)
     (folder / "model" / "config.json").write_text(json.dumps(config))
-    record = {"key": node.key, "stage": node.name, "kind": node.stage.kind, "makes": node.makes, "created": "2026"}
-    (folder / "record.json").write_text(json.dumps(record))
+    put_record(folder, key=node.key, stage=node.name, kind=node.stage.kind, makes=node.makes)
 
 
 def of(pipeline: Pipeline, store: Store) -> Estimate:

@@ -21,9 +21,11 @@ from align.pipeline import Pipeline
 from align.planning import plan
 from align.remote import BucketClaims, Remote
 from align.runner import run_pipeline
+from align.sealed import seal
 from align.shared_folder import Patience
 from align.store import Store
 from tests import toy
+from tests.records import record_of
 from tests.s3_server import SECRET, Server
 from tests.test_runner import Recorder
 from tests.test_shared_store import published
@@ -137,7 +139,7 @@ def big(store: Store) -> Any:
     (output / "model").mkdir(parents=True)
     for index in range(4):
         (output / "model" / f"{index}.bin").write_bytes(bytes([index]) * (1 << 20))
-    record = {"key": "a" * 64, "kind": "number", "stage": "one", "makes": "PromptData", "created": "2026-01-01"}
+    record = record_of(stage="one")
     with store.lock("number", "a" * 64, lambda _: None) as hold:
         return store.publish(output, record, hold)
 
@@ -225,8 +227,8 @@ def test_an_object_that_was_tampered_with_is_refused_and_a_rebuild_replaces_it(t
 def test_a_record_that_leads_elsewhere_is_refused(tmp_path: Path, address: str, change: dict[str, Any]) -> None:
     store = at(tmp_path / "a", address)
     record = published(store).record
-    store.remote.bucket.put("number/" + "a" * 12 + "/record.json", json.dumps({**record, **change}).encode())
-    with pytest.raises(UserError, match=r"record\.json: damaged\. Delete that object"):
+    store.remote.bucket.put("number/" + "a" * 12 + "/record.json", json.dumps(seal({**record, **change})).encode())
+    with pytest.raises(UserError, match=r"record\.json: damaged: it .* Delete that object"):
         at(tmp_path / "b", address).remote.fetch("number", "a" * 64)
     assert not list(tmp_path.rglob("evil"))
 

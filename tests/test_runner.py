@@ -20,6 +20,7 @@ from align.planning import plan
 from align.runner import run_pipeline
 from align.store import Store
 from tests import toy
+from tests.records import change_record
 
 
 class Recorder(Listener):
@@ -205,8 +206,7 @@ def test_two_runs_of_one_stage_make_it_once_and_the_second_says_who_holds_it(sto
 
 def test_other_source_code_warns_and_strict_refuses(store: Path) -> None:
     pipeline = Pipeline(toy.pipeline())
-    record = run_pipeline(pipeline, store=store).artifacts["one"].path / "record.json"
-    record.write_text(json.dumps({**json.loads(record.read_text()), "source": "other"}))
+    change_record(run_pipeline(pipeline, store=store).artifacts["one"].path, source="other")
     recorder = Recorder()
     run_pipeline(pipeline, store=store, listener=recorder)
     assert any(what == "warning" and "same stage version: one" in text for what, text in recorder.said)

@@ -227,7 +227,7 @@ def _rows_of_data(pipeline: Pipeline, node: Node, store: Store) -> int | None:
     if not isinstance(name, str):
         return None
     data = pipeline.nodes[name]
-    artifact = store.find(data.stage.kind, data.key, name)
+    artifact = store.find_intact(data.stage.kind, data.key, name)
     metrics = {} if artifact is None else artifact.record.get("metrics") or {}
     return next((int(metrics[field]) for field in COUNTED if metrics.get(field)), None)
 
@@ -239,7 +239,7 @@ def _rows_of_inputs(pipeline: Pipeline, node: Node, store: Store, stand_in: int)
         if not isinstance(name, str):
             continue
         data = pipeline.nodes[name]
-        artifact = store.find(data.stage.kind, data.key, name)
+        artifact = store.find_intact(data.stage.kind, data.key, name)
         metrics = {} if artifact is None else artifact.record.get("metrics") or {}
         counts = {
             split: next((int(metrics[key]) for key in (f"{split}_rows", f"{split}_pairs") if key in metrics), None)

@@ -17,7 +17,8 @@ from align.commands.finding import HUB_NAME, find_artifact, find_build, find_che
 from align.errors import UserError
 from align.models import source
 from align.pipeline import NAME_PATTERN
-from align.stages.artifact import RECORD, read_record
+from align.records import RECORD
+from align.stages.artifact import read_record
 from align.store import Store
 from align.store_mark import MARKER
 from align.validation import suggest
@@ -132,7 +133,7 @@ def artifact_at(folder: Path) -> Artifact:
     record = read_record(folder)
     if record is None:
         raise UserError(f"{folder}: no {RECORD} in it, so not a finished artifact.")
-    return Artifact(str(record.get("stage", folder.name)), Kind(record["makes"]), folder, record)
+    return Artifact(record["stage"], Kind(record["makes"]), folder, record)
 
 
 def find_reward(option: str, word: str, store: str | None) -> dict[str, Any]:
@@ -185,12 +186,12 @@ def base_of(artifact: Artifact, store: Store) -> Artifact | None:
         one = queue.pop(0)
         if one.kind == Kind.MODEL:
             return one
-        links = [(link["kind"], link["key"]) for link in one.record.get("input_stages", [])]
+        links = [(link["kind"], link["key"]) for link in one.record["input_stages"]]
         metrics = one.record.get("metrics") or {}
         if one.record.get("kind") == "artifact":
             links.append((str(metrics.get("kind")), str(metrics.get("key"))))
         for link in links:
-            found = store.find(*link) if link not in seen else None
+            found = store.find_intact(*link) if link not in seen else None
             seen.add(link)
             if found is not None and found.kind in GENERATORS:
                 queue.append(found)

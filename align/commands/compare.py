@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,8 @@ LONGEST = 100
 
 def run(options: argparse.Namespace) -> int:
     """compare runs on one page: changed settings against results, score against KL, curves over each other"""
-    from align.commands.run_page import finished
+    from align.commands.run_page import damages, finished
+    from align.console import printable
     from align.opening import open_store
     from align.report.compare import write_comparison
     from align.store import REPORTS
@@ -33,6 +35,8 @@ def run(options: argparse.Namespace) -> int:
     store = open_store(None, options.store)
     runs = find_runs(options.runs, store)
     artifacts = {name: finished(one, store) for name, one in runs.items()}
+    for text in dict.fromkeys(text for one in runs.values() for text in damages(one, store).values()):
+        print(printable(f"! left out: {text}"), file=sys.stderr)
     empty = [name for name, found in artifacts.items() if not found]
     if empty:
         raise UserError(f"{', '.join(empty)}: no stage is finished yet, so there is nothing to compare.")

@@ -13,7 +13,7 @@ from align.errors import UserError
 from align.fingerprint import file_digest
 from align.handover.adapters import check_base, has_base
 from align.handover.faults import refuse
-from align.outputs import RECORD
+from align.records import RECORD
 from align.store import Store
 from align.store_mark import MARKER
 
@@ -42,7 +42,7 @@ def lineage(artifact: Artifact) -> list[Artifact]:
         if one.key in found:
             return
         for kind, key in _links(one.record):
-            before = store.find(kind, key) if store is not None else None
+            before = store.find_intact(kind, key) if store is not None else None
             if before is not None:
                 add(before)
         # what was only taken from elsewhere is its original, where that is still here
@@ -53,7 +53,7 @@ def lineage(artifact: Artifact) -> list[Artifact]:
 
 
 def _links(record: dict[str, Any]) -> list[tuple[str, str]]:
-    links = [(str(link["kind"]), str(link["key"])) for link in record.get("input_stages", [])]
+    links = [(str(link["kind"]), str(link["key"])) for link in record["input_stages"]]
     metrics = record.get("metrics") or {}
     if record.get("kind") == "artifact" and metrics.get("key"):
         links.append((str(metrics.get("kind")), str(metrics["key"])))
@@ -154,7 +154,7 @@ def _expected(artifact: Artifact) -> tuple[str, Artifact | None] | None:
         return None
     kind = next((link["kind"] for link in artifact.record["input_stages"] if link["key"] == key), "")
     store = store_of(artifact)
-    found = store.find(kind, key) if store is not None and kind else None
+    found = store.find_intact(kind, key) if store is not None and kind else None
     return key, found if found is not None and found.kind in GENERATORS else None
 
 

@@ -8,12 +8,14 @@ import webbrowser
 from pathlib import Path
 
 from align.commands.parsing import add_store, print_json
+from align.console import printable
 from align.errors import UserError
 
 
 def run(options: argparse.Namespace) -> int:
     """write the report of a run anew, by name or by its pipeline file, and open it with --open"""
-    from align.commands.run_page import RunOf, find_run, remembered, unfinished, write_page
+    from align.commands.artifacts import say_damage
+    from align.commands.run_page import RunOf, damages, find_run, remembered, unfinished, write_page
     from align.opening import open_store
     from align.pipeline import Pipeline
 
@@ -24,11 +26,14 @@ def run(options: argparse.Namespace) -> int:
     if word is not None:
         found = find_run(word, store)
     else:
-        runs = store.runs()
+        runs, damaged = store.survey_runs()
+        say_damage(damaged)
         if not runs:
             raise UserError(f"{store.root}: no run has been made in this store yet; `align run PIPELINE` makes one.")
         latest = max(runs, key=lambda name: float(runs[name].get("when", 0)))
         found = remembered(latest, runs[latest])
+    for name, text in damages(found, store).items():
+        print(printable(f"! stage '{name}' is left out: {text}"), file=sys.stderr)
     page = write_page(found, store, unfinished(found, store), output_folder(options.output))
     if options.json:
         print_json({"name": found.name, "path": str(page.resolve())})
@@ -49,8 +54,6 @@ def output_folder(given: str | None) -> Path | None:
 
 def show(page: Path, wanted: bool) -> None:
     """Say where the page is, and open it where that is wanted and can be done."""
-    from align.console import printable
-
     print(f"Report: {printable(str(page.resolve()))}")
     if wanted and not _open(page):
         print("note: no browser could be started here; open the file yourself.", file=sys.stderr)

@@ -36,10 +36,9 @@ def run_on_ray(pipeline: Pipeline, options: RunOptions, *, json: bool) -> int:
         with (
             StopRequest().hearing(signal.SIGUSR1) as stop,
             client.connected(pipeline.config.runtime.ray.address) as ray,
+            opened.use(pipeline.name, pipeline.references, pipeline.plain),
         ):
             queue = RayQueue(ray, pipeline, opened, _folder(opened, pipeline.name), stop=stop)
-            reached = {node.name: {"kind": node.stage.kind, "key": node.key} for node in pipeline}
-            opened.remember_run(pipeline.name, reached, pipeline.plain)
             queue.start(ready.wanted, ready.anew)
             try:
                 return Following(pipeline, opened, [node.name for node in ready.wanted], queue, listener).follow()

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,8 +19,10 @@ from align.errors import UserError
 from align.fingerprint import digest, file_digest
 from align.locking import Lock
 from align.pipeline import Node, Pipeline
+from align.records import DamagedRecord
 from align.stage import find_stage, input_fields
-from align.stage_process import LOG, RESULT
+from align.stage_process import LOG
+from align.stage_result import left_result
 from align.store import REPORTS, Store
 from align.validation import suggest
 
@@ -79,8 +80,11 @@ def find_run(word: str, store: Store) -> RunOf:
     """The run that ``word`` means: a pipeline file, or a name that the store remembers; ``UserError`` for neither."""
     if Path(word).is_file() or word.endswith((".yaml", ".yml")):
         return run_of(Pipeline.load(word))
-    runs = store.runs()
+    runs, damaged = store.survey_runs()
     if word not in runs:
+        for error in damaged:
+            if error.name == word:
+                raise error
         known = suggest(word, runs) or " No run has been made there yet."
         raise UserError(f"{word}: neither a pipeline file nor a run of the store {store.root}.{known}")
     return remembered(word, runs[word])
@@ -93,25 +97,46 @@ def remembered(name: str, found: Mapping[str, Any]) -> RunOf:
 
 
 def finished(run: RunOf, store: Store) -> dict[str, Artifact]:
-    """Artifacts of the run's finished stages, in its order, reports left out."""
-    found = {name: store.find(kind, key, name) for name, (kind, key) in run.stages.items()}
-    return {name: one for name, one in found.items() if one is not None and one.kind != Kind.REPORT}
+    """Artifacts of the run's finished stages, in its order; reports and damaged ones (``damages``) are left out."""
+    found = {name: store.find_intact(kind, key, name) for name, (kind, key) in run.stages.items()}
+    return {
+        name: artifact
+        for name, artifact in found.items()
+        if artifact is not None and artifact.kind != Kind.REPORT and not store.problems(artifact, thorough=False)
+    }
+
+
+def damages(run: RunOf, store: Store) -> dict[str, str]:
+    """Stages whose artifacts are damaged, each with the file, the finding and the remedy."""
+    texts = {}
+    for name, (kind, key) in run.stages.items():
+        try:
+            artifact = store.find(kind, key, name)
+        except DamagedRecord as error:
+            texts[name] = str(error)
+            continue
+        for problem in store.problems(artifact, thorough=False) if artifact is not None else []:
+            texts[name] = f"{problem.path} {problem.what}. `--rebuild {name}` makes it again."
+            break
+    return texts
 
 
 def unfinished(run: RunOf, store: Store) -> Failure | None:
-    """The first stage that was begun and is not finished, and what its process left about it."""
+    """The first stage that is damaged, or was begun and is not finished, and what its process left about it."""
+    damaged = damages(run, store)
     for name, (kind, key) in run.stages.items():
+        if name in damaged:
+            return Failure(name, damaged[name])
         partial = store.partial(kind, key)
-        if store.find(kind, key) is not None or not partial.is_dir():
+        if store.find_intact(kind, key) is not None or not partial.is_dir():
             continue
         log = partial / LOG if (partial / LOG).is_file() else None
         if store.is_locked(kind, key):
             return Failure(name, RUNNING, log, "running")
-        try:
-            message = str(json.loads((partial / RESULT).read_text(encoding="utf-8"))["message"])
-        except (OSError, ValueError, KeyError):
+        result = left_result(partial)
+        if result is None or result.status == "done":
             return Failure(name, STOPPED, log, "stopped")
-        return Failure(name, message, log)
+        return Failure(name, result.message, log)
     return None
 
 
@@ -230,4 +255,4 @@ def try_page(run: RunOf, store: Store, failure: Failure | None, cached: Collecti
 
 def first_missing(pipeline: Pipeline, store: Store) -> Node | None:
     """The first stage without an artifact: where a run must have stopped that ended outside of a stage."""
-    return next((node for node in pipeline if store.find(node.stage.kind, node.key) is None), None)
+    return next((node for node in pipeline if store.find_intact(node.stage.kind, node.key) is None), None)

@@ -6,14 +6,16 @@ limit or at a preemption, SIGTERM), it has the stage save a checkpoint and queue
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
 import sys
 from pathlib import Path
 
+from pydantic import BaseModel
+
 from align.artifacts import Artifact
+from align.checked_files import DamagedFile, read_sealed, write_sealed
 from align.commands.run_page import Failure, run_of, try_page
 from align.console import ConsoleListener, printable
 from align.elsewhere import await_inputs, with_threads
@@ -22,7 +24,7 @@ from align.following import NoAnswer, Said
 from align.pipeline import Node, Pipeline
 from align.runner import run_pipeline
 from align.slurm import commands
-from align.slurm.submission import Submission, write_json
+from align.slurm.submission import Submission
 from align.stage_process import CHECKPOINTS, LOG
 from align.stop_request import Stopped, StopRequest
 from align.store import Store
@@ -63,7 +65,7 @@ def main(folder: Path, stage: str) -> int:
         except Stopped as stopped:
             return _stop(submission, stage, stopped, turn, store)
     submission.say(stage, Said("done", "", turn))
-    if all(store.find(one.stage.kind, one.key) is not None for one in pipeline):
+    if all(store.find_intact(one.stage.kind, one.key) is not None for one in pipeline):
         try_page(run_of(pipeline), store, None)
     return 0
 
@@ -71,8 +73,8 @@ def main(folder: Path, stage: str) -> int:
 def _run(submission: Submission, pipeline: Pipeline, node: Node, store: Store, stop: StopRequest) -> None:
     job = submission.job_of(node.name)
     await_inputs(pipeline, node, store)
-    found = store.find(node.stage.kind, node.key, node.name)
-    anew = job.anew and found is not None and found.record["created"] == job.replaces
+    found = store.find_intact(node.stage.kind, node.key, node.name)
+    anew = job.anew and (found is None or found.record["created"] == job.replaces)
     with _Lines([node]) as listener:
         run_pipeline(
             pipeline, store=store, only=node.name, rebuild=(node.name,) if anew else (), listener=listener,
@@ -154,6 +156,15 @@ def queue_again(submission: Submission, name: str, message: str, turn: int, want
     return Stopped.exit_code
 
 
+class _Turns(BaseModel):
+    """The content of ``<stage>.turns.json``."""
+
+    checkpoints: list[str] | None = None
+    """After the last turn."""
+    idle: int = 0
+    """Turns in a row that have left them as they were."""
+
+
 def _idle_turns(submission: Submission, stage: str, store: Store) -> int:
     """How many turns in a row, this one included, have left the stage's checkpoints as they were."""
     job = submission.job_of(stage)
@@ -161,11 +172,12 @@ def _idle_turns(submission: Submission, stage: str, store: Store) -> int:
     now = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
     file = submission.folder / f"{stage}.turns.json"
     try:
-        before = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        before = {"checkpoints": None, "idle": 0}
-    idle = before["idle"] + 1 if before["checkpoints"] == now or (before["checkpoints"] is None and not now) else 0
-    write_json(file, {"checkpoints": now, "idle": idle})
+        before = read_sealed(file, _Turns)
+    except (FileNotFoundError, DamagedFile):  # a turn more is given
+        before = _Turns()
+    stands_still = before.checkpoints == now or (before.checkpoints is None and not now)
+    idle = before.idle + 1 if stands_still else 0
+    write_sealed(file, {"checkpoints": now, "idle": idle})
     return idle
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from align.commands.parsing import add_store, print_json
+from align.events import parse_event
+from align.records import DamagedRecord
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,7 +25,11 @@ LAST_BYTES = 65536
 
 @dataclass(frozen=True)
 class StageStatus:
-    """``state`` is ``done``, ``runs``, ``waits``, ``failed``, ``stopped`` or ``not begun``; ``what`` says more."""
+    """How a stage is.
+
+    ``state`` is ``done``, ``runs``, ``waits``, ``failed``, ``stopped``, ``damaged`` or ``not begun``; ``what`` says
+    more.
+    """
 
     stage: str
     state: str
@@ -34,12 +39,15 @@ class StageStatus:
 
 def run(options: argparse.Namespace) -> int:
     """say what of a run is done, runs, waits or has failed, here and on a cluster; without a name, of every run"""
+    from align.commands.artifacts import say_damage
     from align.commands.run_page import find_run, remembered
     from align.opening import open_store
 
     store = open_store(None, options.store)
     if options.run is None:
-        runs = {name: remembered(name, found) for name, found in store.runs().items()}
+        known, damaged = store.survey_runs()
+        say_damage(damaged)
+        runs = {name: remembered(name, found) for name, found in known.items()}
     else:
         one = find_run(options.run, store)
         runs = {one.name: one}
@@ -85,7 +93,7 @@ def live_jobs(store: Store, runs: Iterable[RunOf]) -> tuple[dict[tuple[str, str]
 
 def _status(run_: RunOf, stage: str, store: Store, jobs: dict[tuple[str, str], tuple[StageJob, Job]]) -> StageStatus:
     kind, key = run_.stages[stage]
-    artifact, partial = store.find(kind, key), store.partial(kind, key)
+    artifact, partial = store.find_intact(kind, key), store.partial(kind, key)
     held = jobs.get((run_.name, stage))
     if held is not None and (artifact is None or held[0].anew):
         _, job = held
@@ -94,6 +102,10 @@ def _status(run_: RunOf, stage: str, store: Store, jobs: dict[tuple[str, str], t
         return StageStatus(stage, "runs", _joined(f"job {job.number} on {job.nodes}", _progress(partial)), job.number)
     if artifact is not None:
         return StageStatus(stage, "done", str(artifact.record["created"])[:16].replace("T", " "))
+    try:
+        store.find(kind, key, stage)
+    except DamagedRecord as error:
+        return StageStatus(stage, "damaged", str(error))
     if store.is_locked(kind, key):
         holder = store.holder_of(kind, key) or {}
         where = f"process {holder['pid']} on {holder['host']}" if {"pid", "host"} <= holder.keys() else ""
@@ -105,15 +117,13 @@ def _status(run_: RunOf, stage: str, store: Store, jobs: dict[tuple[str, str], t
 
 def _left_behind(stage: str, partial: Path) -> StageStatus:
     """A stage that was begun and is not being made."""
-    from align.stage_process import CHECKPOINTS, RESULT
+    from align.stage_process import CHECKPOINTS
+    from align.stage_result import left_result
 
     kept = "goes on from its checkpoint" if any((partial / CHECKPOINTS).glob("*")) else "starts anew"
-    try:
-        result = json.loads((partial / RESULT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        result = {}
-    if result.get("status") in ("failed", "refused"):
-        return StageStatus(stage, "failed", str(result.get("message", "")))
+    result = left_result(partial)
+    if result is not None and result.status in ("failed", "refused"):
+        return StageStatus(stage, "failed", result.message)
     return StageStatus(stage, "stopped", _joined(_progress(partial), kept))
 
 
@@ -129,12 +139,9 @@ def _progress(partial: Path) -> str:
     except OSError:
         return ""
     for line in reversed(lines):
-        try:
-            event: dict[str, Any] = json.loads(line)
-            if event.get("event") == "progress":
-                return f"{event['done']:g}/{event['total']:g} {event.get('unit', '')}".strip()
-        except (ValueError, KeyError, TypeError):
-            continue
+        event = parse_event(line)
+        if event is not None and event["event"] == "progress":
+            return f"{event['done']:g}/{event['total']:g} {event.get('unit', '')}".strip()
     return ""
 
 

@@ -20,7 +20,7 @@ MOST = 16
 
 def write_page(sweep: Sweep, study: Study, store: Store, folder: Path | None = None) -> Path | None:
     """Write the page, by default to the store's place for the sweep; None where no trial is done yet."""
-    from align.commands.run_page import finished, remembered
+    from align.commands.run_page import damages, finished, remembered
     from align.report.compare import write_comparison
     from align.report.sweep import SweepTrials
     from align.sweep.summary import short_name, trial_rows
@@ -43,4 +43,7 @@ def write_page(sweep: Sweep, study: Study, store: Store, folder: Path | None = N
     )
     out = (folder or store.root / REPORTS / sweep.config.name) / PAGE
     notes = {row.run: row.note for row in shown if row.note}
+    for name in runs:
+        for stage, text in damages(remembered(name, known[name]), store).items():
+            notes[name] = " ".join(filter(None, [notes.get(name), f"{stage} is left out: {text}"]))
     return write_comparison(runs, out, title=sweep.config.name, notes=notes, sweep=trials)

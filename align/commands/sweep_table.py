@@ -141,7 +141,7 @@ def print_plan(sweep: Sweep, store: Store, as_json: bool) -> None:
     shared = []
     for name, key in sweep.shared.items():
         node = pipeline.nodes[name]
-        shared.append({"stage": name, "cached": store.find(node.stage.kind, key, name) is not None})
+        shared.append({"stage": name, "cached": store.find_intact(node.stage.kind, key, name) is not None})
     needed = sweep.needed(pipeline)
     shared = [one for one in shared if one["stage"] in needed]
     own = [name for name in pipeline.nodes if name not in sweep.shared and name in needed]

@@ -9,10 +9,8 @@ from __future__ import annotations
 import fnmatch
 import glob
 import itertools
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from align.data import checkers, embedded
 from align.data.formats import LOOKED_AT, Detection, Form, detect
@@ -32,11 +30,12 @@ from align.data.source_configs import (
 )
 from align.errors import UserError
 from align.fingerprint import file_digest
+from align.outputs import differing
+from align.records import RECORD, read_artifact, read_record
 from align.validation import nearest, suggest
 
 __all__ = ["BadRecord", "Item", "Record", "choose_format", "find_files", "identity", "read", "source_folder"]
 
-RECORD = "record.json"
 DATASET_CARD = "README.md"
 
 
@@ -63,6 +62,8 @@ def _records(source: Source, base: Path, inputs: Sequence[Path], seed: int) -> I
         yield from ((f"embedded: row {number}", row) for number, row in enumerate(rows, 1))
     else:
         folder = source_folder(source, base, inputs)
+        if isinstance(source, ArtifactSource):
+            _refuse_damage(folder)
         for split in ("train", "test") if source.split == "all" else (source.split,):
             for number, row in enumerate(iter_rows(folder / f"{split}.parquet"), 1):
                 yield f"{folder.name}/{split}: row {number}", {k: v for k, v in row.items() if v is not None}
@@ -254,13 +255,16 @@ def source_folder(source: ArtifactSource | InputSource, base: Path, inputs: Sequ
 def _key(folder: Path) -> str:
     """The key in an artifact's record. Raises ``UserError`` for a folder that is no finished artifact."""
     try:
-        found = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        key: Any = found["key"]
+        return str(read_record(folder)["key"])
     except FileNotFoundError:
         raise UserError(
             f"{folder}: no finished artifact (it has no {RECORD}). `align list` shows the finished ones; files of "
             "other programs are read with type: files."
         ) from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{folder / RECORD}: not the record of an artifact; it has no key.") from None
-    return str(key)
+
+
+def _refuse_damage(folder: Path) -> None:
+    """Raise ``UserError`` where an artifact's files are not what its key stands for."""
+    _key(folder)
+    for problem in differing(read_artifact(folder), thorough=True):
+        raise UserError(f"{problem.path} {problem.what}. The artifact is corrupted; run its pipeline with --rebuild.")

@@ -5,7 +5,6 @@ A task says where it runs, and how it ended, in a file of the store, which every
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import time
@@ -17,7 +16,7 @@ from typing import Any
 from align import ray_client as client
 from align.elsewhere import await_inputs, with_threads
 from align.errors import StageFailed, UserError
-from align.following import Place, Said
+from align.following import Place, Said, read_note, write_note
 from align.listener import Listener
 from align.machines import RayConfig
 from align.opening import Opening
@@ -78,8 +77,8 @@ def _made(given: Work) -> Said:
             )
         log = store.partial(node.stage.kind, node.key) / LOG
         await_inputs(pipeline, node, store)
-        found = store.find(node.stage.kind, node.key)
-        again = given.anew and found is not None and found.record["created"] == given.replaces
+        found = store.find_intact(node.stage.kind, node.key)
+        again = given.anew and (found is None or found.record["created"] == given.replaces)
         run_pipeline(
             pipeline, store=store, only=node.name, rebuild=(node.name,) if again else (), listener=Listener(),
             stop=StopRequest(),
@@ -97,10 +96,7 @@ def _made(given: Work) -> Said:
 
 
 def _say(given: Work, said: Said) -> None:
-    path = Path(given.folder) / f"{given.stage}.json"
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(json.dumps(asdict(said)), encoding="utf-8")
-    draft.replace(path)
+    write_note(Path(given.folder) / f"{given.stage}.json", said)
 
 
 @dataclass
@@ -126,7 +122,7 @@ class RayQueue:
         rounds = {name: list(names) for name, names in self.pipeline.expanded.rounds.items()}
         for node in nodes:
             block = self.block(node.name)
-            before = self.store.find(node.stage.kind, node.key)
+            before = self.store.find_intact(node.stage.kind, node.key)
             if node.name in anew and before is not None:
                 self._replaces[node.name] = str(before.record["created"])
             work = Work(
@@ -193,10 +189,7 @@ class RayQueue:
         return Place("waits", f"waits: no node has what it asks for ({needs})")
 
     def _note(self, stage: str) -> Said | None:
-        try:
-            return Said(**json.loads((self.folder / f"{stage}.json").read_text(encoding="utf-8")))
-        except (FileNotFoundError, ValueError):
-            return None
+        return read_note(self.folder / f"{stage}.json")
 
     def said(self, stage: str) -> Said | None:
         """See ``align.following.Queue``."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from align.events import parse_event
 
 MAX_POINTS = 400
 """Points of a drawn curve; more are averaged in equal runs, which no screen would tell apart."""
@@ -111,15 +112,12 @@ def _rank(title: str) -> tuple[int, str]:
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        with path.open(encoding="utf-8", errors="replace") as file:
+        with path.open("rb") as file:
             for line in file:
-                if '"metrics"' not in line and '"warning"' not in line and '"note"' not in line:
+                if b'"metrics"' not in line and b'"warning"' not in line and b'"note"' not in line:
                     continue  # a run of days reports its progress more often than its metrics
-                try:
-                    event = json.loads(line)
-                except ValueError:
-                    continue
-                if isinstance(event, dict):
+                event = parse_event(line)
+                if event is not None:
                     yield event
     except OSError:
         return

@@ -7,8 +7,6 @@ called off, so that none queues itself again. Never imports torch.
 
 from __future__ import annotations
 
-import json
-import os
 import secrets
 import time
 from collections.abc import Iterator
@@ -16,8 +14,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
+
+from align.checked_files import DamagedFile, read_sealed, write_sealed
 from align.errors import UserError
-from align.following import Said
+from align.following import Said, read_note, write_note
 from align.opening import Opening
 from align.pipeline import Pipeline
 from align.store import JOBS, Store
@@ -54,6 +55,8 @@ class Submission:
     stages: list[StageJob] = field(default_factory=list)
     sweep: dict[str, Any] | None = None
     """For a sweep: where its file was, `--set`'s, how many workers, the number of their array of jobs."""
+    references: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Kind and key of every stage of the pipeline, which ``gc`` leaves alone while a job waits or runs."""
 
     @classmethod
     def begin(cls, store: Store, pipeline: Pipeline, run: str, sweep: dict[str, Any] | None = None) -> Submission:
@@ -64,23 +67,34 @@ class Submission:
         rounds = {name: list(names) for name, names in pipeline.expanded.rounds.items()}
         made = cls(
             folder, run, pipeline.plain, pipeline.where, str(pipeline.base), rounds, Opening.of(store),
-            sweep=sweep,
+            sweep=sweep, references=pipeline.references,
         )  # fmt: skip
         made.write()
         return made
 
     @classmethod
     def read(cls, folder: Path) -> Submission:
-        """The submission in ``folder``."""
-        found = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        stages = [StageJob(**one) for one in found.pop("stages")]
-        return cls(folder, stages=stages, store=Opening(**found.pop("store")), **found)
+        """The submission in ``folder``; ``UserError`` for one that cannot be used."""
+        try:
+            about = read_sealed(folder / ABOUT, _About)
+        except DamagedFile as error:
+            raise UserError(
+                f"{folder / ABOUT}: damaged: it {error}. End its jobs with scancel, delete the folder {folder} and run "
+                "the command again."
+            ) from None
+        return cls(folder, **{name: getattr(about, name) for name in _About.model_fields})
 
     def write(self) -> None:
         """Bring ``submission.json`` up to date, in one rename."""
         about = asdict(self)
         del about["folder"]
-        write_json(self.folder / ABOUT, about)
+        write_sealed(self.folder / ABOUT, about)
+
+    @property
+    def numbers(self) -> set[int]:
+        """Slurm's numbers of its jobs."""
+        swept = (self.sweep or {}).get("job")
+        return {job.job for job in self.stages} | ({int(swept)} if swept is not None else set())
 
     def pipeline(self) -> Pipeline:
         """The pipeline that was submitted; ``UserError`` where its files have changed so that it is another now."""
@@ -103,14 +117,11 @@ class Submission:
 
     def said(self, stage: str) -> Said | None:
         """What the stage's job said of its last turn, if one has ended."""
-        try:
-            return Said(**json.loads((self.folder / f"{stage}.json").read_text(encoding="utf-8")))
-        except (FileNotFoundError, ValueError):
-            return None
+        return read_note(self.folder / f"{stage}.json")
 
     def say(self, stage: str, said: Said) -> None:
         """Note how a turn ended."""
-        write_json(self.folder / f"{stage}.json", asdict(said))
+        write_note(self.folder / f"{stage}.json", said)
 
     def call_off(self) -> None:
         """No job of this submission is to queue itself again."""
@@ -128,15 +139,24 @@ def submissions(store: Store, run: str | None = None) -> Iterator[Submission]:
     for path in sorted(folder.glob(f"{run or '*'}/*/{ABOUT}"), key=lambda path: path.parent.name, reverse=True):
         try:
             yield Submission.read(path.parent.resolve())
-        except (OSError, ValueError, TypeError):  # being written, deleted, or by another version
+        except (OSError, UserError):  # deleted meanwhile, or damaged, which `align gc` names
             continue
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a file that others read meanwhile."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    draft.replace(path)
+class _About(BaseModel):
+    """The content of ``submission.json``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    run: str
+    raw: dict[str, Any]
+    where: str
+    base: str
+    rounds: dict[str, list[str]]
+    store: Opening
+    stages: list[StageJob]
+    sweep: dict[str, Any] | None
+    references: dict[str, dict[str, str]]
 
 
-__all__ = ["StageJob", "Submission", "submissions", "write_json"]
+__all__ = ["StageJob", "Submission", "submissions"]

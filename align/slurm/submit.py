@@ -103,7 +103,6 @@ def _live_jobs(store: Store, run: str, wanted: list[Node]) -> dict[str, Submissi
 
 def _submit(found: Submitted, nodes: list[Node], anew: set[str]) -> None:
     pipeline, store = found.pipeline, found.store
-    reached = {node.name: {"kind": node.stage.kind, "key": node.key} for node in pipeline}
     submission = Submission.begin(store, pipeline, pipeline.name)
     asked: dict[str, tuple[list[str], Path]] = {}
     for node in nodes:
@@ -118,10 +117,10 @@ def _submit(found: Submitted, nodes: list[Node], anew: set[str]) -> None:
         for node in nodes:
             at = node.name
             commands.check(*asked[node.name])
-        store.remember_run(pipeline.name, reached, pipeline.plain)
+        store.remember_run(pipeline.name, pipeline.references, pipeline.plain)
         for node in nodes:
             at = node.name
-            before = store.find(node.stage.kind, node.key, node.name)
+            before = store.find_intact(node.stage.kind, node.key, node.name)
             options, script = asked[node.name]
             after = [found.job(name) for name in node.input_names if name in found.places]
             number = commands.submit([*options, *dependency(after)], script)

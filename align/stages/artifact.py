@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from align.artifacts import Kind, original_key
 from align.errors import UserError
 from align.fingerprint import file_digest
+from align.records import RECORD, DamagedRecord
+from align.records import read_record as read_checked
 from align.stage import Config, StageContext
 
 if TYPE_CHECKING:
     from align.models.architecture import Architecture
-
-RECORD = "record.json"
 
 
 class ArtifactConfig(Config):
@@ -68,17 +68,14 @@ class ArtifactConfig(Config):
 
 def read_record(folder: Path) -> dict[str, Any] | None:
     """The record of a finished artifact, or None; ``UserError`` for one that cannot be read."""
-    path = folder / RECORD
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        Kind(record["makes"])
-        if isinstance(record["key"], str) and isinstance(record["outputs"], dict):
-            return dict(record)
+        return read_checked(folder)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise UserError(f"path: {path} is no record of a finished artifact that this align reads.")
+    except DamagedRecord as error:
+        raise UserError(f"path: {error}") from None
+    except OSError as error:
+        raise UserError(f"path: {folder / RECORD} cannot be read ({error.strerror}).") from None
 
 
 def _refuse_other_models(folder: Path) -> None:
@@ -113,7 +110,7 @@ def run(context: StageContext) -> dict[str, Any]:
         _take(folder / name, context.output / name, context.output, entry["sha256"])
         done += entry["bytes"]
         context.progress(done, total, unit="bytes")
-    return {"key": original_key(record), "stage": record.get("stage", ""), "kind": record.get("kind", "")}
+    return {"key": original_key(record), "stage": record["stage"], "kind": record["kind"]}
 
 
 def _take(source: Path, target: Path, root: Path, sha256: str) -> None:

@@ -6,7 +6,6 @@ fails, since it would in each. Never imports torch.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from align.artifacts import Artifact
 from align.errors import StageFailed, UserError
+from align.events import read_events
 from align.listener import Listener
 from align.pipeline import Node, Pipeline
 from align.runner import Run, run_pipeline
@@ -50,7 +50,7 @@ class _Watch(Listener):
 
     def stage_cached(self, node: Node, artifact: Artifact) -> None:
         if node.name == self.stage:
-            for event in _events(artifact.path / EVENTS):
+            for event in read_events(artifact.path / EVENTS):
                 self._point(event)
             self._has_the_curve(node)
         self.inner.stage_cached(node, artifact)
@@ -58,7 +58,7 @@ class _Watch(Listener):
     def stage_started(self, node: Node, folder: Path, resumed: bool) -> None:
         self.current = node
         if node.name == self.stage and resumed:  # points that an earlier attempt made
-            for event in _events(folder / EVENTS):
+            for event in read_events(folder / EVENTS):
                 self._point(event)
         self.inner.stage_started(node, folder, resumed)
 
@@ -97,19 +97,6 @@ class _Watch(Listener):
             raise UserError(
                 f"prune: stage '{node.name}' has no curve '{self.curve}'.{suggest(self.curve, self.curves)}"
             )
-
-
-def _events(path: Path) -> list[dict[str, Any]]:
-    found = []
-    try:
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                found.append(json.loads(line))
-            except ValueError:
-                continue
-    except OSError:
-        return []
-    return found
 
 
 def work(
@@ -151,7 +138,9 @@ def _run_trial(
     known = {str(one.notes.get("failed_key")): one.number for one in study.tried() if one.state == "failed"}
     for node in pipeline:
         before = known.get(node.key)
-        if before is not None and _retried(study, trial) is None and store.find(node.stage.kind, node.key) is None:
+        if before is None or _retried(study, trial) is not None:
+            continue
+        if store.find_intact(node.stage.kind, node.key) is None:
             study.failed(trial, error=f"stage '{node.name}' is the same as in trial {before}, where it failed")
             return "failed"
     with watching(pipeline) as inner:

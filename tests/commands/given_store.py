@@ -36,7 +36,8 @@ def publish(
         folder,
         {
             "key": digit * 64, "kind": kind, "stage": kind, "pipeline": "quick", "makes": str(makes), "version": 1,
-            "config": {}, "seed": 17, "metrics": {}, "seconds": 61.0, "peak_memory_bytes": 2**30, "tokens": 1234,
+            "config": {}, "parts": {}, "seed": 17, "metrics": {},
+            "seconds": 61.0, "peak_memory_bytes": 2**30, "tokens": 1234,
             "created": f"2026-01-0{len(store.all()) + 1}T00:00:00+00:00", "align": "0.1.0",
             "packages": {"python": "3.11.7", "torch": "2.13.0"}, "platform": "linux x86_64, 2 cores", "git": "c" * 40,
             "command": "align run pipelines/quick.yaml",

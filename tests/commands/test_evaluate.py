@@ -21,6 +21,7 @@ from align.errors import UserError
 from align.models.tiny import make_tiny
 from align.pipeline import Pipeline
 from align.store import Store
+from tests.records import record_of
 
 Said = pytest.CaptureFixture[str]
 QUESTIONS = [
@@ -146,8 +147,7 @@ def test_the_base_of_a_reward_model_is_not_that_of_the_policy(tmp_path: Path) ->
         output = tmp_path / key
         output.mkdir()
         links = [{"stage": one.stage, "kind": one.record["kind"], "key": one.record["key"]} for one in reads]
-        record = {"key": key, "kind": kind, "stage": kind, "makes": str(makes), "input_stages": links, "metrics": {}}
-        return store.publish(output, record | {"created": "", "config": {}})
+        return store.publish(output, record_of(kind, str(number), makes, input_stages=links))
 
     (store.root / "model").mkdir()
     for folder in ("sft", "reward", "ppo"):

@@ -19,6 +19,7 @@ from align.data.rows import Row, assistant, prompt_key, read_rows, user, write_r
 from align.data.splits import group
 from align.errors import UserError
 from align.fingerprint import digest
+from tests.records import put_record
 
 
 class Built:
@@ -233,7 +234,7 @@ def test_rounds_of_sampling_are_merged_without_a_loss(make, tmp_path: Path) -> N
 def test_an_artifact_and_an_input_are_read_as_rows(make, tmp_path: Path) -> None:
     first = make([write(tmp_path / "a.jsonl", questions(30)) | {"license": "MIT"}])
     (first.folder / "ledger.json").write_text(json.dumps(first.ledger))
-    (first.folder / "record.json").write_text(json.dumps({"key": "ab" * 32}))
+    put_record(first.folder, key="ab" * 32)
     again = make([{"type": "input", "index": 0, "split": "train"}], inputs=[first.folder])
     assert again.ledger["rows_in"] == len(first.train)
     assert again.ledger["sources"][0]["license"] == "mit"

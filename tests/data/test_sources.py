@@ -25,6 +25,7 @@ from align.data.sources import Item, choose_format, find_files, identity, read
 from align.errors import UserError
 from align.stage import Config
 from align.validation import validate
+from tests.records import put_record
 
 ZEROS = "0" * 40
 
@@ -162,13 +163,13 @@ def test_generators_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         list(read(missing, tmp_path))
 
 
-def artifact(folder: Path, key: str = "abc") -> Path:
+def artifact(folder: Path, key: str = "a" * 64) -> Path:
     row = {"id": "1", "source": "s", "prompt": [user("a")], "checks": ""}
     folder.mkdir()
     write_rows(folder / "train-00000-of-00002.parquet", [row])
     write_rows(folder / "train-00001-of-00002.parquet", [row | {"id": "2", "score": 1.0}])
     write_rows(folder / "test.parquet", [row | {"id": "3"}])
-    (folder / "record.json").write_text(json.dumps({"key": key}))
+    put_record(folder, key=key)
     return folder
 
 
@@ -180,7 +181,7 @@ def test_artifacts_and_inputs_give_their_rows(tmp_path: Path) -> None:
     assert "score" not in found[0][1] and found[1][1]["score"] == 1.0
     given = InputSource(type="input", index=1, split="test")
     assert [r["id"] for r in records(read(given, tmp_path, [tmp_path, folder]))] == ["3"]
-    assert identity(given, tmp_path, [tmp_path, folder]) == {"input 1": "abc"}
+    assert identity(given, tmp_path, [tmp_path, folder]) == {"input 1": "a" * 64}
     with pytest.raises(UserError, match=r"reads input 1, and the data stage was given 1 inputs"):
         list(read(given, tmp_path, [folder]))
 
@@ -188,9 +189,9 @@ def test_artifacts_and_inputs_give_their_rows(tmp_path: Path) -> None:
 def test_identity_of_an_artifact_is_its_key(tmp_path: Path) -> None:
     artifact(tmp_path / "one")
     one = ArtifactSource(type="artifact", path="one")
-    assert identity(one, tmp_path) == {"artifact": "abc"}
+    assert identity(one, tmp_path) == {"artifact": "a" * 64}
     (tmp_path / "one" / "record.json").write_text("{}")
-    with pytest.raises(UserError, match="not the record of an artifact"):
+    with pytest.raises(UserError, match="record.json: damaged: it is not what was written there .it has no seal"):
         identity(one, tmp_path)
     (tmp_path / "one" / "record.json").unlink()
     with pytest.raises(UserError, match="no finished artifact .it has no record.json."):

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 from align import following
+from align.checked_files import write_sealed
+from align.cli import main
 from align.errors import StageFailed, UserError
 from align.following import Following
 from align.listener import Listener
@@ -220,10 +222,33 @@ def test_a_pipeline_whose_files_have_changed_since_is_not_run_as_another(slurm: 
     about = submitted.places["one"].folder / "submission.json"
     found = json.loads(about.read_text())
     found["raw"]["stages"]["one"]["number"] = 9
-    about.write_text(json.dumps(found))
+    del found["seal"]
+    write_sealed(about, found)
     (slurm.state / "held").unlink()
     slurm.wait_until(lambda: submitted.places["one"].said("one"))
     assert "stage 'one' is another than when it was submitted" in submitted.places["one"].said("one").message
+
+
+def test_gc_keeps_what_jobs_that_wait_will_need(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run of the name has been made since, so only the jobs still reach these stages."""
+    store = Store.open(slurm.store)
+    run_pipeline(Pipeline(toy.pipeline()), store=store, only="one")
+    (slurm.state / "held").touch()
+    submit_run(Pipeline(toy.pipeline(), base=slurm.folder), RunOptions(slurm.store))
+    run_pipeline(Pipeline(toy.pipeline(one={"number": 9})), store=store, only="one")
+    first = store.folder("number", Pipeline(toy.pipeline()).nodes["one"].key)
+    assert main(["gc", "--delete", "--store", str(slurm.store)]) == 0 and first.exists()
+    with monkeypatch.context() as patched:
+        patched.setenv("PATH", "/usr/bin:/bin")  # no Slurm here: what it would say is not known
+        assert main(["gc", "--delete", "--store", str(slurm.store)]) == 0 and first.exists()
+    (submission,) = submissions(store)
+    about = submission.folder / "submission.json"
+    whole = about.read_bytes()
+    about.write_bytes(whole[:-9])
+    assert main(["gc", "--delete", "--store", str(slurm.store)]) == 2 and first.exists()
+    about.write_bytes(whole)
+    call_off(submissions(store))
+    assert main(["gc", "--delete", "--store", str(slurm.store)]) == 0 and not first.exists()
 
 
 def test_a_job_that_vanishes_without_a_word_is_noticed(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,9 @@ from align.artifacts import Artifact, Kind
 from align.data.rows import user, write_rows
 from align.runtime import EngineConfig, Runtime
 from align.stage import StageContext
+from align.stage_result import write_work
 from align.stages.synthesise import SynthesiseConfig
+from tests.records import put_record
 from tests.rollouts.fake_chat import FakeChat, completion
 
 
@@ -104,11 +106,10 @@ def lay_out(context: StageContext, engine: str = "auto") -> Path:
     for name, artifact in context.inputs.items():
         inputs[name] = artifact and {"stage": artifact.stage, "path": str(artifact.path)}
         if artifact is not None:
-            record = {"makes": str(artifact.kind), "key": artifact.record["key"]}
-            (artifact.path / "record.json").write_text(json.dumps(record))
+            put_record(artifact.path, makes=str(artifact.kind), key=artifact.record["key"])
     work = {
         "name": "s", "stage": "synthesise", "config": context.config.model_dump(mode="json"), "seed": 11,
         "runtime": Runtime(engine=EngineConfig(name=engine)).model_dump(mode="json"), "inputs": inputs,
     }  # fmt: skip
-    (folder / "work.json").write_text(json.dumps(work))
+    write_work(folder, work)
     return folder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -11,10 +10,13 @@ from typing import Any
 import pytest
 
 from align.artifacts import Artifact, Kind
+from align.checked_files import write_sealed
 from align.errors import UserError
 from align.pipeline import Pipeline
+from align.records import read_record
 from align.store import Store
 from tests import toy
+from tests.records import change_record
 
 
 @pytest.fixture
@@ -73,8 +75,7 @@ def test_the_key_follows_the_artifact_and_not_its_place(made: Artifact, tmp_path
     moved = tmp_path / "elsewhere"
     shutil.copytree(made.path, moved)
     assert taking(moved).nodes["mine"].key == taking(made.path).nodes["mine"].key
-    record = json.loads((moved / "record.json").read_text())
-    (moved / "record.json").write_text(json.dumps({**record, "key": "0" * 64}))
+    change_record(moved, key="0" * 64)
     assert taking(moved).nodes["mine"].key != taking(made.path).nodes["mine"].key
 
 
@@ -107,7 +108,7 @@ def test_what_cannot_be_taken_is_refused_before_anything_runs(made: Artifact, ti
     for path, expected in (
         (tmp_path / "nowhere", "p.yaml: stages.mine: path: there is no folder"),
         (tmp_path / "empty", "has no record.json, so it is not a finished artifact; `align list`"),
-        (broken, "broken/record.json is no record of a finished artifact"),
+        (broken, "broken/record.json: damaged: it is not what was written there (it has no seal)"),
         (tiny_model, f"bring it in with `stage: model` and `source: {tiny_model}`"),
     ):
         with pytest.raises(UserError) as caught:
@@ -124,14 +125,13 @@ def remove(folder: Path) -> None:
 
 
 def lead_out(folder: Path) -> None:
-    record = json.loads((folder / "record.json").read_text())
-    record["outputs"] = {"../../outside.txt": record["outputs"]["number.txt"]}
-    (folder / "record.json").write_text(json.dumps(record))
+    record = read_record(folder)
+    write_sealed(folder / "record.json", record | {"outputs": {"../../outside.txt": record["outputs"]["number.txt"]}})
 
 
 @pytest.mark.parametrize(
     ("harm", "expected"),
-    [(damage, "another sha256 than its record"), (remove, "cannot be read"), (lead_out, "outside the artifact")],
+    [(damage, "another sha256 than its record"), (remove, "cannot be read"), (lead_out, "leads out of the artifact")],
 )
 def test_an_artifact_that_is_not_what_its_record_says_is_refused(
     harm: Any, expected: str, made: Artifact, tmp_path: Path
