@@ -99,8 +99,10 @@ def _schema(options: argparse.Namespace) -> int:
 def _chat(options: argparse.Namespace) -> int:
     """talk with a checkpoint: a folder, an artifact's key, or PIPELINE:STAGE"""
     from align.commands.finding import find_checkpoint
+    from align.commands.lineage import refuse_damage
 
     checkpoint = find_checkpoint(options.checkpoint, options.store)
+    refuse_damage(checkpoint, thorough=False)
     from align.chat import chat
 
     return chat(checkpoint, system=options.system, temperature=options.temperature, max_tokens=options.max_tokens)

@@ -221,7 +221,12 @@ def _publish(
             for field_name, value in node.inputs.items()
         },
         "input_stages": [
-            {"stage": artifact.stage, "kind": artifact.record["kind"], "key": artifact.record["key"]}
+            {
+                "stage": artifact.stage,
+                "kind": artifact.record["kind"],
+                "key": artifact.record["key"],
+                "weights": artifact.weights,
+            }
             for artifact in inputs.values()
         ],
         "identities": node.identities,

@@ -57,6 +57,8 @@ class InputStage(StageReference):
     """An artifact that a stage read."""
 
     stage: str
+    weights: Digest | None = None
+    """Digest of the files of a checkpoint that was read (``Artifact.weights``)."""
 
 
 class Record(_Strict):

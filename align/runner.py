@@ -80,7 +80,8 @@ def _run_stages(
     run = Run(opened, last={name: pipeline.resolve(name) for name in pipeline.expanded.rounds})
     only = None if only is None else pipeline.resolve(only)
     for node in pipeline:
-        found = opened.find(node.stage.kind, node.key, node.name)
+        look = opened.find_intact if node.name in anew else opened.find
+        found = look(node.stage.kind, node.key, node.name)
         if found is not None and node.name not in anew:
             run.artifacts[node.name] = found
             listener.stage_cached(node, found)

@@ -7,12 +7,23 @@ import json
 import os
 from pathlib import Path
 
+from pydantic import BaseModel, ConfigDict
+
+from align.checked_files import DamagedFile, parse_object, validate
 from align.errors import UserError
 from align.shared_folder import UNREACHABLE
 from align.whole_files import write_atomically
 
 MARKER = "align-store.json"
 FORMAT = 1
+
+
+class _Mark(BaseModel):
+    """The content of ``align-store.json``."""
+
+    model_config = ConfigDict(strict=True)
+
+    format: int
 
 
 def open_folder(root: Path) -> None:
@@ -23,10 +34,10 @@ def open_folder(root: Path) -> None:
     marker = root / MARKER
     try:
         if marker.is_file():
-            found = json.loads(marker.read_text(encoding="utf-8"))
-            if found.get("format") != FORMAT:
+            mark = validate(_Mark, parse_object(marker.read_bytes()))
+            if mark.format != FORMAT:
                 raise UserError(
-                    f"{root}: a store of format {found.get('format')}, this align reads format {FORMAT}. "
+                    f"{root}: a store of format {mark.format} by its {MARKER}, this align reads format {FORMAT}. "
                     "Use the align that made it, or another --store."
                 )
         elif root.exists() and not _may_become_a_store(root):
@@ -38,8 +49,11 @@ def open_folder(root: Path) -> None:
             write_atomically(marker, {"format": FORMAT})
         if not os.access(root, os.R_OK | os.W_OK | os.X_OK):
             raise PermissionError(13, "permission denied")
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
-        raise UserError(f"{marker}: damaged; not readable as a store. Name another --store.") from None
+    except DamagedFile as error:
+        raise UserError(
+            f"{marker}: damaged: it {error}. Write {json.dumps({'format': FORMAT})} into it if {root} is a store, or "
+            "name another --store."
+        ) from None
     except OSError as error:
         if error.errno in UNREACHABLE:
             raise

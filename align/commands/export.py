@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from align.artifacts import Artifact
 from align.commands.finding import find_checkpoint
-from align.commands.lineage import find_base, find_scorecard, lineage, pipeline_of, record_of
+from align.commands.lineage import find_base, find_scorecard, lineage, pipeline_of, record_of, refuse_damage
 from align.commands.parsing import add_store, print_json
 from align.errors import StageFailed, UserError, explain_os_error
 from align.models.export import ADAPTER, Source, check_source, read_json
@@ -79,10 +79,13 @@ def choose(word: str, base: str | None, store: str | None) -> Chosen:
         recorded = str(read_json(folder / ADAPTER).get("base_model_name_or_path") or "")
         given = None if base is None else find_checkpoint(base, store)
         found, note = find_base(folder, recorded, given)
+        for part in (folder, found):
+            refuse_damage(part, thorough=True)
         return Chosen(Source(found, folder), record_of(folder), note)
     if base is not None:
         raise UserError(f"--base is for adapters, and {word} has no {ADAPTER}.")
     found = find_checkpoint(word, store)
+    refuse_damage(found, thorough=True)
     return Chosen(Source(found), record_of(found), None)
 
 

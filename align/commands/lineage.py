@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from align.artifacts import GENERATORS, Artifact, Kind
+from align.checked_files import DamagedFile, parse_object
 from align.commands.checkpoints import artifact_at
 from align.commands.finding import find_artifact
+from align.console import printable
 from align.errors import UserError
 from align.fingerprint import file_digest
 from align.handover.adapters import check_base, has_base
 from align.handover.faults import refuse
+from align.outputs import differing
 from align.records import RECORD
 from align.store import Store
 from align.store_mark import MARKER
@@ -25,6 +28,21 @@ def record_of(folder: Path) -> Artifact | None:
     """The finished artifact that a checkpoint's ``model/`` or ``adapter/`` folder belongs to, if any."""
     inside = folder.resolve().parent
     return artifact_at(inside) if (inside / RECORD).is_file() else None
+
+
+def refuse_damage(folder: Path, *, thorough: bool) -> None:
+    """Raise ``UserError`` where a checkpoint's folder belongs to an artifact whose files differ from its record.
+
+    Only files whose time or size changed are hashed, unless ``thorough``: a flipped bit on a disk changes neither.
+    """
+    artifact = record_of(folder)
+    if artifact is None:
+        return
+    for problem in differing(artifact, thorough):
+        raise UserError(
+            f"{problem.path} {problem.what}. The artifact is corrupted; `--rebuild {artifact.stage}` in its pipeline "
+            "makes it again."
+        )
 
 
 def store_of(artifact: Artifact) -> Store | None:
@@ -88,23 +106,42 @@ def find_scorecard(
         card = _read(named)
         if artifact is None or artifact.key not in _measured(card):
             raise UserError(f"--scorecard {word}: this checkpoint is not among those it measures.")
+        if not _read_these_weights(named, artifact):
+            raise UserError(
+                f"--scorecard {word}: it measured other weights of '{artifact.stage}', which was made again."
+            )
         return card, named
     own = store_of(artifact) if artifact is not None else None
     if artifact is None or own is None:
         return None
-    for one in reversed(own.all()):
-        if one.kind == Kind.SCORECARD and artifact.key in _measured(card := _read(one)):
-            return card, one
+    for evaluation in reversed(own.all()):
+        if evaluation.kind != Kind.SCORECARD or not _read_these_weights(evaluation, artifact):
+            continue
+        try:
+            card = _read(evaluation)
+        except UserError as error:
+            print(printable(f"note: an evaluation is left out: {error}"), file=sys.stderr)
+            continue
+        if artifact.key in _measured(card):
+            return card, evaluation
     return None
+
+
+def _read_these_weights(evaluation: Artifact, checkpoint: Artifact) -> bool:
+    """Whether an evaluation may have read this making of the checkpoint; a stage made anew may have other weights."""
+    recorded = {link["weights"] for link in evaluation.record["input_stages"] if link.get("weights")}
+    return not recorded or checkpoint.weights in recorded
 
 
 def _read(artifact: Artifact) -> dict[str, Any]:
     path = artifact.path / "scorecard.json"
+    remedy = f"`--rebuild {artifact.stage}` in its pipeline makes it again."
+    for problem in differing(artifact, thorough=True):
+        raise UserError(f"{problem.path} {problem.what}; {remedy}")
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return found
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); `--rebuild {artifact.stage}` makes it again.") from None
+        return parse_object(path.read_bytes())
+    except (OSError, DamagedFile) as error:
+        raise UserError(f"{path}: cannot be read (it {error}); {remedy}") from None
 
 
 def _measured(card: dict[str, Any]) -> set[str]:

@@ -1,0 +1,113 @@
+"""Every file of a finished store is damaged in turn: a command names the file, or answers as if nothing were wrong."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from align.cli import main
+from align.errors import UserError
+from align.events import read_events
+from align.pipeline import Pipeline
+from align.planning import plan
+from align.runner import run_pipeline
+from align.store import Store
+from tests import toy
+from tests.damage import NO_RESULT, files_of, takes
+from tests.test_runner import Recorder
+
+
+@pytest.fixture
+def raw() -> dict[str, Any]:
+    return {**toy.pipeline(), "runtime": {"store": {"lease": 1}}}
+
+
+def test_every_damage_to_a_small_store_is_named_or_changes_nothing(
+    tmp_path: Path, raw: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ALIGN_STORE", raising=False)
+    store, file = tmp_path / "store", tmp_path / "toy.yaml"
+    file.write_text(yaml.safe_dump(raw, sort_keys=False))
+    assert main(["run", str(file), "--store", str(store)]) == 0
+    key = Pipeline(raw).nodes["total"].key[:12]
+    commands = [
+        ["plan", str(file)], ["list"], ["show", key], ["show", key, "--verify"], ["gc"], ["status", "toy"],
+        ["report", str(file)], ["compare", "a=toy", "b=toy"], ["run", str(file)],
+    ]  # fmt: skip
+    left_out = ("locks/", "reports/", "number/")  # one artifact stands for all; the others are the slow test's
+    names = [name for name in files_of(store) if not name.startswith(left_out)]
+    wrong = []
+    for name, kind, command, answer, whole in takes(store, tmp_path / "copy", commands, names, capsys):
+        file_name = Path(name).name
+        if file_name in NO_RESULT or name.startswith("reports/"):  # no part of the result; that none raises is all
+            continue
+        if kind == "deleted" and (file_name == "record.json" or name.startswith("runs/")):
+            continue  # the stage was never finished, the run never made: see docs/store.md
+        if file_name not in answer.out + answer.err:
+            wrong.append(f"{name} {kind}: {' '.join(command)}: {answer} instead of {whole}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_run_stops_at_a_damaged_record_and_rebuilds_it(tmp_path: Path, raw: dict[str, Any]) -> None:
+    """With a changed key the stage was made three times over, and the run failed for good."""
+    pipeline = Pipeline(raw)
+    run = run_pipeline(pipeline, store=tmp_path)
+    record = run.artifacts["two"].path / "record.json"
+    record.write_text(record.read_text().replace(run.artifacts["two"].record["key"], "0" * 64))
+    before = sorted(tmp_path.rglob("number.txt"))
+    with pytest.raises(UserError, match=r"record\.json: damaged: .*`--rebuild two` makes the stage again"):
+        run_pipeline(pipeline, store=tmp_path)
+    assert sorted(tmp_path.rglob("number.txt")) == before
+    assert [step.action for step in plan(pipeline, run.store)] == ["cached", "damaged", "cached"]
+    assert [step.action for step in plan(pipeline, run.store, {"two"})] == ["cached", "run", "cached"]
+    again = run_pipeline(pipeline, store=tmp_path, rebuild=("two",))
+    assert again.ran == ["two"]
+    assert run_pipeline(pipeline, store=tmp_path).ran == []
+
+
+def test_a_record_in_another_ones_place_is_damaged(tmp_path: Path, raw: dict[str, Any]) -> None:
+    run = run_pipeline(Pipeline(raw), store=tmp_path)
+    one, two = run.artifacts["one"].path, run.artifacts["two"].path
+    shutil.rmtree(two)
+    shutil.copytree(one, two)
+    with pytest.raises(UserError, match=f"{two}/record.json: damaged: it is the record of number/{one.name}"):
+        run_pipeline(Pipeline(raw), store=tmp_path)
+    assert len(run.store.all()) == 2
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"status": "done"}', '{"status": "done", "metrics": []}', "[" * 99999], ids=len
+)
+def test_what_a_stage_left_is_believed_only_where_it_is_whole(
+    tmp_path: Path, raw: dict[str, Any], content: str
+) -> None:
+    """A runner that died leaves these; with an unexpected content they were tracebacks."""
+    pipeline, store = Pipeline(raw), Store.open(tmp_path)
+    partial = store.partial("number", pipeline.nodes["one"].key)
+    (partial / "output").mkdir(parents=True)
+    for name in ("result.json", "attempts.json", "work.json", "events.jsonl"):
+        (partial / name).write_text(content)
+    store.remember_run("toy", pipeline.references, {})
+    assert main(["status", "toy", "--store", str(tmp_path)]) == 0
+    recorder = Recorder()
+    run = run_pipeline(pipeline, store=store, listener=recorder)
+    assert run.ran == ["one", "two", "total"]
+    assert len(run.artifacts["one"].record["attempts"]) == 1
+    said = [str(text) for what, text in recorder.said if what == "warning"]
+    assert any("result.json: damaged: it" in text and "goes on from its checkpoints" in text for text in said)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"[]", b"1", b'{"event": "progress"}', b'{"event": "progress", "done": null, "total": 3}', b'{"event": 3}',
+     b'{"event": "metrics", "step": "x"}', b"[" * 99999, b"\xff"],
+    ids=len,
+)  # fmt: skip
+def test_a_damaged_event_is_skipped(tmp_path: Path, line: bytes) -> None:
+    file = tmp_path / "events.jsonl"
+    file.write_bytes(line + b'\n{"event": "note", "time": 1.0, "message": "x"}\n')
+    assert [event["event"] for event in read_events(file)] == ["note"]
