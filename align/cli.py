@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 
 from align import __version__
 from align.commands import artifacts, cancel, capacity, compare, data, evaluate, export, push, report, status, sweep
 from align.commands.parsing import Parser, add_store, print_json
+from align.commands.streams import GuardedStream, OutputEnded, guarded_streams
 from align.errors import StageFailed, UserError
 from align.stop_request import Stopped
 
+FAILED = 1
 INTERRUPTED = 130
 
 
@@ -164,19 +165,39 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+GOES_ON = ("run", "sweep", "eval", "export", "data", "push")
+"""Commands that work on when nobody reads what they print."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0 done, 1 a stage failed, 2 the input is wrong, 75 stopped as asked."""
+    with guarded_streams() as output:
+        try:
+            code = _answer(arguments, output)
+            sys.stdout.flush()
+        except OutputEnded:
+            code = 0
+        sys.stderr.flush()
+        if output.error is None or isinstance(output.error, BrokenPipeError):
+            return code
+        print(
+            f"standard output cannot be written ({output.error.strerror or output.error}); the rest of it is lost.",
+            file=sys.stderr,
+        )
+        return code if output.goes_on and not output.is_document else code or FAILED
+
+
+def _answer(arguments: Sequence[str] | None, output: GuardedStream) -> int:
     try:
         options = parser().parse_args(arguments)
+        output.goes_on = options.command in GOES_ON
+        output.is_document = bool(getattr(options, "json", False))
         return COMMANDS[options.command](options)
     except (UserError, StageFailed, Stopped) as error:
         from align.console import printable
 
         print("\n".join(printable(line) for line in str(error).splitlines()), file=sys.stderr)
         return error.exit_code
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except KeyboardInterrupt:
         return INTERRUPTED
 

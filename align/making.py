@@ -21,6 +21,7 @@ from align.listener import Listener
 from align.locking import Hold, LockLost
 from align.pipeline import Node, Pipeline
 from align.provenance import command_line, git_commit, source_digest
+from align.records import DamagedArtifact
 from align.shared_folder import UNREACHABLE_STORE
 from align.sharing import among_machines, fetched_meanwhile, offer
 from align.stage_process import CHECKPOINTS, EVENTS, LOG, OUTPUT
@@ -90,9 +91,10 @@ def _under_lock(
         for artifact in inputs.values():
             problems = store.problems(artifact, thorough=True)
             if problems:
-                raise UserError(
+                raise DamagedArtifact(
                     f"stage '{node.name}' would read {problems[0].path}, which {problems[0].what}. "
-                    f"The artifact is corrupted; `--rebuild {artifact.stage}` makes it again."
+                    f"The artifact is corrupted; `--rebuild {artifact.stage}` makes it again.",
+                    artifact.stage,
                 )
         result = store.patience.keep_trying(lambda: _finished_result(partial, listener.warning))
         if result is None:

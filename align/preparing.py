@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from align.errors import UserError
 from align.listener import Listener
 from align.opening import open_store
 from align.pipeline import Node, Pipeline
 from align.planning import check_sources, choose_stages, stages_to_make
+from align.records import DamagedArtifact
 from align.sharing import bring
 from align.store import Store
 from align.trackers import require_trackers
@@ -68,9 +68,10 @@ def _refuse_damage(pipeline: Pipeline, store: Store, anew: set[str]) -> None:
         artifact = store.find(node.stage.kind, node.key, node.name)
         problems = store.problems(artifact, thorough=False) if artifact is not None else []
         if problems:
-            raise UserError(
+            raise DamagedArtifact(
                 f"stage '{node.name}': {problems[0].path} {problems[0].what}. "
-                f"The artifact is corrupted; `--rebuild {node.name}` makes it again."
+                f"The artifact is corrupted; `--rebuild {node.name}` makes it again.",
+                node.name,
             )
 
 

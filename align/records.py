@@ -82,17 +82,25 @@ class Record(_Strict):
     packages: dict[str, str] = {}
 
 
-class DamagedRecord(UserError):
+class DamagedArtifact(UserError):
+    """The artifact of the stage ``stage`` is not what was written there; the message has file, finding and remedy."""
+
+    def __init__(self, message: str, stage: str) -> None:
+        super().__init__(message)
+        self.stage = stage
+
+
+class DamagedRecord(DamagedArtifact):
     """The record of one artifact cannot be used. ``finding`` is a clause that follows the file's name."""
 
     def __init__(self, path: Path | str, finding: str, stage: str = "", remedy: str = "") -> None:
-        self.path, self.finding, self.stage = path, finding, stage
+        self.path, self.finding = path, finding
         folder = Path(path).parent
         if not remedy:
             remedy = f"Delete the folder {folder} and run again to make the stage anew."
             if stage:
                 remedy = f"`--rebuild {stage}` makes the stage again."
-        super().__init__(f"{path}: damaged: it {finding}. {remedy}")
+        super().__init__(f"{path}: damaged: it {finding}. {remedy}", stage)
 
 
 def parse_record(data: bytes) -> dict[str, Any]:

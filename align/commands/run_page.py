@@ -25,6 +25,7 @@ from align.stage_process import LOG
 from align.stage_result import left_result
 from align.store import REPORTS, Store
 from align.validation import suggest
+from align.whole_files import write_text_atomically
 
 PAGE, STAMP = "report.html", ".written"
 STOPPED = "stopped before it was done; the same command continues."
@@ -165,7 +166,7 @@ def write_page(
     folder.mkdir(parents=True, exist_ok=True)
     stamp = _stamp(run, artifacts, failure)
     with _alone(folder, store):
-        if not always and _read(folder / STAMP) == stamp and (folder / PAGE).is_file():
+        if not always and (folder / PAGE).is_file() and _read(folder / STAMP) == _sealed(stamp, folder):
             return folder / PAGE
         (folder / STAMP).unlink(missing_ok=True)
         pending = {
@@ -183,7 +184,7 @@ def write_page(
             cached=cached,
             pending=pending,
         )
-        (folder / STAMP).write_text(stamp, encoding="utf-8")
+        write_text_atomically(folder / STAMP, _sealed(stamp, folder))
     return page
 
 
@@ -221,6 +222,12 @@ def _stamp(run: RunOf, artifacts: Mapping[str, Artifact], failure: Failure | Non
     return digest([__version__, _code(), run.title, list(run.stages), list(made.items()), of_failure])
 
 
+def _sealed(stamp: str, folder: Path) -> str:
+    """The stamp with the digest of the page and of what lies beside it, so that a damaged one is written anew."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.relative_to(folder).parts[0][0] != "."]
+    return digest([stamp, {path.relative_to(folder).as_posix(): file_digest(path) for path in files}])
+
+
 def _age(failure: Failure) -> str:
     try:
         return "" if failure.log is None else str(failure.log.stat().st_mtime_ns)
@@ -237,8 +244,8 @@ def _code() -> str:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except OSError:
+        return path.read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError):
         return ""
 
 

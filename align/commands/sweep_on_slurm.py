@@ -30,6 +30,7 @@ from align.store import Store
 from align.sweep.config import load_sweep
 from align.sweep.plan import Sweep
 from align.sweep.study import Study
+from align.whole_files import write_text_atomically
 
 FILE = "sweep.yaml"
 
@@ -80,7 +81,7 @@ def _submit(sweep: Sweep, store: Store, workers: int, assignments: list[str]) ->
     about = {"where": sweep.where, "assignments": list(assignments), "workers": workers, "job": None}
     made = Submission.begin(store, sweep.base, sweep.config.name, about)
     config = sweep.config.model_dump(mode="json", exclude_unset=True)
-    (made.folder / FILE).write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    write_text_atomically(made.folder / FILE, yaml.safe_dump(config, sort_keys=False))
     script = write_script(
         made.folder / "worker.sh", f"sweep {made.run}", [str(made.folder)], block.setup, "align.commands.sweep_on_slurm"
     )

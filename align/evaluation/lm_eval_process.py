@@ -20,8 +20,10 @@ from typing import Any
 import psutil
 
 import align
+from align.checked_files import DamagedFile, parse_object
 from align.errors import UserError
 from align.evaluation.lm_eval_run import JOB, RESULT
+from align.whole_files import write_text_atomically
 
 MODULE = "align.evaluation.lm_eval_run"
 POLL_SECONDS = 0.1
@@ -50,7 +52,7 @@ def run_lm_eval(job: Mapping[str, Any], base: Path, quiet_seconds: float) -> dic
     with tempfile.TemporaryDirectory(prefix="align-lm-eval-") as name:
         folder = Path(name)
         log, result = folder / "log.txt", folder / RESULT
-        (folder / JOB).write_text(json.dumps({**job, "parent": os.getpid()}), encoding="utf-8")
+        write_text_atomically(folder / JOB, json.dumps({**job, "parent": os.getpid()}))
         with log.open("wb") as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", MODULE, str(folder)], stdin=subprocess.DEVNULL, stdout=output,
@@ -68,7 +70,10 @@ def run_lm_eval(job: Mapping[str, Any], base: Path, quiet_seconds: float) -> dic
             )
         if process.returncode != 0 or not result.is_file():
             raise RuntimeError(f"lm-eval ended with exit code {process.returncode}.{last_words(log)}")
-        found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+        try:
+            found = parse_object(result.read_bytes())
+        except DamagedFile as error:
+            raise RuntimeError(f"lm-eval's result {error}.{last_words(log)}") from None
     if "refused" in found:
         raise UserError(found["refused"])
     return found

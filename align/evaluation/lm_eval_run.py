@@ -18,6 +18,7 @@ from typing import Any
 
 from align.errors import UserError
 from align.evaluation.lm_eval_describe import describe, offer_nltk_data, pin_data, task_index
+from align.whole_files import write_text_atomically
 
 JOB, RESULT = "job.json", "result.json"
 SEEDS = {"random_seed": 0, "numpy_random_seed": 1234, "torch_random_seed": 1234, "fewshot_random_seed": 1234}
@@ -43,9 +44,7 @@ def main(folder: Path) -> int:
         result = describe(job) if job["do"] == "describe" else evaluate(job)
     except UserError as error:
         result = {"refused": str(error)}
-    draft = folder / f"{RESULT}.draft"
-    draft.write_text(json.dumps(result, allow_nan=False), encoding="utf-8")
-    draft.replace(folder / RESULT)
+    write_text_atomically(folder / RESULT, json.dumps(result, allow_nan=False))
     return 0
 
 

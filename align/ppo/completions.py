@@ -11,6 +11,7 @@ from typing import Any
 
 from align.models.token_texts import token_texts
 from align.ppo.rollout import COMPONENT, Rollout
+from align.whole_files import write_text_atomically
 
 FOLDER = "completions"
 PER_TOKEN = ("kl", "values", "raw_advantages")
@@ -27,9 +28,7 @@ def write(folder: Path, rollout: Rollout, count: int, tokenizer: Any) -> None:
     lines = [
         json.dumps(_line(rollout, index, tokenizer), ensure_ascii=False) for index in range(min(count, len(rollout)))
     ]
-    draft = path.with_suffix(".draft")
-    draft.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    draft.replace(path)
+    write_text_atomically(path, "".join(f"{line}\n" for line in lines))
 
 
 def _line(rollout: Rollout, index: int, tokenizer: Any) -> dict[str, Any]:

@@ -20,8 +20,10 @@ from typing import Any
 
 from markupsafe import Markup
 
+from align.checked_files import DamagedFile, parse_object
 from align.report.escape import visible
 from align.report.figures import standalone
+from align.whole_files import write_text_atomically
 
 FIGURES, TABLES, INDEX = "figures", "tables", "index.json"
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
@@ -131,15 +133,15 @@ def _plain(value: Any) -> Any:
 def _replace(folder: Path, texts: Mapping[str, str], titles: Mapping[str, str]) -> None:
     index = folder / INDEX
     try:
-        earlier = json.loads(index.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        earlier = parse_object(index.read_bytes())
+    except (OSError, DamagedFile):
         earlier = {}
     if not texts and not earlier:
         return
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8", newline="")
-    for name in earlier if isinstance(earlier, dict) else ():
+        write_text_atomically(folder / name, text)
+    for name in earlier:
         if name not in texts and Path(name).name == name and name.endswith((".svg", ".csv", ".json")):
             (folder / name).unlink(missing_ok=True)
-    index.write_text(json.dumps({name: visible(titles[name]) for name in texts}, indent=1) + "\n", encoding="utf-8")
+    write_text_atomically(index, json.dumps({name: visible(titles[name]) for name in texts}, indent=1) + "\n")

@@ -34,6 +34,7 @@ from align.report.page import SHOWN_PANELS, shell, template
 from align.report.summary import find, name_of
 from align.report.sweep import SweepTrials, sweep_section
 from align.report.wording import interval, number, signed
+from align.whole_files import write_text_atomically
 
 MAX_PANELS = 18
 SCORES = ("gold", "reward")
@@ -83,9 +84,7 @@ def write_comparison(
         folders=(FIGURES, TABLES),
     )
     beside.write(out.parent)
-    draft = out.with_name(f"{out.name}.draft")
-    draft.write_text(html, encoding="utf-8")
-    draft.replace(out)
+    write_text_atomically(out, html)
     return out
 
 

@@ -28,6 +28,7 @@ from align.report.escape import finalize, script_json
 from align.report.figures import Panel
 from align.report.picture import lay_out
 from align.report.wording import MARKS, count, duration, interval, number, signed, size
+from align.whole_files import write_text_atomically
 
 HERE = Path(__file__).parent
 SCRIPTS = ("samples.js", "curves.js")
@@ -84,9 +85,7 @@ def write_report(
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     beside.write(out.parent)
-    draft = out.with_name(f"{out.name}.draft")
-    draft.write_text(html, encoding="utf-8")
-    draft.replace(out)
+    write_text_atomically(out, html)
     return out
 
 

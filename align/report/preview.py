@@ -26,6 +26,7 @@ from align.report.escape import finalize
 from align.report.figures import Panel
 from align.report.tokens import Piece, views
 from align.report.wording import count, number
+from align.whole_files import write_text_atomically
 
 HERE = Path(__file__).parent
 PREVIEW = "preview.html"
@@ -73,9 +74,7 @@ def write_preview(
         duplicates=found.duplicates,
     )
     out = out or folder / PREVIEW
-    draft = out.with_name(f".{out.name}.draft")
-    draft.write_text(html, encoding="utf-8")
-    draft.replace(out)
+    write_text_atomically(out, html)
     return out
 
 

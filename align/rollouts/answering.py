@@ -6,7 +6,6 @@ by ``agreement.py``; left out is any comparison.
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import traceback
@@ -15,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from align.checked_files import DamagedFile, parse_sealed, write_sealed
 from align.errors import StageFailed
 
 Engine = Literal["transformers", "vllm"]
@@ -53,13 +53,16 @@ def run_job(job: Job, scratch: Path) -> Done:
     """Do ``job`` in a process of its own. Raises ``StageFailed`` with what it said last when it fails."""
     scratch.mkdir(parents=True, exist_ok=True)
     asked, answered, said = (scratch / name for name in ("job.json", "done.json", "log.txt"))
-    asked.write_text(json.dumps(asdict(job)), encoding="utf-8")
+    write_sealed(asked, asdict(job))
     answered.unlink(missing_ok=True)
     command = [sys.executable, "-m", "align.rollouts.answering", str(asked), str(answered)]
     with said.open("wb") as log:
         ended = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, check=False)
     if ended.returncode == 0 and answered.is_file():
-        return Done(**json.loads(answered.read_text(encoding="utf-8")))
+        try:
+            return Done(**parse_sealed(answered.read_bytes()))
+        except (DamagedFile, TypeError) as error:
+            raise StageFailed(f"{job.engine} answered from {job.folder}, but {answered} {error}.") from None
     lines = said.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     raise StageFailed(
         f"{job.engine} could not answer from {job.folder} (exit code {ended.returncode}): "
@@ -162,14 +165,12 @@ def main(words: Sequence[str]) -> int:
     """Read a job, write what came of it; an error's last line is what a reader needs, so it comes last."""
     asked, answered = map(Path, words)
     try:
-        done = do(Job(**json.loads(asked.read_text(encoding="utf-8"))))
+        done = do(Job(**parse_sealed(asked.read_bytes())))
     except Exception as error:
         traceback.print_exc()
         print(f"{type(error).__name__}: " + " ".join(str(error).split())[:500], file=sys.stderr)
         return 1
-    draft = answered.with_suffix(".draft")
-    draft.write_text(json.dumps(asdict(done)), encoding="utf-8")
-    draft.replace(answered)
+    write_sealed(answered, asdict(done))
     return 0
 
 

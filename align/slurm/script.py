@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from align.machines import SlurmConfig
+from align.whole_files import write_text_atomically
 
 TEMPLATE = """\
 #!/bin/bash
@@ -36,7 +37,8 @@ def write_script(
 ) -> Path:
     """A script that runs ``module`` with ``words``."""
     python = Path(sys.executable)
-    file.write_text(
+    write_text_atomically(
+        file,
         TEMPLATE.format(
             what=" ".join(what.split()),
             script=shlex.quote(str(file)),
@@ -47,7 +49,6 @@ def write_script(
             module=module,
             words=shlex.join(words),
         ),
-        encoding="utf-8",
     )
     return file
 

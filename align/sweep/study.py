@@ -11,7 +11,6 @@ same trials as one that was not: Optuna's own samplers would begin their random 
 from __future__ import annotations
 
 import contextlib
-import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,13 +22,13 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
+from align.checked_files import DamagedFile, as_json, parse_sealed, write_sealed
 from align.errors import UserError
 from align.locking import Hold, Lock, LockLost
 from align.store import SWEEPS, Store
 from align.sweep.optuna_words import distribution_of, handle_of, pruner_of, sampler_of, suggest
 from align.sweep.plan import Sweep
 from align.sweep.space import Draw, grid
-from align.whole_files import write_atomically
 
 JOURNAL, ABOUT, LOCKS = "journal.log", "sweep.json", "locks"
 DEFAULT_TRIALS = 20
@@ -78,13 +77,15 @@ class Study:
         self._locks: dict[int, Lock] = {}
         """Of trials. Kept from look to look: only who has watched a lock can tell that its holder is silent."""
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self._study = optuna.create_study(
-            storage=_storage(self.folder),
-            study_name=config.name,
-            directions=["maximize" if one.higher else "minimize" for one in self.objectives],
-            pruner=pruner_of(config.prune),
-            load_if_exists=True,
-        )
+        with _named_damage(self.folder):
+            self._study = optuna.create_study(
+                storage=_storage(self.folder),
+                study_name=config.name,
+                directions=["maximize" if one.higher else "minimize" for one in self.objectives],
+                pruner=pruner_of(config.prune),
+                load_if_exists=True,
+            )
+            self._study.get_trials(deepcopy=False)
 
     @classmethod
     def open(cls, store: Store, sweep: Sweep, *, fresh: bool = False) -> Study:
@@ -93,22 +94,22 @@ class Study:
         One whose trials have other parts in common is refused with ``UserError``, which says which; with ``fresh`` it
         is put aside.
         """
-        config, parts, folder = sweep.config, json.loads(json.dumps(sweep.parts())), folder_of(store, sweep)
+        config, parts, folder = sweep.config, as_json(dict(sweep.parts())), folder_of(store, sweep)
         folder.mkdir(parents=True, exist_ok=True)
         about = folder / ABOUT
         with _alone(store, folder):
-            known = json.loads(about.read_text(encoding="utf-8")) if about.exists() else None
+            known = {} if fresh else _known(about)
             same = known == parts
-            if known is not None and (fresh or (not same and not _has_results(folder, config.name))):
+            if about.exists() and (fresh or (not same and not _has_results(folder, config.name))):
                 number = next(at for at in range(1, 10**6) if not (folder / f"earlier-{at}").exists())
                 (folder / f"earlier-{number}").mkdir()
                 for name in (JOURNAL, ABOUT):
                     if (folder / name).exists():
                         (folder / name).rename(folder / f"earlier-{number}" / name)
             if about.exists():
-                _compare(json.loads(about.read_text(encoding="utf-8")), parts, config.name)
+                _compare(_known(about) or {}, parts, config.name)
             else:
-                write_atomically(about, parts)
+                write_sealed(about, parts)
             study = cls(store, sweep)
             if config.sampler == "grid":
                 queued = sum(RETRY not in one.user_attrs for one in study._study.get_trials(deepcopy=False))
@@ -247,6 +248,16 @@ def folder_of(store: Store, sweep: Sweep) -> Path:
     return store.root / SWEEPS / sweep.config.name
 
 
+def _known(about: Path) -> dict[str, Any] | None:
+    """What the trials of a study have in common; None where none was begun. ``UserError`` for a damaged file."""
+    try:
+        return parse_sealed(about.read_bytes())
+    except FileNotFoundError:
+        return None
+    except DamagedFile as error:
+        raise UserError(f"{about}: damaged: it {error}. --fresh begins the sweep anew; finished stages stay.") from None
+
+
 @contextlib.contextmanager
 def _alone(store: Store, folder: Path) -> Iterator[None]:
     """No other worker, on whatever machine, opens the study or asks it meanwhile."""
@@ -262,14 +273,27 @@ def _storage(folder: Path) -> JournalStorage:
     return JournalStorage(JournalFileBackend(str((folder / JOURNAL).resolve())))
 
 
+@contextlib.contextmanager
+def _named_damage(folder: Path) -> Iterator[None]:
+    """Turn what Optuna stumbles over in its journal into a ``UserError`` that names the file."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError) as error:
+        raise UserError(
+            f"{folder / JOURNAL}: damaged: Optuna cannot read it ({type(error).__name__}: {error}). --fresh begins the "
+            "sweep anew; finished stages stay."
+        ) from None
+
+
 def _has_results(folder: Path, name: str) -> bool:
     """Whether a trial of the study in ``folder`` came to its end."""
     if not (folder / JOURNAL).exists():
         return False
-    try:
-        found = optuna.load_study(study_name=name, storage=_storage(folder)).get_trials(deepcopy=False)
-    except KeyError:  # interrupted before the study itself was written
-        return False
+    with _named_damage(folder):
+        storage = _storage(folder)
+        if name not in optuna.get_all_study_names(storage):  # interrupted before the study itself was written
+            return False
+        found = optuna.load_study(study_name=name, storage=storage).get_trials(deepcopy=False)
     return any(one.state.is_finished() for one in found)
 
 

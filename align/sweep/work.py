@@ -16,6 +16,7 @@ from align.errors import StageFailed, UserError
 from align.events import read_events
 from align.listener import Listener
 from align.pipeline import Node, Pipeline
+from align.records import DamagedArtifact
 from align.runner import Run, run_pipeline
 from align.stage_process import EVENTS
 from align.stop_request import Stopped, StopRequest
@@ -153,6 +154,11 @@ def _run_trial(
             store.delete(store.partial(node.stage.kind, node.key))  # its checkpoints are of no use to anyone
             study.ended(trial, error=f"behind the others in {sweep.config.prune and watch.curve}", run=pipeline.name)
             return "ended early"
+        except DamagedArtifact as error:
+            if error.stage in sweep.shared:  # it would be so in every trial
+                raise
+            study.failed(trial, error=str(error), run=pipeline.name)
+            return "failed"
         except (UserError, StageFailed) as error:
             if watch.failure is None:  # the store, the disk, the sweep itself: it would be so in every trial
                 raise

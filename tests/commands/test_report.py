@@ -182,6 +182,17 @@ def test_a_page_of_the_same_is_not_written_again(pipeline_file: Path, finished: 
     assert page_of(store).stat().st_mtime_ns > third, "asked for, it is written anew"
 
 
+@pytest.mark.parametrize("name", ["report.html", ".written"])
+def test_a_damaged_page_is_written_again(pipeline_file: Path, finished: Path, name: str) -> None:
+    page = page_of(finished)
+    (page.parent / name).write_bytes(page.read_bytes()[:100])
+    assert ran(pipeline_file, finished) == 0
+    assert page.read_text(encoding="utf-8").endswith("</html>")
+    written = page.stat().st_mtime_ns
+    assert ran(pipeline_file, finished) == 0
+    assert page.stat().st_mtime_ns == written, "a whole one stays"
+
+
 def test_one_page_is_written_by_one_at_a_time_on_whatever_machine(
     finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ import optuna
 import pytest
 
 from align.errors import UserError
+from align.store import Store
 from align.sweep.study import Study, Trial, TrialLost
 from tests.sweep import given
 
@@ -254,3 +255,25 @@ def test_what_is_private_in_optuna_is_still_there() -> None:
     asked = study.ask()
     taken = optuna.Trial(study, study.get_trials()[0]._trial_id)
     assert taken.number == asked.number and taken.suggest_float("x", 0, 1) == taken.suggest_float("x", 0, 1)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "{", '{"seal": 1}'])
+def test_a_damaged_file_about_the_study_is_named(tmp_path: Path, content: str) -> None:
+    sweep = given.check(tmp_path, space=SPACE, trials=3)
+    about = given.opened(sweep, tmp_path / "s").folder / "sweep.json"
+    about.write_text(content)
+    with pytest.raises(UserError, match=r"sweep\.json: damaged: it .*--fresh begins the sweep anew"):
+        given.opened(sweep, tmp_path / "s")
+    Study.open(Store.open(tmp_path / "s"), sweep, fresh=True)
+    given.opened(sweep, tmp_path / "s")
+
+
+@pytest.mark.parametrize("line", ["[]", "{}", "{", '{"op_code": "x"}', '{"op_code": 4, "worker_id": "a"}'])
+def test_a_damaged_journal_is_named(tmp_path: Path, line: str) -> None:
+    sweep = given.check(tmp_path, space=SPACE, trials=3)
+    study = given.opened(sweep, tmp_path / "s")
+    finish(study, 1)
+    journal = study.folder / "journal.log"
+    journal.write_text("\n".join([*journal.read_text().splitlines(), line, line, ""]))
+    with pytest.raises(UserError, match=r"journal\.log: damaged: Optuna cannot read it"):
+        given.opened(sweep, tmp_path / "s")

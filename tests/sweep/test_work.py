@@ -84,6 +84,18 @@ def test_a_failed_trial_is_noted_and_the_others_run(tmp_path: Path, capsys: Said
 
 
 @pytest.mark.slow
+def test_a_damaged_artifact_fails_its_own_trial_only(tmp_path: Path, capsys: Said) -> None:
+    settings: dict[str, Any] = {"space": {"stages.ppo.height": [0.2, 0.9]}, "sampler": "grid", "trials": None}
+    document(tmp_path, capsys, **settings)
+    store = Store.open(tmp_path / "store")
+    run = store.runs()["sw-1"]["stages"]["ppo"]
+    record = store.folder(run["kind"], run["key"]) / "record.json"
+    record.write_text("{}")
+    rows = {row["number"]: row for row in document(tmp_path, capsys, "--fresh", **settings)["trials"]}
+    assert (rows[0]["state"], rows[1]["state"]) == ("done", "failed")
+    assert f"{record}: damaged: it" in rows[1]["note"]
+
+
 def test_what_failed_already_is_not_run_again_for_another_trial(tmp_path: Path, capsys: Said) -> None:
     space = {"stages.ppo.crash": [True, False], "stages.evaluate.spoilt": [False, True]}
     raw = given.pipeline()
