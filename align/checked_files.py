@@ -52,9 +52,17 @@ def parse_sealed(data: bytes) -> dict[str, Any]:
         raise DamagedFile(f"is not what was written there ({error})") from None
 
 
+def read_file(path: Path) -> bytes:
+    """A file's bytes; ``DamagedFile`` where something else lies there or reading is forbidden, else ``OSError``."""
+    try:
+        return path.read_bytes()
+    except (PermissionError, IsADirectoryError) as error:
+        raise DamagedFile(f"cannot be read ({error.strerror})") from None
+
+
 def read_sealed(path: Path, schema: type[Model]) -> Model:
-    """The sealed object in a file as ``schema``; ``DamagedFile`` where it is something else, else ``OSError``."""
-    return validate(schema, parse_sealed(path.read_bytes()))
+    """The sealed object in a file as ``schema``; raises as ``read_file``, and ``DamagedFile`` for anything else."""
+    return validate(schema, parse_sealed(read_file(path)))
 
 
 def write_sealed(path: Path, value: dict[str, Any], default: Callable[[Any], Any] = str) -> None:

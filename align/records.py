@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
 from align.artifacts import Artifact, Kind
-from align.checked_files import DamagedFile, as_json, parse_sealed, validate, write_sealed
+from align.checked_files import DamagedFile, as_json, parse_sealed, read_file, validate, write_sealed
 from align.errors import UserError
 
 RECORD = "record.json"
@@ -116,10 +116,9 @@ def read_record(folder: Path, stage: str = "") -> dict[str, Any]:
     ``stage`` is the name that the asking pipeline has for it.
     """
     try:
-        return parse_record((folder / RECORD).read_bytes())
-    except (DamagedFile, IsADirectoryError) as error:
-        finding = "is a folder" if isinstance(error, OSError) else str(error)
-        raise DamagedRecord(folder / RECORD, finding, stage) from None
+        return parse_record(read_file(folder / RECORD))
+    except DamagedFile as error:
+        raise DamagedRecord(folder / RECORD, str(error), stage) from None
 
 
 def read_artifact(folder: Path, stage: str = "") -> Artifact:

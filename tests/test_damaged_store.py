@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,12 @@ from align.planning import plan
 from align.runner import run_pipeline
 from align.store import Store
 from tests import toy
-from tests.damage import NO_RESULT, files_of, takes
+from tests.damage import DAMAGES, ask, damaged, files_of, is_part_of_a_result, unnamed_damages
 from tests.test_runner import Recorder
+
+SMOKE = "pipelines/smoke.yaml"
+REPORTED = ("record.json", "scorecard.json", "samples.jsonl", "ledger.json", "model.safetensors", "smoke.json")
+KINDS = ("model", "data", "sft", "sample", "reward", "dpo", "ppo", "evaluate", "report")
 
 
 @pytest.fixture
@@ -38,18 +44,61 @@ def test_every_damage_to_a_small_store_is_named_or_changes_nothing(
         ["plan", str(file)], ["list"], ["show", key], ["show", key, "--verify"], ["gc"], ["status", "toy"],
         ["report", str(file)], ["compare", "a=toy", "b=toy"], ["run", str(file)],
     ]  # fmt: skip
-    left_out = ("locks/", "reports/", "number/")  # one artifact stands for all; the others are the slow test's
-    names = [name for name in files_of(store) if not name.startswith(left_out)]
-    wrong = []
-    for name, kind, command, answer, whole in takes(store, tmp_path / "copy", commands, names, capsys):
-        file_name = Path(name).name
-        if file_name in NO_RESULT or name.startswith("reports/"):  # no part of the result; that none raises is all
-            continue
-        if kind == "deleted" and (file_name == "record.json" or name.startswith("runs/")):
-            continue  # the stage was never finished, the run never made: see docs/store.md
-        if file_name not in answer.out + answer.err:
-            wrong.append(f"{name} {kind}: {' '.join(command)}: {answer} instead of {whole}")
-    assert not wrong, "\n".join(wrong)
+    names = [name for name in files_of(store) if not name.startswith(("locks/", "reports/", "number/"))]
+    assert unnamed_damages(store, names, lambda name, damage: commands, capsys) == []
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store in which the smoke pipeline has run."""
+    store = tmp_path_factory.mktemp("smoke") / "store"
+    command = [sys.executable, "-m", "align.cli", "run", SMOKE, "--store", str(store), "--json"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=900)
+    return store
+
+
+def smoke_commands(name: str, damage: str) -> list[list[str]]:
+    """What is asked of a store with this damage; what takes seconds only where the damage can reach it."""
+    kind, _, rest = name.partition("/")
+    key = rest.partition("/")[0]
+    commands = [["plan", SMOKE], ["list"], ["gc"]]
+    if kind in KINDS:
+        commands.append(["show", f"{kind}/{key}", "--verify"])
+    if damage == "bit" and name.rpartition("/")[2] in REPORTED:
+        commands += [["report", "smoke"], ["compare", "a=smoke", "b=smoke"]]
+    if damage != "deleted" or not name.endswith("record.json"):  # that stage would be made again
+        commands.append(["run", SMOKE])
+    return commands
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_every_damage_to_a_finished_store_is_named_or_changes_nothing(
+    smoke: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ALIGN_STORE", raising=False)
+    names = [name for name in files_of(smoke) if not name.startswith(("locks/", "reports/"))]
+    assert len(names) > 50
+    assert unnamed_damages(smoke, names, smoke_commands, capsys) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_no_damage_to_a_checkpoint_is_exported(
+    smoke: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ALIGN_STORE", raising=False)
+    (artifact,) = (smoke / "sft").iterdir()
+    export = ["export", f"sft/{artifact.name}", "--output", str(tmp_path / "out"), "--no-check"]
+    for path in sorted(path for path in artifact.rglob("*") if path.is_file()):
+        name = path.relative_to(smoke).as_posix()
+        for kind, damage in DAMAGES.items():
+            if is_part_of_a_result(name, kind):
+                with damaged(path, damage):
+                    answer = ask(export, smoke, capsys)
+                assert answer.code == 2 and path.name in answer.err, (name, kind, answer)
+    assert not (tmp_path / "out").exists()
+    assert ask(export, smoke, capsys).code == 0
 
 
 def test_a_run_stops_at_a_damaged_record_and_rebuilds_it(tmp_path: Path, raw: dict[str, Any]) -> None:

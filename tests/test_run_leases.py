@@ -53,6 +53,17 @@ def test_a_damaged_file_about_a_run_keeps_everything(
     assert len(Store.open(store).all()) == 3
 
 
+def test_a_folder_in_the_place_of_a_file_is_named(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_pipeline(Pipeline(toy.pipeline()), store=store)
+    for path in (store / "runs" / "toy.json", run.artifacts["one"].path / "record.json"):
+        path.unlink()
+        path.mkdir()
+    assert gc(store) == 2
+    assert "toy.json: damaged: it cannot be read (Is a directory)" in capsys.readouterr().err
+    assert main(["list", "--store", str(store)]) == 0
+    assert "record.json: damaged: it cannot be read (Is a directory)" in capsys.readouterr().err
+
+
 def test_a_flipped_key_in_the_file_about_a_run_keeps_everything(store: Path) -> None:
     run = run_pipeline(Pipeline(toy.pipeline()), store=store)
     about, key = store / "runs" / "toy.json", run.artifacts["one"].record["key"]

@@ -102,6 +102,7 @@ def collect_garbage(options: argparse.Namespace) -> int:
     sizes = {folder: _size(folder) for folder in folders}
     outcomes: dict[Path, bool] = {}
     if options.delete and folders:
+        _say_wait(store)
         outcomes = store.delete_garbage(lambda: used_by_jobs(store))
         folders = list(outcomes)
     if options.json:
@@ -118,6 +119,16 @@ def collect_garbage(options: argparse.Namespace) -> int:
     tail = "" if options.delete or not folders else "; `align gc --delete` deletes them"
     print(f"{len(folders)} folders, {total:.1f} MiB that no named run reaches{tail}")
     return 0
+
+
+def _say_wait(store: Store) -> None:
+    """Say what may take a while: whether a run on another machine lives shows within its lease."""
+    names = sorted({uses.run for uses in store.uses()})
+    if names:
+        text = (
+            f"looking whether these runs are still under way, for up to {store.lease.seconds:g} s: {', '.join(names)}"
+        )
+        print(printable(text), file=sys.stderr)
 
 
 def _say_users(store: Store) -> None:

@@ -36,7 +36,7 @@ from align.data.source_configs import labels
 from align.data.sources import choose_format, identity, read, source_folder
 from align.data.steps.base import StepContext, Table, TableStep, Verdict, keep_all
 from align.data.steps.split import SPLITS, Identical, MaxRows, Split, Usable
-from align.data.verdicts import StoredVerdict, store_verdict
+from align.data.verdicts import StoredVerdict, is_stored, store_verdict
 from align.data.workers import Machine, Workers
 from align.errors import UserError
 from align.fingerprint import digest
@@ -205,7 +205,7 @@ class Build:
     def _decide(self, spec: Pass, rows: list[int]) -> tuple[tuple[int, Path], ...]:
         """Have the pass's table steps decide, in order; returns where their verdicts are."""
         folders = tuple((number, spec.folder / f"verdict-{number}") for number, _, _ in spec.table_steps)
-        if not all((folder / "verdict.json").exists() for _, folder in folders):
+        if not all(is_stored(folder) for _, folder in folders):
             sketches = read_sketches(spec.folder, len(rows))
             alive = np.ones(sum(rows), dtype=bool)
             given: dict[str, np.ndarray] = {}

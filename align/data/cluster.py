@@ -26,6 +26,7 @@ from align.data.records import BadRecord
 from align.data.shards import Pass, Task, Worker, finished
 from align.errors import UserError
 from align.runtime import ExecutorConfig
+from align.whole_files import write_atomically
 
 POLL_SECONDS = 5.0
 GRACE_SECONDS = 60.0
@@ -88,9 +89,7 @@ def run_rank(data: Any, rank: int, world_size: int, spec: Pass, folder: Path) ->
                 worker.run(task)
     except Exception as error:
         said = {"user": isinstance(error, UserError), "message": str(error), "trace": traceback.format_exc()}
-        temporary = folder / f"error-{rank:05d}.tmp"
-        temporary.write_text(json.dumps(said), encoding="utf-8")
-        temporary.replace(folder / f"error-{rank:05d}.json")
+        write_atomically(folder / f"error-{rank:05d}.json", said)
         raise
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from align.checked_files import DamagedFile, parse_sealed, write_sealed
 from align.data.formats import Form, FormatOptions, convert
 from align.data.ledger import Counts
 from align.data.reading import Item
@@ -222,10 +223,8 @@ def write_shard(
         write_rows(folder / f"{shard:05d}.parquet", list(rows))
         pq.write_table(pa.Table.from_pylist(passage.dropped, DROPPED), folder / f"{shard:05d}.dropped.parquet")
         np.savez(folder / f"{shard:05d}.npz", **sketches)  # type: ignore[arg-type]
-    temporary = folder / f"{shard:05d}.tmp"
     found = {"rows": len(rows), "seconds": passage.seconds, **passage.counts.to_json()}
-    temporary.write_text(json.dumps(found), encoding="utf-8")
-    temporary.replace(folder / f"{shard:05d}.json")
+    write_sealed(folder / f"{shard:05d}.json", found)
 
 
 def read_shard(folder: Path, shard: int) -> list[Row]:
@@ -244,11 +243,11 @@ class Finished:
 
 
 def finished(folder: Path, shard: int) -> Finished | None:
-    """What a shard's last file says; None for one that is not finished."""
-    path = folder / f"{shard:05d}.json"
-    if not path.exists():
+    """What a shard's last file says; None for one that is not finished, or whose file is damaged: it is made again."""
+    try:
+        found = parse_sealed((folder / f"{shard:05d}.json").read_bytes())
+    except (FileNotFoundError, DamagedFile):
         return None
-    found = json.loads(path.read_text(encoding="utf-8"))
     seconds = {int(step): value for step, value in found["seconds"].items()}
     return Finished(found["rows"], Counts.from_json(found), seconds)
 

@@ -11,7 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from align.checked_files import DamagedFile, parse_sealed, write_sealed
 from align.data.steps.base import Verdict
+from align.errors import UserError
 
 
 def store_verdict(folder: Path, verdict: Verdict, stand_ins: list[dict[str, str]] | None) -> None:
@@ -34,16 +36,31 @@ def store_verdict(folder: Path, verdict: Verdict, stand_ins: list[dict[str, str]
         said = [json.dumps(detail, ensure_ascii=False) for detail in details]
         pq.write_table(pa.table({"row": pa.array(places, pa.int64()), "detail": said}), folder / "details.parquet")
     summary = {"reasons": verdict.reasons, "columns": sorted(verdict.columns), "notes": verdict.notes}
-    temporary = folder / "verdict.tmp"
-    temporary.write_text(json.dumps(summary), encoding="utf-8")
-    temporary.replace(folder / "verdict.json")
+    write_sealed(folder / "verdict.json", summary)
+
+
+def is_stored(folder: Path) -> bool:
+    """Whether a whole verdict lies in ``folder``; one that is damaged is decided again."""
+    try:
+        parse_sealed((folder / "verdict.json").read_bytes())
+    except (FileNotFoundError, DamagedFile):
+        return False
+    return True
+
+
+def _read_summary(folder: Path) -> dict[str, Any]:
+    path = folder / "verdict.json"
+    try:
+        return parse_sealed(path.read_bytes())
+    except DamagedFile as error:
+        raise UserError(f"{path}: damaged: it {error}. Run again to decide on these rows anew.") from None
 
 
 class StoredVerdict:
     """A verdict on some of the rows, read from its folder."""
 
     def __init__(self, folder: Path, part: slice) -> None:
-        said = json.loads((folder / "verdict.json").read_text(encoding="utf-8"))
+        said = _read_summary(folder)
         self.reasons: list[str] = said["reasons"]
         self.notes: dict[str, Any] = said["notes"]
         self.code = self._load(folder / "code.npy", part)

@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 
+from align.checked_files import write_sealed
 from align.data import build as building
 from align.data import finish, shards
 from align.data.build import Machine, build
 from align.data.checkers import gsm8k_answer
-from align.data.ledger import summary_lines
+from align.data.ledger import Counts, summary_lines
 from align.data.recipe import Recipe
 from align.data.rows import Row, assistant, prompt_key, read_rows, user, write_rows
 from align.data.splits import group
+from align.data.verdicts import is_stored
 from align.errors import UserError
 from align.fingerprint import digest
 from tests.records import put_record
@@ -348,3 +350,13 @@ def test_a_build_of_which_nothing_is_left_says_what_became_of_its_rows(
 def test_an_empty_source_is_named(make, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no train row is left: 0 rows read"):
         make([write(tmp_path / "a.jsonl", [])])
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"rows": 1}'])
+def test_a_shard_whose_counts_are_damaged_is_made_again(tmp_path: Path, content: bytes) -> None:
+    write_sealed(tmp_path / "00000.json", {"rows": 0, "seconds": {}, **Counts().to_json()})
+    assert shards.finished(tmp_path, 0) is not None
+    (tmp_path / "00000.json").write_bytes(content)
+    assert shards.finished(tmp_path, 0) is None
+    (tmp_path / "verdict.json").write_bytes(content)
+    assert not is_stored(tmp_path)

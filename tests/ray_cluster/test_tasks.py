@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from dataclasses import asdict
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from align import ray_client as client
+from align.commands import run_on_ray
 from align.commands.sweep_on_ray import work_elsewhere
 from align.errors import StageFailed, UserError
 from align.following import Following
@@ -18,8 +20,10 @@ from align.listener import Listener
 from align.machines import RayConfig
 from align.opening import Opening
 from align.pipeline import Pipeline
+from align.preparing import RunOptions
 from align.ray_cluster.tasks import RayQueue, Work, make_stage
 from align.remote import Remote
+from align.runner import Run
 from align.store import Store
 from align.sweep.config import SweepConfig
 from tests import toy
@@ -167,3 +171,24 @@ def test_a_stage_whose_node_died_is_not_taken_to_run(folder: Path) -> None:
     nodes[0]["Alive"] = False
     with pytest.raises(StageFailed, match="no node of the Ray cluster has what it asks for"):
         Following(pipeline, queue.store, ["one"], queue, Listener()).follow()
+
+
+def test_a_run_on_ray_holds_a_lease_on_what_its_tasks_need(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store.open(folder / "store")
+    seen: list[Any] = []
+
+    class Followed:
+        def __init__(self, *given: Any) -> None:
+            pass
+
+        def follow(self) -> Run:
+            seen.extend(store.uses())
+            return Run(store)
+
+    monkeypatch.setattr(client, "require_ray", lambda: None)
+    monkeypatch.setattr(client, "connected", lambda address: contextlib.nullcontext("ray"))
+    monkeypatch.setattr(client, "start", lambda *given: "reference")
+    monkeypatch.setattr(run_on_ray, "Following", Followed)
+    assert run_on_ray.run_on_ray(Pipeline(toy.pipeline()), RunOptions(store), json=True) == 0
+    assert [(uses.run, sorted(uses.stages)) for uses in seen] == [("toy", ["one", "total", "two"])]
+    assert store.uses() == []
