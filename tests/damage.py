@@ -23,6 +23,14 @@ def flip_bit(content: bytes) -> bytes:
     return bytes(changed)
 
 
+def flip_last_bit(path: Path) -> None:
+    """Flip a bit of a file's last byte as a disk does it: size and time stay."""
+    stat, content = path.stat(), bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
 DAMAGES: dict[str, Damage] = {
     "truncated": lambda content: content[: len(content) // 2],
     "bit": flip_bit,

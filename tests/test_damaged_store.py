@@ -131,9 +131,7 @@ def test_a_record_in_another_ones_place_is_damaged(tmp_path: Path, raw: dict[str
 @pytest.mark.parametrize(
     "content", ["", "[]", "{}", '{"status": "done"}', '{"status": "done", "metrics": []}', "[" * 99999], ids=len
 )
-def test_what_a_stage_left_is_believed_only_where_it_is_whole(
-    tmp_path: Path, raw: dict[str, Any], content: str
-) -> None:
+def test_what_a_stage_left_is_believed_only_where_whole(tmp_path: Path, raw: dict[str, Any], content: str) -> None:
     """A runner that died leaves these; with an unexpected content they were tracebacks."""
     pipeline, store = Pipeline(raw), Store.open(tmp_path)
     partial = store.partial("number", pipeline.nodes["one"].key)

@@ -25,6 +25,7 @@ from align.listener import Listener
 from align.pipeline import Pipeline
 from align.runner import Run, run_pipeline
 from align.shared_folder import UNREACHABLE_STORE
+from align.stage_result import write_result
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -151,7 +152,7 @@ def _gone(pids: list[int]) -> None:
 
 def left(folder: Path, number: int, **result: Any) -> None:
     folder.mkdir(exist_ok=True)
-    (folder / f"{number}.json").write_text(json.dumps(result))
+    write_result(folder / f"{number}.json", result)
 
 
 def test_a_fault_is_told_from_its_consequences(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from align.data.card import name_of
 from align.errors import UserError
 from align.listener import Listener
 from align.opening import open_store
+from align.outputs import differing
 from align.pipeline import Pipeline
 from align.runner import Run, run_pipeline
 from align.validation import suggest
@@ -106,6 +107,8 @@ def find_checkpoint(name: str, store: str | None) -> Path:
         raise UserError(f"{name}: no config.json in it, so not a checkpoint.")
     artifact = find_artifact(name, store)
     if not (artifact.model / "config.json").is_file():
+        for problem in differing(artifact, thorough=False):
+            raise UserError(f"{problem.path} {problem.what}. The artifact is corrupted; `--rebuild` makes it again.")
         raise UserError(f"{name} is a {artifact.kind}, not a checkpoint that can answer.")
     return artifact.model
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,25 +14,18 @@ from align.errors import UserError
 from align.records import read_artifact
 from tests.commands.given_store import Given, add_scorecard
 from tests.commands.test_export import export, given, trained
+from tests.damage import flip_last_bit
 from tests.records import change_record
 from tests.report.example_card import full_card
 
 __all__ = ["export", "given", "trained"]  # fixtures
 
 
-def flip_bit(path: Path) -> None:
-    """One bit of the last byte, as a disk does it: size and time stay."""
-    stat, content = path.stat(), bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-
-
 def test_export_notices_a_flipped_bit(
     given: Given, export: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     weights = given.sft.model / "model.safetensors"
-    flip_bit(weights)
+    flip_last_bit(weights)
     assert export(given.sft.record["key"][:12]) == 2
     assert f"{weights} has another sha256 than its record" in capsys.readouterr().err
     assert export(str(given.sft.model)) == 2, "its folder says it as well"
@@ -44,10 +36,10 @@ def test_export_of_an_adapter_notices_one_in_it_and_in_its_base(
     given: Given, export: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     adapter = given.sft.path / "adapter"
-    flip_bit(given.model.model / "tokenizer.json")
+    flip_last_bit(given.model.model / "tokenizer.json")
     assert export(str(adapter)) == 2
     assert "tokenizer.json has another sha256" in capsys.readouterr().err
-    flip_bit(adapter / "adapter_model.safetensors")
+    flip_last_bit(adapter / "adapter_model.safetensors")
     assert export(str(adapter)) == 2
     assert "adapter_model.safetensors has another sha256" in capsys.readouterr().err
 
@@ -64,7 +56,7 @@ def test_chat_notices_weights_that_were_written_over(given: Given, capsys: pytes
 def test_a_card_cites_no_damaged_scorecard(given: Given, capsys: pytest.CaptureFixture[str]) -> None:
     card = full_card() | {"settings": {"checkpoints": {"sft": given.sft.key}}}
     older, newer = add_scorecard(given, card, "4"), add_scorecard(given, card, "5")
-    flip_bit(newer.path / "scorecard.json")
+    flip_last_bit(newer.path / "scorecard.json")
     measured = find_scorecard(given.sft, None, None)
     assert measured is not None and measured[1].key == older.key
     assert "scorecard.json has another sha256" in capsys.readouterr().err

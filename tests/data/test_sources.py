@@ -25,6 +25,7 @@ from align.data.sources import Item, choose_format, find_files, identity, read
 from align.errors import UserError
 from align.stage import Config
 from align.validation import validate
+from tests.damage import flip_last_bit
 from tests.records import put_record
 
 ZEROS = "0" * 40
@@ -184,6 +185,13 @@ def test_artifacts_and_inputs_give_their_rows(tmp_path: Path) -> None:
     assert identity(given, tmp_path, [tmp_path, folder]) == {"input 1": "a" * 64}
     with pytest.raises(UserError, match=r"reads input 1, and the data stage was given 1 inputs"):
         list(read(given, tmp_path, [folder]))
+
+
+def test_a_damaged_artifact_gives_no_rows(tmp_path: Path) -> None:
+    folder = artifact(tmp_path / "one")
+    flip_last_bit(folder / "test.parquet")
+    with pytest.raises(UserError, match=r"test\.parquet has another sha256 than its record"):
+        list(read(ArtifactSource(type="artifact", path="one"), tmp_path))
 
 
 def test_identity_of_an_artifact_is_its_key(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from align import ray_client as client
 from align.commands import run_on_ray
 from align.commands.sweep_on_ray import work_elsewhere
 from align.errors import StageFailed, UserError
-from align.following import Following
+from align.following import Following, Said, write_note
 from align.listener import Listener
 from align.machines import RayConfig
 from align.opening import Opening
@@ -165,8 +165,7 @@ def test_a_stage_whose_node_died_is_not_taken_to_run(folder: Path) -> None:
     runtime = {"stages": {"one": {"ray": {"resources": {"a100": 1}, "wait": 0}}}}
     pipeline = Pipeline({"name": "t", "runtime": runtime, "stages": {"one": toy.pipeline()["stages"]["one"]}})
     queue = RayQueue(cluster, pipeline, Store.open(folder / "store"), folder / "said", {"one": object()}, every=0)
-    note = {"status": "runs", "message": "host", "node": "f00d"}
-    (folder / "said" / "one.json").write_text(json.dumps(note))
+    write_note(folder / "said" / "one.json", Said("runs", "host", node="f00d"))
     assert queue.look(["one"])["one"].state == "runs"
     nodes[0]["Alive"] = False
     with pytest.raises(StageFailed, match="no node of the Ray cluster has what it asks for"):

@@ -120,6 +120,14 @@ def damage(folder: Path) -> None:
     (folder / "number.txt").write_text("42")
 
 
+def flip(folder: Path) -> None:
+    """As a disk does it: size and time stay."""
+    path = folder / "number.txt"
+    stat = path.stat()
+    path.write_text("43")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
 def remove(folder: Path) -> None:
     (folder / "number.txt").unlink()
 
@@ -131,7 +139,12 @@ def lead_out(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("harm", "expected"),
-    [(damage, "another sha256 than its record"), (remove, "cannot be read"), (lead_out, "leads out of the artifact")],
+    [
+        (damage, "another sha256 than its record"),
+        (flip, "another sha256 than its record"),
+        (remove, "cannot be read"),
+        (lead_out, "leads out of the artifact"),
+    ],
 )
 def test_an_artifact_that_is_not_what_its_record_says_is_refused(
     harm: Any, expected: str, made: Artifact, tmp_path: Path
