@@ -29,6 +29,7 @@ class ShardingTrainer:
     optimizer: Any
     lr_scheduler: Any
     state: Any
+    control: Any
     is_deepspeed_enabled: bool
     _groups: zero.Groups
     _save: Any
@@ -38,6 +39,18 @@ class ShardingTrainer:
 
     def clip_in_parts(self) -> None:
         """Called before a step of DeepSpeed's engine."""
+
+    @property
+    def is_over(self) -> bool:
+        """True when no step is left, as where a run resumes from the checkpoint of its last step."""
+        return int(self.state.global_step) >= int(self.state.max_steps)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Make the steps of an epoch; none where training is over, while transformers' own loop always makes one."""
+        if self.is_over:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
 
     def share_out(self) -> None:
         """Shard the model where that is the strategy; before an optimizer is made."""

@@ -102,7 +102,7 @@ class OpenLayers(TrainerCallback):
                 parameter.grad = None
                 state.pop(parameter, None)
         self.now = wanted
-        if self.context is not None:
+        if self.context is not None and (step == 0 or self.schedule(step - 1) != wanted):
             layers = sum(isinstance(place, int) for place in wanted)
             self.context.log(step + 1, layers_open=layers, weights_open=self._weights(wanted))
 

@@ -1,0 +1,145 @@
+"""A stage that trains on rows is killed around its first, middle and last checkpoint and after its last step.
+
+However long training was said to last, it ends after as many steps as the run that nobody killed, with the same
+weights, metrics and curves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.artifacts import Artifact, Kind
+from align.data.rows import write_rows
+from align.models.tiny import make_tiny
+from align.runtime import Runtime
+from align.stage import STAGES, StageContext
+from tests.training.harness import context, data_artifact
+from tests.training.kills import Kill, assert_same, kills, run, run_killed
+
+ROWS = 32
+COMMON: dict[str, Any] = {
+    "learning_rate": 3e-3, "batch_size": 8, "micro_batch_size": 4, "max_length": 128, "precision": "float32",
+    "save_steps": 3, "scheduler": "linear",
+}  # fmt: skip
+MID_EPOCH = {"epochs": 3, "max_steps": 7}
+"""Of four steps an epoch: the last step is in the middle of one."""
+CHECKPOINTS = (3, 6, 7)
+KINDS: dict[str, dict[str, Any]] = {
+    "sft": {},
+    "pretrain": {"batch_size": 2, "micro_batch_size": 1, "max_length": 64},
+    "reward": {},
+    "dpo": {},
+    "kto": {"batch_size": 16},
+    "cpo": {},
+    "orpo": {},
+    "simpo": {},
+    "distill": {"on_policy": 0.5, "max_tokens": 6, "tuning": {"method": "lora", "rank": 4}},
+}
+WAYS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    "max_steps-at-a-save": ({"epochs": 3, "max_steps": 6}, (3, 6)),
+    "max_steps-at-an-epoch": ({"epochs": 3, "max_steps": 8}, (3, 6, 8)),
+    "max_steps-beyond-the-epochs": ({"epochs": 1, "max_steps": 100}, (3, 4)),
+    "epochs": ({"epochs": 2}, (3, 6, 8)),
+    "part-of-an-epoch": ({"epochs": 1.75}, (3, 6, 7)),
+    "one-step": ({"max_steps": 1}, (1,)),
+    "packing": ({"packing": True, "batch_size": 2, "micro_batch_size": 1, "max_steps": 7, "epochs": 9}, (3, 6, 7)),
+    "keep-best": ({"keep": "best", "eval_steps": 2, **MID_EPOCH}, CHECKPOINTS),
+    "ema": ({"ema": 0.8, **MID_EPOCH}, CHECKPOINTS),
+    "replay": ({"replay": "general", "replay_fraction": 0.25, **MID_EPOCH}, CHECKPOINTS),
+    "anchor": ({"anchor": {"to": "kl", "weight": 0.1}, **MID_EPOCH}, CHECKPOINTS),
+    "neftune": ({"neftune": 5, **MID_EPOCH}, CHECKPOINTS),
+    "unfreeze": ({"tuning": {"method": "full", "unfreeze": {"at": {0: 1, 1: 2}, "unit": "epochs"}}, **MID_EPOCH},
+                 CHECKPOINTS),
+    "lisa": ({"tuning": {"method": "full", "lisa": {"layers": 1, "every": 2}}, **MID_EPOCH}, CHECKPOINTS),
+}  # fmt: skip
+"""How long ``sft`` trains, and what counts its steps; with the steps of its first, middle and last checkpoint."""
+
+QUICK = ("max_steps-at-a-save", "part-of-an-epoch", "one-step", "packing", "keep-best", "replay", "unfreeze")
+
+
+def texts(folder: Path) -> Artifact:
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, count in (("train", 60), ("test", 6)):
+        lines = [{"id": str(n), "source": "t", "text": "kilo lima mike " * (n % 5 + 1)} for n in range(count)]
+        write_rows(folder / f"{split}.parquet", lines)
+    return Artifact("data", Kind.TEXTS, folder, {})
+
+
+def made(kind: str, root: Path, model: Path, **fields: Any) -> StageContext:
+    """A context of ``kind``; the second with the same ``root`` goes on with the first one's checkpoints."""
+    source = "model" if kind in ("sft", "pretrain", "reward", "distill") else "policy"
+    teacher = {"teacher": "teacher"} if kind == "distill" else {}
+    config = STAGES[kind].config_class()(
+        **{source: "model"}, data="data", **teacher, **{**COMMON, **KINDS[kind], **fields}
+    )
+    data = texts(root / "data") if kind == "pretrain" else data_artifact(root / "data", Kind.PREFERENCES, train=ROWS)
+    plain = context(root, config, model, data, source)
+    inputs = dict(plain.inputs)
+    if config.replay is not None:
+        inputs["replay"] = data_artifact(root / "general", Kind.INSTRUCTIONS, train=12)
+    if kind == "distill":
+        make_tiny(root / "teacher" / "model", seed=5) if not (root / "teacher").exists() else None
+        inputs["teacher"] = Artifact("teacher", Kind.MODEL, root / "teacher", {"key": "t"})
+    engine = Runtime.model_validate({"device": "cpu", "engine": {"name": "transformers"}, "threads": 1})
+    return replace(plain, name=kind, inputs=inputs, runtime=engine)
+
+
+def check(kind: str, sequence: list[Kill], model: Path, folder: Path, **fields: Any) -> None:
+    """A stage killed at each of ``sequence`` ends as the one that ran through."""
+    whole, killed = (made(kind, folder / name, model, **fields) for name in ("whole", "killed"))
+    expected = run(whole)
+    metrics = run_killed(killed, sequence)
+    assert_same(whole, killed, expected, metrics)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stage_killed_around_its_last_checkpoint_trains_no_further(
+    kind: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    check(kind, [Kill("after", CHECKPOINTS[-1]), Kill("saved")], tiny_model, tmp_path, **MID_EPOCH)
+
+
+def test_kills_around_the_last_checkpoint_change_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    check("sft", kills(CHECKPOINTS[-1:]), tiny_model, tmp_path, **MID_EPOCH)
+
+
+@pytest.mark.parametrize("way", QUICK)
+def test_however_long_training_lasts_a_killed_stage_ends_where_the_whole_one_does(
+    way: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    fields, steps = WAYS[way]
+    check("sft", [Kill("after", steps[-1])], tiny_model, tmp_path, **fields)
+
+
+def test_a_stage_that_stops_early_stops_there_again(tiny_model: Path, tmp_path: Path) -> None:
+    """The step at which it stops is a multiple of ``save_steps``."""
+    fields = {"early_stopping": {"patience": 1}, "keep": "best", "eval_steps": 3, "epochs": 20, "learning_rate": 0.3}
+    whole, killed = (made("sft", tmp_path / name, tiny_model, **fields) for name in ("whole", "killed"))
+    expected = run(whole)
+    assert expected["stopped_early"] and expected["steps"] < 80
+    metrics = run_killed(killed, [Kill("after", 3), Kill("trained"), Kill("saved")])
+    assert_same(whole, killed, expected, metrics)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", kills(CHECKPOINTS), ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_kill_changes_nothing(kind: str, kill: Kill, tiny_model: Path, tmp_path: Path) -> None:
+    check(kind, [kill], tiny_model, tmp_path, **MID_EPOCH)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_kills_at_every_moment_change_nothing(way: str, tiny_model: Path, tmp_path: Path) -> None:
+    fields, steps = WAYS[way]
+    check("sft", kills(steps), tiny_model, tmp_path, **fields)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_kills_at_every_moment_change_nothing_for_any_trainer(kind: str, tiny_model: Path, tmp_path: Path) -> None:
+    check(kind, kills(CHECKPOINTS), tiny_model, tmp_path, **MID_EPOCH, tuning={"method": "lora", "rank": 4})
