@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 from align.errors import UserError
 from align.launch import LaunchConfig, world_size
@@ -11,6 +11,8 @@ from align.models.threads import device_of
 from align.stage import StageContext
 from align.training.config import TrainingFields
 from align.training.tracking import tracking_options
+
+T = TypeVar("T")
 
 SCHEDULERS = {
     "constant": "constant_with_warmup",
@@ -103,4 +105,15 @@ def training_arguments(config_class: type[Any], context: StageContext, rows: int
     made = config_class(**{**options, **own, **fields.trainer})
     made.launch, made.precision = context.runtime.launch, fields.precision
     made.order_micro_batch = fields.micro_batch  # the rows' order is that of one process (``training.epochs``)
-    return made
+    return on_one_device(made)
+
+
+def on_one_device(arguments: T) -> T:
+    """Have a process train on one device, however many are visible; call it once ``arguments`` are built.
+
+    transformers takes all of them for a process that is alone, puts the model into ``nn.DataParallel`` and multiplies
+    the rows of a step by their number. ``runtime.launch`` trains on several, with a process for each. The others stay
+    visible, for an engine in this process that is shared out over them.
+    """
+    arguments._n_gpu = min(1, arguments.n_gpu)  # type: ignore[attr-defined]
+    return arguments

@@ -1,0 +1,135 @@
+"""A stage that learns from its own samples is killed around its checkpoints and after its last update.
+
+``ppo``, ``grpo``, ``rloo``, ``online_dpo`` and ``rejection`` end with the weights, metrics and curves of the run that
+nobody killed, however many updates they were to make and whatever ends them early.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.artifacts import Artifact, Kind
+from align.data.rows import assistant, user, write_rows
+from align.runtime import Runtime
+from align.stage import STAGES, StageContext
+from tests.training.kills import Kill, assert_same, kills, run, run_killed
+
+COMMON: dict[str, Any] = {
+    "policy": "policy", "prompts": "prompts", "score": "tests.stages.vowels:share", "learning_rate": 1e-3,
+    "rollout_batch": 8, "samples_per_prompt": 4, "updates": 5, "save_updates": 2, "num_epochs": 2,
+    "num_mini_batches": 1, "max_tokens": 6,
+    "max_prompt_tokens": 64, "precision": "float32", "scheduler": "linear", "tuning": {"method": "lora", "rank": 4},
+}  # fmt: skip
+CHECKPOINTS = (4, 8, 10)
+"""Two optimizer steps an update."""
+KINDS: dict[str, dict[str, Any]] = {
+    "ppo": {"normalise_scores": True, "kl_controller": "adaptive", "kl_target": 0.1, "kl_horizon": 50},
+    "grpo": {"zero_variance": "resample"},
+    "rloo": {"whiten_advantages": True},
+    "online_dpo": {"micro_batch_size": 2},
+    "rejection": {"best": 2, "truncated": "learn"},
+}
+WAYS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    "one-update": ({"updates": 1}, (2,)),
+    "every-update": ({"updates": 3, "save_updates": 1}, (2, 4, 6)),
+    "mini-batches": ({"num_epochs": 1, "num_mini_batches": 2, "micro_batch_size": 2}, CHECKPOINTS),
+    "full": ({"tuning": {"method": "full"}}, CHECKPOINTS),
+    "keep-best": ({"eval_updates": 1, "keep": "best"}, CHECKPOINTS),
+    "validated-at-the-end": ({"eval_updates": 2}, CHECKPOINTS),
+    "ahead": ({"max_staleness": 2}, CHECKPOINTS),
+    "ptx": ({"ptx": "rows", "ptx_coef": 0.5, "ptx_rows": 2}, CHECKPOINTS),
+    "critic-warmup": ({"critic_warmup_updates": 2}, CHECKPOINTS),
+}
+
+
+def made(kind: str, root: Path, model: Path, **fields: Any) -> StageContext:
+    """A context of ``kind``; the second with the same ``root`` goes on with the first one's checkpoints."""
+    config = STAGES[kind].config_class()(**{**COMMON, **KINDS[kind], **fields})
+    data = root / "data"
+    for name in ("output", "checkpoints", "data", "policy"):
+        (root / name).mkdir(parents=True, exist_ok=True)
+    if not (root / "policy" / "model").exists():
+        (root / "policy" / "model").symlink_to(model)
+    rows = [
+        {"id": str(n), "source": "t", "checks": "", "prompt": [user(f"say {'x' * n}")], "completion": [assistant("oa")]}
+        for n in range(8)
+    ]
+    write_rows(data / "train.parquet", rows)
+    write_rows(data / "test.parquet", rows[:3])
+    inputs: dict[str, Any] = {
+        "policy": Artifact("policy", Kind.POLICY, root / "policy", {}),
+        "prompts": Artifact("prompts", Kind.PROMPTS, data, {}),
+        "ptx": Artifact("rows", Kind.INSTRUCTIONS, data, {}) if "ptx" in fields else None,
+        "reward": None,
+    }
+    runtime = Runtime.model_validate({"device": "cpu", "engine": {"name": "transformers"}, "threads": 1})
+    return StageContext(kind, config, inputs, 5, runtime, root / "output", root / "checkpoints", root / "events.jsonl")
+
+
+def check(kind: str, sequence: list[Kill], model: Path, folder: Path, **fields: Any) -> dict[str, Any]:
+    """A stage killed at each of ``sequence`` ends as the one that ran through; returns that one's metrics."""
+    whole, killed = (made(kind, folder / name, model, **fields) for name in ("whole", "killed"))
+    expected = run(whole)
+    metrics = run_killed(killed, sequence)
+    assert_same(whole, killed, expected, metrics)
+    completions = [(stage.output / "completions.jsonl").read_text(encoding="utf-8") for stage in (whole, killed)]
+    assert completions[0] == completions[1]
+    return expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stage_killed_around_its_last_checkpoint_makes_no_more_updates(
+    kind: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    sequence = [Kill("after", CHECKPOINTS[-1]), Kill("saved")]
+    assert check(kind, sequence, tiny_model, tmp_path)["updates"] == 5
+
+
+@pytest.mark.parametrize("way", ["one-update", "keep-best", "ahead"])
+def test_however_long_it_lasts_a_killed_stage_ends_where_the_whole_one_does(
+    way: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    fields, steps = WAYS[way]
+    check("ppo", [Kill("unmarked", steps[-1]), Kill("after", steps[-1])], tiny_model, tmp_path, **fields)
+
+
+def test_a_run_that_an_alarm_stops_stays_stopped_and_keeps_its_alarm(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The alarm comes with the update whose checkpoint is written next."""
+    from align.ppo import online
+    from align.ppo.alarms import Alarm
+
+    def at_the_fourth(history: Any) -> list[Alarm]:
+        return [Alarm("collapse", 4, "the policy says the same to everything")] if len(history) >= 4 else []
+
+    monkeypatch.setattr(online, "alarms", at_the_fourth)
+    sequence = [Kill("after", 8), Kill("trained"), Kill("saved")]
+    metrics = check("ppo", sequence, tiny_model, tmp_path, on_alarm="stop", updates=8)
+    assert metrics["updates"] == 4
+    assert metrics["alarms"] == ["update 4: collapse"]
+    assert metrics["stopped"].startswith("update 4: collapse")
+
+
+def test_a_run_over_its_kl_budget_ends_there_again(tiny_model: Path, tmp_path: Path) -> None:
+    fields = {"kl_budget": 0.05, "updates": 12, "learning_rate": 1e-2}
+    metrics = check("ppo", [Kill("after", 4), Kill("trained"), Kill("saved")], tiny_model, tmp_path, **fields)
+    assert "over kl_budget" in metrics["stopped"]
+    assert 2 <= metrics["updates"] < 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", kills(CHECKPOINTS), ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_kill_changes_nothing(kind: str, kill: Kill, tiny_model: Path, tmp_path: Path) -> None:
+    check(kind, [kill], tiny_model, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_kills_at_every_moment_change_nothing(way: str, tiny_model: Path, tmp_path: Path) -> None:
+    fields, steps = WAYS[way]
+    check("ppo", kills(steps), tiny_model, tmp_path, **fields)

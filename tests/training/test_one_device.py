@@ -1,0 +1,99 @@
+"""A process trains on one device however many the machine has: no ``nn.DataParallel``, and no more rows a step.
+
+A machine with four devices is played by torch's count of them. The tensors stay on the CPU, which transformers falls
+back to; the number of devices goes into its arguments all the same.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import align.distillation.run
+import align.ppo.stage_run
+import align.training.arguments
+import align.training.fit
+from align.ppo.online import OnlineTrainer
+from tests.ppo import test_aimed_kills as sampled
+from tests.training import test_aimed_kills as supervised
+from tests.training.kills import assert_same, run
+
+
+class Built(Exception):
+    """Carries a trainer out of its stage before it trains."""
+
+
+@pytest.fixture
+def four_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for module in (align.training.arguments, align.ppo.stage_run):
+        monkeypatch.setattr(module, "device_of", lambda runtime: torch.device("cuda"))
+
+
+def check(trainer: Any, micro_batch: int) -> None:
+    assert trainer.args.n_gpu == 1
+    assert trainer.args.train_batch_size == trainer._train_batch_size == micro_batch
+    assert not isinstance(trainer._wrap_model(trainer.model), torch.nn.DataParallel)
+
+
+@pytest.mark.usefixtures("four_devices")
+@pytest.mark.parametrize("kind", supervised.KINDS)
+def test_a_stage_on_rows_builds_its_trainer_for_one(
+    kind: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(trainer: Any, *args: Any, **options: Any) -> None:
+        raise Built(trainer)
+
+    for module in (align.training.fit, align.distillation.run):
+        monkeypatch.setattr(module, "fit", stop)
+    stage = supervised.made(kind, tmp_path, tiny_model, max_steps=1)
+    with pytest.raises(Built) as built:
+        run(stage)
+    check(built.value.args[0], stage.config.micro_batch)
+
+
+@pytest.mark.usefixtures("four_devices")
+@pytest.mark.parametrize("kind", sampled.KINDS)
+def test_a_stage_that_samples_builds_its_trainer_for_one(
+    kind: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(self: Any, *args: Any, **options: Any) -> None:
+        raise Built(self)
+
+    monkeypatch.setattr(OnlineTrainer, "train", stop)
+    stage = sampled.made(kind, tmp_path, tiny_model)
+    with pytest.raises(Built) as built:
+        run(stage)
+    check(built.value.args[0], stage.config.micro_batch)
+
+
+@pytest.mark.parametrize(("tests", "kind"), [(supervised, "cpo"), (sampled, "ppo")], ids=["cpo", "ppo"])
+def test_the_machine_s_devices_change_nothing(
+    tests: Any, kind: str, tiny_model: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """These two are trained by ``DataParallel`` without a word; trl's own trainers refuse it."""
+    fields = {"max_steps": 3} if tests is supervised else {"updates": 2}
+    plain, several = (tests.made(kind, tmp_path / name, tiny_model, **fields) for name in ("plain", "several"))
+    expected = run(plain)
+    request.getfixturevalue("four_devices")
+    assert_same(plain, several, expected, run(several))
+
+
+def test_a_script_s_own_config_is_for_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from align.online import BestOfNConfig, GRPOConfig, OnlineDPOConfig, RLOOConfig
+    from align.ppo import PPOConfig
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for config in (PPOConfig, GRPOConfig, RLOOConfig, OnlineDPOConfig, BestOfNConfig):
+        arguments = config(output_dir=str(tmp_path), rollout_batch=8, samples_per_prompt=4,
+                           per_device_train_batch_size=2, report_to="none")  # fmt: skip
+        assert (arguments.n_gpu, arguments.train_batch_size) == (1, 2)
+
+
+def test_a_process_without_devices_has_none(tmp_path: Path) -> None:
+    from align.ppo import PPOConfig
+
+    assert PPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none").n_gpu == 0
