@@ -2,8 +2,9 @@
 
 ``model.safetensors`` has every trained tensor of policy and critic in float32; frozen ones come from the models the
 run starts from. ``ppo_state.json`` has the KL controller, the totals, and the fields that decide the data order. The
-Trainer adds optimizer, scheduler, random states and ``trainer_state.json``. A checkpoint is written under another name
-and renamed when whole, so one that a kill cut short is never taken for one.
+Trainer adds optimizer, scheduler, random states and ``trainer_state.json``; where the best policy is kept, its weights
+are there as well. A checkpoint is written under another name, marked with the digests of its files
+(``align.training.checkpoints``), and renamed.
 """
 
 from __future__ import annotations
@@ -19,9 +20,13 @@ from torch import nn
 from transformers.trainer_utils import rotate_checkpoints
 
 from align.errors import UserError
+from align.training import checkpoints
+from align.whole_files import sync_folder
 
 WEIGHTS = "model.safetensors"
 STATE = "ppo_state.json"
+BEST = "best.safetensors"
+"""The weights of the best policy so far, where ``keep`` asks for them."""
 DRAFT = ".draft"
 
 
@@ -77,21 +82,31 @@ def clear(draft: Path, accelerator: Any) -> None:
 def publish(draft: Path, output_dir: Path, limit: int | None) -> None:
     """Move the checkpoint in ``draft`` to its place, then delete the oldest beyond ``limit``."""
     (folder,) = draft.glob("checkpoint-*")
+    checkpoints.mark_complete(folder)
     target = output_dir / folder.name
     shutil.rmtree(target, ignore_errors=True)
     folder.rename(target)
+    sync_folder(output_dir)
     shutil.rmtree(draft, ignore_errors=True)
     rotate_checkpoints(str(output_dir), save_total_limit=limit)
 
 
-def last_checkpoint(output_dir: Path) -> Path | None:
-    """The newest whole ``checkpoint-<step>`` in ``output_dir``, or None; leftovers of a killed save are removed."""
+def last_checkpoint(output_dir: Path, warn: checkpoints.Say = print) -> Path | None:
+    """The newest whole ``checkpoint-<step>`` in ``output_dir``, or None; leftovers of a killed save are removed.
+
+    A damaged checkpoint is moved to ``damaged/``; ``warn`` is told, and where the run resumes instead.
+    """
     if not output_dir.is_dir():
         return None
     shutil.rmtree(output_dir / DRAFT, ignore_errors=True)
-    found = []
-    for folder in output_dir.glob("checkpoint-*"):
-        step = folder.name.removeprefix("checkpoint-")
-        if step.isdigit() and all((folder / name).is_file() for name in (WEIGHTS, STATE, "trainer_state.json")):
-            found.append((int(step), folder))
-    return max(found)[1] if found else None
+    return checkpoints.last_complete(output_dir, warn)
+
+
+def check_whole(folder: Path) -> None:
+    """Raise ``UserError`` unless the files of a checkpoint that a script names are those that were written."""
+    reason = checkpoints.damage(folder)
+    if reason is not None:
+        raise UserError(
+            f"{folder} is damaged: {reason}. Resume from an older checkpoint (`last_checkpoint(output_dir)` finds the "
+            "newest whole one), or start anew."
+        )

@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from align.ppo import metrics
 from align.ppo.ahead import RolloutsAhead
 from align.ppo.alarms import Alarm, alarms
 from align.ppo.arguments import RolloutArguments
+from align.ppo.checkpoint import BEST, last_checkpoint
 from align.ppo.experience import RolloutTrainer
 from align.ppo.kl import make_controller
 from align.ppo.model import PolicyAndReference
@@ -35,6 +38,7 @@ from align.ppo.prompts import Prompts
 from align.ppo.ptx import make_ptx
 from align.ppo.rollout import AnyScorer, Rollout, rollout_of, turn_of
 from align.ppo.validation import make_validation
+from align.training.checkpoints import link
 from align.training.zero import clip_part
 
 logger = logging.getLogger(__name__)
@@ -181,10 +185,18 @@ class OnlineTrainer(RolloutTrainer):
                 self.stopped = self.stopped or text
                 self.control.should_training_stop = True
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    @property
+    def is_over(self) -> bool:
+        """True when no update is left, or when the run had ended early before its checkpoint was written."""
+        return self.stopped is not None or super().is_over
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, validate what came out, and put the best policy in the last one's place if ``keep`` says so."""
+        if resume_from_checkpoint is True:
+            newest = last_checkpoint(Path(str(self.args.output_dir)), self.notify)
+            resume_from_checkpoint = True if newest is None else str(newest)
         try:
-            result = super().train(*args, **kwargs)
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
             self.ahead.settle()  # a run that ended early may have drawn ahead
         finally:
             self.ahead.close()
@@ -199,9 +211,10 @@ class OnlineTrainer(RolloutTrainer):
         return result
 
     def state_to_save(self) -> dict[str, Any]:
-        """KL controller, totals, running scale, best validation, rollouts drawn ahead, and the fields that decide the
-        data order."""
+        """KL controller, totals, alarms, running scale, best validation, rollouts drawn ahead, and the fields that
+        decide the data order."""
         state: dict[str, Any] = {"kl": self.kl_controller.state_dict(), "totals": self.totals}
+        state |= {"alarms": [asdict(alarm) for alarm in self.alarms], "stopped": self.stopped}
         state["fingerprint"] = self.args.fingerprint()
         if self.scale is not None:
             state["scale"] = self.scale.state_dict()
@@ -217,6 +230,7 @@ class OnlineTrainer(RolloutTrainer):
         if self.validation is not None:
             self.validation.best = state["best"]
         self.totals = state["totals"]
+        self.alarms, self.stopped = [Alarm(**alarm) for alarm in state["alarms"]], state["stopped"]
         self.ahead.load_state_dict(state.get("ahead", []), self._restored)
 
     def _restored(self, update: int, answers: list[Any]) -> Rollout | None:
@@ -224,6 +238,17 @@ class OnlineTrainer(RolloutTrainer):
             return None  # the first process had all of it
         turn = turn_of(self.args, update)
         return rollout_of(self.prompts, self.prompts.draw(turn.start, len(turn), self.args.seed), answers, update)
+
+    def save_beside(self, folder: Path) -> None:
+        """Add the weights of the best policy so far."""
+        if self.validation is not None and self.validation.weights is not None:
+            link(self.validation.weights, folder / BEST)
+
+    def take_beside(self, folder: Path) -> None:
+        """Put them where the validation keeps them."""
+        if self.validation is not None and self.validation.weights is not None:
+            self.validation.weights.parent.mkdir(exist_ok=True)
+            link(folder / BEST, self.validation.weights)
 
     def after_saving(self) -> None:
         """Weights of former best policies are needed no more."""

@@ -31,6 +31,12 @@ class SavingTrainer(ShardingTrainer, Trainer):  # type: ignore[misc]
     def take_state(self, state: dict[str, Any]) -> None:
         """Go on from what ``state_to_save`` gave."""
 
+    def save_beside(self, folder: Path) -> None:
+        """Add files to a checkpoint, before it is marked; called by the process that writes it."""
+
+    def take_beside(self, folder: Path) -> None:
+        """Take them up again, once ``take_state`` has run."""
+
     def after_saving(self) -> None:
         """Called by the process that wrote a checkpoint, once it is in its place."""
 
@@ -63,10 +69,15 @@ class SavingTrainer(ShardingTrainer, Trainer):  # type: ignore[misc]
             folder.mkdir(parents=True, exist_ok=True)
             checkpoint.save_trained(model, folder)
             checkpoint.save_state(folder, self.state_to_save())
+            self.save_beside(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
+        if self.args.should_save:
+            checkpoint.check_whole(folder)
         state = checkpoint.load_state(folder, self.state_to_save()["fingerprint"])
         with whole(self.model, store=True) as plain:
             checkpoint.load_trained(plain, folder)
         self.take_state(state)
+        if self.args.should_save:
+            self.take_beside(folder)

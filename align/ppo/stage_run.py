@@ -132,7 +132,7 @@ def run_online(context: StageContext, make: Callable[[Start], OnlineTrainer]) ->
                 f"{context.name}: {trainer.prompts.dropped} of {len(rows)} prompts are longer than "
                 f"max_prompt_tokens {config.max_prompt_tokens} and were left out."
             )
-        checkpoint = agreed(lambda: last_checkpoint(context.checkpoints))
+        checkpoint = agreed(lambda: last_checkpoint(context.checkpoints, options["notify"]))
         if checkpoint is not None:
             print(f"resuming from {checkpoint}")
         context.note(

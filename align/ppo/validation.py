@@ -79,6 +79,13 @@ class Validation:
                 checkpoint.save_trained(model, target)
         self.best = {"update": float(update), **found}
 
+    @property
+    def weights(self) -> Path | None:
+        """File with the weights of the best policy so far, None where there is none."""
+        if self.best is None:
+            return None
+        return self.folder / f"{FOLDER}{int(self.best['update'])}" / checkpoint.WEIGHTS
+
     def tidy(self) -> None:
         """Delete the weights of policies that are no longer the best."""
         kept = None if self.best is None else f"{FOLDER}{int(self.best['update'])}"

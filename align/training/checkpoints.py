@@ -1,68 +1,164 @@
 """Which checkpoint a killed stage may resume from.
 
-transformers writes a checkpoint file by file, so a kill can leave one that looks whole and is not. A checkpoint
-counts only when our marker, written last, lists every file with its size. Leaves out keeping the newest two: the
-trainer's ``save_total_limit`` does that.
+transformers writes a checkpoint file by file, so a kill can leave one that looks whole and is not, and a disk can give
+back other bytes than it was given. A checkpoint counts only when its marker, written last, lists every file and the
+files still have the digests that stand there. Leaves out keeping the newest two: the trainer's ``save_total_limit``
+does that.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from align.models.processes import wait_for_all
+from align.whole_files import sync_folder, write_atomically
+
 MARKER = "complete.json"
+DAMAGED = "damaged"
+"""Folder beside the checkpoints for those whose files changed after they were written."""
+BLOCK_BYTES, READ_BYTES = 64 * 2**20, 4 * 2**20
+"""A large file has a digest for every block, so that several threads can share it."""
+READERS = min(8, os.cpu_count() or 1)
+"""Blocks read at once; a thread makes 2 GB of SHA-256 a second with the processor's own instructions."""
+
+Say = Callable[[str], object]
 
 
 def mark_complete(folder: Path) -> None:
-    """Bring every file of ``folder`` to the disk, then write the marker in one rename."""
-    sizes = {}
-    for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MARKER):
-        _sync(file)
-        sizes[str(file.relative_to(folder))] = file.stat().st_size
-    draft = folder / f"{MARKER}.draft"
-    draft.write_text(json.dumps(sizes, indent=1), encoding="utf-8")
-    _sync(draft)
-    draft.rename(folder / MARKER)
-    _sync(folder)
+    """Bring every file of ``folder`` to the disk, then write the marker with their digests in one rename."""
+    names = _files(folder)
+    for name in names:
+        _sync(folder / name)
+    write_atomically(folder / MARKER, {"sha256": _digests(folder, names)})
+    sync_folder(folder)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a marked checkpoint, as the end of a sentence; None where it is as it was written."""
+    try:
+        listed = _listed(folder)
+        missing = sorted(listed.keys() - set(_files(folder)))
+        if missing:
+            return f"its file {missing[0]} is missing"
+        digests = _digests(folder, listed)
+    except (OSError, ValueError) as error:
+        return f"its {MARKER} or a file in it cannot be read ({error})"
+    changed = sorted(name for name, digest in listed.items() if digests[name] != digest)
+    return f"its file {changed[0]} is not as it was written (by the SHA-256 in {MARKER})" if changed else None
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether the marker is there and every file it lists has its size."""
-    try:
-        sizes = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-        return bool(sizes) and all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError):
-        return False
+    """Whether the marker is there and every file it lists has its digest."""
+    return damage(folder) is None
 
 
-def last_complete(checkpoints: Path) -> Path | None:
-    """The newest complete ``checkpoint-<step>`` folder, or None; incomplete ones are deleted."""
-    found: list[tuple[int, Path]] = []
-    for folder in checkpoints.glob("checkpoint-*"):
-        step = folder.name.removeprefix("checkpoint-")
-        if step.isdigit() and is_complete(folder):
-            found.append((int(step), folder))
-        else:
+def last_complete(checkpoints: Path, warn: Say = print) -> Path | None:
+    """The newest complete ``checkpoint-<step>`` folder, or None.
+
+    One without a marker was cut short by a kill and is removed. A damaged one is moved to ``damaged/``, and ``warn`` is
+    told where training resumes instead. Checkpoints older than the one returned are not read.
+    """
+    warnings = []
+    newest = None
+    for folder in sorted(_numbered(checkpoints), key=_step, reverse=True):
+        if not (folder / MARKER).is_file():
+            print(f"removed {folder}: a kill cut it short")
             shutil.rmtree(folder)
-    return max(found)[1] if found else None
+            continue
+        wrong = None if newest is not None else damage(folder)
+        if wrong is not None:
+            warnings.append(f"{folder.name} is damaged: {wrong}. It was moved to {_set_aside(folder)}.")
+        elif newest is None:
+            newest = folder
+    for warning in warnings:
+        warn(f"{warning} Training resumes from {'its start' if newest is None else newest.name}.")
+    return newest
 
 
 class MarkCheckpoints(TrainerCallback):
-    """Marks each checkpoint once the trainer has written all of it."""
+    """Marks each checkpoint once all processes have written their files."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        wait_for_all()
         if state.is_world_process_zero:
             mark_complete(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def link(file: Path, target: Path) -> None:
+    """Give ``file`` a second name, or copy it where the file system has no hard links; replaces ``target``."""
+    draft = target.with_name(f"{target.name}.draft")
+    draft.unlink(missing_ok=True)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        draft.hardlink_to(file)
+    except OSError:
+        shutil.copyfile(file, draft)
+    draft.replace(target)
+
+
+def _listed(folder: Path) -> dict[str, list[str]]:
+    """File -> digests of its blocks, as the marker has them; ``ValueError`` where it holds something else."""
+    try:
+        digests = json.loads((folder / MARKER).read_text(encoding="utf-8"))["sha256"]
+    except (KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+    if not isinstance(digests, dict) or not digests:
+        raise ValueError("no file has a digest there")
+    return digests
+
+
+def _numbered(checkpoints: Path) -> list[Path]:
+    return [path for path in checkpoints.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("checkpoint-"))
+
+
+def _set_aside(folder: Path) -> Path:
+    """Move a damaged checkpoint out of the way; returns where it is now."""
+    target = folder.parent / DAMAGED / folder.name
+    target.parent.mkdir(exist_ok=True)
+    shutil.rmtree(target, ignore_errors=True)
+    folder.rename(target)
+    return target
+
+
+def _files(folder: Path) -> list[str]:
+    paths = [path for path in folder.rglob("*") if path.is_file() and path != folder / MARKER]
+    return sorted(path.relative_to(folder).as_posix() for path in paths)
+
+
+def _digests(folder: Path, names: Iterable[str]) -> dict[str, list[str]]:
+    """SHA-256 of each file's blocks, of which several are read at once."""
+    blocks = [
+        (name, start) for name in names for start in range(0, max(1, (folder / name).stat().st_size), BLOCK_BYTES)
+    ]
+    digests: dict[str, list[str]] = {}
+    with ThreadPoolExecutor(READERS) as readers:
+        for (name, _), digest in zip(blocks, readers.map(lambda block: _digest(folder, *block), blocks), strict=True):
+            digests.setdefault(name, []).append(digest)
+    return digests
+
+
+def _digest(folder: Path, name: str, start: int) -> str:
+    digest, left = hashlib.sha256(), BLOCK_BYTES
+    with (folder / name).open("rb", buffering=0) as file:
+        file.seek(start)
+        while left and (content := file.read(min(left, READ_BYTES))):
+            digest.update(content)
+            left -= len(content)
+    return digest.hexdigest()
+
+
+def _sync(file: Path) -> None:
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())

@@ -15,6 +15,7 @@ from align.training.checkpoints import MarkCheckpoints, last_complete
 from align.training.clock import TrainingClock
 from align.training.extras import extra_callbacks, has_scores, scored_with
 from align.training.progress import ReportProgress
+from align.training.state_files import read_state, write_state
 from align.training.stop_request import StopWhenAsked
 from align.training.stopping import best_so_far
 from align.training.tracking import follow
@@ -31,7 +32,11 @@ def fit(
     of the whole run, ``training_seconds`` the time of its steps, those of earlier attempts included and those that a
     kill threw away left out; ``tokens_per_second`` is the one over the other.
     """
-    checkpoint = agreed(lambda: last_complete(context.checkpoints))
+
+    def warn(text: str) -> None:
+        context.warn(f"{context.name}: {text}")
+
+    checkpoint = agreed(lambda: last_complete(context.checkpoints, warn))
     done = _step_of(checkpoint)
     with follow(context, trainer, done + 1 if checkpoint else 0):
         # What follows from the scores, such as when to stop, is to be the same in all processes.
@@ -77,8 +82,7 @@ def _fit(
         "training_seconds": seconds,
         "tokens_per_second": timed / seconds,
         **dict(zip(("trainable_parameters", "parameters"), parameter_counts(trainer.model), strict=True)),
-        "loss_first": losses[0],
-        "loss_last": losses[-1],
+        **({"loss_first": losses[0], "loss_last": losses[-1]} if losses else {}),
         **{name: value for extra in extras for name, value in getattr(extra, "facts", dict)().items()},
         **{f"test_{name}_before": value for name, value in at_first.items()},
         **{f"test_{name}_after": value for name, value in after.items()},
@@ -86,17 +90,18 @@ def _fit(
 
 
 def _scored_before(context: StageContext, held_out: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """The scores before training, computed once: a resumed attempt reads the first one's."""
+    """Score the held-out rows before training; a resumed attempt reads what the first one wrote, unless it is damaged.
+
+    The model still has the weights that it came in with: no checkpoint is loaded yet.
+    """
     file = context.checkpoints / "before.json"
-    if agreed(file.is_file):
-        return {name: float(value) for name, value in json.loads(file.read_text(encoding="utf-8")).items()}
+    known = agreed(lambda: read_state(file))
+    if known is not None:
+        return known
     scores = held_out()
     context.log(0, **{f"test_{name}": value for name, value in scores.items()})
-    if rank():
-        return scores
-    draft = file.with_suffix(".draft")
-    draft.write_text(json.dumps(scores), encoding="utf-8")
-    draft.rename(file)
+    if rank() == 0:
+        write_state(file, scores)
     return scores
 
 

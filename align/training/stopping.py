@@ -1,8 +1,7 @@
 """Early stopping, and the best weights instead of the last: both by the loss on the held-out rows.
 
-What was best so far is in every checkpoint, so that a resumed run stops and keeps where the uninterrupted one does: its
-scores are the same, and so are the weights that it keeps again. Left out: other metrics than the loss, and the weights
-before the first step.
+What was best so far is in every checkpoint, the weights too, so that a resumed run stops and keeps where the
+uninterrupted one does. Left out: other metrics than the loss, and the weights before the first step.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from align.errors import UserError
 from align.models.processes import wait_for_all
 from align.models.sharding import forget_gathered, full, put
 from align.stage import StageContext
+from align.training.checkpoints import link
 from align.training.config import TrainingFields
 from align.tuning import FullTuning
 
@@ -78,14 +77,12 @@ class BestSoFar(TrainerCallback):
         """Take up what the checkpoint that is resumed from knew."""
         if state.global_step == 0:
             return
-        known = json.loads((self.folder / f"checkpoint-{state.global_step}" / STATE).read_text(encoding="utf-8"))
+        checkpoint = self.folder / f"checkpoint-{state.global_step}"
+        known = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
         self.best_step, self.waited = known["best_step"], known["waited"]
         self.best_loss = float("inf") if known["best_loss"] is None else known["best_loss"]
-        if self.keep and self.best_step and not (self.folder / WEIGHTS).is_file():
-            raise UserError(
-                f"{self.folder / WEIGHTS} is missing: the best weights so far, of step {self.best_step}. Delete the "
-                "stage's unfinished folder, so that it starts anew."
-            )
+        if self.keep and self.best_step and state.is_world_process_zero:
+            link(checkpoint / WEIGHTS, self.folder / WEIGHTS)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.stopped_at:
@@ -100,8 +97,10 @@ class BestSoFar(TrainerCallback):
                 "best_step": self.best_step,
                 "waited": self.waited,
             }
-            file = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / STATE
-            file.write_text(json.dumps(known), encoding="utf-8")
+            checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+            (checkpoint / STATE).write_text(json.dumps(known), encoding="utf-8")
+            if self.keep and self.best_step:
+                link(self.folder / WEIGHTS, checkpoint / WEIGHTS)
 
     @torch.no_grad()
     def restore(self) -> bool:

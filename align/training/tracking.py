@@ -13,12 +13,13 @@ import json
 import os
 import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from align.errors import UserError
 from align.stage import StageContext
+from align.training.state_files import read_state, write_state
 
 IDENTITY = "tracking.json"
 """File beside the stage's checkpoints' folder that keeps the run's identity between attempts."""
@@ -261,11 +262,11 @@ def _environment(context: StageContext, identity: Mapping[str, str]) -> dict[str
 def _identity(context: StageContext) -> dict[str, str]:
     """Of this stage's run: made by its first attempt, found by the next ones, gone once the stage is finished."""
     path = context.checkpoints.with_name(IDENTITY)
-    with suppress(OSError, ValueError):
-        found: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
-        return found
+    known = read_state(path)
+    if known is not None:
+        return known
     made = {"id": secrets.token_hex(6)}
-    path.write_text(json.dumps(made), encoding="utf-8")
+    write_state(path, made)
     return made
 
 
@@ -274,7 +275,7 @@ def _remember(context: StageContext, callbacks: list[Any]) -> None:
     for callback in callbacks:
         if _name(callback) == "mlflow":
             noted = _identity(context) | {"mlflow": callback._ml_flow.active_run().info.run_id}
-            context.checkpoints.with_name(IDENTITY).write_text(json.dumps(noted), encoding="utf-8")
+            write_state(context.checkpoints.with_name(IDENTITY), noted)
 
 
 def _safe(error: Exception) -> str:

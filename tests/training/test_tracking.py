@@ -21,6 +21,7 @@ from align.runner import run_pipeline
 from align.runtime import Runtime
 from align.stage import STAGES, StageContext
 from align.training import tracking
+from align.training.state_files import read_state
 from align.training.tracking import scorecard_values, track_result
 from tests import toy
 from tests.stages.test_evaluate_run import context as evaluated
@@ -146,10 +147,11 @@ def test_a_killed_stage_goes_on_with_its_run(kind: str, tiny_model: Path, tmp_pa
     stage = made(kind, tmp_path, tiny_model) if kind == "sft" else made_ppo(tmp_path, tiny_model, save_updates=2)
     with pytest.raises(Killed):
         STAGES[kind].runner()(dying(stage, 3))
-    first = json.loads((tmp_path / tracking.IDENTITY).read_text())
+    first = read_state(tmp_path / tracking.IDENTITY)
+    assert first is not None
     killed = reported(stage)["loss"]
     STAGES[kind].runner()(stage)
-    assert json.loads((tmp_path / tracking.IDENTITY).read_text()) == first
+    assert read_state(tmp_path / tracking.IDENTITY) == first
     assert os.environ["WANDB_RUN_ID"] == first["id"] and os.environ["WANDB_RESUME"] == "allow"
     expected = reported(stage)
     assert list(killed) == [1, 2, 3] and max(expected["loss"]) > 3
@@ -238,7 +240,7 @@ def test_what_each_tracker_is_told_of_project_group_and_run(tmp_path: Path, monk
     plain = StageContext("sft", None, {}, 1, Runtime(), tmp_path, tmp_path / "checkpoints", tmp_path / "e.jsonl")
     stage = tracked(plain, tmp_path / "tracking")
     assert tracking.tracking_options(stage) == {"report_to": ["tensorboard"], "run_name": "sft", "project": "quick"}
-    identity = json.loads((tmp_path / tracking.IDENTITY).read_text())["id"]
+    identity = read_state(tmp_path / tracking.IDENTITY)["id"]
     assert os.environ["WANDB_PROJECT"] == os.environ["MLFLOW_EXPERIMENT_NAME"] == "quick"
     assert os.environ["WANDB_RUN_GROUP"] == "quick-0a1b2c3d" and os.environ["WANDB_RUN_ID"] == identity
     assert os.environ["WANDB_DIR"] == "/elsewhere", "what the user set stays"

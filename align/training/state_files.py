@@ -1,0 +1,44 @@
+"""Small files with what a stage must remember beside its checkpoints: there whole or not at all, and sealed.
+
+A file carries the SHA-256 of its content, so that one whose bytes changed is never believed. Reading one that is
+missing or damaged gives None: its content is then computed again. Torch-free.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from align.whole_files import write_atomically
+
+
+def write_state(file: Path, content: dict[str, Any]) -> None:
+    """Write ``content``, which JSON must be able to hold, and bring it to the disk."""
+    write_atomically(file, {"content": content, "sha256": _digest(content)})
+
+
+def read_state(file: Path) -> dict[str, Any] | None:
+    """The content of ``file``; None where there is none. A damaged file counts as none, and a line is printed."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        return _damaged(file, str(error))
+    try:
+        sealed = json.loads(text)
+        content: dict[str, Any] = sealed["content"]
+        whole = isinstance(content, dict) and sealed["sha256"] == _digest(content)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        return _damaged(file, f"{type(error).__name__}: {error}")
+    return content if whole else _damaged(file, "its SHA-256 differs")
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _damaged(file: Path, reason: str) -> None:
+    print(f"{file} is damaged ({reason}); its content is computed again")
