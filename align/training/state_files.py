@@ -22,23 +22,25 @@ def write_state(file: Path, content: dict[str, Any]) -> None:
 def read_state(file: Path) -> dict[str, Any] | None:
     """The content of ``file``; None where there is none. A damaged file counts as none, and a line is printed."""
     try:
-        text = file.read_text(encoding="utf-8")
+        return _unsealed(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError) as error:
-        return _damaged(file, str(error))
+    except (OSError, ValueError) as error:
+        print(f"{file} is damaged ({error}); its content is computed again")
+        return None
+
+
+def _unsealed(text: str) -> dict[str, Any]:
     try:
         sealed = json.loads(text)
         content: dict[str, Any] = sealed["content"]
-        whole = isinstance(content, dict) and sealed["sha256"] == _digest(content)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        return _damaged(file, f"{type(error).__name__}: {error}")
-    return content if whole else _damaged(file, "its SHA-256 differs")
+        digest = sealed["sha256"]
+    except (KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+    if not isinstance(content, dict) or digest != _digest(content):
+        raise ValueError("its SHA-256 differs")
+    return content
 
 
 def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _damaged(file: Path, reason: str) -> None:
-    print(f"{file} is damaged ({reason}); its content is computed again")
