@@ -6,6 +6,7 @@ nobody killed, however many updates they were to make and whatever ends them ear
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import pytest
 
 from align.artifacts import Artifact, Kind
 from align.data.rows import assistant, user, write_rows
+from align.ppo import online
+from align.ppo.alarms import Alarm
 from align.runtime import Runtime
 from align.stage import STAGES, StageContext
 from tests.training.kills import Kill, assert_same, kills, run, run_killed
@@ -69,54 +72,61 @@ def made(kind: str, root: Path, model: Path, **fields: Any) -> StageContext:
     return StageContext(kind, config, inputs, 5, runtime, root / "output", root / "checkpoints", root / "events.jsonl")
 
 
-def check(kind: str, sequence: list[Kill], model: Path, folder: Path, **fields: Any) -> dict[str, Any]:
-    """A stage killed at each of ``sequence`` ends as the one that ran through; returns that one's metrics."""
-    whole, killed = (made(kind, folder / name, model, **fields) for name in ("whole", "killed"))
-    expected = run(whole)
-    metrics = run_killed(killed, sequence)
-    assert_same(whole, killed, expected, metrics)
-    completions = [(stage.output / "completions.jsonl").read_text(encoding="utf-8") for stage in (whole, killed)]
-    assert completions[0] == completions[1]
-    return expected
+Check = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def check(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Check:
+    """``check(kind, kills, **fields)``: a stage killed at each of them ends as the one that ran through.
+
+    That one is made once for the same fields; its metrics are returned.
+    """
+    runs: dict[str, tuple[StageContext, dict[str, Any]]] = {}
+
+    def killed(kind: str, sequence: list[Kill], **fields: Any) -> dict[str, Any]:
+        name = f"{kind} {sorted(fields.items())}"
+        if name not in runs:
+            whole = made(kind, tmp_path_factory.mktemp("whole"), tiny_model, **fields)
+            runs[name] = whole, run(whole)
+        whole, expected = runs[name]
+        stage = made(kind, tmp_path_factory.mktemp("killed"), tiny_model, **fields)
+        assert_same(whole, stage, expected, run_killed(stage, sequence))
+        responses = [(each.output / "completions.jsonl").read_text(encoding="utf-8") for each in (whole, stage)]
+        assert responses[0] == responses[1]
+        return expected
+
+    return killed
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stage_killed_around_its_last_checkpoint_makes_no_more_updates(
-    kind: str, tiny_model: Path, tmp_path: Path
-) -> None:
-    sequence = [Kill("after", CHECKPOINTS[-1]), Kill("saved")]
-    assert check(kind, sequence, tiny_model, tmp_path)["updates"] == 5
+def test_a_stage_killed_around_its_last_checkpoint_makes_no_more_updates(kind: str, check: Check) -> None:
+    assert check(kind, [Kill("after", CHECKPOINTS[-1]), Kill("saved")])["updates"] == 5
 
 
 @pytest.mark.parametrize("way", ["one-update", "keep-best", "ahead"])
-def test_however_long_it_lasts_a_killed_stage_ends_where_the_whole_one_does(
-    way: str, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_however_long_it_lasts_a_killed_stage_ends_where_the_whole_one_does(way: str, check: Check) -> None:
     fields, steps = WAYS[way]
-    check("ppo", [Kill("unmarked", steps[-1]), Kill("after", steps[-1])], tiny_model, tmp_path, **fields)
+    check("ppo", [Kill("unmarked", steps[-1]), Kill("after", steps[-1])], **fields)
 
 
 def test_a_run_that_an_alarm_stops_stays_stopped_and_keeps_its_alarm(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    check: Check, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The alarm comes with the update whose checkpoint is written next."""
-    from align.ppo import online
-    from align.ppo.alarms import Alarm
 
     def at_the_fourth(history: Any) -> list[Alarm]:
         return [Alarm("collapse", 4, "the policy says the same to everything")] if len(history) >= 4 else []
 
     monkeypatch.setattr(online, "alarms", at_the_fourth)
-    sequence = [Kill("after", 8), Kill("trained"), Kill("saved")]
-    metrics = check("ppo", sequence, tiny_model, tmp_path, on_alarm="stop", updates=8)
+    metrics = check("ppo", [Kill("after", 8), Kill("trained"), Kill("saved")], on_alarm="stop", updates=8)
     assert metrics["updates"] == 4
     assert metrics["alarms"] == ["update 4: collapse"]
     assert metrics["stopped"].startswith("update 4: collapse")
 
 
-def test_a_run_over_its_kl_budget_ends_there_again(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_run_over_its_kl_budget_ends_there_again(check: Check) -> None:
     fields = {"kl_budget": 0.05, "updates": 12, "learning_rate": 1e-2}
-    metrics = check("ppo", [Kill("after", 4), Kill("trained"), Kill("saved")], tiny_model, tmp_path, **fields)
+    metrics = check("ppo", [Kill("after", 4), Kill("trained"), Kill("saved")], **fields)
     assert "over kl_budget" in metrics["stopped"]
     assert 2 <= metrics["updates"] < 12
 
@@ -124,12 +134,12 @@ def test_a_run_over_its_kl_budget_ends_there_again(tiny_model: Path, tmp_path: P
 @pytest.mark.slow
 @pytest.mark.parametrize("kill", kills(CHECKPOINTS), ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_kill_changes_nothing(kind: str, kill: Kill, tiny_model: Path, tmp_path: Path) -> None:
-    check(kind, [kill], tiny_model, tmp_path)
+def test_one_kill_changes_nothing(kind: str, kill: Kill, check: Check) -> None:
+    check(kind, [kill])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
-def test_kills_at_every_moment_change_nothing(way: str, tiny_model: Path, tmp_path: Path) -> None:
+def test_kills_at_every_moment_change_nothing(way: str, check: Check) -> None:
     fields, steps = WAYS[way]
-    check("ppo", kills(steps), tiny_model, tmp_path, **fields)
+    check("ppo", kills(steps), **fields)

@@ -6,6 +6,7 @@ weights, metrics and curves.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,58 +89,67 @@ def made(kind: str, root: Path, model: Path, **fields: Any) -> StageContext:
     return replace(plain, name=kind, inputs=inputs, runtime=engine)
 
 
-def check(kind: str, sequence: list[Kill], model: Path, folder: Path, **fields: Any) -> None:
-    """A stage killed at each of ``sequence`` ends as the one that ran through."""
-    whole, killed = (made(kind, folder / name, model, **fields) for name in ("whole", "killed"))
-    expected = run(whole)
-    metrics = run_killed(killed, sequence)
-    assert_same(whole, killed, expected, metrics)
+Check = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def check(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Check:
+    """``check(kind, kills, **fields)``: a stage killed at each of them ends as the one that ran through.
+
+    That one is made once for the same fields; its metrics are returned.
+    """
+    runs: dict[str, tuple[StageContext, dict[str, Any]]] = {}
+
+    def killed(kind: str, sequence: list[Kill], **fields: Any) -> dict[str, Any]:
+        name = f"{kind} {sorted(fields.items())}"
+        if name not in runs:
+            whole = made(kind, tmp_path_factory.mktemp("whole"), tiny_model, **fields)
+            runs[name] = whole, run(whole)
+        whole, expected = runs[name]
+        stage = made(kind, tmp_path_factory.mktemp("killed"), tiny_model, **fields)
+        assert_same(whole, stage, expected, run_killed(stage, sequence))
+        return expected
+
+    return killed
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stage_killed_around_its_last_checkpoint_trains_no_further(
-    kind: str, tiny_model: Path, tmp_path: Path
-) -> None:
-    check(kind, [Kill("after", CHECKPOINTS[-1]), Kill("saved")], tiny_model, tmp_path, **MID_EPOCH)
+def test_a_stage_killed_around_its_last_checkpoint_trains_no_further(kind: str, check: Check) -> None:
+    check(kind, [Kill("after", CHECKPOINTS[-1]), Kill("saved")], **MID_EPOCH)
 
 
-def test_kills_around_the_last_checkpoint_change_nothing(tiny_model: Path, tmp_path: Path) -> None:
-    check("sft", kills(CHECKPOINTS[-1:]), tiny_model, tmp_path, **MID_EPOCH)
+def test_kills_around_the_last_checkpoint_change_nothing(check: Check) -> None:
+    check("sft", kills(CHECKPOINTS[-1:]), **MID_EPOCH)
 
 
 @pytest.mark.parametrize("way", QUICK)
-def test_however_long_training_lasts_a_killed_stage_ends_where_the_whole_one_does(
-    way: str, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_however_long_training_lasts_a_killed_stage_ends_where_the_whole_one_does(way: str, check: Check) -> None:
     fields, steps = WAYS[way]
-    check("sft", [Kill("after", steps[-1])], tiny_model, tmp_path, **fields)
+    check("sft", [Kill("after", steps[-1])], **fields)
 
 
-def test_a_stage_that_stops_early_stops_there_again(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_stage_that_stops_early_stops_there_again(check: Check) -> None:
     """The step at which it stops is a multiple of ``save_steps``."""
     fields = {"early_stopping": {"patience": 1}, "keep": "best", "eval_steps": 3, "epochs": 20, "learning_rate": 0.3}
-    whole, killed = (made("sft", tmp_path / name, tiny_model, **fields) for name in ("whole", "killed"))
-    expected = run(whole)
+    expected = check("sft", [Kill("after", 3), Kill("trained"), Kill("saved")], **fields)
     assert expected["stopped_early"] and expected["steps"] < 80
-    metrics = run_killed(killed, [Kill("after", 3), Kill("trained"), Kill("saved")])
-    assert_same(whole, killed, expected, metrics)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kill", kills(CHECKPOINTS), ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_kill_changes_nothing(kind: str, kill: Kill, tiny_model: Path, tmp_path: Path) -> None:
-    check(kind, [kill], tiny_model, tmp_path, **MID_EPOCH)
+def test_one_kill_changes_nothing(kind: str, kill: Kill, check: Check) -> None:
+    check(kind, [kill], **MID_EPOCH)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
-def test_kills_at_every_moment_change_nothing(way: str, tiny_model: Path, tmp_path: Path) -> None:
+def test_kills_at_every_moment_change_nothing(way: str, check: Check) -> None:
     fields, steps = WAYS[way]
-    check("sft", kills(steps), tiny_model, tmp_path, **fields)
+    check("sft", kills(steps), **fields)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_kills_at_every_moment_change_nothing_for_any_trainer(kind: str, tiny_model: Path, tmp_path: Path) -> None:
-    check(kind, kills(CHECKPOINTS), tiny_model, tmp_path, **MID_EPOCH, tuning={"method": "lora", "rank": 4})
+def test_kills_at_every_moment_change_nothing_for_adapters(kind: str, check: Check) -> None:
+    check(kind, kills(CHECKPOINTS), **MID_EPOCH, tuning={"method": "lora", "rank": 4})
