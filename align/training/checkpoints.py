@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -95,8 +96,9 @@ class MarkCheckpoints(TrainerCallback):
 
 def link(file: Path, target: Path) -> None:
     """Give ``file`` a second name, or copy it where the file system has no hard links; replaces ``target``."""
-    draft = target.with_name(f"{target.name}.draft")
-    draft.unlink(missing_ok=True)
+    if target.exists() and target.samefile(file):
+        return  # to rename one name of a file to another of its names does nothing, and the draft would stay
+    draft = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
     try:
         draft.hardlink_to(file)
     except OSError:

@@ -68,6 +68,7 @@ class BestSoFar(TrainerCallback):
         if not self.trainer.is_world_process_zero():
             return
         draft = self.folder / f"{WEIGHTS}.draft"
+        draft.unlink(missing_ok=True)  # checkpoints share the file's content, so it is never written over
         save_file(kept, draft)
         draft.rename(self.folder / WEIGHTS)
 

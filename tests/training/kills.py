@@ -136,7 +136,9 @@ def run_killed(stage: StageContext, sequence: Sequence[Kill]) -> dict[str, Any]:
         with armed(kill), pytest.raises(Killed):
             run(stage)
             pytest.fail(f"the stage came to its end and was not killed at {kill}")
-    return run(stage)
+    metrics = run(stage)
+    assert not (stage.checkpoints / checkpoints.DAMAGED).exists(), "a kill damaged a checkpoint that was whole"
+    return metrics
 
 
 def points(stage: StageContext) -> dict[int, dict[str, float]]:

@@ -135,6 +135,12 @@ def test_a_stage_that_stops_early_stops_there_again(check: Check) -> None:
     assert expected["stopped_early"] and expected["steps"] < 80
 
 
+def test_better_weights_of_a_killed_attempt_leave_the_checkpoint_whole(check: Check) -> None:
+    """The best weights are found after a checkpoint, twice, and the stage dies before the next one each time."""
+    fields, _ = WAYS["keep-best"]
+    check("sft", [Kill("after", 3), Kill("before", 6), Kill("before", 6)], **fields)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kill", kills(CHECKPOINTS), ids=str)
 @pytest.mark.parametrize("kind", KINDS)

@@ -82,5 +82,7 @@ def test_a_second_name_outlives_the_first(tmp_path: Path, monkeypatch: pytest.Mo
         if not links:
             monkeypatch.setattr(Path, "hardlink_to", lambda self, other: (_ for _ in ()).throw(OSError()))
         link(file, target)
+        link(file, target)
         file.unlink()
         assert target.read_bytes() == content
+        assert [path.name for path in tmp_path.iterdir()] == ["kept"]
