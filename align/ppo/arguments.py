@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from transformers import TrainingArguments
 
-from align.training.arguments import on_one_device
+from align.training.arguments import use_one_device
 
 
 @dataclass
@@ -103,7 +103,7 @@ class RolloutArguments(TrainingArguments):
         self.remove_unused_columns = False
         self.ignore_data_skip = True  # the position in the data follows from the update
         super().__post_init__()
-        on_one_device(self)
+        use_one_device(self)
         self._check()
         if self.kl_estimator is None:
             self.kl_estimator = "k1" if self.kl_in == "reward" else self.loss_estimator

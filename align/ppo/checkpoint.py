@@ -104,7 +104,7 @@ def last_checkpoint(output_dir: Path, warn: checkpoints.Say = print) -> Path | N
 
 def check_whole(folder: Path) -> None:
     """Raise ``UserError`` unless the files of a checkpoint that a script names are those that were written."""
-    reason = checkpoints.damage(folder)
+    reason = checkpoints.find_damage(folder)
     if reason is not None:
         raise UserError(
             f"{folder} is damaged: {reason}. Resume from an older checkpoint (`last_checkpoint(output_dir)` finds the "

@@ -239,12 +239,12 @@ class OnlineTrainer(RolloutTrainer):
         turn = turn_of(self.args, update)
         return rollout_of(self.prompts, self.prompts.draw(turn.start, len(turn), self.args.seed), answers, update)
 
-    def save_beside(self, folder: Path) -> None:
+    def save_extras(self, folder: Path) -> None:
         """Add the weights of the best policy so far."""
         if self.validation is not None and self.validation.weights is not None:
             link(self.validation.weights, folder / BEST)
 
-    def take_beside(self, folder: Path) -> None:
+    def load_extras(self, folder: Path) -> None:
         """Put them where the validation keeps them."""
         if self.validation is not None and self.validation.weights is not None:
             self.validation.weights.parent.mkdir(exist_ok=True)

@@ -31,10 +31,10 @@ class SavingTrainer(ShardingTrainer, Trainer):  # type: ignore[misc]
     def take_state(self, state: dict[str, Any]) -> None:
         """Go on from what ``state_to_save`` gave."""
 
-    def save_beside(self, folder: Path) -> None:
+    def save_extras(self, folder: Path) -> None:
         """Add files to a checkpoint, before it is marked; called by the process that writes it."""
 
-    def take_beside(self, folder: Path) -> None:
+    def load_extras(self, folder: Path) -> None:
         """Take them up again, once ``take_state`` has run."""
 
     def after_saving(self) -> None:
@@ -69,7 +69,7 @@ class SavingTrainer(ShardingTrainer, Trainer):  # type: ignore[misc]
             folder.mkdir(parents=True, exist_ok=True)
             checkpoint.save_trained(model, folder)
             checkpoint.save_state(folder, self.state_to_save())
-            self.save_beside(folder)
+            self.save_extras(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -80,4 +80,4 @@ class SavingTrainer(ShardingTrainer, Trainer):  # type: ignore[misc]
             checkpoint.load_trained(plain, folder)
         self.take_state(state)
         if self.args.should_save:
-            self.take_beside(folder)
+            self.load_extras(folder)

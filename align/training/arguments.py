@@ -105,10 +105,10 @@ def training_arguments(config_class: type[Any], context: StageContext, rows: int
     made = config_class(**{**options, **own, **fields.trainer})
     made.launch, made.precision = context.runtime.launch, fields.precision
     made.order_micro_batch = fields.micro_batch  # the rows' order is that of one process (``training.epochs``)
-    return on_one_device(made)
+    return use_one_device(made)
 
 
-def on_one_device(arguments: T) -> T:
+def use_one_device(arguments: T) -> T:
     """Have a process train on one device, however many are visible; call it once ``arguments`` are built.
 
     transformers takes all of them for a process that is alone, puts the model into ``nn.DataParallel`` and multiplies

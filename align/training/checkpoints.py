@@ -36,21 +36,21 @@ Say = Callable[[str], object]
 
 def mark_complete(folder: Path) -> None:
     """Bring every file of ``folder`` to the disk, then write the marker with their digests in one rename."""
-    names = _files(folder)
+    names = _list_files(folder)
     for name in names:
         _sync(folder / name)
-    write_atomically(folder / MARKER, {"sha256": _digests(folder, names)})
+    write_atomically(folder / MARKER, {"sha256": _hash_files(folder, names)})
     sync_folder(folder)
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a marked checkpoint, as the end of a sentence; None where it is as it was written."""
+def find_damage(folder: Path) -> str | None:
+    """Say why a marked checkpoint is not as it was written, as the end of a sentence; None where it is."""
     try:
-        listed = _listed(folder)
-        missing = sorted(listed.keys() - set(_files(folder)))
+        listed = _read_marker(folder)
+        missing = sorted(listed.keys() - set(_list_files(folder)))
         if missing:
             return f"its file {missing[0]} is missing"
-        digests = _digests(folder, listed)
+        digests = _hash_files(folder, listed)
     except (OSError, ValueError) as error:
         return f"its {MARKER} or a file in it cannot be read ({error})"
     changed = sorted(name for name, digest in listed.items() if digests[name] != digest)
@@ -58,8 +58,8 @@ def damage(folder: Path) -> str | None:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether the marker is there and every file it lists has its digest."""
-    return damage(folder) is None
+    """True when the marker is there and every file that it lists has its digest."""
+    return find_damage(folder) is None
 
 
 def last_complete(checkpoints: Path, warn: Say = print) -> Path | None:
@@ -70,14 +70,14 @@ def last_complete(checkpoints: Path, warn: Say = print) -> Path | None:
     """
     warnings = []
     newest = None
-    for folder in sorted(_numbered(checkpoints), key=_step, reverse=True):
+    for folder in sorted(_list_checkpoints(checkpoints), key=_step, reverse=True):
         if not (folder / MARKER).is_file():
             print(f"removed {folder}: a kill cut it short")
             shutil.rmtree(folder)
             continue
-        wrong = None if newest is not None else damage(folder)
-        if wrong is not None:
-            warnings.append(f"{folder.name} is damaged: {wrong}. It was moved to {_set_aside(folder)}.")
+        reason = None if newest is not None else find_damage(folder)
+        if reason is not None:
+            warnings.append(f"{folder.name} is damaged: {reason}. It was moved to {_set_aside(folder)}.")
         elif newest is None:
             newest = folder
     for warning in warnings:
@@ -106,7 +106,7 @@ def link(file: Path, target: Path) -> None:
     draft.replace(target)
 
 
-def _listed(folder: Path) -> dict[str, list[str]]:
+def _read_marker(folder: Path) -> dict[str, list[str]]:
     """File -> digests of its blocks, as the marker has them; ``ValueError`` where it holds something else."""
     try:
         digests = json.loads((folder / MARKER).read_text(encoding="utf-8"))["sha256"]
@@ -117,7 +117,7 @@ def _listed(folder: Path) -> dict[str, list[str]]:
     return digests
 
 
-def _numbered(checkpoints: Path) -> list[Path]:
+def _list_checkpoints(checkpoints: Path) -> list[Path]:
     return [path for path in checkpoints.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
 
 
@@ -134,24 +134,25 @@ def _set_aside(folder: Path) -> Path:
     return target
 
 
-def _files(folder: Path) -> list[str]:
+def _list_files(folder: Path) -> list[str]:
     paths = [path for path in folder.rglob("*") if path.is_file() and path != folder / MARKER]
     return sorted(path.relative_to(folder).as_posix() for path in paths)
 
 
-def _digests(folder: Path, names: Iterable[str]) -> dict[str, list[str]]:
+def _hash_files(folder: Path, names: Iterable[str]) -> dict[str, list[str]]:
     """SHA-256 of each file's blocks, of which several are read at once."""
     blocks = [
         (name, start) for name in names for start in range(0, max(1, (folder / name).stat().st_size), BLOCK_BYTES)
     ]
     digests: dict[str, list[str]] = {}
     with ThreadPoolExecutor(READERS) as readers:
-        for (name, _), digest in zip(blocks, readers.map(lambda block: _digest(folder, *block), blocks), strict=True):
+        hashes = readers.map(lambda block: _hash_block(folder, *block), blocks)
+        for (name, _), digest in zip(blocks, hashes, strict=True):
             digests.setdefault(name, []).append(digest)
     return digests
 
 
-def _digest(folder: Path, name: str, start: int) -> str:
+def _hash_block(folder: Path, name: str, start: int) -> str:
     digest, left = hashlib.sha256(), BLOCK_BYTES
     with (folder / name).open("rb", buffering=0) as file:
         file.seek(start)

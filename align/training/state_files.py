@@ -22,7 +22,7 @@ def write_state(file: Path, content: dict[str, Any]) -> None:
 def read_state(file: Path) -> dict[str, Any] | None:
     """The content of ``file``; None where there is none. A damaged file counts as none, and a line is printed."""
     try:
-        return _unsealed(file.read_text(encoding="utf-8"))
+        return _unseal(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
@@ -30,7 +30,7 @@ def read_state(file: Path) -> dict[str, Any] | None:
         return None
 
 
-def _unsealed(text: str) -> dict[str, Any]:
+def _unseal(text: str) -> dict[str, Any]:
     try:
         sealed = json.loads(text)
         content: dict[str, Any] = sealed["content"]

@@ -48,7 +48,7 @@ WAYS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
 }
 
 
-def made(kind: str, root: Path, model: Path, **fields: Any) -> StageContext:
+def make_stage(kind: str, root: Path, model: Path, **fields: Any) -> StageContext:
     """A context of ``kind``; the second with the same ``root`` goes on with the first one's checkpoints."""
     config = STAGES[kind].config_class()(**{**COMMON, **KINDS[kind], **fields})
     data = root / "data"
@@ -86,10 +86,10 @@ def check(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Check:
     def killed(kind: str, sequence: list[Kill], **fields: Any) -> dict[str, Any]:
         name = f"{kind} {sorted(fields.items())}"
         if name not in runs:
-            whole = made(kind, tmp_path_factory.mktemp("whole"), tiny_model, **fields)
+            whole = make_stage(kind, tmp_path_factory.mktemp("whole"), tiny_model, **fields)
             runs[name] = whole, run(whole)
         whole, expected = runs[name]
-        stage = made(kind, tmp_path_factory.mktemp("killed"), tiny_model, **fields)
+        stage = make_stage(kind, tmp_path_factory.mktemp("killed"), tiny_model, **fields)
         assert_same(whole, stage, expected, run_killed(stage, sequence))
         responses = [(each.output / "completions.jsonl").read_text(encoding="utf-8") for each in (whole, stage)]
         assert responses[0] == responses[1]

@@ -13,7 +13,7 @@ from align.errors import UserError
 from align.ppo.checkpoint import last_checkpoint
 from align.stage import StageContext
 from align.training.checkpoints import MARKER
-from tests.ppo.test_aimed_kills import made
+from tests.ppo.test_aimed_kills import make_stage
 from tests.ppo.test_checkpoint import FIELDS, outcome
 from tests.training.damage import DAMAGES, flip_bit
 from tests.training.kills import Kill, Killed, armed, assert_same, run
@@ -40,13 +40,13 @@ class Runs:
     def copied(self, folder: Path) -> StageContext:
         """The killed stage in a folder of its own, to be damaged."""
         shutil.copytree(self.killed, folder, symlinks=True)
-        return made("ppo", folder, self.model, **SETTINGS)
+        return make_stage("ppo", folder, self.model, **SETTINGS)
 
 
 @pytest.fixture(scope="module")
 def runs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     root = tmp_path_factory.mktemp("runs")
-    whole, killed = (made("ppo", root / name, tiny_model, **SETTINGS) for name in ("whole", "killed"))
+    whole, killed = (make_stage("ppo", root / name, tiny_model, **SETTINGS) for name in ("whole", "killed"))
     expected = run(whole)
     with armed(Kill("after", 8)), pytest.raises(Killed):
         run(killed)
@@ -54,12 +54,12 @@ def runs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 @pytest.mark.parametrize(
-    ("name", "how"),
+    ("name", "damage"),
     [pytest.param(*case, marks=() if index % 4 == 0 else pytest.mark.slow) for index, case in enumerate(CASES)],
 )
-def test_the_older_checkpoint_is_taken_and_that_is_said(name: str, how: str, runs: Runs, tmp_path: Path) -> None:
+def test_the_older_checkpoint_is_taken_and_that_is_said(name: str, damage: str, runs: Runs, tmp_path: Path) -> None:
     stage = runs.copied(tmp_path / "run")
-    DAMAGES[how](stage.checkpoints / "checkpoint-8" / name)
+    DAMAGES[damage](stage.checkpoints / "checkpoint-8" / name)
     assert_same(runs.whole, stage, runs.expected, run(stage))
     (warning,) = [text for text in warnings(stage) if "damaged" in text]
     assert "ppo: checkpoint-8 is damaged" in warning and name in warning
@@ -79,13 +79,13 @@ def test_a_script_that_names_a_damaged_checkpoint_is_told_and_true_finds_the_who
     whole.train()
     flip_bit(folder / "checkpoint-16" / "optimizer.pt")
     messages = []
-    named, found = (make_trainer(output_dir=str(folder), notify=messages.append, **FIELDS) for _ in range(2))
+    first, second = (make_trainer(output_dir=str(folder), notify=messages.append, **FIELDS) for _ in range(2))
     with pytest.raises(UserError, match=r"checkpoint-16 is damaged: its file optimizer.pt .*Resume from an older"):
-        named.train(resume_from_checkpoint=str(folder / "checkpoint-16"))
-    found.train(resume_from_checkpoint=True)
+        first.train(resume_from_checkpoint=str(folder / "checkpoint-16"))
+    second.train(resume_from_checkpoint=True)
     (message,) = messages
     assert "Training resumes from checkpoint-12" in message
-    weights, logs = outcome(found)
+    weights, logs = outcome(second)
     expected, expected_logs = outcome(whole)
     assert logs == expected_logs
     assert all(tensor.equal(expected[name]) for name, tensor in weights.items())

@@ -70,7 +70,7 @@ def texts(folder: Path) -> Artifact:
     return Artifact("data", Kind.TEXTS, folder, {})
 
 
-def made(kind: str, root: Path, model: Path, **fields: Any) -> StageContext:
+def make_stage(kind: str, root: Path, model: Path, **fields: Any) -> StageContext:
     """A context of ``kind``; the second with the same ``root`` goes on with the first one's checkpoints."""
     source = "model" if kind in ("sft", "pretrain", "reward", "distill") else "policy"
     teacher = {"teacher": "teacher"} if kind == "distill" else {}
@@ -103,10 +103,10 @@ def check(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Check:
     def killed(kind: str, sequence: list[Kill], **fields: Any) -> dict[str, Any]:
         name = f"{kind} {sorted(fields.items())}"
         if name not in runs:
-            whole = made(kind, tmp_path_factory.mktemp("whole"), tiny_model, **fields)
+            whole = make_stage(kind, tmp_path_factory.mktemp("whole"), tiny_model, **fields)
             runs[name] = whole, run(whole)
         whole, expected = runs[name]
-        stage = made(kind, tmp_path_factory.mktemp("killed"), tiny_model, **fields)
+        stage = make_stage(kind, tmp_path_factory.mktemp("killed"), tiny_model, **fields)
         assert_same(whole, stage, expected, run_killed(stage, sequence))
         return expected
 

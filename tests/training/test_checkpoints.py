@@ -32,17 +32,17 @@ def test_unmarked_one_is_deleted(tmp_path: Path) -> None:
     assert not half.exists()
 
 
-@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", ["model.safetensors", "adapter/weights", MARKER])
-def test_damage_after_marking_is_seen(tmp_path: Path, name: str, how: str) -> None:
+def test_damage_after_marking_is_seen(tmp_path: Path, name: str, damage: str) -> None:
     folder = checkpoint(tmp_path, 4)
     assert is_complete(folder)
-    DAMAGES[how](folder / name)
+    DAMAGES[damage](folder / name)
     assert not is_complete(folder)
     messages: list[str] = []
     assert last_complete(tmp_path, messages.append) is None
     assert not folder.exists()
-    if (name, how) == (MARKER, "deleted"):  # as after a kill
+    if (name, damage) == (MARKER, "deleted"):  # as after a kill
         assert messages == []
     else:
         assert name in messages[0]

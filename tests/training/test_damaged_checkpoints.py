@@ -18,7 +18,7 @@ from align.training.state_files import read_state, write_state
 from tests.training.damage import DAMAGES, flip_bit
 from tests.training.harness import events
 from tests.training.kills import Kill, Killed, armed, assert_same, run
-from tests.training.test_aimed_kills import MID_EPOCH, made
+from tests.training.test_aimed_kills import MID_EPOCH, make_stage
 
 FIELDS: dict[str, Any] = {"keep": "best", "eval_steps": 2, **MID_EPOCH}
 CASES = [
@@ -42,13 +42,13 @@ class Runs:
     def copied(self, folder: Path) -> StageContext:
         """The killed stage in a folder of its own, to be damaged."""
         shutil.copytree(self.killed, folder, symlinks=True)
-        return made("sft", folder, self.model, **FIELDS)
+        return make_stage("sft", folder, self.model, **FIELDS)
 
 
 @pytest.fixture(scope="module")
 def runs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     root = tmp_path_factory.mktemp("runs")
-    whole, killed = (made("sft", root / name, tiny_model, **FIELDS) for name in ("whole", "killed"))
+    whole, killed = (make_stage("sft", root / name, tiny_model, **FIELDS) for name in ("whole", "killed"))
     expected = run(whole)
     with armed(Kill("after", 6)), pytest.raises(Killed):
         run(killed)
@@ -60,12 +60,12 @@ def warnings(stage: StageContext) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("name", "how"),
+    ("name", "damage"),
     [pytest.param(*case, marks=() if index % 3 == 0 else pytest.mark.slow) for index, case in enumerate(CASES)],
 )
-def test_the_older_checkpoint_is_taken_and_that_is_said(name: str, how: str, runs: Runs, tmp_path: Path) -> None:
+def test_the_older_checkpoint_is_taken_and_that_is_said(name: str, damage: str, runs: Runs, tmp_path: Path) -> None:
     stage = runs.copied(tmp_path / "run")
-    DAMAGES[how](stage.checkpoints / "checkpoint-6" / name)
+    DAMAGES[damage](stage.checkpoints / "checkpoint-6" / name)
     metrics = run(stage)
     assert metrics["resumed_from_step"] == 3
     assert_same(runs.whole, stage, runs.expected, metrics)
@@ -93,14 +93,14 @@ def test_the_best_weights_are_those_of_the_checkpoint(runs: Runs, tmp_path: Path
     assert_same(runs.whole, stage, runs.expected, run(stage))
 
 
-@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_scores_before_training_are_taken_again_where_their_file_is_damaged(
-    how: str, runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    damage: str, runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stage = runs.copied(tmp_path / "run")
-    DAMAGES[how](stage.checkpoints / "before.json")
+    DAMAGES[damage](stage.checkpoints / "before.json")
     assert_same(runs.whole, stage, runs.expected, run(stage))
-    assert ("before.json is damaged" in capsys.readouterr().out) == (how != "deleted")
+    assert ("before.json is damaged" in capsys.readouterr().out) == (damage != "deleted")
 
 
 def test_a_checkpoint_without_logged_losses_can_be_finished(runs: Runs, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def test_a_stage_on_rows_builds_its_trainer_for_one(
 
     for module in (align.training.fit, align.distillation.run):
         monkeypatch.setattr(module, "fit", stop)
-    stage = supervised.made(kind, tmp_path, tiny_model, max_steps=1)
+    stage = supervised.make_stage(kind, tmp_path, tiny_model, max_steps=1)
     with pytest.raises(Built) as built:
         run(stage)
     check(built.value.args[0], stage.config.micro_batch)
@@ -64,7 +64,7 @@ def test_a_stage_that_samples_builds_its_trainer_for_one(
         raise Built(self)
 
     monkeypatch.setattr(OnlineTrainer, "train", stop)
-    stage = sampled.made(kind, tmp_path, tiny_model)
+    stage = sampled.make_stage(kind, tmp_path, tiny_model)
     with pytest.raises(Built) as built:
         run(stage)
     check(built.value.args[0], stage.config.micro_batch)
@@ -76,7 +76,7 @@ def test_the_machine_s_devices_change_nothing(
 ) -> None:
     """These two are trained by ``DataParallel`` without a word; trl's own trainers refuse it."""
     fields = {"max_steps": 3} if tests is supervised else {"updates": 2}
-    plain, several = (tests.made(kind, tmp_path / name, tiny_model, **fields) for name in ("plain", "several"))
+    plain, several = (tests.make_stage(kind, tmp_path / name, tiny_model, **fields) for name in ("plain", "several"))
     expected = run(plain)
     request.getfixturevalue("four_devices")
     assert_same(plain, several, expected, run(several))
