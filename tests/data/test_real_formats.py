@@ -70,6 +70,16 @@ def test_hh_rlhf(shared_data: Path) -> None:
         assert record["chosen"].endswith(row["chosen"][0]["content"])
 
 
+def test_hh_rlhf_as_instructions_keeps_pairs_with_equal_sides(shared_data: Path) -> None:
+    rows, dropped = converted(shared_data, "hh-rlhf/*.jsonl.gz", "instructions")[1:]
+    records = list(transcripts(shared_data))
+    equal = [record for record in records if record["chosen"] == record["rejected"]]
+    answers = {(row["prompt"][-1]["content"], row["completion"][0]["content"]) for row in rows}
+    last = [[part.strip() for part in record["chosen"].rpartition("\n\nAssistant:")[::2]] for record in equal]
+    assert equal and all((before.rpartition("\n\nHuman: ")[2], answer) in answers for before, answer in last)
+    assert not dropped.keys() & {"chosen equals rejected", "prompts differ"}
+
+
 def nodes(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield node
     for reply in node["replies"]:

@@ -28,25 +28,34 @@ def test_gae_ends_at_eos_or_goes_on_from_the_state_reached():
     assert advantages[0].tolist() == pytest.approx([-0.077, 0.14, 0.8], abs=1e-6)
 
 
-def test_gae_ignores_what_follows_a_row():
+@pytest.mark.parametrize(
+    ("finished", "truncation"),
+    [(True, "bootstrap"), (True, "terminal"), (False, "terminal"), (False, "bootstrap")],
+)
+def test_gae_ignores_what_follows_a_row(finished, truncation):
+    # The value of the state after the last token, 0.8, counts in the last case alone: nothing else may read it, or
+    # what lies behind it.
     short = gae(
         torch.tensor([[0.0, 1.0]]),
         torch.tensor([[0.5, 0.4, 0.8]]),
         response_mask([2]),
-        torch.tensor([False]),
+        torch.tensor([finished]),
         gamma=GAMMA,
         lam=LAM,
-        truncation="bootstrap",
+        truncation=truncation,
     )
     padded = gae(
         torch.tensor([[0.0, 1.0, 50.0, float("nan")]]),
         torch.tensor([[0.5, 0.4, 0.8, float("nan"), 70.0]]),
         response_mask([2], 4),
-        torch.tensor([False]),
+        torch.tensor([finished]),
         gamma=GAMMA,
         lam=LAM,
-        truncation="bootstrap",
+        truncation=truncation,
     )
+    # last token: 1 + 0.9 * (0.8 or 0) - 0.4
+    after_end = 0.8 if (finished, truncation) == (False, "bootstrap") else 0.0
+    assert padded[0][0, 1].item() == pytest.approx(1.0 + GAMMA * after_end - 0.4)
     for a, b in zip(short, padded, strict=True):
         assert torch.equal(a, b[:, :2])
         assert b[:, 2:].abs().sum() == 0

@@ -24,6 +24,8 @@ from align.data.rows import Dropped, Message, Row, assistant, user
 
 TRUE = ("true", "yes", "1", "good", "desirable", "chosen")
 FALSE = ("false", "no", "0", "bad", "undesirable", "rejected")
+OF_TWO_SIDES = ("preferences", "unpaired")
+"""Kinds of rows that the rejected answer has a part in."""
 
 
 def number(value: Any, name: str = "score") -> float | None:
@@ -62,18 +64,24 @@ def parse_transcript(words: str) -> list[Message] | None:
 
 
 def from_hh(record: dict[str, Any], options: FormatOptions, kind: str) -> list[Row | Dropped]:
-    """Two transcripts that differ in their last turn."""
-    chosen = parse_transcript(text(record["chosen"], "chosen"))
-    rejected = parse_transcript(text(record["rejected"], "rejected"))
-    if chosen is None or rejected is None:
-        raise Unusable("not a transcript")
-    if chosen == rejected:
-        raise Unusable("chosen equals rejected")
-    if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
-        raise Unusable("last turn is not the assistant's")
+    """Two transcripts that differ in their last turn; of kinds that are no pairs, the chosen one alone."""
+    chosen = _conversation(record, "chosen")
+    draft: Row = {"prompt": chosen[:-1], "chosen": [chosen[-1]]}
+    if kind not in OF_TWO_SIDES:
+        return [draft]
+    rejected = _conversation(record, "rejected")
     if chosen[:-1] != rejected[:-1]:
         raise Unusable("prompts differ")
-    return [{"prompt": chosen[:-1], "chosen": [chosen[-1]], "rejected": [rejected[-1]]}]
+    return [draft | {"rejected": [rejected[-1]]}]
+
+
+def _conversation(record: dict[str, Any], side: str) -> list[Message]:
+    turns = parse_transcript(text(record[side], side))
+    if turns is None:
+        raise Unusable("not a transcript")
+    if turns[-1]["role"] != "assistant":
+        raise Unusable("last turn is not the assistant's")
+    return turns
 
 
 def from_preferences(record: dict[str, Any], options: FormatOptions, kind: str) -> list[Row | Dropped]:
