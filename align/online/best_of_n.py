@@ -23,6 +23,7 @@ class BestOfNTrainer(CriticFreeTrainer):
 
     method: ClassVar[str] = "rejection"
     learned_from: ClassVar[tuple[str, ...]] = ("learn_mask",)
+    learns_likelihood: ClassVar[bool] = True
     args: BestOfNConfig
 
     def choose(self, rollout: Rollout) -> Rollout:
@@ -65,7 +66,7 @@ class BestOfNTrainer(CriticFreeTrainer):
     def loss_of(
         self, out: dict[str, torch.Tensor], learn: dict[str, torch.Tensor], count: torch.Tensor
     ) -> torch.Tensor:
-        """Mean negative log-likelihood per token."""
+        """Mean negative log-likelihood per token, at temperature 1: SFT's loss."""
         mask = learn["learn_mask"]
         loss = aggregate(-out["logprobs"], mask, count, "token")
         self._averages.add("nll", masked_sum(-out["logprobs"].detach(), mask), mask.sum())

@@ -79,17 +79,20 @@ def pair_loss(
 ) -> LossTerms:
     """DPO's loss over pairs that stand one after the other (arXiv 2305.18290, equation 7; IPO: 2310.12036).
 
+    Equal to stage ``dpo``'s (trl) on the same numbers. IPO's margin is of means over each response's tokens, so that
+    one target fits all lengths; that is how its authors computed the paper's results, as trl's source says.
     ``sides`` (B, 1) is 1 for the better response, -1 for the worse, 0 for both of a tie, which counts for nothing.
     ``count`` is of pairs; sums are over pairs too.
     """
     drift = torch.where(mask, new_logprobs - ref_logprobs, new_logprobs.new_zeros(())).sum(dim=1)  # (B,)
-    margins = (sides.squeeze(1) * drift).view(-1, 2).sum(dim=1)  # (B / 2,)
+    margins = _margins(drift, sides)
     decided = sides.view(-1, 2).ne(0).all(dim=1)
     if kind == "sigmoid":
         right, wrong = functional.logsigmoid(beta * margins), functional.logsigmoid(-beta * margins)
         per_pair = -(1 - label_smoothing) * right - label_smoothing * wrong
     elif kind == "ipo":
-        per_pair = (margins - 1 / (2 * beta)) ** 2
+        per_token = drift / mask.sum(dim=1).clamp(min=1)
+        per_pair = (_margins(per_token, sides) - 1 / (2 * beta)) ** 2
     else:
         per_pair = torch.relu(1 - beta * margins)
     with torch.no_grad():
@@ -99,3 +102,8 @@ def pair_loss(
             "pair_loss": masked_sum(per_pair, decided),
         }
     return LossTerms(masked_sum(per_pair, decided) / count, sums)
+
+
+def _margins(values: torch.Tensor, sides: torch.Tensor) -> torch.Tensor:
+    """The better response's value less the worse one's, (B / 2,), of (B,) values."""
+    return (sides.squeeze(1) * values).view(-1, 2).sum(dim=1)

@@ -25,7 +25,7 @@ class RolloutArguments(TrainingArguments):
     samples_per_prompt: int = field(default=1, metadata={"help": "Responses to each prompt of a rollout."})
     max_tokens: int = field(default=64, metadata={"help": "Tokens of a response at most."})
     max_prompt_tokens: int | None = field(default=None, metadata={"help": "Longer prompts are left out, and counted."})
-    temperature: float = field(default=1.0, metadata={"help": "Of sampling, and of all log-probabilities."})
+    temperature: float = field(default=1.0, metadata={"help": "Of sampling, and of the rollout's log-probabilities."})
     num_epochs: int = field(default=1, metadata={"help": "Passes over each rollout."})
     num_mini_batches: int = field(default=1, metadata={"help": "Optimizer steps per pass."})
     learning_rate: float = field(

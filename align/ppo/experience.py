@@ -44,6 +44,8 @@ class RolloutTrainer(SavingTrainer):
     """As messages call it."""
     learned_from: ClassVar[tuple[str, ...]]
     """Tensors of a rollout that the loss needs, ``learn_mask`` among them."""
+    learns_likelihood: ClassVar[bool] = False
+    """Whether responses are learned as in SFT, by their log-probabilities at temperature 1 and not at sampling's."""
 
     args: RolloutArguments
     model: PolicyAndReference
@@ -114,15 +116,19 @@ class RolloutTrainer(SavingTrainer):
                 texts = self._ptx_texts(update * self.args.steps_per_update + epoch * len(planned) + at)
                 for place, indices, _ in turns(mini):
                     pack = rollout.pack(indices, self._pad_id, self.form, texts[place :: len(mini)])
+                    if self.learns_likelihood:
+                        pack["supervised"] = torch.tensor(len(pack["response_mask"]))
                     made = {"pack": pack, "learn": rollout.select(indices, self.learned_from)}
                     yield made | {"out": outputs.pop(0)} if outputs else made
 
     def _passes_to_keep(self, update: int, micro_batches: int) -> int:
         """Of the first optimizer step's micro-batches, those learnt from the passes that measured them.
 
-        Same rows and, before that step, same weights. Supervised texts are not measured, so with them it is none.
+        Same rows and, before that step, same weights. Supervised texts are not measured, and nothing is at another
+        temperature than sampling's, so with either it is none.
         """
-        return math.floor(self.args.reuse_forward * micro_batches) if self.ptx is None else 0
+        differs = self.ptx is not None or (self.learns_likelihood and self.args.temperature != 1.0)
+        return 0 if differs else math.floor(self.args.reuse_forward * micro_batches)
 
     def _ptx_texts(self, step: int) -> list[tuple[list[int], list[int]]]:
         """The supervised texts of one optimizer step, which its micro-batches share out."""

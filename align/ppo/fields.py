@@ -83,7 +83,8 @@ class RolloutFields(Config):
     max_tokens: int = Field(64, ge=1)
     """Tokens per response at most; a longer one is cut off and has no end."""
     temperature: float = Field(1.0, gt=0, le=5)
-    """Logits are divided by it in sampling and in learning alike."""
+    """Logits are divided by it in sampling and in learning alike; what is learned as in SFT (``ptx`` rows, and the
+    responses of ``rejection``) is learned at 1."""
     num_epochs: int = Field(1, ge=1)
     """Passes over each rollout; more learn more from it and drift further from what was sampled."""
     num_mini_batches: int = Field(1, ge=1)

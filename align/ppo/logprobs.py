@@ -18,17 +18,19 @@ LOGITS = {"cpu": 2**20, "cuda": 2**24}
 """Logits of a block, 4 bytes each: 4 MiB stay in the caches of a few cores; a GPU is better off with large kernels."""
 
 
+Temperature = float | torch.Tensor
+"""What logits are divided by: a number for all tokens, or (N, 1), one for each."""
+
+
 class _TokenLogprobs(torch.autograd.Function):
     """(N, H) hidden states -> log-probability of each target and entropy of each distribution, (N,) float32."""
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: Temperature
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        parts = [
-            _forward(hidden[start : start + TOKENS], weight, targets[start : start + TOKENS], temperature)
-            for start in range(0, len(hidden), TOKENS)
-        ]
+        slices = [slice(start, start + TOKENS) for start in range(0, len(hidden), TOKENS)]
+        parts = [_forward(hidden[part], weight, targets[part], _part_of(temperature, part)) for part in slices]
         empty = hidden.new_empty(0, dtype=torch.float32)
         logprobs, normalisers, entropies = (torch.cat(found) for found in zip((empty,) * 3, *parts, strict=True))
         ctx.save_for_backward(hidden, weight, targets, normalisers, entropies)
@@ -44,9 +46,10 @@ class _TokenLogprobs(torch.autograd.Function):
         for start in range(0, len(hidden), TOKENS):
             part = slice(start, start + TOKENS)
             own, places = hidden[part], torch.arange(len(hidden[part]), device=hidden.device)
+            temperature = _part_of(ctx.temperature, part)
             # d logp_y / d logit_v = 1[v = y] - p_v;  d H / d logit_v = -p_v (log p_v + H)
             factor = -grad_logprobs[part, None]
-            for block, logits in _blocks(own, weight, ctx.temperature):
+            for block, logits in _blocks(own, weight, temperature):
                 log_p = logits.sub_(normalisers[part, None])
                 if with_entropy:
                     by_entropy = (log_p + entropies[part, None]).mul_(grad_entropies[part, None])
@@ -55,9 +58,7 @@ class _TokenLogprobs(torch.autograd.Function):
                     grad = log_p.exp_().mul_(factor)
                 inside, column = _within(targets[part], block)
                 grad[places[inside], column] += grad_logprobs[part][inside]
-                if ctx.temperature != 1.0:
-                    grad.div_(ctx.temperature)
-                low = grad.to(hidden.dtype)
+                low = _divided(grad, temperature).to(hidden.dtype)
                 grad_hidden[part] += low @ weight[block]
                 if grad_weight is not None:
                     grad_weight[block] += low.T @ own
@@ -67,7 +68,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def _forward(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: Temperature
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log-probabilities, logarithms of the softmax's denominators, and entropies, (n,) each.
 
@@ -95,13 +96,24 @@ def _forward(
     return tuple(one.squeeze(1) for one in found)  # type: ignore[return-value]
 
 
-def _blocks(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> Iterator[tuple[slice, torch.Tensor]]:
+def _blocks(
+    hidden: torch.Tensor, weight: torch.Tensor, temperature: Temperature
+) -> Iterator[tuple[slice, torch.Tensor]]:
     """Parts of the vocabulary, and the (n, v) float32 logits there."""
     size = max(256, LOGITS.get(hidden.device.type, LOGITS["cuda"]) // len(hidden))
     for start in range(0, len(weight), size):
         block = slice(start, start + size)
         logits = (hidden @ weight[block].T).float()
-        yield block, logits if temperature == 1.0 else logits.div_(temperature)
+        yield block, _divided(logits, temperature)
+
+
+def _divided(values: torch.Tensor, temperature: Temperature) -> torch.Tensor:
+    """``values`` (n, v) over the temperature, in place."""
+    return values if isinstance(temperature, float) and temperature == 1.0 else values.div_(temperature)
+
+
+def _part_of(temperature: Temperature, part: slice) -> Temperature:
+    return temperature if isinstance(temperature, float) else temperature[part]
 
 
 def _within(targets: torch.Tensor, block: slice) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,12 +123,13 @@ def _within(targets: torch.Tensor, block: slice) -> tuple[torch.Tensor, torch.Te
 
 
 def token_logprobs(
-    hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor, temperature: float
+    hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor, temperature: Temperature
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of ``targets`` and entropies under ``softmax(head(hidden) / temperature)``, (N,) float32 each.
 
-    ``hidden`` is (N, H), ``targets`` (N,). The matrix product runs in autocast's type, the softmax in float32. A head
-    that is more than a plain bias-free linear layer (an adapter, a bias) is run as it is, with logits of all N tokens.
+    ``hidden`` is (N, H), ``targets`` (N,), ``temperature`` a number or (N, 1). The matrix product runs in autocast's
+    type, the softmax in float32. A head that is more than a plain bias-free linear layer (an adapter, a bias) is run as
+    it is, with logits of all N tokens.
     """
     device = hidden.device.type
     if type(head) is not nn.Linear or head.bias is not None:

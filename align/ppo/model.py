@@ -14,7 +14,7 @@ from align.models import lower, ragged
 from align.models.sharding import in_parts
 from align.models.tuning.apply import initial_policy
 from align.ppo.critic import Critic, trunk_of
-from align.ppo.logprobs import token_logprobs
+from align.ppo.logprobs import Temperature, token_logprobs
 from align.ppo.packing import Batch
 
 
@@ -61,7 +61,10 @@ class PolicyAndReference(nn.Module):
             model.gradient_checkpointing_enable(**options)
 
     def forward(self, batch: Batch, policy: bool = True, *, reference: bool = False) -> dict[str, torch.Tensor]:
-        """``logprobs`` and ``entropy`` (B, T), ``ref_logprobs`` (B, T): those asked for; float32, zero on padding."""
+        """``logprobs`` and ``entropy`` (B, T), ``ref_logprobs`` (B, T): those asked for; float32, zero on padding.
+
+        All at the sampling temperature, but at 1 for the last ``batch["supervised"]`` rows.
+        """
         out = {}
         if policy:
             states = self._states(trunk_of(self.policy), batch)
@@ -100,8 +103,17 @@ class PolicyAndReference(nn.Module):
         mask = batch["response_mask"]
         hidden = states[batch["positions"][:, :-1][mask]]  # (N, H), response tokens only
         head = model.get_output_embeddings()
-        logprobs, entropy = token_logprobs(hidden, head, batch["targets"][mask], self.temperature)
+        logprobs, entropy = token_logprobs(hidden, head, batch["targets"][mask], self._temperature(batch))
         return _scatter(logprobs, mask), _scatter(entropy, mask)
+
+    def _temperature(self, batch: Batch) -> Temperature:
+        """The sampling temperature, and 1 for a batch's ``supervised`` rows, whose likelihood is learned as in SFT."""
+        mask, supervised = batch["response_mask"], int(batch.get("supervised", 0))
+        if supervised == 0 or self.temperature == 1.0:
+            return self.temperature
+        rows = torch.full((len(mask), 1), self.temperature, device=mask.device)
+        rows[len(mask) - supervised :] = 1.0
+        return rows.expand_as(mask)[mask][:, None]
 
 
 class PolicyAndCritic(PolicyAndReference):

@@ -1,7 +1,8 @@
 """Mixing in supervised text, so that the policy does not forget what it knew (InstructGPT's PPO-ptx, arXiv 2203.02155).
 
 The rows ride along in PPO's own forward pass, behind the responses. The term is ``ptx_coef`` times their mean loss per
-answer token; the paper's gamma multiplies a sum of gradients per episode instead, so its 27.8 does not carry over.
+answer token, SFT's own: at temperature 1, whatever responses are sampled at. The paper's gamma multiplies a sum of
+gradients per episode instead, so its 27.8 does not carry over.
 """
 
 from __future__ import annotations

@@ -80,6 +80,7 @@ class Rollout:
         """Model inputs of some of the responses.
 
         (prompt, answer) texts may stand behind them; ``ptx`` then counts them, and ``without_ptx`` is a batch without.
+        ``supervised`` counts the last rows whose likelihood is learned as in SFT: the texts.
         """
         prompts, responses = [self.prompts[i] for i in indices], [self.responses[i] for i in indices]
         groups = [self.groups[i] for i in indices]
@@ -93,7 +94,8 @@ class Rollout:
             pad_id,
             form,
         )
-        return together | {"ptx": torch.tensor(len(ptx)), "without_ptx": batch}
+        count = torch.tensor(len(ptx))
+        return together | {"ptx": count, "supervised": count, "without_ptx": batch}
 
     def select(self, indices: list[int], names: tuple[str, ...]) -> Batch:
         """Rows of the named tensors, cut to the longest of these responses."""

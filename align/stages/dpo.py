@@ -30,10 +30,11 @@ class DpoConfig(ReferenceFields):
     """Stage with the pairs; best sampled from ``policy`` itself."""
     loss: Loss = "sigmoid"
     """``sigmoid`` is DPO, ``sigmoid_norm`` the same per token of each side, against growing length; ``hinge`` is SLiC
-    (2305.10425); ``ipo`` (2310.12036) aims at a fixed margin; ``robust`` (2403.00409) corrects for known label noise;
-    ``exo_pair`` 2402.00856; ``nca_pair`` 2402.05369; ``bco_pair`` 2404.04656; ``sppo_hard`` 2405.00675; ``aot`` and
-    ``aot_unpaired`` (2406.05882) compare sorted micro-batches; ``apo_zero`` and ``apo_down`` (2408.06266) are for
-    chosen answers better, or worse, than the policy's; ``discopop`` 2406.08414; ``sft`` the chosen answers' loss."""
+    (2305.10425); ``ipo`` (2310.12036) aims at a fixed margin per token; ``robust`` (2403.00409) corrects for known
+    label noise; ``exo_pair`` 2402.00856; ``nca_pair`` 2402.05369; ``bco_pair`` 2404.04656; ``sppo_hard`` 2405.00675;
+    ``aot`` and ``aot_unpaired`` (2406.05882) compare sorted micro-batches; ``apo_zero`` and ``apo_down`` (2408.06266)
+    are for chosen answers better, or worse, than the policy's; ``discopop`` 2406.08414; ``sft`` the chosen answers'
+    loss."""
     losses: dict[Loss, float] = Field(default_factory=dict)
     """Several losses by weight, added up, in place of ``loss``: ``{sigmoid: 1.0, bco_pair: 0.3, sft: 0.2}``."""
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)

@@ -21,7 +21,8 @@ class OnlineDpoConfig(RolloutFields):
     samples_per_prompt: int = Field(2, ge=2)
     """Responses to each prompt; of more than two, the best and the worst pair up and the rest is not learnt from."""
     loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
-    """``sigmoid`` is DPO; ``ipo`` (2310.12036) aims at a fixed margin; ``hinge`` is SLiC's (2305.10425)."""
+    """As in stage ``dpo``: ``sigmoid`` is DPO; ``ipo`` (2310.12036) aims at a fixed margin per token; ``hinge`` is
+    SLiC's (2305.10425)."""
     beta: float = Field(0.1, gt=0)
     """How much a nat of drift from the reference costs; smaller drifts further. For ``ipo`` it is that paper's tau."""
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)

@@ -14,7 +14,8 @@ class RejectionConfig(RolloutFields):
     """An update is a round: sample, keep the best of each prompt, learn them as in SFT, and sample again.
 
     A round has ``rollout_batch / samples_per_prompt`` prompts, and ``num_epochs x num_mini_batches`` optimizer steps.
-    There is no reference in the loss: what holds the policy back is that it learns only what it says already.
+    There is no reference in the loss: what holds the policy back is that it learns only what it says already. The loss
+    is SFT's, at temperature 1: sampled at a lower ``temperature``, the policy grows surer of itself with every round.
     """
 
     kind: ClassVar[str] = "rejection"

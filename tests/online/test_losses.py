@@ -74,6 +74,36 @@ def trl_rloo(clip: float, new: torch.Tensor) -> torch.Tensor:
     return RLOOTrainer._compute_loss(stub, None, inputs)
 
 
+def trl_dpo(loss: str, new: torch.Tensor) -> torch.Tensor:
+    """``DPOTrainer._compute_loss`` of the installed trl, on the pairs of ``pair``: rows 0 and 3 are the better ones."""
+    from trl.trainer.dpo_trainer import DPOTrainer
+
+    order, prompt = [0, 3, 1, 2], torch.zeros(4, 1, dtype=torch.long)
+    mask, nothing = MASK[order], torch.zeros(4, 3)
+    outputs = SimpleNamespace(log_probs=new[order] * mask, entropy=nothing, mean_logits=nothing, is_top1=nothing.bool())
+    stub = SimpleNamespace(
+        model=SimpleNamespace(training=False),
+        accelerator=SimpleNamespace(device="cpu", gather=lambda t: t, gather_for_metrics=lambda t: t),
+        aux_loss_enabled=False,
+        ld_alpha=None,
+        precompute_ref_logps=True,
+        f_divergence_type="reverse_kl",
+        loss_types=[loss],
+        loss_weights=[1.0],
+        beta=0.5,
+        label_smoothing=0.0,
+        use_weighting=False,
+        _metrics={"eval": defaultdict(list)},
+        _total_train_tokens=0,
+    )
+    reference = (OLD * MASK).sum(dim=1)[order]
+    inputs = {
+        "input_ids": torch.zeros(4, 4, dtype=torch.long), "completion_mask": torch.cat([prompt, mask.long()], dim=1),
+        "ref_chosen_logps": reference[:2], "ref_rejected_logps": reference[2:],
+    }  # fmt: skip
+    return DPOTrainer._compute_loss(stub, lambda **given: outputs, inputs, False)
+
+
 def with_gradient(loss_of):
     new = (OLD + MOVED).requires_grad_()
     loss = loss_of(new)
@@ -137,10 +167,22 @@ def test_pair_losses_by_hand():
     assert pair("sigmoid").loss.item() == pytest.approx(-sum(right) / 2, abs=1e-6)
     smoothed = pair("sigmoid", label_smoothing=0.1).loss.item()
     assert smoothed == pytest.approx(-(0.9 * sum(right) + 0.1 * sum(wrong)) / 2, abs=1e-6)
-    assert pair("ipo").loss.item() == pytest.approx(((-0.1 - 1) ** 2 + (2.15 - 1) ** 2) / 2, abs=1e-5)
+    # a token's: 0.2 / 3, 0.3, -0.4 / 2, 1.75 / 3
+    per_token = (0.2 / 3 - 0.3, 0.4 / 2 + 1.75 / 3)
+    assert pair("ipo").loss.item() == pytest.approx(sum((m - 1) ** 2 for m in per_token) / 2, abs=1e-5)
     assert pair("hinge").loss.item() == pytest.approx((1.05 + 0.0) / 2, abs=1e-6)
     assert pair("sigmoid").sums["accuracy"].item() == 1.0
     assert pair("sigmoid").sums["margin"].item() == pytest.approx(0.5 * 2.05, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "ipo", "hinge"])
+def test_pair_losses_are_those_of_stage_dpo_to_the_gradient(kind):
+    def ours(new):
+        sides = torch.tensor([1.0, -1.0, -1.0, 1.0])[:, None]
+        return pair_loss(new, OLD, sides, MASK, 2.0, kind=kind, beta=0.5).loss
+
+    for found, expected in zip(with_gradient(ours), with_gradient(lambda new: trl_dpo(kind, new)), strict=True):
+        assert torch.allclose(found, expected, atol=1e-6), (found, expected)
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "ipo", "hinge"])

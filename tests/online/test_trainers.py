@@ -10,8 +10,8 @@ from align.models.loading import load_policy
 from align.tuning import FullTuning, LoraTuning
 from tests.online.conftest import METHODS, updates, weights
 from tests.ppo.conftest import share_of_vowels
-from tests.ppo.test_ptx import TEXTS
-from tests.ppo.test_trainer import Gradients
+from tests.ppo.test_ptx import TEXTS, Gradients, sft_gradient
+from tests.ppo.test_trainer import Gradients as FlatGradients
 
 LORA = LoraTuning(rank=8, alpha=16)
 LEARNING = {
@@ -30,7 +30,10 @@ WAYS = {
     "rloo_ahead": ("rloo", {"max_staleness": 2, "kl_coef": 0.0}),
     "online_dpo": ("online_dpo", {"num_mini_batches": 1, "beta": 0.05, "updates": 11}),
     "ipo": ("online_dpo", {"num_mini_batches": 1, "beta": 0.01, "loss": "ipo", "num_epochs": 1}),
-    "rejection": ("rejection", {"num_mini_batches": 1, "per_device_train_batch_size": 8, "updates": 11}),
+    "rejection": (
+        "rejection",
+        {"num_mini_batches": 1, "per_device_train_batch_size": 8, "updates": 11, "temperature": 1.0},
+    ),
 }
 
 
@@ -107,7 +110,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(make_online, tmp_pat
 def test_micro_batches_and_packing_change_no_gradient(make_online, method):
     gradients = []
     for fields in ({}, {"per_device_train_batch_size": 4, "padding_free": False}, {"reuse_forward": 1.0}):
-        capture = Gradients()
+        capture = FlatGradients()
         make_online(method, callbacks=[capture], updates=1, rollout_batch=16, max_grad_norm=1e9, **fields).train()
         gradients.append(capture.found[0])
     assert gradients[0].norm() > 0
@@ -230,6 +233,24 @@ def test_the_best_above_the_threshold_are_learnt(make_online):
     first, second = updates(trainer)
     assert first["selected"] == 0.75 and first["selected_score"] == pytest.approx(2 / 3)
     assert second["selected"] == 0.0
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_the_best_are_learnt_by_the_loss_of_sft_whatever_the_temperature(make_online, tiny_model, temperature):
+    capture, seen = Gradients(), []
+    trainer = make_online(
+        "rejection", updates=1, best=2, rollout_batch=8, temperature=temperature, callbacks=[capture], max_grad_norm=1e9,
+        reuse_forward=1.0,
+    )  # fmt: skip
+    estimate = trainer.estimate
+    trainer.estimate = lambda rollout, kl_coef: seen.append(rollout) or estimate(rollout, kl_coef)
+    trainer.train()
+    policy = load_policy(tiny_model)
+    loss = sft_gradient(policy, list(zip(seen[0].prompts, seen[0].responses, strict=True)))
+    assert seen[0].tensors["learn_mask"].equal(seen[0].tensors["response_mask"])
+    assert updates(trainer)[0]["nll"] == pytest.approx(loss, rel=1e-5)
+    for name, parameter in policy.named_parameters():
+        assert torch.allclose(capture.found[0][f"policy.{name}"], parameter.grad, atol=1e-5), name
 
 
 def test_what_is_cut_off_or_said_twice_is_not_among_the_best(make_online):

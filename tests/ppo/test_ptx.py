@@ -35,22 +35,36 @@ def first_gradients(make_trainer, **fields):
     return capture.found[0]
 
 
-@pytest.mark.parametrize("micro", [2, 8])
-@pytest.mark.parametrize("critic", ["policy", "head"])
-def test_the_gradient_is_ppos_plus_the_mean_loss_per_token(make_trainer, tiny_model, micro, critic):
-    plain = first_gradients(make_trainer, critic=critic)
-    mixed = first_gradients(
-        make_trainer, critic=critic, ptx_dataset=TEXTS, ptx_coef=0.5, ptx_rows=3, per_device_train_batch_size=micro
-    )
+def sft_gradient(policy, texts):
+    """Backward pass of SFT's loss, transformers' own, on the answers of (prompt, answer) texts."""
+    width = max(len(prompt) + len(answer) for prompt, answer in texts)
+    ids, labels = torch.zeros((len(texts), width), dtype=torch.long), torch.full((len(texts), width), -100)
+    for row, (prompt, answer) in enumerate(texts):
+        end = len(prompt) + len(answer)
+        ids[row, :end] = torch.tensor([*prompt, *answer])
+        labels[row, len(prompt) : end] = torch.tensor(answer)
+    loss = policy(input_ids=ids, labels=labels).loss
+    loss.backward()
+    return loss.item()
 
-    tokenizer, policy = load_tokenizer(tiny_model), load_policy(tiny_model)
-    drawn = PtxRows(TEXTS, tokenizer, 1000).draw(0, 3, seed=3)
-    total, tokens = torch.zeros(()), 0
-    for prompt, answer in drawn:
-        logits = policy(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
-        total = total - logits.log_softmax(-1)[range(len(answer)), answer].sum()
-        tokens += len(answer)
-    (0.5 * total / tokens).backward()
+
+@pytest.mark.parametrize(
+    ("micro", "critic", "temperature"),
+    [(2, "policy", 1.0), (8, "policy", 0.6), (2, "head", 0.6), (8, "head", 1.0)],
+)
+def test_the_gradient_is_ppos_plus_that_of_sft_whatever_the_temperature(
+    make_trainer, tiny_model, micro, critic, temperature
+):
+    plain = first_gradients(make_trainer, critic=critic, temperature=temperature)
+    mixed = first_gradients(
+        make_trainer, critic=critic, ptx_dataset=TEXTS, ptx_coef=0.5, ptx_rows=3, per_device_train_batch_size=micro,
+        temperature=temperature,
+    )  # fmt: skip
+
+    policy = load_policy(tiny_model)
+    sft_gradient(policy, PtxRows(TEXTS, load_tokenizer(tiny_model), 1000).draw(0, 3, seed=3))
+    for parameter in policy.parameters():
+        parameter.grad *= 0.5
     for name, parameter in policy.named_parameters():
         expected = plain[f"policy.{name}"] + parameter.grad
         assert torch.allclose(mixed[f"policy.{name}"], expected, atol=1e-5), name
