@@ -239,8 +239,8 @@ def test_the_best_above_the_threshold_are_learnt(make_online):
 def test_the_best_are_learnt_by_the_loss_of_sft_whatever_the_temperature(make_online, tiny_model, temperature):
     capture, seen = Gradients(), []
     trainer = make_online(
-        "rejection", updates=1, best=2, rollout_batch=8, temperature=temperature, callbacks=[capture], max_grad_norm=1e9,
-        reuse_forward=1.0,
+        "rejection", updates=1, best=2, rollout_batch=8, temperature=temperature, callbacks=[capture],
+        max_grad_norm=1e9, reuse_forward=1.0,
     )  # fmt: skip
     estimate = trainer.estimate
     trainer.estimate = lambda rollout, kl_coef: seen.append(rollout) or estimate(rollout, kl_coef)
