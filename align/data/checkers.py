@@ -16,9 +16,10 @@ from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
+from align.data.final_numbers import final_number
 from align.data.rows import Row
 
-VERSION = 1
+VERSION = 2
 """Bumped when a response should now get another score; part of the key of every stage that scores with these."""
 
 NEEDS_NLTK_DATA = frozenset({"length_constraints:number_sentences", "change_case:capital_word_frequency"})
@@ -27,7 +28,6 @@ NEEDS_LANGUAGE_GUESS = frozenset(
 )
 
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
 
 def words(text: str) -> list[str]:
@@ -54,27 +54,16 @@ def explain(row: Row, response: str) -> dict[str, bool]:
 def gsm8k_answer(rows: list[Row], responses: list[str]) -> list[float]:
     """1.0 where the response's final number equals the row's answer, else 0.0.
 
-    The final number is the one after the last ``####``, or else the last one in the text. Commas, currency signs and
-    trailing zeros do not matter.
+    Both are read by :func:`align.data.final_numbers.final_number`, as the evaluation task ``gsm8k`` reads them.
     """
     scores = []
     for row, response in zip(rows, responses, strict=True):
         checks = json.loads(row["checks"]) if row["checks"] else {}
         if "answer" not in checks:
             raise ValueError(f"row {row['id']} has no answer in its checks; gsm8k_answer needs rows of format gsm8k")
-        answer, found = _decimal(checks["answer"]), final_number(response)
-        scores.append(1.0 if answer is not None and answer == found else 0.0)
+        answer = final_number(str(checks["answer"]))
+        scores.append(1.0 if answer is not None and answer == final_number(response) else 0.0)
     return scores
-
-
-def final_number(text: str) -> Decimal | None:
-    """The number after the last ``####`` if there is one, else the last number of the text, else None."""
-    _, marker, tail = text.rpartition("####")
-    if marker:
-        match = _NUMBER.search(tail)
-        return _decimal(match.group()) if match else None
-    found = _NUMBER.findall(text)
-    return _decimal(found[-1]) if found else None
 
 
 def passes_guard(guard: dict[str, Any], response: str) -> bool:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from decimal import Decimal
 
 import pytest
 
-from align.data.checkers import KINDS, explain, final_number, gold, gsm8k_answer, passes_guard, satisfies
+from align.data.checkers import KINDS, explain, gold, gsm8k_answer, passes_guard, satisfies
 
 PASS_FAIL = {
     "lowercase": ({}, "all small.", "All small."),
@@ -71,24 +70,10 @@ def test_gold_is_the_share_of_constraints_and_zero_without_the_guard() -> None:
         gold([row | {"checks": ""}], ["x"])
 
 
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("He has 3 cats.\n#### 1,200", "1200"),
-        ("#### 5\nno, #### 6 and 7", "6"),
-        ("so it costs $12.50.", "12.5"),
-        ("-4", "-4"),
-        ("nothing", None),
-        ("5 apples\n####", None),
-        ("it is 18.", "18"),
-    ],
-)
-def test_final_number(text: str, value: str | None) -> None:
-    assert final_number(text) == (None if value is None else Decimal(value))
-
-
 def test_gsm8k_answer() -> None:
     row = {"id": "1", "source": "g", "checks": '{"answer": "1,200"}'}
     assert gsm8k_answer([row] * 3, ["#### 1200.0", "1200 of 1300", ""]) == [1.0, 0.0, 0.0]
+    for spelled in ("$1,200", "1200.00", "1200 dollars"):
+        assert gsm8k_answer([row | {"checks": json.dumps({"answer": spelled})}], ["It is 1,200."]) == [1.0]
     with pytest.raises(ValueError, match="format gsm8k"):
         gsm8k_answer([row | {"checks": ""}], ["1"])

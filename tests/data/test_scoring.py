@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from align.data import checkers
 from align.data.embedded import generate
 from align.data.scoring import function_identity, function_scorer
 from align.errors import UserError
@@ -49,4 +50,4 @@ def test_a_users_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     before = function_identity("my_scores:length")
     (tmp_path / "my_scores.py").write_text("def length(rows, responses): return [1.0]\n")
     assert function_identity("my_scores:length") != before
-    assert function_identity("gold") == "align.data.checkers:gold version 1"
+    assert function_identity("gold") == f"align.data.checkers:gold version {checkers.VERSION}"

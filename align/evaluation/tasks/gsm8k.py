@@ -1,13 +1,13 @@
 r"""GSM8K (arXiv 2110.14168): grade-school word problems, right when the final number is.
 
-``strict`` looks at the first number behind ``####``, the data's own way to end a solution; ``flexible`` at the last
-number of the answer. The headline is flexible: chat models seldom write ``####`` unasked (Llama-3.1-8B with its chat
-template scored 0.20 strict and 0.78 flexible, lm-evaluation-harness pull request 2034). Both compare numbers, not
-spellings.
+``final`` (the headline) reads an answer as the reward ``gsm8k_answer`` does: behind ``####``, else in ``\boxed{}``,
+else the last number (``align.data.final_numbers``). ``strict`` takes the first of these alone, ``flexible`` the last:
+chat models seldom write ``####`` unasked (Llama-3.1-8B with its chat template scored 0.20 strict and 0.78 flexible,
+lm-evaluation-harness pull request 2034). All compare numbers, not spellings.
 
-lm-eval's filters of the same names give the same verdict on a plainly written number. They call "#### $18", "18.00" and
-"18..." wrong, where 18 is right; read "4,5" as 45, "10-3" as -3; and take punctuation behind the number ("... 18. $.")
-for the last number.
+lm-eval's filters named strict and flexible give the same verdict on a plainly written number. They call "#### $18",
+"18.00" and "18..." wrong, where 18 is right; read "4,5" as 45, "10-3" as -3; and take punctuation behind the number
+("... 18. $.") for the last number.
 
 Left out: programs and calculators, and answers behind a reasoning model's thoughts, which are part of its text here.
 """
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import random
 import re
-from collections import deque
 from collections.abc import Mapping
 from decimal import Decimal
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from align.data.final_numbers import final_number, last_number, marked_number
 from align.data.rows import Message, assistant, normalised, user
 from align.data.source_configs import FilesSource, HubSource
 from align.errors import UserError
@@ -43,11 +43,14 @@ from align.evaluation.tasks.base import (
 from align.evaluation.tasks.reading import TaskData, TaskRecord, draw, item_ids, read_records
 from align.evaluation.tasks.sampled import Sampled, answer_counts
 
-STRICT, FLEXIBLE = "strict", "flexible"
+FINAL, STRICT, FLEXIBLE = "final", "strict", "flexible"
 MOST_EXAMPLES = 32
 """Solved problems that are kept for prompting; more would not fit most models' context."""
 
 METRICS = {
+    FINAL: Metric(
+        "GSM8K", "higher", "", "share of problems whose number is right: behind ####, else boxed, else the last"
+    ),
     FLEXIBLE: Metric("GSM8K (last number)", "higher", "", "share of problems whose answer's last number is right"),
     STRICT: Metric("GSM8K (behind ####)", "higher", "", "share of problems with the right number behind ####"),
 }
@@ -130,7 +133,7 @@ class Gsm8kTask(Task):
     kind = "gsm8k"
     title = "GSM8K: grade-school word problems"
     metrics = METRICS
-    primary = FLEXIBLE
+    primary = FINAL
 
     def __init__(
         self,
@@ -182,15 +185,13 @@ class Gsm8kTask(Task):
         return [[[Turn(prompt, one)] for one in samples] for prompt, samples in zip(prompts, found, strict=True)]
 
     def score(self, answers: Mapping[str, Answers], bench: Bench) -> dict[str, Measured]:
-        """Right or not, by either number; notes count answers without one."""
+        """Right or not, by each reading; notes count answers without a number."""
         return {system: self._measured(given) for system, given in answers.items()}
 
     def _measured(self, answers: Answers) -> Measured:
         texts = [[turns[-1].response.text for turns in samples] for samples in answers]
-        found = {
-            FLEXIBLE: [[last_number(text) for text in samples] for samples in texts],
-            STRICT: [[marked_number(text) for text in samples] for samples in texts],
-        }
+        readings = {FINAL: final_number, FLEXIBLE: last_number, STRICT: marked_number}
+        found = {name: [[read(text) for text in samples] for samples in texts] for name, read in readings.items()}
         right = [Decimal(item.data["answer"]) for item in self.items]
         values = {
             metric: [[float(one == answer) for one in samples] for samples, answer in zip(numbers, right, strict=True)]
@@ -199,33 +200,6 @@ class Gsm8kTask(Task):
         none = {name: sum(one is None for samples in numbers for one in samples) for name, numbers in found.items()}
         notes = {"no_number": none[FLEXIBLE], "no_marked_number": none[STRICT]}
         return Measured(values, notes={**answer_counts(answers), **notes})
-
-
-NUMBER = re.compile(
-    r"(?P<outer>(?<![\w)])[-−])?"  # a minus sign, unless it stands between two operands
-    r"(?:[$€£](?P<inner>[-−])?)?"
-    r"(?:(?P<whole>\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?P<part>\.\d+)?|(?<!\d)(?P<only>\.\d+))"
-)
-"""A number as people write it: 1,234.50, $-5, -$5, .5; commas only between groups of three digits."""
-_MARKED = re.compile(r"####[^\S\n]*" + NUMBER.pattern)
-
-
-def last_number(text: str) -> Decimal | None:
-    """The last number of a text, if there is one."""
-    last = deque(NUMBER.finditer(text), maxlen=1)
-    return _value(last[0]) if last else None
-
-
-def marked_number(text: str) -> Decimal | None:
-    """The number behind the first ``####`` that has one on its line."""
-    match = _MARKED.search(text)
-    return None if match is None else _value(match)
-
-
-def _value(match: re.Match[str]) -> Decimal:
-    digits = match["only"] or match["whole"].replace(",", "") + (match["part"] or "")
-    value = Decimal(digits)
-    return -value if (match["outer"] or match["inner"]) else value
 
 
 def solution_and_number(record: TaskRecord) -> tuple[str, Decimal]:

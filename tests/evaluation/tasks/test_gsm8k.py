@@ -13,9 +13,10 @@ from hypothesis import given as for_all
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from align.data.final_numbers import last_number, marked_number
 from align.data.rows import normalised
 from align.errors import UserError
-from align.evaluation.tasks.gsm8k import MOST_EXAMPLES, Gsm8kConfig, Gsm8kTask, last_number, marked_number
+from align.evaluation.tasks.gsm8k import MOST_EXAMPLES, Gsm8kConfig, Gsm8kTask
 from tests.evaluation.tasks.answering import Scripted, SilentBench, answered, given
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -158,7 +159,8 @@ def test_both_numbers_are_scored_and_their_absence_is_counted(tmp_path: Path) ->
     assert found.values["flexible"] == [[1.0, 1.0], [0.0, 0.0], [0.0, 0.0], [1.0, 1.0]]
     assert found.values["strict"] == [[0.0, 1.0], [1.0, 0.0], [0.0, 0.0], [1.0, 0.0]]
     assert found.notes == {"answers": 8, "cut_off": 0, "empty": 1, "no_number": 2, "no_marked_number": 5}
-    assert task.primary == "flexible"
+    assert found.values["final"] == [[1.0, 1.0], [1.0, 0.0], [0.0, 0.0], [1.0, 1.0]]
+    assert task.primary == "final"
     assert list(task.metrics) == list(found.values)
 
 
