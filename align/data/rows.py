@@ -3,13 +3,13 @@
 A row is a plain dict. Every row has ``id`` (stable text), ``source``, ``prompt`` (messages, the last one a user
 turn, or the result of a tool) and ``checks`` (JSON text for :mod:`align.data.checkers`, ``""`` when no program can
 check the answer). Instructions add ``completion``; preferences add ``chosen`` and ``rejected`` (one assistant turn
-each) and may add ``chosen_score`` and ``rejected_score``; ``chosen_finished`` or ``rejected_finished`` is False for an
-answer that was cut off at its length limit; unpaired rows add ``completion`` and ``label``. Before pairs are made of
-them, rows may have ``responses``: a list of ``content``, ``score`` and ``rank`` (0 is best), either of which may be
-None. ``tools`` is a JSON list of the functions a model may call (``""`` for none); a message that calls some has
-``tool_calls``, as JSON text too, since their arguments have no common type; an assistant's turn that is not to be
-trained on has ``train: False``. A row of plain text has ``id``, ``source``
-and ``text`` instead of all that. Torch-free.
+each) and may add ``chosen_score`` and ``rejected_score``; unpaired rows add ``completion`` and ``label``.
+``completion_finished``, ``chosen_finished``, ``rejected_finished`` or ``text_finished`` is False for what was cut off
+at its length limit: no end of turn, or of text, is put behind it. Before pairs are made of them, rows may have
+``responses``: a list of ``content``, ``score`` and ``rank`` (0 is best), either of which may be None. ``tools`` is a
+JSON list of the functions a model may call (``""`` for none); a message that calls some has ``tool_calls``, as JSON
+text too, since their arguments have no common type; an assistant's turn that is not to be trained on has
+``train: False``. A row of plain text has ``id``, ``source`` and ``text`` instead of all that. Torch-free.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,12 +54,14 @@ _TYPES: dict[str, pa.DataType] = {
     "rejected": _MESSAGES,
     "chosen_score": pa.float64(),
     "rejected_score": pa.float64(),
+    "completion_finished": pa.bool_(),
     "chosen_finished": pa.bool_(),
     "rejected_finished": pa.bool_(),
     "label": pa.bool_(),
     "responses": pa.list_(pa.struct(_RESPONSE)),
     "tools": pa.string(),
     "text": pa.string(),
+    "text_finished": pa.bool_(),
     "steps": pa.list_(pa.struct({"content": pa.string(), "label": pa.float64()})),
     "flipped": pa.bool_(),
     "score": pa.float64(),
@@ -71,6 +73,8 @@ REQUIRED = ("id", "source", "prompt", "checks")
 REQUIRED_OF_TEXTS = ("id", "source", "text")
 _LEARNT = ("completion", "chosen", "rejected", "label", "responses", "tools")
 """Fields beside the prompt that say what a row teaches."""
+_FINISHED = ("completion_finished", "chosen_finished", "rejected_finished", "text_finished")
+"""Fields that are False where a text was cut off."""
 
 
 @dataclass(frozen=True)
@@ -203,12 +207,12 @@ def content_digest(row: Row) -> bytes:
     Two different rows of a million are the same with a chance of 1e-27. Ids tell less: those of sampled pairs name a
     prompt and places among its responses, which the next round fills with other responses.
     """
-    return _digest(_content(row, (*_LEARNT, "chosen_finished", "rejected_finished")))[:16]
+    return _digest(_content(row, (*_LEARNT, *_FINISHED)))[:16]
 
 
 def _content(row: Row, names: Sequence[str]) -> list[Any]:
     if is_text(row):
-        return ["text", row["text"]]
+        return ["text", row["text"], *(row[name] for name in names if name in _FINISHED and row.get(name) is not None)]
     content = [prompt_key(row), *(row[name] for name in names if row.get(name) not in (None, ""))]
     if any(message.get("train") is False for message in row["prompt"]):
         content.append([message.get("train") is False for message in row["prompt"]])
@@ -219,6 +223,11 @@ def _digest(content: list[Any]) -> bytes:
     return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).digest()
 
 
-def is_finished(row: Row, side: str) -> bool:
-    """Whether the ``chosen`` or ``rejected`` answer ended by itself; True where the data says nothing of it."""
+def answer_side(row: Mapping[str, Any]) -> str:
+    """The field of the answer that is learned from a row: ``completion``, or without one ``chosen``."""
+    return "completion" if row.get("completion") else "chosen"
+
+
+def is_finished(row: Mapping[str, Any], side: str) -> bool:
+    """Whether an answer, by the name of its field, ended by itself; True where the data says nothing of it."""
     return row.get(f"{side}_finished") is not False

@@ -16,7 +16,7 @@ from align.evaluation.generation import Generated
 from align.evaluation.logprobs import response_logprobs, sequence_kl
 from align.evaluation.prompts import Policy
 from align.evaluation.tasks.base import Values
-from align.models.render import render_conversation, render_prompt
+from align.models.render import render_answered, render_prompt
 from align.sealed import read_or_compute
 
 Row = dict[str, Any]
@@ -117,7 +117,7 @@ def _first_tokens(
 def heldout_losses(
     logprobs_of: LogprobsOf, tokenizer: Any, rows: Sequence[Row], longest: int
 ) -> tuple[list[int], list[float], list[int]]:
-    """Loss per token of each row's reference answer, end of turn included, as SFT takes it.
+    """Loss per token of each row's reference answer, as SFT takes it: with its end of turn unless it was cut off.
 
     Returns the indices of the rows that fit ``longest`` tokens, their loss per token in nats, and their token counts.
     Raises ``UserError`` when none fits.
@@ -126,7 +126,7 @@ def heldout_losses(
     for index, row in enumerate(rows):
         tools = row.get("tools")
         prompt = render_prompt(tokenizer, row["prompt"], tools)
-        whole = render_conversation(tokenizer, [*row["prompt"], *row["completion"]], tools=tools)
+        whole = render_answered(tokenizer, row, "completion")
         if whole[: len(prompt)] == prompt and len(prompt) < len(whole) <= longest:
             prompts.append(prompt)
             answers.append(whole[len(prompt) :])

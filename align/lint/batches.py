@@ -85,10 +85,11 @@ def tokens_of(
         return [Tokens(place, "text", ids, labels, [], True, dialect) for ids, labels, _ in parts]
     found = []
     for name, (ids, labels, hidden) in zip(names, parts, strict=True):
-        answer = row.get(name) or row.get("chosen") or []
+        field = name if row.get(name) else "chosen"
+        answer = row.get(field) or []
         found.append(
             Tokens(
-                place, name, ids, labels, [*row["prompt"], *answer], stage == "sft" or is_finished(row, name),
+                place, name, ids, labels, [*row["prompt"], *answer], is_finished(row, field),
                 dialect, row.get("tools"), hidden if len(parts) == 1 else None,
             )
         )  # fmt: skip

@@ -36,6 +36,16 @@ def check_labels(seen: Tokens, limits: Limits, supervise: Supervise, found: Find
     _check_lead(seen, runs[-1], found)
 
 
+def check_cut_off(seen: Tokens, found: Findings) -> None:
+    """An answer that was cut off ends without an end of turn: among the labels, or where there are none, the ids."""
+    if seen.finished or not seen.messages:
+        return
+    end = _last_token(seen, (0, len(seen.ids)))
+    learned = seen.labels is None or seen.labels[end] != MASKED
+    if seen.ids[end] in seen.dialect.ends and learned:
+        found.add("cut-off-answer-ended", seen.place, f"…{_tail(seen, (0, len(seen.ids)))}")
+
+
 def _has_prompt(seen: Tokens) -> bool:
     if seen.messages:
         return len(seen.messages) > 1
@@ -58,7 +68,7 @@ def _check_ends(seen: Tokens, runs: list[tuple[int, int]], limits: Limits, found
         if ids[_last_token(seen, run)] in ends:
             continue
         behind = ids[run[1]] if run[1] < len(ids) else seen.hidden_end
-        if behind in ends and (final or _closes(seen, behind)):
+        if behind in ends and (seen.finished if final else _closes(seen, behind)):
             found.add("eos-masked", seen.place, f"behind {_tail(seen, run)!r}: {seen.dialect.decode([behind])!r}")
         elif final and is_cut(seen, limits):
             found.add("answer-truncated", seen.place, f"…{_tail(seen, run)}")

@@ -15,7 +15,7 @@ from align.errors import UserError
 from align.lint.batches import Collator, Tokens, padded_labels, tokens_of
 from align.lint.dialect import Dialect, squeezed
 from align.lint.findings import Finding, Findings, Place
-from align.lint.labels import Supervise, check_document_start, check_labels
+from align.lint.labels import Supervise, check_cut_off, check_document_start, check_labels
 from align.lint.pairs import Pairs
 from align.lint.repeated_answers import check_leaked_answers, check_repeated_answers
 from align.lint.settings import MOST_ROWS
@@ -212,6 +212,7 @@ class Linter:
         for seen in sequences:
             check_tokens(seen, options.limits, self.found)
             check_labels(seen, options.limits, options.supervise, self.found)
+            check_cut_off(seen, self.found)
             self._check_start(seen)
             if self.injected and seen.messages and seen.messages[0]["role"] != "system":
                 self.found.add("unexpected-system-prompt", seen.place, self.injected, alike=True)

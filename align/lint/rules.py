@@ -102,6 +102,11 @@ RULES: dict[str, Rule] = {
         "an answer that ended has no end-of-turn token in its labels: the model never learns to stop",
         "Take a tokenizer whose eos is the template's end of turn, and a template that writes it after answers.",
     ),
+    "cut-off-answer-ended": Rule(
+        "error",
+        "an answer that was cut off has an end-of-turn token all the same: the model learns to stop in mid-sentence",
+        "Render it without its end where the row's completion_finished (chosen_, rejected_) is False, or leave it out.",
+    ),
     "eos-masked": Rule(
         "error",
         "the end-of-turn token follows the answer but its label is masked: the model never learns to stop",

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from align.data.rows import answer_side, is_finished
 from align.errors import UserError
 
 Message = dict[str, str]
@@ -69,6 +70,15 @@ def render_answer(
         return None
     ids = [int(token) for token in tokenizer(whole[len(start) :], add_special_tokens=False)["input_ids"]]
     return _until_turn_end(tokenizer, ids, finished)
+
+
+def render_answered(tokenizer: Any, row: Mapping[str, Any], side: str | None = None) -> list[int]:
+    """Token ids of a row's prompt and one of its answers, with an end of turn only where the answer came to its end.
+
+    ``side`` is the answer's field, by default the one that is learned from.
+    """
+    side = side or answer_side(row)
+    return render_conversation(tokenizer, [*row["prompt"], *row[side]], is_finished(row, side), row.get("tools"))
 
 
 def _apply(tokenizer: Any, messages: list[Message], tools: str | None, tokenize: bool = True, **options: Any) -> Any:

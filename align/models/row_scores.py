@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from align.data.rows import Row, is_finished
+from align.data.rows import Row, answer_side, is_finished
 from align.models.loading import load_policy, load_tokenizer
 from align.models.precision import autocast
 from align.models.render import render_conversation, render_prompt
@@ -32,10 +32,8 @@ def make_scorer(config: Any, folder: Path, device: str) -> Scorer:
 
 def reply(row: Row) -> str | None:
     """The text that is scored: the completion, or the chosen reply; None for a row that has neither."""
-    for name in ("completion", "chosen"):
-        if row.get(name):
-            return str(row[name][-1]["content"])
-    return None
+    answer = row.get(answer_side(row))
+    return str(answer[-1]["content"]) if answer else None
 
 
 class _Reward:
@@ -44,7 +42,7 @@ class _Reward:
 
     def __call__(self, rows: list[Row]) -> list[float]:
         with_reply = [row for row in rows if reply(row) is not None]
-        finished = [is_finished(row, "chosen") for row in with_reply]
+        finished = [is_finished(row, answer_side(row)) for row in with_reply]
         prompts, texts = [row["prompt"] for row in with_reply], [reply(row) or "" for row in with_reply]
         scores = iter(self.model.score(prompts, texts, finished, [row.get("tools") for row in with_reply]))
         return [next(scores) if reply(row) is not None else math.nan for row in rows]
@@ -84,7 +82,7 @@ class _Likelihood:
         messages = [*row["prompt"], {"role": "assistant", "content": text}]
         tools = row.get("tools")
         prompt = render_prompt(self.tokenizer, row["prompt"], tools)
-        whole = render_conversation(self.tokenizer, messages, is_finished(row, "chosen"), tools)
+        whole = render_conversation(self.tokenizer, messages, is_finished(row, answer_side(row)), tools)
         answer = whole[len(prompt) :]
         if len(prompt) + 1 >= self.max_length or not answer:
             return []

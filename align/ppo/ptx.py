@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from align.data.rows import answer_side
 from align.errors import UserError
 from align.ppo.prompts import derive_seed
-from align.training.rows import split_turn
+from align.training.rows import split_answer
 
 if TYPE_CHECKING:
     from align.ppo.arguments import RolloutArguments
 
 Text = tuple[list[int], list[int]]
-"""Token ids of a prompt and of its answer, the end of turn included."""
+"""Token ids of a prompt and of its answer, with an end of turn unless it was cut off."""
 
 
 class PtxRows:
@@ -31,10 +32,9 @@ class PtxRows:
         self.texts: list[Text] = []
         self.dropped = 0
         for row in rows:
-            answer = row.get("completion") or row.get("chosen")
-            if not answer:
+            if not row.get(answer_side(row)):
                 raise UserError(f"a ptx row needs a 'prompt' and a 'completion'; found {sorted(row)}.")
-            prompt, completion = split_turn(tokenizer, row["prompt"], answer, tools=row.get("tools"))
+            prompt, completion = split_answer(tokenizer, row)
             if len(prompt) + len(completion) > max_length:
                 self.dropped += 1
             else:

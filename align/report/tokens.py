@@ -83,7 +83,7 @@ def views(tokenizer: Any, row: Row, max_length: int | None = None) -> list[View]
         return [
             replace(view, title=_response_title(number, response))
             for number, response in enumerate(row["responses"], start=1)
-            for view in _supervised(tokenizer, {**row, "completion": [assistant(response["content"])]}, most)
+            for view in _supervised(tokenizer, row | _completion(response), most)
         ]
     if "completion" in row:
         found = _supervised(tokenizer, row, most)
@@ -92,6 +92,10 @@ def views(tokenizer: Any, row: Row, max_length: int | None = None) -> list[View]
             return [replace(view, title=title) for view in found]
         return found
     return [_untrained(tokenizer, "prompt, up to where the answer begins", row)]
+
+
+def _completion(response: dict[str, Any]) -> Row:
+    return {"completion": [assistant(response["content"])], "completion_finished": response.get("finished")}
 
 
 def _supervised(tokenizer: Any, row: Row, most: int) -> list[View]:
@@ -131,13 +135,13 @@ def _pair(tokenizer: Any, row: Row, most: int) -> list[View]:
 
 def _untrained(tokenizer: Any, title: str, row: Row, side: str | None = None, *notes: str) -> View:
     """A sequence that nothing is learned from: the prompt and an answer, or without ``side`` the prompt alone."""
-    from align.models.render import render_conversation, render_prompt
+    from align.models.render import render_answered, render_prompt
 
     try:
         if side is None:
             ids = render_prompt(tokenizer, row["prompt"], row.get("tools"))
         else:
-            ids = render_conversation(tokenizer, [*row["prompt"], *row[side]], tools=row.get("tools"))
+            ids = render_answered(tokenizer, row, side)
     except UserError as error:
         return View(title, (), (), (*dict.fromkeys((*notes, str(error))),))
     return View(title, tuple(ids), (False,) * len(ids), notes)

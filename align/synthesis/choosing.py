@@ -109,7 +109,8 @@ def responses(task: ResponsesTask, answered: list[Answered], book: Book) -> list
 def _instruction(one: Answered, place: int, numbered: bool) -> Row:
     base = base_of(one.row)
     name = f"{base['id']}-{place}" if numbered else base["id"]
-    return {**base, "id": name, "completion": [assistant(one.answers[place].text)]}
+    answer = one.answers[place]
+    return {**base, "id": name, "completion": [assistant(answer.text)], "completion_finished": answer.finished}
 
 
 def score_all(answered: list[Answered], score: Score) -> None:

@@ -58,7 +58,8 @@ def check_ends(stage: str, encoded: Encoded, tokenizer: Any) -> None:
         raise UserError(
             f"{stage}: in none of the {len(encoded.rows)} training rows is the end of the answer "
             f"({tokenizer.eos_token!r}) supervised; the first row's last token is {last!r}. The model would never "
-            "learn to stop. Raise max_length, or use a tokenizer whose eos is the chat template's end of turn."
+            "learn to stop. Raise max_length, use a tokenizer whose eos is the chat template's end of turn, or take "
+            "answers that were not all cut off when they were sampled (completion_finished)."
         )
 
 

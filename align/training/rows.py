@@ -7,14 +7,14 @@ whatever the chat template puts behind the end of the turn. Left out: packing (`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from align.data.rows import is_finished, read_rows
+from align.data.rows import answer_side, is_finished, read_rows
 from align.errors import UserError
-from align.models.render import render_answer, render_conversation, render_prompt
+from align.models.render import render_answer, render_answered, render_conversation, render_prompt
 
 Row = dict[str, Any]
 MASKED = -100
@@ -86,6 +86,15 @@ def split_turn(
     return prompt_ids, whole[len(prompt_ids) :]
 
 
+def split_answer(tokenizer: Any, row: Mapping[str, Any], side: str | None = None) -> tuple[list[int], list[int]]:
+    """``split_turn`` of a row's prompt and one of its answers: every stage's way from a row to trained tokens.
+
+    ``side`` is the answer's field, by default the one that is learned from. An answer that was cut off has no end.
+    """
+    side = side or answer_side(row)
+    return split_turn(tokenizer, row["prompt"], row[side], is_finished(row, side), row.get("tools"))
+
+
 def encode_answers(tokenizer: Any, rows: Sequence[Row], max_length: int) -> Encoded:
     """As ``encode_supervised``, with labels on every answer of a conversation and not on the last alone.
 
@@ -96,10 +105,13 @@ def encode_answers(tokenizer: Any, rows: Sequence[Row], max_length: int) -> Enco
     """
     out = Encoded()
     for row in rows:
-        messages = [*row["prompt"], *(row.get("completion") or row["chosen"])]
+        messages, ended = [*row["prompt"], *row[answer_side(row)]], is_finished(row, answer_side(row))
         answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
         places = [at for at in answers if messages[at].get("train") is not False]
-        parts = [split_turn(tokenizer, messages[:at], [messages[at]], tools=row.get("tools")) for at in places]
+        parts = [
+            split_turn(tokenizer, messages[:at], [messages[at]], ended or at < answers[-1], row.get("tools"))
+            for at in places
+        ]
         whole = [*parts[-1][0], *parts[-1][1]]
         if all(whole[: len(before) + len(answer)] == before + answer for before, answer in parts):
             labels = [MASKED] * len(whole)
@@ -126,13 +138,12 @@ def _add_cut(out: Encoded, ids: list[int], labels: list[int], max_length: int, r
 def encode_supervised(tokenizer: Any, rows: Sequence[Row], max_length: int) -> Encoded:
     """``input_ids`` and ``labels`` (``MASKED`` on the prompt) for SFT; the answer is ``completion``, else ``chosen``.
 
-    An answer that does not fit is cut at ``max_length`` tokens and loses its end of turn; a prompt that leaves no
-    room for an answer is left out.
+    An answer that does not fit is cut at ``max_length`` tokens and loses its end of turn, which one that was cut off
+    when it was sampled has not; a prompt that leaves no room for an answer is left out.
     """
     out = Encoded()
     for row in rows:
-        answer = row.get("completion") or row["chosen"]
-        prompt_ids, answer_ids = split_turn(tokenizer, row["prompt"], answer, tools=row.get("tools"))
+        prompt_ids, answer_ids = split_answer(tokenizer, row)
         room = max_length - len(prompt_ids)
         if room <= 0:
             out.count(NO_ROOM)
@@ -152,8 +163,7 @@ def encode_pairs(tokenizer: Any, rows: Sequence[Row], max_length: int) -> Encode
     out = Encoded()
     for row in rows:
         (prompt_ids, chosen_ids), (_, rejected_ids) = (
-            split_turn(tokenizer, row["prompt"], row[side], is_finished(row, side), row.get("tools"))
-            for side in ("chosen", "rejected")
+            split_answer(tokenizer, row, side) for side in ("chosen", "rejected")
         )
         if chosen_ids == rejected_ids:
             out.count(SAME_ANSWERS)
@@ -170,10 +180,7 @@ def encode_conversations(tokenizer: Any, rows: Sequence[Row], max_length: int) -
     """``chosen_ids`` and ``rejected_ids`` (prompt and answer, as a reward model reads them); too long ones left out."""
     out = Encoded()
     for row in rows:
-        chosen_ids, rejected_ids = (
-            render_conversation(tokenizer, [*row["prompt"], *row[side]], is_finished(row, side), row.get("tools"))
-            for side in ("chosen", "rejected")
-        )
+        chosen_ids, rejected_ids = (render_answered(tokenizer, row, side) for side in ("chosen", "rejected"))
         if chosen_ids == rejected_ids:
             out.count(SAME_ANSWERS)
             continue

@@ -12,7 +12,7 @@ from typing import Any
 
 from align.data.rows import is_finished
 from align.errors import UserError
-from align.models.render import render_conversation
+from align.models.render import render_answered
 from align.models.steps import step_ends
 from align.training.rows import TOO_LONG, Encoded, Row
 
@@ -32,8 +32,8 @@ def scored_answers(rows: Sequence[Row]) -> list[Row]:
             single = {
                 name: value for name, value in row.items() if name not in ("chosen", "rejected", "label", "score")
             }
-            key = repr((row["prompt"], answer, row.get("tools")))
-            found.setdefault(key, {**single, "completion": answer, "target": target, "finished": finished})
+            key = repr((row["prompt"], answer, finished, row.get("tools")))
+            found.setdefault(key, {**single, "completion": answer, "target": target, "completion_finished": finished})
     return list(found.values())
 
 
@@ -42,7 +42,7 @@ def _answers(row: Row) -> list[tuple[Any, float | None, bool]]:
         return [(row[side], row.get(f"{side}_score"), is_finished(row, side)) for side in ("chosen", "rejected")]
     label = row.get("label")
     target = row.get("score") if label is None else float(label)
-    return [(row["completion"], target, True)]
+    return [(row["completion"], target, is_finished(row, "completion"))]
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def encode_scored(tokenizer: Any, rows: Sequence[Row], max_length: int, scale: S
         if row["target"] is None:
             out.count(NO_SCORE)
             continue
-        ids = render_conversation(tokenizer, [*row["prompt"], *row["completion"]], row["finished"], row.get("tools"))
+        ids = render_answered(tokenizer, row)
         if len(ids) > max_length:
             out.count(TOO_LONG)
             continue
@@ -106,7 +106,8 @@ def encode_steps(tokenizer: Any, rows: Sequence[Row], max_length: int, separator
     """``input_ids``, ``places`` (each step's last token) and ``targets`` (how right each step is, 0 to 1)."""
     out = Encoded()
     for row in rows:
-        ids, places = step_ends(tokenizer, row["prompt"], row["completion"], separator, tools=row.get("tools"))
+        finished = is_finished(row, "completion")
+        ids, places = step_ends(tokenizer, row["prompt"], row["completion"], separator, finished, row.get("tools"))
         targets = [float(step["label"]) for step in row["steps"] if step["content"].strip()]
         if len(places) != len(targets):
             out.count(OTHER_STEPS)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from align.data.rows import is_finished
 from align.errors import UserError
 from align.training.rows import MASKED, Encoded, Row
 
@@ -48,6 +49,7 @@ def encode_texts(tokenizer: Any, rows: Sequence[Row], max_length: int, ends: End
     """``input_ids`` and ``labels`` of every window; the first token of each has no label.
 
     Without ``learn_end`` the end has none either, so that labels are the text's own tokens: what a loss per byte is of.
+    A text that was cut off has no end in any case.
     """
     out = Encoded()
     for row in rows:
@@ -55,7 +57,7 @@ def encode_texts(tokenizer: Any, rows: Sequence[Row], max_length: int, ends: End
         if not tokens:
             out.count(NO_TOKENS)
             continue
-        whole = [ends.begin, *tokens, *([ends.end] if learn_end else [])]
+        whole = [ends.begin, *tokens, *([ends.end] if learn_end and is_finished(row, "text") else [])]
         for start in range(0, len(whole) - 1, max_length - 1):
             ids = whole[start : start + max_length]
             out.add({"input_ids": ids, "labels": [MASKED, *ids[1:]]}, len(ids), row)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from align.training.order import grouped_order
-from align.training.rows import NO_ROOM, TOO_LONG, Encoded, Row, split_turn
+from align.training.rows import NO_ROOM, TOO_LONG, Encoded, Row, split_answer
 
 SIDES = (("chosen", True), ("rejected", False))
 
@@ -36,8 +36,7 @@ def encode_unpaired(tokenizer: Any, rows: Sequence[Row], max_length: int) -> Enc
     """``prompt_ids``, ``completion_ids`` and ``label`` of each answer; too long ones are left out, not cut."""
     out = Encoded()
     for row in rows:
-        finished = row.get("completion_finished") is not False
-        prompt_ids, answer_ids = split_turn(tokenizer, row["prompt"], row["completion"], finished, row.get("tools"))
+        prompt_ids, answer_ids = split_answer(tokenizer, row, "completion")
         if len(prompt_ids) >= max_length:
             out.count(NO_ROOM)
             continue

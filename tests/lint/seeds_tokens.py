@@ -11,7 +11,7 @@ from align.lint.command import collator_of
 from align.lint.findings import Finding
 from align.lint.linter import Options
 from align.lint.tokens import Limits
-from tests.lint.harness import SPOILT, all_answers, encoded, instructions, look, spans
+from tests.lint.harness import SPOILT, all_answers, encoded, instructions, look, pairs, spans
 from tests.lint.seeding import Case, seeds, spoilt
 
 
@@ -35,6 +35,31 @@ def answer_without_end(case: Case) -> dict[str, Finding]:
         del row["input_ids"][-1], row["labels"][-1]
 
     return spoilt(case, change)
+
+
+@seeds("cut-off-answer-ended")
+def answer_that_was_cut_off_is_ended(case: Case) -> dict[str, Finding]:
+    rows = instructions()
+    made = encoded(case.tokenizer, rows)
+    rows[SPOILT]["completion_finished"] = False
+    return look(case.tokenizer, rows, made)
+
+
+@seeds("cut-off-answer-ended")
+def chosen_side_that_was_cut_off_is_ended(case: Case) -> dict[str, Finding]:
+    return _ended_side(case, "dpo", "chosen_finished")
+
+
+@seeds("cut-off-answer-ended")
+def rejected_side_that_was_cut_off_is_ended(case: Case) -> dict[str, Finding]:
+    return _ended_side(case, "reward", "rejected_finished")
+
+
+def _ended_side(case: Case, stage: Any, mark: str) -> dict[str, Finding]:
+    rows = pairs()
+    made = encoded(case.tokenizer, rows, stage)
+    rows[SPOILT][mark] = False
+    return look(case.tokenizer, rows, made, options=Options(stage))
 
 
 @seeds("eos-masked")

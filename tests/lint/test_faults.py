@@ -43,6 +43,14 @@ def test_clean_rows_raise_no_alarm(name: str, stage: Any) -> None:
     assert set(found) == ({"unexpected-system-prompt"} if SPECS[name].injects else set())
 
 
+@pytest.mark.parametrize("stage", ["sft", "dpo", "reward"])
+@pytest.mark.parametrize("name", SPECS)
+def test_answers_that_were_cut_off_raise_no_alarm_where_they_have_no_end(name: str, stage: Any) -> None:
+    marks = dict.fromkeys(("completion_finished", "chosen_finished", "rejected_finished"), False)
+    rows = [{**row, **(marks if at % 3 else {})} for at, row in enumerate(clean(12))]
+    assert not alarms(look(dialects.tokenizer_of(name), rows, options=Options(stage)))
+
+
 @pytest.mark.parametrize("name", SPECS)
 def test_clean_masks_of_every_answer_raise_no_alarm(name: str) -> None:
     tokenizer = dialects.tokenizer_of(name)

@@ -44,7 +44,7 @@ def test_every_different_answer_becomes_a_row() -> None:
     rows = responses(ResponsesTask(type="responses", n=7), answered, book)
     assert rows == [
         {"id": f"r-{at}", "source": "s", "prompt": [user("Q r")], "checks": "",
-         "completion": [{"role": "assistant", "content": text}]}
+         "completion": [{"role": "assistant", "content": text}], "completion_finished": True}
         for at, text in ((0, "a"), (1, "b"))
     ]  # fmt: skip
     found = book.to_json()
@@ -59,6 +59,9 @@ def test_every_different_answer_becomes_a_row() -> None:
 def test_one_answer_keeps_the_rows_name_and_a_cut_off_one_stays_where_asked() -> None:
     rows = responses(ResponsesTask(type="responses", cut_off="keep"), [_one(CUT)], Book())
     assert [(row["id"], row["completion"][0]["content"]) for row in rows] == [("r", "cut")]
+    assert rows[0]["completion_finished"] is False
+    (best,) = best_of(BestOfTask(type="best_of", n=2, cut_off="keep"), [_scored((CUT, 9), ("b", 3))], Book())
+    assert (best["completion"][0]["content"], best["completion_finished"]) == ("cut", False)
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from align.data.rows import Dropped, Message, Row, assistant, is_text, row_id
+from align.data.rows import Dropped, Message, Row, answer_side, assistant, is_finished, is_text, row_id
 
 ANSWERS = ("completion", "chosen", "rejected", "responses")
+COMPLETION = ("completion", "completion_finished")
 OF_PAIRS = ("chosen", "rejected", "chosen_score", "rejected_score", "chosen_finished", "rejected_finished", "flipped")
 FOLLOWS = {"user": ("assistant",), "assistant": ("user", "tool"), "tool": ("tool", "assistant")}
 
@@ -41,55 +42,66 @@ def of_kind(draft: Row, kind: str) -> list[Row | Dropped]:
     if is_text(draft):
         return [Dropped("a plain text, which has no turns")]
     if kind == "prompts":
-        return [_without(draft, ("completion", "responses", "label", "steps", *OF_PAIRS))]
+        return [_without(draft, (*COMPLETION, "responses", "label", "steps", *OF_PAIRS))]
     if kind == "instructions":
         return [_instruction(draft)]
     if draft.get("responses") is not None:  # the pairs step makes pairs of them
-        return [_without(draft, ("completion", "label", *OF_PAIRS))]
+        return [_without(draft, (*COMPLETION, "label", *OF_PAIRS))]
     paired = draft.get("chosen") is not None and draft.get("rejected") is not None
     if kind == "preferences":
-        return [_without(draft, ("completion", "label")) if paired else Dropped("no pair of answers")]
+        return [_without(draft, (*COMPLETION, "label")) if paired else Dropped("no pair of answers")]
     if draft.get("label") is not None and draft.get("completion") is not None:
         return [_without(draft, OF_PAIRS)]
     if not paired:
         return [Dropped("no label")]
     if _same(draft["chosen"], draft["rejected"]):
         return [Dropped("chosen equals rejected")]
-    rest = _without(draft, ("completion", *OF_PAIRS))
-    return [{**rest, "completion": draft[side], "label": side == "chosen"} for side in ("chosen", "rejected")]
+    rest = _without(draft, (*COMPLETION, *OF_PAIRS))
+    return [{**rest, **_completion(draft, side), "label": side == "chosen"} for side in ("chosen", "rejected")]
+
+
+def _completion(draft: Row, side: str) -> Row:
+    """One of a draft's answers as a completion, with the mark of one that was cut off."""
+    finished = draft.get(f"{side}_finished")
+    return {"completion": draft[side], **({} if finished is None else {"completion_finished": finished})}
 
 
 def _text(draft: Row) -> Row | Dropped:
     """A draft's text; of a conversation what its turns say, a blank line between them, without any template."""
     kept = {name: draft[name] for name in ("id", "source") if draft.get(name)}
     if draft.get("text") is not None:
+        kept |= {"text_finished": False} if not is_finished(draft, "text") else {}
         return kept | {"text": draft["text"]}
     if draft.get("label") is False:
         return Dropped("labelled as bad")
-    turns = [*draft.get("prompt", []), *(draft.get("completion") or draft.get("chosen") or [])]
+    side = answer_side(draft)
+    turns = [*draft.get("prompt", []), *(draft.get(side) or [])]
+    if draft.get(side) and not is_finished(draft, side):
+        kept["text_finished"] = False
     return kept | {"text": "\n\n".join(turn["content"] for turn in turns if (turn.get("content") or "").strip())}
 
 
 def _instruction(draft: Row) -> Row | Dropped:
     if draft.get("label") is False:
         return Dropped("labelled as bad")
-    completion = draft.get("completion") or draft.get("chosen")
-    if draft.get("responses") is not None and not completion:
-        best = best_response(draft["responses"])
-        if best is None:
-            return Dropped("no answer with a score or a rank")
-        completion = [assistant(best)]
-    if not completion:
+    rest = _without(draft, (*COMPLETION, "responses", "label", *OF_PAIRS))
+    if draft.get(answer_side(draft)):
+        return rest | _completion(draft, answer_side(draft))
+    if draft.get("responses") is None:
         return Dropped("last turn is not the assistant's")
-    return {**_without(draft, ("responses", "label", *OF_PAIRS)), "completion": completion}
+    best = best_response(draft["responses"])
+    if best is None:
+        return Dropped("no answer with a score or a rank")
+    cut_off = {"completion_finished": False} if best.get("finished") is False else {}
+    return {**rest, "completion": [assistant(str(best["content"]))], **cut_off}
 
 
-def best_response(responses: list[dict[str, object]]) -> str | None:
-    """The text with the highest score, or the smallest rank where none has a score; the first of equals."""
+def best_response(responses: list[dict[str, object]]) -> dict[str, object] | None:
+    """The one with the highest score, or the smallest rank where none has a score; the first of equals."""
     scored = [(float(item["score"]), item) for item in responses if item.get("score") is not None]  # type: ignore[arg-type]
     ranked = [(-float(item["rank"]), item) for item in responses if item.get("rank") is not None]  # type: ignore[arg-type]
     usable = [(value, item) for value, item in scored or ranked if str(item["content"]).strip()]
-    return str(max(usable, key=lambda pair: pair[0])[1]["content"]) if usable else None
+    return max(usable, key=lambda pair: pair[0])[1] if usable else None
 
 
 def unusable(row: Row, mendable: bool = False) -> Dropped | None:

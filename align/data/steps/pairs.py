@@ -109,7 +109,8 @@ def _why_none(different: list[tuple[Candidate, Candidate]], scores: list[float])
 
 
 def _rest(row: Row, name: str) -> Row:
-    kept = {key: value for key, value in row.items() if key not in ("responses", "completion", "score")}
+    left_out = ("responses", "completion", "completion_finished", "score")
+    kept = {key: value for key, value in row.items() if key not in left_out}
     return {**kept, "id": f"{row['id']}-{name}"}
 
 
@@ -124,13 +125,17 @@ def _made(row: Row, better: Candidate, worse: Candidate, scored: bool) -> Row:
     return pair
 
 
+def _answered(answer: Candidate) -> Row:
+    return {"completion": [assistant(answer.text)], **({} if answer.finished else {"completion_finished": False})}
+
+
 def _labelled(row: Row, pairs: list[tuple[Candidate, Candidate]]) -> list[Row]:
     """Answers of a row with labels, in the row's order, without those on both sides."""
     good = {better.sample: better for better, _ in pairs}
     bad = {worse.sample: worse for _, worse in pairs}
     both = good.keys() & bad.keys()
     return [
-        {**_rest(row, str(place)), "completion": [assistant(answer.text)], "label": place in good}
+        {**_rest(row, str(place)), **_answered(answer), "label": place in good}
         for place, answer in sorted((good | bad).items())
         if place not in both
     ]
