@@ -1,10 +1,19 @@
-"""What splits go by: a row's first question, and a draw that it and the seed decide. Splitting itself is a step."""
+"""What splits go by: a row's first question, and a draw that it and the seed decide.
+
+Also the validation rows that a stage which chooses a checkpoint takes out of its ``train`` split, so that nothing is
+chosen on the ``test`` split, which evaluations report on. Splitting a dataset is a step.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
+from collections.abc import Sequence
 
 from align.data.rows import Row, is_text, normalised
+
+LARGEST_SHARE = 5
+"""At most one in so many questions of a ``train`` split becomes validation."""
 
 
 def group(row: Row) -> str:
@@ -18,6 +27,27 @@ def group(row: Row) -> str:
     return next(normalised(message["content"]) for message in row["prompt"] if message["role"] == "user")
 
 
-def share(text: str, seed: int) -> float:
+def share(text: str, seed: int | str) -> float:
     """A number in [0, 1) that text and seed decide, the same on every machine."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{text}".encode()).digest()[:7], "big") / 2**56
+
+
+def hold_back(rows: Sequence[Row], most: int) -> tuple[list[Row], list[Row]]:
+    """Part a ``train`` split into rows to learn from and at most ``most`` rows to choose a checkpoint by.
+
+    Whole groups are taken, one at least and a fifth of them at most, in an order that their first questions alone
+    decide: every stage that chooses on these rows takes the same ones. The rest keeps its order; it is empty where
+    there is a single group.
+    """
+    keys = [group(row) for row in rows]
+    sizes = Counter(keys)
+    order = sorted(sizes, key=lambda key: (share(key, "validation"), key))
+    taken: set[str] = set()
+    count = 0
+    for key in order[: max(1, len(order) // LARGEST_SHARE)]:
+        if taken and count + sizes[key] > most:
+            break
+        taken.add(key)
+        count += sizes[key]
+    learned = [row for row, key in zip(rows, keys, strict=True) if key not in taken]
+    return learned, [row for row, key in zip(rows, keys, strict=True) if key in taken]

@@ -26,7 +26,7 @@ from align.training.distill_trainer import AnswerCollator, PreparedDistill, held
 from align.training.divergence import Known, Measure
 from align.training.fit import fit
 from align.training.handover import check_encoded, check_ends, check_model, check_same_vocabulary
-from align.training.rows import Encoded, Row, encode_supervised, read_split
+from align.training.rows import Encoded, Row, counts, encode_supervised, read_splits
 from align.training.saving import save
 from align.training.teacher import Teacher, TeacherCache
 
@@ -43,7 +43,7 @@ def train(context: StageContext) -> dict[str, Any]:
     check_model(context.name, model, tokenizer)
     _check_teacher(context, tokenizer, teacher)
     given, splits = _splits(context, tokenizer)
-    train_rows, test = splits["train"], splits["test"]
+    train_rows = splits["train"]
     check_ends(context.name, train_rows, tokenizer)
     lesson = _Lesson(context, tokenizer, teacher, splits, model.get_output_embeddings().weight.shape[0])
     model = apply_tuning(
@@ -71,12 +71,12 @@ def train(context: StageContext) -> dict[str, Any]:
     try:
         if engine is not None:
             trainer.sampler = _sampler(context, engine)
-        metrics = fit(trainer, context, lambda: held_out(trainer, test, lesson.known["test"]))
+        metrics = fit(trainer, context, lambda split: held_out(trainer, splits[split], lesson.known[split]))
     finally:
         if engine is not None:
             engine.close()
     save(context, trainer, tokenizer)
-    facts = {"rows": len(train_rows.rows), "test_rows": len(test.rows), **lesson.facts()}
+    facts = {"rows": len(train_rows.rows), **counts(splits, "rows"), **lesson.facts()}
     if engine is not None:
         drawn = (own_answers(trainer.args.seed, step, config.on_policy) for step in range(metrics["steps"]))
         facts |= {"own_steps": sum(drawn), "engine": engine.name}
@@ -96,9 +96,8 @@ def _check_teacher(context: StageContext, tokenizer: Any, teacher: Artifact) -> 
 
 def _splits(context: StageContext, tokenizer: Any) -> tuple[dict[str, list[Row]], dict[str, Encoded]]:
     config: DistillConfig = context.config
-    given, splits = {}, {}
-    for split, most in (("train", config.max_rows), ("test", config.eval_rows)):
-        rows = given[split] = read_split(context.artifact("data").split(split), most, context.name)
+    given, splits = read_splits(context), {}
+    for split, rows in given.items():
         splits[split] = encoded = encode_supervised(tokenizer, rows, config.max_length)
         check_encoded(context.name, encoded, len(rows), split, config.max_length, context.warn)
         for number, row in enumerate(encoded.rows):

@@ -118,9 +118,11 @@ class RolloutFields(Config):
     eval_updates: int | None = Field(None, ge=1)
     """Updates between validations on held-out prompts; the start and the end are validated too. Null: none."""
     eval_prompts: int = Field(64, ge=1)
-    """Held-out prompts answered at each validation, the first ones of the ``test`` split."""
+    """Held-out prompts answered at each validation at most: the first ones of the ``test`` split; where they choose the
+    policy (``keep``) prompts of the ``train`` split, a fifth of its questions at most, that are not learned from."""
     keep: Literal["last", "best", "best_gold"] = "last"
-    """Which policy the stage makes: the last one, or the one with the best validated score (or gold score)."""
+    """Which policy the stage makes: the last one, or the one with the best validated score (or gold score). The
+    ``test`` split, which is reported on, has no part in the choice."""
     keep_kl: float | None = Field(None, gt=0)
     """With ``keep: best``, only among policies within so many nats of KL a response."""
     on_alarm: Literal["warn", "stop"] = "warn"

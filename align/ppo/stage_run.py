@@ -37,6 +37,7 @@ from align.rollouts.server_client import EngineLost
 from align.stage import StageContext
 from align.training.arguments import parallel_options
 from align.training.handover import check_model, check_same_vocabulary
+from align.training.rows import held_back
 from align.training.stop_request import StopWhenAsked
 from align.training.tracking import follow, tracking_options
 
@@ -94,7 +95,7 @@ def run_online(context: StageContext, make: Callable[[Start], OnlineTrainer]) ->
     source = context.artifact("policy").model
     tokenizer, policy = load_tokenizer(source), load_for_tuning(source, config.tuning)
     check_model(context.name, policy, tokenizer)
-    rows = _rows(context, "prompts", "train", config.max_prompts)
+    rows, validation = _prompts(context)
     lint_prompts(context, tokenizer, policy, {"train": Split(rows)}, config.max_prompt_tokens)
     rewards = _reward_models(context)
     if rewards and getattr(config, "critic_source", None) == "reward":
@@ -118,7 +119,7 @@ def run_online(context: StageContext, make: Callable[[Start], OnlineTrainer]) ->
             "engine": engine,
             "gold": None if config.gold is None else function_scorer(config.gold),
             "tuning": config.tuning,
-            "eval_dataset": _rows(context, "prompts", "test", config.eval_prompts) if config.eval_updates else None,
+            "eval_dataset": validation,
             "ptx_dataset": _rows(context, "ptx", "train", None) if config.ptx else None,
             "callbacks": [ReportUpdates(context)],
             "notify": lambda text: context.warn(f"{context.name}: {text}"),
@@ -146,7 +147,10 @@ def run_online(context: StageContext, make: Callable[[Start], OnlineTrainer]) ->
         trainer.save_model(str(context.output / "model"))
         if rank() == 0:
             gather(context.checkpoints, context.output / "completions.jsonl")
-        return {"engine": engine.name, "prompts": len(trainer.prompts), **summary(trainer)}
+        facts: dict[str, Any] = {"engine": engine.name, "prompts": len(trainer.prompts)}
+        if trainer.validation is not None:
+            facts[f"{_validation_split(config)}_prompts"] = len(trainer.validation.prompts)
+        return {**facts, **summary(trainer)}
     finally:
         engine.close()
 
@@ -169,6 +173,22 @@ def _rows(context: StageContext, field: str, split: str, most: int | None) -> li
     return rows[:most]
 
 
+def _validation_split(config: RolloutFields) -> str:
+    """What validations are of: prompts that choose the policy are none of the ``test`` split's."""
+    return "test" if config.keep == "last" else "validation"
+
+
+def _prompts(context: StageContext) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+    """Prompts to learn from, and to validate on where the config asks for it."""
+    config: RolloutFields = context.config
+    rows, validation = _rows(context, "prompts", "train", None), None
+    if config.eval_updates and _validation_split(config) == "test":
+        validation = _rows(context, "prompts", "test", config.eval_prompts)
+    elif config.eval_updates:
+        rows, validation = held_back(context, rows, config.eval_prompts)
+    return rows[: config.max_prompts], validation
+
+
 class ReportUpdates(TrainerCallback):
     """One point of the curves and one progress event per update."""
 
@@ -187,7 +207,8 @@ class ReportUpdates(TrainerCallback):
         if not state.is_world_process_zero or not logs:
             return
         if "eval_score" in logs:
-            found = {name.replace("eval_", "test_", 1): float(value) for name, value in logs.items() if "eval_" in name}
+            split = _validation_split(self.context.config)
+            found = {name.replace("eval", split, 1): float(value) for name, value in logs.items() if "eval_" in name}
             self.context.log(int(logs["update"]), **found)
         if "score" not in logs:
             return

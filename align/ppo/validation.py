@@ -1,7 +1,8 @@
 """Held-out prompts answered every so many updates, and the best policy so far kept aside.
 
 Left out: significance. Scores of a few prompts are noisy, and the best of several is a little too good to be true: what
-a checkpoint is worth is for the ``evaluate`` stage to say, on other prompts.
+a checkpoint is worth is for the ``evaluate`` stage to say, on other prompts. Stages see to that: prompts that choose
+come out of the ``train`` split, evaluations read the ``test`` split.
 """
 
 from __future__ import annotations

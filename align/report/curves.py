@@ -95,7 +95,7 @@ def panels(series: dict[str, Any]) -> list[tuple[str, list[str]]]:
     """Curves by panel, in reading order: a held-out curve shares the panel of its training curve."""
     groups: dict[str, list[str]] = {}
     for name in series:
-        base = name.removeprefix("test_").removeprefix("eval_")
+        base = _training_name(name)
         if base != name and base not in series:
             base = TRAINING_NAME.get(base, base)
         groups.setdefault(base if base in series else name, []).append(name)
@@ -105,8 +105,13 @@ def panels(series: dict[str, Any]) -> list[tuple[str, list[str]]]:
     )
 
 
+def _training_name(name: str) -> str:
+    """A curve's name without the split that it is of."""
+    return name.removeprefix("test_").removeprefix("validation_").removeprefix("eval_")
+
+
 def _rank(title: str) -> tuple[int, str]:
-    name = title.removeprefix("test_").removeprefix("eval_")
+    name = _training_name(title)
     return (FIRST.index(name) if name in FIRST else len(FIRST), name)
 
 

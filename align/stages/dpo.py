@@ -141,7 +141,7 @@ def run(context: StageContext) -> dict[str, Any]:
     from align.training.arguments import total_steps, training_arguments
     from align.training.dpo_trainer import PreparedDPO
     from align.training.fit import fit
-    from align.training.rows import encode_pairs
+    from align.training.rows import counts, encode_pairs
     from align.training.saving import save
 
     config: DpoConfig = context.config
@@ -149,12 +149,12 @@ def run(context: StageContext) -> dict[str, Any]:
     ready.lint(context, "dpo")
     facts = {}
     if config.reference_free:
-        every: list[dict[str, Any]] = [*ready.train.rows, *ready.test.rows]
-        for row in every:
-            row.update(ref_chosen_logps=0.0, ref_rejected_logps=0.0)
+        for encoded in ready.splits.values():
+            for row in encoded.rows:
+                row |= {"ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0}  # type: ignore[dict-item]
     else:
         reference = Reference(context, ready)
-        for split, encoded in (("train", ready.train), ("test", ready.test)):
+        for split, encoded in ready.splits.items():
             add_reference(encoded.rows, config.ld_alpha, lambda answers, split=split: reference.sums(split, answers))
         facts = reference.facts()
     rows = len(ready.train.rows)
@@ -182,9 +182,9 @@ def run(context: StageContext) -> dict[str, Any]:
     )
     trainer.row_lengths = ready.train.lengths
     start = config.reference_free or config.reference is not None
-    metrics = fit(trainer, context, lambda: held_out.preferences(trainer, ready.test), before=start)
+    metrics = fit(trainer, context, lambda split: held_out.preferences(trainer, ready.splits[split]), before=start)
     save(context, trainer, ready.tokenizer)
-    return {**metrics, **facts, "pairs": rows, "test_pairs": len(ready.test.rows)}
+    return {**metrics, **facts, "pairs": rows, **counts(ready.splits, "pairs")}
 
 
 def add_reference(rows: list[dict[str, Any]], ld_alpha: float | None, sums: Any) -> None:

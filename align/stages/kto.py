@@ -72,6 +72,7 @@ def run(context: StageContext) -> dict[str, Any]:
     from align.training.arguments import total_steps, training_arguments
     from align.training.fit import fit
     from align.training.kto_trainer import PreparedKTO, held_out
+    from align.training.rows import counts
     from align.training.saving import save
     from align.training.unpaired import encode_unpaired, fixed_groups, unpair
 
@@ -80,10 +81,10 @@ def run(context: StageContext) -> dict[str, Any]:
     ready.lint(context, "kto")
     wanted = _check_labels(context, [bool(row["label"]) for row in ready.train.rows])
     seed, point = context.seed % 2**32, config.loss == "kto"
-    reference, groups = Reference(context, ready), []
-    for split, encoded in (("train", ready.train), ("test", ready.test)):
-        groups.append(fixed_groups(encoded.lengths, config.micro_batch, config.batch_size, seed))
-        _add_reference(context, reference, split, encoded.rows, groups[-1] if point else None)
+    reference, groups = Reference(context, ready), {}
+    for split, encoded in ready.splits.items():
+        groups[split] = fixed_groups(encoded.lengths, config.micro_batch, config.batch_size, seed)
+        _add_reference(context, reference, split, encoded.rows, groups[split] if point else None)
     trainer = PreparedKTO(
         model=ready.wrapped(context),
         beta_at=config.beta_of(total_steps(context.name, config, len(ready.train.rows))),
@@ -102,12 +103,12 @@ def run(context: StageContext) -> dict[str, Any]:
         train_dataset=Dataset.from_list(ready.train.rows),
         processing_class=ready.tokenizer,
     )
-    trainer.groups = groups[0]
+    trainer.groups = groups["train"]
     metrics = fit(
-        trainer, context, lambda: held_out(trainer, ready.test), before=config.reference is not None
+        trainer, context, lambda split: held_out(trainer, ready.splits[split]), before=config.reference is not None
     )  # the policy has not drifted from itself
     save(context, trainer, ready.tokenizer)
-    facts = {"answers": len(ready.train.rows), "wanted": wanted, "test_answers": len(ready.test.rows)}
+    facts = {"answers": len(ready.train.rows), "wanted": wanted, **counts(ready.splits, "answers")}
     return {**metrics, **reference.facts(), **facts}
 
 

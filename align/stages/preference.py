@@ -105,16 +105,20 @@ class Ready:
 
     tokenizer: Any
     model: Any
-    train: Encoded
-    test: Encoded
+    splits: Mapping[str, Encoded]
     collator: Any
-    _splits: Mapping[str, Split]
+    _given: Mapping[str, Split]
+
+    @property
+    def train(self) -> Encoded:
+        """What is learned."""
+        return self.splits["train"]
 
     def lint(self, context: StageContext, stage: StageKind) -> None:
         """Look at the rows as the trainer will see them, before anything expensive."""
         from align.lint.trainer import lint_stage
 
-        lint_stage(context, stage, _Seen(self), self._splits, context.config.max_length)
+        lint_stage(context, stage, _Seen(self), self._given, context.config.max_length)
 
     def wrapped(self, context: StageContext) -> Any:
         """The model made ready to be trained by the stage's tuning."""
@@ -148,24 +152,21 @@ def make_ready(
     from align.models.loading import load_tokenizer
     from align.models.tuning.apply import load_for_tuning
     from align.training.handover import check_encoded, check_model
-    from align.training.rows import read_split
+    from align.training.rows import read_splits
     from align.training.trainers import label_positions_only
 
     config: PreferenceFields = context.config
-    source, data = context.artifact("policy").model, context.artifact("data")
+    source = context.artifact("policy").model
     tokenizer, model = load_tokenizer(source, config.tuning), load_for_tuning(source, config.tuning)
     check_model(context.name, model, tokenizer)
     label_positions_only()
-    splits = {}
-    for split, most in (("train", config.max_rows), ("test", config.eval_rows)):
-        rows = rows_of(read_split(data.split(split), most, context.name))
-        encoded = encode(tokenizer, rows, config.max_length)
+    given, splits = {}, {}
+    for split, stored in read_splits(context).items():
+        rows = rows_of(stored)
+        encoded = splits[split] = encode(tokenizer, rows, config.max_length)
         check_encoded(context.name, encoded, len(rows), split, config.max_length, context.warn)
-        splits[split] = Split(rows, encoded)
-    train, test = (splits[name].encoded for name in ("train", "test"))
-    assert train is not None
-    assert test is not None
-    return Ready(tokenizer, model, train, test, collator(pad_token_id=tokenizer.pad_token_id), splits)
+        given[split] = Split(rows, encoded)
+    return Ready(tokenizer, model, splits, collator(pad_token_id=tokenizer.pad_token_id), given)
 
 
 class Reference:
@@ -257,7 +258,7 @@ def train_without_reference(
     from align.training.arguments import training_arguments
     from align.training.cpo_trainer import held_out
     from align.training.fit import fit
-    from align.training.rows import encode_pairs
+    from align.training.rows import counts, encode_pairs
     from align.training.saving import save
 
     ready = make_ready(context, encode_pairs, DataCollatorForPreference)
@@ -277,6 +278,6 @@ def train_without_reference(
         processing_class=ready.tokenizer,
     )
     trainer.row_lengths = ready.train.lengths
-    metrics = fit(trainer, context, lambda: held_out(trainer, ready.test))
+    metrics = fit(trainer, context, lambda split: held_out(trainer, ready.splits[split]))
     save(context, trainer, ready.tokenizer)
-    return {**metrics, "pairs": len(ready.train.rows), "test_pairs": len(ready.test.rows)}
+    return {**metrics, "pairs": len(ready.train.rows), **counts(ready.splits, "pairs")}

@@ -62,22 +62,21 @@ def run(context: StageContext) -> dict[str, Any]:
     from align.training.fit import fit
     from align.training.handover import check_encoded, check_model
     from align.training.packing import Flat, check_separate, fill, form_of, packed, run_flat
-    from align.training.rows import read_split
+    from align.training.rows import read_splits
     from align.training.saving import save
     from align.training.texts import document_ends, encode_texts
     from align.training.trainers import PreparedSFT, label_positions_only
 
     config: PretrainConfig = context.config
-    source, data = context.artifact("model").model, context.artifact("data")
+    source = context.artifact("model").model
     tokenizer, model = load_tokenizer(source, config.tuning), load_for_tuning(source, config.tuning)
     check_model(context.name, model, tokenizer)
     ends = document_ends(tokenizer, config.document_end, f"{context.name}.document_end")
-    given, splits = {}, {}
-    for split, most in (("train", config.max_rows), ("test", config.eval_rows)):
-        rows = given[split] = read_split(data.split(split), most, context.name)
+    given, splits = read_splits(context), {}
+    for split, rows in given.items():
         splits[split] = encode_texts(tokenizer, rows, config.max_length, ends, learn_end=split == "train")
         check_encoded(context.name, splits[split], len(rows), split, config.max_length, context.warn)
-    train, test = splits["train"], splits["test"]
+    train = splits["train"]
     packs = packed(train, config.max_length)
     model = apply_tuning(
         model,
@@ -99,8 +98,9 @@ def run(context: StageContext) -> dict[str, Any]:
     )
     trainer.row_lengths = [len(pack["input_ids"]) for pack in packs]
     gap = check_separate(context.name, trainer, train)
-    size = sum(len(row["text"].encode()) for row in given["test"])
-    metrics = fit(trainer, context, lambda: held_out.texts(trainer, test, size))
+    sizes = {split: sum(len(row["text"].encode()) for row in rows) for split, rows in given.items()}
+    metrics = fit(trainer, context, lambda split: held_out.texts(trainer, splits[split], sizes[split]))
     save(context, trainer, tokenizer)
-    facts = {"texts": len(given["train"]), "test_texts": len(given["test"]), "packs": len(packs)}
+    facts = {"packs": len(packs), "texts": len(given["train"])}
+    facts |= {f"{split}_texts": len(rows) for split, rows in given.items() if split != "train"}
     return {**metrics, **facts, "pack_fill": fill(packs, config.max_length), "pack_difference": gap}

@@ -119,6 +119,7 @@ def run(context: StageContext) -> dict[str, Any]:
     from align.training.handover import check_model
     from align.training.reload import save_reward
     from align.training.reward_objectives import prepare
+    from align.training.rows import counts
     from align.training.trainers import score_in_float32
 
     config: RewardConfig = context.config
@@ -148,9 +149,9 @@ def run(context: StageContext) -> dict[str, Any]:
     trainer.row_lengths, trainer.head_learning_rate = train.lengths, config.head_rate
     looked_at = {name: Split(prepared.given[name], prepared.splits[name]) for name in prepared.splits}
     lint_stage(context, prepared.lint, trainer, looked_at, config.max_length)
-    metrics = fit(trainer, context, lambda: prepared.held_out(trainer))
+    metrics = fit(trainer, context, lambda split: prepared.held_out(trainer, split))
     probe = [prepared.sequences(test.rows[0])[0], prepared.sequences(test.rows[-1])[-1]]
     gap = save_reward(trainer, tokenizer, context.output / "model", probe)
     if rank() == 0:
         prepared.save(context.output / "model")
-    return {**metrics, **prepared.facts(), "reload_difference": gap}
+    return {**metrics, **counts(prepared.splits, "rows"), **prepared.facts(), "reload_difference": gap}

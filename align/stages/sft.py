@@ -83,7 +83,7 @@ def run(context: StageContext) -> dict[str, Any]:
     from align.training.fit import fit
     from align.training.handover import check_encoded, check_ends, check_model
     from align.training.packing import Flat, check_separate, fill, form_of, packed, run_flat
-    from align.training.rows import encode_answers, encode_supervised, read_split
+    from align.training.rows import counts, encode_answers, encode_supervised, read_splits
     from align.training.saving import save
     from align.training.sft_trainer import check_kernels, lint_rows, noisy
     from align.training.trainers import PreparedSFT, label_positions_only
@@ -91,15 +91,14 @@ def run(context: StageContext) -> dict[str, Any]:
     config: SftConfig = context.config
     check_kernels(context.name, config.trainer, context.runtime)
     encode = encode_answers if config.supervise == "all" else encode_supervised
-    source, data = context.artifact("model").model, context.artifact("data")
+    source = context.artifact("model").model
     tokenizer, model = load_tokenizer(source, config.tuning), load_for_tuning(source, config.tuning)
     check_model(context.name, model, tokenizer)
-    given, splits = {}, {}
-    for split, most in (("train", config.max_rows), ("test", config.eval_rows)):
-        rows = given[split] = read_split(data.split(split), most, context.name)
+    given, splits = read_splits(context), {}
+    for split, rows in given.items():
         splits[split] = encode(tokenizer, rows, config.max_length)
         check_encoded(context.name, splits[split], len(rows), split, config.max_length, context.warn)
-    train, test = splits["train"], splits["test"]
+    train = splits["train"]
     check_ends(context.name, train, tokenizer)
     model = apply_tuning(
         model,
@@ -125,12 +124,12 @@ def run(context: StageContext) -> dict[str, Any]:
     trainer.row_lengths = [len(row["input_ids"]) for row in rows]
     looked_at = {name: Split(given[name], splits[name]) for name in splits}
     lint_stage(context, "sft", lint_rows(trainer, train), looked_at, config.max_length, config.supervise)
-    facts: dict[str, Any] = {"rows": len(train.rows), "test_rows": len(test.rows)}
+    facts: dict[str, Any] = {"rows": len(train.rows), **counts(splits, "rows")}
     if flat:
         facts |= {"pack_difference": check_separate(context.name, trainer, train)}
     if config.packing:
         facts |= {"packs": len(rows), "pack_fill": fill(rows, config.max_length)}
     with noisy(trainer.model, config.neftune):
-        metrics = fit(trainer, context, lambda: held_out.supervised(trainer, test))
+        metrics = fit(trainer, context, lambda split: held_out.supervised(trainer, splits[split]))
     save(context, trainer, tokenizer)
     return {**metrics, **facts}

@@ -33,7 +33,7 @@ class Anchor(Config):
 
 
 class EarlyStopping(Config):
-    """When to stop before the last step, by the loss on the held-out rows."""
+    """When to stop before the last step, by the loss on the validation rows."""
 
     patience: int = Field(3, ge=1)
     """Scorings in a row, ``eval_steps`` apart, that may be no better than the best."""
@@ -82,10 +82,12 @@ class TrainingFields(Config):
     gradient_checkpointing: bool = False
     """Compute activations anew in the backward pass: less memory for about a third more time."""
     early_stopping: EarlyStopping | None = None
-    """Stop when the held-out loss no longer falls: ``{patience: 3}``; needs ``eval_steps``."""
+    """Stop when the validation loss no longer falls: ``{patience: 3}``; needs ``eval_steps``. Rows as for ``keep``."""
     keep: Literal["last", "best"] = "last"
-    """Which weights are the result: the last, or those with the lowest held-out loss (needs ``eval_steps``, and a copy
-    of what is trained on the disk). The ``test`` split has then chosen, so that its loss flatters a little."""
+    """Which weights are the result: the last, or those with the lowest validation loss (needs ``eval_steps``, and a
+    copy of what is trained on the disk). Validation rows come out of the ``train`` split, whole questions, at most
+    ``eval_rows`` and a fifth of the questions; they are not learned from. The ``test`` split, which is reported on, has
+    no part in the choice."""
     ema: float | None = Field(None, gt=0, lt=1)
     """Decay of an average of the trained weights, 0.999 or less for short runs; it is what is scored and saved."""
     anchor: Anchor | None = None
@@ -99,13 +101,19 @@ class TrainingFields(Config):
     save_steps: int = Field(50, ge=1)
     """Steps between checkpoints, what a killed stage repeats at most; full tuning writes 12 bytes per weight."""
     eval_steps: int | None = Field(None, ge=1)
-    """Optimizer steps between scorings of the held-out rows; by default only before and after training."""
+    """Optimizer steps between scorings of the held-out rows (the validation rows, where a checkpoint is chosen); by
+    default only before and after training."""
     eval_rows: int = Field(512, ge=1)
-    """Held-out rows scored at most; fewer is faster and less certain."""
+    """Held-out rows of a split scored at most; fewer is faster and less certain."""
     max_rows: int | None = Field(None, ge=1)
     """Training rows used at most, the first ones; for trials."""
     trainer: dict[str, Any] = Field(default_factory=dict)
     """Options passed to trl's config class as they are, such as ``{adam_beta2: 0.95}``; checked against it."""
+
+    @property
+    def chooses(self) -> bool:
+        """Whether a loss on held-out rows decides which weights are the result, or when training stops."""
+        return self.early_stopping is not None or self.keep == "best"
 
     @property
     def sides(self) -> int:
@@ -202,7 +210,7 @@ class TrainingFields(Config):
     @model_validator(mode="after")
     def _scored_on_the_way(self) -> Self:
         asked = "early_stopping" if self.early_stopping is not None else "keep: best"
-        if self.eval_steps is None and (self.early_stopping is not None or self.keep == "best"):
+        if self.eval_steps is None and self.chooses:
             raise ValueError(f"{asked} goes by the held-out loss on the way; set eval_steps, such as eval_steps: 20.")
         return self
 

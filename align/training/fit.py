@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +15,24 @@ from align.stage import StageContext
 from align.training.checkpoints import MarkCheckpoints, last_complete
 from align.training.clock import TrainingClock
 from align.training.extras import extra_callbacks, has_scores, scored_with
-from align.training.progress import ReportProgress
+from align.training.progress import ReportProgress, report_scores
 from align.training.state_files import read_state, write_state
 from align.training.stop_request import StopWhenAsked
-from align.training.stopping import best_so_far
+from align.training.stopping import VALIDATION, best_so_far
 from align.training.tracking import follow
 from align.training.unfreezing import OpenLayers
 
+Scores = dict[str, float]
+HeldOut = Callable[[str], Scores]
+"""Scores of the rows of a split, ``test`` or ``validation``, with the trainer's model as it is."""
 
-def fit(
-    trainer: Any, context: StageContext, held_out: Callable[[], dict[str, float]], before: bool = True
-) -> dict[str, Any]:
+
+def fit(trainer: Any, context: StageContext, held_out: HeldOut, before: bool = True) -> dict[str, Any]:
     """Train, or go on from the last complete checkpoint, and return the stage's metrics.
 
-    ``held_out`` scores the held-out rows with the trainer's model as it is; its values come back as
-    ``test_<name>_before`` (unless ``before`` is False) and ``test_<name>_after``. ``tokens`` counts the real tokens
+    ``held_out`` of the ``test`` split comes back as ``test_<name>_before`` (unless ``before`` is False) and
+    ``test_<name>_after``. Where the config chooses a checkpoint, the ``validation`` split does so: it alone is scored
+    on the way, and only what was chosen meets the ``test`` split. ``tokens`` counts the real tokens
     of the whole run, ``training_seconds`` the time of its steps, those of earlier attempts included and those that a
     kill threw away left out; ``tokens_per_second`` is the one over the other.
     """
@@ -40,22 +44,22 @@ def fit(
     done = _step_of(checkpoint)
     with follow(context, trainer, done + 1 if checkpoint else 0):
         # What follows from the scores, such as when to stop, is to be the same in all processes.
-        return _fit(trainer, context, lambda: gathered(held_out())[0], before, checkpoint)
+        return _fit(trainer, context, lambda split: gathered(held_out(split))[0], before, checkpoint)
 
 
 def _fit(
-    trainer: Any, context: StageContext, held_out: Callable[[], dict[str, float]], before: bool, checkpoint: Path | None
+    trainer: Any, context: StageContext, held_out: HeldOut, before: bool, checkpoint: Path | None
 ) -> dict[str, Any]:
     extras = extra_callbacks(context, trainer)
     at_once = next((extra.most for extra in extras if isinstance(extra, OpenLayers)), None)
     context.note(notice(trainer.model, context.config.tuning, context.config.precision, at_once=at_once))
-    first = scored_with(extras, held_out if before else dict)
+    first = scored_with(extras, partial(held_out, "test") if before else dict)
     at_first = _scored_before(context, first) if before or has_scores(extras) else {}
     for callback in extras:
         trainer.add_callback(callback)
-    plain, best = scored_with(extras, held_out), best_so_far(context, trainer)
-    held_out = scored_with(extras, best.watching(held_out) if best is not None else held_out)
-    trainer.add_callback(ReportProgress(context, held_out, context.config.eval_steps))
+    result, best = scored_with(extras, partial(held_out, "test")), best_so_far(context, trainer)
+    on_the_way = result if best is None else scored_with(extras, best.watching(lambda: _named(held_out("validation"))))
+    trainer.add_callback(ReportProgress(context, on_the_way, context.config.eval_steps))
     if best is not None:
         trainer.add_callback(best)  # after the scores, before the mark
         extras = [*extras, best]
@@ -67,9 +71,10 @@ def _fit(
         print(f"resuming from {checkpoint}")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = clock.seconds()
-    after = held_out()
-    if best is not None and best.restore():
-        after = plain()
+    if best is not None:
+        report_scores(context, trainer.state.global_step, on_the_way())
+        best.restore()
+    after = result()
     context.log(trainer.state.global_step, **{f"test_{name}": value for name, value in after.items()})
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     tokens = int(trainer.state.num_input_tokens_seen)
@@ -89,7 +94,11 @@ def _fit(
     }
 
 
-def _scored_before(context: StageContext, held_out: Callable[[], dict[str, float]]) -> dict[str, float]:
+def _named(scores: Scores) -> Scores:
+    return {f"{VALIDATION}{name}": value for name, value in scores.items()}
+
+
+def _scored_before(context: StageContext, held_out: Callable[[], Scores]) -> Scores:
     """Score the held-out rows before training; a resumed attempt reads what the first one wrote, unless it is damaged.
 
     The model still has the weights that it came in with: no checkpoint is loaded yet.

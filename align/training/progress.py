@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from align.errors import UserError
 from align.stage import StageContext
+from align.training.stopping import VALIDATION
 
 HIDDEN = ("total_flos", "epoch", "num_tokens", "num_input_tokens_seen", "train_runtime", "train_tokens_per_second")
 """Values trl logs that are no curve of their own."""
+
+
+def report_scores(context: StageContext, step: int, scores: Mapping[str, float]) -> None:
+    """A point of the held-out curves; scores that are not named as the validation rows' are the test rows'."""
+    names = {name: name if name.startswith(VALIDATION) else f"test_{name}" for name in scores}
+    context.log(step, **{names[name]: value for name, value in scores.items()})
 
 
 class ReportProgress(TrainerCallback):
@@ -64,4 +71,4 @@ class ReportProgress(TrainerCallback):
         due = self.held_out is not None and self.eval_steps is not None and state.global_step % self.eval_steps == 0
         # The last step's scores are the stage's result and are taken once training has ended.
         if due and self.held_out is not None and state.global_step < state.max_steps:
-            self.context.log(state.global_step, **{f"test_{name}": value for name, value in self.held_out().items()})
+            report_scores(self.context, state.global_step, self.held_out())

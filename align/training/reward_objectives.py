@@ -16,7 +16,7 @@ from align.stage import StageContext
 from align.training import held_out, reward_held_out
 from align.training.handover import check_encoded
 from align.training.reward_trainer import NumberCollator, NumberReward, PairReward
-from align.training.rows import Encoded, Row, encode_conversations, read_split
+from align.training.rows import Encoded, Row, encode_conversations, read_splits
 from align.training.scored_rows import (
     Scale,
     encode_scored,
@@ -51,8 +51,8 @@ class Objective(ABC):
                 f"{context.name}: objective {self.config.objective} learns from {' or '.join(self.kinds)}, and data "
                 f"points at '{data.stage}', a {data.kind}. Change one of them."
             )
-        for split, most in (("train", self.config.max_rows), ("test", self.config.eval_rows)):
-            rows = self.given[split] = self.rows(read_split(data.split(split), most, context.name), split)
+        for split, stored in read_splits(context).items():
+            rows = self.given[split] = self.rows(stored, split)
             self.splits[split] = encoded = self.encode(rows)
             check_encoded(context.name, encoded, len(rows), split, self.config.max_length, context.warn)
 
@@ -78,8 +78,8 @@ class Objective(ABC):
         """The trainer that takes the rows."""
 
     @abstractmethod
-    def held_out(self, trainer: Any) -> dict[str, float]:
-        """Scores on the test split."""
+    def held_out(self, trainer: Any, split: str) -> dict[str, float]:
+        """Scores on a held-out split."""
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:
@@ -118,8 +118,8 @@ class Pairs(Objective):
         made.label_smoothing = self.config.label_smoothing
         return made
 
-    def held_out(self, trainer: Any) -> dict[str, float]:
-        return held_out.pairs(trainer, self.splits["test"], self.tokenizer.pad_token_id)
+    def held_out(self, trainer: Any, split: str) -> dict[str, float]:
+        return held_out.pairs(trainer, self.splits[split], self.tokenizer.pad_token_id)
 
     def facts(self) -> dict[str, Any]:
         train, test = self.splits["train"], self.splits["test"]
@@ -158,8 +158,8 @@ class Regression(Objective):
         made.score_loss, made.label_smoothing = self.config.loss_of_numbers, self.config.label_smoothing
         return made
 
-    def held_out(self, trainer: Any) -> dict[str, float]:
-        return reward_held_out.numbers(trainer, self.splits["test"])
+    def held_out(self, trainer: Any, split: str) -> dict[str, float]:
+        return reward_held_out.numbers(trainer, self.splits[split])
 
     def facts(self) -> dict[str, Any]:
         train, test = self.splits["train"], self.splits["test"]
@@ -185,8 +185,8 @@ class Process(Regression):
     def encode(self, rows: list[Row]) -> Encoded:
         return encode_steps(self.tokenizer, rows, self.config.max_length, self.config.steps.separator)
 
-    def held_out(self, trainer: Any) -> dict[str, float]:
-        return reward_held_out.steps(trainer, self.splits["test"])
+    def held_out(self, trainer: Any, split: str) -> dict[str, float]:
+        return reward_held_out.steps(trainer, self.splits[split])
 
     def facts(self) -> dict[str, Any]:
         train, test = self.splits["train"], self.splits["test"]

@@ -10,11 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from align.data.rows import answer_side, is_finished, read_rows
+from align.data.splits import hold_back
 from align.errors import UserError
 from align.models.render import render_answer, render_answered, render_conversation, render_prompt
+
+if TYPE_CHECKING:
+    from align.stage import StageContext
 
 Row = dict[str, Any]
 MASKED = -100
@@ -58,6 +62,40 @@ def read_split(path: Path, most: int | None, stage: str) -> list[Row]:
     if not rows:
         raise UserError(f"{stage}: {path} has no rows; loosen the filters of its data stage.")
     return rows[:most]
+
+
+def read_splits(context: StageContext) -> dict[str, list[Row]]:
+    """Rows of the stage's ``data``: ``train``, ``test``, and ``validation`` where the config chooses a checkpoint."""
+    config, data = context.config, context.artifact("data")
+    train = read_split(data.split("train"), None, context.name)
+    splits = {}
+    if config.chooses:
+        train, splits["validation"] = held_back(context, train, config.eval_rows)
+    return {
+        "train": train[: config.max_rows],
+        **splits,
+        "test": read_split(data.split("test"), config.eval_rows, context.name),
+    }
+
+
+def counts(splits: Mapping[str, Encoded], what: str) -> dict[str, int]:
+    """Metrics: how many rows each held-out split has, as ``test_<what>``."""
+    return {f"{name}_{what}": len(split.rows) for name, split in splits.items() if name != "train"}
+
+
+def held_back(context: StageContext, train: list[Row], most: int) -> tuple[list[Row], list[Row]]:
+    """``hold_back`` of a ``train`` split, with a note that says how many rows; ``UserError`` for a single question."""
+    learned, validation = hold_back(train, most)
+    if not learned:
+        raise UserError(
+            f"{context.name}: the train split has one question alone, and a checkpoint is chosen by rows that are not "
+            "learned from. Give more rows, or take `keep: last` without early_stopping."
+        )
+    context.note(
+        f"{context.name}: {len(validation)} of {len(train)} train rows choose the checkpoint and are not learned from; "
+        "the test split has no part in it"
+    )
+    return learned, validation
 
 
 def split_turn(

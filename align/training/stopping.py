@@ -1,4 +1,4 @@
-"""Early stopping, and the best weights instead of the last: both by the loss on the held-out rows.
+"""Early stopping, and the best weights instead of the last: both by the loss on the validation rows.
 
 What was best so far is in every checkpoint, the weights too, so that a resumed run stops and keeps where the
 uninterrupted one does. Left out: other metrics than the loss, and the weights before the first step.
@@ -24,10 +24,13 @@ from align.tuning import FullTuning
 
 Scores = dict[str, float]
 STATE, WEIGHTS = "stopping.json", "best.safetensors"
+VALIDATION = "validation_"
+"""Before the names of scores on the validation rows."""
+VALIDATION_LOSS = f"{VALIDATION}loss"
 
 
 class BestSoFar(TrainerCallback):
-    """Watches the held-out loss: stops the training when it no longer falls, and keeps the weights that had the lowest.
+    """Watches the validation loss: stops training when it no longer falls, and keeps the weights that had the lowest.
 
     ``best_loss`` and ``best_step`` are of the scorings so far, ``waited`` counts those since then that were no better.
     """
@@ -41,12 +44,12 @@ class BestSoFar(TrainerCallback):
         every = isinstance(config.tuning, FullTuning)
         self.parameters = {name: p for name, p in trainer.model.named_parameters() if every or p.requires_grad}
 
-    def watching(self, held_out: Callable[[], Scores]) -> Callable[[], Scores]:
-        """``held_out``, whose scores are taken note of; call it where the model has the weights that would be saved."""
+    def watching(self, validation: Callable[[], Scores]) -> Callable[[], Scores]:
+        """``validation``, whose scores are noted; call it where the model has the weights that would be saved."""
 
         def scored() -> Scores:
-            scores = held_out()
-            self._consider(scores["loss"], int(self.trainer.state.global_step))
+            scores = validation()
+            self._consider(scores[VALIDATION_LOSS], int(self.trainer.state.global_step))
             return scores
 
         return scored
@@ -108,7 +111,7 @@ class BestSoFar(TrainerCallback):
         """Give the model its best weights back, once training has ended; False where it has them."""
         last = int(self.trainer.state.global_step)
         if self.stopped_at and self.stopped_at == last:
-            self.say(f"stopped at step {last}: the held-out loss was lowest at step {self.best_step}")
+            self.say(f"stopped at step {last}: the validation loss was lowest at step {self.best_step}")
         if not self.keep or self.best_step == last:
             return False
         wait_for_all()
@@ -117,10 +120,14 @@ class BestSoFar(TrainerCallback):
 
     def facts(self) -> dict[str, Any]:
         """For the stage's metrics."""
-        return {"best_step": self.best_step, "stopped_early": bool(self.stopped_at)}
+        return {
+            "best_step": self.best_step,
+            "best_validation_loss": self.best_loss,
+            "stopped_early": bool(self.stopped_at),
+        }
 
 
 def best_so_far(context: StageContext, trainer: Any) -> BestSoFar | None:
     """The callback, where the stage's config asks for one."""
     config: TrainingFields = context.config
-    return BestSoFar(context, trainer) if config.early_stopping is not None or config.keep == "best" else None
+    return BestSoFar(context, trainer) if config.chooses else None

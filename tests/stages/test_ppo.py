@@ -21,7 +21,7 @@ from align.models.reward import RewardModel
 from align.ppo.checkpoint import DRAFT
 from align.ppo.config import PPOConfig
 from align.ppo.scoring import RewardScorer
-from align.ppo.stage_run import PASSED_ON, ReportUpdates, _scorer
+from align.ppo.stage_run import PASSED_ON, ReportUpdates, _prompts, _scorer
 from align.runtime import Runtime
 from align.stage import StageContext
 from align.stages.ppo import PpoConfig, run
@@ -174,14 +174,30 @@ def test_an_ensemble_supervised_text_and_the_best_policy_kept(make_context):
     )
     metrics = run(context)
     points = events(context, "metrics")
-    assert [point["step"] for point in points if "test_score" in point] == [0, 1, 2]
+    assert [point["step"] for point in points if "validation_score" in point] == [0, 1, 2]
+    assert not any("test_score" in point for point in points)
     trained = [point for point in points if "score" in point]
     assert {"score_reward", "score_reward_spread", "score_function", "ptx_loss"} <= trained[0].keys()
     assert trained[0]["score_reward_spread"] == 0.0  # the same model twice
-    best = max((point for point in points if "test_score" in point), key=lambda point: point["test_score"])
-    assert (metrics["kept"]["update"], metrics["kept"]["score"]) == (best["step"], best["test_score"])
+    best = max((point for point in points if "validation_score" in point), key=lambda point: point["validation_score"])
+    assert (metrics["kept"]["update"], metrics["kept"]["score"]) == (best["step"], best["validation_score"])
     lines = [json.loads(line) for line in (context.output / "completions.jsonl").read_text().splitlines()]
     assert [line["update"] for line in lines] == [1, 1, 2, 2]
+
+
+def test_prompts_that_choose_the_policy_are_not_learned_and_are_none_of_the_test_split(make_context, tmp_path):
+    tested = [{"id": f"t{i}", "source": "test", "prompt": [user(f"shout {i}")], "checks": ""} for i in range(4)]
+    write_rows(tmp_path / "data" / "test.parquet", tested)
+    given = {"score": "gold", "eval_updates": 1, "eval_prompts": 1}
+    rows, validation = _prompts(make_context("best", keep="best", **given))
+    assert len(validation) == 1 and len(rows) == 7
+    seen = {row["id"] for row in [*rows, *validation]}
+    assert seen == {str(i) for i in range(8)}
+    rows, validation = _prompts(make_context("few", keep="best", max_prompts=2, **given))
+    assert (len(rows), len(validation)) == (2, 1)
+    rows, monitored = _prompts(make_context("last", **given))
+    assert len(rows) == 8 and monitored[0]["id"] == "t0"  # looked at, and nothing chosen
+    assert _prompts(make_context("none", score="gold"))[1] is None
 
 
 def test_run_on_a_verifiable_function_alone(make_context):

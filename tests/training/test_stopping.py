@@ -10,13 +10,16 @@ import torch
 from safetensors.torch import load_file
 
 from align.artifacts import Kind
+from align.data.rows import read_rows, write_rows
+from align.data.splits import group
 from align.errors import UserError
 from align.stage import StageContext
 from align.stages.reward import RewardConfig
 from align.stages.sft import SftConfig, run
 from align.training.arguments import SCHEDULERS, schedule_options
+from align.training.rows import read_splits
 from align.validation import validate
-from tests.training.harness import context, data_artifact, events, losses
+from tests.training.harness import context, data_artifact, events, losses, rows
 from tests.training.test_resume import Killed, dying
 
 HOT = {"learning_rate": 0.05, "scheduler": "constant", "warmup_ratio": 0.0, "max_grad_norm": 100.0}
@@ -29,8 +32,9 @@ def made(root: Path, model: Path, **fields: Any) -> StageContext:
     return context(root, config, model, data_artifact(root / "data", Kind.INSTRUCTIONS, train=24, test=8))
 
 
-def scored(stage: StageContext) -> dict[int, float]:
-    return {e["step"]: e["test_loss"] for e in events(stage, "metrics") if "test_loss" in e and e["step"] > 0}
+def scored(stage: StageContext, split: str = "validation") -> dict[int, float]:
+    name = f"{split}_loss"
+    return {e["step"]: e[name] for e in events(stage, "metrics") if name in e and e["step"] > 0}
 
 
 def weights(stage: StageContext) -> dict[str, torch.Tensor]:
@@ -43,10 +47,38 @@ def test_the_best_weights_are_the_result(tiny_model: Path, tmp_path: Path) -> No
     seen = scored(stage)
     best = min(seen, key=lambda step: seen[step])
     assert metrics["best_step"] == best == metrics["steps"] - 4
-    assert metrics["test_loss_after"] == pytest.approx(seen[best], rel=1e-6)
-    short = made(tmp_path / "short", tiny_model, max_steps=best)
-    run(short)
+    assert metrics["best_validation_loss"] == seen[best]
+    short = made(tmp_path / "short", tiny_model, max_steps=best, keep="best")
+    assert metrics["test_loss_after"] == pytest.approx(run(short)["test_loss_after"], rel=1e-6)
     assert all(tensor.equal(weights(short)[name]) for name, tensor in weights(stage).items())
+
+
+def test_the_test_split_has_no_part_in_what_is_kept_and_when_training_stops(tiny_model: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"keep": "best", "early_stopping": {"patience": 2}}
+    plain, other = (made(tmp_path / name, tiny_model, **settings) for name in ("plain", "other"))
+    write_rows(other.artifact("data").split("test"), rows(8, start=200))
+    found, again = run(plain), run(other)
+    assert (again["best_step"], again["steps"]) == (found["best_step"], found["steps"])
+    assert all(tensor.equal(weights(other)[name]) for name, tensor in weights(plain).items())
+    assert again["test_loss_after"] != found["test_loss_after"]
+    assert list(scored(plain, "test")) == [found["steps"]]  # once, after the choice
+
+
+def test_validation_rows_are_of_questions_that_are_not_learned(tiny_model: Path, tmp_path: Path) -> None:
+    stage = made(tmp_path, tiny_model, keep="best")
+    splits = read_splits(stage)
+    questions = {name: {group(row) for row in split} for name, split in splits.items()}
+    assert not questions["validation"] & (questions["train"] | questions["test"])
+    assert len(splits["validation"]) + len(splits["train"]) == 24 and splits["validation"]
+    assert splits["test"] == read_rows(stage.artifact("data").split("test"))
+    (note,) = (event["message"] for event in events(stage, "note"))
+    assert f"{len(splits['validation'])} of 24 train rows choose the checkpoint" in note
+    assert "validation" not in read_splits(made(tmp_path, tiny_model))
+    few = made(tmp_path, tiny_model, keep="best", max_rows=3, eval_rows=2)
+    assert {name: len(split) for name, split in read_splits(few).items()} == {"train": 3, "validation": 2, "test": 2}
+    write_rows(stage.artifact("data").split("train"), rows(1))
+    with pytest.raises(UserError, match="the train split has one question alone.*take `keep: last`"):
+        read_splits(stage)
 
 
 def test_training_stops_when_the_held_out_loss_no_longer_falls(tiny_model: Path, tmp_path: Path) -> None:
@@ -85,9 +117,11 @@ def test_a_run_killed_after_it_stopped_takes_no_more_steps(tiny_model: Path, tmp
 
 
 def test_an_average_is_what_is_kept(tiny_model: Path, tmp_path: Path) -> None:
-    stage = made(tmp_path, tiny_model, keep="best", ema=0.5)
+    stage = made(tmp_path / "long", tiny_model, keep="best", ema=0.5)
     metrics = run(stage)
-    assert metrics["test_loss_after"] == pytest.approx(min(scored(stage).values()), rel=1e-6)
+    assert metrics["best_validation_loss"] == min(scored(stage).values())
+    averaged = made(tmp_path / "short", tiny_model, keep="best", ema=0.5, max_steps=metrics["best_step"])
+    assert metrics["test_loss_after"] == pytest.approx(run(averaged)["test_loss_after"], rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def test_a_small_update_survives_in_float32_and_is_lost_in_bfloat16(tiny_model: 
     trainer, made, encoded = sft(tmp_path, tiny_model, learning_rate=1e-6, warmup_ratio=0, max_steps=1)
     name = "model.layers.0.mlp.up_proj.weight"
     before = trainer.model.get_parameter(name).detach().clone()
-    fit(trainer, made, lambda: held_out.supervised(trainer, encoded))
+    fit(trainer, made, lambda split: held_out.supervised(trainer, encoded))
     after = trainer.model.get_parameter(name).detach()
     assert trainer.args.bf16
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
