@@ -96,13 +96,13 @@ def _check_teacher(context: StageContext, tokenizer: Any, teacher: Artifact) -> 
 
 def _splits(context: StageContext, tokenizer: Any) -> tuple[dict[str, list[Row]], dict[str, Encoded]]:
     config: DistillConfig = context.config
-    given, splits = read_splits(context), {}
-    for split, rows in given.items():
+    stored, splits = read_splits(context), {}
+    for split, rows in stored.items():
         splits[split] = encoded = encode_supervised(tokenizer, rows, config.max_length)
         check_encoded(context.name, encoded, len(rows), split, config.max_length, context.warn)
         for number, row in enumerate(encoded.rows):
             row["row"] = number  # type: ignore[assignment]
-    return given, splits
+    return stored, splits
 
 
 class _Lesson:

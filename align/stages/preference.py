@@ -107,7 +107,7 @@ class Ready:
     model: Any
     splits: Mapping[str, Encoded]
     collator: Any
-    _given: Mapping[str, Split]
+    _shown: Mapping[str, Split]
 
     @property
     def train(self) -> Encoded:
@@ -118,7 +118,7 @@ class Ready:
         """Look at the rows as the trainer will see them, before anything expensive."""
         from align.lint.trainer import lint_stage
 
-        lint_stage(context, stage, _Seen(self), self._given, context.config.max_length)
+        lint_stage(context, stage, _Seen(self), self._shown, context.config.max_length)
 
     def wrapped(self, context: StageContext) -> Any:
         """The model made ready to be trained by the stage's tuning."""
@@ -160,13 +160,13 @@ def make_ready(
     tokenizer, model = load_tokenizer(source, config.tuning), load_for_tuning(source, config.tuning)
     check_model(context.name, model, tokenizer)
     label_positions_only()
-    given, splits = {}, {}
+    shown, splits = {}, {}
     for split, stored in read_splits(context).items():
         rows = rows_of(stored)
         encoded = splits[split] = encode(tokenizer, rows, config.max_length)
         check_encoded(context.name, encoded, len(rows), split, config.max_length, context.warn)
-        given[split] = Split(rows, encoded)
-    return Ready(tokenizer, model, splits, collator(pad_token_id=tokenizer.pad_token_id), given)
+        shown[split] = Split(rows, encoded)
+    return Ready(tokenizer, model, splits, collator(pad_token_id=tokenizer.pad_token_id), shown)
 
 
 class Reference:

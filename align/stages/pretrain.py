@@ -72,8 +72,8 @@ def run(context: StageContext) -> dict[str, Any]:
     tokenizer, model = load_tokenizer(source, config.tuning), load_for_tuning(source, config.tuning)
     check_model(context.name, model, tokenizer)
     ends = document_ends(tokenizer, config.document_end, f"{context.name}.document_end")
-    given, splits = read_splits(context), {}
-    for split, rows in given.items():
+    stored, splits = read_splits(context), {}
+    for split, rows in stored.items():
         splits[split] = encode_texts(tokenizer, rows, config.max_length, ends, learn_end=split == "train")
         check_encoded(context.name, splits[split], len(rows), split, config.max_length, context.warn)
     train = splits["train"]
@@ -98,9 +98,9 @@ def run(context: StageContext) -> dict[str, Any]:
     )
     trainer.row_lengths = [len(pack["input_ids"]) for pack in packs]
     gap = check_separate(context.name, trainer, train)
-    sizes = {split: sum(len(row["text"].encode()) for row in rows) for split, rows in given.items()}
+    sizes = {split: sum(len(row["text"].encode()) for row in rows) for split, rows in stored.items()}
     metrics = fit(trainer, context, lambda split: held_out.texts(trainer, splits[split], sizes[split]))
     save(context, trainer, tokenizer)
-    facts = {"packs": len(packs), "texts": len(given["train"])}
-    facts |= {f"{split}_texts": len(rows) for split, rows in given.items() if split != "train"}
+    facts = {"packs": len(packs), "texts": len(stored["train"])}
+    facts |= {f"{split}_texts": len(rows) for split, rows in stored.items() if split != "train"}
     return {**metrics, **facts, "pack_fill": fill(packs, config.max_length), "pack_difference": gap}

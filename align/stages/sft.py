@@ -94,8 +94,8 @@ def run(context: StageContext) -> dict[str, Any]:
     source = context.artifact("model").model
     tokenizer, model = load_tokenizer(source, config.tuning), load_for_tuning(source, config.tuning)
     check_model(context.name, model, tokenizer)
-    given, splits = read_splits(context), {}
-    for split, rows in given.items():
+    stored, splits = read_splits(context), {}
+    for split, rows in stored.items():
         splits[split] = encode(tokenizer, rows, config.max_length)
         check_encoded(context.name, splits[split], len(rows), split, config.max_length, context.warn)
     train = splits["train"]
@@ -122,7 +122,7 @@ def run(context: StageContext) -> dict[str, Any]:
         processing_class=tokenizer,
     )
     trainer.row_lengths = [len(row["input_ids"]) for row in rows]
-    looked_at = {name: Split(given[name], splits[name]) for name in splits}
+    looked_at = {name: Split(stored[name], splits[name]) for name in splits}
     lint_stage(context, "sft", lint_rows(trainer, train), looked_at, config.max_length, config.supervise)
     facts: dict[str, Any] = {"rows": len(train.rows), **counts(splits, "rows")}
     if flat:

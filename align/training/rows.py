@@ -144,11 +144,11 @@ def encode_answers(tokenizer: Any, rows: Sequence[Row], max_length: int) -> Enco
     out = Encoded()
     for row in rows:
         messages, ended = [*row["prompt"], *row[answer_side(row)]], is_finished(row, answer_side(row))
-        answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
-        places = [at for at in answers if messages[at].get("train") is not False]
+        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        places = [index for index in answers if messages[index].get("train") is not False]
         parts = [
-            split_turn(tokenizer, messages[:at], [messages[at]], ended or at < answers[-1], row.get("tools"))
-            for at in places
+            split_turn(tokenizer, messages[:place], [messages[place]], ended or place < answers[-1], row.get("tools"))
+            for place in places
         ]
         whole = [*parts[-1][0], *parts[-1][1]]
         if all(whole[: len(before) + len(answer)] == before + answer for before, answer in parts):

@@ -51,17 +51,18 @@ def test_the_final_number(text: str, number: str | None) -> None:
 
 def test_reward_and_evaluation_give_every_text_the_same_verdict(tmp_path: Path) -> None:
     problems = [(text, number) for text, number in TEXTS.items() if number is not None]
-    asked = [
-        {"question": f"Which, number {at}?", "answer": f"so\n#### {number}"} for at, (_, number) in enumerate(problems)
+    records = [
+        {"question": f"Which, number {index}?", "answer": f"so\n#### {number}"}
+        for index, (_, number) in enumerate(problems)
     ]
-    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(record) + "\n" for record in asked))
-    rows = [{"id": str(at), "checks": json.dumps({"answer": number})} for at, (_, number) in enumerate(problems)]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    rows = [{"id": str(index), "checks": json.dumps({"answer": number})} for index, (_, number) in enumerate(problems)]
     task = make(tmp_path, files=["asked.jsonl"])
     for shift in (0, 1):  # the right answers, and others'
-        texts = [problems[(at + shift) % len(problems)][0] for at in range(len(problems))]
+        texts = [problems[(index + shift) % len(problems)][0] for index in range(len(problems))]
         scores = gsm8k_answer(rows, texts)
-        found = task.score({"a": answered(task, [[text] for text in texts])}, SilentBench())["a"]
-        assert [samples[0] for samples in found.values[task.primary]] == scores
+        measured = task.score({"a": answered(task, [[text] for text in texts])}, SilentBench())["a"]
+        assert [samples[0] for samples in measured.values[task.primary]] == scores
         assert sum(scores) == len(scores) if shift == 0 else sum(scores) < len(scores) / 2
 
 

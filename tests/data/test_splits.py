@@ -21,7 +21,9 @@ def test_a_draw_is_fixed_and_even() -> None:
 
 
 def test_validation_takes_whole_questions_a_fifth_at_most_and_always_the_same_ones() -> None:
-    rows = [{"id": f"{at}-{number}", "prompt": [user(f"Question {at}")]} for at in range(50) for number in range(3)]
+    rows = [
+        {"id": f"{topic}-{number}", "prompt": [user(f"Question {topic}")]} for topic in range(50) for number in range(3)
+    ]
     learned, validation = hold_back(rows, 24)
     assert len(validation) == 24 and len(learned) == 126
     assert not {group(row) for row in learned} & {group(row) for row in validation}

@@ -40,9 +40,9 @@ def answer_without_end(case: Case) -> dict[str, Finding]:
 @seeds("cut-off-answer-ended")
 def answer_that_was_cut_off_is_ended(case: Case) -> dict[str, Finding]:
     rows = instructions()
-    made = encoded(case.tokenizer, rows)
+    prepared = encoded(case.tokenizer, rows)
     rows[SPOILT]["completion_finished"] = False
-    return look(case.tokenizer, rows, made)
+    return look(case.tokenizer, rows, prepared)
 
 
 @seeds("cut-off-answer-ended")
@@ -57,9 +57,9 @@ def rejected_side_that_was_cut_off_is_ended(case: Case) -> dict[str, Finding]:
 
 def _ended_side(case: Case, stage: Any, mark: str) -> dict[str, Finding]:
     rows = pairs()
-    made = encoded(case.tokenizer, rows, stage)
+    prepared = encoded(case.tokenizer, rows, stage)
     rows[SPOILT][mark] = False
-    return look(case.tokenizer, rows, made, options=Options(stage))
+    return look(case.tokenizer, rows, prepared, options=Options(stage))
 
 
 @seeds("eos-masked")

@@ -181,8 +181,8 @@ def test_pair_losses_are_those_of_stage_dpo_to_the_gradient(kind):
         sides = torch.tensor([1.0, -1.0, -1.0, 1.0])[:, None]
         return pair_loss(new, OLD, sides, MASK, 2.0, kind=kind, beta=0.5).loss
 
-    for found, expected in zip(with_gradient(ours), with_gradient(lambda new: trl_dpo(kind, new)), strict=True):
-        assert torch.allclose(found, expected, atol=1e-6), (found, expected)
+    for computed, expected in zip(with_gradient(ours), with_gradient(lambda new: trl_dpo(kind, new)), strict=True):
+        assert torch.allclose(computed, expected, atol=1e-6), (computed, expected)
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "ipo", "hinge"])

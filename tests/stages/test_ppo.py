@@ -188,14 +188,14 @@ def test_an_ensemble_supervised_text_and_the_best_policy_kept(make_context):
 def test_prompts_that_choose_the_policy_are_not_learned_and_are_none_of_the_test_split(make_context, tmp_path):
     tested = [{"id": f"t{i}", "source": "test", "prompt": [user(f"shout {i}")], "checks": ""} for i in range(4)]
     write_rows(tmp_path / "data" / "test.parquet", tested)
-    given = {"score": "gold", "eval_updates": 1, "eval_prompts": 1}
-    rows, validation = _prompts(make_context("best", keep="best", **given))
+    fields = {"score": "gold", "eval_updates": 1, "eval_prompts": 1}
+    rows, validation = _prompts(make_context("best", keep="best", **fields))
     assert len(validation) == 1 and len(rows) == 7
     seen = {row["id"] for row in [*rows, *validation]}
     assert seen == {str(i) for i in range(8)}
-    rows, validation = _prompts(make_context("few", keep="best", max_prompts=2, **given))
+    rows, validation = _prompts(make_context("few", keep="best", max_prompts=2, **fields))
     assert (len(rows), len(validation)) == (2, 1)
-    rows, monitored = _prompts(make_context("last", **given))
+    rows, monitored = _prompts(make_context("last", **fields))
     assert len(rows) == 8 and monitored[0]["id"] == "t0"  # looked at, and nothing chosen
     assert _prompts(make_context("none", score="gold"))[1] is None
 

@@ -97,10 +97,10 @@ ROADS: dict[str, tuple[str, Callable[[], Row], Callable[[Any, Row], Ids]]] = {
 
 @pytest.mark.parametrize("road", ROADS)
 def test_no_end_of_turn_behind_an_answer_that_was_cut_off(road: str, tokenizer: Any) -> None:
-    side, made, encode = ROADS[road]
+    side, make, encode = ROADS[road]
     end = tokenizer.eos_token_id
-    whole, told = encode(tokenizer, made()), encode(tokenizer, {**made(), f"{side}_finished": True})
-    cut = encode(tokenizer, {**made(), f"{side}_finished": False})
+    whole, told = encode(tokenizer, make()), encode(tokenizer, {**make(), f"{side}_finished": True})
+    cut = encode(tokenizer, {**make(), f"{side}_finished": False})
     assert whole[-1] == end
     assert told == whole
     assert cut == whole[:-1]
@@ -137,15 +137,13 @@ def test_the_mark_survives_the_way_from_kind_to_kind_and_to_the_disk(tmp_path: P
     )
     assert isinstance(instruction, dict)
     assert instruction["completion"] == row["chosen"]
-    found = [made["completion_finished"] for made in (instruction, wanted, unwanted, of_best)]  # type: ignore[index]
-    assert found == [False, False, True, False]
+    marks = [answer["completion_finished"] for answer in (instruction, wanted, unwanted, of_best)]  # type: ignore[index]
+    assert marks == [False, False, True, False]
     (again,) = of_kind(instruction, "instructions")
     assert again == instruction
-    assert all(
-        "completion_finished" not in made
-        for kind in ("prompts", "preferences")
-        for made in of_kind({**row, "completion_finished": False}, kind)
-    )
+    for kind in ("prompts", "preferences"):
+        (converted,) = of_kind({**row, "completion_finished": False}, kind)
+        assert "completion_finished" not in converted
     base = {"id": "1", "source": "s", "checks": ""}
     write_rows(tmp_path / "rows.parquet", [{**base, **instruction}, {**base, **rows(1)[0]}])
     assert [read["completion_finished"] for read in read_rows(tmp_path / "rows.parquet")] == [False, None]

@@ -55,13 +55,13 @@ def test_the_best_weights_are_the_result(tiny_model: Path, tmp_path: Path) -> No
 
 def test_the_test_split_has_no_part_in_what_is_kept_and_when_training_stops(tiny_model: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"keep": "best", "early_stopping": {"patience": 2}}
-    plain, other = (made(tmp_path / name, tiny_model, **settings) for name in ("plain", "other"))
-    write_rows(other.artifact("data").split("test"), rows(8, start=200))
-    found, again = run(plain), run(other)
-    assert (again["best_step"], again["steps"]) == (found["best_step"], found["steps"])
-    assert all(tensor.equal(weights(other)[name]) for name, tensor in weights(plain).items())
-    assert again["test_loss_after"] != found["test_loss_after"]
-    assert list(scored(plain, "test")) == [found["steps"]]  # once, after the choice
+    plain, changed = (made(tmp_path / name, tiny_model, **settings) for name in ("plain", "changed"))
+    write_rows(changed.artifact("data").split("test"), rows(8, start=200))
+    metrics, again = run(plain), run(changed)
+    assert (again["best_step"], again["steps"]) == (metrics["best_step"], metrics["steps"])
+    assert all(tensor.equal(weights(changed)[name]) for name, tensor in weights(plain).items())
+    assert again["test_loss_after"] != metrics["test_loss_after"]
+    assert list(scored(plain, "test")) == [metrics["steps"]]  # once, after the choice
 
 
 def test_validation_rows_are_of_questions_that_are_not_learned(tiny_model: Path, tmp_path: Path) -> None:

@@ -110,8 +110,8 @@ def _why_none(different: list[tuple[Candidate, Candidate]], scores: list[float])
 
 def _rest(row: Row, name: str) -> Row:
     left_out = ("responses", "completion", "completion_finished", "score")
-    kept = {key: value for key, value in row.items() if key not in left_out}
-    return {**kept, "id": f"{row['id']}-{name}"}
+    rest = {key: value for key, value in row.items() if key not in left_out}
+    return {**rest, "id": f"{row['id']}-{name}"}
 
 
 def _made(row: Row, better: Candidate, worse: Candidate, scored: bool) -> Row:

@@ -191,13 +191,13 @@ class Gsm8kTask(Task):
     def _measured(self, answers: Answers) -> Measured:
         texts = [[turns[-1].response.text for turns in samples] for samples in answers]
         readings = {FINAL: final_number, FLEXIBLE: last_number, STRICT: marked_number}
-        found = {name: [[read(text) for text in samples] for samples in texts] for name, read in readings.items()}
+        numbers = {name: [[read(text) for text in samples] for samples in texts] for name, read in readings.items()}
         right = [Decimal(item.data["answer"]) for item in self.items]
         values = {
-            metric: [[float(one == answer) for one in samples] for samples, answer in zip(numbers, right, strict=True)]
-            for metric, numbers in found.items()
+            name: [[float(number == answer) for number in samples] for samples, answer in zip(rows, right, strict=True)]
+            for name, rows in numbers.items()
         }
-        none = {name: sum(one is None for samples in numbers for one in samples) for name, numbers in found.items()}
+        none = {name: sum(number is None for row in rows for number in row) for name, rows in numbers.items()}
         notes = {"no_number": none[FLEXIBLE], "no_marked_number": none[STRICT]}
         return Measured(values, notes={**answer_counts(answers), **notes})
 

@@ -44,9 +44,9 @@ def test_hh_pairs_that_cannot_be_used(chosen: str, rejected: str, reason: str) -
 @pytest.mark.parametrize("rejected", [hh("q", "a"), hh("other", "b"), hh("q", ""), "no transcript"])
 @pytest.mark.parametrize("kind", ["instructions", "prompts"])
 def test_a_chosen_transcript_stands_alone_where_rows_are_no_pairs(rejected: str, kind: str) -> None:
-    found = row({"chosen": hh("q", "a"), "rejected": rejected}, "hh_rlhf", kind)
+    converted = row({"chosen": hh("q", "a"), "rejected": rejected}, "hh_rlhf", kind)
     answer = {"completion": [assistant("a")]} if kind == "instructions" else {}
-    assert found == {"prompt": chat("q"), **answer, "checks": ""}
+    assert converted == {"prompt": chat("q"), **answer, "checks": ""}
 
 
 @pytest.mark.parametrize(
