@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from align.artifacts import Kind
-from align.data.rows import read_rows, write_rows
+from align.data.rows import assistant, read_rows, write_rows
 from align.data.splits import group
 from align.errors import UserError
 from align.stage import StageContext
@@ -56,7 +56,8 @@ def test_the_best_weights_are_the_result(tiny_model: Path, tmp_path: Path) -> No
 def test_the_test_split_has_no_part_in_what_is_kept_and_when_training_stops(tiny_model: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"keep": "best", "early_stopping": {"patience": 2}}
     plain, changed = (made(tmp_path / name, tiny_model, **settings) for name in ("plain", "changed"))
-    write_rows(changed.artifact("data").split("test"), rows(8, start=200))
+    misleading = [{**row, "completion": [assistant("zq" * 9)]} for row in rows(8, start=200)]
+    write_rows(changed.artifact("data").split("test"), misleading)
     metrics, again = run(plain), run(changed)
     assert (again["best_step"], again["steps"]) == (metrics["best_step"], metrics["steps"])
     assert all(tensor.equal(weights(changed)[name]) for name, tensor in weights(plain).items())
