@@ -22,6 +22,7 @@ from align.handover.facts import (
 )
 from align.handover.faults import Fault
 from align.handover.weights import (
+    HEAD,
     WIDTHS,
     Damaged,
     Tensor,
@@ -33,7 +34,6 @@ from align.handover.weights import (
 )
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
-HEAD = "lm_head.weight"
 ADAPTER = "adapter"
 """Folder inside a model folder, of an adapter that is no change of weights and works on the ones beside it."""
 

@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 INDEX = "model.safetensors.index.json"
+HEAD = "lm_head.weight"
+"""The output head, at the end of its name."""
 CHUNK = 1 << 22
 """Values looked at together."""
 WIDTHS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
@@ -127,12 +129,25 @@ def weights_digest(tensors: dict[str, Tensor]) -> str:
     hasher = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name]
-        if name.endswith("lm_head.weight") or tensor.dtype not in WIDTHS:
+        if tensor.dtype not in WIDTHS or (name.endswith(HEAD) and _repeats_another(tensor, tensors)):
             continue
         hasher.update(f"{name} {tensor.shape}\n".encode())
         for bits in tensor.chunks():
             hasher.update(_rounded(bits, tensor.dtype).tobytes())
     return hasher.hexdigest()
+
+
+def _repeats_another(head: Tensor, tensors: dict[str, Tensor]) -> bool:
+    """Tell whether another matrix, the embeddings under whatever name, has the values of ``head`` in bfloat16."""
+    alike = [tensor for tensor in tensors.values() if tensor.shape == head.shape and tensor.dtype in WIDTHS]
+    return any(
+        all(
+            np.array_equal(_rounded(ours, head.dtype), _rounded(theirs, tensor.dtype))
+            for ours, theirs in zip(head.chunks(), tensor.chunks(), strict=True)
+        )
+        for tensor in alike
+        if tensor.name != head.name
+    )
 
 
 def _rounded(bits: NDArray[Any], dtype: str) -> NDArray[Any]:

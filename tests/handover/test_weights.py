@@ -70,3 +70,24 @@ def test_a_head_that_repeats_the_embeddings_changes_no_digest(tiny_model: Path, 
     folders = saved(tmp_path / "bare", **bare), saved(tmp_path / "both", **bare, **{"lm_head.weight": head})
     one, other = (weights_digest(read_tensors(folder)) for folder in folders)
     assert one == other
+
+
+@pytest.mark.parametrize("chunk", [weights.CHUNK, 4])
+def test_a_head_of_its_own_counts_to_its_last_value(
+    chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "CHUNK", chunk)
+    torch.manual_seed(0)
+    embeddings, head = torch.randn(5, 2), torch.randn(5, 2)
+    name = "model.embed_tokens.weight"
+    changed = head.clone()
+    changed[-1, -1] += 1
+    last = embeddings.clone()
+    last[-1, -1] += 1
+    digests = [
+        weights_digest(read_tensors(saved(tmp_path / str(number), **{name: embeddings, "lm_head.weight": tensor})))
+        for number, tensor in enumerate([embeddings.clone(), last, head, head.bfloat16(), changed])
+    ]
+    tied, almost_tied, untied, narrow, other = digests
+    assert untied == narrow
+    assert len({tied, almost_tied, untied, other}) == 4
