@@ -43,13 +43,16 @@ class RolloutsAhead:
         """Whether one process has all of every rollout, however many learn from it."""
         self._thread: ThreadPoolExecutor | None = None
         self._last: Future[Any] | None = None
+        self._adopted: Future[None] | None = None
+        """When the servers have read the weights given last. One that failed fails all that is begun behind it: later
+        weights that are taken must not hide that rollouts came from older ones."""
 
     def give(self, update: int, weights: Weights) -> None:
         """The policy's weights before ``update``, for what is drawn from now on. They may change when this returns."""
         self._given = update
         if self.beside and self.engine.takes_folders:
             version = self.engine.write_weights(weights)
-            self._last = self._beside(lambda: self.engine.adopt(version))
+            self._last = self._adopted = self._beside(lambda: self.engine.adopt(version))
             return
         self.settle()
         self.engine.load_weights(weights)
@@ -88,7 +91,14 @@ class RolloutsAhead:
     def _beside(self, do: Callable[[], Any]) -> Future[Any]:
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollouts-ahead")
-        return self._thread.submit(do)
+        adopted = self._adopted
+
+        def do_with_weights() -> Any:
+            if adopted is not None:
+                adopted.result()  # done, since the thread is one; raises what the servers rejected the weights with
+            return do()
+
+        return self._thread.submit(do_with_weights)
 
     def close(self) -> None:
         """Draw nothing that was not begun; what is being drawn ends by itself, or with its engine."""

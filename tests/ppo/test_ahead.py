@@ -15,6 +15,7 @@ from align.ppo.ahead import RolloutsAhead
 from align.ppo.checkpoint import last_checkpoint
 from align.ppo.rollout import Rollout
 from align.rollouts.pool import PoolEngine
+from align.rollouts.server_client import BadReply
 from align.rollouts.transformers import TransformersEngine
 from align.stages.grpo import GrpoConfig
 from align.stages.ppo import PpoConfig
@@ -60,6 +61,58 @@ def test_weights_are_as_old_as_is_said() -> None:
     assert drawn_with(1, 4) == [(0, 0, 0), (1, 0, 0), (2, 1, 1), (3, 2, 2)]
     assert drawn_with(2, 5) == [(0, 0, 0), (1, 0, 0), (2, 0, 0), (3, 1, 1), (4, 2, 2)]
     assert drawn_with(9, 3) == [(0, 0, 0), (1, 0, 0), (2, 0, 0)]  # no rollout behind the last update
+
+
+class Rejecting(PoolEngine):
+    """Servers that take every version of the weights but those in ``rejected``, and go on with what they hold."""
+
+    takes_folders = True
+
+    def __init__(self, rejected: set[int]) -> None:
+        self.rejected, self.holds = rejected, -1
+
+    def write_weights(self, weights) -> int:
+        return weights
+
+    def adopt(self, version: int) -> None:
+        if version in self.rejected:
+            raise BadReply(f"weights {version} were rejected")
+        self.holds = version
+
+
+@pytest.mark.parametrize(("staleness", "rejected", "drawn"), [(1, 0, 0), (1, 1, 2), (1, 2, 3), (2, 1, 3)])
+def test_no_rollout_is_drawn_after_weights_were_rejected(staleness: int, rejected: int, drawn: int) -> None:
+    """Later versions that would be taken hide nothing: the run ends at the first rollout of the rejected weights."""
+    engine = Rejecting({rejected})
+
+    def draw(update: int) -> Rollout:
+        return Rollout(update, [], [], [], [], [str(engine.holds)], {})
+
+    ahead = RolloutsAhead(engine, draw, staleness, updates=6)
+    taken = []
+    try:
+        with pytest.raises(BadReply, match=f"weights {rejected} were rejected"):
+            for update in range(6):
+                ahead.give(update, update)
+                taken.append(ahead.take(update))
+        with pytest.raises(BadReply):
+            ahead.settle()
+    finally:
+        ahead.close()
+    assert len(taken) == drawn
+    assert all(int(rollout.texts[0]) == rollout.weights_of for rollout in taken)
+
+
+def test_weights_rejected_behind_the_last_rollout_end_the_run_too() -> None:
+    ahead = RolloutsAhead(Rejecting({1}), lambda update: Rollout(update, [], [], [], [], [""], {}), 1, updates=2)
+    try:
+        for update in range(2):
+            ahead.give(update, update)
+            ahead.take(update)
+        with pytest.raises(BadReply, match="weights 1 were rejected"):
+            ahead.settle()
+    finally:
+        ahead.close()
 
 
 @pytest.fixture
