@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 SPLIT = ("llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
@@ -46,9 +47,21 @@ def below(trunk: Any, count: int) -> Iterator[None]:
 
 @contextmanager
 def above(trunk: Any, count: int) -> Iterator[None]:
-    """Have ``trunk`` start from states behind its ``count`` lowest layers, as ``inputs_embeds``."""
-    with _replaced(trunk, trunk.layers[count:], trunk.norm):
+    """Have ``trunk`` start from states behind its ``count`` lowest layers, as ``inputs_embeds``.
+
+    The layers keep their numbers, since transformers looks up a layer's mask in ``config.layer_types`` by its number.
+    """
+    layers = nn.ModuleList([_Passed()] * count)
+    layers.extend(trunk.layers[count:])
+    with _replaced(trunk, layers, trunk.norm):
         yield
+
+
+class _Passed(nn.Module):
+    """In the place of a layer whose work is done."""
+
+    def forward(self, states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return states
 
 
 @contextmanager

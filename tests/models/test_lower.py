@@ -21,19 +21,50 @@ SIZES = {
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])
 
 
-@pytest.mark.parametrize("model_type", lower.SPLIT)
-def test_in_two_parts_as_in_one(model_type: str) -> None:
+MIXED = ["full_attention", "sliding_attention", "full_attention", "full_attention", "sliding_attention"]
+WINDOWS: dict[str, dict[str, object]] = {
+    "plain": {},
+    "window": {"use_sliding_window": True, "sliding_window": 3},
+    "upper_half": {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 3},
+    "mixed": {"use_sliding_window": True, "sliding_window": 3, "layer_types": MIXED},
+}
+
+
+@pytest.mark.parametrize("count", [1, 3, 4])
+@pytest.mark.parametrize(
+    ("model_type", "windows"),
+    [
+        *((model_type, "plain") for model_type in lower.SPLIT),
+        *((model_type, "window") for model_type in ("mistral", "phi3", "smollm3")),
+        *((model_type, "upper_half") for model_type in ("qwen2", "qwen3")),
+        *((model_type, "mixed") for model_type in ("qwen2", "qwen3", "smollm3")),
+    ],
+)
+def test_in_two_parts_as_in_one(model_type: str, windows: str, count: int) -> None:
     torch.manual_seed(0)
-    trunk = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **SIZES)).eval().model
+    config = AutoConfig.for_model(model_type, **SIZES, **WINDOWS[windows])
+    trunk = AutoModelForCausalLM.from_config(config).eval().model
     with torch.no_grad():
         whole = trunk(input_ids=IDS, use_cache=False).last_hidden_state
-        with lower.below(trunk, 3):
+        with lower.below(trunk, count):
             states = trunk(input_ids=IDS, use_cache=False).last_hidden_state
-        with lower.above(trunk, 3):
+        with lower.above(trunk, count):
             found = trunk(inputs_embeds=states, use_cache=False).last_hidden_state
     assert found.equal(whole)
     assert not states.equal(whole)
     assert len(trunk.layers) == 5
+
+
+@pytest.mark.parametrize(("model_type", "windows"), [("qwen2", "mixed"), ("qwen3", "mixed"), ("mistral", "window")])
+def test_the_windows_of_these_models_count(model_type: str, windows: str) -> None:
+    """Or the test above would hold whatever mask a layer is given."""
+    found = []
+    for fields in (WINDOWS[windows], {"sliding_window": None}):
+        torch.manual_seed(0)
+        trunk = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **SIZES, **fields)).eval().model
+        with torch.no_grad():
+            found.append(trunk(input_ids=IDS, use_cache=False).last_hidden_state)
+    assert (found[0] - found[1]).abs().max() > 0.1
 
 
 def test_layers_below_the_first_adapter_are_frozen(tiny_model: Path) -> None:
@@ -46,10 +77,11 @@ def test_layers_below_the_first_adapter_are_frozen(tiny_model: Path) -> None:
     assert lower.frozen_below(trunk_of(apply_tuning(load_policy(tiny_model), embedded, 0))) == 0
 
 
-def test_another_kind_of_decoder_is_passed_whole() -> None:
-    sizes = {"n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 99}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **sizes)).requires_grad_(False)
-    assert lower.frozen_below(model.transformer) == 0
+@pytest.mark.parametrize("model_type", ["gpt2", "gemma2", "gemma3_text"])
+def test_another_kind_of_decoder_is_passed_whole(model_type: str) -> None:
+    sizes = {"n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 99} if model_type == "gpt2" else SIZES
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes)).requires_grad_(False)
+    assert lower.frozen_below(getattr(model, model.base_model_prefix)) == 0
 
 
 def test_the_stack_is_whole_again_after_an_error(tiny_model: Path) -> None:
