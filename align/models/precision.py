@@ -42,6 +42,23 @@ def forget_copies(accelerator: Any) -> None:
     accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
 
 
+@contextmanager
+def copies_left_alone() -> Iterator[None]:
+    """Have autocast round every matrix anew inside, and keep none of these copies.
+
+    For passes with other values in trained matrices. Autocast finds its copy of a matrix by the parameter, and would
+    take one of the values before, or leave one for the passes behind.
+    """
+    import torch
+
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)
+
+
 def low_residual(model: Any) -> None:
     """Under autocast, have embeddings and norms of ``model`` hand on its type, so that no float32 flows between layers.
 

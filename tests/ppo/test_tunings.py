@@ -34,6 +34,16 @@ def test_a_killed_run_resumes_bit_for_bit(make_trainer, tmp_path, name):
     assert all(torch.equal(weights[name], expected_weights[name]) for name in expected_weights)
 
 
+@pytest.mark.parametrize("name", ["lora", "pissa", "loftq"])
+def test_the_drift_is_seen_in_bfloat16_too(make_trainer, name):
+    """Policy and reference are measured within one autocast, which keeps copies of trained matrices."""
+    trainer = make_trainer(tuning=tuning_of(CASES[name]), bf16=True, updates=2, learning_rate=1e-2)
+    trainer.train()
+    first, second = (entry["kl_k3"] for entry in trainer.state.log_history if "kl_k3" in entry)
+    assert first == 0.0
+    assert second > 0.05
+
+
 @pytest.mark.parametrize("critic", ["reward", "policy"])
 @pytest.mark.parametrize("name", ["pissa_dora", "loftq", "ia3"])
 def test_policy_critic_and_reward_model_do_not_disturb_each_other(make_trainer, tiny_reward, name, critic):

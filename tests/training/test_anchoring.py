@@ -19,8 +19,9 @@ from align.stages.reward import RewardConfig
 from align.stages.sft import SftConfig
 from align.training.anchoring import KLToStart, PullToStart
 from align.training.token_losses import CHUNK, summed_kl
-from align.tuning import LoraTuning
+from align.tuning import AdaptersTuning, LoraTuning
 from align.validation import validate
+from tests.models.tuning.confident import saved
 from tests.training.harness import events, losses
 from tests.training.test_resume import Killed, dying
 from tests.training.test_unfreezing import made
@@ -152,6 +153,25 @@ def test_resumed_run_equals_the_uninterrupted_one(
     assert losses(parts) == losses(whole)
     expected, found = (load_file(c.output / "model" / "model.safetensors") for c in (whole, parts))
     assert all(expected[name].equal(found[name]) for name in expected)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_stored_adapter_is_held_to_what_it_was(precision: str, tiny_model: Path, tmp_path: Path) -> None:
+    """The start's pass comes between the model's forward and backward pass, and changes none of its numbers."""
+    stored = AdaptersTuning(size=16, position="sequential")
+    source = saved(tiny_model, stored, tmp_path / "source" / "model")
+    fields: dict[str, Any] = {"max_steps": 3, "learning_rate": 1e-2, "precision": precision}
+    tuning = stored.model_dump(exclude_defaults=True) | {"method": "adapters"}
+    held, free = (
+        made("sft", tmp_path / name, source, tuning, anchor=anchor, **fields)
+        for name, anchor in (("held", {"to": "kl", "weight": 1e-6}), ("free", None))
+    )
+    for stage in (held, free):
+        STAGES["sft"].runner()(stage)
+    assert list(losses(held).values()) == pytest.approx(list(losses(free).values()), rel=1e-4)
+    drift = [event["kl_to_start"] for event in events(held, "metrics") if "kl_to_start" in event]
+    assert drift[0] == pytest.approx(0, abs=1e-5)
+    assert drift[-1] > 1e-3
 
 
 def test_a_reward_model_has_no_distributions(tiny_reward: Path) -> None:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from align.models.precision import copies_left_alone
+
 WEIGHTS = "model.safetensors"
 """Where transformers' Trainer looks for a checkpoint's weights on resuming."""
 
@@ -31,11 +33,11 @@ def insertions(model: Any) -> dict[str, Insertion]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Insertion)}
 
 
-def inserted_weights(model: Any) -> dict[str, torch.Tensor]:
-    """The insertions' tensors under their names in ``model``, buffers included."""
+def inserted_weights(model: Any, keep_vars: bool = False) -> dict[str, torch.Tensor]:
+    """The insertions' tensors under their names in ``model``, buffers included; ``keep_vars``: not detached."""
     found: dict[str, torch.Tensor] = {}
     for name, module in insertions(model).items():
-        found |= {f"{name}.{key}": tensor for key, tensor in module.state_dict().items()}
+        found |= {f"{name}.{key}": tensor for key, tensor in module.state_dict(keep_vars=keep_vars).items()}
     return found
 
 
@@ -76,15 +78,21 @@ def _save_trained(model: Any, save_directory: Any, **_: Any) -> None:
 
 @contextlib.contextmanager
 def _without_insertions(model: Any) -> Iterator[None]:
-    """``model`` as it came in; its insertions come back as they were."""
+    """``model`` as it came in; its insertions come back as they were.
+
+    Tensors are exchanged, not written to: a graph that was built before waits for its backward pass with them.
+    """
     if model.initial_insertions is not None:
-        own = inserted_weights(model)
-        now = {name: tensor.clone() for name, tensor in own.items()}
-        _copy(model.initial_insertions, own)
+        trained = inserted_weights(model, keep_vars=True)
+        held = {name: tensor.data for name, tensor in trained.items()}
+        for name, tensor in trained.items():
+            tensor.data = model.initial_insertions[name].to(tensor.device, tensor.dtype)
         try:
-            yield
+            with copies_left_alone():
+                yield
         finally:
-            _copy(now, own)
+            for name, tensor in trained.items():
+                tensor.data = held[name]
         return
     before = {module: module.enabled for module in insertions(model).values()}
     for module in before:
@@ -94,12 +102,6 @@ def _without_insertions(model: Any) -> Iterator[None]:
     finally:
         for module, enabled in before.items():
             module.enabled = enabled
-
-
-@torch.no_grad()
-def _copy(values: dict[str, torch.Tensor], into: dict[str, torch.Tensor]) -> None:
-    for name, tensor in into.items():
-        tensor.copy_(values[name])
 
 
 def plain_save(model: Any, out_dir: Path, weights: dict[str, torch.Tensor]) -> None:

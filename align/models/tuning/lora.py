@@ -18,6 +18,7 @@ import torch
 
 from align.errors import UserError
 from align.models.places import layer_stack
+from align.models.precision import copies_left_alone
 from align.tuning import LowRank
 from align.validation import nearest
 
@@ -165,7 +166,8 @@ def at_start(made: Any) -> Iterator[Any]:
     for module in whole:
         module.enable_adapters(False)
     try:
-        yield made
+        with copies_left_alone():
+            yield made
     finally:
         for module in whole:
             module.enable_adapters(True)

@@ -99,7 +99,7 @@ def make_room(model: Any, ids: list[int]) -> None:
 class Tokens(Insertion):
     """At the embedding: which places of the last rows are virtual tokens. ``vectors`` is None where only that counts.
 
-    ``places`` has the shape of the last ids: the number of the virtual token there, or -1.
+    ``places`` has the shape of the last ids seen while enabled: the number of the virtual token there, or -1.
     """
 
     places: torch.Tensor
@@ -193,8 +193,10 @@ def put(model: Any, tokens: Tokens) -> None:
 
 def _look_up(embedding: Any, inputs: tuple[torch.Tensor, ...], found: torch.Tensor) -> torch.Tensor:
     tokens = embedding.virtual
+    if not tokens.enabled:
+        return found  # the places stay those of the pass before, whose layers checkpointing may run again
     numbers = inputs[0] - tokens.first  # (B, T)
-    inside = (numbers >= 0) & (numbers < tokens.count) & tokens.enabled
+    inside = (numbers >= 0) & (numbers < tokens.count)
     tokens.places = torch.where(inside, numbers, -1)
     vectors = tokens.vectors()
     if vectors is None:

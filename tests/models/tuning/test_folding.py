@@ -11,7 +11,7 @@ from peft import PeftModel
 from align.models.loading import load_policy, load_reward, load_tokenizer
 from align.models.tuning.apply import initial_policy, save_tuned
 from align.peft_options import peft_types
-from tests.models.tuning.pretended import CASES, FEW, base, logits, peft_case, push, tuning_of, wrapped
+from tests.models.tuning.pretended import CASES, FEW, IDS, base, logits, peft_case, push, tuning_of, wrapped
 
 TOLERANCE = 1e-4
 
@@ -65,3 +65,41 @@ def test_a_seed_gives_the_same_start_and_the_caller_draws_on(name: str, tiny_mod
     one, two = (wrapped(tiny_model, tuning_of(CASES[name])) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), before)
     assert all(a.equal(b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_start_is_the_start_within_one_autocast_too(name: str, tiny_model: Path) -> None:
+    """Autocast keeps its copy of a trained matrix for as long as it lasts, whatever stands in the matrix by then."""
+    model = wrapped(tiny_model, tuning_of(CASES[name]))
+    with torch.autocast("cpu", torch.bfloat16):
+        start = logits(model)
+    push(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        live = logits(model)
+        with initial_policy(model):
+            found = logits(model)
+        assert logits(model).equal(live)
+    with torch.autocast("cpu", torch.bfloat16):
+        with initial_policy(model):
+            alone = logits(model)
+        assert logits(model).equal(live)
+    assert found.equal(alone)
+    assert (live - start).abs().max() > 20 * (found - start).abs().max()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_look_at_the_start_changes_no_gradient(name: str, tiny_model: Path) -> None:
+    """PPO reuses its measuring passes, and the anchor looks back before the backward pass."""
+    model = wrapped(tiny_model, tuning_of(CASES[name]))
+    push(model)
+    gradients = []
+    for look_back in (False, True):
+        model.zero_grad()
+        loss = model(input_ids=IDS, labels=IDS).loss
+        if look_back:
+            with torch.no_grad(), initial_policy(model):
+                model(input_ids=IDS)
+        loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert gradients[0]
+    assert all(one.equal(other) for one, other in zip(*gradients, strict=True))

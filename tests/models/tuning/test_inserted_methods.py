@@ -193,6 +193,59 @@ def test_trained_further_by_the_same_tuning_from_where_it_was(method: str, tiny_
     assert torch.equal(logits(load_policy(tmp_path / "second" / "model"), ids), now)
 
 
+def gradients(model: Any, ids: torch.Tensor, *, look_back: bool) -> dict[str, torch.Tensor]:
+    """Of what is trained; with ``look_back`` the start is asked between the forward and the backward pass."""
+    model.zero_grad()
+    loss = model(ids, labels=ids).loss
+    if look_back:
+        with torch.no_grad(), initial_policy(model):
+            model(ids)
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("further", [False, True], ids=["new", "further"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_look_at_the_start_changes_no_gradient(
+    method: str, further: bool, checkpointed: bool, tiny_model: Path, tmp_path: Path
+) -> None:
+    """The anchor and the reuse of PPO's measuring pass ask for it while the graph waits for its backward pass."""
+    tuning = METHODS[method]
+    source = tiny_model
+    if further and method in STORED:
+        source = saved(tiny_model, tuning, tmp_path / "model")
+    tokenizer = load_tokenizer(source, tuning)
+    model = changed(apply_tuning(load_for_tuning(source, tuning), tuning, 3, tokenizer=tokenizer))
+    model.train()
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    ids = ids_of(tokenizer)
+    expected = gradients(model, ids, look_back=False)
+    found = gradients(model, ids, look_back=True)
+    assert expected and found.keys() == expected.keys()
+    assert any(gradient.abs().max() > 0 for gradient in expected.values())
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+
+
+@pytest.mark.parametrize("method", STORED)
+def test_the_start_is_the_start_within_one_autocast_too(method: str, tiny_model: Path, tmp_path: Path) -> None:
+    tuning = STORED[method]
+    source = saved(tiny_model, tuning, tmp_path / "model")
+    tokenizer = load_tokenizer(source, tuning)
+    model = apply_tuning(load_for_tuning(source, tuning), tuning, 3, tokenizer=tokenizer)
+    ids = ids_of(tokenizer)
+    with torch.autocast("cpu", torch.bfloat16):
+        start = logits(model, ids)
+    changed(model, seed=9)
+    with torch.autocast("cpu", torch.bfloat16):
+        live = logits(model, ids)
+        with initial_policy(model):
+            assert torch.equal(logits(model, ids), start)
+        assert torch.equal(logits(model, ids), live)
+    assert not torch.equal(live, start)
+
+
 def test_trained_further_in_full_it_keeps_its_adapter(tiny_model: Path, tmp_path: Path) -> None:
     first = saved(tiny_model, HOULSBY, tmp_path / "first" / "model")
     model = apply_tuning(load_for_tuning(first, FullTuning()), FullTuning(), 3)
