@@ -41,6 +41,16 @@ class TuningBase(Config):
         return self.method == "full"
 
     @property
+    def starts_from_weights(self) -> bool:
+        """Whether adapters start with a part of the weights, so that without them the model is another."""
+        return False
+
+    @property
+    def completes_weights(self) -> bool:
+        """Whether adapters start with what the frozen weights lack of the model that came in."""
+        return False
+
+    @property
     def head_share(self) -> float:
         """Default learning rate of a score or value head, as a share of what is trained beside it."""
         return 1.0 if self.trains_all else LORA_HEAD_RATE
@@ -120,9 +130,14 @@ class LowRank(TuningBase):
     """Modules trained whole beside the adapters and kept in checkpoints, such as ``embed_tokens`` for new tokens."""
 
     @property
-    def from_weights(self) -> bool:
-        """Whether adapters start with a part of the weights, so that without them the model is another."""
+    def starts_from_weights(self) -> bool:
+        """PiSSA and OLoRA."""
         return self.init == "olora" or self.init.startswith("pissa")
+
+    @property
+    def completes_weights(self) -> bool:
+        """LoftQ, of what quantisation loses."""
+        return self.init == "loftq"
 
     @property
     def online_objection(self) -> str | None:
@@ -167,8 +182,8 @@ class LoraTuning(LowRank):
 class QloraTuning(LowRank):
     """LoRA on weights kept in 4 bits (arXiv 2305.14314): the model takes an eighth of the memory, and is slower.
 
-    The quantised model is what is trained, and the reference too; what is saved is its weights, dequantised, with the
-    adapters added, in float32. Needs bitsandbytes; runs on CPUs too.
+    The quantised model is what is trained, and the reference too, with LoftQ's first adapters where it has them. What
+    is saved is its weights, dequantised, with the adapters added, in float32. Needs bitsandbytes; runs on CPUs too.
     """
 
     method: Literal["qlora"] = "qlora"
@@ -179,7 +194,7 @@ class QloraTuning(LowRank):
 
     @model_validator(mode="after")
     def _weights_stay_as_they_are(self) -> Self:
-        if self.from_weights:
+        if self.starts_from_weights:
             raise ValueError(
                 f"init {self.init} takes a part out of the weights, which 4 bits cannot hold; take `init: loftq`, "
                 "which is made for this, or `method: lora`."

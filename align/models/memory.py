@@ -200,7 +200,7 @@ def _own_matrices(model: Architecture, tuning: TuningBase, critic: CriticKind) -
     """Bytes of frozen matrices that a critic cannot share with the model it starts from."""
     if isinstance(tuning, QloraTuning):
         return _quantised(model.matrices, tuning) if critic == "reward" else 0
-    return FLOAT * model.matrices if isinstance(tuning, LowRank) and tuning.from_weights else 0
+    return FLOAT * model.matrices if isinstance(tuning, LowRank) and tuning.starts_from_weights else 0
 
 
 def _frozen(model: Architecture, low: bool) -> int:

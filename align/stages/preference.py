@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from align.training.rows import Encoded, Row
 
 ADAPTER_FIELDS = {"rank", "alpha", "dropout", "targets", "last_layers", "rslora", "dora", "init", "save_modules"}
-"""Fields of ``qlora`` that say nothing of the quantised weights."""
+"""Fields of ``qlora`` that say nothing of the quantised weights, unless the start is partly in the adapters."""
 
 
 class PreferenceFields(TrainingFields):
@@ -101,13 +101,14 @@ def checked_experimental_options(kind: str, options: dict[str, Any], own: set[st
 
 @dataclass
 class Ready:
-    """A policy that is not wrapped yet, and its rows, encoded and linted. ``collator`` is the trainer's."""
+    """A policy as it is loaded, and its rows, encoded and linted. ``collator`` is the trainer's."""
 
     tokenizer: Any
     model: Any
     splits: Mapping[str, Encoded]
     collator: Any
     _shown: Mapping[str, Split]
+    _wrapped: Any = None
 
     @property
     def train(self) -> Encoded:
@@ -121,13 +122,17 @@ class Ready:
         lint_stage(context, stage, _Seen(self), self._shown, context.config.max_length)
 
     def wrapped(self, context: StageContext) -> Any:
-        """The model made ready to be trained by the stage's tuning."""
+        """The model made ready to be trained by the stage's tuning; the same one whenever it is asked for."""
         from align.models.tuning.apply import apply_tuning
 
-        shown = [[*row["prompt_ids"], *row.get("chosen_ids", row.get("completion_ids", []))] for row in self.train.rows]
-        return apply_tuning(
-            self.model, context.config.tuning, context.seed, tokenizer=self.tokenizer, warn=context.warn, rows=shown
-        )
+        if self._wrapped is None:
+            shown = [
+                [*row["prompt_ids"], *row.get("chosen_ids", row.get("completion_ids", []))] for row in self.train.rows
+            ]
+            self._wrapped = apply_tuning(
+                self.model, context.config.tuning, context.seed, tokenizer=self.tokenizer, warn=context.warn, rows=shown
+            )
+        return self._wrapped
 
 
 class _Seen:
@@ -170,19 +175,18 @@ def make_ready(
 
 
 class Reference:
-    """The stage's reference: the policy before it is wrapped, or the checkpoint of another stage, loaded if needed."""
+    """The stage's reference: the policy before its first step, or the checkpoint of another stage, loaded if needed."""
 
     def __init__(self, context: StageContext, ready: Ready) -> None:
         from align.training.reference import ReferenceCache
 
         self.context, self.ready = context, ready
-        named: Artifact | None = context.inputs.get("reference")
-        self.artifact = named or context.artifact("policy")
-        self._loaded = None if named is not None else ready.model
-        if named is not None:
-            _check_reference(context, ready.tokenizer, named)
+        self.named: Artifact | None = context.inputs.get("reference")
+        if self.named is not None:
+            _check_reference(context, ready.tokenizer, self.named)
+        self._loaded: Any = None
         shared = None if context.cache is None else context.cache / "reference_logprobs"
-        identity = _identity(context, self.artifact)
+        identity = _identity(context, self.named)
         self.cache: ReferenceCache = ReferenceCache(context.checkpoints, shared, identity, context.warn)
 
     def sums(self, split: str, answers: Sequence[Answer]) -> Sums:
@@ -195,33 +199,45 @@ class Reference:
 
     def _compute(self, answers: Sequence[Answer]) -> Sums:
         from align.models.threads import device_of
-        from align.models.tuning.apply import load_for_tuning
+        from align.models.tuning.apply import initial_policy
         from align.training.reference import answer_sums
 
         config = self.context.config
         if self._loaded is None:
-            self._loaded = load_for_tuning(self.artifact.model, config.tuning)
+            self._loaded = self.ready.wrapped(self.context) if self.named is None else self._load(self.named)
         device = device_of(self.context.runtime)
         if next(self._loaded.parameters()).device.type != device.type:
             self._loaded.to(device)
-        return answer_sums(
-            self._loaded,
-            answers,
-            self.ready.tokenizer.pad_token_id,
-            config.precision == "bfloat16",
-            lambda done, total: self.context.progress(done, total, unit="reference answers"),
-        )
+        with initial_policy(self._loaded) as start:
+            return answer_sums(
+                start,
+                answers,
+                self.ready.tokenizer.pad_token_id,
+                config.precision == "bfloat16",
+                lambda done, total: self.context.progress(done, total, unit="reference answers"),
+            )
+
+    def _load(self, artifact: Artifact) -> Any:
+        """Another checkpoint, as the policy's is before its first step."""
+        from align.models.tuning.apply import apply_tuning, load_for_tuning
+
+        tuning: TuningBase = self.context.config.tuning
+        model = load_for_tuning(artifact.model, tuning)
+        return apply_tuning(model, tuning, self.context.seed) if tuning.completes_weights else model
 
 
-def _identity(context: StageContext, artifact: Artifact) -> dict[str, str]:
-    """All that decides a reference's numbers but the rows."""
+def _identity(context: StageContext, named: Artifact | None) -> dict[str, str]:
+    """All that decides a reference's numbers but the rows; ``named`` is the checkpoint that is not the policy's."""
     from align.models.threads import device_of
 
     tuning: TuningBase = context.config.tuning
-    # A quantised model is scored as it is trained: what decides its weights is all but the adapter's own fields.
-    loaded = tuning.model_dump_json(exclude=ADAPTER_FIELDS) if tuning.method == "qlora" else "float32"
+    loaded = "float32"
+    if tuning.completes_weights or (tuning.starts_from_weights and named is None):
+        loaded = f"{tuning.model_dump_json()} {context.seed}"
+    elif tuning.method == "qlora":  # scored as it is trained: all but the adapter's own fields decides its weights
+        loaded = tuning.model_dump_json(exclude=ADAPTER_FIELDS)
     return {
-        "weights": artifact.weights,
+        "weights": (named or context.artifact("policy")).weights,
         "loaded": loaded,
         "precision": context.config.precision,
         "device": device_of(context.runtime).type,

@@ -11,6 +11,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from align.artifacts import Artifact, Kind
 from align.data.rows import write_rows
@@ -18,7 +19,10 @@ from align.errors import UserError
 from align.models.loading import load_policy, load_tokenizer
 from align.models.tiny import make_tiny
 from align.stage import STAGES, StageContext
+from align.stages.preference import Reference, make_ready
+from align.training.reference import Answer, answer_sums
 from align.training.rows import encode_pairs
+from tests.models.tuning.pretended import CASES
 from tests.training.harness import context, data_artifact, events, losses, rows
 from tests.training.test_resume import Killed, dying
 
@@ -160,6 +164,79 @@ def test_the_reference_may_be_another_stage_s(tiny_model: Path, tmp_path: Path) 
     # It is not the policy, so there is a margin before the first step: beta times the difference of the two models.
     assert metrics["test_margin_before"] == pytest.approx(0.2 * total / 12, rel=1e-3, abs=1e-4)
     assert abs(metrics["test_margin_before"]) > 0.01
+
+
+STARTS: dict[str, dict[str, Any]] = {
+    name: CASES[name] for name in ("lora", "orthogonal", "eva", "pissa", "olora", "dora", "nf4", "loftq", "loftq_dora")
+}
+STARTS["loftq_last"] = {**CASES["loftq"], "last_layers": 1, "targets": ["q_proj", "down_proj"]}
+STARTS["sequential"] = {"method": "adapters", "size": 16, "position": "sequential"}
+
+
+@pytest.mark.parametrize("tuning", ["pissa", "loftq", "loftq_dora", "loftq_last"])
+def test_the_policy_starts_without_a_margin(tuning: str, tiny_model: Path, tmp_path: Path) -> None:
+    """DPO's loss of the first step is log 2, even at a large beta."""
+    stage = made(tmp_path, tiny_model, "dpo", max_steps=1, beta=20.0, tuning=STARTS[tuning])
+    STAGES["dpo"].runner()(stage)
+    assert losses(stage)[1] == pytest.approx(0.693147, abs=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tuning", STARTS)
+def test_the_reference_is_the_policy_before_its_first_step(
+    tuning: str, precision: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Wherever adapters start, and in bfloat16 too, where weights without them round otherwise."""
+    stage = made(tmp_path, tiny_model, "dpo", tuning=STARTS[tuning], precision=precision)
+    ready = make_ready(stage, encode_pairs, DataCollatorForPreference)
+    answers = [Answer(row["prompt_ids"], row["chosen_ids"]) for row in ready.train.rows]
+    found = Reference(stage, ready).sums("train", answers).total
+    pad, low = ready.tokenizer.pad_token_id, precision == "bfloat16"
+    policy = answer_sums(ready.wrapped(stage), answers, pad, low).total
+    # Orthogonal factors have a product of 0 in exact arithmetic, and bfloat16 rounds it.
+    rounded = tuning == "orthogonal" and low
+    assert found == pytest.approx(policy, abs=0.2 if rounded else 1e-4)
+
+
+def test_kto_s_reference_has_loftq_s_correction(tiny_model: Path, tmp_path: Path) -> None:
+    stage = made(tmp_path, tiny_model, "kto", max_steps=1, beta=20.0, batch_size=16, tuning=STARTS["loftq"])
+    STAGES["kto"].runner()(stage)
+    assert losses(stage)[1] == pytest.approx(0.5, abs=1e-3)
+
+
+def test_a_named_reference_is_completed_as_the_policy_is(tiny_model: Path, tmp_path: Path) -> None:
+    """The policy's own checkpoint, named, gives the numbers that it gives unnamed."""
+    fields = {"max_steps": 1, "beta": 20.0, "tuning": STARTS["loftq"], "reference": "other"}
+    stage = made(tmp_path / "a", tiny_model, "dpo", **fields)
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "model").symlink_to(tiny_model)
+    reference = Artifact("other", Kind.POLICY, tmp_path / "r", {})
+    metrics = STAGES["dpo"].runner()(replace(stage, inputs={**stage.inputs, "reference": reference}))
+    assert metrics["test_margin_before"] == pytest.approx(0.0, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "shared"),
+    [
+        ("lora", "dora", True),  # the loaded weights, whatever the adapters
+        ("nf4", "qdora", True),
+        ("nf4", "loftq", False),
+        ("loftq", "loftq_last", False),
+        ("pissa", "lora", False),
+        ("pissa", "olora", False),
+    ],
+)
+def test_reference_scores_are_shared_where_the_start_is_the_same(
+    first: str, second: str, shared: bool, tiny_model: Path, tmp_path: Path
+) -> None:
+    record = {"key": "k" * 64, "outputs": {"model/model.safetensors": {"sha256": "0" * 64}}}
+    metrics = []
+    for name in (first, second):
+        plain = made(tmp_path / name, tiny_model, "dpo", max_steps=1, tuning=(CASES | STARTS)[name])
+        policy = replace(plain.inputs["policy"], record=record)
+        stage = replace(plain, cache=tmp_path / "cache", inputs={**plain.inputs, "policy": policy})
+        metrics.append(STAGES["dpo"].runner()(stage))
+    assert metrics[1]["reference_cached"] == (72 if shared else 0)
 
 
 def test_a_reference_of_another_vocabulary_is_refused(tiny_model: Path, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def wrap(model: Any, tuning: LowRank, seed: int, rows: Sequence[Sequence[int]] |
     if isinstance(tuning.targets, list):
         check_names(model, tuning.targets, "tuning.targets")
     check_names(model, tuning.save_modules, "tuning.save_modules")
-    if tuning.from_weights:
+    if tuning.starts_from_weights:
         _own_matrices(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -55,7 +55,7 @@ def wrap(model: Any, tuning: LowRank, seed: int, rows: Sequence[Sequence[int]] |
             _start_from_rows(made, rows or ())
     config = made.peft_config["default"]  # it has started: an adapter loaded from a checkpoint starts nothing
     config.init_lora_weights, config.eva_config = True, None
-    if tuning.from_weights:
+    if tuning.starts_from_weights:
         keep_start(made)
     return made
 

@@ -43,7 +43,7 @@ class QuantisedLinear(bnb.nn.Linear4bit):  # type: ignore[misc]
 def wrap(model: Any, tuning: QloraTuning, seed: int, rows: Any = None) -> Any:
     """``model`` quantised, unless it is, with LoRA adapters drawn from ``seed``; see ``lora.wrap``."""
     quantise(model, tuning)
-    starts = {name: module.loftq for name, module in model.named_modules() if hasattr(module, "loftq")}
+    starts = {n: module.__dict__.pop("loftq") for n, module in model.named_modules() if hasattr(module, "loftq")}
     model.is_loaded_in_4bit = True  # peft looks for its 4-bit layers only then; trl would round the adapters
     try:
         made = lora.wrap(model, tuning, seed, rows)
