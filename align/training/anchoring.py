@@ -130,5 +130,17 @@ class KLToStart:
         """The start's last hidden states (B, T, H), and the head over them."""
         if self.copy is not None:
             return self.copy[0](**given, use_cache=False)[0], self.copy[1]
-        with initial_policy(self.model):
+        with initial_policy(self.model), _evaluated(trunk):
             return trunk(**given, use_cache=False)[0], head
+
+
+@contextmanager
+def _evaluated(trunk: torch.nn.Module) -> Iterator[None]:
+    """Have ``trunk`` in evaluation mode, without the noise and dropout that are for what is trained."""
+    training = [module for module in trunk.modules() if module.training]
+    trunk.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -8,18 +8,21 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import load_file
 from torch import nn
 
 from align.errors import UserError
 from align.models.loading import load_policy, load_reward
+from align.models.trunk import trunk_and_head
 from align.models.tuning.apply import apply_tuning
 from align.stage import STAGES
 from align.stages.reward import RewardConfig
 from align.stages.sft import SftConfig
 from align.training.anchoring import KLToStart, PullToStart
+from align.training.neftune import NoisyEmbeddings
 from align.training.token_losses import CHUNK, summed_kl
-from align.tuning import AdaptersTuning, LoraTuning
+from align.tuning import AdaptersTuning, LoraTuning, Tuning
 from align.validation import validate
 from tests.models.tuning.confident import saved
 from tests.training.harness import events, losses
@@ -153,6 +156,27 @@ def test_resumed_run_equals_the_uninterrupted_one(
     assert losses(parts) == losses(whole)
     expected, found = (load_file(c.output / "model" / "model.safetensors") for c in (whole, parts))
     assert all(expected[name].equal(found[name]) for name in expected)
+
+
+@pytest.mark.parametrize("tuning", [LORA, {**LORA, "init": "pissa"}, FULL], ids=["lora", "pissa", "full"])
+def test_the_start_has_neither_noise_nor_dropout(tuning: dict[str, Any], tiny_model: Path) -> None:
+    """They are the trained model's alone, and no random number is drawn for the start."""
+    chosen: Any = TypeAdapter(Tuning).validate_python(tuning | ({"dropout": 0.5} if tuning != FULL else {}))
+    model = apply_tuning(load_policy(tiny_model), chosen, 0)
+    trunk, head = trunk_and_head(model)
+    given = {"input_ids": torch.arange(40, 60).view(2, 10)}
+    expected = load_policy(tiny_model).model(**given).last_hidden_state
+    NoisyEmbeddings(model, 50.0)
+    term = KLToStart(type("T", (), {"model": model}), 1.0, low=False)
+    model.train()
+    trunk.layers[1].eval()
+    training = [module.training for module in model.modules()]
+    drawn = torch.get_rng_state()
+    states, _ = term._start(trunk, head, given)
+    assert torch.allclose(states, expected, atol=1e-5)
+    assert [module.training for module in model.modules()] == training
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert not torch.allclose(trunk(**given).last_hidden_state, expected, atol=1e-2)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
