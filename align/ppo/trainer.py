@@ -92,13 +92,29 @@ class PPOTrainer(OnlineTrainer):
     def _passes_to_keep(self, update: int, micro_batches: int) -> int:
         return 0 if update < self.args.critic_warmup_updates else super()._passes_to_keep(update, micro_batches)
 
+    @property
+    def warming(self) -> bool:
+        """Whether the critic learns alone in this update."""
+        return self.update < self.args.critic_warmup_updates
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As ever; while the critic warms up, the policy has no gradients afterwards.
+
+        Under DDP it has some, zeros or a shared trunk's, with which AdamW would decay it and count steps.
+        """
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        if self.warming:
+            for parameter in self.model.policy.parameters():
+                parameter.grad = None
+        return loss
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """One micro-batch's share of the optimizer step's loss; ``num_items_in_batch`` counts that whole step."""
         args, mask = self.args, inputs["learn"]["learn_mask"]
         count, ptx_count = num_items_in_batch.unbind()
-        warming = self.update < args.critic_warmup_updates
+        warming = self.warming
         out = inputs.pop("out", None)
         value_part: torch.Tensor | float = 0.0
         if out is None:

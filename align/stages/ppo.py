@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from align.launch import LaunchConfig
 from align.ppo.fields import DriftFields
 from align.stage import StageContext
 
@@ -55,6 +56,15 @@ class PpoConfig(DriftFields):
     """Weight of the value loss."""
     loss_aggregation: Literal["token", "sequence", "constant"] = "token"
     """Every token weighs the same, or every response does; ``constant`` divides token sums by ``max_tokens``."""
+
+    def processes_objection(self, launch: LaunchConfig) -> str | None:
+        """... nor can DeepSpeed let the policy rest while the critic warms up: its optimizer steps every weight."""
+        if self.critic_warmup_updates and launch.strategy == "deepspeed" and launch.known != 1:
+            return (
+                f"critic_warmup_updates {self.critic_warmup_updates} does not go with strategy deepspeed, whose "
+                "optimizer decays and counts the policy's weights all the same; take fsdp2, or leave it out."
+            )
+        return super().processes_objection(launch)
 
     @property
     def critic_source(self) -> Literal["reward", "policy", "head"]:

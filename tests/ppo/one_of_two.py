@@ -125,6 +125,18 @@ FIELDS = {
     "kl_horizon": 50,
 }
 
+WARMING = {"critic_warmup_updates": 1, "weight_decay": 0.1, "critic_detach": False}
+"""The critic learns alone at first, on the policy's own trunk, which it trains later on."""
+
 if __name__ == "__main__":
     held_out = [{"prompt": "xy" * (i + 1)} for i in range(5)]
-    two_updates(PPOTrainer, PPOConfig, Path(sys.argv[1]), Path(sys.argv[2]), FIELDS, eval_dataset=held_out)
+    warming = "warming" in sys.argv[3:]
+    two_updates(
+        PPOTrainer,
+        PPOConfig,
+        Path(sys.argv[1]),
+        Path(sys.argv[2]),
+        FIELDS | (WARMING if warming else {}),
+        eval_dataset=held_out,
+        critic="head" if warming else None,
+    )

@@ -27,3 +27,14 @@ def test_two_processes_make_the_update_of_one(tiny_model, tmp_path):
     for first, second in zip(one["validations"], two["validations"], strict=True):
         for name in VALIDATED:
             assert second[name] == pytest.approx(first[name], abs=2e-5), name
+
+
+@pytest.mark.slow
+def test_two_processes_warm_the_critic_up_as_one_does(tiny_model, tmp_path):
+    one, two = (launch(MODULE, count, tiny_model, tmp_path / str(count) / "out.pt", "warming") for count in (1, 2))
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert one["weights"].keys() == two["weights"].keys()
+    for name, tensor in one["weights"].items():
+        assert (tensor - two["weights"][name]).abs().max() <= 1e-5, name
+    assert [entry["grad_norm_policy"] > 0 for entry in one["logs"]] == [False, True]
+    assert two["logs"][0]["grad_norm_policy"] == 0.0

@@ -110,6 +110,55 @@ def test_critic_warm_up_leaves_the_policy(make_trainer):
     assert not all(torch.equal(a, b) for a, b in zip(critic, trainer.model.critic.parameters(), strict=True))
 
 
+def run_policy_in_warm_up(trainer):
+    """Have the policy's pass be part of the critic's backward pass, as it must be under DDP."""
+    forward = trainer.model.forward
+
+    def forced(batch, policy=True, **options):
+        return forward(batch, policy=policy or trainer.update < trainer.args.critic_warmup_updates, **options)
+
+    trainer.model.forward = forced
+
+
+@pytest.mark.parametrize("tuning", [FullTuning(), LORA], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"per_device_train_batch_size": 2}, {"critic": "head", "critic_detach": False}, {"max_grad_norm": 0.0}],
+    ids=["critic", "accumulated", "shared_trunk", "unclipped"],
+)
+def test_critic_warm_up_is_the_same_where_the_policy_has_gradients_of_zero(make_trainer, tuning, fields):
+    """AdamW takes no step with the policy: no decay, no moments, no count."""
+    outcomes = []
+    for forced in (False, True):
+        trainer = make_trainer(tuning=tuning, updates=3, critic_warmup_updates=2, weight_decay=0.1, **fields)
+        start = {name: p.detach().clone() for name, p in trainer.model.policy.named_parameters()}
+        if forced:
+            run_policy_in_warm_up(trainer)
+        steps = []
+        trainer.add_callback(AfterWarmUp(trainer, start, steps))
+        trainer.train()
+        assert steps == [0] * 2
+        outcomes.append({name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad})
+    one, two = outcomes
+    assert one.keys() == two.keys()
+    assert all(torch.allclose(tensor, two[name], atol=1e-6) for name, tensor in one.items())
+
+
+class AfterWarmUp(TrainerCallback):
+    """Notes, after each step of the warm-up, how often AdamW has counted a step of the policy, which has not moved."""
+
+    def __init__(self, trainer, start, steps):
+        self.trainer, self.start, self.steps = trainer, start, steps
+
+    def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+        if state.global_step > args.critic_warmup_updates * args.steps_per_update:
+            return
+        policy = dict(self.trainer.model.policy.named_parameters())
+        assert all(torch.equal(policy[name], tensor) for name, tensor in self.start.items())
+        counts = [int(optimizer.state[p]["step"]) for p in policy.values() if p in optimizer.state]
+        self.steps.append(max(counts, default=0))
+
+
 def test_policy_and_critic_have_learning_rates_of_their_own(make_trainer):
     trainer = make_trainer(learning_rate=1e-3, critic_learning_rate=5e-3, weight_decay=0.1)
     groups = trainer.create_optimizer().param_groups
