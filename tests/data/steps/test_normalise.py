@@ -72,6 +72,17 @@ def test_settings():
     assert clean("caf\u200bÃ\u200b©", fix_encoding=True) == "café"  # seen only without the zero-width space
 
 
+@pytest.mark.parametrize("levels", range(1, 9))
+def test_encoding_is_repaired_round_by_round(levels):
+    """Each wrong decoding hides the one below it behind a zero-width space, which is gone a round later."""
+    text = "é"
+    for _ in range(levels):
+        text = text.encode().decode("latin-1")
+        text = text[0] + "\u200b" + text[1:]
+    assert clean(f"caf{text}", fix_encoding=True) == "café"
+    assert clean("café", fix_encoding=True) == "café"
+
+
 def test_a_clean_row_is_the_same_object_and_a_changed_one_is_new():
     row = instruction(question="A\n\nB", answer=CODE)
     assert step(row) is row
