@@ -124,3 +124,37 @@ def test_a_constant_divisor_weighs_a_token_the_same_whatever_its_neighbours():
     # tokens 1 + 2 + 3 and 4: sum 10, over 2 responses x 10 tokens
     values = torch.tensor([[1.0, 2.0, 3.0, 99.0], [4.0, 99.0, 99.0, 99.0]])
     assert aggregate(values, masks[0], loss_count(masks[:1], "constant", 10), "constant").item() == pytest.approx(0.5)
+
+
+def test_ratios_of_policies_far_apart_stay_finite():
+    """exp(20) at most, and exp(-20) at least: float32 would give infinity beyond 88 nats, and NaN times an advantage
+    of 0."""
+    new = torch.tensor([[500.0, -500.0, 500.0]])
+    advantages = torch.tensor([[-1.0, 1.0, 0.0]])
+    terms = policy_loss(new, OLD, advantages, MASK, 1, clip_range=0.2)
+    # max(e^20, 1.2) + max(-e^-20, -0.8) + 0
+    assert terms.loss.item() == pytest.approx(math.exp(20), rel=1e-5)
+    assert terms.sums["approx_kl"].item() == pytest.approx(3 * 20**2 / 2)
+    weights = importance_weights(new, OLD, MASK, cap=1e12)
+    assert weights[0].tolist() == pytest.approx([math.exp(20), math.exp(-20), math.exp(20)], rel=1e-5)
+
+
+def test_a_response_without_tokens_has_no_gradient():
+    values = torch.ones(2, 3, requires_grad=True)
+    mask = torch.tensor([[True, True, False], [False, False, False]])
+    aggregate(values, mask, 1, "sequence").backward()
+    assert values.grad.tolist() == [[0.5, 0.5, 0.0], [0.0, 0.0, 0.0]]
+
+
+def test_a_response_at_the_sequence_cap_is_kept():
+    weights = importance_weights(torch.zeros(1, 3), torch.zeros(1, 3), MASK, cap=None, sequence_cap=1.0)
+    assert weights.tolist() == [[1.0, 1.0, 1.0]]
+
+
+def test_values_may_be_clipped_in_either_direction():
+    old, returns = torch.zeros(1, 3), torch.tensor([[-1.0, 1.0, 0.0]])
+    new = torch.tensor([[-0.5, 0.5, 0.0]])
+    # clipped to -0.2 and 0.2: 0.64 each, worse than 0.25
+    terms = value_loss(new, old, returns, MASK, 1, value_clip_range=0.2)
+    assert terms.loss.item() == pytest.approx(0.64)
+    assert terms.sums["value_clipfrac"].item() == 2

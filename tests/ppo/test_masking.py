@@ -51,3 +51,20 @@ def test_masked_mean_reduces_sums_and_counts():
 
 def test_pad_rows():
     assert pad_rows([[1.0], [2.0, 3.0]], 3).tolist() == [[1.0, 0.0, 0.0], [2.0, 3.0, 0.0]]
+
+
+def test_values_that_are_all_the_same_whiten_to_their_mean():
+    same = torch.full((2, 3), 7.0)
+    assert whiten(same, MASK, shift_mean=True).tolist() == [[0.0] * 3] * 2
+    assert whiten(same, MASK, shift_mean=False)[MASK].tolist() == [7.0] * 3
+
+
+def test_whitening_leaves_a_small_spread_at_variance_one():
+    """What keeps it from dividing by 0 is small against variances of 1e-4."""
+    values = torch.tensor([[-0.01, 0.01]])
+    assert whiten(values, response_mask([2]), shift_mean=True)[0].tolist() == pytest.approx([-1.0, 1.0], abs=1e-3)
+
+
+def test_padding_may_be_wider_than_the_longest_row():
+    assert response_mask([1, 2], 4).tolist() == [[True, False, False, False], [True, True, False, False]]
+    assert pad_rows([[1], [2, 3]], 2, torch.long).dtype == torch.long

@@ -42,3 +42,18 @@ def test_it_goes_on_from_its_state():
     for scale in (first, second):
         scale.add(torch.tensor([8.0]))
     assert first.state_dict() == second.state_dict()
+
+
+def test_scores_before_any_came_pass_unchanged():
+    scale = RunningScale()
+    assert scale.std == 0.0
+    assert scale.apply(torch.tensor([3.0, -2.0])).tolist() == [3.0, -2.0]
+
+
+def test_processes_count_as_one():
+    """The reduction sees counts and sums first, then squares around the mean of all."""
+    whole, part = RunningScale(), RunningScale()
+    whole.add(torch.tensor([1.0, 2.0, 6.0, 7.0]))
+    others = iter([torch.tensor([2.0, 13.0], dtype=torch.float64), torch.tensor(13.0, dtype=torch.float64)])
+    part.add(torch.tensor([1.0, 2.0]), lambda total: total + next(others))  # (6 - 4)^2 + (7 - 4)^2 = 13
+    assert part.state_dict() == pytest.approx(whole.state_dict())
