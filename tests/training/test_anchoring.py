@@ -50,6 +50,47 @@ def test_the_pull_is_a_share_of_the_way_back() -> None:
     assert anchor.facts()["moved"] == pytest.approx(1.6 / 26**0.5)
 
 
+def test_the_pull_goes_no_further_than_the_start() -> None:
+    layer = nn.Linear(1, 1, bias=False)
+    layer.weight.data.fill_(1.0)
+    anchor = PullToStart(layer, strength=50.0)
+    layer.weight.data.fill_(3.0)
+    layer.weight.grad = torch.zeros(1, 1)
+    given: Any = {"args": None, "state": None, "control": None, "optimizer": torch.optim.SGD(layer.parameters(), 0.1)}
+    anchor.on_pre_optimizer_step(**given)  # a rate of 0.1 times 50 is five times the way back
+    assert layer.weight.item() == 1.0
+
+
+@pytest.mark.parametrize(("average", "factor"), [(True, 2.0), (False, 1.0)])
+def test_a_share_of_the_steps_items_counts_for_all_that_average_it(
+    average: bool, factor: float, tiny_model: Path
+) -> None:
+    """DDP averages gradients over processes, so a term over all processes' items is multiplied by their number."""
+    model = load_policy(tiny_model)
+
+    class Holder:
+        def __init__(self, processes: int) -> None:
+            self.model, self.add_metric = model, lambda name, value: None
+            self.accelerator = type("A", (), {"num_processes": processes, "autocast": contextlib.nullcontext})
+            self.args = type("B", (), {"average_tokens_across_devices": average})
+
+    term = KLToStart(Holder(1), 1.0, low=False)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.5)
+    ids = torch.arange(40, 60).view(2, 10)
+
+    def value(processes: int, labels: torch.Tensor, num_items: int | None) -> float:
+        with term.watching():
+            model(input_ids=ids)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        return float(term.loss(Holder(processes), model, inputs, num_items).detach())
+
+    assert value(2, ids, 30) == pytest.approx(factor * value(1, ids, 30)) != 0
+    assert value(2, ids, None) == pytest.approx(value(1, ids, None))  # a mean is a mean
+    nothing = torch.full_like(ids, -100)
+    assert value(1, nothing, None) == value(1, nothing, 0) == 0.0
+
+
 @pytest.mark.parametrize("cap", [None, 3.0])
 def test_kl_in_chunks_is_that_of_whole_distributions(cap: float | None) -> None:
     torch.manual_seed(0)
