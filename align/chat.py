@@ -95,6 +95,7 @@ class Speaker:
 
     def __init__(self, folder: Path, temperature: float, max_tokens: int) -> None:
         from align.errors import UserError
+        from align.models.conversion import require_sane
         from align.models.loading import load_policy, load_tokenizer
 
         if not (folder / "config.json").is_file():
@@ -107,7 +108,9 @@ class Speaker:
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer = load_tokenizer(folder)
-        self.model = load_policy(folder).to(device).requires_grad_(False)
+        model = load_policy(folder)
+        require_sane(model, folder)
+        self.model = model.to(device).requires_grad_(False)
         self.temperature, self.max_tokens = temperature, max_tokens
         self.generator = torch.Generator().manual_seed(random.SystemRandom().getrandbits(62))
 

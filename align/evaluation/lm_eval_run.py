@@ -58,6 +58,9 @@ def evaluate(job: Mapping[str, Any]) -> dict[str, Any]:
     _prepare(job)
     import lm_eval
 
+    from align.models.chat_template import bound_templates
+
+    bound_templates()
     pin_data(job["revisions"])
     offer_nltk_data()
     found = lm_eval.simple_evaluate(

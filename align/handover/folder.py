@@ -167,11 +167,11 @@ def _turn_end(folder: Path, facts: Facts | None) -> list[Fault]:
     if template_text(folder) is None or (facts is not None and facts.turn_end):
         return []
     from jinja2 import TemplateError
-    from transformers import AutoTokenizer
 
+    from align.models.pretrained import open_tokenizer
     from align.models.special_tokens import turn_end_token
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = open_tokenizer(folder)
     try:
         end = turn_end_token(tokenizer)
     except TemplateError:  # it takes other roles; the rows themselves will show

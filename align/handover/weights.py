@@ -1,7 +1,6 @@
 """safetensors files looked at without a framework: whole or not, types, finite or not, and digests.
 
-A file is 8 bytes (length of the header, little-endian), a JSON header with type, shape and place of every tensor, and
-their bytes. Torch-free. Left out: pickled weights, which are refused elsewhere.
+Their headers are read by ``align.models.headers``. Torch-free. Left out: pickled weights, which are refused elsewhere.
 """
 
 from __future__ import annotations
@@ -16,6 +15,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from align.models.headers import BadHeader, read_header
 
 INDEX = "model.safetensors.index.json"
 HEAD = "lm_head.weight"
@@ -77,25 +78,11 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _read(file: Path) -> dict[str, Tensor]:
-    total = file.stat().st_size
     try:
-        with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            if not 0 < length <= total - 8:
-                raise ValueError
-            header = json.loads(opened.read(length))
-        tensors = {
-            name: Tensor(name, entry["dtype"], tuple(entry["shape"]), file, 8 + length + entry["data_offsets"][0])
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    except (ValueError, KeyError, TypeError, IndexError):
-        raise Damaged(f"has a file of {total} bytes that begins with no header of safetensors ({file.name})") from None
-    needed = 8 + length + max(ends, default=0)
-    if needed != total:
-        raise Damaged(f"has a file of {total} bytes whose header speaks of {needed} ({file.name})")
-    return tensors
+        entries = read_header(file)
+    except BadHeader as error:
+        raise Damaged(f"has a file, {file.name}, that {error}") from None
+    return {name: Tensor(name, entry.dtype, entry.shape, file, entry.start) for name, entry in entries.items()}
 
 
 def not_finite(tensors: dict[str, Tensor]) -> str | None:

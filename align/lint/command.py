@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -156,15 +155,17 @@ def load(model: str, scratch: Path, max_length: int | None) -> tuple[Any, Limits
 
     Unlike for training, a tokenizer that pads with eos is taken: the linter says what is wrong with it.
     """
-    from transformers import AutoTokenizer
+    from align.models.files import read_optional
+    from align.models.pretrained import open_tokenizer
 
     folder = model_folder(model, scratch)
-    config = _json(folder / "config.json")
+    tokenizer = open_tokenizer(folder)  # checks the folder first
+    config = read_optional(folder / "config.json")
     sizes = {**config, **config.get("text_config", {})}
-    generation = _json(folder / "generation_config.json").get("eos_token_id")
+    generation = read_optional(folder / "generation_config.json").get("eos_token_id")
     ends = [] if generation is None else generation if isinstance(generation, list) else [generation]
     limits = Limits(max_length, sizes.get("max_position_embeddings"), sizes.get("vocab_size"))
-    return AutoTokenizer.from_pretrained(folder), limits, frozenset(map(int, ends))
+    return tokenizer, limits, frozenset(map(int, ends))
 
 
 def model_folder(model: str, scratch: Path) -> Path:
@@ -188,7 +189,3 @@ def model_folder(model: str, scratch: Path) -> Path:
         f"lint: '{model}' is neither a folder with a tokenizer nor a built-in model ({', '.join(BUILT_IN)})."
         f"{suggest(model, BUILT_IN)} A Hub model comes in through a model stage; name the artifact's folder."
     )
-
-
-def _json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

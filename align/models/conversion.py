@@ -5,11 +5,14 @@ Left out: deciding what to fetch (``source.py``) and the download itself.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from align.errors import UserError
+from align.models.files import read_optional
+from align.models.pretrained import open_gguf, open_model, open_tokenizer
 from align.models.render import require_chat_template
 from align.models.special_tokens import settle_special_tokens
 
@@ -23,13 +26,10 @@ def convert_gguf(
 ) -> None:
     """Dequantize ``gguf`` and write it as an ordinary folder. ``chat_template`` rewrites the template found in it."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = str(gguf.parent)
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
+    tokenizer, model = open_gguf(gguf, getattr(torch, dtype))
     if chat_template is not None:
         tokenizer.chat_template = chat_template(tokenizer.chat_template)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype=getattr(torch, dtype))
     # The weights are plain now; a config that still says "quantized" makes the next loader look for GGUF blocks.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -37,7 +37,7 @@ def convert_gguf(
         setattr(model, name, value)
     # The GGUF reader takes bos for eos; the template knows better, so there is nothing to tell the user.
     tokenizer.eos_token = None
-    write_model(model, tokenizer, out_dir, warn)
+    write_model(model, tokenizer, out_dir, warn, str(gguf))
 
 
 def copy_model(
@@ -52,32 +52,53 @@ def copy_model(
     """Load a model folder and write it as an ordinary one.
 
     ``chat_template`` is the template's text and replaces the model's own. Raises ``UserError`` for a model without
-    any template.
+    any template, and for whatever ``pretrained.py`` refuses.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    tokenizer = open_tokenizer(folder, trust_remote_code=trust_remote_code)
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     require_chat_template(tokenizer, f"the model '{folder}'")
-    model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, dtype=getattr(torch, dtype), **options)
-    write_model(model, tokenizer, out_dir, warn)
+    model, _ = open_model("causal", Path(folder), getattr(torch, dtype), trust_remote_code=trust_remote_code)
+    write_model(model, tokenizer, out_dir, warn, folder)
+    if trust_remote_code:
+        drop_code(out_dir)
 
 
-def write_model(model: Any, tokenizer: Any, out_dir: Path, warn: Callable[[str], None]) -> None:
-    """Settle the special tokens and write model and tokenizer to ``out_dir``."""
+def write_model(model: Any, tokenizer: Any, out_dir: Path, warn: Callable[[str], None], source: str) -> None:
+    """Settle the special tokens and write model and tokenizer, which came from ``source``, to ``out_dir``."""
     settle_special_tokens(tokenizer, model, warn)
-    require_sane(model)
+    require_sane(model, source)
+    _require_rows(model, tokenizer, source)
     tokenizer.clean_up_tokenization_spaces = False  # it would take spaces out of what was really sampled
     model.generation_config.do_sample = True  # a folder is sampled from by default, as its training was
     model.save_pretrained(out_dir)
     tokenizer.save_pretrained(out_dir)
 
 
-def require_sane(model: Any) -> None:
+def drop_code(out_dir: Path) -> None:
+    """Take the code that came with a model out of a folder: later stages run none, and load it by transformers' own."""
+    for file in out_dir.glob("*.py"):
+        file.unlink()
+    for name in ("config.json", "tokenizer_config.json"):
+        settings = read_optional(out_dir / name)
+        if settings.pop("auto_map", None) is not None:
+            (out_dir / name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _require_rows(model: Any, tokenizer: Any, source: str) -> None:
+    """Raise ``UserError`` for a tokenizer with more tokens than embeddings: its settings may add some."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"{source}: its tokenizer has {len(tokenizer)} tokens and the model embeds {rows}: it is the tokenizer of "
+            "another model. Fetch the model's own."
+        )
+
+
+def require_sane(model: Any, place: Path | str) -> None:
     """Raise ``UserError`` when a weight is not finite: nothing trained from it would be either."""
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
-            raise UserError(f"the model's weight '{name}' holds NaN or infinity; its file is damaged.")
+            raise UserError(f"{place}: the weight '{name}' holds NaN or infinity; its file is damaged. Fetch it again.")

@@ -5,7 +5,6 @@ Called by the data step ``semantic_duplicates``. Both read local folders and run
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ import numpy as np
 import torch
 
 from align.errors import UserError
+from align.models.files import CONFIG, read_object
+from align.models.pretrained import open_model, open_static, open_tokenizer
 
 Embedder = Callable[[list[str]], np.ndarray]
 """Takes texts, returns (texts, dimensions) float32."""
@@ -24,12 +25,9 @@ def make_embedder(folder: Path, device: str, max_length: int, batch_size: int) -
 
     Raises ``UserError`` for a folder that holds neither, and where model2vec is missing.
     """
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{folder} has no config.json; name the folder of a model2vec or transformers model.") from None
-    except ValueError as error:
-        raise UserError(f"{folder}/config.json: not valid JSON: {error}. Fetch the model again.") from None
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder} has no {CONFIG}; name the folder of a model2vec or transformers model.")
+    config = read_object(folder / CONFIG)
     if config.get("model_type", "model2vec") == "model2vec":
         return _static(folder, max_length)
     return _Transformer(folder, device, max_length, batch_size)
@@ -37,16 +35,12 @@ def make_embedder(folder: Path, device: str, max_length: int, batch_size: int) -
 
 def _static(folder: Path, max_length: int) -> Embedder:
     try:
-        from model2vec import StaticModel
+        model = open_static(folder)
     except ImportError:
         raise UserError(
             f"{folder} holds static embeddings, which model2vec reads: pip install 'align[data]'. A transformers model "
             "needs nothing more."
         ) from None
-    try:
-        model = StaticModel.from_pretrained(folder, force_download=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder} is not a readable model2vec model: {error}.") from error
 
     def embed(texts: list[str]) -> np.ndarray:
         found: np.ndarray = model.encode(texts, max_length=max_length, use_multiprocessing=False)
@@ -57,17 +51,10 @@ def _static(folder: Path, max_length: int) -> Embedder:
 
 class _Transformer:
     def __init__(self, folder: Path, device: str, max_length: int, batch_size: int) -> None:
-        from transformers import AutoModel, AutoTokenizer
-
         self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         self.max_length, self.batch_size = max_length, batch_size
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder)
-            state = torch.get_rng_state()  # transformers draws what a checkpoint lacks from the caller's randomness
-            self.model: Any = AutoModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
-            torch.set_rng_state(state)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder} is not a readable transformers model: {str(error).splitlines()[0]}") from error
+        self.tokenizer = open_tokenizer(folder)
+        self.model: Any = open_model("encoder", folder, torch.float32)[0]
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.tokenizer.padding_side = self.tokenizer.truncation_side = "right"

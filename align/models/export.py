@@ -8,13 +8,12 @@ quantised weights, and adapters that are no change of weights (prefix tuning, se
 from __future__ import annotations
 
 import json
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from align.errors import UserError
-from align.models.source import refuse_pickles
+from align.models.folder_checks import check_adapter, check_folder
 
 ADAPTER = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -70,8 +69,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def check_source(source: Source) -> None:
     """Raise ``UserError`` for pickled or quantised weights and for code that comes with a model. Imports no torch."""
-    for folder in [source.folder, *([source.adapter] if source.adapter else [])]:
-        _refuse_unsafe(folder)
+    check_folder(source.folder)
+    if source.adapter is not None:
+        check_adapter(source.adapter)
     stored = source.folder / STORED
     if stored.is_file():
         method = (read_json(stored).get("tuning") or {}).get("method")
@@ -81,23 +81,11 @@ def check_source(source: Source) -> None:
             "train with a tuning that is folded: lora, prompt, p_tuning, or adapters with position parallel."
         )
     config = read_json(source.folder / "config.json")
-    if "quantization_config" in config:
-        raise UserError(
-            f"{source.folder}: its weights are quantised; export the checkpoint that was quantised, or for an adapter "
-            "name its unquantised base with --base."
-        )
     if "auto_map" in config:
         raise UserError(
             f"{source.folder}/config.json names Python code that comes with the model, which is not run here; bring "
             "the model in through a model stage."
         )
-
-
-def _refuse_unsafe(folder: Path) -> None:
-    try:
-        refuse_pickles(str(folder), [file.name for file in folder.iterdir()])
-    except UserError as error:
-        raise UserError(str(error).removeprefix("source: ").replace("point source at", "export")) from None
 
 
 def load_source(source: Source, dtype: str = "float32") -> Any:
@@ -118,22 +106,16 @@ def load_source(source: Source, dtype: str = "float32") -> Any:
 
 def attach(base: Any, adapter: Path, merge: bool) -> Any:
     """``base`` with the adapter of a folder, merged or beside it; ``base`` itself is changed by it."""
-    from peft import PeftConfig, PeftModel
+    from align.models.pretrained import adapter_config, attach_adapter
 
-    kind = PeftConfig.from_pretrained(str(adapter)).peft_type
-    rng = _rng()
-    with warnings.catch_warnings(record=True) as heard:
-        warnings.simplefilter("always")
-        try:
-            model: Any = PeftModel.from_pretrained(base, str(adapter), torch_device="cpu")
-        except (ValueError, RuntimeError, KeyError) as error:
-            first = str(error).strip().splitlines()
-            detail = next((line.strip() for line in reversed(first) if line.strip()), type(error).__name__)
-            raise UserError(
-                f"{adapter}: does not fit this base: {detail.rstrip('.')}. Name its own with --base."
-            ) from None
-    _set_rng(rng)
-    missing = [str(one.message).splitlines()[0] for one in heard if "missing adapter keys" in str(one.message)]
+    kind = adapter_config(adapter).peft_type
+    try:
+        model, warned = attach_adapter(base, adapter)
+    except (ValueError, RuntimeError, KeyError) as error:
+        first = str(error).strip().splitlines()
+        detail = next((line.strip() for line in reversed(first) if line.strip()), type(error).__name__)
+        raise UserError(f"{adapter}: does not fit this base: {detail.rstrip('.')}. Name its own with --base.") from None
+    missing = [text.splitlines()[0] for text in warned if "missing adapter keys" in text]
     if missing:
         raise UserError(f"{adapter}: {missing[0][:300]} The file is damaged, or belongs to another base; see --base.")
     if not hasattr(model, "merge_and_unload") or model.active_peft_config.is_prompt_learning:
@@ -149,18 +131,6 @@ def attach(base: Any, adapter: Path, merge: bool) -> Any:
     return model.eval()
 
 
-def _rng() -> Any:
-    import torch
-
-    return torch.get_rng_state()
-
-
-def _set_rng(state: Any) -> None:
-    import torch
-
-    torch.set_rng_state(state)
-
-
 def export(source: Source, out: Path, dtype: str | None = None, shard: str = SHARD) -> Written:
     """Write ``source`` to the folder ``out``; ``dtype`` is float32, bfloat16 or None for the type of its weights.
 
@@ -174,18 +144,14 @@ def export(source: Source, out: Path, dtype: str | None = None, shard: str = SHA
     check_source(source)
     tokenizer = load_tokenizer(source.tokenizer_folder)
     chosen = dtype or stored_type(source.folder)
-    try:
-        model = load_source(source, chosen)
-    except (OSError, ValueError, KeyError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{source.folder}: transformers cannot load it: {lines[0]}") from error
+    model = load_source(source, chosen)
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise UserError(
             f"{source.tokenizer_folder}: its tokenizer has {len(tokenizer)} tokens and {source.folder} embeds {rows}; "
             "the adapter was trained on a base with added tokens. Name that one with --base."
         )
-    require_sane(model)
+    require_sane(model, source.folder)
     for config in (model.config, getattr(model, "generation_config", None)):
         if config is not None:
             _state_ends(config, tokenizer)

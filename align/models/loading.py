@@ -1,17 +1,19 @@
 """Checkpoints of the store: loading tokenizers, policies and reward models.
 
-Only safetensors are read, and no code that comes with a model is run. Left out: models from outside
+All come through ``pretrained.py``, which refuses what is damaged or hostile. Left out: models from outside
 (``conversion.py``), and making them trainable and saving them (``tuning/apply.py``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from align.errors import UserError
+from align.models.pretrained import Task, open_model, open_tokenizer
 from align.models.render import require_chat_template
 
 HEAD = "score.weight"
@@ -25,9 +27,7 @@ def load_tokenizer(model_dir: Path, tuning: Any = None) -> Any:
 
     Raises ``UserError`` when it has no chat template, no end token, or pads with its end token.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer = open_tokenizer(model_dir)
     require_chat_template(tokenizer, f"the tokenizer in {model_dir}")
     if tokenizer.eos_token_id is None or tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         raise UserError(
@@ -46,9 +46,7 @@ def load_policy(model_dir: Path, dtype: torch.dtype = torch.float32) -> Any:
 
     Train in float32 whatever the stage's precision: that is the type of the matrix products (``precision.py``).
     """
-    from transformers import AutoModelForCausalLM
-
-    return _load(AutoModelForCausalLM, model_dir, dtype)[0]
+    return _load("causal", model_dir, dtype)[0]
 
 
 def load_reward(model_dir: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -56,9 +54,7 @@ def load_reward(model_dir: Path, dtype: torch.dtype = torch.float32) -> Any:
 
     Raises ``UserError`` when the checkpoint lacks its score head: transformers would put a random one there.
     """
-    from transformers import AutoModelForSequenceClassification
-
-    model, missing = _load(AutoModelForSequenceClassification, model_dir, dtype, **SCORING)
+    model, missing = _load("classifier", model_dir, dtype, may_lack={HEAD}, **SCORING)
     if missing:
         raise UserError(
             f"{model_dir} is not a trained reward model: it has no {', '.join(sorted(missing))}. "
@@ -74,28 +70,17 @@ def new_reward(model_dir: Path, dtype: torch.dtype = torch.float32) -> Any:
     2403.17031 (detail 4), suits features of unit size; SmolLM2's are larger, and the first steps went into taking wide
     scores back. A head that the checkpoint already has is kept.
     """
-    from transformers import AutoModelForSequenceClassification
-
-    model, missing = _load(AutoModelForSequenceClassification, model_dir, dtype, **SCORING)
-    if missing - {HEAD}:
-        raise UserError(f"{model_dir} lacks the weights {', '.join(sorted(missing - {HEAD}))}; it is damaged.")
+    model, missing = _load("classifier", model_dir, dtype, may_lack={HEAD}, **SCORING)
     if missing:
         model.score.weight.data.zero_()
     return model
 
 
-def _load(model_class: Any, model_dir: Path, dtype: torch.dtype, **options: Any) -> tuple[Any, set[str]]:
-    """Load, and say which weights the checkpoint lacked. A causal model that lacks any is an error here."""
-    rng = torch.get_rng_state()  # transformers draws a head's first values from the caller's randomness
-    model, info = model_class.from_pretrained(
-        model_dir, use_safetensors=True, dtype=dtype, output_loading_info=True, **options
-    )
-    torch.set_rng_state(rng)
-    missing = set(info["missing_keys"])
-    if missing and "num_labels" not in options:
-        raise UserError(
-            f"{model_dir} lacks the weights {', '.join(sorted(missing)[:3])}; it is damaged or not a policy."
-        )
+def _load(
+    task: Task, model_dir: Path, dtype: torch.dtype, may_lack: Collection[str] = (), **options: Any
+) -> tuple[Any, set[str]]:
+    """Load, and say which of ``may_lack`` the checkpoint lacked; any other tensor that it lacks is an error."""
+    model, missing = open_model(task, model_dir, dtype, may_lack=may_lack, **options)
     pad = getattr(model.config, "pad_token_id", None)
     if "num_labels" in options and pad is None:
         raise UserError(f"{model_dir}/config.json names no pad token, so the last token of a batch cannot be found.")

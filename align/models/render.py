@@ -6,7 +6,7 @@ Torch-free. Left out: truncation, which is the caller's decision.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from align.data.rows import answer_side, is_finished
@@ -84,7 +84,7 @@ def render_answered(tokenizer: Any, row: Mapping[str, Any], side: str | None = N
 def _apply(tokenizer: Any, messages: list[Message], tools: str | None, tokenize: bool = True, **options: Any) -> Any:
     """Ids of a conversation, or its text.
 
-    Raises ``UserError`` where the template itself raises: for roles that it does not take.
+    Raises ``UserError`` where the template itself raises, for roles that it does not take, and out of bounds.
     """
     from jinja2 import TemplateError
 
@@ -95,12 +95,26 @@ def _apply(tokenizer: Any, messages: list[Message], tools: str | None, tokenize:
     try:
         made = tokenizer.apply_chat_template(called, tokenize=tokenize, return_dict=False, **options)
     except TemplateError as error:
-        roles = ", ".join(str(message["role"]) for message in messages)
-        raise UserError(
-            f"the chat template refuses a conversation of the roles {roles}: {error}. Change its rows, or name another "
-            "template in the model stage's chat_template field."
-        ) from None
+        raise explain_refusal(tokenizer, messages, error) from None
     return [int(token) for token in made] if tokenize else str(made)
+
+
+def explain_refusal(tokenizer: Any, messages: Sequence[Mapping[str, Any]], error: Exception) -> UserError:
+    """The user's error for a template that raised ``error`` at a conversation."""
+    from align.models.chat_template import TemplateOutOfBounds
+
+    place = getattr(tokenizer, "name_or_path", "")
+    template = f"the chat template of {place}" if place else "the chat template"
+    if isinstance(error, TemplateOutOfBounds):
+        return UserError(
+            f"{template} {error}, which no conversation needs. It is broken or hostile: name another template in the "
+            "model stage's chat_template field."
+        )
+    roles = ", ".join(str(message["role"]) for message in messages)
+    return UserError(
+        f"{template} refuses a conversation of the roles {roles}: {str(error).rstrip('.')}. Change its rows, or name "
+        "another template in the model stage's chat_template field."
+    )
 
 
 def _require(tokenizer: Any, name: str, what: str) -> None:

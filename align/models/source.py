@@ -7,6 +7,7 @@ Left out: fetching and conversion (``embedded.py``, ``stages/model.py``).
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
@@ -14,8 +15,10 @@ from pathlib import Path
 
 from align.errors import UserError
 from align.fingerprint import digest, file_digest
+from align.models import files
 from align.models.embedded import NAME as EMBEDDED
 from align.models.embedded import WHEEL_SHA256
+from align.models.folder_checks import check_folder, check_gguf
 from align.validation import suggest
 
 TINY = "tiny"
@@ -25,8 +28,8 @@ BUILT_IN = (EMBEDDED, TINY)
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-MODEL_FILES = frozenset({".json", ".safetensors", ".jinja", ".txt", ".model", ".py", ".tiktoken"})
-"""Suffixes of the files that decide what a folder's model computes; a README or an optimizer state does not."""
+STORED_ADAPTER = Path("adapter", "adapter.json")
+"""In a model folder, what describes an adapter of align's own (``align.models.tuning.stored``)."""
 
 
 class Origin(StrEnum):
@@ -52,8 +55,8 @@ class Source:
 def resolve(source: str, revision: str | None, base: Path) -> Source:
     """Check ``source`` without fetching it; relative paths start at ``base``.
 
-    Raises ``UserError`` for a path that is missing or holds no safetensors, a Hub name without a 40-digit commit,
-    and a name that is none of these.
+    Raises ``UserError`` for a path that is missing, a model folder with a file that is damaged or hostile, a Hub name
+    without a 40-digit commit, and a name that is none of these.
     """
     if source in BUILT_IN:
         if revision is not None:
@@ -84,23 +87,22 @@ def _local(source: str, path: Path) -> Source:
     if path.is_file():
         if path.suffix != ".gguf":
             raise UserError(f"source: '{source}' is a file but no .gguf; give a model folder or a .gguf file.")
+        _explain(check_gguf, path)
         return Source(Origin.GGUF, source, path=path)
-    if not (path / "config.json").is_file():
-        raise UserError(f"source: '{source}' holds no config.json, so it is no transformers model folder.")
-    refuse_pickles(source, [file.name for file in path.iterdir()])
+    _explain(check_folder, path)
+    if (path / STORED_ADAPTER).is_file():
+        raise UserError(
+            f"source: '{source}' carries an adapter that is no change of weights ({STORED_ADAPTER}), and a model stage "
+            "takes weights alone. Take the finished artifact by `stage: artifact`."
+        )
     return Source(Origin.FOLDER, source, path=path)
 
 
-def refuse_pickles(name: str, files: list[str]) -> None:
-    """Raise ``UserError`` unless there are safetensors among ``files``: pickled weights run code when opened."""
-    if any(file.endswith(".safetensors") for file in files):
-        return
-    pickled = sorted(file for file in files if file.endswith((".bin", ".pt", ".pth", ".ckpt")))
-    found = f"only pickled weights ({pickled[0]}), which run code when opened" if pickled else "no weights"
-    raise UserError(
-        f"source: '{name}' holds {found}; align loads safetensors only. Convert it once with "
-        "`model.save_pretrained(folder)` where you trust it, and point source at that folder."
-    )
+def _explain(check: Callable[[Path], None], path: Path) -> None:
+    try:
+        check(path)
+    except UserError as error:
+        raise UserError(f"source: {error}") from None
 
 
 def identity(source: str, revision: str | None, base: Path) -> str:
@@ -115,8 +117,7 @@ def identity(source: str, revision: str | None, base: Path) -> str:
     assert found.path is not None
     if found.origin is Origin.GGUF:
         return f"gguf:{_digest(found.path)}"
-    files = {file.name: _digest(file) for file in found.path.iterdir() if file.suffix in MODEL_FILES and file.is_file()}
-    return f"folder:{digest(files)}"
+    return f"folder:{digest({name: _digest(file) for name, file in files.files_read(found.path).items()})}"
 
 
 def _digest(path: Path) -> str:

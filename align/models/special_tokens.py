@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from align.errors import UserError
-from align.models.render import MAX_TRAILING
+from align.models.render import MAX_TRAILING, explain_refusal
 
 PREFERRED_PADS = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>", "[UNK]")
 """Special tokens taken for padding, in this order: made for it, or never found inside a conversation."""
@@ -23,7 +23,7 @@ def settle_special_tokens(tokenizer: Any, model: Any, warn: Callable[[str], None
     ``tokenizer`` must have a chat template. ``model`` gets its config and generation config set, and one more row of
     embeddings in the rare case that no existing special token can pad.
     """
-    end = turn_end_token(tokenizer)
+    end = require_turn_end(tokenizer)
     if end is None:
         warn(
             f"the chat template writes no special token at the end of a turn; {tokenizer.eos_token!r} is added there. "
@@ -45,10 +45,30 @@ def settle_special_tokens(tokenizer: Any, model: Any, warn: Callable[[str], None
             settings.bos_token_id = tokenizer.bos_token_id
 
 
+CONVERSATION = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+def require_turn_end(tokenizer: Any) -> int | None:
+    """As :func:`turn_end_token`; ``UserError`` for a template that does not take a question and its answer."""
+    from jinja2 import TemplateError
+
+    try:
+        return turn_end_token(tokenizer)
+    except TemplateError as error:
+        raise explain_refusal(tokenizer, CONVERSATION, error) from None
+
+
 def turn_end_token(tokenizer: Any) -> int | None:
-    """Id of the special token with which the chat template closes an assistant's turn, or None."""
-    conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    ids = tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=False)
+    """Id of the special token with which the chat template closes an assistant's turn, or None.
+
+    Raises the template's ``TemplateError``; ``UserError`` for one that goes out of bounds (``chat_template.py``).
+    """
+    from align.models.chat_template import TemplateOutOfBounds
+
+    try:
+        ids = tokenizer.apply_chat_template(CONVERSATION, tokenize=True, return_dict=False)
+    except TemplateOutOfBounds as error:
+        raise explain_refusal(tokenizer, CONVERSATION, error) from None
     special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
     for token in reversed(ids[-1 - MAX_TRAILING :]):
         if token in special:

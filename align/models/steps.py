@@ -11,8 +11,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from align.errors import UserError
+from align.models.files import read_optional
 from align.models.render import Message, render_conversation, render_prompt
 
 Aggregate = Literal["min", "product", "last", "mean"]
@@ -35,9 +37,16 @@ class Steps:
     @classmethod
     def read(cls, folder: Path) -> Steps | None:
         """What is written there; None for a model that scores whole answers."""
-        file = folder / FILE
-        found = json.loads(file.read_text(encoding="utf-8")).get(FIELD) if file.is_file() else None
-        return None if found is None else cls(**found)
+        settings = read_optional(folder / FILE).get(FIELD)
+        if settings is None:
+            return None
+        try:
+            steps = cls(**settings)
+        except TypeError:
+            steps = cls("", "min")
+        if not steps.separator or not isinstance(steps.separator, str) or steps.aggregate not in get_args(Aggregate):
+            raise UserError(f"{folder / FILE}: its field '{FIELD}' does not say how answers are cut into steps.")
+        return steps
 
 
 def combined(logits: Sequence[float], how: Aggregate) -> float:

@@ -47,19 +47,14 @@ def load_for_show(folder: Path | str, **options: Any) -> tuple[Any, list[str]]:
     ``folder`` is a model's folder, or a Hub name with ``revision`` among the options. Raises ``UserError`` without a
     chat template or an end token.
     """
-    from transformers import AutoTokenizer
-
+    from align.models.pretrained import open_tokenizer
     from align.models.render import require_chat_template
-    from align.models.special_tokens import turn_end_token
+    from align.models.special_tokens import require_turn_end
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
-    except (OSError, ValueError) as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"{folder}: no tokenizer can be read there: {first}") from None
+    tokenizer = open_tokenizer(folder, **options)
     require_chat_template(tokenizer, f"the tokenizer of {folder}")
     notes = []
-    end = turn_end_token(tokenizer)
+    end = require_turn_end(tokenizer)
     if end is not None and end != tokenizer.eos_token_id:
         token = tokenizer.convert_ids_to_tokens(end)
         notes.append(f"eos is {tokenizer.eos_token!r}, but turns end with {token!r}, which a model stage makes the eos")

@@ -147,7 +147,8 @@ def _vllm_scores(job: Job) -> Done:
         memory = {"kv_cache_memory_bytes": 2**28, "block_size": 32}
     longest = max(map(len, job.rows)) + 1
     llm = LLM(
-        model=job.folder, runner="pooling", dtype="float32", max_model_len=longest, max_num_seqs=8, enforce_eager=True,
+        model=job.folder, trust_remote_code=False, runner="pooling",
+        dtype="float32", max_model_len=longest, max_num_seqs=8, enforce_eager=True,
         enable_chunked_prefill=False, max_num_batched_tokens=8 * longest, disable_log_stats=True, **memory,
     )  # fmt: skip
     found = llm.encode(

@@ -15,6 +15,7 @@ import torch
 from align.errors import UserError
 from align.models.inference import CPU_STEP_TOKENS
 from align.models.loading import load_tokenizer
+from align.models.pretrained import open_config
 from align.pool_config import RolloutsConfig
 from align.rollouts import nccl
 from align.rollouts.server_client import BadReply, Client, EngineLost
@@ -58,10 +59,8 @@ class Served:
         seed: int,
     ) -> Served:
         """Read from a checkpoint what must be known of it."""
-        from transformers import AutoConfig
-
         tokenizer = load_tokenizer(model_dir)
-        tied = bool(getattr(AutoConfig.from_pretrained(model_dir), "tie_word_embeddings", False))
+        tied = bool(getattr(open_config(model_dir), "tie_word_embeddings", False))
         names, eos = frozenset(weight_names(model_dir)), int(tokenizer.eos_token_id)
         return cls(model_dir, device, dtype, config, pool, max_length, seed, tokenizer, eos, names, tied)
 

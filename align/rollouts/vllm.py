@@ -107,6 +107,7 @@ class VllmEngine:
 
             self.llm = LLM(
                 model=str(model_dir),
+                trust_remote_code=False,
                 dtype=str(dtype).removeprefix("torch."),  # type: ignore[arg-type]
                 max_model_len=max_length,
                 max_num_seqs=config.batch_size,

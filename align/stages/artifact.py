@@ -132,9 +132,8 @@ def _take(source: Path, target: Path, root: Path, sha256: str) -> None:
 
 def _copy_model(folder: Path, target: Path) -> None:
     """A folder that someone may still change: copied, never shared."""
-    from align.models.source import MODEL_FILES
+    from align.models.files import files_read
 
-    target.mkdir(parents=True)
-    for file in sorted(folder.iterdir()):
-        if file.is_file() and file.suffix in MODEL_FILES:
-            shutil.copy2(file, target / file.name)
+    for name, file in files_read(folder).items():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(file, target / name)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from align.errors import UserError
 from align.fingerprint import file_digest
-from align.models.source import Origin, Source, identity, refuse_pickles, resolve
+from align.models.folder_checks import check_folder
+from align.models.source import Origin, Source, identity, resolve
 from align.stage import Config, StageContext
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def _download(source: Source) -> str:
         folder = snapshot_download(source.name, revision=source.revision, allow_patterns=wanted)
     except httpx.HTTPError as error:
         raise OSError(f"{type(error).__name__}: {error}") from error
-    refuse_pickles(source.name, [file.name for file in Path(folder).iterdir()])
+    check_folder(Path(folder))
     return folder
 
 

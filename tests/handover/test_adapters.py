@@ -43,7 +43,7 @@ def test_an_adapter_on_other_weights_is_refused(tuned: Artifact, tmp_path: Path)
 def test_an_adapter_that_is_cut_short_is_refused(tuned: Artifact, tmp_path: Path) -> None:
     file = tuned.model / "adapter" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(UserError, match="weights-truncated: .*adapter has a file of"):
+    with pytest.raises(UserError, match="weights-truncated: .*adapter has a file, adapter_model.safetensors, that has"):
         check_inputs(context(tmp_path / "ppo", {"policy": tuned}), Kind.POLICY)
 
 

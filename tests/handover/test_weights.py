@@ -51,7 +51,7 @@ def test_a_file_is_as_long_as_its_header_says(change: int, tmp_path: Path) -> No
     file = saved(tmp_path, tensor=torch.ones(8)) / "model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:change] if change < 0 else whole + bytes(change))
-    with pytest.raises(Damaged, match=f"has a file of {len(whole) + change} bytes whose header speaks of {len(whole)}"):
+    with pytest.raises(Damaged, match=f"that has {len(whole) + change} bytes and its header speaks of {len(whole)}"):
         read_tensors(tmp_path)
 
 

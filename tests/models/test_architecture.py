@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +199,7 @@ def test_a_folder_is_read_and_a_hub_model_only_from_the_cache(
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text(json.dumps({"model_type": "llama", **SIZES}))
     assert known_architecture("some/model", commit, tmp_path).vocabulary == 300
-    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    (tmp_path / "a.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + bytes(40))
     with pytest.raises(UnknownArchitecture, match="has no config.json before its model stage has run"):
         known_architecture("a.gguf", None, tmp_path)
     with pytest.raises(UserError, match="neither a built-in model"):

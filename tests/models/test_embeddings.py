@@ -60,10 +60,10 @@ def test_folders_that_hold_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(UserError, match="no config.json"):
         make_embedder(tmp_path, "cpu", 256, 64)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(UserError, match="not a readable transformers model"):
+    with pytest.raises(UserError, match="holds no tokenizer.json"):
         make_embedder(tmp_path, "cpu", 256, 64)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="not valid JSON"):
+    with pytest.raises(UserError, match="cannot be read as JSON"):
         make_embedder(tmp_path, "cpu", 256, 64)
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "model2vec", None)

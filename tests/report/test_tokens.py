@@ -130,7 +130,7 @@ def test_load_for_show_settles_the_end_of_turn(tmp_path: Path) -> None:
 
 def test_load_for_show_refuses_what_has_no_tokenizer_or_template(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no tokenizer can be read"):
+    with pytest.raises(UserError, match="holds no tokenizer.json"):
         load_for_show(tmp_path / "empty")
     tokenizer = make_tiny_tokenizer()
     tokenizer.chat_template = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +99,45 @@ def test_a_network_that_fails_is_one_message(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("huggingface_hub.snapshot_download", fails)
     with pytest.raises(UserError, match=r"could not be brought in: ConnectError: .*not known\nCheck the network"):
         run(_context(tmp_path, source="a/b", revision="0" * 40))
+
+
+def _with_code(tiny_model: Path, folder: Path, kind: str) -> Path:
+    """A copy of the tiny model that brings a class of its own for its type, ``kind``."""
+    shutil.copytree(tiny_model, folder)
+    (folder / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        f"class OwnConfig(LlamaConfig):\n    model_type = {kind!r}\n"
+        "class Own(LlamaForCausalLM):\n    config_class = OwnConfig\n    ran = True\n"
+    )
+    config = json.loads((folder / "config.json").read_text()) | {
+        "model_type": kind,
+        "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+def code_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers copies a model's code into a folder of its own before it runs it."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+
+
+@pytest.mark.usefixtures("code_of_models")
+def test_code_that_is_trusted_does_not_go_into_the_store(tiny_model: Path, tmp_path: Path) -> None:
+    source = _with_code(tiny_model, tmp_path / "source", "llama")
+    context = _context(tmp_path, source=str(source), trust_remote_code=True)
+    run(context)
+    assert not list((context.output / "model").glob("*.py"))
+    assert "auto_map" not in (context.output / "model" / "config.json").read_text()
+    assert type(load_policy(context.output / "model")).__name__ == "LlamaForCausalLM"
+
+
+@pytest.mark.usefixtures("code_of_models")
+def test_a_model_that_is_its_own_code_alone_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    source = _with_code(tiny_model, tmp_path / "source", "own-kind")
+    for name, trusted, finding in (("one", False, "running Python code"), ("two", True, "own-kind")):
+        (tmp_path / name).mkdir()
+        with pytest.raises(UserError, match=finding):
+            run(_context(tmp_path / name, source=str(source), trust_remote_code=trusted))
+    assert (tmp_path / "modules").exists()  # it was run where that was allowed

@@ -18,7 +18,7 @@ from align.data.steps.base import RowStep, StepContext
 from align.data.steps.texts import prompt_texts, reply_texts
 from align.errors import UserError
 from align.fingerprint import file_digest
-from align.stage import Config
+from align.stage import Config, load_object
 
 
 class Turns(Config):
@@ -131,14 +131,12 @@ _TOKENIZER_FILES = (
 
 
 def _load_tokenizer(config: Tokens, base: Path) -> Any:
-    from transformers import AutoTokenizer
-
     folder = base / Path(config.tokenizer).expanduser()
     name = str(folder) if folder.is_dir() else config.tokenizer
     if not folder.is_dir() and config.revision is None:
         config.identities(base)  # says what is missing
     try:
-        return AutoTokenizer.from_pretrained(name, revision=config.revision, trust_remote_code=False)
+        return load_object("align.models.pretrained:open_tokenizer")(name, revision=config.revision)
     except Exception as error:  # missing files, unknown class, unreachable Hub: all the user's to mend
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"tokens.tokenizer: '{name}' could not be loaded: {reason}") from error

@@ -17,7 +17,6 @@ from pydantic import Field, model_validator
 from align.data.rows import Row
 from align.data.steps.base import StepConfig, StepContext, Table, Verdict, keep_all
 from align.errors import UserError
-from align.fingerprint import file_digest
 from align.stage import Config, load_object
 
 By = Literal["reward", "perplexity", "ifd", "function"]
@@ -85,8 +84,8 @@ class ScoreConfig(StepConfig):
         if self.model.startswith("input "):
             return {}  # an input's key is part of the stage's own
         folder = model_folder(self.model, base, ())
-        files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".jinja"))
-        return {f"model {path.name}": f"sha256:{file_digest(path)}" for path in files}
+        found = load_object("align.models.files:digests")(folder)
+        return {f"model {name}": f"sha256:{digest}" for name, digest in found.items()}
 
     def start(self, context: StepContext) -> _Score:
         """The step itself. Raises ``UserError`` for a model that is not there."""

@@ -43,6 +43,7 @@ def stored_tuning(model_dir: Path) -> Inserted:
             raise ValueError(f"its format is {found['format']}, this version reads {FORMAT}")
         tuning: Any = TypeAdapter(Tuning).validate_python(found["tuning"])
         assert isinstance(tuning, Inserted)
+        assert not isinstance(tuning, PrefixTuning) or int(found["first_token"]) >= 0
         return tuning
     except (OSError, ValueError, KeyError, TypeError, AssertionError, ValidationError) as error:
         raise UserError(f"{file} does not describe an adapter: {error}. The checkpoint is damaged.") from None

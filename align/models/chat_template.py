@@ -1,0 +1,421 @@
+"""Chat templates in bounds: a template comes with a model, is a program, and may not run for ever or fill the memory.
+
+transformers renders in Jinja's sandbox, which keeps a template away from Python's insides but sets no limit: nested
+loops, ``'x' * 10**10`` or a text doubled forty times hang or kill a stage. The environment here counts what a template
+does: a step for each turn of a loop, call and filter, and the characters and items that it makes. A template that goes
+over a limit is refused, after the same step on every machine. Torch-free.
+
+Left out: what a template writes, which the linter looks at (``align.lint.template``).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+from functools import lru_cache, wraps
+from typing import Any
+
+from jinja2 import TemplateError, nodes
+from jinja2.environment import Template
+from jinja2.ext import Extension, loopcontrols
+from jinja2.runtime import LoopContext, Undefined
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+from jinja2.visitor import NodeTransformer
+
+STEPS = 2_000_000
+"""Loop turns, calls and filters of one rendering; a conversation of 1,000 turns takes about 10,000."""
+SIZE = 500_000_000
+"""Characters and items that one rendering makes in all; a text that grows turn by turn is made many times."""
+LONGEST_SOURCE = 500_000
+"""Characters of a template; the longest of a real model has about 20,000."""
+LARGEST_NUMBER = 1_000_000
+"""Of a width, a count or a precision that is passed to a function of the template language."""
+MOST_BITS = 4096
+"""Of a whole number."""
+SECONDS = 60.0
+"""Of processor time. No template that is counted right comes near it."""
+STEPS_BETWEEN_LOOKS = 4096
+LARGEST_VALUE = 100_000
+"""Parts of a list or mapping written in a template, those of its parts counted wherever they stand."""
+DEEPEST_INDENT = 100
+PERCENT = re.compile(r"%(?:\([^)]*\))?[#0\- +]*(?:\*|\d{7,}|\d*\.(?:\*|\d{7,}))")
+BRACES = re.compile(r"\{[^{}]*:[^{}]*(?:\d{7,}|\{)")
+"""In a format: a width or precision of over six digits, or one that comes from the arguments."""
+
+
+class TemplateOutOfBounds(TemplateError):
+    """A template that did more than any chat template does; the message continues a sentence about it."""
+
+
+class Budget:
+    """What one rendering may still do."""
+
+    def __init__(self) -> None:
+        self.steps, self.size = STEPS, SIZE
+        self.end, self.next_look = time.thread_time() + SECONDS, STEPS - STEPS_BETWEEN_LOOKS
+
+    def step(self, count: int = 1) -> None:
+        """Spend steps."""
+        self.steps -= count
+        if self.steps < 0:
+            raise TemplateOutOfBounds(f"did not end within {STEPS} steps")
+        if self.steps < self.next_look:
+            self.next_look = self.steps - STEPS_BETWEEN_LOOKS
+            if time.thread_time() > self.end:
+                raise TemplateOutOfBounds(f"did not end within {SECONDS:g} seconds")
+
+    def make(self, size: int) -> None:
+        """Spend characters or items, before they are made where that can be known."""
+        self.size -= size
+        if self.size < 0:
+            raise TemplateOutOfBounds(f"makes more than {SIZE} characters")
+
+
+class _Local(threading.local):
+    """The budget of the rendering under way in a thread."""
+
+    def __init__(self) -> None:
+        self.budget = Budget()
+
+
+class _Bounds(NodeTransformer):
+    """Sends loops, ``~``, ``in``, slices and literals of a template's syntax tree through filters that count."""
+
+    def visit_For(self, node: nodes.For) -> nodes.For:
+        self.generic_visit(node)
+        node.iter = _filter("bounded_turns", node.iter)
+        return node
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Filter:
+        self.generic_visit(node)
+        return _filter("bounded_joining", nodes.List(node.nodes, lineno=node.lineno))
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Compare:
+        self.generic_visit(node)
+        for operand in node.ops:
+            if operand.op in ("in", "notin"):
+                operand.expr = _filter("bounded_search", operand.expr)
+        return node
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Expr:
+        self.generic_visit(node)
+        return _filter("bounded_copy", node) if isinstance(node.arg, nodes.Slice) else node
+
+    def visit_List(self, node: nodes.List) -> nodes.Expr:
+        self.generic_visit(node)
+        return _filter("bounded_value", node) if node.items else node
+
+    def visit_Dict(self, node: nodes.Dict) -> nodes.Expr:
+        self.generic_visit(node)
+        return _filter("bounded_value", node) if node.items else node
+
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Expr:
+        self.generic_visit(node)
+        return _filter("bounded_value", node) if node.items and node.ctx == "load" else node
+
+
+def _filter(name: str, node: Any) -> nodes.Filter:
+    return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
+
+
+class _Generation(Extension):
+    """``{% generation %}``, by which a template marks the assistant's words; their places are told where asked for.
+
+    As transformers' own extension of that name, which it defines inside a function.
+    """
+
+    tags = {"generation"}  # noqa: RUF012  # jinja's own attribute
+
+    def __init__(self, environment: Any) -> None:
+        super().__init__(environment)
+        environment.extend(activate_tracker=self.activate_tracker)
+        self._pieces: list[str] | None = None
+        self._places: list[tuple[int, int]] | None = None
+
+    def parse(self, parser: Any) -> nodes.Node:
+        """The block, as a call of :meth:`_note`."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_note"), [], [], body).set_lineno(line)
+
+    def _note(self, caller: Any) -> str:
+        text = str(caller())
+        if self._pieces is not None and self._places is not None:
+            start = sum(map(len, self._pieces))
+            self._places.append((start, start + len(text)))
+        return text
+
+    @contextmanager
+    def activate_tracker(self, pieces: list[str], places: list[tuple[int, int]]) -> Iterator[None]:
+        """Note the marked places while ``pieces`` are written."""
+        self._pieces, self._places = pieces, places
+        try:
+            yield
+        finally:
+            self._pieces = self._places = None
+
+
+class BoundedTemplate(Template):
+    """A template whose every rendering has a budget of its own."""
+
+    def render(self, *args: Any, **kwargs: Any) -> str:
+        """The text. Raises ``TemplateError`` whatever goes wrong in the template."""
+        with self._in_bounds() as environment:
+            return environment.joined(self.root_render_func(self.new_context(dict(*args, **kwargs))))
+
+    def generate(self, *args: Any, **kwargs: Any) -> Iterator[str]:
+        """The text in pieces, as :meth:`render`."""
+        with self._in_bounds():
+            yield from self.root_render_func(self.new_context(dict(*args, **kwargs)))
+
+    @contextmanager
+    def _in_bounds(self) -> Iterator[BoundedEnvironment]:
+        environment: Any = self.environment
+        before, environment.local.budget = environment.local.budget, Budget()
+        try:
+            yield environment
+        except TemplateError:
+            raise
+        except RecursionError:
+            raise TemplateOutOfBounds("calls itself without end") from None
+        except MemoryError:
+            raise TemplateOutOfBounds("needs more memory than there is") from None
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, AssertionError) as error:
+            raise TemplateError(f"{type(error).__name__}: {error}") from error
+        finally:
+            environment.local.budget = before
+
+
+class BoundedEnvironment(ImmutableSandboxedEnvironment):
+    """transformers' environment for chat templates, with a budget."""
+
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+    template_class = BoundedTemplate
+
+    def __init__(self) -> None:
+        self.local = _Local()
+        extensions = [_Generation, loopcontrols]
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions, finalize=self._written)
+        self.concat = self.joined  # type: ignore[assignment]  # jinja joins blocks, macros and the whole by it
+        self.globals["raise_exception"] = _raise
+        self.globals["strftime_now"] = lambda form: datetime.now().strftime(_checked_format(form))
+        self.globals.pop("lipsum")
+        self.filters["tojson"] = _to_json
+        self.filters = {name: self._counted(name, function) for name, function in self.filters.items()}
+        self.filters["bounded_turns"] = self._turns
+        self.filters["bounded_joining"] = self._joining
+        self.filters["bounded_search"] = self._search
+        self.filters["bounded_copy"] = self._counted_result
+        self.filters["bounded_value"] = self._weighed
+
+    @property
+    def budget(self) -> Budget:
+        """Of the rendering under way in this thread."""
+        return self.local.budget
+
+    def _generate(self, source: nodes.Template, *args: Any, **options: Any) -> str:
+        bounded: nodes.Template = _Bounds().visit(source)
+        return super()._generate(bounded, *args, **options)
+
+    def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Jinja's hook for every call in a template."""
+        self.budget.step()
+        self._check_call(function, args, kwargs)
+        if function is dict or function is Namespace:
+            self._weighed([*args, *kwargs.values()])
+        if isinstance(function, LoopContext):  # {% for … recursive %}: its turns do not pass through the tree's loop
+            args = (self._turns(args[0]), *args[1:])
+        return self._counted_result(super().call(context, function, *args, **kwargs))
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """Jinja's hook for the operators that can make much of little."""
+        self.budget.step()
+        if operator == "%" and isinstance(left, str):
+            _checked_format(left)
+        elif operator == "*":
+            for text, times in ((left, right), (right, left)):
+                if isinstance(text, str | list | tuple) and isinstance(times, int):
+                    self.budget.make(len(text) * max(0, times))
+        elif operator == "**" and _bits(left) * max(1, abs(right) if isinstance(right, int) else 1) > MOST_BITS:
+            raise TemplateOutOfBounds(f"makes a number of more than {MOST_BITS} bits")
+        elif operator == "+" and isinstance(left, str | list | tuple):
+            self.budget.make(_size(left) + _size(right))
+        made = super().call_binop(context, operator, left, right)
+        if _bits(made) > MOST_BITS:
+            raise TemplateOutOfBounds(f"makes a number of more than {MOST_BITS} bits")
+        return made
+
+    def joined(self, pieces: Iterable[Any]) -> str:
+        """The pieces as one text; what a template writes in a block, a macro or in all."""
+        whole = []
+        for piece in pieces:
+            self.budget.make(len(piece))
+            whole.append(piece)
+        return "".join(whole)
+
+    def _turns(self, items: Any) -> Any:
+        """``items``, each turn counted; what has a length still has one, for ``loop.length``."""
+        if isinstance(items, Undefined):
+            return items
+        return _Turns(self, items) if hasattr(items, "__len__") else self._turn_by_turn(items)
+
+    def _turn_by_turn(self, items: Iterable[Any]) -> Iterator[Any]:
+        for item in items:
+            self.budget.step()
+            yield item
+
+    def _joining(self, values: list[Any]) -> str:
+        return self.joined(str(self._written(value)) for value in values)
+
+    def _written(self, value: Any) -> Any:
+        """Jinja's hook for every value that becomes text. A namespace may hold itself many times over."""
+        self.budget.step()
+        if isinstance(value, Namespace):
+            raise TemplateError("a namespace is written out")
+        return value
+
+    def _weighed(self, value: Any) -> Any:
+        """``value``, when it is small however often its parts stand in it: printed or compared, each place counts."""
+        parts, left = [value], LARGEST_VALUE
+        while parts:
+            part = parts.pop()
+            if isinstance(part, Mapping):
+                parts.extend(part.values())
+            elif isinstance(part, list | tuple | set):
+                parts.extend(part)
+            left -= 1
+            if left < len(parts):
+                raise TemplateOutOfBounds(f"makes a value of more than {LARGEST_VALUE} parts")
+        self.budget.step((LARGEST_VALUE - left) // 10)
+        return value
+
+    def _search(self, values: Any) -> Any:
+        self.budget.step(1 + _size(values) // 1000)
+        return values
+
+    def _counted(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A filter that spends a step, and more on long values: filters read their whole value."""
+        leading = 1 if hasattr(function, "jinja_pass_arg") else 0  # the environment or context comes first
+
+        @wraps(function)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            values = args[leading:]
+            self.budget.step(1 + (_size(values[0]) // 1000 if values else 0))
+            self._check_arguments(name, values, kwargs)
+            result = function(*args, **kwargs)
+            if isinstance(result, Iterator):
+                return self._turn_by_turn(result)
+            return self._counted_result(result)
+
+        return counted
+
+    def _check_call(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        subject = getattr(function, "__self__", None)
+        if isinstance(subject, str | list | tuple | dict):
+            self.budget.step(_size(subject) // 1000)
+            self._check_arguments(getattr(function, "__name__", ""), (subject, *args), kwargs)
+            return
+        wrapped = getattr(function, "__wrapped__", None)  # jinja's own for text.format
+        if getattr(wrapped, "__name__", "") in ("format", "format_map"):
+            _checked_format(getattr(wrapped, "__self__", ""), BRACES)
+
+    def _check_arguments(self, name: str, values: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        for value in (*values[1:], *kwargs.values()):
+            if isinstance(value, int) and abs(value) > LARGEST_NUMBER:
+                raise TemplateOutOfBounds(f"passes {name} the number {value}")
+        if name == "replace" and len(values) >= 3 and all(isinstance(value, str) for value in values[:3]):
+            self.budget.make(values[0].count(values[1]) * len(values[2]))
+        elif name == "join" and len(values) >= 2 and isinstance(values[0], str):  # separator.join(items)
+            self.budget.make(len(values[0]) * _size(values[1]))
+        elif name == "join" and len(values) >= 2 and hasattr(values[0], "__len__"):  # items|join(separator)
+            self.budget.make(len(str(values[1])) * _size(values[0]))
+        elif name == "format" and values:
+            _checked_format(values[0])
+        elif name in ("indent", "expandtabs"):
+            width = next((value for value in (*values[1:], *kwargs.values()) if isinstance(value, int)), 8)
+            self.budget.make((str(values[0]).count("\n") + str(values[0]).count("\t") + 1) * width)
+        elif name == "translate" and len(values) > 1 and isinstance(values[1], dict):
+            self.budget.make(len(values[0]) * max(map(_size, values[1].values()), default=0))
+
+    def _counted_result(self, value: Any) -> Any:
+        if isinstance(value, str | list | tuple | dict | set | range):
+            self.budget.make(len(value))
+        return value
+
+
+class _Turns:
+    """A collection whose turns are counted."""
+
+    def __init__(self, environment: BoundedEnvironment, items: Any) -> None:
+        self._environment, self._items = environment, items
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._environment._turn_by_turn(self._items)
+
+
+def _size(value: Any) -> int:
+    return len(value) if hasattr(value, "__len__") else 1
+
+
+def _bits(value: Any) -> int:
+    return value.bit_length() if isinstance(value, int) else 1
+
+
+def _checked_format(text: Any, pattern: re.Pattern[str] = PERCENT) -> Any:
+    """``text``, when no width or precision in it is huge or comes from an argument."""
+    if pattern.search(str(text)):
+        raise TemplateOutOfBounds("formats with a width that is huge or not written out")
+    return text
+
+
+def _raise(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """As transformers': without HTML's escapes."""
+    if isinstance(indent, int) and indent > DEEPEST_INDENT:
+        raise TemplateOutOfBounds(f"indents JSON by {indent}")
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+@lru_cache(maxsize=64)
+def compile_template(source: str) -> BoundedTemplate:
+    """The template of ``source``. Raises ``TemplateError`` for one that does not compile."""
+    if len(source) > LONGEST_SOURCE:
+        raise TemplateOutOfBounds(f"has {len(source)} characters, more than {LONGEST_SOURCE}")
+    environment = BoundedEnvironment()
+    try:
+        template: Any = environment.from_string(source)
+    except RecursionError:
+        raise TemplateOutOfBounds("is nested too deeply") from None
+    except (SyntaxError, ValueError, TypeError, OverflowError) as error:  # Python's, of the code that Jinja makes
+        raise TemplateError(f"{type(error).__name__}: {error}") from None
+    compiled: BoundedTemplate = template
+    return compiled
+
+
+def bound_templates() -> None:
+    """Have transformers render every chat template in this process in these bounds; a second call changes nothing.
+
+    transformers compiles a template in one place, for its tokenizers, trl, vLLM and lm-eval alike.
+    """
+    from transformers.utils import chat_template_utils
+
+    if not hasattr(chat_template_utils, "_compile_jinja_template"):
+        raise RuntimeError(
+            "this transformers has no utils.chat_template_utils._compile_jinja_template, so chat templates cannot be "
+            "bounded; install a version that align supports (pyproject.toml)."
+        )
+    chat_template_utils._compile_jinja_template = compile_template

@@ -1,0 +1,139 @@
+"""Files of a model folder: which of them a loader reads, and whether they may be read at all. Torch-free.
+
+A folder is looked at before any loader sees it. Weights are safetensors files inside the folder, named by
+``model.safetensors.index.json`` or called ``model.safetensors``; a link may lead to another file of the folder or into
+the blobs of the Hub's cache, nowhere else. Left out: what the files say (``config_checks.py`` and its neighbors).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from align.errors import UserError
+from align.fingerprint import file_digest
+
+CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+READ_SUFFIXES = frozenset({".json", ".safetensors", ".jinja", ".txt", ".model", ".py", ".tiktoken", ".bpe", ".spm"})
+"""Suffixes of the files that decide what a folder's model computes; a README or an optimizer state does not."""
+READ_FOLDERS = ("additional_chat_templates", "adapter")
+"""Folders inside a model folder that loaders read: transformers' further templates, and an adapter of align's own."""
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+LARGEST_JSON = 64 * 2**20
+"""Bytes of a JSON file that is read; tokenizers of 250,000 tokens take about 30 MB."""
+
+
+def files_read(folder: Path) -> dict[str, Path]:
+    """Every file that a loader may read, by its path below ``folder``; a key is made of their contents."""
+    listed = {file.name: file for file in _files(folder)}
+    for name in READ_FOLDERS:
+        if (folder / name).is_dir():
+            listed |= {f"{name}/{file.name}": file for file in _files(folder / name)}
+    return dict(sorted(listed.items()))
+
+
+def _files(folder: Path) -> list[Path]:
+    return [file for file in folder.iterdir() if file.suffix in READ_SUFFIXES and file.is_file()]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """sha256 of every file that a loader may read, by its path below ``folder``."""
+    return {name: file_digest(file) for name, file in files_read(folder).items()}
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in ``file``. Raises ``UserError`` for a file that is missing, too large or holds none."""
+    try:
+        size = file.stat().st_size
+        if size > LARGEST_JSON:
+            raise UserError(f"{file}: has {size} bytes, too many for a file of settings. Fetch the model again.")
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file}: there is no such file. Fetch the model again.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        detail = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise UserError(f"{file}: cannot be read as JSON ({detail}). Fetch the model again.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: expected a JSON object, found {type(content).__name__}. Fetch the model again.")
+    return content
+
+
+def read_optional(file: Path) -> dict[str, Any]:
+    """The JSON object in ``file``; empty where there is no such file."""
+    return read_object(file) if file.exists() else {}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors that hold the model's weights, as every loader agrees on them.
+
+    Raises ``UserError`` for an index that is damaged, names anything but safetensors of this folder, or differs from a
+    ``model.safetensors`` beside it, and for a folder without weights.
+    """
+    single, index = folder / SINGLE, folder / INDEX
+    if not index.exists():
+        if single.is_file():
+            return [single]
+        _refuse_no_weights(folder)
+    names = _indexed(index)
+    if single.is_file() and names != [SINGLE]:
+        raise UserError(
+            f"{index}: names {names[0]} and there is a {SINGLE} as well, so loaders differ in which they read. Remove "
+            "the one that is not meant."
+        )
+    for name in names:
+        if not (folder / name).is_file():
+            raise UserError(f"{index}: names {name}, and there is no such file. Fetch the model again.")
+    return [folder / name for name in names]
+
+
+def _indexed(index: Path) -> list[str]:
+    """The files that an index names, sorted; ``UserError`` for any that is not plainly a safetensors file beside it."""
+    mapping = read_object(index).get("weight_map")
+    if not isinstance(mapping, dict) or not mapping:
+        raise UserError(f"{index}: has no weight_map that names the tensors' files. Fetch the model again.")
+    names = list(mapping.values())
+    for name in names:
+        if not isinstance(name, str) or not name:
+            raise UserError(f"{index}: names {name!r} as a file. Fetch the model again.")
+        if name.endswith(PICKLES):
+            raise UserError(
+                f"{index}: names {name}, pickled weights, which run code when opened; align loads safetensors only. "
+                "Convert the model once with `model.save_pretrained(folder)` where you trust it."
+            )
+        if not name.endswith(".safetensors") or name != Path(name).name or "\\" in name:
+            raise UserError(
+                f"{index}: names {name}; only .safetensors files in the same folder are read. Do not use this model "
+                "unless you know why it names another."
+            )
+    return sorted(set(names))
+
+
+def _refuse_no_weights(folder: Path) -> None:
+    names = sorted(file.name for file in folder.iterdir())
+    shards = [name for name in names if name.endswith(".safetensors")]
+    pickled = [name for name in names if name.endswith(PICKLES)]
+    if shards:
+        raise UserError(
+            f"{folder}: holds {shards[0]} and neither {SINGLE} nor {INDEX}, which says what its files hold. Fetch the "
+            "missing file."
+        )
+    if pickled:
+        raise UserError(
+            f"{folder}: holds only pickled weights ({pickled[0]}), which run code when opened; align loads safetensors "
+            "only. Convert it once with `model.save_pretrained(folder)` where you trust it, and name that folder."
+        )
+    raise UserError(f"{folder}: holds no weights ({SINGLE}). Name a whole model folder.")
+
+
+def refuse_links(folder: Path) -> None:
+    """Raise ``UserError`` for a file that is read and lies elsewhere: its content would be copied, exported, pushed."""
+    inside = folder.resolve()
+    blobs = inside.parent.parent / "blobs" if inside.parent.name == "snapshots" else inside
+    for name, file in files_read(folder).items():
+        target = file.resolve()
+        if not target.is_relative_to(inside) and target.parent != blobs:
+            raise UserError(
+                f"{folder / name}: is a link to {target}, outside the model's folder. Copy the file, or name the "
+                "folder that it lies in."
+            )

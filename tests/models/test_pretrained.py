@@ -1,0 +1,216 @@
+"""The one door: every call that loads a model or a tokenizer is in it, and neither runs code nor invents weights."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import align
+from align.chat import Speaker
+from align.commands.finding import find_tokenizer
+from align.errors import UserError
+from align.lint.command import load as load_for_lint
+from align.models.loading import load_policy, load_reward, load_tokenizer, new_reward
+from align.models.pretrained import open_model, open_tokenizer
+
+PACKAGE = Path(align.__file__).parent
+DOOR = Path("models", "pretrained.py")
+LOADERS = {
+    "from_pretrained",
+    "from_config",
+    "LLM",
+    "AsyncLLM",
+    "pipeline",
+    "simple_evaluate",
+    "load_checkpoint_and_dispatch",
+}
+PARAMETER = {DOOR, Path("models", "conversion.py")}
+"""Files in which ``trust_remote_code`` is passed on from the config of a ``model`` stage."""
+
+
+def calls() -> Iterator[tuple[Path, ast.Call, str]]:
+    for file in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute):
+                name = node.func.id if isinstance(node.func, ast.Name) else node.func.attr
+                yield file.relative_to(PACKAGE), node, name
+
+
+def test_every_call_that_loads_a_model_is_in_the_door_or_says_that_it_runs_no_code() -> None:
+    seen = 0
+    for file, call, name in calls():
+        if name not in LOADERS or (name == "pipeline" and not isinstance(call.func, ast.Name)):
+            continue
+        seen += 1
+        place = f"{file}:{call.lineno}: {name}"
+        if name == "LLM":
+            assert any(_is_false(word) for word in call.keywords), place
+        elif name == "simple_evaluate":
+            assert "_model_arguments" in ast.unparse(call), place
+        else:
+            assert file == DOOR, place
+            takes = "Auto" in ast.unparse(call.func) or ast.unparse(call.func).startswith("auto")
+            words = [word for word in call.keywords if word.arg == "trust_remote_code"]
+            # peft, model2vec and a transformers class that is named know no code of a model's own
+            assert words or not takes or "_model_mapping" in ast.unparse(call.func), place
+    assert seen >= 10
+
+
+def _is_false(word: ast.keyword) -> bool:
+    return word.arg == "trust_remote_code" and isinstance(word.value, ast.Constant) and word.value.value is False
+
+
+def test_code_of_a_model_is_allowed_by_the_config_of_a_model_stage_alone() -> None:
+    for file, call, _ in calls():
+        for word in call.keywords:
+            if word.arg == "trust_remote_code" and not _is_false(word):
+                passed_on = ast.unparse(word.value) in ("trust_remote_code", "config.trust_remote_code")
+                assert passed_on, f"{file}:{call.lineno}"
+                assert file in PARAMETER or file == Path("stages", "model.py"), f"{file}:{call.lineno}"
+    text = (PACKAGE / "evaluation" / "lm_eval_run.py").read_text(encoding="utf-8")
+    assert '"trust_remote_code": False' in text
+    for file in PACKAGE.rglob("*.py"):
+        assert "--trust-remote-code" not in file.read_text(encoding="utf-8"), file
+
+
+def test_nothing_unpickles() -> None:
+    for file, call, name in calls():
+        place = f"{file}:{call.lineno}"
+        owner = ast.unparse(call.func.value) if isinstance(call.func, ast.Attribute) else ""
+        assert owner not in ("pickle", "cloudpickle", "joblib", "dill") or not name.startswith("load"), place
+        if owner == "torch" and name == "load":
+            assert any(word.arg == "weights_only" and ast.unparse(word.value) == "True" for word in call.keywords), (
+                place
+            )
+
+
+@pytest.fixture
+def folder(tiny_model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+@pytest.fixture
+def with_code(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that brings code for config, model and tokenizer; a question would be answered with yes."""
+    mark = folder.parent / "code-ran"
+    (folder / "mine.py").write_text(f"open({str(mark)!r}, 'w').close()\nraise SystemExit\n")
+    maps = {
+        "config.json": {"model_type": "mine", "auto_map": {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}},
+        "tokenizer_config.json": {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.T", None]}},
+    }
+    for name, changes in maps.items():
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | changes))
+    monkeypatch.setattr(builtins, "input", lambda *_: "y")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["chat", "data show", "lint", "policy", "reward", "tokenizer"])
+def test_no_command_asks_for_or_runs_code_that_comes_with_a_model(name: str, with_code: Path) -> None:
+    commands = {
+        "chat": lambda: Speaker(with_code, 0.0, 8),
+        "data show": lambda: find_tokenizer(str(with_code), None),
+        "lint": lambda: load_for_lint(str(with_code), with_code.parent, None),
+        "policy": lambda: load_policy(with_code),
+        "reward": lambda: load_reward(with_code),
+        "tokenizer": lambda: load_tokenizer(with_code),
+    }
+    with pytest.raises(UserError, match="running Python code that comes with it, which is not done here"):
+        commands[name]()
+    assert not (with_code.parent / "code-ran").exists()
+
+
+def test_a_tokenizers_code_alone_is_not_run_either(with_code: Path, tiny_model: Path) -> None:
+    shutil.copyfile(tiny_model / "config.json", with_code / "config.json")
+    with pytest.raises(UserError, match="running Python code that comes with it"):
+        load_tokenizer(with_code)
+    assert not (with_code.parent / "code-ran").exists()
+
+
+def test_code_beside_a_type_that_transformers_knows_is_left_alone(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text()) | {"auto_map": {"AutoModelForCausalLM": "mine.M"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert type(load_policy(folder)).__name__ == "LlamaForCausalLM"
+
+
+def _tensors(folder: Path, change) -> None:  # type: ignore[no-untyped-def]
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("load", [load_policy, new_reward])
+def test_tensors_that_are_missing_or_left_over_are_named(load, folder: Path) -> None:  # type: ignore[no-untyped-def]
+    lost = ["model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.k_proj.weight"]
+    _tensors(folder, lambda tensors: [tensors.pop(name) for name in lost])
+    with pytest.raises(UserError, match="lacks 2 tensors") as caught:
+        load(folder)
+    assert all(name in str(caught.value) for name in lost)
+
+
+def test_what_is_left_over_is_named(folder: Path) -> None:
+    _tensors(
+        folder, lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 2)})
+    )
+    for load in (load_policy, new_reward):
+        with pytest.raises(UserError, match=r"no place: model\.layers\.0\.self_attn\.q_proj\.lora_A\.weight"):
+            load(folder)
+
+
+def test_a_reward_model_is_no_policy(tiny_reward: Path) -> None:
+    with pytest.raises(UserError, match=r"no place: score\.weight"):
+        load_policy(tiny_reward)
+
+
+def test_what_transformers_documents_as_absent_or_ignorable_is(folder: Path) -> None:
+    """A tied head, stored or not; buffers of rotary embeddings, which old checkpoints hold."""
+    _tensors(folder, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)}))
+    plain = load_policy(folder)
+    _tensors(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
+    assert torch.equal(load_policy(folder).lm_head.weight, plain.lm_head.weight)
+
+
+def test_an_untied_head_that_is_missing_is_an_error_for_a_policy_and_none_for_a_reward_model(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"asks for: lm_head\.weight"):
+        load_policy(folder)
+    assert not new_reward(folder).score.weight.any()
+    _tensors(folder, lambda tensors: tensors.update({"lm_head.weight": torch.ones(260, 64)}))
+    assert load_policy(folder).lm_head.weight.eq(1).all()
+    assert not new_reward(folder).score.weight.any()
+
+
+def test_an_encoder_leaves_heads_aside_and_no_layer(folder: Path) -> None:
+    _tensors(folder, lambda tensors: tensors.update({"score.weight": torch.ones(1, 64)}))
+    assert open_model("encoder", folder, torch.float32)[0].layers[1] is not None
+    config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"holds 9 tensors .*: model\.layers\.1"):
+        open_model("encoder", folder, torch.float32)
+
+
+def test_loading_draws_nothing_and_reads_no_tensor_of_a_model_that_does_not_fit(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = torch.get_rng_state()
+    load_policy(folder)
+    assert torch.equal(torch.get_rng_state(), before)
+    config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 3}
+    (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("was loaded"))
+    with pytest.raises(UserError, match="lacks 9 tensors"):
+        load_policy(folder)
+
+
+def test_a_hub_name_that_cannot_be_fetched_is_the_users_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    with pytest.raises(UserError, match="no/such-model: cannot be loaded"):
+        open_tokenizer("no/such-model", revision="0" * 40)
