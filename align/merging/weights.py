@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 
 from align.errors import UserError
+from align.models.files import weight_files
 
 HEAD = "lm_head.weight"
 
@@ -27,11 +28,9 @@ class Weights:
                 "those of its base. Merge checkpoints of methods that fold into the weights (docs/methods.md)."
             )
         self._files: dict[str, Path] = {}
-        for file in sorted(folder.glob("*.safetensors")):
+        for file in weight_files(folder):
             with safe_open(file, framework="pt") as tensors:
                 self._files |= dict.fromkeys(tensors.keys(), file)
-        if not self._files:
-            raise UserError(f"{label} has no safetensors in {folder}.")
         self.tied = bool(self.config.get("tie_word_embeddings", False)) and "score.weight" not in self._files
         # A tied head may be written beside the embeddings or left out; it is one tensor either way.
         self.names = {name for name in self._files if not (self.tied and name == HEAD)}

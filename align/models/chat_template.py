@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import json
 import re
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
@@ -28,60 +26,20 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-STEPS = 2_000_000
-"""Loop turns, calls and filters of one rendering; a conversation of 1,000 turns takes about 10,000."""
-SIZE = 500_000_000
-"""Characters and items that one rendering makes in all; a text that grows turn by turn is made many times."""
+from align.models.template_budget import Budget, LocalBudget, TemplateOutOfBounds
+
 LONGEST_SOURCE = 500_000
 """Characters of a template; the longest of a real model has about 20,000."""
 LARGEST_NUMBER = 1_000_000
 """Of a width, a count or a precision that is passed to a function of the template language."""
 MOST_BITS = 4096
 """Of a whole number."""
-SECONDS = 60.0
-"""Of processor time. No template that is counted right comes near it."""
-STEPS_BETWEEN_LOOKS = 4096
 LARGEST_VALUE = 100_000
 """Parts of a list or mapping written in a template, those of its parts counted wherever they stand."""
 DEEPEST_INDENT = 100
 PERCENT = re.compile(r"%(?:\([^)]*\))?[#0\- +]*(?:\*|\d{7,}|\d*\.(?:\*|\d{7,}))")
 BRACES = re.compile(r"\{[^{}]*:[^{}]*(?:\d{7,}|\{)")
 """In a format: a width or precision of over six digits, or one that comes from the arguments."""
-
-
-class TemplateOutOfBounds(TemplateError):
-    """A template that did more than any chat template does; the message continues a sentence about it."""
-
-
-class Budget:
-    """What one rendering may still do."""
-
-    def __init__(self) -> None:
-        self.steps, self.size = STEPS, SIZE
-        self.end, self.next_look = time.thread_time() + SECONDS, STEPS - STEPS_BETWEEN_LOOKS
-
-    def step(self, count: int = 1) -> None:
-        """Spend steps."""
-        self.steps -= count
-        if self.steps < 0:
-            raise TemplateOutOfBounds(f"did not end within {STEPS} steps")
-        if self.steps < self.next_look:
-            self.next_look = self.steps - STEPS_BETWEEN_LOOKS
-            if time.thread_time() > self.end:
-                raise TemplateOutOfBounds(f"did not end within {SECONDS:g} seconds")
-
-    def make(self, size: int) -> None:
-        """Spend characters or items, before they are made where that can be known."""
-        self.size -= size
-        if self.size < 0:
-            raise TemplateOutOfBounds(f"makes more than {SIZE} characters")
-
-
-class _Local(threading.local):
-    """The budget of the rendering under way in a thread."""
-
-    def __init__(self) -> None:
-        self.budget = Budget()
 
 
 class _Bounds(NodeTransformer):
@@ -199,7 +157,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     template_class = BoundedTemplate
 
     def __init__(self) -> None:
-        self.local = _Local()
+        self.local = LocalBudget()
         extensions = [_Generation, loopcontrols]
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions, finalize=self._written)
         self.concat = self.joined  # type: ignore[assignment]  # jinja joins blocks, macros and the whole by it
@@ -246,18 +204,18 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             raise TemplateOutOfBounds(f"makes a number of more than {MOST_BITS} bits")
         elif operator == "+" and isinstance(left, str | list | tuple):
             self.budget.make(_size(left) + _size(right))
-        made = super().call_binop(context, operator, left, right)
-        if _bits(made) > MOST_BITS:
+        result = super().call_binop(context, operator, left, right)
+        if _bits(result) > MOST_BITS:
             raise TemplateOutOfBounds(f"makes a number of more than {MOST_BITS} bits")
-        return made
+        return result
 
     def joined(self, pieces: Iterable[Any]) -> str:
         """The pieces as one text; what a template writes in a block, a macro or in all."""
-        whole = []
+        texts = []
         for piece in pieces:
             self.budget.make(len(piece))
-            whole.append(piece)
-        return "".join(whole)
+            texts.append(piece)
+        return "".join(texts)
 
     def _turns(self, items: Any) -> Any:
         """``items``, each turn counted; what has a length still has one, for ``loop.length``."""

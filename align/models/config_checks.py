@@ -1,4 +1,4 @@
-"""What a ``config.json`` may say before a library acts on it: sizes, token ids, code and files that it names.
+"""Checks of a ``config.json`` before a library acts on it: sizes, token ids, code and files that it names.
 
 Only what is wrong for every model is refused. Whether the weights have the shapes that follow from the sizes is for
 transformers to say (``pretrained.py``). Torch-free.

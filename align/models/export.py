@@ -16,7 +16,6 @@ from align.errors import UserError
 from align.models.folder_checks import check_adapter, check_folder
 
 ADAPTER = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 STORED = Path("adapter", "adapter.json")
 """In a model folder, what describes an adapter of our own (``align.models.tuning.stored``)."""
 SHARD = "5GB"

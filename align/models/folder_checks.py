@@ -18,6 +18,7 @@ from align.models.tokenizer_checks import check_tokenizer
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CODE = ("megatron_config", "corda_config", "lora_ga_config", "prompt_tuning_init_state_dict_path")
 """Fields of an ``adapter_config.json`` by which peft imports modules or opens other files."""
 
@@ -54,13 +55,13 @@ def tensor_entries(folder: Path) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     for file in weight_files(folder):
         try:
-            found = read_header(file)
+            header = read_header(file)
         except (BadHeader, OSError) as error:
             raise UserError(f"{file}: {error}. Fetch the model again.") from None
-        twice = sorted(entries.keys() & found.keys())
+        twice = sorted(entries.keys() & header.keys())
         if twice:
             raise UserError(f"{file}: holds {twice[0]}, which another file of the model holds as well.")
-        entries |= found
+        entries |= header
     odd = next(
         (entry for name, entry in entries.items() if entry.dtype not in FLOATS and name.endswith("weight")), None
     )
@@ -79,7 +80,7 @@ def check_adapter(adapter: Path) -> None:
     for name in ADAPTER_CODE:
         if settings.get(name):
             raise UserError(f"{file}: {name} names code or files to load, which is not done here. Remove the line.")
-    weights = adapter / "adapter_model.safetensors"
+    weights = adapter / ADAPTER_WEIGHTS
     if not weights.is_file():
         pickled = " and only pickled weights, which run code when opened" if list(adapter.glob("*.bin")) else ""
         raise UserError(f"{adapter}: holds no {weights.name}{pickled}. Save the adapter anew by peft.")

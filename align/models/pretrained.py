@@ -18,7 +18,8 @@ from typing import Any, Literal
 from align.errors import UserError
 from align.models.chat_template import bound_templates
 from align.models.files import CONFIG, refuse_links
-from align.models.folder_checks import check_adapter, check_folder, check_gguf, tensor_entries
+from align.models.folder_checks import ADAPTER_WEIGHTS, check_adapter, check_folder, check_gguf, tensor_entries
+from align.models.headers import read_header
 from align.models.tokenizer_checks import check_tokenizer
 
 Task = Literal["causal", "classifier", "encoder"]
@@ -172,7 +173,7 @@ def refuse_misfits(task: Task, folder: Path, info: dict[str, Any], may_lack: Col
 
 
 def _is_unused_head(task: Task, name: str) -> bool:
-    """Whether a tensor belongs to a head over the vocabulary, or for an encoder to no layer."""
+    """True for a tensor of a head over the vocabulary, and for an encoder for one that is in no layer."""
     if task == "classifier":
         return name in ("lm_head.weight", "lm_head.bias", "embed_out.weight")
     return task == "encoder" and not any(part.isdigit() for part in name.split("."))
@@ -196,15 +197,16 @@ def open_gguf(gguf: Path, dtype: Any) -> tuple[Any, Any]:
 
     auto: Any = transformers.AutoModelForCausalLM
     bound_templates()
-    with tempfile.TemporaryDirectory(prefix="align-gguf-") as alone, _refusing(gguf):
-        (Path(alone) / gguf.name).symlink_to(gguf.resolve())
+    with tempfile.TemporaryDirectory(prefix="align-gguf-") as isolated, _refusing(gguf):
+        (Path(isolated) / gguf.name).symlink_to(gguf.resolve())
         check_gguf(gguf)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(alone, gguf_file=gguf.name, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(isolated, gguf_file=gguf.name, trust_remote_code=False)
         with _undisturbed():
             model, info = auto.from_pretrained(
-                alone, gguf_file=gguf.name, dtype=dtype, output_loading_info=True, trust_remote_code=False
+                isolated, gguf_file=gguf.name, dtype=dtype, output_loading_info=True, trust_remote_code=False
             )
     refuse_misfits("causal", gguf, info)
+    tokenizer.name_or_path = model.config.name_or_path = str(gguf)
     return tokenizer, model
 
 
@@ -229,20 +231,28 @@ def adapter_config(adapter: Path) -> Any:
 def attach_adapter(base: Any, adapter: Path) -> tuple[Any, list[str]]:
     """``base`` with the adapter of a folder on it, by peft, and what peft warned of; ``base`` itself is changed.
 
-    Raises peft's own errors where it does not fit.
+    Raises peft's own errors where it does not fit, and ``UserError`` for tensors that ``base`` has no place for: peft
+    drops them without a word.
     """
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
 
     check_adapter(adapter)
     with _undisturbed(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = PeftModel.from_pretrained(base, str(adapter), torch_device="cpu")
+    taken = get_peft_model_state_dict(model, save_embedding_layers=False).keys() | model.state_dict().keys()
+    left = sorted(read_header(adapter / ADAPTER_WEIGHTS).keys() - taken)
+    if left:
+        raise UserError(
+            f"{adapter / ADAPTER_WEIGHTS}: holds {_count(left)} for which the base has no place: {_named(left)}. They "
+            "would be dropped. Name the adapter's own base with --base."
+        )
     return model, [str(warning.message) for warning in caught]
 
 
 @contextmanager
 def _refusing(place: Path | str) -> Iterator[None]:
-    """What a library says about files that it cannot take, as the user's error with the place.
+    """Turn a library's error about files that it cannot take into the user's, with the place.
 
     Libraries raise whatever a damaged file leads them into; a full disk or memory is not the file's fault.
     """

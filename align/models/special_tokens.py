@@ -63,7 +63,7 @@ def turn_end_token(tokenizer: Any) -> int | None:
 
     Raises the template's ``TemplateError``; ``UserError`` for one that goes out of bounds (``chat_template.py``).
     """
-    from align.models.chat_template import TemplateOutOfBounds
+    from align.models.template_budget import TemplateOutOfBounds
 
     try:
         ids = tokenizer.apply_chat_template(CONVERSATION, tokenize=True, return_dict=False)

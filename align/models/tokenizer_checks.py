@@ -1,4 +1,4 @@
-"""What a tokenizer's files may say before a library reads them. Torch-free.
+"""Checks of a tokenizer's files before a library reads them. Torch-free.
 
 Left out: chat templates (``chat_template.py``), and whether eos and pad make sense (``special_tokens.py``).
 """

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from align.errors import UserError
+from align.models import files
 
 if TYPE_CHECKING:
     import torch
@@ -31,11 +31,8 @@ def with_tied_head(weights: Iterable[tuple[str, torch.Tensor]], tied: bool) -> I
 
 
 def weight_files(model_dir: Path) -> list[Path]:
-    """The safetensors of a checkpoint. Raises ``UserError`` when there are none."""
-    files = sorted(model_dir.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{model_dir} holds no safetensors; it is no model folder.")
-    return files
+    """The safetensors of a checkpoint, as every loader reads them. Raises ``UserError`` when there are none."""
+    return files.weight_files(model_dir)
 
 
 def adapter_weights(model_dir: Path) -> dict[str, torch.Tensor]:

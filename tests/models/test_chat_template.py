@@ -13,7 +13,7 @@ from transformers.utils import chat_template_utils
 from transformers.utils.chat_template_utils import _cached_compile_jinja_template as compile_plainly
 
 from align.errors import UserError
-from align.models import chat_template
+from align.models import template_budget
 from align.models.chat_template import bound_templates, compile_template
 from align.models.loading import load_tokenizer
 from align.models.render import render_prompt
@@ -95,18 +95,18 @@ def test_the_step_at_which_a_template_is_stopped_is_the_same_each_time() -> None
     source = "{% for i in range(99999) %}{% for j in range(99999) %}{{ note(i, j) }}{% endfor %}{% endfor %}"
     last = []
     for _ in range(2):
-        seen: list[tuple[int, int]] = []
+        pairs: list[tuple[int, int]] = []
         with pytest.raises(TemplateError, match="steps"):
-            compile_template(source).render(note=lambda i, j, seen=seen: seen.append((i, j)))
-        last.append(seen[-1])
+            compile_template(source).render(note=lambda i, j, pairs=pairs: pairs.append((i, j)))
+        last.append(pairs[-1])
     assert last[0] == last[1]
 
 
 def genuine() -> dict[str, str]:
     """Templates of real models, as trl's wheel carries them, and the project's own."""
     folder = Path(str(resources.files("trl"))) / "chat_templates"
-    found = {file.stem: file.read_text(encoding="utf-8") for file in sorted(folder.glob("*.jinja"))}
-    return {"tiny": CHAT_TEMPLATE} | found
+    templates = {file.stem: file.read_text(encoding="utf-8") for file in sorted(folder.glob("*.jinja"))}
+    return {"tiny": CHAT_TEMPLATE} | templates
 
 
 @pytest.mark.parametrize("name", genuine())
@@ -114,16 +114,16 @@ def test_a_genuine_template_writes_what_it_writes_in_transformers(name: str) -> 
     source = genuine()[name]
     for messages, tools in ((MESSAGES, None), (MESSAGES[1:], None), (CALLING, TOOLS)):
         for prompt in (True, False):
-            given = {
+            variables = {
                 "messages": messages, "tools": tools, "documents": None, "add_generation_prompt": prompt,
                 "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>",
             }  # fmt: skip
-            assert _outcome(compile_template, source, given) == _outcome(compile_plainly, source, given)
+            assert _outcome(compile_template, source, variables) == _outcome(compile_plainly, source, variables)
 
 
-def _outcome(compiled, source, given):  # type: ignore[no-untyped-def]
+def _outcome(compiled, source, variables):  # type: ignore[no-untyped-def]
     try:
-        return compiled(source).render(**given)
+        return compiled(source).render(**variables)
     except Exception:
         return "refused"
 
@@ -135,10 +135,10 @@ def test_transformers_renders_in_bounds_and_marks_the_assistants_words_as_before
         "{% for m in messages %}{{ m.role }}:{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
         "{% endgeneration %}{% else %}{{ m.content }}{% endif %};{% endfor %}"
     )
-    found = tokenizer.apply_chat_template(
+    encoded = tokenizer.apply_chat_template(
         MESSAGES[1:3], return_dict=True, return_assistant_tokens_mask=True, add_generation_prompt=False
     )
-    marked = [token for token, mark in zip(found["input_ids"], found["assistant_masks"], strict=True) if mark]
+    marked = [token for token, mark in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if mark]
     assert tokenizer.decode(marked) == " 4\n"
 
 
@@ -156,7 +156,7 @@ def test_counting_costs_little(monkeypatch: pytest.MonkeyPatch) -> None:
     """At most 3 times transformers' own time for a conversation of 400 turns, and far from every bound."""
     turns = [{"role": ("user", "assistant")[index % 2], "content": f"turn {index} " * 20} for index in range(400)]
     source = CHAT_TEMPLATE
-    monkeypatch.setattr(chat_template, "STEPS", 20_000)
+    monkeypatch.setattr(template_budget, "STEPS", 20_000)
     assert compile_template(source).render(messages=turns) == compile_plainly(source).render(messages=turns)
 
     def seconds(compiled) -> float:  # type: ignore[no-untyped-def]
@@ -172,9 +172,9 @@ def test_counting_costs_little(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_json_is_written_as_in_transformers() -> None:
     source = "{{ x|tojson }} {{ x|tojson(indent=2) }} {{ x|tojson(sort_keys=True, separators=(',', ':')) }}"
-    given = {"x": {"b": "<é>", "a": [1, None, True]}}
-    assert compile_template(source).render(**given) == compile_plainly(source).render(**given)
-    assert json.dumps(given["x"], ensure_ascii=False) in compile_template(source).render(**given)
+    variables = {"x": {"b": "<é>", "a": [1, None, True]}}
+    assert compile_template(source).render(**variables) == compile_plainly(source).render(**variables)
+    assert json.dumps(variables["x"], ensure_ascii=False) in compile_template(source).render(**variables)
 
 
 def test_a_second_call_changes_nothing() -> None:

@@ -219,15 +219,24 @@ def half_an_adapter(folder: Path) -> None:
     save_file(kept, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
+def adapter_of_more(folder: Path) -> None:
+    found = load_file(folder / "adapter_model.safetensors")
+    more = {
+        name.replace("layers.1", "layers.2"): tensor.clone() for name, tensor in found.items() if "layers.1" in name
+    }
+    save_file(found | more, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
 @pytest.mark.parametrize(
     ("harm", "said"),
     [
         (pickled_adapter, r"only pickled weights, which run code when opened"),
         (half_an_adapter, "Found missing adapter keys"),
+        (adapter_of_more, r"tensors for which the base has no place: base_model\.model\.model\.layers\.2\."),
         (lambda folder: change(folder / ADAPTER, r=8), "does not fit this base: .*size mismatch"),
         (lambda folder: change(folder / ADAPTER, target_modules=["no_such_module"]), "does not fit this base"),
     ],
-    ids=["pickles", "half", "rank", "modules"],
+    ids=["pickles", "half", "more", "rank", "modules"],
 )
 def test_an_adapter_that_is_unsafe_or_does_not_fit_is_refused(
     harm: Callable[[Path], Any], said: str, trained: Path, tiny_model: Path, tmp_path: Path

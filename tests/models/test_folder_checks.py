@@ -368,16 +368,16 @@ def test_what_lies_beside_a_gguf_is_not_read(tmp_path: Path, monkeypatch: pytest
     gguf = tmp_path / "model.gguf"
     gguf.write_bytes(gguf_header(1) + bytes(99))
     (tmp_path / SETTINGS).write_text('{"auto_map": {"AutoTokenizer": ["m.T", null]}}')
-    seen: list[list[str]] = []
+    listings: list[list[str]] = []
 
     def listing(folder: str, **options: Any) -> None:
-        seen.append(sorted(file.name for file in Path(folder).iterdir()))
+        listings.append(sorted(file.name for file in Path(folder).iterdir()))
         raise ValueError("no more is needed")
 
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", listing)
     with pytest.raises(UserError, match="no more is needed"):
         convert_gguf(gguf, tmp_path / "out")
-    assert seen == [["model.gguf"]]
+    assert listings == [["model.gguf"]]
 
 
 @pytest.mark.parametrize("field", ["megatron_config", "corda_config", "prompt_tuning_init_state_dict_path"])

@@ -45,11 +45,11 @@ def calls() -> Iterator[tuple[Path, ast.Call, str]]:
 
 
 def test_every_call_that_loads_a_model_is_in_the_door_or_says_that_it_runs_no_code() -> None:
-    seen = 0
+    count = 0
     for file, call, name in calls():
         if name not in LOADERS or (name == "pipeline" and not isinstance(call.func, ast.Name)):
             continue
-        seen += 1
+        count += 1
         place = f"{file}:{call.lineno}: {name}"
         if name == "LLM":
             assert any(_is_false(word) for word in call.keywords), place
@@ -61,7 +61,7 @@ def test_every_call_that_loads_a_model_is_in_the_door_or_says_that_it_runs_no_co
             words = [word for word in call.keywords if word.arg == "trust_remote_code"]
             # peft, model2vec and a transformers class that is named know no code of a model's own
             assert words or not takes or "_model_mapping" in ast.unparse(call.func), place
-    assert seen >= 10
+    assert count >= 10
 
 
 def _is_false(word: ast.keyword) -> bool:

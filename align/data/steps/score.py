@@ -84,8 +84,8 @@ class ScoreConfig(StepConfig):
         if self.model.startswith("input "):
             return {}  # an input's key is part of the stage's own
         folder = model_folder(self.model, base, ())
-        found = load_object("align.models.files:digests")(folder)
-        return {f"model {name}": f"sha256:{digest}" for name, digest in found.items()}
+        digests = load_object("align.models.files:digests")(folder)
+        return {f"model {name}": f"sha256:{digest}" for name, digest in digests.items()}
 
     def start(self, context: StepContext) -> _Score:
         """The step itself. Raises ``UserError`` for a model that is not there."""
