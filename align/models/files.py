@@ -129,7 +129,7 @@ def _refuse_no_weights(folder: Path) -> None:
 def refuse_links(folder: Path) -> None:
     """Raise ``UserError`` for a file that is read and lies elsewhere: its content would be copied, exported, pushed."""
     inside = folder.resolve()
-    blobs = inside.parent.parent / "blobs" if inside.parent.name == "snapshots" else inside
+    blobs = (inside.parent.parent / "blobs").resolve() if inside.parent.name == "snapshots" else inside
     for name, file in files_read(folder).items():
         target = file.resolve()
         if not target.is_relative_to(inside) and target.parent != blobs:

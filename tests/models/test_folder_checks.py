@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from align.cli import main
 from align.errors import UserError
 from align.models.conversion import convert_gguf, copy_model
 from align.models.folder_checks import check_adapter, check_folder
@@ -423,6 +426,28 @@ def test_the_key_covers_shards(folder: Path) -> None:
     data[-1] ^= 1
     (folder / "part-1.safetensors").write_bytes(bytes(data))
     assert identity(str(folder), None, folder.parent) != before
+
+
+def test_a_plan_looks_at_a_folder_without_torch_and_refuses_it(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = (
+        "import sys; from pathlib import Path; from align.models.source import identity; "
+        "identity(sys.argv[1], None, Path('.')); print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    shard(lambda names: dict.fromkeys(names, "evil.bin"))(folder)
+    pipeline = folder.parent / "p.yaml"
+    pipeline.write_text(f"name: p\nstages:\n  model: {{source: {folder}}}\n")
+    assert main(["plan", str(pipeline), "--store", str(folder.parent / "store")]) == 2
+    assert f"{folder / INDEX}: names evil.bin, pickled weights" in capsys.readouterr().err
+
+
+def test_a_chat_with_a_damaged_folder_ends_with_code_2(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cut(WEIGHTS)(folder)
+    assert main(["chat", str(folder)]) == 2
+    assert f"{folder / WEIGHTS}: has" in capsys.readouterr().err
 
 
 def test_an_adapter_of_our_own_is_not_left_behind_by_a_model_stage(folder: Path) -> None:

@@ -24,6 +24,7 @@ from align.training.distill_trainer import AnswerCollator, own_answers, prompt_o
 from align.training.divergence import Known, Live, Measure, summed_divergence, with_rest
 from align.training.rows import MASKED, encode_supervised
 from align.training.teacher import TeacherCache
+from tests.stages.more_tokens import add_token
 from tests.training.harness import context, data_artifact, losses, rows
 from tests.training.test_resume import Killed, dying
 
@@ -333,10 +334,8 @@ def test_teachers_that_cannot_teach_are_refused(tiny_model: Path, tmp_path: Path
     (other / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}")
     with pytest.raises(UserError, match="student and teacher have different chat templates"):
         run(made(tmp_path / "a", tiny_model, other))
-    tokenizer = load_tokenizer(tiny_model)
-    tokenizer.add_tokens(["zebra"])
     more = make_tiny(tmp_path / "vocabulary", seed=1)
-    tokenizer.save_pretrained(more)
+    add_token(more, "zebra")
     with pytest.raises(
         UserError, match=r"the student and the teacher have different vocabularies \(260 and 261 tokens\)"
     ):

@@ -22,6 +22,7 @@ from align.pipeline import Pipeline
 from align.runtime import Runtime
 from align.stage import StageContext
 from align.stages.merge import MergeConfig, run
+from tests.stages.more_tokens import add_token
 
 
 def moved(source: Path, folder: Path, seed: int, size: float = 0.01) -> Path:
@@ -216,9 +217,7 @@ def test_what_does_not_fit_together_is_refused(
         tokenizer.chat_template += " "
         tokenizer.save_pretrained(folder)
     elif fault == "vocabulary":
-        tokenizer = load_tokenizer(folder)
-        tokenizer.add_tokens(["<new>"])
-        tokenizer.save_pretrained(folder)
+        add_token(folder, "<new>")
     elif fault == "adapter":
         (folder / "adapter").mkdir()
     else:

@@ -23,6 +23,7 @@ from align.stages.preference import Reference, make_ready
 from align.training.reference import Answer, answer_sums
 from align.training.rows import encode_pairs
 from tests.models.tuning.pretended import CASES
+from tests.stages.more_tokens import add_token
 from tests.training.harness import context, data_artifact, events, losses, rows
 from tests.training.test_resume import Killed, dying
 
@@ -242,9 +243,7 @@ def test_reference_scores_are_shared_where_the_start_is_the_same(
 def test_a_reference_of_another_vocabulary_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     plain = made(tmp_path / "a", tiny_model, "kto", reference="other")
     reference = other_model(tmp_path / "r", tiny_model)
-    tokenizer = load_tokenizer(reference.model)
-    tokenizer.add_tokens(["<extra>"])
-    tokenizer.save_pretrained(reference.model)
+    add_token(reference.model, "<extra>")
     with pytest.raises(UserError, match=r"policy 'model' and reference 'other' have different vocabularies"):
         STAGES["kto"].runner()(replace(plain, inputs={**plain.inputs, "reference": reference}))
 

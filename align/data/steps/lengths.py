@@ -7,6 +7,7 @@ repository is run.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -99,7 +100,7 @@ class Tokens(Lengths):
                 f"tokens.tokenizer: there is no folder {folder}. For a tokenizer of the Hub, add its revision: the "
                 "commit, 40 hexadecimal digits."
             )
-        files = sorted(path for path in folder.iterdir() if path.is_file() and path.name in _TOKENIZER_FILES)
+        files = sorted(path for path in folder.iterdir() if path.is_file() and _is_read(path.name))
         if not files:
             raise UserError(f"tokens.tokenizer: {folder} holds none of {', '.join(_TOKENIZER_FILES)}.")
         return {f"tokenizer {path.name}": f"sha256:{file_digest(path)}" for path in files}
@@ -128,6 +129,11 @@ _TOKENIZER_FILES = (
     "added_tokens.json",
     "special_tokens_map.json",
 )
+
+
+def _is_read(name: str) -> bool:
+    """True for a file of a tokenizer; one for newer versions of transformers is called ``tokenizer.4.0.json``."""
+    return name in _TOKENIZER_FILES or fnmatch(name, "tokenizer.*.json") or name.endswith(".tiktoken")
 
 
 def _load_tokenizer(config: Tokens, base: Path) -> Any:
