@@ -22,7 +22,6 @@ from align.pipeline import Pipeline
 from align.runtime import Runtime
 from align.stage import StageContext
 from align.stages.merge import MergeConfig, run
-from tests.stages.more_tokens import add_token
 
 
 def moved(source: Path, folder: Path, seed: int, size: float = 0.01) -> Path:
@@ -217,7 +216,10 @@ def test_what_does_not_fit_together_is_refused(
         tokenizer.chat_template += " "
         tokenizer.save_pretrained(folder)
     elif fault == "vocabulary":
-        add_token(folder, "<new>")
+        content = json.loads((folder / "tokenizer.json").read_text())
+        ids = content["model"]["vocab"]
+        ids["a"], ids["b"] = ids["b"], ids["a"]
+        (folder / "tokenizer.json").write_text(json.dumps(content))
     elif fault == "adapter":
         (folder / "adapter").mkdir()
     else:
