@@ -11,7 +11,6 @@ Left out: what a template writes, which the linter looks at (``align.lint.templa
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
@@ -27,19 +26,17 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 from align.models.template_budget import Budget, LocalBudget, TemplateOutOfBounds
+from align.models.template_growth import formatted, growth, repeated, weight
 
 LONGEST_SOURCE = 500_000
 """Characters of a template; the longest of a real model has about 20,000."""
-LARGEST_NUMBER = 1_000_000
-"""Of a width, a count or a precision that is passed to a function of the template language."""
 MOST_BITS = 4096
 """Of a whole number."""
 LARGEST_VALUE = 100_000
 """Parts of a list or mapping written in a template, those of its parts counted wherever they stand."""
 DEEPEST_INDENT = 100
-PERCENT = re.compile(r"%(?:\([^)]*\))?[#0\- +]*(?:\*|\d{7,}|\d*\.(?:\*|\d{7,}))")
-BRACES = re.compile(r"\{[^{}]*:[^{}]*(?:\d{7,}|\{)")
-"""In a format: a width or precision of over six digits, or one that comes from the arguments."""
+UNUSED = ("urlize", "xmlattr", "striptags")
+"""Filters for web pages, which take long on long texts and which no chat template has a use for."""
 
 
 class _Bounds(NodeTransformer):
@@ -57,7 +54,7 @@ class _Bounds(NodeTransformer):
     def visit_Compare(self, node: nodes.Compare) -> nodes.Compare:
         self.generic_visit(node)
         for operand in node.ops:
-            if operand.op in ("in", "notin"):
+            if operand.op in ("in", "notin") or not isinstance(operand.expr, nodes.Const):
                 operand.expr = _filter("bounded_search", operand.expr)
         return node
 
@@ -162,8 +159,10 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions, finalize=self._written)
         self.concat = self.joined  # type: ignore[assignment]  # jinja joins blocks, macros and the whole by it
         self.globals["raise_exception"] = _raise
-        self.globals["strftime_now"] = lambda form: datetime.now().strftime(_checked_format(form))
+        self.globals["strftime_now"] = self._date
         self.globals.pop("lipsum")
+        for name in UNUSED:
+            self.filters.pop(name)
         self.filters["tojson"] = _to_json
         self.filters = {name: self._counted(name, function) for name, function in self.filters.items()}
         self.filters["bounded_turns"] = self._turns
@@ -194,16 +193,14 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """Jinja's hook for the operators that can make much of little."""
         self.budget.step()
-        if operator == "%" and isinstance(left, str):
-            _checked_format(left)
+        if operator == "%" and isinstance(left, str | bytes):
+            self.budget.make(formatted(left, [right]))
         elif operator == "*":
-            for text, times in ((left, right), (right, left)):
-                if isinstance(text, str | list | tuple) and isinstance(times, int):
-                    self.budget.make(len(text) * max(0, times))
+            self.budget.make(repeated(left, right))
         elif operator == "**" and _bits(left) * max(1, abs(right) if isinstance(right, int) else 1) > MOST_BITS:
             raise TemplateOutOfBounds(f"makes a number of more than {MOST_BITS} bits")
-        elif operator == "+" and isinstance(left, str | list | tuple):
-            self.budget.make(_size(left) + _size(right))
+        elif operator == "+":
+            self.budget.make(weight(left) + weight(right))
         result = super().call_binop(context, operator, left, right)
         if _bits(result) > MOST_BITS:
             raise TemplateOutOfBounds(f"makes a number of more than {MOST_BITS} bits")
@@ -253,6 +250,10 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.budget.step((LARGEST_VALUE - left) // 10)
         return value
 
+    def _date(self, form: str) -> str:
+        self.budget.make(formatted(form, []))
+        return datetime.now().strftime(form)
+
     def _search(self, values: Any) -> Any:
         self.budget.step(1 + _size(values) // 1000)
         return values
@@ -265,7 +266,11 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         def counted(*args: Any, **kwargs: Any) -> Any:
             values = args[leading:]
             self.budget.step(1 + (_size(values[0]) // 1000 if values else 0))
-            self._check_arguments(name, values, kwargs)
+            if values:
+                if name in ("join", "sum") and isinstance(values[0], Iterator):
+                    values = (list(values[0]), *values[1:])
+                    args = (*args[:leading], *values)
+                self.budget.make(growth(name, values, kwargs, is_method=False))
             result = function(*args, **kwargs)
             if isinstance(result, Iterator):
                 return self._turn_by_turn(result)
@@ -274,36 +279,16 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return counted
 
     def _check_call(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        subject = getattr(function, "__self__", None)
-        if isinstance(subject, str | list | tuple | dict):
+        wrapped = getattr(function, "__wrapped__", function)  # jinja wraps text.format
+        subject, name = getattr(wrapped, "__self__", None), getattr(wrapped, "__name__", "")
+        if name == "striptags":
+            raise TemplateOutOfBounds("calls striptags")
+        if isinstance(subject, str | bytes | int | list | tuple | dict):
             self.budget.step(_size(subject) // 1000)
-            self._check_arguments(getattr(function, "__name__", ""), (subject, *args), kwargs)
-            return
-        wrapped = getattr(function, "__wrapped__", None)  # jinja's own for text.format
-        if getattr(wrapped, "__name__", "") in ("format", "format_map"):
-            _checked_format(getattr(wrapped, "__self__", ""), BRACES)
-
-    def _check_arguments(self, name: str, values: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        for value in (*values[1:], *kwargs.values()):
-            if isinstance(value, int) and abs(value) > LARGEST_NUMBER:
-                raise TemplateOutOfBounds(f"passes {name} the number {value}")
-        if name == "replace" and len(values) >= 3 and all(isinstance(value, str) for value in values[:3]):
-            self.budget.make(values[0].count(values[1]) * len(values[2]))
-        elif name == "join" and len(values) >= 2 and isinstance(values[0], str):  # separator.join(items)
-            self.budget.make(len(values[0]) * _size(values[1]))
-        elif name == "join" and len(values) >= 2 and hasattr(values[0], "__len__"):  # items|join(separator)
-            self.budget.make(len(str(values[1])) * _size(values[0]))
-        elif name == "format" and values:
-            _checked_format(values[0])
-        elif name in ("indent", "expandtabs"):
-            width = next((value for value in (*values[1:], *kwargs.values()) if isinstance(value, int)), 8)
-            self.budget.make((str(values[0]).count("\n") + str(values[0]).count("\t") + 1) * width)
-        elif name == "translate" and len(values) > 1 and isinstance(values[1], dict):
-            self.budget.make(len(values[0]) * max(map(_size, values[1].values()), default=0))
+            self.budget.make(growth(name, (subject, *args), kwargs, is_method=True))
 
     def _counted_result(self, value: Any) -> Any:
-        if isinstance(value, str | list | tuple | dict | set | range):
-            self.budget.make(len(value))
+        self.budget.make(weight(value))
         return value
 
 
@@ -326,13 +311,6 @@ def _size(value: Any) -> int:
 
 def _bits(value: Any) -> int:
     return value.bit_length() if isinstance(value, int) else 1
-
-
-def _checked_format(text: Any, pattern: re.Pattern[str] = PERCENT) -> Any:
-    """``text``, when no width or precision in it is huge or comes from an argument."""
-    if pattern.search(str(text)):
-        raise TemplateOutOfBounds("formats with a width that is huge or not written out")
-    return text
 
 
 def _raise(message: str) -> None:

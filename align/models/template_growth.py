@@ -1,0 +1,118 @@
+"""Estimates of what a call in a chat template makes, before it is made: characters, and items by their memory.
+
+Filters and methods of texts can make much of little: a width, a replacement, a text that joins others. Left out: what a
+template writes piece by piece, which is counted as it comes (``chat_template.py``). Torch-free.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from align.models.template_budget import TemplateOutOfBounds
+
+ITEM, PART = 16, 64
+"""Size of an item of a list, which refers to a value; of a part that a text is split into, a value of its own."""
+LARGEST_NUMBER = 1_000_000
+"""Of a width or a count that is passed to a function of the template language."""
+WIDENING = frozenset({
+    "batch", "center", "expandtabs", "indent", "ljust", "rjust", "round", "slice", "to_bytes", "truncate", "wordwrap",
+    "zfill",
+})  # fmt: skip
+"""Filters and methods that a number may have make as much as it says."""
+PERCENT = re.compile(r"%(?:\([^)]*\))?[#0\- +]*(?:\*|\d{7,}|\d*\.(?:\*|\d{7,}))")
+BRACES = re.compile(r"\{[^{}]*:[^{}]*(?:\d{7,}|\{)")
+"""In a format: a width or precision of over six digits, or one that comes from the arguments."""
+Text = str | bytes
+
+
+def growth(name: str, values: Sequence[Any], keywords: Mapping[str, Any], *, is_method: bool) -> int:
+    """Size of what the filter or method ``name`` makes of ``values``, the first of which it belongs to.
+
+    0 where a call makes no more than it is given. Raises ``TemplateOutOfBounds`` for a huge width.
+    """
+    subject, arguments = values[0], [*values[1:], *keywords.values()]
+    numbers = [value for value in arguments if isinstance(value, int)]
+    if name in WIDENING and any(abs(number) > LARGEST_NUMBER for number in numbers):
+        raise TemplateOutOfBounds(f"passes {name} the number {max(numbers, key=abs)}")
+    if name == "join":
+        other = arguments[0] if arguments else ""
+        return _joined(subject, other) if is_method else _joined(other, subject)
+    if name == "replace":
+        return _replaced(subject, arguments)
+    if name in ("indent", "expandtabs", "wordwrap"):
+        lines = 1 + sum(_count(subject, mark) for mark in ("\n", "\t", " "))
+        return lines * max([8, *map(abs, numbers), *map(_size, arguments)])
+    if name in ("split", "rsplit", "splitlines"):
+        given = next((value for value in arguments if isinstance(value, Text) and value), None)
+        marks = [given] if given is not None else [" ", "\n", "\t", "\r"]
+        return PART * (1 + sum(_count(subject, mark) for mark in marks))
+    if name in ("list", "sort", "reverse", "unique", "dictsort"):
+        return ITEM * _size(subject)
+    if name == "sum":
+        return ITEM * sum(_size(item) for item in subject if not isinstance(item, int)) if _is_listed(subject) else 0
+    if name == "translate":
+        return _size(subject) * max((_size(item) for value in arguments for item in _items(value)), default=0)
+    if name in ("format", "format_map"):
+        return formatted(subject, arguments, PERCENT if not is_method else BRACES)
+    return 0
+
+
+def formatted(text: Any, arguments: Sequence[Any], pattern: re.Pattern[str] = PERCENT) -> int:
+    """Size of a format filled in. Raises ``TemplateOutOfBounds`` for a width that is huge or not written out."""
+    shown = text if isinstance(text, str) else str(text)
+    if pattern.search(shown):
+        raise TemplateOutOfBounds("formats with a width that is huge or not written out")
+    places = shown.count("%") + shown.count("{")
+    return len(shown) + places * max((_size(item) for value in arguments for item in _items(value)), default=0)
+
+
+def repeated(left: Any, right: Any) -> int:
+    """Size of ``left * right`` where one of them is a text or a list."""
+    for value, times in ((left, right), (right, left)):
+        if isinstance(value, Text | list | tuple) and isinstance(times, int):
+            return weight(value) * max(0, times)
+    return 0
+
+
+def weight(value: Any) -> int:
+    """Size of a value that was made: characters of a text, items of a collection by what they take."""
+    if isinstance(value, Text):
+        return len(value)
+    return ITEM * len(value) if isinstance(value, list | tuple | dict | set) else 0
+
+
+def _joined(separator: Any, items: Any) -> int:
+    between = _size(separator) if isinstance(separator, Text) else 0
+    if isinstance(items, Text):
+        return len(items) * (1 + between)
+    return sum(between + _size(item) for item in _items(items))
+
+
+def _replaced(subject: Any, arguments: Sequence[Any]) -> int:
+    texts = [value for value in arguments if isinstance(value, Text)]
+    return _count(subject, texts[0]) * _size(texts[1]) if len(texts) > 1 else 0
+
+
+def _count(text: Any, mark: Any) -> int:
+    """How often ``mark`` stands in ``text``; 0 where they are not texts of one type."""
+    if isinstance(text, bytes) and isinstance(mark, str):
+        mark = mark.encode()
+    if isinstance(text, str) and isinstance(mark, str):
+        return text.count(mark)
+    return text.count(mark) if isinstance(text, bytes) and isinstance(mark, bytes) else 0
+
+
+def _is_listed(value: Any) -> bool:
+    return isinstance(value, list | tuple | set)
+
+
+def _items(value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        return list(value.values())
+    return list(value) if _is_listed(value) else [value]
+
+
+def _size(value: Any) -> int:
+    return len(value) if hasattr(value, "__len__") else 1
