@@ -12,7 +12,7 @@ from typing import Any
 
 from align.errors import UserError
 from align.models.files import read_optional
-from align.models.pretrained import open_gguf, open_model, open_tokenizer
+from align.models.pretrained import open_gguf, open_model, open_tokenizer, refusing
 from align.models.render import require_chat_template
 from align.models.special_tokens import settle_special_tokens
 
@@ -73,6 +73,8 @@ def write_model(model: Any, tokenizer: Any, out_dir: Path, warn: Callable[[str],
     _require_rows(model, tokenizer, source)
     tokenizer.clean_up_tokenization_spaces = False  # it would take spaces out of what was really sampled
     model.generation_config.do_sample = True  # a folder is sampled from by default, as its training was
+    with refusing(Path(source, "generation_config.json")):  # saving would refuse it, with part of the folder written
+        model.generation_config.validate(strict=True)
     model.save_pretrained(out_dir)
     tokenizer.save_pretrained(out_dir)
 

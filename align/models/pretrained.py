@@ -37,7 +37,7 @@ def open_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoConfig
 
     check_folder(folder)
-    with _refusing(folder / CONFIG):
+    with refusing(folder / CONFIG):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if not hasattr(config.get_text_config(), "vocab_size"):
         raise UserError(f"{folder / CONFIG}: {config.model_type} is no language model. Name another model.")
@@ -58,7 +58,7 @@ def open_tokenizer(folder: Path | str, *, revision: str | None = None, trust_rem
         refuse_links(path)
         check_tokenizer(path, None)
     bound_templates()
-    with _refusing(folder):
+    with refusing(folder):
         return AutoTokenizer.from_pretrained(str(folder), revision=revision, trust_remote_code=trust_remote_code)
 
 
@@ -83,7 +83,7 @@ def open_model(
     if not trust_remote_code:  # a model of its own code is built by that code alone
         compare_shapes(task, folder, config, may_lack, options)
     auto: Any = getattr(transformers, AUTO_CLASSES[task])
-    with _undisturbed(), _refusing(folder):
+    with _undisturbed(), refusing(folder):
         model, info = auto.from_pretrained(
             folder,
             use_safetensors=True,
@@ -129,7 +129,7 @@ def compare_shapes(
         )
     entries = tensor_entries(folder)
     tensors = {name: torch.empty(entry.shape, device="meta") for name, entry in entries.items()}
-    with _quiet(), _undisturbed(), _refusing(folder):
+    with _quiet(), _undisturbed(), refusing(folder):
         _, info = auto._model_mapping[type(wanted)].from_pretrained(
             None,
             config=wanted,
@@ -197,7 +197,7 @@ def open_gguf(gguf: Path, dtype: Any) -> tuple[Any, Any]:
 
     auto: Any = transformers.AutoModelForCausalLM
     bound_templates()
-    with tempfile.TemporaryDirectory(prefix="align-gguf-") as isolated, _refusing(gguf):
+    with tempfile.TemporaryDirectory(prefix="align-gguf-") as isolated, refusing(gguf):
         (Path(isolated) / gguf.name).symlink_to(gguf.resolve())
         check_gguf(gguf)
         tokenizer = transformers.AutoTokenizer.from_pretrained(isolated, gguf_file=gguf.name, trust_remote_code=False)
@@ -215,7 +215,7 @@ def open_static(folder: Path) -> Any:
     from model2vec import StaticModel
 
     refuse_links(folder)
-    with _refusing(folder):
+    with refusing(folder):
         return StaticModel.from_pretrained(folder, force_download=False)
 
 
@@ -224,7 +224,7 @@ def adapter_config(adapter: Path) -> Any:
     from peft import PeftConfig
 
     check_adapter(adapter)
-    with _refusing(adapter):
+    with refusing(adapter):
         return PeftConfig.from_pretrained(str(adapter))
 
 
@@ -251,7 +251,7 @@ def attach_adapter(base: Any, adapter: Path) -> tuple[Any, list[str]]:
 
 
 @contextmanager
-def _refusing(place: Path | str) -> Iterator[None]:
+def refusing(place: Path | str) -> Iterator[None]:
     """Turn a library's error about files that it cannot take into the user's, with the place.
 
     Libraries raise whatever a damaged file leads them into; a full disk or memory is not the file's fault.
@@ -280,7 +280,8 @@ def _unreadable(place: Path | str, error: Exception) -> str:
 
 
 def _first_line(text: Any) -> str:
-    line = next((line.strip() for line in str(text).splitlines() if line.strip()), "no message")
+    lines = [line.strip() for line in str(text).splitlines() if line.strip()] or ["no message"]
+    line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     line = line if len(line) <= 300 else f"{line[:300]}…"
     return line if line.endswith((".", "…", "!", "?")) else f"{line}."
 

@@ -305,6 +305,9 @@ CASES: dict[str, tuple[Change, str, str]] = {
     "generation with a temperature below 0": (edit(GENERATION, temperature=-1), GENERATION, "temperature is -1"),
     "generation with a text": (edit(GENERATION, temperature="hot"), GENERATION, "temperature is 'hot'"),
     "generation with infinity": (edit(GENERATION, top_p=float("inf")), GENERATION, "top_p is inf"),
+    "generation that contradicts itself": (edit(GENERATION, early_stopping=True), GENERATION, "early_stopping"),
+    "generation with an unknown cache": (edit(GENERATION, cache_implementation="evil"), "", "cache_implementation"),
+    "generation with a text for a list": (edit(GENERATION, watermarking_config="x"), "", "cannot be loaded"),
     "generation with code": (edit(GENERATION, custom_generate="evil/code"), GENERATION, "custom_generate"),
     "an adapter among the weights": (
         put("adapter_config.json", '{"base_model_name_or_path": "evil/x"}'),
