@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,20 +11,15 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from align.artifacts import Artifact
+from align.errors import printable, redact
 from align.listener import Listener
 from align.pipeline import Node
 
 if TYPE_CHECKING:
     from align.models.memory import Estimate
 
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 SHOWN = ("loss", "score", "gold", "accuracy", "kl")
 """Values a stage may show beside its bar, in this order."""
-
-
-def printable(text: str) -> str:
-    """Text without control characters, which could move the cursor or change the terminal."""
-    return CONTROL.sub(lambda match: f"\\x{ord(match.group()):02x}", text)
 
 
 def duration(seconds: float) -> str:
@@ -67,7 +61,7 @@ class ConsoleListener(Listener):
             self.progress.stop()
 
     def _say(self, mark: str, name: str, text: str, style: str = "") -> None:
-        line = f"{mark} {name:<{self.width}}  {escape(printable(text))}"
+        line = f"{mark} {name:<{self.width}}  {escape(printable(redact(text)))}"
         self.console.print(f"[{style}]{line}[/]" if style else line, soft_wrap=True)
 
     def stage_cached(self, node: Node, artifact: Artifact) -> None:
@@ -143,11 +137,11 @@ class ConsoleListener(Listener):
 
     def transfer(self, message: str) -> None:
         """A dim line."""
-        self.console.print(f"[dim]⇅ {escape(printable(message))}[/]")
+        self.console.print(f"[dim]⇅ {escape(printable(redact(message)))}[/]")
 
     def warning(self, message: str) -> None:
         """A line in yellow."""
-        self.console.print(f"[yellow]! {escape(printable(message))}[/]")
+        self.console.print(f"[yellow]! {escape(printable(redact(message)))}[/]")
 
 
 def _headline(artifact: Artifact) -> str:

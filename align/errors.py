@@ -1,9 +1,10 @@
-"""The errors a user sees, and the exit code of each.
+"""The errors a user sees, the exit code of each, and what of foreign text may be shown in them.
 
 Everything else that escapes is a bug in align and keeps its traceback.
 """
 
 import errno
+import re
 import shutil
 from pathlib import Path
 
@@ -12,16 +13,66 @@ LITTLE_SPACE = 64 * 1024
 """Bytes; a disk with less cannot even take a stage's result."""
 
 
+SECRETS = (
+    (re.compile(r"(://)[^\s/?#'\"<>]*@"), r"\1***@"),
+    (re.compile(r"(://)[^\s@:/'\"<>]+:[^\s@'\"<>]*@"), r"\1***@"),  # a password with a slash in it
+    (re.compile(r"(^|[\s'\"(\[=,])[^\s:/@'\"(\[=,]+:[^\s@'\"]+@(?=[\w\[])"), r"\1***@"),  # without a scheme
+    (
+        re.compile(
+            r"([?&][^=&\s'\"]*(?:key|token|secret|passw|pwd|signature|sig|credential|auth)[^=&\s'\"]*=)[^&\s'\"]+", re.I
+        ),
+        r"\1***",
+    ),
+)
+"""Parts of addresses that let somebody in, and what is shown in their place."""
+HIDDEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters, which move the cursor or change the terminal
+    "\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"  # zero width, order of writing
+    "\ud800-\udfff\U000e0000-\U000e007f]"  # half characters, which no terminal takes; invisible tags
+)
+
+
+def redact(text: str) -> str:
+    """Text with the names, passwords and tokens in its addresses replaced by ``***``."""
+    for pattern, shown in SECRETS:
+        text = pattern.sub(shown, text)
+    return text
+
+
+def printable(text: str) -> str:
+    """Text without characters that a terminal hides or obeys: control, zero-width and bidirectional ones are escaped.
+
+    Tabs and line feeds stay.
+    """
+    return HIDDEN.sub(_escape, text)
+
+
+def _escape(match: re.Match[str]) -> str:
+    number = ord(match.group())
+    if number < 0x100:
+        return f"\\x{number:02x}"
+    return f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
+
+
 class UserError(Exception):
-    """The user's input is wrong: exit code 2, one message with the place and the remedy, no traceback."""
+    """The user's input is wrong: exit code 2, one message with the place and the remedy, no traceback.
+
+    Passwords in addresses that the message repeats are left out of it.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(redact(str(message)))
 
 
 class StageFailed(Exception):
     """A stage ended without its artifact: exit code 1, the message names the stage and the path of its log."""
 
     exit_code = 1
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(redact(str(message)))
 
 
 def explain_os_error(error: OSError, folder: Path) -> str:

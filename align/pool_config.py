@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
+from align.errors import redact
 from align.stage import Config
 
-ADDRESS = re.compile(r"^http://[A-Za-z0-9._-]+(:[0-9]{1,5})?/?$")
+ADDRESS = re.compile(r"^(http://[A-Za-z0-9._-]+(:[0-9]{1,5})?/?|unix:/[^\s\x00]+)$")
 MOVED = ("address", "weights", "weights_folder")
 """Fields that ``runtime.engine`` once had for its one server."""
 
@@ -18,9 +19,12 @@ class RolloutsConfig(Config):
     """vLLM servers that sample, score and answer for a stage; none: it samples in its own process."""
 
     servers: int = Field(0, ge=0, le=1024)
-    """Servers that a stage starts on this machine, on 127.0.0.1, and ends with it."""
+    """Servers that a stage starts on this machine, each on a Unix socket of its own, and ends with it."""
     addresses: list[str] = Field([])
-    """Servers that run already, http://127.0.0.1:8000, instead of ``servers``; they go on afterwards."""
+    """Servers that run already, http://127.0.0.1:8000 or unix:/run/vllm.sock, instead of ``servers``; they go on
+    afterwards."""
+    key_variable: str = Field("ALIGN_SERVER_KEY", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    """Environment variable that holds the key of the servers at ``addresses``; the key itself is never written."""
     tensor_parallel: int = Field(1, ge=1, le=64)
     """GPUs (processes, on a CPU) that share the weights of one of ``servers``."""
     gpus: list[int] | None = None
@@ -47,7 +51,7 @@ class RolloutsConfig(Config):
     def _are_addresses(cls, given: list[str]) -> list[str]:
         for one in given:
             if not ADDRESS.match(one):
-                raise ValueError(f"'{one}' is no address of a vLLM server; write http://127.0.0.1:8000")
+                raise ValueError(f"'{redact(one)}' is no address of a vLLM server; write http://127.0.0.1:8000")
         bare = [one.rstrip("/") for one in given]
         twice = sorted({one for one in bare if bare.count(one) > 1})
         if twice:

@@ -21,6 +21,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Two-layer models are faster on one thread, and threads that spin starve the processes which tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# The key of stand-ins for vLLM's servers, which tests reach by address (tests/rollouts/fake_server.py).
+os.environ.setdefault("ALIGN_SERVER_KEY", "the-key-of-stand-ins-for-servers")
 
 BUCKETS = itertools.count()
 REPOSITORY = Path(__file__).resolve().parents[1]

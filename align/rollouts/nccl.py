@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from align.errors import UserError
-from align.rollouts.server_client import Client
+from align.rollouts.server_client import UNIX, Client
 from align.rollouts.server_process import free_port
 from align.rollouts.watchdog import Watchdog
 from align.rollouts.weights import refuse_missing
@@ -28,7 +28,8 @@ SERVER_OPTIONS = ["--weight-transfer-config", '{"backend": "nccl"}']
 
 def is_offered(config: dict[str, Any]) -> bool:
     """Whether a server of this configuration (``vllm_config`` of ``/server_info``) was started with these options."""
-    return (config.get("weight_transfer_config") or {}).get("backend") == "nccl"
+    transfer = config.get("weight_transfer_config") if isinstance(config, dict) else None
+    return isinstance(transfer, dict) and transfer.get("backend") == "nccl"
 
 
 class Control:
@@ -84,7 +85,9 @@ class NcclSender:
                 f"runtime.rollouts.weights is nccl, but vLLM's sender does not import here ({error}). Install vLLM "
                 "0.31 on the trainer's side too, or take `weights: folder`."
             ) from None
-        workers = int(client.find(WORKERS, client.call(WORKERS, method="GET"), "world_size"))
+        workers = client.find(WORKERS, client.call(WORKERS, method="GET"), "world_size")
+        if not isinstance(workers, int) or workers < 1:
+            raise client.unexpected(WORKERS, "world_size is no number of workers", workers)
         address, port = meeting_point(client)
         met = NCCLTrainerInitInfo(rank=0, master_address=address, master_port=port, world_size=1 + workers)
         with self.watchdog.watch("meeting over NCCL"):
@@ -110,6 +113,8 @@ class NcclSender:
 
 def meeting_point(client: Client) -> tuple[str, int]:
     """This machine's address as the server sees it, and a port that is free there."""
+    if client.address.startswith(UNIX):
+        return "127.0.0.1", free_port()
     with socket.create_connection((client.host, client.port), client.timeout) as towards:
         address = str(towards.getsockname()[0])
     return address, free_port(address)

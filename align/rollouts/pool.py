@@ -19,7 +19,7 @@ from align.errors import UserError
 from align.rollouts.dispatch import Dispatch, Question
 from align.rollouts.protocol import Progress, Response, RolloutEngine, Sampling
 from align.rollouts.server import COMPLETIONS, ServerEngine
-from align.rollouts.server_client import POLL_SECONDS, BadReply, Client, EngineLost
+from align.rollouts.server_client import POLL_SECONDS, BadReply, Client, EngineLost, WeightsChanged
 from align.rollouts.server_options import Served
 from align.rollouts.server_process import GRACE_SECONDS
 from align.rollouts.watchdog import Watchdog
@@ -135,27 +135,51 @@ class PoolEngine:
         )
 
     def _ask(self, questions: list[Question], on_progress: Progress | None) -> list[Any]:
+        self._check_weights(before=True)
         self.await_ready()
-        return Dispatch(self, COMPLETIONS, questions, self.batch_size, on_progress).run()
+        answers = Dispatch(self, COMPLETIONS, questions, self.batch_size, on_progress).run()
+        self._check_weights()
+        return answers
 
     def ask_each(self, do: Callable[[RolloutEngine], Found]) -> list[Found]:
         """Do something with every server that is ready; one that fails is lost. Raises as ``await_ready``."""
+        self._check_weights(before=True)
         found = []
         for member in [member for member in self.members if member.ready]:
             try:
                 found.append(do(member.engine))
             except FAULTS as error:
                 self.lose(member, error)
+        self._check_weights()
         self.await_ready()
         return found
 
     # ---- weights ----
+
+    def _check_weights(self, *, before: bool = False, content: bool = False) -> None:
+        """Raise ``WeightsChanged`` where a server holds other weights than it was given; ``content`` as for a server.
+
+        ``before`` anything is sampled, a server that was started anew meanwhile is lost, and comes back with weights.
+        """
+
+        def check(member: Member) -> None:
+            try:
+                member.engine.check_weights(content)
+            except WeightsChanged as error:
+                if not (before and error.restarted):
+                    raise
+                self.lose(member, error)
+            except FAULTS as error:
+                self.lose(member, error)
+
+        self._each([member for member in self.members if member.ready], check)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """See the protocol: no server samples again before it holds them.
 
         Raises ``EngineLost`` when no server is left that can take them, ``BadReply`` when none can read the folder.
         """
+        self._check_weights(content=True)
         self.await_ready()
         self._give(weights)
 
@@ -170,6 +194,7 @@ class PoolEngine:
 
     def adopt(self, version: int) -> None:
         """Have every server read what was written: the second half of ``load_weights``. Raises as it does."""
+        self._check_weights(content=True)
         self.await_ready()
         self._give(version)
 

@@ -1,7 +1,7 @@
 """One vLLM server: what it is asked, what its answers must hold, how it takes new weights.
 
-With ``server_process.py``, ``server_options.py`` and ``nccl.py`` all that touches vLLM's HTTP interface: routes, fields
-and options as of 0.31 (``/v1/completions``, ``/collective_rpc``, ``/reset_prefix_cache``, ``/server_info``,
+With ``server_process.py``, ``server_options.py``, ``server_worker.py`` and ``nccl.py`` all that touches vLLM's HTTP
+interface: routes, fields and options as of 0.31 (``/v1/completions``, ``/collective_rpc``, ``/reset_prefix_cache``, ``/server_info``,
 ``/health``), the middle three of which exist only with ``VLLM_SERVER_DEV_MODE=1``. Every call ends within
 ``runtime.engine.timeout``, with an answer or an error that says whether the server lives. Left out: asking again, and
 several servers (``pool.py``); streaming, tokens scored at other temperatures.
@@ -9,6 +9,7 @@ several servers (``pool.py``); streaming, tokens scored at other temperatures.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Iterable
@@ -18,14 +19,17 @@ import torch
 
 from align.rollouts import nccl
 from align.rollouts.protocol import Progress, Response, Sampling
-from align.rollouts.server_client import POLL_SECONDS, BadReply, Client
-from align.rollouts.server_options import Served, refuse_unfit
+from align.rollouts.server_client import POLL_SECONDS, BadReply, Client, WeightsChanged
+from align.rollouts.server_options import Served, key_of, refuse_unfit
 from align.rollouts.server_process import GRACE_SECONDS, Place, start_server
+from align.rollouts.server_worker import LOAD, NAME, TELL
 from align.rollouts.watchdog import Watchdog
 from align.rollouts.weights import checkpoint_weights, with_tied_head
 from align.rollouts.weights_folder import WeightsFolder
 
 COMPLETIONS, RPC, RESET = "/v1/completions", "/collective_rpc", "/reset_prefix_cache"
+MOST_LOGPROB = 1e-3
+"""A logarithm of a probability is at most 0, but for the rounding of float32."""
 
 
 class ServerEngine:
@@ -50,14 +54,23 @@ class ServerEngine:
         self.dtype, self.batch_size = served.dtype, served.config.batch_size
         self.tokenizer, self.eos = served.tokenizer, served.eos
         pool, timeout = served.pool, served.config.timeout
+        self.holding: list[dict[str, Any]] = []
+        """What each of its workers said that it holds, when it was started or given weights last."""
+        self.sent = 0
+        """Versions that went over NCCL."""
         if not pool.addresses:
             place = Place.of(served.pool, number, served.device.type)
             self.client = start_server(
                 served.model_dir, served.options(), served.seed, timeout, [folder.temporary(), folder.path], place,
                 given_up,
             )  # fmt: skip
+            try:
+                self.holding = self._tell(TELL, content=True)
+            except BaseException:
+                self.end()
+                raise
         else:
-            self.client = Client(pool.addresses[number], timeout)
+            self.client = Client(pool.addresses[number], timeout, key_of(pool))
             refuse_unfit(self.client, served)
 
     @property
@@ -109,10 +122,17 @@ class ServerEngine:
         logprobs = self.client.find(COMPLETIONS, choice, "logprobs", "token_logprobs")
         reason = self.client.find(COMPLETIONS, choice, "finish_reason")
         wrong = None
+        most = self.served.vocabulary
         if not _all(tokens, int) or not 1 <= len(tokens) <= body["max_tokens"]:
             wrong = f"token_ids is no list of 1 to {body['max_tokens']} tokens"
+        elif not all(0 <= token < most for token in tokens):
+            wrong = f"token_ids has {next(t for t in tokens if not 0 <= t < most)}, and there are {most} tokens"
         elif not _all(logprobs, float | int) or len(logprobs) != len(tokens):
             wrong = f"token_logprobs is no list of {len(tokens)} numbers"
+        elif not all(_is_logprob(value) for value in logprobs):
+            wrong = (
+                f"token_logprobs has {next(v for v in logprobs if not _is_logprob(v))}, no logarithm of a probability"
+            )
         elif reason not in ("stop", "length") or (reason == "stop") != (tokens[-1] == self.eos):
             wrong = f"it ended with '{reason}' at token {tokens[-1]}, where {self.eos} is the one that ends a turn"
         if wrong is not None:
@@ -152,21 +172,56 @@ class ServerEngine:
             self.sender = nccl.NcclSender(self.client, served.device, served.dtype, watched)
         self.sender.send(with_tied_head(weights, self.served.tied), set(self.served.names))
         self._forget_prefixes()
+        self.sent += 1
+        self.holding = self._tell(NAME, version=f"{self.folder.owner}:nccl:{self.sent}")
 
     def read_weights(self, version: int) -> None:
         """Have it read a version from the folder. ``BadReply`` when it cannot read the folder, or what lies there."""
         folder = self.folder.of(version)
+        name, digest = self.folder.name_of(version), self.folder.digests[version]
         try:
-            answer = self.client.call(RPC, {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
+            held = self._tell(LOAD, path=str(folder), version=name, digest=digest)
         except BadReply as error:
             raise BadReply(
                 f"{error}. It was told to read new weights from {folder}: can it, under this very path? "
                 "runtime.rollouts.weights_folder names a folder that both sides see."
             ) from None
-        results = self.client.find(RPC, answer, "results")
-        if not isinstance(results, list) or not results or any(result is not None for result in results):
-            raise self.client.unexpected(RPC, "results is no list of nulls, one per worker", answer)
+        if any(worker["version"] != name or worker["digest"] != digest for worker in held):
+            raise self.client.unexpected(RPC, f"it was told to hold {name} of digest {digest}", held)
+        self.holding = held
         self._forget_prefixes()
+
+    def check_weights(self, content: bool = False) -> None:
+        """Raise ``WeightsChanged`` unless the server holds what this run gave it last, and nothing was loaded since.
+
+        ``content`` compares the tensors that its workers can read, too, which takes as long as hashing them.
+        """
+        if not self.holding:
+            return  # nothing was given to it yet
+        told = self._tell(TELL, content=content)
+        names = [name for name in self.holding[0] if content or name != "content"]
+        expected = [{name: worker[name] for name in names} for worker in self.holding]
+        if told == expected:
+            return
+        restarted = all(worker["version"] is None for worker in told) and expected[0]["version"] is not None
+        what = (
+            "holds no weights of this run: it was started anew" if restarted else
+            "does not hold the weights that this run gave it: somebody else changed them, or uses the server too"
+        )  # fmt: skip
+        raise WeightsChanged(
+            f"the vLLM server at {self.client.address} {what} (it tells {told}; expected {expected}). What was sampled "
+            "since its weights were last compared cannot be trusted: the stage ends, and its last checkpoint is from "
+            "before that. Let no other run or person have this server or its key, and run again.",
+            restarted,
+        )
+
+    def _tell(self, method: str, **kwargs: Any) -> list[dict[str, Any]]:
+        """What each worker says of its weights. Raises ``BadReply``."""
+        answer = self.client.call(RPC, {"method": method, "kwargs": kwargs})
+        results = self.client.find(RPC, answer, "results")
+        if not isinstance(results, list) or not results or not all(map(_tells_weights, results)):
+            raise self.client.unexpected(RPC, "results is no list of what each worker holds", answer)
+        return results
 
     def _forget_prefixes(self) -> None:
         """Drop the old weights' keys and values. Refused while requests hold blocks: given-up ones do, for a while."""
@@ -198,7 +253,10 @@ class ServerEngine:
         row = body["prompt"]
         given = self.client.find(COMPLETIONS, self._choice(row, answer), "prompt_logprobs")
         places = range(start, len(row))
-        return [float(self.client.find(COMPLETIONS, given, at, str(row[at]), "logprob")) for at in places]
+        values = [self.client.find(COMPLETIONS, given, at, str(row[at]), "logprob") for at in places]
+        if not _all(values, float | int) or not all(map(_is_logprob, values)):
+            raise self.client.unexpected(COMPLETIONS, "prompt_logprobs has no logarithms of probabilities", given)
+        return [float(value) for value in values]
 
     def end(self) -> None:
         """End a server that was started here; another goes on, with the last weights it was given."""
@@ -212,4 +270,14 @@ class ServerEngine:
 
 
 def _all(values: Any, kind: Any) -> bool:
-    return isinstance(values, list) and all(isinstance(value, kind) for value in values)
+    """Whether it is a list of these; true and false, which Python counts as numbers, are none."""
+    return isinstance(values, list) and all(isinstance(value, kind) and value is not True and value is not False
+                                            for value in values)  # fmt: skip
+
+
+def _is_logprob(value: float) -> bool:
+    return math.isfinite(value) and value <= MOST_LOGPROB
+
+
+def _tells_weights(worker: Any) -> bool:
+    return isinstance(worker, dict) and {"version", "digest", "loads"} <= worker.keys()

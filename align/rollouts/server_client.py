@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from align.rollouts.server_process import LocalServer
 
 POLL_SECONDS, PROBE_SECONDS = 0.25, 1.0
+UNIX = "unix:"
+MOST_BYTES = 256 << 20
+"""Of one answer; one with the log-probabilities of 128k tokens has some 20 MiB."""
 CONNECT_SECONDS = 20.0
 """For a machine to say that it is there; calls that wait for it cannot be ended otherwise."""
 
@@ -33,6 +36,15 @@ class EngineLost(RuntimeError):
 
 class BadReply(RuntimeError):
     """The server answered something other than what was asked for."""
+
+
+class WeightsChanged(RuntimeError):
+    """The server does not hold the weights that this run gave it last."""
+
+    def __init__(self, message: str, restarted: bool = False) -> None:
+        super().__init__(message)
+        self.restarted = restarted
+        """Whether it holds what a server has that was just started."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +61,12 @@ class Reply:
 class Client:
     """JSON calls to one server, each of which ends within ``timeout`` seconds."""
 
-    def __init__(self, address: str, timeout: float, server: LocalServer | None = None) -> None:
-        """``server`` is the process behind ``address`` where it is ours, for error messages."""
+    def __init__(self, address: str, timeout: float, key: str, server: LocalServer | None = None) -> None:
+        """``key`` goes into the header of every call and nowhere else. ``server`` is the process behind ``address``
+        where it is ours, for error messages."""
         parts = urlsplit(address)
         self.address, self.host, self.port = address.rstrip("/"), parts.hostname or "", parts.port or 80
-        self.timeout, self.server = timeout, server
+        self.timeout, self.server, self._key = timeout, server, key
         self._open: set[socket.socket | None] = set()
         self._lock = threading.Lock()
 
@@ -101,11 +114,17 @@ class Client:
                 raise self.lost(Reply(path, seconds, error=TimeoutError()))
 
     def exchange(
-        self, method: str, path: str, body: Any, timeout: float, given_up: threading.Event | None = None
+        self,
+        method: str,
+        path: str,
+        body: Any,
+        timeout: float,
+        given_up: threading.Event | None = None,
+        with_key: bool = True,
     ) -> Reply:
         """One call, in a thread of its own. Nothing is raised: the caller asks for the state of the server first."""
         began = time.monotonic()
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=min(CONNECT_SECONDS, timeout))
+        connection = self._connection(min(CONNECT_SECONDS, timeout))
         opened = None
         try:
             connection.connect()
@@ -116,9 +135,15 @@ class Client:
             if given_up is not None and given_up.is_set():
                 raise ConnectionAbortedError("given up before it was sent")
             content = None if body is None else json.dumps(body).encode()
-            connection.request(method, path, content, {"Content-Type": "application/json", "Connection": "close"})
+            # A server that refuses a call may answer, and close, before the body has come: the answer says why.
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                connection.request(method, path, content, self._headers(with_key))
             response = connection.getresponse()
-            data = response.read()
+            data = response.read(MOST_BYTES + 1)
+            if len(data) > MOST_BYTES:
+                raise http.client.HTTPException(f"its answer has more than {MOST_BYTES >> 20} MiB")
+            if response.length:  # a read of so many bytes at most does not say that some are missing
+                raise http.client.IncompleteRead(data, response.length)
             return Reply(path, time.monotonic() - began, response.status, data)
         except (OSError, http.client.HTTPException) as error:
             return Reply(path, time.monotonic() - began, error=error)
@@ -126,6 +151,15 @@ class Client:
             with self._lock:
                 self._open.discard(opened)
             connection.close()
+
+    def _connection(self, timeout: float) -> http.client.HTTPConnection:
+        if self.address.startswith(UNIX):
+            return _UnixConnection(self.address.removeprefix(UNIX), timeout)
+        return http.client.HTTPConnection(self.host, self.port, timeout=timeout)
+
+    def _headers(self, with_key: bool) -> dict[str, str]:
+        plain = {"Content-Type": "application/json", "Connection": "close"}
+        return plain | ({"Authorization": f"Bearer {self._key}"} if with_key else {})
 
     def sever(self) -> None:
         """End calls still under way, so that no thread is left waiting; vLLM drops the requests behind them."""
@@ -142,23 +176,23 @@ class Client:
         if reply.status >= 500 and self.health() != "answers":
             raise EngineLost(
                 f"the vLLM server at {self.address} failed at {reply.path} with status {reply.status}: "
-                f"{_short(reply.data)}. {self.state()}"
+                f"{self._short(reply.data)}. {self.state()}"
             )
         if reply.status != 200:
             raise BadReply(
                 f"the vLLM server at {self.address} answered {reply.path} with status {reply.status}: "
-                f"{_short(reply.data)}"
+                f"{self._short(reply.data)}"
             )
         try:
             return json.loads(reply.data)
-        except ValueError:
+        except (ValueError, RecursionError):  # the latter for brackets that nest without end
             raise self.unexpected(reply.path, "it is not JSON", reply.data) from None
 
     def unexpected(self, path: str, what: str, got: Any) -> BadReply:
         """The error for an answer that is not what vLLM 0.31 gives."""
         return BadReply(
             f"the vLLM server at {self.address} gave an answer to {path} that cannot be used: {what}. It began with "
-            f"{_short(got)}. Is it a vLLM server, of a version that align supports (pyproject.toml, extra vllm)?"
+            f"{self._short(got)}. Is it a vLLM server, of a version that align supports (pyproject.toml, extra vllm)?"
         )
 
     def find(self, path: str, answer: Any, *keys: str | int) -> Any:
@@ -182,9 +216,22 @@ class Client:
             )
         return EngineLost(f"the vLLM server at {self.address} {what}. {self.state()}")
 
+    def ask(self, path: str, seconds: float, with_key: bool = True) -> Reply:
+        """What a GET comes to within about ``seconds``, also where a server sends a byte now and then."""
+        replies: queue.SimpleQueue[Reply] = queue.SimpleQueue()
+
+        def exchange() -> None:
+            replies.put(self.exchange("GET", path, None, seconds, with_key=with_key))
+
+        threading.Thread(target=exchange, name="vllm-server-get", daemon=True).start()
+        try:
+            return replies.get(timeout=seconds + PROBE_SECONDS)
+        except queue.Empty:
+            return Reply(path, seconds + PROBE_SECONDS, error=TimeoutError())
+
     def health(self) -> str:
         """What ``/health`` says, in words: ``answers`` when all is well."""
-        reply = self.exchange("GET", "/health", None, min(PROBE_SECONDS, self.timeout))
+        reply = self.ask("/health", min(PROBE_SECONDS, self.timeout))
         if reply.error is not None:
             return "does not answer"
         return "answers" if reply.status == 200 else f"answers with status {reply.status}"
@@ -195,7 +242,26 @@ class Client:
             return f"This run did not start it, so its process cannot be seen from here; /health {self.health()}."
         return f"Its process {self.server.life()}; /health {self.health()}.{self.server.last_words()}"
 
+    def _short(self, got: Any, limit: int = 300) -> str:
+        """The beginning of an answer, without the key, which a server may repeat."""
+        try:
+            text = got[: 4 * limit].decode("utf-8", "replace") if isinstance(got, bytes) else json.dumps(got)
+        except RecursionError:
+            text = f"a {type(got).__name__} that nests too deep to be shown"
+        if self._key:
+            text = text.replace(self._key, "***")
+        return text if len(text) <= limit else f"{text[:limit]}..."
 
-def _short(got: Any, limit: int = 300) -> str:
-    text = got.decode("utf-8", "replace") if isinstance(got, bytes) else json.dumps(got)
-    return text if len(text) <= limit else f"{text[:limit]}..."
+
+class _UnixConnection(http.client.HTTPConnection):
+    """A connection to a Unix socket, which only users may open that may enter its folder."""
+
+    def __init__(self, path: str, timeout: float) -> None:
+        super().__init__("localhost", timeout=timeout)
+        self.path = path
+
+    def connect(self) -> None:
+        """Open the socket."""
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self.path)

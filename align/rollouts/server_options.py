@@ -5,6 +5,7 @@ Options and fields as of vLLM 0.31. Left out: starting it (``server_process.py``
 
 from __future__ import annotations
 
+import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,16 @@ from align.models.pretrained import open_config
 from align.pool_config import RolloutsConfig
 from align.rollouts import nccl
 from align.rollouts.server_client import BadReply, Client, EngineLost
+from align.rollouts.server_guard import HOSTS, KEY_FILE, Guard, key_problem
 from align.rollouts.server_process import MODULE
+from align.rollouts.server_worker import WORKER
 from align.rollouts.weights import weight_names
 from align.runtime import EngineConfig
 
 INFO = "/server_info"
+GUARD = f"{Guard.__module__}.{Guard.__name__}"
+"""As vLLM's ``--middleware`` takes it."""
+NEW_KEY = "umask 077; python -c 'import secrets; print(secrets.token_hex(32))' > server.key"
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,8 @@ class Served:
     """Tensors that a full set of weights has."""
     tied: bool
     """Whether the output head is the embedding."""
+    vocabulary: int
+    """Rows of the output head: every token's id is below."""
 
     @classmethod
     def of(
@@ -60,9 +68,11 @@ class Served:
     ) -> Served:
         """Read from a checkpoint what must be known of it."""
         tokenizer = load_tokenizer(model_dir)
-        tied = bool(getattr(open_config(model_dir), "tie_word_embeddings", False))
+        architecture = open_config(model_dir)
+        tied = bool(getattr(architecture, "tie_word_embeddings", False))
+        vocabulary = int(architecture.get_text_config().vocab_size)
         names, eos = frozenset(weight_names(model_dir)), int(tokenizer.eos_token_id)
-        return cls(model_dir, device, dtype, config, pool, max_length, seed, tokenizer, eos, names, tied)
+        return cls(model_dir, device, dtype, config, pool, max_length, seed, tokenizer, eos, names, tied, vocabulary)
 
     def options(self) -> list[str]:
         """Options of a server; the same as the in-process engine's."""
@@ -71,6 +81,7 @@ class Served:
         options += ["--max-num-seqs", str(config.batch_size), "--logprobs-mode", "processed_logprobs"]
         options += ["--generation-config", "vllm"]  # or the checkpoint's own top-k and penalties would creep in
         options += ["--enable-prefix-caching", "--disable-log-stats"]
+        options += ["--middleware", GUARD, "--worker-extension-cls", WORKER]
         if not config.compile:
             options.append("--enforce-eager")
         if self.pool.tensor_parallel > 1:
@@ -85,15 +96,57 @@ class Served:
         return [*options, "--block-size", "32", "--kv-cache-memory-bytes", str(int(config.cpu_kv_cache_gb * 2**30))]
 
 
+def key_of(pool: RolloutsConfig) -> str:
+    """The key of the servers at ``addresses``. Raises ``UserError``, which does not repeat it."""
+    name = pool.key_variable
+    key = os.environ.get(name, "").strip()
+    if not key:
+        raise UserError(
+            f"runtime.rollouts.addresses names servers, but the environment variable {name} (key_variable) does not "
+            f"hold their key. Make one with `{NEW_KEY}`, start the servers with {KEY_FILE}=server.key (docs/ppo.md), and "
+            f'run with `export {name}="$(cat server.key)"`.'
+        )
+    problem = key_problem(key)
+    if problem is not None:
+        raise UserError(f"runtime.rollouts.key_variable: what {name} holds is no key of a server: {problem}.")
+    return key
+
+
 def refuse_unfit(client: Client, served: Served) -> None:
-    """Raise ``UserError`` when a server that somebody else started is not there, or would sample something else."""
-    remedy = f"Start it with: VLLM_SERVER_DEV_MODE=1 python -m {MODULE} --model MODEL {shlex.join(served.options())}"
+    """Raise ``UserError`` when a server that somebody else started is not there, lets anybody in, or would sample
+    something else."""
+    remedy = (
+        f"Start it with: {KEY_FILE}=server.key VLLM_SERVER_DEV_MODE=1 python -m {MODULE} --host 127.0.0.1 --model MODEL "
+        f"{shlex.join(served.options())}"
+    )
     where = f"runtime.rollouts.addresses has {client.address}, but"
+    path = f"{INFO}?config_format=json"
+    without = client.ask(path, client.timeout, with_key=False)
+    if without.error is None and without.status not in (401, 403):
+        raise UserError(
+            f"{where} the server there answers without a key (status {without.status}): anybody could change its "
+            f"weights.\n{remedy}"
+        )
+    reply = client.ask(path, client.timeout)
+    if reply.status in (401, 403):
+        raise UserError(
+            f"{where} the server there refuses the key in {served.pool.key_variable} (runtime.rollouts.key_variable): "
+            f"status {reply.status}. Its {KEY_FILE} must hold the same key, and {HOSTS} there the name in the address "
+            "where that is not the machine's."
+        )
     try:
-        info = client.call(f"{INFO}?config_format=json", method="GET")
+        info = client.read(reply)
     except (EngineLost, BadReply) as error:
         raise UserError(f"{where} no vLLM server in development mode answers there: {error}\n{remedy}") from None
+    wrong = _differences(client, served, info)
+    if wrong:
+        raise UserError(f"{where} the server there has {'; '.join(wrong)}.\n{remedy}")
+
+
+def _differences(client: Client, served: Served, info: Any) -> list[str]:
+    """How a server differs from one that was started with our options."""
     config = client.find(INFO, info, "vllm_config")
+    extension = client.find(INFO, config, "parallel_config", "worker_extension_cls")
     found = {
         "dtype": str(client.find(INFO, config, "model_config", "dtype")).removeprefix("torch."),
         "logprobs-mode": client.find(INFO, config, "model_config", "logprobs_mode"),
@@ -104,12 +157,13 @@ def refuse_unfit(client: Client, served: Served) -> None:
     wanted = {"dtype": str(served.dtype).removeprefix("torch."), "logprobs-mode": "processed_logprobs"}
     wanted["generation-config"] = "vllm"
     wrong = [f"{name} {found[name]} instead of {value}" for name, value in wanted.items() if found[name] != value]
-    if found["max-model-len"] < served.max_length:
+    if extension != WORKER:
+        wrong.append(f"worker-extension-cls {extension or 'nothing'} instead of {WORKER}")
+    if not isinstance(found["max-model-len"], int) or found["max-model-len"] < served.max_length:
         wrong.append(f"max-model-len {found['max-model-len']} instead of {served.max_length} or more")
     on_cpu = str(client.find(INFO, config, "device_config", "device")) == "cpu"
     if on_cpu and found["enable-chunked-prefill"]:
         wrong.append("chunked prefill, which breaks seeded requests on a CPU")
     if served.pool.weights == "nccl" and not nccl.is_offered(client.find(INFO, config)):
         wrong.append("no weight transfer over NCCL")
-    if wrong:
-        raise UserError(f"{where} the server there has {'; '.join(wrong)}.\n{remedy}")
+    return wrong

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import dataclass
@@ -18,11 +20,14 @@ import psutil
 from align.errors import UserError
 from align.launch import local_size
 from align.pool_config import RolloutsConfig
-from align.rollouts.server_client import POLL_SECONDS, Client, EngineLost
+from align.rollouts.server_client import POLL_SECONDS, UNIX, Client, EngineLost
+from align.rollouts.server_guard import HOSTS, KEY, KEY_FILE, new_key, write_key
 
 MODULE = "vllm.entrypoints.openai.api_server"
 """What ``vllm serve`` runs; that command itself does not start from the CPU build."""
 GRACE_SECONDS = 20.0
+MOST_PATH = 100
+"""Bytes of a Unix socket's path; the system allows 107."""
 
 GUARD = """
 import os, shutil, signal, subprocess, sys, time
@@ -80,16 +85,21 @@ class Place:
 class LocalServer:
     """A server process that belongs to this one: it ends with ``end``, and with this process."""
 
-    def __init__(self, command: list[str], folders: list[Path], place: Place | None = None) -> None:
-        """Start ``command``. Its log and temporary files go to the first folder; all go if this process is killed."""
-        self.log, self._ended = folders[0] / "server.log", False
+    def __init__(
+        self, command: list[str], folders: list[Path], place: Place | None = None, key_file: Path | None = None
+    ) -> None:
+        """Start ``command``. Its log and temporary files go to the first folder; all go if this process is killed.
+
+        ``key_file`` holds what a client must know (``server_guard.py``).
+        """
+        self.log, self._ended, self._key_file = folders[0] / "server.log", False, key_file
         guard = [sys.executable, "-I", "-c", GUARD, str(os.getpid()), os.pathsep.join(map(str, folders))]
         guard.append(str(GRACE_SECONDS))
         with self.log.open("ab") as output:
             # A session of its own, so that the whole group can be ended; the guard sees to it that none outlives us.
             self.process = subprocess.Popen(
                 [*guard, *command], stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                env=_environment(folders[0], place or Place()), start_new_session=True,
+                env=_environment(folders[0], place or Place(), key_file), start_new_session=True,
             )  # fmt: skip
 
     def life(self) -> str:
@@ -124,6 +134,8 @@ class LocalServer:
                 os.killpg(self.process.pid, signal.SIGKILL)
             self._gone_within(GRACE_SECONDS)
         self.process.wait()
+        if self._key_file is not None and self._key_file.parent != self.log.parent:  # a folder for the socket alone
+            shutil.rmtree(self._key_file.parent, ignore_errors=True)
 
     def _gone_within(self, seconds: float) -> bool:
         """Wait until no process of the group is left, those aside that only wait for their parent to look."""
@@ -142,11 +154,11 @@ def _in_group(process: psutil.Process, leader: int) -> bool:
         return False
 
 
-def _environment(folder: Path, place: Place) -> dict[str, str]:
+def _environment(folder: Path, place: Place, key_file: Path | None) -> dict[str, str]:
     """Settings of the server's process; the user's own values win, except where the engine depends on them."""
-    # The in-process engine sets the first, without which no server starts; calls send no key; the server is no part of
-    # what a launcher started.
-    dropped = {"VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_API_KEY"}
+    # The in-process engine sets the first, without which no server starts; the server has a key of its own; it is no
+    # part of what a launcher started.
+    dropped = {"VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_API_KEY", KEY, KEY_FILE, HOSTS}
     dropped |= {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     kept = {
         name: value
@@ -161,7 +173,15 @@ def _environment(folder: Path, place: Place) -> dict[str, str]:
     if place.gpus:
         visible = [one for one in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one]
         kept["CUDA_VISIBLE_DEVICES"] = ",".join(visible[gpu] if visible else str(gpu) for gpu in place.gpus)
-    return quiet | kept | {"VLLM_SERVER_DEV_MODE": "1", "TMPDIR": str(folder)}
+    guarded = {} if key_file is None else {KEY_FILE: str(key_file)}
+    return quiet | kept | guarded | {"VLLM_SERVER_DEV_MODE": "1", "TMPDIR": str(folder)}
+
+
+def socket_folder(folder: Path) -> Path:
+    """A folder that only this user may enter, with a path short enough for a socket in it: ``folder``, or a new one."""
+    if len(os.fsencode(folder)) < MOST_PATH - len("/server.sock"):
+        return folder
+    return Path(tempfile.mkdtemp(prefix="align-", dir="/tmp"))  # mkdtemp makes it for this user alone
 
 
 def free_port(address: str = "127.0.0.1") -> int:
@@ -180,17 +200,25 @@ def start_server(
     place: Place | None = None,
     given_up: threading.Event | None = None,
 ) -> Client:
-    """Start a server on this machine, for this machine only, and wait until it answers.
+    """Start a server that only this user's processes can reach, and wait until it answers.
+
+    It listens at a Unix socket in a folder that is closed to others, so that no other user and no web page can open a
+    connection, nor take its place at a port. It has a key of its own on top, for its life, in a file beside the socket:
+    command lines, logs and records do not show it.
 
     Raises ``EngineLost`` with the end of its log when it ends, or does not answer within ``timeout`` seconds, or
     ``given_up`` is set.
     """
-    port = free_port()
-    command = [sys.executable, "-m", MODULE, "--host", "127.0.0.1", "--port", str(port), "--model", str(model_dir)]
+    closed = socket_folder(folders[0])
+    if closed not in folders:
+        folders = [*folders, closed]
+    path, key, key_file = closed / "server.sock", new_key(), closed / "server.key"
+    write_key(key, key_file)
+    command = [sys.executable, "-m", MODULE, "--uds", str(path), "--model", str(model_dir)]
     command += [*options, "--seed", str(seed % 2**32), "--uvicorn-log-level", "warning", "--disable-uvicorn-access-log"]
     command.append("--skip-tokenizer-init")  # tokens go in and out as ids; turning them into text took a third of it
-    server = LocalServer(command, folders, place)
-    client = Client(f"http://127.0.0.1:{port}", timeout, server)
+    server = LocalServer(command, folders, place, key_file)
+    client = Client(f"{UNIX}{path}", timeout, key, server)
     began = time.monotonic()
     try:
         while client.health() != "answers":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from align.rollouts.weights import refuse_missing, with_tied_head
+from align.rollouts.weights_digest import combine, digest_all
 
 if TYPE_CHECKING:
     from align.rollouts.server_options import Served
@@ -28,6 +30,10 @@ class WeightsFolder:
 
     def __init__(self, served: Served) -> None:
         self.served, self.version = served, 0
+        self.owner = secrets.token_hex(8)
+        """Stands for this run in the names of weights, which another run may give the same server, too."""
+        self.digests: dict[int, str] = {}
+        """By version, of the tensors that were written."""
         self._temporary = contextlib.ExitStack()
         self.path = self.temporary(served.pool.weights_folder)
 
@@ -46,6 +52,10 @@ class WeightsFolder:
         """Where a version lies."""
         return self.path / f"step_{version}"
 
+    def name_of(self, version: int) -> str:
+        """The name of a version among those of all runs."""
+        return f"{self.owner}:{version}"
+
     def write(self, weights: Iterable[tuple[str, torch.Tensor]]) -> int:
         """Write the next version, which is returned; ``ValueError`` when a tensor is missing, and then none is there.
 
@@ -56,8 +66,8 @@ class WeightsFolder:
         partial = folder.with_name(f"{folder.name}.partial")
         partial.mkdir()
         try:
-            seen = write_shards(with_tied_head(weights, served.tied), partial, served.dtype)
-            refuse_missing(set(served.names), seen)
+            digests = write_shards(with_tied_head(weights, served.tied), partial, served.dtype)
+            refuse_missing(set(served.names), set(digests))
             for file in served.model_dir.iterdir():  # configuration and tokenizer
                 if file.suffix in (".json", ".jinja", ".model", ".txt") and not file.name.endswith(".index.json"):
                     shutil.copyfile(file, partial / file.name)
@@ -66,7 +76,7 @@ class WeightsFolder:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        self.version = version
+        self.version, self.digests[version] = version, combine(digests)
         return version
 
     def drop_before(self, version: int) -> None:
@@ -75,23 +85,29 @@ class WeightsFolder:
             number = old.name.removeprefix("step_")
             if number.isdigit() and int(number) < version:
                 shutil.rmtree(old, ignore_errors=True)
+                self.digests.pop(int(number), None)
 
     def close(self) -> None:
         """Remove everything."""
         self._temporary.close()
 
 
-def write_shards(weights: Iterable[tuple[str, torch.Tensor]], folder: Path, dtype: torch.dtype) -> set[str]:
-    """Write safetensors of about ``SHARD_BYTES`` and their index; floating-point tensors in ``dtype``. The names."""
+def write_shards(weights: Iterable[tuple[str, torch.Tensor]], folder: Path, dtype: torch.dtype) -> dict[str, str]:
+    """Write safetensors of about ``SHARD_BYTES`` and their index; floating-point tensors in ``dtype``.
+
+    Returns the digest of each tensor as it was written, by its name.
+    """
     from safetensors.torch import save_file
 
     index: dict[str, str] = {}
+    digests: dict[str, str] = {}
     shard: dict[str, torch.Tensor] = {}
     size = 0
 
     def flush() -> None:
         file = f"model-{len(set(index.values())) + 1:05d}.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})
+        digests.update(digest_all(shard.items()))
         index.update(dict.fromkeys(shard, file))
         shard.clear()
 
@@ -107,4 +123,4 @@ def write_shards(weights: Iterable[tuple[str, torch.Tensor]], folder: Path, dtyp
     flush()
     content = {"metadata": {}, "weight_map": index}
     (folder / "model.safetensors.index.json").write_text(json.dumps(content), encoding="utf-8")
-    return set(index)
+    return digests

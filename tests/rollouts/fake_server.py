@@ -1,8 +1,8 @@
 """A stand-in for vLLM's server, with its routes and none of its weight: in a thread, or as a process of its own.
 
-``python fake_server.py --port 8000 [what vLLM takes]`` answers as a healthy server would; with ``$FAKE_SERVER=hang`` it
+``python fake_server.py --uds PATH [what vLLM takes]`` answers as a healthy server would; with ``$FAKE_SERVER=hang`` it
 answers no completion, with ``cling`` a child that does not listen to SIGTERM keeps the connections open as well, with
-``mute`` it does not even listen, with ``refuse`` it ends at once.
+``mute`` it does not even listen, with ``refuse`` it ends at once. Like a guarded server it refuses calls without its key.
 """
 
 from __future__ import annotations
@@ -10,12 +10,16 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from align.rollouts.server_guard import Guard
+from align.rollouts.server_worker import LOAD, NAME, TELL, WORKER
 
 EOS = 2
 
@@ -49,8 +53,22 @@ def info(**changed: Any) -> dict[str, Any]:
             "model_config": model | {"max_model_len": 128} | changed,
             "scheduler_config": {"enable_chunked_prefill": False},
             "device_config": {"device": "cpu"},
+            "parallel_config": {"worker_extension_cls": WORKER},
         }
     }
+
+
+class _UnixServer(ThreadingHTTPServer):
+    """Listens at a path."""
+
+    address_family = socket.AF_UNIX
+
+    def server_bind(self) -> None:
+        self.socket.bind(self.server_address)  # the parent's looks for a port
+
+    def get_request(self) -> Any:
+        connection, _ = self.socket.accept()
+        return connection, ("local", 0)
 
 
 class FakeServer:
@@ -60,7 +78,12 @@ class FakeServer:
     status may also be ``halved`` (the connection ends early) or ``trickled`` (a byte every 50 ms).
     """
 
-    def __init__(self, port: int = 0) -> None:
+    def __init__(self, path: str | None = None) -> None:
+        """Listen at a free port of 127.0.0.1, or at a Unix socket."""
+        self.guard = Guard(None)  # type: ignore[arg-type]  # its key is the environment's
+        self.holding: dict[str, Any] = {"version": None, "digest": None, "loads": 0, "content": "the checkpoint's"}
+        """What its worker tells of its weights."""
+        self.refused: list[tuple[str, int]] = []
         self.calls: list[tuple[str, Any]] = []
         self.under_way = self.most_under_way = 0
         self.lock, self.stopped = threading.Lock(), threading.Event()
@@ -68,14 +91,18 @@ class FakeServer:
             "/health": lambda body: b"",
             "/server_info": lambda body: info(),
             "/v1/completions": completion,
-            "/collective_rpc": lambda body: {"results": [None]},
+            "/collective_rpc": self.rpc,
             "/reset_prefix_cache": lambda body: {"success": True},
         }
-        self.http = ThreadingHTTPServer(("127.0.0.1", port), self._handler())
+        if path is None:
+            self.http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+            self.address = f"http://127.0.0.1:{self.http.server_address[1]}"
+        else:
+            self.http = _UnixServer(path, self._handler())  # type: ignore[arg-type]
+            self.address = f"unix:{path}"
         self.http.daemon_threads = True
         self.http.block_on_close = False
         self.http.handle_error = lambda *_: None  # type: ignore[method-assign]  # callers that give up are the point
-        self.address = f"http://127.0.0.1:{self.http.server_address[1]}"
         self.thread = threading.Thread(target=self.http.serve_forever, args=(0.05,), daemon=True)
         self.thread.start()
 
@@ -86,8 +113,28 @@ class FakeServer:
         self.http.server_close()
 
     def paths(self) -> list[str]:
-        """The routes that were called, in order, without the question of health."""
-        return [path for path, _ in self.calls if path != "/health"]
+        """The routes that were called, in order, without the questions of health and of the weights that are held."""
+        return [path for path, body in self.calls if path != "/health" and not _asks_for_weights(body)]
+
+    def rpc(self, body: Any) -> Any:
+        """What ``WeightsKeeper`` does in a real server's worker; ``reload_weights`` is what anybody may call there."""
+        words, method = body.get("kwargs") or {}, body["method"]
+        if method in (LOAD, "reload_weights"):
+            path = words.get("path") or words["weights_path"]
+            self.load(path)
+            self.holding["loads"] += 1
+            self.holding["content"] = f"of {path}"
+        if method in (LOAD, NAME):
+            self.holding |= {"version": words["version"], "digest": words.get("digest")}
+        if method == "reload_weights":
+            return {"results": [None]}
+        told = dict(self.holding)
+        if method not in (LOAD, NAME) and not words.get("content"):
+            del told["content"]
+        return {"results": [told]}
+
+    def load(self, path: str) -> None:
+        """Read weights; there is no model here."""
 
     def hang(self, body: Any) -> Any:
         """Answer nothing until the server stops."""
@@ -121,6 +168,12 @@ class FakeServer:
 
             def _answer(self) -> None:
                 path = self.path.partition("?")[0]
+                headers = [(name.lower().encode(), value.encode()) for name, value in self.headers.items()]
+                refusal = fake.guard.refusal(headers)
+                if refusal is not None:
+                    fake.refused.append((path, refusal[0]))
+                    self.close_connection = True
+                    return self._send((refusal[0], {"error": refusal[1]}))
                 length = int(self.headers.get("Content-Length") or 0)
                 body = json.loads(self.rfile.read(length)) if length else None
                 with fake.lock:
@@ -142,7 +195,7 @@ class FakeServer:
             def _send(self, answer: Any) -> None:
                 status, content = answer if isinstance(answer, tuple) else (200, answer)
                 data = content if isinstance(content, bytes) else json.dumps(content).encode()
-                self.send_response(status if status in (200, 404, 500, 503) else 200)
+                self.send_response(status if isinstance(status, int) else 200)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 if status == "halved":
@@ -158,12 +211,16 @@ class FakeServer:
         return Handler
 
 
+def _asks_for_weights(body: Any) -> bool:
+    return isinstance(body, dict) and body.get("method") in (TELL, NAME)
+
+
 if __name__ == "__main__":
     if os.environ.get("FAKE_SERVER") == "refuse":
         sys.exit("no room for the cache")
     if os.environ.get("FAKE_SERVER") == "mute":
         time.sleep(60)
-    server = FakeServer(int(sys.argv[sys.argv.index("--port") + 1]))
+    server = FakeServer(sys.argv[sys.argv.index("--uds") + 1])
     if os.environ.get("FAKE_SERVER") in ("hang", "cling"):
         server.answers["/v1/completions"] = getattr(server, os.environ["FAKE_SERVER"])
     server.stopped.wait()

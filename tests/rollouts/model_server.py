@@ -1,6 +1,6 @@
 """The stand-in for vLLM's server with a real model behind it: it reads the weights it is told to and samples from them.
 
-``python -m tests.rollouts.model_server --port 8000 --model FOLDER [what vLLM takes]`` answers until it is ended. With
+``python -m tests.rollouts.model_server --uds PATH --model FOLDER [what vLLM takes]`` answers until it is ended. With
 ``$FAKE_DIES_AT=3`` it kills itself in the middle of the answers that follow the third set of weights it is given.
 """
 
@@ -28,21 +28,22 @@ BEFORE_A_FAULT = 2
 class ModelServer(FakeServer):
     """Float32 on one CPU thread, one response at a time: what it answers depends on nothing but weights and request."""
 
-    def __init__(self, model_dir: Path, port: int = 0) -> None:
+    def __init__(self, model_dir: Path, path: str | None = None) -> None:
         self.engine = TransformersEngine(model_dir, device=torch.device("cpu"), dtype=torch.float32, batch_size=1)
         self.loads = self.answered = 0
+        """Sets of weights it was given, and answers since the last."""
         self.fault_at = -1
         """Which set of weights ``fault`` follows, counted from 1."""
         self.fault: Callable[[Any], Any] = self.hang
         self.model_lock = threading.Lock()
-        super().__init__(port)
-        self.answers |= {"/collective_rpc": self._load, "/v1/completions": self._complete}
+        super().__init__(path)
+        self.answers["/v1/completions"] = self._complete
 
-    def _load(self, body: dict[str, Any]) -> Any:
+    def load(self, path: str) -> None:
+        """Read a set of weights."""
         with self.model_lock:
             self.loads, self.answered = self.loads + 1, 0
-            self.engine.load_weights(checkpoint_weights(Path(body["kwargs"]["weights_path"])))
-        return {"results": [None]}
+            self.engine.load_weights(checkpoint_weights(Path(path)))
 
     def _complete(self, body: dict[str, Any]) -> Any:
         with self.model_lock:
@@ -65,8 +66,8 @@ class ModelServer(FakeServer):
 def main(arguments: list[str]) -> None:
     """Serve until this process is ended."""
     torch.set_num_threads(1)
-    model_dir, port = (arguments[arguments.index(name) + 1] for name in ("--model", "--port"))
-    server = ModelServer(Path(model_dir), int(port))
+    model_dir, path = (arguments[arguments.index(name) + 1] for name in ("--model", "--uds"))
+    server = ModelServer(Path(model_dir), path)
     server.fault_at = int(os.environ.get("FAKE_DIES_AT", "-1"))
     server.fault = lambda body: os.kill(os.getpid(), signal.SIGKILL)
     server.stopped.wait()

@@ -13,7 +13,8 @@ import pytest
 from align.rollouts import dispatch
 from align.rollouts.pool import PoolEngine
 from align.rollouts.protocol import Sampling
-from align.rollouts.server_client import BadReply, EngineLost
+from align.rollouts.server_client import BadReply, EngineLost, WeightsChanged
+from align.rollouts.server_worker import LOAD
 from align.rollouts.sharing import ask_each, returns
 from align.rollouts.weights import checkpoint_weights
 from tests.rollouts.fake_server import FakeServer, completion, info
@@ -137,14 +138,12 @@ def test_every_server_reads_the_same_folder(fakes: list[FakeServer], opened: Ope
     pool = opened()
     folders: list[str] = []
 
-    def read(body: Any) -> Any:
-        folder = Path(body["kwargs"]["weights_path"])
-        assert (folder / "READY").is_file()
-        folders.append(folder.name)
-        return {"results": [None]}
+    def load(path: str) -> None:
+        assert (Path(path) / "READY").is_file()
+        folders.append(Path(path).name)
 
     for fake in fakes:
-        fake.answers["/collective_rpc"] = read
+        fake.load = load  # type: ignore[method-assign]
     pool.load_weights(checkpoint_weights(tiny_model))
     assert folders == ["step_2", "step_2"]  # step_1 were the checkpoint's, at the start
     assert [fake.paths() for fake in fakes] == [["/collective_rpc", "/reset_prefix_cache"]] * 2
@@ -165,7 +164,9 @@ def test_a_folder_that_none_can_read_is_an_error_at_once(
 ) -> None:
     pool = opened()
     for fake in fakes:
-        fake.answers["/collective_rpc"] = lambda body: (500, {"error": {"message": "Repo id must be"}})
+        fake.answers["/collective_rpc"] = lambda body, rpc=fake.rpc: (
+            (500, {"error": {"message": "Repo id must be"}}) if body["method"] == LOAD else rpc(body)
+        )
     with soon(), pytest.raises(BadReply, match=r"can it, under this very path\? runtime\.rollouts\.weights_folder"):
         pool.load_weights(checkpoint_weights(tiny_model))
     assert said == []
@@ -181,16 +182,79 @@ def test_a_server_lost_while_weights_come_samples_no_more_before_it_has_them(
     assert tokens(pool.generate(PROMPTS, sampling)) == expected(sampling)
     assert asked(fakes[1]) == []
     assert "Server 2 of 2 is lost, for the first time: it is asked again until it answers." in said[0]
-    healthy = FakeServer()
     fakes[1].calls.clear()
-    fakes[1].answers |= {name: healthy.answers[name] for name in ("/collective_rpc", "/server_info")}
-    healthy.stop()
+    fakes[1].answers |= {"/collective_rpc": fakes[1].rpc, "/server_info": lambda body: info()}
     wait_for(lambda: pool.members[1].ready)
     assert fakes[1].paths()[-2:] == ["/collective_rpc", "/reset_prefix_cache"]
-    assert fakes[1].calls[-2][1]["kwargs"]["weights_path"].endswith("step_2")
+    assert fakes[1].calls[-2][1]["kwargs"]["path"].endswith("step_2")
     assert returns(pool) == 1
     pool.generate(PROMPTS, sampling)
     assert asked(fakes[1])
+
+
+# ---- weights that somebody else changed ----
+
+
+def foreign_reload(fake: FakeServer) -> None:
+    """What whoever has the key may ask of a server."""
+    fake.rpc({"method": "reload_weights", "kwargs": {"weights_path": "/somewhere/else"}})
+
+
+def test_a_foreign_reload_between_two_updates_ends_the_run(
+    fakes: list[FakeServer], opened: Opened, tiny_model: Path
+) -> None:
+    pool = opened()
+    pool.load_weights(checkpoint_weights(tiny_model))
+    pool.generate(PROMPTS, Sampling(4))
+    foreign_reload(fakes[1])
+    with pytest.raises(WeightsChanged, match="does not hold the weights that this run gave it") as caught:
+        pool.load_weights(checkpoint_weights(tiny_model))
+    assert fakes[1].address in str(caught.value)
+    with pytest.raises(WeightsChanged):  # nor is it asked any more
+        pool.generate(PROMPTS, Sampling(4))
+
+
+def test_a_foreign_reload_while_servers_answer_ends_the_run(fakes: list[FakeServer], opened: Opened) -> None:
+    pool, reloaded = opened(), threading.Event()
+
+    def answer(body: Any) -> Any:
+        if not reloaded.is_set():
+            reloaded.set()
+            foreign_reload(fakes[0])
+        return completion(body)
+
+    fakes[0].answers[COMPLETIONS] = answer
+    with pytest.raises(WeightsChanged, match="cannot be trusted"):
+        pool.generate(PROMPTS, Sampling(4))
+
+
+def test_values_that_change_without_a_load_are_noticed_at_the_next_update(
+    fakes: list[FakeServer], opened: Opened, tiny_model: Path
+) -> None:
+    pool = opened()
+    fakes[0].holding["content"] = "something else"
+    pool.generate(PROMPTS, Sampling(4))  # values are compared once an update
+    with pytest.raises(WeightsChanged):
+        pool.load_weights(checkpoint_weights(tiny_model))
+
+
+def test_another_run_at_the_same_server_is_noticed(fakes: list[FakeServer], opened: Opened) -> None:
+    first, second = opened(), opened()
+    second.generate(PROMPTS, Sampling(4))
+    with pytest.raises(WeightsChanged, match="or uses the server too"):
+        first.generate(PROMPTS, Sampling(4))
+
+
+def test_a_server_that_was_started_anew_between_rounds_is_given_weights_first(
+    fakes: list[FakeServer], opened: Opened, said: list[str]
+) -> None:
+    pool, sampling = opened(), Sampling(4)
+    fakes[1].holding = {"version": None, "digest": None, "loads": 0, "content": "the checkpoint's"}
+    assert tokens(pool.generate(PROMPTS, sampling)) == expected(sampling)
+    wait_for(lambda: pool.members[1].ready)
+    assert "it was started anew" in said[0]
+    assert fakes[1].holding["version"] == pool.folder.name_of(1)
+    assert returns(pool) == 1
 
 
 # ---- servers that are lost ----

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import os
 import re
 import threading
 import time
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from align.errors import UserError
+from align.rollouts import server_client
 from align.rollouts.engine import open_engine
 from align.rollouts.pool import PoolEngine
 from align.rollouts.protocol import Sampling
@@ -166,6 +168,13 @@ def _changed(**fields: Any) -> Callable[[Any], Any]:
         (_changed(token_ids=[]), "token_ids is no list of 1 to 4 tokens"),
         (_changed(token_ids=[5] * 5), "token_ids is no list of 1 to 4 tokens"),
         (_changed(token_ids=["5"] * 4), "token_ids is no list of 1 to 4 tokens"),
+        (_changed(token_ids=[True] * 4), "token_ids is no list of 1 to 4 tokens"),
+        (_changed(token_ids=[5, -1, 5, 5]), "token_ids has -1, and there are 260 tokens"),
+        (_changed(token_ids=[5, 5, 10**30, 5]), "token_ids has 1000000000000000000000000000000, and there are"),
+        (_changed(logprobs={"token_logprobs": [-1.0, float("nan"), -1.0, -1.0]}), "token_logprobs has nan, no log"),
+        (_changed(logprobs={"token_logprobs": [-1.0, float("-inf"), -1.0, -1.0]}), "token_logprobs has -inf, no"),
+        (_changed(logprobs={"token_logprobs": [-1.0, 3.0, -1.0, -1.0]}), "token_logprobs has 3.0, no logarithm"),
+        (lambda body: b"[" * 200_000, "it is not JSON. It began with [[[["),
         (_changed(logprobs=None), "it lacks logprobs.token_logprobs"),
         (_changed(logprobs={"token_logprobs": [-1.0] * 3}), "token_logprobs is no list of 4 numbers"),
         (_changed(logprobs={"token_logprobs": [-1.0, None, -1.0, -1.0]}), "token_logprobs is no list of 4 numbers"),
@@ -180,6 +189,34 @@ def test_garbage(fake: FakeServer, served: ServerEngine, answer: Callable[[Any],
     with soon(), pytest.raises(BadReply, match=re.escape(said)) as caught:
         served.generate(PROMPTS, Sampling(4))
     assert fake.address in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["-1", None, float("nan"), 2.0, True])
+def test_scores_that_are_no_logprobs(fake: FakeServer, served: ServerEngine, value: Any) -> None:
+    fake.answers["/v1/completions"] = _changed(prompt_logprobs=[None, {}, {}, {"40": {"logprob": value}}])
+    with soon(), pytest.raises(BadReply, match="prompt_logprobs has no logarithms of probabilities"):
+        served.score_tokens(PROMPTS[:1], [[40]], 1.0)
+
+
+def test_an_answer_without_end(fake: FakeServer, served: ServerEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_client, "MOST_BYTES", 1 << 20)
+    fake.answers["/v1/completions"] = lambda body: b" " * (2 << 20)
+    with soon(), pytest.raises(EngineLost, match="its answer has more than 1 MiB"):
+        served.generate(PROMPTS, Sampling(4))
+
+
+def test_a_trickle_in_answer_to_the_question_of_health(fake: FakeServer, served: ServerEngine) -> None:
+    fake.answers |= {"/health": lambda body: ("trickled", b" " * 2000), "/v1/completions": fake.drop}
+    with soon(), pytest.raises(EngineLost, match="/health does not answer"):
+        served.generate(PROMPTS, Sampling(4))
+
+
+def test_a_key_that_is_repeated_is_not_shown(fake: FakeServer, served: ServerEngine) -> None:
+    key = os.environ["ALIGN_SERVER_KEY"]
+    fake.answers["/v1/completions"] = lambda body: (500, {"error": f"Authorization: Bearer {key}"})
+    with soon(), pytest.raises(BadReply, match=r"Bearer \*\*\*") as caught:
+        served.generate(PROMPTS, Sampling(4))
+    assert key not in str(caught.value)
 
 
 def test_garbage_scores(fake: FakeServer, served: ServerEngine) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,8 @@ def test_no_server_at_the_address(tiny_model: Path) -> None:
         open_at(tiny_model, gone.address)
     assert f"runtime.rollouts.addresses has {gone.address}, but no vLLM server" in str(caught.value)
     assert "ConnectionRefusedError" in str(caught.value)
-    assert "Start it with: VLLM_SERVER_DEV_MODE=1 python -m vllm." in str(caught.value)
+    assert "Start it with: ALIGN_SERVER_KEY_FILE=server.key VLLM_SERVER_DEV_MODE=1 python -m vllm." in str(caught.value)
+    assert "--middleware align.rollouts.server_guard.Guard" in str(caught.value)
 
 
 def test_a_server_without_development_mode(fake: FakeServer, tiny_model: Path) -> None:
@@ -58,6 +61,37 @@ def test_an_unfit_server(fake: FakeServer, tiny_model: Path, changed: dict[str, 
     with pytest.raises(UserError, match=re.escape(said)):
         open_at(tiny_model, fake.address)
     assert fake.paths() == ["/server_info"]
+
+
+def test_a_server_that_answers_without_a_key_is_refused(fake: FakeServer, tiny_model: Path) -> None:
+    fake.guard.refusal = lambda headers: None  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="answers without a key .*anybody could change its weights.*"):
+        open_at(tiny_model, fake.address)
+    assert fake.paths() == ["/server_info"]
+
+
+def test_a_wrong_key_and_none_are_said_and_not_repeated(
+    fake: FakeServer, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ANOTHER_KEY", "the-key-of-another-server")
+    with pytest.raises(UserError, match="refuses the key in ANOTHER_KEY .*key_variable.*status 401") as caught:
+        open_at(tiny_model, fake.address, key_variable="ANOTHER_KEY")
+    assert "the-key-of-another-server" not in str(caught.value)
+    monkeypatch.setenv("ANOTHER_KEY", "short")
+    with pytest.raises(UserError, match="what ANOTHER_KEY holds is no key of a server: it has fewer"):
+        open_at(tiny_model, fake.address, key_variable="ANOTHER_KEY")
+    monkeypatch.delenv("ANOTHER_KEY")
+    with pytest.raises(UserError, match="the environment variable ANOTHER_KEY .* does not hold their key"):
+        open_at(tiny_model, fake.address, key_variable="ANOTHER_KEY")
+    assert fake.paths() == []
+
+
+def test_a_server_without_our_worker_is_refused(fake: FakeServer, tiny_model: Path) -> None:
+    told = fake_server.info()
+    told["vllm_config"]["parallel_config"]["worker_extension_cls"] = ""
+    fake.answers["/server_info"] = lambda body: told
+    with pytest.raises(UserError, match="worker-extension-cls nothing instead of align"):
+        open_at(tiny_model, fake.address)
 
 
 def test_chunked_prefill_is_refused_on_a_cpu_only(fake: FakeServer, tiny_model: Path) -> None:
@@ -103,7 +137,7 @@ def _local(engine: ServerEngine) -> LocalServer:
 @pytest.mark.usefixtures("stand_in")
 def test_it_is_started_and_ended(tiny_model: Path) -> None:
     engine = open_at(tiny_model, None, timeout=20)
-    assert engine.client.address.startswith("http://127.0.0.1:")
+    assert engine.client.address.startswith("unix:/")
     assert len(engine.generate(PROMPTS, Sampling(4))) == len(PROMPTS)
     leader, log = _local(engine).process.pid, _local(engine).log
     assert len(_group(leader)) == 2
@@ -111,6 +145,40 @@ def test_it_is_started_and_ended(tiny_model: Path) -> None:
     engine.close()
     assert _group(leader) == []
     assert not log.exists()
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_no_other_user_can_reach_it_and_its_key_is_shown_nowhere(tiny_model: Path) -> None:
+    engine = open_at(tiny_model, None, timeout=20)
+    socket = Path(engine.client.address.removeprefix("unix:"))
+    key_file = socket.with_name("server.key")
+    key = key_file.read_text().strip()
+    assert len(key) == 64
+    assert key_file.stat().st_mode & 0o777 == 0o600
+    assert socket.parent.stat().st_mode & 0o777 == 0o700
+    for process in _group(_local(engine).process.pid):
+        assert key not in " ".join(process.cmdline())
+        assert key not in json.dumps(process.environ())
+        assert [one for one in process.net_connections("inet") if one.status == psutil.CONN_LISTEN] == []
+    assert key not in _local(engine).log.read_text()
+    assert engine.client.exchange("GET", "/server_info", None, 5, with_key=False).status == 401
+    engine.close()
+    assert not key_file.exists()
+    assert key not in repr(vars(engine.served))
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_a_long_path_of_temporary_files(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Unix socket's path has 107 bytes at most."""
+    long = tmp_path / ("long" * 20)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    engine = open_at(tiny_model, None, timeout=20)
+    closed = Path(engine.client.address.removeprefix("unix:")).parent
+    assert closed.parent == Path("/tmp") and closed.stat().st_mode & 0o777 == 0o700
+    assert len(engine.generate(PROMPTS, Sampling(4))) == len(PROMPTS)
+    engine.close()
+    assert not closed.exists()
 
 
 @pytest.mark.usefixtures("stand_in")

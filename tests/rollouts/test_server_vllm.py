@@ -22,7 +22,7 @@ from align.pool_config import RolloutsConfig
 from align.rollouts.parity import ParityError, probe, trainer_logprobs
 from align.rollouts.protocol import Sampling
 from align.rollouts.server import COMPLETIONS, RESET, RPC, ServerEngine
-from align.rollouts.server_client import EngineLost
+from align.rollouts.server_client import BadReply, EngineLost, WeightsChanged
 from align.rollouts.server_options import INFO, Served
 from align.rollouts.server_process import LocalServer
 from align.rollouts.weights import checkpoint_weights
@@ -176,12 +176,57 @@ def test_vllm_still_has_what_is_asked_of_it(engine: ServerEngine, model: Any, mo
     assert {name for body in sent for name in body} <= fields
 
 
-def test_a_second_user_of_a_running_server(engine: ServerEngine, model: Any) -> None:
+def test_no_route_answers_without_the_key(engine: ServerEngine, model: Any) -> None:
+    """Of all that vLLM has, and what is mounted beside; nobody else's process can open the socket to begin with."""
+    schema = engine.client.call("/openapi.json", method="GET")
+    routes = [(path, method) for path, methods in schema["paths"].items() for method in methods]
+    assert len(routes) > 20
+    for path, method in [*routes, ("/metrics", "get"), ("/docs", "get"), ("/openapi.json", "get"), (RPC, "options")]:
+        reply = engine.client.exchange(method.upper(), path, {}, 10, with_key=False)
+        assert (path, reply.status, reply.error) == (path, 401, None)
+    socket = Path(engine.client.address.removeprefix("unix:"))
+    assert socket.parent.stat().st_mode & 0o777 == 0o700
+    for process in psutil.Process(_local(engine).process.pid).children(recursive=True):
+        listening = [one for one in process.net_connections("inet") if one.status == psutil.CONN_LISTEN]
+        assert all(one.laddr.ip == "127.0.0.1" for one in listening)
+        assert engine.client._key not in " ".join(process.cmdline())
+
+
+def test_a_foreign_reload_is_noticed(engine: ServerEngine, model: Any) -> None:
+    """Somebody with the key has the workers read other weights, and then the right ones again."""
+    engine.check_weights(content=True)
+    folder = engine.folder.write(merged_weights(load_policy(engine.served.model_dir)))
+    for version in (folder, folder - 1):
+        words = {"weights_path": str(engine.folder.of(version))}
+        engine.client.call(RPC, {"method": "reload_weights", "kwargs": words})
+        for content in (False, True):
+            with pytest.raises(WeightsChanged, match="does not hold the weights that this run gave it"):
+                engine.check_weights(content)
+    engine.load_weights(merged_weights(model))
+    began = time.monotonic()
+    engine.check_weights()
+    checked = time.monotonic()
+    engine.check_weights(content=True)
+    print(f"checked in {checked - began:.4f} s, with values in {time.monotonic() - checked:.4f} s")
+
+
+def test_weights_other_than_those_announced_are_not_loaded(engine: ServerEngine, model: Any) -> None:
+    version = engine.folder.write(merged_weights(model))
+    engine.folder.digests[version] = "0" * 64
+    with pytest.raises(BadReply, match="collective_rpc"):
+        engine.read_weights(version)
+    engine.check_weights(content=True)
+
+
+def test_a_second_user_of_a_running_server(engine: ServerEngine, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Our own server passes for one that somebody started with our options: it is checked, filled and left running."""
+    monkeypatch.setenv("ALIGN_SERVER_KEY", engine.client._key)
     _disturb(model, "model.embed_tokens.weight")
     engine.load_weights(merged_weights(model))
     guest = _open(engine.served.model_dir, engine.client.address)
     assert probe(guest, load_policy(engine.served.model_dir), PROMPTS).mean_gap < 1e-4
+    with pytest.raises(WeightsChanged, match="or uses the server too"):
+        engine.check_weights()
     guest.close()
     assert engine.client.health() == "answers"
 
@@ -217,7 +262,7 @@ def test_killed_during_a_call(engine: ServerEngine, model: Any) -> None:
         server.kill()
 
     threading.Timer(0.3, kill).start()
-    with pytest.raises(EngineLost, match=r"at http://127\.0\.0\.1:\d+ .*Its process was ended by SIGKILL"):
+    with pytest.raises(EngineLost, match=r"at unix:/\S+ .*Its process was ended by SIGKILL"):
         for seed in range(1000):
             engine.generate(PROMPTS * 8, Sampling(100, seed=seed))
     assert time.monotonic() - killed[0] < 10

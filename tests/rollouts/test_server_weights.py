@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from align.rollouts import weights_folder
 from align.rollouts.server import ServerEngine
 from align.rollouts.server_client import BadReply, EngineLost
 from align.rollouts.weights import checkpoint_weights
+from align.rollouts.weights_digest import combine, digest_all
 from tests.rollouts import fake_server
 from tests.rollouts.fake_server import FakeServer
 from tests.rollouts.server_harness import open_at, soon
@@ -24,9 +24,8 @@ def test_the_server_finds_a_whole_folder(fake: FakeServer, tiny_model: Path, tmp
                                          monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     seen: list[tuple[str, set[str], dict[str, torch.Tensor]]] = []
 
-    def reload(body: Any) -> Any:
-        assert body["method"] == "reload_weights"
-        folder = Path(body["kwargs"]["weights_path"])
+    def load(path: str) -> None:
+        folder = Path(path)
         tensors: dict[str, torch.Tensor] = {}
         for file in folder.glob("*.safetensors"):
             tensors |= load_file(file)
@@ -34,9 +33,9 @@ def test_the_server_finds_a_whole_folder(fake: FakeServer, tiny_model: Path, tmp
         assert set(index["weight_map"]) == set(tensors)
         assert [one.name for one in folder.parent.iterdir() if "partial" in one.name] == []
         seen.append((folder.name, {file.name for file in folder.iterdir()}, tensors))
-        return {"results": [None]}
+        assert fake.calls[-1][1]["kwargs"]["digest"] == combine(digest_all(tensors.items()))
 
-    fake.answers["/collective_rpc"] = reload
+    fake.load = load  # type: ignore[method-assign]
     monkeypatch.setattr(weights_folder, "SHARD_BYTES", 100_000)
     fake.answers["/server_info"] = lambda body: fake_server.info(dtype="torch.bfloat16")
     engine = open_at(tiny_model, fake.address, torch.bfloat16, weights_folder=str(tmp_path / "shared"))
@@ -79,8 +78,12 @@ def test_weights_that_the_server_cannot_read(fake: FakeServer, served: ServerEng
         served.load_weights(checkpoint_weights(served.served.model_dir))
     for results in ([], ["failed"], None):
         fake.answers["/collective_rpc"] = lambda body, results=results: {"results": results}
-        with pytest.raises(BadReply, match="results is no list of nulls"):
+        with pytest.raises(BadReply, match="results is no list of what each worker holds"):
             served.load_weights(checkpoint_weights(served.served.model_dir))
+    other = {"version": "another's:1", "digest": None, "loads": 1, "content": ""}
+    fake.answers["/collective_rpc"] = lambda body: {"results": [other]}
+    with pytest.raises(BadReply, match="it was told to hold"):
+        served.load_weights(checkpoint_weights(served.served.model_dir))
     assert "/reset_prefix_cache" not in fake.paths()
     served.client.timeout = 0.6
     fake.answers["/collective_rpc"] = fake.hang
