@@ -1,10 +1,10 @@
 """One vLLM server: what it is asked, what its answers must hold, how it takes new weights.
 
 With ``server_process.py``, ``server_options.py``, ``server_worker.py`` and ``nccl.py`` all that touches vLLM's HTTP
-interface: routes, fields and options as of 0.31 (``/v1/completions``, ``/collective_rpc``, ``/reset_prefix_cache``, ``/server_info``,
-``/health``), the middle three of which exist only with ``VLLM_SERVER_DEV_MODE=1``. Every call ends within
-``runtime.engine.timeout``, with an answer or an error that says whether the server lives. Left out: asking again, and
-several servers (``pool.py``); streaming, tokens scored at other temperatures.
+interface: routes, fields and options as of 0.31 (``/v1/completions``, ``/collective_rpc``, ``/reset_prefix_cache``,
+``/server_info``, ``/health``), the middle three of which exist only with ``VLLM_SERVER_DEV_MODE=1``. Every call ends
+within ``runtime.engine.timeout``, with an answer or an error that says whether the server lives. Left out: asking
+again, and several servers (``pool.py``); streaming, tokens scored at other temperatures.
 """
 
 from __future__ import annotations
@@ -130,9 +130,8 @@ class ServerEngine:
         elif not _all(logprobs, float | int) or len(logprobs) != len(tokens):
             wrong = f"token_logprobs is no list of {len(tokens)} numbers"
         elif not all(_is_logprob(value) for value in logprobs):
-            wrong = (
-                f"token_logprobs has {next(v for v in logprobs if not _is_logprob(v))}, no logarithm of a probability"
-            )
+            value = next(value for value in logprobs if not _is_logprob(value))
+            wrong = f"token_logprobs has {value}, no logarithm of a probability"
         elif reason not in ("stop", "length") or (reason == "stop") != (tokens[-1] == self.eos):
             wrong = f"it ended with '{reason}' at token {tokens[-1]}, where {self.eos} is the one that ends a turn"
         if wrong is not None:

@@ -1,6 +1,6 @@
 """The guard in front of every route of a vLLM server: a key, no browser, no foreign host name.
 
-vLLM's own ``--api-key`` (0.31) covers routes that begin with ``/v1``, ``/v2``, ``/inference`` or ``/cohere``, and leaves
+vLLM's own ``--api-key`` (0.31) covers routes that begin with ``/v1``, ``/v2``, ``/inference`` or ``/cohere``. It leaves
 ``/collective_rpc``, which replaces weights, and ``/server_info``, which tells paths, to anybody. Loaded by vLLM with
 ``--middleware align.rollouts.server_guard.Guard``. Standard library only, so that the server's side needs nothing else
 of align for it. Left out: encryption; a key travels over the network as it is.

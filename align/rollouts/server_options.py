@@ -103,8 +103,8 @@ def key_of(pool: RolloutsConfig) -> str:
     if not key:
         raise UserError(
             f"runtime.rollouts.addresses names servers, but the environment variable {name} (key_variable) does not "
-            f"hold their key. Make one with `{NEW_KEY}`, start the servers with {KEY_FILE}=server.key (docs/ppo.md), and "
-            f'run with `export {name}="$(cat server.key)"`.'
+            f"hold their key. Make one with `{NEW_KEY}`, start the servers with {KEY_FILE}=server.key (docs/ppo.md), "
+            f'and run with `export {name}="$(cat server.key)"`.'
         )
     problem = key_problem(key)
     if problem is not None:
@@ -116,8 +116,8 @@ def refuse_unfit(client: Client, served: Served) -> None:
     """Raise ``UserError`` when a server that somebody else started is not there, lets anybody in, or would sample
     something else."""
     remedy = (
-        f"Start it with: {KEY_FILE}=server.key VLLM_SERVER_DEV_MODE=1 python -m {MODULE} --host 127.0.0.1 --model MODEL "
-        f"{shlex.join(served.options())}"
+        f"Start it with: {KEY_FILE}=server.key VLLM_SERVER_DEV_MODE=1 python -m {MODULE} --host 127.0.0.1 "
+        f"--model MODEL {shlex.join(served.options())}"
     )
     where = f"runtime.rollouts.addresses has {client.address}, but"
     path = f"{INFO}?config_format=json"

@@ -1,8 +1,8 @@
 """Digests of a model's tensors, exact to the bit: the same on the trainer's side and on a server's.
 
-Unlike ``align.handover.weights.weights_digest``, which takes a checkpoint and its bfloat16 copy for the same base, these
-tell types, shapes and every value apart. Tensors are hashed in several threads, 1.8 GiB/s each on the machine where it
-was measured.
+Unlike ``align.handover.weights.weights_digest``, which takes a checkpoint and its bfloat16 copy for the same base,
+these tell types, shapes and every value apart. Tensors are hashed in several threads, 1.8 GiB/s each on the machine
+where it was measured.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +25,8 @@ def tensor_digest(tensor: torch.Tensor) -> str:
 
     values = tensor.detach().to("cpu").contiguous()
     hasher = hashlib.sha256(f"{str(values.dtype).removeprefix('torch.')} {tuple(values.shape)}".encode())
-    hasher.update(values.reshape(-1).view(torch.uint8).numpy())
+    content: Any = values.reshape(-1).view(torch.uint8).numpy()  # numpy's arrays are buffers, which its types omit
+    hasher.update(content)
     return hasher.hexdigest()
 
 

@@ -2,7 +2,7 @@
 
 ``python fake_server.py --uds PATH [what vLLM takes]`` answers as a healthy server would; with ``$FAKE_SERVER=hang`` it
 answers no completion, with ``cling`` a child that does not listen to SIGTERM keeps the connections open as well, with
-``mute`` it does not even listen, with ``refuse`` it ends at once. Like a guarded server it refuses calls without its key.
+``mute`` it does not even listen, with ``refuse`` it ends at once. It refuses calls without its key, as guarded ones do.
 """
 
 from __future__ import annotations

@@ -103,7 +103,8 @@ def test_a_browser_is_refused_even_with_the_key(guard: Guard, behind: Behind, he
     ("host", "expected"),
     [
         ("localhost", 200), ("LOCALHOST:80", 200), ("127.0.0.1", 200), ("[::1]:8000", 200), ("10.1.2.3:8000", 200),
-        ("node1:8000", 200), ("evil.example", 403), ("evil.example:8000", 403), ("localhost.evil.example", 403), ("", 403),
+        ("node1:8000", 200), ("evil.example", 403), ("evil.example:8000", 403), ("localhost.evil.example", 403),
+        ("", 403),
     ],
 )  # fmt: skip
 def test_names_that_a_page_could_point_here_are_refused(guard: Guard, host: str, expected: int) -> None:
