@@ -32,6 +32,17 @@ HIDDEN = re.compile(
 )
 
 
+MOST_SHOWN = 200
+"""Characters of a value that a message repeats."""
+LONG = re.compile(r"\S{1000,}")
+"""Words that nobody reads to the end."""
+
+
+def shorten(text: str, most: int = MOST_SHOWN) -> str:
+    """Text of at most ``most`` characters, and how many it had where it was longer."""
+    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
+
+
 def redact(text: str) -> str:
     """Text with the names, passwords and tokens in its addresses replaced by ``***``."""
     for pattern, shown in SECRETS:
@@ -57,13 +68,13 @@ def _escape(match: re.Match[str]) -> str:
 class UserError(Exception):
     """The user's input is wrong: exit code 2, one message with the place and the remedy, no traceback.
 
-    Passwords in addresses that the message repeats are left out of it.
+    Passwords in addresses that the message repeats are left out of it, and words of a thousand characters are cut.
     """
 
     exit_code = 2
 
     def __init__(self, message: object = "") -> None:
-        super().__init__(redact(str(message)))
+        super().__init__(LONG.sub(lambda word: shorten(word.group()), redact(str(message))))
 
 
 class StageFailed(Exception):

@@ -17,6 +17,7 @@ from align.remote import Remote
 from align.runtime import StoreConfig
 from align.shared_folder import SECONDS
 from align.store import Store
+from align.user_paths import user_path
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Opening:
 
     def open(self) -> Store:
         """The store, made where nothing is; ``UserError`` where it cannot be used."""
-        store = Store.open(Path(self.folder), lease=self.lease, patience=self.patience)
+        store = Store.open(user_path(self.folder), lease=self.lease, patience=self.patience)
         if self.remote is not None:
             store.remote = Remote(store, self.remote)
         return store

@@ -6,6 +6,7 @@ running: names, types, ranges, order, artifact kinds, files. Never imports torch
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, create_model
 
 from align.artifacts import Kind
-from align.errors import UserError
+from align.errors import UserError, shorten
 from align.fingerprint import digest
 from align.looping import expand
 from align.overrides import assign, parse_assignment
@@ -207,16 +208,27 @@ class Pipeline:
         self._check_inputs(name, config_class, inputs, kinds)
         makes = stage.makes
         if makes is None:
-            try:
+            with self._saying_where(name):
                 makes = config.makes()  # type: ignore[attr-defined]
-            except UserError as error:
-                raise UserError(_at(self._place(name), error)) from None
-        try:
+        with self._saying_where(name):
             identities = config.identities(self.base) if hasattr(config, "identities") else {}
+        parts = self._key_parts(stage, config, seed, inputs, identities)
+        try:
+            key = digest(parts)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{self._place(name)}: {str(error).removeprefix('$.config.')}.") from None
+        return Node(name, stage, config, seed, inputs, makes, identities, key, parts)
+
+    @contextlib.contextmanager
+    def _saying_where(self, name: str) -> Iterator[None]:
+        """Have errors of what a stage names, and of the system that looks for it, begin with the stage's place."""
+        try:
+            yield
         except UserError as error:
             raise UserError(_at(self._place(name), error)) from None
-        parts = self._key_parts(stage, config, seed, inputs, identities)
-        return Node(name, stage, config, seed, inputs, makes, identities, digest(parts), parts)
+        except OSError as error:
+            file = "" if error.filename is None else f"{shorten(str(error.filename))}: "
+            raise UserError(f"{self._place(name)}: {file}{error.strerror or error}.") from None
 
     def _check_inputs(
         self, name: str, config_class: type[Config], inputs: Mapping[str, Any], kinds: dict[str, Stage]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import BaseModel, ConfigDict
 
 from align.artifacts import Artifact, Kind
-from align.errors import UserError
+from align.errors import UserError, shorten
 
 if TYPE_CHECKING:
     from align.runtime import Runtime
@@ -27,7 +27,14 @@ if TYPE_CHECKING:
 class Config(BaseModel):
     """Base of every configuration block: frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,  # true is no number of steps, and "3" no number
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
+    )
 
     identified: ClassVar[frozenset[str]] = frozenset()
     """Fields whose meaning ``identities`` covers (paths, mostly): the key leaves their own text out."""
@@ -167,9 +174,9 @@ def load_object(path: str) -> Any:
 
     Raises ``UserError`` when there is no such module or name.
     """
-    module, colon, name = path.partition(":")
-    if not colon:
-        raise UserError(f"'{path}' is not an import path; write package.module:name.")
+    module, _, name = path.partition(":")
+    if not all(part.isidentifier() for part in [*module.split("."), name]):
+        raise UserError(f"'{shorten(path)}' is not an import path; write package.module:name.")
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -6,9 +6,11 @@ Leaves out reading the file (``yaml_file.py``) and what the fields mean (the con
 from __future__ import annotations
 
 import difflib
+import math
+import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,15 +18,16 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from align.errors import UserError
+from align.errors import MOST_SHOWN, UserError, shorten
 
 Model = TypeVar("Model", bound=BaseModel)
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
     """``" Did you mean 'x'?"`` for the nearest known name, else the known names, else nothing."""
     names = sorted(set(known))
-    close = nearest(name, names)
+    close = nearest(name[:MOST_SHOWN], names)
     if close is not None:
         return f" Did you mean '{close}'?"
     return f" Known here: {', '.join(names)}." if names else ""
@@ -43,7 +46,10 @@ def validate(config_class: type[Model], mapping: Any, where: str) -> Model:
     ``where`` reads like ``pipelines/ppo.yaml: stages.ppo``.
     """
     if not isinstance(mapping, Mapping):
-        raise UserError(f"{where}: expected a mapping of keys to values, found {mapping!r}.")
+        raise UserError(f"{where}: expected a mapping of keys to values, found {_shown(mapping)}.")
+    problems = list(_problems(mapping, ()))
+    if problems:
+        raise UserError("\n".join(f"{_place(where, path)}: {problem}" for path, problem in problems))
     try:
         return config_class.model_validate(dict(mapping))
     except ValidationError as error:
@@ -51,6 +57,55 @@ def validate(config_class: type[Model], mapping: Any, where: str) -> Model:
         details = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
         walked = [(detail, _walk(config_class, detail)) for detail in details]
         raise UserError("\n".join(_explain(detail, at, where) for detail, at in _telling(walked))) from None
+
+
+MOST_INTEGER = 2**63
+"""What no file format that rows and records are kept in goes beyond."""
+
+
+def _problems(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Values that no field takes, whatever its type, with their paths: a field of any type takes them in silence."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if not isinstance(key, str | int) or isinstance(key, bool):
+                yield path, f"the key {_shown(key)} is no text; put it in quotes."
+            elif (problem := _problem(key)) is not None:
+                yield path, f"the key {_shown(key)} {problem}"
+            else:
+                yield from _problems(item, (*path, str(key)))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _problems(item, (*path[:-1], f"{path[-1] if path else ''}[{index}]"))
+    elif (problem := _problem(value)) is not None:
+        yield path, problem
+
+
+def _problem(value: Any) -> str | None:
+    if isinstance(value, str):
+        if "\0" in value:
+            return "has a NUL character, which no path and no file of text may have."
+        return "has half a character (a lone surrogate), which is no text." if _SURROGATE.search(value) else None
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"should be a finite number; found {value}."
+    if isinstance(value, int) and not -MOST_INTEGER <= value < MOST_INTEGER:
+        return f"should be from -2**63 to 2**63-1; found {_shown(value)}."
+    if value is None or isinstance(value, bool | int | float | BaseModel):
+        return None
+    return f"found {_shown(value)}, a {type(value).__name__}; write text in quotes, or a number."
+
+
+def _shown(value: Any) -> str:
+    """A value as a message repeats it: the beginning of a long one."""
+    try:
+        return shorten(repr(value))
+    except ValueError:  # an integer of more digits than Python writes
+        return f"an integer of {value.bit_length()} bits"
+
+
+def _place(where: str, path: tuple[str, ...]) -> str:
+    prefix, _, above = where.partition(": ") if ": " in where else (where, "", "")
+    full = ".".join((above, *path) if above else path)
+    return f"{prefix}: {full}" if full else prefix
 
 
 @dataclass(frozen=True)
@@ -93,12 +148,12 @@ def _explain(detail: ErrorDetails, at: _At, where: str) -> str:
     shown, models = at.path, at.holders
     prefix, _, path = where.partition(": ") if ": " in where else (where, "", "")
     full = ".".join((path, *shown) if path else shown)
-    place = f"{prefix}: {full}" if full else prefix
+    place = _place(where, shown)
     kind, context = detail["type"], detail.get("ctx", {})
     if kind == "extra_forbidden":
         parent = place.rsplit(".", 1)[0] if "." in full else prefix
         known = [name for model in models for name in model.model_fields]
-        return f"{parent}: unknown key '{detail['loc'][-1]}'.{suggest(str(detail['loc'][-1]), known)}"
+        return f"{parent}: unknown key '{shorten(str(detail['loc'][-1]))}'.{suggest(str(detail['loc'][-1]), known)}"
     if kind == "missing":
         return f"{place}: this key is required and missing."
     if kind == "union_tag_not_found":
@@ -111,21 +166,22 @@ def _explain(detail: ErrorDetails, at: _At, where: str) -> str:
     if kind == "union_tag_invalid":
         key = str(context.get("discriminator", "")).strip("'")
         expected = [tag.strip(" '") for tag in str(context.get("expected_tags", "")).split(",")]
-        return f"{place}.{key}: unknown value '{context.get('tag')}'.{suggest(str(context.get('tag')), expected)}"
+        tag = str(context.get("tag"))
+        return f"{place}.{key}: unknown value '{shorten(tag)}'.{suggest(tag, expected)}"
     special = kind in ("model_type", "dict_type") or _names_a_stage(at.expected)
     if _is_about_type(detail) and (len(at.expected) > 1 or special):
         listed = [word.strip("'") for kind in at.expected for word in _words(kind) if word.startswith("'")]
         close = nearest(detail["input"], listed) if isinstance(detail["input"], str) else None
         hint = f" Did you mean '{close}'?" if close else ""
-        return f"{place}: should be {_in_words(at.expected)}; found {detail['input']!r}.{hint}"
+        return f"{place}: should be {_in_words(at.expected)}; found {_shown(detail['input'])}.{hint}"
     if kind == "literal_error":
         choices = str(context.get("expected", ""))
         names = [part.strip(" '") for part in choices.replace(" or ", ",").split(",")]
-        return f"{place}: {detail['input']!r} is none of {choices}.{suggest(str(detail['input']), names)}"
+        return f"{place}: {_shown(detail['input'])} is none of {choices}.{suggest(str(detail['input']), names)}"
     if kind in ("value_error", "assertion_error"):
         return f"{place}: {detail['msg'].removeprefix('Value error, ').removeprefix('Assertion failed, ')}"
     message = detail["msg"].replace("Input should be", "should be", 1)
-    return f"{place}: {message}; found {detail['input']!r}."
+    return f"{place}: {message}; found {_shown(detail['input'])}."
 
 
 def _walk(config_class: type[BaseModel], detail: ErrorDetails) -> _At:
@@ -135,9 +191,11 @@ def _walk(config_class: type[BaseModel], detail: ErrorDetails) -> _At:
     *_, last = detail["loc"] or (None,)
     for part in detail["loc"]:
         holders = [kind for kind in current if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        lists = [kind for kind in current if typing.get_origin(kind) is list]
+        if isinstance(part, int) and not lists:  # a mapping's key that is a number
+            part = str(part)
         if isinstance(part, int):
             shown[-1:] = [f"{shown[-1] if shown else ''}[{part}]"]
-            lists = [kind for kind in current if typing.get_origin(kind) is list]
             current = [arg for kind in lists for arg in _members(typing.get_args(kind))]
             continue
         tagged = [model for model in holders if part in _tags(model)]

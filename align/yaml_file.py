@@ -1,6 +1,9 @@
 """Reads YAML: safely, with errors that name line and column, and with the slips that YAML lets pass refused. No torch.
 
-Leaves out what the keys mean (``validation.py``).
+Plain scalars are what YAML 1.2 makes of them: ``true`` and ``false`` are the only booleans, and numbers are decimal.
+What YAML 1.1 takes for an octal number (010), a time in base 60 (1:30:00), a date or a boolean (no) is text here, which
+a field that wants a number refuses and a field that wants a time limit takes. Leaves out what the keys mean
+(``validation.py``).
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from align.errors import UserError
+from align.errors import UserError, shorten
 
 MOST_VALUES = 1_000_000
 """Values in a YAML file once every alias stands for itself; a few lines of nested aliases could ask for any number."""
@@ -43,12 +46,26 @@ class _Loader(yaml.SafeLoader):
         super().flatten_mapping(node)
 
 
-# YAML 1.1 reads 5e-4 as text: it wants a dot and a sign. Everyone who writes learning rates means the number.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
+SCALARS = (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?(0|[1-9][0-9_]*)", "-+0123456789"),
+    # YAML 1.1 reads 5e-4 as text: it wants a dot and a sign. Everyone who writes learning rates means the number.
+    (
+        "float",
+        r"[-+]?((0|[1-9][0-9_]*)\.[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?|[-+]?(0|[1-9][0-9_]*)[eE][-+]?[0-9]+"
+        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
 )
+"""Tag, spelling and first characters of plain scalars that are no text."""
+REPLACED = frozenset(f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "timestamp", "value"))
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in REPLACED]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _kind, _spelling, _first in SCALARS:
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_spelling})$"), list(_first))
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -67,6 +84,9 @@ def load_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not readable; check its permissions.") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8.") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"'{shorten(str(path))}' cannot be read: {reason}.") from None
     data = parse_yaml(text, str(path))
     if not isinstance(data, dict):
         what = "is empty" if data is None else f"holds {type(data).__name__}"
@@ -86,8 +106,9 @@ def parse_yaml(text: str, where: str) -> Any:
         raise UserError(
             f"{where}: invalid YAML: an alias (*name) stands inside what it names, or nests too deep."
         ) from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{where}: invalid YAML: {error}.") from None
+    except (yaml.YAMLError, ValueError, OverflowError, KeyError, AttributeError, TypeError) as error:
+        # The last ones come from tags that do not fit their text: `!!bool x`.
+        raise UserError(f"{where}: invalid YAML: {shorten(str(error))}.") from None
 
 
 def _apart(value: Any, made: list[int]) -> Any:

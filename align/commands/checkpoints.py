@@ -21,6 +21,7 @@ from align.records import RECORD
 from align.stages.artifact import read_record
 from align.store import Store
 from align.store_mark import MARKER
+from align.user_paths import user_path
 from align.validation import suggest
 
 NAMED = re.compile(r"([A-Za-z][A-Za-z0-9_-]{0,63})=(.+)", re.DOTALL)
@@ -78,7 +79,7 @@ def unique(name: str, taken: Iterable[str]) -> str:
 
 
 def _find(word: str, store: str | None) -> Checkpoint:
-    folder = Path(word).expanduser()
+    folder = user_path(word)
     if folder.name == "model" and (folder.parent / RECORD).is_file():
         folder = folder.parent
     if (folder / RECORD).is_file():
@@ -106,7 +107,7 @@ def _other_meanings(word: str) -> str:
 
 def _plain(word: str) -> Checkpoint:
     """A built-in model, a folder without a record, or a .gguf file."""
-    path = Path(word).expanduser()
+    path = user_path(word)
     if word in source.BUILT_IN or path.is_file():
         return _model(word, {"source": word}, path.stem if path.is_file() else word)
     folder = find_checkpoint(str(path), None)
@@ -138,7 +139,7 @@ def artifact_at(folder: Path) -> Artifact:
 
 def find_reward(option: str, word: str, store: str | None) -> dict[str, Any]:
     """The stage that brings in the reward model that ``word`` means: an artifact, or a plain folder with a head."""
-    folder = Path(word).expanduser()
+    folder = user_path(word)
     if folder.name == "model" and (folder.parent / RECORD).is_file():
         folder = folder.parent
     if (folder / RECORD).is_file():

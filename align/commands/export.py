@@ -21,6 +21,7 @@ from align.commands.parsing import add_store, print_json
 from align.errors import StageFailed, UserError, explain_os_error
 from align.models.export import ADAPTER, Source, check_source, read_json
 from align.store_mark import MARKER
+from align.user_paths import user_path
 
 if TYPE_CHECKING:
     from align.models.push import ModelUpload
@@ -74,7 +75,7 @@ def choose(word: str, base: str | None, store: str | None) -> Chosen:
 
     ``word`` is what ``find_checkpoint`` takes, or the folder of an adapter.
     """
-    folder = Path(word).expanduser()
+    folder = user_path(word)
     if (folder / ADAPTER).is_file() and not (folder / "config.json").is_file():
         recorded = str(read_json(folder / ADAPTER).get("base_model_name_or_path") or "")
         given = None if base is None else find_checkpoint(base, store)

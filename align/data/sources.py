@@ -32,6 +32,7 @@ from align.errors import UserError
 from align.fingerprint import file_digest
 from align.outputs import differing
 from align.records import RECORD, read_artifact, read_record
+from align.user_paths import user_path
 from align.validation import nearest, suggest
 
 __all__ = ["BadRecord", "Item", "Record", "choose_format", "find_files", "identity", "read", "source_folder"]
@@ -139,7 +140,7 @@ def find_files(patterns: Sequence[str], base: Path) -> list[Path]:
     """Files behind paths and globs, in sorted order, each once. Raises ``UserError`` for one that finds nothing."""
     found: dict[Path, None] = {}
     for pattern in patterns:
-        matches = sorted(Path(name) for name in glob.glob(str(base / Path(pattern).expanduser()), recursive=True))
+        matches = sorted(Path(name) for name in glob.glob(str(user_path(pattern, base)), recursive=True))
         files = [path for path in matches if path.is_file()]
         if not files:
             raise UserError(f"no file matches '{pattern}' (looked from {base}).{_neighbours(base / pattern)}")
@@ -242,7 +243,7 @@ def _read_python(source: PythonSource) -> Iterator[Item]:
 def source_folder(source: ArtifactSource | InputSource, base: Path, inputs: Sequence[Path]) -> Path:
     """Where an earlier artifact is. Raises ``UserError`` for an input that the stage was not given."""
     if isinstance(source, ArtifactSource):
-        return base / Path(source.path).expanduser()
+        return user_path(source.path, base)
     if source.index >= len(inputs):
         given = f"{len(inputs)} inputs" if inputs else "none"
         raise UserError(

@@ -25,6 +25,7 @@ from align.fingerprint import digest, file_digest
 from align.models.render import render_prompt
 from align.rollouts.protocol import Sampling
 from align.stage import Config
+from align.user_paths import user_path
 
 
 class BaselineConfig(Config):
@@ -91,7 +92,7 @@ class BaselineConfig(Config):
         return found
 
     def _path(self, base: Path) -> Path:
-        path = base / Path(str(self.examples)).expanduser()
+        path = user_path(str(self.examples), base)
         if not path.is_file():
             raise UserError(f"examples: there is no file '{path}'; relative paths start at the current folder.")
         return path

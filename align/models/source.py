@@ -19,6 +19,7 @@ from align.models import files
 from align.models.embedded import NAME as EMBEDDED
 from align.models.embedded import WHEEL_SHA256
 from align.models.folder_checks import check_folder, check_gguf
+from align.user_paths import user_path
 from align.validation import suggest
 
 TINY = "tiny"
@@ -62,7 +63,7 @@ def resolve(source: str, revision: str | None, base: Path) -> Source:
         if revision is not None:
             raise UserError(f"revision: the built-in model '{source}' is pinned already; leave revision out.")
         return Source(Origin.EMBEDDED if source == EMBEDDED else Origin.TINY, source)
-    path = base / Path(source).expanduser()
+    path = user_path(source, base)
     if path.exists():
         if revision is not None:
             raise UserError(f"revision: '{source}' is a path, pinned by its contents; leave revision out.")

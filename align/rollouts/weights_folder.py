@@ -15,6 +15,7 @@ import torch
 
 from align.rollouts.weights import refuse_missing, with_tied_head
 from align.rollouts.weights_digest import combine, digest_all
+from align.user_paths import user_path
 
 if TYPE_CHECKING:
     from align.rollouts.server_options import Served
@@ -39,7 +40,7 @@ class WeightsFolder:
 
     def temporary(self, inside: str | None = None) -> Path:
         """A new folder that ``close`` removes."""
-        outer = None if inside is None else Path(inside).expanduser().absolute()
+        outer = None if inside is None else user_path(inside).absolute()
         if outer is not None:
             outer.mkdir(parents=True, exist_ok=True)
         made = tempfile.TemporaryDirectory(prefix="align-", dir=outer, ignore_cleanup_errors=True)

@@ -18,6 +18,7 @@ from align.fingerprint import file_digest
 from align.records import RECORD, DamagedRecord
 from align.records import read_record as read_checked
 from align.stage import Config, StageContext
+from align.user_paths import user_path
 
 if TYPE_CHECKING:
     from align.models.architecture import Architecture
@@ -33,7 +34,7 @@ class ArtifactConfig(Config):
 
     def folder(self, base: Path) -> Path:
         """The folder; ``UserError`` where there is none."""
-        folder = base / Path(self.path).expanduser()
+        folder = user_path(self.path, base)
         if not folder.is_dir():
             raise UserError(f"path: there is no folder '{folder}'; relative paths start at the current folder.")
         return folder

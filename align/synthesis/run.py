@@ -22,6 +22,7 @@ from align.synthesis import choosing, instructions, pairing
 from align.synthesis.book import Book, split_by_prompt, write_lines, write_table
 from align.synthesis.choosing import Answered
 from align.synthesis.config import BestOfTask, InstructionsTask, PairsTask, ResponsesTask
+from align.user_paths import user_path
 
 SPLITS = ("train", "test")
 COLUMNS = {"instructions": (), "pairs": ("chosen", "rejected")}
@@ -274,7 +275,7 @@ def _shared_folder(context: StageContext) -> Path | None:
     """Where answers are shared; None for nowhere, also where a stage runs without a store."""
     place = context.config.cache
     if isinstance(place, str):
-        return Path.cwd() / Path(place).expanduser()
+        return user_path(place, Path.cwd())
     return context.cache / SHARED if place and context.cache is not None else None
 
 

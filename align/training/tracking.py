@@ -20,6 +20,7 @@ from typing import Any
 from align.errors import UserError
 from align.stage import StageContext
 from align.training.state_files import read_state, write_state
+from align.user_paths import user_path
 
 IDENTITY = "tracking.json"
 """File beside the stage's checkpoints' folder that keeps the run's identity between attempts."""
@@ -237,7 +238,7 @@ def _group(context: StageContext) -> str:
 
 
 def _folder(context: StageContext) -> Path:
-    return Path(context.runtime.tracking.folder).expanduser().resolve()
+    return user_path(context.runtime.tracking.folder).resolve()
 
 
 def _environment(context: StageContext, identity: Mapping[str, str]) -> dict[str, str]:

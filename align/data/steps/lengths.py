@@ -20,6 +20,7 @@ from align.data.steps.texts import prompt_texts, reply_texts
 from align.errors import UserError
 from align.fingerprint import file_digest
 from align.stage import Config, load_object
+from align.user_paths import user_path
 
 
 class Turns(Config):
@@ -92,7 +93,7 @@ class Tokens(Lengths):
 
     def identities(self, base: Path) -> dict[str, str]:
         """Digests of the tokenizer's files, or its commit. Raises ``UserError`` where there is neither."""
-        folder = base / Path(self.tokenizer).expanduser()
+        folder = user_path(self.tokenizer, base)
         if not folder.is_dir():
             if self.revision:
                 return {"tokenizer": f"{self.tokenizer}@{self.revision}"}
@@ -137,7 +138,7 @@ def _is_read(name: str) -> bool:
 
 
 def _load_tokenizer(config: Tokens, base: Path) -> Any:
-    folder = base / Path(config.tokenizer).expanduser()
+    folder = user_path(config.tokenizer, base)
     name = str(folder) if folder.is_dir() else config.tokenizer
     if not folder.is_dir() and config.revision is None:
         config.identities(base)  # says what is missing

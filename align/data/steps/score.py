@@ -18,6 +18,7 @@ from align.data.rows import Row
 from align.data.steps.base import StepConfig, StepContext, Table, Verdict, keep_all
 from align.errors import UserError
 from align.stage import Config, load_object
+from align.user_paths import user_path
 
 By = Literal["reward", "perplexity", "ifd", "function"]
 BELOW, ABOVE, NO_SCORE = "score too low", "score too high", "no score"
@@ -30,7 +31,7 @@ class Keep(Config):
     """Keep scores of at least this."""
     below: float | None = None
     """Keep scores of at most this."""
-    quantiles: tuple[float, float] | None = None
+    quantiles: tuple[float, float] | None = Field(None, strict=False)
     """Keep what lies between two quantiles: [0.5, 1] is the better half, [0.1, 0.9] leaves both ends out."""
     per_source: bool = False
     """Take quantiles within each source, so that no source is lost for the scale of its scores."""
@@ -106,7 +107,7 @@ def model_folder(name: str, base: Path, inputs: tuple[Path, ...]) -> Path:
             raise UserError(f"score.model is '{name}', but the data stage has {len(inputs)} inputs, counted from 0.")
         folder = inputs[int(number)]
     else:
-        folder = base / Path(name).expanduser()
+        folder = user_path(name, base)
     folder = folder / "model" if (folder / "model").is_dir() else folder
     if not (folder / "config.json").is_file():
         raise UserError(f"score.model: {folder} has no config.json; name the folder of a transformers checkpoint.")

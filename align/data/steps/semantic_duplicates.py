@@ -20,6 +20,7 @@ from align.data.steps.base import StepConfig, StepContext, Table, Verdict
 from align.errors import UserError
 from align.fingerprint import file_digest
 from align.stage import load_object
+from align.user_paths import user_path
 
 REASON = "means the same as an earlier row"
 _SUFFIXES = (".json", ".safetensors", ".txt", ".model")
@@ -63,7 +64,7 @@ class SemanticDuplicates(StepConfig):
         return {f"model {path.relative_to(folder).as_posix()}": f"sha256:{file_digest(path)}" for path in files}
 
     def _folder(self, base: Path) -> Path:
-        folder = base / Path(self.model).expanduser()
+        folder = user_path(self.model, base)
         if not (folder / "config.json").is_file():
             hint = " Of a Hub model, give `revision` too." if self.model.count("/") == 1 else ""
             raise UserError(

@@ -11,6 +11,7 @@ from pathlib import Path
 from align.data.source_configs import FilesSource
 from align.errors import UserError
 from align.evaluation.tasks.reading import TaskRecord
+from align.user_paths import user_path
 
 TEXT_FILES = (".txt", ".md")
 TEXTS = ("text", "content", "document", "page")
@@ -37,7 +38,7 @@ def find_documents(patterns: Sequence[str], base: Path) -> tuple[list[Path], Fil
     texts: dict[Path, None] = {}
     others: list[str] = []
     for pattern in patterns:
-        names = glob.glob(str(base / Path(pattern).expanduser()), recursive=True)
+        names = glob.glob(str(user_path(pattern, base)), recursive=True)
         found = [Path(name).absolute() for name in sorted(names) if Path(name).is_file()]
         plain = [path for path in found if path.suffix.lower() in TEXT_FILES]
         texts |= dict.fromkeys(plain)

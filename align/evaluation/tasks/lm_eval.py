@@ -25,6 +25,7 @@ from align.evaluation.lm_eval_values import Column, Missing, NotAMean, column_na
 from align.evaluation.tasks.base import Given, Item, Measured, Reader, SystemInfo, Task, TaskConfig
 from align.fingerprint import digest, file_digest
 from align.models.render import render_prompt
+from align.user_paths import user_path
 
 QUIET_SECONDS = 600.0
 """Without a word from lm-eval while it loads tasks; a download has a progress bar."""
@@ -92,7 +93,7 @@ class LmEvalConfig(TaskConfig):
         return LmEvalTask(name, self, given, folder, run_lm_eval(job, given.base, QUIET_SECONDS))
 
     def _folder(self, base: Path) -> Path:
-        folder = (base / Path(str(self.include)).expanduser()).resolve()
+        folder = user_path(str(self.include), base).resolve()
         if not folder.is_dir():
             raise UserError(f"include: there is no folder '{folder}'; relative paths start at the current directory.")
         return folder
@@ -124,7 +125,7 @@ def _data_files(file: Path, base: Path) -> Iterator[Path]:
         waiting += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
         texts += [part] if isinstance(part, str) else []
     for text in texts:
-        for place in map(Path, glob.glob(str(base / Path(text).expanduser()), recursive=True)) if text else ():
+        for place in map(Path, glob.glob(str(user_path(text, base)), recursive=True)) if text else ():
             yield from (path for path in place.rglob("*") if path.is_file()) if place.is_dir() else (place,)
 
 
