@@ -155,7 +155,7 @@ def json_keys(response: str, keys: list[str]) -> bool:
     """One JSON object with exactly these keys and no empty value."""
     try:
         value = json.loads(response.strip())
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter for brackets that nest without end
         return False
     return (
         isinstance(value, dict) and set(value) == set(keys) and all(item not in ("", None) for item in value.values())

@@ -11,10 +11,12 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
+from align.errors import redact
 from align.rollouts.requests import Answer
 from align.stage import Config
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
+MOST_TOKENS = 2**40
 RESERVED = frozenset(
     {"model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "n", "stream"}
 )
@@ -56,7 +58,7 @@ class EndpointConfig(Config):
             raise ValueError("holds a name or password; export the key and name its variable in key_variable")
         odd = parts.query or parts.fragment or not parts.hostname or url.strip() != url
         if parts.scheme not in ("http", "https") or odd:
-            raise ValueError(f"'{url}' should look like https://api.example.com/v1, without a query")
+            raise ValueError(f"'{redact(url)}' should look like https://api.example.com/v1, without a query")
         if parts.scheme == "http" and parts.hostname not in LOCAL:
             raise ValueError(f"http to {parts.hostname} would send prompts and key in the clear; use https")
         if url.rstrip("/").endswith("/completions"):
@@ -90,9 +92,9 @@ def read_completion(found: Any) -> Answer:
         refused = bool(choice["message"].get("refusal"))
         usage = found.get("usage") or {}
         counts = [_count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens")]
+        reason = choice.get("finish_reason")
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from None
-    reason = choice.get("finish_reason")
     return Answer(
         text=(content or "").encode("utf-8", "replace").decode("utf-8"),  # half a surrogate fits no Parquet file
         finished=reason != "length",
@@ -103,4 +105,5 @@ def read_completion(found: Any) -> Answer:
 
 
 def _count(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+    """A number of tokens; None for anything that is none, such as one that would overflow a cost."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MOST_TOKENS else None

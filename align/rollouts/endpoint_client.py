@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import json
+import math
 import os
 import re
 import time
@@ -17,7 +18,7 @@ from typing import Any
 
 import httpx
 
-from align.errors import UserError
+from align.errors import UserError, printable, redact, shorten
 from align.rollouts.asking import Desk
 from align.rollouts.endpoint import EndpointConfig, read_completion
 from align.rollouts.requests import Answer, Request
@@ -30,6 +31,8 @@ FIRST_WAIT, MOST_BACKOFF, MOST_WAIT = 1.0, 60.0, 600.0
 CONNECT_SECONDS = 20.0
 MOST_BYTES = 16 << 20
 """Of one answer."""
+MOST_MODELS_BYTES, CHUNK_BYTES = 4 << 20, 1 << 16
+"""Of the list of models, and of what is looked at together."""
 SAID = 200
 """Characters shown of what a server says."""
 
@@ -46,6 +49,10 @@ class _Trouble(Exception):
     def __init__(self, what: str, wait: float | None = None, *, reached: bool = True, usable: bool = True) -> None:
         super().__init__(what)
         self.wait, self.reached, self.usable = wait, reached, usable
+
+
+class _TooLong(Exception):
+    """An answer has more bytes than any needs."""
 
 
 class Endpoint:
@@ -173,7 +180,7 @@ class Endpoint:
             desk.lose(request)
             limit = f"{self.config.timeout:g} s ({self.place}.timeout)"
             raise _Trouble(f"did not answer /chat/completions within {limit}") from None
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:  # the last for headers that cannot be read
             desk.lose(request)
             raise _Trouble(self._why(error, began)) from None
         return await self._read(client, reply, data)
@@ -194,12 +201,11 @@ class Endpoint:
         async with client.stream(
             "POST", f"{self.config.url}/chat/completions", json={**body, **seed, **self.config.extra}
         ) as reply:
-            data = bytearray()
-            async for chunk in reply.aiter_bytes():
-                data += chunk
-                if len(data) > MOST_BYTES:
-                    raise _Trouble(f"sent more than {MOST_BYTES >> 20} MiB in one answer", usable=False)
-        return reply, bytes(data)
+            try:
+                return reply, await _body(reply, MOST_BYTES)
+            except _TooLong:
+                what = f"sent more than {MOST_BYTES >> 20} MiB in one answer"
+                raise _Trouble(what, usable=False) from None
 
     async def _read(self, client: httpx.AsyncClient, reply: httpx.Response, data: bytes) -> Answer:
         status, said = reply.status_code, self._said(data)
@@ -207,8 +213,9 @@ class Endpoint:
         if status == 200:
             try:
                 return read_completion(json.loads(data))
-            except ValueError as error:
-                raise _Trouble(f"gave an answer that is no chat completion ({error}){said}", usable=False) from None
+            except (ValueError, RecursionError) as error:  # the latter for brackets that nest without end
+                why = self._clean(shorten(str(error)))
+                raise _Trouble(f"gave an answer that is no chat completion ({why}){said}", usable=False) from None
         if status in AGAIN or status >= 500:
             raise _Trouble(f"answered with status {status}{said}", _retry_after(reply))
         if status in (401, 403):
@@ -229,9 +236,10 @@ class Endpoint:
         """What to do about a 404: it is the address or the model, and most servers can say which models they have."""
         try:
             async with asyncio.timeout(min(10, self.config.timeout)):
-                found = (await client.get(f"{self.config.url}/models")).json()
-            names = sorted(self._clean(str(one["id"])) for one in found["data"])[:20]
-        except (httpx.HTTPError, TimeoutError, ValueError, KeyError, TypeError):
+                async with client.stream("GET", f"{self.config.url}/models") as reply:
+                    found = json.loads(await _body(reply, MOST_MODELS_BYTES))
+            names = sorted(self._clean(shorten(str(one["id"]))) for one in found["data"])[:20]
+        except (httpx.HTTPError, TimeoutError, ValueError, KeyError, TypeError, RecursionError, _TooLong):
             return f"Is {self.place}.url its address up to /v1, and '{self.config.model}' one of its models?"
         if self.config.model in names:
             return f"It knows the model '{self.config.model}', so {self.place}.url may be wrong."
@@ -243,7 +251,7 @@ class Endpoint:
         try:
             error = json.loads(data)["error"]
             text = error if isinstance(error, str) else str(error["message"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             pass  # said in another way: shown as it is
         text = self._clean(text)
         return f": {text if len(text) <= SAID else text[:SAID] + '...'}" if text else ""
@@ -252,17 +260,28 @@ class Endpoint:
         """One line without control characters, and without the key, which some servers repeat in their errors."""
         if self._key:
             text = text.replace(self._key, "***")
-        return _CONTROL.sub(" ", text).strip()
+        return printable(_CONTROL.sub(" ", redact(text))).strip()
+
+
+async def _body(reply: httpx.Response, most: int) -> bytes:
+    """The whole of an answer. Raises ``_TooLong`` as soon as it has more than ``most`` bytes, also unpacked."""
+    data = bytearray()
+    async for chunk in reply.aiter_bytes(CHUNK_BYTES):
+        data += chunk
+        if len(data) > most:
+            raise _TooLong
+    return bytes(data)
 
 
 def _retry_after(reply: httpx.Response) -> float | None:
     """Seconds that the server asks to wait, given as such or as a date; None where it does not."""
     value: Any = reply.headers.get("retry-after", "").strip()
     try:
-        return max(0.0, float(value))
+        seconds = float(value)
+        return max(0.0, seconds) if math.isfinite(seconds) else None
     except ValueError:
         pass  # a date
     try:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, OverflowError):
         return None

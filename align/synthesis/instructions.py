@@ -54,7 +54,7 @@ def read_seeds(path: Path) -> list[Seed]:
             text = record["instruction"]
             instances = record.get("instances") or [record]
             given = str(instances[0].get("input") or "")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(
                 f"seeds: {path}:{number}: expected a JSON object with 'instruction' ({type(error).__name__}: {error})."
             ) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.utils
+import gzip
 import itertools
 import time
 from collections.abc import Iterator
@@ -105,6 +106,14 @@ def _failing(*failures: Any) -> Any:
         (200, {"choices": [{"message": {"content": 5}}]}),
         (200, {"choices": [{"message": None}]}),
         (200, []),
+        (200, b"[" * 200_000),
+        (200, b'{"choices": [{"message": {"content": ' + b"[" * 200_000),
+        (200, {"choices": ["text"]}),
+        (200, {"choices": [{"message": {"content": "hi"}}], "usage": [1]}),
+        (500, b"[" * 200_000),
+        (429, {}, {"retry-after": "nan"}),
+        (429, {}, {"retry-after": "Mon, 99 Foo 99999 00:00:00 GMT"}),
+        (200, b"x", {"Content-Encoding": "gzip"}),
     ],
     ids=lambda failure: f"{failure[0]} {str(failure[1])[:20]}",
 )
@@ -205,6 +214,47 @@ def test_an_endless_answer_is_refused(fake: FakeChat, tmp_path: Path, monkeypatc
     fake.reply = lambda body: b" " * (3 << 20)
     with pytest.raises(EndpointLost, match="sent more than 1 MiB"):
         _ask(_endpoint(fake, retries=0), tmp_path)
+
+
+def test_an_answer_that_unpacks_without_end_is_refused(
+    fake: FakeChat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoint_client, "MOST_BYTES", 1 << 20)
+    bomb = gzip.compress(b" " * (64 << 20))
+    fake.reply = lambda body: (200, bomb, {"Content-Encoding": "gzip"})
+    with pytest.raises(EndpointLost, match="sent more than 1 MiB"):
+        _ask(_endpoint(fake, retries=0), tmp_path)
+
+
+def test_a_list_of_models_that_nests_or_grows_without_end(fake: FakeChat, tmp_path: Path) -> None:
+    real = fake.http.RequestHandlerClass._send  # type: ignore[attr-defined]
+    fake.reply = lambda body: (404, {"error": "no such model"})
+    for content in (b"[" * 200_000, b" " * (endpoint_client.MOST_MODELS_BYTES + 2)):
+
+        def send(self: Any, status: int, said: Any, headers: dict[str, str], content: bytes = content) -> None:
+            real(self, status, content if status == 200 else said, headers)
+
+        fake.http.RequestHandlerClass._send = send  # type: ignore[attr-defined]
+        try:
+            with pytest.raises(UserError, match=r"Is endpoint\.url its address up to /v1"):
+                _ask(_endpoint(fake), tmp_path)
+        finally:
+            fake.http.RequestHandlerClass._send = real  # type: ignore[attr-defined]
+
+
+def test_what_a_server_says_is_shown_without_what_a_terminal_obeys(fake: FakeChat, tmp_path: Path) -> None:
+    fake.reply = lambda body: (400, {"error": {"message": "\u202edrow \u200bhttps://me:geheim@proxy:1 \x1b[2J"}})
+    with pytest.raises(UserError) as caught:
+        _ask(_endpoint(fake), tmp_path)
+    said = str(caught.value)
+    assert "\\u202edrow \\u200bhttps://***@proxy:1" in said
+    assert "geheim" not in said and "\x1b" not in said
+
+
+def test_counts_that_no_answer_has_are_not_believed() -> None:
+    usage = {"prompt_tokens": 10**400, "completion_tokens": True}
+    answer = read_completion(completion("hi", usage=usage))
+    assert (answer.prompt_tokens, answer.completion_tokens) == (None, None)
 
 
 def test_an_unreachable_endpoint_is_named_at_once(fake: FakeChat, tmp_path: Path) -> None:

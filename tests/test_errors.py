@@ -1,0 +1,60 @@
+"""What of foreign text a message may show: no password, no character that a terminal obeys, no word without end."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from align.errors import HIDDEN, StageFailed, UserError, printable, redact, shorten
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://me:geheim@host/v1", "https://***@host/v1"),
+        ("https://geheim@host", "https://***@host"),
+        ("http://me:ge@h/eim@host:8000/x", "http://***@host:8000/x"),
+        ("s3://key:geheim@bucket/prefix is wrong", "s3://***@bucket/prefix is wrong"),
+        ("'me:geheim@host:8000' is no address", "'***@host:8000' is no address"),
+        ("https://host/x?api_key=geheim&b=1", "https://host/x?api_key=***&b=1"),
+        ("https://host/x?a=1&X-Amz-Signature=geheim", "https://host/x?a=1&X-Amz-Signature=***"),
+        ("proxy http://me:geheim@p:1 and http://me:geheim@q:2", "proxy http://***@p:1 and http://***@q:2"),
+        ("https://host:8000/v1 refuses", "https://host:8000/v1 refuses"),
+        ("write to someone@example.com: it is fine", "write to someone@example.com: it is fine"),
+        ("p.yaml: stages.sft.model: found 'a@b'", "p.yaml: stages.sft.model: found 'a@b'"),
+    ],
+)
+def test_addresses_are_shown_without_what_lets_somebody_in(text: str, shown: str) -> None:
+    assert redact(text) == shown
+    assert str(UserError(text)) == shown
+    assert str(StageFailed(text)) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\x1b[2Jb", "a\\x1b[2Jb"),
+        ("\u202egnp.exe", "\\u202egnp.exe"),
+        ("zero\u200bwidth\ufeff", "zero\\u200bwidth\\ufeff"),
+        ("\u2066isolated\u2069", "\\u2066isolated\\u2069"),
+        ("half \ud800", "half \\ud800"),
+        ("tag \U000e0041", "tag \\U000e0041"),
+        ("one\u2028two\u2029three", "one\\u2028two\\u2029three"),
+        ("tab\tand\nline, ümlaut, 汉字, 🙂", "tab\tand\nline, ümlaut, 汉字, 🙂"),
+    ],
+)
+def test_characters_that_a_terminal_obeys_or_hides_are_escaped(text: str, shown: str) -> None:
+    assert printable(text) == shown
+
+
+@given(st.text(alphabet=st.characters()))
+def test_whatever_the_text_it_can_be_printed(text: str) -> None:
+    shown = printable(text)
+    assert not HIDDEN.search(shown)
+    shown.encode("utf-8")
+
+
+def test_words_without_end_are_cut() -> None:
+    assert str(UserError("x" * 5000 + " is no folder")) == "x" * 200 + "... (5,000 characters) is no folder"
+    assert shorten("short") == "short"
