@@ -14,7 +14,7 @@ LITTLE_SPACE = 64 * 1024
 
 
 SECRETS = (
-    (re.compile(r"(://)[^\s@:/'\"<>]+:[^\s@'\"<>]*@"), r"\1***@"),  # a password with a slash in it
+    (re.compile(r"(://)[^\s@:/'\"<>]+:[^\s'\"<>]*@"), r"\1***@"),  # a password may hold @ and /
     (re.compile(r"(://)[^\s/?#'\"<>]*@"), r"\1***@"),
     (re.compile(r"(^|[\s'\"(\[=,])[^\s:/@'\"(\[=,]+:(?!//)[^\s@'\"]+@(?=[\w\[])"), r"\1***@"),  # without a scheme
     (
