@@ -39,7 +39,7 @@ def _run(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     """say what `run` would do, stage by stage, and why; --memory what it would hold, --hardware where it fits"""
     from align.commands.run import load
-    from align.console import memory_lines
+    from align.console import memory_lines, printable
     from align.opening import open_store
     from align.planning import choose_stages, estimate_memory, plan
 
@@ -61,7 +61,7 @@ def _plan(options: argparse.Namespace) -> int:
         return 0
     width = max(len(step.node.name) for step in steps)
     for step in steps:
-        print(f"{step.node.name:<{width}}  {step.action:<7}  {step.node.key[:12]}  {step.why}")
+        print(printable(f"{step.node.name:<{width}}  {step.action:<7}  {step.node.key[:12]}  {step.why}"))
     for name, found in memory.items():
         print("", *memory_lines(name, found), sep="\n")
     return 0
@@ -70,6 +70,7 @@ def _plan(options: argparse.Namespace) -> int:
 def _explain(options: argparse.Namespace) -> int:
     """say which fields changed since each stage was last finished"""
     from align.commands.run import load
+    from align.console import printable
     from align.opening import open_store
     from align.planning import explain, previous
 
@@ -83,7 +84,7 @@ def _explain(options: argparse.Namespace) -> int:
             state = "never finished" if last is None else "unchanged" if last.record["key"] == node.key else "changed"
             print(f"{node.name}: {state}")
             for line in found[node.name]:
-                print(f"    {line}")
+                print(printable(f"    {line}"))
     if options.json:
         print_json(found)
     return 0
@@ -111,6 +112,7 @@ def _chat(options: argparse.Namespace) -> int:
 
 def _doctor(options: argparse.Namespace) -> int:
     """say what is installed, which engine and device would be used, what is missing"""
+    from align.console import printable
     from align.doctor import examine
 
     findings = examine(options.store)
@@ -118,7 +120,7 @@ def _doctor(options: argparse.Namespace) -> int:
         print_json([vars(finding) for finding in findings])
     else:
         for finding in findings:
-            print(f"{ {'ok': ' ', 'note': '!', 'problem': '✗'}[finding.level] } {finding.what}")
+            print(printable(f"{ {'ok': ' ', 'note': '!', 'problem': '✗'}[finding.level] } {finding.what}"))
     return 1 if any(finding.level == "problem" for finding in findings) else 0
 
 

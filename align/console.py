@@ -11,7 +11,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from align.artifacts import Artifact
-from align.errors import printable, redact
+from align.errors import printable as printable  # part of what a console does, and imported from here
+from align.errors import redact
 from align.listener import Listener
 from align.pipeline import Node
 

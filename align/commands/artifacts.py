@@ -46,7 +46,7 @@ def list_artifacts(options: argparse.Namespace) -> int:
         print_json([{**{name: r.get(name) for name in names}, "where": where(r["key"])} for r in records])
         return 0
     if not records and not damaged:
-        print(f"{store.root}: empty")
+        print(printable(f"{store.root}: empty"))
     for record in records:
         size = sum(entry["bytes"] for entry in record["outputs"].values()) / 2**20
         reaching = ", ".join(users.get(record["key"], [])) or "no run"
@@ -65,8 +65,8 @@ def show(options: argparse.Namespace) -> int:
     if options.verify:
         problems = store.problems(artifact, thorough=True)
         for problem in problems:
-            print(f"{problem.path} {problem.what}")
-        print(f"{artifact.path}: {'corrupted' if problems else 'every digest agrees'}")
+            print(printable(f"{problem.path} {problem.what}"))
+        print(printable(f"{artifact.path}: {'corrupted' if problems else 'every digest agrees'}"))
         return 1 if problems else 0
     if options.log:
         return _print_log(artifact.path / "log.txt")
@@ -74,7 +74,7 @@ def show(options: argparse.Namespace) -> int:
         print_json(artifact.record)
         return 0
     record = {name: value for name, value in artifact.record.items() if name not in ("outputs", "parts")}
-    print(artifact.path)
+    print(printable(str(artifact.path)))
     print(printable_json(record))
     for name, entry in artifact.record["outputs"].items():
         print(printable(f"  {entry['bytes']:>12}  {entry['sha256'][:12]}  {name}"))
