@@ -233,6 +233,22 @@ def test_a_record_that_leads_elsewhere_is_refused(tmp_path: Path, address: str, 
     assert not list(tmp_path.rglob("evil"))
 
 
+def test_a_damaged_record_in_the_bucket_harms_its_own_stage_and_a_rebuild_replaces_it(
+    tmp_path: Path, address: str
+) -> None:
+    run = run_pipeline(Pipeline(raw(address)), store=tmp_path / "a")
+    bucket, key = Bucket(address), run.artifacts["total"].record["key"]
+    bucket.put(f"sum/{key[:12]}/record.json", b"[]")
+    intact, damaged = at(tmp_path / "b", address).remote.survey()
+    assert len(intact) == 2 and [error.finding for error in damaged] == ["holds a list instead of an object"]
+    steps = plan(Pipeline(raw(address)), open_store(Pipeline(raw(address)), tmp_path / "b"))
+    assert [step.action for step in steps] == ["fetch", "fetch", "damaged"]
+    with pytest.raises(UserError, match=r"record\.json: damaged: it holds a list .*run with --rebuild"):
+        run_pipeline(Pipeline(raw(address)), store=tmp_path / "b")
+    assert run_pipeline(Pipeline(raw(address)), store=tmp_path / "b", rebuild=("total",)).ran == ["total"]
+    assert run_pipeline(Pipeline(raw(address)), store=tmp_path / "c").ran == []
+
+
 def test_a_damaged_artifact_is_not_uploaded(tmp_path: Path, address: str) -> None:
     store = at(tmp_path / "a", address)
     artifact = published(store)
