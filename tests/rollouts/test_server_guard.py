@@ -82,10 +82,11 @@ def test_no_route_and_no_method_answers_without_the_key(guard: Guard, behind: Be
 
 
 @pytest.mark.parametrize(
-    "value", ["", "Bearer", "Bearer ", KEY, f"Basic {KEY}", f"Bearer {KEY}0", f"Bearer {KEY[:-1]}", "Bearer é"]
+    "value", ["", "Bearer", "Bearer ", "{key}", "Basic {key}", "Bearer {key}0", "Bearer {shortened}", "Bearer é"]
 )
 def test_a_wrong_key(guard: Guard, behind: Behind, value: str) -> None:
-    assert status(guard, GOOD | {"authorization": value}) == 401
+    header = value.format(key=KEY, shortened=KEY[:-1])
+    assert status(guard, GOOD | {"authorization": header}) == 401
     assert behind.scopes == []
 
 

@@ -100,7 +100,7 @@ def test_scores_before_training_are_taken_again_where_their_file_is_damaged(
     stage = runs.copied(tmp_path / "run")
     DAMAGES[damage](stage.checkpoints / "before.json")
     assert_same(runs.whole, stage, runs.expected, run(stage))
-    assert ("before.json is damaged" in capsys.readouterr().out) == (damage != "deleted")
+    assert ("its content is computed again" in capsys.readouterr().out) == (damage != "deleted")
 
 
 def test_a_checkpoint_without_logged_losses_can_be_finished(runs: Runs, tmp_path: Path) -> None:
