@@ -6,9 +6,9 @@ What closes and opens them is ``align.training.unfreezing``'s.
 from __future__ import annotations
 
 import itertools
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_serializer, model_validator
+from pydantic import Field, Strict, field_serializer, model_validator
 
 from align.stage import Config
 
@@ -19,8 +19,9 @@ class Unfreeze(Config):
     A layer that is closed gets no gradient and no optimizer state. The last norm is open from the start.
     """
 
-    at: dict[float, int] = Field(min_length=1)
-    """When -> how many of the last layers are open from then on: ``{0: 2, 50: 8}``. More than there are means all."""
+    at: dict[Annotated[float, Strict(False)], int] = Field(min_length=1)
+    """When -> how many of the last layers are open from then on: ``{0: 2, 50: 8}``. More than there are means all.
+    JSON has text for keys, so a number may be written as one."""
     unit: Literal["steps", "epochs"] = "steps"
     """What the left side counts: optimizer steps, or epochs (a fraction is a part of one)."""
     embeddings: bool = False

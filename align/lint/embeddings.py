@@ -19,7 +19,9 @@ SAMPLE = 2048
 def check_embeddings(model: Any, dialect: Dialect, found: Findings) -> None:
     """Look for control tokens of the template whose embedding is zero, the mean of all, or equal to another's."""
     weight = model.get_input_embeddings().weight.detach()
-    ids = {name: dialect.special[name] for name in sorted(dialect.written) if dialect.special[name] < len(weight)}
+    virtual = set(getattr(dialect.tokenizer, "new_virtual_tokens", []))  # this stage trains vectors in their place
+    ids = {name: dialect.special[name] for name in sorted(dialect.written)}
+    ids = {name: index for name, index in ids.items() if index < len(weight) and index not in virtual}
     if not ids or weight.is_meta or weight.dim() != 2:
         return
     step = max(1, len(weight) // SAMPLE)

@@ -212,7 +212,7 @@ def test_auto_says_what_it_chose(make, tmp_path: Path) -> None:
 def sampled(folder: Path, answer: str, count: int = 30) -> Path:
     """A round of sampling as an artifact: its pairs are named by the prompt and the places of the two responses."""
     folder.mkdir()
-    (folder / "record.json").write_text(json.dumps({"key": digest(answer)}))
+    put_record(folder, key=digest(answer))
     sides = {"chosen": [assistant(answer)], "rejected": [assistant("no")]}
     prompts = [
         {"id": f"{at}-0-1", "source": "s", "checks": "", "prompt": [user(f"question {at}")]} for at in range(count)

@@ -10,6 +10,7 @@ from typing import Any
 
 from align.artifacts import Artifact, Kind
 from align.data.rows import user, write_rows
+from align.fingerprint import digest
 from align.runtime import EngineConfig, Runtime
 from align.stage import StageContext
 from align.stage_result import write_work
@@ -50,7 +51,7 @@ def make_artifact(folder: Path, name: str, kind: Kind, model: Path | None = None
     (folder / name).mkdir(parents=True, exist_ok=True)
     if model is not None and not (folder / name / "model").exists():
         (folder / name / "model").symlink_to(model)
-    return Artifact(name, kind, folder / name, {"key": f"key of {name}"})
+    return Artifact(name, kind, folder / name, {"key": digest(f"key of {name}")})
 
 
 def make_context(

@@ -211,7 +211,7 @@ def test_a_named_reference_is_completed_as_the_policy_is(tiny_model: Path, tmp_p
     stage = made(tmp_path / "a", tiny_model, "dpo", **fields)
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "model").symlink_to(tiny_model)
-    reference = Artifact("other", Kind.POLICY, tmp_path / "r", {})
+    reference = Artifact("other", Kind.POLICY, tmp_path / "r", {"key": "r" * 64})
     metrics = STAGES["dpo"].runner()(replace(stage, inputs={**stage.inputs, "reference": reference}))
     assert metrics["test_margin_before"] == pytest.approx(0.0, abs=1e-3)
 

@@ -115,7 +115,7 @@ def test_a_killed_checkpoint_run_comes_to_the_same_bytes(
         "task": {"type": "responses", "n": 3},
         "model": "sft",
         "prompts": "data",
-        "max_tokens": 16,
+        "max_tokens": 48,
     }
     whole = make_context(tmp_path / "whole", tiny_model, **config)
     run(whole)
