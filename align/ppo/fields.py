@@ -174,7 +174,7 @@ class RolloutFields(Config):
         """Why the processes cannot share an optimizer step's responses, or hold the model, and what to do."""
         processes, least = launch.known or 1, self.micro_batch_size or self.together
         if self.per_step % (processes * least) == 0:
-            return sharding_objection(launch, self.tuning)
+            return sharding_objection(launch, self.tuning, looks_back=True)
         most = max(n for n in range(1, processes + 1) if self.per_step % (n * least) == 0)
         size = f" x micro_batch_size {least}" if least > 1 else ""
         return (

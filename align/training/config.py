@@ -142,7 +142,7 @@ class TrainingFields(Config):
         """Why the processes cannot share an optimizer step's rows, or hold the model, and what to do."""
         return (
             self._batch_objection(launch.known or 1)
-            or sharding_objection(launch, self.tuning)
+            or sharding_objection(launch, self.tuning, looks_back=self.anchor is not None and self.anchor.to == "kl")
             or (self._zero_objection() if launch.strategy == "deepspeed" and launch.known != 1 else None)
         )
 
@@ -237,8 +237,11 @@ class TrainingFields(Config):
         return self
 
 
-def sharding_objection(launch: LaunchConfig, tuning: TuningBase) -> str | None:
-    """Why a model with this tuning cannot be shared out in parts, and what to do."""
+def sharding_objection(launch: LaunchConfig, tuning: TuningBase, *, looks_back: bool) -> str | None:
+    """Why a model with this tuning cannot be shared out in parts, and what to do.
+
+    ``looks_back``: the stage measures how far the model has gone from its start, while it trains.
+    """
     if launch.strategy == "ddp" or launch.known == 1:
         return None
     what = "tuning qlora keeps weights in 4 bits, which" if isinstance(tuning, QloraTuning) else None
@@ -246,6 +249,12 @@ def sharding_objection(launch: LaunchConfig, tuning: TuningBase) -> str | None:
         what = "tuning.unfreeze and lisa open and close weights on the way, which"
     if what is not None:
         return f"{what} strategy {launch.strategy} cannot share out; take ddp."
+    gathers = launch.strategy == "fsdp2" or launch.deepspeed.stage == 3
+    if looks_back and gathers and tuning.starts_from_weights:
+        return (
+            "tuning.init makes the adapters a part of the start, which this stage looks back to and strategy "
+            f"{launch.strategy} cannot put back; take ddp, or another init."
+        )
     if launch.strategy == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
         return "strategy deepspeed needs the package deepspeed; install the extra `deepspeed`, or take fsdp2."
     return None

@@ -3,7 +3,10 @@
 import pytest
 
 from align.errors import UserError
+from align.launch import LaunchConfig
 from align.stages.dpo import DpoConfig
+from align.stages.grpo import GrpoConfig
+from align.stages.ppo import PpoConfig
 from align.stages.reward import RewardConfig
 from align.stages.sft import SftConfig
 from align.training.arguments import total_steps
@@ -62,3 +65,26 @@ def test_steps_count_short_batches_and_the_cap() -> None:
     assert total_steps("sft", SftConfig(**SFT, batch_size=16, epochs=0.5), 100) == 4
     assert total_steps("sft", SftConfig(**SFT, batch_size=16, epochs=2, max_steps=5), 100) == 5
     assert total_steps("sft", SftConfig(**SFT, batch_size=16, max_steps=50), 100) == 7
+
+
+PISSA = {"method": "lora", "rank": 4, "init": "pissa"}
+ANCHORED = {**SFT, "anchor": {"to": "kl", "weight": 0.1}}
+ONLINE = {"policy": "p", "prompts": "d", "score": "m:f", "learning_rate": 1e-4, "rollout_batch": 16}
+IN_PARTS = LaunchConfig(processes=2, strategy="fsdp2")
+
+
+@pytest.mark.parametrize(("kind", "fields"), [(PpoConfig, ONLINE), (GrpoConfig, ONLINE), (SftConfig, ANCHORED)])
+def test_adapters_that_are_a_part_of_the_start_cannot_be_looked_back_from_in_parts(
+    kind: type, fields: dict[str, object]
+) -> None:
+    objection = kind(**fields, tuning=PISSA).processes_objection(IN_PARTS)
+    assert "tuning.init makes the adapters a part of the start" in objection and "take ddp" in objection
+    assert kind(**fields, tuning={"method": "lora", "rank": 4}).processes_objection(IN_PARTS) is None
+    assert kind(**fields, tuning=PISSA).processes_objection(LaunchConfig(processes=2)) is None
+
+
+def test_stages_that_do_not_look_back_take_such_adapters_in_parts() -> None:
+    """``dpo`` scores its reference before the model is shared out."""
+    assert SftConfig(**SFT, tuning=PISSA).processes_objection(IN_PARTS) is None
+    pairs = {"policy": "p", "data": "d", "learning_rate": 1e-4}
+    assert DpoConfig(**pairs, tuning=PISSA).processes_objection(IN_PARTS) is None

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from align.models.precision import copies_left_alone
+from align.models.tuning.exchange import exchanged
 
 WEIGHTS = "model.safetensors"
 """Where transformers' Trainer looks for a checkpoint's weights on resuming."""
@@ -78,21 +78,10 @@ def _save_trained(model: Any, save_directory: Any, **_: Any) -> None:
 
 @contextlib.contextmanager
 def _without_insertions(model: Any) -> Iterator[None]:
-    """``model`` as it came in; its insertions come back as they were.
-
-    Tensors are exchanged, not written to: a graph that was built before waits for its backward pass with them.
-    """
+    """``model`` as it came in; its insertions come back as they were."""
     if model.initial_insertions is not None:
-        trained = inserted_weights(model, keep_vars=True)
-        held = {name: tensor.data for name, tensor in trained.items()}
-        for name, tensor in trained.items():
-            tensor.data = model.initial_insertions[name].to(tensor.device, tensor.dtype)
-        try:
-            with copies_left_alone():
-                yield
-        finally:
-            for name, tensor in trained.items():
-                tensor.data = held[name]
+        with exchanged(inserted_weights(model, keep_vars=True), model.initial_insertions):
+            yield
         return
     before = {module: module.enabled for module in insertions(model).values()}
     for module in before:

@@ -18,7 +18,7 @@ import torch
 
 from align.errors import UserError
 from align.models.places import layer_stack
-from align.models.precision import copies_left_alone
+from align.models.tuning.exchange import exchanged
 from align.tuning import LowRank
 from align.validation import nearest
 
@@ -157,22 +157,15 @@ def at_start(made: Any) -> Iterator[Any]:
     """The model with its adapters where they started, and with the modules beside them as they came in."""
     from peft.utils import ModulesToSaveWrapper
 
-    start = getattr(made, START)
     whole = [module for module in made.modules() if isinstance(module, ModulesToSaveWrapper)]
-    trained = {}
-    for name, parameter in _adapter_weights(made):
-        trained[name] = parameter.data
-        parameter.data = start[name].to(parameter.device)
-    for module in whole:
-        module.enable_adapters(False)
-    try:
-        with copies_left_alone():
-            yield made
-    finally:
+    with exchanged(dict(_adapter_weights(made)), getattr(made, START)):
         for module in whole:
-            module.enable_adapters(True)
-        for name, parameter in _adapter_weights(made):
-            parameter.data = trained[name]
+            module.enable_adapters(False)
+        try:
+            yield made
+        finally:
+            for module in whole:
+                module.enable_adapters(True)
 
 
 def save_adapter(made: Any, folder: Path) -> None:

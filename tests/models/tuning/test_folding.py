@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 
+from align.errors import UserError
 from align.models.loading import load_policy, load_reward, load_tokenizer
 from align.models.tuning.apply import initial_policy, save_tuned
 from align.peft_options import peft_types
@@ -103,3 +104,12 @@ def test_a_look_at_the_start_changes_no_gradient(name: str, tiny_model: Path) ->
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     assert gradients[0]
     assert all(one.equal(other) for one, other in zip(*gradients, strict=True))
+
+
+def test_no_look_back_at_a_start_that_a_pass_would_not_see(tiny_model: Path) -> None:
+    """FSDP2 and ZeRO-3 gather a parameter from memory of their own: the live policy would pass for its start."""
+    model = wrapped(tiny_model, tuning_of(CASES["pissa"]))
+    trained = next(parameter for parameter in model.parameters() if parameter.requires_grad)
+    trained.ds_id = 0
+    with pytest.raises(UserError, match="a model in parts cannot go back to it.*Take `strategy: ddp`"):
+        initial_policy(model).__enter__()
