@@ -109,11 +109,11 @@ def _blocks(
 
 def _divided(values: torch.Tensor, temperature: Temperature) -> torch.Tensor:
     """``values`` (n, v) over the temperature, in place."""
-    return values if isinstance(temperature, float) and temperature == 1.0 else values.div_(temperature)
+    return values if not isinstance(temperature, torch.Tensor) and temperature == 1.0 else values.div_(temperature)
 
 
 def _part_of(temperature: Temperature, part: slice) -> Temperature:
-    return temperature if isinstance(temperature, float) else temperature[part]
+    return temperature[part] if isinstance(temperature, torch.Tensor) else temperature
 
 
 def _within(targets: torch.Tensor, block: slice) -> tuple[torch.Tensor, torch.Tensor]:

@@ -108,9 +108,9 @@ class PolicyAndReference(nn.Module):
 
     def _temperature(self, batch: Batch) -> Temperature:
         """The sampling temperature, and 1 for a batch's ``supervised`` rows, whose likelihood is learned as in SFT."""
-        mask, supervised = batch["response_mask"], int(batch.get("supervised", 0))
-        if supervised == 0 or self.temperature == 1.0:
+        if self.temperature == 1.0 or "supervised" not in batch:
             return self.temperature
+        mask, supervised = batch["response_mask"], int(batch["supervised"])
         rows = torch.full((len(mask), 1), self.temperature, device=mask.device)
         rows[len(mask) - supervised :] = 1.0
         return rows.expand_as(mask)[mask][:, None]

@@ -15,7 +15,7 @@ def plain(hidden, head, targets, temperature):
     return log_p.gather(1, targets[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(-1)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7, torch.tensor([0.7, 1.0, 0.3, 2.0, 1.0, 0.5, 0.9])[:, None]])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2, torch.tensor([0.7, 1.0, 0.3, 2.0, 1.0, 0.5, 0.9])[:, None]])
 @pytest.mark.parametrize("entropy_weight", [0.0, 0.3])
 def test_values_and_gradients_equal_plain_autograd(monkeypatch, temperature, entropy_weight):
     monkeypatch.setattr(module, "TOKENS", 3)  # seven tokens: two full parts and a rest
