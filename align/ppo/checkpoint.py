@@ -94,12 +94,13 @@ def publish(draft: Path, output_dir: Path, limit: int | None) -> None:
 def last_checkpoint(output_dir: Path, warn: checkpoints.Say = print) -> Path | None:
     """The newest whole ``checkpoint-<step>`` in ``output_dir``, or None; leftovers of a killed save are removed.
 
-    A damaged checkpoint is moved to ``damaged/``; ``warn`` is told, and where the run resumes instead.
+    A damaged checkpoint is moved to ``damaged/``; ``warn`` is told, and where the run resumes instead. One without a
+    marker is left alone: it is not of this trainer, which marks a checkpoint before it gets its name.
     """
     if not output_dir.is_dir():
         return None
     shutil.rmtree(output_dir / DRAFT, ignore_errors=True)
-    return checkpoints.last_complete(output_dir, warn)
+    return checkpoints.last_complete(output_dir, warn, unmarked="leave")
 
 
 def check_whole(folder: Path) -> None:

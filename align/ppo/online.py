@@ -21,6 +21,7 @@ from align.errors import UserError
 from align.launch import rank
 from align.models.merging import merged_weights
 from align.models.precision import low_residual, round_frozen
+from align.models.processes import agreed
 from align.models.ragged import can_run_ragged, run_ragged
 from align.models.sharding import forget_gathered, full, whole
 from align.ppo import metrics
@@ -193,7 +194,7 @@ class OnlineTrainer(RolloutTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, validate what came out, and put the best policy in the last one's place if ``keep`` says so."""
         if resume_from_checkpoint is True:
-            newest = last_checkpoint(Path(str(self.args.output_dir)), self.notify)
+            newest = agreed(lambda: last_checkpoint(Path(str(self.args.output_dir)), self.notify))
             resume_from_checkpoint = True if newest is None else str(newest)
         try:
             result = super().train(resume_from_checkpoint, *args, **kwargs)

@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -62,16 +62,19 @@ def is_complete(folder: Path) -> bool:
     return find_damage(folder) is None
 
 
-def last_complete(checkpoints: Path, warn: Say = print) -> Path | None:
+def last_complete(checkpoints: Path, warn: Say = print, unmarked: Literal["remove", "leave"] = "remove") -> Path | None:
     """The newest complete ``checkpoint-<step>`` folder, or None.
 
-    One without a marker was cut short by a kill and is removed. A damaged one is moved to ``damaged/``, and ``warn`` is
-    told where training resumes instead. Checkpoints older than the one returned are not read.
+    One without a marker was cut short by a kill and is removed, unless the caller says that none is ever cut short: it
+    is another program's then. A damaged one is moved to ``damaged/``, and ``warn`` is told where training resumes
+    instead. Checkpoints older than the one returned are not read.
     """
     warnings = []
     newest = None
     for folder in sorted(_list_checkpoints(checkpoints), key=_step, reverse=True):
         if not (folder / MARKER).is_file():
+            if unmarked == "leave":
+                continue
             print(f"removed {folder}: a kill cut it short")
             shutil.rmtree(folder)
             continue

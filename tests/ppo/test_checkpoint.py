@@ -126,3 +126,12 @@ def test_another_run_s_checkpoint_is_refused(make_trainer, tmp_path):
     lora = make_trainer(tuning=LoraTuning(rank=4), output_dir=str(folder), **FIELDS)
     with pytest.raises(UserError, match="another model, tuning or critic"):
         lora.train(resume_from_checkpoint=checkpoint)
+
+
+def test_checkpoints_of_another_program_are_left_alone(tmp_path):
+    """A script may point ``output_dir`` at a folder in which another trainer, or an older align, has written."""
+    foreign = tmp_path / "checkpoint-40"
+    foreign.mkdir()
+    (foreign / "model.safetensors").write_bytes(b"weights")
+    assert last_checkpoint(tmp_path) is None
+    assert (foreign / "model.safetensors").read_bytes() == b"weights"

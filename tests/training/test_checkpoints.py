@@ -32,6 +32,12 @@ def test_unmarked_one_is_deleted(tmp_path: Path) -> None:
     assert not half.exists()
 
 
+def test_an_unmarked_one_is_left_alone_where_none_is_cut_short(tmp_path: Path) -> None:
+    foreign, whole = checkpoint(tmp_path, 9, marked=False), checkpoint(tmp_path, 4)
+    assert last_complete(tmp_path, unmarked="leave") == whole
+    assert foreign.is_dir()
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", ["model.safetensors", "adapter/weights", MARKER])
 def test_damage_after_marking_is_seen(tmp_path: Path, name: str, damage: str) -> None:
