@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from align.errors import UserError
 from align.fingerprint import file_digest
+from align.models.files import READ_SUFFIXES
 from align.models.folder_checks import check_folder
 from align.models.source import Origin, Source, identity, resolve
 from align.stage import Config, StageContext
@@ -104,7 +105,7 @@ def _download(source: Source) -> str:
     import httpx
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "*.tiktoken"]
+    wanted = [f"*{suffix}" for suffix in sorted(READ_SUFFIXES)]
     try:
         folder = snapshot_download(source.name, revision=source.revision, allow_patterns=wanted)
     except httpx.HTTPError as error:
