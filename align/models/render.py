@@ -93,10 +93,10 @@ def _apply(tokenizer: Any, messages: list[Message], tools: str | None, tokenize:
         options["tools"] = json.loads(tools)
     called = [_with_calls(tokenizer, message) for message in messages]
     try:
-        made = tokenizer.apply_chat_template(called, tokenize=tokenize, return_dict=False, **options)
+        rendered = tokenizer.apply_chat_template(called, tokenize=tokenize, return_dict=False, **options)
     except TemplateError as error:
         raise explain_refusal(tokenizer, messages, error) from None
-    return [int(token) for token in made] if tokenize else str(made)
+    return [int(token) for token in rendered] if tokenize else str(rendered)
 
 
 def explain_refusal(tokenizer: Any, messages: Sequence[Mapping[str, Any]], error: Exception) -> UserError:

@@ -37,16 +37,16 @@ def growth(name: str, values: Sequence[Any], keywords: Mapping[str, Any], *, is_
     if name in WIDENING and any(abs(number) > LARGEST_NUMBER for number in numbers):
         raise TemplateOutOfBounds(f"passes {name} the number {max(numbers, key=abs)}")
     if name == "join":
-        other = arguments[0] if arguments else ""
-        return _joined(subject, other) if is_method else _joined(other, subject)
+        argument = arguments[0] if arguments else ""
+        return _joined(subject, argument) if is_method else _joined(argument, subject)
     if name == "replace":
         return _replaced(subject, arguments)
     if name in ("indent", "expandtabs", "wordwrap"):
         lines = 1 + sum(_count(subject, mark) for mark in ("\n", "\t", " "))
         return lines * max([8, *map(abs, numbers), *map(_size, arguments)])
     if name in ("split", "rsplit", "splitlines"):
-        given = next((value for value in arguments if isinstance(value, Text) and value), None)
-        marks = [given] if given is not None else [" ", "\n", "\t", "\r"]
+        mark = next((value for value in arguments if isinstance(value, Text) and value), None)
+        marks = [mark] if mark is not None else [" ", "\n", "\t", "\r"]
         return PART * (1 + sum(_count(subject, mark) for mark in marks))
     if name in ("list", "sort", "reverse", "unique", "dictsort"):
         return ITEM * _size(subject)

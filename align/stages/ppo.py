@@ -58,7 +58,7 @@ class PpoConfig(DriftFields):
     """Every token weighs the same, or every response does; ``constant`` divides token sums by ``max_tokens``."""
 
     def processes_objection(self, launch: LaunchConfig) -> str | None:
-        """... nor can DeepSpeed let the policy rest while the critic warms up: its optimizer steps every weight."""
+        """As for every stage that samples. DeepSpeed cannot let the policy rest: its optimizer steps every weight."""
         if self.critic_warmup_updates and launch.strategy == "deepspeed" and launch.known != 1:
             return (
                 f"critic_warmup_updates {self.critic_warmup_updates} does not go with strategy deepspeed, whose "

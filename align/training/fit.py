@@ -31,10 +31,10 @@ def fit(trainer: Any, context: StageContext, held_out: HeldOut, before: bool = T
     """Train, or go on from the last complete checkpoint, and return the stage's metrics.
 
     ``held_out`` of the ``test`` split comes back as ``test_<name>_before`` (unless ``before`` is False) and
-    ``test_<name>_after``. Where the config chooses a checkpoint, the ``validation`` split does so: it alone is scored
-    on the way, and only what was chosen meets the ``test`` split. ``tokens`` counts the real tokens
-    of the whole run, ``training_seconds`` the time of its steps, those of earlier attempts included and those that a
-    kill threw away left out; ``tokens_per_second`` is the one over the other.
+    ``test_<name>_after``. Where the config chooses a checkpoint, the ``validation`` split does so: it is scored on the
+    way in place of the ``test`` split, which only what was chosen meets. ``tokens`` counts the real tokens of the whole
+    run, ``training_seconds`` the time of its steps, those of earlier attempts included and those that a kill threw away
+    left out; ``tokens_per_second`` is the one over the other.
     """
 
     def warn(text: str) -> None:
