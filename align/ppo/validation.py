@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from align.errors import UserError
 from align.models.processes import gathered
 from align.models.sharding import whole
 from align.ppo import checkpoint
@@ -105,14 +106,21 @@ class Validation:
 def make_validation(
     args: RolloutArguments, rows: Iterable[Mapping[str, Any]] | None, tokenizer: Any
 ) -> Validation | None:
-    """The validation that ``eval_updates`` asks for; ``ValueError`` when there is nothing to validate on."""
+    """The validation that ``eval_updates`` asks for.
+
+    Raises ``ValueError`` where no prompts are given, and ``UserError`` where too few of them are left.
+    """
     if args.eval_updates is None:
         return None
     if rows is None:
         raise ValueError("eval_updates is set, but no eval_dataset is given.")
     prompts = Prompts(rows, tokenizer, args.max_prompt_tokens)
     if len(prompts) < args.world_size:
-        raise ValueError(f"eval_dataset has {len(prompts)} prompts for {args.world_size} processes; each needs one.")
+        raise UserError(
+            f"{len(prompts)} prompts to validate on, {prompts.dropped} longer ones left out, for {args.world_size} "
+            "processes, each of which needs one. Give more prompts (where they choose the policy, a fifth of the "
+            "questions at most is taken), raise max_prompt_tokens, or take fewer processes."
+        )
     return Validation(prompts, Path(str(args.output_dir)))
 
 

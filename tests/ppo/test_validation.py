@@ -8,7 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from align.errors import UserError
+from align.models.loading import load_tokenizer
 from align.ppo.checkpoint import last_checkpoint
+from align.ppo.validation import make_validation
 from tests.ppo.conftest import ROWS
 from tests.ppo.test_checkpoint import KillAt, Killed, outcome
 
@@ -117,6 +120,12 @@ def test_wrong_settings_are_refused(make_trainer):
         make_trainer(keep="best")
     with pytest.raises(ValueError, match="no eval_dataset is given"):
         make_trainer(eval_updates=1)
+
+
+def test_fewer_prompts_than_processes_are_the_users_error(tiny_model, tmp_path):
+    args = SimpleNamespace(eval_updates=1, max_prompt_tokens=None, world_size=3, output_dir=str(tmp_path))
+    with pytest.raises(UserError, match=r"2 prompts to validate on, 0 longer ones left out, for 3 processes"):
+        make_validation(args, HELD_OUT[:2], load_tokenizer(tiny_model))
 
 
 def test_sampled_responses_are_written_down(make_trainer, tmp_path):
