@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from align.data.rows import Row, is_text, normalised
 
 LARGEST_SHARE = 5
-"""At most one in so many questions of a ``train`` split becomes validation."""
+"""At most one in so many questions, and rows, of a ``train`` split becomes validation."""
 
 
 def group(row: Row) -> str:
@@ -35,19 +35,20 @@ def share(text: str, seed: int | str) -> float:
 def hold_back(rows: Sequence[Row], most: int) -> tuple[list[Row], list[Row]]:
     """Part a ``train`` split into rows to learn from and at most ``most`` rows to choose a checkpoint by.
 
-    Whole groups are taken, one at least and a fifth of them at most, in an order that their first questions alone
-    decide: every stage that chooses on these rows takes the same ones. The rest keeps its order; it is empty where
-    there is a single group.
+    Whole groups are taken, a fifth of them and of the rows at most, in an order that their first questions alone
+    decide: every stage that chooses on these rows takes the same ones. Where none is small enough, it is the smallest.
+    The rest keeps its order; it is empty where there is a single group.
     """
     keys = [group(row) for row in rows]
     sizes = Counter(keys)
     order = sorted(sizes, key=lambda key: (share(key, "validation"), key))
     taken: set[str] = set()
-    count = 0
+    left = min(most, len(rows) // LARGEST_SHARE)
     for key in order[: max(1, len(order) // LARGEST_SHARE)]:
-        if taken and count + sizes[key] > most:
-            break
-        taken.add(key)
-        count += sizes[key]
+        if sizes[key] <= left:
+            taken.add(key)
+            left -= sizes[key]
+    if order and not taken:
+        taken = {min(order, key=lambda key: sizes[key])}
     learned = [row for row, key in zip(rows, keys, strict=True) if key not in taken]
     return learned, [row for row, key in zip(rows, keys, strict=True) if key in taken]

@@ -86,8 +86,8 @@ class TrainingFields(Config):
     keep: Literal["last", "best"] = "last"
     """Which weights are the result: the last, or those with the lowest validation loss (needs ``eval_steps``, and a
     copy of what is trained on the disk). Validation rows come out of the ``train`` split, whole questions, at most
-    ``eval_rows`` and a fifth of the questions; they are not learned from. The ``test`` split, which is reported on, has
-    no part in the choice."""
+    ``eval_rows`` and a fifth of the questions and rows; they are not learned from. The ``test`` split, which is
+    reported on, has no part in the choice."""
     ema: float | None = Field(None, gt=0, lt=1)
     """Decay of an average of the trained weights, 0.999 or less for short runs; it is what is scored and saved."""
     anchor: Anchor | None = None

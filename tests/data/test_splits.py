@@ -34,4 +34,15 @@ def test_validation_takes_whole_questions_a_fifth_at_most_and_always_the_same_on
     assert len(hold_back(rows, 10_000)[1]) == 30  # 10 of 50 questions
     assert len(hold_back(rows, 1)[1]) == 3  # one question, though it has more rows
     assert hold_back(rows[:3], 9) == ([], rows[:3])
+    assert hold_back([], 9) == ([], [])
     assert len(hold_back(rows[:6], 9)[1]) == 3
+
+
+def test_a_question_of_most_rows_is_learned_whatever_its_draw() -> None:
+    """As in chats that begin with one greeting. Whole questions are taken, so that one could be most of the split."""
+    topics = [f"Question {number}" for number in range(20)]
+    for common in topics:
+        rows = [{"id": topic, "prompt": [user(topic)]} for topic in [*topics, *[common] * 80]]
+        learned, validation = hold_back(rows, 512)
+        assert {row["id"] for row in validation} <= set(topics) - {common}
+        assert 1 <= len(validation) <= 4 and len(learned) + len(validation) == 100
