@@ -67,8 +67,8 @@ def _problems(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ..
     """Values that no field takes, whatever its type, with their paths: a field of any type takes them in silence."""
     if isinstance(value, Mapping):
         for key, item in value.items():
-            if not isinstance(key, str | int) or isinstance(key, bool):
-                yield path, f"the key {_shown(key)} is no text; put it in quotes."
+            if not isinstance(key, str | int | float) or isinstance(key, bool):
+                yield path, f"the key {_shown(key)} is neither text nor a number; put it in quotes."
             elif (problem := _problem(key)) is not None:
                 yield path, f"the key {_shown(key)} {problem}"
             else:

@@ -27,6 +27,7 @@ class Example(Config):
     targets: Literal["all-linear"] | list[str] = "all-linear"
     count: int | None = Field(None, ge=1)
     either: Inner | str = ""
+    schedule: dict[float, int] = {}
     size: Annotated[int, Field(ge=1)] | Literal["all"] = "all"
 
 
@@ -52,6 +53,9 @@ def message(mapping: object) -> str:
         ([1], "p.yaml: stages.ppo: expected a mapping"),
         ({"either": {"dept": 1}}, "stages.ppo.either: unknown key 'dept'. Did you mean 'depth'?"),
         ({"either": {"depth": "x"}}, "stages.ppo.either.depth: should be a valid integer"),
+        ({"schedule": {"0.5": 1}}, "p.yaml: stages.ppo.schedule.0.5: should be a valid number; found '0.5'"),
+        ({"schedule": {float("nan"): 1}}, "p.yaml: stages.ppo.schedule: the key nan should be a finite number"),
+        ({"schedule": {None: 1}}, "p.yaml: stages.ppo.schedule: the key None is neither text nor a number"),
     ],
 )
 def test_every_mistake_is_named_with_its_place_and_remedy(mapping: object, expected: str) -> None:
@@ -87,6 +91,11 @@ def test_all_mistakes_are_listed_unknown_keys_first() -> None:
     lines = message({"mode": 3, "xlearning_rate": 1}).splitlines()
     assert len(lines) == 2
     assert "xlearning_rate" in lines[0]
+
+
+def test_keys_may_be_numbers() -> None:
+    """As those of ``unfreeze: {at: {0: 4, 0.5: 30}}`` are."""
+    assert validate(Example, {"schedule": {0: 4, 0.5: 30}}, "p.yaml").schedule == {0: 4, 0.5: 30}
 
 
 def test_suggest_lists_what_is_known_when_nothing_is_near() -> None:
