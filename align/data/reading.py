@@ -38,6 +38,8 @@ LONGEST_LINE = 1 << 28
 LONGEST_CELL = 1 << 24
 """Characters of a CSV cell: a quote that is never closed takes all that follows for one."""
 DEEPEST = 300
+"""Levels of objects and lists in a record. Python reads some more, and then fails wherever one is written or copied."""
+TOO_DEEP = f"nested more than {DEEPEST} levels deep."
 BATCH = 256
 """Rows of a Parquet file in memory."""
 
@@ -114,18 +116,33 @@ def _parse(line: bytes, where: str) -> Item:
     except UnicodeDecodeError as error:
         return BadRecord(where, f"not UTF-8 text (byte {error.start} of the line); save it as UTF-8.")
     except RecursionError:
-        return BadRecord(where, "nested too deeply.")
+        return BadRecord(where, TOO_DEEP)
     except ValueError as error:
         return BadRecord(where, f"not valid JSON: {error}. Correct or delete the line.")
+    if line.count(b"[") + line.count(b"{") > DEEPEST and _is_too_deep(value):
+        return BadRecord(where, TOO_DEEP)
     return checked(value, where) if b"\\ud" in line.lower() else _record(value, where)
 
 
 _LONE = re.compile("[\ud800-\udfff]")
 
 
+def _is_too_deep(value: Any) -> bool:
+    """Whether objects and lists nest more than ``DEEPEST`` levels deep; looked at level by level."""
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [whole for whole in level if isinstance(whole, (dict, list))]
+        level = [item for whole in level for item in (whole.values() if isinstance(whole, dict) else whole)]
+    return any(isinstance(item, (dict, list)) for item in level)
+
+
 def checked(value: Any, where: str) -> Item:
     """A record, or what is wrong with it: no fields, or text with half a character, which no file can hold."""
-    if _LONE.search(json.dumps(value, ensure_ascii=False, default=str)):
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except RecursionError:
+        return BadRecord(where, TOO_DEEP)
+    if _LONE.search(text):
         return BadRecord(where, "has half of a surrogate pair, which is no character.")
     return _record(value, where)
 
@@ -154,6 +171,8 @@ def _is_record(line: bytes) -> bool:
         return isinstance(json.loads(line), dict)
     except ValueError:
         return False
+    except RecursionError:
+        return True  # said of its line
 
 
 def _read_list(path: Path, file: io.BufferedReader) -> Iterator[Item]:
@@ -182,7 +201,7 @@ def _items(file: io.BufferedReader) -> Iterator[Any]:
     for event, value in ijson.basic_parse(file):
         depth += (event in ("start_map", "start_array")) - (event in ("end_map", "end_array"))
         if depth > DEEPEST:
-            raise ValueError(f"nested more than {DEEPEST} levels deep")
+            raise ValueError(TOO_DEEP)
         if depth == 0 or (depth == 1 and builder is None and event == "start_array"):
             continue  # the list itself
         builder = builder or ijson.ObjectBuilder()

@@ -88,6 +88,11 @@ def test_an_empty_file_has_no_records(tmp_path: Path) -> None:
     assert good(tmp_path / "a.json") == []
 
 
+def nested(levels: int) -> bytes:
+    """A line with a record that holds so many lists inside one another."""
+    return b'{"a": ' + b"[" * levels + b"]" * levels + b"}\n"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "reads", "where", "message"),
     [
@@ -95,7 +100,10 @@ def test_an_empty_file_has_no_records(tmp_path: Path) -> None:
         ("x.jsonl", b'{"a": 1}\n[1]\n{"a": 2}', 2, "x.jsonl:2", "holds list where a record was expected"),
         ("x.jsonl", b'{"a": 1}\n{"a": "\xff"}\n{}', 2, "x.jsonl:2", "not UTF-8 text (byte 7 of the line)"),
         ("x.jsonl", b'{"a": "\\ud83d"}\n{"a": "\\ud83d\\ude00"}', 1, "x.jsonl:1", "half of a surrogate pair"),
-        ("x.jsonl", b"[" * 200_000 + b'\n{"a": 1}', 1, "x.jsonl:1", "nested too deeply"),
+        ("x.jsonl", b"[" * 200_000 + b'\n{"a": 1}', 1, "x.jsonl:1", "nested more than 300 levels deep"),
+        ("x.jsonl", nested(300) + nested(299), 1, "x.jsonl:1", "nested more than 300 levels deep"),
+        ("x.jsonl", nested(950) + b'{"a": 1}', 1, "x.jsonl:1", "nested more than 300 levels deep"),
+        ("x.json", b'{"a": ' + b"[" * 5000 + b'\n{"a": 1}', 1, "x.json:1", "nested more than 300 levels deep"),
         ("x.json", b'[{"a": 1}, 2, {"a": 3}]', 2, "x.json: record 2", "holds int where a record was expected"),
         (
             "x.json",

@@ -97,8 +97,8 @@ def convert(
     fields = renamed(record, options)
     if missing(fields, form):
         raise BadRecord(where, unrecognised(fields, form, fitting(fields)))
-    watched = Watched(with_conversations_parsed(fields))
     try:
+        watched = Watched(with_conversations_parsed(fields))
         made = [item for draft in CONVERTERS[form](watched, options, kind) for item in finished(draft, kind, check)]
         left = left_aside(watched, options.ignore) if form != "rows" and not _all_dropped(made) else []
     except Malformed as error:

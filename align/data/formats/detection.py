@@ -62,7 +62,7 @@ def _message(record: Record) -> dict[str, Any] | None:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
     return value[0] if isinstance(value, list) and value and isinstance(value[0], dict) else None
 

@@ -33,7 +33,9 @@ ALL_UNTRAINED = "every answer is marked not to be trained on"
 
 def is_number(value: Any) -> bool:
     """Whether a value is a finite number, which stands for its digits where text is expected."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def text(value: Any, name: str) -> str:

@@ -67,6 +67,11 @@ def test_auto_passes_over_a_few_bad_records() -> None:
         detect([good] * 8 + [bad], "instructions")
 
 
+def test_auto_passes_over_a_conversation_that_nests_without_end() -> None:
+    deep, good = {"messages": "[" * 100_000}, {"messages": chat("a", "b")}
+    assert detect([deep, *[good] * 9], "instructions").form == "messages"
+
+
 def test_auto_does_not_guess_between_two() -> None:
     record = {"instruction": "i", "output": "o", "chosen": "a", "rejected": "b"}
     assert detect([record], "preferences").form == "preferences"

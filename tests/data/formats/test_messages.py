@@ -144,6 +144,7 @@ def test_tools_and_calls_make_other_ids() -> None:
         ([user("a"), {"role": "assistant", "tool_calls": [{"id": "x"}]}], "a call of a tool without its name"),
         ([user("a"), {"from": "function_call", "value": "not json"}], "holds text that is not JSON"),
         ([{"role": ["x"], "content": "a"}], "role .'x'.; known roles"),
+        ("[" * 100_000, "nested too deeply"),
     ],
 )
 def test_malformed_messages(messages: Any, message: str) -> None:
