@@ -18,7 +18,7 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -198,22 +198,22 @@ def prompt_key(row: Row) -> str:
 
 def row_id(row: Row) -> str:
     """16 hex digits, equal for rows of equal content: prompts as compared between splits, replies exactly."""
-    return _digest(_content(row, _LEARNT)).hex()[:16]
+    return _digest(_content(row)).hex()[:16]
 
 
 def content_digest(row: Row) -> bytes:
-    """16 bytes, equal for rows that teach the same: as ``row_id``, and whether answers ended by themselves.
+    """16 bytes, equal for rows that teach the same: as ``row_id``, and which answers were cut off.
 
     Two different rows of a million are the same with a chance of 1e-27. Ids tell less: those of sampled pairs name a
     prompt and places among its responses, which the next round fills with other responses.
     """
-    return _digest(_content(row, (*_LEARNT, *_FINISHED)))[:16]
+    return _digest([*_content(row), *(name for name in _FINISHED if row.get(name) is False)])[:16]
 
 
-def _content(row: Row, names: Sequence[str]) -> list[Any]:
+def _content(row: Row) -> list[Any]:
     if is_text(row):
-        return ["text", row["text"], *(row[name] for name in names if name in _FINISHED and row.get(name) is not None)]
-    content = [prompt_key(row), *(row[name] for name in names if row.get(name) not in (None, ""))]
+        return ["text", row["text"]]
+    content = [prompt_key(row), *(row[name] for name in _LEARNT if row.get(name) not in (None, ""))]
     if any(message.get("train") is False for message in row["prompt"]):
         content.append([message.get("train") is False for message in row["prompt"]])
     return content

@@ -10,6 +10,7 @@ import pytest
 
 from align.data.rows import (
     assistant,
+    content_digest,
     iter_rows,
     merged_schema,
     normalised,
@@ -121,3 +122,11 @@ def test_ids_follow_the_content(tmp_path: Path) -> None:
         called("1") | {"prompt": [user("a"), assistant(""), {"role": "tool", "content": "1"}]},
     ]
     assert len({row_id(row) for row in others}) == len(others)
+
+
+def test_content_tells_which_answer_was_cut_off() -> None:
+    pair = {"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistant("c")]}
+    cut_off = [pair, pair | {"chosen_finished": False}, pair | {"rejected_finished": False}]
+    assert len({content_digest(row) for row in cut_off}) == 3
+    ended = pair | {"chosen_finished": True, "rejected_finished": None}  # as files without the mark are read
+    assert content_digest(ended) == content_digest(pair)
