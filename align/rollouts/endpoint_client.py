@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx
 
+from align.data.rows import Message
 from align.errors import UserError, printable, redact, shorten
 from align.rollouts.asking import Desk
 from align.rollouts.endpoint import EndpointConfig, read_completion
@@ -193,7 +194,7 @@ class Endpoint:
         seed = {"seed": request.own_seed} if self.config.send_seed else {}
         body = {
             "model": self.config.model,
-            "messages": request.messages,
+            "messages": [_spoken(message) for message in request.messages],
             self.config.length_field: request.max_tokens,
             "temperature": request.temperature,
             "top_p": request.top_p,
@@ -261,6 +262,11 @@ class Endpoint:
         if self._key:
             text = text.replace(self._key, "***")
         return printable(_CONTROL.sub(" ", redact(text))).strip()
+
+
+def _spoken(message: Message) -> Message:
+    """A message without the mark of training, which is no field of OpenAI's: servers refuse those."""
+    return {name: value for name, value in message.items() if name != "train"}
 
 
 async def _body(reply: httpx.Response, most: int) -> bytes:

@@ -69,6 +69,15 @@ def test_each_request_goes_once_with_its_own_seed_and_answers_keep_their_order(f
     }  # fmt: skip
 
 
+def test_a_mark_of_training_stays_here(fake: FakeChat, tmp_path: Path) -> None:
+    """Servers refuse fields of a message that they do not know."""
+    endpoint = _endpoint(fake)
+    turns = [{"role": "assistant", "content": "a", "train": False}, {"role": "user", "content": "b"}]
+    (request,) = _requests(endpoint, 1)
+    Asker(RequestCache(tmp_path)).ask(endpoint, [replace(request, messages=turns)])
+    assert fake.bodies[0]["messages"] == [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
+
+
 def test_the_first_goes_alone(fake: FakeChat, tmp_path: Path) -> None:
     fake.delay = 0.5
     _ask(_endpoint(fake), tmp_path, 5)
