@@ -135,38 +135,39 @@ class PoolEngine:
         )
 
     def _ask(self, questions: list[Question], on_progress: Progress | None) -> list[Any]:
-        self._check_weights(before=True)
+        self._check_weights()
         self.await_ready()
         answers = Dispatch(self, COMPLETIONS, questions, self.batch_size, on_progress).run()
-        self._check_weights()
+        self._check_weights(sampled=True)
         return answers
 
     def ask_each(self, do: Callable[[RolloutEngine], Found]) -> list[Found]:
         """Do something with every server that is ready; one that fails is lost. Raises as ``await_ready``."""
-        self._check_weights(before=True)
+        self._check_weights()
         found = []
         for member in [member for member in self.members if member.ready]:
             try:
                 found.append(do(member.engine))
             except FAULTS as error:
                 self.lose(member, error)
-        self._check_weights()
+        self._check_weights(sampled=True)
         self.await_ready()
         return found
 
     # ---- weights ----
 
-    def _check_weights(self, *, before: bool = False, content: bool = False) -> None:
+    def _check_weights(self, *, sampled: bool = False, content: bool = False) -> None:
         """Raise ``WeightsChanged`` where a server holds other weights than it was given; ``content`` as for a server.
 
-        ``before`` anything is sampled, a server that was started anew meanwhile is lost, and comes back with weights.
+        Where nothing was ``sampled`` since the last check, a server that was started anew meanwhile is lost, and comes
+        back with weights.
         """
 
         def check(member: Member) -> None:
             try:
                 member.engine.check_weights(content)
             except WeightsChanged as error:
-                if not (before and error.restarted):
+                if sampled or not error.restarted:
                     raise
                 self.lose(member, error)
             except FAULTS as error:

@@ -257,6 +257,19 @@ def test_a_server_that_was_started_anew_between_rounds_is_given_weights_first(
     assert returns(pool) == 1
 
 
+def test_a_server_that_was_started_anew_before_an_update_is_given_weights(
+    fakes: list[FakeServer], opened: Opened, tiny_model: Path, said: list[str]
+) -> None:
+    """Nothing was sampled since the last comparison, so nothing is spoiled."""
+    pool = opened()
+    pool.generate(PROMPTS, Sampling(4))
+    fakes[1].holding = {"version": None, "digest": None, "loads": 0, "content": "the checkpoint's"}
+    pool.load_weights(checkpoint_weights(tiny_model))
+    wait_for(lambda: pool.members[1].ready)
+    assert "it was started anew" in said[0]
+    assert fakes[1].holding["version"] == fakes[0].holding["version"] == pool.folder.name_of(2)
+
+
 # ---- servers that are lost ----
 
 
