@@ -7,8 +7,10 @@ import importlib.util
 import os
 import platform
 import shutil
+import socket
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,20 +97,20 @@ def _engine() -> list[Finding]:
 
 def _server() -> Finding:
     """Whether ``runtime.rollouts.servers`` can be started here; what it imports is most of what can be missing."""
-    from align.rollouts.server_process import MODULE, free_port
+    from align.rollouts.server_process import MODULE
 
     last = _import_error(MODULE)
     if last is not None:
         return Finding("note", f"no servers of its own (runtime.rollouts): {MODULE} does not import ({last})")
     try:
-        port = free_port()
+        with (
+            tempfile.TemporaryDirectory(prefix="align-", dir="/tmp") as folder,
+            socket.socket(socket.AF_UNIX) as server,
+        ):
+            server.bind(f"{folder}/server.sock")
     except OSError as error:
-        return Finding(
-            "note", f"no servers of its own (runtime.rollouts): no port of 127.0.0.1 can be opened ({error})"
-        )
-    return Finding(
-        "ok", f"servers (runtime.rollouts): python -m {MODULE} --host 127.0.0.1 --port {port} (any free one)"
-    )
+        return Finding("note", f"no servers of its own (runtime.rollouts): no Unix socket can be opened ({error})")
+    return Finding("ok", f"servers (runtime.rollouts): python -m {MODULE}, each at a Unix socket with a key of its own")
 
 
 def _import_error(module: str) -> str | None:

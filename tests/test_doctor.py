@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import socket
 import subprocess
 from types import SimpleNamespace
 from typing import Any
@@ -35,7 +36,7 @@ def test_both_ways_to_vllm_are_named(broken: dict[str, Any]) -> None:
     own, server = doctor._engine()
     assert (own.level, own.what) == ("ok", "engine vllm, in process")
     assert server.level == "ok"
-    assert server.what.startswith(f"servers (runtime.rollouts): python -m {MODULE} --host 127.0.0.1 --port ")
+    assert server.what == f"servers (runtime.rollouts): python -m {MODULE}, each at a Unix socket with a key of its own"
 
 
 @pytest.mark.parametrize(
@@ -52,14 +53,14 @@ def test_a_server_that_does_not_import_is_noted(broken: dict[str, Any], error: A
     )
 
 
-def test_a_machine_without_a_port_is_noted(broken: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    def full() -> int:
+def test_a_machine_without_sockets_is_noted(broken: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(family: int) -> None:
         raise OSError("Address family not supported")
 
-    monkeypatch.setattr("align.rollouts.server_process.free_port", full)
+    monkeypatch.setattr(socket, "socket", unsupported)
     assert doctor._engine()[1] == doctor.Finding(
         "note",
-        "no servers of its own (runtime.rollouts): no port of 127.0.0.1 can be opened (Address family not supported)",
+        "no servers of its own (runtime.rollouts): no Unix socket can be opened (Address family not supported)",
     )
 
 
