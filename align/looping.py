@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from pydantic import Field, Strict
+from pydantic import Field
 
 from align.errors import UserError
 from align.stage import STAGES, Config, find_stage, input_fields
@@ -47,7 +47,8 @@ class LoopConfig(Config):
     ``{sft: dpo}`` is short for a name that is the first round's stage itself. Without it only the seeds differ."""
     stages: dict[str, dict[str, Any]] = Field(min_length=1)
     """The stages of a round, in order."""
-    changes: dict[Annotated[int, Strict(False)], dict[str, dict[str, Any]]] = Field({})
+    # Not strict: pipelines are kept as JSON too, whose keys are texts.
+    changes: dict[Annotated[int, Field(strict=False)], dict[str, dict[str, Any]]] = Field({})
     """What a round sets otherwise, by its number and stage: ``{2: {dpo: {beta: 0.05}}}``."""
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from typing import Annotated, Literal
 
-from pydantic import Field, Strict, field_serializer, model_validator
+from pydantic import Field, field_serializer, model_validator
 
 from align.stage import Config
 
@@ -19,9 +19,9 @@ class Unfreeze(Config):
     A layer that is closed gets no gradient and no optimizer state. The last norm is open from the start.
     """
 
-    at: dict[Annotated[float, Strict(False)], int] = Field(min_length=1)
-    """When -> how many of the last layers are open from then on: ``{0: 2, 50: 8}``. More than there are means all.
-    JSON has text for keys, so a number may be written as one."""
+    # Not strict: a stage's process reads its config from JSON, whose keys are texts.
+    at: dict[Annotated[float, Field(strict=False)], int] = Field(min_length=1)
+    """When -> how many of the last layers are open from then on: ``{0: 2, 50: 8}``. More than there are means all."""
     unit: Literal["steps", "epochs"] = "steps"
     """What the left side counts: optimizer steps, or epochs (a fraction is a part of one)."""
     embeddings: bool = False

@@ -40,6 +40,20 @@ def test_every_pipeline_loads(path: Path) -> None:
     assert head.startswith("#") and len(head) > 100, "the head comment says purpose, cost and measured result"
 
 
+@pytest.mark.parametrize("path", PIPELINES, ids=str)
+def test_every_pipeline_comes_back_from_json(path: Path) -> None:
+    """As a stage's process reads its config, and a job of a cluster its pipeline."""
+    pipeline = Pipeline.load(path)
+    for node in pipeline:
+        read_back = json.loads(json.dumps(node.config.model_dump(mode="json")))
+        assert type(node.config).model_validate(read_back) == node.config
+        runtime = pipeline.runtimes[node.name]
+        assert type(runtime).model_validate(json.loads(runtime.model_dump_json())) == runtime
+    for raw in (pipeline.raw, pipeline.plain):
+        again = Pipeline(json.loads(json.dumps(raw)), str(path), pipeline.base, pipeline.expanded.rounds)
+        assert [node.key for node in again] == [node.key for node in pipeline]
+
+
 def suite_config(path: Path) -> EvaluateConfig:
     """The suite's own block, checked as ``align eval`` does."""
     suite = load_suite(str(path))

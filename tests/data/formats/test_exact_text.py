@@ -76,7 +76,9 @@ def test_white_space_alone_is_still_no_answer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "written"), [(3, "3"), (-2.5, "-2.5"), (10**20, "1" + "0" * 20), (10**400, "1" + "0" * 400)]
+    ("value", "written"),
+    [(3, "3"), (-2.5, "-2.5"), (10**20, "1" + "0" * 20), (10**400, "1" + "0" * 400)],
+    ids=["whole", "fraction", "large", "beyond a float"],
 )
 def test_numbers_become_text(value: float, written: str) -> None:
     record = {"question": "q", "answer": value}
