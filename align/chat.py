@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import random
 import sys
-import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
+
+from align.errors import UserError, printable
 
 HELP = "/reset forgets the conversation, /exit leaves, Ctrl-C stops a reply."
 MARGIN = 64
@@ -68,7 +69,7 @@ def _show(pieces: Iterator[str], writing: TextIO) -> str:
     try:
         for piece in pieces:
             said += piece
-            writing.write(neutralised(piece))
+            writing.write(printable(piece))
             writing.flush()
     except KeyboardInterrupt:
         writing.write(" …")
@@ -76,25 +77,10 @@ def _show(pieces: Iterator[str], writing: TextIO) -> str:
     return said
 
 
-def neutralised(text: str) -> str:
-    """``text`` with every character that could steer a terminal made visible.
-
-    Escape sequences can move the cursor, change the title or answer for the user; bidirectional marks can make text
-    read as what it is not. Only line breaks and tabs pass.
-    """
-    return "".join(
-        character if character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cf", "Co", "Cs", "Zl", "Zp")
-        else "\N{ZERO WIDTH JOINER}" if character == "\N{ZERO WIDTH JOINER}"  # joins emoji, steers nothing
-        else f"<{ord(character):02X}>"
-        for character in text
-    )  # fmt: skip
-
-
 class Speaker:
     """A policy that answers one conversation at a time, token by token."""
 
     def __init__(self, folder: Path, temperature: float, max_tokens: int) -> None:
-        from align.errors import UserError
         from align.models.conversion import require_sane
         from align.models.loading import load_policy, load_tokenizer
 

@@ -6,6 +6,7 @@ Everything else that escapes is a bug in align and keeps its traceback.
 import errno
 import re
 import shutil
+import unicodedata
 from pathlib import Path
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -25,11 +26,10 @@ SECRETS = (
     ),
 )
 """Parts of addresses that let somebody in, and what is shown in their place."""
-HIDDEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters, which move the cursor or change the terminal
-    "\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"  # zero width, order of writing
-    "\ud800-\udfff\U000e0000-\U000e007f]"  # half characters, which no terminal takes; invisible tags
-)
+HIDDEN = frozenset(("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"))
+"""Unicode categories without a glyph: controls, format marks (bidi overrides, tags), lone surrogates, separators."""
+HARMLESS = frozenset("\n\t\u200c\u200d")
+"""Those that stay: line breaks, tabs, and the two joiners that ordinary Persian, Hindi and emoji need."""
 
 
 MOST_SHOWN = 200
@@ -51,15 +51,22 @@ def redact(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Text without characters that a terminal hides or obeys: control, zero-width and bidirectional ones are escaped.
+    r"""Text with every hidden character as ``\x1b`` or ``\u202e``; what is left can be encoded as UTF-8.
 
-    Tabs and line feeds stay.
+    Terminals obey such characters, and text reads as what it is not. What ``HARMLESS`` names stays.
     """
-    return HIDDEN.sub(_escape, text)
+    if text.isascii() and text.isprintable():
+        return text
+    rest = text
+    for character in HARMLESS:
+        rest = rest.replace(character, "")
+    if rest.isprintable():  # what is not: HIDDEN, and spaces other than the common one
+        return text
+    return "".join(_escape(one) if one not in HARMLESS and unicodedata.category(one) in HIDDEN else one for one in text)
 
 
-def _escape(match: re.Match[str]) -> str:
-    number = ord(match.group())
+def _escape(character: str) -> str:
+    number = ord(character)
     if number < 0x100:
         return f"\\x{number:02x}"
     return f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"

@@ -26,7 +26,7 @@ def build(options: argparse.Namespace) -> int:
     from align.commands.finding import STAGE, build_recipe
     from align.data.built import read_ledger
     from align.data.ledger import summary_lines
-    from align.report.escape import visible
+    from align.errors import printable
 
     made = build_recipe(
         options.recipe, options.store, files=options.files, max_rows=options.max_rows, workers=options.workers,
@@ -39,7 +39,7 @@ def build(options: argparse.Namespace) -> int:
         print_json({"path": str(folder), "key": artifact.record["key"], "ran": STAGE in made.ran, "ledger": ledger})
         return 0
     for line in summary_lines(ledger):
-        print(visible(line))
+        print(printable(line))
     print(f"Build: {folder.resolve()}")
     if (folder / "preview.html").is_file():
         print(f"Page:  {(folder / 'preview.html').resolve()}")
@@ -100,7 +100,7 @@ def push(options: argparse.Namespace) -> int:
     from align.commands.finding import find_build
     from align.data.push import prepare
     from align.data.push import push as upload_now
-    from align.report.escape import visible
+    from align.errors import printable
 
     found = find_build(options.recipe, options.store, options.workers)
     upload = prepare(found.folder, options.repo, options.revision, options.private, options.all)
@@ -126,24 +126,24 @@ def push(options: argparse.Namespace) -> int:
         print_json(summary | {"pushed": True, **done})
         return 0
     for name in done["deleted"]:
-        print(visible(f"deleted there: {name}"))
-    print(f"Pushed: {visible(done['url'])}")
+        print(printable(f"deleted there: {name}"))
+    print(f"Pushed: {printable(done['url'])}")
     return 0
 
 
 def _print_upload(upload: Any, everything: bool) -> None:
-    from align.report.escape import visible
+    from align.errors import printable
     from align.report.wording import size
 
     visibility = "private" if upload.private else "public unless its owner's default says otherwise"
     print(f"To the Hub: datasets/{upload.repo}, {upload.revision or 'main'}, {visibility}")
     for part in upload.parts:
-        print(f"  {size(part.size):>10}  {visible(part.name)}")
+        print(f"  {size(part.size):>10}  {printable(part.name)}")
     kept = "" if everything else "; dropped rows and the preview page stay here (--all sends them too)"
     print(f"{len(upload.parts)} files, {size(upload.size)}{kept}")
-    print(visible(f"Licence: {', '.join(upload.licence.names)}. {upload.licence.reason}"))
+    print(printable(f"Licence: {', '.join(upload.licence.names)}. {upload.licence.reason}"))
     for concern in upload.licence.concerns:
-        print(visible(f"! {concern}"))
+        print(printable(f"! {concern}"))
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {

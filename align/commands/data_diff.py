@@ -9,7 +9,7 @@ from typing import Any
 from align.commands.finding import find_build
 from align.commands.parsing import print_json
 from align.data.diff import KINDS, compare
-from align.report.escape import visible
+from align.errors import printable
 
 
 def diff(options: argparse.Namespace) -> int:
@@ -26,7 +26,7 @@ def diff(options: argparse.Namespace) -> int:
 
 def lines(found: dict[str, Any]) -> list[str]:
     """The comparison as text that is safe to print."""
-    said = [visible(f"A  {found['a']}"), visible(f"B  {found['b']}"), ""]
+    said = [printable(f"A  {found['a']}"), printable(f"B  {found['b']}"), ""]
     if found["identical"]:
         return [*said, "The same rows in the same order: the digests agree."]
     if found["same rows"]:
@@ -97,4 +97,4 @@ def _n(number: int) -> str:
 
 def _line(text: object) -> str:
     """On one line, nothing hidden; leading space stays, it indents."""
-    return visible(str(text).replace("\n", "↵").replace("\t", " "))
+    return printable(str(text).replace("\n", "↵").replace("\t", " "))

@@ -18,8 +18,7 @@ from align.commands.finding import find_build, find_tokenizer
 from align.commands.parsing import print_json
 from align.data.built import SPLITS, count_rows, message_text, rows, shards
 from align.data.rows import Row, is_text
-from align.errors import UserError
-from align.report.escape import visible
+from align.errors import UserError, printable
 from align.validation import suggest
 
 TRAINED, SPECIAL, SPECIAL_TRAINED, QUIET = "bold green", "cyan", "bold black on green", "dim"
@@ -120,16 +119,16 @@ class Printer:
         """One row under a line that says which."""
         head = f"── {title} · {row.get('id', '')} · {row.get('source', '')}"
         if self.tokenizer is None:
-            self._print(Text(visible(head), QUIET if self.coloured else ""))
+            self._print(Text(printable(head), QUIET if self.coloured else ""))
             self._messages(row)
             return
         from align.report.tokens import views
 
         for view in views(self.tokenizer, row, self.max_length):
             counts = f"{view.title}: {len(view.ids)} tokens, {sum(view.trained)} trained on"
-            self._print(Text(visible(f"{head} · {counts}"), QUIET if self.coloured else ""))
+            self._print(Text(printable(f"{head} · {counts}"), QUIET if self.coloured else ""))
             for note in view.notes:
-                self._print(Text(visible(f"! {note}"), "yellow" if self.coloured else ""))
+                self._print(Text(printable(f"! {note}"), "yellow" if self.coloured else ""))
             self._print(self._coloured(view) if self.coloured else self._bracketed(view))
             self._print(Text())
 
@@ -137,7 +136,7 @@ class Printer:
         text = Text()
         for piece in view.pieces(self.tokenizer):
             style = SPECIAL_TRAINED if piece.special and piece.trained else SPECIAL if piece.special else ""
-            text.append(visible(piece.text), style or (TRAINED if piece.trained else ""))
+            text.append(printable(piece.text), style or (TRAINED if piece.trained else ""))
         return text
 
     def _bracketed(self, view: Any) -> Text:
@@ -146,7 +145,7 @@ class Printer:
             if piece.trained != inside:
                 text.append(OPEN if piece.trained else CLOSE)
                 inside = piece.trained
-            text.append(visible(piece.text))
+            text.append(printable(piece.text))
         return text.append(CLOSE) if inside else text
 
     def _messages(self, row: Row) -> None:
@@ -169,8 +168,8 @@ class Printer:
         self._print(Text())
 
     def _turn(self, name: str, turn: dict[str, Any], style: str) -> None:
-        text = Text(f"{visible(name)}: ", SPECIAL if self.coloured else "")
-        self._print(text.append(visible(message_text(turn)), style if self.coloured else ""))
+        text = Text(f"{printable(name)}: ", SPECIAL if self.coloured else "")
+        self._print(text.append(printable(message_text(turn)), style if self.coloured else ""))
 
     def legend(self) -> None:
         """What colours or brackets mean."""

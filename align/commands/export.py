@@ -193,8 +193,8 @@ def _print_summary(output: Path, facts: Facts) -> None:
 
 
 def _push(options: argparse.Namespace, output: Path, facts: Facts) -> dict[str, Any]:
+    from align.errors import printable
     from align.models.push import prepare, push
-    from align.report.escape import visible
     from align.report.model_card_facts import licence_of
 
     licence = licence_of(facts.lineage, facts.licence)
@@ -211,23 +211,23 @@ def _push(options: argparse.Namespace, output: Path, facts: Facts) -> dict[str, 
     done = push(upload, f"{facts.name}, exported with align")
     if not options.json:
         for name in done["deleted"]:
-            print(visible(f"deleted there: {name}"))
-        print(f"Pushed: {visible(done['url'])}")
+            print(printable(f"deleted there: {name}"))
+        print(f"Pushed: {printable(done['url'])}")
     return summary | {"pushed": True, **done}
 
 
 def _print_upload(upload: ModelUpload) -> None:
-    from align.report.escape import visible
+    from align.errors import printable
     from align.report.wording import size
 
     visibility = "private" if upload.private else "public unless its owner's default says otherwise"
     print(f"To the Hub: {upload.repo}, {upload.revision or 'main'}, {visibility}")
     for part in upload.parts:
-        print(f"  {size(part.size):>10}  {visible(part.name)}")
+        print(f"  {size(part.size):>10}  {printable(part.name)}")
     print(f"{len(upload.parts)} files, {size(upload.size)}")
-    print(visible(f"Licence: {', '.join(upload.licence.names)}. {upload.licence.reason}"))
+    print(printable(f"Licence: {', '.join(upload.licence.names)}. {upload.licence.reason}"))
     for concern in upload.licence.concerns:
-        print(visible(f"! {concern}"))
+        print(printable(f"! {concern}"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

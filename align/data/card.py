@@ -15,7 +15,8 @@ import yaml
 
 from align.data.built import SPLITS, shards
 from align.data.licences import OTHER, Licence, normalise, of_mixture
-from align.data.markdown import fenced, plain, printable, table
+from align.data.markdown import fenced, plain, table
+from align.errors import printable
 
 if TYPE_CHECKING:
     from huggingface_hub import DatasetCardData

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from align.errors import printable
+
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]], numbers: Iterable[int] = ()) -> list[str]:
     """A Markdown table; cells are plain text, whatever they contain."""
@@ -24,11 +26,6 @@ def _cell(text: str) -> str:
 def plain(text: str) -> str:
     """Text that Markdown reads as text: on one line, no markup, no HTML, no links."""
     return re.sub(r"([\\`*_{}\[\]()<>#|!~&])", r"\\\1", " ".join(printable(text).split()))
-
-
-def printable(text: str) -> str:
-    """Without control characters and without marks that reorder text; line breaks and tabs stay."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]", "\ufffd", text)
 
 
 def fenced(text: str, language: str) -> list[str]:

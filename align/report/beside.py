@@ -21,7 +21,7 @@ from typing import Any
 from markupsafe import Markup
 
 from align.checked_files import DamagedFile, parse_object
-from align.report.escape import visible
+from align.errors import printable
 from align.report.figures import standalone
 from align.whole_files import write_text_atomically
 
@@ -99,14 +99,14 @@ def csv_cell(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, (int, float)):
         return repr(value)
-    text = visible(str(value))
+    text = printable(str(value))
     return f"'{text}" if text.startswith(FORMULA) else text
 
 
 def as_json(table: Table) -> str:
     """``title``, ``columns`` (name → heading) and ``rows``; numbers that are not finite are null."""
     rows = [{name: _plain(row.get(name)) for name in table.columns} for row in table.rows]
-    body = {"title": visible(table.title), "columns": dict(table.columns), "rows": rows}
+    body = {"title": printable(table.title), "columns": dict(table.columns), "rows": rows}
     return json.dumps(body, ensure_ascii=False, indent=1) + "\n"
 
 
@@ -127,7 +127,7 @@ def _own(name: str, taken: set[str]) -> str:
 def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    return value if value is None or isinstance(value, (bool, int, float)) else visible(str(value))
+    return value if value is None or isinstance(value, (bool, int, float)) else printable(str(value))
 
 
 def _replace(folder: Path, texts: Mapping[str, str], titles: Mapping[str, str]) -> None:
@@ -144,4 +144,4 @@ def _replace(folder: Path, texts: Mapping[str, str], titles: Mapping[str, str]) 
     for name in earlier:
         if name not in texts and Path(name).name == name and name.endswith((".svg", ".csv", ".json")):
             (folder / name).unlink(missing_ok=True)
-    write_text_atomically(index, json.dumps({name: visible(titles[name]) for name in texts}, indent=1) + "\n")
+    write_text_atomically(index, json.dumps({name: printable(titles[name]) for name in texts}, indent=1) + "\n")

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from markupsafe import Markup
 
+from align.errors import printable
 from align.report.build_rows import EDGES, MOST_TURNS, Lengths
-from align.report.escape import visible
 from align.report.figures import COLOURS, LINES, Panel, styled
 
 SHOWN = 6
@@ -103,6 +103,6 @@ def turns(groups: Mapping[str, Lengths]) -> Markup:
 
 
 def _label(name: str) -> str:
-    text = visible(name)
+    text = printable(name)
     text = text if len(text) <= LABEL else f"{text[: LABEL - 1]}…"
     return f" {text}" if text.startswith("_") else text  # matplotlib leaves labels that begin so out of a legend

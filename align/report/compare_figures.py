@@ -8,11 +8,11 @@ from typing import Any
 
 from markupsafe import Markup
 
+from align.errors import printable
 from align.report.compare_cards import Card
 from align.report.curve_figures import Curve
 from align.report.curves import Events, panels
 from align.report.drift import root_axis
-from align.report.escape import visible
 from align.report.figures import COLOURS, INK, LINES, MARKERS, Panel, bars, legend_name, nth, styled
 from align.report.wording import number
 
@@ -80,8 +80,8 @@ def pareto(found: Sequence[Point], best: Sequence[Point], title: str, reference:
             textcoords="offset points", fontsize=7.5,
         )  # fmt: skip
     root_axis(panel)
-    axes.set_xlabel(f"KL to {visible(reference)} (nats, root scale)")
-    axes.set_ylabel(visible(title))
+    axes.set_xlabel(f"KL to {printable(reference)} (nats, root scale)")
+    axes.set_ylabel(printable(title))
     axes.margins(0.14)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
     return panel.svg(f"{title} against KL to {reference}; the best trade-offs are {', '.join(p.label for p in best)}")
@@ -115,13 +115,13 @@ def overlay(title: str, by_run: Mapping[str, Events]) -> Curve:
             steps, values, color=_colour(at), linestyle=_line(at), label=legend_name(run), linewidth=1.4,
             marker=nth(MARKERS, at) if len(steps) <= FEW else None, markersize=3.5,
         )  # fmt: skip
-        lines.append({"name": visible(run), "x": [_short(x) for x in steps], "y": [_short(y) for y in values]})
+        lines.append({"name": printable(run), "x": [_short(x) for x in steps], "y": [_short(y) for y in values]})
         said.append(f"{run} from {number(values[0])} to {number(values[-1])}")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
     axes.tick_params(labelsize=8)
     axes.set_xlabel("step", labelpad=1)
-    axes.set_title(visible(title)[:60], fontsize=9.5, loc="left", color=INK)
+    axes.set_title(printable(title)[:60], fontsize=9.5, loc="left", color=INK)
     axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=7.5)
     svg = panel.svg(f"{title} over steps: {', '.join(said)}")
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()

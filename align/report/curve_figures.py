@@ -12,8 +12,8 @@ from typing import Any
 
 from markupsafe import Markup
 
+from align.errors import printable
 from align.report.curves import Events, panels
-from align.report.escape import visible
 from align.report.figures import COLOURS, INK, LINES, MARKERS, Panel, legend_name, nth, styled
 from align.report.wording import number
 
@@ -70,7 +70,7 @@ def curve(title: str, names: Sequence[str], events: Events) -> Curve:
         axis.set_major_formatter(FuncFormatter(lambda value, _, powers=powers: _tick(value, powers)))
     axes.tick_params(labelsize=8)
     axes.set_xlabel("step", labelpad=1)
-    axes.set_title(visible(title)[:44], fontsize=9.5, loc="left", color=INK)
+    axes.set_title(printable(title)[:44], fontsize=9.5, loc="left", color=INK)
     if len(names) > 1:
         axes.legend(loc="best")
     svg = panel.svg(_said(title, names, events.series))

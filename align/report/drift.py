@@ -10,8 +10,8 @@ from typing import Any
 
 from markupsafe import Markup
 
+from align.errors import printable
 from align.report.curves import Events, thin_to
-from align.report.escape import visible
 from align.report.figures import COLOURS, LINES, MARKERS, Panel, bars, legend_name, nth, styled
 
 SCORES = ("reward", "gold")
@@ -41,7 +41,7 @@ def reward_against_kl(card: Mapping[str, Any], metric: str) -> Markup:
             label=legend_name(policy),
         )  # fmt: skip
     root_axis(panel)
-    panel.axes.set_xlabel(f"KL to {visible(card['reference'])} (nats, root scale)")
+    panel.axes.set_xlabel(f"KL to {printable(card['reference'])} (nats, root scale)")
     panel.axes.set_ylabel(card["metrics"][metric]["title"])
     panel.axes.margins(0.12)
     panel.axes.legend(loc="best")

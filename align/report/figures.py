@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from markupsafe import Markup
 
-from align.report.escape import visible
+from align.errors import printable
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; shape and line style repeat what colour says.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")
@@ -110,7 +110,7 @@ def dots(rows: Sequence[tuple[str, Mapping[str, Any]]], xlabel: str, label: str,
 
 def legend_name(text: str) -> str:
     """A name as labels have it: visible, short, and not beginning as matplotlib's hidden labels do."""
-    shown = visible(text)
+    shown = printable(text)
     shown = shown if len(shown) <= LONGEST_NAME else f"{shown[: LONGEST_NAME - 1]}…"
     return f" {shown}" if shown.startswith("_") else shown
 
@@ -167,6 +167,6 @@ def _embed(text: str, label: str, prefix: str) -> Markup:
     pixels = round(float(width[1]) * PIXELS_PER_INCH / 72)
     opening = (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {box[0]} '
-        f'class="plot" style="max-width:{pixels}px" role="img" aria-label="{escape(visible(label))}">'
+        f'class="plot" style="max-width:{pixels}px" role="img" aria-label="{escape(printable(label))}">'
     )
     return Markup(opening + rest)  # noqa: S704  (written by matplotlib, which escapes text)

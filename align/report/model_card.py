@@ -16,7 +16,8 @@ import yaml
 from align import __version__
 from align.artifacts import Artifact
 from align.data.card import CARD
-from align.data.markdown import fenced, plain, printable, table
+from align.data.markdown import fenced, plain, table
+from align.errors import printable
 from align.report.beside import Beside
 from align.report.ledgers import data_sections, licence_rows
 from align.report.model_card_facts import TRAINING, Facts, base_model, licence_of, metadata

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 from align.artifacts import Artifact, Kind
 from align.data.card import CARD, recipe_of
 from align.data.licences import OTHER, Licence, normalise, of_mixture
-from align.data.markdown import printable
-from align.errors import UserError
+from align.errors import UserError, printable
 from align.models.embedded import NAME as EMBEDDED
 from align.models.source import HUB_NAME
 from align.report.beside import Beside

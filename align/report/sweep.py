@@ -9,8 +9,8 @@ from typing import Any
 
 from markupsafe import Markup
 
+from align.errors import printable
 from align.report.beside import Beside, Figure
-from align.report.escape import visible
 from align.report.figures import COLOURS, INK, Panel, bars, legend_name, styled
 from align.report.wording import MISSING, duration, interval, number
 
@@ -123,6 +123,6 @@ def slice_plot(rows: Sequence[Mapping[str, Any]], objective: str, name: str) -> 
         axes.set_xlim(-0.5, len(labels) - 0.5)
     elif min(places) > 0 and max(places) / min(places) >= WIDE:
         axes.set_xscale("log")
-    axes.set_xlabel(visible(name))
-    axes.set_ylabel(visible(objective))
+    axes.set_xlabel(printable(name))
+    axes.set_ylabel(printable(objective))
     return panel.svg(f"{objective} against {name}, {len(rows)} trials")

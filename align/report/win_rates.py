@@ -7,8 +7,8 @@ from typing import Any
 
 from markupsafe import Markup
 
+from align.errors import printable
 from align.report.beside import Beside
-from align.report.escape import visible
 from align.report.figures import COLOURS, INK, Panel, bars, legend_name, styled
 from align.report.wording import MARKS, interval, number
 
@@ -71,7 +71,7 @@ def figure_of(rows: Sequence[Row], label: str) -> Markup:
     panel.axes.set_xlabel(
         "win rate (ties and contradictions: half)" + ("\nhollow square: length-controlled" if controlled else "")
     )
-    return panel.svg(f"Win rates: {visible(label)}")
+    return panel.svg(f"Win rates: {printable(label)}")
 
 
 def _cell(rows: Sequence[Row], name: str, other: str) -> dict[str, Any] | None:
