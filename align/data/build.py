@@ -29,6 +29,7 @@ from align.data.shards import (
     Pass,
     Task,
     finished,
+    is_whole,
     read_shard,
     read_sketches,
 )
@@ -186,7 +187,7 @@ class Build:
             if why:
                 self.format_choices[spec.sources[at]] = why
             while chunk := tuple(itertools.islice(records, SHARD_ROWS)):
-                if finished(spec.folder, shard):
+                if is_whole(spec.folder, shard):
                     chunk = ()  # done before; what matters is that its records are behind us
                 yield Task(shard, 0, at, form, chunk)
                 shard += 1

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from align.data.records import BadRecord
-from align.data.shards import Pass, Task, Worker, finished
+from align.data.shards import Pass, Task, Worker, finished, is_whole
 from align.errors import UserError
 from align.runtime import ExecutorConfig
 from align.whole_files import write_atomically
@@ -52,7 +52,7 @@ class Cluster:
         waiting: list[int] = []
         for task in tasks:
             shards += 1
-            if finished(spec.folder, task.shard) is None:
+            if not is_whole(spec.folder, task.shard):
                 (folder / "tasks" / f"{len(waiting):05d}.json").write_text(_to_json(task), encoding="utf-8")
                 waiting.append(task.shard)
         if waiting:
@@ -84,7 +84,7 @@ def run_rank(data: Any, rank: int, world_size: int, spec: Pass, folder: Path) ->
     try:
         for path in sorted((folder / "tasks").glob("*.json"))[rank::world_size]:
             task = _from_json(path.read_text(encoding="utf-8"))
-            if finished(spec.folder, task.shard) is None:
+            if not is_whole(spec.folder, task.shard):
                 worker = worker or Worker(spec)
                 worker.run(task)
     except Exception as error:

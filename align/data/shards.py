@@ -29,6 +29,7 @@ from align.data.steps.base import RowStep, StepContext, TableStep
 from align.data.steps.split import ID_TAKEN
 from align.data.verdicts import StoredVerdict
 from align.errors import UserError
+from align.fingerprint import file_digest
 
 STORAGE = -1
 """Where the seconds of reading and writing shards are counted."""
@@ -223,8 +224,13 @@ def write_shard(
         write_rows(folder / f"{shard:05d}.parquet", list(rows))
         pq.write_table(pa.Table.from_pylist(passage.dropped, DROPPED), folder / f"{shard:05d}.dropped.parquet")
         np.savez(folder / f"{shard:05d}.npz", **sketches)  # type: ignore[arg-type]
-    found = {"rows": len(rows), "seconds": passage.seconds, **passage.counts.to_json()}
+    digests = {end: file_digest(folder / f"{shard:05d}{end}") for end in FILES}
+    found = {"rows": len(rows), "seconds": passage.seconds, "digests": digests, **passage.counts.to_json()}
     write_sealed(folder / f"{shard:05d}.json", found)
+
+
+FILES = (".parquet", ".dropped.parquet", ".npz")
+"""Ends of the names of a shard's files, beside the one that says that it is finished."""
 
 
 def read_shard(folder: Path, shard: int) -> list[Row]:
@@ -240,16 +246,29 @@ class Finished:
     rows: int
     counts: Counts
     seconds: dict[int, float]
+    digests: dict[str, str]
+    """Of its files, by how their names end."""
 
 
 def finished(folder: Path, shard: int) -> Finished | None:
-    """What a shard's last file says; None for one that is not finished, or whose file is damaged: it is made again."""
+    """What a shard's last file says; None for one that is not finished, or where that file is damaged."""
     try:
         found = parse_sealed((folder / f"{shard:05d}.json").read_bytes())
     except (FileNotFoundError, DamagedFile):
         return None
     seconds = {int(step): value for step, value in found["seconds"].items()}
-    return Finished(found["rows"], Counts.from_json(found), seconds)
+    return Finished(found["rows"], Counts.from_json(found), seconds, found["digests"])
+
+
+def is_whole(folder: Path, shard: int) -> bool:
+    """Whether a shard is finished and its files are as they were written; one that is not is made again."""
+    known = finished(folder, shard)
+    try:
+        return known is not None and all(
+            file_digest(folder / f"{shard:05d}{end}") == digest for end, digest in known.digests.items()
+        )
+    except FileNotFoundError:
+        return False
 
 
 def read_sketches(folder: Path, shards: int) -> dict[str, np.ndarray]:

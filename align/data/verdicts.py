@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from align.checked_files import DamagedFile, parse_sealed, write_sealed
 from align.data.steps.base import Verdict
 from align.errors import UserError
+from align.fingerprint import file_digest
 
 
 def store_verdict(folder: Path, verdict: Verdict, stand_ins: list[dict[str, str]] | None) -> None:
@@ -35,17 +36,20 @@ def store_verdict(folder: Path, verdict: Verdict, stand_ins: list[dict[str, str]
         places, details = zip(*sorted(verdict.details.items()), strict=True)
         said = [json.dumps(detail, ensure_ascii=False) for detail in details]
         pq.write_table(pa.table({"row": pa.array(places, pa.int64()), "detail": said}), folder / "details.parquet")
-    summary = {"reasons": verdict.reasons, "columns": sorted(verdict.columns), "notes": verdict.notes}
+    digests = {path.name: file_digest(path) for path in sorted(folder.glob("*.npy")) + sorted(folder.glob("*.parquet"))}
+    summary = {
+        "reasons": verdict.reasons, "columns": sorted(verdict.columns), "notes": verdict.notes, "digests": digests,
+    }  # fmt: skip
     write_sealed(folder / "verdict.json", summary)
 
 
 def is_stored(folder: Path) -> bool:
     """Whether a whole verdict lies in ``folder``; one that is damaged is decided again."""
     try:
-        parse_sealed((folder / "verdict.json").read_bytes())
+        digests = parse_sealed((folder / "verdict.json").read_bytes())["digests"]
+        return all(file_digest(folder / name) == digest for name, digest in digests.items())
     except (FileNotFoundError, DamagedFile):
         return False
-    return True
 
 
 def _read_summary(folder: Path) -> dict[str, Any]:

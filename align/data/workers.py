@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 
 from align.data.cluster import Cluster
-from align.data.shards import Pass, Task, Worker, finished
+from align.data.shards import Pass, Task, Worker, is_whole
 from align.runtime import ExecutorConfig
 
 
@@ -61,7 +61,7 @@ class Workers:
             self._pool = ProcessPoolExecutor(self.machine.workers, context, self.machine.start_worker or _nothing)
         waiting: deque[Future[int] | None] = deque()
         for task in tasks:
-            done = finished(spec.folder, task.shard) is not None
+            done = is_whole(spec.folder, task.shard)
             waiting.append(None if done else self._pool.submit(_work, spec, task))
             if len(waiting) > 2 * self.machine.workers:  # no more records than these wait in memory
                 _wait(waiting.popleft())
@@ -74,7 +74,7 @@ class Workers:
 def _here(spec: Pass, tasks: Iterator[Task]) -> Iterator[None]:
     worker: Worker | None = None
     for task in tasks:
-        if finished(spec.folder, task.shard) is None:
+        if not is_whole(spec.folder, task.shard):
             worker = worker or Worker(spec)
             worker.run(task)
         yield

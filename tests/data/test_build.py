@@ -21,6 +21,7 @@ from align.data.splits import group
 from align.data.verdicts import is_stored
 from align.errors import UserError
 from align.fingerprint import digest
+from tests.damage import flip_bit
 from tests.records import put_record
 
 
@@ -354,9 +355,24 @@ def test_an_empty_source_is_named(make, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"rows": 1}'])
 def test_a_shard_whose_counts_are_damaged_is_made_again(tmp_path: Path, content: bytes) -> None:
-    write_sealed(tmp_path / "00000.json", {"rows": 0, "seconds": {}, **Counts().to_json()})
-    assert shards.finished(tmp_path, 0) is not None
+    write_sealed(tmp_path / "00000.json", {"rows": 0, "seconds": {}, "digests": {}, **Counts().to_json()})
+    assert shards.is_whole(tmp_path, 0)
     (tmp_path / "00000.json").write_bytes(content)
-    assert shards.finished(tmp_path, 0) is None
+    assert shards.finished(tmp_path, 0) is None and not shards.is_whole(tmp_path, 0)
     (tmp_path / "verdict.json").write_bytes(content)
     assert not is_stored(tmp_path)
+
+
+def test_whatever_of_an_unfinished_build_is_damaged_is_made_again(tmp_path: Path, small_shards) -> None:
+    content = {"kind": "instructions", "sources": messy(tmp_path), "steps": STEPS}
+    whole = Built(tmp_path, tmp_path / "whole", content)
+    work = tmp_path / "whole-work"
+    files = [*work.rglob("pass-*/00001.*"), *work.rglob("pass-*/verdict-*/*")]
+    assert {path.suffix for path in files} == {".json", ".parquet", ".npz", ".npy"}
+    for number, path in enumerate(sorted(files)):
+        good = path.read_bytes()
+        path.write_bytes(flip_bit(good))
+        output = tmp_path / f"again-{number}"
+        output.mkdir()
+        assert build(Recipe.model_validate(content), tmp_path, work, output) == whole.ledger
+        assert path.suffix in (".json", ".npz") or path.read_bytes() == good
