@@ -213,18 +213,17 @@ def test_auto_says_what_it_chose(make, tmp_path: Path) -> None:
 def sampled(folder: Path, answer: str, count: int = 30) -> Path:
     """A round of sampling as an artifact: its pairs are named by the prompt and the places of the two responses."""
     folder.mkdir()
-    put_record(folder, key=digest(answer))
     sides = {"chosen": [assistant(answer)], "rejected": [assistant("no")]}
     prompts = [
         {"id": f"{at}-0-1", "source": "s", "checks": "", "prompt": [user(f"question {at}")]} for at in range(count)
     ]
     write_rows(folder / "train.parquet", [prompt | sides for prompt in prompts])
+    put_record(folder, key=digest(folder.name))
     return folder
 
 
 def test_rounds_of_sampling_are_merged_without_a_loss(make, tmp_path: Path) -> None:
-    rounds = [sampled(tmp_path / name, name) for name in ("one", "two", "two again")]
-    write_rows(rounds[2] / "train.parquet", read_rows(rounds[1] / "train.parquet"))
+    rounds = [sampled(tmp_path / name, name.split()[0]) for name in ("one", "two", "two again")]
     sources = [{"type": "input", "index": at, "split": "train"} for at in range(3)]
     made = make(sources, "preferences", inputs=rounds)
     assert made.ledger["dropped"] == {"duplicate": 30}
