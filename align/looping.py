@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Any
 
 from pydantic import Field
 
@@ -47,8 +47,7 @@ class LoopConfig(Config):
     ``{sft: dpo}`` is short for a name that is the first round's stage itself. Without it only the seeds differ."""
     stages: dict[str, dict[str, Any]] = Field(min_length=1)
     """The stages of a round, in order."""
-    # Not strict: pipelines are kept as JSON too, whose keys are texts.
-    changes: dict[Annotated[int, Field(strict=False)], dict[str, dict[str, Any]]] = Field({})
+    changes: dict[int, dict[str, dict[str, Any]]] = Field({})
     """What a round sets otherwise, by its number and stage: ``{2: {dpo: {beta: 0.05}}}``."""
 
 

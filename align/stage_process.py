@@ -30,6 +30,7 @@ from align.shared_folder import UNREACHABLE_STORE, is_unreachable
 from align.stage import Stage, StageContext, find_stage, load_object
 from align.stage_result import RESULT, read_work, write_result
 from align.stop_request import Stopped
+from align.validation import validate_plain
 
 EVENTS, LOG = "events.jsonl", "log.txt"
 OUTPUT, CHECKPOINTS = "output", "checkpoints"
@@ -75,7 +76,7 @@ def main(folder: Path) -> int:
 
 
 def _runtime(work: dict[str, Any]) -> Runtime:
-    return Runtime.model_validate(work["runtime"])
+    return validate_plain(Runtime, work["runtime"])
 
 
 def _several(work: dict[str, Any]) -> bool:
@@ -199,10 +200,10 @@ def _context(folder: Path, work: dict[str, Any], started: float, result_file: st
     (folder / CHECKPOINTS).mkdir(exist_ok=True)
     return StageContext(
         name=work["name"],
-        config=stage.config_class().model_validate(work["config"]),
+        config=validate_plain(stage.config_class(), work["config"]),
         inputs=inputs,
         seed=work["seed"],
-        runtime=Runtime.model_validate(work["runtime"]),
+        runtime=validate_plain(Runtime, work["runtime"]),
         output=folder / OUTPUT,
         checkpoints=folder / CHECKPOINTS,
         events=Path(os.devnull) if rank() else folder / EVENTS,  # of several processes the first one speaks

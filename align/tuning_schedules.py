@@ -6,7 +6,7 @@ What closes and opens them is ``align.training.unfreezing``'s.
 from __future__ import annotations
 
 import itertools
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, field_serializer, model_validator
 
@@ -19,8 +19,7 @@ class Unfreeze(Config):
     A layer that is closed gets no gradient and no optimizer state. The last norm is open from the start.
     """
 
-    # Not strict: a stage's process reads its config from JSON, whose keys are texts.
-    at: dict[Annotated[float, Field(strict=False)], int] = Field(min_length=1)
+    at: dict[float, int] = Field(min_length=1)
     """When -> how many of the last layers are open from then on: ``{0: 2, 50: 8}``. More than there are means all."""
     unit: Literal["steps", "epochs"] = "steps"
     """What the left side counts: optimizer steps, or epochs (a fraction is a part of one)."""

@@ -6,7 +6,9 @@ Leaves out reading the file (``yaml_file.py``) and what the fields mean (the con
 from __future__ import annotations
 
 import difflib
+import json
 import math
+import numbers
 import re
 import types
 import typing
@@ -51,12 +53,28 @@ def validate(config_class: type[Model], mapping: Any, where: str) -> Model:
     if problems:
         raise UserError("\n".join(f"{_place(where, path)}: {problem}" for path, problem in problems))
     try:
-        return config_class.model_validate(dict(mapping))
+        return validate_plain(config_class, mapping)
     except ValidationError as error:
         # An unknown key explains the missing one beside it, so it comes first.
         details = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
         walked = [(detail, _walk(config_class, detail)) for detail in details]
         raise UserError("\n".join(_explain(detail, at, where) for detail, at in _telling(walked))) from None
+
+
+def validate_plain(config_class: type[Model], mapping: Mapping[str, Any]) -> Model:
+    """Validate what YAML, JSON or Python's plain values say, by the types that JSON has.
+
+    Strict fields take a list for a tuple, text for a path and text for a mapping's numeric key, since JSON has no
+    others, and no text for a number. Raises pydantic's ``ValidationError``.
+    """
+    return config_class.model_validate_json(json.dumps(dict(mapping), default=_plain_value))
+
+
+def _plain_value(value: Any) -> Any:
+    """Convert what JSON has no form for: a config that Python code has made, or a number of numpy's."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    return value.item()
 
 
 MOST_INTEGER = 2**63
@@ -91,6 +109,8 @@ def _problem(value: Any) -> str | None:
         return f"should be from -2**63 to 2**63-1; found {_shown(value)}."
     if value is None or isinstance(value, bool | int | float | BaseModel):
         return None
+    if isinstance(value, numbers.Number) and hasattr(value, "item"):  # numpy's, which are checked as Python's are
+        return _problem(value.item())
     return f"found {_shown(value)}, a {type(value).__name__}; write text in quotes, or a number."
 
 

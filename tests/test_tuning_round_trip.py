@@ -3,7 +3,9 @@
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
+from align.stages.sft import SftConfig
 from align.tuning import Tuning
+from align.validation import validate_plain
 
 ADAPTER: TypeAdapter[Tuning] = TypeAdapter(Tuning)
 
@@ -29,8 +31,8 @@ ADAPTER: TypeAdapter[Tuning] = TypeAdapter(Tuning)
     ids=lambda block: "-".join(map(str, block.values())),
 )
 def test_what_a_record_holds_is_read_back_the_same(block):
-    tuning = ADAPTER.validate_python(block)
-    assert ADAPTER.validate_python(tuning.model_dump(mode="json")) == tuning
+    stage = validate_plain(SftConfig, {"model": "model", "data": "data", "tuning": block})
+    assert validate_plain(SftConfig, stage.model_dump(mode="json")) == stage
 
 
 @pytest.mark.parametrize(

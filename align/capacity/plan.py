@@ -20,7 +20,7 @@ from align.models.job import Job
 from align.pipeline import Node, Pipeline
 from align.planning import models_of
 from align.store import Store
-from align.validation import suggest
+from align.validation import suggest, validate_plain
 
 ROWS_SHOWN = 1000
 """Rows that time and cost are given for where a stage's data is not there yet."""
@@ -215,7 +215,7 @@ def _others(node: Node, settings: dict[str, dict[str, Any]], make: Callable[[Any
     found = {}
     for words, changes in wanted.items():
         try:
-            found[words] = make(type(config).model_validate(config.model_dump() | changes))
+            found[words] = make(validate_plain(type(config), config.model_dump(mode="json") | changes))
         except (ValueError, UnknownArchitecture):
             continue
     return found

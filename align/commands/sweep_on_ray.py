@@ -24,6 +24,7 @@ from align.store_mark import MARKER
 from align.sweep.config import SweepConfig
 from align.sweep.plan import Sweep
 from align.sweep.study import Study
+from align.validation import validate_plain
 
 POLL_SECONDS = 1.0
 
@@ -88,7 +89,7 @@ def work_elsewhere(given: dict[str, Any]) -> str:
         return f"node {host} does not see the store {opening.folder}; all nodes must, under the same path"
     os.chdir(given["base"])
     try:
-        config = SweepConfig.model_validate(given["config"])
+        config = validate_plain(SweepConfig, given["config"])
         sweep = Sweep.check(config, given["where"], given["assignments"])
         sweep = replace(sweep, base=with_threads(sweep.base, given["cores"]))
         store = opening.open()

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from align.data.source_configs import FilesSource, HubSource
 from align.errors import UserError
 from align.stage import Config
-from align.validation import suggest
+from align.validation import suggest, validate_plain
 
 HUB = {
     "arc_challenge": {"dataset": "allenai/ai2_arc", "config": "ARC-Challenge", "split": "test"},
@@ -81,7 +81,7 @@ class EvaluationSet(Config):
         usual = HUB.get(self.name, {}) if self.dataset is None else {"dataset": self.dataset}
         given = {"config": self.config, "split": self.split, "revision": self.revision}
         settings = {"split": "test", **usual, **{name: value for name, value in given.items() if value is not None}}
-        return HubSource.model_validate({"type": "hub", **settings})
+        return validate_plain(HubSource, {"type": "hub", **settings})
 
     def identities(self, base: Path) -> dict[str, str]:
         """Digests of its files; a commit of the Hub is among the settings."""

@@ -17,7 +17,7 @@ from align.errors import UserError
 from align.evaluation.bounds import Bound, check_system, parse_bound
 from align.evaluation.tasks.base import SystemInfo
 from align.stage import Config
-from align.validation import suggest
+from align.validation import suggest, validate_plain
 
 Row = dict[str, Any]
 
@@ -201,7 +201,7 @@ def _settings(place: str, spec: Any) -> GateConfig:
     if isinstance(spec, str):
         return GateConfig(bound=spec)
     if isinstance(spec, Mapping):
-        return GateConfig.model_validate(dict(spec))
+        return validate_plain(GateConfig, spec)
     raise ValueError(f"{place}: expected a bound such as '>= 0.3'; found {spec!r}.")
 
 

@@ -320,7 +320,7 @@ RULES: dict[str, Rule] = {
         "Look at the examples; add a near-duplicate step before the split.",
     ),
     "leaked-answer": Rule(
-        "warning",
+        "note",
         "a long answer of the test split is a training row's answer to another prompt",
         "Decontaminate against the test split, replies included.",
     ),

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from align.checked_files import DamagedFile, parse_sealed, write_sealed
 from align.errors import StageFailed
+from align.validation import validate_plain
 
 Engine = Literal["transformers", "vllm"]
 FLOAT32_GPU_SHARE = 0.9
@@ -89,7 +90,7 @@ def _answers(job: Job) -> Done:
 
     longest = max(map(len, job.rows)) + max([job.max_tokens, *map(len, job.responses)])
     settings = {"name": job.engine, "batch_size": 16, "gpu_memory": FLOAT32_GPU_SHARE, "sleep": False}
-    runtime = Runtime.model_validate({"engine": settings})
+    runtime = validate_plain(Runtime, {"engine": settings})
     engine: Any = open_engine(
         Path(job.folder), runtime, precision="float32", max_length=longest + 1, seed=0, warn=print
     )

@@ -20,6 +20,7 @@ from align.errors import UserError
 from align.models.precision import Precision
 from align.rollouts.protocol import Progress, Response, RolloutEngine, Sampling
 from align.runtime import Runtime
+from align.validation import validate_plain
 
 SHARES = 4
 """Shares for each engine: one that is slow, or comes late, takes fewer."""
@@ -56,7 +57,7 @@ class Shard:
             raise RuntimeError(f"this node does not see {model_dir}; all nodes must see the store under the same path")
         self.said: list[str] = []
         self.engine: RolloutEngine = open_engine(
-            Path(model_dir), Runtime.model_validate(runtime), precision=precision, max_length=max_length, seed=seed,
+            Path(model_dir), validate_plain(Runtime, runtime), precision=precision, max_length=max_length, seed=seed,
             warn=self.said.append,
         )  # fmt: skip
         self.version = 0

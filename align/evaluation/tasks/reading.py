@@ -16,7 +16,7 @@ from align.data.evaluation_sets import HUB
 from align.data.source_configs import FilesSource, HubSource
 from align.errors import UserError
 from align.stage import Config
-from align.validation import nearest
+from align.validation import nearest, validate_plain
 
 Some = TypeVar("Some")
 
@@ -117,7 +117,7 @@ class TaskData(Config):
             usual = {"dataset": self.dataset}
         given = {"config": self.config, "split": self.split, "revision": self.revision}
         settings = {"split": "test", **usual, **{name: value for name, value in given.items() if value is not None}}
-        return HubSource.model_validate({"type": "hub", **settings})
+        return validate_plain(HubSource, {"type": "hub", **settings})
 
     def identities(self, base: Path) -> dict[str, str]:
         """Digests of the files by name; a commit of the Hub is among the settings. Raises ``UserError`` for none."""
