@@ -8,6 +8,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from align.data.rows import is_finished
 from align.evaluation.generation import Generated
 from align.evaluation.measure import LoadedModels, Results, heldout_losses, kl_values
 from align.evaluation.plan import Plan
@@ -94,7 +95,9 @@ def measure_heldout(
         return {}
     losses: dict[str, tuple[list[int], list[float], list[int]]] = {}
     # Ids do not determine rows: the rows themselves, as far as they are read.
-    rows = digest([[row["prompt"], row["completion"], row.get("tools")] for row in plan.heldout])
+    rows = digest(
+        [[row["prompt"], row["completion"], is_finished(row, "completion"), row.get("tools")] for row in plan.heldout]
+    )
     for policy in plan.policies:
         key = digest(["held-out loss 2", policy.key, rows, plan.heldout_length, plan.precision])
         measure = partial(

@@ -145,11 +145,14 @@ def test_pairs_with_flipped_labels_are_scored_anew_though_their_ids_are_the_same
     assert after["as_labelled"]["value"] == 1 - before["as_labelled"]["value"]
 
 
-def test_another_held_out_answer_under_the_same_id_is_read_anew(context, inputs):
+@pytest.mark.parametrize(
+    "changes", [{"completion": [assistant("zzzz")]}, {"completion_finished": False}], ids=["text", "cut off"]
+)
+def test_another_held_out_answer_under_the_same_id_is_read_anew(context, inputs, changes):
     evaluate.run(context)
     before = read_card(context)["estimates"]["ppo"]["heldout_loss"]["value"]
     rows = read_rows(inputs["heldout"].split("test"))
-    write_rows(inputs["heldout"].split("test"), [row | {"completion": [assistant("zzzz")]} for row in rows])
+    write_rows(inputs["heldout"].split("test"), [row | changes for row in rows])
     evaluate.run(context)
     assert read_card(context)["estimates"]["ppo"]["heldout_loss"]["value"] != before
 
