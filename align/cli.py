@@ -72,14 +72,15 @@ def _explain(options: argparse.Namespace) -> int:
     from align.commands.run import load
     from align.console import printable
     from align.opening import open_store
-    from align.planning import explain, previous
+    from align.planning import History
 
     pipeline = load(options)
     store = open_store(pipeline, options.store)
+    history = History(pipeline, store)
     found = {}
     for node in pipeline:
-        last = previous(pipeline, node, store)
-        found[node.name] = explain(pipeline, node, store)
+        last = history.previous(node)
+        found[node.name] = history.explain(node)
         if not options.json:
             state = "never finished" if last is None else "unchanged" if last.record["key"] == node.key else "changed"
             print(f"{node.name}: {state}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from align.artifacts import GENERATORS, Artifact, Kind
@@ -39,6 +40,7 @@ def plan(pipeline: Pipeline, store: Store, anew: frozenset[str] | set[str] = fro
     """What running the pipeline now would do, stage by stage."""
     steps: list[Step] = []
     fresh: set[str] = set()
+    history = History(pipeline, store)
     for node in pipeline:
         try:
             artifact = (store.find_intact if node.name in anew else store.find)(node.stage.kind, node.key, node.name)
@@ -63,7 +65,7 @@ def plan(pipeline: Pipeline, store: Store, anew: frozenset[str] | set[str] = fro
             made = str(record["created"])[:16].replace("T", " ")
             steps.append(Step(node, "fetch", f"made {made}, in {far.address}"))
             continue
-        changes = explain(pipeline, node, store) if artifact is None else []
+        changes = history.explain(node) if artifact is None else []
         if node.name in anew and store.folder(node.stage.kind, node.key).exists():
             steps.append(Step(node, "run", "asked for anew"))
         elif any((store.partial(node.stage.kind, node.key) / CHECKPOINTS).glob("*")):
@@ -76,26 +78,33 @@ def plan(pipeline: Pipeline, store: Store, anew: frozenset[str] | set[str] = fro
     return steps
 
 
-def explain(pipeline: Pipeline, node: Node, store: Store) -> list[str]:
-    """What differs between this stage and its last finished self, one line a field; empty when there is none."""
-    last = previous(pipeline, node, store)
-    if last is None or last.record["key"] == node.key:
-        return []
-    names = {artifact["key"]: artifact["stage"] for artifact in last.record["input_stages"]}
-    current = {other.key: other.name for other in pipeline}
-    return list(_differences(last.record["parts"], _as_json(node.parts), "", {**names, **current}))
+class History:
+    """What runs of a pipeline's name have made so far. The store's records are read once, at the first question."""
 
+    def __init__(self, pipeline: Pipeline, store: Store) -> None:
+        self.pipeline, self.store = pipeline, store
 
-def previous(pipeline: Pipeline, node: Node, store: Store) -> Artifact | None:
-    """The newest artifact that this stage made in a run of the same name, or None."""
-    found = [
-        artifact
-        for artifact in store.all()
-        if artifact.record["kind"] == node.stage.kind
-        and artifact.record["stage"] == node.name
-        and artifact.record.get("pipeline") == pipeline.name
-    ]
-    return found[-1] if found else None
+    @cached_property
+    def _newest(self) -> dict[tuple[str, str], Artifact]:
+        """By stage kind and name."""
+        return {
+            (artifact.record["kind"], artifact.record["stage"]): artifact
+            for artifact in self.store.all()  # oldest first
+            if artifact.record.get("pipeline") == self.pipeline.name
+        }
+
+    def previous(self, node: Node) -> Artifact | None:
+        """The newest artifact that this stage made in a run of the same name, or None."""
+        return self._newest.get((node.stage.kind, node.name))
+
+    def explain(self, node: Node) -> list[str]:
+        """Differences between this stage and its last finished self, one line a field; empty when there is none."""
+        last = self.previous(node)
+        if last is None or last.record["key"] == node.key:
+            return []
+        names = {artifact["key"]: artifact["stage"] for artifact in last.record["input_stages"]}
+        current = {other.key: other.name for other in self.pipeline}
+        return list(_differences(last.record["parts"], _as_json(node.parts), "", {**names, **current}))
 
 
 def _as_json(value: Any) -> Any:

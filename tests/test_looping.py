@@ -12,7 +12,7 @@ import yaml
 from align.cli import main
 from align.errors import UserError
 from align.pipeline import Pipeline
-from align.planning import choose_stages, explain, plan
+from align.planning import History, choose_stages, plan
 from align.runner import run_pipeline
 from align.store import Store
 from tests import toy
@@ -197,7 +197,7 @@ def test_plan_and_explain_speak_of_rounds(tmp_path: Path) -> None:
     steps = {step.node.name: (step.action, step.why) for step in plan(changed, store)}
     assert steps["total-1"][0] == "cached" and steps["drawn-2"] == ("run", "number: 2 → 4")
     assert steps["total-2"] == ("run", "input others changed (drawn-2)") and steps["drawn-3"] == ("run", "never run")
-    assert explain(changed, changed.nodes["drawn-2"], store) == ["number: 2 → 4"]
+    assert History(changed, store).explain(changed.nodes["drawn-2"]) == ["number: 2 → 4"]
 
 
 def test_options_take_a_round_or_the_stage_itself(tmp_path: Path) -> None:

@@ -84,6 +84,20 @@ def test_a_stage_starts_with_large_pages_unless_the_user_says_otherwise(store: P
     assert found(2)["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=0"
 
 
+def test_a_plan_reads_each_record_of_the_store_once_however_many_stages_are_to_run(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_pipeline(Pipeline(toy.pipeline()), store=store)
+    surveys = []
+    survey = Store.survey
+    monkeypatch.setattr(Store, "survey", lambda self: surveys.append(1) or survey(self))
+    changed = Pipeline(toy.pipeline(one={"number": 5}, two={"number": 6}))
+    assert [step.why for step in plan(changed, Store.open(store))][:2] == ["number: 1 → 5", "number: 2 → 6"]
+    assert len(surveys) == 1
+    assert {step.action for step in plan(Pipeline(toy.pipeline()), Store.open(store))} == {"cached"}
+    assert len(surveys) == 1
+
+
 def test_a_changed_field_reruns_what_depends_on_it_and_explain_names_it(store: Path) -> None:
     run_pipeline(Pipeline(toy.pipeline()), store=store)
     changed = toy.pipeline(two={"number": 5})
