@@ -32,7 +32,7 @@ def await_inputs(pipeline: Pipeline, node: Node, store: Store, seconds: float = 
     """Wait for what a stage reads, where another machine has just made it: a shared file system may show it late."""
     inputs = [pipeline.nodes[name] for name in node.input_names]
     deadline = time.monotonic() + seconds
-    while any(store.find(one.stage.kind, one.key) is None for one in inputs) and time.monotonic() < deadline:
+    while any(store.find_intact(one.stage.kind, one.key) is None for one in inputs) and time.monotonic() < deadline:
         time.sleep(0.5)
 
 

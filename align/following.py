@@ -130,7 +130,7 @@ class Following:
     def follow(self) -> Run:
         """Until no job is left; raises ``StageFailed`` then if a stage has failed."""
         for node in self.pipeline:
-            found = self.store.find(node.stage.kind, node.key, node.name)
+            found = self.store.find_intact(node.stage.kind, node.key, node.name)
             if node.name not in self.left and found is not None:
                 self.run.artifacts[node.name] = found
                 self.listener.stage_cached(node, found)

@@ -121,6 +121,11 @@ class Pipeline:
         """Kind and key of every stage, by its name."""
         return {node.name: {"kind": node.stage.kind, "key": node.key} for node in self}
 
+    def touched_by(self, only: str | None) -> set[str]:
+        """Stages that a run makes or reads: all, or ``only`` that one and its inputs."""
+        name = None if only is None else self.resolve(only)
+        return set(self.nodes) if name not in self.nodes else {name, *self.nodes[name].input_names}
+
     def resolve(self, name: str) -> str:
         """The stage that a name means: for a stage of a loop, its last round."""
         return self.expanded.resolve(name)

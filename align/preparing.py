@@ -55,15 +55,15 @@ def prepare_run(pipeline: Pipeline, options: RunOptions, listener: Listener | No
     from_, rebuild = options.from_, options.rebuild
     bring(pipeline, store, options.only, choose_stages(pipeline, store, None, from_, rebuild), listener.transfer)
     anew = choose_stages(pipeline, store, options.only, from_, rebuild)
-    _refuse_damage(pipeline, store, anew)
+    _refuse_damage(pipeline, store, pipeline.touched_by(options.only) - anew)
     warnings = check_sources(pipeline, store, options.strict)
     return Prepared(store, anew, stages_to_make(pipeline, store, options.only, anew), warnings)
 
 
-def _refuse_damage(pipeline: Pipeline, store: Store, anew: set[str]) -> None:
-    """A damaged finished stage stops the run before anything starts."""
+def _refuse_damage(pipeline: Pipeline, store: Store, used: set[str]) -> None:
+    """A damaged finished stage among those that are used stops the run before anything starts."""
     for node in pipeline:
-        if node.name in anew:
+        if node.name not in used:
             continue
         artifact = store.find(node.stage.kind, node.key, node.name)
         problems = store.problems(artifact, thorough=False) if artifact is not None else []

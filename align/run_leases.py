@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 from align.checked_files import DamagedFile, read_sealed, write_sealed
 from align.errors import UserError
-from align.locking import Lease, Lock
+from align.locking import Hold, Lease, Lock
 from align.records import Digest, Name
 from align.shared_folder import Patience
 
@@ -57,25 +57,25 @@ class RunLeases:
     def hold(self, run: str, stages: Stages) -> Iterator[None]:
         """Keep ``gc`` from what these stages have made, or will make, until the block ends."""
         folder = self.folder / f"{run}-{uuid.uuid4().hex[:12]}"
-        with self.gate():
-            hold = Lock(folder, self.lease).acquire(lambda _: None, self.patience)
-            uses = {"run": run, "stages": {name: dict(stage) for name, stage in stages.items()}}
-            self.patience.keep_trying(lambda: write_sealed(folder / USES, uses))
-        try:
+        uses = {"run": run, "stages": {name: dict(stage) for name, stage in stages.items()}}
+        with contextlib.ExitStack() as lease:
+            with self.gate():
+                hold = Lock(folder, self.lease).acquire(lambda _: None, self.patience)
+                lease.callback(_end, hold, folder)
+                self.patience.keep_trying(lambda: write_sealed(folder / USES, uses))
             yield
-        finally:
-            with contextlib.suppress(OSError):  # the lease then ends by itself
-                hold.release()
-            shutil.rmtree(folder, ignore_errors=True)
 
     @contextlib.contextmanager
     def gate(self) -> Iterator[None]:
         """Alone among the runs that begin and the ``gc`` that deletes, on whatever machine."""
-        hold = Lock(self._gate, self.lease).acquire(lambda _: None, self.patience)
+        hold = Lock(self._gate, self.lease).acquire(self._say_wait, self.patience)
         try:
             yield
         finally:
             self.patience.keep_trying(hold.release)
+
+    def _say_wait(self, holder: str) -> None:
+        self.patience.say(f"waits until `align gc`, or another run that begins, is done in the store ({holder})")
 
     def find_ended(self) -> dict[Path, Lock]:
         """Leases whose runs have died, and the locks that were watched to tell.
@@ -128,3 +128,9 @@ class RunLeases:
             return sorted(path for path in self.folder.iterdir() if path.is_dir())
         except FileNotFoundError:
             return []
+
+
+def _end(hold: Hold, folder: Path) -> None:
+    with contextlib.suppress(OSError):  # the lease then ends by itself
+        hold.release()
+    shutil.rmtree(folder, ignore_errors=True)

@@ -78,15 +78,19 @@ def _run_stages(
     pipeline: Pipeline, opened: Store, only: str | None, anew: set[str], listener: Listener, stop: StopRequest
 ) -> Run:
     run = Run(opened, last={name: pipeline.resolve(name) for name in pipeline.expanded.rounds})
+    used = pipeline.touched_by(only) - anew
     only = None if only is None else pipeline.resolve(only)
     for node in pipeline:
-        look = opened.find_intact if node.name in anew else opened.find
+        look = opened.find if node.name in used else opened.find_intact
         found = look(node.stage.kind, node.key, node.name)
         if found is not None and node.name not in anew:
             run.artifacts[node.name] = found
             listener.stage_cached(node, found)
             offer(opened, found, listener.transfer)
         elif only is None or node.name == only:
+            gone = [name for name in node.input_names if name not in run.artifacts]
+            if gone:
+                raise UserError(f"--only {only}: it reads {', '.join(gone)}, deleted just now. Run without --only.")
             inputs = {name: run.artifacts[name] for name in node.input_names}
             if stop.asked:
                 raise Stopped(f"stopped as asked, before stage '{node.name}'.")

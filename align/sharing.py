@@ -28,11 +28,10 @@ def bring(pipeline: Pipeline, store: Store, only: str | None, anew: set[str], sa
     remote = store.remote
     if remote is None:
         return
-    name = None if only is None else pipeline.resolve(only)
-    wanted = set(pipeline.nodes) if name not in pipeline.nodes else {name, *pipeline.nodes[name].input_names}
+    wanted = pipeline.touched_by(only) - anew
     try:
         for node in pipeline:
-            if node.name not in wanted - anew or store.find(node.stage.kind, node.key, node.name) is not None:
+            if node.name not in wanted or store.find(node.stage.kind, node.key, node.name) is not None:
                 continue
             record = remote.find(node.stage.kind, node.key)
             if record is not None:

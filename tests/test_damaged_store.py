@@ -118,6 +118,20 @@ def test_a_run_stops_at_a_damaged_record_and_rebuilds_it(tmp_path: Path, raw: di
     assert run_pipeline(pipeline, store=tmp_path).ran == []
 
 
+@pytest.mark.parametrize("name", ["record.json", "number.txt"])
+def test_a_stage_alone_is_made_beside_a_damaged_one_that_it_does_not_read(
+    tmp_path: Path, raw: dict[str, Any], name: str
+) -> None:
+    run = run_pipeline(Pipeline(raw), store=tmp_path)
+    (run.artifacts["two"].path / name).write_text("")
+    changed = Pipeline(raw).set("stages.one.number=5")
+    assert run_pipeline(changed, store=tmp_path, only="one").ran == ["one"]
+    with pytest.raises(UserError, match=f"{name}.*--rebuild two"):
+        run_pipeline(changed, store=tmp_path, only="total")
+    with pytest.raises(UserError, match=f"{name}.*--rebuild two"):
+        run_pipeline(changed, store=tmp_path)
+
+
 def test_a_record_in_another_ones_place_is_damaged(tmp_path: Path, raw: dict[str, Any]) -> None:
     run = run_pipeline(Pipeline(raw), store=tmp_path)
     one, two = run.artifacts["one"].path, run.artifacts["two"].path

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from align import run_leases, runner
 from align.cli import main
+from align.errors import UserError
 from align.locking import FolderClaims, Lock
 from align.pipeline import Pipeline
 from align.run_leases import LEASES, USES
@@ -173,6 +175,45 @@ def test_no_run_begins_while_gc_deletes(store: Path, monkeypatch: pytest.MonkeyP
     thread.join()
     assert order == ["deleted", "made"]
     assert len(opened.all()) == 1
+
+
+def test_a_stage_alone_whose_input_gc_deletes_as_it_begins_is_refused(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_pipeline(Pipeline(toy.pipeline()), store=store)
+    (store / "runs" / "toy.json").unlink()
+    prepare = runner.prepare_run
+
+    def prepare_slowly(*arguments: Any) -> Any:
+        ready = prepare(*arguments)
+        assert gc(store) == 0
+        return ready
+
+    monkeypatch.setattr(runner, "prepare_run", prepare_slowly)
+    with pytest.raises(UserError, match="--only total: it reads one, two, deleted just now. Run without --only"):
+        run_pipeline(Pipeline(toy.pipeline(total={"scale": 2.0})), store=store, only="total")
+
+
+def test_a_lease_that_could_not_be_written_holds_nothing(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    opened = Store.open(store)
+    with monkeypatch.context() as patched:
+        patched.setattr(run_leases, "write_sealed", refuse)
+        with pytest.raises(OSError, match="No space"), opened.use("toy", {}, {}):
+            pass
+    assert not list((store / LEASES).iterdir())
+    assert opened.delete_garbage() == {}
+
+
+def test_a_run_that_waits_until_gc_is_done_says_so(store: Path) -> None:
+    opened, said = Store.open(store), []
+    opened.patience.say = lambda text: (said.append(text), hold.release())
+    hold = Lock(store / "locks" / "gc").acquire(lambda _: None, opened.patience)
+    with opened.use("toy", {}, {}):
+        pass
+    assert len(said) == 1 and "waits until `align gc`" in said[0]
 
 
 def test_a_damaged_claim_is_held_by_somebody_unknown(tmp_path: Path) -> None:

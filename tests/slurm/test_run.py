@@ -6,6 +6,7 @@ Slurm's commands are stood in for; the same on a real Slurm is in ``test_real_sl
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -249,6 +250,14 @@ def test_gc_keeps_what_jobs_that_wait_will_need(slurm: Slurm, monkeypatch: pytes
     about.write_bytes(whole)
     call_off(submissions(store))
     assert main(["gc", "--delete", "--store", str(slurm.store)]) == 0 and not first.exists()
+
+
+def test_a_damaged_stage_is_made_again_by_its_own_job_beside_those_of_others(slurm: Slurm) -> None:
+    run = run_pipeline(Pipeline(toy.pipeline(two={"pause": 0.5})), store=slurm.store)
+    (run.artifacts["two"].path / "record.json").write_text("")
+    shutil.rmtree(run.artifacts["one"].path)
+    again = here(toy.pipeline(two={"pause": 0.5}), slurm, rebuild=("two",))
+    assert sorted(again.ran) == ["one", "two"]
 
 
 def test_a_job_that_vanishes_without_a_word_is_noticed(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> None:
