@@ -6,6 +6,7 @@ torch.
 
 from __future__ import annotations
 
+import re
 import shutil
 import socket
 import subprocess
@@ -97,34 +98,43 @@ def submit(options: Sequence[str], script: Path) -> int:
         raise NoAnswer(f"sbatch: no number of a job in its answer {said!r}") from None
 
 
-def jobs(numbers: Collection[int]) -> dict[int, Job]:
-    """What Slurm knows of these jobs; one that it has forgotten is missing. For an array: any task that is live."""
+def jobs(numbers: Collection[int], everybodys: bool = False) -> dict[int, Job]:
+    """State of these jobs by Slurm; one that it has forgotten is missing. For an array: any task that is live.
+
+    They are this user's, unless ``everybodys``.
+    """
     if not numbers:
         return {}
     wanted = set(numbers)
     found: dict[int, Job] = {}
-    for line in ask(["squeue", "--noheader", "--me", "--states=all", "--array", "--format=%F|%T|%r|%N"]).splitlines():
+    whose = [] if everybodys else ["--me"]
+    queue = ask(["squeue", "--noheader", *whose, "--states=all", "--array", "--format=%F|%T|%r|%N"])
+    for line in queue.splitlines():
         number, state, why, nodes = [*line.strip().split("|"), "", "", ""][:4]
         if number.isdigit() and int(number) in wanted:
             job = Job(int(number), state, "" if why == "None" else why, nodes)
             known = found.get(job.number)
             if known is None or (job.is_live and (known.waits or not known.is_live)):
                 found[job.number] = job
-    for forgotten in wanted - found.keys():
-        past = _past(forgotten)
-        if past is not None:
-            found[forgotten] = past
-    return found
+    return _past(wanted - found.keys()) | found
 
 
-def _past(number: int) -> Job | None:
-    """A job that only Slurm's accounting still knows, where there is one."""
+def _past(numbers: Collection[int]) -> dict[int, Job]:
+    """Jobs that only Slurm's accounting still knows, where there is one."""
+    if not numbers:
+        return {}
+    words = f"--jobs={','.join(map(str, sorted(numbers)))}"
     try:
-        said = ask(["sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={number}", "--format=State"], 1)
+        answer = ask(["sacct", "--noheader", "--allocations", "--parsable2", words, "--format=JobID,State"], 1)
     except NoAnswer:
-        return None
-    words = said.split()  # "CANCELLED by 1000" has more than one
-    return Job(number, words[0].rstrip("+")) if words else None
+        return {}
+    found: dict[int, Job] = {}
+    for line in answer.splitlines():
+        name, _, state = line.partition("|")
+        number = re.match(r"\d+", name)  # "12_3" is a task of an array
+        if number and state:  # "CANCELLED by 1000" has more words than the state
+            found.setdefault(int(number[0]), Job(int(number[0]), state.split()[0].rstrip("+")))
+    return found
 
 
 def cancel(numbers: Collection[int]) -> None:

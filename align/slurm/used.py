@@ -27,7 +27,7 @@ def used_by_jobs(store: Store) -> list[UsedStage]:
             submissions.append(submission)
     numbers = {number for one in submissions for number in one.numbers}
     try:
-        states = commands.jobs(numbers)
+        states = commands.jobs(numbers, everybodys=True)
     except NoAnswer:
         states = None
     return [
