@@ -61,18 +61,27 @@ def prepare_run(pipeline: Pipeline, options: RunOptions, listener: Listener | No
 
 
 def _refuse_damage(pipeline: Pipeline, store: Store, used: set[str]) -> None:
-    """A damaged finished stage among those that are used stops the run before anything starts."""
+    """Damaged finished stages among those that are used stop the run before anything starts; all are named."""
+    damaged = []
     for node in pipeline:
-        if node.name not in used:
-            continue
-        artifact = store.find(node.stage.kind, node.key, node.name)
-        problems = store.problems(artifact, thorough=False) if artifact is not None else []
-        if problems:
-            raise DamagedArtifact(
-                f"stage '{node.name}': {problems[0].path} {problems[0].what}. "
-                f"The artifact is corrupted; `--rebuild {node.name}` makes it again.",
-                node.name,
-            )
+        if node.name in used:
+            try:
+                _require_intact(node, store)
+            except DamagedArtifact as error:
+                damaged.append(error)
+    if damaged:
+        raise DamagedArtifact("\n".join(map(str, damaged)), damaged[0].stage)
+
+
+def _require_intact(node: Node, store: Store) -> None:
+    artifact = store.find(node.stage.kind, node.key, node.name)
+    problems = store.problems(artifact, thorough=False) if artifact is not None else []
+    if problems:
+        raise DamagedArtifact(
+            f"stage '{node.name}': {problems[0].path} {problems[0].what}. "
+            f"The artifact is corrupted; `--rebuild {node.name}` makes it again.",
+            node.name,
+        )
 
 
 __all__ = ["Prepared", "RunOptions", "prepare_run"]

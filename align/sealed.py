@@ -40,7 +40,7 @@ def open_sealed(sealed: object) -> dict[str, Any]:
     if not isinstance(sealed, dict):
         raise BrokenSealError(f"expected an object, found {type(sealed).__name__}")
     if SEAL not in sealed:
-        raise BrokenSealError("it has no seal")
+        raise BrokenSealError("it has no seal: it was changed, or written by an earlier version of align")
     payload = {name: value for name, value in sealed.items() if name != SEAL}
     if sealed[SEAL] != _digest(payload):
         raise BrokenSealError("its content differs from its seal")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -116,6 +117,23 @@ def test_a_run_stops_at_a_damaged_record_and_rebuilds_it(tmp_path: Path, raw: di
     again = run_pipeline(pipeline, store=tmp_path, rebuild=("two",))
     assert again.ran == ["two"]
     assert run_pipeline(pipeline, store=tmp_path).ran == []
+
+
+def test_a_run_names_every_damaged_stage_at_once_and_says_where_a_seal_may_be_missing(
+    tmp_path: Path, raw: dict[str, Any]
+) -> None:
+    """So a store of an earlier align is brought up to date by one more command and not by one for each stage."""
+    run = run_pipeline(Pipeline(raw), store=tmp_path)
+    for artifact in run.artifacts.values():
+        record = json.loads((artifact.path / "record.json").read_text())
+        del record["seal"]
+        (artifact.path / "record.json").write_text(json.dumps(record))
+    with pytest.raises(UserError) as caught:
+        run_pipeline(Pipeline(raw), store=tmp_path)
+    lines = str(caught.value).splitlines()
+    assert ["`--rebuild one`" in lines[0], "`--rebuild two`" in lines[1], "`--rebuild total`" in lines[2]] == [True] * 3
+    assert all("no seal: it was changed, or written by an earlier version of align" in line for line in lines)
+    assert run_pipeline(Pipeline(raw), store=tmp_path, rebuild=("one", "two", "total")).ran == ["one", "two", "total"]
 
 
 @pytest.mark.parametrize("name", ["record.json", "number.txt"])

@@ -93,7 +93,11 @@ def live_jobs(store: Store, runs: Iterable[RunOf]) -> tuple[dict[tuple[str, str]
 
 def _status(run_: RunOf, stage: str, store: Store, jobs: dict[tuple[str, str], tuple[StageJob, Job]]) -> StageStatus:
     kind, key = run_.stages[stage]
-    artifact, partial = store.find_intact(kind, key), store.partial(kind, key)
+    partial, damage = store.partial(kind, key), ""
+    try:
+        artifact = store.find(kind, key, stage)
+    except DamagedRecord as error:
+        artifact, damage = None, str(error)
     held = jobs.get((run_.name, stage))
     if held is not None and (artifact is None or held[0].anew):
         _, job = held
@@ -102,14 +106,12 @@ def _status(run_: RunOf, stage: str, store: Store, jobs: dict[tuple[str, str], t
         return StageStatus(stage, "runs", _joined(f"job {job.number} on {job.nodes}", _progress(partial)), job.number)
     if artifact is not None:
         return StageStatus(stage, "done", str(artifact.record["created"])[:16].replace("T", " "))
-    try:
-        store.find(kind, key, stage)
-    except DamagedRecord as error:
-        return StageStatus(stage, "damaged", str(error))
     if store.is_locked(kind, key):
         holder = store.holder_of(kind, key) or {}
         where = f"process {holder['pid']} on {holder['host']}" if {"pid", "host"} <= holder.keys() else ""
         return StageStatus(stage, "runs", _joined(where, _progress(partial)))
+    if damage:
+        return StageStatus(stage, "damaged", damage)
     if partial.is_dir():
         return _left_behind(stage, partial)
     return StageStatus(stage, "not begun")

@@ -108,7 +108,7 @@ def test_what_cannot_be_taken_is_refused_before_anything_runs(made: Artifact, ti
     for path, expected in (
         (tmp_path / "nowhere", "p.yaml: stages.mine: path: there is no folder"),
         (tmp_path / "empty", "has no record.json, so it is not a finished artifact; `align list`"),
-        (broken, "broken/record.json: damaged: it is not what was written there (it has no seal)"),
+        (broken, "broken/record.json: damaged: it is not what was written there (it has no seal"),
         (tiny_model, f"bring it in with `stage: model` and `source: {tiny_model}`"),
     ):
         with pytest.raises(UserError) as caught:
