@@ -209,7 +209,7 @@ class Store:
         hold = self._lock(kind, key).acquire(waits, self.patience)
         try:
             if waited or hold.after_silence:
-                self.patience.keep_trying(lambda: self._look_again(kind))
+                self._look_again(kind)
             if hold.after_silence:
                 self.patience.keep_trying(lambda: self._take_over(kind, key, hold))
             yield hold
@@ -219,10 +219,12 @@ class Store:
     def _lock(self, kind: str, key: str) -> Lock:
         return Lock(self.root / "locks" / f"{kind}-{key[:SHORT]}", self.lease)
 
-    def _look_again(self, kind: str) -> None:
-        """See what another machine has put there a moment ago."""
-        if (self.root / kind).is_dir():
-            forget_cached(self.root / kind)
+    @patient
+    def _look_again(self, *names: str) -> None:
+        """See what another machine has put into folders of the store a moment ago."""
+        for name in names:
+            if (self.root / name).is_dir():
+                forget_cached(self.root / name)
 
     def _take_over(self, kind: str, key: str, hold: Hold) -> None:
         before = self.partial(kind, key)
@@ -353,6 +355,7 @@ class Store:
         ended = self._leases.find_ended()
         with self._leases.gate():
             self._leases.drop(ended)
+            self._look_again(RUNS, LEASES)
             return {folder: self.delete(folder) for folder in self.garbage(used())}
 
     @patient

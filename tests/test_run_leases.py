@@ -216,6 +216,29 @@ def test_a_run_that_waits_until_gc_is_done_says_so(store: Path) -> None:
     assert len(said) == 1 and "waits until `align gc`" in said[0]
 
 
+def test_gc_looks_past_what_its_machine_remembers_of_the_folders_where_runs_begin(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS shows a folder that was listed a moment ago as it was then, so without the run that has begun since."""
+    run_pipeline(Pipeline(toy.pipeline()), store=store, only="one")
+    (store / "runs" / "toy.json").unlink()
+    opened, hidden = Store.open(store), store.with_name("hidden")
+
+    def show(folder: Path) -> None:
+        for path in (hidden / folder.name).iterdir():
+            path.rename(folder / path.name)
+
+    with opened.use("toy", Pipeline(toy.pipeline()).references, {}):
+        for name in ("runs", LEASES):
+            (hidden / name).mkdir(parents=True)
+            for path in (store / name).iterdir():
+                path.rename(hidden / name / path.name)
+        monkeypatch.setattr("align.store.forget_cached", show)
+        assert len(opened.garbage()) == 1
+        assert opened.delete_garbage() == {}
+    assert len(opened.all()) == 1
+
+
 def test_a_damaged_claim_is_held_by_somebody_unknown(tmp_path: Path) -> None:
     for content in (b"[]", b'{"pid": "x"}', b'{"released": 1}', b'{"lease": null}', b"\xff", b""):
         claims = FolderClaims(tmp_path / content.hex())
