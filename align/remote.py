@@ -23,7 +23,7 @@ from align.checked_files import DamagedFile, as_json
 from align.errors import UserError
 from align.fingerprint import digest, file_digest
 from align.locking import Hold, Lock
-from align.records import RECORD, DamagedRecord, parse_record, write_record
+from align.records import RECORD, DamagedArtifact, DamagedRecord, parse_record, write_record
 from align.sealed import seal
 from align.shared_folder import Patience, StoreUnreachable
 from align.store import SHORT, Store
@@ -117,7 +117,8 @@ class Remote:
         content = f"{place}/{_content(record)}"
         problems = self.store.problems(artifact, thorough=False)
         if problems:
-            raise UserError(f"{problems[0].path} {problems[0].what}, so it was not uploaded to {self.address}.")
+            text = f"{problems[0].path} {problems[0].what}, so it was not uploaded to {self.address}."
+            raise DamagedArtifact(text, artifact.stage)
         there = {} if replace else self._try(lambda: self.bucket.sizes(content))
         for name, entry in record["outputs"].items():
             if there.get(f"{content}/{name}") != entry["bytes"]:

@@ -258,6 +258,30 @@ def test_a_damaged_artifact_is_not_uploaded(tmp_path: Path, address: str) -> Non
     assert store.remote.find("number", "a" * 64) is None
 
 
+def test_push_uploads_what_is_whole_and_names_what_is_damaged_here_and_there(
+    tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from align.cli import main
+
+    stages = {**toy.pipeline()["stages"], "three": {"stage": "tests.toy:NUMBER", "number": 3}}
+    run = run_pipeline(Pipeline({"name": "toy", "stages": stages}), store=tmp_path / "store")
+    (run.artifacts["one"].path / "number.txt").write_text("55")
+    (run.artifacts["two"].path / "record.json").write_text("")
+    Bucket(address).put(f"sum/{run.artifacts['total'].path.name}/record.json", b"[]")
+    monkeypatch.chdir(tmp_path)
+    assert main(["push", "--store", address, "--json"]) == 2
+    said = capsys.readouterr()
+    outcomes = {one["key"]: one["outcome"] for one in json.loads(said.out)}
+    nodes = Pipeline({"name": "toy", "stages": stages}).nodes
+    assert [outcomes.get(nodes[name].key) for name in stages] == ["damaged", None, "damaged", "uploaded"]
+    for text in (
+        "number.txt has 2 bytes",
+        "record.json: damaged: it is empty",
+        "record.json: damaged: it holds a list",
+    ):
+        assert text in said.err
+
+
 def test_of_two_machines_that_made_the_same_one_publishes(tmp_path: Path, address: str) -> None:
     first, second = at(tmp_path / "a", address), at(tmp_path / "b", address)
     one, two = published(first), published(second)

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
+from align.commands.artifacts import say_damage
 from align.commands.parsing import add_store, print_json
 from align.errors import UserError
+from align.records import DamagedArtifact
+
+if TYPE_CHECKING:
+    from align.artifacts import Artifact
+    from align.remote import Remote
 
 
 def run(options: argparse.Namespace) -> int:
@@ -17,14 +24,16 @@ def run(options: argparse.Namespace) -> int:
     if store.remote is None:
         raise UserError("align push: no bucket is named; give --store s3://bucket/prefix, or set $ALIGN_STORE to it.")
     store.patience.say = lambda text: print(text, file=sys.stderr)
-    artifacts = [store.resolve(key) for key in options.keys] if options.keys else store.all()
-    outcomes = []
+    artifacts, damaged = ([store.resolve(key) for key in options.keys], []) if options.keys else store.survey()
+    say_damage(damaged)
+    outcomes, refused = [], bool(damaged)
     for artifact in artifacts:
         kind, key = artifact.record["kind"], artifact.record["key"]
-        if store.remote.find(kind, key) is not None:
-            outcome = "there"
-        else:
-            outcome = "uploaded" if store.remote.push(artifact) else "another's"
+        try:
+            outcome = _push(artifact, store.remote)
+        except DamagedArtifact as error:  # here or in the bucket; the others go up all the same
+            say_damage([error])
+            outcome, refused = "damaged", True
         outcomes.append({"kind": kind, "key": key, "outcome": outcome})
         if not options.json:
             print(f"{outcome:<9}  {kind}/{key[:12]}  {store.remote.address}")
@@ -32,7 +41,13 @@ def run(options: argparse.Namespace) -> int:
         print_json(outcomes)
     elif not artifacts:
         print(f"{store.root}: empty")
-    return 0
+    return UserError.exit_code if refused else 0
+
+
+def _push(artifact: Artifact, remote: Remote) -> str:
+    if remote.find(artifact.record["kind"], artifact.record["key"]) is not None:
+        return "there"
+    return "uploaded" if remote.push(artifact) else "another's"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
