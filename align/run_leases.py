@@ -97,19 +97,19 @@ class RunLeases:
 
     def uses(self) -> list[Uses]:
         """What the runs under way use. Raises ``UserError`` where that cannot be told."""
-        found = []
+        uses = []
         for folder in self._folders():
             if not Lock(folder, self.lease).is_held():
                 continue
             try:
-                found.append(read_sealed(folder / USES, Uses))
+                uses.append(read_sealed(folder / USES, Uses))
             except FileNotFoundError:
                 if not folder.is_dir():  # the run has ended since
                     continue
                 raise self._unreadable(folder, "is missing") from None
             except DamagedFile as error:
                 raise self._unreadable(folder, str(error)) from None
-        return found
+        return uses
 
     def _unreadable(self, folder: Path, finding: str) -> UserError:
         return UserError(

@@ -59,12 +59,12 @@ def _collapse(policy: str, own: Mapping[str, Any], reference: str, theirs: Mappi
 
 def _copies(card: Mapping[str, Any]) -> list[Flag]:
     """A checkpoint sampled again that says the same once more shows no noise, and no absence of it."""
-    of = {one["name"]: one["of"] for one in card.get("systems", ())}
+    originals = {system["name"]: system["of"] for system in card.get("systems", ())}
     flags = []
     for policy, tasks in card.get("copies", {}).items():
         text = (
-            f"{policy} says word for word what {of[policy]} does in {', '.join(tasks)}, so the noise was not measured "
-            "there: greedy answers do not change with the seed; sample at a temperature above 0"
+            f"{policy} says word for word what {originals[policy]} does in {', '.join(tasks)}, so the noise was not "
+            "measured there: greedy answers do not change with the seed; sample at a temperature above 0"
         )
         flags.append({"policy": policy, "kind": "noise", "text": text})
     return flags

@@ -128,13 +128,13 @@ def _past(numbers: Collection[int]) -> dict[int, Job]:
         answer = ask(["sacct", "--noheader", "--allocations", "--parsable2", words, "--format=JobID,State"], 1)
     except NoAnswer:
         return {}
-    found: dict[int, Job] = {}
+    past: dict[int, Job] = {}
     for line in answer.splitlines():
         name, _, state = line.partition("|")
         number = re.match(r"\d+", name)  # "12_3" is a task of an array
         if number and state:  # "CANCELLED by 1000" has more words than the state
-            found.setdefault(int(number[0]), Job(int(number[0]), state.split()[0].rstrip("+")))
-    return found
+            past.setdefault(int(number[0]), Job(int(number[0]), state.split()[0].rstrip("+")))
+    return past
 
 
 def cancel(numbers: Collection[int]) -> None:

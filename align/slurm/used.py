@@ -25,14 +25,14 @@ def used_by_jobs(store: Store) -> list[UsedStage]:
             raise UserError(f"{error} Until then everything is kept, since its jobs may need it.") from None
         if not submission.is_called_off:
             submissions.append(submission)
-    numbers = {number for one in submissions for number in one.numbers}
+    numbers = {number for submission in submissions for number in submission.numbers}
     try:
         states = commands.jobs(numbers, everybodys=True)
     except NoAnswer:
         states = None
     return [
         UsedStage.model_validate(stage)
-        for one in submissions
-        if states is None or any(number in states and states[number].is_live for number in one.numbers)
-        for stage in one.references.values()
+        for submission in submissions
+        if states is None or any(number in states and states[number].is_live for number in submission.numbers)
+        for stage in submission.references.values()
     ]

@@ -179,9 +179,9 @@ class ComparedTask(JudgedTask):
             notes["verdicts"] = verdict_counts(own)
         if (why := obstacle([contest.gaps[at] for at in contest.decided])) is not None:
             notes["no_length_control"] = why
-        found = measured({WIN_RATE: [POINTS.get(outcome) for outcome in contest.outcomes]}, notes)
-        found.estimates[WIN_RATE] = contest.rate()
-        return found
+        result = measured({WIN_RATE: [POINTS.get(outcome) for outcome in contest.outcomes]}, notes)
+        result.estimates[WIN_RATE] = contest.rate()
+        return result
 
 
 def _said(turns: list[Turn]) -> list[str]:
