@@ -31,7 +31,9 @@ def _known_kind(makes: str) -> str:
 
 
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.:-]{0,199}$")]
+NAME = r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,199}"
+"""Pattern of a stage's kind, which names a folder of the store."""
+Name = Annotated[str, StringConstraints(pattern=rf"^{NAME}$")]
 
 
 class _Strict(BaseModel):

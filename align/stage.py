@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from pydantic import BaseModel, ConfigDict
 
 from align.artifacts import Artifact, Kind
 from align.errors import UserError, shorten
+from align.records import NAME
 
 if TYPE_CHECKING:
     from align.runtime import Runtime
@@ -245,4 +247,9 @@ def find_stage(kind: str) -> Stage:
     found = load_object(kind)
     if not isinstance(found, Stage):
         raise UserError(f"'{kind}' is a {type(found).__name__}, not an align.stage.Stage.")
+    if not re.fullmatch(NAME, found.kind):
+        raise UserError(
+            f"'{kind}': its kind {found.kind!r} cannot name a folder of the store. Write it with letters, digits and "
+            "'_', '.', ':' or '-', beginning with a letter, a digit or '_'."
+        )
     return found

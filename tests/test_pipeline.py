@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,3 +140,11 @@ def test_a_slip_in_the_last_stage_is_found_before_a_file_missing_in_the_first(tm
     block["model"] = {"source": "tiny"}
     with pytest.raises(UserError, match=r"Nor is there a folder .*missing; relative paths"):
         Pipeline({"name": "p", "stages": block}, base=tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["a number", "a/number", "", "..", "zahl\n", "größe"])
+def test_a_stage_of_ones_own_whose_kind_names_no_folder_is_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its record could not be written in the end, nor be read."""
+    monkeypatch.setattr(toy, "NUMBER", replace(toy.NUMBER, kind=kind))
+    with pytest.raises(UserError, match="stages.one.*cannot name a folder of the store"):
+        Pipeline(toy.pipeline())
