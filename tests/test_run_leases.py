@@ -194,6 +194,20 @@ def test_a_stage_alone_whose_input_gc_deletes_as_it_begins_is_refused(
         run_pipeline(Pipeline(toy.pipeline(total={"scale": 2.0})), store=store, only="total")
 
 
+def test_gc_on_a_disk_without_room_for_its_lock_says_what_makes_some(
+    store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_pipeline(Pipeline(toy.pipeline()), store=store, only="one")
+    (store / "runs" / "toy.json").unlink()
+
+    def refuse(path: Path, content: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("align.claims._write_new", refuse)
+    assert gc(store) == 2
+    assert f"Delete {store / 'cache'}, which only saves time, and run again" in capsys.readouterr().err
+
+
 def test_a_lease_that_could_not_be_written_holds_nothing(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from align.commands.parsing import print_json, printable_json
 from align.console import printable
+from align.errors import NO_SPACE, UserError
 
 if TYPE_CHECKING:
     from align.store import Store
@@ -82,8 +83,6 @@ def show(options: argparse.Namespace) -> int:
 
 
 def _print_log(path: Path) -> int:
-    from align.errors import UserError
-
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
@@ -103,7 +102,15 @@ def collect_garbage(options: argparse.Namespace) -> int:
     outcomes: dict[Path, bool] = {}
     if options.delete and folders:
         _say_wait(store)
-        outcomes = store.delete_garbage(lambda: used_by_jobs(store))
+        try:
+            outcomes = store.delete_garbage(lambda: used_by_jobs(store))
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                raise
+            raise UserError(
+                f"no space left on the disk that holds {store.root}, not even for gc's own lock of 1 KiB. Delete "
+                f"{store.cache}, which only saves time, and run again."
+            ) from None
         folders = list(outcomes)
     if options.json:
         print_json([
