@@ -69,7 +69,7 @@ def main(folder: Path) -> int:
     if _several(work):
         made: dict[str, Any] | None = load_object(f"{LAUNCHER}:run_ranks")(folder, _runtime(work))
         if made is not None:
-            made["seconds"] = time.time() - started
+            made["seconds"] = max(0.0, time.time() - started)  # the clock may have been set back
             return _finish(folder, RESULT, made) if is_head() else int(made["status"] != "done")
     _set_threads(work["runtime"])
     return _finish(folder, RESULT, _outcome(folder, work, started, RESULT))
@@ -141,7 +141,7 @@ def _outcome(folder: Path, work: dict[str, Any], started: float, result_file: st
         result = _explain(error, folder)
         if world_size() > 1 and not isinstance(error, OSError):
             result["symptom"] = symptom(error)
-    result.update(seconds=time.time() - started, peak_memory_bytes=_peak_memory(), versions=_versions())
+    result.update(seconds=max(0.0, time.time() - started), peak_memory_bytes=_peak_memory(), versions=_versions())
     return result
 
 

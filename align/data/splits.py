@@ -10,7 +10,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 
-from align.data.rows import Row, is_text, normalised
+from align.data.rows import Row, is_text, normalised, prompt_key
 
 LARGEST_SHARE = 5
 """At most one in so many questions, and rows, of a ``train`` split becomes validation."""
@@ -20,11 +20,12 @@ def group(row: Row) -> str:
     """What keeps rows on one side: the first user turn, normalised.
 
     Conversations that grow from one question share it, and so would leak between splits cut by the whole prompt. A
-    plain text is its own group.
+    plain text is its own group, as is a prompt without a user's turn.
     """
     if is_text(row):
         return normalised(row["text"])
-    return next(normalised(message["content"]) for message in row["prompt"] if message["role"] == "user")
+    users = (normalised(message["content"]) for message in row["prompt"] if message["role"] == "user")
+    return next(users, prompt_key(row))
 
 
 def share(text: str, seed: int | str) -> float:

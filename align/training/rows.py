@@ -27,6 +27,7 @@ NO_ROOM = "left out, the prompt alone fills max_length"
 TOO_LONG = "left out, longer than max_length"
 CUT = "answer cut at max_length, so without its end of turn"
 SPLIT_UP = "made a row for each answer, since the template rewrites earlier ones"
+NOT_TRAINED = "left out, every answer is marked as not to be trained on"
 SAME_ANSWERS = "left out, both answers are the same"
 
 
@@ -136,16 +137,19 @@ def split_answer(tokenizer: Any, row: Mapping[str, Any], side: str | None = None
 def encode_answers(tokenizer: Any, rows: Sequence[Row], max_length: int) -> Encoded:
     """As ``encode_supervised``, with labels on every answer of a conversation and not on the last alone.
 
-    A turn with ``train: False`` has none.
-    Where answers are is found by rendering the conversation up to each of them, which works with any template. One that
-    writes earlier answers differently once others follow (thoughts that it drops) has no one rendering in which each
-    stands as it is sampled: such a conversation becomes a row for each of its answers, and is counted.
+    A turn with ``train: False`` has none; a row without any other is left out and counted. Where answers are is found
+    by rendering the conversation up to each of them, which works with any template. One that writes earlier answers
+    differently once others follow (thoughts that it drops) has no one rendering in which each stands as it is sampled:
+    such a conversation becomes a row for each of its answers, and is counted.
     """
     out = Encoded()
     for row in rows:
         messages, ended = [*row["prompt"], *row[answer_side(row)]], is_finished(row, answer_side(row))
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         places = [index for index in answers if messages[index].get("train") is not False]
+        if not places:
+            out.count(NOT_TRAINED)
+            continue
         parts = [
             split_turn(tokenizer, messages[:place], [messages[place]], ended or place < answers[-1], row.get("tools"))
             for place in places
@@ -177,10 +181,14 @@ def encode_supervised(tokenizer: Any, rows: Sequence[Row], max_length: int) -> E
     """``input_ids`` and ``labels`` (``MASKED`` on the prompt) for SFT; the answer is ``completion``, else ``chosen``.
 
     An answer that does not fit is cut at ``max_length`` tokens and loses its end of turn, which one that was cut off
-    when it was sampled has not; a prompt that leaves no room for an answer is left out.
+    when it was sampled has not; a prompt that leaves no room for an answer is left out, and so is an answer that is
+    marked as not to be trained on (``train: False``).
     """
     out = Encoded()
     for row in rows:
+        if row[answer_side(row)][-1].get("train") is False:
+            out.count(NOT_TRAINED)
+            continue
         prompt_ids, answer_ids = split_answer(tokenizer, row)
         room = max_length - len(prompt_ids)
         if room <= 0:

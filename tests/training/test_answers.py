@@ -11,7 +11,7 @@ from align.artifacts import Artifact, Kind
 from align.data.rows import assistant, user, write_rows
 from align.models.loading import load_policy, load_tokenizer
 from align.stages.sft import SftConfig, run
-from align.training.rows import MASKED, SPLIT_UP, encode_answers, encode_supervised
+from align.training.rows import MASKED, NOT_TRAINED, SPLIT_UP, encode_answers, encode_supervised
 from tests.training.harness import context, events
 
 TALK = {"prompt": [user("one"), assistant("first"), user("two"), assistant("second"), user("three")]}
@@ -68,6 +68,19 @@ def test_an_answer_that_is_not_to_be_trained_on_has_no_labels(tokenizer: Any) ->
     (row,) = encode_answers(tokenizer, [{**ROW, "prompt": prompt}], 400).rows
     assert runs(tokenizer, row) == ["second<|im_end|>", "third<|im_end|>"]
     assert row["input_ids"] == encode_answers(tokenizer, [ROW], 400).rows[0]["input_ids"]  # the template sees no mark
+
+
+@pytest.mark.parametrize("encode", [encode_answers, encode_supervised])
+def test_a_row_without_an_answer_to_train_on_is_left_out(encode: Any, tokenizer: Any) -> None:
+    unmarked = {**ROW, "completion": [assistant("third")]}
+    marked = {
+        "prompt": [
+            message | {"train": False} if message["role"] == "assistant" else message for message in ROW["prompt"]
+        ],
+        "completion": [assistant("third") | {"train": False}],
+    }
+    encoded = encode(tokenizer, [{**ROW, **marked}, unmarked], 400)
+    assert (len(encoded.rows), encoded.counts) == (1, {NOT_TRAINED: 1})
 
 
 def test_a_template_that_rewrites_earlier_answers_gives_a_row_for_each(tokenizer: Any) -> None:
