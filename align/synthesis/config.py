@@ -46,9 +46,9 @@ class InstructionsTask(Config):
     """Longer instructions are dropped."""
     max_similarity: float = Field(0.7, gt=0, le=1)
     """Highest ROUGE-L against every seed and every instruction kept so far; 1 drops nothing."""
-    blacklist: tuple[str, ...] = BLACKLIST
+    blacklist: tuple[str, ...] = Field(BLACKLIST, strict=False)
     """Words or phrases no instruction may hold, in any case."""
-    blacklist_starts: tuple[str, ...] = ("write a program",)
+    blacklist_starts: tuple[str, ...] = Field(("write a program",), strict=False)
     """What no instruction may begin with, in any case."""
     prompt: str = PROMPT
     """The request: ``{tasks}`` becomes the examples, ``{first}`` and ``{last}`` the numbers to go on with."""

@@ -31,7 +31,7 @@ class Keep(Config):
     """Keep scores of at least this."""
     below: float | None = None
     """Keep scores of at most this."""
-    quantiles: tuple[float, float] | None = None
+    quantiles: tuple[float, float] | None = Field(None, strict=False)
     """Keep what lies between two quantiles: [0.5, 1] is the better half, [0.1, 0.9] leaves both ends out."""
     per_source: bool = False
     """Take quantiles within each source, so that no source is lost for the scale of its scores."""

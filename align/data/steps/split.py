@@ -10,6 +10,7 @@ import hashlib
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+from pydantic import Field
 
 from align.data.components import first_equal, first_stays
 from align.data.formats import unusable
@@ -107,7 +108,7 @@ class Split(StepConfig):
     decides: ClassVar[bool] = True
     test_size: float
     near_duplicates: float | None
-    parts: tuple[str, ...]
+    parts: tuple[str, ...] = Field(strict=False)
     """Where the rows of each source go."""
 
     def start(self, context: StepContext) -> _Split:
