@@ -45,10 +45,10 @@ slurm:
 	  SUDO=$$([ "$$(id -u)" = 0 ] || echo "sudo -n"); APT="-q -y -o Acquire::Retries=1 -o Acquire::http::Timeout=20 -o DPkg::Lock::Timeout=300"; \
 	  { $$SUDO timeout 120 apt-get update $$APT && $$SUDO env DEBIAN_FRONTEND=noninteractive timeout 900 \
 	    apt-get install $$APT --no-install-recommends slurmctld slurmd slurm-client munge; } >/dev/null; fi
-	@tests/slurm/start_slurm.sh start .slurm && echo "export SLURM_CONF=$$(pwd)/.slurm/slurm.conf   # then: sinfo, align run PIPELINE --on slurm"
+	@tests/support/clusters/slurm/start_slurm.sh start .slurm && echo "export SLURM_CONF=$$(pwd)/.slurm/slurm.conf   # then: sinfo, align run PIPELINE --on slurm"
 
 slurm-stop:
-	@tests/slurm/start_slurm.sh stop .slurm && rm -rf .slurm
+	@tests/support/clusters/slurm/start_slurm.sh stop .slurm && rm -rf .slurm
 
 quickstart: $(READY)
 	$(BIN)/align run pipelines/quickstart.yaml

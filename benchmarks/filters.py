@@ -16,7 +16,7 @@ from typing import Any
 from align.data.rows import Row, assistant, user
 from align.data.steps.base import RowStep, StepContext
 from align.data.steps.filter import FilterStep
-from align.data.steps.normalise import NormaliseStep
+from align.data.steps.normalize import NormaliseStep
 
 WORDS = """
     the of to and a in is it you that he was for on are with as his they be at one have this from or had by hot word

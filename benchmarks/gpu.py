@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from align.stage_process import ENVIRONMENT
+from align.runner.worker import ENVIRONMENT
 
 LIMIT = 600
 """Seconds for all lines together, unless ``--limit`` says otherwise."""

@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from align.capacity.job import Job, Setting
+from align.config.runtime import Runtime
 from align.models.architecture import Architecture, read_architecture
-from align.models.job import Job, Setting
-from align.runtime import Runtime
 from benchmarks.memory_run import model_in
 from benchmarks.stage_work import FIELD, config_of, run_stage
 
@@ -102,8 +102,8 @@ def _job(kind: str, fields: dict[str, Any], model: Architecture, runtime: Runtim
 
 def rollout_line(device: str, model: Path, sizes: dict[str, int]) -> dict[str, Any]:
     """Sampled tokens a second of the engine that a stage would have, every response at its full length."""
-    from align.rollouts.engine import open_engine
-    from align.rollouts.protocol import Sampling
+    from align.inference.engine import open_engine
+    from align.inference.protocol import Sampling
 
     runtime = Runtime.model_validate(
         {"device": device, "engine": {"name": "auto" if device == "cuda" else "transformers"}}

@@ -71,14 +71,14 @@ def run_vllm(model: Path, options: argparse.Namespace) -> dict[str, float]:
 
 def run_align(model: Path, options: argparse.Namespace) -> dict[str, float]:
     """The task through the evaluation's own parts."""
+    from align.config.runtime import EngineConfig, Runtime
     from align.evaluation.bench import SystemRespondent
     from align.evaluation.generation import ResponseCache, Sampler
     from align.evaluation.prompts import Policy
     from align.evaluation.systems import make_systems
+    from align.inference.engine import open_engine
+    from align.inference.protocol import Sampling
     from align.models.loading import load_tokenizer
-    from align.rollouts.engine import open_engine
-    from align.rollouts.protocol import Sampling
-    from align.runtime import EngineConfig, Runtime
 
     runtime = Runtime(engine=EngineConfig(name="vllm", batch_size=BATCH))
     policy = Policy("model", model, "key", load_tokenizer(model))

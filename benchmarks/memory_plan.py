@@ -20,13 +20,13 @@ from typing import Any
 
 from align.capacity.engines import EngineWay
 from align.capacity.hardware import parse_hardware
+from align.capacity.inference import Rows
+from align.capacity.job import Setting
 from align.capacity.serving import serving
+from align.config.runtime import Runtime
 from align.models.architecture import Architecture, architecture_of
-from align.models.inference import Rows
-from align.models.job import Setting
 from align.models.known import EMBEDDED_SIZES, TINY_SIZES
-from align.runtime import Runtime
-from align.stage_process import ENVIRONMENT, WAITING
+from align.runner.worker import ENVIRONMENT, WAITING
 from benchmarks.memory_run import RUNTIME, WIDE, Measurer
 from benchmarks.stage_work import FIELD, config_of
 

@@ -18,7 +18,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from align.runtime import Runtime
+from align.config.runtime import Runtime
 from benchmarks.stage_work import run_stage
 
 RUNTIME = {"device": "cpu", "threads": 1, "engine": {"name": "transformers"}}

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from align.tuning import FullTuning, LoraTuning
+from align.config.tuning import FullTuning, LoraTuning
 from benchmarks.ppo_trl import LEARNING_RATE
 from benchmarks.ppo_work import TRL_METHODS, read_work
 
@@ -40,7 +40,7 @@ class FixedLengths:
         self.load_weights, self.score_tokens, self.close = engine.load_weights, engine.score_tokens, engine.close
 
     def generate(self, prompts: list[list[int]], sampling: Any, on_progress: Any = None) -> Any:
-        """See ``align.rollouts.protocol``. Raises ``RuntimeError`` when a response has another length."""
+        """See ``align.inference.protocol``. Raises ``RuntimeError`` when a response has another length."""
         if not self._left or [ids for ids in prompts for _ in range(self._samples)] != self._left[0][0]:
             return self.engine.generate(prompts, sampling, on_progress)
         expected, lengths = self._left.pop(0)
@@ -67,7 +67,7 @@ class FixedLengths:
             self.engine._run = run
 
     def _by_cutting(self, prompts: list[list[int]], sampling: Any, lengths: list[int]) -> Any:
-        from align.rollouts.protocol import Response
+        from align.inference.protocol import Response
 
         end, self.engine.eos = self.engine.eos, -1
         try:
@@ -86,15 +86,15 @@ class FixedLengths:
 
 
 def make_trainer(work: dict[str, Any], method: str, engine: str, folder: str, reuse_forward: float = 0.0) -> Any:
-    """Policy, reward model, critic from the reward model, and engine, as ``align.ppo.stage_run`` puts them together."""
+    """Policy, reward model, critic from the reward model, and engine, as ``align.stages.rl`` puts them together."""
+    from align.config.runtime import EngineConfig, Runtime
+    from align.inference.engine import open_engine
     from align.models.loading import load_policy, load_tokenizer
     from align.models.reward import RewardModel
     from align.models.threads import use_threads
-    from align.ppo.config import PPOConfig
-    from align.ppo.scoring import Part, RewardScorer, WeightedSum
-    from align.ppo.trainer import PPOTrainer
-    from align.rollouts.engine import open_engine
-    from align.runtime import EngineConfig, Runtime
+    from align.rl.ppo.config import PPOConfig
+    from align.rl.ppo.trainer import PPOTrainer
+    from align.rl.scoring import Part, RewardScorer, WeightedSum
 
     shape, model = work["shape"], Path(work["model"])
     runtime = Runtime(device="cpu", engine=EngineConfig(name=engine))  # type: ignore[arg-type]
@@ -149,7 +149,7 @@ def measure(work: dict[str, Any], method: str, engine: str, reuse_forward: float
     """Run all updates; seconds and tokens of each, peak memory in GiB, the model's size, the machine's matrix peak."""
     from transformers import TrainerCallback
 
-    from align.ppo.metrics import peak_memory_gib
+    from align.rl.metrics import peak_memory_gib
     from benchmarks.training import matrix_peak
 
     ends: list[float] = []

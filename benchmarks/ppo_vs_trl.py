@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import UserError
-from align.stage_process import ENVIRONMENT, WAITING
+from align.runner.worker import ENVIRONMENT, WAITING
 from benchmarks.ppo_table import Round, Run, efficiency, efficiency_lines, phases, table, tokens_line
 from benchmarks.ppo_work import TRL, TRL_METHODS, Shape, environment, inventory, last_lines, process_environment
 

@@ -84,7 +84,7 @@ def prepare(shape: Shape, folder: Path) -> None:
     """Write ``work.json``, and the reward model if it is not there yet."""
     from align.models.embedded import fetch
     from align.models.loading import load_tokenizer
-    from align.ppo.prompts import Prompts
+    from align.rl.prompts import Prompts
 
     model = fetch()
     tokenizer = load_tokenizer(model)

@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from align.artifacts import Artifact, Kind
+from align.store.artifacts import Artifact, Kind
 
 SYSTEMS = ["model", "sft", "dpo", "ppo"]
 WORDS = [f"{a}{b}{c}" for a in "bdfgklmnprst" for b in "aeiou" for c in ("", "n", "r", "st")]

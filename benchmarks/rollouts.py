@@ -24,9 +24,9 @@ BATCH = 64
 
 def align_engine(folder: Path, inputs: list[list[int]], samples: int, tokens: int) -> Callable[[int], int]:
     """The engine that stages use."""
-    from align.rollouts.engine import open_engine
-    from align.rollouts.protocol import Sampling
-    from align.runtime import EngineConfig, Runtime
+    from align.config.runtime import EngineConfig, Runtime
+    from align.inference.engine import open_engine
+    from align.inference.protocol import Sampling
 
     engine = open_engine(
         folder,

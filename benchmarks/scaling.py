@@ -14,10 +14,10 @@ from typing import Any
 
 from align.capacity.choosing import Option, options
 from align.capacity.hardware import DEVICES, GIB, Hardware
+from align.capacity.job import Job
+from align.config.runtime import Runtime
 from align.models.architecture import Architecture, architecture_of
-from align.models.job import Job
-from align.runtime import Runtime
-from align.stage import find_stage
+from align.pipeline.registry import find_stage
 
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 BEGIN, END = "<!-- written by python -m benchmarks.scaling --write -->", "<!-- end of what is written -->"

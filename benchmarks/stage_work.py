@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from align.artifacts import Artifact, Kind
-from align.runtime import Runtime
-from align.stage import StageContext, find_stage
+from align.config.runtime import Runtime
+from align.pipeline.registry import StageContext, find_stage
+from align.store.artifacts import Artifact, Kind
 
 WORDS = ("red", "green", "blue", "house", "water", "paper", "music", "river", "stone", "light", "garden", "winter")
 FIELD = {"sft": "model", "reward": "model", "dpo": "policy", "ppo": "policy", "sample": "policy"}

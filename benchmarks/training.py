@@ -28,11 +28,11 @@ def step_seconds(method: str, rows: int, length: int, steps: int) -> tuple[float
     """Median seconds of an optimizer step, and the model's parameters."""
     import torch
 
+    from align.config.tuning import FullTuning, LoraTuning
     from align.models.embedded import fetch
     from align.models.loading import load_policy
     from align.models.precision import autocast
     from align.models.tuning.apply import apply_tuning
-    from align.tuning import FullTuning, LoraTuning
 
     model = load_policy(fetch())
     parameters = sum(weight.numel() for weight in model.parameters())

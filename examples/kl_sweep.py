@@ -10,7 +10,7 @@ what ``align compare NAME NAME ...`` writes, too:
 import sys
 
 from align import Pipeline
-from align.report.compare import write_comparison
+from align.report.compare.page import write_comparison
 
 
 def main(path: str, coefficients: list[float]) -> None:

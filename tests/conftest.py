@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from tests.s3_server import KEY, NAMES, SECRET, Server
+from tests.support.s3_server import KEY, NAMES, SECRET, Server
 
 # Property tests try the same cases every time; HYPOTHESIS_PROFILE=default looks for new ones.
 settings.register_profile("same", derandomize=True)
@@ -21,7 +21,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Two-layer models are faster on one thread, and threads that spin starve the processes which tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# The key of stand-ins for vLLM's servers, which tests reach by address (tests/rollouts/fake_server.py).
+# The key of stand-ins for vLLM's servers, which tests reach by address (tests/support/inference/fake_server.py).
 os.environ.setdefault("ALIGN_SERVER_KEY", "the-key-of-stand-ins-for-servers")
 
 BUCKETS = itertools.count()
@@ -58,7 +58,7 @@ def shared_data() -> Path:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server that speaks S3; its clients' variables are in the environment."""
     before = {name: os.environ.get(name) for name in NAMES}
-    from tests import s3_server
+    from tests.support import s3_server
 
     folder = tmp_path_factory.mktemp("s3")
     patched = pytest.MonkeyPatch()

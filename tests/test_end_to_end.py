@@ -15,7 +15,11 @@ SMOKE = "pipelines/smoke.yaml"
 
 def align(*arguments: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        [sys.executable, "-m", "align.cli", *arguments], capture_output=True, text=True, env={**os.environ}, timeout=280
+        [sys.executable, "-m", "align.cli.main", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ},
+        timeout=280,
     )
     assert done.returncode == expect, done.stdout + done.stderr
     return done
@@ -26,7 +30,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store in which the smoke pipeline has run, with its PPO stage killed once on the way."""
     folder = tmp_path_factory.mktemp("smoke") / "store"
     process = subprocess.Popen(
-        [sys.executable, "-m", "align.cli", "run", SMOKE, "--store", str(folder)],
+        [sys.executable, "-m", "align.cli.main", "run", SMOKE, "--store", str(folder)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     end = time.time() + 250

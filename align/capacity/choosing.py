@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from align.capacity.hardware import DEVICES, GIB, Hardware
+from align.capacity.job import Job, Setting
+from align.capacity.memory import Memory
 from align.capacity.sharing import offloaded, shared
 from align.capacity.strategies import Strategy, candidates
 from align.capacity.timing import Estimated, estimate
-from align.models.job import Job, Setting
-from align.models.memory import Memory
 
 MORE_MACHINES = (2, 4, 8, 16, 32, 64)
 """How many times the machines a remedy may ask for."""

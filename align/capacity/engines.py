@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from align.capacity.hardware import Hardware
+from align.capacity.memory import engine_of
+from align.config.runtime import Runtime
+from align.config.vllm_servers import RolloutsConfig
 from align.models.architecture import Architecture
-from align.models.memory import engine_of
-from align.pool_config import RolloutsConfig
-from align.runtime import Runtime
 
 Kind = Literal["process", "servers", "samplers", "elsewhere", "none"]
 GPUS_OF_A_MACHINE = (2, 4, 8)

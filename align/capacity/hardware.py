@@ -10,8 +10,8 @@ import os
 import re
 from dataclasses import dataclass, replace
 
+from align.config.validation import suggest
 from align.errors import UserError
-from align.validation import suggest
 
 GIB = 2**30
 PRICES_FROM = (

@@ -9,18 +9,18 @@ from typing import Any, TypeVar
 
 from align.capacity.choosing import Option, options, remedies
 from align.capacity.hardware import Hardware
+from align.capacity.inference import Inference, Rows
+from align.capacity.job import Job
 from align.capacity.serving import Serving, notes, servings
 from align.capacity.serving import remedies as serving_remedies
 from align.capacity.strategies import Strategy, of_launch
+from align.config.launch import LaunchConfig
+from align.config.validation import suggest, validate_plain
 from align.errors import UserError
-from align.launch import LaunchConfig
 from align.models.architecture import Architecture, UnknownArchitecture
-from align.models.inference import Inference, Rows
-from align.models.job import Job
-from align.pipeline import Node, Pipeline
-from align.planning import models_of
-from align.store import Store
-from align.validation import suggest, validate_plain
+from align.pipeline.pipeline import Node, Pipeline
+from align.runner.plan import models_of
+from align.store.store import Store
 
 ROWS_SHOWN = 1000
 """Rows that time and cost are given for where a stage's data is not there yet."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from align.capacity.activations import FLOAT, SIZES
 from align.capacity.choosing import greatest
 from align.capacity.engines import (
     GPUS_OF_A_MACHINE,
@@ -20,11 +21,10 @@ from align.capacity.engines import (
     parted,
 )
 from align.capacity.hardware import DEVICES, GIB, Hardware
+from align.capacity.inference import Inference, Lot, reading_memory, sampling_memory
 from align.capacity.serving_time import Spent, spent
-from align.models.activations import FLOAT, SIZES
-from align.models.inference import Inference, Lot, reading_memory, sampling_memory
-from align.pool_config import RolloutsConfig
-from align.runtime import Runtime
+from align.config.runtime import Runtime
+from align.config.vllm_servers import RolloutsConfig
 
 MOST_SEQUENCES = 1 << 20
 """Greatest number of sequences at a time that is looked for."""

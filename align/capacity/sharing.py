@@ -12,11 +12,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from align.capacity.activations import FLOAT
+from align.capacity.job import Job
+from align.capacity.memory import Memory
 from align.capacity.strategies import Strategy
-from align.models.activations import FLOAT
 from align.models.architecture import Architecture
-from align.models.job import Job
-from align.models.memory import Memory
 
 BUCKET = 2 * 2**20 * 25
 """Bytes of NCCL's and the engines' own exchange buffers: two buckets of 25 MiB."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from align.launch import LaunchConfig
+from align.config.launch import LaunchConfig
 
 Name = Literal["single", "ddp", "fsdp2", "deepspeed"]
 Offload = Literal["none", "optimizer", "all"]

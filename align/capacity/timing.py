@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from align.capacity.activations import FLOAT, SIZES
 from align.capacity.hardware import Device, Hardware
+from align.capacity.job import Job
 from align.capacity.strategies import Strategy
-from align.models.activations import FLOAT, SIZES
 from align.models.architecture import Architecture
-from align.models.job import Job
 
 EFFICIENCY = {True: 0.30, False: 0.50}
 """Share of the best rate that training reaches: on a GPU a guess for padded rows without fused kernels, on a processor

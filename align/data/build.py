@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from align.data.finish import finish
 from align.data.ledger import Counts, SourceLine, empty_split, make_ledger
-from align.data.licences import of_mixture
+from align.data.licenses import of_mixture
 from align.data.recipe import Recipe
 from align.data.rows import take_rows
 from align.data.shards import (
@@ -40,7 +40,7 @@ from align.data.steps.split import SPLITS, Identical, MaxRows, Split, Usable
 from align.data.verdicts import StoredVerdict, is_stored, store_verdict
 from align.data.workers import Machine, Workers
 from align.errors import UserError
-from align.fingerprint import digest
+from align.store.fingerprint import digest
 
 SHARD_ROWS = 10_000
 """Records of a shard; part of what a build means, since a reason's examples and the output's order follow shards."""

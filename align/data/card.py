@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from align.data.built import SPLITS, shards
-from align.data.licences import OTHER, Licence, normalise, of_mixture
+from align.data.licenses import OTHER, Licence, normalise, of_mixture
 from align.data.markdown import fenced, plain, table
 from align.errors import printable
 

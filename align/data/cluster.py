@@ -22,11 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from align.config.runtime import ExecutorConfig
 from align.data.records import BadRecord
 from align.data.shards import Pass, Task, Worker, finished, is_whole
 from align.errors import UserError
-from align.runtime import ExecutorConfig
-from align.whole_files import write_atomically
+from align.store.atomic_write import write_atomically
 
 POLL_SECONDS = 5.0
 GRACE_SECONDS = 60.0

@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, packages_distributions
 from pathlib import Path
 
 from align.errors import UserError
-from align.fingerprint import digest, file_digest
+from align.store.fingerprint import digest, file_digest
 
 SUFFIXES = (".py", *EXTENSION_SUFFIXES)
 OWN = "align"

@@ -11,11 +11,11 @@ import json
 import random
 from collections.abc import Iterable
 
+from align.config.validation import suggest
 from align.data.families import lengths, lists, numbers, sentences
 from align.data.families.task import Family, Task
 from align.data.rows import Row, assistant, normalised, user
 from align.errors import UserError
-from align.validation import suggest
 
 VERSION = 1
 """Bumped when the same size and seed should now give other rows; part of every data stage's key."""

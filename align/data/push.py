@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from align.data.built import LEDGER, SPLITS, count_rows, read_ledger, shards
 from align.data.card import CARD
-from align.data.licences import Licence, of_mixture
+from align.data.licenses import Licence, of_mixture
 from align.errors import StageFailed, UserError
 
 REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")

@@ -10,13 +10,13 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from align.artifacts import Kind
+from align.config.validation import suggest, validate
+from align.config.yaml import load_yaml
 from align.data.formats import KINDS, SEVERAL
 from align.data.source_configs import FilesSource, RecordSource, Source, labels
 from align.data.steps import Step
-from align.stage import Config
-from align.validation import suggest, validate
-from align.yaml_file import load_yaml
+from align.pipeline.registry import Config
+from align.store.artifacts import Kind
 
 
 class Recipe(Config):

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from align.config.validation import suggest
 from align.data import checkers
 from align.data.code_identity import code_identity
 from align.data.rows import Row
 from align.errors import UserError
-from align.fingerprint import file_digest
-from align.validation import suggest
+from align.store.fingerprint import file_digest
 
 ScoreFunction = Callable[[list[Row], list[str]], list[float]]
 

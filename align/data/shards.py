@@ -19,7 +19,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from align.checked_files import DamagedFile, parse_sealed, write_sealed
 from align.data.formats import Form, FormatOptions, convert
 from align.data.ledger import Counts
 from align.data.reading import Item
@@ -29,7 +28,8 @@ from align.data.steps.base import RowStep, StepContext, TableStep
 from align.data.steps.split import ID_TAKEN
 from align.data.verdicts import StoredVerdict
 from align.errors import UserError
-from align.fingerprint import file_digest
+from align.store.fingerprint import file_digest
+from align.store.json_files import DamagedFile, parse_sealed, write_sealed
 
 STORAGE = -1
 """Where the seconds of reading and writing shards are counted."""

@@ -12,6 +12,8 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from align.config.user_paths import user_path
+from align.config.validation import nearest, suggest
 from align.data import checkers, embedded
 from align.data.formats import LOOKED_AT, Detection, Form, detect
 from align.data.formats.fields import present, renamed
@@ -29,11 +31,9 @@ from align.data.source_configs import (
     Source,
 )
 from align.errors import UserError
-from align.fingerprint import file_digest
-from align.outputs import differing
-from align.records import RECORD, read_artifact, read_record
-from align.user_paths import user_path
-from align.validation import nearest, suggest
+from align.store.fingerprint import file_digest
+from align.store.output_files import differing
+from align.store.record import RECORD, read_artifact, read_record
 
 __all__ = ["BadRecord", "Item", "Record", "choose_format", "find_files", "identity", "read", "source_folder"]
 

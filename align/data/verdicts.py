@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from align.checked_files import DamagedFile, parse_sealed, write_sealed
 from align.data.steps.base import Verdict
 from align.errors import UserError
-from align.fingerprint import file_digest
+from align.store.fingerprint import file_digest
+from align.store.json_files import DamagedFile, parse_sealed, write_sealed
 
 
 def store_verdict(folder: Path, verdict: Verdict, stand_ins: list[dict[str, str]] | None) -> None:

@@ -10,9 +10,9 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from types import TracebackType
 
+from align.config.runtime import ExecutorConfig
 from align.data.cluster import Cluster
 from align.data.shards import Pass, Task, Worker, is_whole
-from align.runtime import ExecutorConfig
 
 
 @dataclass(frozen=True)

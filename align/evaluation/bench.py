@@ -11,18 +11,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from align.artifacts import Artifact
+from align.config.runtime import Runtime
 from align.data.rows import Message
 from align.errors import UserError
 from align.evaluation.generation import Sampler
 from align.evaluation.measure import LoadedModels, Results
 from align.evaluation.systems import System
 from align.evaluation.tasks.base import Answers, Example
-from align.fingerprint import digest
+from align.inference.protocol import Response, Sampling
 from align.models.precision import Precision
-from align.rollouts.protocol import Response, Sampling
-from align.runtime import Runtime
-from align.stage import StageContext
+from align.pipeline.registry import StageContext
+from align.store.artifacts import Artifact
+from align.store.fingerprint import digest
 
 NOTHING = Response([], [], False, "")
 """The answer to a conversation that has grown longer than the engine reads."""

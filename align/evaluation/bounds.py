@@ -8,7 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
-from align.validation import suggest
+from align.config.validation import suggest
 
 Operator = Literal[">=", "<=", ">", "<"]
 Arithmetic = Literal["+", "-", "*"]

@@ -13,6 +13,7 @@ from typing import Any
 
 from align.evaluation.bench import StageBench, SystemReader, SystemRespondent, keep_best
 from align.evaluation.drift import measure_drift, measure_heldout
+from align.evaluation.files import write
 from align.evaluation.generation import Generated, OpenEngine, ResponseCache, Sampler
 from align.evaluation.measure import (
     LoadedModels,
@@ -26,10 +27,9 @@ from align.evaluation.plan import Answered, Plan
 from align.evaluation.scorecard import Measurements, TaskFound, build
 from align.evaluation.systems import System
 from align.evaluation.tasks.base import Answers, Measured, Turn, Values
-from align.evaluation.written import write
-from align.fingerprint import digest
-from align.rollouts.protocol import Response
-from align.stage import StageContext
+from align.inference.protocol import Response
+from align.pipeline.registry import StageContext
+from align.store.fingerprint import digest
 
 Row = dict[str, Any]
 PROMPT_SET = "prompts"

@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from align.config.validation import suggest, validate_plain
 from align.errors import UserError
 from align.evaluation.bounds import Bound, check_system, parse_bound
 from align.evaluation.tasks.base import SystemInfo
-from align.stage import Config
-from align.validation import suggest, validate_plain
+from align.pipeline.registry import Config
 
 Row = dict[str, Any]
 

@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from align.config.runtime import Runtime
 from align.evaluation.prompts import Policy
-from align.fingerprint import digest
-from align.rollouts.protocol import Response, RolloutEngine, Sampling
-from align.rollouts.weights import checkpoint_weights
-from align.runtime import Runtime
-from align.sealed import read_entry, write_entry
+from align.inference.protocol import Response, RolloutEngine, Sampling
+from align.inference.weights import checkpoint_weights
+from align.store.fingerprint import digest
+from align.store.sealed import read_entry, write_entry
 
 Responses = list[list[Response]]
 """Per prompt, its samples."""

@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from align.config.validation import nearest
 from align.errors import UserError
 from align.evaluation.punkt import ensure_punkt
-from align.validation import nearest
 
 SHOWN_CHARACTERS = 2000
 """Of a question, for readers; long-context tasks would fill the report."""

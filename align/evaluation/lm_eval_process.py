@@ -20,10 +20,10 @@ from typing import Any
 import psutil
 
 import align
-from align.checked_files import DamagedFile, parse_object
 from align.errors import UserError
 from align.evaluation.lm_eval_run import JOB, RESULT
-from align.whole_files import write_text_atomically
+from align.store.atomic_write import write_text_atomically
+from align.store.json_files import DamagedFile, parse_object
 
 MODULE = "align.evaluation.lm_eval_run"
 POLL_SECONDS = 0.1

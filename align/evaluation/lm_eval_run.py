@@ -18,7 +18,7 @@ from typing import Any
 
 from align.errors import UserError
 from align.evaluation.lm_eval_describe import describe, offer_nltk_data, pin_data, task_index
-from align.whole_files import write_text_atomically
+from align.store.atomic_write import write_text_atomically
 
 JOB, RESULT = "job.json", "result.json"
 SEEDS = {"random_seed": 0, "numpy_random_seed": 1234, "torch_random_seed": 1234, "fewshot_random_seed": 1234}
@@ -37,7 +37,7 @@ class LmEvalChanged(Exception):
 def main(folder: Path) -> int:
     """Do the job in ``folder``; 0 when it has a result, an error of the user's included."""
     job = json.loads((folder / JOB).read_text(encoding="utf-8"))
-    from align.stage_process import die_with_parent
+    from align.runner.worker import die_with_parent
 
     die_with_parent(job["parent"])
     try:

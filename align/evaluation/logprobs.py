@@ -30,12 +30,12 @@ def response_logprobs(
     """Log-probability of each response token under ``softmax(logits / temperature)``, in nats; one list a response.
 
     A prompt that several responses share is read once for as many of them as ``BATCH_TOKENS`` allows, where the model
-    can (``align.models.ragged``): the choices of a question, samples of one prompt, chosen and rejected.
+    can (``align.models.fast.ragged_rows``): the choices of a question, samples of one prompt, chosen and rejected.
     """
     import torch
 
+    from align.models.fast.ragged_rows import NotRaggedError
     from align.models.precision import autocast
-    from align.models.ragged import NotRaggedError
 
     device = next(model.parameters()).device
     found: list[list[float]] = [[] for _ in prompts]
@@ -58,7 +58,7 @@ def response_logprobs(
 
 def _can_share(model: Any) -> bool:
     """Whether responses to one prompt can be read in one sequence; readies the model for it."""
-    from align.models.ragged import can_run_ragged, run_ragged
+    from align.models.fast.ragged_rows import can_run_ragged, run_ragged
 
     takes_more = any(each.kind is each.VAR_KEYWORD for each in signature(model.forward).parameters.values())
     if not takes_more or not can_run_ragged(model):
@@ -153,8 +153,8 @@ def _read_trees(
     """Fill ``found`` for the members of ``trees``: each response sees the prompt and itself, as if it stood alone."""
     import torch
 
-    from align.models.line import Line
-    from align.models.ragged import to_device
+    from align.models.fast.prefix_batch import Line
+    from align.models.fast.ragged_rows import to_device
 
     device = next(model.parameters()).device
     line = Line()

@@ -17,7 +17,7 @@ from align.evaluation.logprobs import response_logprobs, sequence_kl
 from align.evaluation.prompts import Policy
 from align.evaluation.tasks.base import Values
 from align.models.render import render_answered, render_prompt
-from align.sealed import read_or_compute
+from align.store.sealed import read_or_compute
 
 Row = dict[str, Any]
 LogprobsOf = Callable[[list[list[int]], list[list[int]]], list[list[float]]]

@@ -11,7 +11,7 @@ from align.evaluation.generation import Generated
 from align.evaluation.prompts import Policy
 from align.evaluation.systems import System
 from align.evaluation.tasks.base import Answers, Task
-from align.rollouts.protocol import Sampling
+from align.inference.protocol import Sampling
 
 Row = dict[str, Any]
 

@@ -8,7 +8,6 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align.artifacts import Kind
 from align.data.rows import user
 from align.errors import UserError
 from align.evaluation.comparisons import Resampling
@@ -17,8 +16,9 @@ from align.evaluation.plan import Plan
 from align.evaluation.prompts import Policy, choose_rows, render_for_all
 from align.evaluation.systems import System, make_systems
 from align.evaluation.tasks.base import Example, Given, Task
-from align.rollouts.protocol import Sampling
-from align.stage import StageContext
+from align.inference.protocol import Sampling
+from align.pipeline.registry import StageContext
+from align.store.artifacts import Kind
 
 if TYPE_CHECKING:
     from align.stages.evaluate import EvaluateConfig

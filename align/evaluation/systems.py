@@ -17,15 +17,15 @@ from typing import Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
+from align.config.user_paths import user_path
 from align.data.rows import Message, assistant, user
 from align.errors import UserError
 from align.evaluation.prompts import Policy
 from align.evaluation.tasks.base import Example, SystemInfo
-from align.fingerprint import digest, file_digest
+from align.inference.protocol import Sampling
 from align.models.render import render_prompt
-from align.rollouts.protocol import Sampling
-from align.stage import Config
-from align.user_paths import user_path
+from align.pipeline.registry import Config
+from align.store.fingerprint import digest, file_digest
 
 
 class BaselineConfig(Config):

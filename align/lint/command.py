@@ -173,10 +173,10 @@ def model_folder(model: str, scratch: Path) -> Path:
 
     Raises ``UserError`` for a name that is none of these.
     """
+    from align.config.validation import suggest
     from align.models import embedded
     from align.models.source import BUILT_IN, TINY
     from align.models.tiny import make_tiny
-    from align.validation import suggest
 
     if model == embedded.NAME:
         return embedded.fetch()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from align.config.stages.lint import MOST_ROWS
 from align.data.rows import Row
 from align.errors import UserError
 from align.lint.batches import Collator, Tokens, padded_labels, tokens_of
@@ -18,7 +19,6 @@ from align.lint.findings import Finding, Findings, Place
 from align.lint.labels import Supervise, check_cut_off, check_document_start, check_labels
 from align.lint.pairs import Pairs
 from align.lint.repeated_answers import check_leaked_answers, check_repeated_answers
-from align.lint.settings import MOST_ROWS
 from align.lint.splits import Repeats, check_leaks
 from align.lint.template import check_template, injected_system
 from align.lint.text import check_turns

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from align.config.stages.lint import MOST_ROWS, LintSettings
 from align.data.rows import Row
 from align.errors import UserError
 from align.lint.batches import Collator
@@ -16,9 +17,8 @@ from align.lint.embeddings import check_embeddings
 from align.lint.findings import Finding, Findings
 from align.lint.labels import Supervise
 from align.lint.linter import Linter, Options, StageKind
-from align.lint.settings import MOST_ROWS, LintSettings
 from align.lint.tokens import Limits
-from align.stage import StageContext
+from align.pipeline.registry import StageContext
 from align.training.rows import Encoded
 
 FILE = "findings.json"

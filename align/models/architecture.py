@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from align.config.tuning import IA3_INPUTS, IA3_OUTPUTS, FullTuning, Ia3Tuning, LowRank, TuningBase
 from align.models.inserted_sizes import inserted_parameters
-from align.tuning import IA3_INPUTS, IA3_OUTPUTS, FullTuning, Ia3Tuning, LowRank, TuningBase
 
 EMBEDDINGS = ("embed_tokens", "embed_in", "wte")
 """What the token embedding is called."""
@@ -63,7 +63,7 @@ class Architecture:
     normed_heads: int = 0
     """Features of one layer's queries and keys that are normed by themselves."""
     lean_norms: bool = False
-    """Whether norms are written as Llama's, and so keep little (``align.models.norms``)."""
+    """Whether norms are written as Llama's, and so keep little (``align.models.fast.norms``)."""
     conv1d: bool = False
     """Whether the matrices are GPT-2's ``Conv1D``, no linear layers."""
     layers_path: str = "model.layers"

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from align.errors import UserError
-from align.fingerprint import file_digest
+from align.store.fingerprint import file_digest
 
 NAME = "smollm2-135m-instruct"
 LICENCE = "apache-2.0"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import UserError
-from align.fingerprint import file_digest
+from align.store.fingerprint import file_digest
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 READ_SUFFIXES = frozenset({".json", ".safetensors", ".jinja", ".txt", ".model", ".py", ".tiktoken", ".bpe", ".spm"})

@@ -5,8 +5,8 @@ Left out: norms, rotations, softmax, which are a few per cent of a large model a
 
 from __future__ import annotations
 
+from align.config.tuning import TuningBase
 from align.models.architecture import Architecture
-from align.tuning import TuningBase
 
 
 def forward_flops(model: Architecture, tokens: float, length: float, head: float = 0.0) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from align.tuning import AdaptersTuning, PrefixTuning, PTuning, TuningBase, VirtualTokens
+from align.config.tuning import AdaptersTuning, PrefixTuning, PTuning, TuningBase, VirtualTokens
 
 if TYPE_CHECKING:
     from align.models.architecture import Architecture

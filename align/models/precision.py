@@ -66,7 +66,7 @@ def low_residual(model: Any) -> None:
     """
     import torch
 
-    from align.models.norms import lean_norms
+    from align.models.fast.norms import lean_norms
 
     lean_norms(model)
 

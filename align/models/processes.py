@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from align.launch import local_rank, rank, world_size
+from align.config.launch import local_rank, rank, world_size
+from align.config.runtime import Runtime
 from align.models.threads import device_of, use_threads
-from align.runtime import Runtime
 
 T = TypeVar("T")
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from align.models.inference import SCORED_AT_ONCE
-from align.models.line import Line, in_common
+from align.capacity.inference import SCORED_AT_ONCE
+from align.models.fast.prefix_batch import Line, in_common
+from align.models.fast.ragged_rows import can_run_ragged, hidden_states, run_ragged, to_device
 from align.models.loading import load_reward, load_tokenizer
 from align.models.precision import Precision, autocast, round_frozen
-from align.models.ragged import can_run_ragged, hidden_states, run_ragged, to_device
 from align.models.render import Message, render_conversation
 from align.models.steps import Steps, combined, step_ends
 

@@ -19,8 +19,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from align.config.launch import FsdpConfig, world_size
 from align.errors import UserError
-from align.launch import FsdpConfig, world_size
 
 _SHELLS: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
 """Sharded model -> the same modules, unsharded, with nothing in them."""

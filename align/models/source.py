@@ -13,14 +13,14 @@ from enum import StrEnum
 from functools import lru_cache
 from pathlib import Path
 
+from align.config.user_paths import user_path
+from align.config.validation import suggest
 from align.errors import UserError
-from align.fingerprint import digest, file_digest
 from align.models import files
 from align.models.embedded import NAME as EMBEDDED
 from align.models.embedded import WHEEL_SHA256
 from align.models.folder_checks import check_folder, check_gguf
-from align.user_paths import user_path
-from align.validation import suggest
+from align.store.fingerprint import digest, file_digest
 
 TINY = "tiny"
 TINY_VERSION = 1

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from align.config.launch import local_size
+from align.config.runtime import Runtime
 from align.errors import UserError
-from align.launch import local_size
-from align.runtime import Runtime
 
 
 def cores() -> int:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from align.artifacts import Artifact
-from align.report.beside import Beside
+from align.report.assets import Beside
 from align.report.curves import Events
 from align.report.tables import as_yaml
 from align.report.wording import count, duration, number, size
+from align.store.artifacts import Artifact
 
 MOST_METRICS = 80
 

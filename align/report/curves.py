@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from align.events import parse_event
+from align.store.events import parse_event
 
 MAX_POINTS = 400
 """Points of a drawn curve; more are averaged in equal runs, which no screen would tell apart."""

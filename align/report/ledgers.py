@@ -13,12 +13,12 @@ from typing import Any
 
 import yaml
 
-from align.artifacts import DATASETS, Artifact
 from align.data.built import LEDGER
-from align.data.licences import UNKNOWN, normalise, of_mixture
+from align.data.licenses import UNKNOWN, normalise, of_mixture
 from align.models.embedded import LICENCE, NAME
 from align.models.source import TINY
-from align.report.beside import Beside
+from align.report.assets import Beside
+from align.store.artifacts import DATASETS, Artifact
 
 DATA = frozenset(DATASETS)
 MOST_REASONS = 40

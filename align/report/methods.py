@@ -13,12 +13,12 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from align.artifacts import Artifact, Kind
+from align.config.tuning import Tuning
 from align.evaluation.comparisons import Column, Resampling, correct, difference
-from align.report.beside import Beside
-from align.report.compare_cards import Evaluated
+from align.report.assets import Beside
+from align.report.compare.cards import Evaluated
 from align.report.wording import duration, interval, number, size
-from align.tuning import Tuning
+from align.store.artifacts import Artifact, Kind
 
 Card = dict[str, Any]
 

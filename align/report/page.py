@@ -19,16 +19,16 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from align import __version__
-from align.artifacts import Artifact
 from align.report import costs, ledgers, scores
-from align.report.beside import FIGURES, TABLES, Beside
+from align.report.assets import FIGURES, TABLES, Beside
 from align.report.curve_figures import stage_curves
 from align.report.curves import Events, read_events
 from align.report.escape import finalize, script_json
 from align.report.figures import Panel
 from align.report.picture import lay_out
 from align.report.wording import MARKS, count, duration, interval, number, signed, size
-from align.whole_files import write_text_atomically
+from align.store.artifacts import Artifact
+from align.store.atomic_write import write_text_atomically
 
 HERE = Path(__file__).parent
 SCRIPTS = ("samples.js", "curves.js")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from align.artifacts import Artifact
 from align.report.costs import money
 from align.report.wording import count, duration, number, size
+from align.store.artifacts import Artifact
 
 WIDTH, HEIGHT, LINE, GAP_X, GAP_Y, MARGIN = 150, 84, 18, 36, 22, 4
 MOST_LETTERS = 14

@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from align.report.beside import Beside, Figure
+from align.report.assets import Beside, Figure
 from align.report.figures import COLOURS, INK, Panel, bars, dots, legend_name, styled
 from align.report.wording import ACCURACIES, interval, number
 

@@ -6,15 +6,15 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from align.artifacts import Artifact, Kind
 from align.evaluation.scorecard import FORMAT
 from align.report import card_figures as draw
 from align.report import drift, methods, reward_models, tables, win_rates
-from align.report.beside import Beside, Figure
+from align.report.assets import Beside, Figure
 from align.report.curves import Events
 from align.report.samples import for_page, lengths, page_json, read_rollouts, read_samples
 from align.report.summary import gate_rows, gate_sentence, headlines, measured_on, sentences
 from align.report.tables import PROMPTS
+from align.store.artifacts import Artifact, Kind
 
 Card = dict[str, Any]
 

@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from align.errors import printable
-from align.report.beside import Beside, Figure
+from align.report.assets import Beside, Figure
 from align.report.figures import COLOURS, INK, Panel, bars, legend_name, styled
 from align.report.wording import MISSING, duration, interval, number
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from align.report.beside import Beside
+from align.report.assets import Beside
 from align.report.summary import compared_with, find, role, way
 from align.report.wording import MARKS, WORDS, interval, number, p_value, signed
 

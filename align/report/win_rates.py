@@ -8,7 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from align.errors import printable
-from align.report.beside import Beside
+from align.report.assets import Beside
 from align.report.figures import COLOURS, INK, Panel, bars, legend_name, styled
 from align.report.wording import MARKS, interval, number
 

@@ -12,13 +12,13 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from align.artifacts import Kind, original_key
+from align.config.user_paths import user_path
 from align.errors import UserError
-from align.fingerprint import file_digest
-from align.records import RECORD, DamagedRecord
-from align.records import read_record as read_checked
-from align.stage import Config, StageContext
-from align.user_paths import user_path
+from align.pipeline.registry import Config, StageContext
+from align.store.artifacts import Kind, original_key
+from align.store.fingerprint import file_digest
+from align.store.record import RECORD, DamagedRecord
+from align.store.record import read_record as read_checked
 
 if TYPE_CHECKING:
     from align.models.architecture import Architecture

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from align.artifacts import DATASETS, Kind
 from align.data.build import build
 from align.data.card import write_card
 from align.data.ledger import summary_lines
@@ -19,10 +18,11 @@ from align.data.source_configs import FilesSource, InputSource
 from align.data.sources import identity
 from align.data.workers import Machine
 from align.errors import UserError
-from align.fingerprint import digest
-from align.report.preview import write_preview
-from align.stage import Config, StageContext, stage_input
-from align.stage_process import die_with_parent
+from align.pipeline.registry import Config, StageContext, stage_input
+from align.report.dataset.page import write_preview
+from align.runner.worker import die_with_parent
+from align.store.artifacts import DATASETS, Kind
+from align.store.fingerprint import digest
 
 
 class DataConfig(Config):

@@ -11,10 +11,10 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from align.artifacts import GENERATORS, Kind
-from align.lint.settings import LintSettings
-from align.stage import StageContext, stage_input
-from align.training.config import TrainingFields, checked_options
+from align.config.stages.lint import LintSettings
+from align.config.stages.training import TrainingFields, checked_options
+from align.pipeline.registry import StageContext, stage_input
+from align.store.artifacts import GENERATORS, Kind
 
 
 class DistillConfig(TrainingFields):
@@ -76,6 +76,6 @@ def run(context: StageContext) -> dict[str, Any]:
 
     Raises ``UserError`` for a teacher with other tokens or another template, and as ``sft`` does.
     """
-    from align.distillation.run import train
+    from align.stages.distill_run import train
 
     return train(context)

@@ -7,10 +7,10 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from align.artifacts import Kind
-from align.stage import StageContext, stage_input
+from align.config.stages.training import checked_options
+from align.pipeline.registry import StageContext, stage_input
 from align.stages.preference import ReferenceFields
-from align.training.config import checked_options
+from align.store.artifacts import Kind
 
 Loss = Literal[
     "sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot",

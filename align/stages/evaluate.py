@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from align.artifacts import GENERATORS, PROMPT_SOURCES, Kind
 from align.errors import UserError
 from align.evaluation.gates import DRIFT, GateSpec, parse_gates
 from align.evaluation.prompt_metrics import METRICS
 from align.evaluation.systems import BaselineConfig
 from align.evaluation.tasks.base import TaskConfig
 from align.evaluation.tasks.registry import AnyTask, named_tasks
-from align.stage import Config, StageContext, stage_input
+from align.pipeline.registry import Config, StageContext, stage_input
+from align.store.artifacts import GENERATORS, PROMPT_SOURCES, Kind
 
 if TYPE_CHECKING:
+    from align.capacity.inference import Inference, Rows
     from align.models.architecture import Architecture
-    from align.models.inference import Inference, Rows
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 PROMPT_SET = "prompts"
@@ -150,7 +150,7 @@ class EvaluateConfig(Config):
 
     def inference(self, models: Mapping[str, Sequence[Architecture]], rows: Mapping[str, Rows]) -> Inference:
         """What it asks of devices; ``models`` and ``rows`` by the input fields that name them."""
-        from align.evaluation.memory import inference
+        from align.capacity.memory_evaluate import inference
 
         return inference(self, models, rows)
 
@@ -203,7 +203,7 @@ def run(context: StageContext) -> dict[str, Any]:
     use_threads(context.runtime)
     from align.evaluation.evaluator import evaluate
     from align.evaluation.planning import make_plan
-    from align.rollouts.engine import open_engine
+    from align.inference.engine import open_engine
     from align.training.tracking import scorecard_values, track_result
 
     config: EvaluateConfig = context.config

@@ -6,9 +6,9 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from align.online.presets import GroupLoss, Scale
-from align.ppo.fields import DriftFields
-from align.stage import StageContext
+from align.config.stages.rl import DriftFields
+from align.pipeline.registry import StageContext
+from align.rl.critic_free.presets import GroupLoss, Scale
 
 
 class GrpoConfig(DriftFields):
@@ -71,6 +71,6 @@ def run(context: StageContext) -> dict[str, Any]:
     Resumes from the last whole checkpoint. Raises ``UserError`` for prompts or models that do not fit, and
     ``ParityError`` when the engine and the trainer turn out to hold different models.
     """
-    from align.online.stage_run import train
+    from align.stages.critic_free import train
 
     return train(context)

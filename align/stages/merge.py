@@ -6,8 +6,8 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from align.artifacts import GENERATORS, Kind
-from align.stage import Config, StageContext, stage_input
+from align.pipeline.registry import Config, StageContext, stage_input
+from align.store.artifacts import GENERATORS, Kind
 
 Method = Literal["linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties", "warp"]
 NEEDS_BASE = ("task_arithmetic", "ties", "dare_linear", "dare_ties", "warp")
@@ -105,6 +105,6 @@ def run(context: StageContext) -> dict[str, Any]:
     from align.models.threads import use_threads
 
     use_threads(context.runtime)
-    from align.merging.run import merge
+    from align.stages.merge_run import merge
 
     return merge(context)

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from align.errors import UserError
-from align.fingerprint import file_digest
 from align.models.files import READ_SUFFIXES
 from align.models.folder_checks import check_folder
 from align.models.source import Origin, Source, identity, resolve
-from align.stage import Config, StageContext
+from align.pipeline.registry import Config, StageContext
+from align.store.fingerprint import file_digest
 
 if TYPE_CHECKING:
     from align.models.architecture import Architecture

@@ -10,14 +10,14 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from align.artifacts import Kind
-from align.stage import StageContext, stage_input
+from align.pipeline.registry import StageContext, stage_input
 from align.stages.preference import (
     PreferenceFields,
     check_experimental,
     checked_experimental_options,
     train_without_reference,
 )
+from align.store.artifacts import Kind
 
 
 class OrpoConfig(PreferenceFields):

@@ -6,9 +6,9 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from align.launch import LaunchConfig
-from align.ppo.fields import DriftFields
-from align.stage import StageContext
+from align.config.launch import LaunchConfig
+from align.config.stages.rl import DriftFields
+from align.pipeline.registry import StageContext
 
 
 class PpoConfig(DriftFields):
@@ -86,6 +86,6 @@ def run(context: StageContext) -> dict[str, Any]:
     Resumes from the last whole checkpoint. Raises ``UserError`` for prompts or models that do not fit, and
     ``ParityError`` when the engine and the trainer turn out to hold different models.
     """
-    from align.ppo.stage_run import train
+    from align.stages.rl import train
 
     return train(context)

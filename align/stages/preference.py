@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from align.artifacts import GENERATORS, Artifact
-from align.lint.settings import LintSettings
-from align.stage import StageContext, stage_input
-from align.trainer_options import CLASSES, trainer_options
+from align.config.stages.lint import LintSettings
+from align.config.stages.training import TrainingFields, checked_options
+from align.config.trl_options import CLASSES, trainer_options
+from align.config.tuning import TuningBase
+from align.pipeline.registry import StageContext, stage_input
+from align.store.artifacts import GENERATORS, Artifact
 from align.training.beta import beta_at
-from align.training.config import TrainingFields, checked_options
-from align.tuning import TuningBase
 
 if TYPE_CHECKING:
     from align.lint.linter import StageKind
@@ -156,7 +156,7 @@ def make_ready(
     from align.lint.trainer import Split
     from align.models.loading import load_tokenizer
     from align.models.tuning.apply import load_for_tuning
-    from align.training.handover import check_encoded, check_model
+    from align.training.input_checks import check_encoded, check_model
     from align.training.rows import read_splits
     from align.training.trainers import label_positions_only
 
@@ -247,7 +247,7 @@ def _identity(context: StageContext, named: Artifact | None) -> dict[str, str]:
 def _check_reference(context: StageContext, tokenizer: Any, artifact: Artifact) -> None:
     """A reference reads the policy's tokens: ``UserError`` for another vocabulary, a warning for another template."""
     from align.models.loading import load_tokenizer
-    from align.training.handover import check_same_vocabulary
+    from align.training.input_checks import check_same_vocabulary
 
     other = load_tokenizer(artifact.model, context.config.tuning)
     names = (f"policy '{context.artifact('policy').stage}'", f"reference '{artifact.stage}'")

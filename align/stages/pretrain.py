@@ -6,9 +6,9 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from align.artifacts import GENERATORS, Kind
-from align.stage import StageContext, stage_input
-from align.training.config import TrainingFields, checked_options
+from align.config.stages.training import TrainingFields, checked_options
+from align.pipeline.registry import StageContext, stage_input
+from align.store.artifacts import GENERATORS, Kind
 
 
 class PretrainConfig(TrainingFields):
@@ -60,7 +60,7 @@ def run(context: StageContext) -> dict[str, Any]:
     from align.training import held_out
     from align.training.arguments import training_arguments
     from align.training.fit import fit
-    from align.training.handover import check_encoded, check_model
+    from align.training.input_checks import check_encoded, check_model
     from align.training.packing import Flat, check_separate, fill, form_of, packed, run_flat
     from align.training.rows import read_splits
     from align.training.saving import save

@@ -6,8 +6,8 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from align.ppo.fields import RolloutFields
-from align.stage import StageContext
+from align.config.stages.rl import RolloutFields
+from align.pipeline.registry import StageContext
 
 
 class RejectionConfig(RolloutFields):
@@ -53,6 +53,6 @@ class RejectionConfig(RolloutFields):
 
 def run(context: StageContext) -> dict[str, Any]:
     """Train, save ``model/``, and return what ``ppo`` does, with how much was selected; resumes after a whole round."""
-    from align.online.stage_run import train
+    from align.stages.critic_free import train
 
     return train(context)

@@ -7,9 +7,9 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from align.artifacts import Kind
 from align.errors import UserError
-from align.stage import Config, StageContext, stage_input
+from align.pipeline.registry import Config, StageContext, stage_input
+from align.store.artifacts import Kind
 
 SHOWN = tuple(kind for kind in Kind if kind != Kind.REPORT)
 

@@ -6,10 +6,10 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from align.artifacts import GENERATORS, Kind
-from align.lint.settings import LintSettings
-from align.stage import Config, StageContext, stage_input
-from align.training.config import TrainingFields, checked_options
+from align.config.stages.lint import LintSettings
+from align.config.stages.training import TrainingFields, checked_options
+from align.pipeline.registry import Config, StageContext, stage_input
+from align.store.artifacts import GENERATORS, Kind
 
 OF_PAIRS = {"margin": 0.0, "center_rewards": 0.01}
 """Fields that only pairs have a use for, and their defaults."""
@@ -110,13 +110,13 @@ def run(context: StageContext) -> dict[str, Any]:
     from datasets import Dataset
     from trl.trainer.reward_config import RewardConfig as Arguments
 
-    from align.launch import rank
+    from align.config.launch import rank
     from align.lint.trainer import Split, lint_stage
     from align.models.loading import load_tokenizer
     from align.models.tuning.apply import apply_tuning, load_for_tuning
     from align.training.arguments import training_arguments
     from align.training.fit import fit
-    from align.training.handover import check_model
+    from align.training.input_checks import check_model
     from align.training.reload import save_reward
     from align.training.reward_objectives import prepare
     from align.training.rows import counts

@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from align.ppo.fields import DriftFields
-from align.stage import StageContext
+from align.config.stages.rl import DriftFields
+from align.pipeline.registry import StageContext
 
 
 class RlooConfig(DriftFields):
@@ -27,6 +27,6 @@ class RlooConfig(DriftFields):
 
 def run(context: StageContext) -> dict[str, Any]:
     """Train, save ``model/``, and return what ``ppo`` does, without a critic's metrics; resumes."""
-    from align.online.stage_run import train
+    from align.stages.critic_free import train
 
     return train(context)

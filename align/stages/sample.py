@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from align.artifacts import GENERATORS, PROMPT_SOURCES, Kind
-from align.stage import Config, StageContext, stage_input
+from align.pipeline.registry import Config, StageContext, stage_input
+from align.store.artifacts import GENERATORS, PROMPT_SOURCES, Kind
 
 if TYPE_CHECKING:
+    from align.capacity.inference import Inference, Rows
     from align.models.architecture import Architecture
-    from align.models.inference import Inference, Rows
 
 
 class SplitCounts(Config):
@@ -66,7 +66,7 @@ class SampleConfig(Config):
 
     def inference(self, models: Mapping[str, Sequence[Architecture]], rows: Mapping[str, Rows]) -> Inference:
         """What it asks of devices; ``models`` and ``rows`` by the input fields that name them."""
-        from align.rollouts.memory import inference
+        from align.capacity.memory_sample import inference
 
         return inference(self, models, rows)
 
@@ -81,6 +81,6 @@ class SampleConfig(Config):
 
 def run(context: StageContext) -> dict[str, Any]:
     """Sample both splits, write ``train.parquet``, ``test.parquet`` and ``samples.jsonl``; returns counts and rates."""
-    from align.rollouts.sampler import sample_splits
+    from align.stages.sample_run import sample_splits
 
     return sample_splits(context)

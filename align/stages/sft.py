@@ -9,10 +9,10 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from align.artifacts import GENERATORS, Kind
-from align.lint.settings import LintSettings
-from align.stage import StageContext, stage_input
-from align.training.config import TrainingFields, checked_options
+from align.config.stages.lint import LintSettings
+from align.config.stages.training import TrainingFields, checked_options
+from align.pipeline.registry import StageContext, stage_input
+from align.store.artifacts import GENERATORS, Kind
 
 
 class SftConfig(TrainingFields):
@@ -81,7 +81,7 @@ def run(context: StageContext) -> dict[str, Any]:
     from align.training import held_out
     from align.training.arguments import training_arguments
     from align.training.fit import fit
-    from align.training.handover import check_encoded, check_ends, check_model
+    from align.training.input_checks import check_encoded, check_ends, check_model
     from align.training.packing import Flat, check_separate, fill, form_of, packed, run_flat
     from align.training.rows import counts, encode_answers, encode_supervised, read_splits
     from align.training.saving import save

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from align.artifacts import Artifact, Kind
+from align.config.validation import suggest
 from align.errors import UserError
-from align.pipeline import Node, Pipeline
-from align.runner import Run
-from align.validation import suggest
+from align.pipeline.pipeline import Node, Pipeline
+from align.runner.runner import Run
+from align.store.artifacts import Artifact, Kind
 
 SCORECARD = "scorecard.json"
 OF_A_RECORD = ("seconds", "peak_memory_bytes")

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from align.config.validation import suggest
 from align.errors import UserError
-from align.fingerprint import digest
-from align.pipeline import Pipeline
+from align.pipeline.pipeline import Pipeline
+from align.store.fingerprint import digest
 from align.sweep.config import SweepConfig
 from align.sweep.objectives import Objective, systems_of
 from align.sweep.space import Dimension, Draw, changes_of, corner_draws, grid, read_space
-from align.validation import suggest
 
 
 @dataclass(frozen=True)

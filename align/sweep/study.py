@@ -22,11 +22,11 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from align.checked_files import DamagedFile, as_json, parse_sealed, write_sealed
 from align.errors import UserError
-from align.locking import Hold, Lock, LockLost
-from align.store import SWEEPS, Store
-from align.sweep.optuna_words import distribution_of, handle_of, pruner_of, sampler_of, suggest
+from align.store.json_files import DamagedFile, as_json, parse_sealed, write_sealed
+from align.store.locks import Hold, Lock, LockLost
+from align.store.store import SWEEPS, Store
+from align.sweep.optuna_terms import distribution_of, handle_of, pruner_of, sampler_of, suggest
 from align.sweep.plan import Sweep
 from align.sweep.space import Draw, grid
 

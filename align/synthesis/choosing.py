@@ -9,10 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from align.config.stages.synthesis_tasks import BestOfTask, ResponsesTask
 from align.data.rows import Row, assistant
-from align.rollouts.requests import Answer
-from align.synthesis.book import Book
-from align.synthesis.config import BestOfTask, ResponsesTask
+from align.inference.requests import Answer
+from align.synthesis.counts import Book
 
 ROWS, ANSWERS = "prompts", "answers"
 

@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from align.config.stages.synthesis_tasks import InstructionsTask
 from align.data.novelty import Nearest, Pool
 from align.data.rows import Message, Row, user
 from align.errors import UserError
-from align.rollouts.requests import Answer
-from align.synthesis.book import Book
-from align.synthesis.config import InstructionsTask
+from align.inference.requests import Answer
+from align.synthesis.counts import Book
 
 LEVEL = "candidates"
 SOURCE = "synthetic/instructions"

@@ -11,18 +11,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-from align.artifacts import Artifact
+from align.capacity.memory_synthesize import CHUNK
 from align.errors import UserError
 from align.evaluation.generation import architecture
+from align.inference.cached_client import Desk
+from align.inference.engine import open_engine
+from align.inference.protocol import Response, RolloutEngine, Sampling
+from align.inference.requests import Answer, Request
+from align.inference.weights import checkpoint_weights
 from align.models.loading import load_tokenizer
 from align.models.render import render_prompt, require_chat_template
-from align.rollouts.asking import Desk
-from align.rollouts.engine import open_engine
-from align.rollouts.protocol import Response, RolloutEngine, Sampling
-from align.rollouts.requests import Answer, Request
-from align.rollouts.weights import checkpoint_weights
-from align.stage import StageContext
-from align.synthesis.memory import CHUNK
+from align.pipeline.registry import StageContext
+from align.store.artifacts import Artifact
 
 
 class Engines:

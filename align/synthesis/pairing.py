@@ -10,13 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from align.config.stages.synthesis_tasks import PairsTask
 from align.data.pairs import make_pairs
 from align.data.rows import Message, Row
-from align.evaluation.judge import Outcome, Verdict, question, read_verdict, settle
-from align.rollouts.requests import Answer
-from align.synthesis.book import Book
+from align.evaluation.judges.judge import Outcome, Verdict, question, read_verdict, settle
+from align.inference.requests import Answer
 from align.synthesis.choosing import ANSWERS, ROWS, Answered, base_of, good_of, score_of
-from align.synthesis.config import PairsTask
+from align.synthesis.counts import Book
 
 COMPARED = "comparisons"
 UNDECIDED: dict[Outcome, str] = {"tie": "tie", "disagreement": "orders disagree", "unreadable": "verdict not readable"}

@@ -10,19 +10,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from align.config.stages.synthesis_tasks import BestOfTask, InstructionsTask, PairsTask, ResponsesTask
+from align.config.user_paths import user_path
 from align.data.rows import Message, Row, read_rows, user
 from align.errors import UserError
-from align.fingerprint import canonical
-from align.rollouts.asking import Asker, Backend, Prices
-from align.rollouts.endpoint import EndpointConfig
-from align.rollouts.endpoint_client import Endpoint
-from align.rollouts.requests import Answer, Request, RequestCache
-from align.stage import StageContext
+from align.inference.cached_client import Asker, Backend, Prices
+from align.inference.endpoint import EndpointConfig
+from align.inference.endpoint_client import Endpoint
+from align.inference.requests import Answer, Request, RequestCache
+from align.pipeline.registry import StageContext
+from align.store.fingerprint import canonical
 from align.synthesis import choosing, instructions, pairing
-from align.synthesis.book import Book, split_by_prompt, write_lines, write_table
 from align.synthesis.choosing import Answered
-from align.synthesis.config import BestOfTask, InstructionsTask, PairsTask, ResponsesTask
-from align.user_paths import user_path
+from align.synthesis.counts import Book, split_by_prompt, write_lines, write_table
 
 SPLITS = ("train", "test")
 COLUMNS = {"instructions": (), "pairs": ("chosen", "rejected")}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any, TypeVar
 
+from align.config.launch import LaunchConfig, world_size
+from align.config.stages.training import TrainingFields
 from align.errors import UserError
-from align.launch import LaunchConfig, world_size
 from align.models.threads import device_of
-from align.stage import StageContext
-from align.training.config import TrainingFields
+from align.pipeline.registry import StageContext
 from align.training.tracking import tracking_options
 
 T = TypeVar("T")

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from align.models.processes import wait_for_all
-from align.whole_files import sync_folder, write_atomically
+from align.store.atomic_write import sync_folder, write_atomically
 
 MARKER = "complete.json"
 DAMAGED = "damaged"

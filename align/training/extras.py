@@ -13,13 +13,13 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from align.stage import StageContext
+from align.config.stages.training import TrainingFields
+from align.config.tuning import FullTuning
+from align.pipeline.registry import StageContext
 from align.training.anchoring import KLToStart, PullToStart
 from align.training.averaging import AverageWeights
-from align.training.config import TrainingFields
 from align.training.replay import make_replay
 from align.training.unfreezing import schedule_layers
-from align.tuning import FullTuning
 
 Scores = dict[str, float]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from align.models.heap import give_back
+from align.models.malloc import give_back
 from align.models.sharding import forget_gathered
 from align.training.order import by_length
 from align.training.rows import MASKED, Encoded

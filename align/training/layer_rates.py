@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from align.models.places import Place, layer_stack, places
+from align.models.parameter_groups import Place, layer_stack, places
 
 
 def share_of_rate(place: Place, layers: int, decay: float) -> float:

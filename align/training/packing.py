@@ -3,7 +3,8 @@
 Packing fills rows of ``max_length`` tokens with whole short ones (best fit decreasing, arXiv 2404.10830); a batch
 without padding puts its rows behind one another. Either way positions begin anew with every row and no row attends to
 another, so that what is computed is what is computed for each row alone. How attention keeps them apart depends on the
-model: ``ragged`` (``align.models.ragged``, the fastest on a CPU), ``flash`` (the kernels of flash attention, told where
+model: ``ragged`` (``align.models.fast.ragged_rows``, the fastest on a CPU), ``flash`` (the kernels
+of flash attention, told where
 rows end) or ``blocks`` (transformers' own mask, made from the positions; its memory grows with the square of a batch's
 tokens). ``check_separate`` proves it on the model at hand. Left out: cutting rows to fill a pack to the brim.
 """
@@ -18,7 +19,7 @@ from typing import Any, Literal
 import torch
 
 from align.errors import UserError
-from align.models.ragged import NotRaggedError, can_run_ragged, lay_out, run_ragged
+from align.models.fast.ragged_rows import NotRaggedError, can_run_ragged, lay_out, run_ragged
 from align.training.rows import MASKED, Encoded
 
 Form = Literal["ragged", "flash", "blocks"]

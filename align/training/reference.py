@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from trl.trainer.utils import add_fused_lm_head
 
-from align.fingerprint import canonical
-from align.launch import rank
+from align.config.launch import rank
 from align.models.processes import agreed, gathered, part_of
+from align.store.fingerprint import canonical
 from align.training.order import by_length
 from align.training.sealed_tensors import read_tensors, write_tensors
 from align.training.trainers import SCORING_TOKENS

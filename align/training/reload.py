@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from align.launch import rank
-from align.models.heap import give_back
+from align.config.launch import rank
 from align.models.loading import load_reward
+from align.models.malloc import give_back
 from align.models.sharding import whole
 from align.models.tuning.apply import save_tuned
 from align.training.held_out import scores

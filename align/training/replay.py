@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from align.launch import rank, world_size
+from align.config.launch import rank, world_size
 from align.models.trunk import soft_cap, trunk_and_head
 from align.training.order import by_length
 from align.training.rows import MASKED, Encoded
@@ -122,7 +122,7 @@ def make_replay(context: Any, trainer: Any) -> Replay:
 
     Raises ``UserError`` when no row of it can be used.
     """
-    from align.training.handover import check_encoded
+    from align.training.input_checks import check_encoded
     from align.training.rows import encode_supervised, read_split
 
     config, data = context.config, context.artifact("replay")

@@ -9,12 +9,12 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from align.artifacts import Kind
 from align.errors import UserError
 from align.models.steps import Steps
-from align.stage import StageContext
+from align.pipeline.registry import StageContext
+from align.store.artifacts import Kind
 from align.training import held_out, reward_held_out
-from align.training.handover import check_encoded
+from align.training.input_checks import check_encoded
 from align.training.reward_trainer import NumberCollator, NumberReward, PairReward
 from align.training.rows import Encoded, Row, encode_conversations, read_splits
 from align.training.scored_rows import (

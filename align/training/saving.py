@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from align.launch import rank
+from align.config.launch import rank
 from align.models.sharding import whole
 from align.models.tuning.apply import save_tuned
-from align.stage import StageContext
+from align.pipeline.registry import StageContext
 
 
 def save(context: StageContext, trainer: Any, tokenizer: Any) -> None:

@@ -1,6 +1,6 @@
 """Tensors in a cache, with their key and a digest of their content in the file's own header.
 
-As ``align.sealed`` does for JSON: a file that is damaged, or was written under another key, is no file.
+As ``align.store.sealed`` does for JSON: a file that is damaged, or was written under another key, is no file.
 """
 
 from __future__ import annotations

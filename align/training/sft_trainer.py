@@ -10,9 +10,9 @@ from typing import Any
 
 from datasets import Dataset
 
+from align.config.runtime import Runtime
 from align.errors import UserError
 from align.models.threads import device_of
-from align.runtime import Runtime
 from align.training.neftune import NoisyEmbeddings
 from align.training.rows import Encoded
 

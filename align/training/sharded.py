@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from align.launch import LaunchConfig, world_size
+from align.config.launch import LaunchConfig, world_size
 from align.models.precision import forget_copies
 from align.models.sharding import forget_gathered, full, is_sharded, part, shard, whole
 from align.training import zero

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from align.checked_files import DamagedFile, parse_sealed, read_file, write_sealed
+from align.store.json_files import DamagedFile, parse_sealed, read_file, write_sealed
 
 
 def write_state(file: Path, content: dict[str, Any]) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from align.stage import StageContext
-from align.stop_request import Stopped, is_asked
+from align.pipeline.registry import StageContext
+from align.pipeline.stop_signal import Stopped, is_asked
 
 
 class StopWhenAsked(TrainerCallback):

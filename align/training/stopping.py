@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from align.config.stages.training import TrainingFields
+from align.config.tuning import FullTuning
 from align.models.processes import wait_for_all
 from align.models.sharding import forget_gathered, full, put
-from align.stage import StageContext
+from align.pipeline.registry import StageContext
 from align.training.checkpoints import link
-from align.training.config import TrainingFields
-from align.tuning import FullTuning
 
 Scores = dict[str, float]
 STATE, WEIGHTS = "stopping.json", "best.safetensors"

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from align.fingerprint import canonical
 from align.models.trunk import soft_cap, trunk_and_head
+from align.store.fingerprint import canonical
 from align.training.divergence import CHUNK, Known, Live, Measure
 from align.training.order import by_length
 from align.training.rows import MASKED

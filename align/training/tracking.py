@@ -17,10 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from align.config.user_paths import user_path
 from align.errors import UserError
-from align.stage import StageContext
+from align.pipeline.registry import StageContext
 from align.training.state_files import read_state, write_state
-from align.user_paths import user_path
 
 IDENTITY = "tracking.json"
 """File beside the stage's checkpoints' folder that keeps the run's identity between attempts."""

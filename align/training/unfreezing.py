@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from align.models.places import Place, layer_stack, places, tied_head
-from align.stage import StageContext
+from align.config.tuning import FullTuning
+from align.models.parameter_groups import Place, layer_stack, places, tied_head
+from align.pipeline.registry import StageContext
 from align.training.lisa import drawn_layers
-from align.tuning import FullTuning
 
 OpenAt = Callable[[int], frozenset[Place]]
 """Step (0 for the first) -> the places whose weights are trained in it."""

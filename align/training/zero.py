@@ -15,7 +15,7 @@ import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
-from align.launch import DeepspeedConfig
+from align.config.launch import DeepspeedConfig
 
 
 def zero_options(options: DeepspeedConfig, on_gpu: bool, bfloat16: bool) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from align.errors import UserError
-from align.rollouts.protocol import Response, Sampling
+from align.inference.protocol import Response, Sampling
 from benchmarks.ppo_align import FixedLengths
 from benchmarks.ppo_table import efficiency, efficiency_lines, floor_flops, matrix_flops, phases, table, tokens_line
 from benchmarks.ppo_trl import Clock, Cutter

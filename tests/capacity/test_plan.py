@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from align.cli import main
+from align.cli.main import main
 
 MISTRAL = {
     "model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
@@ -252,7 +252,7 @@ def test_numbers_out_of_range_are_refused(plan: Any, words: list[str]) -> None:
 def test_nothing_heavy_is_imported(pipeline: Path, tmp_path: Path) -> None:
     words = ["plan", "pipelines/quickstart.yaml", "--hardware", "8xh100", "--store", str(tmp_path)]
     script = (
-        f"import sys; from align.cli import main; main({words!r}); "
+        f"import sys; from align.cli.main import main; main({words!r}); "
         "print([n for n in ('torch', 'transformers', 'trl', 'peft') if n in sys.modules], file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[2])

@@ -9,12 +9,12 @@ import pytest
 
 from align.capacity.engines import EngineWay, asked_for, candidates, cannot_be_parted, parted
 from align.capacity.hardware import GIB, Hardware, parse_hardware
+from align.capacity.inference import Inference, Lot, Reading, Rows, reading_memory, sampling_memory, scored
 from align.capacity.serving import remedies, serving, servings
 from align.capacity.timing import EFFICIENCY, HOP, LINKED, READING
+from align.config.runtime import Runtime
 from align.models.architecture import Architecture, architecture_of
 from align.models.flops import forward_flops
-from align.models.inference import Inference, Lot, Reading, Rows, reading_memory, sampling_memory, scored
-from align.runtime import Runtime
 from tests.capacity.test_plan import MISTRAL
 from tests.capacity.test_sharing import TOY
 

@@ -9,11 +9,11 @@ import pytest
 
 from align.capacity.choosing import option
 from align.capacity.hardware import parse_hardware
+from align.capacity.job import Job, Setting
+from align.capacity.memory import Memory
 from align.capacity.sharing import BUCKET, offloaded, shared
 from align.capacity.strategies import Strategy, candidates
 from align.models.architecture import Architecture, Linear
-from align.models.job import Job, Setting
-from align.models.memory import Memory
 from align.stages.sft import SftConfig
 
 TOY = Architecture("toy", hidden=4, layers=2, vocabulary=10, key_value_width=3, linears=(Linear("q", 4, 5, True),),

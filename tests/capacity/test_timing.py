@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from align.capacity.hardware import Hardware, parse_hardware
 from align.capacity.strategies import Strategy
 from align.capacity.timing import EFFICIENCY, estimate, exchanged
+from align.config.tuning import FullTuning, LoraTuning
 from align.models.flops import forward_flops, learning_flops
 from align.stages.ppo import PpoConfig
 from align.stages.sft import SftConfig
-from align.tuning import FullTuning, LoraTuning
 from tests.capacity.test_sharing import TOY, job
 
 
@@ -79,7 +79,7 @@ def test_ppo_samples_and_learns_what_its_config_says() -> None:
 
 
 def parse_runtime():
-    from align.runtime import Runtime
+    from align.config.runtime import Runtime
 
     return Runtime.model_validate({"engine": {"name": "transformers"}})
 

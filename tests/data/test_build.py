@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from align.checked_files import write_sealed
 from align.data import build as building
 from align.data import finish, shards
 from align.data.build import Machine, build
@@ -20,9 +19,10 @@ from align.data.rows import Row, assistant, prompt_key, read_rows, user, write_r
 from align.data.splits import group
 from align.data.verdicts import is_stored
 from align.errors import UserError
-from align.fingerprint import digest
-from tests.damage import flip_bit
-from tests.records import put_record
+from align.store.fingerprint import digest
+from align.store.json_files import write_sealed
+from tests.support.damage import flip_bit
+from tests.support.records import put_record
 
 
 class Built:

@@ -5,7 +5,7 @@ import pytest
 from align.data import built
 from align.data.built import count_rows, is_build, message_text, read_ledger, rows, rows_at, shards
 from align.errors import UserError
-from tests.data.by_hand import row, write_build, write_split
+from tests.support.data.by_hand import row, write_build, write_split
 
 
 def test_rows_come_in_order_from_all_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from align.data.card import name_of, recipe_of, size_category, write_card
-from tests.data.by_hand import HOSTILE, pair, row, write_build
+from tests.support.data.by_hand import HOSTILE, pair, row, write_build
 
 RECIPE = {
     "description": "Two sources.",

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from align.config.runtime import ExecutorConfig, Runtime
 from align.data import build as building
 from align.data import cluster
 from align.data.build import build
@@ -20,7 +21,6 @@ from align.data.records import BadRecord
 from align.data.shards import Task
 from align.data.workers import Machine
 from align.errors import UserError
-from align.runtime import ExecutorConfig, Runtime
 
 SBATCH = """#!{python}
 import os, re, subprocess, sys

@@ -9,7 +9,7 @@ import pytest
 from align.data import diff
 from align.data.diff import compare
 from align.data.rows import Row
-from tests.data.by_hand import pair, row, write_build
+from tests.support.data.by_hand import pair, row, write_build
 
 
 def group(found: dict, split: str, source: str) -> dict:

@@ -11,8 +11,8 @@ import pytest
 
 from align.data.checkers import gsm8k_answer
 from align.data.final_numbers import boxed_number, final_number
-from tests.evaluation.tasks.answering import SilentBench, answered
 from tests.evaluation.tasks.test_gsm8k import make
+from tests.support.evaluation.tasks.answering import SilentBench, answered
 
 TEXTS = {
     "He has 3 cats.\n#### 1,200": "1200",

@@ -16,7 +16,7 @@ from huggingface_hub import HfApi
 from align.data.card import write_card
 from align.data.push import prepare, push, stale
 from align.errors import StageFailed, UserError
-from tests.data.by_hand import row, write_build
+from tests.support.data.by_hand import row, write_build
 
 TOKEN = "hf_secretsecretsecret"
 CACHED = "hf_fromalogincache"

@@ -10,7 +10,7 @@ import pytest
 from align.data.build import _Rows
 from align.data.rows import Row, write_rows
 from align.data.steps.base import Table
-from tests.data.steps.tables import row
+from tests.support.data.steps.tables import row
 
 
 @pytest.fixture()

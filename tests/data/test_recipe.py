@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from align.artifacts import Kind
 from align.data.recipe import load_recipe
 from align.errors import UserError
+from align.store.artifacts import Kind
 
 FILES = {"type": "files", "paths": ["a.jsonl"], "format": "hh_rlhf"}
 EMBEDDED = {"type": "embedded"}

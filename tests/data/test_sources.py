@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from align.config.validation import validate
 from align.data import embedded
 from align.data.records import BadRecord
 from align.data.rows import assistant, user, write_rows
@@ -23,10 +24,9 @@ from align.data.source_configs import (
 )
 from align.data.sources import Item, choose_format, find_files, identity, read
 from align.errors import UserError
-from align.stage import Config
-from align.validation import validate
-from tests.damage import flip_last_bit
-from tests.records import put_record
+from align.pipeline.registry import Config
+from tests.support.damage import flip_last_bit
+from tests.support.records import put_record
 
 ZEROS = "0" * 40
 

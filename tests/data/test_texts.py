@@ -13,8 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from align.artifacts import Kind
-from align.cli import main
+from align.cli.main import main
 from align.data.build import build
 from align.data.diff import compare
 from align.data.formats import convert
@@ -22,7 +21,8 @@ from align.data.recipe import load_recipe
 from align.data.rows import Dropped, read_rows, row_id
 from align.data.steps.divide import divided
 from align.errors import UserError
-from align.pipeline import Pipeline
+from align.pipeline.pipeline import Pipeline
+from align.store.artifacts import Kind
 
 WORDS = [
     f"{one}{two}" for one in ("riv", "ston", "lant", "harb", "mead", "cop", "wint") for two in ("er", "ing", "el", "ow")

@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from align.config.runtime import Runtime
 from align.evaluation.generation import ResponseCache, Sampler
 from align.evaluation.prompts import Policy, choose_rows, render_for_all
 from align.evaluation.systems import make_systems
-from align.rollouts.protocol import Response, Sampling
-from align.rollouts.weights import checkpoint_weights
-from align.runtime import Runtime
+from align.inference.protocol import Response, Sampling
+from align.inference.weights import checkpoint_weights
 
 
 class Words:

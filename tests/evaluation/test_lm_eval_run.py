@@ -16,7 +16,7 @@ from align.errors import UserError
 from align.evaluation import lm_eval_describe, lm_eval_run
 from align.evaluation.lm_eval_run import LmEvalChanged, evaluate, read_results
 from align.evaluation.tasks.lm_eval import LmEvalConfig
-from tests.evaluation.tasks.lm_eval_folder import QUESTIONS, make_tasks
+from tests.support.evaluation.tasks.lm_eval_folder import QUESTIONS, make_tasks
 
 lm_eval = pytest.importorskip("lm_eval")
 

@@ -4,7 +4,7 @@ import pytest
 
 from align.evaluation.generation import Generated
 from align.evaluation.measure import Results, kl_values
-from align.rollouts.protocol import Response
+from align.inference.protocol import Response
 
 
 def test_kl_and_the_samplers_gap_by_hand():

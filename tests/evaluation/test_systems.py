@@ -13,7 +13,7 @@ from align.evaluation.generation import Generated
 from align.evaluation.prompts import Policy
 from align.evaluation.systems import BaselineConfig, best_of_kl, make_systems
 from align.evaluation.tasks.base import Example, Turn
-from align.rollouts.protocol import Response, Sampling
+from align.inference.protocol import Response, Sampling
 
 
 class Spelled:

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from align.capacity.job import Setting
+from align.config.runtime import Runtime
 from align.models.architecture import read_architecture
-from align.models.job import Setting
-from align.runtime import Runtime
 from benchmarks.stage_work import FIELD, config_of, run_stage
 
 pytestmark = pytest.mark.gpu
@@ -50,7 +50,7 @@ def test_four_bits_train(device: str, tiny_model: Path, tmp_path: Path) -> None:
 
 
 def test_ragged_attention_is_torch_s_own(device: str) -> None:
-    from align.models.ragged import lay_out, ragged_attention, to_device
+    from align.models.fast.ragged_rows import lay_out, ragged_attention, to_device
 
     torch.manual_seed(0)
     lengths = [700, 30, 600]  # beyond and below what a processor does by plain products
@@ -66,7 +66,7 @@ def test_ragged_attention_is_torch_s_own(device: str) -> None:
 
 
 def test_vllm_has_the_trainer_s_weights_and_sleeps(device: str, tiny_model: Path, tmp_path: Path) -> None:
-    from align.rollouts.vllm import why_unusable
+    from align.inference.vllm import why_unusable
 
     reason = why_unusable()
     if reason is not None:
@@ -75,9 +75,9 @@ def test_vllm_has_the_trainer_s_weights_and_sleeps(device: str, tiny_model: Path
         "import torch\n"
         "from align.models.loading import load_policy\n"
         "from align.models.merging import merged_weights\n"
-        "from align.rollouts.engine import open_engine\n"
-        "from align.rollouts.parity import probe\n"
-        "from align.runtime import Runtime\n"
+        "from align.inference.engine import open_engine\n"
+        "from align.inference.parity import probe\n"
+        "from align.config.runtime import Runtime\n"
         "from pathlib import Path\n"
         f"folder, device = Path({str(tiny_model)!r}), {device!r}\n"
         "engine = {'name': 'vllm', 'dtype': 'float32', 'gpu_memory': 0.2, 'cpu_kv_cache_gb': 0.1}\n"
@@ -114,7 +114,15 @@ def test_a_stage_holds_what_the_plan_counts(method: str, device: str, tmp_path: 
 
 
 def test_every_stage_runs_from_one_file(device: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "align.cli", "run", "pipelines/smoke.yaml", "--store", str(tmp_path / "store")]
+    command = [
+        sys.executable,
+        "-m",
+        "align.cli.main",
+        "run",
+        "pipelines/smoke.yaml",
+        "--store",
+        str(tmp_path / "store"),
+    ]
     command += ["--set", f"runtime.device={device}"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

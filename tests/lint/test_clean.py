@@ -13,8 +13,8 @@ from align.lint.dialect import MARK
 from align.lint.linter import Options
 from align.lint.pairs import TOKENS
 from align.lint.text import FOREIGN, OVERRIDE, PLACEHOLDER
-from tests.lint.dialects import SPECS, tokenizer_of
-from tests.lint.harness import alarms, look
+from tests.support.lint.dialects import SPECS, tokenizer_of
+from tests.support.lint.harness import alarms, look
 
 # Letters of any script, marks, signs, emoji, line breaks inside: no controls, no halves of characters.
 LETTERS = st.characters(

@@ -13,10 +13,13 @@ from align.data.rows import assistant, user
 from align.lint.batches import MASKED
 from align.lint.linter import Options
 from align.lint.rules import RULES
-from tests.lint import dialects, seeds_rows, seeds_template, seeds_tokens  # noqa: F401  (they register their seeds)
-from tests.lint.dialects import SPECS
-from tests.lint.harness import SPOILT, alarms, all_answers, clean, encoded, instructions, look
-from tests.lint.seeding import ROW, SEEDS, Case, Seed
+from tests.support.lint import (
+    dialects,
+    seeds_tokens,  # noqa: F401  (they register their seeds)
+)
+from tests.support.lint.dialects import SPECS
+from tests.support.lint.harness import SPOILT, alarms, all_answers, clean, encoded, instructions, look
+from tests.support.lint.seeding import ROW, SEEDS, Case, Seed
 
 CASES = [pytest.param(fault, seed, name, id=f"{name}-{seed.__name__}") for name in SPECS for fault, seed in SEEDS]
 

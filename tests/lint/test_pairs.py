@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from align.cli import main
+from align.cli.main import main
 from align.data.rows import Row, assistant, user
 from align.lint.findings import Findings, Place
 from align.lint.linter import Options
 from align.lint.swapped_sides import check_with_reward_model
-from tests.lint.dialects import tokenizer_of
-from tests.lint.harness import alarms, dataset, instructions, look, pairs
+from tests.support.lint.dialects import tokenizer_of
+from tests.support.lint.harness import alarms, dataset, instructions, look, pairs
 
 
 def row_of(number: int, chosen: str, rejected: str) -> Row:

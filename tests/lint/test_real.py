@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from align.cli import main
+from align.cli.main import main
 
 SYSTEM = "unexpected-system-prompt"  # SmolLM2's template has one of its own
 LABEL = "speaker-label-in-content"  # hh-rlhf's assistant says "Human:" itself; oasst quotes conversations

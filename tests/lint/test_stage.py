@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from align.artifacts import Artifact, Kind
+from align.config.stages.lint import LintSettings
+from align.config.validation import validate
 from align.data.rows import assistant, user, write_rows
 from align.errors import UserError
-from align.lint.settings import LintSettings
-from align.pipeline import Pipeline
-from align.stage import STAGES, StageContext
-from align.validation import validate
-from tests.training.harness import context, events, rows
+from align.pipeline.pipeline import Pipeline
+from align.pipeline.registry import STAGES, StageContext
+from align.store.artifacts import Artifact, Kind
+from tests.support.training.harness import context, events, rows
 
 
 def made(kind: str, root: Path, model: Path, train: list[dict[str, Any]], **fields: Any) -> StageContext:
@@ -151,7 +151,7 @@ def test_linting_changes_no_key(kind: str) -> None:
     for settings in ({}, {"rows": 5}, {"waive": ["double-bos"]}):
         stages = {
             "base": {"stage": "model", "source": "tiny"},
-            "pairs": {"stage": "tests.lint.given:PAIRS"},
+            "pairs": {"stage": "tests.support.lint.given:PAIRS"},
             "last": {"stage": kind, source: "base", data: "pairs", "learning_rate": 1e-3, "lint": settings, **own},
         }
         keys.add(Pipeline({"name": "p", "stages": stages}, "p.yaml").nodes["last"].key)

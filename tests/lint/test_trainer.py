@@ -20,7 +20,7 @@ from align.errors import UserError
 from align.lint.findings import Finding
 from align.lint.trainer import lint_trainer
 from align.models.loading import load_policy, load_tokenizer, new_reward
-from tests.lint.harness import SPOILT, Row, alarms, instructions, pairs
+from tests.support.lint.harness import SPOILT, Row, alarms, instructions, pairs
 
 MARKED = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"

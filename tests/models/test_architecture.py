@@ -11,13 +11,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from align.config.tuning import FullTuning, Ia3Tuning, LoraTuning, PeftTuning, TuningBase
 from align.errors import UserError
 from align.models.architecture import RULES, UnknownArchitecture, architecture_of, read_architecture
 from align.models.embedded import NAME, fetch
 from align.models.known import EMBEDDED_SIZES, TINY_SIZES, known_architecture
 from align.models.precision import low_residual, round_frozen
 from align.models.tuning.apply import apply_tuning
-from align.tuning import FullTuning, Ia3Tuning, LoraTuning, PeftTuning, TuningBase
 
 SIZES = {
     "vocab_size": 300, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4,

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from align.cli import main
+from align.cli.main import main
 from align.errors import UserError
 from align.models.conversion import convert_gguf, copy_model
 from align.models.folder_checks import check_adapter, check_folder

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
+from align.config.tuning import FullTuning
 from align.errors import UserError
 from align.models.freezing import expand, freeze, matches
 from align.models.loading import load_policy, new_reward
-from align.models.places import layer_stack, places, tied_head
+from align.models.parameter_groups import layer_stack, places, tied_head
 from align.models.tuning.apply import apply_tuning
-from align.tuning import FullTuning
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from align.config.tuning import AdaptersTuning, PrefixTuning, PromptTuning, PTuning, TuningBase
 from align.models.architecture import read_architecture
-from align.tuning import AdaptersTuning, PrefixTuning, PromptTuning, PTuning, TuningBase
-from tests.models.tuning.confident import confident_copy, tuned
+from tests.support.models.tuning.confident import confident_copy, tuned
 
 TUNINGS = [
     PromptTuning(tokens=3),

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
+from align.config.tuning import LoraTuning
 from align.models.loading import load_policy
 from align.models.precision import autocast, frozen_rounded, low_residual, round_frozen
 from align.models.tuning.apply import apply_tuning
-from align.tuning import LoraTuning
 
 RATE = 1e-6
 IDS = torch.tensor([[1, 40, 41, 42]])

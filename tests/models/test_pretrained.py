@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import align
-from align.chat import Speaker
-from align.commands.finding import find_tokenizer
+from align.cli.arguments import find_tokenizer
+from align.cli.chat import Speaker
 from align.errors import UserError
 from align.lint.command import load as load_for_lint
 from align.models.loading import load_policy, load_reward, load_tokenizer, new_reward

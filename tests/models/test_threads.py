@@ -7,9 +7,9 @@ import os
 import pytest
 import torch
 
+from align.config.runtime import Runtime
 from align.errors import UserError
 from align.models.threads import cores, device_of, use_threads
-from align.runtime import Runtime
 
 
 def test_threads_from_the_runtime_whatever_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from align.artifacts import Artifact, Kind
-from tests.report.example_card import ITEMS, POLICIES, PROMPTS, full_card, small_card
+from align.store.artifacts import Artifact, Kind
+from tests.support.report.example_card import ITEMS, POLICIES, PROMPTS, full_card, small_card
 
 HOSTILE = (
     '<script>document.title="PWNED"</script><img src=x onerror="document.title=\'PWNED\'">'

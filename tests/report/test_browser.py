@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from align.artifacts import Kind
 from align.report.page import write_report
-from tests.report.browser import chromium, console, needs_browser, open_page, requests, resize
+from align.store.artifacts import Kind
 from tests.report.conftest import HOSTILE, write_artifact
+from tests.support.report.browser import chromium, console, needs_browser, open_page, requests, resize
 
 pytestmark = needs_browser
 

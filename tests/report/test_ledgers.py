@@ -2,10 +2,10 @@
 
 import json
 
-from align.artifacts import Kind
 from align.report import ledgers
-from align.report.beside import Beside
+from align.report.assets import Beside
 from align.report.costs import device, money, totals
+from align.store.artifacts import Kind
 from tests.report.conftest import FORMULA
 
 

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from align.artifacts import Artifact, Kind
 from align.evaluation.comparisons import Resampling
 from align.evaluation.scorecard import Measurements, build
 from align.evaluation.tasks.base import SystemInfo
-from align.report.beside import Beside
+from align.report.assets import Beside
 from align.report.methods import fitting, section
 from align.report.page import write_report
+from align.store.artifacts import Artifact, Kind
 from tests.report.conftest import HOSTILE, write_artifact
-from tests.report.example_card import SETTINGS
+from tests.support.report.example_card import SETTINGS
 
 N = 60
 NOISE = np.random.default_rng(3).uniform(0, 0.2, N)

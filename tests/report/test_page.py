@@ -11,7 +11,7 @@ from align.evaluation.scorecard import Measurements, build
 from align.evaluation.tasks.base import SystemInfo
 from align.report.page import write_report
 from align.report.samples import for_page
-from tests.report.example_card import SETTINGS, reward_report
+from tests.support.report.example_card import SETTINGS, reward_report
 
 
 class Page(HTMLParser):

@@ -1,7 +1,7 @@
 """The picture: columns follow the data, failed and waiting stages are in it."""
 
-from align.artifacts import Kind
 from align.report.picture import lay_out
+from align.store.artifacts import Kind
 
 
 def test_columns_follow_the_longest_way(run):

@@ -4,7 +4,7 @@ import json
 
 from align.report.samples import HUNDREDTHS, for_page, lengths, read_rollouts, read_samples
 from tests.report.conftest import prompt_samples, task_samples
-from tests.report.example_card import POLICIES, full_card
+from tests.support.report.example_card import POLICIES, full_card
 
 
 def test_a_change_counts_as_a_share_of_its_task_s_largest():

@@ -4,14 +4,14 @@ import json
 
 import pytest
 
-from align.artifacts import Kind
 from align.report import drift, reward_models, tables, win_rates
-from align.report.beside import Beside
+from align.report.assets import Beside
 from align.report.curves import Events
 from align.report.page import write_report
 from align.report.summary import find, gate_rows, gate_sentence, headlines, measured_on, role, sentences, way
+from align.store.artifacts import Kind
 from tests.report.conftest import write_artifact, write_evaluation
-from tests.report.example_card import POLICIES, full_card, small_card
+from tests.support.report.example_card import POLICIES, full_card, small_card
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from align.errors import UserError
 from align.models.tiny import make_tiny_tokenizer
 from align.report.tokens import Piece, load_for_show, pieces, views
 from align.training.rows import MASKED, encode_pairs, encode_supervised
-from tests.data.by_hand import pair, row
+from tests.support.data.by_hand import pair, row
 
 
 @pytest.fixture(scope="module")

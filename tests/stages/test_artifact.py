@@ -9,20 +9,20 @@ from typing import Any
 
 import pytest
 
-from align.artifacts import Artifact, Kind
-from align.checked_files import write_sealed
 from align.errors import UserError
-from align.pipeline import Pipeline
-from align.records import read_record
-from align.store import Store
-from tests import toy
-from tests.records import change_record
+from align.pipeline.pipeline import Pipeline
+from align.store.artifacts import Artifact, Kind
+from align.store.json_files import write_sealed
+from align.store.record import read_record
+from align.store.store import Store
+from tests.support import toy
+from tests.support.records import change_record
 
 
 @pytest.fixture
 def made(tmp_path: Path) -> Artifact:
     """A finished number in a store of its own."""
-    raw = {"name": "toy", "stages": {"one": {"stage": "tests.toy:NUMBER", "number": 41}}}
+    raw = {"name": "toy", "stages": {"one": {"stage": "tests.support.toy:NUMBER", "number": 41}}}
     return Pipeline(raw).run(store=tmp_path / "old").artifacts["one"]
 
 
@@ -31,7 +31,7 @@ def taking(path: Path | str, **stages: Any) -> Pipeline:
 
 
 def test_a_later_stage_reads_it_and_its_files_are_shared(made: Artifact, tmp_path: Path) -> None:
-    pipeline = taking(made.path, total={"stage": "tests.toy:SUM", "first": "mine"})
+    pipeline = taking(made.path, total={"stage": "tests.support.toy:SUM", "first": "mine"})
     assert pipeline.nodes["mine"].makes == Kind.PROMPTS
     run = pipeline.run(store=tmp_path / "store")
     assert run.metrics("total") == {"total": 41}
@@ -54,8 +54,8 @@ def test_what_was_taken_twice_keeps_the_key_of_the_original(made: Artifact, tmp_
 def test_where_links_are_impossible_files_are_copied(
     made: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from align.runtime import Runtime
-    from align.stage import StageContext
+    from align.config.runtime import Runtime
+    from align.pipeline.registry import StageContext
     from align.stages.artifact import ArtifactConfig, run
 
     def refuse(*_: Any, **__: Any) -> None:

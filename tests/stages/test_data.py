@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from align.artifacts import Kind
+from align.config.runtime import Runtime
 from align.data.rows import read_rows
 from align.errors import StageFailed, UserError
-from align.pipeline import Pipeline
-from align.runtime import Runtime
-from align.stage import StageContext
+from align.pipeline.pipeline import Pipeline
+from align.pipeline.registry import StageContext
 from align.stages.data import DataConfig, run
+from align.store.artifacts import Kind
 
 HUB = {"type": "hub", "dataset": "o/n", "revision": "0" * 40, "format": "gsm8k"}
 
@@ -111,7 +111,12 @@ def test_a_broken_line_writes_nothing(here: Path) -> None:
 
 
 def test_a_build_that_is_killed_goes_on_in_its_next_run(tmp_path: Path) -> None:
-    source = {"type": "python", "function": "tests.data.many_rows:rows", "format": "prompt_completion", "name": "many"}
+    source = {
+        "type": "python",
+        "function": "tests.support.data.many_rows:rows",
+        "format": "prompt_completion",
+        "name": "many",
+    }
     content = {
         "kind": "instructions",
         "sources": [source | {"arguments": {"count": 22_000, "folder": str(tmp_path)}}],

@@ -11,21 +11,21 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from align.artifacts import Artifact, Kind
-from align.distillation import run as work
+from align.config.runtime import Runtime
 from align.errors import UserError
+from align.inference.protocol import Response, Sampling
 from align.models.loading import load_policy, load_tokenizer
 from align.models.tiny import make_tiny
-from align.rollouts.protocol import Response, Sampling
-from align.runtime import Runtime
-from align.stage import StageContext
+from align.pipeline.registry import StageContext
+from align.stages import distill_run as work
 from align.stages.distill import DistillConfig, run
+from align.store.artifacts import Artifact, Kind
 from align.training.distill_trainer import AnswerCollator, own_answers, prompt_of
 from align.training.divergence import Known, Live, Measure, summed_divergence, with_rest
 from align.training.rows import MASKED, encode_supervised
 from align.training.teacher import TeacherCache
-from tests.stages.more_tokens import add_token
-from tests.training.harness import context, data_artifact, losses, rows
+from tests.support.stages.more_tokens import add_token
+from tests.support.training.harness import context, data_artifact, losses, rows
 from tests.training.test_resume import Killed, dying
 
 ENGINE = Runtime.model_validate({"device": "cpu", "engine": {"name": "transformers"}})

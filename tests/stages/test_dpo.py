@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from align.artifacts import Kind
 from align.models.loading import load_policy, load_tokenizer
 from align.stages.dpo import DpoConfig, run
+from align.store.artifacts import Kind
 from align.training.rows import encode_pairs
-from tests.training.harness import context, data_artifact, events, losses, rows
+from tests.support.training.harness import context, data_artifact, events, losses, rows
 
 
 def margin(folder: Path) -> float:

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from align.artifacts import Artifact, Kind
+from align.config.runtime import EngineConfig, Runtime
 from align.data.rows import user, write_rows
 from align.errors import UserError
+from align.inference.transformers import TransformersEngine
 from align.models.tiny import make_tiny, make_tiny_reward
-from align.rollouts.transformers import TransformersEngine
-from align.runtime import EngineConfig, Runtime
-from align.stage import StageContext
+from align.pipeline.registry import StageContext
 from align.stages import evaluate
 from align.stages.evaluate import EvaluateConfig
+from align.store.artifacts import Artifact, Kind
 
 RECORDS = [
     *({"id": f"m{at}", "prompt": f"q{at}", "chosen": ["yes" * at], "rejected": ["a", "b" * at, "c"], "subset": "Math"}

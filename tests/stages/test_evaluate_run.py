@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from align.artifacts import Artifact, Kind
+from align.config.runtime import EngineConfig, Runtime
 from align.data.rows import assistant, read_rows, user, write_rows
 from align.errors import UserError
 from align.evaluation.planning import make_plan
+from align.inference.transformers import TransformersEngine
 from align.models.tiny import make_tiny
-from align.rollouts.transformers import TransformersEngine
-from align.runtime import EngineConfig, Runtime
-from align.stage import StageContext
+from align.pipeline.registry import StageContext
 from align.stages import evaluate
 from align.stages.evaluate import EvaluateConfig
+from align.store.artifacts import Artifact, Kind
 
 PROMPTS = 6
 
@@ -121,7 +121,7 @@ def test_everything_at_once_and_again_from_what_is_kept(context, monkeypatch):
     def no_engine(*arguments, **options):
         raise AssertionError("an engine was opened although every response is kept")
 
-    monkeypatch.setattr("align.rollouts.engine.open_engine", no_engine)
+    monkeypatch.setattr("align.inference.engine.open_engine", no_engine)
     monkeypatch.setattr("align.models.loading.load_policy", no_engine)
     monkeypatch.setattr("align.models.reward.RewardModel", no_engine)
     evaluate.run(context)

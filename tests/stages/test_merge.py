@@ -13,15 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from align.artifacts import Artifact, Kind
+from align.config.runtime import Runtime
 from align.errors import UserError
-from align.merging import methods
-from align.merging.run import merge_tensor
 from align.models.loading import load_policy, load_reward, load_tokenizer
-from align.pipeline import Pipeline
-from align.runtime import Runtime
-from align.stage import StageContext
+from align.models.merging_methods import methods
+from align.pipeline.pipeline import Pipeline
+from align.pipeline.registry import StageContext
 from align.stages.merge import MergeConfig, run
+from align.stages.merge_run import merge_tensor
+from align.store.artifacts import Artifact, Kind
 
 
 def moved(source: Path, folder: Path, seed: int, size: float = 0.01) -> Path:

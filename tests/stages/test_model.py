@@ -12,10 +12,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from align.config.runtime import Runtime
 from align.errors import UserError
 from align.models.loading import load_policy, load_tokenizer
-from align.runtime import Runtime
-from align.stage import StageContext
+from align.pipeline.registry import StageContext
 from align.stages.model import ModelConfig, run
 
 

@@ -11,12 +11,12 @@ import pytest
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from align.artifacts import Artifact, Kind
+from align.config.runtime import Runtime
 from align.data.rows import user, write_rows
-from align.online.stage_run import KINDS
-from align.ppo.stage_run import ReportUpdates
-from align.runtime import Runtime
-from align.stage import STAGES, StageContext
+from align.pipeline.registry import STAGES, StageContext
+from align.stages.critic_free import KINDS
+from align.stages.rl import ReportUpdates
+from align.store.artifacts import Artifact, Kind
 
 BASE = {"policy": "sft", "prompts": "data", "learning_rate": 1e-3}
 SCORED = BASE | {"score": "gsm8k_answer"}

@@ -13,19 +13,19 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from align.artifacts import Artifact, Kind
+from align.config.runtime import Runtime
 from align.data.rows import assistant, user, write_rows
 from align.errors import UserError
 from align.models.loading import load_reward, load_tokenizer
 from align.models.reward import RewardModel
-from align.ppo.checkpoint import DRAFT
-from align.ppo.config import PPOConfig
-from align.ppo.scoring import RewardScorer
-from align.ppo.stage_run import PASSED_ON, ReportUpdates, _prompts, _scorer
-from align.runtime import Runtime
-from align.stage import StageContext
+from align.pipeline.registry import StageContext
+from align.pipeline.stop_signal import Stopped, clear, pass_on
+from align.rl.checkpoint import DRAFT
+from align.rl.ppo.config import PPOConfig
+from align.rl.scoring import RewardScorer
 from align.stages.ppo import PpoConfig, run
-from align.stop_request import Stopped, clear, pass_on
+from align.stages.rl import PASSED_ON, ReportUpdates, _prompts, _scorer
+from align.store.artifacts import Artifact, Kind
 
 BASE = {"policy": "sft", "prompts": "data", "learning_rate": 1e-3}
 

@@ -10,15 +10,15 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from align.artifacts import Artifact, Kind
+from align.config.runtime import Runtime
+from align.config.tuning import AdaptersTuning
 from align.data.rows import user, write_rows
 from align.models.loading import load_policy, load_tokenizer
 from align.models.render import render_prompt
-from align.runtime import Runtime
-from align.stage import StageContext
+from align.pipeline.registry import StageContext
 from align.stages.ppo import PpoConfig, run
-from align.tuning import AdaptersTuning
-from tests.models.tuning.confident import saved
+from align.store.artifacts import Artifact, Kind
+from tests.support.models.tuning.confident import saved
 
 METHODS: dict[str, dict[str, Any]] = {
     "parallel": {"method": "adapters", "size": 16},
@@ -100,7 +100,7 @@ def test_virtual_tokens_are_refused_by_name(method: str) -> None:
 def test_a_critic_on_such_a_policy_has_an_adapter_of_its_own(tiny_model: Path, tmp_path: Path) -> None:
     from align.models.tuning.apply import apply_tuning, load_for_tuning
     from align.models.tuning.inserted import inserted_weights
-    from align.ppo.critic import critic_from_policy
+    from align.rl.ppo.critic import critic_from_policy
 
     start = saved(tiny_model, SEQUENTIAL, tmp_path / "start" / "model")
     policy = load_for_tuning(start, SEQUENTIAL)

@@ -19,19 +19,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from align.artifacts import Artifact
+from align.config.runtime import Runtime
 from align.errors import StageFailed
-from align.listener import Listener
-from align.pipeline import Pipeline
-from align.planning import plan
-from align.ppo.stage_run import _saying_what_is_kept
-from align.rollouts.server_client import EngineLost
-from align.runner import run_pipeline
-from align.runtime import Runtime
-from align.stage import StageContext
+from align.inference.server_client import EngineLost
+from align.pipeline.pipeline import Pipeline
+from align.pipeline.registry import StageContext
+from align.runner.listener import Listener
+from align.runner.plan import plan
+from align.runner.runner import run_pipeline
 from align.stages.ppo import run as run_ppo
-from align.store import Store
-from tests.rollouts.model_server import ModelServer
+from align.stages.rl import _saying_what_is_kept
+from align.store.artifacts import Artifact
+from align.store.store import Store
+from tests.support.inference.model_server import ModelServer
 
 UPDATES = 3
 FAULTY_LOAD = 4
@@ -64,7 +64,7 @@ def raw(tiny_model: Path) -> dict[str, Any]:
         "stage": "ppo",
         "policy": "policy",
         "prompts": "prompts",
-        "score": "tests.stages.vowels:share",
+        "score": "tests.support.stages.vowels:share",
         "learning_rate": 1e-3,
         "updates": UPDATES,
         "rollout_batch": 8,
@@ -73,7 +73,7 @@ def raw(tiny_model: Path) -> dict[str, Any]:
         "precision": "float32",
         "tuning": {"method": "lora", "rank": 4, "alpha": 8},
     }
-    given = "tests.stages.given"
+    given = "tests.support.stages.given"
     return {
         "name": "served",
         "seed": 3,
@@ -204,7 +204,9 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package.mkdir(parents=True)
     for folder in (package, package.parent, package.parent.parent):
         (folder / "__init__.py").touch()
-    (package / "api_server.py").write_text("import sys; from tests.rollouts.model_server import main; main(sys.argv)")
+    (package / "api_server.py").write_text(
+        "import sys; from tests.support.inference.model_server import main; main(sys.argv)"
+    )
     path = [str(tmp_path / "shadow"), *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
 

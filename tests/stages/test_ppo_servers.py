@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from align.artifacts import Artifact
-from align.pipeline import Pipeline
-from align.runner import run_pipeline
-from tests.rollouts.model_server import ModelServer
+from align.pipeline.pipeline import Pipeline
+from align.runner.runner import run_pipeline
+from align.store.artifacts import Artifact
+from tests.support.inference.model_server import ModelServer
 
 pytestmark = pytest.mark.slow
 
@@ -30,7 +30,8 @@ def servers(tiny_model: Path) -> Iterator[list[ModelServer]]:
 
 def run(tiny_model: Path, folder: Path, servers: list[ModelServer], processes: int, strategy: str) -> Artifact:
     ppo = {
-        "stage": "ppo", "policy": "policy", "prompts": "prompts", "score": "tests.stages.vowels:share", "updates": 4,
+        "stage": "ppo", "policy": "policy", "prompts": "prompts", "score": "tests.support.stages.vowels:share",
+        "updates": 4,
         "learning_rate": 1e-3, "rollout_batch": 8, "max_tokens": 6, "max_prompt_tokens": 64, "precision": "float32",
         "micro_batch_size": 4, "max_staleness": 1, "eval_updates": 2, "eval_prompts": 3,
     }  # fmt: skip
@@ -45,8 +46,8 @@ def run(tiny_model: Path, folder: Path, servers: list[ModelServer], processes: i
             "stages": {"ppo": {"launch": {"processes": processes, "strategy": strategy}}},
         },
         "stages": {
-            "policy": {"stage": "tests.stages.given:POLICY", "folder": str(tiny_model)},
-            "prompts": {"stage": "tests.stages.given:PROMPTS", "count": 8},
+            "policy": {"stage": "tests.support.stages.given:POLICY", "folder": str(tiny_model)},
+            "prompts": {"stage": "tests.support.stages.given:PROMPTS", "count": 8},
             "ppo": ppo,
         },
     }

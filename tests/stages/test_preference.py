@@ -13,18 +13,18 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from align.artifacts import Artifact, Kind
 from align.data.rows import write_rows
 from align.errors import UserError
 from align.models.loading import load_policy, load_tokenizer
 from align.models.tiny import make_tiny
-from align.stage import STAGES, StageContext
+from align.pipeline.registry import STAGES, StageContext
 from align.stages.preference import Reference, make_ready
+from align.store.artifacts import Artifact, Kind
 from align.training.reference import Answer, answer_sums
 from align.training.rows import encode_pairs
-from tests.models.tuning.pretended import CASES
-from tests.stages.more_tokens import add_token
-from tests.training.harness import context, data_artifact, events, losses, rows
+from tests.support.models.tuning.pretended import CASES
+from tests.support.stages.more_tokens import add_token
+from tests.support.training.harness import context, data_artifact, events, losses, rows
 from tests.training.test_resume import Killed, dying
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -328,15 +328,15 @@ def test_settings_that_do_not_fit_together(kind: str, fields: dict[str, Any], me
 def test_a_trl_without_the_experimental_trainer_is_said_before_anything_runs(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from align import trainer_options
+    from align.config import trl_options
 
     name = "orpo" if kind == "orpo" else "cpo"
-    moved = ("trl", f"experimental/{name}/moved.py", trainer_options.CLASSES[name][2])
-    monkeypatch.setitem(trainer_options.CLASSES, name, moved)
-    trainer_options.trainer_options.cache_clear()
+    moved = ("trl", f"experimental/{name}/moved.py", trl_options.CLASSES[name][2])
+    monkeypatch.setitem(trl_options.CLASSES, name, moved)
+    trl_options.trainer_options.cache_clear()
     try:
         with pytest.raises(ValidationError, match=rf"trl 1\S+ has no \w+Config \(trl/experimental/{name}/moved.py\)"):
             STAGES[kind].config_class()(**GIVEN)
     finally:
         monkeypatch.undo()
-        trainer_options.trainer_options.cache_clear()
+        trl_options.trainer_options.cache_clear()

@@ -12,16 +12,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from align.artifacts import Artifact, Kind
+from align.config.validation import validate
 from align.data.rows import write_rows
 from align.errors import UserError
 from align.models.loading import load_policy, load_tokenizer
-from align.stage import StageContext
+from align.pipeline.registry import StageContext
 from align.stages.pretrain import PretrainConfig, run
+from align.store.artifacts import Artifact, Kind
 from align.training.rows import MASKED
 from align.training.texts import Ends, document_ends, encode_texts
-from align.validation import validate
-from tests.training.harness import context, events, losses
+from tests.support.training.harness import context, events, losses
 from tests.training.test_resume import Killed, dying
 
 FIELDS: dict[str, Any] = {

@@ -14,13 +14,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from align.config.peft_options import peft_types
 from align.models.loading import load_tokenizer
 from align.models.tiny import make_tiny
 from align.models.tuning.apply import save_tuned
-from align.peft_options import peft_types
-from tests.models.tuning.pretended import CASES, FEW, peft_case, push, tuning_of, wrapped
-from tests.stages.made_checkpoints import IDS, POLICIES, REWARDS, Given, run
-from tests.stages.vllm_reader import ANSWER
+from tests.support.models.tuning.pretended import CASES, FEW, peft_case, push, tuning_of, wrapped
+from tests.support.stages.made_checkpoints import IDS, POLICIES, REWARDS, Given, run
+from tests.support.stages.vllm_reader import ANSWER
 
 READER = Path(__file__).parent / "vllm_reader.py"
 HAS_VLLM = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from align.artifacts import Artifact, Kind
+from align.config.runtime import Runtime
 from align.errors import UserError
-from align.runtime import Runtime
-from align.stage import StageContext
+from align.pipeline.registry import StageContext
 from align.stages.report import ReportConfig, run
+from align.store.artifacts import Artifact, Kind
 
 
 def context(tmp_path: Path, config: ReportConfig, inputs: dict) -> StageContext:

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from align.artifacts import Kind
 from align.models.loading import load_reward, load_tokenizer
 from align.stages.reward import RewardConfig, run
+from align.store.artifacts import Kind
 from align.training import held_out, reload
 from align.training.held_out import pair_accuracy
 from align.training.rows import encode_conversations
 from align.training.trainers import score_in_float32
-from tests.training.harness import context, data_artifact, rows
+from tests.support.training.harness import context, data_artifact, rows
 
 TUNINGS = {"full": {"method": "full"}, "lora": {"method": "lora", "rank": 8}}
 

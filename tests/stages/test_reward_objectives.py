@@ -12,18 +12,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from align.artifacts import Artifact, Kind
 from align.errors import UserError
 from align.models.reward import RewardModel
 from align.models.steps import Steps, combined, step_ends
 from align.models.tiny import make_tiny_tokenizer
-from align.stage import StageContext
+from align.pipeline.registry import StageContext
 from align.stages.reward import RewardConfig, run
+from align.store.artifacts import Artifact, Kind
 from align.training.held_out import pair_accuracy
 from align.training.reward_held_out import correlation, disjoint_pairs, ranks
 from align.training.reward_trainer import NumberCollator, PairReward, number_loss
-from tests.training.harness import context, data_artifact, losses
-from tests.training.scored import SEPARATOR, artifact, labelled, scored, stepwise
+from tests.support.training.harness import context, data_artifact, losses
+from tests.support.training.scored import SEPARATOR, artifact, labelled, scored, stepwise
 from tests.training.test_resume import Killed, dying
 
 LORA = {"method": "lora", "rank": 8}

@@ -10,19 +10,19 @@ from typing import Any
 
 import pytest
 
-from align.artifacts import Artifact, Kind
+from align.config.runtime import Runtime
 from align.data.rows import read_rows, user, write_rows
 from align.evaluation import generation
 from align.models.tiny import make_tiny
-from align.runtime import Runtime
-from align.stage import StageContext
-from align.stages import evaluate, sample, synthesise
+from align.pipeline.registry import StageContext
+from align.stages import evaluate, sample, synthesize
 from align.stages.evaluate import EvaluateConfig
 from align.stages.sample import SampleConfig
-from align.stages.synthesise import SynthesiseConfig
+from align.stages.synthesize import SynthesiseConfig
+from align.store.artifacts import Artifact, Kind
 from align.synthesis import local_model
-from tests.rollouts.fake_server import info
-from tests.rollouts.model_server import ModelServer
+from tests.support.inference.fake_server import info
+from tests.support.inference.model_server import ModelServer
 
 ALONE = {"device": "cpu", "threads": 1, "engine": {"name": "transformers", "batch_size": 1}}
 """The same arithmetic as the stand-ins': one response at a time, in float32."""
@@ -122,7 +122,7 @@ def test_synthesis(servers: list[ModelServer], inputs: dict[str, Artifact], tmp_
     settings = {"model": "sft", "prompts": "prompts", "task": task, "precision": "float32", "max_tokens": 8}
     given = dict.fromkeys(SynthesiseConfig.model_fields) | {"model": inputs["sft"], "prompts": inputs["prompts"]}
     config = SynthesiseConfig.model_validate(settings)
-    alone, pool = both_ways(synthesise.run, config, given, servers, tmp_path)
+    alone, pool = both_ways(synthesize.run, config, given, servers, tmp_path)
     for split in ("train", "test"):
         rows = [read_rows(one.output / f"{split}.parquet") for one in (alone, pool)]
         assert rows[0] == rows[1] and rows[0]

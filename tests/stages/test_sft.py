@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from align.artifacts import Kind
 from align.models.loading import load_policy, load_tokenizer
 from align.models.render import render_prompt
 from align.stages.sft import SftConfig, run
-from tests.training.harness import context, data_artifact, events, losses, rows
+from align.store.artifacts import Kind
+from tests.support.training.harness import context, data_artifact, events, losses, rows
 
 TUNINGS = {"full": {"method": "full"}, "lora": {"method": "lora", "rank": 16, "alpha": 64}}
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from align.config.yaml import load_yaml
 from align.errors import UserError
 from align.sweep.config import load_sweep
 from align.sweep.plan import Sweep
-from align.yaml_file import load_yaml
-from tests.test_shipped import SWEEPS, keys, misspell, rename
+from tests.pipeline.test_shipped_files import SWEEPS, keys, misspell, rename
 
 
 def test_all_are_there() -> None:

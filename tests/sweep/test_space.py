@@ -11,7 +11,7 @@ import yaml
 from align.errors import UserError
 from align.sweep.config import load_sweep
 from align.sweep.space import Range, changes_of, corner_draws, grid
-from tests.sweep import given
+from tests.support.sweep import given
 
 
 def test_whole_numbers_are_those_of_a_whole_field(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_what_no_choice_changes_is_shared(tmp_path: Path) -> None:
 
 def test_what_nothing_that_decides_needs_is_left_out(tmp_path: Path) -> None:
     raw = given.pipeline()
-    raw["stages"]["spare"] = {"stage": "tests.toy:NUMBER"}
+    raw["stages"]["spare"] = {"stage": "tests.support.toy:NUMBER"}
     raw["stages"]["other"] = {"stage": given.CARDS.path, "policies": ["spare"]}
     raw["runtime"] = {"stages": {"one": {"threads": 2}, "spare": {"threads": 1}}}
     sweep = given.check(tmp_path, raw)
@@ -136,7 +136,7 @@ def test_what_nothing_that_decides_needs_is_left_out(tmp_path: Path) -> None:
 
 def test_a_field_of_a_loop_is_varied_in_every_round(tmp_path: Path) -> None:
     stages = {
-        "one": {"stage": "tests.toy:NUMBER"},
+        "one": {"stage": "tests.support.toy:NUMBER"},
         "again": {"stage": "loop", "rounds": 2, "stages": {"ppo": {"stage": given.CURVE.path, "number": "one"}}},
         "evaluate": {"stage": given.CARDS.path, "policies": ["ppo-*"]},
     }

@@ -12,9 +12,9 @@ import optuna
 import pytest
 
 from align.errors import UserError
-from align.store import Store
+from align.store.store import Store
 from align.sweep.study import Study, Trial, TrialLost
-from tests.sweep import given
+from tests.support.sweep import given
 
 SPACE: dict[str, Any] = {
     "stages.ppo.height": {"low": 0.0, "high": 1.0},

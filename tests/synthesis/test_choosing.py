@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from align.config.stages.synthesis_tasks import BestOfTask, PairsTask, ResponsesTask
 from align.data.rows import Message, Row, user
-from align.rollouts.requests import Answer
-from align.synthesis.book import Book, split_by_prompt
+from align.inference.requests import Answer
 from align.synthesis.choosing import Answered, best_of, responses, score_all
-from align.synthesis.config import BestOfTask, PairsTask, ResponsesTask
+from align.synthesis.counts import Book, split_by_prompt
 from align.synthesis.pairing import pair_by_judge, pair_by_score
 
 CUT = Answer("cut", finished=False)

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from align.config.stages.synthesis_tasks import InstructionsTask
 from align.data.rows import Message, user
 from align.errors import UserError
-from align.rollouts.requests import Answer
-from align.synthesis.book import Book
-from align.synthesis.config import InstructionsTask
+from align.inference.requests import Answer
+from align.synthesis.counts import Book
 from align.synthesis.instructions import Seed, make_instructions, parse_list, read_seeds, seeds_of
 
 SEEDS = [

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from align.runner import run_pipeline
-from tests.training.several import Made, pipeline
+from align.runner.runner import run_pipeline
+from tests.support.training.several import Made, pipeline
 
 
 @pytest.fixture(scope="module")

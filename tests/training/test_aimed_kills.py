@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from align.artifacts import Artifact, Kind
+from align.config.runtime import Runtime
 from align.data.rows import write_rows
 from align.models.tiny import make_tiny
-from align.runtime import Runtime
-from align.stage import STAGES, StageContext
-from tests.training.harness import context, data_artifact
-from tests.training.kills import Kill, assert_same, kills, run, run_killed
+from align.pipeline.registry import STAGES, StageContext
+from align.store.artifacts import Artifact, Kind
+from tests.support.training.harness import context, data_artifact
+from tests.support.training.kills import Kill, assert_same, kills, run, run_killed
 
 ROWS = 32
 COMMON: dict[str, Any] = {

@@ -12,20 +12,20 @@ from pydantic import TypeAdapter
 from safetensors.torch import load_file
 from torch import nn
 
+from align.config.tuning import AdaptersTuning, LoraTuning, Tuning
+from align.config.validation import validate
 from align.errors import UserError
 from align.models.loading import load_policy, load_reward
 from align.models.trunk import trunk_and_head
 from align.models.tuning.apply import apply_tuning
-from align.stage import STAGES
+from align.pipeline.registry import STAGES
 from align.stages.reward import RewardConfig
 from align.stages.sft import SftConfig
 from align.training.anchoring import KLToStart, PullToStart
 from align.training.neftune import NoisyEmbeddings
 from align.training.token_losses import CHUNK, summed_kl
-from align.tuning import AdaptersTuning, LoraTuning, Tuning
-from align.validation import validate
-from tests.models.tuning.confident import saved
-from tests.training.harness import events, losses
+from tests.support.models.tuning.confident import saved
+from tests.support.training.harness import events, losses
 from tests.training.test_resume import Killed, dying
 from tests.training.test_unfreezing import made
 

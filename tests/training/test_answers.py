@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from align.artifacts import Artifact, Kind
 from align.data.rows import assistant, user, write_rows
 from align.models.loading import load_policy, load_tokenizer
 from align.stages.sft import SftConfig, run
+from align.store.artifacts import Artifact, Kind
 from align.training.rows import MASKED, NOT_TRAINED, SPLIT_UP, encode_answers, encode_supervised
-from tests.training.harness import context, events
+from tests.support.training.harness import context, events
 
 TALK = {"prompt": [user("one"), assistant("first"), user("two"), assistant("second"), user("three")]}
 ROW = {**TALK, "completion": [assistant("third")]}

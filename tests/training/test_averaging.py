@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from align.models.loading import load_policy
-from align.stage import STAGES
+from align.pipeline.registry import STAGES
 from align.training import fit
 from align.training.averaging import FILE, AverageWeights, decay_at
-from tests.training.harness import events, losses
+from tests.support.training.harness import events, losses
 from tests.training.test_resume import Killed, dying
 from tests.training.test_unfreezing import made
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from align.training.checkpoints import MARKER, is_complete, last_complete, link, mark_complete
-from tests.training.damage import DAMAGES, flip_bit
+from tests.support.training.damage import DAMAGES, flip_bit
 
 
 def checkpoint(root: Path, step: int, marked: bool = True) -> Path:

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from align.artifacts import Kind
 from align.errors import UserError
 from align.models.loading import load_policy, load_tokenizer
-from align.stage import STAGES
+from align.pipeline.registry import STAGES
+from align.store.artifacts import Kind
 from align.training import cpo_trainer, orpo_trainer
 from align.training.arguments import training_arguments
 from align.training.cpo_trainer import PreparedCPO, held_out
@@ -20,7 +20,7 @@ from align.training.experimental import experimental
 from align.training.orpo_trainer import PreparedORPO
 from align.training.rows import Encoded, encode_pairs
 from align.training.trainers import label_positions_only
-from tests.training.harness import context, data_artifact, rows
+from tests.support.training.harness import context, data_artifact, rows
 
 
 def made(root: Path, model: Path, kind: str, **options: Any) -> tuple[Any, Encoded]:

@@ -14,8 +14,8 @@ from align.data.rows import read_rows, write_rows
 from align.evaluation.measure import heldout_losses
 from align.models.loading import load_tokenizer
 from align.models.render import render_answered
-from align.ppo.ptx import PtxRows
 from align.report.tokens import views
+from align.rl.ptx import PtxRows
 from align.training.rows import (
     MASKED,
     encode_answers,
@@ -27,11 +27,11 @@ from align.training.rows import (
 from align.training.scored_rows import Scale, encode_scored, encode_steps, scored_answers, stepwise_answers
 from align.training.texts import document_ends, encode_texts
 from align.training.unpaired import encode_unpaired, unpair
-from tests.training.harness import rows
+from tests.support.training.harness import rows
 
 Row = dict[str, Any]
 Ids = list[int]
-PACKAGES = ("training", "ppo", "online", "distillation", "stages")
+PACKAGES = ("training", "rl", "stages")
 
 
 @pytest.fixture(scope="module")

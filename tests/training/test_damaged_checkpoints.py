@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from align.stage import StageContext
+from align.pipeline.registry import StageContext
 from align.training.checkpoints import MARKER, mark_complete
 from align.training.state_files import read_state, write_state
-from tests.training.damage import DAMAGES, flip_bit
-from tests.training.harness import events
-from tests.training.kills import Kill, Killed, armed, assert_same, run
+from tests.support.training.damage import DAMAGES, flip_bit
+from tests.support.training.harness import events
+from tests.support.training.kills import Kill, Killed, armed, assert_same, run
 from tests.training.test_aimed_kills import MID_EPOCH, make_stage
 
 FIELDS: dict[str, Any] = {"keep": "best", "eval_steps": 2, **MID_EPOCH}

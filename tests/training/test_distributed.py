@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from align.runner import run_pipeline
-from tests.training.several import STAGES, WITHIN, Made, interrupted, pipeline, same
+from align.runner.runner import run_pipeline
+from tests.support.training.several import STAGES, WITHIN, Made, interrupted, pipeline, same
 
 pytestmark = pytest.mark.timeout(1800)
 

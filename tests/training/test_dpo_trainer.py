@@ -12,18 +12,18 @@ from datasets import Dataset
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
-from align.artifacts import Kind
+from align.config.tuning import LoraTuning
 from align.models.loading import load_policy, load_tokenizer
 from align.models.tuning.apply import apply_tuning
 from align.stages.dpo import DpoConfig, Loss
+from align.store.artifacts import Kind
 from align.training import held_out
 from align.training.arguments import training_arguments
 from align.training.beta import beta_at
 from align.training.dpo_trainer import PreparedDPO
 from align.training.rows import Encoded, encode_pairs
 from align.training.trainers import label_positions_only
-from align.tuning import LoraTuning
-from tests.training.harness import context, data_artifact, rows
+from tests.support.training.harness import context, data_artifact, rows
 
 
 def made(root: Path, model: Path, encoded: Encoded, wrapped: Any = None, **options: Any) -> PreparedDPO:

@@ -10,9 +10,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from align.runtime import Runtime
+from align.config.runtime import Runtime
 from benchmarks.stage_work import run_stage
-from tests.models.test_memory import peak_of
+from tests.capacity.test_memory import peak_of
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])

@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from align.artifacts import Kind
+from align.config.validation import validate
 from align.errors import UserError
 from align.models.loading import load_policy, load_tokenizer
-from align.stage import STAGES, StageContext
-from align.validation import validate
-from tests.models.tuning.confident import confident_copy
-from tests.training.harness import context, data_artifact, events, losses
+from align.pipeline.registry import STAGES, StageContext
+from align.store.artifacts import Kind
+from tests.support.models.tuning.confident import confident_copy
+from tests.support.training.harness import context, data_artifact, events, losses
 from tests.training.test_resume import Killed, dying
 
 METHODS: dict[str, dict[str, Any]] = {

@@ -11,16 +11,16 @@ from datasets import Dataset
 from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import KTOTrainer
 
-from align.artifacts import Kind
 from align.models.loading import load_policy, load_tokenizer
 from align.stages.kto import KtoConfig
+from align.store.artifacts import Kind
 from align.training import kto_trainer
 from align.training.arguments import training_arguments
 from align.training.kto_trainer import PreparedKTO, held_out
 from align.training.rows import Encoded
 from align.training.trainers import label_positions_only
 from align.training.unpaired import add_mismatched, encode_unpaired, fixed_groups, unpair
-from tests.training.harness import context, data_artifact, rows
+from tests.support.training.harness import context, data_artifact, rows
 
 BETA, WANTED = 0.5, 1.5
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from align.config.tuning import LoraTuning
 from align.models.loading import load_policy
 from align.models.tuning.apply import apply_tuning
 from align.training.neftune import NoisyEmbeddings, row_lengths
 from align.training.packing import Flat, run_flat
-from align.tuning import LoraTuning
 
 
 def embedded(model: object, **batch: torch.Tensor) -> torch.Tensor:

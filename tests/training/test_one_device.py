@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-import align.distillation.run
-import align.ppo.stage_run
+import align.stages.distill_run
+import align.stages.rl
 import align.training.arguments
 import align.training.fit
-from align.ppo.online import OnlineTrainer
-from tests.ppo import test_aimed_kills as sampled
+from align.rl.online_trainer import OnlineTrainer
+from tests.rl import test_aimed_kills as sampled
+from tests.support.training.kills import assert_same, run
 from tests.training import test_aimed_kills as supervised
-from tests.training.kills import assert_same, run
 
 
 class Built(Exception):
@@ -29,7 +29,7 @@ class Built(Exception):
 @pytest.fixture
 def four_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    for module in (align.training.arguments, align.ppo.stage_run):
+    for module in (align.training.arguments, align.stages.rl):
         monkeypatch.setattr(module, "device_of", lambda runtime: torch.device("cuda"))
 
 
@@ -47,7 +47,7 @@ def test_a_stage_on_rows_builds_its_trainer_for_one(
     def stop(trainer: Any, *args: Any, **options: Any) -> None:
         raise Built(trainer)
 
-    for module in (align.training.fit, align.distillation.run):
+    for module in (align.training.fit, align.stages.distill_run):
         monkeypatch.setattr(module, "fit", stop)
     stage = supervised.make_stage(kind, tmp_path, tiny_model, max_steps=1)
     with pytest.raises(Built) as built:
@@ -83,8 +83,7 @@ def test_the_machine_s_devices_change_nothing(
 
 
 def test_a_script_s_own_config_is_for_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from align.online import BestOfNConfig, GRPOConfig, OnlineDPOConfig, RLOOConfig
-    from align.ppo import PPOConfig
+    from align.rl import BestOfNConfig, GRPOConfig, OnlineDPOConfig, PPOConfig, RLOOConfig
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     for config in (PPOConfig, GRPOConfig, RLOOConfig, OnlineDPOConfig, BestOfNConfig):
@@ -94,6 +93,6 @@ def test_a_script_s_own_config_is_for_one(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_a_process_without_devices_has_none(tmp_path: Path) -> None:
-    from align.ppo import PPOConfig
+    from align.rl import PPOConfig
 
     assert PPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none").n_gpu == 0

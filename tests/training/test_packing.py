@@ -12,19 +12,19 @@ from hypothesis import settings as limits
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from align.artifacts import Kind
+from align.config.tuning import LoraTuning
 from align.errors import UserError
+from align.models.fast.ragged_rows import lay_out
 from align.models.loading import load_policy, load_tokenizer
-from align.models.ragged import lay_out
 from align.models.tuning.apply import apply_tuning
-from align.stage import STAGES
+from align.pipeline.registry import STAGES
 from align.stages.sft import SftConfig, run
+from align.store.artifacts import Kind
 from align.training import packing
 from align.training.packing import Flat, best_fit, check_separate, fill, form_of, packed, run_flat
 from align.training.rows import MASKED, Encoded, encode_supervised
 from align.training.trainers import PreparedSFT
-from align.tuning import LoraTuning
-from tests.training.harness import context, data_artifact, events, losses, rows
+from tests.support.training.harness import context, data_artifact, events, losses, rows
 from tests.training.test_resume import Killed, dying
 from tests.training.test_trainers import sft
 

@@ -14,7 +14,7 @@ from align.training import reference
 from align.training.reference import Answer, ReferenceCache, Sums, answer_sums
 from align.training.rows import encode_pairs
 from align.training.trainers import label_positions_only
-from tests.training.harness import rows
+from tests.support.training.harness import rows
 
 IDENTITY = {"weights": "w", "precision": "float32", "loaded": "float32", "device": "cpu"}
 

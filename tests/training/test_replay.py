@@ -11,17 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from align.artifacts import Artifact, Kind
+from align.config.validation import validate
 from align.data.rows import assistant, user, write_rows
 from align.errors import UserError
 from align.models.loading import load_policy
-from align.stage import STAGES, StageContext
+from align.pipeline.registry import STAGES, StageContext
 from align.stages.reward import RewardConfig
 from align.stages.sft import SftConfig
+from align.store.artifacts import Artifact, Kind
 from align.training.replay import Replay, drawn
 from align.training.rows import Encoded
-from align.validation import validate
-from tests.training.harness import events, losses
+from tests.support.training.harness import events, losses
 from tests.training.test_resume import Killed, dying
 from tests.training.test_unfreezing import made
 

@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from align.artifacts import Kind
-from align.stage import STAGES, StageContext
-from align.stop_request import Stopped, clear, pass_on
+from align.pipeline.registry import STAGES, StageContext
+from align.pipeline.stop_signal import Stopped, clear, pass_on
+from align.store.artifacts import Kind
 from align.training.checkpoints import MARKER, is_complete, mark_complete
 from align.training.clock import FILE
-from tests.training.harness import context, data_artifact, losses
+from tests.support.training.harness import context, data_artifact, losses
 
 LORA = {"method": "lora", "rank": 4}
 FULL = {"method": "full"}
@@ -168,7 +168,7 @@ def test_a_checkpoint_that_does_not_say_how_long_it_took_is_left_out_of_the_spee
 SCRIPT = """
 import sys
 from pathlib import Path
-from align.stage import STAGES
+from align.pipeline.registry import STAGES
 from tests.training.test_resume import FULL, made
 STAGES["sft"].runner()(made("sft", Path(sys.argv[1]), Path(sys.argv[2]), FULL, 1))
 """

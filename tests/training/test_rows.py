@@ -14,9 +14,9 @@ from align.data.rows import assistant, user, write_rows
 from align.errors import UserError
 from align.models.loading import load_policy, load_tokenizer
 from align.models.render import render_prompt
-from align.training.handover import check_encoded, check_ends, check_model, check_same_vocabulary
+from align.training.input_checks import check_encoded, check_ends, check_model, check_same_vocabulary
 from align.training.rows import MASKED, encode_conversations, encode_pairs, encode_supervised, read_split
-from tests.training.harness import rows
+from tests.support.training.harness import rows
 
 
 @pytest.fixture

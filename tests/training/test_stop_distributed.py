@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from align.listener import Listener
-from align.pipeline import Node
-from align.runner import run_pipeline
-from align.stop_request import Stopped, StopRequest
+from align.pipeline.pipeline import Node
+from align.pipeline.stop_signal import Stopped, StopRequest
+from align.runner.listener import Listener
+from align.runner.runner import run_pipeline
 from tests.training.test_distributed import WITHIN, pipeline
 
 

@@ -9,17 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from align.artifacts import Kind
+from align.config.validation import validate
 from align.data.rows import assistant, read_rows, write_rows
 from align.data.splits import group
 from align.errors import UserError
-from align.stage import StageContext
+from align.pipeline.registry import StageContext
 from align.stages.reward import RewardConfig
 from align.stages.sft import SftConfig, run
+from align.store.artifacts import Kind
 from align.training.arguments import SCHEDULERS, schedule_options
 from align.training.rows import read_splits
-from align.validation import validate
-from tests.training.harness import context, data_artifact, events, losses, rows
+from tests.support.training.harness import context, data_artifact, events, losses, rows
 from tests.training.test_resume import Killed, dying
 
 HOT = {"learning_rate": 0.05, "scheduler": "constant", "warmup_ratio": 0.0, "max_grad_norm": 100.0}

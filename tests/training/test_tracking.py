@@ -12,21 +12,21 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import align.trackers
-from align.artifacts import Kind
-from align.cli import main
+import align.config.trackers
+from align.cli.main import main
+from align.config.runtime import Runtime
 from align.errors import UserError
-from align.pipeline import Pipeline
-from align.runner import run_pipeline
-from align.runtime import Runtime
-from align.stage import STAGES, StageContext
+from align.pipeline.pipeline import Pipeline
+from align.pipeline.registry import STAGES, StageContext
+from align.runner.runner import run_pipeline
+from align.store.artifacts import Kind
 from align.training import tracking
 from align.training.state_files import read_state
 from align.training.tracking import scorecard_values, track_result
-from tests import toy
 from tests.stages.test_evaluate_run import context as evaluated
 from tests.stages.test_evaluate_run import inputs
-from tests.training.harness import context, data_artifact, events
+from tests.support import toy
+from tests.support.training.harness import context, data_artifact, events
 
 __all__ = ["evaluated", "inputs"]  # fixtures
 
@@ -82,7 +82,8 @@ def made(kind: str, root: Path, model: Path) -> StageContext:
 
 def made_ppo(root: Path, model: Path, **options: Any) -> StageContext:
     config = STAGES["ppo"].config_class()(
-        policy="model", prompts="data", score="tests.stages.vowels:share", updates=4, rollout_batch=8, num_epochs=2,
+        policy="model", prompts="data", score="tests.support.stages.vowels:share",
+        updates=4, rollout_batch=8, num_epochs=2,
         samples_per_prompt=2, max_tokens=8, learning_rate=1e-4, precision="float32", eval_updates=2, eval_prompts=4,
         **options,
     )  # fmt: skip
@@ -255,7 +256,7 @@ def test_what_each_tracker_is_told_of_project_group_and_run(tmp_path: Path, monk
 def test_a_tracker_that_is_not_installed_is_refused_before_anything_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(align.trackers, "is_installed", lambda name: name == "tensorboard")
+    monkeypatch.setattr(align.config.trackers, "is_installed", lambda name: name == "tensorboard")
     raw = toy.pipeline() | {"runtime": {"report_to": ["tensorboard", "wandb", "trackio"]}}
     with pytest.raises(UserError, match=r"report_to: wandb, trackio are not installed\. `pip install wandb trackio`"):
         run_pipeline(Pipeline(raw), store=tmp_path / "store")
@@ -266,7 +267,7 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_starts(
 def test_so_it_is_where_a_cluster_makes_the_stages(
     on: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(align.trackers, "is_installed", lambda name: False)
+    monkeypatch.setattr(align.config.trackers, "is_installed", lambda name: False)
     (tmp_path / "p.yaml").write_text(json.dumps(toy.pipeline() | {"runtime": {"report_to": "wandb"}}))
     assert main(["run", str(tmp_path / "p.yaml"), "--on", on, "--store", str(tmp_path / "store")]) == 2
     assert "runtime.report_to: wandb is not installed." in capsys.readouterr().err
@@ -276,7 +277,7 @@ def test_so_it_is_where_a_cluster_makes_the_stages(
 def test_a_folder_of_a_tracker_s_name_is_no_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "wandb_like").mkdir()
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert not align.trackers.is_installed("wandb_like") and align.trackers.is_installed("tensorboard")
+    assert not align.config.trackers.is_installed("wandb_like") and align.config.trackers.is_installed("tensorboard")
 
 
 def test_runtime_names_one_or_several_and_no_other(tmp_path: Path) -> None:

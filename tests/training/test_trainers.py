@@ -11,20 +11,20 @@ import trl.trainer.utils
 from datasets import Dataset
 from trl.trainer.sft_config import SFTConfig
 
-from align.artifacts import Kind
 from align.errors import UserError
 from align.models.loading import load_policy, load_tokenizer, new_reward
 from align.models.tuning.apply import apply_tuning
-from align.stage import StageContext
+from align.pipeline.registry import StageContext
 from align.stages.reward import RewardConfig
 from align.stages.sft import SftConfig
+from align.store.artifacts import Kind
 from align.training import held_out, order
 from align.training.arguments import training_arguments
 from align.training.fit import fit
 from align.training.progress import ReportProgress
 from align.training.rows import encode_supervised
 from align.training.trainers import PreparedSFT, give_head_its_rate, label_positions_only
-from tests.training.harness import context, data_artifact, rows
+from tests.support.training.harness import context, data_artifact, rows
 
 
 def sft(root: Path, model: Path, **fields: Any) -> tuple[PreparedSFT, StageContext, Any]:

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from align.artifacts import Kind
-from align.peft_options import peft_types
-from align.stage import STAGES, StageContext
-from tests.models.tuning.pretended import CASES, FEW, peft_case
-from tests.training.harness import context, data_artifact, events, losses
+from align.config.peft_options import peft_types
+from align.pipeline.registry import STAGES, StageContext
+from align.store.artifacts import Kind
+from tests.support.models.tuning.pretended import CASES, FEW, peft_case
+from tests.support.training.harness import context, data_artifact, events, losses
 from tests.training.test_resume import Killed, dying
 
 KILLED_AT, RESUMED_FROM, STEPS = 7, 6, 10

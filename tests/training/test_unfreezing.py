@@ -13,16 +13,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from align.artifacts import Kind
+from align.config.tuning import FullTuning
 from align.models.loading import load_policy, load_tokenizer, new_reward
-from align.models.places import places
-from align.stage import STAGES, StageContext
+from align.models.parameter_groups import places
+from align.pipeline.registry import STAGES, StageContext
+from align.store.artifacts import Kind
 from align.training import fit
 from align.training.layer_rates import give_layers_their_rates
 from align.training.lisa import drawn_layers
 from align.training.unfreezing import open_at, optimizer_bytes, steps_per_epoch
-from align.tuning import FullTuning
-from tests.training.harness import context, data_artifact, events, losses
+from tests.support.training.harness import context, data_artifact, events, losses
 from tests.training.test_resume import Killed, dying
 
 UNFREEZE = {"method": "full", "unfreeze": {"at": {0: 1, 7: 2}, "embeddings": True}}

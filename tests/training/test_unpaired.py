@@ -7,7 +7,7 @@ from pathlib import Path
 from align.models.loading import load_tokenizer
 from align.training.rows import NO_ROOM, TOO_LONG
 from align.training.unpaired import GroupOrder, add_mismatched, encode_unpaired, fixed_groups, unpair
-from tests.training.harness import rows
+from tests.support.training.harness import rows
 
 
 def test_a_pair_becomes_a_wanted_and_an_unwanted_answer() -> None:

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from align.config.launch import DeepspeedConfig
 from align.errors import UserError
-from align.launch import DeepspeedConfig
-from align.runner import run_pipeline
-from tests.training.several import Made, interrupted, pipeline, same
+from align.runner.runner import run_pipeline
+from tests.support.training.several import Made, interrupted, pipeline, same
 
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.timeout(1800)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from align.stage import Config
+from align.pipeline.registry import Config
 
 Format = Literal[
     "auto",

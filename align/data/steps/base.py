@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from align.data.rows import Dropped, Row
-from align.stage import Config
+from align.pipeline.registry import Config
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from pydantic import Field, field_validator
 from align.data.rows import Dropped, Row
 from align.data.steps.base import RowStep, StepContext
 from align.data.steps.texts import Sides, excerpt, reply_texts
-from align.stage import Config
+from align.pipeline.registry import Config
 
 Kind = Literal["refusal", "self_reference", "developer"]
 

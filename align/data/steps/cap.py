@@ -7,11 +7,11 @@ from typing import ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
+from align.config.validation import suggest
 from align.data.rows import Row
 from align.data.splits import share
 from align.data.steps.base import StepConfig, StepContext, Table, Verdict, keep_all
 from align.errors import UserError
-from align.validation import suggest
 
 OVER = "over the cap of its source"
 

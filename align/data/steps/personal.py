@@ -20,7 +20,7 @@ from pydantic import Field, field_validator
 from align.data.rows import Dropped, Row
 from align.data.steps.base import RowStep, StepContext
 from align.data.steps.texts import change_texts, prompt_texts, reply_texts
-from align.stage import Config
+from align.pipeline.registry import Config
 
 Kind = Literal["email", "phone", "ip", "card", "iban"]
 

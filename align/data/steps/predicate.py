@@ -10,7 +10,7 @@ import numpy as np
 
 from align.data.rows import Dropped, Row
 from align.errors import UserError
-from align.stage import load_object
+from align.pipeline.registry import load_object
 
 
 class PredicateFilter:

@@ -14,11 +14,11 @@ from typing import Any, ClassVar, Literal, Protocol, Self
 import numpy as np
 from pydantic import Field, model_validator
 
+from align.config.user_paths import user_path
 from align.data.rows import Row
 from align.data.steps.base import StepConfig, StepContext, Table, Verdict, keep_all
 from align.errors import UserError
-from align.stage import Config, load_object
-from align.user_paths import user_path
+from align.pipeline.registry import Config, load_object
 
 By = Literal["reward", "perplexity", "ifd", "function"]
 BELOW, ABOVE, NO_SCORE = "score too low", "score too high", "no score"

@@ -12,15 +12,15 @@ from typing import ClassVar, Literal, Protocol, Self
 import numpy as np
 from pydantic import Field, model_validator
 
+from align.config.user_paths import user_path
 from align.data.compared import Of, check, parts
 from align.data.components import first_stays
 from align.data.rows import Row
 from align.data.similar import find_similar, store
 from align.data.steps.base import StepConfig, StepContext, Table, Verdict
 from align.errors import UserError
-from align.fingerprint import file_digest
-from align.stage import load_object
-from align.user_paths import user_path
+from align.pipeline.registry import load_object
+from align.store.fingerprint import file_digest
 
 REASON = "means the same as an earlier row"
 _SUFFIXES = (".json", ".safetensors", ".txt", ".model")

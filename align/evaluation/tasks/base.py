@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
-from align.artifacts import Artifact
+from align.config.runtime import Runtime
 from align.data.rows import Message
-from align.rollouts.protocol import Response, Sampling
-from align.runtime import Runtime
-from align.stage import Config
+from align.inference.protocol import Response, Sampling
+from align.pipeline.registry import Config
+from align.store.artifacts import Artifact
 
 Values = list[list[float]]
 """Per item, one number for each sample; a task without samples has one."""

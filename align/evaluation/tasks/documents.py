@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from align.config.user_paths import user_path
 from align.data.source_configs import FilesSource
 from align.errors import UserError
 from align.evaluation.tasks.reading import TaskRecord
-from align.user_paths import user_path
 
 TEXT_FILES = (".txt", ".md")
 TEXTS = ("text", "content", "document", "page")

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from align.config.validation import nearest
 from align.data.rows import user
 from align.errors import UserError
 from align.evaluation.tasks.base import (
@@ -36,7 +37,6 @@ from align.evaluation.tasks.base import (
 )
 from align.evaluation.tasks.reading import TaskData, TaskRecord, item_ids
 from align.evaluation.tasks.sampled import Sampled, answer_counts
-from align.validation import nearest
 
 SEVERAL = "several"
 """Source of prompts whose instructions are of more than one group."""

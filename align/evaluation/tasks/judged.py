@@ -16,11 +16,11 @@ from pydantic import Field, model_validator
 
 from align.data.evaluation_sets import HUB
 from align.errors import UserError
-from align.evaluation.judgements import EndpointJudge, look_for
+from align.evaluation.judges.judgments import EndpointJudge, look_for
 from align.evaluation.tasks.base import Given, TaskConfig
 from align.evaluation.tasks.judged_items import REFERENCED, make_items, read_references
 from align.evaluation.tasks.reading import TaskData, TaskRecord
-from align.fingerprint import canonical
+from align.store.fingerprint import canonical
 
 if TYPE_CHECKING:
     from align.evaluation.tasks.judged_task import JudgedTask

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from align.data.rows import Message
 from align.errors import UserError
-from align.evaluation import judge
-from align.evaluation.contests import POINTS, Contest, by_scores, verdict_counts
-from align.evaluation.judge import Outcome
-from align.evaluation.judgements import Judgements
-from align.evaluation.length_control import obstacle
+from align.evaluation.judges import judge
+from align.evaluation.judges.contests import POINTS, Contest, by_scores, verdict_counts
+from align.evaluation.judges.judge import Outcome
+from align.evaluation.judges.judgments import Judgements
+from align.evaluation.judges.length_control import obstacle
 from align.evaluation.tasks.base import Answers, Bench, Given, Item, Measured, Metric, Respondent, SystemInfo, Turn
 from align.evaluation.tasks.judged_task import JudgedTask, answer_notes, measured, talk
-from align.rollouts.protocol import Response
+from align.inference.protocol import Response
 
 if TYPE_CHECKING:
     from align.evaluation.tasks.judged import JudgedConfig

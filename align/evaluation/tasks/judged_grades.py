@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from align.evaluation import grading
-from align.evaluation.judgements import Judgements
+from align.evaluation.judges import grading
+from align.evaluation.judges.judgments import Judgements
 from align.evaluation.tasks.base import Answers, Bench, Given, Item, Measured, Metric, Turn
 from align.evaluation.tasks.judged_task import JudgedTask, answer_notes, measured, talk
 

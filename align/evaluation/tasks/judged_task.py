@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from align.data.rows import Message, assistant, user
 from align.evaluation.tasks.base import Answers, Given, Item, Measured, Respondent, Task, Turn
-from align.fingerprint import digest
-from align.rollouts.protocol import Sampling
+from align.inference.protocol import Sampling
+from align.store.fingerprint import digest
 
 if TYPE_CHECKING:
     from align.evaluation.tasks.judged import JudgedConfig
@@ -102,7 +102,7 @@ class JudgedTask(Task):
 
     def reference(self, at: int, turns: int) -> str:
         """Reference answers to an item's first messages, as a judge reads them; empty for none."""
-        from align.evaluation.grading import show_references
+        from align.evaluation.judges.grading import show_references
 
         references = self.items[at].data["references"][:turns]
         return show_references(references) if references else ""

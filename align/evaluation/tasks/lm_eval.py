@@ -17,15 +17,15 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import yaml
 from pydantic import Field, model_validator
 
+from align.config.user_paths import user_path
 from align.data.rows import user
 from align.errors import UserError
 from align.evaluation.lm_eval_process import lm_eval_version, run_lm_eval
 from align.evaluation.lm_eval_run import SEEDS
 from align.evaluation.lm_eval_values import Column, Missing, NotAMean, column_name, columns, numbers
 from align.evaluation.tasks.base import Given, Item, Measured, Reader, SystemInfo, Task, TaskConfig
-from align.fingerprint import digest, file_digest
 from align.models.render import render_prompt
-from align.user_paths import user_path
+from align.store.fingerprint import digest, file_digest
 
 QUIET_SECONDS = 600.0
 """Without a word from lm-eval while it loads tasks; a download has a progress bar."""

@@ -25,7 +25,7 @@ from align.evaluation.tasks.base import Example, Given, Item, Measured, Metric, 
 from align.evaluation.tasks.choice_formats import TRUTHFUL_EXAMPLES, Form, Question, choose_form, parse
 from align.evaluation.tasks.encoding import answer_ids, encode_choices, fit
 from align.evaluation.tasks.reading import TaskData, TaskRecord, read_records
-from align.fingerprint import digest
+from align.store.fingerprint import digest
 
 BLOCK = 400
 """Questions read between two results on disk: what an interrupted reading loses."""

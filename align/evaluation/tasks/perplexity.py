@@ -22,7 +22,7 @@ from align.evaluation.tasks.base import Given, Item, Measured, Metric, Reader, S
 from align.evaluation.tasks.documents import Document, divide, find_documents, read_text, source_of, text_of
 from align.evaluation.tasks.encoding import prefix_token, rolling_windows
 from align.evaluation.tasks.reading import TaskData, draw, read_records
-from align.fingerprint import digest, file_digest
+from align.store.fingerprint import digest, file_digest
 
 BLOCK_CHARACTERS = 200_000
 """Text read between two results on disk: what an interrupted reading loses."""

@@ -23,7 +23,7 @@ from align.errors import UserError
 from align.evaluation.tasks.base import Given, Item, Measured, Metric, Reader, Task, TaskConfig
 from align.evaluation.tasks.encoding import answer_ids, fit
 from align.evaluation.tasks.reading import TaskData, draw
-from align.fingerprint import digest
+from align.store.fingerprint import digest
 
 BLOCK = 200
 """Pairs read between two results on disk: what an interrupted reading loses."""

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
+from align.config.validation import suggest
 from align.evaluation.tasks.base import TaskConfig
-from align.stage import load_object
-from align.validation import suggest
+from align.pipeline.registry import load_object
 
 TASKS: dict[str, str] = {
     kind: f"align.evaluation.tasks.{kind}:{''.join(part.capitalize() for part in kind.split('_'))}Config"

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from align.config.validation import suggest
 from align.data.formats import PAIRED, Format, FormatOptions, convert, detect
 from align.data.formats.fields import renamed
 from align.data.rows import Dropped, Message, Row, assistant, user
@@ -26,7 +27,6 @@ from align.evaluation.pairs import Scores, pair_reports
 from align.evaluation.reward_bench import SECTIONS, TIES, best_sections, pair_sections
 from align.evaluation.tasks.base import Answers, Bench, Given, Item, Measured, Task, TaskConfig
 from align.evaluation.tasks.reading import TaskData, TaskRecord, draw, item_ids, read_records
-from align.validation import suggest
 
 Layout = Literal["pairs", "reward_bench", "reward_bench_2"]
 TITLES: dict[Layout, str] = {

@@ -7,8 +7,8 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from align.evaluation.tasks.base import Answers
-from align.rollouts.protocol import Sampling
-from align.stage import Config
+from align.inference.protocol import Sampling
+from align.pipeline.registry import Config
 
 
 class Sampled(Config):

@@ -1,1 +1,1 @@
-"""What a way of fitting (``align.tuning``) does to a model: applied, referred to, saved. One module per family."""
+"""What a way of fitting (``align.config.tuning``) does to a model: applied, referred to, saved."""

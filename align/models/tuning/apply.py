@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from align.config.tuning import FullTuning, Ia3Tuning, LoraTuning, PeftTuning, QloraTuning, TuningBase, VirtualTokens
 from align.models.freezing import freeze
-from align.models.heap import give_back
 from align.models.loading import load_policy, load_tokenizer, new_reward
+from align.models.malloc import give_back
 from align.models.merging import merged_weights
 from align.models.tuning import stored, virtual_tokens
 from align.models.tuning.inserted import plain_save
 from align.models.tuning.lora import START, at_start, save_adapter
-from align.tuning import FullTuning, Ia3Tuning, LoraTuning, PeftTuning, QloraTuning, TuningBase, VirtualTokens
 
 
 def load_for_tuning(source: Path, tuning: TuningBase, *, reward: bool = False) -> Any:
@@ -27,7 +27,7 @@ def load_for_tuning(source: Path, tuning: TuningBase, *, reward: bool = False) -
     """
     model = new_reward(source) if reward else load_policy(source)
     if isinstance(tuning, QloraTuning):
-        from align.models.tuning.quantised import quantise
+        from align.models.tuning.quantized import quantise
 
         quantise(model, tuning)
     if isinstance(tuning, VirtualTokens) and not stored.is_stored(source):
@@ -61,9 +61,9 @@ def apply_tuning(
 
         return lora.wrap(model, tuning, seed, rows)
     if isinstance(tuning, QloraTuning):
-        from align.models.tuning import quantised
+        from align.models.tuning import quantized
 
-        return quantised.wrap(model, tuning, seed, rows)
+        return quantized.wrap(model, tuning, seed, rows)
     if isinstance(tuning, (Ia3Tuning, PeftTuning)):
         from align.models.tuning import peft_method
 

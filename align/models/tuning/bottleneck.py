@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from align.config.tuning import AdaptersTuning
 from align.models.tuning.inserted import Insertion, train_insertions_only
 from align.models.tuning.layers import GATED, decoder_layers, gated_mlps
-from align.tuning import AdaptersTuning
 
 NAME = "bottleneck"
 

@@ -54,7 +54,7 @@ def float_weight(module: Any) -> torch.Tensor:
     if state is None:
         weight: torch.Tensor = module.weight.data.float()
         return weight
-    from align.models.tuning.quantised import dequantised
+    from align.models.tuning.quantized import dequantised
 
     return dequantised(module)
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from align.config.tuning import AdaptersTuning
 from align.errors import UserError
 from align.models.tuning.inserted import Insertion, train_insertions_only
 from align.models.tuning.layers import attentions
-from align.tuning import AdaptersTuning
 
 NAME = "llama_adapter"
 KINDS = ("llama", "mistral", "qwen2")

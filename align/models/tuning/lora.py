@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
+from align.config.tuning import LowRank
+from align.config.validation import nearest
 from align.errors import UserError
-from align.models.places import layer_stack
+from align.models.parameter_groups import layer_stack
 from align.models.tuning.exchange import exchanged
-from align.tuning import LowRank
-from align.validation import nearest
 
 START = "align_start"
 """Attribute of a peft model: its adapters' first weights by name, where these are part of the model as it came in."""

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
+from align.config.tuning import IA3_INPUTS, IA3_OUTPUTS, Ia3Tuning, PeftTuning
 from align.errors import UserError
 from align.models.tuning.folding import folded, tuner_layers
 from align.models.tuning.lora import check_names, check_ties
-from align.tuning import IA3_INPUTS, IA3_OUTPUTS, Ia3Tuning, PeftTuning
 
 STARTS: dict[str, dict[str, Any]] = {"c3a": {"init_weights": True}, "fourierft": {"init_weights": True}}
 """Options with which a method starts at the model as it came in, where peft's defaults do not."""

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from align.config.tuning import PrefixTuning
 from align.models.tuning.inserted import Insertion, train_insertions_only
 from align.models.tuning.layers import attentions
 from align.models.tuning.virtual_tokens import NAME as TOKENS
 from align.models.tuning.virtual_tokens import Tokens, first_ids, make_room, new_tokens, put
-from align.tuning import PrefixTuning
 
 NAME = "prefix"
 MATRICES = ("k_proj", "v_proj")

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
+from align.config.tuning import AdaptersTuning, FullTuning, PrefixTuning, PromptTuning, PTuning, Tuning
 from align.errors import UserError
 from align.models.tuning import bottleneck, llama_adapter, prefix, virtual_tokens
 from align.models.tuning.inserted import inserted_weights, insertions, train_insertions_only
-from align.tuning import AdaptersTuning, FullTuning, PrefixTuning, PromptTuning, PTuning, Tuning
 
 FOLDER, DESCRIPTION, WEIGHTS = "adapter", "adapter.json", "adapter.safetensors"
 FORMAT = 1

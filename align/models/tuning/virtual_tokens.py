@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from align.config.tuning import PromptTuning, PTuning, VirtualTokens
 from align.errors import UserError
 from align.models.render import render_prompt
 from align.models.tuning.inserted import Insertion, train_insertions_only
-from align.tuning import PromptTuning, PTuning, VirtualTokens
 
 NAME = "virtual"
 LARGEST_MASS = 1e-3

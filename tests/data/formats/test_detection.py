@@ -12,7 +12,7 @@ from align.data.formats.fields import FIELDS
 from align.data.records import BadRecord
 from align.data.rows import assistant
 from align.errors import UserError
-from tests.data.formats.made import chat, sharegpt
+from tests.support.data.formats.made import chat, sharegpt
 
 HH = {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}
 

@@ -9,7 +9,7 @@ import pytest
 from align.data.formats import convert
 from align.data.records import BadRecord
 from align.data.rows import assistant
-from tests.data.formats.made import chat, dropped, row, rows
+from tests.support.data.formats.made import chat, dropped, row, rows
 
 SYSTEM = {"role": "system", "content": "s"}
 

@@ -10,7 +10,7 @@ import pytest
 from align.data.formats import convert
 from align.data.records import BadRecord
 from align.data.rows import assistant, user
-from tests.data.formats.made import chat, dropped, row, rows, sharegpt
+from tests.support.data.formats.made import chat, dropped, row, rows, sharegpt
 
 SYSTEM = {"role": "system", "content": "s"}
 

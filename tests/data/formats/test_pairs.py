@@ -10,7 +10,7 @@ from align.data.formats import convert
 from align.data.formats.pairs import parse_transcript
 from align.data.records import BadRecord
 from align.data.rows import assistant
-from tests.data.formats.made import chat, dropped, row, rows, sharegpt
+from tests.support.data.formats.made import chat, dropped, row, rows, sharegpt
 
 
 def hh(*turns: str) -> str:

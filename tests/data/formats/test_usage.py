@@ -11,7 +11,7 @@ import pytest
 from align.data.formats import FormatOptions, convert
 from align.data.records import BadRecord
 from align.data.rows import assistant, user
-from tests.data.formats.made import chat, dropped, row, rows, sharegpt
+from tests.support.data.formats.made import chat, dropped, row, rows, sharegpt
 
 
 def unused(record: dict[str, Any], form: Any, kind: str = "instructions", **options: Any) -> dict[str, int]:

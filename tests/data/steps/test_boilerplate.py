@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from align.data.rows import assistant
 from align.data.steps.boilerplate import Boilerplate, rules
 from align.data.steps.filter import FilterStep
-from tests.data.steps.rows_for_steps import instruction, pair, reason, run
+from tests.support.data.steps.rows_for_steps import instruction, pair, reason, run
 
 RULES = {rule.name: rule for rule in rules()}
 INNOCENT = [text for rule in rules() for text in rule.passes]

@@ -5,7 +5,7 @@ from pydantic import ValidationError
 
 from align.data.steps.cap import OVER, CapConfig
 from align.errors import UserError
-from tests.data.steps.tables import decide, kept, row
+from tests.support.data.steps.tables import decide, kept, row
 
 ROWS = [row(f"a{i}", source=0) for i in range(10)] + [row(f"b{i}", source=1) for i in range(4)]
 

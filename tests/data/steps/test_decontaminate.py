@@ -16,7 +16,7 @@ from align.data.source_configs import FilesSource
 from align.data.sources import read
 from align.data.steps import decontaminate
 from align.data.steps.decontaminate import Decontaminate
-from tests.data.steps.tables import decide, kept, row
+from tests.support.data.steps.tables import decide, kept, row
 
 WORDS = [f"w{number}" for number in range(20)]
 

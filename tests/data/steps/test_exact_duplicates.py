@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from align.data.rows import assistant, user
 from align.data.steps.exact_duplicates import ExactDuplicates
 from align.errors import UserError
-from tests.data.steps.tables import context, decide, kept, row
+from tests.support.data.steps.tables import context, decide, kept, row
 
 
 def step(**settings: Any) -> ExactDuplicates:

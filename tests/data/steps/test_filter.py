@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from align.data.rows import Dropped, Row, assistant, user
 from align.data.steps.filter import FilterStep
 from align.errors import UserError
-from tests.data.steps.rows_for_steps import CONTEXT, instruction, reason, run
+from tests.support.data.steps.rows_for_steps import CONTEXT, instruction, reason, run
 
 EVERYTHING: dict[str, Any] = {
     "turns": {"max": 3}, "urls": "strip", "personal_data": {"action": "mask"}, "chars": {"max": 300},
@@ -179,7 +179,7 @@ def test_results_do_not_depend_on_the_process():
 def test_configuring_imports_nothing_heavy():
     code = (
         "import sys\nfrom align.data.steps.filter import FilterStep\n"
-        "from align.data.steps.normalise import NormaliseStep\n"
+        "from align.data.steps.normalize import NormaliseStep\n"
         "FilterStep(type='filter', language={'keep': ['en']}, personal_data={}, boilerplate={}).identities(None)\n"
         "NormaliseStep(type='normalise', fix_encoding=True)\n"
         "heavy = ('torch', 'transformers', 'fasttext', 'phonenumbers', 'stdnum', 'ftfy')\n"

@@ -6,7 +6,7 @@ from pydantic import ValidationError
 from align.data.rows import Dropped, assistant, user
 from align.data.steps.filter import FilterStep
 from align.data.steps.language import LANGUAGES, load_detector, readable
-from tests.data.steps.rows_for_steps import instruction, pair, reason, run
+from tests.support.data.steps.rows_for_steps import instruction, pair, reason, run
 
 OTHERS = {
     "de": (

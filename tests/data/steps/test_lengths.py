@@ -11,7 +11,7 @@ from align.data.steps.base import StepContext
 from align.data.steps.filter import FilterStep
 from align.data.steps.lengths import Tokens
 from align.errors import UserError
-from tests.data.steps.rows_for_steps import CONTEXT, instruction, pair, reason, run
+from tests.support.data.steps.rows_for_steps import CONTEXT, instruction, pair, reason, run
 
 PAIR = pair("1234567", "123", "12345")
 """A prompt of 5 characters, replies of 7 and 3."""

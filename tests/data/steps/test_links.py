@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from align.data.rows import Dropped, assistant, user
 from align.data.steps.links import find_url, has_url, strip_urls
-from tests.data.steps.rows_for_steps import instruction, pair, reason, run
+from tests.support.data.steps.rows_for_steps import instruction, pair, reason, run
 
 
 @pytest.mark.parametrize(

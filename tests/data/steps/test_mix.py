@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 from align.data.steps.mix import MixConfig
 from align.errors import UserError
-from tests.data.steps.tables import decide, row
+from tests.support.data.steps.tables import decide, row
 
 ROWS = [row(f"a{i}", source=0) for i in range(8)] + [row(f"b{i}", source=1) for i in range(2)]
 TRAIN = {"_split": np.array(["train"] * 10)}

@@ -15,7 +15,7 @@ from align.data.rows import Row, assistant
 from align.data.steps.exact_duplicates import ExactDuplicates
 from align.data.steps.near_duplicates import NearDuplicates
 from align.errors import UserError
-from tests.data.steps.tables import context, decide, kept, row
+from tests.support.data.steps.tables import context, decide, kept, row
 
 TEXT = " ".join(f"word{number}" for number in range(60))
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from align.data.rows import Dropped, assistant, user
 from align.data.steps.filter import FilterStep
 from align.data.steps.personal import find_cards, find_emails, find_ibans, find_ips, phone_finder
-from tests.data.steps.rows_for_steps import instruction, pair, reason, run
+from tests.support.data.steps.rows_for_steps import instruction, pair, reason, run
 
 FINDERS = {
     "email": find_emails,

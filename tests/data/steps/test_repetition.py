@@ -6,7 +6,7 @@ import time
 import pytest
 
 from align.data.steps.repetition import Repetition, find_repetition, prose
-from tests.data.steps.rows_for_steps import instruction, pair, reason, run
+from tests.support.data.steps.rows_for_steps import instruction, pair, reason, run
 
 WORDS = [
     f"{a}{b}"

@@ -12,7 +12,7 @@ from align.errors import UserError
 from align.models.loading import load_policy, load_tokenizer
 from align.models.render import render_conversation, render_prompt
 from align.models.reward import RewardModel
-from tests.data.steps.tables import decide, kept, row
+from tests.support.data.steps.tables import decide, kept, row
 
 ROWS = [row(f"q{i}", completion="x" * (i + 1), source=i % 2) for i in range(10)]
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from align.data.steps.semantic_duplicates import SemanticDuplicates
 from align.errors import UserError
-from tests.data.steps.tables import context, decide, kept, row
+from tests.support.data.steps.tables import context, decide, kept, row
 
 WORDS = ("[UNK]", "big", "large", "dog", "hound", "sleeps", "runs")
 VECTORS = ((0, 0, 0), (1, 0, 0), (0.98, 0.1, 0), (0, 1, 0), (0.1, 0.98, 0), (0, 0, 1), (0, 0, -1))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from align.data.rows import assistant, user
 from align.data.splits import group
 from align.data.steps.split import ID_TAKEN, LEAKED, Identical, MaxRows, Split, Usable
-from tests.data.steps.tables import context, decide, kept, row
+from tests.support.data.steps.tables import context, decide, kept, row
 
 QUESTIONS = st.lists(st.text("ab .!", min_size=1, max_size=4).filter(str.strip), min_size=1, max_size=40)
 

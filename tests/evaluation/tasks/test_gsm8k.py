@@ -17,7 +17,7 @@ from align.data.final_numbers import last_number, marked_number
 from align.data.rows import normalised
 from align.errors import UserError
 from align.evaluation.tasks.gsm8k import MOST_EXAMPLES, Gsm8kConfig, Gsm8kTask
-from tests.evaluation.tasks.answering import Scripted, SilentBench, answered, given
+from tests.support.evaluation.tasks.answering import Scripted, SilentBench, answered, given
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

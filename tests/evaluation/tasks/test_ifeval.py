@@ -25,7 +25,7 @@ from align.evaluation.tasks.ifeval import (
     seeded_language_guess,
     variants,
 )
-from tests.evaluation.tasks.answering import Scripted, SilentBench, answered, given
+from tests.support.evaluation.tasks.answering import Scripted, SilentBench, answered, given
 
 RECORDS: list[dict[str, Any]] = [
     {

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from align.data.rows import Message
 from align.errors import UserError
 from align.evaluation.tasks.judged import JudgedConfig
-from tests.evaluation.judged_harness import Scripted, answers_of, given, make_task, write_lines
-from tests.rollouts.fake_chat import FakeChat, completion
+from tests.support.evaluation.judged_harness import Scripted, answers_of, given, make_task, write_lines
+from tests.support.inference.fake_chat import FakeChat, completion
 
 REWARD = {"reward": True}
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from align.artifacts import Artifact, Kind
+from align.config.runtime import EngineConfig, Runtime
 from align.models.tiny import make_tiny
-from align.runtime import EngineConfig, Runtime
-from align.stage import StageContext
+from align.pipeline.registry import StageContext
 from align.stages import evaluate
 from align.stages.evaluate import EvaluateConfig
-from tests.evaluation.judged_harness import endpoint, parts, write_lines
-from tests.rollouts.fake_chat import FakeChat, completion
+from align.store.artifacts import Artifact, Kind
+from tests.support.evaluation.judged_harness import endpoint, parts, write_lines
+from tests.support.inference.fake_chat import FakeChat, completion
 
 QUESTIONS = [
     {"question_id": number, "category": category, "turns": [f"Say {number}", "And again"], "reference": ["a", "b"]}

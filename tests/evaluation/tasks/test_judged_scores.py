@@ -20,8 +20,8 @@ from align.evaluation.comparisons import Resampling
 from align.evaluation.flags import find_flags
 from align.evaluation.scorecard import Measurements, TaskFound, build
 from align.evaluation.tasks.base import Measured
-from align.rollouts.endpoint_client import EndpointLost
-from tests.evaluation.judged_harness import (
+from align.inference.endpoint_client import EndpointLost
+from tests.support.evaluation.judged_harness import (
     Bench,
     Scripted,
     answers_of,
@@ -33,7 +33,7 @@ from tests.evaluation.judged_harness import (
     prefers,
     shown,
 )
-from tests.rollouts.fake_chat import FakeChat, completion
+from tests.support.inference.fake_chat import FakeChat, completion
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 REWARD = {"judge": {"reward": True}}
@@ -366,7 +366,7 @@ def test_a_killed_evaluation_asks_nothing_twice(fake: FakeChat, tmp_path: Path) 
 KILLED = """
 import sys
 from pathlib import Path
-from tests.evaluation.judged_harness import Bench, answers_of, constant, make_task
+from tests.support.evaluation.judged_harness import Bench, answers_of, constant, make_task
 folder, url = Path(sys.argv[1]), sys.argv[2]
 at = {"url": url, "model": "good-model", "name": "fake", "retries": 0, "timeout": 200, "concurrency": 1}
 task = make_task(folder, 16, judge={"endpoint": at})

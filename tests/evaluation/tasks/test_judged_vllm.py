@@ -13,9 +13,9 @@ import httpx
 import pytest
 
 from align.errors import UserError
-from align.rollouts.requests import RequestCache
-from align.rollouts.server_process import MODULE, LocalServer, free_port
-from tests.evaluation.judged_harness import Bench, answers_of, constant, make_task
+from align.inference.requests import RequestCache
+from align.inference.server_process import MODULE, LocalServer, free_port
+from tests.support.evaluation.judged_harness import Bench, answers_of, constant, make_task
 
 pytestmark = [
     pytest.mark.slow,

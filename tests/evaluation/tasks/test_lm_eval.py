@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 
+from align.config.runtime import Runtime
+from align.config.validation import validate
 from align.errors import UserError
 from align.evaluation.tasks import lm_eval as module
 from align.evaluation.tasks.base import Measured, SystemInfo
 from align.evaluation.tasks.lm_eval import LmEvalConfig, LmEvalTask
-from align.runtime import Runtime
-from align.validation import validate
-from tests.evaluation.tasks.answering import given
-from tests.evaluation.tasks.lm_eval_folder import ALL, QUESTIONS, make_tasks
-from tests.evaluation.tasks.systems_that_read import ModelReader
+from tests.support.evaluation.tasks.answering import given
+from tests.support.evaluation.tasks.lm_eval_folder import ALL, QUESTIONS, make_tasks
+from tests.support.evaluation.tasks.systems_that_read import ModelReader
 
 pytest.importorskip("lm_eval")
 

@@ -27,9 +27,9 @@ from align.evaluation.tasks.ifeval import (
     seeded_language_guess,
 )
 from align.evaluation.tasks.multiple_choice import MultipleChoiceConfig, MultipleChoiceTask
-from tests.evaluation.tasks.answering import SilentBench, answered, given
-from tests.evaluation.tasks.ifeval_answers import KINDS
-from tests.evaluation.tasks.systems_that_read import ModelReader
+from tests.support.evaluation.tasks.answering import SilentBench, answered, given
+from tests.support.evaluation.tasks.ifeval_answers import KINDS
+from tests.support.evaluation.tasks.systems_that_read import ModelReader
 
 pytest.importorskip("lm_eval")
 

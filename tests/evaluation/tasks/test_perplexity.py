@@ -20,7 +20,7 @@ from align.evaluation.tasks import perplexity as module
 from align.evaluation.tasks.base import Given, SystemInfo
 from align.evaluation.tasks.documents import Document, divide
 from align.evaluation.tasks.perplexity import PerplexityConfig, PerplexityTask
-from tests.evaluation.tasks.systems_that_read import ModelReader, RuleReader
+from tests.support.evaluation.tasks.systems_that_read import ModelReader, RuleReader
 
 
 def given(base: Path, said: list[str] | None = None) -> Given:

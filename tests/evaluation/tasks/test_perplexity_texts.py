@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from align.artifacts import Artifact, Kind
+from align.config.validation import validate
 from align.data.rows import write_rows
 from align.errors import UserError
 from align.evaluation.tasks.base import Given, SystemInfo
 from align.evaluation.tasks.perplexity import PerplexityConfig
 from align.models.loading import load_policy, load_tokenizer
 from align.stages.evaluate import EvaluateConfig
-from align.validation import validate
-from tests.evaluation.tasks.systems_that_read import ModelReader
+from align.store.artifacts import Artifact, Kind
+from tests.support.evaluation.tasks.systems_that_read import ModelReader
 
 TRAIN = [f"The {word} is on the table. It is {word}." for word in ("lamp", "book", "cup", "pen")]
 TEST = ["The plate is on the table. It is plate.", "The fork is on the table.", *(f"Number {n}." for n in range(9))]

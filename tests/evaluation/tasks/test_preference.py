@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
+from align.config.validation import validate
 from align.data.rows import assistant, user
 from align.errors import UserError
 from align.evaluation.tasks import preference as module
 from align.evaluation.tasks.base import Given, SystemInfo
 from align.evaluation.tasks.preference import PreferenceConfig, PreferenceTask
 from align.models.tiny import make_tiny_tokenizer
-from align.validation import validate
-from tests.evaluation.tasks.systems_that_read import ModelReader, RuleReader
+from tests.support.evaluation.tasks.systems_that_read import ModelReader, RuleReader
 
 
 def pair(chosen: str, rejected: str, **more: Any) -> dict[str, Any]:

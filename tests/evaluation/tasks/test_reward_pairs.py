@@ -17,7 +17,7 @@ from align.evaluation.reward_bench import SCORE
 from align.evaluation.scorecard import Measurements, TaskFound, build
 from align.evaluation.tasks.base import Given, SystemInfo
 from align.evaluation.tasks.reward_pairs import RewardPairsConfig, RewardPairsTask
-from tests.evaluation.tasks.answering import given
+from tests.support.evaluation.tasks.answering import given
 
 
 class Shelf:

@@ -8,11 +8,11 @@ import pytest
 import torch
 from peft import PeftModel
 
+from align.config.peft_options import peft_types
 from align.errors import UserError
 from align.models.loading import load_policy, load_reward, load_tokenizer
 from align.models.tuning.apply import initial_policy, save_tuned
-from align.peft_options import peft_types
-from tests.models.tuning.pretended import CASES, FEW, IDS, base, logits, peft_case, push, tuning_of, wrapped
+from tests.support.models.tuning.pretended import CASES, FEW, IDS, base, logits, peft_case, push, tuning_of, wrapped
 
 TOLERANCE = 1e-4
 

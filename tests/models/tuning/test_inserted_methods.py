@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from align.config.tuning import AdaptersTuning, FullTuning, LoraTuning, PrefixTuning, TuningBase
 from align.errors import UserError
 from align.models.loading import load_policy, load_reward, load_tokenizer
 from align.models.render import render_prompt
 from align.models.tuning.apply import apply_tuning, initial_policy, load_for_tuning, save_tuned
 from align.models.tuning.prefix import MATRICES
-from align.tuning import AdaptersTuning, FullTuning, LoraTuning, PrefixTuning, TuningBase
-from tests.models.tuning.confident import changed, saved, tuned
+from tests.support.models.tuning.confident import changed, saved, tuned
 
 TALK = [{"role": "user", "content": "hello you"}]
 PREFIX = PrefixTuning(tokens=4)
@@ -319,7 +319,7 @@ def test_with_a_cache_and_without_it_says_the_same(method: str, tiny_model: Path
 
 @pytest.mark.parametrize("method", METHODS)
 def test_ragged_rows_say_the_same(method: str, tiny_model: Path) -> None:
-    from align.models.ragged import hidden_states, lay_out, run_ragged
+    from align.models.fast.ragged_rows import hidden_states, lay_out, run_ragged
 
     model, tokenizer = tuned(tiny_model, METHODS[method])
     rows = [render_prompt(tokenizer, [{"role": "user", "content": text}]) for text in ("hello", "a longer one", "x")]
@@ -334,7 +334,7 @@ def test_ragged_rows_say_the_same(method: str, tiny_model: Path) -> None:
 
 @pytest.mark.parametrize("method", STORED)
 def test_export_refuses_what_no_ordinary_folder_can_hold(method: str, tiny_model: Path, tmp_path: Path) -> None:
-    from align.models.export import Source, check_source, export
+    from align.export.export import Source, check_source, export
 
     folder = saved(tiny_model, STORED[method], tmp_path / "model")
     with pytest.raises(UserError, match=f"its adapter of tuning {STORED[method].method} is no change of weights"):

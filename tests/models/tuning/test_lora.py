@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from align.config.tuning import LoraTuning
 from align.errors import UserError
 from align.models.loading import load_policy, load_tokenizer
 from align.models.merging import merged_weights
 from align.models.tuning.apply import apply_tuning, save_tuned
-from align.tuning import LoraTuning
-from tests.models.tuning.pretended import ROWS, logits, push
+from tests.support.models.tuning.pretended import ROWS, logits, push
 
 
 def test_adapters_that_take_their_part_out_leave_shared_tensors_alone(tiny_model: Path) -> None:

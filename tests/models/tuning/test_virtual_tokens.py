@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from align.config.tuning import LoraTuning, PrefixTuning, PromptTuning, PTuning
 from align.errors import UserError
 from align.models.loading import load_policy, load_reward, load_tokenizer
 from align.models.render import render_conversation, render_prompt
 from align.models.tuning.apply import apply_tuning, initial_policy, load_for_tuning, save_tuned
 from align.models.tuning.virtual_tokens import virtual_mass
-from align.tuning import LoraTuning, PrefixTuning, PromptTuning, PTuning
-from tests.models.tuning.confident import confident_copy, tuned
+from tests.support.models.tuning.confident import confident_copy, tuned
 
 TALK = [{"role": "user", "content": "hello you"}]
 METHODS = {

@@ -1,0 +1,70 @@
+"""The argument parser of every command, and what commands share. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any, NoReturn
+
+from align.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses abbreviations, and answers a wrong option with the nearest right one instead of a page of usage."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
+
+    def error(self, message: str) -> NoReturn:
+        from align.config.validation import nearest
+
+        hint = ""
+        commands = self._commands()
+        if message.startswith("unrecognized arguments:"):
+            word = message.split(": ", 1)[1].split()[0].split("=")[0]
+            close = nearest(word, [name for name in option_names(self) if name.startswith("--")])
+            hint = f" Did you mean '{close}'?" if close else ""
+        elif "invalid choice:" in message and commands and not message.startswith("argument -"):
+            word = message.split("invalid choice: ", 1)[1].split("'")[1]
+            close = nearest(word, commands)
+            message = f"unknown command '{word}'"
+            hint = f" Did you mean '{close}'?" if close else f" Commands: {', '.join(commands)}."
+        elif "are required:" in message and commands:
+            hint = f" Commands: {', '.join(commands)}."
+        raise UserError(f"{self.prog}: {message}.{hint}")
+
+    def _commands(self) -> list[str]:
+        return [name for action in self._actions if isinstance(action, _SUBPARSERS) for name in action.choices]
+
+
+_SUBPARSERS = argparse._SubParsersAction
+
+
+def option_names(parser: argparse.ArgumentParser) -> list[str]:
+    """Options of a parser and of all commands below it."""
+    names = list(parser._option_string_actions)
+    for action in parser._actions:
+        if isinstance(action, _SUBPARSERS):
+            for below in action.choices.values():
+                names += option_names(below)
+    return names
+
+
+def add_store(parser: argparse.ArgumentParser) -> None:
+    """``--store`` and ``--json``, which most commands have."""
+    parser.add_argument(
+        "--store",
+        metavar="DIR",
+        help="folder of the artifacts, or s3://bucket/prefix (else $ALIGN_STORE, else ./store)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
+
+
+def printable_json(value: Any) -> str:
+    """Indented JSON; control characters stay escaped, so the terminal is safe."""
+    return json.dumps(value, indent=1, ensure_ascii=True, default=str)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on standard output."""
+    print(printable_json(value))

@@ -1,0 +1,83 @@
+"""The script of a job, and the options that sbatch gets with it.
+
+Options go on sbatch's command line, never into the script, so that no value can be taken for another line of it. The
+script holds no part of the environment: sbatch hands that on itself.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from align.config.scheduler import SlurmConfig
+from align.store.atomic_write import write_text_atomically
+
+TEMPLATE = """\
+#!/bin/bash
+# {what}. Written by align; runs again as it stands: sbatch OPTIONS {script}
+# Asked to stop before anything has begun: wait for another turn.
+trap 'scontrol requeue "$SLURM_JOB_ID"; exit 75' USR1
+if [ ! -d {folder} ]; then
+  echo "node $(hostname) does not see the store's folder" {folder} >&2
+  exit 1
+fi
+export PATH={bin}:"$PATH"
+{setup}
+# From here to Python's own handler the signal is kept, not lost; coreutils before 8.32 cannot.
+trap '' USR1
+kept=; env --block-signal=USR1 true 2>/dev/null && kept='env --block-signal=USR1'
+exec $kept {python} -m {module} {words}
+"""
+
+
+def write_script(
+    file: Path, what: str, words: Sequence[str], setup: str | None, module: str = "align.cli.slurm_job"
+) -> Path:
+    """A script that runs ``module`` with ``words``."""
+    python = Path(sys.executable)
+    write_text_atomically(
+        file,
+        TEMPLATE.format(
+            what=" ".join(what.split()),
+            script=shlex.quote(str(file)),
+            folder=shlex.quote(str(file.parent)),
+            bin=shlex.quote(str(python.parent)),
+            setup=setup or "",
+            python=shlex.quote(python.name),
+            module=module,
+            words=shlex.join(words),
+        ),
+    )
+    return file
+
+
+def sbatch_options(block: SlurmConfig, name: str, place: Path, folder: Path, log: str) -> list[str]:
+    """sbatch's options for a job named ``name`` that works in ``folder`` and writes ``log`` into ``place``.
+
+    In ``log``, %a is the number of an array's task.
+    """
+    given = {
+        "job-name": name,
+        "output": f"{str(place).replace('%', '%%')}/{log}",
+        "open-mode": "append",
+        "chdir": str(folder),
+        "signal": f"B:USR1@{block.grace}",
+        "partition": block.partition,
+        "account": block.account,
+        "qos": block.qos,
+        "constraint": block.constraint,
+        "time": block.time,
+        "nodes": block.nodes,
+        "ntasks-per-node": 1,
+        "cpus-per-task": block.cpus,
+        "mem": None if block.memory_gb is None else f"{block.memory_gb}G",
+        "gpus-per-node": block.gpus or None,
+        **block.sbatch,
+    }
+    options = [
+        f"--{name}" if value == "" else f"--{name}={value}" for name, value in given.items() if value is not None
+    ]
+    options.append("--requeue" if block.requeue else "--no-requeue")
+    return options

@@ -1,1 +1,0 @@
-"""What the groups of commands do (``align data ...``); ``align.cli`` is the command line itself."""

@@ -1,0 +1,299 @@
+"""From a mapping to a checked config object, with errors that name the place and the remedy.
+
+Leaves out reading the file (``yaml_file.py``) and what the fields mean (the config classes). Never imports torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import numbers
+import re
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from align.errors import MOST_SHOWN, UserError, shorten
+
+Model = TypeVar("Model", bound=BaseModel)
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """``" Did you mean 'x'?"`` for the nearest known name, else the known names, else nothing."""
+    names = sorted(set(known))
+    close = nearest(name[:MOST_SHOWN], names)
+    if close is not None:
+        return f" Did you mean '{close}'?"
+    return f" Known here: {', '.join(names)}." if names else ""
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that ``name`` most likely misspells, or None."""
+    lowered = {candidate.lower().replace("-", "_"): candidate for candidate in known}
+    close = difflib.get_close_matches(name.lower().replace("-", "_"), lowered, n=1, cutoff=0.55)
+    return lowered[close[0]] if close else None
+
+
+def validate(config_class: type[Model], mapping: Any, where: str) -> Model:
+    """Check ``mapping`` against ``config_class``; ``UserError`` lists every mistake with its path below ``where``.
+
+    ``where`` reads like ``pipelines/ppo.yaml: stages.ppo``.
+    """
+    if not isinstance(mapping, Mapping):
+        raise UserError(f"{where}: expected a mapping of keys to values, found {_shown(mapping)}.")
+    problems = list(_problems(mapping, ()))
+    if problems:
+        raise UserError("\n".join(f"{_place(where, path)}: {problem}" for path, problem in problems))
+    try:
+        return validate_plain(config_class, mapping)
+    except ValidationError as error:
+        # An unknown key explains the missing one beside it, so it comes first.
+        details = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
+        walked = [(detail, _walk(config_class, detail)) for detail in details]
+        raise UserError("\n".join(_explain(detail, at, where) for detail, at in _telling(walked))) from None
+
+
+def validate_plain(config_class: type[Model], mapping: Mapping[str, Any]) -> Model:
+    """Validate what YAML, JSON or Python's plain values say, by the types that JSON has.
+
+    Strict fields take a list for a tuple, text for a path and text for a mapping's numeric key, since JSON has no
+    others, and no text for a number. Raises pydantic's ``ValidationError``.
+    """
+    return config_class.model_validate_json(json.dumps(dict(mapping), default=_plain_value))
+
+
+def _plain_value(value: Any) -> Any:
+    """Convert what JSON has no form for: a config that Python code has made, or a number of numpy's."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    return value.item()
+
+
+MOST_INTEGER = 2**63
+"""What no file format that rows and records are kept in goes beyond."""
+
+
+def _problems(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Values that no field takes, whatever its type, with their paths: a field of any type takes them in silence."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if not isinstance(key, str | int | float) or isinstance(key, bool):
+                yield path, f"the key {_shown(key)} is neither text nor a number; put it in quotes."
+            elif (problem := _problem(key)) is not None:
+                yield path, f"the key {_shown(key)} {problem}"
+            else:
+                yield from _problems(item, (*path, str(key)))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _problems(item, (*path[:-1], f"{path[-1] if path else ''}[{index}]"))
+    elif (problem := _problem(value)) is not None:
+        yield path, problem
+
+
+def _problem(value: Any) -> str | None:
+    if isinstance(value, str):
+        if "\0" in value:
+            return "has a NUL character, which no path and no file of text may have."
+        return "has half a character (a lone surrogate), which is no text." if _SURROGATE.search(value) else None
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"should be a finite number; found {value}."
+    if isinstance(value, int) and not -MOST_INTEGER <= value < MOST_INTEGER:
+        return f"should be from -2**63 to 2**63-1; found {_shown(value)}."
+    if value is None or isinstance(value, bool | int | float | BaseModel):
+        return None
+    if isinstance(value, numbers.Number) and hasattr(value, "item"):  # numpy's, which are checked as Python's are
+        return _problem(value.item())
+    return f"found {_shown(value)}, a {type(value).__name__}; write text in quotes, or a number."
+
+
+def _shown(value: Any) -> str:
+    """A value as a message repeats it: the beginning of a long one."""
+    try:
+        return shorten(repr(value))
+    except ValueError:  # an integer of more digits than Python writes
+        return f"an integer of {value.bit_length()} bits"
+
+
+def _place(where: str, path: tuple[str, ...]) -> str:
+    prefix, _, above = where.partition(": ") if ": " in where else (where, "", "")
+    full = ".".join((above, *path) if above else path)
+    return f"{prefix}: {full}" if full else prefix
+
+
+@dataclass(frozen=True)
+class _At:
+    """Where a mistake is: its path as the YAML spells it, without labels of unions, and what is expected there."""
+
+    path: tuple[str, ...]
+    """Below the block that is checked; an index stands with its list, ``several[1]``."""
+    holders: list[type[BaseModel]]
+    """Models that may hold the last key."""
+    expected: list[Any]
+    """Member types of the annotation at the path."""
+
+
+def _telling(walked: list[tuple[ErrorDetails, _At]]) -> list[tuple[ErrorDetails, _At]]:
+    """One mistake a place: pydantic reports every branch of a union, of which the one that got furthest was meant."""
+    kept: dict[tuple[str, ...], tuple[ErrorDetails, _At]] = {}
+    for detail, at in walked:
+        deeper = any(_is_below(other.path, at.path) for _, other in walked)
+        if not (deeper and _is_about_type(detail)) and (at.path not in kept or _is_about_type(kept[at.path][0])):
+            kept[at.path] = detail, at
+    return list(kept.values())
+
+
+def _is_below(path: tuple[str, ...], above: tuple[str, ...]) -> bool:
+    if not above:
+        return False
+    *before, last = above
+    same = path[: len(before)] == tuple(before) and len(path) >= len(above)
+    return same and path != above and (path[len(before)] == last or path[len(before)].startswith(f"{last}["))
+
+
+def _is_about_type(detail: ErrorDetails) -> bool:
+    """Whether the value is of another type than the branch, rather than a wrong value of the right type."""
+    kind = detail["type"]
+    return kind.endswith(("_type", "_parsing")) or kind in ("literal_error", "int_from_float")
+
+
+def _explain(detail: ErrorDetails, at: _At, where: str) -> str:
+    shown, models = at.path, at.holders
+    prefix, _, path = where.partition(": ") if ": " in where else (where, "", "")
+    full = ".".join((path, *shown) if path else shown)
+    place = _place(where, shown)
+    kind, context = detail["type"], detail.get("ctx", {})
+    if kind == "extra_forbidden":
+        parent = place.rsplit(".", 1)[0] if "." in full else prefix
+        known = [name for model in models for name in model.model_fields]
+        return f"{parent}: unknown key '{shorten(str(detail['loc'][-1]))}'.{suggest(str(detail['loc'][-1]), known)}"
+    if kind == "missing":
+        return f"{place}: this key is required and missing."
+    if kind == "union_tag_not_found":
+        key = str(context.get("discriminator", "")).strip("'")
+        given = detail["input"] if isinstance(detail["input"], Mapping) else {}
+        slip = nearest(key, [str(name) for name in given])
+        if slip:
+            return f"{place}: unknown key '{slip}'. Did you mean '{key}'?"
+        return f"{place}: the key '{key}' is required and missing."
+    if kind == "union_tag_invalid":
+        key = str(context.get("discriminator", "")).strip("'")
+        expected = [tag.strip(" '") for tag in str(context.get("expected_tags", "")).split(",")]
+        tag = str(context.get("tag"))
+        return f"{place}.{key}: unknown value '{shorten(tag)}'.{suggest(tag, expected)}"
+    special = kind in ("model_type", "dict_type") or _names_a_stage(at.expected)
+    if _is_about_type(detail) and (len(at.expected) > 1 or special):
+        listed = [word.strip("'") for kind in at.expected for word in _words(kind) if word.startswith("'")]
+        close = nearest(detail["input"], listed) if isinstance(detail["input"], str) else None
+        hint = f" Did you mean '{close}'?" if close else ""
+        return f"{place}: should be {_in_words(at.expected)}; found {_shown(detail['input'])}.{hint}"
+    if kind == "literal_error":
+        choices = str(context.get("expected", ""))
+        names = [part.strip(" '") for part in choices.replace(" or ", ",").split(",")]
+        return f"{place}: {_shown(detail['input'])} is none of {choices}.{suggest(str(detail['input']), names)}"
+    if kind in ("value_error", "assertion_error"):
+        return f"{place}: {detail['msg'].removeprefix('Value error, ').removeprefix('Assertion failed, ')}"
+    message = detail["msg"].replace("Input should be", "should be", 1)
+    return f"{place}: {message}; found {_shown(detail['input'])}."
+
+
+def _walk(config_class: type[BaseModel], detail: ErrorDetails) -> _At:
+    current: list[Any] = [config_class]
+    shown: list[str] = []
+    holders: list[type[BaseModel]] = [config_class]
+    *_, last = detail["loc"] or (None,)
+    for part in detail["loc"]:
+        holders = [kind for kind in current if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        lists = [kind for kind in current if typing.get_origin(kind) is list]
+        if isinstance(part, int) and not lists:  # a mapping's key that is a number
+            part = str(part)
+        if isinstance(part, int):
+            shown[-1:] = [f"{shown[-1] if shown else ''}[{part}]"]
+            current = [arg for kind in lists for arg in _members(typing.get_args(kind))]
+            continue
+        tagged = [model for model in holders if part in _tags(model)]
+        if tagged and (len(holders) > 1 or not any(part in model.model_fields for model in holders)):
+            current = list(tagged)
+            holders = tagged
+            continue
+        fields = [model.model_fields[part] for model in holders if part in model.model_fields]
+        values = [arg for kind in current if typing.get_origin(kind) is dict for arg in typing.get_args(kind)[1:]]
+        if not fields and values:
+            shown.append(part)
+            current = _members(values)
+            continue
+        if not fields and (part != last or detail["type"] != "extra_forbidden"):
+            continue  # a branch label of a plain union, which the YAML does not spell
+        shown.append(part)
+        current = [member for field in fields for member in _members([_annotation(field)])]
+    return _At(tuple(shown), holders, current)
+
+
+def _annotation(field: FieldInfo) -> Any:
+    """With the marker that pydantic takes out of the annotation of a field that names one stage."""
+    marks = [item for item in field.metadata if hasattr(item, "kinds")]
+    return typing.Annotated[field.annotation, marks[0]] if marks else field.annotation
+
+
+def _members(annotations: Iterable[Any]) -> list[Any]:
+    """Flatten ``Annotated`` and unions into their member types; what names a stage stays marked."""
+    found: list[Any] = []
+    for annotation in annotations:
+        origin = typing.get_origin(annotation)
+        if origin is typing.Annotated and not _names_a_stage([annotation]):
+            found += _members(typing.get_args(annotation)[:1])
+        elif origin in (typing.Union, types.UnionType):
+            found += _members(typing.get_args(annotation))
+        else:
+            found.append(annotation)
+    return found
+
+
+def _names_a_stage(annotations: Iterable[Any]) -> bool:
+    """Whether one is marked with the ``kinds`` of artifact a stage must make"""
+    return any(hasattr(item, "kinds") for a in annotations for item in getattr(a, "__metadata__", ()))
+
+
+WORDS: dict[Any, str] = {
+    type(None): "null", bool: "true or false", int: "a whole number", float: "a number", str: "a text",
+}  # fmt: skip
+
+
+def _in_words(expected: list[Any]) -> str:
+    """``a text, a list of these, or null``."""
+    parts: list[str] = []
+    for kind in sorted(expected, key=lambda kind: kind is type(None)):
+        if typing.get_origin(kind) is list and parts and _in_words(_members(typing.get_args(kind))) == parts[-1]:
+            parts.append("a list of these")
+        else:
+            parts += [word for word in _words(kind) if word not in parts]
+    if len(parts) == 2 and " or " not in parts[0]:
+        return " or ".join(parts)
+    return ", or ".join(part for part in (", ".join(parts[:-1]), parts[-1]) if part)
+
+
+def _words(kind: Any) -> list[str]:
+    if _names_a_stage([kind]):
+        return [f"the name of a stage that makes {' or '.join(kind.__metadata__[0].kinds)}"]
+    if typing.get_origin(kind) is typing.Literal:
+        return [repr(value) for value in typing.get_args(kind)]
+    if typing.get_origin(kind) is list:
+        return [f"a list, each item {_in_words(_members(typing.get_args(kind)))}"]
+    return [WORDS.get(kind, "a mapping of keys to values")]
+
+
+def _tags(model: type[BaseModel]) -> set[str]:
+    """Values of the model's single-value literal fields, which discriminate unions."""
+    return {
+        str(value)
+        for field in model.model_fields.values()
+        if typing.get_origin(field.annotation) is typing.Literal
+        for value in typing.get_args(field.annotation)
+    }

@@ -1,1 +1,0 @@
-"""The work of the ``distill`` stage: student, teacher and engine brought together."""

@@ -1,0 +1,220 @@
+"""The model card of an exported checkpoint: README.md with the Hub's metadata, results, recipe, data and licences.
+
+Everything on it was recorded or measured: the records of all stages that the checkpoint was made by, their ledgers, and
+a scorecard with this checkpoint in it. What was not measured is said not to be. Names and texts of data, models and
+flags are other people's and stay text. Leaves out samples and texts of rows. Torch-free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from align import __version__
+from align.data.card import CARD
+from align.data.markdown import fenced, plain, table
+from align.errors import printable
+from align.export.model_card_facts import TRAINING, Facts, base_model, licence_of, metadata
+from align.export.model_card_results import limitations, results
+from align.report.assets import Beside
+from align.report.ledgers import data_sections, licence_rows
+from align.report.wording import duration, number, size
+from align.store.artifacts import Artifact
+
+MOST_COUNTS = 12
+
+
+def write_model_card(folder: Path, facts: Facts) -> Path:
+    """Write ``folder/README.md`` and return its path."""
+    text = f"---\n{metadata(facts).to_yaml()}\n---\n\n" + "\n".join(_body(facts)) + "\n"
+    path = folder / CARD
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def _body(facts: Facts) -> list[str]:
+    lines = [f"# {plain(facts.name)}", "", *_about(facts), ""]
+    lines += ["## Use", "", *_use(facts), ""]
+    lines += ["## Results", "", *results(facts), ""]
+    lines += ["## Limitations", "", *limitations(facts), ""]
+    if facts.lineage:
+        lines += ["## Training", "", *_training(facts), ""]
+        lines += ["## Data", "", *_data(facts), ""]
+    lines += ["## Licences", "", *_licences(facts), ""]
+    if facts.lineage:
+        lines += ["## Recipe", "", *_recipe(facts), ""]
+        lines += ["## Reproduce", "", *_reproduce(facts)]
+    return lines
+
+
+def _about(facts: Facts) -> list[str]:
+    written = facts.written
+    what = "Reward model" if written.is_reward else "Language model"
+    lines = [
+        f"{what}, {written.parameters:,} parameters, {written.dtype} ({written.architecture}), written by align "
+        f"{__version__}."
+    ]
+    artifact = facts.artifact
+    if artifact is None:
+        return [*lines, "Nothing is recorded of how it was trained."]
+    path = " → ".join(plain(one.stage) for one in facts.lineage if one.record.get("kind") in ("model", *TRAINING))
+    base = base_model(facts.lineage)
+    lines.append(
+        f"It is the result of stage {plain(artifact.stage)} of the pipeline "
+        f"{plain(str(artifact.record.get('pipeline', '')))} ({path}), key `{artifact.key[:12]}`."
+    )
+    return lines + ([f"Base model: [{plain(base)}](https://huggingface.co/{base})."] if base else [])
+
+
+def _use(facts: Facts) -> list[str]:
+    if facts.written.is_reward:
+        code = (
+            "from transformers import AutoModelForSequenceClassification, AutoTokenizer\n\n"
+            'folder = "path/to/this/folder"\n'
+            "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
+            "model = AutoModelForSequenceClassification.from_pretrained(folder)\n"
+            'turns = [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hello to you."}]\n'
+            'given = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)\n'
+            "print(float(model(**given).logits[0, 0]))  # only differences of scores mean something"
+        )
+        return fenced(code, "python")
+    code = (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'folder = "path/to/this/folder"\n'
+        "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
+        "model = AutoModelForCausalLM.from_pretrained(folder)\n"
+        'turns = [{"role": "user", "content": "Hello!"}]\n'
+        "given = tokenizer.apply_chat_template(\n"
+        '    turns, add_generation_prompt=True, return_tensors="pt", return_dict=True\n'
+        ")\n"
+        "print(tokenizer.decode(model.generate(**given, max_new_tokens=128)[0]))"
+    )
+    return [*fenced(code, "python"), "", *_checked(facts)]
+
+
+def _checked(facts: Facts) -> list[str]:
+    found = facts.agreement
+    if found is None:
+        return ["Not checked when it was written: whether the folder answers as the checkpoint did."]
+    lines = [
+        f"Checked when it was written: {found.compared:,} greedy {found.what} of {found.prompts} prompts are the "
+        f"checkpoint's, in float32, in {' and '.join(found.engines)}."
+    ]
+    if found.ties:
+        lines.append(f"{found.ties} answers part at two tokens of equal probability and were compared up to there.")
+    if found.rounding:
+        lines.append(f"Its type, {facts.written.dtype}, changes {found.rounding} of those answers by rounding alone.")
+    if found.unchecked:
+        lines.append(f"Not checked in vLLM: {plain(found.unchecked)}.")
+    return lines
+
+
+# ---- training, data, licences -------------------------------------------------------------------------------------
+
+
+def _training(facts: Facts) -> list[str]:
+    rows = []
+    for one in facts.lineage:
+        record, metrics = one.record, one.record.get("metrics") or {}
+        steps = metrics.get("updates", metrics.get("steps"))
+        rows.append((
+            one.stage, str(record.get("kind", "")), str(one.kind), "" if steps is None else number(steps),
+            number(record.get("tokens")), duration(record.get("seconds")), size(record.get("peak_memory_bytes")),
+            str(record.get("seed", "")), f"`{one.key[:12]}`",
+        ))  # fmt: skip
+    head = ("stage", "kind", "makes", "steps or updates", "tokens", "time", "peak memory", "seed", "key")
+    return table(head, rows, numbers=range(3, 8))
+
+
+def _data(facts: Facts) -> list[str]:
+    lines: list[str] = []
+    for section in data_sections(facts.lineage, Beside()):
+        counted = [f"{rows:,} {plain(name)}" for name, rows in section["splits"].items()]
+        counted = counted or [f"{plain(name)} {number(value)}" for name, value in section["counts"][:MOST_COUNTS]]
+        rows_made = ", ".join(counted) or "rows not counted"
+        lines += [f"### {plain(section['stage'])}", "", f"{plain(section['makes'])}: {rows_made}.", ""]
+        if section["sources"]:
+            rows = [
+                (one["source"], one["type"], _licence(one["licence"]), f"{one['rows_in']:,}", f"{one['rows_out']:,}")
+                for one in section["sources"]
+            ]
+            head = ("source", "type", "licence", "records", "rows")
+            lines += [*table(head, rows, numbers=(3, 4)), ""]
+        lines += [*dropped, ""] if (dropped := _dropped(section["steps"])) else []
+    return lines[:-1] or ["No rows are recorded."]
+
+
+def _dropped(steps: Sequence[Mapping[str, Any]]) -> list[str]:
+    reasons: dict[str, int] = {}
+    for step in steps:
+        for one in step["reasons"]:
+            reasons[one["reason"]] = reasons.get(one["reason"], 0) + one["rows"]
+    if not reasons:
+        return ["No row was dropped."] if steps else []
+    most = sorted(reasons.items(), key=lambda one: (-one[1], one[0]))[:8]
+    whole = sum(reasons.values())
+    return [f"{whole:,} rows were dropped: " + ", ".join(f"{rows:,} {plain(reason)}" for reason, rows in most) + "."]
+
+
+def _licence(name: str) -> str:
+    return "**not known**" if name == "unknown" else name
+
+
+def _licences(facts: Facts) -> list[str]:
+    licence = licence_of(facts.lineage, facts.licence)
+    lines = [f"**{', '.join(plain(name) for name in licence.names)}.** {plain(licence.reason)}", ""]
+    lines += [f"- {plain(concern)}." for concern in licence.concerns]
+    rows = [
+        (row["stage"], row["what"], row["name"], _licence(row["licence"]), row["identity"])
+        for row in licence_rows(facts.lineage, Beside())
+    ]
+    if rows:
+        lines += ["", *table(("stage", "what", "name", "licence", "identity"), rows)]
+    return [*lines, "", "This is bookkeeping of what is recorded, no legal advice."]
+
+
+def _recipe(facts: Facts) -> list[str]:
+    recipe = facts.pipeline
+    if recipe is None:
+        recipe = {
+            "stages": {
+                one.stage: {"stage": one.record.get("kind"), **(one.record.get("config") or {})}
+                for one in facts.lineage
+            }
+        }
+        lines = ["The resolved settings of every stage; its pipeline file is not recorded.", ""]
+    else:
+        lines = ["The pipeline file; where and how it ran (`runtime`) changes no result and is left out.", ""]
+    shown = {name: value for name, value in recipe.items() if name != "runtime"}
+    text = _homeless(printable(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True, width=110)))
+    return [*lines, *fenced(text, "yaml")]
+
+
+def _reproduce(facts: Facts) -> list[str]:
+    commands = _distinct(_homeless(str(one.record["command"])) for one in facts.lineage if one.record.get("command"))
+    lines = [*fenced("\n".join(printable(command) for command in commands), "sh"), ""] if commands else []
+    record = facts.lineage[-1].record
+    packages = ", ".join(f"{name} {version}" for name, version in (record.get("packages") or {}).items())
+    rows = [
+        ("align", f"{record.get('align', '')} {_commit(facts.lineage)}".strip()), ("packages", packages),
+        ("machine", str(record.get("platform", ""))), ("made", str(record.get("created", ""))[:19]),
+    ]  # fmt: skip
+    return [*lines, *table(("", ""), [row for row in rows if row[1]])]
+
+
+def _homeless(text: str) -> str:
+    """Without the name of who ran it, where paths begin at the home folder."""
+    home = str(Path.home())
+    return text.replace(f"{home}/", "~/") if len(home) > 1 else text
+
+
+def _commit(lineage: Sequence[Artifact]) -> str:
+    commits = _distinct(str(one.record["git"]) for one in lineage if one.record.get("git"))
+    return f"(commit {', '.join(commits)})" if commits else ""
+
+
+def _distinct(texts: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(texts))

@@ -1,0 +1,109 @@
+"""Where an OpenAI-compatible server is, what it costs, and what its answers look like. Torch-free.
+
+Left out: asking it (``endpoint_client.py``).
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import Field, field_validator, model_validator
+
+from align.errors import redact
+from align.inference.requests import Answer
+from align.pipeline.registry import Config
+
+LOCAL = ("127.0.0.1", "localhost", "::1")
+MOST_TOKENS = 2**40
+RESERVED = frozenset(
+    {"model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "n", "stream"}
+)
+
+
+class EndpointConfig(Config):
+    """An OpenAI-compatible server. Of all this ``url`` (or ``name``), ``model`` and ``extra`` are part of a request."""
+
+    url: str
+    """Address up to and with the version, https://api.example.com/v1; http only for this machine (127.0.0.1)."""
+    model: str = Field(min_length=1)
+    """The server's name for the model."""
+    name: str | None = None
+    """Stands for ``url`` in keys and caches; set it when the same model may move to another address."""
+    key_variable: str | None = Field(None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    """Environment variable that holds the key; the key itself is never written anywhere. null sends none."""
+    price_input: float | None = Field(None, ge=0)
+    """Price of a million prompt tokens, in any currency; with ``price_output`` the cost is estimated."""
+    price_output: float | None = Field(None, ge=0)
+    """Price of a million tokens of answers."""
+    concurrency: int = Field(8, ge=1, le=1024)
+    """Requests under way at once."""
+    timeout: float = Field(120, gt=0)
+    """Seconds that one attempt may take, from connecting to the last byte."""
+    retries: int = Field(5, ge=0, le=100)
+    """Further attempts after a timeout, a lost connection, status 429 or 5xx, or an answer that cannot be read."""
+    send_seed: bool = True
+    """Send each request's seed; false for a server that refuses the field."""
+    length_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """What the server calls the length limit."""
+    extra: dict[str, Any] = Field(default_factory=dict)
+    """Further fields of each request, as the server documents them."""
+
+    @field_validator("url")
+    @classmethod
+    def _safe(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if "@" in parts.netloc:
+            raise ValueError("holds a name or password; export the key and name its variable in key_variable")
+        odd = parts.query or parts.fragment or not parts.hostname or url.strip() != url
+        if parts.scheme not in ("http", "https") or odd:
+            raise ValueError(f"'{redact(url)}' should look like https://api.example.com/v1, without a query")
+        if parts.scheme == "http" and parts.hostname not in LOCAL:
+            raise ValueError(f"http to {parts.hostname} would send prompts and key in the clear; use https")
+        if url.rstrip("/").endswith("/completions"):
+            raise ValueError("should end before /chat/completions, which is added to it")
+        return url.rstrip("/")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> EndpointConfig:
+        if (self.price_input is None) != (self.price_output is None):
+            raise ValueError("price_input and price_output are set together or not at all")
+        taken = sorted(RESERVED & set(self.extra))
+        if taken:
+            raise ValueError(f"extra sets {', '.join(taken)}, which align sets itself")
+        return self
+
+    def identity(self) -> dict[str, str]:
+        """What stands for this model in requests, caches and keys."""
+        extra = {"extra": json.dumps(self.extra, sort_keys=True)} if self.extra else {}
+        return {"endpoint": self.name or self.url, "model": self.model, **extra}
+
+
+def read_completion(found: Any) -> Answer:
+    """The answer in a chat completion. Raises ``ValueError`` for anything else."""
+    try:
+        choice = found["choices"][0]
+        content = choice["message"].get("content")
+        if isinstance(content, list):  # some servers send parts
+            content = "".join(part["text"] for part in content if part.get("type") == "text")
+        if not isinstance(content, (str, type(None))):
+            raise TypeError("content is no text")
+        refused = bool(choice["message"].get("refusal"))
+        usage = found.get("usage") or {}
+        counts = [_count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens")]
+        reason = choice.get("finish_reason")
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+    return Answer(
+        text=(content or "").encode("utf-8", "replace").decode("utf-8"),  # half a surrogate fits no Parquet file
+        finished=reason != "length",
+        refused=refused or reason == "content_filter",
+        prompt_tokens=counts[0],
+        completion_tokens=counts[1],
+    )
+
+
+def _count(value: Any) -> int | None:
+    """A number of tokens; None for anything that is none, such as one that would overflow a cost."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MOST_TOKENS else None

@@ -1,0 +1,52 @@
+"""The JSON schema of pipeline files, for editors that complete and check while one types. Never imports torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from align.pipeline.loops import LOOP, LoopConfig
+from align.pipeline.pipeline import NAME_PATTERN, PipelineConfig
+from align.pipeline.registry import STAGES
+
+
+def pipeline_schema() -> dict[str, Any]:
+    """JSON schema (draft 2020-12) of a whole pipeline file."""
+    schema = PipelineConfig.model_json_schema()
+    definitions: dict[str, Any] = schema.setdefault("$defs", {})
+    named: dict[str, Any] = {}
+    for kind, stage in STAGES.items():
+        block = stage.config_class().model_json_schema(ref_template="#/$defs/{model}")
+        definitions.update(block.pop("$defs", {}))
+        block["description"] = stage.purpose
+        block.setdefault("properties", {}).update(
+            stage={"const": kind, "description": "the kind of stage"},
+            seed={"type": "integer", "minimum": 0, "description": "instead of the pipeline's seed"},
+        )
+        definitions[f"stage_{kind}"] = block
+        named[kind] = {"anyOf": [{"$ref": f"#/$defs/stage_{kind}"}, {"$ref": "#/$defs/named_stage"}]}
+    definitions["named_stage"] = {
+        "required": ["stage"],
+        "oneOf": [{"allOf": [{"$ref": f"#/$defs/stage_{kind}"}, {"required": ["stage"]}]} for kind in STAGES],
+    }
+    stages = {
+        "type": "object",
+        "minProperties": 1,
+        "propertyNames": {"pattern": NAME_PATTERN},
+        "properties": named,
+        "additionalProperties": {"$ref": "#/$defs/named_stage"},
+    }
+    loop = LoopConfig.model_json_schema(ref_template="#/$defs/{model}")
+    definitions.update(loop.pop("$defs", {}))
+    loop["properties"]["stages"] = {**stages, "description": loop["properties"]["stages"]["description"]}
+    loop["properties"]["stage"] = {"const": LOOP, "description": "the kind, for a loop of another name"}
+    definitions["stage_loop"] = loop
+    either = [{"$ref": "#/$defs/named_stage"}, {"allOf": [{"$ref": "#/$defs/stage_loop"}, {"required": ["stage"]}]}]
+    schema["properties"]["stages"] = {
+        **stages,
+        "description": "The stages in order; a name that is a stage kind needs no `stage:`.",
+        "properties": {**named, LOOP: {"anyOf": [{"$ref": "#/$defs/stage_loop"}, either[0]]}},
+        "additionalProperties": {"anyOf": either},
+    }
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "align pipeline"
+    return schema

@@ -1,0 +1,315 @@
+"""YAML → checked, ordered stages with their keys.
+
+``Pipeline`` is immutable: ``set`` returns a new one. Loading checks everything that can be checked without
+running: names, types, ranges, order, artifact kinds, files. Never imports torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field, create_model
+
+from align.config.runtime import Runtime
+from align.config.validation import suggest, validate
+from align.config.yaml import load_yaml
+from align.errors import UserError, shorten
+from align.pipeline.loops import expand
+from align.pipeline.overrides import assign, parse_assignment
+from align.pipeline.registry import Config, Stage, input_fields
+from align.pipeline.stage_kinds import NAME_PATTERN, stage_of
+from align.store.artifacts import Kind
+from align.store.fingerprint import digest
+
+if TYPE_CHECKING:
+    from align.runner.runner import Run
+
+
+class PipelineConfig(Config):
+    """The top level of a pipeline file."""
+
+    name: str = Field(pattern=NAME_PATTERN)
+    """Name of the run: what ``align gc`` keeps and what ``align explain`` compares with."""
+    description: str = ""
+    """Free text for the report."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Every random choice of every stage follows from it."""
+    runtime: Runtime = Runtime()
+    """Where and how the pipeline runs; changes no result and no key."""
+    stages: dict[str, dict[str, Any]] = Field(min_length=1)
+    """The stages in order; a name that is a stage kind needs no ``stage:``. A ``loop`` among them repeats some."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """One stage of a pipeline, checked: ``inputs`` maps a config field to a stage name, a list of them, or None."""
+
+    name: str
+    stage: Stage
+    config: Config
+    seed: int
+    inputs: dict[str, str | list[str] | None]
+    makes: Kind
+    identities: dict[str, str]
+    key: str
+    parts: dict[str, Any] = field(repr=False)
+    """What the key was made of; stored in the record, so that two keys can be compared field by field."""
+
+    @property
+    def input_names(self) -> list[str]:
+        """Names of all stages this one reads, in config order, without repeats."""
+        found: list[str] = []
+        for value in self.inputs.values():
+            names = [value] if isinstance(value, str) else value or []
+            found += [name for name in names if name not in found]
+        return found
+
+
+class Pipeline:
+    """A pipeline file with overrides applied, checked and ordered."""
+
+    def __init__(
+        self,
+        raw: Mapping[str, Any],
+        where: str = "pipeline",
+        base: Path | None = None,
+        rounds: Mapping[str, list[str]] | None = None,
+    ) -> None:
+        """Check ``raw`` (the parsed YAML); relative paths in it start at ``base``, by default the current folder.
+
+        ``rounds`` are the rounds of loops that ``raw`` has written out already.
+        """
+        self.raw: dict[str, Any] = copy.deepcopy(dict(raw))
+        self.where = where
+        self.base = base or Path.cwd()
+        self.config = validate(PipelineConfig, self.raw, where)
+        self.expanded = expand(self.config.stages, where, self.config.seed)
+        self.expanded.rounds.update(rounds or {})
+        self.nodes: dict[str, Node] = {}
+        self.runtimes: dict[str, Runtime] = {}
+        """What of ``runtime`` holds for each stage."""
+        kinds = {name: stage_of(name, block, f"{where}: stages") for name, block in self.expanded.stages.items()}
+        # All keys and values first: a slip in the last stage is found even where the first one's file is missing.
+        checked = {name: self._validated(name, stage) for name, stage in kinds.items()}
+        for name, (config, seed) in checked.items():
+            self.nodes[name] = self._build(name, config, seed, kinds)
+        self.runtimes = self._runtimes()
+
+    @classmethod
+    def load(cls, path: str | Path) -> Pipeline:
+        """Read and check a pipeline file; ``UserError`` names file, YAML path and remedy."""
+        return cls(load_yaml(Path(path)), str(path))
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.config.name
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """The same pipeline as parsed YAML with every loop written out."""
+        return {**self.raw, "stages": copy.deepcopy(self.expanded.stages)}
+
+    @property
+    def references(self) -> dict[str, dict[str, str]]:
+        """Kind and key of every stage, by its name."""
+        return {node.name: {"kind": node.stage.kind, "key": node.key} for node in self}
+
+    def touched_by(self, only: str | None) -> set[str]:
+        """Stages that a run makes or reads: all, or ``only`` that one and its inputs."""
+        name = None if only is None else self.resolve(only)
+        return set(self.nodes) if name not in self.nodes else {name, *self.nodes[name].input_names}
+
+    def resolve(self, name: str) -> str:
+        """The stage that a name means: for a stage of a loop, its last round."""
+        return self.expanded.resolve(name)
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self.nodes.values())
+
+    def set(self, *assignments: str, **values: Any) -> Pipeline:
+        """A new pipeline with fields changed.
+
+        Takes ``"stages.ppo.kl_coef=0.1"`` (the value is YAML), ``("stages.ppo.kl_coef", 0.1)`` as two positional
+        arguments, or keywords with ``__`` for dots: ``set(stages__ppo__kl_coef=0.1)``.
+        """
+        pairs = [(key.replace("__", "."), value) for key, value in values.items()]
+        if len(assignments) == 2 and "=" not in assignments[0]:
+            pairs.append((assignments[0], assignments[1]))
+        else:
+            pairs += [parse_assignment(text) for text in assignments]
+        return self.changed(dict(pairs))
+
+    def changed(self, changes: Mapping[str, Any]) -> Pipeline:
+        """A new pipeline with many fields changed: path → value, in that order."""
+        raw = copy.deepcopy(self.raw)
+        for path, value in changes.items():
+            assign(raw, path, copy.deepcopy(value), PipelineConfig.model_fields)
+        return Pipeline(raw, self.where, self.base)
+
+    def run(self, **options: Any) -> Run:
+        """Run what is not cached; options as of :func:`align.runner.runner.run_pipeline`."""
+        from align.runner.runner import run_pipeline
+
+        return run_pipeline(self, **options)
+
+    # ---------------------------------------------------------------------------------------------------------
+
+    def _place(self, name: str) -> str:
+        return f"{self.where}: {self.expanded.places[name]}"
+
+    def _validated(self, name: str, stage: Stage) -> tuple[Config, int]:
+        """The stage's block as its config, and its seed."""
+        block = dict(self.expanded.stages[name])
+        block.pop("stage", None)
+        seed = block.pop("seed", self.config.seed)
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+            raise UserError(f"{self._place(name)}.seed: should be a whole number from 0 to 2**32-1; found {seed!r}.")
+        config_class = stage.config_class()
+        if "seed" not in config_class.model_fields:
+            validate(_with_seed(config_class), block, self._place(name))
+        return validate(config_class, block, self._place(name)), seed
+
+    def _runtimes(self) -> dict[str, Runtime]:
+        """``runtime`` with each stage's own part of it; ``UserError`` for a name that is no stage's."""
+        known = {*self.expanded.stages, *self.expanded.rounds}
+        for name in self.config.runtime.stages:
+            if name not in known:
+                raise UserError(f"{self.where}: runtime.stages: there is no stage '{name}'.{suggest(name, known)}")
+        found = {}
+        for name in self.nodes:
+            of_rounds = [short for short, rounds in self.expanded.rounds.items() if name in rounds]
+            found[name] = self.config.runtime.for_stage(name, *of_rounds, where=f"{self.where}: runtime.stages")
+            self._check_launch(self.nodes[name], found[name], [name, *of_rounds])
+        return found
+
+    def _check_launch(self, node: Node, runtime: Runtime, names: list[str]) -> None:
+        """A stage is trained by several processes if it trains at all, and if its batches can be shared out."""
+        own = next((self.config.runtime.stages[name] for name in names if name in self.config.runtime.stages), None)
+        has_its_own = own is not None and own.launch is not None
+        place = f"{self.where}: runtime.{f'stages.{node.name}.' if has_its_own else ''}launch"
+        if not node.stage.distributed:
+            if has_its_own:
+                raise UserError(
+                    f"{place}: a stage of kind {node.stage.kind} trains nothing and runs in one process; leave it out."
+                )
+            return
+        check = getattr(node.config, "processes_objection", None)
+        objection = check(runtime.launch) if check is not None else None
+        if objection:
+            raise UserError(f"{place}: stage '{node.name}': {objection}")
+
+    def _build(self, name: str, config: Config, seed: int, kinds: dict[str, Stage]) -> Node:
+        """Check what the stage reads, and work out its key."""
+        stage = kinds[name]
+        config_class = stage.config_class()
+        inputs = {f: getattr(config, f) for f in input_fields(config_class)}
+        self._check_inputs(name, config_class, inputs, kinds)
+        makes = stage.makes
+        if makes is None:
+            with self._saying_where(name):
+                makes = config.makes()  # type: ignore[attr-defined]
+        with self._saying_where(name):
+            identities = config.identities(self.base) if hasattr(config, "identities") else {}
+        parts = self._key_parts(stage, config, seed, inputs, identities)
+        try:
+            key = digest(parts)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{self._place(name)}: {str(error).removeprefix('$.config.')}.") from None
+        return Node(name, stage, config, seed, inputs, makes, identities, key, parts)
+
+    @contextlib.contextmanager
+    def _saying_where(self, name: str) -> Iterator[None]:
+        """Have errors of what a stage names, and of the system that looks for it, begin with the stage's place."""
+        try:
+            yield
+        except UserError as error:
+            raise UserError(_at(self._place(name), error)) from None
+        except OSError as error:
+            file = "" if error.filename is None else f"{shorten(str(error.filename))}: "
+            raise UserError(f"{self._place(name)}: {file}{error.strerror or error}.") from None
+
+    def _check_inputs(
+        self, name: str, config_class: type[Config], inputs: Mapping[str, Any], kinds: dict[str, Stage]
+    ) -> None:
+        for field_name, wanted in input_fields(config_class).items():
+            value = inputs[field_name]
+            for target in [value] if isinstance(value, str) else value or []:
+                place = f"{self._place(name)}.{field_name}"
+                if target not in kinds:
+                    raise UserError(f"{place}: there is no stage '{target}'.{suggest(target, kinds)}")
+                if target not in self.nodes:
+                    cycle = self._cycle(name, target, kinds)
+                    if cycle:
+                        raise UserError(f"{place}: stages go in a circle: {' → '.join(cycle)}. Take one link out.")
+                    raise UserError(f"{place}: stage '{target}' comes later; move it above '{name}'.")
+                made = self.nodes[target].makes
+                if made not in wanted.kinds:
+                    fitting = [node.name for node in self.nodes.values() if node.makes in wanted.kinds]
+                    remedy = f"Point it at '{fitting[-1]}'." if fitting else "Add such a stage above it."
+                    needs = " or ".join(wanted.kinds)
+                    raise UserError(
+                        f"{place} points at '{target}', a {made}; {kinds[name].kind} needs a {needs} there. {remedy}"
+                    )
+
+    def _cycle(self, name: str, target: str, kinds: dict[str, Stage]) -> list[str] | None:
+        """The circle that leads from ``target`` back to ``name``, if there is one."""
+        path, seen = [name], {name}
+
+        def follow(at: str) -> bool:
+            path.append(at)
+            if at == name:
+                return True
+            if at not in seen and at in kinds:
+                seen.add(at)
+                block = self.expanded.stages[at]
+                for field_name in input_fields(kinds[at].config_class()):
+                    value = block.get(field_name)
+                    for following in [value] if isinstance(value, str) else value or []:
+                        if isinstance(following, str) and follow(following):
+                            return True
+            path.pop()
+            return False
+
+        return path if follow(target) else None
+
+    def _key_parts(
+        self, stage: Stage, config: Config, seed: int, inputs: Mapping[str, Any], identities: dict[str, str]
+    ) -> dict[str, Any]:
+        """What the key is made of: a single input's name is dropped; in a list names are labels, so they stay."""
+        settings = config.model_dump(mode="python", exclude=set(config.identified))
+        keys: dict[str, Any] = {}
+        for field_name, value in inputs.items():
+            if isinstance(value, str):
+                settings.pop(field_name)
+                keys[field_name] = self.nodes[value].key
+            elif value is not None:
+                keys[field_name] = [self.nodes[item].key for item in value]
+        return {
+            "stage": stage.kind,
+            "version": stage.version,
+            "config": settings,
+            "seed": seed,
+            "inputs": keys,
+            "identities": identities,
+        }
+
+
+@functools.cache  # pydantic looks through every loaded module for each class it makes
+def _with_seed(config_class: type[Config]) -> type[Config]:
+    """The config with a field ``seed``, so that a misspelt one finds its name too."""
+    return create_model(config_class.__name__, __base__=config_class, seed=(int | None, None))
+
+
+def _at(place: str, error: UserError) -> str:
+    text = str(error)
+    return text if text.startswith(place) else f"{place}: {text}"
+
+
+__all__ = ["NAME_PATTERN", "Node", "Pipeline", "PipelineConfig", "input_fields"]

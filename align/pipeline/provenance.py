@@ -1,0 +1,82 @@
+"""Where a result came from: source digest, git commit, command line. Never imports torch."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+from align.pipeline.registry import Stage
+
+PACKAGE = Path(__file__).parents[1]
+SECRET = re.compile(r"(?i)(token|secret|password|passwd|api[_-]?key)=\S+")
+
+
+@cache
+def source_digest(stage: Stage) -> str:
+    """sha256 over the stage's module and every module of align that it imports, directly or not.
+
+    Read from the source files, so that nothing is imported; 16 hex digits.
+    """
+    queue, seen = [stage.run.partition(":")[0]], {}
+    while queue:
+        module = queue.pop()
+        path = _module_file(module)
+        if path is None or module in seen:
+            continue
+        seen[module] = path.read_bytes()
+        queue += sorted(_imports(seen[module], module))
+    hasher = hashlib.sha256()
+    for module in sorted(seen):
+        hasher.update(module.encode() + b"\0" + seen[module] + b"\0")
+    return hasher.hexdigest()[:16]
+
+
+def _module_file(module: str) -> Path | None:
+    parts = module.split(".")
+    if parts[0] != PACKAGE.name:
+        return None
+    base = PACKAGE.joinpath(*parts[1:])
+    for path in (base.with_suffix(".py"), base / "__init__.py"):
+        if path.is_file():
+            return path
+    return None
+
+
+def _imports(source: bytes, module: str) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            # `from align.x import y` may name a module y
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in found if name.split(".")[0] == PACKAGE.name}
+
+
+@cache
+def git_commit() -> str | None:
+    """Commit of the align checkout, with ``+`` when files differ from it; None outside a checkout."""
+    try:
+        head = subprocess.run(
+            ["git", "-C", str(PACKAGE.parent), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10
+        )
+        changed = subprocess.run(
+            ["git", "-C", str(PACKAGE.parent), "status", "--porcelain", "-uno"],
+            capture_output=True, text=True, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if head.returncode != 0:
+        return None
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def command_line() -> str:
+    """The command that ran, with the values of secrets taken out."""
+    words = [Path(sys.argv[0]).name or "python", *sys.argv[1:]]
+    return SECRET.sub(lambda match: match.group(1) + "=***", " ".join(words))

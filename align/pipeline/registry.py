@@ -1,0 +1,255 @@
+"""What a stage is, what it is given when it runs, and the one visible dict of stages.
+
+Torch-free: a stage's ``run`` is named by import path and imported only in the stage's own process.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+import re
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+from align.errors import UserError, shorten
+from align.store.artifacts import Artifact, Kind
+from align.store.record import NAME
+
+if TYPE_CHECKING:
+    from align.config.runtime import Runtime
+
+
+class Config(BaseModel):
+    """Base of every configuration block: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,  # true is no number of steps, and "3" no number
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
+    )
+
+    identified: ClassVar[frozenset[str]] = frozenset()
+    """Fields whose meaning ``identities`` covers (paths, mostly): the key leaves their own text out."""
+
+
+@dataclass(frozen=True)
+class StageInput:
+    """Marks a config field (a stage's name, or a list of them) as an input and says which artifacts it takes."""
+
+    kinds: tuple[Kind, ...]
+
+
+def stage_input(*kinds: Kind) -> Any:
+    """Type of a config field that names an earlier stage making one of ``kinds``.
+
+    ``policy: stage_input(Kind.POLICY)``; use ``list[stage_input(...)]`` for several, ``| None`` for an optional one.
+    """
+    return Annotated[str, StageInput(kinds)]
+
+
+def input_fields(config_class: type[Config]) -> dict[str, StageInput]:
+    """Config fields that name earlier stages."""
+    found: dict[str, StageInput] = {}
+    for name, info in config_class.model_fields.items():
+        marker = _find_marker(info.annotation, info.metadata)
+        if marker is not None:
+            found[name] = marker
+    return found
+
+
+def _find_marker(annotation: Any, metadata: list[Any]) -> StageInput | None:
+    for item in metadata:
+        if isinstance(item, StageInput):
+            return item
+    for argument in getattr(annotation, "__args__", ()):
+        marker = _find_marker(argument, list(getattr(argument, "__metadata__", ())))
+        if marker is not None:
+            return marker
+    return None
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """What ``run(context)`` is given.
+
+    ``inputs`` maps each input field of the config to its artifact, or to a list of them, or None.
+    ``output`` is the folder that becomes the artifact; ``checkpoints`` is kept between attempts and dropped
+    when the artifact is published. ``seed`` is derived from the pipeline's seed.
+    """
+
+    name: str
+    config: Any
+    inputs: dict[str, Any]
+    seed: int
+    runtime: Runtime
+    output: Path
+    checkpoints: Path
+    events: Path
+    cache: Path | None = None
+    """Folder of the store that stages share and nothing depends on: what lies there saves time and may be deleted.
+    None where ``run`` was called without a store."""
+    pipeline: str = ""
+    """Name of the pipeline."""
+    group: str = ""
+    """Short digest of all its stages' keys: one run of a pipeline, however often it was killed and resumed."""
+    followers: list[Callable[[int, dict[str, float]], None]] = field(default_factory=list)
+    """Told of every point of the curves, as the event file is."""
+    started: float = field(default_factory=time.time)
+    fail_at_once: Callable[[str], None] | None = None
+    """Ends the stage's process, as failed and resumable, with a message: for what cannot be interrupted. None where
+    ``run`` was called in a process that is not a stage's own."""
+
+    def artifact(self, field_name: str) -> Artifact:
+        """The artifact behind a required input field."""
+        value = self.inputs[field_name]
+        assert isinstance(value, Artifact), f"{field_name} is not a single artifact"
+        return value
+
+    def emit(self, kind: str, **values: Any) -> None:
+        """Append one event to the stage's event file, which the console and the report read."""
+        line = json.dumps({"event": kind, "time": time.time(), **values}, default=float)
+        with self.events.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def progress(self, done: float, total: float, unit: str = "steps", tokens: int | None = None, **shown: Any) -> None:
+        """Report ``done`` of ``total`` units, the real ``tokens`` so far, and values to show (loss, score)."""
+        self.emit("progress", done=done, total=total, unit=unit, tokens=tokens, **shown)
+
+    def log(self, step: int, **metrics: float) -> None:
+        """One point of the stage's curves, for the report."""
+        self.emit("metrics", step=step, **metrics)
+        for follower in self.followers:
+            follower(step, metrics)
+
+    def warn(self, message: str) -> None:
+        """A warning the user sees on the console and in the report."""
+        self.emit("warning", message=message)
+
+    def note(self, message: str) -> None:
+        """A line the user sees on the console and in the report, where nothing is wrong."""
+        self.emit("note", message=message)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One kind of stage.
+
+    ``config`` and ``run`` are import paths (``module:name``), so that listing stages imports nothing.
+    ``version`` is bumped when the same config should now give another result. ``makes`` is an artifact kind, or
+    ``None`` when the config class decides with a method ``makes() -> Kind``. A config class may also have
+    ``identities(base: Path) -> dict[str, str]``, the digests or pinned revisions of everything outside the store
+    that the stage reads (``base`` is the folder relative paths start from); a missing file raises ``UserError``.
+    """
+
+    kind: str
+    version: int
+    makes: Kind | None
+    config: str
+    run: str
+    purpose: str
+    path: str = ""
+    """Import path of this record itself (``module:NAME``), for a stage that is not in ``STAGES``."""
+    distributed: bool = False
+    """Whether ``run`` may be run by several processes at once (``runtime.launch``), as ranks of torch.distributed."""
+
+    def config_class(self) -> type[Config]:
+        """Import the config class; never imports torch."""
+        return load_object(self.config)  # type: ignore[no-any-return]
+
+    def runner(self) -> Callable[[StageContext], dict[str, Any]]:
+        """Import the stage's ``run``; called only in the stage's own process."""
+        return load_object(self.run)  # type: ignore[no-any-return]
+
+
+def load_object(path: str) -> Any:
+    """Import ``package.module:name``; modules in the current folder are found too.
+
+    Raises ``UserError`` when there is no such module or name.
+    """
+    module, _, name = path.partition(":")
+    if not all(part.isidentifier() for part in [*module.split("."), name]):
+        raise UserError(f"'{shorten(path)}' is not an import path; write package.module:name.")
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # the module is there; something that it imports is not
+        if str(Path.cwd()) in sys.path:
+            raise UserError(f"'{path}': there is no module '{error.name}' here or installed.") from None
+        sys.path.append(str(Path.cwd()))
+        return load_object(path)
+    if not hasattr(found, name):
+        close = difflib.get_close_matches(name, dir(found), n=1)
+        raise UserError(f"'{path}': {module} has no '{name}'." + (f" Did you mean '{close[0]}'?" if close else ""))
+    return getattr(found, name)
+
+
+TRAINING = (
+    *("pretrain", "sft", "reward", "dpo", "kto", "orpo", "cpo", "simpo", "distill"),
+    *("ppo", "grpo", "rloo", "online_dpo", "rejection"),
+)
+"""Kinds that train a model, alone or in several processes."""
+
+
+def _stage(kind: str, version: int, makes: Kind | None, purpose: str) -> Stage:
+    base = f"align.stages.{kind}"
+    name = "".join(part.capitalize() for part in kind.split("_"))
+    return Stage(kind, version, makes, f"{base}:{name}Config", f"{base}:run", purpose, distributed=kind in TRAINING)
+
+
+STAGES: dict[str, Stage] = {
+    stage.kind: stage
+    for stage in (
+        _stage("model", 1, Kind.MODEL, "bring a base model into the store as plain safetensors"),
+        _stage("artifact", 1, None, "take a finished artifact from a store or a checkpoint's folder as it is"),
+        _stage("data", 3, None, "build a dataset from a recipe"),
+        _stage("pretrain", 2, Kind.POLICY, "continued pre-training on plain texts, packed"),
+        _stage("sft", 2, Kind.POLICY, "supervised fine-tuning on responses"),
+        _stage("sample", 2, Kind.PREFERENCES, "sample responses from a checkpoint, score and pair them"),
+        _stage("synthesise", 2, None, "make instructions, responses or pairs with a model or an endpoint"),
+        _stage("reward", 3, Kind.REWARD, "train a reward model on pairs"),
+        _stage("dpo", 2, Kind.POLICY, "direct preference optimisation on pairs"),
+        _stage("kto", 2, Kind.POLICY, "learning from single answers marked as wanted or not"),
+        _stage("orpo", 2, Kind.POLICY, "fine-tuning and preference learning in one loss, without a reference"),
+        _stage("cpo", 2, Kind.POLICY, "contrastive preference optimisation, without a reference"),
+        _stage("simpo", 2, Kind.POLICY, "preference optimisation per token with a margin, without a reference"),
+        _stage("distill", 2, Kind.POLICY, "learn a larger teacher's distribution over the next token"),
+        _stage("ppo", 3, Kind.POLICY, "PPO with a critic against a reward model or a checker"),
+        _stage("grpo", 2, Kind.POLICY, "GRPO and its variants: responses to a prompt compared, without a critic"),
+        _stage("rloo", 2, Kind.POLICY, "REINFORCE with the other responses to a prompt as the baseline"),
+        _stage("online_dpo", 2, Kind.POLICY, "DPO on pairs of the policy's own responses, update by update"),
+        _stage("rejection", 2, Kind.POLICY, "best-of-N fine-tuning on the policy's own responses, in rounds"),
+        _stage("merge", 1, None, "make one checkpoint of several: soups, SLERP, TIES, DARE, WARP"),
+        _stage("evaluate", 3, Kind.SCORECARD, "compare systems on prompts, benchmarks and by judges, with intervals"),
+        _stage("report", 2, Kind.REPORT, "one HTML page about the whole run"),
+    )
+}
+"""Every stage there is, in the order of a usual pipeline."""
+
+
+def find_stage(kind: str) -> Stage:
+    """The stage of a kind, or one of the user's own by the import path of its ``Stage`` (``module:NAME``).
+
+    Raises ``KeyError`` for a name that is neither and ``UserError`` for an import path that does not load.
+    """
+    if ":" not in kind:
+        return STAGES[kind]
+    found = load_object(kind)
+    if not isinstance(found, Stage):
+        raise UserError(f"'{kind}' is a {type(found).__name__}, not an align.pipeline.registry.Stage.")
+    if not re.fullmatch(NAME, found.kind):
+        raise UserError(
+            f"'{kind}': its kind {found.kind!r} cannot name a folder of the store. Write it with letters, digits and "
+            "'_', '.', ':' or '-', beginning with a letter, a digit or '_'."
+        )
+    return found

@@ -1,0 +1,249 @@
+"""What a run would do and why: run, resume or cached per stage, and which field changed. Never imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from align.config.validation import suggest
+from align.errors import UserError
+from align.pipeline.pipeline import Node, Pipeline
+from align.pipeline.provenance import source_digest
+from align.runner.worker import CHECKPOINTS
+from align.store.artifacts import GENERATORS, Artifact, Kind
+from align.store.record import RECORD, DamagedRecord
+from align.store.store import Store
+
+if TYPE_CHECKING:
+    from align.capacity.memory import Estimate
+    from align.models.architecture import Architecture
+
+CHECKPOINTS_OF_MODELS = (*GENERATORS, Kind.REWARD)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage in a plan.
+
+    ``action`` is ``cached``, ``fetch``, ``run``, ``resume`` or ``damaged``; ``why`` says it in words.
+    """
+
+    node: Node
+    action: str
+    why: str
+    changes: tuple[str, ...] = ()
+
+
+def plan(pipeline: Pipeline, store: Store, anew: frozenset[str] | set[str] = frozenset()) -> list[Step]:
+    """What running the pipeline now would do, stage by stage."""
+    steps: list[Step] = []
+    fresh: set[str] = set()
+    history = History(pipeline, store)
+    for node in pipeline:
+        try:
+            artifact = (store.find_intact if node.name in anew else store.find)(node.stage.kind, node.key, node.name)
+        except DamagedRecord as error:
+            steps.append(Step(node, "damaged", f"{RECORD} {error.finding}"))
+            continue
+        waits_for = [name for name in node.input_names if name in fresh]
+        if artifact is not None and node.name not in anew:
+            problems = store.problems(artifact, thorough=False)
+            if problems:
+                steps.append(Step(node, "damaged", f"{problems[0].path.name} {problems[0].what}"))
+                continue
+            steps.append(Step(node, "cached", f"made {artifact.record['created'][:16].replace('T', ' ')}"))
+            continue
+        far = store.remote if artifact is None and node.name not in anew else None
+        try:
+            record = far.find(node.stage.kind, node.key) if far is not None else None
+        except DamagedRecord as error:
+            steps.append(Step(node, "damaged", f"{error.path} {error.finding}"))
+            continue
+        if far is not None and record is not None:
+            made = str(record["created"])[:16].replace("T", " ")
+            steps.append(Step(node, "fetch", f"made {made}, in {far.address}"))
+            continue
+        changes = history.explain(node) if artifact is None else []
+        if node.name in anew and store.folder(node.stage.kind, node.key).exists():
+            steps.append(Step(node, "run", "asked for anew"))
+        elif any((store.partial(node.stage.kind, node.key) / CHECKPOINTS).glob("*")):
+            steps.append(Step(node, "resume", "an earlier attempt left checkpoints"))
+        elif changes:
+            steps.append(Step(node, "run", "; ".join(changes[:3]), tuple(changes)))
+        else:
+            steps.append(Step(node, "run", f"needs {waits_for[0]}" if waits_for else "never run"))
+        fresh.add(node.name)
+    return steps
+
+
+class History:
+    """What runs of a pipeline's name have made so far. The store's records are read once, at the first question."""
+
+    def __init__(self, pipeline: Pipeline, store: Store) -> None:
+        self.pipeline, self.store = pipeline, store
+
+    @cached_property
+    def _newest(self) -> dict[tuple[str, str], Artifact]:
+        """By stage kind and name."""
+        return {
+            (artifact.record["kind"], artifact.record["stage"]): artifact
+            for artifact in self.store.all()  # oldest first
+            if artifact.record.get("pipeline") == self.pipeline.name
+        }
+
+    def previous(self, node: Node) -> Artifact | None:
+        """The newest artifact that this stage made in a run of the same name, or None."""
+        return self._newest.get((node.stage.kind, node.name))
+
+    def explain(self, node: Node) -> list[str]:
+        """Differences between this stage and its last finished self, one line a field; empty when there is none."""
+        last = self.previous(node)
+        if last is None or last.record["key"] == node.key:
+            return []
+        names = {artifact["key"]: artifact["stage"] for artifact in last.record["input_stages"]}
+        current = {other.key: other.name for other in self.pipeline}
+        return list(_differences(last.record["parts"], _as_json(node.parts), "", {**names, **current}))
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _as_json(item) for key, item in value.items()}
+    return [_as_json(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _differences(old: Any, new: Any, path: str, names: dict[str, str]) -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(key for key in new if key not in old)]:
+            below = key if path in ("", "config") else f"{path}.{key}"
+            if key not in old:
+                yield f"{below} is new: {new[key]!r}"
+            elif key not in new:
+                yield f"{below} is gone"
+            else:
+                yield from _differences(old[key], new[key], below, names)
+    elif old != new:
+        if path.startswith("inputs."):
+            keys = new if isinstance(new, list) else [new]
+            changed = [names.get(key, "?") for key in keys if key not in (old if isinstance(old, list) else [old])]
+            yield f"input {path.removeprefix('inputs.')} changed ({', '.join(changed) or 'order'})"
+        elif path.startswith("identities."):
+            yield f"content of {path.removeprefix('identities.')} changed"
+        else:
+            yield f"{path}: {old!r} → {new!r}"
+
+
+def estimate_memory(pipeline: Pipeline, store: Store) -> dict[str, Estimate | str]:
+    """What the stages hold in memory whose config has ``memory(models, runtime)``, or why that is not known.
+
+    ``models`` maps each input field that names checkpoints to their architectures, read from a ``config.json``. Where
+    no checkpoint is finished yet, the config of the stage it all starts from is asked for ``architecture(base)``.
+    """
+    from align.models.architecture import UnknownArchitecture
+
+    found: dict[str, Estimate | str] = {}
+    for node in pipeline:
+        if not hasattr(node.config, "memory"):
+            continue
+        try:
+            found[node.name] = node.config.memory(models_of(pipeline, node, store), pipeline.config.runtime)
+        except UnknownArchitecture as error:
+            found[node.name] = str(error)
+    return found
+
+
+def models_of(
+    pipeline: Pipeline, node: Node, store: Store, given: Mapping[str, Architecture] | None = None
+) -> dict[str, list[Architecture]]:
+    """Architectures behind each input field of a stage that names checkpoints; ``given`` ones, by stage, come first.
+
+    Raises ``UnknownArchitecture`` where one cannot be told.
+    """
+    fields = {field: [names] if isinstance(names, str) else names for field, names in node.inputs.items() if names}
+    return {
+        field: [_architecture(pipeline, name, store, given or {}) for name in names]
+        for field, names in fields.items()
+        if names and all(_is_model(pipeline, name) for name in names)
+    }
+
+
+def _is_model(pipeline: Pipeline, name: str) -> bool:
+    return pipeline.nodes[name].makes in CHECKPOINTS_OF_MODELS
+
+
+def _architecture(pipeline: Pipeline, name: str, store: Store, given: Mapping[str, Architecture]) -> Architecture:
+    """Of the model that a stage makes: read where it is finished, else that of what the stage starts from."""
+    from align.models.architecture import UnknownArchitecture, read_architecture
+
+    if name in given:
+        return given[name]
+    node = pipeline.nodes[name]
+    artifact = store.find_intact(node.stage.kind, node.key, name)
+    if artifact is not None:
+        return read_architecture(artifact.model / "config.json")
+    if hasattr(node.config, "architecture"):
+        found: Architecture = node.config.architecture(pipeline.base)
+        return found
+    for target in node.input_names:
+        if _is_model(pipeline, target):
+            return _architecture(pipeline, target, store, given)
+    raise UnknownArchitecture(f"the model that stage '{name}' makes is known once it is finished")
+
+
+def choose_stages(
+    pipeline: Pipeline, store: Store, only: str | None, from_: str | None, rebuild: tuple[str, ...]
+) -> set[str]:
+    """Stages to run although they are cached; checks the names, and with ``only`` that the inputs are there.
+
+    A stage of a loop is named with its round (``dpo-2``); without it ``only`` is the last one, the others every one.
+    """
+    for option, name in [("--only", only), ("--from", from_), *(("--rebuild", item) for item in rebuild)]:
+        if name is not None and pipeline.resolve(name) not in pipeline.nodes:
+            known = [*pipeline.nodes, *pipeline.expanded.rounds]
+            raise UserError(f"{option} {name}: there is no such stage.{suggest(name, known)}")
+    anew = {name for item in rebuild for name in pipeline.expanded.every(item)}
+    if from_ is not None:
+        anew.update(pipeline.expanded.every(from_))
+        for node in pipeline:
+            if any(name in anew for name in node.input_names):
+                anew.add(node.name)
+    if only is not None:
+        only = pipeline.resolve(only)
+        missing = [
+            name
+            for name in pipeline.nodes[only].input_names
+            if store.find(pipeline.nodes[name].stage.kind, pipeline.nodes[name].key, name) is None
+        ]
+        if missing:
+            raise UserError(
+                f"--only {only}: it reads {', '.join(missing)}, not finished yet. Run without --only first."
+            )
+        anew &= {only}
+    return anew
+
+
+def stages_to_make(pipeline: Pipeline, store: Store, only: str | None, anew: set[str]) -> list[Node]:
+    """Those that a run makes, in order: ``only`` that one if given, finished ones only where they are in ``anew``."""
+    only = None if only is None else pipeline.resolve(only)
+    return [
+        node
+        for node in pipeline
+        if (only is None or node.name == only)
+        and (node.name in anew or store.find(node.stage.kind, node.key, node.name) is None)
+    ]
+
+
+def check_sources(pipeline: Pipeline, store: Store, strict: bool) -> list[str]:
+    """Warnings for cached artifacts that other source code made under the same version; refused when ``strict``."""
+    warnings = []
+    for node in pipeline:
+        artifact = store.find_intact(node.stage.kind, node.key, node.name)
+        if artifact is not None and artifact.record.get("source") != source_digest(node.stage):
+            warnings.append(node.name)
+    if not warnings:
+        return []
+    text = f"made by other source code under the same stage version: {', '.join(warnings)}"
+    if strict:
+        raise UserError(f"{text}. `--rebuild {warnings[0]}` makes it again; without --strict it is used as it is.")
+    return [f"{text}. They are used as they are; --rebuild STAGE makes one again, --strict refuses them."]

@@ -1,0 +1,87 @@
+"""What is looked at, fetched and chosen before a run begins, wherever its stages are then made. Never imports torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from align.config.trackers import require_trackers
+from align.pipeline.pipeline import Node, Pipeline
+from align.runner.listener import Listener
+from align.runner.open_store import open_store
+from align.runner.plan import check_sources, choose_stages, stages_to_make
+from align.runner.sync import bring
+from align.store.record import DamagedArtifact
+from align.store.store import Store
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What of a pipeline is made, and where it is kept; the same for a run here and one on a cluster."""
+
+    store: str | Path | Store | None = None
+    """As of ``open_store``."""
+    only: str | None = None
+    """Make this one stage, whose inputs must be finished."""
+    from_: str | None = None
+    """Make this stage and all that depend on it anew."""
+    rebuild: tuple[str, ...] = ()
+    """Make these stages anew."""
+    strict: bool = False
+    """Refuse artifacts made by other source code under the same stage version."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that may begin."""
+
+    store: Store
+    anew: set[str]
+    """Stages that are made although an artifact is there."""
+    wanted: list[Node]
+    """Stages that are to be made, in order."""
+    warnings: list[str]
+
+
+def prepare_run(pipeline: Pipeline, options: RunOptions, listener: Listener | None = None) -> Prepared:
+    """Open the store, fetch what is finished in its remote, and choose what is made.
+
+    Raises ``UserError`` for what must stop a run before it starts.
+    """
+    listener = listener or Listener()
+    require_trackers(pipeline.config.runtime.report_to)  # before there is a store
+    store = open_store(pipeline, options.store)
+    store.patience.say = listener.warning
+    from_, rebuild = options.from_, options.rebuild
+    bring(pipeline, store, options.only, choose_stages(pipeline, store, None, from_, rebuild), listener.transfer)
+    anew = choose_stages(pipeline, store, options.only, from_, rebuild)
+    _refuse_damage(pipeline, store, pipeline.touched_by(options.only) - anew)
+    warnings = check_sources(pipeline, store, options.strict)
+    return Prepared(store, anew, stages_to_make(pipeline, store, options.only, anew), warnings)
+
+
+def _refuse_damage(pipeline: Pipeline, store: Store, used: set[str]) -> None:
+    """Damaged finished stages among those that are used stop the run before anything starts; all are named."""
+    damaged = []
+    for node in pipeline:
+        if node.name in used:
+            try:
+                _require_intact(node, store)
+            except DamagedArtifact as error:
+                damaged.append(error)
+    if damaged:
+        raise DamagedArtifact("\n".join(map(str, damaged)), damaged[0].stage)
+
+
+def _require_intact(node: Node, store: Store) -> None:
+    artifact = store.find(node.stage.kind, node.key, node.name)
+    problems = store.problems(artifact, thorough=False) if artifact is not None else []
+    if problems:
+        raise DamagedArtifact(
+            f"stage '{node.name}': {problems[0].path} {problems[0].what}. "
+            f"The artifact is corrupted; `--rebuild {node.name}` makes it again.",
+            node.name,
+        )
+
+
+__all__ = ["Prepared", "RunOptions", "prepare_run"]

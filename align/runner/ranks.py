@@ -1,0 +1,162 @@
+"""A stage's process as the launcher of several: starts its ranks by torch's agent and says how they ended.
+
+Each rank runs ``python -m align.runner.worker FOLDER --rank`` and leaves ``FOLDER/ranks/<rank>.json``. The first rank's
+output goes to the stage's log, the others' to ``ranks/<rank>.log``. When one ends badly the agent ends the others. Left
+out: starting anew with the ranks that are left; the next run resumes from the last checkpoint instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from align.config.launch import LATE, PARENT, RANKS, is_head
+from align.config.runtime import Runtime
+from align.runner.stage_result import read_result
+from align.store.json_files import DamagedFile
+from align.store.retry import UNREACHABLE_STORE
+
+GRACE_SECONDS = 5
+"""What a rank has to end after a signal; less than the runner gives the launcher."""
+TAIL_LINES, TAIL_WIDTH = 6, 200
+
+
+def run_ranks(folder: Path, runtime: Runtime) -> dict[str, Any] | None:
+    """Run the stage laid out in ``folder`` in ranks; the stage's result, None where one process is all there is to be.
+
+    A signal that ends this process ends the ranks first.
+    """
+    launch = runtime.launch
+    gpus = _gpus(runtime)
+    processes = max(1, gpus) if launch.processes == "auto" else launch.processes
+    if processes * launch.nodes == 1:
+        return None
+    if 0 < gpus < processes:
+        message = (
+            f"runtime.launch asks for {processes} processes on a machine with {gpus} GPUs; each process takes one. Set "
+            "processes to auto, or runtime.device to cpu."
+        )
+        return {"status": "refused", "message": message, "peak_memory_bytes": 0, "versions": {}}
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig as Agent
+    from torch.distributed.launcher.api import elastic_launch
+
+    ranks = folder / RANKS
+    ranks.mkdir(exist_ok=True)
+    if is_head():
+        for old in (file for file in ranks.iterdir() if file.is_file()):
+            old.unlink()
+    os.environ[PARENT] = str(os.getpid())
+    alone = launch.nodes == 1
+    if alone and sys.platform.startswith("linux"):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nothing listens beyond this machine
+    agent = Agent(
+        min_nodes=launch.nodes,
+        max_nodes=launch.nodes,
+        nproc_per_node=processes,
+        run_id=folder.name,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0" if alone else str(launch.rendezvous),
+        rdzv_configs={"timeout": launch.timeout} if alone else {"timeout": launch.timeout, "is_host": is_head()},
+        local_addr="127.0.0.1" if alone else None,
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(log_dir=str(ranks / "agent")),
+        shutdown_timeout=GRACE_SECONDS,
+        virtual_local_rank=gpus > 0,  # each sees its own GPU alone, and so does an engine in the same process
+    )
+    world = processes * launch.nodes
+    try:
+        elastic_launch(agent, sys.executable)("-m", "align.runner.worker", str(folder.resolve()), "--rank")
+        failures: Mapping[int, int] = {}
+    except ChildFailedError as error:
+        failures = {number: failure.exitcode for number, failure in error.failures.items()}
+    except SignalException as error:
+        return {
+            "status": "failed",
+            "message": f"its processes were ended by {error.sigval.name}. Run again to resume it.",
+        }
+    return outcome(ranks, world, failures, launch.timeout)
+
+
+def _gpus(runtime: Runtime) -> int:
+    """GPUs of this machine that the stage may take; 0 for a stage on the CPU."""
+    if runtime.device == "cpu":
+        return 0
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def outcome(ranks: Path, world: int, failures: Mapping[int, int], timeout: float) -> dict[str, Any]:
+    """The stage's result from what its ranks left and from the exit codes of those that failed, the first one first."""
+    left = {number: found for number in range(world) if (found := _left(ranks, number)) is not None}
+    peaks = [int(found.get("peak_memory_bytes", 0)) for found in left.values()]
+    about = {"peak_memory_bytes": max(peaks, default=0), "versions": left.get(0, {}).get("versions", {})}
+    if not failures and left.get(0, {}).get("status") == "done":
+        return {**left[0], **about}
+    return {**_why(ranks, world, failures, left, timeout), **about}
+
+
+def _why(
+    ranks: Path, world: int, failures: Mapping[int, int], left: Mapping[int, dict[str, Any]], timeout: float
+) -> dict[str, Any]:
+    bad = {number: found for number, found in left.items() if found["status"] != "done"}
+    for status in ("refused", UNREACHABLE_STORE, "failed"):
+        own = [number for number, found in bad.items() if found["status"] == status and not found.get("symptom")]
+        if own:
+            where = "" if status == "refused" else f"rank {own[0]} of {world}: "
+            return {"status": status, "message": f"{where}{bad[own[0]]['message']}"}
+    stopped = next((found for found in bad.values() if found["status"] == "stopped"), None)
+    if stopped is not None:  # one that the agent ended before it could say so has stopped with the others
+        return {"status": "stopped", "message": stopped["message"]}
+    late = [number for number, found in bad.items() if found.get("symptom") == LATE]
+    silent = [number for number in range(world) if number not in bad and number not in late]
+    if late:
+        those = ", ".join(f"rank {number}" for number in silent) or "another rank"
+        return _failed(
+            f"rank {late[0]} of {world} waited {timeout:g} seconds for {those}, in vain (runtime.launch.timeout). Run "
+            "again to resume from the last checkpoint; raise the timeout where a step can take longer.",
+            ranks,
+            silent[:1],
+        )
+    died = [number for number, code in failures.items() if code < 0 and code != -signal.SIGTERM and number not in left]
+    if died:
+        name = signal.Signals(-failures[died[0]]).name
+        often = " (often the system running out of memory)" if name == "SIGKILL" else ""
+        return _failed(
+            f"rank {died[0]} of {world} was killed by {name}{often}, so the others were ended. Run again to resume it.",
+            ranks,
+            died[:1],
+        )
+    first = next((number for number in failures if number not in left), next(iter(failures), None))
+    if first is None:
+        return _failed(f"its {world} processes ended without a result.", ranks, [0])
+    return _failed(
+        f"rank {first} of {world} ended with exit code {failures[first]} and left no result. Run again to resume it.",
+        ranks,
+        [first],
+    )
+
+
+def _failed(message: str, ranks: Path, about: Sequence[int]) -> dict[str, Any]:
+    """With the end of the log of the rank that it is about; the first one's is the stage's own."""
+    for number in about:
+        with contextlib.suppress(OSError):
+            lines = (ranks / f"{number}.log").read_text(encoding="utf-8", errors="replace").splitlines()
+            tail = [line[:TAIL_WIDTH] for line in lines if line.strip()][-TAIL_LINES:]
+            if tail:
+                message += f"\nThe end of {ranks / f'{number}.log'}:\n  " + "\n  ".join(tail)
+    return {"status": "failed", "message": message}
+
+
+def _left(ranks: Path, number: int) -> dict[str, Any] | None:
+    try:
+        return read_result(ranks / f"{number}.json").model_dump(exclude_unset=True)
+    except (OSError, DamagedFile):
+        return None

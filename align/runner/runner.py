@@ -1,0 +1,112 @@
+"""Runs a pipeline: one process per stage, finished stages skipped, killed ones resumed. Never imports torch."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from align.errors import NO_SPACE, StageFailed, UserError, no_space
+from align.pipeline.pipeline import Node, Pipeline
+from align.pipeline.stop_signal import Stopped, StopRequest
+from align.runner.listener import Listener
+from align.runner.prepare import RunOptions, prepare_run
+from align.runner.run_stage import make_stage
+from align.runner.sync import offer
+from align.store.artifacts import Artifact
+from align.store.store import Store
+
+
+@dataclass
+class Run:
+    """What a run came to: artifacts by stage name, and which stages really ran."""
+
+    store: Store
+    artifacts: dict[str, Artifact] = field(default_factory=dict)
+    ran: list[str] = field(default_factory=list)
+    last: dict[str, str] = field(default_factory=dict)
+    """Stage of a loop → its last round's."""
+
+    def metrics(self, stage: str) -> dict[str, Any]:
+        """The metrics in a stage's record; for a stage of a loop, of its last round."""
+        found: dict[str, Any] = self.artifacts[self.last.get(stage, stage)].record["metrics"]
+        return found
+
+    def failed_gates(self) -> list[str]:
+        """What evaluations of this run found below or above its gates, one text each; empty where all passed."""
+        return [
+            str(text)
+            for artifact in self.artifacts.values()
+            for text in artifact.record["metrics"].get("failed_gates") or []
+        ]
+
+
+def run_pipeline(
+    pipeline: Pipeline,
+    *,
+    store: str | Path | Store | None = None,
+    only: str | None = None,
+    from_: str | None = None,
+    rebuild: tuple[str, ...] = (),
+    strict: bool = False,
+    listener: Listener | None = None,
+    stop: StopRequest | None = None,
+) -> Run:
+    """Run every stage that is not cached, in order; ``store`` to ``strict`` are as of ``RunOptions``.
+
+    Raises ``UserError`` (nothing started), ``StageFailed`` (the log's path is in it), or
+    ``Stopped`` once it was asked to stop: through ``stop``, or by the signal USR1 where none is given.
+    """
+    listener = listener or Listener()
+    ready = prepare_run(pipeline, RunOptions(store, only, from_, rebuild, strict), listener)
+    for message in ready.warnings:
+        listener.warning(message)
+    _refuse_nodes_without_a_place(pipeline, ready.wanted)
+    heard = contextlib.nullcontext(stop) if stop is not None else StopRequest().hearing(signal.SIGUSR1)
+    try:
+        with heard as stop, ready.store.use(pipeline.name, pipeline.references, pipeline.plain):
+            return _run_stages(pipeline, ready.store, only, ready.anew, listener, stop)
+    except OSError as error:  # the runner's own writing: locks, records, the move of a result to its place
+        if error.errno not in NO_SPACE:
+            raise
+        raise StageFailed(no_space(ready.store.root)) from None
+
+
+def _run_stages(
+    pipeline: Pipeline, opened: Store, only: str | None, anew: set[str], listener: Listener, stop: StopRequest
+) -> Run:
+    run = Run(opened, last={name: pipeline.resolve(name) for name in pipeline.expanded.rounds})
+    used = pipeline.touched_by(only) - anew
+    only = None if only is None else pipeline.resolve(only)
+    for node in pipeline:
+        look = opened.find if node.name in used else opened.find_intact
+        found = look(node.stage.kind, node.key, node.name)
+        if found is not None and node.name not in anew:
+            run.artifacts[node.name] = found
+            listener.stage_cached(node, found)
+            offer(opened, found, listener.transfer)
+        elif only is None or node.name == only:
+            gone = [name for name in node.input_names if name not in run.artifacts]
+            if gone:
+                raise UserError(f"--only {only}: it reads {', '.join(gone)}, deleted just now. Run without --only.")
+            inputs = {name: run.artifacts[name] for name in node.input_names}
+            if stop.asked:
+                raise Stopped(f"stopped as asked, before stage '{node.name}'.")
+            ran, artifact = make_stage(pipeline, node, opened, inputs, node.name in anew, listener, stop)
+            run.artifacts[node.name] = artifact
+            if ran:
+                run.ran.append(node.name)
+    return run
+
+
+def _refuse_nodes_without_a_place(pipeline: Pipeline, nodes: list[Node]) -> None:
+    """A stage on several nodes must know where they meet before it starts."""
+    for node in nodes:
+        objection = pipeline.runtimes[node.name].launch.nowhere_to_meet() if node.stage.distributed else None
+        if objection is not None:
+            raise UserError(f"{pipeline.where}: runtime.launch, for stage '{node.name}': {objection}")
+
+
+__all__ = ["Run", "run_pipeline"]

@@ -1,0 +1,105 @@
+"""Files that a stage's process and its runner hand each other in ``<12 hex>.partial/``, each through a schema.
+
+``work.json`` says what to make, ``result.json`` what came of it, ``attempts.json`` how long each attempt took. All are
+sealed, and written whole. Knows no torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from align.errors import UserError
+from align.store.json_files import DamagedFile, read_sealed, write_sealed
+from align.store.retry import UNREACHABLE_STORE
+
+WORK, RESULT, ATTEMPTS = "work.json", "result.json", "attempts.json"
+
+
+class InputReference(BaseModel):
+    """An artifact that the stage reads: its name in the pipeline, and its folder."""
+
+    stage: str
+    path: str
+
+
+class Work(BaseModel):
+    """The content of ``work.json``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    stage: str
+    """The kind of a stage, or where its description is (``module:NAME``)."""
+    config: dict[str, Any]
+    seed: int
+    runtime: dict[str, Any]
+    inputs: dict[str, InputReference | list[InputReference] | None] = {}
+    cache: str | None = None
+    pipeline: str = ""
+    group: str = ""
+    runner_pid: int | None = None
+
+
+class StageResult(BaseModel):
+    """The content of ``result.json``."""
+
+    status: Literal["done", "failed", "refused", "stopped", UNREACHABLE_STORE]  # type: ignore[valid-type]
+    message: str = ""
+    """Why it is not done."""
+    metrics: dict[str, Any] = {}
+    seconds: float = Field(0.0, ge=0)
+    peak_memory_bytes: int = Field(0, ge=0)
+    versions: dict[str, str] = {}
+    symptom: str | None = None
+    """Of one process among several: the sign by which its error only tells of another one's end."""
+
+
+class _Attempts(BaseModel):
+    seconds: list[float]
+
+
+def write_work(partial: Path, work: dict[str, Any]) -> None:
+    """Write what the stage's process is to make."""
+    write_sealed(partial / WORK, work)
+
+
+def read_work(partial: Path) -> Work:
+    """What the stage's process is to make; ``UserError`` where the file cannot be used."""
+    try:
+        return read_sealed(partial / WORK, Work)
+    except DamagedFile as error:
+        raise UserError(f"{partial / WORK}: damaged: it {error}. Run again to write it anew.") from None
+
+
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """Write what became of a stage's process."""
+    write_sealed(path, result, default=float)
+
+
+def read_result(path: Path) -> StageResult:
+    """What became of a stage's process. Raises ``DamagedFile``, or ``FileNotFoundError`` where it has said nothing."""
+    return read_sealed(path, StageResult)
+
+
+def left_result(partial: Path) -> StageResult | None:
+    """The result that lies in a stage's folder; None where there is none that can be used."""
+    try:
+        return read_result(partial / RESULT)
+    except (OSError, DamagedFile):
+        return None
+
+
+def write_attempts(partial: Path, seconds: list[float]) -> None:
+    """Note how long each attempt has taken so far."""
+    write_sealed(partial / ATTEMPTS, {"seconds": seconds})
+
+
+def read_attempts(partial: Path) -> list[float]:
+    """Seconds of each attempt. A file that is damaged counts as absent: it is about cost, not about the result."""
+    try:
+        return read_sealed(partial / ATTEMPTS, _Attempts).seconds
+    except (FileNotFoundError, DamagedFile):
+        return []

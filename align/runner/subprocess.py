@@ -1,0 +1,221 @@
+"""One attempt at a stage: its process, followed until it ends, and the time it took. Never imports torch.
+
+Left out: what an attempt is given, and what becomes of its result (``runner.py``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from align.config.launch import BY_SRUN
+from align.errors import disk_is_full, no_space
+from align.pipeline.registry import find_stage
+from align.pipeline.stop_signal import Stopped, StopRequest, pass_on
+from align.runner.stage_result import RESULT, read_attempts, read_result, read_work, write_attempts
+from align.runner.worker import ENVIRONMENT, EVENTS, LOG, UNREACHABLE_CODE
+from align.store.events import parse_event
+from align.store.json_files import DamagedFile
+from align.store.retry import UNREACHABLE, UNREACHABLE_STORE, Patience
+
+POLL_SECONDS = 0.1
+GRACE_SECONDS = 10.0
+KEEP_SECONDS = 1.0
+"""Seconds between two notes of an attempt's time: what is lost of it when the runner itself is killed."""
+NO_OUTPUT_CODE = 120
+"""Python's exit code where the last of its output, here the log, could not be written."""
+
+
+def run_attempt(
+    name: str,
+    partial: Path,
+    follow: Callable[[dict[str, Any]], None],
+    stop: StopRequest,
+    check: Callable[[], None] = lambda: None,
+    patience: Patience | None = None,
+) -> dict[str, Any]:
+    """Start the process of the stage laid out in ``partial``; returns its result once it has ended, however it did.
+
+    ``follow`` hears every line of the stage's event file. An interrupt (SIGTERM too, unless ``stop`` hears it) ends the
+    process, then is raised; so does what ``check`` raises, which is asked all the while. When ``stop`` is asked for,
+    the stage is asked in turn; one that takes longer than its patience is ended, which raises ``Stopped``.
+    ``patience`` is for a folder that does not answer.
+    """
+    patience = patience or Patience(partial)
+    environment = {**ENVIRONMENT, **os.environ}
+    events, spent = patience.keep_trying(lambda: (Tail(partial / EVENTS), _Spent(partial)))
+    output = patience.keep_trying(lambda: _open_log(partial, name))
+    command = _command(partial, environment)
+    # A session of its own: Ctrl-C reaches the runner only, which then ends the stage in order.
+    process = subprocess.Popen(
+        command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
+        start_new_session=True,
+    )  # fmt: skip
+    with contextlib.suppress(OSError):  # the process has it; where the folder is away even closing fails
+        os.close(output)
+    try:
+        with contextlib.nullcontext() if signal.SIGTERM in stop.hears else _terminate_as_interrupt():
+            asked = False
+            while process.poll() is None:
+                check()
+                if stop.asked and not asked:
+                    with contextlib.suppress(OSError):  # asked again until the folder is back
+                        pass_on(partial)
+                        asked = True
+                if stop.is_over:
+                    raise Stopped("asked to stop, and ended since it took too long to do so.")
+                for event in events.read():
+                    follow(event)
+                spent.note()
+                time.sleep(POLL_SECONDS)
+            for event in events.read():
+                follow(event)
+    except BaseException:
+        _stop(process)
+        raise
+    finally:
+        spent.note(at_once=True)
+    return patience.keep_trying(lambda: _result(partial, process.returncode))
+
+
+def _open_log(partial: Path, name: str) -> int:
+    handle = os.open(partial / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    os.write(handle, f"--- {datetime.now(UTC).isoformat(timespec='seconds')} {name}\n".encode())
+    return handle
+
+
+def _result(partial: Path, code: int) -> dict[str, Any]:
+    """What a process that ended with ``code`` has left, or what its end says."""
+    try:
+        result = read_result(partial / RESULT).model_dump()
+    except DamagedFile as error:
+        result = {"status": "failed", "message": f"{partial / RESULT}: damaged: it {error}. Run again to resume it."}
+    except FileNotFoundError:
+        if code in (UNREACHABLE_CODE, NO_OUTPUT_CODE):
+            return {"status": UNREACHABLE_STORE, "message": "the store could not be reached, not even for the result."}
+        # So full that not even the result could be written; the folder itself may be another run's by now.
+        full = disk_is_full(partial.parent)
+        result = {"status": "failed", "message": no_space(partial) if full else _describe_exit(code)}
+    return result
+
+
+def _command(partial: Path, environment: dict[str, str]) -> list[str]:
+    """The stage's command line; one that trains on several nodes is started on each by srun, inside a job of Slurm."""
+    command = [sys.executable, "-m", "align.runner.worker", str(partial.resolve())]
+    work = read_work(partial)
+    nodes = int(work.runtime["launch"]["nodes"])
+    if nodes == 1 or not find_stage(work.stage).distributed or int(os.environ.get("SLURM_JOB_NUM_NODES") or 1) < nodes:
+        return command
+    environment[BY_SRUN] = "1"
+    # srun does not take the job's cores for its own
+    cores = [f"--cpus-per-task={n}"] if (n := os.environ.get("SLURM_CPUS_PER_TASK")) else []
+    return [
+        "srun",
+        f"--nodes={nodes}",
+        f"--ntasks={nodes}",
+        "--ntasks-per-node=1",
+        "--kill-on-bad-exit=1",
+        *cores,
+        *command,
+    ]
+
+
+def seconds_of_attempts(partial: Path) -> list[float]:
+    """Wall-clock seconds of every attempt made in ``partial``, killed and failed ones too, the last one's last.
+
+    All that an attempt took counts, work that was lost with it included: it was paid for. The runner notes the time
+    every ``KEEP_SECONDS`` while the attempt runs, so a stage that is killed loses nothing of it, and a runner that is
+    killed, which takes its stage along, no more than that.
+    """
+    return read_attempts(partial)
+
+
+class _Spent:
+    """Notes the time of an attempt beside that of the attempts before it."""
+
+    def __init__(self, partial: Path) -> None:
+        self.partial, self.before = partial, seconds_of_attempts(partial)
+        self.start, self.noted = time.monotonic(), -KEEP_SECONDS
+
+    def note(self, at_once: bool = False) -> None:
+        """Write the time so far if it is due."""
+        seconds = time.monotonic() - self.start
+        if seconds - self.noted < KEEP_SECONDS and not at_once:
+            return
+        self.noted = seconds
+        with contextlib.suppress(OSError):  # a disk without room for a few bytes is the stage's to report
+            write_attempts(self.partial, [*self.before, round(seconds, 2)])
+
+
+def _describe_exit(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return "its process was killed (SIGKILL; often the system running out of memory). Run again to resume it."
+    if code < 0:
+        return f"its process was ended by {signal.Signals(-code).name}. Run again to resume it."
+    return f"its process ended with exit code {code} and left no result."
+
+
+@contextlib.contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """Treat SIGTERM to the runner like Ctrl-C, so that the stage's process is ended with it."""
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        previous = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not the main thread: Python allows no handler there
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the stage's whole process group: politely, then not."""
+    for number, patience in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, GRACE_SECONDS)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
+            return
+
+
+class Tail:
+    """Reads the complete lines that were added to an event file since the last call."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        # An earlier attempt's events are history: they stay in the file, for the report, but are not shown again.
+        self.offset = path.stat().st_size if path.exists() else 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """New events; a line still being written waits for the next call."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.offset)
+                data = file.read()
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            if error.errno not in UNREACHABLE:
+                raise
+            return []  # they are still there when the folder is back
+        end = data.rfind(b"\n") + 1
+        self.offset += end
+        found = []
+        for line in data[:end].splitlines():
+            event = parse_event(line)
+            if event is not None:
+                found.append(event)
+        return found

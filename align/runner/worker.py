@@ -1,0 +1,270 @@
+"""The process a stage runs in: ``python -m align.runner.worker FOLDER``.
+
+Reads ``FOLDER/work.json``, runs the stage, and writes ``FOLDER/result.json`` last. It publishes nothing: the
+runner does, once this process has ended well. The same command line is what a cluster launches, once on each node.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import errno
+import functools
+import os
+import platform
+import resource
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from align.config.launch import BY_SRUN, PARENT, RANKS, is_head, local_size, rank, symptom, world_size
+from align.config.runtime import Runtime
+from align.config.validation import validate_plain
+from align.errors import UserError, explain_os_error, no_space
+from align.pipeline.registry import Stage, StageContext, find_stage, load_object
+from align.pipeline.stop_signal import Stopped
+from align.runner.stage_result import RESULT, read_work, write_result
+from align.store.artifacts import Artifact
+from align.store.record import read_artifact
+from align.store.retry import UNREACHABLE_STORE, is_unreachable
+
+EVENTS, LOG = "events.jsonl", "log.txt"
+OUTPUT, CHECKPOINTS = "output", "checkpoints"
+UNREACHABLE_CODE = 74
+"""Exit code of a stage that lost the store (EX_IOERR of sysexits.h); it stands for a result that was not written."""
+HANDOVER, PROCESSES, LAUNCHER = "align.checks.stage", "align.models.processes", "align.runner.ranks"
+"""Loaded as the stage itself is: not before the process of a stage needs it."""
+
+
+ENVIRONMENT = {
+    "PYTHONUNBUFFERED": "1",
+    "PYTHONFAULTHANDLER": "1",
+    # glibc gives large blocks back to the kernel at once, and a training step asks for the same ones over and over: in
+    # pages of 2 MiB rather than 4 KiB that costs little (PPO's learning on SmolLM2-135M: 7.8 s without, 6.8 s with).
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
+"""What a stage's process is started with, unless the user's environment says otherwise; read when a process starts."""
+
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
+"""How OpenMP's threads wait for work. libgomp's own 300,000 turns starve whatever else runs on the same cores (an SFT
+step took ten times as long); to sleep at once costs a sixth of PPO's update where nothing else runs. So few turns are
+as fast alone and, beside other jobs, near to sleeping (docs/performance.md)."""
+
+
+def main(folder: Path) -> int:
+    """Run the stage described in ``folder``; exit code 0 done, 1 failed, 2 wrong input, 75 stopped as asked.
+
+    A stage that trains in several processes is run by ranks of this one (``align.runner.ranks``).
+    """
+    try:
+        work = read_work(folder).model_dump()
+    except UserError as error:
+        return _finish(folder, RESULT, {"status": "refused", "message": str(error)})
+    die_with_parent(work.get("runner_pid") if is_head() and not os.environ.get(BY_SRUN) else None)
+    started = time.time()
+    if _several(work):
+        made: dict[str, Any] | None = load_object(f"{LAUNCHER}:run_ranks")(folder, _runtime(work))
+        if made is not None:
+            made["seconds"] = max(0.0, time.time() - started)  # the clock may have been set back
+            return _finish(folder, RESULT, made) if is_head() else int(made["status"] != "done")
+    _set_threads(work["runtime"])
+    return _finish(folder, RESULT, _outcome(folder, work, started, RESULT))
+
+
+def _runtime(work: dict[str, Any]) -> Runtime:
+    return validate_plain(Runtime, work["runtime"])
+
+
+def _several(work: dict[str, Any]) -> bool:
+    """Whether the stage is to be run by more processes than one, as far as is known without a look at the machine."""
+    try:
+        distributed = find_stage(work["stage"]).distributed
+    except UserError:
+        return False  # refused below
+    return distributed and _runtime(work).launch.known != 1
+
+
+def run_rank(folder: Path) -> int:
+    """One of several processes of the stage in ``folder``; leaves its result for the launcher."""
+    ended: list[int] = []
+    atexit.register(_end_at_once, ended)
+    work = read_work(folder).model_dump()
+    die_with_parent(int(os.environ[PARENT]))
+    _set_threads(work["runtime"])
+    ranks, number = folder / RANKS, rank()
+    (ranks / f"{number}.pid").write_text(str(os.getpid()), encoding="utf-8")
+    if number:
+        log = os.open(ranks / f"{number}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        for stream in (1, 2):
+            os.dup2(log, stream)
+    name = f"{RANKS}/{number}.json"
+    code = _finish(folder, name, _outcome(folder, work, time.time(), name))
+    if code:
+        os._exit(code)  # the group is broken: its threads would have to be waited for
+    load_object(f"{PROCESSES}:leave")()
+    ended.append(code)
+    return code
+
+
+def _end_at_once(ended: list[int]) -> None:
+    """End a rank that has done its work, after all that others want done at an end: registered first, this runs last.
+
+    Gloo's threads may still hold tensors, even of a group that was destroyed, and one that lets go of them while the
+    interpreter is taken down aborts the process (pytorch/pytorch#179291).
+    """
+    if ended:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(ended[0])
+
+
+def _outcome(folder: Path, work: dict[str, Any], started: float, result_file: str) -> dict[str, Any]:
+    """The stage's result, or what became of it instead."""
+    try:
+        if world_size() > 1:
+            load_object(f"{PROCESSES}:join")(_runtime(work))
+        metrics = _run(_context(folder, work, started, result_file), find_stage(work["stage"]))
+        result: dict[str, Any] = {"status": "done", "metrics": metrics}
+    except UserError as error:
+        result = {"status": "refused", "message": str(error)}
+    except Stopped as error:
+        result = {"status": "stopped", "message": str(error)}
+    except MemoryError:
+        _print_trace()
+        result = {"status": "failed", "message": "out of memory; lower micro_batch_size or max_length."}
+    except Exception as error:
+        _print_trace()
+        result = _explain(error, folder)
+        if world_size() > 1 and not isinstance(error, OSError):
+            result["symptom"] = symptom(error)
+    result.update(seconds=max(0.0, time.time() - started), peak_memory_bytes=_peak_memory(), versions=_versions())
+    return result
+
+
+def _finish(folder: Path, name: str, result: dict[str, Any]) -> int:
+    """Write a result; the exit code that goes with it."""
+    codes = {"done": 0, "refused": 2, "stopped": Stopped.exit_code, UNREACHABLE_STORE: UNREACHABLE_CODE}
+    code = codes.get(result["status"], 1)
+    try:
+        write_result(folder / name, result)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            print(explain_os_error(error, folder), file=sys.stderr)
+        return UNREACHABLE_CODE if is_unreachable(error) else code or 1
+    return code
+
+
+def _explain(error: Exception, folder: Path) -> dict[str, Any]:
+    """The result of a stage that failed."""
+    if is_unreachable(error):
+        return {"status": UNREACHABLE_STORE, "message": f"the store could not be reached ({error})."}
+    if isinstance(error, OSError):
+        return {"status": "failed", "message": explain_os_error(error, folder)}
+    full = os.strerror(errno.ENOSPC) in str(error)  # safetensors and tokenizers wrap it in errors of their own
+    return {"status": "failed", "message": no_space(folder) if full else f"{type(error).__name__}: {error}"}
+
+
+def _print_trace() -> None:
+    with contextlib.suppress(OSError):  # the log lies where nothing can be written perhaps
+        traceback.print_exc()
+
+
+def _run(context: StageContext, stage: Stage) -> dict[str, Any]:
+    """Look at the checkpoints that come in, run the stage, look at the one that goes out."""
+    makes = stage.makes or context.config.makes()
+    if rank():  # of several processes the first one looks
+        return stage.runner()(context) or {}
+    load_object(f"{HANDOVER}:check_inputs")(context, makes)
+    metrics = stage.runner()(context) or {}
+    load_object(f"{HANDOVER}:check_made")(context, stage.kind, makes, metrics)
+    return metrics
+
+
+def fail_at_once(folder: Path, result_file: str, message: str) -> None:
+    """End this process with exit code 1 and ``message`` as its result, from any thread and whatever the others do."""
+    with contextlib.suppress(OSError):
+        write_result(folder / result_file, {"status": "failed", "message": message})
+    os._exit(1)
+
+
+def _context(folder: Path, work: dict[str, Any], started: float, result_file: str) -> StageContext:
+    stage = find_stage(work["stage"])
+    inputs: dict[str, Any] = {}
+    for name, value in work["inputs"].items():
+        inputs[name] = [_artifact(item) for item in value] if isinstance(value, list) else value and _artifact(value)
+    (folder / OUTPUT).mkdir(exist_ok=True)
+    (folder / CHECKPOINTS).mkdir(exist_ok=True)
+    return StageContext(
+        name=work["name"],
+        config=validate_plain(stage.config_class(), work["config"]),
+        inputs=inputs,
+        seed=work["seed"],
+        runtime=validate_plain(Runtime, work["runtime"]),
+        output=folder / OUTPUT,
+        checkpoints=folder / CHECKPOINTS,
+        events=Path(os.devnull) if rank() else folder / EVENTS,  # of several processes the first one speaks
+        cache=Path(work["cache"]) if work.get("cache") else None,
+        pipeline=work.get("pipeline", ""),
+        group=work.get("group", ""),
+        started=started,
+        fail_at_once=functools.partial(fail_at_once, folder, result_file),
+    )
+
+
+def _artifact(item: dict[str, str]) -> Artifact:
+    path = Path(item["path"])
+    return read_artifact(path, item["stage"])
+
+
+def die_with_parent(parent: int | None) -> None:
+    """Have Linux end this process when the runner dies, so that no orphan works on under a released lock."""
+    if not sys.platform.startswith("linux"):
+        return
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if parent is not None and os.getppid() != parent:  # it died before the line above
+        os._exit(1)
+
+
+def _set_threads(runtime: dict[str, Any]) -> None:
+    """This process's share of the cores there are, unless the user says otherwise; before torch is imported."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ["OMP_NUM_THREADS"] = str(runtime.get("threads") or max(1, cores // local_size()))
+    if not WAITING.keys() & os.environ.keys():
+        os.environ.update(WAITING)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+def _peak_memory() -> int:
+    """Peak resident bytes of this process, or peak bytes on the GPU where one was used."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
+        return int(torch.cuda.max_memory_allocated())
+    kilobyte = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte
+
+
+def _versions() -> dict[str, str]:
+    """Versions of what the stage really imported, and the machine."""
+    names = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "vllm", "numpy")
+    found = {name: str(getattr(sys.modules[name], "__version__", "?")) for name in names if name in sys.modules}
+    return {"python": platform.python_version(), **found}
+
+
+def _start(arguments: list[str]) -> int:
+    """``main`` or ``run_rank``; a store that is away before or after what they look after has an exit code, too."""
+    try:
+        return (run_rank if "--rank" in arguments[1:] else main)(Path(arguments[0]))
+    except OSError as error:
+        if not is_unreachable(error):
+            raise
+        return UNREACHABLE_CODE
+
+
+if __name__ == "__main__":
+    sys.exit(_start(sys.argv[1:]))

@@ -1,0 +1,87 @@
+"""The door through which small JSON files are read back: whole JSON, an intact seal, a schema. Knows no torch.
+
+A seal is a digest of the file's content in the file (``sealed.py``). It finds a flipped bit and an edited field. It is
+no signature: who may write to the folder is trusted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from align.store.sealed import BrokenSealError, open_sealed, seal
+from align.store.atomic_write import write_atomically
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class DamagedFile(ValueError):
+    """A file does not hold what was written there. The text is a clause that follows the file's name."""
+
+
+def parse_json(data: bytes) -> Any:
+    """The JSON value that ``data`` holds; ``DamagedFile`` where it holds none."""
+    if not data.strip():
+        raise DamagedFile("is empty")
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise DamagedFile("is nested too deeply") from None
+    except ValueError as error:  # text that is not UTF-8, too
+        raise DamagedFile(f"is not JSON ({error})") from None
+
+
+def parse_object(data: bytes) -> dict[str, Any]:
+    """The JSON object that ``data`` holds; ``DamagedFile`` where it holds none."""
+    value = parse_json(data)
+    if not isinstance(value, dict):
+        raise DamagedFile(f"holds a {type(value).__name__} instead of an object")
+    return value
+
+
+def parse_sealed(data: bytes) -> dict[str, Any]:
+    """The object that was sealed in ``data``; ``DamagedFile`` where there is none or it was changed since."""
+    value = parse_object(data)
+    try:
+        return open_sealed(value)
+    except BrokenSealError as error:
+        raise DamagedFile(f"is not what was written there ({error})") from None
+
+
+def read_file(path: Path) -> bytes:
+    """A file's bytes; ``DamagedFile`` where something else lies there or reading is forbidden, else ``OSError``."""
+    try:
+        return path.read_bytes()
+    except (PermissionError, IsADirectoryError) as error:
+        raise DamagedFile(f"cannot be read ({error.strerror})") from None
+
+
+def read_sealed(path: Path, schema: type[Model]) -> Model:
+    """The sealed object in a file as ``schema``; raises as ``read_file``, and ``DamagedFile`` for anything else."""
+    return validate(schema, parse_sealed(read_file(path)))
+
+
+def write_sealed(path: Path, value: dict[str, Any], default: Callable[[Any], Any] = str) -> None:
+    """Write a sealed JSON object that is there whole or not at all."""
+    write_atomically(path, seal(as_json(value, default)))
+
+
+def as_json(value: dict[str, Any], default: Callable[[Any], Any] = str) -> dict[str, Any]:
+    """``value`` as JSON reads it back. ``default`` converts what JSON has no form for."""
+    plain: dict[str, Any] = json.loads(json.dumps(value, default=default))
+    return plain
+
+
+def validate(schema: type[Model], value: Any) -> Model:
+    """``value`` as ``schema``; ``DamagedFile`` names the first field that is wrong."""
+    try:
+        return schema.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        field = f"field '{place}': " if place else ""
+        raise DamagedFile(f"has an unexpected content ({field}{first['msg']})") from None

@@ -1,0 +1,74 @@
+"""What makes a folder a store: its mark ``align-store.json``. Knows no torch."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from align.store.json_files import DamagedFile, parse_object, validate
+from align.errors import UserError
+from align.store.retry import UNREACHABLE
+from align.store.atomic_write import write_atomically
+
+MARKER = "align-store.json"
+FORMAT = 1
+
+
+class _Mark(BaseModel):
+    """The content of ``align-store.json``."""
+
+    model_config = ConfigDict(strict=True)
+
+    format: int
+
+
+def open_folder(root: Path) -> None:
+    """Make sure that ``root`` is a store, by making one where nothing is.
+
+    ``UserError`` where it cannot be used or is something else, ``OSError`` where it is away.
+    """
+    marker = root / MARKER
+    try:
+        if marker.is_file():
+            mark = validate(_Mark, parse_object(marker.read_bytes()))
+            if mark.format != FORMAT:
+                raise UserError(
+                    f"{root}: a store of format {mark.format} by its {MARKER}, this align reads format {FORMAT}. "
+                    "Use the align that made it, or another --store."
+                )
+        elif root.exists() and not _may_become_a_store(root):
+            raise UserError(
+                f"{root}: not empty and not an align store (no {MARKER}); name an empty or new folder with --store."
+            )
+        else:
+            root.mkdir(parents=True, exist_ok=True)
+            write_atomically(marker, {"format": FORMAT})
+        if not os.access(root, os.R_OK | os.W_OK | os.X_OK):
+            raise PermissionError(13, "permission denied")
+    except DamagedFile as error:
+        raise UserError(
+            f"{marker}: damaged: it {error}. Write {json.dumps({'format': FORMAT})} into it if {root} is a store, or "
+            "name another --store."
+        ) from None
+    except OSError as error:
+        if error.errno in UNREACHABLE:
+            raise
+        raise UserError(
+            f"{root}: the store cannot be used ({error.strerror or error}); "
+            "name another folder with --store or $ALIGN_STORE."
+        ) from None
+
+
+def require_mark(root: Path) -> None:
+    """Raise ``OSError`` where a store's own mark is gone: a mount that is away leaves an empty folder behind."""
+    if not (root / MARKER).is_file():
+        raise OSError(errno.ENOTCONN, f"its mark {MARKER} is gone, as where a file system is not mounted")
+
+
+def _may_become_a_store(root: Path) -> bool:
+    """An empty folder, or one that another run has begun to make a store at this moment."""
+    return root.is_dir() and all(path.name.startswith(f".{MARKER}.") or path.name == MARKER for path in root.iterdir())

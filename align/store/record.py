@@ -1,0 +1,136 @@
+"""The record of a finished artifact: what it must hold, and the one door through which it is read. Knows no torch.
+
+A record is sealed with a digest of itself. One that lacks a field, was changed, or carries no seal is damaged: its
+artifact does not count as finished, and whoever needs it is told which file is wrong and what to do.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+
+from align.store.artifacts import Artifact, Kind
+from align.store.json_files import DamagedFile, as_json, parse_sealed, read_file, validate, write_sealed
+from align.errors import UserError
+
+RECORD = "record.json"
+
+
+def _inside(name: str) -> str:
+    """A file's name that stays in its artifact's folder."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or not path.parts:
+        raise ValueError(f"the name {name!r} leads out of the artifact")
+    return name
+
+
+def _known_kind(makes: str) -> str:
+    return Kind(makes).value
+
+
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+NAME = r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,199}"
+"""Pattern of a stage's kind, which names a folder of the store."""
+Name = Annotated[str, StringConstraints(pattern=rf"^{NAME}$")]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True)
+
+
+class OutputEntry(_Strict):
+    """One file of a result."""
+
+    sha256: Digest
+    bytes: int = Field(ge=0)
+    mtime_ns: int
+
+
+class StageReference(_Strict):
+    """An artifact by its kind and key."""
+
+    kind: Name
+    key: Digest
+
+
+class InputStage(StageReference):
+    """An artifact that a stage read."""
+
+    stage: str
+    weights: Digest | None = None
+    """Digest of the files of a checkpoint that was read (``Artifact.weights``)."""
+
+
+class Record(_Strict):
+    """The fields of ``record.json`` that align reads; others may stand beside them."""
+
+    key: Digest
+    kind: Name
+    stage: str
+    makes: Annotated[str, AfterValidator(_known_kind)]
+    created: str
+    outputs: dict[Annotated[str, AfterValidator(_inside)], OutputEntry]
+    metrics: dict[str, Any]
+    parts: dict[str, Any]
+    config: dict[str, Any]
+    input_stages: list[InputStage]
+    seconds: float = Field(ge=0)
+    pipeline: str | None = None
+    version: int | None = None
+    attempts: list[float] = []
+    peak_memory_bytes: int | None = None
+    packages: dict[str, str] = {}
+
+
+class DamagedArtifact(UserError):
+    """The artifact of the stage ``stage`` is not what was written there; the message has file, finding and remedy."""
+
+    def __init__(self, message: str, stage: str) -> None:
+        super().__init__(message)
+        self.stage = stage
+
+
+class DamagedRecord(DamagedArtifact):
+    """The record of one artifact cannot be used. ``finding`` is a clause that follows the file's name."""
+
+    def __init__(self, path: Path | str, finding: str, stage: str = "", remedy: str = "") -> None:
+        self.path, self.finding = path, finding
+        folder = Path(path).parent
+        if not remedy:
+            remedy = f"Delete the folder {folder} and run again to make the stage anew."
+            if stage:
+                remedy = f"`--rebuild {stage}` makes the stage again."
+        super().__init__(f"{path}: damaged: it {finding}. {remedy}", stage)
+
+
+def parse_record(data: bytes) -> dict[str, Any]:
+    """The record that ``data`` holds; ``DamagedFile`` where it holds none."""
+    record = parse_sealed(data)
+    validate(Record, record)
+    return record
+
+
+def read_record(folder: Path, stage: str = "") -> dict[str, Any]:
+    """The record of the artifact in ``folder``; ``DamagedRecord`` for one that cannot be used, else ``OSError``.
+
+    ``stage`` is the name that the asking pipeline has for it.
+    """
+    try:
+        return parse_record(read_file(folder / RECORD))
+    except DamagedFile as error:
+        raise DamagedRecord(folder / RECORD, str(error), stage) from None
+
+
+def read_artifact(folder: Path, stage: str = "") -> Artifact:
+    """The artifact in ``folder``; raises as ``read_record``."""
+    record = read_record(folder, stage)
+    return Artifact(stage or record["stage"], Kind(record["makes"]), folder, record)
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Write an artifact's record, sealed. Raises ``ValueError`` for one that could not be read back."""
+    plain = as_json(record)
+    validate(Record, plain)
+    write_sealed(folder / RECORD, plain)

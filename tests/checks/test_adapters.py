@@ -1,0 +1,71 @@
+"""An adapter goes onto the weights it was trained on, in a checkpoint's folder and on its way out of align."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from align.checks.stage import check_inputs, check_made
+from align.checks.weights import read_tensors, weights_digest
+from align.cli.lineage import find_base
+from align.errors import UserError
+from align.models.tiny import make_tiny
+from align.store.artifacts import Artifact, Kind
+from tests.checks.test_faults import WEIGHTS, context, edit_weights
+
+
+@pytest.fixture
+def tuned(tiny_model: Path, tmp_path: Path) -> Artifact:
+    """A checkpoint whose adapter lies inside its folder, on the base beside it, and as a bare one outside."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base / "model")
+    shutil.copytree(tiny_model, tmp_path / "sft" / "model")
+    for folder in (tmp_path / "sft" / "model" / "adapter", tmp_path / "sft" / "adapter"):
+        folder.mkdir()
+        save_file({"prefix": torch.ones(2, 4)}, folder / "adapter_model.safetensors")
+    inputs = {"model": Artifact("base", Kind.MODEL, base, {})}
+    check_made(context(tmp_path / "sft", inputs), "sft", Kind.POLICY, {})
+    return Artifact("sft", Kind.POLICY, tmp_path / "sft", {})
+
+
+def test_an_adapter_on_other_weights_is_refused(tuned: Artifact, tmp_path: Path) -> None:
+    check_inputs(context(tmp_path / "ppo", {"policy": tuned}), Kind.POLICY)
+    make_tiny(tmp_path / "other", seed=1)
+    shutil.copy(tmp_path / "other" / WEIGHTS, tuned.model / WEIGHTS)
+    with pytest.raises(UserError, match="adapter-base: .*adapter was trained on other weights than those beside it"):
+        check_inputs(context(tmp_path / "ppo", {"policy": tuned}), Kind.POLICY)
+
+
+def test_an_adapter_that_is_cut_short_is_refused(tuned: Artifact, tmp_path: Path) -> None:
+    file = tuned.model / "adapter" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(UserError, match="weights-truncated: .*adapter has a file, adapter_model.safetensors, that has"):
+        check_inputs(context(tmp_path / "ppo", {"policy": tuned}), Kind.POLICY)
+
+
+def test_a_bare_adapter_is_not_merged_onto_another_base(tuned: Artifact, tiny_model: Path, tmp_path: Path) -> None:
+    bare = tuned.path / "adapter"
+    assert find_base(bare, "", tiny_model) == (tiny_model, None)
+    other = make_tiny(tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match="adapter-base: .*adapter was trained on other weights than those of .*other"):
+        find_base(bare, "", other)
+    (bare / "align.json").unlink()
+    note = find_base(bare, "", other)[1]
+    assert note is not None
+    assert "nothing records" in note
+
+
+def test_a_copy_in_bfloat16_is_the_same_base_and_one_changed_weight_is_not(tiny_model: Path, tmp_path: Path) -> None:
+    for name in ("same", "changed"):
+        shutil.copytree(tiny_model, tmp_path / name)
+    narrow = {name: tensor.bfloat16() for name, tensor in load_file(tiny_model / WEIGHTS).items()}
+    save_file(narrow, tmp_path / "same" / WEIGHTS, {"format": "pt"})
+    edit_weights(tmp_path / "changed", lambda w: w["model.norm.weight"].view(-1)[5:6].add_(0.1))
+    own, same, changed = (
+        weights_digest(read_tensors(folder)) for folder in (tiny_model, tmp_path / "same", tmp_path / "changed")
+    )
+    assert own == same != changed

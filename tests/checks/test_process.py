@@ -1,0 +1,31 @@
+"""The process of every stage looks at what it is given: a damaged policy stops a run before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from align.errors import UserError
+from align.pipeline.pipeline import Pipeline
+
+
+def test_a_damaged_policy_stops_the_next_stage(tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    given = "tests.support.stages.given"
+    pipeline = Pipeline({
+        "name": "damaged",
+        "stages": {
+            "sft": {"stage": f"{given}:POLICY", "folder": str(tmp_path / "cut")},
+            "prompts": {"stage": f"{given}:PROMPTS", "count": 4},
+            "sample": {"policy": "sft", "prompts": "prompts"},
+        },
+    })  # fmt: skip
+    with pytest.raises(UserError, match="stage 'sample': .*\n.*weights-truncated: .*header speaks of"):
+        pipeline.run(store=tmp_path / "store")
+    (log,) = (tmp_path / "store" / "sample").glob("*.partial/result.json")
+    assert json.loads(log.read_text(encoding="utf-8"))["status"] == "refused"

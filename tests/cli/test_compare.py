@@ -1,0 +1,105 @@
+"""``align compare`` as a user types it: runs by name and by file, unfinished ones, and what is wrong with the words."""
+
+from __future__ import annotations
+
+import csv
+import json
+import webbrowser
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from align.cli.main import main
+from tests.support import toy
+
+Said = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A store with three runs of the toy pipeline, the last of which failed; read-only but for its reports."""
+    folder = tmp_path_factory.mktemp("runs")
+    files = {}
+    changed = {"low": {"number": 2}, "high": {"number": 5, "steps": 4}, "bad": {"crash": "bug"}}
+    for name, two in changed.items():
+        files[name] = str(folder / f"{name}.yaml")
+        Path(files[name]).write_text(yaml.safe_dump({**toy.pipeline(two=two), "name": name}, sort_keys=False))
+        assert main(["run", files[name], "--store", str(folder / "store")]) == (1 if name == "bad" else 0)
+    # a file with a mistake: sorted by name, a stage comes before what it reads
+    Path(folder / "new.yaml").write_text(yaml.safe_dump({**toy.pipeline(one={"number": 9}), "name": "new"}))
+    return SimpleNamespace(folder=folder, store=str(folder / "store"), files=files)
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "tables" / "runs.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_runs_by_name_and_by_file_under_names_of_their_own(made: SimpleNamespace, tmp_path: Path, capsys: Said) -> None:
+    out = tmp_path / "out"
+    words = ["compare", "low", f"five={made.files['high']}", "--store", made.store, "--output", str(out)]
+    assert main([*words, "--title", "Low <and> high"]) == 0
+    assert capsys.readouterr().out == f"Report: {(out / 'compare.html').resolve()}\n"
+    assert [(row["run"], row["set two.number"], row["set two.steps"]) for row in rows(out)] == [
+        ("low", "2", "3"), ("five", "5", "4"),
+    ]  # fmt: skip
+    text = (out / "compare.html").read_text()
+    assert "<title>Low &lt;and&gt; high</title>" in text
+    # the curves of what differs, and not of what is the same
+    assert (out / "figures" / "curve-two-loss.svg").is_file() and not list(out.rglob("curve-one-*"))
+
+
+def test_without_a_folder_it_goes_into_the_store(made: SimpleNamespace, capsys: Said) -> None:
+    assert main(["compare", "low", "high", "--store", made.store, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    page = Path(document["path"])
+    assert page == (Path(made.store) / "reports" / "_compare" / "low-high" / "compare.html").resolve()
+    assert page.is_file() and document["runs"] == ["low", "high"] and Path(document["tables"]).is_dir()
+    assert main(["gc", "--store", made.store]) == 0
+    assert "compare" not in capsys.readouterr().out
+
+
+def test_an_unfinished_run_is_compared_as_far_as_it_got_and_says_so(made: SimpleNamespace, tmp_path: Path) -> None:
+    assert main(["compare", "low", "bad", "--store", made.store, "--output", str(tmp_path)]) == 0
+    found = rows(tmp_path)
+    assert found[1]["note"].startswith("two failed: ValueError: a bug")
+    assert found[0]["set stages"] == "one, two, total" and found[1]["set stages"] == "one"
+    assert "⚠ two failed: ValueError: a bug" in (tmp_path / "compare.html").read_text()
+
+
+def test_it_opens_on_request(made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(webbrowser, "open", lambda url: asked.append(url) or True)
+    assert main(["compare", "low", "high", "--store", made.store, "--output", str(tmp_path), "--open"]) == 0
+    assert asked == [(tmp_path / "compare.html").resolve().as_uri()]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["lwo", "high"], "lwo: neither a pipeline file nor a run of the store {store}. Did you mean 'low'?"),
+        (["low"], "low: one run alone is compared with nothing; name another, or use `align report`."),
+        (["low", "low"], "two runs are called 'low'; give each a name of its own: NAME=RUN."),
+        (["a=low", "a=high"], "two runs are called 'a'"),
+        (["low", "{folder}/new.yaml"], "new.yaml: stages.total.others: stage 'two' comes later"),
+        (["low", "{folder}/nowhere.yaml"], "nowhere.yaml: there is no such file"),
+        (["low", "high", "--output", "{folder}/low.yaml"], "is a file; name a folder."),
+        ([], "the following arguments are required: RUN."),
+    ],
+)
+def test_mistakes(words: list[str], said: str, made: SimpleNamespace, capsys: Said) -> None:
+    filled = [word.format(folder=made.folder) for word in words]
+    assert main(["compare", *filled, "--store", made.store]) == 2
+    captured = capsys.readouterr()
+    assert said.format(store=made.store) in captured.err and captured.out == "" and "Traceback" not in captured.err
+
+
+def test_a_run_of_which_nothing_is_finished_is_refused(made: SimpleNamespace, tmp_path: Path, capsys: Said) -> None:
+    file = tmp_path / "new.yaml"
+    file.write_text(
+        yaml.safe_dump({"name": "new", "stages": {"one": {"stage": "tests.support.toy:NUMBER", "number": 77}}})
+    )
+    assert main(["compare", "low", str(file), "--store", made.store]) == 2
+    assert "new: no stage is finished yet" in capsys.readouterr().err

@@ -1,0 +1,156 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from align.cli.main import COMMANDS, main
+from align.pipeline.pipeline import Pipeline
+from tests.support import toy
+
+
+@pytest.fixture
+def pipeline_file(tmp_path: Path) -> Path:
+    path = tmp_path / "toy.yaml"
+    path.write_text(yaml.safe_dump(toy.pipeline(), sort_keys=False))
+    return path
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> str:
+    return str(tmp_path / "store")
+
+
+def test_run_plan_list_show_gc(pipeline_file: Path, store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(pipeline_file), "--store", store]) == 0
+    assert capsys.readouterr().out.count(" run ") == 3
+    assert main(["run", str(pipeline_file), "--store", store, "--set", "stages.two.number=5"]) == 0
+    said = capsys.readouterr().out
+    assert "total 6" in said
+    assert main(["run", str(pipeline_file), "--store", store, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["stages"]["total"]["ran"] is True
+    assert document["stages"]["one"]["ran"] is False
+    assert main(["explain", str(pipeline_file), "--store", store, "--set", "stages.total.scale=3"]) == 0
+    assert "scale: 1.0 → 3.0" in capsys.readouterr().out
+    key = document["stages"]["total"]["key"]
+    assert main(["show", key[:8], "--store", store]) == 0
+    assert '"total": 3' in capsys.readouterr().out
+    assert main(["show", key[:8], "--store", store, "--log"]) == 0
+    assert "total" in capsys.readouterr().out
+    assert main(["show", key[:8], "--store", store, "--verify"]) == 0
+    assert "every digest agrees" in capsys.readouterr().out
+    assert main(["list", "--store", store]) == 0
+    listed = capsys.readouterr().out
+    assert listed.count("no run") == 2
+    assert main(["gc", "--store", store]) == 0
+    assert "2 folders" in capsys.readouterr().out
+    assert main(["gc", "--store", store, "--delete"]) == 0
+    assert main(["list", "--store", store]) == 0
+    assert "no run" not in capsys.readouterr().out.replace("2 folders", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["rnu", "x"], "unknown command 'rnu'. Did you mean 'run'?"),
+        (["run", "nowhere.yaml"], "nowhere.yaml: there is no such file"),
+        (["run", "{file}", "--stor", "x"], "unrecognized arguments: --stor x. Did you mean '--store'?"),
+        (["run", "{file}", "--set", "stages.one.numbr=2"], "unknown key 'numbr'. Did you mean 'number'?"),
+        (["run", "{file}", "--only", "onee"], "--only onee: there is no such stage. Did you mean 'one'?"),
+        (["show", "abc"], "no artifact's key starts with 'abc'"),
+        (["chat", "abc"], "no artifact's key starts with 'abc'"),
+        (["run", "{file}", "--store", "{file}"], "not an align store"),
+    ],
+)
+def test_mistakes_end_with_2_and_one_message(
+    arguments: list[str], expected: str, pipeline_file: Path, store: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [word.format(file=pipeline_file) for word in arguments]
+    if "--store" not in words and words[0] not in ("rnu",) and "--stor" not in words:
+        words += ["--store", store]
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    assert expected in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_a_failed_stage_ends_with_1(pipeline_file: Path, store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", str(pipeline_file), "--store", store, "--set", "stages.one.crash=bug"]) == 1
+    assert "stage 'one' failed: ValueError: a bug" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["schema"],
+        ["plan", "pipelines/quickstart.yaml", "--store", "{store}"],
+        ["plan", "pipelines/zephyr_7b.yaml", "--store", "{store}"],
+        ["plan", "pipelines/quickstart.yaml", "--memory", "--store", "{store}"],
+        ["run", "pipelines/quickstart.yaml", "--set", "stages.ppo.kl_ceof=1", "--store", "{store}"],
+        ["eval", "tiny", "--suite", "pipelines/suites/quick.yaml", "--set", "bootstrp=1", "--store", "{store}"],
+        ["report", "nothing", "--store", "{store}"],
+        ["compare", "a", "b", "--store", "{store}"],
+    ],
+)
+def test_these_answer_without_torch(arguments: list[str], store: str) -> None:
+    code = (
+        "import sys\n"
+        "from align.cli.main import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'transformers', 'trl', 'vllm', 'datasets'} & set(sys.modules)\n"
+        "print('HEAVY', sorted(heavy), file=sys.stderr)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *[word.format(store=store) for word in arguments]],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": "."},
+    )  # fmt: skip
+    assert "HEAVY []" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_plan_says_on_request_what_ppo_costs_in_memory(store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "pipelines/quickstart.yaml", "--store", store]
+    assert main(words) == 0
+    plain = capsys.readouterr().out
+    assert main([*words, "--memory"]) == 0
+    asked = capsys.readouterr().out
+    assert asked.startswith(plain) and "GiB" not in plain
+    assert "ppo: memory of a process in GiB, counted for 134.5 million parameters" in asked
+    assert asked.count("\n  *  lora r16  policy ") == 1
+    assert main([*words, "--memory", "--json"]) == 0
+    stages = {entry["stage"]: entry for entry in json.loads(capsys.readouterr().out)}
+    assert [name for name, entry in stages.items() if "memory" in entry] == ["sft", "reward", "dpo", "ppo"]
+    chosen = [choice for choice in stages["ppo"]["memory"]["choices"] if choice["chosen"]]
+    assert chosen[0]["settings"] == {"tuning": "lora r16", "critic": "policy"}
+    assert chosen[0]["memory"]["reference"] == 0 and chosen[0]["memory"]["total"] > 2**30
+
+
+def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in COMMANDS:
+        with pytest.raises(SystemExit) as caught:
+            main([name, "--help"])
+        assert caught.value.code == 0
+        assert "usage: align" in capsys.readouterr().out
+
+
+def test_the_schema_accepts_and_refuses() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    from align.pipeline.json_schema import pipeline_schema
+
+    schema = pipeline_schema()
+    good = yaml.safe_load(Path("pipelines/quickstart.yaml").read_text())
+    jsonschema.validate(good, schema)
+    good["stages"]["sft"]["learning_rat"] = 1
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(good, schema)
+
+
+def test_the_python_api_is_the_same_pipeline(pipeline_file: Path, store: str) -> None:
+    run = Pipeline.load(pipeline_file).set("stages.two.number", 7).run(store=store)
+    assert run.metrics("total") == {"total": 8}

@@ -1,0 +1,340 @@
+"""The page after every run, however it ended, and ``align report`` as a user types it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import webbrowser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from align.cli.main import main
+from align.cli.run_page import remembered, write_page
+from align.store.store import Store
+from tests.support import toy
+
+Said = pytest.CaptureFixture[str]
+FAST = "stages.two.number=5"
+
+
+@pytest.fixture
+def pipeline_file(tmp_path: Path) -> Path:
+    path = tmp_path / "toy.yaml"
+    path.write_text(yaml.safe_dump(toy.pipeline(), sort_keys=False))
+    return path
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    return tmp_path / "store"
+
+
+@pytest.fixture(scope="module")
+def finished_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store of a finished run; read-only by agreement."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "toy.yaml").write_text(yaml.safe_dump(toy.pipeline(), sort_keys=False))
+    assert ran(folder / "toy.yaml", folder / "store") == 0
+    return folder / "store"
+
+
+@pytest.fixture
+def finished(finished_store: Path, store: Path) -> Path:
+    """A finished run's store, a copy that a test may change."""
+    shutil.copytree(finished_store, store)
+    return store
+
+
+def ran(file: Path, store: Path, *words: str) -> int:
+    return main(["run", str(file), "--store", str(store), *words])
+
+
+def boxes(store: Path) -> dict[str, str]:
+    """Status of every stage in the picture of the pipeline."""
+    text = page_of(store).read_text()
+    found = re.findall(r'<g class="box (\w+)"><title>(\w+)</title>', text)
+    return {name: status for status, name in found}
+
+
+def page_of(store: Path, name: str = "toy") -> Path:
+    return store / "reports" / name / "report.html"
+
+
+def test_a_run_leaves_a_page_and_says_where_once(pipeline_file: Path, store: Path, capsys: Said) -> None:
+    assert ran(pipeline_file, store) == 0
+    said = capsys.readouterr().out
+    assert said.count("Report: ") == 1 and said.rstrip().endswith(f"Report: {page_of(store).resolve()}")
+    text = page_of(store).read_text()
+    assert "<title>toy</title>" in text and "loss over steps" in text
+    assert 'id="failure"' not in text
+
+
+def test_the_page_of_a_failed_run_has_the_error_the_log_and_what_was_not_run(
+    pipeline_file: Path, store: Path, capsys: Said
+) -> None:
+    assert ran(pipeline_file, store, "--set", "stages.two.crash=bug") == 1
+    captured = capsys.readouterr()
+    assert "stage 'two' failed: ValueError: a bug" in captured.err
+    assert str(page_of(store).resolve()) in captured.out
+    text = page_of(store).read_text()
+    failure = text[text.index('id="failure"') : text.index("</section>", text.index('id="failure"'))]
+    assert "two" in failure and "ValueError: a bug" in failure and "total" in failure
+    assert "Traceback" in failure, "the end of its log is on the page"
+    assert boxes(store) == {"one": "done", "two": "failed", "total": "pending"}
+
+
+def test_the_curves_of_a_killed_stage_are_on_the_page(pipeline_file: Path, store: Path) -> None:
+    assert ran(pipeline_file, store, "--set", "stages.one.crash=kill") == 1
+    text = page_of(store).read_text()
+    assert "loss over steps" in text and "SIGKILL" in text
+    assert ran(pipeline_file, store, "--set", "stages.one.crash=kill") == 0
+    assert 'id="failure"' not in page_of(store).read_text(), "the page is about the last run"
+
+
+def test_a_stage_that_refuses_its_input_ends_with_2_and_a_page(pipeline_file: Path, store: Path) -> None:
+    assert ran(pipeline_file, store, "--set", "stages.two.crash=user") == 2
+    assert "the dataset is empty after filtering." in page_of(store).read_text()
+
+
+def test_a_rebuild_that_fails_is_not_shown_as_finished(pipeline_file: Path, store: Path, tmp_path: Path) -> None:
+    switch = tmp_path / "fail"
+    raw = {"name": "toy", "stages": {"one": {"stage": "tests.support.cli.gated:SWITCHED", "file": str(switch)}}}
+    pipeline_file.write_text(yaml.safe_dump(raw))
+    assert ran(pipeline_file, store) == 0
+    switch.touch()
+    assert ran(pipeline_file, store, "--rebuild", "one") == 1
+    assert "switched off" in page_of(store).read_text()
+    assert boxes(store) == {"one": "failed"}
+    assert "0 stages ·" in page_of(store).read_text(), "what it was before is not counted as made"
+
+
+def test_nothing_begun_leaves_no_page(pipeline_file: Path, store: Path) -> None:
+    assert ran(pipeline_file, store, "--set", "stages.two.numbr=1") == 2
+    assert ran(pipeline_file, store, "--only", "total") == 2
+    assert not (store / "reports").exists()
+
+
+def test_only_shows_what_there_is(pipeline_file: Path, store: Path) -> None:
+    assert ran(pipeline_file, store, "--only", "two") == 0
+    assert boxes(store) == {"two": "done", "one": "pending", "total": "pending"}
+    assert ran(pipeline_file, store) == 0
+    assert boxes(store) == {"one": "done", "two": "cached", "total": "done"}
+
+
+def test_a_stopped_run_has_a_page(pipeline_file: Path, store: Path) -> None:
+    words = ["run", str(pipeline_file), "--store", str(store), "--set", "stages.two.pause=20"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "align.cli.main", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": "."},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )  # fmt: skip
+    deadline = time.time() + 60
+    while time.time() < deadline and not list(store.glob("number/*.partial/log.txt")):
+        time.sleep(0.1)
+    while time.time() < deadline and len(list(store.glob("number/*/record.json"))) < 1:
+        time.sleep(0.1)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "The same command continues." in err and str(page_of(store).resolve()) in out
+    text = page_of(store).read_text()
+    assert "stopped before it was done" in text and "Stage two was stopped" in text
+
+
+def test_an_error_in_the_report_changes_nothing_else(
+    pipeline_file: Path, store: Path, capsys: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("no\x1b[31m figure")
+
+    monkeypatch.setattr("align.report.page.write_report", fail)
+    assert ran(pipeline_file, store) == 0
+    captured = capsys.readouterr()
+    assert "note: the report could not be written: ValueError: no\\x1b[31m figure" in captured.err
+    assert "Report:" not in captured.out and "total 3" in captured.out
+    assert ran(pipeline_file, store, "--set", "stages.two.crash=bug") == 1
+
+
+def test_a_page_of_the_same_is_not_written_again(pipeline_file: Path, finished: Path) -> None:
+    store = finished
+    before = page_of(store).stat().st_mtime_ns
+    assert ran(pipeline_file, store) == 0
+    assert page_of(store).stat().st_mtime_ns == before
+    page_of(store).unlink()
+    assert ran(pipeline_file, store) == 0
+    second = page_of(store).stat().st_mtime_ns
+    assert ran(pipeline_file, store, "--rebuild", "two") == 0
+    third = page_of(store).stat().st_mtime_ns
+    assert third > second
+    assert main(["report", "toy", "--store", str(store)]) == 0
+    assert page_of(store).stat().st_mtime_ns > third, "asked for, it is written anew"
+
+
+@pytest.mark.parametrize("name", ["report.html", ".written"])
+def test_a_damaged_page_is_written_again(pipeline_file: Path, finished: Path, name: str) -> None:
+    page = page_of(finished)
+    (page.parent / name).write_bytes(page.read_bytes()[:100])
+    assert ran(pipeline_file, finished) == 0
+    assert page.read_text(encoding="utf-8").endswith("</html>")
+    written = page.stat().st_mtime_ns
+    assert ran(pipeline_file, finished) == 0
+    assert page.stat().st_mtime_ns == written, "a whole one stays"
+
+
+def test_one_page_is_written_by_one_at_a_time_on_whatever_machine(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)  # as on a file system that keeps such locks on each machine
+    inside: list[int] = []
+    most: list[int] = []
+
+    def write(artifacts: Any, folder: Any, page: Path, **_: Any) -> Path:
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.3)
+        inside.pop()
+        page.write_text("x")
+        return page
+
+    monkeypatch.setattr("align.report.page.write_report", write)
+    opened = Store.open(finished)
+    run = remembered("toy", opened.runs()["toy"])
+    writers = [threading.Thread(target=write_page, args=(run, opened)) for _ in range(3)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert most == [1, 1, 1]
+
+
+def test_the_garbage_collector_leaves_pages_alone(finished: Path, capsys: Said) -> None:
+    store = finished
+    assert main(["gc", "--delete", "--store", str(store)]) == 0
+    assert "0 folders" in capsys.readouterr().out
+    assert page_of(store).is_file()
+    assert len(Store.open(store).all()) == 3
+
+
+def test_failed_gates_end_with_1_after_the_page(pipeline_file: Path, store: Path, capsys: Said) -> None:
+    raw = toy.pipeline()
+    raw["stages"]["gates"] = {"stage": "tests.support.cli.gated:GATED", "failed": ["kl_to_sft 17 > 15\x1b[2J"]}
+    pipeline_file.write_text(yaml.safe_dump(raw, sort_keys=False))
+    for _ in range(2):  # cached, they are as failed as before
+        assert ran(pipeline_file, store) == 1
+        captured = capsys.readouterr()
+        assert captured.err == "gate failed: kl_to_sft 17 > 15\\x1b[2J\n"
+        assert captured.out.rstrip().endswith(str(page_of(store).resolve()))
+    assert ran(pipeline_file, store, "--json") == 1
+    assert json.loads(capsys.readouterr().out)["failed_gates"] == ["kl_to_sft 17 > 15\x1b[2J"]
+    assert ran(pipeline_file, store, "--set", "stages.gates.failed=[]") == 0
+
+
+def test_json_has_the_page(pipeline_file: Path, store: Path, capsys: Said) -> None:
+    assert ran(pipeline_file, store, "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["report"] == str(page_of(store).resolve()) and document["failed_gates"] == []
+
+
+def test_the_title_is_that_of_the_report_stage(pipeline_file: Path, store: Path) -> None:
+    raw = toy.pipeline()
+    raw["stages"]["report"] = {"stages": ["one"], "title": "About <one>"}
+    pipeline_file.write_text(yaml.safe_dump(raw, sort_keys=False))
+    assert ran(pipeline_file, store) == 0
+    assert "<title>About &lt;one&gt;</title>" in page_of(store).read_text()
+
+
+# --- align report -----------------------------------------------------------------------------------------------------
+
+
+def test_report_by_name_by_file_and_by_default(
+    pipeline_file: Path, finished: Path, tmp_path: Path, capsys: Said
+) -> None:
+    store = finished
+    other = tmp_path / "other.yaml"
+    other.write_text(yaml.safe_dump({**toy.pipeline(one={"number": 7}), "name": "other"}, sort_keys=False))
+    assert ran(other, store) == 0
+    for words, name in ((["toy"], "toy"), ([str(pipeline_file)], "toy"), ([], "other")):
+        page_of(store, name).unlink()
+        capsys.readouterr()
+        assert main(["report", *words, "--store", str(store)]) == 0
+        assert capsys.readouterr().out == f"Report: {page_of(store, name).resolve()}\n"
+        assert page_of(store, name).is_file()
+    assert main(["report", "toy", "--store", str(store), "--json", "--output", str(tmp_path / "out")]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "name": "toy", "path": str((tmp_path / "out" / "report.html").resolve()),
+    }  # fmt: skip
+    assert "one" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_report_of_a_failed_run_finds_the_failure_in_the_store(pipeline_file: Path, store: Path) -> None:
+    ran(pipeline_file, store, "--set", "stages.two.crash=bug")
+    page_of(store).unlink()
+    assert main(["report", "toy", "--store", str(store)]) == 0
+    text = page_of(store).read_text()
+    assert "ValueError: a bug" in text and "Traceback" in text
+
+
+def test_report_while_a_stage_is_being_made(pipeline_file: Path, store: Path) -> None:
+    ran(pipeline_file, store, "--set", "stages.two.crash=exit")
+    opened = Store.open(store)
+    entry = opened.runs()["toy"]["stages"]["two"]
+    with opened.lock(entry["kind"], entry["key"], lambda _: None):
+        assert main(["report", "toy", "--store", str(store)]) == 0
+        assert "being made right now" in page_of(store).read_text()
+        assert boxes(store)["two"] == "running"
+    assert main(["report", "toy", "--store", str(store)]) == 0
+    assert "being made right now" not in page_of(store).read_text()
+
+
+def test_report_opens_a_browser_or_says_that_there_is_none(
+    finished: Path, capsys: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = finished
+    asked: list[str] = []
+    monkeypatch.setattr(webbrowser, "open", lambda url: asked.append(url) or True)
+    assert main(["report", "toy", "--store", str(store)]) == 0
+    assert asked == []
+    assert main(["report", "toy", "--store", str(store), "--open"]) == 0
+    assert asked == [page_of(store).resolve().as_uri()]
+    assert "no browser" not in capsys.readouterr().err
+    monkeypatch.setattr(webbrowser, "open", lambda url: False)
+    assert main(["report", "toy", "--store", str(store), "--open"]) == 0
+    captured = capsys.readouterr()
+    assert "no browser could be started here" in captured.err and str(page_of(store).resolve()) in captured.out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["report", "toi"], "toi: neither a pipeline file nor a run of the store {store}. Did you mean 'toy'?"),
+        (["report", "nowhere.yaml"], "nowhere.yaml: there is no such file"),
+        (["report", "toy", "--output", "{file}"], "is a file; name a folder."),
+        (["report", "toy", "--opne"], "Did you mean '--open'?"),
+    ],
+)
+def test_mistakes_of_report(words: list[str], said: str, pipeline_file: Path, finished: Path, capsys: Said) -> None:
+    store = finished
+    assert main([word.format(file=pipeline_file) for word in words] + ["--store", str(store)]) == 2
+    captured = capsys.readouterr()
+    assert said.format(store=store) in captured.err and captured.out == ""
+
+
+def test_an_empty_store_has_nothing_to_report(pipeline_file: Path, store: Path, capsys: Said) -> None:
+    assert main(["report", "--store", str(store)]) == 2
+    assert "no run has been made in this store yet" in capsys.readouterr().err
+    assert main(["report", "toy", "--store", str(store)]) == 2
+    assert "No run has been made there yet." in capsys.readouterr().err
+    assert main(["report", str(pipeline_file), "--store", str(store)]) == 2
+    assert "no stage is finished yet" in capsys.readouterr().err

@@ -1,0 +1,78 @@
+"""What a run's stages are said to be, and what ends it: runs of this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from align.cli.main import main
+from align.errors import StageFailed
+from align.pipeline.pipeline import Pipeline
+from align.runner.runner import run_pipeline
+from tests.support import toy
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    return tmp_path / "store"
+
+
+def states(store: Path, capsys: pytest.CaptureFixture[str], run: str = "toy") -> dict[str, str]:
+    capsys.readouterr()
+    assert main(["status", run, "--store", str(store), "--json"]) == 0
+    return {one["stage"]: f"{one['state']}: {one['what']}" for one in json.loads(capsys.readouterr().out)[run]}
+
+
+def test_each_stage_is_said_to_be_what_it_is(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "--store", str(store)]) == 0
+    assert "no run has been made there yet" in capsys.readouterr().out
+    with pytest.raises(StageFailed):
+        run_pipeline(Pipeline(toy.pipeline(two={"crash": "bug"})), store=store)
+    found = states(store, capsys)
+    assert found["one"].startswith("done: 20")
+    assert found["two"] == "failed: ValueError: a bug"
+    assert found["total"] == "not begun: "
+    with pytest.raises(StageFailed):
+        run_pipeline(Pipeline(toy.pipeline(two={"crash": "kill"})), store=store)
+    assert states(store, capsys)["two"] == "stopped: 2/3 steps, goes on from its checkpoint"
+    assert main(["status", "--store", str(store)]) == 0
+    assert capsys.readouterr().out == "toy  1 done, 1 stopped, 1 not begun\n"
+    assert main(["status", "toi", "--store", str(store)]) == 2
+    assert "Did you mean 'toy'?" in capsys.readouterr().err
+    assert main(["cancel", "toy", "twoo", "--store", str(store)]) == 2
+    assert "run 'toy' has no such stage. Did you mean 'two'?" in capsys.readouterr().err
+    assert main(["cancel", "toy", "--store", str(store)]) == 0
+    assert capsys.readouterr().out == "nothing of 'toy' waits or runs\n"
+
+
+def test_a_run_of_this_machine_is_seen_and_ended(
+    tmp_path: Path, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw: dict[str, Any] = toy.pipeline(one={"steps": 400, "pause": 0.1})
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "align.cli.main", "run", "toy.yaml", "--store", str(store)], cwd=tmp_path, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    deadline = time.monotonic() + 240
+    while len(list(store.glob("number/*.partial/checkpoints/step-*"))) < 2:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    found = states(store, capsys)["one"]
+    assert found.startswith(f"runs: process {process.pid} on ") and "/400 steps" in found
+    assert main(["cancel", "toy", "--store", str(store)]) == 0
+    assert capsys.readouterr().out == f"ended process {process.pid}; finished stages and checkpoints are kept\n"
+    said, _ = process.communicate(timeout=240)
+    assert process.returncode == 130, said
+    assert states(store, capsys)["one"].startswith("stopped: ")

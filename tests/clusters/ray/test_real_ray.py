@@ -1,0 +1,216 @@
+"""Runs and sweeps on a real Ray cluster of two nodes on this machine, one of which dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from align.pipeline.pipeline import Pipeline
+from align.runner.runner import run_pipeline
+from align.store.store import Store
+from tests.support import toy
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+NODE = {"num_cpus": 1, "object_store_memory": 80_000_000, "include_dashboard": False}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    pytest.importorskip("ray")
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parents[3])
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={**NODE, "resources": {"alpha": 1}})
+    made.add_node(**NODE, resources={"beta": 1})
+    made.wait_for_nodes(300)
+    yield made
+    made.shutdown()
+
+
+class Runs:
+    """A folder for pipelines and a store."""
+
+    def __init__(self, folder: Path, address: str) -> None:
+        self.folder, self.store, self.address = folder, folder / "store", address
+
+    def write(self, raw: dict[str, Any], name: str = "toy.yaml") -> str:
+        (self.folder / name).write_text(yaml.safe_dump(raw, sort_keys=False))
+        return name
+
+    def pipeline(self, stages: dict[str, Any] | None = None, **changes: dict[str, Any]) -> str:
+        runtime = {
+            "ray": {"address": self.address},
+            "stages": {n: {"ray": block} for n, block in (stages or {}).items()},
+        }
+        return self.write(toy.pipeline(**changes) | {"runtime": runtime})
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "align.cli.main", *words, "--store", str(self.store)], cwd=self.folder, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+        )  # fmt: skip
+
+    def align(self, *words: str) -> tuple[int, str]:
+        process = self.start(*words)
+        said, _ = process.communicate(timeout=900)
+        return process.returncode, said
+
+    def record(self, stage: str) -> dict[str, Any]:
+        (found,) = [one.record for one in Store.open(self.store).all() if one.stage == stage]
+        return found
+
+    def checkpoints(self) -> int:
+        return toy.steps_kept(self.store, "one")
+
+
+@pytest.fixture
+def runs(cluster: Any, tmp_path: Path) -> Runs:
+    return Runs(tmp_path, cluster.address)
+
+
+def until(what: Callable[[], Any], seconds: float = 600) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.1)
+
+
+def test_stages_run_where_their_resources_are_and_come_to_the_same(runs: Runs) -> None:
+    slow = {"one": {"pause": 1.0}}
+    file = runs.pipeline({"one": {"resources": {"alpha": 1}}, "two": {"resources": {"beta": 1}}}, **slow)
+    code, said = runs.align("run", file, "--on", "ray")
+    assert code == 0, said
+    assert "one    runs on" in said and "✓ total" in said and "Report: " in said
+    plain = run_pipeline(Pipeline(toy.pipeline(**slow)), store=runs.folder / "plain")
+    for stage, artifact in plain.artifacts.items():
+        assert runs.record(stage)["key"] == artifact.record["key"]
+        assert runs.record(stage)["metrics"] == artifact.record["metrics"]
+    code, said = runs.align("run", file, "--on", "ray")
+    assert code == 0 and said.count("cached") == 3
+
+
+def test_a_failed_stage_ends_what_reads_it(runs: Runs) -> None:
+    code, said = runs.align("run", runs.pipeline(one={"crash": "bug"}), "--on", "ray")
+    assert code == 1, said
+    assert "stage 'one' failed: ValueError: a bug" in said and "Log: " in said
+    assert "stage 'total' was not begun: it reads 'one', which failed." in said
+    assert runs.record("two")["metrics"]["number"] == 2
+
+
+def test_usr1_has_the_stages_save_and_ctrl_c_ends_them(runs: Runs) -> None:
+    file = runs.pipeline(one={"steps": 100, "pause": 0.2, "stops": True})
+    for number, code in ((signal.SIGUSR1, 75), (signal.SIGINT, 130)):
+        before = runs.checkpoints()
+        process = runs.start("run", file, "--on", "ray")
+        until(lambda before=before: runs.checkpoints() >= before + 3)
+        process.send_signal(number)
+        said, _ = process.communicate(timeout=600)
+        assert process.returncode == code, said
+        assert "The same command continues." in said
+    time.sleep(2)
+    kept = runs.checkpoints()
+    time.sleep(1)
+    assert runs.checkpoints() == kept < 100  # nothing works on
+
+
+def test_an_array_of_tasks_works_on_a_sweep(runs: Runs) -> None:
+    runs.pipeline(two={"steps": 2, "pause": 0.3})
+    sweep = {
+        "name": "s", "pipeline": "toy.yaml", "space": {"stages.two.number": [1, 2, 3]}, "sampler": "grid",
+        "maximise": "total.total",
+    }  # fmt: skip
+    code, said = runs.align("sweep", runs.write(sweep, "sweep.yaml"), "--on", "ray", "--workers", "2")
+    assert code == 0, said
+    assert "3 trials done" in said and "Best: trial 2; its run is s-2." in said
+
+
+def sampled(runs: Runs, name: str, samplers: int, kill: bool = False) -> list[str]:
+    """The texts that a stage has drawn, in a store of its own."""
+    runtime = {
+        "device": "cpu", "engine": {"name": "transformers", "batch_size": 4},
+        "ray": {"address": runs.address, "samplers": {"count": samplers, "cpus": 0.5}},
+    }  # fmt: skip
+    raw = {
+        "name": name, "seed": 4, "runtime": runtime,
+        "stages": {
+            "model": {"source": "tiny"},
+            "prompts": {"stage": "tests.support.stages.given:PROMPTS", "count": 24},
+            "sample": {"policy": "model", "prompts": "prompts", "n": 2, "max_tokens": 48,
+                       "score": "tests.support.stages.vowels:share", "precision": "float32"},
+        },
+    }  # fmt: skip
+    runs.store = runs.folder / name
+    process = runs.start("run", runs.write(raw))
+    if kill:
+        victims: list[int] = []
+
+        def find() -> bool:
+            lines = subprocess.run(["ps", "-ww", "-eo", "pid,args"], capture_output=True, text=True).stdout.splitlines()
+            victims[:] = [int(line.split()[0]) for line in lines if "ray::Shard.generate" in line]
+            return bool(victims) or process.poll() is not None
+
+        until(find)
+        assert victims, "sampling was over before an engine could be killed"
+        os.kill(victims[0], signal.SIGKILL)
+    said, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, said
+    path = next(runs.store.glob("sample/*/samples.jsonl"))
+    return path.read_text().splitlines()
+
+
+def test_engines_on_the_cluster_draw_what_one_here_does_also_when_one_dies(runs: Runs) -> None:
+    alone = sampled(runs, "alone", 0)
+    assert sampled(runs, "shared", 2) == alone
+    assert sampled(runs, "killed", 2, kill=True) == alone
+
+
+def test_data_builds_run_there_too(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("datatrove")
+    monkeypatch.setenv("RAY_ADDRESS", runs.address)
+    rows = "".join(json.dumps({"prompt": f"q {at}", "completion": "yes"}) + "\n" for at in range(60))
+    (runs.folder / "a.jsonl").write_text(rows)
+    source = {"type": "files", "paths": ["a.jsonl"], "format": "prompt_completion"}
+    runs.write({"kind": "instructions", "sources": [source], "steps": [{"type": "exact_duplicates"}]}, "recipe.yaml")
+    found = []
+    for name, runtime in (("plain", {}), ("tasks", {"executor": {"name": "ray", "tasks": 2, "memory_gb": 1}})):
+        runs.store = runs.folder / name
+        raw = {"name": name, "runtime": runtime, "stages": {"data": {"recipe": "recipe.yaml"}}}
+        code, said = runs.align("run", runs.write(raw, f"{name}.yaml"))
+        assert code == 0, said
+        found.append(json.loads(next(runs.store.glob("data/*/**/ledger.json")).read_text())["digests"])
+    assert found[0] == found[1]
+
+
+def test_a_node_that_dies_in_mid_stage(runs: Runs, cluster: Any) -> None:
+    """Last: it takes a node away. The stage is tried again on the node that is left; one that only the dead node could
+    hold ends with a message."""
+    node = cluster.add_node(**NODE, resources={"gamma": 1, "either": 1})
+    cluster.add_node(**NODE, resources={"either": 1})
+    cluster.wait_for_nodes(300)
+    file = runs.pipeline(
+        {"one": {"resources": {"gamma": 0.001, "either": 1}}, "two": {"resources": {"beta": 1}}},
+        one={"steps": 40, "pause": 0.5},
+    )
+    process = runs.start("run", file, "--on", "ray", "--set", "runtime.stages.one.ray.wait=5")
+    until(lambda: runs.checkpoints() >= 3)
+    cluster.remove_node(node, allow_graceful=False)
+    said, _ = process.communicate(timeout=900)
+    assert process.returncode == 1, said
+    assert "stage 'one' failed: no node of the Ray cluster has what it asks for" in said, said
+    assert runs.record("two")["metrics"]["number"] == 2
+    file = runs.pipeline({"one": {"resources": {"either": 1}}}, one={"steps": 40, "pause": 0.5})
+    code, said = runs.align("run", file, "--on", "ray")
+    assert code == 0, said
+    assert runs.record("one")["metrics"]["resumed_at"] >= 3

@@ -1,0 +1,58 @@
+"""Jobs whose store has a bucket that only the command line names; the pipeline says nothing of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from align.cli import sweep_on_slurm
+from align.clusters.slurm.submission import Submission
+from align.clusters.slurm.submit import submit_run
+from align.pipeline.pipeline import Pipeline
+from align.runner.listener import Listener
+from align.runner.open_store import Opening
+from align.runner.prepare import RunOptions
+from align.runner.runner import run_pipeline
+from align.store.object_store import Bucket
+from align.store.remote import Remote
+from align.store.store import Store
+from tests.clusters.slurm.conftest import Slurm
+from tests.clusters.slurm.test_run import followed
+from tests.support import toy
+from tests.support.s3_server import SECRET
+from tests.support.sweep import given
+
+
+def opened(folder: Path, address: str) -> Store:
+    return Opening(str(folder), lease=5, patience=3, remote=address).open()
+
+
+def test_what_jobs_make_goes_to_the_bucket_and_nothing_secret_into_their_folder(slurm: Slurm, address: str) -> None:
+    store = opened(slurm.store, address)
+    submitted = submit_run(Pipeline(toy.pipeline(), base=slurm.folder), RunOptions(store))
+    assert followed(submitted, Listener()).ran
+    slurm.wait_until(lambda: all(job["state"] == "COMPLETED" for job in slurm.jobs().values()))  # a job uploads last
+    assert {record["stage"] for record in Remote(store, address).all()} == {"one", "two", "total"}
+    folder = submitted.places["one"].folder
+    assert Submission.read(folder).store == Opening.of(store)
+    assert not [path for path in folder.iterdir() if SECRET in path.read_text()]
+    assert SECRET not in (slurm.state / "calls").read_text()
+
+
+def test_jobs_fetch_what_another_machine_has_made_since_they_were_submitted(slurm: Slurm, address: str) -> None:
+    (slurm.state / "held").touch()
+    submitted = submit_run(Pipeline(toy.pipeline(), base=slurm.folder), RunOptions(opened(slurm.store, address)))
+    made = run_pipeline(Pipeline(toy.pipeline()), store=opened(slurm.folder / "other machine", address))
+    (slurm.state / "held").unlink()
+    run = followed(submitted, Listener())
+    for name, artifact in made.artifacts.items():
+        assert run.artifacts[name].record == artifact.record
+
+
+def test_a_worker_of_a_sweep_opens_the_store_of_the_sweep(slurm: Slurm, address: str) -> None:
+    store = opened(slurm.store, address)
+    sweep = given.check(slurm.folder, space={"stages.ppo.height": [0.5]}, sampler="grid", trials=None)
+    submission = sweep_on_slurm._submit(sweep, store, 1, [])
+    slurm.wait_until(lambda: submission.said("worker-0"))
+    assert submission.said("worker-0").status == "done", (submission.folder / "worker-0.log").read_text()
+    assert len(Remote(store, address).all()) == 3
+    assert all(SECRET.encode() not in (Bucket(address).get(path) or b"") for path in Bucket(address).sizes(""))

@@ -1,0 +1,267 @@
+"""The same on a real Slurm of two nodes, which ``start_slurm.sh`` starts on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from align.clusters.slurm.submission import submissions
+from align.pipeline.pipeline import Pipeline
+from align.runner.runner import run_pipeline
+from align.store.store import Store
+from tests.support import toy
+
+HERE = Path(__file__).resolve().parent
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+
+class Cluster:
+    """The running Slurm, and a folder for pipelines and a store."""
+
+    def __init__(self, conf: Path, folder: Path) -> None:
+        self.conf, self.folder, self.store = conf, folder, folder / "a store"
+
+    def ask(self, *command: str) -> str:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+
+    def write(self, raw: dict[str, Any], name: str = "toy.yaml") -> str:
+        (self.folder / name).write_text(yaml.safe_dump(raw, sort_keys=False))
+        return name
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "align.cli.main", *words, "--store", str(self.store)], cwd=self.folder, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def align(self, *words: str) -> tuple[int, str]:
+        process = self.start(*words)
+        said, _ = process.communicate(timeout=900)
+        return process.returncode, said
+
+    def artifact(self, stage: str) -> dict[str, Any]:
+        (found,) = [one.record for one in Store.open(self.store).all() if one.stage == stage]
+        return found
+
+    def checkpoints(self) -> int:
+        return toy.steps_kept(self.store, "one")
+
+    def state(self, job: int) -> str:
+        return self.ask("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").splitlines()[0]
+
+    def job(self, stage: str) -> int:
+        return next(submissions(Store.open(self.store))).job_of(stage).job
+
+
+def until(what: Any, seconds: float = 600) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.2)
+    return found
+
+
+@pytest.fixture(scope="module")
+def conf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    path = os.environ["PATH"] + ":/usr/sbin:/sbin"
+    missing = [name for name in ("slurmctld", "slurmd", "sbatch", "munged") if shutil.which(name, path=path) is None]
+    if missing:
+        pytest.skip(f"no {missing[0]} on this machine; `make slurm` installs Debian's Slurm")
+    folder = tmp_path_factory.mktemp("slurm")
+    subprocess.run([HERE / "start_slurm.sh", "start", folder], check=True, timeout=300)
+    yield folder / "slurm.conf"
+    subprocess.run([HERE / "start_slurm.sh", "stop", folder], check=True, timeout=300)
+
+
+@pytest.fixture
+def cluster(conf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    monkeypatch.setenv("SLURM_CONF", str(conf))
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin")
+    monkeypatch.setenv("PYTHONPATH", str(HERE.parents[1]))
+    monkeypatch.delenv("ALIGN_STORE", raising=False)
+    made = Cluster(conf, tmp_path)
+    yield made
+    made.ask("scancel", "--user", made.ask("id", "-un"))
+    until(lambda: not made.ask("squeue", "--noheader"))
+
+
+SMALL = {"slurm": {"partition": "cpu", "cpus": 1, "memory_gb": 1}}
+
+
+def test_a_run_waits_for_what_it_reads_and_comes_to_the_same(cluster: Cluster) -> None:
+    file = cluster.write(toy.pipeline(one={"pause": 0.5}) | {"runtime": SMALL})
+    code, said = cluster.align("run", file, "--on", "slurm")
+    assert code == 0, said
+    assert "waits (Dependency)" in said and "runs on node" in said and "Report: " in said
+    plain = run_pipeline(Pipeline(toy.pipeline(one={"pause": 0.5})), store=cluster.folder / "plain")
+    for stage, artifact in plain.artifacts.items():
+        assert cluster.artifact(stage)["key"] == artifact.record["key"]
+        assert cluster.artifact(stage)["outputs"].keys() == artifact.record["outputs"].keys()
+    assert "3 done" in cluster.align("status")[1]
+
+
+def test_a_failed_stage_ends_what_reads_it(cluster: Cluster) -> None:
+    file = cluster.write(toy.pipeline(one={"crash": "bug"}) | {"runtime": SMALL})
+    code, said = cluster.align("run", file, "--on", "slurm")
+    assert code == 1, said
+    assert "stage 'one' failed: ValueError: a bug" in said and "Log: " in said
+    assert "stage 'total' was not begun: it reads 'one', which failed." in said
+    assert cluster.state(cluster.job("total")) == "CANCELLED"
+    assert cluster.artifact("two")["metrics"]["number"] == 2
+
+
+def test_a_job_is_cancelled_and_the_next_run_goes_on(cluster: Cluster) -> None:
+    file = cluster.write(toy.pipeline(one={"steps": 60, "pause": 0.5, "stops": True}) | {"runtime": SMALL})
+    code, said = cluster.align("run", file, "--on", "slurm", "--detach")
+    assert code == 0, said
+    until(lambda: cluster.checkpoints() >= 3)
+    job = cluster.job("one")
+    said = cluster.align("status", "toy")[1]
+    assert f"runs       job {job} on node" in said and "/60 steps" in said and "(Dependency)" in said
+    assert f"job {job}" in cluster.align("cancel", "toy")[1]
+    until(lambda: cluster.state(job) == "CANCELLED")
+    assert "stopped" in cluster.align("status", "toy")[1]
+    code, said = cluster.align("run", file, "--on", "slurm")
+    assert code == 0, said
+    assert cluster.artifact("one")["metrics"]["resumed_at"] >= 3
+
+
+def test_a_preempted_job_saves_and_goes_on_when_there_is_room_again(cluster: Cluster) -> None:
+    file = cluster.write(toy.pipeline(one={"steps": 60, "pause": 0.3, "stops": True}) | {"runtime": SMALL})
+    process = cluster.start("run", file, "--on", "slurm")
+    until(lambda: cluster.checkpoints() >= 3)
+    urgent = cluster.ask(
+        "sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=4",
+        "--mem=100", f"--output={cluster.folder}/urgent.log", "--wrap=sleep 5",
+    )  # fmt: skip
+    said, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, said
+    assert "stopped as asked, at step" in said and "Its job is queued again." in said and "one    resumes" in said
+    record = cluster.artifact("one")
+    assert record["metrics"]["resumed_at"] >= 3 and len(record["attempts"]) == 2
+    assert cluster.state(int(urgent)) == "COMPLETED"
+    assert cluster.artifact("total")["metrics"] == {"total": 3}
+
+
+def test_a_job_at_its_time_limit_goes_on_in_another_turn(cluster: Cluster) -> None:
+    runtime = {"slurm": {**SMALL["slurm"], "time": "00:03:00", "grace": 30}}
+    raw = toy.pipeline(one={"steps": 200, "pause": 1.0, "stops": True}) | {"runtime": runtime}
+    raw["stages"] = {"one": raw["stages"]["one"]}
+    code, said = cluster.align("run", cluster.write(raw), "--on", "slurm")
+    assert code == 0, said
+    assert "Its job is queued again." in said
+    assert len(cluster.artifact("one")["attempts"]) >= 2
+
+
+def test_an_array_works_on_a_sweep(cluster: Cluster) -> None:
+    cluster.write(toy.pipeline(two={"steps": 2, "pause": 0.5}) | {"runtime": SMALL})
+    sweep = {
+        "name": "s", "pipeline": "toy.yaml", "space": {"stages.two.number": [1, 2, 3, 4]}, "sampler": "grid",
+        "maximise": "total.total",
+    }  # fmt: skip
+    code, said = cluster.align("sweep", cluster.write(sweep, "sweep.yaml"), "--on", "slurm", "--workers", "2")
+    assert code == 0, said
+    assert "4 trials done" in said and "Best: trial 3; its run is s-3." in said
+    folder = next(submissions(Store.open(cluster.store), "s")).folder
+    logs = [(folder / f"worker-{at}.log").read_text() for at in range(2)]
+    assert sum(log.count("✓ trial") for log in logs) == 4
+
+
+def test_a_node_that_is_taken_down_and_comes_back(cluster: Cluster) -> None:
+    raw = toy.pipeline(one={"steps": 60, "pause": 0.4}) | {"runtime": SMALL}
+    process = cluster.start("run", cluster.write(raw), "--on", "slurm")
+    until(lambda: cluster.checkpoints() >= 3)
+    node = cluster.ask("squeue", "--noheader", f"--jobs={cluster.job('one')}", "--format=%N")
+    cluster.ask("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+    said, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, said
+    assert cluster.artifact("one")["metrics"]["resumed_at"] >= 3
+    assert cluster.artifact("total")["metrics"] == {"total": 3}
+    # a node whose daemon answers may have come back by itself, which Slurm then calls an invalid change
+    subprocess.run(["scontrol", "update", f"nodename={node}", "state=resume"], capture_output=True, timeout=60)
+    until(lambda: cluster.ask("sinfo", "--noheader", "--partition=cpu", "--states=idle", "--format=%D") == "2")
+
+
+def test_a_node_that_dies_and_comes_back(cluster: Cluster) -> None:
+    raw = toy.pipeline(one={"steps": 60, "pause": 0.4}) | {"runtime": SMALL}
+    process = cluster.start("run", cluster.write(raw), "--on", "slurm")
+    until(lambda: cluster.checkpoints() >= 3)
+    job = cluster.job("one")
+    number = cluster.ask("squeue", "--noheader", f"--jobs={job}", "--format=%N").removeprefix("node")
+    daemon = int((cluster.conf.parent / f"slurmd{number}.pid").read_text())
+    for line in cluster.ask(
+        "ps", "-ww", "-eo", "pid,args"
+    ).splitlines():  # as where the power fails: all of the job at once
+        pid, _, words = line.strip().partition(" ")
+        if f"slurmstepd: [{job}." in words or ("slurm_job" in words and str(cluster.store) in words):
+            os.kill(int(pid), signal.SIGKILL)
+    os.kill(daemon, signal.SIGKILL)
+    said, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, said
+    assert cluster.artifact("one")["metrics"]["resumed_at"] >= 3
+    subprocess.run([HERE / "start_slurm.sh", "node", cluster.conf.parent, number], check=True)
+    until(lambda: cluster.ask("sinfo", "--noheader", "--partition=cpu", "--states=idle", "--format=%D") == "2")
+
+
+def test_a_stage_trains_on_two_nodes_and_one_node_finds_it_made(cluster: Cluster) -> None:
+    raw = {
+        "name": "two", "seed": 3,
+        "runtime": {"device": "cpu", "launch": {"nodes": 2, "timeout": 600}, **SMALL},
+        "stages": {
+            "model": {"source": "tiny"},
+            "rows": {"stage": "tests.support.training.given_rows:ROWS", "train": 24},
+            "sft": {"model": "model", "data": "rows", "learning_rate": 1e-3, "batch_size": 12, "max_length": 128,
+                    "precision": "float32", "max_steps": 3},
+        },
+    }  # fmt: skip
+    code, said = cluster.align("run", cluster.write(raw), "--on", "slurm")
+    assert code == 0, said
+    assert f"job {cluster.job('sft')} runs on node[1-2]" in said
+    raw["runtime"] = {"device": "cpu"}
+    code, said = cluster.align("run", cluster.write(raw))
+    assert code == 0 and said.count("cached") == 3, said
+    alone = run_pipeline(Pipeline(raw), store=cluster.folder / "plain").metrics("sft")
+    both = cluster.artifact("sft")["metrics"]
+    for name in ("loss_first", "loss_last", "test_loss_after"):
+        assert both[name] == pytest.approx(alone[name], abs=1e-4)
+
+
+def test_what_the_real_slurm_refuses_is_said_before_anything_is_submitted(cluster: Cluster) -> None:
+    raw = toy.pipeline() | {"runtime": {**SMALL, "stages": {"two": {"slurm": {"cpus": 99}}}}}
+    code, said = cluster.align("run", cluster.write(raw), "--on", "slurm")
+    assert code == 2, said
+    assert "stage 'two': Slurm does not take its job" in said and "runtime.stages.two.slurm" in said
+    assert cluster.ask("squeue", "--noheader") == ""
+    code, said = cluster.align("run", "toy.yaml", "--on", "slurm", "--set", "runtime.slurm.partition=cqu")
+    assert "there is no partition 'cqu' in this cluster. Did you mean 'cpu'?" in said
+
+
+def test_ordinary_jobs_of_data_builds_run_there_too(cluster: Cluster) -> None:
+    pytest.importorskip("datatrove")
+    rows = "".join(json.dumps({"prompt": f"q {at}", "completion": "yes"}) + "\n" for at in range(60))
+    (cluster.folder / "a.jsonl").write_text(rows)
+    source = {"type": "files", "paths": ["a.jsonl"], "format": "prompt_completion"}
+    recipe = {"kind": "instructions", "sources": [source], "steps": [{"type": "exact_duplicates"}]}
+    cluster.write(recipe, "recipe.yaml")
+    raw = {"name": "build", "stages": {"data": {"recipe": "recipe.yaml"}}}
+    found = []
+    for name, runtime in (
+        ("plain", {}),
+        ("jobs", {"executor": {"name": "slurm", "partition": "cpu", "tasks": 2, "memory_gb": 1}}),
+    ):
+        cluster.store = cluster.folder / name
+        code, said = cluster.align("run", cluster.write(raw | {"runtime": runtime}, f"{name}.yaml"))
+        assert code == 0, said
+        found.append(json.loads(next(cluster.store.glob("data/*/**/ledger.json")).read_text())["digests"])
+    assert found[0] == found[1]

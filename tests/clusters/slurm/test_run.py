@@ -1,0 +1,301 @@
+"""Runs as jobs: stages in their order, what is said of failures, stops that go on, runs taken up and called off.
+
+Slurm's commands are stood in for; the same on a real Slurm is in ``test_real_slurm.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.cli.main import main
+from align.clusters import follow as following
+from align.clusters.follow import Following
+from align.clusters.slurm.queue import SlurmQueue
+from align.clusters.slurm.submission import submissions
+from align.clusters.slurm.submit import Submitted, call_off, submit_run
+from align.errors import StageFailed, UserError
+from align.pipeline.pipeline import Node, Pipeline
+from align.runner.listener import Listener
+from align.runner.prepare import RunOptions
+from align.runner.runner import Run, run_pipeline
+from align.store.json_files import write_sealed
+from align.store.store import Store
+from tests.clusters.slurm.conftest import Slurm
+from tests.support import toy
+
+
+class Recorder(Listener):
+    def __init__(self) -> None:
+        self.said: list[tuple[str, str]] = []
+
+    def stage_queued(self, node: Node, how: str) -> None:
+        self.said.append((node.name, how.partition(" (")[0].rstrip("0123456789")))
+
+    def stage_started(self, node: Node, folder: Path, resumed: bool) -> None:
+        self.said.append((node.name, "resumes" if resumed else "starts"))
+
+    def stage_done(self, node: Node, artifact: Any) -> None:
+        self.said.append((node.name, "done"))
+
+    def stage_cached(self, node: Node, artifact: Any) -> None:
+        self.said.append((node.name, "cached"))
+
+    def stage_failed(self, node: Node, message: str, log: Path) -> None:
+        self.said.append((node.name, "failed"))
+
+    def stage_event(self, node: Node, event: dict[str, Any]) -> None:
+        if event["event"] == "note":
+            self.said.append((node.name, event["message"]))
+
+
+def followed(submitted: Submitted, listener: Listener) -> Run:
+    queue = SlurmQueue(submitted)
+    return Following(submitted.pipeline, submitted.store, submitted.places, queue, listener).follow()
+
+
+def here(raw: dict[str, Any], slurm: Slurm, listener: Listener | None = None, **options: Any) -> Run:
+    """Submit and follow in this process."""
+    pipeline = Pipeline(raw, base=slurm.folder)
+    submitted = submit_run(pipeline, RunOptions(slurm.store, **options))
+    return followed(submitted, listener or Listener())
+
+
+def test_a_run_s_stages_are_jobs_that_wait_for_what_they_read_and_come_to_the_same(slurm: Slurm) -> None:
+    recorder = Recorder()
+    raw = toy.pipeline() | {"runtime": {"slurm": {"partition": "cpu"}, "stages": {"two": {"slurm": {"cpus": 3}}}}}
+    run = here(raw, slurm, recorder)
+    assert sorted(run.ran) == ["one", "total", "two"]
+    plain = run_pipeline(Pipeline(toy.pipeline()), store=slurm.folder / "plain")
+    for name, artifact in plain.artifacts.items():
+        assert run.artifacts[name].record["key"] == artifact.record["key"]
+        assert run.metrics(name) == artifact.record["metrics"]
+    jobs = slurm.jobs()
+    one, two, total = (jobs[f"align:toy:{name}"] for name in ("one", "two", "total"))
+    assert total["options"]["dependency"] == f"afterok:{one['number']}:{two['number']}"
+    assert total["options"]["kill-on-invalid-dep"] == "yes"
+    assert (one["options"]["partition"], two["options"]["partition"]) == ("cpu", "cpu")
+    assert "cpus-per-task" not in one["options"] and two["options"]["cpus-per-task"] == "3"
+    assert recorder.said.index(("one", "done")) < recorder.said.index(("total", "starts"))
+    assert ("total", "job  waits") in [(n, h.replace(one["number"], "")) for n, h in recorder.said] or recorder.said
+    assert (slurm.store / "reports" / "toy" / "report.html").is_file()  # the last job wrote it
+    again = Recorder()
+    assert here(raw, slurm, again).ran == []
+    assert again.said == [("one", "cached"), ("two", "cached"), ("total", "cached")]
+    assert len(slurm.jobs()) == 3
+
+
+def test_a_failed_stage_ends_what_reads_it_and_the_rest_is_made(slurm: Slurm) -> None:
+    recorder = Recorder()
+    with pytest.raises(StageFailed) as caught:
+        here(toy.pipeline(one={"crash": "bug"}, two={"pause": 0.1}), slurm, recorder)
+    said = str(caught.value)
+    assert "stage 'one' failed: ValueError: a bug\nLog: " in said
+    assert "stage 'total' was not begun: it reads 'one', which failed." in said
+    assert ("two", "done") in recorder.said
+    log = Path(said.partition("Log: ")[2].splitlines()[0])
+    assert "Traceback" in log.read_text()
+    assert slurm.jobs()["align:toy:total"]["state"] == "CANCELLED"
+    assert here(toy.pipeline(two={"pause": 0.1}), slurm).ran == ["one", "total"]
+
+
+@pytest.mark.slow
+def test_a_wrong_input_found_in_a_job_reads_as_it_does_here(slurm: Slurm) -> None:
+    with pytest.raises(StageFailed, match="stage 'one' failed: the dataset is empty after filtering."):
+        here({**toy.pipeline(one={"crash": "user"})}, slurm)
+
+
+@pytest.mark.slow
+def test_the_command_follows_reports_and_says_how_things_are(slurm: Slurm) -> None:
+    file = slurm.write(toy.pipeline())
+    code, said = slurm.align("run", file, "--on", "slurm")
+    assert code == 0, said
+    assert "✓ total" in said and "Report: " in said
+    code, said = slurm.align("status", "toy", "--json")
+    assert [stage["state"] for stage in json.loads(said)["toy"]] == ["done", "done", "done"]
+    assert "3 done" in slurm.align("status")[1]
+    code, said = slurm.align("run", file, "--on", "slurm", "--detach")
+    assert (code, said) == (0, "Nothing to do: every stage is finished.\n")
+
+
+@pytest.mark.slow
+def test_detached_jobs_are_taken_up_by_the_same_command_and_called_off(slurm: Slurm) -> None:
+    (slurm.state / "held").touch()
+    file = slurm.write(toy.pipeline())
+    code, said = slurm.align("run", file, "--on", "slurm", "--detach", "--json")
+    assert code == 0, said
+    first = json.loads(said)
+    assert sorted(first["new"]) == ["one", "total", "two"]
+    again = json.loads(slurm.align("run", file, "--on", "slurm", "--detach", "--json")[1])
+    assert again["jobs"] == first["jobs"] and again["new"] == []
+    said = slurm.align("status", "toy")[1]
+    assert f"waits      job {first['jobs']['one']} (Resources)" in said
+    code, said = slurm.align("cancel", "toy", "one")
+    assert (code, said) == (0, f"ended job {first['jobs']['one']}; finished stages and checkpoints are kept\n")
+    slurm.wait_until(lambda: slurm.jobs()["align:toy:total"]["state"] == "CANCELLED")
+    assert slurm.jobs()["align:toy:two"]["state"] == "PENDING"
+    code, said = slurm.align("cancel", "toy")
+    assert f"ended job {first['jobs']['two']};" in said
+    slurm.wait_until(lambda: slurm.jobs()["align:toy:two"]["state"] == "CANCELLED")
+    assert slurm.align("cancel", "toy")[1] == "nothing of 'toy' waits or runs\n"
+    (slurm.state / "held").unlink()
+    assert sorted(here(toy.pipeline(), slurm).ran) == ["one", "total", "two"]
+
+
+def test_a_job_that_is_asked_to_stop_saves_queues_itself_again_and_goes_on(slurm: Slurm) -> None:
+    raw = toy.pipeline(one={"steps": 40, "pause": 0.1, "stops": True})
+    file = slurm.write(raw)
+    process = slurm.align("run", file, "--on", "slurm", wait=False)
+    slurm.wait_until(lambda: slurm.checkpoints() >= 2)
+    job = slurm.jobs()["align:toy:one"]["number"]
+    slurm.wait_until(lambda: slurm.jobs()["align:toy:one"]["state"] == "RUNNING")
+
+    subprocess.run(["scancel", "--batch", "--signal=USR1", job], check=True)
+    said, _ = process.communicate(timeout=280)
+    assert process.returncode == 0, said
+    assert "stopped as asked, at step" in said and "Its job is queued again." in said
+    assert "one    resumes" in said
+    (artifact,) = [one for one in Store.open(slurm.store).all() if one.stage == "one"]
+    assert artifact.record["metrics"]["resumed_at"] >= 2
+    assert len(artifact.record["attempts"]) == 2
+    assert slurm.jobs()["align:toy:one"]["turn"] == 1
+
+
+@pytest.mark.slow
+def test_a_job_called_off_while_it_stops_does_not_come_back(slurm: Slurm) -> None:
+    pipeline = Pipeline(toy.pipeline(one={"steps": 400, "pause": 0.1, "stops": True}), base=slurm.folder)
+    store = Store.open(slurm.store)
+    submit_run(pipeline, RunOptions(store))
+    slurm.wait_until(lambda: slurm.checkpoints() >= 2)
+    (place,) = submissions(store, "toy")
+    assert len(call_off([place])) in (2, 3)  # two may be done by now
+    slurm.wait_until(lambda: all(job["state"] in ("CANCELLED", "COMPLETED") for job in slurm.jobs().values()))
+    assert slurm.jobs()["align:toy:one"]["turn"] == 0
+    assert place.said("one").status == "stopped"
+    assert "Not queued again." in place.log("one").read_text()
+
+
+def began(slurm: Slurm) -> int:
+    """How often the stage's process was started."""
+    return sum(log.read_text().count("--- ") for log in slurm.store.glob("number/*.partial/log.txt"))
+
+
+@pytest.mark.slow
+def test_a_job_that_gets_nowhere_in_its_turns_is_given_up(slurm: Slurm) -> None:
+    raw = toy.pipeline(one={"steps": 400, "pause": 60, "stops": True}) | {"runtime": {"slurm": {"grace": 10}}}
+    raw["stages"] = {"one": raw["stages"]["one"]}
+    pipeline = Pipeline(raw, base=slurm.folder)
+    submitted = submit_run(pipeline, RunOptions(slurm.store))
+    place = submitted.places["one"]
+    for turn in range(3):
+        slurm.wait_until(lambda turn=turn: began(slurm) == turn + 1)
+        for _ in range(2):  # twice: without patience
+            subprocess.run(["scancel", "--signal=USR1", slurm.jobs()["align:toy:one"]["number"]], check=True)
+            time.sleep(0.5)
+        slurm.wait_until(lambda turn=turn: (said := place.said("one")) is not None and said.turn == turn)
+    assert place.said("one").status == "failed"
+    assert "3 turns of its job in a row ended without a new checkpoint" in place.said("one").message
+    assert "runtime.stages.one.slurm.time" in place.said("one").message
+
+
+@pytest.mark.slow
+def test_rebuilding_replaces_what_is_there_once(slurm: Slurm) -> None:
+    here(toy.pipeline(), slurm)
+    before = {one.stage: one.record["created"] for one in Store.open(slurm.store).all()}
+    assert sorted(here(toy.pipeline(), slurm, from_="two").ran) == ["total", "two"]
+    after = {one.stage: one.record["created"] for one in Store.open(slurm.store).all()}
+    assert after["one"] == before["one"] and after["two"] > before["two"] and after["total"] > before["total"]
+    assert "dependency" not in slurm.jobs()["align:toy:two"]["options"]
+
+
+@pytest.mark.slow
+def test_a_pipeline_whose_files_have_changed_since_is_not_run_as_another(slurm: Slurm) -> None:
+    (slurm.state / "held").touch()
+    raw = toy.pipeline()
+    submitted = submit_run(Pipeline(raw, base=slurm.folder), RunOptions(slurm.store))
+    about = submitted.places["one"].folder / "submission.json"
+    found = json.loads(about.read_text())
+    found["raw"]["stages"]["one"]["number"] = 9
+    del found["seal"]
+    write_sealed(about, found)
+    (slurm.state / "held").unlink()
+    slurm.wait_until(lambda: submitted.places["one"].said("one"))
+    assert "stage 'one' is another than when it was submitted" in submitted.places["one"].said("one").message
+
+
+def test_gc_keeps_what_jobs_that_wait_will_need(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run of the name has been made since, so only the jobs still reach these stages."""
+    store = Store.open(slurm.store)
+    run_pipeline(Pipeline(toy.pipeline()), store=store, only="one")
+    (slurm.state / "held").touch()
+    submit_run(Pipeline(toy.pipeline(), base=slurm.folder), RunOptions(slurm.store))
+    run_pipeline(Pipeline(toy.pipeline(one={"number": 9})), store=store, only="one")
+    first = store.folder("number", Pipeline(toy.pipeline()).nodes["one"].key)
+    assert main(["gc", "--delete", "--store", str(slurm.store)]) == 0 and first.exists()
+    with monkeypatch.context() as patched:
+        patched.setenv("PATH", "/usr/bin:/bin")  # no Slurm here: what it would say is not known
+        assert main(["gc", "--delete", "--store", str(slurm.store)]) == 0 and first.exists()
+    (submission,) = submissions(store)
+    about = submission.folder / "submission.json"
+    whole = about.read_bytes()
+    about.write_bytes(whole[:-9])
+    assert main(["gc", "--delete", "--store", str(slurm.store)]) == 2 and first.exists()
+    about.write_bytes(whole)
+    call_off(submissions(store))
+    assert main(["gc", "--delete", "--store", str(slurm.store)]) == 0 and not first.exists()
+
+
+def test_a_damaged_stage_is_made_again_by_its_own_job_beside_those_of_others(slurm: Slurm) -> None:
+    run = run_pipeline(Pipeline(toy.pipeline(two={"pause": 0.5})), store=slurm.store)
+    (run.artifacts["two"].path / "record.json").write_text("")
+    shutil.rmtree(run.artifacts["one"].path)
+    again = here(toy.pipeline(two={"pause": 0.5}), slurm, rebuild=("two",))
+    assert sorted(again.ran) == ["one", "two"]
+
+
+def test_a_job_that_vanishes_without_a_word_is_noticed(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(following, "LATE_SECONDS", 0.5)
+    (slurm.state / "held").touch()
+    submitted = submit_run(Pipeline(toy.pipeline(), base=slurm.folder), RunOptions(slurm.store))
+    monkeypatch.setattr("align.clusters.slurm.commands.jobs", lambda numbers: {})
+    with pytest.raises(StageFailed, match=r"stage 'one' failed: its job is gone.*It left no log: does the machine it"):
+        followed(submitted, Listener())
+
+
+@pytest.mark.slow
+def test_a_controller_that_is_silent_is_waited_for_and_then_given_up(
+    slurm: Slurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("align.clusters.slurm.commands.PAUSE", 0.05)
+    (slurm.state / "held").touch()
+    submitted = submit_run(Pipeline(toy.pipeline(), base=slurm.folder), RunOptions(slurm.store))
+    (slurm.state / "silent").touch()
+    monkeypatch.setattr(following, "SILENT_SECONDS", 1.0)
+    with pytest.raises(StageFailed, match="Slurm has not answered for .* Unable to contact slurm controller"):
+        followed(submitted, Listener())
+    with pytest.raises(UserError, match="Slurm does not answer"):
+        submit_run(Pipeline(toy.pipeline(), base=slurm.folder), RunOptions(slurm.store))
+    (slurm.state / "silent").unlink()
+    (slurm.state / "held").unlink()
+    assert sorted(followed(submitted, Listener()).ran) == ["one", "total", "two"]
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_following_and_no_job(slurm: Slurm) -> None:
+    file = slurm.write(toy.pipeline(one={"steps": 20, "pause": 0.2}))
+    process = slurm.align("run", file, "--on", "slurm", wait=False)
+    slurm.wait_until(lambda: slurm.checkpoints() >= 1)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, said
+    assert "No longer followed; its jobs go on." in said
+    code, said = slurm.align("run", file, "--on", "slurm")
+    assert code == 0, said
+    assert len(slurm.jobs()) == 3

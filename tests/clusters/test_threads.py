@@ -1,0 +1,31 @@
+"""The cores that a cluster gives become the threads of a stage's processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from align.clusters.threads import with_threads
+from align.pipeline.pipeline import Pipeline
+
+STAGES: dict[str, Any] = {
+    "model": {"source": "tiny"},
+    "data": {"recipe": "data_recipes/embedded.yaml"},
+    "sft": {"model": "model", "data": "data", "learning_rate": 1e-3},
+}
+
+
+def threads(runtime: dict[str, Any], cores: int | None) -> dict[str, int | None]:
+    pipeline = Pipeline({"name": "x", "runtime": runtime, "stages": STAGES})
+    made = with_threads(pipeline, cores)
+    assert {node.name: node.key for node in made} == {node.name: node.key for node in pipeline}
+    return {name: one.threads for name, one in made.runtimes.items()}
+
+
+def test_cores_are_shared_out_over_a_stage_s_processes() -> None:
+    assert threads({}, 8) == {"model": 8, "data": 8, "sft": 8}
+    assert threads({"launch": {"processes": 4}}, 8) == {"model": 8, "data": 8, "sft": 2}
+    assert threads({"launch": {"processes": 4}}, 2)["sft"] == 1
+    assert threads({"launch": {"processes": "auto"}}, 8)["sft"] is None
+    assert threads({"stages": {"sft": {"threads": 3, "device": "cpu"}}}, 8) == {"model": 8, "data": 8, "sft": 3}
+    assert threads({"threads": 5}, 8) == {"model": 5, "data": 5, "sft": 5}
+    assert threads({}, None) == {"model": None, "data": None, "sft": None}

@@ -1,0 +1,90 @@
+"""The shared fields: bounds, micro-batches, and trainer options checked without torch."""
+
+import pytest
+
+from align.config.launch import LaunchConfig
+from align.config.validation import validate
+from align.errors import UserError
+from align.stages.dpo import DpoConfig
+from align.stages.grpo import GrpoConfig
+from align.stages.ppo import PpoConfig
+from align.stages.reward import RewardConfig
+from align.stages.sft import SftConfig
+from align.training.arguments import total_steps
+
+SFT = {"model": "model", "data": "data", "learning_rate": 1e-4}
+
+
+def test_default_micro_batch_divides_the_batch() -> None:
+    assert SftConfig(**SFT, batch_size=16).micro_batch == 8
+    assert SftConfig(**SFT, batch_size=12).micro_batch == 6
+    assert SftConfig(**SFT, batch_size=7).micro_batch == 7
+    assert SftConfig(**SFT, batch_size=11).micro_batch == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "extra", "message"),
+    [
+        (
+            SftConfig,
+            {"batch_size": 12, "micro_batch_size": 8},
+            "micro_batch_size 8 does not divide batch_size 12; take 6",
+        ),
+        (SftConfig, {"learning_rat": 1e-4}, r"unknown key 'learning_rat'\. Did you mean 'learning_rate'"),
+        (SftConfig, {"learning_rate": -1}, r"stages\.x\.learning_rate: should be greater than 0"),
+        (SftConfig, {"scheduler": "cosin"}, "Did you mean 'cosine'"),
+        (SftConfig, {"trainer": {"adam_beta": 0.9}}, r"stages\.x\.trainer: unknown key 'adam_beta'.*'adam_beta[12]'"),
+        (SftConfig, {"trainer": {"learning_rate": 1}}, "set 'learning_rate' beside 'trainer'"),
+        (RewardConfig, {"trainer": {"center_rewards_coefficient": 0.1}}, "set 'center_rewards' beside"),
+        (RewardConfig, {"center_reward": 0.1}, "Did you mean 'center_rewards'"),
+    ],
+)
+def test_mistakes_are_named(kind: type, extra: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        validate(kind, {**SFT, **extra}, "p.yaml: stages.x")
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"trainer": {"beta": 0.2}}, "set 'beta' beside"),
+        ({"trainer": {"loss_type": ["ipo"]}}, "set 'loss' or 'losses' beside"),
+        ({"trainer": {"loss_weights": [1.0]}}, "set 'losses' beside"),
+        ({"trainer": {"precompute_ref_log_probs": False}}, "scored once"),
+        ({"bta": 0.2}, "Did you mean 'beta'"),
+    ],
+)
+def test_mistakes_in_dpo_are_named(extra: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        validate(DpoConfig, {"policy": "sft", "data": "pairs", "learning_rate": 1e-5, **extra}, "p.yaml: stages.x")
+
+
+def test_steps_count_short_batches_and_the_cap() -> None:
+    assert total_steps("sft", SftConfig(**SFT, batch_size=16), 100) == 7  # 6.25 batches
+    assert total_steps("sft", SftConfig(**SFT, batch_size=16, epochs=2), 100) == 14
+    assert total_steps("sft", SftConfig(**SFT, batch_size=16, epochs=0.5), 100) == 4
+    assert total_steps("sft", SftConfig(**SFT, batch_size=16, epochs=2, max_steps=5), 100) == 5
+    assert total_steps("sft", SftConfig(**SFT, batch_size=16, max_steps=50), 100) == 7
+
+
+PISSA = {"method": "lora", "rank": 4, "init": "pissa"}
+ANCHORED = {**SFT, "anchor": {"to": "kl", "weight": 0.1}}
+ONLINE = {"policy": "p", "prompts": "d", "score": "m:f", "learning_rate": 1e-4, "rollout_batch": 16}
+IN_PARTS = LaunchConfig(processes=2, strategy="fsdp2")
+
+
+@pytest.mark.parametrize(("kind", "fields"), [(PpoConfig, ONLINE), (GrpoConfig, ONLINE), (SftConfig, ANCHORED)])
+def test_adapters_that_are_a_part_of_the_start_cannot_be_looked_back_from_in_parts(
+    kind: type, fields: dict[str, object]
+) -> None:
+    objection = kind(**fields, tuning=PISSA).processes_objection(IN_PARTS)
+    assert "tuning.init makes the adapters a part of the start" in objection and "take ddp" in objection
+    assert kind(**fields, tuning={"method": "lora", "rank": 4}).processes_objection(IN_PARTS) is None
+    assert kind(**fields, tuning=PISSA).processes_objection(LaunchConfig(processes=2)) is None
+
+
+def test_stages_that_do_not_look_back_take_such_adapters_in_parts() -> None:
+    """``dpo`` scores its reference before the model is shared out."""
+    assert SftConfig(**SFT, tuning=PISSA).processes_objection(IN_PARTS) is None
+    pairs = {"policy": "p", "data": "d", "learning_rate": 1e-4}
+    assert DpoConfig(**pairs, tuning=PISSA).processes_objection(IN_PARTS) is None

@@ -1,0 +1,124 @@
+"""Every key of every stage that makes weights, of every tuning and of the blocks inside is refused when misspelt."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from align.config.peft_options import SET_HERE, peft_options, peft_types
+from align.config.validation import validate
+from align.errors import UserError
+from align.pipeline.registry import STAGES, Config
+from align.store.artifacts import Kind
+
+METHODS = [kind for kind, stage in STAGES.items() if stage.makes in (Kind.POLICY, Kind.REWARD)] + ["merge"]
+TRAINED = [kind for kind in METHODS if kind != "merge"]
+"""Stages with a ``tuning`` and a ``trainer`` block."""
+
+
+def slips(name: str) -> list[str]:
+    """One letter left out, doubled, wrong, and two that changed places, each somewhere else in the word."""
+    drop, double, wrong, swap = (len(name) * share // 4 for share in (3, 1, 2, 1))
+    made = [
+        name[:drop] + name[drop + 1 :],
+        name[:double] + name[double] + name[double:],
+        name[:wrong] + ("x" if name[wrong] != "x" else "y") + name[wrong + 1 :],
+        name[:swap] + name[swap : swap + 2][::-1] + name[swap + 2 :],
+    ]
+    return [slip for slip in dict.fromkeys(made) if slip not in ("", name)]
+
+
+def models_in(annotation: Any) -> list[type[Config]]:
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return [annotation]
+    return [model for part in typing.get_args(annotation) for model in models_in(part)]
+
+
+def tags(model: type[Config]) -> dict[str, str]:
+    """What says in a YAML which of several blocks this is: ``{method: lora}``."""
+    found = {name: typing.get_args(field.annotation) for name, field in model.model_fields.items()}
+    return {name: values[0] for name, values in found.items() if len(values) == 1 and isinstance(values[0], str)}
+
+
+def blocks(
+    model: type[Config], path: tuple[tuple[str, dict[str, str]], ...] = ()
+) -> Iterator[tuple[Any, type[Config]]]:
+    """The config and every block inside, each with its path: the keys above and what tells those blocks apart."""
+    yield path, model
+    for name, field in model.model_fields.items():
+        for inner in models_in(field.annotation):
+            yield from blocks(inner, (*path, (name, tags(inner))))
+
+
+def test_blocks_are_found() -> None:
+    paths = {tuple(name for name, _ in path) for path, _ in blocks(STAGES["sft"].config_class())}
+    assert paths == {
+        (),
+        ("tuning",),
+        ("tuning", "unfreeze"),
+        ("tuning", "lisa"),
+        ("early_stopping",),
+        ("anchor",),
+        ("lint",),
+    }
+    methods = {path[0][1].get("method") for path, _ in blocks(STAGES["ppo"].config_class()) if path}
+    assert methods >= {"full", "lora", "qlora", "ia3", "peft", "prefix", "prompt", "p_tuning", "adapters"}
+    assert slips("beta") == ["bet", "beeta", "bexa", "btea"]
+
+
+def refusal(config: type[Config], path: Any, model: type[Config], name: str, wrong: str) -> str:
+    """What is said of a block in which ``name`` stands as ``wrong``."""
+    own = tags(model)
+    block: Any = {key: value for key, value in own.items() if key != name} | {wrong: own.get(name, 1)}
+    for at in range(len(path) - 1, -1, -1):
+        above = path[at - 1][1] if at else {}
+        block = {**above, path[at][0]: block}
+    with pytest.raises(UserError) as caught:
+        validate(config, block, "p.yaml: stages.x")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_every_misspelt_key_is_refused_at_its_place(kind: str) -> None:
+    config = STAGES[kind].config_class()
+    tried, missed = 0, []
+    for path, model in blocks(config):
+        place = ".".join(("p.yaml: stages.x", *(key for key, _ in path)))
+        for name in model.model_fields:
+            for wrong in slips(name):
+                if wrong in model.model_fields:
+                    continue
+                said = refusal(config, path, model, name, wrong)
+                assert f"{place}: unknown key '{wrong}'." in said, said
+                tried += 1
+                if f"unknown key '{wrong}'. Did you mean '{name}'?" not in said:
+                    missed.append(f"{place}.{name} as {wrong}")
+    assert tried > (20 if kind == "merge" else 200)
+    assert len(missed) <= 0.05 * tried, missed  # a slip can make a word that is nearer to another key
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_a_misspelt_option_of_the_trainer_is_refused(kind: str) -> None:
+    for wrong, name in (
+        ("adam_bta2", "adam_beta2"),
+        ("adam_epsilonn", "adam_epsilon"),
+        ("full_determnism", "full_determinism"),
+    ):
+        with pytest.raises(UserError, match=f"trainer: unknown key '{wrong}'.* Did you mean '{name}'"):
+            validate(STAGES[kind].config_class(), {"trainer": {wrong: 1}}, "p.yaml: stages.x")
+
+
+@pytest.mark.parametrize("kind", peft_types())
+def test_every_misspelt_option_of_peft_is_refused(kind: str) -> None:
+    config, options = STAGES["sft"].config_class(), peft_options(kind)
+    given = {"model": "m", "data": "d", "learning_rate": 1e-3}
+    for name in set(options) - set(SET_HERE):
+        for wrong in slips(name):
+            if wrong in options:
+                continue
+            tuning = {"method": "peft", "type": kind, "options": {wrong: 1}}
+            with pytest.raises(UserError, match=f"stages.x.tuning: unknown key '{wrong}': peft's {kind} has no such"):
+                validate(config, given | {"tuning": tuning}, "p.yaml: stages.x")

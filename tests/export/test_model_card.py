@@ -1,0 +1,279 @@
+"""The model card: metadata that the Hub's own library reads, numbers with intervals, other people's text as text."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+from align.data.card import write_card
+from align.errors import UserError
+from align.export.export import Written
+from align.export.model_card import write_model_card
+from align.export.model_card_facts import Facts, base_model, licence_of
+from align.export.verify import Agreement
+from align.store.artifacts import Artifact, Kind
+from tests.support.data.by_hand import HOSTILE, row, write_build
+from tests.support.report.example_card import full_card, small_card
+
+POLICY = Written(False, "bfloat16", 134_515_008, "LlamaForCausalLM", {"model.safetensors": 10})
+REWARD = Written(True, "float32", 1000, "LlamaForSequenceClassification", {})
+CHECKED = Agreement("tokens", 8, 371, ["transformers 5.17.0", "vllm 0.31.0"], 2e-6, ties=1, rounding=2)
+KEYS = {"model": "0" * 64, "sft": "2" * 64, "ppo": "3" * 64}
+
+
+def artifact(folder: Path, stage: str, kind: Kind, key: str, **record: Any) -> Artifact:
+    folder.mkdir(parents=True, exist_ok=True)
+    usual = {
+        "key": key, "kind": stage, "stage": stage, "pipeline": "quick", "config": {}, "seed": 17, "metrics": {},
+        "tokens": 38_200, "seconds": 200.0, "peak_memory_bytes": 2**31, "created": "2026-02-03T04:05:06+00:00",
+        "align": "0.1.0", "git": "c" * 40, "packages": {"torch": "2.13.0"}, "platform": "linux x86_64, 2 cores",
+        "command": "align run quick.yaml",
+    }  # fmt: skip
+    return Artifact(stage, kind, folder, usual | record)
+
+
+def lineage(root: Path, source: str = "org/base", licences: dict[str, str | None] | None = None) -> list[Artifact]:
+    """Base, data, SFT and PPO; the base's licence is MIT by the card in its folder."""
+    model = artifact(
+        root / "model", "model", Kind.MODEL, KEYS["model"], config={"source": source, "revision": "b" * 40}
+    )
+    (model.path / "model").mkdir(exist_ok=True)
+    (model.path / "model" / "README.md").write_text("---\nlicense: mit\n---\n")
+    rows = write_build(
+        root / "data", [row("a", "b"), row("c", "d", "second")], [row("e", "f")],
+        [(row("a!", "b"), "duplicate", {})], licences or {"first": "Apache-2.0", "second": "Apache-2.0"},
+    )  # fmt: skip
+    recipe = {"kind": "instructions", "sources": [{"type": "hub", "dataset": "org/set"}, {"type": "files"}]}
+    write_card(rows, recipe, json.loads((rows / "ledger.json").read_text()), "set")
+    data = artifact(rows, "data", Kind.INSTRUCTIONS, "1" * 64)
+    sft = artifact(root / "sft", "sft", Kind.POLICY, KEYS["sft"], metrics={"steps": 25})
+    ppo = artifact(root / "ppo", "ppo", Kind.POLICY, KEYS["ppo"], metrics={"updates": 16})
+    return [model, data, sft, ppo]
+
+
+def scored(root: Path, card: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "scorecard": card | {"settings": card["settings"] | {"checkpoints": KEYS}},
+        "scored_by": artifact(root / "evaluate", "evaluate", Kind.SCORECARD, "4" * 64),
+    }
+
+
+def written(folder: Path, facts: Facts) -> tuple[dict[str, Any], str]:
+    """Metadata and text, as the Hub's library reads them."""
+    folder.mkdir(exist_ok=True)
+    card = ModelCard.load(write_model_card(folder, facts))
+    return card.data.to_dict(), card.text
+
+
+def test_the_metadata_is_the_hubs(tmp_path: Path) -> None:
+    facts = Facts("me-ppo", POLICY, CHECKED, lineage(tmp_path), **scored(tmp_path, full_card()))
+    data, _ = written(tmp_path / "out", facts)
+    assert (data["base_model"], data["base_model_relation"]) == ("org/base", "finetune")
+    assert data["datasets"] == ["org/set"]
+    assert data["license"] == ["apache-2.0", "mit"], "both ask for credit alone"
+    assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "text-generation")
+    assert data["tags"] == ["align", "sft", "ppo"]
+
+
+def test_results_in_the_metadata_are_the_scorecards_with_n_and_interval(tmp_path: Path) -> None:
+    card = full_card()
+    card["tasks"]["ifeval"]["settings"] |= {"dataset": "google/IFEval", "revision": "d" * 40}
+    facts = Facts("me-ppo", POLICY, CHECKED, lineage(tmp_path), **scored(tmp_path, card))
+    write_model_card(tmp_path, facts)
+    results = {
+        one.metric_name.split(" (n ")[0]: one for one in ModelCard.load(tmp_path / "README.md").data.eval_results
+    }
+    assert len(results) == len(card["estimates"]["ppo"])
+    found, estimate = results["Prompt, strict"], card["estimates"]["ppo"]["ifeval.prompt_strict"]
+    assert found.metric_value == pytest.approx(estimate["value"], rel=1e-5)
+    assert found.metric_name == (
+        f"Prompt, strict (n 40, 95 % interval {estimate['low']:.3f} to {estimate['high']:.3f})"
+    )
+    assert found.metric_args["n"] == 40 and found.metric_args["low"] == pytest.approx(estimate["low"], rel=1e-5)
+    assert (found.dataset_type, found.dataset_revision, found.dataset_name) == ("google/IFEval", "d" * 40, "IFEval")
+    assert results["Gold score"].dataset_type == "prompts" and results["Judge's score"].dataset_type == "mt"
+
+
+def test_the_table_has_every_metric_beside_its_rivals(tmp_path: Path) -> None:
+    card = full_card()
+    _, text = written(tmp_path, Facts("x", POLICY, CHECKED, lineage(tmp_path), **scored(tmp_path, card)))
+    (head,) = [line for line in text.splitlines() if line.startswith("| task | metric")]
+    assert head.endswith("| **ppo** | sft | model | prompted | best8 | change from sft |")
+    (line,) = [line for line in text.splitlines() if "| Prompt, strict |" in line]
+    difference = next(
+        one for one in card["differences"]
+        if (one["policy"], one["against"], one["metric"]) == ("ppo", "sft", "ifeval.prompt_strict")
+    )  # fmt: skip
+    for name in ("ppo", "sft", "model", "prompted", "best8"):
+        estimate = card["estimates"][name]["ifeval.prompt_strict"]
+        assert f"{estimate['value']:.3f} \\({estimate['low']:.3f} to {estimate['high']:.3f}\\)" in line
+    assert f"{difference['value']:+.3f}".replace("-", "−") in line and ", p " in line
+    assert "prompted is model as it is, prompted with 3 examples and a system message." in text
+    assert "best8 is sft, the best of 8 answers by the reward model." in text
+    assert "Measured by the evaluation evaluate (key `444444444444`, 2026-02-03)" in text
+
+
+def test_limitations_are_what_was_measured(tmp_path: Path) -> None:
+    card = full_card()
+    card["flags"] = [
+        {"policy": "ppo", "kind": "length", "text": "ppo answers with 90 tokens"},
+        {"policy": "sft", "kind": "length", "text": "another's flag"},
+    ]
+    ancestors = lineage(tmp_path)
+    ancestors[-1].path.joinpath("events.jsonl").write_text(
+        json.dumps({"event": "warning", "message": "update 7: entropy fell"}) + "\n"
+    )
+    _, text = written(tmp_path, Facts("x", POLICY, CHECKED, ancestors, **scored(tmp_path, card)))
+    limits = text.split("## Limitations")[1].split("## Training")[0]
+    failed = [gate for gate in card["gates"] if gate["system"] == "ppo" and gate["passed"] is False]
+    passed = [gate for gate in card["gates"] if gate["system"] == "ppo" and gate["passed"]]
+    assert failed and passed
+    assert limits.count("- Gate not passed") == len(failed)
+    assert "- length: ppo answers with 90 tokens." in limits and "another's" not in limits
+    assert "- Warning in training, ppo: update 7: entropy fell" in limits
+    assert "Safety was not measured" not in limits, "a task of refusals is there"
+    del card["tasks"]["refusals"]
+    _, text = written(tmp_path, Facts("x", POLICY, CHECKED, ancestors, **scored(tmp_path, card)))
+    assert "Safety was not measured" in text
+
+
+def test_nothing_measured_is_said(tmp_path: Path) -> None:
+    data, text = written(tmp_path, Facts("x", POLICY, None, lineage(tmp_path)))
+    assert "model-index" not in data
+    assert "No evaluation of this checkpoint is recorded." in text
+    assert "Nothing was measured of this checkpoint, its safety least of all." in text
+    assert "Not checked when it was written" in text
+    other = scored(tmp_path, small_card())
+    other["scorecard"]["settings"]["checkpoints"] = {"ppo": "9" * 64}
+    data, text = written(tmp_path, Facts("x", POLICY, None, lineage(tmp_path), **other))
+    assert "model-index" not in data and "No evaluation of this checkpoint" in text, "the key decides, not the name"
+
+
+def test_what_was_checked_is_said(tmp_path: Path) -> None:
+    _, text = written(tmp_path, Facts("x", POLICY, CHECKED, lineage(tmp_path)))
+    assert (
+        "371 greedy tokens of 8 prompts are the checkpoint's, in float32, in transformers 5.17.0 and vllm 0.31.0"
+        in text
+    )
+    assert "1 answers part at two tokens of equal probability" in text
+    assert "bfloat16, changes 2 of those answers by rounding alone" in text
+    unchecked = replace(CHECKED, unchecked="vLLM is not installed")
+    _, text = written(tmp_path, Facts("x", POLICY, unchecked, lineage(tmp_path)))
+    assert "Not checked in vLLM: vLLM is not installed." in text
+
+
+def test_training_data_recipe_and_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    ancestors = lineage(tmp_path)
+    ancestors[-1].record["command"] = "align run /home/somebody/quick.yaml"
+    pipeline = {"name": "quick", "runtime": {"threads": 2}, "stages": {"data": {"recipe": "/home/somebody/r.yaml"}}}
+    _, text = written(tmp_path, Facts("x", POLICY, CHECKED, ancestors, pipeline))
+    assert "| ppo | ppo | PolicyCheckpoint | 16 | 38,200 | 3 min 20 s | 2.0 GiB | 17 | `333333333333` |" in text
+    assert "(model → sft → ppo), key `333333333333`" in text
+    assert "InstructionData: 2 train, 1 test." in text and "1 rows were dropped: 1 duplicate." in text
+    assert "recipe: ~/r.yaml" in text and "threads" not in text and "somebody" not in text
+    assert "align run ~/quick.yaml" in text and "commit " + "c" * 40 in text and "torch 2.13.0" in text
+    _, text = written(tmp_path, Facts("x", POLICY, CHECKED, ancestors))
+    assert "its pipeline file is not recorded" in text and "source: org/base" in text
+
+
+@pytest.mark.parametrize(
+    ("licences", "name", "concern"),
+    [
+        ({"first": "MIT", "second": "CC-BY-SA-4.0"}, "cc-by-sa-4.0", None),
+        ({"first": "CC-BY-NC-4.0", "second": "MIT"}, "cc-by-nc-4.0", "forbids commercial use"),
+        ({"first": "MIT", "second": None}, "unknown", "a source's licence is not known"),
+        ({"first": "CC-BY-SA-4.0", "second": "GPL-3.0"}, "other", "do not fit under one"),
+    ],
+)
+def test_the_strictest_licence_of_base_and_data_is_stated(
+    licences: dict[str, str | None], name: str, concern: str | None, tmp_path: Path
+) -> None:
+    ancestors = lineage(tmp_path, licences=licences)
+    data, text = written(tmp_path, Facts("x", POLICY, None, ancestors))
+    assert data["license"] == name
+    assert (data.get("license_link"), data.get("license_name")) == (
+        ("README.md#licences", "terms-of-all-sources") if name == "other" else (None, None)
+    )
+    assert concern is None or concern in text
+    data, text = written(tmp_path, Facts("x", POLICY, None, ancestors, licence="Llama3.2"))
+    assert data["license"] == "llama3.2" and "Stated by who exported it." in text
+    with pytest.raises(UserError, match="is no name of a licence"):
+        licence_of(ancestors, "a\nb")
+
+
+def test_a_base_that_is_not_of_the_hub_is_not_named_as_one(tmp_path: Path) -> None:
+    ancestors = lineage(tmp_path)
+    assert base_model(ancestors) == "org/base"
+    for config, expected in (
+        ({"source": "smollm2-135m-instruct", "revision": None}, "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        ({"source": "models/base", "revision": None}, None), ({"source": "tiny"}, None),
+    ):  # fmt: skip
+        ancestors[0].record["config"] = config
+        assert base_model(ancestors) == expected
+    data, _ = written(tmp_path, Facts("x", POLICY, None, ancestors))
+    assert "base_model" not in data and "base_model_relation" not in data
+
+
+def test_a_folder_of_which_nothing_is_recorded(tmp_path: Path) -> None:
+    data, text = written(tmp_path, Facts("x", POLICY, CHECKED))
+    assert data["license"] == "unknown" and data["tags"] == ["align"]
+    assert "Nothing is recorded of how it was trained." in text and "## Recipe" not in text
+
+
+def test_a_reward_model_has_its_pairs(tmp_path: Path) -> None:
+    ancestors = lineage(tmp_path)[:3]
+    ancestors.append(artifact(tmp_path / "reward", "reward", Kind.REWARD, "5" * 64))
+    facts = Facts("x", REWARD, Agreement("scores", 8, 8), ancestors, **scored(tmp_path, full_card()))
+    data, text = written(tmp_path, facts)
+    assert data["pipeline_tag"] == "text-classification" and data["tags"] == ["align", "reward-model"]
+    (result,) = data["model-index"][0]["results"]
+    assert result["metrics"][0]["name"].startswith("Pairs ordered as labelled (n 10, 95 % interval ")
+    assert "AutoModelForSequenceClassification" in text and "apply_chat_template(turns, return_tensors" in text
+    assert "| Pairs that taking the longer answer gets right |" in text
+
+
+def hostile(root: Path) -> Facts:
+    """Hostile text wherever text of others comes in."""
+    ancestors = lineage(root, licences={"first": HOSTILE, "second": "MIT"})
+    ledger = json.loads((root / "data" / "ledger.json").read_text())
+    ledger["sources"][0]["source"] = HOSTILE
+    (root / "data" / "ledger.json").write_text(json.dumps(ledger))
+    ancestors[-1].path.joinpath("events.jsonl").write_text(json.dumps({"event": "warning", "message": HOSTILE}) + "\n")
+    ancestors[-1].record.update(platform=HOSTILE, command=HOSTILE, pipeline=HOSTILE)
+    card = full_card()
+    card["flags"] = [{"policy": "ppo", "kind": HOSTILE, "text": HOSTILE + "\n---\n# not a heading\n"}]
+    card["gates"][0] |= {"system": "ppo", "passed": False, "text": HOSTILE}
+    for task in card["tasks"].values():
+        task["title"] = HOSTILE + "\n---\nlicense: mit"
+    for metric in card["metrics"].values():
+        metric["title"] = metric["unit"] = HOSTILE
+    card["settings"]["engines"] = [HOSTILE]
+    return Facts(HOSTILE + "\n---\n", POLICY, CHECKED, ancestors, {"description": HOSTILE}, **scored(root, card))
+
+
+def test_hostile_text_stays_text(tmp_path: Path) -> None:
+    data, text = written(tmp_path, hostile(tmp_path))
+    assert data["license"] == "other", "no name or title rewrote the metadata"
+    assert list(data)[:2] == ["base_model", "datasets"] and data["library_name"] == "transformers"
+    outside = text
+    for start, end in (("```sh\n", "\n```"), ("```yaml\n", "\n```"), ("```python\n", "\n```")):
+        for piece in outside.split(start)[1:]:
+            outside = outside.replace(piece.split(end)[0], "")
+    assert "\\<script\\>" in outside
+    for needle in ("<script", "<img", "</pre>", "<!--", "[a](", "`x`"):
+        assert needle not in outside.replace("\\" + needle[0], "").replace("\\`", ""), needle
+    assert "\n# not a heading" not in text and text.count("\n# ") == 1
+    raw = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert not [one for one in raw if one in "\x00\x1b\u202e"]
+
+
+def test_the_card_is_the_same_each_time(tmp_path: Path) -> None:
+    facts = Facts("x", POLICY, CHECKED, lineage(tmp_path), **scored(tmp_path, full_card()))
+    first = write_model_card(tmp_path, facts).read_bytes()
+    assert write_model_card(tmp_path, facts).read_bytes() == first

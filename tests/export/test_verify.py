@@ -1,0 +1,218 @@
+"""A folder that answers otherwise is found, with its place and its cause; one that answers alike is not accused.
+
+Models answer in this process here, by the same code; ``tests/cli/test_export.py`` has the processes and vLLM.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from align.config.tuning import LoraTuning
+from align.errors import StageFailed
+from align.export.export import Source, export
+from align.export.verify import MAX_TOKENS, QUESTIONS, TIE, Agreement, check
+from align.export.verify_worker import Done, Job, do, run_job
+from align.models.loading import load_policy, load_tokenizer, new_reward
+from align.models.tuning.apply import apply_tuning, save_tuned
+
+
+def here(job: Job, scratch: Path) -> Done:
+    assert job.engine == "transformers"
+    return do(job)
+
+
+@pytest.fixture
+def no_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "vllm" else find(name, *rest))
+
+
+def compared(source: Source, folder: Path, dtype: str = "float32", run: Any = here) -> Agreement:
+    return check(source, folder, dtype, folder.parent / "scratch", run, say=lambda text: None)
+
+
+def written(source: Source, out: Path, dtype: str | None = None) -> Path:
+    export(source, out, dtype)
+    return out
+
+
+def alter(folder: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    found = load_file(folder / "model.safetensors")
+    found[name] = change(found[name]).contiguous()
+    save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def adapter(folder: Path, model: Any, tokenizer: Any) -> Path:
+    """Adapters that change every answer."""
+    lora = apply_tuning(model, LoraTuning(rank=4, alpha=8), seed=1)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, weight in lora.named_parameters():
+            if "lora_B" in name or "score.modules" in name:
+                weight += 0.2 * torch.randn(weight.shape, generator=generator)
+    save_tuned(lora, tokenizer, folder / "model")
+    return folder / "adapter"
+
+
+def test_the_same_weights_give_the_same_tokens(tiny_model: Path, tmp_path: Path, no_vllm: None) -> None:
+    found = compared(Source(tiny_model), written(Source(tiny_model), tmp_path / "out"))
+    assert (found.what, found.prompts, found.ties, found.rounding) == ("tokens", len(QUESTIONS), 0, None)
+    assert found.compared >= 32 * found.prompts and found.largest_gap == 0
+    assert found.engines == [f"transformers {__import__('transformers').__version__}"]
+    assert found.unchecked == "vLLM is not installed"
+
+
+def test_an_adapter_s_merged_weights_answer_as_the_adapter_does(
+    tiny_model: Path, tmp_path: Path, no_vllm: None
+) -> None:
+    source = Source(tiny_model, adapter(tmp_path, load_policy(tiny_model), load_tokenizer(tiny_model)))
+    found = compared(source, written(source, tmp_path / "out"))
+    assert 0 < found.largest_gap < 1e-4 and found.compared >= 32 * found.prompts
+
+
+def test_rounded_weights_are_compared_with_rounded_ones(tiny_model: Path, tmp_path: Path, no_vllm: None) -> None:
+    found = compared(Source(tiny_model), written(Source(tiny_model), tmp_path / "out", "bfloat16"), "bfloat16")
+    assert found.largest_gap == 0 and found.rounding is not None and found.rounding > 0
+    with pytest.raises(StageFailed, match="answers otherwise"):  # as if nothing had been rounded
+        compared(Source(tiny_model), tmp_path / "out", "float32")
+
+
+def test_reward_models_are_compared_by_score(
+    tiny_model: Path, tiny_reward: Path, tmp_path: Path, no_vllm: None
+) -> None:
+    found = compared(Source(tiny_reward), written(Source(tiny_reward), tmp_path / "out"))
+    assert (found.what, found.compared, found.largest_gap) == ("scores", len(QUESTIONS), 0)
+    source = Source(tiny_model, adapter(tmp_path / "lora", new_reward(tiny_model), load_tokenizer(tiny_model)))
+    for dtype in ("float32", "bfloat16"):
+        compared(source, written(source, tmp_path / dtype, dtype), dtype)
+
+
+def test_a_lost_adapter_is_found(tiny_model: Path, tmp_path: Path, no_vllm: None) -> None:
+    source = Source(tiny_model, adapter(tmp_path, load_policy(tiny_model), load_tokenizer(tiny_model)))
+    written(Source(tiny_model), tmp_path / "out")  # the base alone
+    with pytest.raises(StageFailed) as caught:
+        compared(source, tmp_path / "out")
+    assert "in 8 of 8 answers, first in answer 1 at position 1: token " in str(caught.value)
+    assert "Likely cause: the adapter does not merge as it is applied" in str(caught.value)
+
+
+def test_a_small_change_of_one_weight_is_found(tiny_model: Path, tmp_path: Path, no_vllm: None) -> None:
+    folder = written(Source(tiny_model), tmp_path / "out")
+    alter(folder, "model.layers.1.mlp.down_proj.weight", lambda tensor: tensor * 1.02)
+    with pytest.raises(
+        StageFailed, match=r"at position \d+: token \d+ instead of \d+, .* what was written is not what"
+    ):
+        compared(Source(tiny_model), folder)
+
+
+def test_a_reward_model_s_other_head_is_found(tiny_reward: Path, tmp_path: Path, no_vllm: None) -> None:
+    folder = written(Source(tiny_reward), tmp_path / "out")
+    alter(folder, "score.weight", lambda tensor: tensor * 1.05)
+    with pytest.raises(StageFailed, match=r"scores otherwise: transformers .* gives answer \d"):
+        compared(Source(tiny_reward), folder)
+
+
+def test_another_template_is_found_before_any_model_is_asked(tiny_model: Path, tmp_path: Path) -> None:
+    folder = written(Source(tiny_model), tmp_path / "out")
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text().replace("assistant\\n", "assistant: "))
+
+    def nobody(job: Job, scratch: Path) -> Done:
+        raise AssertionError("asked")
+
+    with pytest.raises(StageFailed, match=r"gives question 1 other tokens, from position \d+ on"):
+        compared(Source(tiny_model), folder, run=nobody)
+
+
+# ---- where two engines part -----------------------------------------------------------------------------------------
+
+
+class Engines:
+    """transformers and vLLM whose answers are given: vLLM's differ at ``place`` of the first answer."""
+
+    def __init__(self, place: int | None, apart: float, gap: float = 0.0, unusable: str | None = None) -> None:
+        self.place, self.apart, self.gap, self.unusable = place, apart, gap, unusable
+        self.asked: list[Job] = []
+
+    def __call__(self, job: Job, scratch: Path) -> Done:
+        self.asked.append(job)
+        if job.want == "logprobs":
+            values = [-1.0 - self.apart * (number % 2) for number in range(len(job.rows))]
+            return Done("transformers 5", logprobs=[[value] for value in values])
+        tokens = [[10 + place % 7 for place in range(MAX_TOKENS)] for _ in job.rows]
+        logprobs = [[-1.0] * MAX_TOKENS for _ in job.rows]
+        if job.engine == "vllm":
+            if self.unusable:
+                return Done(unusable=self.unusable)
+            logprobs = [[-1.0 + self.gap] * MAX_TOKENS for _ in job.rows]
+            if self.place is not None:
+                tokens[0] = tokens[0][: self.place] + [99] * (MAX_TOKENS - self.place)
+        return Done(f"{job.engine} 5", tokens, logprobs)
+
+
+@pytest.fixture
+def with_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: find("json" if name == "vllm" else name, *rest)
+    )
+
+
+def test_tokens_of_equal_probability_part_by_chance(tiny_model: Path, with_vllm: None) -> None:
+    engines = Engines(place=40, apart=TIE / 2, gap=1e-6)
+    found = compared(Source(tiny_model), tiny_model, run=engines)
+    assert found.ties == 1 and found.compared == 8 * MAX_TOKENS - 8 and found.engines == ["transformers 5", "vllm 5"]
+    assert found.largest_gap == pytest.approx(1e-6, rel=1e-3) and found.unchecked is None
+    asked = engines.asked[-1]
+    assert asked.want == "logprobs" and asked.folder == str(tiny_model)
+    assert asked.responses == [[10 + 40 % 7], [99]]
+    assert asked.rows[0] == asked.rows[1] == [*engines.asked[0].rows[0], *(10 + place % 7 for place in range(40))]
+
+
+def test_tokens_that_are_no_tie_are_a_difference_of_vllm(tiny_model: Path, with_vllm: None) -> None:
+    with pytest.raises(StageFailed) as caught:
+        compared(Source(tiny_model), tiny_model, run=Engines(place=40, apart=2 * TIE, gap=1e-6))
+    text = str(caught.value)
+    assert "vllm 5 differs from transformers 5 in 1 of 8 answers, first in answer 1 at position 41: token 99 " in text
+    assert "0.002 nats apart" in text and "agree within 1e-06" in text
+    assert "the files are right and vLLM computes something else" in text
+
+
+def test_an_answer_that_ends_earlier_is_no_tie(tiny_model: Path, with_vllm: None) -> None:
+    engines = Engines(place=None, apart=0.0)
+
+    def shorter(job: Job, scratch: Path) -> Done:
+        done = engines(job, scratch)
+        return done if job.engine != "vllm" else replace(done, tokens=[done.tokens[0][:5], *done.tokens[1:]])
+
+    with pytest.raises(StageFailed, match=r"at position 6: it ends where the other goes on"):
+        compared(Source(tiny_model), tiny_model, run=shorter)
+
+
+def test_ties_alone_prove_nothing(tiny_model: Path, with_vllm: None) -> None:
+    """A head of zeros ties everywhere: where most tokens could not be compared, nothing was checked."""
+
+    def flat(job: Job, scratch: Path) -> Done:
+        done = Engines(place=None, apart=0.0)(job, scratch)
+        return done if job.engine != "vllm" else replace(done, tokens=[[99, *one[1:]] for one in done.tokens])
+
+    with pytest.raises(StageFailed, match="in 8 of 8 answers, first in answer 1 at position 1"):
+        compared(Source(tiny_model), tiny_model, run=flat)
+
+
+def test_a_vllm_that_does_not_import_is_said(tiny_model: Path, with_vllm: None) -> None:
+    found = compared(Source(tiny_model), tiny_model, run=Engines(None, 0.0, unusable="vLLM does not import (x)"))
+    assert found.unchecked == "vLLM does not import (x)" and found.engines == ["transformers 5"]
+
+
+def test_a_process_that_fails_is_quoted_by_its_last_line(tmp_path: Path) -> None:
+    with pytest.raises(StageFailed, match=r"transformers could not answer from .*nowhere.* \(exit code 1\): .*nowhere"):
+        run_job(Job("transformers", str(tmp_path / "nowhere"), "tokens", [[1, 2]]), tmp_path / "scratch")

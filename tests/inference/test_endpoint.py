@@ -1,0 +1,380 @@
+"""The client of OpenAI-compatible servers: what is sent, what is tried again, what is said when it fails."""
+
+from __future__ import annotations
+
+import email.utils
+import gzip
+import itertools
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from align.errors import UserError
+from align.inference import endpoint_client
+from align.inference.cached_client import Asker
+from align.inference.endpoint import EndpointConfig, read_completion
+from align.inference.endpoint_client import Endpoint, EndpointLost
+from align.inference.requests import Request, RequestCache
+from tests.support.inference.fake_chat import FakeChat, completion, echo
+
+KEY = "sk-very-secret"
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeChat]:
+    server = FakeChat()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint_client, "FIRST_WAIT", 0.01)
+
+
+def _endpoint(fake: FakeChat, drop: bool = False, **settings: Any) -> Endpoint:
+    settings = {"url": fake.url, "model": "good-model", "concurrency": 4, "timeout": 5, "retries": 3} | settings
+    return Endpoint(EndpointConfig(**settings), drop=drop)
+
+
+def _requests(endpoint: Endpoint, count: int, **changed: Any) -> list[Request]:
+    request = Request(endpoint.identity, [], max_tokens=20, temperature=0.5, seed=1)
+    return [
+        replace(request, messages=[{"role": "user", "content": f"q{number}"}], **changed) for number in range(count)
+    ]
+
+
+def _ask(endpoint: Endpoint, folder: Path, count: int = 10) -> list[str]:
+    asker = Asker(RequestCache(folder))
+    return [answer.text or answer.error for answer in asker.ask(endpoint, _requests(endpoint, count))]
+
+
+def test_each_request_goes_once_with_its_own_seed_and_answers_keep_their_order(fake: FakeChat, tmp_path: Path) -> None:
+    fake.delay = 0.3  # long enough for a busy machine to start four threads
+    endpoint = _endpoint(fake, extra={"top_k": 5})
+    requests = _requests(endpoint, 12)
+    answers = Asker(RequestCache(tmp_path)).ask(endpoint, [*requests, requests[3]])
+    assert [answer.text for answer in answers[:12]] == [f"q{n} / {one.own_seed}" for n, one in enumerate(requests)]
+    assert answers[12] == answers[3]
+    assert sorted(fake.prompts()) == sorted(f"q{n}" for n in range(12))
+    assert fake.most_under_way == 4
+    assert fake.bodies[0] == {
+        "model": "good-model", "messages": [{"role": "user", "content": "q0"}], "max_tokens": 20, "temperature": 0.5,
+        "top_p": 1.0, "seed": requests[0].own_seed, "top_k": 5,
+    }  # fmt: skip
+
+
+def test_a_mark_of_training_stays_here(fake: FakeChat, tmp_path: Path) -> None:
+    """Servers refuse fields of a message that they do not know."""
+    endpoint = _endpoint(fake)
+    turns = [{"role": "assistant", "content": "a", "train": False}, {"role": "user", "content": "b"}]
+    (request,) = _requests(endpoint, 1)
+    Asker(RequestCache(tmp_path)).ask(endpoint, [replace(request, messages=turns)])
+    assert fake.bodies[0]["messages"] == [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
+
+
+def test_the_first_goes_alone(fake: FakeChat, tmp_path: Path) -> None:
+    fake.delay = 0.5
+    _ask(_endpoint(fake), tmp_path, 5)
+    assert fake.times[1] - fake.times[0] >= 0.5
+    assert fake.times[4] - fake.times[1] < 0.5
+
+
+def test_fields_a_server_may_not_know_can_be_left_out(fake: FakeChat, tmp_path: Path) -> None:
+    _ask(_endpoint(fake, send_seed=False, length_field="max_completion_tokens"), tmp_path, 1)
+    assert "seed" not in fake.bodies[0] and "max_tokens" not in fake.bodies[0]
+    assert fake.bodies[0]["max_completion_tokens"] == 20
+
+
+def test_nothing_answered_is_asked_again(fake: FakeChat, tmp_path: Path) -> None:
+    first = _ask(_endpoint(fake), tmp_path, 6)
+    assert _ask(_endpoint(fake), tmp_path, 9)[:6] == first
+    assert sorted(fake.prompts()) == sorted(f"q{n}" for n in range(9))
+
+
+def _failing(*failures: Any) -> Any:
+    """Fails the first times it is asked, then answers."""
+    left = list(failures)
+    return lambda body: left.pop(0) if left else echo(body)
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        (429, {"error": {"message": "slow down"}}),
+        (500, b"oops"),
+        (503, {}),
+        (408, {}),
+        (200, b"<html>not json"),
+        (200, {"choices": []}),
+        (200, {"choices": [{"message": {"content": 5}}]}),
+        (200, {"choices": [{"message": None}]}),
+        (200, []),
+        (200, b"[" * 200_000),
+        (200, b'{"choices": [{"message": {"content": ' + b"[" * 200_000),
+        (200, {"choices": ["text"]}),
+        (200, {"choices": [{"message": {"content": "hi"}}], "usage": [1]}),
+        (500, b"[" * 200_000),
+        (429, {}, {"retry-after": "nan"}),
+        (429, {}, {"retry-after": "Mon, 99 Foo 99999 00:00:00 GMT"}),
+        (200, b"x", {"Content-Encoding": "gzip"}),
+    ],
+    ids=lambda failure: f"{failure[0]} {str(failure[1])[:20]}",
+)
+def test_what_may_pass_is_tried_again(fake: FakeChat, tmp_path: Path, failure: Any) -> None:
+    fake.reply = _failing(failure, failure)
+    endpoint = _endpoint(fake)
+    assert _ask(endpoint, tmp_path, 1)[0].startswith("q0 / ")
+    assert len(fake.bodies) == 3 and endpoint.retried == 2
+
+
+def test_a_dropped_connection_is_tried_again(fake: FakeChat, tmp_path: Path) -> None:
+    dropped = iter([True, True, False])
+
+    def reply(body: dict[str, Any]) -> Any:
+        if next(dropped):
+            raise ConnectionError
+        return echo(body)
+
+    fake.reply = reply
+    assert _ask(_endpoint(fake), tmp_path, 1)[0].startswith("q0 / ")
+
+
+@pytest.mark.parametrize("form", ["seconds", "date"])
+def test_retry_after_is_honoured_by_all_under_way(fake: FakeChat, tmp_path: Path, form: str) -> None:
+    calls = itertools.count()
+
+    def reply(body: dict[str, Any]) -> Any:
+        if next(calls) == 2:
+            date = email.utils.formatdate(time.time() + 2, usegmt=True)  # whole seconds: between 1 and 2 from now
+            return 429, {}, {"Retry-After": "1" if form == "seconds" else date}
+        return echo(body)
+
+    fake.reply, fake.delay = reply, 0.05
+    _ask(_endpoint(fake), tmp_path, 12)
+    gaps = [after - before for before, after in itertools.pairwise(fake.times)]
+    assert max(gaps) > 0.85
+    assert len(fake.bodies) == 13
+
+
+def test_a_wait_that_is_too_long_ends_the_run_with_what_was_asked_for(fake: FakeChat, tmp_path: Path) -> None:
+    fake.reply = _failing((429, {"error": {"message": "daily limit"}}, {"Retry-After": "86400"}))
+    with pytest.raises(EndpointLost, match=r"status 429: daily limit and asks to wait 86400 s.*kept: run again"):
+        _ask(_endpoint(fake), tmp_path)
+
+
+def test_after_the_last_retry_the_run_ends_and_what_was_answered_is_kept(fake: FakeChat, tmp_path: Path) -> None:
+    fake.reply = lambda body: (500, b"broken") if body["messages"][0]["content"] == "q6" else echo(body)
+    with pytest.raises(EndpointLost, match=r"answered with status 500: broken; gave up after 3 attempts"):
+        _ask(_endpoint(fake, retries=2), tmp_path)
+    answered = len(RequestCache(tmp_path))
+    assert 6 <= answered <= 9
+    fake.reply = echo
+    fake.bodies.clear()
+    assert len(_ask(_endpoint(fake), tmp_path)) == 10
+    assert len(fake.bodies) == 10 - answered
+
+
+def test_after_a_failure_nothing_new_is_sent(fake: FakeChat, tmp_path: Path) -> None:
+    fake.delay = 0.01
+    fake.reply = lambda body: (500, b"broken") if body["messages"][0]["content"] == "q6" else echo(body)
+    with pytest.raises(EndpointLost):
+        _ask(_endpoint(fake, retries=0), tmp_path, 200)
+    assert len(fake.bodies) < 15
+
+
+def test_a_timeout_says_what_was_waited_for(fake: FakeChat, tmp_path: Path) -> None:
+    fake.reply = fake.hang
+    began = time.monotonic()
+    with pytest.raises(
+        EndpointLost, match=r"did not answer /chat/completions within 0.3 s \(endpoint.timeout\).*one at"
+    ):
+        _ask(_endpoint(fake, timeout=0.3, retries=0), tmp_path)
+    assert time.monotonic() - began < 2
+    assert len(RequestCache(tmp_path).lost) == 1
+
+
+def test_an_answer_that_trickles_in_is_bounded_too(fake: FakeChat, tmp_path: Path) -> None:
+    real = fake.http.RequestHandlerClass._send  # type: ignore[attr-defined]
+
+    def trickle(self: Any, status: int, content: Any, headers: dict[str, str]) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "100")
+        self.end_headers()
+        for _ in range(100):
+            self.wfile.write(b" ")
+            time.sleep(0.05)
+
+    fake.http.RequestHandlerClass._send = trickle  # type: ignore[attr-defined]
+    try:
+        with pytest.raises(EndpointLost, match=r"within 0.4 s"):
+            _ask(_endpoint(fake, timeout=0.4, retries=0), tmp_path)
+    finally:
+        fake.http.RequestHandlerClass._send = real  # type: ignore[attr-defined]
+
+
+def test_an_endless_answer_is_refused(fake: FakeChat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint_client, "MOST_BYTES", 1 << 20)
+    fake.reply = lambda body: b" " * (3 << 20)
+    with pytest.raises(EndpointLost, match="sent more than 1 MiB"):
+        _ask(_endpoint(fake, retries=0), tmp_path)
+
+
+def test_an_answer_that_unpacks_without_end_is_refused(
+    fake: FakeChat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoint_client, "MOST_BYTES", 1 << 20)
+    bomb = gzip.compress(b" " * (64 << 20))
+    fake.reply = lambda body: (200, bomb, {"Content-Encoding": "gzip"})
+    with pytest.raises(EndpointLost, match="sent more than 1 MiB"):
+        _ask(_endpoint(fake, retries=0), tmp_path)
+
+
+def test_a_list_of_models_that_nests_or_grows_without_end(fake: FakeChat, tmp_path: Path) -> None:
+    real = fake.http.RequestHandlerClass._send  # type: ignore[attr-defined]
+    fake.reply = lambda body: (404, {"error": "no such model"})
+    for content in (b"[" * 200_000, b" " * (endpoint_client.MOST_MODELS_BYTES + 2)):
+
+        def send(self: Any, status: int, said: Any, headers: dict[str, str], content: bytes = content) -> None:
+            real(self, status, content if status == 200 else said, headers)
+
+        fake.http.RequestHandlerClass._send = send  # type: ignore[attr-defined]
+        try:
+            with pytest.raises(UserError, match=r"Is endpoint\.url its address up to /v1"):
+                _ask(_endpoint(fake), tmp_path)
+        finally:
+            fake.http.RequestHandlerClass._send = real  # type: ignore[attr-defined]
+
+
+def test_what_a_server_says_is_shown_without_what_a_terminal_obeys(fake: FakeChat, tmp_path: Path) -> None:
+    fake.reply = lambda body: (400, {"error": {"message": "\u202edrow \u200bhttps://me:geheim@proxy:1 \x1b[2J"}})
+    with pytest.raises(UserError) as caught:
+        _ask(_endpoint(fake), tmp_path)
+    said = str(caught.value)
+    assert "\\u202edrow \\u200bhttps://***@proxy:1" in said
+    assert "geheim" not in said and "\x1b" not in said
+
+
+def test_counts_that_no_answer_has_are_not_believed() -> None:
+    usage = {"prompt_tokens": 10**400, "completion_tokens": True}
+    answer = read_completion(completion("hi", usage=usage))
+    assert (answer.prompt_tokens, answer.completion_tokens) == (None, None)
+
+
+def test_an_unreachable_endpoint_is_named_at_once(fake: FakeChat, tmp_path: Path) -> None:
+    fake.stop()
+    began = time.monotonic()
+    with pytest.raises(
+        UserError, match=r"endpoint.url: http://127.0.0.1:\d+/v1 could not be asked: ConnectError.*Start"
+    ):
+        _ask(_endpoint(fake), tmp_path)
+    assert time.monotonic() - began < 1
+
+
+def test_a_wrong_model_is_named_with_the_nearest(fake: FakeChat, tmp_path: Path) -> None:
+    fake.reply = lambda body: (404, {"error": {"message": "model not found"}})
+    with pytest.raises(
+        UserError, match=r"404: model not found. endpoint.model: it has no 'god-model'. Did you mean 'good-"
+    ):
+        _ask(_endpoint(fake, model="god-model"), tmp_path)
+    assert len(fake.bodies) == 1
+    with pytest.raises(UserError, match=r"no route /v1/v1/chat/completions.*'good-model'"):
+        _ask(_endpoint(fake, url=fake.url + "/v1"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("status", "text"), [(401, "refuses the key in CHAT_KEY"), (402, "402"), (307, "to /elsewhere")]
+)
+def test_settings_at_fault_end_the_run(
+    fake: FakeChat, tmp_path: Path, status: int, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CHAT_KEY", KEY)
+    fake.reply = lambda body: (status, {"error": f"bad {KEY}\x1b[31m"}, {"Location": "/elsewhere"})
+    with pytest.raises(UserError, match=text) as caught:
+        _ask(_endpoint(fake, drop=True, key_variable="CHAT_KEY"), tmp_path)
+    assert "***" in str(caught.value) and KEY not in str(caught.value) and "\x1b" not in str(caught.value)
+
+
+def test_the_key_goes_into_the_header_and_nowhere_else(
+    fake: FakeChat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CHAT_KEY", KEY)
+    endpoint = _endpoint(fake, key_variable="CHAT_KEY")
+    _ask(endpoint, tmp_path, 2)
+    assert fake.headers[0]["Authorization"] == f"Bearer {KEY}"
+    assert KEY not in "".join(file.read_text() for file in tmp_path.iterdir())
+    assert KEY not in repr(endpoint.config) + repr(endpoint.identity) + repr(_requests(endpoint, 1))
+    monkeypatch.setenv("CHAT_KEY", " ")
+    with pytest.raises(UserError, match="environment variable CHAT_KEY is not set"):
+        _endpoint(fake, key_variable="CHAT_KEY")
+    monkeypatch.setenv("CHAT_KEY", f"{KEY}\nX-Other: 1")
+    with pytest.raises(UserError, match="what CHAT_KEY holds is no key") as caught:
+        _endpoint(fake, key_variable="CHAT_KEY")
+    assert KEY not in str(caught.value)
+
+
+def test_a_refused_request_ends_the_run_or_is_dropped(fake: FakeChat, tmp_path: Path) -> None:
+    def reply(body: dict[str, Any]) -> Any:
+        bad = body["messages"][0]["content"] in ("q0", "q2")
+        return (400, {"error": {"message": "too long"}}) if bad else echo(body)
+
+    fake.reply = reply
+    with pytest.raises(UserError, match=r"refuses the request with status 400: too long.*on_error: drop"):
+        _ask(_endpoint(fake), tmp_path)
+    answers = _ask(_endpoint(fake, drop=True), tmp_path, 5)
+    assert answers[0] == answers[2] == "refuses the request with status 400: too long"
+    assert [answer.split(" / ")[0] for answer in answers[3:]] == ["q3", "q4"]
+    assert len(RequestCache(tmp_path)) == 3, "what failed is not kept"
+
+
+def test_answers_never_readable_are_dropped_where_asked(fake: FakeChat, tmp_path: Path) -> None:
+    fake.reply = lambda body: b"{" if body["messages"][0]["content"] == "q1" else echo(body)
+    answers = _ask(_endpoint(fake, drop=True, retries=1), tmp_path, 3)
+    assert answers[1].startswith("gave an answer that is no chat completion")
+    with pytest.raises(EndpointLost, match="no chat completion"):
+        _ask(_endpoint(fake, retries=1), tmp_path / "other", 3)
+
+
+def test_what_a_completion_says() -> None:
+    assert read_completion(completion("hi")).finished
+    assert not read_completion(completion("hi", finish_reason="length")).finished
+    assert read_completion(completion(None, refusal="I will not")).refused
+    assert read_completion(completion("", finish_reason="content_filter")).refused
+    assert read_completion(completion(None)).text == ""
+    assert read_completion(completion("a\ud800b")).text == "a?b"
+    assert read_completion(completion("hi", usage=None)).prompt_tokens is None
+    parts = [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "text", "text": "b"}]
+    assert read_completion({"choices": [{"message": {"content": parts}}]}).text == "ab"
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"url": "http://api.example.com/v1"}, "in the clear; use https"),
+        ({"url": "http://127.0.0.1.example.com/v1"}, "in the clear"),
+        ({"url": "https://me:secret@api.example.com/v1"}, "holds a name or password"),
+        ({"url": "ftp://api.example.com"}, "should look like"),
+        ({"url": "https://api.example.com/v1?key=5"}, "without a query"),
+        ({"url": "https://api.example.com/v1/chat/completions"}, "should end before"),
+        ({"price_input": 1}, "set together"),
+        ({"extra": {"n": 4, "model": "x"}}, "extra sets model, n"),
+    ],
+)
+def test_settings_that_make_no_sense(settings: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValidationError, match=text):
+        EndpointConfig(**{"url": "https://api.example.com/v1", "model": "m"} | settings)
+
+
+def test_identity_is_what_decides_the_answer() -> None:
+    one = EndpointConfig(url="https://api.example.com/v1/", model="m")
+    assert one.identity() == {"endpoint": "https://api.example.com/v1", "model": "m"}
+    other = one.model_copy(update={"timeout": 3, "retries": 0, "price_input": 1.0, "price_output": 2.0})
+    assert other.identity() == one.identity()
+    moved = [EndpointConfig(url=f"http://127.0.0.1:{port}/v1", model="m", name="ours") for port in (8000, 8001)]
+    assert moved[0].identity() == moved[1].identity()
+    assert EndpointConfig(url=one.url, model="m", extra={"top_k": 2}).identity() != one.identity()

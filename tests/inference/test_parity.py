@@ -1,0 +1,54 @@
+"""The parity probe: quiet for equal weights, loud for one changed tensor, with the causes named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from align.inference.parity import ParityError, probe
+from align.inference.transformers import TransformersEngine
+from align.models.loading import load_policy
+from align.models.merging import merged_weights
+
+PROMPTS = [[1, 30, 31], [1, 40, 41, 42], [1, 50, 51]]
+
+
+@pytest.fixture
+def engine(tiny_model: Path) -> TransformersEngine:
+    return TransformersEngine(tiny_model, device=torch.device("cpu"), dtype=torch.float32, batch_size=8)
+
+
+def test_equal_weights_pass_and_the_trainer_is_left_alone(engine: TransformersEngine, tiny_model: Path) -> None:
+    model = load_policy(tiny_model).train()
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    found = probe(engine, model, PROMPTS, temperature=0.8)
+    assert found.mean_gap < 1e-5
+    assert found.tolerance == 1e-3
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.norm.weight", "model.layers.1.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight"]
+)
+def test_one_changed_tensor_is_found(engine: TransformersEngine, tiny_model: Path, name: str) -> None:
+    model = load_policy(tiny_model)
+    weights = {key: tensor.clone() for key, tensor in merged_weights(model)}
+    weights[name] *= 1.5
+    engine.load_weights(weights.items())
+    with pytest.raises(ParityError, match="weights not loaded into the engine"):
+        probe(engine, model, PROMPTS)
+
+
+def test_wrong_temperature_is_found(engine: TransformersEngine, tiny_model: Path) -> None:
+    drawn = engine.generate
+
+    def hot(prompts, sampling, on_progress=None):  # type: ignore[no-untyped-def]
+        return drawn(prompts, type(sampling)(**{**sampling.__dict__, "temperature": 1.0}), on_progress)
+
+    engine.generate = hot  # type: ignore[method-assign]
+    with pytest.raises(ParityError, match="another temperature"):
+        probe(engine, load_policy(tiny_model), PROMPTS, temperature=0.7)

@@ -1,0 +1,141 @@
+"""Two real vLLM servers on a CPU, shared by these tests: they answer as one does, and either may be killed."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from align.config.runtime import EngineConfig
+from align.config.vllm_servers import RolloutsConfig
+from align.inference.parity import probe
+from align.inference.pool import Member, PoolEngine
+from align.inference.protocol import Sampling
+from align.inference.server_options import Served
+from align.inference.shared_engine import ask_each, returns
+from align.inference.transformers import TransformersEngine
+from align.models.loading import load_policy
+from align.models.merging import merged_weights
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+]
+
+PROMPTS = [[1, 30 + i, 31, 32 + i] + [40 + i] * (3 * i) for i in range(8)]
+
+
+@pytest.fixture(scope="module")
+def said() -> list[str]:
+    """What the pool warned of."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def pool(tiny_model: Path, said: list[str]) -> Iterator[PoolEngine]:
+    served = Served.of(
+        tiny_model,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        config=EngineConfig(cpu_kv_cache_gb=0.1, timeout=500),
+        pool=RolloutsConfig(servers=2),
+        max_length=128,
+        seed=7,
+    )
+    one = PoolEngine(served, said.append)
+    yield one
+    group = [child for member in one.members for child in children(member)]
+    one.close()
+    assert [process for process in group if process.is_running() and process.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def children(member: Member) -> list[psutil.Process]:
+    assert member.client.server is not None
+    try:
+        return psutil.Process(member.client.server.process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:  # it was killed, and is being started anew
+        return []
+
+
+def kill_api(member: Member) -> None:
+    leader = member.client.server.process.pid  # type: ignore[union-attr]
+    next(one for one in children(member) if one.ppid() == leader).kill()
+
+
+def trained(folder: Path, size: float) -> Any:
+    model = load_policy(folder)
+    for name in ("model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"):
+        weight = model.get_parameter(name)
+        weight.data += size * torch.randn(weight.shape, generator=torch.Generator().manual_seed(5))
+    return model
+
+
+def tokens(drawn: Any) -> list[list[list[int]]]:
+    return [[one.token_ids for one in some] for some in drawn]
+
+
+def expected(model: Any, folder: Path, sampling: Sampling) -> list[list[list[int]]]:
+    """What one vLLM server would say is not at hand here; greedily transformers says the same."""
+    engine = TransformersEngine(folder, device=torch.device("cpu"), dtype=torch.float32, batch_size=8)
+    engine.load_weights(merged_weights(model))
+    return tokens(engine.generate(PROMPTS, sampling))
+
+
+def test_two_servers_say_what_each_says(pool: PoolEngine) -> None:
+    sampling = Sampling(16, n=2, seed=3)
+    together = tokens(pool.generate(PROMPTS, sampling))
+    assert ask_each(pool, lambda engine: tokens(engine.generate(PROMPTS, sampling))) == [together, together]
+
+
+def test_both_hold_new_weights(pool: PoolEngine) -> None:
+    model = trained(pool.served.model_dir, 0.1)
+    pool.load_weights(merged_weights(model))
+    gaps = ask_each(pool, lambda engine: probe(engine, model, PROMPTS).mean_gap)
+    assert len(gaps) == 2 and max(gaps) < 1e-4
+
+
+def test_one_is_killed_while_it_takes_weights(
+    pool: PoolEngine, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other goes on alone; the new one holds the same weights before it answers."""
+    model, sampling = trained(pool.served.model_dir, 0.2), Sampling(24, temperature=0.0)
+    victim, before = pool.members[0], returns(pool)
+    read = victim.engine.read_weights
+
+    def killed(version: int) -> None:
+        kill_api(victim)
+        read(version)
+
+    monkeypatch.setattr(victim.engine, "read_weights", killed)
+    pool.load_weights(merged_weights(model))
+    assert "is lost, for the first time: it is started anew." in said[-1]
+    assert not victim.ready
+    wanted = expected(model, pool.served.model_dir, sampling)
+    assert tokens(pool.generate(PROMPTS, sampling)) == wanted
+    while not victim.ready:  # as long as it takes; the test has a time limit
+        assert victim.coming_back, victim.trouble
+        pool.closing.wait(0.25)
+    assert returns(pool) == before + 1
+    gaps = ask_each(pool, lambda engine: probe(engine, model, PROMPTS).mean_gap)
+    assert len(gaps) == 2 and max(gaps) < 1e-4
+    assert ask_each(pool, lambda engine: tokens(engine.generate(PROMPTS, sampling))) == [wanted, wanted]
+
+
+def test_one_is_killed_while_it_answers(pool: PoolEngine, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    sampling = Sampling(60, n=4, seed=11)
+    undisturbed = tokens(pool.generate(PROMPTS, sampling))
+    victim, before = pool.members[1], len(said)
+    done: list[int] = []
+
+    def kill(count: int, total: int) -> None:
+        if not done:
+            kill_api(victim)
+        done.append(count)
+
+    assert tokens(pool.generate(PROMPTS, sampling, kill)) == undisturbed
+    assert len(said) == before + 1 and "Its process was ended by SIGKILL" in said[-1]

@@ -1,0 +1,99 @@
+"""What a server's worker tells of its weights: exact digests, and every load counted, whoever asks for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from align.inference.server_worker import DOORS, LOAD, NAME, TELL, WeightsKeeper
+from align.inference.weights import checkpoint_weights
+from align.inference.weights_digest import combine, digest_all, tensor_digest
+
+
+class Worker(WeightsKeeper):
+    """vLLM's worker as far as it matters here: a model, and methods that change it."""
+
+    def __init__(self) -> None:
+        self.model = torch.nn.Linear(3, 2)
+        self.model_runner = SimpleNamespace(get_model=lambda: self.model)
+
+    def reload_weights(self, weights_path: str) -> None:
+        self.model.load_state_dict(dict(checkpoint_weights(Path(weights_path))))
+
+    def update_weights(self, update_info: Any) -> None:
+        """Take weights over NCCL."""
+
+
+def saved(folder: Path, seed: int) -> tuple[str, str]:
+    """A folder of weights, and their digest."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {"weight": torch.randn(2, 3, generator=generator), "bias": torch.randn(2, generator=generator)}
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    return str(folder), combine(digest_all(tensors.items()))
+
+
+def test_digests_tell_names_types_shapes_and_every_bit_apart() -> None:
+    tensor = torch.arange(6, dtype=torch.float32).reshape(2, 3)
+    flipped = tensor.clone()
+    flipped[0, 0] = -0.0
+    variants = [tensor, flipped, tensor.reshape(3, 2), tensor.to(torch.bfloat16), tensor.view(torch.int32)]
+    assert len({tensor_digest(one) for one in variants}) == len(variants)
+    assert tensor_digest(tensor.T.contiguous().T) == tensor_digest(tensor)  # strides are no content
+    assert tensor_digest(torch.tensor(1.0)) != tensor_digest(torch.tensor([1.0]))
+    pairs = [(f"{place}", tensor + place) for place in range(100)]
+    assert combine(digest_all(pairs)) == combine(digest_all(reversed(pairs)))
+    assert combine(digest_all(pairs)) != combine(digest_all(pairs[:-1]))
+
+
+def test_weights_are_loaded_under_their_name_if_they_are_those_announced(tmp_path: Path) -> None:
+    worker = Worker()
+    folder, digest = saved(tmp_path / "one", 1)
+    assert worker.align_tell_weights() == {"version": None, "digest": None, "loads": 0}
+    told = getattr(worker, LOAD)(path=folder, version="run:1", digest=digest)
+    assert (told["version"], told["digest"], told["loads"]) == ("run:1", digest, 1)
+    assert told == getattr(worker, TELL)(content=True)
+    before = worker.model.weight.clone()
+    other, _ = saved(tmp_path / "other", 2)
+    with pytest.raises(ValueError, match="was announced"):
+        worker.align_load_weights(other, "run:2", digest)
+    assert torch.equal(worker.model.weight, before)
+    assert getattr(worker, TELL)(content=True) == told
+
+
+def test_a_load_by_anybody_else_shows(tmp_path: Path) -> None:
+    worker = Worker()
+    folder, digest = saved(tmp_path / "one", 1)
+    told = worker.align_load_weights(folder, "run:1", digest)
+    worker.reload_weights(weights_path=folder)  # the very same weights: still nobody ordered it
+    assert worker.align_tell_weights(True) == told | {"loads": 2}
+    worker.update_weights({})
+    assert worker.align_tell_weights()["loads"] == 3
+
+
+def test_values_that_change_in_place_show(tmp_path: Path) -> None:
+    worker = Worker()
+    folder, digest = saved(tmp_path / "one", 1)
+    told = worker.align_load_weights(folder, "run:1", digest)
+    worker.model.bias.data[0] += 1e-6
+    now = worker.align_tell_weights(True)
+    assert now["content"] != told["content"]
+    assert now | {"content": told["content"]} == told
+
+
+def test_weights_that_came_another_way_are_named() -> None:
+    worker = Worker()
+    told = getattr(worker, NAME)(version="run:nccl:1")
+    assert (told["version"], told["digest"], told["loads"]) == ("run:nccl:1", None, 0)
+
+
+def test_vllms_worker_has_these_methods() -> None:
+    """A renamed one would go uncounted."""
+    worker = pytest.importorskip("vllm.v1.worker.gpu_worker").Worker
+    assert [name for name in DOORS if not hasattr(worker, name)] == []
+    assert not {name for name in dir(WeightsKeeper) if not name.startswith("__")} & set(dir(worker))

@@ -1,0 +1,100 @@
+"""Between two calls on a GPU the engine sleeps. A stand-in for ``vllm.LLM`` says when; no GPU is needed, nor vLLM."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from align.config.runtime import EngineConfig
+from align.inference.protocol import Sampling
+from align.inference.vllm import VllmEngine
+from align.inference.weights import checkpoint_weights
+
+
+class FakeLLM:
+    """Refuses, as vLLM's memory does, to be used where it sleeps."""
+
+    def __init__(self, **options: Any) -> None:
+        self.options, self.heard = options, []
+        self.asleep: set[str] = set()
+        worker = SimpleNamespace(model_runner=SimpleNamespace(reload_weights=self.reload_weights))
+        executor = SimpleNamespace(driver_worker=SimpleNamespace(worker=worker))
+        self.llm_engine = SimpleNamespace(model_executor=executor, engine_core=SimpleNamespace(get_output=print))
+        self.model_config = SimpleNamespace(hf_config=SimpleNamespace(tie_word_embeddings=True))
+
+    def sleep(self, level: int) -> None:
+        assert self.options["enable_sleep_mode"]
+        self.heard.append(f"sleep {level}")
+        self.asleep = {"weights", "kv_cache"}
+
+    def wake_up(self, tags: list[str]) -> None:
+        self.heard.append(f"wake {' '.join(tags)}")
+        self.asleep -= set(tags)
+
+    def generate(self, inputs: Any, params: Any, use_tqdm: Any) -> list[Any]:
+        assert not self.asleep
+        self.heard.append("generate")
+        logprob = SimpleNamespace(logprob=-1.0)
+        sampled = SimpleNamespace(token_ids=[2], logprobs=[{2: logprob}])
+        return [
+            SimpleNamespace(outputs=[sampled], prompt_logprobs=[{token: logprob} for token in one["prompt_token_ids"]])
+            for one in inputs
+        ]
+
+    def reload_weights(self, weights_iterator: Any) -> None:
+        assert "weights" not in self.asleep
+        self.heard.append("reload")
+        list(weights_iterator)
+
+    def reset_prefix_cache(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def open_engine(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``open_engine(device, **engine settings)``."""
+    module: Any = ModuleType("vllm")
+    module.LLM, module.SamplingParams = FakeLLM, SimpleNamespace
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    monkeypatch.setattr("align.inference.vllm.install_sampler", lambda runner: None)
+    monkeypatch.setattr("align.inference.vllm._prepare_environment", lambda: None)
+
+    def make(device: str, **settings: Any) -> VllmEngine:
+        config = EngineConfig(name="vllm", **settings)
+        return VllmEngine(
+            tiny_model, device=torch.device(device), dtype=torch.float32, config=config, max_length=64, seed=0
+        )
+
+    return make
+
+
+def test_it_sleeps_while_the_trainer_learns(open_engine: Any, tiny_model: Path) -> None:
+    engine = open_engine("cuda")
+    for _ in range(2):
+        engine.load_weights(checkpoint_weights(tiny_model))
+        engine.generate([[1, 30]], Sampling(1))
+    first = ["reload", "generate", "sleep 1"]
+    # The cache is woken behind the weights: it would be in the way of the trainer, which merges adapters meanwhile.
+    assert engine.llm.heard == [*first, "wake weights", "reload", "wake kv_cache", "generate", "sleep 1"]
+
+
+def test_whatever_is_asked_of_it_wakes_it(open_engine: Any) -> None:
+    engine = open_engine("cuda")
+    engine.generate([[1, 30]], Sampling(1))
+    engine.llm.heard.clear()
+    engine.score_tokens([[1]], [[30]], 1.0)
+    engine.generate([[1, 30]], Sampling(1))
+    assert engine.llm.heard == ["wake weights", "wake kv_cache", "generate", "generate", "sleep 1"]
+
+
+@pytest.mark.parametrize(("device", "sleep"), [("cpu", True), ("cuda", False)])
+def test_it_stays_awake_on_a_cpu_and_where_it_is_told_to(open_engine: Any, device: str, sleep: bool) -> None:
+    engine = open_engine(device, sleep=sleep)
+    engine.generate([[1, 30]], Sampling(1))
+    assert engine.llm.heard == ["generate"]
+    assert not engine.llm.options.get("enable_sleep_mode")

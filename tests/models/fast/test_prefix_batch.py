@@ -1,0 +1,112 @@
+"""Lines of pieces: what each sequence gives when it is read from its beginning, in values and gradients."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModel, GPT2Config, LlamaConfig
+
+from align.models.fast import ragged_rows
+from align.models.fast.prefix_batch import WORTHWHILE, Line, in_common
+from align.models.fast.ragged_rows import hidden_states, run_ragged
+
+SMALL = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def trunk(config):
+    torch.manual_seed(0)
+    model = AutoModel.from_config(config).eval()
+    run_ragged(model)
+    return model
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return trunk(LlamaConfig(**SMALL, num_key_value_heads=2))
+
+
+def read(model, line):
+    batch = line.batch()
+    return hidden_states(model, batch["input_ids"], batch["position_ids"], batch["layout"])
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def agree(model, lengths, parents):
+    """Every piece's states are those of the whole sequence that ends with it; so are the gradients of all of them."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = [torch.randint(0, 50, (length,), generator=generator).tolist() for length in lengths]
+    line, wholes = Line(), []
+    for own, parent in zip(tokens, parents, strict=True):
+        line.add(own, parent)
+        wholes.append([*(wholes[parent] if parent is not None else []), *own])
+    alone = [
+        model(torch.tensor([row])).last_hidden_state[0, -len(own) :] for row, own in zip(wholes, tokens, strict=True)
+    ]
+    expected = torch.cat(alone)
+    weight = torch.sin(torch.arange(expected.numel())).view_as(expected)
+    wanted = gradients(model, (expected * weight).sum())
+    found = read(model, line)
+    assert torch.allclose(found, expected, atol=1e-5)
+    for name, gradient in gradients(model, (found * weight).sum()).items():
+        assert (gradient - wanted[name]).norm() <= 1e-5 * (1 + wanted[name].norm()), name
+
+
+@st.composite
+def trees(draw):
+    lengths = draw(st.lists(st.integers(1, 25), min_size=1, max_size=12))
+    parents = [draw(st.one_of(st.none(), st.integers(0, i - 1))) if i else None for i in range(len(lengths))]
+    return lengths, parents
+
+
+@settings(max_examples=30, deadline=None)
+@given(trees(), st.sampled_from([1, 16, 512]))
+def test_each_piece_is_as_in_a_sequence_of_its_own(llama, tree, short):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ragged_rows, "SHORT", short)  # both kernels, and both in one batch
+        agree(llama, *tree)
+
+
+def test_learnt_positions_go_on_too():
+    agree(trunk(GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4)), [9, 5, 3, 4], [None, 0, 0, 1])
+
+
+def test_a_beginning_s_gradient_is_summed_in_float32(llama):
+    """Of 64 pieces each adds a little: in bfloat16 the last of them would be rounded away."""
+    rows = torch.zeros(64 + 1, 1, 1, dtype=torch.bfloat16, requires_grad=True)
+    line = Line()
+    beginning = line.add([0])
+    for _ in range(64):
+        line.add([1], beginning)
+    layout = line.batch()["layout"]
+    taken = ragged_rows._TakeKeys.apply(rows, layout["keys"], layout["own"], layout["again"])
+    grad = torch.full_like(taken, 1 / 64)
+    grad[layout["own"][0]] = 4.0
+    taken.backward(grad)
+    assert rows.grad[0].item() == 5.0  # one by one in bfloat16: 4 + 1/64 is 4 again
+    assert rows.grad[1:].tolist() == [[[1 / 64]]] * 64
+
+
+def test_what_is_in_common_leaves_each_a_token():
+    ten = list(range(10))
+    assert in_common([[*ten, 1], [*ten, 2]]) == 10
+    assert in_common([[*ten, 1], ten]) == 9  # the second is the beginning of the first
+    assert in_common([[*ten, 1], [*ten, 2], [*ten[:8], 0, 0]]) == 8 == WORTHWHILE
+    assert in_common([[*ten, 1], [*ten[:7], 0, 0, 0]]) == 0
+    assert in_common([ten]) == 0
+    assert in_common([ten, []]) == 0
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 1), max_size=12), min_size=2, max_size=6), st.lists(st.integers(0, 1), max_size=12)
+)
+def test_in_common_is_what_comparing_all_would_find(rows, start):
+    rows = [start + row for row in rows]
+    found = 0
+    while all(found < len(row) - 1 for row in rows) and len({row[found] for row in rows}) == 1:
+        found += 1
+    assert in_common(rows) == (found if found >= WORTHWHILE else 0)

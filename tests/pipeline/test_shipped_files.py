@@ -1,0 +1,272 @@
+"""Every shipped YAML loads, and every key in it is refused when it is misspelt."""
+
+import copy
+import json
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.cli.suite import load_suite
+from align.config.validation import validate, validate_plain
+from align.config.yaml import load_yaml
+from align.data.rows import read_rows
+from align.errors import UserError
+from align.pipeline.pipeline import Pipeline
+from align.stages.evaluate import EvaluateConfig
+
+SUITES = sorted(Path("pipelines/suites").rglob("*.yaml"))
+SWEEPS = sorted(Path("pipelines/sweeps").rglob("*.yaml"))
+PIPELINES = [path for path in sorted(Path("pipelines").rglob("*.yaml")) if path not in SUITES + SWEEPS]
+RECIPES = sorted(Path("data_recipes").rglob("*.yaml"))
+
+
+def test_all_are_there() -> None:
+    assert {"smoke", "quickstart", "checker", "hh", "gsm8k", "zephyr_7b"} <= {path.stem for path in PIPELINES}
+    assert {"quick", "standard"} == {path.stem for path in SUITES}
+    recipes = {path.stem for path in RECIPES}
+    assert {"embedded", "dolly", "hh_helpful", "hh_harmless", "oasst", "oasst_sft", "ultrafeedback"} <= recipes
+    assert {"gsm8k", "tulu3", "smoltalk", "ultrachat", "quickstart"} <= recipes
+
+
+@pytest.mark.parametrize("path", PIPELINES, ids=str)
+def test_every_pipeline_loads(path: Path) -> None:
+    pipeline = Pipeline.load(path)
+    assert pipeline.name
+    head = path.read_text().split("name:")[0]
+    assert head.startswith("#") and len(head) > 100, "the head comment says purpose, cost and measured result"
+
+
+@pytest.mark.parametrize("path", PIPELINES, ids=str)
+def test_every_pipeline_comes_back_from_json(path: Path) -> None:
+    """As a stage's process reads its config, and a job of a cluster its pipeline."""
+    pipeline = Pipeline.load(path)
+    for node in pipeline:
+        read_back = json.loads(json.dumps(node.config.model_dump(mode="json")))
+        assert validate_plain(type(node.config), read_back) == node.config
+        runtime = pipeline.runtimes[node.name]
+        assert validate_plain(type(runtime), json.loads(runtime.model_dump_json())) == runtime
+    for raw in (pipeline.raw, pipeline.plain):
+        again = Pipeline(json.loads(json.dumps(raw)), str(path), pipeline.base, pipeline.expanded.rounds)
+        assert [node.key for node in again] == [node.key for node in pipeline]
+
+
+def suite_config(path: Path) -> EvaluateConfig:
+    """The suite's own block, checked as ``align eval`` does."""
+    suite = load_suite(str(path))
+    policies = ["base", "trained"]
+    return validate(EvaluateConfig, {**suite.block, "policies": policies, "reference": "base"}, str(path))
+
+
+@pytest.mark.parametrize("path", SUITES, ids=str)
+def test_every_suite_loads(path: Path) -> None:
+    config = suite_config(path)
+    head = path.read_text().split("description:")[0]
+    assert head.startswith("#") and len(head) > 100, "the head comment says purpose, cost and where files go"
+    for name in [file for task in config.tasks.values() for file in task.files or []]:  # type: ignore[attr-defined]
+        assert f"#   {name} " in head
+
+
+@pytest.mark.parametrize("path", SUITES, ids=str)
+def test_every_suite_asks_real_files(
+    path: Path, shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from align.evaluation.tasks.base import Given
+
+    suite = path.resolve()
+    (tmp_path / "data").symlink_to(shared_data)
+    monkeypatch.chdir(tmp_path)
+    config = suite_config(suite)
+    given = Given(0, tmp_path, [], [], False, False, "float32", print)
+    # of these two there is no file at hand: GSM8K's test split and text of one's own
+    for name, task in config.tasks.items():
+        if name not in ("gsm8k", "general"):
+            built = task.build(name, given)
+            assert len(built.items) == (task.max_items or len(built.items)) > 90  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=str)
+def test_every_recipe_loads(path: Path) -> None:
+    from align.data.recipe import load_recipe
+
+    load_recipe(str(path), Path.cwd())
+
+
+LOCAL = {
+    "dolly": ("dolly-3k/dolly_3k.json", 2996),
+    "hh_helpful": ("hh-rlhf/helpful-base.test.jsonl.gz", 2354),
+    "hh_harmless": ("hh-rlhf/harmless-base.test.jsonl.gz", 2312),
+    "oasst": ("oasst-en100/en_100_tree.jsonl", 100),
+    "oasst_sft": ("oasst-en100/en_100_tree.jsonl", 100),
+    "gsm8k": ("gsm8k/train.jsonl", 7473),
+}
+"""Files at hand of shipped recipes, and their records."""
+
+
+@pytest.mark.parametrize("name", sorted(LOCAL))
+def test_a_recipe_builds_from_real_files(name: str, shared_data: Path, tmp_path: Path) -> None:
+    file, records = LOCAL[name]
+    stage = {"stage": "data", "recipe": f"data_recipes/{name}.yaml", "files": [str(shared_data / file)]}
+    run = Pipeline({"name": name, "stages": {"data": stage}}).run(store=tmp_path / "store")
+    folder = run.artifacts["data"].path
+    ledger = json.loads((folder / "ledger.json").read_text())
+    assert ledger["rows_in"] == records
+    assert ledger["rows_in"] + ledger["added"] == ledger["rows_out"] + sum(ledger["dropped"].values())
+    assert ledger["splits"]["test"] > 0.05 * ledger["rows_out"]
+    rows = [row for split in ("train", "test") for row in read_rows(folder / f"{split}.parquet")]
+    assert len(rows) == ledger["rows_out"] and {row["source"] for row in rows} == {ledger["sources"][0]["source"]}
+    assert (folder / "README.md").read_text().startswith("---\n") and (folder / "preview.html").stat().st_size > 10_000
+
+
+def keys(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if isinstance(key, str):  # a number is a value, such as the step from which a layer is trained
+                yield (*path, key)
+            yield from keys(value, (*path, key))
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from keys(value, (*path, index))
+
+
+def misspell(word: str, rng: random.Random) -> str:
+    at = rng.randrange(len(word))
+    kind = rng.choice(["drop", "double", "swap", "wrong"]) if len(word) > 2 else "double"
+    if kind == "drop":
+        wrong = word[:at] + word[at + 1 :]
+    elif kind == "double":
+        wrong = word[:at] + word[at] + word[at:]
+    elif kind == "swap" and at + 1 < len(word) and word[at] != word[at + 1]:
+        wrong = word[:at] + word[at + 1] + word[at] + word[at + 2 :]
+    else:
+        wrong = word[:at] + ("x" if word[at] != "x" else "y") + word[at + 1 :]
+    return wrong
+
+
+def rename(raw: dict[str, Any], path: tuple[Any, ...], name: str) -> dict[str, Any]:
+    changed = copy.deepcopy(raw)
+    at: Any = changed
+    for part in path[:-1]:
+        at = at[part]
+    renamed = {(name if key == path[-1] else key): value for key, value in at.items()}
+    at.clear()
+    at.update(renamed)
+    return changed
+
+
+def is_own_name(raw: dict[str, Any], place: tuple[Any, ...]) -> bool:
+    """Whether the key is a name that its author chose, such as that of a task with its kind below it.
+
+    So is that of a stage which says its kind and which no other stage reads.
+    """
+    if place[0] == "stages" and len(place) == 2 and "stage" in (raw["stages"][place[1]] or {}):
+        others = [block for name, block in raw["stages"].items() if name != place[1]]
+        return not any(place[1] in (value if isinstance(value, list) else [value])
+                       for block in others for value in (block or {}).values())  # fmt: skip
+    if place[0] == "stages" and len(place) > 3 and place[2] in ("tasks", "baselines"):
+        raw, place = raw["stages"][place[1]], place[2:]
+    named = place[0] == "tasks" and len(place) == 2 and "task" in raw["tasks"][place[1]]
+    return named or (place[0] in ("baselines", "gates") and len(place) == 2)
+
+
+def load_changed(path: Path, changed: dict[str, Any], folder: Path) -> None:
+    """Load what a file became, as its kind is loaded."""
+    import yaml
+
+    from align.data.recipe import load_recipe
+
+    if path in PIPELINES:
+        Pipeline(changed, str(path))
+        return
+    copied = folder / path.name
+    copied.write_text(yaml.safe_dump(changed, sort_keys=False))
+    if path in SUITES:
+        suite_config(copied)
+    else:
+        load_recipe(str(copied), Path.cwd())
+
+
+def test_every_misspelt_key_is_refused_and_the_right_one_suggested(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    tried, suggested, missed = 0, 0, []
+    for path in [*PIPELINES, *SUITES, *RECIPES]:
+        raw = load_yaml(path)
+        for place in [place for place in keys(raw) for _ in range(3)]:  # three slips each
+            wrong = misspell(str(place[-1]), rng)
+            changed = rename(raw, place, wrong)
+            if path not in RECIPES and is_own_name(raw, place):
+                continue
+            with pytest.raises(UserError) as caught:
+                load_changed(path, changed, tmp_path)
+            tried += 1
+            if f"'{place[-1]}'" in str(caught.value):
+                suggested += 1
+            else:
+                missed.append(f"{path}: {place} as {wrong}: {caught.value}")
+    assert tried > 600
+    assert suggested / tried >= 0.95, "\n".join(missed)
+
+
+def yaml_blocks(path: str) -> list[str]:
+    return re.findall(r"```yaml\n(.*?)```", Path(path).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_what_the_readme_shows_is_accepted() -> None:
+    import yaml
+
+    from align.config.runtime import Runtime
+    from align.stages.evaluate import EvaluateConfig
+    from align.stages.ppo import PpoConfig
+    from align.stages.sft import SftConfig
+
+    blocks = [yaml.safe_load(block) for block in yaml_blocks("README.md")]
+    runtimes = [block["runtime"] for block in blocks if list(block) == ["runtime"]]
+    assert any(Runtime.model_validate(runtime).rollouts.servers for runtime in runtimes)
+    whole, sft, ppo, evaluate = (block for block in blocks if list(block) != ["runtime"])
+    assert "ppo" in Pipeline(whole, "README.md").nodes
+    SftConfig(**sft["sft"])
+    PpoConfig(**ppo["ppo"])
+    EvaluateConfig(**evaluate["evaluate"])
+
+
+def test_what_the_guide_to_methods_shows_is_accepted() -> None:
+    """Whole pipelines, sweeps, stages, tunings a line each, and fields of any stage that trains."""
+    from align.config.yaml import parse_yaml
+    from align.pipeline.registry import STAGES
+    from align.stages.sft import SftConfig
+    from align.sweep.config import SweepConfig
+
+    plain = {"model": "model", "data": "data", "learning_rate": 1e-4}
+    seen = set()
+    for block in yaml_blocks("docs/methods.md"):
+        lines = block.splitlines()
+        if all(line.startswith(("tuning:", "anchor:", "replay", "ema:")) for line in lines):
+            for line in lines:
+                SftConfig(**plain, **parse_yaml(line, "docs/methods.md"))
+                seen.add(line.split(":")[0])
+            continue
+        shown = parse_yaml(block, "docs/methods.md")
+        if "stages" in shown:
+            assert "dpo-3" in Pipeline({"name": "rounds", **shown}, "docs/methods.md").nodes
+        elif "space" in shown:
+            SweepConfig.model_validate(shown)
+        else:
+            for name, config in shown.items():
+                STAGES[name].config_class().model_validate(config)
+        seen |= set(shown)
+    assert seen >= {
+        "tuning",
+        "replay",
+        "ema",
+        "anchor",
+        "stages",
+        "space",
+        "sft",
+        "pretrain",
+        "reward",
+        "dpo",
+        "distill",
+    }

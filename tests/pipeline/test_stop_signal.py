@@ -1,0 +1,141 @@
+"""A run that is asked to stop: what is under way is kept, and the same run goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from align.pipeline.pipeline import Node, Pipeline
+from align.pipeline.stop_signal import REQUEST, Stopped, StopRequest, is_asked
+from align.runner.listener import Listener
+from align.runner.plan import plan
+from align.runner.runner import run_pipeline
+from align.store.store import Store
+from tests.support import toy
+
+
+class At(Listener):
+    """Calls ``act`` at a stage's event with ``done``."""
+
+    def __init__(self, stage: str, done: int, act: Any) -> None:
+        self.stage, self.done, self.act, self.finished = stage, done, act, []
+
+    def stage_event(self, node: Node, event: dict[str, Any]) -> None:
+        if node.name == self.stage and event.get("done") == self.done:
+            self.act()
+
+    def stage_done(self, node: Node, artifact: Any) -> None:
+        self.finished.append(node.name)
+
+
+def test_a_stage_that_looks_for_it_stops_at_its_next_checkpoint(tmp_path: Path) -> None:
+    pipeline = Pipeline(toy.pipeline(one={"steps": 200, "pause": 0.05, "stops": True}))
+    stop = StopRequest()
+    with pytest.raises(Stopped, match=r"stage 'one' stopped as asked, at step \d+ of 200"):
+        run_pipeline(pipeline, store=tmp_path / "store", listener=At("one", 2, stop.ask), stop=stop)
+    (partial,) = (tmp_path / "store").glob("number/*.partial")
+    kept = len(list((partial / "checkpoints").glob("step-*")))
+    assert 2 <= kept < 200
+    assert next(iter(plan(pipeline, Store.open(tmp_path / "store")))).action == "resume"
+    later = StopRequest()
+    again = At("one", kept + 2, later.ask)
+    with pytest.raises(Stopped):  # the request of before is forgotten, or it would have stopped one step later
+        run_pipeline(pipeline, store=tmp_path / "store", listener=again, stop=later)
+    assert len(list((partial / "checkpoints").glob("step-*"))) >= kept + 2
+
+
+def test_a_stage_without_a_loop_is_finished_and_the_run_stops_after_it(tmp_path: Path) -> None:
+    stop = StopRequest()
+    listener = At("one", 1, stop.ask)
+    with pytest.raises(Stopped, match="before stage 'two'"):
+        run_pipeline(Pipeline(toy.pipeline()), store=tmp_path, listener=listener, stop=stop)
+    assert listener.finished == ["one"]
+    assert run_pipeline(Pipeline(toy.pipeline()), store=tmp_path).ran == ["two", "total"]
+
+
+def test_patience_ends_a_stage_that_does_not_stop(tmp_path: Path) -> None:
+    stop = StopRequest(patience=0.2)
+    pipeline = Pipeline(toy.pipeline(one={"steps": 2000, "pause": 0.05}))
+    with pytest.raises(Stopped, match="took too long"):
+        run_pipeline(pipeline, store=tmp_path, listener=At("one", 1, stop.ask), stop=stop)
+    assert next(iter(plan(pipeline, Store.open(tmp_path)))).action == "resume"
+
+
+def test_asking_twice_ends_the_patience() -> None:
+    stop = StopRequest()
+    assert not stop.is_over
+    stop.ask()
+    assert stop.asked and not stop.is_over
+    stop.ask()
+    assert stop.is_over
+
+
+def test_signals_are_heard_in_the_main_thread_only_and_the_handler_is_put_back() -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    with StopRequest().hearing(signal.SIGUSR1) as stop:
+        assert stop.hears == {signal.SIGUSR1}
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.asked
+    assert signal.getsignal(signal.SIGUSR1) == before and not stop.hears
+    heard: list[frozenset[int]] = []
+
+    def elsewhere() -> None:
+        with StopRequest().hearing(signal.SIGUSR1) as other:
+            heard.append(other.hears)
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert heard == [frozenset()]
+
+
+def started(command: list[str], cwd: Path, store: Path, folder: str) -> subprocess.Popen[str]:
+    """The command, once a stage has left its second checkpoint."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "align.cli.main", *command, "--store", str(store)],
+        cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while len(list(store.glob(f"{folder}/*.partial/checkpoints/step-*"))) < 2:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return process
+
+
+def test_usr1_to_the_command_stops_it_and_the_same_command_continues(tmp_path: Path) -> None:
+    raw = toy.pipeline(one={"steps": 60, "pause": 0.1, "stops": True})
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
+    process = started(["run", "toy.yaml"], tmp_path, tmp_path / "store", "number")
+    process.send_signal(signal.SIGUSR1)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, said
+    assert "stage 'one' stopped as asked, at step" in said and "Traceback" not in said
+    assert "The same command continues" in said
+    assert "Report: " in said
+    (partial,) = (tmp_path / "store").glob("number/*.partial")
+    assert is_asked(partial) and (partial / REQUEST).exists()
+
+
+@pytest.mark.slow
+def test_usr1_to_a_sweep_reaches_its_workers(tmp_path: Path) -> None:
+    (tmp_path / "toy.yaml").write_text(
+        yaml.safe_dump(toy.pipeline(one={"steps": 100, "pause": 0.1, "stops": True}, two={"steps": 1}), sort_keys=False)
+    )
+    sweep = {"name": "s", "pipeline": "toy.yaml", "space": {"stages.two.number": [1, 2]}, "maximise": "total.total"}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    process = started(["sweep", "sweep.yaml", "--workers", "2"], tmp_path, tmp_path / "store", "number")
+    process.send_signal(signal.SIGUSR1)
+    said, _ = process.communicate(timeout=240)
+    assert process.returncode == 75, said
+    assert "stopped as asked; finished trials and stages are kept" in said and "Traceback" not in said

@@ -1,0 +1,26 @@
+"""Two processes with half the batch each make the same update as one: counts, spreads and statistics are global."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.rl.critic_free.conftest import METHODS
+from tests.support.rl.one_of_two import launch
+
+MODULE = "tests.support.rl.critic_free.one_of_two"
+DIFFERENT = ("seconds", "per_second", "peak_memory", "runtime", "parity", "learning_rate", "epoch")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_make_the_update_of_one(tiny_model, tmp_path, method):
+    one = launch(MODULE, 1, tiny_model, tmp_path / "one" / "out.pt", method)
+    two = launch(MODULE, 2, tiny_model, tmp_path / "two" / "out.pt", method)
+    assert (one["processes"], two["processes"]) == (1, 2)
+    for name, tensor in one["weights"].items():
+        assert (tensor - two["weights"][name]).abs().max() <= 1e-5, name
+    for first, second in zip(one["logs"], two["logs"], strict=True):
+        compared = [name for name in first if not any(word in name for word in DIFFERENT)]
+        assert {"score", "kl", "ptx_loss", "loss"} <= set(compared)
+        for name in compared:
+            assert second[name] == pytest.approx(first[name], abs=5e-5), name

@@ -1,0 +1,72 @@
+"""Alarms: each raised by what it is about, named with its update, and silent on a healthy run."""
+
+from __future__ import annotations
+
+import pytest
+
+from align.rl.alarms import alarms
+
+
+def history(**changes):
+    """Twelve healthy updates; ``changes`` give a metric's values in the last of them."""
+    found = []
+    for update in range(1, 13):
+        wobble = 0.01 * (-1) ** update
+        found.append(
+            {
+                "update": update,
+                "entropy": 2.0 - 0.05 * update,
+                "length": 20.0 + wobble,
+                "truncation_rate": 0.05,
+                "score": 0.1 * update + wobble,
+                "gold": 0.3 + 0.01 * update + wobble,
+            }
+        )
+    for name, values in changes.items():
+        for entry, value in zip(found[-len(values) :], values, strict=True):
+            entry[name] = value
+    return found
+
+
+def test_a_healthy_run_raises_none():
+    entries = history()
+    for end in range(1, len(entries) + 1):
+        assert alarms(entries[:end]) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "says"),
+    [
+        ({"entropy": [0.15]}, "collapse", "says nearly the same"),
+        ({"length": [4.0]}, "collapse", "rewards saying little"),
+        ({"length": [41.0]}, "length explosion", "missing_eos_penalty"),
+        ({"truncation_rate": [0.6]}, "length explosion", "60% of them cut"),
+        ({"gold": [0.30, 0.29, 0.31, 0.30, 0.29]}, "over-optimisation", "keep: best"),
+    ],
+)
+def test_each_failure_is_named_with_its_update(changes, name, says):
+    (alarm,) = alarms(history(**changes))
+    assert (alarm.name, alarm.update) == (name, 12)
+    assert says in alarm.text
+
+
+def test_gold_that_falls_together_with_the_score_is_no_over_optimisation():
+    assert alarms(history(gold=[0.30, 0.29, 0.31, 0.30, 0.29], score=[0.3, 0.31, 0.3, 0.29, 0.3])) == []
+
+
+def test_responses_that_were_always_cut_off_are_no_explosion():
+    entries = history()
+    for entry in entries:
+        entry["truncation_rate"] = 0.9
+    assert alarms(entries) == []
+
+
+def test_noise_in_gold_is_no_fall():
+    assert alarms(history(gold=[0.5, 0.2, 0.45, 0.25, 0.5])) == []
+
+
+def test_without_gold_there_is_nothing_to_compare_with():
+    entries = history()
+    for entry in entries:
+        del entry["gold"]
+    assert alarms(entries) == []

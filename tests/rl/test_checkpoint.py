@@ -1,0 +1,137 @@
+"""A killed run goes on as if nothing had happened, and from a whole checkpoint only."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from align.config.tuning import FullTuning, LoraTuning
+from align.errors import UserError
+from align.rl.checkpoint import DRAFT, last_checkpoint
+
+FIELDS = {
+    "updates": 4,
+    "num_epochs": 2,
+    "num_mini_batches": 2,
+    "per_device_train_batch_size": 2,
+    "save_strategy": "steps",
+    "save_updates": 1,
+    "kl_controller": "adaptive",
+    "kl_target": 0.1,
+    "kl_horizon": 100,
+    "lr_scheduler_type": "linear",
+    "weight_decay": 0.01,
+    "whiten_rewards": True,
+    "normalise_scores": True,
+}
+TIMED = ("seconds", "per_second", "peak_memory", "runtime")
+
+
+class Killed(BaseException):
+    """As abrupt as a signal: nothing below catches it."""
+
+
+class KillAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise Killed
+
+
+def outcome(trainer):
+    weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    logs = [
+        {k: v for k, v in entry.items() if not any(word in k for word in TIMED)}
+        for entry in trainer.state.log_history
+        if "score" in entry
+    ]
+    return weights, logs
+
+
+@pytest.mark.parametrize("tuning", [FullTuning(), LoraTuning(rank=4, alpha=8)], ids=["full", "lora"])
+@pytest.mark.parametrize("killed_at", [8, 10])  # at the boundary after two updates; in the middle of the third
+def test_a_killed_run_resumes_bit_for_bit(make_trainer, tmp_path, tuning, killed_at):
+    whole = make_trainer(tuning=tuning, reward=True, output_dir=str(tmp_path / "whole"), **FIELDS)
+    whole.train()
+    expected_weights, expected_logs = outcome(whole)
+
+    folder = tmp_path / "killed"
+    first = make_trainer(tuning=tuning, reward=True, output_dir=str(folder), callbacks=[KillAt(killed_at)], **FIELDS)
+    with pytest.raises(Killed):
+        first.train()
+    torch.manual_seed(12345)  # a fresh process has other random states
+    second = make_trainer(tuning=tuning, reward=True, output_dir=str(folder), **FIELDS)
+    checkpoint = last_checkpoint(folder)
+    assert checkpoint == folder / "checkpoint-8"
+    second.train(resume_from_checkpoint=str(checkpoint))
+    weights, logs = outcome(second)
+    assert logs == expected_logs
+    assert len(logs) == 4
+    assert all(torch.equal(weights[name], expected_weights[name]) for name in expected_weights)
+    assert second.kl_controller.value == whole.kl_controller.value != 0.05
+
+
+def test_a_finished_run_resumes_to_its_end(make_trainer, tmp_path):
+    make_trainer(output_dir=str(tmp_path / "run"), **FIELDS).train()
+    again = make_trainer(output_dir=str(tmp_path / "run"), **FIELDS)
+    again.train(resume_from_checkpoint=str(last_checkpoint(tmp_path / "run")))
+    assert again.state.global_step == 16
+
+
+def test_only_whole_checkpoints_count(make_trainer, tmp_path):
+    folder = tmp_path / "run"
+    assert last_checkpoint(folder) is None
+    make_trainer(output_dir=str(folder), save_total_limit=2, **FIELDS).train()
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-12", "checkpoint-16", "completions"]
+    shutil.copytree(folder / "checkpoint-16", folder / DRAFT / "checkpoint-20")  # a kill while saving
+    (folder / "checkpoint-16" / "trainer_state.json").unlink()
+    assert last_checkpoint(folder) == folder / "checkpoint-12"
+    assert not (folder / DRAFT).exists()
+
+
+def test_a_kill_at_any_write_leaves_the_last_checkpoint_whole(make_trainer, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    trainer = make_trainer(output_dir=str(folder), **FIELDS)
+    writes = []
+    original = torch.save
+
+    def save(*arguments, **options):
+        writes.append(arguments[1])
+        if len(writes) == 5:  # somewhere inside the second checkpoint
+            raise Killed
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(Killed):
+        trainer.train()
+    assert DRAFT in str(writes[-1])
+    assert last_checkpoint(folder) == folder / "checkpoint-4"
+    assert [path.name for path in Path(folder).glob("*checkpoint*")] == ["checkpoint-4"]
+    assert not (Path(folder) / DRAFT).exists()
+
+
+def test_another_run_s_checkpoint_is_refused(make_trainer, tmp_path):
+    folder = tmp_path / "run"
+    make_trainer(output_dir=str(folder), **FIELDS).train()
+    checkpoint = str(last_checkpoint(folder))
+    other = make_trainer(output_dir=str(folder), **(FIELDS | {"max_tokens": 5}))
+    with pytest.raises(UserError, match="max_tokens 6, this run has 5"):
+        other.train(resume_from_checkpoint=checkpoint)
+    lora = make_trainer(tuning=LoraTuning(rank=4), output_dir=str(folder), **FIELDS)
+    with pytest.raises(UserError, match="another model, tuning or critic"):
+        lora.train(resume_from_checkpoint=checkpoint)
+
+
+def test_checkpoints_of_another_program_are_left_alone(tmp_path):
+    """A script may point ``output_dir`` at a folder in which another trainer, or an older align, has written."""
+    foreign = tmp_path / "checkpoint-40"
+    foreign.mkdir()
+    (foreign / "model.safetensors").write_bytes(b"weights")
+    assert last_checkpoint(tmp_path) is None
+    assert (foreign / "model.safetensors").read_bytes() == b"weights"

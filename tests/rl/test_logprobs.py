@@ -1,0 +1,64 @@
+"""Blockwise log-probabilities and entropies against plain autograd."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from align.rl import logprobs as module
+from align.rl.logprobs import token_logprobs
+
+
+def plain(hidden, head, targets, temperature):
+    log_p = torch.log_softmax(head(hidden) / temperature, dim=-1)
+    return log_p.gather(1, targets[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(-1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2, torch.tensor([0.7, 1.0, 0.3, 2.0, 1.0, 0.5, 0.9])[:, None]])
+@pytest.mark.parametrize("entropy_weight", [0.0, 0.3])
+def test_values_and_gradients_equal_plain_autograd(monkeypatch, temperature, entropy_weight):
+    monkeypatch.setattr(module, "TOKENS", 3)  # seven tokens: two full parts and a rest
+    monkeypatch.setitem(module.LOGITS, "cpu", 1)  # blocks of 256 words: two, and a rest of 188
+    torch.manual_seed(0)
+    head = nn.Linear(8, 700, bias=False)
+    hidden = torch.randn(7, 8, requires_grad=True)
+    targets = torch.tensor([0, 255, 256, 300, 511, 512, 699])
+    weights = torch.randn(7)
+    results = []
+    for function in (token_logprobs, plain):
+        hidden.grad = head.weight.grad = None
+        logprobs, entropies = function(hidden, head, targets, temperature)
+        ((logprobs * weights).sum() + entropy_weight * (entropies * weights).sum()).backward()
+        results.append((logprobs, entropies, hidden.grad, head.weight.grad))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("at", [0, 400, 699])
+def test_one_word_far_above_the_others_wherever_it_is(monkeypatch, at):
+    monkeypatch.setitem(module.LOGITS, "cpu", 1)
+    head = nn.Linear(1, 700, bias=False)
+    head.weight.data.zero_()[at] = 3e4
+    logprobs, entropies = token_logprobs(torch.ones(2, 1), head, torch.tensor([at, 5]), 1.0)
+    assert logprobs.tolist() == [0.0, -3e4]
+    assert entropies.tolist() == [0.0, 0.0]
+    head.weight.data.zero_()
+    logprobs, entropies = token_logprobs(torch.ones(1, 1), head, torch.tensor([at]), 1.0)
+    assert logprobs.item() == pytest.approx(-math.log(700)) == -entropies.item()
+
+
+def test_a_head_that_is_not_plain_still_works():
+    torch.manual_seed(0)
+    head = nn.Linear(8, 11, bias=True)
+    hidden, targets = torch.randn(7, 8), torch.randint(0, 11, (7,))
+    for ours, theirs in zip(token_logprobs(hidden, head, targets, 0.5), plain(hidden, head, targets, 0.5), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_softmax_is_float32_under_autocast():
+    head = nn.Linear(8, 11, bias=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logprobs, entropies = token_logprobs(torch.randn(5, 8), head, torch.zeros(5, dtype=torch.long), 1.0)
+    assert logprobs.dtype == entropies.dtype == torch.float32
+    assert (entropies > 0).all()

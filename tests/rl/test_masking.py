@@ -1,0 +1,70 @@
+"""Masked reductions, worked by hand."""
+
+import pytest
+import torch
+
+from align.rl.masking import last_index, masked_mean, masked_mean_var, masked_sum, pad_rows, response_mask, whiten
+
+VALUES = torch.tensor([[1.0, 3.0, float("nan")], [5.0, float("inf"), 99.0]])
+MASK = response_mask([2, 1], 3)
+
+
+def test_response_mask_is_true_on_real_tokens():
+    assert MASK.tolist() == [[True, True, False], [True, False, False]]
+    assert last_index(MASK).tolist() == [1, 0]
+
+
+def test_nothing_leaks_from_the_padding():
+    # 1 + 3 + 5 = 9, over 3 tokens 3; variance (4 + 0 + 4) / 3
+    assert masked_sum(VALUES, MASK).item() == 9.0
+    mean, variance = masked_mean_var(VALUES, MASK)
+    assert mean.item() == 3.0
+    assert variance.item() == pytest.approx(8 / 3)
+
+
+def test_whitening_moves_the_mean_only_when_asked():
+    shifted = whiten(VALUES, MASK, shift_mean=True)
+    # (1 - 3, 3 - 3, 5 - 3) / sqrt(8 / 3) = -1.2247, 0, 1.2247
+    assert shifted[MASK].tolist() == pytest.approx([-1.2247449, 0.0, 1.2247449], abs=1e-6)
+    kept = whiten(VALUES, MASK, shift_mean=False)
+    assert kept[MASK].tolist() == pytest.approx([3 - 1.2247449, 3.0, 3 + 1.2247449], abs=1e-6)
+    assert shifted[~MASK].abs().sum() == 0
+
+
+def test_two_processes_whiten_as_one():
+    whole = whiten(VALUES, MASK, shift_mean=True)
+    parts = [(VALUES[:1], MASK[:1]), (VALUES[1:], MASK[1:])]
+    # What an all-reduce would return, one reduction after the other: the mean's, then the variance's.
+    mean = torch.stack([torch.stack([masked_sum(v, m), m.sum().float()]) for v, m in parts]).sum(0)
+    centre = mean[0] / mean[1]
+    spread = torch.stack([torch.stack([masked_sum((v - centre) ** 2, m), m.sum().float()]) for v, m in parts]).sum(0)
+    for index, (values, mask) in enumerate(parts):
+        answers = iter([mean, spread])
+        part = whiten(values, mask, shift_mean=True, reduce=lambda _, answers=answers: next(answers))
+        assert torch.allclose(part, whole[index : index + 1])
+
+
+def test_masked_mean_reduces_sums_and_counts():
+    doubled = masked_mean(VALUES, MASK, reduce=lambda total: total * 2)
+    assert doubled.item() == 3.0
+
+
+def test_pad_rows():
+    assert pad_rows([[1.0], [2.0, 3.0]], 3).tolist() == [[1.0, 0.0, 0.0], [2.0, 3.0, 0.0]]
+
+
+def test_values_that_are_all_the_same_whiten_to_their_mean():
+    same = torch.full((2, 3), 7.0)
+    assert whiten(same, MASK, shift_mean=True).tolist() == [[0.0] * 3] * 2
+    assert whiten(same, MASK, shift_mean=False)[MASK].tolist() == [7.0] * 3
+
+
+def test_whitening_leaves_a_small_spread_at_variance_one():
+    """What keeps it from dividing by 0 is small against variances of 1e-4."""
+    values = torch.tensor([[-0.01, 0.01]])
+    assert whiten(values, response_mask([2]), shift_mean=True)[0].tolist() == pytest.approx([-1.0, 1.0], abs=1e-3)
+
+
+def test_padding_may_be_wider_than_the_longest_row():
+    assert response_mask([1, 2], 4).tolist() == [[True, False, False, False], [True, True, False, False]]
+    assert pad_rows([[1], [2, 3]], 2, torch.long).dtype == torch.long

@@ -1,0 +1,240 @@
+"""Rollouts drawn ahead: with which weights, the same beside the trainer as in it, kept by checkpoints, learnt from."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from align.config.tuning import LoraTuning
+from align.inference.pool import PoolEngine
+from align.inference.server_client import BadReply
+from align.inference.transformers import TransformersEngine
+from align.rl import PPOConfig
+from align.rl.checkpoint import last_checkpoint
+from align.rl.critic_free.config import BestOfNConfig, GRPOConfig, OnlineDPOConfig
+from align.rl.prefetch import RolloutsAhead
+from align.rl.rollout import Rollout
+from align.stages.grpo import GrpoConfig
+from align.stages.ppo import PpoConfig
+from tests.rl.conftest import options_in
+from tests.rl.test_checkpoint import FIELDS, KillAt, Killed, outcome
+from tests.rl.test_learning import SETTINGS, history
+from tests.support.inference.model_server import ModelServer
+from tests.support.inference.server_harness import served_at
+
+AHEAD = {**FIELDS, "updates": 5, "num_epochs": 1, "probe_parity": False}
+"""Two steps an update."""
+
+
+class Noted:
+    """An engine that knows only which weights it was given last."""
+
+    def __init__(self) -> None:
+        self.holds = -1
+
+    def load_weights(self, weights) -> None:
+        self.holds = weights
+
+
+def drawn_with(staleness: int, updates: int, start: int = 0, ahead: RolloutsAhead | None = None) -> list[tuple]:
+    """(update, weights that sampled it, what is noted of them), as the trainer would be given them."""
+    engine = Noted()
+
+    def draw(update: int) -> Rollout:
+        return Rollout(update, [], [], [], [], [str(engine.holds)], {})
+
+    ahead = RolloutsAhead(engine, draw, staleness, updates)
+    found = []
+    for update in range(start, updates):
+        ahead.give(update, update)
+        rollout = ahead.take(update)
+        found.append((rollout.update, int(rollout.texts[0]), rollout.weights_of))
+    return found
+
+
+def test_weights_are_as_old_as_is_said() -> None:
+    assert drawn_with(0, 4) == [(0, 0, 0), (1, 1, 1), (2, 2, 2), (3, 3, 3)]
+    assert drawn_with(1, 4) == [(0, 0, 0), (1, 0, 0), (2, 1, 1), (3, 2, 2)]
+    assert drawn_with(2, 5) == [(0, 0, 0), (1, 0, 0), (2, 0, 0), (3, 1, 1), (4, 2, 2)]
+    assert drawn_with(9, 3) == [(0, 0, 0), (1, 0, 0), (2, 0, 0)]  # no rollout behind the last update
+
+
+class Rejecting(PoolEngine):
+    """Servers that take every version of the weights but those in ``rejected``, and go on with what they hold."""
+
+    takes_folders = True
+
+    def __init__(self, rejected: set[int]) -> None:
+        self.rejected, self.holds = rejected, -1
+
+    def write_weights(self, weights) -> int:
+        return weights
+
+    def adopt(self, version: int) -> None:
+        if version in self.rejected:
+            raise BadReply(f"weights {version} were rejected")
+        self.holds = version
+
+
+@pytest.mark.parametrize(("staleness", "rejected", "drawn"), [(1, 0, 0), (1, 1, 2), (1, 2, 3), (2, 1, 3)])
+def test_no_rollout_is_drawn_after_weights_were_rejected(staleness: int, rejected: int, drawn: int) -> None:
+    """Later versions that would be taken hide nothing: the run ends at the first rollout of the rejected weights."""
+    engine = Rejecting({rejected})
+
+    def draw(update: int) -> Rollout:
+        return Rollout(update, [], [], [], [], [str(engine.holds)], {})
+
+    ahead = RolloutsAhead(engine, draw, staleness, updates=6)
+    taken = []
+    try:
+        with pytest.raises(BadReply, match=f"weights {rejected} were rejected"):
+            for update in range(6):
+                ahead.give(update, update)
+                taken.append(ahead.take(update))
+        with pytest.raises(BadReply):
+            ahead.settle()
+    finally:
+        ahead.close()
+    assert len(taken) == drawn
+    assert all(int(rollout.texts[0]) == rollout.weights_of for rollout in taken)
+
+
+def test_weights_rejected_behind_the_last_rollout_end_the_run_too() -> None:
+    ahead = RolloutsAhead(Rejecting({1}), lambda update: Rollout(update, [], [], [], [], [""], {}), 1, updates=2)
+    try:
+        for update in range(2):
+            ahead.give(update, update)
+            ahead.take(update)
+        with pytest.raises(BadReply, match="weights 1 were rejected"):
+            ahead.settle()
+    finally:
+        ahead.close()
+
+
+@pytest.fixture
+def pool(tiny_model) -> Iterator[PoolEngine]:
+    """Two stand-ins with real models behind them, each of which answers one request at a time."""
+    servers = [ModelServer(tiny_model), ModelServer(tiny_model)]
+    engine = PoolEngine(served_at(tiny_model, [server.address for server in servers], timeout=200))
+    yield engine
+    engine.close()
+    for server in servers:
+        server.stop()
+
+
+def alone(tiny_model) -> TransformersEngine:
+    """The same arithmetic in this process: one response at a time."""
+    return TransformersEngine(tiny_model, device=torch.device("cpu"), dtype=torch.float32, batch_size=1)
+
+
+@pytest.mark.parametrize("staleness", [0, 1, pytest.param(3, marks=pytest.mark.slow)])
+def test_servers_beside_the_trainer_change_nothing(make_trainer, tiny_model, tmp_path, pool, staleness) -> None:
+    """Bit for bit what an engine in the process gives, which draws when it is asked: nothing depends on a clock.
+
+    At 0 that is the run without any of this: nothing is drawn before its update begins.
+    """
+    found = []
+    for name, engine in (("alone", alone(tiny_model)), ("pool", pool)):
+        trainer = make_trainer(engine=engine, output_dir=str(tmp_path / name), max_staleness=staleness, **AHEAD)
+        assert trainer.ahead.beside == (name == "pool" and staleness > 0)
+        trainer.train()
+        found.append(outcome(trainer))
+    (weights, logs), (others, other_logs) = found
+    assert logs == other_logs
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    stale = [entry.get("staleness", 0) for entry in logs]
+    assert stale == [min(update, staleness) for update in range(5)]
+    ratios = [abs(entry["parity_ratio"] - 1) for entry in logs]
+    assert max(ratios[:1]) < 1e-4
+    assert (max(ratios) > 1e-3) == (staleness > 0), ratios  # older weights say other probabilities
+
+
+def test_the_trainer_learns_while_servers_sample(make_trainer, tmp_path, pool, monkeypatch) -> None:
+    """The second update's rollout is still being drawn when the first update has been learnt from."""
+    learnt, waited = threading.Event(), []
+    generate = pool.generate
+    rounds = []
+
+    def slow(*given):
+        rounds.append(None)
+        if len(rounds) == 2:
+            waited.append(learnt.wait(100))
+        return generate(*given)
+
+    monkeypatch.setattr(pool, "generate", slow)
+    trainer = make_trainer(engine=pool, output_dir=str(tmp_path / "run"), max_staleness=1, **AHEAD)
+    step = trainer.training_step
+
+    def noted(*given, **options):
+        found = step(*given, **options)
+        learnt.set()
+        return found
+
+    monkeypatch.setattr(trainer, "training_step", noted)
+    trainer.train()
+    assert waited == [True]
+
+
+@pytest.mark.parametrize(
+    ("staleness", "killed_at"),
+    [(2, 5), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 4), (1, 5), (2, 4)))],
+)  # at the boundary after two updates; in the middle of the third
+def test_a_killed_run_resumes_bit_for_bit(make_trainer, tmp_path, staleness, killed_at) -> None:
+    """What was drawn ahead is in the checkpoint: the weights that drew it are no more."""
+    fields = {**AHEAD, "max_staleness": staleness, "tuning": LoraTuning(rank=4, alpha=8)}
+    whole = make_trainer(output_dir=str(tmp_path / "whole"), **fields)
+    whole.train()
+    folder = tmp_path / "killed"
+    with pytest.raises(Killed):
+        make_trainer(output_dir=str(folder), callbacks=[KillAt(killed_at)], **fields).train()
+    torch.manual_seed(12345)
+    second = make_trainer(output_dir=str(folder), **fields)
+    assert last_checkpoint(folder) == folder / "checkpoint-4"
+    second.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+    (weights, logs), (expected, expected_logs) = outcome(second), outcome(whole)
+    assert logs == expected_logs and len(logs) == 5
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_validation_sees_the_policy_as_it_is(make_trainer, tmp_path, pool) -> None:
+    """And a rollout that is drawn meanwhile does not see validation's."""
+    held_out = [{"id": "h", "prompt": "tell zz"}]
+    found = []
+    for staleness in (0, 2):
+        options = {**AHEAD, "eval_updates": 2, "learning_rate": 1e-30, "max_staleness": staleness, "updates": 3}
+        trainer = make_trainer(engine=pool, eval_dataset=held_out, output_dir=str(tmp_path / str(staleness)), **options)
+        trainer.train()
+        found.append([entry for entry in trainer.state.log_history if "eval_score" in entry])
+    assert [entry["update"] for entry in found[0]] == [0, 2, 3]
+    assert [entry["eval_score"] for entry in found[0]] == [entry["eval_score"] for entry in found[1]]
+
+
+@pytest.mark.slow
+def test_it_learns_a_reward_that_is_known(make_trainer) -> None:
+    """As ``test_learning.py`` has it without staleness."""
+    entries = history(make_trainer(updates=30, kl_coef=0.0, seed=1, max_staleness=1, **SETTINGS))
+    scores = [entry["score"] for entry in entries]
+    assert scores[0] < 0.1
+    assert min(scores[-3:]) > 0.9, scores
+
+
+def test_what_cannot_be_corrected_is_refused(tmp_path) -> None:
+    fields = {"policy": "p", "prompts": "q", "score": "gold", "learning_rate": 1e-3, "max_staleness": 1}
+    with pytest.raises(ValidationError, match="max_staleness is 1, so older weights sample, which importance_cap"):
+        PpoConfig.model_validate({**fields, "importance_cap": None})
+    with pytest.raises(ValidationError, match="`zero_variance: resample` asks the engine for more"):
+        GrpoConfig.model_validate({**fields, "zero_variance": "resample"})
+    options = options_in(tmp_path) | {"max_staleness": 1, "samples_per_prompt": 2, "per_device_train_batch_size": 4}
+    with pytest.raises(ValueError, match="set importance_cap, or max_staleness 0"):
+        PPOConfig(**options, importance_cap=None)
+    for kind in (OnlineDPOConfig, BestOfNConfig):
+        with pytest.raises(ValueError, match="a method whose loss has no such weights"):
+            kind(**{**options, "samples_per_prompt": 2})
+    with pytest.raises(ValueError, match="resampling asks the engine"):
+        GRPOConfig(**options, zero_variance="resample")
+    with pytest.raises(ValueError, match="max_staleness is -1"):
+        PPOConfig(**{**options, "max_staleness": -1})

@@ -1,0 +1,62 @@
+"""A run with vLLM that is killed asks for the responses that the uninterrupted one does, and comes to its numbers."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+
+TOLERANCE = {"rel": 1e-5, "abs": 1e-6}
+"""Stated in docs/ppo.md, for float32."""
+NEW_UPDATES = {"syncing": 1, "sampling": 1, "learning": 4}
+"""How many of each make an update."""
+
+
+def live(tiny_model: Path, tiny_reward: Path, folder: Path, updates: int, points: list[str]) -> tuple[Path, Path]:
+    """Folders of the uninterrupted run and of the one with a life for each point."""
+    whole, killed = folder / "whole", folder / "killed"
+    plan = json.dumps([[str(whole), updates, []], [str(killed), updates, points]])
+    command = [sys.executable, "-m", "tests.support.rl.vllm_lives", str(tiny_model), str(tiny_reward), plan]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return whole, killed
+
+
+def assert_the_same(whole: Path, killed: Path) -> None:
+    asked, expected = ((one / "asked.jsonl").read_text().splitlines() for one in (killed, whole))
+    assert list(dict.fromkeys(asked)) == list(dict.fromkeys(expected))  # prompts and seeds; some of them again
+    found, known = (json.loads((one / "done.json").read_text()) for one in (killed, whole))
+    assert len(found["history"]) == len(known["history"])
+    for entry, other in zip(found["history"], known["history"], strict=True):
+        assert entry == pytest.approx(other, **TOLERANCE)
+    assert found["best"] == pytest.approx(known["best"], **TOLERANCE)
+    weights, others = (load_file(one / "weights.safetensors") for one in (killed, whole))
+    assert weights.keys() == others.keys()
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, others[name], rtol=TOLERANCE["rel"], atol=TOLERANCE["abs"])
+
+
+def test_two_kills_change_nothing(tiny_model: Path, tiny_reward: Path, tmp_path: Path) -> None:
+    """In the middle of the third rollout; then, after that rollout, in the middle of learning from the next."""
+    whole, killed = live(tiny_model, tiny_reward, tmp_path, 5, ["sampling:3", "learning:7"])
+    assert_the_same(whole, killed)
+    calls = [len((one / "asked.jsonl").read_text().splitlines()) for one in (whole, killed)]
+    assert calls[1] == calls[0] + 2  # one rollout for each kill was sampled anew
+
+
+@pytest.mark.slow
+def test_twelve_kills_change_nothing(tiny_model: Path, tiny_reward: Path, tmp_path: Path) -> None:
+    rng, points = random.Random(7), []
+    for place in [*NEW_UPDATES] * 4:
+        points.append(f"{place}:{rng.randint(1, 3 * NEW_UPDATES[place])}")
+    rng.shuffle(points)
+    assert_the_same(*live(tiny_model, tiny_reward, tmp_path, 30, points))

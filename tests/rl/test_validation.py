@@ -1,0 +1,143 @@
+"""Validations: what they measure, the best policy kept, resumed as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from align.errors import UserError
+from align.models.loading import load_tokenizer
+from align.rl.checkpoint import last_checkpoint
+from align.rl.validation import make_validation
+from tests.rl.conftest import ROWS
+from tests.rl.test_checkpoint import KillAt, Killed, outcome
+
+HELD_OUT = [{"id": f"h{i}", "prompt": [{"role": "user", "content": f"tell {'z' * i}"}]} for i in range(6)]
+FIELDS = {"eval_dataset": HELD_OUT, "eval_updates": 2, "updates": 5}
+
+
+def validations(trainer):
+    return [entry for entry in trainer.state.log_history if "eval_score" in entry]
+
+
+def weights_of(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def test_start_and_end_are_validated_and_what_lies_between(make_trainer):
+    trainer = make_trainer(**FIELDS, gold=lambda rows, texts: [1.0] * len(texts))
+    trainer.train()
+    found = validations(trainer)
+    assert [entry["update"] for entry in found] == [0, 2, 4, 5]
+    assert found[0]["eval_kl"] == 0.0 and found[-1]["eval_kl"] != 0.0
+    assert all(entry["eval_gold"] == 1.0 and entry["eval_length"] >= 1 for entry in found)
+
+
+def test_validating_changes_nothing_of_the_training(make_trainer):
+    without, with_ = make_trainer(updates=5), make_trainer(**FIELDS)
+    without.train(), with_.train()
+    ours, theirs = weights_of(with_), weights_of(without)
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+class Rising:
+    """Scores what the test says, by how often it was asked; held-out prompts are told by their id."""
+
+    def __init__(self, *validated):
+        self.validated = list(validated)
+
+    def __call__(self, rows, texts):
+        held_out = str(rows[0]["id"]).startswith("h")
+        return [self.validated.pop(0) if held_out else 0.5] * len(texts)
+
+
+def test_the_best_policy_takes_the_last_ones_place(make_trainer, tmp_path):
+    trainer = make_trainer(**FIELDS, keep="best", scorer=Rising(0.1, 0.9, 0.3, 0.2))
+    seen = {}
+    validate = trainer.validation.run
+    trainer.validation.run = lambda t, update: seen.update({update: weights_of(t)}) or validate(t, update)
+    trainer.train()
+    assert trainer.validation.best["update"] == 2
+    assert any(not torch.equal(tensor, seen[5][name]) for name, tensor in seen[2].items())
+    assert all(torch.equal(tensor, seen[2][name]) for name, tensor in weights_of(trainer).items())
+
+
+def test_a_kl_limit_leaves_out_what_drifted_too_far(make_trainer):
+    trainer = make_trainer(**FIELDS, keep="best", keep_kl=1e-9, scorer=Rising(0.1, 0.9, 0.3, 0.2), learning_rate=1e-2)
+    trainer.train()
+    drifted = [entry for entry in validations(trainer) if entry["eval_kl"] > 1e-9]
+    assert drifted, "the limit was never reached"
+    assert trainer.validation.best["update"] not in [entry["update"] for entry in drifted]
+
+
+def test_gold_can_decide(make_trainer):
+    gold = Rising(0.1, 0.2, 0.9, 0.3)
+    trainer = make_trainer(**FIELDS, keep="best_gold", gold=gold, scorer=Rising(0.1, 0.9, 0.3, 0.2))
+    trainer.train()
+    assert trainer.validation.best["update"] == 4
+
+
+@pytest.mark.parametrize("killed_at", [2, 3])
+def test_a_killed_run_keeps_the_same_best(make_trainer, tmp_path, killed_at):
+    fields = FIELDS | {"keep": "best", "save_strategy": "steps", "save_updates": 1, "learning_rate": 1e-2}
+    whole = make_trainer(output_dir=str(tmp_path / "whole"), **fields)
+    whole.train()
+    folder = tmp_path / "killed"
+    with pytest.raises(Killed):
+        make_trainer(output_dir=str(folder), callbacks=[KillAt(killed_at)], **fields).train()
+    second = make_trainer(output_dir=str(folder), **fields)
+    second.train(resume_from_checkpoint=str(last_checkpoint(folder)))
+    assert second.validation.best == whole.validation.best
+    assert validations(second) == validations(whole)
+    expected, found = outcome(whole), outcome(second)
+    assert found[1] == expected[1]
+    assert all(torch.equal(found[0][name], tensor) for name, tensor in expected[0].items())
+
+
+def test_a_prompt_is_answered_alike_in_any_number_of_processes(make_trainer, monkeypatch):
+    trainer = make_trainer(**FIELDS, temperature=2.0)
+    monkeypatch.setattr("align.rl.validation.gathered", lambda own: [own])
+    answers = {}
+    for world in (1, 2):
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        for rank in range(world):
+            monkeypatch.setenv("RANK", str(rank))
+            args = SimpleNamespace(max_tokens=6, temperature=2.0, seed=3)
+            asked = SimpleNamespace(args=args, engine=trainer.engine, score=lambda rollout: None)
+            found = trainer.validation._answer(asked)
+            for row, response in zip(found.rows, found.responses, strict=True):
+                answers.setdefault(row["id"], []).append(response)
+    assert list(answers) == [row["id"] for row in HELD_OUT]
+    assert all(one == two for one, two in answers.values())
+    assert len({tuple(one) for one, _ in answers.values()}) == len(answers)  # sampled, and each by itself
+
+
+def test_wrong_settings_are_refused(make_trainer):
+    with pytest.raises(ValueError, match="keep is best, which needs validations"):
+        make_trainer(keep="best")
+    with pytest.raises(ValueError, match="no eval_dataset is given"):
+        make_trainer(eval_updates=1)
+
+
+def test_fewer_prompts_than_processes_are_the_users_error(tiny_model, tmp_path):
+    args = SimpleNamespace(eval_updates=1, max_prompt_tokens=None, world_size=3, output_dir=str(tmp_path))
+    with pytest.raises(UserError, match=r"2 prompts to validate on, 0 longer ones left out, for 3 processes"):
+        make_validation(args, HELD_OUT[:2], load_tokenizer(tiny_model))
+
+
+def test_sampled_responses_are_written_down(make_trainer, tmp_path):
+    make_trainer(updates=2, completions=3, gold=lambda rows, texts: [0.25] * len(texts)).train()
+    files = sorted((tmp_path / "run" / "completions").iterdir())
+    assert [file.name for file in files] == ["000001.jsonl", "000002.jsonl"]
+    lines = [json.loads(line) for line in files[1].read_text().splitlines()]
+    assert len(lines) == 3
+    assert lines[0].keys() == {"update", "prompt", "response", "score", "gold", "kl", "tokens", "finished", "by_token"}
+    for line in lines:  # text, KL, value, advantage of each token
+        assert [len(line["by_token"]), {len(token) for token in line["by_token"]}] == [line["tokens"], {4}]
+        assert sum(token[1] for token in line["by_token"]) == pytest.approx(line["kl"], abs=1e-3)
+        assert len({token[2] for token in line["by_token"]}) > 1 or line["tokens"] == 1
+    assert lines[0]["update"] == 2 and lines[0]["gold"] == 0.25
+    assert lines[0]["prompt"] in [row["prompt"] for row in ROWS]

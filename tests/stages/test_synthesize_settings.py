@@ -1,0 +1,106 @@
+"""Settings of stage synthesise: what is refused, what a key holds, what the guide shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from align.errors import UserError
+from align.pipeline.pipeline import Pipeline
+from align.stages.synthesize import SynthesiseConfig
+from align.store.artifacts import Kind
+from tests.support.stages.synthesis_harness import (
+    write_seeds,
+)
+
+SERVER = {"url": "https://api.example.com/v1", "model": "m"}
+RESPONSES = {"task": {"type": "responses"}, "prompts": "data", "endpoint": SERVER}
+PAIRS = {"task": {"type": "pairs"}, "prompts": "data", "endpoint": SERVER}
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        (RESPONSES | {"endpoint": None}, "model or endpoint answers, one of them; neither is set"),
+        (RESPONSES | {"model": "sft"}, "both are set"),
+        (RESPONSES | {"prompts": None}, "responses needs prompts"),
+        (RESPONSES | {"seeds": "x.jsonl"}, "seeds are for instructions"),
+        (RESPONSES | {"score": "gold"}, "responses has no use for score"),
+        (RESPONSES | {"max_cost": 1}, "max_cost needs endpoint.price_input"),
+        (RESPONSES | {"endpoint": None, "model": "sft", "max_cost": 1}, "max_cost is for endpoints"),
+        (RESPONSES | {"task": {"type": "responses", "n": 2}, "temperature": 0}, "temperature 0 gives the same answer"),
+        ({"task": {"type": "instructions"}, "endpoint": SERVER}, "instructions need seeds"),
+        (PAIRS, "pairs needs one of reward, score, judge; none set"),
+        (PAIRS | {"score": "gold", "reward": "r"}, "needs one of reward, score, judge; reward, score set"),
+        (PAIRS | {"judge": {}}, "judge.endpoint or judge_model judges, one of them; neither is set"),
+        (PAIRS | {"judge": {"endpoint": SERVER}, "judge_model": "sft"}, "both are set"),
+        (PAIRS | {"score": "gold", "judge_model": "sft"}, "judge_model needs `judge"),
+        (PAIRS | {"task": {"type": "pairs", "min_margin": 1}, "judge": {"endpoint": SERVER}}, "a judge gives none"),
+        (PAIRS | {"task": {"type": "best_of"}, "judge": {"endpoint": SERVER}}, "best_of has no use for judge"),
+        (PAIRS | {"task": {"type": "best_of", "n": 2, "keep": 3}, "score": "gold"}, "keep 3 is more than n 2"),
+    ],
+)
+def test_settings_that_make_no_sense(config: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValidationError, match=text):
+        SynthesiseConfig(**config)
+
+
+def _pipeline(folder: Path, **changed: Any) -> Pipeline:
+    stage = {
+        "task": {"type": "pairs", "n": 2}, "endpoint": SERVER, "prompts": "data", "judge": {"endpoint": dict(SERVER)}
+    } | changed  # fmt: skip
+    data = {"recipe": "data_recipes/embedded.yaml"}
+    return Pipeline({"name": "p", "stages": {"data": data, "synthesise": stage}}, base=folder)
+
+
+def test_the_key_holds_what_decides_the_rows_and_nothing_else() -> None:
+    base = Path.cwd()
+    node = _pipeline(base).nodes["synthesise"]
+    assert node.makes == Kind.PREFERENCES
+    same = [
+        {"endpoint": SERVER | {"concurrency": 3, "retries": 9, "timeout": 3, "price_input": 1, "price_output": 1}},
+        {"cache": "elsewhere"},
+        {"cache": False},
+        {"endpoint": SERVER | {"price_input": 1, "price_output": 1}, "max_cost": 5,
+         "judge": {"endpoint": SERVER | {"price_input": 1, "price_output": 1}}},
+    ]  # fmt: skip
+    assert {_pipeline(base, **one).nodes["synthesise"].key for one in same} == {node.key}
+    other = [
+        {"endpoint": SERVER | {"model": "n"}},
+        {"endpoint": SERVER | {"url": "https://api.example.org/v1"}},
+        {"endpoint": SERVER | {"extra": {"top_k": 2}}},
+        {"judge": {"endpoint": SERVER | {"model": "n"}}},
+        {"judge": {"endpoint": SERVER, "rubric": "Shorter."}},
+        {"temperature": 0.5},
+        {"on_error": "drop"},
+        {"task": {"type": "pairs", "n": 3}},
+    ]
+    assert len({_pipeline(base, **one).nodes["synthesise"].key for one in other} | {node.key}) == 9
+
+
+def test_a_seed_file_counts_by_its_content(tmp_path: Path) -> None:
+    def key(name: str) -> str:
+        stage = {"task": {"type": "instructions"}, "endpoint": SERVER, "seeds": name}
+        return Pipeline({"name": "p", "stages": {"synthesise": stage}}, base=tmp_path).nodes["synthesise"].key
+
+    (tmp_path / "one.jsonl").write_text("{}")
+    (tmp_path / "two.jsonl").write_text("{}")
+    (tmp_path / "three.jsonl").write_text("{ }")
+    assert key("one.jsonl") == key("two.jsonl") != key("three.jsonl")
+    with pytest.raises(UserError, match=r"stages.synthesise: seeds: there is no file .*four.jsonl"):
+        key("four.jsonl")
+
+
+def test_what_the_guide_shows_is_accepted(tmp_path: Path) -> None:
+    import re
+
+    import yaml
+
+    (block,) = re.findall(r"```yaml\n(.*?)```", Path("docs/synthesis.md").read_text(encoding="utf-8"), re.DOTALL)
+    shown = yaml.safe_load(block)
+    shown["stages"]["instructions"]["seeds"] = write_seeds(tmp_path)
+    made = {node.name: node.makes for node in Pipeline(shown, "docs/synthesis.md")}
+    assert list(made.values()) == [Kind.MODEL, Kind.PROMPTS, Kind.INSTRUCTIONS, Kind.PREFERENCES]

@@ -1,0 +1,45 @@
+"""A stage whose record says that gates failed, and a score it is compared by; for tests of what commands do then."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from align.pipeline.registry import Config, Stage, StageContext
+from align.store.artifacts import Kind
+
+
+class GatedConfig(Config):
+    """Which gates it finds failed."""
+
+    failed: list[str] = []
+
+
+def gated(context: StageContext) -> dict[str, Any]:
+    """Write a file and the gates that failed."""
+    (context.output / "card.txt").write_text("card")
+    return {"failed_gates": context.config.failed}
+
+
+GATED = Stage(
+    "gated", 1, Kind.PROMPTS, f"{__name__}:GatedConfig", f"{__name__}:gated", "a card with gates", f"{__name__}:GATED"
+)
+
+
+class SwitchedConfig(Config):
+    """A file that makes the stage fail while it is there."""
+
+    file: str
+
+
+def switched(context: StageContext) -> dict[str, Any]:
+    """Write a file, or fail."""
+    if Path(context.config.file).exists():
+        raise RuntimeError("switched off")
+    (context.output / "file.txt").write_text("on")
+    return {}
+
+
+SWITCHED = Stage(
+    "switched", 1, Kind.PROMPTS, f"{__name__}:SwitchedConfig", f"{__name__}:switched", "x", f"{__name__}:SWITCHED"
+)

@@ -1,0 +1,88 @@
+"""What a task meets in an evaluation, without one: a system that answers by a function, a bench, what it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from align.data.rows import Message
+from align.evaluation.tasks.base import Answers, Example, Given, SystemInfo, Task, Turn
+from align.inference.protocol import Response, Sampling
+
+
+def given(base: Path, seed: int = 0) -> Given:
+    """What a task is built from, without a stage."""
+    return Given(
+        seed=seed,
+        base=base,
+        pairs=[],
+        heldout=[],
+        has_reward=False,
+        has_second_reward=False,
+        precision="float32",
+        warn=lambda message: None,
+    )
+
+
+def response(text: str, finished: bool = True) -> Response:
+    """A response whose tokens do not matter."""
+    return Response(token_ids=[1], logprobs=[0.0], finished=finished, text=text)
+
+
+def answered(task: Task, texts: Sequence[str | Sequence[str]], finished: bool = True) -> Answers:
+    """Answers as a respondent returns them, one text (or one for each sample) an item."""
+    samples = [[one] if isinstance(one, str) else list(one) for one in texts]
+    return [
+        [[Turn(list(item.prompt), response(text, finished))] for text in several]
+        for item, several in zip(task.items, samples, strict=True)
+    ]
+
+
+@dataclass
+class Scripted:
+    """A respondent that keeps what it was asked."""
+
+    reply: Callable[[list[Message]], str]
+    shots: int = 0
+    prompts: list[list[Message]] = field(default_factory=list)
+    sampling: Sampling | None = None
+    examples: list[Example] = field(default_factory=list)
+
+    @property
+    def info(self) -> SystemInfo:
+        return SystemInfo("scripted", "scripted", "prompted" if self.shots else "checkpoint", "key", shots=self.shots)
+
+    def answer(
+        self,
+        prompts: Sequence[list[Message]],
+        sampling: Sampling,
+        examples: Sequence[Example] = (),
+        *,
+        going_on: bool = False,
+    ) -> list[list[Response]]:
+        self.prompts, self.sampling, self.examples = [list(one) for one in prompts], sampling, list(examples)
+        return [[response(self.reply(prompt)) for _ in range(sampling.n)] for prompt in prompts]
+
+
+@dataclass
+class SilentBench:
+    """A bench without a reward model."""
+
+    seed: int = 0
+    reference: str = "sft"
+    base: str | None = None
+    folder: Path = Path()
+    shared: Path | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    def reward_scores(
+        self, prompts: Sequence[list[Message]], answers: Sequence[str], finished: Sequence[bool], which: str = "reward"
+    ) -> list[float]:
+        raise AssertionError("these tasks ask no reward model")
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+    def progress(self, done: float, total: float, unit: str) -> None:
+        assert 0 < done <= total

@@ -1,0 +1,76 @@
+"""Stored adapters in vLLM, all in one engine: ``python vllm_adapter_checks.py TINY_MODEL``."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from align.config.runtime import EngineConfig, Runtime
+from align.config.tuning import AdaptersTuning, PrefixTuning
+from align.inference.engine import open_engine
+from align.inference.parity import trainer_logprobs
+from align.inference.protocol import Sampling
+from align.inference.vllm import VllmEngine
+from align.inference.vllm_adapters import Adapter
+from align.inference.weights import checkpoint_weights, weight_names
+from align.models.loading import load_policy
+from align.models.render import render_prompt
+from tests.support.models.tuning.confident import saved
+
+TEXTS = ["Hello", "What is it?", "Name three colours, please.", "x"]
+OTHERS = {
+    "sequential": AdaptersTuning(position="sequential", size=16, after=["attention", "mlp"]),
+    "llama": AdaptersTuning(kind="llama_adapter", tokens=4, layers=2),
+}
+
+
+def difference(engine: VllmEngine, model: Any) -> float:
+    """The largest difference of log-probability between what the engine samples and what ``model`` gives it."""
+    prompts = [render_prompt(engine.tokenizer, [{"role": "user", "content": text}]) for text in TEXTS]
+    drawn = [one for some in engine.generate(prompts, Sampling(16, seed=3)) for one in some]
+    ours = trainer_logprobs(model, prompts, [one.token_ids for one in drawn], 1.0)
+    theirs = torch.tensor([value for one in drawn for value in one.logprobs])
+    scored = engine.score_tokens(prompts, [one.token_ids for one in drawn], 1.0)
+    again = torch.tensor([value for one in scored for value in one])
+    return float(max((ours - theirs).abs().max(), (ours - again).abs().max()))
+
+
+def main(tiny: Path, root: Path) -> None:
+    prefix = PrefixTuning(tokens=4)
+    checkpoint = saved(tiny, prefix, root / "prefix" / "model")
+    base = root / "base"  # with room for the prefix's tokens, so that one engine takes all
+    shutil.copytree(checkpoint, base, ignore=shutil.ignore_patterns("adapter"))
+    runtime = Runtime(engine=EngineConfig(name="vllm", cpu_kv_cache_gb=0.1))
+    engine = open_engine(checkpoint, runtime, precision="float32", max_length=128, seed=7, warn=print)
+    assert isinstance(engine, VllmEngine)
+    assert engine.adapter is not None
+
+    assert difference(engine, load_policy(checkpoint)) < 1e-3
+    assert difference(engine, load_policy(base)) > 0.1, "the prefix changes nothing, so nothing was checked"
+
+    other = saved(tiny, prefix, root / "other" / "model", seed=2)
+    engine.load_weights(checkpoint_weights(other))
+    assert difference(engine, load_policy(other)) < 1e-3
+    assert difference(engine, load_policy(checkpoint)) > 0.1
+
+    for name, tuning in OTHERS.items():
+        stored = saved(base, tuning, root / name / "model")
+        engine.adapter.remove()
+        engine.adapter = Adapter(engine.runner.model, stored, torch.float32)
+        engine.names = weight_names(stored)
+        engine.load_weights(checkpoint_weights(stored))
+        found = difference(engine, load_policy(stored))
+        assert found < 1e-3, (name, found)
+        assert difference(engine, load_policy(base)) > 0.1, name
+    engine.close()
+    print("all checks passed")
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        main(Path(sys.argv[1]), Path(folder))

@@ -1,0 +1,265 @@
+"""Checks of the vLLM engine that share one engine: ``python vllm_checks.py TINY_MODEL``. Run by ``test_vllm.py``."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from align.config.runtime import EngineConfig, Runtime
+from align.config.tuning import LoraTuning
+from align.inference.engine import open_engine
+from align.inference.parity import ParityError, probe, trainer_logprobs
+from align.inference.protocol import Sampling
+from align.inference.vllm import VllmEngine
+from align.inference.vllm_insides import VllmChanged, install_sampler, model_runner, notice_steps
+from align.inference.weights import checkpoint_weights
+from align.models.loading import load_policy
+from align.models.merging import merged_weights
+from align.models.tuning.apply import apply_tuning
+
+sys.path.append(str(Path(__file__).resolve().parents[3]))
+from tests.support.models.tuning.pretended import CASES, push, tuning_of, wrapped
+
+PROMPTS = [[1, 30 + i, 31, 32 + i] + [40 + i] * (3 * i) for i in range(8)]
+
+
+def flat(drawn: list[list[Any]]) -> list[Any]:
+    return [response for some in drawn for response in some]
+
+
+def noisy(model_dir: Path, seed: int) -> Any:
+    """A LoRA model after a pretended update."""
+    model = apply_tuning(load_policy(model_dir), LoraTuning(rank=4), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data += 0.3 * torch.randn(weight.shape, generator=generator)
+    return model
+
+
+def changed_head(model_dir: Path) -> Any:
+    """Every row of the tied embeddings moved: what an old head left in place would miss."""
+    model = load_policy(model_dir)
+    generator = torch.Generator().manual_seed(5)
+    weight = model.model.embed_tokens.weight
+    weight.data += 0.1 * torch.randn(weight.shape, generator=generator)
+    return model
+
+
+def caller_is_undisturbed(model_dir: Path) -> VllmEngine:
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()  # type: ignore[index]
+    threads, setter = torch.get_num_threads(), torch.set_num_threads
+    runtime = Runtime(engine=EngineConfig(name="vllm", cpu_kv_cache_gb=0.1), threads=threads)
+    engine = open_engine(model_dir, runtime, precision="float32", max_length=128, seed=7, warn=print)
+    assert engine.name == "vllm"
+    engine.generate(PROMPTS[:2], Sampling(4))
+    assert random.getstate() == before[0]
+    assert (np.random.get_state()[1] == before[1]).all()  # type: ignore[index]
+    assert torch.equal(torch.get_rng_state(), before[2])
+    assert torch.get_num_threads() == threads
+    assert torch.set_num_threads is setter
+    assert isinstance(engine, VllmEngine)
+    return engine
+
+
+def logprobs_are_the_models(engine: VllmEngine, model: Any) -> None:
+    for temperature in (1.0, 0.7):
+        found = flat(engine.generate(PROMPTS, Sampling(16, temperature=temperature, seed=3)))
+        ours = trainer_logprobs(model, PROMPTS, [one.token_ids for one in found], temperature)
+        theirs = torch.tensor([value for one in found for value in one.logprobs])
+        assert (ours - theirs).abs().max() < 1e-3, (ours - theirs).abs().max()
+    scored = engine.score_tokens(PROMPTS, [[50, 51, 52]] * len(PROMPTS), 1.0)
+    ours = trainer_logprobs(model, PROMPTS, [[50, 51, 52]] * len(PROMPTS), 1.0)
+    assert (torch.tensor(scored).flatten() - ours).abs().max() < 1e-3
+
+
+def samples_follow_their_seeds(engine: VllmEngine) -> None:
+    first = engine.generate(PROMPTS, Sampling(16, n=2, seed=3))
+    again = engine.generate(PROMPTS, Sampling(16, n=2, seed=3))
+    other = engine.generate(PROMPTS, Sampling(16, n=2, seed=4))
+    tokens = [[one.token_ids for one in flat(drawn)] for drawn in (first, again, other)]
+    assert tokens[0] == tokens[1] != tokens[2]
+    assert first[0][0].token_ids != first[0][1].token_ids
+    for one in flat(first):
+        assert one.finished == (one.token_ids[-1] == 2)
+        assert len(one.logprobs) == len(one.token_ids)
+
+
+def frequencies_follow_the_model(engine: VllmEngine, model: Any) -> None:
+    """4,000 first tokens against the model's distribution: total variation as small as chance makes it."""
+    draws = 4000
+    found = flat(engine.generate(PROMPTS[:1], Sampling(1, n=draws, seed=1)))
+    counts = torch.bincount(torch.tensor([one.token_ids[0] for one in found]), minlength=260) / draws
+    with torch.no_grad():
+        wanted = model(torch.tensor(PROMPTS[:1])).logits[0, -1].softmax(-1)
+    # the expected distance of a sample from its own distribution is about sum sqrt(p (1 - p) / n) / sqrt(2 pi)
+    chance = (wanted * (1 - wanted) / draws).sqrt().sum() * 0.4
+    distance = 0.5 * (counts - wanted).abs().sum()
+    assert distance < 1.5 * chance, (distance, chance)
+
+
+def more_prompt_tokens_than_a_step_takes(engine: VllmEngine) -> None:
+    """Seeded requests whose prompts do not all fit into one step: read in parts, they crashed vLLM's CPU sampler."""
+    prompts = [[1, *((7 * i + 3 * at) % 250 + 3 for at in range(110))] for i in range(128)]
+    found = flat(engine.generate(prompts, Sampling(2, seed=1)))
+    assert len(found) == 128 and all(one.token_ids for one in found)
+
+
+def weights_are_taken_over(engine: VllmEngine, model_dir: Path) -> None:
+    for model in (noisy(model_dir, 1), noisy(model_dir, 2), changed_head(model_dir)):
+        try:
+            probe(engine, model, PROMPTS)
+        except ParityError as error:
+            assert "weights not loaded" in str(error)
+        else:
+            raise AssertionError("the probe did not notice that the weights were not loaded")
+        engine.load_weights(merged_weights(model))
+        assert probe(engine, model, PROMPTS).mean_gap < 1e-4
+
+
+def weights_of_every_tuning_are_taken_over(engine: VllmEngine, model_dir: Path) -> None:
+    """What a model in training answers, its merged weights answer here."""
+    for name in ("qdora", "loftq", "pissa_dora", "embeddings", "ia3", "oft", "ln_tuning"):
+        model = wrapped(model_dir, tuning_of(CASES[name]))
+        push(model)
+        engine.load_weights(merged_weights(model))
+        gap = probe(engine, model, PROMPTS).mean_gap
+        assert gap < 1e-4, (name, gap)
+    engine.load_weights(checkpoint_weights(model_dir))
+
+
+def tied_head_may_be_left_out_by_the_caller(engine: VllmEngine, model_dir: Path) -> None:
+    model = changed_head(model_dir)
+    engine.load_weights(checkpoint_weights(model_dir))
+    engine.load_weights(pair for pair in merged_weights(model) if pair[0] != "lm_head.weight")
+    assert probe(engine, model, PROMPTS).mean_gap < 1e-4
+
+
+def left_out_head_is_caught(engine: VllmEngine, model_dir: Path) -> None:
+    """Without our completion vLLM keeps its packed copy of the old head; only the probe can see it."""
+    model = changed_head(model_dir)
+    engine.load_weights(checkpoint_weights(model_dir))
+    engine.tied = False
+    engine.load_weights(pair for pair in merged_weights(model) if pair[0] != "lm_head.weight")
+    engine.tied = True
+    try:
+        probe(engine, model, PROMPTS)
+    except ParityError as error:
+        assert "tied output head" in str(error)
+    else:
+        raise AssertionError("an old head went unnoticed")
+
+
+def missing_weight_is_an_error(engine: VllmEngine, model_dir: Path) -> None:
+    try:
+        engine.load_weights(pair for pair in checkpoint_weights(model_dir) if pair[0] != "model.norm.weight")
+    except ValueError as error:
+        assert "model.norm.weight" in str(error)
+    else:
+        raise AssertionError("a missing weight went unnoticed")
+    engine.load_weights(checkpoint_weights(model_dir))
+
+
+def corrupted_tensor_is_caught(engine: VllmEngine, model_dir: Path) -> None:
+    weights = dict(checkpoint_weights(model_dir))
+    weights["model.layers.1.mlp.up_proj.weight"] = weights["model.layers.1.mlp.up_proj.weight"] * 1.5
+    engine.load_weights(weights.items())
+    try:
+        probe(engine, load_policy(model_dir), PROMPTS)
+    except ParityError:
+        engine.load_weights(checkpoint_weights(model_dir))
+        return
+    raise AssertionError("a corrupted tensor went unnoticed")
+
+
+def changed_insides_fail_loudly() -> None:
+    try:
+        notice_steps(type("LLM", (), {"llm_engine": object()})(), print)
+    except VllmChanged as error:
+        assert "get_output" in str(error)
+    else:
+        raise AssertionError("a changed engine core went unnoticed")
+    for broken in (object(), type("LLM", (), {"llm_engine": object()})()):
+        try:
+            model_runner(broken)
+        except VllmChanged as error:
+            assert "set runtime.engine.name to transformers" in str(error)
+        else:
+            raise AssertionError("a changed vLLM went unnoticed")
+    try:
+        install_sampler(object())
+    except VllmChanged:
+        return
+    raise AssertionError("a changed sampler went unnoticed")
+
+
+def progress_is_told(engine: VllmEngine) -> None:
+    seen: list[tuple[int, int]] = []
+    engine.generate(PROMPTS, Sampling(4, n=2), lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (16, 16)
+
+
+def a_hang_is_noticed(engine: VllmEngine) -> None:
+    """Every step that gives a token is progress; one that takes longer than the timeout is told of, with its stack."""
+    before = engine.watchdog._progress
+    (one,) = flat(engine.generate(PROMPTS[:1], Sampling(12, seed=1)))
+    assert engine.watchdog._progress - before == len(one.token_ids), (engine.watchdog._progress, before)
+    core = engine.llm.llm_engine.engine_core.engine_core
+    step, timeout = core.step_fn, engine.watchdog.timeout
+
+    def late() -> Any:
+        time.sleep(0.15)
+        return step()
+
+    core.step_fn = late
+    for seconds, expected in ((1.0, False), (0.05, True)):
+        engine.watchdog.timeout = seconds
+        with tempfile.TemporaryFile("w+") as file, contextlib.redirect_stderr(file):
+            engine.generate(PROMPTS[:1], Sampling(12, seed=1))
+            file.seek(0)
+            said = file.read()
+        assert ("the vllm engine made no progress in 'generate'" in said) == expected, said
+        assert ("in late" in said) == expected, said
+    core.step_fn, engine.watchdog.timeout = step, timeout
+
+
+def training_still_works(model_dir: Path) -> None:
+    """Gradients and a second backend call after the engine ran in inference mode."""
+    model = load_policy(model_dir).train()
+    ids = torch.tensor(PROMPTS[:1])
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert model.model.norm.weight.grad is not None
+
+
+def main(model_dir: Path) -> None:
+    engine = caller_is_undisturbed(model_dir)
+    model = load_policy(model_dir)
+    logprobs_are_the_models(engine, model)
+    samples_follow_their_seeds(engine)
+    frequencies_follow_the_model(engine, model)
+    more_prompt_tokens_than_a_step_takes(engine)
+    weights_are_taken_over(engine, model_dir)
+    weights_of_every_tuning_are_taken_over(engine, model_dir)
+    tied_head_may_be_left_out_by_the_caller(engine, model_dir)
+    left_out_head_is_caught(engine, model_dir)
+    missing_weight_is_an_error(engine, model_dir)
+    corrupted_tensor_is_caught(engine, model_dir)
+    changed_insides_fail_loudly()
+    progress_is_told(engine)
+    a_hang_is_noticed(engine)
+    training_still_works(model_dir)
+    engine.close()
+    print("all checks passed")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
