@@ -7,7 +7,7 @@ with a few words replaced, inserted or deleted, anywhere behind the row they cop
 78 % of their words in one piece with another row (Jaccard 0.25 to 0.64) but are no duplicates. Both sides use 5-word
 shingles, 128 permutations and the same bands. datasketch is used the fast way: signatures in bulk, one index, a row
 dropped when the estimated similarity to a candidate reaches the threshold; align compares the shingles of close pairs.
-Seconds are the processor's, of one thread: they include normalising the text and, in deciding, reading rows back, and
+Seconds are the processor's, of one thread: they include normalizing the text and, in deciding, reading rows back, and
 exclude reading the file at first. Recall counts the planted copies whose exact Jaccard similarity reaches the
 threshold, precision the dropped rows that are planted copies.
 """
@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from align.data.minhash import choose_bands
-from align.data.rows import Row, assistant, normalised, take_rows, user, write_rows
+from align.data.rows import Row, assistant, normalized, take_rows, user, write_rows
 from align.data.steps.base import StepContext, Table
 from align.data.steps.near_duplicates import NearDuplicates
 
@@ -173,7 +173,7 @@ def run_datasketch(folder: Path, threshold: float) -> dict[str, Any]:
 def _byte_shingles(record: dict[str, str]) -> list[bytes]:
     found = []
     for part in (record["prompt"], record["reply"]):
-        words = normalised(part).split()
+        words = normalized(part).split()
         found += [" ".join(words[at : at + SHINGLE]).encode() for at in range(max(len(words) - SHINGLE + 1, 1))]
     return found
 

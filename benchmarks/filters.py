@@ -1,4 +1,4 @@
-"""Rows per second of ``normalise`` and of each filter, on one core.
+"""Rows per second of ``normalize`` and of each filter, on one core.
 
     .venv/bin/python -m benchmarks.filters [TOKENIZER]
 
@@ -16,7 +16,7 @@ from typing import Any
 from align.data.rows import Row, assistant, user
 from align.data.steps.base import RowStep, StepContext
 from align.data.steps.filter import FilterStep
-from align.data.steps.normalize import NormaliseStep
+from align.data.steps.normalize import NormalizeStep
 
 WORDS = """
     the of to and a in is it you that he was for on are with as his they be at one have this from or had by hot word
@@ -28,7 +28,7 @@ FILTERS: dict[str, Any] = {
     "language": {"keep": ["en"]},
 }  # fmt: skip
 GOAL = ("chars", "turns", "boilerplate", "urls")
-"""Filters that together with ``normalise`` are to do 20,000 rows/s."""
+"""Filters that together with ``normalize`` are to do 20,000 rows/s."""
 
 
 def make_rows(count: int, seed: int = 0) -> list[Row]:
@@ -71,10 +71,10 @@ def main() -> None:
     def filtering(**settings: Any) -> RowStep:
         return FilterStep(type="filter", **settings).start(context)
 
-    normalise = NormaliseStep(type="normalise").start(context)
-    measure("normalise + " + ", ".join(GOAL), [normalise, filtering(**{name: FILTERS[name] for name in GOAL})], rows)
-    measure("normalise", [normalise], rows)
-    measure("normalise, fix_encoding", [NormaliseStep(type="normalise", fix_encoding=True).start(context)], rows)
+    normalize = NormalizeStep(type="normalize").start(context)
+    measure("normalize + " + ", ".join(GOAL), [normalize, filtering(**{name: FILTERS[name] for name in GOAL})], rows)
+    measure("normalize", [normalize], rows)
+    measure("normalize, fix_encoding", [NormalizeStep(type="normalize", fix_encoding=True).start(context)], rows)
     for name, value in FILTERS.items():
         measure(name, [filtering(**{name: value})], rows)
     for tokenizer in sys.argv[1:2]:

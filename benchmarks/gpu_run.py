@@ -79,11 +79,11 @@ def stage_line(root: Path, kind: str, method: str, device: str, model: Path, siz
     rate = matrix_rate(device)
     metrics = run_stage(root / "run", kind, fields, model, length, rows, runtime)
     setting = Setting(job.micro_batch, job.batch > job.micro_batch, gpu=device == "cuda")
-    learnt = job.steps(job.rows(10**9) or 0) * job.batch if kind != "ppo" else job.rows(None) or 0
+    learned = job.steps(job.rows(10**9) or 0) * job.batch if kind != "ppo" else job.rows(None) or 0
     seconds = float(metrics["seconds"] if kind == "ppo" else metrics["training_seconds"])
     work = job.work(1.0)
     # PPO's seconds hold its scoring passes and its sampling; the others' are of steps alone
-    flops = learnt * (work.learning + (work.scoring if kind == "ppo" else 0.0))
+    flops = learned * (work.learning + (work.scoring if kind == "ppo" else 0.0))
     return {
         "tokens_per_second": float(metrics["tokens_per_second"]),
         "share": flops / seconds / rate,

@@ -2,7 +2,7 @@
 
     python -m benchmarks.recipe [--rows 1000000] [--workers 2] [--datasketch 100000] [--folder DIR]
 
-The recipe: read JSON lines, normalise, filter (lengths, turns, stock phrases, repetition), exact and near-duplicates,
+The recipe: read JSON lines, normalize, filter (lengths, turns, stock phrases, repetition), exact and near-duplicates,
 decontamination against three evaluation sets, the split with its near-duplicate prompts. Rows are those of
 ``benchmarks.dedup``, random words with planted copies, and in one of a thousand stands an evaluation item. A step's
 rate is the rows it got over its seconds, summed over processes; ``storage`` is reading and writing shards.
@@ -60,7 +60,7 @@ def recipe() -> Recipe:
             "kind": "instructions",
             "sources": [{"type": "files", "paths": ["input.jsonl"], "format": "prompt_completion"}],
             "steps": [
-                {"type": "normalise"},
+                {"type": "normalize"},
                 {
                     "type": "filter",
                     "chars": {"min_prompt": 2, "max": 8000},

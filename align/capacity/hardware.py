@@ -62,7 +62,7 @@ def _card(
 DEVICES: dict[str, Device] = {
     device.name: device
     for device in (
-        # name, GiB, TFLOP/s in bfloat16 and float32 (TF32 products), TB/s, GB/s to its neighbours each way, dollars
+        # name, GiB, TFLOP/s in bfloat16 and float32 (TF32 products), TB/s, GB/s to its neighbors each way, dollars
         _card("b200", 178.4, 2250, 1125, 8.0, 900, 5.98),
         _card("h200", 139.8, 989, 495, 4.8, 450, 3.59),
         _card("h100", 79.1, 989, 495, 3.35, 450, 2.69),

@@ -2,7 +2,8 @@
 
 The counterpart of ``align.capacity.job`` for stages that learn nothing. Each kind of stage makes its own
 (``align.capacity.memory_sample``, ``align.capacity.memory_evaluate``, ``align.capacity.memory_synthesize``);
-what devices make of it is counted in ``align.capacity``. Left out: what an allocator keeps for itself, scratch space of kernels.
+what devices make of it is counted in ``align.capacity``. Left out: what an allocator keeps for itself, and kernels'
+scratch space.
 """
 
 from __future__ import annotations

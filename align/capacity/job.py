@@ -1,7 +1,7 @@
 """What a stage that trains asks of devices, as a function of how it is run on them. Torch-free.
 
-Each kind of stage makes its own (``align.capacity.memory_training``, ``align.capacity.memory_rl``); what devices make of
-it is counted in ``align.capacity``. Left out: how many rows a dataset has, which its artifact says.
+Each kind of stage makes its own (``align.capacity.memory_training``, ``align.capacity.memory_rl``); what devices make
+of it is counted in ``align.capacity``. Left out: how many rows a dataset has, which its artifact says.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Work:
-    """Floating-point operations and tokens of one row that is learnt from."""
+    """Floating-point operations and tokens of one row that is learned from."""
 
     learning: float
     """Forward and backward passes, every epoch over a rollout included."""
@@ -41,7 +41,7 @@ class Work:
     scoring: float = 0.0
     """Passes without gradients: of references, reward models, and to measure a rollout."""
     tokens: float = 0.0
-    """Tokens learnt from, padding included."""
+    """Tokens learned from, padding included."""
     sampled: float = 0.0
     """Tokens sampled by the policy."""
 
@@ -65,7 +65,7 @@ class Job:
     work: Callable[[float], Work]
     """Of a row, with rows this share as long as they may be."""
     rows: Callable[[int | None], int | None]
-    """Rows learnt in the whole stage, given those that its data has (None where that is not known)."""
+    """Rows learned in the whole stage, given those that its data has (None where that is not known)."""
     steps: Callable[[int], int]
     """Optimizer steps for so many rows."""
     rollout: int = 0

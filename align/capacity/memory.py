@@ -143,22 +143,22 @@ def ppo_memory(
     With adapters the reference is the policy with them off, and the critic adapters on weights that are there anyway
     (matrices in 4 bits, or less what adapters took out of them, are its own); with full tuning both are models of their
     own (``align.rl.ppo.critic``, ``align.rl.model``). A critic with a
-    trunk has learnt before the policy's forward pass starts, so of what both keep until then only the larger counts,
+    trunk has learned before the policy's forward pass starts, so of what both keep until then only the larger counts,
     unless they are not ``apart``, as with several processes. ``flash``: see ``activations_per_token``.
     Raises ``ValueError`` for ``critic: reward`` without a reward model.
     """
     full, low = tuning.trains_all, precision == "bfloat16"
     trained = policy.parameters if full else policy.adapters(tuning, "model")
-    quantised = isinstance(tuning, QloraTuning)
+    quantized = isinstance(tuning, QloraTuning)
     if critic == "reward" and not rewards:
         raise ValueError("critic is reward, but there is no reward model")
     beside = {"reward": rewards[0] if rewards else None, "policy": policy, "head": None}[critic]
     own = policy.hidden + 1  # the value head and its bias
-    copies = [(0 if quantised else copied(policy, tuning, checkpointing)) + policy.head]
+    copies = [(0 if quantized else copied(policy, tuning, checkpointing)) + policy.head]
     per_token = [activations_per_token(policy, tuning, precision, checkpointing=checkpointing, flash=flash)]
     if beside is not None:
         own = beside.hidden + 1 + (beside.trunk if full else beside.adapters(tuning, "trunk"))
-        mine = full or (critic == "policy" and not quantised)  # a frozen reward model is in bfloat16
+        mine = full or (critic == "policy" and not quantized)  # a frozen reward model is in bfloat16
         copies.append(copied(beside, tuning, checkpointing) if mine else 0)
         per_token.append(activations_per_token(beside, tuning, precision, checkpointing=checkpointing, flash=flash))
     together = max if apart else sum
@@ -187,19 +187,19 @@ def model_bytes(model: Architecture, tuning: TuningBase) -> int:
     if not isinstance(tuning, QloraTuning):
         return FLOAT * model.parameters
     biases = model.layers * sum(linear.bias * linear.outputs for linear in model.linears)
-    return FLOAT * (model.parameters - model.matrices + biases) + _quantised(model.matrices - biases, tuning)
+    return FLOAT * (model.parameters - model.matrices + biases) + _quantized(model.matrices - biases, tuning)
 
 
-def _quantised(weights: int, tuning: QloraTuning) -> int:
+def _quantized(weights: int, tuning: QloraTuning) -> int:
     """Bytes of matrices in 4 bits: a scale for 64 weights, in float32, or in 8 bits with one for 256 scales."""
     scales = weights / 64
-    return round(weights / 2 + (scales + FLOAT * scales / 256 if tuning.double_quantisation else FLOAT * scales))
+    return round(weights / 2 + (scales + FLOAT * scales / 256 if tuning.double_quantization else FLOAT * scales))
 
 
 def _own_matrices(model: Architecture, tuning: TuningBase, critic: CriticKind) -> int:
     """Bytes of frozen matrices that a critic cannot share with the model it starts from."""
     if isinstance(tuning, QloraTuning):
-        return _quantised(model.matrices, tuning) if critic == "reward" else 0
+        return _quantized(model.matrices, tuning) if critic == "reward" else 0
     return FLOAT * model.matrices if isinstance(tuning, LowRank) and tuning.starts_from_weights else 0
 
 

@@ -103,18 +103,18 @@ def job(config: RolloutFields, models: Models, runtime: Runtime) -> Job:
         length = share * (config.max_prompt_tokens + config.max_tokens)
         sampled = share * config.max_tokens
         tokens = share * config.max_prompt_tokens / shared + sampled
-        learnt, measured = 0.0, forward_flops(policy, tokens, length, sampled)
+        learned, measured = 0.0, forward_flops(policy, tokens, length, sampled)
         forward = measured
         for model, head in ((policy, sampled), (beside, 0.0)):
             if model is not None:
-                learnt += learning_flops(model, tuning, tokens, length, head)
+                learned += learning_flops(model, tuning, tokens, length, head)
                 measured += forward_flops(model, tokens, length, head)
         measured += sum(forward_flops(reward, length, length) for reward in rewards)
         if not tuning.trains_all:  # the reference goes on from the policy's states below the first adapter
             measured -= forward_flops(policy, tokens, length) * (1 - policy.learning_layers(tuning) / policy.layers)
         again = forward + (0.0 if beside is None else forward_flops(beside, tokens, length))
         epochs = config.num_epochs * kept
-        return Work(epochs * learnt, epochs * again, measured, epochs * tokens, sampled)
+        return Work(epochs * learned, epochs * again, measured, epochs * tokens, sampled)
 
     return Job(
         model=policy,

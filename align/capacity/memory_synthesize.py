@@ -1,4 +1,4 @@
-"""What the stage ``synthesise`` asks of devices of this pipeline, from its config alone. Torch-free.
+"""What the stage ``synthesize`` asks of devices of this pipeline, from its config alone. Torch-free.
 
 What a server answers or judges is said in words, and not counted.
 """
@@ -13,14 +13,14 @@ from align.config.stages.synthesis_tasks import InstructionsTask
 from align.models.architecture import Architecture
 
 if TYPE_CHECKING:
-    from align.stages.synthesize import SynthesiseConfig
+    from align.stages.synthesize import SynthesizeConfig
 
 CHUNK = 128
 """Requests answered and kept together: what a killed stage repeats at most."""
 
 
 def inference(
-    config: SynthesiseConfig, models: Mapping[str, Sequence[Architecture]], rows: Mapping[str, Rows]
+    config: SynthesizeConfig, models: Mapping[str, Sequence[Architecture]], rows: Mapping[str, Rows]
 ) -> Inference:
     """The answers, a reward model's scores of them, and a checkpoint's verdicts: two of every two answers."""
     task, given = config.task, rows.get("prompts", Rows(0, 0))

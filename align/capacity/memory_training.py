@@ -70,7 +70,7 @@ def training_memory(config: TrainingFields, models: Models, tuning: TuningBase, 
         added, trained = head, (model.trunk if scores else model.parameters) + head
     else:
         added = trained = model.adapters(tuning, "trunk" if scores else "model") + head
-    low, learnt = config.precision == "bfloat16", rows_to_tokens(config, setting.rows)
+    low, learned = config.precision == "bfloat16", rows_to_tokens(config, setting.rows)
     kept = {"low_residual": False, "checkpointing": setting.checkpointing}
     return Memory(
         weights=weights + FLOAT * added,
@@ -78,7 +78,7 @@ def training_memory(config: TrainingFields, models: Models, tuning: TuningBase, 
         optimizer=2 * FLOAT * trained,
         reference=_beside(config, models, trained),
         copies=_copies(model, tuning, setting.checkpointing) if low else 0,
-        logits=0 if scores else _learning_logits(model, learnt, config.precision, tuning.trains_all, setting.gpu),
+        logits=0 if scores else _learning_logits(model, learned, config.precision, tuning.trains_all, setting.gpu),
         scoring=_scoring(config, models, tuning, setting.gpu),
         saving=_saving(config, model, tuning, setting.gpu),
         activations=activations_per_token(model, tuning, config.precision, **kept),
@@ -158,8 +158,8 @@ def job(config: TrainingFields, models: Models) -> Job:
         if given is None:
             return most
         given = given if config.max_rows is None else min(given, config.max_rows)
-        learnt = math.ceil(given * config.epochs)
-        return learnt if most is None else min(learnt, most)
+        learned = math.ceil(given * config.epochs)
+        return learned if most is None else min(learned, most)
 
     return Job(
         model=model,

@@ -41,7 +41,7 @@ class StagePlan:
     options: tuple[Option | Serving, ...] = ()
     """Those that fit first, the fastest of them at the head."""
     rows: int | None = None
-    """Rows learnt in the whole stage, epochs included, or prompts; None where its data is not there yet."""
+    """Rows learned in the whole stage, epochs included, or prompts; None where its data is not there yet."""
     used: Hardware | None = None
     """What of the hardware the stage runs on: all of it, unless ``runtime.launch`` asks for less."""
     given: Strategy | None = None
@@ -120,11 +120,11 @@ def _training(
     stage: Any = node.config
     job: Job = stage.job(models, runtime)
     counted = _rows_of_data(pipeline, node, store)
-    learnt = job.rows(rows if counted is None else counted)
+    learned = job.rows(rows if counted is None else counted)
     asked = runtime.launch != LaunchConfig()
     given = of_launch(runtime.launch, used.devices, job.checkpointing) if asked else None
-    ways = options(job, used, learnt or ROWS_SHOWN, fill, given)
-    found = StagePlan(node.name, node.stage.kind, job, None, tuple(ways), learnt, used, given, notes=job.notes)
+    ways = options(job, used, learned or ROWS_SHOWN, fill, given)
+    found = StagePlan(node.name, node.stage.kind, job, None, tuple(ways), learned, used, given, notes=job.notes)
     if not ways[0].why_not:
         return found
     others = _others(node, LESS_TO_LEARN, lambda config: config.job(models, runtime))

@@ -82,7 +82,7 @@ def _amounts(plan: StagePlan, hardware: Hardware, fill: float) -> list[str]:
         assert plan.job is not None
         rows, row = plan.rows or ROWS_SHOWN, plan.job.row
         sampled = f", {_count(best.time.sampled)} sampled" if best.time.sampled else ""
-        tokens = f"{_count(best.time.tokens)} tokens learnt{sampled}"
+        tokens = f"{_count(best.time.tokens)} tokens learned{sampled}"
     there = plan.rows is not None if isinstance(best, Serving) else plan.rows
     unknown = "" if there else f", time for {rows:,} of them, since its data is not there yet (--rows)"
     found = [f"  {rows:,} {row}{unknown}, {length}: {tokens}, {best.time.flops:.2g} operations"]

@@ -47,7 +47,7 @@ class Estimated:
     flops: float
     """Floating-point operations on all devices together, those for checkpointing included."""
     tokens: float
-    """Tokens learnt from."""
+    """Tokens learned from."""
     sampled: float
     sent: float
     """Bytes that one device sends to others."""

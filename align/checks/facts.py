@@ -39,7 +39,7 @@ class Facts:
     turn_end: bool = False
     """Whether eos was found to be the template's end of turn."""
     accuracy: float | None = None
-    """Of a reward model, on held-out pairs as labelled."""
+    """Of a reward model, on held-out pairs as labeled."""
     pairs: int | None = None
     """How many those were."""
     adapter_base: str | None = None

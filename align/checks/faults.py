@@ -10,7 +10,7 @@ from align.errors import UserError
 REMEDIES: dict[str, str] = {
     "weights-truncated": "Copy the files again, or have the stage that made them run again with --rebuild.",
     "weights-not-finite": "Train again with a lower learning rate, or from an earlier checkpoint; nothing can be "
-    "learnt from these.",
+    "learned from these.",
     "weights-dtype": "Take the checkpoint in float32, bfloat16 or float16, as its stage wrote it.",
     "vocabulary-size": "Take weights and tokenizer of one model; resize_token_embeddings gives added tokens rows.",
     "score-head": "Point at the output of a reward stage, and keep its files together.",

@@ -39,7 +39,7 @@ def below_floor(config: Any, given: list[tuple[str, Artifact]], warn: Callable[[
         estimate = wilson(facts.accuracy * facts.pairs, facts.pairs)
         if estimate.low <= floor:
             what = (
-                f"('{artifact.stage}') orders {facts.accuracy:.3f} of {facts.pairs} held-out pairs as labelled, "
+                f"('{artifact.stage}') orders {facts.accuracy:.3f} of {facts.pairs} held-out pairs as labeled, "
                 f"interval [{estimate.low:.3f}, {estimate.high:.3f}], which is not above reward_floor {floor:g}"
             )
             faults.append(Fault("reward-floor", field, what))

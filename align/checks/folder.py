@@ -152,7 +152,7 @@ def _changes(folder: Path, facts: Facts | None) -> list[Fault]:
 def _special_tokens(folder: Path) -> list[Fault]:
     pad, eos = special_token(folder, "pad_token"), special_token(folder, "eos_token")
     if pad is not None and pad == eos:
-        what = f"pads with its end of turn, {eos!r}: masked as padding, the end of an answer is never learnt"
+        what = f"pads with its end of turn, {eos!r}: masked as padding, the end of an answer is never learned"
         return [Fault("pad-is-eos", str(folder), what)]
     ids = token_ids(folder)
     ends = read_json(folder / "generation_config.json").get("eos_token_id")

@@ -68,7 +68,7 @@ def _unlike(config: Any, given: list[tuple[str, Artifact]]) -> list[Fault]:
 def check_made(context: StageContext, kind: str, makes: Kind | None, metrics: dict[str, Any]) -> None:
     """Look at the checkpoint that the stage made, and write down what it is.
 
-    Raises ``UserError`` that names each fault; a score head that learnt nothing is one.
+    Raises ``UserError`` that names each fault; a score head that learned nothing is one.
     """
     folder = context.output / "model"
     if makes not in CHECKPOINTS or not folder.is_dir() or folder.is_symlink():

@@ -65,7 +65,7 @@ def copy_out(folder: Path, target: Path) -> Path:
 
 
 def show(options: argparse.Namespace) -> int:
-    """print rows as the model will see them: the rendered template, trained tokens in colour"""
+    """print rows as the model will see them: the rendered template, trained tokens in color"""
     from align.cli.data_show import show as printed
 
     return printed(options)
@@ -104,10 +104,10 @@ def push(options: argparse.Namespace) -> int:
 
     found = find_build(options.recipe, options.store, options.workers)
     upload = prepare(found.folder, options.repo, options.revision, options.private, options.all)
-    concerns = upload.licence.concerns
+    concerns = upload.license.concerns
     summary: dict[str, Any] = {
         "repo": upload.repo, "revision": upload.revision or "main", "private": upload.private, "rows": upload.rows,
-        "licence": list(upload.licence.names), "concerns": list(concerns),
+        "license": list(upload.license.names), "concerns": list(concerns),
         "files": [{"name": part.name, "bytes": part.size} for part in upload.parts],
     }  # fmt: skip
     if not options.json:
@@ -141,8 +141,8 @@ def _print_upload(upload: Any, everything: bool) -> None:
         print(f"  {size(part.size):>10}  {printable(part.name)}")
     kept = "" if everything else "; dropped rows and the preview page stay here (--all sends them too)"
     print(f"{len(upload.parts)} files, {size(upload.size)}{kept}")
-    print(printable(f"Licence: {', '.join(upload.licence.names)}. {upload.licence.reason}"))
-    for concern in upload.licence.concerns:
+    print(printable(f"License: {', '.join(upload.license.names)}. {upload.license.reason}"))
+    for concern in upload.license.concerns:
         print(printable(f"! {concern}"))
 
 
@@ -190,7 +190,7 @@ def _add_show(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--id", metavar="ID", help="only rows whose id begins so")
     parser.add_argument("--source", metavar="NAME", help="only rows of this source")
     parser.add_argument("--max-length", type=int, metavar="N", help="cut as a training stage with this max_length does")
-    parser.add_argument("--page", metavar="FILE", help="write the preview page there instead, tokens in colour")
+    parser.add_argument("--page", metavar="FILE", help="write the preview page there instead, tokens in color")
 
 
 def _add_lint(parser: argparse.ArgumentParser) -> None:
@@ -216,4 +216,4 @@ def _add_push(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", metavar="BRANCH", help="branch to push to, made where there is none")
     parser.add_argument("--all", action="store_true", help="send dropped rows and the preview page, too")
     parser.add_argument("--dry-run", action="store_true", help="say what would be sent, and send nothing")
-    parser.add_argument("--yes", action="store_true", help="push although a licence may forbid it")
+    parser.add_argument("--yes", action="store_true", help="push although a license may forbid it")

@@ -1,6 +1,6 @@
 """``align data show``: rows in a terminal as the model will see them.
 
-Tokens a loss is taken on are green, special tokens have a colour; without colours (``NO_COLOR``, a pipe) trained runs
+Tokens a loss is taken on are green, special tokens have a color; without colors (``NO_COLOR``, a pipe) trained runs
 stand in ⟦brackets⟧. Text of a dataset never reaches the terminal raw.
 """
 
@@ -27,7 +27,7 @@ Numbered = tuple[int, Row]
 
 
 def show(options: argparse.Namespace) -> int:
-    """print rows as the model will see them: the rendered template, trained tokens in colour"""
+    """print rows as the model will see them: the rendered template, trained tokens in color"""
     build = find_build(options.recipe, options.store, options.workers)
     if options.split not in SPLITS:
         raise UserError(f"--split {options.split}: train or test.{suggest(options.split, SPLITS)}")
@@ -113,26 +113,26 @@ class Printer:
     def __init__(self, console: Console, tokenizer: Any, max_length: int | None = None) -> None:
         self.console = console
         self.tokenizer, self.max_length = tokenizer, max_length
-        self.coloured = console.color_system is not None and not console.no_color and "NO_COLOR" not in os.environ
+        self.colored = console.color_system is not None and not console.no_color and "NO_COLOR" not in os.environ
 
     def row(self, row: Row, title: str) -> None:
         """One row under a line that says which."""
         head = f"── {title} · {row.get('id', '')} · {row.get('source', '')}"
         if self.tokenizer is None:
-            self._print(Text(printable(head), QUIET if self.coloured else ""))
+            self._print(Text(printable(head), QUIET if self.colored else ""))
             self._messages(row)
             return
         from align.report.tokens import views
 
         for view in views(self.tokenizer, row, self.max_length):
             counts = f"{view.title}: {len(view.ids)} tokens, {sum(view.trained)} trained on"
-            self._print(Text(printable(f"{head} · {counts}"), QUIET if self.coloured else ""))
+            self._print(Text(printable(f"{head} · {counts}"), QUIET if self.colored else ""))
             for note in view.notes:
-                self._print(Text(printable(f"! {note}"), "yellow" if self.coloured else ""))
-            self._print(self._coloured(view) if self.coloured else self._bracketed(view))
+                self._print(Text(printable(f"! {note}"), "yellow" if self.colored else ""))
+            self._print(self._colored(view) if self.colored else self._bracketed(view))
             self._print(Text())
 
-    def _coloured(self, view: Any) -> Text:
+    def _colored(self, view: Any) -> Text:
         text = Text()
         for piece in view.pieces(self.tokenizer):
             style = SPECIAL_TRAINED if piece.special and piece.trained else SPECIAL if piece.special else ""
@@ -168,14 +168,14 @@ class Printer:
         self._print(Text())
 
     def _turn(self, name: str, turn: dict[str, Any], style: str) -> None:
-        text = Text(f"{printable(name)}: ", SPECIAL if self.coloured else "")
-        self._print(text.append(printable(message_text(turn)), style if self.coloured else ""))
+        text = Text(f"{printable(name)}: ", SPECIAL if self.colored else "")
+        self._print(text.append(printable(message_text(turn)), style if self.colored else ""))
 
     def legend(self) -> None:
-        """What colours or brackets mean."""
+        """What colors or brackets mean."""
         if self.tokenizer is None:
             self._print(Text("As messages; --model MODEL shows the tokens a model is given.", QUIET))
-        elif self.coloured:
+        elif self.colored:
             legend = Text("Trained on: ", QUIET).append("this", TRAINED).append(". Special tokens: ", QUIET)
             self._print(legend.append("<one>", SPECIAL).append(", trained on ", QUIET).append("<one>", SPECIAL_TRAINED))
         else:

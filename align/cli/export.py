@@ -112,19 +112,19 @@ def _scratch(output: Path) -> Path:
 
 
 def _known(options: argparse.Namespace, chosen: Chosen, output: Path) -> dict[str, Any]:
-    """What the card says that needs no model; refuses a push that is bound to fail or that a licence may forbid."""
+    """What the card says that needs no model; refuses a push that is bound to fail or that a license may forbid."""
     from align.data.push import check_repo
-    from align.export.model_card_facts import licence_of
+    from align.export.model_card_facts import license_of
 
     if options.push is None and (options.private or options.revision or options.dry_run):
         raise UserError("--private, --revision and --dry-run are about --push REPO; name one.")
     ancestors = [] if chosen.artifact is None else lineage(chosen.artifact)
-    licence = licence_of(ancestors, options.license)
+    license = license_of(ancestors, options.license)
     if options.push is not None:
         check_repo(options.push, "model")
-        if licence.concerns and not (options.yes or options.dry_run or options.license):
+        if license.concerns and not (options.yes or options.dry_run or options.license):
             raise UserError(
-                f"not exported: {'; '.join(licence.concerns)}. State the model's with --license, or say --yes where "
+                f"not exported: {'; '.join(license.concerns)}. State the model's with --license, or say --yes where "
                 "you may pass it on."
             )
     measured = find_scorecard(chosen.artifact, options.scorecard, options.store)
@@ -134,7 +134,7 @@ def _known(options: argparse.Namespace, chosen: Chosen, output: Path) -> dict[st
         "pipeline": None if chosen.artifact is None else pipeline_of(chosen.artifact),
         "scorecard": None if measured is None else measured[0],
         "scored_by": None if measured is None else measured[1],
-        "licence": options.license,
+        "license": options.license,
     }
 
 
@@ -194,14 +194,14 @@ def _print_summary(output: Path, facts: Facts) -> None:
 
 def _push(options: argparse.Namespace, output: Path, facts: Facts) -> dict[str, Any]:
     from align.errors import printable
-    from align.export.model_card_facts import licence_of
+    from align.export.model_card_facts import license_of
     from align.export.push import prepare, push
 
-    licence = licence_of(facts.lineage, facts.licence)
-    upload = prepare(output, options.push, licence, options.revision, options.private)
+    license = license_of(facts.lineage, facts.license)
+    upload = prepare(output, options.push, license, options.revision, options.private)
     summary: dict[str, Any] = {
         "repo": upload.repo, "revision": upload.revision or "main", "private": upload.private, "pushed": False,
-        "licence": list(licence.names), "concerns": list(licence.concerns),
+        "license": list(license.names), "concerns": list(license.concerns),
         "files": [{"name": part.name, "bytes": part.size} for part in upload.parts],
     }  # fmt: skip
     if not options.json:
@@ -225,8 +225,8 @@ def _print_upload(upload: ModelUpload) -> None:
     for part in upload.parts:
         print(f"  {size(part.size):>10}  {printable(part.name)}")
     print(f"{len(upload.parts)} files, {size(upload.size)}")
-    print(printable(f"Licence: {', '.join(upload.licence.names)}. {upload.licence.reason}"))
-    for concern in upload.licence.concerns:
+    print(printable(f"License: {', '.join(upload.license.names)}. {upload.license.reason}"))
+    for concern in upload.license.concerns:
         print(printable(f"! {concern}"))
 
 
@@ -239,11 +239,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="type of the weights; by default their own")
     parser.add_argument("--base", metavar="CHECKPOINT", help="what an adapter is merged onto, if not what it names")
     parser.add_argument("--scorecard", metavar="KEY", help="evaluation for the card; by default the newest that fits")
-    parser.add_argument("--license", metavar="NAME", help="state the model's licence, like apache-2.0")
+    parser.add_argument("--license", metavar="NAME", help="state the model's license, like apache-2.0")
     parser.add_argument("--no-check", action="store_true", help="do not compare its answers with the checkpoint's")
     parser.add_argument("--push", metavar="REPO", help="upload to owner/name on the Hugging Face Hub")
     parser.add_argument("--private", action="store_true", help="make that repository private; refuse a public one")
     parser.add_argument("--revision", metavar="BRANCH", help="branch to push to, made where there is none")
     parser.add_argument("--dry-run", action="store_true", help="write the folder, say what would be sent, send nothing")
-    parser.add_argument("--yes", action="store_true", help="push although a licence may forbid it")
+    parser.add_argument("--yes", action="store_true", help="push although a license may forbid it")
     add_store(parser)

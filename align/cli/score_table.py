@@ -76,7 +76,7 @@ def reward_table(card: Card) -> Table:
     for key, title in names.items():
         cells = [_estimate(report.get(key)) for report in reports]
         if any(cell.plain for cell in cells):
-            table.add_row(_text(title), *cells, style="bold" if key == "as_labelled" else "")
+            table.add_row(_text(title), *cells, style="bold" if key == "as_labeled" else "")
     return table
 
 

@@ -161,7 +161,7 @@ def print_plan(sweep: Sweep, store: Store, as_json: bool) -> None:
         print(f"  {combinations:,} combinations in all")
     print("decides: " + ", ".join(f"{one.name} ({'higher' if one.higher else 'lower'})" for one in sweep.objectives))
     if config.prune is not None:
-        curve = config.prune.maximise or config.prune.minimise
+        curve = config.prune.maximize or config.prune.minimize
         print(f"ends trials early: {config.prune.method} on {curve} from step {config.prune.start}")
     cached = [str(one["stage"]) for one in shared if one["cached"]]
     once = [str(one["stage"]) for one in shared if not one["cached"]]

@@ -124,7 +124,7 @@ class LowRank(TuningBase):
 
     ``pissa`` (the largest singular vectors, arXiv 2404.02948; ``pissa_niter_4`` finds them by 4 rounds of subspace
     iteration, faster) and ``olora`` (a QR decomposition, 2406.01775) take their part out of the frozen weights. ``eva``
-    (2410.07170) looks at the first training rows. ``loftq`` (2310.08659) makes up for quantisation: with qlora only.
+    (2410.07170) looks at the first training rows. ``loftq`` (2310.08659) makes up for quantization: with qlora only.
     """
     save_modules: list[str] = Field(default_factory=list)
     """Modules trained whole beside the adapters and kept in checkpoints, such as ``embed_tokens`` for new tokens."""
@@ -136,7 +136,7 @@ class LowRank(TuningBase):
 
     @property
     def completes_weights(self) -> bool:
-        """LoftQ, of what quantisation loses."""
+        """LoftQ, of what quantization loses."""
         return self.init == "loftq"
 
     @property
@@ -167,7 +167,7 @@ class LowRank(TuningBase):
         if self.init == "eva" and self.dora:
             raise ValueError("dora with init eva is not supported: the matrices' lengths are taken before eva is done.")
         if self.init == "loftq" and self.method != "qlora":
-            raise ValueError("init loftq makes up for what quantisation loses; take `method: qlora`, or another init.")
+            raise ValueError("init loftq makes up for what quantization loses; take `method: qlora`, or another init.")
         if self.init == "orthogonal" and self.rank % 2:
             raise ValueError(f"init orthogonal needs an even rank; found {self.rank}.")
         return self
@@ -182,15 +182,15 @@ class LoraTuning(LowRank):
 class QloraTuning(LowRank):
     """LoRA on weights kept in 4 bits (arXiv 2305.14314): the model takes an eighth of the memory, and is slower.
 
-    The quantised model is what is trained, and the reference too, with LoftQ's first adapters where it has them. What
-    is saved is its weights, dequantised, with the adapters added, in float32. Needs bitsandbytes; runs on CPUs too.
+    The quantized model is what is trained, and the reference too, with LoftQ's first adapters where it has them. What
+    is saved is its weights, dequantized, with the adapters added, in float32. Needs bitsandbytes; runs on CPUs too.
     """
 
     method: Literal["qlora"] = "qlora"
-    quantisation: Literal["nf4", "fp4"] = "nf4"
+    quantization: Literal["nf4", "fp4"] = "nf4"
     """The 16 values of a weight: quantiles of a normal distribution, or 4-bit floating point."""
-    double_quantisation: bool = True
-    """Quantise the scales too, which saves 0.4 bits a weight."""
+    double_quantization: bool = True
+    """Quantize the scales too, which saves 0.4 bits a weight."""
 
     @model_validator(mode="after")
     def _weights_stay_as_they_are(self) -> Self:
@@ -262,7 +262,7 @@ class PeftTuning(TuningBase):
 
 
 class VirtualTokens(TuningBase):
-    """Learnt tokens in front of every conversation: new entries of the vocabulary, with which the chat template begins.
+    """Learned tokens in front of every conversation: new entries of the vocabulary, put first in the chat template.
 
     The model itself stays as it is. One row's ``max_length`` counts them.
     """
@@ -316,7 +316,7 @@ class AdaptersTuning(TuningBase):
 
     method: Literal["adapters"] = "adapters"
     kind: Literal["bottleneck", "llama_adapter"] = "bottleneck"
-    """``llama_adapter`` (arXiv 2303.16199): learnt tokens upper layers attend to, through a gate that starts at 0."""
+    """``llama_adapter`` (arXiv 2303.16199): learned tokens upper layers attend to, through a gate that starts at 0."""
     size: int = Field(64, ge=8, multiple_of=8, le=8192)
     """Of a bottleneck: features inside."""
     position: Literal["parallel", "sequential"] = "parallel"
@@ -324,7 +324,7 @@ class AdaptersTuning(TuningBase):
     after: list[Literal["attention", "mlp"]] = Field(["mlp"], min_length=1)
     """Of a sequential bottleneck: behind which parts of a layer; both is Houlsby's, ``[mlp]`` Pfeiffer's."""
     tokens: int = Field(10, ge=1, le=512)
-    """Of a LLaMA-Adapter: learnt tokens of each layer."""
+    """Of a LLaMA-Adapter: learned tokens of each layer."""
     layers: int | None = Field(None, ge=1)
     """Of a LLaMA-Adapter: the last layers that get them; by default all but the first two."""
 

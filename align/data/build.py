@@ -107,7 +107,7 @@ class Build:
             steps=("read", *(step.type for step in steps)),
             sources=tuple(sources),
             options=tuple(source.options for source in self.recipe.sources),
-            check=not any(step.type == "normalise" for step in self.recipe.steps),
+            check=not any(step.type == "normalize" for step in self.recipe.steps),
         )
 
     def _passes(self, spec: Pass, pending: deque[tuple[int, Any]], workers: Workers) -> tuple[Path, int]:
@@ -144,7 +144,7 @@ class Build:
         given: list[Any] = []
         for step in recipe.steps:
             given.append(step)
-            if step.type == "normalise":  # which mends rows that would have been dropped at once
+            if step.type == "normalize":  # which mends rows that would have been dropped at once
                 given.append(Usable())
         mixing = [step for step in given if step.type == "mix"]
         return [*(step for step in given if step.type != "mix"), *ends, *mixing]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from align.data.built import SPLITS, shards
-from align.data.licenses import OTHER, Licence, normalise, of_mixture
+from align.data.licenses import OTHER, License, normalize, of_mixture
 from align.data.markdown import fenced, plain, table
 from align.errors import printable
 
@@ -43,9 +43,9 @@ def write_card(folder: Path, recipe: Mapping[str, Any], ledger: Mapping[str, Any
 
     ``recipe`` is the recipe as plain JSON-able values, printed in full; ``name`` is what the dataset is called.
     """
-    licence = of_mixture(source.get("license") for source in ledger["sources"])
-    data = metadata(folder, recipe, ledger, name, licence)
-    text = f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(_body(folder, recipe, ledger, name, licence)) + "\n"
+    license = of_mixture(source.get("license") for source in ledger["sources"])
+    data = metadata(folder, recipe, ledger, name, license)
+    text = f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(_body(folder, recipe, ledger, name, license)) + "\n"
     path = folder / CARD
     path.write_text(text, encoding="utf-8")
     return path
@@ -73,7 +73,7 @@ def name_of(folder: Path) -> str:
 
 
 def metadata(
-    folder: Path, recipe: Mapping[str, Any], ledger: Mapping[str, Any], name: str, licence: Licence
+    folder: Path, recipe: Mapping[str, Any], ledger: Mapping[str, Any], name: str, license: License
 ) -> DatasetCardData:
     """The Hub's metadata; ``configs`` names the Parquet files of a split, ``dataset_info`` their features and sizes."""
     import pyarrow.parquet as pq
@@ -85,15 +85,15 @@ def metadata(
     hub = sorted({str(source["dataset"]) for source in sources if source.get("type") == "hub" and "dataset" in source})
     data = DatasetCardData(
         language=_languages(recipe),
-        license=licence.names[0] if len(licence.names) == 1 else list(licence.names),
+        license=license.names[0] if len(license.names) == 1 else list(license.names),
         pretty_name=printable(name),
         size_categories=[size_category(ledger["rows_out"])],
         task_categories=["text-generation"],
         source_datasets=hub or ["original"],
         tags=["align", *TAGS.get(str(recipe.get("kind")), [])],
     )
-    if licence.names == (OTHER,):
-        data["license_name"], data["license_link"] = "terms-of-all-sources", f"{CARD}#licences"
+    if license.names == (OTHER,):
+        data["license_name"], data["license_link"] = "terms-of-all-sources", f"{CARD}#licenses"
     files = {split: shards(folder, split) for split in SPLITS}
     files = {split: found for split, found in files.items() if found}
     splits, features, bytes_on_disk = SplitDict(), None, 0
@@ -133,7 +133,7 @@ def _languages(recipe: Mapping[str, Any]) -> list[str] | None:
     return [str(stated)] if isinstance(stated, str) else sorted(str(one) for one in stated)
 
 
-def _body(folder: Path, recipe: Mapping[str, Any], ledger: Mapping[str, Any], name: str, licence: Licence) -> list[str]:
+def _body(folder: Path, recipe: Mapping[str, Any], ledger: Mapping[str, Any], name: str, license: License) -> list[str]:
     kind = str(recipe.get("kind", "rows"))
     lines = [f"# {plain(name)}", ""]
     if recipe.get("description"):
@@ -145,9 +145,9 @@ def _body(folder: Path, recipe: Mapping[str, Any], ledger: Mapping[str, Any], na
         "```python", "from datasets import load_dataset", 'rows = load_dataset("path/to/this/folder")', "```", "",
     ]  # fmt: skip
     lines += ["## Sources", "", *_sources(ledger), ""]
-    lines += ["## Licences", "", f"**{', '.join(licence.names)}.** {plain(licence.reason)}", ""]
-    lines += [f"- {plain(concern)}." for concern in licence.concerns]
-    lines += [""] if licence.concerns else []
+    lines += ["## Licenses", "", f"**{', '.join(license.names)}.** {plain(license.reason)}", ""]
+    lines += [f"- {plain(concern)}." for concern in license.concerns]
+    lines += [""] if license.concerns else []
     lines += ["## Splits and columns", "", *_splits(folder, ledger), ""]
     lines += ["## Steps", "", *_steps(ledger), ""]
     for source, choice in (ledger.get("format_choices") or {}).items():
@@ -160,7 +160,7 @@ def _body(folder: Path, recipe: Mapping[str, Any], ledger: Mapping[str, Any], na
 def _sources(ledger: Mapping[str, Any]) -> list[str]:
     rows = []
     for line in ledger["sources"]:
-        given = normalise(line.get("license"))
+        given = normalize(line.get("license"))
         identity = "; ".join(
             f"{key} {value}" if key != value else str(key) for key, value in _pairs(line.get("identity"))
         )
@@ -170,7 +170,7 @@ def _sources(ledger: Mapping[str, Any]) -> list[str]:
             f"{line['rows_in']:,}", f"{line['rows_out']:,}", _share(line["rows_out"], ledger["rows_out"]),
             identity or "–",
         ))  # fmt: skip
-    head = ("source", "type", "licence", "goes to", "records", "rows", "share", "identity")
+    head = ("source", "type", "license", "goes to", "records", "rows", "share", "identity")
     return table(head, rows, numbers=range(4, 7))
 
 

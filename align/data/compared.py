@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from typing import Any, Literal
 
-from align.data.rows import Row, is_text, normalised, prompt_key
+from align.data.rows import Row, is_text, normalized, prompt_key
 from align.errors import UserError
 
 Of = Literal["prompt", "reply", "row"]
 
 _REPLIES = ("completion", "chosen", "rejected")
 _MARK = 1
-"""Of text that counts against what it says: a rejected answer, or one labelled False."""
+"""Of text that counts against what it says: a rejected answer, or one labeled False."""
 
 
 def reply_parts(row: Row) -> list[tuple[str, int]]:
@@ -44,7 +44,7 @@ def key(row: Row, of: Of) -> str:
     if is_text(row):
         return prompt_key(row)
     if of != "prompt":
-        found += [[normalised(text), mark] for text, mark in reply_parts(row)]
+        found += [[normalized(text), mark] for text, mark in reply_parts(row)]
     return json.dumps(found)
 
 

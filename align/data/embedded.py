@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from align.config.validation import suggest
 from align.data.families import lengths, lists, numbers, sentences
 from align.data.families.task import Family, Task
-from align.data.rows import Row, assistant, normalised, user
+from align.data.rows import Row, assistant, normalized, user
 from align.errors import UserError
 
 VERSION = 1
@@ -72,7 +72,7 @@ def generate(size: int, seed: int, families: Iterable[str] | None = None) -> lis
 def _fresh(name: str, rng: random.Random, seen: set[str], made: int) -> Task:
     for _ in range(TRIES):
         task = FAMILIES[name](rng)
-        key = normalised(task.prompt)
+        key = normalized(task.prompt)
         if key not in seen:
             seen.add(key)
             return task

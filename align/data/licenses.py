@@ -1,7 +1,7 @@
-"""What a mixture of datasets may be published under, from the licences of its parts. Torch-free.
+"""What a mixture of datasets may be published under, from the licenses of its parts. Torch-free.
 
-A licence is seen as the obligations it puts on whoever passes the data on. A mixture carries those of all its parts.
-Where one part's licence has every obligation of the others, it is the mixture's; otherwise no known licence fits, and
+A license is seen as the obligations it puts on whoever passes the data on. A mixture carries those of all its parts.
+Where one part's license has every obligation of the others, it is the mixture's; otherwise no known license fits, and
 what is allowed only a reader of all of them can say. This is bookkeeping, not legal advice. Leaves out what a language
 model's terms of use say of its outputs.
 """
@@ -18,7 +18,7 @@ _NONE: frozenset[str] = frozenset()
 _CREDIT = frozenset({"credit"})
 _NC, _ND = frozenset({"credit", "non-commercial"}), frozenset({"credit", "no derivatives"})
 _CC_SA = frozenset({"credit", "alike: CC BY-SA"})
-# NonCommercial's ShareAlike is a family of its own: neither licence may be exchanged for the other.
+# NonCommercial's ShareAlike is a family of its own: neither license may be exchanged for the other.
 _NC_SA = frozenset({"credit", "non-commercial", "alike: CC BY-NC-SA"})
 _NC_ND = _NC | _ND
 _CC = ("1.0", "2.0", "2.5", "3.0", "4.0")
@@ -42,7 +42,7 @@ OBLIGATIONS: dict[str, frozenset[str]] = {
     **{name: _CREDIT | {"alike: GPL"} for name in ("gpl", "gpl-2.0", "gpl-3.0", "agpl-3.0", "lgpl", "lgpl-3.0")},
     **{name: _CREDIT | {f"alike: {name}"} for name in ("odbl", "gfdl", "mpl-2.0", "cdla-sharing-1.0", "eupl-1.2")},
 }  # fmt: skip
-"""What a licence asks of whoever passes the data on; the names are the Hub's, and lower-case SPDX names mostly."""
+"""What a license asks of whoever passes the data on; the names are the Hub's, and lower-case SPDX names mostly."""
 
 ALIASES = {
     "apache": "apache-2.0", "apache2": "apache-2.0", "mit license": "mit", "cc0": "cc0-1.0", "public domain": "cc0-1.0",
@@ -51,19 +51,19 @@ ALIASES = {
 
 
 @dataclass(frozen=True)
-class Licence:
+class License:
     """What goes into a card: the Hub's ``license`` (several where they ask the same), and why."""
 
     names: tuple[str, ...]
-    """Hub names; ``("unknown",)`` and ``("other",)`` where no single licence can be named."""
+    """Hub names; ``("unknown",)`` and ``("other",)`` where no single license can be named."""
     reason: str
     """One sentence."""
     concerns: tuple[str, ...] = ()
     """What a person should weigh before passing the data on; empty where credit is all that is asked."""
 
 
-def normalise(name: str | None) -> str:
-    """A licence's Hub name: ``CC BY-SA 3.0`` is ``cc-by-sa-3.0``; ``unknown`` for none. Others stay as they are."""
+def normalize(name: str | None) -> str:
+    """A license's Hub name: ``CC BY-SA 3.0`` is ``cc-by-sa-3.0``; ``unknown`` for none. Others stay as they are."""
     text = " ".join((name or "").strip().lower().split())
     text = ALIASES.get(text, text)
     if text in OBLIGATIONS or text in (UNKNOWN, OTHER):
@@ -73,36 +73,36 @@ def normalise(name: str | None) -> str:
     return dashed if dashed in OBLIGATIONS else text
 
 
-def of_mixture(licences: Iterable[str | None]) -> Licence:
-    """The licence of a dataset whose parts stand under ``licences`` (None or empty: nobody said)."""
-    names = sorted({normalise(name) for name in licences})
+def of_mixture(licenses: Iterable[str | None]) -> License:
+    """The license of a dataset whose parts stand under ``licenses`` (None or empty: nobody said)."""
+    names = sorted({normalize(name) for name in licenses})
     named = [name for name in names if name in OBLIGATIONS]
     concerns = tuple(concern for name in names if (concern := _concern(name)))
     if not names or UNKNOWN in names:
-        return Licence(
-            (UNKNOWN,), "The licence of at least one source is not known, so neither is this dataset's.", concerns
+        return License(
+            (UNKNOWN,), "The license of at least one source is not known, so neither is this dataset's.", concerns
         )
     if len(named) < len(names):
         strange = ", ".join(name for name in names if name not in OBLIGATIONS)
-        return Licence((OTHER,), f"{strange}: not a licence with known terms, so all sources' terms apply.", concerns)
+        return License((OTHER,), f"{strange}: not a license with known terms, so all sources' terms apply.", concerns)
     whole = frozenset[str]().union(*(OBLIGATIONS[name] for name in named))
     strictest = tuple(name for name in named if OBLIGATIONS[name] == whole)
     if not strictest:
         text = ", ".join(named)
-        return Licence(
+        return License(
             (OTHER,), f"No one of {text} has every obligation of the others, so all sources' terms apply.",
-            (*concerns, "the sources' licences do not fit under one of them"),
+            (*concerns, "the sources' licenses do not fit under one of them"),
         )  # fmt: skip
-    reason = "Every source has this licence." if len(names) == 1 else "The strictest among the sources' licences."
-    return Licence(strictest, reason, concerns)
+    reason = "Every source has this license." if len(names) == 1 else "The strictest among the sources' licenses."
+    return License(strictest, reason, concerns)
 
 
 def _concern(name: str) -> str:
-    """What may forbid passing data of this licence on, in a few words; empty when nothing does."""
+    """What may forbid passing data of this license on, in a few words; empty when nothing does."""
     if name == UNKNOWN:
-        return "a source's licence is not known"
+        return "a source's license is not known"
     if name not in OBLIGATIONS:
-        return f"'{name}' is not a licence with known terms"
+        return f"'{name}' is not a license with known terms"
     asked = OBLIGATIONS[name]
     if "no derivatives" in asked:
         return f"{name} forbids passing on changed versions, and a build is one"

@@ -27,7 +27,7 @@ SHINGLE = 3
 RECALL = 0.95
 """Chance at least that a pair exactly at the threshold is looked at."""
 WINDOW = 32
-"""In a bucket of more members each is compared with this many neighbours on either side."""
+"""In a bucket of more members each is compared with this many neighbors on either side."""
 SURE, DOUBT = 3, 2.5
 """Standard errors above and below the threshold between which shingles decide rather than the estimate."""
 
@@ -206,7 +206,7 @@ class _Search:
             order, bucket = self._buckets(band)
             self.left_out += _beyond_window(bucket)
             found = []
-            for left, right in _neighbours(order, bucket):
+            for left, right in _neighbors(order, bucket):
                 apart = self.label[left] != self.label[right]
                 left, right = left[apart], right[apart]
                 self.compared += len(left)
@@ -246,7 +246,7 @@ def _beyond_window(bucket: np.ndarray) -> int:
     return int((beyond * (beyond + 1) // 2).sum())
 
 
-def _neighbours(order: np.ndarray, bucket: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _neighbors(order: np.ndarray, bucket: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Pairs of rows of one bucket at most ``WINDOW`` places apart, in pieces."""
     for begin in range(0, len(order), _PAIRS):
         for distance in range(1, WINDOW + 1):

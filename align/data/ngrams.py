@@ -1,6 +1,6 @@
 """Hashes of runs of words: what near-duplicate removal, decontamination and splits compare texts by.
 
-Words are those of :func:`align.data.rows.normalised`, but that in scripts written without spaces (Chinese, Japanese,
+Words are those of :func:`align.data.rows.normalized`, but that in scripts written without spaces (Chinese, Japanese,
 Thai, Khmer, Lao, Burmese) every character is a word. All texts of a block are read as one array of bytes; the hash of
 any run of words comes from two prefix sums of a polynomial over it, so that a block costs a few passes in numpy
 whatever the length of the runs. Hashes are equal on every machine and in every process. Left out: anything that knows
@@ -38,7 +38,7 @@ _UNSPACED_LEADS = bytes([0xE0, 0xE1, *range(0xE3, 0xEA), 0xEF, 0xF0])  # first b
 
 
 def mix(values: np.ndarray) -> np.ndarray:
-    """Spread 64-bit numbers evenly over all 64 bits, one to one (the finaliser of SplitMix64, Steele et al. 2014)."""
+    """Spread 64-bit numbers evenly over all 64 bits, one to one (the finalizer of SplitMix64, Steele et al. 2014)."""
     mixed = values.astype(np.uint64)
     mixed ^= mixed >> np.uint64(30)
     mixed *= np.uint64(0xBF58476D1CE4E5B9)

@@ -1,7 +1,7 @@
 """How much a text repeats one that is there already: ROUGE-L against a pool of tens of thousands. Torch-free.
 
 ROUGE-L is the F-measure of the longest common subsequence of words, 2 LCS / (m + n) (Lin 2004), by which self-instruct
-tells new tasks from old ones (arXiv 2212.10560). That is one minus the normalised insert-and-delete distance, which
+tells new tasks from old ones (arXiv 2212.10560). That is one minus the normalized insert-and-delete distance, which
 rapidfuzz computes on strings; each word stands as one character. Left out: stemming, which self-instruct does not do.
 """
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from align.data.built import LEDGER, SPLITS, count_rows, read_ledger, shards
 from align.data.card import CARD
-from align.data.licenses import Licence, of_mixture
+from align.data.licenses import License, of_mixture
 from align.errors import StageFailed, UserError
 
 REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
@@ -59,7 +59,7 @@ class Upload:
     revision: str | None
     private: bool
     parts: tuple[Part, ...]
-    licence: Licence
+    license: License
     rows: dict[str, int]
 
     @property
@@ -87,9 +87,9 @@ def prepare(
     parts += [Part(path.name, path) for split in splits for path in shards(folder, split)]
     if everything and (folder / PREVIEW).is_file():
         parts.append(Part(PREVIEW, folder / PREVIEW))
-    licence = of_mixture(source.get("license") for source in ledger["sources"])
+    license = of_mixture(source.get("license") for source in ledger["sources"])
     rows = {split: count_rows(folder, split) for split in SPLITS}
-    return Upload(folder, repo, revision, private, tuple(parts), licence, rows)
+    return Upload(folder, repo, revision, private, tuple(parts), license, rows)
 
 
 def _ledger(folder: Path, ledger: dict[str, Any], everything: bool) -> Path | bytes:

@@ -71,7 +71,7 @@ _TYPES: dict[str, pa.DataType] = {
 }
 REQUIRED = ("id", "source", "prompt", "checks")
 REQUIRED_OF_TEXTS = ("id", "source", "text")
-_LEARNT = ("completion", "chosen", "rejected", "label", "responses", "tools")
+_LEARNED = ("completion", "chosen", "rejected", "label", "responses", "tools")
 """Fields beside the prompt that say what a row teaches."""
 _FINISHED = ("completion_finished", "chosen_finished", "rejected_finished", "text_finished")
 """Fields that are False where a text was cut off."""
@@ -173,7 +173,7 @@ def _without_absent(items: list[dict[str, Any]] | None, optional: dict[str, Any]
     return [{key: value for key, value in item.items() if value is not None or key not in optional} for item in items]
 
 
-def normalised(text: str) -> str:
+def normalized(text: str) -> str:
     """Text as compared between splits: NFKC, lower case, without ``.,:;!?`` and quotes, each run of space one space.
 
     Signs such as + and - stay: "3 + 4" and "3 - 4" are different questions.
@@ -187,11 +187,11 @@ def is_text(row: Row) -> bool:
 
 
 def prompt_key(row: Row) -> str:
-    """What makes two prompts the same: every turn, role, normalised content and calls of tools; a text is all of it."""
+    """What makes two prompts the same: every turn, role, normalized content and calls of tools; a text is all of it."""
     if is_text(row):
-        return normalised(row["text"])
+        return normalized(row["text"])
     return "\n".join(
-        f"{message['role']}: {normalised(message['content'])}{message.get('tool_calls') or ''}"
+        f"{message['role']}: {normalized(message['content'])}{message.get('tool_calls') or ''}"
         for message in row["prompt"]
     )
 
@@ -213,7 +213,7 @@ def content_digest(row: Row) -> bytes:
 def _content(row: Row) -> list[Any]:
     if is_text(row):
         return ["text", row["text"]]
-    content = [prompt_key(row), *(row[name] for name in _LEARNT if row.get(name) not in (None, ""))]
+    content = [prompt_key(row), *(row[name] for name in _LEARNED if row.get(name) not in (None, ""))]
     if any(message.get("train") is False for message in row["prompt"]):
         content.append([message.get("train") is False for message in row["prompt"]])
     return content

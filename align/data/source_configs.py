@@ -1,4 +1,4 @@
-"""Settings of a recipe's sources: where records are, how they are spelled, under which licence. Torch-free.
+"""Settings of a recipe's sources: where records are, how they are spelled, under which license. Torch-free.
 
 Reading them is in ``sources.py``, converting their records in ``formats``.
 """

@@ -143,7 +143,7 @@ def find_files(patterns: Sequence[str], base: Path) -> list[Path]:
         matches = sorted(Path(name) for name in glob.glob(str(user_path(pattern, base)), recursive=True))
         files = [path for path in matches if path.is_file()]
         if not files:
-            raise UserError(f"no file matches '{pattern}' (looked from {base}).{_neighbours(base / pattern)}")
+            raise UserError(f"no file matches '{pattern}' (looked from {base}).{_neighbors(base / pattern)}")
         for path in files:
             if not known(path):
                 raise UserError(f"{path}: unknown kind of file; known are {', '.join(SUFFIXES)}.")
@@ -151,7 +151,7 @@ def find_files(patterns: Sequence[str], base: Path) -> list[Path]:
     return list(found)
 
 
-def _neighbours(path: Path) -> str:
+def _neighbors(path: Path) -> str:
     names = [p.name for p in path.parent.iterdir() if known(p)] if path.parent.is_dir() else []
     return suggest(path.name, names)
 

@@ -10,21 +10,21 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 
-from align.data.rows import Row, is_text, normalised, prompt_key
+from align.data.rows import Row, is_text, normalized, prompt_key
 
 LARGEST_SHARE = 5
 """At most one in so many questions, and rows, of a ``train`` split becomes validation."""
 
 
 def group(row: Row) -> str:
-    """What keeps rows on one side: the first user turn, normalised.
+    """What keeps rows on one side: the first user turn, normalized.
 
     Conversations that grow from one question share it, and so would leak between splits cut by the whole prompt. A
     plain text is its own group, as is a prompt without a user's turn.
     """
     if is_text(row):
-        return normalised(row["text"])
-    users = (normalised(message["content"]) for message in row["prompt"] if message["role"] == "user")
+        return normalized(row["text"])
+    users = (normalized(message["content"]) for message in row["prompt"] if message["role"] == "user")
     return next(users, prompt_key(row))
 
 

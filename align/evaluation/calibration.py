@@ -104,7 +104,7 @@ def fit_temperature(margins: Sequence[float] | Floats) -> tuple[Estimate | None,
     if len(x) == 0 or float(x.mean()) <= 0:
         return None, "scores order the pairs no better than chance, which no temperature mends"
     if float(x.min()) >= 0:
-        return None, "every pair is ordered as labelled, so the likeliest temperature is 0"
+        return None, "every pair is ordered as labeled, so the likeliest temperature is 0"
     a = _root(lambda slope: -float((x * _sigmoid(-slope * x)).sum()), scale=1 / float(np.abs(x).mean()))
     p = _sigmoid(-a * x)
     spread = math.sqrt(float(((x * p) ** 2).sum())) / float((x * x * p * (1 - p)).sum())

@@ -29,7 +29,7 @@ def find_flags(card: Mapping[str, Any]) -> list[Flag]:
         gold = verdicts.get((policy, reference, "gold"))
         if proxy and gold and proxy["verdict"] == "better" and gold["value"] < 0:
             text = f"{policy} pleases the reward model more than {reference} but scores lower by the gold checker"
-            flags.append({"policy": policy, "kind": "over-optimised", "text": text})
+            flags.append({"policy": policy, "kind": "over-optimized", "text": text})
         flags += _collapse(policy, card["estimates"][policy], reference, card["estimates"][reference])
     return flags + _judges(card.get("win_rates", ())) + _copies(card)
 

@@ -32,10 +32,10 @@ PAIRS_PER_BIN = 20
 def pair_accuracy(rows: Sequence[Row], chosen: Sequence[float], rejected: Sequence[float]) -> dict[str, Any]:
     """Accuracies of the scores of ``rows``' two answers, each with n and a Wilson interval.
 
-    ``as_labelled`` counts pairs whose chosen answer scores higher: the labels' noise caps it. ``true`` asks whether
+    ``as_labeled`` counts pairs whose chosen answer scores higher: the labels' noise caps it. ``true`` asks whether
     scores order a pair as ``chosen_score`` and ``rejected_score`` do; pairs they tie are left out. ``longer`` is what
     always preferring the longer answer gets against the labels. A tie of the reward model is wrong, as in trl.
-    ``by_source`` has the labelled accuracy of each source, ``margin`` the mean score difference.
+    ``by_source`` has the labeled accuracy of each source, ``margin`` the mean score difference.
     """
     right = [float(a > b) for a, b in zip(chosen, rejected, strict=True)]
     sizes = [len(row["chosen"][-1]["content"]) - len(row["rejected"][-1]["content"]) for row in rows]
@@ -45,7 +45,7 @@ def pair_accuracy(rows: Sequence[Row], chosen: Sequence[float], rejected: Sequen
         "pairs": len(rows),
         "ties": sum(a == b for a, b in zip(chosen, rejected, strict=True)),
         "margin": sum(a - b for a, b in zip(chosen, rejected, strict=True)) / max(1, len(rows)),
-        "as_labelled": wilson(sum(right), len(right)).as_dict(),
+        "as_labeled": wilson(sum(right), len(right)).as_dict(),
         "longer": wilson(longer, len(rows)).as_dict(),
         "true": None,
         "labels_true": None,

@@ -22,7 +22,7 @@ The schema of ``scorecard.json`` is what :func:`build` returns (format 2):
 - ``reward_models``: list of what :func:`align.evaluation.pairs.pair_accuracy` and ``calibration.py`` return, with
   ``stage`` and ``task`` (the pair set)
 - ``gates``: list of ``{name, system, metric, expression, value, low, high, bound, level, passed, clear, text}``
-- ``flags``: list of ``{policy, kind, text}``; kinds ``regression``, ``over-optimised``, ``eos``, ``length``, ``judge``,
+- ``flags``: list of ``{policy, kind, text}``; kinds ``regression``, ``over-optimized``, ``eos``, ``length``, ``judge``,
   ``noise``
 
 p-values are corrected (Holm) in three families: the primary metric's comparisons of checkpoints, chosen beforehand; the

@@ -92,10 +92,10 @@ def wilson(successes: float, n: float, *, prompts: int | None = None) -> Estimat
         return Estimate(math.nan, math.nan, math.nan, 0, "wilson")
     z = NormalDist().inv_cdf(0.5 + LEVEL / 2)
     rate = successes / n
-    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    center = (rate + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
     # At the edges the bound is the rate itself, which rounding would miss by a hair.
-    low, high = 0.0 if rate <= 0 else centre - half, 1.0 if rate >= 1 else centre + half
+    low, high = 0.0 if rate <= 0 else center - half, 1.0 if rate >= 1 else center + half
     return Estimate(rate, max(0.0, low), min(1.0, high), shown, "wilson")
 
 

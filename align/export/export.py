@@ -2,7 +2,7 @@
 
 The adapter is added in float32 by peft, once, onto a base that nobody uses afterwards; then the weights take the type
 they are written in. Left out: whether the folder answers as the checkpoint did (``align.export.verify``),
-quantised weights, and adapters that are no change of weights (prefix tuning, sequential bottlenecks, LLaMA-Adapter).
+quantized weights, and adapters that are no change of weights (prefix tuning, sequential bottlenecks, LLaMA-Adapter).
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_source(source: Source) -> None:
-    """Raise ``UserError`` for pickled or quantised weights and for code that comes with a model. Imports no torch."""
+    """Raise ``UserError`` for pickled or quantized weights and for code that comes with a model. Imports no torch."""
     check_folder(source.folder)
     if source.adapter is not None:
         check_adapter(source.adapter)

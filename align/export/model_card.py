@@ -1,4 +1,4 @@
-"""The model card of an exported checkpoint: README.md with the Hub's metadata, results, recipe, data and licences.
+"""The model card of an exported checkpoint: README.md with the Hub's metadata, results, recipe, data and licenses.
 
 Everything on it was recorded or measured: the records of all stages that the checkpoint was made by, their ledgers, and
 a scorecard with this checkpoint in it. What was not measured is said not to be. Names and texts of data, models and
@@ -17,10 +17,10 @@ from align import __version__
 from align.data.card import CARD
 from align.data.markdown import fenced, plain, table
 from align.errors import printable
-from align.export.model_card_facts import TRAINING, Facts, base_model, licence_of, metadata
+from align.export.model_card_facts import TRAINING, Facts, base_model, license_of, metadata
 from align.export.model_card_results import limitations, results
 from align.report.assets import Beside
-from align.report.ledgers import data_sections, licence_rows
+from align.report.ledgers import data_sections, license_rows
 from align.report.wording import duration, number, size
 from align.store.artifacts import Artifact
 
@@ -43,7 +43,7 @@ def _body(facts: Facts) -> list[str]:
     if facts.lineage:
         lines += ["## Training", "", *_training(facts), ""]
         lines += ["## Data", "", *_data(facts), ""]
-    lines += ["## Licences", "", *_licences(facts), ""]
+    lines += ["## Licenses", "", *_licenses(facts), ""]
     if facts.lineage:
         lines += ["## Recipe", "", *_recipe(facts), ""]
         lines += ["## Reproduce", "", *_reproduce(facts)]
@@ -112,7 +112,7 @@ def _checked(facts: Facts) -> list[str]:
     return lines
 
 
-# ---- training, data, licences -------------------------------------------------------------------------------------
+# ---- training, data, licenses -------------------------------------------------------------------------------------
 
 
 def _training(facts: Facts) -> list[str]:
@@ -138,10 +138,10 @@ def _data(facts: Facts) -> list[str]:
         lines += [f"### {plain(section['stage'])}", "", f"{plain(section['makes'])}: {rows_made}.", ""]
         if section["sources"]:
             rows = [
-                (one["source"], one["type"], _licence(one["licence"]), f"{one['rows_in']:,}", f"{one['rows_out']:,}")
+                (one["source"], one["type"], _license(one["license"]), f"{one['rows_in']:,}", f"{one['rows_out']:,}")
                 for one in section["sources"]
             ]
-            head = ("source", "type", "licence", "records", "rows")
+            head = ("source", "type", "license", "records", "rows")
             lines += [*table(head, rows, numbers=(3, 4)), ""]
         lines += [*dropped, ""] if (dropped := _dropped(section["steps"])) else []
     return lines[:-1] or ["No rows are recorded."]
@@ -159,20 +159,20 @@ def _dropped(steps: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"{whole:,} rows were dropped: " + ", ".join(f"{rows:,} {plain(reason)}" for reason, rows in most) + "."]
 
 
-def _licence(name: str) -> str:
+def _license(name: str) -> str:
     return "**not known**" if name == "unknown" else name
 
 
-def _licences(facts: Facts) -> list[str]:
-    licence = licence_of(facts.lineage, facts.licence)
-    lines = [f"**{', '.join(plain(name) for name in licence.names)}.** {plain(licence.reason)}", ""]
-    lines += [f"- {plain(concern)}." for concern in licence.concerns]
+def _licenses(facts: Facts) -> list[str]:
+    license = license_of(facts.lineage, facts.license)
+    lines = [f"**{', '.join(plain(name) for name in license.names)}.** {plain(license.reason)}", ""]
+    lines += [f"- {plain(concern)}." for concern in license.concerns]
     rows = [
-        (row["stage"], row["what"], row["name"], _licence(row["licence"]), row["identity"])
-        for row in licence_rows(facts.lineage, Beside())
+        (row["stage"], row["what"], row["name"], _license(row["license"]), row["identity"])
+        for row in license_rows(facts.lineage, Beside())
     ]
     if rows:
-        lines += ["", *table(("stage", "what", "name", "licence", "identity"), rows)]
+        lines += ["", *table(("stage", "what", "name", "license", "identity"), rows)]
     return [*lines, "", "This is bookkeeping of what is recorded, no legal advice."]
 
 

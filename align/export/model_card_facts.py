@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from align.data.card import CARD, recipe_of
-from align.data.licenses import OTHER, Licence, normalise, of_mixture
+from align.data.licenses import OTHER, License, normalize, of_mixture
 from align.errors import UserError, printable
 from align.models.embedded import NAME as EMBEDDED
 from align.models.source import HUB_NAME
 from align.report.assets import Beside
-from align.report.ledgers import MADE_HERE, licence_rows
+from align.report.ledgers import MADE_HERE, license_rows
 from align.report.wording import interval, number
 from align.store.artifacts import Artifact, Kind
 
@@ -40,7 +40,7 @@ TRAINING = (
     "online_dpo",
     "rejection",
 )
-LICENCE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9.\- ]{0,60}")
+LICENSE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9.\- ]{0,60}")
 MOST_RESULTS = 60
 """In the metadata; the table on the card has all."""
 
@@ -59,9 +59,9 @@ class Facts:
     """The pipeline file that made it, as it was read."""
     scorecard: Mapping[str, Any] | None = None
     scored_by: Artifact | None = None
-    licence: str | None = None
+    license: str | None = None
     """As stated by who exports."""
-    licences: list[dict[str, Any]] = field(default_factory=list)
+    licenses: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def artifact(self) -> Artifact | None:
@@ -73,14 +73,14 @@ def metadata(facts: Facts) -> ModelCardData:
     """The Hub's metadata."""
     from huggingface_hub import ModelCardData
 
-    base, licence = base_model(facts.lineage), licence_of(facts.lineage, facts.licence)
+    base, license = base_model(facts.lineage), license_of(facts.lineage, facts.license)
     trained = [one.record.get("kind") for one in facts.lineage if one.record.get("kind") in TRAINING]
     more: dict[str, Any] = {"base_model_relation": "finetune"} if base and trained else {}
-    if licence.names == (OTHER,):
-        more |= {"license_name": "terms-of-all-sources", "license_link": f"{CARD}#licences"}
+    if license.names == (OTHER,):
+        more |= {"license_name": "terms-of-all-sources", "license_link": f"{CARD}#licenses"}
     results = eval_results(facts)
     tags = ["reward-model"] if facts.written.is_reward else [str(kind) for kind in trained if kind != "reward"]
-    names: Any = licence.names[0] if len(licence.names) == 1 else list(licence.names)
+    names: Any = license.names[0] if len(license.names) == 1 else list(license.names)
     return ModelCardData(
         base_model=base,
         datasets=hub_datasets(facts.lineage) or None,
@@ -118,20 +118,20 @@ def hub_datasets(lineage: Sequence[Artifact]) -> list[str]:
     return sorted(set(found))
 
 
-def licence_of(lineage: Sequence[Artifact], stated: str | None = None) -> Licence:
-    """What the checkpoint may be passed on under, from the licences of its base and its data, or as ``stated``.
+def license_of(lineage: Sequence[Artifact], stated: str | None = None) -> License:
+    """What the checkpoint may be passed on under, from the licenses of its base and its data, or as ``stated``.
 
-    Raises ``UserError`` for a statement that is no licence's name.
+    Raises ``UserError`` for a statement that is no license's name.
     """
-    names = [row["licence"] for row in licence_rows(lineage, Beside()) if row["licence"] != MADE_HERE]
+    names = [row["license"] for row in license_rows(lineage, Beside()) if row["license"] != MADE_HERE]
     whole = of_mixture(names)
     if stated is None:
         if not names:
-            return Licence(whole.names, "Nothing is recorded of where this model comes from.", whole.concerns)
+            return License(whole.names, "Nothing is recorded of where this model comes from.", whole.concerns)
         return whole
-    if not LICENCE_ID.fullmatch(stated):
-        raise UserError(f"--license {stated!r} is no name of a licence; the Hub's names look like apache-2.0.")
-    return Licence((normalise(stated),), "Stated by who exported it.", whole.concerns)
+    if not LICENSE_ID.fullmatch(stated):
+        raise UserError(f"--license {stated!r} is no name of a license; the Hub's names look like apache-2.0.")
+    return License((normalize(stated),), "Stated by who exported it.", whole.concerns)
 
 
 def own_names(facts: Facts) -> list[str]:
@@ -151,7 +151,7 @@ def reward_results(facts: Facts) -> list[Mapping[str, Any]]:
 
 
 REWARD_METRICS = {
-    "as_labelled": "Pairs ordered as labelled",
+    "as_labeled": "Pairs ordered as labeled",
     "true": "Pairs ordered as the true scores do",
     "longer": "Pairs that taking the longer answer gets right",
 }

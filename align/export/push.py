@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.data.licenses import Licence
+from align.data.licenses import License
 from align.data.push import Part, check_repo, hub_errors, make_repository
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json")
@@ -27,7 +27,7 @@ class ModelUpload:
     revision: str | None
     private: bool
     parts: tuple[Part, ...]
-    licence: Licence
+    license: License
 
     @property
     def size(self) -> int:
@@ -35,12 +35,12 @@ class ModelUpload:
         return sum(part.size for part in self.parts)
 
 
-def prepare(folder: Path, repo: str, licence: Licence, revision: str | None, private: bool) -> ModelUpload:
+def prepare(folder: Path, repo: str, license: License, revision: str | None, private: bool) -> ModelUpload:
     """What pushing ``folder`` would upload; touches no network."""
     check_repo(repo, "model")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     parts = tuple(Part(path.relative_to(folder).as_posix(), path) for path in files)
-    return ModelUpload(folder, repo, revision, private, parts, licence)
+    return ModelUpload(folder, repo, revision, private, parts, license)
 
 
 def push(upload: ModelUpload, message: str, api: Any = None) -> dict[str, Any]:

@@ -34,7 +34,7 @@ QUESTIONS: tuple[tuple[str, str], ...] = (
     ("Translate into German: Good morning, my friend.", "Guten Morgen, mein Freund."),
     ("def add(a, b):\n    return", "a + b"),
     ("¿Qué tiempo hace hoy? 🙂", "Hace sol."),
-    ("List three colours.", "Red, green, blue."),
+    ("List three colors.", "Red, green, blue."),
     ("Tell me a very short story about a fox.", "A fox found a key. It opened nothing. She kept it."),
 )
 """What is asked, with answers for a reward model to score."""

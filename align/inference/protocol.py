@@ -21,7 +21,7 @@ class Sampling:
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
-    """Below 1 the tail is cut and ``logprobs`` are renormalised over what is kept: leave it at 1 for training."""
+    """Below 1 the tail is cut and ``logprobs`` are renormalized over what is kept: leave it at 1 for training."""
     n: int = 1
     """Responses per prompt."""
     seed: int = 0

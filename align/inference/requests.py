@@ -143,7 +143,7 @@ class RequestCache:
         if where is None:
             return None
         at, offset, length, place = where
-        if (at, offset) != self._last[0]:  # neighbours are read one after the other
+        if (at, offset) != self._last[0]:  # neighbors are read one after the other
             with self._files[at].open("rb") as file:
                 file.seek(offset)
                 self._last = (at, offset), json.loads(file.read(length))["answers"]

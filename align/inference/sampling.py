@@ -17,7 +17,7 @@ def processed_logprobs(logits: torch.Tensor, temperature: float, top_p: float) -
     """Log-probabilities that are really sampled from, (B, V) float32: after temperature and nucleus cut.
 
     Temperature 0 (greedy) leaves the logits' own scale. ``top_p`` keeps the smallest set of tokens whose probability
-    reaches it (arXiv 1904.09751) and renormalises over it; the rest is ``-inf``.
+    reaches it (arXiv 1904.09751) and renormalizes over it; the rest is ``-inf``.
     """
     if temperature not in (0, 1):
         logits = logits / temperature

@@ -97,9 +97,9 @@ class Adapter:
     def _replace(self, name: str, attention: Any, module: Any, inputs: Any, outputs: Any) -> Any:
         """Keys and values of the virtual tokens in (N, queries + keys + values)."""
         rows = [self.weights[f"{name}.self_attn.{matrix}.prefix.rows"] for matrix in ("k_proj", "v_proj")]
-        learnt = torch.cat(rows, dim=-1)[self.places.clamp(min=0)]  # (N, keys + values)
+        learned = torch.cat(rows, dim=-1)[self.places.clamp(min=0)]  # (N, keys + values)
         queries, own = outputs[0].split([attention.q_size, 2 * attention.kv_size], dim=-1)
-        own = torch.where((self.places >= 0)[:, None], learnt, own)
+        own = torch.where((self.places >= 0)[:, None], learned, own)
         return torch.cat([queries, own], dim=-1), *outputs[1:]
 
     def _attend(self, name: str, attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""How a tokenizer and its chat template write a conversation, learnt by rendering one made of words that stand out.
+"""How a tokenizer and its chat template write a conversation, learned by rendering one made of words that stand out.
 
 Leaves out judging it: ``template.py`` does that.
 """
@@ -159,7 +159,7 @@ class Dialect:
         return wanted in whole or self.through(wanted) in whole
 
     def through(self, text: str) -> str:
-        """``text`` encoded and decoded: tokenizers may normalise it, or not know all its characters."""
+        """``text`` encoded and decoded: tokenizers may normalize it, or not know all its characters."""
         try:
             return self.decode(self.encode(text))
         except (UnicodeError, TypeError, ValueError):  # lone surrogates cannot be encoded; reported as not-utf8

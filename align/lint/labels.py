@@ -7,11 +7,11 @@ from typing import Literal
 from align.lint.batches import MASKED, Tokens
 from align.lint.dialect import squeezed
 from align.lint.findings import Findings
-from align.lint.tokens import Limits, is_cut, labelled
+from align.lint.tokens import Limits, is_cut, labeled
 from align.models.render import render_conversation, render_prompt
 
 Supervise = Literal["last", "all"]
-"""Which of a conversation's answers are to be learnt."""
+"""Which of a conversation's answers are to be learned."""
 
 
 def check_labels(seen: Tokens, limits: Limits, supervise: Supervise, found: Findings) -> None:
@@ -19,7 +19,7 @@ def check_labels(seen: Tokens, limits: Limits, supervise: Supervise, found: Find
     labels, ids, place = seen.labels, seen.ids, seen.place
     if labels is None:
         return
-    runs = labelled(seen)
+    runs = labeled(seen)
     if not runs:
         found.add("labels-all-masked", place, f"{len(ids)} tokens: {seen.text}")
         return
@@ -116,7 +116,7 @@ def _starts_an_answer(seen: Tokens, run: tuple[int, int]) -> bool:
 def _check_texts(
     seen: Tokens, runs: list[tuple[int, int]], limits: Limits, supervise: Supervise, found: Findings
 ) -> None:
-    """The labelled text is the answers' text, each whole."""
+    """The labeled text is the answers' text, each whole."""
     if not seen.messages:
         _check_headers(seen, runs, found)
         return
@@ -163,7 +163,7 @@ def _is_start(content: str, answers: list[str]) -> bool:
 
 
 def _speaks_for_others(seen: Tokens, content: str, others: list[str], answers: list[str]) -> bool:
-    """Whether labelled text announces a user's turn, or has a whole turn of somebody else in it."""
+    """Whether labeled text announces a user's turn, or has a whole turn of somebody else in it."""
     said = "".join(map(squeezed, answers))
     header = seen.dialect.user_header
     if header and header in content and header not in said:

@@ -22,7 +22,7 @@ from align.lint.repeated_answers import check_leaked_answers, check_repeated_ans
 from align.lint.splits import Repeats, check_leaks
 from align.lint.template import check_template, injected_system
 from align.lint.text import check_turns
-from align.lint.tokens import Limits, check_tokens, labelled
+from align.lint.tokens import Limits, check_tokens, labeled
 from align.models.render import render_prompt
 from align.training import rows as encoding
 from align.training.unpaired import encode_unpaired
@@ -122,7 +122,7 @@ class Linter:
             if sequences:
                 repeats.check([seen.ids for seen in sequences], place, sequences[0].text, self.found)
             if made is not None and len(shown) < PADDED and sequences and sequences[0].labels is not None:
-                shown.append((made, sum(end - start for start, end in labelled(sequences[0]))))
+                shown.append((made, sum(end - start for start, end in labeled(sequences[0]))))
         self.totals[split] = (len(kept), total)
         self.found.looked_at += len(kept)
         if collator is not None and len(shown) > 1:

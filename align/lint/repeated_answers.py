@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
-from align.data.rows import Row, normalised, prompt_key
+from align.data.rows import Row, normalized, prompt_key
 from align.lint.findings import Findings, Place
 
 PlacedRow = tuple[Place, Row]
@@ -71,4 +71,4 @@ def _long_answers(row: Row) -> Iterator[str]:
 
 def _last_text(row: Row, name: str) -> str:
     messages = row.get(name) or []
-    return normalised(messages[-1]["content"] or "") if messages else ""
+    return normalized(messages[-1]["content"] or "") if messages else ""

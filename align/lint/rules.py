@@ -58,7 +58,7 @@ RULES: dict[str, Rule] = {
     "template-refuses-row": Rule(
         "error",
         "the chat template raises an error on a row",
-        "Change the row's roles to those the template takes, with a normalise step, or leave the row out.",
+        "Change the row's roles to those the template takes, with a normalize step, or leave the row out.",
     ),
     "unexpected-system-prompt": Rule(
         "note",
@@ -114,7 +114,7 @@ RULES: dict[str, Rule] = {
     ),
     "labels-all-masked": Rule(
         "error",
-        "no token of a row has a label, so nothing is learnt from it",
+        "no token of a row has a label, so nothing is learned from it",
         "Raise max_length; with `assistant_only_loss`, take a template with {% generation %} markers.",
     ),
     "labels-none-masked": Rule(
@@ -134,12 +134,12 @@ RULES: dict[str, Rule] = {
     ),
     "mask-shifted": Rule(
         "error",
-        "the labelled tokens are not those of the answer",
+        "the labeled tokens are not those of the answer",
         "Build the mask from token offsets of the same rendering, and label each token with itself.",
     ),
     "padding-supervised": Rule(
         "error",
-        "a row has other labels in a batch than alone: padding is labelled",
+        "a row has other labels in a batch than alone: padding is labeled",
         "Pad labels with -100, by position.",
     ),
     "answer-truncated": Rule(
@@ -174,7 +174,7 @@ RULES: dict[str, Rule] = {
     "repeated-role": Rule(
         "warning",
         "two turns in a row are the same speaker's",
-        "Join them, or leave the row out, with a normalise step.",
+        "Join them, or leave the row out, with a normalize step.",
     ),
     "unknown-role": Rule(
         "error",
@@ -184,7 +184,7 @@ RULES: dict[str, Rule] = {
     "special-token-in-content": Rule(
         "error",
         "the text of a turn contains a control token, which ends or opens turns inside it",
-        "Leave the row out or rewrite it with a normalise step.",
+        "Leave the row out or rewrite it with a normalize step.",
     ),
     "turn-marker-in-content": Rule(
         "warning",
@@ -204,7 +204,7 @@ RULES: dict[str, Rule] = {
     "foreign-token-in-content": Rule(
         "warning",
         "the text of a turn contains the mark of a turn of another model's template",
-        "Split the rendered text into turns, or take the mark out, with a normalise step.",
+        "Split the rendered text into turns, or take the mark out, with a normalize step.",
     ),
     "speaker-label-in-content": Rule(
         "note",
@@ -214,12 +214,12 @@ RULES: dict[str, Rule] = {
     "invisible-character": Rule(
         "note",
         "text with characters that have no width (zero-width spaces, byte order marks)",
-        "Take them out with a normalise step.",
+        "Take them out with a normalize step.",
     ),
     "direction-override": Rule(
         "warning",
         "text with characters that change its direction: what a person reads is not what the model learns",
-        "Take them out with a normalise step, or leave the row out.",
+        "Take them out with a normalize step, or leave the row out.",
     ),
     "assistant-speaks-first": Rule(
         "warning",
@@ -271,7 +271,7 @@ RULES: dict[str, Rule] = {
     "sides-differ-in-case-alone": Rule(
         "warning",
         "the two answers of a pair differ in case or white space alone",
-        "Leave the pair out, unless that is what is to be learnt.",
+        "Leave the pair out, unless that is what is to be learned.",
     ),
     "pairs-contradict": Rule(
         "warning",
@@ -301,7 +301,7 @@ RULES: dict[str, Rule] = {
     "length-bias": Rule(
         "warning",
         "nearly always the longer (or the shorter) answer is the chosen one",
-        "Compare with the accuracy of preferring the longer answer; balance the pairs, or normalise by length.",
+        "Compare with the accuracy of preferring the longer answer; balance the pairs, or normalize by length.",
     ),
     "label-skew": Rule(
         "warning",

@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from align.data.rows import Row, normalised, prompt_key
+from align.data.rows import Row, normalized, prompt_key
 from align.lint.findings import Findings, Place
 
 GRAM, COVERED, FEWEST = 8, 0.8, 16
@@ -47,7 +47,7 @@ def _check_nearly(train: Sequence[tuple[Place, Row]], test: Sequence[tuple[Place
 
 
 def _grams(row: Row) -> set[int]:
-    words = " ".join(normalised(turn["content"] or "") for turn in row["prompt"] if turn["role"] == "user").split()
+    words = " ".join(normalized(turn["content"] or "") for turn in row["prompt"] if turn["role"] == "user").split()
     return {hash(tuple(words[at : at + GRAM])) for at in range(len(words) - GRAM + 1)}
 
 

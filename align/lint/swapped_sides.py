@@ -2,7 +2,7 @@
 
 Where a feature tells the two answers of every pair clearly apart (a length, the words shared with the prompt), its
 differences form two separate groups, one for each sign. Labels that follow the feature in most pairs and contradict it
-in a good share of them are then no matter of taste: sides were swapped. In pairs that people labelled, differences
+in a good share of them are then no matter of taste: sides were swapped. In pairs that people labeled, differences
 gather around zero instead, and the probe says nothing.
 """
 

@@ -89,7 +89,7 @@ def is_cut(seen: Tokens, limits: Limits) -> bool:
     return limits.max_length is not None and len(seen.ids) >= limits.max_length
 
 
-def labelled(seen: Tokens) -> list[tuple[int, int]]:
+def labeled(seen: Tokens) -> list[tuple[int, int]]:
     """Runs of tokens with a label, as (start, end)."""
     runs: list[tuple[int, int]] = []
     for at, label in enumerate(seen.labels or []):

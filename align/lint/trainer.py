@@ -158,7 +158,7 @@ def lint_trainer(
 
     ``rows`` are those the dataset was made from, in its order (``prompt`` with ``completion``, or with ``chosen`` and
     ``rejected``); without them, or where the trainer packed or dropped some, only the tokens are judged.
-    ``supervise`` says which answers of a conversation are to be learnt; with ``assistant_only_loss`` all of them.
+    ``supervise`` says which answers of a conversation are to be learned; with ``assistant_only_loss`` all of them.
     Raises ``UserError`` for a trainer of another kind.
     """
     names = [kind.__name__ for kind in type(trainer).__mro__]

@@ -73,8 +73,8 @@ def _refuse_foreign(file: Path, config: Mapping[str, Any]) -> None:
         )
     if config.get("quantization_config") is not None:
         raise UserError(
-            f"{file}: has a quantization_config, so its weights are quantised; align reads float weights. Name the "
-            "model that it was quantised from."
+            f"{file}: has a quantization_config, so its weights are quantized; align reads float weights. Name the "
+            "model that it was quantized from."
         )
 
 

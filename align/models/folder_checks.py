@@ -67,8 +67,8 @@ def tensor_entries(folder: Path) -> dict[str, Entry]:
     )
     if odd is not None:
         raise UserError(
-            f"{folder}: its tensor {odd.name} is of type {odd.dtype}, so the weights are quantised; align reads float "
-            "weights. Name the model that it was quantised from."
+            f"{folder}: its tensor {odd.name} is of type {odd.dtype}, so the weights are quantized; align reads float "
+            "weights. Name the model that it was quantized from."
         )
     return entries
 

@@ -189,7 +189,7 @@ def _named(names: list[str]) -> str:
 
 
 def open_gguf(gguf: Path, dtype: Any) -> tuple[Any, Any]:
-    """Tokenizer and model of a GGUF file, dequantised.
+    """Tokenizer and model of a GGUF file, dequantized.
 
     transformers also reads files beside a GGUF, which are no part of the model's identity: it is shown the file alone.
     """

@@ -73,7 +73,7 @@ def resolve(source: str, revision: str | None, base: Path) -> Source:
     if not HUB_NAME.fullmatch(source):
         raise UserError(
             f"source: '{source}' is neither a built-in model ({', '.join(BUILT_IN)}), nor a path under '{base}', "
-            f"nor a Hub name like 'organisation/model'.{suggest(source, BUILT_IN)}"
+            f"nor a Hub name like 'organization/model'.{suggest(source, BUILT_IN)}"
         )
     if revision is None or not COMMIT.fullmatch(revision):
         found = "it is missing" if revision is None else f"'{revision}' can move"

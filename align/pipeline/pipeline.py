@@ -303,7 +303,7 @@ class Pipeline:
 
 @functools.cache  # pydantic looks through every loaded module for each class it makes
 def _with_seed(config_class: type[Config]) -> type[Config]:
-    """The config with a field ``seed``, so that a misspelt one finds its name too."""
+    """The config with a field ``seed``, so that a misspelled one finds its name too."""
     return create_model(config_class.__name__, __base__=config_class, seed=(int | None, None))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from align.report.figures import COLOURS, GRID, LINES, MARKERS, Panel, bars, either, legend_name, nth, styled
+from align.report.figures import COLORS, GRID, LINES, MARKERS, Panel, bars, either, legend_name, nth, styled
 
 Card = Mapping[str, Any]
 
@@ -26,7 +26,7 @@ def task_scores(card: Card, metric: str, title: str) -> Markup:
         estimate = card["estimates"][policy][metric]
         index = card["policies"].index(policy)
         panel.axes.errorbar(
-            estimate["value"], place, xerr=bars(estimate), marker=nth(MARKERS, index), color=nth(COLOURS, index),
+            estimate["value"], place, xerr=bars(estimate), marker=nth(MARKERS, index), color=nth(COLORS, index),
             markersize=5.5, capsize=2, linewidth=1.2,
         )  # fmt: skip
     reference = card["estimates"][card["reference"]].get(metric)
@@ -59,11 +59,11 @@ def by_family(card: Card, metric: str, most: int = MOST_SOURCES) -> Markup | Non
         for y, estimate in rows:
             panel.axes.plot(
                 [either(estimate["low"], estimate["value"]), either(estimate["high"], estimate["value"])], [y, y],
-                color=nth(COLOURS, index), linewidth=1.1, alpha=0.7,
+                color=nth(COLORS, index), linewidth=1.1, alpha=0.7,
             )  # fmt: skip
         panel.axes.plot(
             [estimate["value"] for _, estimate in rows], [y for y, _ in rows], linestyle="none",
-            marker=nth(MARKERS, index), color=nth(COLOURS, index), markersize=5, label=legend_name(policy),
+            marker=nth(MARKERS, index), color=nth(COLORS, index), markersize=5, label=legend_name(policy),
         )  # fmt: skip
     panel.axes.set_yticks(range(len(families)), [f"{legend_name(name)}  (n={f['n']})" for name, f in families])
     panel.axes.set_ylim(len(families) - 0.5, -0.5)
@@ -88,7 +88,7 @@ def length_histogram(lengths: Mapping[str, Sequence[int]], what: str = "") -> Ma
             continue
         counts, _ = np.histogram(values, edges)
         panel.axes.stairs(
-            counts / len(values), edges, color=nth(COLOURS, index), linestyle=nth(LINES, index), linewidth=1.6,
+            counts / len(values), edges, color=nth(COLORS, index), linestyle=nth(LINES, index), linewidth=1.6,
             label=legend_name(policy),
         )  # fmt: skip
     panel.axes.set_xlabel("tokens of a response")
@@ -110,10 +110,10 @@ def rates(card: Card, metrics: Sequence[str], xlabel: str, label: str) -> Markup
                 continue
             at = place + (index - (len(metrics) - 1) / 2) * step
             panel.axes.errorbar(
-                estimate["value"], at, xerr=bars(estimate), marker=nth(MARKERS, index), color=nth(COLOURS, index),
+                estimate["value"], at, xerr=bars(estimate), marker=nth(MARKERS, index), color=nth(COLORS, index),
                 markersize=5.5, capsize=2, linewidth=1.2, linestyle="none",
             )  # fmt: skip
-        panel.axes.plot([], [], linestyle="none", marker=nth(MARKERS, index), color=nth(COLOURS, index),
+        panel.axes.plot([], [], linestyle="none", marker=nth(MARKERS, index), color=nth(COLORS, index),
                         label=legend_name(card["metrics"][metric]["title"]))  # fmt: skip
     panel.axes.set_xlim(-0.03, 1.03)
     panel.axes.set_yticks(range(len(policies)), [legend_name(name) for name in policies])

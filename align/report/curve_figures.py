@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from align.errors import printable
 from align.report.curves import Events, panels
-from align.report.figures import COLOURS, INK, LINES, MARKERS, Panel, legend_name, nth, styled
+from align.report.figures import COLORS, INK, LINES, MARKERS, Panel, legend_name, nth, styled
 from align.report.wording import number
 
 WIDTH, HEIGHT = 3.0, 1.95
@@ -58,9 +58,9 @@ def curve(title: str, names: Sequence[str], events: Events) -> Curve:
         steps, values = events.series[name]
         if name in events.spread:
             low, high = events.spread[name]
-            axes.fill_between(steps, low, high, color=nth(COLOURS, index), alpha=0.2, linewidth=0)
+            axes.fill_between(steps, low, high, color=nth(COLORS, index), alpha=0.2, linewidth=0)
         axes.plot(
-            steps, values, color=nth(COLOURS, index), linestyle=nth(LINES, index),
+            steps, values, color=nth(COLORS, index), linestyle=nth(LINES, index),
             marker=nth(MARKERS, index) if len(steps) <= FEW else None, markersize=3.5, label=legend_name(name),
         )  # fmt: skip
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))

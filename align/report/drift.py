@@ -1,6 +1,6 @@
 """Score against drift: one point per system on held-out prompts, and the way a stage took, update by update.
 
-A proxy that rises while the gold score turns is over-optimisation (arXiv 2210.10760), so both are drawn.
+A proxy that rises while the gold score turns is over-optimization (arXiv 2210.10760), so both are drawn.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from markupsafe import Markup
 
 from align.errors import printable
 from align.report.curves import Events, thin_to
-from align.report.figures import COLOURS, LINES, MARKERS, Panel, bars, legend_name, nth, styled
+from align.report.figures import COLORS, LINES, MARKERS, Panel, bars, legend_name, nth, styled
 
 SCORES = ("reward", "gold")
 """Metrics of the prompt set that are drawn against KL, proxy first."""
-PATHS = {"score": "score that was optimised", "gold": "gold score"}
+PATHS = {"score": "score that was optimized", "gold": "gold score"}
 """What a stage logs an update, and what it is called."""
 MOST_POINTS = 40
 """Points of a path; more are means of equal runs of updates."""
@@ -36,7 +36,7 @@ def reward_against_kl(card: Mapping[str, Any], metric: str) -> Markup:
         x, y = own["kl"], own[metric]
         arms = [[x["value"]], [0.0]] if x.get("method") == "upper bound" else bars(x)
         panel.axes.errorbar(
-            x["value"], y["value"], xerr=arms, yerr=bars(y), marker=nth(MARKERS, index), color=nth(COLOURS, index),
+            x["value"], y["value"], xerr=arms, yerr=bars(y), marker=nth(MARKERS, index), color=nth(COLORS, index),
             markersize=7, markeredgecolor="white", capsize=2, linewidth=1.2, linestyle="none",
             label=legend_name(policy),
         )  # fmt: skip
@@ -69,7 +69,7 @@ def path(events: Mapping[str, Events], name: str) -> Markup | None:
         drawn += 1
         steps, kls, scores = zip(*points, strict=True)
         panel.axes.plot(
-            kls, scores, color=nth(COLOURS, index), linestyle=nth(LINES, index), marker=nth(MARKERS, index),
+            kls, scores, color=nth(COLORS, index), linestyle=nth(LINES, index), marker=nth(MARKERS, index),
             markersize=3, linewidth=1.1, label=legend_name(stage),
         )  # fmt: skip
         for at in (0, -1):

@@ -16,8 +16,8 @@ from markupsafe import Markup
 
 from align.errors import printable
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; shape and line style repeat what colour says.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")
+# Okabe and Ito's colors, which color-blind readers can tell apart; shape and line style repeat what color says.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 2)), (0, (8, 2)))
 INK, GRID = "#3d4654", "#e3e6eb"
@@ -96,7 +96,7 @@ def dots(rows: Sequence[tuple[str, Mapping[str, Any]]], xlabel: str, label: str,
         if estimate["value"] is None:
             continue
         panel.axes.errorbar(
-            estimate["value"], place, xerr=bars(estimate), marker=nth(MARKERS, place % 3), color=COLOURS[0],
+            estimate["value"], place, xerr=bars(estimate), marker=nth(MARKERS, place % 3), color=COLORS[0],
             markersize=6, capsize=2, linewidth=1.2,
         )  # fmt: skip
     if line is not None:

@@ -1,4 +1,4 @@
-"""What every data stage did to its rows, step by step and source by source, and the licences of data and models.
+"""What every data stage did to its rows, step by step and source by source, and the licenses of data and models.
 
 From ``ledger.json`` and the records alone: no texts of rows, kept or dropped, which may be private; a recipe's own
 ``preview.html`` has those. Torch-free.
@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 
 from align.data.built import LEDGER
-from align.data.licenses import UNKNOWN, normalise, of_mixture
-from align.models.embedded import LICENCE, NAME
+from align.data.licenses import UNKNOWN, normalize, of_mixture
+from align.models.embedded import LICENSE, NAME
 from align.models.source import TINY
 from align.report.assets import Beside
 from align.store.artifacts import DATASETS, Artifact
@@ -94,12 +94,12 @@ def _levels(ledger: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _source(line: Mapping[str, Any]) -> dict[str, Any]:
-    licence = normalise(line.get("license"))
+    license = normalize(line.get("license"))
     return {
         "source": line["source"],
         "type": line.get("type", ""),
-        "licence": licence,
-        "unknown": licence == UNKNOWN,
+        "license": license,
+        "unknown": license == UNKNOWN,
         **{name: line.get(name, 0) for name in ("rows_in", "rows_out", "added")},
         "lost": sum(line["dropped"].values()),
     }
@@ -120,29 +120,29 @@ def _counts(artifact: Artifact) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-# ---- licences -----------------------------------------------------------------------------------------------------
+# ---- licenses -----------------------------------------------------------------------------------------------------
 
 
-def licence_rows(artifacts: Sequence[Artifact], beside: Beside) -> list[dict[str, Any]]:
-    """Licences of the data and models that entered from outside: ``stage``, ``what``, ``licence``, ``identity``."""
+def license_rows(artifacts: Sequence[Artifact], beside: Beside) -> list[dict[str, Any]]:
+    """Licenses of the data and models that entered from outside: ``stage``, ``what``, ``license``, ``identity``."""
     rows = []
     for artifact in artifacts:
         if artifact.record.get("kind") == "model":
             rows.append(_model(artifact))
         ledger = read_ledger(artifact) if artifact.kind in DATA else None
         for line in (ledger or {}).get("sources") or []:
-            licence = normalise(line.get("license"))
+            license = normalize(line.get("license"))
             identity = "; ".join(f"{name}: {value}" for name, value in (line.get("identity") or {}).items())
-            rows.append(_licence(artifact.stage, "data", line["source"], licence, identity))
+            rows.append(_license(artifact.stage, "data", line["source"], license, identity))
     if rows:
-        heads = {"stage": "Stage", "what": "What", "name": "Name", "licence": "Licence", "identity": "Identity"}
-        beside.table("licences", "Licences", heads, rows)
+        heads = {"stage": "Stage", "what": "What", "name": "Name", "license": "License", "identity": "Identity"}
+        beside.table("licenses", "Licenses", heads, rows)
     return rows
 
 
-def data_licence(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def data_license(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """Under what all the data together may be passed on; None without data from outside."""
-    names = [row["licence"] for row in rows if row["what"] == "data"]
+    names = [row["license"] for row in rows if row["what"] == "data"]
     if not names:
         return None
     whole = of_mixture(names)
@@ -153,13 +153,13 @@ def _model(artifact: Artifact) -> dict[str, Any]:
     config = artifact.record.get("config") or {}
     source = str(config.get("source", ""))
     identity = str((artifact.record.get("identities") or {}).get("source", ""))
-    return _licence(artifact.stage, "model", source, model_licence(artifact.model, source), identity)
+    return _license(artifact.stage, "model", source, model_license(artifact.model, source), identity)
 
 
-def model_licence(folder: Path, source: str) -> str:
-    """A base model's licence: of the built-in ones, or what a model card in its folder states; else ``unknown``."""
+def model_license(folder: Path, source: str) -> str:
+    """A base model's license: of the built-in ones, or what a model card in its folder states; else ``unknown``."""
     if source == NAME:
-        return normalise(LICENCE)
+        return normalize(LICENSE)
     if source == TINY:
         return MADE_HERE
     try:
@@ -167,12 +167,12 @@ def model_licence(folder: Path, source: str) -> str:
         stated = (yaml.safe_load(front) or {}).get("license")
     except (OSError, UnicodeDecodeError, IndexError, AttributeError, yaml.YAMLError):
         return UNKNOWN
-    return normalise(stated if isinstance(stated, str) else None)
+    return normalize(stated if isinstance(stated, str) else None)
 
 
-def _licence(stage: str, what: str, name: str, licence: str, identity: str) -> dict[str, Any]:
-    found = {"stage": stage, "what": what, "name": name, "licence": licence, "identity": identity}
-    return {**found, "unknown": licence == UNKNOWN}
+def _license(stage: str, what: str, name: str, license: str, identity: str) -> dict[str, Any]:
+    found = {"stage": stage, "what": what, "name": name, "license": license, "identity": identity}
+    return {**found, "unknown": license == UNKNOWN}
 
 
 # ---- files --------------------------------------------------------------------------------------------------------

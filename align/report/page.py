@@ -67,7 +67,7 @@ def write_report(
     if failed and failed.get("folder"):
         shown[str(failed["stage"])] = read_events(Path(failed["folder"]))
     curves, readings = _curves(shown, beside)
-    licences = ledgers.licence_rows(artifacts, beside)
+    licenses = ledgers.license_rows(artifacts, beside)
     costs.keep_tables(artifacts, beside)
     html = template("page.html.jinja").render(
         **shell(title),
@@ -76,8 +76,8 @@ def write_report(
         picture=lay_out(artifacts, failed, cached, pending or {}),
         stages=costs.stage_rows(artifacts, events),
         data=ledgers.data_sections(artifacts, beside),
-        licences=licences,
-        data_licence=ledgers.data_licence(licences),
+        licenses=licenses,
+        data_license=ledgers.data_license(licenses),
         curves=curves,
         curves_json=script_json(readings),
         folders=(FIGURES, TABLES),

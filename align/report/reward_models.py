@@ -8,7 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from align.report.assets import Beside, Figure
-from align.report.figures import COLOURS, INK, Panel, bars, dots, legend_name, styled
+from align.report.figures import COLORS, INK, Panel, bars, dots, legend_name, styled
 from align.report.wording import ACCURACIES, interval, number
 
 Card = Mapping[str, Any]
@@ -126,7 +126,7 @@ def _range(one: Mapping[str, Any]) -> str:
 def _figures(report: Report, name: str, beside: Beside) -> Iterator[Figure]:
     shares = [(title, report[key]) for key, title in ACCURACIES.items() if report.get(key)]
     svg = dots(shares, "share of held-out pairs ordered right", f"Reward model accuracy: {name}", line=CHANCE)
-    caption = f"{report['pairs']:,} pairs. Dotted: chance. Noise in the labels caps “as labelled”."
+    caption = f"{report['pairs']:,} pairs. Dotted: chance. Noise in the labels caps “as labeled”."
     yield beside.figure(f"accuracy-{name}", svg, caption)
     bins = (report.get("calibration") or {}).get("bins") or []
     if bins:
@@ -143,9 +143,9 @@ def _figures(report: Report, name: str, beside: Beside) -> Iterator[Figure]:
     sources = report.get("by_source") or {}
     if len(sources) > 1:
         largest = sorted(sources.items(), key=lambda item: -item[1]["n"])[:24]
-        svg = dots(sorted(largest), "share of pairs ordered as labelled", f"Reward model accuracy by source: {name}",
+        svg = dots(sorted(largest), "share of pairs ordered as labeled", f"Reward model accuracy by source: {name}",
                    line=CHANCE)  # fmt: skip
-        yield beside.figure(f"accuracy-by-source-{name}", svg, "Accuracy as labelled, by source. Dotted: chance.")
+        yield beside.figure(f"accuracy-by-source-{name}", svg, "Accuracy as labeled, by source. Dotted: chance.")
 
 
 @styled
@@ -156,19 +156,19 @@ def reliability(bins: Sequence[Mapping[str, Any]], name: str) -> Markup:
     panel.axes.plot([0, 1], [0, 1], color=INK, linestyle=":", linewidth=1.2, label="calibrated")
     for at, one in enumerate(used):
         panel.axes.errorbar(
-            one["confidence"], one["accuracy"]["value"], yerr=bars(one["accuracy"]), marker="o", color=COLOURS[0],
+            one["confidence"], one["accuracy"]["value"], yerr=bars(one["accuracy"]), marker="o", color=COLORS[0],
             markersize=5.5, capsize=2, linewidth=1.2, label=legend_name(name) if at == 0 else None,
         )  # fmt: skip
         panel.axes.annotate(f"{one['n']}", (one["confidence"], 0.02), xycoords=("data", "axes fraction"), fontsize=7,
                             ha="center")  # fmt: skip
     panel.axes.plot(
-        [one["confidence"] for one in used], [one["accuracy"]["value"] for one in used], color=COLOURS[0], linewidth=1
+        [one["confidence"] for one in used], [one["accuracy"]["value"] for one in used], color=COLORS[0], linewidth=1
     )
     lowest = min((one["confidence"] for one in used), default=0.0)
     panel.axes.set_xlim(0.48 if lowest >= 0.5 else -0.02, 1.02)
     panel.axes.set_ylim(0, 1.03)
     panel.axes.set_xlabel("how sure (sigmoid of the difference); below: pairs")
-    panel.axes.set_ylabel("share ordered as labelled")
+    panel.axes.set_ylabel("share ordered as labeled")
     panel.axes.legend(loc="best")
     return panel.svg(f"Reliability of the reward model: {name}")
 

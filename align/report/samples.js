@@ -67,7 +67,7 @@
     return -largest(item) / scale[item.task];
   }
 
-  // ---- numbers by token: colour, and thickness of the underline, for those who see no colour; dotted is below zero
+  // ---- numbers by token: color, and thickness of the underline, for those who see no color; dotted is below zero
 
   const MEASURES = { k: { name: "KL by token", unit: "nats", short: "KL" }, v: { name: "Value by token", unit: "", short: "value" },
     a: { name: "Advantage by token", unit: "", short: "advantage" } };

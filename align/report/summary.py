@@ -199,12 +199,12 @@ def _repeats(card: Card, flag: dict[str, str]) -> bool:
 
 
 def _accuracy(accuracy: dict[str, Any]) -> str:
-    labelled = accuracy["as_labelled"]
+    labeled = accuracy["as_labeled"]
     pairs = f"pairs of {accuracy['task']}" if accuracy.get("task") not in (None, "pairs") else "held-out pairs"
     name = f"The reward model {accuracy['stage']}" if accuracy.get("stage") else "The reward model"
     text = (
-        f"{name} orders {number(labelled['value'])} of {labelled['n']} {pairs} as labelled "
-        f"(95 % interval {interval(labelled)})"
+        f"{name} orders {number(labeled['value'])} of {labeled['n']} {pairs} as labeled "
+        f"(95 % interval {interval(labeled)})"
     )
     if accuracy.get("true"):
         text += f", and {number(accuracy['true']['value'])} as the gold score does ({interval(accuracy['true'])})"

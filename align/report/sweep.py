@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from align.errors import printable
 from align.report.assets import Beside, Figure
-from align.report.figures import COLOURS, INK, Panel, bars, legend_name, styled
+from align.report.figures import COLORS, INK, Panel, bars, legend_name, styled
 from align.report.wording import MISSING, duration, interval, number
 
 MAX_FIGURES = 12
@@ -110,7 +110,7 @@ def slice_plot(rows: Sequence[Mapping[str, Any]], objective: str, name: str) -> 
         low, high = row["intervals"].get(objective) or (None, None)
         estimate = {"value": row["values"][objective], "low": low, "high": high}
         axes.errorbar(
-            place, estimate["value"], yerr=bars(estimate), marker="o", markersize=5, color=COLOURS[0], capsize=2,
+            place, estimate["value"], yerr=bars(estimate), marker="o", markersize=5, color=COLORS[0], capsize=2,
             linewidth=0.9,
         )  # fmt: skip
         if row["best"]:

@@ -1,7 +1,7 @@
 """Rows as a model sees them: the rendered template in pieces, each either trained on or not, special tokens apart.
 
 The ids and labels are those that training makes (``align.training.rows``), so what is shown is what is learned. A view
-is one sequence of tokens: an instruction has one, a pair one for each side. Leaves out colours and escaping, which are
+is one sequence of tokens: an instruction has one, a pair one for each side. Leaves out colors and escaping, which are
 the page's and the terminal's. Torch-free.
 """
 

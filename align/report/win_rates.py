@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from align.errors import printable
 from align.report.assets import Beside
-from align.report.figures import COLOURS, INK, Panel, bars, legend_name, styled
+from align.report.figures import COLORS, INK, Panel, bars, legend_name, styled
 from align.report.wording import MARKS, interval, number
 
 Card = Mapping[str, Any]
@@ -53,14 +53,14 @@ def figure_of(rows: Sequence[Row], label: str) -> Markup:
     panel = Panel(4.6, 0.95 + 0.34 * max(2, len(rows)))
     controlled = False
     for place, row in enumerate(rows):
-        for key, shift, face in (("win_rate", -0.12, COLOURS[0]), ("length_controlled", 0.14, "white")):
+        for key, shift, face in (("win_rate", -0.12, COLORS[0]), ("length_controlled", 0.14, "white")):
             estimate = row.get(key)
             if not estimate or estimate["value"] is None:
                 continue
             controlled = controlled or key == "length_controlled"
             panel.axes.errorbar(
                 estimate["value"], place + shift, xerr=bars(estimate), marker="o" if key == "win_rate" else "s",
-                color=COLOURS[0] if key == "win_rate" else COLOURS[1], markerfacecolor=face, markersize=6, capsize=2,
+                color=COLORS[0] if key == "win_rate" else COLORS[1], markerfacecolor=face, markersize=6, capsize=2,
                 linewidth=1.2,
             )  # fmt: skip
     panel.axes.axvline(EVEN, color=INK, linestyle=":", linewidth=1.2)

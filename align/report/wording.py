@@ -7,7 +7,7 @@ from typing import Any
 
 MISSING = "–"
 MARKS = {"better": "▲", "worse": "▼", "higher": "↑", "lower": "↓", "unclear": "·"}
-"""Verdicts by shape, so that they read without colour."""
+"""Verdicts by shape, so that they read without color."""
 WORDS = {
     "better": "better",
     "worse": "worse",
@@ -18,7 +18,7 @@ WORDS = {
 
 
 ACCURACIES = {
-    "as_labelled": "as labelled",
+    "as_labeled": "as labeled",
     "true": "by gold score",
     "labels_true": "labels themselves",
     "longer": "longer answer wins",

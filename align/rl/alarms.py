@@ -39,7 +39,7 @@ def alarms(history: Sequence[Entry]) -> list[Alarm]:
     if len(history) <= START:
         return []
     update = int(history[-1]["update"])
-    checks = (_collapse, _explosion, _over_optimisation)
+    checks = (_collapse, _explosion, _over_optimization)
     return [Alarm(name, update, text) for name, text in (check(history) for check in checks) if text]
 
 
@@ -71,15 +71,15 @@ def _explosion(history: Sequence[Entry]) -> tuple[str, str]:
     if now["length"] > EXPLODED_LENGTH * length or (now["truncation_rate"] > MANY_CUT and cut < MANY_CUT / 2):
         return "length explosion", (
             f"responses grew from {length:.1f} to {now['length']:.1f} tokens, {now['truncation_rate']:.0%} of them cut "
-            "off: the score rewards length, or ending is no longer learnt. Set missing_eos_penalty or length_penalty, "
+            "off: the score rewards length, or ending is no longer learned. Set missing_eos_penalty or length_penalty, "
             "or raise kl_coef"
         )
     return "length explosion", ""
 
 
-def _over_optimisation(history: Sequence[Entry]) -> tuple[str, str]:
+def _over_optimization(history: Sequence[Entry]) -> tuple[str, str]:
     """The score's mean clearly up and gold's clearly down from one window to the next (arXiv 2210.10760)."""
-    name = "over-optimisation"
+    name = "over-optimization"
     if len(history) < 2 * WINDOW or "gold" not in history[-1]:
         return name, ""
     before, after = history[-2 * WINDOW : -WINDOW], history[-WINDOW:]

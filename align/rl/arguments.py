@@ -2,7 +2,7 @@
 
 One *update* is a rollout of ``rollout_batch`` responses and ``num_epochs * num_mini_batches`` optimizer steps on what
 is kept of it. ``per_device_train_batch_size`` is the micro-batch in responses; accumulation and ``max_steps`` follow.
-Left out: how a rollout is learnt from (``config.py``, ``align.rl.critic_free.config``).
+Left out: how a rollout is learned from (``config.py``, ``align.rl.critic_free.config``).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class RolloutArguments(TrainingArguments):
         default=None, metadata={"help": "Subtracted from unfinished responses' scores."}
     )
     score_clip: float | None = field(default=None, metadata={"help": "Scores are clipped to plus or minus this."})
-    normalise_scores: bool = field(default=False, metadata={"help": "Mean 0 and variance 1 over all scores so far."})
+    normalize_scores: bool = field(default=False, metadata={"help": "Mean 0 and variance 1 over all scores so far."})
     length_penalty: float = field(default=0.0, metadata={"help": "Subtracted from a score per response token."})
     truncated: Literal["learn", "mask"] = field(
         default="learn", metadata={"help": "Learn from responses cut at max_tokens, or leave them out of the losses."}
@@ -66,7 +66,7 @@ class RolloutArguments(TrainingArguments):
     reuse_forward: float = field(
         default=0.0,
         metadata={
-            "help": "Share of an update's first mini-batch learnt from the passes that measured it, whose activations "
+            "help": "Share of an update's first mini-batch learned from the passes that measured it, whose activations "
             "wait that long."
         },
     )
@@ -107,7 +107,7 @@ class RolloutArguments(TrainingArguments):
         self._check()
         if self.kl_estimator is None:
             self.kl_estimator = "k1" if self.kl_in == "reward" else self.loss_estimator
-        self.gradient_accumulation_steps = self.local_learnt // (
+        self.gradient_accumulation_steps = self.local_learned // (
             self.num_mini_batches * self.per_device_train_batch_size
         )
         self.max_steps = self.updates * self.steps_per_update
@@ -121,11 +121,11 @@ class RolloutArguments(TrainingArguments):
 
     @property
     def kept_per_prompt(self) -> int:
-        """Responses to a prompt that are learnt from; all of them unless a method chooses."""
+        """Responses to a prompt that are learned from; all of them unless a method chooses."""
         return self.samples_per_prompt
 
     @property
-    def local_learnt(self) -> int:
+    def local_learned(self) -> int:
         """Responses per update that this process learns from."""
         return self.rollout_batch // self.samples_per_prompt * self.kept_per_prompt // int(self.world_size)
 
@@ -135,9 +135,9 @@ class RolloutArguments(TrainingArguments):
                 f"rollout_batch {self.rollout_batch} is not a multiple of samples_per_prompt {self.samples_per_prompt}."
             )
         together = self.num_mini_batches * self.per_device_train_batch_size * self.world_size
-        learnt = self.rollout_batch // self.samples_per_prompt * self.kept_per_prompt
-        if learnt % together:
-            kept = "" if learnt == self.rollout_batch else f", of which {learnt} responses are learnt from,"
+        learned = self.rollout_batch // self.samples_per_prompt * self.kept_per_prompt
+        if learned % together:
+            kept = "" if learned == self.rollout_batch else f", of which {learned} responses are learned from,"
             raise ValueError(
                 f"rollout_batch {self.rollout_batch}{kept} is not a multiple of num_mini_batches "
                 f"{self.num_mini_batches} x per_device_train_batch_size {self.per_device_train_batch_size} x "

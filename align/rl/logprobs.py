@@ -32,14 +32,14 @@ class _TokenLogprobs(torch.autograd.Function):
         slices = [slice(start, start + TOKENS) for start in range(0, len(hidden), TOKENS)]
         parts = [_forward(hidden[part], weight, targets[part], _part_of(temperature, part)) for part in slices]
         empty = hidden.new_empty(0, dtype=torch.float32)
-        logprobs, normalisers, entropies = (torch.cat(found) for found in zip((empty,) * 3, *parts, strict=True))
-        ctx.save_for_backward(hidden, weight, targets, normalisers, entropies)
+        logprobs, normalizers, entropies = (torch.cat(found) for found in zip((empty,) * 3, *parts, strict=True))
+        ctx.save_for_backward(hidden, weight, targets, normalizers, entropies)
         ctx.temperature = temperature
         return logprobs, entropies
 
     @staticmethod
     def backward(ctx: Any, grad_logprobs: torch.Tensor, grad_entropies: torch.Tensor) -> Any:  # type: ignore[override]
-        hidden, weight, targets, normalisers, entropies = ctx.saved_tensors
+        hidden, weight, targets, normalizers, entropies = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         with_entropy = bool(grad_entropies.any())
@@ -50,7 +50,7 @@ class _TokenLogprobs(torch.autograd.Function):
             # d logp_y / d logit_v = 1[v = y] - p_v;  d H / d logit_v = -p_v (log p_v + H)
             factor = -grad_logprobs[part, None]
             for block, logits in _blocks(own, weight, temperature):
-                log_p = logits.sub_(normalisers[part, None])
+                log_p = logits.sub_(normalizers[part, None])
                 if with_entropy:
                     by_entropy = (log_p + entropies[part, None]).mul_(grad_entropies[part, None])
                     grad = log_p.exp_().mul_(by_entropy.neg_().add_(factor))
@@ -87,9 +87,9 @@ def _forward(
         total = lower * total
         highest = higher
         logits.sub_(highest)
-        unnormalised = torch.exp(logits)
-        total += unnormalised.sum(dim=-1, keepdim=True)
-        weighted += unnormalised.mul_(logits).sum(dim=-1, keepdim=True)
+        unnormalized = torch.exp(logits)
+        total += unnormalized.sum(dim=-1, keepdim=True)
+        weighted += unnormalized.mul_(logits).sum(dim=-1, keepdim=True)
     log_total = torch.log(total)
     # H = -sum p log p = log sum e^d - sum p d
     found = (chosen - highest - log_total, log_total + highest, log_total - weighted / total)

@@ -42,7 +42,7 @@ class Averages:
 def add_rollout(averages: Averages, rollout: Rollout, reduce: Reduce) -> dict[str, float]:
     """Add a rollout's sums to ``averages``, and return the statistics that are no means.
 
-    Scores and lengths are those of all responses that were drawn, the rest of those learnt from.
+    Scores and lengths are those of all responses that were drawn, the rest of those learned from.
     """
     drawn = rollout.drawn or rollout
     _add_scores(averages, drawn)

@@ -1,4 +1,4 @@
-"""Policy, reference and, for PPO, critic as the one module that the Trainer optimises."""
+"""Policy, reference and, for PPO, critic as the one module that the Trainer optimizes."""
 
 from __future__ import annotations
 

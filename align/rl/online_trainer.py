@@ -1,7 +1,7 @@
 """A trainer that learns from its own rollouts, whatever the method: what it logs, when it stops, what it keeps.
 
 How a rollout comes about stands in ``experience.py``, what is saved in ``saving.py``; PPO's loss in ``trainer.py``, the
-losses without a critic in ``align.rl``. Everything is normalised by counts over the whole optimizer step, so
+losses without a critic in ``align.rl``. Everything is normalized by counts over the whole optimizer step, so
 micro-batching, padding and the number of processes change nothing.
 """
 
@@ -48,7 +48,7 @@ Rows = Iterable[Mapping[str, Any]]
 
 
 class OnlineTrainer(RolloutTrainer):
-    """What ``PPOTrainer`` and the trainers of ``align.rl`` share; a subclass says what is learnt from a rollout."""
+    """What ``PPOTrainer`` and the trainers of ``align.rl`` share; a subclass says what is learned from a rollout."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class OnlineTrainer(RolloutTrainer):
         self.totals = {"episodes": 0, "tokens": 0}
         self._averages = metrics.Averages()
         self._extra: dict[str, float] = {}
-        self.scale = RunningScale() if args.normalise_scores else None
+        self.scale = RunningScale() if args.normalize_scores else None
         self.alarms: list[Alarm] = []
         self.stopped: str | None = None
         """Why the run ended before its last update, if it did."""
@@ -106,7 +106,7 @@ class OnlineTrainer(RolloutTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
         """What this optimizer step's loss and ptx loss are divided by, (2,): counts over all processes."""
-        count = self.count_learnt([sample["learn"] for sample in batch_samples])
+        count = self.count_learned([sample["learn"] for sample in batch_samples])
         ptx = sum(float(sample["pack"]["response_mask"][-int(n) :].sum()) for sample in batch_samples
                   if (n := sample["pack"].get("ptx", 0)))  # fmt: skip
         return self.reduce(torch.tensor([count, ptx], device=device)).clamp(min=1)  # without any token the sums are 0

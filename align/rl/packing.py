@@ -2,8 +2,9 @@
 
 ``ragged``: rows stand end to end in one line of tokens, without padding (``align.models.fast.ragged_rows``).
 ``shared``: so they do, and what is the same stands there once: the prompt of several responses to it, and the tokens
-that all prompts begin with, such as a template's system message. A response attends to its prompt and to itself; with n samples per prompt
-that saves n - 1 passes over the prompt. ``padded``: for models that cannot do that, one right-padded row per response;
+that all prompts begin with, such as a template's system message. A response attends to its prompt and to itself; with n
+samples per prompt that saves n - 1 passes over the prompt.
+``padded``: for models that cannot do that, one right-padded row per response;
 causal, so padding is never attended to. The form changes no number beyond rounding.
 """
 

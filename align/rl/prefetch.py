@@ -1,4 +1,4 @@
-"""Rollouts drawn before they are learnt from, so that servers sample while the trainer learns.
+"""Rollouts drawn before they are learned from, so that servers sample while the trainer learns.
 
 The rollout of an update is drawn with the weights that the policy had ``max_staleness`` updates earlier, never with
 others: what is drawn depends on no clock, and is the same where nothing runs beside the trainer. That makes a run

@@ -40,7 +40,7 @@ class Rollout:
 
     (B,): ``finished`` (EOS was reached), ``scores``, its components as ``score_<name>``, ``gold``; (B, T):
     ``response_mask``, ``sampler_logprobs``, ``logprobs``, ``ref_logprobs``, ``entropy``, ``kl``, ``rewards``,
-    ``advantages`` (whitened if asked for), ``raw_advantages``, ``returns``, ``learn_mask`` (tokens learnt from);
+    ``advantages`` (whitened if asked for), ``raw_advantages``, ``returns``, ``learn_mask`` (tokens learned from);
     (B, T+1): ``values``.
     """
 
@@ -53,7 +53,7 @@ class Rollout:
     tensors: dict[str, torch.Tensor]
     seconds: dict[str, float] = field(default_factory=dict)
     drawn: Rollout | None = None
-    """The rollout that this one was chosen from, whose scores are logged; None where all of it is learnt from."""
+    """The rollout that this one was chosen from, whose scores are logged; None where all of it is learned from."""
     redrawn: list[Rollout] = field(default_factory=list)
     """Further responses that were sampled to choose from."""
     weights_of: int = 0
@@ -223,15 +223,15 @@ def add_advantages(
         rewards, tensors["values"], mask, finished, gamma=args.gamma, lam=args.lam, truncation=args.truncation
     )
     tensors |= {"rewards": rewards, "raw_advantages": advantages, "returns": returns}
-    learnt = mask & finished[:, None] if args.truncated == "mask" else mask
-    tensors["learn_mask"] = learnt
-    tensors["advantages"] = whiten_advantages(advantages, learnt, reduce) if args.whiten_advantages else advantages
+    learned = mask & finished[:, None] if args.truncated == "mask" else mask
+    tensors["learn_mask"] = learned
+    tensors["advantages"] = whiten_advantages(advantages, learned, reduce) if args.whiten_advantages else advantages
 
 
 def adjusted_scores(
     rollout: Rollout, args: RolloutArguments, reduce: Reduce = local, scale: RunningScale | None = None
 ) -> torch.Tensor:
-    """Scores (B,) as they are learnt from: on the running scale, clipped, penalties subtracted."""
+    """Scores (B,) as they are learned from: on the running scale, clipped, penalties subtracted."""
     tensors = rollout.tensors
     scores = tensors["scores"]
     if scale is not None:

@@ -71,17 +71,17 @@ class RolloutTrainer(SavingTrainer):
 
     @abstractmethod
     def estimate(self, rollout: Rollout, kl_coef: float) -> None:
-        """From scores and log-probabilities to what is learnt: adds ``learned_from`` and ``kl`` to the rollout.
+        """From scores and log-probabilities to what is learned: adds ``learned_from`` and ``kl`` to the rollout.
 
         ``kl_coef`` is what a nat of drift from the reference costs in the reward.
         """
 
     @abstractmethod
-    def count_learnt(self, learns: list[dict[str, torch.Tensor]]) -> float:
+    def count_learned(self, learns: list[dict[str, torch.Tensor]]) -> float:
         """What this process's part of an optimizer step's loss is divided by; ``learns`` has its micro-batches."""
 
     def choose(self, rollout: Rollout) -> Rollout:
-        """Of a scored rollout, what is measured and learnt from: ``args.local_learnt`` responses; all by default."""
+        """Of a scored rollout, what is measured and learned from: ``args.local_learned`` responses; all by default."""
         return rollout
 
     def get_train_dataloader(self) -> Any:
@@ -122,7 +122,7 @@ class RolloutTrainer(SavingTrainer):
                     yield made | {"out": outputs.pop(0)} if outputs else made
 
     def _passes_to_keep(self, update: int, micro_batches: int) -> int:
-        """Of the first optimizer step's micro-batches, those learnt from the passes that measured them.
+        """Of the first optimizer step's micro-batches, those learned from the passes that measured them.
 
         Same rows and, before that step, same weights. Supervised texts are not measured, and nothing is at another
         temperature than sampling's, so with either it is none.

@@ -1,6 +1,6 @@
 """The score of a response in a pipeline: reward models, verifiable functions, or a weighted sum of both.
 
-Left out: penalties and normalisation of scores (``rewards.py``, ``normalise.py``).
+Left out: penalties and normalization of scores (``rewards.py``, ``normalize.py``).
 """
 
 from __future__ import annotations

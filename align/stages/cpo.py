@@ -1,4 +1,4 @@
-"""Contrastive preference optimisation (arXiv 2401.08417) and its relatives without a reference, SimPO among them.
+"""Contrastive preference optimization (arXiv 2401.08417) and its relatives without a reference, SimPO among them.
 
 Experimental in trl, which may move or drop its CPOTrainer.
 """
@@ -31,7 +31,7 @@ class CpoConfig(PreferenceFields):
     """``sigmoid`` is CPO; ``hinge`` SLiC (2305.10425); ``ipo`` 2310.12036; ``simpo`` 2405.14734, per token and with a
     target margin; ``alphapo`` 2501.03884, SimPO with rewards bent by ``alpha``. See stage ``simpo`` for SimPO alone."""
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-    """Share of pairs believed to be mislabelled; not for ``hinge`` and ``ipo``."""
+    """Share of pairs believed to be mislabeled; not for ``hinge`` and ``ipo``."""
     cpo_alpha: float | None = Field(None, ge=0)
     """Weight of the chosen answers' loss per token, which keeps them likely; by default 1, and 0 for ``simpo`` and
     ``alphapo``, as in their papers."""

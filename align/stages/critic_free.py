@@ -22,7 +22,7 @@ SHARED = (
 )
 DRIFT = (
     *("kl_coef", "kl_in", "kl_estimator", "kl_budget", "kl_controller", "kl_target", "kl_horizon", "truncated"),
-    *("normalise_scores", "score_clip", "entropy_coef", "importance_cap", "importance_sequence_cap"),
+    *("normalize_scores", "score_clip", "entropy_coef", "importance_cap", "importance_sequence_cap"),
     "max_staleness",
 )
 GRPO = ("loss", "clip_range", "clip_range_high", "scale_rewards", "zero_variance", "resample_rounds", "overlong_buffer")

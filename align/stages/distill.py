@@ -1,7 +1,7 @@
 """Distillation: a student learns a larger teacher's distribution over the next token (GKD, arXiv 2306.13649).
 
 On the data's answers, or by a share of the steps on the student's own, which the teacher then judges token by token.
-Left out: teachers with another vocabulary (have them write answers with a ``synthesise`` stage, and learn those with
+Left out: teachers with another vocabulary (have them write answers with a ``synthesize`` stage, and learn those with
 ``sft``), and teachers behind an endpoint.
 """
 

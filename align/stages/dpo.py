@@ -1,4 +1,4 @@
-"""Direct preference optimisation (arXiv 2305.18290) and the losses that vary it: learning from pairs without a reward
+"""Direct preference optimization (arXiv 2305.18290) and the losses that vary it: learning from pairs without a reward
 model (trl's DPOTrainer)."""
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ class DpoConfig(ReferenceFields):
     losses: dict[Loss, float] = Field(default_factory=dict)
     """Several losses by weight, added up, in place of ``loss``: ``{sigmoid: 1.0, bco_pair: 0.3, sft: 0.2}``."""
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-    """For ``robust`` and the AOT losses the share of pairs believed mislabelled; ``exo_pair`` needs some, 1e-3."""
+    """For ``robust`` and the AOT losses the share of pairs believed mislabeled; ``exo_pair`` needs some, 1e-3."""
     sft_weight: float = Field(0.0, ge=0)
     """Weight of the chosen answers' loss per token beside it, which keeps them likely (2404.19733); 0 leaves it out."""
     reference_free: bool = False
     """Leave the reference out: log-probabilities themselves are compared. Best per token, with ``sigmoid_norm``."""
     ld_alpha: float | None = Field(None, ge=0, le=1)
-    """Weight of a side's tokens beyond the shorter one's length (LD-DPO, 2409.06411); less favours length less."""
+    """Weight of a side's tokens beyond the shorter one's length (LD-DPO, 2409.06411); less favors length less."""
     f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
     """What drift from the reference is measured by (2309.16240)."""
     f_alpha_divergence_coef: float | None = None
@@ -77,7 +77,7 @@ class DpoConfig(ReferenceFields):
         if self.label_smoothing and not set(terms) & set(SMOOTHED):
             raise ValueError(
                 f"label_smoothing means nothing to {', '.join(terms)}; it is read by {', '.join(SMOOTHED)}. For pairs "
-                "that may be mislabelled take `loss: robust`."
+                "that may be mislabeled take `loss: robust`."
             )
         if "exo_pair" in terms and not self.label_smoothing:
             raise ValueError("exo_pair needs label_smoothing above 0; its paper takes 0.001.")

@@ -244,7 +244,7 @@ def headline(card: dict[str, Any]) -> dict[str, Any]:
             for row in card["differences"]
             if row["metric"] == card["primary"]
         ],
-        "reward_accuracy": accuracy and accuracy["as_labelled"]["value"],
+        "reward_accuracy": accuracy and accuracy["as_labeled"]["value"],
         "reward_accuracy_true": accuracy and accuracy.get("true") and accuracy["true"]["value"],
         "flags": [flag["text"] for flag in card["flags"]],
         "failed_gates": failed_gates(card["gates"]),

@@ -21,7 +21,7 @@ class GrpoConfig(DriftFields):
 
     loss: GroupLoss = "grpo"
     """``grpo``: every response weighs the same (2402.03300); ``bnpo``: every token of a step does; ``dr_grpo``: token
-    sums over ``max_tokens``, scores only centred (2503.20783); ``dapo``: tokens weigh the same and the ratio may rise
+    sums over ``max_tokens``, scores only centerd (2503.20783); ``dapo``: tokens weigh the same and the ratio may rise
     to 1.28 (2503.14476); ``gspo``: one ratio per response (2507.18071); ``cispo``: the ratio is a capped weight
     (2506.13585)."""
     samples_per_prompt: int = Field(8, ge=2)
@@ -33,7 +33,7 @@ class GrpoConfig(DriftFields):
     kl_estimator: Literal["k1", "k2", "k3"] | None = None
     """``k3`` (GRPO's, the default) or ``k2`` in the loss; ``k1`` in the reward."""
     scale_rewards: Scale | None = None
-    """Divide centred scores by their spread in the ``group``, in the ``batch``, or not (``none``); ``dr_grpo``: none,
+    """Divide centerd scores by their spread in the ``group``, in the ``batch``, or not (``none``); ``dr_grpo``: none,
     the others: group."""
     clip_range: float | None = Field(None, gt=0, lt=1)
     """A ratio earns nothing further below 1 than this; ``gspo``: 0.0003, the others: 0.2."""

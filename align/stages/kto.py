@@ -1,4 +1,4 @@
-"""Kahneman-Tversky optimisation (arXiv 2402.01306): learning from single answers marked as wanted or not (trl)."""
+"""Kahneman-Tversky optimization (arXiv 2402.01306): learning from single answers marked as wanted or not (trl)."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ DENSE = ("ties", "dare_linear", "dare_ties")
 
 class MergeConfig(Config):
     """``policies`` that write, or ``rewards`` that score (WARM, 2401.12187): trained from one base, and from nothing
-    is learnt here. ``base`` + ``scale`` * what the method makes of the ways from the base to each of them.
+    is learned here. ``base`` + ``scale`` * what the method makes of the ways from the base to each of them.
     """
 
     policies: list[stage_input(*GENERATORS)] = Field(default_factory=list)  # type: ignore[valid-type]

@@ -19,7 +19,7 @@ class OnlineDpoConfig(RolloutFields):
     kind: ClassVar[str] = "online_dpo"
 
     samples_per_prompt: int = Field(2, ge=2)
-    """Responses to each prompt; of more than two, the best and the worst pair up and the rest is not learnt from."""
+    """Responses to each prompt; of more than two, the best and the worst pair up and the rest is not learned from."""
     loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
     """As in stage ``dpo``: ``sigmoid`` is DPO; ``ipo`` (2310.12036) aims at a fixed margin per token; ``hinge`` is
     SLiC's (2305.10425)."""
@@ -49,7 +49,7 @@ class OnlineDpoConfig(RolloutFields):
     def _pairs_stay_together(self) -> Self:
         if self.micro_batch % 2:
             raise ValueError(
-                f"micro_batch_size is {self.micro_batch}; a pair is learnt from together: take an even one."
+                f"micro_batch_size is {self.micro_batch}; a pair is learned from together: take an even one."
             )
         if self.label_smoothing and self.loss != "sigmoid":
             raise ValueError(f"label_smoothing is for `loss: sigmoid`; loss is {self.loss}.")

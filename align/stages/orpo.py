@@ -1,4 +1,4 @@
-"""Odds-ratio preference optimisation (arXiv 2403.07691): supervised fine-tuning and preference learning in one loss.
+"""Odds-ratio preference optimization (arXiv 2403.07691): supervised fine-tuning and preference learning in one loss.
 
 Experimental in trl, which may move or drop its ORPOTrainer.
 """

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from align.training.rows import Encoded, Row
 
 ADAPTER_FIELDS = {"rank", "alpha", "dropout", "targets", "last_layers", "rslora", "dora", "init", "save_modules"}
-"""Fields of ``qlora`` that say nothing of the quantised weights, unless the start is partly in the adapters."""
+"""Fields of ``qlora`` that say nothing of the quantized weights, unless the start is partly in the adapters."""
 
 
 class PreferenceFields(TrainingFields):

@@ -22,7 +22,7 @@ class PretrainConfig(TrainingFields):
     model: stage_input(*GENERATORS)  # type: ignore[valid-type]
     """Stage whose checkpoint is trained further."""
     data: stage_input(Kind.TEXTS)  # type: ignore[valid-type]
-    """Stage with the texts: its ``train`` split is learnt, its ``test`` split only scored."""
+    """Stage with the texts: its ``train`` split is learned, its ``test`` split only scored."""
     document_end: str | None = Field(None, min_length=1)
     """Token behind every document, the tokenizer's EOS by default. A chat model's EOS ends a turn: name what its
     pre-training had (``<|endoftext|>``), or it is taught that texts end as turns do."""

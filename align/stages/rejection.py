@@ -29,11 +29,11 @@ class RejectionConfig(RolloutFields):
     num_mini_batches: int = Field(4, ge=1)
     """Optimizer steps per pass over what was kept."""
     best: int = Field(1, ge=1)
-    """Best responses to each prompt that are learnt from; one said twice counts once."""
+    """Best responses to each prompt that are learned from; one said twice counts once."""
     threshold: float | list[float] | None = None
-    """Lowest score, penalties taken off, that is learnt from; a list has one for each round, the last one stays."""
+    """Lowest score, penalties taken off, that is learned from; a list has one for each round, the last one stays."""
     truncated: Literal["learn", "mask"] = "mask"
-    """Whether a response cut at ``max_tokens`` may be among the best; learnt from, it teaches not to end."""
+    """Whether a response cut at ``max_tokens`` may be among the best; learned from, it teaches not to end."""
 
     @property
     def kept_per_prompt(self) -> int:

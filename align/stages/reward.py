@@ -1,4 +1,4 @@
-"""Reward model: one score per answer, learnt from pairs, from scores, or from marks on the steps of answers."""
+"""Reward model: one score per answer, learned from pairs, from scores, or from marks on the steps of answers."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class RewardConfig(TrainingFields):
 
     @property
     def loss_of_numbers(self) -> Literal["mse", "bce"]:
-        """What regression and process minimise."""
+        """What regression and process minimize."""
         return "bce" if self.objective == "process" else self.score_loss
 
     @field_validator("trainer")

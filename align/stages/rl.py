@@ -54,7 +54,7 @@ PASSED_ON = (
     *("num_mini_batches", "learning_rate", "critic_learning_rate", "critic_head_learning_rate"),
     *("critic_warmup_updates", "weight_decay", "max_grad_norm"),
     *("kl_coef", "kl_in", "kl_estimator", "kl_budget", "kl_controller", "kl_target", "kl_horizon", "gamma", "lam"),
-    *("truncation", "truncated", "length_penalty", "normalise_scores", "importance_sequence_cap", "probe_updates"),
+    *("truncation", "truncated", "length_penalty", "normalize_scores", "importance_sequence_cap", "probe_updates"),
     "max_staleness",
     *("missing_eos_penalty", "score_clip", "whiten_rewards", "whiten_advantages", "clip_range", "dual_clip"),
     *("value_clip_range", "vf_coef", "entropy_coef", "loss_aggregation", "importance_cap", "save_updates"),

@@ -24,9 +24,9 @@ class SftConfig(TrainingFields):
     model: stage_input(*GENERATORS)  # type: ignore[valid-type]
     """Stage whose checkpoint is trained further; it needs a chat template."""
     data: stage_input(Kind.INSTRUCTIONS, Kind.PREFERENCES)  # type: ignore[valid-type]
-    """Stage with the answers: its ``train`` split is learnt, its ``test`` split only scored."""
+    """Stage with the answers: its ``train`` split is learned, its ``test`` split only scored."""
     supervise: Literal["last", "all"] = "last"
-    """Which answers of a conversation are learnt: the last one, or every one of the assistant's. Where each stands is
+    """Which answers of a conversation are learned: the last one, or every one of the assistant's. Where each stands is
     found by rendering the conversation up to it, with any chat template."""
     packing: bool = False
     """Fill rows of ``max_length`` tokens with whole short ones, none of which sees another (best fit decreasing)."""
@@ -45,7 +45,7 @@ class SftConfig(TrainingFields):
         for name, instead in {
             "neftune_noise_alpha": "set 'neftune' beside 'trainer'",
             "assistant_only_loss": "set 'supervise: all' beside 'trainer'",
-            "completion_only_loss": "answers alone are ever learnt; a 'pretrain' stage learns whole texts",
+            "completion_only_loss": "answers alone are ever learned; a 'pretrain' stage learns whole texts",
             "eval_packing": "held-out rows are scored one by one",
             "packing_strategy": "packs are filled with whole rows, best fit decreasing",
         }.items():

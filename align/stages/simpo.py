@@ -1,4 +1,4 @@
-"""SimPO (arXiv 2405.14734): preference optimisation per token, without a reference and towards a margin.
+"""SimPO (arXiv 2405.14734): preference optimization per token, without a reference and towards a margin.
 
 Stage ``cpo`` with ``loss: simpo`` and the paper's scale of beta. Experimental in trl, whose CPOTrainer it runs on.
 """

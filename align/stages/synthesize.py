@@ -1,4 +1,4 @@
-"""Stage ``synthesise``: instructions, responses, best answers or preference pairs from a model, here or by HTTP."""
+"""Stage ``synthesize``: instructions, responses, best answers or preference pairs from a model, here or by HTTP."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from align.models.architecture import Architecture
 
 
-class SynthesiseConfig(Config):
+class SynthesizeConfig(Config):
     """What is made, who makes it, and who says what is good."""
 
     task: Task
@@ -71,7 +71,7 @@ class SynthesiseConfig(Config):
     identified: ClassVar[frozenset[str]] = frozenset({"endpoint", "seeds", "score", "judge", "cache", "max_cost"})
 
     @model_validator(mode="after")
-    def _one_generator(self) -> SynthesiseConfig:
+    def _one_generator(self) -> SynthesizeConfig:
         if (self.model is None) == (self.endpoint is None):
             have = "both are" if self.model else "neither is"
             raise ValueError(f"model or endpoint answers, one of them; {have} set")
@@ -83,7 +83,7 @@ class SynthesiseConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _fits_the_task(self) -> SynthesiseConfig:
+    def _fits_the_task(self) -> SynthesizeConfig:
         kind = self.task.type
         if kind == "instructions" and (self.seeds is None) == (self.prompts is None):
             raise ValueError("instructions need seeds, or prompts in their place; set one of them")
@@ -105,7 +105,7 @@ class SynthesiseConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _prices_for_the_budget(self) -> SynthesiseConfig:
+    def _prices_for_the_budget(self) -> SynthesizeConfig:
         judge = None if self.judge is None else self.judge.endpoint
         given = {name: one for name, one in {"endpoint": self.endpoint, "judge.endpoint": judge}.items() if one}
         if self.max_cost is not None and not given:
@@ -151,7 +151,7 @@ def run(context: StageContext) -> dict[str, Any]:
     """Ask, choose, and write ``train.parquet``, ``test.parquet``, ``samples.jsonl``, ``dropped.jsonl`` and
     ``ledger.json``; of pairs ``ties.parquet`` too. Returns counts, tokens and cost.
     """
-    from align.synthesis.run import synthesise
+    from align.synthesis.run import synthesize
 
-    metrics: dict[str, Any] = synthesise(context)
+    metrics: dict[str, Any] = synthesize(context)
     return metrics

@@ -90,7 +90,7 @@ class Store:
 
     @property
     def cache(self) -> Path:
-        """Where stages keep what only saves time: sampled responses, judgements. May be deleted while nothing runs."""
+        """Where stages keep what only saves time: sampled responses, judgments. May be deleted while nothing runs."""
         return self.root / "cache"
 
     def folder(self, kind: str, key: str) -> Path:

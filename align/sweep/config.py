@@ -17,9 +17,9 @@ from align.pipeline.registry import Config
 class PruneConfig(Config):
     """Ends trials early whose curve is behind: one of a stage's curves, as the report draws them."""
 
-    maximise: str | None = None
+    maximize: str | None = None
     """``STAGE.CURVE`` that should rise, such as ``ppo.score``."""
-    minimise: str | None = None
+    minimize: str | None = None
     """Or one that should fall, such as ``sft.loss``."""
     method: Literal["successive_halving", "median"] = "successive_halving"
     """``successive_halving`` (1810.05934): of the trials that have come as far as a rung, the best 1 / ``reduction`` go
@@ -31,9 +31,9 @@ class PruneConfig(Config):
 
     @model_validator(mode="after")
     def _one_curve(self) -> PruneConfig:
-        given = self.maximise if self.minimise is None else self.minimise
-        if (self.maximise is None) == (self.minimise is None) or given is None:
-            raise ValueError("name one curve, as `maximise: STAGE.CURVE` or as `minimise: STAGE.CURVE`.")
+        given = self.maximize if self.minimize is None else self.minimize
+        if (self.maximize is None) == (self.minimize is None) or given is None:
+            raise ValueError("name one curve, as `maximize: STAGE.CURVE` or as `minimize: STAGE.CURVE`.")
         if not all(given.partition(".")):
             raise ValueError(f"'{given}' names no curve; write STAGE.CURVE, such as ppo.score.")
         return self
@@ -53,9 +53,9 @@ class SweepConfig(Config):
     space: dict[str, Any] = Field(min_length=1)
     """What varies: a path with its range (``{low: 1.0e-5, high: 1.0e-3, log: true}``), a list of values or named ones;
     or a name of your own with a set of changes for each choice."""
-    maximise: str | list[str] = Field([])
+    maximize: str | list[str] = Field([])
     """What decides: ``SYSTEM.METRIC`` of the scorecard (``ppo.gold``), or ``STAGE.METRIC`` of a stage's record."""
-    minimise: str | list[str] = Field([])
+    minimize: str | list[str] = Field([])
     """The same, where less is better. One objective in all, or several: then the best trade-offs are found."""
     sampler: Literal["tpe", "random", "grid"] = "tpe"
     """``tpe`` learns from the trials so far (1907.10902); ``grid`` takes every combination, in order."""
@@ -72,7 +72,7 @@ class SweepConfig(Config):
     def _something_decides(self) -> SweepConfig:
         names = [name for name, _ in self.objectives]
         if not names:
-            raise ValueError("nothing decides which trial is best; say `maximise: SYSTEM.METRIC`, such as ppo.gold.")
+            raise ValueError("nothing decides which trial is best; say `maximize: SYSTEM.METRIC`, such as ppo.gold.")
         for name in names:
             if not all(name.partition(".")):
                 raise ValueError(f"'{name}' is no objective; write SYSTEM.METRIC, such as ppo.gold.")
@@ -89,7 +89,7 @@ class SweepConfig(Config):
         def listed(given: str | list[str]) -> list[str]:
             return [given] if isinstance(given, str) else given
 
-        return [(name, True) for name in listed(self.maximise)] + [(name, False) for name in listed(self.minimise)]
+        return [(name, True) for name in listed(self.maximize)] + [(name, False) for name in listed(self.minimize)]
 
 
 def load_sweep(path: str | Path) -> SweepConfig:

@@ -93,7 +93,7 @@ class Sweep:
         prune = self.config.prune
         owners = {pipeline.resolve(one.owner) for one in self.objectives}
         if prune is not None:
-            owners.add(pipeline.resolve(str(prune.maximise or prune.minimise).partition(".")[0]))
+            owners.add(pipeline.resolve(str(prune.maximize or prune.minimize).partition(".")[0]))
         found = {name for name in owners if name in pipeline.nodes}
         found |= {node.name for node in pipeline if owners & set(systems_of(node))}
         queue = list(found)
@@ -115,7 +115,7 @@ def _at(place: str, make: Callable[[], Pipeline]) -> Pipeline:
 def _check_prune(config: SweepConfig, pipeline: Pipeline, where: str) -> None:
     if config.prune is None:
         return
-    stage = str(config.prune.maximise or config.prune.minimise).partition(".")[0]
+    stage = str(config.prune.maximize or config.prune.minimize).partition(".")[0]
     if pipeline.resolve(stage) not in pipeline.nodes:
         known = [*pipeline.nodes, *pipeline.expanded.rounds]
         raise UserError(f"{where}: prune: there is no stage '{stage}'.{suggest(stage, known)}")

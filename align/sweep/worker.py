@@ -42,10 +42,10 @@ class _Watch(Listener):
         self.failure: tuple[Node, str, Path] | None = None
         self.current: Node | None = None
         prune = sweep.config.prune
-        given = "" if prune is None else str(prune.maximise or prune.minimise)
+        given = "" if prune is None else str(prune.maximize or prune.minimize)
         self.stage, _, self.curve = given.partition(".")
         self.stage = pipeline.resolve(self.stage)
-        higher = prune is not None and prune.maximise is not None
+        higher = prune is not None and prune.maximize is not None
         self.sign = 1.0 if higher == sweep.objectives[0].higher else -1.0
         self.curves: set[str] = set()
 

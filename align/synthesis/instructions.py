@@ -2,7 +2,7 @@
 
 Requests go out in rounds: each shows some seeds and some instructions made in earlier rounds, so a round can be
 answered in parallel and a resumed stage asks the very same ones. Left out: telling classification tasks apart, and
-writing inputs and outputs; another ``synthesise`` stage answers what comes out here.
+writing inputs and outputs; another ``synthesize`` stage answers what comes out here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The work of the ``synthesise`` stage: who is asked, in which order, and what is written."""
+"""The work of the ``synthesize`` stage: who is asked, in which order, and what is written."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ READY = [user("Reply with the one word: ready")]
 """What a judge is asked before anything expensive starts."""
 
 
-def synthesise(context: StageContext) -> dict[str, Any]:
+def synthesize(context: StageContext) -> dict[str, Any]:
     """Make the rows, write them and the ledger; returns counts, tokens and cost.
 
     Raises ``UserError`` for wrong settings, an endpoint that cannot be used, a budget that is spent, and when no
@@ -55,7 +55,7 @@ class _Synthesis:
     def __init__(self, context: StageContext) -> None:
         config = context.config
         self.context, self.config, self.book = context, config, Book()
-        self.score = None if config.score is None else _function(config.score)  # a misspelt name ends it here
+        self.score = None if config.score is None else _function(config.score)  # a misspelled name ends it here
         self.engines: Any = None
         self._told = 0.0
         self.model = self._backend("model", config.endpoint, "endpoint")

@@ -98,7 +98,7 @@ class _Distilling(SFTTrainer):  # type: ignore[misc]
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def divergence(self, plain: Any, hidden: torch.Tensor, inputs: Any, known: Sequence[Known] | None = None) -> Any:
-        """Summed over the batch's labelled tokens."""
+        """Summed over the batch's labeled tokens."""
         rows = inputs["row"].tolist()
         known = self.known if known is None else known
         said: Known | Live
@@ -128,7 +128,7 @@ def _rows_of(batch: Any) -> Iterator[tuple[list[int], list[int]]]:
 
 
 def prompt_of(ids: list[int], labels: list[int]) -> list[int]:
-    """The tokens before the first one that is learnt."""
+    """The tokens before the first one that is learned."""
     return ids[: next((at for at, label in enumerate(labels) if label != MASKED), len(ids))]
 
 

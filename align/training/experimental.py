@@ -62,25 +62,25 @@ class PairForward(Prepared):
         """
         answered = batch["completion_mask"]  # (2 B, T), chosen above rejected
         pairs = len(answered) // 2
-        labelled = answered.clone()
+        labeled = answered.clone()
         if self.prompt_too:
-            labelled[:pairs] = batch["attention_mask"][:pairs]
+            labeled[:pairs] = batch["attention_mask"][:pairs]
         routers = {"output_router_logits": True} if self.aux_loss_enabled else {}
         outputs = model(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
-            labels=batch["input_ids"].masked_fill(labelled == 0, -100),
+            labels=batch["input_ids"].masked_fill(labeled == 0, -100),
             use_cache=False,
             fused_lm_head=True,
             **routers,
         )
         width = answered.shape[1] - 1  # methods with virtual tokens have more positions than the row
         logprobs = outputs.log_probs[:, -width:]  # (2 B, T - 1), 0 where there is no label
-        answered, labelled = answered[:, 1:], labelled[:, 1:]
+        answered, labeled = answered[:, 1:], labeled[:, 1:]
         sums = (logprobs * answered).sum(dim=1)
         if self.averaged:
             sums = sums / answered.sum(dim=1)
-        loss = -logprobs[:pairs].sum() / labelled[:pairs].sum()
+        loss = -logprobs[:pairs].sum() / labeled[:pairs].sum()
         logits = outputs.mean_logits[:, -width:]
         sides = [logits[rows][answered[rows].bool()] for rows in (slice(None, pairs), slice(pairs, None))]
         made = (sums[:pairs], sums[pairs:], *sides, loss)

@@ -122,7 +122,7 @@ def pairs(trainer: Any, encoded: Encoded, pad: int) -> dict[str, float]:
         "score_mean": float(torch.tensor(found).mean()),
         "score_std": float(torch.tensor(found).std(correction=0)),
     }
-    flips = mislabelled(encoded)
+    flips = mislabeled(encoded)
     if flips:
         better = [rejected[at] if flipped else chosen[at] for at, flipped in flips.items()]
         worse = [chosen[at] if flipped else rejected[at] for at, flipped in flips.items()]
@@ -130,7 +130,7 @@ def pairs(trainer: Any, encoded: Encoded, pad: int) -> dict[str, float]:
     return result
 
 
-def mislabelled(encoded: Encoded) -> dict[int, bool]:
+def mislabeled(encoded: Encoded) -> dict[int, bool]:
     """For each row number with two different true scores: whether the side called rejected is the better one."""
     known: dict[int, bool] = {}
     for at, row in enumerate(encoded.sources):
@@ -142,9 +142,9 @@ def mislabelled(encoded: Encoded) -> dict[int, bool]:
 
 def pair_facts(encoded: Encoded) -> dict[str, float]:
     """What a reward model is measured against: ``test_length_accuracy``, the accuracy of preferring the longer side,
-    and ``test_mislabelled``, the share of pairs labelled against their true scores, where those are known.
+    and ``test_mislabeled``, the share of pairs labeled against their true scores, where those are known.
     """
     lengths = [[len(row[side]) for row in encoded.rows] for side in ("chosen_ids", "rejected_ids")]
     facts = {"test_length_accuracy": pair_accuracy(*lengths)}
-    flips = mislabelled(encoded)
-    return facts | ({"test_mislabelled": sum(flips.values()) / len(flips)} if flips else {})
+    flips = mislabeled(encoded)
+    return facts | ({"test_mislabeled": sum(flips.values()) / len(flips)} if flips else {})

@@ -117,7 +117,7 @@ def _write(file: Path, key: str, sums: Sums) -> None:
 
 @contextmanager
 def _fused(model: Any) -> Any:
-    """``model`` with trl's head that scores labelled positions only, and without it again afterwards."""
+    """``model`` with trl's head that scores labeled positions only, and without it again afterwards."""
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     before = plain.__dict__.get("forward")
     add_fused_lm_head(plain)

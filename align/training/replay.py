@@ -1,4 +1,4 @@
-"""General data learnt beside a stage's own (ptx, arXiv 2203.02155 section 3.5), so that less is forgotten.
+"""General data learned beside a stage's own (ptx, arXiv 2203.02155 section 3.5), so that less is forgotten.
 
 Each optimizer step sees ``fraction`` of its rows from the general data, drawn without repeats until all had their turn;
 their loss per token of the answers is added to the stage's, whichever that is. Which rows a step sees follows from its

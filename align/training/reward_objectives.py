@@ -63,7 +63,7 @@ class Objective(ABC):
 
     @abstractmethod
     def rows(self, rows: list[Row], split: str) -> list[Row]:
-        """What is learnt from a split's rows."""
+        """What is learned from a split's rows."""
 
     @abstractmethod
     def encode(self, rows: list[Row]) -> Encoded:

@@ -47,7 +47,7 @@ def _answers(row: Row) -> list[tuple[Any, float | None, bool]]:
 
 @dataclass(frozen=True)
 class Scale:
-    """Targets as they are learnt: less ``mean``, over ``deviation``."""
+    """Targets as they are learned: less ``mean``, over ``deviation``."""
 
     mean: float = 0.0
     deviation: float = 1.0

@@ -41,7 +41,7 @@ def hidden_states_of(model: Any) -> Any:
 
 
 def answer_states(called: Any, plain: Any, inputs: Any) -> torch.Tensor:
-    """(N, H) hidden states that predict the N labelled tokens of a batch, in its order, by one call of ``called``.
+    """(N, H) hidden states that predict the N labeled tokens of a batch, in its order, by one call of ``called``.
 
     ``plain`` is the same model without what trains it in parallel. The head runs at one position alone.
     """
@@ -81,7 +81,7 @@ class Teacher:
         vocabulary: int,
         on_progress: Callable[[int, int], object],
     ) -> list[Known]:
-        """The ``top_k`` likeliest of the first ``vocabulary`` tokens at each labelled token of each row."""
+        """The ``top_k`` likeliest of the first ``vocabulary`` tokens at each labeled token of each row."""
         assert measure.top_k is not None
         device = next(self.model.parameters()).device
         found: list[Known] = [Known(torch.empty(0), torch.empty(0))] * len(rows)

@@ -1,4 +1,4 @@
-"""From plain texts to token ids: documents with an end, in windows, every token of them learnt once.
+"""From plain texts to token ids: documents with an end, in windows, every token of them learned once.
 
 A document is its tokens between a token that begins it and one that ends it. One longer than ``max_length`` is read in
 windows that follow one another with one token in common, so that each token is predicted once, from what stands before

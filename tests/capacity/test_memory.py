@@ -23,7 +23,7 @@ from align.models.fast.ragged_rows import hidden_states, lay_out, run_ragged
 from align.models.precision import low_residual
 from align.models.tuning.apply import apply_tuning
 from align.models.tuning.notice import weight_bytes
-from align.models.tuning.quantized import quantise
+from align.models.tuning.quantized import quantize
 from align.rl import logprobs
 from align.rl.ppo.critic import trunk_of
 
@@ -213,10 +213,10 @@ def test_activations_of_trl_s_trainers_are_near_what_autograd_keeps(
 
 @pytest.mark.parametrize("double", [True, False])
 def test_a_model_in_four_bits_is_as_large_as_the_live_one(double: bool) -> None:
-    tuning = QloraTuning(double_quantisation=double)
+    tuning = QloraTuning(double_quantization=double)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SHAPE))
     sizes = architecture_of(model.config.to_dict())
-    quantise(model, tuning)
+    quantize(model, tuning)
     assert model_bytes(sizes, tuning) == pytest.approx(weight_bytes(model), rel=1e-3)
     assert model_bytes(sizes, FullTuning()) == 4 * sizes.parameters
 
@@ -224,7 +224,7 @@ def test_a_model_in_four_bits_is_as_large_as_the_live_one(double: bool) -> None:
 def test_ppo_with_matrices_that_cannot_be_shared() -> None:
     options: Any = {"precision": "bfloat16"}
     four = ppo_memory(TOY, [TOY], tuning=QloraTuning(rank=2), critic="policy", **options)
-    assert four.copies == 2 * 40  # those of the head: 4-bit matrices are dequantised anew in the backward pass
+    assert four.copies == 2 * 40  # those of the head: 4-bit matrices are dequantized anew in the backward pass
     assert four.critic == 16 * (36 + 4 + 1)
     other = ppo_memory(TOY, [TOY], tuning=QloraTuning(rank=2), critic="reward", **options)
     assert other.critic == four.critic + round(50 / 2 + 50 / 64 + 4 * 50 / 64 / 256)

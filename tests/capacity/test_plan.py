@@ -161,9 +161,9 @@ EVALUATED = """\
     max_prompts: 50
     baselines: {best: {of: sft, best_of: 4}}
     tasks: {lm_eval: {tasks: [arc_easy]}, ifeval: {files: [none.jsonl], max_items: 20, max_tokens: 256}}
-  pairs: {stage: synthesise, model: sft, prompts: data, task: {type: pairs}, judge: {}, judge_model: dpo}
+  pairs: {stage: synthesize, model: sft, prompts: data, task: {type: pairs}, judge: {}, judge_model: dpo}
   asked:
-    {stage: synthesise, endpoint: {url: "http://127.0.0.1:1/v1", model: some}, prompts: data, task: {type: responses}}
+    {stage: synthesize, endpoint: {url: "http://127.0.0.1:1/v1", model: some}, prompts: data, task: {type: responses}}
 """
 
 

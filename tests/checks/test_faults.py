@@ -222,7 +222,7 @@ def test_a_stage_does_not_publish_what_would_be_refused(tiny_model: Path, tmp_pa
     assert read_facts(tmp_path / "sft" / "model") is None
 
 
-def test_a_head_that_learnt_nothing_is_not_published(tiny_reward: Path, tmp_path: Path) -> None:
+def test_a_head_that_learned_nothing_is_not_published(tiny_reward: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_reward, tmp_path / "rm" / "model")
     edit_weights(tmp_path / "rm" / "model", lambda w: w["score.weight"].zero_())
     with pytest.raises(UserError, match="score-head: .* zeros .*never trained"):

@@ -68,7 +68,7 @@ def by_hand(tmp_path: Path) -> Path:
         tmp_path / "hand",
         [row("Say é.", "é"), row(HOSTILE, HOSTILE, "second")],
         [row("t", "u")],
-        licences={"first": "MIT"},
+        licenses={"first": "MIT"},
     )
     write_card(
         folder, {"kind": "instructions", "sources": []}, json.loads((folder / "ledger.json").read_text()), "hand"
@@ -101,7 +101,7 @@ def by_hand(tmp_path: Path) -> Path:
         (["data", "build", "nowhere.yaml"], "nowhere.yaml: there is no such file"),
         (["data", "diff", "{hand}", "{hand}/ledger.json"], "neither a build's folder nor a recipe (.yaml)"),
         (["data", "push", "{hand}", "me"], "'me' is no name of a Hub dataset"),
-        (["data", "push", "{hand}", "me/set"], "not pushed: a source's licence is not known."),
+        (["data", "push", "{hand}", "me/set"], "not pushed: a source's license is not known."),
         (["data", "lint", "{hand}"], "align data lint: the following arguments are required: --model."),
         (["data", "lint", "{hand}", "--model", "smollm3"], "no artifact's key starts with 'smollm3'"),
     ],
@@ -184,7 +184,7 @@ def test_show_never_prints_what_could_steer_a_terminal(by_hand: Path, capsys: Sa
         assert "<script>" in out
 
 
-def test_show_colours_what_is_trained(by_hand: Path, monkeypatch: pytest.MonkeyPatch, capsys: Said) -> None:
+def test_show_colors_what_is_trained(by_hand: Path, monkeypatch: pytest.MonkeyPatch, capsys: Said) -> None:
     words = ["data", "show", str(by_hand), "--model", "tiny", "--rows", "1"]
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("FORCE_COLOR", "1")
@@ -269,13 +269,13 @@ def test_push_says_what_would_go_and_goes_nowhere(made: SimpleNamespace, by_hand
     assert main(words) == 0
     out = capsys.readouterr().out
     assert "To the Hub: datasets/me/things, main, private" in out
-    assert "README.md" in out and "train-00000-of-00001.parquet" in out and "Licence: mit." in out
+    assert "README.md" in out and "train-00000-of-00001.parquet" in out and "License: mit." in out
     assert "dropped-00000" not in out and "preview.html" not in out
     assert main([*words, "--all", "--json"]) == 0
     names = [part["name"] for part in json.loads(capsys.readouterr().out)["files"]]
     assert {"dropped-00000-of-00001.parquet", "preview.html"} <= set(names)
     assert main(["data", "push", str(by_hand), "me/hand", "--dry-run"]) == 0
-    assert "! a source's licence is not known" in capsys.readouterr().out
+    assert "! a source's license is not known" in capsys.readouterr().out
 
 
 def test_push_goes_on_with_yes_and_says_where(by_hand: Path, monkeypatch: pytest.MonkeyPatch, capsys: Said) -> None:

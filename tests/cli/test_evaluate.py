@@ -331,7 +331,7 @@ def test_the_table_shows_reward_models_also_where_nothing_else_was_measured(tmp_
     report = {
         "pairs": 399,
         "ties": 2,
-        "as_labelled": rate(0.625),
+        "as_labeled": rate(0.625),
         "longer": rate(0.5),
         "true": None,
         "margin": rate(1.25),
@@ -347,7 +347,7 @@ def test_the_table_shows_reward_models_also_where_nothing_else_was_measured(tmp_
     assert "rm on Reward-model pairs" in said and "rm-b on held-out pairs" in said
     lines = [line.split() for line in said.splitlines()]
     assert ["pairs", "399", "399"] in lines
-    assert ["ordered", "right,", "as", "labelled", "0.625", "0.625"] in lines
+    assert ["ordered", "right,", "as", "labeled", "0.625", "0.625"] in lines
     assert ["0.500", "to", "0.750", "0.500", "to", "0.750"] in lines
     assert "by gold score" not in said
     assert "sft" not in said, "a table of systems without a number is left out"

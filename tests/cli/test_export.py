@@ -260,7 +260,7 @@ def test_a_base_that_is_gone_is_asked_for_and_one_without_records_is_noted(
         (["22222222", "--private"], "are about --push REPO; name one"),
         (["22222222", "--dry-run"], "are about --push REPO; name one"),
         (["22222222", "--push", "one-word"], "is no name of a Hub model"),
-        (["22222222", "--license", "a;b"], "is no name of a licence"),
+        (["22222222", "--license", "a;b"], "is no name of a license"),
         (["11111111"], "is a InstructionData, not a checkpoint"),
         (["99999999"], "no artifact's key starts with"),
         (["22222222", "--dtype", "float16"], "invalid choice"),
@@ -315,7 +315,7 @@ def test_a_push_sends_the_folder_and_deletes_weights_that_it_does_not_replace(
 ) -> None:
     on_hub.files = [
         "model-00001-of-00002.safetensors", "model.safetensors.index.json", "adapter_config.json", "notes.md",
-        "model.safetensors", "quantised.gguf",
+        "model.safetensors", "quantized.gguf",
     ]  # fmt: skip
     assert export("22222222", "--push", "me/set", "--private") == 0
     sent = operations(on_hub)
@@ -338,7 +338,7 @@ def test_a_dry_run_lists_and_sends_nothing(
     assert export("22222222", "--push", "me/set", "--revision", "v2", "--dry-run") == 0
     said = capsys.readouterr().out
     assert "To the Hub: me/set, v2, public unless its owner's default says otherwise" in said
-    assert all(name in said for name in FILES) and "Licence: " in said
+    assert all(name in said for name in FILES) and "License: " in said
     assert on_hub.asked == [] and (tmp_path / "out").is_dir()
 
 
@@ -352,7 +352,7 @@ def test_a_branch_is_made_and_the_summary_is_json(
     assert ("POST", "/api/models/me/set/commit/v2") in on_hub.asked
 
 
-def test_a_licence_that_may_forbid_it_is_asked_about_before_anything_is_written(
+def test_a_license_that_may_forbid_it_is_asked_about_before_anything_is_written(
     on_hub: Hub, tmp_path: Path, tiny_model: Path, trained: Path, tiny_reward: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = lay_out(tmp_path / "nc", tiny_model, trained, tiny_reward, {"first": "CC-BY-NC-4.0"})
@@ -376,22 +376,22 @@ def test_private_weights_do_not_go_to_a_public_repository(
 
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_refusal_never_shows_the_token(status: int, hub: Hub, online: None, tiny_model: Path) -> None:
-    from align.data.licenses import Licence
+    from align.data.licenses import License
     from align.errors import UserError
 
     hub.refuse = status
-    upload = prepare(tiny_model, "me/set", Licence(("mit",), ""), None, private=True)
+    upload = prepare(tiny_model, "me/set", License(("mit",), ""), None, private=True)
     with pytest.raises(UserError, match="HF_TOKEN") as caught:
         push(upload, "x", HfApi(endpoint=hub.address))
     assert TOKEN not in str(caught.value) and CACHED not in str(caught.value) and "***" in str(caught.value)
 
 
 def test_a_hub_that_is_away_is_a_failure(hub: Hub, online: None, tiny_model: Path) -> None:
-    from align.data.licenses import Licence
+    from align.data.licenses import License
 
     address = hub.address
     hub.shutdown()
     hub.server_close()
-    upload = prepare(tiny_model, "me/set", Licence(("mit",), ""), None, private=False)
+    upload = prepare(tiny_model, "me/set", License(("mit",), ""), None, private=False)
     with pytest.raises(StageFailed, match="cannot be reached"):
         push(upload, "x", HfApi(endpoint=address))

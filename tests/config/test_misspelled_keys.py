@@ -1,4 +1,4 @@
-"""Every key of every stage that makes weights, of every tuning and of the blocks inside is refused when misspelt."""
+"""Every key of every stage that makes weights, of every tuning and of the blocks inside is refused when misspelled."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def refusal(config: type[Config], path: Any, model: type[Config], name: str, wro
 
 
 @pytest.mark.parametrize("kind", METHODS)
-def test_every_misspelt_key_is_refused_at_its_place(kind: str) -> None:
+def test_every_misspelled_key_is_refused_at_its_place(kind: str) -> None:
     config = STAGES[kind].config_class()
     tried, missed = 0, []
     for path, model in blocks(config):
@@ -101,7 +101,7 @@ def test_every_misspelt_key_is_refused_at_its_place(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", TRAINED)
-def test_a_misspelt_option_of_the_trainer_is_refused(kind: str) -> None:
+def test_a_misspelled_option_of_the_trainer_is_refused(kind: str) -> None:
     for wrong, name in (
         ("adam_bta2", "adam_beta2"),
         ("adam_epsilonn", "adam_epsilon"),
@@ -112,7 +112,7 @@ def test_a_misspelt_option_of_the_trainer_is_refused(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", peft_types())
-def test_every_misspelt_option_of_peft_is_refused(kind: str) -> None:
+def test_every_misspelled_option_of_peft_is_refused(kind: str) -> None:
     config, options = STAGES["sft"].config_class(), peft_options(kind)
     given = {"model": "m", "data": "d", "learning_rate": 1e-3}
     for name in set(options) - set(SET_HERE):

@@ -106,13 +106,13 @@ def test_a_test_source_keeps_its_questions_out_of_training(make, tmp_path: Path)
 def test_steps_go_in_order_and_their_counts_hand_over(make, tmp_path: Path) -> None:
     records = [*questions(30), *questions(5), {"prompt": "two\r\nlines", "completion": "yes"}]
     cap = {"type": "cap", "each": 20}
-    steps = [{"type": "exact_duplicates"}, {"type": "normalise"}, cap, {"type": "near_duplicates"}]
+    steps = [{"type": "exact_duplicates"}, {"type": "normalize"}, cap, {"type": "near_duplicates"}]
     made = make([write(tmp_path / "a.jsonl", records)], steps=steps)
     lines = {line["step"]: line for line in made.ledger["steps"]}
-    names = ["read", "exact_duplicates", "normalise", "usable", "cap", "near_duplicates", "identical", "split"]
+    names = ["read", "exact_duplicates", "normalize", "usable", "cap", "near_duplicates", "identical", "split"]
     assert list(lines) == [f"{number} {name}" for number, name in enumerate(names)]
     assert lines["1 exact_duplicates"]["dropped"] == {"duplicate of an earlier row": 5}
-    assert lines["2 normalise"]["changed"] == 1
+    assert lines["2 normalize"]["changed"] == 1
     assert lines["4 cap"]["rows_out"] == 20
 
 
@@ -132,7 +132,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(building, "SHARD_ROWS", 7)
 
 
-STEPS = [{"type": "normalise"}, {"type": "exact_duplicates"}, {"type": "near_duplicates"}, {"type": "cap", "each": 25}]
+STEPS = [{"type": "normalize"}, {"type": "exact_duplicates"}, {"type": "near_duplicates"}, {"type": "cap", "each": 25}]
 
 
 def messy(tmp_path: Path) -> list[dict[str, Any]]:

@@ -24,8 +24,8 @@ RECIPE = {
 def build(tmp_path: Path) -> Path:
     train = [row(f"question {n}", f"answer {n}", "first" if n % 2 else "second") for n in range(6)]
     dropped = [(row("question 1!", "answer 1"), "duplicate", {"instead": {"id": train[1]["id"], "where": "x:1"}})]
-    licences = {"first": "MIT", "second": "CC-BY-SA-3.0"}
-    return write_build(tmp_path / "build", train, [row("held out", "yes")], dropped, licences, files=2)
+    licenses = {"first": "MIT", "second": "CC-BY-SA-3.0"}
+    return write_build(tmp_path / "build", train, [row("held out", "yes")], dropped, licenses, files=2)
 
 
 def card(folder: Path, recipe: dict = RECIPE, name: str = "demo") -> str:
@@ -90,24 +90,24 @@ def test_a_folder_without_a_card_of_ours_has_its_own_name_and_no_recipe(tmp_path
         assert name_of(tmp_path) == tmp_path.name and recipe_of(tmp_path) == {}
 
 
-def test_an_unknown_licence_is_said_plainly(build: Path) -> None:
+def test_an_unknown_license_is_said_plainly(build: Path) -> None:
     ledger = json.loads((build / "ledger.json").read_text())
     ledger["sources"][0]["license"] = None
     (build / "ledger.json").write_text(json.dumps(ledger))
     text = card(build)
     assert "\nlicense: unknown\n" in text
     assert "| first | files | **not known** |" in text
-    assert "The licence of at least one source is not known" in text
+    assert "The license of at least one source is not known" in text
 
 
-def test_licences_that_do_not_fit_are_other_with_a_name_and_a_link(build: Path) -> None:
+def test_licenses_that_do_not_fit_are_other_with_a_name_and_a_link(build: Path) -> None:
     ledger = json.loads((build / "ledger.json").read_text())
     ledger["sources"][0]["license"] = "CC-BY-NC-4.0"
     (build / "ledger.json").write_text(json.dumps(ledger))
     data = yaml.safe_load(card(build).split("---")[1])
     assert data["license"] == "other"
     assert data["license_name"] == "terms-of-all-sources"
-    assert data["license_link"] == "README.md#licences"
+    assert data["license_link"] == "README.md#licenses"
 
 
 def test_a_language_is_stated_where_the_recipe_states_it(build: Path) -> None:

@@ -130,11 +130,11 @@ def test_ledgers_stand_side_by_side(tmp_path: Path) -> None:
     one = build(tmp_path / "one", kept, [row("t", "t")], dropped=[(row("a!", "1"), "duplicate", {})])
     two = build(tmp_path / "two", kept, [row("t", "t")])
     ledger = json.loads((two / "ledger.json").read_text())
-    ledger["steps"].insert(1, {**ledger["steps"][0], "step": "1 normalise"})
+    ledger["steps"].insert(1, {**ledger["steps"][0], "step": "1 normalize"})
     ledger["steps"][2]["step"] = "2 dedup"
     (two / "ledger.json").write_text(json.dumps(ledger))
     steps = compare(one, two)["steps"]
-    assert [line["step"] for line in steps] == ["read", "normalise", "dedup"]
+    assert [line["step"] for line in steps] == ["read", "normalize", "dedup"]
     assert steps[1]["a"] is None and steps[1]["b"]["rows_in"] == 3
     assert steps[2]["a"]["dropped"] == {"duplicate": 1} and steps[2]["b"]["dropped"] == {}
 

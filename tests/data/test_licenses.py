@@ -1,6 +1,6 @@
 import pytest
 
-from align.data.licenses import OBLIGATIONS, normalise, of_mixture
+from align.data.licenses import OBLIGATIONS, normalize, of_mixture
 
 
 @pytest.mark.parametrize(
@@ -17,7 +17,7 @@ from align.data.licenses import OBLIGATIONS, normalise, of_mixture
     ],
 )
 def test_names_are_the_hubs(words: str | None, name: str) -> None:
-    assert normalise(words) == name
+    assert normalize(words) == name
 
 
 @pytest.mark.parametrize(
@@ -48,8 +48,8 @@ def test_concerns_name_what_may_forbid_passing_it_on() -> None:
     assert found == (
         "cc-by-nc-4.0 forbids commercial use",
         "cc-by-nd-4.0 forbids passing on changed versions, and a build is one",
-        "'house rules' is not a licence with known terms",
-        "a source's licence is not known",
+        "'house rules' is not a license with known terms",
+        "a source's license is not known",
     )
     assert "do not fit" in of_mixture(["CC-BY-NC-4.0", "CC-BY-SA-4.0"]).concerns[-1]
 

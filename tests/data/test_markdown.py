@@ -9,7 +9,7 @@ def test_markup_is_escaped_and_lines_are_joined() -> None:
 
 def test_a_cell_is_left_alone_only_where_it_is_exactly_ours() -> None:
     rows = table(
-        ("licence", "digest"), [("**not known**", "`0a1b`"), ("**not known**<img src=x>", "`<b>`")], numbers=(1,)
+        ("license", "digest"), [("**not known**", "`0a1b`"), ("**not known**<img src=x>", "`<b>`")], numbers=(1,)
     )
     assert rows[1] == "| --- | ---: |"
     assert rows[2] == "| **not known** | `0a1b` |"

@@ -1,4 +1,4 @@
-"""Words are those of ``normalised``; runs of words hash alike wherever they stand, and nothing else does."""
+"""Words are those of ``normalized``; runs of words hash alike wherever they stand, and nothing else does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from align.data import ngrams
 from align.data.ngrams import blocks, encode, read_words
-from align.data.rows import normalised
+from align.data.rows import normalized
 
 TEXT = st.text(st.sampled_from("aAbéÉßİ .,!?'\"’“\n\t\x1c\x85\u2028\u00a0①ﬁ+-/"), max_size=20)
 
@@ -28,9 +28,9 @@ def grams(text: str, size: int) -> list[int]:
 
 @settings(deadline=None)
 @given(TEXT)
-def test_words_are_those_of_normalised(text: str) -> None:
+def test_words_are_those_of_normalized(text: str) -> None:
     read = read_words([encode(text)])
-    expected = normalised(text).split()
+    expected = normalized(text).split()
     assert read.counts.tolist() == [len(expected)]
     assert whole(text) == whole(" ".join(expected))
 
@@ -39,7 +39,7 @@ def test_words_are_those_of_normalised(text: str) -> None:
 @given(TEXT, TEXT)
 def test_texts_hash_alike_only_when_their_words_are(one: str, other: str) -> None:
     first, second = whole(one, other)
-    assert (first == second) == (normalised(one) == normalised(other))
+    assert (first == second) == (normalized(one) == normalized(other))
 
 
 def test_runs_of_words() -> None:

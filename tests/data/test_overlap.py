@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from align.data import overlap
 from align.data.overlap import Index
-from align.data.rows import normalised
+from align.data.rows import normalized
 
 WORDS = st.lists(st.sampled_from("abc"), max_size=9).map(" ".join)
 
@@ -33,16 +33,16 @@ def holds(part: list[str], words: list[str], size: int) -> bool:
 def plain(texts: list[str], rows: list[list[str]], size: int) -> dict[tuple[int, int], float]:
     found = {}
     for (i, row), (j, text) in product(enumerate(rows), enumerate(texts)):
-        words = normalised(text).split()
+        words = normalized(text).split()
         runs = set()
         for part in row:
-            mine = normalised(part).split()
+            mine = normalized(part).split()
             runs |= {tuple(mine[at : at + size]) for at in range(len(mine) - size + 1)}
         covered = set()
         for at in range(len(words) - size + 1):
             if tuple(words[at : at + size]) in runs:
                 covered |= set(range(at, at + size))
-        if words and any(holds(normalised(part).split(), words, size) for part in row):
+        if words and any(holds(normalized(part).split(), words, size) for part in row):
             covered = set(range(len(words)))
         if covered:
             found[i, j] = len(covered) / len(words)

@@ -46,7 +46,7 @@ def test_noise_flips_labels_and_keeps_true_scores() -> None:
     flipped = [pair for pair in pairs if pair["flipped"]]
     assert counts["flipped"] == len(flipped) and 150 < len(flipped) < 250  # 200 ± 3.7 standard deviations
     assert all(p["chosen"][0]["content"] == "bad" and p["chosen_score"] < p["rejected_score"] for p in flipped)
-    # A pair's draw does not depend on its neighbours.
+    # A pair's draw does not depend on its neighbors.
     again, _ = make_pairs(rows[::-1], [["good", "bad"]] * 2000, [[1.0, 0.0]] * 2000, "best_worst", 0.1, 3)
     assert {p["id"] for p in again if p["flipped"]} == {p["id"] for p in flipped}
     other, _ = make_pairs(rows, [["good", "bad"]] * 2000, [[1.0, 0.0]] * 2000, "best_worst", 0.1, 4)

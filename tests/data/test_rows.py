@@ -13,7 +13,7 @@ from align.data.rows import (
     content_digest,
     iter_rows,
     merged_schema,
-    normalised,
+    normalized,
     prompt_key,
     read_rows,
     row_id,
@@ -48,9 +48,9 @@ def test_errors(tmp_path: Path) -> None:
         read_rows(tmp_path / "c.parquet")
 
 
-def test_normalised_keeps_signs_and_drops_punctuation() -> None:
-    assert normalised(" What  is “This”?\n") == normalised("what is this")
-    assert normalised("3 + 4") != normalised("3 - 4")
+def test_normalized_keeps_signs_and_drops_punctuation() -> None:
+    assert normalized(" What  is “This”?\n") == normalized("what is this")
+    assert normalized("3 + 4") != normalized("3 - 4")
     one, two = {"prompt": [user("a"), assistant("b")]}, {"prompt": [user("a b")]}
     assert prompt_key(one) != prompt_key(two)
 
@@ -75,8 +75,8 @@ def test_calls_of_tools_are_fields_of_the_messages_that_have_them(tmp_path: Path
 
 
 def test_files_with_other_columns_fit_one_schema(tmp_path: Path) -> None:
-    labelled = {"id": "2", "source": "s", "prompt": [user("a")], "checks": "", "label": False}
-    write_rows(tmp_path / "0.parquet", [labelled])
+    labeled = {"id": "2", "source": "s", "prompt": [user("a")], "checks": "", "label": False}
+    write_rows(tmp_path / "0.parquet", [labeled])
     write_rows(tmp_path / "1.parquet", [called("1")])
     tables = [pq.read_table(tmp_path / f"{number}.parquet") for number in (0, 1)]
     schema = merged_schema(table.schema for table in tables)

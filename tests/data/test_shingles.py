@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from align.data import shingles
-from align.data.rows import normalised
+from align.data.rows import normalized
 from align.data.shingles import read_sets
 
 PART = st.tuples(st.lists(st.sampled_from("abcD"), max_size=7).map(" ".join), st.integers(0, 1))
@@ -17,7 +17,7 @@ PART = st.tuples(st.lists(st.sampled_from("abcD"), max_size=7).map(" ".join), st
 def plain(row: list[tuple[str, int]], size: int) -> set[tuple[int, ...] | str]:
     found: set[tuple[int, ...] | str] = set()
     for text, mark in row:
-        words = normalised(text).split()
+        words = normalized(text).split()
         if words:
             found |= {(mark, *words[at : at + size]) for at in range(max(len(words) - size + 1, 1))}
     return found or {"no word"}

@@ -228,7 +228,7 @@ def test_a_chosen_format_comes_with_all_records(tmp_path: Path) -> None:
 
 def test_auto_on_nothing_it_can_read(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("{broken\n")
-    (tmp_path / "b.jsonl").write_text('{"colour": "x"}\n')
+    (tmp_path / "b.jsonl").write_text('{"color": "x"}\n')
     with pytest.raises(BadRecord, match="a.jsonl:1: not valid JSON"):
         choose_format(source("a.jsonl"), read(source("a.jsonl"), tmp_path))
     with pytest.raises(UserError, match="^b.jsonl: format: auto finds no format"):

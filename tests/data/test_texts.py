@@ -80,7 +80,7 @@ def test_texts_are_cleaned_deduplicated_and_kept_apart(tmp_path: Path) -> None:
     texts = [document(n) for n in range(60)] + made
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     steps = [
-        {"type": "normalise"},
+        {"type": "normalize"},
         {"type": "filter", "urls": "strip", "boilerplate": {}, "repetition": {}, "words": {"min": 2}},
         {"type": "exact_duplicates"},
         {"type": "near_duplicates"},

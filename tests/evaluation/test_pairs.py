@@ -26,8 +26,8 @@ def test_counts_by_hand():
         pair("aaa", "b", "b", gold=(1.0, 0.0)),
     ]
     found = pair_accuracy(rows, [2.0, 0.0, 1.0, 1.0], [1.0, 1.0, 0.0, 1.0])
-    # as labelled: right, wrong, right, tie = wrong; the reward model is right about the flipped one
-    assert found["as_labelled"]["value"] == 0.5
+    # as labeled: right, wrong, right, tie = wrong; the reward model is right about the flipped one
+    assert found["as_labeled"]["value"] == 0.5
     assert found["true"]["value"] == 2 / 3
     assert found["true"]["n"] == 3
     assert found["labels_true"]["value"] == 2 / 3
@@ -76,7 +76,7 @@ def test_a_report_is_json_with_n_and_interval_everywhere():
     found = pair_report(rows, scores, seed=0, second=("other", scores))
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     estimates = [
-        found["as_labelled"],
+        found["as_labeled"],
         found["margin"],
         found["shorter_chosen"],
         found["length_correlation"],
@@ -186,7 +186,7 @@ def test_two_reward_models_are_each_others_second_scorer():
     assert (first["stage"], first["task"], first["agreement"]["other"]) == ("reward", "pairs", "reward-b")
     assert (second["stage"], second["agreement"]["other"]) == ("reward-b", "reward")
     assert first["agreement"]["spearman"]["value"] == pytest.approx(second["agreement"]["spearman"]["value"])
-    assert first["as_labelled"] != second["as_labelled"]
+    assert first["as_labeled"] != second["as_labeled"]
     [alone] = pair_reports(rows, [("reward", one)], seed=0, task="pairs")
     assert alone["agreement"] is None
 

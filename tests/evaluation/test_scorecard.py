@@ -112,7 +112,7 @@ def test_a_regression_a_collapse_and_a_hacked_proxy_are_flagged():
     for name in ("model", "sft"):
         found.values[name]["reward"] = [[0.0]] * 40
     kinds = {(flag["policy"], flag["kind"]) for flag in build(found, RESAMPLING, {})["flags"]}
-    assert kinds == {("ppo", "regression"), ("ppo", "over-optimised"), ("ppo", "eos"), ("ppo", "length")}
+    assert kinds == {("ppo", "regression"), ("ppo", "over-optimized"), ("ppo", "eos"), ("ppo", "length")}
 
 
 def test_heldout_loss_is_per_token_and_lower_is_better():

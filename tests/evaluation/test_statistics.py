@@ -17,7 +17,7 @@ from align.evaluation.statistics import (
 
 
 def test_wilson_by_hand():
-    # p = 0.8, n = 10, z = 1.96: centre (0.8 + 0.19208) / 1.38416 = 0.71674; half 1.96/1.38416 * sqrt(0.016 + 0.009604)
+    # p = 0.8, n = 10, z = 1.96: center (0.8 + 0.19208) / 1.38416 = 0.71674; half 1.96/1.38416 * sqrt(0.016 + 0.009604)
     # = 1.41602 * 0.160013 = 0.22658
     found = wilson(8, 10)
     assert found.value == 0.8

@@ -189,7 +189,7 @@ def lacking(folder: Path) -> None:
     ("harm", "said"),
     [
         (only_pickles, r"only pickled weights \(pytorch_model\.bin\), which run code when opened"),
-        (lambda folder: change(folder / "config.json", quantization_config={"bits": 4}), "weights are quantised"),
+        (lambda folder: change(folder / "config.json", quantization_config={"bits": 4}), "weights are quantized"),
         (lambda folder: change(folder / "config.json", auto_map={"AutoModel": "x.Y"}), "Python code that comes with"),
         (lambda folder: change(folder / "config.json", model_type="nothing"), "does not recognize this architecture"),
         (lambda folder: (folder / "config.json").write_text("[1]"), "expected a JSON object, found list"),
@@ -197,7 +197,7 @@ def lacking(folder: Path) -> None:
         (lacking, r"lacks 1 tensor .*: model\.norm\.weight\."),
         (lambda folder: (folder / "chat_template.jinja").unlink(), "no chat template"),
     ],
-    ids=["pickles", "quantised", "code", "unknown", "config", "nan", "lacking", "template"],
+    ids=["pickles", "quantized", "code", "unknown", "config", "nan", "lacking", "template"],
 )
 def test_a_checkpoint_that_is_unsafe_or_damaged_is_refused(
     harm: Callable[[Path], Any], said: str, tiny_model: Path, tmp_path: Path

@@ -14,7 +14,7 @@ from align.data.card import write_card
 from align.errors import UserError
 from align.export.export import Written
 from align.export.model_card import write_model_card
-from align.export.model_card_facts import Facts, base_model, licence_of
+from align.export.model_card_facts import Facts, base_model, license_of
 from align.export.verify import Agreement
 from align.store.artifacts import Artifact, Kind
 from tests.support.data.by_hand import HOSTILE, row, write_build
@@ -37,8 +37,8 @@ def artifact(folder: Path, stage: str, kind: Kind, key: str, **record: Any) -> A
     return Artifact(stage, kind, folder, usual | record)
 
 
-def lineage(root: Path, source: str = "org/base", licences: dict[str, str | None] | None = None) -> list[Artifact]:
-    """Base, data, SFT and PPO; the base's licence is MIT by the card in its folder."""
+def lineage(root: Path, source: str = "org/base", licenses: dict[str, str | None] | None = None) -> list[Artifact]:
+    """Base, data, SFT and PPO; the base's license is MIT by the card in its folder."""
     model = artifact(
         root / "model", "model", Kind.MODEL, KEYS["model"], config={"source": source, "revision": "b" * 40}
     )
@@ -46,7 +46,7 @@ def lineage(root: Path, source: str = "org/base", licences: dict[str, str | None
     (model.path / "model" / "README.md").write_text("---\nlicense: mit\n---\n")
     rows = write_build(
         root / "data", [row("a", "b"), row("c", "d", "second")], [row("e", "f")],
-        [(row("a!", "b"), "duplicate", {})], licences or {"first": "Apache-2.0", "second": "Apache-2.0"},
+        [(row("a!", "b"), "duplicate", {})], licenses or {"first": "Apache-2.0", "second": "Apache-2.0"},
     )  # fmt: skip
     recipe = {"kind": "instructions", "sources": [{"type": "hub", "dataset": "org/set"}, {"type": "files"}]}
     write_card(rows, recipe, json.loads((rows / "ledger.json").read_text()), "set")
@@ -183,28 +183,28 @@ def test_training_data_recipe_and_versions(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    ("licences", "name", "concern"),
+    ("licenses", "name", "concern"),
     [
         ({"first": "MIT", "second": "CC-BY-SA-4.0"}, "cc-by-sa-4.0", None),
         ({"first": "CC-BY-NC-4.0", "second": "MIT"}, "cc-by-nc-4.0", "forbids commercial use"),
-        ({"first": "MIT", "second": None}, "unknown", "a source's licence is not known"),
+        ({"first": "MIT", "second": None}, "unknown", "a source's license is not known"),
         ({"first": "CC-BY-SA-4.0", "second": "GPL-3.0"}, "other", "do not fit under one"),
     ],
 )
-def test_the_strictest_licence_of_base_and_data_is_stated(
-    licences: dict[str, str | None], name: str, concern: str | None, tmp_path: Path
+def test_the_strictest_license_of_base_and_data_is_stated(
+    licenses: dict[str, str | None], name: str, concern: str | None, tmp_path: Path
 ) -> None:
-    ancestors = lineage(tmp_path, licences=licences)
+    ancestors = lineage(tmp_path, licenses=licenses)
     data, text = written(tmp_path, Facts("x", POLICY, None, ancestors))
     assert data["license"] == name
     assert (data.get("license_link"), data.get("license_name")) == (
-        ("README.md#licences", "terms-of-all-sources") if name == "other" else (None, None)
+        ("README.md#licenses", "terms-of-all-sources") if name == "other" else (None, None)
     )
     assert concern is None or concern in text
-    data, text = written(tmp_path, Facts("x", POLICY, None, ancestors, licence="Llama3.2"))
+    data, text = written(tmp_path, Facts("x", POLICY, None, ancestors, license="Llama3.2"))
     assert data["license"] == "llama3.2" and "Stated by who exported it." in text
-    with pytest.raises(UserError, match="is no name of a licence"):
-        licence_of(ancestors, "a\nb")
+    with pytest.raises(UserError, match="is no name of a license"):
+        license_of(ancestors, "a\nb")
 
 
 def test_a_base_that_is_not_of_the_hub_is_not_named_as_one(tmp_path: Path) -> None:
@@ -233,14 +233,14 @@ def test_a_reward_model_has_its_pairs(tmp_path: Path) -> None:
     data, text = written(tmp_path, facts)
     assert data["pipeline_tag"] == "text-classification" and data["tags"] == ["align", "reward-model"]
     (result,) = data["model-index"][0]["results"]
-    assert result["metrics"][0]["name"].startswith("Pairs ordered as labelled (n 10, 95 % interval ")
+    assert result["metrics"][0]["name"].startswith("Pairs ordered as labeled (n 10, 95 % interval ")
     assert "AutoModelForSequenceClassification" in text and "apply_chat_template(turns, return_tensors" in text
     assert "| Pairs that taking the longer answer gets right |" in text
 
 
 def hostile(root: Path) -> Facts:
     """Hostile text wherever text of others comes in."""
-    ancestors = lineage(root, licences={"first": HOSTILE, "second": "MIT"})
+    ancestors = lineage(root, licenses={"first": HOSTILE, "second": "MIT"})
     ledger = json.loads((root / "data" / "ledger.json").read_text())
     ledger["sources"][0]["source"] = HOSTILE
     (root / "data" / "ledger.json").write_text(json.dumps(ledger))

@@ -146,7 +146,7 @@ def test_a_dropped_connection_is_tried_again(fake: FakeChat, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("form", ["seconds", "date"])
-def test_retry_after_is_honoured_by_all_under_way(fake: FakeChat, tmp_path: Path, form: str) -> None:
+def test_retry_after_is_honored_by_all_under_way(fake: FakeChat, tmp_path: Path, form: str) -> None:
     calls = itertools.count()
 
     def reply(body: dict[str, Any]) -> Any:

@@ -58,8 +58,8 @@ def test_rows_at_hand(tiny_model: Path, tmp_path: Path) -> None:
     tokenizer, limits, ends = load(str(tiny_model), tmp_path, None)
     assert (limits.context, limits.embeddings, ends) == (2048, 260, {2})
     assert not lint_rows(instructions(), tokenizer, "instructions")
-    labelled = [{**row, "label": number % 2 == 0} for number, row in enumerate(instructions(60))]
-    assert not lint_rows(labelled, tokenizer, "unpaired")
+    labeled = [{**row, "label": number % 2 == 0} for number, row in enumerate(instructions(60))]
+    assert not lint_rows(labeled, tokenizer, "unpaired")
 
 
 def test_a_tokenizer_with_faults_of_its_own_is_linted_and_not_refused(tiny_model: Path, tmp_path: Path) -> None:

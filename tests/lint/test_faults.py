@@ -1,4 +1,4 @@
-"""Every fault, seeded into every dialect, is found; and nothing else is said of the row or of its neighbours."""
+"""Every fault, seeded into every dialect, is found; and nothing else is said of the row or of its neighbors."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_an_answer_that_calls_a_tool_and_a_tools_answer() -> None:
     assert alarms(refused) == {"template-refuses-row"}
 
 
-def test_a_tokenizer_that_normalises_is_no_fault() -> None:
+def test_a_tokenizer_that_normalizes_is_no_fault() -> None:
     tokenizer = dialects.make(SPECS["llama-2"])
     tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     rows = instructions()

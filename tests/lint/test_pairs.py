@@ -19,7 +19,7 @@ from tests.support.lint.harness import alarms, dataset, instructions, look, pair
 def row_of(number: int, chosen: str, rejected: str) -> Row:
     return {
         "id": f"row-{number}",
-        "prompt": [user(f"Name {number} facts about rivers and harbours, please.")],
+        "prompt": [user(f"Name {number} facts about rivers and harbors, please.")],
         "chosen": [assistant(chosen)],
         "rejected": [assistant(rejected)],
     }
@@ -30,7 +30,7 @@ def test_length_bias_of_119_pairs(longer: int, is_biased: bool) -> None:
     """104 of 119 is 0.87 with a 95 % interval of 0.80 to 0.92; 89 is 0.75 with 0.66 to 0.82."""
     rows = []
     for number in range(119):
-        long, short = f"{number} rivers, harbours and boats" + " and more" * (number % 5), f"{number} rivers"
+        long, short = f"{number} rivers, harbors and boats" + " and more" * (number % 5), f"{number} rivers"
         rows.append(row_of(number, long, short) if number < longer else row_of(number, short, long))
     findings = look(tokenizer_of("chatml"), rows, options=Options("dpo"))
     assert ("length-bias" in findings) == is_biased
@@ -41,7 +41,7 @@ def swapped_rows(share: float, seed: int, count: int = 100) -> list[Row]:
     generator = random.Random(seed)
     rows = []
     for number in range(count):
-        about = f"There are {number} facts about rivers and harbours."
+        about = f"There are {number} facts about rivers and harbors."
         aside = f"Some {number} songs were sung on an old violin, said she."
         aside = aside[: len(about) - 1] + "."
         swap = generator.random() < share

@@ -137,7 +137,7 @@ def test_prompts_of_ppo(tiny_model: Path, tmp_path: Path) -> None:
         STAGES["ppo"].runner()(stage)
 
 
-def test_a_misspelt_waiver_is_named_with_its_place() -> None:
+def test_a_misspelled_waiver_is_named_with_its_place() -> None:
     with pytest.raises(UserError, match=r"x\.waive: there is no finding 'double_boss'\. Did you mean 'double-bos'\?"):
         validate(LintSettings, {"waive": ["double_boss"]}, "p.yaml: stages.x")
 

@@ -11,7 +11,7 @@ import pytest
 from align.errors import UserError
 from align.models.embeddings import make_embedder
 
-TEXTS = ["Name a colour.", "Name a colour, please, and say why it is your favourite one.", "", "no"]
+TEXTS = ["Name a color.", "Name a color, please, and say why it is your favorite one.", "", "no"]
 
 
 def static_model(folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Loading and saving checkpoints: merged LoRA equals the live model, heads are never re-initialised silently."""
+"""Loading and saving checkpoints: merged LoRA equals the live model, heads are never re-initialized silently."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def _step(model: torch.nn.Module) -> float:
 
 
 def test_small_update_survives_in_float32_and_is_lost_in_bfloat16(tiny_model: Path) -> None:
-    # AdamW's first step moves each weight by the rate, 1e-6. A weight near 0.1 has neighbours 2**-12 = 2e-4 apart in
+    # AdamW's first step moves each weight by the rate, 1e-6. A weight near 0.1 has neighbors 2**-12 = 2e-4 apart in
     # bfloat16, 7e-9 in float32.
     assert _step(load_policy(tiny_model)) > 0.95
     assert _step(load_policy(tiny_model, torch.bfloat16)) < 0.05

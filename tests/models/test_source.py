@@ -1,4 +1,4 @@
-"""Sources: each form is recognised and pinned, each mistake named."""
+"""Sources: each form is recognized and pinned, each mistake named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every shipped YAML loads, and every key in it is refused when it is misspelt."""
+"""Every shipped YAML loads, and every key in it is refused when it is misspelled."""
 
 import copy
 import json
@@ -189,7 +189,7 @@ def load_changed(path: Path, changed: dict[str, Any], folder: Path) -> None:
         load_recipe(str(copied), Path.cwd())
 
 
-def test_every_misspelt_key_is_refused_and_the_right_one_suggested(tmp_path: Path) -> None:
+def test_every_misspelled_key_is_refused_and_the_right_one_suggested(tmp_path: Path) -> None:
     rng = random.Random(0)
     tried, suggested, missed = 0, 0, []
     for path in [*PIPELINES, *SUITES, *RECIPES]:

@@ -132,7 +132,7 @@ def test_usr1_to_a_sweep_reaches_its_workers(tmp_path: Path) -> None:
     (tmp_path / "toy.yaml").write_text(
         yaml.safe_dump(toy.pipeline(one={"steps": 100, "pause": 0.1, "stops": True}, two={"steps": 1}), sort_keys=False)
     )
-    sweep = {"name": "s", "pipeline": "toy.yaml", "space": {"stages.two.number": [1, 2]}, "maximise": "total.total"}
+    sweep = {"name": "s", "pipeline": "toy.yaml", "space": {"stages.two.number": [1, 2]}, "maximize": "total.total"}
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
     process = started(["sweep", "sweep.yaml", "--workers", "2"], tmp_path, tmp_path / "store", "number")
     process.send_signal(signal.SIGUSR1)

@@ -82,7 +82,7 @@ def test_every_figure_and_table_of_a_full_page_is_there_and_opens(written):
     names = {path.stem for path in (written / "tables").glob("*.csv")}
     assert names == {
         "scorecard", "differences", "sources", "gates", "win-rates", "reward-models", "stages", "ledger", "dropped",
-        "licences",
+        "licenses",
     }  # fmt: skip
     for name in names:
         with (written / "tables" / f"{name}.csv").open(encoding="utf-8", newline="") as file:

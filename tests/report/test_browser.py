@@ -122,7 +122,7 @@ def test_numbers_by_token(driver, opened):
     tokens = box.find_elements("css selector", ".tok")
     widths = {found.value_of_css_property("text-decoration-thickness") for found in tokens}
     styles = {found.value_of_css_property("text-decoration-style") for found in tokens}
-    assert len(widths) > 3  # tells sizes apart without colour
+    assert len(widths) > 3  # tells sizes apart without color
     assert styles == {"solid", "dotted"}  # and signs
     ActionChains(driver).move_to_element(card.find_element("css selector", ".who")).perform()  # off the tokens
     driver.execute_script("arguments[0].focus()", tokens[1])

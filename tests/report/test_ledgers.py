@@ -1,4 +1,4 @@
-"""The data ledger and the licences on the page: numbers of every step, no texts, unknown licences said."""
+"""The data ledger and the licenses on the page: numbers of every step, no texts, unknown licenses said."""
 
 import json
 
@@ -18,7 +18,7 @@ def test_steps_sources_and_reasons(full_run):
     ]  # fmt: skip
     assert data["steps"][1]["width"] == 82.5
     assert [(one["reason"], one["rows"]) for one in data["steps"][1]["reasons"]] == [("too long", 5), (FORMULA, 2)]
-    assert [(one["source"], one["licence"], one["lost"]) for one in data["sources"]] == [
+    assert [(one["source"], one["license"], one["lost"]) for one in data["sources"]] == [
         ("words", "cc-by-4.0", 5), ("<b>lists</b>", "unknown", 2),
     ]  # fmt: skip
     assert "a private text" not in json.dumps(data)
@@ -38,29 +38,29 @@ def test_a_damaged_ledger_is_no_error(make_artifact):
     data = make_artifact("data", Kind.INSTRUCTIONS)
     (data.path / "ledger.json").write_text("[1", encoding="utf-8")
     assert ledgers.data_sections([data], Beside())[0]["steps"] == []
-    assert ledgers.licence_rows([data], Beside()) == []
+    assert ledgers.license_rows([data], Beside()) == []
 
 
-def test_licences_of_data_and_models(full_run):
-    rows = ledgers.licence_rows(full_run[0], Beside())
-    assert [(row["what"], row["name"], row["licence"]) for row in rows] == [
+def test_licenses_of_data_and_models(full_run):
+    rows = ledgers.license_rows(full_run[0], Beside())
+    assert [(row["what"], row["name"], row["license"]) for row in rows] == [
         ("model", "smollm2-135m-instruct", "apache-2.0"),
         ("data", "words", "cc-by-4.0"),
         ("data", "<b>lists</b>", "unknown"),
     ]
-    whole = ledgers.data_licence(rows)
+    whole = ledgers.data_license(rows)
     assert whole is not None
     assert whole["names"] == ("unknown",)
-    assert ledgers.data_licence(rows[:1]) is None
+    assert ledgers.data_license(rows[:1]) is None
 
 
-def test_a_model_s_own_card_states_its_licence(tmp_path):
-    assert ledgers.model_licence(tmp_path, "some/model") == "unknown"
+def test_a_model_s_own_card_states_its_license(tmp_path):
+    assert ledgers.model_license(tmp_path, "some/model") == "unknown"
     (tmp_path / "README.md").write_text("---\nlicense: MIT\n---\n# A model\n")
-    assert ledgers.model_licence(tmp_path, "some/model") == "mit"
+    assert ledgers.model_license(tmp_path, "some/model") == "mit"
     (tmp_path / "README.md").write_text("---\n: [\n---\n")
-    assert ledgers.model_licence(tmp_path, "some/model") == "unknown"
-    assert ledgers.model_licence(tmp_path, "tiny") == ledgers.MADE_HERE
+    assert ledgers.model_license(tmp_path, "some/model") == "unknown"
+    assert ledgers.model_license(tmp_path, "tiny") == ledgers.MADE_HERE
 
 
 def test_costs_are_summed_and_engines_named(full_run):

@@ -122,7 +122,7 @@ def test_a_win_rate_is_clear_only_beyond_one_half(low, high, verdict):
 def test_reward_models(card):
     first, second = reward_models.sections(card, Beside())
     named = {row["name"]: row["value"] for row in first["rows"]}
-    assert named["as labelled"] == "0.800"
+    assert named["as labeled"] == "0.800"
     assert named["where shorter is chosen"] == "0.600"
     assert named["calibration error (ECE)"] == "0.133"
     assert (named["the same, noise included"], named["temperature that fits best"]) == ("0.150", "1.70")

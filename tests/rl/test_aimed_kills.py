@@ -29,7 +29,7 @@ COMMON: dict[str, Any] = {
 CHECKPOINTS = (4, 8, 10)
 """Two optimizer steps an update."""
 KINDS: dict[str, dict[str, Any]] = {
-    "ppo": {"normalise_scores": True, "kl_controller": "adaptive", "kl_target": 0.1, "kl_horizon": 50},
+    "ppo": {"normalize_scores": True, "kl_controller": "adaptive", "kl_target": 0.1, "kl_horizon": 50},
     "grpo": {"zero_variance": "resample"},
     "rloo": {"whiten_advantages": True},
     "online_dpo": {"micro_batch_size": 2},

@@ -41,7 +41,7 @@ def test_a_healthy_run_raises_none():
         ({"length": [4.0]}, "collapse", "rewards saying little"),
         ({"length": [41.0]}, "length explosion", "missing_eos_penalty"),
         ({"truncation_rate": [0.6]}, "length explosion", "60% of them cut"),
-        ({"gold": [0.30, 0.29, 0.31, 0.30, 0.29]}, "over-optimisation", "keep: best"),
+        ({"gold": [0.30, 0.29, 0.31, 0.30, 0.29]}, "over-optimization", "keep: best"),
     ],
 )
 def test_each_failure_is_named_with_its_update(changes, name, says):
@@ -50,7 +50,7 @@ def test_each_failure_is_named_with_its_update(changes, name, says):
     assert says in alarm.text
 
 
-def test_gold_that_falls_together_with_the_score_is_no_over_optimisation():
+def test_gold_that_falls_together_with_the_score_is_no_over_optimization():
     assert alarms(history(gold=[0.30, 0.29, 0.31, 0.30, 0.29], score=[0.3, 0.31, 0.3, 0.29, 0.3])) == []
 
 

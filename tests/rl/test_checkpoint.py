@@ -26,7 +26,7 @@ FIELDS = {
     "lr_scheduler_type": "linear",
     "weight_decay": 0.01,
     "whiten_rewards": True,
-    "normalise_scores": True,
+    "normalize_scores": True,
 }
 TIMED = ("seconds", "per_second", "peak_memory", "runtime")
 

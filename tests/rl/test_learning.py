@@ -42,23 +42,23 @@ def test_it_learns_a_reward_that_is_known(make_trainer, tuning, seed):
 
 
 def by_prompt(rows, texts):
-    """What is learnt, and how good an answer to this prompt is whatever it says: the critic can take that out."""
+    """What is learned, and how good an answer to this prompt is whatever it says: the critic can take that out."""
     return [0.5 * (int(row["id"]) - 3.5) + share for row, share in zip(rows, share_of_vowels(rows, texts), strict=True)]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_critic_matters(make_trainer, seed):
-    """Prompts differ by far more than answers: without a baseline for each, their noise drowns what is to be learnt."""
-    learnt = {}
+    """Prompts differ by far more than answers: without a baseline for each, their noise drowns the signal."""
+    learned = {}
     for name, rate in (("on", 5e-3), ("off", 1e-30)):
         trainer = make_trainer(
             rows=LETTERS, scorer=by_prompt, gold=share_of_vowels, updates=30, kl_coef=0.0, seed=seed,
             critic_learning_rate=rate, **SETTINGS,
         )  # fmt: skip
         entries = history(trainer)
-        learnt[name] = entries[-1]["gold"]
+        learned[name] = entries[-1]["gold"]
         assert (entries[-1]["explained_variance"] > 0.9) == (name == "on")
-    assert learnt["on"] > 0.7 > 2 * learnt["off"], learnt
+    assert learned["on"] > 0.7 > 2 * learned["off"], learned
 
 
 def share_of_lower_case(rows, texts):

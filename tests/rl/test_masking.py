@@ -36,8 +36,8 @@ def test_two_processes_whiten_as_one():
     parts = [(VALUES[:1], MASK[:1]), (VALUES[1:], MASK[1:])]
     # What an all-reduce would return, one reduction after the other: the mean's, then the variance's.
     mean = torch.stack([torch.stack([masked_sum(v, m), m.sum().float()]) for v, m in parts]).sum(0)
-    centre = mean[0] / mean[1]
-    spread = torch.stack([torch.stack([masked_sum((v - centre) ** 2, m), m.sum().float()]) for v, m in parts]).sum(0)
+    center = mean[0] / mean[1]
+    spread = torch.stack([torch.stack([masked_sum((v - center) ** 2, m), m.sum().float()]) for v, m in parts]).sum(0)
     for index, (values, mask) in enumerate(parts):
         answers = iter([mean, spread])
         part = whiten(values, mask, shift_mean=True, reduce=lambda _, answers=answers: next(answers))

@@ -1,4 +1,4 @@
-"""Rollouts drawn ahead: with which weights, the same beside the trainer as in it, kept by checkpoints, learnt from."""
+"""Rollouts drawn ahead: with which weights, the same beside the trainer as in it, kept by checkpoints, learned from."""
 
 from __future__ import annotations
 
@@ -154,15 +154,15 @@ def test_servers_beside_the_trainer_change_nothing(make_trainer, tiny_model, tmp
 
 
 def test_the_trainer_learns_while_servers_sample(make_trainer, tmp_path, pool, monkeypatch) -> None:
-    """The second update's rollout is still being drawn when the first update has been learnt from."""
-    learnt, waited = threading.Event(), []
+    """The second update's rollout is still being drawn when the first update has been learned from."""
+    learned, waited = threading.Event(), []
     generate = pool.generate
     rounds = []
 
     def slow(*given):
         rounds.append(None)
         if len(rounds) == 2:
-            waited.append(learnt.wait(100))
+            waited.append(learned.wait(100))
         return generate(*given)
 
     monkeypatch.setattr(pool, "generate", slow)
@@ -171,7 +171,7 @@ def test_the_trainer_learns_while_servers_sample(make_trainer, tmp_path, pool, m
 
     def noted(*given, **options):
         found = step(*given, **options)
-        learnt.set()
+        learned.set()
         return found
 
     monkeypatch.setattr(trainer, "training_step", noted)

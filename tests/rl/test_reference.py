@@ -75,7 +75,7 @@ def experience(model, reference, rollout, truncation, options):
     """Rewards, advantages (before whitening) and returns of every response, as lists of floats."""
     found = []
     scores = rollout.tensors["scores"].double().tolist()
-    if options.get("normalise_scores"):
+    if options.get("normalize_scores"):
         mean = sum(scores) / len(scores)
         std = math.sqrt(sum((score - mean) ** 2 for score in scores) / len(scores))
         scores = [(score - mean) / std for score in scores]
@@ -100,16 +100,16 @@ def experience(model, reference, rollout, truncation, options):
             after = values[t].item()
             advantages[t] = following
             returns[t] = following + values[t].item()
-        learnt = finished or options.get("truncated") != "mask"
+        learned = finished or options.get("truncated") != "mask"
         found.append(
             {"old": old, "ref": ref, "values": values, "rewards": rewards, "advantages": advantages, "returns": returns}
-            | {"learnt": learnt}
+            | {"learned": learned}
         )
     return found
 
 
 def whitened(found):
-    everything = [a for row in found if row["learnt"] for a in row["advantages"]]
+    everything = [a for row in found if row["learned"] for a in row["advantages"]]
     mean = sum(everything) / len(everything)
     variance = sum((a - mean) ** 2 for a in everything) / len(everything)
     return [[(a - mean) / math.sqrt(variance + 1e-8) for a in row["advantages"]] for row in found]
@@ -117,7 +117,7 @@ def whitened(found):
 
 def loss_of(model, found, advantages, rollout, members, aggregation, options):
     """The loss of one optimizer step over the responses in ``members``."""
-    members = [i for i in members if found[i]["learnt"]]
+    members = [i for i in members if found[i]["learned"]]
     tokens = sum(len(rollout.responses[i]) for i in members)
     share_of = {
         "token": lambda length: 1 / tokens,
@@ -173,7 +173,7 @@ def close_gradients(ours, theirs, scale, what):
         ("sequence", 2, "terminal", {"kl_in": "loss", "kl_estimator": "k3"}),
         ("token", 1, "terminal", {"truncated": "mask"}),
         ("sequence", 2, "bootstrap", {"truncated": "mask"}),
-        ("token", 4, "terminal", {"length_penalty": 0.05, "normalise_scores": True}),
+        ("token", 4, "terminal", {"length_penalty": 0.05, "normalize_scores": True}),
         ("constant", 2, "terminal", {"importance_sequence_cap": 2.0}),
     ],
 )
@@ -228,7 +228,7 @@ def test_a_whole_update_equals_the_plain_implementation(
         length = len(rollout.responses[i])
         close(rollout.tensors["rewards"][i, :length], torch.tensor(row["rewards"]), "rewards")
         close(rollout.tensors["raw_advantages"][i, :length], torch.tensor(row["advantages"]), "advantages")
-        if row["learnt"]:
+        if row["learned"]:
             close(rollout.tensors["advantages"][i, :length], torch.tensor(advantages[i]), "whitened advantages")
         close(rollout.tensors["returns"][i, :length], torch.tensor(row["returns"]), "returns")
 

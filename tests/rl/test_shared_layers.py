@@ -21,7 +21,7 @@ def counting(calls, number):
     return hook
 
 
-# In an update two micro-batches are measured by policy, reference and critic, and learnt from twice by policy and
+# In an update two micro-batches are measured by policy, reference and critic, and learned from twice by policy and
 # critic: 14 passes. What is below the adapters is passed once where all have its weights, twice where the critic has
 # others.
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def with_slot(mask):
     return torch.cat([torch.ones_like(mask[:, :1]), mask[:, :-1]], dim=1)
 
 
-def penalised(trl, t):
+def penalized(trl, t):
     return adjust_scores(t["scores"], t["finished"], missing_eos_penalty=trl.settings["missing_eos_penalty"])
 
 
@@ -76,7 +76,7 @@ def advantages_of(trl, t, rewards):
 def experience(trl, t):
     """Rewards, advantages and returns by our functions, with the score where trl has it."""
     slot, kl_coef = with_slot(t["response_mask"]), trl.settings["kl_coef"]
-    rewards, kl = shape_rewards(penalised(trl, t), t["logprobs"], t["ref_logprobs"], slot, kl_coef)
+    rewards, kl = shape_rewards(penalized(trl, t), t["logprobs"], t["ref_logprobs"], slot, kl_coef)
     advantages, returns = advantages_of(trl, t, rewards)
     return {"kl": kl, "rewards": rewards, "raw_advantages": advantages, "returns": returns}
 
@@ -103,7 +103,7 @@ def test_what_is_measured_is_the_same(trl, tmp_path, run):
         close(t[name][mask], found[name][mask], name)
         assert (t[name][~mask] == 0).all() and (found[name][~mask] == 1).all()  # difference 13
     close(t["values"][:, :-1], found["values"], "values")
-    close(penalised(trl, t), found["scores"], "scores")
+    close(penalized(trl, t), found["scores"], "scores")
     close(t["kl"], found["kl"], "kl")
 
 
@@ -138,7 +138,7 @@ def test_an_update_without_early_ends_is_the_same(trl, tmp_path):
         "loss/policy_avg": mean_of(made["steps"], "pg_loss") / 2,
         "objective/kl": run.logged["kl"],
         "objective/entropy": -t["logprobs"].sum(dim=1).mean().item(),
-        "objective/scores": penalised(trl, t).mean().item(),
+        "objective/scores": penalized(trl, t).mean().item(),
         "objective/rlhf_reward": run.logged["reward"],
     }
     assert logged == pytest.approx({name: made["metrics"][name] for name in logged}, abs=1e-5)
@@ -156,7 +156,7 @@ def test_the_logged_policy_loss_is_the_same(trl, tmp_path):
 
 def test_the_score_is_on_eos_and_not_one_slot_after_it(trl, tmp_path):
     t, found = ours(trl, "ragged", tmp_path, learning_rate=0.0).tensors, of(trl, "ragged")
-    mask, scores, placed = t["response_mask"], penalised(trl, t), experience(trl, t)
+    mask, scores, placed = t["response_mask"], penalized(trl, t), experience(trl, t)
     early = with_slot(mask).sum(dim=1) > mask.sum(dim=1)
     assert early.sum() == 5 and t["finished"][~early].any() and not t["finished"].all()
     for name, tensor in placed.items():
@@ -244,7 +244,7 @@ def test_whitened_rewards_differ_by_the_slot_and_by_the_variance(trl, tmp_path):
     kl = estimate_kl(t["logprobs"], t["ref_logprobs"], "k3") * mask
     close(kl, found["kl"], "k3")
     rewards = -trl.settings["kl_coef"] * kl
-    rewards[range(8), last_index(slot)] += penalised(trl, t)
+    rewards[range(8), last_index(slot)] += penalized(trl, t)
     close(rewards, found["raw_rewards"], "rewards before whitening")
     mean = rewards[slot].mean()
     whitened = torch.where(slot, (whiten_rewards(rewards, slot) - mean) * bessel(slot) + mean, torch.zeros(()))

@@ -80,7 +80,7 @@ def test_the_student_comes_nearer(fields: dict[str, Any], tiny_model: Path, teac
     assert apart / tokens == pytest.approx(metrics["test_divergence_after"], rel=1e-3)
 
 
-def test_the_loss_is_trls_generalised_jsd() -> None:
+def test_the_loss_is_trls_generalized_jsd() -> None:
     gkd = pytest.importorskip("trl.experimental.gkd.gkd_trainer").GKDTrainer
     torch.manual_seed(0)
     student, teacher = torch.randn(5, 11), torch.randn(5, 11)
@@ -193,7 +193,7 @@ def test_a_changed_number_is_computed_again(tmp_path: Path) -> None:
     assert len(warnings) == 1 and file.name in warnings[0]
 
 
-def test_a_cache_tells_apart_which_tokens_are_learnt(tmp_path: Path) -> None:
+def test_a_cache_tells_apart_which_tokens_are_learned(tmp_path: Path) -> None:
     cache = TeacherCache(tmp_path, {"teacher": "t"})
     word = [Known(torch.tensor([[4]], dtype=torch.int32), torch.tensor([[-1.0]]))]
     for labels in ([MASKED, 2, MASKED], [MASKED, MASKED, 3]):  # as many
@@ -246,7 +246,7 @@ def test_own_answers_follow_the_datas_prompts(
 
 
 def by_hand(student: Path, teacher: Path, given: list[dict[str, Any]]) -> tuple[float, float, int]:
-    """Divergence (forward, 64 tokens) and negative log-likelihood, summed over the labelled tokens, and how many."""
+    """Divergence (forward, 64 tokens) and negative log-likelihood, summed over the labeled tokens, and how many."""
     one, other = load_policy(student), load_policy(teacher)
     apart, nll, tokens = 0.0, 0.0, 0
     for row in given:

@@ -18,7 +18,7 @@ from align.store.artifacts import Artifact, Kind
 RECORDS = [
     *({"id": f"m{at}", "prompt": f"q{at}", "chosen": ["yes" * at], "rejected": ["a", "b" * at, "c"], "subset": "Math"}
       for at in range(1, 9)),
-    {"id": "tied:1", "prompt": "a colour", "chosen": ["red", "blue"], "rejected": ["stone"], "subset": "Ties"},
+    {"id": "tied:1", "prompt": "a color", "chosen": ["red", "blue"], "rejected": ["stone"], "subset": "Ties"},
     {"id": "ref:1", "prompt": "the sky", "chosen": ["blue"], "rejected": ["red"], "subset": "Ties"},
 ]  # fmt: skip
 """Shaped like RewardBench 2."""
@@ -86,7 +86,7 @@ def test_reward_models_and_gates_reach_the_scorecard(context):
     assert len(items) == len(samples) == 10
     for report in (first, second):
         values = [item["values"][report["stage"]] for item in items]
-        assert sum(one["correct"][0] for one in values) / 10 == report["as_labelled"]["value"]
+        assert sum(one["correct"][0] for one in values) / 10 == report["as_labeled"]["value"]
         assert sum(one["margin"][0] for one in values) / 10 == pytest.approx(report["margin"]["value"])
         for one, sample in zip(values, samples, strict=True):
             for side in ("chosen", "rejected"):

@@ -142,7 +142,7 @@ def test_pairs_with_flipped_labels_are_scored_anew_though_their_ids_are_the_same
     evaluate.run(context)
     after = read_card(context)["reward_models"][0]
     assert after["margin"]["value"] == pytest.approx(-before["margin"]["value"]) and before["margin"]["value"] != 0
-    assert after["as_labelled"]["value"] == 1 - before["as_labelled"]["value"]
+    assert after["as_labeled"]["value"] == 1 - before["as_labeled"]["value"]
 
 
 @pytest.mark.parametrize(

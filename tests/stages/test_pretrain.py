@@ -100,7 +100,7 @@ def tokenizer(tiny_model: Path) -> Any:
     return load_tokenizer(tiny_model)
 
 
-def test_every_token_is_learnt_once_in_windows_with_one_token_in_common(tokenizer: Any) -> None:
+def test_every_token_is_learned_once_in_windows_with_one_token_in_common(tokenizer: Any) -> None:
     ends = document_ends(tokenizer, None, "x")
     assert ends == Ends(tokenizer.eos_token_id, tokenizer.eos_token_id)
     encoded = encode_texts(tokenizer, [{"text": "abcdefghij"}, {"text": "xy"}, {"text": ""}], 5, ends)
@@ -110,8 +110,8 @@ def test_every_token_is_learnt_once_in_windows_with_one_token_in_common(tokenize
     assert all(row["labels"] == [MASKED, *row["input_ids"][1:]] for row in encoded.rows)
     assert encoded.counts == {"left out, without a token": 1}
     scored = encode_texts(tokenizer, [{"text": "abcdefghij"}], 5, ends, learn_end=False)
-    learnt = [label for row in scored.rows for label in row["labels"] if label != MASKED]
-    assert tokenizer.decode(learnt) == "abcdefghij"
+    learned = [label for row in scored.rows for label in row["labels"] if label != MASKED]
+    assert tokenizer.decode(learned) == "abcdefghij"
 
 
 def test_a_tokenizer_that_begins_texts_with_bos_begins_documents_so(tokenizer: Any) -> None:

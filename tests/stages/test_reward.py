@@ -34,10 +34,10 @@ def test_it_learns_the_labels_and_saves_its_head(tuning: str, tiny_model: Path, 
     metrics = run(made)
     assert metrics["test_accuracy_after"] == 1.0 > metrics["test_accuracy_before"]
     # A quarter of the labels are wrong: agreeing with all of them is 0.75 against the truth.
-    assert metrics["test_mislabelled"] == 0.25
+    assert metrics["test_mislabeled"] == 0.25
     assert metrics["test_accuracy_true_after"] == 0.75
     assert metrics["test_length_accuracy"] == 0.0  # the wrong answers are the longer ones
-    assert abs(metrics["test_score_mean_after"]) < 1  # centred
+    assert abs(metrics["test_score_mean_after"]) < 1  # centerd
     tokenizer = load_tokenizer(made.output / "model")
     encoded = encode_conversations(tokenizer, rows(16, start=48), 128)
     model = load_reward(made.output / "model")

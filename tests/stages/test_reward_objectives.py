@@ -23,7 +23,7 @@ from align.training.held_out import pair_accuracy
 from align.training.reward_held_out import correlation, disjoint_pairs, ranks
 from align.training.reward_trainer import NumberCollator, PairReward, number_loss
 from tests.support.training.harness import context, data_artifact, losses
-from tests.support.training.scored import SEPARATOR, artifact, labelled, scored, stepwise
+from tests.support.training.scored import SEPARATOR, artifact, labeled, scored, stepwise
 from tests.training.test_resume import Killed, dying
 
 LORA = {"method": "lora", "rank": 8}
@@ -47,7 +47,7 @@ def test_it_learns_scores_of_answers(tiny_model: Path, tmp_path: Path) -> None:
     assert metrics["test_accuracy_after"] > 0.9
     assert metrics["score_mean"] == pytest.approx(16)
     assert metrics["score_deviation"] == pytest.approx(math.sqrt(20))
-    # A head that starts at 0 predicts the mean, whose squared error is the variance: 1 as learnt.
+    # A head that starts at 0 predicts the mean, whose squared error is the variance: 1 as learned.
     assert metrics["test_loss_before"] == pytest.approx(1, abs=1e-6)
     model = RewardModel(stage.output / "model", precision="float32")
     scores = model.score([[{"role": "user", "content": "Rate 1"}]] * 2, ["x", "x!!!"])
@@ -64,7 +64,7 @@ def test_scores_of_pairs_are_scores_of_answers(tiny_model: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("tuning", [{"method": "full"}, LORA], ids=["full", "lora"])
 def test_it_learns_labels_as_log_odds(tuning: dict[str, Any], tiny_model: Path, tmp_path: Path) -> None:
-    data = artifact(tmp_path / "data", Kind.UNPAIRED, labelled(48), labelled(16, start=48))
+    data = artifact(tmp_path / "data", Kind.UNPAIRED, labeled(48), labeled(16, start=48))
     stage = made(tmp_path, tiny_model, data, objective="regression", score_loss="bce", epochs=3, tuning=tuning)
     metrics = run(stage)
     assert metrics["test_loss_before"] == pytest.approx(math.log(2), abs=1e-6)
@@ -119,7 +119,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(objective: str, tiny_model: 
     assert all(one[name].equal(other[name]) for name in one)
 
 
-def test_margins_and_smoothing_change_what_is_learnt(tiny_model: Path, tmp_path: Path) -> None:
+def test_margins_and_smoothing_change_what_is_learned(tiny_model: Path, tmp_path: Path) -> None:
     gaps = {}
     for name, fields in {"plain": {}, "margin": {"margin": 4.0}, "smooth": {"label_smoothing": 0.3}}.items():
         data = data_artifact(tmp_path / name / "data", Kind.PREFERENCES, train=48, test=8)
@@ -233,7 +233,7 @@ def test_settings_that_do_nothing_are_refused(fields: dict[str, Any], says: str)
     ("kind", "rows", "fields", "says"),
     [
         (Kind.INSTRUCTIONS, scored, {}, "objective pairs learns from PreferenceData, and data points at 'data'"),
-        (Kind.UNPAIRED, labelled, {"objective": "process"}, "none of the 8 rows has steps. .* format stepwise"),
+        (Kind.UNPAIRED, labeled, {"objective": "process"}, "none of the 8 rows has steps. .* format stepwise"),
         (Kind.INSTRUCTIONS, scored, {"objective": "regression", "score_loss": "bce"}, "takes scores from 0 to 1"),
     ],
 )

@@ -18,7 +18,7 @@ from align.pipeline.registry import StageContext
 from align.stages import evaluate, sample, synthesize
 from align.stages.evaluate import EvaluateConfig
 from align.stages.sample import SampleConfig
-from align.stages.synthesize import SynthesiseConfig
+from align.stages.synthesize import SynthesizeConfig
 from align.store.artifacts import Artifact, Kind
 from align.synthesis import local_model
 from tests.support.inference.fake_server import info
@@ -120,8 +120,8 @@ def test_evaluate(servers: list[ModelServer], inputs: dict[str, Artifact], tmp_p
 def test_synthesis(servers: list[ModelServer], inputs: dict[str, Artifact], tmp_path: Path) -> None:
     task = {"type": "responses", "n": 2, "cut_off": "keep"}
     settings = {"model": "sft", "prompts": "prompts", "task": task, "precision": "float32", "max_tokens": 8}
-    given = dict.fromkeys(SynthesiseConfig.model_fields) | {"model": inputs["sft"], "prompts": inputs["prompts"]}
-    config = SynthesiseConfig.model_validate(settings)
+    given = dict.fromkeys(SynthesizeConfig.model_fields) | {"model": inputs["sft"], "prompts": inputs["prompts"]}
+    config = SynthesizeConfig.model_validate(settings)
     alone, pool = both_ways(synthesize.run, config, given, servers, tmp_path)
     for split in ("train", "test"):
         rows = [read_rows(one.output / f"{split}.parquet") for one in (alone, pool)]

@@ -1,4 +1,4 @@
-"""Stage synthesise, against a fake server and the tiny model: what is written, counted, cached and paid."""
+"""Stage synthesize, against a fake server and the tiny model: what is written, counted, cached and paid."""
 
 from __future__ import annotations
 
@@ -250,7 +250,7 @@ def test_an_unreachable_judge_is_found_before_anything_is_generated(fake: FakeCh
     assert fake.bodies == []
 
 
-def test_a_misspelt_scorer_is_found_before_anything_is_generated(fake: FakeChat, tmp_path: Path) -> None:
+def test_a_misspelled_scorer_is_found_before_anything_is_generated(fake: FakeChat, tmp_path: Path) -> None:
     config = {"task": {"type": "pairs"}, "prompts": "data", "score": "tests.support.stages.synthesis_harness:word_scor"}
     with pytest.raises(UserError, match=r"has no function 'word_scor'. Did you mean 'word_score'"):
         run(make_context(tmp_path, endpoint=endpoint_of(fake), **config))

@@ -1,4 +1,4 @@
-"""Stage synthesise killed on its way: the same bytes, and nothing answered is asked again."""
+"""Stage synthesize killed on its way: the same bytes, and nothing answered is asked again."""
 
 from __future__ import annotations
 

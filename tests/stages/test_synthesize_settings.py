@@ -1,4 +1,4 @@
-"""Settings of stage synthesise: what is refused, what a key holds, what the guide shows."""
+"""Settings of stage synthesize: what is refused, what a key holds, what the guide shows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from align.errors import UserError
 from align.pipeline.pipeline import Pipeline
-from align.stages.synthesize import SynthesiseConfig
+from align.stages.synthesize import SynthesizeConfig
 from align.store.artifacts import Kind
 from tests.support.stages.synthesis_harness import (
     write_seeds,
@@ -45,7 +45,7 @@ PAIRS = {"task": {"type": "pairs"}, "prompts": "data", "endpoint": SERVER}
 )
 def test_settings_that_make_no_sense(config: dict[str, Any], text: str) -> None:
     with pytest.raises(ValidationError, match=text):
-        SynthesiseConfig(**config)
+        SynthesizeConfig(**config)
 
 
 def _pipeline(folder: Path, **changed: Any) -> Pipeline:
@@ -53,12 +53,12 @@ def _pipeline(folder: Path, **changed: Any) -> Pipeline:
         "task": {"type": "pairs", "n": 2}, "endpoint": SERVER, "prompts": "data", "judge": {"endpoint": dict(SERVER)}
     } | changed  # fmt: skip
     data = {"recipe": "data_recipes/embedded.yaml"}
-    return Pipeline({"name": "p", "stages": {"data": data, "synthesise": stage}}, base=folder)
+    return Pipeline({"name": "p", "stages": {"data": data, "synthesize": stage}}, base=folder)
 
 
 def test_the_key_holds_what_decides_the_rows_and_nothing_else() -> None:
     base = Path.cwd()
-    node = _pipeline(base).nodes["synthesise"]
+    node = _pipeline(base).nodes["synthesize"]
     assert node.makes == Kind.PREFERENCES
     same = [
         {"endpoint": SERVER | {"concurrency": 3, "retries": 9, "timeout": 3, "price_input": 1, "price_output": 1}},
@@ -67,7 +67,7 @@ def test_the_key_holds_what_decides_the_rows_and_nothing_else() -> None:
         {"endpoint": SERVER | {"price_input": 1, "price_output": 1}, "max_cost": 5,
          "judge": {"endpoint": SERVER | {"price_input": 1, "price_output": 1}}},
     ]  # fmt: skip
-    assert {_pipeline(base, **one).nodes["synthesise"].key for one in same} == {node.key}
+    assert {_pipeline(base, **one).nodes["synthesize"].key for one in same} == {node.key}
     other = [
         {"endpoint": SERVER | {"model": "n"}},
         {"endpoint": SERVER | {"url": "https://api.example.org/v1"}},
@@ -78,19 +78,19 @@ def test_the_key_holds_what_decides_the_rows_and_nothing_else() -> None:
         {"on_error": "drop"},
         {"task": {"type": "pairs", "n": 3}},
     ]
-    assert len({_pipeline(base, **one).nodes["synthesise"].key for one in other} | {node.key}) == 9
+    assert len({_pipeline(base, **one).nodes["synthesize"].key for one in other} | {node.key}) == 9
 
 
 def test_a_seed_file_counts_by_its_content(tmp_path: Path) -> None:
     def key(name: str) -> str:
         stage = {"task": {"type": "instructions"}, "endpoint": SERVER, "seeds": name}
-        return Pipeline({"name": "p", "stages": {"synthesise": stage}}, base=tmp_path).nodes["synthesise"].key
+        return Pipeline({"name": "p", "stages": {"synthesize": stage}}, base=tmp_path).nodes["synthesize"].key
 
     (tmp_path / "one.jsonl").write_text("{}")
     (tmp_path / "two.jsonl").write_text("{}")
     (tmp_path / "three.jsonl").write_text("{ }")
     assert key("one.jsonl") == key("two.jsonl") != key("three.jsonl")
-    with pytest.raises(UserError, match=r"stages.synthesise: seeds: there is no file .*four.jsonl"):
+    with pytest.raises(UserError, match=r"stages.synthesize: seeds: there is no file .*four.jsonl"):
         key("four.jsonl")
 
 

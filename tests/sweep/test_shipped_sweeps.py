@@ -1,4 +1,4 @@
-"""Every shipped sweep loads against its pipeline, and every key in it is refused when it is misspelt."""
+"""Every shipped sweep loads against its pipeline, and every key in it is refused when it is misspelled."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_it_loads_and_shares_something(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=str)
-def test_every_misspelt_key_is_refused_and_the_right_one_suggested(path: Path, tmp_path: Path) -> None:
+def test_every_misspelled_key_is_refused_and_the_right_one_suggested(path: Path, tmp_path: Path) -> None:
     rng, raw = random.Random(0), load_yaml(path)
     for place in keys(raw):
         key = str(place[-1])

@@ -49,7 +49,7 @@ def test_choices_are_values_named_values_or_sets_of_changes(tmp_path: Path) -> N
         "model": {"source": "tiny"}, "data": {"recipe": "data_recipes/embedded.yaml"},
         "sft": {"model": "model", "data": "data", "learning_rate": 1e-3},
     }  # fmt: skip
-    tuned = given.check(tmp_path, {"name": "x", "stages": stages}, space=blocks, maximise="sft.test_loss_after")
+    tuned = given.check(tmp_path, {"name": "x", "stages": stages}, space=blocks, maximize="sft.test_loss_after")
     assert tuned.pipeline_of({"stages.sft.tuning": "lora"}, 0).nodes["sft"].config.tuning.rank == 4
     assert set(tuned.shared) == {"model", "data"}
 
@@ -67,11 +67,11 @@ def test_a_grid_is_every_combination_in_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"maximize": "ppo.gold"}, "unknown key 'maximize'. Did you mean 'maximise'?"),
-        ({"maximise": None}, "nothing decides which trial is best; say `maximise: SYSTEM.METRIC`"),
-        ({"maximise": "gold"}, "'gold' is no objective; write SYSTEM.METRIC"),
-        ({"maximise": "pop.gold"}, "'pop' is neither a stage nor one of the systems that the pipeline evaluates. Did"),
-        ({"minimise": "ppo.gold"}, "'ppo.gold' is an objective twice"),
+        ({"maximize": "ppo.gold"}, "unknown key 'maximize'. Did you mean 'maximize'?"),
+        ({"maximize": None}, "nothing decides which trial is best; say `maximize: SYSTEM.METRIC`"),
+        ({"maximize": "gold"}, "'gold' is no objective; write SYSTEM.METRIC"),
+        ({"maximize": "pop.gold"}, "'pop' is neither a stage nor one of the systems that the pipeline evaluates. Did"),
+        ({"minimize": "ppo.gold"}, "'ppo.gold' is an objective twice"),
         ({"sampler": "tpee"}, "Did you mean 'tpe'?"),
         ({"name": "../x"}, "name"),
         ({"pipeline": "nowhere.yaml"}, "nowhere.yaml: there is no such file"),
@@ -94,11 +94,11 @@ def test_a_grid_is_every_combination_in_order(tmp_path: Path) -> None:
         ({"space": {"w": {"a": {"stages.ppo.steps": 1}}, "stages.ppo.steps": [1, 2]}}, "is varied twice"),
         ({"sampler": "grid"}, "space.stages.ppo.height: a grid needs values to try; write a list"),
         ({"set": {"stages.ppo.hight": 1.0}}, "unknown key 'hight'. Did you mean 'height'?"),
-        ({"prune": {"maximise": "ppo.score"}}, "prune.start: this key is required"),
-        ({"prune": {"start": 1}}, "name one curve, as `maximise: STAGE.CURVE`"),
-        ({"prune": {"start": 1, "maximise": "pop.score"}}, "prune: there is no stage 'pop'. Did you mean 'ppo'?"),
-        ({"prune": {"start": 1, "maximse": "ppo.score"}}, "unknown key 'maximse'. Did you mean 'maximise'?"),
-        ({"prune": {"start": 1, "maximise": "ppo.score"}, "minimise": "ppo.kl"}, "prune ends trials by one objective"),
+        ({"prune": {"maximize": "ppo.score"}}, "prune.start: this key is required"),
+        ({"prune": {"start": 1}}, "name one curve, as `maximize: STAGE.CURVE`"),
+        ({"prune": {"start": 1, "maximize": "pop.score"}}, "prune: there is no stage 'pop'. Did you mean 'ppo'?"),
+        ({"prune": {"start": 1, "maximse": "ppo.score"}}, "unknown key 'maximse'. Did you mean 'maximize'?"),
+        ({"prune": {"start": 1, "maximize": "ppo.score"}, "minimize": "ppo.kl"}, "prune ends trials by one objective"),
     ],
 )
 def test_mistakes_are_found_before_anything_runs(change: dict[str, Any], expected: str, tmp_path: Path) -> None:
@@ -127,10 +127,10 @@ def test_what_nothing_that_decides_needs_is_left_out(tmp_path: Path) -> None:
     sweep = given.check(tmp_path, raw)
     trial = sweep.pipeline_of({"stages.ppo.height": 0.5}, 0)
     assert list(trial.nodes) == ["one", "ppo", "evaluate"] and trial.runtimes["one"].threads == 2
-    sweep = given.check(tmp_path, raw, space={"stages.ppo.height": [0.1]}, maximise="spare.number")
+    sweep = given.check(tmp_path, raw, space={"stages.ppo.height": [0.1]}, maximize="spare.number")
     assert list(sweep.pipeline_of({"stages.ppo.height": "0.1"}, 0).nodes) == ["spare", "other"]
-    prune = {"maximise": "one.loss", "start": 1}
-    sweep = given.check(tmp_path, raw, space={"stages.one.number": [1]}, maximise="spare.number", prune=prune)
+    prune = {"maximize": "one.loss", "start": 1}
+    sweep = given.check(tmp_path, raw, space={"stages.one.number": [1]}, maximize="spare.number", prune=prune)
     assert list(sweep.pipeline_of({"stages.one.number": "1"}, 0).nodes) == ["one", "spare", "other"]
 
 

@@ -194,7 +194,7 @@ def test_failed_trials_count_and_can_be_run_again(tmp_path: Path) -> None:
 
 
 def test_two_objectives_have_a_front(tmp_path: Path) -> None:
-    sweep = given.check(tmp_path, space=SPACE, trials=3, minimise="ppo.kl")
+    sweep = given.check(tmp_path, space=SPACE, trials=3, minimize="ppo.kl")
     study = given.opened(sweep, tmp_path / "s")
     for values in ([0.5, 1.0], [0.9, 4.0], [0.4, 2.0]):
         trial = study.next()
@@ -212,10 +212,10 @@ def test_another_sweep_of_the_same_name_is_refused_and_says_what_differs(tmp_pat
     raw["stages"]["one"]["number"] = 9
     for changes, part in [
         ({"space": {**SPACE, "stages.ppo.height": {"low": 0.0, "high": 2.0}}}, "another space,"),
-        ({"maximise": "ppo.kl"}, "another objective,"),
+        ({"maximize": "ppo.kl"}, "another objective,"),
         ({"seed": 3}, "another sampler,"),
         ({"raw": raw}, "another pipeline,"),
-        ({"raw": raw, "minimise": "ppo.kl"}, "another objective and another pipeline,"),
+        ({"raw": raw, "minimize": "ppo.kl"}, "another objective and another pipeline,"),
     ]:
         other = given.check(tmp_path, **{"space": SPACE, "trials": 2, **changes})
         with pytest.raises(UserError, match=part):
@@ -225,7 +225,7 @@ def test_another_sweep_of_the_same_name_is_refused_and_says_what_differs(tmp_pat
 
 
 def test_a_sweep_of_which_nothing_is_done_may_change(tmp_path: Path) -> None:
-    study = given.opened(given.check(tmp_path, space=SPACE, maximise="ppo.golld"), tmp_path / "s")
+    study = given.opened(given.check(tmp_path, space=SPACE, maximize="ppo.golld"), tmp_path / "s")
     trial = study.next()
     assert trial is not None
     study.release(trial)
@@ -233,7 +233,7 @@ def test_a_sweep_of_which_nothing_is_done_may_change(tmp_path: Path) -> None:
 
 
 def test_successive_halving_ends_who_is_behind_at_a_rung(tmp_path: Path) -> None:
-    prune = {"maximise": "ppo.score", "start": 2, "reduction": 2}
+    prune = {"maximize": "ppo.score", "start": 2, "reduction": 2}
     study = given.opened(given.check(tmp_path, space=SPACE, trials=4, prune=prune), tmp_path / "s")
     ends = []
     for height in (1.0, 0.5, 2.0, 0.1):

@@ -48,7 +48,7 @@ def test_trials_share_what_does_not_change_and_the_best_is_found(tmp_path: Path,
 
 
 def test_a_table_and_a_page_say_it(tmp_path: Path, capsys: Said) -> None:
-    assert sweep(tmp_path, space={"stages.ppo.height": [0.2, 0.9]}, sampler="grid", trials=None, minimise="ppo.kl") == 0
+    assert sweep(tmp_path, space={"stages.ppo.height": [0.2, 0.9]}, sampler="grid", trials=None, minimize="ppo.kl") == 0
     said = capsys.readouterr().out
     assert "✓ trial 1 of 2  done  ppo.gold 0.900  ppo.kl 0.810  (ppo.height=0.9)" in said
     assert "Best trade-offs (*), which no trial beats in all objectives: 1, 0." in said
@@ -123,23 +123,23 @@ def test_only_failures_end_with_1_and_a_shared_stage_that_fails_ends_the_sweep(t
 
 
 def test_an_objective_that_nothing_measures_ends_the_sweep_and_can_be_put_right(tmp_path: Path, capsys: Said) -> None:
-    assert sweep(tmp_path, maximise="ppo.golt", trials=1) == 2
+    assert sweep(tmp_path, maximize="ppo.golt", trials=1) == 2
     assert "sweep.yaml: ppo.golt: nothing measures 'golt' of 'ppo'. Did you mean 'gold'?" in capsys.readouterr().err
-    assert sweep(tmp_path, maximise=["ppo.ifeval.strict", "ppo.height"], minimise="evaluate.seconds", trials=1) == 0
+    assert sweep(tmp_path, maximize=["ppo.ifeval.strict", "ppo.height"], minimize="evaluate.seconds", trials=1) == 0
     assert "ppo.ifeval.strict 0.500  ppo.height 0." in capsys.readouterr().out
 
 
 def test_trials_that_are_behind_are_ended(tmp_path: Path, capsys: Said) -> None:
     changes: dict[str, Any] = {
         "space": {"stages.ppo.height": [0.9, 0.1, 1.0]}, "sampler": "grid", "trials": None,
-        "prune": {"maximise": "ppo.score", "start": 2}, "set": {"stages.ppo.pause": 0.2, "stages.ppo.steps": 6},
+        "prune": {"maximize": "ppo.score", "start": 2}, "set": {"stages.ppo.pause": 0.2, "stages.ppo.steps": 6},
     }  # fmt: skip
     found = document(tmp_path, capsys, **changes)
     assert {row["number"]: row["state"] for row in found["trials"]} == {2: "done", 0: "done", 1: "ended early"}
     store = Store.open(tmp_path / "store")
     assert len([one for one in store.all() if one.record["kind"] == "curve"]) == 2
     assert not list((tmp_path / "store" / "curve").glob("*.partial"))
-    wrong = {**changes, "name": "wrong", "prune": {"maximise": "ppo.scores", "start": 2}}
+    wrong = {**changes, "name": "wrong", "prune": {"maximize": "ppo.scores", "start": 2}}
     assert sweep(tmp_path, **wrong) == 2
     assert "prune: stage 'ppo' has no curve 'scores'. Did you mean 'score'?" in capsys.readouterr().err
 

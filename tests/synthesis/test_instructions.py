@@ -160,7 +160,7 @@ def test_seeds_with_an_input_are_compared_with_but_not_shown(tmp_path: Path) -> 
             "instruction": "Translate the sentence into French",
             "instances": [{"input": "Good day", "output": "Bonjour"}],
         },
-        {"instruction": " Name a colour ", "instances": [{"input": "", "output": "Red"}]},
+        {"instruction": " Name a color ", "instances": [{"input": "", "output": "Red"}]},
         {"instruction": "Sum up the text", "input": "Once upon a time"},
         {"instruction": "Tell a joke"},
     ]
@@ -168,7 +168,7 @@ def test_seeds_with_an_input_are_compared_with_but_not_shown(tmp_path: Path) -> 
     path.write_text("\n".join(json.dumps(one) for one in records) + "\n\n")
     seeds = read_seeds(path)
     assert [one.shown for one in seeds] == [False, True, False, True]
-    assert seeds[1].text == "Name a colour"
+    assert seeds[1].text == "Name a color"
     made, _, asked = _make("9. Translate the sentence into French", seeds=[*SEEDS, *seeds])
     assert made == [] and "French" not in asked[0][0]["content"]
 

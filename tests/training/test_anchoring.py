@@ -257,7 +257,7 @@ def test_an_adapted_head_is_refused(tiny_model: Path) -> None:
 
 
 @pytest.mark.parametrize(("key", "hint"), [("weigth", "weight"), ("too", "to")])
-def test_misspelt_keys_are_refused(key: str, hint: str) -> None:
+def test_misspelled_keys_are_refused(key: str, hint: str) -> None:
     given = {"model": "m", "data": "d", "learning_rate": 1e-3, "anchor": {"to": "l2", "weight": 1, key: 1}}
     with pytest.raises(UserError, match=rf"anchor: unknown key '{key}'. Did you mean '{hint}'\?"):
         validate(SftConfig, given, "p.yaml: stages.sft")

@@ -54,7 +54,7 @@ def runs(tokenizer: Any, row: dict[str, list[int]]) -> list[str]:
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_every_answer_and_its_end_are_learnt_with_any_template(template: str, tokenizer: Any) -> None:
+def test_every_answer_and_its_end_are_learned_with_any_template(template: str, tokenizer: Any) -> None:
     tokenizer.chat_template = TEMPLATES[template] or tokenizer.chat_template
     encoded = encode_answers(tokenizer, [ROW], 400)
     (row,) = encoded.rows

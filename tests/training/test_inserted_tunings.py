@@ -1,4 +1,4 @@
-"""Soft prompts, prefix and adapters in the stages that train: they learn, resume exactly, and refuse misspelt keys."""
+"""Soft prompts, prefix and adapters in the stages that train: they learn, resume, and refuse misspelled keys."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_sft_learns_and_what_it_saves_says_the_same(method: str, base: Path, tmp
         for method in METHODS
     ],
 )
-def test_pairs_are_learnt(kind: str, method: str, base: Path, tmp_path: Path) -> None:
+def test_pairs_are_learned(kind: str, method: str, base: Path, tmp_path: Path) -> None:
     metrics = STAGES[kind].runner()(made(kind, tmp_path, base, method, epochs=6))
     assert metrics["test_accuracy_after"] >= 0.9
     assert metrics["test_loss_after"] < 0.35
@@ -160,7 +160,7 @@ def checked(tuning: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("tuning", "meant"), WRONG, ids=lambda one: str(one))
-def test_a_misspelt_key_is_refused_with_the_right_name(tuning: dict[str, Any], meant: str) -> None:
+def test_a_misspelled_key_is_refused_with_the_right_name(tuning: dict[str, Any], meant: str) -> None:
     with pytest.raises(UserError, match=f"stages.sft.tuning: unknown key .* Did you mean '{meant}'"):
         checked(tuning)
 

@@ -52,7 +52,7 @@ def test_the_fill_is_the_share_of_the_room() -> None:
 
 
 def test_a_row_s_first_token_has_no_label_in_a_pack() -> None:
-    # as of plain texts, whose every token is learnt
+    # as of plain texts, whose every token is learned
     encoded = Encoded([{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}, {"input_ids": [4, 5], "labels": [4, 5]}], [3, 2])
     (pack,) = packed(encoded, 6)
     assert pack == {"input_ids": [1, 2, 3, 4, 5], "labels": [MASKED, 2, 3, MASKED, 5], "seq_lengths": [3, 2]}

@@ -44,7 +44,7 @@ def test_sums_are_those_of_each_answer_alone(tiny_model: Path, monkeypatch: pyte
     assert any(found.tail) and not all(found.tail)  # one side of a pair is longer, the other is not
     assert found.weighted(None) == found.total
     assert found.weighted(0.25)[1] == pytest.approx(found.total[1] - 0.75 * found.tail[1])
-    # The head that scores labelled positions only is gone again.
+    # The head that scores labeled positions only is gone again.
     assert "forward" not in model.__dict__
 
 

@@ -97,7 +97,7 @@ def test_held_out_loss_is_the_mean_over_tokens_whatever_the_batches(
     assert whole["loss"] == pytest.approx(total / sum(int((y[:, 1:] != -100).sum()) for y in labels), rel=1e-5)
 
 
-def test_only_labelled_positions_reach_the_vocabulary(
+def test_only_labeled_positions_reach_the_vocabulary(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer, _, encoded = sft(tmp_path, tiny_model)

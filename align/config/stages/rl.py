@@ -140,7 +140,7 @@ class RolloutFields(Config):
 
     @property
     def kept_per_prompt(self) -> int:
-        """Responses to a prompt that are learnt from."""
+        """Responses to a prompt that are learned from."""
         return self.samples_per_prompt
 
     @property
@@ -152,7 +152,7 @@ class RolloutFields(Config):
 
     @property
     def together(self) -> int:
-        """Responses that are learnt from in one micro-batch or not at all."""
+        """Responses that are learned from in one micro-batch or not at all."""
         return 1
 
     @property
@@ -244,7 +244,7 @@ class RolloutFields(Config):
         batch = f"rollout_batch {self.rollout_batch}"
         if responses != self.rollout_batch:
             raise ValueError(
-                f"{batch} has {responses} responses that are learnt from ({self.kept_per_prompt} of "
+                f"{batch} has {responses} responses that are learned from ({self.kept_per_prompt} of "
                 f"{self.samples_per_prompt} a prompt), which is not a multiple of {name} {divisor}."
             )
         raise ValueError(
@@ -281,7 +281,7 @@ class DriftFields(RolloutFields):
     kl_estimator: Literal["k1", "k2", "k3"] | None = None
     """``k1`` in the reward; in the loss ``k2`` (the KL's own gradient, the default) or ``k3`` (the reverse KL's)."""
     kl_budget: float | None = Field(None, gt=0)
-    """Nats per response: a rollout that has drifted further ends the run before anything is learnt from it."""
+    """Nats per response: a rollout that has drifted further ends the run before anything is learned from it."""
     kl_controller: Literal["fixed", "adaptive"] = "fixed"
     """``adaptive`` moves ``kl_coef`` so that the KL of a response nears ``kl_target`` (arXiv 1909.08593)."""
     kl_target: float = Field(6.0, gt=0)
@@ -289,8 +289,8 @@ class DriftFields(RolloutFields):
     kl_horizon: int = Field(10_000, ge=1)
     """Responses over which it reacts."""
     truncated: Literal["learn", "mask"] = "learn"
-    """Whether responses cut at ``max_tokens`` are learnt from, or left out of the losses; metrics count them anyway."""
-    normalise_scores: bool = False
+    """``mask`` leaves responses cut at ``max_tokens`` out of the losses; metrics count them anyway."""
+    normalize_scores: bool = False
     """Bring scores to mean 0 and variance 1 over all responses so far, before clipping and penalties."""
     score_clip: float | None = Field(None, gt=0)
     """Scores are clipped to plus or minus this."""

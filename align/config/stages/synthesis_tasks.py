@@ -1,4 +1,4 @@
-"""Settings of what is synthesised. Torch-free."""
+"""Settings of what is synthesized. Torch-free."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class BestOfTask(Config):
 
 
 class PairsTask(Config):
-    """Pairs of the model's own answers, labelled, as preference data."""
+    """Pairs of the model's own answers, labeled, as preference data."""
 
     type: Literal["pairs"]
     n: int = Field(4, ge=2, le=64)

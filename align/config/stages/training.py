@@ -93,7 +93,7 @@ class TrainingFields(Config):
     anchor: Anchor | None = None
     """Hold the model near its start: ``{to: l2, weight: 0.1}`` or ``{to: kl, weight: 0.1}``."""
     replay: stage_input(Kind.INSTRUCTIONS, Kind.PREFERENCES) | None = None  # type: ignore[valid-type]
-    """Stage with general data, learnt beside the stage's own so that less is forgotten; its test rows are scored."""
+    """Stage with general data, learned beside the stage's own so that less is forgotten; its test rows are scored."""
     replay_fraction: float = Field(0.1, ge=0, lt=1)
     """Share of the rows of an optimizer step that are replayed, beside ``batch_size``; 0 only scores the test rows."""
     replay_weight: float | None = Field(None, gt=0)

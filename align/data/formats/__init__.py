@@ -21,7 +21,7 @@ from align.data.formats.fields import (
     Unusable,
     missing,
     renamed,
-    unrecognised,
+    unrecognized,
 )
 from align.data.formats.instructions import (
     from_alpaca,
@@ -83,7 +83,7 @@ def convert(
     """The rows of one record, or why there is none; a tree, or several instances of a task, give several.
 
     ``kind`` is the recipe's. Rows have ``id`` (of their content; a finished row keeps its own) and ``checks``, and
-    ``source`` only where the record has one, being a row already. ``check=False`` leaves in what a ``normalise`` step
+    ``source`` only where the record has one, being a row already. ``check=False`` leaves in what a ``normalize`` step
     may still mend, such as two user turns in a row; ``unusable`` finds it later. ``unused`` counts the fields that were
     not read of records that made rows.
 
@@ -96,7 +96,7 @@ def convert(
         raise BadRecord(where, f"a record of format {form} cannot give {kind}; formats that can: {able}.")
     fields = renamed(record, options)
     if missing(fields, form):
-        raise BadRecord(where, unrecognised(fields, form, fitting(fields)))
+        raise BadRecord(where, unrecognized(fields, form, fitting(fields)))
     try:
         watched = Watched(with_conversations_parsed(fields))
         made = [item for draft in CONVERTERS[form](watched, options, kind) for item in finished(draft, kind, check)]

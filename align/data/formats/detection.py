@@ -123,7 +123,7 @@ def _marked_steps(record: Record) -> bool:
     )
 
 
-def _labelled(record: Record) -> bool:
+def _labeled(record: Record) -> bool:
     name = first(record, LABELS)
     try:
         truth(record[name] if name else None)
@@ -155,7 +155,7 @@ SHAPES: dict[str, Callable[[Record], bool]] = {
     "stepwise": _marked_steps,
     "scored": lambda record: _answers(record, ("scores", "ratings", "rewards"), (*SCORES, "annotations")),
     "ranked": lambda record: _answers(record, ("ranks", "ranking"), RANKS),
-    "unpaired": _labelled,
+    "unpaired": _labeled,
     "preferences": _pair,
     "gsm8k": lambda record: _texts(record, "question", "answer") and "####" in str(record["answer"]),
     "self_instruct": lambda record: _texts(record, "instruction") and isinstance(record.get("instances"), list),

@@ -1,4 +1,4 @@
-"""What each format is made of: its fields, the kinds of dataset it gives, and what an unrecognised record is told."""
+"""What each format is made of: its fields, the kinds of dataset it gives, and what an unrecognized record is told."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def names_of(record: Mapping[str, Any]) -> str:
 def nearly(record: Mapping[str, Any], kind: str | None = None) -> list[str]:
     """Formats (that can give ``kind``) of which the record has a field, those first of which it has the greatest part.
 
-    A misspelt field counts, a little less.
+    A misspelled field counts, a little less.
     """
     share = {
         form: sum(_near(record, group) for group in groups) / len(groups)
@@ -137,7 +137,7 @@ def _near(record: Mapping[str, Any], group: tuple[str, ...]) -> float:
 
 
 def slips(record: Mapping[str, Any], groups: Iterable[tuple[str, ...]]) -> dict[str, str]:
-    """Fields of the record that look like misspelt names of groups it has nothing of, each with the name it is near."""
+    """Return fields that look like misspelled names of groups the record has nothing of, each with the nearest name."""
     found: dict[str, str] = {}
     for group in groups:
         for name in present(record):
@@ -150,7 +150,7 @@ def slips(record: Mapping[str, Any], groups: Iterable[tuple[str, ...]]) -> dict[
     return found
 
 
-def unrecognised(record: Mapping[str, Any], form: Form, fits: Iterable[str]) -> str:
+def unrecognized(record: Mapping[str, Any], form: Form, fits: Iterable[str]) -> str:
     """What is said of a record that lacks the format's fields: its fields, and the formats it fits or nearly fits."""
     lacking = missing(record, form)
     needs = ", ".join(" or ".join(f"'{name}'" for name in group) for group in lacking)

@@ -73,7 +73,7 @@ def _text(draft: Row) -> Row | Dropped:
         kept |= {"text_finished": False} if not is_finished(draft, "text") else {}
         return kept | {"text": draft["text"]}
     if draft.get("label") is False:
-        return Dropped("labelled as bad")
+        return Dropped("labeled as bad")
     side = answer_side(draft)
     turns = [*draft.get("prompt", []), *(draft.get(side) or [])]
     if draft.get(side) and not is_finished(draft, side):
@@ -83,7 +83,7 @@ def _text(draft: Row) -> Row | Dropped:
 
 def _instruction(draft: Row) -> Row | Dropped:
     if draft.get("label") is False:
-        return Dropped("labelled as bad")
+        return Dropped("labeled as bad")
     rest = _without(draft, (*COMPLETION, "responses", "label", *OF_PAIRS))
     if draft.get(answer_side(draft)):
         return rest | _completion(draft, answer_side(draft))
@@ -105,7 +105,7 @@ def best_response(responses: list[dict[str, object]]) -> dict[str, object] | Non
 
 
 def unusable(row: Row, mendable: bool = False) -> Dropped | None:
-    """Why no trainer could use a row; None for a good one. ``mendable`` passes what a ``normalise`` step may mend."""
+    """Why no trainer could use a row; None for a good one. ``mendable`` passes what a ``normalize`` step may mend."""
     if is_text(row):
         return None if row["text"].strip() else Dropped("empty text")
     prompt: list[Message] = row["prompt"]

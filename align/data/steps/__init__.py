@@ -13,13 +13,13 @@ from align.data.steps.exact_duplicates import ExactDuplicates
 from align.data.steps.filter import FilterStep
 from align.data.steps.mix import MixConfig
 from align.data.steps.near_duplicates import NearDuplicates
-from align.data.steps.normalize import NormaliseStep
+from align.data.steps.normalize import NormalizeStep
 from align.data.steps.pairs import PairsStep
 from align.data.steps.score import ScoreConfig
 from align.data.steps.semantic_duplicates import SemanticDuplicates
 
 Step = Annotated[
-    NormaliseStep
+    NormalizeStep
     | FilterStep
     | DivideStep
     | PairsStep

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from align.data.compared import reply_parts
 from align.data.evaluation_sets import EvaluationSet, Item, all_items
 from align.data.overlap import Index
-from align.data.rows import Row, is_text, normalised
+from align.data.rows import Row, is_text, normalized
 from align.data.steps.base import StepConfig, StepContext, Table, Verdict, keep_all
 
 MOST = 4
@@ -77,7 +77,7 @@ class _Decontaminate:
 
     def _first_equal(self, texts: list[str]) -> np.ndarray:
         """(items,) of each item the first of its set that has the same words, for which one hit counts."""
-        words = [normalised(text) for text in texts]
+        words = [normalized(text) for text in texts]
         first: dict[tuple[int, tuple[str, ...]], int] = {}
         begins = np.searchsorted(self.item_of_text, np.arange(len(self.items) + 1))
         return np.array(

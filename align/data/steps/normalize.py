@@ -1,4 +1,4 @@
-"""The ``normalise`` step: Unicode, control characters, white space and the order of turns.
+"""The ``normalize`` step: Unicode, control characters, white space and the order of turns.
 
 A row that is already clean comes back as the very same object, a changed one as a new dict, so that the build can
 count changes by identity. Doing it twice changes nothing more. Code (a fenced block, or the indentation of a line)
@@ -19,10 +19,10 @@ from align.data.steps.base import RowStep, StepConfig, StepContext
 from align.data.steps.texts import change_texts
 
 
-class NormaliseStep(StepConfig):
+class NormalizeStep(StepConfig):
     """Bring texts and turns into one form."""
 
-    type: Literal["normalise"]
+    type: Literal["normalize"]
     unicode: Literal["NFC", "NFKC", "none"] = "NFC"
     """Unicode form. NFKC also turns full-width letters, ligatures, superscripts and the like into plain ones, in code
     too: x² becomes x2."""
@@ -42,12 +42,12 @@ class NormaliseStep(StepConfig):
 
     def start(self, context: StepContext) -> RowStep:
         """The step itself."""
-        return _Normalise(self)
+        return _Normalize(self)
 
 
-class _Normalise:
-    def __init__(self, config: NormaliseStep) -> None:
-        self._change = text_normaliser(config)
+class _Normalize:
+    def __init__(self, config: NormalizeStep) -> None:
+        self._change = text_normalizer(config)
         self._turns = config.turns
 
     def apply(self, rows: list[Row]) -> Sequence[Row | Dropped]:
@@ -64,8 +64,8 @@ class _Normalise:
         return row
 
 
-def text_normaliser(config: NormaliseStep) -> Callable[[str], str]:
-    """The function that normalises one text as ``config`` says."""
+def text_normalizer(config: NormalizeStep) -> Callable[[str], str]:
+    """The function that normalizes one text as ``config`` says."""
     steps: list[Callable[[str], str]] = []
     if config.control:
         steps.append(remove_control)
@@ -99,7 +99,7 @@ def _with_encoding(change: Callable[[str], str]) -> Callable[[str], str]:
     return repaired
 
 
-# Line ends of every kind; terminal escapes (colours); then what no reader sees: C0 and C1 controls but tab and line
+# Line ends of every kind; terminal escapes (colors); then what no reader sees: C0 and C1 controls but tab and line
 # feed, soft hyphen, zero-width space, word joiner and invisible operators, bidirectional embeddings, overrides and
 # isolates, interlinear notes, byte order mark, non-characters, and tags (hidden text) that belong to no flag.
 # Zero-width joiners and directional marks stay: Persian, Hindi, Hebrew and emoji need them.
@@ -185,14 +185,14 @@ def order_turns(row: Row) -> Row | Dropped:
     A tool's turns, and turns with more than a role and a content (calls of tools), are neither merged nor empty.
     """
     if is_text(row):
-        return row if row["text"].strip() else Dropped("normalise: empty text")
+        return row if row["text"].strip() else Dropped("normalize: empty text")
     prompt = row["prompt"]
     if not _in_order(prompt):
         prompt = _put_in_order(prompt)
         if prompt != row["prompt"]:
             row = row | {"prompt": prompt}
     reason = _disorder(row)
-    return Dropped(f"normalise: {reason}", {"roles": [str(m["role"]) for m in prompt][:20]}) if reason else row
+    return Dropped(f"normalize: {reason}", {"roles": [str(m["role"]) for m in prompt][:20]}) if reason else row
 
 
 def _in_order(prompt: list[Message]) -> bool:

@@ -84,7 +84,7 @@ class Pairs:
         if config.max_per_prompt is not None:
             kept = sorted(kept, key=lambda pair: pair[1].score - pair[0].score)[: config.max_per_prompt]
         if self.kind == "unpaired":
-            return _labelled(row, kept) or Dropped("no answer is the better or the worse of all its pairs")
+            return _labeled(row, kept) or Dropped("no answer is the better or the worse of all its pairs")
         scored = any(item.get("score") is not None for item in row["responses"])
         return [_made(row, better, worse, scored) for better, worse in kept]
 
@@ -129,7 +129,7 @@ def _answered(answer: Candidate) -> Row:
     return {"completion": [assistant(answer.text)], **({} if answer.finished else {"completion_finished": False})}
 
 
-def _labelled(row: Row, pairs: list[tuple[Candidate, Candidate]]) -> list[Row]:
+def _labeled(row: Row, pairs: list[tuple[Candidate, Candidate]]) -> list[Row]:
     """Answers of a row with labels, in the row's order, without those on both sides."""
     good = {better.sample: better for better, _ in pairs}
     bad = {worse.sample: worse for _, worse in pairs}

@@ -1,6 +1,6 @@
 """What many comparisons of two systems come to: wins, ties, the win rate, also at equal length. Torch-free.
 
-Left out: asking judges (``judgements.py``).
+Left out: asking judges (``judgments.py``).
 """
 
 from __future__ import annotations

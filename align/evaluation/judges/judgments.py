@@ -1,6 +1,6 @@
 """Asks an endpoint that judges: from a cache where it can, and never past a judge that cannot be used.
 
-Every judgement is kept the moment it is there, so that a killed evaluation asks only what is left. A judge that is not
+Every judgment is kept the moment it is there, so that a killed evaluation asks only what is left. A judge that is not
 reached, or whose verdicts cannot be read, ends the evaluation with counts. Left out: what is asked (``judge.py``,
 ``grading.py``), and what verdicts come to (``contests.py``).
 """
@@ -22,9 +22,9 @@ from align.inference.endpoint import EndpointConfig
 from align.inference.requests import Answer, Request, RequestCache
 from align.pipeline.registry import Config
 
-FOLDER = "judgements"
+FOLDER = "judgments"
 PROBE = 16
-"""Judgements asked before the rest: where half of them cannot be read, the rest is not paid for."""
+"""Judgments asked before the rest: where half of them cannot be read, the rest is not paid for."""
 SHOWN = 200
 """Characters of a verdict in an error."""
 PROGRESS_SECONDS = 0.2
@@ -44,7 +44,7 @@ class EndpointJudge(Config):
     seed: int = Field(0, ge=0)
     """Another one asks everything anew: for a second opinion at a temperature above 0, or of a mended server."""
     max_unreadable: float = Field(0.1, ge=0, lt=1)
-    """Share of the judgements of any system or pair that may be unreadable; they are counted and left out. More is an
+    """Share of the judgments of any system or pair that may be unreadable; they are counted and left out. More is an
     error."""
     max_cost: float | None = Field(None, gt=0)
     """Stop before the endpoint costs more in all, by its prices; raise it and run again to go on."""
@@ -61,8 +61,8 @@ class EndpointJudge(Config):
         return asked | (self.endpoint.identity() if self.endpoint is not None else {})
 
 
-class Judgements:
-    """One task's judgements by one endpoint."""
+class Judgments:
+    """One task's judgments by one endpoint."""
 
     def __init__(self, config: EndpointJudge, task: str, bench: Bench) -> None:
         """Raises ``UserError`` when the endpoint's key is not in the environment."""
@@ -71,14 +71,14 @@ class Judgements:
         assert config.endpoint is not None
         self.config, self.task, self.bench = config, task, bench
         self.at = config.endpoint
-        # A request that the server refuses as such (a filter, a length) is one judgement that is not there.
+        # A request that the server refuses as such (a filter, a length) is one judgment that is not there.
         self.endpoint = Endpoint(config.endpoint, drop=True, place=f"tasks.{task}.judge.endpoint")
         cache = RequestCache(bench.folder / FOLDER)
         shared = None if bench.shared is None else RequestCache(bench.shared / FOLDER)
         for one in (cache, shared):
             if one is not None and one.unreadable:
                 bench.warn(
-                    f"{one.unreadable} lines in {one.folder} are not what was written there; their judgements are "
+                    f"{one.unreadable} lines in {one.folder} are not what was written there; their judgments are "
                     "asked again"
                 )
         prices = {}
@@ -92,7 +92,7 @@ class Judgements:
     ) -> list[Answer]:
         """The judge's answers; ``groups`` names the system or pair of each question.
 
-        Raises ``UserError`` where more than ``max_unreadable`` of the judgements of any group cannot be read, at once
+        Raises ``UserError`` where more than ``max_unreadable`` of the judgments of any group cannot be read, at once
         where that is so of half of the first few; an endpoint that fails raises as ``Endpoint`` does, with counts.
         """
         requests = [self._request(question) for question in questions]
@@ -102,7 +102,7 @@ class Judgements:
         if len(answers) < len(requests) and 2 * len(bad) >= len(answers):
             raise self._garbled("its first questions", [answers[at] for at in bad], len(answers), len(requests))
         answers += self._answers(requests, requests[PROBE:])
-        self.bench.progress(len(requests), len(requests), "judgements")
+        self.bench.progress(len(requests), len(requests), "judgments")
         for group in dict.fromkeys(groups):
             own = [answer for answer, its in zip(answers, groups, strict=True) if its == group]
             bad_ones = [answer for answer in own if not readable(answer.text)]
@@ -130,7 +130,7 @@ class Judgements:
             return self.asker.ask(self.endpoint, wanted, "judge")
         except (EndpointLost, UserError) as error:
             there = sum(request.key in self.asker.cache for request in all_of_them)
-            counts = f"{there} of {len(all_of_them)} judgements of task '{self.task}' are there and kept."
+            counts = f"{there} of {len(all_of_them)} judgments of task '{self.task}' are there and kept."
             raise type(error)(f"{error} {counts}") from None
 
     def _garbled(self, of: str, bad: Sequence[Answer], asked: int, wanted: int) -> UserError:
@@ -147,7 +147,7 @@ class Judgements:
         quoted = json.dumps(said[:SHOWN]) + (" …" if len(said) > SHOWN else "")  # ASCII: nothing in it can act
         return UserError(
             f"tasks.{self.task}: the judge {self.at.model} at {self.at.url} gave no readable verdict in {len(bad)} of "
-            f"{asked} judgements of {of} ({wanted} wanted in all; max_unreadable is {self.config.max_unreadable:g}): "
+            f"{asked} judgments of {of} ({wanted} wanted in all; max_unreadable is {self.config.max_unreadable:g}): "
             f"{why}. It said, for example: {quoted}. Take a judge that can answer in the form asked for, raise "
             "judge.max_tokens where verdicts are cut off, or raise judge.max_unreadable. Answers are kept: a server "
             f"that was mended is asked anew with judge.seed: {self.config.seed + 1}."
@@ -158,7 +158,7 @@ class Judgements:
         if done < total and now - self._told < PROGRESS_SECONDS:
             return  # each report is a line in a file
         self._told = now
-        self.bench.progress(done, total, "judgements")
+        self.bench.progress(done, total, "judgments")
 
 
 def look_for(endpoint: EndpointConfig, place: str, warn: Callable[[str], None]) -> None:

@@ -155,7 +155,7 @@ class Bench(Protocol):
     """The system that others are compared with."""
     base: str | None
     folder: Path
-    """Kept between attempts of the stage, for whatever is dear: a cache of judgements."""
+    """Kept between attempts of the stage, for whatever is dear: a cache of judgments."""
     shared: Path | None
     """Kept between runs too, where there is such a place."""
 

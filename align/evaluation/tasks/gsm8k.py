@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from align.data.final_numbers import final_number, last_number, marked_number
-from align.data.rows import Message, assistant, normalised, user
+from align.data.rows import Message, assistant, normalized, user
 from align.data.source_configs import FilesSource, HubSource
 from align.errors import UserError
 from align.evaluation.tasks.base import (
@@ -231,4 +231,4 @@ def part(records: list[TaskRecord], examples: list[TaskRecord], seed: int) -> tu
 
 
 def _key(record: TaskRecord) -> str:
-    return normalised(record.text("question"))
+    return normalized(record.text("question"))

@@ -11,7 +11,7 @@ from align.errors import UserError
 from align.evaluation.judges import judge
 from align.evaluation.judges.contests import POINTS, Contest, by_scores, verdict_counts
 from align.evaluation.judges.judge import Outcome
-from align.evaluation.judges.judgments import Judgements
+from align.evaluation.judges.judgments import Judgments
 from align.evaluation.judges.length_control import obstacle
 from align.evaluation.tasks.base import Answers, Bench, Given, Item, Measured, Metric, Respondent, SystemInfo, Turn
 from align.evaluation.tasks.judged_task import JudgedTask, answer_notes, measured, talk
@@ -126,9 +126,9 @@ class ComparedTask(JudgedTask):
                 a, b = talk(sides[first][at][-1]), talk(sides[second][at][-1])
                 questions.append(judge.comparison(a, b, self.rubric, reference))
                 groups.append(f"{one} and {other}")
-        judgements = Judgements(self.config.judge, self.name, bench)
-        said = judgements.ask(questions, groups, lambda text: judge.read_verdict(text) is not None)
-        self.usage = judgements.usage()
+        judgments = Judgments(self.config.judge, self.name, bench)
+        said = judgments.ask(questions, groups, lambda text: judge.read_verdict(text) is not None)
+        self.usage = judgments.usage()
         verdicts = [judge.read_verdict(one.text) for one in said]
         decided = {place: verdicts[2 * number : 2 * number + 2] for number, place in enumerate(differ)}
         contests = []

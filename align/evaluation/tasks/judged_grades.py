@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from align.evaluation.judges import grading
-from align.evaluation.judges.judgments import Judgements
+from align.evaluation.judges.judgments import Judgments
 from align.evaluation.tasks.base import Answers, Bench, Given, Item, Measured, Metric, Turn
 from align.evaluation.tasks.judged_task import JudgedTask, answer_notes, measured, talk
 
@@ -51,9 +51,9 @@ class GradedTask(JudgedTask):
             grading.grade_question(talk(given[name][at][number]), self.rubric, self.reference(at, number + 1))
             for name, at, number in asked
         ]
-        judgements = Judgements(self.config.judge, self.name, bench)
-        said = judgements.ask(questions, [name for name, _, _ in asked], _is_grade)
-        self.usage = judgements.usage()
+        judgments = Judgments(self.config.judge, self.name, bench)
+        said = judgments.ask(questions, [name for name, _, _ in asked], _is_grade)
+        self.usage = judgments.usage()
         grades = {place: grading.read_grade(one.text) for place, one in zip(asked, said, strict=True)}
         return {
             name: self._measured(

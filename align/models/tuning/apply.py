@@ -27,9 +27,9 @@ def load_for_tuning(source: Path, tuning: TuningBase, *, reward: bool = False) -
     """
     model = new_reward(source) if reward else load_policy(source)
     if isinstance(tuning, QloraTuning):
-        from align.models.tuning.quantized import quantise
+        from align.models.tuning.quantized import quantize
 
-        quantise(model, tuning)
+        quantize(model, tuning)
     if isinstance(tuning, VirtualTokens) and not stored.is_stored(source):
         new = stored.tokenizer_for(load_tokenizer(source), source, tuning)
         virtual_tokens.make_room(model, new.new_virtual_tokens)
@@ -73,7 +73,7 @@ def apply_tuning(
 
 @contextlib.contextmanager
 def initial_policy(model: Any) -> Iterator[Any]:
-    """``model`` as it came in, before anything was learnt: what DPO and PPO call the reference.
+    """``model`` as it came in, before anything was learned: what DPO and PPO call the reference.
 
     Adapters are switched off, or put back where they started if that was part of the model. A model that trains its own
     weights has no such thing inside it; for one, its weights as they are now.

@@ -1,7 +1,7 @@
 """Adapters folded into the weights they stand beside, one layer at a time and never in the live model.
 
 Plain LoRA adds its product. Every other method is folded by peft's own merge, on a copy of the one layer; a matrix in
-4 bits is dequantised first. All in float32.
+4 bits is dequantized first. All in float32.
 """
 
 from __future__ import annotations
@@ -49,20 +49,20 @@ def folded(layer: Any) -> dict[str, torch.Tensor]:
 
 
 def float_weight(module: Any) -> torch.Tensor:
-    """The module's weight in float32, dequantised where it is kept in 4 bits."""
+    """The module's weight in float32, dequantized where it is kept in 4 bits."""
     state = getattr(module.weight, "quant_state", None)
     if state is None:
         weight: torch.Tensor = module.weight.data.float()
         return weight
-    from align.models.tuning.quantized import dequantised
+    from align.models.tuning.quantized import dequantized
 
-    return dequantised(module)
+    return dequantized(module)
 
 
 def _leaves(module: Any) -> dict[str, torch.Tensor]:
-    quantised = getattr(module.weight, "quant_state", None) is not None
+    quantized = getattr(module.weight, "quant_state", None) is not None
     found = {name: tensor.detach() for name, tensor in module.state_dict().items()}
-    return {name: t for name, t in found.items() if "." not in name} if quantised else found
+    return {name: t for name, t in found.items() if "." not in name} if quantized else found
 
 
 def _is_plain_lora(layer: Any) -> bool:
@@ -72,12 +72,12 @@ def _is_plain_lora(layer: Any) -> bool:
 
 
 def _put_float(layer: Any) -> None:
-    """Make a copied LoRA layer on a 4-bit matrix one on a plain matrix, which peft merges without quantising again."""
+    """Make a copied LoRA layer on a 4-bit matrix one on a plain matrix, which peft merges without quantizing again."""
     from peft.tuners.lora.layer import Linear
 
-    quantised = layer.get_base_layer()
-    plain = torch.nn.Linear(quantised.in_features, quantised.out_features, quantised.bias is not None, device="meta")
-    plain.weight = torch.nn.Parameter(float_weight(quantised), requires_grad=False)
-    plain.bias = quantised.bias
+    quantized = layer.get_base_layer()
+    plain = torch.nn.Linear(quantized.in_features, quantized.out_features, quantized.bias is not None, device="meta")
+    plain.weight = torch.nn.Parameter(float_weight(quantized), requires_grad=False)
+    plain.bias = quantized.bias
     layer.base_layer = plain
     layer.__class__ = Linear

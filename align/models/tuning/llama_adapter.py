@@ -1,6 +1,6 @@
-"""LLaMA-Adapter: learnt tokens that the upper layers attend to beside the text, through a gate that starts at 0.
+"""LLaMA-Adapter: learned tokens that the upper layers attend to beside the text, through a gate that starts at 0.
 
-Of each such layer, ``output + gate * W_o softmax(q k^T / sqrt(d)) v`` with k and v made from the learnt tokens by the
+Of each such layer, ``output + gate * W_o softmax(q k^T / sqrt(d)) v`` with k and v made from the learned tokens by the
 layer's own matrices, and q the text's rotated queries (arXiv 2303.16199, section 3.2; one gate a layer, as in peft).
 Left out: the visual tokens of that paper, and models that norm their queries or rotate some of them only.
 """
@@ -23,7 +23,7 @@ KINDS = ("llama", "mistral", "qwen2")
 
 
 class Gated(Insertion):
-    """The learnt tokens of one layer, and their gate."""
+    """The learned tokens of one layer, and their gate."""
 
     def __init__(self, tokens: int, hidden: int) -> None:
         super().__init__()

@@ -174,7 +174,7 @@ def save_adapter(made: Any, folder: Path) -> None:
     One that started from the weights is written as an ordinary one of twice the rank: what it is, less what it was.
     """
     start, config = getattr(made, START, None), made.peft_config["default"]
-    if start is None or getattr(made, "align_quantised", False):
+    if start is None or getattr(made, "align_quantized", False):
         made.save_pretrained(str(folder), safe_serialization=True)
         return
     state = made.state_dict()

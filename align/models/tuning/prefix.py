@@ -1,9 +1,9 @@
-"""Prefix tuning: keys and values of virtual tokens, learnt in every layer (arXiv 2101.00190).
+"""Prefix tuning: keys and values of virtual tokens, learned in every layer (arXiv 2101.00190).
 
 The virtual tokens stand in every row (``virtual_tokens``); at their places the outputs of each layer's key and value
-matrices are the learnt ones, whatever the layer below gave. So caches, padding and ragged rows go on working, and the
+matrices are the learned ones, whatever the layer below gave. So caches, padding and ragged rows go on working, and the
 real tokens see what they see with peft's prefix: there keys come without rotation, here they are rotated by their
-places, which is one and the same up to what is learnt. Left out: the network that Li and Liang train instead; keys and
+places, which is one and the same up to what is learned. Left out: the network that Li and Liang train instead; keys and
 values of real tokens to start from do without.
 """
 
@@ -33,7 +33,7 @@ class Rows(Insertion):
         self.where = [tokens]  # in a list, so that it is no submodule
 
     def forward(self, outputs: torch.Tensor) -> torch.Tensor:
-        """(B, T, width) with the learnt rows in their places."""
+        """(B, T, width) with the learned rows in their places."""
         places = self.where[0].places
         rows = self.rows[places.clamp(min=0)].to(outputs.dtype)
         return torch.where((places >= 0)[..., None], rows, outputs)

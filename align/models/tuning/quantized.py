@@ -1,8 +1,8 @@
 """QLoRA (arXiv 2305.14314): adapters beside matrices kept in 4 bits by bitsandbytes, on GPUs and CPUs.
 
-The matrices of the layers are quantised; embeddings, norms and heads stay as they are. LoftQ (arXiv 2310.08659) is done
-here with one round of quantisation and decomposition, because peft's own needs a GPU. Left out: 8 bits, other
-libraries, and models that come quantised.
+The matrices of the layers are quantized; embeddings, norms and heads stay as they are. LoftQ (arXiv 2310.08659) is done
+here with one round of quantization and decomposition, because peft's own needs a GPU. Left out: 8 bits, other
+libraries, and models that come quantized.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ except ModuleNotFoundError:
     ) from None
 
 
-class QuantisedLinear(bnb.nn.Linear4bit):  # type: ignore[misc]
+class QuantizedLinear(bnb.nn.Linear4bit):  # type: ignore[misc]
     """A linear layer in 4 bits that computes in the type autocast asks for, as a plain one does.
 
     bitsandbytes' own keeps the type of its first input for ever, and on some CPUs packs the weight anew for inference.
@@ -41,15 +41,15 @@ class QuantisedLinear(bnb.nn.Linear4bit):  # type: ignore[misc]
 
 
 def wrap(model: Any, tuning: QloraTuning, seed: int, rows: Any = None) -> Any:
-    """``model`` quantised, unless it is, with LoRA adapters drawn from ``seed``; see ``lora.wrap``."""
-    quantise(model, tuning)
+    """``model`` quantized, unless it is, with LoRA adapters drawn from ``seed``; see ``lora.wrap``."""
+    quantize(model, tuning)
     starts = {n: module.__dict__.pop("loftq") for n, module in model.named_modules() if hasattr(module, "loftq")}
     model.is_loaded_in_4bit = True  # peft looks for its 4-bit layers only then; trl would round the adapters
     try:
         made = lora.wrap(model, tuning, seed, rows)
     finally:
         del model.is_loaded_in_4bit
-    made.align_quantised = True
+    made.align_quantized = True
     if tuning.init == "loftq":
         from align.models.tuning.folding import tuner_layers
 
@@ -65,19 +65,19 @@ def wrap(model: Any, tuning: QloraTuning, seed: int, rows: Any = None) -> Any:
     return made
 
 
-def is_quantised(model: Any) -> bool:
+def is_quantized(model: Any) -> bool:
     """Whether any of its matrices is in 4 bits."""
-    return any(isinstance(module, QuantisedLinear) for module in model.modules())
+    return any(isinstance(module, QuantizedLinear) for module in model.modules())
 
 
 @torch.no_grad()
-def quantise(model: Any, tuning: QloraTuning) -> None:
+def quantize(model: Any, tuning: QloraTuning) -> None:
     """Put 4-bit matrices in the place of the layers' linear ones, in ``model`` itself; a second call changes nothing.
 
     The tensors that were there stay as they are for whoever shares them. Raises ``UserError`` for a model without
     linear layers (GPT-2's ``Conv1D``).
     """
-    if is_quantised(model):
+    if is_quantized(model):
         return
     heads = {id(model.get_output_embeddings()), id(getattr(model, "score", None))}
     found = [
@@ -88,36 +88,36 @@ def quantise(model: Any, tuning: QloraTuning) -> None:
     if not found:
         raise UserError(f"tuning: qlora finds no linear layer in {type(model).__name__} to keep in 4 bits; take lora.")
     for name, module in found:
-        model.set_submodule(name, _quantised(module, tuning))
+        model.set_submodule(name, _quantized(module, tuning))
 
 
-def _quantised(module: torch.nn.Linear, tuning: QloraTuning) -> QuantisedLinear:
-    made = QuantisedLinear(
+def _quantized(module: torch.nn.Linear, tuning: QloraTuning) -> QuantizedLinear:
+    made = QuantizedLinear(
         module.in_features,
         module.out_features,
         bias=module.bias is not None,
-        compress_statistics=tuning.double_quantisation,
-        quant_type=tuning.quantisation,
+        compress_statistics=tuning.double_quantization,
+        quant_type=tuning.quantization,
         device="meta",
     )
     made.weight = bnb.nn.Params4bit(
         module.weight.data.contiguous(),
         requires_grad=False,
-        compress_statistics=tuning.double_quantisation,
-        quant_type=tuning.quantisation,
+        compress_statistics=tuning.double_quantization,
+        quant_type=tuning.quantization,
         module=made,
     ).to(module.weight.device)
     made.bias = module.bias
     if tuning.init == "loftq":
-        lost = module.weight.data.float() - dequantised(made)
+        lost = module.weight.data.float() - dequantized(made)
         left, sizes, right = torch.linalg.svd(lost, full_matrices=False)
         root = sizes[: tuning.rank].sqrt()
         made.loftq = (root[:, None] * right[: tuning.rank], left[:, : tuning.rank] * root)
     return made
 
 
-def dequantised(module: Any) -> torch.Tensor:
-    """The matrix of a quantised linear layer, (out, in) in float32."""
+def dequantized(module: Any) -> torch.Tensor:
+    """The matrix of a quantized linear layer, (out, in) in float32."""
     weight: torch.Tensor = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
     return weight.float()
 
@@ -127,5 +127,5 @@ def _measure_lengths(made: Any) -> None:
     for layer in made.modules():
         if getattr(layer, "lora_magnitude_vector", None) and "default" in layer.lora_magnitude_vector:
             update = layer.get_delta_weight("default")
-            lengths = (dequantised(layer.get_base_layer()) + update).norm(dim=1)
+            lengths = (dequantized(layer.get_base_layer()) + update).norm(dim=1)
             layer.lora_magnitude_vector["default"].weight.data = lengths.to(update.dtype)

@@ -1,8 +1,8 @@
-"""Virtual tokens: entries of the vocabulary with learnt embeddings, with which every conversation begins.
+"""Virtual tokens: entries of the vocabulary with learned embeddings, with which every conversation begins.
 
 The tokenizer gets the tokens and the chat template begins with them, so whatever renders a conversation has them in
 place: training, engines, scoring, a saved checkpoint elsewhere. Before training the vocabulary has a row of zeros for
-each; the learnt vectors (of ``prompt``: arXiv 2104.08691; of ``p_tuning``, where a network makes them: arXiv
+each; the learned vectors (of ``prompt``: arXiv 2104.08691; of ``p_tuning``, where a network makes them: arXiv
 2103.10385) stand in for those of the embedding. Saving writes them into the embedding and leaves the head's rows zero,
 untied if need be: a plain checkpoint with the very logits that were trained. ``prefix`` builds on this.
 """
@@ -23,7 +23,7 @@ from align.models.tuning.inserted import Insertion, train_insertions_only
 NAME = "virtual"
 LARGEST_MASS = 1e-3
 """Probability that virtual tokens may have together: they must not be sampled, and other tokens' must not shrink."""
-PROBES = ("Hello!", "What is 2 + 2?", "Name three colours of the rainbow.", "Write a short poem about the sea.")
+PROBES = ("Hello!", "What is 2 + 2?", "Name three colors of the rainbow.", "Write a short poem about the sea.")
 
 
 def token_text(number: int) -> str:
@@ -76,7 +76,7 @@ def new_tokens(tokenizer: Any, tuning: VirtualTokens) -> list[int]:
 def make_room(model: Any, ids: list[int]) -> None:
     """Give ``model`` a row of zeros for each new token, in the embedding and in a head of its own.
 
-    Until they are learnt it reads rows as if the tokens were not there.
+    Until they are learned it reads rows as if the tokens were not there.
     """
     table = model.get_input_embeddings()
     if type(table) is not nn.Embedding:
@@ -245,14 +245,14 @@ def require_small_mass(model: Any, tokenizer: Any, ids: list[int], where: str) -
 
 
 def prompt_of(model: Any) -> Tokens | None:
-    """The virtual tokens of ``model`` whose embeddings are learnt, if it has any."""
+    """The virtual tokens of ``model`` whose embeddings are learned, if it has any."""
     found = getattr(model.get_input_embeddings(), NAME, None)
     return found if isinstance(found, (Prompt, Encoded)) else None
 
 
 @torch.no_grad()
 def folded(model: Any, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """``weights`` of ``model`` with the learnt vectors in its embedding.
+    """``weights`` of ``model`` with the learned vectors in its embedding.
 
     A tied head becomes one of its own, whose rows for the virtual tokens stay zero.
     """
@@ -272,7 +272,7 @@ def folded(model: Any, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tens
 
 
 def write_peft(tokens: Tokens, folder: Path, reward: bool) -> None:
-    """The learnt vectors as peft stores a soft prompt: ``PeftModel.from_pretrained(base, folder)`` reads it."""
+    """The learned vectors as peft stores a soft prompt: ``PeftModel.from_pretrained(base, folder)`` reads it."""
     from peft import PromptTuningConfig, TaskType
     from safetensors.torch import save_file
 

@@ -13,7 +13,7 @@ from align.report.compare.cards import Card
 from align.report.curve_figures import Curve
 from align.report.curves import Events, panels
 from align.report.drift import root_axis
-from align.report.figures import COLOURS, INK, LINES, MARKERS, Panel, bars, legend_name, nth, styled
+from align.report.figures import COLORS, INK, LINES, MARKERS, Panel, bars, legend_name, nth, styled
 from align.report.wording import number
 
 WIDTH, HEIGHT = 5.6, 2.5
@@ -59,7 +59,7 @@ def front(found: Sequence[Point], better: str | None) -> list[Point]:
 
 @styled
 def pareto(found: Sequence[Point], best: Sequence[Point], title: str, reference: str) -> Markup:
-    """One point per checkpoint, a marker and a colour for each run; rings and a line on the front."""
+    """One point per checkpoint, a marker and a color for each run; rings and a line on the front."""
     panel = Panel(7.2, 3.6)
     axes = panel.axes
     runs = list(dict.fromkeys(point.run for point in found))
@@ -67,7 +67,7 @@ def pareto(found: Sequence[Point], best: Sequence[Point], title: str, reference:
         for first, point in enumerate(one for one in found if one.run == run):
             axes.errorbar(
                 point.kl["value"], point.score["value"], xerr=bars(point.kl), yerr=bars(point.score),
-                marker=nth(MARKERS, at), color=_colour(at), markersize=7, markeredgecolor="white", capsize=2,
+                marker=nth(MARKERS, at), color=_color(at), markersize=7, markeredgecolor="white", capsize=2,
                 linewidth=1.0, linestyle="none", label=None if first else legend_name(run or "in all runs"),
             )  # fmt: skip
     axes.plot(
@@ -112,7 +112,7 @@ def overlay(title: str, by_run: Mapping[str, Events]) -> Curve:
             continue
         steps, values = events.series[title]
         axes.plot(
-            steps, values, color=_colour(at), linestyle=_line(at), label=legend_name(run), linewidth=1.4,
+            steps, values, color=_color(at), linestyle=_line(at), label=legend_name(run), linewidth=1.4,
             marker=nth(MARKERS, at) if len(steps) <= FEW else None, markersize=3.5,
         )  # fmt: skip
         lines.append({"name": printable(run), "x": [_short(x) for x in steps], "y": [_short(y) for y in values]})
@@ -135,13 +135,13 @@ def overlay(title: str, by_run: Mapping[str, Events]) -> Curve:
     return Curve(title, svg, reading)
 
 
-def _colour(at: int) -> Any:
-    return nth(COLOURS, at)
+def _color(at: int) -> Any:
+    return nth(COLORS, at)
 
 
 def _line(at: int) -> Any:
-    """Another style each time the colours begin anew, so that no two runs look alike."""
-    return nth(LINES, at + at // len(COLOURS))
+    """Another style each time the colors begin anew, so that no two runs look alike."""
+    return nth(LINES, at + at // len(COLORS))
 
 
 def _short(value: float) -> float:

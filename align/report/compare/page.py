@@ -1,6 +1,6 @@
 """Several runs on one page: what was set otherwise, what came of it, where the best trade-offs are.
 
-The same page as that of one run where it can be (scorecard, behaviour, samples), with the systems of all runs beside
+The same page as that of one run where it can be (scorecard, behavior, samples), with the systems of all runs beside
 each other. It needs no network, and nothing on it that a model or a log wrote is markup; see ``page.py``. Beside it lie
 the merged ``scorecard.json`` and ``samples.jsonl``, figures and tables.
 """

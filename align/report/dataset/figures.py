@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from align.errors import printable
 from align.report.dataset.rows import EDGES, MOST_TURNS, Lengths
-from align.report.figures import COLOURS, LINES, Panel, styled
+from align.report.figures import COLORS, LINES, Panel, styled
 
 SHOWN = 6
 """Sources with an outline of their own; the rest are one."""
@@ -67,7 +67,7 @@ def outlines(counts: Mapping[str, np.ndarray], what: str) -> Markup:
         if numbers.sum():
             part = numbers[max(0, first - 1) : last + 2]
             panel.axes.stairs(
-                part / numbers.sum(), edges[: len(part) + 1], color=COLOURS[index % len(COLOURS)],
+                part / numbers.sum(), edges[: len(part) + 1], color=COLORS[index % len(COLORS)],
                 linestyle=LINES[index % len(LINES)], linewidth=1.5, label=_label(name),
             )  # fmt: skip
     panel.axes.set_xscale("log", base=2)
@@ -89,7 +89,7 @@ def turns(groups: Mapping[str, Lengths]) -> Markup:
     for index, (name, one) in enumerate(groups.items()):
         places = np.arange(most + 1) + (index - (len(groups) - 1) / 2) * width
         panel.axes.bar(
-            places[1:], one.turns[1 : most + 1] / max(1, one.total), width, color=COLOURS[index % len(COLOURS)],
+            places[1:], one.turns[1 : most + 1] / max(1, one.total), width, color=COLORS[index % len(COLORS)],
             label=_label(name),
         )  # fmt: skip
     ticks: Sequence[int] = range(1, most + 1) if most <= 10 else range(1, most + 1, 3)

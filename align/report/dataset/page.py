@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from align.data.built import message_text, read_ledger
-from align.data.licenses import normalise, of_mixture
+from align.data.licenses import normalize, of_mixture
 from align.data.rows import Row, is_text
 from align.report.dataset.figures import figures
 from align.report.dataset.rows import Cluster, Found, look, quantile
@@ -48,7 +48,7 @@ def write_preview(
     """Write the page about the build in ``folder`` to ``out`` (by default ``folder/preview.html``); returns its path.
 
     ``recipe`` is the recipe as plain values. With ``tokenizer`` samples are shown as the tokens a model is given,
-    those trained on in colour, as ``max_length`` cuts them.
+    those trained on in color, as ``max_length`` cuts them.
     """
     ledger, found = read_ledger(folder), look(folder)
     Panel.made = 0  # names in the figures count from here, so that the page does not depend on what was drawn before
@@ -60,7 +60,7 @@ def write_preview(
         description=str(recipe.get("description", "")),
         ledger=ledger,
         dropped=sum(ledger["dropped"].values()),
-        licence=of_mixture(source.get("license") for source in ledger["sources"]),
+        license=of_mixture(source.get("license") for source in ledger["sources"]),
         sources=_sources(ledger, found),
         steps=[_step(line, ledger["rows_in"]) for line in ledger.get("steps", [])],
         figures=figures(found.lengths),
@@ -97,12 +97,12 @@ def _sources(ledger: Mapping[str, Any], found: Found) -> list[dict[str, Any]]:
     for line in ledger["sources"]:
         lengths = found.lengths.get(line["source"])
         sides = list(lengths.answers.values())[:1] if lengths else []
-        licence = normalise(line.get("license"))
+        license = normalize(line.get("license"))
         lines.append(
             {
                 **line,
-                "licence": licence,
-                "unknown": licence == "unknown",
+                "license": license,
+                "unknown": license == "unknown",
                 "share": line["rows_out"] / ledger["rows_out"] if ledger["rows_out"] else 0,
                 "splits": dict(lengths.rows) if lengths else {},
                 "prompt": quantile(lengths.prompt, 0.5) if lengths else 0,

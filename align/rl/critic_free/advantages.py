@@ -11,7 +11,7 @@ from align.rl.critic_free.presets import Scale
 from align.rl.masking import Reduce, local
 
 EPSILON = 1e-4
-"""Added to a spread that is divided by, as in trl: of equal scores nothing is learnt, of near ones not everything."""
+"""Added to a spread that is divided by, as in trl: of equal scores nothing is learned, of near ones not everything."""
 
 
 def group_sums(values: torch.Tensor, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,17 +26,17 @@ def group_sums(values: torch.Tensor, groups: torch.Tensor) -> tuple[torch.Tensor
 def group_advantages(scores: torch.Tensor, groups: torch.Tensor, scale: Scale, reduce: Reduce = local) -> torch.Tensor:
     """Score less the group's mean, divided by a sample standard deviation (arXiv 2402.03300, section 4.1.2).
 
-    ``scale``: the deviation within the group; over the whole batch (arXiv 2508.08221); or none, as dividing favours
+    ``scale``: the deviation within the group; over the whole batch (arXiv 2508.08221); or none, as dividing favors
     prompts that are nearly always or nearly never solved (arXiv 2503.20783).
     """
     sums, sizes = group_sums(scores, groups)
-    centred = scores - sums / sizes
+    centerd = scores - sums / sizes
     if scale == "none":
-        return centred
+        return centerd
     if scale == "group":
-        squares, _ = group_sums(centred**2, groups)
-        return centred / ((squares / (sizes - 1).clamp(min=1)).sqrt() + EPSILON)
-    return centred / (_deviation(scores, reduce) + EPSILON)
+        squares, _ = group_sums(centerd**2, groups)
+        return centerd / ((squares / (sizes - 1).clamp(min=1)).sqrt() + EPSILON)
+    return centerd / (_deviation(scores, reduce) + EPSILON)
 
 
 def leave_one_out(scores: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
@@ -72,7 +72,7 @@ def overlong_penalty(lengths: torch.Tensor, max_tokens: int, buffer: int, penalt
 
 
 def without_variance(scores: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    """True for responses whose group has one and the same score: nothing can be learnt from them, (B,)."""
+    """True for responses whose group has one and the same score: nothing can be learned from them, (B,)."""
     _, place = torch.unique(groups, return_inverse=True)
     count = int(place.max()) + 1
     low = scores.new_full((count,), float("inf")).scatter_reduce_(0, place, scores, "amin")

@@ -27,7 +27,7 @@ class BestOfNTrainer(CriticFreeTrainer):
     args: BestOfNConfig
 
     def choose(self, rollout: Rollout) -> Rollout:
-        """The best of each group; those below the threshold, cut off or said twice are there but not learnt from."""
+        """The best of each group; those below the threshold, cut off or said twice are there but not learned from."""
         scores = adjusted_scores(rollout, self.args)
         lowest = self.args.lowest(rollout.update)
         good = torch.ones_like(scores, dtype=torch.bool) if lowest is None else scores >= lowest
@@ -53,13 +53,13 @@ class BestOfNTrainer(CriticFreeTrainer):
         return best
 
     def estimate(self, rollout: Rollout, kl_coef: float) -> None:
-        """Nothing but which tokens are learnt from."""
+        """Nothing but which tokens are learned from."""
         tensors = rollout.tensors
         mask = tensors["response_mask"]
         kl = estimate_kl(tensors["logprobs"], tensors["ref_logprobs"])
         tensors |= {"kl": torch.where(mask, kl, kl.new_zeros(())), "learn_mask": mask & tensors["good"][:, None]}
 
-    def count_learnt(self, learns: list[dict[str, torch.Tensor]]) -> float:
+    def count_learned(self, learns: list[dict[str, torch.Tensor]]) -> float:
         """Tokens of an optimizer step."""
         return loss_count([learn["learn_mask"] for learn in learns], "token", self.args.max_tokens)
 

@@ -114,7 +114,7 @@ class OnlineDPOConfig(RolloutArguments):
         if self.per_device_train_batch_size % 2:
             raise ValueError(
                 f"per_device_train_batch_size is {self.per_device_train_batch_size}; the two responses of a pair are "
-                "learnt from together, so it must be even."
+                "learned from together, so it must be even."
             )
 
 
@@ -124,15 +124,15 @@ class BestOfNConfig(RolloutArguments):
 
     corrects: ClassVar[bool] = False
 
-    best: int = field(default=1, metadata={"help": "Best responses to each prompt that are learnt from."})
+    best: int = field(default=1, metadata={"help": "Best responses to each prompt that are learned from."})
     threshold: float | list[float] | None = field(
-        default=None, metadata={"help": "Lowest score that is learnt from; a list has one for each round."}
+        default=None, metadata={"help": "Lowest score that is learned from; a list has one for each round."}
     )
 
     samples_per_prompt: int = field(default=8, metadata={"help": "Responses to each prompt to choose from."})
     adam_epsilon: float = field(default=1e-8, metadata={"help": "AdamW's usual epsilon."})
     truncated: Literal["learn", "mask"] = field(
-        default="mask", metadata={"help": "Whether a response cut at max_tokens may be learnt from."}
+        default="mask", metadata={"help": "Whether a response cut at max_tokens may be learned from."}
     )
 
     @property

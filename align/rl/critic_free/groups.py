@@ -59,13 +59,13 @@ class GroupTrainer(CriticFreeTrainer):
         totals = scores - kl_coef * kl.sum(dim=1)
         groups = torch.tensor(rollout.groups)
         advantages = self.advantages(totals, groups)[:, None] * mask
-        learnt = mask & tensors["finished"][:, None] if self.args.truncated == "mask" else mask
+        learned = mask & tensors["finished"][:, None] if self.args.truncated == "mask" else mask
         tensors |= {"kl": kl, "rewards": totals, "raw_advantages": advantages, "advantages": advantages}
-        tensors["learn_mask"] = learnt
+        tensors["learn_mask"] = learned
         flat = without_variance(tensors["scores"], groups) if rollout.drawn is None else _flat(rollout.drawn)
         self._averages.add("zero_variance", flat.sum(), len(flat))
 
-    def count_learnt(self, learns: list[dict[str, torch.Tensor]]) -> float:
+    def count_learned(self, learns: list[dict[str, torch.Tensor]]) -> float:
         """Tokens or responses of an optimizer step, by the loss's aggregation."""
         return loss_count([learn["learn_mask"] for learn in learns], self.preset.aggregation, self.args.max_tokens)
 
@@ -102,7 +102,7 @@ class GroupTrainer(CriticFreeTrainer):
 
 
 class GRPOTrainer(GroupTrainer):
-    """Group-relative policy optimisation (arXiv 2402.03300) and its variants (``align.rl.critic_free.presets``)."""
+    """Group-relative policy optimization (arXiv 2402.03300) and its variants (``align.rl.critic_free.presets``)."""
 
     method: ClassVar[str] = "grpo"
     args: GRPOConfig

@@ -40,13 +40,13 @@ class OnlineDPOTrainer(CriticFreeTrainer):
         return pairs
 
     def estimate(self, rollout: Rollout, kl_coef: float) -> None:
-        """Nothing is estimated: which response is better is all that is learnt from."""
+        """Nothing is estimated: which response is better is all that is learned from."""
         tensors = rollout.tensors
         mask = tensors["response_mask"]
         kl = estimate_kl(tensors["logprobs"], tensors["ref_logprobs"])
         tensors |= {"kl": torch.where(mask, kl, kl.new_zeros(())), "learn_mask": mask}
 
-    def count_learnt(self, learns: list[dict[str, torch.Tensor]]) -> float:
+    def count_learned(self, learns: list[dict[str, torch.Tensor]]) -> float:
         """Decided pairs of an optimizer step."""
         return float(sum(int(learn["sides"].ne(0).sum()) for learn in learns)) / 2
 

@@ -2,7 +2,7 @@
 
 Which prompts come, and their seeds, follow from the run's seed, the update and the round, so that a resumed run samples
 what the uninterrupted one would have, whatever the number of processes. Left out: sampling until every group
-varies, which need not end; what is left after some rounds is learnt nothing from.
+varies, which need not end; what is left after some rounds is learned nothing from.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ class CriticFreeTrainer(OnlineTrainer):
         """A micro-batch's share of the optimizer step's loss; what is worth logging goes into ``_averages``.
 
         ``out`` is what the policy says now (``logprobs``, ``entropy``), ``learn`` what the rollout said
-        (``learned_from``), ``count`` what ``count_learnt`` came to over the whole step.
+        (``learned_from``), ``count`` what ``count_learned`` came to over the whole step.
         """
 
     def compute_loss(

@@ -1,4 +1,4 @@
-"""Generalised advantage estimation over response tokens (arXiv 1506.02438, equation 16)."""
+"""Generalized advantage estimation over response tokens (arXiv 1506.02438, equation 16)."""
 
 from __future__ import annotations
 

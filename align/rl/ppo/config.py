@@ -22,7 +22,7 @@ class PPOConfig(RolloutArguments):
         metadata={"help": "Smaller: below a head that starts at zero, gradients are, and 1e-5 would swallow them."},
     )
     gamma: float = field(default=1.0, metadata={"help": "Discount per token."})
-    lam: float = field(default=0.95, metadata={"help": "Lambda of generalised advantage estimation."})
+    lam: float = field(default=0.95, metadata={"help": "Lambda of generalized advantage estimation."})
     truncation: Literal["bootstrap", "terminal"] = field(
         default="terminal",
         metadata={"help": "What follows a response cut at max_tokens: the critic's value, or nothing."},

@@ -17,8 +17,8 @@ from align.rl.masking import masked_sum
 
 Aggregation = Literal["token", "sequence", "constant"]
 """``token``: every token weighs the same, so long responses count more. ``sequence``: every response weighs the same,
-which under-penalises long bad ones (arXiv 2503.20783). ``constant``: token sums over responses times the longest length
-allowed, so that a token weighs the same in every update, however long its neighbours are (same source)."""
+which under-penalizes long bad ones (arXiv 2503.20783). ``constant``: token sums over responses times the longest length
+allowed, so that a token weighs the same in every update, however long its neighbors are (same source)."""
 
 LOG_RATIO_LIMIT = 20.0
 """exp(20) is 5e8: far outside any clip range, and still finite in float32 (as in verl and OpenRLHF)."""
@@ -45,7 +45,7 @@ def aggregate(
 def loss_count(masks: Sequence[torch.Tensor], kind: Aggregation, max_tokens: int) -> float:
     """What the loss sums of responses with these (B, T) masks are divided by; see ``Aggregation``.
 
-    Counts of several processes add up. It is 0 where no token is learnt from.
+    Counts of several processes add up. It is 0 where no token is learned from.
     """
     if kind == "token":
         return float(sum(int(mask.sum()) for mask in masks))

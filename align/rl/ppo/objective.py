@@ -28,7 +28,7 @@ def ppo_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Policy loss + vf_coef x value loss - entropy_coef x entropy (+ kl_coef x KL), and sums over tokens to log.
 
-    ``out`` is what the models say now, ``learn`` what the rollout said, ``mask`` (B, T) the tokens learnt from. Each
+    ``out`` is what the models say now, ``learn`` what the rollout said, ``mask`` (B, T) the tokens learned from. Each
     term is a sum divided by ``count``, the tokens (or sequences) of the whole optimizer step. Without ``logprobs`` in
     ``out`` only the critic learns, without ``values`` only the policy; while ``warming`` the policy's part counts for
     nothing, but stays in the graph.

@@ -1,6 +1,6 @@
 """PPO with a critic as a ``transformers.Trainer``: its loop, callbacks, accumulation, schedules and checkpoints.
 
-Here is the critic, and what is learnt from a rollout with it. The rest is shared with methods that have none
+Here is the critic, and what is learned from a rollout with it. The rest is shared with methods that have none
 (``online.py``).
 """
 
@@ -84,7 +84,7 @@ class PPOTrainer(OnlineTrainer):
         """Rewards per token, advantages by the critic, and returns."""
         add_advantages(rollout, self.args, kl_coef, scale=self.scale)
 
-    def count_learnt(self, learns: list[dict[str, torch.Tensor]]) -> float:
+    def count_learned(self, learns: list[dict[str, torch.Tensor]]) -> float:
         """Tokens or responses of an optimizer step, by ``loss_aggregation``."""
         masks = [learn["learn_mask"] for learn in learns]
         return loss_count(masks, self.args.loss_aggregation, self.args.max_tokens)

@@ -129,7 +129,7 @@ def test_an_array_of_tasks_works_on_a_sweep(runs: Runs) -> None:
     runs.pipeline(two={"steps": 2, "pause": 0.3})
     sweep = {
         "name": "s", "pipeline": "toy.yaml", "space": {"stages.two.number": [1, 2, 3]}, "sampler": "grid",
-        "maximise": "total.total",
+        "maximize": "total.total",
     }  # fmt: skip
     code, said = runs.align("sweep", runs.write(sweep, "sweep.yaml"), "--on", "ray", "--workers", "2")
     assert code == 0, said

@@ -99,7 +99,7 @@ def test_tasks_of_runs_and_sweeps_open_the_store_of_the_run(folder: Path, addres
     assert [record["stage"] for record in Remote(store.open(), address).all()] == ["one"]
     config = SweepConfig.model_validate(
         {"name": "s", "pipeline": "p.yaml", "space": {"stages.ppo.height": [0.5]}, "sampler": "grid",
-         "maximise": "ppo.gold"}
+         "maximize": "ppo.gold"}
     )  # fmt: skip
     given.write(folder)
     task = {"config": config.model_dump(mode="json", exclude_unset=True), "where": "s.yaml", "assignments": []}

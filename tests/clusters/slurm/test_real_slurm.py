@@ -168,7 +168,7 @@ def test_an_array_works_on_a_sweep(cluster: Cluster) -> None:
     cluster.write(toy.pipeline(two={"steps": 2, "pause": 0.5}) | {"runtime": SMALL})
     sweep = {
         "name": "s", "pipeline": "toy.yaml", "space": {"stages.two.number": [1, 2, 3, 4]}, "sampler": "grid",
-        "maximise": "total.total",
+        "maximize": "total.total",
     }  # fmt: skip
     code, said = cluster.align("sweep", cluster.write(sweep, "sweep.yaml"), "--on", "slurm", "--workers", "2")
     assert code == 0, said

@@ -1,4 +1,4 @@
-"""What ``format: auto`` chooses and why, and what an unrecognised record is told."""
+"""What ``format: auto`` chooses and why, and what an unrecognized record is told."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_auto_needs_a_record() -> None:
         ({"chosen": "a", "rejected": None}, "preferences", "'rejected' or 'response_k' missing; it has 'chosen'"),
     ],
 )  # fmt: skip
-def test_unrecognised_records(record: dict[str, Any], form: Any, message: str) -> None:
+def test_unrecognized_records(record: dict[str, Any], form: Any, message: str) -> None:
     with pytest.raises(BadRecord, match=message):
         convert(record, form, "f:1", next(iter(sorted(KINDS[form]))))
 

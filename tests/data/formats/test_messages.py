@@ -56,7 +56,7 @@ def test_messages_that_cannot_be_used(messages: list[dict[str, str]], reason: st
     assert dropped({"messages": messages}, "messages") == reason
 
 
-def test_what_a_normalise_step_may_mend_passes_unchecked() -> None:
+def test_what_a_normalize_step_may_mend_passes_unchecked() -> None:
     record = {"messages": [user("a"), user("b"), assistant("c")]}
     (found,) = convert(record, "messages", "f:1", "instructions", check=False)
     assert isinstance(found, dict) and found["prompt"] == [user("a"), user("b")]

@@ -1,4 +1,4 @@
-"""hh-rlhf transcripts, preference pairs and labelled answers."""
+"""hh-rlhf transcripts, preference pairs and labeled answers."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_unpaired_messages_and_other_kinds() -> None:
     record = {"messages": chat("q", "a", "r", "b"), "label": False}
     assert row(record, "unpaired", "unpaired")["prompt"] == chat("q", "a", "r")
     assert row({"conversations": sharegpt("q", "a"), "kto_tag": True}, "unpaired", "unpaired")["label"] is True
-    assert dropped(record, "unpaired") == "labelled as bad"
+    assert dropped(record, "unpaired") == "labeled as bad"
     assert "label" not in row(record | {"label": True}, "unpaired")
     for bad, message in (
         (record | {"label": "maybe"}, "a label is 'maybe', expected true or false"),

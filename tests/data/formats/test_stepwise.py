@@ -32,7 +32,7 @@ def test_marks_of_minus_one_are_wrong_and_prompts_forget_the_steps() -> None:
     assert "steps" not in prompt
 
 
-def test_it_is_recognised() -> None:
+def test_it_is_recognized() -> None:
     assert detect([RECORD], "unpaired").form == "stepwise"
     assert detect([{"prompt": "q", "completions": ["a", "b"], "scores": [1, 2]}], "preferences").form == "scored"
 

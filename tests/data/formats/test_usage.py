@@ -71,8 +71,8 @@ def test_what_stands_in_fields_of_an_instruction_is_part_of_the_prompt() -> None
     record = {"instruction": "Add.", "input": "1 and 2", "response": "3"}
     assert row(record, "prompt_completion")["prompt"] == chat("Add.\n\n1 and 2")
     assert row({"instruction": "Add.", "input": "1 and 2"}, "prompt", "prompts")["prompt"] == chat("Add.\n\n1 and 2")
-    labelled = record | {"label": True}
-    assert row(labelled, "unpaired", "unpaired")["prompt"] == chat("Add.\n\n1 and 2")
+    labeled = record | {"label": True}
+    assert row(labeled, "unpaired", "unpaired")["prompt"] == chat("Add.\n\n1 and 2")
 
 
 @pytest.mark.parametrize("mark", [{"train": False}, {"weight": 0}, {"weight": 0.0}, {"loss": False}])
@@ -91,11 +91,11 @@ def test_a_message_that_is_not_to_be_trained_on_is_no_answer(mark: dict[str, Any
     assert dropped({"messages": earlier}, "messages", "texts") == "a turn is marked not to be trained on"
 
 
-def test_marks_of_pairs_and_labelled_answers() -> None:
+def test_marks_of_pairs_and_labeled_answers() -> None:
     pair = {"prompt": "q", "chosen": [assistant("a") | {"weight": 0}], "rejected": [assistant("b")]}
     assert dropped(pair, "preferences", "preferences") == "every answer is marked not to be trained on"
-    labelled = {"messages": [user("q"), assistant("a") | {"train": False}], "label": True}
-    assert dropped(labelled, "unpaired", "unpaired") == "every answer is marked not to be trained on"
+    labeled = {"messages": [user("q"), assistant("a") | {"train": False}], "label": True}
+    assert dropped(labeled, "unpaired", "unpaired") == "every answer is marked not to be trained on"
     good = {"messages": [user("q"), assistant("a") | {"train": True}], "label": True}
     assert row(good, "unpaired", "unpaired")["completion"] == [assistant("a")]
 

@@ -41,8 +41,8 @@ def test_every_turn_and_the_side_of_a_reply_count() -> None:
         return row("p", None, chosen=[assistant(chosen)], rejected=[assistant(rejected)])
 
     assert kept(decide(step(), [pair("a", "b"), pair("b", "a"), pair("a", "b")], kind="preferences")) == [0, 1]
-    labelled = [row("p", "c", label=True), row("p", "c", label=False), row("p", "c", label=False)]
-    assert kept(decide(step(), labelled, kind="unpaired")) == [0, 1]
+    labeled = [row("p", "c", label=True), row("p", "c", label=False), row("p", "c", label=False)]
+    assert kept(decide(step(), labeled, kind="unpaired")) == [0, 1]
     ranked = [row("p", None, responses=[{"content": text, "score": 1.0, "rank": 0}]) for text in ("a", "b", "a")]
     assert kept(decide(step(), ranked, kind="preferences")) == [0, 1]
     grown = [{**row("p"), "prompt": [user("p"), assistant(text), user("go on")]} for text in ("x", "y", "x")]

@@ -39,7 +39,7 @@ def answer_with(row: Row) -> Any:
 
 
 def fail(row: Row) -> bool:
-    raise KeyError("colour")
+    raise KeyError("color")
 
 
 def test_functions_of_ones_own():
@@ -64,7 +64,7 @@ def test_functions_that_answer_oddly(answer):
 
 
 def test_functions_that_fail_or_are_not_there():
-    with pytest.raises(UserError, match=r"file.jsonl:7 \(id a1\): where '.*:fail' raised KeyError: 'colour'"):
+    with pytest.raises(UserError, match=r"file.jsonl:7 \(id a1\): where '.*:fail' raised KeyError: 'color'"):
         run([instruction()], where=f"{__name__}:fail")
     with pytest.raises(UserError, match="has no 'keep_evn'. Did you mean 'keep_even'"):
         FilterStep(type="filter", where=f"{__name__}:keep_evn").start(CONTEXT)
@@ -179,9 +179,9 @@ def test_results_do_not_depend_on_the_process():
 def test_configuring_imports_nothing_heavy():
     code = (
         "import sys\nfrom align.data.steps.filter import FilterStep\n"
-        "from align.data.steps.normalize import NormaliseStep\n"
+        "from align.data.steps.normalize import NormalizeStep\n"
         "FilterStep(type='filter', language={'keep': ['en']}, personal_data={}, boilerplate={}).identities(None)\n"
-        "NormaliseStep(type='normalise', fix_encoding=True)\n"
+        "NormalizeStep(type='normalize', fix_encoding=True)\n"
         "heavy = ('torch', 'transformers', 'fasttext', 'phonenumbers', 'stdnum', 'ftfy')\n"
         "print([name for name in heavy if name in sys.modules])"
     )

@@ -70,8 +70,8 @@ def test_changing_places_makes_another_pair() -> None:
 
     rows = [pair(good, bad), pair(bad, good), pair(edited(good, 9), bad)]
     assert kept(decide(step(), rows, kind="preferences")) == [0, 1]
-    labelled = [row("p", TEXT, label=True), row("p", TEXT, label=False)]
-    assert kept(decide(step(of="reply"), labelled, kind="unpaired")) == [0, 1]
+    labeled = [row("p", TEXT, label=True), row("p", TEXT, label=False)]
+    assert kept(decide(step(of="reply"), labeled, kind="unpaired")) == [0, 1]
 
 
 def test_rows_dropped_before_stand_for_none() -> None:

@@ -1,4 +1,4 @@
-"""Normalising: what is cleaned, what stays, that twice is once, and that clean rows come back as they are."""
+"""Normalizing: what is cleaned, what stays, that twice is once, and that clean rows come back as they are."""
 
 import copy
 import gzip
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from align.data.rows import Dropped, assistant, user
-from align.data.steps.normalize import NormaliseStep, text_normaliser
+from align.data.steps.normalize import NormalizeStep, text_normalizer
 from tests.support.data.steps.rows_for_steps import CONTEXT, instruction, pair
 
 ENGLAND = "🏴\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f"
@@ -20,11 +20,11 @@ CODE = "Look:\n\n```python\nx = 1   \n\n\n\n\n\ty = 2\n```\nDone."
 
 
 def clean(text: str, **settings: Any) -> str:
-    return text_normaliser(NormaliseStep(type="normalise", **settings))(text)
+    return text_normalizer(NormalizeStep(type="normalize", **settings))(text)
 
 
 def step(row: dict[str, Any], **settings: Any) -> Any:
-    (result,) = NormaliseStep(type="normalise", **settings).start(CONTEXT).apply([row])
+    (result,) = NormalizeStep(type="normalize", **settings).start(CONTEXT).apply([row])
     return result
 
 
@@ -94,7 +94,7 @@ def test_a_clean_row_is_the_same_object_and_a_changed_one_is_new():
     assert result == dirty | {"completion": [assistant("It rains.")]}  # "_where" and the rest stay
 
 
-def test_every_text_of_a_row_is_normalised():
+def test_every_text_of_a_row_is_normalized():
     row = pair("yes \n", "no\u200b", "why\r\n")
     assert step(row) == row | {"chosen": [assistant("yes")], "rejected": [assistant("no")], "prompt": [user("why")]}
     several = instruction(
@@ -159,7 +159,7 @@ def test_tool_turns_are_neither_merged_nor_empty():
 def test_what_cannot_be_put_in_order_is_dropped(row, reason):
     result = step(row)
     assert isinstance(result, Dropped)
-    assert result.reason == f"normalise: {reason}"
+    assert result.reason == f"normalize: {reason}"
     assert not isinstance(step(row, turns=False), Dropped)
 
 
@@ -184,7 +184,7 @@ SETTINGS = st.fixed_dictionaries(
 @settings(deadline=None, max_examples=600, derandomize=True)
 @given(TEXTS, SETTINGS)
 def test_twice_is_once(text, chosen):
-    change = text_normaliser(NormaliseStep(type="normalise", **chosen))
+    change = text_normalizer(NormalizeStep(type="normalize", **chosen))
     once = change(text)
     assert change(once) == once
     if chosen["control"]:

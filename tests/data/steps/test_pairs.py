@@ -131,8 +131,8 @@ def test_unpaired_data_gets_labels_and_none_that_contradict() -> None:
     assert isinstance(found, list)
     assert [(one["completion"], one["label"]) for one in found] == [([assistant("a")], True), ([assistant("c")], False)]
     assert [one["id"] for one in found] == ["r-0", "r-2"] and "responses" not in found[0]
-    labelled = {"id": "r", "prompt": [user("q")], "completion": [assistant("a")], "label": True}
-    assert made(labelled, "unpaired") is labelled
+    labeled = {"id": "r", "prompt": [user("q")], "completion": [assistant("a")], "label": True}
+    assert made(labeled, "unpaired") is labeled
 
 
 def test_other_kinds_have_no_pairs() -> None:

@@ -94,7 +94,7 @@ def test_a_test_source_keeps_its_questions_out_of_training():
     assert (3 in side(verdict, "test")) or verdict.code[3] >= 0
 
 
-BASE = "please write a short and friendly letter to my neighbour about the noise that the dog makes each morning"
+BASE = "please write a short and friendly letter to my neighbor about the noise that the dog makes each morning"
 
 
 def test_near_duplicates_of_a_prompt_are_on_its_side():

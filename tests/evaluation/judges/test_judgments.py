@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from align.data.rows import user
 from align.errors import UserError
 from align.evaluation.judges.judge import read_verdict
-from align.evaluation.judges.judgments import PROBE, EndpointJudge, Judgements, look_for
+from align.evaluation.judges.judgments import PROBE, EndpointJudge, Judgments, look_for
 from align.inference.endpoint_client import EndpointLost
 from tests.support.evaluation.judged_harness import Bench, endpoint
 from tests.support.inference.fake_chat import FakeChat, completion
@@ -32,8 +32,8 @@ def _ask(fake: FakeChat, bench: Bench, count: int = 40, groups: Any = None, **se
     at = settings.pop("at", {})
     config = EndpointJudge(**endpoint(fake, **at), **settings)
     questions = [[user(f"Question {number}")] for number in range(count)]
-    judgements = Judgements(config, "mt", bench)
-    said = judgements.ask(questions, groups or ["sft"] * count, _readable)
+    judgments = Judgments(config, "mt", bench)
+    said = judgments.ask(questions, groups or ["sft"] * count, _readable)
     return [one.text for one in said]
 
 
@@ -53,7 +53,7 @@ def test_answers_stand_in_the_order_of_the_questions_whatever_was_asked_first(fa
     said = _ask(fake, bench, 50, at={"concurrency": 8})
     assert said == [f"Question {number} [[B]]" for number in range(50)]
     assert len(fake.bodies) == 50
-    assert bench.told[-1] == (50, 50, "judgements")
+    assert bench.told[-1] == (50, 50, "judgments")
     body = fake.bodies[0]
     assert (body["temperature"], body["max_tokens"], body["model"]) == (0.0, 512, "good-model")
 
@@ -68,12 +68,12 @@ def test_a_second_run_asks_nothing_and_another_seed_everything(fake: FakeChat, t
 
 def test_equal_questions_are_asked_once_and_counted_as_often_as_they_come(fake: FakeChat, tmp_path: Path) -> None:
     bench = Bench(tmp_path)
-    judgements = Judgements(EndpointJudge(**endpoint(fake)), "mt", bench)
-    assert len(judgements.ask([[user("The same")]] * 30, ["sft"] * 30, _readable)) == 30
-    assert len(fake.bodies) == 1 and bench.told[-1] == (30, 30, "judgements")
+    judgments = Judgments(EndpointJudge(**endpoint(fake)), "mt", bench)
+    assert len(judgments.ask([[user("The same")]] * 30, ["sft"] * 30, _readable)) == 30
+    assert len(fake.bodies) == 1 and bench.told[-1] == (30, 30, "judgments")
 
 
-def test_runs_share_judgements_where_there_is_a_place(fake: FakeChat, tmp_path: Path) -> None:
+def test_runs_share_judgments_where_there_is_a_place(fake: FakeChat, tmp_path: Path) -> None:
     for run in ("one", "two"):
         _ask(fake, Bench(tmp_path / run, shared=tmp_path / "shared"))
     assert len(fake.bodies) == 40
@@ -84,7 +84,7 @@ def test_a_judge_that_garbles_is_an_error_with_counts_and_is_not_asked_the_rest(
     with pytest.raises(UserError) as caught:
         _ask(fake, Bench(tmp_path), 400)
     said = str(caught.value)
-    assert f"in {PROBE} of {PROBE} judgements" in said and "400 wanted in all" in said
+    assert f"in {PROBE} of {PROBE} judgments" in said and "400 wanted in all" in said
     assert f"{PROBE} without a verdict in the form asked for" in said
     assert r"\u001b[2J\u202eI like\nturtles" in said and "\x1b" not in said and "‮" not in said
     assert "tasks.mt: the judge good-model" in said and "judge.seed: 1" in said
@@ -93,11 +93,11 @@ def test_a_judge_that_garbles_is_an_error_with_counts_and_is_not_asked_the_rest(
 
 def test_half_of_the_first_questions_ends_it_and_fewer_do_not(fake: FakeChat, tmp_path: Path) -> None:
     fake.reply = _every(2, "?")
-    with pytest.raises(UserError, match=f"in {PROBE // 2} of {PROBE} judgements of its first questions"):
+    with pytest.raises(UserError, match=f"in {PROBE // 2} of {PROBE} judgments of its first questions"):
         _ask(fake, Bench(tmp_path / "half"), 100)
     assert len(fake.bodies) == PROBE
     fake.reply = _every(3, "?")
-    with pytest.raises(UserError, match=r"in 33 of 100 judgements of sft"):
+    with pytest.raises(UserError, match=r"in 33 of 100 judgments of sft"):
         _ask(fake, Bench(tmp_path / "third"), 100, seed=1)
     assert len(fake.bodies) == PROBE + 100
 
@@ -113,7 +113,7 @@ def test_a_few_unreadable_ones_are_let_through(fake: FakeChat, tmp_path: Path) -
 def test_one_system_that_the_judge_cannot_cope_with_is_found_among_many(fake: FakeChat, tmp_path: Path) -> None:
     fake.reply = _every(20, "?")
     groups = ["ppo" if number % 20 == 19 else "sft" for number in range(100)]
-    with pytest.raises(UserError, match=r"in 5 of 5 judgements of ppo \(100 wanted"):
+    with pytest.raises(UserError, match=r"in 5 of 5 judgments of ppo \(100 wanted"):
         _ask(fake, Bench(tmp_path), 100, groups=groups)
 
 
@@ -140,7 +140,7 @@ def test_a_judge_that_is_gone_says_what_is_there_and_is_gone_on_with(fake: FakeC
         return (503, {"error": "down"}) if len(fake.bodies) > 25 else completion("[[A]]")
 
     fake.reply = dying
-    with pytest.raises(EndpointLost, match=r"status 503.*25 of 40 judgements of task 'mt' are there"):
+    with pytest.raises(EndpointLost, match=r"status 503.*25 of 40 judgments of task 'mt' are there"):
         _ask(fake, Bench(tmp_path), at={"concurrency": 1})
     asked = fake.prompts()[:25]
     fake.reply, fake.bodies = (lambda body: completion("[[A]]")), []
@@ -150,7 +150,7 @@ def test_a_judge_that_is_gone_says_what_is_there_and_is_gone_on_with(fake: FakeC
 
 def test_a_judge_that_never_was_there(fake: FakeChat, tmp_path: Path) -> None:
     fake.stop()
-    with pytest.raises(UserError, match=r"tasks\.mt\.judge\.endpoint\.url: .*0 of 40 judgements"):
+    with pytest.raises(UserError, match=r"tasks\.mt\.judge\.endpoint\.url: .*0 of 40 judgments"):
         _ask(fake, Bench(tmp_path))
 
 
@@ -160,7 +160,7 @@ def test_the_budget_holds_and_is_gone_on_with(fake: FakeChat, tmp_path: Path) ->
         "price_output": 1_000_000,
         "concurrency": 1,
     }  # 1 a token: "So: [[A]]" is 2, and at most 5
-    with pytest.raises(UserError, match=r"max_cost 20 is reached.* 8 of 40 judgements"):
+    with pytest.raises(UserError, match=r"max_cost 20 is reached.* 8 of 40 judgments"):
         _ask(fake, Bench(tmp_path), at=prices, max_tokens=5, max_cost=20)
     assert len(fake.bodies) == 8
     _ask(fake, Bench(tmp_path), at=prices, max_tokens=5, max_cost=100)
@@ -169,10 +169,10 @@ def test_the_budget_holds_and_is_gone_on_with(fake: FakeChat, tmp_path: Path) ->
 
 def test_what_it_took_is_told(fake: FakeChat, tmp_path: Path) -> None:
     config = EndpointJudge(**endpoint(fake, price_input=1, price_output=2))
-    judgements = Judgements(config, "mt", Bench(tmp_path))
-    assert judgements.usage() == {}
-    judgements.ask([[user(f"{number}")] for number in range(20)], ["sft"] * 20, _readable)
-    usage = judgements.usage()
+    judgments = Judgments(config, "mt", Bench(tmp_path))
+    assert judgments.usage() == {}
+    judgments.ask([[user(f"{number}")] for number in range(20)], ["sft"] * 20, _readable)
+    usage = judgments.usage()
     assert (usage["requests"], usage["prompt_tokens"], usage["completion_tokens"]) == (20, 200, 40)
     assert usage["cost"] == pytest.approx((200 + 80) / 1e6)
 

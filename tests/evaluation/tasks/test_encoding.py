@@ -64,7 +64,7 @@ def test_bos_stands_once_in_front(with_bos: Any) -> None:
 def test_a_choice_without_tokens_is_an_error(tokenizer: Any) -> None:
     swallowing = SimpleNamespace(
         bos_token_id=1, eos_token_id=2, decode=tokenizer.decode, encode=lambda text, **_: [5, 6]
-    )  # a tokenizer whose text ends where its normaliser says
+    )  # a tokenizer whose text ends where its normalizer says
     with pytest.raises(UserError, match=r"gives the answer ' b' no token.*after 'Q: a'"):
         encode_choices(swallowing, "Q: a", [" b"])
 

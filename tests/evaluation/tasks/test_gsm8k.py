@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from align.data.final_numbers import last_number, marked_number
-from align.data.rows import normalised
+from align.data.rows import normalized
 from align.errors import UserError
 from align.evaluation.tasks.gsm8k import MOST_EXAMPLES, Gsm8kConfig, Gsm8kTask
 from tests.support.evaluation.tasks.answering import Scripted, SilentBench, answered, given
@@ -195,7 +195,7 @@ def test_a_system_that_is_not_prompted_gets_no_examples(tmp_path: Path) -> None:
 
 
 def questions(task: Gsm8kTask) -> set[str]:
-    return {normalised(item.prompt[0]["content"]) for item in task.items}
+    return {normalized(item.prompt[0]["content"]) for item in task.items}
 
 
 def test_no_example_is_asked_when_both_come_from_one_file(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_no_example_is_asked_when_both_come_from_one_file(tmp_path: Path) -> Non
     assert pools[0] == pools[1] != pools[2]
     for task, pool in zip(tasks, pools, strict=True):
         assert len(task.items) == 100 - MOST_EXAMPLES
-        assert not questions(task) & {normalised(question) for question in pool}
+        assert not questions(task) & {normalized(question) for question in pool}
         assert task.settings()["left_out_as_examples"] == MOST_EXAMPLES
     few = make(tmp_path, files=[name], examples_files=[name], max_items=5)
     assert len(few.items) == 5
@@ -222,7 +222,7 @@ def test_an_example_that_is_also_a_question_is_passed_over(tmp_path: Path) -> No
     (tmp_path / "train.jsonl").write_text(text)
     task = make(tmp_path, files=files, examples_files=["train.jsonl"])
     assert len(task.items) == 10, "the benchmark stays whole"
-    shown = {normalised(example.question) for example in task.examples(1000)}
+    shown = {normalized(example.question) for example in task.examples(1000)}
     assert len(shown) == 10
     assert not shown & questions(task)
 

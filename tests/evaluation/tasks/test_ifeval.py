@@ -184,7 +184,7 @@ def test_json_nested_without_end_is_not_followed_and_stops_nothing() -> None:
             {"kwargs": [{}, {}]},
             "'detectable_format:number_bullet_lists' needs num_bullets in its kwargs",
         ),
-        ({"kwargs": [{}, {"num_bullets": 2, "colour": "red"}]}, "do not fit: .*colour"),
+        ({"kwargs": [{}, {"num_bullets": 2, "color": "red"}]}, "do not fit: .*color"),
         ({"kwargs": "[{}, {}]"}, "field 'kwargs' holds str"),
         ({"instruction_id_list": []}, "field 'instruction_id_list' holds an empty list"),
         ({"prompt": ""}, "field 'prompt' is empty"),

@@ -244,7 +244,7 @@ def test_unreadable_verdicts_are_left_out_and_counted_and_too_many_are_an_error(
     (row,) = task.extras()["win_rates"]
     assert (row["n"], row["unreadable"], row["win_rate"]["value"], row["win_rate"]["n"]) == (11, 1, 1.0, 11)
     strict = make_task(tmp_path, 12, judge={**endpoint(fake), "max_unreadable": 0.05})
-    with pytest.raises(UserError, match=r"in 2 of 24 judgements of ppo and sft"):
+    with pytest.raises(UserError, match=r"in 2 of 24 judgments of ppo and sft"):
         strict.score(answers_of(strict, constant("sft", "a"), constant("ppo", "bb")), Bench(tmp_path))
 
 
@@ -337,7 +337,7 @@ def test_a_judge_that_goes_away_is_gone_on_with(fake: FakeChat, tmp_path: Path) 
     fake.reply = lambda body: (500, {"error": "gone"}) if len(fake.bodies) > 20 else good(body)
     task = make_task(tmp_path, 16, judge=endpoint(fake, concurrency=1))
     answers = answers_of(task, constant("sft", "x"), constant("ppo", "xx"))
-    with pytest.raises(EndpointLost, match="20 of 32 judgements of task 'judge-it' are there"):
+    with pytest.raises(EndpointLost, match="20 of 32 judgments of task 'judge-it' are there"):
         task.score(answers, Bench(tmp_path))
     before, fake.bodies, fake.reply = fake.prompts()[:20], [], good
     (found,) = task.score(answers, Bench(tmp_path)).values()

@@ -59,10 +59,10 @@ def _answers(port: int) -> bool:
 def test_a_judge_that_babbles_is_an_error_with_counts(judge: dict[str, Any], tmp_path: Path) -> None:
     task = make_task(tmp_path, 20, judge={"endpoint": judge, "max_tokens": 16})
     bench = Bench(tmp_path)
-    with pytest.raises(UserError, match=r"the judge tiny at .* in 16 of 16 judgements .*\(40 wanted") as caught:
+    with pytest.raises(UserError, match=r"the judge tiny at .* in 16 of 16 judgments .*\(40 wanted") as caught:
         task.score(answers_of(task, constant("sft", "Yes."), constant("ppo", "No.")), bench)
     assert "cut off at judge.max_tokens" in str(caught.value)
-    assert len(RequestCache(tmp_path / "judgements")) == 16
+    assert len(RequestCache(tmp_path / "judgments")) == 16
     assert bench.warnings == []
 
 

@@ -38,7 +38,7 @@ def test_settings_read_back_are_the_settings(kind):
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
-def test_a_misspelt_setting_is_refused(kind):
+def test_a_misspelled_setting_is_refused(kind):
     with pytest.raises(ValidationError, match="Extra inputs"):
         TypeAdapter(AnyTask).validate_python(BLOCKS[kind] | {"task": kind, "max_itms": 3})
 

@@ -67,7 +67,7 @@ def length(prompt, answer, finished) -> float:
 
 PAIRS = [
     {"prompt": "Hi", "chosen": "good day", "rejected": "no", "chosen_score": 1, "rejected_score": 0},
-    {"prompt": "Name a colour", "chosen": "red", "rejected": "I will not", "topic": "colours"},
+    {"prompt": "Name a color", "chosen": "red", "rejected": "I will not", "topic": "colors"},
     {"prompt": "Count", "chosen": "1 2 3", "rejected": "3 2 1"},
 ]
 
@@ -78,14 +78,12 @@ def test_pairs_are_scored_side_by_side(tmp_path):
     assert task.score({}, shelf) == {}
     [(which, prompts, answers, finished)] = shelf.asked
     assert which == "reward"
-    assert [prompt[0]["content"] for prompt in prompts] == ["Hi", "Hi", "Name a colour", "Name a colour"] + [
-        "Count"
-    ] * 2
+    assert [prompt[0]["content"] for prompt in prompts] == ["Hi", "Hi", "Name a color", "Name a color"] + ["Count"] * 2
     assert answers == ["good day", "no", "red", "I will not", "1 2 3", "3 2 1"]
     assert all(finished)
     [report] = task.extras()["reward_models"]
     assert (report["stage"], report["task"], report["pairs"], report["ties"]) == ("rm", "rm_set", 3, 1)
-    assert report["as_labelled"]["value"] == pytest.approx(1 / 3)  # the tie is wrong
+    assert report["as_labeled"]["value"] == pytest.approx(1 / 3)  # the tie is wrong
     assert report["longer"]["value"] == pytest.approx(1.5 / 3)
     assert report["true"]["n"] == 1
     assert list(report["by_source"]) == ["mine.jsonl"]

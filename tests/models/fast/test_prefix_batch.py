@@ -71,7 +71,7 @@ def test_each_piece_is_as_in_a_sequence_of_its_own(llama, tree, short):
         agree(llama, *tree)
 
 
-def test_learnt_positions_go_on_too():
+def test_learned_positions_go_on_too():
     agree(trunk(GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4)), [9, 5, 3, 4], [None, 0, 0, 1])
 
 

@@ -34,7 +34,7 @@ def check(name: str, reward: bool, model_dir: Path, tmp_path: Path) -> None:
     with initial_policy(model):
         found = logits(model)
     if tuning.method == "qlora":
-        assert (found - start).abs().max() < TOLERANCE  # the quantised model is what is trained
+        assert (found - start).abs().max() < TOLERANCE  # the quantized model is what is trained
     else:
         assert (found - came_in).abs().max() < TOLERANCE * max(1.0, float(came_in.abs().max()))
         alone = PeftModel.from_pretrained(base(model_dir, reward), tmp_path / "adapter").eval()

@@ -19,14 +19,14 @@ from align.models.merging import merged_weights
 from align.models.tuning import quantized
 from align.models.tuning.apply import apply_tuning, load_for_tuning
 from align.models.tuning.notice import weight_bytes
-from align.models.tuning.quantized import QuantisedLinear, dequantised, quantise
+from align.models.tuning.quantized import QuantizedLinear, dequantized, quantize
 from tests.support.models.tuning.pretended import IDS, logits, push, wrapped
 
 
 def test_matrices_take_four_bits_and_heads_stay(tiny_model: Path) -> None:
-    model = load_for_tuning(tiny_model, QloraTuning(double_quantisation=False))
+    model = load_for_tuning(tiny_model, QloraTuning(double_quantization=False))
     layer = model.model.layers[0].mlp.up_proj
-    assert isinstance(layer, QuantisedLinear)
+    assert isinstance(layer, QuantizedLinear)
     assert layer.weight.dtype == torch.uint8
     assert layer.weight.numel() == 64 * 128 / 2
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -38,11 +38,11 @@ def test_matrices_take_four_bits_and_heads_stay(tiny_model: Path) -> None:
     # a scale is 8 bits; every matrix has one float for up to 256 of them
     assert nested == 4 * others + matrices / 2 + matrices / 64 + 4 * 14
     before = layer.weight.data.clone()
-    quantise(model, QloraTuning())
+    quantize(model, QloraTuning())
     assert model.model.layers[0].mlp.up_proj is layer and layer.weight.data.equal(before)
 
 
-def test_gradients_are_those_of_lora_on_the_dequantised_model(tiny_model: Path) -> None:
+def test_gradients_are_those_of_lora_on_the_dequantized_model(tiny_model: Path) -> None:
     plain = load_policy(tiny_model)
     plain.load_state_dict(dict(merged_weights(load_and_fold(tiny_model))))
     grads = []
@@ -55,14 +55,14 @@ def test_gradients_are_those_of_lora_on_the_dequantised_model(tiny_model: Path) 
 
 
 def load_and_fold(model_dir: Path) -> Any:
-    """The quantised model with adapters that add nothing."""
+    """The quantized model with adapters that add nothing."""
     return wrapped(model_dir, QloraTuning(rank=4))
 
 
 def test_autocast_decides_the_type_that_it_computes_in(tiny_model: Path) -> None:
     layer = load_for_tuning(tiny_model, QloraTuning()).model.layers[0].mlp.up_proj
     inputs = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
-    plain = inputs @ dequantised(layer).T
+    plain = inputs @ dequantized(layer).T
     assert torch.allclose(layer(inputs), plain, atol=1e-6)
     with torch.autocast("cpu", torch.bfloat16):
         low = layer(inputs)
@@ -85,11 +85,11 @@ def test_loftq_makes_up_for_a_part_of_what_is_lost(dora: bool, tiny_model: Path)
 
 
 def test_a_second_tree_over_the_same_tensors_keeps_its_own_numbers(tiny_model: Path) -> None:
-    """What PPO does for its critic: the copy is quantised or shared, the first model stays."""
+    """What PPO does for its critic: the copy is quantized or shared, the first model stays."""
     model = load_policy(tiny_model)
     before = logits(model)
     twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
-    quantise(twin, QloraTuning())
+    quantize(twin, QloraTuning())
     assert logits(model).equal(before) and not logits(twin).equal(before)
     shared = copy.deepcopy(twin, {id(p): p for p in twin.parameters()})
     assert shared.model.layers[0].mlp.up_proj.weight is twin.model.layers[0].mlp.up_proj.weight
@@ -105,4 +105,4 @@ def test_without_bitsandbytes_one_sentence_says_so(monkeypatch: pytest.MonkeyPat
 def test_a_model_without_linear_layers_is_refused() -> None:
     config = AutoConfig.for_model("gpt2", vocab_size=50, n_positions=16, n_embd=32, n_layer=1, n_head=2)
     with pytest.raises(UserError, match="finds no linear layer in GPT2LMHeadModel"):
-        quantise(AutoModelForCausalLM.from_config(config), QloraTuning())
+        quantize(AutoModelForCausalLM.from_config(config), QloraTuning())

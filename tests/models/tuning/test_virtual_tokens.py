@@ -218,7 +218,7 @@ def test_an_embedding_that_scales_is_refused(base: Path) -> None:
         make_room(model, [260, 261])
 
 
-def test_positions_that_are_learnt_are_those_of_the_text(base: Path, tmp_path: Path) -> None:
+def test_positions_that_are_learned_are_those_of_the_text(base: Path, tmp_path: Path) -> None:
     """GPT-2 adds a vector for each place: switched off, the tokens must not count as places either."""
     from transformers import GPT2Config, GPT2LMHeadModel
 

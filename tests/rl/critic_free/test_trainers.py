@@ -64,7 +64,7 @@ def test_it_learns_with_every_seed_and_with_adapters(make_online, way, tuning, s
 
 SMALL = {
     "grpo": {"num_mini_batches": 2, "kl_controller": "adaptive", "kl_target": 0.1, "kl_horizon": 50},
-    "rloo": {"num_epochs": 2, "normalise_scores": True},
+    "rloo": {"num_epochs": 2, "normalize_scores": True},
     "online_dpo": {"num_epochs": 2, "rollout_batch": 16},
     "rejection": {"best": 2, "num_epochs": 2},
 }
@@ -178,14 +178,14 @@ def test_groups_without_variance_are_counted_and_by_choice_replaced(make_online)
     assert entry["zero_variance"] >= 0.5 and entry["episodes"] == 16
     trainer = make_online("grpo", scorer=by_prompt, rollout_batch=16, updates=1, zero_variance="resample",
                           resample_rounds=8)  # fmt: skip
-    learnt = []
+    learned = []
     estimate = trainer.estimate
-    trainer.estimate = lambda rollout, kl_coef: learnt.append(rollout) or estimate(rollout, kl_coef)
+    trainer.estimate = lambda rollout, kl_coef: learned.append(rollout) or estimate(rollout, kl_coef)
     trainer.train()
     (again,) = updates(trainer)
     assert again["score"] == entry["score"] and again["zero_variance"] == entry["zero_variance"]  # of the first draw
     assert again["zero_variance_left"] < again["zero_variance"]
-    (rollout,) = learnt
+    (rollout,) = learned
     assert again["episodes"] == 16 + sum(map(len, rollout.redrawn)) > 16
     assert len(rollout) == 16 and sorted(rollout.groups.count(g) for g in set(rollout.groups)) == [4] * 4
     for group in set(rollout.groups):  # a group is of one prompt
@@ -219,7 +219,7 @@ def test_the_best_and_the_worst_are_a_pair_and_ties_teach_nothing(make_online):
     assert entry["score"] == pytest.approx(0.4375)  # of all that was drawn
 
 
-def test_the_best_above_the_threshold_are_learnt(make_online):
+def test_the_best_above_the_threshold_are_learned(make_online):
     trainer = make_online("rejection", updates=2, best=2, threshold=[0.4, 0.95], rollout_batch=8)
     scores = iter([[0.1, 0.9, 0.3, 0.5, 0.2, 0.3, 0.1, 0.6]] * 2)
     trainer.scorer = lambda rows, texts: next(scores)
@@ -236,7 +236,7 @@ def test_the_best_above_the_threshold_are_learnt(make_online):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_the_best_are_learnt_by_the_loss_of_sft_whatever_the_temperature(make_online, tiny_model, temperature):
+def test_the_best_are_learned_by_the_loss_of_sft_whatever_the_temperature(make_online, tiny_model, temperature):
     capture, seen = Gradients(), []
     trainer = make_online(
         "rejection", updates=1, best=2, rollout_batch=8, temperature=temperature, callbacks=[capture],

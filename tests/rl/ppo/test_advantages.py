@@ -1,4 +1,4 @@
-"""Generalised advantage estimation, worked by hand on three tokens."""
+"""Generalized advantage estimation, worked by hand on three tokens."""
 
 import pytest
 import torch

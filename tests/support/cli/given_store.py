@@ -50,8 +50,8 @@ def publish(
     )  # fmt: skip
 
 
-def lay_out(root: Path, base: Path, trained: Path, reward: Path, licences: dict[str, str | None]) -> Given:
-    """``trained`` has ``model/`` and ``adapter/``; the others are model folders. ``licences`` are the data's."""
+def lay_out(root: Path, base: Path, trained: Path, reward: Path, licenses: dict[str, str | None]) -> Given:
+    """``trained`` has ``model/`` and ``adapter/``; the others are model folders. ``licenses`` are the data's."""
     store = Store.open(root / "store")
     made = root / "made"
 
@@ -64,7 +64,7 @@ def lay_out(root: Path, base: Path, trained: Path, reward: Path, licences: dict[
     (folder("model", model=base) / "model" / "README.md").write_text("---\nlicense: mit\n---\n")
     config = {"source": "org/base", "revision": "b" * 40}
     model = publish(store, "model", Kind.MODEL, "0", made / "model", {}, config=config)
-    rows = write_build(made / "data", [row("a", "b"), row("c", "d")], [row("e", "f")], licences=licences)
+    rows = write_build(made / "data", [row("a", "b"), row("c", "d")], [row("e", "f")], licenses=licenses)
     write_card(rows, RECIPE, json.loads((rows / "ledger.json").read_text()), "set")
     data = publish(store, "data", Kind.INSTRUCTIONS, "1", rows, {})
     folders = folder("sft", model=trained / "model", adapter=trained / "adapter")

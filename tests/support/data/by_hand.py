@@ -45,7 +45,7 @@ def write_build(
     train: list[Row],
     test: list[Row],
     dropped: list[tuple[Row, str, dict[str, Any]]] = (),  # type: ignore[assignment]
-    licences: dict[str, str | None] | None = None,
+    licenses: dict[str, str | None] | None = None,
     files: int = 1,
 ) -> Path:
     """Rows, dropped rows (row, reason, detail) of one step called dedup, and a ledger that adds up."""
@@ -64,11 +64,11 @@ def write_build(
         for number, (gone, reason, detail) in enumerate(dropped, start=1)
     ]
     pq.write_table(pa.Table.from_pylist(lines, DROPPED), folder / "dropped-00000-of-00001.parquet")
-    write_ledger(folder, train, test, dropped, licences or {})
+    write_ledger(folder, train, test, dropped, licenses or {})
     return folder
 
 
-def write_ledger(folder: Path, train: list[Row], test: list[Row], dropped: Any, licences: dict[str, Any]) -> None:
+def write_ledger(folder: Path, train: list[Row], test: list[Row], dropped: Any, licenses: dict[str, Any]) -> None:
     """The ledger of :func:`write_build`."""
     kept = Counter(one["source"] for one in (*train, *test))
     gone = Counter(one["source"] for one, _, _ in dropped)
@@ -117,7 +117,7 @@ def write_ledger(folder: Path, train: list[Row], test: list[Row], dropped: Any, 
                 "source": name,
                 "type": "files",
                 "part": "split",
-                "license": licences.get(name),
+                "license": licenses.get(name),
                 "identity": {f"{name}.jsonl": "ab" * 32},
                 **by_source[name],
             }

@@ -22,7 +22,7 @@ from align.models.loading import load_policy
 from align.models.render import render_prompt
 from tests.support.models.tuning.confident import saved
 
-TEXTS = ["Hello", "What is it?", "Name three colours, please.", "x"]
+TEXTS = ["Hello", "What is it?", "Name three colors, please.", "x"]
 OTHERS = {
     "sequential": AdaptersTuning(position="sequential", size=16, after=["attention", "mlp"]),
     "llama": AdaptersTuning(kind="llama_adapter", tokens=4, layers=2),

@@ -24,7 +24,7 @@ ASKED = [
     "comets",
     "beetles",
     "lanterns",
-    "harbours",
+    "harbors",
     "glaciers",
     "orchards",
     "windmills",

@@ -149,7 +149,7 @@ def only_good_answers(case: Case) -> dict[str, Finding]:
 
 @seeds("nearly-leaked-prompt")
 def a_long_prompt_with_one_word_changed(case: Case) -> dict[str, Finding]:
-    long = "In the year that the harbour froze over, the keeper of the lighthouse wrote one letter home a week, "
+    long = "In the year that the harbor froze over, the keeper of the lighthouse wrote one letter home a week, "
     long += "and each of them began with the weather; what did he write about when the ice was gone at last"
     rows = instructions(12)
     rows[2]["prompt"] = [user(f"{long}, do you think?")]

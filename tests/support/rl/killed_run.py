@@ -50,7 +50,7 @@ FIELDS: dict[str, Any] = {
     "per_device_train_batch_size": 4,
     "learning_rate": 1e-3,
     "lr_scheduler_type": "linear",
-    "normalise_scores": True,
+    "normalize_scores": True,
     "kl_controller": "adaptive",
     "kl_target": 0.5,
     "kl_horizon": 200,

@@ -119,7 +119,7 @@ FIELDS = {
     "samples_per_prompt": 2,
     "eval_updates": 1,
     "whiten_rewards": True,
-    "normalise_scores": True,
+    "normalize_scores": True,
     "truncated": "mask",
     "kl_controller": "adaptive",
     "kl_target": 0.01,

@@ -84,7 +84,7 @@ class Steps(TrainerCallback):
 
 
 def ours(trl, run, folder, account=None, **fields):
-    """One update of our trainer on trl's responses; ``account(tensors, order)`` changes what is learnt from.
+    """One update of our trainer on trl's responses; ``account(tensors, order)`` changes what is learned from.
 
     ``order[i]`` is the fixture's index of the rollout's response i. Returned ``tensors`` are in the fixture's order.
     """

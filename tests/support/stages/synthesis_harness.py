@@ -1,4 +1,4 @@
-"""What the tests of stage synthesise share: a server that answers from the request, and stages laid out."""
+"""What the tests of stage synthesize share: a server that answers from the request, and stages laid out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from align.config.runtime import EngineConfig, Runtime
 from align.data.rows import user, write_rows
 from align.pipeline.registry import StageContext
 from align.runner.stage_result import write_work
-from align.stages.synthesize import SynthesiseConfig
+from align.stages.synthesize import SynthesizeConfig
 from align.store.artifacts import Artifact, Kind
 from align.store.fingerprint import digest
 from tests.support.inference.fake_chat import FakeChat, completion
@@ -70,8 +70,8 @@ def make_context(
     for name in ("output", "checkpoints"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     return StageContext(
-        name="synthesise",
-        config=SynthesiseConfig(**config),
+        name="synthesize",
+        config=SynthesizeConfig(**config),
         inputs=inputs,
         seed=11,
         runtime=Runtime(engine=EngineConfig(name="transformers")),
@@ -109,7 +109,7 @@ def lay_out(context: StageContext, engine: str = "auto") -> Path:
         if artifact is not None:
             put_record(artifact.path, makes=str(artifact.kind), key=artifact.record["key"])
     work = {
-        "name": "s", "stage": "synthesise", "config": context.config.model_dump(mode="json"), "seed": 11,
+        "name": "s", "stage": "synthesize", "config": context.config.model_dump(mode="json"), "seed": 11,
         "runtime": Runtime(engine=EngineConfig(name=engine)).model_dump(mode="json"), "inputs": inputs,
     }  # fmt: skip
     write_work(folder, work)

@@ -93,7 +93,7 @@ def write(folder: Path, raw: dict[str, Any] | None = None, **sweep: Any) -> str:
         "name": "sw",
         "pipeline": str(folder / "p.yaml"),
         "space": {"stages.ppo.height": {"low": 0.0, "high": 1.0}},
-        "maximise": "ppo.gold",
+        "maximize": "ppo.gold",
         "trials": 4,
         **sweep,
     }

@@ -28,7 +28,7 @@ def rows(count: int, start: int = 0) -> list[dict[str, Any]]:
                 "completion": [assistant(word)],
                 "chosen": [assistant(word)],
                 "rejected": [assistant(f"{other} {other}")],
-                "chosen_score": 0.0 if number % 4 == 0 else 1.0,  # every fourth pair is mislabelled
+                "chosen_score": 0.0 if number % 4 == 0 else 1.0,  # every fourth pair is mislabeled
                 "rejected_score": 1.0 if number % 4 == 0 else 0.0,
             }
         )

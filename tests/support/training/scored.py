@@ -26,7 +26,7 @@ def scored(count: int, start: int = 0) -> list[dict[str, Any]]:
     ]
 
 
-def labelled(count: int, start: int = 0) -> list[dict[str, Any]]:
+def labeled(count: int, start: int = 0) -> list[dict[str, Any]]:
     """Unpaired rows: an answer is wanted when it says yes."""
     return [
         {

@@ -8,7 +8,7 @@ from typing import Any
 
 QUESTIONS = [
     ("Which animal barks?", ["dog", "a cat", "fish"], 0),
-    ("Which one is a colour?", ["seven", "blue", "to run"], 1),
+    ("Which one is a color?", ["seven", "blue", "to run"], 1),
     ("Which is hot?", ["ice", "snow", "the sun"], 2),
     ("Where do fish live?", ["in water", "in trees", "on the moon"], 0),
     ("Who writes books?", ["stones", "clouds", "authors"], 2),

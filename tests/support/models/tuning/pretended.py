@@ -32,7 +32,7 @@ LORA: dict[str, dict[str, Any]] = {
 }
 QLORA: dict[str, dict[str, Any]] = {
     "nf4": {},
-    "fp4": {"quantisation": "fp4", "double_quantisation": False},
+    "fp4": {"quantization": "fp4", "double_quantization": False},
     "qdora": {"dora": True},
     "loftq": {"init": "loftq"},
     "loftq_dora": {"init": "loftq", "dora": True},

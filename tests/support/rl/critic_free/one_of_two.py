@@ -14,7 +14,7 @@ from tests.support.rl.one_of_two import two_updates
 
 FIELDS: dict[str, dict[str, Any]] = {
     "grpo": {"scale_rewards": "batch", "truncated": "mask", "kl_coef": 0.5},
-    "rloo": {"whiten_advantages": True, "normalise_scores": True},
+    "rloo": {"whiten_advantages": True, "normalize_scores": True},
     "online_dpo": {},
     "rejection": {"best": 2, "truncated": "learn"},
 }
