@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from align.config.runtime import Runtime
-from align.pipeline.registry import StageContext, find_stage
+from align.pipeline.context import StageContext
+from align.pipeline.registry import find_stage
 from align.store.artifacts import Artifact, Kind
 
 WORDS = ("red", "green", "blue", "house", "water", "paper", "music", "river", "stone", "light", "garden", "winter")

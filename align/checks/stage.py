@@ -13,7 +13,7 @@ from align.checks.faults import Fault, refuse
 from align.checks.floor import below_floor
 from align.checks.folder import ADAPTER, look
 from align.checks.weights import read_tensors, weights_digest
-from align.pipeline.registry import StageContext
+from align.pipeline.context import StageContext
 from align.store.artifacts import GENERATORS, Artifact, Kind
 
 CHECKPOINTS = (*GENERATORS, Kind.REWARD)

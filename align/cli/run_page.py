@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from align import __version__
+from align.config.base import input_fields
 from align.config.validation import suggest
 from align.errors import UserError
 from align.pipeline.pipeline import Node, Pipeline
-from align.pipeline.registry import find_stage, input_fields
+from align.pipeline.registry import find_stage
 from align.runner.stage_result import left_result
-from align.runner.worker import LOG
 from align.store.artifacts import Artifact, Kind
 from align.store.atomic_write import write_text_atomically
 from align.store.fingerprint import digest, file_digest
 from align.store.locks import Lock
+from align.store.partial import LOG
 from align.store.record import DamagedRecord
 from align.store.store import REPORTS, Store
 

@@ -120,7 +120,7 @@ def _status(run_: RunOf, stage: str, store: Store, jobs: dict[tuple[str, str], t
 def _left_behind(stage: str, partial: Path) -> StageStatus:
     """A stage that was begun and is not being made."""
     from align.runner.stage_result import left_result
-    from align.runner.worker import CHECKPOINTS
+    from align.store.partial import CHECKPOINTS
 
     kept = "goes on from its checkpoint" if any((partial / CHECKPOINTS).glob("*")) else "starts anew"
     result = left_result(partial)
@@ -131,7 +131,7 @@ def _left_behind(stage: str, partial: Path) -> StageStatus:
 
 def _progress(partial: Path) -> str:
     """The last progress in a stage's event file: ``12/40 steps``."""
-    from align.runner.worker import EVENTS
+    from align.store.partial import EVENTS
 
     try:
         with (partial / EVENTS).open("rb") as file:

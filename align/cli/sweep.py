@@ -180,7 +180,7 @@ def _work_for(options: argparse.Namespace, sweep: Sweep, study: Study, store: St
     """What a worker does: trials, on its share of the cores, until its parent dies or none is left."""
     from dataclasses import replace
 
-    from align.runner.worker import die_with_parent
+    from align.pipeline.stop_signal import die_with_parent
 
     parent, _, count = options.worker.partition("/")
     die_with_parent(int(parent))

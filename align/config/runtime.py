@@ -6,12 +6,12 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from align.checks.faults import REMEDIES
+from align.config.base import Config
+from align.config.faults import REMEDIES
 from align.config.launch import LaunchConfig
 from align.config.scheduler import RayConfig, SlurmConfig
 from align.config.validation import suggest, validate
 from align.config.vllm_servers import RolloutsConfig, refuse_moved
-from align.pipeline.registry import Config
 from align.store.object_store import check_address
 
 

@@ -9,7 +9,7 @@ import re
 
 from pydantic import Field, field_validator, model_validator
 
-from align.pipeline.registry import Config
+from align.config.base import Config
 
 OURS = {
     "array": "--workers", "chdir": "the current folder", "dependency": "what a stage reads", "error": "the store",

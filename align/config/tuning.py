@@ -11,10 +11,10 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from align.config.base import Config
 from align.config.peft_options import check_options, check_type
 from align.config.tuning_schedules import Lisa, Unfreeze
 from align.config.validation import nearest
-from align.pipeline.registry import Config
 
 LORA_HEAD_RATE = 0.1
 """Learning rate of a score or value head, as a share of the adapters' beside it. A step of Adam moves every weight of a

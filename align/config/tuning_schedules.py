@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import Field, field_serializer, model_validator
 
-from align.pipeline.registry import Config
+from align.config.base import Config
 
 
 class Unfreeze(Config):

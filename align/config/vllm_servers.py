@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
+from align.config.base import Config
 from align.errors import redact
-from align.pipeline.registry import Config
 
 ADDRESS = re.compile(r"^(http://[A-Za-z0-9._-]+(:[0-9]{1,5})?/?|unix:/[^\s\x00]+)$")
 MOVED = ("address", "weights", "weights_folder")

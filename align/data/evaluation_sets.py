@@ -12,10 +12,10 @@ from typing import Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
+from align.config.base import Config
 from align.config.validation import suggest, validate_plain
 from align.data.source_configs import FilesSource, HubSource
 from align.errors import UserError
-from align.pipeline.registry import Config
 
 HUB = {
     "arc_challenge": {"dataset": "allenai/ai2_arc", "config": "ARC-Challenge", "split": "test"},

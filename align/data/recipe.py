@@ -10,12 +10,12 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from align.config.base import Config
 from align.config.validation import suggest, validate
 from align.config.yaml import load_yaml
 from align.data.formats import KINDS, SEVERAL
 from align.data.source_configs import FilesSource, RecordSource, Source, labels
 from align.data.steps import Step
-from align.pipeline.registry import Config
 from align.store.artifacts import Kind
 
 

@@ -11,10 +11,10 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from align.config.base import Config
 from align.config.validation import suggest
 from align.data import embedded
 from align.data.formats import Format, FormatOptions
-from align.pipeline.registry import Config
 
 Part = Literal["split", "train", "test"]
 

@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from align.config.user_functions import function_identity, load_function
 from align.config.user_paths import user_path
 from align.config.validation import nearest, suggest
 from align.data import checkers, embedded
@@ -20,7 +21,6 @@ from align.data.formats.fields import present, renamed
 from align.data.reading import SUFFIXES, Item, checked, known, read_file
 from align.data.records import BadRecord, Record
 from align.data.rows import iter_rows
-from align.data.scoring import function_identity, load_function
 from align.data.source_configs import (
     ArtifactSource,
     EmbeddedSource,

@@ -20,7 +20,7 @@ from align.evaluation.systems import System
 from align.evaluation.tasks.base import Answers, Example
 from align.inference.protocol import Response, Sampling
 from align.models.precision import Precision
-from align.pipeline.registry import StageContext
+from align.pipeline.context import StageContext
 from align.store.artifacts import Artifact
 from align.store.fingerprint import digest
 

@@ -14,7 +14,7 @@ from align.evaluation.measure import LoadedModels, Results, heldout_losses, kl_v
 from align.evaluation.plan import Plan
 from align.evaluation.systems import System
 from align.evaluation.tasks.base import Values
-from align.pipeline.registry import StageContext
+from align.pipeline.context import StageContext
 from align.store.fingerprint import digest
 
 SAMPLER_TOLERANCE = {"float32": 0.01, "bfloat16": 0.15}

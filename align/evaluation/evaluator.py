@@ -28,7 +28,7 @@ from align.evaluation.scorecard import Measurements, TaskFound, build
 from align.evaluation.systems import System
 from align.evaluation.tasks.base import Answers, Measured, Turn, Values
 from align.inference.protocol import Response
-from align.pipeline.registry import StageContext
+from align.pipeline.context import StageContext
 from align.store.fingerprint import digest
 
 Row = dict[str, Any]

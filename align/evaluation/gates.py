@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from align.config.base import Config
 from align.config.validation import suggest, validate_plain
 from align.errors import UserError
 from align.evaluation.bounds import Bound, check_system, parse_bound
 from align.evaluation.tasks.base import SystemInfo
-from align.pipeline.registry import Config
 
 Row = dict[str, Any]
 

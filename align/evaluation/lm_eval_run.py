@@ -37,7 +37,7 @@ class LmEvalChanged(Exception):
 def main(folder: Path) -> int:
     """Do the job in ``folder``; 0 when it has a result, an error of the user's included."""
     job = json.loads((folder / JOB).read_text(encoding="utf-8"))
-    from align.runner.worker import die_with_parent
+    from align.pipeline.stop_signal import die_with_parent
 
     die_with_parent(job["parent"])
     try:

@@ -17,7 +17,7 @@ from align.evaluation.prompts import Policy, choose_rows, render_for_all
 from align.evaluation.systems import System, make_systems
 from align.evaluation.tasks.base import Example, Given, Task
 from align.inference.protocol import Sampling
-from align.pipeline.registry import StageContext
+from align.pipeline.context import StageContext
 from align.store.artifacts import Kind
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ def make_plan(context: StageContext) -> Plan:
     Raises ``UserError`` for an empty split, prompts that are all too long, data that does not fit a task, and gates on
     numbers that nothing makes.
     """
-    from align.data.scoring import function_identity, function_scorer
+    from align.config.user_functions import function_identity
+    from align.data.scoring import function_scorer
     from align.models.loading import load_tokenizer
 
     config: EvaluateConfig = context.config

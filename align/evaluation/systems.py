@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
+from align.config.base import Config
 from align.config.user_paths import user_path
 from align.data.rows import Message, assistant, user
 from align.errors import UserError
@@ -24,7 +25,6 @@ from align.evaluation.prompts import Policy
 from align.evaluation.tasks.base import Example, SystemInfo
 from align.inference.protocol import Sampling
 from align.models.render import render_prompt
-from align.pipeline.registry import Config
 from align.store.fingerprint import digest, file_digest
 
 

@@ -11,9 +11,9 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
+from align.config.base import Config
 from align.errors import redact
 from align.inference.requests import Answer
-from align.pipeline.registry import Config
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 MOST_TOKENS = 2**40

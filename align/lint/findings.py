@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from align.lint.rules import RULES, SEVERITIES, Severity
+from align.config.stages.lint_rules import RULES, SEVERITIES, Severity
 
 MOST_EXAMPLES = 5
 MOST_CHARACTERS = 160

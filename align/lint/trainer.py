@@ -18,7 +18,7 @@ from align.lint.findings import Finding, Findings
 from align.lint.labels import Supervise
 from align.lint.linter import Linter, Options, StageKind
 from align.lint.tokens import Limits
-from align.pipeline.registry import StageContext
+from align.pipeline.context import StageContext
 from align.training.rows import Encoded
 
 FILE = "findings.json"

@@ -19,9 +19,10 @@ from typing import Any
 
 from pydantic import Field
 
+from align.config.base import Config, input_fields
 from align.config.validation import suggest, validate
 from align.errors import UserError
-from align.pipeline.registry import STAGES, Config, find_stage, input_fields
+from align.pipeline.registry import STAGES, find_stage
 from align.pipeline.stage_kinds import LOOP, stage_of
 
 EVERY = "-*"

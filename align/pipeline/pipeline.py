@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, create_model
 
+from align.config.base import Config, input_fields
 from align.config.runtime import Runtime
 from align.config.validation import suggest, validate
 from align.config.yaml import load_yaml
 from align.errors import UserError, shorten
 from align.pipeline.loops import expand
 from align.pipeline.overrides import assign, parse_assignment
-from align.pipeline.registry import Config, Stage, input_fields
+from align.pipeline.registry import Stage
 from align.pipeline.stage_kinds import NAME_PATTERN, stage_of
 from align.store.artifacts import Kind
 from align.store.fingerprint import digest

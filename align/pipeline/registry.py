@@ -7,137 +7,18 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import json
 import re
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
+from align.config.base import Config
 from align.errors import UserError, shorten
-from align.store.artifacts import Artifact, Kind
+from align.pipeline.context import StageContext
+from align.store.artifacts import Kind
 from align.store.record import NAME
-
-if TYPE_CHECKING:
-    from align.config.runtime import Runtime
-
-
-class Config(BaseModel):
-    """Base of every configuration block: frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,  # true is no number of steps, and "3" no number
-        allow_inf_nan=False,
-        protected_namespaces=(),
-        use_attribute_docstrings=True,
-    )
-
-    identified: ClassVar[frozenset[str]] = frozenset()
-    """Fields whose meaning ``identities`` covers (paths, mostly): the key leaves their own text out."""
-
-
-@dataclass(frozen=True)
-class StageInput:
-    """Marks a config field (a stage's name, or a list of them) as an input and says which artifacts it takes."""
-
-    kinds: tuple[Kind, ...]
-
-
-def stage_input(*kinds: Kind) -> Any:
-    """Type of a config field that names an earlier stage making one of ``kinds``.
-
-    ``policy: stage_input(Kind.POLICY)``; use ``list[stage_input(...)]`` for several, ``| None`` for an optional one.
-    """
-    return Annotated[str, StageInput(kinds)]
-
-
-def input_fields(config_class: type[Config]) -> dict[str, StageInput]:
-    """Config fields that name earlier stages."""
-    found: dict[str, StageInput] = {}
-    for name, info in config_class.model_fields.items():
-        marker = _find_marker(info.annotation, info.metadata)
-        if marker is not None:
-            found[name] = marker
-    return found
-
-
-def _find_marker(annotation: Any, metadata: list[Any]) -> StageInput | None:
-    for item in metadata:
-        if isinstance(item, StageInput):
-            return item
-    for argument in getattr(annotation, "__args__", ()):
-        marker = _find_marker(argument, list(getattr(argument, "__metadata__", ())))
-        if marker is not None:
-            return marker
-    return None
-
-
-@dataclass(frozen=True)
-class StageContext:
-    """What ``run(context)`` is given.
-
-    ``inputs`` maps each input field of the config to its artifact, or to a list of them, or None.
-    ``output`` is the folder that becomes the artifact; ``checkpoints`` is kept between attempts and dropped
-    when the artifact is published. ``seed`` is derived from the pipeline's seed.
-    """
-
-    name: str
-    config: Any
-    inputs: dict[str, Any]
-    seed: int
-    runtime: Runtime
-    output: Path
-    checkpoints: Path
-    events: Path
-    cache: Path | None = None
-    """Folder of the store that stages share and nothing depends on: what lies there saves time and may be deleted.
-    None where ``run`` was called without a store."""
-    pipeline: str = ""
-    """Name of the pipeline."""
-    group: str = ""
-    """Short digest of all its stages' keys: one run of a pipeline, however often it was killed and resumed."""
-    followers: list[Callable[[int, dict[str, float]], None]] = field(default_factory=list)
-    """Told of every point of the curves, as the event file is."""
-    started: float = field(default_factory=time.time)
-    fail_at_once: Callable[[str], None] | None = None
-    """Ends the stage's process, as failed and resumable, with a message: for what cannot be interrupted. None where
-    ``run`` was called in a process that is not a stage's own."""
-
-    def artifact(self, field_name: str) -> Artifact:
-        """The artifact behind a required input field."""
-        value = self.inputs[field_name]
-        assert isinstance(value, Artifact), f"{field_name} is not a single artifact"
-        return value
-
-    def emit(self, kind: str, **values: Any) -> None:
-        """Append one event to the stage's event file, which the console and the report read."""
-        line = json.dumps({"event": kind, "time": time.time(), **values}, default=float)
-        with self.events.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-
-    def progress(self, done: float, total: float, unit: str = "steps", tokens: int | None = None, **shown: Any) -> None:
-        """Report ``done`` of ``total`` units, the real ``tokens`` so far, and values to show (loss, score)."""
-        self.emit("progress", done=done, total=total, unit=unit, tokens=tokens, **shown)
-
-    def log(self, step: int, **metrics: float) -> None:
-        """One point of the stage's curves, for the report."""
-        self.emit("metrics", step=step, **metrics)
-        for follower in self.followers:
-            follower(step, metrics)
-
-    def warn(self, message: str) -> None:
-        """A warning the user sees on the console and in the report."""
-        self.emit("warning", message=message)
-
-    def note(self, message: str) -> None:
-        """A line the user sees on the console and in the report, where nothing is wrong."""
-        self.emit("note", message=message)
 
 
 @dataclass(frozen=True)

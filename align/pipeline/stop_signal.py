@@ -8,7 +8,10 @@ nodes too. A stage without such a loop ends as it would have, and the run stops 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -90,3 +93,13 @@ def is_asked(folder: Path) -> bool:
 
 
 __all__ = ["REQUEST", "StopRequest", "Stopped", "clear", "is_asked", "pass_on"]
+
+
+def die_with_parent(parent: int | None) -> None:
+    """Have Linux end this process when the runner dies, so that no orphan works on under a released lock."""
+    if not sys.platform.startswith("linux"):
+        return
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if parent is not None and os.getppid() != parent:  # it died before the line above
+        os._exit(1)

@@ -11,8 +11,8 @@ from align.config.validation import suggest
 from align.errors import UserError
 from align.pipeline.pipeline import Node, Pipeline
 from align.pipeline.provenance import source_digest
-from align.runner.worker import CHECKPOINTS
 from align.store.artifacts import GENERATORS, Artifact, Kind
+from align.store.partial import CHECKPOINTS
 from align.store.record import RECORD, DamagedRecord
 from align.store.store import Store
 

@@ -20,12 +20,12 @@ from align.runner.listener import Listener
 from align.runner.stage_result import RESULT, read_result, write_work
 from align.runner.subprocess import run_attempt, seconds_of_attempts
 from align.runner.sync import among_machines, fetched_meanwhile, offer
-from align.runner.worker import CHECKPOINTS, EVENTS, LOG, OUTPUT
 from align.store.artifacts import Artifact
 from align.store.fingerprint import digest
 from align.store.json_files import DamagedFile
 from align.store.locks import Hold, LockLost
 from align.store.marker import require_mark
+from align.store.partial import CHECKPOINTS, EVENTS, LOG, OUTPUT
 from align.store.record import DamagedArtifact
 from align.store.retry import UNREACHABLE_STORE
 from align.store.store import Store

@@ -21,9 +21,10 @@ from align.errors import disk_is_full, no_space
 from align.pipeline.registry import find_stage
 from align.pipeline.stop_signal import Stopped, StopRequest, pass_on
 from align.runner.stage_result import RESULT, read_attempts, read_result, read_work, write_attempts
-from align.runner.worker import ENVIRONMENT, EVENTS, LOG, UNREACHABLE_CODE
+from align.runner.worker import ENVIRONMENT, UNREACHABLE_CODE
 from align.store.events import parse_event
 from align.store.json_files import DamagedFile
+from align.store.partial import EVENTS, LOG
 from align.store.retry import UNREACHABLE, UNREACHABLE_STORE, Patience
 
 POLL_SECONDS = 0.1

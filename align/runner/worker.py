@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import errno
 import functools
 import os
 import platform
 import resource
-import signal
 import sys
 import time
 import traceback
@@ -25,15 +23,15 @@ from align.config.launch import BY_SRUN, PARENT, RANKS, is_head, local_size, ran
 from align.config.runtime import Runtime
 from align.config.validation import validate_plain
 from align.errors import UserError, explain_os_error, no_space
-from align.pipeline.registry import Stage, StageContext, find_stage, load_object
-from align.pipeline.stop_signal import Stopped
+from align.pipeline.context import StageContext
+from align.pipeline.registry import Stage, find_stage, load_object
+from align.pipeline.stop_signal import Stopped, die_with_parent
 from align.runner.stage_result import RESULT, read_work, write_result
 from align.store.artifacts import Artifact
+from align.store.partial import CHECKPOINTS, EVENTS, OUTPUT
 from align.store.record import read_artifact
 from align.store.retry import UNREACHABLE_STORE, is_unreachable
 
-EVENTS, LOG = "events.jsonl", "log.txt"
-OUTPUT, CHECKPOINTS = "output", "checkpoints"
 UNREACHABLE_CODE = 74
 """Exit code of a stage that lost the store (EX_IOERR of sysexits.h); it stands for a result that was not written."""
 HANDOVER, PROCESSES, LAUNCHER = "align.checks.stage", "align.models.processes", "align.runner.ranks"
@@ -218,16 +216,6 @@ def _context(folder: Path, work: dict[str, Any], started: float, result_file: st
 def _artifact(item: dict[str, str]) -> Artifact:
     path = Path(item["path"])
     return read_artifact(path, item["stage"])
-
-
-def die_with_parent(parent: int | None) -> None:
-    """Have Linux end this process when the runner dies, so that no orphan works on under a released lock."""
-    if not sys.platform.startswith("linux"):
-        return
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if parent is not None and os.getppid() != parent:  # it died before the line above
-        os._exit(1)
 
 
 def _set_threads(runtime: dict[str, Any]) -> None:

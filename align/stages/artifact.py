@@ -12,9 +12,10 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from align.config.base import Config
 from align.config.user_paths import user_path
 from align.errors import UserError
-from align.pipeline.registry import Config, StageContext
+from align.pipeline.context import StageContext
 from align.store.artifacts import Kind, original_key
 from align.store.fingerprint import file_digest
 from align.store.record import RECORD, DamagedRecord

@@ -9,7 +9,8 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from align.pipeline.registry import StageContext, stage_input
+from align.config.base import stage_input
+from align.pipeline.context import StageContext
 from align.stages.preference import (
     PreferenceFields,
     check_experimental,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from align.pipeline.registry import StageContext
+from align.pipeline.context import StageContext
 from align.rl.arguments import RolloutArguments
 from align.rl.critic_free.best_of_n import BestOfNTrainer
 from align.rl.critic_free.config import BestOfNConfig, GRPOConfig, OnlineDPOConfig, RLOOConfig

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
+from align.config.base import Config, stage_input
 from align.data.build import build
 from align.data.card import write_card
 from align.data.ledger import summary_lines
@@ -18,9 +19,9 @@ from align.data.source_configs import FilesSource, InputSource
 from align.data.sources import identity
 from align.data.workers import Machine
 from align.errors import UserError
-from align.pipeline.registry import Config, StageContext, stage_input
+from align.pipeline.context import StageContext
+from align.pipeline.stop_signal import die_with_parent
 from align.report.dataset.page import write_preview
-from align.runner.worker import die_with_parent
 from align.store.artifacts import DATASETS, Kind
 from align.store.fingerprint import digest
 

@@ -11,9 +11,10 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from align.config.base import stage_input
 from align.config.stages.lint import LintSettings
 from align.config.stages.training import TrainingFields, checked_options
-from align.pipeline.registry import StageContext, stage_input
+from align.pipeline.context import StageContext
 from align.store.artifacts import GENERATORS, Kind
 
 

@@ -19,7 +19,7 @@ from align.models.sharding import whole
 from align.models.threads import device_of, use_threads
 from align.models.tuning.apply import apply_tuning, load_for_tuning
 from align.models.tuning.stored import engine_source
-from align.pipeline.registry import StageContext
+from align.pipeline.context import StageContext
 from align.store.artifacts import Artifact
 from align.training.arguments import training_arguments
 from align.training.distill_trainer import AnswerCollator, PreparedDistill, held_out, own_answers

@@ -7,8 +7,9 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from align.config.base import stage_input
 from align.config.stages.training import checked_options
-from align.pipeline.registry import StageContext, stage_input
+from align.pipeline.context import StageContext
 from align.stages.preference import ReferenceFields
 from align.store.artifacts import Kind
 

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from align.config.base import Config, stage_input
 from align.errors import UserError
 from align.evaluation.gates import DRIFT, GateSpec, parse_gates
 from align.evaluation.prompt_metrics import METRICS
 from align.evaluation.systems import BaselineConfig
 from align.evaluation.tasks.base import TaskConfig
 from align.evaluation.tasks.registry import AnyTask, named_tasks
-from align.pipeline.registry import Config, StageContext, stage_input
+from align.pipeline.context import StageContext
 from align.store.artifacts import GENERATORS, PROMPT_SOURCES, Kind
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ class EvaluateConfig(Config):
         """Digests of everything read outside the store, and the settings of tasks and baselines, one by one."""
         found: dict[str, str] = {}
         if self.score is not None:
-            from align.data.scoring import function_identity
+            from align.config.user_functions import function_identity
 
             found["score"] = function_identity(self.score)
         for what, blocks in (("tasks", self.tasks), ("baselines", self.baselines)):

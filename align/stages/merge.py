@@ -6,7 +6,8 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from align.pipeline.registry import Config, StageContext, stage_input
+from align.config.base import Config, stage_input
+from align.pipeline.context import StageContext
 from align.store.artifacts import GENERATORS, Kind
 
 Method = Literal["linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties", "warp"]

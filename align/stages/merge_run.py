@@ -11,7 +11,7 @@ import torch
 from align.models.merging_methods import methods
 from align.models.merging_methods.checks import check_architecture, check_language, check_origin, check_tensors
 from align.models.merging_methods.weights import Weights
-from align.pipeline.registry import StageContext
+from align.pipeline.context import StageContext
 from align.store.artifacts import Artifact
 
 if TYPE_CHECKING:

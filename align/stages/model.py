@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from align.config.base import Config
 from align.errors import UserError
 from align.models.files import READ_SUFFIXES
 from align.models.folder_checks import check_folder
 from align.models.source import Origin, Source, identity, resolve
-from align.pipeline.registry import Config, StageContext
+from align.pipeline.context import StageContext
 from align.store.fingerprint import file_digest
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from align.pipeline.registry import StageContext, stage_input
+from align.config.base import stage_input
+from align.pipeline.context import StageContext
 from align.stages.preference import (
     PreferenceFields,
     check_experimental,

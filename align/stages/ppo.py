@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from align.config.launch import LaunchConfig
 from align.config.stages.rl import DriftFields
-from align.pipeline.registry import StageContext
+from align.pipeline.context import StageContext
 
 
 class PpoConfig(DriftFields):

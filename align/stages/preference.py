@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from align.config.base import stage_input
 from align.config.stages.lint import LintSettings
 from align.config.stages.training import TrainingFields, checked_options
 from align.config.trl_options import CLASSES, trainer_options
 from align.config.tuning import TuningBase
-from align.pipeline.registry import StageContext, stage_input
+from align.pipeline.context import StageContext
 from align.store.artifacts import GENERATORS, Artifact
 from align.training.beta import beta_at
 

@@ -6,8 +6,9 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
+from align.config.base import stage_input
 from align.config.stages.training import TrainingFields, checked_options
-from align.pipeline.registry import StageContext, stage_input
+from align.pipeline.context import StageContext
 from align.store.artifacts import GENERATORS, Kind
 
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from align.config.stages.rl import RolloutFields
-from align.pipeline.registry import StageContext
+from align.pipeline.context import StageContext
 
 
 class RejectionConfig(RolloutFields):

@@ -7,8 +7,9 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from align.config.base import Config, stage_input
 from align.errors import UserError
-from align.pipeline.registry import Config, StageContext, stage_input
+from align.pipeline.context import StageContext
 from align.store.artifacts import Kind
 
 SHOWN = tuple(kind for kind in Kind if kind != Kind.REPORT)

@@ -6,9 +6,10 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from align.config.base import Config, stage_input
 from align.config.stages.lint import LintSettings
 from align.config.stages.training import TrainingFields, checked_options
-from align.pipeline.registry import Config, StageContext, stage_input
+from align.pipeline.context import StageContext
 from align.store.artifacts import GENERATORS, Kind
 
 OF_PAIRS = {"margin": 0.0, "center_rewards": 0.01}

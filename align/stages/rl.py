@@ -27,7 +27,7 @@ from align.models.threads import device_of, use_threads
 from align.models.tuning.apply import load_for_tuning
 from align.models.tuning.notice import notice, parameter_counts
 from align.models.tuning.stored import engine_source
-from align.pipeline.registry import StageContext
+from align.pipeline.context import StageContext
 from align.rl.arguments import RolloutArguments
 from align.rl.checkpoint import last_checkpoint
 from align.rl.completions import gather

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from align.config.stages.rl import DriftFields
-from align.pipeline.registry import StageContext
+from align.pipeline.context import StageContext
 
 
 class RlooConfig(DriftFields):

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from align.pipeline.registry import Config, StageContext, stage_input
+from align.config.base import Config, stage_input
+from align.pipeline.context import StageContext
 from align.store.artifacts import GENERATORS, PROMPT_SOURCES, Kind
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class SampleConfig(Config):
         """The scoring function, by its code."""
         if self.score is None:
             return {}
-        from align.data.scoring import function_identity
+        from align.config.user_functions import function_identity
 
         return {"score": function_identity(self.score)}
 

@@ -19,7 +19,7 @@ from align.inference.protocol import RolloutEngine, Sampling
 from align.models.loading import load_tokenizer
 from align.models.render import render_prompt
 from align.models.threads import device_of, use_threads
-from align.pipeline.registry import StageContext
+from align.pipeline.context import StageContext
 from align.store.fingerprint import digest
 from align.store.sealed import read_entry, write_entry
 

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, StrictBool, model_validator
 
+from align.config.base import Config, stage_input
 from align.config.stages.synthesis_tasks import PairsTask, Task
 from align.errors import UserError
 from align.evaluation.judges.judge import JudgeConfig
 from align.inference.endpoint import EndpointConfig
-from align.pipeline.registry import Config, StageContext, stage_input
+from align.pipeline.context import StageContext
 from align.stages.sample import SplitCounts
 from align.store.artifacts import GENERATORS, PROMPT_SOURCES, Kind
 from align.store.fingerprint import canonical, file_digest
@@ -141,7 +142,7 @@ class SynthesizeConfig(Config):
                 raise UserError(f"seeds: there is no file {path}.")
             found["seeds"] = file_digest(path)
         if self.score is not None:
-            from align.data.scoring import function_identity
+            from align.config.user_functions import function_identity
 
             found["score"] = function_identity(self.score)
         return found

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from align.store.sealed import BrokenSealError, open_sealed, seal
 from align.store.atomic_write import write_atomically
+from align.store.sealed import BrokenSealError, open_sealed, seal
 
 Model = TypeVar("Model", bound=BaseModel)
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from align.store.json_files import DamagedFile, read_sealed, write_sealed
 from align.errors import UserError
+from align.store.json_files import DamagedFile, read_sealed, write_sealed
 from align.store.locks import Hold, Lease, Lock
 from align.store.record import Digest, Name
 from align.store.retry import Patience

@@ -25,8 +25,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from align.store.claims import CLAIM_BYTES, Claims, FolderClaims
 from align.errors import StageFailed, UserError
+from align.store.claims import CLAIM_BYTES, Claims, FolderClaims
 from align.store.retry import Patience
 
 FIRST_LOOK, LONGEST_LOOK = 0.1, 2.0

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from align.store.json_files import DamagedFile, parse_object, validate
 from align.errors import UserError
-from align.store.retry import UNREACHABLE
 from align.store.atomic_write import write_atomically
+from align.store.json_files import DamagedFile, parse_object, validate
+from align.store.retry import UNREACHABLE
 
 MARKER = "align-store.json"
 FORMAT = 1

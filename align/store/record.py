@@ -11,9 +11,9 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
+from align.errors import UserError
 from align.store.artifacts import Artifact, Kind
 from align.store.json_files import DamagedFile, as_json, parse_sealed, read_file, validate, write_sealed
-from align.errors import UserError
 
 RECORD = "record.json"
 

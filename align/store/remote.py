@@ -17,17 +17,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from align.store.artifacts import Artifact
-from align.store.object_store import CHUNK, Bucket
-from align.store.json_files import DamagedFile, as_json
 from align.errors import UserError
-from align.store.fingerprint import digest, file_digest
-from align.store.locks import Hold, Lock
-from align.store.record import RECORD, DamagedArtifact, DamagedRecord, parse_record, write_record
-from align.store.sealed import seal
-from align.store.retry import Patience, StoreUnreachable
-from align.store.store import SHORT, Store
+from align.store.artifacts import Artifact
 from align.store.atomic_write import sync_folder
+from align.store.fingerprint import digest, file_digest
+from align.store.json_files import DamagedFile, as_json
+from align.store.locks import Hold, Lock
+from align.store.object_store import CHUNK, Bucket
+from align.store.record import RECORD, DamagedArtifact, DamagedRecord, parse_record, write_record
+from align.store.retry import Patience, StoreUnreachable
+from align.store.sealed import seal
+from align.store.store import SHORT, Store
 
 T = TypeVar("T")
 UNRECORDED = ("log.txt", "events.jsonl")

@@ -21,16 +21,16 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
-from align.store.artifacts import Artifact, Kind
-from align.store.json_files import DamagedFile, read_sealed, write_sealed
 from align.errors import UserError
+from align.store.artifacts import Artifact, Kind
+from align.store.atomic_write import sync_folder
+from align.store.json_files import DamagedFile, read_sealed, write_sealed
+from align.store.leases import LEASES, RunLeases, Stages, UsedStage, Uses
 from align.store.locks import Hold, Lease, Lock, LockLost
+from align.store.marker import open_folder, require_mark
 from align.store.output_files import Problem, differing, output_digests
 from align.store.record import RECORD, DamagedRecord, read_artifact, write_record
-from align.store.leases import LEASES, RunLeases, Stages, UsedStage, Uses
 from align.store.retry import SECONDS, Patience, forget_cached, patient
-from align.store.marker import open_folder, require_mark
-from align.store.atomic_write import sync_folder
 
 if TYPE_CHECKING:
     from align.store.remote import Remote

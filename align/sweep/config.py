@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from align.config.base import Config
 from align.config.validation import validate
 from align.config.yaml import load_yaml
 from align.errors import UserError
 from align.pipeline.pipeline import NAME_PATTERN
-from align.pipeline.registry import Config
 
 
 class PruneConfig(Config):

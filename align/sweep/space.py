@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from align.config.base import Config
 from align.config.validation import nearest, validate
 from align.errors import UserError
 from align.pipeline.pipeline import Pipeline
-from align.pipeline.registry import Config
 
 Draw = dict[str, float | int | str]
 """Name → the number drawn, or the label of the choice."""

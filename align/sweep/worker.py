@@ -17,9 +17,9 @@ from align.pipeline.pipeline import Node, Pipeline
 from align.pipeline.stop_signal import Stopped, StopRequest
 from align.runner.listener import Listener
 from align.runner.runner import Run, run_pipeline
-from align.runner.worker import EVENTS
 from align.store.artifacts import Artifact
 from align.store.events import read_events
+from align.store.partial import EVENTS
 from align.store.record import DamagedArtifact
 from align.store.store import Store
 from align.sweep.objectives import NoNumber

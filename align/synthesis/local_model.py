@@ -21,7 +21,7 @@ from align.inference.requests import Answer, Request
 from align.inference.weights import checkpoint_weights
 from align.models.loading import load_tokenizer
 from align.models.render import render_prompt, require_chat_template
-from align.pipeline.registry import StageContext
+from align.pipeline.context import StageContext
 from align.store.artifacts import Artifact
 
 

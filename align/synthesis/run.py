@@ -18,7 +18,7 @@ from align.inference.cached_client import Asker, Backend, Prices
 from align.inference.endpoint import EndpointConfig
 from align.inference.endpoint_client import Endpoint
 from align.inference.requests import Answer, Request, RequestCache
-from align.pipeline.registry import StageContext
+from align.pipeline.context import StageContext
 from align.store.fingerprint import canonical
 from align.synthesis import choosing, instructions, pairing
 from align.synthesis.choosing import Answered

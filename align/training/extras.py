@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from align.config.stages.training import TrainingFields
 from align.config.tuning import FullTuning
-from align.pipeline.registry import StageContext
+from align.pipeline.context import StageContext
 from align.training.anchoring import KLToStart, PullToStart
 from align.training.averaging import AverageWeights
 from align.training.replay import make_replay

@@ -11,7 +11,7 @@ from typing import Any
 from align.config.launch import rank
 from align.models.processes import agreed, gathered
 from align.models.tuning.notice import notice, parameter_counts
-from align.pipeline.registry import StageContext
+from align.pipeline.context import StageContext
 from align.training.checkpoints import MarkCheckpoints, last_complete
 from align.training.clock import TrainingClock
 from align.training.extras import extra_callbacks, has_scores, scored_with

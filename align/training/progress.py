@@ -9,7 +9,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from align.errors import UserError
-from align.pipeline.registry import StageContext
+from align.pipeline.context import StageContext
 from align.training.stopping import VALIDATION
 
 HIDDEN = ("total_flos", "epoch", "num_tokens", "num_input_tokens_seen", "train_runtime", "train_tokens_per_second")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from align.errors import UserError
 from align.models.steps import Steps
-from align.pipeline.registry import StageContext
+from align.pipeline.context import StageContext
 from align.store.artifacts import Kind
 from align.training import held_out, reward_held_out
 from align.training.input_checks import check_encoded

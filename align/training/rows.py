@@ -18,7 +18,7 @@ from align.errors import UserError
 from align.models.render import render_answer, render_answered, render_conversation, render_prompt
 
 if TYPE_CHECKING:
-    from align.pipeline.registry import StageContext
+    from align.pipeline.context import StageContext
 
 Row = dict[str, Any]
 MASKED = -100

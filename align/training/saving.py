@@ -7,7 +7,7 @@ from typing import Any
 from align.config.launch import rank
 from align.models.sharding import whole
 from align.models.tuning.apply import save_tuned
-from align.pipeline.registry import StageContext
+from align.pipeline.context import StageContext
 
 
 def save(context: StageContext, trainer: Any, tokenizer: Any) -> None:

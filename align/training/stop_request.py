@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from align.pipeline.registry import StageContext
+from align.pipeline.context import StageContext
 from align.pipeline.stop_signal import Stopped, is_asked
 
 

@@ -19,7 +19,7 @@ from align.config.stages.training import TrainingFields
 from align.config.tuning import FullTuning
 from align.models.processes import wait_for_all
 from align.models.sharding import forget_gathered, full, put
-from align.pipeline.registry import StageContext
+from align.pipeline.context import StageContext
 from align.training.checkpoints import link
 
 Scores = dict[str, float]

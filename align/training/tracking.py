@@ -19,7 +19,7 @@ from typing import Any
 
 from align.config.user_paths import user_path
 from align.errors import UserError
-from align.pipeline.registry import StageContext
+from align.pipeline.context import StageContext
 from align.training.state_files import read_state, write_state
 
 IDENTITY = "tracking.json"

@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from align.config.tuning import FullTuning
 from align.models.parameter_groups import Place, layer_stack, places, tied_head
-from align.pipeline.registry import StageContext
+from align.pipeline.context import StageContext
 from align.training.lisa import drawn_layers
 
 OpenAt = Callable[[int], frozenset[Place]]

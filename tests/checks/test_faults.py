@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from align.checks.facts import read_facts
-from align.checks.faults import REMEDIES
 from align.checks.stage import check_inputs, check_made
+from align.config.base import Config
+from align.config.faults import REMEDIES
 from align.config.runtime import Runtime
 from align.errors import UserError
-from align.pipeline.registry import Config, StageContext
+from align.pipeline.context import StageContext
 from align.store.artifacts import Artifact, Kind
 
 WEIGHTS = "model.safetensors"

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from align.config.base import Config
 from align.config.peft_options import SET_HERE, peft_options, peft_types
 from align.config.validation import validate
 from align.errors import UserError
-from align.pipeline.registry import STAGES, Config
+from align.pipeline.registry import STAGES
 from align.store.artifacts import Kind
 
 METHODS = [kind for kind, stage in STAGES.items() if stage.makes in (Kind.POLICY, Kind.REWARD)] + ["merge"]

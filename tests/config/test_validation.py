@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from pydantic import Field
 
+from align.config.base import Config, stage_input
 from align.config.tuning import FullTuning, LoraTuning, Tuning
 from align.config.validation import suggest, validate, validate_plain
 from align.errors import UserError
-from align.pipeline.registry import Config, stage_input
 from align.store.artifacts import Kind
 
 

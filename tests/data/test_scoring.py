@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from align.config.user_functions import function_identity
 from align.data import checkers
 from align.data.embedded import generate
-from align.data.scoring import function_identity, function_scorer
+from align.data.scoring import function_scorer
 from align.errors import UserError
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from align.config.base import Config
 from align.config.validation import validate
 from align.data import embedded
 from align.data.records import BadRecord
@@ -24,7 +25,6 @@ from align.data.source_configs import (
 )
 from align.data.sources import Item, choose_format, find_files, identity, read
 from align.errors import UserError
-from align.pipeline.registry import Config
 from tests.support.damage import flip_last_bit
 from tests.support.records import put_record
 

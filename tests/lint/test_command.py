@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from align.cli.main import main
+from align.config.stages.lint_rules import RULES
 from align.data.rows import assistant, user
 from align.errors import UserError
 from align.lint.command import lint_dataset, lint_rows, load, print_findings
 from align.lint.findings import Example, Finding, Findings, Place
-from align.lint.rules import RULES
 from tests.support.lint.harness import dataset, instructions, pairs
 
 DOCS = Path(__file__).parents[2] / "docs" / "lint.md"

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from tokenizers import normalizers
 
+from align.config.stages.lint_rules import RULES
 from align.data.rows import assistant, user
 from align.lint.batches import MASKED
 from align.lint.linter import Options
-from align.lint.rules import RULES
 from tests.support.lint import (
     dialects,
     seeds_tokens,  # noqa: F401  (they register their seeds)

@@ -14,7 +14,8 @@ import pytest
 
 from align.config.runtime import Runtime
 from align.data.rows import assistant, user, write_rows
-from align.pipeline.registry import STAGES, StageContext
+from align.pipeline.context import StageContext
+from align.pipeline.registry import STAGES
 from align.rl import online_trainer
 from align.rl.alarms import Alarm
 from align.store.artifacts import Artifact, Kind

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from align.errors import UserError
-from align.pipeline.registry import StageContext
+from align.pipeline.context import StageContext
 from align.rl.checkpoint import last_checkpoint
 from align.training.checkpoints import MARKER
 from tests.rl.test_aimed_kills import make_stage

@@ -55,7 +55,7 @@ def test_where_links_are_impossible_files_are_copied(
     made: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from align.config.runtime import Runtime
-    from align.pipeline.registry import StageContext
+    from align.pipeline.context import StageContext
     from align.stages.artifact import ArtifactConfig, run
 
     def refuse(*_: Any, **__: Any) -> None:

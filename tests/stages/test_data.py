@@ -11,8 +11,8 @@ import yaml
 from align.config.runtime import Runtime
 from align.data.rows import read_rows
 from align.errors import StageFailed, UserError
+from align.pipeline.context import StageContext
 from align.pipeline.pipeline import Pipeline
-from align.pipeline.registry import StageContext
 from align.stages.data import DataConfig, run
 from align.store.artifacts import Kind
 

@@ -16,7 +16,7 @@ from align.errors import UserError
 from align.inference.protocol import Response, Sampling
 from align.models.loading import load_policy, load_tokenizer
 from align.models.tiny import make_tiny
-from align.pipeline.registry import StageContext
+from align.pipeline.context import StageContext
 from align.stages import distill_run as work
 from align.stages.distill import DistillConfig, run
 from align.store.artifacts import Artifact, Kind

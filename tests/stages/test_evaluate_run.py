@@ -13,7 +13,7 @@ from align.errors import UserError
 from align.evaluation.planning import make_plan
 from align.inference.transformers import TransformersEngine
 from align.models.tiny import make_tiny
-from align.pipeline.registry import StageContext
+from align.pipeline.context import StageContext
 from align.stages import evaluate
 from align.stages.evaluate import EvaluateConfig
 from align.store.artifacts import Artifact, Kind

@@ -17,8 +17,8 @@ from align.config.runtime import Runtime
 from align.errors import UserError
 from align.models.loading import load_policy, load_reward, load_tokenizer
 from align.models.merging_methods import methods
+from align.pipeline.context import StageContext
 from align.pipeline.pipeline import Pipeline
-from align.pipeline.registry import StageContext
 from align.stages.merge import MergeConfig, run
 from align.stages.merge_run import merge_tensor
 from align.store.artifacts import Artifact, Kind

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from align.config.runtime import Runtime
 from align.errors import UserError
 from align.models.loading import load_policy, load_tokenizer
-from align.pipeline.registry import StageContext
+from align.pipeline.context import StageContext
 from align.stages.model import ModelConfig, run
 
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from align.config.runtime import Runtime
 from align.data.rows import user, write_rows
-from align.pipeline.registry import STAGES, StageContext
+from align.pipeline.context import StageContext
+from align.pipeline.registry import STAGES
 from align.stages.critic_free import KINDS
 from align.stages.rl import ReportUpdates
 from align.store.artifacts import Artifact, Kind

@@ -18,7 +18,7 @@ from align.data.rows import assistant, user, write_rows
 from align.errors import UserError
 from align.models.loading import load_reward, load_tokenizer
 from align.models.reward import RewardModel
-from align.pipeline.registry import StageContext
+from align.pipeline.context import StageContext
 from align.pipeline.stop_signal import Stopped, clear, pass_on
 from align.rl.checkpoint import DRAFT
 from align.rl.ppo.config import PPOConfig

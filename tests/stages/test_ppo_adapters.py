@@ -15,7 +15,7 @@ from align.config.tuning import AdaptersTuning
 from align.data.rows import user, write_rows
 from align.models.loading import load_policy, load_tokenizer
 from align.models.render import render_prompt
-from align.pipeline.registry import StageContext
+from align.pipeline.context import StageContext
 from align.stages.ppo import PpoConfig, run
 from align.store.artifacts import Artifact, Kind
 from tests.support.models.tuning.confident import saved

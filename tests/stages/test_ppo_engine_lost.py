@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from align.config.runtime import Runtime
 from align.errors import StageFailed
 from align.inference.server_client import EngineLost
+from align.pipeline.context import StageContext
 from align.pipeline.pipeline import Pipeline
-from align.pipeline.registry import StageContext
 from align.runner.listener import Listener
 from align.runner.plan import plan
 from align.runner.runner import run_pipeline

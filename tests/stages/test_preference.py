@@ -17,7 +17,8 @@ from align.data.rows import write_rows
 from align.errors import UserError
 from align.models.loading import load_policy, load_tokenizer
 from align.models.tiny import make_tiny
-from align.pipeline.registry import STAGES, StageContext
+from align.pipeline.context import StageContext
+from align.pipeline.registry import STAGES
 from align.stages.preference import Reference, make_ready
 from align.store.artifacts import Artifact, Kind
 from align.training.reference import Answer, answer_sums

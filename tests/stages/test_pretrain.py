@@ -16,7 +16,7 @@ from align.config.validation import validate
 from align.data.rows import write_rows
 from align.errors import UserError
 from align.models.loading import load_policy, load_tokenizer
-from align.pipeline.registry import StageContext
+from align.pipeline.context import StageContext
 from align.stages.pretrain import PretrainConfig, run
 from align.store.artifacts import Artifact, Kind
 from align.training.rows import MASKED

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from align.config.runtime import Runtime
 from align.errors import UserError
-from align.pipeline.registry import StageContext
+from align.pipeline.context import StageContext
 from align.stages.report import ReportConfig, run
 from align.store.artifacts import Artifact, Kind
 

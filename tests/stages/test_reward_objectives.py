@@ -16,7 +16,7 @@ from align.errors import UserError
 from align.models.reward import RewardModel
 from align.models.steps import Steps, combined, step_ends
 from align.models.tiny import make_tiny_tokenizer
-from align.pipeline.registry import StageContext
+from align.pipeline.context import StageContext
 from align.stages.reward import RewardConfig, run
 from align.store.artifacts import Artifact, Kind
 from align.training.held_out import pair_accuracy

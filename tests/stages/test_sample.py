@@ -13,7 +13,7 @@ from align.config.runtime import EngineConfig, Runtime
 from align.data.rows import read_rows, write_rows
 from align.errors import UserError
 from align.inference.transformers import TransformersEngine
-from align.pipeline.registry import StageContext
+from align.pipeline.context import StageContext
 from align.stages import sample_run
 from align.stages.sample import SampleConfig, run
 from align.store.artifacts import Artifact, Kind

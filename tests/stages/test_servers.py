@@ -14,7 +14,7 @@ from align.config.runtime import Runtime
 from align.data.rows import read_rows, user, write_rows
 from align.evaluation import generation
 from align.models.tiny import make_tiny
-from align.pipeline.registry import StageContext
+from align.pipeline.context import StageContext
 from align.stages import evaluate, sample, synthesize
 from align.stages.evaluate import EvaluateConfig
 from align.stages.sample import SampleConfig

@@ -11,18 +11,18 @@ from typing import Any
 
 import pytest
 
-from align.store import leases
-from align.runner import runner
 from align.cli.main import main
 from align.errors import UserError
-from align.store.locks import FolderClaims, Lock
 from align.pipeline.pipeline import Pipeline
-from align.store.leases import LEASES, USES
+from align.runner import runner
 from align.runner.runner import run_pipeline
+from align.store import leases
+from align.store.leases import LEASES, USES
+from align.store.locks import FolderClaims, Lock
 from align.store.store import Store
-from tests.support import toy
 from tests.runner.test_runner import wait_for
 from tests.runner.test_shared_store import start
+from tests.support import toy
 
 
 @pytest.fixture

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from align.store import claims
-from align.store import locks
+from align.store import claims, locks
 from align.store.claims import FolderClaims
 from align.store.locks import Lease, Lock, LockLost, describe
 from align.store.retry import Patience

@@ -12,23 +12,23 @@ from typing import Any
 
 import pytest
 
-from align.store import remote as remote_module
-from align.store.object_store import Bucket
 from align.errors import StageFailed, UserError
-from align.store.locks import Lease, Lock
-from align.runner.open_store import open_store
 from align.pipeline.pipeline import Pipeline
+from align.runner.open_store import open_store
 from align.runner.plan import plan
-from align.store.remote import BucketClaims, Remote
 from align.runner.runner import run_pipeline
-from align.store.sealed import seal
+from align.store import remote as remote_module
+from align.store.locks import Lease, Lock
+from align.store.object_store import Bucket
+from align.store.remote import BucketClaims, Remote
 from align.store.retry import Patience
+from align.store.sealed import seal
 from align.store.store import Store
+from tests.runner.test_runner import Recorder
+from tests.runner.test_shared_store import published
 from tests.support import toy
 from tests.support.records import record_of
 from tests.support.s3_server import SECRET, Server
-from tests.runner.test_runner import Recorder
-from tests.runner.test_shared_store import published
 
 
 def raw(address: str | None, folder: Path | None = None, **changes: Any) -> dict[str, Any]:

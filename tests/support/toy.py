@@ -11,8 +11,10 @@ from typing import Any
 
 from pydantic import Field
 
+from align.config.base import Config, stage_input
 from align.errors import UserError
-from align.pipeline.registry import Config, Stage, StageContext, stage_input
+from align.pipeline.context import StageContext
+from align.pipeline.registry import Stage
 from align.pipeline.stop_signal import Stopped, is_asked
 from align.store.artifacts import Kind
 

@@ -16,7 +16,8 @@ import pytest
 from align.config.runtime import Runtime
 from align.data.rows import write_rows
 from align.models.tiny import make_tiny
-from align.pipeline.registry import STAGES, StageContext
+from align.pipeline.context import StageContext
+from align.pipeline.registry import STAGES
 from align.store.artifacts import Artifact, Kind
 from tests.support.training.harness import context, data_artifact
 from tests.support.training.kills import Kill, assert_same, kills, run, run_killed

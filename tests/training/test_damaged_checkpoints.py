@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from align.pipeline.registry import StageContext
+from align.pipeline.context import StageContext
 from align.training.checkpoints import MARKER, mark_complete
 from align.training.state_files import read_state, write_state
 from tests.support.training.damage import DAMAGES, flip_bit

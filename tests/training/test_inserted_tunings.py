@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from align.config.validation import validate
 from align.errors import UserError
 from align.models.loading import load_policy, load_tokenizer
-from align.pipeline.registry import STAGES, StageContext
+from align.pipeline.context import StageContext
+from align.pipeline.registry import STAGES
 from align.store.artifacts import Kind
 from tests.support.models.tuning.confident import confident_copy
 from tests.support.training.harness import context, data_artifact, events, losses

@@ -15,7 +15,8 @@ from align.config.validation import validate
 from align.data.rows import assistant, user, write_rows
 from align.errors import UserError
 from align.models.loading import load_policy
-from align.pipeline.registry import STAGES, StageContext
+from align.pipeline.context import StageContext
+from align.pipeline.registry import STAGES
 from align.stages.reward import RewardConfig
 from align.stages.sft import SftConfig
 from align.store.artifacts import Artifact, Kind

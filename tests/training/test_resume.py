@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from align.pipeline.registry import STAGES, StageContext
+from align.pipeline.context import StageContext
+from align.pipeline.registry import STAGES
 from align.pipeline.stop_signal import Stopped, clear, pass_on
 from align.store.artifacts import Kind
 from align.training.checkpoints import MARKER, is_complete, mark_complete

@@ -13,7 +13,7 @@ from align.config.validation import validate
 from align.data.rows import assistant, read_rows, write_rows
 from align.data.splits import group
 from align.errors import UserError
-from align.pipeline.registry import StageContext
+from align.pipeline.context import StageContext
 from align.stages.reward import RewardConfig
 from align.stages.sft import SftConfig, run
 from align.store.artifacts import Kind

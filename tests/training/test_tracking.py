@@ -16,8 +16,9 @@ import align.config.trackers
 from align.cli.main import main
 from align.config.runtime import Runtime
 from align.errors import UserError
+from align.pipeline.context import StageContext
 from align.pipeline.pipeline import Pipeline
-from align.pipeline.registry import STAGES, StageContext
+from align.pipeline.registry import STAGES
 from align.runner.runner import run_pipeline
 from align.store.artifacts import Kind
 from align.training import tracking

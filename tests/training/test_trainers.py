@@ -14,7 +14,7 @@ from trl.trainer.sft_config import SFTConfig
 from align.errors import UserError
 from align.models.loading import load_policy, load_tokenizer, new_reward
 from align.models.tuning.apply import apply_tuning
-from align.pipeline.registry import StageContext
+from align.pipeline.context import StageContext
 from align.stages.reward import RewardConfig
 from align.stages.sft import SftConfig
 from align.store.artifacts import Kind

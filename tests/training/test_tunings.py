@@ -12,7 +12,8 @@ import pytest
 from safetensors.torch import load_file
 
 from align.config.peft_options import peft_types
-from align.pipeline.registry import STAGES, StageContext
+from align.pipeline.context import StageContext
+from align.pipeline.registry import STAGES
 from align.store.artifacts import Kind
 from tests.support.models.tuning.pretended import CASES, FEW, peft_case
 from tests.support.training.harness import context, data_artifact, events, losses

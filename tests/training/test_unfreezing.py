@@ -16,7 +16,8 @@ from transformers import TrainerCallback
 from align.config.tuning import FullTuning
 from align.models.loading import load_policy, load_tokenizer, new_reward
 from align.models.parameter_groups import places
-from align.pipeline.registry import STAGES, StageContext
+from align.pipeline.context import StageContext
+from align.pipeline.registry import STAGES
 from align.store.artifacts import Kind
 from align.training import fit
 from align.training.layer_rates import give_layers_their_rates

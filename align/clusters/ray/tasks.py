@@ -23,8 +23,8 @@ from align.pipeline.stop_signal import Stopped, StopRequest, pass_on
 from align.runner.listener import Listener
 from align.runner.open_store import Opening
 from align.runner.runner import run_pipeline
-from align.runner.worker import LOG
 from align.store.marker import MARKER
+from align.store.partial import LOG
 from align.store.store import Store
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pydantic import Field, field_validator
 
+from align.config.base import Config
+from align.config.stages.lint_rules import RULES
 from align.config.validation import suggest
-from align.lint.rules import RULES
-from align.pipeline.registry import Config
 
 MOST_ROWS = 10_000
 

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from align.config.base import Config, stage_input
 from align.config.launch import LaunchConfig
 from align.config.runtime import Runtime
 from align.config.stages.lint import LintSettings
 from align.config.stages.training import sharding_objection
 from align.config.trl_options import check_trainer_options
 from align.config.tuning import FullTuning, Tuning
-from align.pipeline.registry import Config, stage_input
 from align.store.artifacts import GENERATORS, PROMPT_SOURCES, Kind
 
 if TYPE_CHECKING:
@@ -253,7 +253,7 @@ class RolloutFields(Config):
 
     def identities(self, base: Path) -> dict[str, str]:
         """The scoring functions, by their code."""
-        from align.data.scoring import function_identity
+        from align.config.user_functions import function_identity
 
         named = {"score": self.score, "gold": self.gold}
         return {name: function_identity(path) for name, path in named.items() if path is not None}

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from align.pipeline.registry import Config
+from align.config.base import Config
 
 PROMPT = """\
 Here is the beginning of a list of varied tasks that people give to an assistant which reads and writes text only.

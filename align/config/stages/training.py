@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from align.config.base import Config, stage_input
 from align.config.launch import LaunchConfig
 from align.config.runtime import Runtime
 from align.config.trl_options import check_trainer_options
 from align.config.tuning import FullTuning, QloraTuning, Tuning, TuningBase
-from align.pipeline.registry import Config, stage_input
 from align.store.artifacts import Kind
 
 if TYPE_CHECKING:

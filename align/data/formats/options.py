@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from align.pipeline.registry import Config
+from align.config.base import Config
 
 Format = Literal[
     "auto",

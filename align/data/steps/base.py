@@ -14,8 +14,8 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
+from align.config.base import Config
 from align.data.rows import Dropped, Row
-from align.pipeline.registry import Config
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
+from align.config.base import Config
 from align.data.rows import Dropped, Row
 from align.data.steps.base import RowStep, StepContext
 from align.data.steps.texts import Sides, excerpt, reply_texts
-from align.pipeline.registry import Config
 
 Kind = Literal["refusal", "self_reference", "developer"]
 

@@ -14,8 +14,8 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from align.config.user_functions import function_identity
 from align.data.rows import Dropped, Row
-from align.data.scoring import function_identity
 from align.data.steps.base import RowStep, StepConfig, StepContext
 from align.data.steps.boilerplate import Boilerplate
 from align.data.steps.language import Language

@@ -13,10 +13,10 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from align.config.base import Config
 from align.data.rows import Dropped, Row
 from align.data.steps.base import RowStep, StepContext
 from align.data.steps.texts import Sides, excerpt, prompt_texts, reply_texts, without_code
-from align.pipeline.registry import Config
 
 # ISO 639 codes that lid.176 knows.
 LANGUAGES = frozenset(

@@ -14,12 +14,13 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
+from align.config.base import Config
 from align.config.user_paths import user_path
 from align.data.rows import Dropped, Row
 from align.data.steps.base import RowStep, StepContext
 from align.data.steps.texts import prompt_texts, reply_texts
 from align.errors import UserError
-from align.pipeline.registry import Config, load_object
+from align.pipeline.registry import load_object
 from align.store.fingerprint import file_digest
 
 

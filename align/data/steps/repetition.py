@@ -14,10 +14,10 @@ from itertools import pairwise
 
 from pydantic import Field
 
+from align.config.base import Config
 from align.data.rows import Dropped, Row
 from align.data.steps.base import RowStep, StepContext
 from align.data.steps.texts import Sides, excerpt, reply_texts, without_code
-from align.pipeline.registry import Config
 
 GOPHER_LINES, GOPHER_LINE_CHARS = 0.30, 0.20
 """Lines, and characters in lines, that stood there before; the same limits hold for paragraphs."""

@@ -14,11 +14,12 @@ from typing import Any, ClassVar, Literal, Protocol, Self
 import numpy as np
 from pydantic import Field, model_validator
 
+from align.config.base import Config
 from align.config.user_paths import user_path
 from align.data.rows import Row
 from align.data.steps.base import StepConfig, StepContext, Table, Verdict, keep_all
 from align.errors import UserError
-from align.pipeline.registry import Config, load_object
+from align.pipeline.registry import load_object
 
 By = Literal["reward", "perplexity", "ifd", "function"]
 BELOW, ABOVE, NO_SCORE = "score too low", "score too high", "no score"
@@ -78,7 +79,7 @@ class ScoreConfig(StepConfig):
     def identities(self, base: Path) -> dict[str, str]:
         """The function's source, or the digests of the model's files."""
         if self.function is not None:
-            from align.data.scoring import function_identity
+            from align.config.user_functions import function_identity
 
             return {"function": function_identity(self.function)}
         assert self.model is not None

@@ -15,9 +15,9 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
+from align.config.base import Config
 from align.data.rows import Message, user
 from align.inference.endpoint import EndpointConfig
-from align.pipeline.registry import Config
 
 Verdict = Literal["first", "second", "tie"]
 Outcome = Literal["one", "other", "tie", "disagreement", "unreadable"]

@@ -14,13 +14,13 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from align.config.base import Config
 from align.data.rows import Message
 from align.errors import UserError
 from align.evaluation.tasks.base import Bench
 from align.inference.cached_client import Asker, Prices
 from align.inference.endpoint import EndpointConfig
 from align.inference.requests import Answer, Request, RequestCache
-from align.pipeline.registry import Config
 
 FOLDER = "judgments"
 PROBE = 16

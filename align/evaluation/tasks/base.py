@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
+from align.config.base import Config
 from align.config.runtime import Runtime
 from align.data.rows import Message
 from align.inference.protocol import Response, Sampling
-from align.pipeline.registry import Config
 from align.store.artifacts import Artifact
 
 Values = list[list[float]]

@@ -12,11 +12,11 @@ from typing import Any, ClassVar, Self, TypeVar
 
 from pydantic import Field, model_validator
 
+from align.config.base import Config
 from align.config.validation import nearest, validate_plain
 from align.data.evaluation_sets import HUB
 from align.data.source_configs import FilesSource, HubSource
 from align.errors import UserError
-from align.pipeline.registry import Config
 
 Some = TypeVar("Some")
 

@@ -6,9 +6,9 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
+from align.config.base import Config
 from align.evaluation.tasks.base import Answers
 from align.inference.protocol import Sampling
-from align.pipeline.registry import Config
 
 
 class Sampled(Config):

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
+from align.config.base import Config
 from align.config.validation import validate
 from align.errors import UserError
 from align.evaluation.tasks import multiple_choice as module
 from align.evaluation.tasks.base import Given, SystemInfo
 from align.evaluation.tasks.choice_formats import Question
 from align.evaluation.tasks.multiple_choice import MultipleChoiceConfig, MultipleChoiceTask, is_tie, score
-from align.pipeline.registry import Config
 from tests.support.evaluation.tasks.systems_that_read import ModelReader, RuleReader
 
 ARC = [

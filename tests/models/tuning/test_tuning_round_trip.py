@@ -3,9 +3,9 @@
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
+from align.config.base import Config
 from align.config.tuning import Tuning
 from align.config.validation import validate_plain
-from align.pipeline.registry import Config
 
 ADAPTER: TypeAdapter[Tuning] = TypeAdapter(Tuning)
 

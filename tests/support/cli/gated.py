@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from align.pipeline.registry import Config, Stage, StageContext
+from align.config.base import Config
+from align.pipeline.context import StageContext
+from align.pipeline.registry import Stage
 from align.store.artifacts import Kind
 
 

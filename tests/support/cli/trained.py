@@ -6,7 +6,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from align.pipeline.registry import Config, Stage, StageContext, stage_input
+from align.config.base import Config, stage_input
+from align.pipeline.context import StageContext
+from align.pipeline.registry import Stage
 from align.store.artifacts import GENERATORS, Kind
 
 

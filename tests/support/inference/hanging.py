@@ -10,8 +10,10 @@ import sys
 import time
 from typing import Any, Literal
 
+from align.config.base import Config
 from align.inference.watchdog import Watchdog
-from align.pipeline.registry import Config, Stage, StageContext
+from align.pipeline.context import StageContext
+from align.pipeline.registry import Stage
 from align.store.artifacts import Kind
 
 TIMEOUT = 1.0

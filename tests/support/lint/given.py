@@ -1,6 +1,8 @@
 """A stage that makes preferences, for pipelines that are only planned."""
 
-from align.pipeline.registry import Config, Stage, StageContext
+from align.config.base import Config
+from align.pipeline.context import StageContext
+from align.pipeline.registry import Stage
 from align.store.artifacts import Kind
 
 

@@ -14,7 +14,8 @@ import torch
 from align.config.runtime import Runtime
 from align.data.rows import user, write_rows
 from align.models.tuning import apply
-from align.pipeline.registry import STAGES, StageContext
+from align.pipeline.context import StageContext
+from align.pipeline.registry import STAGES
 from align.store.artifacts import Artifact, Kind
 from tests.stages import test_distill, test_merge, test_preference, test_pretrain, test_reward_objectives
 from tests.support.training.harness import data_artifact

@@ -10,7 +10,7 @@ from typing import Any
 
 from align.config.runtime import EngineConfig, Runtime
 from align.data.rows import user, write_rows
-from align.pipeline.registry import StageContext
+from align.pipeline.context import StageContext
 from align.runner.stage_result import write_work
 from align.stages.synthesize import SynthesizeConfig
 from align.store.artifacts import Artifact, Kind

@@ -8,7 +8,9 @@ from typing import Any
 
 import yaml
 
-from align.pipeline.registry import Config, Stage, StageContext, stage_input
+from align.config.base import Config, stage_input
+from align.pipeline.context import StageContext
+from align.pipeline.registry import Stage
 from align.store.artifacts import Kind
 from align.store.store import Store
 from align.sweep.config import load_sweep

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from align.config.base import Config
 from align.config.runtime import Runtime
 from align.data.rows import assistant, user, write_rows
-from align.pipeline.registry import Config, StageContext
+from align.pipeline.context import StageContext
 from align.store.artifacts import Artifact, Kind
 
 WORDS = ["red", "green", "blue", "amber", "violet", "silver", "copper", "ivory"]

@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 import align.rl.saving
 import align.training.reload
 import align.training.saving
-from align.pipeline.registry import STAGES, StageContext
+from align.pipeline.context import StageContext
+from align.pipeline.registry import STAGES
 from align.training import checkpoints
 
 OF_A_CHECKPOINT = ("before", "during", "unmarked", "after")

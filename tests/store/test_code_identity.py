@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from align.data import code_identity as module
-from align.data.code_identity import code_identity
-from align.data.scoring import function_identity
+from align.config.user_functions import function_identity
 from align.errors import UserError
+from align.store import code_identity as module
+from align.store.code_identity import code_identity
 
 FILES = {
     "rules_of_this_test/__init__.py": "",

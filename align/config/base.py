@@ -1,0 +1,62 @@
+"""Base of every configuration block, and the fields that name earlier stages. Torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+from align.store.artifacts import Kind
+
+
+class Config(BaseModel):
+    """Base of every configuration block: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,  # true is no number of steps, and "3" no number
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
+    )
+
+    identified: ClassVar[frozenset[str]] = frozenset()
+    """Fields whose meaning ``identities`` covers (paths, mostly): the key leaves their own text out."""
+
+
+@dataclass(frozen=True)
+class StageInput:
+    """Marks a config field (a stage's name, or a list of them) as an input and says which artifacts it takes."""
+
+    kinds: tuple[Kind, ...]
+
+
+def stage_input(*kinds: Kind) -> Any:
+    """Type of a config field that names an earlier stage making one of ``kinds``.
+
+    ``policy: stage_input(Kind.POLICY)``; use ``list[stage_input(...)]`` for several, ``| None`` for an optional one.
+    """
+    return Annotated[str, StageInput(kinds)]
+
+
+def input_fields(config_class: type[Config]) -> dict[str, StageInput]:
+    """Config fields that name earlier stages."""
+    found: dict[str, StageInput] = {}
+    for name, info in config_class.model_fields.items():
+        marker = _find_marker(info.annotation, info.metadata)
+        if marker is not None:
+            found[name] = marker
+    return found
+
+
+def _find_marker(annotation: Any, metadata: list[Any]) -> StageInput | None:
+    for item in metadata:
+        if isinstance(item, StageInput):
+            return item
+    for argument in getattr(annotation, "__args__", ()):
+        marker = _find_marker(argument, list(getattr(argument, "__metadata__", ())))
+        if marker is not None:
+            return marker
+    return None

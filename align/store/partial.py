@@ -1,0 +1,10 @@
+"""Names of what lies in the folder of a stage that is not finished yet (``<key>.partial``). Torch-free."""
+
+EVENTS = "events.jsonl"
+"""Progress, curves, warnings: one JSON object per line."""
+LOG = "log.txt"
+"""Standard output and standard error of the stage's process."""
+OUTPUT = "output"
+"""The folder that becomes the artifact."""
+CHECKPOINTS = "checkpoints"
+"""The trainer's checkpoints, from which a killed stage resumes."""
