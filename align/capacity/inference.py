@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from align.capacity.activations import FLOAT, SIZES, passing_per_token
+from align.config.batch_sizes import CPU_STEP_TOKENS, SCORED_AT_ONCE
+from align.models.activations import FLOAT, SIZES, passing_per_token
 from align.capacity.memory import engine_memory
 from align.config.runtime import Runtime
 from align.models.architecture import Architecture
@@ -20,14 +21,10 @@ from align.models.flops import forward_flops
 if TYPE_CHECKING:
     from align.models.precision import Precision
 
-SCORED_AT_ONCE = 32
-"""Rows that a reward model reads at a time (``align.models.reward``)."""
 HEAD_ROWS = 256
 """Tokens whose logits are in float32 at a time (``align.evaluation.logprobs``)."""
-CPU_STEP_TOKENS = 8192
-"""Prompt tokens that vLLM reads in one step on a CPU at most (``align.inference.vllm``)."""
 GPU_STEP_TOKENS = 16384
-"""The same on a GPU: the largest of vLLM's own defaults, which begin at 2,048."""
+"""Prompt tokens that vLLM reads in one step on a GPU: the largest of vLLM's own defaults, which begin at 2,048."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from align.capacity.activations import FLOAT, SHORT
+from align.models.activations import FLOAT, SHORT
 from align.capacity.job import Job, Setting, Work
 from align.capacity.memory import Choice, CriticKind, Estimate, Memory, engine_memory, engine_of, ppo_memory
 from align.config.runtime import Runtime

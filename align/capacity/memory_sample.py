@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from align.capacity.inference import Inference, Lot, Rows, scored
+from align.config.batch_sizes import SAMPLE_CHUNK
 from align.models.architecture import Architecture
 
 if TYPE_CHECKING:
     from align.stages.sample import SampleConfig
 
-CHUNK = 128
-"""Prompts answered between two writes: what a killed stage repeats at most."""
 
 
 def inference(
@@ -28,7 +27,7 @@ def inference(
         prompts=prompts,
         prompt=config.max_prompt_tokens,
         response=config.max_tokens,
-        call=CHUNK * config.n,
+        call=SAMPLE_CHUNK * config.n,
         cut=config.top_p < 1,
     )
     readings = [scored("reward", model, lot.sequences, lot.length) for model in models.get("reward", ())]

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING
 
 from align.capacity.inference import Inference, Lot, Rows, scored
 from align.config.stages.synthesis_tasks import InstructionsTask
+from align.config.batch_sizes import SYNTHESIS_CHUNK
 from align.models.architecture import Architecture
 
 if TYPE_CHECKING:
     from align.stages.synthesize import SynthesizeConfig
 
-CHUNK = 128
-"""Requests answered and kept together: what a killed stage repeats at most."""
 
 
 def inference(
@@ -26,10 +25,10 @@ def inference(
     task, given = config.task, rows.get("prompts", Rows(0, 0))
     if isinstance(task, InstructionsTask):
         prompts, samples, row = task.max_requests or task.count, 1, "requests"
-        call = min(CHUNK, task.at_once)
+        call = min(SYNTHESIS_CHUNK, task.at_once)
     else:
         prompts = given.both(config.max_prompts.train, config.max_prompts.test)
-        samples, row, call = task.n, "prompts", CHUNK
+        samples, row, call = task.n, "prompts", SYNTHESIS_CHUNK
     lots, answers = [], prompts * samples
     made = models.get("model", ())
     for model in made:
@@ -41,7 +40,7 @@ def inference(
         asked = answers * (samples - 1)  # every two answers of a prompt, in both orders
         other = any(model != one for one in made)  # vLLM's process holds one architecture
         lots.append(
-            Lot("judge", model, asked, asked, config.max_prompt_tokens, config.judge.max_tokens, CHUNK, plain=other)
+            Lot("judge", model, asked, asked, config.max_prompt_tokens, config.judge.max_tokens, SYNTHESIS_CHUNK, plain=other)
         )
     length = config.max_prompt_tokens + config.max_tokens
     readings = tuple(scored("reward", model, answers, length) for model in models.get("reward", ()))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from align.capacity.activations import FLOAT, SIZES
+from align.models.activations import FLOAT, SIZES
 from align.capacity.choosing import greatest
 from align.capacity.engines import (
     GPUS_OF_A_MACHINE,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from align.capacity.activations import SIZES
+from align.models.activations import SIZES
 from align.capacity.engines import EngineWay
 from align.capacity.hardware import Device, Hardware
 from align.capacity.inference import Inference, Lot

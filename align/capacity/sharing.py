@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from align.capacity.activations import FLOAT
+from align.models.activations import FLOAT
 from align.capacity.job import Job
 from align.capacity.memory import Memory
 from align.capacity.strategies import Strategy

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from align.capacity.activations import FLOAT, SIZES
+from align.models.activations import FLOAT, SIZES
 from align.capacity.hardware import Device, Hardware
 from align.capacity.job import Job
 from align.capacity.strategies import Strategy

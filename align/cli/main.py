@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from align import __version__
+from align.store.version import VERSION
 from align.cli import artifacts, cancel, compare, data, evaluate, export, plan_hardware, push, report, status, sweep
 from align.cli.parser import Parser, add_store, print_json
 from align.cli.streams import GuardedStream, OutputEnded, guarded_streams
@@ -137,7 +137,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = Parser(prog="align", description="From a base model to an aligned, scored checkpoint.")
-    top.add_argument("--version", action="version", version=f"align {__version__}")
+    top.add_argument("--version", action="version", version=f"align {VERSION}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
     made = {name: commands.add_parser(name, help=function.__doc__) for name, function in COMMANDS.items()}
     for name in ("run", "plan", "explain"):

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from align import __version__
+from align.store.version import VERSION
 from align.config.base import input_fields
 from align.config.validation import suggest
 from align.errors import UserError
@@ -220,7 +220,7 @@ def _stamp(run: RunOf, artifacts: Mapping[str, Artifact], failure: Failure | Non
     made = {name: [one.record["key"], str(one.record.get("created"))] for name, one in artifacts.items()}
     # a failed attempt's log and curves grow under the same name: never the same
     of_failure = None if failure is None else [failure.stage, failure.message, _age(failure)]
-    return digest([__version__, _code(), run.title, list(run.stages), list(made.items()), of_failure])
+    return digest([VERSION, _code(), run.title, list(run.stages), list(made.items()), of_failure])
 
 
 def _sealed(stamp: str, folder: Path) -> str:

@@ -19,7 +19,6 @@ from typing import Any
 
 import psutil
 
-import align
 from align.errors import UserError
 from align.evaluation.lm_eval_run import JOB, RESULT
 from align.store.atomic_write import write_text_atomically
@@ -112,6 +111,6 @@ def last_words(log: Path) -> str:
 
 def _environment() -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
-    places = [str(Path(align.__file__).resolve().parents[1]), kept.get("PYTHONPATH", "")]
+    places = [str(Path(__file__).resolve().parents[2]), kept.get("PYTHONPATH", "")]
     kept["PYTHONPATH"] = os.pathsep.join(place for place in places if place)  # the process starts in another folder
     return {"LMEVAL_LOG_LEVEL": "WARNING", "TOKENIZERS_PARALLELISM": "false", **kept}

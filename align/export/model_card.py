@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from align import __version__
+from align.store.version import VERSION
 from align.data.card import CARD
 from align.data.markdown import fenced, plain, table
 from align.errors import printable
@@ -55,7 +55,7 @@ def _about(facts: Facts) -> list[str]:
     what = "Reward model" if written.is_reward else "Language model"
     lines = [
         f"{what}, {written.parameters:,} parameters, {written.dtype} ({written.architecture}), written by align "
-        f"{__version__}."
+        f"{VERSION}."
     ]
     artifact = facts.artifact
     if artifact is None:

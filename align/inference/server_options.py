@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from align.capacity.inference import CPU_STEP_TOKENS
+from align.config.batch_sizes import CPU_STEP_TOKENS
 from align.config.runtime import EngineConfig
 from align.config.vllm_servers import RolloutsConfig
 from align.errors import UserError

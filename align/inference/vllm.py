@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from align.capacity.inference import CPU_STEP_TOKENS
+from align.config.batch_sizes import CPU_STEP_TOKENS
 from align.config.runtime import EngineConfig
 from align.inference.protocol import Progress, Response, Sampling
 from align.inference.sleep import CACHE, WEIGHTS, Sleep

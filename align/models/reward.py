@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from align.capacity.inference import SCORED_AT_ONCE
+from align.config.batch_sizes import SCORED_AT_ONCE
 from align.models.fast.prefix_batch import Line, in_common
 from align.models.fast.ragged_rows import can_run_ragged, hidden_states, run_ragged, to_device
 from align.models.loading import load_reward, load_tokenizer

@@ -18,7 +18,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from align import __version__
+from align.store.version import VERSION
 from align.report import costs, ledgers, scores
 from align.report.assets import FIGURES, TABLES, Beside
 from align.report.curve_figures import stage_curves
@@ -94,7 +94,7 @@ def shell(title: str) -> dict[str, Any]:
     script = "\n".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
     return {
         "title": title,
-        "version": __version__,
+        "version": VERSION,
         "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "style": Markup((HERE / "page.css").read_text(encoding="utf-8")),  # noqa: S704  (our own file)
         "script": Markup(script),  # noqa: S704  (our own file)

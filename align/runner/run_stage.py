@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from align import __version__
+from align.store.version import VERSION
 from align.errors import StageFailed, UserError
 from align.pipeline.pipeline import Node, Pipeline
 from align.pipeline.provenance import command_line, git_commit, source_digest
@@ -238,7 +238,7 @@ def _publish(
         "attempts": [round(seconds, 2) for seconds in attempts],
         "peak_memory_bytes": result["peak_memory_bytes"],
         "created": datetime.now(UTC).isoformat(),
-        "align": __version__,
+        "align": VERSION,
         "packages": result["versions"],
         "source": source_digest(node.stage),
         "git": git_commit(),

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from align.capacity.memory_sample import CHUNK
+from align.config.batch_sizes import SAMPLE_CHUNK
 from align.data.pairs import make_pairs
 from align.data.rows import read_rows, write_rows
 from align.data.scoring import function_scorer
@@ -37,7 +37,7 @@ class Job:
 
     def chunks(self) -> range:
         """Where each chunk starts."""
-        return range(0, len(self.rows), CHUNK)
+        return range(0, len(self.rows), SAMPLE_CHUNK)
 
 
 def sample_splits(context: StageContext) -> dict[str, Any]:
@@ -91,8 +91,8 @@ class _Chunks:
                 "policy": self.context.artifact("policy").weights,
                 "precision": self.context.config.precision,
                 "sampling": asdict(sampling),
-                "rows": [row["id"] for row in job.rows[start : start + CHUNK]],
-                "prompts": job.prompts[start : start + CHUNK],
+                "rows": [row["id"] for row in job.rows[start : start + SAMPLE_CHUNK]],
+                "prompts": job.prompts[start : start + SAMPLE_CHUNK],
             }
         )
         lines = read_entry(path, key, self.context.warn)
@@ -131,7 +131,7 @@ class _Chunks:
             )
             self.engine_name = self.engine.name
         began = time.perf_counter()
-        answers = self.engine.generate(job.prompts[start : start + CHUNK], sampling, self._report)
+        answers = self.engine.generate(job.prompts[start : start + SAMPLE_CHUNK], sampling, self._report)
         self.seconds += time.perf_counter() - began
         found = [
             {
@@ -140,7 +140,7 @@ class _Chunks:
                 "finished": [answer.finished for answer in some],
                 "tokens": [len(answer.token_ids) for answer in some],
             }
-            for row, some in zip(job.rows[start : start + CHUNK], answers, strict=True)
+            for row, some in zip(job.rows[start : start + SAMPLE_CHUNK], answers, strict=True)
         ]
         self.new_tokens += sum(sum(sample["tokens"]) for sample in found)
         return found

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from align.capacity.memory_synthesize import CHUNK
+from align.config.batch_sizes import SYNTHESIS_CHUNK
 from align.errors import UserError
 from align.evaluation.generation import architecture
 from align.inference.cached_client import Desk
@@ -103,8 +103,8 @@ class LocalModel:
                 fitting.append((request, ids))
         for _, alike in itertools.groupby(fitting, key=lambda one: _sampling_of(one[0])):
             some = list(alike)
-            for start in range(0, len(some), CHUNK):
-                self._answer_chunk(some[start : start + CHUNK], desk)
+            for start in range(0, len(some), SYNTHESIS_CHUNK):
+                self._answer_chunk(some[start : start + SYNTHESIS_CHUNK], desk)
 
     def _too_long(self, prompt: int, answer: int) -> str:
         if prompt > self.max_prompt_tokens:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from align.capacity import activations, inference, memory
-from align.capacity.activations import FLOAT, activations_per_token
+from align.models import activations, inference, memory
+from align.models.activations import FLOAT, activations_per_token
 from align.capacity.memory import Memory, engine_memory, engine_of, model_bytes, ppo_memory
 from align.config.runtime import Runtime
 from align.config.tuning import FullTuning, LoraTuning, QloraTuning, TuningBase

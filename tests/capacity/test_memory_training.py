@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from align.capacity.activations import activations_of_layer, activations_per_token
+from align.models.activations import activations_of_layer, activations_per_token
 from align.config.runtime import Runtime
 from align.config.tuning import FullTuning
 from align.models.architecture import Architecture, Linear, UnknownArchitecture, architecture_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from align.capacity.activations import activations_per_token
+from align.models.activations import activations_per_token
 from align.config.tuning import TuningBase
 from align.models.architecture import UnknownArchitecture, architecture_of
 from align.models.precision import Precision
@@ -52,7 +52,7 @@ def notice(
     ``whole`` is what stands in memory where that is more than ``model``: its critic and reference; ``at_once`` how many
     parameters a schedule opens in one step at most, where not all that are trained are open together. Activations stand
     apart, per token, where there is a rule for them; ``low_residual`` is how the model computes
-    (``align.capacity.activations.activations_per_token``).
+    (``align.models.activations.activations_per_token``).
     """
     import torch
 
