@@ -11,10 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from align.config.batch_sizes import CPU_STEP_TOKENS, SCORED_AT_ONCE
-from align.models.activations import FLOAT, SIZES, passing_per_token
 from align.capacity.memory import engine_memory
+from align.config.batch_sizes import CPU_STEP_TOKENS, SCORED_AT_ONCE
 from align.config.runtime import Runtime
+from align.models.activations import FLOAT, SIZES, passing_per_token
 from align.models.architecture import Architecture
 from align.models.flops import forward_flops
 

@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from align.models.activations import FLOAT, SIZES, activations_per_token
 from align.config.runtime import Runtime
 from align.config.tuning import LowRank, QloraTuning, TuningBase
+from align.models.activations import FLOAT, SIZES, activations_per_token
 from align.models.architecture import Architecture
 
 if TYPE_CHECKING:

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from align.models.activations import FLOAT, SHORT
 from align.capacity.job import Job, Setting, Work
 from align.capacity.memory import Choice, CriticKind, Estimate, Memory, engine_memory, engine_of, ppo_memory
 from align.config.runtime import Runtime
 from align.config.tuning import FullTuning, LoraTuning, TuningBase
+from align.models.activations import FLOAT, SHORT
 from align.models.architecture import Architecture
 from align.models.flops import forward_flops, learning_flops
 

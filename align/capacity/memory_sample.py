@@ -10,8 +10,7 @@ from align.config.batch_sizes import SAMPLE_CHUNK
 from align.models.architecture import Architecture
 
 if TYPE_CHECKING:
-    from align.stages.sample import SampleConfig
-
+    from align.config.stages.sample import SampleConfig
 
 
 def inference(

@@ -9,13 +9,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from align.capacity.inference import Inference, Lot, Rows, scored
-from align.config.stages.synthesis_tasks import InstructionsTask
 from align.config.batch_sizes import SYNTHESIS_CHUNK
+from align.config.stages.synthesis_tasks import InstructionsTask
 from align.models.architecture import Architecture
 
 if TYPE_CHECKING:
-    from align.stages.synthesize import SynthesizeConfig
-
+    from align.config.stages.synthesize import SynthesizeConfig
 
 
 def inference(
@@ -40,7 +39,16 @@ def inference(
         asked = answers * (samples - 1)  # every two answers of a prompt, in both orders
         other = any(model != one for one in made)  # vLLM's process holds one architecture
         lots.append(
-            Lot("judge", model, asked, asked, config.max_prompt_tokens, config.judge.max_tokens, SYNTHESIS_CHUNK, plain=other)
+            Lot(
+                "judge",
+                model,
+                asked,
+                asked,
+                config.max_prompt_tokens,
+                config.judge.max_tokens,
+                SYNTHESIS_CHUNK,
+                plain=other,
+            )
         )
     length = config.max_prompt_tokens + config.max_tokens
     readings = tuple(scored("reward", model, answers, length) for model in models.get("reward", ()))

@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from align.models.activations import FLOAT, SIZES, activations_of_layer, activations_per_token
 from align.capacity.job import Job, Setting, Work
 from align.capacity.memory import Choice, Estimate, Memory, copied, engine_of, model_bytes
 from align.config.runtime import Runtime
 from align.config.tuning import FullTuning, LoraTuning, LowRank, TuningBase
+from align.models.activations import FLOAT, SIZES, activations_of_layer, activations_per_token
 from align.models.architecture import Architecture, UnknownArchitecture
 from align.models.flops import forward_flops, learning_flops
 

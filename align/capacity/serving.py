@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from align.models.activations import FLOAT, SIZES
 from align.capacity.choosing import greatest
 from align.capacity.engines import (
     GPUS_OF_A_MACHINE,
@@ -25,6 +24,7 @@ from align.capacity.inference import Inference, Lot, reading_memory, sampling_me
 from align.capacity.serving_time import Spent, spent
 from align.config.runtime import Runtime
 from align.config.vllm_servers import RolloutsConfig
+from align.models.activations import FLOAT, SIZES
 
 MOST_SEQUENCES = 1 << 20
 """Greatest number of sequences at a time that is looked for."""

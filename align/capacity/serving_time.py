@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from align.models.activations import SIZES
 from align.capacity.engines import EngineWay
 from align.capacity.hardware import Device, Hardware
 from align.capacity.inference import Inference, Lot
 from align.capacity.timing import EFFICIENCY, HOP, LINKED, decoding_step, product_rate
+from align.models.activations import SIZES
 from align.models.flops import forward_flops
 
 Sampled = tuple[Lot, int, str]

@@ -12,10 +12,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from align.models.activations import FLOAT
 from align.capacity.job import Job
 from align.capacity.memory import Memory
 from align.capacity.strategies import Strategy
+from align.models.activations import FLOAT
 from align.models.architecture import Architecture
 
 BUCKET = 2 * 2**20 * 25

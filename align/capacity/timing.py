@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from align.models.activations import FLOAT, SIZES
 from align.capacity.hardware import Device, Hardware
 from align.capacity.job import Job
 from align.capacity.strategies import Strategy
+from align.models.activations import FLOAT, SIZES
 from align.models.architecture import Architecture
 
 EFFICIENCY = {True: 0.30, False: 0.50}

@@ -6,12 +6,12 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from align.store.version import VERSION
 from align.cli import artifacts, cancel, compare, data, evaluate, export, plan_hardware, push, report, status, sweep
 from align.cli.parser import Parser, add_store, print_json
 from align.cli.streams import GuardedStream, OutputEnded, guarded_streams
 from align.errors import StageFailed, UserError
 from align.pipeline.stop_signal import Stopped
+from align.store.version import VERSION
 
 FAILED = 1
 INTERRUPTED = 130

@@ -13,7 +13,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from align.store.version import VERSION
 from align.config.base import input_fields
 from align.config.validation import suggest
 from align.errors import UserError
@@ -27,6 +26,7 @@ from align.store.locks import Lock
 from align.store.partial import LOG
 from align.store.record import DamagedRecord
 from align.store.store import REPORTS, Store
+from align.store.version import VERSION
 
 PAGE, STAMP = "report.html", ".written"
 STOPPED = "stopped before it was done; the same command continues."

@@ -13,7 +13,6 @@ from typing import Any
 
 import yaml
 
-from align.store.version import VERSION
 from align.data.card import CARD
 from align.data.markdown import fenced, plain, table
 from align.errors import printable
@@ -23,6 +22,7 @@ from align.report.assets import Beside
 from align.report.ledgers import data_sections, license_rows
 from align.report.wording import duration, number, size
 from align.store.artifacts import Artifact
+from align.store.version import VERSION
 
 MOST_COUNTS = 12
 

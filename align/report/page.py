@@ -18,7 +18,6 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from align.store.version import VERSION
 from align.report import costs, ledgers, scores
 from align.report.assets import FIGURES, TABLES, Beside
 from align.report.curve_figures import stage_curves
@@ -29,6 +28,7 @@ from align.report.picture import lay_out
 from align.report.wording import MARKS, count, duration, interval, number, signed, size
 from align.store.artifacts import Artifact
 from align.store.atomic_write import write_text_atomically
+from align.store.version import VERSION
 
 HERE = Path(__file__).parent
 SCRIPTS = ("samples.js", "curves.js")

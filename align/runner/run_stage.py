@@ -11,7 +11,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from align.store.version import VERSION
 from align.errors import StageFailed, UserError
 from align.pipeline.pipeline import Node, Pipeline
 from align.pipeline.provenance import command_line, git_commit, source_digest
@@ -29,6 +28,7 @@ from align.store.partial import CHECKPOINTS, EVENTS, LOG, OUTPUT
 from align.store.record import DamagedArtifact
 from align.store.retry import UNREACHABLE_STORE
 from align.store.store import Store
+from align.store.version import VERSION
 
 TRIES = 3
 """How often a stage is begun whose lock was lost, or whose process lost the store, before the run gives up."""

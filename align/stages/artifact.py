@@ -10,9 +10,9 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
-from align.config.base import Config
+from align.config.stages.artifact import ArtifactConfig
 from align.config.user_paths import user_path
 from align.errors import UserError
 from align.pipeline.context import StageContext
@@ -25,47 +25,42 @@ if TYPE_CHECKING:
     from align.models.architecture import Architecture
 
 
-class ArtifactConfig(Config):
-    """Where the artifact is."""
+def artifact_folder(config: ArtifactConfig, base: Path) -> Path:
+    """Return the folder; ``UserError`` where there is none."""
+    folder = user_path(config.path, base)
+    if not folder.is_dir():
+        raise UserError(f"path: there is no folder '{folder}'; relative paths start at the current folder.")
+    return folder
 
-    path: str
-    """Folder of a finished artifact (with its record.json), or a reward model's folder (safetensors)."""
 
-    identified: ClassVar[frozenset[str]] = frozenset({"path"})
+def makes(config: ArtifactConfig) -> Kind:
+    """Return the kind that the artifact's record states."""
+    folder = artifact_folder(config, Path.cwd())
+    record = read_record(folder)
+    if record is None:
+        _refuse_other_models(folder)
+        return Kind.REWARD
+    return Kind(record["makes"])
 
-    def folder(self, base: Path) -> Path:
-        """The folder; ``UserError`` where there is none."""
-        folder = user_path(self.path, base)
-        if not folder.is_dir():
-            raise UserError(f"path: there is no folder '{folder}'; relative paths start at the current folder.")
-        return folder
 
-    def makes(self) -> Kind:
-        """What its record says that it is."""
-        folder = self.folder(Path.cwd())
-        record = read_record(folder)
-        if record is None:
-            _refuse_other_models(folder)
-            return Kind.REWARD
-        return Kind(record["makes"])
+def identities(config: ArtifactConfig, base: Path) -> dict[str, str]:
+    """Return the artifact's key; for a reward model's folder the digest of its files."""
+    folder = artifact_folder(config, base)
+    record = read_record(folder)
+    if record is not None:
+        return {"path": str(record["key"])}
+    from align.models.source import identity
 
-    def identities(self, base: Path) -> dict[str, str]:
-        """The artifact's key; for a reward model's folder the digest of its files."""
-        folder = self.folder(base)
-        record = read_record(folder)
-        if record is not None:
-            return {"path": str(record["key"])}
-        from align.models.source import identity
+    return {"path": identity(str(folder), None, base)}
 
-        return {"path": identity(str(folder), None, base)}
 
-    def architecture(self, base: Path) -> Architecture:
-        """The model's sizes, for what stages that use it will hold in memory."""
-        from align.models.architecture import read_architecture
+def architecture(config: ArtifactConfig, base: Path) -> Architecture:
+    """Return the model's sizes, for the memory of the stages that use it."""
+    from align.models.architecture import read_architecture
 
-        folder = self.folder(base)
-        inner = folder / "model" if read_record(folder) is not None else folder
-        return read_architecture(inner / "config.json")
+    folder = artifact_folder(config, base)
+    model_folder = folder / "model" if read_record(folder) is not None else folder
+    return read_architecture(model_folder / "config.json")
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -101,11 +96,11 @@ def run(context: StageContext) -> dict[str, Any]:
     Raises ``UserError`` for a file that is gone or is not what the record says.
     """
     config: ArtifactConfig = context.config
-    folder = config.folder(Path.cwd())
+    folder = artifact_folder(config, Path.cwd())
     record = read_record(folder)
     if record is None:
         _copy_model(folder, context.output / "model")
-        return {"key": config.identities(Path.cwd())["path"], "stage": folder.name, "kind": "folder"}
+        return {"key": identities(config, Path.cwd())["path"], "stage": folder.name, "kind": "folder"}
     total = sum(entry["bytes"] for entry in record["outputs"].values())
     done = 0
     for name, entry in record["outputs"].items():

@@ -6,11 +6,10 @@ import functools
 import json
 import os
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-from pydantic import Field
-
-from align.config.base import Config, stage_input
+from align.config.base import Config
+from align.config.stages.data import DataConfig
 from align.data.build import build
 from align.data.card import write_card
 from align.data.ledger import summary_lines
@@ -22,62 +21,49 @@ from align.errors import UserError
 from align.pipeline.context import StageContext
 from align.pipeline.stop_signal import die_with_parent
 from align.report.dataset.page import write_preview
-from align.store.artifacts import DATASETS, Kind
+from align.store.artifacts import Kind
 from align.store.fingerprint import digest
 
 
-class DataConfig(Config):
-    """Which recipe, and where its files are."""
+def makes(config: DataConfig) -> Kind:
+    """Return the kind of dataset that the recipe states."""
+    return load_recipe(config.recipe, Path.cwd()).makes()
 
-    recipe: str
-    """Path of a recipe (data_recipes/*.yaml), relative to the current directory; its content is what counts."""
-    files: list[str] | None = Field(None, min_length=1)
-    """Local files (paths or globs) to read instead of the recipe's sources, in the recipe's format."""
 
-    inputs: list[stage_input(*DATASETS, Kind.POLICY, Kind.REWARD)] = Field([])  # type: ignore[valid-type]
-    """Earlier stages whose data the recipe's sources of type ``input`` read, or whose model its steps use."""
-    max_rows: int | None = Field(None, ge=2)
-    """Keep this many rows at most, both splits together; comes before the recipe's own."""
+def resolved_recipe(config: DataConfig, base: Path) -> Recipe:
+    """Return the recipe as it will run: with ``files``, or those of its environment variable, in its sources' place."""
+    recipe = load_recipe(config.recipe, base)
+    if config.max_rows is not None:
+        recipe = recipe.model_copy(update={"max_rows": config.max_rows})
+    files, origin = config.files, "files"
+    if files is None and recipe.files_variable and os.environ.get(recipe.files_variable):
+        origin = f"${recipe.files_variable}"
+        files = [part for part in os.environ[recipe.files_variable].split(os.pathsep) if part]
+    if not files:
+        return recipe
+    try:
+        return recipe.with_files(files)
+    except ValueError as error:
+        raise UserError(f"{origin} cannot replace the sources of {config.recipe}: {error}.") from None
 
-    identified: ClassVar[frozenset[str]] = frozenset({"recipe", "files", "max_rows"})
 
-    def makes(self) -> Kind:
-        """The kind the recipe says."""
-        return load_recipe(self.recipe, Path.cwd()).makes()
-
-    def resolved(self, base: Path) -> Recipe:
-        """The recipe as it will run: with ``files``, or those of its environment variable, in its sources' place."""
-        recipe = load_recipe(self.recipe, base)
-        if self.max_rows is not None:
-            recipe = recipe.model_copy(update={"max_rows": self.max_rows})
-        files, origin = self.files, "files"
-        if files is None and recipe.files_variable and os.environ.get(recipe.files_variable):
-            origin = f"${recipe.files_variable}"
-            files = [part for part in os.environ[recipe.files_variable].split(os.pathsep) if part]
-        if not files:
-            return recipe
-        try:
-            return recipe.with_files(files)
-        except ValueError as error:
-            raise UserError(f"{origin} cannot replace the sources of {self.recipe}: {error}.") from None
-
-    def identities(self, base: Path) -> dict[str, str]:
-        """The recipe's content, and what every source and step reads: digests, commits, versions."""
-        recipe = self.resolved(base)
-        content = _without_identified(recipe)
-        for name in ("description", "language", "files_variable"):
-            content.pop(name)
-        found = {}
-        for index, source in enumerate(recipe.sources):
-            if isinstance(source, InputSource):
-                continue  # an input's key is part of the stage's own
-            for name, value in identity(source, base).items():
-                found[f"sources[{index}] {name}".strip()] = value
-        for index, step in enumerate(recipe.steps):
-            if hasattr(step, "identities"):
-                for name, value in step.identities(base).items():
-                    found[f"steps[{index}] {name}".strip()] = value
-        return {"recipe": digest(content), **found}
+def identities(config: DataConfig, base: Path) -> dict[str, str]:
+    """Return the digest of the recipe's content, and what every source and step reads: digests, commits, versions."""
+    recipe = resolved_recipe(config, base)
+    content = _without_identified(recipe)
+    for name in ("description", "language", "files_variable"):
+        content.pop(name)
+    found = {}
+    for index, source in enumerate(recipe.sources):
+        if isinstance(source, InputSource):
+            continue  # an input's key is part of the stage's own
+        for name, value in identity(source, base).items():
+            found[f"sources[{index}] {name}".strip()] = value
+    for index, step in enumerate(recipe.steps):
+        if hasattr(step, "identities"):
+            for name, value in step.identities(base).items():
+                found[f"steps[{index}] {name}".strip()] = value
+    return {"recipe": digest(content), **found}
 
 
 def _without_identified(value: Any) -> Any:
@@ -94,7 +80,7 @@ def run(context: StageContext) -> dict[str, Any]:
     """Build the recipe (``align.data.build``) with its card and preview page. Returns the row counts."""
     config: DataConfig = context.config
     base = Path.cwd()
-    recipe = config.resolved(base)
+    recipe = resolved_recipe(config, base)
     if config.files and any(isinstance(source, FilesSource) for source in recipe.sources):
         print(f"reading {len(config.files)} local patterns instead of the recipe's sources")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

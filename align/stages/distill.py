@@ -1,75 +1,37 @@
-"""Distillation: a student learns a larger teacher's distribution over the next token (GKD, arXiv 2306.13649).
-
-On the data's answers, or by a share of the steps on the student's own, which the teacher then judges token by token.
-Left out: teachers with another vocabulary (have them write answers with a ``synthesize`` stage, and learn those with
-``sft``), and teachers behind an endpoint.
-"""
+"""The ``distill`` stage's work: student, teacher and its cache, the engine for the student's own answers."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, field_validator, model_validator
+import torch
+from datasets import Dataset
+from trl.trainer.sft_config import SFTConfig as Arguments
 
-from align.config.base import stage_input
-from align.config.stages.lint import LintSettings
-from align.config.stages.training import TrainingFields, checked_options
+from align.errors import UserError
+from align.inference.engine import open_engine
+from align.inference.protocol import RolloutEngine, Sampling
+from align.lint.trainer import Split, lint_stage
+from align.models.loading import load_policy, load_tokenizer
+from align.models.merging import merged_weights
+from align.models.processes import agreed
+from align.models.sharding import whole
+from align.models.threads import device_of, use_threads
+from align.models.tuning.apply import apply_tuning, load_for_tuning
+from align.models.tuning.stored import engine_source
 from align.pipeline.context import StageContext
-from align.store.artifacts import GENERATORS, Kind
+from align.store.artifacts import Artifact
+from align.training.arguments import training_arguments
+from align.training.distill_trainer import AnswerCollator, PreparedDistill, held_out, own_answers
+from align.training.divergence import Known, Measure
+from align.training.fit import fit
+from align.training.input_checks import check_encoded, check_ends, check_model, check_same_vocabulary
+from align.training.rows import Encoded, Row, counts, encode_supervised, read_splits
+from align.training.saving import save
+from align.training.teacher import Teacher, TeacherCache
 
-
-class DistillConfig(TrainingFields):
-    """The loss is the divergence of teacher and student, in nats per token of the answers."""
-
-    model: stage_input(*GENERATORS)  # type: ignore[valid-type]
-    """Stage whose checkpoint is the student."""
-    teacher: stage_input(*GENERATORS)  # type: ignore[valid-type]
-    """Stage whose checkpoint is the teacher: same tokens, same chat template, usually more layers."""
-    data: stage_input(Kind.INSTRUCTIONS, Kind.PREFERENCES)  # type: ignore[valid-type]
-    """Stage with the conversations: the answer is ``completion``, or ``chosen``."""
-    divergence: Literal["forward", "reverse", "jsd"] = "forward"
-    """``forward``, KL(teacher || student), covers all the teacher may say; ``reverse`` keeps to what it says most;
-    ``jsd`` lies between."""
-    jsd_beta: float = Field(0.5, gt=0, lt=1)
-    """For ``jsd``: the teacher's share of the mixture; near 0 it is like ``forward``, near 1 like ``reverse``."""
-    temperature: float = Field(1.0, gt=0, le=10)
-    """Both models' logits are divided by it; higher shows more of what the teacher thinks less likely."""
-    top_k: int | None = Field(64, ge=1, le=4096)
-    """Tokens of the teacher that are told apart, all others counting as one; computed once and kept in the store's
-    cache, 8 bytes each. null compares whole distributions, with the teacher in memory at every step."""
-    sft_weight: float = Field(0.0, ge=0)
-    """Weight of the data's answers' own loss per token beside the divergence."""
-    on_policy: float = Field(0.0, ge=0, le=1)
-    """Share of the steps that learn from answers sampled by the student at that step, which needs teacher and engine in
-    memory; corrects mistakes that the data's answers never make."""
-    max_tokens: int = Field(64, ge=1)
-    """Tokens of a sampled answer at most."""
-    sample_temperature: float = Field(1.0, gt=0, le=5)
-    """Of sampling the student's answers."""
-    lint: LintSettings = LintSettings()
-    """What of the look at the rows' tokens, before the first step, is waived (docs/lint.md)."""
-
-    identified: ClassVar[frozenset[str]] = frozenset({"lint"})
-
-    @field_validator("trainer")
-    @classmethod
-    def _trainer_exists(cls, options: dict[str, Any]) -> dict[str, Any]:
-        return checked_options(
-            "sft", options, {"packing", "padding_free", "assistant_only_loss", "completion_only_loss", "loss_type"}
-        )
-
-    @model_validator(mode="after")
-    def _student_and_teacher_can_be_run(self) -> Self:
-        if self.model == self.teacher:
-            raise ValueError(f"teacher is '{self.teacher}', the student itself: there is nothing to learn from it.")
-        if self.on_policy and self.tuning.input_only:
-            raise ValueError(
-                f"on_policy samples from the student as it learns, and `tuning: {self.tuning.method}` acts on its "
-                "input, which the engines take from a finished checkpoint only. Take on_policy 0, or another tuning."
-            )
-        if self.on_policy and self.max_tokens >= self.max_length:
-            raise ValueError(f"max_tokens {self.max_tokens} leaves no room for a prompt in max_length.")
-        return self
+if TYPE_CHECKING:
+    from align.config.stages.distill import DistillConfig
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -77,6 +39,147 @@ def run(context: StageContext) -> dict[str, Any]:
 
     Raises ``UserError`` for a teacher with other tokens or another template, and as ``sft`` does.
     """
-    from align.stages.distill_run import train
+    use_threads(context.runtime)
+    config: DistillConfig = context.config
+    source, teacher = context.artifact("model").model, context.artifact("teacher")
+    tokenizer, model = load_tokenizer(source, config.tuning), load_for_tuning(source, config.tuning)
+    check_model(context.name, model, tokenizer)
+    _check_teacher(context, tokenizer, teacher)
+    given, splits = _splits(context, tokenizer)
+    train_rows = splits["train"]
+    check_ends(context.name, train_rows, tokenizer)
+    lesson = _Lesson(context, tokenizer, teacher, splits, model.get_output_embeddings().weight.shape[0])
+    model = apply_tuning(
+        model,
+        config.tuning,
+        context.seed,
+        tokenizer=tokenizer,
+        warn=context.warn,
+        rows=[row["input_ids"] for row in train_rows.rows],
+    )
+    trainer = PreparedDistill(
+        model=model,
+        args=training_arguments(Arguments, context, len(train_rows.rows)),
+        train_dataset=Dataset.from_list(train_rows.rows),
+        processing_class=tokenizer,
+        data_collator=lesson.collator,
+    )
+    trainer.row_lengths = train_rows.lengths
+    looked_at = {name: Split(given[name], splits[name]) for name in splits}
+    lint_stage(context, "sft", trainer, looked_at, config.max_length)
+    lesson.prepare()
+    trainer.measure, trainer.teacher, trainer.known = lesson.measure, lesson.teacher, lesson.known["train"]
+    trainer.sft_weight, trainer.on_policy = config.sft_weight, config.on_policy
+    engine = _engine(context) if config.on_policy else None
+    try:
+        if engine is not None:
+            trainer.sampler = _sampler(context, engine)
+        metrics = fit(trainer, context, lambda split: held_out(trainer, splits[split], lesson.known[split]))
+    finally:
+        if engine is not None:
+            engine.close()
+    save(context, trainer, tokenizer)
+    facts = {"rows": len(train_rows.rows), **counts(splits, "rows"), **lesson.facts()}
+    if engine is not None:
+        drawn = (own_answers(trainer.args.seed, step, config.on_policy) for step in range(metrics["steps"]))
+        facts |= {"own_steps": sum(drawn), "engine": engine.name}
+    return {**metrics, **facts}
 
-    return train(context)
+
+def _check_teacher(context: StageContext, tokenizer: Any, teacher: Artifact) -> None:
+    other = load_tokenizer(teacher.model)
+    names = ("the student", "the teacher")
+    check_same_vocabulary(context.name, tokenizer, other, names)
+    if tokenizer.chat_template != other.chat_template:
+        raise UserError(
+            f"{context.name}: student and teacher have different chat templates, so the teacher would read what it was "
+            "never trained on. Give both `model` stages one chat_template."
+        )
+
+
+def _splits(context: StageContext, tokenizer: Any) -> tuple[dict[str, list[Row]], dict[str, Encoded]]:
+    config: DistillConfig = context.config
+    stored, splits = read_splits(context), {}
+    for split, rows in stored.items():
+        splits[split] = encoded = encode_supervised(tokenizer, rows, config.max_length)
+        check_encoded(context.name, encoded, len(rows), split, config.max_length, context.warn)
+        for number, row in enumerate(encoded.rows):
+            row["row"] = number  # type: ignore[assignment]
+    return stored, splits
+
+
+class _Lesson:
+    """What the teacher says of both splits, and the teacher itself where it is still needed."""
+
+    def __init__(
+        self, context: StageContext, tokenizer: Any, artifact: Artifact, splits: dict[str, Encoded], rows: int
+    ) -> None:
+        config: DistillConfig = context.config
+        self.context, self.artifact, self.splits, self.vocabulary = context, artifact, splits, rows
+        self.measure = Measure(config.divergence, config.jsd_beta, config.temperature, config.top_k)
+        self.collator = AnswerCollator(tokenizer.pad_token_id)
+        self.known: dict[str, list[Known]] = {name: [] for name in splits}
+        self.teacher: Teacher | None = None
+        identity = {
+            "teacher": artifact.weights,
+            "precision": config.precision,
+            "temperature": config.temperature,
+            "top_k": config.top_k,
+            "vocabulary": rows,
+        }
+        folder = (context.cache or context.checkpoints) / "teachers"
+        self.cache = TeacherCache(folder, identity, context.warn)
+
+    def prepare(self) -> None:
+        """Look up or compute what the teacher says; it is loaded only where something is left for it to say."""
+        if self.measure.top_k is not None:
+            for name, split in self.splits.items():
+                self.known[name] = self.cache.known(split.rows, lambda split=split: self._ask(split))  # type: ignore[misc]
+        needed = self.measure.top_k is None or self.context.config.on_policy > 0
+        self.teacher = self._load() if needed else None
+
+    def _ask(self, split: Encoded) -> list[Known]:
+        def report(done: int, total: int) -> None:
+            self.context.progress(done, total, unit="teacher rows")
+
+        return self._load().known(split.rows, self.collator, self.measure, self.vocabulary, report)
+
+    def _load(self) -> Teacher:
+        if self.teacher is None:
+            low = self.context.config.precision == "bfloat16"
+            model = load_policy(self.artifact.model, torch.bfloat16 if low else torch.float32)
+            self.teacher = Teacher(model.to(device_of(self.context.runtime)).requires_grad_(False), low)
+        return self.teacher
+
+    def facts(self) -> dict[str, Any]:
+        """How much of the teacher's word was found, and how much computed."""
+        return {"teacher_rows_cached": self.cache.found, "teacher_rows_computed": self.cache.computed}
+
+
+def _engine(context: StageContext) -> RolloutEngine:
+    config: DistillConfig = context.config
+    return open_engine(
+        agreed(
+            lambda: engine_source(
+                context.artifact("model").model, config.tuning, context.checkpoints / "engine" / "model"
+            )
+        ),
+        context.runtime,
+        precision=config.precision,
+        max_length=config.max_length + config.max_tokens,
+        seed=context.seed % 2**32,
+        warn=context.warn,
+        on_hang=context.fail_at_once,
+    )
+
+
+def _sampler(context: StageContext, engine: RolloutEngine) -> Any:
+    config: DistillConfig = context.config
+
+    def sample(model: Any, prompts: list[list[int]], step: int) -> list[list[int]]:
+        with torch.no_grad(), whole(model) as plain:
+            engine.load_weights(merged_weights(plain))
+        sampling = Sampling(config.max_tokens, config.sample_temperature, seed=context.seed + (step << 20))
+        return [answers[0].token_ids for answers in engine.generate(prompts, sampling)]
+
+    return sample

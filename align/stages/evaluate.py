@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -19,10 +19,6 @@ from align.evaluation.tasks.base import TaskConfig
 from align.evaluation.tasks.registry import AnyTask, named_tasks
 from align.pipeline.context import StageContext
 from align.store.artifacts import GENERATORS, PROMPT_SOURCES, Kind
-
-if TYPE_CHECKING:
-    from align.capacity.inference import Inference, Rows
-    from align.models.architecture import Architecture
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 PROMPT_SET = "prompts"
@@ -148,12 +144,6 @@ class EvaluateConfig(Config):
         if isinstance(gates, dict):
             changed["gates"] = {_rename_key(str(key), rename): _rename_words(one, rename) for key, one in gates.items()}
         return changed
-
-    def inference(self, models: Mapping[str, Sequence[Architecture]], rows: Mapping[str, Rows]) -> Inference:
-        """What it asks of devices; ``models`` and ``rows`` by the input fields that name them."""
-        from align.capacity.memory_evaluate import inference
-
-        return inference(self, models, rows)
 
     def identities(self, base: Path) -> dict[str, str]:
         """Digests of everything read outside the store, and the settings of tasks and baselines, one by one."""

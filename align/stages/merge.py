@@ -1,104 +1,28 @@
-"""Merging: several checkpoints of one base become one, by their weights alone (soups, SLERP, TIES, DARE, WARP)."""
+"""The ``merge`` stage's work: checks, then tensor by tensor into a model of the first checkpoint's kind, and saved."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+import itertools
+import math
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, model_validator
+import torch
 
-from align.config.base import Config, stage_input
+from align.models.merging_methods import methods
+from align.models.merging_methods.checks import check_architecture, check_language, check_origin, check_tensors
+from align.models.merging_methods.weights import Weights
 from align.pipeline.context import StageContext
-from align.store.artifacts import GENERATORS, Kind
+from align.store.artifacts import Artifact
 
-Method = Literal["linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties", "warp"]
-NEEDS_BASE = ("task_arithmetic", "ties", "dare_linear", "dare_ties", "warp")
-DENSITY = 0.5
-DENSE = ("ties", "dare_linear", "dare_ties")
+if TYPE_CHECKING:
+    from align.config.stages.merge import MergeConfig
 
-
-class MergeConfig(Config):
-    """``policies`` that write, or ``rewards`` that score (WARM, 2401.12187): trained from one base, and from nothing
-    is learned here. ``base`` + ``scale`` * what the method makes of the ways from the base to each of them.
-    """
-
-    policies: list[stage_input(*GENERATORS)] = Field(default_factory=list)  # type: ignore[valid-type]
-    """Stages whose checkpoints are merged; the first one's tokenizer and settings are the result's."""
-    rewards: list[stage_input(Kind.REWARD)] = Field(default_factory=list)  # type: ignore[valid-type]
-    """Reward models to merge instead: one that is harder to fool, at the cost of one."""
-    base: stage_input(*GENERATORS, Kind.REWARD) | None = None  # type: ignore[valid-type]
-    """Stage whose checkpoint all of them were trained from; all methods but linear and slerp need it."""
-    method: Method = "linear"
-    """``linear`` averages (soups, 2203.05482); ``slerp`` goes along the great circle between two; ``task_arithmetic``
-    adds the ways from the base (2212.04089); ``ties`` (2306.01708) and ``dare`` (2311.03099) thin these out before;
-    ``warp`` (2406.16768) merges their directions and keeps their length."""
-    weights: list[float] | None = Field(None, min_length=1)
-    """One for each checkpoint, in their order. ``linear`` and ``slerp`` take them as shares. By default all count the
-    same: 1 / n each, and 1 each for ``ties`` and ``dare_ties``, which average by themselves."""
-    density: float = Field(DENSITY, gt=0, le=1)
-    """``ties``, ``dare``: share of each way's entries that is kept, the largest or random ones."""
-    scale: float = Field(1.0, gt=0, le=3)
-    """With a base, how much of the merged way is gone: below 1 forgets less (WiSE-FT 2109.01903; WARP's eta)."""
-
-    @model_validator(mode="after")
-    def _one_kind_of_models(self) -> Self:
-        if bool(self.policies) == bool(self.rewards):
-            found = "both" if self.policies else "neither"
-            raise ValueError(f"name either policies or rewards, the checkpoints to merge; found {found}.")
-        models = self.policies or self.rewards
-        if len(set(models)) < len(models):
-            raise ValueError(f"the same stage stands twice in {', '.join(models)}; give it a weight instead.")
-        alone = self.method == "linear" and self.base is not None
-        if len(models) < 2 and not alone:
-            raise ValueError(
-                "there is one checkpoint, and merging takes two or more; a single one goes with `method: linear`, a "
-                "base and a scale."
-            )
-        if self.method == "slerp" and len(models) != 2:
-            raise ValueError(f"slerp goes between two checkpoints, and there are {len(models)}; take warp for more.")
-        return self
-
-    @model_validator(mode="after")
-    def _settings_mean_something(self) -> Self:
-        if self.base is None and self.method in NEEDS_BASE:
-            raise ValueError(f"{self.method} merges the ways from a base; name it: `base: sft`.")
-        # Not model_fields_set: a stage's process is given its resolved config, in which every field is set.
-        if self.base is None and self.scale != 1:
-            raise ValueError("scale is how far to go from the base, and there is none; name it: `base: sft`.")
-        if self.density != DENSITY and self.method not in DENSE:
-            raise ValueError(f"density is read by {', '.join(DENSE)} only; leave it out for {self.method}.")
-        if self.base in (self.policies or self.rewards):
-            raise ValueError(f"'{self.base}' is the base of itself; take it out of the checkpoints or name another.")
-        return self
-
-    @model_validator(mode="after")
-    def _a_weight_each(self) -> Self:
-        if self.weights is None:
-            return self
-        models = self.policies or self.rewards
-        if self.method == "warp":
-            raise ValueError("warp gives every checkpoint the same share; leave weights out.")
-        if len(self.weights) != len(models):
-            raise ValueError(f"weights has {len(self.weights)} numbers for {len(models)} checkpoints.")
-        if self.method != "task_arithmetic" and any(weight < 0 for weight in self.weights):
-            raise ValueError(f"weights {self.weights}: below 0 (unlearning) is for task_arithmetic only.")
-        if self.method in ("linear", "slerp") and not sum(self.weights) > 0:
-            raise ValueError(f"weights {self.weights} are shares; at least one must be above 0.")
-        return self
-
-    def makes(self) -> Kind:
-        """What was put in comes out."""
-        return Kind.REWARD if self.rewards else Kind.POLICY
-
-    def coefficients(self, count: int) -> list[float]:
-        """``weights`` with their default filled in; shares where the method takes shares."""
-        if self.weights is None:
-            return [1.0 if self.method in ("ties", "dare_ties") else 1 / count] * count
-        total = sum(self.weights) if self.method in ("linear", "slerp") else 1.0
-        return [weight / total for weight in self.weights]
+SCORE = frozenset({"score.weight"})
+"""A reward model's head, which starts at zero on a base that has none."""
 
 
 def run(context: StageContext) -> dict[str, Any]:
-    """Merge, save ``model/``, and return how far each checkpoint had gone and how alike their ways are.
+    """Merge, save ``model/``, and return each checkpoint's distance from the base and how alike their directions are.
 
     Raises ``UserError`` for checkpoints of different architectures, vocabularies, templates or origins, and for one
     whose adapter is no part of its weights.
@@ -106,6 +30,97 @@ def run(context: StageContext) -> dict[str, Any]:
     from align.models.threads import use_threads
 
     use_threads(context.runtime)
-    from align.stages.merge_run import merge
+    from align.models.loading import load_policy, load_reward, load_tokenizer
+    from align.models.tuning.apply import save_tuned
 
-    return merge(context)
+    config: MergeConfig = context.config
+    field = "rewards" if config.rewards else "policies"
+    given: list[Artifact] = context.inputs[field]
+    models = [Weights(artifact.model, f"{field} ('{artifact.stage}')") for artifact in given]
+    start: Artifact | None = context.inputs["base"]
+    base = None if start is None else Weights(start.model, f"base ('{start.stage}')")
+    tokenizer = load_tokenizer(given[0].model)
+    others = [*zip(models[1:], given[1:], strict=True)] + ([] if base is None or start is None else [(base, start)])
+    for weights, artifact in others:
+        check_architecture(models[0], weights)
+        check_language(tokenizer, load_tokenizer(artifact.model), (models[0].label, weights.label))
+        check_tensors(models[0], weights, SCORE if weights is base and config.rewards else frozenset())
+    cosines = check_origin(models, base)
+    model = (load_reward if config.rewards else load_policy)(given[0].model)
+    found = _Distances(len(models))
+    slots = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    with torch.no_grad():
+        for done, name in enumerate(sorted(models[0].names), start=1):
+            tensors = [weights[name].float() for weights in models]
+            origin = None if base is None else _origin(base, name, tensors[0])
+            merged = merge_tensor(config, name, tensors, origin, context.seed)
+            if not bool(torch.isfinite(merged).all()):
+                raise RuntimeError(f"{name} is not finite after merging by {config.method}")
+            found.add(tensors, origin, merged)
+            slots[name].copy_(merged)
+            context.progress(done, len(models[0].names), unit="tensors")
+    save_tuned(model, tokenizer, context.output / "model")
+    return {"models": len(models), "cosine_to_start": cosines, **found.facts()}
+
+
+def merge_tensor(
+    config: MergeConfig, name: str, tensors: list[torch.Tensor], origin: torch.Tensor | None, seed: int
+) -> torch.Tensor:
+    """One tensor of the result. With a base: base + scale * (merge of the task vectors)."""
+    weights = config.coefficients(len(tensors))
+    if origin is None:
+        if config.method == "slerp":
+            return methods.slerp(tensors[0], tensors[1], weights[1])
+        return methods.linear(tensors, weights)
+    vectors = [tensor - origin for tensor in tensors]
+    if config.method == "slerp":
+        return origin + config.scale * (methods.slerp(tensors[0], tensors[1], weights[1]) - origin)
+    if config.method == "warp":
+        merged = methods.warp(vectors)
+    elif config.method == "ties":
+        merged = methods.ties(vectors, weights, config.density)
+    elif config.method in ("dare_linear", "dare_ties"):
+        drawn = methods.seed_of(seed, name)
+        merged = methods.dare(vectors, weights, config.density, drawn, elect=config.method == "dare_ties")
+    else:
+        merged = methods.linear(vectors, weights)
+    return origin + config.scale * merged
+
+
+def _origin(base: Weights, name: str, like: torch.Tensor) -> torch.Tensor:
+    return base[name].float() if name in base.names else torch.zeros_like(like)
+
+
+class _Distances:
+    """How far models went from the base and in how different directions, summed up tensor by tensor."""
+
+    def __init__(self, count: int) -> None:
+        self.products = torch.zeros(count, count, dtype=torch.float64)
+        self.base = self.merged = 0.0
+        self.known = False
+
+    def add(self, tensors: list[torch.Tensor], origin: torch.Tensor | None, merged: torch.Tensor) -> None:
+        """One tensor of each model, the base's and the result's."""
+        if origin is None:
+            return
+        self.known = True
+        vectors = torch.stack([(tensor - origin).flatten() for tensor in tensors]).double()
+        self.products += vectors @ vectors.T
+        self.base += float(origin.double().square().sum())
+        self.merged += float((merged - origin).double().square().sum())
+
+    def facts(self) -> dict[str, Any]:
+        """``moved``: each model's way from the base as a share of the base's length; ``merged_moved``: the result's.
+        ``task_cosines``: of each two task vectors, in the order 1-2, 1-3, 2-3; near 1 says that merging adds little."""
+        if not self.known or not self.base:
+            return {}
+        lengths = self.products.diagonal().sqrt()
+        pairs = itertools.combinations(range(len(lengths)), 2)
+        return {
+            "moved": [float(length) / math.sqrt(self.base) for length in lengths],
+            "merged_moved": math.sqrt(self.merged / self.base),
+            "task_cosines": [
+                float(self.products[a, b] / (lengths[a] * lengths[b])) if lengths[a] * lengths[b] else 0.0
+                for a, b in pairs
+            ],
+        }

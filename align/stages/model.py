@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any
 
-from align.config.base import Config
+from align.config.stages.model import ModelConfig
 from align.errors import UserError
 from align.models.files import READ_SUFFIXES
 from align.models.folder_checks import check_folder
@@ -17,39 +17,22 @@ if TYPE_CHECKING:
     from align.models.architecture import Architecture
 
 
-class ModelConfig(Config):
-    """Which model, and how its files are read."""
+def identities(config: ModelConfig, base: Path) -> dict[str, str]:
+    """Return the model's commit or digest, and the digest of the chat template's file."""
+    digests = {"source": identity(config.source, config.revision, base)}
+    if config.chat_template is not None:
+        path = base / config.chat_template
+        if not path.is_file():
+            raise UserError(f"chat_template: there is no file '{path}'; relative paths start at the current folder.")
+        digests["chat_template"] = file_digest(path)
+    return digests
 
-    source: str
-    """A built-in model (smollm2-135m-instruct, tiny), a model folder, a .gguf file, or a Hub name."""
-    revision: str | None = None
-    """The commit of a Hub model, 40 hexadecimal digits; needed there, so that the same file means the same model."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model. Off: such a model is refused."""
-    chat_template: str | None = None
-    """Path of a Jinja chat template, which replaces the model's own; a base model without one needs it."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the stored weights; bfloat16 halves the files. Training starts from float32 copies either way."""
 
-    identified: ClassVar[frozenset[str]] = frozenset({"source", "revision", "chat_template"})
+def architecture(config: ModelConfig, base: Path) -> Architecture:
+    """Return the model's sizes from a ``config.json`` on this machine; ``UnknownArchitecture`` where there is none."""
+    from align.models.known import known_architecture
 
-    def identities(self, base: Path) -> dict[str, str]:
-        """The model's commit or digest, and the digest of the chat template's file."""
-        found = {"source": identity(self.source, self.revision, base)}
-        if self.chat_template is not None:
-            path = base / self.chat_template
-            if not path.is_file():
-                raise UserError(
-                    f"chat_template: there is no file '{path}'; relative paths start at the current folder."
-                )
-            found["chat_template"] = file_digest(path)
-        return found
-
-    def architecture(self, base: Path) -> Architecture:
-        """The model's sizes, from a ``config.json`` on this machine; ``UnknownArchitecture`` where there is none."""
-        from align.models.known import known_architecture
-
-        return known_architecture(self.source, self.revision, base)
+    return known_architecture(config.source, config.revision, base)
 
 
 def run(context: StageContext) -> dict[str, Any]:

@@ -5,63 +5,10 @@ Cross-entropy is trl's fused head: only tokens with a label go through the vocab
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any
 
-from pydantic import Field, field_validator, model_validator
-
-from align.config.base import stage_input
-from align.config.stages.lint import LintSettings
-from align.config.stages.training import TrainingFields, checked_options
+from align.config.stages.sft import SftConfig
 from align.pipeline.context import StageContext
-from align.store.artifacts import GENERATORS, Kind
-
-
-class SftConfig(TrainingFields):
-    """Takes ``completion`` of instructions, or ``chosen`` of preferences, as the answer to learn.
-
-    Rows of like length share a batch. With ``packing``, ``batch_size`` counts packs of ``max_length`` tokens.
-    """
-
-    model: stage_input(*GENERATORS)  # type: ignore[valid-type]
-    """Stage whose checkpoint is trained further; it needs a chat template."""
-    data: stage_input(Kind.INSTRUCTIONS, Kind.PREFERENCES)  # type: ignore[valid-type]
-    """Stage with the answers: its ``train`` split is learned, its ``test`` split only scored."""
-    supervise: Literal["last", "all"] = "last"
-    """Which answers of a conversation are learned: the last one, or every one of the assistant's. Where each stands is
-    found by rendering the conversation up to it, with any chat template."""
-    packing: bool = False
-    """Fill rows of ``max_length`` tokens with whole short ones, none of which sees another (best fit decreasing)."""
-    padding_free: bool = False
-    """Put a micro-batch's rows behind one another instead of padding them; ``packing`` does so in any case."""
-    neftune: float | None = Field(None, gt=0, le=100)
-    """Noise on the embeddings while training, NEFTune's alpha (2310.05914); 5 is usual."""
-    lint: LintSettings = LintSettings()
-    """What of the look at the rows' tokens, before the first step, is waived (docs/lint.md)."""
-
-    identified: ClassVar[frozenset[str]] = frozenset({"lint"})
-
-    @field_validator("trainer")
-    @classmethod
-    def _trainer_exists(cls, options: dict[str, Any]) -> dict[str, Any]:
-        for name, instead in {
-            "neftune_noise_alpha": "set 'neftune' beside 'trainer'",
-            "assistant_only_loss": "set 'supervise: all' beside 'trainer'",
-            "completion_only_loss": "answers alone are ever learned; a 'pretrain' stage learns whole texts",
-            "eval_packing": "held-out rows are scored one by one",
-            "packing_strategy": "packs are filled with whole rows, best fit decreasing",
-        }.items():
-            if name in options:
-                raise ValueError(f"'{name}' is not set here: {instead}.")
-        return checked_options("sft", options, {"packing", "padding_free"})
-
-    @model_validator(mode="after")
-    def _one_line_needs_modules(self) -> SftConfig:
-        if self.tuning.input_only and (self.packing or self.padding_free):
-            raise ValueError(
-                f"{'packing' if self.packing else 'padding_free'} puts rows into one line, and tuning "
-                f"{self.tuning.method} acts on the beginning of each; turn one of them off."
-            )
-        return self
 
 
 def run(context: StageContext) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from align.training.scored_rows import (
 )
 
 if TYPE_CHECKING:
-    from align.stages.reward import RewardConfig
+    from align.config.stages.reward import RewardConfig
 
 
 class Objective(ABC):

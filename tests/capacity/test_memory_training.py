@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from align.models.activations import activations_of_layer, activations_per_token
 from align.config.runtime import Runtime
+from align.config.stages.reward import RewardConfig
+from align.config.stages.sft import SftConfig
 from align.config.tuning import FullTuning
+from align.models.activations import activations_of_layer, activations_per_token
 from align.models.architecture import Architecture, Linear, UnknownArchitecture, architecture_of
-from align.stages.reward import RewardConfig
-from align.stages.sft import SftConfig
 
 TOY = Architecture("toy", hidden=4, layers=2, vocabulary=10, key_value_width=3, linears=(Linear("q", 4, 5, True),),
                    vectors=4, embedded=40, last_norm=4, tied=False)  # fmt: skip

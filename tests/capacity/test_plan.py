@@ -109,8 +109,8 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not(plan: Any) -> None:
     from align.capacity.choosing import _parts
     from align.capacity.hardware import parse_hardware
     from align.capacity.strategies import Strategy
+    from align.config.stages.sft import SftConfig
     from align.models.architecture import architecture_of
-    from align.stages.sft import SftConfig
 
     config = SftConfig(model="m", data="d", learning_rate=1e-3, tuning={"method": "lora"}, batch_size=4096)
     job, hardware = config.job({"model": [architecture_of(MISTRAL)]}, None), parse_hardware("h100")  # type: ignore[arg-type]

@@ -13,8 +13,8 @@ from align.capacity.job import Job, Setting
 from align.capacity.memory import Memory
 from align.capacity.sharing import BUCKET, offloaded, shared
 from align.capacity.strategies import Strategy, candidates
+from align.config.stages.sft import SftConfig
 from align.models.architecture import Architecture, Linear
-from align.stages.sft import SftConfig
 
 TOY = Architecture("toy", hidden=4, layers=2, vocabulary=10, key_value_width=3, linears=(Linear("q", 4, 5, True),),
                    vectors=4, embedded=40, last_norm=4, tied=False)  # fmt: skip

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from align.capacity.hardware import Hardware, parse_hardware
 from align.capacity.strategies import Strategy
 from align.capacity.timing import EFFICIENCY, estimate, exchanged
+from align.config.stages.sft import SftConfig
 from align.config.tuning import FullTuning, LoraTuning
 from align.models.flops import forward_flops, learning_flops
 from align.stages.ppo import PpoConfig
-from align.stages.sft import SftConfig
 from tests.capacity.test_sharing import TOY, job
 
 

@@ -218,9 +218,9 @@ def test_what_the_readme_shows_is_accepted() -> None:
     import yaml
 
     from align.config.runtime import Runtime
+    from align.config.stages.sft import SftConfig
     from align.stages.evaluate import EvaluateConfig
     from align.stages.ppo import PpoConfig
-    from align.stages.sft import SftConfig
 
     blocks = [yaml.safe_load(block) for block in yaml_blocks("README.md")]
     runtimes = [block["runtime"] for block in blocks if list(block) == ["runtime"]]
@@ -234,9 +234,9 @@ def test_what_the_readme_shows_is_accepted() -> None:
 
 def test_what_the_guide_to_methods_shows_is_accepted() -> None:
     """Whole pipelines, sweeps, stages, tunings a line each, and fields of any stage that trains."""
+    from align.config.stages.sft import SftConfig
     from align.config.yaml import parse_yaml
     from align.pipeline.registry import STAGES
-    from align.stages.sft import SftConfig
     from align.sweep.config import SweepConfig
 
     plain = {"model": "model", "data": "data", "learning_rate": 1e-4}

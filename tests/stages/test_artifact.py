@@ -55,8 +55,9 @@ def test_where_links_are_impossible_files_are_copied(
     made: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from align.config.runtime import Runtime
+    from align.config.stages.artifact import ArtifactConfig
     from align.pipeline.context import StageContext
-    from align.stages.artifact import ArtifactConfig, run
+    from align.stages.artifact import run
 
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(18, "Invalid cross-device link")

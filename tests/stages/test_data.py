@@ -9,11 +9,12 @@ import pytest
 import yaml
 
 from align.config.runtime import Runtime
+from align.config.stages.data import DataConfig
 from align.data.rows import read_rows
 from align.errors import StageFailed, UserError
 from align.pipeline.context import StageContext
 from align.pipeline.pipeline import Pipeline
-from align.stages.data import DataConfig, run
+from align.stages.data import run
 from align.store.artifacts import Kind
 
 HUB = {"type": "hub", "dataset": "o/n", "revision": "0" * 40, "format": "gsm8k"}

@@ -12,13 +12,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from align.config.runtime import Runtime
+from align.config.stages.distill import DistillConfig
 from align.errors import UserError
 from align.inference.protocol import Response, Sampling
 from align.models.loading import load_policy, load_tokenizer
 from align.models.tiny import make_tiny
 from align.pipeline.context import StageContext
-from align.stages import distill_run as work
-from align.stages.distill import DistillConfig, run
+from align.stages import distill as work
+from align.stages.distill import run
 from align.store.artifacts import Artifact, Kind
 from align.training.distill_trainer import AnswerCollator, own_answers, prompt_of
 from align.training.divergence import Known, Live, Measure, summed_divergence, with_rest

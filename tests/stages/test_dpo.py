@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from align.config.stages.dpo import DpoConfig
 from align.models.loading import load_policy, load_tokenizer
-from align.stages.dpo import DpoConfig, run
+from align.stages.dpo import run
 from align.store.artifacts import Kind
 from align.training.rows import encode_pairs
 from tests.support.training.harness import context, data_artifact, events, losses, rows

@@ -13,10 +13,11 @@ import torch
 from transformers import AutoTokenizer
 
 from align.config.runtime import Runtime
+from align.config.stages.model import ModelConfig
 from align.errors import UserError
 from align.models.loading import load_policy, load_tokenizer
 from align.pipeline.context import StageContext
-from align.stages.model import ModelConfig, run
+from align.stages.model import run
 
 
 def _context(tmp_path: Path, **config: Any) -> StageContext:

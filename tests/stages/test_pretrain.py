@@ -12,12 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from align.config.stages.pretrain import PretrainConfig
 from align.config.validation import validate
 from align.data.rows import write_rows
 from align.errors import UserError
 from align.models.loading import load_policy, load_tokenizer
 from align.pipeline.context import StageContext
-from align.stages.pretrain import PretrainConfig, run
+from align.stages.pretrain import run
 from align.store.artifacts import Artifact, Kind
 from align.training.rows import MASKED
 from align.training.texts import Ends, document_ends, encode_texts

@@ -7,9 +7,10 @@ import pytest
 from pydantic import ValidationError
 
 from align.config.runtime import Runtime
+from align.config.stages.report import ReportConfig
 from align.errors import UserError
 from align.pipeline.context import StageContext
-from align.stages.report import ReportConfig, run
+from align.stages.report import run
 from align.store.artifacts import Artifact, Kind
 
 

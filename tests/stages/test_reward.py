@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from align.config.stages.reward import RewardConfig
 from align.models.loading import load_reward, load_tokenizer
-from align.stages.reward import RewardConfig, run
+from align.stages.reward import run
 from align.store.artifacts import Kind
 from align.training import held_out, reload
 from align.training.held_out import pair_accuracy

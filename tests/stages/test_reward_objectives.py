@@ -12,12 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from align.config.stages.reward import RewardConfig
 from align.errors import UserError
 from align.models.reward import RewardModel
 from align.models.steps import Steps, combined, step_ends
 from align.models.tiny import make_tiny_tokenizer
 from align.pipeline.context import StageContext
-from align.stages.reward import RewardConfig, run
+from align.stages.reward import run
 from align.store.artifacts import Artifact, Kind
 from align.training.held_out import pair_accuracy
 from align.training.reward_held_out import correlation, disjoint_pairs, ranks

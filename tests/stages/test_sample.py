@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from align.config.runtime import EngineConfig, Runtime
+from align.config.stages.sample import SampleConfig
 from align.data.rows import read_rows, write_rows
 from align.errors import UserError
 from align.inference.transformers import TransformersEngine
 from align.pipeline.context import StageContext
-from align.stages import sample_run
-from align.stages.sample import SampleConfig, run
+from align.stages.sample import run
 from align.store.artifacts import Artifact, Kind
 
 
@@ -64,7 +64,7 @@ def _score_functions(monkeypatch: pytest.MonkeyPatch) -> None:
     from align.data.scoring import FunctionScorer
 
     functions = {"length_score": length_score, "flat_score": flat_score}
-    monkeypatch.setattr(sample_run, "function_scorer", lambda path: FunctionScorer(path, functions[path.split(":")[1]]))
+    monkeypatch.setattr(sample, "function_scorer", lambda path: FunctionScorer(path, functions[path.split(":")[1]]))
 
 
 def test_pairs_samples_and_counts(tiny_model: Path, tmp_path: Path) -> None:
@@ -86,11 +86,11 @@ def test_pairs_samples_and_counts(tiny_model: Path, tmp_path: Path) -> None:
 def test_killed_in_the_middle_it_goes_on_to_the_same_result(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sample_run, "CHUNK", 2)
+    monkeypatch.setattr(sample, "CHUNK", 2)
     whole = _context(tmp_path / "whole", tiny_model)
     run(whole)
     parts = _context(tmp_path / "parts", tiny_model)
-    real, calls = sample_run._Chunks._sample, []
+    real, calls = sample._Chunks._sample, []
 
     def dies_third(self: Any, job: Any, start: int, sampling: Any) -> Any:
         calls.append((job.split, start))
@@ -98,7 +98,7 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_result(
             raise KeyboardInterrupt
         return real(self, job, start, sampling)
 
-    monkeypatch.setattr(sample_run._Chunks, "_sample", dies_third)
+    monkeypatch.setattr(sample._Chunks, "_sample", dies_third)
     with pytest.raises(KeyboardInterrupt):
         run(parts)
     run(parts)

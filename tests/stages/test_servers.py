@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 from align.config.runtime import Runtime
+from align.config.stages.sample import SampleConfig
+from align.config.stages.synthesize import SynthesizeConfig
 from align.data.rows import read_rows, user, write_rows
 from align.evaluation import generation
 from align.models.tiny import make_tiny
 from align.pipeline.context import StageContext
 from align.stages import evaluate, sample, synthesize
 from align.stages.evaluate import EvaluateConfig
-from align.stages.sample import SampleConfig
-from align.stages.synthesize import SynthesizeConfig
 from align.store.artifacts import Artifact, Kind
 from align.synthesis import local_model
 from tests.support.inference.fake_server import info

@@ -12,6 +12,8 @@ from pydantic import TypeAdapter
 from safetensors.torch import load_file
 from torch import nn
 
+from align.config.stages.reward import RewardConfig
+from align.config.stages.sft import SftConfig
 from align.config.tuning import AdaptersTuning, LoraTuning, Tuning
 from align.config.validation import validate
 from align.errors import UserError
@@ -19,8 +21,6 @@ from align.models.loading import load_policy, load_reward
 from align.models.trunk import trunk_and_head
 from align.models.tuning.apply import apply_tuning
 from align.pipeline.registry import STAGES
-from align.stages.reward import RewardConfig
-from align.stages.sft import SftConfig
 from align.training.anchoring import KLToStart, PullToStart
 from align.training.neftune import NoisyEmbeddings
 from align.training.token_losses import CHUNK, summed_kl

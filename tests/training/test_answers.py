@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from align.config.stages.sft import SftConfig
 from align.data.rows import assistant, user, write_rows
 from align.models.loading import load_policy, load_tokenizer
-from align.stages.sft import SftConfig, run
+from align.stages.sft import run
 from align.store.artifacts import Artifact, Kind
 from align.training.rows import MASKED, NOT_TRAINED, SPLIT_UP, encode_answers, encode_supervised
 from tests.support.training.harness import context, events

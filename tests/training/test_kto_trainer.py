@@ -11,8 +11,8 @@ from datasets import Dataset
 from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import KTOTrainer
 
+from align.config.stages.kto import KtoConfig
 from align.models.loading import load_policy, load_tokenizer
-from align.stages.kto import KtoConfig
 from align.store.artifacts import Kind
 from align.training import kto_trainer
 from align.training.arguments import training_arguments

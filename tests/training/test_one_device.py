@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-import align.stages.distill_run
+import align.stages.distill
 import align.stages.rl
 import align.training.arguments
 import align.training.fit
@@ -47,7 +47,7 @@ def test_a_stage_on_rows_builds_its_trainer_for_one(
     def stop(trainer: Any, *args: Any, **options: Any) -> None:
         raise Built(trainer)
 
-    for module in (align.training.fit, align.stages.distill_run):
+    for module in (align.training.fit, align.stages.distill):
         monkeypatch.setattr(module, "fit", stop)
     stage = supervised.make_stage(kind, tmp_path, tiny_model, max_steps=1)
     with pytest.raises(Built) as built:

@@ -12,13 +12,14 @@ from hypothesis import settings as limits
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
+from align.config.stages.sft import SftConfig
 from align.config.tuning import LoraTuning
 from align.errors import UserError
 from align.models.fast.ragged_rows import lay_out
 from align.models.loading import load_policy, load_tokenizer
 from align.models.tuning.apply import apply_tuning
 from align.pipeline.registry import STAGES
-from align.stages.sft import SftConfig, run
+from align.stages.sft import run
 from align.store.artifacts import Kind
 from align.training import packing
 from align.training.packing import Flat, best_fit, check_separate, fill, form_of, packed, run_flat

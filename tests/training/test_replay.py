@@ -11,14 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from align.config.stages.reward import RewardConfig
+from align.config.stages.sft import SftConfig
 from align.config.validation import validate
 from align.data.rows import assistant, user, write_rows
 from align.errors import UserError
 from align.models.loading import load_policy
 from align.pipeline.context import StageContext
 from align.pipeline.registry import STAGES
-from align.stages.reward import RewardConfig
-from align.stages.sft import SftConfig
 from align.store.artifacts import Artifact, Kind
 from align.training.replay import Replay, drawn
 from align.training.rows import Encoded

@@ -9,13 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from align.config.stages.reward import RewardConfig
+from align.config.stages.sft import SftConfig
 from align.config.validation import validate
 from align.data.rows import assistant, read_rows, write_rows
 from align.data.splits import group
 from align.errors import UserError
 from align.pipeline.context import StageContext
-from align.stages.reward import RewardConfig
-from align.stages.sft import SftConfig, run
+from align.stages.sft import run
 from align.store.artifacts import Kind
 from align.training.arguments import SCHEDULERS, schedule_options
 from align.training.rows import read_splits

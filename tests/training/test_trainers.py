@@ -11,12 +11,12 @@ import trl.trainer.utils
 from datasets import Dataset
 from trl.trainer.sft_config import SFTConfig
 
+from align.config.stages.reward import RewardConfig
+from align.config.stages.sft import SftConfig
 from align.errors import UserError
 from align.models.loading import load_policy, load_tokenizer, new_reward
 from align.models.tuning.apply import apply_tuning
 from align.pipeline.context import StageContext
-from align.stages.reward import RewardConfig
-from align.stages.sft import SftConfig
 from align.store.artifacts import Kind
 from align.training import held_out, order
 from align.training.arguments import training_arguments

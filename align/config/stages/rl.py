@@ -5,25 +5,18 @@ Left out: what a method does with a scored rollout, which its own stage says.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from align.config.base import Config, stage_input
 from align.config.launch import LaunchConfig
-from align.config.runtime import Runtime
 from align.config.stages.lint import LintSettings
 from align.config.stages.training import sharding_objection
 from align.config.trl_options import check_trainer_options
 from align.config.tuning import FullTuning, Tuning
 from align.store.artifacts import GENERATORS, PROMPT_SOURCES, Kind
-
-if TYPE_CHECKING:
-    from align.capacity.job import Job
-    from align.capacity.memory import Estimate
-    from align.models.architecture import Architecture
 
 ELSEWHERE = {
     "num_generations": "samples_per_prompt",
@@ -257,18 +250,6 @@ class RolloutFields(Config):
 
         named = {"score": self.score, "gold": self.gold}
         return {name: function_identity(path) for name, path in named.items() if path is not None}
-
-    def memory(self, models: Mapping[str, Sequence[Architecture]], runtime: Runtime) -> Estimate:
-        """What this stage holds in memory, and what it would with another ``tuning`` (or ``critic``)."""
-        from align.capacity.memory_rl import estimate
-
-        return estimate(self, models, runtime)
-
-    def job(self, models: Mapping[str, Sequence[Architecture]], runtime: Runtime) -> Job:
-        """What this stage asks of devices."""
-        from align.capacity.memory_rl import job
-
-        return job(self, models, runtime)
 
 
 class DriftFields(RolloutFields):

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from collections.abc import Iterable
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from align.config.base import Config, stage_input
 from align.config.launch import LaunchConfig
-from align.config.runtime import Runtime
 from align.config.trl_options import check_trainer_options
 from align.config.tuning import FullTuning, QloraTuning, Tuning, TuningBase
 from align.store.artifacts import Kind
-
-if TYPE_CHECKING:
-    from align.capacity.job import Job
-    from align.capacity.memory import Estimate
-    from align.models.architecture import Architecture
 
 
 class Anchor(Config):
@@ -194,18 +188,6 @@ class TrainingFields(Config):
         if self.anchor is not None and self.anchor.to == "kl" and self.tuning.input_only:
             raise ValueError(f"anchor: kl does not go with {self.tuning.method}, which changes every input; take l2.")
         return self
-
-    def memory(self, models: Mapping[str, Sequence[Architecture]], runtime: Runtime) -> Estimate:
-        """What this stage holds in memory, and what it would with another ``tuning``."""
-        from align.capacity.memory_training import estimate
-
-        return estimate(self, models, runtime)
-
-    def job(self, models: Mapping[str, Sequence[Architecture]], runtime: Runtime) -> Job:
-        """What this stage asks of devices."""
-        from align.capacity.memory_training import job
-
-        return job(self, models)
 
     @model_validator(mode="after")
     def _scored_on_the_way(self) -> Self:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from align.models.activations import activations_per_token
 from align.config.tuning import TuningBase
+from align.models.activations import activations_per_token
 from align.models.architecture import UnknownArchitecture, architecture_of
 from align.models.precision import Precision
 

@@ -3,13 +3,13 @@
 import pytest
 
 from align.config.launch import LaunchConfig
+from align.config.stages.dpo import DpoConfig
+from align.config.stages.reward import RewardConfig
+from align.config.stages.sft import SftConfig
 from align.config.validation import validate
 from align.errors import UserError
-from align.stages.dpo import DpoConfig
 from align.stages.grpo import GrpoConfig
 from align.stages.ppo import PpoConfig
-from align.stages.reward import RewardConfig
-from align.stages.sft import SftConfig
 from align.training.arguments import total_steps
 
 SFT = {"model": "model", "data": "data", "learning_rate": 1e-4}

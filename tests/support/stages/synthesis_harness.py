@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from align.config.runtime import EngineConfig, Runtime
+from align.config.stages.synthesize import SynthesizeConfig
 from align.data.rows import user, write_rows
 from align.pipeline.context import StageContext
 from align.runner.stage_result import write_work
-from align.stages.synthesize import SynthesizeConfig
 from align.store.artifacts import Artifact, Kind
 from align.store.fingerprint import digest
 from tests.support.inference.fake_chat import FakeChat, completion

@@ -1,0 +1,16 @@
+"""Settings of the stage ``artifact``: a finished artifact taken as it is. Torch-free."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from align.config.base import Config
+
+
+class ArtifactConfig(Config):
+    """Where the artifact is."""
+
+    path: str
+    """Folder of a finished artifact (with its record.json), or a reward model's folder (safetensors)."""
+
+    identified: ClassVar[frozenset[str]] = frozenset({"path"})

@@ -1,0 +1,55 @@
+"""Settings of the stage ``kto``: single answers marked as wanted or not. Torch-free."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from align.config.base import stage_input
+from align.config.stages.preference import ReferenceFields
+from align.config.stages.training import checked_options
+from align.store.artifacts import Kind
+
+
+class KtoConfig(ReferenceFields):
+    """For feedback of one answer at a time, thumbs up or down; pairs are taken apart. ``batch_size`` counts answers."""
+
+    data: stage_input(Kind.UNPAIRED, Kind.PREFERENCES)  # type: ignore[valid-type]
+    """Stage with the answers and their labels, or with pairs, of which each becomes two answers."""
+    loss: Literal["kto", "apo_zero_unpaired"] = "kto"
+    """``kto`` measures answers from a reference point, the drift on answers to other prompts in the micro-batch;
+    ``apo_zero_unpaired`` (2408.06266) from none."""
+    desirable_weight: float = Field(1.0, gt=0)
+    """Weight of wanted answers; raise it when they are few, until together they weigh 1 to 4/3 of the others."""
+    undesirable_weight: float = Field(1.0, gt=0)
+    """Weight of unwanted answers."""
+
+    @property
+    def rows_add_up(self) -> bool:
+        """Not where a micro-batch has a reference point."""
+        return self.loss != "kto"
+
+    @property
+    def sides(self) -> int:
+        """Answers come one by one."""
+        return 1
+
+    @model_validator(mode="after")
+    def _a_reference_point_needs_others(self) -> Self:
+        if self.loss == "kto" and self.micro_batch < 2:
+            raise ValueError(
+                "kto's reference point is the drift on the micro-batch's other answers; set micro_batch_size to 2 or "
+                "more, 8 is better, or take `loss: apo_zero_unpaired`."
+            )
+        return self
+
+    @field_validator("trainer")
+    @classmethod
+    def _trainer_exists(cls, options: dict[str, Any]) -> dict[str, Any]:
+        if "loss_type" in options:
+            raise ValueError("'loss_type' is not set here: set 'loss' beside 'trainer'.")
+        for name in ("precompute_ref_log_probs", "precompute_ref_batch_size", "sync_ref_model"):
+            if name in options:
+                raise ValueError(f"'{name}' is not set here: the reference is always scored once, before training.")
+        return checked_options("kto", options, {"beta", "desirable_weight", "undesirable_weight"})
