@@ -2,18 +2,18 @@
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from align.store.version import VERSION as __version__
 
 if TYPE_CHECKING:
-    from align.pipeline.pipeline import Pipeline
+    from align.api import Pipeline, Run
 
-__all__ = ["Pipeline", "__version__"]
+__all__ = ["Pipeline", "Run", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """Load ``Pipeline`` on first use, so that ``import align`` stays instant."""
-    if name == "Pipeline":
-        from align.pipeline.pipeline import Pipeline
+    """Load ``Pipeline`` and ``Run`` on first use, so that ``import align`` stays instant."""
+    if name in ("Pipeline", "Run"):
+        from align import api
 
-        return Pipeline
+        return getattr(api, name)
     raise AttributeError(f"module 'align' has no attribute {name!r}")

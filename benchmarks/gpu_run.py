@@ -12,9 +12,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from align.capacity.estimate import estimator_of
 from align.capacity.job import Job, Setting
 from align.config.runtime import Runtime
 from align.models.architecture import Architecture, read_architecture
+from align.pipeline.registry import STAGES
 from benchmarks.memory_run import model_in
 from benchmarks.stage_work import FIELD, config_of, run_stage
 
@@ -96,7 +98,7 @@ def stage_line(root: Path, kind: str, method: str, device: str, model: Path, siz
 
 def _job(kind: str, fields: dict[str, Any], model: Architecture, runtime: Runtime) -> Job:
     models = {FIELD[kind]: [model]} | ({"reward": [model]} if kind == "ppo" else {})
-    job: Job = config_of(kind, fields).job(models, runtime)
+    job: Job = estimator_of(STAGES[kind]).job(config_of(kind, fields), models, runtime)
     return job
 
 

@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from align.capacity import memory_sample
 from align.capacity.engines import EngineWay
+from align.capacity.estimate import estimator_of
 from align.capacity.hardware import parse_hardware
 from align.capacity.inference import Rows
 from align.capacity.job import Setting
@@ -26,6 +28,7 @@ from align.capacity.serving import serving
 from align.config.runtime import Runtime
 from align.models.architecture import Architecture, architecture_of
 from align.models.known import EMBEDDED_SIZES, TINY_SIZES
+from align.pipeline.registry import STAGES
 from align.runner.worker import ENVIRONMENT, WAITING
 from benchmarks.memory_run import RUNTIME, WIDE, Measurer
 from benchmarks.stage_work import FIELD, config_of
@@ -98,7 +101,8 @@ def counted(wanted: Configuration) -> dict[str, int]:
     if wanted.stage == "sample":
         return _sampled(wanted, model)
     models = {FIELD[wanted.stage]: [model]} | ({"reward": [model]} if wanted.stage == "ppo" else {})
-    job = config_of(wanted.stage, wanted.fields).job(models, Runtime.model_validate(RUNTIME))
+    config, runtime = config_of(wanted.stage, wanted.fields), Runtime.model_validate(RUNTIME)
+    job = estimator_of(STAGES[wanted.stage]).job(config, models, runtime)
     memory = job.memory(Setting(job.micro_batch, accumulated=job.batch > job.micro_batch))
     parts: dict[str, int] = memory.fullest(job.tokens(job.micro_batch))
     return parts
@@ -107,7 +111,7 @@ def counted(wanted: Configuration) -> dict[str, int]:
 def _sampled(wanted: Configuration, model: Architecture) -> dict[str, int]:
     """The same for a stage that samples, whose baseline has the libraries in it already."""
     models = {"policy": [model]} | ({"reward": [model]} if wanted.fields.get("reward") else {})
-    asked = config_of("sample", wanted.fields).inference(models, {"prompts": Rows(wanted.rows, 4)})
+    asked = memory_sample.inference(config_of("sample", wanted.fields), models, {"prompts": Rows(wanted.rows, 4)})
     runtime = Runtime.model_validate(RUNTIME)
     found = serving(asked, runtime, parse_hardware("cpu"), EngineWay("process", "transformers"), 1.0)
     return {name: amount for name, amount in found.parts.items() if name != "context"}

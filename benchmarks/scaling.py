@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from align.capacity.choosing import Option, options
+from align.capacity.estimate import estimator_of
 from align.capacity.hardware import DEVICES, GIB, Hardware
 from align.capacity.job import Job
 from align.config.runtime import Runtime
@@ -60,8 +61,8 @@ def ppo_job(model: Architecture) -> Job:
 
 def _job(kind: str, models: dict[str, list[Architecture]], fields: dict[str, Any]) -> Job:
     runtime = Runtime.model_validate({"device": "cuda", "engine": {"name": "vllm"}})
-    config: Any = find_stage(kind).config_class().model_validate(fields)
-    job: Job = config.job(models, runtime)
+    stage = find_stage(kind)
+    job: Job = estimator_of(stage).job(stage.config_class().model_validate(fields), models, runtime)
     return job
 
 

@@ -139,7 +139,7 @@ def _saving(config: TrainingFields, model: Architecture, tuning: TuningBase, gpu
     return folded if config.has_vocabulary else max(folded, FLOAT * model.trunk)
 
 
-def job(config: TrainingFields, models: Models) -> Job:
+def job(config: TrainingFields, models: Models, runtime: Runtime | None) -> Job:
     """What the stage asks of devices."""
     model, tuning = trained_model(models), config.tuning
     trained = training_memory(config, models, tuning, Setting(1)).gradients // FLOAT

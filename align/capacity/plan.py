@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from align.capacity.choosing import Option, options, remedies
+from align.capacity.estimate import estimator_of, input_models
 from align.capacity.hardware import Hardware
 from align.capacity.inference import Inference, Rows
 from align.capacity.job import Job
@@ -19,7 +20,6 @@ from align.config.validation import suggest, validate_plain
 from align.errors import UserError
 from align.models.architecture import Architecture, UnknownArchitecture
 from align.pipeline.pipeline import Node, Pipeline
-from align.runner.plan import models_of
 from align.store.store import Store
 
 ROWS_SHOWN = 1000
@@ -96,12 +96,12 @@ def plan_hardware(
     """
     found = []
     for node in pipeline:
-        trains, samples = hasattr(node.config, "job"), hasattr(node.config, "inference")
-        if not trains and not samples:
+        estimator = estimator_of(node.stage)
+        if estimator is None:
             continue
         try:
-            models = models_of(pipeline, node, store, configs)
-            plan = _training if trains else _serving
+            models = input_models(pipeline, node, store, configs)
+            plan = _training if hasattr(estimator, "job") else _serving
             found.append(plan(pipeline, node, store, hardware, models, rows, fill))
         except UnknownArchitecture as error:
             found.append(StagePlan(node.name, node.stage.kind, unknown=str(error)))
@@ -117,8 +117,8 @@ def _training(
 ) -> StagePlan:
     runtime = pipeline.runtimes[node.name]
     used = _narrowed(pipeline, node, hardware)
-    stage: Any = node.config
-    job: Job = stage.job(models, runtime)
+    estimator: Any = estimator_of(node.stage)
+    job: Job = estimator.job(node.config, models, runtime)
     counted = _rows_of_data(pipeline, node, store)
     learned = job.rows(rows if counted is None else counted)
     asked = runtime.launch != LaunchConfig()
@@ -127,7 +127,7 @@ def _training(
     found = StagePlan(node.name, node.stage.kind, job, None, tuple(ways), learned, used, given, notes=job.notes)
     if not ways[0].why_not:
         return found
-    others = _others(node, LESS_TO_LEARN, lambda config: config.job(models, runtime))
+    others = _others(node, LESS_TO_LEARN, lambda config: estimator.job(config, models, runtime))
     return replace(found, remedies=tuple(remedies(job, used, ways, others)))
 
 
@@ -136,13 +136,13 @@ def _serving(
 ) -> StagePlan:
     runtime = pipeline.runtimes[node.name]
     counted = _rows_of_inputs(pipeline, node, store, rows or ROWS_SHOWN)
-    stage: Any = node.config
-    asked: Inference = stage.inference(models, counted)
+    estimator: Any = estimator_of(node.stage)
+    asked: Inference = estimator.inference(node.config, models, counted)
     known = asked.rows if asked.known or rows is not None else None
     ways = servings(asked, runtime, hardware, fill) if asked.lots or asked.readings else []
     found = StagePlan(node.name, node.stage.kind, None, asked, tuple(ways), known, hardware)
     if ways and ways[0].why_not:
-        others = _others(node, {}, lambda config: config.inference(models, counted))
+        others = _others(node, {}, lambda config: estimator.inference(config, models, counted))
         found = replace(found, remedies=tuple(serving_remedies(asked, runtime, hardware, others)))
     best = ways[0] if ways and not ways[0].why_not else None
     return replace(found, notes=tuple(notes(asked, runtime, hardware, best)))

@@ -38,10 +38,11 @@ def _run(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     """say what `run` would do, stage by stage, and why; --memory what it would hold, --hardware where it fits"""
+    from align.capacity.estimate import estimate_memory
     from align.cli.console import memory_lines, printable
     from align.cli.run import load
     from align.runner.open_store import open_store
-    from align.runner.plan import choose_stages, estimate_memory, plan
+    from align.runner.plan import choose_stages, plan
 
     pipeline = load(options)
     store = open_store(pipeline, options.store)

@@ -12,7 +12,7 @@ import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import Field, create_model
 
@@ -27,9 +27,6 @@ from align.pipeline.registry import Stage
 from align.pipeline.stage_kinds import NAME_PATTERN, stage_of
 from align.store.artifacts import Kind
 from align.store.fingerprint import digest
-
-if TYPE_CHECKING:
-    from align.runner.runner import Run
 
 
 class PipelineConfig(Config):
@@ -152,13 +149,7 @@ class Pipeline:
         raw = copy.deepcopy(self.raw)
         for path, value in changes.items():
             assign(raw, path, copy.deepcopy(value), PipelineConfig.model_fields)
-        return Pipeline(raw, self.where, self.base)
-
-    def run(self, **options: Any) -> Run:
-        """Run what is not cached; options as of :func:`align.runner.runner.run_pipeline`."""
-        from align.runner.runner import run_pipeline
-
-        return run_pipeline(self, **options)
+        return type(self)(raw, self.where, self.base)
 
     # ---------------------------------------------------------------------------------------------------------
 
@@ -212,12 +203,9 @@ class Pipeline:
         config_class = stage.config_class()
         inputs = {f: getattr(config, f) for f in input_fields(config_class)}
         self._check_inputs(name, config_class, inputs, kinds)
-        makes = stage.makes
-        if makes is None:
-            with self._saying_where(name):
-                makes = config.makes()  # type: ignore[attr-defined]
         with self._saying_where(name):
-            identities = config.identities(self.base) if hasattr(config, "identities") else {}
+            makes = stage.makes_with(config)
+            identities = stage.identities(config, self.base)
         parts = self._key_parts(stage, config, seed, inputs, identities)
         try:
             key = digest(parts)

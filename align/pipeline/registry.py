@@ -42,6 +42,33 @@ class Stage:
     """Import path of this record itself (``module:NAME``), for a stage that is not in ``STAGES``."""
     distributed: bool = False
     """Whether ``run`` may be run by several processes at once (``runtime.launch``), as ranks of torch.distributed."""
+    estimator: str | None = None
+    """Import path of the module that estimates memory and work: ``estimate(config, models, runtime)`` and ``job`` with
+    the same arguments for a kind that trains, ``inference(config, models, rows)`` for one that samples or scores."""
+    inspector: str | None = None
+    """Import path of the module that looks at what a config names outside the store, where the config cannot do that
+    itself: ``identities(config, base)``, ``makes(config)``, ``architecture(config, base)``; each is optional."""
+
+    def makes_with(self, config: Config) -> Kind:
+        """Return the kind of artifact that the stage makes with this config."""
+        if self.makes is not None:
+            return self.makes
+        decide = self.inspect("makes")
+        return config.makes() if decide is None else decide(config)  # type: ignore[attr-defined, no-any-return]
+
+    def identities(self, config: Config, base: Path) -> dict[str, str]:
+        """Return digests or pinned revisions of everything that the stage reads outside the store.
+
+        Relative paths start at ``base``. Raises ``UserError`` for what is missing.
+        """
+        identify = self.inspect("identities")
+        if identify is not None:
+            return identify(config, base)  # type: ignore[no-any-return]
+        return config.identities(base) if hasattr(config, "identities") else {}
+
+    def inspect(self, name: str) -> Callable[..., Any] | None:
+        """Import the inspector's function ``name``; None where the kind has no inspector, or it no such function."""
+        return None if self.inspector is None else getattr(importlib.import_module(self.inspector), name, None)
 
     def config_class(self) -> type[Config]:
         """Import the config class; never imports torch."""
@@ -82,10 +109,34 @@ TRAINING = (
 """Kinds that train a model, alone or in several processes."""
 
 
+INSPECTED = ("model", "artifact", "data")
+"""Kinds whose run file has functions that look at what the config names."""
+CAPACITY = "align.capacity"
+ESTIMATORS: dict[str, str] = {
+    **dict.fromkeys(TRAINING, f"{CAPACITY}.memory_training"),
+    **dict.fromkeys(("ppo", "grpo", "rloo", "online_dpo", "rejection"), f"{CAPACITY}.memory_rl"),
+    "sample": f"{CAPACITY}.memory_sample",
+    "synthesize": f"{CAPACITY}.memory_synthesize",
+    "evaluate": f"{CAPACITY}.memory_evaluate",
+}
+"""Kind -> module that estimates its memory and work."""
+OLD = ("ppo", "grpo", "rloo", "online_dpo", "rejection", "evaluate")
+
+
 def _stage(kind: str, version: int, makes: Kind | None, purpose: str) -> Stage:
-    base = f"align.stages.{kind}"
+    run = f"align.stages.{kind}"
     name = "".join(part.capitalize() for part in kind.split("_"))
-    return Stage(kind, version, makes, f"{base}:{name}Config", f"{base}:run", purpose, distributed=kind in TRAINING)
+    return Stage(
+        kind,
+        version,
+        makes,
+        config=f"align.stages.{kind}:{name}Config" if kind in OLD else f"align.config.stages.{kind}:{name}Config",
+        run=f"{run}:run",
+        purpose=purpose,
+        distributed=kind in TRAINING,
+        estimator=ESTIMATORS.get(kind),
+        inspector=run if kind in INSPECTED else None,
+    )
 
 
 STAGES: dict[str, Stage] = {

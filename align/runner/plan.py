@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from align.config.validation import suggest
 from align.errors import UserError
 from align.pipeline.pipeline import Node, Pipeline
 from align.pipeline.provenance import source_digest
-from align.store.artifacts import GENERATORS, Artifact, Kind
+from align.store.artifacts import Artifact
 from align.store.partial import CHECKPOINTS
 from align.store.record import RECORD, DamagedRecord
 from align.store.store import Store
-
-if TYPE_CHECKING:
-    from align.capacity.memory import Estimate
-    from align.models.architecture import Architecture
-
-CHECKPOINTS_OF_MODELS = (*GENERATORS, Kind.REWARD)
 
 
 @dataclass(frozen=True)
@@ -132,63 +126,6 @@ def _differences(old: Any, new: Any, path: str, names: dict[str, str]) -> Iterat
             yield f"content of {path.removeprefix('identities.')} changed"
         else:
             yield f"{path}: {old!r} → {new!r}"
-
-
-def estimate_memory(pipeline: Pipeline, store: Store) -> dict[str, Estimate | str]:
-    """What the stages hold in memory whose config has ``memory(models, runtime)``, or why that is not known.
-
-    ``models`` maps each input field that names checkpoints to their architectures, read from a ``config.json``. Where
-    no checkpoint is finished yet, the config of the stage it all starts from is asked for ``architecture(base)``.
-    """
-    from align.models.architecture import UnknownArchitecture
-
-    found: dict[str, Estimate | str] = {}
-    for node in pipeline:
-        if not hasattr(node.config, "memory"):
-            continue
-        try:
-            found[node.name] = node.config.memory(models_of(pipeline, node, store), pipeline.config.runtime)
-        except UnknownArchitecture as error:
-            found[node.name] = str(error)
-    return found
-
-
-def models_of(
-    pipeline: Pipeline, node: Node, store: Store, given: Mapping[str, Architecture] | None = None
-) -> dict[str, list[Architecture]]:
-    """Architectures behind each input field of a stage that names checkpoints; ``given`` ones, by stage, come first.
-
-    Raises ``UnknownArchitecture`` where one cannot be told.
-    """
-    fields = {field: [names] if isinstance(names, str) else names for field, names in node.inputs.items() if names}
-    return {
-        field: [_architecture(pipeline, name, store, given or {}) for name in names]
-        for field, names in fields.items()
-        if names and all(_is_model(pipeline, name) for name in names)
-    }
-
-
-def _is_model(pipeline: Pipeline, name: str) -> bool:
-    return pipeline.nodes[name].makes in CHECKPOINTS_OF_MODELS
-
-
-def _architecture(pipeline: Pipeline, name: str, store: Store, given: Mapping[str, Architecture]) -> Architecture:
-    """Of the model that a stage makes: read where it is finished, else that of what the stage starts from."""
-    from align.models.architecture import UnknownArchitecture, read_architecture
-
-    if name in given:
-        return given[name]
-    node = pipeline.nodes[name]
-    artifact = store.find_intact(node.stage.kind, node.key, name)
-    if artifact is not None:
-        return read_architecture(artifact.model / "config.json")
-    if hasattr(node.config, "architecture"):
-        found: Architecture = node.config.architecture(pipeline.base)
-        return found
-    for target in node.input_names:
-        if _is_model(pipeline, target):
-            return _architecture(pipeline, target, store, given)
-    raise UnknownArchitecture(f"the model that stage '{name}' makes is known once it is finished")
 
 
 def choose_stages(

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from align.capacity import memory_training
 from align.config.runtime import Runtime
 from align.config.stages.reward import RewardConfig
 from align.config.stages.sft import SftConfig
@@ -22,7 +23,7 @@ LORA = {"method": "lora", "rank": 2}  # 2 layers x 2 x (4 + 5) = 36
 def found(stage: Any, tuning: dict[str, Any], **fields: Any) -> Any:
     runtime = fields.pop("runtime", Runtime(device="cpu"))
     config = stage(model="m", data="d", learning_rate=1e-3, tuning=tuning, **fields)
-    return config.memory({"model": [TOY]}, runtime)
+    return memory_training.estimate(config, {"model": [TOY]}, runtime)
 
 
 def test_sft_by_hand() -> None:

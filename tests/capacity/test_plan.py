@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from align.capacity import memory_training
 from align.cli.main import main
 
 MISTRAL = {
@@ -113,7 +114,8 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not(plan: Any) -> None:
     from align.models.architecture import architecture_of
 
     config = SftConfig(model="m", data="d", learning_rate=1e-3, tuning={"method": "lora"}, batch_size=4096)
-    job, hardware = config.job({"model": [architecture_of(MISTRAL)]}, None), parse_hardware("h100")  # type: ignore[arg-type]
+    job = memory_training.job(config, {"model": [architecture_of(MISTRAL)]}, None)
+    hardware = parse_hardware("h100")
     ways = stages(
         plan(MISTRAL, "--hardware", "h100", "--set", "stages.sft.tuning={method: lora}",
              "--set", "stages.sft.max_length=1024", "--json")[1]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from align.capacity import memory_training
 from align.capacity.choosing import option
 from align.capacity.hardware import parse_hardware
 from align.capacity.job import Job, Setting
@@ -24,7 +25,7 @@ ZERO2 = Strategy("deepspeed", 2)
 
 def job(precision: str = "float32", **fields: Any) -> Job:
     config = SftConfig(model="m", data="d", learning_rate=1e-3, precision=precision, max_length=8, **fields)
-    return config.job({"model": [TOY]}, None)  # type: ignore[arg-type]
+    return memory_training.job(config, {"model": [TOY]}, None)
 
 
 def of(strategy: Strategy, devices: int, precision: str = "float32", **fields: Any) -> Memory:
@@ -86,7 +87,7 @@ def test_what_is_offloaded_waits_in_the_machine_s_memory() -> None:
 def test_no_way_holds_more_than_plain_ddp() -> None:
     config = SftConfig(model="m", data="d", learning_rate=1e-3, max_length=512, batch_size=64)
     large = replace(TOY, hidden=1024, embedded=10 * 1024, linears=(Linear("q", 1024, 4096),), vectors=1024, layers=24)
-    made = config.job({"model": [large]}, None)  # type: ignore[arg-type]
+    made = memory_training.job(config, {"model": [large]}, None)
     plain = shared(made.memory(Setting(1)), made, Strategy("ddp"), 8).peak(512)
     for strategy in candidates(8, False):
         assert shared(made.memory(Setting(1)), made, strategy, 8).peak(512) <= plain, strategy.label

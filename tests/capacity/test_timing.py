@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from align.capacity import memory_rl, memory_training
 from align.capacity.hardware import Hardware, parse_hardware
 from align.capacity.strategies import Strategy
 from align.capacity.timing import EFFICIENCY, estimate, exchanged
@@ -70,7 +71,7 @@ def test_ppo_samples_and_learns_what_its_config_says() -> None:
         policy="p", prompts="d", score="gold", learning_rate=1e-3, updates=3, rollout_batch=8, samples_per_prompt=4,
         num_epochs=2, max_prompt_tokens=6, max_tokens=4, critic="head", precision="float32",
     )  # fmt: skip
-    made = config.job({"policy": [TOY]}, parse_runtime())
+    made = memory_rl.job(config, {"policy": [TOY]}, parse_runtime())
     found = estimate(made, parse_hardware("h100"), Strategy("single"), 8, made.rows(None) or 0)
     assert made.rows(None) == 24 and made.steps(24) == 6
     assert found.sampled == 24 * 4
@@ -87,7 +88,7 @@ def parse_runtime():
 @given(st.sampled_from(["ddp", "fsdp2"]), st.sampled_from([1, 2, 4, 8, 16]), st.integers(1, 8))
 def test_more_devices_compute_less_each_and_never_send_less_than_nothing(name, devices, micro) -> None:
     config = SftConfig(model="m", data="d", learning_rate=1e-3, batch_size=128)
-    made = config.job({"model": [TOY]}, None)
+    made = memory_training.job(config, {"model": [TOY]}, None)
     device = parse_hardware("h100").device
     one, many = (estimate(made, Hardware(device, 1, n), Strategy(name), micro, 1280) for n in (1, devices))
     assert many.computing == pytest.approx(one.computing / devices)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from align.capacity import memory_training
 from align.capacity.job import Setting
 from align.config.runtime import Runtime
 from align.models.architecture import read_architecture
@@ -108,7 +109,9 @@ def test_a_stage_holds_what_the_plan_counts(method: str, device: str, tmp_path: 
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     run_stage(tmp_path / "run", "sft", fields, model, 512, 32, runtime)
-    job = config_of("sft", fields).job({FIELD["sft"]: [read_architecture(model / "config.json")]}, runtime)
+    job = memory_training.job(
+        config_of("sft", fields), {FIELD["sft"]: [read_architecture(model / "config.json")]}, runtime
+    )
     counted = job.memory(Setting(8, gpu=True)).peak(job.tokens(8))
     assert counted == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.15)
 

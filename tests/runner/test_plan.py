@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from align.capacity.estimate import estimate_memory
 from align.capacity.memory import Estimate
 from align.pipeline.pipeline import Node, Pipeline
-from align.runner.plan import estimate_memory
 from align.store.store import Store
 from tests.support.records import put_record
 

@@ -11,6 +11,7 @@ import pytest
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
+from align.capacity import memory_rl
 from align.config.runtime import Runtime
 from align.data.rows import user, write_rows
 from align.pipeline.context import StageContext
@@ -103,7 +104,7 @@ def test_a_stage_without_a_critic_needs_the_memory_of_a_head_less_that_head():
     sizes = architecture_of(EMBEDDED_SIZES)
     both = []
     for kind, given in (("ppo", {"critic": "head"}), ("grpo", {"samples_per_prompt": 4})):
-        both.append(config_of(kind, **SCORED, **given).memory({"policy": [sizes]}, Runtime()))
+        both.append(memory_rl.estimate(config_of(kind, **SCORED, **given), {"policy": [sizes]}, Runtime()))
     (ppo,), (grpo,) = ([choice for choice in found.choices if choice.chosen] for found in both)
     assert grpo.memory.critic == 0 < ppo.memory.critic
     assert ppo.memory.total - grpo.memory.total == ppo.memory.critic

@@ -15,6 +15,7 @@ from align.data.rows import read_rows, write_rows
 from align.errors import UserError
 from align.inference.transformers import TransformersEngine
 from align.pipeline.context import StageContext
+from align.stages import sample
 from align.stages.sample import run
 from align.store.artifacts import Artifact, Kind
 
@@ -86,7 +87,7 @@ def test_pairs_samples_and_counts(tiny_model: Path, tmp_path: Path) -> None:
 def test_killed_in_the_middle_it_goes_on_to_the_same_result(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sample, "CHUNK", 2)
+    monkeypatch.setattr(sample, "SAMPLE_CHUNK", 2)
     whole = _context(tmp_path / "whole", tiny_model)
     run(whole)
     parts = _context(tmp_path / "parts", tiny_model)

@@ -111,7 +111,7 @@ def test_a_killed_checkpoint_run_comes_to_the_same_bytes(
     from align.inference.transformers import TransformersEngine
     from align.synthesis import local_model
 
-    monkeypatch.setattr(local_model, "CHUNK", 4)
+    monkeypatch.setattr(local_model, "SYNTHESIS_CHUNK", 4)
     config: dict[str, Any] = {
         "task": {"type": "responses", "n": 3},
         "model": "sft",
