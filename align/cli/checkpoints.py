@@ -18,6 +18,7 @@ from align.config.validation import suggest
 from align.errors import UserError
 from align.models import source
 from align.pipeline.pipeline import NAME_PATTERN
+from align.pipeline.registry import STAGES
 from align.stages.artifact import read_record
 from align.store.artifacts import GENERATORS, Artifact, Kind
 from align.store.marker import MARKER
@@ -147,10 +148,11 @@ def find_reward(option: str, word: str, store: str | None) -> dict[str, Any]:
     elif folder.exists():
         from align.config.stages.artifact import ArtifactConfig
 
+        stage = STAGES["artifact"]
         try:
             config = ArtifactConfig(path=str(folder))
-            config.makes()
-            config.identities(Path.cwd())
+            stage.makes_with(config)
+            stage.identities(config, Path.cwd())
         except UserError as error:
             said = str(error).removeprefix("path: ").removeprefix("source: ")
             raise UserError(f"{option} {word} is no reward model: {said}") from None

@@ -173,7 +173,7 @@ def _print_trace() -> None:
 
 def _run(context: StageContext, stage: Stage) -> dict[str, Any]:
     """Look at the checkpoints that come in, run the stage, look at the one that goes out."""
-    makes = stage.makes or context.config.makes()
+    makes = stage.makes_with(context.config)
     if rank():  # of several processes the first one looks
         return stage.runner()(context) or {}
     load_object(f"{HANDOVER}:check_inputs")(context, makes)

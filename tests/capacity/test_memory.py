@@ -11,11 +11,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from align.capacity import inference, memory
 from align.capacity.memory import Memory, engine_memory, engine_of, model_bytes, ppo_memory
 from align.config.runtime import Runtime
 from align.config.tuning import FullTuning, LoraTuning, QloraTuning, TuningBase
 from align.evaluation import logprobs as evaluation
-from align.models import activations, inference, memory
+from align.models import activations
 from align.models.activations import FLOAT, activations_per_token
 from align.models.architecture import Architecture, Linear, architecture_of
 from align.models.fast import ragged_rows

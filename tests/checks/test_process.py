@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from align import Pipeline
 from align.errors import UserError
-from align.pipeline.pipeline import Pipeline
 
 
 def test_a_damaged_policy_stops_the_next_stage(tiny_model: Path, tmp_path: Path) -> None:

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import yaml
 
+from align import Pipeline
 from align.cli.checkpoints import base_of, find_all
 from align.cli.evaluate import with_bases
 from align.cli.main import main
 from align.cli.suite import choose_reference, load_suite, suite_pipeline
 from align.errors import UserError
 from align.models.tiny import make_tiny
-from align.pipeline.pipeline import Pipeline
 from align.store.artifacts import Artifact, Kind
 from align.store.store import Store
 from tests.support.records import record_of

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from align import Pipeline
 from align.cli.main import COMMANDS, main
-from align.pipeline.pipeline import Pipeline
 from tests.support import toy
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
+from align import Pipeline
 from align.cli.main import main
 from align.errors import StageFailed
-from align.pipeline.pipeline import Pipeline
 from align.runner.runner import run_pipeline
 from tests.support import toy
 

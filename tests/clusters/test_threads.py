@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from align import Pipeline
 from align.clusters.threads import with_threads
-from align.pipeline.pipeline import Pipeline
 
 STAGES: dict[str, Any] = {
     "model": {"source": "tiny"},

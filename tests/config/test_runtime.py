@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from align import Pipeline
 from align.config.runtime import Runtime
 from align.errors import UserError
-from align.pipeline.pipeline import Pipeline
 from align.runner.runner import run_pipeline
 from align.runner.worker import WAITING
 from tests.pipeline.test_loops import looped

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from align import Pipeline
 from align.cli.main import main
 from align.data.build import build
 from align.data.diff import compare
@@ -21,7 +22,6 @@ from align.data.recipe import load_recipe
 from align.data.rows import Dropped, read_rows, row_id
 from align.data.steps.divide import divided
 from align.errors import UserError
-from align.pipeline.pipeline import Pipeline
 from align.store.artifacts import Kind
 
 WORDS = [

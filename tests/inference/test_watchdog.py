@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from align import Pipeline
 from align.config.runtime import EngineConfig, Runtime
 from align.errors import StageFailed
 from align.inference import transformers as module
@@ -18,7 +19,6 @@ from align.inference.protocol import Sampling
 from align.inference.transformers import TransformersEngine
 from align.inference.watchdog import Watchdog
 from align.inference.weights import checkpoint_weights
-from align.pipeline.pipeline import Pipeline
 from align.runner.plan import plan
 from align.runner.runner import run_pipeline
 from align.store.store import Store

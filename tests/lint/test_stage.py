@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
+from align import Pipeline
 from align.config.stages.lint import LintSettings
 from align.config.validation import validate
 from align.data.rows import assistant, user, write_rows
 from align.errors import UserError
 from align.pipeline.context import StageContext
-from align.pipeline.pipeline import Pipeline
 from align.pipeline.registry import STAGES
 from align.store.artifacts import Artifact, Kind
 from tests.support.training.harness import context, events, rows

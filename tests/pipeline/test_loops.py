@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
+from align import Pipeline
 from align.cli.main import main
 from align.errors import UserError
-from align.pipeline.pipeline import Pipeline
 from align.runner.plan import History, choose_stages, plan
 from align.runner.runner import run_pipeline
 from align.store.store import Store

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from align import Pipeline
 from align.errors import UserError
-from align.pipeline.pipeline import Pipeline
 from tests.support import toy
 
 

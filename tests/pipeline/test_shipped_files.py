@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
+from align import Pipeline
 from align.cli.suite import load_suite
 from align.config.validation import validate, validate_plain
 from align.config.yaml import load_yaml
 from align.data.rows import read_rows
 from align.errors import UserError
-from align.pipeline.pipeline import Pipeline
 from align.stages.evaluate import EvaluateConfig
 
 SUITES = sorted(Path("pipelines/suites").rglob("*.yaml"))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from align.pipeline.pipeline import Pipeline
+from align import Pipeline
 from align.runner.open_store import Opening, open_store
 from tests.support import toy
 

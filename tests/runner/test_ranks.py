@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 
+from align import Pipeline
 from align.config.launch import LATE, LOST, LaunchConfig, is_head, symptom
 from align.errors import StageFailed, UserError
-from align.pipeline.pipeline import Pipeline
 from align.runner.listener import Listener
 from align.runner.ranks import outcome
 from align.runner.runner import Run, run_pipeline

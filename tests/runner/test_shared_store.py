@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
+from align import Pipeline
 from align.errors import StageFailed
-from align.pipeline.pipeline import Pipeline
 from align.runner.runner import run_pipeline
 from align.store import store as store_module
 from align.store.artifacts import Artifact

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from align import Pipeline
 from align.errors import UserError
-from align.pipeline.pipeline import Pipeline
 from align.store.artifacts import Artifact, Kind
 from align.store.json_files import write_sealed
 from align.store.record import read_record
@@ -96,9 +96,10 @@ def test_a_reward_models_folder_needs_no_record(tiny_reward: Path, tmp_path: Pat
 
 def test_its_sizes_are_known_to_the_plan(tiny_reward: Path) -> None:
     from align.models.architecture import read_architecture
+    from align.stages.artifact import architecture
 
     config = taking(tiny_reward).nodes["mine"].config
-    assert config.architecture(Path.cwd()) == read_architecture(tiny_reward / "config.json")  # type: ignore[attr-defined]
+    assert architecture(config, Path.cwd()) == read_architecture(tiny_reward / "config.json")  # type: ignore[arg-type]
 
 
 def test_what_cannot_be_taken_is_refused_before_anything_runs(made: Artifact, tiny_model: Path, tmp_path: Path) -> None:

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from align import Pipeline
 from align.config.runtime import Runtime
 from align.config.stages.data import DataConfig
 from align.data.rows import read_rows
 from align.errors import StageFailed, UserError
 from align.pipeline.context import StageContext
-from align.pipeline.pipeline import Pipeline
-from align.stages.data import run
+from align.stages.data import identities, makes, run
 from align.store.artifacts import Kind
 
 HUB = {"type": "hub", "dataset": "o/n", "revision": "0" * 40, "format": "gsm8k"}
@@ -45,7 +45,7 @@ def context(config: DataConfig, folder: Path) -> StageContext:
 
 def test_run_writes_splits_ledger_and_metrics(here: Path) -> None:
     config = DataConfig(recipe="embedded.yaml")
-    assert config.makes() == Kind.INSTRUCTIONS
+    assert makes(config) == Kind.INSTRUCTIONS
     metrics = run(context(config, here))
     train, test = read_rows(here / "out" / "train.parquet"), read_rows(here / "out" / "test.parquet")
     ledger = json.loads((here / "out" / "ledger.json").read_text())
@@ -60,47 +60,47 @@ def test_run_writes_splits_ledger_and_metrics(here: Path) -> None:
 def test_files_and_max_rows_override_the_recipe(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     metrics = run(context(DataConfig(recipe="hub.yaml", files=["*.jsonl"], max_rows=30), here))
     assert metrics["rows_in"] == 40 and metrics["dropped"] == {"over max_rows": 10}
-    by_field = DataConfig(recipe="hub.yaml", files=["a.jsonl"]).identities(here)
+    by_field = identities(DataConfig(recipe="hub.yaml", files=["a.jsonl"]), here)
     monkeypatch.setenv("ALIGN_TEST_FILES", "a.jsonl")
-    assert DataConfig(recipe="hub.yaml").identities(here) == by_field
+    assert identities(DataConfig(recipe="hub.yaml"), here) == by_field
     with pytest.raises(UserError, match=r"files cannot replace the sources of embedded.yaml"):
-        DataConfig(recipe="embedded.yaml", files=["a.jsonl"]).identities(here)
+        identities(DataConfig(recipe="embedded.yaml", files=["a.jsonl"]), here)
     with pytest.raises(UserError, match=r"no file matches 'b.jsonl'.*'a.jsonl'"):
-        DataConfig(recipe="hub.yaml", files=["b.jsonl"]).identities(here)
+        identities(DataConfig(recipe="hub.yaml", files=["b.jsonl"]), here)
 
 
 def test_identity_is_the_recipes_content_and_its_files(here: Path) -> None:
     config = DataConfig(recipe="hub.yaml", files=["a.jsonl"])
-    first = config.identities(here)
+    first = identities(config, here)
     Path("renamed.yaml").write_text("# a comment\n" + Path("hub.yaml").read_text() + "description: new\n")
-    assert DataConfig(recipe="renamed.yaml", files=["./a.jsonl"]).identities(here) == first
+    assert identities(DataConfig(recipe="renamed.yaml", files=["./a.jsonl"]), here) == first
     (here / "a.jsonl").write_text((here / "a.jsonl").read_text().replace("q1?", "q1!"))
-    assert config.identities(here) != first
-    hub = DataConfig(recipe="hub.yaml").identities(here)
+    assert identities(config, here) != first
+    hub = identities(DataConfig(recipe="hub.yaml"), here)
     assert hub["sources[0] o/n"] == "0" * 40
     recipe("hub.yaml", HUB, seed=3)
-    assert DataConfig(recipe="hub.yaml").identities(here)["recipe"] != hub["recipe"]
-    assert "version 1" in DataConfig(recipe="embedded.yaml").identities(here)["sources[0] embedded"]
+    assert identities(DataConfig(recipe="hub.yaml"), here)["recipe"] != hub["recipe"]
+    assert "version 1" in identities(DataConfig(recipe="embedded.yaml"), here)["sources[0] embedded"]
 
 
 def test_the_key_changes_with_an_evaluation_sets_content_and_not_with_its_place(here: Path) -> None:
-    def identities(place: str) -> dict[str, str]:
+    def identities_of(place: str) -> dict[str, str]:
         sets = [{"name": "own", "files": [place]}]
         recipe("clean.yaml", {"type": "embedded", "size": 100}, steps=[{"type": "decontaminate", "sets": sets}])
-        return DataConfig(recipe="clean.yaml").identities(here)
+        return identities(DataConfig(recipe="clean.yaml"), here)
 
     (here / "eval.jsonl").write_text('{"prompt": "what is the answer to everything?"}\n')
     (here / "other").mkdir()
     (here / "other" / "eval.jsonl").write_bytes((here / "eval.jsonl").read_bytes())
-    first = identities("eval.jsonl")
-    assert identities("other/eval.jsonl") == first
+    first = identities_of("eval.jsonl")
+    assert identities_of("other/eval.jsonl") == first
     (here / "eval.jsonl").write_text('{"prompt": "what is the question?"}\n')
-    assert identities("eval.jsonl") != first
+    assert identities_of("eval.jsonl") != first
 
 
 def test_a_missing_recipe(here: Path) -> None:
     with pytest.raises(UserError, match=r"embeded.yaml: there is no such file.*embedded.yaml"):
-        DataConfig(recipe="embeded.yaml").makes()
+        makes(DataConfig(recipe="embeded.yaml"))
 
 
 def test_a_broken_line_writes_nothing(here: Path) -> None:

@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from align import Pipeline
 from align.config.runtime import Runtime
 from align.config.stages.merge import MergeConfig
 from align.errors import UserError
 from align.models.loading import load_policy, load_reward, load_tokenizer
 from align.models.merging_methods import methods
 from align.pipeline.context import StageContext
-from align.pipeline.pipeline import Pipeline
 from align.stages.merge import merge_tensor, run
 from align.store.artifacts import Artifact, Kind
 

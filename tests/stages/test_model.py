@@ -17,7 +17,7 @@ from align.config.stages.model import ModelConfig
 from align.errors import UserError
 from align.models.loading import load_policy, load_tokenizer
 from align.pipeline.context import StageContext
-from align.stages.model import run
+from align.stages.model import identities, run
 
 
 def _context(tmp_path: Path, **config: Any) -> StageContext:
@@ -84,7 +84,7 @@ def test_bfloat16_is_stored_and_missing_template_file_found_early(tmp_path: Path
     run(context)
     assert load_policy(context.output / "model", torch.bfloat16).dtype == torch.bfloat16
     with pytest.raises(UserError, match="chat_template: there is no file"):
-        ModelConfig(source="tiny", chat_template="nowhere.jinja").identities(tmp_path)
+        identities(ModelConfig(source="tiny", chat_template="nowhere.jinja"), tmp_path)
 
 
 def test_unreachable_hub_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

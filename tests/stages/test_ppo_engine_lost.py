@@ -19,11 +19,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from align import Pipeline
 from align.config.runtime import Runtime
 from align.errors import StageFailed
 from align.inference.server_client import EngineLost
 from align.pipeline.context import StageContext
-from align.pipeline.pipeline import Pipeline
 from align.runner.listener import Listener
 from align.runner.plan import plan
 from align.runner.runner import run_pipeline

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from align.pipeline.pipeline import Pipeline
+from align import Pipeline
 from align.runner.runner import run_pipeline
 from align.store.artifacts import Artifact
 from tests.support.inference.model_server import ModelServer

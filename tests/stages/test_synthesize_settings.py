@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from align import Pipeline
 from align.config.stages.synthesize import SynthesizeConfig
 from align.errors import UserError
-from align.pipeline.pipeline import Pipeline
 from align.store.artifacts import Kind
 from tests.support.stages.synthesis_harness import (
     write_seeds,

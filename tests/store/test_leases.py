@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from align import Pipeline
 from align.cli.main import main
 from align.errors import UserError
-from align.pipeline.pipeline import Pipeline
 from align.runner import runner
 from align.runner.runner import run_pipeline
 from align.store import leases

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from align import Pipeline
 from align.errors import StageFailed, UserError
-from align.pipeline.pipeline import Pipeline
 from align.runner.open_store import open_store
 from align.runner.plan import plan
 from align.runner.runner import run_pipeline

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
+from align import Pipeline
 from align.errors import UserError
-from align.pipeline.pipeline import Pipeline
 from align.runner.runner import run_pipeline
 from align.store.store import Store
 from tests.support import toy

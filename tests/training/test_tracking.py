@@ -13,11 +13,11 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import align.config.trackers
+from align import Pipeline
 from align.cli.main import main
 from align.config.runtime import Runtime
 from align.errors import UserError
 from align.pipeline.context import StageContext
-from align.pipeline.pipeline import Pipeline
 from align.pipeline.registry import STAGES
 from align.runner.runner import run_pipeline
 from align.store.artifacts import Kind

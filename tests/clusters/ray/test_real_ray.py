@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from align.pipeline.pipeline import Pipeline
+from align import Pipeline
 from align.runner.runner import run_pipeline
 from align.store.store import Store
 from tests.support import toy

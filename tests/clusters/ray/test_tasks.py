@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from align import Pipeline
 from align.cli import run_on_ray
 from align.cli.sweep_on_ray import work_elsewhere
 from align.clusters.follow import Following, Said, write_note
@@ -18,7 +19,6 @@ from align.clusters.ray.tasks import RayQueue, Work, make_stage
 from align.config.scheduler import RayConfig
 from align.errors import StageFailed, UserError
 from align.inference import ray_client as client
-from align.pipeline.pipeline import Pipeline
 from align.runner.listener import Listener
 from align.runner.open_store import Opening
 from align.runner.prepare import RunOptions

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from align import Pipeline
 from align.cli import sweep_on_slurm
 from align.clusters.slurm.submission import Submission
 from align.clusters.slurm.submit import submit_run
-from align.pipeline.pipeline import Pipeline
 from align.runner.listener import Listener
 from align.runner.open_store import Opening
 from align.runner.prepare import RunOptions

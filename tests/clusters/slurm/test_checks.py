@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from align import Pipeline
 from align.clusters.slurm import checks
 from align.clusters.slurm.checks import file_system
 from align.clusters.slurm.script import sbatch_options, write_script
@@ -17,7 +18,6 @@ from align.clusters.slurm.submission import submissions
 from align.clusters.slurm.submit import submit_run
 from align.config.scheduler import SlurmConfig, seconds_of
 from align.errors import UserError
-from align.pipeline.pipeline import Pipeline
 from align.runner.prepare import RunOptions
 from align.store.store import Store
 from tests.clusters.slurm.conftest import Slurm

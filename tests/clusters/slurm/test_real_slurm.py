@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
+from align import Pipeline
 from align.clusters.slurm.submission import submissions
-from align.pipeline.pipeline import Pipeline
 from align.runner.runner import run_pipeline
 from align.store.store import Store
 from tests.support import toy

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from align import Pipeline
 from align.errors import StageFailed
-from align.pipeline.pipeline import Pipeline
 from align.runner.runner import run_pipeline
 
 ROWS: dict[str, Any] = {
