@@ -76,16 +76,16 @@ def table(jobs: dict[str, Job]) -> list[str]:
     """One row for each size and number of devices, by the cheapest way that fits."""
     head = [
         "model",
-        "devices",
-        "way",
+        "GPUs",
+        "strategy",
         "micro-batch",
-        "GiB each",
-        "s a step",
+        "GiB",
+        "s/step",
         "tokens/s",
-        "a device, of the first",
-        "GiB sent each",
+        "per GPU",
+        "GiB sent",
     ]
-    head += ["exchanges, s", "dollars per million tokens"]
+    head += ["exchange s", "$/M tokens"]
     lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     for name, job in jobs.items():
         base: float | None = None
@@ -130,7 +130,7 @@ def written() -> str:
             "",
             *table(sft),
             "",
-            f"### PPO: an update of {ROWS} responses of 512 tokens to prompts of 512; critic and reward model as large",
+            f"### PPO: an update of {ROWS} responses of 512 tokens to prompts of 512; models of equal size",
             "",
             *table(ppo),
             "",
