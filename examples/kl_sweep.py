@@ -1,8 +1,8 @@
-"""How much KL penalty does PPO want? Runs a pipeline once per ``kl_coef`` and compares the runs on one page.
+"""Run a pipeline once per ``kl_coef`` and compare PPO's score against its KL on one page.
 
-All runs share every stage before PPO through the store, so only PPO and what follows is repeated. The page has the
-settings against the results, score against KL with the best trade-offs marked, and the curves over each other; it is
-what ``align compare NAME NAME ...`` writes, too:
+All runs share every stage before PPO through the store, so only PPO and later stages are repeated. The page shows the
+settings against the results, score against KL with the best trade-offs marked, and the curves on top of each other.
+``align compare NAME NAME ...`` writes the same page.
 
     python examples/kl_sweep.py pipelines/quickstart.yaml 0.0 0.02 0.1
 """
@@ -14,11 +14,11 @@ from align.report.compare.page import write_comparison
 
 
 def main(path: str, coefficients: list[float]) -> None:
-    """Run all, print what each came to, and write the page."""
+    """Run each coefficient, print its scores, and write the comparison page."""
     pipeline = Pipeline.load(path)
     runs = {}
     for kl_coef in coefficients:
-        # a name of its own keeps each run's artifacts, and lets `align report` and `align compare` find it
+        # A separate name protects each run's artifacts from `align gc` and lets `align report` find the run.
         name = f"{pipeline.name}-kl-{kl_coef:g}".replace(".", "_")
         runs[name] = pipeline.set("stages.ppo.kl_coef", kl_coef).set("name", name).run()
         values = runs[name].metrics("evaluate")["values"]["ppo"]

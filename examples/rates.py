@@ -1,9 +1,9 @@
-"""Which learning rate for which tuning: short SFT runs of pipelines/methods.yaml at several rates, by held-out loss.
+"""Compare learning rates for tunings: short SFT runs of pipelines/methods.yaml, by held-out loss.
 
     python examples/rates.py sft lora_r4 --rates 2e-4 5e-4 1e-3 --set stages.sft.max_rows=160
 
-Every run is a stage in the store, so a second call tries only what is new. Held-out loss is that of the data's test
-split, which thereby chooses: look at other prompts when methods are compared.
+Every run is a stage in the store, so a second call runs only new combinations. Held-out loss is measured on the data's
+test split, so this choice uses that split: compare methods on other prompts.
 """
 
 from __future__ import annotations
@@ -18,10 +18,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("stages", nargs="+", help="SFT stages of the pipeline")
     parser.add_argument("--pipeline", default="pipelines/methods.yaml")
-    parser.add_argument(
-        "--rates", nargs="+", type=float, help="by default a third, once and three times the file's own"
-    )
-    parser.add_argument("--set", action="append", default=[], help="a change of the pipeline, for every run")
+    parser.add_argument("--rates", nargs="+", type=float, help="default: a third, once and three times the file's rate")
+    parser.add_argument("--set", action="append", default=[], help="override a field of the pipeline, in every run")
     parser.add_argument("--rows", type=int, default=160, help="training rows of a run")
     parser.add_argument("--store", default=None)
     given = parser.parse_args()
@@ -37,7 +35,7 @@ def main() -> None:
 
 
 def loss_at(pipeline: Pipeline, stage: str, rate: float, rows: int, store: str | None) -> float:
-    """Held-out loss after training ``stage`` at ``rate``; infinity where it blew up."""
+    """Return the held-out loss after training ``stage`` at ``rate``; infinity if training failed."""
     changed = pipeline.set(f"stages.{stage}.learning_rate", rate).set(f"stages.{stage}.max_rows", rows)
     for node in changed.nodes[stage].input_names:
         changed.run(only=node, store=store)

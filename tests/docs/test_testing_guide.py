@@ -11,21 +11,24 @@ from align.config.tuning import FullTuning, Tuning
 from tests.config.test_misspelled_keys import METHODS
 
 GUIDE = Path("docs/testing.md").read_text(encoding="utf-8")
-COLUMNS = ["learns", "resumes exactly", "transformers", "vLLM"]
+CLAIMS = ["learns", "resumes exactly", "transformers", "vLLM"]
 NAMED = re.compile(r"`([\w/]+\.py)::(\w+)`")
 UNION = typing.get_args(typing.get_args(Tuning)[0])
 MADE = re.compile(r"\b([TV]) `\[([\w-]+)\]`")
 
 
-def tables() -> list[list[list[str]]]:
-    """Rows of cells of each table, the head first."""
-    found = [[]]
-    for line in GUIDE.splitlines():
-        if line.startswith("|"):
-            found[-1].append([cell.strip() for cell in line.strip("|").split("|")])
-        elif found[-1]:
-            found.append([])
-    return [[rows[0], *rows[2:]] for rows in found if rows]
+def entries(heading: str) -> dict[str, dict[str, str]]:
+    """Title of each entry below ``## heading`` → its claims: the bullet's first words → the tests it names."""
+    section = GUIDE.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    listed: dict[str, dict[str, str]] = {}
+    for entry in section.split("\n### ")[1:]:
+        title, _, body = entry.partition("\n")
+        bullets = re.split(r"^- ", body, flags=re.MULTILINE)[1:]
+        claims = [" ".join(bullet.split()).partition(": ") for bullet in bullets]
+        assert title not in listed, title
+        assert len({claim for claim, _, _ in claims}) == len(claims), title
+        listed[title] = {claim: tests for claim, _, tests in claims}
+    return listed
 
 
 def names_in(file: Path) -> set[str]:
@@ -43,29 +46,35 @@ def test_every_test_that_is_named_exists() -> None:
 
 
 def test_every_test_of_a_fault_exists() -> None:
+    """Each entry of the page says a fault, what happens, and the tests that do it."""
     faults = Path("docs/faults.md").read_text(encoding="utf-8")
-    rows = [line for line in faults.splitlines() if line.startswith("|")][2:]
-    assert rows and all(len(row.strip("|").split("|")) == 3 and NAMED.search(row) for row in rows)
+    paragraphs = [text.split("\n\n")[0] for text in faults.split("\n**")[1:]]
+    assert len(paragraphs) > 100
+    for paragraph in paragraphs:
+        fault, _, rest = " ".join(paragraph.split()).partition(".** ")
+        effect, _, tests = rest.partition(" Tests: " if " Tests: " in rest else " Test: ")
+        assert fault and effect.strip() and NAMED.search(tests), paragraph
     named = NAMED.findall(faults)
     for file, name in named:
         assert name in names_in(Path("tests") / file), f"{file} has no {name}"
     assert len(named) == faults.count("::")
 
 
-def test_every_row_fills_its_columns() -> None:
-    stages, tunings = tables()
-    assert stages[0][1:] == tunings[0][1:] == COLUMNS
-    for row in [*stages[1:], *tunings[1:]]:
-        assert len(row) == 1 + len(COLUMNS)
-        for cell in row[1:]:
-            assert NAMED.search(cell) or MADE.search(cell) or re.search(r"\b(TT|VT)\b|^the same$|^as `\w+`$", cell), row
+def test_every_entry_names_the_tests_of_every_claim() -> None:
+    for title, claims in {**entries("Stages"), **entries("Tunings")}.items():
+        assert list(claims) == CLAIMS, title
+        for tests in claims.values():
+            assert (
+                NAMED.search(tests)
+                or MADE.search(tests)
+                or re.search(r"\b(TT|VT)\b|^the same tests?$|^as `\w+`$", tests)
+            ), (title, tests)
 
 
 def test_no_stage_and_no_tuning_is_missing() -> None:
-    stages, tunings = tables()
-    listed = {re.findall(r"`(\w+)`", row[0])[0] for row in stages[1:]}
+    listed = {re.findall(r"`(\w+)`", title)[0] for title in entries("Stages")}
     assert listed == set(METHODS)
-    shown = {name for row in tunings[1:] for name in re.findall(r"`(\w+)`", row[0])}
+    shown = {name for title in entries("Tunings") for name in re.findall(r"`(\w+)`", title)}
     methods = [typing.get_args(kind.model_fields["method"].annotation)[0] for kind in UNION]
     assert shown >= {*methods, *FullTuning.model_fields} - {"method"}
 

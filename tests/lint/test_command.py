@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -119,11 +120,9 @@ def test_the_command(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_the_documentation_lists_every_rule_as_it_is() -> None:
-    text = DOCS.read_text(encoding="utf-8")
-    listed: dict[str, list[str]] = {}
-    for line in text.splitlines():
-        cells = [cell.strip() for cell in line.split(" | ")]
-        if line.startswith("| `") and len(cells) == 4:
-            listed[cells[0].removeprefix("| ").strip("`")] = [cells[1], cells[2], cells[3].removesuffix(" |")]
+    entry = re.compile(r"\*\*`([\w-]+)`\*\* \((\w+)\): (.+)\. Fix: (.+)")
+    bullets = re.split(r"^(?:- |#)", DOCS.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    matches = [entry.fullmatch(" ".join(bullet.split())) for bullet in bullets]
+    listed = {match[1]: [match[2], match[3], match[4]] for match in matches if match}
     wanted: dict[str, Any] = {name: [rule.severity, rule.what, rule.remedy] for name, rule in RULES.items()}
     assert listed == wanted

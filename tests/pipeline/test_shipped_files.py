@@ -214,22 +214,35 @@ def yaml_blocks(path: str) -> list[str]:
     return re.findall(r"```yaml\n(.*?)```", Path(path).read_text(encoding="utf-8"), re.DOTALL)
 
 
-def test_what_the_readme_shows_is_accepted() -> None:
-    import yaml
-
+def test_what_the_readme_and_the_guides_show_is_accepted() -> None:
+    """Whole pipelines, recipes, blocks of ``runtime``, and single stages by the name of their kind."""
     from align.config.runtime import Runtime
-    from align.config.stages.sft import SftConfig
-    from align.stages.evaluate import EvaluateConfig
-    from align.stages.ppo import PpoConfig
+    from align.config.yaml import parse_yaml
+    from align.data.recipe import Recipe
+    from align.pipeline.registry import STAGES
 
-    blocks = [yaml.safe_load(block) for block in yaml_blocks("README.md")]
-    runtimes = [block["runtime"] for block in blocks if list(block) == ["runtime"]]
-    assert any(Runtime.model_validate(runtime).rollouts.servers for runtime in runtimes)
-    whole, sft, ppo, evaluate = (block for block in blocks if list(block) != ["runtime"])
-    assert "ppo" in Pipeline(whole, "README.md").nodes
-    SftConfig(**sft["sft"])
-    PpoConfig(**ppo["ppo"])
-    EvaluateConfig(**evaluate["evaluate"])
+    pages = ["README.md", "docs/getting_started.md", "docs/pipelines.md", "docs/ppo.md"]
+    pipelines: list[Pipeline] = []
+    runtimes: list[Runtime] = []
+    recipes: list[Recipe] = []
+    stages: set[str] = set()
+    for page in pages:
+        for block in yaml_blocks(page):
+            shown = parse_yaml(block, page)
+            if "stages" in shown:
+                pipelines.append(Pipeline(shown, page))
+            elif "sources" in shown:
+                recipes.append(validate(Recipe, shown, page))
+            elif list(shown) == ["runtime"]:
+                runtimes.append(Runtime.model_validate(shown["runtime"]))
+            else:
+                for name, config in shown.items():
+                    STAGES[name].config_class().model_validate(config)
+                    stages.add(name)
+    assert len(pipelines) >= 2 and all("ppo" in pipeline.nodes for pipeline in pipelines)
+    assert any(runtime.rollouts.servers for runtime in runtimes)
+    assert recipes
+    assert stages >= {"model", "sft", "ppo", "evaluate"}
 
 
 def test_what_the_guide_to_methods_shows_is_accepted() -> None:

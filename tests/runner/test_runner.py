@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from align import Pipeline
 from align.errors import StageFailed, UserError
-from align.pipeline.pipeline import Node, Pipeline
+from align.pipeline.pipeline import Node
 from align.runner.listener import Listener
 from align.runner.plan import plan
 from align.runner.runner import run_pipeline
