@@ -41,10 +41,14 @@ def _plan(options: argparse.Namespace) -> int:
     from align.capacity.estimate import estimate_memory
     from align.cli.console import memory_lines, printable
     from align.cli.run import load
+    from align.config.yaml import dump_yaml
     from align.runner.open_store import open_store
     from align.runner.plan import choose_stages, plan
 
     pipeline = load(options)
+    if options.resolved:
+        print_json(pipeline.raw) if options.json else print(dump_yaml(pipeline.raw), end="")
+        return 0
     store = open_store(pipeline, options.store)
     if options.hardware is not None:
         return plan_hardware.run(options, pipeline, store)
@@ -149,6 +153,9 @@ def parser() -> argparse.ArgumentParser:
     made["run"].add_argument("--strict", action="store_true", help="refuse artifacts made by other source code")
     made["run"].add_argument("--on", choices=["here", "slurm", "ray"], default="here", help="what runs the stages")
     made["run"].add_argument("--detach", action="store_true", help="hand the stages to the cluster and come back")
+    made["plan"].add_argument(
+        "--resolved", action="store_true", help="print the pipeline with its base files, variables and --set filled in"
+    )
     made["plan"].add_argument("--memory", action="store_true", help="show what tuning and PPO's critic cost in memory")
     plan_hardware.add_arguments(made["plan"])
     chat = made["chat"]

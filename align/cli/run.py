@@ -136,9 +136,8 @@ def say_gates(run: Run) -> int:
 
 
 def load(options: argparse.Namespace) -> Pipeline:
-    """The pipeline of the command line, with its ``--set``."""
-    pipeline = Pipeline.load(options.pipeline)
-    return pipeline.set(*options.assignments) if options.assignments else pipeline
+    """Load the pipeline of the command line with its ``--set`` options."""
+    return Pipeline.load(options.pipeline, options.assignments)
 
 
 def run(options: argparse.Namespace) -> int:

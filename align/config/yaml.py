@@ -130,3 +130,28 @@ def _similar_files(path: Path) -> str:
     if names:
         return f" {folder} has: {', '.join(names)}."
     return "" if folder.is_dir() else f" Nor is there a folder {folder}; relative paths start at the current folder."
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes every text which ``parse_yaml`` would read as something else."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Write what stands twice twice, as a person would."""
+        return True
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    try:
+        quoted = yaml.load(text, Loader=_Loader) != text  # noqa: S506  (a SafeLoader)
+    except yaml.YAMLError:
+        quoted = True
+    style = "|" if "\n" in text.strip() else '"' if quoted else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def dump_yaml(value: Any) -> str:
+    """Write plain values as YAML that ``parse_yaml`` reads as the same values."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)

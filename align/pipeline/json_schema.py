@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from align.pipeline.file import EXTENDS
 from align.pipeline.loops import LOOP, LoopConfig
 from align.pipeline.pipeline import NAME_PATTERN, PipelineConfig
 from align.pipeline.registry import STAGES
@@ -47,6 +48,7 @@ def pipeline_schema() -> dict[str, Any]:
         "properties": {**named, LOOP: {"anyOf": [{"$ref": "#/$defs/stage_loop"}, either[0]]}},
         "additionalProperties": {"anyOf": either},
     }
+    schema["properties"][EXTENDS] = {"type": "string", "description": "another pipeline file, which this one changes"}
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "align pipeline"
     return schema

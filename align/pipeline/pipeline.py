@@ -12,15 +12,15 @@ import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pydantic import Field, create_model
 
 from align.config.base import Config, input_fields
 from align.config.runtime import Runtime
 from align.config.validation import suggest, validate
-from align.config.yaml import load_yaml
 from align.errors import UserError, shorten
+from align.pipeline.file import Overrides, read_pipeline_file
 from align.pipeline.loops import expand
 from align.pipeline.overrides import assign, parse_assignment
 from align.pipeline.registry import Stage
@@ -100,9 +100,14 @@ class Pipeline:
         self.runtimes = self._runtimes()
 
     @classmethod
-    def load(cls, path: str | Path) -> Pipeline:
-        """Read and check a pipeline file; ``UserError`` names file, YAML path and remedy."""
-        return cls(load_yaml(Path(path)), str(path))
+    def load(cls, path: str | Path, overrides: Overrides = ()) -> Self:
+        """Read and check a pipeline file.
+
+        ``overrides`` are applied before anything is checked, so they can supply what the file lacks:
+        ``["stages.ppo.kl_coef=0.1"]`` or ``{"stages.ppo.kl_coef": 0.1}``. Raises ``UserError`` with the file, the place
+        in it and the remedy.
+        """
+        return cls(read_pipeline_file(Path(path), overrides, PipelineConfig.model_fields), str(path))
 
     @property
     def name(self) -> str:
@@ -131,7 +136,7 @@ class Pipeline:
     def __iter__(self) -> Iterator[Node]:
         return iter(self.nodes.values())
 
-    def set(self, *assignments: str, **values: Any) -> Pipeline:
+    def set(self, *assignments: str, **values: Any) -> Self:
         """A new pipeline with fields changed.
 
         Takes ``"stages.ppo.kl_coef=0.1"`` (the value is YAML), ``("stages.ppo.kl_coef", 0.1)`` as two positional
@@ -144,7 +149,7 @@ class Pipeline:
             pairs += [parse_assignment(text) for text in assignments]
         return self.changed(dict(pairs))
 
-    def changed(self, changes: Mapping[str, Any]) -> Pipeline:
+    def changed(self, changes: Mapping[str, Any]) -> Self:
         """A new pipeline with many fields changed: path → value, in that order."""
         raw = copy.deepcopy(self.raw)
         for path, value in changes.items():

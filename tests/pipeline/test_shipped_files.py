@@ -219,6 +219,7 @@ def test_what_the_readme_and_the_guides_show_is_accepted() -> None:
     from align.config.runtime import Runtime
     from align.config.yaml import parse_yaml
     from align.data.recipe import Recipe
+    from align.pipeline.file import fill_in_variables, merge
     from align.pipeline.registry import STAGES
 
     pages = ["README.md", "docs/getting_started.md", "docs/pipelines.md", "docs/ppo.md"]
@@ -229,6 +230,9 @@ def test_what_the_readme_and_the_guides_show_is_accepted() -> None:
     for page in pages:
         for block in yaml_blocks(page):
             shown = parse_yaml(block, page)
+            if "extends" in shown:
+                base = parse_yaml(Path("pipelines", shown.pop("extends")).read_text(), page)
+                shown = fill_in_variables(merge(base, shown), page)
             if "stages" in shown:
                 pipelines.append(Pipeline(shown, page))
             elif "sources" in shown:

@@ -1,0 +1,127 @@
+"""Read a pipeline file into plain values: its base files merged, environment variables filled in, overrides applied.
+
+All of it happens before anything is checked or hashed, so that an override can supply what a file lacks, and keys
+depend on the values alone. Never imports torch.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from align.config.yaml import load_yaml
+from align.errors import UserError, shorten
+from align.pipeline.overrides import assign, parse_assignment
+
+EXTENDS = "extends"
+DISCRIMINATORS = ("stage", "method", "type")
+"""Keys that say which settings a block has: where a file changes one of them, nothing of its base's block is kept."""
+VARIABLE = re.compile(r"\$\$\{|\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>[^}]*))?\}|\$\{")
+SECRET = re.compile(r"(?i)(token|secret|passw|api_?key|credential)")
+
+Overrides = Mapping[str, Any] | Iterable[str]
+"""``{"stages.ppo.kl_coef": 0.1}``, or texts as ``--set`` takes them: ``["stages.ppo.kl_coef=0.1"]``."""
+
+
+def read_pipeline_file(path: Path, overrides: Overrides, known_keys: Collection[str]) -> dict[str, Any]:
+    """Return the plain values that a pipeline file stands for.
+
+    ``known_keys`` are the top-level keys of a pipeline, by which misspelled overrides are found. Raises ``UserError``
+    for a file that cannot be read, base files that extend each other in a circle, a variable that is not set, and an
+    override that names no field.
+    """
+    raw = fill_in_variables(_read_with_bases(path, ()), str(path))
+    pairs = overrides.items() if isinstance(overrides, Mapping) else [parse_assignment(text) for text in overrides]
+    for place, value in pairs:
+        assign(raw, place, copy.deepcopy(value), known_keys)
+    return raw
+
+
+def _read_with_bases(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
+    """Read ``path`` on top of what it extends; ``readers`` are the files that led here, the first one first."""
+    resolved = path.resolve()
+    if resolved in readers:
+        circle = " -> ".join(file.name for file in (*readers[readers.index(resolved) :], resolved))
+        raise UserError(f"{readers[-1]}: extends: files extend each other in a circle ({circle}). Take one link out.")
+    raw = load_yaml(path)
+    base = raw.pop(EXTENDS, None)
+    if base is None:
+        return raw
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{path}: extends: expected the path of a YAML file; found {shorten(repr(base))}.")
+    base_path = path.parent / Path(fill_in_variables(base, f"{path}: {EXTENDS}")).expanduser()
+    if not base_path.is_file():
+        raise UserError(
+            f"{path}: extends: there is no file '{base_path}'; the path starts at the folder of {path.name}."
+        )
+    return merge(_read_with_bases(base_path, (*readers, resolved)), raw)
+
+
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``base`` with ``changes``: blocks are merged key by key, everything else is replaced.
+
+    A block that changes one of ``DISCRIMINATORS`` replaces its base's whole block, whose other keys belong to another
+    kind.
+    """
+    merged = dict(base)
+    for key, value in changes.items():
+        before = merged.get(key)
+        if isinstance(before, Mapping) and isinstance(value, Mapping) and not _is_of_another_kind(before, value):
+            merged[key] = merge(before, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _is_of_another_kind(base: Mapping[str, Any], changes: Mapping[str, Any]) -> bool:
+    return any(key in changes and changes[key] != base.get(key) for key in DISCRIMINATORS)
+
+
+def fill_in_variables(value: Any, place: str) -> Any:
+    """Return a copy with ``${NAME}`` and ``${NAME:-default}`` replaced in every text; ``$${`` stands for ``${``.
+
+    Raises ``UserError``, which begins with the place of the text, for a variable that is not set, a reference that is
+    not closed or has no plain name, and a name that looks like a secret's: what is filled in is written into records.
+    """
+    if isinstance(value, dict):
+        return {key: fill_in_variables(item, _below(place, key)) for key, item in value.items()}
+    if isinstance(value, list):
+        return [fill_in_variables(item, f"{place}[{index}]") for index, item in enumerate(value)]
+    return VARIABLE.sub(_value_of(place), value) if isinstance(value, str) else value
+
+
+def _below(place: str, key: Any) -> str:
+    """Return the place of a key: ``file.yaml: stages`` at the top, ``file.yaml: stages.sft`` below it."""
+    return f"{place}.{key}" if ": " in place else f"{place}: {key}"
+
+
+def _value_of(place: str) -> Callable[[re.Match[str]], str]:
+    """Return the replacement of a match, for a text at ``place``."""
+
+    def replace(match: re.Match[str]) -> str:
+        name = match["name"]
+        if match[0] == "$${":
+            return "${"
+        if name is None:
+            raise UserError(
+                f"{place}: '${{' begins a variable that has no plain name; write ${{NAME}}, or $${{ for the text."
+            )
+        if SECRET.search(name):
+            raise UserError(
+                f"{place}: ${{{name}}} looks like a secret, and values of a pipeline are written into records. "
+                "Leave it out: libraries read such variables by themselves, and "
+                "endpoints take the variable's name (`key_variable`)."
+            )
+        if name in os.environ:
+            return os.environ[name]
+        if match["default"] is not None:
+            return match["default"]
+        raise UserError(
+            f"{place}: the environment variable {name} is not set; set it, or give a default: ${{{name}:-VALUE}}."
+        )
+
+    return replace

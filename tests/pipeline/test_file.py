@@ -1,0 +1,170 @@
+"""Pipeline files: bases that a file extends, variables of the environment, overrides before any check."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from align import Pipeline
+from align.cli.main import main
+from align.config.yaml import dump_yaml, load_yaml, parse_yaml
+from align.errors import UserError
+from align.pipeline.file import fill_in_variables, merge
+
+BASE = """\
+name: base
+seed: 3
+stages:
+  model: {source: tiny}
+  data: {recipe: data_recipes/embedded.yaml}
+  sft: {model: model, data: data, tuning: {method: lora, rank: 4, alpha: 8}, learning_rate: 1.0e-3, epochs: 2}
+"""
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    path = tmp_path / "base.yaml"
+    path.write_text(BASE)
+    return path
+
+
+def write(folder: Path, text: str, name: str = "mine.yaml") -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def test_a_file_changes_what_it_extends(base: Path) -> None:
+    path = write(base.parent, "extends: base.yaml\nname: mine\nstages: {sft: {tuning: {rank: 16}, epochs: 1}}\n")
+    pipeline = Pipeline.load(path)
+    assert pipeline.name == "mine" and pipeline.config.seed == 3
+    sft = pipeline.nodes["sft"].config
+    assert (sft.tuning.rank, sft.tuning.alpha, sft.epochs) == (16, 8, 1)  # type: ignore[attr-defined]
+
+
+def test_the_key_is_that_of_the_same_values_in_one_file(base: Path) -> None:
+    path = write(base.parent, "extends: base.yaml\nname: mine\nstages: {sft: {epochs: 1}}\n")
+    whole = write(base.parent, BASE.replace("epochs: 2", "epochs: 1"), "whole.yaml")
+    assert Pipeline.load(path).nodes["sft"].key == Pipeline.load(whole).nodes["sft"].key
+
+
+def test_another_method_leaves_nothing_of_the_base_block(base: Path) -> None:
+    path = write(base.parent, "extends: base.yaml\nstages: {sft: {tuning: {method: full}}}\n")
+    assert Pipeline.load(path).raw["stages"]["sft"]["tuning"] == {"method": "full"}
+
+
+def test_the_path_of_a_base_starts_at_the_files_folder(base: Path) -> None:
+    path = write(base.parent / "deeper", "extends: ../base.yaml\nname: mine\n")
+    write(base.parent, "extends: deeper/mine.yaml\nseed: 9\n", "third.yaml")
+    assert Pipeline.load(path).config.seed == 3
+    assert Pipeline.load(base.parent / "third.yaml").config.seed == 9
+
+
+def test_a_circle_of_bases_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, "extends: b.yaml\n", "a.yaml")
+    write(tmp_path, "extends: a.yaml\n", "b.yaml")
+    with pytest.raises(UserError, match=r"b\.yaml: extends: .*circle \(a\.yaml -> b\.yaml -> a\.yaml\)"):
+        Pipeline.load(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
+    ("extends", "message"),
+    [("no.yaml", "there is no file"), ("3", "expected the path"), ("[a, b]", "expected the path")],
+)
+def test_a_base_that_is_no_file_is_refused(tmp_path: Path, extends: str, message: str) -> None:
+    with pytest.raises(UserError, match=rf"mine\.yaml: extends: {message}"):
+        Pipeline.load(write(tmp_path, f"extends: {extends}\n"))
+
+
+def test_variables_are_filled_in(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUN_NAME", "tuesday")
+    monkeypatch.delenv("MODEL_DIR", raising=False)
+    path = write(
+        base.parent,
+        "extends: base.yaml\nname: run-${RUN_NAME}\ndescription: costs $${5}\n"
+        "stages: {model: {source: '${MODEL_DIR:-tiny}'}}\n",
+    )
+    pipeline = Pipeline.load(path)
+    assert (pipeline.name, pipeline.config.description) == ("run-tuesday", "costs ${5}")
+    assert pipeline.nodes["model"].key == Pipeline.load(base).nodes["model"].key
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("${NOT_SET}", r"mine\.yaml: stages\.model\.source: the environment variable NOT_SET is not set"),
+        ("${HF_TOKEN}", r"stages\.model\.source: .*looks like a secret"),
+        ("${not closed", r"stages\.model\.source: .*no plain name; write \$\{NAME\}"),
+        ("${1}", "no plain name"),
+    ],
+)
+def test_a_variable_that_cannot_be_filled_in_is_refused(
+    base: Path, text: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    path = write(base.parent, f"extends: base.yaml\nstages: {{model: {{source: '{text}'}}}}\n")
+    with pytest.raises(UserError, match=message) as caught:
+        Pipeline.load(path)
+    assert "hf_secret" not in str(caught.value)
+
+
+@given(
+    st.recursive(
+        st.text(st.characters(exclude_characters="$")),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    )
+)
+def test_texts_without_variables_stay_as_they_are(value: object) -> None:
+    assert fill_in_variables(value, "x.yaml") == value
+
+
+def test_overrides_supply_what_a_file_lacks(base: Path) -> None:
+    path = write(base.parent, BASE.replace("learning_rate: 1.0e-3, ", ""), "lacks.yaml")
+    with pytest.raises(UserError, match="learning_rate"):
+        Pipeline.load(path)
+    for overrides in (["stages.sft.learning_rate=1.0e-3"], {"stages.sft.learning_rate": 1.0e-3}):
+        assert Pipeline.load(path, overrides).nodes["sft"].key == Pipeline.load(base).nodes["sft"].key
+
+
+def test_an_override_that_names_nothing_is_refused(base: Path) -> None:
+    with pytest.raises(UserError, match="there is no stage 'stf'. Did you mean 'sft'"):
+        Pipeline.load(base, ["stages.stf.epochs=1"])
+
+
+def test_merge_leaves_its_arguments_alone() -> None:
+    base = {"a": {"b": 1, "c": [1, 2]}}
+    assert merge(base, {"a": {"c": [3]}, "d": 4}) == {"a": {"b": 1, "c": [3]}, "d": 4}
+    assert base == {"a": {"b": 1, "c": [1, 2]}}
+
+
+def test_plan_prints_the_resolved_file(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(base.parent, "extends: base.yaml\nname: mine\n")
+    assert main(["plan", str(path), "--resolved", "--set", "stages.sft.epochs=1"]) == 0
+    printed = parse_yaml(capsys.readouterr().out, "stdout")
+    assert printed == {**load_yaml(base), "name": "mine"} | {"stages": printed["stages"]}
+    assert printed["stages"]["sft"]["epochs"] == 1
+
+
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]))
+)
+
+
+@given(st.dictionaries(st.text(st.characters(categories=["Ll"]), min_size=1), SCALARS | st.lists(SCALARS)))
+def test_dumped_yaml_reads_back_as_the_same(value: dict[str, object]) -> None:
+    assert parse_yaml(dump_yaml(value), "dumped") == value
+
+
+@pytest.mark.parametrize(
+    "text", ["1e3", "no", "010", "12:30", "true", "~", "", "null", " x", "a: b", "- x", "1_000", "# x", "x\ny\n"]
+)
+def test_texts_that_look_like_something_else_stay_texts(text: str) -> None:
+    assert parse_yaml(dump_yaml({"a": text}), "dumped") == {"a": text}
