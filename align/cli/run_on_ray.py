@@ -34,7 +34,7 @@ def run_on_ray(pipeline: Pipeline, options: RunOptions, *, json: bool) -> int:
 
     def run(listener: Listener) -> Run:
         with (
-            StopRequest().hearing(signal.SIGUSR1) as stop,
+            StopRequest().handle_signals(signal.SIGUSR1) as stop,
             client.connected(pipeline.config.runtime.ray.address) as ray,
             opened.use(pipeline.name, pipeline.references, pipeline.plain),
         ):
@@ -43,7 +43,7 @@ def run_on_ray(pipeline: Pipeline, options: RunOptions, *, json: bool) -> int:
             try:
                 return Following(pipeline, opened, [node.name for node in ready.wanted], queue, listener).follow()
             except StageFailed as error:
-                if stop.asked:
+                if stop.is_requested:
                     raise Stopped(f"stopped as asked. {GOES_ON}") from error
                 raise
             except BaseException:

@@ -43,7 +43,7 @@ def main(folder: Path, stage: str) -> int:
     turn = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     log: Path | None = None
     stop = StopRequest()
-    with stop.hearing(signal.SIGUSR1, signal.SIGTERM):
+    with stop.handle_signals(signal.SIGUSR1, signal.SIGTERM):
         store = submission.store.open()
         try:
             pipeline = with_meeting_place(with_threads(submission.pipeline(), cores_of_job()))
@@ -52,7 +52,7 @@ def main(folder: Path, stage: str) -> int:
             log = store.partial(node.stage.kind, node.key) / LOG
             _run(submission, pipeline, node, store, stop)
         except (UserError, StageFailed) as error:
-            if not stop.asked:
+            if not stop.is_requested:
                 return _fail(submission, stage, error, turn, log, store)
             # Slurm's SIGTERM goes to every process of a job: the stage's own may end by it before it can save
             return _stop(

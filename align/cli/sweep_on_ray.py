@@ -41,7 +41,7 @@ def sweep_on_ray(sweep: Sweep, study: Study, store: Store, workers: int, options
         "cores": max(1, int(block.cpus)),
     }
     client.require_ray()
-    with StopRequest().hearing(signal.SIGUSR1) as stop, client.connected(block.address) as ray:
+    with StopRequest().handle_signals(signal.SIGUSR1) as stop, client.connected(block.address) as ray:
         if not client.could_hold(ray, block):
             needs = ", ".join(f"{name} {amount:g}" for name, amount in client.wanted(block).items())
             raise UserError(
@@ -56,7 +56,7 @@ def sweep_on_ray(sweep: Sweep, study: Study, store: Store, workers: int, options
         except BaseException:
             client.call_off(ray, tasks)
             raise
-    if stop.asked:
+    if stop.is_requested:
         raise Stopped("stopped as asked; finished trials and stages are kept. The same command continues.")
     bad = [text for text in said if text]
     if bad:
@@ -76,7 +76,7 @@ def _follow(ray: Any, tasks: list[Any], sweep: Sweep, study: Study, stop: StopRe
                 yield why or str(returned or "")
         if not left:
             return
-        if stop.asked:  # trials that are under way begin again where their stages left off
+        if stop.is_requested:  # trials that are under way begin again where their stages left off
             client.call_off(ray, left)
         time.sleep(POLL_SECONDS)
 

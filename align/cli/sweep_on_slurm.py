@@ -139,7 +139,7 @@ def main(folder: Path) -> int:
     me = f"worker-{os.environ.get('SLURM_ARRAY_TASK_ID') or 0}"
     turn = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     stop = StopRequest()
-    with stop.hearing(signal.SIGUSR1, signal.SIGTERM):
+    with stop.handle_signals(signal.SIGUSR1, signal.SIGTERM):
         store = submission.store.open()
         try:
             config = load_sweep(folder / FILE)

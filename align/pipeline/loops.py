@@ -1,13 +1,13 @@
 """Loops in a pipeline: a block of stages repeated for some rounds, each round's result carried into the next.
 
-``expand`` writes a loop out into plain stages before anything else looks at them: ``dpo`` of a loop of three rounds
-becomes ``dpo-1``, ``dpo-2`` and ``dpo-3``, each with a key of its own, so caching, resuming, plan and report know
-nothing of loops. Outside the loop ``dpo`` is the last round's stage, and ``dpo-*`` in a list is every round's.
+``expand`` writes a loop out into plain stages before anything else reads them: ``dpo`` of a loop of three rounds
+becomes ``dpo-1``, ``dpo-2`` and ``dpo-3``, each with a key of its own. Caching, resuming, plan and report therefore
+know nothing of loops. Outside the loop ``dpo`` is the last round's stage, and ``dpo-*`` in a list is every round's.
 
-A name of the block is the same round's stage; a carried name is ``first`` in round 1 and the round before's ``then``
-later; ``dpo-*`` inside the block is every round so far. Round r adds r - 1 to the seed, so that rounds do not repeat
-one another's random choices and round 1 is what the block would be without a loop. Left out: loops in loops, and ending
-early on a result (the stages must be known before any has run). Never imports torch.
+A name of the block is the same round's stage. A carried name is ``first`` in round 1 and the previous round's ``then``
+afterwards. ``dpo-*`` inside the block is every round so far. Round r adds r - 1 to the seed, so rounds do not repeat
+one another's random choices, and round 1 is the block without a loop. Left out: loops in loops, and ending early on a
+result (all stages must be known before any has run). Never imports torch.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ MAX_SEED = 2**32
 
 
 class CarryConfig(Config):
-    """What a carried name stands for."""
+    """The stages that a carried name stands for."""
 
     first: str
-    """Stage above the loop that it is in the first round: the checkpoint to start from."""
+    """Stage above the loop that the name means in the first round: the checkpoint to start from."""
     then: str
-    """Stage of the block that it is from the second round on: that of the round before."""
+    """Stage of the block that the name means from the second round on: the previous round's."""
 
 
 class LoopConfig(Config):
-    """A block of stages and how often it runs; the same names in every round."""
+    """A block of stages and its number of rounds; the names are the same in every round."""
 
     rounds: int = Field(ge=1, le=100)
     """How often the block runs; one more leaves finished rounds as they are."""
@@ -49,111 +49,138 @@ class LoopConfig(Config):
     stages: dict[str, dict[str, Any]] = Field(min_length=1)
     """The stages of a round, in order."""
     changes: dict[int, dict[str, dict[str, Any]]] = Field({})
-    """What a round sets otherwise, by its number and stage: ``{2: {dpo: {beta: 0.05}}}``."""
+    """Fields that a round sets to other values, by its number and stage: ``{2: {dpo: {beta: 0.05}}}``."""
 
 
 @dataclass
 class Expanded:
-    """Stages without loops, where each is written, and the rounds of those that a loop repeats."""
+    """Stages without loops, their places in the file, and the rounds of those that a loop repeats."""
 
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     places: dict[str, str] = field(default_factory=dict)
-    """Name → its place in the YAML, ``stages.loop.stages.dpo[round 2]``."""
+    """Name -> its place in the YAML, ``stages.loop.stages.dpo[round 2]``."""
     rounds: dict[str, list[str]] = field(default_factory=dict)
-    """Name in a loop → its stages, the first round's first."""
+    """Name in a loop -> its stages, the first round's first."""
 
     def resolve(self, name: str) -> str:
-        """The stage that a name means: itself, or the last round's."""
+        """Return the stage that a name means: itself, or the last round's."""
         return self.rounds[name][-1] if name in self.rounds and name not in self.stages else name
 
     def every(self, name: str) -> list[str]:
-        """All stages that a name means: itself, or that of each round."""
+        """Return all stages that a name means: itself, or that of each round."""
         return self.rounds[name] if name in self.rounds and name not in self.stages else [name]
+
+    def match_rounds(self, pattern: str) -> list[str] | None:
+        """Return the stages that ``dpo-*`` means; None for a text that is no such pattern."""
+        name = pattern.removesuffix(EVERY)
+        return list(self.rounds[name]) if pattern.endswith(EVERY) and name in self.rounds else None
 
 
 def is_loop(name: str, block: Mapping[str, Any]) -> bool:
-    """Whether this block of ``stages:`` is a loop: by its name, or by ``stage: loop``."""
+    """Return whether this block of ``stages:`` is a loop: by its name, or by ``stage: loop``."""
     return bool(block.get("stage", name) == LOOP)
 
 
-def expand(blocks: Mapping[str, dict[str, Any]], where: str, seed: int) -> Expanded:
-    """``stages:`` with every loop written out. ``where`` is the file, ``seed`` the pipeline's.
+def expand(blocks: Mapping[str, dict[str, Any]], file: str, seed: int) -> Expanded:
+    """Write out every loop of ``stages:``. ``file`` begins the places of errors, ``seed`` is the pipeline's.
 
-    Raises ``UserError`` for a loop that is not one: unknown keys, a carried name that nothing reads or that does not
-    exist, names that clash. What stages themselves get wrong is found later, as everywhere.
+    Raises ``UserError`` for a loop with unknown keys, for a carried name that nothing reads or that does not exist,
+    and for names that clash. Errors inside stages are found later, as in any stage.
     """
-    found = Expanded()
-    plain = [name for name, block in blocks.items() if not is_loop(name, block)]
+    expanded = Expanded()
+    plain_names = [name for name, block in blocks.items() if not is_loop(name, block)]
     for name, block in blocks.items():
         place = f"stages.{name}"
-        if name in plain:
-            found.stages[name], found.places[name] = block, place
+        if name in plain_names:
+            expanded.stages[name] = block
+            expanded.places[name] = place
             continue
-        loop = validate(LoopConfig, {key: block[key] for key in block if key != "stage"}, f"{where}: {place}")
-        _check_stages(loop, {*plain, *found.stages}, found.rounds, f"{where}: {place}")
-        _check_carry(loop, {*plain, *found.stages, *found.rounds}, f"{where}: {place}")
-        _check_changes(loop, f"{where}: {place}")
-        _write_out(name, loop, found, seed)
-    for name in plain:
-        found.stages[name] = _renamed(name, blocks[name], found.resolve, lambda text: _every_round(text, found))
-    return found
+        loop = validate(LoopConfig, {key: block[key] for key in block if key != "stage"}, f"{file}: {place}")
+        _check_stages(loop, {*plain_names, *expanded.stages}, expanded.rounds, f"{file}: {place}")
+        _check_carry(loop, {*plain_names, *expanded.stages, *expanded.rounds}, f"{file}: {place}")
+        _check_changes(loop, f"{file}: {place}")
+        _write_out(name, loop, expanded, seed)
+    # Plain stages last: they may read stages of a loop that stands below them in the file.
+    for name in plain_names:
+        expanded.stages[name] = _rename_inputs(name, blocks[name], expanded.resolve, expanded.match_rounds)
+    return expanded
 
 
-def _check_stages(loop: LoopConfig, taken: set[str], repeated: Mapping[str, list[str]], place: str) -> None:
-    """The block's stages are no loops, and neither they nor their rounds have names that are taken."""
+def _check_stages(loop: LoopConfig, reserved: set[str], repeated: Mapping[str, list[str]], place: str) -> None:
+    """Check that the block's stages are no loops, and that neither their names nor their rounds' are in use."""
     for name, block in loop.stages.items():
         if is_loop(name, block):
             raise UserError(f"{place}.stages.{name}: a loop in a loop; write its rounds into the outer one.")
         stage_of(name, block, f"{place}.stages")
-        for made in (name, *(f"{name}-{number}" for number in range(1, loop.rounds + 1))):
-            if made in taken or made in repeated:
-                of = "of another loop" if name in repeated else "of the pipeline"
-                raise UserError(f"{place}.stages.{name}: '{made}' is a stage {of} already; rename one of them.")
+        for stage_name in (name, *(f"{name}-{number}" for number in range(1, loop.rounds + 1))):
+            if stage_name in reserved or stage_name in repeated:
+                owner = "another loop" if name in repeated else "the pipeline"
+                raise UserError(
+                    f"{place}.stages.{name}: '{stage_name}' is a stage of {owner} already; rename one of them."
+                )
 
 
 def _check_carry(loop: LoopConfig, outside: set[str], place: str) -> None:
-    """Every carried name is read in the block, begins with a stage outside and goes on with one of the block."""
-    read = [one for name, block in loop.stages.items() for one in _read_names(name, block, loop)]
-    unknown = [one for one in read if one not in outside and one not in loop.stages and one not in loop.carry]
+    """Check that every carried name is read in the block, and that its stages are there."""
+    names_read = [target for name, block in loop.stages.items() for target in _names_read(name, block, loop)]
+    unknown = [
+        name for name in names_read if name not in outside and name not in loop.stages and name not in loop.carry
+    ]
     for name, carried in loop.carry.items():
-        at = f"{place}.carry.{name}"
-        first, then = (name, carried) if isinstance(carried, str) else (carried.first, carried.then)
+        carry_place = f"{place}.carry.{name}"
+        first, then = _first_and_then(name, carried)
         if name in loop.stages:
-            raise UserError(f"{at}: the block has a stage '{name}' itself; give what is carried another name.")
+            raise UserError(
+                f"{carry_place}: the block has a stage '{name}' itself; give the carried stage another name."
+            )
         if then not in loop.stages:
-            raise UserError(f"{at}: there is no stage '{then}' in the loop's block.{suggest(then, loop.stages)}")
-        if name not in read:
-            raise UserError(f"{at}: no stage of the block reads '{name}'.{suggest(name, unknown)}")
+            raise UserError(
+                f"{carry_place}: there is no stage '{then}' in the loop's block.{suggest(then, loop.stages)}"
+            )
+        if name not in names_read:
+            raise UserError(f"{carry_place}: no stage of the block reads '{name}'.{suggest(name, unknown)}")
         if first not in outside:
             remedy = suggest(first, outside)
             if isinstance(carried, str):
-                remedy = f" Say which one it is in the first round: {{first: STAGE, then: {then}}}."
-            raise UserError(f"{at}: there is no stage '{first}' outside of the loop.{remedy}")
+                remedy = f" Say which stage it is in the first round: {{first: STAGE, then: {then}}}."
+            raise UserError(f"{carry_place}: there is no stage '{first}' outside of the loop.{remedy}")
         if name in outside and name != first:
-            raise UserError(f"{at}: '{name}' is a stage of the pipeline, so here it would be two. Choose a new name.")
+            raise UserError(
+                f"{carry_place}: '{name}' is a stage of the pipeline, so the name would mean two. Choose a new name."
+            )
+
+
+def _first_and_then(name: str, carried: str | CarryConfig) -> tuple[str, str]:
+    """Return the stages that a carried name means in the first round and, one round back, in later ones."""
+    if isinstance(carried, str):
+        return name, carried
+    return carried.first, carried.then
 
 
 def _check_changes(loop: LoopConfig, place: str) -> None:
-    for number, changed in loop.changes.items():
-        at = f"{place}.changes.{number}"
+    for number, changes in loop.changes.items():
+        round_place = f"{place}.changes.{number}"
         if not 1 <= number <= loop.rounds:
-            raise UserError(f"{at}: there is no such round; they are 1 to {loop.rounds}.")
-        for name in changed:
+            raise UserError(f"{round_place}: there is no such round; they are 1 to {loop.rounds}.")
+        for name in changes:
             if name not in loop.stages:
-                raise UserError(f"{at}: there is no stage '{name}' in the loop's block.{suggest(name, loop.stages)}")
+                raise UserError(
+                    f"{round_place}: there is no stage '{name}' in the loop's block.{suggest(name, loop.stages)}"
+                )
 
 
-def _read_names(name: str, block: Mapping[str, Any], loop: LoopConfig) -> list[str]:
-    """Names of what a stage of the block reads, in any round."""
-    found = []
-    for changed in (block, *(each[name] for each in loop.changes.values() if name in each)):
-        for value in _inputs(name, {**block, **changed}).values():
-            found += [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str)]
-    return found
+def _names_read(name: str, block: Mapping[str, Any], loop: LoopConfig) -> list[str]:
+    """Return the names that a stage of the block reads, in any round."""
+    names: list[str] = []
+    versions = [block, *(changes[name] for changes in loop.changes.values() if name in changes)]
+    for version in versions:
+        for value in _inputs(name, {**block, **version}).values():
+            names += [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str)]
+    return names
 
 
 def _inputs(name: str, block: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a block that name stages, as they are written; none where the kind is not known."""
+    """Return the fields of a block that name stages, as they are written; none where the kind is not known."""
     try:
         config_class = find_stage(block.get("stage", name)).config_class()
     except (KeyError, TypeError, UserError):
@@ -161,63 +188,70 @@ def _inputs(name: str, block: Mapping[str, Any]) -> dict[str, Any]:
     return {field_name: block[field_name] for field_name in input_fields(config_class) if field_name in block}
 
 
-def _write_out(loop_name: str, loop: LoopConfig, found: Expanded, seed: int) -> None:
-    """The loop's rounds as plain stages, at the end of what is found so far."""
-    made: dict[str, list[str]] = {name: [] for name in loop.stages}
+def _write_out(loop_name: str, loop: LoopConfig, expanded: Expanded, seed: int) -> None:
+    """Append the loop's rounds to ``expanded`` as plain stages."""
+    written: dict[str, list[str]] = {name: [] for name in loop.stages}
     for number in range(1, loop.rounds + 1):
 
-        def now(name: str, number: int = number) -> str:
-            """What a name in the block is in this round."""
+        def in_this_round(name: str, number: int = number) -> str:
+            """Return the stage that a name in the block means in this round."""
             carried = loop.carry.get(name)
             if carried is not None:
-                first, then = (name, carried) if isinstance(carried, str) else (carried.first, carried.then)
-                return found.resolve(first) if number == 1 else f"{then}-{number - 1}"
-            return f"{name}-{number}" if name in loop.stages else found.resolve(name)
+                first, then = _first_and_then(name, carried)
+                return expanded.resolve(first) if number == 1 else f"{then}-{number - 1}"
+            return f"{name}-{number}" if name in loop.stages else expanded.resolve(name)
 
-        def so_far(text: str) -> list[str] | None:
-            name = text.removesuffix(EVERY)
-            return list(made[name]) if text.endswith(EVERY) and name in made else _every_round(text, found)
+        def rounds_so_far(pattern: str) -> list[str] | None:
+            """Return the stages that ``dpo-*`` means inside the block."""
+            name = pattern.removesuffix(EVERY)
+            if pattern.endswith(EVERY) and name in written:
+                return list(written[name])
+            return expanded.match_rounds(pattern)
 
         for name, block in loop.stages.items():
-            changed = loop.changes.get(number, {}).get(name, {})
-            written = {"stage": name, **copy.deepcopy(block), **copy.deepcopy(changed)}
-            written = _renamed(name, written, now, so_far)
-            own = written.get("seed", seed)
-            if number > 1 and "seed" not in changed and isinstance(own, int) and not isinstance(own, bool):
-                written["seed"] = (own + number - 1) % MAX_SEED
-            full = f"{name}-{number}"
-            found.stages[full] = written
-            found.places[full] = f"stages.{loop_name}.stages.{name}" + (f"[round {number}]" if number > 1 else "")
-            made[name].append(full)
-    found.rounds.update(made)
+            changes = loop.changes.get(number, {}).get(name, {})
+            stage_block = {"stage": name, **copy.deepcopy(block), **copy.deepcopy(changes)}
+            stage_block = _rename_inputs(name, stage_block, in_this_round, rounds_so_far)
+            stage_seed = stage_block.get("seed", seed)
+            # A seed that the round sets itself stays; true is an int for Python, and is refused later.
+            if (
+                number > 1
+                and "seed" not in changes
+                and isinstance(stage_seed, int)
+                and not isinstance(stage_seed, bool)
+            ):
+                stage_block["seed"] = (stage_seed + number - 1) % MAX_SEED
+            stage_name = f"{name}-{number}"
+            expanded.stages[stage_name] = stage_block
+            round_suffix = f"[round {number}]" if number > 1 else ""
+            expanded.places[stage_name] = f"stages.{loop_name}.stages.{name}{round_suffix}"
+            written[name].append(stage_name)
+    expanded.rounds.update(written)
 
 
-def _every_round(text: str, found: Expanded) -> list[str] | None:
-    """The stages that ``dpo-*`` means, or None for a text that is no such pattern."""
-    name = text.removesuffix(EVERY)
-    return list(found.rounds[name]) if text.endswith(EVERY) and name in found.rounds else None
-
-
-def _renamed(
-    name: str, block: dict[str, Any], one: Callable[[str], str], several: Callable[[str], list[str] | None]
+def _rename_inputs(
+    name: str,
+    block: dict[str, Any],
+    rename: Callable[[str], str],
+    match_rounds: Callable[[str], list[str] | None],
 ) -> dict[str, Any]:
-    """A copy of a stage's block in which the fields that name stages say the real ones."""
-    written = dict(block)
+    """Return a copy of a stage's block whose fields that name stages have the stages' real names."""
+    renamed = dict(block)
     for field_name, value in _inputs(name, block).items():
         if isinstance(value, str):
-            listed = several(value)
-            written[field_name] = one(value) if listed is None else listed
+            stages = match_rounds(value)
+            renamed[field_name] = rename(value) if stages is None else stages
         elif isinstance(value, list):
             items: list[Any] = []
             for item in value:
-                listed = several(item) if isinstance(item, str) else [item]
-                items += [one(item)] if listed is None else listed
-            written[field_name] = items
-    kind = STAGES.get(str(block.get("stage", name)))
-    config_class = kind.config_class() if kind is not None else None
+                stages = match_rounds(item) if isinstance(item, str) else [item]
+                items += [rename(item)] if stages is None else stages
+            renamed[field_name] = items
+    stage = STAGES.get(str(block.get("stage", name)))
+    config_class = stage.config_class() if stage is not None else None
     if config_class is not None and hasattr(config_class, "rename_stages"):
-        written = config_class.rename_stages(written, one)
-    return written
+        renamed = config_class.rename_stages(renamed, rename)
+    return renamed
 
 
 __all__ = ["LOOP", "CarryConfig", "Expanded", "LoopConfig", "expand", "is_loop"]

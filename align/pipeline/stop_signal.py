@@ -1,8 +1,9 @@
-"""Asking a run to stop at its next checkpoint: by ``kill -USR1``, or as a cluster does before it takes a machine back.
+"""Ask a run to stop at its next checkpoint: by ``kill -USR1``, or as a cluster does before it takes a machine back.
 
-The runner hears the signal and leaves a file in the folder of the stage under way. The training loop looks for it after
-every optimizer step (``align.training.stop_request``): a file, since that reaches every process of a stage, on other
-nodes too. A stage without such a loop ends as it would have, and the run stops after it. Never imports torch.
+The runner receives the signal and leaves a file in the folder of the active stage. The training loop looks for the file
+after every optimizer step (``align.training.stop_request``). It is a file because that reaches every process of a
+stage, on other nodes too. A stage without such a loop ends as it would have, and the run stops after it. Never
+imports torch.
 """
 
 from __future__ import annotations
@@ -22,84 +23,92 @@ REQUEST = "stop.request"
 
 
 class Stopped(Exception):
-    """A run or stage stopped because it was asked to; it goes on where it was. The exit code is EX_TEMPFAIL."""
+    """A run or stage stopped on request; it continues from its checkpoint. The exit code is EX_TEMPFAIL."""
 
     exit_code = 75
 
 
 class StopRequest:
-    """Whether this process was asked to stop, and since when.
+    """The request to stop this process, and the time since it came.
 
-    ``patience`` is how many seconds a stage may take to stop by itself; None waits for its end. A second signal, too,
-    ends the patience.
+    ``patience`` is the number of seconds that a stage may take to stop by itself; None waits for its end. A second
+    signal ends the patience too.
     """
 
     def __init__(self, patience: float | None = None) -> None:
         self.patience = patience
-        self.hears: frozenset[int] = frozenset()
-        """Numbers of the signals that ask."""
-        self._asked: float | None = None
-        self._again = False
+        self.signals: frozenset[int] = frozenset()
+        """Numbers of the signals that request a stop."""
+        self._requested_at: float | None = None
+        self._repeated = False
 
-    def ask(self) -> None:
-        """Ask, or ask again."""
-        if self._asked is None:
-            self._asked = time.monotonic()
+    def request(self) -> None:
+        """Request a stop; a second request ends the patience."""
+        if self._requested_at is None:
+            self._requested_at = time.monotonic()
         else:
-            self._again = True
+            self._repeated = True
 
     @property
-    def asked(self) -> bool:
-        """Whether it was asked for."""
-        return self._asked is not None
+    def is_requested(self) -> bool:
+        """Whether a stop was requested."""
+        return self._requested_at is not None
 
     @property
     def is_over(self) -> bool:
         """Whether a stage has had its time to stop by itself."""
-        if self._asked is None:
+        if self._requested_at is None:
             return False
-        return self._again or (self.patience is not None and time.monotonic() - self._asked >= self.patience)
+        return self._repeated or (self.patience is not None and time.monotonic() - self._requested_at >= self.patience)
 
     @contextlib.contextmanager
-    def hearing(self, *signals: int) -> Iterator[StopRequest]:
-        """Hear these signals; in another thread than the main one, where Python allows no handler, none is heard."""
+    def handle_signals(self, *signals: int) -> Iterator[StopRequest]:
+        """Handle these signals as requests. Outside the main thread Python allows no handler: none is handled there."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        before = {number: signal.signal(number, lambda *_: self.ask()) for number in signals}
-        self.hears |= frozenset(signals)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)  # what came before there was a handler comes now
+        previous = {number: signal.signal(number, lambda *_: self.request()) for number in signals}
+        self.signals |= frozenset(signals)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)  # signals from before there was a handler arrive now
         try:
             yield self
         finally:
-            for number, handler in before.items():
+            for number, handler in previous.items():
                 signal.signal(number, handler)
-            self.hears -= frozenset(signals)
+            self.signals -= frozenset(signals)
 
 
-def pass_on(folder: Path) -> None:
-    """Ask the stage that works in ``folder``."""
+def request_stop(folder: Path) -> None:
+    """Ask the stage that works in ``folder`` to stop."""
     (folder / REQUEST).touch()
 
 
-def clear(folder: Path) -> None:
-    """Forget what an earlier attempt in ``folder`` was asked."""
+def clear_request(folder: Path) -> None:
+    """Remove a request to an earlier attempt in ``folder``."""
     (folder / REQUEST).unlink(missing_ok=True)
 
 
-def is_asked(folder: Path) -> bool:
-    """Whether the stage that works in ``folder`` was asked."""
+def is_stop_requested(folder: Path) -> bool:
+    """Return whether the stage that works in ``folder`` was asked to stop."""
     return (folder / REQUEST).exists()
 
 
-__all__ = ["REQUEST", "StopRequest", "Stopped", "clear", "is_asked", "pass_on"]
-
-
 def die_with_parent(parent: int | None) -> None:
-    """Have Linux end this process when the runner dies, so that no orphan works on under a released lock."""
+    """Have Linux end this process when process ``parent`` dies, so that no orphan works on under a released lock."""
     if not sys.platform.startswith("linux"):
         return
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     if parent is not None and os.getppid() != parent:  # it died before the line above
         os._exit(1)
+
+
+__all__ = [
+    "REQUEST",
+    "StopRequest",
+    "Stopped",
+    "clear_request",
+    "die_with_parent",
+    "is_stop_requested",
+    "request_stop",
+]

@@ -14,7 +14,7 @@ from typing import Any
 from align.errors import StageFailed, UserError
 from align.pipeline.pipeline import Node, Pipeline
 from align.pipeline.provenance import command_line, git_commit, source_digest
-from align.pipeline.stop_signal import Stopped, StopRequest, clear
+from align.pipeline.stop_signal import Stopped, StopRequest, clear_request
 from align.runner.listener import Listener
 from align.runner.stage_result import RESULT, read_result, write_work
 from align.runner.subprocess import run_attempt, seconds_of_attempts
@@ -162,7 +162,7 @@ def _prepare(pipeline: Pipeline, node: Node, store: Store, partial: Path, inputs
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(partial / OUTPUT)
     (partial / RESULT).unlink(missing_ok=True)
-    clear(partial)
+    clear_request(partial)
 
     def pointer(name: str) -> dict[str, str]:
         return {"stage": name, "path": str(inputs[name].path.resolve())}

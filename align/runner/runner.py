@@ -64,7 +64,7 @@ def run_pipeline(
     for message in ready.warnings:
         listener.warning(message)
     _refuse_nodes_without_a_place(pipeline, ready.wanted)
-    heard = contextlib.nullcontext(stop) if stop is not None else StopRequest().hearing(signal.SIGUSR1)
+    heard = contextlib.nullcontext(stop) if stop is not None else StopRequest().handle_signals(signal.SIGUSR1)
     try:
         with heard as stop, ready.store.use(pipeline.name, pipeline.references, pipeline.plain):
             return _run_stages(pipeline, ready.store, only, ready.anew, listener, stop)
@@ -92,7 +92,7 @@ def _run_stages(
             if gone:
                 raise UserError(f"--only {only}: it reads {', '.join(gone)}, deleted just now. Run without --only.")
             inputs = {name: run.artifacts[name] for name in node.input_names}
-            if stop.asked:
+            if stop.is_requested:
                 raise Stopped(f"stopped as asked, before stage '{node.name}'.")
             ran, artifact = make_stage(pipeline, node, opened, inputs, node.name in anew, listener, stop)
             run.artifacts[node.name] = artifact

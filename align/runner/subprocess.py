@@ -19,7 +19,7 @@ from typing import Any
 from align.config.launch import BY_SRUN
 from align.errors import disk_is_full, no_space
 from align.pipeline.registry import find_stage
-from align.pipeline.stop_signal import Stopped, StopRequest, pass_on
+from align.pipeline.stop_signal import Stopped, StopRequest, request_stop
 from align.runner.stage_result import RESULT, read_attempts, read_result, read_work, write_attempts
 from align.runner.worker import ENVIRONMENT, UNREACHABLE_CODE
 from align.store.events import parse_event
@@ -63,13 +63,13 @@ def run_attempt(
     with contextlib.suppress(OSError):  # the process has it; where the folder is away even closing fails
         os.close(output)
     try:
-        with contextlib.nullcontext() if signal.SIGTERM in stop.hears else _terminate_as_interrupt():
+        with contextlib.nullcontext() if signal.SIGTERM in stop.signals else _terminate_as_interrupt():
             asked = False
             while process.poll() is None:
                 check()
-                if stop.asked and not asked:
+                if stop.is_requested and not asked:
                     with contextlib.suppress(OSError):  # asked again until the folder is back
-                        pass_on(partial)
+                        request_stop(partial)
                         asked = True
                 if stop.is_over:
                     raise Stopped("asked to stop, and ended since it took too long to do so.")

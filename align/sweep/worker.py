@@ -118,7 +118,7 @@ def work(
     while (trial := study.next()) is not None:
         told(trial, "resumes" if trial.resumed else "starts")
         try:
-            if stop is not None and stop.asked:
+            if stop is not None and stop.is_requested:
                 raise Stopped("stopped as asked, between two trials.")
             how = _run_trial(sweep, study, store, watching, trial, stop)
         except TrialLost:

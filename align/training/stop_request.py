@@ -11,7 +11,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from align.pipeline.context import StageContext
-from align.pipeline.stop_signal import Stopped, is_asked
+from align.pipeline.stop_signal import Stopped, is_stop_requested
 
 
 class StopWhenAsked(TrainerCallback):
@@ -21,7 +21,7 @@ class StopWhenAsked(TrainerCallback):
         self.context, self.every, self.stops = context, every, False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.global_step % self.every or not _agreed(is_asked(self.context.events.parent), args):
+        if state.global_step % self.every or not _agreed(is_stop_requested(self.context.events.parent), args):
             return
         if control.should_training_stop:  # it was the last step, or the method itself ends here: the result is near
             return

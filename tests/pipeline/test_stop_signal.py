@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from align.pipeline.pipeline import Node, Pipeline
-from align.pipeline.stop_signal import REQUEST, Stopped, StopRequest, is_asked
+from align.pipeline.stop_signal import REQUEST, Stopped, StopRequest, is_stop_requested
 from align.runner.listener import Listener
 from align.runner.plan import plan
 from align.runner.runner import run_pipeline
@@ -73,24 +73,24 @@ def test_patience_ends_a_stage_that_does_not_stop(tmp_path: Path) -> None:
 def test_asking_twice_ends_the_patience() -> None:
     stop = StopRequest()
     assert not stop.is_over
-    stop.ask()
-    assert stop.asked and not stop.is_over
-    stop.ask()
+    stop.request()
+    assert stop.is_requested and not stop.is_over
+    stop.request()
     assert stop.is_over
 
 
 def test_signals_are_heard_in_the_main_thread_only_and_the_handler_is_put_back() -> None:
     before = signal.getsignal(signal.SIGUSR1)
-    with StopRequest().hearing(signal.SIGUSR1) as stop:
-        assert stop.hears == {signal.SIGUSR1}
+    with StopRequest().handle_signals(signal.SIGUSR1) as stop:
+        assert stop.signals == {signal.SIGUSR1}
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert stop.asked
-    assert signal.getsignal(signal.SIGUSR1) == before and not stop.hears
+        assert stop.is_requested
+    assert signal.getsignal(signal.SIGUSR1) == before and not stop.signals
     heard: list[frozenset[int]] = []
 
     def elsewhere() -> None:
-        with StopRequest().hearing(signal.SIGUSR1) as other:
-            heard.append(other.hears)
+        with StopRequest().handle_signals(signal.SIGUSR1) as other:
+            heard.append(other.signals)
 
     thread = threading.Thread(target=elsewhere)
     thread.start()
@@ -124,7 +124,7 @@ def test_usr1_to_the_command_stops_it_and_the_same_command_continues(tmp_path: P
     assert "The same command continues" in said
     assert "Report: " in said
     (partial,) = (tmp_path / "store").glob("number/*.partial")
-    assert is_asked(partial) and (partial / REQUEST).exists()
+    assert is_stop_requested(partial) and (partial / REQUEST).exists()
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from align.errors import UserError
 from align.models.loading import load_reward, load_tokenizer
 from align.models.reward import RewardModel
 from align.pipeline.context import StageContext
-from align.pipeline.stop_signal import Stopped, clear, pass_on
+from align.pipeline.stop_signal import Stopped, clear_request, request_stop
 from align.rl.checkpoint import DRAFT
 from align.rl.ppo.config import PPOConfig
 from align.rl.scoring import RewardScorer
@@ -248,14 +248,14 @@ def test_a_stage_that_is_asked_to_stop_saves_after_its_update_and_goes_on_to_the
 
     def ask(self, args, state, control, **kwargs):
         if state.global_step == 3:  # the first of the second update's two steps
-            pass_on(parts.events.parent)
+            request_stop(parts.events.parent)
 
     with monkeypatch.context() as patch:
         patch.setattr(ReportUpdates, "on_step_end", ask)
         with pytest.raises(Stopped, match="stopped as asked, at step 4 of 8"):
             run(parts)
     assert [folder.name for folder in parts.checkpoints.glob("checkpoint-*")] == ["checkpoint-4"]
-    clear(parts.events.parent)
+    clear_request(parts.events.parent)
     run(parts)
     assert [point["step"] for point in events(parts, "metrics")] == [1, 2, 3, 4]
     weights = [load_file(context.output / "model" / "model.safetensors") for context in (whole, parts)]

@@ -15,7 +15,7 @@ from align.config.base import Config, stage_input
 from align.errors import UserError
 from align.pipeline.context import StageContext
 from align.pipeline.registry import Stage
-from align.pipeline.stop_signal import Stopped, is_asked
+from align.pipeline.stop_signal import Stopped, is_stop_requested
 from align.store.artifacts import Kind
 
 
@@ -56,7 +56,7 @@ def number(context: StageContext) -> dict[str, Any]:
         (context.checkpoints / f"step-{step}").write_text("x")
         context.progress(step + 1, context.config.steps, loss=1.0 / (step + 1))
         context.log(step + 1, loss=1.0 / (step + 1))
-        if context.config.stops and is_asked(context.events.parent):
+        if context.config.stops and is_stop_requested(context.events.parent):
             raise Stopped(f"stopped as asked, at step {step + 1} of {context.config.steps}.")
     (context.output / "number.txt").write_text(str(context.config.number))
     return {"number": context.config.number, "resumed_at": done, "tokens": 7}

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from align.pipeline.context import StageContext
 from align.pipeline.registry import STAGES
-from align.pipeline.stop_signal import Stopped, clear, pass_on
+from align.pipeline.stop_signal import Stopped, clear_request, request_stop
 from align.store.artifacts import Kind
 from align.training.checkpoints import MARKER, is_complete, mark_complete
 from align.training.clock import FILE
@@ -104,7 +104,7 @@ class Asking(StageContext):
     def progress(self, done: float, total: float, unit: str = "steps", **shown: Any) -> None:
         super().progress(done, total, unit, **shown)
         if unit == "steps" and done == self.at:
-            pass_on(self.events.parent)
+            request_stop(self.events.parent)
 
 
 def asking(plain: StageContext, step: int) -> StageContext:
@@ -123,7 +123,7 @@ def test_a_stage_that_is_asked_to_stop_saves_at_once_and_goes_on_to_the_same_wei
         run(asking(parts, 7))
     (kept,) = parts.checkpoints.glob("checkpoint-*")
     assert is_complete(kept) and kept.name in ("checkpoint-7", "checkpoint-8")
-    clear(parts.events.parent)
+    clear_request(parts.events.parent)
     assert run(parts)["resumed_from_step"] == int(kept.name[-1])
     assert losses(parts) == losses(whole)
     expected, found = (load_file(c.output / "model" / "model.safetensors") for c in (whole, parts))

@@ -24,8 +24,8 @@ class AskAt(Listener):
 
     def stage_event(self, node: Node, event: dict[str, Any]) -> None:
         reached = event["event"] == "progress" and event.get("unit") in ("steps", "updates")
-        if reached and event["done"] >= self.done and not self.stop.asked:
-            self.stop.ask()
+        if reached and event["done"] >= self.done and not self.stop.is_requested:
+            self.stop.request()
 
 
 @pytest.mark.slow

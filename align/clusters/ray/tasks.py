@@ -19,7 +19,7 @@ from align.config.scheduler import RayConfig
 from align.errors import StageFailed, UserError
 from align.inference import ray_client as client
 from align.pipeline.pipeline import Node, Pipeline
-from align.pipeline.stop_signal import Stopped, StopRequest, pass_on
+from align.pipeline.stop_signal import Stopped, StopRequest, request_stop
 from align.runner.listener import Listener
 from align.runner.open_store import Opening
 from align.runner.runner import run_pipeline
@@ -141,12 +141,12 @@ class RayQueue:
     def look(self, stages: Collection[str]) -> dict[str, Place]:
         """See ``align.clusters.follow.Queue``."""
         places = {stage: self._place(stage, stages) for stage in stages}
-        if self.stop.asked:
+        if self.stop.is_requested:
             for stage, place in places.items():
                 node = self.pipeline.nodes[stage]
                 partial = self.store.partial(node.stage.kind, node.key)
                 if place.state == "runs" and partial.is_dir():
-                    pass_on(partial)
+                    request_stop(partial)
                 elif place.state == "waits":
                     client.call_off(self.ray, [self.references[stage]])
         return places

@@ -154,7 +154,7 @@ def test_a_signal_that_comes_before_python_can_hear_it_is_kept(tmp_path: Path) -
     slow.parent.mkdir()
     code = (
         "import signal\nfrom align.pipeline.stop_signal import StopRequest\n"
-        "with StopRequest().hearing(signal.SIGUSR1) as stop: print('heard', stop.asked)"
+        "with StopRequest().handle_signals(signal.SIGUSR1) as stop: print('heard', stop.is_requested)"
     )
     slow.write_text(f'#!/bin/bash\ntouch begun; sleep 2\nexec {sys.executable} -c "{code}"\n')
     slow.chmod(0o755)
