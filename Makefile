@@ -8,15 +8,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export HF_HUB_DISABLE_TELEMETRY = 1
+export NO_MKDOCS_2_WARNING = 1
 
-.PHONY: help quickstart setup browser slurm slurm-stop check test test-slow test-gpu bench clean
+.PHONY: help quickstart setup browser slurm slurm-stop check docs test test-slow test-gpu bench clean
 help:
 	@echo "make quickstart  set up, then take a 135M chat model through SFT, RM, DPO and PPO"
 	@echo "make test        set up, then run the tests (make test-slow: those that take minutes, too)"
 	@echo "make test-gpu    what needs one GPU: its tests, then one table of speed and memory (10 minutes)"
 	@echo "make browser     Debian's Chromium and its driver, for the tests that open pages; without it they are skipped"
 	@echo "make slurm       Debian's Slurm, and a cluster of two nodes on this machine, to try \`align run --on slurm\`; make slurm-stop ends it"
-	@echo "make check       ruff, mypy --strict on align/, import-linter"
+	@echo "make check       ruff, mypy --strict, import-linter, the documentation's strict build"
+	@echo "make docs        the documentation site, into site/: open site/index.html"
 	@echo "make bench       sampling and training speed on this machine"
 
 setup: $(READY)
@@ -53,11 +55,16 @@ slurm-stop:
 quickstart: $(READY)
 	$(BIN)/align run pipelines/quickstart.yaml
 
+# .pre-commit-config.yaml has the same commands; tests/test_project_files.py compares the two.
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/mkdocs build --strict
+
+docs: $(READY)
+	$(BIN)/mkdocs build --strict
 
 test: $(READY)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
@@ -74,4 +81,4 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.training
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

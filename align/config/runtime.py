@@ -156,6 +156,7 @@ class Runtime(Config):
     ray: RayConfig = RayConfig()
     """What each stage's task asks of Ray under ``--on ray``."""
     engine: EngineConfig = EngineConfig()
+    """Engine that samples responses, and its share of the machine."""
     rollouts: RolloutsConfig = RolloutsConfig()
     """vLLM servers that sample instead of the engine in the stage's own process."""
     launch: LaunchConfig = LaunchConfig()

