@@ -1,4 +1,14 @@
-"""Makes one stage: its locks, its process and what that reads, and its artifact. Never imports torch."""
+"""Run one stage: its locks, its process and what that reads, and its artifact. Never imports torch.
+
+The steps, each inside the one before:
+
+1. the lock in the store's remote, where there is one: no other machine that shares the remote runs the stage;
+2. the lock in the store: no other run that shares the folder does;
+3. the artifact, once more: another run may have published it while this one waited;
+4. the result of an attempt that ended well and whose runner died before publishing it;
+5. the stage's process, again from its checkpoints where the store was away;
+6. the record, published by one rename under the lock that is still held.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +16,7 @@ import contextlib
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,229 +41,251 @@ from align.store.store import Store
 from align.store.version import VERSION
 
 TRIES = 3
-"""How often a stage is begun whose lock was lost, or whose process lost the store, before the run gives up."""
+"""Times that a stage is started whose lock was lost, or whose process lost the store, before the run gives up."""
 
 
-def make_stage(
-    pipeline: Pipeline,
-    node: Node,
-    store: Store,
-    inputs: dict[str, Artifact],
-    anew: bool,
-    listener: Listener,
-    stop: StopRequest,
-) -> tuple[bool, Artifact]:
-    """Run one stage under its lock; another run that finishes it meanwhile counts as cached.
+@dataclass
+class StageRun:
+    """One stage of a run. ``force`` runs it although its artifact exists; ``inputs`` are artifacts by stage name."""
 
-    A run that was silent for so long that another took its lock (its machine slept, or could not reach the store)
-    leaves the stage to that one, and waits for it as any other would.
-    """
-    for tries_left in reversed(range(TRIES)):
-        try:
-            return _among_machines(pipeline, node, store, inputs, anew, listener, stop)
-        except LockLost as lost:
-            if tries_left == 0:
-                raise LockLost(f"stage '{node.name}': {lost}. Nothing of it was published here; run again.") from None
-            listener.warning(f"stage '{node.name}': {lost}; what was made here since is left out")
-    raise AssertionError
+    pipeline: Pipeline
+    node: Node
+    store: Store
+    inputs: dict[str, Artifact]
+    force: bool
+    listener: Listener
+    stop: StopRequest
+    _holds: list[Hold] = field(default_factory=list)
+    """Locks that are held: in the remote, and in the store."""
 
+    @property
+    def kind(self) -> str:
+        """The kind of the stage."""
+        return self.node.stage.kind
 
-def _among_machines(
-    pipeline: Pipeline, node: Node, store: Store, inputs: dict[str, Artifact], anew: bool, listener: Listener,
-    stop: StopRequest,
-) -> tuple[bool, Artifact]:  # fmt: skip
-    """Run one stage while no other machine that shares the store's remote does; what one has published is fetched."""
-    kind, key = node.stage.kind, node.key
-    with among_machines(store, kind, key, lambda who: listener.waiting(node, who), listener.warning) as far:
-        found = None if anew else fetched_meanwhile(store, kind, key, node.name, listener.warning)
-        if found is not None:
-            listener.stage_cached(node, found)
-            return False, found
-        ran, artifact = _under_lock(pipeline, node, store, inputs, anew, listener, stop, far)
-        offer(store, artifact, listener.transfer, replace=anew and ran)
-    return ran, artifact
+    @property
+    def partial(self) -> Path:
+        """The folder in which the stage works until its artifact is published."""
+        return self.store.partial(self.kind, self.node.key)
 
+    def run(self) -> tuple[bool, Artifact]:
+        """Run the stage under its locks; return whether it really ran, and its artifact.
 
-def _under_lock(
-    pipeline: Pipeline, node: Node, store: Store, inputs: dict[str, Artifact], anew: bool, listener: Listener,
-    stop: StopRequest, far: Hold | None,
-) -> tuple[bool, Artifact]:  # fmt: skip
-    kind = node.stage.kind
-    look = store.find_intact if anew else store.find  # what is damaged is replaced where that is asked for, else named
-    before = look(kind, node.key, node.name)
-    with store.lock(kind, node.key, lambda holder: listener.waiting(node, holder)) as hold:
-        partial = store.partial(kind, node.key)
-        found = look(kind, node.key, node.name)
-        fresh = found is not None and (before is None or found.record["created"] != before.record["created"])
-        if found is not None and (not anew or fresh):
-            listener.stage_cached(node, found)
-            return False, found
-        for artifact in inputs.values():
-            problems = store.problems(artifact, thorough=True)
+        A run that was silent for so long that another took its lock (its machine slept, or could not reach the store)
+        leaves the stage to that one, and waits for it as any other would.
+        """
+        for tries_left in reversed(range(TRIES)):
+            self._holds = []
+            try:
+                return self._run_under_remote_lock()
+            except LockLost as lost:
+                message = f"stage '{self.node.name}': {lost}"
+                if tries_left == 0:
+                    raise LockLost(f"{message}. Nothing of it was published here; run again.") from None
+                self.listener.warning(f"{message}; what was made here since is left out")
+        raise AssertionError
+
+    def _run_under_remote_lock(self) -> tuple[bool, Artifact]:
+        """Run the stage while no other machine that shares the store's remote does; fetch what one has published."""
+        key, listener = self.node.key, self.listener
+        lock = among_machines(
+            self.store, self.kind, key, lambda holder: listener.waiting(self.node, holder), listener.warning
+        )
+        with lock as remote_hold:
+            if not self.force:
+                artifact = fetched_meanwhile(self.store, self.kind, key, self.node.name, listener.warning)
+                if artifact is not None:
+                    listener.stage_cached(self.node, artifact)
+                    return False, artifact
+            has_run, artifact = self._run_under_lock(remote_hold)
+            offer(self.store, artifact, listener.transfer, replace=self.force and has_run)
+        return has_run, artifact
+
+    def _run_under_lock(self, remote_hold: Hold | None) -> tuple[bool, Artifact]:
+        # With force a damaged artifact is replaced, without it is named.
+        find = self.store.find_intact if self.force else self.store.find
+        before = find(self.kind, self.node.key, self.node.name)
+        with self.store.lock(self.kind, self.node.key, lambda holder: self.listener.waiting(self.node, holder)) as hold:
+            self._holds = [hold, *([remote_hold] if remote_hold is not None else [])]
+            existing = find(self.kind, self.node.key, self.node.name)
+            # An artifact that appeared while this run waited for the lock is new, so force is satisfied by it.
+            is_new = existing is not None and (before is None or existing.record["created"] != before.record["created"])
+            if existing is not None and (not self.force or is_new):
+                self.listener.stage_cached(self.node, existing)
+                return False, existing
+            self._require_intact_inputs()
+            result = self.store.patience.keep_trying(self._finished_result)
+            if result is None:
+                result = self._run_attempts(hold)
+            if remote_hold is not None:
+                self._confirm_remote(remote_hold)
+            artifact = self._publish(result, hold, existing)
+        self.listener.stage_done(self.node, artifact)
+        return True, artifact
+
+    def _require_intact_inputs(self) -> None:
+        """Compare the inputs' files with their digests; a stage must not learn from a damaged checkpoint."""
+        for artifact in self.inputs.values():
+            problems = self.store.problems(artifact, thorough=True)
             if problems:
                 raise DamagedArtifact(
-                    f"stage '{node.name}' would read {problems[0].path}, which {problems[0].what}. "
+                    f"stage '{self.node.name}' would read {problems[0].path}, which {problems[0].what}. "
                     f"The artifact is corrupted; `--rebuild {artifact.stage}` makes it again.",
                     artifact.stage,
                 )
-        result = store.patience.keep_trying(lambda: _finished_result(partial, listener.warning))
-        if result is None:
-            result = _attempts(pipeline, node, store, partial, inputs, (hold, far), listener, stop)
-        if far is not None:
-            _confirm(far, listener)
-        artifact = _publish(pipeline, node, store, partial, inputs, result, hold, found)
-    listener.stage_done(node, artifact)
-    return True, artifact
+
+    def _finished_result(self) -> dict[str, Any] | None:
+        """Return the result of an attempt that ended well and whose runner died before publishing it."""
+        path = self.partial / RESULT
+        try:
+            result = read_result(path)
+        except FileNotFoundError:
+            return None
+        except DamagedFile as error:
+            self.listener.warning(f"{path}: damaged: it {error}. The stage goes on from its checkpoints instead.")
+            return None
+        return result.model_dump() if result.status == "done" and (self.partial / OUTPUT).is_dir() else None
+
+    def _run_attempts(self, hold: Hold) -> dict[str, Any]:
+        """Run the stage's process; again from its checkpoints where the store was away, once it answers."""
+        patience, partial = self.store.patience, self.partial
+        for tries_left in reversed(range(TRIES)):
+            patience.keep_trying(self._prepare_partial)
+            self.listener.stage_started(self.node, partial, any((partial / CHECKPOINTS).glob("*")))
+            result = run_attempt(
+                self.node.name,
+                partial,
+                lambda event: self.listener.stage_event(self.node, event),
+                self.stop,
+                self._check_locks,
+                patience,
+            )
+            if result["status"] == "done":
+                return result
+            # A stage that another run has taken over ends without a result, which is no failure: this raises LockLost.
+            patience.keep_trying(hold.confirm)
+            if result["status"] == "stopped":
+                raise Stopped(f"stage '{self.node.name}' {result['message']}")
+            if result["status"] != UNREACHABLE_STORE or tries_left == 0:
+                break
+            self.listener.warning(f"stage '{self.node.name}': {result['message']} It is tried again.")
+        raise self._error_of(result)
+
+    def _check_locks(self) -> None:
+        """Raise ``LockLost`` where another run has taken one of the locks; called while the process runs."""
+        for hold in self._holds:
+            hold.check()
+
+    def _confirm_remote(self, hold: Hold) -> None:
+        """Confirm the lock in the remote; where that cannot be asked, the work is not thrown away."""
+        try:
+            hold.confirm()
+        except (OSError, UserError) as error:
+            self.listener.warning(f"the lock in the remote cannot be confirmed ({error}); the stage is kept here")
+
+    def _prepare_partial(self) -> None:
+        """Lay out the partial folder: checkpoints of an earlier attempt stay, its half-written output goes."""
+        require_mark(self.store.root)
+        (self.partial / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self.partial / OUTPUT)
+        (self.partial / RESULT).unlink(missing_ok=True)
+        clear_request(self.partial)
+        node = self.node
+        work = {
+            "name": node.name,
+            "stage": node.stage.path or node.stage.kind,
+            "config": node.config.model_dump(mode="json"),
+            "seed": node.seed,
+            "runtime": self.pipeline.runtimes[node.name].model_dump(mode="json"),
+            "inputs": self._map_inputs(self._pointer),
+            "cache": str(self.store.cache.resolve()),
+            "pipeline": self.pipeline.name,
+            "group": digest({stage.name: stage.key for stage in self.pipeline})[:8],
+            "runner_pid": os.getpid(),
+        }
+        write_work(self.partial, work)
+
+    def _pointer(self, name: str) -> dict[str, str]:
+        """Return the name and the folder of an input, for the stage's process."""
+        return {"stage": name, "path": str(self.inputs[name].path.resolve())}
+
+    def _key_of_input(self, name: str) -> str:
+        return str(self.inputs[name].record["key"])
+
+    def _map_inputs(self, describe: Any) -> dict[str, Any]:
+        """Return input field -> ``describe`` of each stage that it names; None for a field that names none."""
+        described: dict[str, Any] = {}
+        for field_name, value in self.node.inputs.items():
+            if isinstance(value, list):
+                described[field_name] = [describe(name) for name in value]
+            else:
+                described[field_name] = value and describe(value)
+        return described
+
+    def _error_of(self, result: dict[str, Any]) -> UserError | StageFailed:
+        """Tell the listener, and return the error that says why the stage's process is not done."""
+        log = self.partial / LOG
+        self.listener.stage_failed(self.node, result["message"], log)
+        if result["status"] == "refused":
+            return UserError(f"stage '{self.node.name}': {result['message']}")
+        return StageFailed(f"stage '{self.node.name}' failed: {result['message']}\nLog: {log}")
+
+    def _publish(self, result: dict[str, Any], hold: Hold, replaces: Artifact | None) -> Artifact:
+        """Give the output folder its log, events and record, move it to its final name, and drop the partial."""
+        patience, output = self.store.patience, self.partial / OUTPUT
+        seconds = patience.keep_trying(lambda: [*seconds_of_attempts(self.partial)[:-1], result["seconds"]])
+        patience.keep_trying(self._copy_logs)
+        artifact = self.store.publish(output, self._record(result, seconds), hold, replaces)
+        self.store.drop_partials(self.kind, self.node.key)
+        return artifact
+
+    def _record(self, result: dict[str, Any], seconds: list[float]) -> dict[str, Any]:
+        """Return the artifact's record.
+
+        ``seconds`` of each attempt: the record's ``seconds`` are their sum. ``peak_memory_bytes`` is the last
+        attempt's.
+        """
+        node = self.node
+        return {
+            "key": node.key,
+            "kind": self.kind,
+            "stage": node.name,
+            "pipeline": self.pipeline.name,
+            "makes": str(node.makes),
+            "version": node.stage.version,
+            "config": node.config.model_dump(mode="json"),
+            "seed": node.seed,
+            "parts": node.parts,
+            "inputs": self._map_inputs(self._key_of_input),
+            "input_stages": [
+                {
+                    "stage": artifact.stage,
+                    "kind": artifact.record["kind"],
+                    "key": artifact.record["key"],
+                    "weights": artifact.weights,
+                }
+                for artifact in self.inputs.values()
+            ],
+            "identities": node.identities,
+            "metrics": result["metrics"],
+            "tokens": result["metrics"].get("tokens"),
+            "seconds": round(sum(seconds), 2),
+            "attempts": [round(attempt, 2) for attempt in seconds],
+            "peak_memory_bytes": result["peak_memory_bytes"],
+            "created": datetime.now(UTC).isoformat(),
+            "align": VERSION,
+            "packages": result["versions"],
+            "source": source_digest(node.stage),
+            "git": git_commit(),
+            "platform": f"{sys.platform} {os.uname().machine}, {os.cpu_count()} cores",
+            "command": command_line(),
+        }
+
+    def _copy_logs(self) -> None:
+        for name in (LOG, EVENTS):
+            if (self.partial / name).exists():
+                shutil.copyfile(self.partial / name, self.partial / OUTPUT / name)
 
 
-def _attempts(
-    pipeline: Pipeline, node: Node, store: Store, partial: Path, inputs: dict[str, Artifact],
-    holds: tuple[Hold | None, ...], listener: Listener, stop: StopRequest,
-) -> dict[str, Any]:  # fmt: skip
-    """Run the stage's process; again from its checkpoints where the store was away, once it answers."""
-
-    def check() -> None:
-        for hold in holds:
-            if hold is not None:
-                hold.check()
-
-    for tries_left in reversed(range(TRIES)):
-        store.patience.keep_trying(lambda: _prepare(pipeline, node, store, partial, inputs))
-        listener.stage_started(node, partial, any((partial / CHECKPOINTS).glob("*")))
-        result = run_attempt(
-            node.name, partial, lambda event: listener.stage_event(node, event), stop, check, store.patience
-        )
-        if result["status"] == "done":
-            return result
-        if holds[0] is not None:  # a stage that another run has taken over ends without a result, which is no failure
-            store.patience.keep_trying(holds[0].confirm)
-        if result["status"] == "stopped":
-            raise Stopped(f"stage '{node.name}' {result['message']}")
-        if result["status"] != UNREACHABLE_STORE or tries_left == 0:
-            break
-        listener.warning(f"stage '{node.name}': {result['message']} It is tried again.")
-    raise _failed(node, partial, result, listener)
-
-
-def _confirm(far: Hold, listener: Listener) -> None:
-    """Whether the lock in the remote is still held; where that cannot be asked, the work is not thrown away."""
-    try:
-        far.confirm()
-    except (OSError, UserError) as error:
-        listener.warning(f"the lock in the remote cannot be confirmed ({error}); the stage is kept here")
-
-
-def _finished_result(partial: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
-    """The result of an attempt that ended well and whose runner died before publishing it."""
-    try:
-        result = read_result(partial / RESULT)
-    except FileNotFoundError:
-        return None
-    except DamagedFile as error:
-        say(f"{partial / RESULT}: damaged: it {error}. The stage goes on from its checkpoints instead.")
-        return None
-    return result.model_dump() if result.status == "done" and (partial / OUTPUT).is_dir() else None
-
-
-def _prepare(pipeline: Pipeline, node: Node, store: Store, partial: Path, inputs: dict[str, Artifact]) -> None:
-    """Lay out the partial folder; checkpoints of an earlier attempt stay, its half-written output goes."""
-    require_mark(store.root)
-    (partial / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(partial / OUTPUT)
-    (partial / RESULT).unlink(missing_ok=True)
-    clear_request(partial)
-
-    def pointer(name: str) -> dict[str, str]:
-        return {"stage": name, "path": str(inputs[name].path.resolve())}
-
-    work = {
-        "name": node.name,
-        "stage": node.stage.path or node.stage.kind,
-        "config": node.config.model_dump(mode="json"),
-        "seed": node.seed,
-        "runtime": pipeline.runtimes[node.name].model_dump(mode="json"),
-        "inputs": {
-            field_name: [pointer(name) for name in value] if isinstance(value, list) else value and pointer(value)
-            for field_name, value in node.inputs.items()
-        },
-        "cache": str(store.cache.resolve()),
-        "pipeline": pipeline.name,
-        "group": digest({other.name: other.key for other in pipeline})[:8],
-        "runner_pid": os.getpid(),
-    }
-    write_work(partial, work)
-
-
-def _failed(node: Node, partial: Path, result: dict[str, Any], listener: Listener) -> UserError | StageFailed:
-    """The error that says why the stage's process is not done."""
-    log = partial / LOG
-    listener.stage_failed(node, result["message"], log)
-    if result["status"] == "refused":
-        return UserError(f"stage '{node.name}': {result['message']}")
-    return StageFailed(f"stage '{node.name}' failed: {result['message']}\nLog: {log}")
-
-
-def _publish(
-    pipeline: Pipeline, node: Node, store: Store, partial: Path, inputs: dict[str, Artifact], result: dict[str, Any],
-    hold: Hold, replaces: Artifact | None,
-) -> Artifact:  # fmt: skip
-    """Give the output folder its log, events and record, move it to its final name, and drop the partial.
-
-    The record's ``seconds`` are the sum of its ``attempts`` (``attempt.seconds_of_attempts``), a stage that was never
-    killed having one; ``peak_memory_bytes`` is the last one's.
-    """
-    output = partial / OUTPUT
-    attempts = store.patience.keep_trying(lambda: [*seconds_of_attempts(partial)[:-1], result["seconds"]])
-    store.patience.keep_trying(lambda: _add_logs(partial, output))
-    record = {
-        "key": node.key,
-        "kind": node.stage.kind,
-        "stage": node.name,
-        "pipeline": pipeline.name,
-        "makes": str(node.makes),
-        "version": node.stage.version,
-        "config": node.config.model_dump(mode="json"),
-        "seed": node.seed,
-        "parts": node.parts,
-        "inputs": {
-            field_name: [inputs[name].record["key"] for name in value]
-            if isinstance(value, list)
-            else value and inputs[value].record["key"]
-            for field_name, value in node.inputs.items()
-        },
-        "input_stages": [
-            {
-                "stage": artifact.stage,
-                "kind": artifact.record["kind"],
-                "key": artifact.record["key"],
-                "weights": artifact.weights,
-            }
-            for artifact in inputs.values()
-        ],
-        "identities": node.identities,
-        "metrics": result["metrics"],
-        "tokens": result["metrics"].get("tokens"),
-        "seconds": round(sum(attempts), 2),
-        "attempts": [round(seconds, 2) for seconds in attempts],
-        "peak_memory_bytes": result["peak_memory_bytes"],
-        "created": datetime.now(UTC).isoformat(),
-        "align": VERSION,
-        "packages": result["versions"],
-        "source": source_digest(node.stage),
-        "git": git_commit(),
-        "platform": f"{sys.platform} {os.uname().machine}, {os.cpu_count()} cores",
-        "command": command_line(),
-    }
-    artifact = store.publish(output, record, hold, replaces)
-    store.drop_partials(node.stage.kind, node.key)
-    return artifact
-
-
-def _add_logs(partial: Path, output: Path) -> None:
-    for name in (LOG, EVENTS):
-        if (partial / name).exists():
-            shutil.copyfile(partial / name, output / name)
-
-
-__all__ = ["make_stage"]
+__all__ = ["StageRun"]

@@ -13,7 +13,7 @@ from align.pipeline.pipeline import Node, Pipeline
 from align.pipeline.stop_signal import Stopped, StopRequest
 from align.runner.listener import Listener
 from align.runner.prepare import RunOptions, prepare_run
-from align.runner.run_stage import make_stage
+from align.runner.run_stage import StageRun
 from align.runner.sync import offer
 from align.store.artifacts import Artifact
 from align.store.store import Store
@@ -94,9 +94,9 @@ def _run_stages(
             inputs = {name: run.artifacts[name] for name in node.input_names}
             if stop.is_requested:
                 raise Stopped(f"stopped as asked, before stage '{node.name}'.")
-            ran, artifact = make_stage(pipeline, node, opened, inputs, node.name in anew, listener, stop)
-            run.artifacts[node.name] = artifact
-            if ran:
+            stage_run = StageRun(pipeline, node, opened, inputs, node.name in anew, listener, stop)
+            has_run, run.artifacts[node.name] = stage_run.run()
+            if has_run:
                 run.ran.append(node.name)
     return run
 

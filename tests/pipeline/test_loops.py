@@ -121,7 +121,7 @@ def test_a_second_loop_goes_on_from_the_first() -> None:
         ({"carry": {"before": {"first": "strat", "then": "total"}}}, "no stage 'strat' outside of the loop. Did you"),
         ({"carry": {"before": {"first": "start", "then": "totl"}}}, "no stage 'totl' in the loop's block. Did you"),
         ({"carry": {"before": {"first": "start", "them": "total"}}}, "unknown key 'them'. Did you mean 'then'?"),
-        ({"carry": {"before": "total"}}, "Say which one it is in the first round: {first: STAGE, then: total}."),
+        ({"carry": {"before": "total"}}, "Say which stage it is in the first round: {first: STAGE, then: total}."),
         ({"carry": {"drawn": {"first": "start", "then": "total"}}}, "the block has a stage 'drawn' itself"),
         ({"changes": {4: {"drawn": {"number": 1}}}}, "changes.4: there is no such round; they are 1 to 3."),
         ({"changes": {2: {"drwn": {"number": 1}}}}, "no stage 'drwn' in the loop's block. Did you mean 'drawn'?"),
@@ -154,7 +154,7 @@ def test_mistakes_around_a_loop() -> None:
     assert "'total-2' is a stage of the pipeline already" in refused(clash)
     shadow = looped(2, after={"other": {"stage": NUMBER}}, carry={"other": {"first": "start", "then": "total"}})
     shadow["stages"]["loop"]["stages"]["total"]["first"] = "other"
-    assert "'other' is a stage of the pipeline, so here it would be two" in refused(shadow)
+    assert "'other' is a stage of the pipeline, so the name would mean two" in refused(shadow)
 
 
 def test_set_reaches_the_loop_its_stages_and_one_round() -> None:

@@ -41,7 +41,7 @@ def test_a_stage_that_looks_for_it_stops_at_its_next_checkpoint(tmp_path: Path) 
     pipeline = Pipeline(toy.pipeline(one={"steps": 200, "pause": 0.05, "stops": True}))
     stop = StopRequest()
     with pytest.raises(Stopped, match=r"stage 'one' stopped as asked, at step \d+ of 200"):
-        run_pipeline(pipeline, store=tmp_path / "store", listener=At("one", 2, stop.ask), stop=stop)
+        run_pipeline(pipeline, store=tmp_path / "store", listener=At("one", 2, stop.request), stop=stop)
     (partial,) = (tmp_path / "store").glob("number/*.partial")
     kept = len(list((partial / "checkpoints").glob("step-*")))
     assert 2 <= kept < 200
@@ -55,7 +55,7 @@ def test_a_stage_that_looks_for_it_stops_at_its_next_checkpoint(tmp_path: Path) 
 
 def test_a_stage_without_a_loop_is_finished_and_the_run_stops_after_it(tmp_path: Path) -> None:
     stop = StopRequest()
-    listener = At("one", 1, stop.ask)
+    listener = At("one", 1, stop.request)
     with pytest.raises(Stopped, match="before stage 'two'"):
         run_pipeline(Pipeline(toy.pipeline()), store=tmp_path, listener=listener, stop=stop)
     assert listener.finished == ["one"]
@@ -66,7 +66,7 @@ def test_patience_ends_a_stage_that_does_not_stop(tmp_path: Path) -> None:
     stop = StopRequest(patience=0.2)
     pipeline = Pipeline(toy.pipeline(one={"steps": 2000, "pause": 0.05}))
     with pytest.raises(Stopped, match="took too long"):
-        run_pipeline(pipeline, store=tmp_path, listener=At("one", 1, stop.ask), stop=stop)
+        run_pipeline(pipeline, store=tmp_path, listener=At("one", 1, stop.request), stop=stop)
     assert next(iter(plan(pipeline, Store.open(tmp_path)))).action == "resume"
 
 

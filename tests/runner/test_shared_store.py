@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -219,8 +220,8 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
 PLACES = [
     ("align.store.store", "write_sealed", errno.EIO), ("align.store.store", "output_digests", errno.ESTALE),
     ("align.store.store", "sync_folder", errno.ETIMEDOUT), ("align.store.claims", "_write_new", errno.ENOTCONN),
-    ("align.runner.run_stage", "_add_logs", errno.EHOSTDOWN),
-    ("align.runner.run_stage", "_prepare", errno.EHOSTUNREACH),
+    ("align.runner.run_stage", "StageRun._copy_logs", errno.EHOSTDOWN),
+    ("align.runner.run_stage", "StageRun._prepare_partial", errno.EHOSTUNREACH),
     ("align.runner.subprocess", "_result", errno.ESTALE),
 ]  # fmt: skip
 
@@ -229,7 +230,8 @@ PLACES = [
 def test_a_store_that_is_away_for_a_moment_is_waited_for(
     store: Path, monkeypatch: pytest.MonkeyPatch, hurried: None, module: str, name: str, number: int
 ) -> None:
-    monkeypatch.setattr(f"{module}.{name}", failing(3, number, getattr(importlib.import_module(module), name)))
+    function = attrgetter(name)(importlib.import_module(module))
+    monkeypatch.setattr(f"{module}.{name}", failing(3, number, function))
     recorder = Recorder()
     run = run_pipeline(Pipeline(toy.pipeline()), store=store, only="one", listener=recorder)
     assert run.ran == ["one"]
