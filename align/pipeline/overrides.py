@@ -32,17 +32,17 @@ def assign(raw: dict[str, Any], path: str, value: Any, known: Collection[str]) -
     parts = path.split(".")
     if parts[0] not in known:
         raise UserError(f"--set {path}: unknown key '{parts[0]}'.{suggest(parts[0], known)}")
-    at: Any = raw
+    block: Any = raw
     stages = raw.get("stages")
     if parts[0] == "stages" and len(parts) > 2 and isinstance(stages, dict):
         if parts[1] not in stages:
             parts = _in_loop(stages, parts, path)
         _keep_siblings(stages, parts)
     for index, part in enumerate(parts[:-1]):
-        at = at.setdefault(_key(at, part), {})
-        if not isinstance(at, dict):
-            raise UserError(f"--set {path}: '{'.'.join(parts[: index + 1])}' is {at!r}, not a block of keys.")
-    at[_key(at, parts[-1])] = value
+        block = block.setdefault(_key(block, part), {})
+        if not isinstance(block, dict):
+            raise UserError(f"--set {path}: '{'.'.join(parts[: index + 1])}' is {block!r}, not a block of keys.")
+    block[_key(block, parts[-1])] = value
 
 
 def _key(block: dict[Any, Any], part: str) -> Any:
@@ -62,7 +62,7 @@ def _in_loop(stages: dict[str, Any], parts: list[str], path: str) -> list[str]:
         name, _, number = parts[1].rpartition("-")
         if name in inner and number.isdecimal():
             return ["stages", str(loop_name), "changes", number, name, *parts[2:]]
-        names += [str(one) for one in inner]
+        names += [str(inner_name) for inner_name in inner]
     raise UserError(f"--set {path}: there is no stage '{parts[1]}'.{suggest(parts[1], names)}")
 
 

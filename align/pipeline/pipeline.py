@@ -62,11 +62,11 @@ class Node:
     @property
     def input_names(self) -> list[str]:
         """Names of all stages this one reads, in config order, without repeats."""
-        found: list[str] = []
+        names_read: list[str] = []
         for value in self.inputs.values():
             names = [value] if isinstance(value, str) else value or []
-            found += [name for name in names if name not in found]
-        return found
+            names_read += [name for name in names if name not in names_read]
+        return names_read
 
 
 class Pipeline:
@@ -91,7 +91,7 @@ class Pipeline:
         self.expanded.rounds.update(rounds or {})
         self.nodes: dict[str, Node] = {}
         self.runtimes: dict[str, Runtime] = {}
-        """What of ``runtime`` holds for each stage."""
+        """The runtime of each stage: ``runtime`` with the stage's own part of it."""
         kinds = {name: stage_of(name, block, f"{where}: stages") for name, block in self.expanded.stages.items()}
         # All keys and values first: a slip in the last stage is found even where the first one's file is missing.
         checked = {name: self._validated(name, stage) for name, stage in kinds.items()}
@@ -174,25 +174,27 @@ class Pipeline:
         return validate(config_class, block, self._place(name)), seed
 
     def _runtimes(self) -> dict[str, Runtime]:
-        """``runtime`` with each stage's own part of it; ``UserError`` for a name that is no stage's."""
+        """Return each stage's runtime; ``UserError`` for a name below ``runtime.stages`` that is no stage's."""
         known = {*self.expanded.stages, *self.expanded.rounds}
         for name in self.config.runtime.stages:
             if name not in known:
                 raise UserError(f"{self.where}: runtime.stages: there is no stage '{name}'.{suggest(name, known)}")
-        found = {}
+        runtimes = {}
         for name in self.nodes:
             of_rounds = [short for short, rounds in self.expanded.rounds.items() if name in rounds]
-            found[name] = self.config.runtime.for_stage(name, *of_rounds, where=f"{self.where}: runtime.stages")
-            self._check_launch(self.nodes[name], found[name], [name, *of_rounds])
-        return found
+            runtimes[name] = self.config.runtime.for_stage(name, *of_rounds, where=f"{self.where}: runtime.stages")
+            self._check_launch(self.nodes[name], runtimes[name], [name, *of_rounds])
+        return runtimes
 
     def _check_launch(self, node: Node, runtime: Runtime, names: list[str]) -> None:
-        """A stage is trained by several processes if it trains at all, and if its batches can be shared out."""
-        own = next((self.config.runtime.stages[name] for name in names if name in self.config.runtime.stages), None)
-        has_its_own = own is not None and own.launch is not None
-        place = f"{self.where}: runtime.{f'stages.{node.name}.' if has_its_own else ''}launch"
+        """Check that a stage with several processes trains at all, and that its batches can be split among them."""
+        stage_runtime = next(
+            (self.config.runtime.stages[name] for name in names if name in self.config.runtime.stages), None
+        )
+        has_own_launch = stage_runtime is not None and stage_runtime.launch is not None
+        place = f"{self.where}: runtime.{f'stages.{node.name}.' if has_own_launch else ''}launch"
         if not node.stage.distributed:
-            if has_its_own:
+            if has_own_launch:
                 raise UserError(
                     f"{place}: a stage of kind {node.stage.kind} trains nothing and runs in one process; leave it out."
                 )
@@ -243,27 +245,27 @@ class Pipeline:
                     if cycle:
                         raise UserError(f"{place}: stages go in a circle: {' → '.join(cycle)}. Take one link out.")
                     raise UserError(f"{place}: stage '{target}' comes later; move it above '{name}'.")
-                made = self.nodes[target].makes
-                if made not in wanted.kinds:
+                kind_made = self.nodes[target].makes
+                if kind_made not in wanted.kinds:
                     fitting = [node.name for node in self.nodes.values() if node.makes in wanted.kinds]
                     remedy = f"Point it at '{fitting[-1]}'." if fitting else "Add such a stage above it."
                     needs = " or ".join(wanted.kinds)
                     raise UserError(
-                        f"{place} points at '{target}', a {made}; {kinds[name].kind} needs a {needs} there. {remedy}"
+                        f"{place} points at '{target}', a {kind_made}; {kinds[name].kind} needs a {needs} there. {remedy}"
                     )
 
     def _cycle(self, name: str, target: str, kinds: dict[str, Stage]) -> list[str] | None:
-        """The circle that leads from ``target`` back to ``name``, if there is one."""
-        path, seen = [name], {name}
+        """Return the circle of stages that leads from ``target`` back to ``name``, if there is one."""
+        path, visited = [name], {name}
 
-        def follow(at: str) -> bool:
-            path.append(at)
-            if at == name:
+        def follow(stage_name: str) -> bool:
+            path.append(stage_name)
+            if stage_name == name:
                 return True
-            if at not in seen and at in kinds:
-                seen.add(at)
-                block = self.expanded.stages[at]
-                for field_name in input_fields(kinds[at].config_class()):
+            if stage_name not in visited and stage_name in kinds:
+                visited.add(stage_name)
+                block = self.expanded.stages[stage_name]
+                for field_name in input_fields(kinds[stage_name].config_class()):
                     value = block.get(field_name)
                     for following in [value] if isinstance(value, str) else value or []:
                         if isinstance(following, str) and follow(following):
@@ -276,7 +278,7 @@ class Pipeline:
     def _key_parts(
         self, stage: Stage, config: Config, seed: int, inputs: Mapping[str, Any], identities: dict[str, str]
     ) -> dict[str, Any]:
-        """What the key is made of: a single input's name is dropped; in a list names are labels, so they stay."""
+        """Return the parts of the key. A single input's name is dropped; in a list names are labels, so they stay."""
         settings = config.model_dump(mode="python", exclude=set(config.identified))
         keys: dict[str, Any] = {}
         for field_name, value in inputs.items():

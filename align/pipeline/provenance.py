@@ -18,21 +18,22 @@ SECRET = re.compile(r"(?i)(token|secret|password|passwd|api[_-]?key)=\S+")
 
 @cache
 def source_digest(stage: Stage) -> str:
-    """sha256 over the stage's module and every module of align that it imports, directly or not.
+    """Return a digest (sha256, 16 hex digits) of the stage's modules and every module of align that they import.
 
-    Read from the source files, so that nothing is imported; 16 hex digits.
+    Read from the source files, so that nothing is imported.
     """
-    queue, seen = [stage.run.partition(":")[0]], {}
+    queue = [path.partition(":")[0] for path in (stage.run, stage.config)]
+    sources: dict[str, bytes] = {}
     while queue:
         module = queue.pop()
         path = _module_file(module)
-        if path is None or module in seen:
+        if path is None or module in sources:
             continue
-        seen[module] = path.read_bytes()
-        queue += sorted(_imports(seen[module], module))
+        sources[module] = path.read_bytes()
+        queue += sorted(_imports(sources[module], module))
     hasher = hashlib.sha256()
-    for module in sorted(seen):
-        hasher.update(module.encode() + b"\0" + seen[module] + b"\0")
+    for module in sorted(sources):
+        hasher.update(module.encode() + b"\0" + sources[module] + b"\0")
     return hasher.hexdigest()[:16]
 
 
@@ -48,14 +49,14 @@ def _module_file(module: str) -> Path | None:
 
 
 def _imports(source: bytes, module: str) -> set[str]:
-    found: set[str] = set()
+    names: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             # `from align.x import y` may name a module y
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return {name for name in found if name.split(".")[0] == PACKAGE.name}
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in names if name.split(".")[0] == PACKAGE.name}
 
 
 @cache

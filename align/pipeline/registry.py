@@ -88,7 +88,7 @@ def load_object(path: str) -> Any:
     if not all(part.isidentifier() for part in [*module.split("."), name]):
         raise UserError(f"'{shorten(path)}' is not an import path; write package.module:name.")
     try:
-        found = importlib.import_module(module)
+        imported = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise  # the module is there; something that it imports is not
@@ -96,10 +96,10 @@ def load_object(path: str) -> Any:
             raise UserError(f"'{path}': there is no module '{error.name}' here or installed.") from None
         sys.path.append(str(Path.cwd()))
         return load_object(path)
-    if not hasattr(found, name):
-        close = difflib.get_close_matches(name, dir(found), n=1)
+    if not hasattr(imported, name):
+        close = difflib.get_close_matches(name, dir(imported), n=1)
         raise UserError(f"'{path}': {module} has no '{name}'." + (f" Did you mean '{close[0]}'?" if close else ""))
-    return getattr(found, name)
+    return getattr(imported, name)
 
 
 TRAINING = (
@@ -176,12 +176,12 @@ def find_stage(kind: str) -> Stage:
     """
     if ":" not in kind:
         return STAGES[kind]
-    found = load_object(kind)
-    if not isinstance(found, Stage):
-        raise UserError(f"'{kind}' is a {type(found).__name__}, not an align.pipeline.registry.Stage.")
-    if not re.fullmatch(NAME, found.kind):
+    stage = load_object(kind)
+    if not isinstance(stage, Stage):
+        raise UserError(f"'{kind}' is a {type(stage).__name__}, not an align.pipeline.registry.Stage.")
+    if not re.fullmatch(NAME, stage.kind):
         raise UserError(
-            f"'{kind}': its kind {found.kind!r} cannot name a folder of the store. Write it with letters, digits and "
+            f"'{kind}': its kind {stage.kind!r} cannot name a folder of the store. Write it with letters, digits and "
             "'_', '.', ':' or '-', beginning with a letter, a digit or '_'."
         )
-    return found
+    return stage

@@ -34,7 +34,7 @@ class Opening:
 
     @classmethod
     def of(cls, store: Store) -> Opening:
-        """What opens the same store in whatever folder a process works, on every machine that sees it."""
+        """Return the settings that open the same store from any working folder, on every machine that sees it."""
         remote = None if store.remote is None else store.remote.address
         return cls(str(store.root.resolve()), store.lease.seconds, store.patience.seconds, remote)
 
@@ -54,10 +54,10 @@ def open_store(pipeline: Pipeline | None = None, store: str | Path | Store | Non
     if isinstance(store, Store):
         return store
     settings = pipeline.config.runtime.store if pipeline is not None else StoreConfig()
-    given = [("--store", str(store or "")), ("$ALIGN_STORE", os.environ.get("ALIGN_STORE", ""))]
-    folders = [word for _, word in given if word and "://" not in word]
+    choices = [("--store", str(store or "")), ("$ALIGN_STORE", os.environ.get("ALIGN_STORE", ""))]
+    folders = [word for _, word in choices if word and "://" not in word]
     remote = settings.remote
-    for name, word in given:
+    for name, word in choices:
         if "://" in word:
             try:
                 remote = check_address(word)

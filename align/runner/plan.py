@@ -30,37 +30,37 @@ class Step:
     changes: tuple[str, ...] = ()
 
 
-def plan(pipeline: Pipeline, store: Store, anew: frozenset[str] | set[str] = frozenset()) -> list[Step]:
-    """What running the pipeline now would do, stage by stage."""
+def plan(pipeline: Pipeline, store: Store, force: frozenset[str] | set[str] = frozenset()) -> list[Step]:
+    """Return what a run would do now, stage by stage. ``force`` are stages that run although they are cached."""
     steps: list[Step] = []
     fresh: set[str] = set()
     history = History(pipeline, store)
     for node in pipeline:
         try:
-            artifact = (store.find_intact if node.name in anew else store.find)(node.stage.kind, node.key, node.name)
+            artifact = (store.find_intact if node.name in force else store.find)(node.stage.kind, node.key, node.name)
         except DamagedRecord as error:
             steps.append(Step(node, "damaged", f"{RECORD} {error.finding}"))
             continue
         waits_for = [name for name in node.input_names if name in fresh]
-        if artifact is not None and node.name not in anew:
+        if artifact is not None and node.name not in force:
             problems = store.problems(artifact, thorough=False)
             if problems:
                 steps.append(Step(node, "damaged", f"{problems[0].path.name} {problems[0].what}"))
                 continue
             steps.append(Step(node, "cached", f"made {artifact.record['created'][:16].replace('T', ' ')}"))
             continue
-        far = store.remote if artifact is None and node.name not in anew else None
+        remote = store.remote if artifact is None and node.name not in force else None
         try:
-            record = far.find(node.stage.kind, node.key) if far is not None else None
+            record = remote.find(node.stage.kind, node.key) if remote is not None else None
         except DamagedRecord as error:
             steps.append(Step(node, "damaged", f"{error.path} {error.finding}"))
             continue
-        if far is not None and record is not None:
-            made = str(record["created"])[:16].replace("T", " ")
-            steps.append(Step(node, "fetch", f"made {made}, in {far.address}"))
+        if remote is not None and record is not None:
+            created = str(record["created"])[:16].replace("T", " ")
+            steps.append(Step(node, "fetch", f"made {created}, in {remote.address}"))
             continue
         changes = history.explain(node) if artifact is None else []
-        if node.name in anew and store.folder(node.stage.kind, node.key).exists():
+        if node.name in force and store.folder(node.stage.kind, node.key).exists():
             steps.append(Step(node, "run", "asked for anew"))
         elif any((store.partial(node.stage.kind, node.key) / CHECKPOINTS).glob("*")):
             steps.append(Step(node, "resume", "an earlier attempt left checkpoints"))
@@ -139,12 +139,12 @@ def choose_stages(
         if name is not None and pipeline.resolve(name) not in pipeline.nodes:
             known = [*pipeline.nodes, *pipeline.expanded.rounds]
             raise UserError(f"{option} {name}: there is no such stage.{suggest(name, known)}")
-    anew = {name for item in rebuild for name in pipeline.expanded.every(item)}
+    force = {name for item in rebuild for name in pipeline.expanded.every(item)}
     if from_ is not None:
-        anew.update(pipeline.expanded.every(from_))
+        force.update(pipeline.expanded.every(from_))
         for node in pipeline:
-            if any(name in anew for name in node.input_names):
-                anew.add(node.name)
+            if any(name in force for name in node.input_names):
+                force.add(node.name)
     if only is not None:
         only = pipeline.resolve(only)
         missing = [
@@ -156,18 +156,18 @@ def choose_stages(
             raise UserError(
                 f"--only {only}: it reads {', '.join(missing)}, not finished yet. Run without --only first."
             )
-        anew &= {only}
-    return anew
+        force &= {only}
+    return force
 
 
-def stages_to_make(pipeline: Pipeline, store: Store, only: str | None, anew: set[str]) -> list[Node]:
+def stages_to_make(pipeline: Pipeline, store: Store, only: str | None, force: set[str]) -> list[Node]:
     """Those that a run makes, in order: ``only`` that one if given, finished ones only where they are in ``anew``."""
     only = None if only is None else pipeline.resolve(only)
     return [
         node
         for node in pipeline
         if (only is None or node.name == only)
-        and (node.name in anew or store.find(node.stage.kind, node.key, node.name) is None)
+        and (node.name in force or store.find(node.stage.kind, node.key, node.name) is None)
     ]
 
 

@@ -54,10 +54,10 @@ def prepare_run(pipeline: Pipeline, options: RunOptions, listener: Listener | No
     store.patience.say = listener.warning
     from_, rebuild = options.from_, options.rebuild
     bring(pipeline, store, options.only, choose_stages(pipeline, store, None, from_, rebuild), listener.transfer)
-    anew = choose_stages(pipeline, store, options.only, from_, rebuild)
-    _refuse_damage(pipeline, store, pipeline.touched_by(options.only) - anew)
+    force = choose_stages(pipeline, store, options.only, from_, rebuild)
+    _refuse_damage(pipeline, store, pipeline.touched_by(options.only) - force)
     warnings = check_sources(pipeline, store, options.strict)
-    return Prepared(store, anew, stages_to_make(pipeline, store, options.only, anew), warnings)
+    return Prepared(store, force, stages_to_make(pipeline, store, options.only, force), warnings)
 
 
 def _refuse_damage(pipeline: Pipeline, store: Store, used: set[str]) -> None:

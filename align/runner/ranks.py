@@ -95,28 +95,30 @@ def _gpus(runtime: Runtime) -> int:
 
 def outcome(ranks: Path, world: int, failures: Mapping[int, int], timeout: float) -> dict[str, Any]:
     """The stage's result from what its ranks left and from the exit codes of those that failed, the first one first."""
-    left = {number: found for number in range(world) if (found := _left(ranks, number)) is not None}
-    peaks = [int(found.get("peak_memory_bytes", 0)) for found in left.values()]
-    about = {"peak_memory_bytes": max(peaks, default=0), "versions": left.get(0, {}).get("versions", {})}
-    if not failures and left.get(0, {}).get("status") == "done":
-        return {**left[0], **about}
-    return {**_why(ranks, world, failures, left, timeout), **about}
+    results = {number: result for number in range(world) if (result := _left(ranks, number)) is not None}
+    peaks = [int(result.get("peak_memory_bytes", 0)) for result in results.values()]
+    about = {"peak_memory_bytes": max(peaks, default=0), "versions": results.get(0, {}).get("versions", {})}
+    if not failures and results.get(0, {}).get("status") == "done":
+        return {**results[0], **about}
+    return {**_why(ranks, world, failures, results, timeout), **about}
 
 
 def _why(
-    ranks: Path, world: int, failures: Mapping[int, int], left: Mapping[int, dict[str, Any]], timeout: float
+    ranks: Path, world: int, failures: Mapping[int, int], results: Mapping[int, dict[str, Any]], timeout: float
 ) -> dict[str, Any]:
-    bad = {number: found for number, found in left.items() if found["status"] != "done"}
+    failed = {number: result for number, result in results.items() if result["status"] != "done"}
     for status in ("refused", UNREACHABLE_STORE, "failed"):
-        own = [number for number, found in bad.items() if found["status"] == status and not found.get("symptom")]
-        if own:
-            where = "" if status == "refused" else f"rank {own[0]} of {world}: "
-            return {"status": status, "message": f"{where}{bad[own[0]]['message']}"}
-    stopped = next((found for found in bad.values() if found["status"] == "stopped"), None)
+        ranks_at_fault = [
+            number for number, result in failed.items() if result["status"] == status and not result.get("symptom")
+        ]
+        if ranks_at_fault:
+            where = "" if status == "refused" else f"rank {ranks_at_fault[0]} of {world}: "
+            return {"status": status, "message": f"{where}{failed[ranks_at_fault[0]]['message']}"}
+    stopped = next((result for result in failed.values() if result["status"] == "stopped"), None)
     if stopped is not None:  # one that the agent ended before it could say so has stopped with the others
         return {"status": "stopped", "message": stopped["message"]}
-    late = [number for number, found in bad.items() if found.get("symptom") == LATE]
-    silent = [number for number in range(world) if number not in bad and number not in late]
+    late = [number for number, result in failed.items() if result.get("symptom") == LATE]
+    silent = [number for number in range(world) if number not in failed and number not in late]
     if late:
         those = ", ".join(f"rank {number}" for number in silent) or "another rank"
         return _failed(
@@ -125,7 +127,9 @@ def _why(
             ranks,
             silent[:1],
         )
-    died = [number for number, code in failures.items() if code < 0 and code != -signal.SIGTERM and number not in left]
+    died = [
+        number for number, code in failures.items() if code < 0 and code != -signal.SIGTERM and number not in results
+    ]
     if died:
         name = signal.Signals(-failures[died[0]]).name
         often = " (often the system running out of memory)" if name == "SIGKILL" else ""
@@ -134,7 +138,7 @@ def _why(
             ranks,
             died[:1],
         )
-    first = next((number for number in failures if number not in left), next(iter(failures), None))
+    first = next((number for number in failures if number not in results), next(iter(failures), None))
     if first is None:
         return _failed(f"its {world} processes ended without a result.", ranks, [0])
     return _failed(

@@ -31,11 +31,11 @@ class Run:
 
     def metrics(self, stage: str) -> dict[str, Any]:
         """The metrics in a stage's record; for a stage of a loop, of its last round."""
-        found: dict[str, Any] = self.artifacts[self.last.get(stage, stage)].record["metrics"]
-        return found
+        metrics: dict[str, Any] = self.artifacts[self.last.get(stage, stage)].record["metrics"]
+        return metrics
 
     def failed_gates(self) -> list[str]:
-        """What evaluations of this run found below or above its gates, one text each; empty where all passed."""
+        """Return one text for each gate that an evaluation of this run failed; empty where all passed."""
         return [
             str(text)
             for artifact in self.artifacts.values()
@@ -64,9 +64,9 @@ def run_pipeline(
     for message in ready.warnings:
         listener.warning(message)
     _refuse_nodes_without_a_place(pipeline, ready.wanted)
-    heard = contextlib.nullcontext(stop) if stop is not None else StopRequest().handle_signals(signal.SIGUSR1)
+    requests = contextlib.nullcontext(stop) if stop is not None else StopRequest().handle_signals(signal.SIGUSR1)
     try:
-        with heard as stop, ready.store.use(pipeline.name, pipeline.references, pipeline.plain):
+        with requests as stop, ready.store.use(pipeline.name, pipeline.references, pipeline.plain):
             return _run_stages(pipeline, ready.store, only, ready.anew, listener, stop)
     except OSError as error:  # the runner's own writing: locks, records, the move of a result to its place
         if error.errno not in NO_SPACE:
@@ -75,18 +75,18 @@ def run_pipeline(
 
 
 def _run_stages(
-    pipeline: Pipeline, opened: Store, only: str | None, anew: set[str], listener: Listener, stop: StopRequest
+    pipeline: Pipeline, opened: Store, only: str | None, force: set[str], listener: Listener, stop: StopRequest
 ) -> Run:
     run = Run(opened, last={name: pipeline.resolve(name) for name in pipeline.expanded.rounds})
-    used = pipeline.touched_by(only) - anew
+    used = pipeline.touched_by(only) - force
     only = None if only is None else pipeline.resolve(only)
     for node in pipeline:
         look = opened.find if node.name in used else opened.find_intact
-        found = look(node.stage.kind, node.key, node.name)
-        if found is not None and node.name not in anew:
-            run.artifacts[node.name] = found
-            listener.stage_cached(node, found)
-            offer(opened, found, listener.transfer)
+        artifact = look(node.stage.kind, node.key, node.name)
+        if artifact is not None and node.name not in force:
+            run.artifacts[node.name] = artifact
+            listener.stage_cached(node, artifact)
+            offer(opened, artifact, listener.transfer)
         elif only is None or node.name == only:
             gone = [name for name in node.input_names if name not in run.artifacts]
             if gone:
@@ -94,7 +94,7 @@ def _run_stages(
             inputs = {name: run.artifacts[name] for name in node.input_names}
             if stop.is_requested:
                 raise Stopped(f"stopped as asked, before stage '{node.name}'.")
-            stage_run = StageRun(pipeline, node, opened, inputs, node.name in anew, listener, stop)
+            stage_run = StageRun(pipeline, node, opened, inputs, node.name in force, listener, stop)
             has_run, run.artifacts[node.name] = stage_run.run()
             if has_run:
                 run.ran.append(node.name)

@@ -1,7 +1,7 @@
 """Files that a stage's process and its runner hand each other in ``<12 hex>.partial/``, each through a schema.
 
-``work.json`` says what to make, ``result.json`` what came of it, ``attempts.json`` how long each attempt took. All are
-sealed, and written whole. Knows no torch.
+``work.json`` is the stage to run, ``result.json`` its outcome, ``attempts.json`` the seconds of each attempt. All are
+sealed, and written atomically. Knows no torch.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ class _Attempts(BaseModel):
 
 
 def write_work(partial: Path, work: dict[str, Any]) -> None:
-    """Write what the stage's process is to make."""
+    """Write the stage's work."""
     write_sealed(partial / WORK, work)
 
 
 def read_work(partial: Path) -> Work:
-    """What the stage's process is to make; ``UserError`` where the file cannot be used."""
+    """Read the stage's work; ``UserError`` where the file cannot be used."""
     try:
         return read_sealed(partial / WORK, Work)
     except DamagedFile as error:
@@ -75,12 +75,12 @@ def read_work(partial: Path) -> Work:
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
-    """Write what became of a stage's process."""
+    """Write the result of a stage's process."""
     write_sealed(path, result, default=float)
 
 
 def read_result(path: Path) -> StageResult:
-    """What became of a stage's process. Raises ``DamagedFile``, or ``FileNotFoundError`` where it has said nothing."""
+    """Read the result of a stage's process. Raises ``DamagedFile``, or ``FileNotFoundError`` where it left none."""
     return read_sealed(path, StageResult)
 
 

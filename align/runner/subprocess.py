@@ -64,13 +64,13 @@ def run_attempt(
         os.close(output)
     try:
         with contextlib.nullcontext() if signal.SIGTERM in stop.signals else _terminate_as_interrupt():
-            asked = False
+            is_passed_on = False
             while process.poll() is None:
                 check()
-                if stop.is_requested and not asked:
+                if stop.is_requested and not is_passed_on:
                     with contextlib.suppress(OSError):  # asked again until the folder is back
                         request_stop(partial)
-                        asked = True
+                        is_passed_on = True
                 if stop.is_over:
                     raise Stopped("asked to stop, and ended since it took too long to do so.")
                 for event in events.read():
@@ -94,7 +94,7 @@ def _open_log(partial: Path, name: str) -> int:
 
 
 def _result(partial: Path, code: int) -> dict[str, Any]:
-    """What a process that ended with ``code`` has left, or what its end says."""
+    """Return the result that a process with exit code ``code`` has left, or one that its end tells."""
     try:
         result = read_result(partial / RESULT).model_dump()
     except DamagedFile as error:
@@ -214,9 +214,9 @@ class Tail:
             return []  # they are still there when the folder is back
         end = data.rfind(b"\n") + 1
         self.offset += end
-        found = []
+        events = []
         for line in data[:end].splitlines():
             event = parse_event(line)
             if event is not None:
-                found.append(event)
-        return found
+                events.append(event)
+        return events

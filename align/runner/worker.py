@@ -65,10 +65,10 @@ def main(folder: Path) -> int:
     die_with_parent(work.get("runner_pid") if is_head() and not os.environ.get(BY_SRUN) else None)
     started = time.time()
     if _several(work):
-        made: dict[str, Any] | None = load_object(f"{LAUNCHER}:run_ranks")(folder, _runtime(work))
-        if made is not None:
-            made["seconds"] = max(0.0, time.time() - started)  # the clock may have been set back
-            return _finish(folder, RESULT, made) if is_head() else int(made["status"] != "done")
+        result: dict[str, Any] | None = load_object(f"{LAUNCHER}:run_ranks")(folder, _runtime(work))
+        if result is not None:
+            result["seconds"] = max(0.0, time.time() - started)  # the clock may have been set back
+            return _finish(folder, RESULT, result) if is_head() else int(result["status"] != "done")
     _set_threads(work["runtime"])
     return _finish(folder, RESULT, _outcome(folder, work, started, RESULT))
 
@@ -78,7 +78,7 @@ def _runtime(work: dict[str, Any]) -> Runtime:
 
 
 def _several(work: dict[str, Any]) -> bool:
-    """Whether the stage is to be run by more processes than one, as far as is known without a look at the machine."""
+    """Return whether several processes run the stage, as far as the settings alone tell."""
     try:
         distributed = find_stage(work["stage"]).distributed
     except UserError:
@@ -240,8 +240,8 @@ def _peak_memory() -> int:
 def _versions() -> dict[str, str]:
     """Versions of what the stage really imported, and the machine."""
     names = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "vllm", "numpy")
-    found = {name: str(getattr(sys.modules[name], "__version__", "?")) for name in names if name in sys.modules}
-    return {"python": platform.python_version(), **found}
+    versions = {name: str(getattr(sys.modules[name], "__version__", "?")) for name in names if name in sys.modules}
+    return {"python": platform.python_version(), **versions}
 
 
 def _start(arguments: list[str]) -> int:

@@ -47,7 +47,7 @@ def test_a_stage_that_looks_for_it_stops_at_its_next_checkpoint(tmp_path: Path) 
     assert 2 <= kept < 200
     assert next(iter(plan(pipeline, Store.open(tmp_path / "store")))).action == "resume"
     later = StopRequest()
-    again = At("one", kept + 2, later.ask)
+    again = At("one", kept + 2, later.request)
     with pytest.raises(Stopped):  # the request of before is forgotten, or it would have stopped one step later
         run_pipeline(pipeline, store=tmp_path / "store", listener=again, stop=later)
     assert len(list((partial / "checkpoints").glob("step-*"))) >= kept + 2
