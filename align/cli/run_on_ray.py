@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 
 from align.cli.console import printable
-from align.cli.run import report_on, say_outcome
-from align.clusters.follow import Following
+from align.cli.run_session import print_outcome, report_on
+from align.clusters.follow import JobFollower
 from align.clusters.ray.tasks import RayQueue
 from align.errors import StageFailed
-from align.inference import ray_client as client
+from align.inference import ray_client
 from align.pipeline.pipeline import Pipeline
 from align.pipeline.stop_signal import Stopped, StopRequest
 from align.runner.listener import Listener
@@ -25,41 +25,44 @@ GOES_ON = "Finished stages and checkpoints are kept. The same command continues.
 
 
 def run_on_ray(pipeline: Pipeline, options: RunOptions, *, json: bool) -> int:
-    """Start what is to be made as tasks and follow it; the exit code. The tasks end with this command."""
+    """Start tasks for the unfinished stages and follow them; returns the exit code. The tasks end with this command."""
     ready = prepare_run(pipeline, options)
-    opened = ready.store
+    store = ready.store
     for message in ready.warnings:
         print(f"! {printable(message)}", file=sys.stderr)
-    client.require_ray()
+    ray_client.require_ray()
 
-    def run(listener: Listener) -> Run:
+    def follow(listener: Listener) -> Run:
         with (
             StopRequest().handle_signals(signal.SIGUSR1) as stop,
-            client.connected(pipeline.config.runtime.ray.address) as ray,
-            opened.use(pipeline.name, pipeline.references, pipeline.plain),
+            ray_client.connected(pipeline.config.runtime.ray.address) as ray,
+            store.use(pipeline.name, pipeline.references, pipeline.plain),
         ):
-            queue = RayQueue(ray, pipeline, opened, _folder(opened, pipeline.name), stop=stop)
-            queue.start(ready.wanted, ready.anew)
+            queue = RayQueue(ray, pipeline, store, _note_folder(store, pipeline.name), stop=stop)
+            # All tasks at once: each waits for its inputs, and Ray places them as resources become free.
+            queue.start(ready.wanted, ready.force)
+            stages = [node.name for node in ready.wanted]
             try:
-                return Following(pipeline, opened, [node.name for node in ready.wanted], queue, listener).follow()
+                return JobFollower(pipeline, store, stages, queue, listener).follow()
             except StageFailed as error:
                 if stop.is_requested:
                     raise Stopped(f"stopped as asked. {GOES_ON}") from error
                 raise
             except BaseException:
-                client.call_off(ray, list(queue.references.values()))
+                # Tasks would otherwise work on without anyone who follows them.
+                ray_client.cancel(ray, list(queue.references.values()))
                 raise
 
     try:
-        outcome = report_on(run, pipeline, quiet=json, store=opened)
+        outcome = report_on(follow, pipeline, quiet=json, store=store)
     except KeyboardInterrupt:
         print(f"\nStopped. {GOES_ON}", file=sys.stderr)
         raise
-    return say_outcome(pipeline, outcome, json)
+    return print_outcome(pipeline, outcome, json)
 
 
-def _folder(store: Store, run: str) -> Path:
-    """Where the tasks of this run say how they are."""
+def _note_folder(store: Store, run: str) -> Path:
+    """Create the folder for the notes of this run's tasks."""
     folder = store.root / JOBS / run / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     folder.mkdir(parents=True)
     return folder

@@ -1,6 +1,6 @@
-"""The page about a run, from whatever of it the store holds: finished stages, the one that failed, those that wait.
+"""Writes the page about a run from what the store holds of it: finished stages, a failed one, waiting ones.
 
-``<store>/reports/<run>/report.html`` with its figures and tables beside it. What the page says is ``align.report``'s.
+The page is ``<store>/reports/<run>/report.html``, with its figures and tables next to it. ``align.report`` renders it.
 """
 
 from __future__ import annotations
@@ -30,34 +30,40 @@ from align.store.version import VERSION
 
 PAGE, STAMP = "report.html", ".written"
 STOPPED = "stopped before it was done; the same command continues."
-RUNNING = "being made right now; this page shows how far it was."
+RUNNING = "running now; this page shows its state when it was written."
 
 
 @dataclass(frozen=True)
-class RunOf:
-    """A run by name: its stages in order with kind and key, and the pipeline it came from, as parsed YAML."""
+class RunOutline:
+    """A run by name: its stages in order with kind and key, and its pipeline as parsed YAML."""
 
     name: str
     stages: Mapping[str, tuple[str, str]]
     pipeline: Mapping[str, Any]
 
     def inputs(self, stage: str) -> list[str]:
-        """Names of the stages that one reads, in so far as its kind can be found here."""
+        """Return the names of the stages that ``stage`` reads; none where its kind cannot be imported here."""
         block = (self.pipeline.get("stages") or {}).get(stage)
         block = block if isinstance(block, dict) else {}
         try:
             fields = input_fields(find_stage(str(block.get("stage", stage))).config_class())
         except (KeyError, UserError):
             return []
-        values = [block.get(name) for name in fields]
-        flat = [item for value in values for item in (value if isinstance(value, list) else [value])]
-        return [str(item) for item in dict.fromkeys(map(str, filter(None, flat))) if item in self.stages]
+        names: list[str] = []
+        for field in fields:
+            value = block.get(field)
+            # An input field may name one stage or several.
+            values = value if isinstance(value, list) else [value]
+            names += [str(name) for name in values if name]
+        return [name for name in dict.fromkeys(names) if name in self.stages]
 
     @property
     def title(self) -> str:
-        """The heading that the pipeline's own report stage has, else the run's name."""
+        """The title in the pipeline's report stage, else the run's name."""
         blocks = self.pipeline.get("stages")
-        for name, block in blocks.items() if isinstance(blocks, dict) else ():
+        if not isinstance(blocks, dict):
+            return self.name
+        for name, block in blocks.items():
             if isinstance(block, dict) and block.get("stage", name) == "report" and block.get("title"):
                 return str(block["title"])
         return self.name
@@ -65,7 +71,7 @@ class RunOf:
 
 @dataclass(frozen=True)
 class Failure:
-    """The stage that did not finish, why, and its log where there is one."""
+    """A stage that did not finish, the reason, and its log where there is one."""
 
     stage: str
     message: str
@@ -73,43 +79,45 @@ class Failure:
     status: Literal["failed", "stopped", "running"] = "failed"
 
 
-def run_of(pipeline: Pipeline) -> RunOf:
-    """The run that ``pipeline`` is, finished or not."""
-    return RunOf(pipeline.name, {node.name: (node.stage.kind, node.key) for node in pipeline}, pipeline.plain)
+def outline_of(pipeline: Pipeline) -> RunOutline:
+    """Return the outline of a pipeline's run, finished or not."""
+    return RunOutline(pipeline.name, {node.name: (node.stage.kind, node.key) for node in pipeline}, pipeline.plain)
 
 
-def find_run(word: str, store: Store) -> RunOf:
-    """The run that ``word`` means: a pipeline file, or a name that the store remembers; ``UserError`` for neither."""
+def find_run(word: str, store: Store) -> RunOutline:
+    """Return the run that ``word`` names: a pipeline file or a run of the store. Raise ``UserError`` for neither."""
     if Path(word).is_file() or word.endswith((".yaml", ".yml")):
-        return run_of(Pipeline.load(word))
+        return outline_of(Pipeline.load(word))
     runs, damaged = store.survey_runs()
     if word not in runs:
         for error in damaged:
             if error.name == word:
                 raise error
-        known = suggest(word, runs) or " No run has been made there yet."
-        raise UserError(f"{word}: neither a pipeline file nor a run of the store {store.root}.{known}")
-    return remembered(word, runs[word])
+        hint = suggest(word, runs) or " This store has no runs yet."
+        raise UserError(f"{word}: neither a pipeline file nor a run of the store {store.root}.{hint}")
+    return stored_outline(word, runs[word])
 
 
-def remembered(name: str, found: Mapping[str, Any]) -> RunOf:
-    """A run as the store's file about it has it."""
-    stages = {stage: (entry["kind"], entry["key"]) for stage, entry in found.get("stages", {}).items()}
-    return RunOf(name, stages, found.get("pipeline") or {})
+def stored_outline(name: str, entry: Mapping[str, Any]) -> RunOutline:
+    """Return the outline of a run from the store's entry about it."""
+    stages = {stage: (link["kind"], link["key"]) for stage, link in entry.get("stages", {}).items()}
+    return RunOutline(name, stages, entry.get("pipeline") or {})
 
 
-def finished(run: RunOf, store: Store) -> dict[str, Artifact]:
-    """Artifacts of the run's finished stages, in its order; reports and damaged ones (``damages``) are left out."""
-    found = {name: store.find_intact(kind, key, name) for name, (kind, key) in run.stages.items()}
-    return {
-        name: artifact
-        for name, artifact in found.items()
-        if artifact is not None and artifact.kind != Kind.REPORT and not store.problems(artifact, thorough=False)
-    }
+def finished_artifacts(run: RunOutline, store: Store) -> dict[str, Artifact]:
+    """Return the artifacts of the run's finished stages, in its order, without reports and damaged ones."""
+    artifacts = {}
+    for name, (kind, key) in run.stages.items():
+        artifact = store.find_intact(kind, key, name)
+        if artifact is None or artifact.kind == Kind.REPORT:
+            continue
+        if not store.problems(artifact, thorough=False):
+            artifacts[name] = artifact
+    return artifacts
 
 
-def damages(run: RunOf, store: Store) -> dict[str, str]:
-    """Stages whose artifacts are damaged, each with the file, the finding and the remedy."""
+def damaged_stages(run: RunOutline, store: Store) -> dict[str, str]:
+    """Return the stages with damaged artifacts, each with the file, the problem and the remedy."""
     texts = {}
     for name, (kind, key) in run.stages.items():
         try:
@@ -117,22 +125,24 @@ def damages(run: RunOf, store: Store) -> dict[str, str]:
         except DamagedRecord as error:
             texts[name] = str(error)
             continue
-        for problem in store.problems(artifact, thorough=False) if artifact is not None else []:
-            texts[name] = f"{problem.path} {problem.what}. `--rebuild {name}` makes it again."
-            break
+        problems = list(store.problems(artifact, thorough=False)) if artifact is not None else []
+        if problems:
+            texts[name] = f"{problems[0].path} {problems[0].description}. `--rebuild {name}` runs the stage again."
     return texts
 
 
-def unfinished(run: RunOf, store: Store) -> Failure | None:
-    """The first stage that is damaged, or was begun and is not finished, and what its process left about it."""
-    damaged = damages(run, store)
+def find_failure(run: RunOutline, store: Store) -> Failure | None:
+    """Return the first stage that is damaged or unfinished, with the message of its process; None if there is none."""
+    damaged = damaged_stages(run, store)
     for name, (kind, key) in run.stages.items():
         if name in damaged:
             return Failure(name, damaged[name])
         partial = store.partial(kind, key)
+        # A stage without a partial folder has not begun.
         if store.find_intact(kind, key) is not None or not partial.is_dir():
             continue
         log = partial / LOG if (partial / LOG).is_file() else None
+        # The lock is held as long as some process runs the stage, here or on another machine.
         if store.is_locked(kind, key):
             return Failure(name, RUNNING, log, "running")
         result = left_result(partial)
@@ -143,7 +153,7 @@ def unfinished(run: RunOf, store: Store) -> Failure | None:
 
 
 def write_page(
-    run: RunOf,
+    run: RunOutline,
     store: Store,
     failure: Failure | None = None,
     folder: Path | None = None,
@@ -151,31 +161,34 @@ def write_page(
     cached: Collection[str] = (),
     always: bool = True,
 ) -> Path:
-    """Write the page into ``folder``, by default the store's own place for it, and return its path.
+    """Write the page into ``folder``, by default the store's place for it, and return its path.
 
-    ``cached`` names stages that a run found finished. Unless ``always``, a page that was written of the same is left as
-    it is. Raises ``UserError`` where there is nothing to show.
+    ``cached`` names the stages that a run did not have to run. Unless ``always``, a page with the same content is not
+    written again. Raises ``UserError`` where there is nothing to show.
     """
-    from align.report.page import write_report
+    from align.report.run.run_report import write_report
 
-    artifacts = finished(run, store)
+    artifacts = finished_artifacts(run, store)
     if failure is not None:
-        artifacts.pop(failure.stage, None)  # it is being made anew: what it was before says nothing of this run
+        artifacts.pop(failure.stage, None)  # a rerun: the earlier artifact is not a result of this run
     if not artifacts and failure is None:
-        raise UserError(f"{run.name}: no stage is finished yet, so there is nothing to show; `align run` makes them.")
+        raise UserError(f"{run.name}: no stage is finished yet, so there is nothing to show; `align run` runs them.")
     folder = folder or store.root / REPORTS / run.name
     folder.mkdir(parents=True, exist_ok=True)
     stamp = _stamp(run, artifacts, failure)
-    with _alone(folder, store):
-        if not always and (folder / PAGE).is_file() and _read(folder / STAMP) == _sealed(stamp, folder):
+    with _page_lock(folder, store):
+        # Compare under the lock: another process may have written the same page meanwhile.
+        if not always and (folder / PAGE).is_file() and _read(folder / STAMP) == _seal(stamp, folder):
             return folder / PAGE
+        # A kill from here on leaves a page without a stamp, which the next run writes again.
         (folder / STAMP).unlink(missing_ok=True)
+        # Everything that is neither finished, failed nor a report is still to be run.
         pending = {
             name: run.inputs(name)
             for name, (kind, _) in run.stages.items()
             if name not in artifacts and kind != "report" and (failure is None or name != failure.stage)
         }
-        failed = None if failure is None else _failed(run, store, failure, list(pending))
+        failed = None if failure is None else _describe_failure(run, store, failure, list(pending))
         page = write_report(
             list(artifacts.values()),
             None,
@@ -185,22 +198,22 @@ def write_page(
             cached=cached,
             pending=pending,
         )
-        write_text_atomically(folder / STAMP, _sealed(stamp, folder))
+        write_text_atomically(folder / STAMP, _seal(stamp, folder))
     return page
 
 
 @contextlib.contextmanager
-def _alone(folder: Path, store: Store) -> Iterator[None]:
-    """Nobody else, on whatever machine, writes the page meanwhile."""
-    hold = Lock(folder / ".locks", store.lease).acquire(lambda _: None, store.patience)
+def _page_lock(folder: Path, store: Store) -> Iterator[None]:
+    """Hold the lock of the page, so that no other process on any machine writes it meanwhile."""
+    lock = Lock(folder / ".locks", store.lease).acquire(lambda _: None, store.retry)
     try:
         yield
     finally:
-        store.patience.keep_trying(hold.release)
+        store.retry.call(lock.release)
 
 
-def _failed(run: RunOf, store: Store, failure: Failure, pending: list[str]) -> dict[str, Any]:
-    """What ``write_report`` is told of a stage that did not finish."""
+def _describe_failure(run: RunOutline, store: Store, failure: Failure, pending: list[str]) -> dict[str, Any]:
+    """Return the ``failed`` argument of ``write_report``."""
     kind, key = run.stages[failure.stage]
     partial = store.partial(kind, key)
     return {
@@ -215,21 +228,25 @@ def _failed(run: RunOf, store: Store, failure: Failure, pending: list[str]) -> d
     }
 
 
-def _stamp(run: RunOf, artifacts: Mapping[str, Artifact], failure: Failure | None) -> str:
-    """Changes with whatever the page is made of."""
-    made = {name: [one.record["key"], str(one.record.get("created"))] for name, one in artifacts.items()}
-    # a failed attempt's log and curves grow under the same name: never the same
-    of_failure = None if failure is None else [failure.stage, failure.message, _age(failure)]
-    return digest([VERSION, _code(), run.title, list(run.stages), list(made.items()), of_failure])
+def _stamp(run: RunOutline, artifacts: Mapping[str, Artifact], failure: Failure | None) -> str:
+    """Return a digest of everything that the page shows: it changes when the page would."""
+    identities = [
+        (name, [artifact.record["key"], str(artifact.record.get("created"))]) for name, artifact in artifacts.items()
+    ]
+    # The log and curves of a failed attempt grow in the same file, so its time counts too.
+    failure_identity = None if failure is None else [failure.stage, failure.message, _log_time(failure)]
+    return digest([VERSION, _code_digest(), run.title, list(run.stages), identities, failure_identity])
 
 
-def _sealed(stamp: str, folder: Path) -> str:
-    """The stamp with the digest of the page and of what lies beside it, so that a damaged one is written anew."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.relative_to(folder).parts[0][0] != "."]
+def _seal(stamp: str, folder: Path) -> str:
+    """Return a digest of the stamp and of all written files, so that a damaged page is written again."""
+    files = [
+        path for path in folder.rglob("*") if path.is_file() and not path.relative_to(folder).parts[0].startswith(".")
+    ]
     return digest([stamp, {path.relative_to(folder).as_posix(): file_digest(path) for path in files}])
 
 
-def _age(failure: Failure) -> str:
+def _log_time(failure: Failure) -> str:
     try:
         return "" if failure.log is None else str(failure.log.stat().st_mtime_ns)
     except OSError:
@@ -237,10 +254,11 @@ def _age(failure: Failure) -> str:
 
 
 @cache
-def _code() -> str:
-    """Digest of the code and the templates that make the page."""
+def _code_digest() -> str:
+    """Return a digest of the code and the templates that render the page."""
     folder = Path(__file__).parents[1] / "report"
-    return digest({file.name: file_digest(file) for file in sorted(folder.rglob("*.*")) if file.suffix != ".pyc"})
+    files = sorted(file for file in folder.rglob("*.*") if file.suffix != ".pyc")
+    return digest({str(file.relative_to(folder)): file_digest(file) for file in files})
 
 
 def _read(path: Path) -> str:
@@ -250,11 +268,11 @@ def _read(path: Path) -> str:
         return ""
 
 
-def try_page(run: RunOf, store: Store, failure: Failure | None, cached: Collection[str] = ()) -> Path | None:
-    """The page after a run; an error in making it is said on standard error and changes nothing else."""
+def try_write_page(run: RunOutline, store: Store, failure: Failure | None, cached: Collection[str] = ()) -> Path | None:
+    """Write the page after a run and return its path; an error is only printed, on standard error."""
     try:
         return write_page(run, store, failure, cached=cached, always=False)
-    except Exception as error:  # whatever it is: the run's own outcome must reach the user
+    except Exception as error:  # any error: the outcome of the run itself must reach the user
         from align.cli.console import printable
 
         print(printable(f"note: the report could not be written: {type(error).__name__}: {error}"), file=sys.stderr)
@@ -262,5 +280,5 @@ def try_page(run: RunOf, store: Store, failure: Failure | None, cached: Collecti
 
 
 def first_missing(pipeline: Pipeline, store: Store) -> Node | None:
-    """The first stage without an artifact: where a run must have stopped that ended outside of a stage."""
+    """Return the first stage without an artifact: there a run stopped that ended outside of a stage."""
     return next((node for node in pipeline if store.find_intact(node.stage.kind, node.key) is None), None)

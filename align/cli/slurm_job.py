@@ -1,7 +1,7 @@
-"""What a job of Slurm runs: ``python -m align.cli.slurm_job FOLDER STAGE``.
+"""The program of a Slurm job: ``python -m align.cli.slurm_job FOLDER STAGE``.
 
-One stage of the submission in ``FOLDER``, under the store's lock as any run's. Asked to stop (USR1 before the time
-limit or at a preemption, SIGTERM), it has the stage save a checkpoint and queues its job again, to go on from there.
+It runs one stage of the submission in ``FOLDER``, under the store's lock like any run. Asked to stop (USR1 before the
+time limit or at a preemption, SIGTERM), it has the stage save a checkpoint and requeues its job, which then resumes.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import os
 import signal
 import socket
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel
 
 from align.cli.console import ConsoleListener, printable
-from align.cli.run_page import Failure, run_of, try_page
-from align.clusters.follow import NoAnswer, Said
+from align.cli.run_page import Failure, outline_of, try_write_page
+from align.clusters.follow import JobResult, SchedulerError
 from align.clusters.slurm import commands
 from align.clusters.slurm.submission import Submission
 from align.clusters.threads import await_inputs, with_threads
@@ -30,72 +31,89 @@ from align.store.partial import CHECKPOINTS, LOG
 from align.store.store import Store
 
 SHARE_OF_GRACE = 0.75
-"""Of the time that Slurm gives, what the stage may take; the rest is for ending it and for queueing again."""
+"""Share of Slurm's grace period that the stage may take; the rest is for ending it and for requeueing."""
 IDLE_TURNS = 3
 """Turns in a row that may end without a new checkpoint."""
 ENDING = ("CANCELLED", "COMPLETING", "TIMEOUT")
-"""States of a job that Slurm is ending already; queued again, it would come back to life."""
+"""States of a job that Slurm is ending already; a requeue would bring it back to life."""
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """One turn of the job of a stage."""
+
+    submission: Submission
+    stage: str
+    store: Store
+    number: int
+    """Times that the job had been requeued before."""
 
 
 def main(folder: Path, stage: str) -> int:
-    """Make one stage; the exit code: 0 done, 1 or 2 failed, 75 stopped and queued again."""
+    """Run one stage; returns the exit code: 0 done, 1 or 2 failed, 75 stopped and requeued."""
     submission = Submission.read(folder)
-    turn = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     log: Path | None = None
     stop = StopRequest()
     with stop.handle_signals(signal.SIGUSR1, signal.SIGTERM):
         store = submission.store.open()
+        turn = _Turn(submission, stage, store, turn_number())
         try:
             pipeline = with_meeting_place(with_threads(submission.pipeline(), cores_of_job()))
             node = pipeline.nodes[stage]
             stop.patience = SHARE_OF_GRACE * pipeline.runtimes[stage].slurm.grace
             log = store.partial(node.stage.kind, node.key) / LOG
-            _run(submission, pipeline, node, store, stop)
+            _run_stage(submission, pipeline, node, store, stop)
         except (UserError, StageFailed) as error:
             if not stop.is_requested:
-                return _fail(submission, stage, error, turn, log, store)
-            # Slurm's SIGTERM goes to every process of a job: the stage's own may end by it before it can save
-            return _stop(
-                submission,
-                stage,
-                Stopped(f"ended while it was asked to stop: {error}".partition("\nLog: ")[0]),
-                turn,
-                store,
-            )
+                return _fail(turn, error, log)
+            # Slurm's SIGTERM goes to every process of a job: the stage's own may end by it before it can save.
+            reason = f"ended while it was asked to stop: {error}".partition("\nLog: ")[0]
+            return _stop(turn, Stopped(reason))
         except Stopped as stopped:
-            return _stop(submission, stage, stopped, turn, store)
-    submission.say(stage, Said("done", "", turn))
-    if all(store.find_intact(one.stage.kind, one.key) is not None for one in pipeline):
-        try_page(run_of(pipeline), store, None)
+            return _stop(turn, stopped)
+    submission.write_result(stage, JobResult("done", "", turn.number))
+    if all(store.find_intact(node.stage.kind, node.key) is not None for node in pipeline):
+        try_write_page(outline_of(pipeline), store, None)
     return 0
 
 
-def _run(submission: Submission, pipeline: Pipeline, node: Node, store: Store, stop: StopRequest) -> None:
+def turn_number() -> int:
+    """Return how often this job has been requeued."""
+    return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+
+
+def _run_stage(submission: Submission, pipeline: Pipeline, node: Node, store: Store, stop: StopRequest) -> None:
     job = submission.job_of(node.name)
     await_inputs(pipeline, node, store)
-    found = store.find_intact(node.stage.kind, node.key, node.name)
-    anew = job.anew and (found is None or found.record["created"] == job.replaces)
-    with _Lines([node]) as listener:
+    # A forced stage that an earlier turn has published is done.
+    artifact = store.find_intact(node.stage.kind, node.key, node.name)
+    is_forced = job.force and (artifact is None or artifact.record["created"] == job.replaces)
+    with _JobListener([node]) as listener:
         run_pipeline(
-            pipeline, store=store, only=node.name, rebuild=(node.name,) if anew else (), listener=listener,
+            pipeline,
+            store=store,
+            only=node.name,
+            rebuild=(node.name,) if is_forced else (),
+            listener=listener,
             stop=stop,
-        )  # fmt: skip
+        )
 
 
-class _Lines(ConsoleListener):
-    """A line at the start and the end, in the job's own log."""
+class _JobListener(ConsoleListener):
+    """Prints a line at the start and the end, into the job's log."""
 
     def stage_cached(self, node: Node, artifact: Artifact) -> None:
-        """What the stage reads was told of where it was made."""
+        """Print nothing: the jobs of the inputs have reported them."""
 
 
 def with_meeting_place(pipeline: Pipeline) -> Pipeline:
-    """The pipeline with this node, the job's first, as the place where the nodes of a stage meet."""
+    """Return the pipeline with this node, the job's first, as the rendezvous of a stage's nodes."""
     runtimes = pipeline.runtimes.values()
-    if all(one.launch.nowhere_to_meet() is None for one in runtimes):
+    if all(runtime.launch.nowhere_to_meet() is None for runtime in runtimes):
         return pipeline
-    # of several jobs on one node each has a port of its own
-    port = 20000 + int("".join(filter(str.isdigit, os.environ.get("SLURM_JOB_ID", "0"))) or 0) % 12000
+    # Several jobs on one node need different ports.
+    job = "".join(filter(str.isdigit, os.environ.get("SLURM_JOB_ID", "0")))
+    port = 20000 + int(job or 0) % 12000
     runtime = pipeline.raw.get("runtime", {})
     launch = {**runtime.get("launch", {}), "rendezvous": f"{socket.gethostname()}:{port}"}
     raw = {**pipeline.raw, "runtime": {**runtime, "launch": launch}}
@@ -103,81 +121,85 @@ def with_meeting_place(pipeline: Pipeline) -> Pipeline:
 
 
 def cores_of_job() -> int | None:
-    """The cores that this job has, as Slurm says; it may not bind a job to them."""
+    """Return the cores that Slurm says this job has; it may not bind a job to them."""
     cores = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE") or ""
     return int(cores) if cores.isdigit() else None
 
 
-def _fail(
-    submission: Submission, stage: str, error: UserError | StageFailed, turn: int, log: Path | None, store: Store
-) -> int:
-    text = str(error)
+def _fail(turn: _Turn, error: UserError | StageFailed, log: Path | None) -> int:
+    """Record a failure, print it, and write the page; returns the exit code."""
+    submission, stage, text = turn.submission, turn.stage, str(error)
     print("\n".join(printable(line) for line in text.splitlines()), file=sys.stderr)
     message = text.partition("\nLog: ")[0].removeprefix(f"stage '{stage}' failed: ").removeprefix(f"stage '{stage}': ")
-    known = str(log) if log is not None and log.is_file() else None
-    submission.say(stage, Said("refused" if isinstance(error, UserError) else "failed", message, turn, known))
+    log_path = str(log) if log is not None and log.is_file() else None
+    status = "refused" if isinstance(error, UserError) else "failed"
+    submission.write_result(stage, JobResult(status, message, turn.number, log_path))
     pipeline = Pipeline(submission.raw, submission.where, Path(submission.base), submission.rounds)
-    try_page(run_of(pipeline), store, Failure(stage, message, log))
+    try_write_page(outline_of(pipeline), turn.store, Failure(stage, message, log))
     return error.exit_code
 
 
-# ---- stopped, and queued again --------------------------------------------------------------------------------------
+# ---- stopped and requeued -------------------------------------------------------------------------------------------
 
 
-def _stop(submission: Submission, stage: str, stopped: Stopped, turn: int, store: Store) -> int:
-    """Queue the job again unless it was called off, or gets nowhere."""
-    block = submission.pipeline().runtimes[stage].slurm
-    if _idle_turns(submission, stage, store) >= IDLE_TURNS:
+def _stop(turn: _Turn, stopped: Stopped) -> int:
+    """Requeue the job unless it was cancelled or makes no progress; returns the exit code."""
+    stage = turn.stage
+    block = turn.submission.pipeline().runtimes[stage].slurm
+    # A stage that never reaches a checkpoint would be requeued forever.
+    if _count_idle_turns(turn) >= IDLE_TURNS:
         error = StageFailed(
             f"stage '{stage}' failed: {IDLE_TURNS} turns of its job in a row ended without a new checkpoint. Give it "
             f"more time (runtime.stages.{stage}.slurm.time, now {block.time or 'as the partition has it'}; grace, now "
             f"{block.grace} s), or have it save more often."
         )
-        return _fail(submission, stage, error, turn, None, store)
-    return queue_again(submission, stage, str(stopped).removeprefix(f"stage '{stage}' "), turn, block.requeue)
+        return _fail(turn, error, None)
+    message = str(stopped).removeprefix(f"stage '{stage}' ")
+    return requeue(turn.submission, stage, JobResult("stopped", message, turn.number), block.requeue)
 
 
-def queue_again(submission: Submission, name: str, message: str, turn: int, wanted: bool) -> int:
-    """Queue this job again, unless it was called off or that is not ``wanted``; the exit code of a stop."""
+def requeue(submission: Submission, name: str, result: JobResult, may_requeue: bool) -> int:
+    """Record the result of a stopped turn, and requeue this job unless it was cancelled; returns the exit code."""
     job = os.environ.get("SLURM_JOB_ID", "")
-    submission.say(name, Said("stopped", message, turn))
+    # The note comes first: a requeue ends this process.
+    submission.write_result(name, result)
     state = commands.state_of(job)
-    if state in commands.WAITING:  # Slurm itself has queued it again, as where its node failed
-        print(message, file=sys.stderr)
+    if state in commands.WAITING:  # Slurm itself has requeued it, as where its node failed
+        print(result.message, file=sys.stderr)
         return Stopped.exit_code
-    if not wanted or submission.is_called_off or state in ENDING:
-        print(f"{message} Not queued again.", file=sys.stderr)
+    if not may_requeue or submission.is_cancelled or state in ENDING:
+        print(f"{result.message} Not requeued.", file=sys.stderr)
         return Stopped.exit_code
-    print(f"{message} Its job is queued again.", file=sys.stderr, flush=True)
+    print(f"{result.message} Its job is requeued.", file=sys.stderr, flush=True)
     try:
         commands.requeue(job)
-    except NoAnswer as error:
-        print(f"It could not be queued again: {error}. The same command goes on.", file=sys.stderr)
+    except SchedulerError as error:
+        print(f"It could not be requeued: {error}. Run the same command to continue.", file=sys.stderr)
     return Stopped.exit_code
 
 
 class _Turns(BaseModel):
-    """The content of ``<stage>.turns.json``."""
+    """Content of ``<stage>.turns.json``."""
 
     checkpoints: list[str] | None = None
-    """After the last turn."""
+    """Files of the stage's checkpoints after the last turn."""
     idle: int = 0
-    """Turns in a row that have left them as they were."""
+    """Turns in a row that have left them unchanged."""
 
 
-def _idle_turns(submission: Submission, stage: str, store: Store) -> int:
-    """How many turns in a row, this one included, have left the stage's checkpoints as they were."""
-    job = submission.job_of(stage)
-    folder = store.partial(job.kind, job.key) / CHECKPOINTS
-    now = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
-    file = submission.folder / f"{stage}.turns.json"
+def _count_idle_turns(turn: _Turn) -> int:
+    """Return how many turns in a row, this one included, have left the stage's checkpoints unchanged."""
+    job = turn.submission.job_of(turn.stage)
+    folder = turn.store.partial(job.kind, job.key) / CHECKPOINTS
+    checkpoints = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+    file = turn.submission.folder / f"{turn.stage}.turns.json"
     try:
         before = read_sealed(file, _Turns)
-    except (FileNotFoundError, DamagedFile):  # a turn more is given
+    except (FileNotFoundError, DamagedFile):  # gives the stage one turn more
         before = _Turns()
-    stands_still = before.checkpoints == now or (before.checkpoints is None and not now)
-    idle = before.idle + 1 if stands_still else 0
-    write_sealed(file, {"checkpoints": now, "idle": idle})
+    is_idle = before.checkpoints == checkpoints or (before.checkpoints is None and not checkpoints)
+    idle = before.idle + 1 if is_idle else 0
+    write_sealed(file, {"checkpoints": checkpoints, "idle": idle})
     return idle
 
 

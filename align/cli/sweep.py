@@ -1,33 +1,26 @@
-"""``align sweep``: a space over a pipeline's fields tried out, trials sharing what they can. Imports nothing heavy."""
+"""``align sweep``: try a search space over a pipeline's fields. Imports nothing heavy."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
-import signal
-import subprocess
 import sys
-from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.cli.parser import add_store, print_json
-from align.cli.report import add_output, output_folder, show
-from align.errors import StageFailed, UserError
-from align.pipeline.stop_signal import Stopped
+from align.cli.report import add_output, output_folder, show_page
+from align.errors import UserError
 
 if TYPE_CHECKING:
-    from align.pipeline.pipeline import Pipeline
-    from align.pipeline.stop_signal import StopRequest
-    from align.runner.listener import Listener
     from align.store.store import Store
     from align.sweep.plan import Sweep
-    from align.sweep.study import Study, Trial
+    from align.sweep.study import Study
 
 FAILED = 1
-INTERRUPTED = 130
-DEVICES = "CUDA_VISIBLE_DEVICES"
+PAGE = "compare.html"
+MAX_COMPARED = 16
+"""Trials that are compared in full; beyond it lines and boxes could not be told apart."""
 
 
 def run(options: argparse.Namespace) -> int:
@@ -41,34 +34,26 @@ def run(options: argparse.Namespace) -> int:
     folder = output_folder(options.output)
     config = load_sweep(options.sweep)
     if options.trials is not None:
-        config = config.model_copy(update={"trials": _positive("--trials", options.trials)})
+        config = config.model_copy(update={"trials": _check_positive("--trials", options.trials)})
     sweep = Sweep.check(config, options.sweep, options.assignments)
     store = open_store(sweep.base, options.store)
     if options.dry_run:
         print_plan(sweep, store, options.json)
         return 0
     if options.detach and options.on != "slurm":
-        raise UserError("--detach leaves a sweep to a queue that lives without this command: give --on slurm, too.")
-    workers = _positive("--workers", config.workers if options.workers is None else options.workers)
+        raise UserError("--detach leaves a sweep to a scheduler that outlives this command: add --on slurm.")
+    workers = _check_positive("--workers", config.workers if options.workers is None else options.workers)
+    # Only the parent may start over: its workers join the study that it has opened.
     study = Study.open(store, sweep, fresh=options.fresh and options.worker is None)
     if options.worker is not None:
-        return _work_for(options, sweep, study, store)
+        from align.cli.sweep_worker import run_as_worker
+
+        return run_as_worker(options, sweep, study, store)
     if options.retry:
         print(f"{study.retry()} failed trials run again", file=sys.stderr)
     try:
-        if options.on == "slurm":
-            from align.cli.sweep_on_slurm import sweep_on_slurm
-
-            if sweep_on_slurm(sweep, study, store, workers, options):
-                return 0
-        elif options.on == "ray":
-            from align.cli.sweep_on_ray import sweep_on_ray
-
-            sweep_on_ray(sweep, study, store, workers, options)
-        elif workers == 1:
-            work_here(sweep, study, store, quiet=options.json, shown=not options.json)
-        else:
-            _start_workers(options, workers)
+        if _run_trials(options, sweep, study, store, workers):
+            return 0
     except KeyboardInterrupt:
         if options.on != "slurm":
             print("\nStopped; finished trials and stages are kept. The same command continues.", file=sys.stderr)
@@ -80,129 +65,43 @@ def run(options: argparse.Namespace) -> int:
     else:
         print_trials(sweep, study)
         if page is not None:
-            show(page, options.open)
+            show_page(page, options.open)
     return 0 if study.best() else FAILED
 
 
-def _positive(option: str, value: int) -> int:
+def _check_positive(option: str, value: int) -> int:
     if value < 1:
         raise UserError(f"{option}: should be at least 1; found {value}.")
     return value
 
 
-# ---- trials ---------------------------------------------------------------------------------------------------------
+def _run_trials(options: argparse.Namespace, sweep: Sweep, study: Study, store: Store, workers: int) -> bool:
+    """Run the trials here or on a cluster; returns True when they are left to the cluster."""
+    if options.on == "slurm":
+        from align.cli.sweep_on_slurm import sweep_on_slurm
+
+        return sweep_on_slurm(sweep, study, store, workers, options)
+    if options.on == "ray":
+        from align.cli.sweep_on_ray import sweep_on_ray
+
+        sweep_on_ray(sweep, study, store, workers, options)
+        return False
+    from align.cli.sweep_worker import run_trials, start_workers
+
+    if workers == 1:
+        run_trials(sweep, study, store, quiet=options.json, shows_stages=not options.json)
+    else:
+        start_workers(options, workers)
+    return False
 
 
-def work_here(
-    sweep: Sweep, study: Study, store: Store, *, quiet: bool, shown: bool, stop: StopRequest | None = None
-) -> None:
-    """Run trials in this process; ``shown``: with a line a stage."""
-    from align.cli.sweep_table import say_trial
-    from align.sweep.worker import work
-
-    def told(trial: Trial, how: str) -> None:
-        if not quiet:
-            say_trial(sweep, study, trial, how)
-
-    work(sweep, study, store, _shown if shown else _silent, told, stop)
-
-
-@contextlib.contextmanager
-def _shown(pipeline: Pipeline) -> Iterator[Listener]:
-    from align.cli.console import ConsoleListener
-
-    class Made(ConsoleListener):
-        """Only what is made: what all trials share would be said in each."""
-
-        def stage_cached(self, node: Any, artifact: Any) -> None:
-            """Nothing to say."""
-
-    with Made(list(pipeline)) as listener:
-        yield listener
-
-
-@contextlib.contextmanager
-def _silent(pipeline: Pipeline) -> Iterator[Listener]:
-    from align.runner.listener import Listener
-
-    yield Listener()
-
-
-# ---- several workers ------------------------------------------------------------------------------------------------
-
-
-def _start_workers(options: argparse.Namespace, count: int) -> None:
-    """Run ``count`` processes of this command, each taking trials; raises what they ended with."""
-    words = [options.sweep]
-    for name in ("store", "trials"):
-        if getattr(options, name) is not None:
-            words += [f"--{name}", str(getattr(options, name))]
-    words += [word for text in options.assignments for word in ("--set", text)]
-    words += ["--json"] if options.json else []
-    command = [sys.executable, "-m", "align.cli.main", "sweep", *words, "--worker", f"{os.getpid()}/{count}"]
-    processes = []
-    for at in range(count):
-        environment = {**os.environ, **_devices(os.environ.get(DEVICES), at, count)}
-        # sessions of their own: Ctrl-C reaches this process, which then ends them in order
-        processes.append(subprocess.Popen(command, env=environment, start_new_session=True))
-
-    def pass_on(number: int, frame: object) -> None:
-        for process in processes:
-            process.send_signal(number)
-
-    heard = signal.signal(signal.SIGUSR1, pass_on)
-    try:
-        codes = [process.wait() for process in processes]
-    except BaseException:
-        for process in processes:
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(signal.SIGINT)
-        for process in processes:
-            process.wait()
-        raise
-    finally:
-        signal.signal(signal.SIGUSR1, heard)
-    if Stopped.exit_code in codes:
-        raise Stopped("stopped as asked; finished trials and stages are kept. The same command continues.")
-    if any(codes):  # each has said why on standard error
-        if all(code == UserError.exit_code for code in codes if code):
-            raise UserError(f"{sum(map(bool, codes))} of {count} workers ended before their time; see above.")
-        raise StageFailed(f"{sum(map(bool, codes))} of {count} workers ended before their time; see above.")
-
-
-def _devices(visible: str | None, at: int, count: int) -> dict[str, str]:
-    """The GPUs of one worker: its share of those that are named, where there is one for each."""
-    named = [one.strip() for one in (visible or "").split(",") if one.strip()]
-    return {DEVICES: ",".join(named[at::count])} if len(named) >= count else {}
-
-
-def _work_for(options: argparse.Namespace, sweep: Sweep, study: Study, store: Store) -> int:
-    """What a worker does: trials, on its share of the cores, until its parent dies or none is left."""
-    from dataclasses import replace
-
-    from align.pipeline.stop_signal import die_with_parent
-
-    parent, _, count = options.worker.partition("/")
-    die_with_parent(int(parent))
-    if sweep.base.config.runtime.threads is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        sweep = replace(sweep, base=sweep.base.changed({"runtime.threads": max(1, cores // int(count))}))
-    try:
-        work_here(sweep, study, store, quiet=options.json, shown=False)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    return 0
-
-
-# ---- what came of it ------------------------------------------------------------------------------------------------
+# ---- outcome --------------------------------------------------------------------------------------------------------
 
 
 def _try_page(sweep: Sweep, study: Study, store: Store, folder: Path | None) -> Path | None:
-    """The page; an error in making it is said on standard error and changes nothing else."""
-    from align.cli.sweep_page import write_page
-
+    """Write the page. An error is printed on standard error and changes nothing else."""
     try:
-        return write_page(sweep, study, store, folder)
+        return _write_page(sweep, study, store, folder)
     except Exception as error:  # whatever it is: the sweep's own outcome must reach the user
         from align.cli.console import printable
 
@@ -210,14 +109,51 @@ def _try_page(sweep: Sweep, study: Study, store: Store, folder: Path | None) -> 
         return None
 
 
+def _write_page(sweep: Sweep, study: Study, store: Store, folder: Path | None) -> Path | None:
+    """Write the page: the trials in a table, and the best of them compared like any runs. None without a done trial."""
+    from align.cli.run_page import damaged_stages, finished_artifacts, stored_outline
+    from align.cli.sweep_table import sentences, short_name, trial_rows
+    from align.report.compare.comparison import write_comparison
+    from align.report.compare.sweep_trials import SweepTrials
+    from align.store.store import REPORTS
+
+    rows = trial_rows(sweep, study)
+    known = store.runs()
+    compared = [row for row in rows if row.state == "done" and row.run in known][:MAX_COMPARED]
+    runs = {row.run: finished_artifacts(stored_outline(row.run, known[row.run]), store) for row in compared}
+    runs = {name: artifacts for name, artifacts in runs.items() if artifacts}
+    if not runs:
+        return None
+    text = sentences(sweep, rows)
+    if len(compared) < sum(row.state == "done" for row in rows):
+        text.append(f"Below, the first {len(compared)} of this table are compared in full.")
+    table = []
+    for row in rows:
+        draw = {short_name(name): value for name, value in row.draw.items()}
+        table.append({**asdict(row), "draw": draw})
+    trials = SweepTrials([short_name(dimension.name) for dimension in sweep.space], _objectives(sweep), table, text)
+    notes = {row.run: row.note for row in compared if row.note}
+    for name in runs:
+        for stage, damage in damaged_stages(stored_outline(name, known[name]), store).items():
+            notes[name] = " ".join(filter(None, [notes.get(name), f"{stage} is left out: {damage}"]))
+    out = (folder or store.root / REPORTS / sweep.config.name) / PAGE
+    return write_comparison(runs, out, title=sweep.config.name, notes=notes, sweep=trials)
+
+
+def _objectives(sweep: Sweep) -> list[dict[str, str]]:
+    return [
+        {"name": objective.name, "better": "higher" if objective.higher else "lower"} for objective in sweep.objectives
+    ]
+
+
 def _document(sweep: Sweep, study: Study, store: Store, page: Path | None) -> dict[str, Any]:
-    """The sweep as one JSON document."""
-    from align.sweep.summary import trial_rows
+    """Return the sweep as one JSON document."""
+    from align.cli.sweep_table import trial_rows
 
     return {
         "name": sweep.config.name,
         "store": str(store.root),
-        "objectives": [{"name": one.name, "better": "higher" if one.higher else "lower"} for one in sweep.objectives],
+        "objectives": _objectives(sweep),
         "best": study.best(),
         "trials": [vars(row) for row in trial_rows(sweep, study)],
         "page": None if page is None else str(page.resolve()),
@@ -225,17 +161,21 @@ def _document(sweep: Sweep, study: Study, store: Store, page: Path | None) -> di
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``align sweep``."""
-    parser.add_argument("sweep", metavar="SWEEP", help="a sweep file, like pipelines/sweeps/kl.yaml")
+    """Add the options of ``align sweep``."""
+    parser.add_argument("sweep", metavar="SWEEP", help="a sweep file, like pipelines/sweeps/dpo.yaml")
     parser.add_argument("--dry-run", action="store_true", help="check everything and say what would be tried")
     parser.add_argument("--workers", type=int, metavar="N", help="trials at once, each a process")
     parser.add_argument("--trials", type=int, metavar="N", help="trials in all, instead of the file's")
     parser.add_argument("--retry", action="store_true", help="run failed trials again, too")
-    parser.add_argument("--fresh", action="store_true", help="begin anew; finished stages stay")
+    parser.add_argument("--fresh", action="store_true", help="start over; finished stages are kept")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="PATH=VALUE", dest="assignments",
+        "--set",
+        action="append",
+        default=[],
+        metavar="PATH=VALUE",
+        dest="assignments",
         help="override a field of the pipeline in every trial; may be given several times",
-    )  # fmt: skip
+    )
     parser.add_argument("--on", choices=["here", "slurm", "ray"], default="here", help="what runs the trials")
     parser.add_argument("--detach", action="store_true", help="hand the trials to the cluster and come back")
     parser.add_argument("--worker", metavar="PARENT/COUNT", help=argparse.SUPPRESS)

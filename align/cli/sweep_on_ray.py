@@ -7,17 +7,17 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from align.cli.sweep import work_here
-from align.cli.sweep_table import say_changes
+from align.cli.sweep_table import print_changes
+from align.cli.sweep_worker import run_trials
 from align.clusters.threads import with_threads
 from align.config.validation import validate_plain
 from align.errors import StageFailed, UserError
-from align.inference import ray_client as client
+from align.inference import ray_client
 from align.pipeline.stop_signal import Stopped, StopRequest
 from align.runner.open_store import Opening
 from align.store.marker import MARKER
@@ -32,7 +32,7 @@ POLL_SECONDS = 1.0
 def sweep_on_ray(sweep: Sweep, study: Study, store: Store, workers: int, options: argparse.Namespace) -> None:
     """Run ``workers`` tasks until no trial is left; they end with this command. Raises what ended one too early."""
     block = sweep.base.config.runtime.ray
-    given = {
+    task = {
         "config": sweep.config.model_dump(mode="json", exclude_unset=True),
         "where": sweep.where,
         "assignments": list(options.assignments),
@@ -40,61 +40,63 @@ def sweep_on_ray(sweep: Sweep, study: Study, store: Store, workers: int, options
         "base": str(Path.cwd()),
         "cores": max(1, int(block.cpus)),
     }
-    client.require_ray()
-    with StopRequest().handle_signals(signal.SIGUSR1) as stop, client.connected(block.address) as ray:
-        if not client.could_hold(ray, block):
-            needs = ", ".join(f"{name} {amount:g}" for name, amount in client.wanted(block).items())
+    ray_client.require_ray()
+    with StopRequest().handle_signals(signal.SIGUSR1) as stop, ray_client.connected(block.address) as ray:
+        if not ray_client.could_hold(ray, block):
             raise UserError(
-                f"{sweep.base.where}: runtime.ray: no node of the Ray cluster has what a worker asks for ({needs})."
+                f"{sweep.base.where}: runtime.ray: no node of the Ray cluster has what a worker asks for "
+                f"({ray_client.describe_resources(block)})."
             )
-        tasks = [
-            client.start(ray, work_elsewhere, block, f"align:{sweep.config.name}:{at}", [given])
-            for at in range(workers)
-        ]
+        references = []
+        for number in range(workers):
+            name = f"align:{sweep.config.name}:{number}"
+            references.append(ray_client.start(ray, run_worker_task, block, name, [task]))
         try:
-            said = list(_follow(ray, tasks, sweep, study, stop, options.json))
+            errors = list(_follow(ray, references, sweep, study, stop, quiet=options.json))
         except BaseException:
-            client.call_off(ray, tasks)
+            ray_client.cancel(ray, references)
             raise
     if stop.is_requested:
         raise Stopped("stopped as asked; finished trials and stages are kept. The same command continues.")
-    bad = [text for text in said if text]
-    if bad:
-        raise StageFailed(f"{len(bad)} of {workers} workers ended before their time: {bad[0]}")
+    errors = [text for text in errors if text]
+    if errors:
+        raise StageFailed(f"{len(errors)} of {workers} workers failed: {errors[0]}")
 
 
-def _follow(ray: Any, tasks: list[Any], sweep: Sweep, study: Study, stop: StopRequest, quiet: bool) -> Iterable[str]:
-    """What each worker came to, empty where all is well; tells of each trial that begins or ends."""
-    states = {one.number: one.state for one in study.tried()}
-    left = list(tasks)
+def _follow(
+    ray: Any, references: list[Any], sweep: Sweep, study: Study, stop: StopRequest, *, quiet: bool
+) -> Iterator[str]:
+    """Print trials that begin or end, until all workers have ended; yield each worker's error, empty for none."""
+    states = {trial.number: trial.state for trial in study.trials()}
+    running = list(references)
     while True:
-        say_changes(sweep, study, states, quiet)
-        for task in list(left):
-            over, returned, why = client.outcome(ray, task)
-            if over:
-                left.remove(task)
-                yield why or str(returned or "")
-        if not left:
+        print_changes(sweep, study, states, quiet)
+        for reference in list(running):
+            is_over, returned, reason = ray_client.outcome(ray, reference)
+            if is_over:
+                running.remove(reference)
+                yield reason or str(returned or "")
+        if not running:
             return
-        if stop.is_requested:  # trials that are under way begin again where their stages left off
-            client.call_off(ray, left)
+        if stop.is_requested:  # interrupted trials continue later, where their stages left off
+            ray_client.cancel(ray, running)
         time.sleep(POLL_SECONDS)
 
 
-def work_elsewhere(given: dict[str, Any]) -> str:
-    """The task: trials until none is left; empty, or why it ended before."""
-    opening = Opening(**given["store"])
+def run_worker_task(task: dict[str, Any]) -> str:
+    """Run trials until none is left, as a Ray task; returns the error that ended it too early, or an empty string."""
+    opening = Opening(**task["store"])
     if not (Path(opening.folder) / MARKER).is_file():
         host = socket.gethostname()
         return f"node {host} does not see the store {opening.folder}; all nodes must, under the same path"
-    os.chdir(given["base"])
+    os.chdir(task["base"])
     try:
-        config = validate_plain(SweepConfig, given["config"])
-        sweep = Sweep.check(config, given["where"], given["assignments"])
-        sweep = replace(sweep, base=with_threads(sweep.base, given["cores"]))
+        config = validate_plain(SweepConfig, task["config"])
+        sweep = Sweep.check(config, task["where"], task["assignments"])
+        sweep = replace(sweep, base=with_threads(sweep.base, task["cores"]))
         store = opening.open()
         study = Study.open(store, sweep)
-        work_here(sweep, study, store, quiet=True, shown=False, stop=StopRequest())
+        run_trials(sweep, study, store, quiet=True, shows_stages=False, stop=StopRequest())
     except (UserError, StageFailed) as error:
         return str(error)
     return ""

@@ -14,10 +14,10 @@ import yaml
 
 from align.cli.console import printable
 from align.cli.parser import print_json
-from align.cli.slurm_job import SHARE_OF_GRACE, cores_of_job, queue_again
-from align.cli.sweep import work_here
-from align.cli.sweep_table import say_changes
-from align.clusters.follow import LATE_SECONDS, SILENT_SECONDS, NoAnswer, Said
+from align.cli.slurm_job import SHARE_OF_GRACE, cores_of_job, requeue, turn_number
+from align.cli.sweep_table import print_changes
+from align.cli.sweep_worker import run_trials
+from align.clusters.follow import LATE_SECONDS, SILENT_SECONDS, JobResult, SchedulerError
 from align.clusters.slurm import commands
 from align.clusters.slurm.checks import check_cluster
 from align.clusters.slurm.queue import SlurmQueue
@@ -36,9 +36,9 @@ FILE = "sweep.yaml"
 
 
 def sweep_on_slurm(sweep: Sweep, study: Study, store: Store, workers: int, options: argparse.Namespace) -> bool:
-    """Submit ``workers`` jobs, or take up those there are, and follow them; whether they are left to themselves."""
+    """Submit ``workers`` jobs, or find those of before, and follow them; returns True when they are left alone."""
     name = sweep.config.name
-    submission = _live(store, name)
+    submission = _find_live(store, name)
     if submission is None:
         submission = _submit(sweep, store, workers, options.assignments)
         print(f"job {_job(submission)}: {workers} workers", file=sys.stderr)
@@ -64,67 +64,88 @@ def _job(submission: Submission) -> int:
     return int((submission.sweep or {})["job"])
 
 
-def _live(store: Store, name: str) -> Submission | None:
-    """A submission of this sweep whose jobs wait or run."""
-    known = {int(one.sweep["job"]): one for one in submissions(store, name) if one.sweep and one.sweep.get("job")}
+def _find_live(store: Store, name: str) -> Submission | None:
+    """Return a submission of this sweep whose jobs wait or run."""
+    candidates = [
+        submission
+        for submission in submissions(store, name)
+        if submission.sweep and submission.sweep.get("job") and not submission.is_cancelled
+    ]
     try:
-        states = commands.jobs(known)
-    except NoAnswer as error:
+        states = commands.jobs({_job(submission) for submission in candidates})
+    except SchedulerError as error:
         raise UserError(f"--on slurm: Slurm does not answer ({error}). Nothing was submitted.") from None
-    live = [one for job, one in known.items() if job in states and states[job].is_live and not one.is_called_off]
-    return live[0] if live else None
+    for submission in candidates:
+        job = states.get(_job(submission))
+        if job is not None and job.is_live:
+            return submission
+    return None
 
 
 def _submit(sweep: Sweep, store: Store, workers: int, assignments: list[str]) -> Submission:
     block = sweep.base.config.runtime.slurm
     check_cluster({"runtime.slurm": block}, store.root, sweep.base.where)
     about = {"where": sweep.where, "assignments": list(assignments), "workers": workers, "job": None}
-    made = Submission.begin(store, sweep.base, sweep.config.name, about)
+    submission = Submission.begin(store, sweep.base, sweep.config.name, about)
     config = sweep.config.model_dump(mode="json", exclude_unset=True)
-    write_text_atomically(made.folder / FILE, yaml.safe_dump(config, sort_keys=False))
-    script = write_script(
-        made.folder / "worker.sh", f"sweep {made.run}", [str(made.folder)], block.setup, "align.cli.sweep_on_slurm"
-    )
-    asked = sbatch_options(block, f"align:{made.run}", made.folder, Path.cwd(), log="worker-%a.log")
-    asked.append(f"--array=0-{workers - 1}")
+    write_text_atomically(submission.folder / FILE, yaml.safe_dump(config, sort_keys=False))
+    title, script = f"sweep {submission.run}", submission.folder / "worker.sh"
+    write_script(script, title, [str(submission.folder)], block.setup, "align.cli.sweep_on_slurm")
+    name = f"align:{submission.run}"
+    options = sbatch_options(block, name, submission.folder, Path.cwd(), log="worker-%a.log")
+    options.append(f"--array=0-{workers - 1}")
     try:
-        commands.check(asked, script)
-        about["job"] = commands.submit(asked, script)
-    except NoAnswer as error:
-        made.call_off()
+        commands.check(options, script)
+        about["job"] = commands.submit(options, script)
+    except SchedulerError as error:
+        submission.mark_cancelled()
         raise UserError(f"{sweep.base.where}: Slurm does not take the jobs ({error}). Change runtime.slurm.") from None
-    made.write()
-    return made
+    submission.write()
+    return submission
 
 
 def _follow(sweep: Sweep, study: Study, submission: Submission, quiet: bool) -> None:
-    """Tell of each trial that begins and ends, until no worker is left; raises what ended a worker before its time."""
-    states = {one.number: one.state for one in study.tried()}
-    job, answered, gone = _job(submission), time.monotonic(), 0.0
+    """Print trials that begin or end, until no worker is left. Raises what ended a worker too early."""
+    states = {trial.number: trial.state for trial in study.trials()}
+    number = _job(submission)
+    last_answer, gone_seconds = time.monotonic(), 0.0
     while True:
+        job = None
         try:
-            known = commands.jobs([job]).get(job)
-            answered = time.monotonic()
-        except NoAnswer as error:
-            known = None
-            if time.monotonic() - answered > SILENT_SECONDS:
+            job = commands.jobs([number]).get(number)
+            last_answer = time.monotonic()
+        except SchedulerError as error:
+            if time.monotonic() - last_answer > SILENT_SECONDS:
                 raise StageFailed(f"Slurm has not answered for {SILENT_SECONDS / 60:.0f} min ({error}).") from None
-        say_changes(sweep, study, states, quiet)
-        is_over = known is None or not known.is_live
-        if is_over and time.monotonic() - answered < SlurmQueue.every:
-            said = [submission.said(f"worker-{at}") for at in range(int((submission.sweep or {})["workers"]))]
-            if all(one is not None and one.status != "stopped" for one in said) or gone > LATE_SECONDS:
+        print_changes(sweep, study, states, quiet)
+        # The array is over when Slurm says so just now. The notes of its workers may be seen later, for a while.
+        is_over = (job is None or not job.is_live) and time.monotonic() - last_answer < SlurmQueue.every
+        if is_over:
+            results = _results(submission)
+            is_complete = all(result is not None and result.status != "stopped" for result in results)
+            if is_complete or gone_seconds > LATE_SECONDS:
                 break
-            gone += SlurmQueue.every
+            gone_seconds += SlurmQueue.every
         time.sleep(SlurmQueue.every)
-    missing = sum(one is None or one.status == "stopped" for one in said)
-    failed = [one for one in said if one is not None and one.status in ("failed", "refused")]
+    _raise_for(results, submission, job)
+
+
+def _results(submission: Submission) -> list[JobResult | None]:
+    """Return the result of each worker's last turn; None for a worker that has written none."""
+    workers = int((submission.sweep or {})["workers"])
+    return [submission.result(f"worker-{number}") for number in range(workers)]
+
+
+def _raise_for(results: list[JobResult | None], submission: Submission, job: commands.Job | None) -> None:
+    """Raise ``StageFailed`` where a worker has failed, or ended without a result."""
+    failed = [result for result in results if result is not None and result.status in ("failed", "refused")]
     if failed:
-        raise StageFailed(f"{len(failed)} of {len(said)} workers ended before their time: {failed[0].message}")
+        raise StageFailed(f"{len(failed)} of {len(results)} workers failed: {failed[0].message}")
+    missing = sum(result is None or result.status == "stopped" for result in results)
     if missing:
-        state = commands.OVER.get(known.state if known else "", "its job is gone")
+        state = commands.OVER.get(job.state if job else "", "its job is gone")
         raise StageFailed(
-            f"{missing} of {len(said)} workers ended before their time: {state} (job {job}). Logs: "
+            f"{missing} of {len(results)} workers failed: {state} (job {_job(submission)}). Logs: "
             f"{submission.folder}. The same command goes on with what is left."
         )
 
@@ -133,11 +154,11 @@ def _follow(sweep: Sweep, study: Study, submission: Submission, quiet: bool) -> 
 
 
 def main(folder: Path) -> int:
-    """One worker of the array: trials until none is left."""
+    """Run one worker of the array: trials until none is left; returns the exit code."""
     submission = Submission.read(folder)
     about = submission.sweep or {}
-    me = f"worker-{os.environ.get('SLURM_ARRAY_TASK_ID') or 0}"
-    turn = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    worker = f"worker-{os.environ.get('SLURM_ARRAY_TASK_ID') or 0}"
+    turn = turn_number()
     stop = StopRequest()
     with stop.handle_signals(signal.SIGUSR1, signal.SIGTERM):
         store = submission.store.open()
@@ -147,14 +168,15 @@ def main(folder: Path) -> int:
             stop.patience = SHARE_OF_GRACE * sweep.base.config.runtime.slurm.grace
             sweep = replace(sweep, base=with_threads(sweep.base, cores_of_job()))
             study = Study.open(store, sweep)
-            work_here(sweep, study, store, quiet=False, shown=False, stop=stop)
+            run_trials(sweep, study, store, quiet=False, shows_stages=False, stop=stop)
         except (UserError, StageFailed) as error:
             print(printable(str(error)), file=sys.stderr)
-            submission.say(me, Said("failed", str(error), turn))
+            submission.write_result(worker, JobResult("failed", str(error), turn))
             return error.exit_code
         except Stopped as stopped:
-            return queue_again(submission, me, str(stopped), turn, sweep.base.config.runtime.slurm.requeue)
-    submission.say(me, Said("done", "", turn))
+            result = JobResult("stopped", str(stopped), turn)
+            return requeue(submission, worker, result, sweep.base.config.runtime.slurm.requeue)
+    submission.write_result(worker, JobResult("done", "", turn))
     return 0
 
 

@@ -1,8 +1,9 @@
-"""A sweep in the terminal: what it would try, a line a trial, and the table of what came of it. No torch."""
+"""A sweep in the terminal: its plan, a line per trial, and the table of results. No torch."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -12,65 +13,135 @@ from rich.text import Text
 
 from align.cli.console import duration, printable
 from align.cli.parser import print_json
-from align.report.wording import interval, number
+from align.report.page.number_format import interval, number
 
 if TYPE_CHECKING:
     from align.store.store import Store
     from align.sweep.plan import Sweep
-    from align.sweep.study import Study, Trial, Tried
-    from align.sweep.summary import TrialRow
+    from align.sweep.study import Study, Trial, TrialRecord
 
 PLAIN_WIDTH = 400
-"""Columns where nobody watches: a table in a file is not folded."""
-LONGEST = 40
+"""Columns where the output is no terminal: a table in a file is not folded."""
+MAX_CELL = 40
 MARKS = {"starts": "▸", "resumes": "▸", "done": "✓", "failed": "✗", "ended early": "·", "taken over": "·"}
 
 
-def say_trial(sweep: Sweep, study: Study, trial: Trial | Tried, how: str) -> None:
-    """One line: a trial begins, with what it sets, or has ended, with what it came to."""
-    head = f"{MARKS[how]} trial {trial.number} of {study.limit}"
-    drawn = _drawn(sweep, trial.draw)
-    if how in ("starts", "resumes", "taken over"):
-        print(printable(f"{head}  {how}  {drawn}"), flush=True)
+# ---- rows -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrialRow:
+    """A trial: its draw and values by name. ``best`` is True when no other trial beats it."""
+
+    number: int
+    run: str
+    state: str
+    best: bool
+    draw: dict[str, Any]
+    """Name → number or label, as they were set."""
+    values: dict[str, float]
+    intervals: dict[str, list[float | None]]
+    seconds: float | None
+    """Compute time of the stages that this trial ran; cached stages do not count."""
+    note: str
+
+
+def trial_rows(sweep: Sweep, study: Study) -> list[TrialRow]:
+    """Return rows of all trials that were begun: unbeaten ones, the other done ones from good to bad, the rest."""
+    best = set(study.best())
+    rows = [_row(sweep, trial, trial.number in best) for trial in study.trials()]
+    first = sweep.objectives[0]
+
+    def order(row: TrialRow) -> tuple[bool, bool, float, int]:
+        value = row.values.get(first.name, 0.0)
+        return not row.values, not row.best, -value if first.higher else value, row.number
+
+    return sorted(rows, key=order)
+
+
+def _row(sweep: Sweep, trial: TrialRecord, best: bool) -> TrialRow:
+    notes = trial.notes
+    names = [objective.name for objective in sweep.objectives]
+    gates = notes.get("gates") or []
+    note = str(notes.get("error") or (f"gate failed: {gates[0]}" if gates else ""))
+    return TrialRow(
+        number=trial.number,
+        run=sweep.run_name(trial.number),
+        state=trial.state,
+        best=best,
+        draw=_values_set(sweep, trial.draw),
+        values=dict(zip(names, trial.values, strict=False)),
+        intervals=dict(zip(names, notes.get("intervals") or [], strict=False)),
+        seconds=notes.get("seconds"),
+        note=note.splitlines()[0] if note else "",
+    )
+
+
+def _values_set(sweep: Sweep, draw: Any) -> dict[str, Any]:
+    """Return name → number as it was set, after rounding, or label of the choice."""
+    from align.sweep.space import Choice
+
+    values = {}
+    for dimension in sweep.space:
+        name = dimension.name
+        if name in draw:
+            values[name] = draw[name] if isinstance(dimension, Choice) else dimension.changes(draw[name])[name]
+    return values
+
+
+def short_name(name: str) -> str:
+    """Return a path without the part that all have."""
+    return name.removeprefix("stages.")
+
+
+# ---- a line per trial -----------------------------------------------------------------------------------------------
+
+
+def print_trial(sweep: Sweep, study: Study, trial: Trial | TrialRecord, status: str) -> None:
+    """Print one line: a trial begins, with its draw, or has ended, with its values."""
+    head = f"{MARKS[status]} trial {trial.number} of {study.limit}"
+    draw = _draw_text(sweep, trial.draw)
+    if status in ("starts", "resumes", "taken over"):
+        print(printable(f"{head}  {status}  {draw}"), flush=True)
         return
-    from align.sweep.summary import trial_rows
-
-    row = next(one for one in trial_rows(sweep, study) if one.number == trial.number)
-    text = "  ".join([*(f"{name} {number(value)}" for name, value in row.values.items()), *filter(None, [row.note])])
+    row = next(row for row in trial_rows(sweep, study) if row.number == trial.number)
+    values = [f"{name} {number(value)}" for name, value in row.values.items()]
+    text = "  ".join([*values, *filter(None, [row.note])])
     mark = "  best so far" if row.best and len(sweep.objectives) == 1 else ""
-    print(printable(f"{head}  {how}  {text}{mark}  ({drawn})"), flush=True)
+    print(printable(f"{head}  {status}  {text}{mark}  ({draw})"), flush=True)
 
 
-def say_changes(sweep: Sweep, study: Study, states: dict[int, str], quiet: bool) -> None:
-    """A line for each trial that others have begun or ended since ``states``, which is brought up to date."""
-    for trial in study.tried():
+def print_changes(sweep: Sweep, study: Study, states: dict[int, str], quiet: bool) -> None:
+    """Print a line for each trial that others have begun or ended since ``states``, which is updated."""
+    for trial in study.trials():
         if len(trial.draw) < len(sweep.space):
-            continue  # begun a moment ago: what it sets is not all written yet
+            continue  # begun a moment ago: its draw is not complete yet
         if trial.state != states.get(trial.number) and not quiet:
-            say_trial(sweep, study, trial, "starts" if trial.state == "unfinished" else trial.state)
+            print_trial(sweep, study, trial, "starts" if trial.state == "unfinished" else trial.state)
         states[trial.number] = trial.state
 
 
-def _drawn(sweep: Sweep, draw: Any) -> str:
-    from align.sweep.summary import short_name
-
-    shown = []
-    for one in sweep.space:
-        changes = one.changes(draw[one.name])
-        value = changes[one.name] if one.name in changes and not isinstance(changes[one.name], dict) else draw[one.name]
-        shown.append(f"{short_name(one.name)}={_cell(value)}")
-    return " ".join(shown)
+def _draw_text(sweep: Sweep, draw: Any) -> str:
+    parts = []
+    for dimension in sweep.space:
+        name = dimension.name
+        value, changes = draw[name], dimension.changes(draw[name])
+        if name in changes and not isinstance(changes[name], dict):  # the number or value itself, not its label
+            value = changes[name]
+        parts.append(f"{short_name(name)}={_cell(value)}")
+    return " ".join(parts)
 
 
 def _cell(value: Any) -> str:
     text = f"{value:g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+    return text if len(text) <= MAX_CELL else f"{text[: MAX_CELL - 1]}…"
+
+
+# ---- the table ------------------------------------------------------------------------------------------------------
 
 
 def print_trials(sweep: Sweep, study: Study, console: Console | None = None) -> None:
-    """The table of all trials, the best first, and what a reader must know of it."""
-    from align.sweep.summary import short_name, trial_rows
-
+    """Print the table of all trials, the best first, and the sentences about it."""
     if console is None:
         console = Console(highlight=False)
         if not console.is_terminal:
@@ -78,39 +149,42 @@ def print_trials(sweep: Sweep, study: Study, console: Console | None = None) -> 
     rows = trial_rows(sweep, study)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("trial")
-    for one in sweep.space:
-        table.add_column(_text(short_name(one.name)))
+    for dimension in sweep.space:
+        table.add_column(_text(short_name(dimension.name)))
     for objective in sweep.objectives:
-        table.add_column(_text(f"{objective.name} ({'higher' if objective.higher else 'lower'} is better)"))
+        direction = "higher" if objective.higher else "lower"
+        table.add_column(_text(f"{objective.name} ({direction} is better)"))
     table.add_column("time", justify="right")
     table.add_column("")
     for row in rows:
-        cells = [_text(_cell(row.draw.get(one.name, ""))) for one in sweep.space]
-        cells += [_text(_value(row, objective.name)) for objective in sweep.objectives]
-        state = " ".join(filter(None, ("" if row.state == "done" else row.state, row.note)))
+        cells = [_text(_cell(row.draw.get(dimension.name, ""))) for dimension in sweep.space]
+        cells += [_text(_value_text(row, objective.name)) for objective in sweep.objectives]
+        state = "" if row.state == "done" else row.state
+        note = " ".join(filter(None, (state, row.note)))
         time = "" if row.seconds is None else duration(row.seconds)
-        table.add_row(
-            f"{'*' if row.best else ' '} {row.number}", *cells, time, _text(state), style="bold" if row.best else ""
-        )
+        mark = "*" if row.best else " "
+        style = "bold" if row.best else ""
+        table.add_row(f"{mark} {row.number}", *cells, time, _text(note), style=style)
     console.print(table)
     for line in sentences(sweep, rows):
         console.print(_text(line), soft_wrap=True)
 
 
 def sentences(sweep: Sweep, rows: list[TrialRow]) -> list[str]:
-    """What the trials say together."""
+    """Return the summary of the trials as sentences."""
     done = [row for row in rows if row.state == "done"]
-    counts = {
-        state: n for state in ("failed", "ended early", "unfinished") if (n := sum(r.state == state for r in rows))
-    }
-    others = "".join(f", {n} {state}" for state, n in counts.items())
-    lines = [f"{len(done)} trials done{others}. Time is of the stages that a trial made itself."]
+    text = f"{len(done)} trials done"
+    for state in ("failed", "ended early", "unfinished"):
+        count = sum(row.state == state for row in rows)
+        if count:
+            text += f", {count} {state}"
+    lines = [f"{text}. Time covers only the stages that the trial ran."]
     best = [row for row in rows if row.best]
     if len(sweep.objectives) == 1 and best:
         lines.append(f"Best: trial {best[0].number}; its run is {best[0].run}.")
     elif best:
-        listed = ", ".join(str(row.number) for row in best)
-        lines.append(f"Best trade-offs (*), which no trial beats in all objectives: {listed}.")
+        numbers = ", ".join(str(row.number) for row in best)
+        lines.append(f"Best trade-offs (*), which no trial beats in all objectives: {numbers}.")
     if len(done) > 1:
         lines.append(
             "The best of several trials is in part the luckiest: confirm it on prompts that did not choose it."
@@ -118,61 +192,86 @@ def sentences(sweep: Sweep, rows: list[TrialRow]) -> list[str]:
     return lines
 
 
-def _value(row: TrialRow, name: str) -> str:
+def _value_text(row: TrialRow, name: str) -> str:
     value = row.values.get(name)
     if value is None:
         return ""
     low, high = row.intervals.get(name) or (None, None)
-    return number(value) + (
-        f" ({interval({'low': low, 'high': high})})" if low is not None and high is not None else ""
-    )
+    if low is None or high is None:
+        return number(value)
+    return f"{number(value)} ({interval({'low': low, 'high': high})})"
+
+
+# ---- the plan -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The stages of a sweep by how often they run."""
+
+    shared: list[dict[str, Any]]
+    """Stages that all trials share: ``stage`` and ``cached``."""
+    every_trial: list[str]
+    left_out: list[str]
+    """Stages that no objective needs."""
+
+
+def _plan_stages(sweep: Sweep, store: Store) -> _Plan:
+    pipeline = sweep.first
+    needed = sweep.needed(pipeline)
+    shared = []
+    for name, key in sweep.shared.items():
+        if name in needed:
+            artifact = store.find_intact(pipeline.nodes[name].stage.kind, key, name)
+            shared.append({"stage": name, "cached": artifact is not None})
+    every_trial = [name for name in pipeline.nodes if name not in sweep.shared and name in needed]
+    left_out = [name for name in pipeline.nodes if name not in needed]
+    return _Plan(shared, every_trial, left_out)
 
 
 def print_plan(sweep: Sweep, store: Store, as_json: bool) -> None:
-    """What the sweep would try, what its trials share, and what of that is finished."""
-    from align.sweep.space import grid
-    from align.sweep.study import DEFAULT_TRIALS
-
+    """Print what the sweep would try, which stages its trials share, and which of those are finished."""
     config = sweep.config
-    points = [one.points() for one in sweep.space]
-    combinations = math.prod(len(each) for each in points if each is not None) if None not in points else None
-    trials = config.trials or (len(grid(sweep.space, sweep.where)) if config.sampler == "grid" else DEFAULT_TRIALS)
-    pipeline = sweep.first
-    shared = []
-    for name, key in sweep.shared.items():
-        node = pipeline.nodes[name]
-        shared.append({"stage": name, "cached": store.find_intact(node.stage.kind, key, name) is not None})
-    needed = sweep.needed(pipeline)
-    shared = [one for one in shared if one["stage"] in needed]
-    own = [name for name in pipeline.nodes if name not in sweep.shared and name in needed]
-    spare = [name for name in pipeline.nodes if name not in needed]
+    points = [dimension.points() for dimension in sweep.space]
+    combinations = None
+    if None not in points:
+        combinations = math.prod(len(values) for values in points if values is not None)
+    trials = sweep.trial_count()
+    plan = _plan_stages(sweep, store)
     if as_json:
-        print_json({
-            "name": config.name, "trials": trials, "sampler": config.sampler, "combinations": combinations,
-            "space": {one.name: str(one) for one in sweep.space}, "shared": shared, "every_trial": own,
-            "left_out": spare, "objectives": [one.name for one in sweep.objectives],
-        })  # fmt: skip
+        print_json(
+            {
+                "name": config.name,
+                "trials": trials,
+                "sampler": config.sampler,
+                "combinations": combinations,
+                "space": {dimension.name: str(dimension) for dimension in sweep.space},
+                "shared": plan.shared,
+                "every_trial": plan.every_trial,
+                "left_out": plan.left_out,
+                "objectives": [objective.name for objective in sweep.objectives],
+            }
+        )
         return
     print(f"{config.name}: {trials} trials of {config.pipeline}, sampler {config.sampler}")
-    width = max(len(one.name) for one in sweep.space)
-    for one in sweep.space:
-        print(printable(f"  {one.name:<{width}}  {one}"))
+    width = max(len(dimension.name) for dimension in sweep.space)
+    for dimension in sweep.space:
+        print(printable(f"  {dimension.name:<{width}}  {dimension}"))
     if combinations is not None:
         print(f"  {combinations:,} combinations in all")
-    print("decides: " + ", ".join(f"{one.name} ({'higher' if one.higher else 'lower'})" for one in sweep.objectives))
+    objectives = [f"{objective.name} ({'higher' if objective.higher else 'lower'})" for objective in sweep.objectives]
+    print(f"objectives: {', '.join(objectives)}")
     if config.prune is not None:
-        curve = config.prune.maximize or config.prune.minimize
-        print(f"ends trials early: {config.prune.method} on {curve} from step {config.prune.start}")
-    cached = [str(one["stage"]) for one in shared if one["cached"]]
-    once = [str(one["stage"]) for one in shared if not one["cached"]]
-    for what, names in (
-        ("cached", cached),
-        ("made once for all trials", once),
-        ("made in every trial", own),
-        ("left out, since nothing that decides needs it", spare),
+        prune = config.prune
+        print(f"pruning: {prune.method} on {prune.target} from step {prune.start}")
+    for label, names in (
+        ("cached", [str(stage["stage"]) for stage in plan.shared if stage["cached"]]),
+        ("run once for all trials", [str(stage["stage"]) for stage in plan.shared if not stage["cached"]]),
+        ("run in every trial", plan.every_trial),
+        ("left out, since no objective needs it", plan.left_out),
     ):
         if names:
-            print(f"{what}: {', '.join(names)}")
+            print(f"{label}: {', '.join(names)}")
 
 
 def _text(text: str) -> Text:

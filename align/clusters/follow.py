@@ -1,7 +1,7 @@
-"""Follows stages that a cluster makes as a local run is followed: starts, events, ends, told to a listener.
+"""Follow the stages that a cluster runs, and report them to a listener as a local run does.
 
-What a stage came to is read from the store, why it did not from what its job said, and from the cluster's queue where
-the job could say nothing. Ending this process ends no job of a queue that lives without it. Never imports torch.
+A stage's result is read from the store, its failure from the note of its job, and from the cluster's queue where the
+job could write none. Ending this process ends no job of a queue that lives without it. Never imports torch.
 """
 
 from __future__ import annotations
@@ -26,43 +26,30 @@ from align.store.store import Store
 
 POLL_SECONDS = 0.5
 LATE_SECONDS = 60.0
-"""How long a shared file system may take to show what a job has written."""
+"""Time that a shared file system may take to show what a job has written."""
 SILENT_SECONDS = 1800.0
-"""How long a queue may be silent before following ends."""
+"""Time that a queue may be silent before following ends."""
 
 
-class NoAnswer(Exception):
-    """The cluster's queue did not answer, or not with what was asked for."""
+class SchedulerError(Exception):
+    """The cluster's queue did not answer, or refused."""
 
 
 @dataclass(frozen=True)
-class Said:
-    """How a job's last turn ended: ``done``, ``failed``, ``refused``, or ``stopped`` to go on in another turn."""
+class JobResult:
+    """End of a job's last turn: ``done``, ``failed``, ``refused``, or ``stopped`` to go on in another turn."""
 
     status: str
     message: str
     turn: int = 0
-    """How often the job had been queued again before."""
+    """Times that the job had been requeued before."""
     log: str | None = None
     node: str = ""
     """The cluster's own name of the machine, where it has one."""
 
 
-def write_note(path: Path, said: Said) -> None:
-    """Write how a job is into a file that others read meanwhile."""
-    write_sealed(path, asdict(said))
-
-
-def read_note(path: Path) -> Said | None:
-    """The note of a job; None where there is none or it is damaged: the job then counts as silent."""
-    try:
-        return Said(**read_sealed(path, _Note).model_dump())
-    except (FileNotFoundError, DamagedFile):
-        return None
-
-
 class _Note(BaseModel):
-    """The content of a job's note."""
+    """Content of a job's note."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -73,33 +60,49 @@ class _Note(BaseModel):
     node: str = ""
 
 
+def write_note(path: Path, result: JobResult) -> None:
+    """Write a job's result into a file that others read meanwhile."""
+    write_sealed(path, asdict(result))
+
+
+def read_note(path: Path) -> JobResult | None:
+    """Return a job's result; None where there is no note or it is damaged: the job then counts as silent."""
+    try:
+        return JobResult(**read_sealed(path, _Note).model_dump())
+    except (FileNotFoundError, DamagedFile):
+        return None
+
+
 @dataclass(frozen=True)
-class Place:
-    """Where a stage is in the queue, ``how`` in words; ``gone``: over, it may be with an artifact not yet seen."""
+class JobState:
+    """State of a stage's job in the queue.
+
+    ``gone`` is a job that is over, perhaps with an artifact that this machine does not see yet.
+    """
 
     state: Literal["waits", "runs", "over", "gone"]
-    how: str
+    description: str
     remedy: str = ""
 
 
 class Queue(Protocol):
-    """What a cluster says of a run's stages."""
+    """The jobs of one run in a cluster."""
 
     name: str
     every: float
-    """Seconds between two questions."""
+    """Seconds between two queries."""
 
-    def look(self, stages: Collection[str]) -> dict[str, Place]:
-        """Where these stages are; raises ``NoAnswer``."""
+    def query(self, stages: Collection[str]) -> dict[str, JobState]:
+        """Return the states of these stages' jobs. Raises ``SchedulerError``."""
 
-    def said(self, stage: str) -> Said | None:
-        """What the stage's job said of its last turn, if one has ended."""
+    def result(self, stage: str) -> JobResult | None:
+        """Return the result of the job's last turn, if one has ended."""
 
     def log(self, stage: str) -> Path:
-        """What the stage's job itself prints."""
+        """Return the file that the job itself prints to."""
 
     def replaces(self, stage: str) -> str | None:
-        """The time of the artifact that the stage is made anew for; None where any will do."""
+        """Return the creation time of the artifact that a forced stage replaces; None where any artifact will do."""
 
 
 @dataclass
@@ -108,127 +111,140 @@ class _Followed:
 
     node: Node
     tail: Tail | None = None
-    place: Place | None = None
-    gone: float | None = None
+    state: JobState | None = None
+    gone_since: float | None = None
     turn: int = -1
-    """The last turn of its job whose end was told of."""
+    """The last turn of its job whose end was reported."""
 
 
-class Following:
-    """Follows ``stages`` of ``pipeline``; ``run`` is what it has come to."""
+class JobFollower:
+    """Follows ``stages`` of ``pipeline``; ``run`` holds the artifacts so far."""
 
     def __init__(
         self, pipeline: Pipeline, store: Store, stages: Collection[str], queue: Queue, listener: Listener
     ) -> None:
         self.pipeline, self.store, self.queue, self.listener = pipeline, store, queue, listener
         self.run = Run(self.store, last={name: pipeline.resolve(name) for name in pipeline.expanded.rounds})
-        self.left = {name: _Followed(pipeline.nodes[name]) for name in stages}
+        self.remaining = {name: _Followed(pipeline.nodes[name]) for name in stages}
         self.failures: dict[str, str] = {}
-        self.places: dict[str, Place] = {}
-        self.asked, self.answered = float("-inf"), time.monotonic()
+        self.states: dict[str, JobState] = {}
+        self.last_query, self.last_answer = float("-inf"), time.monotonic()
 
     def follow(self) -> Run:
-        """Until no job is left; raises ``StageFailed`` then if a stage has failed."""
+        """Follow until no job is left. Raises ``StageFailed`` then if a stage has failed."""
         for node in self.pipeline:
-            found = self.store.find_intact(node.stage.kind, node.key, node.name)
-            if node.name not in self.left and found is not None:
-                self.run.artifacts[node.name] = found
-                self.listener.stage_cached(node, found)
-        while self.left:
-            self._ask()
-            for one in list(self.left.values()):
-                self._look_at(one)
-            if self.left:
+            artifact = self.store.find_intact(node.stage.kind, node.key, node.name)
+            if node.name not in self.remaining and artifact is not None:
+                self.run.artifacts[node.name] = artifact
+                self.listener.stage_cached(node, artifact)
+        while self.remaining:
+            self._query()
+            for followed in list(self.remaining.values()):
+                self._update(followed)
+            if self.remaining:
                 time.sleep(POLL_SECONDS)
         if self.failures:
             raise StageFailed("\n".join(self.failures.values()))
         return self.run
 
-    def _ask(self) -> None:
-        """Ask the queue how its jobs are, every so often."""
-        if time.monotonic() - self.asked < self.queue.every:
+    def _query(self) -> None:
+        """Query the queue, at most once in ``queue.every`` seconds."""
+        # The store is read twice a second; a scheduler that many share is asked less often.
+        if time.monotonic() - self.last_query < self.queue.every:
             return
-        self.asked = time.monotonic()
+        self.last_query = time.monotonic()
         try:
-            self.places = self.queue.look(self.left)
-            self.answered = time.monotonic()
-        except NoAnswer as error:
-            if time.monotonic() - self.answered > SILENT_SECONDS:
+            self.states = self.queue.query(self.remaining)
+            self.last_answer = time.monotonic()
+        except SchedulerError as error:
+            if time.monotonic() - self.last_answer > SILENT_SECONDS:
                 raise StageFailed(
                     f"{self.queue.name} has not answered for {SILENT_SECONDS / 60:.0f} min ({error}). Its jobs go on "
                     "without being followed; the same command follows them again."
                 ) from None
 
-    def _look_at(self, one: _Followed) -> None:
-        node, name = one.node, one.node.name
-        if one.tail is not None:
-            for event in one.tail.read():
+    def _update(self, followed: _Followed) -> None:
+        """Look at one stage: its events, its artifact, its job's note, its job's state, in this order of trust."""
+        node, name = followed.node, followed.node.name
+        if followed.tail is not None:
+            for event in followed.tail.read():
                 self.listener.stage_event(node, event)
-        found = self.store.find_intact(node.stage.kind, node.key, name)
-        if found is not None and found.record["created"] != self.queue.replaces(name):
-            self._done(one, found)
+        # 1. An artifact settles it, whatever the queue says. A forced stage needs another one than it replaces.
+        artifact = self.store.find_intact(node.stage.kind, node.key, name)
+        if artifact is not None and artifact.record["created"] != self.queue.replaces(name):
+            self._on_done(followed, artifact)
             return
-        place = self.places.get(name, Place("gone", "its job is gone, and nothing of it is there"))
-        said = self.queue.said(name)
-        if said is not None and said.status in ("failed", "refused"):
-            self._failed(one, f"stage '{name}' failed: {said.message}", said.log)
-        elif place.state in ("waits", "runs"):
-            if said is not None and said.status == "stopped" and said.turn > one.turn:
-                one.turn, one.tail = said.turn, None
-                note = f"{said.message} Its job is queued again."
+        # 2. The job's own word about a failure.
+        state = self.states.get(name, JobState("gone", "its job is gone and has left no artifact"))
+        result = self.queue.result(name)
+        if result is not None and result.status in ("failed", "refused"):
+            self._on_failed(followed, f"stage '{name}' failed: {result.message}", result.log)
+        # 3. The queue's word.
+        elif state.state in ("waits", "runs"):
+            if result is not None and result.status == "stopped" and result.turn > followed.turn:
+                # Each turn's end is reported once.
+                followed.turn = result.turn
+                followed.tail = None
+                note = f"{result.message} Its job is requeued."
                 self.listener.stage_event(node, {"event": "note", "message": note})
-            self._alive(one, place)
-        elif self.answered >= self.asked:
-            self._gone(one, place, said)
+            self._on_alive(followed, state)
+        elif self.last_answer >= self.last_query:  # an old answer says nothing about a job that has ended since
+            self._on_gone(followed, state, result)
 
-    def _alive(self, one: _Followed, place: Place) -> None:
-        one.gone = None
-        if one.place != place:
-            one.place = place
-            self.listener.stage_queued(one.node, place.how)
-        if place.state == "waits":
-            one.tail = None
+    def _on_alive(self, followed: _Followed, state: JobState) -> None:
+        followed.gone_since = None
+        if followed.state != state:
+            followed.state = state
+            self.listener.stage_queued(followed.node, state.description)
+        if state.state == "waits":
+            followed.tail = None
             return
-        partial = self.store.partial(one.node.stage.kind, one.node.key)
-        if one.tail is None and partial.is_dir():
-            one.tail = Tail(partial / EVENTS)
-            self.listener.stage_started(one.node, partial, any((partial / CHECKPOINTS).glob("*")))
+        partial = self.store.partial(followed.node.stage.kind, followed.node.key)
+        if followed.tail is None and partial.is_dir():
+            followed.tail = Tail(partial / EVENTS)
+            is_resumed = any((partial / CHECKPOINTS).glob("*"))
+            self.listener.stage_started(followed.node, partial, is_resumed)
 
-    def _done(self, one: _Followed, found: Artifact) -> None:
-        name = one.node.name
-        self.run.artifacts[name] = found
+    def _on_done(self, followed: _Followed, artifact: Artifact) -> None:
+        name = followed.node.name
+        self.run.artifacts[name] = artifact
         self.run.ran.append(name)
-        del self.left[name]
-        self.listener.stage_done(one.node, found)
+        del self.remaining[name]
+        self.listener.stage_done(followed.node, artifact)
 
-    def _gone(self, one: _Followed, place: Place, said: Said | None) -> None:
-        """The job is over, and there is no artifact: that may be late."""
-        one.gone = one.gone or time.monotonic()
-        # What a failed job says may be late, too; and what waited for it is cancelled in the same moment.
-        if time.monotonic() - one.gone < (LATE_SECONDS if place.state == "gone" else 2 * self.queue.every):
+    def _on_gone(self, followed: _Followed, state: JobState, result: JobResult | None) -> None:
+        """Report a job that is over without an artifact as failed, after a wait: both may arrive late."""
+        followed.gone_since = followed.gone_since or time.monotonic()
+        # A failed job's note may be late too; and jobs that waited for it are cancelled in the same moment.
+        patience = LATE_SECONDS if state.state == "gone" else 2 * self.queue.every
+        if time.monotonic() - followed.gone_since < patience:
             return
-        name = one.node.name
-        failed = next((other for other in one.node.input_names if other in self.failures), None)
-        if failed is not None:
-            self._failed(one, f"stage '{name}' was not begun: it reads '{failed}', which failed.", None)
+        name = followed.node.name
+        failed_input = next((stage for stage in followed.node.input_names if stage in self.failures), None)
+        # Its own job never ran, so its own log would explain nothing.
+        if failed_input is not None:
+            self._on_failed(followed, f"stage '{name}' did not start: its input '{failed_input}' failed.", None)
             return
-        remedy = place.remedy
+        remedy = state.remedy
         if not remedy and not self.queue.log(name).exists():
             remedy = f"It left no log: does the machine it ran on see {self.store.root}?"
-        parts = [f"stage '{name}' failed: {place.how}.", remedy]
-        parts.append("" if said is None else f"Its turn before ended so: {said.message}")
+        parts = [f"stage '{name}' failed: {state.description}.", remedy]
+        if result is not None:
+            parts.append(f"Its previous turn ended with: {result.message}")
         parts.append("Run again to go on from what is there.")
-        self._failed(one, " ".join(filter(None, parts)), None)
+        self._on_failed(followed, " ".join(filter(None, parts)), None)
 
-    def _failed(self, one: _Followed, message: str, log: str | None) -> None:
-        """``log`` is what the job named; else the stage's own, else the job's."""
-        name = one.node.name
-        known = [Path(log)] if log else []
-        known += [self.store.partial(one.node.stage.kind, one.node.key) / LOG, self.queue.log(name)]
-        found = next((path for path in known if path.exists()), known[-1])
-        self.failures[name] = f"{message}\nLog: {found}" if found.exists() else message
-        del self.left[name]
-        self.listener.stage_failed(one.node, message, found)
+    def _on_failed(self, followed: _Followed, message: str, log: str | None) -> None:
+        """Report a failure with the log that the job named, else the stage's, else the job's."""
+        name = followed.node.name
+        # From the most specific log to the least.
+        candidates = [Path(log)] if log else []
+        partial = self.store.partial(followed.node.stage.kind, followed.node.key)
+        candidates += [partial / LOG, self.queue.log(name)]
+        path = next((path for path in candidates if path.exists()), candidates[-1])
+        self.failures[name] = f"{message}\nLog: {path}" if path.exists() else message
+        del self.remaining[name]
+        self.listener.stage_failed(followed.node, message, path)
 
 
-__all__ = ["Following", "NoAnswer", "Place", "Queue", "Said", "read_note", "write_note"]
+__all__ = ["JobFollower", "JobResult", "JobState", "Queue", "SchedulerError", "read_note", "write_note"]

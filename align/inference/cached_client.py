@@ -1,14 +1,15 @@
-"""Requests answered through a cache, within a budget, their tokens and cost counted. Torch-free.
+"""Client that answers requests through a cache, within a budget, and counts tokens and cost. Torch-free.
 
-An answer comes from the stage's own cache, else from a cache that runs share, else from the model; each is kept in the
-stage's own cache the moment it is there, so that a killed stage asks only what is left and counts alike.
+An answer comes from the stage's own cache, else from a cache that runs share, else from the model. Each answer is
+written to the stage's cache as soon as it comes, so that a killed stage sends only the remaining requests and arrives
+at the same counts.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -17,50 +18,51 @@ from align.inference.requests import Answer, Request, RequestCache
 
 MILLION = 1_000_000
 TURN_TOKENS, TEMPLATE_TOKENS = 16, 64
-"""What a chat template may add to a message, and to a conversation (a default system prompt): for bounds on costs."""
+"""Tokens that a chat template may add to a message, and to a conversation (a default system prompt)."""
 
 Progress = Callable[[int, int, int], None]
-"""Called with requests answered, requests wanted, and tokens sampled, all of this ``Asker``'s life."""
+"""Called with requests answered, requests expected, and tokens sampled, since the client was made."""
 
 
 class Prices(NamedTuple):
-    """Of a million tokens each."""
+    """Prices per million tokens."""
 
     input: float
     output: float
 
     def cost(self, request: Request, answer: Answer) -> float:
-        """Of an answer; what the server does not count is taken at its bound."""
+        """Return the cost of an answer. Tokens that the server did not count are taken at their bound."""
         prompt, completion = bounds(request)
         prompt = prompt if answer.prompt_tokens is None else answer.prompt_tokens
         completion = completion if answer.completion_tokens is None else answer.completion_tokens
         return (prompt * self.input + completion * self.output) / MILLION
 
     def bound(self, request: Request) -> float:
-        """What a request can cost at most."""
+        """Return the highest possible cost of a request."""
         prompt, completion = bounds(request)
         return (prompt * self.input + completion * self.output) / MILLION
 
 
 def bounds(request: Request) -> tuple[int, int]:
-    """Tokens that a request and its answer have at most: no token is shorter than a byte."""
+    """Return the most tokens that a request and its answer can have: no token is shorter than a byte."""
+    # A byte per token is the worst case of any tokenizer.
     content = sum(len((message.get("content") or "").encode()) + TURN_TOKENS for message in request.messages)
     return content + TEMPLATE_TOKENS, request.max_tokens
 
 
-class Desk(Protocol):
-    """What a backend is given beside the requests."""
+class AnswerSink(Protocol):
+    """Receiver of a backend's answers, and keeper of its budget."""
 
-    def admit(self, request: Request) -> contextlib.AbstractAsyncContextManager[None]:
-        """Entered before a request is sent, left when it is settled. Raises ``UserError`` when money would run out."""
+    def reserve(self, request: Request) -> contextlib.AbstractAsyncContextManager[None]:
+        """Reserve the request's highest cost inside the context. Raises ``UserError`` when the budget is exceeded."""
         ...
 
-    def keep(self, answered: list[tuple[Request, Answer]]) -> None:
-        """Take answers: together on disk, or not at all."""
+    def record(self, answered: list[tuple[Request, Answer]]) -> None:
+        """Write answers to the caches: all of them, or none."""
         ...
 
-    def lose(self, request: Request) -> None:
-        """Hear of an attempt that was given up and may have been answered and charged for."""
+    def record_lost(self, request: Request) -> None:
+        """Count an attempt that was given up, but may have been answered and charged for."""
         ...
 
 
@@ -69,17 +71,17 @@ class Backend(Protocol):
 
     @property
     def identity(self) -> dict[str, str]:
-        """What stands for it in requests."""
+        """Return the model's identity in requests."""
         ...
 
-    def answer(self, requests: list[Request], desk: Desk) -> None:
-        """Hand an answer to each request to ``desk.keep``, in any order."""
+    def answer(self, requests: list[Request], sink: AnswerSink) -> None:
+        """Answer each request, in any order, by ``sink.record``."""
         ...
 
 
 @dataclass
 class Usage:
-    """What the answers used so far took, ``copied`` ones (from the shared cache) apart: they cost nothing again."""
+    """Tokens and cost of the answers so far. ``copied`` ones, from the shared cache, cost nothing again."""
 
     requests: int = 0
     prompt_tokens: int = 0
@@ -88,7 +90,7 @@ class Usage:
     copied_prompt_tokens: int = 0
     copied_completion_tokens: int = 0
     uncounted: int = 0
-    """Answers, of all, whose server did not say how many tokens they took."""
+    """Answers, copied ones included, whose server did not count their tokens."""
     failed: int = 0
     cost: float | None = None
 
@@ -111,137 +113,163 @@ class Usage:
             self.cost = (self.cost or 0.0) + prices.cost(request, answer)
 
     def to_json(self) -> dict[str, Any]:
-        """For the ledger; the cost to a millionth, and left out where no price is known."""
-        found = {name: value for name, value in asdict(self).items() if name != "cost"}
-        return found if self.cost is None else found | {"cost": round(self.cost, 6)}
+        """Return the fields for the ledger; the cost to a millionth, and left out where no price is known."""
+        fields = {name: value for name, value in asdict(self).items() if name != "cost"}
+        return fields if self.cost is None else fields | {"cost": round(self.cost, 6)}
 
 
 @dataclass
 class Budget:
     """Money that may be spent in all, earlier attempts of the stage included."""
 
-    most: float | None
+    limit: float | None
     spent: float = 0.0
-    held: float = 0.0
-    """Bounds of what is under way."""
+    reserved: float = 0.0
+    """Sum of the highest costs of the requests in flight."""
 
     @contextlib.asynccontextmanager
-    async def hold(self, bound: float) -> AsyncIterator[None]:
-        """Set ``bound`` aside while a request is under way. Raises ``UserError`` when it is not there."""
-        while self.most is not None and self.spent + self.held + bound > self.most:
-            if self.held == 0:
+    async def reserve(self, bound: float) -> AsyncIterator[None]:
+        """Reserve ``bound`` while a request is in flight. Raises ``UserError`` when too little is left.
+
+        Requests in flight mostly cost less than their bounds, so others wait for them before that is decided.
+        """
+        while self.limit is not None and self.spent + self.reserved + bound > self.limit:
+            if self.reserved == 0:
                 raise UserError(
-                    f"max_cost {self.most:g} is reached: {self.spent:.6g} spent, and the next request may cost "
+                    f"max_cost {self.limit:g} is reached: {self.spent:.6g} spent, and the next request may cost "
                     f"{bound:.6g}. What was answered is kept: raise max_cost and run again to go on."
                 )
             await asyncio.sleep(0.02)
-        self.held += bound
+        self.reserved += bound
         try:
             yield
         finally:
-            # Sums of floats drift: nothing under way is exactly nothing.
-            self.held = max(0.0, self.held - bound) if self.held - bound > 1e-12 else 0.0
+            # Sums of floats drift; the test above needs an exact 0 when nothing is in flight.
+            remaining = self.reserved - bound
+            self.reserved = remaining if remaining > 1e-12 else 0.0
 
 
 @dataclass
-class Asker:
-    """Answers requests of one stage, from one model or several."""
+class CachedClient:
+    """Answers the requests of one stage, from one model or several, through caches and within a budget."""
 
     cache: RequestCache
+    """The stage's own cache."""
     shared: RequestCache | None = None
+    """A cache that several runs share."""
     max_cost: float | None = None
     prices: dict[str, Prices] = field(default_factory=dict)
-    """By the name under which a backend's usage is counted."""
+    """Name of a backend, as in ``ask`` → its prices."""
     on_progress: Progress | None = None
     expected: int = 0
-    """Requests that will be asked in all, as far as is known."""
+    """Requests in all, as far as is known."""
 
     def __post_init__(self) -> None:
         self.budget = Budget(self.max_cost)
         self.usage: dict[str, Usage] = {}
         self.new = 0
-        """Requests that this process asked."""
+        """Requests that this process sent."""
         self._counted: set[bytes] = set()
-        self._spent_for: list[dict[str, str]] = []
+        """Keys of requests whose usage is counted."""
+        self._counted_backends: list[dict[str, str]] = []
+        """Identities of backends whose earlier cost is in the budget."""
 
     def ask(
         self, backend: Backend, requests: Sequence[Request], name: str = "model", *, fresh: bool = False
     ) -> list[Answer]:
-        """The answers, in the order of ``requests``; equal requests share one. Usage counts under ``name``.
+        """Return the answers in the order of ``requests``; equal requests share one. Usage counts under ``name``.
 
-        ``fresh`` leaves the shared cache alone: for a question that is asked to see whether there is an answer.
+        ``fresh`` leaves the shared cache alone, for a question that tests whether the model answers.
         """
-        self._count_earlier(backend, name)
+        self._count_earlier_cost(backend, name)
+        # The expected number may grow while a stage runs, never shrink: progress would go backwards.
         self.expected = max(self.expected, len(self._counted) + len(requests))
-        wanted = {request.key: request for request in requests if request.key not in self.cache}
+        # 1. Requests that the stage's own cache lacks: copy what the shared cache has.
+        missing = {request.key: request for request in requests if request.key not in self.cache}
         if self.shared is not None and not fresh:
-            known = [(wanted[key], found.answer) for key in wanted if (found := self.shared.get(key)) is not None]
-            self.cache.put(known, copied=True)
-        left = [request for key, request in wanted.items() if key not in self.cache]
-        desk = _Desk(self, name)
-        if left:
-            backend.answer(left, desk)
+            self._copy_shared(self.shared, missing)
+        # 2. Have the backend answer the rest. The sink writes each answer to the caches as it comes.
+        unanswered = [request for key, request in missing.items() if key not in self.cache]
+        sink = _CachingSink(self, name)
+        if unanswered:
+            backend.answer(unanswered, sink)
             self.cache.sync()
-        usage, prices = self.usage.setdefault(name, Usage()), self.prices.get(name)
-        answers = []
-        for request in requests:
-            found = self.cache.get(request.key)
-            if found is None and request.key not in desk.failed:
-                raise RuntimeError(f"the backend of '{name}' left a request without an answer")
-            answer = desk.failed[request.key] if found is None else found.answer
-            if (short := bytes.fromhex(request.key)) not in self._counted:
-                self._counted.add(short)
-                usage.add(request, answer, found is not None and found.copied, prices)
-            answers.append(answer)
+        # 3. Read all answers from the cache, and count the usage of each request once. A model without any request is
+        #    in the usage too, with zeros.
+        self.usage.setdefault(name, Usage())
+        answers = [self._take_answer(request, sink, name) for request in requests]
         self.report(0)
         return answers
 
-    def _count_earlier(self, backend: Backend, name: str) -> None:
-        """What earlier attempts of the stage spent on this model."""
-        prices = self.prices.get(name)
-        if prices is None or backend.identity in self._spent_for:
-            return
-        self._spent_for.append(backend.identity)
-        mine: Iterable[tuple[Request, Answer]] = (one for one in self.cache.asked() if one[0].model == backend.identity)
-        self.budget.spent += sum(prices.cost(request, answer) for request, answer in mine)
-        self.budget.spent += sum(prices.bound(lost) for lost in self.cache.lost if lost.model == backend.identity)
+    def _copy_shared(self, shared: RequestCache, missing: dict[str, Request]) -> None:
+        copies = []
+        for key, request in missing.items():
+            lookup = shared.get(key)
+            if lookup is not None:
+                copies.append((request, lookup.answer))
+        self.cache.put(copies, copied=True)
 
-    def report(self, under_way: int) -> None:
-        """Tell how far it is; ``under_way`` answers are there that ``ask`` has not yet given back."""
+    def _take_answer(self, request: Request, sink: _CachingSink, name: str) -> Answer:
+        """Return the answer to one request, and count its usage unless that was done before."""
+        lookup = self.cache.get(request.key)
+        if lookup is None and request.key not in sink.failed:
+            raise RuntimeError(f"the backend of '{name}' left a request without an answer")
+        answer = sink.failed[request.key] if lookup is None else lookup.answer
+        key = bytes.fromhex(request.key)
+        if key not in self._counted:
+            self._counted.add(key)
+            self.usage[name].add(request, answer, lookup is not None and lookup.copied, self.prices.get(name))
+        return answer
+
+    def _count_earlier_cost(self, backend: Backend, name: str) -> None:
+        """Add to the budget, once, what earlier attempts of the stage spent on this model."""
+        prices = self.prices.get(name)
+        if prices is None or backend.identity in self._counted_backends:
+            return
+        self._counted_backends.append(backend.identity)
+        answered = (pair for pair in self.cache.asked() if pair[0].model == backend.identity)
+        lost = (request for request in self.cache.lost if request.model == backend.identity)
+        self.budget.spent += sum(prices.cost(request, answer) for request, answer in answered)
+        self.budget.spent += sum(prices.bound(request) for request in lost)
+
+    def report(self, answered: int) -> None:
+        """Report progress; ``answered`` answers are there that ``ask`` has not returned yet."""
         if self.on_progress is not None:
-            tokens = sum(one.completion_tokens + one.copied_completion_tokens for one in self.usage.values())
-            done = len(self._counted) + under_way
+            tokens = sum(usage.completion_tokens + usage.copied_completion_tokens for usage in self.usage.values())
+            done = len(self._counted) + answered
             self.on_progress(done, max(done, self.expected), tokens)
 
     def usage_json(self) -> dict[str, Any]:
-        """By model, for the ledger: the same whether or not the stage was killed on its way."""
+        """Return the usage by name, for the ledger: the same whether or not the stage was killed on its way."""
         return {name: usage.to_json() for name, usage in self.usage.items()}
 
 
-class _Desk:
-    """One ``ask`` of one backend."""
+class _CachingSink:
+    """The sink of one ``ask``: writes answers to the caches and counts their cost."""
 
-    def __init__(self, asker: Asker, name: str) -> None:
-        self.asker, self.prices = asker, asker.prices.get(name)
+    def __init__(self, client: CachedClient, name: str) -> None:
+        self.client, self.prices = client, client.prices.get(name)
         self.failed: dict[str, Answer] = {}
+        """Key → answer with an error, which no cache holds."""
         self.done = 0
 
-    def admit(self, request: Request) -> contextlib.AbstractAsyncContextManager[None]:
-        return self.asker.budget.hold(0.0 if self.prices is None else self.prices.bound(request))
+    def reserve(self, request: Request) -> contextlib.AbstractAsyncContextManager[None]:
+        return self.client.budget.reserve(0.0 if self.prices is None else self.prices.bound(request))
 
-    def keep(self, answered: list[tuple[Request, Answer]]) -> None:
+    def record(self, answered: list[tuple[Request, Answer]]) -> None:
+        # Failed requests stay out of the caches: another attempt may succeed.
         good = [(request, answer) for request, answer in answered if not answer.error]
         self.failed |= {request.key: answer for request, answer in answered if answer.error}
-        self.asker.cache.put(good)
-        if self.asker.shared is not None:
-            self.asker.shared.put(good)
+        self.client.cache.put(good)
+        if self.client.shared is not None:
+            self.client.shared.put(good)
         if self.prices is not None:
-            self.asker.budget.spent += sum(self.prices.cost(*one) for one in good)
-        self.asker.new += len(good)
+            self.client.budget.spent += sum(self.prices.cost(request, answer) for request, answer in good)
+        self.client.new += len(good)
         self.done += len(answered)
-        self.asker.report(self.done)
+        self.client.report(self.done)
 
-    def lose(self, request: Request) -> None:
-        self.asker.cache.lose(request)
+    def record_lost(self, request: Request) -> None:
+        self.client.cache.record_lost(request)
         if self.prices is not None:
-            self.asker.budget.spent += self.prices.bound(request)
+            self.client.budget.spent += self.prices.bound(request)

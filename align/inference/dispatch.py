@@ -1,42 +1,43 @@
-"""Requests to several servers: each to the one with the fewest tokens in flight, and again to another where it fails.
+"""Load balancing over several servers: each request goes to the least loaded one, and to another where that fails.
 
-A server that is lost (it died, hangs, or talks nonsense several times in a row) is told to the pool, and what it had
-under way goes to the others. Left out: what is asked (``server.py``), and how a lost server comes back (``pool.py``).
+A server is lost when its process ends, when it does not answer in time, when it no longer says that it is well, or when
+it gives several bad replies in a row. The pool is told, and the server's requests go to the others. Leaves out the
+content of requests (``server.py``) and the return of lost servers (``pool.py``).
 """
 
 from __future__ import annotations
 
 import contextlib
 import queue
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from align.inference.protocol import Progress
-from align.inference.server_client import POLL_SECONDS, PROBE_SECONDS, BadReply, Client, EngineLost, Reply
+from align.inference.server_client import POLL_SECONDS, BadReply, EngineLost
+from align.inference.transport import Reply
 
 HEALTH_SECONDS = 15.0
-"""Without an answer, after which a server is asked whether it is well; and the time that it then has to say so."""
+"""Silence after which a server's ``/health`` is asked, and time that it then has to answer."""
 HEALTH_MISSES = 3
-"""Such questions in a row without a good answer: it is lost."""
+"""Unanswered questions of health in a row after which a server is lost."""
 BAD_REPLIES = 3
-"""Answers in a row that cannot be used, of one server: it is lost. To one request, of any: no server can answer it."""
+"""Bad replies in a row after which a server is lost; bad replies to one request after which it is given up."""
 
 
 class Pool(Protocol):
-    """Whose servers they are."""
+    """The owner of the servers."""
 
     @property
     def members(self) -> Sequence[Any]:
-        """Servers: ``client`` asks one, ``ready`` says whether it holds the weights that are sampled from."""
+        """Servers. ``client`` makes calls to one; ``ready`` is True while it holds the weights to sample from."""
         ...
 
     def lose(self, member: Any, error: Exception) -> None:
-        """Hear that a server is lost."""
+        """Mark a server as lost."""
         ...
 
     def await_ready(self) -> None:
@@ -45,198 +46,246 @@ class Pool(Protocol):
 
 
 @dataclass(frozen=True)
-class Question:
-    """One request: its body, what its answer must be read by, and the tokens that it may take in all."""
+class ServerRequest:
+    """One request to any of the servers."""
 
     body: dict[str, Any]
-    read: Callable[[Any, dict[str, Any], Any], Any]
-    """From a member, the body and the answer; raises ``BadReply``."""
+    parse: Callable[[Any, dict[str, Any], Any], Any]
+    """Takes the pool member, the body and the JSON of the reply; raises ``BadReply``."""
     group: int
-    """Questions of one group go to one server, where they share their prompt's keys and values."""
+    """Requests of one group go to one server, where they share the keys and values of their prompt."""
 
     @property
     def tokens(self) -> int:
-        """Of prompt and answer at most."""
+        """Tokens of prompt and response at most: the request's load."""
         return len(self.body["prompt"]) + int(self.body["max_tokens"])
 
 
 @dataclass
-class _Desk:
-    """What one server has under way."""
+class ServerState:
+    """One server during a round of requests."""
 
+    index: int
     member: Any
-    places: set[int] = field(default_factory=set)
+    in_flight: set[int] = field(default_factory=set)
+    """Indexes of the requests that it has."""
     tokens: int = 0
-    turn: int = 0
-    """Raised when it is lost, so that what it still answers is not taken for an answer to what it was asked later."""
-    bad: int = 0
-    """Answers in a row that could not be used."""
-    heard: float = 0.0
-    """When it last answered, or was first asked."""
-    asked: float = 0.0
-    """When it was last asked how it is."""
-    misses: int = 0
+    """Load: the sum of those requests' tokens."""
+    epoch: int = 0
+    """Raised when the server is lost, so that replies to requests from before the loss are recognized and ignored."""
+    bad_replies: int = 0
+    """Bad replies in a row."""
+    last_reply: float = 0.0
+    """Monotonic time of its last reply, or of its first request."""
+    last_probe: float = 0.0
+    """Monotonic time of the last question of health."""
+    missed_probes: int = 0
 
 
-class Dispatch:
-    """One round of questions; ``run`` gives their answers in order."""
+@dataclass(frozen=True)
+class ServerReply:
+    """A reply in the queue. ``index`` is None for one to a question of health."""
+
+    state: ServerState
+    epoch: int
+    index: int | None
+    reply: Reply
+
+
+class Dispatcher:
+    """One round of requests; ``run`` returns their parsed replies in order."""
 
     def __init__(
-        self, pool: Pool, path: str, questions: Sequence[Question], at_once: int, on_progress: Progress | None = None
+        self,
+        pool: Pool,
+        path: str,
+        requests: Sequence[ServerRequest],
+        concurrency: int,
+        on_progress: Progress | None = None,
     ) -> None:
-        """``at_once`` is how many questions a server has under way at most."""
-        self.pool, self.path, self.questions, self.at_once = pool, path, questions, at_once
+        """``concurrency`` is how many requests a server has in flight at most."""
+        self.pool, self.path, self.requests, self.concurrency = pool, path, requests, concurrency
         self.on_progress = on_progress
-        self.answers: list[Any] = [None] * len(questions)
-        self.left = len(questions)
-        self.bad: dict[int, int] = {}
-        """Bad replies so far, by the place of their question."""
-        self.avoid: dict[int, set[int]] = {}
-        """Servers that gave them."""
-        self.desks = [_Desk(member) for member in pool.members]
-        self.pending = deque(self._groups(range(len(questions))))
-        self.heard: queue.SimpleQueue[tuple[_Desk, int, int, Reply]] = queue.SimpleQueue()
-        self.given_up = threading.Event()
+        self.results: list[Any] = [None] * len(requests)
+        self.remaining = len(requests)
+        self.bad_replies: dict[int, int] = {}
+        """Index of a request → bad replies to it so far."""
+        self.failed_servers: dict[int, set[int]] = {}
+        """Index of a request → servers that gave them."""
+        self.servers = [ServerState(index, member) for index, member in enumerate(pool.members)]
+        self.pending = deque(self._group(range(len(requests))))
+        self.replies: queue.SimpleQueue[ServerReply] = queue.SimpleQueue()
 
     def run(self) -> list[Any]:
-        """Ask until everything is answered. Raises ``EngineLost`` when no server is left, ``BadReply`` for a question
-        that was answered with nonsense several times."""
-        # More than can be under way: a call to a lost server may not have ended when its question is asked again.
-        most = 4 * self.at_once * len(self.desks) + len(self.desks)
-        self.threads = ThreadPoolExecutor(most, thread_name_prefix="vllm-server")
+        """Send requests until each has a reply.
+
+        Raises ``EngineLost`` when no server is left, ``BadReply`` for a request that got several bad replies.
+        """
         try:
-            while self.left:
+            while self.remaining:
+                # 1. Fill every ready server up to its concurrency.
                 self._assign()
+                # 2. Take one reply. Waiting is short, so that step 3 comes around while nobody answers.
                 with contextlib.suppress(queue.Empty):
-                    self._hear(*self.heard.get(timeout=POLL_SECONDS))
-                self._look()
-                if self.left and not any(desk.places for desk in self.desks):
+                    self._on_reply(self.replies.get(timeout=POLL_SECONDS))
+                # 3. Find servers that died or fell silent; their requests are pending again.
+                self._check_silent_servers()
+                # 4. With nothing in flight no reply will come: a server has to come back first.
+                if self.remaining and not any(state.in_flight for state in self.servers):
                     self.pool.await_ready()
-            return self.answers
+            return self.results
         finally:
-            self.given_up.set()
-            self.threads.shutdown(wait=False, cancel_futures=True)
-            for desk in self.desks:
-                desk.member.client.sever()
+            for state in self.servers:
+                state.member.client.cancel_all()
 
-    def _groups(self, places: Sequence[int] | set[int]) -> list[list[int]]:
-        found: dict[int, list[int]] = {}
-        for place in sorted(places):
-            found.setdefault(self.questions[place].group, []).append(place)
-        return list(found.values())
+    def _group(self, indexes: Iterable[int]) -> list[list[int]]:
+        """Return the requests by group, in their order."""
+        groups: dict[int, list[int]] = {}
+        for index in sorted(indexes):
+            groups.setdefault(self.requests[index].group, []).append(index)
+        return list(groups.values())
 
-    # ---- asking ----
+    # ---- sending ----
 
     def _assign(self) -> None:
-        """Hand groups out, in their order, as long as a server has room."""
-        for _ in range(len(self.pending)):
-            group = self.pending.popleft()
-            desk = self._least_loaded(group)
-            if desk is None:
-                self.pending.appendleft(group)
+        """Send pending groups in order, as long as a server has room."""
+        while self.pending:
+            group = self.pending[0]
+            state = self._least_loaded(group)
+            if state is None:
                 return
-            for place in group:
-                self._ask(desk, place)
+            self.pending.popleft()
+            for index in group:
+                self._send(state, index)
 
-    def _least_loaded(self, group: list[int]) -> _Desk | None:
-        """The ready server with room that has the fewest tokens in flight; one that failed here only if all did."""
-        ready = [number for number, desk in enumerate(self.desks) if desk.member.ready]
-        failed = set().union(*(self.avoid.get(place, set()) for place in group))
-        room = [number for number in ready if len(self.desks[number].places) < self.at_once]
-        wanted = [number for number in room if number not in failed]
-        if not wanted and set(ready) <= failed:
-            wanted = room
-        return min((self.desks[number] for number in wanted), key=lambda desk: desk.tokens, default=None)
+    def _least_loaded(self, group: list[int]) -> ServerState | None:
+        """Return the ready server with room that has the fewest tokens in flight; None while there is none.
 
-    def _ask(self, desk: _Desk, place: int) -> None:
-        if not desk.places:
-            desk.heard = time.monotonic()
-        desk.places.add(place)
-        desk.tokens += self.questions[place].tokens
-        self.threads.submit(self._exchange, desk, desk.turn, place, desk.member.client)
+        A server that gave a bad reply to one of the group is only taken when every ready server did.
+        """
+        ready = [state for state in self.servers if state.member.ready]
+        failed = set().union(*(self.failed_servers.get(index, set()) for index in group))
+        with_room = [state for state in ready if len(state.in_flight) < self.concurrency]
+        candidates = [state for state in with_room if state.index not in failed]
+        # Better the server that failed than none: it may answer this time.
+        if not candidates and all(state.index in failed for state in ready):
+            candidates = with_room
+        return min(candidates, key=lambda state: state.tokens, default=None)
 
-    def _exchange(self, desk: _Desk, turn: int, place: int, client: Client) -> None:
-        body = self.questions[place].body
-        self.heard.put((desk, turn, place, client.exchange("POST", self.path, body, client.timeout, self.given_up)))
+    def _send(self, state: ServerState, index: int) -> None:
+        if not state.in_flight:
+            state.last_reply = time.monotonic()
+        state.in_flight.add(index)
+        state.tokens += self.requests[index].tokens
+        future = state.member.client.submit("POST", self.path, self.requests[index].body)
+        self._queue_reply(future, state, index)
 
-    # ---- hearing ----
+    def _queue_reply(self, future: Future[Reply], state: ServerState, index: int | None) -> None:
+        """Put the reply into the queue when it comes. Cancelled calls are those of a server that was lost."""
+        epoch = state.epoch
 
-    def _hear(self, desk: _Desk, turn: int, place: int, reply: Reply) -> None:
-        if turn != desk.turn:
-            return  # of a server that was lost meanwhile; somebody else was asked
-        if place < 0:
-            self._hear_health(desk, reply)
+        def on_done(done: Future[Reply]) -> None:
+            if done.cancelled():
+                return
+            error = done.exception()
+            reply = done.result() if error is None else Reply(self.path, 0.0, error=error)
+            self.replies.put(ServerReply(state, epoch, index, reply))
+
+        future.add_done_callback(on_done)
+
+    # ---- replies ----
+
+    def _on_reply(self, arrived: ServerReply) -> None:
+        state, index = arrived.state, arrived.index
+        if arrived.epoch != state.epoch:
+            return  # the server was lost since, and its requests went to others
+        if index is None:
+            self._on_health(state, arrived.reply)
             return
-        desk.heard = time.monotonic()
-        question = self.questions[place]
+        state.last_reply = time.monotonic()
+        request = self.requests[index]
         try:
-            self.answers[place] = question.read(desk.member, question.body, desk.member.client.read(reply))
+            content = state.member.client.read(arrived.reply)
+            self.results[index] = request.parse(state.member, request.body, content)
         except EngineLost as error:
-            self._lose(desk, error)
+            self._lose(state, error)
             return
         except BadReply as error:
-            self._hear_nonsense(desk, place, error)
+            self._on_bad_reply(state, index, error)
             return
-        self._settle(desk, place)
-        desk.bad, desk.misses = 0, 0
-        self.left -= 1
+        self._take_off(state, index)
+        state.bad_replies = 0
+        state.missed_probes = 0
+        self.remaining -= 1
         if self.on_progress is not None:
-            self.on_progress(len(self.questions) - self.left, len(self.questions))
+            self.on_progress(len(self.requests) - self.remaining, len(self.requests))
 
-    def _settle(self, desk: _Desk, place: int) -> None:
-        desk.places.discard(place)
-        desk.tokens -= self.questions[place].tokens
+    def _take_off(self, state: ServerState, index: int) -> None:
+        """Take a request off a server's load."""
+        state.in_flight.discard(index)
+        state.tokens -= self.requests[index].tokens
 
-    def _hear_nonsense(self, desk: _Desk, place: int, error: BadReply) -> None:
-        """Ask another; give up on a question that nobody answers, and on a server that answers none."""
-        self._settle(desk, place)
-        self.bad[place] = self.bad.get(place, 0) + 1
-        self.avoid.setdefault(place, set()).add(self.desks.index(desk))
-        if self.bad[place] >= BAD_REPLIES:
+    def _on_bad_reply(self, state: ServerState, index: int, error: BadReply) -> None:
+        """Send the request to another server.
+
+        A request with several bad replies is at fault itself, so the error is raised; a server with several bad
+        replies in a row is lost.
+        """
+        self._take_off(state, index)
+        self.bad_replies[index] = self.bad_replies.get(index, 0) + 1
+        self.failed_servers.setdefault(index, set()).add(state.index)
+        if self.bad_replies[index] >= BAD_REPLIES:
             raise error
-        self.pending.appendleft([place])
-        desk.bad += 1
-        if desk.bad >= BAD_REPLIES:
-            self._lose(desk, error)
+        self.pending.appendleft([index])
+        state.bad_replies += 1
+        if state.bad_replies >= BAD_REPLIES:
+            self._lose(state, error)
 
-    # ---- servers that say nothing ----
+    # ---- silent servers ----
 
-    def _look(self) -> None:
-        """Whether the servers that have questions still live: their process, their answers, their own word."""
+    def _check_silent_servers(self) -> None:
+        """Find servers whose process has ended, and ask those that are silent how they are.
+
+        Their calls end by themselves after the timeout; this finds a dead server sooner.
+        """
         now = time.monotonic()
-        for desk in self.desks:
-            if not desk.places:
+        for state in self.servers:
+            if not state.in_flight:
                 continue
-            client, silent = desk.member.client, now - desk.heard
-            if client.server is not None and client.server.process.poll() is not None:
-                self._lose(desk, client.lost(Reply(self.path, silent, error=ConnectionError("its process ended"))))
-            elif silent > client.timeout + PROBE_SECONDS:
-                self._lose(desk, client.lost(Reply(self.path, silent, error=TimeoutError())))
-            elif silent > HEALTH_SECONDS and now - desk.asked > HEALTH_SECONDS:
-                desk.asked = now
-                self.threads.submit(self._ask_health, desk, desk.turn, client)
+            client = state.member.client
+            silence = now - state.last_reply
+            if client.has_exited():
+                ended = Reply(self.path, silence, error=ConnectionError("its process ended"))
+                self._lose(state, client.lost(ended))
+            elif silence > HEALTH_SECONDS and now - state.last_probe > HEALTH_SECONDS:
+                state.last_probe = now
+                probe = client.submit("GET", "/health", timeout=min(HEALTH_SECONDS, client.timeout))
+                self._queue_reply(probe, state, None)
 
-    def _ask_health(self, desk: _Desk, turn: int, client: Client) -> None:
-        self.heard.put((desk, turn, -1, client.exchange("GET", "/health", None, min(HEALTH_SECONDS, client.timeout))))
+    def _on_health(self, state: ServerState, reply: Reply) -> None:
+        if reply.error is None and reply.status == 200:
+            state.missed_probes = 0
+            return
+        state.missed_probes += 1
+        if state.missed_probes < HEALTH_MISSES:
+            return
+        reason = f"status {reply.status}" if reply.error is None else type(reply.error).__name__
+        client = state.member.client
+        self._lose(
+            state,
+            EngineLost(
+                f"the vLLM server at {client.address} did not say that it is well {state.missed_probes} times in a row "
+                f"({reason}). {client.state()}"
+            ),
+        )
 
-    def _hear_health(self, desk: _Desk, reply: Reply) -> None:
-        well = reply.error is None and reply.status == 200
-        desk.misses = 0 if well else desk.misses + 1
-        if desk.misses >= HEALTH_MISSES:
-            said = f"status {reply.status}" if reply.error is None else type(reply.error).__name__
-            what = f"did not say that it is well {desk.misses} times in a row ({said})"
-            self._lose(desk, EngineLost(f"the vLLM server at {desk.member.client.address} {what}. {_state(desk)}"))
-
-    def _lose(self, desk: _Desk, error: Exception) -> None:
-        """Give what it had to the others, first in their queue."""
-        self.pending.extendleft(reversed(self._groups(desk.places)))
-        desk.places, desk.tokens = set(), 0
-        desk.turn += 1
-        desk.bad = desk.misses = 0
-        desk.member.client.sever()
-        self.pool.lose(desk.member, error)
-
-
-def _state(desk: _Desk) -> str:
-    state: str = desk.member.client.state()
-    return state
+    def _lose(self, state: ServerState, error: Exception) -> None:
+        """Put a server's requests at the head of the queue, and tell the pool that it is lost."""
+        self.pending.extendleft(reversed(self._group(state.in_flight)))
+        state.in_flight = set()
+        state.tokens = 0
+        state.epoch += 1
+        state.bad_replies = 0
+        state.missed_probes = 0
+        state.member.client.cancel_all()
+        self.pool.lose(state.member, error)

@@ -1,7 +1,7 @@
-"""Asks an OpenAI-compatible server: many requests at once, each bounded in time, tried again where that may help.
+"""Client of an OpenAI-compatible server: many requests at once, each bounded in time, retried where that may help.
 
-The key is read from the environment when a run starts and goes nowhere but into the header: not into records, caches,
-logs or messages. Torch-free. Left out: streaming, tools, images, several choices a request.
+The key is read from the environment when a run starts and goes only into the header: not into records, caches, logs or
+messages. Torch-free. Leaves out streaming, tools, images, and several choices per request.
 """
 
 from __future__ import annotations
@@ -16,112 +16,113 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
-
+from align.config.endpoint import EndpointConfig
 from align.config.validation import suggest
 from align.data.rows import Message
 from align.errors import UserError, printable, redact, shorten
-from align.inference.cached_client import Desk
-from align.inference.endpoint import EndpointConfig, read_completion
+from align.inference.cached_client import AnswerSink
 from align.inference.requests import Answer, Request
+from align.inference.transport import Reply, ReplyTooLong, Transport
 
-AGAIN = frozenset({408, 409, 425, 429})
+COMPLETIONS, MODELS = "/chat/completions", "/models"
+RETRIED_STATUSES = frozenset({408, 409, 425, 429})
 """Statuses that may pass, beside all from 500 on."""
-FIRST_WAIT, MOST_BACKOFF, MOST_WAIT = 1.0, 60.0, 600.0
-"""Seconds: before the first retry, doubled each time; at most; and what a server may ask for with Retry-After."""
-CONNECT_SECONDS = 20.0
-MOST_BYTES = 16 << 20
-"""Of one answer."""
-MOST_MODELS_BYTES, CHUNK_BYTES = 4 << 20, 1 << 16
-"""Of the list of models, and of what is looked at together."""
-SAID = 200
-"""Characters shown of what a server says."""
+FIRST_WAIT, MAX_BACKOFF, MAX_WAIT = 1.0, 60.0, 600.0
+"""Seconds before the first retry, doubled each time; their limit; the limit of what Retry-After may ask for."""
+MAX_REPLY_BYTES, MAX_MODELS_BYTES = 16 << 20, 4 << 20
+"""Bytes of one answer, and of the list of models."""
+MODELS_SECONDS = 10
+MAX_QUOTE = 200
+"""Characters of a server's error that a message quotes."""
+MAX_TOKENS = 2**40
+"""Token counts above are taken for nonsense: they would overflow a cost."""
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 
 
 class EndpointLost(RuntimeError):
-    """The endpoint was not reached, not in time, or gave nothing that can be used, however often it was asked."""
+    """The endpoint was not reached, not in time, or gave nothing usable, in all attempts."""
 
 
-class _Trouble(Exception):
-    """One attempt came to nothing; another may not."""
+class _AttemptFailed(Exception):
+    """One attempt failed in a way that another may not."""
 
-    def __init__(self, what: str, wait: float | None = None, *, reached: bool = True, usable: bool = True) -> None:
-        super().__init__(what)
-        self.wait, self.reached, self.usable = wait, reached, usable
-
-
-class _TooLong(Exception):
-    """An answer has more bytes than any needs."""
+    def __init__(
+        self, problem: str, wait: float | None = None, *, is_reached: bool = True, is_usable: bool = True
+    ) -> None:
+        """``wait`` is what the server asks for, in seconds. Without ``is_usable`` it answered, but not readably."""
+        super().__init__(problem)
+        self.wait, self.is_reached, self.is_usable = wait, is_reached, is_usable
 
 
 class Endpoint:
-    """Answers requests."""
+    """A :class:`~align.inference.cached_client.Backend` at an OpenAI-compatible server."""
 
     def __init__(self, config: EndpointConfig, *, drop: bool = False, place: str = "endpoint") -> None:
-        """``drop``: a request that the server refuses as such, or never answers readably, becomes an ``Answer`` with
-        ``error`` instead of ending the run. ``place`` is where in the YAML the settings stand, for messages. Raises
-        ``UserError`` when the key's variable is not set.
+        """Read the key. Raises ``UserError`` when its variable is not set.
+
+        With ``drop``, a request that the server refuses as such, or never answers readably, becomes an ``Answer`` with
+        ``error`` instead of ending the run. ``place`` is the settings' place in the YAML, for messages.
         """
         self.config, self.drop, self.place = config, drop, place
         self.identity = config.identity()
         self.retried = 0
         self._checked = False
-        self._open_at = 0.0  # monotonic time before which nothing is sent, because the server asked to wait
-        self._key = ""
-        if config.key_variable is not None:
-            self._key = os.environ.get(config.key_variable, "").strip()
-            if not self._key:
-                raise UserError(
-                    f"{place}.key_variable: the environment variable {config.key_variable} is not set; export the "
-                    f"endpoint's key in it, or leave key_variable out for a server that needs none."
-                )
-            if not (self._key.isascii() and self._key.isprintable()):
-                raise UserError(
-                    f"{place}.key_variable: what {config.key_variable} holds is no key: odd characters in it."
-                )
+        """True once a request was answered: address, key and model are right."""
+        self._paused_until = 0.0
+        """Monotonic time before which nothing is sent, because the server asked to wait."""
+        self._key = "" if config.key_variable is None else self._read_key(config.key_variable)
 
-    def answer(self, requests: list[Request], desk: Desk) -> None:
-        """Ask everything; ``desk.keep`` takes each answer as it comes, in any order.
+    def _read_key(self, variable: str) -> str:
+        key = os.environ.get(variable, "").strip()
+        if not key:
+            raise UserError(
+                f"{self.place}.key_variable: the environment variable {variable} is not set; export the endpoint's key "
+                "in it, or leave key_variable out for a server that needs none."
+            )
+        if not (key.isascii() and key.isprintable()):
+            raise UserError(f"{self.place}.key_variable: what {variable} holds is no key: odd characters in it.")
+        return key
 
-        The first request goes alone, so that a wrong address, key or model is found before many are sent. After a
-        failure nothing new is sent, what is under way is waited for and kept, and then the failure is raised:
-        ``UserError`` where the settings are wrong, ``EndpointLost`` where the server is at fault.
+    def answer(self, requests: list[Request], sink: AnswerSink) -> None:
+        """Send all requests; ``sink.record`` takes each answer as it comes, in any order.
+
+        The first request goes alone, so that a wrong address, key or model shows before many are sent. After a failure
+        nothing new is sent; requests in flight are awaited and recorded, and then the failure is raised: ``UserError``
+        where the settings are wrong, ``EndpointLost`` where the server is at fault.
         """
-        asyncio.run(self._answer(requests, desk))
+        asyncio.run(self._answer_all(requests, sink))
 
-    async def _answer(self, requests: list[Request], desk: Desk) -> None:
-        left = iter(requests)
-        async with self._client() as client:
+    async def _answer_all(self, requests: list[Request], sink: AnswerSink) -> None:
+        transport = Transport(
+            self.config.url,
+            key=self._key,
+            headers={"User-Agent": "align"},
+            max_connections=self.config.concurrency,
+            uses_proxies=self.config.url.startswith("https:"),  # no proxy for this machine
+        )
+        pending = iter(requests)
+        try:
+            # 1. One at a time, until a request was answered.
             while not self._checked:
-                request = next(left, None)
+                request = next(pending, None)
                 if request is None:
                     return
-                await self._one(client, request, desk)
-            await self._in_parallel(client, left, desk)
+                await self._answer_one(transport, request, sink)
+            # 2. The rest, ``concurrency`` at a time.
+            await self._answer_in_parallel(transport, pending, sink)
+        finally:
+            await transport.close()
 
-    def _client(self) -> httpx.AsyncClient:
-        headers = {"Content-Type": "application/json", "User-Agent": "align"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
-        most = self.config.concurrency
-        return httpx.AsyncClient(
-            headers=headers,
-            timeout=httpx.Timeout(self.config.timeout, connect=min(CONNECT_SECONDS, self.config.timeout)),
-            limits=httpx.Limits(max_connections=most, max_keepalive_connections=most),
-            trust_env=self.config.url.startswith("https:"),  # no proxy for this machine
-        )
-
-    async def _in_parallel(self, client: httpx.AsyncClient, left: Iterator[Request], desk: Desk) -> None:
+    async def _answer_in_parallel(self, transport: Transport, pending: Iterator[Request], sink: AnswerSink) -> None:
         failures: list[Exception] = []
 
         async def work() -> None:
-            for request in left:  # one iterator for all workers: each takes the next
+            for request in pending:  # one iterator for all workers: each takes the next request
                 if failures:
                     return
                 try:
-                    await self._one(client, request, desk)
+                    await self._answer_one(transport, request, sink)
                 except Exception as error:
                     failures.append(error)
                     return
@@ -130,157 +131,186 @@ class Endpoint:
         if failures:
             raise failures[0]
 
-    async def _one(self, client: httpx.AsyncClient, request: Request, desk: Desk) -> None:
-        async with desk.admit(request):
-            answer = await self._persist(client, request, desk)
+    async def _answer_one(self, transport: Transport, request: Request, sink: AnswerSink) -> None:
+        # The cost is reserved before the request is sent: many in flight could exceed the budget together.
+        async with sink.reserve(request):
+            answer = await self._retry(transport, request, sink)
             if not answer.error:
                 self._checked = True
-            desk.keep([(request, answer)])
+            sink.record([(request, answer)])
 
-    async def _persist(self, client: httpx.AsyncClient, request: Request, desk: Desk) -> Answer:
-        """Try until there is an answer, or no retry is left."""
+    # ---- attempts ----
+
+    async def _retry(self, transport: Transport, request: Request, sink: AnswerSink) -> Answer:
+        """Try until there is an answer or no retry is left."""
         for attempt in range(self.config.retries + 1):
-            await asyncio.sleep(max(0.0, self._open_at - time.monotonic()))
+            await asyncio.sleep(max(0.0, self._paused_until - time.monotonic()))
             try:
-                return await self._attempt(client, request, desk)
-            except _Trouble as trouble:
-                last = trouble
-            if not self._checked and not last.reached:
+                return await self._attempt(transport, request, sink)
+            except _AttemptFailed as error:
+                failure = error
+            # Nothing was ever reached at this address: it is probably wrong, and retrying would only delay the message.
+            if not self._checked and not failure.is_reached:
                 remedy = "Start the server there, or correct the address."
-                raise UserError(f"{self.place}.url: {self.config.url} {last}. {remedy}")
+                raise UserError(f"{self.place}.url: {self.config.url} {failure}. {remedy}")
             if attempt < self.config.retries:
                 self.retried += 1
-                await self._wait(last, attempt)
-        if not last.usable and self.drop:
-            return Answer("", error=str(last))
-        times = "one attempt" if self.config.retries == 0 else f"{self.config.retries + 1} attempts"
+                await self._wait(failure, attempt)
+        if not failure.is_usable and self.drop:
+            return Answer("", error=str(failure))
+        attempts = "one attempt" if self.config.retries == 0 else f"{self.config.retries + 1} attempts"
         raise EndpointLost(
-            f"the endpoint {self.config.url} {last}; gave up after {times} ({self.place}.retries). What was answered "
-            "is kept: run again to go on."
+            f"the endpoint {self.config.url} {failure}; gave up after {attempts} ({self.place}.retries). What was "
+            "answered is kept: run again to go on."
         )
 
-    async def _wait(self, trouble: _Trouble, attempt: int) -> None:
-        if trouble.wait is None:
-            await asyncio.sleep(min(MOST_BACKOFF, FIRST_WAIT * 2**attempt))
+    async def _wait(self, failure: _AttemptFailed, attempt: int) -> None:
+        """Wait before the next attempt, as long as the server asks for, else with exponential backoff."""
+        if failure.wait is None:
+            await asyncio.sleep(min(MAX_BACKOFF, FIRST_WAIT * 2**attempt))
             return
-        if trouble.wait > MOST_WAIT:
+        if failure.wait > MAX_WAIT:
             raise EndpointLost(
-                f"the endpoint {self.config.url} {trouble} and asks to wait {trouble.wait:.0f} s. What was answered is "
+                f"the endpoint {self.config.url} {failure} and asks to wait {failure.wait:.0f} s. What was answered is "
                 "kept: run again then to go on."
             )
-        self._open_at = max(self._open_at, time.monotonic() + trouble.wait)  # for all that are under way
+        # The server's limit holds for the key, so all requests in flight wait, not only this one.
+        self._paused_until = max(self._paused_until, time.monotonic() + failure.wait)
 
-    async def _attempt(self, client: httpx.AsyncClient, request: Request, desk: Desk) -> Answer:
-        began = time.monotonic()
-        try:
-            async with asyncio.timeout(self.config.timeout):
-                reply, data = await self._post(client, request)
-        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            raise _Trouble(self._why(error, began), reached=False) from None
-        except (TimeoutError, httpx.TimeoutException):
-            desk.lose(request)
-            limit = f"{self.config.timeout:g} s ({self.place}.timeout)"
-            raise _Trouble(f"did not answer /chat/completions within {limit}") from None
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:  # the last for headers that cannot be read
-            desk.lose(request)
-            raise _Trouble(self._why(error, began)) from None
-        return await self._read(client, reply, data)
-
-    def _why(self, error: Exception, began: float) -> str:
-        what = f"{type(error).__name__}: {self._clean(str(error))}".rstrip(": ")
-        return f"could not be asked: {what}, after {time.monotonic() - began:.1f} s of at most {self.config.timeout:g}"
-
-    async def _post(self, client: httpx.AsyncClient, request: Request) -> tuple[httpx.Response, bytes]:
-        seed = {"seed": request.own_seed} if self.config.send_seed else {}
+    async def _attempt(self, transport: Transport, request: Request, sink: AnswerSink) -> Answer:
         body = {
             "model": self.config.model,
-            "messages": [_spoken(message) for message in request.messages],
+            "messages": [_strip_train_mark(message) for message in request.messages],
             self.config.length_field: request.max_tokens,
             "temperature": request.temperature,
             "top_p": request.top_p,
         }
-        async with client.stream(
-            "POST", f"{self.config.url}/chat/completions", json={**body, **seed, **self.config.extra}
-        ) as reply:
-            try:
-                return reply, await _body(reply, MOST_BYTES)
-            except _TooLong:
-                what = f"sent more than {MOST_BYTES >> 20} MiB in one answer"
-                raise _Trouble(what, usable=False) from None
+        if self.config.send_seed:
+            body["seed"] = request.own_seed
+        content = json.dumps({**body, **self.config.extra}).encode()
+        reply = await transport.exchange(
+            "POST", COMPLETIONS, content, timeout=self.config.timeout, max_bytes=MAX_REPLY_BYTES
+        )
+        if reply.error is None:
+            return await self._read(transport, reply)
+        if reply.is_unreachable:
+            raise _AttemptFailed(self._explain(reply), is_reached=False)
+        if isinstance(reply.error, ReplyTooLong):
+            raise _AttemptFailed(f"sent more than {MAX_REPLY_BYTES >> 20} MiB in one answer", is_usable=False)
+        # The server may have answered and charged for it.
+        sink.record_lost(request)
+        if reply.is_timeout:
+            limit = f"{self.config.timeout:g} s ({self.place}.timeout)"
+            raise _AttemptFailed(f"did not answer {COMPLETIONS} within {limit}")
+        raise _AttemptFailed(self._explain(reply))
 
-    async def _read(self, client: httpx.AsyncClient, reply: httpx.Response, data: bytes) -> Answer:
-        status, said = reply.status_code, self._said(data)
-        at = f"{self.place}: {self.config.url}"
+    def _explain(self, reply: Reply) -> str:
+        problem = f"{type(reply.error).__name__}: {self._clean(str(reply.error))}".rstrip(": ")
+        return f"could not be asked: {problem}, after {reply.seconds:.1f} s of at most {self.config.timeout:g}"
+
+    # ---- replies ----
+
+    async def _read(self, transport: Transport, reply: Reply) -> Answer:
+        """Return the answer in a reply. Raises ``_AttemptFailed`` for errors that may pass, else ``UserError``."""
+        status, quote = reply.status, self._quote(reply.data)
+        endpoint = f"{self.place}: {self.config.url}"
         if status == 200:
             try:
-                return read_completion(json.loads(data))
-            except (ValueError, RecursionError) as error:  # the latter for brackets that nest without end
-                why = self._clean(shorten(str(error)))
-                raise _Trouble(f"gave an answer that is no chat completion ({why}){said}", usable=False) from None
-        if status in AGAIN or status >= 500:
-            raise _Trouble(f"answered with status {status}{said}", _retry_after(reply))
+                return read_completion(json.loads(reply.data))
+            except (ValueError, RecursionError) as error:  # RecursionError: brackets that nest without end
+                reason = self._clean(shorten(str(error)))
+                raise _AttemptFailed(
+                    f"gave an answer that is no chat completion ({reason}){quote}", is_usable=False
+                ) from None
+        # Busy or broken for the moment.
+        if status in RETRIED_STATUSES or status >= 500:
+            raise _AttemptFailed(f"answered with status {status}{quote}", _retry_after(reply))
+        # Settings are wrong: every other request would be refused too.
         if status in (401, 403):
-            given = f"the key in {self.config.key_variable}" if self._key else "requests without a key (key_variable)"
-            raise UserError(f"{at} refuses {given}: status {status}{said}.")
+            sender = f"the key in {self.config.key_variable}" if self._key else "requests without a key (key_variable)"
+            raise UserError(f"{endpoint} refuses {sender}: status {status}{quote}.")
         if status == 404:
-            raise UserError(f"{at} answers with status 404{said}. {await self._models(client)}")
+            raise UserError(f"{endpoint} answers with status 404{quote}. {await self._explain_missing(transport)}")
         if status == 402 or 300 <= status < 400:
-            to = self._clean(reply.headers.get("location", ""))
-            raise UserError(f"{at} answers with status {status}{said}{f' to {to}' if to else ''}.")
-        what = f"refuses the request with status {status}{said}"
+            target = self._clean(reply.headers.get("location", ""))
+            redirect = f" to {target}" if target else ""
+            raise UserError(f"{endpoint} answers with status {status}{quote}{redirect}.")
+        problem = f"refuses the request with status {status}{quote}"
         if self.drop:
-            return Answer("", error=what)
+            return Answer("", error=problem)
         remedy = "Correct the settings, or write `on_error: drop` to leave such rows out and count them."
-        raise UserError(f"{at} {what}. {remedy}")
+        raise UserError(f"{endpoint} {problem}. {remedy}")
 
-    async def _models(self, client: httpx.AsyncClient) -> str:
-        """What to do about a 404: it is the address or the model, and most servers can say which models they have."""
+    async def _explain_missing(self, transport: Transport) -> str:
+        """Explain a 404: the address or the model is wrong, and most servers can list their models."""
+        seconds = min(MODELS_SECONDS, self.config.timeout)
+        reply = await transport.exchange("GET", MODELS, timeout=seconds, max_bytes=MAX_MODELS_BYTES)
         try:
-            async with asyncio.timeout(min(10, self.config.timeout)):
-                async with client.stream("GET", f"{self.config.url}/models") as reply:
-                    found = json.loads(await _body(reply, MOST_MODELS_BYTES))
-            names = sorted(self._clean(shorten(str(one["id"]))) for one in found["data"])[:20]
-        except (httpx.HTTPError, TimeoutError, ValueError, KeyError, TypeError, RecursionError, _TooLong):
+            names = sorted(self._clean(shorten(str(model["id"]))) for model in json.loads(reply.data)["data"])[:20]
+        except (ValueError, KeyError, TypeError, RecursionError):
             return f"Is {self.place}.url its address up to /v1, and '{self.config.model}' one of its models?"
         if self.config.model in names:
             return f"It knows the model '{self.config.model}', so {self.place}.url may be wrong."
         return f"{self.place}.model: it has no '{self.config.model}'.{suggest(self.config.model, names)}"
 
-    def _said(self, data: bytes) -> str:
-        """The beginning of what the server said, with its message taken out of the usual JSON."""
-        text = data[: SAID * 20].decode("utf-8", "replace")
+    def _quote(self, data: bytes) -> str:
+        """Return the beginning of an error, its message taken out of the usual JSON, with a colon in front."""
+        text = data[: MAX_QUOTE * 20].decode("utf-8", "replace")
         try:
             error = json.loads(data)["error"]
             text = error if isinstance(error, str) else str(error["message"])
         except (ValueError, KeyError, TypeError, RecursionError):
-            pass  # said in another way: shown as it is
+            pass  # another format: quoted as it is
         text = self._clean(text)
-        return f": {text if len(text) <= SAID else text[:SAID] + '...'}" if text else ""
+        if len(text) > MAX_QUOTE:
+            text = f"{text[:MAX_QUOTE]}..."
+        return f": {text}" if text else ""
 
     def _clean(self, text: str) -> str:
-        """One line without control characters, and without the key, which some servers repeat in their errors."""
+        """Return one line without control characters, and without the key, which some servers repeat."""
         if self._key:
             text = text.replace(self._key, "***")
         return printable(_CONTROL.sub(" ", redact(text))).strip()
 
 
-def _spoken(message: Message) -> Message:
-    """A message without the mark of training, which is no field of OpenAI's: servers refuse those."""
+def read_completion(completion: Any) -> Answer:
+    """Return the answer in a chat completion. Raises ``ValueError`` for anything else."""
+    try:
+        choice = completion["choices"][0]
+        content = choice["message"].get("content")
+        if isinstance(content, list):  # some servers send parts
+            content = "".join(part["text"] for part in content if part.get("type") == "text")
+        if not isinstance(content, (str, type(None))):
+            raise TypeError("content is no text")
+        is_refused = bool(choice["message"].get("refusal"))
+        usage = completion.get("usage") or {}
+        prompt_tokens = _token_count(usage.get("prompt_tokens"))
+        completion_tokens = _token_count(usage.get("completion_tokens"))
+        reason = choice.get("finish_reason")
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+    return Answer(
+        text=(content or "").encode("utf-8", "replace").decode("utf-8"),  # half a surrogate fits no Parquet file
+        finished=reason != "length",
+        refused=is_refused or reason == "content_filter",
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+    )
+
+
+def _token_count(value: Any) -> int | None:
+    """Return a number of tokens, or None for anything else."""
+    is_count = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_TOKENS
+    return value if is_count else None
+
+
+def _strip_train_mark(message: Message) -> Message:
+    """Return a message without ``train``, which is no field of OpenAI's: servers refuse those."""
     return {name: value for name, value in message.items() if name != "train"}
 
 
-async def _body(reply: httpx.Response, most: int) -> bytes:
-    """The whole of an answer. Raises ``_TooLong`` as soon as it has more than ``most`` bytes, also unpacked."""
-    data = bytearray()
-    async for chunk in reply.aiter_bytes(CHUNK_BYTES):
-        data += chunk
-        if len(data) > most:
-            raise _TooLong
-    return bytes(data)
-
-
-def _retry_after(reply: httpx.Response) -> float | None:
-    """Seconds that the server asks to wait, given as such or as a date; None where it does not."""
+def _retry_after(reply: Reply) -> float | None:
+    """Return the seconds that the server asks to wait, as a number or as a date; None where it does not."""
     value: Any = reply.headers.get("retry-after", "").strip()
     try:
         seconds = float(value)

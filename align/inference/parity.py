@@ -1,8 +1,8 @@
-"""Do the engine and the trainer hold the same model? Asked before a rollout is trusted.
+"""Parity probe: check that the engine and the trainer hold the same model, before a rollout is trusted.
 
-The engine samples a few responses and says how likely each token was; the trainer's model is asked about the same
-tokens. Different kernels and bfloat16 make small differences; stale weights, an unsynced head, another temperature or
-template make large ones, and PPO would learn from them without complaint.
+The engine samples a few responses with their log-probabilities; the trainer's model scores the same tokens. Different
+kernels and bfloat16 make small differences. Stale weights, an unsynced head, another temperature or template make
+large ones, and PPO would learn from them without complaint.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
 """Largest mean |difference| in nats per token, by the less exact of the two types.
 
 Measured on SmolLM2-135M at temperature 1: float32 7e-6, bfloat16 0.05 without bias (mean -0.003); a head that was not
-synced after a few updates gives 0.7."""
+synced after a few updates gives 0.7.
+"""
 
 
 class ParityError(RuntimeError):
@@ -27,7 +28,7 @@ class ParityError(RuntimeError):
 
 @dataclass(frozen=True)
 class Parity:
-    """What was found. ``mean_gap`` and ``max_gap`` are |engine - trainer| in nats per token."""
+    """Result of a probe. ``mean_gap`` and ``max_gap`` are |engine - trainer| in nats per token."""
 
     tokens: int
     mean_gap: float
@@ -49,19 +50,20 @@ def probe(
     Raises ``ParityError`` with the likely causes when the mean gap is above the tolerance, or a value is not finite.
     The model's mode, gradients and the caller's randomness are left as they were.
     """
-    drawn = engine.generate(prompts, Sampling(max_tokens=max_tokens, temperature=temperature, seed=seed))
-    responses = [samples[0] for samples in drawn]
-    ours = trainer_logprobs(model, prompts, [response.token_ids for response in responses], temperature)
-    theirs = torch.tensor([value for response in responses for value in response.logprobs])
-    gap = (theirs - ours).abs()
-    found = Parity(len(gap), float(gap.mean()), float(gap.max()), tolerance_of(engine, model))
-    if not gap.isfinite().all() or found.mean_gap > found.tolerance:
-        raise ParityError(explain(engine.name, found, theirs, ours))
-    return found
+    samples = engine.generate(prompts, Sampling(max_tokens=max_tokens, temperature=temperature, seed=seed))
+    responses = [row[0] for row in samples]
+    # Log-probabilities of all response tokens of all rows, one after another: (N,).
+    logprobs = trainer_logprobs(model, prompts, [response.token_ids for response in responses], temperature)
+    sampler_logprobs = torch.tensor([value for response in responses for value in response.logprobs])
+    gap = (sampler_logprobs - logprobs).abs()
+    parity = Parity(len(gap), float(gap.mean()), float(gap.max()), tolerance_of(engine, model))
+    if not gap.isfinite().all() or parity.mean_gap > parity.tolerance:
+        raise ParityError(explain(engine.name, parity, sampler_logprobs, logprobs))
+    return parity
 
 
 def tolerance_of(engine: Any, model: Any) -> float:
-    """The tolerance of the less exact type among the engine's, the model's and that of an active autocast."""
+    """Return the tolerance of the least exact type among the engine's, the model's and an active autocast's."""
     device = next(model.parameters()).device.type
     types = {getattr(engine, "dtype", torch.float32), next(model.parameters()).dtype}
     if torch.is_autocast_enabled(device):
@@ -73,28 +75,31 @@ def tolerance_of(engine: Any, model: Any) -> float:
 def trainer_logprobs(
     model: Any, prompts: list[list[int]], responses: list[list[int]], temperature: float
 ) -> torch.Tensor:
-    """Log-probabilities of all response tokens, one after another, float32: row by row, so without any padding."""
+    """Return the log-probabilities (N,) of all N response tokens, one after another, in float32.
+
+    Rows are scored one at a time, so there is no padding.
+    """
     training = model.training
     model.eval()
     device = next(model.parameters()).device
-    found = []
+    logprobs = []
     for prompt, response in zip(prompts, responses, strict=True):
         ids = torch.tensor([[*prompt, *response]], device=device)
         logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()  # (T, V)
         scores = (logits / (temperature or 1.0)).log_softmax(dim=-1)
-        found.append(scores.gather(1, ids[0, len(prompt) :, None])[:, 0].cpu())
+        logprobs.append(scores.gather(1, ids[0, len(prompt) :, None])[:, 0].cpu())
     model.train(training)
-    return torch.cat(found)
+    return torch.cat(logprobs)
 
 
-def explain(name: str, found: Parity, theirs: torch.Tensor, ours: torch.Tensor) -> str:
-    """What was found, what was expected, what usually is the cause."""
-    bias = float((theirs - ours).mean())
+def explain(name: str, parity: Parity, sampler_logprobs: torch.Tensor, logprobs: torch.Tensor) -> str:
+    """Return the message for a failed probe, from log-probabilities (N,): the gap, the tolerance, likely causes."""
+    bias = float((sampler_logprobs - logprobs).mean())
     return (
         f"the {name} engine and the trainer do not hold the same model: their log-probabilities differ by "
-        f"{found.mean_gap:.4f} nats per token on average (largest {found.max_gap:.3f}, engine minus trainer "
-        f"{bias:+.4f}) over {found.tokens} tokens; at most {found.tolerance:g} was expected. Likely causes, the first "
-        "one first: weights not loaded into the engine since the last update, or not all of them (a tied output head, "
-        "a LoRA delta); another temperature or a top_p below 1 on one side; dropout left on in the trainer; an engine "
-        "computing in a lower precision (runtime.engine.dtype: float32 tells)."
+        f"{parity.mean_gap:.4f} nats per token on average (largest {parity.max_gap:.3f}, engine minus trainer "
+        f"{bias:+.4f}) over {parity.tokens} tokens; at most {parity.tolerance:g} was expected. Likely causes, the "
+        "first one first: weights not loaded into the engine since the last update, or not all of them (a tied output "
+        "head, a LoRA delta); another temperature or a top_p below 1 on one side; dropout left on in the trainer; an "
+        "engine computing in a lower precision (runtime.engine.dtype: float32 tells)."
     )

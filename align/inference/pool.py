@@ -1,12 +1,13 @@
-"""Rollouts by several vLLM servers that hold the same weights: started or met together, lost and taken back singly.
+"""Rollouts by several vLLM servers that hold the same weights: opened together, lost and taken back one by one.
 
-What is asked of a server stands in ``server.py``, which server is asked in ``dispatch.py``. A server that is lost is
-started anew, or asked again once it answers, beside the others' work; it samples no more until it holds the weights
-that they hold. Left out: servers on machines that this one cannot start processes on, other than by their addresses.
+``server.py`` has the requests of one server, ``dispatch.py`` the choice among servers. A lost server is restarted, or
+called until it answers again, while the others work. It samples no more until it holds the weights that they hold.
+Leaves out starting servers on other machines; those are used by their addresses.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -16,36 +17,44 @@ from typing import Any, TypeVar
 import torch
 
 from align.errors import UserError
-from align.inference.dispatch import Dispatch, Question
+from align.inference.dispatch import Dispatcher, ServerRequest
 from align.inference.protocol import Progress, Response, RolloutEngine, Sampling
 from align.inference.server import COMPLETIONS, ServerEngine
 from align.inference.server_client import POLL_SECONDS, BadReply, Client, EngineLost, WeightsChanged
-from align.inference.server_options import Served
+from align.inference.server_options import ServerSpec
 from align.inference.server_process import GRACE_SECONDS
 from align.inference.watchdog import Watchdog
 from align.inference.weights import checkpoint_weights, with_tied_head
 from align.inference.weights_folder import WeightsFolder
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
+
+logger = logging.getLogger(__name__)
 
 FAULTS = (EngineLost, BadReply, OSError)
-"""What a server may do that another, or the same one started anew, may not."""
+"""Errors of one server that another server, or the same one after a restart, may not have."""
+NO_WEIGHTS = -1
+"""Version of a server that came back and waits for weights over NCCL."""
 
 
 class Member:
-    """One server of the pool, and how it is with it."""
+    """One server of the pool."""
 
     def __init__(self, number: int) -> None:
-        self.number, self.losses, self.trouble = number, 0, ""
+        self.number = number
+        self.losses = 0
+        """Times that it was lost, or failed to come back."""
+        self.last_error = ""
         self.engine: ServerEngine
-        self.held = 0
+        self.version = 0
         """Version of the weights that it holds; 0 are those of the checkpoint."""
         self.ready = False
+        """True while it holds the weights that are sampled from."""
         self.coming_back = False
 
     @property
     def client(self) -> Client:
-        """Where it is asked."""
+        """The client that makes its calls."""
         return self.engine.client
 
 
@@ -54,30 +63,34 @@ class PoolEngine:
 
     name = ServerEngine.name
 
-    def __init__(self, served: Served, warn: Callable[[str], None] = print, watchdog: Watchdog | None = None) -> None:
-        """Start the servers that ``served.pool`` asks for, all at once, or meet those that it names and give them the
-        checkpoint's weights.
+    def __init__(
+        self,
+        spec: ServerSpec,
+        warn: Callable[[str], None] = logger.warning,
+        watchdog: Watchdog | None = None,
+    ) -> None:
+        """Start the servers that ``spec.pool`` asks for, all at once, or connect to those that it names.
 
-        Raises ``UserError`` when one is unfit, ``EngineLost`` when one does not start or answer. ``warn`` hears of
-        servers that are lost later on.
+        Named servers are given the checkpoint's weights. Raises ``UserError`` when one is unfit and ``EngineLost`` when
+        one does not start or answer. Servers that are lost later on are reported to ``warn``.
         """
-        self.served, self.warn, self.watchdog = served, warn, watchdog
-        self.dtype, self.batch_size = served.dtype, served.config.batch_size
-        self.folder = WeightsFolder(served)
-        self.members = [Member(number) for number in range(served.pool.servers or len(served.pool.addresses))]
+        self.spec, self.warn, self.watchdog = spec, warn, watchdog
+        self.dtype, self.batch_size = spec.dtype, spec.config.batch_size
+        self.folder = WeightsFolder(spec)
+        self.members = [Member(number) for number in range(spec.pool.servers or len(spec.pool.addresses))]
         self.version = 0
-        """Of the weights that are sampled from; 0 are those of the checkpoint."""
+        """Version of the weights that are sampled from; 0 are those of the checkpoint."""
         self.returns = 0
         """Times that a server came back."""
         self.closing = threading.Event()
         self._changed = threading.Condition()
-        self._weights = threading.RLock()
+        self._weights_lock = threading.RLock()
         """Held while weights are written or read, so that a server that comes back never reads half a change."""
-        self._returning: list[threading.Thread] = []
+        self._return_threads: list[threading.Thread] = []
         try:
             self._open_all()
-            if served.pool.addresses:
-                self._give(checkpoint_weights(served.model_dir), first=True)
+            if spec.pool.addresses:
+                self._give(checkpoint_weights(spec.model_dir), first=True)
         except BaseException:
             self.close()
             raise
@@ -85,82 +98,86 @@ class PoolEngine:
     def _open_all(self) -> None:
         errors: list[Exception] = []
 
-        def first(member: Member) -> None:
+        def open_first_time(member: Member) -> None:
             try:
                 self._open(member)
                 member.ready = True
             except Exception as error:
                 errors.append(error)
-                self.closing.set()  # nobody waits for the others
+                self.closing.set()  # the starts of the others are cancelled
 
-        self._each(self.members, first)
+        self._for_each(self.members, open_first_time)
         if errors:
             raise errors[0]
 
     def _open(self, member: Member) -> None:
-        member.engine = ServerEngine(self.served, self.folder, member.number, self.closing)
+        member.engine = ServerEngine(self.spec, self.folder, member.number, self.closing)
 
-    def _each(self, members: list[Member], do: Callable[[Member], None]) -> None:
-        """Do something with several servers at once; the first error is raised when all are through."""
+    def _for_each(self, members: list[Member], action: Callable[[Member], None]) -> None:
+        """Run ``action`` for several servers at once. The first error is raised when all have finished."""
         with ThreadPoolExecutor(max(1, len(members)), thread_name_prefix="vllm-pool") as threads:
-            done = [threads.submit(do, member) for member in members]
-        for one in done:
-            one.result()
+            futures = [threads.submit(action, member) for member in members]
+        for future in futures:
+            future.result()
 
-    # ---- asking ----
+    def _ready_members(self) -> list[Member]:
+        return [member for member in self.members if member.ready]
+
+    # ---- sampling ----
 
     def generate(
         self, prompts: list[list[int]], sampling: Sampling, on_progress: Progress | None = None
     ) -> list[list[Response]]:
-        """See the protocol. Which server answers what makes no difference: every response has its own seed."""
+        """Return sampled responses. The choice of server changes none of them: every response has its own seed."""
+
+        def parse(member: Member, body: dict[str, Any], answer: Any) -> tuple[list[int], list[float]]:
+            return member.engine.parse_sample(body, answer)
+
         engine = self.members[0].engine
-        bodies = engine.questions(prompts, sampling)
-        questions = [
-            Question(body, lambda member, body, answer: member.engine.sampled(body, answer), place // sampling.n)
-            for place, body in enumerate(bodies)
-        ]
-        return engine.responses(self._ask(questions, on_progress), sampling.n)
+        bodies = engine.sampling_requests(prompts, sampling)
+        requests = [ServerRequest(body, parse, group=index // sampling.n) for index, body in enumerate(bodies)]
+        return engine.build_responses(self._dispatch(requests, on_progress), sampling.n)
 
     def score_tokens(
         self, prompts: list[list[int]], responses: list[list[int]], temperature: float
     ) -> list[list[float]]:
-        """See the protocol. ``temperature`` must be 1, as for one server."""
-        bodies = self.members[0].engine.scoring(prompts, responses, temperature)
+        """Return log-probabilities of response tokens. ``temperature`` must be 1, as for one server."""
 
-        def reader(start: int) -> Callable[[Any, dict[str, Any], Any], list[float]]:
-            return lambda member, body, answer: member.engine.scored(body, answer, start)
+        def parser(start: int) -> Callable[[Member, dict[str, Any], Any], list[float]]:
+            return lambda member, body, answer: member.engine.parse_scores(body, answer, start)
 
-        return self._ask(
-            [Question(body, reader(len(prompts[place])), place) for place, body in enumerate(bodies)], None
-        )
+        bodies = self.members[0].engine.scoring_requests(prompts, responses, temperature)
+        requests = [ServerRequest(body, parser(len(prompts[index])), group=index) for index, body in enumerate(bodies)]
+        return self._dispatch(requests, None)
 
-    def _ask(self, questions: list[Question], on_progress: Progress | None) -> list[Any]:
+    def _dispatch(self, requests: list[ServerRequest], on_progress: Progress | None) -> list[Any]:
+        """Return the results of requests, with the servers' weights compared before and after."""
         self._check_weights()
         self.await_ready()
-        answers = Dispatch(self, COMPLETIONS, questions, self.batch_size, on_progress).run()
+        results = Dispatcher(self, COMPLETIONS, requests, self.batch_size, on_progress).run()
         self._check_weights(sampled=True)
-        return answers
+        return results
 
-    def ask_each(self, do: Callable[[RolloutEngine], Found]) -> list[Found]:
-        """Do something with every server that is ready; one that fails is lost. Raises as ``await_ready``."""
+    def ask_each(self, action: Callable[[RolloutEngine], Result]) -> list[Result]:
+        """Return the results of ``action`` for every ready server; one that fails is lost. Raises ``EngineLost``."""
         self._check_weights()
-        found = []
-        for member in [member for member in self.members if member.ready]:
+        results = []
+        for member in self._ready_members():
             try:
-                found.append(do(member.engine))
+                results.append(action(member.engine))
             except FAULTS as error:
                 self.lose(member, error)
         self._check_weights(sampled=True)
         self.await_ready()
-        return found
+        return results
 
     # ---- weights ----
 
     def _check_weights(self, *, sampled: bool = False, content: bool = False) -> None:
-        """Raise ``WeightsChanged`` where a server holds other weights than it was given; ``content`` as for a server.
+        """Raise ``WeightsChanged`` where a server holds other weights than it was given.
 
-        Where nothing was ``sampled`` since the last check, a server that was started anew meanwhile is lost, and comes
-        back with weights.
+        ``content`` compares tensors too. Where nothing was ``sampled`` since the last check, nothing is spoiled: a
+        server that was restarted meanwhile is only lost, and comes back with weights.
         """
 
         def check(member: Member) -> None:
@@ -173,10 +190,10 @@ class PoolEngine:
             except FAULTS as error:
                 self.lose(member, error)
 
-        self._each([member for member in self.members if member.ready], check)
+        self._for_each(self._ready_members(), check)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """See the protocol: no server samples again before it holds them.
+        """Give every server a full set of weights; none samples again before it holds them.
 
         Raises ``EngineLost`` when no server is left that can take them, ``BadReply`` when none can read the folder.
         """
@@ -186,40 +203,49 @@ class PoolEngine:
 
     @property
     def takes_folders(self) -> bool:
-        """Whether weights can be written now, and read by the servers later."""
-        return self.served.pool.weights == "folder"
+        """True when weights can be written now, and read by the servers later."""
+        return self.spec.pool.weights == "folder"
 
     def write_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> int:
-        """Write a full set for ``adopt``, which is given what this returns; servers go on with what they hold."""
+        """Write a full set and return its version for ``adopt``. Servers go on with what they hold."""
         return self.folder.write(weights)
 
     def adopt(self, version: int) -> None:
-        """Have every server read what was written: the second half of ``load_weights``. Raises as it does."""
+        """Have every server read a version that was written: the second half of ``load_weights``. Raises as it does."""
         self._check_weights(content=True)
         self.await_ready()
         self._give(version)
 
     def _give(self, weights: Iterable[tuple[str, torch.Tensor]] | int, first: bool = False) -> None:
-        """Give weights, or the version of some that were written. ``first``: a server that fails is no loss to be
-        borne, but the error of whoever opened the pool."""
+        """Give ready servers weights, or a version that was written.
+
+        A server that fails is lost, but with ``first`` its error is raised: whoever opens the pool must know.
+        """
         failed: dict[Member, Exception] = {}
 
         def read(member: Member) -> None:
             try:
                 member.engine.read_weights(self.version)
-                member.held = self.version
+                member.version = self.version
             except FAULTS as error:
                 failed[member] = error
 
-        with self._weights:
-            ready = [member for member in self.members if member.ready]
-            if not isinstance(weights, int) and not self.takes_folders:
-                self._send(list(with_tied_head(weights, self.served.tied)), ready, failed)
+        with self._weights_lock:
+            ready = self._ready_members()
+            # 1. Hand the weights over: through the folder, which all read at once, or over NCCL, one after another.
+            if isinstance(weights, int):
+                self.version = weights
+                self._for_each(ready, read)
+            elif self.takes_folders:
+                self.version = self.folder.write(weights)
+                self._for_each(ready, read)
             else:
-                self.version = weights if isinstance(weights, int) else self.folder.write(weights)
-                self._each(ready, read)
+                self._send(list(with_tied_head(weights, self.spec.tied_embeddings)), ready, failed)
+            # 2. When nobody can read the folder, the folder is at fault, not the servers.
             if failed and (first or all(isinstance(failed.get(member), BadReply) for member in ready)):
                 raise next(iter(failed.values()))
+            # 3. Servers without the new weights sample no more. They read this version when they come back, so only
+            #    older ones are removed.
             for member, error in failed.items():
                 self.lose(member, error)
             self.folder.drop_before(self.version)
@@ -228,81 +254,95 @@ class PoolEngine:
     def _send(
         self, weights: list[tuple[str, torch.Tensor]], ready: list[Member], failed: dict[Member, Exception]
     ) -> None:
-        """Over NCCL, from this thread, one server after another: each has a group of its own with the trainer."""
+        """Send weights over NCCL from this thread, server by server: each has its own group with the trainer.
+
+        Servers that came back get their first weights here.
+        """
         self.version += 1
-        back = [member for member in self.members if member.held < 0]
-        for member in [*ready, *back]:
+        returned = [member for member in self.members if member.version == NO_WEIGHTS]
+        for member in [*ready, *returned]:
             try:
                 member.engine.send_weights(weights, self.watchdog)
-                member.held, member.ready = self.version, True
+                member.version = self.version
+                member.ready = True
             except FAULTS as error:
                 failed[member] = error
 
     # ---- servers that are lost, and come back ----
 
     def lose(self, member: Member, error: Exception) -> None:
-        """Ask a server no more until it has come back, which it may ``restarts`` times."""
+        """Stop using a server until it has come back, which it may ``restarts`` times."""
         with self._changed:
-            member.ready, member.trouble = False, str(error)
-            member.losses += 1
-            returns = member.losses <= self.served.pool.restarts and not self.closing.is_set()
+            member.ready = False
+            returns = self._note_failure(member, error) and not self.closing.is_set()
             member.coming_back = returns
             self._changed.notify_all()
-        self._say_lost(member, error)
+        self._warn_lost(member, error)
         if returns:
-            back = threading.Thread(target=self._bring_back, args=(member,), name="vllm-pool-return", daemon=True)
-            self._returning.append(back)
-            back.start()
+            thread = threading.Thread(target=self._take_back, args=(member,), name="vllm-pool-return", daemon=True)
+            self._return_threads.append(thread)
+            thread.start()
         else:
             member.engine.end()
 
-    def _say_lost(self, member: Member, error: Exception) -> None:
+    def _note_failure(self, member: Member, error: Exception) -> bool:
+        """Count a failure; return True while the server may come back."""
+        member.last_error = str(error)
+        member.losses += 1
+        return member.losses <= self.spec.pool.restarts
+
+    def _warn_lost(self, member: Member, error: Exception) -> None:
         if self.closing.is_set():
             return
-        then = "it is given up"
+        outcome = "it is given up"
         if member.coming_back:
-            then = "it is asked again until it answers" if self.served.pool.addresses else "it is started anew"
-        who = f"Server {member.number + 1} of {len(self.members)} is lost, for the {_times(member.losses)} time"
-        self.warn(f"{error}\n{who}: {then}.")
+            outcome = "it is asked again until it answers" if self.spec.pool.addresses else "it is restarted"
+        name = f"Server {member.number + 1} of {len(self.members)}"
+        self.warn(f"{error}\n{name} is lost, for the {_ordinal(member.losses)} time: {outcome}.")
 
-    def _bring_back(self, member: Member) -> None:
-        """In a thread of its own: start or meet the server again, and give it the weights of the others."""
+    def _take_back(self, member: Member) -> None:
+        """Open a lost server again and give it the others' weights. Runs in its own thread until that worked."""
         while not self.closing.is_set():
             try:
                 self._reopen(member)
-                with self._weights:
-                    if self.served.pool.weights == "nccl":
-                        member.held = -1  # the trainer's thread gives it the next ones, and only then is it ready
-                    else:
-                        if self.version or not member.engine.own:
-                            member.engine.read_weights(self.version)
-                        member.held = self.version
+                # No change of weights may begin between the server's reading of a version and its becoming ready.
+                with self._weights_lock:
+                    self._restore_weights(member)
                     with self._changed:
-                        member.ready, member.coming_back = member.held == self.version, False
+                        member.ready = member.version == self.version
+                        member.coming_back = False
                         self.returns += 1
                         self._changed.notify_all()
-                    return
+                return
             except (*FAULTS, UserError) as error:
                 with self._changed:
-                    member.trouble = str(error)
-                    member.losses += 1
-                    unfit = isinstance(error, UserError)  # it was waited for as long as may be
-                    member.coming_back = member.losses <= self.served.pool.restarts and not unfit
+                    may_return = self._note_failure(member, error)
+                    # UserError: the server is unfit, or was waited for as long as may be.
+                    member.coming_back = may_return and not isinstance(error, UserError)
                     self._changed.notify_all()
                 if not member.coming_back:
-                    self._say_lost(member, error)
+                    self._warn_lost(member, error)
                     return
 
+    def _restore_weights(self, member: Member) -> None:
+        """Have a server that came back read the current version. Over NCCL only the trainer's thread can send it."""
+        if self.spec.pool.weights == "nccl":
+            member.version = NO_WEIGHTS
+            return
+        if self.version or not member.engine.is_local:  # a local server starts with version 0, the checkpoint's
+            member.engine.read_weights(self.version)
+        member.version = self.version
+
     def _reopen(self, member: Member) -> None:
-        """Raises what came of the last try when there is no server after ``runtime.engine.timeout`` seconds."""
+        """Start or connect to a server again, for up to ``runtime.engine.timeout`` seconds; raises the last error."""
         member.engine.end()
-        deadline = time.monotonic() + self.served.config.timeout
+        deadline = time.monotonic() + self.spec.config.timeout
         while True:
             try:
                 self._open(member)
                 return
             except UserError:  # a server of somebody else's that does not answer yet
-                if self.served.pool.servers or time.monotonic() > deadline or self.closing.wait(POLL_SECONDS):
+                if self.spec.pool.servers or time.monotonic() > deadline or self.closing.wait(POLL_SECONDS):
                     raise
 
     def await_ready(self) -> None:
@@ -310,30 +350,30 @@ class PoolEngine:
         with self._changed:
             while not any(member.ready for member in self.members):
                 if not any(member.coming_back for member in self.members):
-                    raise EngineLost(self._why_none())
+                    raise EngineLost(self._explain_none_left())
                 self._changed.wait(POLL_SECONDS)
 
-    def _why_none(self) -> str:
-        troubles = list(dict.fromkeys(member.trouble for member in self.members))
-        said = "\n".join(troubles)
-        if any(member.held < 0 for member in self.members):
-            return f"{said}\nServers that came back wait for weights, which the trainer sends with the next update."
-        if self.served.pool.restarts == 0 and len(self.members) == 1:
-            return said
+    def _explain_none_left(self) -> str:
+        errors = "\n".join(dict.fromkeys(member.last_error for member in self.members))
+        if any(member.version == NO_WEIGHTS for member in self.members):
+            return f"{errors}\nServers that came back wait for weights, which the trainer sends with the next update."
+        if self.spec.pool.restarts == 0 and len(self.members) == 1:
+            return errors
         return (
-            f"{said}\nNo server is left of {len(self.members)}: each was lost more than "
-            f"{self.served.pool.restarts} times (runtime.rollouts.restarts), or did not come back as it was."
+            f"{errors}\nNo server is left of {len(self.members)}: each was lost more than "
+            f"{self.spec.pool.restarts} times (runtime.rollouts.restarts), or did not come back as it was."
         )
 
     def close(self) -> None:
-        """See the protocol. Servers that were running already go on, with the last weights they were given."""
+        """End the servers that were started here. Others go on with the last weights they were given."""
         self.closing.set()
-        for back in self._returning:
-            back.join(GRACE_SECONDS)  # it ends what it started; a server that it leaves behind ends with this process
+        for thread in self._return_threads:
+            # The thread ends the server it has started. One that outlasts the wait ends with this process.
+            thread.join(GRACE_SECONDS)
         opened = [member for member in self.members if hasattr(member, "engine")]
-        self._each(opened, lambda member: member.engine.end())
+        self._for_each(opened, lambda member: member.engine.end())
         self.folder.close()
 
 
-def _times(count: int) -> str:
+def _ordinal(count: int) -> str:
     return {1: "first", 2: "second", 3: "third"}.get(count, f"{count}th")

@@ -1,14 +1,19 @@
-"""What a rollout engine is: prompts in, sampled responses with their log-probabilities out. Torch-free."""
+"""The protocol of rollout engines: prompts in, sampled responses with their log-probabilities out. Torch-free."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
+
+from align.config.runtime import Runtime
 
 if TYPE_CHECKING:
     import torch
+
+    from align.config.base import Precision
 
 Progress = Callable[[int, int], None]
 """Called with (responses finished, responses wanted)."""
@@ -16,7 +21,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn. Temperature 0 is greedy."""
+    """Settings of sampling. Temperature 0 is greedy."""
 
     max_tokens: int
     temperature: float = 1.0
@@ -26,12 +31,14 @@ class Sampling:
     """Responses per prompt."""
     seed: int = 0
     seeds: tuple[int, ...] | None = None
-    """A seed for each prompt instead of ``seed`` and its place, so that it is answered alike in any company."""
+    """A seed per prompt instead of ``seed`` and its index: its responses are then the same in any list of prompts."""
 
     def request_seed(self, prompt: int, sample: int) -> int:
-        """Seed of one response, from this sampling's seed and the response's place: batching does not change it."""
-        seed, place = (self.seed, prompt) if self.seeds is None else (self.seeds[prompt], 0)
-        text = f"{seed}/{place}/{sample}".encode()
+        """Return the seed of one response, from ``seed`` and the response's index: batching does not change it."""
+        seed, index = self.seed, prompt
+        if self.seeds is not None:
+            seed, index = self.seeds[prompt], 0
+        text = f"{seed}/{index}/{sample}".encode()
         return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1  # non-negative int64
 
 
@@ -49,29 +56,41 @@ class Response:
     """The tokens decoded, special ones left out."""
 
 
+@dataclass(frozen=True)
+class EngineSpec:
+    """Model, settings and limits of an engine."""
+
+    model_dir: Path
+    runtime: Runtime
+    precision: Precision
+    max_length: int
+    """Tokens of a prompt and its response together, at most."""
+    seed: int
+
+
 class RolloutEngine(Protocol):
-    """vLLM or transformers; the rest of align does not ask which."""
+    """vLLM or transformers, in this process or elsewhere. The rest of align does not depend on which."""
 
     name: str
     dtype: torch.dtype
-    """Type it computes in; the parity probe's tolerance follows from it."""
+    """Compute type; the parity probe's tolerance follows from it."""
 
     def generate(
         self, prompts: list[list[int]], sampling: Sampling, on_progress: Progress | None = None
     ) -> list[list[Response]]:
-        """``sampling.n`` responses for each prompt, in the order of ``prompts``."""
+        """Return ``sampling.n`` responses for each prompt, in the order of ``prompts``."""
         ...
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Take the full set of weights under their transformers names, and forget every cached prefix.
+        """Load a full set of weights under their transformers names, and drop every cached prefix.
 
-        ``align.models.merging.merged_weights(model)`` gives them. Raises ``ValueError`` when one is missing.
+        ``merged_weights(model)`` of ``align.models.tuning`` gives them. Raises ``ValueError`` when one is missing.
         """
 
     def score_tokens(
         self, prompts: list[list[int]], responses: list[list[int]], temperature: float
     ) -> list[list[float]]:
-        """The engine's own log-probabilities of given response tokens: what the parity probe compares."""
+        """Return the engine's log-probabilities of response tokens, which the parity probe compares."""
 
     def close(self) -> None:
         """Free the model and the cache."""

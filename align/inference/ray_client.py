@@ -1,4 +1,4 @@
-"""The one place that speaks to Ray: connecting, starting tasks, how they are, what nodes have. Never imports torch."""
+"""All calls to Ray: connecting, starting tasks, their outcomes, the resources of nodes. Never imports torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ GIB = 2**30
 
 
 def require_ray() -> Any:
-    """The package ray; ``UserError`` where it is not installed."""
+    """Return the package ray. Raises ``UserError`` where it is not installed."""
     try:
         import ray
     except ImportError:
@@ -24,7 +24,10 @@ def require_ray() -> Any:
 
 @contextlib.contextmanager
 def connected(address: str) -> Iterator[Any]:
-    """The package ray, connected to a cluster; ends what was started through it. ``UserError`` where none answers."""
+    """Connect to a cluster and yield the package ray; on exit everything started through it ends.
+
+    Raises ``UserError`` where no cluster answers.
+    """
     ray = require_ray()
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", configure_logging=False)
@@ -40,16 +43,21 @@ def connected(address: str) -> Iterator[Any]:
         ray.shutdown()
 
 
-def wanted(block: RayConfig) -> dict[str, float]:
-    """What a task asks of a node, by Ray's names."""
-    found = {"CPU": block.cpus, "GPU": block.gpus, **block.resources}
+def required_resources(block: RayConfig) -> dict[str, float]:
+    """Return the resources that a task needs on a node, by Ray's names."""
+    resources = {"CPU": block.cpus, "GPU": block.gpus, **block.resources}
     if block.memory_gb is not None:
-        found["memory"] = block.memory_gb * GIB
-    return {name: amount for name, amount in found.items() if amount}
+        resources["memory"] = block.memory_gb * GIB
+    return {name: amount for name, amount in resources.items() if amount}
 
 
-def start(ray: Any, work: Callable[..., Any], block: RayConfig, name: str, words: Sequence[Any]) -> Any:
-    """Start a task; references among ``words`` are waited for, and their values handed over."""
+def describe_resources(block: RayConfig) -> str:
+    """Return the resources that a task needs, as text."""
+    return ", ".join(f"{name} {amount:g}" for name, amount in required_resources(block).items())
+
+
+def start(ray: Any, function: Callable[..., Any], block: RayConfig, name: str, arguments: Sequence[Any]) -> Any:
+    """Start a task and return its reference. References among ``arguments`` are waited for and replaced by values."""
     options: dict[str, Any] = {
         "num_cpus": block.cpus,
         "num_gpus": block.gpus,
@@ -59,22 +67,25 @@ def start(ray: Any, work: Callable[..., Any], block: RayConfig, name: str, words
     }
     if block.memory_gb is not None:
         options["memory"] = int(block.memory_gb * GIB)
-    return ray.remote(work).options(**options).remote(*words)
+    return ray.remote(function).options(**options).remote(*arguments)
 
 
 def could_hold(ray: Any, block: RayConfig) -> bool:
-    """Whether a node that lives could ever hold the task, when it is free."""
-    return could_ever_hold(ray, wanted(block))
+    """Return True when a live node could run the task once it is free."""
+    return could_ever_hold(ray, required_resources(block))
 
 
 def could_ever_hold(ray: Any, needs: dict[str, float]) -> bool:
-    """Whether a node that lives has as much of everything, free or not."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return any(all(has.get(name, 0.0) >= amount for name, amount in needs.items()) for has in nodes)
+    """Return True when a live node has as much of everything, free or not."""
+    for node in ray.nodes():
+        resources = node["Resources"]
+        if node["Alive"] and all(resources.get(name, 0.0) >= amount for name, amount in needs.items()):
+            return True
+    return False
 
 
 def outcome(ray: Any, reference: Any) -> tuple[bool, Any, str]:
-    """Whether a task is over, what it returned, and why it returned nothing."""
+    """Return whether a task is over, its result, and the reason where it has none."""
     done, _ = ray.wait([reference], timeout=0)
     if not done:
         return False, None, ""
@@ -89,19 +100,21 @@ def outcome(ray: Any, reference: Any) -> tuple[bool, Any, str]:
         return True, None, f"its worker or its node died ({kind}), as often as it may be tried again"
 
 
-def own_node() -> str:
-    """Ray's name of the node that this task runs on; empty outside a task."""
-    ray: Any = sys.modules.get("ray")  # a task has it
-    return str(ray.get_runtime_context().get_node_id()) if ray is not None and ray.is_initialized() else ""
+def current_node() -> str:
+    """Return Ray's name of the node that this task runs on; empty outside a task."""
+    ray: Any = sys.modules.get("ray")  # a task has imported it
+    if ray is None or not ray.is_initialized():
+        return ""
+    return str(ray.get_runtime_context().get_node_id())
 
 
-def lives(ray: Any, node: str) -> bool:
-    """Whether Ray still counts on a node; on one without a name it does."""
-    return not node or any(one["NodeID"] == node and one["Alive"] for one in ray.nodes())
+def is_alive(ray: Any, node_id: str) -> bool:
+    """Return True while Ray counts a node as alive. A node without a name counts as alive."""
+    return not node_id or any(node["NodeID"] == node_id and node["Alive"] for node in ray.nodes())
 
 
-def call_off(ray: Any, references: Sequence[Any]) -> None:
-    """Interrupt tasks, as Ctrl-C would, and give them a moment to end their stages."""
+def cancel(ray: Any, references: Sequence[Any]) -> None:
+    """Interrupt tasks as Ctrl-C would, and give them 15 s to end their stages."""
     for reference in references:
         with contextlib.suppress(Exception):
             ray.cancel(reference, force=False)

@@ -1,9 +1,9 @@
-"""Requests to a model, their answers, and a cache of both on disk, so that nothing is asked twice.
+"""Requests to a model, their answers, and a cache of both on disk, so that no request is sent twice.
 
-A request is named by the sha256 of its canonical JSON: model, messages, sampling, seed and which of several samples it
-is. The cache is one JSON line a write, sealed and appended; a process killed in the middle of one loses that line, and
-one that was changed is not believed. Torch-free.
-Left out: who answers (``endpoint.py``, ``local_model.py``) and what it costs (``asking.py``).
+A request's key is the sha256 of its canonical JSON: model, messages, sampling, seed, and its number among several
+samples. The cache is an append-only file with one sealed JSON line per write. A process killed in the middle of a write
+loses that line, and a line that was changed is ignored. Torch-free. Leaves out who answers (``endpoint_client.py``,
+``align.synthesis.local_model``) and what it costs (``cached_client.py``).
 """
 
 from __future__ import annotations
@@ -28,130 +28,145 @@ from align.store.sealed import open_sealed, seal
 
 @dataclass(frozen=True)
 class Request:
-    """One answer wanted: everything that decides it, and nothing else."""
+    """Everything that decides one answer, and nothing else."""
 
     model: dict[str, str]
-    """What stands for the model: the digest of a checkpoint, or an endpoint's address and its name of the model."""
+    """Identity of the model: the digest of a checkpoint, or an endpoint's address and its name of the model."""
     messages: list[Message]
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int = 0
     sample: int = 0
-    """Which of several answers to the same messages this is."""
+    """Number among several answers to the same messages."""
 
     @cached_property
     def key(self) -> str:
-        """64 hex digits."""
+        """Return the sha256 of the request, 64 hex digits."""
         return digest(asdict(self))
 
     @property
     def own_seed(self) -> int:
-        """Seed of this very answer, in [0, 2**31): it follows from the key, so order and company do not change it."""
+        """Return the seed of this answer, in [0, 2**31): it follows from the key, whatever else is requested."""
         return int(self.key[:8], 16) >> 1
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back."""
+    """The model's answer to a request."""
 
     text: str
     finished: bool = True
     """False when the length limit cut it off."""
     refused: bool = False
-    """The endpoint said that it would not answer."""
+    """True when the endpoint said that it would not answer."""
     prompt_tokens: int | None = None
     """None where the endpoint does not say."""
     completion_tokens: int | None = None
     error: str = ""
-    """Why there is no answer, where the request itself was at fault. Never cached."""
+    """Reason for a missing answer, where the request itself was at fault. Never cached."""
 
 
 @dataclass(frozen=True)
-class Found:
-    """An answer read from a cache, and whether that cache had it from another one."""
+class Lookup:
+    """An answer from a cache. ``copied`` is True when that cache copied it from another one."""
 
     answer: Answer
     copied: bool
 
 
-class RequestCache:
-    """Answers by key, in ``<folder>/answers-<number>.jsonl``: a file for each process that asked, its own.
+@dataclass(frozen=True)
+class _Position:
+    """Place of an answer on disk: file, offset and length of its line, and index within the line."""
 
-    So any number of processes, on any number of machines, may share a folder without a lock; one reads what it finds
-    when it opens the folder. A line is ``{"answers": [...], "seal": ...}``: what was written together is there together
-    or not at all. Only places in the files are held in memory.
+    file: int
+    offset: int
+    length: int
+    index: int
+
+
+class RequestCache:
+    """Answers by key, in ``<folder>/answers-<number>.jsonl``, with a file for each process that writes.
+
+    So any number of processes on any number of machines may share a folder without a lock; each reads what is there
+    when it opens the folder. A line is ``{"answers": [...], "seal": ...}``: answers that were written together are
+    there together or not at all. Memory holds only positions in the files.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Open or make the cache: a half-written last line counts as not there, other unreadable lines are counted.
+        """Open or create the cache.
 
-        A line whose content is not what was sealed is unreadable.
+        A half-written last line is ignored. Other unreadable lines, such as one whose content differs from its seal,
+        are counted in ``unreadable``.
         """
         self.folder = folder
         self.unreadable = 0
         self.lost: list[Request] = []
-        """Requests that were given up, once for each attempt: a server may have answered and charged for them."""
-        self._places: dict[bytes, tuple[int, int, int, int]] = {}
-        """Key -> which file, offset and length of the line, place within it."""
-        self._last: tuple[tuple[int, int], list[Any]] = ((-1, -1), [])
-        self._own: int | None = None
-        """Descriptor of the file that this process writes, the last one; opened for the first answer."""
+        """Requests that were given up, once per attempt: a server may have answered and charged for them."""
+        self._positions: dict[bytes, _Position] = {}
+        self._last_line: tuple[tuple[int, int], list[Any]] = ((-1, -1), [])
+        """File and offset of the line that was read last, and its answers."""
+        self._descriptor: int | None = None
+        """Descriptor of this process's file, the last of ``_files``; opened for the first answer."""
         self._end = 0
-        self._writing = threading.Lock()
+        """Length of that file's complete lines, in bytes."""
+        self._write_lock = threading.Lock()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if not os.access(folder, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            # Files of other processes are read once, now; what they write later is not seen.
             self._files = sorted(folder.glob("answers*.jsonl"), key=_number)
-            for at, path in enumerate(self._files):
-                self._read(at, path)
+            for number, path in enumerate(self._files):
+                self._read(number, path)
         except OSError as error:
             raise UserError(f"the cache of requests at {folder} cannot be opened: {error.strerror or error}.") from None
 
-    def _read(self, at: int, path: Path) -> None:
+    def _read(self, number: int, path: Path) -> None:
         offset = 0
         with path.open("rb") as file:
             for line in file:
                 if line.endswith(b"\n"):
-                    self._note(line, at, offset)
+                    self._index(line, number, offset)
                 offset += len(line)
 
-    def _note(self, line: bytes, at: int, offset: int) -> None:
+    def _index(self, line: bytes, file: int, offset: int) -> None:
+        """Add the answers of a line to the index; the first answer to a request counts."""
         try:
-            found = open_sealed(json.loads(line))
-            keys = [bytes.fromhex(one["key"]) for one in found["answers"]]
-            for one in found["answers"]:
-                Answer(**one["answer"])
-            lost = [Request(**one) for one in found.get("lost", [])]
+            content = open_sealed(json.loads(line))
+            # Everything is parsed before anything is indexed: a bad line changes nothing.
+            keys = [bytes.fromhex(entry["key"]) for entry in content["answers"]]
+            for entry in content["answers"]:
+                Answer(**entry["answer"])
+            lost = [Request(**entry) for entry in content.get("lost", [])]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             self.unreadable += 1
             return
         self.lost += lost
-        for place, key in enumerate(keys):
-            self._places.setdefault(key, (at, offset, len(line), place))
+        for index, key in enumerate(keys):
+            self._positions.setdefault(key, _Position(file, offset, len(line), index))
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._positions)
 
     def __contains__(self, key: str) -> bool:
-        return bytes.fromhex(key) in self._places
+        return bytes.fromhex(key) in self._positions
 
-    def get(self, key: str) -> Found | None:
-        """The answer to a request, or None."""
-        where = self._places.get(bytes.fromhex(key))
-        if where is None:
+    def get(self, key: str) -> Lookup | None:
+        """Return the answer to a request, or None."""
+        position = self._positions.get(bytes.fromhex(key))
+        if position is None:
             return None
-        at, offset, length, place = where
-        if (at, offset) != self._last[0]:  # neighbors are read one after the other
-            with self._files[at].open("rb") as file:
-                file.seek(offset)
-                self._last = (at, offset), json.loads(file.read(length))["answers"]
-        one = self._last[1][place]
-        return Found(Answer(**one["answer"]), one["copied"])
+        line = (position.file, position.offset)
+        if line != self._last_line[0]:  # answers of one line are mostly read one after another
+            with self._files[position.file].open("rb") as file:
+                file.seek(position.offset)
+                self._last_line = line, json.loads(file.read(position.length))["answers"]
+        entry = self._last_line[1][position.index]
+        return Lookup(Answer(**entry["answer"]), entry["copied"])
 
     def put(self, answered: Iterable[tuple[Request, Answer]], *, copied: bool = False) -> None:
-        """Keep answers, together: after a kill all of them are there or none."""
+        """Write answers in one line: after a kill all of them are there, or none."""
         entries = [
             {"key": request.key, "request": asdict(request), "answer": asdict(answer), "copied": copied}
             for request, answer in answered
@@ -160,58 +175,62 @@ class RequestCache:
             self._append({"answers": entries})
 
     def asked(self) -> Iterator[tuple[Request, Answer]]:
-        """Everything that was answered for this cache, what was copied from another left out."""
-        lines = sorted({(at, offset) for at, offset, _, _ in self._places.values()})
-        for at, some in itertools.groupby(lines, key=lambda line: line[0]):
-            with self._files[at].open("rb") as file:
-                for _, offset in some:
+        """Yield every request that was sent for this cache, with its answer. Copies from another cache are left out."""
+        lines = sorted({(position.file, position.offset) for position in self._positions.values()})
+        for number, group in itertools.groupby(lines, key=lambda line: line[0]):
+            with self._files[number].open("rb") as file:
+                for _, offset in group:
                     file.seek(offset)
-                    for one in json.loads(file.readline())["answers"]:
-                        if not one["copied"]:
-                            yield Request(**one["request"]), Answer(**one["answer"])
+                    for entry in json.loads(file.readline())["answers"]:
+                        if not entry["copied"]:
+                            yield Request(**entry["request"]), Answer(**entry["answer"])
 
-    def lose(self, request: Request) -> None:
-        """Note an attempt that was given up."""
+    def record_lost(self, request: Request) -> None:
+        """Write down an attempt that was given up."""
         self._append({"answers": [], "lost": [asdict(request)]})
 
     def _append(self, entry: dict[str, Any]) -> None:
         line = json.dumps(seal(entry), ensure_ascii=True, sort_keys=True).encode("ascii") + b"\n"
-        with self._writing:
-            if self._own is None:
-                self._own = self._begin()
-            os.ftruncate(self._own, self._end)  # of an earlier line a full disk may have taken a part
+        with self._write_lock:
+            if self._descriptor is None:
+                self._descriptor = self._create_file()
+            # 1. Drop the part of an earlier line that a full disk may have taken.
+            os.ftruncate(self._descriptor, self._end)
+            # 2. Write the line; readers ignore it until its end is there.
             written = 0
             while written < len(line):
-                written += os.pwrite(self._own, line[written:], self._end + written)
-            self._note(line, len(self._files) - 1, self._end)
+                written += os.pwrite(self._descriptor, line[written:], self._end + written)
+            # 3. Only a complete line moves the end of the file.
+            self._index(line, len(self._files) - 1, self._end)
             self._end += len(line)
 
-    def _begin(self) -> int:
-        """Make a file that no other process has."""
+    def _create_file(self) -> int:
+        """Create a file that no other process writes; returns its descriptor."""
+        # Another process may take the same number at this moment: exclusive creation decides.
         number = _number(self._files[-1]) if self._files else 0
         while True:
             number += 1
             path = self.folder / f"answers-{number}.jsonl"
             with contextlib.suppress(FileExistsError):
-                made = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+                descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
                 self._files.append(path)
                 self._end = 0
-                return made
+                return descriptor
 
     def sync(self) -> None:
-        """Have the disk hold what was written: a kill needs none of this, a power cut does."""
-        if self._own is not None:
-            os.fsync(self._own)
+        """Sync the file to disk. A kill does not need this, a power cut does."""
+        if self._descriptor is not None:
+            os.fsync(self._descriptor)
 
     def close(self) -> None:
         """Sync and close the file."""
         self.sync()
-        if self._own is not None:
-            os.close(self._own)
-            self._own = None
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
 
 def _number(path: Path) -> int:
-    """The number in a file's name; 0 for ``answers.jsonl``, which earlier versions shared."""
+    """Return the number in a file's name; 0 for ``answers.jsonl``, which earlier versions shared."""
     number = path.stem.partition("-")[2]
     return int(number) if number.isdecimal() else 0

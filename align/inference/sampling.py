@@ -1,8 +1,8 @@
-"""Drawing a token from a distribution, cheaply: one uniform number per row and a search in the cumulative sum.
+"""Cheap sampling of tokens: one uniform number per row, and a search in the cumulative distribution.
 
-The usual way (an exponential random number per vocabulary entry) costs 40 of SmolLM2's 130 ms a decoding step on two
-cores; this costs one uniform per row. The distribution is the same. Left out: top-k, min-p and penalties, which would
-make the sampler's log-probabilities differ from the trainer's.
+The usual way, an exponential random number per vocabulary entry, costs 40 of SmolLM2's 130 ms per decoding step on two
+cores. The distribution is the same. Leaves out top-k, min-p and penalties, which would make the sampler's
+log-probabilities differ from the trainer's.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from __future__ import annotations
 import torch
 
 BLOCK = 256
-"""Vocabulary entries summed together before the search."""
+"""Vocabulary entries per block of the two-level search."""
 
 
 def processed_logprobs(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
-    """Log-probabilities that are really sampled from, (B, V) float32: after temperature and nucleus cut.
+    """Return the log-probabilities that are sampled from, (B, V) float32: after temperature and nucleus cut.
 
-    Temperature 0 (greedy) leaves the logits' own scale. ``top_p`` keeps the smallest set of tokens whose probability
-    reaches it (arXiv 1904.09751) and renormalizes over it; the rest is ``-inf``.
+    ``logits`` is (B, V). Temperature 0 (greedy) leaves the logits' own scale. ``top_p`` keeps the smallest set of
+    tokens whose probability reaches it (arXiv 1904.09751) and renormalizes over it; the rest is ``-inf``.
     """
     if temperature not in (0, 1):
         logits = logits / temperature
@@ -31,10 +31,10 @@ def processed_logprobs(logits: torch.Tensor, temperature: float, top_p: float) -
 
 
 def pick_tokens(logprobs: torch.Tensor, uniform: torch.Tensor, greedy: bool = False) -> torch.Tensor:
-    """Token ids (B,), drawn by inverting the cumulative distribution at ``uniform``, (B,) in [0, 1).
+    """Return token ids (B,), sampled by inverting the cumulative distribution at ``uniform``, (B,) in [0, 1).
 
-    ``logprobs`` is (B, V). Two levels (blocks, then within one) so that only block sums are accumulated over the whole
-    vocabulary, in float64: a token without probability is never drawn.
+    ``logprobs`` is (B, V). The search has two levels, blocks and entries of one block, so that only block sums are
+    accumulated over the vocabulary, in float64: a token without probability is never sampled.
     """
     if greedy:
         return logprobs.argmax(dim=-1)
@@ -43,9 +43,11 @@ def pick_tokens(logprobs: torch.Tensor, uniform: torch.Tensor, greedy: bool = Fa
     if width % BLOCK:
         probabilities = torch.nn.functional.pad(probabilities, (0, BLOCK - width % BLOCK))
     blocks = probabilities.view(rows, -1, BLOCK)
+    # 1. Find the block in which the cumulative sum passes the target.
     totals = blocks.sum(dim=2, dtype=torch.float64).cumsum(dim=1)  # (B, V / BLOCK)
     target = uniform.to(torch.float64)[:, None] * totals[:, -1:]  # scaled by the sum, which is 1 up to rounding
     block = _first_above(totals, target)  # (B, 1)
+    # 2. Find the entry within it. The bound keeps rounding from stepping past its last entry.
     before = torch.where(block > 0, totals.gather(1, (block - 1).clamp(min=0)), torch.zeros_like(target))
     inside = blocks.gather(1, block[:, :, None].expand(-1, 1, BLOCK))[:, 0].to(torch.float64).cumsum(dim=1)
     offset = _first_above(inside, torch.minimum(target - before, inside[:, -1:] * (1 - 1e-12)))
@@ -53,5 +55,5 @@ def pick_tokens(logprobs: torch.Tensor, uniform: torch.Tensor, greedy: bool = Fa
 
 
 def _first_above(sums: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Index (B, 1) of the first cumulative sum greater than ``target``, (B, 1)."""
+    """Return the index (B, 1) of the first of the cumulative sums (B, N) that exceeds ``target``, (B, 1)."""
     return (sums <= target).sum(dim=1, keepdim=True).clamp(max=sums.shape[1] - 1)

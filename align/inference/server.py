@@ -1,10 +1,10 @@
-"""One vLLM server: what it is asked, what its answers must hold, how it takes new weights.
+"""One vLLM server as a rollout engine: requests, checks of replies, new weights.
 
-With ``server_process.py``, ``server_options.py``, ``server_worker.py`` and ``nccl.py`` all that touches vLLM's HTTP
-interface: routes, fields and options as of 0.31 (``/v1/completions``, ``/collective_rpc``, ``/reset_prefix_cache``,
-``/server_info``, ``/health``), the middle three of which exist only with ``VLLM_SERVER_DEV_MODE=1``. Every call ends
-within ``runtime.engine.timeout``, with an answer or an error that says whether the server lives. Left out: asking
-again, and several servers (``pool.py``); streaming, tokens scored at other temperatures.
+With ``server_process.py``, ``server_options.py``, ``server_worker.py`` and ``nccl.py`` this is all that touches vLLM's
+HTTP interface, as of 0.31: ``/v1/completions``, ``/collective_rpc``, ``/reset_prefix_cache``, ``/server_info`` and
+``/health``, of which the middle three exist only with ``VLLM_SERVER_DEV_MODE=1``. Every call ends within
+``runtime.engine.timeout``, with a reply or with an error that says whether the server lives. Leaves out retries and
+several servers (``pool.py``), streaming, and scores at other temperatures.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ import torch
 from align.inference import nccl
 from align.inference.protocol import Progress, Response, Sampling
 from align.inference.server_client import POLL_SECONDS, BadReply, Client, WeightsChanged
-from align.inference.server_options import Served, key_of, refuse_unfit
-from align.inference.server_process import GRACE_SECONDS, Place, start_server
-from align.inference.server_worker import LOAD, NAME, TELL
+from align.inference.server_options import ServerSpec, check_server, read_key
+from align.inference.server_process import GRACE_SECONDS, Placement, ServerLaunch, start_server
+from align.inference.server_worker import LOAD, NAME, REPORT
 from align.inference.watchdog import Watchdog
 from align.inference.weights import checkpoint_weights, with_tied_head
 from align.inference.weights_folder import WeightsFolder
 
 COMPLETIONS, RPC, RESET = "/v1/completions", "/collective_rpc", "/reset_prefix_cache"
-MOST_LOGPROB = 1e-3
-"""A logarithm of a probability is at most 0, but for the rounding of float32."""
+MAX_LOGPROB = 1e-3
+"""A log-probability is at most 0, but for the rounding of float32."""
 
 
 class ServerEngine:
@@ -40,55 +40,61 @@ class ServerEngine:
 
     def __init__(
         self,
-        served: Served,
+        spec: ServerSpec,
         folder: WeightsFolder,
         number: int = 0,
-        given_up: threading.Event | None = None,
+        cancelled: threading.Event | None = None,
     ) -> None:
-        """Start server ``number`` of the pool, with the weights of ``served.model_dir``, or meet the one at its address
-        there, which holds whatever it was given last.
+        """Start server ``number`` of the pool with the weights of ``spec.model_dir``, or connect to its address.
 
-        Raises ``UserError`` when that one is unfit, ``EngineLost`` when none starts, or ``given_up`` is set meanwhile.
+        A server that was running already holds whatever it was given last. Raises ``UserError`` when it is unfit, and
+        ``EngineLost`` when none starts, or when ``cancelled`` is set meanwhile.
         """
-        self.served, self.folder, self.number = served, folder, number
-        self.dtype, self.batch_size = served.dtype, served.config.batch_size
-        self.tokenizer, self.eos = served.tokenizer, served.eos
-        pool, timeout = served.pool, served.config.timeout
-        self.holding: list[dict[str, Any]] = []
-        """What each of its workers said that it holds, when it was started or given weights last."""
-        self.sent = 0
+        self.spec, self.folder, self.number = spec, folder, number
+        self.dtype, self.batch_size = spec.dtype, spec.config.batch_size
+        self.tokenizer, self.eos = spec.tokenizer, spec.eos
+        self.held_weights: list[dict[str, Any]] = []
+        """Each worker's report when the server was started or given weights last; empty before."""
+        self.sent_versions = 0
         """Versions that went over NCCL."""
-        if not pool.addresses:
-            place = Place.of(served.pool, number, served.device.type)
-            self.client = start_server(
-                served.model_dir, served.options(), served.seed, timeout, [folder.temporary(), folder.path], place,
-                given_up,
-            )  # fmt: skip
-            try:
-                self.holding = self._tell(TELL, content=True)
-            except BaseException:
-                self.end()
-                raise
-        else:
-            self.client = Client(pool.addresses[number], timeout, key_of(pool))
-            refuse_unfit(self.client, served)
+        pool, timeout = spec.pool, spec.config.timeout
+        if pool.addresses:
+            self.client = Client(pool.addresses[number], timeout, read_key(pool))
+            check_server(self.client, spec)
+            return
+        launch = ServerLaunch(
+            spec.model_dir,
+            spec.options(),
+            spec.seed,
+            timeout,
+            folders=[folder.temporary(), folder.path],
+            placement=Placement.of(pool, number, spec.device.type),
+        )
+        self.client = start_server(launch, cancelled)
+        try:
+            self.held_weights = self._call_workers(REPORT, content=True)
+        except BaseException:
+            self.end()
+            raise
 
     @property
-    def own(self) -> bool:
-        """Whether it was started here, and holds the checkpoint's weights to begin with."""
+    def is_local(self) -> bool:
+        """True when it was started here, and so holds the checkpoint's weights to begin with."""
         return self.client.server is not None
+
+    # ---- sampling ----
 
     def generate(
         self, prompts: list[list[int]], sampling: Sampling, on_progress: Progress | None = None
     ) -> list[list[Response]]:
-        """See the protocol."""
-        bodies = self.questions(prompts, sampling)
+        """Return sampled responses, as the protocol has it."""
+        bodies = self.sampling_requests(prompts, sampling)
         answers = self.client.calls(COMPLETIONS, bodies, self.batch_size, on_progress)
-        found = [self.sampled(body, answer) for body, answer in zip(bodies, answers, strict=True)]
-        return self.responses(found, sampling.n)
+        samples = [self.parse_sample(body, answer) for body, answer in zip(bodies, answers, strict=True)]
+        return self.build_responses(samples, sampling.n)
 
-    def questions(self, prompts: list[list[int]], sampling: Sampling) -> list[dict[str, Any]]:
-        """A request for each response, those to one prompt behind each other."""
+    def sampling_requests(self, prompts: list[list[int]], sampling: Sampling) -> list[dict[str, Any]]:
+        """Return one request per response, those to one prompt one after another."""
         return [
             {
                 "prompt": prompts[index],
@@ -106,40 +112,40 @@ class ServerEngine:
             for sample in range(sampling.n)
         ]
 
-    def responses(self, found: list[tuple[list[int], list[float]]], each: int) -> list[list[Response]]:
-        """``each`` responses to a prompt, from their tokens and log-probabilities in the order of ``questions``."""
-        texts = self.tokenizer.batch_decode([tokens for tokens, _ in found], skip_special_tokens=True)
-        made = [
+    def build_responses(self, samples: list[tuple[list[int], list[float]]], n: int) -> list[list[Response]]:
+        """Return ``n`` responses per prompt from tokens and log-probabilities in the order of the requests."""
+        texts = self.tokenizer.batch_decode([tokens for tokens, _ in samples], skip_special_tokens=True)
+        responses = [
             Response(tokens, logprobs, tokens[-1] == self.eos, text)
-            for (tokens, logprobs), text in zip(found, texts, strict=True)
+            for (tokens, logprobs), text in zip(samples, texts, strict=True)
         ]
-        return [made[start : start + each] for start in range(0, len(made), each)]
+        return [responses[start : start + n] for start in range(0, len(responses), n)]
 
-    def sampled(self, body: dict[str, Any], answer: Any) -> tuple[list[int], list[float]]:
-        """Tokens and log-probabilities of an answer that holds exactly what ``body`` asked for. Raises ``BadReply``."""
+    def parse_sample(self, body: dict[str, Any], answer: Any) -> tuple[list[int], list[float]]:
+        """Return tokens and log-probabilities of an answer to ``body``. Raises ``BadReply`` for any other content."""
         choice = self._choice(body["prompt"], answer)
         tokens = self.client.find(COMPLETIONS, choice, "token_ids")
         logprobs = self.client.find(COMPLETIONS, choice, "logprobs", "token_logprobs")
         reason = self.client.find(COMPLETIONS, choice, "finish_reason")
-        wrong = None
-        most = self.served.vocabulary
-        if not _all(tokens, int) or not 1 <= len(tokens) <= body["max_tokens"]:
-            wrong = f"token_ids is no list of 1 to {body['max_tokens']} tokens"
-        elif not all(0 <= token < most for token in tokens):
-            wrong = f"token_ids has {next(t for t in tokens if not 0 <= t < most)}, and there are {most} tokens"
-        elif not _all(logprobs, float | int) or len(logprobs) != len(tokens):
-            wrong = f"token_logprobs is no list of {len(tokens)} numbers"
-        elif not all(_is_logprob(value) for value in logprobs):
-            value = next(value for value in logprobs if not _is_logprob(value))
-            wrong = f"token_logprobs has {value}, no logarithm of a probability"
-        elif reason not in ("stop", "length") or (reason == "stop") != (tokens[-1] == self.eos):
-            wrong = f"it ended with '{reason}' at token {tokens[-1]}, where {self.eos} is the one that ends a turn"
-        if wrong is not None:
-            raise self.client.unexpected(COMPLETIONS, wrong, choice)
+        problem = self._token_problem(tokens, body["max_tokens"]) or _logprob_problem(logprobs, len(tokens))
+        if problem is None and (reason not in ("stop", "length") or (reason == "stop") != (tokens[-1] == self.eos)):
+            problem = f"it ended with '{reason}' at token {tokens[-1]}, where {self.eos} is the one that ends a turn"
+        if problem is not None:
+            raise self.client.unexpected(COMPLETIONS, problem, choice)
         return tokens, [float(value) for value in logprobs]
 
+    def _token_problem(self, tokens: Any, max_tokens: int) -> str | None:
+        """Say what is wrong with ``token_ids``; None where nothing is."""
+        vocab_size = self.spec.vocab_size
+        if not _is_list_of(tokens, int) or not 1 <= len(tokens) <= max_tokens:
+            return f"token_ids is no list of 1 to {max_tokens} tokens"
+        for token in tokens:
+            if not 0 <= token < vocab_size:
+                return f"token_ids has {token}, and there are {vocab_size} tokens"
+        return None
+
     def _choice(self, prompt: list[int], answer: Any) -> Any:
-        """The one choice of an answer to ``prompt``. Raises ``BadReply`` for another count, or another prompt."""
+        """Return the one choice of an answer to ``prompt``. Raises ``BadReply`` for another count or prompt."""
         choices = self.client.find(COMPLETIONS, answer, "choices")
         if not isinstance(choices, list) or len(choices) != 1:
             raise self.client.unexpected(COMPLETIONS, "choices is no list of one choice", answer)
@@ -147,9 +153,44 @@ class ServerEngine:
             raise self.client.unexpected(COMPLETIONS, "prompt_token_ids is not the prompt that was sent", answer)
         return choices[0]
 
+    # ---- scoring ----
+
+    def score_tokens(
+        self, prompts: list[list[int]], responses: list[list[int]], temperature: float
+    ) -> list[list[float]]:
+        """Return log-probabilities of response tokens. ``temperature`` must be 1: vLLM scores before temperature."""
+        bodies = self.scoring_requests(prompts, responses, temperature)
+        answers = self.client.calls(COMPLETIONS, bodies, self.batch_size)
+        rows = zip(bodies, answers, prompts, strict=True)
+        return [self.parse_scores(body, answer, len(prompt)) for body, answer, prompt in rows]
+
+    def scoring_requests(
+        self, prompts: list[list[int]], responses: list[list[int]], temperature: float
+    ) -> list[dict[str, Any]]:
+        """Return a request for the log-probabilities of each prompt and response."""
+        if temperature != 1:
+            raise ValueError("vLLM gives log-probabilities of given tokens at temperature 1 only")
+        rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
+        settings = {"max_tokens": 1, "temperature": 0, "prompt_logprobs": 0, "return_token_ids": True}
+        return [{"prompt": row, **settings} for row in rows]
+
+    def parse_scores(self, body: dict[str, Any], answer: Any, start: int) -> list[float]:
+        """Return the log-probabilities of the tokens from position ``start`` on. Raises ``BadReply``."""
+        row = body["prompt"]
+        scores = self.client.find(COMPLETIONS, self._choice(row, answer), "prompt_logprobs")
+        values = [
+            self.client.find(COMPLETIONS, scores, position, str(row[position]), "logprob")
+            for position in range(start, len(row))
+        ]
+        if not _is_list_of(values, float | int) or not all(map(_is_logprob, values)):
+            raise self.client.unexpected(COMPLETIONS, "prompt_logprobs has no logarithms of probabilities", scores)
+        return [float(value) for value in values]
+
+    # ---- weights ----
+
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """See the protocol."""
-        if self.served.pool.weights == "nccl":
+        """Give the server a full set of weights, through the folder or over NCCL."""
+        if self.spec.pool.weights == "nccl":
             self.send_weights(weights)
             return
         version = self.folder.write(weights)
@@ -157,126 +198,113 @@ class ServerEngine:
         self.folder.drop_before(version)
 
     def load_checkpoint(self) -> None:
-        """The weights of the checkpoint that the pool was opened with: what a server of somebody else's needs first."""
-        self.load_weights(checkpoint_weights(self.served.model_dir))
+        """Give the server the checkpoint's weights, which one that was running already needs first."""
+        self.load_weights(checkpoint_weights(self.spec.model_dir))
 
     def send_weights(self, weights: Iterable[tuple[str, torch.Tensor]], watchdog: Watchdog | None = None) -> None:
-        """Give it weights over NCCL, from the calling thread, which meets it first where it has not yet.
+        """Send weights over NCCL from the calling thread; the first call also joins the server's process group.
 
-        ``ValueError`` when a tensor is missing, and then nothing is sent.
+        Raises ``ValueError`` before anything is sent when a tensor is missing.
         """
-        served = self.served
+        spec = self.spec
         if self.sender is None:
-            watched = watchdog or Watchdog(self.name, served.config.timeout)
-            self.sender = nccl.NcclSender(self.client, served.device, served.dtype, watched)
-        self.sender.send(with_tied_head(weights, self.served.tied), set(self.served.names))
-        self._forget_prefixes()
-        self.sent += 1
-        self.holding = self._tell(NAME, version=f"{self.folder.owner}:nccl:{self.sent}")
+            watchdog = watchdog or Watchdog(self.name, spec.config.timeout)
+            self.sender = nccl.NcclSender(self.client, spec.device, spec.dtype, watchdog)
+        self.sender.send(with_tied_head(weights, spec.tied_embeddings), set(spec.tensor_names))
+        self._reset_prefix_cache()
+        self.sent_versions += 1
+        self.held_weights = self._call_workers(NAME, version=f"{self.folder.owner}:nccl:{self.sent_versions}")
 
     def read_weights(self, version: int) -> None:
-        """Have it read a version from the folder. ``BadReply`` when it cannot read the folder, or what lies there."""
-        folder = self.folder.of(version)
+        """Have the server read a version from the folder.
+
+        Raises ``BadReply`` when it cannot read the folder, or reads other tensors there than were written.
+        """
+        folder = self.folder.path_of(version)
         name, digest = self.folder.name_of(version), self.folder.digests[version]
+        # 1. The worker hashes the files before it loads them, and refuses other ones.
         try:
-            held = self._tell(LOAD, path=str(folder), version=name, digest=digest)
+            reports = self._call_workers(LOAD, path=str(folder), version=name, digest=digest)
         except BadReply as error:
             raise BadReply(
                 f"{error}. It was told to read new weights from {folder}: can it, under this very path? "
                 "runtime.rollouts.weights_folder names a folder that both sides see."
             ) from None
-        if any(worker["version"] != name or worker["digest"] != digest for worker in held):
-            raise self.client.unexpected(RPC, f"it was told to hold {name} of digest {digest}", held)
-        self.holding = held
-        self._forget_prefixes()
+        # 2. Every worker of a tensor-parallel server must report the new version.
+        if any(report["version"] != name or report["digest"] != digest for report in reports):
+            raise self.client.unexpected(RPC, f"it was told to hold {name} of digest {digest}", reports)
+        self.held_weights = reports
+        # 3. Keys and values in the cache are the old weights'.
+        self._reset_prefix_cache()
 
     def check_weights(self, content: bool = False) -> None:
         """Raise ``WeightsChanged`` unless the server holds what this run gave it last, and nothing was loaded since.
 
-        ``content`` compares the tensors that its workers can read, too, which takes as long as hashing them.
+        ``content`` also compares the tensors that its workers can read, which takes as long as hashing them.
         """
-        if not self.holding:
+        if not self.held_weights:
             return  # nothing was given to it yet
-        told = self._tell(TELL, content=content)
-        names = [name for name in self.holding[0] if content or name != "content"]
-        expected = [{name: worker[name] for name in names} for worker in self.holding]
-        if told == expected:
+        reports = self._call_workers(REPORT, content=content)
+        fields = [name for name in self.held_weights[0] if content or name != "content"]
+        expected = [{name: report[name] for name in fields} for report in self.held_weights]
+        if reports == expected:
             return
-        restarted = all(worker["version"] is None for worker in told) and expected[0]["version"] is not None
-        what = (
-            "holds no weights of this run: it was started anew" if restarted else
-            "does not hold the weights that this run gave it: somebody else changed them, or uses the server too"
-        )  # fmt: skip
+        restarted = all(report["version"] is None for report in reports) and expected[0]["version"] is not None
+        problem = "does not hold the weights that this run gave it: somebody else changed them, or uses the server too"
+        if restarted:
+            problem = "holds no weights of this run: it was restarted"
         raise WeightsChanged(
-            f"the vLLM server at {self.client.address} {what} (it tells {told}; expected {expected}). What was sampled "
-            "since its weights were last compared cannot be trusted: the stage ends, and its last checkpoint is from "
-            "before that. Let no other run or person have this server or its key, and run again.",
+            f"the vLLM server at {self.client.address} {problem} (it reports {reports}; expected {expected}). Nothing "
+            "sampled since its weights were last compared can be trusted. The stage ends; its last checkpoint is from "
+            "before that. Let no other run or person use this server or its key, and run again.",
             restarted,
         )
 
-    def _tell(self, method: str, **kwargs: Any) -> list[dict[str, Any]]:
-        """What each worker says of its weights. Raises ``BadReply``."""
+    def _call_workers(self, method: str, **kwargs: Any) -> list[dict[str, Any]]:
+        """Call a method of ``WeightsKeeper``, and return each worker's report. Raises ``BadReply``."""
         answer = self.client.call(RPC, {"method": method, "kwargs": kwargs})
-        results = self.client.find(RPC, answer, "results")
-        if not isinstance(results, list) or not results or not all(map(_tells_weights, results)):
+        reports = self.client.find(RPC, answer, "results")
+        if not isinstance(reports, list) or not reports or not all(map(_is_report, reports)):
             raise self.client.unexpected(RPC, "results is no list of what each worker holds", answer)
-        return results
+        return reports
 
-    def _forget_prefixes(self) -> None:
-        """Drop the old weights' keys and values. Refused while requests hold blocks: given-up ones do, for a while."""
+    def _reset_prefix_cache(self) -> None:
+        """Drop cached keys and values. Refused while requests hold blocks, as cancelled ones do for a while."""
         deadline = time.monotonic() + min(GRACE_SECONDS, self.client.timeout)
         while self.client.find(RESET, self.client.call(RESET), "success") is not True:
             if time.monotonic() > deadline:
                 raise BadReply("vLLM kept its prefix cache across a change of weights: requests still hold blocks")
             time.sleep(POLL_SECONDS)
 
-    def score_tokens(
-        self, prompts: list[list[int]], responses: list[list[int]], temperature: float
-    ) -> list[list[float]]:
-        """See the protocol. ``temperature`` must be 1: vLLM scores given tokens before temperature."""
-        bodies = self.scoring(prompts, responses, temperature)
-        answers = self.client.calls(COMPLETIONS, bodies, self.batch_size)
-        found = zip(bodies, answers, prompts, strict=True)
-        return [self.scored(body, answer, len(prompt)) for body, answer, prompt in found]
-
-    def scoring(self, prompts: list[list[int]], responses: list[list[int]], temperature: float) -> list[dict[str, Any]]:
-        """A request for the log-probabilities of each prompt and response."""
-        if temperature != 1:
-            raise ValueError("vLLM gives log-probabilities of given tokens at temperature 1 only")
-        rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
-        settings = {"max_tokens": 1, "temperature": 0, "prompt_logprobs": 0, "return_token_ids": True}
-        return [{"prompt": row, **settings} for row in rows]
-
-    def scored(self, body: dict[str, Any], answer: Any, start: int) -> list[float]:
-        """Log-probabilities of the tokens from place ``start`` on. Raises ``BadReply``."""
-        row = body["prompt"]
-        given = self.client.find(COMPLETIONS, self._choice(row, answer), "prompt_logprobs")
-        places = range(start, len(row))
-        values = [self.client.find(COMPLETIONS, given, at, str(row[at]), "logprob") for at in places]
-        if not _all(values, float | int) or not all(map(_is_logprob, values)):
-            raise self.client.unexpected(COMPLETIONS, "prompt_logprobs has no logarithms of probabilities", given)
-        return [float(value) for value in values]
-
     def end(self) -> None:
-        """End a server that was started here; another goes on, with the last weights it was given."""
+        """End a server that was started here. Any other goes on with the last weights it was given."""
         if self.client.server is not None:
             self.client.server.end()
 
     def close(self) -> None:
-        """See the protocol."""
+        """End a server that was started here, and remove the folder of weights."""
         self.end()
         self.folder.close()
 
 
-def _all(values: Any, kind: Any) -> bool:
-    """Whether it is a list of these; true and false, which Python counts as numbers, are none."""
-    return isinstance(values, list) and all(isinstance(value, kind) and value is not True and value is not False
-                                            for value in values)  # fmt: skip
+def _is_list_of(values: Any, kind: Any) -> bool:
+    """Return True for a list of ``kind``. True and False, which Python counts as numbers, do not pass."""
+    return isinstance(values, list) and all(isinstance(v, kind) and not isinstance(v, bool) for v in values)
+
+
+def _logprob_problem(logprobs: Any, count: int) -> str | None:
+    """Say what is wrong with ``token_logprobs``; None where nothing is."""
+    if not _is_list_of(logprobs, float | int) or len(logprobs) != count:
+        return f"token_logprobs is no list of {count} numbers"
+    for value in logprobs:
+        if not _is_logprob(value):
+            return f"token_logprobs has {value}, no logarithm of a probability"
+    return None
 
 
 def _is_logprob(value: float) -> bool:
-    return math.isfinite(value) and value <= MOST_LOGPROB
+    return math.isfinite(value) and value <= MAX_LOGPROB
 
 
-def _tells_weights(worker: Any) -> bool:
-    return isinstance(worker, dict) and {"version", "digest", "loads"} <= worker.keys()
+def _is_report(report: Any) -> bool:
+    return isinstance(report, dict) and {"version", "digest", "loads"} <= report.keys()

@@ -1,33 +1,30 @@
-"""JSON calls to a vLLM server: each ends in bounded time, with an answer or with what was waited for.
+"""JSON calls to a vLLM server: each ends in bounded time, with a reply or with an error that says what was waited for.
 
-Knows how to ask and what went wrong, not what is asked: routes and fields stand in ``server.py``.
+Knows how to call and what went wrong. Routes and fields are in ``server.py``, HTTP itself in ``transport.py``.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import http.client
 import json
 import queue
-import socket
+import subprocess
 import threading
-import time
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import CancelledError, Future
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from align.inference.protocol import Progress
-
-if TYPE_CHECKING:
-    from align.inference.server_process import LocalServer
+from align.inference.transport import Reply, Transport, background_loop, root_cause
 
 POLL_SECONDS, PROBE_SECONDS = 0.25, 1.0
+"""Time between two looks at a server's process, and time that ``/health`` has to answer."""
 UNIX = "unix:"
-MOST_BYTES = 256 << 20
-"""Of one answer; one with the log-probabilities of 128k tokens has some 20 MiB."""
-CONNECT_SECONDS = 20.0
-"""For a machine to say that it is there; calls that wait for it cannot be ended otherwise."""
+MAX_REPLY_BYTES = 256 << 20
+"""Bytes of one reply; the log-probabilities of 128k tokens take some 20 MiB."""
+MAX_QUOTE = 300
+"""Characters of a reply that a message quotes."""
 
 
 class EngineLost(RuntimeError):
@@ -44,224 +41,229 @@ class WeightsChanged(RuntimeError):
     def __init__(self, message: str, restarted: bool = False) -> None:
         super().__init__(message)
         self.restarted = restarted
-        """Whether it holds what a server has that was just started."""
+        """True when it holds what a server has right after its start."""
 
 
-@dataclass(frozen=True)
-class Reply:
-    """What came of one call; ``status`` is 0 when nothing came, and then ``error`` says why."""
+class ServerProcess(Protocol):
+    """A server's process on this machine, as its client needs it (``server_process.LocalServer``)."""
 
-    path: str
-    seconds: float
-    status: int = 0
-    data: bytes = b""
-    error: Exception | None = None
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        """The process that was started."""
+        ...
+
+    def describe_exit(self) -> str:
+        """Say whether the process is alive, or how it ended."""
+        ...
+
+    def log_tail(self) -> str:
+        """Return the end of its log as a sentence, or an empty string."""
+        ...
+
+    def end(self) -> None:
+        """End the process and its group."""
 
 
 class Client:
-    """JSON calls to one server, each of which ends within ``timeout`` seconds."""
+    """JSON calls to one server, each of which ends within ``timeout`` seconds. Safe to use from several threads."""
 
-    def __init__(self, address: str, timeout: float, key: str, server: LocalServer | None = None) -> None:
-        """``key`` goes into the header of every call and nowhere else. ``server`` is the process behind ``address``
-        where it is ours, for error messages."""
+    def __init__(self, address: str, timeout: float, key: str, server: ServerProcess | None = None) -> None:
+        """``key`` goes into the header of every call and nowhere else.
+
+        ``server`` is the process behind ``address`` where this run started it; error messages describe it.
+        """
         parts = urlsplit(address)
         self.address, self.host, self.port = address.rstrip("/"), parts.hostname or "", parts.port or 80
         self.timeout, self.server, self._key = timeout, server, key
-        self._open: set[socket.socket | None] = set()
+        is_unix = self.address.startswith(UNIX)
+        self._transport = Transport(
+            "http://localhost" if is_unix else self.address,
+            key=key,
+            headers={"Accept-Encoding": "identity", "Connection": "close"},
+            keeps_connections=False,
+            socket_path=self.address.removeprefix(UNIX) if is_unix else None,
+        )
+        self._in_flight: set[Future[Reply]] = set()
         self._lock = threading.Lock()
 
+    # ---- calls ----
+
     def call(self, path: str, body: Any = None, method: str = "POST") -> Any:
-        """The answer to one call."""
+        """Return the JSON of one reply. Raises as ``calls``."""
         return self.calls(path, [body], method=method)[0]
 
     def calls(
-        self, path: str, bodies: list[Any], at_once: int = 1, on_progress: Progress | None = None, method: str = "POST"
+        self,
+        path: str,
+        bodies: list[Any],
+        concurrency: int = 1,
+        on_progress: Progress | None = None,
+        method: str = "POST",
     ) -> list[Any]:
-        """Answers in the order of ``bodies``, of which ``at_once`` are under way at most.
+        """Return the replies in the order of ``bodies``, of which at most ``concurrency`` are in flight.
 
-        Raises ``EngineLost`` or ``BadReply`` at the first call that fails, and gives the others up.
+        Raises ``EngineLost`` or ``BadReply`` at the first call that fails, and cancels the others.
         """
-        finished: queue.SimpleQueue[Future[Reply]] = queue.SimpleQueue()
-        pool = ThreadPoolExecutor(max(1, min(at_once, len(bodies))), thread_name_prefix="vllm-server")
-        given_up = threading.Event()
+        finished: queue.SimpleQueue[tuple[int, Future[Reply]]] = queue.SimpleQueue()
+
+        def start(index: int) -> None:
+            future = self.submit(method, path, bodies[index])
+            future.add_done_callback(lambda done: finished.put((index, done)))
+
+        replies: list[Any] = [None] * len(bodies)
         try:
-            futures = [pool.submit(self.exchange, method, path, body, self.timeout, given_up) for body in bodies]
-            places = {future: place for place, future in enumerate(futures)}
-            for future in futures:
-                future.add_done_callback(finished.put)
-            answers: list[Any] = [None] * len(bodies)
+            # Keep ``concurrency`` calls in flight: each that ends starts the next.
+            started = min(concurrency, len(bodies))
+            for index in range(started):
+                start(index)
             for done in range(1, len(bodies) + 1):
-                future = self._next(finished, path)
-                answers[places[future]] = self.read(future.result())
+                index, future = self._next_finished(finished, path)
+                replies[index] = self.read(_outcome(future, path))
+                if started < len(bodies):
+                    start(started)
+                    started += 1
                 if on_progress is not None:
                     on_progress(done, len(bodies))
-            return answers
+            return replies
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-            given_up.set()
-            self.sever()
+            self.cancel_all()
 
-    def _next(self, finished: queue.SimpleQueue[Future[Reply]], path: str) -> Future[Reply]:
-        """The next call to end. A server that sends a byte now and then keeps a socket from timing out, not this."""
-        began = time.monotonic()
+    def _next_finished(
+        self, finished: queue.SimpleQueue[tuple[int, Future[Reply]]], path: str
+    ) -> tuple[int, Future[Reply]]:
+        """Return the next call to end. Raises ``EngineLost`` as soon as the server's process has ended.
+
+        A child of a dead server may keep its connections open, so the process is looked at, not only the connection.
+        """
+        seconds = 0.0
         while True:
             with contextlib.suppress(queue.Empty):
                 return finished.get(timeout=POLL_SECONDS)
-            seconds = time.monotonic() - began
-            if self.server is not None and self.server.process.poll() is not None:
+            seconds += POLL_SECONDS
+            if self.has_exited():
                 raise self.lost(Reply(path, seconds, error=ConnectionError("its process ended")))
-            if seconds > self.timeout + PROBE_SECONDS:
-                raise self.lost(Reply(path, seconds, error=TimeoutError()))
+
+    def submit(
+        self, method: str, path: str, body: Any = None, timeout: float | None = None, with_key: bool = True
+    ) -> Future[Reply]:
+        """Start one call, and return the future of its ``Reply``, which holds errors instead of raising them."""
+        exchange = self._transport.exchange(
+            method,
+            path,
+            None if body is None else json.dumps(body).encode(),
+            timeout=self.timeout if timeout is None else timeout,
+            max_bytes=MAX_REPLY_BYTES,
+            with_key=with_key,
+        )
+        future = asyncio.run_coroutine_threadsafe(exchange, background_loop())
+        with self._lock:
+            self._in_flight.add(future)
+        # Remembered until it ends, so that ``cancel_all`` finds it.
+        future.add_done_callback(self._forget)
+        return future
+
+    def _forget(self, future: Future[Reply]) -> None:
+        with self._lock:
+            self._in_flight.discard(future)
 
     def exchange(
-        self,
-        method: str,
-        path: str,
-        body: Any,
-        timeout: float,
-        given_up: threading.Event | None = None,
-        with_key: bool = True,
+        self, method: str, path: str, body: Any = None, timeout: float | None = None, with_key: bool = True
     ) -> Reply:
-        """One call, in a thread of its own. Nothing is raised: the caller asks for the state of the server first."""
-        began = time.monotonic()
-        connection = self._connection(min(CONNECT_SECONDS, timeout))
-        opened = None
-        try:
-            connection.connect()
-            opened = connection.sock  # the connection itself forgets it before the answer is read
-            opened.settimeout(timeout)
-            with self._lock:
-                self._open.add(opened)
-            if given_up is not None and given_up.is_set():
-                raise ConnectionAbortedError("given up before it was sent")
-            content = None if body is None else json.dumps(body).encode()
-            # A server that refuses a call may answer, and close, before the body has come: the answer says why.
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                connection.request(method, path, content, self._headers(with_key))
-            response = connection.getresponse()
-            data = response.read(MOST_BYTES + 1)
-            if len(data) > MOST_BYTES:
-                raise http.client.HTTPException(f"its answer has more than {MOST_BYTES >> 20} MiB")
-            if response.length:  # a read of so many bytes at most does not say that some are missing
-                raise http.client.IncompleteRead(data, response.length)
-            return Reply(path, time.monotonic() - began, response.status, data)
-        except (OSError, http.client.HTTPException) as error:
-            return Reply(path, time.monotonic() - began, error=error)
-        finally:
-            with self._lock:
-                self._open.discard(opened)
-            connection.close()
+        """Return the outcome of one call. Errors of the call are in the ``Reply``; nothing is raised."""
+        return _outcome(self.submit(method, path, body, timeout, with_key), path)
 
-    def _connection(self, timeout: float) -> http.client.HTTPConnection:
-        if self.address.startswith(UNIX):
-            return _UnixConnection(self.address.removeprefix(UNIX), timeout)
-        return http.client.HTTPConnection(self.host, self.port, timeout=timeout)
-
-    def _headers(self, with_key: bool) -> dict[str, str]:
-        plain = {"Content-Type": "application/json", "Connection": "close"}
-        return plain | ({"Authorization": f"Bearer {self._key}"} if with_key else {})
-
-    def sever(self) -> None:
-        """End calls still under way, so that no thread is left waiting; vLLM drops the requests behind them."""
+    def cancel_all(self) -> None:
+        """Cancel the calls in flight. vLLM drops the requests behind them."""
         with self._lock:
-            for one in self._open:
-                if one is not None:
-                    with contextlib.suppress(OSError):
-                        one.shutdown(socket.SHUT_RDWR)
+            in_flight = list(self._in_flight)
+        for future in in_flight:
+            future.cancel()
+
+    # ---- replies ----
 
     def read(self, reply: Reply) -> Any:
-        """The answer in a reply. Raises ``EngineLost`` or ``BadReply``."""
+        """Return the JSON of a reply. Raises ``EngineLost`` or ``BadReply``."""
         if reply.error is not None:
             raise self.lost(reply)
+        # A 500 may be about one request, or mean that the engine behind the HTTP server has died: /health knows.
         if reply.status >= 500 and self.health() != "answers":
             raise EngineLost(
                 f"the vLLM server at {self.address} failed at {reply.path} with status {reply.status}: "
-                f"{self._short(reply.data)}. {self.state()}"
+                f"{self._quote(reply.data)}. {self.state()}"
             )
         if reply.status != 200:
             raise BadReply(
                 f"the vLLM server at {self.address} answered {reply.path} with status {reply.status}: "
-                f"{self._short(reply.data)}"
+                f"{self._quote(reply.data)}"
             )
         try:
             return json.loads(reply.data)
-        except (ValueError, RecursionError):  # the latter for brackets that nest without end
+        except (ValueError, RecursionError):  # RecursionError: brackets that nest without end
             raise self.unexpected(reply.path, "it is not JSON", reply.data) from None
 
-    def unexpected(self, path: str, what: str, got: Any) -> BadReply:
-        """The error for an answer that is not what vLLM 0.31 gives."""
-        return BadReply(
-            f"the vLLM server at {self.address} gave an answer to {path} that cannot be used: {what}. It began with "
-            f"{self._short(got)}. Is it a vLLM server, of a version that align supports (pyproject.toml, extra vllm)?"
-        )
-
     def find(self, path: str, answer: Any, *keys: str | int) -> Any:
-        """A part of an answer. Raises ``BadReply`` when it is not there."""
-        found = answer
+        """Return the part of an answer below ``keys``. Raises ``BadReply`` when it is not there."""
+        part = answer
         for key in keys:
             try:
-                found = found[key]
+                part = part[key]
             except (KeyError, IndexError, TypeError):
                 raise self.unexpected(path, f"it lacks {'.'.join(map(str, keys))}", answer) from None
-        return found
+        return part
+
+    def unexpected(self, path: str, problem: str, content: Any) -> BadReply:
+        """Return the error for an answer that is not what vLLM 0.31 gives."""
+        return BadReply(
+            f"the vLLM server at {self.address} gave an answer to {path} that cannot be used: {problem}. It began with "
+            f"{self._quote(content)}. Is it a vLLM server, of a version that align supports (pyproject.toml, extra "
+            "vllm)?"
+        )
 
     def lost(self, reply: Reply) -> EngineLost:
-        """The error for a call that came to nothing."""
-        if isinstance(reply.error, TimeoutError):
-            what = f"did not answer {reply.path} within {self.timeout:g} s (runtime.engine.timeout)"
+        """Return the error for a call that came to nothing."""
+        if reply.error is None or reply.is_timeout:
+            problem = f"did not answer {reply.path} within {self.timeout:g} s (runtime.engine.timeout)"
         else:
-            what = (
-                f"could not be asked for {reply.path}: {type(reply.error).__name__}: {reply.error}, after "
+            cause = root_cause(reply.error)
+            problem = (
+                f"could not be asked for {reply.path}: {type(cause).__name__}: {cause}, after "
                 f"{reply.seconds:.1f} s of at most {self.timeout:g}"
             )
-        return EngineLost(f"the vLLM server at {self.address} {what}. {self.state()}")
+        return EngineLost(f"the vLLM server at {self.address} {problem}. {self.state()}")
 
-    def ask(self, path: str, seconds: float, with_key: bool = True) -> Reply:
-        """What a GET comes to within about ``seconds``, also where a server sends a byte now and then."""
-        replies: queue.SimpleQueue[Reply] = queue.SimpleQueue()
-
-        def exchange() -> None:
-            replies.put(self.exchange("GET", path, None, seconds, with_key=with_key))
-
-        threading.Thread(target=exchange, name="vllm-server-get", daemon=True).start()
+    def _quote(self, content: Any) -> str:
+        """Return the beginning of an answer, without the key."""
         try:
-            return replies.get(timeout=seconds + PROBE_SECONDS)
-        except queue.Empty:
-            return Reply(path, seconds + PROBE_SECONDS, error=TimeoutError())
+            is_bytes = isinstance(content, bytes)
+            text = content[: 4 * MAX_QUOTE].decode("utf-8", "replace") if is_bytes else json.dumps(content)
+        except RecursionError:
+            text = f"a {type(content).__name__} that nests too deep to be shown"
+        text = self._transport.hide_key(text)
+        return text if len(text) <= MAX_QUOTE else f"{text[:MAX_QUOTE]}..."
+
+    # ---- state of the server ----
+
+    def has_exited(self) -> bool:
+        """Return True when this run started the server and its process has ended."""
+        return self.server is not None and self.server.process.poll() is not None
 
     def health(self) -> str:
-        """What ``/health`` says, in words: ``answers`` when all is well."""
-        reply = self.ask("/health", min(PROBE_SECONDS, self.timeout))
+        """Describe what ``/health`` says: ``answers`` when all is well."""
+        reply = self.exchange("GET", "/health", timeout=min(PROBE_SECONDS, self.timeout))
         if reply.error is not None:
             return "does not answer"
         return "answers" if reply.status == 200 else f"answers with status {reply.status}"
 
     def state(self) -> str:
-        """Whether the server lives, as far as can be seen from here, and the end of its log."""
+        """Describe whether the server lives, as far as can be seen from here, with the end of its log."""
         if self.server is None:
             return f"This run did not start it, so its process cannot be seen from here; /health {self.health()}."
-        return f"Its process {self.server.life()}; /health {self.health()}.{self.server.last_words()}"
-
-    def _short(self, got: Any, limit: int = 300) -> str:
-        """The beginning of an answer, without the key, which a server may repeat."""
-        try:
-            text = got[: 4 * limit].decode("utf-8", "replace") if isinstance(got, bytes) else json.dumps(got)
-        except RecursionError:
-            text = f"a {type(got).__name__} that nests too deep to be shown"
-        if self._key:
-            text = text.replace(self._key, "***")
-        return text if len(text) <= limit else f"{text[:limit]}..."
+        return f"Its process {self.server.describe_exit()}; /health {self.health()}.{self.server.log_tail()}"
 
 
-class _UnixConnection(http.client.HTTPConnection):
-    """A connection to a Unix socket, which only users may open that may enter its folder."""
-
-    def __init__(self, path: str, timeout: float) -> None:
-        super().__init__("localhost", timeout=timeout)
-        self.path = path
-
-    def connect(self) -> None:
-        """Open the socket."""
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self.path)
+def _outcome(future: Future[Reply], path: str) -> Reply:
+    """Wait for a call and return its reply. Another thread may have cancelled it, because the server was lost."""
+    try:
+        return future.result()
+    except CancelledError:
+        return Reply(path, 0.0, error=ConnectionAbortedError("the call was cancelled"))

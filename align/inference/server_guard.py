@@ -1,9 +1,9 @@
-"""The guard in front of every route of a vLLM server: a key, no browser, no foreign host name.
+"""Guard in front of every route of a vLLM server: a key is required, browsers and foreign host names are refused.
 
 vLLM's own ``--api-key`` (0.31) covers routes that begin with ``/v1``, ``/v2``, ``/inference`` or ``/cohere``. It leaves
-``/collective_rpc``, which replaces weights, and ``/server_info``, which tells paths, to anybody. Loaded by vLLM with
-``--middleware align.inference.server_guard.Guard``. Standard library only, so that the server's side needs nothing else
-of align for it. Left out: encryption; a key travels over the network as it is.
+``/collective_rpc``, which replaces weights, and ``/server_info``, which shows paths, open to anybody. vLLM loads the
+guard with ``--middleware align.inference.server_guard.Guard``. Uses the standard library only, so that the server needs
+nothing else of align for it. Leaves out encryption: a key travels over the network as it is.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import Any
 
 KEY, KEY_FILE, HOSTS = "ALIGN_SERVER_KEY", "ALIGN_SERVER_KEY_FILE", "ALIGN_SERVER_HOSTS"
 """Environment variables: the key itself or a file with it, and further names that clients may call the server by."""
-LEAST_CHARACTERS = 16
-"""Of a key; ``new_key`` makes 64 hex digits."""
+MIN_CHARACTERS = 16
+"""Shortest key that is accepted; ``new_key`` makes 64 hex digits."""
 LOOPBACK = ("localhost", "ip6-localhost", "ip6-loopback")
 BROWSER = (b"origin", b"sec-fetch-site", b"sec-fetch-mode")
-"""Headers that browsers add, and pages cannot take away; the trainer's client sends none of them."""
+"""Headers that browsers add and pages cannot remove; the trainer's client sends none of them."""
 
 App = Callable[[Any, Any, Any], Awaitable[None]]
 
@@ -43,8 +43,8 @@ def write_key(key: str, path: Path) -> None:
 
 def key_problem(key: str) -> str | None:
     """Say what is wrong with a key, without repeating it; None where nothing is."""
-    if len(key) < LEAST_CHARACTERS:
-        return f"it has fewer than {LEAST_CHARACTERS} characters"
+    if len(key) < MIN_CHARACTERS:
+        return f"it has fewer than {MIN_CHARACTERS} characters"
     if not (key.isascii() and key.isprintable()) or " " in key:
         return "it has characters other than printable ASCII, or a space"
     return None
@@ -65,8 +65,8 @@ def key_of_environment() -> str:
 
 def known_hosts() -> frozenset[str]:
     """List the names that this machine may be called by, in lower case."""
-    further = (name.strip() for name in os.environ.get(HOSTS, "").split(","))
-    names = [*LOOPBACK, socket.gethostname(), socket.getfqdn(), *further]
+    extra = (name.strip() for name in os.environ.get(HOSTS, "").split(","))
+    names = [*LOOPBACK, socket.gethostname(), socket.getfqdn(), *extra]
     return frozenset(name.lower() for name in names if name)
 
 
@@ -79,7 +79,7 @@ def host_name(header: str) -> str:
 
 
 def is_known(name: str, names: Iterable[str]) -> bool:
-    """Whether a client may call the server by this name.
+    """Return True when a client may call the server by this name.
 
     Numeric addresses pass: a page that has its own name point here (DNS rebinding) sends that name, never a number.
     """
@@ -104,6 +104,7 @@ class Guard:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Pass a request on, or refuse it."""
+        # Start and end of the server itself; no client sends this.
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
@@ -117,9 +118,11 @@ class Guard:
 
     def refusal(self, headers: Iterable[tuple[bytes, bytes]]) -> tuple[int, str] | None:
         """Return the status and reason to refuse a request with these headers, or None."""
+        # Every header counts that was sent: a second Host or Authorization must not slip past the first.
         values: dict[bytes, list[bytes]] = {}
         for name, value in headers:
             values.setdefault(name.lower(), []).append(value)
+        # A page in a browser on this machine could otherwise call a server at localhost.
         if any(name in values for name in BROWSER):
             return 403, "requests of browsers are refused"
         hosts = values.get(b"host", [])
@@ -132,6 +135,7 @@ class Guard:
 
     def _fits(self, credential: bytes) -> bool:
         scheme, _, key = credential.partition(b" ")
+        # Digests of equal length are compared, in constant time: the time of an answer tells nothing about the key.
         fits = secrets.compare_digest(hashlib.sha256(key.strip()).digest(), self._digest)
         return scheme.lower() == b"bearer" and fits
 

@@ -1,6 +1,6 @@
-"""How a vLLM server must be started so that it samples what the trainer expects, and whether one was.
+"""Options of a vLLM server that samples as the trainer expects, and the check that a running server has them.
 
-Options and fields as of vLLM 0.31. Left out: starting it (``server_process.py``), asking it (``server.py``).
+Options and fields as of vLLM 0.31. Leaves out the start (``server_process.py``) and the calls (``server.py``).
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from align.models.pretrained import open_config
 
 INFO = "/server_info"
 GUARD = f"{Guard.__module__}.{Guard.__name__}"
-"""As vLLM's ``--middleware`` takes it."""
-NEW_KEY = "umask 077; python -c 'import secrets; print(secrets.token_hex(32))' > server.key"
+"""Name of the middleware, as vLLM's ``--middleware`` takes it."""
+KEY_COMMAND = "umask 077; python -c 'import secrets; print(secrets.token_hex(32))' > server.key"
 
 
 @dataclass(frozen=True)
-class Served:
-    """What servers answer with, and how: the same for every server of a pool."""
+class ServerSpec:
+    """Model, settings and sizes that every server of a pool shares."""
 
     model_dir: Path
     device: torch.device
-    """Of the trainer; servers compute on the same kind."""
+    """The trainer's device; servers compute on the same kind."""
     dtype: torch.dtype
     config: EngineConfig
     pool: RolloutsConfig
@@ -47,12 +47,12 @@ class Served:
     seed: int
     tokenizer: Any
     eos: int
-    names: frozenset[str]
+    tensor_names: frozenset[str]
     """Tensors that a full set of weights has."""
-    tied: bool
-    """Whether the output head is the embedding."""
-    vocabulary: int
-    """Rows of the output head: every token's id is below."""
+    tied_embeddings: bool
+    """True when the output head is the embedding."""
+    vocab_size: int
+    """Rows of the output head: every token id is below."""
 
     @classmethod
     def of(
@@ -65,17 +65,27 @@ class Served:
         pool: RolloutsConfig,
         max_length: int,
         seed: int,
-    ) -> Served:
-        """Read from a checkpoint what must be known of it."""
+    ) -> ServerSpec:
+        """Return the spec for a checkpoint, whose configuration and tokenizer are read."""
         tokenizer = load_tokenizer(model_dir)
         architecture = open_config(model_dir)
-        tied = bool(getattr(architecture, "tie_word_embeddings", False))
-        vocabulary = int(architecture.get_text_config().vocab_size)
-        names, eos = frozenset(weight_names(model_dir)), int(tokenizer.eos_token_id)
-        return cls(model_dir, device, dtype, config, pool, max_length, seed, tokenizer, eos, names, tied, vocabulary)
+        return cls(
+            model_dir,
+            device,
+            dtype,
+            config,
+            pool,
+            max_length,
+            seed,
+            tokenizer,
+            eos=int(tokenizer.eos_token_id),
+            tensor_names=frozenset(weight_names(model_dir)),
+            tied_embeddings=bool(getattr(architecture, "tie_word_embeddings", False)),
+            vocab_size=int(architecture.get_text_config().vocab_size),
+        )
 
     def options(self) -> list[str]:
-        """Options of a server; the same as the in-process engine's."""
+        """Return a server's command-line options; they match those of the in-process engine."""
         config = self.config
         options = ["--dtype", str(self.dtype).removeprefix("torch."), "--max-model-len", str(self.max_length)]
         options += ["--max-num-seqs", str(config.batch_size), "--logprobs-mode", "processed_logprobs"]
@@ -91,20 +101,20 @@ class Served:
         if self.device.type != "cpu":
             return [*options, "--gpu-memory-utilization", str(config.gpu_memory)]
         # A prompt read in parts makes vLLM wind its request's generator back, which a CPU generator cannot do.
-        most = max(CPU_STEP_TOKENS, self.max_length)
-        options += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(most)]
+        step_tokens = max(CPU_STEP_TOKENS, self.max_length)
+        options += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(step_tokens)]
         return [*options, "--block-size", "32", "--kv-cache-memory-bytes", str(int(config.cpu_kv_cache_gb * 2**30))]
 
 
-def key_of(pool: RolloutsConfig) -> str:
-    """The key of the servers at ``addresses``. Raises ``UserError``, which does not repeat it."""
+def read_key(pool: RolloutsConfig) -> str:
+    """Return the key of the servers at ``addresses``. Raises ``UserError``, which does not repeat it."""
     name = pool.key_variable
     key = os.environ.get(name, "").strip()
     if not key:
         raise UserError(
             f"runtime.rollouts.addresses names servers, but the environment variable {name} (key_variable) does not "
-            f"hold their key. Make one with `{NEW_KEY}`, start the servers with {KEY_FILE}=server.key (docs/ppo.md), "
-            f'and run with `export {name}="$(cat server.key)"`.'
+            f"hold their key. Make one with `{KEY_COMMAND}`, start the servers with {KEY_FILE}=server.key "
+            f'(docs/ppo.md), and run with `export {name}="$(cat server.key)"`.'
         )
     problem = key_problem(key)
     if problem is not None:
@@ -112,58 +122,68 @@ def key_of(pool: RolloutsConfig) -> str:
     return key
 
 
-def refuse_unfit(client: Client, served: Served) -> None:
-    """Raise ``UserError`` when a server that somebody else started is not there, lets anybody in, or would sample
-    something else."""
+def check_server(client: Client, spec: ServerSpec) -> None:
+    """Raise ``UserError`` for a running server that is not there, answers without a key, or would sample otherwise."""
     remedy = (
         f"Start it with: {KEY_FILE}=server.key VLLM_SERVER_DEV_MODE=1 python -m {MODULE} --host 127.0.0.1 "
-        f"--model MODEL {shlex.join(served.options())}"
+        f"--model MODEL {shlex.join(spec.options())}"
     )
-    where = f"runtime.rollouts.addresses has {client.address}, but"
+    place = f"runtime.rollouts.addresses has {client.address}, but"
     path = f"{INFO}?config_format=json"
-    without = client.ask(path, client.timeout, with_key=False)
-    if without.error is None and without.status not in (401, 403):
+    # 1. Without a key every route must be closed: /collective_rpc changes weights.
+    without_key = client.exchange("GET", path, with_key=False)
+    if without_key.error is None and without_key.status not in (401, 403):
         raise UserError(
-            f"{where} the server there answers without a key (status {without.status}): anybody could change its "
+            f"{place} the server there answers without a key (status {without_key.status}): anybody could change its "
             f"weights.\n{remedy}"
         )
-    reply = client.ask(path, client.timeout)
+    # 2. Ours must be its key.
+    reply = client.exchange("GET", path)
     if reply.status in (401, 403):
         raise UserError(
-            f"{where} the server there refuses the key in {served.pool.key_variable} (runtime.rollouts.key_variable): "
+            f"{place} the server there refuses the key in {spec.pool.key_variable} (runtime.rollouts.key_variable): "
             f"status {reply.status}. Its {KEY_FILE} must hold the same key, and {HOSTS} there the name in the address "
             "where that is not the machine's."
         )
+    # 3. Its options must be those that we would start it with.
     try:
         info = client.read(reply)
     except (EngineLost, BadReply) as error:
-        raise UserError(f"{where} no vLLM server in development mode answers there: {error}\n{remedy}") from None
-    wrong = _differences(client, served, info)
-    if wrong:
-        raise UserError(f"{where} the server there has {'; '.join(wrong)}.\n{remedy}")
+        raise UserError(f"{place} no vLLM server in development mode answers there: {error}\n{remedy}") from None
+    mismatches = _mismatches(client, spec, info)
+    if mismatches:
+        raise UserError(f"{place} the server there has {'; '.join(mismatches)}.\n{remedy}")
 
 
-def _differences(client: Client, served: Served, info: Any) -> list[str]:
-    """How a server differs from one that was started with our options."""
+def _mismatches(client: Client, spec: ServerSpec, info: Any) -> list[str]:
+    """Return the settings by which a server differs from one that was started with our options, in words."""
     config = client.find(INFO, info, "vllm_config")
-    extension = client.find(INFO, config, "parallel_config", "worker_extension_cls")
-    found = {
-        "dtype": str(client.find(INFO, config, "model_config", "dtype")).removeprefix("torch."),
-        "logprobs-mode": client.find(INFO, config, "model_config", "logprobs_mode"),
-        "generation-config": client.find(INFO, config, "model_config", "generation_config"),
-        "max-model-len": client.find(INFO, config, "model_config", "max_model_len"),
-        "enable-chunked-prefill": client.find(INFO, config, "scheduler_config", "enable_chunked_prefill"),
+
+    def setting(*keys: str) -> Any:
+        return client.find(INFO, config, *keys)
+
+    expected = {
+        "dtype": str(spec.dtype).removeprefix("torch."),
+        "logprobs-mode": "processed_logprobs",
+        "generation-config": "vllm",
     }
-    wanted = {"dtype": str(served.dtype).removeprefix("torch."), "logprobs-mode": "processed_logprobs"}
-    wanted["generation-config"] = "vllm"
-    wrong = [f"{name} {found[name]} instead of {value}" for name, value in wanted.items() if found[name] != value]
+    actual = {
+        "dtype": str(setting("model_config", "dtype")).removeprefix("torch."),
+        "logprobs-mode": setting("model_config", "logprobs_mode"),
+        "generation-config": setting("model_config", "generation_config"),
+    }
+    extension = setting("parallel_config", "worker_extension_cls")
+    max_length = setting("model_config", "max_model_len")
+    chunks_prefill = setting("scheduler_config", "enable_chunked_prefill")
+    mismatches = [
+        f"{name} {actual[name]} instead of {value}" for name, value in expected.items() if actual[name] != value
+    ]
     if extension != WORKER:
-        wrong.append(f"worker-extension-cls {extension or 'nothing'} instead of {WORKER}")
-    if not isinstance(found["max-model-len"], int) or found["max-model-len"] < served.max_length:
-        wrong.append(f"max-model-len {found['max-model-len']} instead of {served.max_length} or more")
-    on_cpu = str(client.find(INFO, config, "device_config", "device")) == "cpu"
-    if on_cpu and found["enable-chunked-prefill"]:
-        wrong.append("chunked prefill, which breaks seeded requests on a CPU")
-    if served.pool.weights == "nccl" and not nccl.is_offered(client.find(INFO, config)):
-        wrong.append("no weight transfer over NCCL")
-    return wrong
+        mismatches.append(f"worker-extension-cls {extension or 'nothing'} instead of {WORKER}")
+    if not isinstance(max_length, int) or max_length < spec.max_length:
+        mismatches.append(f"max-model-len {max_length} instead of {spec.max_length} or more")
+    if str(setting("device_config", "device")) == "cpu" and chunks_prefill:
+        mismatches.append("chunked prefill, which breaks seeded requests on a CPU")
+    if spec.pool.weights == "nccl" and not nccl.is_offered(config):
+        mismatches.append("no weight transfer over NCCL")
+    return mismatches

@@ -1,9 +1,9 @@
-"""What a vLLM server's worker says of the weights it holds, and how it takes new ones. Runs in the server's process.
+"""Worker extension of a vLLM server that loads weights and reports what it holds. Runs in the server's process.
 
-Loaded by vLLM with ``--worker-extension-cls align.inference.server_worker.WeightsKeeper`` and called over
-``/collective_rpc``. Each load goes through vLLM's own methods of the worker, whoever calls them; they are counted, so a
-load that the run did not order shows. The count is needed beside the digest: on a CPU vLLM keeps matrices in packed
-copies (oneDNN's) that nothing can read, and only embeddings, norms and biases are left to digest.
+vLLM loads it with ``--worker-extension-cls align.inference.server_worker.WeightsKeeper``; ``/collective_rpc`` calls it.
+Each load goes through the worker's own methods, whoever calls them. They are counted, so a load that the run did not
+order shows. The count is needed beside the digest: on a CPU vLLM keeps matrices in packed copies (oneDNN's) that
+nothing can read, and only embeddings, norms and biases are left to digest.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 from align.inference.weights_digest import combine, digest_all
 
 WORKER = f"{__name__}.WeightsKeeper"
-LOAD, TELL, NAME = "align_load_weights", "align_tell_weights", "align_name_weights"
+LOAD, REPORT, NAME = "align_load_weights", "align_report_weights", "align_name_weights"
 """Methods of ``WeightsKeeper`` for ``/collective_rpc``."""
-DOORS = (
-    "load_model", "reload_weights", "start_weight_update", "start_draft_weight_update", "update_weights",
-    "finish_weight_update", "update_config", "add_lora", "remove_lora", "sleep", "wake_up",
-)  # fmt: skip
+WEIGHT_METHODS = (
+    *("load_model", "reload_weights", "start_weight_update", "start_draft_weight_update", "update_weights"),
+    *("finish_weight_update", "update_config", "add_lora", "remove_lora", "sleep", "wake_up"),
+)
 """Methods of vLLM's worker (0.31) that change what it computes with."""
 
 
@@ -30,46 +30,52 @@ class WeightsKeeper:
     model_runner: Any
 
     def align_load_weights(self, path: str, version: str, digest: str) -> dict[str, Any]:
-        """Load the safetensors of a folder under the name ``version``, and tell what is held then.
+        """Load the safetensors of a folder under the name ``version``, and report what is held then.
 
         Raises ``ValueError``, and loads nothing, where the tensors there are not those of ``digest``.
         """
         from align.inference.weights import checkpoint_weights
 
+        # 1. Hash what this process reads: a folder on another machine may show old or half-copied files.
         received = combine(digest_all(checkpoint_weights(Path(path))))
         if received != digest:
             raise ValueError(f"the weights in {path} have the digest {received}, and {digest} was announced")
-        self._align_watch()
+        self._align_count_loads()
+        # 2. Load through vLLM's own method, which the counter sees.
         self.reload_weights(weights_path=path)  # type: ignore[attr-defined]
         return self.align_name_weights(version, received)
 
     def align_name_weights(self, version: str, digest: str | None = None) -> dict[str, Any]:
-        """Give the weights that are held a name, and the digest under which they came; tell what is held."""
-        self._align_watch()
+        """Give the weights that are held a name and the digest under which they came, and report what is held."""
+        self._align_count_loads()
         self._align_name = (version, digest)
-        return self.align_tell_weights(True)
+        return self.align_report_weights(True)
 
-    def align_tell_weights(self, content: bool = False) -> dict[str, Any]:
-        """Tell the name and digest that the weights came under, and how often any were loaded.
+    def align_report_weights(self, content: bool = False) -> dict[str, Any]:
+        """Report the name and digest that the weights came under, and how often any were loaded.
 
         ``content`` adds a digest of the parameters and buffers that the model holds now.
         """
-        self._align_watch()
+        self._align_count_loads()
         version, digest = getattr(self, "_align_name", (None, None))
-        told = {"version": version, "digest": digest, "loads": self._align_loads}
-        return told | ({"content": self._align_content()} if content else {})
+        report = {"version": version, "digest": digest, "loads": self._align_loads}
+        if content:
+            report["content"] = self._align_content()
+        return report
 
     def _align_content(self) -> str:
         model = self.model_runner.get_model()
+        # On a CPU packed matrices are empty here; what is left still tells two checkpoints apart.
         pairs = [*model.named_parameters(), *model.named_buffers()]
         return combine(digest_all((name, tensor) for name, tensor in pairs if tensor.numel()))
 
-    def _align_watch(self) -> None:
-        """Count calls of the worker's methods that change weights, from the first call of this on."""
+    def _align_count_loads(self) -> None:
+        """Wrap the worker's methods that change weights so that calls are counted, from the first call of this on."""
+        # vLLM makes the worker; this class has no __init__ of its own to count from.
         if hasattr(self, "_align_loads"):
             return
         self._align_loads = 0
-        for name in DOORS:
+        for name in WEIGHT_METHODS:
             method = getattr(self, name, None)
             if method is not None:
                 setattr(self, name, self._align_counted(method))

@@ -1,6 +1,6 @@
-"""Who asks an engine, where several processes train or several servers sample: once for all, or each apart.
+"""Division of an engine's calls among a stage's processes, and over the servers behind one engine.
 
-An engine in a process answers for that process; of servers, which the first process keeps, it asks for all.
+An engine inside a process works for that process. Servers are called by the stage's first process, for all of them.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import torch
 from align.config.launch import rank
 from align.inference.pool import PoolEngine
 from align.inference.protocol import Progress, Response, RolloutEngine, Sampling
-from align.models.processes import part_of
+from align.models.processes import rank_range
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
-class ElsewhereEngine:
-    """What a stage's other processes have in place of the pool, which the first one keeps and asks for all of them."""
+class RemoteRankEngine:
+    """Placeholder for the pool in a stage's other processes; the first one calls the servers for them."""
 
     name = PoolEngine.name
 
@@ -29,41 +29,43 @@ class ElsewhereEngine:
     def generate(
         self, prompts: list[list[int]], sampling: Sampling, on_progress: Progress | None = None
     ) -> list[list[Response]]:
-        """Nobody may ask here."""
+        """Refuse: only the first process may call servers."""
         raise RuntimeError("the servers of runtime.rollouts are asked by the stage's first process")
 
     def score_tokens(
         self, prompts: list[list[int]], responses: list[list[int]], temperature: float
     ) -> list[list[float]]:
-        """Nor for this."""
+        """Refuse: only the first process may call servers."""
         raise RuntimeError("the servers of runtime.rollouts are asked by the stage's first process")
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """The first process gives them."""
+        """Do nothing: the first process gives the servers their weights."""
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: this process holds no engine."""
 
 
 def is_shared(engine: Any) -> bool:
-    """Whether the first process asks the engine for all."""
-    return isinstance(engine, PoolEngine | ElsewhereEngine)
+    """Return True when the first process calls the engine for all."""
+    return isinstance(engine, PoolEngine | RemoteRankEngine)
 
 
 def part_for(engine: Any, count: int) -> range:
-    """Of ``count`` prompts in a row, those that this process asks ``engine`` about."""
+    """Return the range of ``count`` prompts for which this process calls ``engine``."""
     if is_shared(engine):
         return range(count if rank() == 0 else 0)
-    return part_of(count)
+    return rank_range(count)
 
 
-def ask_each(engine: RolloutEngine, do: Callable[[RolloutEngine], Found]) -> list[Found]:
-    """Do something with every engine behind one that must hold the weights: a pool's servers, or the engine itself."""
-    if isinstance(engine, ElsewhereEngine):
+def ask_each(engine: RolloutEngine, action: Callable[[RolloutEngine], Result]) -> list[Result]:
+    """Return the results of ``action`` for every server of a pool, or for the engine itself."""
+    if isinstance(engine, RemoteRankEngine):
         return []
-    return engine.ask_each(do) if isinstance(engine, PoolEngine) else [do(engine)]
+    if isinstance(engine, PoolEngine):
+        return engine.ask_each(action)
+    return [action(engine)]
 
 
 def returns(engine: RolloutEngine) -> int:
-    """Times that a server of a pool came back; 0 for any other engine."""
+    """Return how often a server of a pool came back; 0 for any other engine."""
     return engine.returns if isinstance(engine, PoolEngine) else 0

@@ -1,8 +1,8 @@
-"""Rollouts by transformers: slower than vLLM, on every device, with nothing to install.
+"""Rollouts by transformers: slower than vLLM, but on every device and with nothing to install.
 
-Prompts of like length are decoded together, left-padded, with a key-value cache; a finished row is dropped from the
-batch once a quarter of it has ended, so that the long tail costs little. Each response has a generator of its own,
-seeded from its place: its randomness does not depend on the batch. Left out: prefix sharing, continuous batching.
+Prompts of similar length are decoded together, left-padded, with a key-value cache. Finished rows leave the batch once
+a quarter of it has ended, so that the long tail costs little. Each response has its own generator, seeded from its
+index: its randomness does not depend on the batch. Leaves out prefix sharing and continuous batching.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from align.inference.protocol import Progress, Response, Sampling
 from align.inference.sampling import pick_tokens, processed_logprobs
 from align.inference.watchdog import Watchdog
 from align.models.loading import load_policy, load_tokenizer
-from align.models.malloc import give_back
+from align.models.malloc import trim_malloc
 
 
 class TransformersEngine:
@@ -38,7 +38,7 @@ class TransformersEngine:
         with self.watchdog.watch("start"):
             self.model = load_policy(model_dir, dtype).to(device).requires_grad_(False)
         # ``logits_to_keep`` hands the head a slice, for which torch's CPU product copies the head once a sequence.
-        self.model.get_output_embeddings().register_forward_pre_hook(lambda _, given: (given[0].contiguous(),))
+        self.model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
         self.device, self.dtype = device, dtype
         self.batch_size = batch_size
         self.eos = int(self.tokenizer.eos_token_id)
@@ -47,35 +47,35 @@ class TransformersEngine:
     def generate(
         self, prompts: list[list[int]], sampling: Sampling, on_progress: Progress | None = None
     ) -> list[list[Response]]:
-        """See the protocol."""
+        """Return sampled responses, as the protocol has it."""
         jobs = [(prompt, sample) for prompt in range(len(prompts)) for sample in range(sampling.n)]
         # Longest first: a batch that does not fit in memory fails at once, not after an hour.
         order = sorted(range(len(jobs)), key=lambda job: (-len(prompts[jobs[job][0]]), job))
-        made: list[Response | None] = [None] * len(jobs)
+        by_job: list[Response | None] = [None] * len(jobs)
         done = 0
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
             rows = [prompts[jobs[job][0]] for job in batch]
             seeds = [sampling.request_seed(*jobs[job]) for job in batch]
             with self.watchdog.watch("generate"):
-                found = self._decode(rows, seeds, sampling)
-            for job, response in zip(batch, found, strict=True):
-                made[job] = response
+                decoded = self._decode(rows, seeds, sampling)
+            for job, response in zip(batch, decoded, strict=True):
+                by_job[job] = response
             done += len(batch)
             if on_progress is not None:
                 on_progress(done, len(jobs))
-        responses = [response for response in made if response is not None]
+        responses = [response for response in by_job if response is not None]
         return [responses[index * sampling.n : (index + 1) * sampling.n] for index in range(len(prompts))]
 
     @torch.inference_mode()
     def _decode(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[Response]:
-        """One batch of B prompts from the first token to the last."""
+        """Decode one batch of B prompts from the first token to the last."""
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         ids, mask = self._left_pad(prompts)  # (B, P)
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
         tokens: list[list[int]] = [[] for _ in prompts]
         logprobs: list[list[float]] = [[] for _ in prompts]
-        rows = list(range(len(prompts)))  # which response each row of the cache belongs to
+        rows = list(range(len(prompts)))  # index of the response that each row of the cache belongs to
         cache = None
         for step in range(sampling.max_tokens):
             out = self.model(
@@ -87,10 +87,12 @@ class TransformersEngine:
                 logits_to_keep=1,
             )
             cache = out.past_key_values
+            # 1. Sample a token for every row, with its response's own generator.
             scores = processed_logprobs(out.logits[:, -1].float(), sampling.temperature, sampling.top_p)  # (B, V)
             uniform = torch.stack([torch.rand((), generator=generators[row], dtype=torch.float64) for row in rows])
             picked = pick_tokens(scores, uniform.to(self.device), greedy=sampling.temperature == 0)  # (B,)
             values = scores.gather(1, picked[:, None])[:, 0].tolist()
+            # 2. Append it, unless the row has ended and is only waiting to leave the batch.
             for row, token, value in zip(rows, picked.tolist(), values, strict=True):
                 if not self._ended(tokens[row]):
                     tokens[row].append(token)
@@ -99,6 +101,7 @@ class TransformersEngine:
             alive = [index for index, row in enumerate(rows) if not self._ended(tokens[row])]
             if not alive or step + 1 == sampling.max_tokens:
                 break
+            # 3. Drop ended rows from the cache, once they are a quarter of the batch.
             keep = torch.arange(len(rows), device=self.device)
             if len(alive) <= 0.75 * len(rows):
                 keep = torch.tensor(alive, device=self.device)
@@ -117,31 +120,38 @@ class TransformersEngine:
         return Response(tokens, logprobs, self._ended(tokens), text)
 
     def _left_pad(self, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return token ids and attention mask, each (B, P), with padding on the left."""
         width = max(map(len, prompts))
         ids = torch.tensor([[self.pad] * (width - len(prompt)) + prompt for prompt in prompts])
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         return ids.to(self.device), mask.to(self.device)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """See the protocol. Tensors are copied, so training on does not change the sampler halfway."""
-        own = self.model.state_dict()
-        missing = set(own)
+        """Copy a full set of weights into the model, so that further training does not change the sampler halfway.
+
+        A tied tensor may be missing: its memory is another tensor's, which was copied.
+        """
+        state = self.model.state_dict()
+        missing = set(state)
         with self.watchdog.watch("load_weights"):
             for name, tensor in weights:
-                if name not in own:
+                if name not in state:
                     raise ValueError(f"the engine's model has no weight '{name}'")
-                own[name].copy_(tensor)
+                state[name].copy_(tensor)
                 missing.discard(name)
                 self.watchdog.progress()
-        tied = {name for name in missing if any(own[name].data_ptr() == own[k].data_ptr() for k in own if k != name)}
-        if missing - tied:
-            raise ValueError(f"the new weights lack {', '.join(sorted(missing - tied)[:3])}: a full set is needed")
+        names_by_address: dict[int, set[str]] = {}
+        for name, tensor in state.items():
+            names_by_address.setdefault(tensor.data_ptr(), set()).add(name)
+        lacking = sorted(name for name in missing if len(names_by_address[state[name].data_ptr()]) == 1)
+        if lacking:
+            raise ValueError(f"the new weights lack {', '.join(lacking[:3])}: a full set is needed")
 
     @torch.inference_mode()
     def score_tokens(
         self, prompts: list[list[int]], responses: list[list[int]], temperature: float
     ) -> list[list[float]]:
-        """See the protocol."""
+        """Return log-probabilities of response tokens, as the protocol has it."""
         with self.watchdog.watch("score_tokens"):
             return [self._score(*pair, temperature) for pair in zip(prompts, responses, strict=True)]
 
@@ -149,11 +159,11 @@ class TransformersEngine:
         ids = torch.tensor([[*prompt, *response]], device=self.device)
         logits = self.model(input_ids=ids, logits_to_keep=len(response) + 1).logits[0, :-1].float()  # (T, V)
         scores = processed_logprobs(logits, temperature, 1.0)
-        found: list[float] = scores.gather(1, ids[0, len(prompt) :, None])[:, 0].tolist()
+        logprobs: list[float] = scores.gather(1, ids[0, len(prompt) :, None])[:, 0].tolist()
         self.watchdog.progress()
-        return found
+        return logprobs
 
     def close(self) -> None:
-        """See the protocol."""
+        """Free the model."""
         self.model = None
-        give_back()  # what a reward model or a checkpoint that reads takes next would come on top of it
+        trim_malloc()  # what a reward model or a checkpoint that reads takes next would come on top of it

@@ -1,7 +1,7 @@
-"""Rollouts by vLLM, in this process, beside the trainer.
+"""Rollouts by vLLM in the trainer's process, with vLLM's sleep mode on a shared GPU.
 
-One engine per process: ``load_weights`` puts another policy into the one there is. What is not public in vLLM is
-``vllm_insides.py``'s. Left out: servers, tensor parallelism, LoRA requests.
+There is one engine per process: ``load_weights`` puts another policy into it. Calls to what is not public in vLLM are
+in ``vllm_internals.py``. Leaves out servers, tensor parallelism and LoRA requests.
 """
 
 from __future__ import annotations
@@ -20,20 +20,22 @@ import torch
 from align.config.batch_sizes import CPU_STEP_TOKENS
 from align.config.runtime import EngineConfig
 from align.inference.protocol import Progress, Response, Sampling
-from align.inference.sleep import CACHE, WEIGHTS, Sleep
-from align.inference.vllm_insides import install_sampler, model_runner, notice_steps, stored_adapter
+from align.inference.vllm_internals import install_sampler, model_runner, report_steps, stored_adapter
 from align.inference.watchdog import Watchdog
 from align.inference.weights import refuse_missing, weight_names, with_tied_head
 from align.models.loading import load_tokenizer
 
+WEIGHTS, CACHE = "weights", "kv_cache"
+"""vLLM's tags of the memory that sleeps."""
+
 
 def why_unusable() -> str | None:
-    """Why vLLM cannot be used in this process, or None when it can. Imports it."""
+    """Say why vLLM cannot be used in this process; None when it can. Imports it."""
     if importlib.util.find_spec("vllm") is None:
         return "vLLM is not installed"
     _prepare_environment()
     try:
-        with _caller_undisturbed():  # the import alone draws random numbers
+        with _preserve_global_state():  # the import alone draws random numbers
             import vllm  # noqa: F401
     except Exception as error:  # a broken build fails in many ways
         return f"vLLM does not import ({type(error).__name__}: {error})"
@@ -41,7 +43,7 @@ def why_unusable() -> str | None:
 
 
 def _prepare_environment() -> None:
-    """Settings that vLLM reads while it is imported; the user's own values win, except for the first."""
+    """Set the variables that vLLM reads while it is imported. The user's own values win, except for the first."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine must share this process to take weights directly
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("DO_NOT_TRACK", "1")
@@ -49,8 +51,9 @@ def _prepare_environment() -> None:
 
 
 @contextmanager
-def _caller_undisturbed() -> Iterator[None]:
-    """Keep the caller's random state and torch functions: building an engine seeds everything and patches torch."""
+def _preserve_global_state() -> Iterator[None]:
+    """Restore random states and torch settings afterwards: building an engine seeds everything and patches torch."""
+    # The trainer's draws must not depend on the engine that samples for it.
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
     set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
@@ -88,9 +91,10 @@ class VllmEngine:
         """Start an engine for sequences of at most ``max_length`` tokens, prompt and response together."""
         self.watchdog = watchdog or Watchdog(self.name, config.timeout)
         _prepare_environment()
-        with _caller_undisturbed():  # the first import of transformers' tokenizers draws random numbers
+        with _preserve_global_state():  # the first import of transformers' tokenizers draws random numbers
             self.tokenizer = load_tokenizer(model_dir)
         self.eos = int(self.tokenizer.eos_token_id)
+        # A change of weights must bring every one of these.
         self.names = weight_names(model_dir)
         self.dtype = dtype
         memory: dict[str, Any] = {"gpu_memory_utilization": config.gpu_memory, "enable_sleep_mode": config.sleep}
@@ -102,7 +106,7 @@ class VllmEngine:
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(CPU_STEP_TOKENS, max_length),
             }
-        with self.watchdog.watch("start"), _caller_undisturbed():
+        with self.watchdog.watch("start"), _preserve_global_state():
             from vllm import LLM
 
             self.llm = LLM(
@@ -119,9 +123,9 @@ class VllmEngine:
                 seed=seed,
                 **memory,
             )
-        self.sleep = Sleep(self.llm, memory.get("enable_sleep_mode", False))
+        self.sleep_mode = SleepMode(self.llm, memory.get("enable_sleep_mode", False))
         self.runner = model_runner(self.llm)
-        notice_steps(self.llm, self.watchdog.progress)
+        report_steps(self.llm, self.watchdog.progress)
         self.adapter = stored_adapter(self.runner, model_dir, dtype)
         self.tied = bool(getattr(self.llm.model_config.hf_config, "tie_word_embeddings", False))
         if device.type == "cpu":
@@ -130,7 +134,7 @@ class VllmEngine:
     def generate(
         self, prompts: list[list[int]], sampling: Sampling, on_progress: Progress | None = None
     ) -> list[list[Response]]:
-        """See the protocol."""
+        """Return sampled responses, as the protocol has it."""
         from vllm import SamplingParams
 
         requests = [(index, sample) for index in range(len(prompts)) for sample in range(sampling.n)]
@@ -148,13 +152,13 @@ class VllmEngine:
             for index, sample in requests
         ]
         outputs = self._run("generate", [prompts[index] for index, _ in requests], params, on_progress)
+        # Token ids come back in the order of the requests, whatever order vLLM finished them in.
         tokens = [list(output.outputs[0].token_ids) for output in outputs]
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         responses: list[list[Response]] = [[] for _ in prompts]
         for (index, _), output, ids, text in zip(requests, outputs, tokens, texts, strict=True):
-            logprobs = [
-                float(found[token].logprob) for token, found in zip(ids, output.outputs[0].logprobs, strict=True)
-            ]
+            candidates = output.outputs[0].logprobs  # one dictionary per token, of which the sampled one counts
+            logprobs = [float(entry[token].logprob) for token, entry in zip(ids, candidates, strict=True)]
             responses[index].append(Response(ids, logprobs, ids[-1] == self.eos, text))
         return responses
 
@@ -162,63 +166,99 @@ class VllmEngine:
         total = len(prompts)
         bar: Any = False
         if on_progress is not None:
-            # vLLM calls it twice: around the iterable of requests, which passes through, and for the bar itself.
-            bar = lambda it=None, **_: _Bar(total, on_progress) if it is None else it  # noqa: E731
+
+            def bar(iterable: Any = None, **_: Any) -> Any:
+                # vLLM calls it twice: around the iterable of requests, which passes through, and for the bar itself.
+                return _ProgressBar(total, on_progress) if iterable is None else iterable
+
         inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
-        with self.watchdog.watch(call), torch.inference_mode(), _caller_undisturbed():
-            self.sleep.wake(WEIGHTS, CACHE)
+        with self.watchdog.watch(call), torch.inference_mode(), _preserve_global_state():
+            self.sleep_mode.wake(WEIGHTS, CACHE)
             outputs: list[Any] = self.llm.generate(inputs, params, use_tqdm=bar)  # type: ignore[arg-type]
             if call == "generate":
-                self.sleep.fall()
+                self.sleep_mode.sleep()
             return outputs
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """See the protocol."""
-        seen: set[str] = set()
+        """Replace the policy's weights in the live model, and drop every cached prefix."""
+        loaded: set[str] = set()
         with self.watchdog.watch("load_weights"):
-            with torch.no_grad(), _caller_undisturbed():
-                self.sleep.wake(WEIGHTS)
-                self.runner.reload_weights(weights_iterator=self._complete(weights, seen))
-            refuse_missing(self.names, seen)
+            with torch.no_grad(), _preserve_global_state():
+                self.sleep_mode.wake(WEIGHTS)
+                self.runner.reload_weights(weights_iterator=self._complete(weights, loaded))
+            refuse_missing(self.names, loaded)
             if not self.llm.reset_prefix_cache():
                 raise RuntimeError("vLLM kept its prefix cache across a change of weights: requests still hold blocks")
 
-    def _complete(self, weights: Iterable[tuple[str, torch.Tensor]], seen: set[str]) -> Iterator[tuple[str, Any]]:
-        """Every weight with the tied head, noting in ``seen`` what came."""
+    def _complete(self, weights: Iterable[tuple[str, torch.Tensor]], loaded: set[str]) -> Iterator[tuple[str, Any]]:
+        """Yield the weights with the tied head, and add their names to ``loaded``.
+
+        A stored adapter's tensors go to its hooks instead.
+        """
+        # The watchdog hears of each tensor: a large model takes longer than the timeout as a whole.
         for name, tensor in with_tied_head(weights, self.tied):
-            seen.add(name)
+            loaded.add(name)
             self.watchdog.progress()
             if self.adapter is not None and name in self.adapter.weights:
-                self.adapter.take({name: tensor})
+                self.adapter.set_weights({name: tensor})
             else:
                 yield name, tensor.detach()
 
     def score_tokens(
         self, prompts: list[list[int]], responses: list[list[int]], temperature: float
     ) -> list[list[float]]:
-        """See the protocol. ``temperature`` must be 1: vLLM scores given tokens before temperature."""
+        """Return log-probabilities of response tokens. ``temperature`` must be 1: vLLM scores before temperature."""
         if temperature != 1:
             raise ValueError("vLLM gives log-probabilities of given tokens at temperature 1 only")
         from vllm import SamplingParams
 
         rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
         params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
-        found = []
-        for row, prompt, output in zip(rows, prompts, self._run("score_tokens", rows, params), strict=True):
-            scores = zip(row[len(prompt) :], output.prompt_logprobs[len(prompt) :], strict=True)
-            found.append([float(given[token].logprob) for token, given in scores])
-        return found
+        outputs = self._run("score_tokens", rows, params)
+        logprobs = []
+        for row, prompt, output in zip(rows, prompts, outputs, strict=True):
+            start = len(prompt)
+            entries = zip(row[start:], output.prompt_logprobs[start:], strict=True)
+            logprobs.append([float(entry[token].logprob) for token, entry in entries])
+        return logprobs
 
     def close(self) -> None:
-        """See the protocol. A second engine in this process is not to be counted on."""
+        """Free the model and the cache. A second engine in this process may fail to start."""
         llm, self.llm, self.runner = self.llm, None, None  # type: ignore[assignment]
         if llm is not None:
-            with self.watchdog.watch("close"), _caller_undisturbed():
+            with self.watchdog.watch("close"), _preserve_global_state():
                 llm.llm_engine.engine_core.shutdown()
 
 
-class _Bar:
-    """What vLLM needs of a progress bar, passed on to a callback."""
+class SleepMode:
+    """vLLM's sleep mode: lends a GPU's memory to the trainer between calls to an engine on the same GPU.
+
+    Asleep, the engine keeps its weights in the machine's memory and no keys and values. It sleeps once responses are
+    done; the next call wakes what it needs. A change of weights wakes only the weights, so that the cache takes no
+    memory while the trainer merges adapters. Leaves out level 2, which drops the weights: the stages ``sample`` and
+    ``evaluate`` go on with the same ones. Without ``enabled`` the engine is always awake.
+    """
+
+    def __init__(self, llm: Any, enabled: bool) -> None:
+        self.llm, self.enabled = llm, enabled
+        self.asleep: list[str] = []
+        """Tags that sleep."""
+
+    def sleep(self) -> None:
+        """Free the memory, if all of it is awake. No request may be in flight."""
+        if self.enabled and not self.asleep:
+            self.llm.sleep(level=1)
+            self.asleep = [WEIGHTS, CACHE]
+
+    def wake(self, *tags: str) -> None:
+        """Wake those of ``tags`` that sleep."""
+        for tag in [name for name in self.asleep if name in tags]:
+            self.llm.wake_up(tags=[tag])
+            self.asleep.remove(tag)
+
+
+class _ProgressBar:
+    """The part of tqdm's interface that vLLM uses, passed on to a callback."""
 
     format_dict: dict[str, float] = {"elapsed": 1.0}  # noqa: RUF012  # read by vLLM for rates nobody sees
     postfix = ""
@@ -227,12 +267,12 @@ class _Bar:
         self.total, self.n, self.on_progress = total, 0, on_progress
 
     def update(self, count: int = 1) -> None:
-        """``count`` more requests are finished."""
+        """Count finished requests."""
         self.n += count
         self.on_progress(self.n, self.total)
 
     def refresh(self) -> None:
-        """Nothing to draw."""
+        """Draw nothing."""
 
     def close(self) -> None:
-        """Nothing to close."""
+        """Close nothing."""

@@ -1,13 +1,13 @@
-"""Bounds the calls to an engine in this process: a call in native code that hangs cannot be interrupted from Python.
+"""Timeout for calls to an engine in this process, where a call in native code cannot be interrupted from Python.
 
-A thread beside each call counts the seconds in which it made no progress. When they come to ``runtime.engine.timeout``
-it says what was waited for, dumps the stacks of all threads, and hands over to ``on_hang``. A stage ends its process
-there, as failed, and is resumed from its last checkpoint (``StageContext.fail_at_once``). In a process that is not
-ours, a notebook or a script, there is no ``on_hang``: the message and the stacks are all, and whoever reads them
-decides. Servers need none of it: their client bounds every call (``server_client.py``).
+A thread beside each call counts the seconds without progress. When they reach ``runtime.engine.timeout`` it writes a
+message and the stacks of all threads to standard error, and calls ``on_hang``. A stage ends its process there, as
+failed, and is resumed from its last checkpoint (``StageContext.fail_at_once``). In a notebook or a script there is no
+``on_hang``: the user reads the message and decides. Servers need no watchdog: their client bounds every call
+(``server_client.py``).
 
-Left out: calls that nest, or that two threads make at once. A process that was stopped from outside has not waited for
-its engine, unless it stood still for twice the timeout within one call: then Python's own timer ends it.
+Leaves out nested calls, and calls by two threads at once. Time in which the whole process was stopped does not count,
+unless it exceeds twice the timeout within one call: then Python's own timer ends the process.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from collections.abc import Callable, Iterator
 from align.config.runtime import EngineConfig
 
 OnHang = Callable[[str], None]
-"""Told what was waited for; need not return."""
+"""Called with the message; need not return."""
 
 TICKS = 20
 """Looks at the call per timeout."""
-MOST_SECONDS = 5.0
-"""Between two looks at most."""
+MAX_TICK_SECONDS = 5.0
+"""Seconds between two looks, at most."""
 
 
 class Watchdog:
@@ -41,12 +41,12 @@ class Watchdog:
         self._progress = 0
 
     def progress(self) -> None:
-        """The call goes on: another token of each sequence, another tensor. The clock starts anew."""
+        """Restart the clock: the call has made another token of each sequence, or loaded another tensor."""
         self._progress += 1
 
     @contextlib.contextmanager
     def watch(self, call: str) -> Iterator[None]:
-        """Watch what happens inside, which ``call`` names."""
+        """Watch the code inside; ``call`` names it in messages."""
         ended = threading.Event()
         watcher = threading.Thread(target=self._wait, args=(call, ended), name="engine-watchdog", daemon=True)
         self._arm_backstop()
@@ -54,42 +54,48 @@ class Watchdog:
         try:
             yield
         finally:
+            # The watcher is joined, so that none reports a hang after the call has ended.
             ended.set()
             watcher.join()
             if self.on_hang is not None:
                 faulthandler.cancel_dump_traceback_later()
 
     def _wait(self, call: str, ended: threading.Event) -> None:
-        seconds, seen, tick = 0.0, self._progress, min(self.timeout / TICKS, MOST_SECONDS)
+        tick = min(self.timeout / TICKS, MAX_TICK_SECONDS)
+        seconds, last_progress = 0.0, self._progress
         while seconds < self.timeout:
             began = time.monotonic()
             if ended.wait(tick):
                 return
             # A process that was stopped, or starved, for an hour has not waited for its engine that long.
             seconds += min(time.monotonic() - began, 2 * tick)
-            if self._progress != seen:
-                seconds, seen = 0.0, self._progress
+            # Any progress since the last look restarts the count.
+            if self._progress != last_progress:
+                seconds, last_progress = 0.0, self._progress
             self._arm_backstop()
-        self._give_up(call, seconds)
+        self._report_hang(call, seconds)
 
     def _arm_backstop(self) -> None:
-        """A call that hangs while it holds the interpreter's lock keeps this thread from running at all. Python's own
-        timer needs no lock: it dumps the stacks and ends the process with exit code 1, without a message of ours. There
-        is one such timer a process, so it is only set in a process that may be ended.
+        """Set Python's own timer, for a call that hangs while it holds the interpreter's lock.
+
+        Such a call keeps the watching thread from running at all. The timer needs no lock: it dumps the stacks and ends
+        the process with exit code 1, without our message. There is one such timer per process, so it is only set in a
+        process that may be ended.
         """
         if self.on_hang is not None:
             faulthandler.dump_traceback_later(2 * self.timeout, exit=True, file=_stream())
 
-    def _give_up(self, call: str, seconds: float) -> None:
-        what = f"the {self.engine} engine made no progress in '{call}' for {seconds:.0f} s (runtime.engine.timeout)"
+    def _report_hang(self, call: str, seconds: float) -> None:
+        problem = f"the {self.engine} engine made no progress in '{call}' for {seconds:.0f} s (runtime.engine.timeout)"
         remedy = (
             "If it was only slow, raise runtime.engine.timeout or lower runtime.engine.batch_size; if it hangs there "
             "again, set runtime.engine.name to another engine. The stacks of all threads stand below."
         )
-        ends = "Nothing was ended" if self.on_hang is None else "Its process ends; run again to resume the stage"
-        message = f"{what}. {ends}: a call that hangs in native code cannot be interrupted. {remedy}"
+        outcome = "Nothing was ended" if self.on_hang is None else "Its process ends; run again to resume the stage"
+        message = f"{problem}. {outcome}: a call that hangs in native code cannot be interrupted. {remedy}"
         stream = _stream()
-        print(message, file=stream, flush=True)
+        stream.write(f"{message}\n")
+        stream.flush()
         with contextlib.suppress(OSError, RuntimeError):  # the message matters more
             faulthandler.dump_traceback(file=stream, all_threads=True)
         if self.on_hang is not None:
@@ -97,7 +103,7 @@ class Watchdog:
 
 
 def _stream() -> io.TextIOBase:
-    """Standard error, or where it has no file behind it (a notebook's has none) the process's own."""
+    """Return standard error, or the process's original one where it has no file behind it, as in a notebook."""
     try:
         sys.stderr.fileno()
         return sys.stderr  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""The weights of a saved checkpoint, one tensor at a time: to switch an engine from one policy to another."""
+"""Weights of a saved checkpoint, one tensor at a time, for switching an engine from one policy to another."""
 
 from __future__ import annotations
 
@@ -15,28 +15,29 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def with_tied_head(weights: Iterable[tuple[str, torch.Tensor]], tied: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights, and behind them the output head of a model with ``tied`` embeddings, if it is not among them.
+    """Yield the weights, and after them the output head of a model with ``tied`` embeddings if it is not among them.
 
     vLLM's CPU backend keeps a packed copy of the head: without the head under its own name the sampler goes on with
     the old one, silently.
     """
-    embedding, seen = None, False
+    embedding, has_head = None, False
     for name, tensor in weights:
-        seen = seen or name == HEAD
+        has_head = has_head or name == HEAD
         if name == EMBEDDING:
             embedding = tensor
         yield name, tensor
-    if tied and not seen and embedding is not None:
+    # Some checkpoints store a tied head, some do not.
+    if tied and not has_head and embedding is not None:
         yield HEAD, embedding
 
 
 def weight_files(model_dir: Path) -> list[Path]:
-    """The safetensors of a checkpoint, as every loader reads them. Raises ``UserError`` when there are none."""
+    """Return the safetensors files of a checkpoint. Raises ``UserError`` when there are none."""
     return files.weight_files(model_dir)
 
 
 def adapter_weights(model_dir: Path) -> dict[str, torch.Tensor]:
-    """Tensors of the adapter that a checkpoint keeps beside its weights (``align.models.tuning.stored``), if any."""
+    """Return the tensors of a checkpoint's stored adapter (``align.models.tuning.stored``) by name, if it has one."""
     from safetensors.torch import load_file
 
     file = model_dir / "adapter" / "adapter.safetensors"
@@ -44,7 +45,7 @@ def adapter_weights(model_dir: Path) -> dict[str, torch.Tensor]:
 
 
 def weight_names(model_dir: Path) -> set[str]:
-    """Names of a checkpoint's tensors, its stored adapter's among them."""
+    """Return the names of a checkpoint's tensors, those of its stored adapter included."""
     from safetensors import safe_open
 
     names: set[str] = set()
@@ -54,15 +55,15 @@ def weight_names(model_dir: Path) -> set[str]:
     return names | set(adapter_weights(model_dir))
 
 
-def refuse_missing(names: set[str], seen: set[str]) -> None:
-    """Raise ``ValueError`` unless every name was seen: where no new weight comes, an engine keeps the old one."""
-    missing = sorted(names - seen)
+def refuse_missing(names: set[str], loaded: set[str]) -> None:
+    """Raise ``ValueError`` unless every name was loaded: an engine keeps the old tensor where no new one comes."""
+    missing = sorted(names - loaded)
     if missing:
         raise ValueError(f"the new weights lack {', '.join(missing[:3])}: a full set is needed")
 
 
 def checkpoint_weights(model_dir: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """``(name, tensor)`` of a checkpoint, on the CPU, for ``RolloutEngine.load_weights``."""
+    """Yield ``(name, tensor)`` of a checkpoint, on the CPU, for ``RolloutEngine.load_weights``."""
     from safetensors import safe_open
 
     for file in weight_files(model_dir):

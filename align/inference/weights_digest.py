@@ -1,4 +1,4 @@
-"""Digests of a model's tensors, exact to the bit: the same on the trainer's side and on a server's.
+"""Digests of a model's tensors, exact to the bit and equal on the trainer's side and on a server's.
 
 Unlike ``align.checks.weights.weights_digest``, which takes a checkpoint and its bfloat16 copy for the same base,
 these tell types, shapes and every value apart. Tensors are hashed in several threads, 1.8 GiB/s each on the machine
@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-MOST_THREADS = 16
+MAX_THREADS = 16
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
-    """Return the sha256 of a tensor's type, shape and bytes, wherever it lies."""
+    """Return the sha256 of a tensor's type, shape and bytes, for any shape and device."""
     import torch
 
     values = tensor.detach().to("cpu").contiguous()
@@ -32,7 +32,7 @@ def tensor_digest(tensor: torch.Tensor) -> str:
 
 def digest_all(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
     """Return the digest of each tensor by its name. Few tensors are held in memory at once."""
-    workers = min(MOST_THREADS, len(os.sched_getaffinity(0)))
+    workers = min(MAX_THREADS, len(os.sched_getaffinity(0)))
     digests: dict[str, str] = {}
     waiting: list[tuple[str, Future[str]]] = []
     with ThreadPoolExecutor(workers, thread_name_prefix="weights-digest") as threads:
@@ -46,6 +46,6 @@ def digest_all(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
 
 
 def combine(digests: Mapping[str, str]) -> str:
-    """Return one digest of named digests, whatever their order."""
+    """Return one digest of named digests, independent of their order."""
     lines = "".join(f"{name} {digests[name]}\n" for name in sorted(digests))
     return hashlib.sha256(lines.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Weights handed to servers through a folder: written under another name, renamed when whole, their marker last."""
+"""Weights handed to servers through a folder: written as a draft, renamed when complete, the marker file last."""
 
 from __future__ import annotations
 
@@ -16,87 +16,91 @@ import torch
 from align.config.user_paths import user_path
 from align.inference.weights import refuse_missing, with_tied_head
 from align.inference.weights_digest import combine, digest_all
+from align.store.atomic_write import write_text_atomically
 
 if TYPE_CHECKING:
-    from align.inference.server_options import Served
+    from align.inference.server_options import ServerSpec
 
 READY = "READY"
-"""File that is written last into a folder of weights: without it the folder is not whole."""
+"""File that is written last into a folder of weights: without it the folder is incomplete."""
 SHARD_BYTES = 512 * 2**20
-"""Weights held in memory at once while they are written."""
+"""Weights held in memory at a time while they are written."""
 
 
 class WeightsFolder:
-    """Numbered versions of a policy's weights, each a whole model folder, which servers read and ``close`` removes."""
+    """Numbered versions of a policy's weights, each a complete model folder that servers read."""
 
-    def __init__(self, served: Served) -> None:
-        self.served, self.version = served, 0
+    def __init__(self, spec: ServerSpec) -> None:
+        self.spec, self.version = spec, 0
         self.owner = secrets.token_hex(8)
-        """Stands for this run in the names of weights, which another run may give the same server, too."""
+        """Prefix of this run's version names: another run may give weights to the same server."""
         self.digests: dict[int, str] = {}
-        """By version, of the tensors that were written."""
+        """Version → digest of the tensors that were written."""
         self._temporary = contextlib.ExitStack()
-        self.path = self.temporary(served.pool.weights_folder)
+        self.path = self.temporary(spec.pool.weights_folder)
 
-    def temporary(self, inside: str | None = None) -> Path:
-        """A new folder that ``close`` removes."""
-        outer = None if inside is None else user_path(inside).absolute()
+    def temporary(self, parent: str | None = None) -> Path:
+        """Return a new folder that ``close`` removes, inside ``parent`` if given."""
+        outer = None if parent is None else user_path(parent).absolute()
         if outer is not None:
             outer.mkdir(parents=True, exist_ok=True)
-        made = tempfile.TemporaryDirectory(prefix="align-", dir=outer, ignore_cleanup_errors=True)
-        folder = Path(self._temporary.enter_context(made))
+        directory = tempfile.TemporaryDirectory(prefix="align-", dir=outer, ignore_cleanup_errors=True)
+        folder = Path(self._temporary.enter_context(directory))
         if outer is not None:
             folder.chmod(0o755)  # the server may run as another user; the outer folder says who gets in
         return folder
 
-    def of(self, version: int) -> Path:
-        """Where a version lies."""
+    def path_of(self, version: int) -> Path:
+        """Return the folder of a version."""
         return self.path / f"step_{version}"
 
     def name_of(self, version: int) -> str:
-        """The name of a version among those of all runs."""
+        """Return the name of a version, unique among all runs."""
         return f"{self.owner}:{version}"
 
     def write(self, weights: Iterable[tuple[str, torch.Tensor]]) -> int:
-        """Write the next version, which is returned; ``ValueError`` when a tensor is missing, and then none is there.
+        """Write the next version and return its number. Floating-point tensors are written in the servers' type.
 
-        Floating-point tensors are written in the servers' type.
+        Raises ``ValueError`` when a tensor is missing; the version then does not exist.
         """
-        served, version = self.served, self.version + 1
-        folder = self.of(version)
-        partial = folder.with_name(f"{folder.name}.partial")
-        partial.mkdir()
+        spec, version = self.spec, self.version + 1
+        folder = self.path_of(version)
+        draft = folder.with_name(f"{folder.name}.partial")
+        draft.mkdir()
         try:
-            digests = write_shards(with_tied_head(weights, served.tied), partial, served.dtype)
-            refuse_missing(set(served.names), set(digests))
-            for file in served.model_dir.iterdir():  # configuration and tokenizer
+            digests = write_shards(with_tied_head(weights, spec.tied_embeddings), draft, spec.dtype)
+            refuse_missing(set(spec.tensor_names), set(digests))
+            # Servers take the folder for a checkpoint of its own, so it needs all of its small files.
+            for file in spec.model_dir.iterdir():  # configuration and tokenizer
                 if file.suffix in (".json", ".jinja", ".model", ".txt") and not file.name.endswith(".index.json"):
-                    shutil.copyfile(file, partial / file.name)
-            partial.rename(folder)
+                    shutil.copyfile(file, draft / file.name)
+            # A server that looks for this version sees it complete or not at all; the marker says so to others.
+            draft.rename(folder)
             (folder / READY).touch()
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(draft, ignore_errors=True)
             raise
-        self.version, self.digests[version] = version, combine(digests)
+        self.version = version
+        self.digests[version] = combine(digests)
         return version
 
     def drop_before(self, version: int) -> None:
-        """Remove the versions before this one."""
-        for old in self.path.glob("step_*"):
-            number = old.name.removeprefix("step_")
+        """Remove the versions before ``version``."""
+        for folder in self.path.glob("step_*"):
+            number = folder.name.removeprefix("step_")
             if number.isdigit() and int(number) < version:
-                shutil.rmtree(old, ignore_errors=True)
+                shutil.rmtree(folder, ignore_errors=True)
                 self.digests.pop(int(number), None)
 
     def close(self) -> None:
-        """Remove everything."""
+        """Remove all versions and temporary folders."""
         self._temporary.close()
 
 
 def write_shards(weights: Iterable[tuple[str, torch.Tensor]], folder: Path, dtype: torch.dtype) -> dict[str, str]:
-    """Write safetensors of about ``SHARD_BYTES`` and their index; floating-point tensors in ``dtype``.
+    """Write safetensors of about ``SHARD_BYTES`` bytes each and their index; floating-point tensors in ``dtype``.
 
-    Returns the digest of each tensor as it was written, by its name.
+    Returns name → digest of each tensor as it was written.
     """
     from safetensors.torch import save_file
 
@@ -114,8 +118,9 @@ def write_shards(weights: Iterable[tuple[str, torch.Tensor]], folder: Path, dtyp
 
     for name, tensor in weights:
         kind = dtype if tensor.is_floating_point() else tensor.dtype
-        # A copy of its own: safetensors refuses tensors that share memory, as a tied head does.
+        # A separate copy: safetensors refuses tensors that share memory, as a tied head does.
         copy = tensor.detach().to("cpu", kind, copy=True, memory_format=torch.contiguous_format)
+        # Write what is held before the next tensor would pass the limit: only one shard is in memory.
         if shard and size + copy.nbytes > SHARD_BYTES:
             flush()
             size = 0
@@ -123,5 +128,5 @@ def write_shards(weights: Iterable[tuple[str, torch.Tensor]], folder: Path, dtyp
         size += copy.nbytes
     flush()
     content = {"metadata": {}, "weight_map": index}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(content), encoding="utf-8")
+    write_text_atomically(folder / "model.safetensors.index.json", json.dumps(content))
     return digests

@@ -1,4 +1,4 @@
-"""Who is told what happens during a run. Never imports torch."""
+"""Listeners, which are told what happens during a run. Never imports torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a store is opened: by what the user says, and once more, the same, by jobs and tasks that work for a run.
+"""Open a store as the user says, and open the same one in jobs and tasks that work for a run.
 
 Knows no torch.
 """
@@ -15,7 +15,6 @@ from align.errors import UserError
 from align.pipeline.pipeline import Pipeline
 from align.store.locks import Lease
 from align.store.object_store import check_address
-from align.store.remote import Remote
 from align.store.retry import SECONDS
 from align.store.store import Store
 
@@ -36,13 +35,13 @@ class Opening:
     def of(cls, store: Store) -> Opening:
         """Return the settings that open the same store from any working folder, on every machine that sees it."""
         remote = None if store.remote is None else store.remote.address
-        return cls(str(store.root.resolve()), store.lease.seconds, store.patience.seconds, remote)
+        return cls(str(store.root.resolve()), store.lease.seconds, store.retry.seconds, remote)
 
     def open(self) -> Store:
         """The store, made where nothing is; ``UserError`` where it cannot be used."""
-        store = Store.open(user_path(self.folder), lease=self.lease, patience=self.patience)
+        store = Store.open(user_path(self.folder), lease=self.lease, retry_seconds=self.patience)
         if self.remote is not None:
-            store.remote = Remote(store, self.remote)
+            store.connect(self.remote)
         return store
 
 

@@ -1,4 +1,4 @@
-"""What a run would do and why: run, resume or cached per stage, and which field changed. Never imports torch."""
+"""The plan of a run, stage by stage: run, resume or cached, and the fields that changed. Never imports torch."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ class Step:
 def plan(pipeline: Pipeline, store: Store, force: frozenset[str] | set[str] = frozenset()) -> list[Step]:
     """Return what a run would do now, stage by stage. ``force`` are stages that run although they are cached."""
     steps: list[Step] = []
+    # Stages that will run: whoever reads one of them has not been run with this input yet.
     fresh: set[str] = set()
     history = History(pipeline, store)
     for node in pipeline:
@@ -43,12 +44,14 @@ def plan(pipeline: Pipeline, store: Store, force: frozenset[str] | set[str] = fr
             continue
         waits_for = [name for name in node.input_names if name in fresh]
         if artifact is not None and node.name not in force:
+            # Sizes and times only: a plan must not hash every checkpoint of the store.
             problems = store.problems(artifact, thorough=False)
             if problems:
-                steps.append(Step(node, "damaged", f"{problems[0].path.name} {problems[0].what}"))
+                steps.append(Step(node, "damaged", f"{problems[0].path.name} {problems[0].description}"))
                 continue
             steps.append(Step(node, "cached", f"made {artifact.record['created'][:16].replace('T', ' ')}"))
             continue
+        # A forced stage runs in any case, so nobody asks the remote for it.
         remote = store.remote if artifact is None and node.name not in force else None
         try:
             record = remote.find(node.stage.kind, node.key) if remote is not None else None
@@ -59,9 +62,10 @@ def plan(pipeline: Pipeline, store: Store, force: frozenset[str] | set[str] = fr
             created = str(record["created"])[:16].replace("T", " ")
             steps.append(Step(node, "fetch", f"made {created}, in {remote.address}"))
             continue
+        # The first reason that holds is shown: forced, resumable, changed, or waiting for another stage.
         changes = history.explain(node) if artifact is None else []
         if node.name in force and store.folder(node.stage.kind, node.key).exists():
-            steps.append(Step(node, "run", "asked for anew"))
+            steps.append(Step(node, "run", "requested by an option"))
         elif any((store.partial(node.stage.kind, node.key) / CHECKPOINTS).glob("*")):
             steps.append(Step(node, "resume", "an earlier attempt left checkpoints"))
         elif changes:
@@ -73,7 +77,7 @@ def plan(pipeline: Pipeline, store: Store, force: frozenset[str] | set[str] = fr
 
 
 class History:
-    """What runs of a pipeline's name have made so far. The store's records are read once, at the first question."""
+    """Artifacts of earlier runs of a pipeline's name. The store's records are read once, at the first question."""
 
     def __init__(self, pipeline: Pipeline, store: Store) -> None:
         self.pipeline, self.store = pipeline, store
@@ -82,6 +86,7 @@ class History:
     def _newest(self) -> dict[tuple[str, str], Artifact]:
         """By stage kind and name."""
         return {
+            # Later artifacts replace earlier ones of the same stage.
             (artifact.record["kind"], artifact.record["stage"]): artifact
             for artifact in self.store.all()  # oldest first
             if artifact.record.get("pipeline") == self.pipeline.name
@@ -96,6 +101,7 @@ class History:
         last = self.previous(node)
         if last is None or last.record["key"] == node.key:
             return []
+        # Inputs are recorded by key, and readers know stages by name. Both runs' names are needed.
         names = {artifact["key"]: artifact["stage"] for artifact in last.record["input_stages"]}
         current = {other.key: other.name for other in self.pipeline}
         return list(_differences(last.record["parts"], _as_json(node.parts), "", {**names, **current}))
@@ -110,6 +116,7 @@ def _as_json(value: Any) -> Any:
 def _differences(old: Any, new: Any, path: str, names: dict[str, str]) -> Iterator[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*old, *(key for key in new if key not in old)]:
+            # Paths are shown as the YAML has them, without the prefix ``config``.
             below = key if path in ("", "config") else f"{path}.{key}"
             if key not in old:
                 yield f"{below} is new: {new[key]!r}"
@@ -119,6 +126,7 @@ def _differences(old: Any, new: Any, path: str, names: dict[str, str]) -> Iterat
                 yield from _differences(old[key], new[key], below, names)
     elif old != new:
         if path.startswith("inputs."):
+            # The keys differ. The names of the changed inputs say more than two digests.
             keys = new if isinstance(new, list) else [new]
             changed = [names.get(key, "?") for key in keys if key not in (old if isinstance(old, list) else [old])]
             yield f"input {path.removeprefix('inputs.')} changed ({', '.join(changed) or 'order'})"
@@ -142,6 +150,7 @@ def choose_stages(
     force = {name for item in rebuild for name in pipeline.expanded.every(item)}
     if from_ is not None:
         force.update(pipeline.expanded.every(from_))
+        # The pipeline is in order, so one pass reaches everything downstream.
         for node in pipeline:
             if any(name in force for name in node.input_names):
                 force.add(node.name)
@@ -161,7 +170,7 @@ def choose_stages(
 
 
 def stages_to_make(pipeline: Pipeline, store: Store, only: str | None, force: set[str]) -> list[Node]:
-    """Those that a run makes, in order: ``only`` that one if given, finished ones only where they are in ``anew``."""
+    """Return the stages that a run makes, in order: ``only`` that one if given, finished ones only if in ``force``."""
     only = None if only is None else pipeline.resolve(only)
     return [
         node

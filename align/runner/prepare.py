@@ -1,4 +1,4 @@
-"""What is looked at, fetched and chosen before a run begins, wherever its stages are then made. Never imports torch."""
+"""Prepare a run: open the store, fetch what is finished, and choose the stages to make. Never imports torch."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from align.pipeline.pipeline import Node, Pipeline
 from align.runner.listener import Listener
 from align.runner.open_store import open_store
 from align.runner.plan import check_sources, choose_stages, stages_to_make
-from align.runner.sync import bring
+from align.runner.sync import fetch_missing
 from align.store.record import DamagedArtifact
 from align.store.store import Store
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What of a pipeline is made, and where it is kept; the same for a run here and one on a cluster."""
+    """Choice of a pipeline's stages and of the store; the same for a run here and one on a cluster."""
 
     store: str | Path | Store | None = None
     """As of ``open_store``."""
     only: str | None = None
     """Make this one stage, whose inputs must be finished."""
     from_: str | None = None
-    """Make this stage and all that depend on it anew."""
+    """Run this stage and all that depend on it, although they are finished."""
     rebuild: tuple[str, ...] = ()
-    """Make these stages anew."""
+    """Run these stages although they are finished."""
     strict: bool = False
     """Refuse artifacts made by other source code under the same stage version."""
 
@@ -36,7 +36,7 @@ class Prepared:
     """A run that may begin."""
 
     store: Store
-    anew: set[str]
+    force: set[str]
     """Stages that are made although an artifact is there."""
     wanted: list[Node]
     """Stages that are to be made, in order."""
@@ -51,9 +51,11 @@ def prepare_run(pipeline: Pipeline, options: RunOptions, listener: Listener | No
     listener = listener or Listener()
     require_trackers(pipeline.config.runtime.report_to)  # before there is a store
     store = open_store(pipeline, options.store)
-    store.patience.say = listener.warning
+    store.retry.log = listener.warning
     from_, rebuild = options.from_, options.rebuild
-    bring(pipeline, store, options.only, choose_stages(pipeline, store, None, from_, rebuild), listener.transfer)
+    # Twice: what is rebuilt need not be fetched, but ``--only`` checks its inputs, which may have to be fetched first.
+    rebuilt = choose_stages(pipeline, store, None, from_, rebuild)
+    fetch_missing(pipeline, store, options.only, rebuilt, listener.transfer)
     force = choose_stages(pipeline, store, options.only, from_, rebuild)
     _refuse_damage(pipeline, store, pipeline.touched_by(options.only) - force)
     warnings = check_sources(pipeline, store, options.strict)
@@ -78,7 +80,7 @@ def _require_intact(node: Node, store: Store) -> None:
     problems = store.problems(artifact, thorough=False) if artifact is not None else []
     if problems:
         raise DamagedArtifact(
-            f"stage '{node.name}': {problems[0].path} {problems[0].what}. "
+            f"stage '{node.name}': {problems[0].path} {problems[0].description}. "
             f"The artifact is corrupted; `--rebuild {node.name}` makes it again.",
             node.name,
         )

@@ -50,13 +50,16 @@ def run_ranks(folder: Path, runtime: Runtime) -> dict[str, Any] | None:
     ranks = folder / RANKS
     ranks.mkdir(exist_ok=True)
     if is_head():
+        # Results and logs of an earlier attempt would be taken for this one's. One node cleans up for all.
         for old in (file for file in ranks.iterdir() if file.is_file()):
             old.unlink()
+    # The ranks inherit it and die with this process.
     os.environ[PARENT] = str(os.getpid())
     alone = launch.nodes == 1
     if alone and sys.platform.startswith("linux"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nothing listens beyond this machine
     agent = Agent(
+        # A fixed number of nodes and no restarts: a stage resumes from its checkpoint in the next run instead.
         min_nodes=launch.nodes,
         max_nodes=launch.nodes,
         nproc_per_node=processes,
@@ -106,6 +109,8 @@ def outcome(ranks: Path, world: int, failures: Mapping[int, int], timeout: float
 def _why(
     ranks: Path, world: int, failures: Mapping[int, int], results: Mapping[int, dict[str, Any]], timeout: float
 ) -> dict[str, Any]:
+    # One rank's fault makes the others fail too. Look for the cause: first a rank that says why it failed, in this
+    # order of usefulness, and only then for those whose error is a symptom of another rank's end.
     failed = {number: result for number, result in results.items() if result["status"] != "done"}
     for status in ("refused", UNREACHABLE_STORE, "failed"):
         ranks_at_fault = [

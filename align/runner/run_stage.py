@@ -28,12 +28,12 @@ from align.pipeline.stop_signal import Stopped, StopRequest, clear_request
 from align.runner.listener import Listener
 from align.runner.stage_result import RESULT, read_result, write_work
 from align.runner.subprocess import run_attempt, seconds_of_attempts
-from align.runner.sync import among_machines, fetched_meanwhile, offer
+from align.runner.sync import fetch_if_published, remote_lock, upload
 from align.store.artifacts import Artifact
 from align.store.fingerprint import digest
 from align.store.json_files import DamagedFile
 from align.store.locks import Hold, LockLost
-from align.store.marker import require_mark
+from align.store.marker import require_marker
 from align.store.partial import CHECKPOINTS, EVENTS, LOG, OUTPUT
 from align.store.record import DamagedArtifact
 from align.store.retry import UNREACHABLE_STORE
@@ -75,6 +75,7 @@ class StageRun:
         leaves the stage to that one, and waits for it as any other would.
         """
         for tries_left in reversed(range(TRIES)):
+            # Each try waits for the locks again. By then the run that took one may have published the artifact.
             self._holds = []
             try:
                 return self._run_under_remote_lock()
@@ -88,22 +89,26 @@ class StageRun:
     def _run_under_remote_lock(self) -> tuple[bool, Artifact]:
         """Run the stage while no other machine that shares the store's remote does; fetch what one has published."""
         key, listener = self.node.key, self.listener
-        lock = among_machines(
+        lock = remote_lock(
             self.store, self.kind, key, lambda holder: listener.waiting(self.node, holder), listener.warning
         )
+        # The remote's lock is always taken before the store's, so that two machines cannot wait for each other.
         with lock as remote_hold:
             if not self.force:
-                artifact = fetched_meanwhile(self.store, self.kind, key, self.node.name, listener.warning)
+                # Another machine may have published the stage while this one waited for the lock.
+                artifact = fetch_if_published(self.store, self.kind, key, self.node.name, listener.warning)
                 if artifact is not None:
                     listener.stage_cached(self.node, artifact)
                     return False, artifact
+            # The remote's lock is held until the upload is done: a machine that waits for it then finds the artifact.
             has_run, artifact = self._run_under_lock(remote_hold)
-            offer(self.store, artifact, listener.transfer, replace=self.force and has_run)
+            upload(self.store, artifact, listener.transfer, replace=self.force and has_run)
         return has_run, artifact
 
     def _run_under_lock(self, remote_hold: Hold | None) -> tuple[bool, Artifact]:
         # With force a damaged artifact is replaced, without it is named.
         find = self.store.find_intact if self.force else self.store.find
+        # Remember what was there before the wait: only so can a new artifact be told from the one to replace.
         before = find(self.kind, self.node.key, self.node.name)
         with self.store.lock(self.kind, self.node.key, lambda holder: self.listener.waiting(self.node, holder)) as hold:
             self._holds = [hold, *([remote_hold] if remote_hold is not None else [])]
@@ -114,10 +119,12 @@ class StageRun:
                 self.listener.stage_cached(self.node, existing)
                 return False, existing
             self._require_intact_inputs()
-            result = self.store.patience.keep_trying(self._finished_result)
+            # An attempt may have ended well although its runner died before it could publish.
+            result = self.store.retry.call(self._finished_result)
             if result is None:
                 result = self._run_attempts(hold)
             if remote_hold is not None:
+                # Last question before the artifact becomes visible: does the lock still belong to this run?
                 self._confirm_remote(remote_hold)
             artifact = self._publish(result, hold, existing)
         self.listener.stage_done(self.node, artifact)
@@ -129,7 +136,7 @@ class StageRun:
             problems = self.store.problems(artifact, thorough=True)
             if problems:
                 raise DamagedArtifact(
-                    f"stage '{self.node.name}' would read {problems[0].path}, which {problems[0].what}. "
+                    f"stage '{self.node.name}' would read {problems[0].path}, which {problems[0].description}. "
                     f"The artifact is corrupted; `--rebuild {artifact.stage}` makes it again.",
                     artifact.stage,
                 )
@@ -148,9 +155,9 @@ class StageRun:
 
     def _run_attempts(self, hold: Hold) -> dict[str, Any]:
         """Run the stage's process; again from its checkpoints where the store was away, once it answers."""
-        patience, partial = self.store.patience, self.partial
+        retry, partial = self.store.retry, self.partial
         for tries_left in reversed(range(TRIES)):
-            patience.keep_trying(self._prepare_partial)
+            retry.call(self._prepare_partial)
             self.listener.stage_started(self.node, partial, any((partial / CHECKPOINTS).glob("*")))
             result = run_attempt(
                 self.node.name,
@@ -158,12 +165,12 @@ class StageRun:
                 lambda event: self.listener.stage_event(self.node, event),
                 self.stop,
                 self._check_locks,
-                patience,
+                retry,
             )
             if result["status"] == "done":
                 return result
             # A stage that another run has taken over ends without a result, which is no failure: this raises LockLost.
-            patience.keep_trying(hold.confirm)
+            retry.call(hold.confirm)
             if result["status"] == "stopped":
                 raise Stopped(f"stage '{self.node.name}' {result['message']}")
             if result["status"] != UNREACHABLE_STORE or tries_left == 0:
@@ -185,10 +192,11 @@ class StageRun:
 
     def _prepare_partial(self) -> None:
         """Lay out the partial folder: checkpoints of an earlier attempt stay, its half-written output goes."""
-        require_mark(self.store.root)
+        require_marker(self.store.root)
         (self.partial / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(self.partial / OUTPUT)
+        # An old result would look like this attempt's if the process died without one.
         (self.partial / RESULT).unlink(missing_ok=True)
         clear_request(self.partial)
         node = self.node
@@ -201,6 +209,7 @@ class StageRun:
             "inputs": self._map_inputs(self._pointer),
             "cache": str(self.store.cache.resolve()),
             "pipeline": self.pipeline.name,
+            # All stages' keys, so that trackers show every attempt at one run together and another run apart.
             "group": digest({stage.name: stage.key for stage in self.pipeline})[:8],
             "runner_pid": os.getpid(),
         }
@@ -216,6 +225,7 @@ class StageRun:
     def _map_inputs(self, describe: Any) -> dict[str, Any]:
         """Return input field -> ``describe`` of each stage that it names; None for a field that names none."""
         described: dict[str, Any] = {}
+        # An input field names one stage, a list of stages, or none.
         for field_name, value in self.node.inputs.items():
             if isinstance(value, list):
                 described[field_name] = [describe(name) for name in value]
@@ -233,9 +243,11 @@ class StageRun:
 
     def _publish(self, result: dict[str, Any], hold: Hold, replaces: Artifact | None) -> Artifact:
         """Give the output folder its log, events and record, move it to its final name, and drop the partial."""
-        patience, output = self.store.patience, self.partial / OUTPUT
-        seconds = patience.keep_trying(lambda: [*seconds_of_attempts(self.partial)[:-1], result["seconds"]])
-        patience.keep_trying(self._copy_logs)
+        retry, output = self.store.retry, self.partial / OUTPUT
+        # The runner noted the last attempt's seconds from outside; the stage's own count replaces them.
+        seconds = retry.call(lambda: [*seconds_of_attempts(self.partial)[:-1], result["seconds"]])
+        retry.call(self._copy_logs)
+        # One rename makes the artifact visible. The partial goes last: a crash in between leaves only clutter.
         artifact = self.store.publish(output, self._record(result, seconds), hold, replaces)
         self.store.drop_partials(self.kind, self.node.key)
         return artifact

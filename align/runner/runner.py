@@ -14,14 +14,14 @@ from align.pipeline.stop_signal import Stopped, StopRequest
 from align.runner.listener import Listener
 from align.runner.prepare import RunOptions, prepare_run
 from align.runner.run_stage import StageRun
-from align.runner.sync import offer
+from align.runner.sync import upload
 from align.store.artifacts import Artifact
 from align.store.store import Store
 
 
 @dataclass
 class Run:
-    """What a run came to: artifacts by stage name, and which stages really ran."""
+    """Result of a run: artifacts by stage name, and the stages that really ran."""
 
     store: Store
     artifacts: dict[str, Artifact] = field(default_factory=dict)
@@ -64,10 +64,11 @@ def run_pipeline(
     for message in ready.warnings:
         listener.warning(message)
     _refuse_nodes_without_a_place(pipeline, ready.wanted)
+    # A caller with its own request, such as a job of Slurm, handles the signals itself.
     requests = contextlib.nullcontext(stop) if stop is not None else StopRequest().handle_signals(signal.SIGUSR1)
     try:
         with requests as stop, ready.store.use(pipeline.name, pipeline.references, pipeline.plain):
-            return _run_stages(pipeline, ready.store, only, ready.anew, listener, stop)
+            return _run_stages(pipeline, ready.store, only, ready.force, listener, stop)
     except OSError as error:  # the runner's own writing: locks, records, the move of a result to its place
         if error.errno not in NO_SPACE:
             raise
@@ -78,6 +79,7 @@ def _run_stages(
     pipeline: Pipeline, opened: Store, only: str | None, force: set[str], listener: Listener, stop: StopRequest
 ) -> Run:
     run = Run(opened, last={name: pipeline.resolve(name) for name in pipeline.expanded.rounds})
+    # A damaged artifact is an error only where the run would use it.
     used = pipeline.touched_by(only) - force
     only = None if only is None else pipeline.resolve(only)
     for node in pipeline:
@@ -86,7 +88,8 @@ def _run_stages(
         if artifact is not None and node.name not in force:
             run.artifacts[node.name] = artifact
             listener.stage_cached(node, artifact)
-            offer(opened, artifact, listener.transfer)
+            # An earlier run may have finished the stage while the remote was away.
+            upload(opened, artifact, listener.transfer)
         elif only is None or node.name == only:
             gone = [name for name in node.input_names if name not in run.artifacts]
             if gone:

@@ -71,7 +71,7 @@ def read_work(partial: Path) -> Work:
     try:
         return read_sealed(partial / WORK, Work)
     except DamagedFile as error:
-        raise UserError(f"{partial / WORK}: damaged: it {error}. Run again to write it anew.") from None
+        raise UserError(f"{partial / WORK}: damaged: it {error}. Run again to rewrite it.") from None
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from align.runner.worker import ENVIRONMENT, UNREACHABLE_CODE
 from align.store.events import parse_event
 from align.store.json_files import DamagedFile
 from align.store.partial import EVENTS, LOG
-from align.store.retry import UNREACHABLE, UNREACHABLE_STORE, Patience
+from align.store.retry import UNREACHABLE, UNREACHABLE_STORE, Retry
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 10.0
@@ -41,30 +41,36 @@ def run_attempt(
     follow: Callable[[dict[str, Any]], None],
     stop: StopRequest,
     check: Callable[[], None] = lambda: None,
-    patience: Patience | None = None,
+    retry: Retry | None = None,
 ) -> dict[str, Any]:
     """Start the process of the stage laid out in ``partial``; returns its result once it has ended, however it did.
 
     ``follow`` hears every line of the stage's event file. An interrupt (SIGTERM too, unless ``stop`` hears it) ends the
     process, then is raised; so does what ``check`` raises, which is asked all the while. When ``stop`` is asked for,
     the stage is asked in turn; one that takes longer than its patience is ended, which raises ``Stopped``.
-    ``patience`` is for a folder that does not answer.
+    ``retry`` is for a folder that does not answer.
     """
-    patience = patience or Patience(partial)
+    retry = retry or Retry(partial)
     environment = {**ENVIRONMENT, **os.environ}
-    events, spent = patience.keep_trying(lambda: (Tail(partial / EVENTS), _Spent(partial)))
-    output = patience.keep_trying(lambda: _open_log(partial, name))
+    # Before the process starts: the tail begins where an earlier attempt's events end.
+    events, spent = retry.call(lambda: (Tail(partial / EVENTS), _Spent(partial)))
+    output = retry.call(lambda: _open_log(partial, name))
     command = _command(partial, environment)
     # A session of its own: Ctrl-C reaches the runner only, which then ends the stage in order.
     process = subprocess.Popen(
-        command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        env=environment,
         start_new_session=True,
-    )  # fmt: skip
+    )
     with contextlib.suppress(OSError):  # the process has it; where the folder is away even closing fails
         os.close(output)
     try:
         with contextlib.nullcontext() if signal.SIGTERM in stop.signals else _terminate_as_interrupt():
             is_passed_on = False
+            # One loop does it all: watch the locks, pass on a stop, forward events, note the time.
             while process.poll() is None:
                 check()
                 if stop.is_requested and not is_passed_on:
@@ -79,12 +85,14 @@ def run_attempt(
                 time.sleep(POLL_SECONDS)
             for event in events.read():
                 follow(event)
+    # Events that were written between the last look and the end of the process.
     except BaseException:
         _stop(process)
+        # Also for an error of ``check`` or ``follow``: no process may work on without a runner that holds its lock.
         raise
     finally:
         spent.note(at_once=True)
-    return patience.keep_trying(lambda: _result(partial, process.returncode))
+    return retry.call(lambda: _result(partial, process.returncode))
 
 
 def _open_log(partial: Path, name: str) -> int:
@@ -212,6 +220,7 @@ class Tail:
             if error.errno not in UNREACHABLE:
                 raise
             return []  # they are still there when the folder is back
+        # Only complete lines count; the offset stays in front of a line that is still being written.
         end = data.rfind(b"\n") + 1
         self.offset += end
         events = []

@@ -1,7 +1,7 @@
-"""What a run fetches from its store's remote and what it puts there, and when. Never imports torch.
+"""Transfers between a run's store and its remote: before, during and after its stages. Never imports torch.
 
-Before a run nothing is begun unless the remote has said what is finished: making a stage again that lies there could
-cost days. Once a run is under way a remote that is away costs it nothing but a warning; the next run uploads.
+A run begins nothing unless the remote has said what is finished: running a stage again that is there could cost days.
+Once a run is active, a remote that is away costs it only a warning; the next run uploads.
 """
 
 from __future__ import annotations
@@ -17,27 +17,28 @@ from align.store.record import DamagedRecord
 from align.store.retry import StoreUnreachable
 from align.store.store import Store
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
-def bring(pipeline: Pipeline, store: Store, only: str | None, anew: set[str], say: Say) -> None:
-    """Fetch the stages that are finished in the remote and not here: all, or ``only`` one and what it reads.
+def fetch_missing(pipeline: Pipeline, store: Store, only: str | None, force: set[str], log: Log) -> None:
+    """Fetch the stages that are finished only in the remote: all, or ``only`` one and its inputs; not ``force``.
 
     Raises ``StoreUnreachable`` and ``UserError`` before anything is begun.
     """
     remote = store.remote
     if remote is None:
         return
-    wanted = pipeline.touched_by(only) - anew
+    stages = pipeline.touched_by(only) - force
     try:
         for node in pipeline:
-            if node.name not in wanted or store.find(node.stage.kind, node.key, node.name) is not None:
+            if node.name not in stages or store.find(node.stage.kind, node.key, node.name) is not None:
                 continue
             record = remote.find(node.stage.kind, node.key)
             if record is not None:
-                say(f"stage '{node.name}' is finished in {remote.address}; fetching {_size(record)}")
-                remote.fetch(node.stage.kind, node.key, node.name)
+                log(f"stage '{node.name}' is finished in {remote.address}; fetching {_size(record)}")
+                store.fetch(node.stage.kind, node.key, node.name)
     except StoreUnreachable as error:
+        # Nothing has begun yet, so stopping costs nothing. Running finished stages again could cost days.
         raise StoreUnreachable(
             f"{error} Nothing was begun, since what is finished there is not known; "
             "a folder alone (`--set runtime.store=FOLDER`, or --store FOLDER for an address there) runs without it."
@@ -49,44 +50,47 @@ def bring(pipeline: Pipeline, store: Store, only: str | None, anew: set[str], sa
 
 
 @contextlib.contextmanager
-def among_machines(store: Store, kind: str, key: str, on_wait: Say, say: Say) -> Iterator[Hold | None]:
-    """Hold the stage's lock in the remote; None where there is no remote, or it is away or takes no claims."""
+def remote_lock(store: Store, kind: str, key: str, log_holder: Log, log: Log) -> Iterator[Hold | None]:
+    """Hold the stage's lock in the remote; None where there is no remote, or it is away or takes no claims.
+
+    ``log_holder`` gets the holder that is waited for.
+    """
     if store.remote is None:
         yield None
         return
     with contextlib.ExitStack() as stack:
         hold = None
+        # Only the entry is guarded. An error of the stage itself must pass through untouched.
         try:
-            hold = stack.enter_context(store.remote.lock(kind, key, on_wait))
+            hold = stack.enter_context(store.remote.lock(kind, key, log_holder))
         except (StoreUnreachable, UserError) as error:
-            say(f"{error} The stage is made without a lock there: another machine may make it, too.")
+            log(f"{error} The stage runs without a lock there: another machine may run it too.")
         yield hold
 
 
-def fetched_meanwhile(store: Store, kind: str, key: str, stage: str, say: Say) -> Artifact | None:
-    """What another machine has published since the run began; None where the remote is away, too."""
-    if store.remote is None:
-        return None
+def fetch_if_published(store: Store, kind: str, key: str, stage: str, log: Log) -> Artifact | None:
+    """Fetch an artifact that another machine has published since the run began; None where the remote is away."""
     try:
-        return store.remote.fetch(kind, key, stage)
+        return store.fetch(kind, key, stage)
     except StoreUnreachable as error:
-        say(str(error))
+        log(str(error))
         return None
 
 
-def offer(store: Store, artifact: Artifact, say: Say, replace: bool = False) -> None:
-    """Put a finished stage into the remote if it is not there; a failure is said, and made good by the next run."""
-    if store.remote is None:
+def upload(store: Store, artifact: Artifact, log: Log, replace: bool = False) -> None:
+    """Upload a finished stage unless it is in the remote. A failure is logged; the next run uploads it."""
+    remote = store.remote
+    if remote is None:
         return
     kind, key = artifact.record["kind"], artifact.record["key"]
     try:
-        if not replace and store.remote.find(kind, key) is not None:
+        if not replace and remote.find(kind, key) is not None:
             return
-        say(f"uploading stage '{artifact.stage}' to {store.remote.address}, {_size(artifact.record)}")
-        if not store.remote.push(artifact, replace):
-            say(f"another machine published stage '{artifact.stage}' first; that one stays in {store.remote.address}")
+        log(f"uploading stage '{artifact.stage}' to {remote.address}, {_size(artifact.record)}")
+        if not remote.push(artifact, replace):
+            log(f"another machine published stage '{artifact.stage}' first; its artifact stays in {remote.address}")
     except (StoreUnreachable, UserError) as error:
-        say(f"stage '{artifact.stage}' is only in {store.root} so far: {error} The next run uploads it.")
+        log(f"stage '{artifact.stage}' is only in {store.root} for now: {error} The next run uploads it.")
 
 
 def _size(record: dict[str, object]) -> str:

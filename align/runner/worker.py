@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import errno
 import functools
+import logging
 import os
 import platform
 import resource
@@ -28,6 +29,7 @@ from align.pipeline.registry import Stage, find_stage, load_object
 from align.pipeline.stop_signal import Stopped, die_with_parent
 from align.runner.stage_result import RESULT, read_work, write_result
 from align.store.artifacts import Artifact
+from align.store.atomic_write import write_text_atomically
 from align.store.partial import CHECKPOINTS, EVENTS, OUTPUT
 from align.store.record import read_artifact
 from align.store.retry import UNREACHABLE_STORE, is_unreachable
@@ -62,15 +64,27 @@ def main(folder: Path) -> int:
         work = read_work(folder).model_dump()
     except UserError as error:
         return _finish(folder, RESULT, {"status": "refused", "message": str(error)})
+    # Under srun the parent is Slurm's daemon, and other nodes have no runner at all.
     die_with_parent(work.get("runner_pid") if is_head() and not os.environ.get(BY_SRUN) else None)
+    _log_to_output()
     started = time.time()
     if _several(work):
+        # None: the settings come down to a single process, which is then this one.
         result: dict[str, Any] | None = load_object(f"{LAUNCHER}:run_ranks")(folder, _runtime(work))
         if result is not None:
             result["seconds"] = max(0.0, time.time() - started)  # the clock may have been set back
             return _finish(folder, RESULT, result) if is_head() else int(result["status"] != "done")
     _set_threads(work["runtime"])
     return _finish(folder, RESULT, _outcome(folder, work, started, RESULT))
+
+
+def _log_to_output() -> None:
+    """Write align's log messages, from INFO on, to standard output, which is the stage's log."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("align")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
 
 
 def _runtime(work: dict[str, Any]) -> Runtime:
@@ -89,16 +103,19 @@ def _several(work: dict[str, Any]) -> bool:
 def run_rank(folder: Path) -> int:
     """One of several processes of the stage in ``folder``; leaves its result for the launcher."""
     ended: list[int] = []
+    # Registered before torch is imported, so that it runs after every exit handler of the libraries.
     atexit.register(_end_at_once, ended)
     work = read_work(folder).model_dump()
     die_with_parent(int(os.environ[PARENT]))
     _set_threads(work["runtime"])
     ranks, number = folder / RANKS, rank()
-    (ranks / f"{number}.pid").write_text(str(os.getpid()), encoding="utf-8")
+    write_text_atomically(ranks / f"{number}.pid", str(os.getpid()))
     if number:
         log = os.open(ranks / f"{number}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         for stream in (1, 2):
+            # At the level of file descriptors, so that output of native libraries is redirected too.
             os.dup2(log, stream)
+    _log_to_output()
     name = f"{RANKS}/{number}.json"
     code = _finish(folder, name, _outcome(folder, work, time.time(), name))
     if code:
@@ -178,7 +195,7 @@ def _run(context: StageContext, stage: Stage) -> dict[str, Any]:
         return stage.runner()(context) or {}
     load_object(f"{HANDOVER}:check_inputs")(context, makes)
     metrics = stage.runner()(context) or {}
-    load_object(f"{HANDOVER}:check_made")(context, stage.kind, makes, metrics)
+    load_object(f"{HANDOVER}:check_output")(context, stage.kind, makes, metrics)
     return metrics
 
 
@@ -192,6 +209,7 @@ def fail_at_once(folder: Path, result_file: str, message: str) -> None:
 def _context(folder: Path, work: dict[str, Any], started: float, result_file: str) -> StageContext:
     stage = find_stage(work["stage"])
     inputs: dict[str, Any] = {}
+    # ``value and …`` keeps None for an optional input that names no stage.
     for name, value in work["inputs"].items():
         inputs[name] = [_artifact(item) for item in value] if isinstance(value, list) else value and _artifact(value)
     (folder / OUTPUT).mkdir(exist_ok=True)
@@ -233,6 +251,7 @@ def _peak_memory() -> int:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
         return int(torch.cuda.max_memory_allocated())
+    # ``ru_maxrss`` counts bytes on macOS and kilobytes elsewhere.
     kilobyte = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte
 

@@ -1,4 +1,4 @@
-"""Typed hand-overs between stages: what a stage directory holds once its record is written.
+"""Kinds of artifacts: the files that a stage's folder holds once its record is written.
 
 Torch-free. An artifact is a folder; its kind says which files a later stage may rely on:
 
@@ -29,7 +29,7 @@ from typing import Any
 
 
 class Kind(StrEnum):
-    """What a stage makes and what another may take."""
+    """Kind of an artifact."""
 
     MODEL = "ModelCheckpoint"
     POLICY = "PolicyCheckpoint"
@@ -67,13 +67,14 @@ class Artifact:
 
     @property
     def key(self) -> str:
-        """What names its contents: its key, or that of the artifact which it was taken from as it is."""
+        """Key of its contents: its own, or that of the artifact which it was copied from."""
         return original_key(self.record)
 
     @property
     def weights(self) -> str:
-        """Digest of a checkpoint's files, in which makings of one key may differ; the key where none is recorded."""
+        """Digest of a checkpoint's files, which may differ between runs of one key; the key where none is recorded."""
         outputs = self.record.get("outputs") or {}
+        # Training is not exactly repeatable on every device, so equal keys do not mean equal weights.
         files = [f"{name} {entry['sha256']}" for name, entry in sorted(outputs.items()) if name.startswith("model/")]
         return hashlib.sha256("\n".join(files).encode()).hexdigest() if files else self.key
 
@@ -83,11 +84,13 @@ class Artifact:
         return self.path / "model"
 
     def split(self, name: str) -> Path:
-        """The Parquet file of one split (``train`` or ``test``) of a data artifact."""
+        """Return the Parquet file of one split (``train`` or ``test``) of a data artifact."""
         return self.path / f"{name}.parquet"
 
 
 def original_key(record: dict[str, Any]) -> str:
-    """The key under which an artifact's files were made; stage ``artifact`` only took them from there."""
+    """Return the key under which an artifact's files were made; stage ``artifact`` only copies them."""
     metrics = record.get("metrics") or {}
-    return str(metrics["key"] if record.get("kind") == "artifact" and metrics.get("key") else record["key"])
+    if record.get("kind") == "artifact" and metrics.get("key"):
+        return str(metrics["key"])
+    return str(record["key"])

@@ -1,7 +1,7 @@
-"""Where a lock's numbered claims lie: in a folder, perhaps a shared one. Knows no torch, and nothing of what they say.
+"""Numbered claims of a lock as files in a folder, perhaps a shared one. Knows no torch, nor a claim's content.
 
-``remote.py`` has the same for a bucket of an object store. Whatever the place, a number is given once, to one asker,
-and a claim is read as it was last written.
+``object_store.py`` has the same for a bucket. In either place only one process can create a number, and a claim is read
+as it was last written.
 """
 
 from __future__ import annotations
@@ -13,85 +13,88 @@ import uuid
 from pathlib import Path
 from typing import Protocol
 
-from align.store.retry import UNREACHABLE, forget_cached
+from align.store.retry import UNREACHABLE, drop_nfs_cache
 
 CLAIM_BYTES = 1024
-"""Claims are written over in place, always whole: on a full disk the holder can still say that it lives."""
+"""Size of every claim. It is rewritten in place, so on a full disk the holder can still show that it lives."""
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+"""Errors of a file system without hard links."""
 
 
 class Claims(Protocol):
-    """The claims of one lock. Every call may raise ``OSError``, and may be made again after it."""
+    """The claims of one lock. Every call may raise ``OSError``, and may be repeated after it."""
 
     def prepare(self) -> None:
-        """Make the place where there is none."""
+        """Create the place where there is none."""
 
     def numbers(self) -> list[int]:
-        """Numbers of the claims there are."""
+        """Return the numbers of the existing claims."""
 
     def read(self, number: int) -> bytes:
-        """What a claim says; empty where there is none."""
+        """Return a claim's content; empty where there is none."""
 
-    def make(self, number: int, content: bytes) -> bool:
-        """Make a claim unless its number has been given."""
+    def create(self, number: int, content: bytes) -> bool:
+        """Create a claim; returns False when its number exists. Of several processes only one gets True."""
 
     def write(self, number: int, content: bytes) -> None:
-        """Write over one's own claim; ``FileNotFoundError`` where it is gone."""
+        """Rewrite this process's claim. Raises ``FileNotFoundError`` where it is gone."""
 
-    def drop(self, number: int) -> None:
-        """Delete a claim, if it is there."""
+    def delete(self, number: int) -> None:
+        """Delete a claim if it exists."""
 
-    def look_anew(self) -> None:
-        """Have the next look see what is really there."""
+    def refresh(self) -> None:
+        """Drop caches, so that the next call sees what is really there."""
 
     def describe(self, number: int) -> str:
-        """Where a claim lies, for people."""
+        """Return a claim's address, for messages."""
 
 
 class FolderClaims:
-    """Files named by their numbers; ``link`` is what gives a name to one asker alone, on NFS too."""
+    """Claims as files named by their numbers. ``link`` creates a name for only one process, on NFS too."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def prepare(self) -> None:
-        """Make the folder."""
+        """Create the folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def numbers(self) -> list[int]:
-        """Numbers of the files there are; drafts and probes have other names."""
+        """Return the numbers of the files; drafts and probes have other names."""
         return [int(name) for name in os.listdir(self.folder) if name.isdecimal()]
 
     def read(self, number: int) -> bytes:
-        """A claim's bytes: opening a file has NFS ask for its newest state. Empty for one just tidied away."""
+        """Return a claim's bytes; opening the file makes NFS ask for its newest state. Empty for one just deleted."""
         try:
             with (self.folder / str(number)).open("rb") as file:
                 return file.read(CLAIM_BYTES)
         except FileNotFoundError:
             return b""
 
-    def make(self, number: int, content: bytes) -> bool:
-        """Complete from its first moment where links exist."""
+    def create(self, number: int, content: bytes) -> bool:
+        """Create a claim from a complete draft by a hard link, or without links as an empty file first."""
         target, draft = self.folder / str(number), self.folder / f".draft-{uuid.uuid4().hex}"
         try:
+            # 1. Write the draft, so that the claim is complete from its first moment.
             _write_new(draft, content)
+            # 2. Link it to the number. The link fails where another process was first.
             try:
                 os.link(draft, target)
             except FileExistsError:
                 pass
             except OSError as error:
                 if error.errno in NO_LINKS:
-                    return _make_alone(target, content)
+                    return _create_without_link(target, content)
                 if error.errno not in UNREACHABLE:
                     raise
-            # The answer to a link may be lost on its way although the link was made: the count of names tells.
+            # 3. The answer to a link may be lost although the link was made: the draft's count of names tells.
             return os.stat(draft).st_nlink == 2
         finally:
             with contextlib.suppress(OSError):
                 draft.unlink()
 
     def write(self, number: int, content: bytes) -> None:
-        """In place: nothing has to be allocated, and nothing that another made can be hit."""
+        """Rewrite the file in place: no space is allocated, and no other process's file can be hit."""
         handle = os.open(self.folder / str(number), os.O_WRONLY)
         try:
             os.pwrite(handle, content, 0)
@@ -99,22 +102,22 @@ class FolderClaims:
         finally:
             os.close(handle)
 
-    def drop(self, number: int) -> None:
+    def delete(self, number: int) -> None:
         """Delete the file."""
         (self.folder / str(number)).unlink(missing_ok=True)
 
-    def look_anew(self) -> None:
-        """Past the caches of NFS."""
+    def refresh(self) -> None:
+        """Drop the caches of NFS."""
         with contextlib.suppress(FileNotFoundError):
-            forget_cached(self.folder)
+            drop_nfs_cache(self.folder)
 
     def describe(self, number: int) -> str:
-        """The file's path."""
+        """Return the file's path."""
         return str(self.folder / str(number))
 
 
-def _make_alone(target: Path, content: bytes) -> bool:
-    """For a file system without links: empty at first, which its readers bear."""
+def _create_without_link(target: Path, content: bytes) -> bool:
+    """Create a claim on a file system without links. It is empty at first, which its readers count as held."""
     try:
         _write_new(target, content)
     except FileExistsError:

@@ -1,7 +1,7 @@
-"""What a user's function depends on, as far as its imports say: its own file, and the user's modules behind it.
+"""Digest of the source that a user's function depends on: its file, and the user's modules that it imports.
 
-Nothing of the user's is run: import statements are read from the source. Torch-free. Left out: modules imported by a
-name that is computed (``importlib.import_module(name)``), and files that the code opens.
+No code of the user's is run: import statements are read from the source. Torch-free. Leaves out modules imported by a
+computed name (``importlib.import_module(name)``), and files that the code opens.
 """
 
 from __future__ import annotations
@@ -20,52 +20,53 @@ from align.errors import UserError
 from align.store.fingerprint import digest, file_digest
 
 SUFFIXES = (".py", *EXTENSION_SUFFIXES)
-OWN = "align"
-"""Its modules are not read: versions of stages and of checkers say when they mean something else."""
+ALIGN = "align"
+"""Its modules are not read: versions of stages and of checkers say when they change meaning."""
 INSTALLED = {"site-packages", "dist-packages"}
 
 
 def code_identity(module: str) -> str:
-    """Digest of a module's source and of every module that it imports, also through others.
+    """Return the digest of a module's source and of every module that it imports, directly or not.
 
-    Modules of the user's enter by content: those of the same top-level package, and those that are not installed, such
-    as files beside it. Installed packages enter by version, the standard library not at all. Raises ``UserError`` for
+    The user's modules enter by content: those of the same top-level package, and those that are not installed, such as
+    files beside it. Installed packages enter by version, the standard library not at all. Raises ``UserError`` for
     source that is no Python.
     """
     return digest(_Imports(module).collect())
 
 
 class _Imports:
-    """The modules behind one, each looked at once."""
+    """The modules that one module needs, each read once."""
 
     def __init__(self, module: str) -> None:
         self.module = module
         self.root = module.partition(".")[0]
         self.identities: dict[str, str] = {}
-        """Module -> digest of its file; installed package -> version."""
+        """Module → digest of its file; installed package → version."""
         self._places: dict[str, list[Path] | None] = {}
 
     def collect(self) -> dict[str, str]:
-        """Everything that ``module`` needs, itself included."""
+        """Return the identities of everything that ``module`` needs, itself included."""
         pending = [self.module]
-        seen: set[str] = set()
+        visited: set[str] = set()
         while pending:
             name = pending.pop()
-            if name in seen:
+            if name in visited:
                 continue
-            seen.add(name)
-            pending += self._look_at(name)
+            visited.add(name)
+            pending += self._visit(name)
         return self.identities
 
-    def _look_at(self, name: str) -> list[str]:
-        """Note one module; returns the modules that it names."""
+    def _visit(self, name: str) -> list[str]:
+        """Add one module's identity; returns the modules that it names."""
         top, _, rest = name.partition(".")
-        if top == OWN:
+        if top == ALIGN:
             return []
         places = self._user_places(top)
         if places is None:
             return []
         file = _file_of(places, rest)
+        # Importing a.b runs a/__init__.py as well.
         parents = [name.rpartition(".")[0]] if rest else []
         if file is None:  # an attribute of its parent, or a folder without a file of its own
             return parents
@@ -73,10 +74,10 @@ class _Imports:
         if file.suffix != ".py":
             return parents
         package = name if file.stem == "__init__" else name.rpartition(".")[0]
-        return [*parents, *_named_in(file, package)]
+        return [*parents, *_imported_names(file, package)]
 
     def _user_places(self, top: str) -> list[Path] | None:
-        """Where a top-level name of the user's lies; None for one that is read no further."""
+        """Return the locations of a top-level name of the user's; None for one that is read no further."""
         if top not in self._places:
             self._places[top] = self._find(top)
         return self._places[top]
@@ -88,11 +89,12 @@ class _Imports:
             spec = importlib.util.find_spec(top)
         except (ImportError, ValueError):
             spec = None
-        if spec is None:  # not there: an import that the code guards, or that fails when it runs
+        if spec is None:  # missing: an import that the code guards, or that fails when it runs
             return None
         places = [Path(place) for place in spec.submodule_search_locations or ()]
         if not places and spec.origin is not None:
             places = [Path(spec.origin)]
+        # Installed by pip: its version stands for its content. An editable install lies elsewhere and is read.
         if top != self.root and any(INSTALLED & set(place.parts) for place in places):
             self.identities[f"installed {top}"] = _version(top)
             return None
@@ -100,45 +102,54 @@ class _Imports:
 
 
 def _file_of(places: list[Path], rest: str) -> Path | None:
-    """The file of ``top.rest``, where ``places`` is the file of ``top`` or the folders of its package."""
+    """Return the file of ``top.rest``, where ``places`` is the file of ``top`` or the folders of its package."""
     for place in places:
         if place.is_file():
             return None if rest else place
         inside = place.joinpath(*rest.split(".")) if rest else place
-        whole = inside / "__init__.py"
-        alone = [inside.with_name(inside.name + suffix) for suffix in SUFFIXES] if rest else []
-        file = next((path for path in (whole, *alone) if path.is_file()), None)
-        if file is not None:
-            return file
+        candidates = [inside / "__init__.py"]
+        if rest:
+            candidates += [inside.with_name(inside.name + suffix) for suffix in SUFFIXES]
+        for file in candidates:
+            if file.is_file():
+                return file
     return None
 
 
-def _named_in(file: Path, package: str) -> Iterator[str]:
-    """Modules that a file's import statements name, wherever they stand, and names which may be modules.
+def _imported_names(file: Path, package: str) -> Iterator[str]:
+    """Yield the modules that a file's import statements name, anywhere in it, and names that may be modules.
 
-    ``package`` is what relative imports start from.
+    ``package`` is the package that relative imports start from.
     """
     try:
         tree = ast.parse(file.read_bytes())
     except (SyntaxError, ValueError, RecursionError) as error:
         line = f":{error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
-        said = error.msg if isinstance(error, SyntaxError) else str(error)
-        raise UserError(f"{file}{line}: no Python that can be read ({said}); repair it.") from None
+        reason = error.msg if isinstance(error, SyntaxError) else str(error)
+        raise UserError(f"{file}{line}: no Python that can be read ({reason}); repair it.") from None
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            parts = package.split(".") if node.level else []
-            above = parts[: max(0, len(parts) - node.level + 1)] if node.level else []
-            start = ".".join([*above, *([node.module] if node.module else [])])
+            start = _import_source(node, package)
             if start:
                 yield start
                 yield from (f"{start}.{alias.name}" for alias in node.names if alias.name != "*")
 
 
+def _import_source(node: ast.ImportFrom, package: str) -> str:
+    """Return the absolute name of the module that a ``from`` import reads; empty for one above the top."""
+    parents: list[str] = []
+    if node.level:
+        parts = package.split(".")
+        parents = parts[: max(0, len(parts) - node.level + 1)]
+    module = [node.module] if node.module else []
+    return ".".join([*parents, *module])
+
+
 @cache
 def _version(top: str) -> str:
-    """The version of the distribution that has a top-level package; empty where none says so."""
+    """Return the version of the distribution with a top-level package; empty where there is none."""
     try:
         return importlib.metadata.version(top)
     except PackageNotFoundError:

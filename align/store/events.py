@@ -1,6 +1,6 @@
 """Event files of stages: a JSON object a line, read while it grows. Knows no torch.
 
-An event file says how a stage went and is no part of its result, so a damaged line is skipped.
+An event file shows the course of a stage and is no part of its result, so a damaged line is skipped.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from align.store.json_files import DamagedFile, parse_object, validate
 
 
 class _Event(BaseModel):
-    """What every event has."""
+    """Fields of every event."""
 
     model_config = ConfigDict(strict=True)
 
@@ -38,7 +38,7 @@ SCHEMAS: dict[str, type[_Event]] = {"progress": _Progress, "metrics": _Metrics}
 
 
 def parse_event(line: bytes) -> dict[str, Any] | None:
-    """The event that a line holds; None where it holds none."""
+    """Return the event in a line; None where there is none."""
     try:
         event = parse_object(line)
         validate(SCHEMAS.get(str(event.get("event")), _Event), event)
@@ -48,7 +48,7 @@ def parse_event(line: bytes) -> dict[str, Any] | None:
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
-    """Every event of a file, in order; none where there is no such file."""
+    """Yield the events of a file in order; none where there is no such file."""
     try:
         with path.open("rb") as file:
             for line in file:

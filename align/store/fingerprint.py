@@ -15,7 +15,7 @@ CHUNK_BYTES = 1 << 20
 
 
 def canonical(value: Any) -> str:
-    """Canonical JSON: sorted keys, no spaces, ASCII; equal values give equal text on every machine.
+    """Return canonical JSON: sorted keys, no spaces, ASCII; equal values give equal text on every machine.
 
     Raises ``TypeError`` for what has no stable identity (paths, objects, functions, sets) and ``ValueError``
     for NaN and infinities.
@@ -24,12 +24,12 @@ def canonical(value: Any) -> str:
 
 
 def digest(value: Any) -> str:
-    """sha256 of the canonical JSON, 64 hex digits."""
+    """Return the sha256 of the canonical JSON, 64 hex digits."""
     return hashlib.sha256(canonical(value).encode("ascii")).hexdigest()
 
 
 def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes."""
+    """Return the sha256 of a file's bytes, 64 hex digits."""
     hasher = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
@@ -38,11 +38,15 @@ def file_digest(path: Path) -> str:
 
 
 def _plain(value: Any, where: str) -> Any:
+    """Return ``value`` as JSON types. ``where`` is its path, for messages."""
     if isinstance(value, BaseModel):
         return _plain(value.model_dump(mode="python"), where)
-    if value is None or isinstance(value, (bool, int, str)):
-        return str(value) if isinstance(value, str) else value
+    if isinstance(value, str):
+        return str(value)  # also a string enum's
+    if value is None or isinstance(value, (bool, int)):
+        return value
     if isinstance(value, float):
+        # JSON has no NaN, and NaN equals nothing, itself included.
         if not math.isfinite(value):
             raise ValueError(f"{where}: {value} has no canonical form")
         return value

@@ -1,7 +1,7 @@
-"""The door through which small JSON files are read back: whole JSON, an intact seal, a schema. Knows no torch.
+"""Reading and writing of small JSON files: complete JSON, an intact seal, a schema. Knows no torch.
 
 A seal is a digest of the file's content in the file (``sealed.py``). It finds a flipped bit and an edited field. It is
-no signature: who may write to the folder is trusted.
+no signature: whoever may write to the folder is trusted.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class DamagedFile(ValueError):
-    """A file does not hold what was written there. The text is a clause that follows the file's name."""
+    """A file does not hold what was written to it. The text is a clause that follows the file's name."""
 
 
 def parse_json(data: bytes) -> Any:
-    """The JSON value that ``data`` holds; ``DamagedFile`` where it holds none."""
+    """Return the JSON value in ``data``. Raises ``DamagedFile``."""
     if not data.strip():
         raise DamagedFile("is empty")
     try:
@@ -36,7 +36,7 @@ def parse_json(data: bytes) -> Any:
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
-    """The JSON object that ``data`` holds; ``DamagedFile`` where it holds none."""
+    """Return the JSON object in ``data``. Raises ``DamagedFile``."""
     value = parse_json(data)
     if not isinstance(value, dict):
         raise DamagedFile(f"holds a {type(value).__name__} instead of an object")
@@ -44,7 +44,7 @@ def parse_object(data: bytes) -> dict[str, Any]:
 
 
 def parse_sealed(data: bytes) -> dict[str, Any]:
-    """The object that was sealed in ``data``; ``DamagedFile`` where there is none or it was changed since."""
+    """Return the object that was sealed in ``data``. Raises ``DamagedFile``, also where it was changed since."""
     value = parse_object(data)
     try:
         return open_sealed(value)
@@ -53,7 +53,7 @@ def parse_sealed(data: bytes) -> dict[str, Any]:
 
 
 def read_file(path: Path) -> bytes:
-    """A file's bytes; ``DamagedFile`` where something else lies there or reading is forbidden, else ``OSError``."""
+    """Return a file's bytes. Raises ``DamagedFile`` for a folder and where reading is forbidden, else ``OSError``."""
     try:
         return path.read_bytes()
     except (PermissionError, IsADirectoryError) as error:
@@ -61,26 +61,27 @@ def read_file(path: Path) -> bytes:
 
 
 def read_sealed(path: Path, schema: type[Model]) -> Model:
-    """The sealed object in a file as ``schema``; raises as ``read_file``, and ``DamagedFile`` for anything else."""
+    """Return the sealed object in a file as ``schema``. Raises as ``read_file``, and ``DamagedFile``."""
     return validate(schema, parse_sealed(read_file(path)))
 
 
 def write_sealed(path: Path, value: dict[str, Any], default: Callable[[Any], Any] = str) -> None:
-    """Write a sealed JSON object that is there whole or not at all."""
+    """Write a sealed JSON object atomically."""
     write_atomically(path, seal(as_json(value, default)))
 
 
 def as_json(value: dict[str, Any], default: Callable[[Any], Any] = str) -> dict[str, Any]:
-    """``value`` as JSON reads it back. ``default`` converts what JSON has no form for."""
+    """Return ``value`` as JSON reads it back. ``default`` converts values that JSON has no form for."""
     plain: dict[str, Any] = json.loads(json.dumps(value, default=default))
     return plain
 
 
 def validate(schema: type[Model], value: Any) -> Model:
-    """``value`` as ``schema``; ``DamagedFile`` names the first field that is wrong."""
+    """Return ``value`` as ``schema``. Raises ``DamagedFile``, which names the first wrong field."""
     try:
         return schema.model_validate(value)
     except ValidationError as error:
+        # The value itself is left out: a damaged file may hold anything.
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"]))
         field = f"field '{place}': " if place else ""

@@ -1,9 +1,8 @@
-"""Leases of the runs that are under way, by which ``gc`` leaves alone what they use. Knows no torch.
+"""Leases of active runs, which keep ``gc`` from deleting what they use. Knows no torch.
 
-A run takes a lease in ``<store>/leases/<name>-<12 hex>/``: a lock of its own (``locking.py``), which it keeps alive,
-and ``uses.json``, which names its stages. A run that died loses its lease as it loses a lock: at once where its machine
-can tell, else after the lease's seconds of silence. The gate (``locks/gc``) keeps a run from beginning while ``gc``
-deletes.
+A run holds a lease in ``<store>/leases/<name>-<12 hex>/``: a lock (``locks.py``), which it keeps alive, and
+``uses.json``, which names its stages. A run that died loses its lease as it loses a lock: at once where its machine can
+tell, else after the lease's seconds of silence. The gate (``locks/gc``) keeps runs from beginning while ``gc`` deletes.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from align.errors import UserError
 from align.store.json_files import DamagedFile, read_sealed, write_sealed
 from align.store.locks import Hold, Lease, Lock
 from align.store.record import Digest, Name
-from align.store.retry import Patience
+from align.store.retry import Retry
 
 LEASES, USES, GATE = "leases", "uses.json", "gc"
 Stages = Mapping[str, Mapping[str, str]]
@@ -38,7 +37,7 @@ class UsedStage(BaseModel):
 
 
 class Uses(BaseModel):
-    """The content of ``uses.json``."""
+    """Content of ``uses.json``."""
 
     model_config = ConfigDict(strict=True)
 
@@ -49,56 +48,60 @@ class Uses(BaseModel):
 class RunLeases:
     """The leases of a store's runs."""
 
-    def __init__(self, root: Path, lease: Lease, patience: Patience) -> None:
-        self.folder, self.lease, self.patience = root / LEASES, lease, patience
+    def __init__(self, root: Path, lease: Lease, retry: Retry) -> None:
+        self.folder, self.lease, self.retry = root / LEASES, lease, retry
         self._gate = root / "locks" / GATE
 
     @contextlib.contextmanager
     def hold(self, run: str, stages: Stages) -> Iterator[None]:
-        """Keep ``gc`` from what these stages have made, or will make, until the block ends."""
+        """Keep ``gc`` from the artifacts of these stages, also future ones, while inside the context."""
         folder = self.folder / f"{run}-{uuid.uuid4().hex[:12]}"
         uses = {"run": run, "stages": {name: dict(stage) for name, stage in stages.items()}}
         with contextlib.ExitStack() as lease:
+            # Behind the gate: ``gc`` sees the complete lease, or has ended.
             with self.gate():
-                hold = Lock(folder, self.lease).acquire(lambda _: None, self.patience)
+                hold = Lock(folder, self.lease).acquire(lambda _: None, self.retry)
                 lease.callback(_end, hold, folder)
-                self.patience.keep_trying(lambda: write_sealed(folder / USES, uses))
+                self.retry.call(lambda: write_sealed(folder / USES, uses))
             yield
 
     @contextlib.contextmanager
     def gate(self) -> Iterator[None]:
-        """Alone among the runs that begin and the ``gc`` that deletes, on whatever machine."""
-        hold = Lock(self._gate, self.lease).acquire(self._say_wait, self.patience)
+        """Exclude every other run that begins, and ``gc``, on any machine, while inside the context."""
+        hold = Lock(self._gate, self.lease).acquire(self._log_wait, self.retry)
         try:
             yield
         finally:
-            self.patience.keep_trying(hold.release)
+            self.retry.call(hold.release)
 
-    def _say_wait(self, holder: str) -> None:
-        self.patience.say(f"waits until `align gc`, or another run that begins, is done in the store ({holder})")
+    def _log_wait(self, holder: str) -> None:
+        self.retry.log(f"waits until `align gc`, or another run that begins, is done in the store ({holder})")
 
     def find_ended(self) -> dict[Path, Lock]:
-        """Leases whose runs have died, and the locks that were watched to tell.
+        """Return the leases whose runs have died, with the locks that were watched to tell.
 
         Takes up to the lease's seconds where a run on another machine may be dead.
         """
         locks = {folder: Lock(folder, self.lease) for folder in self._folders()}
         if not locks:
             return {}
+        # Each may take as long as a lease to watch, so all are watched at once.
         with ThreadPoolExecutor(max_workers=min(32, len(locks))) as threads:
-            lives = list(threads.map(self._lives, locks.values()))
-        return {folder: lock for (folder, lock), alive in zip(locks.items(), lives, strict=True) if not alive}
+            alive = list(threads.map(self._is_alive, locks.values()))
+        return {folder: lock for (folder, lock), lives in zip(locks.items(), alive, strict=True) if not lives}
 
     def drop(self, ended: Mapping[Path, Lock]) -> None:
-        """Delete the leases of runs that are still as dead as ``find_ended`` saw them; to be done behind the gate."""
+        """Delete the leases of runs that are still as dead as ``find_ended`` saw them. Call it inside the gate."""
         for folder, lock in ended.items():
+            # Watched outside the gate, so it may have come back since.
             if not lock.is_held():
                 shutil.rmtree(folder, ignore_errors=True)
 
     def uses(self) -> list[Uses]:
-        """What the runs under way use. Raises ``UserError`` where that cannot be told."""
+        """Return what the active runs use. Raises ``UserError`` where that cannot be told."""
         uses = []
         for folder in self._folders():
+            # The run has ended, or died; ``find_ended`` removes what it left.
             if not Lock(folder, self.lease).is_held():
                 continue
             try:
@@ -113,13 +116,13 @@ class RunLeases:
 
     def _unreadable(self, folder: Path, finding: str) -> UserError:
         return UserError(
-            f"{folder / USES}: damaged: it {finding}. A run is under way, and what it uses is not known, so everything "
-            f"is kept. Wait until the run has ended, or delete {folder} if there is none."
+            f"{folder / USES}: damaged: it {finding}. A run is active, and it is unknown what it uses, so nothing is "
+            f"deleted. Wait until the run has ended, or delete {folder} if there is none."
         )
 
-    def _lives(self, lock: Lock) -> bool:
+    def _is_alive(self, lock: Lock) -> bool:
         try:
-            return lock.holder_lives(self.patience)
+            return lock.holder_lives(self.retry)
         except FileNotFoundError:  # it has ended meanwhile
             return True
 

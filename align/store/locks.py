@@ -1,13 +1,13 @@
-"""Locks that hold between machines over a shared place, that a dead machine does not keep, and that fence.
+"""Locks between machines over a shared folder or bucket. A dead machine does not keep them, and they fence.
 
-A lock is a place with numbered claims (``claims.py``). Making the next number is what takes the lock: one asker alone
-gets it. The holder writes into its claim every few seconds; who waits watches it change. A claim that
-stays the same for its lease is lost: its machine died, or cannot reach the folder. A holder on this machine that died
-is seen at once. Numbers never come again, so a holder that wakes up after its lock was taken finds a higher one
-(`Hold.confirm`), and a path that contains its number is its own for ever.
+A lock is a place with numbered claims (``claims.py``). Creating the next number takes the lock, and only one process
+can create it. The holder rewrites its claim every few seconds; a waiter watches it change. A claim that stays the same
+for its lease is lost: its machine died, or cannot reach the folder. A holder on this machine that died is seen at once.
+Numbers never come again. So a holder that wakes up after its lock was taken finds a higher number (`Hold.confirm`), and
+a path that contains its number is its own for ever.
 
-No clock is compared with another one, and no clock that can be set is read: a waiter counts its own seconds, and only
-those between two looks that the folder answered, so that a stopped waiter or an outage counts for nothing. No torch.
+No clocks of two machines are compared, and no clock that can be set is read. A waiter counts its own seconds, and only
+those between two looks that the folder answered, so that neither a stopped waiter nor an outage counts. No torch.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from typing import Any
 
 from align.errors import StageFailed, UserError
 from align.store.claims import CLAIM_BYTES, Claims, FolderClaims
-from align.store.retry import Patience
+from align.store.retry import Retry
 
 FIRST_LOOK, LONGEST_LOOK = 0.1, 2.0
+"""Seconds between a waiter's looks: at first, and at most."""
 
 
 @dataclass(frozen=True)
 class Lease:
-    """``every`` so many seconds a holder shows that it lives; after ``seconds`` without, the lock is another's."""
+    """Times of a lock: a holder rewrites its claim every ``every`` seconds, and loses it after ``seconds`` without."""
 
     seconds: float = 120.0
     every: float = 10.0
@@ -44,215 +45,251 @@ class LockLost(StageFailed):
     """Another process took the lock while this one was silent; what this one was making must not be published."""
 
 
+@dataclass(frozen=True)
+class _Claim:
+    """The claim by which a process takes a lock."""
+
+    number: int
+    token: str
+    """Random, so that a process knows its own claim after an error."""
+    since: float
+    """Wall-clock time, for messages only."""
+    after_silence: bool
+    """True when the holder before was silent rather than known to have ended: it may wake up."""
+
+    def content(self, lease: Lease, beats: int, released: bool) -> bytes:
+        """Return the bytes of the claim; ``beats`` makes them differ from the ones before."""
+        fields = {
+            "token": self.token,
+            "pid": os.getpid(),
+            "host": socket.gethostname()[:200],
+            "machine": _machine(),
+            "started": _start_time(os.getpid()),
+            "since": self.since,
+            "lease": lease.seconds,
+            "beats": beats,
+            "released": released,
+        }
+        return json.dumps(fields).encode("ascii").ljust(CLAIM_BYTES)
+
+
 class Hold:
     """A lock that is held, until `release`. ``number`` is higher than that of any holder before."""
 
-    def __init__(
-        self, claims: Claims, number: int, token: str, lease: Lease, since: float, after_silence: bool
-    ) -> None:
-        self.claims, self.number, self.token, self.lease = claims, number, token, lease
-        self.since = since
-        self.after_silence = after_silence
-        """Whether the holder before was silent rather than known to have ended: it may wake up."""
+    def __init__(self, claims: Claims, claim: _Claim, lease: Lease) -> None:
+        self.claims, self.lease = claims, lease
+        self.number, self.after_silence = claim.number, claim.after_silence
         self.lost = ""
-        """Who took the lock, in words; empty while it is held."""
+        """Reason for the loss of the lock; empty while it is held."""
+        self._claim = claim
         self._beats = 0
-        self._writing = threading.Lock()
+        self._write_lock = threading.Lock()
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name=f"lock-{number}", daemon=True)
+        self._thread = threading.Thread(target=self._keep_alive, name=f"lock-{self.number}", daemon=True)
         self._thread.start()
 
     def confirm(self) -> None:
-        """Make sure, from the claims themselves, that the lock is still held; raises ``LockLost``."""
-        self.claims.look_anew()
+        """Read the claims, and raise ``LockLost`` unless the lock is still held."""
+        self.claims.refresh()
         self._look()
-        if self.lost:
-            raise LockLost(self.lost)
+        self.check()
 
     def check(self) -> None:
-        """Raise ``LockLost`` if the last look has found that; costs nothing."""
+        """Raise ``LockLost`` if the lock was found lost before; reads nothing."""
         if self.lost:
             raise LockLost(self.lost)
 
     def release(self) -> None:
-        """Give the lock back; one that was lost is left to its new holder."""
+        """Release the lock; one that was lost is left to its new holder."""
         self._ended.set()
-        with self._writing:
+        with self._write_lock:
             if not self.lost:
                 with contextlib.suppress(FileNotFoundError):  # taken and tidied away since the last look
                     self._write(released=True)
 
-    def _beat(self) -> None:
+    def _keep_alive(self) -> None:
+        """Rewrite the claim every few seconds, in a thread, until the lock is released or lost."""
         while not self._ended.wait(self.lease.every):
-            # An error is the folder's, not the lock's: whether it was lost shows when the folder is back.
+            # An error is the folder's, not the lock's: whether the lock was lost shows when the folder is back.
             with contextlib.suppress(OSError, UserError):
+                # 1. Look first: a claim must not be written over after another process has taken the lock.
                 self._look()
-                with self._writing:
+                # 2. Write, unless ``release`` has written the last word meanwhile.
+                with self._write_lock:
                     if self.lost:
                         return
                     if not self._ended.is_set():
                         self._write(released=False)
 
     def _look(self) -> None:
+        """Find out whether another process has taken the lock, or the claim is gone."""
         highest = max(self.claims.numbers(), default=0)
         if highest > self.number:
             self.lost = f"the lock was taken by {describe(self.claims.read(highest))} while this run was silent"
-        elif highest < self.number or _parse(self.claims.read(self.number)).get("token") != self.token:
+        elif highest < self.number or _parse(self.claims.read(self.number)).get("token") != self._claim.token:
             self.lost = f"the lock's file {self.claims.describe(self.number)} is gone"
 
     def _write(self, released: bool) -> None:
         self._beats += 1
-        self.claims.write(self.number, _content(self.token, self.lease, self.since, self._beats, released))
+        self.claims.write(self.number, self._claim.content(self.lease, self._beats, released))
 
 
 class Lock:
-    """The lock at a place, as one who may ask for it sees it. Not for use by several threads at once."""
+    """The lock at a place, as seen by a process that may take it. Not for several threads at once."""
 
     def __init__(self, place: Path | Claims, lease: Lease | None = None) -> None:
         self.claims: Claims = FolderClaims(place) if isinstance(place, Path) else place
         self.lease = lease or Lease()
-        self._seen: tuple[int, bytes] = (0, b"")
-        self._silent = 0.0
-        self._last: float | None = None
-        self._token, self._since, self._after_silence = "", 0.0, False
+        self._last_seen: tuple[int, bytes] = (0, b"")
+        """Number and content of the highest claim at the last look."""
+        self._silence = 0.0
+        """Seconds for which it has stayed the same."""
+        self._last_look: float | None = None
+        """Monotonic time of the last look that the folder answered."""
+        self._pending: _Claim | None = None
+        """A claim that may have been created, although an error came instead of the answer."""
 
-    def acquire(self, on_wait: Callable[[str], None], patience: Patience) -> Hold:
-        """Wait until the lock is this process's; ``on_wait`` is told once who holds it.
+    def acquire(self, log: Callable[[str], None], retry: Retry) -> Hold:
+        """Wait until this process holds the lock; ``log`` is called once with the holder that it waits for.
 
-        Raises ``StoreUnreachable`` where the folder does not answer for as long as ``patience`` has, else ``OSError``.
+        Raises ``StoreUnreachable`` where the folder does not answer for as long as ``retry`` tries, else ``OSError``.
         """
-        told, pause = False, FIRST_LOOK
+        has_logged, pause = False, FIRST_LOOK
         while True:
-            hold = patience.keep_trying(self.try_acquire)
+            hold = retry.call(self.try_acquire)
             if hold is not None:
                 return hold
-            if not told:
-                on_wait(describe(self._seen[1]))
-                told = True
+            if not has_logged:
+                log(describe(self._last_seen[1]))
+                has_logged = True
             time.sleep(pause)
             pause = min(1.5 * pause, LONGEST_LOOK)
 
     def try_acquire(self) -> Hold | None:
-        """The lock, or None while another has it. After an ``OSError`` it may be called again."""
+        """Return the lock, or None while another process has it. After an ``OSError`` it may be called again."""
         self.claims.prepare()
-        number, content = self._top()
-        if (
-            not self._token or _parse(content).get("token") != self._token
-        ):  # else an error came after the claim was made
+        # 1. Judge the highest claim. It may be our own, if its creation was answered with an error.
+        number, content = self._highest()
+        if self._pending is None or _parse(content).get("token") != self._pending.token:
             state = self._judge(number, content)
             if state == "held":
                 return None
-            number, self._token, self._after_silence = number + 1, uuid.uuid4().hex, state == "silent"
-            self._since = time.time()
-            if not self.claims.make(number, _content(self._token, self.lease, self._since, 0, released=False)):
+            # 2. Create the next number. Of several processes that try, one succeeds.
+            self._pending = _Claim(number + 1, uuid.uuid4().hex, time.time(), after_silence=state == "silent")
+            created = self.claims.create(number + 1, self._pending.content(self.lease, 0, released=False))
+            if not created:
                 return None
-        token = self._token
-        # Who looked before another had the lock, lost it and tidied up may have made a number that was gone already.
-        made = self.claims.numbers()
-        if max(made, default=0) != number:
-            self.claims.drop(number)
+        claim = self._pending
+        # 3. Check that no higher number is there. A process that judged an old claim may have created a number that
+        #    another process had already used, given up and tidied away; that one's successor is higher.
+        numbers = self.claims.numbers()
+        if max(numbers, default=0) != claim.number:
+            self.claims.delete(claim.number)
             return None
-        for below in made:
-            if below < number:
-                self.claims.drop(below)
-        self._token = ""
-        return Hold(self.claims, number, token, self.lease, self._since, self._after_silence)
+        # 4. The lock is ours. Lower claims are of no use any more.
+        for lower in numbers:
+            if lower < claim.number:
+                self.claims.delete(lower)
+        self._pending = None
+        return Hold(self.claims, claim, self.lease)
 
-    def holder_lives(self, patience: Patience) -> bool:
-        """Whether the lock stays with who has it: looks until the holder shows that it lives, or could be taken over.
+    def holder_lives(self, retry: Retry) -> bool:
+        """Watch the holder until it shows that it lives (True), or until the lock could be taken over (False).
 
         That takes no time for a holder on this machine, ``Lease.every`` seconds for one elsewhere that lives, and the
-        lease for one that is dead there. Raises as ``acquire``.
+        lease's seconds for one that is dead there. Raises as ``acquire``.
         """
-        first = top = patience.keep_trying(self._top)
-        while self._judge(*top) == "held":
-            if top != first or _is_of_this_machine(_parse(top[1])):
+        first = highest = retry.call(self._highest)
+        while self._judge(*highest) == "held":
+            if highest != first or _is_of_this_machine(_parse(highest[1])):
                 return True
             time.sleep(LONGEST_LOOK)
-            top = patience.keep_trying(self._top)
+            highest = retry.call(self._highest)
         return False
 
     def is_held(self) -> bool:
-        """Whether a process has the lock, as far as one look can tell: one that fell silent may still be counted."""
+        """Return True when a process has the lock, by one look: a holder that has just fallen silent still counts."""
         try:
-            return self._judge(*self._top()) == "held"
+            return self._judge(*self._highest()) == "held"
         except FileNotFoundError:
             return False
 
     def holder(self) -> dict[str, Any] | None:
-        """``pid``, ``host`` and more of who holds the lock, by its own claim; None while nobody does."""
+        """Return ``pid``, ``host`` and more of the holder, by its own claim; None while nobody holds the lock."""
         try:
-            number, content = self._top()
+            number, content = self._highest()
         except FileNotFoundError:
             return None
-        claim = _parse(content)
-        return claim if claim.get("pid") and self._judge(number, content) == "held" else None
+        fields = _parse(content)
+        return fields if fields.get("pid") and self._judge(number, content) == "held" else None
 
-    def _top(self) -> tuple[int, bytes]:
+    def _highest(self) -> tuple[int, bytes]:
+        """Return number and content of the highest claim; 0 and nothing where there is none."""
         try:
             number = max(self.claims.numbers(), default=0)
             return (number, self.claims.read(number)) if number else (0, b"")
         except OSError:
-            self._last = None  # what could not be seen was no silence
+            self._last_look = None  # time in which nothing could be seen is no silence
             raise
 
     def _judge(self, number: int, content: bytes) -> str:
-        """``free``, ``dead``, ``silent`` (its lease is over) or ``held``."""
-        claim = _parse(content)
+        """Return the state of the highest claim: ``free``, ``dead``, ``silent`` (its lease is over) or ``held``."""
+        fields = _parse(content)
         now = time.monotonic()
-        if number == 0 or claim.get("released"):
+        if number == 0 or fields.get("released"):
             return "free"
-        if _died_here(claim):
+        if _died_here(fields):
             return "dead"
-        if (number, content) != self._seen:
-            self._seen, self._silent = (number, content), 0.0
-        elif self._last is not None:
-            self._silent += min(now - self._last, 2 * LONGEST_LOOK)
-        self._last = now
-        return "silent" if self._silent >= float(claim.get("lease", self.lease.seconds)) else "held"
+        if (number, content) != self._last_seen:
+            self._last_seen = (number, content)
+            self._silence = 0.0
+        elif self._last_look is not None:
+            # A waiter that was stopped for an hour has not watched for an hour.
+            self._silence += min(now - self._last_look, 2 * LONGEST_LOOK)
+        self._last_look = now
+        return "silent" if self._silence >= float(fields.get("lease", self.lease.seconds)) else "held"
 
 
 def describe(content: bytes) -> str:
-    """Who made a claim, in words."""
-    claim = _parse(content)
-    if "pid" not in claim:
+    """Describe the process that made a claim."""
+    fields = _parse(content)
+    if "pid" not in fields:
         return "another process"
-    since = (time.time() - float(claim.get("since", 0))) / 60  # of two clocks: only for people, and only if it can be
-    words = f"process {claim['pid']} on {claim.get('host', '?')}"
-    return f"{words}, for {since:.0f} min" if 0 <= since < 60 * 24 * 365 else words
+    text = f"process {fields['pid']} on {fields.get('host', '?')}"
+    minutes = (time.time() - float(fields.get("since", 0))) / 60
+    # Two machines' clocks: the number is only for people, and is left out where it cannot be.
+    return f"{text}, for {minutes:.0f} min" if 0 <= minutes < 60 * 24 * 365 else text
 
 
 FIELDS: dict[str, tuple[type, ...]] = {
-    "token": (str,), "pid": (int,), "host": (str,), "machine": (str,), "started": (str,), "since": (int, float),
-    "lease": (int, float), "beats": (int,), "released": (bool,),
-}  # fmt: skip
-"""Types of what a claim says."""
+    "token": (str,),
+    "pid": (int,),
+    "host": (str,),
+    "machine": (str,),
+    "started": (str,),
+    "since": (int, float),
+    "lease": (int, float),
+    "beats": (int,),
+    "released": (bool,),
+}
+"""Types of a claim's fields."""
 
 
 def _parse(content: bytes) -> dict[str, Any]:
-    """A claim; empty for one that is half-written or damaged, which then counts as held by somebody unknown."""
+    """Return a claim's fields; empty for one that is half-written or damaged, which counts as held by an unknown."""
     try:
-        claim = json.loads(content)
+        fields = json.loads(content)
     except (ValueError, RecursionError):
         return {}
-    if not isinstance(claim, dict):
+    if not isinstance(fields, dict):
         return {}
-    is_whole = all(isinstance(claim[name], types) for name, types in FIELDS.items() if name in claim)
-    return claim if is_whole else {}
-
-
-def _content(token: str, lease: Lease, since: float, beats: int, released: bool) -> bytes:
-    claim = {
-        "token": token, "pid": os.getpid(), "host": socket.gethostname()[:200], "machine": _machine(),
-        "started": _started(os.getpid()), "since": since, "lease": lease.seconds, "beats": beats,
-        "released": released,
-    }  # fmt: skip
-    return json.dumps(claim).encode("ascii").ljust(CLAIM_BYTES)
+    is_valid = all(isinstance(fields[name], types) for name, types in FIELDS.items() if name in fields)
+    return fields if is_valid else {}
 
 
 @cache
 def _machine() -> str:
-    """This boot of this kernel, and the process numbers' space; empty where it cannot be told."""
+    """Return the id of this boot of this kernel, and of the namespace of process ids; empty where there is none."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -260,20 +297,25 @@ def _machine() -> str:
         return ""
 
 
-def _started(pid: int) -> str:
-    """When a process began, in ticks since the machine did; tells it from a later one of the same number."""
+def _start_time(pid: int) -> str:
+    """Return the start of a process in ticks since the machine's, which tells it from a later one of the same id.
+
+    Empty for a process that has ended.
+    """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
-    state, fields = stat.rpartition(") ")[2][:1], stat.rpartition(") ")[2].split()
-    return "" if state in "ZX" else fields[19]
+    # The name, in parentheses, may hold spaces. Behind it: the state first, the start time 20th.
+    fields = stat.rpartition(") ")[2].split()
+    has_ended = not fields or fields[0] in ("Z", "X")
+    return "" if has_ended else fields[19]
 
 
-def _died_here(claim: dict[str, Any]) -> bool:
-    """Whether the claim was made on this machine by a process that has ended. Elsewhere nobody can know."""
-    return _is_of_this_machine(claim) and _started(claim["pid"]) != claim.get("started")
+def _died_here(fields: dict[str, Any]) -> bool:
+    """Return True for a claim of a process on this machine that has ended. Of other machines nobody can know."""
+    return _is_of_this_machine(fields) and _start_time(fields["pid"]) != fields.get("started")
 
 
-def _is_of_this_machine(claim: dict[str, Any]) -> bool:
-    return bool(_machine()) and claim.get("machine") == _machine() and isinstance(claim.get("pid"), int)
+def _is_of_this_machine(fields: dict[str, Any]) -> bool:
+    return bool(_machine()) and fields.get("machine") == _machine() and isinstance(fields.get("pid"), int)

@@ -1,4 +1,4 @@
-"""What makes a folder a store: its mark ``align-store.json``. Knows no torch."""
+"""The file ``align-store.json``, which marks a folder as a store. Knows no torch."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ MARKER = "align-store.json"
 FORMAT = 1
 
 
-class _Mark(BaseModel):
-    """The content of ``align-store.json``."""
+class _Marker(BaseModel):
+    """Content of ``align-store.json``."""
 
     model_config = ConfigDict(strict=True)
 
@@ -27,19 +27,20 @@ class _Mark(BaseModel):
 
 
 def open_folder(root: Path) -> None:
-    """Make sure that ``root`` is a store, by making one where nothing is.
+    """Make ``root`` a store unless it is one.
 
-    ``UserError`` where it cannot be used or is something else, ``OSError`` where it is away.
+    Raises ``UserError`` where it cannot be used or is something else, ``OSError`` where it is away.
     """
     marker = root / MARKER
     try:
         if marker.is_file():
-            mark = validate(_Mark, parse_object(marker.read_bytes()))
-            if mark.format != FORMAT:
+            content = validate(_Marker, parse_object(marker.read_bytes()))
+            if content.format != FORMAT:
                 raise UserError(
-                    f"{root}: a store of format {mark.format} by its {MARKER}, this align reads format {FORMAT}. "
+                    f"{root}: a store of format {content.format} by its {MARKER}, this align reads format {FORMAT}. "
                     "Use the align that made it, or another --store."
                 )
+        # Never turn somebody's folder of other files into a store.
         elif root.exists() and not _may_become_a_store(root):
             raise UserError(
                 f"{root}: not empty and not an align store (no {MARKER}); name an empty or new folder with --store."
@@ -55,6 +56,7 @@ def open_folder(root: Path) -> None:
             "name another --store."
         ) from None
     except OSError as error:
+        # The caller retries these.
         if error.errno in UNREACHABLE:
             raise
         raise UserError(
@@ -63,12 +65,12 @@ def open_folder(root: Path) -> None:
         ) from None
 
 
-def require_mark(root: Path) -> None:
-    """Raise ``OSError`` where a store's own mark is gone: a mount that is away leaves an empty folder behind."""
+def require_marker(root: Path) -> None:
+    """Raise ``OSError`` where a store's marker is gone: a mount that is away leaves an empty folder behind."""
     if not (root / MARKER).is_file():
         raise OSError(errno.ENOTCONN, f"its mark {MARKER} is gone, as where a file system is not mounted")
 
 
 def _may_become_a_store(root: Path) -> bool:
-    """An empty folder, or one that another run has begun to make a store at this moment."""
+    """Return True for an empty folder, and for one that another run is making a store at this moment."""
     return root.is_dir() and all(path.name.startswith(f".{MARKER}.") or path.name == MARKER for path in root.iterdir())

@@ -1,7 +1,7 @@
-"""A prefix in a bucket of an object store (S3 and what speaks it, GCS, Azure), by obstore. The only file that knows it.
+"""A prefix in a bucket of an object store (S3 and compatible ones, GCS, Azure). The only file that uses obstore.
 
-Every put is whole or not at all, and is seen by everybody at once. Credentials come from the store's own environment
-variables or the machine's role, never from an address. What is kept where is ``remote.py``'s. Knows no torch.
+Every put is atomic and visible to everybody at once. Credentials come from the environment variables of the object
+store or from the machine's role, never from an address. The layout of a bucket is ``remote.py``'s. Knows no torch.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import errno
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -17,11 +17,11 @@ from align.errors import UserError
 
 SCHEMES = ("s3", "gs", "az", "abfs", "abfss")
 CHUNK = 32 << 20
-"""Bytes of a part of an upload, and of one request of a download."""
-AT_ONCE = 4
+"""Bytes of one part of an upload, and of one request of a download."""
+MAX_CONCURRENCY = 4
 TRIES, TRY_SECONDS = 3, 30
-"""What obstore itself repeats within a call; longer patience is the caller's."""
-TOO_BUSY = (408, 425, 429)
+"""Retries of obstore within a call; longer ones are the caller's."""
+RETRIED_STATUSES = (408, 425, 429)
 CREDENTIALS = {
     "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY (AWS_SESSION_TOKEN), AWS_REGION, AWS_ENDPOINT_URL",
     "gs": "GOOGLE_APPLICATION_CREDENTIALS",
@@ -29,7 +29,7 @@ CREDENTIALS = {
 
 
 def check_address(address: str) -> str:
-    """The address without a last slash; ``ValueError``, which repeats nothing secret, for one that will not do."""
+    """Return the address without a last slash. Raises ``ValueError``, which repeats nothing secret."""
     parts = urlsplit(address)
     if parts.username or parts.password or "@" in parts.netloc or parts.query or parts.fragment:
         raise ValueError(
@@ -53,55 +53,62 @@ class Bucket:
         self._opened: Any = None
 
     def get(self, path: str) -> bytes | None:
-        """An object's bytes, or None."""
-        found: bytes | None = self._call(
+        """Return an object's bytes, or None."""
+        data: bytes | None = self._call(
             path, lambda obstore, store: bytes(obstore.get(store, path).bytes()), missing=None
         )
-        return found
+        return data
 
     def get_range(self, path: str, start: int, length: int) -> bytes | None:
-        """Some bytes of an object, fewer at its end; None where there is no such object."""
-        found: bytes | None = self._call(
+        """Return some bytes of an object, fewer at its end; None where there is no such object."""
+        data: bytes | None = self._call(
             path, lambda obstore, store: bytes(obstore.get_range(store, path, start=start, length=length)), missing=None
         )
-        return found
+        return data
 
     def put(self, path: str, data: bytes) -> None:
-        """Make or replace an object."""
+        """Create or replace an object."""
         self._call(path, lambda obstore, store: obstore.put(store, path, data, use_multipart=False))
 
     def put_new(self, path: str, data: bytes) -> bool:
-        """Make an object where none is; False where there is one. Of many askers one alone gets True."""
+        """Create an object; returns False where there is one. Of several processes only one gets True."""
 
         def put(obstore: Any, store: Any) -> bool:
             try:
                 obstore.put(store, path, data, mode="create", use_multipart=False)
             except (obstore.exceptions.AlreadyExistsError, obstore.exceptions.PreconditionError):
-                # A repeated request meets what the first one made, whose answer was lost.
+                # A repeated request finds what the first one created, if its answer was lost.
                 return bytes(obstore.get(store, path).bytes()) == data
             return True
 
         return bool(self._call(path, put))
 
     def upload(self, path: str, file: Path) -> None:
-        """Make or replace an object from a file, in parts; none of it is there before all of it is."""
-        self._call(
-            path, lambda obstore, store: obstore.put(store, path, file, chunk_size=CHUNK, max_concurrency=AT_ONCE)
-        )
+        """Create or replace an object from a file, in parts; it becomes visible when all of it is there."""
+
+        def put(obstore: Any, store: Any) -> None:
+            obstore.put(store, path, file, chunk_size=CHUNK, max_concurrency=MAX_CONCURRENCY)
+
+        self._call(path, put)
 
     def sizes(self, prefix: str) -> dict[str, int]:
-        """Objects below ``prefix`` and their bytes."""
+        """Return path → size in bytes of the objects below ``prefix``."""
 
-        def listed(obstore: Any, store: Any) -> dict[str, int]:
-            return {one["path"]: one["size"] for some in obstore.list(store, prefix) for one in some}
+        def list_sizes(obstore: Any, store: Any) -> dict[str, int]:
+            sizes = {}
+            for page in obstore.list(store, prefix):
+                for entry in page:
+                    sizes[entry["path"]] = entry["size"]
+            return sizes
 
-        return dict(self._call(prefix, listed, missing={}))
+        return dict(self._call(prefix, list_sizes, missing={}))
 
     def delete(self, path: str) -> None:
-        """Delete an object, if it is there."""
+        """Delete an object if it exists."""
         self._call(path, lambda obstore, store: obstore.delete(store, path), missing=None)
 
-    def _call(self, path: str, action: Any, **missing: Any) -> Any:
+    def _call(self, path: str, action: Any, **default: Any) -> Any:
+        """Run ``action(obstore, store)``. ``missing=VALUE`` is returned where there is no such object."""
         try:
             import obstore
         except ImportError:
@@ -113,28 +120,70 @@ class Bucket:
                 self._opened = _open(self.address)
             return action(obstore, self._opened)
         except FileNotFoundError as error:
-            if "missing" in missing and "NoSuchBucket" not in str(error):
-                return missing["missing"]
+            if "missing" in default and "NoSuchBucket" not in str(error):
+                return default["missing"]
             raise UserError(f"{self.address}: there is no such bucket, or none that these credentials see.") from None
         except (obstore.exceptions.BaseError, obstore.exceptions.GenericError, ValueError) as error:
             raise self._explain(error, path) from None
 
     def _explain(self, error: Exception, path: str) -> Exception:
-        """What an error of obstore is to a user. Its first line names the request, never a key."""
+        """Return the ``UserError`` or ``OSError`` for an error of obstore. Its first line names no key."""
         text = str(error).splitlines()[0].partition(": <?xml")[0].strip()
+        # obstore has no error class per status, so the text is read.
         status = re.search(r"status code: (\d{3})", text)
         code = int(status[1]) if status else 0
         scheme = urlsplit(self.address).scheme
         names = CREDENTIALS.get(scheme, "those of its own client")
+        # The last resort of the credential chain is the cloud's metadata service, which is not there.
         if "169.254." in text or "metadata.google" in text:
             return UserError(f"{self.address}: no credentials were found. Set {names}.")
         if "NoSuchBucket" in str(error):
             return UserError(f"{self.address}: there is no such bucket.")
         if code in (401, 403) or "privileges" in text or "Unauthenticated" in type(error).__name__:
             return UserError(f"{self.address}/{path}: access was refused ({code or text}). Look at {names}.")
-        if 400 <= code < 500 and code not in TOO_BUSY:
+        if 400 <= code < 500 and code not in RETRIED_STATUSES:
             return UserError(f"{self.address}/{path}: {text}")
         return OSError(errno.EHOSTUNREACH, text)
+
+
+class BucketClaims:
+    """The claims of a lock (``claims.py``) as objects: a put that never replaces creates a number."""
+
+    def __init__(self, bucket: Bucket, prefix: str) -> None:
+        self.bucket, self.prefix = bucket, prefix
+
+    def prepare(self) -> None:
+        """Do nothing: a bucket has no folders."""
+
+    def numbers(self) -> list[int]:
+        """Return the numbers of the objects."""
+        names = [PurePosixPath(path).name for path in self.bucket.sizes(self.prefix)]
+        return [int(name) for name in names if name.isdecimal()]
+
+    def read(self, number: int) -> bytes:
+        """Return an object's bytes; empty where there is none."""
+        return self.bucket.get(f"{self.prefix}/{number}") or b""
+
+    def create(self, number: int, content: bytes) -> bool:
+        """Put an object where there is none."""
+        return self.bucket.put_new(f"{self.prefix}/{number}", content)
+
+    def write(self, number: int, content: bytes) -> None:
+        """Replace the object. Raises ``FileNotFoundError`` where it is gone."""
+        if not self.read(number):
+            raise FileNotFoundError(self.describe(number))
+        self.bucket.put(f"{self.prefix}/{number}", content)
+
+    def delete(self, number: int) -> None:
+        """Delete the object."""
+        self.bucket.delete(f"{self.prefix}/{number}")
+
+    def refresh(self) -> None:
+        """Do nothing: object stores show every put to everybody at once."""
+
+    def describe(self, number: int) -> str:
+        """Return the object's address."""
+        return f"{self.bucket.address}/{self.prefix}/{number}"
 
 
 def _open(address: str) -> Any:

@@ -1,4 +1,4 @@
-"""An artifact's files: what its record says of them, and which are not so. Knows no torch."""
+"""An artifact's files: their digests in the record, and the check against it. Knows no torch."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ UNRECORDED = {RECORD, "log.txt", "events.jsonl"}
 
 @dataclass(frozen=True)
 class Problem:
-    """One file of an artifact that is not what its record says."""
+    """A file of an artifact that differs from its record. ``description`` is a clause that follows its name."""
 
     path: Path
-    what: str
+    description: str
 
 
 def output_digests(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size, time and sha256 of every file of a result."""
+    """Return name → size, modification time and sha256 of every file of a result."""
     outputs = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -33,22 +33,22 @@ def output_digests(folder: Path) -> dict[str, dict[str, Any]]:
     return outputs
 
 
-def differing(artifact: Artifact, thorough: bool) -> list[Problem]:
-    """Files that differ from the record.
+def find_problems(artifact: Artifact, thorough: bool) -> list[Problem]:
+    """Return the files that differ from the record.
 
-    Sizes and modification times are compared; a file whose time changed is hashed, and all are when
-    ``thorough``.
+    Sizes and modification times are compared; a file whose time changed is hashed, and with ``thorough`` all are.
     """
-    found = []
+    problems = []
     for name, recorded in artifact.record["outputs"].items():
         path = artifact.path / name
         try:
             stat = path.stat()
         except OSError:
-            found.append(Problem(path, "is missing"))
+            problems.append(Problem(path, "is missing"))
             continue
         if stat.st_size != recorded["bytes"]:
-            found.append(Problem(path, f"has {stat.st_size} bytes, its record says {recorded['bytes']}"))
+            problems.append(Problem(path, f"has {stat.st_size} bytes, its record says {recorded['bytes']}"))
+        # Hashing a checkpoint takes minutes; a file with the recorded size and time is taken as unchanged.
         elif (thorough or stat.st_mtime_ns != recorded["mtime_ns"]) and file_digest(path) != recorded["sha256"]:
-            found.append(Problem(path, "has another sha256 than its record"))
-    return found
+            problems.append(Problem(path, "has another sha256 than its record"))
+    return problems

@@ -1,7 +1,7 @@
-"""The record of a finished artifact: what it must hold, and the one door through which it is read. Knows no torch.
+"""The record of a finished artifact: its fields, reading and writing. Knows no torch.
 
 A record is sealed with a digest of itself. One that lacks a field, was changed, or carries no seal is damaged: its
-artifact does not count as finished, and whoever needs it is told which file is wrong and what to do.
+artifact does not count as finished, and the error names the file and the remedy.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ from align.store.artifacts import Artifact, Kind
 from align.store.json_files import DamagedFile, as_json, parse_sealed, read_file, validate, write_sealed
 
 RECORD = "record.json"
+SHORT = 12
+"""Digits of a key in the names of folders."""
 
 
 def _inside(name: str) -> str:
-    """A file's name that stays in its artifact's folder."""
+    """Return a file's name. Raises ``ValueError`` for one that leads out of its artifact's folder."""
     path = PurePosixPath(name)
+    # A record may come from a bucket that others write to; its names become paths here.
     if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or not path.parts:
         raise ValueError(f"the name {name!r} leads out of the artifact")
     return name
@@ -60,11 +63,11 @@ class InputStage(StageReference):
 
     stage: str
     weights: Digest | None = None
-    """Digest of the files of a checkpoint that was read (``Artifact.weights``)."""
+    """Digest of the checkpoint's files that was read (``Artifact.weights``)."""
 
 
 class Record(_Strict):
-    """The fields of ``record.json`` that align reads; others may stand beside them."""
+    """The fields of ``record.json`` that align reads; it may have others."""
 
     key: Digest
     kind: Name
@@ -85,7 +88,7 @@ class Record(_Strict):
 
 
 class DamagedArtifact(UserError):
-    """The artifact of the stage ``stage`` is not what was written there; the message has file, finding and remedy."""
+    """The artifact of ``stage`` is not what was written; the message has file, finding and remedy."""
 
     def __init__(self, message: str, stage: str) -> None:
         super().__init__(message)
@@ -99,23 +102,23 @@ class DamagedRecord(DamagedArtifact):
         self.path, self.finding = path, finding
         folder = Path(path).parent
         if not remedy:
-            remedy = f"Delete the folder {folder} and run again to make the stage anew."
+            remedy = f"Delete the folder {folder} and run again."
             if stage:
                 remedy = f"`--rebuild {stage}` makes the stage again."
         super().__init__(f"{path}: damaged: it {finding}. {remedy}", stage)
 
 
 def parse_record(data: bytes) -> dict[str, Any]:
-    """The record that ``data`` holds; ``DamagedFile`` where it holds none."""
+    """Return the record in ``data``. Raises ``DamagedFile`` where there is none."""
     record = parse_sealed(data)
     validate(Record, record)
     return record
 
 
 def read_record(folder: Path, stage: str = "") -> dict[str, Any]:
-    """The record of the artifact in ``folder``; ``DamagedRecord`` for one that cannot be used, else ``OSError``.
+    """Read the record of the artifact in ``folder``. Raises ``DamagedRecord`` for a damaged one, else ``OSError``.
 
-    ``stage`` is the name that the asking pipeline has for it.
+    ``stage`` is its name in the calling pipeline.
     """
     try:
         return parse_record(read_file(folder / RECORD))
@@ -124,7 +127,7 @@ def read_record(folder: Path, stage: str = "") -> dict[str, Any]:
 
 
 def read_artifact(folder: Path, stage: str = "") -> Artifact:
-    """The artifact in ``folder``; raises as ``read_record``."""
+    """Read the artifact in ``folder``. Raises as ``read_record``."""
     record = read_record(folder, stage)
     return Artifact(stage or record["stage"], Kind(record["makes"]), folder, record)
 
@@ -132,5 +135,6 @@ def read_artifact(folder: Path, stage: str = "") -> Artifact:
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Write an artifact's record, sealed. Raises ``ValueError`` for one that could not be read back."""
     plain = as_json(record)
+    # A record that cannot be read back would make its artifact damaged from the start.
     validate(Record, plain)
     write_sealed(folder / RECORD, plain)

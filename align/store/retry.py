@@ -1,7 +1,7 @@
-"""What a folder on a shared file system asks for: patience while it does not answer, and looks that skip its caches.
+"""Retries for a shared file system: repeat calls while its server is away, and read past NFS's caches.
 
 A network file system that loses its server gives errors that pass (`UNREACHABLE`), or keeps a call waiting, which needs
-nothing here. Left out: locks (``locking.py``), and what is kept where (``store.py``). Knows no torch.
+no retry. Leaves out locks (``locks.py``) and the layout of a store (``store.py``). Knows no torch.
 """
 
 from __future__ import annotations
@@ -20,82 +20,85 @@ from align.errors import StageFailed
 P = ParamSpec("P")
 T = TypeVar("T")
 
-UNREACHABLE = frozenset({
-    errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN,
-    errno.ENETUNREACH, errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.EREMOTEIO, errno.ESHUTDOWN,
-    errno.ENODEV, errno.ENXIO,
-})  # fmt: skip
+FILE_SYSTEM_ERRORS = frozenset({errno.EIO, errno.ESTALE, errno.EREMOTEIO})
+"""Errors that no socket gives: they come from a file system, whatever was called."""
+UNREACHABLE = FILE_SYSTEM_ERRORS | frozenset(
+    (
+        *(errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH),
+        *(errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.ESHUTDOWN, errno.ENODEV, errno.ENXIO),
+    )
+)
 """Errors of a file system whose server, network or mount is away for a while."""
-OF_FILES = frozenset({errno.EIO, errno.ESTALE, errno.EREMOTEIO})
-"""Those that no socket gives: they are a file system's whatever was being done."""
 UNREACHABLE_STORE = "unreachable"
 """Status of a stage that failed because the store did not answer: once it does, the stage can go on."""
 SECONDS = 300.0
-"""How long such errors are borne by default: a file server restarts within minutes."""
+"""Default time for retries: a file server restarts within minutes."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0
 
 
 class StoreUnreachable(StageFailed):
-    """The store did not answer for as long as was waited; nothing of it was changed."""
+    """The store did not answer for as long as was waited; nothing in it was changed."""
 
 
-class Patience:
-    """Repeats what fails because a folder cannot be reached, for a bounded time."""
+class Retry:
+    """Repeats calls that fail because a folder cannot be reached, for a bounded time."""
 
-    def __init__(self, folder: Path | str, seconds: float = SECONDS, say: Callable[[str], None] | None = None) -> None:
-        self.folder, self.seconds, self.say = folder, seconds, say or (lambda _: None)
+    def __init__(self, folder: Path | str, seconds: float = SECONDS, log: Callable[[str], None] | None = None) -> None:
+        """``log`` is called once per call that has to wait."""
+        self.folder, self.seconds, self.log = folder, seconds, log or (lambda _: None)
 
-    def keep_trying(self, action: Callable[[], T]) -> T:
-        """What ``action`` returns, which must do no harm when it is done twice.
+    def call(self, action: Callable[[], T]) -> T:
+        """Return what ``action`` returns; it must do no harm when it is done twice.
 
         Raises ``StoreUnreachable`` after ``seconds`` without an answer, and any other error at once.
         """
-        began, pause, told = time.monotonic(), FIRST_PAUSE, False
+        deadline = time.monotonic() + self.seconds
+        pause, has_logged = FIRST_PAUSE, False
         while True:
             try:
                 return action()
             except OSError as error:
+                # Errors like a missing file do not pass: waiting would only hide them.
                 if error.errno not in UNREACHABLE:
                     raise
-                left = began + self.seconds - time.monotonic()
-                if left <= 0:
+                reason = error.strerror or error
+                remaining = deadline - time.monotonic()
+                if remaining <= 0:
                     raise StoreUnreachable(
-                        f"{self.folder}: the store could not be reached for {self.seconds:.0f} s "
-                        f"({error.strerror or error}). Finished stages and checkpoints are kept; run again when "
-                        "it is back, or raise runtime.store.patience."
+                        f"{self.folder}: the store could not be reached for {self.seconds:.0f} s ({reason}). Finished "
+                        "stages and checkpoints are kept; run again when it is back, or raise runtime.store.patience."
                     ) from None
-                if not told:
-                    told = True
-                    self.say(
-                        f"{self.folder}: the store does not answer ({error.strerror or error}); "
-                        f"trying for up to {self.seconds:.0f} s"
+                if not has_logged:
+                    has_logged = True
+                    self.log(
+                        f"{self.folder}: the store does not answer ({reason}); trying for up to {self.seconds:.0f} s"
                     )
-                time.sleep(min(pause, left))
+                time.sleep(min(pause, remaining))
                 pause = min(2 * pause, LONGEST_PAUSE)
 
 
-class _Patient(Protocol):
-    patience: Patience
+class _HasRetry(Protocol):
+    retry: Retry
 
 
-S = TypeVar("S", bound=_Patient)
+S = TypeVar("S", bound=_HasRetry)
 
 
-def patient(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P], T]:
-    """A method that is repeated with its object's ``patience``; it must do no harm when it is done twice."""
+def with_retry(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P], T]:
+    """Repeat a method with its object's ``retry``; it must do no harm when it is done twice."""
 
     @wraps(method)
-    def repeated(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return self.patience.keep_trying(lambda: method(self, *args, **kwargs))
+    def wrapper(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self.retry.call(lambda: method(self, *args, **kwargs))
 
-    return repeated
+    return wrapper
 
 
-def forget_cached(folder: Path) -> None:
-    """Have the file system look at ``folder`` anew.
+def drop_nfs_cache(folder: Path) -> None:
+    """Have the file system read ``folder`` from its server again.
 
-    NFS remembers for up to a minute which names a folder lacks, and so misses what another machine has just put there.
-    A change of one's own makes it ask the server again.
+    NFS remembers for up to a minute which names a folder lacks, and so misses what another machine has just created. A
+    change by this machine makes it ask the server.
     """
     probe = folder / f".look-{uuid.uuid4().hex}"
     try:
@@ -106,19 +109,19 @@ def forget_cached(folder: Path) -> None:
 
 
 def is_unreachable(error: BaseException) -> bool:
-    """Whether this error, or one that a library made of it, says that a file system is away and not just any peer."""
+    """Return True when an error, also one wrapped by a library, says that a file system is away, not just any peer."""
     if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in OF_FILES or (error.errno in UNREACHABLE and error.filename is not None)
+        return error.errno in FILE_SYSTEM_ERRORS or (error.errno in UNREACHABLE and error.filename is not None)
     text = str(error)  # safetensors and tokenizers wrap the system's error in one of their own
-    return any(f"(os error {number})" in text for number in OF_FILES)
+    return any(f"(os error {number})" in text for number in FILE_SYSTEM_ERRORS)
 
 
 __all__ = [
     "UNREACHABLE",
     "UNREACHABLE_STORE",
-    "Patience",
+    "Retry",
     "StoreUnreachable",
-    "forget_cached",
+    "drop_nfs_cache",
     "is_unreachable",
-    "patient",
+    "with_retry",
 ]

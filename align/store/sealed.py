@@ -1,33 +1,34 @@
-"""Results on disk that are believed only while they are what was written: each carries a digest of its content.
+"""Files that carry a digest of their content, so that damaged or edited ones are not used.
 
 ``seal`` and ``open_sealed`` are for one JSON object, ``write_entry`` and ``read_entry`` for a file of a cache, which
-also names the key that it was made under. A digest finds damage and slips of hands; it does not stop somebody who
-computes a new one. Torch-free. Left out: what a key is made of.
+also names its key. A digest finds damage and accidental edits; it does not stop somebody who computes a new one.
+Torch-free. Leaves out the making of keys.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import uuid
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from align.store.atomic_write import atomic_draft
+
 SEAL = "seal"
-"""Field of a sealed object that holds the digest of all the others."""
+"""Field of a sealed object with the digest of all other fields."""
 
 Warn = Callable[[str], object]
 
 
 class BrokenSealError(ValueError):
-    """Content that is not what was sealed; its text says why."""
+    """Content that differs from what was sealed; the text has the reason."""
 
 
 def seal(payload: Mapping[str, Any]) -> dict[str, Any]:
-    """``payload`` as JSON reads it back, with the digest of that under ``seal``.
+    """Return ``payload`` as JSON reads it back, with its digest under ``seal``.
 
-    Raises ``TypeError`` for what JSON cannot hold and ``ValueError`` for a payload that has a ``seal`` already.
+    Raises ``TypeError`` for values that JSON cannot hold and ``ValueError`` for a payload that has a ``seal`` already.
     """
     if SEAL in payload:
         raise ValueError(f"the payload has a field '{SEAL}' already")
@@ -36,7 +37,7 @@ def seal(payload: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def open_sealed(sealed: object) -> dict[str, Any]:
-    """The payload of ``seal``'s result, whatever the order of its fields. Raises ``BrokenSealError``."""
+    """Return the payload of ``seal``'s result, in any order of its fields. Raises ``BrokenSealError``."""
     if not isinstance(sealed, dict):
         raise BrokenSealError(f"expected an object, found {type(sealed).__name__}")
     if SEAL not in sealed:
@@ -48,38 +49,33 @@ def open_sealed(sealed: object) -> dict[str, Any]:
 
 
 def _digest(payload: Mapping[str, Any]) -> str:
-    """sha256 of the canonical JSON. Unlike ``fingerprint.digest`` it takes NaN, which measurements may be."""
+    """Return the sha256 of the canonical JSON. Unlike ``fingerprint.digest`` it takes NaN, as measurements may be."""
     text = json.dumps(payload, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ---- cache entries ----
 
 
 def write_entry(path: Path, key: str, values: Iterable[Any]) -> None:
     """Write a file of JSON lines, the last of which is the seal: the key, and a digest of key and lines.
 
-    The file appears under its name only once it is whole. Processes on several machines may write one at a time.
+    The file appears under its name only once it is complete, so several processes may write the same one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.draft")
     hasher = _hasher(key)
-    try:
-        with draft.open("wb") as file:
-            for value in values:
-                line = json.dumps(value).encode("ascii") + b"\n"
-                hasher.update(line)
-                file.write(line)
-            file.write(json.dumps({"key": key, "sha256": hasher.hexdigest()}).encode("ascii") + b"\n")
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    with atomic_draft(path) as draft, draft.open("wb") as file:
+        for value in values:
+            line = json.dumps(value).encode("ascii") + b"\n"
+            hasher.update(line)
+            file.write(line)
+        file.write(json.dumps({"key": key, "sha256": hasher.hexdigest()}).encode("ascii") + b"\n")
 
 
 def read_entry(path: Path, key: str, warn: Warn) -> list[Any] | None:
-    """The values that ``write_entry`` wrote under ``key``; None where there is no such file.
+    """Return the values that ``write_entry`` wrote under ``key``; None where there is no such file.
 
-    A file that is damaged, or was written under another key, is None as well, with a warning.
+    Returns None with a warning for a file that is damaged or has another key.
     """
     try:
         return _read(path, key)
@@ -88,16 +84,17 @@ def read_entry(path: Path, key: str, warn: Warn) -> list[Any] | None:
     except OSError as error:
         warn(f"{path} cannot be read ({error.strerror or error}); its result is computed again")
     except (ValueError, RecursionError) as error:
-        why = str(error) if isinstance(error, BrokenSealError) else "it is no JSON"
-        warn(f"{path} is not what was written there ({why}); its result is computed again")
+        reason = str(error) if isinstance(error, BrokenSealError) else "it is no JSON"
+        warn(f"{path} is not what was written there ({reason}); its result is computed again")
     return None
 
 
 def read_or_compute(path: Path, key: str, compute: Callable[[], Any], warn: Warn) -> Any:
-    """``compute()``'s JSON-able result, or the one that was written under the same key.
+    """Return ``compute()``'s JSON-able result, or the one that was written under the same key.
 
-    The result is as JSON reads it back, so that a second run gets what the first one got.
+    The result is as JSON reads it back, so that a second run gets the same as the first.
     """
+    # A file of several lines was not written by this function.
     values = read_entry(path, key, warn)
     if values is not None and len(values) == 1:
         return values[0]
@@ -118,6 +115,7 @@ def _read(path: Path, key: str) -> list[Any]:
             last = line
     if last is None:
         raise BrokenSealError("it is empty")
+    # The seal is the last line, so a file that was cut off anywhere has none.
     footer = json.loads(last)
     if not isinstance(footer, dict) or footer.keys() != {"key", "sha256"}:
         raise BrokenSealError("its last line is no seal")

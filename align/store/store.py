@@ -1,113 +1,99 @@
-"""Where finished stages live: keys, locks, records, atomic publishing. Knows no torch.
+"""The store of finished stages: keys, locks, records, atomic publishing. Knows no torch.
 
-Layout: ``<root>/align-store.json`` marks a store; ``<root>/<stage kind>/<12 hex>/`` is an artifact, done if and
-only if it holds ``record.json``; ``<12 hex>.partial/`` is work in progress (``<12 hex>.<number>.partial/`` where it was
-taken over from a holder of the lock that fell silent); ``<root>/locks/`` holds the locks,
-``<root>/leases/`` what runs under way use and ``<root>/runs/<name>.json`` what each named run reached last.
-``<root>/reports/<name>/`` has the page about that run,
-``<root>/cache/`` what only saves time, ``<root>/sweeps/<name>/`` what a sweep has tried,
-``<root>/jobs/<name>/`` what of a run was handed to a cluster.
+Layout below ``<root>``:
+
+=============================  =====================================================================================
+``align-store.json``           marks the folder as a store
+``<kind>/<12 hex>/``           an artifact, done if and only if it holds ``record.json``
+``<kind>/<12 hex>.partial/``   work in progress (``<12 hex>.<number>.partial/`` where it was taken over from a holder
+                               of the lock that fell silent)
+``locks/``                     the locks of stages
+``leases/``                    the stages that active runs use
+``runs/<name>.json``           the stages that each named run reached last
+``reports/<name>/``            the page about that run
+``cache/``                     files that only save time
+``sweeps/<name>/``             the trials of a sweep
+``jobs/<name>/``               the jobs of a run on a cluster
+=============================  =====================================================================================
 """
 
 from __future__ import annotations
 
 import contextlib
 import shutil
-import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from pydantic import BaseModel, ConfigDict
+from typing import Any
 
 from align.errors import UserError
 from align.store.artifacts import Artifact, Kind
 from align.store.atomic_write import sync_folder
-from align.store.json_files import DamagedFile, read_sealed, write_sealed
-from align.store.leases import LEASES, RunLeases, Stages, UsedStage, Uses
+from align.store.leases import LEASES, RunLeases, Stages, Uses
 from align.store.locks import Hold, Lease, Lock, LockLost
-from align.store.marker import open_folder, require_mark
-from align.store.output_files import Problem, differing, output_digests
-from align.store.record import RECORD, DamagedRecord, read_artifact, write_record
-from align.store.retry import SECONDS, Patience, forget_cached, patient
+from align.store.marker import open_folder, require_marker
+from align.store.output_files import Problem, find_problems, output_digests
+from align.store.record import RECORD, SHORT, DamagedRecord, read_artifact, write_record
+from align.store.remote import Remote
+from align.store.retry import SECONDS, Retry, drop_nfs_cache, with_retry
+from align.store.runs import RUNS, DamagedRun, read_runs, write_run
 
-if TYPE_CHECKING:
-    from align.store.remote import Remote
-
-SHORT = 12
 REPORTS = "reports"
 SWEEPS = "sweeps"
 JOBS = "jobs"
-RUNS = "runs"
+FETCHED = ".fetched"
+"""Suffix of the folder into which an artifact is downloaded."""
 NO_KINDS = ("locks", RUNS, "cache", LEASES, REPORTS, SWEEPS, JOBS)
 """Folders of a store that hold no artifacts."""
-
-
-class RememberedRun(BaseModel):
-    """The content of ``runs/<name>.json``."""
-
-    model_config = ConfigDict(strict=True)
-
-    name: str
-    when: float
-    """Seconds since the epoch."""
-    stages: dict[str, UsedStage]
-    pipeline: dict[str, Any]
-    """As parsed YAML."""
-
-
-class DamagedRun(UserError):
-    """The file about a named run cannot be used."""
-
-    def __init__(self, path: Path, finding: str) -> None:
-        self.name = path.stem
-        super().__init__(
-            f"{path}: damaged: it {finding}. Run the pipeline of '{path.stem}' again to write it anew, or delete it if "
-            "that run is no longer needed."
-        )
 
 
 class Store:
     """A folder of artifacts. Make one with :meth:`open`.
 
-    Its file system may be shared by many machines and be away for a while: what reads and writes here is repeated for
-    ``patience`` seconds, then ``StoreUnreachable`` is raised. ``lease`` is how long a lock outlives a silent holder.
+    Its file system may be shared by many machines and be away for a while: calls are repeated for ``retry_seconds``,
+    then ``StoreUnreachable`` is raised. ``lease`` is how long a lock outlives a silent holder, in seconds. ``remote``
+    is a bucket with further artifacts, which ``resolve`` and ``obtain`` fetch from.
     """
 
-    def __init__(self, root: Path, *, lease: float | None = None, patience: float = SECONDS) -> None:
+    def __init__(self, root: Path, *, lease: float | None = None, retry_seconds: float = SECONDS) -> None:
         self.root = root
         self.lease = Lease() if lease is None else Lease(lease, min(lease / 6, Lease.every))
-        self.patience = Patience(root, patience)
+        self.retry = Retry(root, retry_seconds)
         self.remote: Remote | None = None
 
     @classmethod
-    def open(cls, root: Path, *, lease: float | None = None, patience: float = SECONDS) -> Store:
-        """Open a store, making it where nothing is; ``UserError`` where it cannot be used or is something else."""
-        store = cls(root, lease=lease, patience=patience)
-        store.patience.keep_trying(lambda: open_folder(root))
+    def open(cls, root: Path, *, lease: float | None = None, retry_seconds: float = SECONDS) -> Store:
+        """Open a store, creating it where nothing is. Raises ``UserError`` where it cannot be used."""
+        store = cls(root, lease=lease, retry_seconds=retry_seconds)
+        store.retry.call(lambda: open_folder(root))
         return store
+
+    def connect(self, address: str) -> None:
+        """Use the bucket at ``address`` as the remote."""
+        self.remote = Remote(address, self.lease, self.retry)
 
     @property
     def cache(self) -> Path:
-        """Where stages keep what only saves time: sampled responses, judgments. May be deleted while nothing runs."""
+        """Folder of files that only save time: sampled responses, judgments. May be deleted while nothing runs."""
         return self.root / "cache"
 
     def folder(self, kind: str, key: str) -> Path:
-        """Where the artifact of ``key`` lies once it is done."""
+        """Return the folder of the finished artifact of ``key``."""
         return self.root / kind / key[:SHORT]
 
     def partial(self, kind: str, key: str) -> Path:
-        """Where the artifact of ``key`` is being made."""
+        """Return the folder in which the artifact of ``key`` is in progress."""
         plain = self.root / kind / f"{key[:SHORT]}.partial"
         taken_over = list(plain.parent.glob(f"{key[:SHORT]}.*.partial"))
-        return max(taken_over, key=_number_of, default=plain)
+        return max(taken_over, key=_lock_number, default=plain)
 
-    @patient
+    # ---- reading ----
+
+    @with_retry
     def find(self, kind: str, key: str, stage: str = "") -> Artifact | None:
-        """The finished artifact of ``key``, or None. ``stage`` is the name it has in the asking pipeline.
+        """Return the finished artifact of ``key``, or None. ``stage`` is its name in the calling pipeline.
 
-        Raises ``DamagedRecord`` where one is there whose record cannot be used.
+        Raises ``DamagedRecord`` where there is one whose record cannot be used.
         """
         folder = self.folder(kind, key)
         artifact = self._read(folder, stage)
@@ -116,7 +102,7 @@ class Store:
         return artifact
 
     def find_intact(self, kind: str, key: str, stage: str = "") -> Artifact | None:
-        """As ``find``, but None where the record is damaged."""
+        """Return the artifact as ``find`` does, but None where the record is damaged."""
         try:
             return self.find(kind, key, stage)
         except DamagedRecord:
@@ -126,18 +112,18 @@ class Store:
         try:
             artifact = read_artifact(folder, stage)
         except (FileNotFoundError, NotADirectoryError):
-            require_mark(self.root)
+            require_marker(self.root)
             return None
         kind, key = artifact.record["kind"], artifact.record["key"]
         if (kind, key[:SHORT]) != (folder.parent.name, folder.name):
             raise DamagedRecord(folder / RECORD, f"is the record of {kind}/{key[:SHORT]}", stage)
         return artifact
 
-    @patient
+    @with_retry
     def survey(self) -> tuple[list[Artifact], list[DamagedRecord]]:
-        """Every finished artifact, oldest first, and those whose records are damaged."""
+        """Return every finished artifact, oldest first, and the errors of those whose records are damaged."""
         intact, damaged = [], []
-        for folder in self._folders():
+        for folder in self.folders():
             if folder.suffix:
                 continue
             try:
@@ -150,109 +136,141 @@ class Store:
         return sorted(intact, key=lambda artifact: str(artifact.record["created"])), damaged
 
     def all(self) -> list[Artifact]:
-        """Every finished artifact whose record is intact, oldest first."""
+        """Return every finished artifact whose record is intact, oldest first."""
         return self.survey()[0]
 
     def resolve(self, prefix: str) -> Artifact:
-        """The one artifact whose key starts with ``prefix`` (``kind/prefix`` works too)."""
+        """Return the one artifact whose key starts with ``prefix`` (``kind/prefix`` works too), fetched if need be.
+
+        Raises ``UserError`` where there is none, or several.
+        """
         kind, _, key = prefix.rpartition("/")
         intact, damaged = self.survey()
-        found = [
-            artifact
-            for artifact in intact
-            if str(artifact.record["key"]).startswith(key) and (not kind or artifact.record["kind"] == kind)
-        ]
+        matches = [artifact for artifact in intact if _matches(artifact.record, kind, key)]
         for error in damaged:
             folder = Path(error.path).parent
             if key and folder.name.startswith(key[:SHORT]) and (not kind or folder.parent.name == kind):
                 raise error
-        if not found and key and self.remote is not None:
-            found = self._from_afar(kind, key)
-        if key and len(found) == 1:
-            return found[0]
-        if not found:
+        if not matches and key and self.remote is not None:
+            matches = self._find_remote(self.remote, kind, key)
+        if key and len(matches) == 1:
+            return matches[0]
+        if not matches:
             raise UserError(f"{self.root}: no artifact's key starts with '{prefix}'; `align list` shows them.")
-        keys = ", ".join(f"{a.record['kind']}/{a.record['key'][:SHORT]}" for a in found[:5])
-        raise UserError(f"'{prefix}' fits {len(found)} artifacts ({keys}, …); give more of the key.")
+        keys = ", ".join(f"{a.record['kind']}/{a.record['key'][:SHORT]}" for a in matches[:5])
+        raise UserError(f"'{prefix}' fits {len(matches)} artifacts ({keys}, …); give more of the key.")
 
-    def _from_afar(self, kind: str, key: str) -> list[Artifact]:
-        """Artifacts of the remote whose keys start with ``key``, fetched when there is one."""
-        assert self.remote is not None
-        found = [
-            record
-            for record in self.remote.all()
-            if str(record["key"]).startswith(key) and (not kind or record["kind"] == kind)
-        ]
-        if len(found) == 1:
-            artifact = self.remote.fetch(found[0]["kind"], found[0]["key"])
+    def _find_remote(self, remote: Remote, kind: str, key: str) -> list[Artifact]:
+        """Return the remote's artifacts whose keys start with ``key``; a single one is fetched."""
+        records = [record for record in remote.all() if _matches(record, kind, key)]
+        if len(records) == 1:
+            artifact = self.fetch(records[0]["kind"], records[0]["key"])
             return [] if artifact is None else [artifact]
-        return [Artifact(one["stage"], Kind(one["makes"]), self.folder(one["kind"], one["key"]), one) for one in found]
+        return [
+            Artifact(record["stage"], Kind(record["makes"]), self.folder(record["kind"], record["key"]), record)
+            for record in records
+        ]
+
+    # ---- fetching from the remote ----
 
     def obtain(self, kind: str, key: str, stage: str = "") -> Artifact | None:
-        """The finished artifact of ``key``, fetched from the remote where it is only there; or None."""
-        found = self.find(kind, key, stage)
-        return self.remote.fetch(kind, key, stage) if found is None and self.remote is not None else found
+        """Return the finished artifact of ``key``, fetched where only the remote has it; or None."""
+        artifact = self.find(kind, key, stage)
+        if artifact is None and self.remote is not None:
+            return self.fetch(kind, key, stage)
+        return artifact
+
+    def fetch(self, kind: str, key: str, stage: str = "") -> Artifact | None:
+        """Fetch an artifact from the remote, with every digest checked; None where it is not there.
+
+        Continues where an earlier fetch was interrupted. Raises ``UserError`` for files that differ from their record.
+        """
+        if self.remote is None:
+            return None
+        record = self.remote.find(kind, key)
+        if record is None:
+            return None
+        with self.lock(kind, key, lambda _: None):
+            artifact = self.find(kind, key, stage)
+            if artifact is not None:  # another process has fetched it meanwhile
+                return artifact
+            folder = self.folder(kind, key)
+            draft = folder.with_name(folder.name + FETCHED)
+            self.remote.download(record, draft)
+            if folder.exists():  # without a record, so of no use
+                shutil.rmtree(folder)
+            draft.rename(folder)
+            sync_folder(folder.parent)
+        return self.find(kind, key, stage)
+
+    # ---- locks ----
 
     @contextlib.contextmanager
-    def lock(self, kind: str, key: str, on_wait: Callable[[str], None]) -> Iterator[Hold]:
-        """Hold the stage's lock; a second run waits, and ``on_wait`` is told once who holds it.
+    def lock(self, kind: str, key: str, log: Callable[[str], None]) -> Iterator[Hold]:
+        """Hold the stage's lock. A second run waits, and ``log`` gets the holder once.
 
-        What a silent holder was making is moved to a name of this holder's own, so that nothing which the other still
-        does when it wakes up arrives there.
+        The partial of a holder that fell silent is renamed to one with this holder's number. So nothing that the old
+        holder still writes when it wakes up arrives in it.
         """
+        waited_for: list[str] = []
 
-        def waits(holder: str) -> None:
-            waited.append(holder)
-            on_wait(holder)
+        def log_wait(holder: str) -> None:
+            waited_for.append(holder)
+            log(holder)
 
-        waited: list[str] = []
-        hold = self._lock(kind, key).acquire(waits, self.patience)
+        hold = self._lock(kind, key).acquire(log_wait, self.retry)
         try:
-            if waited or hold.after_silence:
-                self._look_again(kind)
+            # 1. The holder before may have published on another machine, which NFS's caches do not show.
+            if waited_for or hold.after_silence:
+                self.refresh(kind)
+            # 2. A silent holder may wake up: take its partial away from it.
             if hold.after_silence:
-                self.patience.keep_trying(lambda: self._take_over(kind, key, hold))
+                self.retry.call(lambda: self._take_over(kind, key, hold))
             yield hold
         finally:
-            self.patience.keep_trying(hold.release)
+            self.retry.call(hold.release)
 
     def _lock(self, kind: str, key: str) -> Lock:
         return Lock(self.root / "locks" / f"{kind}-{key[:SHORT]}", self.lease)
 
-    @patient
-    def _look_again(self, *names: str) -> None:
-        """See what another machine has put into folders of the store a moment ago."""
+    @with_retry
+    def refresh(self, *names: str) -> None:
+        """Drop NFS's caches of folders of the store, so that other machines' latest changes show."""
         for name in names:
             if (self.root / name).is_dir():
-                forget_cached(self.root / name)
+                drop_nfs_cache(self.root / name)
 
     def _take_over(self, kind: str, key: str, hold: Hold) -> None:
-        before = self.partial(kind, key)
-        if before.is_dir() and _number_of(before) < hold.number:
-            before.rename(before.with_name(f"{key[:SHORT]}.{hold.number}.partial"))
+        partial = self.partial(kind, key)
+        if partial.is_dir() and _lock_number(partial) < hold.number:
+            partial.rename(partial.with_name(f"{key[:SHORT]}.{hold.number}.partial"))
 
-    @patient
+    @with_retry
     def is_locked(self, kind: str, key: str) -> bool:
-        """Whether a run is making the artifact of ``key`` right now."""
+        """Return True while a run works on the artifact of ``key``."""
         return self._lock(kind, key).is_held()
 
-    @patient
+    @with_retry
     def holder_of(self, kind: str, key: str) -> dict[str, Any] | None:
-        """``pid`` and ``host`` of who holds the lock of ``key``, as it noted them; None where nobody does."""
+        """Return ``pid`` and ``host`` of the holder of the lock of ``key``; None where nobody holds it."""
         return self._lock(kind, key).holder()
 
-    @patient
+    # ---- publishing ----
+
+    @with_retry
     def publish(
         self, output: Path, record: dict[str, Any], hold: Hold | None = None, replaces: Artifact | None = None
     ) -> Artifact:
-        """Write the record into ``output`` last and move the folder to its final name in one rename.
+        """Write the record into ``output``, and move the folder to its final name by one rename.
 
-        ``replaces`` is the artifact of that name which was there when the lock was taken. Raises ``LockLost`` and
-        publishes nothing where ``hold`` was lost meanwhile, or another artifact was published under the name.
+        ``replaces`` is the artifact of that name from when the lock was taken. Raises ``LockLost``, and publishes
+        nothing, where ``hold`` was lost meanwhile, or another artifact was published under the name.
         """
         folder = self.folder(record["kind"], record["key"])
-        if not output.is_dir() and self._is(folder, record):  # the answer to an earlier rename was lost on its way
-            return self._published(folder)
+        # A repeated call: the rename was done, and only its answer was lost.
+        if not output.is_dir() and self._has_record(folder, record):
+            return self._read_published(folder)
+        # 1. Hash the files, write the record last, and sync. That may take minutes, so the lock is confirmed around it.
         if hold is not None:
             hold.confirm()
         record["outputs"] = output_digests(output)
@@ -260,25 +278,35 @@ class Store:
         sync_folder(output)
         if hold is not None:
             hold.confirm()
-        if folder.exists():  # a rebuild: the old one steps aside only now that the new one is whole
-            found = self._read_intact(folder)
-            if hold is not None and found is not None and not (replaces and self._is(folder, replaces.record)):
-                raise LockLost(f"{folder} was published by another run while this one was silent")
-            aside = folder.with_name(f"{folder.name}.old-{uuid.uuid4().hex[:8]}")
-            folder.rename(aside)
-            try:
-                output.rename(folder)
-            except BaseException:
-                aside.rename(folder)
-                raise
-            shutil.rmtree(aside, ignore_errors=True)
+        # 2. One rename makes it visible.
+        if folder.exists():
+            self._check_replaceable(folder, hold, replaces)
+            self._replace(folder, output)
         else:
             output.rename(folder)
-        return self._published(folder)
+        return self._read_published(folder)
 
-    def _is(self, folder: Path, record: dict[str, Any]) -> bool:
-        found = self._read_intact(folder)
-        return found is not None and found.record["created"] == record.get("created")
+    def _check_replaceable(self, folder: Path, hold: Hold | None, replaces: Artifact | None) -> None:
+        """Raise ``LockLost`` where the folder has an intact artifact other than ``replaces``."""
+        if hold is None or self._read_intact(folder) is None:
+            return
+        if replaces is None or not self._has_record(folder, replaces.record):
+            raise LockLost(f"{folder} was published by another run while this one was silent")
+
+    def _replace(self, folder: Path, output: Path) -> None:
+        """Put ``output`` in the place of an old artifact, which comes back if that fails."""
+        aside = folder.with_name(f"{folder.name}.old-{uuid.uuid4().hex[:8]}")
+        folder.rename(aside)
+        try:
+            output.rename(folder)
+        except BaseException:
+            aside.rename(folder)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+
+    def _has_record(self, folder: Path, record: dict[str, Any]) -> bool:
+        artifact = self._read_intact(folder)
+        return artifact is not None and artifact.record["created"] == record.get("created")
 
     def _read_intact(self, folder: Path) -> Artifact | None:
         try:
@@ -286,107 +314,63 @@ class Store:
         except DamagedRecord:
             return None
 
-    def _published(self, folder: Path) -> Artifact:
+    def _read_published(self, folder: Path) -> Artifact:
         sync_folder(folder.parent)
         artifact = self._read(folder)
         assert artifact is not None
         return artifact
 
-    @patient
+    @with_retry
     def problems(self, artifact: Artifact, thorough: bool) -> list[Problem]:
-        """Files that differ from the record; see ``align.store.output_files``."""
-        return differing(artifact, thorough)
+        """Return the files that differ from the record, as ``find_problems`` does."""
+        return find_problems(artifact, thorough)
 
-    @patient
+    # ---- runs ----
+
+    @with_retry
     def remember_run(self, name: str, stages: Stages, pipeline: dict[str, Any]) -> None:
-        """Note what a named run reaches, for ``gc``, ``plan`` and ``explain``."""
-        (self.root / RUNS).mkdir(exist_ok=True)
-        about = {"name": name, "when": time.time(), "stages": stages, "pipeline": pipeline}
-        write_sealed(self.root / RUNS / f"{name}.json", about)
+        """Record what a named run reaches, for ``gc``, ``plan`` and ``explain``."""
+        write_run(self.root, name, stages, pipeline)
 
     @contextlib.contextmanager
     def use(self, name: str, stages: Stages, pipeline: dict[str, Any]) -> Iterator[None]:
-        """Remember a run, and hold a lease on its stages until the block ends."""
-        with self._leases.hold(name, stages):
+        """Record a run, and hold a lease on its stages while inside the context."""
+        with self.leases.hold(name, stages):
             self.remember_run(name, stages, pipeline)
             yield
 
     def uses(self) -> list[Uses]:
-        """What runs under way use, as far as one look can tell. Raises ``UserError`` where that is not known."""
-        return self._leases.uses()
+        """Return what active runs use, as far as one look can tell. Raises ``UserError`` where that is not known."""
+        return self.leases.uses()
 
     @property
-    def _leases(self) -> RunLeases:
-        return RunLeases(self.root, self.lease, self.patience)
+    def leases(self) -> RunLeases:
+        """The leases of active runs."""
+        return RunLeases(self.root, self.lease, self.retry)
 
-    @patient
+    @with_retry
     def survey_runs(self) -> tuple[dict[str, dict[str, Any]], list[DamagedRun]]:
-        """Named runs, as remembered last, and those whose files are damaged."""
-        intact, damaged = {}, []
-        for path in sorted((self.root / RUNS).glob("*.json")):
-            try:
-                run = read_sealed(path, RememberedRun)
-                if run.name != path.stem:
-                    raise DamagedFile(f"is about the run '{run.name}'")
-                intact[path.stem] = run.model_dump()
-            except DamagedFile as error:
-                damaged.append(DamagedRun(path, str(error)))
-            except FileNotFoundError:  # deleted since the folder was listed
-                continue
-        return intact, damaged
+        """Return the records of named runs, and the errors of the damaged ones."""
+        return read_runs(self.root)
 
     def runs(self) -> dict[str, dict[str, Any]]:
-        """Named runs whose files are intact, as remembered last."""
+        """Return the intact records of named runs."""
         return self.survey_runs()[0]
 
-    def garbage(self, used: Iterable[UsedStage] = ()) -> list[Path]:
-        """Artifact and partial folders that no named run and no run under way reaches, directly or as an input.
+    # ---- folders ----
 
-        ``used`` are more stages that count as reached. Raises ``UserError`` where it cannot be told what is reached.
-        """
-        kept = self._reached(used)
-        return [folder for folder in self._folders() if folder not in kept]
-
-    def delete_garbage(self, used: Callable[[], Iterable[UsedStage]] = tuple) -> dict[Path, bool]:
-        """Delete it; which folders were deleted, and which not since a run holds their locks.
-
-        No run begins meanwhile. ``used`` is asked once none can. Raises as ``garbage``.
-        """
-        ended = self._leases.find_ended()
-        with self._leases.gate():
-            self._leases.drop(ended)
-            self._look_again(RUNS, LEASES)
-            return {folder: self.delete(folder) for folder in self.garbage(used())}
-
-    @patient
-    def _reached(self, used: Iterable[UsedStage]) -> set[Path]:
-        runs, damaged = self.survey_runs()
-        if damaged:
-            raise UserError(f"{damaged[0]} Until then everything is kept, since it is not known what that run needs.")
-        reached = {(stage["kind"], stage["key"]) for run in runs.values() for stage in run["stages"].values()}
-        reached |= {(stage.kind, stage.key) for uses in self.uses() for stage in uses.stages.values()}
-        reached |= {(stage.kind, stage.key) for stage in used}
-        queue = list(reached)
-        while queue:
-            kind, key = queue.pop()
-            artifact = self.find_intact(kind, key)
-            for link in artifact.record["input_stages"] if artifact else []:
-                if (link["kind"], link["key"]) not in reached:
-                    reached.add((link["kind"], link["key"]))
-                    queue.append((link["kind"], link["key"]))
-        return {folder for kind, key in reached for folder in (self.folder(kind, key), self.partial(kind, key))}
-
-    def _folders(self) -> list[Path]:
-        """Every artifact and partial folder."""
+    def folders(self) -> list[Path]:
+        """Return every artifact and partial folder."""
         kinds = [path for path in sorted(self.root.iterdir()) if path.is_dir() and path.name not in NO_KINDS]
         return [folder for kind in kinds for folder in sorted(kind.iterdir()) if folder.is_dir()]
 
     def delete(self, folder: Path) -> bool:
-        """Delete one folder unless a run holds its lock; the record goes first, so half a folder is never 'done'."""
-        hold = self.patience.keep_trying(self._lock(folder.parent.name, folder.name[:SHORT]).try_acquire)
+        """Delete a folder unless a run holds its lock; returns whether it was deleted."""
+        hold = self.retry.call(self._lock(folder.parent.name, folder.name[:SHORT]).try_acquire)
         if hold is None:
             return False
         try:
+            # The record goes first, so that half a folder never counts as done.
             (folder / RECORD).unlink(missing_ok=True)
             shutil.rmtree(folder)
         finally:
@@ -394,12 +378,17 @@ class Store:
         return True
 
     def drop_partials(self, kind: str, key: str) -> None:
-        """Delete what the making of a finished artifact has left, that of lost holders too."""
+        """Delete what running a finished stage has left, also by holders that lost the lock."""
         for folder in (self.root / kind).glob(f"{key[:SHORT]}*.partial"):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _number_of(partial: Path) -> int:
-    """The number of the lock under which a partial was taken over; 0 for one that never was."""
+def _lock_number(partial: Path) -> int:
+    """Return the number of the lock under which a partial was taken over; 0 for one that never was."""
     number = partial.name.split(".")[1]
     return int(number) if number.isdecimal() else 0
+
+
+def _matches(record: dict[str, Any], kind: str, key: str) -> bool:
+    """Return True for a record whose key starts with ``key``, of ``kind`` where that is not empty."""
+    return str(record["key"]).startswith(key) and (not kind or record["kind"] == kind)

@@ -1,6 +1,5 @@
-"""Sweeps: a space over a pipeline's fields, tried out trial by trial; what trials share is made once. No torch.
+"""Sweeps: trials of a pipeline over a search space; stages that trials share run once. No torch.
 
-``config.py`` reads the file, ``space.py`` what varies, ``objectives.py`` what decides, ``plan.py`` checks it all
-against the pipeline, ``study.py`` and ``optuna_words.py`` alone speak to Optuna, ``work.py`` runs trials,
-``summary.py`` says what came of them.
+``config.py`` has the file's fields, ``space.py`` the search space, ``objectives.py`` the objectives, ``plan.py`` checks
+them against the pipeline, ``study.py`` keeps the trials in Optuna, ``worker.py`` runs them.
 """

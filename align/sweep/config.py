@@ -1,4 +1,4 @@
-"""A sweep's file: which pipeline, what varies, what decides, and how trials are chosen. Never imports torch."""
+"""Fields of a sweep file: pipeline, search space, objectives, sampler, pruning. Never imports torch."""
 
 from __future__ import annotations
 
@@ -15,28 +15,33 @@ from align.pipeline.pipeline import NAME_PATTERN
 
 
 class PruneConfig(Config):
-    """Ends trials early whose curve is behind: one of a stage's curves, as the report draws them."""
+    """Pruning: trials end early when one of a stage's curves is behind those of other trials."""
 
     maximize: str | None = None
     """``STAGE.CURVE`` that should rise, such as ``ppo.score``."""
     minimize: str | None = None
-    """Or one that should fall, such as ``sft.loss``."""
+    """``STAGE.CURVE`` that should fall, such as ``sft.loss``. Where a stage chooses its checkpoint by validation rows,
+    ``sft.test_loss`` is its ``validation_loss``."""
     method: Literal["successive_halving", "median"] = "successive_halving"
-    """``successive_halving`` (1810.05934): of the trials that have come as far as a rung, the best 1 / ``reduction`` go
-    on; rungs lie at ``start``, ``start * reduction``, … ``median``: what is worse than the median at a step ends."""
+    """``successive_halving`` (1810.05934): of the trials that reached a rung, the best 1 / ``reduction`` go on; rungs
+    are at ``start``, ``start * reduction``, … ``median``: a trial that is worse than the median at a step ends."""
     start: int = Field(ge=1)
-    """Step of the curve before which none is ended."""
+    """Step of the curve before which no trial ends."""
     reduction: int = Field(2, ge=2)
-    """One in so many goes on at each rung; 3 saves more and errs more."""
+    """One in so many trials goes on at each rung; 3 saves more and errs more."""
 
     @model_validator(mode="after")
     def _one_curve(self) -> PruneConfig:
-        given = self.maximize if self.minimize is None else self.minimize
-        if (self.maximize is None) == (self.minimize is None) or given is None:
+        if (self.maximize is None) == (self.minimize is None):
             raise ValueError("name one curve, as `maximize: STAGE.CURVE` or as `minimize: STAGE.CURVE`.")
-        if not all(given.partition(".")):
-            raise ValueError(f"'{given}' names no curve; write STAGE.CURVE, such as ppo.score.")
+        if not all(self.target.partition(".")):
+            raise ValueError(f"'{self.target}' names no curve; write STAGE.CURVE, such as ppo.score.")
         return self
+
+    @property
+    def target(self) -> str:
+        """``STAGE.CURVE`` of either direction."""
+        return str(self.maximize if self.minimize is None else self.minimize)
 
 
 class SweepConfig(Config):
@@ -49,30 +54,33 @@ class SweepConfig(Config):
     pipeline: str
     """The pipeline's file; a relative path starts at the current folder."""
     set: dict[str, Any] = Field({})
-    """Fields that are otherwise than in the file, in every trial, by path: ``{stages.sft.max_rows: 200}``."""
+    """Overrides of the pipeline's fields in every trial, by path: ``{stages.sft.max_rows: 200}``."""
     space: dict[str, Any] = Field(min_length=1)
-    """What varies: a path with its range (``{low: 1.0e-5, high: 1.0e-3, log: true}``), a list of values or named ones;
-    or a name of your own with a set of changes for each choice."""
+    """Search space: a path with its range (``{low: 1.0e-5, high: 1.0e-3, log: true}``), a list of values or named
+    values; or a name of your own with a set of changes for each choice."""
     maximize: str | list[str] = Field([])
-    """What decides: ``SYSTEM.METRIC`` of the scorecard (``ppo.gold``), or ``STAGE.METRIC`` of a stage's record."""
+    """Objective: ``SYSTEM.METRIC`` of the scorecard (``ppo.gold``), or ``STAGE.METRIC`` of a stage's record."""
     minimize: str | list[str] = Field([])
-    """The same, where less is better. One objective in all, or several: then the best trade-offs are found."""
+    """Objective where less is better. One objective in all, or several: then the best trade-offs are found."""
     sampler: Literal["tpe", "random", "grid"] = "tpe"
     """``tpe`` learns from the trials so far (1907.10902); ``grid`` takes every combination, in order."""
     trials: int | None = Field(None, ge=1)
     """Trials in all, failed and ended ones included; 20 by default, for ``grid`` all combinations."""
     seed: int = Field(0, ge=0, lt=2**31)
-    """Decides what is tried; with one worker the same seed tries the same, however often it is interrupted."""
+    """Seed of the sampler; with one worker the same seed tries the same values, however often it is interrupted."""
     workers: int = Field(1, ge=1)
-    """Trials at once, each a process; ``--workers`` comes first. Changes no trial's result."""
+    """Parallel trials, each a process; ``--workers`` overrides it. Changes no trial's result."""
     prune: PruneConfig | None = None
-    """Ends trials early that are behind."""
+    """Pruning of trials that are behind."""
 
     @model_validator(mode="after")
-    def _something_decides(self) -> SweepConfig:
+    def _check_objectives(self) -> SweepConfig:
+        # Owners and metrics are checked against the pipeline later, in ``plan.py``.
         names = [name for name, _ in self.objectives]
         if not names:
-            raise ValueError("nothing decides which trial is best; say `maximize: SYSTEM.METRIC`, such as ppo.gold.")
+            raise ValueError(
+                "no objective decides which trial is best; write `maximize: SYSTEM.METRIC`, such as ppo.gold."
+            )
         for name in names:
             if not all(name.partition(".")):
                 raise ValueError(f"'{name}' is no objective; write SYSTEM.METRIC, such as ppo.gold.")
@@ -84,12 +92,10 @@ class SweepConfig(Config):
 
     @property
     def objectives(self) -> list[tuple[str, bool]]:
-        """Each objective with whether more of it is better."""
-
-        def listed(given: str | list[str]) -> list[str]:
-            return [given] if isinstance(given, str) else given
-
-        return [(name, True) for name in listed(self.maximize)] + [(name, False) for name in listed(self.minimize)]
+        """Objectives as (name, True where higher is better)."""
+        maximized = [self.maximize] if isinstance(self.maximize, str) else self.maximize
+        minimized = [self.minimize] if isinstance(self.minimize, str) else self.minimize
+        return [(name, True) for name in maximized] + [(name, False) for name in minimized]
 
 
 def load_sweep(path: str | Path) -> SweepConfig:

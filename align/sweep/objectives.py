@@ -1,4 +1,4 @@
-"""What decides between trials: a number of the scorecard, or of a stage's record. Torch-free."""
+"""Objectives of a sweep: numbers of the scorecard, or of a stage's record. Torch-free."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from align.runner.runner import Run
 from align.store.artifacts import Artifact, Kind
 
 SCORECARD = "scorecard.json"
-OF_A_RECORD = ("seconds", "peak_memory_bytes")
+RECORD_FIELDS = ("seconds", "peak_memory_bytes")
 """Numbers of every stage's record, beside its metrics."""
 
 
-class NoNumber(Exception):
-    """The trial measured the objective, and it came to no number (it is undefined there)."""
+class UndefinedObjective(Exception):
+    """The trial measured the objective, but it is no number there."""
 
 
 @dataclass(frozen=True)
-class Reading:
+class Measurement:
     """A trial's value of an objective, with its 95 % interval where the scorecard has one."""
 
     value: float
@@ -34,7 +34,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Objective:
-    """``ppo.gold``: whose number it is, which, and whether more is better."""
+    """An objective such as ``ppo.gold``. ``higher`` is True where more is better."""
 
     name: str
     higher: bool
@@ -46,7 +46,7 @@ class Objective:
 
     @property
     def metric(self) -> str:
-        """The number's name, that of a task's metric with its dot."""
+        """The number's name; that of a task's metric has a dot in it."""
         return self.name.partition(".")[2]
 
     def check(self, pipeline: Pipeline, where: str) -> None:
@@ -61,38 +61,41 @@ class Objective:
                 f"evaluates.{suggest(self.owner, known)}"
             )
 
-    def read(self, run: Run, pipeline: Pipeline) -> Reading:
-        """The number that a finished run came to.
+    def read(self, run: Run, pipeline: Pipeline) -> Measurement:
+        """Return the objective's value in a finished run.
 
-        The last scorecard that has the system and the metric counts, then the record of the stage of that name. Raises
-        ``UserError`` where neither has it, which would be so in every trial, and ``NoNumber`` where it is no number.
+        It is read from the last scorecard that has the system and the metric, else from the record of the stage of that
+        name. Raises ``UserError`` where neither has it, which would be so in every trial, and ``UndefinedObjective``
+        where it is no number.
         """
         owner = pipeline.resolve(self.owner)
         known: set[str] = set()
+        # The last evaluation of a pipeline is the one that its report ends with.
         for artifact in reversed(list(run.artifacts.values())):
             if artifact.kind != Kind.SCORECARD:
                 continue
-            own = _estimates(artifact).get(owner, {})
-            known |= set(own)
-            if self.metric in own:
-                estimate = own[self.metric]
-                return Reading(self._number(estimate["value"]), estimate.get("low"), estimate.get("high"))
+            estimates = _estimates(artifact).get(owner, {})
+            known |= set(estimates)
+            if self.metric in estimates:
+                estimate = estimates[self.metric]
+                return Measurement(self._number(estimate["value"]), estimate.get("low"), estimate.get("high"))
         if owner in run.artifacts:
             record = run.artifacts[owner].record
-            numbers = {**(record.get("metrics") or {}), **{name: record.get(name) for name in OF_A_RECORD}}
+            # No scorecard has it: the record of the stage itself.
+            numbers = {**(record.get("metrics") or {}), **{name: record.get(name) for name in RECORD_FIELDS}}
             known |= {name for name, value in numbers.items() if _is_number(value)}
             if self.metric in numbers:
-                return Reading(self._number(numbers[self.metric]))
+                return Measurement(self._number(numbers[self.metric]))
         raise UserError(f"{self.name}: nothing measures '{self.metric}' of '{owner}'.{suggest(self.metric, known)}")
 
     def _number(self, value: Any) -> float:
         if not _is_number(value) or not math.isfinite(value):
-            raise NoNumber(f"{self.name} is no number there: {value!r}")
+            raise UndefinedObjective(f"{self.name} is no number there: {value!r}")
         return float(value)
 
 
 def systems_of(node: Node) -> list[str]:
-    """The systems that an evaluation compares; none for any other stage."""
+    """Return the systems that an evaluation compares; none for any other stage."""
     if node.makes != Kind.SCORECARD:
         return []
     return [*getattr(node.config, "policies", ()), *getattr(node.config, "baselines", ())]
@@ -103,12 +106,13 @@ def _is_number(value: Any) -> bool:
 
 
 def _estimates(artifact: Artifact) -> Mapping[str, Mapping[str, Any]]:
+    """Return system → metric → estimate of a scorecard; empty where it cannot be read."""
     try:
         card = json.loads((artifact.path / SCORECARD).read_text(encoding="utf-8"))
-        found: Mapping[str, Mapping[str, Any]] = card["estimates"]
-        return found
+        estimates: Mapping[str, Mapping[str, Any]] = card["estimates"]
+        return estimates
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
-__all__ = ["NoNumber", "Objective", "Reading", "systems_of"]
+__all__ = ["Measurement", "Objective", "UndefinedObjective", "systems_of"]

@@ -1,8 +1,8 @@
-"""A sweep checked against its pipeline: every bound and choice tried in thought, before anything runs. No torch."""
+"""A sweep checked against its pipeline: every bound and choice is tried before anything runs. No torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ from align.store.fingerprint import digest
 from align.sweep.config import SweepConfig
 from align.sweep.objectives import Objective, systems_of
 from align.sweep.space import Dimension, Draw, changes_of, corner_draws, grid, read_space
+
+DEFAULT_TRIALS = 20
 
 
 @dataclass(frozen=True)
@@ -25,89 +27,111 @@ class Sweep:
     space: list[Dimension]
     objectives: list[Objective]
     shared: dict[str, str]
-    """Stages that are the same in all trials, with their keys."""
+    """Stage → key, of stages that are the same in all trials."""
     first: Pipeline
-    """The pipeline with the first value of everything that varies."""
+    """The pipeline with the first value of every dimension."""
 
     @classmethod
     def check(cls, config: SweepConfig, where: str, assignments: Iterable[str] = ()) -> Sweep:
-        """Read the pipeline and try every bound and choice in thought.
+        """Read the pipeline and try every bound and choice, without running anything.
 
         ``assignments`` are ``--set``'s. Raises ``UserError`` with the place in the sweep's file.
         """
         base = Pipeline.load(config.pipeline)
-        base = _at(f"{where}: set", lambda: base.changed(config.set))
+        base = _change(base, config.set, f"{where}: set")
         for text in assignments:
             base = base.set(text)
         space = read_space(config.space, base, where)
         if config.sampler == "grid":
             grid(space, where)
-        keys: list[dict[str, str]] = []
-        for changed, draw in corner_draws(space):
-            place = "space" if changed is None else f"space.{changed.name} = {draw[changed.name]}"
-            changes = changes_of(space, draw)
-            pipeline = _at(f"{where}: {place}", lambda changes=changes: base.changed(changes))  # type: ignore[misc]
-            keys.append({node.name: node.key for node in pipeline})
-            if changed is None:
-                first = pipeline
-                objectives = [Objective(name, higher) for name, higher in config.objectives]
-                for one in objectives:
-                    one.check(pipeline, where)
-                _check_prune(config, pipeline, where)
-        shared = {name: key for name, key in keys[0].items() if all(each.get(name) == key for each in keys)}
+        first_draw, *other_draws = corner_draws(space)
+        first = _change(base, changes_of(space, first_draw.values), f"{where}: space")
+        objectives = [Objective(name, higher) for name, higher in config.objectives]
+        for objective in objectives:
+            objective.check(first, where)
+        _check_prune(config, first, where)
+        # A stage whose key is the same at every corner is the same in every trial.
+        shared = {node.name: node.key for node in first}
+        for corner in other_draws:
+            assert corner.changed is not None
+            name = corner.changed.name
+            place = f"{where}: space.{name} = {corner.values[name]}"
+            pipeline = _change(base, changes_of(space, corner.values), place)
+            keys = {node.name: node.key for node in pipeline}
+            shared = {name: key for name, key in shared.items() if keys.get(name) == key}
         return cls(config, where, base, space, objectives, shared, first)
 
     def parts(self) -> dict[str, Any]:
-        """What all trials of a study have in common; another study is begun when one of these changes."""
+        """Return what all trials of a study have in common; a change of it needs another study."""
         config = self.config
         return {
-            "space": [[one.name, str(one), digest([one.changes(at) for at in one.corners()])] for one in self.space],
-            "objective": [[one.name, one.higher] for one in self.objectives],
+            "space": [_describe(dimension) for dimension in self.space],
+            "objective": [[objective.name, objective.higher] for objective in self.objectives],
             "pipeline": digest(self.keys()),
             "sampler": [config.sampler, config.seed],
             "pruning": None if config.prune is None else config.prune.model_dump(mode="json"),
         }
 
+    def trial_count(self) -> int:
+        """Return the number of trials, retries aside."""
+        if self.config.trials:
+            return self.config.trials
+        return len(grid(self.space, self.where)) if self.config.sampler == "grid" else DEFAULT_TRIALS
+
     def keys(self) -> dict[str, str]:
-        """All stages' keys with the first value of everything that varies."""
+        """Return all stages' keys with the first value of every dimension."""
         return {node.name: node.key for node in self.first}
 
     def run_name(self, number: int) -> str:
-        """The name of a trial's run in the store."""
+        """Return the name of a trial's run in the store."""
         return f"{self.config.name}-{number}"
 
     def pipeline_of(self, draw: Draw, number: int) -> Pipeline:
-        """The pipeline of one trial: what decides needs of it. ``UserError`` for a combination that is refused."""
-        whole = self.base.changed({**changes_of(self.space, draw), "name": self.run_name(number)})
-        needed = self.needed(whole)
-        plain = whole.plain
+        """Return the pipeline of one trial, without stages that no objective needs.
+
+        Raises ``UserError`` for a combination that the pipeline refuses.
+        """
+        # The trial's own name makes it a run of its own in the store; names enter no key.
+        full = self.base.changed({**changes_of(self.space, draw), "name": self.run_name(number)})
+        needed = self.needed(full)
+        plain = full.plain
         plain["stages"] = {name: block for name, block in plain["stages"].items() if name in needed}
         runtime = plain.get("runtime") or {}
-        known = {*plain["stages"], *whole.expanded.rounds}
-        own = {name: block for name, block in (runtime.get("stages") or {}).items() if name in known}
-        plain["runtime"] = {**runtime, "stages": own}
-        return Pipeline(plain, whole.where, whole.base, whole.expanded.rounds)
+        known = {*plain["stages"], *full.expanded.rounds}
+        # Settings for stages that are left out would be refused as unknown.
+        blocks = {name: block for name, block in (runtime.get("stages") or {}).items() if name in known}
+        plain["runtime"] = {**runtime, "stages": blocks}
+        return Pipeline(plain, full.where, full.base, full.expanded.rounds)
 
     def needed(self, pipeline: Pipeline) -> set[str]:
-        """Stages without which an objective, or the curve that pruning goes by, could not be read."""
+        """Return the stages without which an objective, or the curve of pruning, could not be read."""
         prune = self.config.prune
-        owners = {pipeline.resolve(one.owner) for one in self.objectives}
+        # An owner is a stage, or a system that an evaluation compares.
+        owners = {pipeline.resolve(objective.owner) for objective in self.objectives}
         if prune is not None:
-            owners.add(pipeline.resolve(str(prune.maximize or prune.minimize).partition(".")[0]))
-        found = {name for name in owners if name in pipeline.nodes}
-        found |= {node.name for node in pipeline if owners & set(systems_of(node))}
-        queue = list(found)
+            owners.add(pipeline.resolve(prune.target.partition(".")[0]))
+        needed = {name for name in owners if name in pipeline.nodes}
+        # Every evaluation that has an owner among its systems.
+        needed |= {node.name for node in pipeline if owners & set(systems_of(node))}
+        # And whatever those read.
+        queue = list(needed)
         while queue:
             for name in pipeline.nodes[queue.pop()].input_names:
-                if name not in found:
-                    found.add(name)
+                if name not in needed:
+                    needed.add(name)
                     queue.append(name)
-        return found
+        return needed
 
 
-def _at(place: str, make: Callable[[], Pipeline]) -> Pipeline:
+def _describe(dimension: Dimension) -> list[str]:
+    """Return a dimension's name, its text, and a digest of what its bounds or choices set."""
+    return [dimension.name, str(dimension), digest([dimension.changes(value) for value in dimension.corners()])]
+
+
+def _change(pipeline: Pipeline, changes: Mapping[str, Any], place: str) -> Pipeline:
+    """Return the pipeline with overrides. Raises ``UserError`` that begins with ``place``."""
     try:
-        return make()
+        return pipeline.changed(changes)
     except UserError as error:
         raise UserError(f"{place}: {str(error).removeprefix('--set ')}") from None
 
@@ -115,7 +139,7 @@ def _at(place: str, make: Callable[[], Pipeline]) -> Pipeline:
 def _check_prune(config: SweepConfig, pipeline: Pipeline, where: str) -> None:
     if config.prune is None:
         return
-    stage = str(config.prune.maximize or config.prune.minimize).partition(".")[0]
+    stage = config.prune.target.partition(".")[0]
     if pipeline.resolve(stage) not in pipeline.nodes:
         known = [*pipeline.nodes, *pipeline.expanded.rounds]
         raise UserError(f"{where}: prune: there is no stage '{stage}'.{suggest(stage, known)}")

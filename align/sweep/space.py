@@ -1,11 +1,11 @@
-"""What a sweep varies: ranges and choices over fields of a pipeline, and what one trial's draw sets. Torch-free."""
+"""The search space of a sweep: ranges and choices over fields of a pipeline, and a draw's changes. Torch-free."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +15,14 @@ from align.errors import UserError
 from align.pipeline.pipeline import Pipeline
 
 Draw = dict[str, float | int | str]
-"""Name → the number drawn, or the label of the choice."""
+"""Name of a dimension → number, or label of a choice."""
 MAX_GRID = 10_000
 DIGITS = 4
-"""Significant digits of a number drawn from a continuous range: what the table shows is what ran."""
+"""Significant digits of a number from a continuous range: the table then shows the exact value that ran."""
 
 
 class RangeConfig(Config):
-    """Numbers between two bounds, both included. Whole numbers where both bounds and the field are whole."""
+    """Numbers between two bounds, both included. Integers where both bounds and the field are integers."""
 
     low: float | int
     """Smallest value; above 0 with ``log``."""
@@ -41,36 +41,43 @@ class Range:
     name: str
     low: float
     high: float
-    whole: bool
+    is_integer: bool
     log: bool
     step: float | None
 
-    def changes(self, drawn: float | int | str) -> dict[str, Any]:
-        """Path → value."""
-        if self.whole:
-            return {self.name: int(drawn)}
-        value = float(drawn)
-        rounded = float(f"{value:.{10 if self.step else DIGITS}g}")
+    def changes(self, value: float | int | str) -> dict[str, Any]:
+        """Return path → value."""
+        if self.is_integer:
+            return {self.name: int(value)}
+        # Steps are exact multiples, which four digits could miss.
+        digits = 10 if self.step else DIGITS
+        # Rounding must not leave the bounds.
+        rounded = float(f"{float(value):.{digits}g}")
         return {self.name: min(max(rounded, self.low), self.high)}
 
     def corners(self) -> list[float | int | str]:
-        """The bounds, which are tried in thought before anything runs."""
+        """Return the bounds, which are checked before anything runs."""
         return [self._typed(self.low), self._typed(self.high)]
 
     def points(self) -> list[float | int | str] | None:
-        """Every value there is, or None where there are too many to try all."""
-        step = self.step or (1 if self.whole and not self.log else None)
+        """Return every value, or None for a continuous range."""
+        step = self.step or (1 if self.is_integer and not self.log else None)
+        # A continuous range, or a logarithmic one without steps.
         if step is None:
             return None
         count = math.floor((self.high - self.low) / step + 1e-9) + 1
-        return [self._typed(self.low + at * step) for at in range(count)]
+        return [self._typed(self.low + index * step) for index in range(count)]
 
     def _typed(self, value: float) -> float | int:
-        return int(value) if self.whole else float(value)
+        return int(value) if self.is_integer else float(value)
 
     def __str__(self) -> str:
-        scale = ", log scale" if self.log else f", step {self.step:g}" if self.step else ""
-        return f"{self.low:g} to {self.high:g}{scale}{', whole numbers' if self.whole else ''}"
+        text = f"{self.low:g} to {self.high:g}"
+        if self.log:
+            text += ", log scale"
+        elif self.step:
+            text += f", step {self.step:g}"
+        return f"{text}, whole numbers" if self.is_integer else text
 
 
 @dataclass(frozen=True)
@@ -81,16 +88,16 @@ class Choice:
     options: Mapping[str, Mapping[str, Any]]
     """Label → path → value."""
 
-    def changes(self, drawn: float | int | str) -> dict[str, Any]:
-        """Path → value."""
-        return dict(self.options[str(drawn)])
+    def changes(self, label: float | int | str) -> dict[str, Any]:
+        """Return path → value."""
+        return dict(self.options[str(label)])
 
     def corners(self) -> list[float | int | str]:
-        """Every choice."""
+        """Return every choice."""
         return list(self.options)
 
     def points(self) -> list[float | int | str] | None:
-        """Every choice."""
+        """Return every choice."""
         return list(self.options)
 
     def __str__(self) -> str:
@@ -101,50 +108,56 @@ Dimension = Range | Choice
 
 
 def read_space(raw: Mapping[str, Any], pipeline: Pipeline, where: str) -> list[Dimension]:
-    """The dimensions of a ``space:`` block. Whether a range is of whole numbers the field's value in ``pipeline`` says.
+    """Return the dimensions of a ``space:`` block. The field's value in ``pipeline`` says whether a range has integers.
 
     Raises ``UserError`` with the place of what is neither a range nor choices.
     """
-    found: list[Dimension] = []
-    for name, given in raw.items():
+    space: list[Dimension] = []
+    for name, block in raw.items():
         place = f"{where}: space.{name}"
-        if isinstance(given, list):
-            found.append(_listed(name, given, place))
-        elif isinstance(given, Mapping) and given and not _is_range(given):
-            found.append(_named(name, given, place))
-        elif isinstance(given, Mapping):
-            found.append(_range(name, validate(RangeConfig, given, place), pipeline, place))
+        if isinstance(block, list):
+            space.append(_list_choice(name, block, place))
+        elif isinstance(block, Mapping) and block and not _is_range(block):
+            space.append(_named_choice(name, block, place))
+        elif isinstance(block, Mapping):
+            space.append(_range(name, validate(RangeConfig, block, place), pipeline, place))
         else:
-            raise UserError(f"{place}: should be a list of values, or a range {{low: …, high: …}}; found {given!r}.")
-    paths = [path for one in found for path in one.changes(one.corners()[0])]
-    for path in paths:
-        if paths.count(path) > 1:
-            raise UserError(f"{where}: space: '{path}' is varied twice; vary it in one place.")
-    return found
+            raise UserError(f"{place}: should be a list of values, or a range {{low: …, high: …}}; found {block!r}.")
+    paths: set[str] = set()
+    for dimension in space:
+        for path in dimension.changes(dimension.corners()[0]):
+            if path in paths:
+                raise UserError(f"{where}: space: '{path}' is varied twice; vary it in one place.")
+            paths.add(path)
+    return space
 
 
-def _is_range(given: Mapping[str, Any]) -> bool:
-    """Whether a mapping is meant as a range: it has a number under one of its words, or no blocks at all."""
-    close = any(nearest(str(key), ("low", "high")) and not isinstance(value, Mapping) for key, value in given.items())
-    return close or not all(isinstance(value, Mapping) for value in given.values())
+def _is_range(block: Mapping[str, Any]) -> bool:
+    """Return True for a mapping meant as a range: a number under a name like ``low``, or values that are no blocks."""
+    for key, value in block.items():
+        if nearest(str(key), ("low", "high")) and not isinstance(value, Mapping):
+            return True
+    return not all(isinstance(value, Mapping) for value in block.values())
 
 
-def _listed(name: str, given: list[Any], place: str) -> Choice:
-    if not given:
+def _list_choice(name: str, values: list[Any], place: str) -> Choice:
+    if not values:
         raise UserError(f"{place}: an empty list; write the values to try.")
-    labels = [value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str) for value in given]
+    labels = [value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str) for value in values]
     for label in labels:
         if labels.count(label) > 1:
-            raise UserError(f"{place}: {label} stands there twice; write each value once.")
-    return Choice(name, {label: {name: value} for label, value in zip(labels, given, strict=True)})
+            raise UserError(f"{place}: {label} is listed twice; write each value once.")
+    return Choice(name, {label: {name: value} for label, value in zip(labels, values, strict=True)})
 
 
-def _named(name: str, given: Mapping[str, Any], place: str) -> Choice:
-    """Blocks by label: values of the field where the name is a path, else sets of changes, all of the same paths."""
+def _named_choice(name: str, blocks: Mapping[str, Any], place: str) -> Choice:
+    """Return a choice from blocks by label: values of the field where the name is a path, else sets of changes."""
+    # A path: each label names one value of that field.
     if "." in name:
-        return Choice(name, {str(label): {name: value} for label, value in given.items()})
-    options = {str(label): dict(changes) for label, changes in given.items()}
+        return Choice(name, {str(label): {name: value} for label, value in blocks.items()})
+    options = {str(label): dict(changes) for label, changes in blocks.items()}
     first = next(iter(options.values()))
+    # Trials could not be compared if one choice left a field that another sets.
     for label, changes in options.items():
         missing = [path for path in {**first, **changes} if path not in changes or path not in first]
         if missing:
@@ -155,65 +168,90 @@ def _named(name: str, given: Mapping[str, Any], place: str) -> Choice:
     return Choice(name, options)
 
 
-def _range(name: str, given: RangeConfig, pipeline: Pipeline, place: str) -> Range:
-    numbers = [given.low, given.high] if given.step is None else [given.low, given.high, given.step]
-    whole = all(isinstance(value, int) for value in numbers) and not isinstance(current_value(pipeline, name), float)
-    if not all(math.isfinite(value) for value in numbers) or given.low >= given.high:
-        raise UserError(f"{place}: low must be below high; found {given.low} and {given.high}.")
-    if given.log and given.low <= 0:
-        raise UserError(f"{place}: a log scale begins above 0; found low {given.low}.")
-    if given.log and given.step is not None:
+def _range(name: str, block: RangeConfig, pipeline: Pipeline, place: str) -> Range:
+    numbers = [block.low, block.high] if block.step is None else [block.low, block.high, block.step]
+    is_integer = all(isinstance(value, int) for value in numbers)
+    # ``low: 1, high: 3`` of a float field means floats.
+    is_integer = is_integer and not isinstance(current_value(pipeline, name), float)
+    if not all(math.isfinite(value) for value in numbers) or block.low >= block.high:
+        raise UserError(f"{place}: low must be below high; found {block.low} and {block.high}.")
+    if block.log and block.low <= 0:
+        raise UserError(f"{place}: a log scale begins above 0; found low {block.low}.")
+    if block.log and block.step is not None:
         raise UserError(f"{place}: log and step exclude one another; a list gives values at any distance.")
-    if given.step is not None and not 0 < given.step <= given.high - given.low:
-        raise UserError(f"{place}.step: should be above 0 and at most {given.high - given.low:g}; found {given.step}.")
-    return Range(name, given.low, given.high, whole, given.log, given.step)
+    if block.step is not None and not 0 < block.step <= block.high - block.low:
+        raise UserError(f"{place}.step: should be above 0 and at most {block.high - block.low:g}; found {block.step}.")
+    return Range(name, block.low, block.high, is_integer, block.log, block.step)
 
 
 def current_value(pipeline: Pipeline, path: str) -> Any:
-    """What a field of the checked pipeline holds, defaults included; None where there is no such field."""
+    """Return the value of a field of the checked pipeline, defaults included; None where there is no such field."""
     top, _, rest = path.partition(".")
-    at: Any = getattr(pipeline.config, top, None)
+    value: Any = getattr(pipeline.config, top, None)
     if top == "stages":
         parts = rest.split(".")
-        name, *below = parts[2:] if len(parts) > 2 and parts[1] == "stages" else parts  # below a loop's own name
-        name, rest = pipeline.resolve(name), ".".join(below)
-        at = pipeline.nodes[name].config if name in pipeline.nodes else None
+        if len(parts) > 2 and parts[1] == "stages":  # stages.LOOP.stages.NAME…
+            parts = parts[2:]
+        name, rest = pipeline.resolve(parts[0]), ".".join(parts[1:])
+        value = pipeline.nodes[name].config if name in pipeline.nodes else None
     for part in filter(None, rest.split(".")):
-        at = at.get(part) if isinstance(at, Mapping) else getattr(at, part, None)
-    return at
+        value = value.get(part) if isinstance(value, Mapping) else getattr(value, part, None)
+    return value
 
 
 def changes_of(space: list[Dimension], draw: Mapping[str, float | int | str]) -> dict[str, Any]:
-    """Path → value of everything that a draw sets."""
-    found: dict[str, Any] = {}
-    for one in space:
-        found |= one.changes(draw[one.name])
-    return found
+    """Return path → value of everything that a draw sets."""
+    changes: dict[str, Any] = {}
+    for dimension in space:
+        changes |= dimension.changes(draw[dimension.name])
+    return changes
 
 
 def grid(space: list[Dimension], where: str) -> list[Draw]:
-    """Every combination, the last dimension changing fastest. Raises ``UserError`` where there is no end of them."""
+    """Return every combination, the last dimension changing fastest. Raises ``UserError`` where they are too many."""
     axes: list[list[float | int | str]] = []
-    for one in space:
-        points = one.points()
+    for dimension in space:
+        points = dimension.points()
         if points is None:
             raise UserError(
-                f"{where}: space.{one.name}: a grid needs values to try; write a list, or a `step`, or take another "
-                "sampler."
+                f"{where}: space.{dimension.name}: a grid needs values to try; write a list, or a `step`, or take "
+                "another sampler."
             )
         axes.append(points)
     if math.prod(len(points) for points in axes) > MAX_GRID:
         raise UserError(f"{where}: space: {math.prod(map(len, axes)):,} combinations; a grid takes up to {MAX_GRID:,}.")
-    return [dict(zip([one.name for one in space], values, strict=True)) for values in itertools.product(*axes)]
+    names = [dimension.name for dimension in space]
+    return [dict(zip(names, values, strict=True)) for values in itertools.product(*axes)]
 
 
-def corner_draws(space: list[Dimension]) -> Iterator[tuple[Dimension | None, Draw]]:
-    """Draws that between them have every bound and every choice once: the first of all, then one changed at a time."""
-    first: Draw = {one.name: one.corners()[0] for one in space}
-    yield None, first
-    for one in space:
-        for value in one.corners()[1:]:
-            yield one, {**first, one.name: value}
+@dataclass(frozen=True)
+class Corner:
+    """A draw of bounds and choices that differs from the first one in the dimension ``changed``."""
+
+    values: Draw
+    changed: Dimension | None = None
 
 
-__all__ = ["Choice", "Dimension", "Draw", "Range", "changes_of", "corner_draws", "current_value", "grid", "read_space"]
+def corner_draws(space: list[Dimension]) -> list[Corner]:
+    """Return draws that together have every bound and choice: the first of each, then with one changed at a time."""
+    # Not all combinations of corners: their number would double with each dimension.
+    first: Draw = {dimension.name: dimension.corners()[0] for dimension in space}
+    corners = [Corner(first)]
+    for dimension in space:
+        for value in dimension.corners()[1:]:
+            corners.append(Corner({**first, dimension.name: value}, dimension))
+    return corners
+
+
+__all__ = [
+    "Choice",
+    "Corner",
+    "Dimension",
+    "Draw",
+    "Range",
+    "changes_of",
+    "corner_draws",
+    "current_value",
+    "grid",
+    "read_space",
+]

@@ -1,16 +1,17 @@
-"""A sweep's trials as all its workers share them: what was tried, what to try next, who is behind.
+"""A sweep's trials, shared by all its workers: what was tried, what to try next, which trial is behind.
 
-A study lies in a folder of the store: Optuna's journal (which has a lock of its own, a link that NFS makes once), and a
-lock for each trial that is being run. A trial whose lock nobody holds was interrupted, as is one whose holder was
-silent for the store's lease; the next worker, on whatever machine, goes on with it under its own number. The sampler
-of each trial is seeded by the sweep's seed and the trial's number, so that a sweep that was interrupted asks for the
-same trials as one that was not: Optuna's own samplers would begin their random numbers anew. This file and
-``optuna_words.py`` alone know Optuna. Left out: running a trial (``work.py``). Never imports torch.
+A study is a folder of the store with Optuna's journal (which has its own lock, by a link that NFS makes once) and a
+lock for each running trial. A trial whose lock nobody holds, or whose holder was silent for the store's lease, was
+interrupted: the next worker, on any machine, continues it under its number. Each trial's sampler is seeded by the
+sweep's seed and the trial's number, so an interrupted sweep tries the same values as an uninterrupted one; Optuna's
+own samplers would start their random numbers again. Only this file uses Optuna. Leaves out running a trial
+(``worker.py``). Never imports torch.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,34 +27,37 @@ from align.errors import UserError
 from align.store.json_files import DamagedFile, as_json, parse_sealed, write_sealed
 from align.store.locks import Hold, Lock, LockLost
 from align.store.store import SWEEPS, Store
-from align.sweep.optuna_terms import distribution_of, handle_of, pruner_of, sampler_of, suggest
+from align.sweep.config import PruneConfig, SweepConfig
 from align.sweep.plan import Sweep
-from align.sweep.space import Draw, grid
+from align.sweep.space import Choice, Dimension, Draw, grid
 
 JOURNAL, ABOUT, LOCKS = "journal.log", "sweep.json", "locks"
-DEFAULT_TRIALS = 20
 STATES = {
-    TrialState.COMPLETE: "done", TrialState.PRUNED: "ended early", TrialState.FAIL: "failed",
-    TrialState.RUNNING: "unfinished", TrialState.WAITING: "waits",
-}  # fmt: skip
+    TrialState.COMPLETE: "done",
+    TrialState.PRUNED: "ended early",
+    TrialState.FAIL: "failed",
+    TrialState.RUNNING: "unfinished",
+    TrialState.WAITING: "waits",
+}
 RETRY = "retry_of"
+"""Attribute of a trial that repeats a failed one: that one's number."""
 
 
 @dataclass(frozen=True)
-class Tried:
-    """A trial as the study has it: ``state`` is ``done``, ``failed``, ``ended early`` or ``unfinished``."""
+class TrialRecord:
+    """A trial in the study: ``state`` is ``done``, ``failed``, ``ended early`` or ``unfinished``."""
 
     number: int
     state: str
     draw: Draw
     values: list[float]
-    """One per objective where it is done, else empty."""
+    """One per objective when it is done, else empty."""
     notes: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class Trial:
-    """A trial that this process runs; nobody else does while it holds the lock."""
+    """A trial that this process runs. Nobody else runs it while ``hold`` lasts."""
 
     number: int
     draw: Draw
@@ -61,255 +65,328 @@ class Trial:
     hold: Hold
     handle: optuna.Trial
 
+    @property
+    def is_retry(self) -> bool:
+        """True when it repeats a failed trial."""
+        return RETRY in self.handle.user_attrs
+
 
 class TrialLost(Exception):
-    """Another worker has taken the trial over while this one was silent; what it came to is the other's to tell."""
+    """Another worker took the trial over while this one was silent, and records its outcome."""
 
 
 class Study:
     """A sweep's trials, shared by all its workers. Make one with :meth:`open`."""
 
     def __init__(self, store: Store, sweep: Sweep) -> None:
-        config = sweep.config
-        self.store, self.config, self.space, self.objectives = store, config, sweep.space, sweep.objectives
-        self.folder = folder_of(store, sweep)
-        self.limit = config.trials or (len(grid(self.space, "")) if config.sampler == "grid" else DEFAULT_TRIALS)
+        config = self.config = sweep.config
+        self.store, self.space, self.objectives = store, sweep.space, sweep.objectives
+        self.folder, self.limit = folder_of(store, sweep), sweep.trial_count()
         self._locks: dict[int, Lock] = {}
-        """Of trials. Kept from look to look: only who has watched a lock can tell that its holder is silent."""
+        """Trial → lock, kept between looks: a holder is known to be silent only by watching its lock."""
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        with _named_damage(self.folder):
+        with _explain_damage(self.folder):
             self._study = optuna.create_study(
                 storage=_storage(self.folder),
                 study_name=config.name,
-                directions=["maximize" if one.higher else "minimize" for one in self.objectives],
-                pruner=pruner_of(config.prune),
+                directions=["maximize" if objective.higher else "minimize" for objective in self.objectives],
+                pruner=_pruner(config.prune),
                 load_if_exists=True,
             )
             self._study.get_trials(deepcopy=False)
 
     @classmethod
     def open(cls, store: Store, sweep: Sweep, *, fresh: bool = False) -> Study:
-        """The sweep's study in ``store``, begun where there is none.
+        """Open the sweep's study in ``store``, or begin one.
 
-        One whose trials have other parts in common is refused with ``UserError``, which says which; with ``fresh`` it
-        is put aside.
+        Raises ``UserError`` for a study whose trials have other settings in common, and names them. With ``fresh`` such
+        a study is moved aside.
         """
         config, parts, folder = sweep.config, as_json(dict(sweep.parts())), folder_of(store, sweep)
         folder.mkdir(parents=True, exist_ok=True)
         about = folder / ABOUT
-        with _alone(store, folder):
-            known = {} if fresh else _known(about)
-            same = known == parts
-            if about.exists() and (fresh or (not same and not _has_results(folder, config.name))):
-                number = next(at for at in range(1, 10**6) if not (folder / f"earlier-{at}").exists())
-                (folder / f"earlier-{number}").mkdir()
-                for name in (JOURNAL, ABOUT):
-                    if (folder / name).exists():
-                        (folder / name).rename(folder / f"earlier-{number}" / name)
+        with _study_lock(store, folder):
+            # 1. Move an old study aside if asked to, or if it differs and no trial of it has finished.
+            is_same = not fresh and _read_parts(about) == parts
+            if about.exists() and (fresh or (not is_same and not _has_results(folder, config.name))):
+                _move_aside(folder)
+            # 2. Continue the study that is there, or begin one.
             if about.exists():
-                _compare(_known(about) or {}, parts, config.name)
+                _compare(_read_parts(about) or {}, parts, config.name)
             else:
                 write_sealed(about, parts)
             study = cls(store, sweep)
+            # 3. A grid's trials are all queued, once.
             if config.sampler == "grid":
-                queued = sum(RETRY not in one.user_attrs for one in study._study.get_trials(deepcopy=False))
-                for draw in grid(study.space, "")[queued : study.limit]:
-                    study._study.enqueue_trial(dict(draw))
+                study._queue_grid()
         return study
 
-    # ---- asking -------------------------------------------------------------------------------------------------
+    def _queue_grid(self) -> None:
+        trials = self._study.get_trials(deepcopy=False)
+        queued = sum(RETRY not in trial.user_attrs for trial in trials)
+        for draw in grid(self.space, "")[queued : self.limit]:
+            self._study.enqueue_trial(dict(draw))
+
+    # ---- taking trials ------------------------------------------------------------------------------------------
 
     def next(self) -> Trial | None:
-        """An interrupted trial to go on with, else a new one, else None: as many as wanted were begun.
+        """Return an interrupted trial, else a new one, else None: all trials were begun and none is abandoned.
 
-        Before it is None, those that run on other machines are watched until each has shown that it lives.
+        Before None is returned, trials of other machines are watched until each has shown that its worker lives.
         """
         while True:
-            with _alone(self.store, self.folder):
-                found = self._study.get_trials(deepcopy=False)
-                taken = self._interrupted(found) or self._new(found)
-            if taken is not None:
-                return taken
-            running = [one.number for one in found if one.state == TrialState.RUNNING]
-            if all(self._lock(number).holder_lives(self.store.patience) for number in running):
+            # Only one worker at a time takes a trial.
+            with _study_lock(self.store, self.folder):
+                trials = self._study.get_trials(deepcopy=False)
+                trial = self._take_interrupted(trials) or self._take_new(trials)
+            if trial is not None:
+                return trial
+            running = [trial.number for trial in trials if trial.state == TrialState.RUNNING]
+            if all(self._lock(number).holder_lives(self.store.retry) for number in running):
                 return None
 
-    def _interrupted(self, found: Sequence[FrozenTrial]) -> Trial | None:
-        for one in found:
-            if one.state != TrialState.RUNNING or (hold := self._take(one.number)) is None:
+    def _take_interrupted(self, trials: Sequence[FrozenTrial]) -> Trial | None:
+        """Return a running trial whose lock is free, with its draw completed."""
+        for frozen in trials:
+            if frozen.state != TrialState.RUNNING:
                 continue
-            if self._study.get_trials(deepcopy=False)[one.number].state != TrialState.RUNNING:  # told since that look
-                self._give_back(hold)
+            hold = self._acquire(frozen.number)
+            if hold is None:
                 continue
-            self._study.sampler = sampler_of(self.config, one.number)
-            handle = handle_of(self._study, one)
-            # what was drawn before comes again; what the interruption left undrawn is drawn now
-            draw = {each.name: suggest(handle, each) for each in self.space}
-            return Trial(one.number, draw, True, hold, handle)
+            # Its worker may have recorded the outcome, and released the lock, after ``trials`` was read.
+            if self._study.get_trials(deepcopy=False)[frozen.number].state != TrialState.RUNNING:
+                self._release(hold)
+                continue
+            self._study.sampler = _sampler(self.config, frozen.number)
+            # Optuna has no public way to continue a trial that another process began.
+            handle = optuna.Trial(self._study, frozen._trial_id)
+            # Values that were drawn before come again; the others are drawn now.
+            draw = {dimension.name: _suggest(handle, dimension) for dimension in self.space}
+            return Trial(frozen.number, draw, True, hold, handle)
         return None
 
-    def _new(self, found: Sequence[FrozenTrial]) -> Trial | None:
-        begun = [one for one in found if one.state != TrialState.WAITING]
-        if len(begun) - sum(RETRY in one.user_attrs for one in begun) >= self.limit and not _retries(found):
+    def _take_new(self, trials: Sequence[FrozenTrial]) -> Trial | None:
+        """Return a new trial, or None when all were begun. Retries do not count toward the limit."""
+        begun = [trial for trial in trials if trial.state != TrialState.WAITING]
+        new_count = sum(RETRY not in trial.user_attrs for trial in begun)
+        has_retries = any(trial.state == TrialState.WAITING and RETRY in trial.user_attrs for trial in trials)
+        if new_count >= self.limit and not has_retries:
             return None
-        self._study.sampler = sampler_of(self.config, len(found))
+        self._study.sampler = _sampler(self.config, len(trials))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that a sampler is experimental
-            made = self._study.ask({one.name: distribution_of(one) for one in self.space})
-        hold = self._take(made.number)
+            handle = self._study.ask({dimension.name: _distribution(dimension) for dimension in self.space})
+        hold = self._acquire(handle.number)
         assert hold is not None
-        return Trial(made.number, dict(made.params), False, hold, made)
+        return Trial(handle.number, dict(handle.params), False, hold, handle)
 
     def retry(self) -> int:
-        """Put failed trials, each once, before the new ones; returns how many."""
-        with _alone(self.store, self.folder):
-            found = self._study.get_trials(deepcopy=False)
-            taken = {one.user_attrs.get(RETRY) for one in found}
-            failed = [one for one in found if one.state == TrialState.FAIL and one.number not in taken]
-            for one in failed:
-                self._study.enqueue_trial(dict(one.params), user_attrs={RETRY: one.number})
+        """Queue failed trials, each once, before the new ones; returns their number."""
+        with _study_lock(self.store, self.folder):
+            trials = self._study.get_trials(deepcopy=False)
+            retried = {trial.user_attrs.get(RETRY) for trial in trials}
+            failed = [trial for trial in trials if trial.state == TrialState.FAIL and trial.number not in retried]
+            for trial in failed:
+                self._study.enqueue_trial(dict(trial.params), user_attrs={RETRY: trial.number})
         return len(failed)
 
     def _lock(self, number: int) -> Lock:
         place = self.folder / LOCKS / f"trial-{number}"
         return self._locks.setdefault(number, Lock(place, self.store.lease))
 
-    def _take(self, number: int) -> Hold | None:
-        return self.store.patience.keep_trying(self._lock(number).try_acquire)
+    def _acquire(self, number: int) -> Hold | None:
+        return self.store.retry.call(self._lock(number).try_acquire)
 
-    def _give_back(self, hold: Hold) -> None:
-        self.store.patience.keep_trying(hold.release)
+    def _release(self, hold: Hold) -> None:
+        self.store.retry.call(hold.release)
 
-    # ---- telling ------------------------------------------------------------------------------------------------
+    # ---- outcomes -----------------------------------------------------------------------------------------------
 
-    def done(self, trial: Trial, values: Sequence[float], **notes: Any) -> None:
-        """The trial came to these values, one per objective."""
-        self._tell(trial, TrialState.COMPLETE, list(values), notes)
+    def complete(self, trial: Trial, values: Sequence[float], **notes: Any) -> None:
+        """Record a trial's values, one per objective. Raises ``TrialLost``, as do ``fail`` and ``prune``."""
+        self._record(trial, TrialState.COMPLETE, list(values), notes)
 
-    def failed(self, trial: Trial, **notes: Any) -> None:
-        """The trial came to nothing."""
-        self._tell(trial, TrialState.FAIL, None, notes)
+    def fail(self, trial: Trial, **notes: Any) -> None:
+        """Record that a trial failed."""
+        self._record(trial, TrialState.FAIL, None, notes)
 
-    def ended(self, trial: Trial, **notes: Any) -> None:
-        """The trial was ended early."""
-        self._tell(trial, TrialState.PRUNED, None, notes)
+    def prune(self, trial: Trial, **notes: Any) -> None:
+        """Record that a trial ended early."""
+        self._record(trial, TrialState.PRUNED, None, notes)
 
     def release(self, trial: Trial) -> None:
-        """Leave the trial to whoever asks next."""
-        self._give_back(trial.hold)
+        """Leave the trial to the next worker."""
+        self._release(trial.hold)
 
-    def _tell(self, trial: Trial, state: TrialState, values: list[float] | None, notes: Mapping[str, Any]) -> None:
+    def _record(self, trial: Trial, state: TrialState, values: list[float] | None, notes: Mapping[str, Any]) -> None:
         try:
-            self.store.patience.keep_trying(trial.hold.confirm)
-        except LockLost as lost:
-            raise TrialLost(str(lost)) from None
+            self.store.retry.call(trial.hold.confirm)
+        except LockLost as error:
+            raise TrialLost(str(error)) from None
         for name, value in notes.items():
             trial.handle.set_user_attr(name, value)
         self._study.tell(trial.number, values, state)
-        self._give_back(trial.hold)
+        self._release(trial.hold)
 
-    def behind(self, trial: Trial, step: int, value: float) -> bool:
-        """Note a point of the curve that pruning goes by; whether the trial should end there.
+    def should_prune(self, trial: Trial, step: int, value: float) -> bool:
+        """Record a point of the curve; return True when the trial should end there.
 
-        ``value`` is signed so that it points where the objective does.
+        ``value`` has the sign with which it points where the objective does.
         """
+        # A resumed stage repeats points that an earlier attempt has reported.
         known = self._study.get_trials(deepcopy=False)[trial.number].intermediate_values
         if step not in known:
             trial.handle.report(value, step)
         return trial.handle.should_prune()
 
-    # ---- looking back -------------------------------------------------------------------------------------------
+    # ---- reading ------------------------------------------------------------------------------------------------
 
-    def tried(self) -> list[Tried]:
-        """Every trial that was begun, in order."""
-        return [
-            Tried(
-                one.number, STATES[one.state], self._draw(one),
-                list(one.values) if one.state == TrialState.COMPLETE else [], dict(one.user_attrs),
-            )
-            for one in self._study.get_trials(deepcopy=False)
-            if one.state != TrialState.WAITING
-        ]  # fmt: skip
+    def trials(self) -> list[TrialRecord]:
+        """Return every trial that was begun, in order."""
+        records = []
+        for trial in self._study.get_trials(deepcopy=False):
+            if trial.state == TrialState.WAITING:
+                continue
+            names = [dimension.name for dimension in self.space]
+            draw = {name: trial.params[name] for name in names if name in trial.params}
+            values = list(trial.values) if trial.state == TrialState.COMPLETE else []
+            records.append(TrialRecord(trial.number, STATES[trial.state], draw, values, dict(trial.user_attrs)))
+        return records
 
     def best(self) -> list[int]:
-        """Numbers of the trials that no other one beats: the best one, or for several objectives the front."""
-        if not any(one.state == "done" for one in self.tried()):
+        """Return the numbers of the trials that no other one beats: the best, or for several objectives the front."""
+        if not any(trial.state == "done" for trial in self.trials()):
             return []
+        # Optuna has one best trial for one objective, a Pareto front for several.
         if len(self.objectives) == 1:
             return [self._study.best_trial.number]
-        return [one.number for one in self._study.best_trials]
-
-    def _draw(self, one: FrozenTrial) -> Draw:
-        return {name: one.params[name] for name in (each.name for each in self.space) if name in one.params}
+        return [trial.number for trial in self._study.best_trials]
 
 
 def folder_of(store: Store, sweep: Sweep) -> Path:
-    """Where a sweep's study lies."""
+    """Return the folder of a sweep's study."""
     return store.root / SWEEPS / sweep.config.name
 
 
-def _known(about: Path) -> dict[str, Any] | None:
-    """What the trials of a study have in common; None where none was begun. ``UserError`` for a damaged file."""
+# ---- the folder of a study --------------------------------------------------------------------------------------
+
+
+def _read_parts(about: Path) -> dict[str, Any] | None:
+    """Return what a study's trials have in common; None where there is no study. Raises ``UserError`` for damage."""
     try:
         return parse_sealed(about.read_bytes())
     except FileNotFoundError:
         return None
     except DamagedFile as error:
-        raise UserError(f"{about}: damaged: it {error}. --fresh begins the sweep anew; finished stages stay.") from None
+        raise UserError(
+            f"{about}: damaged: it {error}. --fresh starts the sweep over; finished stages are kept."
+        ) from None
+
+
+def _move_aside(folder: Path) -> None:
+    """Move a study's files into the first free folder ``earlier-<number>``."""
+    number = next(number for number in range(1, 10**6) if not (folder / f"earlier-{number}").exists())
+    target = folder / f"earlier-{number}"
+    target.mkdir()
+    for name in (JOURNAL, ABOUT):
+        if (folder / name).exists():
+            (folder / name).rename(target / name)
 
 
 @contextlib.contextmanager
-def _alone(store: Store, folder: Path) -> Iterator[None]:
-    """No other worker, on whatever machine, opens the study or asks it meanwhile."""
-    hold = Lock(folder / LOCKS / "ask", store.lease).acquire(lambda _: None, store.patience)
+def _study_lock(store: Store, folder: Path) -> Iterator[None]:
+    """Keep other workers, on any machine, from opening the study or taking a trial meanwhile."""
+    hold = Lock(folder / LOCKS / "ask", store.lease).acquire(lambda _: None, store.retry)
     try:
         yield
     finally:
-        store.patience.keep_trying(hold.release)
+        store.retry.call(hold.release)
 
 
 def _storage(folder: Path) -> JournalStorage:
-    # absolute: the lock beside it is a link to it, and a link starts at its own folder
+    # Absolute: the journal's lock is a link to it, and a relative link starts at its own folder.
     return JournalStorage(JournalFileBackend(str((folder / JOURNAL).resolve())))
 
 
 @contextlib.contextmanager
-def _named_damage(folder: Path) -> Iterator[None]:
-    """Turn what Optuna stumbles over in its journal into a ``UserError`` that names the file."""
+def _explain_damage(folder: Path) -> Iterator[None]:
+    """Turn Optuna's errors about its journal into a ``UserError`` that names the file."""
     try:
         yield
     except (ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError) as error:
         raise UserError(
-            f"{folder / JOURNAL}: damaged: Optuna cannot read it ({type(error).__name__}: {error}). --fresh begins the "
-            "sweep anew; finished stages stay."
+            f"{folder / JOURNAL}: damaged: Optuna cannot read it ({type(error).__name__}: {error}). --fresh starts the "
+            "sweep over; finished stages are kept."
         ) from None
 
 
 def _has_results(folder: Path, name: str) -> bool:
-    """Whether a trial of the study in ``folder`` came to its end."""
+    """Return True when a trial of the study in ``folder`` has ended."""
     if not (folder / JOURNAL).exists():
         return False
-    with _named_damage(folder):
+    with _explain_damage(folder):
         storage = _storage(folder)
         if name not in optuna.get_all_study_names(storage):  # interrupted before the study itself was written
             return False
-        found = optuna.load_study(study_name=name, storage=storage).get_trials(deepcopy=False)
-    return any(one.state.is_finished() for one in found)
-
-
-def _retries(found: Sequence[FrozenTrial]) -> bool:
-    return any(one.state == TrialState.WAITING and RETRY in one.user_attrs for one in found)
+        trials = optuna.load_study(study_name=name, storage=storage).get_trials(deepcopy=False)
+    return any(trial.state.is_finished() for trial in trials)
 
 
 def _compare(old: Mapping[str, Any], new: Mapping[str, Any], name: str) -> None:
+    """Raise ``UserError`` where two studies have other settings in common."""
     changed = [part for part in {**old, **new} if old.get(part) != new.get(part)]
-    if "space" in changed:  # the pipeline is looked at with the space's own values
-        changed = [part for part in changed if part != "pipeline"]
+    if "space" in changed and "pipeline" in changed:  # the pipeline's digest is taken with the space's first values
+        changed.remove("pipeline")
     if changed:
         raise UserError(
             f"the sweep '{name}' was begun with another {' and another '.join(changed)}, so its trials cannot be "
-            "compared. Give this one another name, or begin anew with --fresh (finished stages stay)."
+            "compared. Give this one another name, or start over with --fresh (finished stages are kept)."
         )
 
 
-__all__ = ["Study", "Trial", "TrialLost", "Tried", "folder_of"]
+# ---- the sweep in Optuna's terms --------------------------------------------------------------------------------
+
+
+def _distribution(dimension: Dimension) -> optuna.distributions.BaseDistribution:
+    """Return the values that a dimension may take."""
+    if isinstance(dimension, Choice):
+        return optuna.distributions.CategoricalDistribution(list(dimension.options))
+    high = float(dimension.high)
+    points = dimension.points() if dimension.step else None
+    if points:
+        high = float(points[-1])  # Optuna wants the last step itself
+    if dimension.is_integer:
+        step = int(dimension.step or 1)
+        return optuna.distributions.IntDistribution(int(dimension.low), int(high), log=dimension.log, step=step)
+    low = float(dimension.low)
+    return optuna.distributions.FloatDistribution(low, high, log=dimension.log, step=dimension.step)
+
+
+def _suggest(trial: optuna.Trial, dimension: Dimension) -> float | int | str:
+    """Return a trial's value of a dimension, drawn before or now."""
+    kind = _distribution(dimension)
+    if isinstance(kind, optuna.distributions.CategoricalDistribution):
+        return str(trial.suggest_categorical(dimension.name, kind.choices))
+    if isinstance(kind, optuna.distributions.IntDistribution):
+        return trial.suggest_int(dimension.name, kind.low, kind.high, step=kind.step, log=kind.log)
+    assert isinstance(kind, optuna.distributions.FloatDistribution)
+    return trial.suggest_float(dimension.name, kind.low, kind.high, step=kind.step, log=kind.log)
+
+
+def _pruner(config: PruneConfig | None) -> optuna.pruners.BasePruner:
+    if config is None:
+        return optuna.pruners.NopPruner()
+    if config.method == "median":
+        return optuna.pruners.MedianPruner(n_startup_trials=2, n_warmup_steps=config.start)
+    return optuna.pruners.SuccessiveHalvingPruner(min_resource=config.start, reduction_factor=config.reduction)
+
+
+def _sampler(config: SweepConfig, number: int) -> optuna.samplers.BaseSampler:
+    """Return the sampler of trial ``number``, seeded by the sweep's seed and the number."""
+    seed = int.from_bytes(hashlib.sha256(f"{config.seed}/{number}".encode()).digest()[:4], "big")
+    if config.sampler == "tpe":
+        return optuna.samplers.TPESampler(seed=seed)
+    return optuna.samplers.RandomSampler(seed=seed)  # a grid's trials are queued beforehand
+
+
+__all__ = ["Study", "Trial", "TrialLost", "TrialRecord", "folder_of"]

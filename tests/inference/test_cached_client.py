@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from align.config.endpoint import EndpointConfig
 from align.errors import UserError
 from align.inference import endpoint_client
-from align.inference.cached_client import Asker, Budget, Desk, Prices, bounds
-from align.inference.endpoint import EndpointConfig
+from align.inference.cached_client import AnswerSink, Budget, CachedClient, Prices, bounds
 from align.inference.endpoint_client import Endpoint, EndpointLost
 from align.inference.requests import Answer, Request, RequestCache
 from tests.support.inference.fake_chat import FakeChat, completion
@@ -26,11 +26,11 @@ class Counter:
         self.asked: list[int] = []
         self.fails, self.group = fails, group
 
-    def answer(self, requests: list[Request], desk: Desk) -> None:
+    def answer(self, requests: list[Request], sink: AnswerSink) -> None:
         for start in range(0, len(requests), self.group):
             some = requests[start : start + self.group]
             self.asked += [one.sample for one in some]
-            desk.keep([(one, self._answer(one)) for one in some])
+            sink.record([(one, self._answer(one)) for one in some])
 
     def _answer(self, request: Request) -> Answer:
         if request.sample in self.fails:
@@ -44,49 +44,55 @@ def _requests(count: int) -> list[Request]:
 
 
 def test_usage_counts_each_answer_once_and_failures_apart(tmp_path: Path) -> None:
-    asker, backend = Asker(RequestCache(tmp_path)), Counter(2)
+    client, backend = CachedClient(RequestCache(tmp_path)), Counter(2)
     requests = _requests(4)
-    answers = asker.ask(backend, [*requests, requests[0]])
+    answers = client.ask(backend, [*requests, requests[0]])
     assert [answer.error for answer in answers] == ["", "", "it is too long", "", ""]
-    asker.ask(backend, requests[:2])
-    found = asker.usage_json()["model"]
+    client.ask(backend, requests[:2])
+    found = client.usage_json()["model"]
     assert found == {
         "requests": 3, "prompt_tokens": 30, "completion_tokens": 6, "copied": 0, "copied_prompt_tokens": 0,
         "copied_completion_tokens": 0, "uncounted": 0, "failed": 1,
     }  # fmt: skip
     assert backend.asked == [0, 1, 2, 3]
-    asker.ask(backend, requests)
+    client.ask(backend, requests)
     assert backend.asked == [0, 1, 2, 3, 2], "what failed is not kept, and so asked again"
-    assert asker.usage_json()["model"] == found
+    assert client.usage_json()["model"] == found
 
 
 def test_a_shared_cache_is_copied_from_and_filled_and_a_resumed_stage_counts_alike(tmp_path: Path) -> None:
     requests = _requests(5)
-    Asker(RequestCache(tmp_path / "one"), RequestCache(tmp_path / "shared")).ask(Counter(), requests[:2])
+    CachedClient(RequestCache(tmp_path / "one"), RequestCache(tmp_path / "shared")).ask(Counter(), requests[:2])
     backend = Counter()
-    asker = Asker(RequestCache(tmp_path / "two"), RequestCache(tmp_path / "shared"))
-    answers = asker.ask(backend, requests)
+    client = CachedClient(RequestCache(tmp_path / "two"), RequestCache(tmp_path / "shared"))
+    answers = client.ask(backend, requests)
     assert backend.asked == [2, 3, 4]
-    usage = asker.usage_json()
+    usage = client.usage_json()
     assert (usage["model"]["requests"], usage["model"]["copied"], usage["model"]["copied_prompt_tokens"]) == (3, 2, 20)
     # the stage is killed and goes on: the shared cache knows everything by now, which must not change what is counted
-    again = Asker(RequestCache(tmp_path / "two"), RequestCache(tmp_path / "shared"))
+    again = CachedClient(RequestCache(tmp_path / "two"), RequestCache(tmp_path / "shared"))
     assert again.ask(Counter(), requests) == answers
     assert again.usage_json() == usage and again.new == 0
 
 
+def test_a_model_that_had_no_request_is_in_the_usage_with_zeros(tmp_path: Path) -> None:
+    client = CachedClient(RequestCache(tmp_path))
+    assert client.ask(Counter(), [], "judge") == []
+    assert client.usage_json()["judge"]["requests"] == 0
+
+
 def test_a_backend_that_leaves_one_out_is_caught(tmp_path: Path) -> None:
     backend = Counter()
-    backend.answer = lambda requests, desk: None  # type: ignore[method-assign]
+    backend.answer = lambda requests, sink: None  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="left a request without an answer"):
-        Asker(RequestCache(tmp_path)).ask(backend, _requests(1))
+        CachedClient(RequestCache(tmp_path)).ask(backend, _requests(1))
 
 
 def test_progress_counts_up_to_what_is_expected(tmp_path: Path) -> None:
     seen: list[tuple[int, int, int]] = []
-    asker = Asker(RequestCache(tmp_path), on_progress=lambda *now: seen.append(now), expected=6)
-    asker.ask(Counter(group=2), _requests(4))
-    asker.ask(Counter(), _requests(8)[4:])
+    client = CachedClient(RequestCache(tmp_path), on_progress=lambda *now: seen.append(now), expected=6)
+    client.ask(Counter(group=2), _requests(4))
+    client.ask(Counter(), _requests(8)[4:])
     assert seen == [(2, 6, 0), (4, 6, 0), (4, 6, 8), (5, 8, 8), (6, 8, 8), (7, 8, 8), (8, 8, 8), (8, 8, 16)]
 
 
@@ -104,7 +110,7 @@ def test_a_budget_waits_for_what_is_under_way_before_it_gives_up() -> None:
     budget = Budget(1.0)
 
     async def spend(bound: float, real: float) -> None:
-        async with budget.hold(bound):
+        async with budget.reserve(bound):
             await asyncio.sleep(0.05)
             budget.spent += real
 
@@ -112,7 +118,7 @@ def test_a_budget_waits_for_what_is_under_way_before_it_gives_up() -> None:
         await asyncio.gather(spend(0.8, 0.1), spend(0.8, 0.1))
 
     asyncio.run(both())
-    assert budget.spent == pytest.approx(0.2) and budget.held == 0
+    assert budget.spent == pytest.approx(0.2) and budget.reserved == 0
     with pytest.raises(UserError, match=r"max_cost 1 is reached: 0.2 spent, and the next request may cost 0.9"):
         asyncio.run(spend(0.9, 0))
 
@@ -124,9 +130,9 @@ def fake() -> Iterator[FakeChat]:
     server.stop()
 
 
-def _paid(fake: FakeChat, folder: Path, max_cost: float, **settings: object) -> tuple[Asker, Endpoint]:
+def _paid(fake: FakeChat, folder: Path, max_cost: float, **settings: object) -> tuple[CachedClient, Endpoint]:
     config = EndpointConfig(url=fake.url, model="m", concurrency=4, price_input=1e6, price_output=1e6, **settings)
-    return Asker(RequestCache(folder), max_cost=max_cost, prices={"model": Prices(1e6, 1e6)}), Endpoint(config)
+    return CachedClient(RequestCache(folder), max_cost=max_cost, prices={"model": Prices(1e6, 1e6)}), Endpoint(config)
 
 
 def _paid_requests(endpoint: Endpoint) -> list[Request]:
@@ -135,17 +141,17 @@ def _paid_requests(endpoint: Endpoint) -> list[Request]:
 
 def test_max_cost_is_never_exceeded_and_raising_it_goes_on(fake: FakeChat, tmp_path: Path) -> None:
     # bounded by 2 + 16 + 64 + 8 = 90, a request takes 12: after 18 answers 216 are spent, and 90 more are too many
-    asker, endpoint = _paid(fake, tmp_path, 300)
+    client, endpoint = _paid(fake, tmp_path, 300)
     with pytest.raises(UserError, match=r"max_cost 300 is reached: 216 spent, and the next request may cost 90"):
-        asker.ask(endpoint, _paid_requests(endpoint))
+        client.ask(endpoint, _paid_requests(endpoint))
     assert len(fake.bodies) == 18 == len(RequestCache(tmp_path))
-    asker, endpoint = _paid(fake, tmp_path, 300)
+    client, endpoint = _paid(fake, tmp_path, 300)
     with pytest.raises(UserError, match="216 spent"):
-        asker.ask(endpoint, _paid_requests(endpoint))
-    asker, endpoint = _paid(fake, tmp_path, 320)
-    asker.ask(endpoint, _paid_requests(endpoint))
+        client.ask(endpoint, _paid_requests(endpoint))
+    client, endpoint = _paid(fake, tmp_path, 320)
+    client.ask(endpoint, _paid_requests(endpoint))
     assert len(fake.bodies) == 20
-    assert asker.usage_json()["model"]["cost"] == 240
+    assert client.usage_json()["model"]["cost"] == 240
 
 
 def test_attempts_that_timed_out_are_paid_at_their_bound(
@@ -153,19 +159,19 @@ def test_attempts_that_timed_out_are_paid_at_their_bound(
 ) -> None:
     monkeypatch.setattr(endpoint_client, "FIRST_WAIT", 0.01)
     fake.reply = fake.hang
-    asker, endpoint = _paid(fake, tmp_path, 300, timeout=0.1, retries=1)
+    client, endpoint = _paid(fake, tmp_path, 300, timeout=0.1, retries=1)
     with pytest.raises(EndpointLost):
-        asker.ask(endpoint, _paid_requests(endpoint))
-    assert asker.budget.spent == 180
-    asker, endpoint = _paid(fake, tmp_path, 200, timeout=0.1, retries=1)
+        client.ask(endpoint, _paid_requests(endpoint))
+    assert client.budget.spent == 180
+    client, endpoint = _paid(fake, tmp_path, 200, timeout=0.1, retries=1)
     with pytest.raises(UserError, match="180 spent"):
-        asker.ask(endpoint, _paid_requests(endpoint))
+        client.ask(endpoint, _paid_requests(endpoint))
 
 
 def test_one_endpoint_under_two_names_is_paid_once(fake: FakeChat, tmp_path: Path) -> None:
-    asker, endpoint = _paid(fake, tmp_path, 1000)
-    asker.prices["judge"] = asker.prices["model"]
-    asker.ask(endpoint, _paid_requests(endpoint)[:3])
+    client, endpoint = _paid(fake, tmp_path, 1000)
+    client.prices["judge"] = client.prices["model"]
+    client.ask(endpoint, _paid_requests(endpoint)[:3])
     again, endpoint = _paid(fake, tmp_path, 1000)
     again.prices["judge"] = again.prices["model"]
     again.ask(endpoint, _paid_requests(endpoint)[:2])

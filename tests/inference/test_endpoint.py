@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from align.config.endpoint import EndpointConfig
 from align.errors import UserError
 from align.inference import endpoint_client
-from align.inference.cached_client import Asker
-from align.inference.endpoint import EndpointConfig, read_completion
-from align.inference.endpoint_client import Endpoint, EndpointLost
+from align.inference.cached_client import CachedClient
+from align.inference.endpoint_client import Endpoint, EndpointLost, read_completion
 from align.inference.requests import Request, RequestCache
 from tests.support.inference.fake_chat import FakeChat, completion, echo
 
@@ -50,15 +50,15 @@ def _requests(endpoint: Endpoint, count: int, **changed: Any) -> list[Request]:
 
 
 def _ask(endpoint: Endpoint, folder: Path, count: int = 10) -> list[str]:
-    asker = Asker(RequestCache(folder))
-    return [answer.text or answer.error for answer in asker.ask(endpoint, _requests(endpoint, count))]
+    client = CachedClient(RequestCache(folder))
+    return [answer.text or answer.error for answer in client.ask(endpoint, _requests(endpoint, count))]
 
 
 def test_each_request_goes_once_with_its_own_seed_and_answers_keep_their_order(fake: FakeChat, tmp_path: Path) -> None:
     fake.delay = 0.3  # long enough for a busy machine to start four threads
     endpoint = _endpoint(fake, extra={"top_k": 5})
     requests = _requests(endpoint, 12)
-    answers = Asker(RequestCache(tmp_path)).ask(endpoint, [*requests, requests[3]])
+    answers = CachedClient(RequestCache(tmp_path)).ask(endpoint, [*requests, requests[3]])
     assert [answer.text for answer in answers[:12]] == [f"q{n} / {one.own_seed}" for n, one in enumerate(requests)]
     assert answers[12] == answers[3]
     assert sorted(fake.prompts()) == sorted(f"q{n}" for n in range(12))
@@ -74,7 +74,7 @@ def test_a_mark_of_training_stays_here(fake: FakeChat, tmp_path: Path) -> None:
     endpoint = _endpoint(fake)
     turns = [{"role": "assistant", "content": "a", "train": False}, {"role": "user", "content": "b"}]
     (request,) = _requests(endpoint, 1)
-    Asker(RequestCache(tmp_path)).ask(endpoint, [replace(request, messages=turns)])
+    CachedClient(RequestCache(tmp_path)).ask(endpoint, [replace(request, messages=turns)])
     assert fake.bodies[0]["messages"] == [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
 
 
@@ -219,7 +219,7 @@ def test_an_answer_that_trickles_in_is_bounded_too(fake: FakeChat, tmp_path: Pat
 
 
 def test_an_endless_answer_is_refused(fake: FakeChat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint_client, "MOST_BYTES", 1 << 20)
+    monkeypatch.setattr(endpoint_client, "MAX_REPLY_BYTES", 1 << 20)
     fake.reply = lambda body: b" " * (3 << 20)
     with pytest.raises(EndpointLost, match="sent more than 1 MiB"):
         _ask(_endpoint(fake, retries=0), tmp_path)
@@ -228,7 +228,7 @@ def test_an_endless_answer_is_refused(fake: FakeChat, tmp_path: Path, monkeypatc
 def test_an_answer_that_unpacks_without_end_is_refused(
     fake: FakeChat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(endpoint_client, "MOST_BYTES", 1 << 20)
+    monkeypatch.setattr(endpoint_client, "MAX_REPLY_BYTES", 1 << 20)
     bomb = gzip.compress(b" " * (64 << 20))
     fake.reply = lambda body: (200, bomb, {"Content-Encoding": "gzip"})
     with pytest.raises(EndpointLost, match="sent more than 1 MiB"):
@@ -238,7 +238,7 @@ def test_an_answer_that_unpacks_without_end_is_refused(
 def test_a_list_of_models_that_nests_or_grows_without_end(fake: FakeChat, tmp_path: Path) -> None:
     real = fake.http.RequestHandlerClass._send  # type: ignore[attr-defined]
     fake.reply = lambda body: (404, {"error": "no such model"})
-    for content in (b"[" * 200_000, b" " * (endpoint_client.MOST_MODELS_BYTES + 2)):
+    for content in (b"[" * 200_000, b" " * (endpoint_client.MAX_MODELS_BYTES + 2)):
 
         def send(self: Any, status: int, said: Any, headers: dict[str, str], content: bytes = content) -> None:
             real(self, status, content if status == 200 else said, headers)

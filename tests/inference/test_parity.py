@@ -10,7 +10,7 @@ import torch
 from align.inference.parity import ParityError, probe
 from align.inference.transformers import TransformersEngine
 from align.models.loading import load_policy
-from align.models.merging import merged_weights
+from align.models.tuning.merged_weights import merged_weights
 
 PROMPTS = [[1, 30, 31], [1, 40, 41, 42], [1, 50, 51]]
 

@@ -16,11 +16,11 @@ from align.config.vllm_servers import RolloutsConfig
 from align.inference.parity import probe
 from align.inference.pool import Member, PoolEngine
 from align.inference.protocol import Sampling
-from align.inference.server_options import Served
+from align.inference.server_options import ServerSpec
 from align.inference.shared_engine import ask_each, returns
 from align.inference.transformers import TransformersEngine
 from align.models.loading import load_policy
-from align.models.merging import merged_weights
+from align.models.tuning.merged_weights import merged_weights
 
 pytestmark = [
     pytest.mark.slow,
@@ -38,7 +38,7 @@ def said() -> list[str]:
 
 @pytest.fixture(scope="module")
 def pool(tiny_model: Path, said: list[str]) -> Iterator[PoolEngine]:
-    served = Served.of(
+    served = ServerSpec.of(
         tiny_model,
         device=torch.device("cpu"),
         dtype=torch.float32,
@@ -93,7 +93,7 @@ def test_two_servers_say_what_each_says(pool: PoolEngine) -> None:
 
 
 def test_both_hold_new_weights(pool: PoolEngine) -> None:
-    model = trained(pool.served.model_dir, 0.1)
+    model = trained(pool.spec.model_dir, 0.1)
     pool.load_weights(merged_weights(model))
     gaps = ask_each(pool, lambda engine: probe(engine, model, PROMPTS).mean_gap)
     assert len(gaps) == 2 and max(gaps) < 1e-4
@@ -103,7 +103,7 @@ def test_one_is_killed_while_it_takes_weights(
     pool: PoolEngine, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other goes on alone; the new one holds the same weights before it answers."""
-    model, sampling = trained(pool.served.model_dir, 0.2), Sampling(24, temperature=0.0)
+    model, sampling = trained(pool.spec.model_dir, 0.2), Sampling(24, temperature=0.0)
     victim, before = pool.members[0], returns(pool)
     read = victim.engine.read_weights
 
@@ -113,12 +113,12 @@ def test_one_is_killed_while_it_takes_weights(
 
     monkeypatch.setattr(victim.engine, "read_weights", killed)
     pool.load_weights(merged_weights(model))
-    assert "is lost, for the first time: it is started anew." in said[-1]
+    assert "is lost, for the first time: it is restarted." in said[-1]
     assert not victim.ready
-    wanted = expected(model, pool.served.model_dir, sampling)
+    wanted = expected(model, pool.spec.model_dir, sampling)
     assert tokens(pool.generate(PROMPTS, sampling)) == wanted
     while not victim.ready:  # as long as it takes; the test has a time limit
-        assert victim.coming_back, victim.trouble
+        assert victim.coming_back, victim.last_error
         pool.closing.wait(0.25)
     assert returns(pool) == before + 1
     gaps = ask_each(pool, lambda engine: probe(engine, model, PROMPTS).mean_gap)

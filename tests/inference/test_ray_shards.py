@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 
 from align.inference import ray_shards
 from align.inference.protocol import Sampling
-from align.inference.ray_shards import RayEngine, part_of
+from align.inference.ray_shards import RayEngine, shard_sampling
 
 
 @given(st.integers(0, 2**40), st.integers(1, 30), st.integers(0, 29), st.booleans())
 def test_a_part_has_the_seeds_of_the_whole(seed: int, count: int, first: int, own: bool) -> None:
     first = min(first, count - 1)
     whole = Sampling(8, n=2, seed=seed, seeds=tuple(range(seed, seed + count)) if own else None)
-    part = part_of(whole, first, count - first)
+    part = shard_sampling(whole, first, count - first)
     for place in range(first, count):
         for sample in range(2):
             assert part.request_seed(place - first, sample) == whole.request_seed(place, sample)
@@ -59,9 +59,9 @@ def test_shares_are_put_together_in_order_and_repeated_where_an_engine_dies(monk
     told: list[int] = []
     for count in (1, 2, 7, 50):
         told.clear()
-        found = engine(3)._shared_out(count, lambda actor, first, last: (actor, range(first, last)), told.append)
+        found = engine(3)._run_shares(count, lambda actor, first, last: (actor, range(first, last)), told.append)
         assert found == list(range(count))
         assert told == sorted(told) and told[-1] == count
-    assert engine(0)._shared_out(0, lambda *_: None, told.append) == []
+    assert engine(0)._run_shares(0, lambda *_: None, told.append) == []
     with pytest.raises(RuntimeError, match="engines on the Ray cluster died 7 times"):
-        engine(99)._shared_out(50, lambda actor, first, last: (actor, range(first, last)), told.append)
+        engine(99)._run_shares(50, lambda actor, first, last: (actor, range(first, last)), told.append)

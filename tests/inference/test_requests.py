@@ -169,8 +169,8 @@ def test_processes_on_several_machines_share_a_folder(tmp_path: Path) -> None:
 
 def test_attempts_given_up_are_remembered(tmp_path: Path) -> None:
     cache = RequestCache(tmp_path)
-    cache.lose(ONE)
-    cache.lose(ONE)
+    cache.record_lost(ONE)
+    cache.record_lost(ONE)
     assert RequestCache(tmp_path).lost == [ONE, ONE]
 
 

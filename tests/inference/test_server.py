@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import http.client
+import asyncio
+import json
 import os
 import re
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +22,7 @@ from align.inference.pool import PoolEngine
 from align.inference.protocol import Sampling
 from align.inference.server import ServerEngine
 from align.inference.server_client import BadReply, EngineLost
+from align.inference.transport import Transport, background_loop
 from align.inference.weights import checkpoint_weights
 from tests.support.inference.fake_server import EOS, FakeServer, completion
 from tests.support.inference.server_harness import PROMPTS, soon, wait_for
@@ -102,7 +103,7 @@ def test_a_server_that_dies_during_a_call(fake: FakeServer, served: ServerEngine
     )
     assert "/health does not answer" in str(caught.value)
     with soon(), pytest.raises(EngineLost, match=r"collective_rpc: ConnectionRefusedError"):
-        served.load_weights(checkpoint_weights(served.served.model_dir))
+        served.load_weights(checkpoint_weights(served.spec.model_dir))
 
 
 @pytest.mark.parametrize("status", ["dropped", "halved"])
@@ -110,7 +111,7 @@ def test_an_answer_that_breaks_off(fake: FakeServer, served: ServerEngine, statu
     fake.answers["/v1/completions"] = fake.drop if status == "dropped" else lambda body: (status, completion(body))
     with (
         soon(),
-        pytest.raises(EngineLost, match="could not be asked for /v1/completions: (RemoteDisc|IncompleteRead)"),
+        pytest.raises(EngineLost, match="could not be asked for /v1/completions: RemoteProtocolError"),
     ):
         served.generate(PROMPTS, Sampling(4))
 
@@ -125,22 +126,24 @@ def test_an_engine_that_died_behind_its_server(fake: FakeServer, served: ServerE
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_no_thread_is_left_waiting(
+def test_no_call_is_left_waiting(
     fake: FakeServer, served: ServerEngine, late: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One call fails while the others wait for an answer, or have not even been sent."""
-    connect = http.client.HTTPConnection.connect
+    exchange = Transport.exchange
 
-    def connect_later(connection: Any) -> None:
-        if late and threading.current_thread().name != "vllm-server_0":
-            time.sleep(0.5)
-        connect(connection)
+    async def exchange_later(transport: Transport, method: str, path: str, content: Any = None, **options: Any) -> Any:
+        if late and content is not None and json.loads(content)["prompt"] != PROMPTS[0]:
+            await asyncio.sleep(0.5)
+        return await exchange(transport, method, path, content, **options)
 
-    monkeypatch.setattr(http.client.HTTPConnection, "connect", connect_later)
+    monkeypatch.setattr(Transport, "exchange", exchange_later)
     fake.answers["/v1/completions"] = lambda body: b"?" if body["prompt"] == PROMPTS[0] else fake.hang(body)
     with soon(), pytest.raises(BadReply, match="it is not JSON"):
         served.generate(PROMPTS, Sampling(4))
-    wait_for(lambda: not any(one.name.startswith("vllm-server") for one in threading.enumerate()))
+    wait_for(lambda: not asyncio.all_tasks(background_loop()))
+    if late:
+        assert [body["prompt"] for path, body in fake.calls if path == "/v1/completions"] == [PROMPTS[0]]
 
 
 # ---- answers that are not what was asked for ----
@@ -199,7 +202,7 @@ def test_scores_that_are_no_logprobs(fake: FakeServer, served: ServerEngine, val
 
 
 def test_an_answer_without_end(fake: FakeServer, served: ServerEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_client, "MOST_BYTES", 1 << 20)
+    monkeypatch.setattr(server_client, "MAX_REPLY_BYTES", 1 << 20)
     fake.answers["/v1/completions"] = lambda body: b" " * (2 << 20)
     with soon(), pytest.raises(EngineLost, match="its answer has more than 1 MiB"):
         served.generate(PROMPTS, Sampling(4))

@@ -164,7 +164,7 @@ def test_no_other_user_can_reach_it_and_its_key_is_shown_nowhere(tiny_model: Pat
     assert engine.client.exchange("GET", "/server_info", None, 5, with_key=False).status == 401
     engine.close()
     assert not key_file.exists()
-    assert key not in repr(vars(engine.served))
+    assert key not in repr(vars(engine.spec))
 
 
 @pytest.mark.usefixtures("stand_in")
@@ -243,7 +243,7 @@ time.sleep(60)
 def test_a_stubborn_group_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_process, "GRACE_SECONDS", 0.3)
     local = LocalServer([sys.executable, "-c", STUBBORN], [tmp_path])
-    wait_for(lambda: "ready" in local.last_words() and len(_group(local.process.pid)) == 3)
+    wait_for(lambda: "ready" in local.log_tail() and len(_group(local.process.pid)) == 3)
     with soon():
         local.end()
     wait_for(lambda: _group(local.process.pid) == [])
@@ -258,7 +258,7 @@ def test_it_dies_with_its_parent(tmp_path: Path) -> None:
         f"folders = [Path(folder) for folder in {[str(folder) for folder in folders]!r}]\n"
         "for folder in folders: folder.mkdir()\n"
         f"one = server.LocalServer([sys.executable, '-c', {STUBBORN!r}], folders)\n"
-        "while 'ready' not in one.last_words(): time.sleep(0.05)\n"
+        "while 'ready' not in one.log_tail(): time.sleep(0.05)\n"
         "print(one.process.pid, flush=True); time.sleep(60)"
     )
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)

@@ -22,12 +22,12 @@ from align.inference.parity import ParityError, probe, trainer_logprobs
 from align.inference.protocol import Sampling
 from align.inference.server import COMPLETIONS, RESET, RPC, ServerEngine
 from align.inference.server_client import BadReply, EngineLost, WeightsChanged
-from align.inference.server_options import INFO, Served
+from align.inference.server_options import INFO, ServerSpec
 from align.inference.server_process import LocalServer
 from align.inference.weights import checkpoint_weights
 from align.inference.weights_folder import WeightsFolder
 from align.models.loading import load_policy
-from align.models.merging import merged_weights
+from align.models.tuning.merged_weights import merged_weights
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
@@ -35,7 +35,7 @@ PROMPTS = [[1, 30 + i, 31, 32 + i] + [40 + i] * (3 * i) for i in range(8)]
 
 
 def _open(model_dir: Path, address: str | None) -> ServerEngine:
-    served = Served.of(
+    served = ServerSpec.of(
         model_dir,
         device=torch.device("cpu"),
         dtype=torch.float32,
@@ -70,8 +70,8 @@ def engine(tiny_model: Path) -> Iterator[ServerEngine]:
 @pytest.fixture
 def model(engine: ServerEngine) -> Any:
     """The model as it was saved, and a server that holds its weights."""
-    engine.load_weights(checkpoint_weights(engine.served.model_dir))
-    return load_policy(engine.served.model_dir)
+    engine.load_weights(checkpoint_weights(engine.spec.model_dir))
+    return load_policy(engine.spec.model_dir)
 
 
 def _local(engine: ServerEngine) -> LocalServer:
@@ -129,7 +129,7 @@ def test_weights_are_taken_over(engine: ServerEngine, model: Any, name: str) -> 
 def test_a_left_out_head_is_caught(engine: ServerEngine, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM on a CPU goes on with its packed copy of the old head; only the probe can see it."""
     _disturb(model, "model.embed_tokens.weight")
-    monkeypatch.setattr(engine.folder, "served", replace(engine.served, tied=False))
+    monkeypatch.setattr(engine.folder, "spec", replace(engine.spec, tied_embeddings=False))
     engine.load_weights(pair for pair in merged_weights(model) if pair[0] != "lm_head.weight")
     with pytest.raises(ParityError, match="tied output head"):
         probe(engine, model, PROMPTS)
@@ -141,7 +141,7 @@ def test_a_kept_prefix_is_caught(engine: ServerEngine, model: Any, monkeypatch: 
     engine.generate(prompts, Sampling(2))
     _disturb(model, "model.layers.0.self_attn.v_proj.weight")
     with monkeypatch.context() as patched:
-        patched.setattr(engine, "_forget_prefixes", lambda: None)
+        patched.setattr(engine, "_reset_prefix_cache", lambda: None)
         engine.load_weights(merged_weights(model))
     with pytest.raises(ParityError):
         probe(engine, model, prompts)
@@ -150,7 +150,7 @@ def test_a_kept_prefix_is_caught(engine: ServerEngine, model: Any, monkeypatch: 
 
 
 def test_missing_weights_leave_the_server_as_it_was(engine: ServerEngine, model: Any) -> None:
-    changed = load_policy(engine.served.model_dir)
+    changed = load_policy(engine.spec.model_dir)
     _disturb(changed, "model.embed_tokens.weight")
     with pytest.raises(ValueError, match=r"lack model\.norm\.weight"):
         engine.load_weights(pair for pair in merged_weights(changed) if pair[0] != "model.norm.weight")
@@ -195,9 +195,9 @@ def test_no_route_answers_without_the_key(engine: ServerEngine, model: Any) -> N
 def test_a_foreign_reload_is_noticed(engine: ServerEngine, model: Any) -> None:
     """Somebody with the key has the workers read other weights, and then the right ones again."""
     engine.check_weights(content=True)
-    folder = engine.folder.write(merged_weights(load_policy(engine.served.model_dir)))
+    folder = engine.folder.write(merged_weights(load_policy(engine.spec.model_dir)))
     for version in (folder, folder - 1):
-        words = {"weights_path": str(engine.folder.of(version))}
+        words = {"weights_path": str(engine.folder.path_of(version))}
         engine.client.call(RPC, {"method": "reload_weights", "kwargs": words})
         for content in (False, True):
             with pytest.raises(WeightsChanged, match="does not hold the weights that this run gave it"):
@@ -223,8 +223,8 @@ def test_a_second_user_of_a_running_server(engine: ServerEngine, model: Any, mon
     monkeypatch.setenv("ALIGN_SERVER_KEY", engine.client._key)
     _disturb(model, "model.embed_tokens.weight")
     engine.load_weights(merged_weights(model))
-    guest = _open(engine.served.model_dir, engine.client.address)
-    assert probe(guest, load_policy(engine.served.model_dir), PROMPTS).mean_gap < 1e-4
+    guest = _open(engine.spec.model_dir, engine.client.address)
+    assert probe(guest, load_policy(engine.spec.model_dir), PROMPTS).mean_gap < 1e-4
     with pytest.raises(WeightsChanged, match="or uses the server too"):
         engine.check_weights()
     guest.close()

@@ -56,7 +56,7 @@ def test_the_server_finds_a_whole_folder(fake: FakeServer, tiny_model: Path, tmp
 
 
 def test_a_missing_weight_never_reaches_the_server(fake: FakeServer, served: ServerEngine) -> None:
-    some = [pair for pair in checkpoint_weights(served.served.model_dir) if pair[0] != "model.norm.weight"]
+    some = [pair for pair in checkpoint_weights(served.spec.model_dir) if pair[0] != "model.norm.weight"]
     with pytest.raises(ValueError, match=r"lack model\.norm\.weight: a full set is needed"):
         served.load_weights(some)
 
@@ -75,28 +75,28 @@ def test_weights_that_the_server_cannot_read(fake: FakeServer, served: ServerEng
     with pytest.raises(
         BadReply, match=r"Repo id must be.*/step_2: can it, under this very path\? runtime.rollouts.weights_f"
     ):
-        served.load_weights(checkpoint_weights(served.served.model_dir))
+        served.load_weights(checkpoint_weights(served.spec.model_dir))
     for results in ([], ["failed"], None):
         fake.answers["/collective_rpc"] = lambda body, results=results: {"results": results}
         with pytest.raises(BadReply, match="results is no list of what each worker holds"):
-            served.load_weights(checkpoint_weights(served.served.model_dir))
+            served.load_weights(checkpoint_weights(served.spec.model_dir))
     other = {"version": "another's:1", "digest": None, "loads": 1, "content": ""}
     fake.answers["/collective_rpc"] = lambda body: {"results": [other]}
     with pytest.raises(BadReply, match="it was told to hold"):
-        served.load_weights(checkpoint_weights(served.served.model_dir))
+        served.load_weights(checkpoint_weights(served.spec.model_dir))
     assert "/reset_prefix_cache" not in fake.paths()
     served.client.timeout = 0.6
     fake.answers["/collective_rpc"] = fake.hang
     with soon(), pytest.raises(EngineLost, match=r"did not answer /collective_rpc within 0\.6 s"):
-        served.load_weights(checkpoint_weights(served.served.model_dir))
+        served.load_weights(checkpoint_weights(served.spec.model_dir))
 
 
 def test_old_prefixes_must_go(fake: FakeServer, served: ServerEngine) -> None:
     answers = iter([False, True])
     fake.answers["/reset_prefix_cache"] = lambda body: {"success": next(answers)}
-    served.load_weights(checkpoint_weights(served.served.model_dir))
+    served.load_weights(checkpoint_weights(served.spec.model_dir))
     assert fake.paths() == ["/collective_rpc", "/reset_prefix_cache", "/reset_prefix_cache"]
     served.client.timeout = 1
     fake.answers["/reset_prefix_cache"] = lambda body: {"success": False}
     with soon(), pytest.raises(RuntimeError, match="kept its prefix cache"):
-        served.load_weights(checkpoint_weights(served.served.model_dir))
+        served.load_weights(checkpoint_weights(served.spec.model_dir))

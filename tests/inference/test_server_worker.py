@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from align.inference.server_worker import DOORS, LOAD, NAME, TELL, WeightsKeeper
+from align.inference.server_worker import LOAD, NAME, REPORT, WEIGHT_METHODS, WeightsKeeper
 from align.inference.weights import checkpoint_weights
 from align.inference.weights_digest import combine, digest_all, tensor_digest
 
@@ -54,16 +54,16 @@ def test_digests_tell_names_types_shapes_and_every_bit_apart() -> None:
 def test_weights_are_loaded_under_their_name_if_they_are_those_announced(tmp_path: Path) -> None:
     worker = Worker()
     folder, digest = saved(tmp_path / "one", 1)
-    assert worker.align_tell_weights() == {"version": None, "digest": None, "loads": 0}
+    assert worker.align_report_weights() == {"version": None, "digest": None, "loads": 0}
     told = getattr(worker, LOAD)(path=folder, version="run:1", digest=digest)
     assert (told["version"], told["digest"], told["loads"]) == ("run:1", digest, 1)
-    assert told == getattr(worker, TELL)(content=True)
+    assert told == getattr(worker, REPORT)(content=True)
     before = worker.model.weight.clone()
     other, _ = saved(tmp_path / "other", 2)
     with pytest.raises(ValueError, match="was announced"):
         worker.align_load_weights(other, "run:2", digest)
     assert torch.equal(worker.model.weight, before)
-    assert getattr(worker, TELL)(content=True) == told
+    assert getattr(worker, REPORT)(content=True) == told
 
 
 def test_a_load_by_anybody_else_shows(tmp_path: Path) -> None:
@@ -71,9 +71,9 @@ def test_a_load_by_anybody_else_shows(tmp_path: Path) -> None:
     folder, digest = saved(tmp_path / "one", 1)
     told = worker.align_load_weights(folder, "run:1", digest)
     worker.reload_weights(weights_path=folder)  # the very same weights: still nobody ordered it
-    assert worker.align_tell_weights(True) == told | {"loads": 2}
+    assert worker.align_report_weights(True) == told | {"loads": 2}
     worker.update_weights({})
-    assert worker.align_tell_weights()["loads"] == 3
+    assert worker.align_report_weights()["loads"] == 3
 
 
 def test_values_that_change_in_place_show(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_values_that_change_in_place_show(tmp_path: Path) -> None:
     folder, digest = saved(tmp_path / "one", 1)
     told = worker.align_load_weights(folder, "run:1", digest)
     worker.model.bias.data[0] += 1e-6
-    now = worker.align_tell_weights(True)
+    now = worker.align_report_weights(True)
     assert now["content"] != told["content"]
     assert now | {"content": told["content"]} == told
 
@@ -95,5 +95,5 @@ def test_weights_that_came_another_way_are_named() -> None:
 def test_vllms_worker_has_these_methods() -> None:
     """A renamed one would go uncounted."""
     worker = pytest.importorskip("vllm.v1.worker.gpu_worker").Worker
-    assert [name for name in DOORS if not hasattr(worker, name)] == []
+    assert [name for name in WEIGHT_METHODS if not hasattr(worker, name)] == []
     assert not {name for name in dir(WeightsKeeper) if not name.startswith("__")} & set(dir(worker))

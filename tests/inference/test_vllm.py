@@ -11,7 +11,7 @@ import pytest
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
-CHECKS = Path(__file__).parent / "vllm_checks.py"
+CHECKS = Path(__file__).parents[1] / "support" / "inference" / "vllm_checks.py"
 
 
 def test_engine(tiny_model: Path) -> None:

@@ -16,12 +16,12 @@ from align.config.runtime import EngineConfig, Runtime
 from align.config.tuning import AdaptersTuning, PromptTuning, PTuning, TuningBase
 from align.errors import UserError
 from align.inference.engine import open_engine
-from align.inference.vllm_adapters import why_not_here
+from align.inference.vllm_adapters import why_unsupported
 from align.models.loading import load_policy
 from align.models.render import render_prompt
 from tests.support.models.tuning.confident import confident_copy, saved
 
-CHECKS = Path(__file__).parent / "vllm_adapter_checks.py"
+CHECKS = Path(__file__).parents[1] / "support" / "inference" / "vllm_adapter_checks.py"
 HAS_VLLM = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 SEQUENTIAL = AdaptersTuning(position="sequential", size=8)
 
@@ -87,13 +87,13 @@ def test_the_transformers_engine_runs_a_stored_adapter(tiny_model: Path, tmp_pat
 
 def test_why_vllm_cannot_run_one(tiny_model: Path, tmp_path: Path) -> None:
     folder = saved(tiny_model, SEQUENTIAL, tmp_path / "out" / "model")
-    assert why_not_here(tiny_model, EngineConfig(), server=True) is None
-    assert why_not_here(folder, EngineConfig(name="vllm")) is None
-    compiled = why_not_here(folder, EngineConfig(name="vllm", compile=True))
+    assert why_unsupported(tiny_model, EngineConfig(), server=True) is None
+    assert why_unsupported(folder, EngineConfig(name="vllm")) is None
+    compiled = why_unsupported(folder, EngineConfig(name="vllm", compile=True))
     assert compiled is not None and "bottleneck 8 sequential" in compiled and "compiled" in compiled
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "olmo2"}), encoding="utf-8")
-    strange = why_not_here(folder, EngineConfig(name="auto"))
+    strange = why_unsupported(folder, EngineConfig(name="auto"))
     assert strange is not None and strange.endswith("which vLLM's olmo2 models have no place for")
 
 

@@ -31,7 +31,7 @@ def test_what_another_machine_is_given_opens_the_same_store_in_any_folder(
     monkeypatch.setenv("ALIGN_STORE", "s3://of/the-node")
     again = Opening(**given).open()
     assert again.root == tmp_path / "mine" and again.remote is not None
-    assert (again.lease, again.patience.seconds, again.remote.address) == (store.lease, 3.0, "s3://of/the-command")
+    assert (again.lease, again.retry.seconds, again.remote.address) == (store.lease, 3.0, "s3://of/the-command")
 
 
 def test_a_store_opened_without_a_word_is_given_with_the_settings_that_hold(tmp_path: Path) -> None:

@@ -83,8 +83,8 @@ def test_an_ensemble_is_counted_whole(store: Store) -> None:
 def test_runtime_changes_the_engine_s_part(store: Store) -> None:
     vllm = of(Pipeline(RAW).set("runtime.engine={name: vllm, cpu_kv_cache_gb: 2}"), store)
     assert {choice.memory.kv_cache for choice in vllm.choices} == {2 * 2**30}
-    assert {choice.memory.lent for choice in vllm.choices} == {"nothing"}
-    assert {choice.memory.lent for choice in of(Pipeline(RAW), store).choices} == {"cache"}
+    assert {choice.memory.released for choice in vllm.choices} == {"nothing"}
+    assert {choice.memory.released for choice in of(Pipeline(RAW), store).choices} == {"cache"}
 
 
 def test_what_is_not_here_is_not_guessed(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -207,7 +207,7 @@ TRAINED = {"model": "model", "data": "data", "learning_rate": 1e-3}
 
 def test_nodes_that_do_not_know_where_to_meet_are_refused_where_slurm_does_not_start_them(tmp_path: Path) -> None:
     pipeline = Pipeline({"name": "x", "runtime": {"launch": {"nodes": 2}}, "stages": {**SFT, "sft": TRAINED}}, "p.yaml")
-    with pytest.raises(UserError, match="launch, for stage 'sft': nodes is 2, .* where to meet.*--on slurm"):
+    with pytest.raises(UserError, match="launch, for stage 'sft': nodes is 2, .* find each other.*--on slurm"):
         run_pipeline(pipeline, store=tmp_path / "store")
 
 
@@ -216,7 +216,7 @@ def test_nodes_that_do_not_know_where_to_meet_are_refused_where_slurm_does_not_s
     [
         ({"launch": {"processes": 0}}, {}, "runtime.launch.processes: should be at least 1, or auto; found 0"),
         ({"launch": {"strategy": "fdsp2"}}, {}, "Did you mean 'fsdp2'?"),
-        ({"launch": {"fsdp": {"offload": True}}}, {}, "fsdp is read with `strategy: fsdp2` only"),
+        ({"launch": {"fsdp": {"offload": True}}}, {}, "fsdp is used with `strategy: fsdp2` only"),
         (
             {"stages": {"data": {"launch": {"processes": 2}}}},
             {},
@@ -242,7 +242,7 @@ def test_nodes_that_do_not_know_where_to_meet_are_refused_where_slurm_does_not_s
         (
             {"launch": {"processes": 2, "strategy": "fsdp2"}},
             {"tuning": {"method": "full", "unfreeze": {"at": {0: 1}}}},
-            "unfreeze and lisa open and close weights on the way, which strategy fsdp2 cannot share out; take ddp.",
+            "lisa freeze and unfreeze weights during training, which strategy fsdp2 cannot shard; take ddp.",
         ),
     ],
 )

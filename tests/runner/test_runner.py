@@ -13,38 +13,13 @@ import pytest
 
 from align import Pipeline
 from align.errors import StageFailed, UserError
-from align.pipeline.pipeline import Node
-from align.runner.listener import Listener
 from align.runner.plan import plan
 from align.runner.runner import run_pipeline
 from align.runner.subprocess import seconds_of_attempts
-from align.store.artifacts import Artifact
 from align.store.store import Store
 from tests.support import toy
 from tests.support.records import change_record
-
-
-class Recorder(Listener):
-    def __init__(self) -> None:
-        self.said: list[tuple[str, Any]] = []
-
-    def stage_cached(self, node: Node, artifact: Artifact) -> None:
-        self.said.append(("cached", node.name))
-
-    def stage_started(self, node: Node, folder: Path, resumed: bool) -> None:
-        self.said.append(("resumed" if resumed else "started", node.name))
-
-    def stage_event(self, node: Node, event: dict[str, Any]) -> None:
-        self.said.append((event["event"], event.get("done", event.get("step"))))
-
-    def waiting(self, node: Node, holder: str) -> None:
-        self.said.append(("waits", holder))
-
-    def transfer(self, message: str) -> None:
-        self.said.append(("transfer", message))
-
-    def warning(self, message: str) -> None:
-        self.said.append(("warning", message))
+from tests.support.runs import Recorder, wait_for
 
 
 @pytest.fixture
@@ -263,13 +238,6 @@ def test_a_killed_runner_takes_its_stage_along(store: Path, tmp_path: Path) -> N
     before = len(list(store.glob("number/*.partial/checkpoints/*")))
     time.sleep(0.9)
     assert len(list(store.glob("number/*.partial/checkpoints/*"))) == before
-
-
-def wait_for(condition: Any, seconds: float = 20) -> None:
-    end = time.time() + seconds
-    while not condition():
-        assert time.time() < end, "nothing happened"
-        time.sleep(0.05)
 
 
 def test_the_store_can_be_moved(store: Path, tmp_path: Path) -> None:

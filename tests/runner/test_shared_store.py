@@ -23,53 +23,15 @@ from align import Pipeline
 from align.errors import StageFailed
 from align.runner.runner import run_pipeline
 from align.store import store as store_module
-from align.store.artifacts import Artifact
-from align.store.retry import Patience, StoreUnreachable, is_unreachable
+from align.store.retry import Retry, StoreUnreachable, is_unreachable
 from align.store.store import Store
-from tests.runner.test_runner import Recorder, wait_for
 from tests.support import toy
-from tests.support.records import record_of
-
-RUNNER = """
-import json, sys
-from pathlib import Path
-from align import locking
-if sys.argv[1]:
-    locking._machine = lambda: sys.argv[1]
-from align import Pipeline
-from tests.runner.test_runner import Recorder
-recorder = Recorder()
-run = Pipeline(json.loads(sys.argv[2])).run(store=sys.argv[3], listener=recorder)
-print(json.dumps({"ran": run.ran, "said": recorder.said}))
-"""
-
-
-def start(raw: dict[str, Any], store: Path, machine: str = "") -> subprocess.Popen[str]:
-    """A runner as a process, on this machine or one that is called otherwise."""
-    command = [sys.executable, "-c", RUNNER, machine, json.dumps(raw), str(store)]
-    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-
-
-def outcome(process: subprocess.Popen[str]) -> dict[str, Any]:
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    return json.loads(out)
+from tests.support.runs import Recorder, outcome, published, start, wait_for
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
     return tmp_path / "store"
-
-
-def published(store: Store) -> Artifact:
-    """An artifact as a runner publishes it, without one."""
-    output = store.partial("number", "a" * 64) / "output"
-    output.mkdir(parents=True)
-    (output / "number.txt").write_text("1")
-    record = record_of(stage="one")
-    with store.lock("number", "a" * 64, lambda _: None) as hold:
-        return store.publish(output, record, hold)
 
 
 def leased(seconds: float, **changes: dict[str, Any]) -> dict[str, Any]:
@@ -162,7 +124,7 @@ def test_a_record_that_this_machine_still_believes_missing_is_looked_for_again(
     raw = toy.pipeline(one={"pause": 0.4})
     other = start(raw, store)
     wait_for(lambda: list(store.glob("number/*.partial/checkpoints/step-0")), 60)
-    read, forget, stale = Store._read, store_module.forget_cached, [True]
+    read, forget, stale = Store._read, store_module.drop_nfs_cache, [True]
     key = Pipeline(raw).nodes["one"].key
 
     def cached(self: Store, folder: Path, stage: str = "") -> Any:
@@ -173,7 +135,7 @@ def test_a_record_that_this_machine_still_believes_missing_is_looked_for_again(
         stale[0] = False
 
     monkeypatch.setattr(Store, "_read", cached)
-    monkeypatch.setattr(store_module, "forget_cached", look)
+    monkeypatch.setattr(store_module, "drop_nfs_cache", look)
     recorder = Recorder()
     run_pipeline(Pipeline(raw), store=store, only="one", listener=recorder)
     assert ("cached", "one") in recorder.said
@@ -218,7 +180,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 PLACES = [
-    ("align.store.store", "write_sealed", errno.EIO), ("align.store.store", "output_digests", errno.ESTALE),
+    ("align.store.runs", "write_sealed", errno.EIO), ("align.store.store", "output_digests", errno.ESTALE),
     ("align.store.store", "sync_folder", errno.ETIMEDOUT), ("align.store.claims", "_write_new", errno.ENOTCONN),
     ("align.runner.run_stage", "StageRun._copy_logs", errno.EHOSTDOWN),
     ("align.runner.run_stage", "StageRun._prepare_partial", errno.EHOSTUNREACH),
@@ -247,7 +209,8 @@ def test_a_store_that_stays_away_ends_the_run_and_the_next_one_continues(
     recorder = Recorder()
     with monkeypatch.context() as patched:
         patched.setattr("align.store.store.output_digests", failing(10**6, errno.ESTALE, lambda _: {}))
-        with pytest.raises(StoreUnreachable, match=r"could not be reached for 0 s .*Stale.*run again when"):
+        message = r"could not be reached for 0 s .*Stale.*run again when .*runtime\.store\.patience"
+        with pytest.raises(StoreUnreachable, match=message):
             run_pipeline(Pipeline(raw), store=store, listener=recorder)
     assert len([text for what, text in recorder.said if what == "warning" and "does not answer" in text]) == 1
     again = Recorder()
@@ -261,7 +224,7 @@ def test_errors_that_do_not_pass_are_not_waited_for(tmp_path: Path) -> None:
 
     began = time.monotonic()
     with pytest.raises(PermissionError):
-        Patience(tmp_path, 60).keep_trying(refused)
+        Retry(tmp_path, 60).call(refused)
     assert time.monotonic() - began < 30
 
 

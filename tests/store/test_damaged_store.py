@@ -19,9 +19,9 @@ from align.runner.plan import plan
 from align.runner.runner import run_pipeline
 from align.store.events import read_events
 from align.store.store import Store
-from tests.runner.test_runner import Recorder
 from tests.support import toy
 from tests.support.damage import DAMAGES, ask, damaged, files_of, is_part_of_a_result, unnamed_damages
+from tests.support.runs import Recorder
 
 SMOKE = "pipelines/smoke.yaml"
 REPORTED = ("record.json", "scorecard.json", "samples.jsonl", "ledger.json", "model.safetensors", "smoke.json")

@@ -17,12 +17,13 @@ from align.errors import UserError
 from align.runner import runner
 from align.runner.runner import run_pipeline
 from align.store import leases
+from align.store.claims import FolderClaims
+from align.store.garbage import delete_garbage, find_garbage
 from align.store.leases import LEASES, USES
-from align.store.locks import FolderClaims, Lock
+from align.store.locks import Lock
 from align.store.store import Store
-from tests.runner.test_runner import wait_for
-from tests.runner.test_shared_store import start
 from tests.support import toy
+from tests.support.runs import start, wait_for
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def test_a_damaged_file_about_a_run_keeps_everything(
     about.write_bytes(about.read_bytes()[:100] if damage is None else damage)
     assert gc(store) == 2
     said = capsys.readouterr().err
-    assert f"{about}: damaged: it" in said and "everything is kept" in said
+    assert f"{about}: damaged: it" in said and "nothing is deleted" in said
     assert len(Store.open(store).all()) == 3
     run_pipeline(Pipeline(toy.pipeline()), store=store)  # the remedy
     assert gc(store) == 0
@@ -123,7 +124,7 @@ def far_run(store: Path, seconds: float) -> Path:
     }
     claims = FolderClaims(folder)
     claims.prepare()
-    claims.make(1, json.dumps(claim).encode().ljust(1024))
+    claims.create(1, json.dumps(claim).encode().ljust(1024))
     key = Pipeline(toy.pipeline()).nodes["one"].key
     from align.store.json_files import write_sealed
 
@@ -136,8 +137,8 @@ def test_the_lease_of_a_machine_that_died_ends(store: Path) -> None:
     run_pipeline(Pipeline(toy.pipeline()), store=store, only="one")
     run_pipeline(Pipeline(toy.pipeline(one={"number": 9})), store=store, only="one")
     folder = far_run(store, 3.0)
-    assert Store.open(store).garbage() == []
-    assert len(Store.open(store, lease=3).delete_garbage()) == 1
+    assert find_garbage(Store.open(store)) == []
+    assert len(delete_garbage(Store.open(store, lease=3))) == 1
     assert not folder.exists()
 
 
@@ -172,7 +173,7 @@ def test_no_run_begins_while_gc_deletes(store: Path, monkeypatch: pytest.MonkeyP
 
     thread = threading.Thread(target=run)
     monkeypatch.setattr(Store, "delete", slowly)
-    assert list(opened.delete_garbage().values()) == [True]
+    assert list(delete_garbage(opened).values()) == [True]
     thread.join()
     assert order == ["deleted", "made"]
     assert len(opened.all()) == 1
@@ -219,13 +220,13 @@ def test_a_lease_that_could_not_be_written_holds_nothing(store: Path, monkeypatc
         with pytest.raises(OSError, match="No space"), opened.use("toy", {}, {}):
             pass
     assert not list((store / LEASES).iterdir())
-    assert opened.delete_garbage() == {}
+    assert delete_garbage(opened) == {}
 
 
 def test_a_run_that_waits_until_gc_is_done_says_so(store: Path) -> None:
     opened, said = Store.open(store), []
-    opened.patience.say = lambda text: (said.append(text), hold.release())
-    hold = Lock(store / "locks" / "gc").acquire(lambda _: None, opened.patience)
+    opened.retry.log = lambda text: (said.append(text), hold.release())
+    hold = Lock(store / "locks" / "gc").acquire(lambda _: None, opened.retry)
     with opened.use("toy", {}, {}):
         pass
     assert len(said) == 1 and "waits until `align gc`" in said[0]
@@ -248,9 +249,9 @@ def test_gc_looks_past_what_its_machine_remembers_of_the_folders_where_runs_begi
             (hidden / name).mkdir(parents=True)
             for path in (store / name).iterdir():
                 path.rename(hidden / name / path.name)
-        monkeypatch.setattr("align.store.store.forget_cached", show)
-        assert len(opened.garbage()) == 1
-        assert opened.delete_garbage() == {}
+        monkeypatch.setattr("align.store.store.drop_nfs_cache", show)
+        assert len(find_garbage(opened)) == 1
+        assert delete_garbage(opened) == {}
     assert len(opened.all()) == 1
 
 
@@ -258,6 +259,6 @@ def test_a_damaged_claim_is_held_by_somebody_unknown(tmp_path: Path) -> None:
     for content in (b"[]", b'{"pid": "x"}', b'{"released": 1}', b'{"lease": null}', b"\xff", b""):
         claims = FolderClaims(tmp_path / content.hex())
         claims.prepare()
-        claims.make(1, content)
+        claims.create(1, content)
         lock = Lock(claims)
         assert lock.is_held() and lock.holder() is None

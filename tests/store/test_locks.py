@@ -18,23 +18,23 @@ import pytest
 from align.store import claims, locks
 from align.store.claims import FolderClaims
 from align.store.locks import Lease, Lock, LockLost, describe
-from align.store.retry import Patience
+from align.store.retry import Retry
 
 SHORT = Lease(seconds=1.0, every=0.1)
 ELSEWHERE = """
 import sys, time
 from pathlib import Path
-from align import locking
-from align.store.retry import Patience
-locking._machine = lambda: "another machine"
+from align.store import locks
+from align.store.retry import Retry
+locks._machine = lambda: "another machine"
 folder = Path(sys.argv[1])
-hold = locking.Lock(folder, locking.Lease(float(sys.argv[2]), 0.1)).acquire(lambda holder: None, Patience(folder))
+hold = locks.Lock(folder, locks.Lease(float(sys.argv[2]), 0.1)).acquire(lambda holder: None, Retry(folder))
 print("held", flush=True)
 sys.stdin.readline()
 try:
     hold.confirm()
     print("still held", flush=True)
-except locking.LockLost as lost:
+except locks.LockLost as lost:
     print(lost, flush=True)
 hold.release()
 """
@@ -79,7 +79,7 @@ def elsewhere(folder: Path) -> Iterator[Callable[[float], Holder]]:
 
 
 def take(lock: Lock) -> locks.Hold:
-    return lock.acquire(lambda holder: None, Patience(Path(), 5))
+    return lock.acquire(lambda holder: None, Retry(Path(), 5))
 
 
 def claim_of_elsewhere(folder: Path, number: int = 1, **changes: object) -> Path:
@@ -107,10 +107,10 @@ def test_one_holds_it_at_a_time_and_numbers_grow(folder: Path) -> None:
 def test_processes_never_hold_it_together(folder: Path, tmp_path: Path) -> None:
     script = (
         "import sys, time\nfrom pathlib import Path\nfrom align.store.locks import Lock\n"
-        "from align.store.retry import Patience\n"
+        "from align.store.retry import Retry\n"
         "folder, count = Path(sys.argv[1]), Path(sys.argv[2])\n"
         "for _ in range(10):\n"
-        "    hold = Lock(folder).acquire(lambda holder: None, Patience(folder))\n"
+        "    hold = Lock(folder).acquire(lambda holder: None, Retry(folder))\n"
         "    value = int(count.read_text())\n    time.sleep(0.002)\n    count.write_text(str(value + 1))\n"
         "    hold.release()\n"
     )
@@ -123,7 +123,7 @@ def test_processes_never_hold_it_together(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_holder_of_this_machine_that_was_killed_keeps_nothing(folder: Path) -> None:
-    script = ELSEWHERE.replace('locking._machine = lambda: "another machine"', "")
+    script = ELSEWHERE.replace('locks._machine = lambda: "another machine"', "")
     process = subprocess.Popen(
         [sys.executable, "-c", script, str(folder), "1000"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()},
@@ -145,7 +145,7 @@ def test_a_machine_that_died_keeps_it_for_its_lease(folder: Path) -> None:
     lock, told = Lock(folder, SHORT), []
     began = time.monotonic()
     assert lock.try_acquire() is None
-    hold = lock.acquire(told.append, Patience(folder))
+    hold = lock.acquire(told.append, Retry(folder))
     assert time.monotonic() - began >= 1.0
     assert told == ["process 7 on far"]
     assert hold.after_silence
@@ -153,7 +153,7 @@ def test_a_machine_that_died_keeps_it_for_its_lease(folder: Path) -> None:
 
 
 def test_whether_a_holder_lives_is_found_by_watching(folder: Path, elsewhere: Callable[[float], Holder]) -> None:
-    patience = Patience(Path(), 5)
+    patience = Retry(Path(), 5)
     here = take(Lock(folder))
     began = time.monotonic()
     assert Lock(folder).holder_lives(patience)
@@ -280,13 +280,13 @@ def test_of_many_that_find_it_lost_one_gets_it(folder: Path) -> None:
 
 def test_who_looked_long_ago_takes_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     claim_of_elsewhere(folder, 1, released=True)
-    late, seen = Lock(folder), Lock(folder)._top()
+    late, seen = Lock(folder), Lock(folder)._highest()
     for _ in range(2):
         take(Lock(folder)).release()
     holder = take(Lock(folder))
     assert [path.name for path in folder.iterdir()] == ["4"]
     with monkeypatch.context() as patched:
-        patched.setattr(late, "_top", lambda: seen)  # it goes on from what it saw then, and number 2 is free again
+        patched.setattr(late, "_highest", lambda: seen)  # it goes on from what it saw then, and number 2 is free again
         assert late.try_acquire() is None
     holder.confirm()
     assert [path.name for path in folder.iterdir()] == ["4"]
@@ -315,7 +315,7 @@ def test_without_links_a_claim_is_still_one_askers(folder: Path, monkeypatch: py
     monkeypatch.setattr(os, "link", refuse)
     hold = take(Lock(folder))
     assert Lock(folder).try_acquire() is None
-    assert not claims._make_alone(folder / "1", b"{}")
+    assert not claims._create_without_link(folder / "1", b"{}")
     hold.release()
     take(Lock(folder)).release()
 

@@ -19,15 +19,13 @@ from align.runner.plan import plan
 from align.runner.runner import run_pipeline
 from align.store import remote as remote_module
 from align.store.locks import Lease, Lock
-from align.store.object_store import Bucket
-from align.store.remote import BucketClaims, Remote
-from align.store.retry import Patience
+from align.store.object_store import Bucket, BucketClaims
+from align.store.retry import Retry
 from align.store.sealed import seal
 from align.store.store import Store
-from tests.runner.test_runner import Recorder
-from tests.runner.test_shared_store import published
 from tests.support import toy
 from tests.support.records import record_of
+from tests.support.runs import Recorder, published
 from tests.support.s3_server import SECRET, Server
 
 
@@ -38,8 +36,8 @@ def raw(address: str | None, folder: Path | None = None, **changes: Any) -> dict
 
 def at(folder: Path, address: str) -> Store:
     """A store with its remote, opened as by another machine."""
-    store = Store.open(folder, lease=2, patience=1)
-    store.remote = Remote(store, address)
+    store = Store.open(folder, lease=2, retry_seconds=1)
+    store.connect(address)
     return store
 
 
@@ -154,7 +152,7 @@ def test_an_upload_that_was_killed_is_never_seen_as_done_and_goes_on(
     other = at(tmp_path / "b", address)
     assert len(other.remote.bucket.sizes("number")) == 2
     assert other.remote.find("number", "a" * 64) is None
-    assert other.remote.fetch("number", "a" * 64) is None
+    assert other.fetch("number", "a" * 64) is None
     upload, uploaded = Bucket.upload, []
 
     def counted(self: Bucket, path: str, file: Path) -> None:
@@ -164,7 +162,7 @@ def test_an_upload_that_was_killed_is_never_seen_as_done_and_goes_on(
     monkeypatch.setattr(Bucket, "upload", counted)
     assert store.remote.push(artifact)
     assert uploaded == ["2.bin", "3.bin"]
-    fetched = other.remote.fetch("number", "a" * 64)
+    fetched = other.fetch("number", "a" * 64)
     assert fetched is not None and fetched.record == artifact.record
 
 
@@ -185,10 +183,10 @@ def test_a_fetch_that_was_cut_off_is_never_seen_as_done_and_goes_on(
     monkeypatch.setattr(Bucket, "get_range", cut_off)
     other = at(tmp_path / "b", address)
     with pytest.raises(KeyboardInterrupt):
-        other.remote.fetch("number", "a" * 64)
+        other.fetch("number", "a" * 64)
     assert other.find("number", "a" * 64) is None
     assert other.all() == []
-    fetched = at(tmp_path / "b", address).remote.fetch("number", "a" * 64)
+    fetched = at(tmp_path / "b", address).fetch("number", "a" * 64)
     assert asked[6:8] == [("1.bin", 2 << 18)] * 2
     assert len(asked) == 4 * 4 + 1
     assert not other.problems(fetched, thorough=True)
@@ -229,7 +227,7 @@ def test_a_record_that_leads_elsewhere_is_refused(tmp_path: Path, address: str, 
     record = published(store).record
     store.remote.bucket.put("number/" + "a" * 12 + "/record.json", json.dumps(seal({**record, **change})).encode())
     with pytest.raises(UserError, match=r"record\.json: damaged: it .* Delete that object"):
-        at(tmp_path / "b", address).remote.fetch("number", "a" * 64)
+        at(tmp_path / "b", address).fetch("number", "a" * 64)
     assert not list(tmp_path.rglob("evil"))
 
 
@@ -288,7 +286,7 @@ def test_of_two_machines_that_made_the_same_one_publishes(tmp_path: Path, addres
     two.record["created"] = "2026-01-02"
     assert first.remote.push(one)
     assert not second.remote.push(two)
-    third = at(tmp_path / "c", address).remote.fetch("number", "a" * 64)
+    third = at(tmp_path / "c", address).fetch("number", "a" * 64)
     assert third is not None and third.record["created"] == "2026-01-01"
 
 
@@ -296,7 +294,7 @@ def test_of_two_machines_that_made_the_same_one_publishes(tmp_path: Path, addres
 
 
 def test_a_lock_in_a_bucket_is_held_by_one_and_lost_after_its_lease(address: str) -> None:
-    bucket, patience = Bucket(address), Patience(address, 5)
+    bucket, patience = Bucket(address), Retry(address, 5)
     claims = BucketClaims(bucket, "locks/sft-0123")
     hold = Lock(claims, Lease(1.0, 0.2)).acquire(lambda _: None, patience)
     waiter = Lock(claims, Lease(1.0, 0.2))
@@ -317,7 +315,7 @@ def test_a_lock_in_a_bucket_is_held_by_one_and_lost_after_its_lease(address: str
 
 
 def test_two_machines_make_each_stage_once(tmp_path: Path, address: str) -> None:
-    from tests.runner.test_shared_store import outcome, start
+    from tests.support.runs import outcome, start
 
     both = [start(raw(address, one={"pause": 0.2}), tmp_path / name, name) for name in ("here", "there")]
     results = [outcome(process) for process in both]
@@ -391,14 +389,14 @@ def test_a_server_that_restarts_is_waited_for(tmp_path: Path, address: str, serv
     import threading
 
     store = at(tmp_path / "a", address)
-    store.patience.seconds = 120
+    store.retry.seconds = 120
     artifact = published(store)
     server.stop()
     again = threading.Timer(1.0, server.start)
     again.start()
     assert store.remote.push(artifact)
     again.join()
-    assert at(tmp_path / "b", address).remote.fetch("number", "a" * 64) is not None
+    assert at(tmp_path / "b", address).fetch("number", "a" * 64) is not None
 
 
 # ---- commands -------------------------------------------------------------------------------------------------------
@@ -412,7 +410,7 @@ def test_what_is_where_is_listed_fetched_on_use_and_pushed(
     monkeypatch.chdir(tmp_path)
     artifact = published(Store.open(Path("store")))
     assert main(["push", "--store", "store"]) == 2
-    assert "no bucket is named" in capsys.readouterr().err
+    assert "the store has no bucket" in capsys.readouterr().err
     assert main(["list", "--store", address]) == 0
     assert " here " in capsys.readouterr().out
     assert main(["push", "aaaa", "--store", address]) == 0
@@ -427,7 +425,7 @@ def test_what_is_where_is_listed_fetched_on_use_and_pushed(
     assert main(["list"]) == 0
     assert " bucket " in capsys.readouterr().out
     assert main(["show", "aaaa", "--verify"]) == 0
-    assert "every digest agrees" in capsys.readouterr().out
+    assert "all digests agree" in capsys.readouterr().out
     assert Store.open(Path("store")).find("number", "a" * 64).record == artifact.record
     assert main(["show", "bbbb"]) == 2
     assert main(["gc", "--delete"]) == 0

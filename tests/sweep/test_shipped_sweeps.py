@@ -12,7 +12,7 @@ from align.config.yaml import load_yaml
 from align.errors import UserError
 from align.sweep.config import load_sweep
 from align.sweep.plan import Sweep
-from tests.pipeline.test_shipped_files import SWEEPS, keys, misspell, rename
+from tests.support.pipeline.misspelling import SWEEPS, keys, misspell, rename
 
 
 def test_all_are_there() -> None:

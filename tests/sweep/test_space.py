@@ -11,7 +11,7 @@ import yaml
 from align.errors import UserError
 from align.sweep.config import load_sweep
 from align.sweep.space import Range, changes_of, corner_draws, grid
-from tests.support.sweep import given
+from tests.support.sweep import toy_sweep
 
 
 def test_whole_numbers_are_those_of_a_whole_field(tmp_path: Path) -> None:
@@ -20,15 +20,15 @@ def test_whole_numbers_are_those_of_a_whole_field(tmp_path: Path) -> None:
         "stages.ppo.height": {"low": 0, "high": 1},  # written without a dot, but the field holds 0.5
         "stages.ppo.penalty": {"low": 1.0e-4, "high": 1, "log": True},
     }
-    steps, height, penalty = given.check(tmp_path, space=space).space
-    assert [one.whole for one in (steps, height, penalty)] == [True, False, False]
+    steps, height, penalty = toy_sweep.check(tmp_path, space=space).space
+    assert [dimension.is_integer for dimension in (steps, height, penalty)] == [True, False, False]
     assert steps.changes(2) == {"stages.one.steps": 2} and isinstance(steps.changes(2)["stages.one.steps"], int)
     assert height.changes(0.123456) == {"stages.ppo.height": 0.1235}
     assert Range("x", 0.0, 0.12345, False, False, None).changes(0.12345)["x"] == 0.12345  # never above the bound
 
 
 def test_choices_are_values_named_values_or_sets_of_changes(tmp_path: Path) -> None:
-    raw = given.pipeline()
+    raw = toy_sweep.pipeline()
     space = {
         "stages.ppo.steps": [4, 8],
         "seed": [1, 2],
@@ -37,7 +37,7 @@ def test_choices_are_values_named_values_or_sets_of_changes(tmp_path: Path) -> N
             "high": {"stages.ppo.kind": "b", "stages.ppo.height": 0.9},
         },
     }
-    sweep = given.check(tmp_path, raw, space=space)
+    sweep = toy_sweep.check(tmp_path, raw, space=space)
     draw = {"stages.ppo.steps": "4", "seed": "2", "way": "high"}
     assert changes_of(sweep.space, draw) == {
         "stages.ppo.steps": 4, "seed": 2, "stages.ppo.kind": "b", "stages.ppo.height": 0.9,
@@ -49,14 +49,14 @@ def test_choices_are_values_named_values_or_sets_of_changes(tmp_path: Path) -> N
         "model": {"source": "tiny"}, "data": {"recipe": "data_recipes/embedded.yaml"},
         "sft": {"model": "model", "data": "data", "learning_rate": 1e-3},
     }  # fmt: skip
-    tuned = given.check(tmp_path, {"name": "x", "stages": stages}, space=blocks, maximize="sft.test_loss_after")
+    tuned = toy_sweep.check(tmp_path, {"name": "x", "stages": stages}, space=blocks, maximize="sft.test_loss_after")
     assert tuned.pipeline_of({"stages.sft.tuning": "lora"}, 0).nodes["sft"].config.tuning.rank == 4
     assert set(tuned.shared) == {"model", "data"}
 
 
 def test_a_grid_is_every_combination_in_order(tmp_path: Path) -> None:
     space = {"stages.ppo.kind": ["a", "b"], "stages.ppo.height": {"low": 0.1, "high": 0.5, "step": 0.2}}
-    sweep = given.check(tmp_path, space=space, sampler="grid")
+    sweep = toy_sweep.check(tmp_path, space=space, sampler="grid")
     draws = [changes_of(sweep.space, draw) for draw in grid(sweep.space, "x")]
     assert [(one["stages.ppo.kind"], one["stages.ppo.height"]) for one in draws] == [
         ("a", 0.1), ("a", 0.3), ("a", 0.5), ("b", 0.1), ("b", 0.3), ("b", 0.5),
@@ -67,8 +67,8 @@ def test_a_grid_is_every_combination_in_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"maximize": "ppo.gold"}, "unknown key 'maximize'. Did you mean 'maximize'?"),
-        ({"maximize": None}, "nothing decides which trial is best; say `maximize: SYSTEM.METRIC`"),
+        ({"maximise": "ppo.gold"}, "unknown key 'maximise'. Did you mean 'maximize'?"),
+        ({"maximize": None}, "no objective decides which trial is best; write `maximize: SYSTEM.METRIC`"),
         ({"maximize": "gold"}, "'gold' is no objective; write SYSTEM.METRIC"),
         ({"maximize": "pop.gold"}, "'pop' is neither a stage nor one of the systems that the pipeline evaluates. Did"),
         ({"minimize": "ppo.gold"}, "'ppo.gold' is an objective twice"),
@@ -85,7 +85,7 @@ def test_a_grid_is_every_combination_in_order(tmp_path: Path) -> None:
         ({"space": {"stages.ppo.height": {"low": 0.1, "high": 1.0, "step": 3.0}}}, "step: should be above 0 and at"),
         ({"space": {"stages.ppo.height": 3}}, "should be a list of values, or a range"),
         ({"space": {"stages.ppo.height": []}}, "an empty list; write the values to try"),
-        ({"space": {"stages.ppo.height": [0.5, 0.5]}}, "0.5 stands there twice"),
+        ({"space": {"stages.ppo.height": [0.5, 0.5]}}, "0.5 is listed twice"),
         ({"space": {"stages.one.number": [5, 500]}}, "sweep.yaml: space.stages.one.number = 500: "),
         (
             {"space": {"w": {"a": {"stages.ppo.height": 1.0}, "b": {"stages.ppo.steps": 1}}}},
@@ -103,46 +103,46 @@ def test_a_grid_is_every_combination_in_order(tmp_path: Path) -> None:
 )
 def test_mistakes_are_found_before_anything_runs(change: dict[str, Any], expected: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
-        given.check(tmp_path, **change)
+        toy_sweep.check(tmp_path, **change)
     assert expected in str(caught.value)
 
 
 def test_a_pipeline_is_no_sweep(tmp_path: Path) -> None:
     file = tmp_path / "p.yaml"
-    file.write_text(yaml.safe_dump(given.pipeline()))
+    file.write_text(yaml.safe_dump(toy_sweep.pipeline()))
     with pytest.raises(UserError, match="a pipeline, not a sweep; `align run` runs it"):
         load_sweep(file)
 
 
 def test_what_no_choice_changes_is_shared(tmp_path: Path) -> None:
-    assert set(given.check(tmp_path).shared) == {"one"}
-    assert set(given.check(tmp_path, space={"stages.evaluate.spoilt": [True, False]}).shared) == {"one", "ppo"}
+    assert set(toy_sweep.check(tmp_path).shared) == {"one"}
+    assert set(toy_sweep.check(tmp_path, space={"stages.evaluate.spoilt": [True, False]}).shared) == {"one", "ppo"}
 
 
 def test_what_nothing_that_decides_needs_is_left_out(tmp_path: Path) -> None:
-    raw = given.pipeline()
+    raw = toy_sweep.pipeline()
     raw["stages"]["spare"] = {"stage": "tests.support.toy:NUMBER"}
-    raw["stages"]["other"] = {"stage": given.CARDS.path, "policies": ["spare"]}
+    raw["stages"]["other"] = {"stage": toy_sweep.CARDS.path, "policies": ["spare"]}
     raw["runtime"] = {"stages": {"one": {"threads": 2}, "spare": {"threads": 1}}}
-    sweep = given.check(tmp_path, raw)
+    sweep = toy_sweep.check(tmp_path, raw)
     trial = sweep.pipeline_of({"stages.ppo.height": 0.5}, 0)
     assert list(trial.nodes) == ["one", "ppo", "evaluate"] and trial.runtimes["one"].threads == 2
-    sweep = given.check(tmp_path, raw, space={"stages.ppo.height": [0.1]}, maximize="spare.number")
+    sweep = toy_sweep.check(tmp_path, raw, space={"stages.ppo.height": [0.1]}, maximize="spare.number")
     assert list(sweep.pipeline_of({"stages.ppo.height": "0.1"}, 0).nodes) == ["spare", "other"]
     prune = {"maximize": "one.loss", "start": 1}
-    sweep = given.check(tmp_path, raw, space={"stages.one.number": [1]}, maximize="spare.number", prune=prune)
+    sweep = toy_sweep.check(tmp_path, raw, space={"stages.one.number": [1]}, maximize="spare.number", prune=prune)
     assert list(sweep.pipeline_of({"stages.one.number": "1"}, 0).nodes) == ["one", "spare", "other"]
 
 
 def test_a_field_of_a_loop_is_varied_in_every_round(tmp_path: Path) -> None:
     stages = {
         "one": {"stage": "tests.support.toy:NUMBER"},
-        "again": {"stage": "loop", "rounds": 2, "stages": {"ppo": {"stage": given.CURVE.path, "number": "one"}}},
-        "evaluate": {"stage": given.CARDS.path, "policies": ["ppo-*"]},
+        "again": {"stage": "loop", "rounds": 2, "stages": {"ppo": {"stage": toy_sweep.CURVE.path, "number": "one"}}},
+        "evaluate": {"stage": toy_sweep.CARDS.path, "policies": ["ppo-*"]},
     }
     space = {"stages.again.rounds": [1, 2], "stages.ppo.height": {"low": 0, "high": 1}}
-    sweep = given.check(tmp_path, {"name": "x", "stages": stages}, space=space)
-    assert not sweep.space[1].whole
+    sweep = toy_sweep.check(tmp_path, {"name": "x", "stages": stages}, space=space)
+    assert not sweep.space[1].is_integer
     made = sweep.pipeline_of({"stages.again.rounds": "2", "stages.ppo.height": 0.25}, 0)
     nodes = made.nodes
     assert made.resolve("ppo") == "ppo-2", "the objective is the last round's"

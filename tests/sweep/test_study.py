@@ -14,7 +14,7 @@ import pytest
 from align.errors import UserError
 from align.store.store import Store
 from align.sweep.study import Study, Trial, TrialLost
-from tests.support.sweep import given
+from tests.support.sweep import toy_sweep
 
 SPACE: dict[str, Any] = {
     "stages.ppo.height": {"low": 0.0, "high": 1.0},
@@ -32,64 +32,64 @@ def finish(study: Study, most: int = 10**6) -> list[dict[str, Any]]:
     draws = []
     while len(draws) < most and (trial := study.next()) is not None:
         draws.append(trial.draw)
-        study.done(trial, value(trial))
+        study.complete(trial, value(trial))
     return draws
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random"])
 def test_an_interrupted_sweep_asks_for_the_same_trials(sampler: str, tmp_path: Path) -> None:
-    sweep = given.check(tmp_path, space=SPACE, trials=16, sampler=sampler, seed=5)
-    whole = finish(given.opened(sweep, tmp_path / "whole"))
+    sweep = toy_sweep.check(tmp_path, space=SPACE, trials=16, sampler=sampler, seed=5)
+    whole = finish(toy_sweep.opened(sweep, tmp_path / "whole"))
     parts: list[dict[str, Any]] = []
     for most in (3, 1, 8, 99):  # past TPE's ten random trials, too
-        parts += finish(given.opened(sweep, tmp_path / "parts"), most)
+        parts += finish(toy_sweep.opened(sweep, tmp_path / "parts"), most)
     assert parts == whole and len(whole) == 16
     assert len({one["stages.ppo.height"] for one in whole}) == 16, "no draw comes twice"
-    other = given.check(tmp_path, space=SPACE, trials=16, sampler=sampler, seed=6)
-    assert finish(given.opened(other, tmp_path / "other")) != whole
+    other = toy_sweep.check(tmp_path, space=SPACE, trials=16, sampler=sampler, seed=6)
+    assert finish(toy_sweep.opened(other, tmp_path / "other")) != whole
 
 
 def test_tpe_learns_where_random_does_not(tmp_path: Path) -> None:
     def late(sampler: str) -> float:
-        sweep = given.check(tmp_path, space=SPACE, trials=40, sampler=sampler)
-        draws = finish(given.opened(sweep, tmp_path / sampler))[20:]
+        sweep = toy_sweep.check(tmp_path, space=SPACE, trials=40, sampler=sampler)
+        draws = finish(toy_sweep.opened(sweep, tmp_path / sampler))[20:]
         return sum(float(one["stages.ppo.height"]) for one in draws) / len(draws)
 
     assert late("tpe") > 0.75 > 0.6 > late("random")
 
 
 def test_a_trial_that_nobody_runs_any_more_is_gone_on_with_under_its_number(tmp_path: Path) -> None:
-    sweep = given.check(tmp_path, space=SPACE, trials=3)
-    study = given.opened(sweep, tmp_path / "s")
+    sweep = toy_sweep.check(tmp_path, space=SPACE, trials=3)
+    study = toy_sweep.opened(sweep, tmp_path / "s")
     first = study.next()
     assert first is not None and not first.resumed
-    other = given.opened(sweep, tmp_path / "s")
+    other = toy_sweep.opened(sweep, tmp_path / "s")
     second = other.next()
     assert second is not None and second.number == 1, "the first one is being run"
     first.hold.release()  # as the end of its process does
     again = other.next()
     assert again is not None and (again.number, again.draw, again.resumed) == (0, first.draw, True)
-    other.done(again, [0.5])
-    assert [one.state for one in study.tried()] == ["done", "unfinished"]
-    assert study.tried()[0].values == [0.5]
+    other.complete(again, [0.5])
+    assert [one.state for one in study.trials()] == ["done", "unfinished"]
+    assert study.trials()[0].values == [0.5]
 
 
 ELSEWHERE = """
 import fcntl, json, sys, time
 from pathlib import Path
-from align import locking
-from tests.sweep import given
-locking._machine = lambda: sys.argv[1]
+from align.store import locks
+from tests.support.sweep import toy_sweep
+locks._machine = lambda: sys.argv[1]
 fcntl.flock = lambda *_: None  # as on a file system that keeps such locks on each machine
 folder, most = Path(sys.argv[2]), int(sys.argv[3])
 space = {"stages.ppo.height": [0.1 * n for n in range(8)]}
-sweep = given.check(folder / sys.argv[1], space=space, sampler="grid", trials=None)
-study = given.opened(sweep, folder / "store", lease=2.0)
+sweep = toy_sweep.check(folder / sys.argv[1], space=space, sampler="grid", trials=None)
+study = toy_sweep.opened(sweep, folder / "store", lease=2.0)
 while most and (trial := study.next()) is not None:
     print(trial.number, flush=True)
     most -= 1
     if most:
-        study.done(trial, [0.5])
+        study.complete(trial, [0.5])
 time.sleep(0 if most else 600)
 """
 
@@ -115,100 +115,101 @@ def test_the_trial_of_a_machine_that_died_is_gone_on_with_once_it_was_silent(tmp
     try:
         assert [int(worker.stdout.readline()) for _ in range(8)] == list(range(8))
         space = {"stages.ppo.height": [0.1 * n for n in range(8)]}
-        sweep = given.check(tmp_path, space=space, sampler="grid", trials=None)
-        study = given.opened(sweep, tmp_path / "store", lease=2.0)
+        sweep = toy_sweep.check(tmp_path, space=space, sampler="grid", trials=None)
+        study = toy_sweep.opened(sweep, tmp_path / "store", lease=2.0)
         assert study.next() is None, "the other shows that it lives"
     finally:
         worker.kill()
         worker.wait()
     found = study.next()
     assert found is not None and (found.number, found.resumed) == (7, True)
-    study.done(found, [0.7])
-    assert study.next() is None and {one.state for one in study.tried()} == {"done"}
+    study.complete(found, [0.7])
+    assert study.next() is None and {one.state for one in study.trials()} == {"done"}
 
 
 def test_a_worker_whose_trial_was_taken_over_tells_nothing_of_it(tmp_path: Path) -> None:
-    sweep = given.check(tmp_path, space=SPACE, trials=1)
-    first, second = given.opened(sweep, tmp_path / "s"), given.opened(sweep, tmp_path / "s")
+    sweep = toy_sweep.check(tmp_path, space=SPACE, trials=1)
+    first, second = toy_sweep.opened(sweep, tmp_path / "s"), toy_sweep.opened(sweep, tmp_path / "s")
     trial = first.next()
     assert trial is not None
     claim = trial.hold.claims
-    claim.make(trial.hold.number + 1, claim.read(trial.hold.number))  # as another does after this one's silence
+    claim.create(trial.hold.number + 1, claim.read(trial.hold.number))  # as another does after this one's silence
     with pytest.raises(TrialLost, match="was taken by process"):
-        first.done(trial, [0.9])
-    assert second.tried()[0].state == "unfinished"
+        first.complete(trial, [0.9])
+    assert second.trials()[0].state == "unfinished"
 
 
 def test_a_trial_that_died_before_it_was_drawn_is_drawn_as_it_would_have_been(tmp_path: Path) -> None:
-    sweep = given.check(tmp_path, space=SPACE, trials=2)
-    expected = finish(given.opened(sweep, tmp_path / "whole"))
-    study = given.opened(sweep, tmp_path / "s")
+    sweep = toy_sweep.check(tmp_path, space=SPACE, trials=2)
+    expected = finish(toy_sweep.opened(sweep, tmp_path / "whole"))
+    study = toy_sweep.opened(sweep, tmp_path / "s")
     study._study.ask()  # no parameters yet
-    found = given.opened(sweep, tmp_path / "s").next()
+    found = toy_sweep.opened(sweep, tmp_path / "s").next()
     assert found is not None and found.resumed and found.draw == expected[0]
 
 
 def test_a_grid_is_run_in_order_and_more_of_it_later(tmp_path: Path) -> None:
     space = {"stages.ppo.kind": ["a", "b"], "stages.ppo.height": [0.2, 0.4]}
-    some = given.check(tmp_path, space=space, sampler="grid", trials=3)
-    heights = [(one["stages.ppo.kind"], one["stages.ppo.height"]) for one in finish(given.opened(some, tmp_path / "s"))]
+    some = toy_sweep.check(tmp_path, space=space, sampler="grid", trials=3)
+    draws = finish(toy_sweep.opened(some, tmp_path / "s"))
+    heights = [(draw["stages.ppo.kind"], draw["stages.ppo.height"]) for draw in draws]
     assert heights == [("a", "0.2"), ("a", "0.4"), ("b", "0.2")]
-    whole = given.check(tmp_path, space=space, sampler="grid", trials=None)
-    assert [list(one.values()) for one in finish(given.opened(whole, tmp_path / "s"))] == [["b", "0.4"]]
-    assert given.opened(whole, tmp_path / "s").next() is None
+    whole = toy_sweep.check(tmp_path, space=space, sampler="grid", trials=None)
+    assert [list(one.values()) for one in finish(toy_sweep.opened(whole, tmp_path / "s"))] == [["b", "0.4"]]
+    assert toy_sweep.opened(whole, tmp_path / "s").next() is None
 
 
 def test_a_failed_trial_of_part_of_a_grid_comes_again_and_not_the_rest_of_the_grid(tmp_path: Path) -> None:
     space = {"stages.ppo.kind": ["a", "b"], "stages.ppo.height": [0.2, 0.4]}
-    study = given.opened(given.check(tmp_path, space=space, sampler="grid", trials=2), tmp_path / "s")
+    study = toy_sweep.opened(toy_sweep.check(tmp_path, space=space, sampler="grid", trials=2), tmp_path / "s")
     first = study.next()
     assert first is not None
-    study.failed(first, error="no")
+    study.fail(first, error="no")
     assert len(finish(study)) == 1 and study.retry() == 1
     assert finish(study) == [first.draw]
 
 
 def test_a_trial_run_again_takes_no_new_ones_place(tmp_path: Path) -> None:
-    study = given.opened(given.check(tmp_path, space=SPACE, trials=2), tmp_path / "s")
+    study = toy_sweep.opened(toy_sweep.check(tmp_path, space=SPACE, trials=2), tmp_path / "s")
     first = study.next()
     assert first is not None
-    study.failed(first, error="no")
+    study.fail(first, error="no")
     assert study.retry() == 1
     again = finish(study)
     assert len(again) == 2 and again[0] == first.draw != again[1]
 
 
 def test_failed_trials_count_and_can_be_run_again(tmp_path: Path) -> None:
-    sweep = given.check(tmp_path, space=SPACE, trials=2)
-    study = given.opened(sweep, tmp_path / "s")
+    sweep = toy_sweep.check(tmp_path, space=SPACE, trials=2)
+    study = toy_sweep.opened(sweep, tmp_path / "s")
     first, second = study.next(), study.next()
     assert first is not None and second is not None
-    study.failed(first, error="no")
-    study.done(second, [0.1])
+    study.fail(first, error="no")
+    study.complete(second, [0.1])
     assert study.next() is None and study.best() == [1]
     assert study.retry() == 1 and study.retry() == 0
     again = study.next()
     assert again is not None and again.draw == first.draw and again.number == 2
-    study.done(again, [0.9])
+    study.complete(again, [0.9])
     assert study.next() is None and study.best() == [2]
 
 
 def test_two_objectives_have_a_front(tmp_path: Path) -> None:
-    sweep = given.check(tmp_path, space=SPACE, trials=3, minimize="ppo.kl")
-    study = given.opened(sweep, tmp_path / "s")
+    sweep = toy_sweep.check(tmp_path, space=SPACE, trials=3, minimize="ppo.kl")
+    study = toy_sweep.opened(sweep, tmp_path / "s")
     for values in ([0.5, 1.0], [0.9, 4.0], [0.4, 2.0]):
         trial = study.next()
         assert trial is not None
-        study.done(trial, values)
+        study.complete(trial, values)
     assert sorted(study.best()) == [0, 1]
 
 
 def test_another_sweep_of_the_same_name_is_refused_and_says_what_differs(tmp_path: Path) -> None:
     folder = tmp_path / "s"
-    sweep = given.check(tmp_path, space=SPACE, trials=2)
-    finish(given.opened(sweep, folder))
-    finish(given.opened(given.check(tmp_path, space=SPACE, trials=4, workers=2), folder))
-    raw = given.pipeline()
+    sweep = toy_sweep.check(tmp_path, space=SPACE, trials=2)
+    finish(toy_sweep.opened(sweep, folder))
+    finish(toy_sweep.opened(toy_sweep.check(tmp_path, space=SPACE, trials=4, workers=2), folder))
+    raw = toy_sweep.pipeline()
     raw["stages"]["one"]["number"] = 9
     for changes, part in [
         ({"space": {**SPACE, "stages.ppo.height": {"low": 0.0, "high": 2.0}}}, "another space,"),
@@ -217,37 +218,37 @@ def test_another_sweep_of_the_same_name_is_refused_and_says_what_differs(tmp_pat
         ({"raw": raw}, "another pipeline,"),
         ({"raw": raw, "minimize": "ppo.kl"}, "another objective and another pipeline,"),
     ]:
-        other = given.check(tmp_path, **{"space": SPACE, "trials": 2, **changes})
+        other = toy_sweep.check(tmp_path, **{"space": SPACE, "trials": 2, **changes})
         with pytest.raises(UserError, match=part):
-            given.opened(other, folder)
-    fresh = given.opened(given.check(tmp_path, raw, space=SPACE, trials=2), folder, fresh=True)
-    assert fresh.tried() == [] and (folder / "sweeps" / "sw" / "earlier-1" / "journal.log").is_file()
+            toy_sweep.opened(other, folder)
+    fresh = toy_sweep.opened(toy_sweep.check(tmp_path, raw, space=SPACE, trials=2), folder, fresh=True)
+    assert fresh.trials() == [] and (folder / "sweeps" / "sw" / "earlier-1" / "journal.log").is_file()
 
 
 def test_a_sweep_of_which_nothing_is_done_may_change(tmp_path: Path) -> None:
-    study = given.opened(given.check(tmp_path, space=SPACE, maximize="ppo.golld"), tmp_path / "s")
+    study = toy_sweep.opened(toy_sweep.check(tmp_path, space=SPACE, maximize="ppo.golld"), tmp_path / "s")
     trial = study.next()
     assert trial is not None
     study.release(trial)
-    assert given.opened(given.check(tmp_path, space=SPACE), tmp_path / "s").tried() == []
+    assert toy_sweep.opened(toy_sweep.check(tmp_path, space=SPACE), tmp_path / "s").trials() == []
 
 
 def test_successive_halving_ends_who_is_behind_at_a_rung(tmp_path: Path) -> None:
     prune = {"maximize": "ppo.score", "start": 2, "reduction": 2}
-    study = given.opened(given.check(tmp_path, space=SPACE, trials=4, prune=prune), tmp_path / "s")
+    study = toy_sweep.opened(toy_sweep.check(tmp_path, space=SPACE, trials=4, prune=prune), tmp_path / "s")
     ends = []
     for height in (1.0, 0.5, 2.0, 0.1):
         trial = study.next()
         assert trial is not None
-        ended = next((step for step in range(1, 9) if study.behind(trial, step, height * step)), None)
+        ended = next((step for step in range(1, 9) if study.should_prune(trial, step, height * step)), None)
         ends.append(ended)
         if ended is None:
-            study.done(trial, [height])
+            study.complete(trial, [height])
         else:
-            study.ended(trial)
+            study.prune(trial)
     # rungs at 2, 4, 8: the first has no rival; each later one must be in the better half of those that came as far
     assert ends == [None, 2, None, 2]
-    assert [one.state for one in study.tried()] == ["done", "ended early", "done", "ended early"]
+    assert [one.state for one in study.trials()] == ["done", "ended early", "done", "ended early"]
 
 
 def test_what_is_private_in_optuna_is_still_there() -> None:
@@ -259,21 +260,21 @@ def test_what_is_private_in_optuna_is_still_there() -> None:
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", "{", '{"seal": 1}'])
 def test_a_damaged_file_about_the_study_is_named(tmp_path: Path, content: str) -> None:
-    sweep = given.check(tmp_path, space=SPACE, trials=3)
-    about = given.opened(sweep, tmp_path / "s").folder / "sweep.json"
+    sweep = toy_sweep.check(tmp_path, space=SPACE, trials=3)
+    about = toy_sweep.opened(sweep, tmp_path / "s").folder / "sweep.json"
     about.write_text(content)
-    with pytest.raises(UserError, match=r"sweep\.json: damaged: it .*--fresh begins the sweep anew"):
-        given.opened(sweep, tmp_path / "s")
+    with pytest.raises(UserError, match=r"sweep\.json: damaged: it .*--fresh starts the sweep over"):
+        toy_sweep.opened(sweep, tmp_path / "s")
     Study.open(Store.open(tmp_path / "s"), sweep, fresh=True)
-    given.opened(sweep, tmp_path / "s")
+    toy_sweep.opened(sweep, tmp_path / "s")
 
 
 @pytest.mark.parametrize("line", ["[]", "{}", "{", '{"op_code": "x"}', '{"op_code": 4, "worker_id": "a"}'])
 def test_a_damaged_journal_is_named(tmp_path: Path, line: str) -> None:
-    sweep = given.check(tmp_path, space=SPACE, trials=3)
-    study = given.opened(sweep, tmp_path / "s")
+    sweep = toy_sweep.check(tmp_path, space=SPACE, trials=3)
+    study = toy_sweep.opened(sweep, tmp_path / "s")
     finish(study, 1)
     journal = study.folder / "journal.log"
     journal.write_text("\n".join([*journal.read_text().splitlines(), line, line, ""]))
     with pytest.raises(UserError, match=r"journal\.log: damaged: Optuna cannot read it"):
-        given.opened(sweep, tmp_path / "s")
+        toy_sweep.opened(sweep, tmp_path / "s")

@@ -15,14 +15,16 @@ from typing import Any
 import pytest
 
 from align.cli.main import main
+from align.store.garbage import find_garbage
 from align.store.store import Store
-from tests.support.sweep import given
+from tests.support.sweep import toy_sweep
 
+pytestmark = pytest.mark.usefixtures("stages_in_process")
 Said = pytest.CaptureFixture[str]
 
 
 def sweep(folder: Path, *words: str, raw: dict[str, Any] | None = None, **changes: Any) -> int:
-    file = given.write(folder, raw, **changes)
+    file = toy_sweep.write(folder, raw, **changes)
     return main(["sweep", file, "--store", str(folder / "store"), *words])
 
 
@@ -42,7 +44,7 @@ def test_trials_share_what_does_not_change_and_the_best_is_found(tmp_path: Path,
     store = Store.open(tmp_path / "store")
     kinds = [artifact.record["kind"] for artifact in store.all()]
     assert (kinds.count("number"), kinds.count("curve"), kinds.count("card")) == (1, 3, 3)
-    assert {"sw-0", "sw-1", "sw-2"} <= set(store.runs()) and store.garbage() == []
+    assert {"sw-0", "sw-1", "sw-2"} <= set(store.runs()) and find_garbage(store) == []
     # again: nothing runs, the same is said
     assert document(tmp_path, capsys, space=space, sampler="grid", trials=None)["trials"] == found["trials"]
 
@@ -98,11 +100,11 @@ def test_a_damaged_artifact_fails_its_own_trial_only(tmp_path: Path, capsys: Sai
 
 def test_what_failed_already_is_not_run_again_for_another_trial(tmp_path: Path, capsys: Said) -> None:
     space = {"stages.ppo.crash": [True, False], "stages.evaluate.spoilt": [False, True]}
-    raw = given.pipeline()
+    raw = toy_sweep.pipeline()
     found = document(tmp_path, capsys, raw=raw, space=space, sampler="grid", trials=3)
     notes = {row["number"]: row["note"] for row in found["trials"]}
     assert notes == {
-        2: "", 0: "ppo: RuntimeError: diverged", 1: "stage 'ppo' is the same as in trial 0, where it failed"
+        2: "", 0: "ppo: RuntimeError: diverged", 1: "stage 'ppo' failed in trial 0 with the same settings"
     }  # fmt: skip
 
 
@@ -110,12 +112,12 @@ def test_only_failures_end_with_1_and_a_shared_stage_that_fails_ends_the_sweep(t
     assert sweep(tmp_path, space={"stages.ppo.height": [0.1]}, set={"stages.ppo.crash": True}, trials=1) == 1
     said = capsys.readouterr()
     # ppo is the same in the one trial there is
-    assert "This stage is the same in every trial, so the sweep ends here." in said.err
-    raw = given.pipeline()
+    assert "Every trial has this stage, so the sweep ends here." in said.err
+    raw = toy_sweep.pipeline()
     raw["stages"]["one"]["crash"] = "bug"
     assert sweep(tmp_path, raw=raw, name="other", trials=3) == 1
     said = capsys.readouterr()
-    assert "stage 'one' failed: ValueError: a bug" in said.err and "the same in every trial" in said.err
+    assert "stage 'one' failed: ValueError: a bug" in said.err and "Every trial has this stage" in said.err
     assert "0 trials done" not in said.out
     both = {"stages.ppo.height": [0.1, 0.2]}
     assert sweep(tmp_path, name="third", space=both, set={"stages.ppo.crash": True}, trials=2) == 1
@@ -144,6 +146,20 @@ def test_trials_that_are_behind_are_ended(tmp_path: Path, capsys: Said) -> None:
     assert "prune: stage 'ppo' has no curve 'scores'. Did you mean 'score'?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("chooses", [False, True])
+def test_pruning_by_the_loss_on_held_out_rows_takes_those_that_the_stage_scores(
+    chooses: bool, tmp_path: Path, capsys: Said
+) -> None:
+    """A stage that chooses its checkpoint calls the curve ``validation_loss``."""
+    changes: dict[str, Any] = {
+        "space": {"stages.ppo.height": [0.9, 0.1, 1.0]}, "sampler": "grid", "trials": None,
+        "prune": {"minimize": "ppo.test_loss", "start": 2},
+        "set": {"stages.ppo.pause": 0.2, "stages.ppo.steps": 6, "stages.ppo.chooses": chooses},
+    }  # fmt: skip
+    found = document(tmp_path, capsys, **changes)
+    assert {row["number"]: row["state"] for row in found["trials"]} == {2: "done", 0: "done", 1: "ended early"}
+
+
 def start(file: str, store: Path, *words: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "align.cli.main", "sweep", file, "--store", str(store), *words]
     return subprocess.Popen(
@@ -166,7 +182,7 @@ def test_a_killed_sweep_goes_on_with_the_trial_and_its_checkpoints(
         "space": {"stages.ppo.height": {"low": 0, "high": 1}}, "trials": 1,
         "set": {"stages.ppo.pause": 0.5, "stages.ppo.steps": 3},
     }  # fmt: skip
-    file, store = given.write(tmp_path, **changes), tmp_path / "store"
+    file, store = toy_sweep.write(tmp_path, **changes), tmp_path / "store"
     process = start(file, store)
     wait_for(lambda: len(list(store.glob("curve/*.partial/checkpoints/step-*"))) >= 2)
     process.send_signal(number)
@@ -185,7 +201,7 @@ def stage(store: Path, run: str, name: str) -> tuple[str, str]:
 
 def test_workers_divide_the_trials_and_share_stages(tmp_path: Path, capsys: Said) -> None:
     space = {"stages.ppo.height": [0.1, 0.2, 0.3]}
-    file, store = given.write(tmp_path, space=space, sampler="grid", trials=None), tmp_path / "store"
+    file, store = toy_sweep.write(tmp_path, space=space, sampler="grid", trials=None), tmp_path / "store"
     process = start(file, store, "--workers", "2")
     out, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
@@ -199,7 +215,7 @@ def test_a_dry_run_says_what_is_shared_and_runs_nothing(tmp_path: Path, capsys: 
     assert sweep(tmp_path, "--dry-run") == 0
     said = capsys.readouterr().out
     assert "sw: 4 trials of" in said and "stages.ppo.height  0 to 1" in said
-    assert "made once for all trials: one\nmade in every trial: ppo, evaluate" in said
+    assert "run once for all trials: one\nrun in every trial: ppo, evaluate" in said
     store = Store.open(tmp_path / "store")
     assert store.all() == [] and store.runs() == {} and not (store.root / "sweeps").exists()
     assert sweep(tmp_path, "--dry-run", "--json", "--trials", "9") == 0
@@ -222,9 +238,9 @@ def test_mistakes_on_the_command_line(words: list[str], expected: str, tmp_path:
 
 
 def test_gpus_are_shared_out_where_there_is_one_for_each_worker() -> None:
-    from align.cli.sweep import _devices
+    from align.cli.sweep_worker import device_share
 
-    assert [_devices("0,1,2", at, 2) for at in range(2)] == [
+    assert [device_share("0,1,2", at, 2) for at in range(2)] == [
         {"CUDA_VISIBLE_DEVICES": "0,2"}, {"CUDA_VISIBLE_DEVICES": "1"},
     ]  # fmt: skip
-    assert _devices("0", 1, 2) == {} and _devices(None, 0, 2) == {}
+    assert device_share("0", 1, 2) == {} and device_share(None, 0, 2) == {}

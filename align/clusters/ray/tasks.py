@@ -1,6 +1,6 @@
-"""What a run's stages are on Ray: a task each, given the results of those it waits for.
+"""A run's stages as Ray tasks: one each, which gets the results of the tasks it waits for.
 
-A task says where it runs, and how it ended, in a file of the store, which every node must see. Never imports torch.
+A task writes where it runs, and how it ended, into a file of the store, which every node must see. Never imports torch.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from align.clusters.follow import Place, Said, read_note, write_note
+from align.clusters.follow import JobResult, JobState, read_note, write_note
 from align.clusters.threads import await_inputs, with_threads
 from align.config.scheduler import RayConfig
 from align.errors import StageFailed, UserError
-from align.inference import ray_client as client
+from align.inference import ray_client
 from align.pipeline.pipeline import Node, Pipeline
 from align.pipeline.stop_signal import Stopped, StopRequest, request_stop
 from align.runner.listener import Listener
@@ -29,8 +29,8 @@ from align.store.store import Store
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a task is given; plain values, so that any machine can read it."""
+class StageTask:
+    """Arguments of a task, as plain values that any machine can read."""
 
     raw: dict[str, Any]
     """The pipeline as parsed YAML, overrides set and loops written out."""
@@ -40,170 +40,205 @@ class Work:
     store: dict[str, Any]
     """Fields of ``align.runner.open_store.Opening``."""
     folder: str
-    """Where tasks say how they are."""
+    """Folder of the tasks' notes."""
     stage: str
     key: str
-    anew: bool = False
+    force: bool = False
+    """True when the stage runs although an artifact is there, the one created at ``replaces``."""
     replaces: str | None = None
     cores: int = 1
 
+    def write_note(self, result: JobResult) -> None:
+        """Write the task's state into its note."""
+        write_note(Path(self.folder) / f"{self.stage}.json", result)
 
-def make_stage(work: dict[str, Any], *after: str) -> str:
-    """The task: make one stage; ``done``, or what became of it. ``after`` are the results of the stages it reads."""
-    if any(status != "done" for status in after):
+
+def run_stage_task(fields: dict[str, Any], *input_statuses: str) -> str:
+    """Run one stage, as a Ray task; return ``done`` or another status.
+
+    ``fields`` are a ``StageTask``'s. ``input_statuses`` are the results of the tasks of its inputs: as arguments, they
+    make Ray wait for those tasks.
+    """
+    if any(status != "done" for status in input_statuses):
         return "skipped"
-    given = Work(**work)
+    task = StageTask(**fields)
     host = socket.gethostname()
-    folder = Path(given.store["folder"])
+    folder = Path(task.store["folder"])
     if not (folder / MARKER).is_file():
         return f"failed: node {host} does not see the store {folder}; all nodes must, under the same path."
-    os.chdir(given.base)
-    _say(given, Said("runs", host, node=client.own_node()))
-    said = _made(given)
-    _say(given, said)
-    return said.status
+    # Relative paths in the pipeline start where the command was given.
+    os.chdir(task.base)
+    task.write_note(JobResult("runs", host, node=ray_client.current_node()))
+    result = _run_stage(task)
+    task.write_note(result)
+    return result.status
 
 
-def _made(given: Work) -> Said:
-    store = Opening(**given.store).open()
+def _run_stage(task: StageTask) -> JobResult:
+    store = Opening(**task.store).open()
     log: Path | None = None
     try:
-        pipeline = with_threads(Pipeline(given.raw, given.where, Path(given.base), given.rounds), max(1, given.cores))
-        node = pipeline.nodes[given.stage]
-        if node.key != given.key:
+        pipeline = Pipeline(task.raw, task.where, Path(task.base), task.rounds)
+        pipeline = with_threads(pipeline, max(1, task.cores))
+        node = pipeline.nodes[task.stage]
+        # Refuse to publish under another key than the run waits for.
+        if node.key != task.key:
             raise UserError(
-                f"stage '{given.stage}' is another here than where the run began: a file that {given.where} names "
-                "differs. All nodes must see the same files."
+                f"stage '{task.stage}' has another key here than where the run started: a file that {task.where} "
+                "names differs. All nodes must see the same files."
             )
         log = store.partial(node.stage.kind, node.key) / LOG
         await_inputs(pipeline, node, store)
-        found = store.find_intact(node.stage.kind, node.key)
-        again = given.anew and (found is None or found.record["created"] == given.replaces)
+        # A forced stage whose node died is tried again: if the first try was published, it is done.
+        artifact = store.find_intact(node.stage.kind, node.key)
+        is_forced = task.force and (artifact is None or artifact.record["created"] == task.replaces)
         run_pipeline(
-            pipeline, store=store, only=node.name, rebuild=(node.name,) if again else (), listener=Listener(),
+            pipeline,
+            store=store,
+            only=node.name,
+            rebuild=(node.name,) if is_forced else (),
+            listener=Listener(),
             stop=StopRequest(),
-        )  # fmt: skip
+        )
     except Stopped as stopped:
-        return Said("stopped", str(stopped).removeprefix(f"stage '{given.stage}' "))
+        return JobResult("stopped", str(stopped).removeprefix(f"stage '{task.stage}' "))
     except (UserError, StageFailed) as error:
         text = str(error).partition("\nLog: ")[0]
-        message = text.removeprefix(f"stage '{given.stage}' failed: ").removeprefix(f"stage '{given.stage}': ")
-        return Said(
-            "refused" if isinstance(error, UserError) else "failed", message,
-            log=str(log) if log is not None and log.is_file() else None,
-        )  # fmt: skip
-    return Said("done", "")
-
-
-def _say(given: Work, said: Said) -> None:
-    write_note(Path(given.folder) / f"{given.stage}.json", said)
+        message = text.removeprefix(f"stage '{task.stage}' failed: ").removeprefix(f"stage '{task.stage}': ")
+        status = "refused" if isinstance(error, UserError) else "failed"
+        return JobResult(status, message, log=str(log) if log is not None and log.is_file() else None)
+    return JobResult("done", "")
 
 
 @dataclass
 class RayQueue:
-    """The tasks of a run, for ``align.clusters.follow``."""
+    """The tasks of a run, as a :class:`~align.clusters.follow.Queue`."""
 
     ray: Any
     pipeline: Pipeline
     store: Store
     folder: Path
     references: dict[str, Any] = field(default_factory=dict)
+    """Stage → Ray's reference to its task."""
     name: str = "Ray"
     every: float = 0.5
     stop: StopRequest = field(default_factory=StopRequest)
-    """Asks the stages under way to save and stop, and begins no other."""
+    """Asks running stages to save and stop, and keeps others from starting."""
     _replaces: dict[str, str] = field(default_factory=dict)
-    _unheld: dict[str, float] = field(default_factory=dict)
-    _given_up: dict[str, Place] = field(default_factory=dict)
-    """Of stages called off here; Ray says of their tasks that they were cancelled."""
+    _unplaced_since: dict[str, float] = field(default_factory=dict)
+    """Stage → monotonic time since when no node could ever hold its task."""
+    _cancelled: dict[str, JobState] = field(default_factory=dict)
+    """Stages cancelled here, with the reason; Ray only says of their tasks that they were cancelled."""
 
-    def start(self, nodes: Iterable[Node], anew: set[str]) -> None:
+    def start(self, nodes: Iterable[Node], force: set[str]) -> None:
         """Start a task for each of these stages, in the pipeline's order."""
         rounds = {name: list(names) for name, names in self.pipeline.expanded.rounds.items()}
         for node in nodes:
             block = self.block(node.name)
-            before = self.store.find_intact(node.stage.kind, node.key)
-            if node.name in anew and before is not None:
-                self._replaces[node.name] = str(before.record["created"])
-            work = Work(
-                self.pipeline.plain, self.pipeline.where, str(self.pipeline.base.resolve()), rounds,
-                asdict(Opening.of(self.store)), str(self.folder.resolve()), node.name, node.key, node.name in anew,
-                self._replaces.get(node.name), int(block.cpus),
-            )  # fmt: skip
-            after = [self.references[name] for name in node.input_names if name in self.references]
+            artifact = self.store.find_intact(node.stage.kind, node.key)
+            if node.name in force and artifact is not None:
+                self._replaces[node.name] = str(artifact.record["created"])
+            task = StageTask(
+                raw=self.pipeline.plain,
+                where=self.pipeline.where,
+                base=str(self.pipeline.base.resolve()),
+                rounds=rounds,
+                store=asdict(Opening.of(self.store)),
+                folder=str(self.folder.resolve()),
+                stage=node.name,
+                key=node.key,
+                force=node.name in force,
+                replaces=self._replaces.get(node.name),
+                cores=int(block.cpus),
+            )
+            # Ray starts the task when these have ended.
+            inputs = [self.references[name] for name in node.input_names if name in self.references]
             name = f"align:{self.pipeline.name}:{node.name}"
-            self.references[node.name] = client.start(self.ray, make_stage, block, name, [asdict(work), *after])
+            self.references[node.name] = ray_client.start(
+                self.ray, run_stage_task, block, name, [asdict(task), *inputs]
+            )
 
     def block(self, stage: str) -> RayConfig:
-        """What a stage asks of a node."""
+        """Return the resources that a stage asks of a node."""
         return self.pipeline.runtimes[stage].ray
 
-    def look(self, stages: Collection[str]) -> dict[str, Place]:
-        """See ``align.clusters.follow.Queue``."""
-        places = {stage: self._place(stage, stages) for stage in stages}
+    def query(self, stages: Collection[str]) -> dict[str, JobState]:
+        """Return the states of these stages' tasks; after a request to stop, pass it on to them."""
+        states = {stage: self._state(stage, stages) for stage in stages}
         if self.stop.is_requested:
-            for stage, place in places.items():
-                node = self.pipeline.nodes[stage]
-                partial = self.store.partial(node.stage.kind, node.key)
-                if place.state == "runs" and partial.is_dir():
-                    request_stop(partial)
-                elif place.state == "waits":
-                    client.call_off(self.ray, [self.references[stage]])
-        return places
+            for stage, state in states.items():
+                self._stop(stage, state)
+        return states
 
-    def _place(self, stage: str, left: Collection[str]) -> Place:
-        if stage in self._given_up:
-            return self._given_up[stage]
-        over, status, why = client.outcome(self.ray, self.references[stage])
-        if over:
-            if status == "done":
-                return Place("gone", "its task is done, and its result is not there")
-            if status is None:
-                return Place(
-                    "over", why, f"Raise runtime.stages.{stage}.ray.retries (now {self.block(stage).retries})."
-                )
-            return Place("over", str(status).removeprefix("failed: "))
-        if any(name in left for name in self.pipeline.nodes[stage].input_names):
-            return Place("waits", "waits for what it reads")
-        said = self._note(stage)
-        # of one whose node died, which has to begin anew, the note is still there
-        if said is not None and said.status == "runs" and client.lives(self.ray, said.node):
-            return Place("runs", f"runs on {said.message}")
-        return self._waiting(stage)
+    def _stop(self, stage: str, state: JobState) -> None:
+        """Have a running stage save and stop, and cancel one that waits."""
+        node = self.pipeline.nodes[stage]
+        partial = self.store.partial(node.stage.kind, node.key)
+        if state.state == "runs" and partial.is_dir():
+            request_stop(partial)
+        elif state.state == "waits":
+            ray_client.cancel(self.ray, [self.references[stage]])
 
-    def _waiting(self, stage: str) -> Place:
-        """A task that could start: it waits for a node to be free, or for one that there is not."""
+    def _state(self, stage: str, remaining: Collection[str]) -> JobState:
+        if stage in self._cancelled:
+            return self._cancelled[stage]
+        is_over, status, reason = ray_client.outcome(self.ray, self.references[stage])
+        if is_over:
+            return self._final_state(stage, status, reason)
+        # Ray does not say whether a task waits for others or for a node.
+        if any(name in remaining for name in self.pipeline.nodes[stage].input_names):
+            return JobState("waits", "waits for its inputs")
+        note = self._note(stage)
+        # After the death of its node a task begins again, and the first try's note is still there.
+        if note is not None and note.status == "runs" and ray_client.is_alive(self.ray, note.node):
+            return JobState("runs", f"runs on {note.message}")
+        return self._waiting_state(stage)
+
+    def _final_state(self, stage: str, status: Any, reason: str) -> JobState:
+        if status == "done":
+            return JobState("gone", "its task is done, but its artifact is missing")
+        if status is None:
+            retries = self.block(stage).retries
+            return JobState("over", reason, f"Raise runtime.stages.{stage}.ray.retries (now {retries}).")
+        return JobState("over", str(status).removeprefix("failed: "))
+
+    def _waiting_state(self, stage: str) -> JobState:
+        """Return the state of a task that could start: it waits for a free node, or for one that does not exist yet.
+
+        After ``wait`` seconds without such a node the task is cancelled.
+        """
         block = self.block(stage)
-        if client.could_hold(self.ray, block):
-            self._unheld.pop(stage, None)
-            return Place("waits", "waits for a free node")
-        needs = ", ".join(f"{name} {amount:g}" for name, amount in client.wanted(block).items())
-        since = self._unheld.setdefault(stage, time.monotonic())
-        if time.monotonic() - since > block.wait:
-            client.call_off(self.ray, [self.references[stage]])
-            self._given_up[stage] = Place(
-                "over", f"no node of the Ray cluster has what it asks for ({needs})",
-                f"Start such a node, or change runtime.stages.{stage}.ray.",
-            )  # fmt: skip
-            return self._given_up[stage]
-        return Place("waits", f"waits: no node has what it asks for ({needs})")
+        if ray_client.could_hold(self.ray, block):
+            self._unplaced_since.pop(stage, None)
+            return JobState("waits", "waits for a free node")
+        needs = ray_client.describe_resources(block)
+        since = self._unplaced_since.setdefault(stage, time.monotonic())
+        if time.monotonic() - since <= block.wait:
+            return JobState("waits", f"waits: no node has what it asks for ({needs})")
+        ray_client.cancel(self.ray, [self.references[stage]])
+        self._cancelled[stage] = JobState(
+            "over",
+            f"no node of the Ray cluster has what it asks for ({needs})",
+            f"Start such a node, or change runtime.stages.{stage}.ray.",
+        )
+        return self._cancelled[stage]
 
-    def _note(self, stage: str) -> Said | None:
+    def _note(self, stage: str) -> JobResult | None:
         return read_note(self.folder / f"{stage}.json")
 
-    def said(self, stage: str) -> Said | None:
-        """See ``align.clusters.follow.Queue``."""
-        found = self._note(stage)
-        return None if found is None or found.status == "runs" else found
+    def result(self, stage: str) -> JobResult | None:
+        """Return the result of the stage's task, if it has ended."""
+        note = self._note(stage)
+        return None if note is None or note.status == "runs" else note
 
     def log(self, stage: str) -> Path:
-        """See ``align.clusters.follow.Queue``: what a task prints is Ray's; the stage's own log is in its folder."""
+        """Return the stage's own log; what a task prints goes to Ray."""
         node = self.pipeline.nodes[stage]
         return self.store.partial(node.stage.kind, node.key) / LOG
 
     def replaces(self, stage: str) -> str | None:
-        """See ``align.clusters.follow.Queue``."""
+        """Return the creation time of the artifact that a forced stage replaces."""
         return self._replaces.get(stage)
 
 
-__all__ = ["RayQueue", "Work", "make_stage"]
+__all__ = ["RayQueue", "StageTask", "run_stage_task"]

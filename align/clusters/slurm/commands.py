@@ -1,4 +1,4 @@
-"""The one place that speaks to Slurm: sbatch, squeue, sacct, scancel, scontrol, sinfo.
+"""All calls to Slurm: sbatch, squeue, sacct, scancel, scontrol, sinfo.
 
 Every call ends within ``TIMEOUT`` seconds. A controller that does not answer for a moment is asked again. Never imports
 torch.
@@ -15,7 +15,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from align.clusters.follow import NoAnswer
+from align.clusters.follow import SchedulerError
 from align.errors import UserError
 
 TIMEOUT = 60.0
@@ -33,26 +33,26 @@ OVER = {
     "DEADLINE": "its job reached its deadline",
     "REVOKED": "its job was revoked",
 }
-"""States of jobs that are over without having done their work, in words."""
+"""State of a job that is over without success → its description."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job as Slurm sees it; ``state`` is Slurm's word, ``why`` its reason for waiting, ``nodes`` where it runs."""
+    """A job as Slurm sees it: its state, its reason for waiting, the nodes that it runs on."""
 
     number: int
     state: str
-    why: str = ""
+    reason: str = ""
     nodes: str = ""
 
     @property
     def waits(self) -> bool:
-        """Whether it has yet to start, or to start again."""
+        """True when it has yet to start, or to start again."""
         return self.state in WAITING
 
     @property
     def is_live(self) -> bool:
-        """Whether it waits or runs."""
+        """True when it waits or runs."""
         return self.waits or self.state in RUNNING
 
 
@@ -65,68 +65,72 @@ def require_slurm() -> None:
         )
 
 
-def ask(command: Sequence[str], tries: int = TRIES) -> str:
-    """What a command of Slurm answers; raises ``NoAnswer`` with its message once ``tries`` are used up."""
-    said = ""
-    for left in reversed(range(tries)):
+def run_command(command: Sequence[str], tries: int = TRIES) -> str:
+    """Return the output of a Slurm command. Raises ``SchedulerError`` with its message once ``tries`` are used up."""
+    message = ""
+    # A controller under load misses a call now and then.
+    for tries_left in reversed(range(tries)):
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, stdin=subprocess.DEVNULL)
         except subprocess.TimeoutExpired:
-            said = f"no answer within {TIMEOUT:.0f} s"
+            message = f"no answer within {TIMEOUT:.0f} s"
         except OSError as error:
-            raise NoAnswer(f"{command[0]}: {error.strerror}") from None
+            raise SchedulerError(f"{command[0]}: {error.strerror}") from None
         else:
             if done.returncode == 0:
                 return done.stdout
-            said = (done.stderr or done.stdout).strip() or f"exit code {done.returncode}"
-        if left:
+            message = (done.stderr or done.stdout).strip() or f"exit code {done.returncode}"
+        if tries_left:
             time.sleep(PAUSE)
-    raise NoAnswer(f"{command[0]}: {said}")
+    raise SchedulerError(f"{command[0]}: {message}")
 
 
 def check(options: Sequence[str], script: Path) -> None:
-    """Ask whether Slurm would take this job; raises ``NoAnswer`` with what it says against it."""
-    ask(["sbatch", "--test-only", *options, str(script)], tries=1)
+    """Raise ``SchedulerError`` with Slurm's reason if it would not take this job."""
+    run_command(["sbatch", "--test-only", *options, str(script)], tries=1)
 
 
 def submit(options: Sequence[str], script: Path) -> int:
-    """Hand a job in; its number. Tried once: a second try could hand it in twice."""
-    said = ask(["sbatch", "--parsable", *options, str(script)], tries=1)
+    """Submit a job and return its number. Tried once: a second try could submit it twice."""
+    answer = run_command(["sbatch", "--parsable", *options, str(script)], tries=1)
     try:
-        return int(said.strip().splitlines()[-1].partition(";")[0])
+        return int(answer.strip().splitlines()[-1].partition(";")[0])
     except (ValueError, IndexError):
-        raise NoAnswer(f"sbatch: no number of a job in its answer {said!r}") from None
+        raise SchedulerError(f"sbatch: no number of a job in its answer {answer!r}") from None
 
 
-def jobs(numbers: Collection[int], everybodys: bool = False) -> dict[int, Job]:
-    """State of these jobs by Slurm; one that it has forgotten is missing. For an array: any task that is live.
+def jobs(numbers: Collection[int], all_users: bool = False) -> dict[int, Job]:
+    """Return number → job; one that Slurm has forgotten is missing. For an array: the task that is most alive.
 
-    They are this user's, unless ``everybodys``.
+    Only this user's jobs are listed, unless ``all_users``.
     """
     if not numbers:
         return {}
-    wanted = set(numbers)
-    found: dict[int, Job] = {}
-    whose = [] if everybodys else ["--me"]
-    queue = ask(["squeue", "--noheader", *whose, "--states=all", "--array", "--format=%F|%T|%r|%N"])
-    for line in queue.splitlines():
-        number, state, why, nodes = [*line.strip().split("|"), "", "", ""][:4]
-        if number.isdigit() and int(number) in wanted:
-            job = Job(int(number), state, "" if why == "None" else why, nodes)
-            known = found.get(job.number)
+    requested = set(numbers)
+    queued: dict[int, Job] = {}
+    owner = [] if all_users else ["--me"]
+    lines = run_command(["squeue", "--noheader", *owner, "--states=all", "--array", "--format=%F|%T|%r|%N"])
+    for line in lines.splitlines():
+        number, state, reason, nodes = [*line.strip().split("|"), "", "", ""][:4]
+        if number.isdigit() and int(number) in requested:
+            job = Job(int(number), state, "" if reason == "None" else reason, nodes)
+            known = queued.get(job.number)
+            # Tasks of an array share the number: a running one counts before a waiting one, that before an ended one.
             if known is None or (job.is_live and (known.waits or not known.is_live)):
-                found[job.number] = job
-    return _past(wanted - found.keys()) | found
+                queued[job.number] = job
+    # Slurm forgets ended jobs after some minutes (MinJobAge); accounting, where there is one, does not.
+    return _past_jobs(requested - queued.keys()) | queued
 
 
-def _past(numbers: Collection[int]) -> dict[int, Job]:
-    """Jobs that only Slurm's accounting still knows, where there is one."""
+def _past_jobs(numbers: Collection[int]) -> dict[int, Job]:
+    """Return the jobs that only Slurm's accounting still knows, where there is one."""
     if not numbers:
         return {}
-    words = f"--jobs={','.join(map(str, sorted(numbers)))}"
+    option = f"--jobs={','.join(map(str, sorted(numbers)))}"
+    command = ["sacct", "--noheader", "--allocations", "--parsable2", option, "--format=JobID,State"]
     try:
-        answer = ask(["sacct", "--noheader", "--allocations", "--parsable2", words, "--format=JobID,State"], 1)
-    except NoAnswer:
+        answer = run_command(command, tries=1)
+    except SchedulerError:
         return {}
     past: dict[int, Job] = {}
     for line in answer.splitlines():
@@ -138,33 +142,34 @@ def _past(numbers: Collection[int]) -> dict[int, Job]:
 
 
 def cancel(numbers: Collection[int]) -> None:
-    """End jobs, whether they wait or run."""
+    """Cancel jobs, waiting or running."""
     if numbers:
-        ask(["scancel", *map(str, sorted(numbers))])
+        run_command(["scancel", *map(str, sorted(numbers))])
 
 
 def requeue(number: str) -> None:
-    """Queue a running job again; Slurm then ends its processes."""
-    ask(["scontrol", "requeue", number])
+    """Requeue a running job; Slurm then ends its processes."""
+    run_command(["scontrol", "requeue", number])
 
 
 def state_of(number: str) -> str:
-    """The state of one job, empty where Slurm does not say."""
+    """Return the state of one job; empty where Slurm does not know it."""
     try:
-        return ask(["squeue", "--noheader", f"--jobs={number}", "--states=all", "--format=%T"]).strip()
-    except NoAnswer:
+        return run_command(["squeue", "--noheader", f"--jobs={number}", "--states=all", "--format=%T"]).strip()
+    except SchedulerError:
         return ""
 
 
 def partitions() -> list[str]:
-    """Names of all partitions."""
-    said = ask(["sinfo", "--all", "--noheader", "--format=%R"])
-    return list(dict.fromkeys(line.strip() for line in said.splitlines() if line.strip()))
+    """Return the names of all partitions."""
+    answer = run_command(["sinfo", "--all", "--noheader", "--format=%R"])
+    return list(dict.fromkeys(line.strip() for line in answer.splitlines() if line.strip()))
 
 
 def is_this_machine_alone(partition: str | None) -> bool:
-    """Whether the partition, or where None is given the cluster, has no node but this machine."""
-    chosen = "--all" if partition is None else f"--partition={partition}"  # together they are refused
-    said = ask(["sinfo", "--noheader", "--Node", chosen, "--format=%n"])
-    hosts = {line.strip().partition(".")[0] for line in said.splitlines() if line.strip()}
+    """Return True when the partition, or for None the cluster, has no node but this machine."""
+    selection = "--all" if partition is None else f"--partition={partition}"  # together they are refused
+    answer = run_command(["sinfo", "--noheader", "--Node", selection, "--format=%n"])
+    # Short names: one side may have the domain, the other not.
+    hosts = {line.strip().partition(".")[0] for line in answer.splitlines() if line.strip()}
     return hosts <= {socket.gethostname().partition(".")[0]}

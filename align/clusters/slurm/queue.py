@@ -1,58 +1,59 @@
-"""What Slurm says of a run's stages, for ``align.clusters.follow``. Never imports torch."""
+"""The jobs of a submitted run, as a :class:`~align.clusters.follow.Queue`. Never imports torch."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
 
-from align.clusters.follow import Place, Said
+from align.clusters.follow import JobResult, JobState
 from align.clusters.slurm import commands
-from align.clusters.slurm.submit import Submitted
+from align.clusters.slurm.submit import SubmittedRun
 
 
 class SlurmQueue:
-    """The jobs of ``submitted``."""
+    """The jobs of ``run``."""
 
     name = "Slurm"
     every = 5.0  # its controller has many users
 
-    def __init__(self, submitted: Submitted) -> None:
-        self.submitted = submitted
+    def __init__(self, run: SubmittedRun) -> None:
+        self.run = run
 
-    def look(self, stages: Collection[str]) -> dict[str, Place]:
-        """See ``align.clusters.follow.Queue``."""
-        known = commands.jobs({self.submitted.job(stage) for stage in stages})
-        return {stage: self._place(stage, known.get(self.submitted.job(stage))) for stage in stages}
+    def query(self, stages: Collection[str]) -> dict[str, JobState]:
+        """Return the states of these stages' jobs. Raises ``SchedulerError``."""
+        jobs = commands.jobs({self.run.job(stage) for stage in stages})
+        return {stage: self._state(stage, jobs.get(self.run.job(stage))) for stage in stages}
 
-    def _place(self, stage: str, job: commands.Job | None) -> Place:
-        number = self.submitted.job(stage)
+    def _state(self, stage: str, job: commands.Job | None) -> JobState:
+        number = self.run.job(stage)
         if job is None:
-            return Place("gone", f"its job is gone, and nothing of it is there (job {number})")
+            return JobState("gone", f"its job is gone and has left no artifact (job {number})")
         if job.waits:
-            return Place("waits", f"job {number} waits" + (f" ({job.why})" if job.why else ""))
+            return JobState("waits", f"job {number} waits" + (f" ({job.reason})" if job.reason else ""))
         if job.is_live:
-            return Place("runs", f"job {number} runs on {job.nodes}")
+            return JobState("runs", f"job {number} runs on {job.nodes}")
         if job.state == "COMPLETED":
-            return Place("gone", f"its job is done, and its result is not there (job {number})")
-        block, place = self.submitted.pipeline.runtimes[stage].slurm, f"runtime.stages.{stage}.slurm"
-        remedy = {
+            return JobState("gone", f"its job is done, but its artifact is missing (job {number})")
+        block, place = self.run.pipeline.runtimes[stage].slurm, f"runtime.stages.{stage}.slurm"
+        remedies = {
             "TIMEOUT": f"Raise {place}.time (now {block.time or 'the partition has its own'}).",
             "OUT_OF_MEMORY": f"Raise {place}.memory_gb (now {block.memory_gb or 'the partition has its own'}).",
-        }.get(job.state, "")
-        return Place("over", f"{commands.OVER.get(job.state, job.state)} (job {number})", remedy)
+        }
+        description = f"{commands.OVER.get(job.state, job.state)} (job {number})"
+        return JobState("over", description, remedies.get(job.state, ""))
 
-    def said(self, stage: str) -> Said | None:
-        """See ``align.clusters.follow.Queue``."""
-        return self.submitted.places[stage].said(stage)
+    def result(self, stage: str) -> JobResult | None:
+        """Return the result of the job's last turn, if one has ended."""
+        return self.run.submissions[stage].result(stage)
 
     def log(self, stage: str) -> Path:
-        """See ``align.clusters.follow.Queue``."""
-        return self.submitted.places[stage].log(stage)
+        """Return the file that the job prints to."""
+        return self.run.submissions[stage].log(stage)
 
     def replaces(self, stage: str) -> str | None:
-        """See ``align.clusters.follow.Queue``."""
-        job = self.submitted.places[stage].job_of(stage)
-        return job.replaces if job.anew else None
+        """Return the creation time of the artifact that a forced stage replaces."""
+        job = self.run.submissions[stage].job_of(stage)
+        return job.replaces if job.force else None
 
 
 __all__ = ["SlurmQueue"]

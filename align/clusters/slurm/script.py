@@ -1,4 +1,4 @@
-"""The script of a job, and the options that sbatch gets with it.
+"""The script of a job, and sbatch's options for it.
 
 Options go on sbatch's command line, never into the script, so that no value can be taken for another line of it. The
 script holds no part of the environment: sbatch hands that on itself.
@@ -16,7 +16,7 @@ from align.store.atomic_write import write_text_atomically
 
 TEMPLATE = """\
 #!/bin/bash
-# {what}. Written by align; runs again as it stands: sbatch OPTIONS {script}
+# {title}. Written by align; runs again as it stands: sbatch OPTIONS {script}
 # Asked to stop before anything has begun: wait for another turn.
 trap 'scontrol requeue "$SLURM_JOB_ID"; exit 75' USR1
 if [ ! -d {folder} ]; then
@@ -25,44 +25,45 @@ if [ ! -d {folder} ]; then
 fi
 export PATH={bin}:"$PATH"
 {setup}
-# From here to Python's own handler the signal is kept, not lost; coreutils before 8.32 cannot.
+# From here to Python's own handler the signal is held back, not lost; coreutils before 8.32 cannot.
 trap '' USR1
-kept=; env --block-signal=USR1 true 2>/dev/null && kept='env --block-signal=USR1'
-exec $kept {python} -m {module} {words}
+block=; env --block-signal=USR1 true 2>/dev/null && block='env --block-signal=USR1'
+exec $block {python} -m {module} {arguments}
 """
 
 
 def write_script(
-    file: Path, what: str, words: Sequence[str], setup: str | None, module: str = "align.cli.slurm_job"
+    file: Path, title: str, arguments: Sequence[str], setup: str | None, module: str = "align.cli.slurm_job"
 ) -> Path:
-    """A script that runs ``module`` with ``words``."""
+    """Write a script that runs ``module`` with ``arguments``; returns its path."""
     python = Path(sys.executable)
     write_text_atomically(
         file,
         TEMPLATE.format(
-            what=" ".join(what.split()),
+            # One line: a name with a line break must not become a command.
+            title=" ".join(title.split()),
             script=shlex.quote(str(file)),
             folder=shlex.quote(str(file.parent)),
             bin=shlex.quote(str(python.parent)),
             setup=setup or "",
             python=shlex.quote(python.name),
             module=module,
-            words=shlex.join(words),
+            arguments=shlex.join(arguments),
         ),
     )
     return file
 
 
-def sbatch_options(block: SlurmConfig, name: str, place: Path, folder: Path, log: str) -> list[str]:
-    """sbatch's options for a job named ``name`` that works in ``folder`` and writes ``log`` into ``place``.
+def sbatch_options(block: SlurmConfig, name: str, log_folder: Path, workdir: Path, log: str) -> list[str]:
+    """Return sbatch's options for a job named ``name`` that works in ``workdir``.
 
-    In ``log``, %a is the number of an array's task.
+    It writes ``log`` into ``log_folder``. In ``log``, %a is the number of an array's task.
     """
-    given = {
+    settings = {
         "job-name": name,
-        "output": f"{str(place).replace('%', '%%')}/{log}",
+        "output": f"{str(log_folder).replace('%', '%%')}/{log}",
         "open-mode": "append",
-        "chdir": str(folder),
+        "chdir": str(workdir),
         "signal": f"B:USR1@{block.grace}",
         "partition": block.partition,
         "account": block.account,
@@ -76,8 +77,10 @@ def sbatch_options(block: SlurmConfig, name: str, place: Path, folder: Path, log
         "gpus-per-node": block.gpus or None,
         **block.sbatch,
     }
-    options = [
-        f"--{name}" if value == "" else f"--{name}={value}" for name, value in given.items() if value is not None
-    ]
+    options = []
+    # None leaves an option out; the user's own ``sbatch`` settings come last and win.
+    for option, value in settings.items():
+        if value is not None:
+            options.append(f"--{option}" if value == "" else f"--{option}={value}")
     options.append("--requeue" if block.requeue else "--no-requeue")
     return options

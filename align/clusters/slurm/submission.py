@@ -1,8 +1,8 @@
-"""What was handed to Slurm, as a folder in the store: ``jobs/<run>/<time>-<six hex>/``.
+"""The record of what was submitted to Slurm, a folder in the store: ``jobs/<run>/<time>-<six hex>/``.
 
-``submission.json`` has the pipeline as it was and a job for each stage; ``<stage>.sh`` is a job's script,
-``<stage>.log`` what it printed, ``<stage>.json`` what it said of its end. ``cancelled`` stands there once the jobs were
-called off, so that none queues itself again. Never imports torch.
+``submission.json`` holds the pipeline as it was and a job for each stage. ``<stage>.sh`` is a job's script,
+``<stage>.log`` its output, ``<stage>.json`` its note about its end. The file ``cancelled`` appears once the jobs were
+cancelled, so that none requeues itself. Never imports torch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from align.clusters.follow import Said, read_note, write_note
+from align.clusters.follow import JobResult, read_note, write_note
 from align.errors import UserError
 from align.pipeline.pipeline import Pipeline
 from align.runner.open_store import Opening
@@ -35,8 +35,8 @@ class StageJob:
     key: str
     job: int
     """Slurm's number."""
-    anew: bool = False
-    """Whether the stage is made although an artifact is there, the one of time ``replaces``."""
+    force: bool = False
+    """True when the stage runs although an artifact is there, the one created at ``replaces``."""
     replaces: str | None = None
 
 
@@ -54,27 +54,35 @@ class Submission:
     store: Opening
     stages: list[StageJob] = field(default_factory=list)
     sweep: dict[str, Any] | None = None
-    """For a sweep: where its file was, `--set`'s, how many workers, the number of their array of jobs."""
+    """For a sweep: the place of its file, `--set`'s assignments, the number of workers, their job array's number."""
     references: dict[str, dict[str, str]] = field(default_factory=dict)
     """Kind and key of every stage of the pipeline, which ``gc`` leaves alone while a job waits or runs."""
 
     @classmethod
     def begin(cls, store: Store, pipeline: Pipeline, run: str, sweep: dict[str, Any] | None = None) -> Submission:
-        """A new folder for ``pipeline``; nothing is submitted yet."""
+        """Create a folder for ``pipeline``; nothing is submitted yet."""
+        # Sorted by name is sorted by time; the random part tells apart two of one second.
         stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
         folder = (store.root / JOBS / run / stamp).resolve()
         folder.mkdir(parents=True)
         rounds = {name: list(names) for name, names in pipeline.expanded.rounds.items()}
-        made = cls(
-            folder, run, pipeline.plain, pipeline.where, str(pipeline.base), rounds, Opening.of(store),
-            sweep=sweep, references=pipeline.references,
-        )  # fmt: skip
-        made.write()
-        return made
+        submission = cls(
+            folder,
+            run,
+            raw=pipeline.plain,
+            where=pipeline.where,
+            base=str(pipeline.base),
+            rounds=rounds,
+            store=Opening.of(store),
+            sweep=sweep,
+            references=pipeline.references,
+        )
+        submission.write()
+        return submission
 
     @classmethod
     def read(cls, folder: Path) -> Submission:
-        """The submission in ``folder``; ``UserError`` for one that cannot be used."""
+        """Read the submission in ``folder``. Raises ``UserError`` for one that is damaged."""
         try:
             about = read_sealed(folder / ABOUT, _About)
         except DamagedFile as error:
@@ -85,7 +93,7 @@ class Submission:
         return cls(folder, **{name: getattr(about, name) for name in _About.model_fields})
 
     def write(self) -> None:
-        """Bring ``submission.json`` up to date, in one rename."""
+        """Write ``submission.json`` atomically."""
         about = asdict(self)
         del about["folder"]
         write_sealed(self.folder / ABOUT, about)
@@ -93,49 +101,54 @@ class Submission:
     @property
     def numbers(self) -> set[int]:
         """Slurm's numbers of its jobs."""
-        swept = (self.sweep or {}).get("job")
-        return {job.job for job in self.stages} | ({int(swept)} if swept is not None else set())
+        numbers = {job.job for job in self.stages}
+        sweep_job = (self.sweep or {}).get("job")
+        if sweep_job is not None:
+            numbers.add(int(sweep_job))
+        return numbers
 
     def pipeline(self) -> Pipeline:
-        """The pipeline that was submitted; ``UserError`` where its files have changed so that it is another now."""
+        """Return the pipeline that was submitted. Raises ``UserError`` where changed files have changed its keys."""
+        # The job must run what was submitted, or nothing: recipes and other files are read again here.
         pipeline = Pipeline(self.raw, self.where, Path(self.base), self.rounds)
-        for one in self.stages:
-            if pipeline.nodes[one.stage].key != one.key:
+        for job in self.stages:
+            if pipeline.nodes[job.stage].key != job.key:
                 raise UserError(
-                    f"stage '{one.stage}' is another than when it was submitted: a file that {self.where} names has "
-                    "changed since. Run the same command again to submit it as it is now."
+                    f"stage '{job.stage}' has another key than when it was submitted: a file that {self.where} "
+                    "names has changed. Run the same command again to submit the stage as it is now."
                 )
         return pipeline
 
     def job_of(self, stage: str) -> StageJob:
-        """The job of a stage."""
-        return next(one for one in self.stages if one.stage == stage)
+        """Return the job of a stage."""
+        return next(job for job in self.stages if job.stage == stage)
 
     def log(self, stage: str) -> Path:
-        """What the stage's job prints."""
+        """Return the file that the stage's job prints to."""
         return self.folder / f"{stage}.log"
 
-    def said(self, stage: str) -> Said | None:
-        """What the stage's job said of its last turn, if one has ended."""
+    def result(self, stage: str) -> JobResult | None:
+        """Return the result of the last turn of the stage's job, if one has ended."""
         return read_note(self.folder / f"{stage}.json")
 
-    def say(self, stage: str, said: Said) -> None:
-        """Note how a turn ended."""
-        write_note(self.folder / f"{stage}.json", said)
+    def write_result(self, stage: str, result: JobResult) -> None:
+        """Write the result of a turn."""
+        write_note(self.folder / f"{stage}.json", result)
 
-    def call_off(self) -> None:
-        """No job of this submission is to queue itself again."""
+    def mark_cancelled(self) -> None:
+        """Keep the jobs of this submission from requeueing themselves."""
         (self.folder / CANCELLED).touch()
 
     @property
-    def is_called_off(self) -> bool:
-        """Whether it was called off."""
+    def is_cancelled(self) -> bool:
+        """True once it was cancelled."""
         return (self.folder / CANCELLED).exists()
 
 
 def submissions(store: Store, run: str | None = None) -> Iterator[Submission]:
-    """Those of a run, or all; newest first."""
+    """Yield the submissions of a run, or all, newest first. Damaged ones are left out."""
     folder = store.root / JOBS
+    # Newest first: a stage's latest job is the one that counts.
     for path in sorted(folder.glob(f"{run or '*'}/*/{ABOUT}"), key=lambda path: path.parent.name, reverse=True):
         try:
             yield Submission.read(path.parent.resolve())
@@ -144,7 +157,7 @@ def submissions(store: Store, run: str | None = None) -> Iterator[Submission]:
 
 
 class _About(BaseModel):
-    """The content of ``submission.json``."""
+    """Content of ``submission.json``."""
 
     model_config = ConfigDict(extra="forbid")
 

@@ -1,4 +1,4 @@
-"""Hands the stages of a run that are to be made to Slurm, each as a job that waits for those it reads."""
+"""Submit a run's stages to Slurm, each as a job that waits for those it reads; cancel jobs; list what jobs need."""
 
 from __future__ import annotations
 
@@ -6,69 +6,74 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from align.clusters.follow import NoAnswer
+from align.clusters.follow import SchedulerError
 from align.clusters.slurm import commands
 from align.clusters.slurm.checks import check_cluster
 from align.clusters.slurm.script import sbatch_options, write_script
-from align.clusters.slurm.submission import StageJob, Submission, submissions
+from align.clusters.slurm.submission import ABOUT, StageJob, Submission, submissions
 from align.config.scheduler import SlurmConfig
 from align.errors import UserError
 from align.pipeline.pipeline import Node, Pipeline
 from align.runner.prepare import RunOptions, prepare_run
-from align.store.store import Store
+from align.store.leases import UsedStage
+from align.store.store import JOBS, Store
 
 
 @dataclass
-class Submitted:
-    """Where each stage that is to be made has its job: ``places`` maps a stage to the submission that has it."""
+class SubmittedRun:
+    """The jobs of a run's unfinished stages. ``submissions`` maps a stage to the submission with its job."""
 
     pipeline: Pipeline
     store: Store
-    places: dict[str, Submission] = field(default_factory=dict)
+    submissions: dict[str, Submission] = field(default_factory=dict)
     new: list[str] = field(default_factory=list)
-    """Stages whose jobs were submitted now; those of the others were there already."""
+    """Stages whose jobs were submitted now; the others' were there already."""
     warnings: list[str] = field(default_factory=list)
 
     def job(self, stage: str) -> int:
-        """Slurm's number of a stage's job."""
-        return self.places[stage].job_of(stage).job
+        """Return Slurm's number of a stage's job."""
+        return self.submissions[stage].job_of(stage).job
 
 
-def submit_run(pipeline: Pipeline, options: RunOptions) -> Submitted:
+def submit_run(pipeline: Pipeline, options: RunOptions) -> SubmittedRun:
     """Submit every stage that is not finished and has no live job yet.
 
-    Raises ``UserError`` where something is wrong with the pipeline, the store or what is asked of the cluster; nothing
-    is submitted then, and what was is called off.
+    Raises ``UserError`` where something is wrong with the pipeline, the store or what is asked of the cluster; jobs
+    that were submitted until then are cancelled.
     """
     ready = prepare_run(pipeline, options)
-    found = Submitted(pipeline, ready.store, warnings=ready.warnings)
+    run = SubmittedRun(pipeline, ready.store, warnings=ready.warnings)
     if not ready.wanted:
-        return found
-    check_cluster(_blocks(pipeline, ready.wanted), ready.store.root, pipeline.where)
-    live = _live_jobs(ready.store, pipeline.name, ready.wanted)
-    found.places.update({name: place for name, place in live.items() if name not in ready.anew})
-    remaining = [node for node in ready.wanted if node.name not in found.places]
+        return run
+    check_cluster(_slurm_blocks(pipeline, ready.wanted), ready.store.root, pipeline.where)
+    live = _live_submissions(ready.store, pipeline.name, ready.wanted)
+    # A forced stage gets a new job; for the others the job that is there will do.
+    run.submissions.update({name: submission for name, submission in live.items() if name not in ready.force})
+    remaining = [node for node in ready.wanted if node.name not in run.submissions]
     if remaining:
-        _submit(found, remaining, ready.anew)
-    return found
+        _submit(run, remaining, ready.force)
+    return run
 
 
-def _blocks(pipeline: Pipeline, nodes: Iterable[Node]) -> dict[str, SlurmConfig]:
-    """What is asked for, by the place in the YAML that says so."""
-    own = pipeline.config.runtime.stages
+def _slurm_blocks(pipeline: Pipeline, nodes: Iterable[Node]) -> dict[str, SlurmConfig]:
+    """Return the stages' Slurm settings by their place in the YAML."""
+    per_stage = pipeline.config.runtime.stages
     blocks = {}
     for node in nodes:
-        short = next((name for name, rounds in pipeline.expanded.rounds.items() if node.name in rounds), node.name)
-        place = next((name for name in (node.name, short) if name in own and own[name].slurm is not None), None)
-        blocks["runtime.slurm" if place is None else f"runtime.stages.{place}.slurm"] = pipeline.runtimes[
-            node.name
-        ].slurm
+        loop_name = next((name for name, rounds in pipeline.expanded.rounds.items() if node.name in rounds), node.name)
+        place = "runtime.slurm"
+        for name in (node.name, loop_name):
+            if name in per_stage and per_stage[name].slurm is not None:
+                place = f"runtime.stages.{name}.slurm"
+                break
+        blocks[place] = pipeline.runtimes[node.name].slurm
     return blocks
 
 
 def _with_nodes(pipeline: Pipeline, node: Node) -> SlurmConfig:
-    """What the stage asks for, with as many nodes as it trains on; ``UserError`` where it asks for fewer."""
+    """Return a stage's settings with as many nodes as it trains on. Raises ``UserError`` where they ask for fewer."""
     block, launch = pipeline.runtimes[node.name].slurm, pipeline.runtimes[node.name].launch
+    # Only stages that can train on several nodes get them.
     needed = launch.nodes if node.stage.distributed else 1
     if block.nodes is None:
         return block.model_copy(update={"nodes": needed})
@@ -80,88 +85,129 @@ def _with_nodes(pipeline: Pipeline, node: Node) -> SlurmConfig:
     return block
 
 
-def _live_jobs(store: Store, run: str, wanted: list[Node]) -> dict[str, Submission]:
-    """Which of these stages an earlier submission of the run still has a job for."""
-    keys = {node.name: node.key for node in wanted}
-    known = [
-        (one, job)
-        for one in submissions(store, run)
-        if not one.is_called_off
-        for job in one.stages
-        if keys.get(job.stage) == job.key
-    ]
+def _live_submissions(store: Store, run: str, nodes: list[Node]) -> dict[str, Submission]:
+    """Return the earlier submissions of the run that still have a live job for one of these stages."""
+    keys = {node.name: node.key for node in nodes}
+    candidates = []
+    for submission in submissions(store, run):
+        if not submission.is_cancelled:
+            # A job for another key is of an older version of the pipeline.
+            candidates += [(submission, job) for job in submission.stages if keys.get(job.stage) == job.key]
     try:
-        states = commands.jobs({job.job for _, job in known})
-    except NoAnswer as error:
+        states = commands.jobs({job.job for _, job in candidates})
+    except SchedulerError as error:
         raise UserError(f"--on slurm: Slurm does not answer ({error}). Nothing was submitted.") from None
-    found: dict[str, Submission] = {}
-    for one, job in known:
+    live: dict[str, Submission] = {}
+    for submission, job in candidates:
         if job.job in states and states[job.job].is_live:
-            found.setdefault(job.stage, one)
-    return found
+            live.setdefault(job.stage, submission)
+    return live
 
 
-def _submit(found: Submitted, nodes: list[Node], anew: set[str]) -> None:
-    pipeline, store = found.pipeline, found.store
+@dataclass(frozen=True)
+class _Request:
+    """The job of one stage before it is submitted."""
+
+    options: list[str]
+    script: Path
+
+
+def _submit(run: SubmittedRun, nodes: list[Node], force: set[str]) -> None:
+    """Submit jobs for these stages: all of them, or none."""
+    pipeline, store = run.pipeline, run.store
     submission = Submission.begin(store, pipeline, pipeline.name)
-    asked: dict[str, tuple[list[str], Path]] = {}
-    for node in nodes:
-        block = _with_nodes(pipeline, node)
-        what = f"stage {node.name} of {pipeline.name}"
-        script = submission.folder / f"{node.name}.sh"
-        write_script(script, what, [str(submission.folder), node.name], block.setup)
-        name = f"align:{pipeline.name}:{node.name}"
-        asked[node.name] = (sbatch_options(block, name, submission.folder, pipeline.base, f"{node.name}.log"), script)
-    at = ""
+    requests = {node.name: _prepare_job(pipeline, node, submission) for node in nodes}
+    stage = ""
     try:
+        # 1. Slurm checks all jobs before the first is submitted.
         for node in nodes:
-            at = node.name
-            commands.check(*asked[node.name])
+            stage = node.name
+            commands.check(requests[stage].options, requests[stage].script)
         store.remember_run(pipeline.name, pipeline.references, pipeline.plain)
+        # 2. Stages come in the pipeline's order, so the jobs that one depends on have numbers.
         for node in nodes:
-            at = node.name
-            before = store.find_intact(node.stage.kind, node.key, node.name)
-            options, script = asked[node.name]
-            after = [found.job(name) for name in node.input_names if name in found.places]
-            number = commands.submit([*options, *dependency(after)], script)
-            replaces = None if before is None else str(before.record["created"])
-            submission.stages.append(
-                StageJob(node.name, node.stage.kind, node.key, number, node.name in anew, replaces)
-            )
+            stage = node.name
+            artifact = store.find_intact(node.stage.kind, node.key, stage)
+            inputs = [run.job(name) for name in node.input_names if name in run.submissions]
+            options = [*requests[stage].options, *dependency(inputs)]
+            number = commands.submit(options, requests[stage].script)
+            replaces = None if artifact is None else str(artifact.record["created"])
+            job = StageJob(stage, node.stage.kind, node.key, number, stage in force, replaces)
+            # 3. Every number is written at once: a job that nobody knows could not be cancelled.
+            submission.stages.append(job)
             submission.write()
-            found.places[node.name] = submission
-            found.new.append(node.name)
-    except NoAnswer as error:
-        call_off([submission])
+            run.submissions[stage] = submission
+            run.new.append(stage)
+    except SchedulerError as error:
+        cancel_jobs([submission])
         raise UserError(
-            f"{pipeline.where}: stage '{at}': Slurm does not take its job ({error}). Change runtime.slurm, or "
-            f"runtime.stages.{at}.slurm; nothing is left submitted."
+            f"{pipeline.where}: stage '{stage}': Slurm does not take its job ({error}). Change runtime.slurm, or "
+            f"runtime.stages.{stage}.slurm; nothing is left submitted."
         ) from None
     except BaseException:  # Ctrl-C: half a run is of no use
-        call_off([submission])
+        cancel_jobs([submission])
         raise
 
 
-def dependency(after: list[int]) -> list[str]:
-    """sbatch's options for a job that waits until the jobs ``after`` have done their work, and ends if one has not."""
-    if not after:
+def _prepare_job(pipeline: Pipeline, node: Node, submission: Submission) -> _Request:
+    block = _with_nodes(pipeline, node)
+    script = submission.folder / f"{node.name}.sh"
+    title = f"stage {node.name} of {pipeline.name}"
+    write_script(script, title, [str(submission.folder), node.name], block.setup)
+    name = f"align:{pipeline.name}:{node.name}"
+    return _Request(sbatch_options(block, name, submission.folder, pipeline.base, f"{node.name}.log"), script)
+
+
+def dependency(jobs: list[int]) -> list[str]:
+    """Return sbatch's options for a job that starts when ``jobs`` have succeeded, and ends if one has not."""
+    if not jobs:
         return []
-    return [f"--dependency=afterok:{':'.join(map(str, dict.fromkeys(after)))}", "--kill-on-invalid-dep=yes"]
+    return [f"--dependency=afterok:{':'.join(map(str, dict.fromkeys(jobs)))}", "--kill-on-invalid-dep=yes"]
 
 
-def call_off(found: Iterable[Submission], stages: set[str] | None = None) -> list[int]:
-    """End what lives of these submissions' jobs, all or those of ``stages``; returns Slurm's numbers of those ended."""
-    ended: list[int] = []
-    for one in found:
-        chosen = {job.job for job in one.stages if stages is None or job.stage in stages}
-        if one.sweep is not None and stages is None and one.sweep.get("job") is not None:
-            chosen.add(int(one.sweep["job"]))
-        live = [number for number, job in commands.jobs(chosen).items() if job.is_live]
+def cancel_jobs(targets: Iterable[Submission], stages: set[str] | None = None) -> list[int]:
+    """Cancel the live jobs of these submissions, all or those of ``stages``; returns their numbers."""
+    cancelled: list[int] = []
+    for submission in targets:
+        numbers = {job.job for job in submission.stages if stages is None or job.stage in stages}
+        if submission.sweep is not None and stages is None and submission.sweep.get("job") is not None:
+            numbers.add(int(submission.sweep["job"]))
+        live = [number for number, job in commands.jobs(numbers).items() if job.is_live]
         if stages is None:
-            one.call_off()
+            submission.mark_cancelled()  # before the jobs end: none may requeue itself
         commands.cancel(live)
-        ended += live
-    return ended
+        cancelled += live
+    return cancelled
 
 
-__all__ = ["Submitted", "call_off", "dependency", "submit_run"]
+def used_by_jobs(store: Store) -> list[UsedStage]:
+    """Return the stages of every run that has a job waiting or running, which ``align gc`` must keep.
+
+    Where Slurm does not answer, the stages of all submissions are returned. Raises ``UserError`` for a submission whose
+    file is damaged: what its jobs need is not known.
+    """
+    active = []
+    for path in sorted((store.root / JOBS).glob(f"*/*/{ABOUT}")):
+        try:
+            submission = Submission.read(path.parent)
+        except FileNotFoundError:
+            continue
+        except UserError as error:
+            raise UserError(f"{error} Until then nothing is deleted, since its jobs may need it.") from None
+        if not submission.is_cancelled:
+            active.append(submission)
+    # Other users' jobs count too: a store may be shared by a group.
+    numbers = {number for submission in active for number in submission.numbers}
+    try:
+        states = commands.jobs(numbers, all_users=True)
+    except SchedulerError:
+        states = None
+    used = []
+    for submission in active:
+        is_live = states is None or any(number in states and states[number].is_live for number in submission.numbers)
+        if is_live:
+            used += [UsedStage.model_validate(stage) for stage in submission.references.values()]
+    return used
+
+
+__all__ = ["SubmittedRun", "cancel_jobs", "dependency", "submit_run", "used_by_jobs"]

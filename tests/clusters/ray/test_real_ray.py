@@ -105,7 +105,7 @@ def test_a_failed_stage_ends_what_reads_it(runs: Runs) -> None:
     code, said = runs.align("run", runs.pipeline(one={"crash": "bug"}), "--on", "ray")
     assert code == 1, said
     assert "stage 'one' failed: ValueError: a bug" in said and "Log: " in said
-    assert "stage 'total' was not begun: it reads 'one', which failed." in said
+    assert "stage 'total' did not start: its input 'one' failed." in said
     assert runs.record("two")["metrics"]["number"] == 2
 
 

@@ -13,21 +13,20 @@ import pytest
 
 from align import Pipeline
 from align.cli import run_on_ray
-from align.cli.sweep_on_ray import work_elsewhere
-from align.clusters.follow import Following, Said, write_note
-from align.clusters.ray.tasks import RayQueue, Work, make_stage
+from align.cli.sweep_on_ray import run_worker_task
+from align.clusters.follow import JobFollower, JobResult, write_note
+from align.clusters.ray.tasks import RayQueue, StageTask, run_stage_task
 from align.config.scheduler import RayConfig
 from align.errors import StageFailed, UserError
-from align.inference import ray_client as client
+from align.inference import ray_client
 from align.runner.listener import Listener
 from align.runner.open_store import Opening
 from align.runner.prepare import RunOptions
 from align.runner.runner import Run
-from align.store.remote import Remote
 from align.store.store import Store
 from align.sweep.config import SweepConfig
 from tests.support import toy
-from tests.support.sweep import given
+from tests.support.sweep import toy_sweep
 
 
 @pytest.fixture
@@ -38,10 +37,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def work(folder: Path, stage: str, raw: dict[str, Any] | None = None, **given: Any) -> dict[str, Any]:
+def work(folder: Path, stage: str, raw: dict[str, Any] | None = None, **fields: Any) -> dict[str, Any]:
     raw = raw or toy.pipeline()
     store = Store.open(folder / "store")
-    made = Work(
+    task = StageTask(
         raw,
         "toy.yaml",
         str(folder),
@@ -51,7 +50,7 @@ def work(folder: Path, stage: str, raw: dict[str, Any] | None = None, **given: A
         stage,
         Pipeline(raw).nodes[stage].key,
     )
-    return {**asdict(made), **given}
+    return {**asdict(task), **fields}
 
 
 def said(folder: Path, stage: str) -> dict[str, Any]:
@@ -59,52 +58,52 @@ def said(folder: Path, stage: str) -> dict[str, Any]:
 
 
 def test_a_task_makes_its_stage_and_says_so(folder: Path) -> None:
-    assert [make_stage(work(folder, name)) for name in ("one", "two")] == ["done", "done"]
-    assert make_stage(work(folder, "total"), "done", "done") == "done"
+    assert [run_stage_task(work(folder, name)) for name in ("one", "two")] == ["done", "done"]
+    assert run_stage_task(work(folder, "total"), "done", "done") == "done"
     assert said(folder, "total")["status"] == "done"
     found = {one.stage: one.record for one in Store.open(folder / "store").all()}
     assert found["total"]["metrics"] == {"total": 3}
-    assert make_stage(work(folder, "total"), "done", "failed") == "skipped"
+    assert run_stage_task(work(folder, "total"), "done", "failed") == "skipped"
 
 
 def test_a_stage_that_fails_says_why_and_where_its_log_is(folder: Path) -> None:
-    assert make_stage(work(folder, "one", toy.pipeline(one={"crash": "bug"}))) == "failed"
+    assert run_stage_task(work(folder, "one", toy.pipeline(one={"crash": "bug"}))) == "failed"
     assert said(folder, "one")["message"] == "ValueError: a bug"
     assert "Traceback" in Path(said(folder, "one")["log"]).read_text()
-    assert make_stage(work(folder, "one", toy.pipeline(one={"crash": "user"}))) == "refused"
+    assert run_stage_task(work(folder, "one", toy.pipeline(one={"crash": "user"}))) == "refused"
     assert said(folder, "one")["message"] == "the dataset is empty after filtering."
 
 
 def test_a_node_without_the_store_or_with_other_files_says_so(folder: Path) -> None:
     elsewhere = asdict(Opening(str(folder / "elsewhere")))
-    assert "does not see the store" in make_stage(work(folder, "one", store=elsewhere))
-    assert make_stage(work(folder, "one", key="0" * 64)) == "refused"
+    assert "does not see the store" in run_stage_task(work(folder, "one", store=elsewhere))
+    assert run_stage_task(work(folder, "one", key="0" * 64)) == "refused"
     assert "All nodes must see the same files" in said(folder, "one")["message"]
 
 
 def test_a_stage_is_made_anew_once(folder: Path) -> None:
-    make_stage(work(folder, "one"))
+    run_stage_task(work(folder, "one"))
     (before,) = Store.open(folder / "store").all()
-    again = work(folder, "one", anew=True, replaces=before.record["created"])
-    assert make_stage(again) == "done"
+    again = work(folder, "one", force=True, replaces=before.record["created"])
+    assert run_stage_task(again) == "done"
     (after,) = Store.open(folder / "store").all()
     assert after.record["created"] > before.record["created"]
-    assert make_stage(again) == "done"  # as a node's death right after the end would have it
+    assert run_stage_task(again) == "done"  # as a node's death right after the end would have it
     assert Store.open(folder / "store").all()[0].record["created"] == after.record["created"]
 
 
 def test_tasks_of_runs_and_sweeps_open_the_store_of_the_run(folder: Path, address: str) -> None:
     store = Opening(str(folder / "store"), lease=5, patience=3, remote=address)
-    assert make_stage(work(folder, "one", store=asdict(store))) == "done"
-    assert [record["stage"] for record in Remote(store.open(), address).all()] == ["one"]
+    assert run_stage_task(work(folder, "one", store=asdict(store))) == "done"
+    assert [record["stage"] for record in store.open().remote.all()] == ["one"]
     config = SweepConfig.model_validate(
         {"name": "s", "pipeline": "p.yaml", "space": {"stages.ppo.height": [0.5]}, "sampler": "grid",
          "maximize": "ppo.gold"}
     )  # fmt: skip
-    given.write(folder)
+    toy_sweep.write(folder)
     task = {"config": config.model_dump(mode="json", exclude_unset=True), "where": "s.yaml", "assignments": []}
-    assert work_elsewhere({**task, "store": asdict(store), "base": str(folder), "cores": 1}) == ""
-    assert {record["stage"] for record in Remote(store.open(), address).all()} == {"one", "ppo", "evaluate"}
+    assert run_worker_task({**task, "store": asdict(store), "base": str(folder), "cores": 1}) == ""
+    assert {record["stage"] for record in store.open().remote.all()} == {"one", "ppo", "evaluate"}
 
 
 def test_without_ray_or_without_a_cluster_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,11 +114,11 @@ def test_without_ray_or_without_a_cluster_the_remedy_is_named(monkeypatch: pytes
 
     monkeypatch.setitem(sys.modules, "ray", Ray)
     remedy = r"no Ray cluster answers at 'auto' .*Start one with `ray start --head`"
-    with pytest.raises(UserError, match=remedy), client.connected("auto"):
+    with pytest.raises(UserError, match=remedy), ray_client.connected("auto"):
         pass
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r"ray is not installed here: pip install 'align\[ray\]'"):
-        client.require_ray()
+        ray_client.require_ray()
 
 
 class NoNode:
@@ -146,14 +145,15 @@ class NoNode:
 
 
 def test_a_stage_that_no_node_could_hold_is_given_up_in_time(folder: Path) -> None:
-    assert client.wanted(RayConfig(memory_gb=2, resources={"a100": 1})) == {"CPU": 1, "a100": 1, "memory": 2 * 2**30}
-    assert client.could_hold(NoNode(), RayConfig())
-    assert not client.could_hold(NoNode(), RayConfig(resources={"a100": 1}))
+    block = RayConfig(memory_gb=2, resources={"a100": 1})
+    assert ray_client.required_resources(block) == {"CPU": 1, "a100": 1, "memory": 2 * 2**30}
+    assert ray_client.could_hold(NoNode(), RayConfig())
+    assert not ray_client.could_hold(NoNode(), RayConfig(resources={"a100": 1}))
     runtime = {"stages": {"one": {"ray": {"resources": {"a100": 1}, "wait": 0}}}}
     pipeline = Pipeline({"name": "t", "runtime": runtime, "stages": {"one": toy.pipeline()["stages"]["one"]}})
     queue = RayQueue(NoNode(), pipeline, Store.open(folder / "store"), folder / "said", {"one": object()}, every=0)
     with pytest.raises(StageFailed, match=r"no node of the Ray cluster has what it asks for \(CPU 1, a100 1\)"):
-        Following(pipeline, queue.store, ["one"], queue, Listener()).follow()
+        JobFollower(pipeline, queue.store, ["one"], queue, Listener()).follow()
 
 
 def test_a_stage_whose_node_died_is_not_taken_to_run(folder: Path) -> None:
@@ -165,11 +165,11 @@ def test_a_stage_whose_node_died_is_not_taken_to_run(folder: Path) -> None:
     runtime = {"stages": {"one": {"ray": {"resources": {"a100": 1}, "wait": 0}}}}
     pipeline = Pipeline({"name": "t", "runtime": runtime, "stages": {"one": toy.pipeline()["stages"]["one"]}})
     queue = RayQueue(cluster, pipeline, Store.open(folder / "store"), folder / "said", {"one": object()}, every=0)
-    write_note(folder / "said" / "one.json", Said("runs", "host", node="f00d"))
-    assert queue.look(["one"])["one"].state == "runs"
+    write_note(folder / "said" / "one.json", JobResult("runs", "host", node="f00d"))
+    assert queue.query(["one"])["one"].state == "runs"
     nodes[0]["Alive"] = False
     with pytest.raises(StageFailed, match="no node of the Ray cluster has what it asks for"):
-        Following(pipeline, queue.store, ["one"], queue, Listener()).follow()
+        JobFollower(pipeline, queue.store, ["one"], queue, Listener()).follow()
 
 
 def test_a_run_on_ray_holds_a_lease_on_what_its_tasks_need(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,17 +177,17 @@ def test_a_run_on_ray_holds_a_lease_on_what_its_tasks_need(folder: Path, monkeyp
     seen: list[Any] = []
 
     class Followed:
-        def __init__(self, *given: Any) -> None:
+        def __init__(self, *arguments: Any) -> None:
             pass
 
         def follow(self) -> Run:
             seen.extend(store.uses())
             return Run(store)
 
-    monkeypatch.setattr(client, "require_ray", lambda: None)
-    monkeypatch.setattr(client, "connected", lambda address: contextlib.nullcontext("ray"))
-    monkeypatch.setattr(client, "start", lambda *given: "reference")
-    monkeypatch.setattr(run_on_ray, "Following", Followed)
+    monkeypatch.setattr(ray_client, "require_ray", lambda: None)
+    monkeypatch.setattr(ray_client, "connected", lambda address: contextlib.nullcontext("ray"))
+    monkeypatch.setattr(ray_client, "start", lambda *arguments: "reference")
+    monkeypatch.setattr(run_on_ray, "JobFollower", Followed)
     assert run_on_ray.run_on_ray(Pipeline(toy.pipeline()), RunOptions(store), json=True) == 0
     assert [(uses.run, sorted(uses.stages)) for uses in seen] == [("toy", ["one", "total", "two"])]
     assert store.uses() == []

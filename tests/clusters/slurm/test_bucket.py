@@ -13,13 +13,11 @@ from align.runner.open_store import Opening
 from align.runner.prepare import RunOptions
 from align.runner.runner import run_pipeline
 from align.store.object_store import Bucket
-from align.store.remote import Remote
 from align.store.store import Store
-from tests.clusters.slurm.conftest import Slurm
-from tests.clusters.slurm.test_run import followed
 from tests.support import toy
+from tests.support.clusters.slurm.cluster import Slurm, followed
 from tests.support.s3_server import SECRET
-from tests.support.sweep import given
+from tests.support.sweep import toy_sweep
 
 
 def opened(folder: Path, address: str) -> Store:
@@ -31,8 +29,8 @@ def test_what_jobs_make_goes_to_the_bucket_and_nothing_secret_into_their_folder(
     submitted = submit_run(Pipeline(toy.pipeline(), base=slurm.folder), RunOptions(store))
     assert followed(submitted, Listener()).ran
     slurm.wait_until(lambda: all(job["state"] == "COMPLETED" for job in slurm.jobs().values()))  # a job uploads last
-    assert {record["stage"] for record in Remote(store, address).all()} == {"one", "two", "total"}
-    folder = submitted.places["one"].folder
+    assert {record["stage"] for record in store.remote.all()} == {"one", "two", "total"}
+    folder = submitted.submissions["one"].folder
     assert Submission.read(folder).store == Opening.of(store)
     assert not [path for path in folder.iterdir() if SECRET in path.read_text()]
     assert SECRET not in (slurm.state / "calls").read_text()
@@ -50,9 +48,9 @@ def test_jobs_fetch_what_another_machine_has_made_since_they_were_submitted(slur
 
 def test_a_worker_of_a_sweep_opens_the_store_of_the_sweep(slurm: Slurm, address: str) -> None:
     store = opened(slurm.store, address)
-    sweep = given.check(slurm.folder, space={"stages.ppo.height": [0.5]}, sampler="grid", trials=None)
+    sweep = toy_sweep.check(slurm.folder, space={"stages.ppo.height": [0.5]}, sampler="grid", trials=None)
     submission = sweep_on_slurm._submit(sweep, store, 1, [])
-    slurm.wait_until(lambda: submission.said("worker-0"))
-    assert submission.said("worker-0").status == "done", (submission.folder / "worker-0.log").read_text()
-    assert len(Remote(store, address).all()) == 3
+    slurm.wait_until(lambda: submission.result("worker-0"))
+    assert submission.result("worker-0").status == "done", (submission.folder / "worker-0.log").read_text()
+    assert len(store.remote.all()) == 3
     assert all(SECRET.encode() not in (Bucket(address).get(path) or b"") for path in Bucket(address).sizes(""))

@@ -20,8 +20,8 @@ from align.config.scheduler import SlurmConfig, seconds_of
 from align.errors import UserError
 from align.runner.prepare import RunOptions
 from align.store.store import Store
-from tests.clusters.slurm.conftest import Slurm
 from tests.support import toy
+from tests.support.clusters.slurm.cluster import Slurm
 
 
 def refused(on: Slurm, **runtime: object) -> str:
@@ -50,7 +50,7 @@ def test_a_store_that_no_node_sees_is_refused(slurm: Slurm, monkeypatch: pytest.
     (slurm.state / "hosts").write_text("node1\nnode2\n")
     monkeypatch.setattr(checks, "file_system", lambda path: "ext4")
     said = refused(slurm)
-    assert "lies on a file system of this machine alone (ext4)" in said and "shared_store: true" in said
+    assert "is on a local file system (ext4)" in said and "shared_store: true" in said
     submit_run(
         Pipeline(toy.pipeline() | {"runtime": {"slurm": {"shared_store": True}}}, base=slurm.folder),
         RunOptions(slurm.store),
@@ -67,7 +67,7 @@ def test_what_slurm_refuses_is_said_with_the_stage_and_nothing_stays_submitted(s
     (slurm.state / "refuses").write_text("--dependency=afterok")
     assert "nothing is left submitted" in refused(slurm)
     slurm.wait_until(lambda: all(job["state"] == "CANCELLED" for job in slurm.jobs().values()) and slurm.jobs())
-    assert all(one.is_called_off for one in submissions(Store.open(slurm.store)))
+    assert all(one.is_cancelled for one in submissions(Store.open(slurm.store)))
 
 
 def test_the_type_of_a_file_system_is_that_of_the_innermost_mount(tmp_path: Path) -> None:
@@ -85,9 +85,9 @@ def test_the_type_of_a_file_system_is_that_of_the_innermost_mount(tmp_path: Path
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"dependency": "afterok:1"}, "sbatch's --dependency follows from what a stage reads; take it out here"),
-        ({"mem": "4G"}, "sbatch's --mem follows from memory_gb"),
-        ({"--mail-type": "END"}, "write a long one without its dashes"),
+        ({"dependency": "afterok:1"}, "sbatch's --dependency is set by what a stage reads; remove it here"),
+        ({"mem": "4G"}, "sbatch's --mem is set by memory_gb"),
+        ({"--mail-type": "END"}, "write a long option without its dashes"),
     ],
 )
 def test_options_that_are_set_here_are_refused(given: dict[str, str], message: str) -> None:
@@ -106,7 +106,7 @@ def test_times_are_read_as_slurm_reads_them(time: str, seconds: int) -> None:
 
 def test_a_time_limit_that_leaves_no_time_is_refused() -> None:
     SlurmConfig(time="00:03:00", grace=60)
-    with pytest.raises(ValueError, match="time 00:02:59 leaves a stage no time before it is asked to stop"):
+    with pytest.raises(ValueError, match="time 00:02:59 leaves a stage no time before it is told to stop"):
         SlurmConfig(time="00:02:59", grace=60)
 
 
@@ -172,6 +172,6 @@ def test_nothing_of_the_environment_is_in_scripts_or_records(slurm: Slurm, monke
     monkeypatch.setenv("SOME_TOKEN", "sesame-1234")
     (slurm.state / "held").touch()
     submitted = submit_run(Pipeline(toy.pipeline(), base=slurm.folder), RunOptions(slurm.store))
-    for path in submitted.places["one"].folder.iterdir():
+    for path in submitted.submissions["one"].folder.iterdir():
         assert "sesame-1234" not in path.read_text()
     assert "sesame-1234" not in (slurm.state / "calls").read_text()

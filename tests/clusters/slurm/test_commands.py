@@ -23,7 +23,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         calls.append(list(command))
         return ANSWERS[command[0]]
 
-    monkeypatch.setattr(commands, "ask", ask)
+    monkeypatch.setattr(commands, "run_command", ask)
     return calls
 
 
@@ -38,5 +38,5 @@ def test_jobs_that_the_queue_has_forgotten_are_asked_for_all_at_once(asked: list
 
 def test_the_jobs_of_other_users_are_asked_for_where_they_count(asked: list[list[str]]) -> None:
     commands.jobs([101])
-    commands.jobs([101], everybodys=True)
+    commands.jobs([101], all_users=True)
     assert ["--me" in command for command in asked] == [True, False]

@@ -22,7 +22,8 @@ from align.runner.runner import run_pipeline
 from align.store.store import Store
 from tests.support import toy
 
-HERE = Path(__file__).resolve().parent
+REPOSITORY = Path(__file__).resolve().parents[3]
+SUPPORT = REPOSITORY / "tests" / "support" / "clusters" / "slurm"
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
@@ -79,16 +80,16 @@ def conf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     if missing:
         pytest.skip(f"no {missing[0]} on this machine; `make slurm` installs Debian's Slurm")
     folder = tmp_path_factory.mktemp("slurm")
-    subprocess.run([HERE / "start_slurm.sh", "start", folder], check=True, timeout=300)
+    subprocess.run([SUPPORT / "start_slurm.sh", "start", folder], check=True, timeout=300)
     yield folder / "slurm.conf"
-    subprocess.run([HERE / "start_slurm.sh", "stop", folder], check=True, timeout=300)
+    subprocess.run([SUPPORT / "start_slurm.sh", "stop", folder], check=True, timeout=300)
 
 
 @pytest.fixture
 def cluster(conf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     monkeypatch.setenv("SLURM_CONF", str(conf))
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin")
-    monkeypatch.setenv("PYTHONPATH", str(HERE.parents[1]))
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     monkeypatch.delenv("ALIGN_STORE", raising=False)
     made = Cluster(conf, tmp_path)
     yield made
@@ -116,7 +117,7 @@ def test_a_failed_stage_ends_what_reads_it(cluster: Cluster) -> None:
     code, said = cluster.align("run", file, "--on", "slurm")
     assert code == 1, said
     assert "stage 'one' failed: ValueError: a bug" in said and "Log: " in said
-    assert "stage 'total' was not begun: it reads 'one', which failed." in said
+    assert "stage 'total' did not start: its input 'one' failed." in said
     assert cluster.state(cluster.job("total")) == "CANCELLED"
     assert cluster.artifact("two")["metrics"]["number"] == 2
 
@@ -147,7 +148,7 @@ def test_a_preempted_job_saves_and_goes_on_when_there_is_room_again(cluster: Clu
     )  # fmt: skip
     said, _ = process.communicate(timeout=900)
     assert process.returncode == 0, said
-    assert "stopped as asked, at step" in said and "Its job is queued again." in said and "one    resumes" in said
+    assert "stopped as asked, at step" in said and "Its job is requeued." in said and "one    resumes" in said
     record = cluster.artifact("one")
     assert record["metrics"]["resumed_at"] >= 3 and len(record["attempts"]) == 2
     assert cluster.state(int(urgent)) == "COMPLETED"
@@ -160,7 +161,7 @@ def test_a_job_at_its_time_limit_goes_on_in_another_turn(cluster: Cluster) -> No
     raw["stages"] = {"one": raw["stages"]["one"]}
     code, said = cluster.align("run", cluster.write(raw), "--on", "slurm")
     assert code == 0, said
-    assert "Its job is queued again." in said
+    assert "Its job is requeued." in said
     assert len(cluster.artifact("one")["attempts"]) >= 2
 
 
@@ -210,7 +211,7 @@ def test_a_node_that_dies_and_comes_back(cluster: Cluster) -> None:
     said, _ = process.communicate(timeout=900)
     assert process.returncode == 0, said
     assert cluster.artifact("one")["metrics"]["resumed_at"] >= 3
-    subprocess.run([HERE / "start_slurm.sh", "node", cluster.conf.parent, number], check=True)
+    subprocess.run([SUPPORT / "start_slurm.sh", "node", cluster.conf.parent, number], check=True)
     until(lambda: cluster.ask("sinfo", "--noheader", "--partition=cpu", "--states=idle", "--format=%D") == "2")
 
 
@@ -220,7 +221,7 @@ def test_a_stage_trains_on_two_nodes_and_one_node_finds_it_made(cluster: Cluster
         "runtime": {"device": "cpu", "launch": {"nodes": 2, "timeout": 600}, **SMALL},
         "stages": {
             "model": {"source": "tiny"},
-            "rows": {"stage": "tests.support.training.given_rows:ROWS", "train": 24},
+            "rows": {"stage": "tests.support.training.row_stages:ROWS", "train": 24},
             "sft": {"model": "model", "data": "rows", "learning_rate": 1e-3, "batch_size": 12, "max_length": 128,
                     "precision": "float32", "max_steps": 3},
         },

@@ -17,10 +17,8 @@ import pytest
 
 from align.cli.main import main
 from align.clusters import follow as following
-from align.clusters.follow import Following
-from align.clusters.slurm.queue import SlurmQueue
 from align.clusters.slurm.submission import submissions
-from align.clusters.slurm.submit import Submitted, call_off, submit_run
+from align.clusters.slurm.submit import cancel_jobs, submit_run
 from align.errors import StageFailed, UserError
 from align.pipeline.pipeline import Node, Pipeline
 from align.runner.listener import Listener
@@ -28,8 +26,8 @@ from align.runner.prepare import RunOptions
 from align.runner.runner import Run, run_pipeline
 from align.store.json_files import write_sealed
 from align.store.store import Store
-from tests.clusters.slurm.conftest import Slurm
 from tests.support import toy
+from tests.support.clusters.slurm.cluster import Slurm, followed
 
 
 class Recorder(Listener):
@@ -54,11 +52,6 @@ class Recorder(Listener):
     def stage_event(self, node: Node, event: dict[str, Any]) -> None:
         if event["event"] == "note":
             self.said.append((node.name, event["message"]))
-
-
-def followed(submitted: Submitted, listener: Listener) -> Run:
-    queue = SlurmQueue(submitted)
-    return Following(submitted.pipeline, submitted.store, submitted.places, queue, listener).follow()
 
 
 def here(raw: dict[str, Any], slurm: Slurm, listener: Listener | None = None, **options: Any) -> Run:
@@ -98,7 +91,7 @@ def test_a_failed_stage_ends_what_reads_it_and_the_rest_is_made(slurm: Slurm) ->
         here(toy.pipeline(one={"crash": "bug"}, two={"pause": 0.1}), slurm, recorder)
     said = str(caught.value)
     assert "stage 'one' failed: ValueError: a bug\nLog: " in said
-    assert "stage 'total' was not begun: it reads 'one', which failed." in said
+    assert "stage 'total' did not start: its input 'one' failed." in said
     assert ("two", "done") in recorder.said
     log = Path(said.partition("Log: ")[2].splitlines()[0])
     assert "Traceback" in log.read_text()
@@ -144,7 +137,7 @@ def test_detached_jobs_are_taken_up_by_the_same_command_and_called_off(slurm: Sl
     code, said = slurm.align("cancel", "toy")
     assert f"ended job {first['jobs']['two']};" in said
     slurm.wait_until(lambda: slurm.jobs()["align:toy:two"]["state"] == "CANCELLED")
-    assert slurm.align("cancel", "toy")[1] == "nothing of 'toy' waits or runs\n"
+    assert slurm.align("cancel", "toy")[1] == "'toy' has nothing that waits or runs\n"
     (slurm.state / "held").unlink()
     assert sorted(here(toy.pipeline(), slurm).ran) == ["one", "total", "two"]
 
@@ -160,7 +153,7 @@ def test_a_job_that_is_asked_to_stop_saves_queues_itself_again_and_goes_on(slurm
     subprocess.run(["scancel", "--batch", "--signal=USR1", job], check=True)
     said, _ = process.communicate(timeout=280)
     assert process.returncode == 0, said
-    assert "stopped as asked, at step" in said and "Its job is queued again." in said
+    assert "stopped as asked, at step" in said and "Its job is requeued." in said
     assert "one    resumes" in said
     (artifact,) = [one for one in Store.open(slurm.store).all() if one.stage == "one"]
     assert artifact.record["metrics"]["resumed_at"] >= 2
@@ -175,11 +168,11 @@ def test_a_job_called_off_while_it_stops_does_not_come_back(slurm: Slurm) -> Non
     submit_run(pipeline, RunOptions(store))
     slurm.wait_until(lambda: slurm.checkpoints() >= 2)
     (place,) = submissions(store, "toy")
-    assert len(call_off([place])) in (2, 3)  # two may be done by now
+    assert len(cancel_jobs([place])) in (2, 3)  # two may be done by now
     slurm.wait_until(lambda: all(job["state"] in ("CANCELLED", "COMPLETED") for job in slurm.jobs().values()))
     assert slurm.jobs()["align:toy:one"]["turn"] == 0
-    assert place.said("one").status == "stopped"
-    assert "Not queued again." in place.log("one").read_text()
+    assert place.result("one").status == "stopped"
+    assert "Not requeued." in place.log("one").read_text()
 
 
 def began(slurm: Slurm) -> int:
@@ -193,16 +186,16 @@ def test_a_job_that_gets_nowhere_in_its_turns_is_given_up(slurm: Slurm) -> None:
     raw["stages"] = {"one": raw["stages"]["one"]}
     pipeline = Pipeline(raw, base=slurm.folder)
     submitted = submit_run(pipeline, RunOptions(slurm.store))
-    place = submitted.places["one"]
+    place = submitted.submissions["one"]
     for turn in range(3):
         slurm.wait_until(lambda turn=turn: began(slurm) == turn + 1)
         for _ in range(2):  # twice: without patience
             subprocess.run(["scancel", "--signal=USR1", slurm.jobs()["align:toy:one"]["number"]], check=True)
             time.sleep(0.5)
-        slurm.wait_until(lambda turn=turn: (said := place.said("one")) is not None and said.turn == turn)
-    assert place.said("one").status == "failed"
-    assert "3 turns of its job in a row ended without a new checkpoint" in place.said("one").message
-    assert "runtime.stages.one.slurm.time" in place.said("one").message
+        slurm.wait_until(lambda turn=turn: (said := place.result("one")) is not None and said.turn == turn)
+    assert place.result("one").status == "failed"
+    assert "3 turns of its job in a row ended without a new checkpoint" in place.result("one").message
+    assert "runtime.stages.one.slurm.time" in place.result("one").message
 
 
 @pytest.mark.slow
@@ -220,14 +213,15 @@ def test_a_pipeline_whose_files_have_changed_since_is_not_run_as_another(slurm: 
     (slurm.state / "held").touch()
     raw = toy.pipeline()
     submitted = submit_run(Pipeline(raw, base=slurm.folder), RunOptions(slurm.store))
-    about = submitted.places["one"].folder / "submission.json"
+    about = submitted.submissions["one"].folder / "submission.json"
     found = json.loads(about.read_text())
     found["raw"]["stages"]["one"]["number"] = 9
     del found["seal"]
     write_sealed(about, found)
     (slurm.state / "held").unlink()
-    slurm.wait_until(lambda: submitted.places["one"].said("one"))
-    assert "stage 'one' is another than when it was submitted" in submitted.places["one"].said("one").message
+    slurm.wait_until(lambda: submitted.submissions["one"].result("one"))
+    result = submitted.submissions["one"].result("one")
+    assert "stage 'one' has another key than when it was submitted" in result.message
 
 
 def test_gc_keeps_what_jobs_that_wait_will_need(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,7 +242,7 @@ def test_gc_keeps_what_jobs_that_wait_will_need(slurm: Slurm, monkeypatch: pytes
     about.write_bytes(whole[:-9])
     assert main(["gc", "--delete", "--store", str(slurm.store)]) == 2 and first.exists()
     about.write_bytes(whole)
-    call_off(submissions(store))
+    cancel_jobs(submissions(store))
     assert main(["gc", "--delete", "--store", str(slurm.store)]) == 0 and not first.exists()
 
 

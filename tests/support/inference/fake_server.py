@@ -19,7 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from align.inference.server_guard import Guard
-from align.inference.server_worker import LOAD, NAME, TELL, WORKER
+from align.inference.server_worker import LOAD, NAME, REPORT, WORKER
 
 EOS = 2
 
@@ -212,7 +212,7 @@ class FakeServer:
 
 
 def _asks_for_weights(body: Any) -> bool:
-    return isinstance(body, dict) and body.get("method") in (TELL, NAME)
+    return isinstance(body, dict) and body.get("method") in (REPORT, NAME)
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ from align.inference.watchdog import Watchdog
 from align.inference.weights import HEAD, checkpoint_weights
 from align.inference.weights_folder import WeightsFolder
 from align.models.loading import load_policy
-from align.models.merging import merged_weights
 from align.models.tuning.apply import apply_tuning
+from align.models.tuning.merged_weights import merged_weights
 from tests.support.inference.fake_server import FakeServer, info
 from tests.support.inference.server_harness import served_at
 

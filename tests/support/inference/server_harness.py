@@ -13,7 +13,7 @@ import torch
 from align.config.runtime import EngineConfig
 from align.config.vllm_servers import RolloutsConfig
 from align.inference.server import ServerEngine
-from align.inference.server_options import Served
+from align.inference.server_options import ServerSpec
 from align.inference.weights_folder import WeightsFolder
 
 PROMPTS = [[1, 30 + i, 31] for i in range(12)]
@@ -21,11 +21,11 @@ PROMPTS = [[1, 30 + i, 31] for i in range(12)]
 
 def served_at(
     model_dir: Path, addresses: list[str], dtype: torch.dtype = torch.float32, servers: int = 1, **config: Any
-) -> Served:
+) -> ServerSpec:
     """What servers are asked for, each with four calls under way; without an address they are started here."""
     pool = {name: config.pop(name) for name in list(config) if name in RolloutsConfig.model_fields}
     settings = {"timeout": 30, "batch_size": 4} | config
-    return Served.of(
+    return ServerSpec.of(
         model_dir,
         device=torch.device("cpu"),
         dtype=dtype,

@@ -19,11 +19,11 @@ from align.inference.engine import open_engine
 from align.inference.parity import ParityError, probe, trainer_logprobs
 from align.inference.protocol import Sampling
 from align.inference.vllm import VllmEngine
-from align.inference.vllm_insides import VllmChanged, install_sampler, model_runner, notice_steps
+from align.inference.vllm_internals import VllmChanged, install_sampler, model_runner, report_steps
 from align.inference.weights import checkpoint_weights
 from align.models.loading import load_policy
-from align.models.merging import merged_weights
 from align.models.tuning.apply import apply_tuning
+from align.models.tuning.merged_weights import merged_weights
 
 sys.path.append(str(Path(__file__).resolve().parents[3]))
 from tests.support.models.tuning.pretended import CASES, push, tuning_of, wrapped
@@ -183,7 +183,7 @@ def corrupted_tensor_is_caught(engine: VllmEngine, model_dir: Path) -> None:
 
 def changed_insides_fail_loudly() -> None:
     try:
-        notice_steps(type("LLM", (), {"llm_engine": object()})(), print)
+        report_steps(type("LLM", (), {"llm_engine": object()})(), print)
     except VllmChanged as error:
         assert "get_output" in str(error)
     else:

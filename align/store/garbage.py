@@ -1,0 +1,61 @@
+"""Garbage collection of a store: folders that no named run and no active run reaches. Knows no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from align.errors import UserError
+from align.store.leases import LEASES, UsedStage
+from align.store.runs import RUNS
+from align.store.store import Store
+
+
+def find_garbage(store: Store, used: Iterable[UsedStage] = ()) -> list[Path]:
+    """Return artifact and partial folders that no named run and no active run reaches, directly or as an input.
+
+    ``used`` are further stages that count as reached. Raises ``UserError`` where it cannot be told what is reached.
+    """
+    reached = store.retry.call(lambda: _reached_folders(store, used))
+    return [folder for folder in store.folders() if folder not in reached]
+
+
+def delete_garbage(store: Store, used: Callable[[], Iterable[UsedStage]] = tuple) -> dict[Path, bool]:
+    """Delete the garbage; returns folder → True, or False where a run holds its lock.
+
+    ``used`` is called for further stages once no run can begin. Raises as ``find_garbage``.
+    """
+    # 1. Find the leases of runs that have died. That may take as long as a lease, so runs may still begin meanwhile.
+    ended = store.leases.find_ended()
+    # 2. From here to the end no run begins, so nothing that is unreached now can become reached.
+    with store.leases.gate():
+        store.leases.drop(ended)
+        # 3. Another machine may have begun a run a moment ago, which NFS's caches do not show.
+        store.refresh(RUNS, LEASES)
+        # 4. Delete what is unreached, unless a run holds its lock.
+        return {folder: store.delete(folder) for folder in find_garbage(store, used())}
+
+
+def _reached_folders(store: Store, used: Iterable[UsedStage]) -> set[Path]:
+    """Return the folders of all stages that runs reach, inputs of inputs included."""
+    runs, damaged = store.survey_runs()
+    if damaged:
+        raise UserError(f"{damaged[0]} Until then nothing is deleted, since it is unknown what that run needs.")
+    reached = {(stage["kind"], stage["key"]) for run in runs.values() for stage in run["stages"].values()}
+    reached |= {(stage.kind, stage.key) for uses in store.uses() for stage in uses.stages.values()}
+    reached |= {(stage.kind, stage.key) for stage in used}
+    queue = list(reached)
+    while queue:
+        artifact = store.find_intact(*queue.pop())
+        if artifact is None:
+            continue
+        # Inputs of a reached artifact are reached, even of a run that nobody remembers.
+        for source in artifact.record["input_stages"]:
+            stage = (source["kind"], source["key"])
+            if stage not in reached:
+                reached.add(stage)
+                queue.append(stage)
+    folders = set()
+    for kind, key in reached:
+        folders |= {store.folder(kind, key), store.partial(kind, key)}
+    return folders
