@@ -1,9 +1,9 @@
-"""From a recipe to a dataset: passes over shards, verdicts between them, and what comes out of it all.
+"""The build of a dataset from a recipe: passes over shards, and decisions between them.
 
-A pass takes every shard through row steps and sketches it for the table steps behind them; these decide, and the next
-pass applies what they said. Shards are cut where the sources' records are, whatever the number of processes, which so
-changes nothing. All that is finished stays in ``work``, so a killed build goes on. Memory holds a shard for each
-process and the sketches of one pass.
+A pass takes every shard through row steps and sketches it for the table steps that follow; these decide, and the next
+pass applies their verdicts. Shards are cut by the sources' records alone, so that the number of processes changes no
+result. Finished work stays in ``work``, so that a killed build goes on. Memory holds a shard for each process and the
+sketches of one pass.
 """
 
 from __future__ import annotations
@@ -20,44 +20,41 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from align.config.recipe.recipe import Recipe
+from align.config.recipe.source_settings import labels
 from align.data.finish import finish
-from align.data.ledger import Counts, SourceLine, empty_split, make_ledger
-from align.data.licenses import of_mixture
-from align.data.recipe import Recipe
+from align.data.ledger import Counts, SourceLine, describe_empty_split, make_ledger
+from align.data.licenses import mixture_license
 from align.data.rows import take_rows
-from align.data.shards import (
-    Pass,
-    Task,
-    finished,
-    is_whole,
-    read_shard,
-    read_sketches,
-)
-from align.data.source_configs import labels
+from align.data.shards import Pass, Task, is_complete, read_shard, read_sketches, read_summary
 from align.data.sources import choose_format, identity, read, source_folder
 from align.data.steps.base import StepContext, Table, TableStep, Verdict, keep_all
-from align.data.steps.split import SPLITS, Identical, MaxRows, Split, Usable
+from align.data.steps.split import SPLITS, IdenticalStep, MaxRowsStep, SplitStep, UsableStep
+from align.data.steps.step_kinds import STEPS, start_step
 from align.data.verdicts import StoredVerdict, is_stored, store_verdict
-from align.data.workers import Machine, Workers
+from align.data.workers import BuildResources, Workers
 from align.errors import UserError
 from align.store.fingerprint import digest
 
 SHARD_ROWS = 10_000
-"""Records of a shard; part of what a build means, since a reason's examples and the output's order follow shards."""
+"""Records of a shard. Another number would change results: a reason's examples and the order of rows follow shards."""
+
+NumberedStep = tuple[int, Any]
+"""Number of a step in the build, and its settings."""
 
 Progress = Callable[[int, str], None]
-"""Rows done in a step, and the step's name."""
+"""Called with the rows done in a step and the step's name."""
 
 
 @dataclass
 class Build:
-    """One build. ``inputs`` are folders of artifacts for sources of type ``input``."""
+    """One build. ``inputs`` are the folders of artifacts that sources of type ``input`` read."""
 
     recipe: Recipe
     base: Path
     work: Path
     inputs: tuple[Path, ...] = ()
-    machine: Machine = field(default_factory=Machine)
+    resources: BuildResources = field(default_factory=BuildResources)
     progress: Progress | None = None
     counts: Counts = field(default_factory=Counts)
     notes: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -66,36 +63,49 @@ class Build:
     """Seconds of each step, by its number, summed over processes; reading and writing shards under -1."""
 
     def run(self, output: Path) -> dict[str, Any]:
-        """Write the build's Parquet files into ``output``; returns the ledger.
+        """Write the build's Parquet files into ``output`` and return the ledger.
 
-        Raises ``UserError`` for what cannot be read, and for a split that ends up empty, with the counts per reason.
+        Raises ``UserError`` for a source or record that cannot be read, and for an empty split, with the counts per
+        reason.
         """
-        lines = [
+        # Sources are identified before anything is read, since the ledger records what the build began with.
+        sources = [
             SourceLine(name, source.type, source.part, self._license(source), identity(source, self.base, self.inputs))
             for name, source in zip(labels(self.recipe.sources), self.recipe.sources, strict=True)
         ]
         steps = self._steps()
-        first = self._first_pass(steps, [line.name for line in lines])
-        with Workers(self.machine) as workers:
+        first = self._first_pass(steps, [source.name for source in sources])
+        # Step 0 is the conversion of records, so the steps are numbered from 1.
+        with Workers(self.resources) as workers:
             last, shards = self._passes(first, deque(enumerate(steps, start=1)), workers)
-        splits, digests = dict.fromkeys(SPLITS, 0), dict[str, str]()
+        splits = dict.fromkeys(SPLITS, 0)
+        digests: dict[str, str] = {}
         if shards:
             splits, digests = finish(self.work, range(shards), last, output)
-        ledger = make_ledger(self.counts, first.steps, lines, self.notes, splits, digests, self.format_choices)
+        ledger = make_ledger(
+            self.counts,
+            first.steps,
+            sources,
+            notes=self.notes,
+            splits=splits,
+            digests=digests,
+            format_choices=self.format_choices,
+        )
+        # Only now, so that the error can quote the counts of the ledger.
         for name in SPLITS:
             if not splits[name]:
-                raise UserError(empty_split(name, ledger))
+                raise UserError(describe_empty_split(name, ledger))
         return ledger
 
     def _license(self, source: Any) -> str | None:
-        """What the recipe says, or what the ledger of an earlier build says of it."""
+        """Return the license that the recipe states, or the one in the ledger of the artifact that the source reads."""
         if source.license is not None or source.type not in ("artifact", "input"):
             return source.license  # type: ignore[no-any-return]
         ledger = source_folder(source, self.base, self.inputs) / "ledger.json"
         if not ledger.exists():
             return None
-        found = json.loads(ledger.read_text(encoding="utf-8")).get("sources", [])
-        return of_mixture(line.get("license") for line in found).names[0] if found else None
+        sources = json.loads(ledger.read_text(encoding="utf-8")).get("sources", [])
+        return mixture_license(line.get("license") for line in sources).names[0] if sources else None
 
     def _first_pass(self, steps: Sequence[Any], sources: Sequence[str]) -> Pass:
         return Pass(
@@ -110,15 +120,17 @@ class Build:
             check=not any(step.type == "normalize" for step in self.recipe.steps),
         )
 
-    def _passes(self, spec: Pass, pending: deque[tuple[int, Any]], workers: Workers) -> tuple[Path, int]:
-        """All passes and the verdicts between them; returns the folder of the last and its shards.
+    def _passes(self, spec: Pass, pending: deque[NumberedStep], workers: Workers) -> tuple[Path, int]:
+        """Do all passes and the decisions between them; return the folder of the last and its number of shards.
 
-        There are no shards where no row is left, and no pass after that.
+        The number is 0 where no row is left, which ends the build early.
         """
         while True:
-            row_steps, table_steps = _next(pending)
-            spec = replace(spec, row_steps=self._started(row_steps), table_steps=self._started(table_steps))
-            rows = self._pass(spec, workers)
+            # A pass does row steps and sketches the rows for the table steps that follow. These decide, and the next
+            # pass begins with their verdicts.
+            row_steps, table_steps = _next_steps(pending)
+            spec = replace(spec, row_steps=self._with_context(row_steps), table_steps=self._with_context(table_steps))
+            rows = self._run_pass(spec, workers)
             if not sum(rows):
                 return spec.folder, 0
             if not table_steps:
@@ -129,115 +141,141 @@ class Build:
             spec = replace(spec, number=number, folder=folder, before=spec.folder, verdicts=verdicts)
 
     def _steps(self) -> list[Any]:
-        """The recipe's steps and those that every build ends with; ``mix`` comes last, for it repeats rows."""
+        """Return the recipe's steps and those that every build ends with; ``mix`` is last, since it repeats rows."""
         recipe = self.recipe
-        ends: list[Any] = [Identical()]
+        last_steps: list[Any] = [IdenticalStep()]
         if recipe.max_rows is not None:
-            ends.append(MaxRows(rows=recipe.max_rows))
-        ends.append(
-            Split(
+            last_steps.append(MaxRowsStep(rows=recipe.max_rows))
+        last_steps.append(
+            SplitStep(
                 test_size=recipe.test_size,
                 near_duplicates=recipe.near_duplicate_prompts,
                 parts=tuple(source.part for source in recipe.sources),
             )
         )
-        given: list[Any] = []
+        steps: list[Any] = []
         for step in recipe.steps:
-            given.append(step)
-            if step.type == "normalize":  # which mends rows that would have been dropped at once
-                given.append(Usable())
-        mixing = [step for step in given if step.type == "mix"]
-        return [*(step for step in given if step.type != "mix"), *ends, *mixing]
+            steps.append(step)
+            if step.type == "normalize":
+                # Rows were not checked when they were read, since ``normalize`` can mend some of them.
+                steps.append(UsableStep())
+        # Copies of rows must not count as duplicates, so ``mix`` follows the search for equal rows.
+        mix_steps = [step for step in steps if step.type == "mix"]
+        return [*(step for step in steps if step.type != "mix"), *last_steps, *mix_steps]
 
-    def _started(self, steps: Sequence[tuple[int, Any]]) -> tuple[tuple[int, Any, StepContext], ...]:
-        made = []
+    def _with_context(self, steps: Sequence[NumberedStep]) -> tuple[tuple[int, Any, StepContext], ...]:
+        """Return steps with their context, and create the folder of each."""
+        with_context = []
         for number, config in steps:
             folder = self.work / f"step-{number}"
             folder.mkdir(parents=True, exist_ok=True)
-            recipe = self.recipe
-            context = StepContext(recipe.kind, recipe.seed, self.base, folder, self.machine.device, self.inputs)
-            made.append((number, config, context))
-        return tuple(made)
+            context = StepContext(
+                kind=self.recipe.kind,
+                seed=self.recipe.seed,
+                base=self.base,
+                work=folder,
+                device=self.resources.device,
+                inputs=self.inputs,
+                models=self.resources.models,
+            )
+            with_context.append((number, config, context))
+        return tuple(with_context)
 
-    def _pass(self, spec: Pass, workers: Workers) -> list[int]:
-        """Do one pass; returns the rows of each shard."""
+    def _run_pass(self, spec: Pass, workers: Workers) -> list[int]:
+        """Do one pass and return the rows of each shard."""
         spec.folder.mkdir(parents=True, exist_ok=True)
-        alone = any(getattr(config, "alone", False) for _, config, _ in (*spec.row_steps, *spec.table_steps))
-        tasks = self._read(spec) if spec.before is None else self._again(spec)
+        steps = (*spec.row_steps, *spec.table_steps)
+        runs_model = any(STEPS[type(config)].runs_model for _, config, _ in steps)
+        tasks = self._first_tasks(spec) if spec.before is None else self._later_tasks(spec)
         done = 0
         rows: list[int] = []
-        step = spec.steps[(spec.row_steps or spec.table_steps or ((0,),))[0][0]]
-        for _ in workers.run(spec, tasks, alone):
-            found = finished(spec.folder, len(rows))
-            assert found is not None
-            rows.append(found.rows)
-            self.counts.merge(found.counts)
-            self._spent(found.seconds)
-            done += found.rows
+        step_name = spec.steps[steps[0][0] if steps else 0]
+        # Workers report shards in order; everything about one is read from its summary, also after a resumed build.
+        for _ in workers.run(spec, tasks, in_this_process=runs_model):
+            summary = read_summary(spec.folder, len(rows))
+            assert summary is not None
+            rows.append(summary.rows)
+            self.counts.merge(summary.counts)
+            self._add_seconds(summary.seconds)
+            done += summary.rows
             if self.progress:
-                self.progress(done, step)
+                self.progress(done, step_name)
         return rows
 
-    def _read(self, spec: Pass) -> Iterator[Task]:
-        """Tasks of the first pass: the sources' records, in order. Finished shards are read past."""
+    def _first_tasks(self, spec: Pass) -> Iterator[Task]:
+        """Yield the tasks of the first pass: the sources' records, in order. Records of complete shards are skipped."""
         shard = 0
-        for at, source in enumerate(self.recipe.sources):
+        for number, source in enumerate(self.recipe.sources):
             records = read(source, self.base, self.inputs, self.recipe.seed)
-            form, why, records = choose_format(source, records, self.recipe.kind)
-            if why:
-                self.format_choices[spec.sources[at]] = why
+            form, reason, records = choose_format(source, records, self.recipe.kind)
+            if reason:
+                self.format_choices[spec.sources[number]] = reason
             while chunk := tuple(itertools.islice(records, SHARD_ROWS)):
-                if is_whole(spec.folder, shard):
-                    chunk = ()  # done before; what matters is that its records are behind us
-                yield Task(shard, 0, at, form, chunk)
+                if is_complete(spec.folder, shard):
+                    # The source is a stream: even on resume its records must be read to reach the next shard's.
+                    chunk = ()  # its records had to be read past, but need not be sent to a worker
+                yield Task(shard, 0, number, form, chunk)
                 shard += 1
 
-    def _again(self, spec: Pass) -> Iterator[Task]:
-        """Tasks of a later pass: the shards of the one before."""
+    def _later_tasks(self, spec: Pass) -> Iterator[Task]:
+        """Yield the tasks of a later pass: the shards of the one before."""
         assert spec.before is not None
         start = 0
         for shard in itertools.count():
-            found = finished(spec.before, shard)
-            if found is None:
+            summary = read_summary(spec.before, shard)
+            if summary is None:
                 return
             yield Task(shard, start)
-            start += found.rows
+            start += summary.rows
 
     def _decide(self, spec: Pass, rows: list[int]) -> tuple[tuple[int, Path], ...]:
-        """Have the pass's table steps decide, in order; returns where their verdicts are."""
+        """Let the pass's table steps decide, in order; return the folders of their verdicts."""
         folders = tuple((number, spec.folder / f"verdict-{number}") for number, _, _ in spec.table_steps)
+        # A resumed build reads the verdicts that are complete instead of deciding again.
         if not all(is_stored(folder) for _, folder in folders):
             sketches = read_sketches(spec.folder, len(rows))
             alive = np.ones(sum(rows), dtype=bool)
-            given: dict[str, np.ndarray] = {}
+            added_columns: dict[str, np.ndarray] = {}
             source = sketches.pop("source", np.zeros(0, dtype=np.int32))
             for (number, config, context), (_, folder) in zip(spec.table_steps, folders, strict=True):
-                step: TableStep = config.start(context)
-                mine = {name: sketches.pop(name) for name in list(sketches) if name.startswith(f"{number}.")}
-                columns = {name.split(".", 1)[1]: column for name, column in mine.items()}
-                read = _Rows(spec.folder, rows)
-                table = Table(columns | given, alive.copy(), source, list(spec.sources), read, read.many)
-                began = time.perf_counter()
+                step: TableStep = start_step(config, context)
+                prefix = f"{number}."
+                # ``pop``, so that the sketches of a step are freed once it has decided.
+                columns = {
+                    name.removeprefix(prefix): sketches.pop(name) for name in list(sketches) if name.startswith(prefix)
+                }
+                reader = _RowReader(spec.folder, rows)
+                table = Table(
+                    columns=columns | added_columns,
+                    alive=alive.copy(),
+                    source=source,
+                    sources=list(spec.sources),
+                    row=reader,
+                    many=reader.many,
+                )
+                started = time.perf_counter()
                 verdict = step.decide(table) if alive.any() else Verdict(keep_all(len(table)))
-                self._spent({number: time.perf_counter() - began})
+                self._add_seconds({number: time.perf_counter() - started})
                 self._store(spec, rows, folder, verdict)
+                # A later step of the same pass sees which rows are gone, and the columns that were added.
                 alive &= verdict.code < 0
-                given |= verdict.columns
+                added_columns |= verdict.columns
                 if self.progress:
                     self.progress(int(alive.sum()), spec.steps[number])
         for number, folder in folders:
             self.notes[number] = StoredVerdict(folder, slice(0, 0)).notes
         return folders
 
-    def _spent(self, seconds: dict[int, float]) -> None:
+    def _add_seconds(self, seconds: dict[int, float]) -> None:
         for number, value in seconds.items():
             self.seconds[number] = self.seconds.get(number, 0.0) + value
 
     def _store(self, spec: Pass, rows: list[int], folder: Path, verdict: Verdict) -> None:
+        # Only rows that stand for a dropped one are named, so that the verdict stays small.
         stand_ins = None
         if verdict.instead is not None and (verdict.instead >= 0).any():
             places = np.unique(verdict.instead[verdict.instead >= 0])
-            stand_ins = list(_names(spec.folder, rows, places))
+            stand_ins = list(_read_names(spec.folder, rows, places))
         store_verdict(folder, verdict, stand_ins)
 
 
@@ -246,41 +284,50 @@ def build(
     base: Path,
     work: Path,
     output: Path,
+    *,
     inputs: Sequence[Path] = (),
-    machine: Machine | None = None,
+    resources: BuildResources | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Build ``recipe`` into ``output``; see ``Build``. Work that an earlier attempt at the same recipe left is used."""
+    """Build ``recipe`` into ``output``; see ``Build``. Resumes an earlier attempt at the same recipe."""
+    # Work of another recipe must not be mixed up with this one, so the folder is named after its content.
     work = work / digest(recipe.model_dump(mode="json"))[:16]
-    return Build(recipe, base, work, tuple(inputs), machine or Machine(), progress).run(output)
+    return Build(recipe, base, work, tuple(inputs), resources or BuildResources(), progress).run(output)
 
 
-def _next(pending: deque[tuple[int, Any]]) -> tuple[list[tuple[int, Any]], list[tuple[int, Any]]]:
-    """The steps of the next pass: row steps, then table steps."""
-    row_steps: list[tuple[int, Any]] = []
-    table_steps: list[tuple[int, Any]] = []
-    while pending and (pending[0][1].decides or not table_steps):
-        (table_steps if pending[0][1].decides else row_steps).append(pending.popleft())
+def _next_steps(pending: deque[NumberedStep]) -> tuple[list[NumberedStep], list[NumberedStep]]:
+    """Take the steps of the next pass from ``pending``: row steps, then the table steps that directly follow."""
+    row_steps: list[NumberedStep] = []
+    table_steps: list[NumberedStep] = []
+    while pending:
+        # A row step behind a table step needs its verdict, so it waits for the next pass.
+        needs_all_rows = STEPS[type(pending[0][1])].needs_all_rows
+        if table_steps and not needs_all_rows:
+            break
+        (table_steps if needs_all_rows else row_steps).append(pending.popleft())
     return row_steps, table_steps
 
 
-class _Rows:
-    """Row by its number among all; keeps the shard last read."""
+class _RowReader:
+    """Reads a row by its number among all rows; caches the last shard."""
 
     def __init__(self, folder: Path, rows: list[int]) -> None:
         self.folder, self.ends = folder, np.cumsum(rows)
-        self.shard, self.held = -1, []  # type: int, list[Any]
+        self.shard = -1
+        self.cached_rows: list[Any] = []
 
     def __call__(self, place: int) -> Any:
         shard = int(np.searchsorted(self.ends, place, side="right"))
         if shard != self.shard:
-            self.shard, self.held = shard, read_shard(self.folder, shard)
+            self.cached_rows = read_shard(self.folder, shard)
+            self.shard = shard
         start = int(self.ends[shard - 1]) if shard else 0
-        return self.held[place - start]
+        return self.cached_rows[place - start]
 
     def many(self, places: np.ndarray) -> Iterator[Any]:
-        """The rows with these numbers, which ascend; each shard is read once."""
+        """Yield the rows with these numbers, which ascend; each shard is read once."""
         start = 0
+        # Numbers ascend, so one scan over the shards reads each of them at most once.
         for shard, end in enumerate(self.ends):
             inside = places[(places >= start) & (places < end)] - start
             if len(inside):
@@ -288,13 +335,13 @@ class _Rows:
             start = int(end)
 
 
-def _names(folder: Path, rows: list[int], places: np.ndarray) -> Iterator[dict[str, str]]:
-    """Id and place of the rows with these numbers, which ascend."""
+def _read_names(folder: Path, rows: list[int], places: np.ndarray) -> Iterator[dict[str, str]]:
+    """Yield id and place of the rows with these numbers, which ascend."""
     start = 0
     for shard, count in enumerate(rows):
         inside = places[(places >= start) & (places < start + count)] - start
         if len(inside):
-            found = pq.read_table(folder / f"{shard:05d}.parquet", columns=["id", "_where"]).take(inside)
-            for name, where in zip(*(column.to_pylist() for column in found.columns), strict=True):
+            table = pq.read_table(folder / f"{shard:05d}.parquet", columns=["id", "_where"]).take(inside)
+            for name, where in zip(*(column.to_pylist() for column in table.columns), strict=True):
                 yield {"id": name, "where": where}
         start += count

@@ -1,7 +1,7 @@
-"""The dataset card: README.md with the Hub's metadata, by which ``load_dataset(folder)`` reads a build.
+"""The dataset card: README.md with the Hub's metadata, which let ``load_dataset(folder)`` read a build.
 
-Everything on it comes from the recipe, the ledger and the Parquet files, and nothing from when or where it is written.
-Language is stated only where the recipe states it. Leaves out texts of dropped rows, which may be private. Torch-free.
+Its content comes from the recipe, the ledger and the Parquet files, and does not depend on time or place. It states a
+language only where the recipe does. It quotes no dropped rows, which may be private. Torch-free.
 """
 
 from __future__ import annotations
@@ -13,57 +13,76 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from align.data.built import SPLITS, shards
-from align.data.licenses import OTHER, License, normalize, of_mixture
+from align.data.build_files import SPLITS, shards
+from align.data.licenses import OTHER, License, mixture_license, normalize
 from align.data.markdown import fenced, plain, table
 from align.errors import printable
+from align.store.atomic_write import write_text_atomically
 
 if TYPE_CHECKING:
     from huggingface_hub import DatasetCardData
 
 CARD = "README.md"
 SIZES = (
-    (10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"),
-    (10**8, "10M<n<100M"), (10**9, "100M<n<1B"),
-)  # fmt: skip
-TAGS = {"instructions": ["sft"], "preferences": ["dpo", "reward-model"], "unpaired": ["kto"], "prompts": ["rl"],
-        "texts": ["pretraining"]}  # fmt: skip
+    (10**3, "n<1K"),
+    (10**4, "1K<n<10K"),
+    (10**5, "10K<n<100K"),
+    (10**6, "100K<n<1M"),
+    (10**7, "1M<n<10M"),
+    (10**8, "10M<n<100M"),
+    (10**9, "100M<n<1B"),
+)
+TAGS = {
+    "instructions": ["sft"],
+    "preferences": ["dpo", "reward-model"],
+    "unpaired": ["kto"],
+    "prompts": ["rl"],
+    "texts": ["pretraining"],
+}
 COLUMNS = {
-    "id": "stable text that names the row", "source": "where it comes from", "completion": "the assistant's answer",
-    "prompt": "messages; the last is the user's", "checks": "JSON for a program that checks the answer, or empty",
-    "chosen": "the better answer", "rejected": "the worse answer", "label": "whether the answer is wanted",
-    "tools": "JSON list of the tools that may be called, or empty", "responses": "answers with scores or ranks",
-    "text": "a document", "chosen_score": "score of the better answer", "rejected_score": "score of the worse answer",
-}  # fmt: skip
-"""What columns hold, for the card."""
+    "id": "stable text that names the row",
+    "source": "where it comes from",
+    "completion": "the assistant's answer",
+    "prompt": "messages; the last is the user's",
+    "checks": "JSON for a program that checks the answer, or empty",
+    "chosen": "the better answer",
+    "rejected": "the worse answer",
+    "label": "whether the answer is wanted",
+    "tools": "JSON list of the tools that may be called, or empty",
+    "responses": "answers with scores or ranks",
+    "text": "a document",
+    "chosen_score": "score of the better answer",
+    "rejected_score": "score of the worse answer",
+}
+"""Descriptions of the columns."""
 
 
 def write_card(folder: Path, recipe: Mapping[str, Any], ledger: Mapping[str, Any], name: str) -> Path:
     """Write ``folder/README.md`` about the build in ``folder`` and return its path.
 
-    ``recipe`` is the recipe as plain JSON-able values, printed in full; ``name`` is what the dataset is called.
+    ``recipe`` is the recipe as plain JSON-able values, printed in full; ``name`` is the dataset's name.
     """
-    license = of_mixture(source.get("license") for source in ledger["sources"])
+    license = mixture_license(source.get("license") for source in ledger["sources"])
     data = metadata(folder, recipe, ledger, name, license)
     text = f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(_body(folder, recipe, ledger, name, license)) + "\n"
     path = folder / CARD
-    path.write_text(text, encoding="utf-8")
+    write_text_atomically(path, text)
     return path
 
 
-def recipe_of(folder: Path) -> dict[str, Any]:
-    """The recipe that a build's card states; empty where there is no card of ours."""
+def read_recipe(folder: Path) -> dict[str, Any]:
+    """Return the recipe on a build's card; empty where the card is missing or not align's."""
     try:
         text = (folder / CARD).read_text(encoding="utf-8")
-        found = re.search(r"^## Recipe\n\n(`{3,})yaml\n(.*)\n\1$", text, re.DOTALL | re.MULTILINE)
-        recipe = yaml.safe_load(found[2]) if found else {}
+        match = re.search(r"^## Recipe\n\n(`{3,})yaml\n(.*)\n\1$", text, re.DOTALL | re.MULTILINE)
+        recipe = yaml.safe_load(match[2]) if match else {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return {}
     return recipe if isinstance(recipe, dict) else {}
 
 
-def name_of(folder: Path) -> str:
-    """What a build's card calls it, else the folder's name."""
+def read_name(folder: Path) -> str:
+    """Return the name on a build's card, else the folder's name."""
     try:
         front = (folder / CARD).read_text(encoding="utf-8").split("---")[1]
         name = (yaml.safe_load(front) or {}).get("pretty_name")
@@ -75,13 +94,14 @@ def name_of(folder: Path) -> str:
 def metadata(
     folder: Path, recipe: Mapping[str, Any], ledger: Mapping[str, Any], name: str, license: License
 ) -> DatasetCardData:
-    """The Hub's metadata; ``configs`` names the Parquet files of a split, ``dataset_info`` their features and sizes."""
+    """Return the Hub's metadata: ``configs`` has the Parquet files of a split, ``dataset_info`` features and sizes."""
     import pyarrow.parquet as pq
     from datasets import DatasetInfo, Features, SplitDict, SplitInfo
     from datasets.info import DatasetInfosDict
     from huggingface_hub import DatasetCardData
 
     sources = recipe.get("sources") or []
+    # The Hub links a card to the datasets it was made from.
     hub = sorted({str(source["dataset"]) for source in sources if source.get("type") == "hub" and "dataset" in source})
     data = DatasetCardData(
         language=_languages(recipe),
@@ -95,18 +115,17 @@ def metadata(
     if license.names == (OTHER,):
         data["license_name"], data["license_link"] = "terms-of-all-sources", f"{CARD}#licenses"
     files = {split: shards(folder, split) for split in SPLITS}
-    files = {split: found for split, found in files.items() if found}
+    files = {split: paths for split, paths in files.items() if paths}
     splits, features, bytes_on_disk = SplitDict(), None, 0
+    # Sizes come from the footers of the Parquet files, without reading rows.
     for split, paths in files.items():
         parts = [pq.read_metadata(path) for path in paths]
         size = sum(part.row_group(group).total_byte_size for part in parts for group in range(part.num_row_groups))
         splits.add(SplitInfo(split, num_bytes=size, num_examples=sum(part.num_rows for part in parts)))
         bytes_on_disk += sum(path.stat().st_size for path in paths)
         features = features or Features.from_arrow_schema(parts[0].schema.to_arrow_schema())
-    data["configs"] = [{
-        "config_name": "default",
-        "data_files": [{"split": split, "path": _pattern(paths, split)} for split, paths in files.items()],
-    }]  # fmt: skip
+    data_files = [{"split": split, "path": _pattern(paths, split)} for split, paths in files.items()]
+    data["configs"] = [{"config_name": "default", "data_files": data_files}]
     info = DatasetInfo(features=features, splits=splits, download_size=bytes_on_disk)
     info.dataset_size = sum(split.num_bytes for split in splits.values())
     DatasetInfosDict({"default": info}).to_dataset_card_data(data)
@@ -118,19 +137,19 @@ def _pattern(paths: Sequence[Path], split: str) -> str:
 
 
 def size_category(rows: int) -> str:
-    """The Hub's name for so many rows."""
+    """Return the Hub's category for a number of rows."""
     return next((name for limit, name in SIZES if rows < limit), "n>1B")
 
 
 def _languages(recipe: Mapping[str, Any]) -> list[str] | None:
-    """Languages that the recipe states: its own field, else those a filter keeps. Never guessed."""
+    """Return the languages that the recipe states: its field, else those that a filter keeps. Never a guess."""
     stated = recipe.get("language")
     for step in recipe.get("steps") or []:
         filtered = step.get("language")
         stated = stated or (filtered.get("keep") if isinstance(filtered, Mapping) else None)
     if not stated:
         return None
-    return [str(stated)] if isinstance(stated, str) else sorted(str(one) for one in stated)
+    return [str(stated)] if isinstance(stated, str) else sorted(str(language) for language in stated)
 
 
 def _body(folder: Path, recipe: Mapping[str, Any], ledger: Mapping[str, Any], name: str, license: License) -> list[str]:
@@ -141,9 +160,14 @@ def _body(folder: Path, recipe: Mapping[str, Any], ledger: Mapping[str, Any], na
     counts = ", ".join(f"{count:,} {split}" for split, count in ledger["splits"].items())
     lines += [
         f"{ledger['rows_out']:,} rows of kind `{kind}` ({counts}), built from {ledger['rows_in']:,} records by the "
-        f"recipe below. {sum(ledger['dropped'].values()):,} rows were dropped, each for a reason counted below.", "",
-        "```python", "from datasets import load_dataset", 'rows = load_dataset("path/to/this/folder")', "```", "",
-    ]  # fmt: skip
+        f"recipe below. {sum(ledger['dropped'].values()):,} rows were dropped, each for a reason counted below.",
+        "",
+        "```python",
+        "from datasets import load_dataset",
+        'rows = load_dataset("path/to/this/folder")',
+        "```",
+        "",
+    ]
     lines += ["## Sources", "", *_sources(ledger), ""]
     lines += ["## Licenses", "", f"**{', '.join(license.names)}.** {plain(license.reason)}", ""]
     lines += [f"- {plain(concern)}." for concern in license.concerns]
@@ -160,16 +184,23 @@ def _body(folder: Path, recipe: Mapping[str, Any], ledger: Mapping[str, Any], na
 def _sources(ledger: Mapping[str, Any]) -> list[str]:
     rows = []
     for line in ledger["sources"]:
-        given = normalize(line.get("license"))
+        license = normalize(line.get("license"))
         identity = "; ".join(
             f"{key} {value}" if key != value else str(key) for key, value in _pairs(line.get("identity"))
         )
-        goes = {"split": "both, by prompt"}.get(str(line.get("part")), str(line.get("part")))
-        rows.append((
-            line["source"], line["type"], "**not known**" if given == "unknown" else given, goes,
-            f"{line['rows_in']:,}", f"{line['rows_out']:,}", _share(line["rows_out"], ledger["rows_out"]),
-            identity or "–",
-        ))  # fmt: skip
+        part = str(line.get("part"))
+        rows.append(
+            (
+                line["source"],
+                line["type"],
+                "**not known**" if license == "unknown" else license,
+                "both, by prompt" if part == "split" else part,
+                f"{line['rows_in']:,}",
+                f"{line['rows_out']:,}",
+                _share(line["rows_out"], ledger["rows_out"]),
+                identity or "–",
+            )
+        )
     head = ("source", "type", "license", "goes to", "records", "rows", "share", "identity")
     return table(head, rows, numbers=range(4, 7))
 
@@ -193,25 +224,31 @@ def _steps(ledger: Mapping[str, Any]) -> list[str]:
     rows = []
     for line in ledger.get("steps") or []:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in line["dropped"].items()) or "–"
-        rows.append((
-            line["step"], f"{line['rows_in']:,}", f"{line['added']:,}", f"{line.get('changed', 0):,}",
-            f"{line['rows_out']:,}", reasons,
-        ))  # fmt: skip
+        rows.append(
+            (
+                line["step"],
+                f"{line['rows_in']:,}",
+                f"{line['added']:,}",
+                f"{line.get('changed', 0):,}",
+                f"{line['rows_out']:,}",
+                reasons,
+            )
+        )
     head = ("step", "rows in", "added", "changed", "rows out", "dropped")
     return [*table(head, rows, numbers=range(1, 5)), "", "In every line: rows in + added = rows out + dropped."]
 
 
 def _pairs(identity: Any) -> Iterable[tuple[str, str]]:
-    """An identity is a mapping of names to digests or commits, or one text."""
+    """Return names and values of an identity, which is a mapping of names to digests or commits, or one text."""
     if isinstance(identity, Mapping):
         return [(str(key), _short(str(value))) for key, value in identity.items()]
     return [("", str(identity))] if identity else []
 
 
 def _short(value: str) -> str:
-    """A sha256 is long for a table, a commit is not: it must be there in full to be of use."""
+    """Shorten sha256 digests, which are long for a table. A commit stays, since only a full one can be used."""
     return re.sub(r"\b([0-9a-f]{16})[0-9a-f]{48}\b", r"\1…", value)
 
 
-def _share(part: int, whole: int) -> str:
-    return f"{part / whole:.1%}" if whole else "–"
+def _share(part: int, total: int) -> str:
+    return f"{part / total:.1%}" if total else "–"

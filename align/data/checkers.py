@@ -1,10 +1,10 @@
-"""Programs that check an answer: the gold score of embedded rows, and the final number of a word problem.
+"""Programs that check an answer: the score ``gold`` of embedded rows, and the final number of a word problem.
 
 ``row["checks"]`` is JSON. For :func:`gold` it is ``{"constraints": [...], "guard": {...}}``; each constraint names a
 ``kind`` (a function below) and its arguments, or ``ifeval`` with the ``id`` and ``args`` of an if-verifiable checker
 (arXiv 2311.07911). For :func:`gsm8k_answer` it is ``{"answer": "72"}``.
 
-Left out: if-verifiable's sentence, capital-word and language checkers, which download nltk data or guess at random.
+Not supported: if-verifiable's sentence, capital-word and language checkers, which download nltk data or are random.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+from collections import Counter
 from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 from typing import Any
@@ -20,7 +21,7 @@ from align.data.final_numbers import final_number
 from align.data.rows import Row
 
 VERSION = 2
-"""Bumped when a response should now get another score; part of the key of every stage that scores with these."""
+"""Increased when a response gets another score than before; part of the key of every stage that scores with these."""
 
 NEEDS_NLTK_DATA = frozenset({"length_constraints:number_sentences", "change_case:capital_word_frequency"})
 NEEDS_LANGUAGE_GUESS = frozenset(
@@ -31,28 +32,30 @@ _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 
 
 def words(text: str) -> list[str]:
-    """Words as the constraints count them: letters and digits, with inner apostrophes and hyphens."""
+    """Return the words that constraints count: letters and digits, with inner apostrophes and hyphens."""
     return _WORD.findall(text)
 
 
 def gold(rows: list[Row], responses: list[str]) -> list[float]:
-    """Share of each row's constraints that its response satisfies, in [0, 1]; 0 where the guard fails.
+    """Return the share of each row's constraints that its response satisfies, in [0, 1]; 0 where the guard fails.
 
-    The guard keeps a constant, empty or repetitive reply from scoring: see :func:`passes_guard`.
+    The guard gives constant, empty and repetitive replies no score: see :func:`passes_guard`.
     Raises ``ValueError`` for a row without constraints or of unequal lengths.
     """
     return [_score(_parse(row), response) for row, response in zip(rows, responses, strict=True)]
 
 
 def explain(row: Row, response: str) -> dict[str, bool]:
-    """Which parts of a row's checks a response satisfies: ``{"guard": True, "lowercase": False}``."""
+    """Return the result of each of a row's checks: ``{"guard": True, "lowercase": False}``."""
     checks = _parse(row)
-    found = {"guard": passes_guard(checks["guard"], response)}
-    return found | {_name(constraint): satisfies(constraint, response) for constraint in checks["constraints"]}
+    results = {"guard": passes_guard(checks["guard"], response)}
+    for constraint in checks["constraints"]:
+        results[_name(constraint)] = satisfies(constraint, response)
+    return results
 
 
 def gsm8k_answer(rows: list[Row], responses: list[str]) -> list[float]:
-    """1.0 where the response's final number equals the row's answer, else 0.0.
+    """Return 1.0 where the response's final number equals the row's answer, else 0.0.
 
     Both are read by :func:`align.data.final_numbers.final_number`, as the evaluation task ``gsm8k`` reads them.
     """
@@ -67,23 +70,29 @@ def gsm8k_answer(rows: list[Row], responses: list[str]) -> list[float]:
 
 
 def passes_guard(guard: dict[str, Any], response: str) -> bool:
-    """Whether a response is about the row's subject and long enough to mean something.
+    """Return True for a response about the row's subject that is long enough to mean something.
 
-    ``min_words`` different words, at most ``max_words`` words in all, no more than ``max_share`` of them the same
-    word, and at least ``min_hits`` of the word beginnings in ``any_of``. All but ``min_words`` are optional.
+    It needs ``min_words`` different words, at most ``max_words`` words in all, no more than ``max_share`` of them the
+    same word, and words that begin with at least ``min_hits`` of the stems in ``any_of``. All but ``min_words`` are
+    optional.
     """
-    found = [word.lower() for word in words(response)]
-    if len(set(found)) < guard["min_words"] or len(found) > guard.get("max_words", 10**9):
+    # The guard makes empty, endless and one-word replies worthless, which a policy would otherwise find.
+    counts = Counter(word.lower() for word in words(response))
+    total = counts.total()
+    if len(counts) < guard["min_words"] or total > guard.get("max_words", 10**9):
         return False
-    if found and max(found.count(word) for word in set(found)) > max(2, guard.get("max_share", 1.0) * len(found)):
+    # One word over and over: the cheapest way to satisfy counts of words.
+    if counts and max(counts.values()) > max(2, guard.get("max_share", 1.0) * total):
         return False
     stems = guard.get("any_of", [])
-    hits = sum(any(word.startswith(stem) for word in found) for stem in stems)
-    return not stems or hits >= int(guard.get("min_hits", 1))
+    if not stems:
+        return True
+    hits = sum(any(word.startswith(stem) for word in counts) for stem in stems)
+    return hits >= int(guard.get("min_hits", 1))
 
 
 def satisfies(constraint: dict[str, Any], response: str) -> bool:
-    """Whether a response satisfies one constraint. Raises ``ValueError`` for a kind that is not known."""
+    """Return True for a response that satisfies a constraint. Raises ``ValueError`` for an unknown kind."""
     arguments = {name: value for name, value in constraint.items() if name != "kind"}
     if constraint["kind"] == "ifeval":
         return _ifeval(arguments["id"], json.dumps(arguments["args"], sort_keys=True))(response)
@@ -94,65 +103,65 @@ def satisfies(constraint: dict[str, Any], response: str) -> bool:
 
 
 def lowercase(response: str) -> bool:
-    """Letters, none of them a capital."""
+    """Check for letters without any capital."""
     return response.islower()
 
 
 def uppercase(response: str) -> bool:
-    """Letters, all of them capitals."""
+    """Check for letters that are all capitals."""
     return response.isupper()
 
 
 def starts_with(response: str, text: str) -> bool:
-    """Begins with ``text``, in any case; an opening quotation mark does not count."""
+    """Check the beginning for ``text``, in any case; an opening quotation mark does not count."""
     return response.strip().lstrip('"“').lower().startswith(text.lower())
 
 
 def word_count(response: str, low: int, high: int) -> bool:
-    """Between ``low`` and ``high`` words, both included."""
+    """Check for ``low`` to ``high`` words, both included."""
     return low <= len(words(response)) <= high
 
 
 def sentence_count(response: str, count: int) -> bool:
-    """Exactly ``count`` sentences: runs of ``.!?`` followed by space or the end, and every one of them closed."""
+    """Check for exactly ``count`` sentences: runs of ``.!?`` before space or the end, also after the last one."""
     text = response.strip().strip('"“”').strip()
     return len(re.findall(r"[.!?]+(?=[\s\"”]|$)", text)) == count and text[-1:] in set(".!?")
 
 
 def question(response: str) -> bool:
-    """One question: ends with the only question mark."""
+    """Check for one question: the only question mark is at the end."""
     return response.strip().endswith("?") and response.count("?") == 1
 
 
 def number(response: str, value: int) -> bool:
-    """Nothing but the number, with or without a full stop."""
+    """Check for nothing but the number, with or without a full stop."""
     return _decimal(response.strip().rstrip(".")) == value
 
 
 def one_of(response: str, answer: str) -> bool:
-    """Nothing but the answer, in any case, with or without a full stop or quotation marks."""
+    """Check for nothing but the answer, in any case, with or without a full stop or quotation marks."""
     return response.strip().strip(".\"'").strip().lower() == answer.lower()
 
 
 def in_order(response: str, items: list[str]) -> bool:
-    """Exactly these words in this order, whatever stands between them."""
+    """Check for exactly these words in this order, with anything but words between them."""
     return [word.lower() for word in words(response)] == [item.lower() for item in items]
 
 
 def numbered_list(response: str, count: int) -> bool:
-    """Lines ``1.`` to ``count.`` (or ``1)``) and no other line."""
+    """Check for lines ``1.`` to ``count.`` (or ``1)``) and no other line."""
     lines = [line.strip() for line in response.strip().splitlines() if line.strip()]
     return len(lines) == count and all(re.match(rf"{n}[.)]\s*\w", line) for n, line in enumerate(lines, 1))
 
 
 def separated(response: str, separator: str, count: int) -> bool:
-    """Exactly ``count`` non-empty parts on one line, parted by ``separator``."""
+    """Check for exactly ``count`` non-empty parts on one line between ``separator``."""
     parts = response.strip().split(separator)
     return len(parts) == count and all(part.strip() for part in parts) and "\n" not in response.strip()
 
 
 def json_keys(response: str, keys: list[str]) -> bool:
-    """One JSON object with exactly these keys and no empty value."""
+    """Check for one JSON object with exactly these keys and no empty value."""
     try:
         value = json.loads(response.strip())
     except (ValueError, RecursionError):  # the latter for brackets that nest without end
@@ -163,25 +172,36 @@ def json_keys(response: str, keys: list[str]) -> bool:
 
 
 def exact(response: str, text: str) -> bool:
-    """Exactly this text, case included; space around it and a final full stop do not count."""
+    """Check for exactly this text, case included; space around it and a final full stop do not count."""
     return response.strip().rstrip(".").strip() == text
 
 
 KINDS: dict[str, Callable[..., bool]] = {
     check.__name__: check
     for check in (
-        lowercase, uppercase, starts_with, word_count, sentence_count, question, number, one_of, in_order,
-        numbered_list, separated, json_keys, exact,
+        lowercase,
+        uppercase,
+        starts_with,
+        word_count,
+        sentence_count,
+        question,
+        number,
+        one_of,
+        in_order,
+        numbered_list,
+        separated,
+        json_keys,
+        exact,
     )
-}  # fmt: skip
+}
 
 
 @functools.lru_cache(maxsize=4096)
 def _ifeval(name: str, arguments: str) -> Callable[[str], bool]:
-    """An if-verifiable checker with its arguments set. ``arguments`` is JSON, so that the cache can hold it."""
+    """Return an if-verifiable checker with its arguments. ``arguments`` is JSON, which the cache can hash."""
     if name in NEEDS_NLTK_DATA | NEEDS_LANGUAGE_GUESS:
         raise ValueError(f"{name} downloads data or guesses; use a constraint of align.data.checkers instead")
-    # Its package imports `datasets` (1.5 s), which a run that checks nothing should not pay.
+    # Late, since the package imports `datasets`, which takes 1.5 s.
     from if_verifiable.ifeval.instructions_registry import INSTRUCTION_DICT
 
     checker = INSTRUCTION_DICT[name](name)

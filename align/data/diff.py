@@ -1,7 +1,7 @@
-"""What differs between two builds: rows added, removed, changed, moved between splits, and their ledgers side by side.
+"""Differences between two builds: rows added, removed, changed, moved between splits, and their ledgers side by side.
 
-Each row is reduced to three 64-bit hashes (its id, its prompt, everything else it holds) and compared sorted, so memory
-takes 29 bytes a row, and as much again to sort, whatever rows hold. Leaves out how it is shown. Torch-free.
+Each row is reduced to three 64-bit hashes (of its id, its prompt, and all other content), which are sorted and
+compared. Memory is 29 bytes a row, and as much again to sort, independent of the rows' sizes. Torch-free.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Any
 
 import numpy as np
 
-from align.data.built import LEDGER, SPLITS, count_rows, message_text, read_ledger, rows, rows_at
+from align.data.build_files import LEDGER, SPLITS, count_rows, message_text, read_ledger, rows, rows_by_number
 from align.data.rows import Row, is_text, prompt_key
 
 EXAMPLES = 3
 EXCERPT = 160
 """Characters of a text in an example."""
-KINDS = ("unchanged", "changed", "answered anew", "moved out", "moved in", "removed", "added")
-"""What becomes of rows. ``answered anew`` pairs a removed and an added row of the same prompt, split and source."""
-_OF_A = ("unchanged", "changed", "answered anew", "moved out", "removed")
-_OF_B = ("unchanged", "changed", "answered anew", "moved in", "added")
+KINDS = ("unchanged", "changed", "new answer", "moved out", "moved in", "removed", "added")
+"""Changes of rows. ``new answer`` pairs a removed and an added row of the same prompt, split and source."""
+_CHANGES_OF_A = ("unchanged", "changed", "new answer", "moved out", "removed")
+_CHANGES_OF_B = ("unchanged", "changed", "new answer", "moved in", "added")
 _ODD = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -38,50 +38,69 @@ class Hashes:
     content: np.ndarray
     split: np.ndarray
     source: np.ndarray
-    """Index into the names that both builds share."""
+    """Index into the source names of both builds."""
     starts: tuple[int, ...]
-    """Where each split begins."""
+    """First row of each split."""
 
-    def place(self, at: int) -> tuple[str, int]:
-        """A row's split and its number there."""
-        split = int(self.split[at])
-        return SPLITS[split], at - self.starts[split]
+    def place(self, row: int) -> tuple[str, int]:
+        """Return a row's split and its number in it."""
+        split = int(self.split[row])
+        return SPLITS[split], row - self.starts[split]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Rows of two builds A and B, and their changes."""
+
+    folder_a: Path
+    folder_b: Path
+    rows_a: Hashes
+    rows_b: Hashes
+    changes_a: np.ndarray
+    """(N_A,) uint8, index into ``_CHANGES_OF_A``."""
+    changes_b: np.ndarray
+    """(N_B,) uint8, index into ``_CHANGES_OF_B``."""
+    pairs: np.ndarray
+    """(2, matched): rows of A and the rows of B that they correspond to."""
 
 
 def compare(a: Path, b: Path, examples: int = EXAMPLES) -> dict[str, Any]:
-    """All differences, JSON-able.
+    """Return all differences, JSON-able.
 
     ``groups`` has a line for each split and source: ``a`` and ``b`` are its rows in either build; ``a`` is the sum of
-    unchanged, changed, answered anew, moved out and removed, and ``b`` that of unchanged, changed, answered anew, moved
+    unchanged, changed, new answer, moved out and removed, and ``b`` that of unchanged, changed, new answer, moved
     in and added. ``trained_then_tested`` counts prompts of ``a``'s train split that are in ``b``'s test split.
     """
     names: dict[str, int] = {}
-    one, two = _hashes(a, names), _hashes(b, names)
-    fate_a, fate_b, pairs = _fates(one, two)
-    labels = list(names)
+    rows_a, rows_b = _hash_rows(a, names), _hash_rows(b, names)
+    changes_a, changes_b, pairs = _match_rows(rows_a, rows_b)
+    comparison = Comparison(a, b, rows_a, rows_b, changes_a, changes_b, pairs)
+    has_same_rows = bool((changes_a == 0).all() and (changes_b == 0).all())
+    trained, tested = rows_a.prompt[rows_a.split == 0], rows_b.prompt[rows_b.split == 1]
     return {
         "a": str(a),
         "b": str(b),
-        "identical": _identical(a, b) and bool((fate_a == 0).all() and (fate_b == 0).all()),
-        "same rows": bool((fate_a == 0).all() and (fate_b == 0).all()),
-        "groups": _groups(one, two, fate_a, fate_b, labels),
-        "moved": _moved(one, two, pairs),
-        "trained_then_tested": len(np.intersect1d(one.prompt[one.split == 0], two.prompt[two.split == 1])),
-        "examples": _examples(a, b, one, two, fate_a, fate_b, pairs, examples),
-        **_ledgers(a, b),
+        "identical": _have_equal_digests(a, b) and has_same_rows,
+        "same rows": has_same_rows,
+        "groups": _count_groups(comparison, list(names)),
+        "moved": _count_moves(comparison),
+        "trained_then_tested": len(np.intersect1d(trained, tested)),
+        "examples": _examples(comparison, examples),
+        **_compare_ledgers(a, b),
     }
 
 
-def _hashes(folder: Path, names: dict[str, int]) -> Hashes:
+def _hash_rows(folder: Path, names: dict[str, int]) -> Hashes:
     counts = [count_rows(folder, split) for split in SPLITS]
     keys = np.zeros((3, sum(counts)), dtype=np.uint64)
     source = np.zeros(sum(counts), dtype=np.uint32)
-    at = 0
+    number = 0
     for split in SPLITS:
         for row in rows(folder, split):
-            keys[:, at] = _hash(str(row.get("id"))), _hash(prompt_key(row)), _hash(_content(row))
-            source[at] = names.setdefault(str(row.get("source")), len(names))
-            at += 1
+            # Three hashes a row instead of the row: builds of millions of rows are compared in memory.
+            keys[:, number] = _hash(str(row.get("id"))), _hash(prompt_key(row)), _hash(_content(row))
+            source[number] = names.setdefault(str(row.get("source")), len(names))
+            number += 1
     split_of = np.repeat(np.arange(len(SPLITS), dtype=np.uint8), counts)
     return Hashes(keys[0], keys[1], keys[2], split_of, source, tuple(np.cumsum([0, *counts[:-1]]).tolist()))
 
@@ -94,116 +113,131 @@ def _content(row: Row) -> str:
     return json.dumps({name: value for name, value in row.items() if name not in ("id", "source")}, sort_keys=True)
 
 
-def _nth(keys: np.ndarray) -> np.ndarray:
-    """Keys made different from each other: the second of its kind is another than the first, in both builds alike."""
+def _make_unique(keys: np.ndarray) -> np.ndarray:
+    """Return (N,) different keys: the n-th occurrence of a key gets the same new key in both builds."""
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]
     places = np.arange(len(keys))
     new = np.r_[True, ordered[1:] != ordered[:-1]] if len(keys) else np.zeros(0, bool)
+    # Place within the run of equal keys: the place minus that of the run's first member.
     rank = places - np.maximum.accumulate(np.where(new, places, 0)) if len(keys) else places
-    found = np.empty_like(keys)
-    found[order] = ordered + rank.astype(np.uint64) * _ODD
-    return found
+    unique = np.empty_like(keys)
+    unique[order] = ordered + rank.astype(np.uint64) * _ODD
+    return unique
 
 
-def _fates(one: Hashes, two: Hashes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What becomes of each row of either build (index into ``_OF_A``, ``_OF_B``), and which rows belong together."""
-    _, at, of = np.intersect1d(_nth(one.id), _nth(two.id), assume_unique=True, return_indices=True)
-    fate_a, fate_b = np.full(len(one.id), 4, np.uint8), np.full(len(two.id), 4, np.uint8)
-    moved = (one.split[at] != two.split[of]) | (one.source[at] != two.source[of])
-    fate = np.where(moved, 3, np.where(one.content[at] == two.content[of], 0, 1)).astype(np.uint8)
-    fate_a[at], fate_b[of] = fate, fate
-    gone, new = np.flatnonzero(fate_a == 4), np.flatnonzero(fate_b == 4)
-    _, left, right = np.intersect1d(
-        _nth(_asked(one, gone)), _nth(_asked(two, new)), assume_unique=True, return_indices=True
+def _match_rows(rows_a: Hashes, rows_b: Hashes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return ``changes_a``, ``changes_b`` and ``pairs`` of a comparison."""
+    # First by id: unchanged (0), changed (1) or moved (3); the rest is removed or added (4).
+    _, same_a, same_b = np.intersect1d(
+        _make_unique(rows_a.id), _make_unique(rows_b.id), assume_unique=True, return_indices=True
     )
-    fate_a[gone[left]], fate_b[new[right]] = 2, 2
-    pairs = np.stack([np.r_[at, gone[left]], np.r_[of, new[right]]])  # (2, matched)
-    return fate_a, fate_b, pairs
+    changes_a, changes_b = np.full(len(rows_a.id), 4, np.uint8), np.full(len(rows_b.id), 4, np.uint8)
+    is_moved = (rows_a.split[same_a] != rows_b.split[same_b]) | (rows_a.source[same_a] != rows_b.source[same_b])
+    is_changed = np.where(rows_a.content[same_a] == rows_b.content[same_b], 0, 1)
+    changes = np.where(is_moved, 3, is_changed).astype(np.uint8)
+    changes_a[same_a] = changes
+    changes_b[same_b] = changes
+    # Then by prompt: a removed and an added row of one prompt have another answer (2).
+    removed, added = np.flatnonzero(changes_a == 4), np.flatnonzero(changes_b == 4)
+    _, left, right = np.intersect1d(
+        _make_unique(_prompt_in_group(rows_a, removed)),
+        _make_unique(_prompt_in_group(rows_b, added)),
+        assume_unique=True,
+        return_indices=True,
+    )
+    changes_a[removed[left]] = 2
+    changes_b[added[right]] = 2
+    pairs = np.stack([np.r_[same_a, removed[left]], np.r_[same_b, added[right]]])
+    return changes_a, changes_b, pairs
 
 
-def _asked(hashes: Hashes, some: np.ndarray) -> np.ndarray:
-    """One key for a prompt in a split and source."""
-    group = hashes.source[some].astype(np.uint64) * np.uint64(2) + hashes.split[some].astype(np.uint64)
-    return np.asarray(hashes.prompt[some] ^ (group * _ODD), dtype=np.uint64)
+def _prompt_in_group(hashes: Hashes, places: np.ndarray) -> np.ndarray:
+    """Return (M,) keys of the prompts of some rows together with their split and source."""
+    # Only rows of one split and source are paired; a change of these is a move, not a new answer.
+    group = hashes.source[places].astype(np.uint64) * np.uint64(2) + hashes.split[places].astype(np.uint64)
+    return np.asarray(hashes.prompt[places] ^ (group * _ODD), dtype=np.uint64)
 
 
-def _groups(
-    one: Hashes, two: Hashes, fate_a: np.ndarray, fate_b: np.ndarray, labels: list[str]
-) -> list[dict[str, Any]]:
+def _count_groups(comparison: Comparison, sources: list[str]) -> list[dict[str, Any]]:
+    """Return the numbers of rows and of changes for each split and source."""
+    rows_a, rows_b = comparison.rows_a, comparison.rows_b
     lines = []
     for split, split_name in enumerate(SPLITS):
-        for source, name in enumerate(labels):
-            of_a = fate_a[(one.split == split) & (one.source == source)]
-            of_b = fate_b[(two.split == split) & (two.source == source)]
+        for source, name in enumerate(sources):
+            of_a = comparison.changes_a[(rows_a.split == split) & (rows_a.source == source)]
+            of_b = comparison.changes_b[(rows_b.split == split) & (rows_b.source == source)]
             if len(of_a) or len(of_b):
                 line = {"split": split_name, "source": name, "a": len(of_a), "b": len(of_b)}
-                line |= {kind: int((of_a == number).sum()) for number, kind in enumerate(_OF_A)}
-                line |= {kind: int((of_b == number).sum()) for number, kind in enumerate(_OF_B) if number > 2}
+                line |= {change: int((of_a == number).sum()) for number, change in enumerate(_CHANGES_OF_A)}
+                # The first three changes are the same in both builds.
+                line |= {
+                    change: int((of_b == number).sum()) for number, change in enumerate(_CHANGES_OF_B) if number > 2
+                }
                 lines.append(line)
     return lines
 
 
-def _moved(one: Hashes, two: Hashes, pairs: np.ndarray) -> dict[str, int]:
-    """Rows that changed sides, and rows of the same side whose source has another name."""
-    before, after = one.split[pairs[0]], two.split[pairs[1]]
+def _count_moves(comparison: Comparison) -> dict[str, int]:
+    """Return the numbers of rows that changed their split, and of rows of one split with another source."""
+    in_a, in_b = comparison.pairs
+    before, after = comparison.rows_a.split[in_a], comparison.rows_b.split[in_b]
+    has_other_source = comparison.rows_a.source[in_a] != comparison.rows_b.source[in_b]
     return {
         "train to test": int(((before == 0) & (after == 1)).sum()),
         "test to train": int(((before == 1) & (after == 0)).sum()),
-        "to another source": int(((before == after) & (one.source[pairs[0]] != two.source[pairs[1]])).sum()),
+        "to another source": int(((before == after) & has_other_source).sum()),
     }
 
 
-def _examples(
-    a: Path,
-    b: Path,
-    one: Hashes,
-    two: Hashes,
-    fate_a: np.ndarray,
-    fate_b: np.ndarray,
-    pairs: np.ndarray,
-    most: int,
-) -> dict[str, list[dict[str, Any]]]:
-    """The first rows of each fate, as they were and as they are."""
-    chosen: dict[str, list[tuple[int | None, int | None]]] = {"removed": [], "added": []}
-    chosen["removed"] = [(int(at), None) for at in np.flatnonzero(fate_a == 4)[:most]]
-    chosen["added"] = [(None, int(at)) for at in np.flatnonzero(fate_b == 4)[:most]]
-    for number, kind in ((1, "changed"), (2, "answered anew"), (3, "moved")):
-        places = np.flatnonzero(fate_b == number)[:most]
-        chosen[kind] = [(int(pairs[0][pairs[1] == at][0]), int(at)) for at in places]
-    read_a = _read(a, one, [was for some in chosen.values() for was, _ in some if was is not None])
-    read_b = _read(b, two, [now for some in chosen.values() for _, now in some if now is not None])
-    return {
-        kind: [
-            _example(None if was is None else read_a[was], None if now is None else read_b[now]) for was, now in some
-        ]
-        for kind, some in chosen.items()
-        if some
-    }
+def _examples(comparison: Comparison, most: int) -> dict[str, list[dict[str, Any]]]:
+    """Return the first rows of each change, before and after it."""
+    in_a, in_b = comparison.pairs
+    selected: dict[str, list[tuple[int | None, int | None]]] = {}
+    selected["removed"] = [(int(row), None) for row in np.flatnonzero(comparison.changes_a == 4)[:most]]
+    selected["added"] = [(None, int(row)) for row in np.flatnonzero(comparison.changes_b == 4)[:most]]
+    for number, change in ((1, "changed"), (2, "new answer"), (3, "moved")):
+        rows_after = np.flatnonzero(comparison.changes_b == number)[:most]
+        selected[change] = [(int(in_a[in_b == row][0]), int(row)) for row in rows_after]
+    numbers_a = [before for pairs in selected.values() for before, _ in pairs if before is not None]
+    numbers_b = [after for pairs in selected.values() for _, after in pairs if after is not None]
+    read_a = _read_rows(comparison.folder_a, comparison.rows_a, numbers_a)
+    read_b = _read_rows(comparison.folder_b, comparison.rows_b, numbers_b)
+    examples: dict[str, list[dict[str, Any]]] = {}
+    for change, pairs in selected.items():
+        for before, after in pairs:
+            example = _example(None if before is None else read_a[before], None if after is None else read_b[after])
+            examples.setdefault(change, []).append(example)
+    return examples
 
 
-def _read(folder: Path, hashes: Hashes, some: list[int]) -> dict[int, tuple[str, Row]]:
-    found = {}
+def _read_rows(folder: Path, hashes: Hashes, numbers: list[int]) -> dict[int, tuple[str, Row]]:
+    """Return split and row of some rows, by their numbers among all rows of a build."""
+    rows_read = {}
     for split in SPLITS:
-        places = {hashes.place(at)[1]: at for at in some if hashes.place(at)[0] == split}
-        for place, row in rows_at(folder, split, places).items() if places else ():
-            found[places[place]] = (split, row)
-    return found
+        number_of_place = {}
+        for number in numbers:
+            row_split, place = hashes.place(number)
+            if row_split == split:
+                number_of_place[place] = number
+        if number_of_place:
+            for place, row in rows_by_number(folder, split, number_of_place).items():
+                rows_read[number_of_place[place]] = (split, row)
+    return rows_read
 
 
-def _example(was: tuple[str, Row] | None, now: tuple[str, Row] | None) -> dict[str, Any]:
-    split, row = now or was or ("", {})
-    found: dict[str, Any] = {"id": row.get("id"), "source": row.get("source"), "split": split, "text": _excerpt(row)}
-    if was is not None and now is not None:
-        before, after = was[1], now[1]
-        found["was"] = {"id": before.get("id"), "source": before.get("source"), "split": was[0]}
-        names = [name for name in {**before, **after} if name not in ("id", "source")]
-        found["fields"] = {
-            name: [_short(before.get(name)), _short(after.get(name))]
-            for name in names
-            if before.get(name) != after.get(name)
+def _example(before: tuple[str, Row] | None, after: tuple[str, Row] | None) -> dict[str, Any]:
+    split, row = after or before or ("", {})
+    example: dict[str, Any] = {"id": row.get("id"), "source": row.get("source"), "split": split, "text": _excerpt(row)}
+    if before is not None and after is not None:
+        old_split, old = before
+        new = after[1]
+        example["was"] = {"id": old.get("id"), "source": old.get("source"), "split": old_split}
+        names = [name for name in {**old, **new} if name not in ("id", "source")]
+        example["fields"] = {
+            name: [_short(old.get(name)), _short(new.get(name))] for name in names if old.get(name) != new.get(name)
         }
-    return found
+    return example
 
 
 def _excerpt(row: Row) -> str:
@@ -219,52 +253,51 @@ def _short(value: Any) -> str:
     return text if len(text) <= EXCERPT else f"{text[:EXCERPT]}…"
 
 
-def _identical(a: Path, b: Path) -> bool:
-    """Whether the ledgers say the same digests; order counts."""
+def _have_equal_digests(a: Path, b: Path) -> bool:
+    """Return True for ledgers with the same digests, which depend on the order of rows."""
     if not ((a / LEDGER).exists() and (b / LEDGER).exists()):
         return False
     return bool(read_ledger(a).get("digests") == read_ledger(b).get("digests"))
 
 
-def _ledgers(a: Path, b: Path) -> dict[str, Any]:
-    """Steps and sources of both ledgers, matched by name and order; None where one build has no such line."""
+def _compare_ledgers(a: Path, b: Path) -> dict[str, Any]:
+    """Return steps and sources of both ledgers, matched by name and order; None where a build has no such line."""
     if not ((a / LEDGER).exists() and (b / LEDGER).exists()):
         return {"steps": [], "sources": []}
-    one, two = read_ledger(a), read_ledger(b)
-    steps = _side_by_side(
-        [(str(line["step"]).split(" ", 1)[-1], line) for line in one.get("steps", [])],
-        [(str(line["step"]).split(" ", 1)[-1], line) for line in two.get("steps", [])],
-        "step",
-    )
-    sources = _side_by_side(
-        [(str(line["source"]), line) for line in one["sources"]],
-        [(str(line["source"]), line) for line in two["sources"]],
+    ledger_a, ledger_b = read_ledger(a), read_ledger(b)
+    steps = _match_lines(_named_steps(ledger_a), _named_steps(ledger_b), "step")
+    sources = _match_lines(
+        [(str(line["source"]), line) for line in ledger_a["sources"]],
+        [(str(line["source"]), line) for line in ledger_b["sources"]],
         "source",
     )
     return {"steps": steps, "sources": sources}
 
 
-def _side_by_side(
-    one: list[tuple[str, Mapping[str, Any]]], two: list[tuple[str, Mapping[str, Any]]], word: str
+def _named_steps(ledger: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Return a ledger's steps by name, without their numbers."""
+    return [(str(line["step"]).split(" ", 1)[-1], line) for line in ledger.get("steps", [])]
+
+
+def _match_lines(
+    lines_a: list[tuple[str, Mapping[str, Any]]], lines_b: list[tuple[str, Mapping[str, Any]]], key: str
 ) -> list[dict[str, Any]]:
-    matcher = difflib.SequenceMatcher(None, [name for name, _ in one], [name for name, _ in two], autojunk=False)
-    lines: list[dict[str, Any]] = []
-    for what, a_from, a_to, b_from, b_to in matcher.get_opcodes():
-        if what == "equal":
-            lines += [
-                {word: one[at][0], "a": _numbers(one[at][1]), "b": _numbers(two[of][1])}
-                for at, of in zip(range(a_from, a_to), range(b_from, b_to), strict=True)
-            ]
+    """Return the lines of both ledgers side by side, aligned like the lines of a text diff."""
+    names_a, names_b = [name for name, _ in lines_a], [name for name, _ in lines_b]
+    matcher = difflib.SequenceMatcher(None, names_a, names_b, autojunk=False)
+    matched: list[dict[str, Any]] = []
+    for operation, start_a, end_a, start_b, end_b in matcher.get_opcodes():
+        part_a, part_b = lines_a[start_a:end_a], lines_b[start_b:end_b]
+        if operation == "equal":
+            for (name, line_a), (_, line_b) in zip(part_a, part_b, strict=True):
+                matched.append({key: name, "a": _numbers(line_a), "b": _numbers(line_b)})
         else:
-            lines += [{word: name, "a": _numbers(line), "b": None} for name, line in one[a_from:a_to]]
-            lines += [{word: name, "a": None, "b": _numbers(line)} for name, line in two[b_from:b_to]]
-    return lines
+            matched += [{key: name, "a": _numbers(line), "b": None} for name, line in part_a]
+            matched += [{key: name, "a": None, "b": _numbers(line)} for name, line in part_b]
+    return matched
 
 
 def _numbers(line: Mapping[str, Any]) -> dict[str, Any]:
     return {name: line.get(name, 0) for name in ("rows_in", "added", "changed", "rows_out")} | {
         "dropped": dict(line.get("dropped") or {})
     }
-
-
-__all__ = ["KINDS", "compare"]

@@ -1,7 +1,7 @@
-"""The project's own dataset: short instructions whose answers a program can check, with right replies.
+"""The embedded dataset: short instructions whose answers a program can check, with correct replies.
 
 Deterministic: ``generate(size, seed)`` gives the same rows on every machine, from the standard library's Mersenne
-Twister alone. Each family is one sort of constraint; they take turns, so every family has the same share.
+Twister alone. Each family is one kind of constraint; they take turns, so that all have the same share.
 """
 
 from __future__ import annotations
@@ -18,10 +18,7 @@ from align.data.rows import Row, assistant, normalized, user
 from align.errors import UserError
 
 VERSION = 1
-"""Bumped when the same size and seed should now give other rows; part of every data stage's key."""
-
-MAX_ROWS = 8_000
-"""Beyond this the smaller families run out of different prompts."""
+"""Increased when the same size and seed give other rows than before; part of every data stage's key."""
 
 FAMILIES: dict[str, Family] = {
     **{name: sentences.twisted((name,)) for name in sentences.TWISTS},
@@ -44,13 +41,14 @@ FAMILIES: dict[str, Family] = {
     "repeat": numbers.repeat,
     "copy": numbers.copy,
 }
-"""Every family by name; the name is the row's ``source`` after ``embedded/``."""
+"""Every family by name, those of ``EMBEDDED_FAMILIES``; the name is the row's ``source`` after ``embedded/``."""
 
 TRIES = 2000
+"""Attempts to write a prompt that no row has yet."""
 
 
 def generate(size: int, seed: int, families: Iterable[str] | None = None) -> list[Row]:
-    """``size`` rows with different prompts, the families (all by default) taking turns, in a shuffled order.
+    """Return ``size`` shuffled rows with different prompts; the families (all by default) take turns.
 
     Raises ``UserError`` for a family that does not exist, or one that has no more different prompts.
     """
@@ -58,26 +56,29 @@ def generate(size: int, seed: int, families: Iterable[str] | None = None) -> lis
     for name in names:
         if name not in FAMILIES:
             raise UserError(f"embedded data: there is no family '{name}'.{suggest(name, FAMILIES)}")
-    # One stream per family: adding a family leaves the others' rows as they are.
+    # One random stream per family, so that another family does not change the rows of these.
     streams = {name: random.Random(f"{seed}:{name}") for name in names}  # noqa: S311  (data, not secrecy)
-    seen: set[str] = set()
+    used: set[str] = set()
     rows: list[Row] = []
     for index in range(size):
         name = names[index % len(names)]
-        rows.append(_row(name, _fresh(name, streams[name], seen, len(rows))))
+        rows.append(_row(name, _new_task(name, streams[name], used, len(rows))))
+    # The turns of the families must not show in the order of the rows.
     random.Random(f"{seed}:order").shuffle(rows)  # noqa: S311
     return rows
 
 
-def _fresh(name: str, rng: random.Random, seen: set[str], made: int) -> Task:
+def _new_task(name: str, rng: random.Random, used: set[str], count: int) -> Task:
+    """Return a task whose prompt is not in ``used``, and add it; ``count`` is the number of rows so far."""
     for _ in range(TRIES):
         task = FAMILIES[name](rng)
+        # Compared as splits compare prompts: rows that differ in punctuation alone would be one question.
         key = normalized(task.prompt)
-        if key not in seen:
-            seen.add(key)
+        if key not in used:
+            used.add(key)
             return task
     raise UserError(
-        f"embedded data: the family '{name}' has no more different prompts after {made} rows in all; ask for fewer "
+        f"embedded data: the family '{name}' has no more different prompts after {count} rows in all; ask for fewer "
         "rows or for more families."
     )
 

@@ -1,7 +1,7 @@
-r"""The number that a worked solution comes to, read alike by rewards and by evaluation. Torch-free.
+r"""The final number of a worked solution, by one rule for rewards and evaluation. Torch-free.
 
-``final_number`` is the rule: behind the first ``####`` (GSM8K's own mark, arXiv 2110.14168), else in the last
-``\boxed{}`` (MATH's), else the last number of the text. Its parts are there for measures that other harnesses have too.
+``final_number`` is the rule: the number after the first ``####`` (GSM8K's mark, arXiv 2110.14168), else in the last
+``\boxed{}`` (MATH's), else the last number of the text. Its parts serve measures that other harnesses have too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 
 
 def final_number(text: str) -> Decimal | None:
-    r"""Behind the first ``####`` with a number on its line, else in the last ``\boxed{}``, else the text's last."""
+    r"""Return the number after the first ``####``, else in the last ``\boxed{}``, else the text's last number."""
     for read in (marked_number, boxed_number, last_number):
         number = read(text)
         if number is not None:
@@ -30,13 +30,13 @@ def final_number(text: str) -> Decimal | None:
 
 
 def marked_number(text: str) -> Decimal | None:
-    """The number behind the first ``####`` that has one on its line."""
+    """Return the number after the first ``####`` that has one on its line."""
     match = _MARKED.search(text)
     return None if match is None else _value(match)
 
 
 def boxed_number(text: str) -> Decimal | None:
-    r"""The last number in the last ``\boxed{}`` that has any; LaTeX's ``1{,}080`` and ``\$`` are plain there."""
+    r"""Return the last number in the last ``\boxed{}`` that has any; LaTeX's ``1{,}080`` and ``\$`` are plain there."""
     for content in reversed(_BOXED.findall(text)):
         number = last_number(content.replace("{,}", ",").replace("\\$", "$"))
         if number is not None:
@@ -45,7 +45,7 @@ def boxed_number(text: str) -> Decimal | None:
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last number of a text, if there is one."""
+    """Return the last number of a text, if there is one."""
     last = deque(NUMBER.finditer(text), maxlen=1)
     return _value(last[0]) if last else None
 

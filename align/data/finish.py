@@ -1,7 +1,4 @@
-"""The end of a build: its last shards sorted into the files of the splits, and all dropped rows side by side.
-
-Left out: the card and the preview page, which are made of these files.
-"""
+"""The output of a build: the rows of the last shards in the files of their splits, and all dropped rows."""
 
 from __future__ import annotations
 
@@ -18,21 +15,22 @@ from align.data.rows import column_types, merged_schema
 from align.data.steps.split import SPLITS
 
 FILE_ROWS = 100_000
-"""Rows of one output file at most."""
+"""Largest number of rows in one output file."""
 
 
 def finish(work: Path, shards: Sequence[int], last: Path, output: Path) -> tuple[dict[str, int], dict[str, str]]:
-    """Write ``train-00000-of-0000N.parquet``, ``test-...`` and ``dropped-...``; returns rows and digest of each split.
+    """Write ``train-00000-of-0000N.parquet``, ``test-...`` and ``dropped-...``; return rows and digest of each split.
 
-    A digest is of the rows as JSON, so that it outlives versions of Parquet writers.
+    The digest is of the rows as JSON, so that it does not depend on the version of the Parquet writer.
     """
     schema = _schema(last, shards)
     counts, digests = {}, {}
     for split in SPLITS:
         hasher = hashlib.sha256()
-        tables = _of_split(last, shards, split, schema)
-        counts[split] = _write(output, split, _hashed(tables, hasher), schema)
+        tables = _tables_of_split(last, shards, split, schema)
+        counts[split] = _write(output, split, _update_digest(tables, hasher), schema)
         digests[split] = hasher.hexdigest()
+    # By number, since pass-10 comes after pass-9.
     passes = sorted(work.glob("pass-*"), key=lambda path: int(path.name.split("-")[1]))
     files = [path for folder in passes for path in sorted(folder.glob("*.dropped.parquet"))]
     if files:
@@ -41,16 +39,17 @@ def finish(work: Path, shards: Sequence[int], last: Path, output: Path) -> tuple
 
 
 def _schema(last: Path, shards: Sequence[int]) -> pa.Schema:
-    """What all shards' rows fit, without the build's own fields."""
+    """Return the schema that all shards' rows fit, without the build's internal fields."""
     files = [last / f"{shard:05d}.parquet" for shard in shards]
     schema = merged_schema([pq.read_schema(file) for file in files if pq.read_metadata(file).num_rows])
     known = list(column_types())
     names = [name for name in schema.names if not name.startswith("_")]
+    # Known columns in their usual order, then those that steps or users added, by name.
     names.sort(key=lambda name: (known.index(name) if name in known else len(known), name))
     return pa.schema([schema.field(name) for name in names])
 
 
-def _of_split(last: Path, shards: Sequence[int], split: str, schema: pa.Schema) -> Iterator[pa.Table]:
+def _tables_of_split(last: Path, shards: Sequence[int], split: str, schema: pa.Schema) -> Iterator[pa.Table]:
     for shard in shards:
         table = pq.read_table(last / f"{shard:05d}.parquet")
         if table.num_rows == 0:
@@ -63,7 +62,7 @@ def _of_split(last: Path, shards: Sequence[int], split: str, schema: pa.Schema) 
         yield pa.table(columns, schema=schema)
 
 
-def _hashed(tables: Iterator[pa.Table], hasher: hashlib._Hash) -> Iterator[pa.Table]:
+def _update_digest(tables: Iterator[pa.Table], hasher: hashlib._Hash) -> Iterator[pa.Table]:
     for table in tables:
         for row in table.to_pylist():
             hasher.update(json.dumps(row, sort_keys=True).encode() + b"\n")
@@ -71,21 +70,26 @@ def _hashed(tables: Iterator[pa.Table], hasher: hashlib._Hash) -> Iterator[pa.Ta
 
 
 def _write(output: Path, name: str, tables: Iterator[pa.Table], schema: pa.Schema) -> int:
-    """Write tables into files of ``FILE_ROWS`` rows, named once their number is known; returns the rows."""
-    written = [output / f".{name}-00000.parquet"]
-    writer = pq.ParquetWriter(written[-1], schema)
+    """Write tables into files of ``FILE_ROWS`` rows and return the rows; files get their names when all are written."""
+    paths = [output / f".{name}-00000.parquet"]
+    writer = pq.ParquetWriter(paths[-1], schema)
     total, room = 0, FILE_ROWS
     for table in tables:
         start = 0
+        # A table may fill the rest of one file and begin the next ones.
         while start < table.num_rows:
             if room == 0:
                 writer.close()
-                written.append(output / f".{name}-{len(written):05d}.parquet")
-                writer, room = pq.ParquetWriter(written[-1], schema), FILE_ROWS
+                paths.append(output / f".{name}-{len(paths):05d}.parquet")
+                writer = pq.ParquetWriter(paths[-1], schema)
+                room = FILE_ROWS
             part = table.slice(start, room)
             writer.write_table(part)
-            start, room, total = start + part.num_rows, room - part.num_rows, total + part.num_rows
+            start += part.num_rows
+            room -= part.num_rows
+            total += part.num_rows
     writer.close()
-    for number, path in enumerate(written):
-        path.replace(output / f"{name}-{number:05d}-of-{len(written):05d}.parquet")
+    # The number of files is part of their names and is only known now.
+    for number, path in enumerate(paths):
+        path.replace(output / f"{name}-{number:05d}-of-{len(paths):05d}.parquet")
     return total

@@ -1,4 +1,4 @@
-"""The ledger: what every step did to the rows of every source, in numbers that must add up."""
+"""The ledger: counts of what every step did to the rows of every source, which must add up."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EXAMPLES = 3
 
 @dataclass
 class Tally:
-    """One step, one source: ``rows_in + added = rows_out + sum(dropped)``; ``changed`` ones are among the last."""
+    """Counts of one step and source: ``rows_in + added = rows_out + sum(dropped)``; ``rows_out`` has ``changed``."""
 
     rows_in: int = 0
     rows_out: int = 0
@@ -32,7 +32,7 @@ class Tally:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in the ledger. Raises ``AssertionError`` when it does not add up."""
+        """Return the ledger's form. Raises ``AssertionError`` when the counts do not add up."""
         if self.rows_in + self.added != self.rows_out + sum(self.dropped.values()):
             raise AssertionError(f"the ledger does not add up: {self}")
         return {
@@ -45,33 +45,34 @@ class Tally:
 
 
 class Counts:
-    """What happened to some rows, by step and source (numbers of both), with the first examples of each reason."""
+    """Counts of some rows by step and source (both as numbers), with the first examples of each reason."""
 
     def __init__(self) -> None:
         self.tallies: defaultdict[tuple[int, int], Tally] = defaultdict(Tally)
         self.examples: defaultdict[tuple[int, str], list[dict[str, Any]]] = defaultdict(list)
         self.unused: defaultdict[int, Counter[str]] = defaultdict(Counter)
-        """Of each source, the fields that were not used and in how many records they stood."""
+        """For each source, the number of records with each unused field."""
 
     def drop(self, step: int, source: int, reason: str, example: dict[str, Any]) -> None:
-        """One row went in and does not come out."""
+        """Count a row that a step drops."""
         self.tallies[step, source].dropped[reason] += 1
-        shown = self.examples[step, reason]
-        if len(shown) < EXAMPLES:
-            shown.append(example)
+        examples = self.examples[step, reason]
+        if len(examples) < EXAMPLES:
+            examples.append(example)
 
     def merge(self, other: Counts) -> None:
-        """Add what happened to later rows."""
-        for key, tally in other.tallies.items():
-            self.tallies[key] += tally
-        for reason, examples in other.examples.items():
-            shown = self.examples[reason]
-            shown += examples[: EXAMPLES - len(shown)]
+        """Add the counts of later rows."""
+        for step_and_source, tally in other.tallies.items():
+            self.tallies[step_and_source] += tally
+        for key, new_examples in other.examples.items():
+            examples = self.examples[key]
+            # Shards are merged in order, so the first examples are the same however many workers there are.
+            examples += new_examples[: EXAMPLES - len(examples)]
         for source, fields in other.unused.items():
             self.unused[source] += fields
 
     def to_json(self) -> dict[str, Any]:
-        """Lists, since JSON has no pairs as keys."""
+        """Return lists, since JSON has no pairs as keys."""
         return {
             "tallies": [[*key, tally.to_json()] for key, tally in self.tallies.items()],
             "examples": [[*key, examples] for key, examples in self.examples.items()],
@@ -79,21 +80,21 @@ class Counts:
         }
 
     @classmethod
-    def from_json(cls, found: dict[str, Any]) -> Counts:
-        """What ``to_json`` gave."""
+    def from_json(cls, values: dict[str, Any]) -> Counts:
+        """Return the counts that ``to_json`` wrote."""
         counts = cls()
-        for step, source, tally in found["tallies"]:
+        for step, source, tally in values["tallies"]:
             counts.tallies[step, source] = Tally(**{**tally, "dropped": Counter(tally["dropped"])})
-        for step, reason, examples in found["examples"]:
+        for step, reason, examples in values["examples"]:
             counts.examples[step, reason] = examples
-        for source, fields in found["unused"]:
+        for source, fields in values["unused"]:
             counts.unused[source] = Counter(fields)
         return counts
 
 
 @dataclass(frozen=True)
 class SourceLine:
-    """What the ledger says of a source beside its counts."""
+    """The ledger's facts about a source, beside its counts."""
 
     name: str
     type: str
@@ -106,24 +107,28 @@ def make_ledger(
     counts: Counts,
     steps: Sequence[str],
     sources: Sequence[SourceLine],
+    *,
     notes: dict[int, dict[str, Any]],
     splits: dict[str, int],
     digests: dict[str, str],
     format_choices: dict[str, str],
 ) -> dict[str, Any]:
-    """The whole ledger. Raises ``AssertionError`` when steps do not hand on what they say."""
+    """Return the ledger. Raises ``AssertionError`` when a step's input is not the output of the step before."""
     lines = [_step_line(counts, number, name, sources, notes.get(number, {})) for number, name in enumerate(steps)]
+    # Every row must be accounted for: a step receives what the step before returned.
     for before, after in itertools.pairwise(lines):
         if before["rows_out"] != after["rows_in"]:
-            raise AssertionError(f"{before['step']} hands on {before['rows_out']} rows, {after['step']} got others")
+            raise AssertionError(
+                f"{before['step']} returned {before['rows_out']} rows, {after['step']} received {after['rows_in']}"
+            )
     if lines[-1]["rows_out"] != sum(splits.values()):
         raise AssertionError(f"the splits {splits} are not the {lines[-1]['rows_out']} rows that went out")
-    whole = sum((tally for tally in counts.tallies.values()), Tally())
+    total = sum(counts.tallies.values(), Tally())
     return {
         "rows_in": lines[0]["rows_in"],
         "rows_out": lines[-1]["rows_out"],
-        "added": whole.added,
-        "dropped": dict(sorted(whole.dropped.items())),
+        "added": total.added,
+        "dropped": dict(sorted(total.dropped.items())),
         "splits": splits,
         "format_choices": format_choices,
         "sources": [_source_line(counts, number, source, len(steps)) for number, source in enumerate(sources)],
@@ -135,12 +140,12 @@ def make_ledger(
 def _step_line(
     counts: Counts, number: int, name: str, sources: Sequence[SourceLine], notes: dict[str, Any]
 ) -> dict[str, Any]:
-    tallies = {source.name: counts.tallies.get((number, at), Tally()) for at, source in enumerate(sources)}
-    whole = sum(tallies.values(), Tally())
-    examples = {reason: counts.examples[number, reason] for reason in sorted(whole.dropped)}
+    tallies = {source.name: counts.tallies.get((number, index), Tally()) for index, source in enumerate(sources)}
+    total = sum(tallies.values(), Tally())
+    examples = {reason: counts.examples[number, reason] for reason in sorted(total.dropped)}
     return {
         "step": f"{number} {name}",
-        **whole.to_json(),
+        **total.to_json(),
         "by_source": {name: tally.to_json() for name, tally in tallies.items()},
         "examples": examples,
         "notes": notes,
@@ -149,8 +154,10 @@ def _step_line(
 
 def _source_line(counts: Counts, number: int, source: SourceLine, steps: int) -> dict[str, Any]:
     tallies = [counts.tallies.get((step, number), Tally()) for step in range(steps)]
-    whole = sum(tallies, Tally())
-    whole.rows_in, whole.rows_out = tallies[0].rows_in, tallies[-1].rows_out
+    total = sum(tallies, Tally())
+    # Summed over steps, rows in and out would count a row once for each step.
+    total.rows_in = tallies[0].rows_in
+    total.rows_out = tallies[-1].rows_out
     return {
         "source": source.name,
         "type": source.type,
@@ -158,14 +165,14 @@ def _source_line(counts: Counts, number: int, source: SourceLine, steps: int) ->
         "license": source.license,
         "identity": source.identity,
         "unused_fields": dict(sorted(counts.unused[number].items())),
-        **whole.to_json(),
+        **total.to_json(),
     }
 
 
 def summary_lines(ledger: dict[str, Any]) -> Iterator[str]:
-    """The ledger in words, a line per source and reason."""
+    """Yield the ledger in words, a line per source and reason."""
     for line in ledger["sources"]:
-        added = f", {line['added']} made of them" if line["added"] else ""
+        added = f", {line['added']} added" if line["added"] else ""
         yield f"{line['source']}: {line['rows_in']} rows read{added}, {line['rows_out']} kept"
         for reason, count in line["dropped"].items():
             yield f"  {count} dropped: {reason}"
@@ -177,8 +184,8 @@ def summary_lines(ledger: dict[str, Any]) -> Iterator[str]:
     yield f"train {ledger['splits']['train']}, test {ledger['splits']['test']}"
 
 
-def empty_split(name: str, ledger: dict[str, Any]) -> str:
-    """Why a split has no rows, and what to do; then what each step dropped, with the place of an example."""
+def describe_empty_split(name: str, ledger: dict[str, Any]) -> str:
+    """Return the reason why a split has no rows, the remedy, and what each step dropped, with an example's place."""
     reasons = ", ".join(f"{count} {reason}" for reason, count in ledger["dropped"].items()) or "none dropped"
     lines = [
         f"no {name} row is left: {ledger['rows_in']} rows read, {ledger['rows_out']} left ({reasons}). Loosen the "
@@ -186,6 +193,7 @@ def empty_split(name: str, ledger: dict[str, Any]) -> str:
     ]
     for step in ledger["steps"]:
         for reason, count in step["dropped"].items():
-            example = next((f", such as {shown['where']}" for shown in step["examples"][reason]), "")
+            examples = step["examples"][reason]
+            example = f", such as {examples[0]['where']}" if examples else ""
             lines.append(f"  step {step['step']}: {count} of {step['rows_in']} dropped, {reason}{example}")
     return "\n".join(lines)

@@ -1,11 +1,11 @@
-"""MinHash: small signatures of texts, and clusters of those that share most of their runs of words.
+"""MinHash: small signatures of texts, and clusters of texts that share most of their n-grams of words.
 
-The signature of a text is, for each of K permutations, the least hash among its shingles (runs of words), of which one
-byte is kept (b-bit minwise hashing, Li and König 2010, arXiv 0910.3349). Two texts whose sets of shingles have the
-Jaccard similarity J agree at a place with probability J + (1 - J) / 256, from which J is estimated with a standard
-error of sqrt(J (1 - J) / K). Candidates are pairs that agree in all rows of one of several bands (Broder 1997; Indyk
-and Motwani 1998), and each is judged by the whole signature, and where that is not enough by the shingles themselves. A
-signature of 128 bytes is all that is held of a text: 128 MB a million.
+The signature of a text is, for each of K permutations, one byte of the least hash among its shingles (b-bit minwise
+hashing, Li and König 2010, arXiv 0910.3349). Two texts whose sets of shingles have the Jaccard similarity J agree at a
+place with probability J + (1 - J) / 256, from which J is estimated with a standard error of sqrt(J (1 - J) / K).
+Candidates are pairs that agree in all rows of one of several bands (Broder 1997; Indyk and Motwani 1998). Each is
+decided by the full signature, and where that is too uncertain, by the shingles. Memory is a signature of 128 bytes per
+text: 128 MB for a million.
 """
 
 from __future__ import annotations
@@ -17,95 +17,105 @@ from functools import lru_cache
 
 import numpy as np
 
-from align.data.components import first_equal, join
+from align.data.duplicates import first_equal, join
 from align.data.ngrams import blocks, constants, mix
-from align.data.shingles import Part, Sets, shingles, whole
+from align.data.shingles import Part, Sets, hash_rows, shingles
 
 PERMUTATIONS = 128
 SHINGLE = 3
-"""Words in a shingle of a prompt: few, so that a changed word of a short question leaves something in common."""
+"""Words in a shingle of a prompt: few, so that short questions with one changed word still share shingles."""
 RECALL = 0.95
-"""Chance at least that a pair exactly at the threshold is looked at."""
+"""Least probability that a pair exactly at the threshold is compared."""
 WINDOW = 32
-"""In a bucket of more members each is compared with this many neighbors on either side."""
+"""Members of a larger bucket are compared with this many neighbors on either side only."""
 SURE, DOUBT = 3, 2.5
-"""Standard errors above and below the threshold between which shingles decide rather than the estimate."""
+"""Standard errors above and below the threshold; between the two, shingles decide instead of the estimate."""
 
-REMEMBERED = 1 << 22
-"""Pairs that are kept until shingles decide on them: 32 MiB."""
+STORED_PAIRS = 1 << 22
+"""Uncertain pairs that are stored until shingles decide on them: 32 MiB."""
 
 _PAIRS = 1 << 17
 """Pairs compared at once."""
 _CHANCE = 1 / 256
-"""How often bytes of different hashes agree."""
+"""Probability that bytes of different hashes agree."""
 
 
 def signatures(texts: Sequence[str], *, shingle: int = SHINGLE, permutations: int = PERMUTATIONS) -> np.ndarray:
-    """(N, permutations) uint8 of N texts."""
+    """Return the signatures (N, permutations) uint8 of N texts."""
     return sketch([[(text, 0)] for text in texts], shingle=shingle, permutations=permutations)[0]
 
 
 def sketch(
     rows: Sequence[Sequence[Part]], *, shingle: int = SHINGLE, permutations: int = PERMUTATIONS
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Signatures (N, permutations) uint8 of N rows, and (N,) uint64, equal for rows of equal words in equal parts."""
+    """Return signatures (N, permutations) uint8 of N rows, and (N,) uint64, equal for equal words in equal parts."""
     signature = np.empty((len(rows), permutations), dtype=np.uint8)
     equal = np.empty(len(rows), dtype=np.uint64)
     for block in blocks(rows):
+        # Blocks are independent, so signatures do not depend on how rows are divided among processes.
         span = slice(block.first, block.first + len(block.parts) - 1)
         hashes, offsets = shingles(block, shingle)
-        signature[span] = _least(hashes, offsets[:-1], permutations)
-        equal[span] = whole(block)
+        signature[span] = _min_hashes(hashes, offsets[:-1], permutations)
+        equal[span] = hash_rows(block)
     return signature, equal
 
 
 @lru_cache(maxsize=4)
 def _permutations(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Odd factors and offsets, (count,) uint32: x * factor + offset permutes the 32-bit numbers."""
-    return (constants(count, stream=4) >> np.uint64(32)).astype(np.uint32) | np.uint32(1), (
-        constants(count, stream=5) >> np.uint64(32)
-    ).astype(np.uint32)
+    """Return odd factors and offsets, (count,) uint32: x * factor + offset permutes the 32-bit numbers."""
+    factors = (constants(count, stream=4) >> np.uint64(32)).astype(np.uint32) | np.uint32(1)
+    offsets = (constants(count, stream=5) >> np.uint64(32)).astype(np.uint32)
+    return factors, offsets
 
 
-def _least(hashes: np.ndarray, begins: np.ndarray, permutations: int) -> np.ndarray:
-    """(rows, permutations) uint8: a byte that depends on all bits of each row's least permuted hash.
+def _min_hashes(hashes: np.ndarray, begins: np.ndarray, permutations: int) -> np.ndarray:
+    """Return (rows, permutations) uint8: a byte that depends on all bits of each row's least permuted hash.
 
-    Its own low byte would not do: x * factor + offset has the same low byte for two x of the same low byte, whatever
-    the permutation.
+    ``begins`` (rows,) is the first hash of each row. The low byte of the least hash itself would not do: two x of the
+    same low byte have the same low byte of x * factor + offset under every permutation.
     """
+    # Permuting hashes is a multiplication by an odd number; 32 bits are enough, and half the memory traffic.
     high = (hashes >> np.uint64(32)).astype(np.uint32)
     permuted = np.empty_like(high)
-    found = np.empty((permutations, len(begins)), dtype=np.uint32)
+    least = np.empty((permutations, len(begins)), dtype=np.uint32)
     for number, (factor, offset) in enumerate(zip(*_permutations(permutations), strict=True)):
         np.multiply(high, factor, out=permuted)
         permuted += offset
-        np.minimum.reduceat(permuted, begins, out=found[number])
-    found ^= found >> np.uint32(15)
-    found *= np.uint32(0x2C1B3C6D)
-    return (found >> np.uint32(24)).astype(np.uint8).T
+        # The least value of every row in one call: two rows share it with probability equal to their similarity.
+        np.minimum.reduceat(permuted, begins, out=least[number])
+    # Mix the bits, then keep the highest byte.
+    least ^= least >> np.uint32(15)
+    least *= np.uint32(0x2C1B3C6D)
+    return (least >> np.uint32(24)).astype(np.uint8).T
 
 
 def estimate(signature: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """(P,) float64: estimated Jaccard similarity of pairs of rows; unbiased, so below 0 at times."""
+    """Return (P,) float64: the estimated Jaccard similarity of pairs of rows (P,); unbiased, so it may be below 0.
+
+    ``signature`` is (N, K) uint8.
+    """
+    # Subtract the agreement that unequal hashes have by chance, then stretch so that 1 stays 1.
     agreement: np.ndarray = (signature[left] == signature[right]).mean(axis=1)
     return (agreement - _CHANCE) / (1 - _CHANCE)
 
 
 @dataclass(frozen=True)
 class Bands:
-    """How signatures are cut up for finding candidates."""
+    """A division of signatures into bands of rows, which select candidates."""
 
     count: int
     rows: int
 
     def chance(self, similarity: float) -> float:
-        """Chance that a pair of this Jaccard similarity is looked at."""
+        """Return the probability that a pair of this Jaccard similarity is compared."""
+        # A band agrees if all of its rows do; a pair is missed only if every band disagrees.
         agree = similarity + (1 - similarity) * _CHANCE
         return 1 - (1 - agree**self.rows) ** self.count
 
 
 def choose_bands(threshold: float, permutations: int, recall: float = RECALL) -> Bands:
-    """The bands that look at fewest pairs while a pair at ``threshold`` is looked at with a chance of ``recall``."""
+    """Return the bands with the fewest candidates whose probability at ``threshold`` is at least ``recall``."""
+    # More rows in a band mean fewer candidates, so try the longest bands first.
     for rows in range(permutations, 1, -1):
         bands = Bands(permutations // rows, rows)
         if bands.chance(threshold) >= recall:
@@ -115,16 +125,16 @@ def choose_bands(threshold: float, permutations: int, recall: float = RECALL) ->
 
 @dataclass(frozen=True)
 class Clusters:
-    """Rows that hang together by pairs at or above a threshold."""
+    """Connected components of rows, by pairs at or above a threshold."""
 
     label: np.ndarray
-    """(N,) int64: the first row of each row's cluster."""
+    """(N,) int64: first row of each row's cluster."""
     compared: int
     """Pairs whose signatures were compared."""
     exact: int
     """Pairs whose shingles were compared."""
     left_out: int
-    """Candidates that were not compared: pairs of crowded buckets beyond the window."""
+    """Candidates that were not compared: pairs of large buckets beyond the window."""
 
 
 def find_clusters(
@@ -134,92 +144,115 @@ def find_clusters(
     recall: float = RECALL,
     read: Callable[[np.ndarray], Sets] | None = None,
 ) -> Clusters:
-    """Connected components of the N rows whose Jaccard similarity is at least ``threshold``.
+    """Return the connected components of N rows, by pairs whose Jaccard similarity is at least ``threshold``.
 
-    ``signature`` is (N, K) uint8; rows of equal ``exact_keys`` (N,) are together whatever their signatures. All pairs
-    of a bucket (rows that agree in a band) are compared unless it has more than ``WINDOW`` members; then each is
-    compared with the ``WINDOW`` before and behind it.
+    ``signature`` is (N, K) uint8; rows of equal ``exact_keys`` (N,) are always in one component. All pairs of a bucket
+    (rows that agree in a band) are compared unless it has more than ``WINDOW`` members; then each member is compared
+    with the ``WINDOW`` members before and after it.
 
-    Without ``read`` the estimate decides. Among many rows of one template, whose similarity is a little below the
-    threshold, some estimates are above it, and such pairs are enough to make one cluster of all. ``read`` gives the
-    shingles of rows by number; with it, they decide wherever the estimate is within some standard errors of the
-    threshold. Memory beside the arguments: about 100 bytes a row, and 4 a shingle of rows that are read.
+    Without ``read`` the estimate decides. Among many rows of one template, with a similarity a little below the
+    threshold, some estimates are above it, and a few such pairs join all of the rows. ``read`` returns the shingles of
+    rows by number; they then decide wherever the estimate is within some standard errors of the threshold. Memory
+    beside the arguments: about 100 bytes a row, and 4 a shingle of rows that are read.
     """
+    # Rows of equal text need no signature: only the first of them is searched for.
     label = first_equal(exact_keys)
     bands = choose_bands(threshold, signature.shape[1], recall)
     search = _Search(signature, bands, label, np.flatnonzero(label == np.arange(len(label))))
     if read is None:
         search.join(lambda left, right, estimated: estimated >= threshold)
         return Clusters(label, search.compared, 0, search.left_out)
-    error = standard_error(min(threshold, 0.95), signature.shape[1])
-    sure, possible = threshold + SURE * error, threshold - DOUBT * error
-    unsure = np.zeros(len(label), dtype=bool)
-    pairs: list[np.ndarray] = []
-    count = 0
-
-    def mark(left: np.ndarray, right: np.ndarray, estimated: np.ndarray) -> np.ndarray:
-        nonlocal count
-        between = (estimated >= possible) & (estimated < sure)
-        unsure[left[between]] = unsure[right[between]] = True
-        count += int(between.sum())
-        if count <= REMEMBERED:
-            pairs.append(left[between] * len(label) + right[between])
-        return estimated >= sure
-
-    search.join(mark)
-    compared, left_out, exact = search.compared, search.left_out, 0
-    if count:
-        sets = read(np.flatnonzero(unsure))
-
-        def check(left: np.ndarray, right: np.ndarray, estimated: np.ndarray) -> np.ndarray:
-            nonlocal exact
-            alike = estimated >= sure
-            between = np.flatnonzero((estimated >= possible) & ~alike)
-            exact += len(between)
-            alike[between] = sets.jaccard(left[between], right[between]) >= threshold
-            return alike
-
-        if count <= REMEMBERED:
-            left, right = np.divmod(np.unique(np.concatenate(pairs)), len(label))  # most were met in several bands
-            alike = check(left, right, np.full(len(left), possible))
-            join(label, left[alike], right[alike])
+    # First search: join certain pairs and collect the uncertain ones. Then the shingles of their rows decide.
+    exact = _ExactDecision(threshold, standard_error(min(threshold, 0.95), signature.shape[1]), len(label))
+    search.join(exact.collect)
+    compared, left_out = search.compared, search.left_out
+    if exact.count:
+        exact.sets = read(np.flatnonzero(exact.is_uncertain))
+        if exact.count <= STORED_PAIRS:
+            left, right = exact.collected_pairs()
+            similar = exact.decide(left, right, np.full(len(left), exact.possible))
+            join(label, left[similar], right[similar])
         else:
-            search.join(check)  # too many to remember: through the buckets again
-    return Clusters(label, compared, exact, left_out)
+            search.join(exact.decide)  # too many pairs to store, so search the buckets again
+    return Clusters(label, compared, exact.compared, left_out)
+
+
+class _ExactDecision:
+    """Decision by shingles on pairs whose estimated similarity is too close to the threshold."""
+
+    def __init__(self, threshold: float, error: float, rows: int) -> None:
+        self.threshold = threshold
+        self.sure, self.possible = threshold + SURE * error, threshold - DOUBT * error
+        self.is_uncertain = np.zeros(rows, dtype=bool)
+        """(N,) bool: True for rows of uncertain pairs."""
+        self.count = 0
+        """Uncertain pairs, those of several bands counted several times."""
+        self.compared = 0
+        """Pairs whose shingles were compared."""
+        self.sets: Sets | None = None
+        self._pairs: list[np.ndarray] = []
+
+    def collect(self, left: np.ndarray, right: np.ndarray, estimated: np.ndarray) -> np.ndarray:
+        """Return (P,) bool, True for certain pairs, and store the uncertain ones as left * N + right."""
+        # Above ``sure`` the estimate decides alone, below ``possible`` the pair is out; in between, shingles decide.
+        between = (estimated >= self.possible) & (estimated < self.sure)
+        self.is_uncertain[left[between]] = True
+        self.is_uncertain[right[between]] = True
+        self.count += int(between.sum())
+        if self.count <= STORED_PAIRS:
+            # One number per pair, so that duplicates from several bands go with ``np.unique``.
+            self._pairs.append(left[between] * len(self.is_uncertain) + right[between])
+        return estimated >= self.sure
+
+    def collected_pairs(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the stored pairs (P,), each once, since most of them share several bands."""
+        left, right = np.divmod(np.unique(np.concatenate(self._pairs)), len(self.is_uncertain))
+        return left, right
+
+    def decide(self, left: np.ndarray, right: np.ndarray, estimated: np.ndarray) -> np.ndarray:
+        """Return (P,) bool, True for similar pairs; shingles decide on the uncertain ones."""
+        assert self.sets is not None
+        similar: np.ndarray = estimated >= self.sure
+        between = np.flatnonzero((estimated >= self.possible) & ~similar)
+        self.compared += len(between)
+        similar[between] = self.sets.jaccard(left[between], right[between]) >= self.threshold
+        return similar
 
 
 Judge = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-"""Given pairs of rows and their estimated similarities, says which are alike."""
+"""A function from pairs of rows and their estimated similarities, (P,) each, to (P,) bool: True for similar rows."""
 
 
 class _Search:
-    """Looks through the buckets of all bands, band after band, and joins what is alike."""
+    """Search of the buckets of all bands, band after band, that joins similar rows."""
 
     def __init__(self, signature: np.ndarray, bands: Bands, label: np.ndarray, rows: np.ndarray) -> None:
         self.signature, self.bands, self.label, self.rows = signature, bands, label, rows
         self.compared = self.left_out = 0
 
     def join(self, judge: Judge) -> None:
-        """Join the pairs that ``judge`` finds alike; pairs that hang together already are passed over."""
+        """Join the pairs that ``judge`` finds similar; pairs of one cluster are skipped."""
         self.compared = self.left_out = 0
         for band in range(self.bands.count):
+            # Rows of a bucket are neighbors in ``order``, so candidates are neighbors at most ``WINDOW`` apart.
             order, bucket = self._buckets(band)
             self.left_out += _beyond_window(bucket)
-            found = []
+            similar_pairs = []
             for left, right in _neighbors(order, bucket):
+                # Pairs that an earlier band has put into one cluster need no comparison.
                 apart = self.label[left] != self.label[right]
                 left, right = left[apart], right[apart]
                 self.compared += len(left)
-                alike = judge(left, right, estimate(self.signature, left, right))
-                found.append(np.stack([left[alike], right[alike]]))
-            if found:
-                join(self.label, *np.concatenate(found, axis=1))
+                similar = judge(left, right, estimate(self.signature, left, right))
+                similar_pairs.append(np.stack([left[similar], right[similar]]))
+            if similar_pairs:
+                join(self.label, *np.concatenate(similar_pairs, axis=1))
 
     def _buckets(self, band: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows that share a bucket with another, bucket after bucket, and the number of each one's bucket."""
+        """Return the rows of buckets with several members, bucket after bucket, and their buckets' numbers."""
         bits = np.uint64(len(self.rows).bit_length())
-        # the key's high bits and the row in one number: sorting numbers is ten times as fast as sorting places by key,
-        # and rows that share a bucket only by what is cut off are told apart by their signatures
+        # The key's high bits and the row are packed into one number, since sorting numbers is ten times as fast as
+        # argsort. Rows that share a bucket only because of the lost low bits differ in their signatures.
         packed = np.sort((self._key(band) >> bits << bits) | np.arange(len(self.rows), dtype=np.uint64))
         key = packed >> bits
         same = key[1:] == key[:-1]
@@ -228,35 +261,37 @@ class _Search:
         return self.rows[(packed[shared] & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64)], bucket
 
     def _key(self, band: int) -> np.ndarray:
-        """(rows,) uint64: equal where signatures agree in the band."""
+        """Return (rows,) uint64, equal where signatures agree in the band."""
         begin = band * self.bands.rows
         end = begin + self.bands.rows
         key = np.zeros(len(self.rows), dtype=np.uint64)
-        for at in range(begin, end, 8):
+        for start in range(begin, end, 8):  # 8 bytes at a time, as one 64-bit number
+            stop = min(start + 8, end)
             chunk = np.zeros((len(self.rows), 8), dtype=np.uint8)
-            chunk[:, : min(at + 8, end) - at] = self.signature[self.rows, at : min(at + 8, end)]
+            chunk[:, : stop - start] = self.signature[self.rows, start:stop]
             key = mix(key ^ chunk.view("<u8")[:, 0])
         return key
 
 
 def _beyond_window(bucket: np.ndarray) -> int:
-    """Pairs of buckets that no window covers."""
+    """Return the number of pairs of a bucket that no window covers."""
     sizes = np.bincount(bucket)
     beyond = np.maximum(sizes[sizes > 0] - 1 - WINDOW, 0)
     return int((beyond * (beyond + 1) // 2).sum())
 
 
 def _neighbors(order: np.ndarray, bucket: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pairs of rows of one bucket at most ``WINDOW`` places apart, in pieces."""
+    """Yield pairs of rows of one bucket at most ``WINDOW`` places apart, in groups."""
     for begin in range(0, len(order), _PAIRS):
         for distance in range(1, WINDOW + 1):
             left = np.arange(begin, min(begin + _PAIRS, len(order) - distance))
             left = left[bucket[left] == bucket[left + distance]]
             if not len(left):
+                # No pair at this distance, so none at a larger one: buckets are contiguous.
                 break
             yield order[left], order[left + distance]
 
 
 def standard_error(threshold: float, permutations: int) -> float:
-    """Of an estimated similarity near the threshold."""
+    """Return the standard error of an estimated similarity near the threshold."""
     return math.sqrt(threshold * (1 - threshold) / permutations)

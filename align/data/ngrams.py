@@ -1,10 +1,9 @@
-"""Hashes of runs of words: what near-duplicate removal, decontamination and splits compare texts by.
+"""Hashes of n-grams of words, by which near-duplicate removal, decontamination and splits compare texts.
 
-Words are those of :func:`align.data.rows.normalized`, but that in scripts written without spaces (Chinese, Japanese,
-Thai, Khmer, Lao, Burmese) every character is a word. All texts of a block are read as one array of bytes; the hash of
-any run of words comes from two prefix sums of a polynomial over it, so that a block costs a few passes in numpy
-whatever the length of the runs. Hashes are equal on every machine and in every process. Left out: anything that knows
-what words mean.
+Words are those of :func:`align.data.rows.normalized`, except that in scripts without spaces (Chinese, Japanese, Thai,
+Khmer, Lao, Burmese) every character is a word. All texts of a block form one array of bytes. The hash of any run of
+words is the difference of two prefix sums of a polynomial over it, so that a block takes a few passes in numpy for any
+n. Hashes are equal on every machine and in every process.
 """
 
 from __future__ import annotations
@@ -18,23 +17,32 @@ from functools import lru_cache
 import numpy as np
 
 BLOCK_BYTES = 1 << 18
-"""Texts are looked at in blocks of about this size, which keeps the arrays in the processor's cache."""
+"""Size of a block of texts, which keeps its arrays in the processor's cache."""
 LONGEST_BYTES = 1 << 22
-"""Of a longer text only this much is looked at."""
+"""Part of a longer text that is compared."""
 
 _MULTIPLIER = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2**64
 _SPACE = 32
-_SPACES = [*range(9, 14), *range(28, 33)]  # what str.split() takes for space in ASCII
-# Quotes, and the white space that NFKC leaves, as what they are in ASCII.
-_BEYOND_ASCII = str.maketrans({
-    "“": '"', "”": '"', "‘": "'", "’": "'", "\x85": "\n", "\u1680": " ", "\u2028": "\n", "\u2029": "\n"
-})  # fmt: skip
+_SPACES = [*range(9, 14), *range(28, 33)]  # ASCII white space of str.split()
+# ASCII equivalents of quotes, and of the white space that NFKC leaves.
+_ASCII_EQUIVALENTS = str.maketrans(
+    {
+        "“": '"',
+        "”": '"',
+        "‘": "'",
+        "’": "'",
+        "\x85": "\n",
+        "\u1680": " ",
+        "\u2028": "\n",
+        "\u2029": "\n",
+    }
+)
 _EDGES = b'.:;!?\n\r"()[]{}|*#>-'
-"""Signs that end a sentence, a line or a label, or enclose one; two words with such a sign between them are apart."""
+"""Signs that end or enclose a sentence, a line or a label; they separate the words on either side."""
 _UNSPACED = re.compile(
     "([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff])"
 )
-_UNSPACED_LEADS = bytes([0xE0, 0xE1, *range(0xE3, 0xEA), 0xEF, 0xF0])  # first bytes of those in UTF-8, and of others
+_UNSPACED_LEADS = bytes([0xE0, 0xE1, *range(0xE3, 0xEA), 0xEF, 0xF0])  # their first bytes in UTF-8, shared with others
 
 
 def mix(values: np.ndarray) -> np.ndarray:
@@ -49,7 +57,7 @@ def mix(values: np.ndarray) -> np.ndarray:
 
 
 def constants(count: int, stream: int) -> np.ndarray:
-    """(count,) fixed random 64-bit numbers; numpy's own generators may change with its version."""
+    """Return (count,) fixed random uint64 numbers; numpy's generators may change with its version."""
     return mix((np.arange(1, count + 1, dtype=np.uint64) + np.uint64(stream << 32)) * np.uint64(_MULTIPLIER))
 
 
@@ -66,106 +74,115 @@ _BYTE_VALUE = constants(256, stream=1)
 
 @lru_cache(maxsize=2)
 def _powers(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The multiplier's powers from 0 on, and those of its inverse, modulo 2**64."""
-    found = []
-    for base in (_MULTIPLIER, pow(_MULTIPLIER, -1, 1 << 64)):
-        powers = np.full(size, base, dtype=np.uint64)
-        powers[0] = 1
-        found.append(np.cumprod(powers))
-    return found[0], found[1]
+    """Return the powers of the multiplier and of its inverse, (size,) uint64 each, from 0 on, modulo 2**64."""
+
+    def powers_of(base: int) -> np.ndarray:
+        factors = np.full(size, base, dtype=np.uint64)
+        factors[0] = 1
+        return np.cumprod(factors)
+
+    return powers_of(_MULTIPLIER), powers_of(pow(_MULTIPLIER, -1, 1 << 64))
 
 
 def encode(text: str) -> bytes:
-    """The bytes whose words are compared; case, punctuation and space of ASCII are dealt with later, all at once."""
+    """Return the bytes whose words are compared; ``read_words`` normalizes ASCII case, punctuation and space."""
     if text.isascii():
         return text.encode()[:LONGEST_BYTES]
     text = text[:LONGEST_BYTES]
     if not unicodedata.is_normalized("NFKC", text):
         text = unicodedata.normalize("NFKC", text)
     text = text.casefold()
-    text = text.translate(_BEYOND_ASCII)
+    text = text.translate(_ASCII_EQUIVALENTS)
     encoded = text.encode("utf-8", "surrogatepass")
+    # Cheap test by first bytes before the regular expression.
     if len(encoded.translate(None, _UNSPACED_LEADS)) < len(encoded):
         encoded = _UNSPACED.sub(r" \1 ", text).encode("utf-8", "surrogatepass")
     return encoded[:LONGEST_BYTES]
 
 
 def is_unspaced(text: str) -> bool:
-    """Whether a text has characters of a script without spaces, each of which is a word."""
+    """Return True for a text with characters of a script without spaces, each of which is a word."""
     return not text.isascii() and _UNSPACED.search(text) is not None
 
 
 @dataclass(frozen=True)
 class Words:
-    """The words of some texts."""
+    """The words of N texts."""
 
     first: np.ndarray
-    """(N + 1,) int64: where each text's words begin in ``start`` and ``end``, and where the last one's end."""
+    """(N + 1,) int64: first word of each text in ``start`` and ``end``, and the number of words."""
     start: np.ndarray
-    """(W,) int64: where each word begins in the compacted bytes."""
+    """(W,) int64: first byte of each word in the compacted bytes."""
     end: np.ndarray
-    """(W,) int64: where it ends."""
+    """(W,) int64: byte after its last one."""
     sums: np.ndarray
     """(bytes + 1,) uint64: prefix sums of byte value times power."""
     opens: np.ndarray | None = None
-    """(W,) bool, where asked for: the word begins a text, a sentence, a line or what stands behind a label."""
+    """(W,) bool, with ``edges``: the word begins a text, a sentence, a line or the text after a label."""
     closes: np.ndarray | None = None
-    """(W,) bool, where asked for: the word ends one."""
+    """(W,) bool, with ``edges``: the word ends one of these."""
 
     @property
     def counts(self) -> np.ndarray:
-        """(N,) int64: words in each text."""
+        """Return (N,) int64, the number of words in each text."""
         return np.diff(self.first)
 
     def ngrams(self, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Hashes (S,) uint64 of all runs of ``size`` words, text after text, and (N + 1,) where each text's begin.
+        """Return hashes (S,) uint64 of all runs of ``size`` words, text after text, and (N + 1,) the first of each.
 
-        A text of fewer words has one run, all of it; one without words has none.
+        A shorter text has one run, all of its words; a text without words has none.
         """
         counts = self.counts
+        # A text of c words has c - size + 1 runs; a shorter one has a single run of all its words.
         runs = np.maximum(counts - size + 1, np.minimum(counts, 1))
         offsets = np.concatenate([[0], np.cumsum(runs)])
+        # Number all runs through, then shift each text's numbers to its own first word.
         shift = np.repeat(self.first[:-1] - offsets[:-1], runs)
         left = np.arange(offsets[-1]) + shift
         right = np.minimum(left + (size - 1), np.repeat(self.first[1:] - 1, runs))
         return self._hash(left, right), offsets
 
     def exact_runs(self, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Hashes (S,) uint64 of all runs of ``size`` words, none of fewer, with their text and their first word."""
+        """Return hashes (S,) uint64 of all runs of exactly ``size`` words, their texts and first words (S,)."""
         hashes, offsets = self.ngrams(size)
         text = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
         first = self.first[text] + np.arange(len(hashes)) - offsets[text]
-        enough = self.counts[text] >= size
-        return hashes[enough], text[enough], first[enough]
+        is_full = self.counts[text] >= size
+        return hashes[is_full], text[is_full], first[is_full]
 
-    def whole(self) -> np.ndarray:
-        """(N,) uint64: a hash of each text's words in order; 0 for a text without words."""
-        found = np.zeros(len(self.first) - 1, dtype=np.uint64)
-        some = self.counts > 0
-        found[some] = self._hash(self.first[:-1][some], self.first[1:][some] - 1)
-        return found
+    def hash_texts(self) -> np.ndarray:
+        """Return (N,) uint64, a hash of each text's words in order; 0 for a text without words."""
+        hashes = np.zeros(len(self.first) - 1, dtype=np.uint64)
+        has_words = self.counts > 0
+        hashes[has_words] = self._hash(self.first[:-1][has_words], self.first[1:][has_words] - 1)
+        return hashes
 
     def _hash(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        """Of the words from ``left`` to ``right``, both included: the same wherever in the bytes they stand."""
+        """Return hashes (S,) of the words from ``left`` to ``right``, both included; their place does not matter."""
         begin = self.start[left]
         inverse = _powers(_power_of_two(len(self.sums)))[1]
+        # The difference of prefix sums is sum(value * power ** place); dividing by power ** begin removes the place.
         return mix((self.sums[self.end[right]] - self.sums[begin]) * inverse[begin])
 
 
 def read_words(texts: Sequence[bytes], edges: bool = False) -> Words:
-    """The words of some texts of :func:`encode`, best about ``BLOCK_BYTES`` in all; with ``opens`` and ``closes``."""
+    """Return the words of texts of :func:`encode`, about ``BLOCK_BYTES``; ``edges`` adds ``opens`` and ``closes``."""
     lengths = np.fromiter(map(len, texts), dtype=np.int64, count=len(texts))
+    # One space between texts, so that no word spans two of them.
     bounds = np.concatenate([[0], np.cumsum(lengths + 1)])
     joined = b" ".join([*texts, b""])
     letters = np.frombuffer(joined.translate(_BYTE), dtype=np.uint8)
     inside = letters != _SPACE
+    # Words begin and end where the bytes switch between space and sign.
     switches = np.flatnonzero(np.diff(inside, prepend=False, append=False))
     begins, ends = switches[0::2], switches[1::2]
-    keep = inside  # each word, and the one space after it
-    keep[ends] = True
-    compact = letters[keep]
+    # Compact the bytes to each word and one space after it, so that white space and punctuation do not count.
+    retained = inside
+    retained[ends] = True
+    compact = letters[retained]
     end = np.cumsum(ends - begins + 1) - 1
     start = end - (ends - begins)
+    # Prefix sums of byte value times power: the hash of any run is a difference of two of them.
     powers = _powers(_power_of_two(len(compact) + 1))[0]
     sums = np.empty(len(compact) + 1, dtype=np.uint64)
     sums[0] = 0
@@ -178,45 +195,47 @@ _IS_EDGE = np.isin(np.arange(256), list(_EDGES))
 
 
 def _edges(joined: bytes, first: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which words open and which close a stretch of text. (W,) bool each.
+    """Return the words that open and the words that close a stretch of text, (W,) bool each.
 
-    Between two words counts what no word contains, and the sign that the first ends with or the second begins with:
-    ``1) What is it (in short)``. A capital letter behind a word ends a stretch too: ``The capital of Peru is A) Lima``.
+    An edge between two words is a sign that belongs to no word, or that ends the first or begins the second one:
+    ``1) What is it (in short)``. A capital letter after a word ends a stretch too: ``The capital of Peru is A) Lima``.
     """
     letters = np.frombuffer(joined, dtype=np.uint8)
     signs = np.concatenate([[0], np.cumsum(_IS_EDGE[letters])])
-    opens, closes = np.ones(len(begins), dtype=bool), np.ones(len(begins), dtype=bool)
+    opens = np.ones(len(begins), dtype=bool)
+    closes = np.ones(len(begins), dtype=bool)
+    # Prefix sums of edge signs: a difference tells whether one lies between two words, touching bytes included.
     opens[1:] = signs[begins[1:]] > signs[ends[:-1] - 1]
     following = letters[begins[1:]]
     capital = (following >= ord("A")) & (following <= ord("Z"))
     closes[:-1] = (signs[begins[1:] + 1] > signs[ends[:-1]]) | capital
-    some = np.diff(first) > 0
-    opens[first[:-1][some]] = True
-    closes[first[1:][some] - 1] = True
+    has_words = np.diff(first) > 0
+    opens[first[:-1][has_words]] = True
+    closes[first[1:][has_words] - 1] = True
     return opens, closes
 
 
 @dataclass(frozen=True)
 class Block:
-    """Some rows' texts. A row has parts, which no run of words spans."""
+    """The texts of some rows. A row has parts, which no run of words spans."""
 
     first: int
-    """Which row is the first."""
+    """Number of the first row."""
     parts: np.ndarray
-    """(rows + 1,) int64: where each row's parts begin among the block's."""
+    """(rows + 1,) int64: first part of each row among the block's parts."""
     marks: np.ndarray
-    """(parts,) int64: each part's mark."""
+    """(parts,) int64: mark of each part."""
     words: Words
-    """Of all parts."""
+    """Words of all parts."""
 
     def ngrams(self, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """As :meth:`Words.ngrams`, but row after row."""
+        """Return :meth:`Words.ngrams` row after row: hashes (S,), and the first of each row (rows + 1,)."""
         hashes, offsets = self.words.ngrams(size)
         return hashes, offsets[self.parts]
 
 
 def blocks(rows: Iterable[Sequence[tuple[str, int]]], edges: bool = False) -> Iterator[Block]:
-    """Rows, each a sequence of parts with a mark, in blocks of about ``BLOCK_BYTES``; with ``edges`` of their words."""
+    """Yield rows (lists of parts with a mark) in blocks of about ``BLOCK_BYTES``; ``edges`` as in ``read_words``."""
     first = size = 0
     texts: list[bytes] = []
     marks: list[int] = []
@@ -231,9 +250,12 @@ def blocks(rows: Iterable[Sequence[tuple[str, int]]], edges: bool = False) -> It
             marks.append(mark)
             size += len(texts[-1])
         parts.append(len(texts))
+        # A row is never divided between two blocks.
         if size >= BLOCK_BYTES:
             yield block()
-            first, size, texts, marks, parts = first + len(parts) - 1, 0, [], [], [0]
+            first += len(parts) - 1
+            size = 0
+            texts, marks, parts = [], [], [0]
     if len(parts) > 1:
         yield block()
 

@@ -1,9 +1,9 @@
-"""How much of known texts stands in rows, by runs of words they share: the maths of decontamination.
+"""Coverage of known texts by rows, by shared n-grams of words: the maths of decontamination.
 
-A text is covered by a row as far as its words lie in runs of ``size`` words that the row has too (Tülu 3, arXiv
-2411.15124, section 3.2). A text of fewer words is found by all its words in a row: five or more of them anywhere in a
-part, three or four where they are a sentence, a line or what stands behind a label, one or two where they are the whole
-part. Case, punctuation and white space count nowhere. Left out: where texts and rows come from.
+A row covers the words of a text that lie in n-grams of ``size`` words which the row has too (Tülu 3, arXiv 2411.15124,
+section 3.2). A shorter text is covered by all of its words in succession: five or more anywhere in a part, three or
+four as a sentence, a line or the text after a label, one or two as the full part. Case, punctuation and white space do
+not count.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ import numpy as np
 from align.data.ngrams import Block, blocks, is_unspaced
 
 TEMPLATE_TEXTS = 10
-"""As many texts may share a run before it can be a template."""
-ANYWHERE = 5
-"""Words from which a short text is found in the middle of a sentence: of fewer, other sentences have them by chance."""
-STRETCH = 3
-"""Words from which a short text is found as a sentence or line; of fewer, it must be a whole part."""
-MATCHES = 1 << 19
-"""Runs of texts that are looked at in one go, about 60 MiB: texts of one template share as many with one another."""
+"""Number of texts that may share an n-gram before it can belong to a template."""
+ANYWHERE_WORDS = 5
+"""Words from which a short text may be inside a sentence: fewer are in other sentences by chance."""
+STRETCH_WORDS = 3
+"""Words from which a short text may be a sentence or line; a text of fewer words must be a full part."""
+MAX_MATCHES = 1 << 19
+"""Matches of n-grams that are processed at once, about 60 MiB: texts of one template share many with each other."""
 
 
 @dataclass(frozen=True)
 class Hits:
-    """Which rows cover which texts, ordered by row and text, each pair once. All (H,)."""
+    """Pairs of a row and a text that it covers, ordered by row and text, each pair once. All (H,)."""
 
     row: np.ndarray
     text: np.ndarray
     coverage: np.ndarray
-    """Share of the text's words that count, above 0 and at most 1."""
+    """Share of the text's counted words that are covered, above 0 and at most 1."""
 
 
 class Index:
-    """Known texts, searchable by their runs of words.
+    """Known texts, searchable by their n-grams of words.
 
-    ``groups`` (N,) int numbers texts that share a template. A run that more than ``template`` of a group's texts have,
-    and more than ten, is part of it: it shows nothing, and words that stand in such runs do not count.
+    ``groups`` (N,) int numbers groups of texts that may share a template. An n-gram in more than ``template`` of a
+    group's texts, and in more than ten, belongs to it: it proves nothing, and its words do not count.
     """
 
     def __init__(
@@ -47,162 +47,185 @@ class Index:
     ) -> None:
         self.size = size
         self.words = np.zeros(len(texts), dtype=np.int64)
-        whole, grams, owners, places = [], [], [], []
+        text_hashes, grams, owners, places = [], [], [], []
         for block in blocks([(text, 0)] for text in texts):
             counts = block.words.counts
             numbers = block.first + np.arange(len(counts))
             self.words[numbers] = counts
-            whole.append(block.words.whole())
+            text_hashes.append(block.words.hash_texts())
             hashes, offsets = block.ngrams(size)
-            runs = np.diff(offsets)
-            long = np.repeat(counts >= size, runs)
-            grams.append(hashes[long])
-            owners.append(np.repeat(numbers, runs)[long])
-            places.append((np.arange(len(hashes)) - np.repeat(offsets[:-1], runs))[long])
-        spoken = np.flatnonzero(self.words > 0)
-        self._whole, self._whole_text = _by_hash(_joined(whole)[spoken], spoken)
-        hashes, order = _by_hash(_joined(grams), np.arange(sum(map(len, grams))))
-        owner, place = _joined(owners)[order], _joined(places)[order]
-        shown = ~_templates(hashes, owner, np.zeros(len(texts), dtype=np.int64) if groups is None else groups, template)
-        self._counted, self._begin = self._count_words(owner[~shown], place[~shown])
-        self._gram, self._owner, self._place = hashes[shown], owner[shown], place[shown]
+            grams_per_text = np.diff(offsets)
+            # A text shorter than ``size`` has no n-gram; it is searched for as a sequence of all its words.
+            is_long = np.repeat(counts >= size, grams_per_text)
+            grams.append(hashes[is_long])
+            owners.append(np.repeat(numbers, grams_per_text)[is_long])
+            places.append((np.arange(len(hashes)) - np.repeat(offsets[:-1], grams_per_text))[is_long])
+        text_hash = _concatenate(text_hashes)
+        non_empty = np.flatnonzero(self.words > 0)
+        self._text_hash, self._hashed_text = _sort_by_hash(text_hash[non_empty], non_empty)
+        # All n-grams, sorted by hash, with their text and their place in it; those of templates are left out.
+        hashes, order = _sort_by_hash(_concatenate(grams), np.arange(sum(map(len, grams))))
+        owner, place = _concatenate(owners)[order], _concatenate(places)[order]
+        if groups is None:
+            groups = np.zeros(len(texts), dtype=np.int64)
+        is_template = _find_templates(hashes, owner, groups, template)
+        self._counted, self._begin = self._count_words(owner[is_template], place[is_template])
+        self._gram, self._owner, self._place = hashes[~is_template], owner[~is_template], place[~is_template]
         unspaced = np.array([is_unspaced(text) for text in texts], dtype=bool)
-        self._anywhere = (self.words >= ANYWHERE) & ~unspaced
-        self._short = {
-            int(length): _by_hash(_joined(whole)[short], short)
-            for length in np.unique(self.words[(self.words >= STRETCH) & (self.words < size)])
-            for short in [np.flatnonzero(self.words == length)]
-        }
+        self._may_be_anywhere = (self.words >= ANYWHERE_WORDS) & ~unspaced
+        self._short: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        """Sorted hashes and texts of the short texts, by their number of words."""
+        for length in np.unique(self.words[(self.words >= STRETCH_WORDS) & (self.words < size)]):
+            short = np.flatnonzero(self.words == length)
+            self._short[int(length)] = _sort_by_hash(text_hash[short], short)
 
     def _count_words(self, owner: np.ndarray, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """How many words before each word of all texts count, and where each text's words begin among them."""
+        """Return the number of counted words before each word of all texts (W + 1,), and each text's first (N + 1,).
+
+        ``owner`` and ``place`` are text and first word of the templates' n-grams, whose words do not count.
+        """
         begin = np.concatenate([[0], np.cumsum(self.words)])
         counts = np.ones(begin[-1], dtype=bool)
+        # Words of template n-grams do not count.
         for step in range(self.size):
             counts[begin[owner] + place + step] = False
         sums = np.concatenate([[0], np.cumsum(counts)])
         for text in np.flatnonzero(np.diff(sums[begin]) == 0):
-            counts[begin[text] : begin[text + 1]] = True  # nothing but template: all of it counts
+            counts[begin[text] : begin[text + 1]] = True  # a text of templates alone counts in full
         return np.concatenate([[0], np.cumsum(counts)]), begin
 
     def search(self, rows: Sequence[Sequence[str]], least: float = 0.0) -> Hits:
-        """What each row, given in parts, covers, where that is more than ``least`` of a text."""
-        edges = bool(self._short)
-        found = [self._search(block, least) for block in blocks(([(part, 0) for part in row] for row in rows), edges)]
-        return Hits(*(_joined([getattr(hits, name) for hits in found]) for name in ("row", "text", "coverage")))
+        """Return the texts that each row covers to more than ``least``; a row is given as its parts."""
+        parts_with_marks = ([(part, 0) for part in row] for row in rows)
+        hits = [self._search(block, least) for block in blocks(parts_with_marks, edges=bool(self._short))]
+        return Hits(
+            row=_concatenate([block_hits.row for block_hits in hits]),
+            text=_concatenate([block_hits.text for block_hits in hits]),
+            coverage=_concatenate([block_hits.coverage for block_hits in hits]),
+        )
 
     def _search(self, block: Block, least: float) -> Hits:
         row_of_part = np.repeat(np.arange(len(block.parts) - 1), np.diff(block.parts))
-        part, equal_text = self._equal(block)
-        whole = self._counted[self._begin[1:]] - self._counted[self._begin[:-1]]
-        rows, texts, words = [row_of_part[part]], [equal_text], [whole[equal_text]]
+        part, equal_text = self._find_equal(block)
+        total = self._counted[self._begin[1:]] - self._counted[self._begin[:-1]]  # counted words of each text
+        rows, texts, words = [row_of_part[part]], [equal_text], [total[equal_text]]
         hashes, offsets = block.ngrams(self.size)
         row_of_gram = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-        place, many = _places(self._gram, hashes)
-        for span in _spans(many, offsets):
-            at, gram = _pairs(place[span], many[span])
-            row, text, covered = self._covered(row_of_gram[span][gram], self._owner[at], self._place[at])
-            enough = covered > least * whole[text]
-            rows.append(row[enough])
-            texts.append(text[enough])
-            words.append(covered[enough])
-        row, text, covered = _joined(rows), _joined(texts), _joined(words)
+        place, count = _find_places(self._gram, hashes)
+        # All matches of some rows at a time: a common template would otherwise blow up memory.
+        for span in _split_rows(count, offsets):
+            match, gram = _expand_matches(place[span], count[span])
+            row, text, covered = self._count_covered(row_of_gram[span][gram], self._owner[match], self._place[match])
+            is_enough = covered > least * total[text]
+            rows.append(row[is_enough])
+            texts.append(text[is_enough])
+            words.append(covered[is_enough])
+        # A pair may come from both searches: the larger coverage counts.
+        row, text, covered = _concatenate(rows), _concatenate(texts), _concatenate(words)
         order = np.lexsort((-covered, text, row))
         row, text, covered = row[order], text[order], covered[order]
-        best = _changes(row, text)
+        best = _starts_pair(row, text)
         row, text, covered = row[best], text[best], covered[best]
-        return Hits(block.first + row, text, covered / whole[text])
+        return Hits(block.first + row, text, covered / total[text])
 
-    def _equal(self, block: Block) -> tuple[np.ndarray, np.ndarray]:
-        """Pairs of part and text where the part has all words of the text: it is equal to it, or has it inside."""
+    def _find_equal(self, block: Block) -> tuple[np.ndarray, np.ndarray]:
+        """Return pairs of a part and a text (P,) where the part equals the text, or contains a short text."""
         words = block.words
-        at, part = _matches(self._whole, words.whole())
-        parts, texts = [part], [self._whole_text[at]]
+        match, part = _find_matches(self._text_hash, words.hash_texts())
+        parts, texts = [part], [self._hashed_text[match]]
         for length, (known, text) in self._short.items():
             assert words.opens is not None and words.closes is not None
             hashes, part, first = words.exact_runs(length)
-            at, run = _matches(known, hashes)
-            stretch = words.opens[first[run]] & words.closes[first[run] + length - 1]
-            inside = stretch | self._anywhere[text[at]]
-            parts.append(part[run[inside]])
-            texts.append(text[at[inside]])
-        return _joined(parts), _joined(texts)
+            match, run = _find_matches(known, hashes)
+            # Few words occur in other sentences by chance, so short texts must be a stretch of their own.
+            is_stretch = words.opens[first[run]] & words.closes[first[run] + length - 1]
+            is_hit = is_stretch | self._may_be_anywhere[text[match]]
+            parts.append(part[run[is_hit]])
+            texts.append(text[match[is_hit]])
+        return _concatenate(parts), _concatenate(texts)
 
-    def _covered(
+    def _count_covered(
         self, row: np.ndarray, text: np.ndarray, place: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Pairs of row and text, and how many words that count lie in the runs that begin at ``place``."""
+        """Return row, text and covered words (P,) of each pair; its n-grams begin at ``place`` (M,)."""
         order = np.lexsort((place, text, row))
         row, text, place = row[order], text[order], place[order]
-        fresh = _changes(row, text)
-        last = np.append(fresh[1:], True)[: len(fresh)]
-        following = np.where(last, place + self.size, np.append(place[1:], 0)[: len(place)])
-        begins = np.flatnonzero(fresh)
+        is_first = _starts_pair(row, text)
+        is_last = np.append(is_first[1:], True)[: len(is_first)]
+        # Each match adds its words up to the next match, so that overlapping n-grams count no word twice.
+        next_place = np.where(is_last, place + self.size, np.append(place[1:], 0)[: len(place)])
+        begins = np.flatnonzero(is_first)
         word = self._begin[text] + place
-        steps = self._counted[word + np.minimum(following - place, self.size)] - self._counted[word]
-        covered = np.add.reduceat(steps, begins) if len(begins) else steps
+        added = self._counted[word + np.minimum(next_place - place, self.size)] - self._counted[word]
+        covered = np.add.reduceat(added, begins) if len(begins) else added
         return row[begins], text[begins], covered
 
 
-def _templates(hashes: np.ndarray, owner: np.ndarray, groups: np.ndarray, share: float) -> np.ndarray:
-    """(G,) bool: which of the sorted runs belong to the template of their text's group."""
+def _find_templates(hashes: np.ndarray, owner: np.ndarray, groups: np.ndarray, share: float) -> np.ndarray:
+    """Return (G,) bool: True for sorted n-grams that belong to the template of their text's group.
+
+    ``hashes`` and ``owner`` (G,) are the n-grams and their texts, ``groups`` (N,) the group of each text.
+    """
     group = groups[owner]
     order = np.lexsort((owner, group, hashes))
     hashes, owner, group = hashes[order], owner[order], group[order]
-    fresh = _changes(hashes, group)
-    another = fresh | np.append(True, owner[1:] != owner[:-1])[: len(owner)]
-    kind = np.cumsum(fresh) - 1
-    texts = np.bincount(kind, weights=another) if len(kind) else np.zeros(0)
+    # Count the texts of each n-gram within a group.
+    is_first = _starts_pair(hashes, group)
+    # A gram that a text repeats counts once, since owners are sorted within it.
+    is_new_text = is_first | np.append(True, owner[1:] != owner[:-1])[: len(owner)]
+    gram = np.cumsum(is_first) - 1
+    texts = np.bincount(gram, weights=is_new_text) if len(gram) else np.zeros(0)
     limit = np.maximum(share * np.bincount(groups, minlength=1), TEMPLATE_TEXTS)
-    found = np.zeros(len(order), dtype=bool)
-    found[order] = texts[kind] > limit[group]
-    return found
+    is_template = np.zeros(len(order), dtype=bool)
+    is_template[order] = texts[gram] > limit[group]
+    return is_template
 
 
-def _by_hash(hashes: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _sort_by_hash(hashes: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     order = np.argsort(hashes, kind="stable")
     return hashes.astype(np.uint64)[order], values[order]
 
 
-def _joined(arrays: list[np.ndarray]) -> np.ndarray:
+def _concatenate(arrays: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.int64)
 
 
-def _changes(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """(H,) bool: where a new pair begins among sorted ones."""
-    fresh = np.ones(len(left), dtype=bool)
-    fresh[1:] = (left[1:] != left[:-1]) | (right[1:] != right[:-1])
-    return fresh
+def _starts_pair(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Return (H,) bool: True where a new pair begins among sorted ones."""
+    is_first = np.ones(len(left), dtype=bool)
+    is_first[1:] = (left[1:] != left[:-1]) | (right[1:] != right[:-1])
+    return is_first
 
 
-def _matches(known: np.ndarray, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """All pairs of places in sorted ``known`` and in ``hashes`` with the same hash."""
-    return _pairs(*_places(known, hashes))
+def _find_matches(known: np.ndarray, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return all pairs (P,) of places in sorted ``known`` and in ``hashes`` with the same hash."""
+    return _expand_matches(*_find_places(known, hashes))
 
 
-def _places(known: np.ndarray, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of each hash its first place in sorted ``known`` and how often it is there. (H,) each."""
+def _find_places(known: np.ndarray, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first place of each hash in sorted ``known``, and its number of occurrences there. (H,) each."""
     left = np.searchsorted(known, hashes, side="left")
-    many = np.zeros(len(hashes), dtype=np.int64)
-    found = np.flatnonzero(left < len(known))
-    found = found[known[left[found]] == hashes[found]]
-    many[found] = np.searchsorted(known, hashes[found], side="right") - left[found]
-    return left, many
+    count = np.zeros(len(hashes), dtype=np.int64)
+    matching = np.flatnonzero(left < len(known))
+    matching = matching[known[left[matching]] == hashes[matching]]
+    count[matching] = np.searchsorted(known, hashes[matching], side="right") - left[matching]
+    return left, count
 
 
-def _pairs(place: np.ndarray, many: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Every place in ``known`` of every hash, and the number of the hash."""
-    number = np.repeat(np.arange(len(many)), many)
-    shift = np.cumsum(many) - many
+def _expand_matches(place: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return (P,) every place in ``known`` of every hash, and the number of the hash."""
+    number = np.repeat(np.arange(len(count)), count)
+    shift = np.cumsum(count) - count
     return place[number] + np.arange(len(number)) - shift[number], number
 
 
-def _spans(many: np.ndarray, offsets: np.ndarray) -> Iterator[slice]:
-    """Runs of whole rows, which begin at ``offsets``, with about ``MATCHES`` pairs each."""
-    before = np.concatenate([[0], np.cumsum(many)])[offsets]
+def _split_rows(count: np.ndarray, offsets: np.ndarray) -> Iterator[slice]:
+    """Yield spans of hashes of full rows, which begin at ``offsets``, with about ``MAX_MATCHES`` matches each."""
+    # Matches before each row; a binary search finds how many rows fit into one group.
+    before = np.concatenate([[0], np.cumsum(count)])[offsets]
     row, rows = 0, len(offsets) - 1
     while row < rows:
-        end = max(row + 1, int(np.searchsorted(before, before[row] + MATCHES, side="right")) - 1)
+        end = max(row + 1, int(np.searchsorted(before, before[row] + MAX_MATCHES, side="right")) - 1)
         if before[end] > before[row]:
             yield slice(offsets[row], offsets[end])
         row = end

@@ -1,9 +1,9 @@
-"""Uploading a build to the Hugging Face Hub: what exactly would go, what speaks against it, the commit that does it.
+"""Upload of a build to the Hugging Face Hub: the files, the checks, and the commit.
 
-The rows, the card and the ledger go; dropped rows and texts of them (the preview page, the ledger's examples) stay here
-unless asked for: they were dropped for a reason, which may be that they are private. Shards that an earlier push left
-behind are deleted in the same commit, or a reader would mix two builds. The token is huggingface_hub's business and is
-never printed. Torch-free.
+The rows, the card and the ledger are uploaded. Dropped rows and their texts (the preview page, the ledger's examples)
+are not, unless asked for, since they may have been dropped because they are private. The same commit deletes shards of
+an earlier push, so that no reader mixes two builds. huggingface_hub handles the token, which is never printed.
+Torch-free.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from align.data.built import LEDGER, SPLITS, count_rows, read_ledger, shards
+from align.data.build_files import LEDGER, SPLITS, count_rows, read_ledger, shards
 from align.data.card import CARD
-from align.data.licenses import License, of_mixture
+from align.data.licenses import License, mixture_license
 from align.errors import StageFailed, UserError
 
 REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 RepoKind = Literal["dataset", "model"]
 PREVIEW = "preview.html"
-OURS = (
+UPLOADED_PATTERNS = (
     "train-*-of-*.parquet",
     "test-*-of-*.parquet",
     "dropped-*-of-*.parquet",
@@ -34,19 +34,19 @@ OURS = (
     "test.parquet",
     PREVIEW,
 )
-"""Names of files that a push puts there; such files of an earlier one are replaced or deleted."""
+"""Names of files that a push uploads; such files of an earlier push are replaced or deleted."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One file of an upload: its name there, and the file or the bytes it is."""
+    """One file of an upload: its name in the repository, and its local file or bytes."""
 
     name: str
     content: Path | bytes
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Size in bytes."""
         return self.content.stat().st_size if isinstance(self.content, Path) else len(self.content)
 
 
@@ -64,14 +64,14 @@ class Upload:
 
     @property
     def size(self) -> int:
-        """Bytes in all."""
+        """Size of all parts in bytes."""
         return sum(part.size for part in self.parts)
 
 
 def prepare(
     folder: Path, repo: str, revision: str | None = None, private: bool = False, everything: bool = False
 ) -> Upload:
-    """What pushing ``folder`` would upload; touches no network.
+    """Return the upload of ``folder``, without any network access.
 
     ``everything`` adds dropped rows, the preview page and the ledger's examples. Raises ``UserError`` for a name that
     the Hub does not take, and for a folder without rows, ledger or card.
@@ -87,13 +87,13 @@ def prepare(
     parts += [Part(path.name, path) for split in splits for path in shards(folder, split)]
     if everything and (folder / PREVIEW).is_file():
         parts.append(Part(PREVIEW, folder / PREVIEW))
-    license = of_mixture(source.get("license") for source in ledger["sources"])
+    license = mixture_license(source.get("license") for source in ledger["sources"])
     rows = {split: count_rows(folder, split) for split in SPLITS}
     return Upload(folder, repo, revision, private, tuple(parts), license, rows)
 
 
 def _ledger(folder: Path, ledger: dict[str, Any], everything: bool) -> Path | bytes:
-    """The ledger's file, or its text without examples of dropped rows and without what steps noted of rows."""
+    """Return the ledger's file, or its text without examples of dropped rows and without the steps' notes."""
     if everything:
         return folder / LEDGER
     steps = [
@@ -103,32 +103,34 @@ def _ledger(folder: Path, ledger: dict[str, Any], everything: bool) -> Path | by
 
 
 def push(upload: Upload, api: Any = None) -> dict[str, Any]:
-    """Make the repository where there is none, and commit the upload. Returns ``url``, ``commit``, ``deleted``.
+    """Create the repository where there is none, and commit the upload. Return ``url``, ``commit`` and ``deleted``.
 
-    ``api`` is a ``huggingface_hub.HfApi``. Raises ``UserError`` where the Hub refuses (no token, no right, a public
-    repository that should be private) and ``StageFailed`` where it cannot be reached.
+    ``api`` is a ``huggingface_hub.HfApi``. Raises ``UserError`` where the Hub refuses (no token, no permission, a
+    public repository that should be private) and ``StageFailed`` where it cannot be reached.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api = api or HfApi(library_name="align")
     with hub_errors(upload.repo):
-        there = make_repository(api, upload.repo, "dataset", upload.revision, upload.private)
-        deleted = stale(there, [part.name for part in upload.parts])
+        # One commit with all additions and deletions: readers see the old build or the new one.
+        existing = make_repository(api, upload.repo, "dataset", upload.revision, upload.private)
+        deleted = stale_files(existing, [part.name for part in upload.parts])
         operations: list[Any] = [CommitOperationDelete(path_in_repo=name) for name in deleted]
         operations += [
             CommitOperationAdd(part.name, part.content if isinstance(part.content, bytes) else str(part.content))
             for part in upload.parts
         ]
-        made = api.create_commit(
+        commit = api.create_commit(
             upload.repo, operations, repo_type="dataset", revision=upload.revision, commit_message=_message(upload)
         )
-    return {"url": str(made.commit_url), "commit": str(made.oid), "deleted": deleted}
+    return {"url": str(commit.commit_url), "commit": str(commit.oid), "deleted": deleted}
 
 
-def stale(there: Sequence[str], uploaded: Sequence[str]) -> list[str]:
-    """Files of an earlier push that this one does not replace."""
-    ours = [name for name in there if any(fnmatch.fnmatchcase(name, pattern) for pattern in OURS)]
-    return sorted(set(ours) - set(uploaded))
+def stale_files(existing: Sequence[str], uploaded: Sequence[str]) -> list[str]:
+    """Return the files of an earlier push that this one does not replace."""
+    earlier = [name for name in existing if any(fnmatch.fnmatchcase(name, pattern) for pattern in UPLOADED_PATTERNS)]
+    # Only files that a push could have written: what the owner added by hand stays.
+    return sorted(set(earlier) - set(uploaded))
 
 
 def _message(upload: Upload) -> str:
@@ -142,11 +144,11 @@ def check_repo(repo: str, kind: RepoKind) -> None:
 
 
 def make_repository(api: Any, repo: str, kind: RepoKind, revision: str | None, private: bool) -> list[str]:
-    """Make repository and branch where there are none, and return the files in it.
+    """Create repository and branch where there are none, and return the files in it.
 
     Raises ``UserError`` for a public one that should be private.
     """
-    # None leaves the choice to the owner's own default, which may be private; False would say public.
+    # None leaves the choice to the owner's default, which may be private; False would mean public.
     api.create_repo(repo, repo_type=kind, private=private or None, exist_ok=True)
     if private and not getattr(api, f"{kind}_info")(repo).private:
         raise UserError(f"{repo} is there already, and public; make it private on the Hub, or name another.")
@@ -157,37 +159,41 @@ def make_repository(api: Any, repo: str, kind: RepoKind, revision: str | None, p
 
 @contextmanager
 def hub_errors(repo: str) -> Iterator[None]:
-    """The Hub's errors as ours: ``UserError`` where it refuses, ``StageFailed`` where it cannot be reached."""
+    """Convert the Hub's errors: ``UserError`` where it refuses, ``StageFailed`` where it cannot be reached."""
     import httpx
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
     try:
         yield
     except (LocalTokenNotFoundError, OfflineModeIsEnabled) as error:
-        raise UserError(safe(f"{repo}: {error}")) from None
+        raise UserError(without_token(f"{repo}: {error}")) from None
     except HfHubHTTPError as error:
-        raise refused(repo, error) from None
+        raise hub_error(repo, error) from None
     except (httpx.HTTPError, OSError) as error:
-        raise StageFailed(safe(f"{repo}: the Hub cannot be reached: {type(error).__name__}: {error}")) from None
+        raise StageFailed(
+            without_token(f"{repo}: the Hub cannot be reached: {type(error).__name__}: {error}")
+        ) from None
 
 
-def refused(repo: str, error: Any) -> UserError | StageFailed:
-    """What the Hub's answer means for who pushes: theirs to put right, or the Hub's own failure."""
+def hub_error(repo: str, error: Any) -> UserError | StageFailed:
+    """Return an error of the user where the Hub refuses, or of the stage where the Hub failed."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     lines = (getattr(error, "server_message", None) or str(error)).strip().splitlines()
-    said = safe(lines[0].rstrip(".") if lines else type(error).__name__)
+    reason = without_token(lines[0].rstrip(".") if lines else type(error).__name__)
     if status in (401, 403):
         return UserError(
-            f"{repo}: the Hub refuses ({status}): {said}. Set HF_TOKEN to a token that may write there, or run "
+            f"{repo}: the Hub refuses ({status}): {reason}. Set HF_TOKEN to a token that may write there, or run "
             "`hf auth login`."
         )
     if status is not None and status < 500:
-        return UserError(f"{repo}: the Hub refuses ({status}): {said}.")
-    return StageFailed(f"{repo}: the Hub failed: {said}. Push again; a push is one commit, so nothing is half there.")
+        return UserError(f"{repo}: the Hub refuses ({status}): {reason}.")
+    return StageFailed(
+        f"{repo}: the Hub failed: {reason}. Push again; a push is one commit, so nothing was uploaded in part."
+    )
 
 
-def safe(text: str) -> str:
-    """``text`` without the token, should an error ever quote it."""
+def without_token(text: str) -> str:
+    """Return ``text`` without the token, in case an error quotes it."""
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         token = os.environ.get(name)
         if token:

@@ -1,8 +1,7 @@
-"""Reading data files, plain or compressed, record by record: JSON, JSON lines, CSV, TSV, Parquet; a text is one record.
+"""Readers of data files, plain or compressed: JSON, JSON lines, CSV, TSV and Parquet, record by record; texts as one.
 
-Memory holds one record (a line, a row) or one small batch at a time, whatever the size of the file. What cannot be read
-is given as a ``BadRecord`` in its place; where a file cannot be read on, the records before count. Leaves out what
-records mean.
+Memory holds one record (a line, a row) or one small batch at a time, whatever the size of the file. A record that
+cannot be read becomes a ``BadRecord`` in its place; where a file breaks off, the records before it count.
 """
 
 from __future__ import annotations
@@ -23,38 +22,38 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from align.data.records import BadRecord, Record
+from align.data.rows import BadRecord, Record
 from align.errors import UserError
 
 Item = Record | BadRecord
 
-TEXT = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".md")
-PACKED = ("", ".gz", ".bz2", ".xz", ".zst")
-SUFFIXES = (*(kind + packed for kind in TEXT for packed in PACKED), ".parquet")
+_TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".md")
+_COMPRESSIONS = ("", ".gz", ".bz2", ".xz", ".zst")
+SUFFIXES = (*(suffix + packed for suffix in _TEXT_SUFFIXES for packed in _COMPRESSIONS), ".parquet")
 """Endings of the files that can be read."""
 
 LONGEST_LINE = 1 << 28
-"""Bytes; a longer line is a file that is not what its name says."""
+"""Bytes; a longer line means that the file's name is wrong about its type."""
 LONGEST_CELL = 1 << 24
-"""Characters of a CSV cell: a quote that is never closed takes all that follows for one."""
+"""Characters of a CSV cell: a quote that is never closed would take the rest of the file as one cell."""
 DEEPEST = 300
-"""Levels of objects and lists in a record. Python reads some more, and then fails wherever one is written or copied."""
+"""Levels of objects and lists in a record. Python can read some more, but then fails to write or copy them."""
 TOO_DEEP = f"nested more than {DEEPEST} levels deep."
 BATCH = 256
 """Rows of a Parquet file in memory."""
 
-LOST = "; nothing behind it was read"
+LOST = "; nothing after it was read"
 
 
-def known(path: Path) -> bool:
-    """Whether the name ends as that of a file that can be read."""
+def is_readable(path: Path) -> bool:
+    """Return True for a file name with a known suffix."""
     return path.name.lower().endswith(SUFFIXES)
 
 
 def read_file(path: Path) -> Iterator[Item]:
-    """Records of one file. Raises ``UserError`` for a file that cannot be opened."""
+    """Yield the records of one file. Raises ``UserError`` for a file that cannot be opened."""
     name = path.name.lower()
-    packed = next((end for end in PACKED[1:] if name.endswith(end)), "")
+    packed = next((end for end in _COMPRESSIONS[1:] if name.endswith(end)), "")
     kind = name.removesuffix(packed).rsplit(".", 1)[-1]
     if kind == "parquet":
         yield from _read_parquet(path)
@@ -65,6 +64,7 @@ def read_file(path: Path) -> Iterator[Item]:
             for item in _READERS[kind](path, file):
                 last = item.where if isinstance(item, BadRecord) else item[0]
                 yield item
+    # A truncated archive: records up to the break have been yielded, and the break is reported in its place.
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         yield BadRecord(last, _broken(packed, error))
     except OSError as error:
@@ -89,7 +89,7 @@ def _open(path: Path, packed: str) -> io.BufferedReader:
 
 
 def _lines(file: io.BufferedReader, where: Callable[[int], str]) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines. Raises ``BadRecord`` for one without an end."""
+    """Yield numbered lines without a byte order mark. Raises ``BadRecord`` for a line that never ends."""
     number = 0
     while line := file.readline(LONGEST_LINE):
         number += 1
@@ -119,25 +119,32 @@ def _parse(line: bytes, where: str) -> Item:
         return BadRecord(where, TOO_DEEP)
     except ValueError as error:
         return BadRecord(where, f"not valid JSON: {error}. Correct or delete the line.")
+    # Counting brackets is cheap, and rules out nearly every line.
     if line.count(b"[") + line.count(b"{") > DEEPEST and _is_too_deep(value):
         return BadRecord(where, TOO_DEEP)
-    return checked(value, where) if b"\\ud" in line.lower() else _record(value, where)
+    return check_record(value, where) if b"\\ud" in line.lower() else _record(value, where)
 
 
 _LONE = re.compile("[\ud800-\udfff]")
 
 
 def _is_too_deep(value: Any) -> bool:
-    """Whether objects and lists nest more than ``DEEPEST`` levels deep; looked at level by level."""
+    """Return True for objects and lists nested more than ``DEEPEST`` levels; level by level, since recursion fails."""
     level = [value]
+    # Breadth first: after so many steps, only a value that nests deeper has containers left.
     for _ in range(DEEPEST):
-        level = [whole for whole in level if isinstance(whole, (dict, list))]
-        level = [item for whole in level for item in (whole.values() if isinstance(whole, dict) else whole)]
+        children: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                children += item.values()
+            elif isinstance(item, list):
+                children += item
+        level = children
     return any(isinstance(item, (dict, list)) for item in level)
 
 
-def checked(value: Any, where: str) -> Item:
-    """A record, or what is wrong with it: no fields, or text with half a character, which no file can hold."""
+def check_record(value: Any, where: str) -> Item:
+    """Return a record, or a ``BadRecord`` for a value without fields or with half a surrogate pair in its text."""
     try:
         text = json.dumps(value, ensure_ascii=False, default=str)
     except RecursionError:
@@ -154,25 +161,26 @@ def _record(value: Any, where: str) -> Item:
 
 
 def _read_json(path: Path, file: io.BufferedReader) -> Iterator[Item]:
-    """A list of records; or a record a line, as many a .json file has them."""
+    """Read a list of records, or a record a line, as many .json files have."""
+    # Peeked, not read: the reader that is chosen starts at the beginning of the file.
     head = file.peek(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
     if head.startswith(b"[") or not head:
         yield from _read_list(path, file)
     elif head.startswith(b"{") and (b"\n" not in head or _is_record(head.split(b"\n", 1)[0])):
         yield from _read_jsonl(path, file)
     else:
-        what = "one object" if head.startswith(b"{") else "neither a list nor an object"
-        yield BadRecord(str(path), f"holds {what}; expected a list of records, or a record a line.")
+        content = "one object" if head.startswith(b"{") else "neither a list nor an object"
+        yield BadRecord(str(path), f"holds {content}; expected a list of records, or a record a line.")
 
 
 def _is_record(line: bytes) -> bool:
-    """Whether a line is an object by itself."""
+    """Return True for a line that is a complete object."""
     try:
         return isinstance(json.loads(line), dict)
     except ValueError:
         return False
     except RecursionError:
-        return True  # said of its line
+        return True  # the reader of lines reports it
 
 
 def _read_list(path: Path, file: io.BufferedReader) -> Iterator[Item]:
@@ -185,23 +193,25 @@ def _read_list(path: Path, file: io.BufferedReader) -> Iterator[Item]:
         for number, value in enumerate(_items(file), 1):
             yield _record(value, f"{path}: record {number}")
     except (ijson.JSONError, ValueError) as error:
-        said = error.args[0].decode("utf-8", "replace") if isinstance(error.args[0], bytes) else str(error)
-        reason = said.strip().splitlines()[0].rstrip(".")  # the lines behind it show a piece of the file
+        message = error.args[0].decode("utf-8", "replace") if isinstance(error.args[0], bytes) else str(error)
+        reason = message.strip().splitlines()[0].rstrip(".")  # further lines quote the file
         yield BadRecord(f"{path}: record {number + 1}", f"not valid JSON: {reason}{LOST}.")
 
 
 def _items(file: io.BufferedReader) -> Iterator[Any]:
-    """Items of a list. Raises ``ValueError`` for one that is nested more deeply than any data.
+    """Yield the items of a list. Raises ``ValueError`` for one that is nested too deeply.
 
-    Not ``ijson.items``: it keeps the path to every level, which takes all memory where someone nests without end.
+    Not ``ijson.items``: it stores the path to every level, which exhausts memory on a file that nests without end.
     """
     import ijson
 
     depth, builder = 0, None
     for event, value in ijson.basic_parse(file):
+        # Events of ijson: maps and arrays open and close, an item of the list is at depth 1.
         depth += (event in ("start_map", "start_array")) - (event in ("end_map", "end_array"))
         if depth > DEEPEST:
             raise ValueError(TOO_DEEP)
+        # The list's own brackets belong to no record.
         if depth == 0 or (depth == 1 and builder is None and event == "start_array"):
             continue  # the list itself
         builder = builder or ijson.ObjectBuilder()
@@ -251,6 +261,7 @@ def _read_table(path: Path, file: io.BufferedReader, delimiter: str) -> Iterator
         if names is None:
             names = cells
             continue
+        # Fewer cells than names are fine: the missing fields are absent.
         if len(cells) > len(names):
             yield BadRecord(where(start), f"{len(cells)} cells, more than the header's {len(names)}.")
         elif any(_LONE.search(cell) for cell in cells):
@@ -260,7 +271,7 @@ def _read_table(path: Path, file: io.BufferedReader, delimiter: str) -> Iterator
 
 
 def _read_document(path: Path, file: io.BufferedReader) -> Iterator[Item]:
-    """A plain text: the whole file is the field ``text`` of one record."""
+    """Read a plain text: the file is the field ``text`` of one record."""
     content = file.read(LONGEST_LINE + 1)
     if len(content) > LONGEST_LINE:
         yield BadRecord(str(path), f"a text of more than {LONGEST_LINE >> 20} MiB. Cut it into several files.")

@@ -1,15 +1,19 @@
-"""Rows of a dataset and the Parquet files that hold them.
+"""Rows of a dataset, the records they come from, and the Parquet files that hold them. Torch-free.
 
-A row is a plain dict. Every row has ``id`` (stable text), ``source``, ``prompt`` (messages, the last one a user
-turn, or the result of a tool) and ``checks`` (JSON text for :mod:`align.data.checkers`, ``""`` when no program can
-check the answer). Instructions add ``completion``; preferences add ``chosen`` and ``rejected`` (one assistant turn
-each) and may add ``chosen_score`` and ``rejected_score``; unpaired rows add ``completion`` and ``label``.
-``completion_finished``, ``chosen_finished``, ``rejected_finished`` or ``text_finished`` is False for what was cut off
-at its length limit: no end of turn, or of text, is put behind it. Before pairs are made of them, rows may have
-``responses``: a list of ``content``, ``score`` and ``rank`` (0 is best), either of which may be None. ``tools`` is a
-JSON list of the functions a model may call (``""`` for none); a message that calls some has ``tool_calls``, as JSON
-text too, since their arguments have no common type; an assistant's turn that is not to be trained on has
-``train: False``. A row of plain text has ``id``, ``source`` and ``text`` instead of all that. Torch-free.
+A row is a plain dict:
+
+- Every row has ``id`` (stable text), ``source``, ``prompt`` (messages, the last one a user turn, or a tool's result)
+  and ``checks`` (JSON text for :mod:`align.data.checkers`, ``""`` when no program can check the answer).
+- Instructions add ``completion``. Preferences add ``chosen`` and ``rejected`` (one assistant turn each), and may add
+  ``chosen_score`` and ``rejected_score``. Unpaired rows add ``completion`` and ``label``.
+- ``completion_finished``, ``chosen_finished``, ``rejected_finished`` or ``text_finished`` is False for a text that was
+  cut off at its length limit: no end of turn, or of text, follows it in training.
+- Before the step ``pairs``, rows may have ``responses``: a list of ``content``, ``score`` and ``rank`` (0 is best),
+  where either of the last two may be None.
+- ``tools`` is a JSON list of the functions that a model may call (``""`` for none). A message that calls some has
+  ``tool_calls``, JSON text too, since the arguments have no common type.
+- An assistant's turn that is excluded from training has ``train: False``.
+- A row of plain text has ``id``, ``source`` and ``text`` only.
 """
 
 from __future__ import annotations
@@ -40,8 +44,8 @@ _STRUCTS = {
     **dict.fromkeys(("prompt", "completion", "chosen", "rejected"), (_MESSAGE, _MESSAGE_MORE)),
     "responses": (_RESPONSE, _RESPONSE_MORE),
 }
-"""Columns of lists, with the fields each item has and those that are written only where an item has one: a message with
-``tool_calls: None`` is one with a call to many a chat template.
+"""Columns of lists, with the fields of every item, and fields that are written only where an item has them: many chat
+templates read ``tool_calls: None`` as a call.
 """
 _MESSAGES = pa.list_(pa.struct(_MESSAGE))
 _TYPES: dict[str, pa.DataType] = {
@@ -71,32 +75,55 @@ _TYPES: dict[str, pa.DataType] = {
 }
 REQUIRED = ("id", "source", "prompt", "checks")
 REQUIRED_OF_TEXTS = ("id", "source", "text")
-_LEARNED = ("completion", "chosen", "rejected", "label", "responses", "tools")
-"""Fields beside the prompt that say what a row teaches."""
+_CONTENT_FIELDS = ("completion", "chosen", "rejected", "label", "responses", "tools")
+"""Fields beside the prompt that a model learns from."""
 _FINISHED = ("completion_finished", "chosen_finished", "rejected_finished", "text_finished")
-"""Fields that are False where a text was cut off."""
+"""Fields that are False for a text that was cut off."""
+
+
+Record = tuple[str, dict[str, Any]]
+"""Place of a record (``file:line``) and its fields, as a source reads them."""
+
+
+class BadRecord(UserError):
+    """A record that cannot be read or understood: ``on_error: stop`` raises it, ``drop`` counts it.
+
+    ``where`` is its file and line, or its number; ``problem`` says what is wrong.
+    """
+
+    def __init__(self, where: str, problem: str) -> None:
+        super().__init__(f"{where}: {problem}")
+        self.where, self.problem = where, problem
+
+    @property
+    def message(self) -> str:
+        """The full message."""
+        return str(self)
+
+    def __reduce__(self) -> tuple[type[BadRecord], tuple[str, str]]:
+        return type(self), (self.where, self.problem)
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """A record or row that is left out: why, in words that rows of like fate share, and what is particular to it."""
+    """A record or row that is dropped: the reason, in words that similar rows share, and its own details."""
 
     reason: str
     detail: dict[str, Any] = field(default_factory=dict)
 
 
 def user(text: str) -> Message:
-    """A user turn."""
+    """Return a user turn."""
     return {"role": "user", "content": text}
 
 
 def assistant(text: str) -> Message:
-    """An assistant turn."""
+    """Return an assistant turn."""
     return {"role": "assistant", "content": text}
 
 
 def column_types() -> dict[str, pa.DataType]:
-    """The known columns and their types where no message calls a tool, in the order they are written."""
+    """Return the known columns in the order they are written, with their types where no message calls a tool."""
     return dict(_TYPES)
 
 
@@ -104,13 +131,15 @@ def _column(name: str, rows: list[Row]) -> pa.Array:
     values = [row.get(name) for row in rows]
     if name not in _STRUCTS:
         return pa.array(values, type=_TYPES.get(name))
-    fields, more = _STRUCTS[name]
+    fields, optional = _STRUCTS[name]
+    # An optional field is written only if some item of this file has it.
     used = {key for items in values if items for item in items for key in item if item[key] is not None}
-    return pa.array(values, pa.list_(pa.struct(fields | {key: kind for key, kind in more.items() if key in used})))
+    used_optional = {key: kind for key, kind in optional.items() if key in used}
+    return pa.array(values, pa.list_(pa.struct(fields | used_optional)))
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:
-    """Write rows as one Parquet file; the known columns have fixed types, so that an empty file still has them.
+    """Write rows as one Parquet file. Known columns have fixed types, which an empty file has too.
 
     Raises ``ValueError`` for a row without a required column.
     """
@@ -119,18 +148,21 @@ def write_rows(path: Path, rows: list[Row]) -> None:
         missing = [name for name in required if name not in row]
         if missing:
             raise ValueError(f"row {number} has no {', '.join(missing)}")
+    # Columns in the order of first use, required ones first.
     names = list(dict.fromkeys([*required, *(name for row in rows for name in row)]))
     pq.write_table(pa.table([_column(name, rows) for name in names], names=names), path)
 
 
 def merged_schema(schemas: Iterable[pa.Schema]) -> pa.Schema:
-    """One schema that every file's rows fit after a cast: columns and fields of messages that some lack are in it."""
+    """Return a schema that every file's rows fit after a cast: it has all columns and all fields of messages."""
     return pa.unify_schemas(list(schemas), promote_options="permissive")
 
 
 def split_files(path: Path) -> list[Path]:
-    """The file itself, or where ``train.parquet`` is missing its shards, ``train-00000-of-00002.parquet`` and so on."""
-    return [path] if path.exists() else sorted(path.parent.glob(f"{path.stem}-?????-of-?????{path.suffix}")) or [path]
+    """Return the file, or where ``train.parquet`` is missing, its shards ``train-00000-of-00002.parquet`` and so on."""
+    if path.exists():
+        return [path]
+    return sorted(path.parent.glob(f"{path.stem}-?????-of-?????{path.suffix}")) or [path]
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -142,7 +174,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def iter_rows(path: Path, batch_size: int = 1024) -> Iterator[Row]:
-    """As :func:`read_rows`, one row after the other, ``batch_size`` in memory at a time."""
+    """Yield the rows that :func:`read_rows` returns, with ``batch_size`` of them in memory at a time."""
     try:
         for file in split_files(path):
             with pq.ParquetFile(file) as parquet:
@@ -159,12 +191,12 @@ def iter_rows(path: Path, batch_size: int = 1024) -> Iterator[Row]:
 
 
 def take_rows(path: Path, places: np.ndarray) -> list[Row]:
-    """Some rows of one file that :func:`write_rows` wrote, by their places in it; the others cost little."""
-    found: list[Row] = pq.read_table(path).take(places).to_pylist()
-    for row in found:
+    """Return the rows at ``places`` (M,) of one file that :func:`write_rows` wrote, without decoding the others."""
+    rows: list[Row] = pq.read_table(path).take(places).to_pylist()
+    for row in rows:
         for name in set(_STRUCTS) & row.keys():
             row[name] = _without_absent(row[name], _STRUCTS[name][1])
-    return found
+    return rows
 
 
 def _without_absent(items: list[dict[str, Any]] | None, optional: dict[str, Any]) -> list[dict[str, Any]] | None:
@@ -174,7 +206,7 @@ def _without_absent(items: list[dict[str, Any]] | None, optional: dict[str, Any]
 
 
 def normalized(text: str) -> str:
-    """Text as compared between splits: NFKC, lower case, without ``.,:;!?`` and quotes, each run of space one space.
+    """Return a text as compared between splits: NFKC, lower case, without ``.,:;!?`` and quotes, single spaces.
 
     Signs such as + and - stay: "3 + 4" and "3 - 4" are different questions.
     """
@@ -182,12 +214,12 @@ def normalized(text: str) -> str:
 
 
 def is_text(row: Row) -> bool:
-    """Whether a row is a plain text, which has no turns."""
+    """Return True for a row of plain text, which has no turns."""
     return "prompt" not in row and "text" in row
 
 
 def prompt_key(row: Row) -> str:
-    """What makes two prompts the same: every turn, role, normalized content and calls of tools; a text is all of it."""
+    """Return the key of a prompt: role, normalized content and tool calls of every turn; of a text, the text."""
     if is_text(row):
         return normalized(row["text"])
     return "\n".join(
@@ -197,15 +229,15 @@ def prompt_key(row: Row) -> str:
 
 
 def row_id(row: Row) -> str:
-    """16 hex digits, equal for rows of equal content: prompts as compared between splits, replies exactly."""
+    """Return 16 hex digits, equal for rows of equal content: prompts as compared between splits, replies exactly."""
     return _digest(_content(row)).hex()[:16]
 
 
 def content_digest(row: Row) -> bytes:
-    """16 bytes, equal for rows that teach the same: as ``row_id``, and which answers were cut off.
+    """Return 16 bytes, equal for rows that teach the same: the content of ``row_id`` and which answers were cut off.
 
-    Two different rows of a million are the same with a chance of 1e-27. Ids tell less: those of sampled pairs name a
-    prompt and places among its responses, which the next round fills with other responses.
+    Two different rows of a million have equal digests with a probability of 1e-27. Ids are no substitute: those of
+    sampled pairs name a prompt and places among its responses, where the next round puts other responses.
     """
     return _digest([*_content(row), *(name for name in _FINISHED if row.get(name) is False)])[:16]
 
@@ -213,7 +245,8 @@ def content_digest(row: Row) -> bytes:
 def _content(row: Row) -> list[Any]:
     if is_text(row):
         return ["text", row["text"]]
-    content = [prompt_key(row), *(row[name] for name in _LEARNED if row.get(name) not in (None, ""))]
+    # Replies count exactly, prompts normalized: two rows may differ in their answers alone.
+    content = [prompt_key(row), *(row[name] for name in _CONTENT_FIELDS if row.get(name) not in (None, ""))]
     if any(message.get("train") is False for message in row["prompt"]):
         content.append([message.get("train") is False for message in row["prompt"]])
     return content
@@ -224,10 +257,10 @@ def _digest(content: list[Any]) -> bytes:
 
 
 def answer_side(row: Mapping[str, Any]) -> str:
-    """The field of the answer that is learned from a row: ``completion``, or without one ``chosen``."""
+    """Return the field of the answer that is learned from a row: ``completion``, or without one ``chosen``."""
     return "completion" if row.get("completion") else "chosen"
 
 
 def is_finished(row: Mapping[str, Any], side: str) -> bool:
-    """Whether an answer, by the name of its field, ended by itself; True where the data says nothing of it."""
+    """Return False where an answer, given by its field, was cut off; True also where the data does not say."""
     return row.get(f"{side}_finished") is not False

@@ -1,6 +1,6 @@
-"""Scorers: what gives one number per response. Here the verifiable ones; reward models are in align.models.
+"""Scorers, which give one number per response: verifiable functions here, reward models in ``align.models``.
 
-Torch-free. ``gold`` is short for ``align.data.checkers:gold``.
+``gold`` is short for ``align.data.checkers:gold``. Torch-free.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ ScoreFunction = Callable[[list[Row], list[str]], list[float]]
 
 
 class Scorer(Protocol):
-    """Gives one score per response."""
+    """An object that gives one score per response."""
 
     def score(self, rows: list[Row], responses: list[str], truncated: list[bool] | None = None) -> list[float]:
-        """Scores in the order of ``rows``; ``truncated`` marks responses that hit the length limit."""
+        """Return scores in the order of ``rows``; ``truncated`` marks responses that hit the length limit."""
         ...
 
 
 @dataclass(frozen=True)
 class FunctionScorer:
-    """A verifiable function as a scorer. A truncated response is judged by its text, like any other."""
+    """A verifiable function as a scorer. It judges a truncated response by its text, like any other."""
 
     path: str
     function: ScoreFunction
 
     def score(self, rows: list[Row], responses: list[str], truncated: list[bool] | None = None) -> list[float]:
-        """Call the function; ``UserError`` when it returns a wrong count or something that is no finite number."""
+        """Call the function. Raises ``UserError`` for a wrong number of scores and for scores that are not finite."""
         scores = list(self.function(rows, responses))
         if len(scores) != len(responses):
             raise UserError(f"{self.path} returned {len(scores)} scores for {len(responses)} responses; one each.")
@@ -44,5 +44,5 @@ class FunctionScorer:
 
 
 def function_scorer(path: str) -> FunctionScorer:
-    """The scorer behind ``module:name`` or a short name. Raises ``UserError`` when it cannot be imported."""
+    """Return the scorer behind ``module:name`` or a short name. Raises ``UserError`` when it cannot be imported."""
     return FunctionScorer(_full(path, "score"), load_function(path))

@@ -1,8 +1,8 @@
-"""One pass over the shards of a build: verdicts applied, rows through their steps, sketches for the next verdicts.
+"""One pass over the shards of a build: apply verdicts, run the row steps, sketch rows for the next verdicts.
 
-A shard's files (rows, dropped rows, sketches) are whole once its ``.json`` is there, which is written last: a killed
-build does only the others again. Runs in worker processes, which share nothing; each shard depends on its input alone.
-Left out: which passes there are, and what is decided between them (``build.py``).
+A shard's files (rows, dropped rows, sketches) are complete once its ``.json`` exists, which is written last: after a
+kill, a build repeats only the other shards. Runs in worker processes, which share nothing; each shard depends on its
+input alone. ``build.py`` decides which passes there are, and takes the decisions between them.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from align.data.formats import Form, FormatOptions, convert
+from align.config.recipe.format_options import Form, FormatOptions
+from align.data.formats import convert
 from align.data.ledger import Counts
 from align.data.reading import Item
-from align.data.records import BadRecord
-from align.data.rows import Dropped, Row, content_digest, read_rows, row_id, write_rows
+from align.data.rows import BadRecord, Dropped, Row, content_digest, read_rows, row_id, write_rows
 from align.data.steps.base import RowStep, StepContext, TableStep
 from align.data.steps.split import ID_TAKEN
+from align.data.steps.step_kinds import start_step
 from align.data.verdicts import StoredVerdict
 from align.errors import UserError
 from align.store.fingerprint import file_digest
 from align.store.json_files import DamagedFile, parse_sealed, write_sealed
 
 STORAGE = -1
-"""Where the seconds of reading and writing shards are counted."""
+"""Number under which the seconds of reading and writing shards are counted."""
 EXCERPT = 200
 """Characters of a dropped row in the ledger."""
 DROPPED = pa.schema([(name, pa.string()) for name in ("where", "source", "step", "reason", "detail", "row")])
@@ -40,21 +41,21 @@ DROPPED = pa.schema([(name, pa.string()) for name in ("where", "source", "step",
 
 @dataclass(frozen=True)
 class Pass:
-    """What is done to each shard. ``table_steps`` and ``row_steps`` are (number, settings, context)."""
+    """The work on each shard. ``table_steps`` and ``row_steps`` are (number, settings, context)."""
 
     number: int
     folder: Path
     before: Path | None
-    """The folder of the pass before; None where records are read and converted."""
+    """Folder of the pass before; None for the first pass, which reads and converts records."""
     kind: str
     on_error: str
     steps: tuple[str, ...]
     """Names of all steps of the build."""
     sources: tuple[str, ...]
     options: tuple[FormatOptions, ...]
-    """Of each source."""
+    """Options of each source."""
     check: bool
-    """Whether converted rows are checked at once, or later, by a step."""
+    """True to check converted rows at once, False where a later step does."""
     verdicts: tuple[tuple[int, Path], ...] = ()
     row_steps: tuple[tuple[int, Any, StepContext], ...] = ()
     table_steps: tuple[tuple[int, Any, StepContext], ...] = ()
@@ -62,7 +63,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class Task:
-    """One shard: its number, where its rows start among all rows, and, of the first pass, its records."""
+    """One shard: its number, the number of its first row among all rows, and in the first pass its records."""
 
     shard: int
     start: int
@@ -72,33 +73,40 @@ class Task:
 
 
 class Worker:
-    """Does tasks of one pass."""
+    """Does the tasks of one pass."""
 
     def __init__(self, spec: Pass) -> None:
         self.spec = spec
-        self.row_steps: list[tuple[int, RowStep]] = [(n, config.start(at)) for n, config, at in spec.row_steps]
-        self.table_steps: list[tuple[int, TableStep]] = [(n, config.start(at)) for n, config, at in spec.table_steps]
+        self.row_steps: list[tuple[int, RowStep]] = [
+            (number, start_step(config, context)) for number, config, context in spec.row_steps
+        ]
+        self.table_steps: list[tuple[int, TableStep]] = [
+            (number, start_step(config, context)) for number, config, context in spec.table_steps
+        ]
 
     def run(self, task: Task) -> int:
-        """Do one shard and write its files; returns how many rows it has now."""
-        passage = _Passage(self.spec)
-        with passage.timed(STORAGE):
-            before = [] if self.spec.before is None else read_shard(self.spec.before, task.shard)
-        with passage.timed(0 if self.spec.before is None else STORAGE):
-            rows = passage.convert(task) if self.spec.before is None else passage.judge(before, task.start)
+        """Do one shard and write its files; return its number of rows."""
+        shard = _Shard(self.spec)
+        if self.spec.before is None:
+            with shard.timed(0):
+                rows = shard.convert(task)
+        else:
+            with shard.timed(STORAGE):
+                rows = shard.apply_verdicts(read_shard(self.spec.before, task.shard), task.start)
         for number, step in self.row_steps:
-            with passage.timed(number):
-                rows = passage.apply(number, step, rows)
+            with shard.timed(number):
+                rows = shard.apply(number, step, rows)
         sketches = {"source": np.array([row["_source"] for row in rows], dtype=np.int32)}
-        for number, decider in self.table_steps:
-            with passage.timed(number):
-                sketches |= {f"{number}.{name}": column for name, column in decider.sketch(rows).items()}
-        write_shard(self.spec.folder, task.shard, rows, passage, sketches)
+        # Columns are stored under the number of their step, so that several steps can share a pass.
+        for number, table_step in self.table_steps:
+            with shard.timed(number):
+                sketches |= {f"{number}.{name}": column for name, column in table_step.sketch(rows).items()}
+        write_shard(self.spec.folder, task.shard, rows, shard, sketches)
         return len(rows)
 
 
-class _Passage:
-    """Counts and dropped rows of one shard."""
+class _Shard:
+    """One shard on its way through a pass: counts, dropped rows and seconds."""
 
     def __init__(self, spec: Pass) -> None:
         self.spec = spec
@@ -108,51 +116,57 @@ class _Passage:
 
     @contextlib.contextmanager
     def timed(self, step: int) -> Iterator[None]:
-        """Count what happens inside as seconds of a step."""
+        """Count the seconds inside as those of a step."""
         start = time.perf_counter()
         yield
         self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - start
 
     def convert(self, task: Task) -> list[Row]:
-        """Rows of the shard's records; step 0."""
-        made: list[Row] = []
+        """Return the rows of the shard's records; step 0."""
+        converted: list[Row] = []
         spec = self.spec
         for record in task.records:
             tally = self.counts.tallies[0, task.source]
             tally.rows_in += 1
             if isinstance(record, BadRecord):
-                self._bad(task, record, {})
+                self._drop_bad(task, record, {})
                 continue
             where, value = record
-            inside = {"_where": where, "_source": task.source}
+            internal = {"_where": where, "_source": task.source}
             try:
-                found = convert(
-                    value, task.form, where, spec.kind, spec.options[task.source], spec.check,
-                    self.counts.unused[task.source],
-                )  # fmt: skip
+                rows = convert(
+                    value,
+                    task.form,
+                    where,
+                    spec.kind,
+                    options=spec.options[task.source],
+                    check=spec.check,
+                    unused=self.counts.unused[task.source],
+                )
             except BadRecord as error:
-                self._bad(task, error, value)
+                self._drop_bad(task, error, value)
                 continue
-            found = found or [Dropped("nothing in it to use")]
-            tally.added += len(found) - 1
-            for row in found:
+            # A record counts as one row; every further row is an added one, so that the ledger adds up.
+            rows = rows or [Dropped("nothing in it to use")]
+            tally.added += len(rows) - 1
+            for row in rows:
                 if isinstance(row, Dropped):
-                    self._drop(0, {**inside, "record": value}, row)
+                    self._drop(0, {**internal, "record": value}, row)
                 else:
                     tally.rows_out += 1
-                    made.append({"source": spec.sources[task.source], **row, **inside})
-        return made
+                    converted.append({"source": spec.sources[task.source], **row, **internal})
+        return converted
 
-    def _bad(self, task: Task, error: BadRecord, value: dict[str, Any]) -> None:
+    def _drop_bad(self, task: Task, error: BadRecord, value: dict[str, Any]) -> None:
         if self.spec.on_error == "stop":
             raise UserError(f"{error}\nTo leave such records out and count them, write on_error: drop in the recipe.")
         row = {"_where": error.where, "_source": task.source, "record": value}
         self._drop(0, row, Dropped("unreadable", {"error": error.problem}))
 
     def apply(self, number: int, step: RowStep, rows: list[Row]) -> list[Row]:
-        """The rows after one step."""
+        """Return the rows after one row step."""
         results = step.apply(rows)
-        kept: list[Row] = []
+        remaining: list[Row] = []
         for row, result in zip(rows, results, strict=True):
             tally = self.counts.tallies[number, row["_source"]]
             tally.rows_in += 1
@@ -162,117 +176,121 @@ class _Passage:
             if isinstance(result, list):
                 tally.added += len(result) - 1
                 tally.rows_out += len(result)
-                kept += [{**made, "id": row_id(made)} for made in result]
+                remaining += [{**new_row, "id": row_id(new_row)} for new_row in result]
                 continue
             tally.rows_out += 1
+            # Steps return the same object for an unchanged row, so identity is enough to count changes.
             if result is not row:
                 tally.changed += 1
                 result = {**result, "id": row_id(result)}
-            kept.append(result)
-        return kept
+            remaining.append(result)
+        return remaining
 
-    def judge(self, rows: list[Row], start: int) -> list[Row]:
-        """The rows after the verdicts that were given on them."""
+    def apply_verdicts(self, rows: list[Row], start: int) -> list[Row]:
+        """Return the rows after the table steps' verdicts on them; ``start`` is the first row's number among all."""
         part = slice(start, start + len(rows))
-        left: list[tuple[int, Row]] = list(enumerate(rows))
+        alive: list[tuple[int, Row]] = list(enumerate(rows))
         for number, folder in self.spec.verdicts:
             verdict = StoredVerdict(folder, part)
-            kept = []
-            for at, row in left:
+            remaining = []
+            for index, row in alive:
                 tally = self.counts.tallies[number, row["_source"]]
                 tally.rows_in += 1
-                if verdict.code[at] >= 0:
-                    detail = verdict.detail(at)
-                    self._drop(number, row, Dropped(verdict.reasons[verdict.code[at]], detail))
+                if verdict.code[index] >= 0:
+                    detail = verdict.detail(index)
+                    self._drop(number, row, Dropped(verdict.reasons[verdict.code[index]], detail))
                     continue
-                given = {**row, **verdict.fields(at)} if verdict.columns else row
-                if given.pop(ID_TAKEN, False):
-                    given["id"] = content_digest(given).hex()[:16]
-                times = verdict.times(at)
+                # The first copy keeps the id, later copies (``mix``) get a number.
+                if verdict.columns:
+                    row = {**row, **verdict.fields(index)}
+                if row.pop(ID_TAKEN, False):
+                    row["id"] = content_digest(row).hex()[:16]
+                times = verdict.times(index)
                 tally.added += times - 1
                 tally.rows_out += times
-                kept.append((at, given))
-                kept += [(at, {**given, "id": f"{given['id']}-{copy}"}) for copy in range(2, times + 1)]
-            left = kept
-        return [row for _, row in left]
+                remaining.append((index, row))
+                remaining += [(index, {**row, "id": f"{row['id']}-{copy}"}) for copy in range(2, times + 1)]
+            alive = remaining
+        return [row for _, row in alive]
 
-    def _drop(self, step: int, row: Row, why: Dropped) -> None:
-        text = json.dumps(_public(row), ensure_ascii=False, default=str)
-        example = {"where": row["_where"], "id": row.get("id", ""), "text": text[:EXCERPT], "detail": why.detail}
-        self.counts.drop(step, row["_source"], why.reason, example)
+    def _drop(self, step: int, row: Row, dropped: Dropped) -> None:
+        text = json.dumps(_without_internal_fields(row), ensure_ascii=False, default=str)
+        example = {"where": row["_where"], "id": row.get("id", ""), "text": text[:EXCERPT], "detail": dropped.detail}
+        self.counts.drop(step, row["_source"], dropped.reason, example)
         self.dropped.append(
             {
                 "where": row["_where"],
                 "source": self.spec.sources[row["_source"]],
                 "step": f"{step} {self.spec.steps[step]}",
-                "reason": why.reason,
-                "detail": json.dumps(why.detail, ensure_ascii=False, sort_keys=True),
+                "reason": dropped.reason,
+                "detail": json.dumps(dropped.detail, ensure_ascii=False, sort_keys=True),
                 "row": text,
             }
         )
 
 
-def _public(row: Row) -> Row:
+def _without_internal_fields(row: Row) -> Row:
     return {name: value for name, value in row.items() if not name.startswith("_")}
 
 
-def write_shard(
-    folder: Path, shard: int, rows: Sequence[Row], passage: _Passage, sketches: dict[str, np.ndarray]
-) -> None:
-    """Rows, dropped rows and sketches, then the counts, which say that the others are whole."""
-    with passage.timed(STORAGE):
-        write_rows(folder / f"{shard:05d}.parquet", list(rows))
-        pq.write_table(pa.Table.from_pylist(passage.dropped, DROPPED), folder / f"{shard:05d}.dropped.parquet")
-        np.savez(folder / f"{shard:05d}.npz", **sketches)  # type: ignore[arg-type]
-    digests = {end: file_digest(folder / f"{shard:05d}{end}") for end in FILES}
-    found = {"rows": len(rows), "seconds": passage.seconds, "digests": digests, **passage.counts.to_json()}
-    write_sealed(folder / f"{shard:05d}.json", found)
+def write_shard(folder: Path, number: int, rows: Sequence[Row], shard: _Shard, sketches: dict[str, np.ndarray]) -> None:
+    """Write rows, dropped rows and sketches, then the counts, whose file shows that the others are complete."""
+    with shard.timed(STORAGE):
+        write_rows(folder / f"{number:05d}.parquet", list(rows))
+        pq.write_table(pa.Table.from_pylist(shard.dropped, DROPPED), folder / f"{number:05d}.dropped.parquet")
+        np.savez(folder / f"{number:05d}.npz", **sketches)  # type: ignore[arg-type]
+    # Digests tell a shard that was cut off, or damaged on disk, from a complete one.
+    digests = {suffix: file_digest(folder / f"{number:05d}{suffix}") for suffix in SHARD_SUFFIXES}
+    summary = {"rows": len(rows), "seconds": shard.seconds, "digests": digests, **shard.counts.to_json()}
+    write_sealed(folder / f"{number:05d}.json", summary)
 
 
-FILES = (".parquet", ".dropped.parquet", ".npz")
-"""Ends of the names of a shard's files, beside the one that says that it is finished."""
+SHARD_SUFFIXES = (".parquet", ".dropped.parquet", ".npz")
+"""Suffixes of a shard's files, beside the ``.json`` that completes it."""
 
 
 def read_shard(folder: Path, shard: int) -> list[Row]:
-    """A shard's rows, without the fields that are empty in them."""
+    """Return a shard's rows, without their empty fields."""
+    # Parquet fills fields that only other rows have with None.
     rows = read_rows(folder / f"{shard:05d}.parquet")
     return [{name: value for name, value in row.items() if value is not None} for row in rows]
 
 
 @dataclass(frozen=True)
-class Finished:
-    """What is known of a finished shard."""
+class ShardSummary:
+    """The contents of a finished shard's ``.json``."""
 
     rows: int
     counts: Counts
     seconds: dict[int, float]
     digests: dict[str, str]
-    """Of its files, by how their names end."""
+    """Digests of its files, by suffix."""
 
 
-def finished(folder: Path, shard: int) -> Finished | None:
-    """What a shard's last file says; None for one that is not finished, or where that file is damaged."""
+def read_summary(folder: Path, shard: int) -> ShardSummary | None:
+    """Return a shard's summary; None for a shard that is not finished, or whose summary is damaged."""
     try:
-        found = parse_sealed((folder / f"{shard:05d}.json").read_bytes())
+        summary = parse_sealed((folder / f"{shard:05d}.json").read_bytes())
     except (FileNotFoundError, DamagedFile):
         return None
-    seconds = {int(step): value for step, value in found["seconds"].items()}
-    return Finished(found["rows"], Counts.from_json(found), seconds, found["digests"])
+    seconds = {int(step): value for step, value in summary["seconds"].items()}
+    return ShardSummary(summary["rows"], Counts.from_json(summary), seconds, summary["digests"])
 
 
-def is_whole(folder: Path, shard: int) -> bool:
-    """Whether a shard is finished and its files are as they were written; one that is not is made again."""
-    known = finished(folder, shard)
+def is_complete(folder: Path, shard: int) -> bool:
+    """Return True where a shard is finished and its files are intact; any other shard is done again."""
+    summary = read_summary(folder, shard)
+    if summary is None:
+        return False
     try:
-        return known is not None and all(
-            file_digest(folder / f"{shard:05d}{end}") == digest for end, digest in known.digests.items()
-        )
+        return all(file_digest(folder / f"{shard:05d}{suffix}") == digest for suffix, digest in summary.digests.items())
     except FileNotFoundError:
         return False
 
 
 def read_sketches(folder: Path, shards: int) -> dict[str, np.ndarray]:
-    """Each named array over all rows, one column at a time so that little is held twice."""
+    """Return each named array over all rows; columns are joined one by one to save memory."""
+    # Memory-friendly: npz files are lazy, so each column is loaded when it is joined.
     files = [np.load(folder / f"{shard:05d}.npz", allow_pickle=False) for shard in range(shards)]
     try:
         return {name: np.concatenate([file[name] for file in files]) for name in files[0].files} if files else {}

@@ -1,7 +1,7 @@
-"""Where records come from (local files, the Hub, a Python generator, earlier artifacts), and each source's identity.
+"""Readers of a recipe's sources (local files, the Hub, a Python generator, earlier artifacts), and their identities.
 
-Everything streams: what a source holds is never all in memory. A record that cannot be read is a ``BadRecord`` in its
-place, so that the caller may go on; a source that cannot be read at all is a ``UserError``.
+All records are streamed. A record that cannot be read is a ``BadRecord`` in its place, so that the caller may go on; a
+source that cannot be read at all is a ``UserError``.
 """
 
 from __future__ import annotations
@@ -12,16 +12,8 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from align.config.user_functions import function_identity, load_function
-from align.config.user_paths import user_path
-from align.config.validation import nearest, suggest
-from align.data import checkers, embedded
-from align.data.formats import LOOKED_AT, Detection, Form, detect
-from align.data.formats.fields import present, renamed
-from align.data.reading import SUFFIXES, Item, checked, known, read_file
-from align.data.records import BadRecord, Record
-from align.data.rows import iter_rows
-from align.data.source_configs import (
+from align.config.recipe.format_options import Form
+from align.config.recipe.source_settings import (
     ArtifactSource,
     EmbeddedSource,
     FilesSource,
@@ -30,24 +22,30 @@ from align.data.source_configs import (
     PythonSource,
     Source,
 )
+from align.config.user_functions import function_identity, load_function
+from align.config.user_paths import user_path
+from align.config.validation import nearest, suggest
+from align.data import checkers, embedded
+from align.data.formats import DETECTION_RECORDS, detect
+from align.data.formats.fields import present, rename_columns
+from align.data.reading import SUFFIXES, Item, check_record, is_readable, read_file
+from align.data.rows import BadRecord, iter_rows
 from align.errors import UserError
 from align.store.fingerprint import file_digest
-from align.store.output_files import differing
+from align.store.output_files import find_problems
 from align.store.record import RECORD, read_artifact, read_record
-
-__all__ = ["BadRecord", "Item", "Record", "choose_format", "find_files", "identity", "read", "source_folder"]
 
 DATASET_CARD = "README.md"
 
 
 def read(source: Source, base: Path, inputs: Sequence[Path] = (), seed: int = 0) -> Iterator[Item]:
-    """Records of a source, in its order, each with the place where it stands.
+    """Yield the records of a source, in its order, each with its place.
 
-    ``base`` is where relative paths start, ``inputs`` the folders the data stage was given, ``seed`` the recipe's,
-    which the embedded generator needs. Raises ``UserError`` for a source that cannot be found or opened, and for a
-    column to rename that no record has.
+    Relative paths start at ``base``; ``inputs`` are the folders of the data stage's inputs; ``seed`` is the recipe's,
+    for the embedded generator. Raises ``UserError`` for a source that cannot be found or opened, and for a column to
+    rename that no record has.
     """
-    return columns_checked(source.label, source.options.columns, _records(source, base, inputs, seed))
+    return check_columns(source.label, source.options.columns, _records(source, base, inputs, seed))
 
 
 def _records(source: Source, base: Path, inputs: Sequence[Path], seed: int) -> Iterator[Item]:
@@ -63,28 +61,36 @@ def _records(source: Source, base: Path, inputs: Sequence[Path], seed: int) -> I
         yield from ((f"embedded: row {number}", row) for number, row in enumerate(rows, 1))
     else:
         folder = source_folder(source, base, inputs)
+        # The store checks the inputs of a stage; an artifact that is named by its folder is checked here.
         if isinstance(source, ArtifactSource):
             _refuse_damage(folder)
         for split in ("train", "test") if source.split == "all" else (source.split,):
             for number, row in enumerate(iter_rows(folder / f"{split}.parquet"), 1):
-                yield f"{folder.name}/{split}: row {number}", {k: v for k, v in row.items() if v is not None}
+                yield (
+                    f"{folder.name}/{split}: row {number}",
+                    {name: value for name, value in row.items() if value is not None},
+                )
 
 
-def columns_checked(label: str, columns: Mapping[str, str], records: Iterator[Item]) -> Iterator[Item]:
-    """The records as they are. Raises ``UserError`` for a key of ``columns`` that none of them has.
+def check_columns(label: str, columns: Mapping[str, str], records: Iterator[Item]) -> Iterator[Item]:
+    """Yield the records unchanged. Raises ``UserError`` for a key of ``columns`` that none of them has.
 
-    A misspelled one ends the build at once: it is missing in the first hundred records, and they have a field whose
-    name is like it. A field that comes later is no mistake, so any other key is missed at the end.
+    A likely misspelling ends the build early: a key that the first hundred records lack while they have a field with a
+    similar name. Another key may be a field of later records, so it is reported only at the end.
     """
-    missing, names, count = set(columns), dict[str, None](), 0
+    missing = set(columns)
+    names: dict[str, None] = {}
+    count = 0
     for item in records:
         if missing and not isinstance(item, BadRecord):
             names |= dict.fromkeys(present(item[1]))
             missing -= names.keys()
             count += 1
-            slips = [name for name in missing if count == LOOKED_AT and nearest(name, names)]
-            if slips:
-                raise _no_column(label, slips[0], f"the {count} records looked at", names)
+            if count == DETECTION_RECORDS:
+                # Stop early at a likely misspelling; a column that is merely rare is given until the end.
+                misspelled = [name for name in missing if nearest(name, names)]
+                if misspelled:
+                    raise _no_column(label, misspelled[0], f"the first {count} records", names)
         yield item
     if missing and count:
         raise _no_column(label, min(missing), f"its {count} records", names)
@@ -99,30 +105,31 @@ def _no_column(label: str, name: str, records: str, names: Iterable[str]) -> Use
 
 
 def choose_format(source: Source, records: Iterator[Item], kind: str | None = None) -> tuple[Form, str, Iterator[Item]]:
-    """The source's format, why it was chosen (``""`` where the recipe says it), and the records, none of them used up.
+    """Return the source's format, the reason (``""`` where the recipe states it), and all of the records.
 
-    ``format: auto`` looks at the first hundred. Raises ``UserError`` where none or more than one fits them.
+    ``format: auto`` looks at the first hundred records. Raises ``UserError`` where no format or several fit.
     """
     if source.format != "auto":
         return source.format, "", records
-    head = list(itertools.islice(records, LOOKED_AT))
-    readable = [renamed(item[1], source.options) for item in head if not isinstance(item, BadRecord)]
+    head = list(itertools.islice(records, DETECTION_RECORDS))
+    readable = [rename_columns(item[1], source.options) for item in head if not isinstance(item, BadRecord)]
     bad = next((item for item in head if isinstance(item, BadRecord)), None)
     if not readable and bad is not None:
         raise bad
     try:
-        found: Detection = detect(readable, kind)
+        detection = detect(readable, kind)
     except UserError as error:
         raise UserError(f"{source.label}: {error}") from None
-    return found.form, found.why, itertools.chain(head, records)
+    # The records that detection has read are put back in front of the stream.
+    return detection.form, detection.reason, itertools.chain(head, records)
 
 
 def identity(source: Source, base: Path, inputs: Sequence[Path] = ()) -> dict[str, str]:
-    """What the source's records depend on beside its settings, by name; the same on every machine.
+    """Return digests, commits and versions that decide the source's records, by name; the same on every machine.
 
-    Files by sha256 (their folder does not matter), the Hub by commit, a Python generator by the digest of its own
-    source file, artifacts by their key. Inputs enter a stage's key by themselves, but are needed where a recipe is
-    built without a stage. Raises ``UserError`` for what is not there.
+    Files by sha256 (their folder does not matter), the Hub by commit, a Python generator by the digest of its source
+    file, artifacts by their key. A stage's key includes its inputs anyway; a recipe built without a stage needs them
+    here. Raises ``UserError`` for a missing file or artifact.
     """
     if isinstance(source, FilesSource):
         return _digests(find_files(source.paths, base))
@@ -137,33 +144,35 @@ def identity(source: Source, base: Path, inputs: Sequence[Path] = ()) -> dict[st
 
 
 def find_files(patterns: Sequence[str], base: Path) -> list[Path]:
-    """Files behind paths and globs, in sorted order, each once. Raises ``UserError`` for one that finds nothing."""
-    found: dict[Path, None] = {}
+    """Return the files of paths and globs, in sorted order, each once. Raises ``UserError`` for one without a match."""
+    unique: dict[Path, None] = {}
     for pattern in patterns:
         matches = sorted(Path(name) for name in glob.glob(str(user_path(pattern, base)), recursive=True))
         files = [path for path in matches if path.is_file()]
         if not files:
-            raise UserError(f"no file matches '{pattern}' (looked from {base}).{_neighbors(base / pattern)}")
+            raise UserError(f"no file matches '{pattern}' (searched from {base}).{_neighbors(base / pattern)}")
         for path in files:
-            if not known(path):
+            if not is_readable(path):
                 raise UserError(f"{path}: unknown kind of file; known are {', '.join(SUFFIXES)}.")
-            found[path] = None
-    return list(found)
+            unique[path] = None
+    return list(unique)
 
 
 def _neighbors(path: Path) -> str:
-    names = [p.name for p in path.parent.iterdir() if known(p)] if path.parent.is_dir() else []
+    names = [file.name for file in path.parent.iterdir() if is_readable(file)] if path.parent.is_dir() else []
     return suggest(path.name, names)
 
 
 def _digests(paths: Sequence[Path]) -> dict[str, str]:
-    found: dict[str, str] = {}
+    """Return sha256 digests by file name; files of one name in different folders get a number."""
+    digests: dict[str, str] = {}
     for path in paths:
         name, number = path.name, 2
-        while name in found:
-            name, number = f"{path.name} ({number})", number + 1
-        found[name] = f"sha256:{file_digest(path)}"
-    return found
+        while name in digests:
+            name = f"{path.name} ({number})"
+            number += 1
+        digests[name] = f"sha256:{file_digest(path)}"
+    return digests
 
 
 def _read_hub(source: HubSource) -> Iterator[Item]:
@@ -172,11 +181,11 @@ def _read_hub(source: HubSource) -> Iterator[Item]:
         if source.files is not None:
             for path, name in _hub_files(source, place):
                 for item in read_file(path):
-                    yield _named(item, str(path), f"{source.dataset}/{name}")
+                    yield _rename_place(item, str(path), f"{source.dataset}/{name}")
             return
         import datasets
 
-        found = datasets.load_dataset(
+        dataset = datasets.load_dataset(
             source.dataset,
             source.config,
             data_dir=source.data_dir,
@@ -184,7 +193,7 @@ def _read_hub(source: HubSource) -> Iterator[Item]:
             revision=source.revision,
             streaming=source.streaming,
         )
-        for number, value in enumerate(found, 1):
+        for number, value in enumerate(dataset, 1):
             yield f"{source.dataset} {source.split}: record {number}", dict(value)
     except (OSError, ValueError, RuntimeError) as error:  # unreachable, unknown config or split, loading script
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -197,29 +206,28 @@ def _read_hub(source: HubSource) -> Iterator[Item]:
 
 
 def _hub_files(source: HubSource, place: str) -> Iterator[tuple[Path, str]]:
-    """Files of the repository, fetched into the Hub's cache one by one."""
+    """Yield files of the repository and their names, downloaded into the Hub's cache one by one."""
     import huggingface_hub
 
     for pattern in source.files or []:
         names = [pattern]
+        # A plain path needs no listing of the repository.
         if any(sign in pattern for sign in "*?["):
-            every = huggingface_hub.list_repo_files(source.dataset, repo_type="dataset", revision=source.revision)
-            every = [name for name in every if name != DATASET_CARD]  # about the data, and no document of it
-            names = sorted(name for name in every if fnmatch.fnmatchcase(name, pattern))
+            all_names = huggingface_hub.list_repo_files(source.dataset, repo_type="dataset", revision=source.revision)
+            all_names = [name for name in all_names if name != DATASET_CARD]  # it is about the data, not part of it
+            names = sorted(name for name in all_names if fnmatch.fnmatchcase(name, pattern))
             if not names:
-                readable = [name for name in every if known(Path(name))]
+                readable = [name for name in all_names if is_readable(Path(name))]
                 raise UserError(f"{place} has no file '{pattern}'.{suggest(pattern, readable[:20])}")
         for name in names:
-            if not known(Path(name)):
+            if not is_readable(Path(name)):
                 raise UserError(f"{place}: {name}: unknown kind of file; known are {', '.join(SUFFIXES)}.")
-            fetched = huggingface_hub.hf_hub_download(
-                source.dataset, name, repo_type="dataset", revision=source.revision
-            )
-            yield Path(fetched), name
+            path = huggingface_hub.hf_hub_download(source.dataset, name, repo_type="dataset", revision=source.revision)
+            yield Path(path), name
 
 
-def _named(item: Item, path: str, name: str) -> Item:
-    """The item under the file's name in its repository instead of its place in a cache."""
+def _rename_place(item: Item, path: str, name: str) -> Item:
+    """Return the item with the file's name in its repository instead of its place in a cache."""
     if isinstance(item, BadRecord):
         return BadRecord(item.where.replace(path, name), item.problem)
     return item[0].replace(path, name), item[1]
@@ -229,8 +237,9 @@ def _read_python(source: PythonSource) -> Iterator[Item]:
     function = load_function(source.function, "function")
     number = 0
     try:
+        # Checked record by record, since the generator is the user's and may yield anything.
         for number, value in enumerate(function(**source.arguments), 1):
-            yield checked(value, f"{source.function}: record {number}")
+            yield check_record(value, f"{source.function}: record {number}")
     except UserError:
         raise
     except Exception as error:
@@ -241,20 +250,20 @@ def _read_python(source: PythonSource) -> Iterator[Item]:
 
 
 def source_folder(source: ArtifactSource | InputSource, base: Path, inputs: Sequence[Path]) -> Path:
-    """Where an earlier artifact is. Raises ``UserError`` for an input that the stage was not given."""
+    """Return the folder of an earlier artifact. Raises ``UserError`` for an input that the stage does not have."""
     if isinstance(source, ArtifactSource):
         return user_path(source.path, base)
     if source.index >= len(inputs):
-        given = f"{len(inputs)} inputs" if inputs else "none"
+        count = f"{len(inputs)} inputs" if inputs else "none"
         raise UserError(
-            f"a source reads input {source.index}, and the data stage was given {given}. List the stages whose data it "
+            f"a source reads input {source.index}, and the data stage has {count}. List the stages whose data it "
             "takes under the stage's inputs, counted from 0."
         )
     return inputs[source.index]
 
 
 def _key(folder: Path) -> str:
-    """The key in an artifact's record. Raises ``UserError`` for a folder that is no finished artifact."""
+    """Return the key in an artifact's record. Raises ``UserError`` for a folder that is no finished artifact."""
     try:
         return str(read_record(folder)["key"])
     except FileNotFoundError:
@@ -265,7 +274,8 @@ def _key(folder: Path) -> str:
 
 
 def _refuse_damage(folder: Path) -> None:
-    """Raise ``UserError`` where an artifact's files are not what its key stands for."""
+    """Raise ``UserError`` where an artifact's files differ from its record."""
     _key(folder)
-    for problem in differing(read_artifact(folder), thorough=True):
-        raise UserError(f"{problem.path} {problem.what}. The artifact is corrupted; run its pipeline with --rebuild.")
+    for problem in find_problems(read_artifact(folder), thorough=True):
+        remedy = "The artifact is corrupted; run its pipeline with --rebuild."
+        raise UserError(f"{problem.path} {problem.description}. {remedy}")

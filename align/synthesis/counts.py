@@ -1,4 +1,4 @@
-"""What became of everything that was asked for: counts that add up, every dropped thing with its reason. Torch-free."""
+"""The ledger of the ``synthesize`` stage: counts that add up, every dropped text with its reason. Torch-free."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ EXCERPT = 200
 """Characters of a dropped text in the ledger."""
 
 
-class Book:
-    """Counts by level (``prompts``, ``responses``, ``comparisons``, ...): what went in is kept or dropped."""
+class Ledger:
+    """Counts by level (``prompts``, ``responses``, ``comparisons``, ...): everything added is kept or dropped."""
 
     def __init__(self) -> None:
         self.tallies: dict[str, Tally] = {}
@@ -24,42 +24,43 @@ class Book:
         self.notes: Counter[str] = Counter()
         self._examples: defaultdict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
 
-    def take(self, level: str, count: int = 1) -> None:
-        """So many went in."""
+    def add(self, level: str, count: int = 1) -> None:
+        """Count inputs."""
         self.tallies.setdefault(level, Tally()).rows_in += count
 
     def keep(self, level: str, count: int = 1) -> None:
-        """So many came out."""
+        """Count outputs."""
         self.tallies.setdefault(level, Tally()).rows_out += count
 
     def drop(self, level: str, reason: str, where: str, text: str = "", **detail: Any) -> None:
-        """One did not come out. ``where`` says which one."""
+        """Count an input that is dropped; ``where`` names it."""
         self.tallies.setdefault(level, Tally()).dropped[reason] += 1
         self.dropped.append({"level": level, "reason": reason, "where": where, "text": text, "detail": detail})
-        shown = self._examples[level, reason]
-        if len(shown) < EXAMPLES:
+        examples = self._examples[level, reason]
+        if len(examples) < EXAMPLES:
             excerpt = text if len(text) <= EXCERPT else f"{text[:EXCERPT]}..."
-            shown.append({"where": where, "text": excerpt, "detail": detail})
+            examples.append({"where": where, "text": excerpt, "detail": detail})
 
     def to_json(self) -> dict[str, Any]:
-        """For the ledger. Raises ``AssertionError`` where it does not add up."""
-        found = {}
+        """Return the counts of every level. Raises ``AssertionError`` where they do not add up."""
+        levels = {}
         for level, tally in self.tallies.items():
             counts = tally.to_json()
             examples = {reason: self._examples[level, reason] for reason in counts["dropped"]}
             names = {"in": counts["rows_in"], "out": counts["rows_out"], "dropped": counts["dropped"]}
-            found[level] = {**names, "examples": examples}
-        return found
+            levels[level] = {**names, "examples": examples}
+        return levels
 
     def counts(self, level: str) -> str:
-        """``12 in, 3 cut off, 2 empty answer``, for messages."""
+        """Return a level's counts for messages: ``12 prompts, 3 cut off, 2 empty answer``."""
         tally = self.tallies.get(level, Tally())
         reasons = [f"{count} {reason}" for reason, count in tally.dropped.most_common()]
         return ", ".join([f"{tally.rows_in} {level}", *reasons])
 
 
 def split_by_prompt(rows: list[Row], test_size: float, seed: int) -> dict[str, list[Row]]:
-    """Rows by split: a prompt is tested where its draw falls below ``test_size``; with two prompts, one is at least."""
+    """Return the rows of each split: prompts with a draw below ``test_size`` are tested, at least one of two."""
+    # By prompt, like the split of a recipe; no split stays empty where there are two prompts.
     draws = {name: share(name, seed) for name in dict.fromkeys(map(group, rows))}
     tested = {name for name, draw in draws.items() if draw < test_size}
     if len(draws) > 1 and not tested:
@@ -73,19 +74,20 @@ def split_by_prompt(rows: list[Row], test_size: float, seed: int) -> dict[str, l
 
 
 def write_table(path: Path, rows: list[Row], columns: tuple[str, ...]) -> None:
-    """Rows as Parquet, with ``columns`` beside the required ones even where there are no rows."""
+    """Write rows as Parquet; without any rows, the file has the required columns and ``columns``."""
     import pyarrow.parquet as pq
 
     if rows:
         write_rows(path, rows)
         return
+    # A table without rows still needs its columns, so write one row and drop it.
     blank: Row = {name: [] if name in ("prompt", *columns) else "" for name in (*REQUIRED, *columns)}
     write_rows(path, [blank])
     pq.write_table(pq.read_table(path).slice(0, 0), path)
 
 
 def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
-    """Records as JSON lines."""
+    """Write records as JSON lines."""
     with path.open("w", encoding="utf-8") as file:
         for record in records:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -1,7 +1,6 @@
 """Checkpoints of the pipeline as backends of requests, through one rollout engine.
 
-A process can hold one vLLM engine: it is opened for the first checkpoint that is asked and takes the weights of the
-next.
+A process can hold one vLLM engine: it is opened for the first checkpoint and loads the weights of the next one.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any
 from align.config.batch_sizes import SYNTHESIS_CHUNK
 from align.errors import UserError
 from align.evaluation.generation import architecture
-from align.inference.cached_client import Desk
+from align.inference.cached_client import AnswerSink
 from align.inference.engine import open_engine
 from align.inference.protocol import Response, RolloutEngine, Sampling
 from align.inference.requests import Answer, Request
@@ -26,39 +25,42 @@ from align.store.artifacts import Artifact
 
 
 class Engines:
-    """The engine of this process, with the weights of the checkpoint that is asked."""
+    """The rollout engine of this process, with the weights of the checkpoint in use."""
 
     def __init__(self, context: StageContext, max_length: int) -> None:
-        """``max_length`` is the longest prompt and answer together, in tokens, where a checkpoint can hold as many."""
+        """Set up without an engine; ``max_length`` is the longest prompt plus answer in tokens that one must hold."""
         self.context, self.max_length = context, max_length
         self.names: list[str] = []
-        """Engines opened, by name."""
+        """Names of the engines opened so far."""
         self._engine: RolloutEngine | None = None
-        self._kind, self._holds = "", Path()
+        self._architecture = ""
+        self._loaded = Path()
 
-    def holding(self, model_dir: Path) -> RolloutEngine:
-        """The engine, with these weights."""
-        kind = architecture(model_dir)
-        if self._engine is not None and self._kind == kind:
-            if self._holds != model_dir:
+    def with_weights(self, model_dir: Path) -> RolloutEngine:
+        """Return the engine with the weights of a checkpoint; another architecture takes another engine."""
+        model_architecture = architecture(model_dir)
+        if self._engine is not None and self._architecture == model_architecture:
+            if self._loaded != model_dir:
                 self._engine.load_weights(checkpoint_weights(model_dir))
         else:
-            first = self._engine is None
+            is_first = self._engine is None
             self.close()
-            self._engine = self._open(model_dir, first)
-        self._kind, self._holds = kind, model_dir
+            self._engine = self._open(model_dir, is_first)
+        self._architecture = model_architecture
+        self._loaded = model_dir
         return self._engine
 
-    def _open(self, model_dir: Path, first: bool) -> RolloutEngine:
+    def _open(self, model_dir: Path, is_first: bool) -> RolloutEngine:
         context, runtime = self.context, self.context.runtime
-        if not first and runtime.engine.name != "transformers" and not runtime.rollouts.servers:
+        # vLLM cannot load another architecture into its engine, nor open a second one in this process.
+        if not is_first and runtime.engine.name != "transformers" and not runtime.rollouts.servers:
             context.warn("the judge is of another architecture than the model, so transformers samples its verdicts")
             runtime = runtime.with_transformers()
         engine = open_engine(
             model_dir,
             runtime,
             precision=context.config.precision,
-            max_length=min(self.max_length, positions(model_dir) or self.max_length),
+            max_length=min(self.max_length, max_positions(model_dir) or self.max_length),
             seed=context.seed,
             warn=context.warn,
             on_hang=context.fail_at_once,
@@ -73,44 +75,47 @@ class Engines:
             self._engine = None
 
 
-def positions(model_dir: Path) -> int | None:
-    """Tokens that a checkpoint can hold, or None where its ``config.json`` does not say."""
+def max_positions(model_dir: Path) -> int | None:
+    """Return the longest sequence of a checkpoint in tokens, or None where its ``config.json`` does not say."""
     config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-    found = config.get("max_position_embeddings")
-    return found if isinstance(found, int) and found > 0 else None
+    limit = config.get("max_position_embeddings")
+    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 class LocalModel:
-    """One checkpoint."""
+    """One checkpoint as a backend."""
 
     def __init__(self, engines: Engines, artifact: Artifact, max_prompt_tokens: int, precision: str) -> None:
-        """Raises ``UserError`` for a checkpoint without a chat template."""
+        """Load the tokenizer. Raises ``UserError`` for a checkpoint without a chat template."""
         self.engines, self.model_dir, self.max_prompt_tokens = engines, artifact.model, max_prompt_tokens
         self.identity = {"checkpoint": artifact.weights, "precision": precision}
         self.tokenizer = load_tokenizer(artifact.model)
         require_chat_template(self.tokenizer, f"the checkpoint of stage '{artifact.stage}'")
-        self.positions = positions(artifact.model)
+        self.max_positions = max_positions(artifact.model)
 
-    def answer(self, requests: list[Request], desk: Desk) -> None:
-        """Answer in chunks; prompts that are too long get an ``error``."""
+    def answer(self, requests: list[Request], sink: AnswerSink) -> None:
+        """Answer the requests in chunks; prompts that are too long get an ``error``."""
         fitting: list[tuple[Request, list[int]]] = []
         for request in requests:
             ids = self._render(request)
             fault = self._too_long(len(ids), request.max_tokens)
             if fault:
-                desk.keep([(request, Answer("", error=fault))])
+                sink.record([(request, Answer("", error=fault))])
             else:
                 fitting.append((request, ids))
-        for _, alike in itertools.groupby(fitting, key=lambda one: _sampling_of(one[0])):
-            some = list(alike)
-            for start in range(0, len(some), SYNTHESIS_CHUNK):
-                self._answer_chunk(some[start : start + SYNTHESIS_CHUNK], desk)
+        # A chunk shares its sampling parameters.
+        for _, group in itertools.groupby(fitting, key=lambda item: _sampling_key(item[0])):
+            same_sampling = list(group)
+            for start in range(0, len(same_sampling), SYNTHESIS_CHUNK):
+                self._answer_chunk(same_sampling[start : start + SYNTHESIS_CHUNK], sink)
 
     def _too_long(self, prompt: int, answer: int) -> str:
         if prompt > self.max_prompt_tokens:
             return f"the prompt has {prompt} tokens, max_prompt_tokens is {self.max_prompt_tokens}"
-        if self.positions is not None and prompt + answer > self.positions:
-            return f"the prompt has {prompt} tokens; with max_tokens {answer} the model's {self.positions} are too few"
+        if self.max_positions is not None and prompt + answer > self.max_positions:
+            return (
+                f"the prompt has {prompt} tokens; with max_tokens {answer} the model's {self.max_positions} are too few"
+            )
         return ""
 
     def _render(self, request: Request) -> list[int]:
@@ -120,7 +125,7 @@ class LocalModel:
             roles = ", ".join(message["role"] for message in request.messages)
             raise UserError(f"the chat template of {self.model_dir} refuses messages of {roles}: {error}") from None
 
-    def _answer_chunk(self, chunk: list[tuple[Request, list[int]]], desk: Desk) -> None:
+    def _answer_chunk(self, chunk: list[tuple[Request, list[int]]], sink: AnswerSink) -> None:
         first = chunk[0][0]
         sampling = Sampling(
             max_tokens=first.max_tokens,
@@ -128,15 +133,13 @@ class LocalModel:
             top_p=first.top_p,
             seeds=tuple(request.own_seed for request, _ in chunk),
         )
-        engine = self.engines.holding(self.model_dir)
+        engine = self.engines.with_weights(self.model_dir)
         answers = engine.generate([ids for _, ids in chunk], sampling)
-        # Opened with another checkpoint's tokenizer, perhaps: texts are decoded with this one's own.
-        desk.keep(
-            [
-                (request, self._answer(ids, response))
-                for (request, ids), (response,) in zip(chunk, answers, strict=True)
-            ]
-        )  # fmt: skip
+        # The engine may have been opened with another checkpoint's tokenizer, so the texts are decoded here.
+        pairs = []
+        for (request, ids), (response,) in zip(chunk, answers, strict=True):
+            pairs.append((request, self._answer(ids, response)))
+        sink.record(pairs)
 
     def _answer(self, ids: list[int], response: Response) -> Answer:
         text: Any = self.tokenizer.decode(response.token_ids, skip_special_tokens=True)
@@ -148,5 +151,5 @@ class LocalModel:
         )
 
 
-def _sampling_of(request: Request) -> tuple[int, float, float]:
+def _sampling_key(request: Request) -> tuple[int, float, float]:
     return request.max_tokens, request.temperature, request.top_p

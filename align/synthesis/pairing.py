@@ -1,6 +1,6 @@
-"""From several answers to each prompt to preference pairs, by scores or by a judge; ties are kept apart. Torch-free.
+"""Preference pairs from several responses to each prompt, by scores or by a judge; ties are separate. Torch-free.
 
-Pairs are made by ``align.data.pairs.make_pairs``, as those of the ``sample`` stage are. Left out: noise on labels.
+Pairs are made by ``align.data.response_pairs.make_pairs``, like those of the ``sample`` stage, but without label noise.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from align.config.stages.synthesis_tasks import PairsTask
-from align.data.pairs import make_pairs
+from align.data.response_pairs import make_pairs
 from align.data.rows import Message, Row
-from align.evaluation.judges.judge import Outcome, Verdict, question, read_verdict, settle
+from align.evaluation.judges.judge_prompts import Outcome, Verdict, combine_verdicts, pair_prompt, read_verdict
 from align.inference.requests import Answer
-from align.synthesis.choosing import ANSWERS, ROWS, Answered, base_of, good_of, score_of
-from align.synthesis.counts import Book
+from align.synthesis.counts import Ledger
+from align.synthesis.selection import ANSWERS, ROWS, PromptResponses, prompt_fields, usable_places
 
 COMPARED = "comparisons"
 UNDECIDED: dict[Outcome, str] = {"tie": "tie", "disagreement": "orders disagree", "unreadable": "verdict not readable"}
@@ -25,106 +25,133 @@ AskJudge = Callable[[list[list[Message]]], list[Answer]]
 
 
 @dataclass
-class Paired:
-    """What came out: pairs, and comparisons that found neither answer better."""
+class PairingResult:
+    """Pairs, and comparisons that found neither response better."""
 
     pairs: list[Row]
     ties: list[Row]
 
 
-def pair_by_score(task: PairsTask, answered: list[Answered], seed: int, book: Book) -> Paired:
-    """Pairs of answers whose scores differ, by ``task.min_margin`` at least; ``scores`` must be there."""
-    found = Paired([], [])
-    for one in answered:
-        good = _good(one, book)
+def pair_by_score(task: PairsTask, prompts: list[PromptResponses], seed: int, ledger: Ledger) -> PairingResult:
+    """Pair responses whose scores differ by at least ``task.min_margin``; scores must have been filled in."""
+    result = PairingResult([], [])
+    for responses in prompts:
+        usable = _count_usable(responses, ledger)
+        scores = {place: responses.score_of(place) for place in usable}
         ties: list[Row] = []
-        pairs, counts = _make_pairs(one, {place: score_of(one, place) for place in good}, task.pairs, seed, ties)
-        book.take(COMPARED, counts["compared"])
+        pairs, counts = _make_pairs(responses, scores, task.pairs, seed, ties)
+        ledger.add(COMPARED, counts["compared"])
         for _ in range(counts["identical"]):
-            book.drop(COMPARED, "both answers the same", one.row["id"], one.answers[good[0]].text)
+            ledger.drop(COMPARED, "both answers the same", responses.row["id"], responses.answers[usable[0]].text)
         for tie in ties:
-            book.drop(COMPARED, "tie", tie["id"], tie["chosen"][0]["content"], score=tie["chosen_score"])
-        found.ties += [_as_tie(one, tie, "equal scores", scored=True) for tie in ties]
-        wide = []
+            ledger.drop(COMPARED, "tie", tie["id"], tie["chosen"][0]["content"], score=tie["chosen_score"])
+            result.ties.append(_tie_row(responses, tie, "equal scores", scored=True))
+        wide_pairs = []
         for pair in pairs:
             margin = pair["chosen_score"] - pair["rejected_score"]
             if margin < task.min_margin:
-                book.drop(COMPARED, "margin below min_margin", pair["id"], margin=margin)
-                found.ties.append(_as_tie(one, pair, "margin below min_margin", scored=True))
+                ledger.drop(COMPARED, "margin below min_margin", pair["id"], margin=margin)
+                result.ties.append(_tie_row(responses, pair, "margin below min_margin", scored=True))
             else:
-                wide.append(pair)
-        _close(one, good, wide, book)
-        found.pairs += wide
-    return found
+                wide_pairs.append(pair)
+        _count_pairs(responses, usable, wide_pairs, ledger)
+        result.pairs += wide_pairs
+    return result
+
+
+@dataclass
+class Judge:
+    """The judge of a ``pairs`` task: its rubric, and the function that sends it questions."""
+
+    rubric: str
+    ask: AskJudge
 
 
 def pair_by_judge(
-    task: PairsTask, answered: list[Answered], rubric: str, ask: AskJudge, seed: int, book: Book
-) -> Paired:
-    """Pairs that a judge decides, asked in both orders about every two different answers of a prompt.
+    task: PairsTask, prompts: list[PromptResponses], judge: Judge, seed: int, ledger: Ledger
+) -> PairingResult:
+    """Pair responses by a judge, which compares every two different responses of a prompt in both orders.
 
-    With ``best_worst`` the answers with most and fewest wins are paired, if the judge preferred the one to the other
-    itself. ``verdicts`` of each prompt are filled in.
+    With ``best_worst`` the responses with most and fewest wins are paired, if the judge preferred the first to the
+    second in their own comparison. Fills in ``verdicts`` of each prompt.
     """
-    good = [_good(one, book) for one in answered]
-    contests = [
-        (at, first, second)
-        for at, one in enumerate(answered)
-        for first, second in itertools.combinations(good[at], 2)
-        if one.answers[first].text.strip() != one.answers[second].text.strip()
-    ]
-    orders = [(at, *pair) for at, one, other in contests for pair in ((one, other), (other, one))]
-    said = ask(
-        [
-            question(answered[at].row["prompt"], answered[at].answers[a].text, answered[at].answers[b].text, rubric)
-            for at, a, b in orders
-        ]
-    )
-    outcomes: list[dict[tuple[int, int], Outcome]] = [{} for _ in answered]
-    for number, (at, first, second) in enumerate(contests):
-        both = said[2 * number : 2 * number + 2]
-        straight, swapped = (None if one.error else read_verdict(one.text) for one in both)
-        _note(book, straight, swapped)
-        outcome = outcomes[at][first, second] = settle(straight, swapped)
-        answered[at].verdicts.append(
-            {"answers": [first, second], "straight": straight, "swapped": swapped, "outcome": outcome,
-             "said": [one.text for one in both]}
-        )  # fmt: skip
-    found = Paired([], [])
-    for one, places, decided in zip(answered, good, outcomes, strict=True):
+    usable = [_count_usable(responses, ledger) for responses in prompts]
+    outcomes = _judge_all(prompts, usable, judge, ledger)
+    result = PairingResult([], [])
+    for responses, places, prompt_outcomes in zip(prompts, usable, outcomes, strict=True):
         pairs = []
-        for better, worse, outcome in _contests(places, decided, task.pairs):
-            book.take(COMPARED)
-            (pair,), _ = _make_pairs(one, {better: 1.0, worse: 0.0}, "best_worst", seed, [])
+        for better, worse, outcome in _select_comparisons(places, prompt_outcomes, task.pairs):
+            ledger.add(COMPARED)
+            (pair,), _ = _make_pairs(responses, {better: 1.0, worse: 0.0}, "best_worst", seed, [])
             if outcome == "one":
                 pairs.append(pair)
                 continue
-            book.drop(COMPARED, UNDECIDED[outcome], pair["id"], pair["chosen"][0]["content"])
+            ledger.drop(COMPARED, UNDECIDED[outcome], pair["id"], pair["chosen"][0]["content"])
             if outcome != "unreadable":
-                found.ties.append(_as_tie(one, pair, UNDECIDED[outcome], scored=False))
-        _close(one, places, pairs, book)
-        found.pairs += pairs
-    return found
+                result.ties.append(_tie_row(responses, pair, UNDECIDED[outcome], scored=False))
+        _count_pairs(responses, places, pairs, ledger)
+        result.pairs += pairs
+    return result
 
 
-def _contests(
-    places: list[int], decided: dict[tuple[int, int], Outcome], how: Literal["best_worst", "all"]
+def _judge_all(
+    prompts: list[PromptResponses], usable: list[list[int]], judge: Judge, ledger: Ledger
+) -> list[dict[tuple[int, int], Outcome]]:
+    """Return for each prompt the outcome of every comparison, by the places of its two responses."""
+    comparisons: list[tuple[int, int, int]] = []
+    for index, places in enumerate(usable):
+        answers = prompts[index].answers
+        for first, second in itertools.combinations(places, 2):
+            # Equal texts need no judge: that saves a paid request.
+            if answers[first].text.strip() != answers[second].text.strip():
+                comparisons.append((index, first, second))
+    questions = []
+    for index, first, second in comparisons:
+        responses = prompts[index]
+        texts = responses.answers[first].text, responses.answers[second].text
+        # Both orders, since judges prefer a position.
+        for shown_first, shown_second in (texts, texts[::-1]):
+            questions.append(pair_prompt(responses.row["prompt"], shown_first, shown_second, judge.rubric))
+    replies = judge.ask(questions)
+    outcomes: list[dict[tuple[int, int], Outcome]] = [{} for _ in prompts]
+    for number, (index, first, second) in enumerate(comparisons):
+        both_orders = replies[2 * number : 2 * number + 2]
+        straight, swapped = (None if reply.error else read_verdict(reply.text) for reply in both_orders)
+        _count_verdicts(ledger, straight, swapped)
+        outcome = combine_verdicts(straight, swapped)
+        outcomes[index][first, second] = outcome
+        prompts[index].verdicts.append(
+            {
+                "answers": [first, second],
+                "straight": straight,
+                "swapped": swapped,
+                "outcome": outcome,
+                "said": [reply.text for reply in both_orders],
+            }
+        )
+    return outcomes
+
+
+def _select_comparisons(
+    places: list[int], outcomes: dict[tuple[int, int], Outcome], how: Literal["best_worst", "all"]
 ) -> list[tuple[int, int, Outcome]]:
-    """Better and worse answer and whether it is so (``one``), or two answers and why neither is better."""
-    turned = {pair: _better_first(pair, outcome) for pair, outcome in decided.items()}
-    if how == "all" or not decided:
-        return list(turned.values())
+    """Return the comparisons that ``how`` selects, the better response first where the outcome is ``one``."""
+    ordered = {pair: _better_first(pair, outcome) for pair, outcome in outcomes.items()}
+    if how == "all" or not outcomes:
+        return list(ordered.values())
+    # A win is a point, anything undecided half a point for both.
     points = dict.fromkeys(places, 0.0)
-    for first, second, outcome in turned.values():
+    for first, second, outcome in ordered.values():
         points[first] += 1.0 if outcome == "one" else 0.5
         points[second] += 0.0 if outcome == "one" else 0.5
-    compared = [place for place in places if any(place in pair for pair in decided)]
+    compared = [place for place in places if any(place in pair for pair in outcomes)]
     best = max(compared, key=lambda place: (points[place], -place))
-    rivals = [place for place in compared if (min(best, place), max(best, place)) in decided]
+    # Only responses that were compared with the best: equal texts were not.
+    rivals = [place for place in compared if (min(best, place), max(best, place)) in outcomes]
     worst = min(rivals, key=lambda place: (points[place], place))
-    better, worse, outcome = turned[min(best, worst), max(best, worst)]
+    better, worse, outcome = ordered[min(best, worst), max(best, worst)]
     if outcome == "one" and (better != best or points[best] == points[worst]):
-        outcome = "disagreement"  # it beat the other, and lost to those that the other beat
+        outcome = "disagreement"  # the judge's preferences are circular
     return [(better, worse, outcome)]
 
 
@@ -132,41 +159,55 @@ def _better_first(pair: tuple[int, int], outcome: Outcome) -> tuple[int, int, Ou
     return (pair[1], pair[0], "one") if outcome == "other" else (*pair, outcome)
 
 
-def _note(book: Book, straight: Verdict | None, swapped: Verdict | None) -> None:
-    """Count what stood first and won: a judge without a bias names the first as often as the second."""
+def _count_verdicts(ledger: Ledger, straight: Verdict | None, swapped: Verdict | None) -> None:
+    """Count the position that won: an unbiased judge prefers the first response as often as the second."""
     for verdict in (straight, swapped):
-        book.notes[f"judge said {verdict or 'nothing readable'}"] += 1
+        ledger.notes[f"judge said {verdict or 'nothing readable'}"] += 1
 
 
-def _good(one: Answered, book: Book) -> list[int]:
-    book.take(ROWS)
-    good = good_of(one, "keep", book)
-    book.keep(ANSWERS, len(good))
-    return good
+def _count_usable(responses: PromptResponses, ledger: Ledger) -> list[int]:
+    """Return the places of the usable responses, and count them."""
+    ledger.add(ROWS)
+    usable = usable_places(responses, "keep", ledger)
+    ledger.keep(ANSWERS, len(usable))
+    return usable
 
 
-def _close(one: Answered, good: list[int], pairs: list[Row], book: Book) -> None:
-    """Book what became of the prompt and of its pairs."""
-    book.keep(COMPARED, len(pairs))
+def _count_pairs(responses: PromptResponses, usable: list[int], pairs: list[Row], ledger: Ledger) -> None:
+    """Count the pairs of a prompt; a prompt without any is dropped."""
+    ledger.keep(COMPARED, len(pairs))
     if pairs:
-        book.keep(ROWS)
+        ledger.keep(ROWS)
     else:
-        reason = "fewer than two answers of use" if len(good) < 2 else "no answer better than another"
-        book.drop(ROWS, reason, one.row["id"])
+        reason = "fewer than two answers of use" if len(usable) < 2 else "no answer better than another"
+        ledger.drop(ROWS, reason, responses.row["id"])
 
 
 def _make_pairs(
-    one: Answered, scores: dict[int, float], how: Literal["best_worst", "all"], seed: int, ties: list[Row]
+    responses: PromptResponses,
+    scores: dict[int, float],
+    how: Literal["best_worst", "all"],
+    seed: int,
+    ties: list[Row],
 ) -> tuple[list[Row], dict[str, int]]:
-    """Pairs among the answers that have scores here; empty texts take no part, so the others are blanked."""
-    texts = [answer.text if place in scores else "" for place, answer in enumerate(one.answers)]
+    """Pair the responses that have a score; the others are blanked, since empty texts make no pair."""
+    texts = [answer.text if place in scores else "" for place, answer in enumerate(responses.answers)]
     values = [scores.get(place, 0.0) for place in range(len(texts))]
-    finished = [answer.finished for answer in one.answers]
-    return make_pairs([base_of(one.row)], [texts], [values], how, 0.0, seed, [finished], ties)
+    finished = [answer.finished for answer in responses.answers]
+    return make_pairs(
+        [prompt_fields(responses.row)],
+        [texts],
+        [values],
+        how,
+        noise=0.0,
+        seed=seed,
+        finished=[finished],
+        ties=ties,
+    )
 
 
-def _as_tie(one: Answered, pair: Row, why: str, *, scored: bool) -> Row:
-    """A row of ``ties.parquet``: two answers, of which neither counts as better, and why."""
+def _tie_row(responses: PromptResponses, pair: Row, why: str, *, scored: bool) -> Row:
+    """Return a row of ``ties.parquet``: two responses of which neither counts as better, and the reason."""
     both = [
         {
             "content": pair[side][0]["content"],
@@ -176,4 +217,4 @@ def _as_tie(one: Answered, pair: Row, why: str, *, scored: bool) -> Row:
         }
         for side in ("chosen", "rejected")
     ]
-    return {**base_of(one.row), "id": pair["id"], "responses": both, "why": why}
+    return {**prompt_fields(responses.row), "id": pair["id"], "responses": both, "why": why}

@@ -9,15 +9,16 @@ from typing import Any
 
 import pytest
 
+from align.config.recipe.recipe import Recipe
 from align.data import build as building
 from align.data import finish, shards
-from align.data.build import Machine, build
+from align.data.build import build
 from align.data.checkers import gsm8k_answer
 from align.data.ledger import Counts, summary_lines
-from align.data.recipe import Recipe
 from align.data.rows import Row, assistant, prompt_key, read_rows, user, write_rows
 from align.data.splits import group
 from align.data.verdicts import is_stored
+from align.data.workers import BuildResources
 from align.errors import UserError
 from align.store.fingerprint import digest
 from align.store.json_files import write_sealed
@@ -58,7 +59,7 @@ def make(tmp_path: Path):
     number = iter(range(100))
 
     def made(sources: list[dict[str, Any]], kind: str = "instructions", base: Path = tmp_path, **content: Any) -> Built:
-        options = {name: content.pop(name) for name in ("machine", "inputs") if name in content}
+        options = {name: content.pop(name) for name in ("resources", "inputs") if name in content}
         return Built(base, tmp_path / f"built{next(number)}", {"kind": kind, "sources": sources, **content}, **options)
 
     return made
@@ -147,7 +148,7 @@ def messy(tmp_path: Path) -> list[dict[str, Any]]:
 def test_four_processes_build_what_one_does(make, tmp_path: Path, small_shards) -> None:
     sources = messy(tmp_path)
     one = make(sources, steps=STEPS)
-    four = make(sources, steps=STEPS, machine=Machine(workers=4))
+    four = make(sources, steps=STEPS, resources=BuildResources(workers=4))
     assert len(list((tmp_path / "built0-work").rglob("pass-0/*.json"))) > 8
     assert four.ledger == one.ledger
     assert (four.train, four.test, four.dropped) == (one.train, one.test, one.dropped)
@@ -317,7 +318,7 @@ def test_fields_that_were_not_used_are_named_with_their_counts(make, tmp_path: P
     ("column", "count", "message"),
     [
         ("contxt", 24, "'contxt', which none of its 24 records has; they have 'prompt', 'context', 'completion'."),
-        ("contxt", 130, "'contxt', which none of the 100 records looked at has;"),
+        ("contxt", 130, "'contxt', which none of the first 100 records has;"),
         ("passage", 130, "'passage', which none of its 130 records has;"),
     ],
 )
@@ -355,9 +356,9 @@ def test_an_empty_source_is_named(make, tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"rows": 1}'])
 def test_a_shard_whose_counts_are_damaged_is_made_again(tmp_path: Path, content: bytes) -> None:
     write_sealed(tmp_path / "00000.json", {"rows": 0, "seconds": {}, "digests": {}, **Counts().to_json()})
-    assert shards.is_whole(tmp_path, 0)
+    assert shards.is_complete(tmp_path, 0)
     (tmp_path / "00000.json").write_bytes(content)
-    assert shards.finished(tmp_path, 0) is None and not shards.is_whole(tmp_path, 0)
+    assert shards.read_summary(tmp_path, 0) is None and not shards.is_complete(tmp_path, 0)
     (tmp_path / "verdict.json").write_bytes(content)
     assert not is_stored(tmp_path)
 

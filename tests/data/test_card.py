@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from align.data.card import name_of, recipe_of, size_category, write_card
-from tests.support.data.by_hand import HOSTILE, pair, row, write_build
+from align.data.card import read_name, read_recipe, size_category, write_card
+from tests.support.data.sample_build import HOSTILE, pair, row, write_build
 
 RECIPE = {
     "description": "Two sources.",
@@ -80,14 +80,14 @@ def test_the_body_accounts_for_sources_steps_and_recipe(build: Path) -> None:
     assert "| train | 6 | 2 | `1111111111111111` |" in text
     recipe = re.search(r"```yaml\n(.*?)\n```", text, re.DOTALL)
     assert recipe is not None and yaml.safe_load(recipe[1]) == RECIPE
-    assert recipe_of(build) == RECIPE and name_of(build) == "demo"
+    assert read_recipe(build) == RECIPE and read_name(build) == "demo"
 
 
 def test_a_folder_without_a_card_of_ours_has_its_own_name_and_no_recipe(tmp_path: Path) -> None:
     for text in (None, "hello", "---\n- a\n---\n", "---\n{\n---\n## Recipe\n\n```yaml\n{\n```\n"):
         if text is not None:
             (tmp_path / "README.md").write_text(text)
-        assert name_of(tmp_path) == tmp_path.name and recipe_of(tmp_path) == {}
+        assert read_name(tmp_path) == tmp_path.name and read_recipe(tmp_path) == {}
 
 
 def test_an_unknown_license_is_said_plainly(build: Path) -> None:
@@ -137,7 +137,7 @@ def test_hostile_text_stays_text(build: Path) -> None:
     assert not re.search(r"(?<!\\)\]\(javascript", before)
     assert "\x1b" not in text and "\u202e" not in text and "\x00" not in text
     fence = re.search(r"\n(`{3,})yaml\n", code)
-    assert recipe_of(build)["note"].startswith("````\n---\n<script>")
+    assert read_recipe(build)["note"].startswith("````\n---\n<script>")
     assert fence is not None and len(fence[1]) > 4 and code.rstrip().endswith(fence[1])
     rows = [line for line in before.splitlines() if line.startswith("| ")]
     cells = [len(re.findall(r"(?<!\\)\|", line)) for line in rows]

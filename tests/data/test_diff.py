@@ -9,7 +9,7 @@ import pytest
 from align.data import diff
 from align.data.diff import compare
 from align.data.rows import Row
-from tests.support.data.by_hand import pair, row, write_build
+from tests.support.data.sample_build import pair, row, write_build
 
 
 def group(found: dict, split: str, source: str) -> dict:
@@ -43,11 +43,11 @@ def test_every_fate_by_hand(tmp_path: Path) -> None:
     assert not found["identical"] and not found["same rows"]
     assert group(found, "train", "first") == {
         "split": "train", "source": "first", "a": 5, "b": 3,
-        "unchanged": 1, "changed": 1, "answered anew": 1, "moved out": 1, "removed": 1, "moved in": 0, "added": 0,
+        "unchanged": 1, "changed": 1, "new answer": 1, "moved out": 1, "removed": 1, "moved in": 0, "added": 0,
     }  # fmt: skip
     assert group(found, "test", "first") == {
         "split": "test", "source": "first", "a": 1, "b": 2,
-        "unchanged": 1, "changed": 0, "answered anew": 0, "moved out": 0, "removed": 0, "moved in": 1, "added": 0,
+        "unchanged": 1, "changed": 0, "new answer": 0, "moved out": 0, "removed": 0, "moved in": 1, "added": 0,
     }  # fmt: skip
     assert group(found, "train", "second")["added"] == 1
     assert found["moved"] == {"train to test": 1, "test to train": 0, "to another source": 0}
@@ -56,7 +56,7 @@ def test_every_fate_by_hand(tmp_path: Path) -> None:
     assert [one["text"] for one in examples["removed"]] == ["goes"]
     assert [one["text"] for one in examples["added"]] == ["comes"]
     assert examples["changed"][0]["fields"] == {"score": ["0.25", "0.75"]}
-    assert examples["answered anew"][0]["fields"] == {"completion": ["old answer", "new answer"]}
+    assert examples["new answer"][0]["fields"] == {"completion": ["old answer", "new answer"]}
     assert examples["moved"][0]["was"]["split"] == "train" and examples["moved"][0]["split"] == "test"
 
 
@@ -76,7 +76,7 @@ def test_the_lines_of_a_group_add_up(tmp_path: Path) -> None:
         ]
         found = compare(*folders)
         for line in found["groups"]:
-            kept = line["unchanged"] + line["changed"] + line["answered anew"]
+            kept = line["unchanged"] + line["changed"] + line["new answer"]
             assert line["a"] == kept + line["moved out"] + line["removed"]
             assert line["b"] == kept + line["moved in"] + line["added"]
         assert sum(line["moved out"] for line in found["groups"]) == sum(found["moved"].values())
@@ -112,7 +112,7 @@ def test_preferences_are_compared_by_both_answers(tmp_path: Path) -> None:
     one = build(tmp_path / "one", [pair("q", "good", "bad")], [pair("t", "x", "y")])
     two = build(tmp_path / "two", [pair("q", "good", "worse")], [pair("t", "x", "y")])
     found = compare(one, two)
-    assert found["examples"]["answered anew"][0]["fields"] == {"rejected": ["bad", "worse"]}
+    assert found["examples"]["new answer"][0]["fields"] == {"rejected": ["bad", "worse"]}
 
 
 def test_the_same_rows_in_another_order_are_not_identical(tmp_path: Path) -> None:
@@ -158,6 +158,6 @@ def test_data_without_a_ledger_is_compared_by_rows_alone(tmp_path: Path) -> None
 @pytest.mark.parametrize("count", [0, 1, 5])
 def test_nth_tells_repeats_apart_alike(count: int) -> None:
     keys = np.array([7] * count + [9], dtype=np.uint64)
-    made = diff._nth(keys)
+    made = diff._make_unique(keys)
     assert len(np.unique(made)) == count + 1
-    assert set(diff._nth(keys[::-1])) == set(made)
+    assert set(diff._make_unique(keys[::-1])) == set(made)

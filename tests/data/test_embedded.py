@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from align.config.recipe.source_settings import EMBEDDED_FAMILIES, EMBEDDED_MAX_ROWS
 from align.data.checkers import gold
-from align.data.embedded import FAMILIES, MAX_ROWS, generate
+from align.data.embedded import FAMILIES, generate
 from align.data.rows import prompt_key
 from align.errors import UserError
 
@@ -29,9 +30,9 @@ def test_every_reference_reply_scores_one(seed: int) -> None:
 
 
 def test_the_largest_size_can_be_made_and_prompts_differ() -> None:
-    rows = generate(MAX_ROWS, 1)
-    assert len({prompt_key(row) for row in rows}) == len({row["id"] for row in rows}) == MAX_ROWS
-    assert gold(rows, [reply(row) for row in rows]) == [1.0] * MAX_ROWS
+    rows = generate(EMBEDDED_MAX_ROWS, 1)
+    assert len({prompt_key(row) for row in rows}) == len({row["id"] for row in rows}) == EMBEDDED_MAX_ROWS
+    assert gold(rows, [reply(row) for row in rows]) == [1.0] * EMBEDDED_MAX_ROWS
 
 
 def test_a_forbidden_word_is_not_asked_for() -> None:
@@ -93,3 +94,7 @@ def test_families_can_be_chosen() -> None:
         generate(1, 0, ["bulets"])
     with pytest.raises(UserError, match="'title' has no more different prompts"):
         generate(5000, 0, ["title"])
+
+
+def test_the_recipe_knows_every_family_in_order() -> None:
+    assert tuple(FAMILIES) == EMBEDDED_FAMILIES

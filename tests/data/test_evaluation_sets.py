@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from align.data.evaluation_sets import EvaluationSet, read_items
-from align.data.source_configs import HubSource
+from align.config.recipe.evaluation_set import EvaluationSet
+from align.config.recipe.source_settings import HubSource
+from align.data.evaluation_sets import read_items, set_identities
 from align.errors import UserError
 
 REVISION = "0" * 40
@@ -106,10 +107,10 @@ def test_identity_is_the_content_of_the_files_not_their_folder(tmp_path: Path) -
     found = []
     for name, text in (("a", "x"), ("b", "x"), ("c", "y")):
         (tmp_path / name).mkdir()
-        found.append(write(tmp_path / name, {"prompt": text}).identities(tmp_path / name))
+        found.append(set_identities(write(tmp_path / name, {"prompt": text}), tmp_path / name))
     assert found[0] == found[1] != found[2]
     assert list(found[0]) == ["mine: set.jsonl"]
-    assert EvaluationSet(name="gsm8k", revision=REVISION).identities(tmp_path) == {}
+    assert set_identities(EvaluationSet(name="gsm8k", revision=REVISION), tmp_path) == {}
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,7 @@ import pytest
 
 from align.data.checkers import gsm8k_answer
 from align.data.final_numbers import boxed_number, final_number
-from tests.evaluation.tasks.test_gsm8k import make
-from tests.support.evaluation.tasks.answering import SilentBench, answered
+from tests.support.evaluation.tasks.respondents import NoModelContext, answered, make_gsm8k_task
 
 TEXTS = {
     "He has 3 cats.\n#### 1,200": "1200",
@@ -57,11 +56,11 @@ def test_reward_and_evaluation_give_every_text_the_same_verdict(tmp_path: Path) 
     ]
     (tmp_path / "asked.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     rows = [{"id": str(index), "checks": json.dumps({"answer": number})} for index, (_, number) in enumerate(problems)]
-    task = make(tmp_path, files=["asked.jsonl"])
+    task = make_gsm8k_task(tmp_path, files=["asked.jsonl"])
     for shift in (0, 1):  # the right answers, and others'
         texts = [problems[(index + shift) % len(problems)][0] for index in range(len(problems))]
         scores = gsm8k_answer(rows, texts)
-        measured = task.score({"a": answered(task, [[text] for text in texts])}, SilentBench())["a"]
+        measured = task.score({"a": answered(task, [[text] for text in texts])}, NoModelContext())["a"]
         assert [samples[0] for samples in measured.values[task.primary]] == scores
         assert sum(scores) == len(scores) if shift == 0 else sum(scores) < len(scores) / 2
 

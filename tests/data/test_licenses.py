@@ -1,6 +1,6 @@
 import pytest
 
-from align.data.licenses import OBLIGATIONS, normalize, of_mixture
+from align.data.licenses import OBLIGATIONS, mixture_license, normalize
 
 
 @pytest.mark.parametrize(
@@ -38,20 +38,20 @@ def test_names_are_the_hubs(words: str | None, name: str) -> None:
     ],
 )
 def test_a_mixture_has_the_strictest(parts: list[str | None], whole: tuple[str, ...]) -> None:
-    assert of_mixture(parts).names == whole
-    assert of_mixture(reversed(parts)).names == whole
+    assert mixture_license(parts).names == whole
+    assert mixture_license(reversed(parts)).names == whole
 
 
 def test_concerns_name_what_may_forbid_passing_it_on() -> None:
-    assert of_mixture(["MIT", "CC0-1.0", "CC-BY-SA-4.0"]).concerns == ()
-    found = of_mixture(["CC-BY-NC-4.0", None, "CC-BY-ND-4.0", "house rules"]).concerns
+    assert mixture_license(["MIT", "CC0-1.0", "CC-BY-SA-4.0"]).concerns == ()
+    found = mixture_license(["CC-BY-NC-4.0", None, "CC-BY-ND-4.0", "house rules"]).concerns
     assert found == (
         "cc-by-nc-4.0 forbids commercial use",
         "cc-by-nd-4.0 forbids passing on changed versions, and a build is one",
         "'house rules' is not a license with known terms",
         "a source's license is not known",
     )
-    assert "do not fit" in of_mixture(["CC-BY-NC-4.0", "CC-BY-SA-4.0"]).concerns[-1]
+    assert "do not fit" in mixture_license(["CC-BY-NC-4.0", "CC-BY-SA-4.0"]).concerns[-1]
 
 
 def test_every_non_commercial_name_says_so() -> None:

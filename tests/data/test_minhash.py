@@ -186,7 +186,7 @@ def test_pairs_left_out_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("remembered", [0, 1 << 22])
 def test_shingles_decide_where_estimates_are_unsure(remembered: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of one template, 0.6 alike: estimates alone put most of them together, for a few are above 0.7."""
-    monkeypatch.setattr(minhash, "REMEMBERED", remembered)
+    monkeypatch.setattr(minhash, "STORED_PAIRS", remembered)
     texts = template_rows(400, shared=75)
     sets_of_words = [set(text.split()) for text in texts]
     parts = [[(text, 0)] for text in texts]

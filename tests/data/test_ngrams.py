@@ -19,7 +19,7 @@ TEXT = st.text(st.sampled_from("aAbéÉßİ .,!?'\"’“\n\t\x1c\x85\u2028\u00a
 
 
 def whole(*texts: str) -> list[int]:
-    return [int(value) for value in read_words([encode(text) for text in texts]).whole()]
+    return [int(value) for value in read_words([encode(text) for text in texts]).hash_texts()]
 
 
 def grams(text: str, size: int) -> list[int]:
@@ -56,7 +56,7 @@ def test_a_short_text_is_one_run_and_a_text_without_words_none() -> None:
     hashes, offsets = read.ngrams(3)
     assert offsets.tolist() == [0, 1, 1, 3]
     assert int(hashes[0]) == whole("one two")[0]
-    assert read.whole()[1] == 0
+    assert read.hash_texts()[1] == 0
 
 
 def test_scripts_without_spaces_are_read_by_character() -> None:
@@ -90,7 +90,8 @@ def test_a_text_longer_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_hashes_are_the_same_in_every_process_and_version() -> None:
-    code = "from align.data.ngrams import *; print(read_words([encode('The quick brown fox, née Ärger')]).whole()[0])"
+    words = "read_words([encode('The quick brown fox, née Ärger')])"
+    code = f"from align.data.ngrams import *; print({words}.hash_texts()[0])"
     for seed in ("0", "1"):
         run = subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, capture_output=True, text=True)
         assert int(run.stdout) == whole("the quick brown fox née ärger")[0] == FROZEN

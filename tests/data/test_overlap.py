@@ -96,14 +96,14 @@ def test_texts_that_share_much_are_looked_at_in_pieces(monkeypatch: pytest.Monke
     rows = [[text] for text in texts] + [["else"], ["f1 f2 f3 f4"]]
     whole = search(texts, rows, 4)
     sizes: list[int] = []
-    pairs = overlap._pairs
+    pairs = overlap._expand_matches
 
     def counted(place: np.ndarray, many: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         sizes.append(int(many.sum()))
         return pairs(place, many)
 
-    monkeypatch.setattr(overlap, "MATCHES", 2000)
-    monkeypatch.setattr(overlap, "_pairs", counted)
+    monkeypatch.setattr(overlap, "MAX_MATCHES", 2000)
+    monkeypatch.setattr(overlap, "_expand_matches", counted)
     assert search(texts, rows, 4) == whole and len(whole) == 40 * 40 + 40
     assert max(sizes) <= 2000 and sum(sizes) > 20_000
     hits = Index(texts, 4).search(rows, least=0.99)

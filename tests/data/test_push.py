@@ -2,111 +2,19 @@
 
 from __future__ import annotations
 
-import base64
 import json
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 from huggingface_hub import HfApi
 
 from align.data.card import write_card
-from align.data.push import prepare, push, stale
+from align.data.push import prepare, push, stale_files
 from align.errors import StageFailed, UserError
-from tests.support.data.by_hand import row, write_build
+from tests.support.data.hub import CACHED, TOKEN, Hub, hub, online, operations
+from tests.support.data.sample_build import row, write_build
 
-TOKEN = "hf_secretsecretsecret"
-CACHED = "hf_fromalogincache"
-
-
-class Hub(ThreadingHTTPServer):
-    """Remembers what it was asked; ``files`` are in the repository already."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.files: list[str] = []
-        self.private = True
-        self.refuse: int | None = None
-        self.asked: list[tuple[str, str]] = []
-        self.tokens: set[str | None] = set()
-        self.commits: list[list[dict[str, Any]]] = []
-        self.created: list[dict[str, Any]] = []
-
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Hub
-
-    def log_message(self, *arguments: object) -> None:
-        pass
-
-    def answer(self, value: Any, status: int = 200) -> None:
-        body = json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def note(self) -> bytes:
-        self.server.asked.append((self.command, self.path.split("?")[0]))
-        self.server.tokens.add(self.headers.get("Authorization"))
-        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-
-    def do_GET(self) -> None:
-        self.note()
-        if self.server.refuse:
-            return self.answer({"error": f"refused, you sent {TOKEN} or {CACHED}"}, self.server.refuse)
-        info = {"id": "me/set", "private": self.server.private, "sha": "0" * 40}
-        files = [{"type": "file", "path": name, "size": 1, "oid": "0" * 40} for name in self.server.files]
-        if "/tree/" in self.path:
-            return self.answer(files)
-        siblings = [{"rfilename": name} for name in self.server.files]
-        return self.answer({**info, "siblings": siblings})
-
-    def do_POST(self) -> None:
-        body = self.note()
-        if self.server.refuse:
-            return self.answer({"error": f"refused, you sent {TOKEN} or {CACHED}"}, self.server.refuse)
-        if self.path == "/api/repos/create":
-            self.server.created.append(json.loads(body))
-            return self.answer({"url": f"{self.server.address}/datasets/me/set"})
-        if "/branch/" in self.path:
-            return self.answer({})
-        if self.path.endswith("/api/validate-yaml"):
-            return self.answer({"errors": [], "warnings": []})
-        if "/preupload/" in self.path:
-            files = json.loads(body)["files"]
-            regular = [{"path": one["path"], "uploadMode": "regular", "shouldIgnore": False} for one in files]
-            return self.answer({"files": regular})
-        if "/commit/" in self.path:
-            self.server.commits.append([json.loads(line) for line in body.splitlines()])
-            return self.answer(
-                {"commitUrl": f"{self.server.address}/datasets/me/set/commit/{'c' * 40}", "commitOid": "c" * 40}
-            )
-        return self.answer({"error": self.path}, 404)
-
-
-@pytest.fixture
-def hub() -> Iterator[Hub]:
-    server = Hub()
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.fixture
-def online(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
+__all__ = ["hub", "online"]  # fixtures
 
 
 @pytest.fixture
@@ -121,18 +29,6 @@ def build(tmp_path: Path) -> Path:
         folder, {"kind": "instructions", "sources": []}, json.loads((folder / "ledger.json").read_text()), "demo"
     )
     return folder
-
-
-def operations(hub: Hub) -> dict[str, dict[str, bytes | None]]:
-    """Of the only commit: names by what is done, with the bytes of what is added."""
-    (lines,) = hub.commits
-    found: dict[str, dict[str, bytes | None]] = {"file": {}, "deletedFile": {}, "header": {}}
-    for line in lines:
-        content = line["value"].get("content")
-        found.setdefault(line["key"], {})[line["value"].get("path", "")] = (
-            base64.b64decode(content) if content is not None else None
-        )
-    return found
 
 
 def test_rows_card_and_ledger_go_and_no_dropped_text(build: Path, hub: Hub, online: None) -> None:
@@ -233,4 +129,4 @@ def test_a_folder_that_is_no_build_is_refused(build: Path, tmp_path: Path) -> No
 
 def test_stale_is_only_what_a_push_puts_there() -> None:
     there = ["data/train-00000-of-00001.parquet", "train.parquet", "train-x.txt", "README.md"]
-    assert stale(there, ["README.md"]) == ["train.parquet"]
+    assert stale_files(there, ["README.md"]) == ["train.parquet"]

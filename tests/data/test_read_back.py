@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from align.data.build import _Rows
+from align.data.build import _RowReader
 from align.data.rows import Row, write_rows
 from align.data.steps.base import Table
 from tests.support.data.steps.tables import row
@@ -25,7 +25,7 @@ def shards(tmp_path: Path) -> tuple[Path, list[Row]]:
 @pytest.mark.parametrize("places", [[], [0], [2, 3], [1, 2, 5, 6], list(range(7))])
 def test_many_at_once_are_the_same_rows_as_one_by_one(shards: tuple[Path, list[Row]], places: list[int]) -> None:
     folder, rows = shards
-    read = _Rows(folder, [3, 0, 4])
+    read = _RowReader(folder, [3, 0, 4])
     numbers = np.array(places, dtype=np.int64)
     assert [found["id"] for found in read.many(numbers)] == [rows[place]["id"] for place in places]
     for many in (read.many, None):

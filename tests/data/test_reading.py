@@ -17,7 +17,7 @@ import pytest
 
 from align.data import reading
 from align.data.reading import read_file
-from align.data.records import BadRecord
+from align.data.rows import BadRecord
 from align.errors import UserError
 
 RECORDS = [{"prompt": "é, 1", "completion": "a\nb"}, {"prompt": "2", "completion": "c"}]
@@ -110,9 +110,9 @@ def nested(levels: int) -> bytes:
             b'[{"a": 1}, {"a": "\xff"}, {}]',
             1,
             "x.json: record 2",
-            "invalid bytes in UTF8 string; nothing behind",
+            "invalid bytes in UTF8 string; nothing after",
         ),
-        ("x.json", b'[{"a": 1}, {"a"', 1, "x.json: record 2", "premature EOF; nothing behind it was read"),
+        ("x.json", b'[{"a": 1}, {"a"', 1, "x.json: record 2", "premature EOF; nothing after it was read"),
         ("x.json", b"[" * 200_000, 0, "x.json: record 1", "nested more than 300 levels deep"),
         ("x.json", b'{\n"a": [{}]}', 0, "x.json", "holds one object; expected a list of records"),
         ("x.json", b'"text"', 0, "x.json", "holds neither a list nor an object"),

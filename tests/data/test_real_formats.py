@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
+from align.config.recipe.source_settings import FilesSource
+from align.config.recipe.step_settings import PairsStep
 from align.data.formats import convert
-from align.data.records import BadRecord
-from align.data.rows import Dropped, Row
-from align.data.source_configs import FilesSource
+from align.data.rows import BadRecord, Dropped, Row
 from align.data.sources import choose_format, read
 from align.data.steps.base import StepContext
-from align.data.steps.pairs import PairsStep
+from align.data.steps.step_kinds import start_step
 from align.errors import UserError
 
 
@@ -90,7 +90,7 @@ def test_oasst_trees_make_754_pairs(shared_data: Path) -> None:
     path = "oasst-en100/en_100_tree.jsonl"
     form, rows, dropped = converted(shared_data, path, "preferences", options={"synthetic": True})
     assert (form, len(rows), dropped) == ("oasst", 212, {})
-    step = PairsStep(type="pairs", how="all").start(StepContext("preferences", 0, Path(), Path()))
+    step = start_step(PairsStep(type="pairs", how="all"), StepContext("preferences", 0, Path(), Path()))
     made = [found for found in step.apply(rows) if isinstance(found, list)]
     assert len(made) == 212 and sum(map(len, made)) == 754
     assert all(pair["chosen"][0]["role"] == pair["rejected"][0]["role"] == "assistant" for m in made for pair in m)

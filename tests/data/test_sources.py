@@ -10,11 +10,7 @@ from typing import Any
 import pytest
 
 from align.config.base import Config
-from align.config.validation import validate
-from align.data import embedded
-from align.data.records import BadRecord
-from align.data.rows import assistant, user, write_rows
-from align.data.source_configs import (
+from align.config.recipe.source_settings import (
     ArtifactSource,
     EmbeddedSource,
     FilesSource,
@@ -23,6 +19,9 @@ from align.data.source_configs import (
     PythonSource,
     labels,
 )
+from align.config.validation import validate
+from align.data import embedded
+from align.data.rows import BadRecord, assistant, user, write_rows
 from align.data.sources import Item, choose_format, find_files, identity, read
 from align.errors import UserError
 from tests.support.damage import flip_last_bit
@@ -183,7 +182,7 @@ def test_artifacts_and_inputs_give_their_rows(tmp_path: Path) -> None:
     given = InputSource(type="input", index=1, split="test")
     assert [r["id"] for r in records(read(given, tmp_path, [tmp_path, folder]))] == ["3"]
     assert identity(given, tmp_path, [tmp_path, folder]) == {"input 1": "a" * 64}
-    with pytest.raises(UserError, match=r"reads input 1, and the data stage was given 1 inputs"):
+    with pytest.raises(UserError, match=r"reads input 1, and the data stage has 1 inputs"):
         list(read(given, tmp_path, [folder]))
 
 
@@ -252,7 +251,8 @@ class Holder(Config):
 
 def test_the_hubs_dataset_is_not_its_name() -> None:
     given = {"type": "hub", "name": "openai/gsm8k", "revision": ZEROS}
-    with pytest.raises(UserError, match="a Hub dataset is written as dataset: openai/gsm8k; name is what the ledger"):
+    message = "a Hub dataset is written as dataset: openai/gsm8k; name is its name in the ledger"
+    with pytest.raises(UserError, match=message):
         validate(Holder, {"source": given}, "r.yaml")
     with pytest.raises(UserError, match="revision"):
         validate(Holder, {"source": {"type": "hub", "dataset": "o/n", "revision": "main"}}, "r.yaml")

@@ -15,12 +15,12 @@ import yaml
 
 from align import Pipeline
 from align.cli.main import main
+from align.config.recipe.recipe import load_recipe
 from align.data.build import build
 from align.data.diff import compare
 from align.data.formats import convert
-from align.data.recipe import load_recipe
 from align.data.rows import Dropped, read_rows, row_id
-from align.data.steps.divide import divided
+from align.data.steps.divide import divide_text
 from align.errors import UserError
 from align.store.artifacts import Kind
 
@@ -48,6 +48,7 @@ def rows_of(folder: Path, split: str) -> list[dict[str, Any]]:
     return read_rows(folder / f"{split}.parquet")
 
 
+@pytest.mark.usefixtures("stages_in_process")
 def test_files_of_every_kind_make_one_dataset(tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text(document(1), encoding="utf-8-sig")
     (tmp_path / "notes.md").write_text(document(2))
@@ -126,15 +127,15 @@ def test_one_book_is_divided_and_nothing_is_lost(tmp_path: Path) -> None:
 def test_pieces_end_with_words_and_keep_every_word() -> None:
     text = document(7) * 5 + "x" * 400
     for most in (100, 333, 1000):
-        pieces = divided(text, most)
+        pieces = divide_text(text, most)
         assert max(map(len, pieces)) <= most
         assert "".join("".join(pieces).split()) == "".join(text.split())
-    assert divided("a" * 250, 100) == ["a" * 100, "a" * 100, "a" * 50]
+    assert divide_text("a" * 250, 100) == ["a" * 100, "a" * 100, "a" * 50]
 
 
 def test_pieces_keep_their_indentation() -> None:
     lines = [f"    call(argument_{number})" for number in range(12)]
-    pieces = divided("\n".join(lines) + "\n", 100)
+    pieces = divide_text("\n".join(lines) + "\n", 100)
     assert len(pieces) > 2 and "\n".join(pieces) == "\n".join(lines) + "\n"
 
 

@@ -13,8 +13,8 @@ from align.config.stages.synthesis_tasks import InstructionsTask
 from align.data.rows import Message, user
 from align.errors import UserError
 from align.inference.requests import Answer
-from align.synthesis.counts import Book
-from align.synthesis.instructions import Seed, make_instructions, parse_list, read_seeds, seeds_of
+from align.synthesis.counts import Ledger
+from align.synthesis.instructions import Seed, make_instructions, parse_list, read_seeds, seeds_from_prompts
 
 SEEDS = [
     Seed(f"Explain topic {word} in plain words")
@@ -28,8 +28,8 @@ def _task(**settings: Any) -> InstructionsTask:
 
 def _make(
     *answers: Answer | str, task: InstructionsTask | None = None, seeds: list[Seed] | None = None
-) -> tuple[list[str], Book, list[list[Message]]]:
-    book, left, asked = Book(), list(answers), []  # type: ignore[var-annotated]
+) -> tuple[list[str], Ledger, list[list[Message]]]:
+    ledger, left, asked = Ledger(), list(answers), []  # type: ignore[var-annotated]
 
     def ask(conversations: list[list[Message]], first: int) -> list[Answer]:
         assert first == len(asked)
@@ -37,9 +37,9 @@ def _make(
         given = [left.pop(0) for _ in conversations]
         return [Answer(one) if isinstance(one, str) else one for one in given]
 
-    rows, records = make_instructions(task or _task(), seeds or SEEDS, ask, 7, book)
+    rows, records = make_instructions(task or _task(), seeds or SEEDS, ask, 7, ledger)
     assert len(records) == len(asked)
-    return [row["prompt"][0]["content"] for row in rows], book, asked
+    return [row["prompt"][0]["content"] for row in rows], ledger, asked
 
 
 @pytest.mark.parametrize(
@@ -83,9 +83,9 @@ def test_each_filter_counts_what_it_drops() -> None:
             9,
         )
     )
-    made, book, _ = _make(Answer(answer, finished=False), task=_task(count=2))
+    made, ledger, _ = _make(Answer(answer, finished=False), task=_task(count=2))
     assert made == ["Describe what imagery a poet may use", "Invent a name for a bakery"]
-    found = book.to_json()["candidates"]
+    found = ledger.to_json()["candidates"]
     assert found["in"] == 11 and found["out"] == 2
     assert found["dropped"] == {
         "begins with a phrase of the blacklist": 1,
@@ -114,9 +114,9 @@ def test_the_boundary_of_novelty_is_kept() -> None:
 
 
 def test_what_was_made_before_counts_as_known_within_one_answer_too() -> None:
-    made, book, _ = _make("9. Plan a trip to the northern coast\n10. Plan a trip to the southern coast")
+    made, ledger, _ = _make("9. Plan a trip to the northern coast\n10. Plan a trip to the southern coast")
     assert made == ["Plan a trip to the northern coast"]
-    assert book.to_json()["candidates"]["dropped"] == {"not novel": 1}
+    assert ledger.to_json()["candidates"]["dropped"] == {"not novel": 1}
 
 
 def test_answers_without_a_list_are_counted() -> None:
@@ -124,8 +124,8 @@ def test_answers_without_a_list_are_counted() -> None:
         Answer("I cannot"), Answer(" "), Answer("x", refused=True), Answer("", error="status 400"),
         "9. Name five birds that cannot fly",
     ]  # fmt: skip
-    made, book, _ = _make(*answers, task=_task(max_requests=5, at_once=2))
-    found = book.to_json()["requests"]
+    made, ledger, _ = _make(*answers, task=_task(max_requests=5, at_once=2))
+    found = ledger.to_json()["requests"]
     assert found["dropped"] == {
         "empty answer": 1, "no numbered list in the answer": 1, "refused by the endpoint": 1, "request failed": 1,
     }  # fmt: skip
@@ -183,7 +183,7 @@ def test_a_bad_seed_is_named_by_its_line(tmp_path: Path, line: str) -> None:
 
 def test_seeds_from_prompts_are_single_questions() -> None:
     rows = [{"prompt": [user("One")]}, {"prompt": [{"role": "system", "content": "s"}, user("Two")]}]
-    assert seeds_of(rows) == [Seed("One")]
+    assert seeds_from_prompts(rows) == [Seed("One")]
 
 
 def test_too_few_seeds() -> None:

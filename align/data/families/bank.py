@@ -1,4 +1,4 @@
-"""Words and sentences the families draw on. Plain data: changing any of it changes the embedded dataset's digest."""
+"""Words and sentences of the families. Every change of this data changes the embedded dataset's digest."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 
 class Topic(NamedTuple):
-    """Something to write about.
+    """A topic to write about.
 
-    ``stem`` must show in an on-topic reply; ``be`` is the verb that agrees; every fact is one sentence that names the
-    topic first and has no comma; ``taboo`` are likely words that at least two facts do without.
+    ``stem`` must be in an on-topic reply; ``be`` is the verb that agrees; every fact is one sentence that begins with
+    the topic and has no comma; ``taboo`` are likely words that at least two facts do not contain.
     """
 
     name: str

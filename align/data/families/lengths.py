@@ -1,4 +1,4 @@
-"""Families about how much: sentences, words, and how often the topic is named."""
+"""Families about amounts: sentences, words, and mentions of the topic."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from align.data.families.task import NUMBER, TEXT_GUARD, Task, ifeval
 
 
 def sentence_count(rng: random.Random) -> Task:
-    """Exactly one to three sentences."""
+    """Ask for exactly one to three sentences."""
     topic, count = rng.choice(TOPICS), rng.choice((1, 2, 3))
     ask = rng.choice(
         (
@@ -29,17 +29,25 @@ SHINES = {"the moon": "glows", "the sun": "shines", "the ocean": "roars"}
 
 
 def exact_words(rng: random.Random) -> Task:
-    """Exactly three to six words: hard for a small model, easy to check."""
+    """Ask for exactly three to six words: hard for a small model, easy to check."""
     topic, count = rng.choice(TOPICS), rng.choice((3, 4, 5, 6))
-    one, other = rng.sample(topic.adjectives, 2)
+    first, second = rng.sample(topic.adjectives, 2)
     bare = topic.name.removeprefix("the ")
     subject, be = topic.name.capitalize(), topic.be
     if bare != topic.name:  # "the" is a word of the reply too
-        forms = {3: f"{subject} {SHINES[topic.name]}.", 4: f"{subject} {be} {one}.", 5: f"{subject} {be} very {one}."}
-        forms[6] = f"{subject} {be} {one} and {other}."
+        forms = {
+            3: f"{subject} {SHINES[topic.name]}.",
+            4: f"{subject} {be} {first}.",
+            5: f"{subject} {be} very {first}.",
+        }
+        forms[6] = f"{subject} {be} {first} and {second}."
     else:
-        forms = {3: f"{subject} {be} {one}.", 4: f"{subject} {be} very {one}.", 5: f"{subject} {be} {one} and {other}."}
-        forms[6] = f"I think {bare} {be} very {one}."
+        forms = {
+            3: f"{subject} {be} {first}.",
+            4: f"{subject} {be} very {first}.",
+            5: f"{subject} {be} {first} and {second}.",
+        }
+        forms[6] = f"I think {bare} {be} very {first}."
         if topic.be == "is" and rng.random() < 0.5:
             forms[4] = f"I love my {bare}."
     ask = rng.choice(
@@ -55,7 +63,7 @@ def exact_words(rng: random.Random) -> Task:
 
 
 def few_words(rng: random.Random) -> Task:
-    """At most five to eight words; the facts are that short."""
+    """Ask for at most five to eight words; the facts are that short."""
     topic = rng.choice(TOPICS)
     limit = rng.choice((5, 6, 7, 8))
     short = [fact for fact in topic.facts if len(fact.split()) <= limit]
@@ -73,7 +81,7 @@ def few_words(rng: random.Random) -> Task:
 
 
 def keyword_twice(rng: random.Random) -> Task:
-    """The topic word two to four times, or more often."""
+    """Ask for the topic word at least two to four times."""
     topic, count = rng.choice(TOPICS), rng.choice((2, 2, 3, 4))
     word = topic.name.removeprefix("the ")
     ask = rng.choice(

@@ -1,4 +1,4 @@
-"""Families whose reply is a list, an object, or one choice: bullets, numbers, separators, JSON, sorting, choosing."""
+"""Families whose reply is a list, an object, or a choice: bullets, numbers, separators, JSON, sorting, choosing."""
 
 from __future__ import annotations
 
@@ -9,15 +9,39 @@ from align.data.families.bank import CATEGORIES, WORDS
 from align.data.families.task import NUMBER, Guard, Task, ifeval
 
 SINGULAR = {
-    "fruits": "fruit", "vegetables": "vegetable", "animals": "animal", "birds": "bird", "colors": "color",
-    "sports": "sport", "jobs": "job", "vehicles": "vehicle", "tools": "tool", "drinks": "drink", "clothes": "garment",
-    "instruments": "instrument", "insects": "insect", "furniture": "furniture", "metals": "metal", "flowers": "flower",
-}  # fmt: skip
+    "fruits": "fruit",
+    "vegetables": "vegetable",
+    "animals": "animal",
+    "birds": "bird",
+    "colors": "color",
+    "sports": "sport",
+    "jobs": "job",
+    "vehicles": "vehicle",
+    "tools": "tool",
+    "drinks": "drink",
+    "clothes": "garment",
+    "instruments": "instrument",
+    "insects": "insect",
+    "furniture": "furniture",
+    "metals": "metal",
+    "flowers": "flower",
+}
 CHOICES = (
-    ("fruits", "animals"), ("animals", "tools"), ("colors", "sports"), ("jobs", "vehicles"), ("vegetables", "metals"),
-    ("drinks", "instruments"), ("insects", "furniture"), ("birds", "vehicles"), ("sports", "jobs"), ("metals", "birds"),
-    ("instruments", "animals"), ("fruits", "jobs"), ("drinks", "tools"), ("vehicles", "insects"),
-)  # fmt: skip
+    ("fruits", "animals"),
+    ("animals", "tools"),
+    ("colors", "sports"),
+    ("jobs", "vehicles"),
+    ("vegetables", "metals"),
+    ("drinks", "instruments"),
+    ("insects", "furniture"),
+    ("birds", "vehicles"),
+    ("sports", "jobs"),
+    ("metals", "birds"),
+    ("instruments", "animals"),
+    ("fruits", "jobs"),
+    ("drinks", "tools"),
+    ("vehicles", "insects"),
+)
 SEPARATORS = {";": "semicolons", "|": "vertical bars (|)", "/": "slashes (/)", "+": "plus signs (+)"}
 
 
@@ -31,7 +55,7 @@ def _phrase(rng: random.Random, category: str) -> str:
 
 
 def _guard(category: str, count: int) -> Guard:
-    """Half of the items, at least, must be ones we know."""
+    """Return a guard that requires half of the items, at least, to be members of the category."""
     stems = list(CATEGORIES[category])
     return {
         "min_words": min(count, 2),
@@ -43,7 +67,7 @@ def _guard(category: str, count: int) -> Guard:
 
 
 def bullets(rng: random.Random) -> Task:
-    """Exactly two to five bullet points."""
+    """Ask for exactly two to five bullet points."""
     category, items = _members(rng, 2, 5)
     ask = rng.choice(
         (
@@ -61,7 +85,7 @@ def bullets(rng: random.Random) -> Task:
 
 
 def numbered(rng: random.Random) -> Task:
-    """A numbered list of two to five items."""
+    """Ask for a numbered list of two to five items."""
     category, items = _members(rng, 2, 5)
     ask = rng.choice(
         (
@@ -78,7 +102,7 @@ def numbered(rng: random.Random) -> Task:
 
 
 def separated(rng: random.Random) -> Task:
-    """Items on one line with an unusual separator."""
+    """Ask for items on one line with an unusual separator."""
     category, items = _members(rng, 2, 4)
     separator = rng.choice(sorted(SEPARATORS))
     ask = rng.choice(
@@ -88,6 +112,7 @@ def separated(rng: random.Random) -> Task:
             "Write {0} {1} in one line. Separate them with {2}.",
         )
     )
+    # A semicolon follows its word directly, other separators have blanks around them.
     joint = "; " if separator == ";" else f" {separator} "
     constraint = {"kind": "separated", "separator": separator, "count": len(items)}
     prompt = ask.format(NUMBER[len(items)], _phrase(rng, category), SEPARATORS[separator])
@@ -95,7 +120,7 @@ def separated(rng: random.Random) -> Task:
 
 
 def no_comma(rng: random.Random) -> Task:
-    """A list in prose, where commas come by themselves, without commas."""
+    """Ask for a list in prose, where commas are natural, without commas."""
     category, items = _members(rng, 3, 4)
     ask = rng.choice(
         (
@@ -113,11 +138,11 @@ def no_comma(rng: random.Random) -> Task:
 
 
 def json_object(rng: random.Random) -> Task:
-    """A JSON object with two given keys."""
+    """Ask for a JSON object with two given keys."""
     category = rng.choice(sorted(SINGULAR))
-    thing = rng.choice(CATEGORIES[category])
+    word = rng.choice(CATEGORIES[category])
     values = {
-        "word": thing,
+        "word": word,
         "type": SINGULAR[category],
         "language": "English",
         "rating": rng.randint(1, 5),
@@ -132,17 +157,17 @@ def json_object(rng: random.Random) -> Task:
         )
     )
     reply = json.dumps({key: values[key] for key in keys})
-    guard = {"min_words": 3, "max_words": 40, "any_of": [thing]}
-    return Task(ask.format(f"the word {thing}", *keys), reply, [{"kind": "json_keys", "keys": keys}], guard)
+    guard = {"min_words": 3, "max_words": 40, "any_of": [word]}
+    return Task(ask.format(f"the word {word}", *keys), reply, [{"kind": "json_keys", "keys": keys}], guard)
 
 
 def choose(rng: random.Random) -> Task:
-    """One of two classes, in one word."""
+    """Ask for one of two classes, in one word."""
     pair = list(rng.choice(CHOICES))
     rng.shuffle(pair)
     right = rng.choice(pair)
-    thing = rng.choice([item for item in CATEGORIES[right] if item != "orange"])
-    one, other = (SINGULAR[name] for name in pair)
+    word = rng.choice([item for item in CATEGORIES[right] if item != "orange"])
+    first, second = (SINGULAR[name] for name in pair)
     ask = rng.choice(
         (
             'Is the word "{0}" closer to {1} or {2}? Answer with one word.',
@@ -152,11 +177,11 @@ def choose(rng: random.Random) -> Task:
     )
     answer = SINGULAR[right]
     constraint = {"kind": "one_of", "answer": answer}
-    return Task(ask.format(thing, one, other), answer.capitalize(), [constraint], {"min_words": 1, "max_words": 60})
+    return Task(ask.format(word, first, second), answer.capitalize(), [constraint], {"min_words": 1, "max_words": 60})
 
 
 def sort_words(rng: random.Random) -> Task:
-    """Two to four words in alphabetical order."""
+    """Ask for two to four words in alphabetical order."""
     # Different first letters: the order is then one a small model can learn.
     letters = rng.sample(sorted({word[0] for word in WORDS}), rng.choice((2, 3, 3, 4)))
     items = [rng.choice([word for word in WORDS if word[0] == letter]) for letter in letters]

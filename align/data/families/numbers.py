@@ -9,7 +9,7 @@ from align.data.families.task import NUMBER, Task, ifeval
 
 
 def arithmetic(rng: random.Random) -> Task:
-    """Sums, differences and products of small numbers; the reply is the number alone."""
+    """Ask for a sum, difference or product of small numbers; the reply is the number alone."""
     sign = rng.choice("++--*")
     if sign == "+":
         a, b = rng.randint(2, 30), rng.randint(2, 20)
@@ -34,7 +34,7 @@ def arithmetic(rng: random.Random) -> Task:
 
 
 def letter_count(rng: random.Random) -> Task:
-    """How many letters a word has."""
+    """Ask for the number of letters in a word."""
     word = rng.choice(WORDS)
     ask = rng.choice(
         (
@@ -49,7 +49,7 @@ def letter_count(rng: random.Random) -> Task:
 
 
 def repeat(rng: random.Random) -> Task:
-    """One word two to five times."""
+    """Ask for a word two to five times."""
     word, count = rng.choice(WORDS), rng.choice((2, 3, 4, 5))
     ask = rng.choice(
         (
@@ -64,7 +64,7 @@ def repeat(rng: random.Random) -> Task:
 
 
 def copy(rng: random.Random) -> Task:
-    """The given words copied exactly, then asked for in another shape: capitals, or between brackets."""
+    """Ask for words in another shape: in capitals, capitalized, or in brackets."""
     first, second = rng.sample(WORDS, 2)
     text = f"{first} {second}"
     shape = rng.choice(("upper", "title", "brackets"))

@@ -1,10 +1,11 @@
-"""Families about a topic in prose: each asks for a sentence or two and adds one or two twists.
+"""Families of prose about a topic: each asks for a sentence or two and adds one or two twists.
 
-A twist says how the reply must look, turns a plain reply into one that does, and names the constraint.
+A twist states how the reply must look, changes a plain reply accordingly, and names the constraint.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 from collections.abc import Callable
@@ -40,7 +41,7 @@ KEYWORDS = {
 
 @dataclass(frozen=True)
 class Twist:
-    """``apply`` turns a plain reply into one that satisfies ``constraint``; lower ``rank`` is applied first."""
+    """An additional request. ``apply`` makes a plain reply satisfy ``constraint``; lower ranks are applied first."""
 
     ask: str
     constraint: Constraint
@@ -147,18 +148,32 @@ TWISTS: dict[str, MakeTwist] = {
     "highlight": _highlight,
 }
 
-# Every pair here can be satisfied at once by applying both twists in the order of their ranks.
+# Both twists of a pair can be satisfied at once, by applying them in the order of their ranks.
 COMBINATIONS = (
-    ("lowercase", "starts"), ("lowercase", "ends"), ("lowercase", "keyword"), ("lowercase", "quotes"),
-    ("uppercase", "starts"), ("uppercase", "keyword"), ("uppercase", "quotes"), ("uppercase", "ends"),
-    ("starts", "ends"), ("starts", "keyword"), ("ends", "forbidden"), ("ends", "quotes"), ("keyword", "quotes"),
-    ("forbidden", "starts"), ("no_comma", "keyword"), ("no_comma", "lowercase"), ("no_comma", "uppercase"),
-    ("no_comma", "ends"), ("keyword", "postscript"),
-)  # fmt: skip
+    ("lowercase", "starts"),
+    ("lowercase", "ends"),
+    ("lowercase", "keyword"),
+    ("lowercase", "quotes"),
+    ("uppercase", "starts"),
+    ("uppercase", "keyword"),
+    ("uppercase", "quotes"),
+    ("uppercase", "ends"),
+    ("starts", "ends"),
+    ("starts", "keyword"),
+    ("ends", "forbidden"),
+    ("ends", "quotes"),
+    ("keyword", "quotes"),
+    ("forbidden", "starts"),
+    ("no_comma", "keyword"),
+    ("no_comma", "lowercase"),
+    ("no_comma", "uppercase"),
+    ("no_comma", "ends"),
+    ("keyword", "postscript"),
+)
 
 
 def twisted(names: tuple[str, ...]) -> Family:
-    """The family that asks for these twists at once."""
+    """Return the family that asks for these twists at once."""
 
     def make(rng: random.Random) -> Task:
         return _task(rng, names)
@@ -167,28 +182,28 @@ def twisted(names: tuple[str, ...]) -> Family:
 
 
 def combined(rng: random.Random) -> Task:
-    """Two twists at once, from the pairs that go together."""
+    """Write a task with two twists, from the compatible pairs."""
     return _task(rng, rng.choice(COMBINATIONS))
 
 
-def _clash(twists: list[Twist]) -> bool:
-    """Whether one twist forbids a word that another asks for: "Dear friend" without "friend"."""
-    return any(
-        one.forbids and re.search(rf"\b{one.forbids}\b", other.ask.lower())
-        for one in twists
-        for other in twists
-        if other is not one
-    )
+def _are_contradictory(twists: list[Twist]) -> bool:
+    """Return True where a twist forbids a word that another asks for: "Dear friend" without "friend"."""
+    for first, second in itertools.permutations(twists, 2):
+        if first.forbids and re.search(rf"\b{first.forbids}\b", second.ask.lower()):
+            return True
+    return False
 
 
 def _task(rng: random.Random, names: tuple[str, ...]) -> Task:
     topic = rng.choice(TOPICS)
     makers = TWISTS | {"no_comma": _no_comma}
     twists = [makers[name](rng, topic) for name in names]
-    if _clash(twists):
+    if _are_contradictory(twists):
+        # Drawn again from the same stream, so that the dataset stays the same for a seed.
         return _task(rng, names)
     facts = next((twist.facts for twist in twists if twist.facts), topic.facts)
     reply = rng.choice(facts)
+    # Lower ranks first: words are added before case changes, quotation marks go around everything.
     for twist in sorted(twists, key=lambda twist: twist.rank):
         reply = twist.apply(reply)
     prompt = " ".join([rng.choice(OPENS).format(topic.name), *(twist.ask for twist in twists)])
@@ -218,7 +233,7 @@ def question(rng: random.Random) -> Task:
 
 
 def title(rng: random.Random) -> Task:
-    """A title in double angle brackets."""
+    """Ask for a title in double angle brackets."""
     topic = rng.choice(TOPICS)
     ask = rng.choice(
         (

@@ -1,4 +1,4 @@
-"""What a family makes: one instruction, one right reply, and how a program checks any reply."""
+"""A task of a family: an instruction, a correct reply, and the checks of any reply."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ Constraint = dict[str, Any]
 Guard = dict[str, Any]
 
 TEXT_GUARD: Guard = {"min_words": 3, "max_words": 60, "max_share": 0.4}
-"""For replies in prose; without ``max_words`` one reply stuffed with every topic would pass every guard."""
+"""Guard for prose; without ``max_words`` a reply that lists every topic would pass every guard."""
 
 NUMBER = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight"}
 
 
 @dataclass(frozen=True)
 class Task:
-    """One row to be: ``reply`` satisfies every constraint and the guard."""
+    """The contents of a row; ``reply`` satisfies every constraint and the guard."""
 
     prompt: str
     reply: str
@@ -30,5 +30,5 @@ Family = Callable[[random.Random], Task]
 
 
 def ifeval(name: str, **arguments: Any) -> Constraint:
-    """A constraint checked by if-verifiable."""
+    """Return a constraint that if-verifiable checks."""
     return {"kind": "ifeval", "id": name, "args": arguments}

@@ -1,4 +1,4 @@
-"""Which format records are in, from their fields and what these hold: for ``format: auto`` and error messages."""
+"""Detection of a record's format from its fields and their contents, for ``format: auto`` and error messages."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from align.config.recipe.format_options import KINDS, Form
 from align.data.formats.fields import (
     CHOSEN,
     CONVERSATIONS,
     FIELDS,
-    KINDS,
     LABELS,
     OPTIONAL,
     PROMPTS,
@@ -21,42 +21,41 @@ from align.data.formats.fields import (
     STEPS,
     TEXTS,
     Malformed,
+    describe_fields,
+    describe_format,
     first,
-    names_of,
-    nearly,
-    slips,
-    spelled,
+    misspelled,
+    nearest_formats,
 )
 from align.data.formats.messages import is_number
-from align.data.formats.options import Form
-from align.data.formats.pairs import truth
+from align.data.formats.preferences import parse_label
 from align.data.formats.responses import CONTENTS, RANKS, SCORES
 from align.errors import UserError
 
-LOOKED_AT = 100
+DETECTION_RECORDS = 100
 """Records that ``format: auto`` looks at."""
 SHARE = 0.9
-"""Of the records looked at that must be in a format: some bad ones among them are no other format."""
+"""Share of these records that must be in a format; the others count as bad records, not as another format."""
 
 Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Detection:
-    """What was chosen, and why, in words."""
+    """The detected format, and the reason in words."""
 
     form: Form
-    why: str
+    reason: str
 
 
-def _said(value: Any) -> bool:
+def _is_content(value: Any) -> bool:
     if isinstance(value, list):
         return bool(value) and isinstance(value[0], dict)
     return isinstance(value, str) or is_number(value)
 
 
 def _message(record: Record) -> dict[str, Any] | None:
-    """First message of a conversation in the record, also where it is written as JSON text."""
+    """Return the first message of a conversation in the record, also where it is written as JSON text."""
     name = first(record, CONVERSATIONS)
     value = record[name] if name else None
     if isinstance(value, str):
@@ -67,18 +66,18 @@ def _message(record: Record) -> dict[str, Any] | None:
     return value[0] if isinstance(value, list) and value and isinstance(value[0], dict) else None
 
 
-def _item(record: Record) -> Any:
+def _first_response(record: Record) -> Any:
     name = first(record, RESPONSES)
     value = record[name] if name else None
     return value[0] if isinstance(value, list) and value else None
 
 
-def _asks(record: Record) -> bool:
+def _has_prompt(record: Record) -> bool:
     name = first(record, PROMPTS)
-    return name is not None and _said(record[name])
+    return name is not None and _is_content(record[name])
 
 
-def _answered(record: Record) -> bool:
+def _is_prompt_completion(record: Record) -> bool:
     pairs = {
         "prompt": ("completion", "response"),
         "question": ("answer", "response"),
@@ -87,152 +86,159 @@ def _answered(record: Record) -> bool:
     }
     name = first(record, PROMPTS)
     answer = first(record, pairs[name]) if name else None
-    return answer is not None and (_said(record[answer]) or isinstance(record[answer], dict))
+    return answer is not None and (_is_content(record[answer]) or isinstance(record[answer], dict))
 
 
-def _chat(record: Record) -> bool:
-    found = _message(record)
-    return found is not None and "role" in found and ("content" in found or "tool_calls" in found)
+def _is_messages(record: Record) -> bool:
+    message = _message(record)
+    return message is not None and "role" in message and ("content" in message or "tool_calls" in message)
 
 
-def _sharegpt(record: Record) -> bool:
-    found = _message(record)
-    return found is not None and "from" in found and "value" in found
+def _is_sharegpt(record: Record) -> bool:
+    message = _message(record)
+    return message is not None and "from" in message and "value" in message
 
 
-def _answers(record: Record, list_name: tuple[str, ...], item_names: tuple[str, ...]) -> bool:
-    item = _item(record)
-    if not _asks(record) or item is None:
+def _has_rated_responses(record: Record, list_names: tuple[str, ...], item_names: tuple[str, ...]) -> bool:
+    """Return True for a list of answers with scores or ranks, in the answers or in a list beside them."""
+    item = _first_response(record)
+    if not _has_prompt(record) or item is None:
         return False
-    whole = isinstance(item, str) or is_number(item) or (isinstance(item, dict) and first(item, CONTENTS) is not None)
-    return whole and (
-        first(record, list_name) is not None or (isinstance(item, dict) and first(item, item_names) is not None)
-    )
+    if isinstance(item, dict):
+        has_content = first(item, CONTENTS) is not None
+        has_rating = first(item, item_names) is not None
+    else:
+        has_content = isinstance(item, str) or is_number(item)
+        has_rating = False
+    return has_content and (has_rating or first(record, list_names) is not None)
 
 
-def _marked_steps(record: Record) -> bool:
-    texts, marks = first(record, STEPS), first(record, STEP_LABELS)
-    if texts is None or marks is None or not _asks(record):
+def _is_stepwise(record: Record) -> bool:
+    steps_name, labels_name = first(record, STEPS), first(record, STEP_LABELS)
+    if steps_name is None or labels_name is None or not _has_prompt(record):
         return False
-    given, labels = record[texts], record[marks]
-    return (
-        isinstance(given, list)
-        and isinstance(labels, list)
-        and len(given) == len(labels) > 0
-        and (all(isinstance(step, str) for step in given))
-    )
+    steps, labels = record[steps_name], record[labels_name]
+    if not isinstance(steps, list) or not isinstance(labels, list):
+        return False
+    return len(steps) == len(labels) > 0 and all(isinstance(step, str) for step in steps)
 
 
-def _labeled(record: Record) -> bool:
+def _is_unpaired(record: Record) -> bool:
     name = first(record, LABELS)
     try:
-        truth(record[name] if name else None)
+        parse_label(record[name] if name else None)
     except Malformed:
         return False
-    return _answered(record) or _chat(record) or _sharegpt(record)
+    return _is_prompt_completion(record) or _is_messages(record) or _is_sharegpt(record)
 
 
-def _texts(record: Record, *names: str) -> bool:
+def _are_texts(record: Record, *names: str) -> bool:
     return all(isinstance(record.get(name), str) or is_number(record.get(name)) for name in names)
 
 
-def _pair(record: Record) -> bool:
-    better, worse = first(record, CHOSEN), first(record, REJECTED)
-    if better is None or worse is None or _transcripts(record):
+def _is_pair(record: Record) -> bool:
+    chosen, rejected = first(record, CHOSEN), first(record, REJECTED)
+    if chosen is None or rejected is None or _is_hh_rlhf(record):
         return False
-    beside = first(record, (*PROMPTS, *CONVERSATIONS)) is not None
-    return beside or all(isinstance(record[name], list) and len(record[name]) > 1 for name in (better, worse))
+    if first(record, (*PROMPTS, *CONVERSATIONS)) is not None:
+        return True
+    # Without a prompt of its own, each side must be a conversation that begins with it.
+    return all(isinstance(record[name], list) and len(record[name]) > 1 for name in (chosen, rejected))
 
 
-def _transcripts(record: Record) -> bool:
+def _is_hh_rlhf(record: Record) -> bool:
     sides = [str(record.get(name)) for name in ("chosen", "rejected")]
     return all("\n\nHuman:" in side and "\n\nAssistant:" in side for side in sides)
 
 
 SHAPES: dict[str, Callable[[Record], bool]] = {
     "oasst": lambda record: isinstance(record.get("prompt"), dict) and "replies" in record["prompt"],
-    "hh_rlhf": _transcripts,
-    "stepwise": _marked_steps,
-    "scored": lambda record: _answers(record, ("scores", "ratings", "rewards"), (*SCORES, "annotations")),
-    "ranked": lambda record: _answers(record, ("ranks", "ranking"), RANKS),
-    "unpaired": _labeled,
-    "preferences": _pair,
-    "gsm8k": lambda record: _texts(record, "question", "answer") and "####" in str(record["answer"]),
-    "self_instruct": lambda record: _texts(record, "instruction") and isinstance(record.get("instances"), list),
-    "dolly": lambda record: _texts(record, "instruction", "response") and "context" in record,
-    "alpaca": lambda record: _texts(record, "instruction", "output"),
-    "messages": _chat,
-    "sharegpt": _sharegpt,
-    "prompt_completion": _answered,
-    "prompt": _asks,
+    "hh_rlhf": _is_hh_rlhf,
+    "stepwise": _is_stepwise,
+    "scored": lambda record: _has_rated_responses(record, ("scores", "ratings", "rewards"), (*SCORES, "annotations")),
+    "ranked": lambda record: _has_rated_responses(record, ("ranks", "ranking"), RANKS),
+    "unpaired": _is_unpaired,
+    "preferences": _is_pair,
+    "gsm8k": lambda record: _are_texts(record, "question", "answer") and "####" in str(record["answer"]),
+    "self_instruct": lambda record: _are_texts(record, "instruction") and isinstance(record.get("instances"), list),
+    "dolly": lambda record: _are_texts(record, "instruction", "response") and "context" in record,
+    "alpaca": lambda record: _are_texts(record, "instruction", "output"),
+    "messages": _is_messages,
+    "sharegpt": _is_sharegpt,
+    "prompt_completion": _is_prompt_completion,
+    "prompt": _has_prompt,
     "text": lambda record: isinstance(record.get(first(record, TEXTS) or ""), str),
 }
-"""Whether a record is in a format, by what its fields hold."""
+"""Tests for each format, by the contents of a record's fields."""
 
 
 def fitting(record: Record) -> list[str]:
-    """All formats a record is in, but for ``text``, which whatever has a field of that name is in."""
+    """Return all formats that a record is in, except ``text``, which fits any record with a field of that name."""
     return [form for form, fits in SHAPES.items() if form != "text" and fits(record)]
 
 
 def detect(records: Sequence[Record], kind: str | None = None) -> Detection:
-    """The format that the records are in, of those that can make ``kind``.
+    """Return the format of the records, of those that can make ``kind``.
 
-    Where several fit, one whose fields include those of the others wins; of equals, the one that asks for more.
-    Raises ``UserError`` where none fits, naming the fields and the formats that nearly do, or where two fit that say
-    different things, since a guess would silently make another dataset.
+    Where several fit, the one whose fields include those of the others wins; among equals, the stricter one. Raises
+    ``UserError`` where none fits, with the fields and the nearest formats, or where two fit that read different fields,
+    since a guess would silently make another dataset.
     """
     if not records:
         raise UserError("format: auto has no record to look at; the source is empty.")
     counts = {form: sum(fits(record) for record in records) for form, fits in SHAPES.items()}
-    able = {form: n for form, n in counts.items() if n >= SHARE * len(records) and (not kind or kind in KINDS[form])}
+    # A few bad records must not decide, so a share of them is enough.
+    fit = [form for form, count in counts.items() if count >= SHARE * len(records)]
+    able = {form: counts[form] for form in fit if not kind or kind in KINDS[form]}
     if not able:
-        raise UserError(_nothing(records, counts, kind))
+        raise UserError(_describe_no_format(records, counts, kind))
     if len(able) > 1:
-        able.pop("prompt", None)  # every other format has a prompt too, and says more
-    sample = {form: _used(next(r for r in records if SHAPES[form](r)), form) for form in able}
+        able.pop("prompt", None)  # every other format has a prompt too, and more
+    # Compare the formats by the fields that they would read from one of their records.
+    sample = {form: _used_fields(next(record for record in records if SHAPES[form](record)), form) for form in able}
     order = list(able)
     chosen = max(order, key=lambda form: (len(sample[form]), -order.index(form)))
+    # A format that reads a field which the chosen one ignores says something else about the data.
     others = [form for form in order if not sample[form] <= sample[chosen]]
     if others:
         both = "; ".join(f"{form} ({', '.join(sorted(sample[form]))})" for form in (chosen, *others))
         raise UserError(f"format: auto cannot choose: the records fit {both}. Write the format that is meant.")
-    why = f"{chosen}: {able[chosen]} of {len(records)} records have {', '.join(sorted(sample[chosen]))}"
+    reason = f"{chosen}: {able[chosen]} of {len(records)} records have {', '.join(sorted(sample[chosen]))}"
     covered = [form for form in order if form != chosen]
     if covered:
-        why += f"; that covers {', '.join(covered)}"
-    fit = [form for form, n in counts.items() if n >= SHARE * len(records) and form != "prompt"]
-    elsewhere = [form for form in fit if form not in able]
-    if elsewhere:
-        why += f"; {', '.join(elsewhere)} would fit too, but cannot give {kind}"
-    return Detection(chosen, why)  # type: ignore[arg-type]
+        reason += f"; that covers {', '.join(covered)}"
+    unable = [form for form in fit if form != "prompt" and form not in able]
+    if unable:
+        reason += f"; {', '.join(unable)} would fit too, but cannot give {kind}"
+    return Detection(chosen, reason)  # type: ignore[arg-type]
 
 
-def _used(record: Record, form: str) -> frozenset[str]:
-    """The record's fields that a format takes."""
-    names = [first(record, group) for group in FIELDS[form]]
-    return frozenset(
-        [name for name in names if name] + [n for n in OPTIONAL.get(form, ()) if record.get(n) is not None]
-    )
+def _used_fields(record: Record, form: str) -> frozenset[str]:
+    """Return the record's fields that a format reads."""
+    required = [first(record, group) for group in FIELDS[form]]
+    optional = [name for name in OPTIONAL.get(form, ()) if record.get(name) is not None]
+    return frozenset([name for name in required if name] + optional)
 
 
-def _nothing(records: Sequence[Record], counts: dict[str, int], kind: str | None) -> str:
+def _describe_no_format(records: Sequence[Record], counts: dict[str, int], kind: str | None) -> str:
     record = records[0]
-    text = f"format: auto finds no format for the {len(records)} records looked at"
+    text = f"format: auto finds no format for the first {len(records)} records"
     text += f" that can give {kind}. " if kind else ". "
-    text += f"They have {names_of(record)}."
-    some = {form: n for form, n in counts.items() if n}
-    if some:
-        found = ", ".join(
-            f"{form} fits {n}" + ("" if kind in (None, *KINDS[form]) else f" (no {kind})") for form, n in some.items()
-        )
-        text += f" {found[0].upper()}{found[1:]}."
-    near = nearly(record, kind)[:4]
-    for name, meant in slips(record, [group for form in near for group in FIELDS[form]]).items():
+    text += f"They have {describe_fields(record)}."
+    fits = []
+    for form, count in counts.items():
+        if count:
+            limit = "" if kind in (None, *KINDS[form]) else f" (no {kind})"
+            fits.append(f"{form} fits {count}{limit}")
+    if fits:
+        sentence = ", ".join(fits)
+        text += f" {sentence[0].upper()}{sentence[1:]}."
+    near = nearest_formats(record, kind)[:4]
+    for name, meant in misspelled(record, [group for form in near for group in FIELDS[form]]).items():
         text += f" Is '{name}' meant as '{meant}'?"
     if near:
-        text += f" Nearly: {'; '.join(map(spelled, near))}."
-    if "ranked" in near and _item(record) is not None:
+        text += f" Nearly: {'; '.join(map(describe_format, near))}."
+    if "ranked" in near and _first_response(record) is not None:
         text += " A list of answers without ranks or scores is read with format: ranked, the best first."
-    every = sorted(form for form, kinds in KINDS.items() if form != "rows" and kind in (None, *kinds))
-    return f"{text} options.columns renames fields. The formats are {', '.join(every)}."
+    formats = sorted(form for form, kinds in KINDS.items() if form != "rows" and kind in (None, *kinds))
+    return f"{text} options.columns renames fields. The formats are {', '.join(formats)}."

@@ -1,4 +1,4 @@
-"""What each format is made of: its fields, the kinds of dataset it gives, and what an unrecognized record is told."""
+"""Fields of each format, and the description of a record that is in none."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from align.data.formats.options import Form, FormatOptions
+from align.config.recipe.format_options import KINDS, Form, FormatOptions
 
 Groups = tuple[tuple[str, ...], ...]
 
@@ -40,10 +40,10 @@ FIELDS: dict[str, Groups] = {
     "text": (TEXTS,),
     "rows": (("prompt", "text"),),
 }
-"""What a record of each format has: every group needs one of its names. Those that ask for more come first."""
+"""Required fields of each format: a record needs one name of every group. Stricter formats come first."""
 
 NAMES = frozenset(name for groups in FIELDS.values() for group in groups for name in group)
-"""Every name that a format asks for."""
+"""Every name that a format requires."""
 
 OPTIONAL: dict[str, tuple[str, ...]] = {
     "scored": ("scores", "system"),
@@ -57,110 +57,95 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
     "sharegpt": ("system", "tools"),
     "prompt_completion": ("system", "tools"),
 }
-"""Fields that a format takes where a record has them."""
-
-SEVERAL = ("ranked", "scored", "oasst")
-"""Formats with several answers to a prompt; preferences are made of them by a ``pairs`` step."""
-PAIRED = ("hh_rlhf", "preferences")
-"""Formats with a chosen and a rejected answer."""
-
-_ONE = frozenset({"instructions", "prompts", "texts"})
-_MORE = frozenset({"instructions", "prompts", "preferences", "unpaired"})
-KINDS: dict[str, frozenset[str]] = {
-    **dict.fromkeys(FIELDS, _ONE),
-    **dict.fromkeys((*SEVERAL, *PAIRED), _MORE),
-    "rows": _MORE | {"texts"},
-    "unpaired": _ONE | {"unpaired"},
-    "stepwise": _ONE | {"unpaired"},
-    "prompt": frozenset({"prompts"}),
-    "text": frozenset({"texts"}),
-}
-"""Kinds of dataset that a format's records can make."""
+"""Further fields that a format reads."""
 
 
 class Malformed(ValueError):
-    """A field holds something its format does not allow: the data's or the recipe's mistake."""
+    """A field holds a value that its format does not allow: a mistake of the data or the recipe."""
 
 
 class Unusable(Exception):
-    """A record of its format that makes no row, for a reason that rows of like fate share."""
+    """A record of its format that makes no row, for a reason that similar records share."""
 
 
-def renamed(record: Mapping[str, Any], options: FormatOptions) -> dict[str, Any]:
-    """The record with the recipe's ``columns`` under their new names; a field that had such a name gives way."""
+def rename_columns(record: Mapping[str, Any], options: FormatOptions) -> dict[str, Any]:
+    """Return the record with ``columns`` under their new names; a field that already has such a name is replaced."""
     if not options.columns:
         return dict(record)
-    kept = {name: value for name, value in record.items() if name not in options.columns}
-    return kept | {new: record[old] for old, new in options.columns.items() if old in record}
+    unchanged = {name: value for name, value in record.items() if name not in options.columns}
+    return unchanged | {new: record[old] for old, new in options.columns.items() if old in record}
 
 
 def first(record: Mapping[str, Any], names: Iterable[str]) -> str | None:
-    """The first of the names under which the record has something."""
+    """Return the first of the names whose field holds a value."""
     return next((name for name in names if record.get(name) is not None), None)
 
 
 def present(record: Mapping[str, Any]) -> list[str]:
-    """Fields that hold something; data libraries fill the absent ones with None."""
+    """Return the fields that hold a value; data libraries fill absent ones with None."""
     return [name for name, value in record.items() if value is not None]
 
 
-def missing(record: Mapping[str, Any], form: Form) -> list[tuple[str, ...]]:
-    """The format's groups of names none of which the record has."""
+def missing_groups(record: Mapping[str, Any], form: Form) -> list[tuple[str, ...]]:
+    """Return the format's groups of names of which the record has none."""
     return [group for group in FIELDS[form] if first(record, group) is None]
 
 
-def spelled(form: str) -> str:
-    """A format and its fields in words: ``alpaca (instruction + output)``."""
+def describe_format(form: str) -> str:
+    """Return a format and its fields in words: ``alpaca (instruction + output)``."""
     return f"{form} ({' + '.join('/'.join(group) for group in FIELDS[form])})"
 
 
-def names_of(record: Mapping[str, Any]) -> str:
-    """The record's fields in words."""
+def describe_fields(record: Mapping[str, Any]) -> str:
+    """Return the record's fields in words."""
     return ", ".join(repr(name) for name in present(record)) or "no fields"
 
 
-def nearly(record: Mapping[str, Any], kind: str | None = None) -> list[str]:
-    """Formats (that can give ``kind``) of which the record has a field, those first of which it has the greatest part.
+def nearest_formats(record: Mapping[str, Any], kind: str | None = None) -> list[str]:
+    """Return formats (for ``kind``) of which the record has a field, the ones with the largest share of fields first.
 
-    A misspelled field counts, a little less.
+    A misspelled field counts a little less.
     """
+    # The share of required fields decides; ``text`` fits nearly everything, so it is offered to kind texts only.
     share = {
-        form: sum(_near(record, group) for group in groups) / len(groups)
+        form: sum(_match(record, group) for group in groups) / len(groups)
         for form, groups in FIELDS.items()
         if form != "rows" and (form != "text" or kind == "texts") and kind in (None, *KINDS[form])
     }
     return [form for form in sorted(share, key=lambda form: -share[form]) if share[form] > 0]
 
 
-def _near(record: Mapping[str, Any], group: tuple[str, ...]) -> float:
-    return 1.0 if first(record, group) is not None else 0.9 * bool(slips(record, [group]))
+def _match(record: Mapping[str, Any], group: tuple[str, ...]) -> float:
+    if first(record, group) is not None:
+        return 1.0
+    return 0.9 if misspelled(record, [group]) else 0.0
 
 
-def slips(record: Mapping[str, Any], groups: Iterable[tuple[str, ...]]) -> dict[str, str]:
-    """Return fields that look like misspelled names of groups the record has nothing of, each with the nearest name."""
-    found: dict[str, str] = {}
+def misspelled(record: Mapping[str, Any], groups: Iterable[tuple[str, ...]]) -> dict[str, str]:
+    """Return fields that look like misspelled names of groups that the record lacks, each with the nearest name."""
+    nearest: dict[str, str] = {}
     for group in groups:
         for name in present(record):
             if name in NAMES:
-                continue  # spelled as some format has it
+                continue  # a correct name of some format
             close = difflib.get_close_matches(name.lower(), group, n=1, cutoff=0.75)
             if close and first(record, group) is None:
-                found.setdefault(name, close[0])
+                nearest.setdefault(name, close[0])
                 break
-    return found
+    return nearest
 
 
-def unrecognized(record: Mapping[str, Any], form: Form, fits: Iterable[str]) -> str:
-    """What is said of a record that lacks the format's fields: its fields, and the formats it fits or nearly fits."""
-    lacking = missing(record, form)
+def describe_unrecognized(record: Mapping[str, Any], form: Form, fits: Iterable[str]) -> str:
+    """Return the error text for a record that lacks the format's fields: its fields, and formats that fit or nearly."""
+    lacking = missing_groups(record, form)
     needs = ", ".join(" or ".join(f"'{name}'" for name in group) for group in lacking)
-    text = f"not a record of format {form}: {needs} missing; it has {names_of(record)}."
-    for name, meant in slips(record, lacking).items():
+    text = f"not a record of format {form}: {needs} missing; it has {describe_fields(record)}."
+    for name, meant in misspelled(record, lacking).items():
         text += f" Is '{name}' meant as '{meant}'?"
     others = [name for name in fits if name != form]
-    near = [name for name in nearly(record) if name != form][:4]
+    near = [name for name in nearest_formats(record) if name != form][:4]
     if others:
         text += f" It fits format: {', '.join(others)}."
     elif near:
-        text += f" It nearly fits: {'; '.join(map(spelled, near))}."
+        text += f" It nearly fits: {'; '.join(map(describe_format, near))}."
     return text

@@ -1,4 +1,4 @@
-"""From a draft, which has all that a record says, to a row of the recipe's kind; and what no trainer could use."""
+"""From a draft, which has all that a record holds, to a row of the recipe's kind; and rows that no trainer can use."""
 
 from __future__ import annotations
 
@@ -7,84 +7,100 @@ from itertools import pairwise
 from align.data.rows import Dropped, Message, Row, answer_side, assistant, is_finished, is_text, row_id
 
 ANSWERS = ("completion", "chosen", "rejected", "responses")
-COMPLETION = ("completion", "completion_finished")
-OF_PAIRS = ("chosen", "rejected", "chosen_score", "rejected_score", "chosen_finished", "rejected_finished", "flipped")
-FOLLOWS = {"user": ("assistant",), "assistant": ("user", "tool"), "tool": ("tool", "assistant")}
+COMPLETION_FIELDS = ("completion", "completion_finished")
+PAIR_FIELDS = (
+    "chosen",
+    "rejected",
+    "chosen_score",
+    "rejected_score",
+    "chosen_finished",
+    "rejected_finished",
+    "flipped",
+)
+NEXT_ROLES = {"user": ("assistant",), "assistant": ("user", "tool"), "tool": ("tool", "assistant")}
 
 
-def finished(draft: Row | Dropped, kind: str, check: bool) -> list[Row | Dropped]:
-    """Rows of ``kind``, each checked; what the kind has no use for is left out."""
+def complete_rows(draft: Row | Dropped, kind: str, check: bool) -> list[Row | Dropped]:
+    """Return the rows of ``kind`` that a draft gives, each checked, without fields that the kind has no use for."""
     if isinstance(draft, Dropped):
         return [draft]
-    found: list[Row | Dropped] = []
-    made = of_kind(draft, kind)
-    for row in made:
-        why = row if isinstance(row, Dropped) else unusable(row, mendable=not check)
-        found.append(why if why is not None else _complete(row, draft, len(made)))  # type: ignore[arg-type]
-    return found
+    completed: list[Row | Dropped] = []
+    rows = convert_kind(draft, kind)
+    for row in rows:
+        if isinstance(row, Dropped):
+            completed.append(row)
+        else:
+            fault = find_fault(row, ignore_mendable=not check)
+            completed.append(fault or _complete(row, draft, len(rows)))
+    return completed
 
 
 def _complete(row: Row, draft: Row, count: int) -> Row:
     row = {name: value for name, value in row.items() if value is not None and (name != "tools" or value)}
     if not is_text(row):
         row.setdefault("checks", "")
-    return {"id": draft["id"] if count == 1 and draft.get("id") else row_id(row), **_without(row, ("id",))}
+    keeps_id = count == 1 and draft.get("id")
+    return {"id": draft["id"] if keeps_id else row_id(row), **_without(row, ("id",))}
 
 
 def _without(row: Row, names: tuple[str, ...]) -> Row:
     return {name: value for name, value in row.items() if name not in names}
 
 
-def of_kind(draft: Row, kind: str) -> list[Row | Dropped]:
-    """What a draft gives for a kind of dataset, unchecked."""
+def convert_kind(draft: Row, kind: str) -> list[Row | Dropped]:
+    """Return the rows that a draft gives for a kind of dataset, unchecked."""
     if kind == "texts":
         return [_text(draft)]
     if is_text(draft):
         return [Dropped("a plain text, which has no turns")]
     if kind == "prompts":
-        return [_without(draft, (*COMPLETION, "responses", "label", "steps", *OF_PAIRS))]
+        return [_without(draft, (*COMPLETION_FIELDS, "responses", "label", "steps", *PAIR_FIELDS))]
     if kind == "instructions":
         return [_instruction(draft)]
-    if draft.get("responses") is not None:  # the pairs step makes pairs of them
-        return [_without(draft, (*COMPLETION, "label", *OF_PAIRS))]
-    paired = draft.get("chosen") is not None and draft.get("rejected") is not None
+    if draft.get("responses") is not None:  # the step ``pairs`` compares them
+        return [_without(draft, (*COMPLETION_FIELDS, "label", *PAIR_FIELDS))]
+    has_pair = draft.get("chosen") is not None and draft.get("rejected") is not None
     if kind == "preferences":
-        return [_without(draft, (*COMPLETION, "label")) if paired else Dropped("no pair of answers")]
+        return [_without(draft, (*COMPLETION_FIELDS, "label")) if has_pair else Dropped("no pair of answers")]
     if draft.get("label") is not None and draft.get("completion") is not None:
-        return [_without(draft, OF_PAIRS)]
-    if not paired:
+        return [_without(draft, PAIR_FIELDS)]
+    if not has_pair:
         return [Dropped("no label")]
-    if _same(draft["chosen"], draft["rejected"]):
+    if _are_equal(draft["chosen"], draft["rejected"]):
         return [Dropped("chosen equals rejected")]
-    rest = _without(draft, (*COMPLETION, *OF_PAIRS))
+    # Both answers of a pair become unpaired rows, the chosen one labeled good.
+    rest = _without(draft, (*COMPLETION_FIELDS, *PAIR_FIELDS))
     return [{**rest, **_completion(draft, side), "label": side == "chosen"} for side in ("chosen", "rejected")]
 
 
 def _completion(draft: Row, side: str) -> Row:
-    """One of a draft's answers as a completion, with the mark of one that was cut off."""
-    finished = draft.get(f"{side}_finished")
-    return {"completion": draft[side], **({} if finished is None else {"completion_finished": finished})}
+    """Return one of a draft's answers as a completion, with ``completion_finished`` where the draft knows it."""
+    is_finished = draft.get(f"{side}_finished")
+    if is_finished is None:
+        return {"completion": draft[side]}
+    return {"completion": draft[side], "completion_finished": is_finished}
 
 
 def _text(draft: Row) -> Row | Dropped:
-    """A draft's text; of a conversation what its turns say, a blank line between them, without any template."""
-    kept = {name: draft[name] for name in ("id", "source") if draft.get(name)}
+    """Return a draft's text; a conversation becomes its turns with blank lines between them, without any template."""
+    row = {name: draft[name] for name in ("id", "source") if draft.get(name)}
     if draft.get("text") is not None:
-        kept |= {"text_finished": False} if not is_finished(draft, "text") else {}
-        return kept | {"text": draft["text"]}
+        if not is_finished(draft, "text"):
+            row["text_finished"] = False
+        return row | {"text": draft["text"]}
     if draft.get("label") is False:
         return Dropped("labeled as bad")
     side = answer_side(draft)
     turns = [*draft.get("prompt", []), *(draft.get(side) or [])]
     if draft.get(side) and not is_finished(draft, side):
-        kept["text_finished"] = False
-    return kept | {"text": "\n\n".join(turn["content"] for turn in turns if (turn.get("content") or "").strip())}
+        row["text_finished"] = False
+    return row | {"text": "\n\n".join(turn["content"] for turn in turns if (turn.get("content") or "").strip())}
 
 
 def _instruction(draft: Row) -> Row | Dropped:
     if draft.get("label") is False:
         return Dropped("labeled as bad")
-    rest = _without(draft, (*COMPLETION, "responses", "label", *OF_PAIRS))
+    rest = _without(draft, (*COMPLETION_FIELDS, "responses", "label", *PAIR_FIELDS))
     if draft.get(answer_side(draft)):
         return rest | _completion(draft, answer_side(draft))
     if draft.get("responses") is None:
@@ -97,48 +113,52 @@ def _instruction(draft: Row) -> Row | Dropped:
 
 
 def best_response(responses: list[dict[str, object]]) -> dict[str, object] | None:
-    """The one with the highest score, or the smallest rank where none has a score; the first of equals."""
+    """Return the response with the highest score, or where none has a score, the smallest rank; the first of equals."""
     scored = [(float(item["score"]), item) for item in responses if item.get("score") is not None]  # type: ignore[arg-type]
     ranked = [(-float(item["rank"]), item) for item in responses if item.get("rank") is not None]  # type: ignore[arg-type]
     usable = [(value, item) for value, item in scored or ranked if str(item["content"]).strip()]
     return max(usable, key=lambda pair: pair[0])[1] if usable else None
 
 
-def unusable(row: Row, mendable: bool = False) -> Dropped | None:
-    """Why no trainer could use a row; None for a good one. ``mendable`` passes what a ``normalize`` step may mend."""
+def find_fault(row: Row, ignore_mendable: bool = False) -> Dropped | None:
+    """Return the reason why no trainer can use a row; None for a good one.
+
+    ``ignore_mendable`` lets through rows that a ``normalize`` step can mend.
+    """
     if is_text(row):
         return None if row["text"].strip() else Dropped("empty text")
     prompt: list[Message] = row["prompt"]
     turns = [message for message in prompt if message["role"] != "system"]
-    if not mendable:
+    if not ignore_mendable:
         if any(message["role"] == "system" for message in prompt[1:]):
             return Dropped("system turn in the middle")
-        if any(not _says(message) for message in prompt if message["role"] != "tool"):
+        if any(not _has_content(message) for message in prompt if message["role"] != "tool"):
             return Dropped("empty prompt turn")
         if turns and turns[0]["role"] != "user" and len(turns) > 1:
             return Dropped("first turn is not the user's")
-        if any(later["role"] not in FOLLOWS[one["role"]] for one, later in pairwise(turns)):
+        if any(second["role"] not in NEXT_ROLES[first["role"]] for first, second in pairwise(turns)):
             return Dropped("roles do not alternate")
+    # These faults remain even after ``normalize``.
     if not turns or turns[-1]["role"] not in ("user", "tool"):
         return Dropped("last prompt turn is not the user's")
     sides = [row[name] for name in ("completion", "chosen", "rejected") if row.get(name) is not None]
-    if any(not side or not _says(side[-1]) for side in sides):
+    if any(not side or not _has_content(side[-1]) for side in sides):
         return Dropped("empty reply")
     if any(side[-1]["role"] != "assistant" for side in sides):
         return Dropped("last turn is not the assistant's")
-    if row.get("chosen") is not None and _same(row["chosen"], row["rejected"]):
+    if row.get("chosen") is not None and _are_equal(row["chosen"], row["rejected"]):
         return Dropped("chosen equals rejected")
     if row.get("responses") is not None and sum(bool(item["content"].strip()) for item in row["responses"]) < 2:
         return Dropped("fewer than two answers")
     return None
 
 
-def _says(message: Message) -> bool:
+def _has_content(message: Message) -> bool:
     return bool(message["content"].strip() or message.get("tool_calls"))
 
 
-def _same(one: list[Message], other: list[Message]) -> bool:
-    def content(side: list[Message]) -> list[tuple[str, str]]:
+def _are_equal(chosen: list[Message], rejected: list[Message]) -> bool:
+    def contents(side: list[Message]) -> list[tuple[str, str]]:
         return [(message["content"].strip(), message.get("tool_calls", "")) for message in side]
 
-    return content(one) == content(other)
+    return contents(chosen) == contents(rejected)

@@ -1,7 +1,7 @@
-"""Messages in chat (role, content) and ShareGPT (from, value) spelling, with calls of tools and their results.
+"""Messages in the chat (role, content) and ShareGPT (from, value) formats, with tool calls and their results.
 
 A message becomes ``role`` and ``content``; one that calls tools also has ``tool_calls``, JSON text. Conversations are
-cut into a prompt and the answer behind it.
+cut into a prompt and the answer that follows it.
 """
 
 from __future__ import annotations
@@ -11,35 +11,36 @@ import json
 import math
 from typing import Any
 
+from align.config.recipe.format_options import FormatOptions
 from align.data.formats.fields import CONVERSATIONS, Malformed, Unusable, first
-from align.data.formats.options import FormatOptions
 from align.data.rows import Dropped, Message, Row, assistant, user
 
 ROLES = {
-    "user": "user", "human": "user", "prompter": "user", "assistant": "assistant", "gpt": "assistant",
-    "bot": "assistant", "chatgpt": "assistant", "bard": "assistant", "bing": "assistant", "model": "assistant",
-    "system": "system", "developer": "system", "tool": "tool", "function": "tool", "observation": "tool",
-    "tool_response": "tool", "ipython": "tool", "function_call": "assistant", "tool_call": "assistant",
-}  # fmt: skip
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "bot", "chatgpt", "bard", "bing", "model"), "assistant"),
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("tool", "function", "observation", "tool_response", "ipython"), "tool"),
+    **dict.fromkeys(("function_call", "tool_call"), "assistant"),
+}
+"""The role behind each name that the formats use."""
 CALLS = ("function_call", "tool_call")
-"""ShareGPT roles whose text is a call, as JSON."""
-
+"""ShareGPT roles whose text is a tool call, as JSON."""
 
 MARKS = ("train", "weight", "loss")
-"""Fields of a message that say whether it is trained on, as axolotl, OpenAI and ms-swift write them."""
+"""Fields of a message that turn training on it on or off, as axolotl, OpenAI and ms-swift write them."""
 _MARKS = frozenset(MARKS)
 ALL_UNTRAINED = "every answer is marked not to be trained on"
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite number, which stands for its digits where text is expected."""
+    """Return True for a finite number, which counts as its digits where text is expected."""
     if isinstance(value, float):
         return math.isfinite(value)
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def text(value: Any, name: str) -> str:
-    """The value as text, a number as its digits; raises ``Malformed`` for another type."""
+    """Return the value as text, a number as its digits. Raises ``Malformed`` for another type."""
     if isinstance(value, str):
         return value
     if is_number(value):
@@ -47,8 +48,8 @@ def text(value: Any, name: str) -> str:
     raise Malformed(f"'{name}' holds {type(value).__name__}, expected text or a number")
 
 
-def parsed(value: Any, name: str) -> Any:
-    """JSON that stands in a text field, as CSV and ShareGPT have it; another value as it is."""
+def parse_json(value: Any, name: str) -> Any:
+    """Return the parsed JSON of a text field, as CSV and ShareGPT have it; any other value unchanged."""
     if not isinstance(value, str):
         return value
     try:
@@ -58,53 +59,61 @@ def parsed(value: Any, name: str) -> Any:
 
 
 def message(value: Any, name: str, options: FormatOptions) -> Message:
-    """One message; ``train`` is False in one that is marked not to be trained on.
+    """Return one message; ``train`` is False in one that is excluded from training.
 
-    Raises ``Malformed`` for another shape, an unknown role or a mark that cannot be honored, ``Unusable`` for pictures
-    and sound.
+    Raises ``Malformed`` for another shape, an unknown role or a training mark that align cannot follow, ``Unusable``
+    for pictures and sound.
     """
     if not isinstance(value, dict):
         raise Malformed(f"'{name}' holds {type(value).__name__} where a message (role, content) was expected")
-    spelled = value.get("role", value.get("from"))
+    role_name = value.get("role", value.get("from"))
     content = value.get("content", value.get("value"))
-    role = options.roles.get(str(spelled)) or ROLES.get(str(spelled))
+    role = options.roles.get(str(role_name)) or ROLES.get(str(role_name))
     if role is None:
         known = ", ".join([*options.roles, *ROLES])
         raise Malformed(
-            f"'{name}' has a message of role {spelled!r}; known roles: {known}. options.roles can name another"
+            f"'{name}' has a message of role {role_name!r}; known roles: {known}. options.roles can name another"
         )
-    if spelled in CALLS and str(spelled) not in options.roles:
-        marked = {"train": False} if _is_trained(value, role, name, options) is False else {}
-        return assistant("") | {"tool_calls": calls(text(content, f"{name}.value"), name)} | marked
-    found: Message = {"role": role, "content": ""}
-    given = value.get("tool_calls") or ([value["function_call"]] if value.get("function_call") else None)
-    if given:
-        found["tool_calls"] = calls(given, name)
-    if content is not None or not given:
-        found["content"] = _content(content, f"{name}.content")
-    for more in ("tool_call_id", "name"):
-        if role == "tool" and value.get(more):
-            found[more] = text(value[more], f"{name}.{more}")
+    if role_name in CALLS and str(role_name) not in options.roles:
+        parsed_message = assistant("") | {"tool_calls": tool_calls(text(content, f"{name}.value"), name)}
+    else:
+        parsed_message = _chat_message(value, role, content, name)
     if _is_trained(value, role, name, options) is False and role == "assistant":
-        found["train"] = False
-    return found
+        parsed_message["train"] = False
+    return parsed_message
+
+
+def _chat_message(value: dict[str, Any], role: str, content: Any, name: str) -> Message:
+    """Return a message with its content, its tool calls, and the fields of a tool's result."""
+    parsed_message: Message = {"role": role, "content": ""}
+    # OpenAI has a list of calls, and in older data a single ``function_call``.
+    calls = value.get("tool_calls") or ([value["function_call"]] if value.get("function_call") else None)
+    if calls:
+        parsed_message["tool_calls"] = tool_calls(calls, name)
+    if content is not None or not calls:
+        parsed_message["content"] = _content(content, f"{name}.content")
+    for field in ("tool_call_id", "name"):
+        if role == "tool" and value.get(field):
+            parsed_message[field] = text(value[field], f"{name}.{field}")
+    return parsed_message
 
 
 def _is_trained(value: dict[str, Any], role: str, name: str, options: FormatOptions) -> bool | None:
-    """What a message's mark says; None where it has none."""
+    """Return False for a message excluded from training, True for one marked for it, None without any mark."""
     if _MARKS.isdisjoint(value):
         return None
-    honored = [mark for mark in MARKS if not {mark, f"{name}.{mark}"} & set(options.ignore)]
-    marks = {mark: value[mark] for mark in honored if value.get(mark) is not None}
-    for mark, said in marks.items():
-        if said not in (0, 1):  # True and False are equal to these
+    names = [mark for mark in MARKS if not {mark, f"{name}.{mark}"} & set(options.ignore)]
+    # Several fields may mark one message; it is trained on only if none of them excludes it.
+    marks = {mark: value[mark] for mark in names if value.get(mark) is not None}
+    for mark, weight in marks.items():
+        if weight not in (0, 1):  # True and False are equal to these
             raise Malformed(
-                f"'{name}.{mark}' is {said!r}, and align trains on a message as a whole or not at all: write true or "
+                f"'{name}.{mark}' is {weight!r}, and align trains on a message as a whole or not at all: write true or "
                 f"false, or leave it aside with options.ignore: [{mark}]"
             )
-        if said and role != "assistant":
+        if weight and role != "assistant":
             raise Malformed(
-                f"'{name}.{mark}' is {said!r} in a message of role {role}, and align trains on the assistant's "
+                f"'{name}.{mark}' is {weight!r} in a message of role {role}, and align trains on the assistant's "
                 f"messages alone. Take the mark out, or leave all of them aside with options.ignore: [{mark}]"
             )
     return all(marks.values()) if marks else None
@@ -119,46 +128,47 @@ def _content(value: Any, name: str) -> str:
     return "".join(text(part.get("text"), f"{name}.text") for part in value)
 
 
-def calls(value: Any, name: str) -> str:
-    """Calls of tools in OpenAI's nesting, as JSON text; taken from a list, from one call, or from either as text."""
-    value = parsed(value, f"{name}.tool_calls")
-    made = []
+def tool_calls(value: Any, name: str) -> str:
+    """Return tool calls in OpenAI's nesting, as JSON text. ``value`` is a list, one call, or either as JSON text."""
+    value = parse_json(value, f"{name}.tool_calls")
+    calls = []
     for call in value if isinstance(value, list) else [value]:
         inner = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
             raise Malformed(f"'{name}' has a call of a tool without its name; expected name and arguments")
-        given = inner.get("arguments", inner.get("parameters"))
-        arguments = parsed(given, f"{name}.arguments") if given else {}
-        if not isinstance(given, str):
+        raw_arguments = inner.get("arguments", inner.get("parameters"))
+        # Arguments may be an object or JSON text. Objects from tables carry None for the fields of other calls.
+        arguments = parse_json(raw_arguments, f"{name}.arguments") if raw_arguments else {}
+        if not isinstance(raw_arguments, str):
             arguments = without_none(arguments)
         outer = {"id": call["id"]} if call.get("id") else {}
-        made.append({**outer, "type": "function", "function": {"name": inner["name"], "arguments": arguments}})
-    return json.dumps(made, ensure_ascii=False)
+        calls.append({**outer, "type": "function", "function": {"name": inner["name"], "arguments": arguments}})
+    return json.dumps(calls, ensure_ascii=False)
 
 
 def tools(record: dict[str, Any]) -> str:
-    """The functions a record offers, as a JSON list in OpenAI's nesting; ``""`` for none."""
+    """Return the functions that a record offers, as a JSON list in OpenAI's nesting; ``""`` for none."""
     name = first(record, ("tools", "functions"))
-    value = parsed(record[name], name) if name and record[name] not in ("", []) else None
+    value = parse_json(record[name], name) if name and record[name] not in ("", []) else None
     if not value:
         return ""
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise Malformed(f"'{name}' holds {type(value).__name__}, expected a list of functions")
-    made = [
+    nested = [
         tool if "function" in tool or "name" not in tool else {"type": "function", "function": tool} for tool in value
     ]
-    return json.dumps(without_none(made), ensure_ascii=False)
+    return json.dumps(without_none(nested), ensure_ascii=False)
 
 
 def without_none(value: Any) -> Any:
-    """Nested values without None: tables give every record's objects the fields of all the others."""
+    """Return nested values without None: tables give the objects of every record the fields of all records."""
     if isinstance(value, dict):
         return {key: without_none(item) for key, item in value.items() if item is not None}
     return [without_none(item) for item in value] if isinstance(value, list) else value
 
 
 def messages(value: Any, name: str, options: FormatOptions) -> list[Message]:
-    """A list of messages, or one written as JSON text, as CSV has it."""
+    """Return the messages of a list, or of a list written as JSON text, as CSV has it."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -169,8 +179,8 @@ def messages(value: Any, name: str, options: FormatOptions) -> list[Message]:
     return [message(item, name, options) for item in value]
 
 
-def with_conversations_parsed(record: dict[str, Any]) -> dict[str, Any]:
-    """The record with lists of messages where it has them as JSON text."""
+def parse_conversations(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the record with lists of messages parsed where they are JSON text."""
     parsed_lists = {}
     for name in CONVERSATIONS:
         if isinstance(record.get(name), str):
@@ -180,63 +190,65 @@ def with_conversations_parsed(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def prompt(value: Any, name: str, options: FormatOptions) -> list[Message]:
-    """A prompt that is text or a list of messages."""
+    """Return the messages of a prompt that is text or a list of messages."""
     if isinstance(value, str) or is_number(value):
         return [user(text(value, name))]
     return messages(value, name, options)
 
 
-def with_system(record: dict[str, Any], found: list[Message]) -> list[Message]:
-    """The messages behind the system prompt that some formats keep in a field of its own."""
+def with_system(record: dict[str, Any], turns: list[Message]) -> list[Message]:
+    """Return the turns after the system prompt that some formats have in a separate field."""
     name = first(record, ("system", "system_prompt"))
-    words = text(record[name], name) if name else ""
-    if not words.strip() or (found and found[0]["role"] == "system"):
-        return found
-    return [{"role": "system", "content": words}, *found]
+    system = text(record[name], name) if name else ""
+    if not system.strip() or (turns and turns[0]["role"] == "system"):
+        return turns
+    return [{"role": "system", "content": system}, *turns]
 
 
 def reply(value: Any, name: str, options: FormatOptions) -> tuple[list[Message], Message]:
-    """What comes before the last answer, where ``value`` has it, and the answer, an assistant's message.
+    """Return the turns before the last answer, where ``value`` has any, and the answer, an assistant's message.
 
-    ``value`` is text, one message, or a list of them. Raises ``Unusable`` where the last turn is another's.
+    ``value`` is text, one message, or a list of them. Raises ``Unusable`` where the last turn is not the assistant's.
     """
     if isinstance(value, str) or is_number(value):
         return [], assistant(text(value, name))
-    found = [message(value, name, options)] if isinstance(value, dict) else messages(value, name, options)
-    if not found:
+    turns = [message(value, name, options)] if isinstance(value, dict) else messages(value, name, options)
+    if not turns:
         raise Unusable("empty reply")
-    if found[-1]["role"] != "assistant":
+    if turns[-1]["role"] != "assistant":
         raise Unusable("last turn is not the assistant's")
-    if found[-1].get("train") is False:
+    if turns[-1].get("train") is False:
         raise Unusable(ALL_UNTRAINED)
-    return found[:-1], found[-1]
+    return turns[:-1], turns[-1]
 
 
-def conversations(found: list[Message], options: FormatOptions, kind: str, more: Row) -> list[Row | Dropped]:
-    """Drafts of a conversation: of its last answer, or of each; without an answer behind it, of its prompt alone.
+def conversations(turns: list[Message], options: FormatOptions, kind: str, fields: Row) -> list[Row | Dropped]:
+    """Return drafts of a conversation: of its last answer, or of each; of the prompt alone where no answer follows.
 
-    An answer that is marked not to be trained on ends no draft. What comes behind the last answer that may be trained
-    on is left out, since nothing of it is learned.
+    No draft ends in an answer that is excluded from training. Turns after the last answer to train on are dropped,
+    since nothing of them is learned. Every draft gets ``fields``.
     """
-    ends = [at for at, turn in enumerate(found) if turn["role"] == "assistant"]
-    if not ends or (options.turns == "last" and ends[-1] != len(found) - 1):
-        return [{"prompt": found, **more}]
-    if kind == "texts" and any(turn.get("train") is False for turn in found):
+    answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
+    # The conversation ends with a question: it is a prompt.
+    if not answers or (options.turns == "last" and answers[-1] != len(turns) - 1):
+        return [{"prompt": turns, **fields}]
+    if kind == "texts" and any(turn.get("train") is False for turn in turns):
         return [Dropped("a turn is marked not to be trained on")]
     if kind != "prompts":
-        ends = [at for at in ends if found[at].get("train") is not False]
-    if not ends:
+        # An excluded answer stays in the context of later ones, but no row learns it.
+        answers = [index for index in answers if turns[index].get("train") is not False]
+    if not answers:
         return [Dropped(ALL_UNTRAINED)]
     if options.turns == "last":
-        ends = ends[-1:]
-    return [{"prompt": found[:end], "completion": [found[end]], **more} for end in ends]
+        answers = answers[-1:]
+    return [{"prompt": turns[:index], "completion": [turns[index]], **fields} for index in answers]
 
 
 def from_messages(record: dict[str, Any], options: FormatOptions, kind: str) -> list[Row | Dropped]:
-    """Formats ``messages`` and ``sharegpt``, which differ in spelling alone."""
+    """Convert ``messages`` and ``sharegpt``, which differ in the names of their fields alone."""
     name = first(record, CONVERSATIONS)
     assert name is not None
-    found = messages(record[name], name, options)
-    if not found:
+    turns = messages(record[name], name, options)
+    if not turns:
         raise Unusable("empty conversation")
-    return conversations(with_system(record, found), options, kind, {"tools": tools(record)})
+    return conversations(with_system(record, turns), options, kind, {"tools": tools(record)})

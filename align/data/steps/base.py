@@ -1,8 +1,8 @@
-"""What a step of a recipe is. Torch-free.
+"""Interfaces of the steps of a build. Torch-free.
 
-A step's settings are a ``StepConfig`` with a ``type``; ``start`` makes the step itself, importing what it needs. A
-``RowStep`` looks at rows one by one and may run in several processes at once; a ``TableStep`` sketches rows one by one
-(so too) and then decides over the sketches of all rows, in one process. Neither ever has all rows in memory.
+A ``RowStep`` looks at rows one by one and may run in several processes at once. A ``TableStep`` sketches rows one by
+one (in several processes, too) and then decides over the sketches of all rows in one process. Neither ever has all rows
+in memory.
 """
 
 from __future__ import annotations
@@ -10,65 +10,76 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from align.config.base import Config
 from align.data.rows import Dropped, Row
+
+
+class ModelLoaders(Protocol):
+    """Access to models, which lie above this package; ``align.models.step_models`` implements it. Picklable."""
+
+    def digests(self, folder: Path) -> dict[str, str]:
+        """Return digests of a model folder's files by path."""
+        ...
+
+    def open_tokenizer(self, name: str, revision: str | None) -> Any:
+        """Return the tokenizer of a folder, or of the Hub at a commit."""
+        ...
+
+    def make_scorer(self, config: Any, folder: Path, device: str) -> Callable[[list[Row]], list[float]]:
+        """Return a function from rows to one number each, NaN where there is none."""
+        ...
+
+    def make_embedder(
+        self, folder: Path, device: str, max_length: int, batch_size: int
+    ) -> Callable[[list[str]], np.ndarray]:
+        """Return a function from texts to their embeddings (texts, dimensions)."""
+        ...
 
 
 @dataclass(frozen=True)
 class StepContext:
-    """What a step may know of the build it is part of. Picklable, so that worker processes can start steps too."""
+    """Facts about the build that a step is part of. Picklable, so that worker processes can start steps too."""
 
     kind: str
-    """The recipe's kind."""
+    """Kind of the recipe."""
     seed: int
-    """The recipe's seed; the same in every process."""
+    """Seed of the recipe; the same in every process."""
     base: Path
-    """Where relative paths start."""
+    """Folder that relative paths start at."""
     work: Path
-    """A folder of this step's own, kept between attempts of the same build."""
+    """A folder of this step alone, which persists between attempts of the same build."""
     device: str = "auto"
-    """For steps that run models."""
+    """Device of steps that run models."""
     inputs: tuple[Path, ...] = ()
-    """Folders of the artifacts that the data stage was given, in order."""
-
-
-class StepConfig(Config):
-    """Base of the settings of a step, which also has a ``type`` and a method ``start(context)``.
-
-    It may have ``identities(base) -> dict[str, str]``: digests of what it reads beside the rows.
-    """
-
-    decides: ClassVar[bool] = False
-    """Whether ``start`` gives a ``TableStep``, rather than a ``RowStep``."""
-    alone: ClassVar[bool] = False
-    """Whether it must not run in several processes at once, because it runs a model on all cores or on a GPU."""
+    """Folders of the data stage's input artifacts, in order."""
+    models: ModelLoaders | None = None
+    """Access to models, for steps that need one."""
 
 
 class RowStep(Protocol):
-    """Looks at rows one by one."""
+    """A step that looks at rows one by one."""
 
     def apply(self, rows: list[Row]) -> Sequence[Row | Dropped | list[Row]]:
-        """One result for each row, which depends on that row alone.
+        """Return one result for each row, which depends on that row alone.
 
-        The row (changed or not; make a new dict of a changed one, and keep keys that begin with ``_``), ``Dropped``, or
-        a list of rows that take its place.
+        A result is the row (the same object where nothing changed, else a new dict with the keys that begin with
+        ``_``), ``Dropped``, or a list of rows that replace it.
         """
         ...
 
 
 class TableStep(Protocol):
-    """Decides over all rows at once, from a few numbers about each."""
+    """A step that decides over all rows at once, from a few numbers about each."""
 
     def sketch(self, rows: list[Row]) -> dict[str, np.ndarray]:
-        """Named arrays whose first axis is the rows'; each row's depends on that row alone."""
+        """Return named arrays whose first axis is that of the rows; each row's part depends on that row alone."""
         ...
 
     def decide(self, table: Table) -> Verdict:
-        """What becomes of each row. Deterministic."""
+        """Decide which rows stay. Deterministic."""
         ...
 
 
@@ -78,20 +89,20 @@ class Table:
 
     columns: dict[str, np.ndarray]
     alive: np.ndarray
-    """(N,) bool: False for rows that an earlier step of the same pass dropped; whatever is decided on them is moot."""
+    """(N,) bool: False for rows that an earlier step of the same pass dropped; verdicts on them have no effect."""
     source: np.ndarray
     """(N,) int32, index into ``sources``."""
     sources: list[str]
     row: Callable[[int], Row]
     """Reads one row back from disk: slow, for a few examples."""
     many: Callable[[np.ndarray], Iterable[Row]] | None = None
-    """Reads the rows with these numbers, which ascend, in one pass over the disk; :meth:`rows` uses it."""
+    """Reads the rows with ascending numbers in one pass over the disk; :meth:`rows` uses it."""
 
     def __len__(self) -> int:
         return len(self.alive)
 
     def rows(self, places: np.ndarray) -> Iterable[Row]:
-        """Rows by number, ascending."""
+        """Return the rows with these numbers, which ascend."""
         return map(self.row, places.tolist()) if self.many is None else self.many(places)
 
 
@@ -102,17 +113,24 @@ class Verdict:
     code: np.ndarray
     reasons: list[str] = field(default_factory=list)
     instead: np.ndarray | None = None
-    """(N,) int64: which row stands for a dropped one (the first of its duplicates), -1 for none."""
+    """(N,) int64: number of the row that stands for a dropped one (the first of its duplicates), -1 for none."""
     details: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """What is particular to a dropped row, by its number; JSON-able. Dropped rows alone have one."""
+    """JSON-able details of dropped rows, by row number. Only dropped rows have one."""
     times: np.ndarray | None = None
-    """(N,) int32: how often a kept row appears from now on; once by default."""
+    """(N,) int32: number of copies of a kept row; one by default."""
     columns: dict[str, np.ndarray] = field(default_factory=dict)
-    """Fields that kept rows get."""
+    """Fields to add to kept rows."""
     notes: dict[str, Any] = field(default_factory=dict)
-    """For the ledger: JSON-able, and the same in every run."""
+    """Notes for the ledger: JSON-able, and the same in every run."""
+
+
+def require_models(models: ModelLoaders | None) -> ModelLoaders:
+    """Return the loaders. Raises ``RuntimeError`` where the caller of the build gave none."""
+    if models is None:
+        raise RuntimeError("a step needs a model: pass align.models.step_models.StepModels() as `models`")
+    return models
 
 
 def keep_all(count: int) -> np.ndarray:
-    """A ``code`` that keeps ``count`` rows."""
+    """Return a ``code`` that keeps ``count`` rows."""
     return np.full(count, -1, dtype=np.int32)

@@ -1,120 +1,96 @@
-"""Rows that contain questions of evaluation sets, found by runs of words they share, and reported hit by hit.
+"""The ``decontaminate`` step: rows that contain questions of evaluation sets, found by shared n-grams of words.
 
-The rule is Tülu 3's (arXiv 2411.15124, section 3.2), in replies too: an item counts as contained when more than half of
-its words lie in runs of eight words that a row has too. An item of fewer words is contained where a row has all of them
-in a row: five or more anywhere, three or four as a sentence or a line, one or two as a whole turn. Torch-free. Left
-out: paraphrases and translations, which no run of words gives away.
+The rule is Tülu 3's (arXiv 2411.15124, section 3.2), applied to replies too: an item is contained when more than half
+of its words lie in n-grams of eight words that a row shares. A shorter item is contained where a row has all of its
+words in succession: five or more anywhere, three or four as a sentence or a line, one or two as a full turn. Not
+covered: paraphrases and translations, which share no n-gram. Torch-free.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, model_validator
 
-from align.data.compared import reply_parts
-from align.data.evaluation_sets import EvaluationSet, Item, all_items
+from align.config.recipe.step_settings import DecontaminateStep
+from align.data.evaluation_sets import Item, read_all_items, set_identities
 from align.data.overlap import Index
+from align.data.row_texts import prompt_texts, reply_texts
 from align.data.rows import Row, is_text, normalized
-from align.data.steps.base import StepConfig, StepContext, Table, Verdict, keep_all
+from align.data.steps.base import ModelLoaders, StepContext, Table, Verdict, keep_all
 
 MOST = 4
-"""Items that are remembered of a row, those of the highest coverage; further ones are counted."""
+"""Items that are stored of a row, those with the highest coverage; further ones are only counted."""
 CONTAMINATED = 0.02
 """Share of a set's items from which Tülu 3 calls a dataset contaminated."""
 EXCERPT = 200
 EXAMPLES = 20
 
 
-class Decontaminate(StepConfig):
-    """Drop, or report, every row that contains an item of an evaluation set."""
-
-    type: Literal["decontaminate"]
-    sets: list[EvaluationSet] = Field(min_length=1)
-    """The evaluation sets the rows must not contain."""
-    ngram: int = Field(8, ge=2, le=50)
-    """Words in a run. Tülu 3 and open-r1 use 8, datatrove 12, lm-eval 13."""
-    coverage: float = Field(0.5, ge=0, lt=1)
-    """An item is contained when more than this share of its words lies in shared runs; at 0 any shared run is a hit."""
-    template: float = Field(0.1, gt=0, le=1)
-    """A run that more than this share of a set's items have, and more than ten, is the set's template (``Answer format:
-    answer1/answer2``): it shows nothing, and its words do not count. At 1 there are no templates, as in Tülu 3."""
-    of: Literal["user", "all"] = "all"
-    """What of a row is searched: ``all`` of it, replies included, or its ``user`` turns alone, as Tülu 3 does."""
-    action: Literal["drop", "report"] = "drop"
-    """``report`` keeps the rows and names the hits in the ledger."""
-    decides: ClassVar[bool] = True
-
-    @model_validator(mode="after")
-    def _names_once(self) -> Self:
-        names = [one.name for one in self.sets]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise ValueError(f"two evaluation sets are named '{twice}'; hits could not be told apart. Rename one")
-        return self
-
-    def identities(self, base: Path) -> dict[str, str]:
-        """Digests of the sets' files."""
-        return {name: value for one in self.sets for name, value in one.identities(base).items()}
-
-    def start(self, context: StepContext) -> _Decontaminate:
-        """The step itself. Raises ``UserError`` for a set that cannot be read."""
-        return _Decontaminate(self, list(all_items(list(self.sets), context.base)))
+def evaluation_set_identities(config: DecontaminateStep, base: Path, models: ModelLoaders | None) -> dict[str, str]:
+    """Return digests of the sets' files."""
+    identities: dict[str, str] = {}
+    for evaluation_set in config.sets:
+        identities |= set_identities(evaluation_set, base)
+    return identities
 
 
-class _Decontaminate:
-    def __init__(self, config: Decontaminate, items: list[Item]) -> None:
-        self.config, self.items = config, items
-        number = {one.name: place for place, one in enumerate(config.sets)}
-        self.set_of_item = np.array([number[item.set] for item in items], dtype=np.int64)
-        self.item_of_text = np.repeat(np.arange(len(items)), [len(item.texts) for item in items])
-        texts = [text for item in items for text in item.texts]
+class Decontaminate:
+    """Searches rows for the items of evaluation sets. Raises ``UserError`` for a set that cannot be read."""
+
+    def __init__(self, config: DecontaminateStep, context: StepContext) -> None:
+        self.config = config
+        self.items: list[Item] = list(read_all_items(list(config.sets), context.base))
+        number_of_set = {evaluation_set.name: number for number, evaluation_set in enumerate(config.sets)}
+        self.set_of_item = np.array([number_of_set[item.set] for item in self.items], dtype=np.int64)
+        # An item may have several texts. The index searches texts, and hits are counted by item.
+        self.item_of_text = np.repeat(np.arange(len(self.items)), [len(item.texts) for item in self.items])
+        texts = [text for item in self.items for text in item.texts]
         self.index = Index(texts, config.ngram, self.set_of_item[self.item_of_text], config.template)
         self.first_equal = self._first_equal(texts)
-        self.equal_items = np.bincount(self.first_equal, minlength=len(items))
+        self.equal_items = np.bincount(self.first_equal, minlength=len(self.items))
 
     def _first_equal(self, texts: list[str]) -> np.ndarray:
-        """(items,) of each item the first of its set that has the same words, for which one hit counts."""
+        """Return (items,) for each item the first one of its set with the same words; one hit counts for all."""
         words = [normalized(text) for text in texts]
+        starts = np.searchsorted(self.item_of_text, np.arange(len(self.items) + 1))
         first: dict[tuple[int, tuple[str, ...]], int] = {}
-        begins = np.searchsorted(self.item_of_text, np.arange(len(self.items) + 1))
-        return np.array(
-            [
-                first.setdefault((int(self.set_of_item[item]), tuple(words[begins[item] : begins[item + 1]])), item)
-                for item in range(len(self.items))
-            ],
-            dtype=np.int64,
-        )
+        numbers = []
+        for item in range(len(self.items)):
+            key = (int(self.set_of_item[item]), tuple(words[starts[item] : starts[item + 1]]))
+            numbers.append(first.setdefault(key, item))
+        return np.array(numbers, dtype=np.int64)
 
     def sketch(self, rows: list[Row]) -> dict[str, np.ndarray]:
-        """The items each row contains: ``item`` (N, MOST) int32, -1 for none, their ``coverage``, and ``hits`` (N,)."""
-        hits = self.index.search([searched(row, self.config.of) for row in rows], self.config.coverage)
+        """Return the items of each row: ``item`` (N, MOST) int32, -1 for none, ``coverage``, and ``hits`` (N,)."""
+        hits = self.index.search([searched_texts(row, self.config.of) for row in rows], self.config.coverage)
         contained = hits.coverage > self.config.coverage
         item = self.first_equal[self.item_of_text[hits.text[contained]]]
         row, coverage = hits.row[contained], hits.coverage[contained]
-        order = np.lexsort((-coverage, item, row))  # of the texts of an item, the one most covered
+        # An item may have several texts: keep the one with the highest coverage, once per row and item.
+        order = np.lexsort((-coverage, item, row))
         row, item, coverage = row[order], item[order], coverage[order]
         first = np.ones(len(row), dtype=bool)
         first[1:] = (row[1:] != row[:-1]) | (item[1:] != item[:-1])
         row, item, coverage = row[first], item[first], coverage[first]
+        # Then the MOST items of each row by coverage; ``rank`` is an item's column.
         order = np.lexsort((item, -coverage, row))
         row, item, coverage = row[order], item[order], coverage[order]
         rank = np.arange(len(row)) - np.searchsorted(row, row)
-        kept = rank < MOST
-        found = {
+        top = rank < MOST
+        columns = {
             "item": np.full((len(rows), MOST), -1, dtype=np.int32),
             "coverage": np.zeros((len(rows), MOST), dtype=np.float32),
             "hits": np.bincount(row, minlength=len(rows)).astype(np.int32),
         }
-        found["item"][row[kept], rank[kept]] = item[kept]
-        found["coverage"][row[kept], rank[kept]] = coverage[kept]
-        return found
+        columns["item"][row[top], rank[top]] = item[top]
+        columns["coverage"][row[top], rank[top]] = coverage[top]
+        return columns
 
     def decide(self, table: Table) -> Verdict:
-        """The set of the item most covered is the reason; each row's items are its detail."""
-        names = [one.name for one in self.config.sets]
+        """Drop rows with a hit: the reason is the set of the item with the highest coverage, the detail all items."""
+        names = [evaluation_set.name for evaluation_set in self.config.sets]
         items = table.columns["item"]
         rows = np.flatnonzero(table.alive & (items[:, 0] >= 0))
         code = keep_all(len(table))
@@ -122,10 +98,10 @@ class _Decontaminate:
         if self.config.action == "drop":
             code[rows] = self.set_of_item[items[rows, 0]]
             details = {int(row): self._detail(table, int(row)) for row in rows}
-        notes: dict[str, Any] = {"sets": self._per_set(items[rows])}
-        beyond = table.columns["hits"][rows] > MOST
-        if beyond.any():
-            notes[f"rows_with_more_than_{MOST}_items"] = int(beyond.sum())
+        notes: dict[str, Any] = {"sets": self._summarize_sets(items[rows])}
+        has_more = table.columns["hits"][rows] > MOST
+        if has_more.any():
+            notes[f"rows_with_more_than_{MOST}_items"] = int(has_more.sum())
         if self.config.action == "report":
             notes["rows"] = len(rows)
             notes["examples"] = [
@@ -139,36 +115,38 @@ class _Decontaminate:
             for item, coverage in zip(table.columns["item"][row], table.columns["coverage"][row], strict=True)
             if item >= 0
         ]
-        others = {"others": [{name: hit[name] for name in ("set", "item", "coverage")} for hit in hits[1:]]}
-        return hits[0] | (others if len(hits) > 1 else {})
+        if len(hits) == 1:
+            return hits[0]
+        return {**hits[0], "others": [{name: hit[name] for name in ("set", "item", "coverage")} for hit in hits[1:]]}
 
-    def _hit(self, item: int, coverage: float) -> dict[str, Any]:
-        found = self.items[item]
-        excerpt = " ".join(" / ".join(found.texts).split())
-        return {"set": found.set, "item": found.place, "coverage": round(coverage, 3), "excerpt": excerpt[:EXCERPT]}
+    def _hit(self, number: int, coverage: float) -> dict[str, Any]:
+        item = self.items[number]
+        excerpt = " ".join(" / ".join(item.texts).split())
+        return {"set": item.set, "item": item.place, "coverage": round(coverage, 3), "excerpt": excerpt[:EXCERPT]}
 
-    def _per_set(self, items: np.ndarray) -> dict[str, dict[str, Any]]:
+    def _summarize_sets(self, items: np.ndarray) -> dict[str, dict[str, Any]]:
+        """Return each set's hits, from ``items`` (rows, MOST) of the rows with one."""
         hit = np.unique(items[items >= 0])
-        set_of_item, equal = self.set_of_item, self.equal_items
-        row_sets = np.where(items >= 0, set_of_item[items], -1)
-        found = {}
-        for number, one in enumerate(self.config.sets):
-            count = int((set_of_item == number).sum())
-            items_hit = int(equal[hit[set_of_item[hit] == number]].sum())
+        row_sets = np.where(items >= 0, self.set_of_item[items], -1)
+        summary = {}
+        for number, evaluation_set in enumerate(self.config.sets):
+            count = int((self.set_of_item == number).sum())
+            items_hit = int(self.equal_items[hit[self.set_of_item[hit] == number]].sum())
             share = items_hit / count
-            found[one.name] = {
+            summary[evaluation_set.name] = {
                 "items": count,
                 "items_hit": items_hit,
                 "share": round(share, 4),
                 "rows": int((row_sets == number).any(axis=1).sum()),
                 "contaminated": share > CONTAMINATED,
             }
-        return found
+        return summary
 
 
-def searched(row: Row, of: Literal["user", "all"]) -> list[str]:
-    """The texts of a row that evaluation items are looked for in."""
+def searched_texts(row: Row, of: Literal["user", "all"]) -> list[str]:
+    """Return the texts of a row that evaluation items are searched for in."""
     if is_text(row):
         return [row["text"]]
-    prompt = [message.get("content") or "" for message in row["prompt"] if of == "all" or message["role"] == "user"]
-    return prompt + ([text for text, _ in reply_parts(row)] if of == "all" else [])
+    if of == "user":
+        return [text for _, text in prompt_texts(row, "user")]
+    return [text for _, text in (*prompt_texts(row), *reply_texts(row, "both"))]

@@ -1,49 +1,41 @@
-"""Rows that say the same, but for case, punctuation and white space: the first stays. Torch-free.
+"""The ``exact_duplicates`` step: rows equal but for case, punctuation and white space, of which the first stays.
 
-Left out: rows that say nearly the same (``near_duplicates``) or the same in other words (``semantic_duplicates``).
+Not covered: rows with nearly the same words (``near_duplicates``) or the same meaning (``semantic_duplicates``).
+Torch-free.
 """
 
 from __future__ import annotations
 
 import hashlib
-from typing import ClassVar, Literal
 
 import numpy as np
 
-from align.data.compared import Of, check, key
-from align.data.components import first_equal, first_stays
+from align.config.recipe.step_settings import ExactDuplicatesStep
+from align.data.duplicates import check_part, comparison_key, first_equal, first_stays
 from align.data.rows import Row
-from align.data.steps.base import StepConfig, StepContext, Table, Verdict
+from align.data.steps.base import StepContext, Table, Verdict
 
 DUPLICATE = "duplicate of an earlier row"
 
 
-class ExactDuplicates(StepConfig):
-    """Drop every row whose text an earlier row has."""
+class ExactDuplicates:
+    """Drops rows whose text equals an earlier row's. Raises ``UserError`` for replies where rows have none."""
 
-    type: Literal["exact_duplicates"]
-    decides: ClassVar[bool] = True
-    of: Of = "row"
-    """What must be equal: ``prompt`` (every turn of it), ``reply``, or ``row`` (both; chosen and rejected change
-    places only in different rows)."""
-
-    def start(self, context: StepContext) -> _ExactDuplicates:
-        """The step itself. Raises ``UserError`` for replies where rows have none."""
-        check(self.of, context.kind, self.type)
-        return _ExactDuplicates(self.of)
-
-
-class _ExactDuplicates:
-    def __init__(self, of: Of) -> None:
-        self.of = of
+    def __init__(self, config: ExactDuplicatesStep, context: StepContext) -> None:
+        check_part(config.of, context.kind, config.type)
+        self.part = config.of
 
     def sketch(self, rows: list[Row]) -> dict[str, np.ndarray]:
-        """128 bits of each row's text: two different ones of a million are the same with a chance of 1e-27."""
-        digests = b"".join(hashlib.blake2b(key(row, self.of).encode(), digest_size=16).digest() for row in rows)
+        """Return ``key`` (N, 2) uint64, 128 bits of each row's text.
+
+        Two different texts of a million have the same key with a probability of 1e-27.
+        """
+        keys = [comparison_key(row, self.part) for row in rows]
+        digests = b"".join(hashlib.blake2b(key.encode(), digest_size=16).digest() for key in keys)
         return {"key": np.frombuffer(digests, dtype="<u8").reshape(len(rows), 2).copy()}
 
     def decide(self, table: Table) -> Verdict:
-        """The first of equal rows stays and is named by the others."""
+        """Keep the first of equal rows; the dropped ones name it."""
         places = np.flatnonzero(table.alive)
         keys = table.columns["key"][places].view([("high", "<u8"), ("low", "<u8")])[:, 0]
         code, instead = first_stays(len(table), places, first_equal(keys))

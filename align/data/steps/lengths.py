@@ -1,4 +1,4 @@
-"""Filter by length: characters, words, tokens, and messages in the prompt.
+"""Filters by length: characters, words, tokens, and messages in the prompt.
 
 Torch-free until tokens are counted. A tokenizer comes from a local folder or from the Hub at a commit; no code of its
 repository is run.
@@ -10,116 +10,98 @@ from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-from pydantic import Field, model_validator
-
-from align.config.base import Config
+from align.config.recipe.filter_settings import Chars, Lengths, Tokens, Turns, Words
 from align.config.user_paths import user_path
+from align.data.row_texts import prompt_texts, reply_texts
 from align.data.rows import Dropped, Row
-from align.data.steps.base import RowStep, StepContext
-from align.data.steps.texts import prompt_texts, reply_texts
+from align.data.steps.base import StepContext, require_models
 from align.errors import UserError
-from align.pipeline.registry import load_object
 from align.store.fingerprint import file_digest
 
 
-class Turns(Config):
-    """Messages in a prompt, the system's included; 1 is a single question."""
+class TurnsFilter:
+    """Drops rows with too few or too many messages in the prompt."""
 
-    min: int | None = Field(None, ge=1)
-    """Fewest messages of a prompt that is kept."""
-    max: int | None = Field(None, ge=1)
-    """Most messages of a prompt that is kept."""
+    def __init__(self, config: Turns) -> None:
+        self._config = config
 
-    @model_validator(mode="after")
-    def _bounded(self) -> Self:
-        _check_bounds(self, ("",))
-        return self
+    def apply(self, rows: list[Row]) -> Sequence[Row | Dropped]:
+        """Return each row or ``Dropped``."""
+        return [self._judge(row) or row for row in rows]
 
-    def start(self, context: StepContext) -> RowStep:
-        """The filter itself."""
-        return _Turns(self)
-
-
-class Lengths(Config):
-    """Bounds, all inclusive. A prompt is all its turns together; ``whole`` is the prompt plus its longest reply.
-
-    Every reply counts, rejected ones too: what trains has to hold them all. The longest is held against a maximum, the
-    shortest against a minimum.
-    """
-
-    min: int | None = Field(None, ge=1)
-    """Least of prompt plus longest reply."""
-    max: int | None = Field(None, ge=1)
-    """Most of prompt plus longest reply."""
-    min_prompt: int | None = Field(None, ge=1)
-    """Shortest prompt, all turns together."""
-    max_prompt: int | None = Field(None, ge=1)
-    """Longest prompt, all turns together."""
-    min_reply: int | None = Field(None, ge=1)
-    """Shortest reply."""
-    max_reply: int | None = Field(None, ge=1)
-    """Longest reply."""
-
-    @model_validator(mode="after")
-    def _bounded(self) -> Self:
-        _check_bounds(self, ("", "_prompt", "_reply"))
-        return self
+    def _judge(self, row: Row) -> Dropped | None:
+        count = len(row.get("prompt") or ())
+        if self._config.min is not None and count < self._config.min:
+            return Dropped("filter: turns.min", {"found": count, "limit": self._config.min})
+        if self._config.max is not None and count > self._config.max:
+            return Dropped("filter: turns.max", {"found": count, "limit": self._config.max})
+        return None
 
 
-class Chars(Lengths):
-    """Lengths in characters; about four to a token in English."""
+class LengthFilter:
+    """Drops rows outside bounds; ``count`` returns the length of each text of a list."""
 
-    def start(self, context: StepContext) -> RowStep:
-        """The filter itself."""
-        return LengthFilter("chars", self, partial(map, len))
+    def __init__(self, unit: str, bounds: Lengths, count: Callable[[list[str]], Any]) -> None:
+        self._unit = unit
+        self._bounds = [(key, limit) for key in Lengths.model_fields if (limit := getattr(bounds, key)) is not None]
+        self._count = count
+
+    def apply(self, rows: list[Row]) -> Sequence[Row | Dropped]:
+        """Return each row or ``Dropped``: the reason names the bound, the detail the length."""
+        # All texts are counted at once, since tokenizers are fast on batches.
+        parts = [
+            ([text for _, text in prompt_texts(row)], [text for _, text in reply_texts(row, "both")]) for row in rows
+        ]
+        counts = iter(self._count([text for prompt, replies in parts for text in (*prompt, *replies)]))
+        results: list[Row | Dropped] = []
+        for row, (prompt, replies) in zip(rows, parts, strict=True):
+            prompt_length = sum(next(counts) for _ in prompt)
+            reply_lengths = [next(counts) for _ in replies]
+            results.append(self._judge(prompt_length, reply_lengths) or row)
+        return results
+
+    def _judge(self, prompt: int, replies: list[int]) -> Dropped | None:
+        longest, shortest = max(replies, default=0), min(replies, default=0)
+        # The first bound that a row breaks is its reason.
+        for key, limit in self._bounds:
+            is_minimum = key.startswith("min")
+            if key.endswith("_prompt"):
+                length = prompt
+            elif key.endswith("_reply"):
+                if not replies:
+                    continue
+                length = shortest if is_minimum else longest
+            else:
+                length = prompt + longest
+            is_outside = length < limit if is_minimum else length > limit
+            if is_outside:
+                return Dropped(f"filter: {self._unit}.{key}", {"found": length, "limit": limit})
+        return None
 
 
-class Words(Lengths):
-    """Lengths in words, which white space parts: of no use for Chinese, Japanese or Thai."""
-
-    def start(self, context: StepContext) -> RowStep:
-        """The filter itself."""
-        return LengthFilter("words", self, lambda texts: [len(text.split()) for text in texts])
+def chars_filter(config: Chars) -> LengthFilter:
+    """Return the filter by characters."""
+    return LengthFilter("chars", config, partial(map, len))
 
 
-class Tokens(Lengths):
-    """Lengths in tokens of the texts alone; a chat template adds some four to ten tokens a turn."""
+def words_filter(config: Words) -> LengthFilter:
+    """Return the filter by words."""
+    return LengthFilter("words", config, lambda texts: [len(text.split()) for text in texts])
 
-    identified = frozenset({"tokenizer"})
 
-    tokenizer: str
-    """Folder with a tokenizer, relative to the current directory, or its name on the Hub (then with ``revision``)."""
-    revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$")
-    """The tokenizer's commit on the Hub, 40 hexadecimal digits."""
+def tokens_filter(config: Tokens, context: StepContext) -> LengthFilter:
+    """Return the filter by tokens. Raises ``UserError`` for a tokenizer that cannot be loaded."""
+    tokenizer = _load_tokenizer(config, context)
 
-    def identities(self, base: Path) -> dict[str, str]:
-        """Digests of the tokenizer's files, or its commit. Raises ``UserError`` where there is neither."""
-        folder = user_path(self.tokenizer, base)
-        if not folder.is_dir():
-            if self.revision:
-                return {"tokenizer": f"{self.tokenizer}@{self.revision}"}
-            raise UserError(
-                f"tokens.tokenizer: there is no folder {folder}. For a tokenizer of the Hub, add its revision: the "
-                "commit, 40 hexadecimal digits."
-            )
-        files = sorted(path for path in folder.iterdir() if path.is_file() and _is_read(path.name))
-        if not files:
-            raise UserError(f"tokens.tokenizer: {folder} holds none of {', '.join(_TOKENIZER_FILES)}.")
-        return {f"tokenizer {path.name}": f"sha256:{file_digest(path)}" for path in files}
+    def count(texts: list[str]) -> list[int]:
+        if not texts:
+            return []
+        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return [len(ids) for ids in encoded["input_ids"]]
 
-    def start(self, context: StepContext) -> RowStep:
-        """The filter itself. Raises ``UserError`` for a tokenizer that cannot be loaded."""
-        tokenizer = _load_tokenizer(self, context.base)
-
-        def count(texts: list[str]) -> list[int]:
-            if not texts:
-                return []
-            found = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-            return [len(ids) for ids in found["input_ids"]]
-
-        return LengthFilter("tokens", self, count)
+    return LengthFilter("tokens", config, count)
 
 
 _TOKENIZER_FILES = (
@@ -135,82 +117,35 @@ _TOKENIZER_FILES = (
 )
 
 
-def _is_read(name: str) -> bool:
-    """True for a file of a tokenizer; one for newer versions of transformers is called ``tokenizer.4.0.json``."""
+def tokenizer_identities(config: Tokens, base: Path) -> dict[str, str]:
+    """Return digests of the tokenizer's files, or its commit. Raises ``UserError`` where there is neither."""
+    folder = user_path(config.tokenizer, base)
+    if not folder.is_dir():
+        if config.revision:
+            return {"tokenizer": f"{config.tokenizer}@{config.revision}"}
+        raise UserError(
+            f"tokens.tokenizer: there is no folder {folder}. For a tokenizer of the Hub, add its revision: the "
+            "commit, 40 hexadecimal digits."
+        )
+    files = sorted(path for path in folder.iterdir() if path.is_file() and _is_tokenizer_file(path.name))
+    if not files:
+        raise UserError(f"tokens.tokenizer: {folder} holds none of {', '.join(_TOKENIZER_FILES)}.")
+    return {f"tokenizer {path.name}": f"sha256:{file_digest(path)}" for path in files}
+
+
+def _is_tokenizer_file(name: str) -> bool:
+    """Return True for a file of a tokenizer; newer versions of transformers may read ``tokenizer.4.0.json``."""
     return name in _TOKENIZER_FILES or fnmatch(name, "tokenizer.*.json") or name.endswith(".tiktoken")
 
 
-def _load_tokenizer(config: Tokens, base: Path) -> Any:
-    folder = user_path(config.tokenizer, base)
+def _load_tokenizer(config: Tokens, context: StepContext) -> Any:
+    folder = user_path(config.tokenizer, context.base)
     name = str(folder) if folder.is_dir() else config.tokenizer
     if not folder.is_dir() and config.revision is None:
-        config.identities(base)  # says what is missing
+        tokenizer_identities(config, context.base)  # raises the error that says what is missing
+    models = require_models(context.models)
     try:
-        return load_object("align.models.pretrained:open_tokenizer")(name, revision=config.revision)
-    except Exception as error:  # missing files, unknown class, unreachable Hub: all the user's to mend
+        return models.open_tokenizer(name, config.revision)
+    except Exception as error:  # missing files, unknown class, unreachable Hub: all for the user to fix
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"tokens.tokenizer: '{name}' could not be loaded: {reason}") from error
-
-
-def _check_bounds(config: Config, suffixes: tuple[str, ...]) -> None:
-    pairs = [(f"min{suffix}", f"max{suffix}") for suffix in suffixes]
-    bounds = {name: getattr(config, name) for pair in pairs for name in pair}
-    if all(bound is None for bound in bounds.values()):
-        raise ValueError(f"no bound is given; set one of {', '.join(bounds)}")
-    for low, high in pairs:
-        if bounds[low] is not None and bounds[high] is not None and bounds[low] > bounds[high]:
-            raise ValueError(f"{low} ({bounds[low]}) is more than {high} ({bounds[high]}), so nothing passes")
-
-
-class _Turns:
-    def __init__(self, config: Turns) -> None:
-        self._config = config
-
-    def apply(self, rows: list[Row]) -> Sequence[Row | Dropped]:
-        return [self._one(row) for row in rows]
-
-    def _one(self, row: Row) -> Row | Dropped:
-        found = len(row.get("prompt") or ())
-        if self._config.min is not None and found < self._config.min:
-            return Dropped("filter: turns.min", {"found": found, "limit": self._config.min})
-        if self._config.max is not None and found > self._config.max:
-            return Dropped("filter: turns.max", {"found": found, "limit": self._config.max})
-        return row
-
-
-class LengthFilter:
-    """Drops rows outside bounds; ``count`` gives the length of each of some texts."""
-
-    def __init__(self, name: str, bounds: Lengths, count: Callable[[list[str]], Any]) -> None:
-        self._name = name
-        self._bounds = [(key, limit) for key in Lengths.model_fields if (limit := getattr(bounds, key)) is not None]
-        self._count = count
-
-    def apply(self, rows: list[Row]) -> Sequence[Row | Dropped]:
-        """One result a row; the reason names the bound, the detail what was found."""
-        # All texts are counted at once: tokenizers take batches.
-        parts = [
-            ([text for _, text in prompt_texts(row)], [text for _, text in reply_texts(row, "both")]) for row in rows
-        ]
-        counts = iter(self._count([text for prompt, replies in parts for text in (*prompt, *replies)]))
-        results: list[Row | Dropped] = []
-        for row, (prompt, replies) in zip(rows, parts, strict=True):
-            asked = sum(next(counts) for _ in prompt)
-            answered = [next(counts) for _ in replies]
-            results.append(self._judge(asked, answered) or row)
-        return results
-
-    def _judge(self, prompt: int, replies: list[int]) -> Dropped | None:
-        longest, shortest = max(replies, default=0), min(replies, default=0)
-        for key, limit in self._bounds:
-            if key.endswith("_prompt"):
-                found = prompt
-            elif key.endswith("_reply"):
-                if not replies:
-                    continue
-                found = longest if key.startswith("max") else shortest
-            else:
-                found = prompt + longest
-            if found < limit if key.startswith("min") else found > limit:
-                return Dropped(f"filter: {self._name}.{key}", {"found": found, "limit": limit})
-        return None

@@ -1,8 +1,8 @@
 """The ``normalize`` step: Unicode, control characters, white space and the order of turns.
 
-A row that is already clean comes back as the very same object, a changed one as a new dict, so that the build can
-count changes by identity. Doing it twice changes nothing more. Code (a fenced block, or the indentation of a line)
-keeps its white space. Leaves out what makes a row unwanted; only what cannot be put in order is dropped here.
+A clean row comes back as the same object, a changed one as a new dict, so that the build can count changes by identity.
+Normalizing twice changes nothing more. Code (a fenced block, or the indentation of a line) keeps its white space. Only
+rows that cannot be put in order are dropped here; quality is the business of ``filter``.
 """
 
 from __future__ import annotations
@@ -12,64 +12,42 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from pydantic import Field
-
+from align.config.recipe.step_settings import NormalizeStep
+from align.data.row_texts import change_texts
 from align.data.rows import Dropped, Message, Row, is_text
-from align.data.steps.base import RowStep, StepConfig, StepContext
-from align.data.steps.texts import change_texts
+from align.data.steps.base import StepContext
 
 
-class NormalizeStep(StepConfig):
-    """Bring texts and turns into one form."""
+class Normalize:
+    """Normalizes the texts and turns of rows."""
 
-    type: Literal["normalize"]
-    unicode: Literal["NFC", "NFKC", "none"] = "NFC"
-    """Unicode form. NFKC also turns full-width letters, ligatures, superscripts and the like into plain ones, in code
-    too: x² becomes x2."""
-    fix_encoding: bool = False
-    """Repair text that was decoded wrongly (cafÃ© for café) with ftfy."""
-    control: bool = True
-    """Remove control characters, terminal escapes, zero-width and bidirectional-override characters; every kind of line
-    end becomes a line feed."""
-    whitespace: bool = True
-    """Remove blanks at line ends, blank lines at both ends of a text, and those beyond ``blank_lines``; not in code."""
-    blank_lines: int = Field(2, ge=1)
-    """Most blank lines in a row."""
-    turns: bool = True
-    """Put system turns first as one, merge turns of one role in a row, and remove empty turns at the end of a prompt.
-    Dropped: rows that still have an empty turn or reply, whose first or last turn is not the user's, or whose two
-    replies have become the same."""
-
-    def start(self, context: StepContext) -> RowStep:
-        """The step itself."""
-        return _Normalize(self)
-
-
-class _Normalize:
-    def __init__(self, config: NormalizeStep) -> None:
+    def __init__(self, config: NormalizeStep, context: StepContext) -> None:
         self._change = text_normalizer(config)
         self._turns = config.turns
 
     def apply(self, rows: list[Row]) -> Sequence[Row | Dropped]:
-        return [self._one(row) for row in rows]
+        """Return each row, changed or not, or ``Dropped`` where its turns cannot be put in order."""
+        return [self._normalize(row) for row in rows]
 
-    def _one(self, row: Row) -> Row | Dropped:
+    def _normalize(self, row: Row) -> Row | Dropped:
         row = change_texts(row, self._change)
+        # Merging turns may leave texts to normalize, and normalizing may empty a turn, so repeat until nothing changes.
         while self._turns:
             ordered = order_turns(row)
             if isinstance(ordered, Dropped) or ordered is row:
                 return ordered
-            # Merged turns are a new text: an open fence of the first reaches into the second.
+            # Merged turns are a new text: an open fence of the first now covers the second.
             row = change_texts(ordered, self._change)
         return row
 
 
 def text_normalizer(config: NormalizeStep) -> Callable[[str], str]:
-    """The function that normalizes one text as ``config`` says."""
+    """Return the function that normalizes one text as ``config`` says."""
     steps: list[Callable[[str], str]] = []
     if config.control:
         steps.append(remove_control)
     if config.unicode != "none":
+        # ASCII text is the same in every form.
         form: Literal["NFC", "NFKC"] = config.unicode
         steps.append(lambda text: text if text.isascii() else unicodedata.normalize(form, text))
     if config.whitespace:
@@ -86,9 +64,9 @@ def text_normalizer(config: NormalizeStep) -> Callable[[str], str]:
 def _with_encoding(change: Callable[[str], str]) -> Callable[[str], str]:
     import ftfy
 
-    def repaired(text: str) -> str:
-        # What a zero-width character tore apart looks wrongly decoded only once that is gone, hence the rounds; each
-        # makes the text shorter.
+    def repair(text: str) -> str:
+        # A zero-width character may hide wrongly decoded text until ``change`` removes it, hence several rounds; each
+        # of them makes the text shorter.
         for _ in range(10):
             before = text
             text = change(text if text.isascii() else ftfy.fix_encoding(text))
@@ -96,38 +74,38 @@ def _with_encoding(change: Callable[[str], str]) -> Callable[[str], str]:
                 break
         return text
 
-    return repaired
+    return repair
 
 
-# Line ends of every kind; terminal escapes (colors); then what no reader sees: C0 and C1 controls but tab and line
+# Line ends of every kind; terminal escapes (colors); then invisible characters: C0 and C1 controls but tab and line
 # feed, soft hyphen, zero-width space, word joiner and invisible operators, bidirectional embeddings, overrides and
 # isolates, interlinear notes, byte order mark, non-characters, and tags (hidden text) that belong to no flag.
 # Zero-width joiners and directional marks stay: Persian, Hindi, Hebrew and emoji need them.
 _LINE_END = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")
 _ESCAPE = re.compile("\x1b\\[[0-?]*[ -/]*[@-~]")
 _FLAG = "\U0001f3f4[\U000e0030-\U000e0039\U000e0061-\U000e007a]{1,8}\U000e007f"
-_UNSEEN = (
+_INVISIBLE_CLASS = (
     "[\x00-\x08\x0e-\x1f\x7f-\x9f\u00ad\u200b\u202a-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\ufdd0-\ufdef\ufffe\uffff"
     "\U000e0000-\U000e007f]"
 )
-_MAYBE_INVISIBLE = re.compile(_UNSEEN)
-_INVISIBLE = re.compile(f"({_FLAG})|{_UNSEEN}")
+_MAYBE_INVISIBLE = re.compile(_INVISIBLE_CLASS)
+_INVISIBLE = re.compile(f"({_FLAG})|{_INVISIBLE_CLASS}")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _ASCII_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f]")
 
 
 def remove_control(text: str) -> str:
-    """Text without what no reader sees (see above).
+    """Return a text without escapes and invisible characters (see above).
 
-    Surrogates, which UTF-8 cannot hold, become the character that a pair of them means, or U+FFFD.
+    Surrogates, which UTF-8 cannot encode, become the character that a pair of them encodes, or U+FFFD.
     """
     if text.isascii() and not _ASCII_CONTROL.search(text):
         return text
-    text = _ESCAPE.sub("", _LINE_END.sub("\n", _whole(text)))
+    text = _ESCAPE.sub("", _LINE_END.sub("\n", _join_surrogates(text)))
     return _INVISIBLE.sub(lambda match: match[1] or "", text) if _MAYBE_INVISIBLE.search(text) else text
 
 
-def _whole(text: str) -> str:
+def _join_surrogates(text: str) -> str:
     if not _SURROGATE.search(text):
         return text
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
@@ -139,7 +117,7 @@ _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 
 
 def tidy_whitespace(text: str, blank_lines: int) -> str:
-    """Text without blanks at line ends, blank lines at both ends, and more than ``blank_lines`` blank lines in a row.
+    """Return a text without blanks at line ends, blank lines at both ends, and those beyond ``blank_lines`` in a row.
 
     Fenced code stays as it is (Markdown's fences; an open one reaches to the end). Indentation stays, but for less than
     four columns before the very first word.
@@ -149,10 +127,12 @@ def tidy_whitespace(text: str, blank_lines: int) -> str:
     text = _BLANK_START.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
     text = text if text.startswith(("    ", "\t")) else text.lstrip()
     lines: list[str] = []
+    # Walk through the lines: inside a fence nothing changes, outside blanks are trimmed and counted.
     fence, blanks = "", 0
     for line in text.split("\n"):
         mark = _FENCE.match(line)
         if fence:
+            # A fence is closed by the same sign, at least as often, and nothing behind it.
             if mark and mark[1].startswith(fence) and not line[mark.end() :].strip():
                 fence = ""
         elif mark and not (mark[1][0] == "`" and "`" in line[mark.end() :]):
@@ -167,7 +147,7 @@ def tidy_whitespace(text: str, blank_lines: int) -> str:
 
 
 def _is_tidy(text: str, blank_lines: int) -> bool:
-    """A quick look: True only for a text that has nothing to tidy."""
+    """Return True only for a text with nothing to tidy; cheap."""
     return not (
         not text
         or text[0].isspace()
@@ -180,9 +160,10 @@ def _is_tidy(text: str, blank_lines: int) -> bool:
 
 
 def order_turns(row: Row) -> Row | Dropped:
-    """The row with its prompt's turns in order, or why they cannot be.
+    """Return the row with its prompt's turns in order, or the reason why that is impossible.
 
-    A tool's turns, and turns with more than a role and a content (calls of tools), are neither merged nor empty.
+    A tool's turns, and turns with more than a role and a content (tool calls), are never merged and never count as
+    empty.
     """
     if is_text(row):
         return row if row["text"].strip() else Dropped("normalize: empty text")
@@ -192,16 +173,20 @@ def order_turns(row: Row) -> Row | Dropped:
         if prompt != row["prompt"]:
             row = row | {"prompt": prompt}
     reason = _disorder(row)
-    return Dropped(f"normalize: {reason}", {"roles": [str(m["role"]) for m in prompt][:20]}) if reason else row
+    if reason is None:
+        return row
+    return Dropped(f"normalize: {reason}", {"roles": [str(message["role"]) for message in prompt][:20]})
 
 
 def _in_order(prompt: list[Message]) -> bool:
-    """Whether ``prompt`` is user, assistant, user … after at most one system turn: most prompts are."""
+    """Return True for user, assistant, user … after at most one system turn, as most prompts are; none may be empty."""
     start = 1 if prompt and prompt[0]["role"] == "system" else 0
-    wanted = ("user", "assistant")
+    if start and not prompt[0].get("content"):
+        return False
+    roles = ("user", "assistant")
     return all(
-        message["role"] == wanted[index % 2] and message.get("content") for index, message in enumerate(prompt[start:])
-    ) and bool(not start or prompt[0].get("content"))
+        message["role"] == roles[index % 2] and message.get("content") for index, message in enumerate(prompt[start:])
+    )
 
 
 def _is_plain(message: dict[str, Any]) -> bool:
@@ -216,29 +201,27 @@ def _is_empty(message: Message) -> bool:
 
 def _put_in_order(prompt: list[Message]) -> list[Message]:
     turns = [message for message in prompt if message["role"] != "system"]
+    # An empty turn at the end is no question: the turn before it is the last one.
     while turns and _is_empty(turns[-1]):
         turns.pop()
+    # System turns move to the front, where merging joins them to one.
     system = [message for message in prompt if message["role"] == "system" and not _is_empty(message)]
     merged: list[Message] = []
+    # Neighbors of one role become one turn, as templates expect roles to alternate.
     for message in [*system, *turns]:
-        last = merged[-1] if merged else None
-        if (
-            last
-            and last["role"] == message["role"]
-            and _is_plain(last)
-            and _is_plain(message)
-            and _alike(last, message)
-        ):
-            parts = [text for text in (last.get("content"), message.get("content")) if text]
-            merged[-1] = last | {"content": "\n\n".join(parts)}
+        if merged and _can_merge(merged[-1], message):
+            parts = [text for text in (merged[-1].get("content"), message.get("content")) if text]
+            merged[-1] = merged[-1] | {"content": "\n\n".join(parts)}
         else:
             merged.append(message)
     return merged
 
 
-def _alike(one: Message, other: Message) -> bool:
-    """Whether both turns are to be trained on, or neither."""
-    return one.get("train") == other.get("train")
+def _can_merge(first: Message, second: Message) -> bool:
+    """Return True for plain turns of one role that are both trained on, or both not."""
+    if first["role"] != second["role"] or first.get("train") != second.get("train"):
+        return False
+    return _is_plain(first) and _is_plain(second)
 
 
 def _disorder(row: Row) -> str | None:

@@ -1,9 +1,9 @@
-"""Filter by personal data that has a checkable form: e-mail addresses, phone, card and account numbers, IP addresses.
+"""Filter by personal data with a checkable form: e-mail addresses, phone, card and account numbers, IP addresses.
 
-Candidates are found by pattern and then checked: phone numbers by phonenumbers (Google's numbering plans), accounts by
-python-stdnum (country, length, check digits), cards by issuer and Luhn's digit, addresses by ipaddress. What is
-reserved for examples (example.com, 555 numbers, private networks) is nobody's. Leaves out names and places, which take
-a model and are wrong too often to drop rows for; docs/decisions/0012 says what was weighed.
+Patterns find candidates, which are then checked: phone numbers by phonenumbers (Google's numbering plans), accounts by
+python-stdnum (country, length, check digits), cards by issuer and Luhn's digit, addresses by ipaddress. Data that is
+reserved for examples (example.com, 555 numbers, private networks) does not count. Not covered: names and places, which
+take a model that is wrong too often to drop rows; docs/decisions/0012 compares the alternatives.
 """
 
 from __future__ import annotations
@@ -12,48 +12,19 @@ import ipaddress
 import re
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
-from pathlib import Path
-from typing import Literal
 
-from pydantic import Field, field_validator
-
-from align.config.base import Config
+from align.config.recipe.filter_settings import PersonalData
+from align.data.row_texts import change_texts, prompt_texts, reply_texts
 from align.data.rows import Dropped, Row
-from align.data.steps.base import RowStep, StepContext
-from align.data.steps.texts import change_texts, prompt_texts, reply_texts
-
-Kind = Literal["email", "phone", "ip", "card", "iban"]
 
 NAMES: dict[str, str] = {
-    "email": "email address", "phone": "phone number", "ip": "IP address", "card": "card number", "iban": "IBAN"
-}  # fmt: skip
-
-
-class PersonalData(Config):
-    """Find personal data in every text of a row: prompt, replies, rejected ones too, since all of it is published."""
-
-    action: Literal["drop", "mask"] = "drop"
-    """``mask`` writes [email address] and the like in its place."""
-    kinds: list[Kind] = Field(["email", "phone", "ip", "card", "iban"], min_length=1)
-    """What is looked for."""
-    regions: list[str] = Field(["US"], min_length=1)
-    """Countries (ISO 3166, two letters) in whose way phone numbers without + may be written."""
-
-    @field_validator("regions")
-    @classmethod
-    def _known(cls, regions: list[str]) -> list[str]:
-        for region in regions:
-            if not re.fullmatch("[A-Z]{2}", region):
-                raise ValueError(f"'{region}' is no country code; write two capital letters, like US or DE")
-        return regions
-
-    def identities(self, base: Path) -> dict[str, str]:
-        """Versions of the packages whose tables decide."""
-        return {name: metadata.version(name) for name in ("phonenumbers", "python-stdnum")}
-
-    def start(self, context: StepContext) -> RowStep:
-        """The filter itself."""
-        return _PersonalData(self)
+    "email": "email address",
+    "phone": "phone number",
+    "ip": "IP address",
+    "card": "card number",
+    "iban": "IBAN",
+}
+"""Words that replace masked data, by kind."""
 
 
 Span = tuple[int, int]
@@ -68,7 +39,7 @@ _EXAMPLE = re.compile(
 
 
 def find_emails(text: str) -> Iterator[Span]:
-    """E-mail addresses whose domain is not one for examples (RFC 2606)."""
+    """Yield the spans of e-mail addresses, but for domains reserved for examples (RFC 2606)."""
     if "@" in text:
         for match in _EMAIL.finditer(text):
             if not _EXAMPLE.search(match[0]) and ".." not in match[0]:
@@ -88,10 +59,11 @@ _PHONE = re.compile(
 
 
 def phone_finder(regions: Sequence[str]) -> Finder:
-    """Finds phone numbers that the numbering plan of their country or of one of ``regions`` knows."""
+    """Return a finder of phone numbers that are valid in their country's plan or in that of one of ``regions``."""
     import phonenumbers
 
     def is_number(candidate: str) -> bool:
+        # A number with a country code needs no guess; others are tried in the plan of each region.
         for region in [None] if candidate.startswith("+") else regions:
             try:
                 number = phonenumbers.parse(candidate, region)
@@ -104,6 +76,7 @@ def phone_finder(regions: Sequence[str]) -> Finder:
         return False
 
     def find(text: str) -> Iterator[Span]:
+        # E.164 numbers have at most 15 digits; shorter ones than nine are mostly years and sums.
         for match in _PHONE.finditer(text):
             if 9 <= sum(map(str.isdigit, match[0])) <= 15 and is_number(match[0]):
                 yield match.span()
@@ -112,7 +85,7 @@ def phone_finder(regions: Sequence[str]) -> Finder:
 
 
 def _is_fictional(number: object) -> bool:
-    """North America keeps 555-0100 to 555-0199 of every area for stories, and no 555 number is a person's."""
+    """Return True for 555 numbers of North America, which are reserved for fiction or belong to no person."""
     digits = str(number.national_number)  # type: ignore[attr-defined]
     return number.country_code == 1 and digits[3:6] == "555"  # type: ignore[attr-defined]
 
@@ -124,15 +97,15 @@ _RESOLVERS = {"8.8.8.8", "8.8.4.4", "1.1.1.1", "1.0.0.1", "9.9.9.9"}
 
 
 def find_ips(text: str) -> Iterator[Span]:
-    """Addresses of the public Internet, but for the resolvers that everyone names; not what follows "version"."""
+    """Yield the spans of public addresses, but for well-known resolvers and version numbers ("version 1.2.3.4")."""
     for pattern, mark in ((_IPV4, "."), (_IPV6, ":")):
         for match in pattern.finditer(text) if mark in text else ():
             try:
                 address = ipaddress.ip_address(match[0])
             except ValueError:
                 continue
-            named = _VERSION.search(text, max(0, match.start() - 12), match.start())
-            if address.is_global and not address.is_multicast and match[0] not in _RESOLVERS and not named:
+            is_version = _VERSION.search(text, max(0, match.start() - 12), match.start())
+            if address.is_global and not address.is_multicast and match[0] not in _RESOLVERS and not is_version:
                 yield match.span()
 
 
@@ -149,7 +122,7 @@ _ISSUER = re.compile(  # Visa, Mastercard (two ranges), American Express, Diners
 
 
 def find_cards(text: str) -> Iterator[Span]:
-    """Numbers of payment cards: an issuer's range, its length, and Luhn's check digit."""
+    """Yield the spans of payment card numbers: an issuer's range, its length, and Luhn's check digit."""
     from stdnum import luhn
 
     for match in _CARD.finditer(text):
@@ -162,7 +135,7 @@ _IBAN = re.compile(r"(?<![\w-])[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{
 
 
 def find_ibans(text: str) -> Iterator[Span]:
-    """Account numbers: a country of the register, its length and structure, and the check digits; any bank's."""
+    """Yield the spans of account numbers with a known country, its length and structure, and valid check digits."""
     from stdnum import iban
 
     for match in _IBAN.finditer(text):
@@ -177,42 +150,53 @@ def find_ibans(text: str) -> Iterator[Span]:
             candidate = shorter
 
 
-class _PersonalData:
+def personal_data_identities() -> dict[str, str]:
+    """Return the versions of the packages whose tables decide."""
+    return {name: metadata.version(name) for name in ("phonenumbers", "python-stdnum")}
+
+
+class PersonalDataFilter:
+    """Drops rows with personal data, or masks the data."""
+
     def __init__(self, config: PersonalData) -> None:
-        every: dict[str, Finder] = {
+        finders: dict[str, Finder] = {
             "email": find_emails,
             "iban": find_ibans,
             "card": find_cards,
             "ip": find_ips,
             "phone": phone_finder(config.regions),
         }
-        self._finders = [(kind, finder) for kind, finder in every.items() if kind in config.kinds]
+        self._finders = [(kind, finder) for kind, finder in finders.items() if kind in config.kinds]
         self._mask = config.action == "mask"
 
     def apply(self, rows: list[Row]) -> Sequence[Row | Dropped]:
-        return [change_texts(row, self._masked) if self._mask else self._judge(row) or row for row in rows]
+        """Return each row, masked or not, or ``Dropped``."""
+        if self._mask:
+            return [change_texts(row, self._mask_text) for row in rows]
+        return [self._judge(row) or row for row in rows]
 
-    def _finds(self, text: str) -> Iterator[tuple[str, Span]]:
-        digits = bool(_DIGITS.search(text))
+    def _find(self, text: str) -> Iterator[tuple[str, Span]]:
+        """Yield kind and span of personal data; texts without two digits in a row skip the slow patterns."""
+        has_digits = bool(_DIGITS.search(text))
         for kind, finder in self._finders:
-            if digits or kind in ("email", "ip"):
+            if has_digits or kind in ("email", "ip"):
                 for span in finder(text):
                     yield kind, span
 
     def _judge(self, row: Row) -> Dropped | None:
         for field, text in (*prompt_texts(row), *reply_texts(row, "both")):
-            for kind, (start, end) in self._finds(text):
-                # The find itself is not written into the ledger, which is published: a hint has to do.
+            for kind, (start, end) in self._find(text):
+                # The ledger is published, so it gets a hint instead of the data.
                 hint = text[start : start + 3] + "…" + text[end - 2 : end]
                 return Dropped(f"filter: personal data ({kind})", {"in": field, "excerpt": hint})
         return None
 
-    def _masked(self, text: str) -> str:
-        found = sorted((start, end, kind) for kind, (start, end) in self._finds(text))
+    def _mask_text(self, text: str) -> str:
+        spans = sorted((start, end, kind) for kind, (start, end) in self._find(text))
         parts: list[str] = []
-        at = 0
-        for start, end, kind in found:
-            if start >= at:
-                parts += [text[at:start], f"[{NAMES[kind]}]"]
-                at = end
-        return "".join([*parts, text[at:]]) if parts else text
+        position = 0
+        for start, end, kind in spans:
+            if start >= position:  # else it overlaps the span before
+                parts += [text[position:start], f"[{NAMES[kind]}]"]
+                position = end
+        return "".join([*parts, text[position:]]) if parts else text

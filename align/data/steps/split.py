@@ -1,61 +1,65 @@
-"""The last word on every build: equal rows once, at most ``max_rows``, and each prompt on one side.
+"""The last steps of every build: drop equal rows, apply ``max_rows``, and put each prompt into one split.
 
-No prompt, and with ``near_duplicates`` no near-duplicate of one, is in both splits. Not written in recipes: every build
-ends with it.
+No prompt, and with ``near_duplicates`` no near-duplicate of one, is in both splits. Recipes do not write these steps:
+every build ends with them.
 """
 
 from __future__ import annotations
 
 import hashlib
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
 
-from align.data.components import first_equal, first_stays
-from align.data.formats import unusable
+from align.config.base import Config
+from align.data.duplicates import first_equal, first_stays
+from align.data.formats import find_fault
 from align.data.rows import Dropped, Row, content_digest
 from align.data.splits import group, share
-from align.data.steps.base import StepConfig, StepContext, Table, Verdict, keep_all
+from align.data.steps.base import StepContext, Table, Verdict, keep_all
 
 SPLITS = ("train", "test")
 PARTS = ("split", *SPLITS)
 
 EQUAL, OVER, LEAKED = "duplicate", "over max_rows", "its question is in the test split"
 
+ID_TAKEN = "_id_taken"
+"""Column that marks rows whose id an earlier row with other content has: they get another id."""
 
-class Usable(StepConfig):
-    """What a trainer can use, looked at again once it is in order."""
+
+class UsableStep(Config):
+    """Settings of the check for trainable rows, which has none."""
 
     type: Literal["usable"] = "usable"
 
-    def start(self, context: StepContext) -> _Usable:
-        """The step itself."""
-        return _Usable()
 
+class Usable:
+    """Drops rows that no trainer can use, after ``normalize`` has mended what it can."""
 
-class _Usable:
+    def __init__(self, config: UsableStep, context: StepContext) -> None:
+        pass
+
     def apply(self, rows: list[Row]) -> list[Row | Dropped | list[Row]]:
-        return [unusable(row) or row for row in rows]
+        """Return each row, or the reason to drop it."""
+        return [find_fault(row) or row for row in rows]
 
 
-ID_TAKEN = "_id_taken"
-"""Column that marks rows whose id an earlier row has, which says something else: they get another one."""
-
-
-class Identical(StepConfig):
-    """Rows of equal content, the first of which stays; rows that differ keep no common id."""
+class IdenticalStep(Config):
+    """Settings of the search for equal rows, which has none."""
 
     type: Literal["identical"] = "identical"
-    decides: ClassVar[bool] = True
-
-    def start(self, context: StepContext) -> _Identical:
-        """The step itself."""
-        return _Identical()
 
 
-class _Identical:
+class Identical:
+    """Keeps the first of the rows of equal content; rows that differ keep no common id."""
+
+    def __init__(self, config: IdenticalStep, context: StepContext) -> None:
+        pass
+
     def sketch(self, rows: list[Row]) -> dict[str, np.ndarray]:
+        """Return ``content`` (N, 2) uint64, a digest of the row, and ``id`` (N,) uint64, one of its id."""
+        # Two 64-bit numbers per row: enough to tell a billion rows apart.
         digests = b"".join(content_digest(row) for row in rows)
         names = b"".join(hashlib.blake2b(row["id"].encode(), digest_size=8).digest() for row in rows)
         return {
@@ -64,94 +68,98 @@ class _Identical:
         }
 
     def decide(self, table: Table) -> Verdict:
+        """Drop later rows of equal content, and mark rows whose id is taken."""
         places = np.flatnonzero(table.alive)
         keys = table.columns["content"][places].view([("high", "<u8"), ("low", "<u8")])[:, 0]
         code, instead = first_stays(len(table), places, first_equal(keys))
         left = places[code[places] < 0]
-        again = first_equal(table.columns["id"][left]) != np.arange(len(left))
-        taken = np.zeros(len(table), dtype=bool)
-        taken[left] = again
-        return Verdict(code, [EQUAL], instead, columns={ID_TAKEN: taken} if again.any() else {})
+        # Among the rows that stay, a second one with an id gets a new id from its content.
+        has_taken_id = first_equal(table.columns["id"][left]) != np.arange(len(left))
+        id_taken = np.zeros(len(table), dtype=bool)
+        id_taken[left] = has_taken_id
+        return Verdict(code, [EQUAL], instead, columns={ID_TAKEN: id_taken} if has_taken_id.any() else {})
 
 
-class MaxRows(StepConfig):
-    """A limit to the rows of the whole build, chosen by the seed."""
+class MaxRowsStep(Config):
+    """Settings of the limit on the rows of a build."""
 
     type: Literal["max_rows"] = "max_rows"
-    decides: ClassVar[bool] = True
     rows: int
 
-    def start(self, context: StepContext) -> _MaxRows:
-        """The step itself."""
-        return _MaxRows(self.rows, context.seed)
 
+class MaxRows:
+    """Keeps the rows with the smallest draws."""
 
-class _MaxRows:
-    def __init__(self, rows: int, seed: int) -> None:
-        self.rows, self.seed = rows, seed
+    def __init__(self, config: MaxRowsStep, context: StepContext) -> None:
+        self.rows, self.seed = config.rows, context.seed
 
     def sketch(self, rows: list[Row]) -> dict[str, np.ndarray]:
+        """Return ``draw`` (N,), a number in [0, 1) for each row."""
         return {"draw": np.array([share(row["id"], self.seed) for row in rows], dtype=np.float64)}
 
     def decide(self, table: Table) -> Verdict:
+        """Drop the rows beyond the limit."""
         places = np.flatnonzero(table.alive)
+        # Draws depend on ids alone: the same rows stay whatever the order of files or shards.
         order = np.argsort(table.columns["draw"][places], kind="stable")
         code = keep_all(len(table))
         code[places[order[self.rows :]]] = 0
         return Verdict(code, [OVER])
 
 
-class Split(StepConfig):
-    """Which side each prompt is on."""
+class SplitStep(Config):
+    """Settings of the split into training and test rows."""
 
     type: Literal["split"] = "split"
-    decides: ClassVar[bool] = True
     test_size: float
     near_duplicates: float | None
     parts: tuple[str, ...] = Field(strict=False)
-    """Where the rows of each source go."""
-
-    def start(self, context: StepContext) -> _Split:
-        """The step itself."""
-        return _Split(self, context.seed)
+    """Part that the rows of each source go to."""
 
 
-class _Split:
-    def __init__(self, config: Split, seed: int) -> None:
-        self.config, self.seed = config, seed
+class Split:
+    """Puts each prompt into one split, together with its near-duplicates."""
+
+    def __init__(self, config: SplitStep, context: StepContext) -> None:
+        self.config, self.seed = config, context.seed
 
     def sketch(self, rows: list[Row]) -> dict[str, np.ndarray]:
+        """Return ``draw`` (N,), ``group`` (N,), a hash of the first question, and perhaps its ``signature``."""
         groups = [group(row) for row in rows]
-        found: dict[str, Any] = {
+        columns: dict[str, Any] = {
             "draw": np.array([share(name, self.seed) for name in groups], dtype=np.float64),
             "group": np.array([share(name, 0) for name in groups], dtype=np.float64),
         }
         if self.config.near_duplicates is not None:
             from align.data.minhash import signatures
 
-            found["signature"] = signatures(groups)
-        return found
+            columns["signature"] = signatures(groups)
+        return columns
 
     def decide(self, table: Table) -> Verdict:
-        """A group is tested when the draw of its first row's prompt falls below ``test_size``."""
+        """Assign the splits: a group goes to test when the draw of its first row's prompt is below ``test_size``."""
         places = np.flatnonzero(table.alive)
         part = np.array([PARTS.index(name) for name in self.config.parts], dtype=np.int8)[table.source[places]]
         first, label = np.unique(table.columns["group"][places], return_index=True, return_inverse=True)[1:]
         label = first[label]  # of each row, the first row with its prompt
         clusters = len(first)
+        # Join groups of similar prompts; the first row of a cluster draws for all of them.
         if self.config.near_duplicates is not None:
-            label = self._hang_together(table, places, label, self.config.near_duplicates)
+            label = self._cluster(table, places, label, self.config.near_duplicates)
             clusters = len(np.unique(label))
-        tested = self._tested(table.columns["draw"][places][label], label, part == 0)
+        tested = self._draw_test_rows(table.columns["draw"][places][label], label, part == 0)
+        # Sources with `part: train` or `part: test` go where they say; a training row whose question a test row has
+        # is dropped.
         in_test = (part == 2) | ((part == 0) & tested)
         leaked = ~in_test & np.isin(label, label[in_test])
-        code, side = keep_all(len(table)), np.zeros(len(table), dtype="U5")
+        code = keep_all(len(table))
         code[places[leaked]] = 0
+        side = np.zeros(len(table), dtype="U5")
         side[places] = np.where(in_test, "test", "train")
         return Verdict(code, [LEAKED], columns={"_split": side}, notes={"prompts": len(first), "clusters": clusters})
 
-    def _hang_together(self, table: Table, places: np.ndarray, label: np.ndarray, threshold: float) -> np.ndarray:
-        """(M,) of each row, the first row whose prompt hangs together with its own by like prompts."""
+    def _cluster(self, table: Table, places: np.ndarray, label: np.ndarray, threshold: float) -> np.ndarray:
+        """Return (M,) for each row the first row of its cluster of similar prompts."""
         from align.data.minhash import SHINGLE, find_clusters
         from align.data.shingles import Sets, read_sets
 
@@ -160,14 +168,15 @@ class _Split:
 
         return find_clusters(table.columns["signature"][places], label, threshold, read=read).label
 
-    def _tested(self, draw: np.ndarray, label: np.ndarray, divided: np.ndarray) -> np.ndarray:
-        """(N,) whether each row's group is tested; neither side stays empty where there are two groups to divide."""
+    def _draw_test_rows(self, draw: np.ndarray, label: np.ndarray, divided: np.ndarray) -> np.ndarray:
+        """Return (M,) bool, True for test rows; no split stays empty where there are two groups to divide."""
         tested = draw < self.config.test_size
-        groups, at = np.unique(label[divided], return_index=True)
+        # Small datasets may draw an empty split: move the group nearest to the other side.
+        groups, places = np.unique(label[divided], return_index=True)
         if len(groups) > 1:
-            draws = draw[divided][at]
-            if not (draws < self.config.test_size).any():
-                tested |= label == groups[draws.argmin()]
-            elif (draws < self.config.test_size).all():
-                tested &= label != groups[draws.argmax()]
+            group_draws = draw[divided][places]
+            if not (group_draws < self.config.test_size).any():
+                tested |= label == groups[group_draws.argmin()]
+            elif (group_draws < self.config.test_size).all():
+                tested &= label != groups[group_draws.argmax()]
         return tested

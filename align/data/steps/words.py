@@ -1,18 +1,34 @@
-"""Filter by placeholders that nobody filled in, and by words in the user's turns."""
+"""Filters by unfilled placeholders, and by keywords in the user's turns."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 
+from align.data.row_texts import excerpt, prompt_texts, reply_texts, without_code
 from align.data.rows import Dropped, Row
-from align.data.steps.texts import excerpt, prompt_texts, reply_texts, without_code
 
 SELF_INSTRUCT = (
-    "image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps", "draw", "plot",
-    "go to", "video", "audio", "music", "flowchart", "diagram",
-)  # fmt: skip
-"""What Self-Instruct (arXiv 2212.10560, its code) leaves out: a model that reads and writes text cannot do it."""
+    "image",
+    "images",
+    "graph",
+    "graphs",
+    "picture",
+    "pictures",
+    "file",
+    "files",
+    "map",
+    "maps",
+    "draw",
+    "plot",
+    "go to",
+    "video",
+    "audio",
+    "music",
+    "flowchart",
+    "diagram",
+)
+"""Keywords of tasks that a text model cannot do, from the code of Self-Instruct (arXiv 2212.10560)."""
 
 # {{name}} as templates have it and <noinput> as Alpaca's data does. [Your Name] stays: a letter on request ends so.
 _PLACEHOLDER = re.compile(r"(?<!\$)\{\{\s*[A-Za-z_][\w .-]{0,40}\}\}|<\s*no ?input\s*>", re.IGNORECASE)
@@ -20,7 +36,7 @@ _CODE = re.compile(r"`[^`\n]+`")
 
 
 def find_placeholder(text: str) -> str | None:
-    """The first placeholder outside code, where ``{{name}}`` is a template engine's."""
+    """Return the first placeholder outside code; inside code ``{{name}}`` belongs to a template engine."""
     if "{{" not in text and "<" not in text:
         return None
     match = _PLACEHOLDER.search(_CODE.sub("", without_code(text)))
@@ -28,22 +44,22 @@ def find_placeholder(text: str) -> str | None:
 
 
 class PlaceholderFilter:
-    """Drops rows with a placeholder in any text: rejected replies teach it as well as chosen ones."""
+    """Drops rows with a placeholder in any text: rejected replies teach it just like chosen ones."""
 
     def apply(self, rows: list[Row]) -> Sequence[Row | Dropped]:
-        """One result a row."""
+        """Return each row or ``Dropped``."""
         return [self._judge(row) or row for row in rows]
 
     def _judge(self, row: Row) -> Dropped | None:
         for field, text in (*prompt_texts(row), *reply_texts(row, "both")):
-            found = find_placeholder(text)
-            if found:
-                return Dropped("filter: placeholder", {"in": field, "excerpt": found})
+            placeholder = find_placeholder(text)
+            if placeholder:
+                return Dropped("filter: placeholder", {"in": field, "excerpt": placeholder})
         return None
 
 
 class KeywordFilter:
-    """Drops rows with one of some words in a user's turn; whole words, whatever the case."""
+    """Drops rows with one of some words in a user's turn; full words, in any case."""
 
     def __init__(self, words: Sequence[str]) -> None:
         # The longest first, so that "go to" wins over "go".
@@ -52,7 +68,7 @@ class KeywordFilter:
         self._pattern = re.compile(rf"(?<!\w)(?:{alternatives})(?!\w)", re.IGNORECASE)
 
     def apply(self, rows: list[Row]) -> Sequence[Row | Dropped]:
-        """One result a row."""
+        """Return each row or ``Dropped``."""
         return [self._judge(row) or row for row in rows]
 
     def _judge(self, row: Row) -> Dropped | None:

@@ -6,13 +6,13 @@ from typing import Any, get_args
 
 import pytest
 
-from align.data.formats import CONVERTERS, KINDS, Format, convert, detect
+from align.config.recipe.format_options import KINDS, Format
+from align.data.formats import CONVERTERS, convert, detect
 from align.data.formats.detection import SHAPES
 from align.data.formats.fields import FIELDS
-from align.data.records import BadRecord
-from align.data.rows import assistant
+from align.data.rows import BadRecord, assistant
 from align.errors import UserError
-from tests.support.data.formats.made import chat, sharegpt
+from tests.support.data.formats.conversions import chat, sharegpt
 
 HH = {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}
 
@@ -50,20 +50,20 @@ HH = {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAss
 def test_auto_finds_the_format(record: dict[str, Any], kind: str | None, form: str) -> None:
     found = detect([record] * 3, kind)
     assert found.form == form
-    assert found.why.startswith(f"{form}: 3 of 3 records have ")
+    assert found.reason.startswith(f"{form}: 3 of 3 records have ")
 
 
 def test_auto_says_what_it_chose_and_what_that_covers() -> None:
-    why = detect([{"question": "q", "answer": "1 #### 2"}], "instructions").why
+    why = detect([{"question": "q", "answer": "1 #### 2"}], "instructions").reason
     assert why == "gsm8k: 1 of 1 records have answer, question; that covers prompt_completion"
-    kto = detect([{"messages": chat("q", "a"), "label": True}], "unpaired").why
+    kto = detect([{"messages": chat("q", "a"), "label": True}], "unpaired").reason
     assert kto == "unpaired: 1 of 1 records have label, messages; messages would fit too, but cannot give unpaired"
 
 
 def test_auto_passes_over_a_few_bad_records() -> None:
     good, bad = {"instruction": "i", "output": "o"}, {"instruction": "i"}
-    assert detect([good] * 9 + [bad], "instructions").why.startswith("alpaca: 9 of 10 records")
-    with pytest.raises(UserError, match=r"finds no format for the 9 records .* give instructions.*Alpaca fits 8"):
+    assert detect([good] * 9 + [bad], "instructions").reason.startswith("alpaca: 9 of 10 records")
+    with pytest.raises(UserError, match=r"finds no format for the first 9 records .* give instructions.*Alpaca fits 8"):
         detect([good] * 8 + [bad], "instructions")
 
 

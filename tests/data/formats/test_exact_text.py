@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 
 from align.data.formats import convert, detect
-from align.data.formats.pairs import parse_transcript
-from align.data.records import BadRecord
-from align.data.rows import assistant, user
-from tests.support.data.formats.made import chat, dropped, row, sharegpt
+from align.data.formats.preferences import parse_transcript
+from align.data.rows import BadRecord, assistant, user
+from tests.support.data.formats.conversions import chat, dropped, row, sharegpt
 
 CODE = "    y = x + 0\n    return y\n"
 ASK = "  def f(x):\n"

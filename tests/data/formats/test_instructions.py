@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 
 from align.data.formats import convert
-from align.data.records import BadRecord
-from align.data.rows import assistant
-from tests.support.data.formats.made import chat, dropped, row, rows
+from align.data.rows import BadRecord, assistant
+from tests.support.data.formats.conversions import chat, dropped, row, rows
 
 SYSTEM = {"role": "system", "content": "s"}
 

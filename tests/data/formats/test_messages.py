@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from align.data.formats import convert
-from align.data.records import BadRecord
-from align.data.rows import assistant, user
-from tests.support.data.formats.made import chat, dropped, row, rows, sharegpt
+from align.data.rows import BadRecord, assistant, user
+from tests.support.data.formats.conversions import chat, dropped, row, rows, sharegpt
 
 SYSTEM = {"role": "system", "content": "s"}
 

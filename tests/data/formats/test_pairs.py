@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 
 from align.data.formats import convert
-from align.data.formats.pairs import parse_transcript
-from align.data.records import BadRecord
-from align.data.rows import assistant
-from tests.support.data.formats.made import chat, dropped, row, rows, sharegpt
+from align.data.formats.preferences import parse_transcript
+from align.data.rows import BadRecord, assistant
+from tests.support.data.formats.conversions import chat, dropped, row, rows, sharegpt
 
 
 def hh(*turns: str) -> str:
@@ -125,7 +124,7 @@ def test_unpaired_messages_and_other_kinds() -> None:
     for bad, message in (
         (record | {"label": "maybe"}, "a label is 'maybe', expected true or false"),
         (record | {"label": 0.5}, "a label is 0.5"),
-        ({"prompt": "q", "label": True}, "a label and no answer beside it"),
+        ({"prompt": "q", "label": True}, "a label without an answer"),
     ):
         with pytest.raises(BadRecord, match=message):
             convert(bad, "unpaired", "f:1", "unpaired")

@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 
-from align.data.formats import Dropped, convert
-from align.data.records import BadRecord
-from align.data.rows import assistant
-from tests.support.data.formats.made import chat, dropped, row, rows
+from align.data.formats import convert
+from align.data.rows import BadRecord, Dropped, assistant
+from tests.support.data.formats.conversions import chat, dropped, row, rows
 
 
 def scores(record: dict[str, Any], **options: Any) -> list[float | None]:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from align.data.formats import FormatOptions, convert, detect
-from align.data.records import BadRecord
-from align.data.rows import read_rows, write_rows
+from align.config.recipe.format_options import FormatOptions
+from align.data.formats import convert, detect
+from align.data.rows import BadRecord, read_rows, write_rows
 
 RECORD = {"prompt": "1 + 1 + 1?", "completions": ["1 + 1 is 2.", " ", "2 + 1 is 4."], "labels": [True, True, False]}
 

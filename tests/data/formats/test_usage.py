@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from align.data.formats import FormatOptions, convert
-from align.data.records import BadRecord
-from align.data.rows import assistant, user
-from tests.support.data.formats.made import chat, dropped, row, rows, sharegpt
+from align.config.recipe.format_options import FormatOptions
+from align.data.formats import convert
+from align.data.rows import BadRecord, assistant, user
+from tests.support.data.formats.conversions import chat, dropped, row, rows, sharegpt
 
 
 def unused(record: dict[str, Any], form: Any, kind: str = "instructions", **options: Any) -> dict[str, int]:

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from align.config.recipe.filter_settings import Boilerplate, FilterStep
 from align.data.rows import assistant
-from align.data.steps.boilerplate import Boilerplate, rules
-from align.data.steps.filter import FilterStep
+from align.data.steps.boilerplate import rules
+from align.data.steps.step_kinds import step_identities
 from tests.support.data.steps.rows_for_steps import instruction, pair, reason, run
 
 RULES = {rule.name: rule for rule in rules()}
@@ -37,7 +38,7 @@ def test_no_rule_finds_an_innocent_text(name):
 def test_words_that_rules_need_do_not_hide_anything(name):
     rule = RULES[name]
     assert all(word == word.lower() for word in rule.needs)
-    if rule.at == "start":
+    if rule.position == "start":
         assert not rule.needs
     else:  # a refusal in the middle of a text is found, one at its start by ``match`` is not
         assert rule.search("So it is. " + rule.finds[0], ("So it is. " + rule.finds[0]).lower())
@@ -107,9 +108,9 @@ def test_patterns_of_ones_own():
 
 def test_the_key_holds_the_rules(monkeypatch):
     step = FilterStep(type="filter", boilerplate={})
-    before = step.identities(Path())
+    before = step_identities(step, Path())
     monkeypatch.setattr("align.data.steps.boilerplate._rules_text", lambda: "{}")
-    assert step.identities(Path()) != before
+    assert step_identities(step, Path()) != before
 
 
 def test_hostile_texts_take_no_time():

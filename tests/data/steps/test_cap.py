@@ -3,7 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
-from align.data.steps.cap import OVER, CapConfig
+from align.config.recipe.step_settings import CapStep
+from align.data.steps.cap import OVER
 from align.errors import UserError
 from tests.support.data.steps.tables import decide, kept, row
 
@@ -11,7 +12,7 @@ ROWS = [row(f"a{i}", source=0) for i in range(10)] + [row(f"b{i}", source=1) for
 
 
 def test_each_source_has_its_own_limit():
-    verdict = decide(CapConfig(type="cap", each=5, sources={"b": 2}), ROWS)
+    verdict = decide(CapStep(type="cap", each=5, sources={"b": 2}), ROWS)
     left = kept(verdict)
     assert (sum(at < 10 for at in left), sum(at >= 10 for at in left)) == (5, 2)
     assert verdict.reasons == [OVER]
@@ -19,13 +20,13 @@ def test_each_source_has_its_own_limit():
 
 def test_rows_that_are_dropped_already_do_not_count():
     alive = [at % 2 == 0 for at in range(14)]
-    verdict = decide(CapConfig(type="cap", each=4), ROWS, alive=alive)
+    verdict = decide(CapStep(type="cap", each=4), ROWS, alive=alive)
     assert sum(alive[at] and at < 10 for at in kept(verdict)) == 4
     assert sum(alive[at] and at >= 10 for at in kept(verdict)) == 2
 
 
 def test_the_seed_and_the_row_choose_not_the_order():
-    config = CapConfig(type="cap", each=5)
+    config = CapStep(type="cap", each=5)
     chosen = {ROWS[at]["id"] for at in kept(decide(config, ROWS))}
     assert chosen == {ROWS[::-1][at]["id"] for at in kept(decide(config, ROWS[::-1], cut=3))}
     assert chosen != {ROWS[at]["id"] for at in kept(decide(config, ROWS, seed=1))}
@@ -33,8 +34,8 @@ def test_the_seed_and_the_row_choose_not_the_order():
 
 def test_unknown_source_and_empty_cap():
     with pytest.raises(UserError, match=r"cap.sources: there is no source 'bb'.*Did you mean 'b'"):
-        decide(CapConfig(type="cap", sources={"bb": 2}), ROWS)
+        decide(CapStep(type="cap", sources={"bb": 2}), ROWS)
     with pytest.raises(ValidationError, match="cap needs `each`"):
-        CapConfig(type="cap")
+        CapStep(type="cap")
     with pytest.raises(ValidationError, match="'a' is capped at 0"):
-        CapConfig(type="cap", sources={"a": 0})
+        CapStep(type="cap", sources={"a": 0})

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from align.data.evaluation_sets import EvaluationSet
+from align.config.recipe.evaluation_set import EvaluationSet
+from align.config.recipe.source_settings import FilesSource
+from align.config.recipe.step_settings import DecontaminateStep
 from align.data.rows import Row, assistant, user
-from align.data.source_configs import FilesSource
 from align.data.sources import read
 from align.data.steps import decontaminate
-from align.data.steps.decontaminate import Decontaminate
+from align.data.steps.step_kinds import step_identities
 from tests.support.data.steps.tables import decide, kept, row
 
 WORDS = [f"w{number}" for number in range(20)]
@@ -32,8 +33,8 @@ def write(folder: Path, **sets: list[str]) -> list[EvaluationSet]:
     return [EvaluationSet(name=name, files=[f"{name}.jsonl"]) for name in sets]
 
 
-def step(sets: list[EvaluationSet], **given: Any) -> Decontaminate:
-    return Decontaminate(type="decontaminate", sets=sets, **given)
+def step(sets: list[EvaluationSet], **given: Any) -> DecontaminateStep:
+    return DecontaminateStep(type="decontaminate", sets=sets, **given)
 
 
 def test_more_than_half_of_the_words_in_shared_runs(tmp_path: Path) -> None:
@@ -165,7 +166,7 @@ def test_settings_that_make_no_sense(tmp_path: Path) -> None:
         step(sets * 2)
     with pytest.raises(ValidationError, match="less than 1"):
         step(sets, coverage=50)
-    assert list(step(sets).identities(tmp_path)) == ["mine: mine.jsonl"]
+    assert list(step_identities(step(sets), tmp_path)) == ["mine: mine.jsonl"]
 
 
 REAL = {

@@ -9,14 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from align.config.recipe.step_settings import ExactDuplicatesStep
 from align.data.rows import assistant, user
-from align.data.steps.exact_duplicates import ExactDuplicates
+from align.data.steps.step_kinds import start_step
 from align.errors import UserError
 from tests.support.data.steps.tables import context, decide, kept, row
 
 
-def step(**settings: Any) -> ExactDuplicates:
-    return ExactDuplicates(type="exact_duplicates", **settings)
+def step(**settings: Any) -> ExactDuplicatesStep:
+    return ExactDuplicatesStep(type="exact_duplicates", **settings)
 
 
 def test_the_first_stays_and_stands_for_the_others() -> None:
@@ -67,4 +68,4 @@ def test_settings_that_make_no_sense() -> None:
     with pytest.raises(ValidationError, match="Input should be"):
         step(of="answer")
     with pytest.raises(UserError, match="no reply; write 'of: prompt'"):
-        step(of="reply").start(context(kind="prompts"))
+        start_step(step(of="reply"), context(kind="prompts"))

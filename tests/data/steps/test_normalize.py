@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from align.config.recipe.step_settings import NormalizeStep
 from align.data.rows import Dropped, assistant, user
-from align.data.steps.normalize import NormalizeStep, text_normalizer
+from align.data.steps.normalize import text_normalizer
+from align.data.steps.step_kinds import start_step
 from tests.support.data.steps.rows_for_steps import CONTEXT, instruction, pair
 
 ENGLAND = "🏴\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f"
@@ -24,7 +26,7 @@ def clean(text: str, **settings: Any) -> str:
 
 
 def step(row: dict[str, Any], **settings: Any) -> Any:
-    (result,) = NormalizeStep(type="normalize", **settings).start(CONTEXT).apply([row])
+    (result,) = start_step(NormalizeStep(type="normalize", **settings), CONTEXT).apply([row])
     return result
 
 

@@ -7,15 +7,16 @@ from typing import Any
 
 import pytest
 
+from align.config.recipe.step_settings import PairsStep
 from align.data.rows import Dropped, Row, assistant, user
 from align.data.steps.base import StepContext
-from align.data.steps.pairs import PairsStep
+from align.data.steps.step_kinds import start_step
 from align.errors import UserError
 
 
 def made(row: Row, kind: str = "preferences", seed: int = 0, **settings: Any) -> Row | Dropped | list[Row]:
     context = StepContext(kind, seed, Path(), Path())
-    (found,) = PairsStep(type="pairs", **settings).start(context).apply([row])
+    (found,) = start_step(PairsStep(type="pairs", **settings), context).apply([row])
     return found
 
 

@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from align.config.recipe.filter_settings import FilterStep
 from align.data.rows import Dropped, assistant, user
-from align.data.steps.filter import FilterStep
 from align.data.steps.personal import find_cards, find_emails, find_ibans, find_ips, phone_finder
+from align.data.steps.step_kinds import step_identities
 from tests.support.data.steps.rows_for_steps import instruction, pair, reason, run
 
 FINDERS = {
@@ -106,7 +107,7 @@ def test_a_mask_covers_everything(pieces):
 def test_settings():
     with pytest.raises(ValidationError, match="'Germany' is no country code"):
         FilterStep(type="filter", personal_data={"regions": ["Germany"]})
-    found = FilterStep(type="filter", personal_data={}).identities(None)
+    found = step_identities(FilterStep(type="filter", personal_data={}), None)
     assert set(found) == {"phonenumbers", "python-stdnum"}
 
 

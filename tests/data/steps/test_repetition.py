@@ -5,7 +5,8 @@ import time
 
 import pytest
 
-from align.data.steps.repetition import Repetition, find_repetition, prose
+from align.config.recipe.filter_settings import Repetition
+from align.data.steps.repetition import find_repetition, prose
 from tests.support.data.steps.rows_for_steps import instruction, pair, reason, run
 
 WORDS = [

@@ -7,7 +7,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from align.data.steps.score import ABOVE, BELOW, NO_SCORE, ScoreConfig
+from align.config.recipe.step_settings import ScoreStep
+from align.data.steps.score import ABOVE, BELOW, NO_SCORE
 from align.errors import UserError
 from align.models.loading import load_policy, load_tokenizer
 from align.models.render import render_conversation, render_prompt
@@ -28,7 +29,7 @@ def few(rows):
 
 
 def by_length(**keep):
-    return ScoreConfig(type="score", by="function", function=f"{__name__}:lengths", keep=keep)
+    return ScoreStep(type="score", by="function", function=f"{__name__}:lengths", keep=keep)
 
 
 def test_bounds_and_rows_without_a_score():
@@ -63,7 +64,7 @@ def test_shards_change_nothing():
 
 def test_a_function_must_score_every_row():
     with pytest.raises(UserError, match="few returned 1 scores for 10 rows"):
-        decide(ScoreConfig(type="score", by="function", function=f"{__name__}:few"), ROWS)
+        decide(ScoreStep(type="score", by="function", function=f"{__name__}:few"), ROWS)
 
 
 @pytest.mark.parametrize(
@@ -77,19 +78,19 @@ def test_a_function_must_score_every_row():
 )
 def test_contradictions_are_refused(settings, message):
     with pytest.raises(ValidationError, match=message):
-        ScoreConfig(type="score", **settings)
+        ScoreStep(type="score", **settings)
 
 
 def test_a_missing_model_is_named(tmp_path):
-    config = ScoreConfig(type="score", by="perplexity", model="nowhere")
+    config = ScoreStep(type="score", by="perplexity", model="nowhere")
     with pytest.raises(UserError, match=r"nowhere has no config.json; name the folder"):
         decide(config, ROWS, base=tmp_path)
     with pytest.raises(UserError, match="the data stage has 0 inputs"):
-        decide(ScoreConfig(type="score", by="perplexity", model="input 0"), ROWS)
+        decide(ScoreStep(type="score", by="perplexity", model="input 0"), ROWS)
 
 
 def test_reward_is_the_models(tiny_reward):
-    config = ScoreConfig(type="score", by="reward", model="input 0", precision="float32", batch_size=3)
+    config = ScoreStep(type="score", by="reward", model="input 0", precision="float32", batch_size=3)
     scores = decide(config, ROWS[:4], inputs=(tiny_reward,)).columns["score"]
     model = RewardModel(tiny_reward, precision="float32")
     expected = model.score(
@@ -108,8 +109,8 @@ def likelihood(model, ids, skip):
 def test_perplexity_and_difficulty_are_those_of_the_plain_model(tiny_model):
     model, tokenizer = load_policy(tiny_model), load_tokenizer(tiny_model)
     settings = {"type": "score", "model": str(tiny_model), "precision": "float32", "batch_size": 2}
-    perplexity = decide(ScoreConfig(by="perplexity", **settings), ROWS[:3]).columns["score"]
-    difficulty = decide(ScoreConfig(by="ifd", **settings), ROWS[:3]).columns["score"]
+    perplexity = decide(ScoreStep(by="perplexity", **settings), ROWS[:3]).columns["score"]
+    difficulty = decide(ScoreStep(by="ifd", **settings), ROWS[:3]).columns["score"]
     for at, made in enumerate(ROWS[:3]):
         prompt = render_prompt(tokenizer, made["prompt"])
         whole = render_conversation(tokenizer, [*made["prompt"], *made["completion"]])
@@ -121,6 +122,6 @@ def test_perplexity_and_difficulty_are_those_of_the_plain_model(tiny_model):
 
 
 def test_a_prompt_that_fills_the_context_has_no_score(tiny_model):
-    config = ScoreConfig(type="score", by="perplexity", model=str(tiny_model), precision="float32", max_length=8)
+    config = ScoreStep(type="score", by="perplexity", model=str(tiny_model), precision="float32", max_length=8)
     verdict = decide(config, [row("a long question " * 20)])
     assert verdict.reasons[verdict.code[0]] == NO_SCORE

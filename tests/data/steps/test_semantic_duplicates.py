@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from align.data.steps.semantic_duplicates import SemanticDuplicates
+from align.config.recipe.step_settings import SemanticDuplicatesStep
+from align.data.steps.semantic_duplicates import fetch_model
+from align.data.steps.step_kinds import start_step, step_identities
 from align.errors import UserError
 from tests.support.data.steps.tables import context, decide, kept, row
 
@@ -31,8 +33,8 @@ def static(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def step(model: Path | str, **given: Any) -> SemanticDuplicates:
-    return SemanticDuplicates(type="semantic_duplicates", model=str(model), **given)
+def step(model: Path | str, **given: Any) -> SemanticDuplicatesStep:
+    return SemanticDuplicatesStep(type="semantic_duplicates", model=str(model), **given)
 
 
 def test_the_first_of_those_that_mean_the_same_stays(static: Path) -> None:
@@ -61,23 +63,23 @@ def test_a_transformers_model(tiny_model: Path) -> None:
 
 
 def test_what_identifies_a_model(static: Path, tmp_path: Path) -> None:
-    found = step(static).identities(tmp_path)
+    found = step_identities(step(static), tmp_path)
     assert "model model.safetensors" in found and all(value.startswith("sha256:") for value in found.values())
-    assert step("o/n", revision="0" * 40).identities(tmp_path) == {"model": "o/n@" + "0" * 40}
+    assert step_identities(step("o/n", revision="0" * 40), tmp_path) == {"model": "o/n@" + "0" * 40}
     with pytest.raises(UserError, match="has no config.json.* Of a Hub model, give `revision` too"):
-        step("o/n").identities(tmp_path)
+        step_identities(step("o/n"), tmp_path)
 
 
 def test_settings_that_make_no_sense(static: Path) -> None:
     with pytest.raises(ValidationError, match="is a folder, pinned by its contents"):
         step(static, revision="0" * 40)
     with pytest.raises(UserError, match="no reply; write 'of: prompt'"):
-        step(static, of="reply").start(context(kind="prompts"))
+        start_step(step(static, of="reply"), context(kind="prompts"))
 
 
 def test_a_hub_model_that_cannot_be_fetched(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="o/n at 000000000000 could not be fetched"):
-        step("o/n", revision="0" * 40).fetch(tmp_path)
+        fetch_model(step("o/n", revision="0" * 40), tmp_path)
 
 
 @pytest.mark.slow

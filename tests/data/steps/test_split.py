@@ -8,14 +8,15 @@ from hypothesis import strategies as st
 
 from align.data.rows import assistant, user
 from align.data.splits import group
-from align.data.steps.split import ID_TAKEN, LEAKED, Identical, MaxRows, Split, Usable
+from align.data.steps.split import ID_TAKEN, LEAKED, IdenticalStep, MaxRowsStep, SplitStep, UsableStep
+from align.data.steps.step_kinds import start_step
 from tests.support.data.steps.tables import context, decide, kept, row
 
 QUESTIONS = st.lists(st.text("ab .!", min_size=1, max_size=4).filter(str.strip), min_size=1, max_size=40)
 
 
 def split(rows, test_size=0.1, near=None, parts=("split", "split"), **more):
-    return decide(Split(test_size=test_size, near_duplicates=near, parts=parts), rows, **more)
+    return decide(SplitStep(test_size=test_size, near_duplicates=near, parts=parts), rows, **more)
 
 
 def side(verdict, name):
@@ -24,11 +25,11 @@ def side(verdict, name):
 
 def test_equal_rows_stay_once():
     rows = [row("a"), row("b"), row("A!"), row("a", "other"), row("b")]
-    verdict = decide(Identical(), rows, cut=2)
+    verdict = decide(IdenticalStep(), rows, cut=2)
     assert kept(verdict) == [0, 1, 3]
     assert verdict.instead.tolist() == [-1, -1, 0, -1, 1]
     # where the first is gone already, the next one stands for the others
-    assert decide(Identical(), rows, alive=[False, True, True, True, True]).code[2] == -1
+    assert decide(IdenticalStep(), rows, alive=[False, True, True, True, True]).code[2] == -1
 
 
 def pair(prompt: str, chosen: str, rejected: str, **fields):
@@ -38,27 +39,27 @@ def pair(prompt: str, chosen: str, rejected: str, **fields):
 def test_rows_of_one_id_that_say_something_else_stay():
     """Two rounds of sampling name their pairs alike; ids longer than any limit may begin alike."""
     rounds = [pair("a", "yes", "no") | {"id": "a-0-1"}, pair("a", "yes!", "no") | {"id": "a-0-1"}]
-    verdict = decide(Identical(), rounds)
+    verdict = decide(IdenticalStep(), rounds)
     assert kept(verdict) == [0, 1]
     assert verdict.columns[ID_TAKEN].tolist() == [False, True]
     long = [row("a") | {"id": "x" * 60 + "1"}, row("b") | {"id": "x" * 60 + "2"}]
-    assert kept(decide(Identical(), long)) == [0, 1]
-    assert not decide(Identical(), long).columns
+    assert kept(decide(IdenticalStep(), long)) == [0, 1]
+    assert not decide(IdenticalStep(), long).columns
 
 
 def test_equal_rows_under_different_ids_stay_once():
     rows = [pair("a", "yes", "no") | {"id": "first"}, pair("a", "yes", "no") | {"id": "second"}]
     rows += [pair("a", "no", "yes"), pair("a", "yes", "no", chosen_finished=False), pair("a", "yes", "no", checks="[]")]
-    assert kept(decide(Identical(), rows)) == [0, 2, 3]
+    assert kept(decide(IdenticalStep(), rows)) == [0, 2, 3]
 
 
 def test_at_most_so_many_rows_chosen_by_their_content():
     rows = [row(f"q{at}") for at in range(50)]
-    some = {rows[at]["id"] for at in kept(decide(MaxRows(rows=10), rows))}
+    some = {rows[at]["id"] for at in kept(decide(MaxRowsStep(rows=10), rows))}
     assert len(some) == 10
-    assert some == {rows[::-1][at]["id"] for at in kept(decide(MaxRows(rows=10), rows[::-1], cut=7))}
-    assert {rows[at]["id"] for at in kept(decide(MaxRows(rows=5), rows))} <= some
-    assert some != {rows[at]["id"] for at in kept(decide(MaxRows(rows=10), rows, seed=1))}
+    assert some == {rows[::-1][at]["id"] for at in kept(decide(MaxRowsStep(rows=10), rows[::-1], cut=7))}
+    assert {rows[at]["id"] for at in kept(decide(MaxRowsStep(rows=5), rows))} <= some
+    assert some != {rows[at]["id"] for at in kept(decide(MaxRowsStep(rows=10), rows, seed=1))}
 
 
 @given(QUESTIONS, st.floats(0.01, 0.99), st.integers(1, 9))
@@ -123,7 +124,7 @@ def test_a_near_duplicate_of_a_test_prompt_leaves_training():
 
 
 def test_rows_that_no_trainer_could_use_are_dropped():
-    step = Usable().start(context())
+    step = start_step(UsableStep(), context())
     good, bad = row("a"), {**row("a"), "prompt": [user("a"), assistant("b")]}
     found = step.apply([good, bad])
     assert found[0] is good and found[1].reason

@@ -3,8 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
+from align.config.recipe.filter_settings import FilterStep
 from align.data.rows import Dropped, assistant, user
-from align.data.steps.filter import FilterStep
 from tests.support.data.steps.rows_for_steps import instruction, pair, reason, run
 
 

@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+from align.config.recipe.filter_settings import FilterStep
 from align.data.rows import Dropped, Row, assistant, user
 from align.data.steps.base import StepContext
-from align.data.steps.filter import FilterStep
+from align.data.steps.step_kinds import start_step
+from align.models.step_models import StepModels
 
-CONTEXT = StepContext("instructions", 0, Path(), Path())
+CONTEXT = StepContext("instructions", 0, Path(), Path(), models=StepModels())
 
 
 def instruction(question: str = "What is rain?", answer: str = "Water that falls from clouds.", **more: Any) -> Row:
@@ -24,12 +26,12 @@ def pair(chosen: str, rejected: str, question: str = "What is rain?") -> Row:
 
 
 def run(rows: list[Row], **settings: Any) -> list[Any]:
-    """What a filter step with these settings makes of rows."""
-    return list(FilterStep(type="filter", **settings).start(CONTEXT).apply(rows))
+    """Return the results of a filter step with these settings."""
+    return list(start_step(FilterStep(type="filter", **settings), CONTEXT).apply(rows))
 
 
 def reason(row: Row, **settings: Any) -> str | None:
-    """Why the row is dropped, or None where it passes as the very same object."""
+    """Return the reason why the row is dropped, or None where it passes as the same object."""
     (result,) = run([row], **settings)
     if isinstance(result, Dropped):
         return result.reason

@@ -7,17 +7,21 @@ import numpy as np
 
 from align.data.rows import Row, assistant, row_id, user
 from align.data.steps.base import StepContext, Table, Verdict
+from align.data.steps.step_kinds import start_step
+from align.models.step_models import StepModels
 
 
-def row(prompt: str, completion: str | None = "yes", source: int = 0, **fields: Any) -> Row:
-    made: Row = {"source": "s", "prompt": [user(prompt)], "checks": "", "_where": prompt, "_source": source, **fields}
+def row(prompt: str, completion: str | None = "yes", source: int = 0, **more: Any) -> Row:
+    fields: Row = {"source": "s", "prompt": [user(prompt)], "checks": "", "_where": prompt, "_source": source, **more}
     if completion is not None:
-        made["completion"] = [assistant(completion)]
-    return {**made, "id": row_id(made)}
+        fields["completion"] = [assistant(completion)]
+    return {**fields, "id": row_id(fields)}
 
 
 def context(work: Path = Path(), **changes: Any) -> StepContext:
-    return StepContext(**{"kind": "instructions", "seed": 0, "base": Path(), "work": work, **changes})
+    return StepContext(
+        **{"kind": "instructions", "seed": 0, "base": Path(), "work": work, "models": StepModels(), **changes}
+    )
 
 
 def decide(
@@ -26,19 +30,19 @@ def decide(
     sources: tuple[str, ...] = ("a", "b"),
     cut: int | None = None,
     alive: list[bool] | None = None,
-    given: dict[str, np.ndarray] | None = None,
+    columns: dict[str, np.ndarray] | None = None,
     **changes: Any,
 ) -> Verdict:
     """The verdict of a table step on rows that are sketched in shards of ``cut`` rows."""
-    step = config.start(context(**changes))
+    step = start_step(config, context(**changes))
     size = cut or max(len(rows), 1)
-    parts = [step.sketch(rows[at : at + size]) for at in range(0, max(len(rows), 1), size)]
-    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    parts = [step.sketch(rows[start : start + size]) for start in range(0, max(len(rows), 1), size)]
+    sketches = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     living = np.array(alive if alive is not None else [True] * len(rows), dtype=bool)
-    source = np.array([made["_source"] for made in rows], dtype=np.int32)
-    # a step decides in a process of its own: it must not lean on what it saw while it sketched
-    return config.start(context(**changes)).decide(
-        Table(columns | (given or {}), living, source, list(sources), rows.__getitem__)
+    source = np.array([row["_source"] for row in rows], dtype=np.int32)
+    # Another instance decides, since in a build the sketches come from other processes.
+    return start_step(config, context(**changes)).decide(
+        Table(sketches | (columns or {}), living, source, list(sources), rows.__getitem__)
     )
 
 

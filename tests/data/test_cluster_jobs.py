@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from align.config.recipe.recipe import Recipe
 from align.config.runtime import ExecutorConfig, Runtime
 from align.data import build as building
-from align.data import cluster
+from align.data import cluster_jobs
 from align.data.build import build
-from align.data.recipe import Recipe
-from align.data.records import BadRecord
+from align.data.rows import BadRecord
 from align.data.shards import Task
-from align.data.workers import Machine
+from align.data.workers import BuildResources
 from align.errors import UserError
 
 SBATCH = """#!{python}
@@ -52,8 +52,8 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ExecutorConfig:
         (folder / name).chmod(stat.S_IRWXU)
     monkeypatch.setenv("PATH", f"{folder}:{Path(sys.executable).parent}")
     monkeypatch.setattr(building, "SHARD_ROWS", 12)
-    monkeypatch.setattr(cluster, "POLL_SECONDS", 0.05)
-    monkeypatch.setattr(cluster, "GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(cluster_jobs, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(cluster_jobs, "GRACE_SECONDS", 0.2)
     return ExecutorConfig(name="slurm", partition="cpu", tasks=2)
 
 
@@ -69,8 +69,8 @@ def lines(count: int) -> list[str]:
 
 def run(folder: Path, content: Recipe, name: str, executor: ExecutorConfig | None = None) -> dict:
     (folder / name).mkdir(exist_ok=True)
-    machine = Machine(executor=executor or ExecutorConfig())
-    return build(content, folder, folder / f"{name}-work", folder / name, machine=machine)
+    resources = BuildResources(executor=executor or ExecutorConfig())
+    return build(content, folder, folder / f"{name}-work", folder / name, resources=resources)
 
 
 def test_jobs_build_what_this_process_does(slurm: ExecutorConfig, tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_an_executor_by_name_and_one_without_a_partition() -> None:
 
 def test_a_task_survives_its_file() -> None:
     task = Task(3, 30, 1, "alpaca", (("a:1", {"instruction": "é", "n": [1, None]}), BadRecord("a:2", "no good")))
-    again = cluster._from_json(cluster._to_json(task))
+    again = cluster_jobs._from_json(cluster_jobs._to_json(task))
     assert (again.shard, again.start, again.source, again.form, again.records[0]) == (
         3,
         30,

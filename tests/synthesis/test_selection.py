@@ -11,9 +11,9 @@ import pytest
 from align.config.stages.synthesis_tasks import BestOfTask, PairsTask, ResponsesTask
 from align.data.rows import Message, Row, user
 from align.inference.requests import Answer
-from align.synthesis.choosing import Answered, best_of, responses, score_all
-from align.synthesis.counts import Book, split_by_prompt
-from align.synthesis.pairing import pair_by_judge, pair_by_score
+from align.synthesis.counts import Ledger, split_by_prompt
+from align.synthesis.pairing import Judge, pair_by_judge, pair_by_score
+from align.synthesis.selection import PromptResponses, score_all, select_all, select_best
 
 CUT = Answer("cut", finished=False)
 EMPTY, REFUSED, FAILED = Answer(" "), Answer("no", refused=True), Answer("", error="status 400")
@@ -23,11 +23,11 @@ def _row(name: str = "r") -> Row:
     return {"id": name, "source": "s", "prompt": [user(f"Q {name}")], "checks": "", "completion": None, "score": 3.0}
 
 
-def _one(*answers: Answer | str, name: str = "r") -> Answered:
-    return Answered(_row(name), [Answer(one) if isinstance(one, str) else one for one in answers])
+def _one(*answers: Answer | str, name: str = "r") -> PromptResponses:
+    return PromptResponses(_row(name), [Answer(one) if isinstance(one, str) else one for one in answers])
 
 
-def _scored(*scored: tuple[Answer | str, float], name: str = "r") -> Answered:
+def _scored(*scored: tuple[Answer | str, float], name: str = "r") -> PromptResponses:
     one = _one(*(answer for answer, _ in scored), name=name)
     values = iter([score for _, score in scored])
     score_all([one], lambda rows, texts, cut: [next(values) for _ in texts])
@@ -39,15 +39,15 @@ def _texts(rows: list[Row]) -> list[str]:
 
 
 def test_every_different_answer_becomes_a_row() -> None:
-    book = Book()
+    ledger = Ledger()
     answered = [_one("a", "b", "a ", CUT, EMPTY, REFUSED, FAILED), _one(EMPTY, name="q")]
-    rows = responses(ResponsesTask(type="responses", n=7), answered, book)
+    rows = select_all(ResponsesTask(type="responses", n=7), answered, ledger)
     assert rows == [
         {"id": f"r-{at}", "source": "s", "prompt": [user("Q r")], "checks": "",
          "completion": [{"role": "assistant", "content": text}], "completion_finished": True}
         for at, text in ((0, "a"), (1, "b"))
     ]  # fmt: skip
-    found = book.to_json()
+    found = ledger.to_json()
     assert found["answers"]["dropped"] == {
         "cut off at max_tokens": 1, "empty answer": 2, "refused by the endpoint": 1, "request failed": 1,
         "same as another answer": 1,
@@ -57,10 +57,10 @@ def test_every_different_answer_becomes_a_row() -> None:
 
 
 def test_one_answer_keeps_the_rows_name_and_a_cut_off_one_stays_where_asked() -> None:
-    rows = responses(ResponsesTask(type="responses", cut_off="keep"), [_one(CUT)], Book())
+    rows = select_all(ResponsesTask(type="responses", cut_off="keep"), [_one(CUT)], Ledger())
     assert [(row["id"], row["completion"][0]["content"]) for row in rows] == [("r", "cut")]
     assert rows[0]["completion_finished"] is False
-    (best,) = best_of(BestOfTask(type="best_of", n=2, cut_off="keep"), [_scored((CUT, 9), ("b", 3))], Book())
+    (best,) = select_best(BestOfTask(type="best_of", n=2, cut_off="keep"), [_scored((CUT, 9), ("b", 3))], Ledger())
     assert (best["completion"][0]["content"], best["completion_finished"]) == ("cut", False)
 
 
@@ -81,10 +81,10 @@ def test_one_answer_keeps_the_rows_name_and_a_cut_off_one_stays_where_asked() ->
     ],
 )
 def test_the_best_answers(scored: Any, settings: dict[str, Any], kept: list[str], dropped: dict[str, int]) -> None:
-    book = Book()
-    rows = best_of(BestOfTask(**{"type": "best_of", "n": 3} | settings), [_scored(*scored)], book)
+    ledger = Ledger()
+    rows = select_best(BestOfTask(**{"type": "best_of", "n": 3} | settings), [_scored(*scored)], ledger)
     assert _texts(rows) == kept
-    found = book.to_json()
+    found = ledger.to_json()
     assert found["answers"]["dropped"] == dropped
     assert found["prompts"]["out"] == bool(kept)
     for row in rows:
@@ -93,14 +93,14 @@ def test_the_best_answers(scored: Any, settings: dict[str, Any], kept: list[str]
 
 
 def test_why_a_prompt_gave_no_best_answer() -> None:
-    book = Book()
+    ledger = Ledger()
     answered = [
         _scored(("a", 1), ("b", 0), name="low"),
         _scored(("a", 1), ("a", 1), name="same"),
         _scored((EMPTY, 0), name="none"),
     ]
-    assert best_of(BestOfTask(type="best_of", min_score=2), answered, book) == []
-    found = book.to_json()["prompts"]
+    assert select_best(BestOfTask(type="best_of", min_score=2), answered, ledger) == []
+    found = ledger.to_json()["prompts"]
     assert found["dropped"] == {"all answers the same": 1, "no answer of use": 1, "no score reaches min_score": 1}
     assert found["examples"]["no score reaches min_score"] == [{"where": "low", "text": "a", "detail": {"best": 1.0}}]
 
@@ -123,7 +123,7 @@ def _pairs(**settings: Any) -> PairsTask:
 
 
 def test_pairs_by_score_and_their_ties() -> None:
-    book = Book()
+    ledger = Ledger()
     answered = [
         _scored(("a", 1), ("b", 3), (CUT, 2), name="x"),
         _scored(("a", 1), ("b", 1), name="tied"),
@@ -131,7 +131,7 @@ def test_pairs_by_score_and_their_ties() -> None:
         _scored(("a", 1), ("a", 1), name="same"),
         _scored(("a", 1), (EMPTY, 0), name="few"),
     ]
-    found = pair_by_score(_pairs(min_margin=0.5), answered, 1, book)
+    found = pair_by_score(_pairs(min_margin=0.5), answered, 1, ledger)
     assert [
         (pair["id"], pair["chosen"][0]["content"], pair["rejected"][0]["content"], pair["chosen_score"])
         for pair in found.pairs
@@ -139,7 +139,7 @@ def test_pairs_by_score_and_their_ties() -> None:
     assert [(tie["id"], tie["why"], [one["score"] for one in tie["responses"]]) for tie in found.ties] == [
         ("tied-0-1", "equal scores", [1.0, 1.0]), ("close-1-0", "margin below min_margin", [1.4, 1.0]),
     ]  # fmt: skip
-    counts = book.to_json()
+    counts = ledger.to_json()
     assert counts["comparisons"]["dropped"] == {"both answers the same": 1, "margin below min_margin": 1, "tie": 1}
     assert (counts["comparisons"]["in"], counts["comparisons"]["out"]) == (4, 1)
     assert counts["prompts"]["dropped"] == {"fewer than two answers of use": 1, "no answer better than another": 3}
@@ -147,7 +147,7 @@ def test_pairs_by_score_and_their_ties() -> None:
 
 
 def test_all_pairs_by_score_keep_the_mark_of_a_cut_answer() -> None:
-    found = pair_by_score(_pairs(pairs="all"), [_scored(("a", 1), ("b", 3), (CUT, 2))], 1, Book())
+    found = pair_by_score(_pairs(pairs="all"), [_scored(("a", 1), ("b", 3), (CUT, 2))], 1, Ledger())
     assert sorted(pair["id"] for pair in found.pairs) == ["r-1-0", "r-1-2", "r-2-0"]
     assert {pair["id"]: (pair["chosen_finished"], pair["rejected_finished"]) for pair in found.pairs} == {
         "r-1-0": (True, True), "r-1-2": (True, False), "r-2-0": (False, True),
@@ -168,13 +168,13 @@ def _judge(prefers: Callable[[str, str], str]) -> Callable[[list[list[Message]]]
 
 
 def _by_judge(
-    answered: list[Answered], prefers: Callable[[str, str], str], **settings: Any
-) -> tuple[list[str], list[tuple[str, str]], Book]:
-    book = Book()
-    found = pair_by_judge(_pairs(**settings), answered, "rubric", _judge(prefers), 1, book)
+    answered: list[PromptResponses], prefers: Callable[[str, str], str], **settings: Any
+) -> tuple[list[str], list[tuple[str, str]], Ledger]:
+    ledger = Ledger()
+    found = pair_by_judge(_pairs(**settings), answered, Judge("rubric", _judge(prefers)), 1, ledger)
     assert all(pair["chosen_score"] == 1.0 and pair["rejected_score"] == 0.0 for pair in found.pairs)
     pairs = [f"{pair['chosen'][0]['content']}>{pair['rejected'][0]['content']}" for pair in found.pairs]
-    return pairs, [(tie["id"], tie["why"]) for tie in found.ties], book
+    return pairs, [(tie["id"], tie["why"]) for tie in found.ties], ledger
 
 
 def _longer(first: str, second: str) -> str:
@@ -187,13 +187,13 @@ VERDICTS = ("A", "B", "C", "?")
 @pytest.mark.parametrize(("straight", "swapped"), list(itertools.product(VERDICTS, VERDICTS)))
 def test_two_answers_in_both_orders(straight: str, swapped: str) -> None:
     one = _one("left", "right")
-    pairs, ties, book = _by_judge([one], lambda first, _: straight if first == "left" else swapped)
+    pairs, ties, ledger = _by_judge([one], lambda first, _: straight if first == "left" else swapped)
     wins = {("A", "B"): "left>right", ("B", "A"): "right>left"}
     if (straight, swapped) in wins:
         assert (pairs, ties) == ([wins[straight, swapped]], [])
     elif "?" in (straight, swapped):
         assert (pairs, ties) == ([], [])
-        assert book.to_json()["comparisons"]["dropped"] == {"verdict not readable": 1}
+        assert ledger.to_json()["comparisons"]["dropped"] == {"verdict not readable": 1}
     else:
         why = "tie" if straight == swapped == "C" else "orders disagree"
         assert (pairs, ties) == ([], [("r-0-1", why)])
@@ -201,17 +201,17 @@ def test_two_answers_in_both_orders(straight: str, swapped: str) -> None:
 
 
 def test_best_and_worst_by_a_judge() -> None:
-    pairs, ties, book = _by_judge([_one("aa", "a", "aaa", "aa")], _longer, n=4)
+    pairs, ties, ledger = _by_judge([_one("aa", "a", "aaa", "aa")], _longer, n=4)
     assert (pairs, ties) == (["aaa>a"], [])
     # four answers, of which two are the same text: five comparisons in both orders
-    assert sum(book.notes.values()) == 10
-    assert book.notes == {"judge said first": 5, "judge said second": 5}
+    assert sum(ledger.notes.values()) == 10
+    assert ledger.notes == {"judge said first": 5, "judge said second": 5}
 
 
 def test_every_pair_by_a_judge() -> None:
-    pairs, ties, book = _by_judge([_one("aa", "a", "bb")], _longer, pairs="all")
+    pairs, ties, ledger = _by_judge([_one("aa", "a", "bb")], _longer, pairs="all")
     assert sorted(pairs) == ["aa>a", "bb>a"] and ties == [("r-0-2", "tie")]
-    counts = book.to_json()["comparisons"]
+    counts = ledger.to_json()["comparisons"]
     assert (counts["in"], counts["out"], counts["dropped"]) == (3, 2, {"tie": 1})
 
 
@@ -222,17 +222,17 @@ def test_a_judge_who_goes_round_in_circles_prefers_nothing() -> None:
 
 
 def test_a_judge_who_always_takes_the_first_makes_no_pair() -> None:
-    pairs, ties, book = _by_judge([_one("x", "y"), _one("x", "y", name="q")], lambda *_: "A", n=2)
+    pairs, ties, ledger = _by_judge([_one("x", "y"), _one("x", "y", name="q")], lambda *_: "A", n=2)
     assert pairs == [] and [why for _, why in ties] == ["orders disagree"] * 2
-    assert book.notes == {"judge said first": 4}
+    assert ledger.notes == {"judge said first": 4}
 
 
 def test_answers_that_are_all_the_same_are_not_judged() -> None:
     asked: list[Any] = []
-    book = Book()
-    found = pair_by_judge(_pairs(), [_one("x", "x", EMPTY)], "r", lambda q: asked.extend(q) or [], 1, book)  # type: ignore[func-returns-value]
+    ledger = Ledger()
+    found = pair_by_judge(_pairs(), [_one("x", "x", EMPTY)], Judge("r", lambda q: asked.extend(q) or []), 1, ledger)  # type: ignore[func-returns-value]
     assert (found.pairs, found.ties, asked) == ([], [], [])
-    assert book.to_json()["prompts"]["dropped"] == {"no answer better than another": 1}
+    assert ledger.to_json()["prompts"]["dropped"] == {"no answer better than another": 1}
 
 
 def test_splits_are_by_prompt_and_neither_is_empty() -> None:
@@ -248,8 +248,8 @@ def test_splits_are_by_prompt_and_neither_is_empty() -> None:
 
 
 def test_a_book_that_does_not_add_up_is_a_bug() -> None:
-    book = Book()
-    book.take("prompts", 2)
-    book.keep("prompts")
+    ledger = Ledger()
+    ledger.add("prompts", 2)
+    ledger.keep("prompts")
     with pytest.raises(AssertionError, match="does not add up"):
-        book.to_json()
+        ledger.to_json()

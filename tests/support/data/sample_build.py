@@ -1,4 +1,4 @@
-"""A small build laid out by hand, as the builder leaves one, some of it hostile."""
+"""A small build written by hand, in the form that the builder writes, with some hostile texts."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ HOSTILE = (
 
 
 def row(prompt: str, answer: str, source: str = "first", **more: Any) -> Row:
-    """One instruction."""
-    made: Row = {"source": source, "prompt": [user(prompt)], "checks": "", "completion": [assistant(answer)], **more}
-    return {"id": row_id(made), **made}
+    """Return an instruction."""
+    fields: Row = {"source": source, "prompt": [user(prompt)], "checks": "", "completion": [assistant(answer)], **more}
+    return {"id": row_id(fields), **fields}
 
 
 def pair(prompt: str, chosen: str, rejected: str, source: str = "first") -> Row:
-    """One preference."""
-    made: Row = {"source": source, "prompt": [user(prompt)], "checks": "", "chosen": [assistant(chosen)]}
-    made["rejected"] = [assistant(rejected)]
-    return {"id": row_id(made), **made}
+    """Return a preference."""
+    fields: Row = {"source": source, "prompt": [user(prompt)], "checks": "", "chosen": [assistant(chosen)]}
+    fields["rejected"] = [assistant(rejected)]
+    return {"id": row_id(fields), **fields}
 
 
 def write_split(folder: Path, split: str, rows: list[Row], files: int = 1) -> None:
-    """A split in so many shards."""
+    """Write a split in ``files`` shards."""
     size = -(-len(rows) // files)
     for number in range(files):
         name = f"{split}-{number:05d}-of-{files:05d}.parquet"
@@ -48,20 +48,20 @@ def write_build(
     licenses: dict[str, str | None] | None = None,
     files: int = 1,
 ) -> Path:
-    """Rows, dropped rows (row, reason, detail) of one step called dedup, and a ledger that adds up."""
+    """Write rows, dropped rows (row, reason, detail) of a step called dedup, and a ledger that adds up."""
     folder.mkdir(parents=True, exist_ok=True)
     write_split(folder, "train", train, files)
     write_split(folder, "test", test)
     lines = [
         {
             "where": f"rows.jsonl:{number}",
-            "source": gone["source"],
+            "source": row["source"],
             "step": "1 dedup",
             "reason": reason,
             "detail": json.dumps(detail),
-            "row": json.dumps(gone, ensure_ascii=False),
+            "row": json.dumps(row, ensure_ascii=False),
         }
-        for number, (gone, reason, detail) in enumerate(dropped, start=1)
+        for number, (row, reason, detail) in enumerate(dropped, start=1)
     ]
     pq.write_table(pa.Table.from_pylist(lines, DROPPED), folder / "dropped-00000-of-00001.parquet")
     write_ledger(folder, train, test, dropped, licenses or {})
@@ -69,37 +69,38 @@ def write_build(
 
 
 def write_ledger(folder: Path, train: list[Row], test: list[Row], dropped: Any, licenses: dict[str, Any]) -> None:
-    """The ledger of :func:`write_build`."""
-    kept = Counter(one["source"] for one in (*train, *test))
-    gone = Counter(one["source"] for one, _, _ in dropped)
-    names = sorted(set(kept) | set(gone))
-    reasons = {name: Counter(reason for one, reason, _ in dropped if one["source"] == name) for name in names}
+    """Write the ledger of :func:`write_build`."""
+    rows_out = Counter(row["source"] for row in (*train, *test))
+    rows_dropped = Counter(row["source"] for row, _, _ in dropped)
+    names = sorted(set(rows_out) | set(rows_dropped))
+    reasons = {name: Counter(reason for row, reason, _ in dropped if row["source"] == name) for name in names}
     by_source = {
         name: {
-            "rows_in": kept[name] + gone[name],
-            "rows_out": kept[name],
+            "rows_in": rows_out[name] + rows_dropped[name],
+            "rows_out": rows_out[name],
             "added": 0,
             "changed": 0,
             "dropped": dict(sorted(reasons[name].items())),
         }
         for name in names
     }
-    total, out = sum(kept.values()) + sum(gone.values()), sum(kept.values())
-    why = dict(sorted(sum(reasons.values(), Counter()).items()))
+    out = rows_out.total()
+    total = out + rows_dropped.total()
+    all_reasons = dict(sorted(sum(reasons.values(), Counter()).items()))
     examples = {
         reason: [
-            {"where": f"rows.jsonl:{n}", "id": one["id"], "text": json.dumps(one)[:200], "detail": detail}
-            for n, (one, given, detail) in enumerate(dropped, start=1)
-            if given == reason
+            {"where": f"rows.jsonl:{number}", "id": row["id"], "text": json.dumps(row)[:200], "detail": detail}
+            for number, (row, row_reason, detail) in enumerate(dropped, start=1)
+            if row_reason == reason
         ][:3]
-        for reason in why
+        for reason in all_reasons
     }
     empty = {"rows_in": total, "rows_out": total, "added": 0, "changed": 0, "dropped": {}}
     steps = [
         {"step": "0 read", **empty, "by_source": {}, "examples": {}, "notes": {}},
         {
             "step": "1 dedup",
-            **(empty | {"rows_out": out, "dropped": why}),
+            **(empty | {"rows_out": out, "dropped": all_reasons}),
             "by_source": by_source,
             "examples": examples,
             "notes": {"clusters": 1},
@@ -109,7 +110,7 @@ def write_ledger(folder: Path, train: list[Row], test: list[Row], dropped: Any, 
         "rows_in": total,
         "rows_out": out,
         "added": 0,
-        "dropped": why,
+        "dropped": all_reasons,
         "splits": {"train": len(train), "test": len(test)},
         "format_choices": {},
         "sources": [

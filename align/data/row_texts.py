@@ -1,33 +1,32 @@
-"""The texts of a row: which ones a step looks at, how it changes them all, and how it quotes one.
+"""The texts of a row: those that a step looks at, a change to all of them, and excerpts for the ledger.
 
-Torch-free. Leaves out what is looked for: that stands with each filter.
+Torch-free.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any
 
+from align.config.recipe.filter_settings import Sides
 from align.data.rows import Message, Row, is_text
-
-Sides = Literal["chosen", "both"]
 
 _REPLIES = ("completion", "chosen", "rejected")
 
 
 def reply_texts(row: Row, sides: Sides) -> Iterator[tuple[str, str]]:
-    """Field and text of the replies that ``sides`` means.
+    """Yield field and text of the replies that ``sides`` selects.
 
-    ``chosen``: the completion, unless it is an unpaired row's whose label is False; the chosen reply; the best of
-    several responses (lowest rank, else highest score; none where nothing ranks them). ``both``: every reply. A plain
-    text is one either way.
+    ``chosen``: the completion, unless an unpaired row labels it False; the chosen reply; the best of several responses
+    (lowest rank, else highest score; none without ranks and scores). ``both``: every reply. A plain text counts as a
+    reply in either case.
     """
     if is_text(row):
         yield "text", row["text"]
         return
     for name in _REPLIES:
-        if row.get(name) and (sides == "both" or not _is_bad(row, name)):
+        if row.get(name) and (sides == "both" or not is_bad_reply(row, name)):
             for message in row[name]:
                 yield name, message.get("content") or ""
     responses = row.get("responses") or []
@@ -35,7 +34,8 @@ def reply_texts(row: Row, sides: Sides) -> Iterator[tuple[str, str]]:
         yield "responses", response["content"]
 
 
-def _is_bad(row: Row, name: str) -> bool:
+def is_bad_reply(row: Row, name: str) -> bool:
+    """Return True for a field with a reply that is not to be imitated: a rejected one, or one labeled False."""
     return name == "rejected" or (name == "completion" and row.get("label") is False)
 
 
@@ -48,14 +48,14 @@ def _best(responses: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def prompt_texts(row: Row, *roles: str) -> Iterator[tuple[str, str]]:
-    """``prompt`` and the text of each of its turns; those of ``roles`` only, where some are named."""
+    """Yield ``prompt`` and the text of each of its turns; only turns of ``roles``, where some are given."""
     for message in row.get("prompt") or ():
         if not roles or message["role"] in roles:
             yield "prompt", message.get("content") or ""
 
 
 def change_texts(row: Row, change: Callable[[str], str]) -> Row:
-    """The row with ``change`` made to every text of it: a new row, or the very same one where nothing changed."""
+    """Return the row with every text changed: a new row, or the same object where nothing changed."""
     new: Row = {}
     if is_text(row):
         text = change(row["text"])
@@ -69,30 +69,35 @@ def change_texts(row: Row, change: Callable[[str], str]) -> Row:
     if responses:
         texts = [change(response["content"]) for response in responses]
         if any(text != response["content"] for text, response in zip(texts, responses, strict=True)):
-            new["responses"] = [r | {"content": text} for r, text in zip(responses, texts, strict=True)]
+            new["responses"] = [response | {"content": text} for response, text in zip(responses, texts, strict=True)]
     return row | new if new else row
 
 
 def change_messages(messages: list[Message], change: Callable[[str], str]) -> list[Message]:
-    """Messages with changed contents; the very same list where nothing changed."""
-    new = [
-        message if not old or (text := change(old)) == old else message | {"content": text}
-        for message in messages
-        for old in (message.get("content"),)
-    ]
-    return new if any(one is not other for one, other in zip(new, messages, strict=True)) else messages
+    """Return messages with changed contents; the same list object where nothing changed."""
+    changed: list[Message] = []
+    has_changes = False
+    for message in messages:
+        # Messages with tool calls alone have no content.
+        content = message.get("content")
+        new_content = change(content) if content else content
+        if new_content != content:
+            message = message | {"content": new_content}
+            has_changes = True
+        changed.append(message)
+    return changed if has_changes else messages
 
 
 _FENCED = re.compile(r"^ {0,3}(```|~~~).*?(?:^ {0,3}\1[`~]*[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
 
 
 def without_code(text: str) -> str:
-    """Text without fenced code; an open fence reaches to the end."""
+    """Return a text without fenced code; an open fence reaches to the end."""
     return _FENCED.sub("", text) if "```" in text or "~~~" in text else text
 
 
 def excerpt(text: str, start: int, end: int, around: int = 40) -> str:
-    """What stands at ``start`` to ``end`` with a little of what is around it, on one line of at most 200 characters."""
+    """Return the text from ``start`` to ``end`` with a little context, on one line of at most 200 characters."""
     end = min(end, start + 120)
     before, after = max(0, start - around), min(len(text), end + around)
     quoted = " ".join(text[before:after].split())

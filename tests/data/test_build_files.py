@@ -2,21 +2,21 @@ from pathlib import Path
 
 import pytest
 
-from align.data import built
-from align.data.built import count_rows, is_build, message_text, read_ledger, rows, rows_at, shards
+from align.data import build_files
+from align.data.build_files import count_rows, is_build, message_text, read_ledger, rows, rows_by_number, shards
 from align.errors import UserError
-from tests.support.data.by_hand import row, write_build, write_split
+from tests.support.data.sample_build import row, write_build, write_split
 
 
 def test_rows_come_in_order_from_all_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(built, "BATCH", 2)
+    monkeypatch.setattr(build_files, "BATCH", 2)
     given = [row(f"q{n}", f"a{n}", score=None if n % 2 else n / 2) for n in range(7)]
     folder = write_build(tmp_path / "build", given, [row("t", "u")], files=3)
     found = list(rows(folder, "train"))
     assert [one["id"] for one in found] == [one["id"] for one in given]
     assert "score" in found[0] and "score" not in found[1]
     assert count_rows(folder, "train") == 7 and len(shards(folder, "train")) == 3
-    at = rows_at(folder, "train", [6, 0, 3])
+    at = rows_by_number(folder, "train", [6, 0, 3])
     assert {place: one["id"] for place, one in at.items()} == {n: given[n]["id"] for n in (0, 3, 6)}
 
 
@@ -40,7 +40,7 @@ def test_one_file_is_a_split_too_and_an_empty_folder_no_build(tmp_path: Path) ->
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"splits": {}}'])
 def test_a_damaged_ledger_is_said(tmp_path: Path, text: str) -> None:
-    with pytest.raises(UserError, match="not what a recipe built"):
+    with pytest.raises(UserError, match="not the build of a recipe"):
         read_ledger(tmp_path)
     (tmp_path / "ledger.json").write_text(text)
     with pytest.raises(UserError, match="build the recipe again"):

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from align.data.novelty import Nearest, Pool, rouge_words
+from align.synthesis.novelty import Nearest, Pool, rouge_words
 
 
 def _pool(*texts: str) -> Pool:

@@ -1,4 +1,4 @@
-"""Recipes: which sources make a dataset, what is left out, and how it is split. Torch-free.
+"""Settings of a recipe: the sources of a dataset, the steps that its rows pass, and how it is split.
 
 A recipe is identified by its content, the digests of the files it reads and the commits of its Hub sources.
 """
@@ -11,11 +11,11 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from align.config.base import Config
+from align.config.recipe.format_options import KINDS, SEVERAL
+from align.config.recipe.source_settings import FilesSource, RecordSource, Source, labels
+from align.config.recipe.step_settings import CapStep, MixStep, Step
 from align.config.validation import suggest, validate
 from align.config.yaml import load_yaml
-from align.data.formats import KINDS, SEVERAL
-from align.data.source_configs import FilesSource, RecordSource, Source, labels
-from align.data.steps import Step
 from align.store.artifacts import Kind
 
 
@@ -23,29 +23,29 @@ class Recipe(Config):
     """One dataset."""
 
     description: str = ""
-    """What the dataset is; changes nothing."""
+    """A description of the dataset, for the card; changes no row."""
     language: list[str] = Field([])
-    """Languages of its texts as codes (en, de), for the card; changes nothing."""
+    """Languages of its texts as codes (en, de), for the card; changes no row."""
     kind: Literal["instructions", "preferences", "prompts", "unpaired", "texts"]
-    """What a row has beside its prompt: one reply, a better and a worse one, nothing, or a good or bad reply; or, for
-    ``texts``, a plain text and no prompt (stage ``pretrain``)."""
+    """Contents of a row: a prompt with one reply, with a better and a worse reply, with none, or with a good or bad
+    reply; for ``texts``, a plain text without a prompt (stage ``pretrain``)."""
     sources: list[Source] = Field(min_length=1)
-    """Where the rows come from, in order."""
+    """Sources of the rows, in order."""
     steps: list[Step] = Field([])
-    """What is done to the rows, in order. Equal rows, and prompts that are in both splits, are dropped in any case."""
+    """Steps that the rows pass, in order. Equal rows, and prompts that are in both splits, are dropped in any case."""
     on_error: Literal["stop", "drop"] = "stop"
-    """A record that cannot be read or converted ends the build, or is left out and counted, with file and line."""
+    """A record that cannot be read or converted ends the build, or is dropped and counted, with file and line."""
     near_duplicate_prompts: float | None = Field(0.8, gt=0, le=1)
-    """Prompts whose words overlap this much (Jaccard of their shingles, estimated) are on one side of the split; null
-    keeps only equal ones together, as recipes need whose prompts follow templates."""
+    """Prompts whose words overlap this much (estimated Jaccard similarity of their shingles) go to the same split; null
+    keeps only equal prompts together, which recipes with templated prompts need."""
     test_size: float = Field(0.1, gt=0, lt=1)
-    """Share of the prompts held out for testing; a prompt's side depends on it and ``seed`` alone."""
+    """Share of the prompts held out for testing; a prompt's split depends on it and ``seed`` alone."""
     seed: int = Field(0, ge=0, lt=2**32)
-    """Seed of the generator, the split and the choice under ``max_rows``; the pipeline's seed plays no part."""
+    """Seed of the generator, the split and the selection under ``max_rows``; independent of the pipeline's seed."""
     max_rows: int | None = Field(None, ge=2)
-    """Keep this many rows at most, chosen by ``seed``."""
+    """Keep at most this many rows, selected by ``seed``."""
     files_variable: str | None = Field(None, pattern=r"^[A-Z][A-Z0-9_]*$")
-    """Environment variable that, where set, names local files to read instead of the sources."""
+    """Environment variable with paths of local files to read instead of the sources, where it is set."""
 
     @model_validator(mode="after")
     def _mix_is_last(self) -> Self:
@@ -64,14 +64,15 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _sources_are_named(self) -> Self:
+        # Steps name sources by the labels that the ledger shows.
         known = labels(self.sources)
         for index, step in enumerate(self.steps):
-            given: dict[str, float] = {}
-            if step.type == "mix":
-                given = (step.weights or {}) | (step.epochs or {})
-            if step.type == "cap":
-                given = dict(step.sources)
-            for name in given:
+            names: list[str] = []
+            if isinstance(step, MixStep):
+                names = [*(step.weights or {}), *(step.epochs or {})]
+            if isinstance(step, CapStep):
+                names = list(step.sources)
+            for name in names:
                 if name not in known:
                     raise ValueError(
                         f"steps[{index}] ({step.type}): there is no source '{name}'; there are "
@@ -82,9 +83,10 @@ class Recipe(Config):
     @model_validator(mode="after")
     def _sources_fit(self) -> Self:
         labels(self.sources)
-        paired = any(step.type == "pairs" for step in self.steps)
+        makes_pairs = any(step.type == "pairs" for step in self.steps)
         for index, source in enumerate(self.sources):
             form = source.format
+            # Known only when the records are read; the build checks it then.
             if form == "auto":
                 continue
             if source.type == "embedded" and self.kind not in ("instructions", "prompts", "texts"):
@@ -97,7 +99,7 @@ class Recipe(Config):
                 raise ValueError(
                     f"kind is {self.kind}, which sources[{index}] (format {form}) cannot give; formats that can: {able}"
                 )
-            if self.kind in ("preferences", "unpaired") and form in SEVERAL and not paired:
+            if self.kind in ("preferences", "unpaired") and form in SEVERAL and not makes_pairs:
                 raise ValueError(
                     f"sources[{index}] (format {form}) has several answers to a prompt; add the step `type: pairs`, "
                     "which makes pairs of them"
@@ -108,17 +110,15 @@ class Recipe(Config):
         return self
 
     def makes(self) -> Kind:
-        """The artifact kind that a stage with this recipe makes."""
-        return {
-            "instructions": Kind.INSTRUCTIONS, "preferences": Kind.PREFERENCES, "prompts": Kind.PROMPTS,
-            "unpaired": Kind.UNPAIRED, "texts": Kind.TEXTS,
-        }[self.kind]  # fmt: skip
+        """Return the artifact kind that a stage with this recipe makes."""
+        return Kind[self.kind.upper()]
 
     def with_files(self, paths: list[str]) -> Recipe:
-        """The recipe with local files, in the format of its first readable source, instead of its sources.
+        """Return the recipe with local files in place of its sources, in the format of its first readable source.
 
         Raises ``ValueError`` where no source has a format.
         """
+        # Local files usually are copies of the recipe's own source, so they have its format.
         first = next((source for source in self.sources if isinstance(source, RecordSource)), None)
         if first is None:
             raise ValueError("its sources are generated, so there is no format to read files in")

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from align.data.components import first_equal, first_stays, join
+from align.data.duplicates import first_equal, first_stays, join
 
 
 @settings(deadline=None)

@@ -1,7 +1,7 @@
-"""Which fields of a record a conversion reads. The others are named in the ledger, or refused if they mean something.
+"""A record that tracks which fields a conversion reads. The ledger lists the others; meaningful ones are refused.
 
-A path names a field: ``images``, or ``messages.weight`` for a field of the objects in a list. A field that repeats in
-itself, as Open Assistant's replies to replies, is named once. Left out: what a field that is read means.
+A path names a field: ``images``, or ``messages.weight`` for a field of the objects in a list. A field nested in itself,
+like Open Assistant's replies to replies, is named once.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 
 from align.data.formats.fields import Malformed
 
-READ_WHOLE = frozenset({"tools", "functions", "tool_calls", "function_call"})
-"""Fields that are taken with all that is in them."""
+OPAQUE = frozenset({"tools", "functions", "tool_calls", "function_call"})
+"""Fields that are read with all their contents."""
 
 _MEDIA = "align trains on text alone. Leave these records out before the build (a source of type python can)"
-_THOUGHTS = "align does not train on thoughts in a field of their own. Write them into the answer's text"
+_THOUGHTS = "align does not train on thoughts in a separate field. Write them into the answer's text"
 _CHOICES = "the prompt would lack its choices. Write them into the prompt's text (a source of type python can)"
 _PROMPT_PART = "it is part of the prompt, which would lack it. Rename it with options.columns, or choose another format"
 REFUSED: dict[str, str] = {
@@ -28,29 +28,30 @@ REFUSED: dict[str, str] = {
     "chat_template_kwargs": "align renders every row with the template's defaults",
     "train_detail": "align trains on a message as a whole or not at all",
 }
-"""Fields, by path or by name, that would change what is trained on, each with the reason why it must be read."""
+"""Fields, by path or by name, that would change the training data, each with the reason why it must not be ignored."""
 _LETTERS = ("A", "B", "C", "D")
-"""Columns in which a multiple-choice table has the choices."""
+"""Columns of a multiple-choice table that hold the choices."""
 
 
-class Watched(dict[str, Any]):
-    """A record that notes the paths of the fields that are read, also in objects and lists of objects inside it."""
+class TrackedRecord(dict[str, Any]):
+    """A record that collects the paths of the fields that are read, also in nested objects and lists of objects."""
 
     def __init__(self, record: Mapping[str, Any], path: str = "", read: set[str] | None = None) -> None:
         super().__init__(record)
         self.path = path
         self.read: set[str] = set() if read is None else read
         self._inside: dict[str, Any] = {}
-        """Objects and lists that were read, as watched ones."""
+        """Objects and lists that were read, as tracked ones."""
 
     def __getitem__(self, name: str) -> Any:
         value = super().__getitem__(name)
-        path = joined(self.path, name)
+        path = join_path(self.path, name)
         self.read.add(path)
-        if not isinstance(value, (dict, list)) or name in READ_WHOLE:
+        if not isinstance(value, (dict, list)) or name in OPAQUE:
             return value
+        # Wrapped once, so that all reads of a nested object are tracked in the same place.
         if name not in self._inside:
-            self._inside[name] = self._watched(value, path)
+            self._inside[name] = self._track(value, path)
         return self._inside[name]
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -62,58 +63,59 @@ class Watched(dict[str, Any]):
     def items(self) -> Any:
         return [(name, self[name]) for name in self]
 
-    def with_fields(self, fields: Mapping[str, Any]) -> Watched:
-        """A copy with other values for some fields; reading it is noted in the same place."""
-        return Watched({**dict(self), **fields}, self.path, self.read)
+    def with_fields(self, fields: Mapping[str, Any]) -> TrackedRecord:
+        """Return a copy with other values for some fields; both collect their paths in the same set."""
+        return TrackedRecord({**dict(self), **fields}, self.path, self.read)
 
-    def _watched(self, value: dict[str, Any] | list[Any], path: str) -> Any:
+    def _track(self, value: dict[str, Any] | list[Any], path: str) -> Any:
         if isinstance(value, dict):
-            return Watched(value, path, self.read)
-        return [Watched(item, path, self.read) if isinstance(item, dict) else item for item in value]
+            return TrackedRecord(value, path, self.read)
+        return [TrackedRecord(item, path, self.read) if isinstance(item, dict) else item for item in value]
 
 
 @lru_cache(maxsize=4096)
-def joined(path: str, name: str) -> str:
-    """The path of a field inside another."""
+def join_path(path: str, name: str) -> str:
+    """Return the path of a field inside another."""
     if not path:
         return name
     return path if path.rsplit(".", 1)[-1] == name else f"{path}.{name}"
 
 
-def unread(record: dict[str, Any], read: set[str], path: str = "") -> Iterator[str]:
-    """Paths of fields that hold something and were not read. A path may come several times."""
-    for name, value in dict.items(record):  # of a watched record too, without noting it
+def unread_paths(record: dict[str, Any], read: set[str], path: str = "") -> Iterator[str]:
+    """Yield paths of fields that hold a value and were not read. A path may come several times."""
+    for name, value in dict.items(record):  # not record.items(), which would count as reading
         if value is None or value in ("", [], {}):
             continue
-        field = joined(path, name)
+        field = join_path(path, name)
         if field not in read:
             yield field
-        elif name not in READ_WHOLE:
+        # The field was read; look for unread fields inside it.
+        elif name not in OPAQUE:
             for item in value if isinstance(value, list) else [value]:
                 if isinstance(item, dict):
-                    yield from unread(item, read, field)
+                    yield from unread_paths(item, read, field)
 
 
-def left_aside(record: Watched, ignored: Iterable[str]) -> list[str]:
-    """Paths of the fields that no conversion read, each once.
+def unused_fields(record: TrackedRecord, ignored: Iterable[str]) -> list[str]:
+    """Return the paths of the fields that the conversion did not read, each once.
 
-    Raises ``Malformed`` for one that means something, unless it is among ``ignored``.
+    Raises ``Malformed`` for a meaningful one, unless it is among ``ignored``.
     """
-    paths = list(dict.fromkeys(unread(record, record.read)))
+    paths = list(dict.fromkeys(unread_paths(record, record.read)))
     if not paths:
         return paths
-    wanted = [path for path in paths if not _is_among(path, ignored)]
-    for path in wanted:
+    unexpected = [path for path in paths if not _is_named(path, ignored)]
+    for path in unexpected:
         reason = REFUSED.get(path) or REFUSED.get(path.rsplit(".", 1)[-1])
         if reason:
             raise Malformed(_refusal(f"'{path}'", "it", reason, path))
-    if "question" in record.read and all(letter in wanted for letter in _LETTERS):
+    if "question" in record.read and all(letter in unexpected for letter in _LETTERS):
         names = ", ".join(_LETTERS)
         raise Malformed(_refusal("'A' to 'D'", "them", _CHOICES, names))
     return paths
 
 
-def _is_among(path: str, names: Iterable[str]) -> bool:
+def _is_named(path: str, names: Iterable[str]) -> bool:
     return any(name in (path, path.rsplit(".", 1)[-1]) for name in names)
 
 

@@ -1,9 +1,9 @@
 """A build's shards as jobs of a cluster: Slurm or Ray, through datatrove's executors.
 
-A pass is one array of jobs. This process reads the sources and lays the records of each shard into a folder that all
-nodes see (the store must be on a shared file system); jobs do the shards, each with a file that says it is done; this
-process then decides, as it does without a cluster. Results are the same. datatrove is an extra, and hands its own
-jobs on as a dill file in that folder. Left out: anything about nodes, which is Slurm's or Ray's.
+A pass is one array of jobs. This process reads the sources and writes the records of each shard into a folder that all
+nodes see (the store must be on a shared file system). The jobs do the shards and complete each with a file. This
+process then takes the decisions, as it does without a cluster. Results are the same. datatrove is an extra; it stores
+its jobs as a dill file in that folder.
 """
 
 from __future__ import annotations
@@ -23,82 +23,88 @@ from pathlib import Path
 from typing import Any
 
 from align.config.runtime import ExecutorConfig
-from align.data.records import BadRecord
-from align.data.shards import Pass, Task, Worker, finished, is_whole
+from align.data.rows import BadRecord
+from align.data.shards import Pass, Task, Worker, is_complete, read_summary
 from align.errors import UserError
-from align.store.atomic_write import write_atomically
+from align.store.atomic_write import write_atomically, write_text_atomically
 
 POLL_SECONDS = 5.0
 GRACE_SECONDS = 60.0
-"""How long after its jobs are gone a shared file system may take to show what they wrote."""
+"""Time that a shared file system may take to show the files of jobs that have ended."""
 
 
 @dataclass(frozen=True)
-class Cluster:
+class ClusterWorkers:
     """Does tasks, a pass at a time, like ``workers.Workers``."""
 
     config: ExecutorConfig
 
     def run(self, spec: Pass, tasks: Iterator[Task]) -> Iterator[None]:
-        """Yields once for each shard, in order, when it is done; finished ones are not done again.
+        """Yield once for each shard, in order, when it is done; complete shards are not done again.
 
-        Raises ``UserError`` for what is wrong with the data, with a recipe's function or with the cluster's settings,
+        Raises ``UserError`` for errors in the data, in a recipe's function or in the cluster's settings, and
         ``RuntimeError`` for jobs that ended without their shards.
         """
         folder = spec.folder / "jobs"
+        # Leftovers of an earlier attempt would be read as tasks or errors of this one.
         shutil.rmtree(folder, ignore_errors=True)
         (folder / "tasks").mkdir(parents=True)
         shards = 0
         waiting: list[int] = []
         for task in tasks:
             shards += 1
-            if not is_whole(spec.folder, task.shard):
-                (folder / "tasks" / f"{len(waiting):05d}.json").write_text(_to_json(task), encoding="utf-8")
+            if not is_complete(spec.folder, task.shard):
+                write_text_atomically(folder / "tasks" / f"{len(waiting):05d}.json", _to_json(task))
                 waiting.append(task.shard)
+        # Ranks take every n-th task, so that large neighboring shards are spread over the jobs.
         if waiting:
             ranks = min(self.config.tasks, len(waiting))
             work = functools.partial(run_rank, spec=spec, folder=folder)
             _launch(self.config, work, ranks, folder)
             self._wait(spec, folder, waiting)
+        # All jobs run at once, so every shard is reported at the end.
         yield from itertools.repeat(None, shards)
 
     def _wait(self, spec: Pass, folder: Path, shards: list[int]) -> None:
-        gone: float | None = None
-        while left := [shard for shard in shards if finished(spec.folder, shard) is None]:
+        grace = GRACE_SECONDS if self.config.name == "slurm" else 0
+        gone_since: float | None = None
+        while left := [shard for shard in shards if read_summary(spec.folder, shard) is None]:
             _raise_error(folder)
             if not _is_queued(self.config, folder):
-                gone = gone or time.monotonic()
-                if time.monotonic() - gone > (GRACE_SECONDS if self.config.name == "slurm" else 0):
+                # Files of a finished job may reach this node late (NFS), so wait before the jobs count as failed.
+                gone_since = gone_since or time.monotonic()
+                if time.monotonic() - gone_since > grace:
                     raise RuntimeError(
                         f"{self.config.name}: the jobs are gone, and {len(left)} of {len(shards)} shards are not "
                         f"done (time limit, memory, a node that died). Their logs are in {folder / 'logs'}. The same "
                         "command goes on with the shards that are left."
                     )
             time.sleep(min(POLL_SECONDS, 0.2 if self.config.name == "ray" else POLL_SECONDS))
+        # An error may have been written after the last shard was finished by another rank.
         _raise_error(folder)
 
 
 def run_rank(data: Any, rank: int, world_size: int, spec: Pass, folder: Path) -> None:
-    """In a job: the shards of one rank. An error is written down for the build, and raised for the job's own log."""
+    """Do the shards of one rank in a job. An error is written for the build, and raised for the job's own log."""
     worker: Worker | None = None
     try:
         for path in sorted((folder / "tasks").glob("*.json"))[rank::world_size]:
             task = _from_json(path.read_text(encoding="utf-8"))
-            if not is_whole(spec.folder, task.shard):
+            if not is_complete(spec.folder, task.shard):
                 worker = worker or Worker(spec)
                 worker.run(task)
     except Exception as error:
-        said = {"user": isinstance(error, UserError), "message": str(error), "trace": traceback.format_exc()}
-        write_atomically(folder / f"error-{rank:05d}.json", said)
+        report = {"user": isinstance(error, UserError), "message": str(error), "trace": traceback.format_exc()}
+        write_atomically(folder / f"error-{rank:05d}.json", report)
         raise
 
 
 def _raise_error(folder: Path) -> None:
     for path in sorted(folder.glob("error-*.json")):
-        said = json.loads(path.read_text(encoding="utf-8"))
-        if said["user"]:
-            raise UserError(said["message"])
-        raise RuntimeError(f"a job failed: {said['message']}\n{said['trace']}")
+        report = json.loads(path.read_text(encoding="utf-8"))
+        if report["user"]:
+            raise UserError(report["message"])
+        raise RuntimeError(f"a job failed: {report['message']}\n{report['trace']}")
 
 
 def _to_json(task: Task) -> str:
@@ -111,16 +117,16 @@ def _to_json(task: Task) -> str:
 
 
 def _from_json(text: str) -> Task:
-    found = json.loads(text)
+    fields = json.loads(text)
     records = tuple(
         BadRecord(item["where"], item["problem"]) if isinstance(item, dict) else (item[0], item[1])
-        for item in found.pop("records")
+        for item in fields.pop("records")
     )
-    return Task(**found, records=records)
+    return Task(**fields, records=records)
 
 
 def _launch(config: ExecutorConfig, work: Callable[..., None], ranks: int, folder: Path) -> None:
-    """Start the jobs: Slurm's run on by themselves, Ray's are over when this returns."""
+    """Start the jobs: those of Slurm run on, those of Ray have ended when this returns."""
     try:
         from datatrove.executor import RayPipelineExecutor, SlurmPipelineExecutor
     except ImportError:
@@ -152,21 +158,21 @@ def _launch(config: ExecutorConfig, work: Callable[..., None], ranks: int, folde
         job_name="align-data",
         env_command=config.setup or f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH",
         sbatch_args=dict(config.sbatch),
-        requeue=False,  # a shard that failed would fail again, and one that was cut off goes on with the next run
+        requeue=False,  # a shard that failed would fail again; the next run does one that was cut off
     )
     try:
         executor.run()
     except FileNotFoundError:
         raise UserError("runtime.executor is slurm, and there is no sbatch here; run this on a login node.") from None
     except subprocess.CalledProcessError as error:
-        raise UserError(f"sbatch refused the jobs (exit code {error.returncode}); its message stands above.") from None
-    (folder / "job").write_text(str(executor.job_id), encoding="utf-8")
+        raise UserError(f"sbatch refused the jobs (exit code {error.returncode}); its message is above.") from None
+    write_text_atomically(folder / "job", str(executor.job_id))
 
 
 def _is_queued(config: ExecutorConfig, folder: Path) -> bool:
-    """Whether any job still waits or runs."""
+    """Return True while a job waits or runs."""
     if config.name == "ray":
         return False
     job = (folder / "job").read_text(encoding="utf-8")
-    asked = subprocess.run(["squeue", "--noheader", "--jobs", job], capture_output=True, text=True)
-    return asked.returncode == 0 and bool(asked.stdout.strip())
+    queue = subprocess.run(["squeue", "--noheader", "--jobs", job], capture_output=True, text=True)
+    return queue.returncode == 0 and bool(queue.stdout.strip())

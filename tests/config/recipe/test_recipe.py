@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from align.data.recipe import load_recipe
+from align.config.recipe.recipe import load_recipe
 from align.errors import UserError
 from align.store.artifacts import Kind
 

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from align.data import similar
-from align.data.similar import SCALE, find_similar, store
+from align.data import embedding_search
+from align.data.embedding_search import SCALE, find_similar, quantize
 
 
 def plain(vectors: np.ndarray, threshold: float) -> list[int]:
@@ -29,28 +29,28 @@ def test_as_in_a_plain_double_loop(seed: int, block: int, chunk: int, threshold:
     rng = np.random.default_rng(seed)
     vectors = rng.normal(size=(40, 3))
     vectors[rng.integers(40, size=10)] = vectors[rng.integers(40, size=10)]
-    stored = store(vectors)
+    stored = quantize(vectors)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(similar, "BLOCK", block)
-        patch.setattr(similar, "CHUNK", chunk)
+        patch.setattr(embedding_search, "BLOCK", block)
+        patch.setattr(embedding_search, "CHUNK", chunk)
         assert find_similar(stored, threshold).label.tolist() == plain(stored, threshold)
 
 
 def test_a_dropped_row_is_like_the_row_that_stands_for_it_though_a_chain_leads_farther() -> None:
     angles = np.radians([0, 20, 40, 60])
-    stored = store(np.stack([np.cos(angles), np.sin(angles)], axis=1))
+    stored = quantize(np.stack([np.cos(angles), np.sin(angles)], axis=1))
     # 20 degrees are like (0.94), 40 are not (0.77): the third is like the second alone, which does not stay
     assert find_similar(stored, 0.9).label.tolist() == [0, 0, 2, 2]
 
 
 def test_embeddings_are_stored_at_length_one_and_nothing_is_like_nothing() -> None:
-    stored = store(np.array([[3.0, 4.0], [0.0, 0.0], [0.6, 0.8], [0.0, 0.0]], dtype=np.float32))
+    stored = quantize(np.array([[3.0, 4.0], [0.0, 0.0], [0.6, 0.8], [0.0, 0.0]], dtype=np.float32))
     assert stored.tolist() == [[19660, 26214], [0, 0], [19660, 26214], [0, 0]]
     assert find_similar(stored, 0.01).label.tolist() == [0, 1, 0, 3]
 
 
 def test_the_threshold_is_decided_in_whole_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    stored = store(np.random.default_rng(0).normal(size=(2, 64)))
+    stored = quantize(np.random.default_rng(0).normal(size=(2, 64)))
     product = int(stored[0].astype(np.int64) @ stored[1].astype(np.int64))
     at = product / SCALE / SCALE
     stored[1] *= 1 if at > 0 else -1
@@ -63,7 +63,7 @@ def test_the_threshold_is_decided_in_whole_numbers(monkeypatch: pytest.MonkeyPat
 
 
 def test_rows_that_went_are_compared_with_no_more() -> None:
-    stored = store(np.ones((3000, 4)))
+    stored = quantize(np.ones((3000, 4)))
     found = find_similar(stored, 0.9)
     assert (found.label == 0).all()
     assert found.compared == 2048 * 2047 // 2 + (3000 - 2048)

@@ -1,0 +1,222 @@
+"""Settings of a recipe's sources: where the records are, their format and their license.
+
+``align.data.sources`` reads the records, ``align.data.formats`` converts them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from align.config.base import Config
+from align.config.recipe.format_options import Format, FormatOptions
+from align.config.validation import suggest
+
+Part = Literal["split", "train", "test"]
+
+EMBEDDED_MAX_ROWS = 8_000
+"""Largest size of the embedded dataset: beyond it the smaller families run out of different prompts."""
+EMBEDDED_FAMILIES = (
+    "lowercase",
+    "uppercase",
+    "starts",
+    "ends",
+    "keyword",
+    "forbidden",
+    "quotes",
+    "postscript",
+    "highlight",
+    "combined",
+    "sentence_count",
+    "exact_words",
+    "few_words",
+    "question",
+    "title",
+    "keyword_twice",
+    "bullets",
+    "numbered",
+    "separated",
+    "no_comma",
+    "json",
+    "choose",
+    "sort",
+    "arithmetic",
+    "letter_count",
+    "repeat",
+    "copy",
+)
+"""Families of the embedded dataset, in the order in which they take turns; ``align.data.embedded`` writes them."""
+
+
+class SourceConfig(Config):
+    """Fields that every source has."""
+
+    name: str | None = Field(None, min_length=1, max_length=200)
+    """Name in the ledger, on the card and in each row's ``source``; by default the place it comes from."""
+    license: str | None = Field(None, min_length=1)
+    """SPDX identifier (Apache-2.0) or free text. The card states it, since a mixture inherits the strictest."""
+    part: Part = "split"
+    """Split that the rows go to: divided by ``test_size``, or all to one of the two."""
+
+    @property
+    def label(self) -> str:
+        """``name``, or where the records come from."""
+        return self.name or self._origin()
+
+    def _origin(self) -> str:
+        raise NotImplementedError
+
+
+class RecordSource(SourceConfig):
+    """A source whose records are in one of the known formats."""
+
+    format: Format = "auto"
+    """Format of the records; ``auto`` detects it from the first hundred records and reports its choice with the
+    reason."""
+    options: FormatOptions = FormatOptions()
+    """Choices that the format leaves open."""
+
+
+class EmbeddedSource(SourceConfig):
+    """The project's own generator of checkable instructions."""
+
+    type: Literal["embedded"]
+    size: int = Field(4000, ge=1, le=EMBEDDED_MAX_ROWS)
+    """Rows to generate, before the split."""
+    families: list[str] | None = Field(None, min_length=1)
+    """Families of instructions, by name; all of them by default."""
+    format: ClassVar[Literal["rows"]] = "rows"
+    options: ClassVar[FormatOptions] = FormatOptions()
+
+    def _origin(self) -> str:
+        return "embedded"
+
+    @model_validator(mode="after")
+    def _known_families(self) -> Self:
+        for name in self.families or []:
+            if name not in EMBEDDED_FAMILIES:
+                raise ValueError(f"there is no family '{name}'.{suggest(name, EMBEDDED_FAMILIES)}")
+        return self
+
+
+class FilesSource(RecordSource):
+    """Local files."""
+
+    type: Literal["files"]
+    paths: list[str] = Field(min_length=1)
+    """Paths or globs of .json, .jsonl, .csv, .tsv or .parquet files (all but Parquet may be compressed: .gz, .bz2, .xz,
+    .zst), and for kind ``texts`` of .txt and .md files, one document each; relative to the current directory."""
+
+    identified: ClassVar[frozenset[str]] = frozenset({"paths"})
+
+    def _origin(self) -> str:
+        return ", ".join(self.paths)
+
+
+class HubSource(RecordSource):
+    """A dataset of the Hugging Face Hub at one commit."""
+
+    type: Literal["hub"]
+    dataset: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
+    """Owner and name, like openai/gsm8k."""
+    revision: str = Field(pattern=r"^[0-9a-f]{40}$")
+    """Commit of the dataset, 40 hexadecimal digits, so that the recipe always reads the same rows."""
+    split: str = "train"
+    """Split of the dataset to read."""
+    config: str | None = None
+    """Configuration (subset) of the dataset, where it has several."""
+    data_dir: str | None = None
+    """Folder inside the dataset's repository."""
+    files: list[str] | None = Field(None, min_length=1)
+    """Files of the repository, by path or pattern, to read as they are: files that no configuration covers (Open
+    Assistant's trees), or whose field types should not be inferred. ``split`` and ``config`` are then ignored."""
+    streaming: bool = True
+    """Read records as they arrive; false downloads the dataset into the Hub's cache first, which is faster for a
+    recipe that is built repeatedly."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _dataset_was_name(cls, values: Any) -> Any:
+        # ``name`` looks like the dataset's name to people who know load_dataset, so say what it is.
+        if isinstance(values, dict) and "dataset" not in values and "/" in str(values.get("name", "")):
+            raise ValueError(f"a Hub dataset is written as dataset: {values['name']}; name is its name in the ledger")
+        return values
+
+    def _origin(self) -> str:
+        if self.files:
+            return f"{self.dataset} {', '.join(self.files)}"
+        return " ".join(part for part in (self.dataset, self.config, self.data_dir, self.split) if part)
+
+
+class PythonSource(RecordSource):
+    """A generator function of your own."""
+
+    type: Literal["python"]
+    function: str = Field(pattern=r"^[\w.]+:\w+$")
+    """``package.module:function``, importable from the current directory; yields dicts, the same ones each time."""
+    arguments: dict[str, Any] = Field({})
+    """Keyword arguments of the call."""
+
+    def _origin(self) -> str:
+        return self.function
+
+
+class ArtifactSource(SourceConfig):
+    """The finished data artifact of an earlier run, or a built dataset: a folder with ``record.json``."""
+
+    type: Literal["artifact"]
+    path: str
+    """The folder, relative to the current directory. The source is identified by the key in its record."""
+    split: Literal["all", "train", "test"] = "all"
+    """Splits of it to read."""
+    format: ClassVar[Literal["rows"]] = "rows"
+    options: ClassVar[FormatOptions] = FormatOptions()
+
+    identified: ClassVar[frozenset[str]] = frozenset({"path"})
+
+    def _origin(self) -> str:
+        return self.path
+
+
+class InputSource(SourceConfig):
+    """An input of the pipeline's ``data`` stage: an artifact with data."""
+
+    type: Literal["input"]
+    index: int = Field(0, ge=0)
+    """Number of the stage's input, counted from 0."""
+    split: Literal["all", "train", "test"] = "all"
+    """Splits of it to read."""
+    format: ClassVar[Literal["rows"]] = "rows"
+    options: ClassVar[FormatOptions] = FormatOptions()
+
+    def _origin(self) -> str:
+        return f"input {self.index}" if self.split == "all" else f"input {self.index} {self.split}"
+
+
+Source = Annotated[
+    EmbeddedSource | FilesSource | HubSource | PythonSource | ArtifactSource | InputSource,
+    Field(discriminator="type"),
+]
+
+
+def labels(sources: Sequence[SourceConfig]) -> list[str]:
+    """Return one label for each source, all different: a default label that repeats gets a number.
+
+    Raises ``ValueError`` for a ``name`` that two sources have.
+    """
+    names = Counter(source.name for source in sources if source.name is not None)
+    repeated = next((name for name, count in names.items() if count > 1), None)
+    if repeated is not None:
+        raise ValueError(f"two sources are named '{repeated}'; their rows could not be told apart. Rename one")
+    unique: list[str] = []
+    for source in sources:
+        # Only default labels get a number; names are unique already.
+        label, number = source.label, 2
+        while source.name is None and (label in unique or label in names):
+            label = f"{source.label} ({number})"
+            number += 1
+        unique.append(label)
+    return unique
