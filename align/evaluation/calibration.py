@@ -1,14 +1,14 @@
-"""Whether a reward model's score differences can be read as probabilities: sigma(chosen - rejected).
+"""Calibration of a reward model: how well sigma(chosen - rejected) predicts the label.
 
-Each pair is read from the side of the answer that the model prefers: its confidence is sigma(|difference|), from 0.5
-up, and it is right where that answer is the chosen one. Showing every pair in a random order instead gives the same
-curve with its two halves mirrored, and less of it in each bin. Torch-free. Left out: any other map from scores to
-probabilities than a temperature.
+Each pair is taken from the side of the answer that the model prefers: its confidence is sigma(|difference|), from 0.5
+up, and it is right where that answer is the chosen one. Taking every pair in a random order instead gives the same
+curve with its two halves mirrored, and fewer pairs in each bin. The only map from scores to probabilities is a
+temperature. Torch-free.
 
 The usual calibration error (ECE) takes the absolute value of each bin's gap, so noise alone makes it large: a
-perfectly calibrated model gets 0.1 on a hundred pairs. Here the gaps' noise is taken off and the interval is for the
-true error over these bins: of gaps in the proportions that were found, those sizes whose expected ECE, by the folded
-normal distribution, is within 1.96 standard deviations of the one observed. In simulations of 60 to 2,000 pairs it
+perfectly calibrated model gets 0.1 on a hundred pairs. Here the noise is subtracted, and the interval is for the true
+error over these bins. It contains the errors with gaps in the observed proportions whose expected ECE, by the folded
+normal distribution, is within 1.96 standard deviations of the observed one. In simulations of 60 to 2,000 pairs it
 covered the truth 91 to 97 times in a hundred; the plain bootstrap's covers between never and 94.
 """
 
@@ -24,27 +24,27 @@ import numpy as np
 from align.evaluation.statistics import LEVEL, Estimate, Floats, wilson
 
 BINS = 10
-"""Of equal width, from 0.5 to 1."""
+"""Bins of equal width, from 0.5 to 1."""
 _Z = NormalDist().inv_cdf(0.5 + LEVEL / 2)
 
 
 def calibration(margins: Sequence[float], *, seed: int, bins: int = BINS) -> dict[str, Any] | None:
-    """Calibration of the differences ``margins``, chosen minus rejected; None without pairs. JSON-able.
+    """Calibration of the differences ``margins`` (N,), chosen minus rejected; None without pairs. JSON-able.
 
     - ``ece`` as an estimate, and ``ece_plain`` without the correction, as others publish it
-    - ``temperature``, which makes sigma(difference / temperature) likeliest on all pairs: above 1 for a model that is
-      too sure
-    - ``ece_scaled``: the error with it; each half of the pairs, drawn by ``seed``, takes the other half's temperature
+    - ``temperature``, which maximizes the likelihood of sigma(difference / temperature) on all pairs: above 1 for an
+      overconfident model
+    - ``ece_scaled``: the error with a temperature; each half of the pairs, drawn by ``seed``, uses the other half's
     - ``bins`` that have pairs: ``low``, ``high``, ``n``, mean ``confidence``, ``accuracy``
-    - ``note``: why ``temperature`` or ``ece_scaled`` is None, where no temperature is likeliest
+    - ``note``: the reason where ``temperature`` or ``ece_scaled`` is None
     """
     x = np.asarray(margins, dtype=np.float64)
     if len(x) == 0:
         return None
-    confidence, right = _read(x)
+    confidence, right = _confidence(x)
     places = _places(confidence, bins)
     temperature, note = fit_temperature(x)
-    scaled = None if temperature is None else _crosswise(x, seed)
+    scaled = None if temperature is None else _cross_scaled(x, seed)
     if temperature is not None and scaled is None:
         note = "one half of the pairs has no likeliest temperature"
     return {
@@ -52,7 +52,7 @@ def calibration(margins: Sequence[float], *, seed: int, bins: int = BINS) -> dic
         "ece": calibration_error(confidence, right, bins).as_dict(),
         "ece_plain": float(np.abs(np.bincount(places, confidence - right)).sum() / len(x)),
         "temperature": temperature and temperature.as_dict(),
-        "ece_scaled": None if scaled is None else calibration_error(*_read(scaled), bins).as_dict(),
+        "ece_scaled": None if scaled is None else calibration_error(*_confidence(scaled), bins).as_dict(),
         "bins": [
             {
                 "low": 0.5 + place / (2 * bins),
@@ -68,9 +68,9 @@ def calibration(margins: Sequence[float], *, seed: int, bins: int = BINS) -> dic
 
 
 def calibration_error(confidence: Floats, right: Floats, bins: int = BINS) -> Estimate:
-    """Expected calibration error without the share that is noise, and the 95 % interval of the true one.
+    """Expected calibration error without the noise's share, and the 95 % interval of the true error.
 
-    ``confidence`` is (N,) from 0.5 to 1, ``right`` 0 or 1, or a half where the model does not choose.
+    ``confidence`` is (N,) from 0.5 to 1; ``right`` (N,) is 0 or 1, or a half where the model does not choose.
     """
     n = len(confidence)
     places = _places(confidence, bins)
@@ -78,45 +78,48 @@ def calibration_error(confidence: Floats, right: Floats, bins: int = BINS) -> Es
     used = counts > 0
     gaps = np.abs(np.bincount(places, confidence - right))[used] / n
     counts = counts[used]
-    rates = (np.bincount(places, right)[used] + 0.5) / (counts + 1)  # off 0 and 1, where no noise would be left
+    rates = (np.bincount(places, right)[used] + 0.5) / (counts + 1)  # kept off 0 and 1, where the noise would vanish
     noise = np.sqrt(rates * (1 - rates) * counts) / n
     observed = float(gaps.sum())
 
-    def size(deviations: float) -> float:
-        """The true error whose expected ECE is as many of its standard deviations above the observed one."""
+    # Each bin's gap is normal around its true value, so its absolute value has a folded normal distribution. Scale the
+    # observed gaps until the sum that they let expect, noise included, is the observed error.
+    def true_error(deviations: float) -> float:
+        """Return the error whose expected ECE exceeds the observed one by so many standard deviations."""
 
-        def above(scale: float) -> float:
+        def excess(scale: float) -> float:
             expected = _folded(scale * gaps, noise)
             variance = float((noise**2 + (scale * gaps) ** 2 - expected**2).sum())
             return float(expected.sum()) + deviations * math.sqrt(max(variance, 0.0)) - observed
 
-        return min(1.0, _root(above) * observed)
+        return min(1.0, _root(excess) * observed)
 
-    return Estimate(size(0.0), size(_Z), size(-_Z), n, "bias-corrected")
+    # More deviations above the expectation mean a smaller true error, so the lower bound comes from +z.
+    return Estimate(true_error(0.0), true_error(_Z), true_error(-_Z), n, "bias-corrected")
 
 
 def fit_temperature(margins: Sequence[float] | Floats) -> tuple[Estimate | None, str | None]:
-    """The temperature that makes the labels likeliest, with a sandwich interval; or None, and why there is none.
+    """Return the maximum-likelihood temperature with a sandwich interval; or None, and the reason.
 
-    The likelihood of sigma(a * margin) is concave in the slope a = 1 / temperature; the interval is that of a.
+    ``margins`` are (N,). The likelihood of sigma(a * margin) is concave in the slope a = 1 / temperature; the interval
+    is that of a.
     """
     x = np.asarray(margins, dtype=np.float64)
     if len(x) == 0 or float(x.mean()) <= 0:
-        return None, "scores order the pairs no better than chance, which no temperature mends"
+        return None, "scores order the pairs no better than chance, which no temperature can correct"
     if float(x.min()) >= 0:
         return None, "every pair is ordered as labeled, so the likeliest temperature is 0"
+    # The likelihood's derivative falls through 0 at the best slope; with its sign turned it rises, as ``_root`` wants.
     a = _root(lambda slope: -float((x * _sigmoid(-slope * x)).sum()), scale=1 / float(np.abs(x).mean()))
     p = _sigmoid(-a * x)
+    # Sandwich: the scores' own variance between two inverse informations, valid also where the model is wrong.
     spread = math.sqrt(float(((x * p) ** 2).sum())) / float((x * x * p * (1 - p)).sum())
     low, high = a - _Z * spread, a + _Z * spread
     return Estimate(1 / a, 1 / high, 1 / low if low > 0 else math.inf, len(x), "sandwich"), None
 
 
-# -----------------------------------------------------------------------------------------------------------------
-
-
-def _read(margins: Floats) -> tuple[Floats, Floats]:
-    """Confidence in the preferred answer, and whether it is the chosen one; half where neither is preferred."""
+def _confidence(margins: Floats) -> tuple[Floats, Floats]:
+    """Return (N,) confidence in the preferred answer, and (N,) 1 where it is the chosen one, 0.5 for a tie, else 0."""
     return _sigmoid(np.abs(margins)), np.where(margins == 0, 0.5, (margins > 0).astype(np.float64))
 
 
@@ -124,30 +127,32 @@ def _places(confidence: Floats, bins: int) -> Any:
     return np.clip(((confidence - 0.5) * 2 * bins).astype(np.int64), 0, bins - 1)
 
 
-def _crosswise(margins: Floats, seed: int) -> Floats | None:
-    """Margins over the temperature of the half they are not in."""
+def _cross_scaled(margins: Floats, seed: int) -> Floats | None:
+    """Return the margins divided by the temperature of the other half; None where a half has no temperature."""
+    # Cross-fitting: a temperature fitted on the same pairs would look better calibrated than it is.
     half = np.random.default_rng(seed).permutation(len(margins)) % 2 == 0
     scaled = np.empty_like(margins)
-    for own in (half, ~half):
-        fitted, _ = fit_temperature(margins[~own])
+    for members in (half, ~half):
+        fitted, _ = fit_temperature(margins[~members])
         if fitted is None:
             return None
-        scaled[own] = margins[own] / fitted.value
+        scaled[members] = margins[members] / fitted.value
     return scaled
 
 
 def _folded(means: Floats, deviations: Floats) -> Floats:
-    """Expected |x| of normal x (Leone, Nelson and Nottingham 1961)."""
+    """Return the expected |x| of normal x, elementwise (Leone, Nelson and Nottingham 1961)."""
     z = means / deviations
-    inside = np.array([math.erf(value / math.sqrt(2)) for value in z])
-    found: Floats = deviations * math.sqrt(2 / math.pi) * np.exp(-z * z / 2) + means * inside
-    return found
+    erf = np.array([math.erf(value / math.sqrt(2)) for value in z])
+    expected: Floats = deviations * math.sqrt(2 / math.pi) * np.exp(-z * z / 2) + means * erf
+    return expected
 
 
 def _root(rising: Callable[[float], float], scale: float = 1.0) -> float:
-    """Where a rising function of a number from 0 up crosses zero; 0 where it is above from the start."""
+    """Return the root, from 0 up, of a rising function; 0 where it is positive from the start."""
     if rising(0.0) >= 0:
         return 0.0
+    # Double the upper end until it brackets the root, then bisect.
     low, high = 0.0, scale
     for _ in range(60):
         if rising(high) >= 0:
@@ -161,5 +166,5 @@ def _root(rising: Callable[[float], float], scale: float = 1.0) -> float:
 
 def _sigmoid(x: Floats) -> Floats:
     small = np.exp(-np.abs(x))  # never overflows
-    found: Floats = np.where(x >= 0, 1 / (1 + small), small / (1 + small))
-    return found
+    sigmoid: Floats = np.where(x >= 0, 1 / (1 + small), small / (1 + small))
+    return sigmoid

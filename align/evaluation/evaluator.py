@@ -1,240 +1,265 @@
 """Evaluates systems: they answer, they read, their answers are scored; then numbers are compared and written.
 
-The one path that the ``evaluate`` stage and ``align eval`` take. A machine holds one thing at a time: first the engine,
-then reward models, then the checkpoints themselves. What is dear is kept under what it depends on, so that an attempt
-that was killed, and the next run that asks the same, go on from it. Files: see ``written.py``.
+The one path that the ``evaluate`` stage and ``align eval`` take. A machine holds one model at a time: first the engine,
+then reward models, then the checkpoints themselves. Expensive results are cached under a key of all their inputs, so
+that a killed attempt resumes, and a later run with the same inputs reuses them. For the files see
+``scorecard_files.py``.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
-from align.evaluation.bench import StageBench, SystemReader, SystemRespondent, keep_best
-from align.evaluation.drift import measure_drift, measure_heldout
-from align.evaluation.files import write
-from align.evaluation.generation import Generated, OpenEngine, ResponseCache, Sampler
-from align.evaluation.measure import (
-    LoadedModels,
-    Results,
-    function_values,
-    reward_values,
-    shape_values,
-)
-from align.evaluation.pairs import Scores, pair_reports, read_sides, score_sides
-from align.evaluation.plan import Answered, Plan
-from align.evaluation.scorecard import Measurements, TaskFound, build
+from align.evaluation.drift import DriftMeasurement
+from align.evaluation.generation import OpenEngine, ResponseCache, ResponseSet, Sampler, SystemResponses
+from align.evaluation.measure import LoadedModels, ResultCache, function_values, reward_values, shape_values
+from align.evaluation.phases import StageScoringContext, SystemReader, SystemRespondent, select_best
+from align.evaluation.plan import Plan
+from align.evaluation.reward_accuracy import Scores, pair_reports, read_sides, score_sides
+from align.evaluation.scorecard import Measurements, TaskResult, build
+from align.evaluation.scorecard_files import write
 from align.evaluation.systems import System
-from align.evaluation.tasks.base import Answers, Measured, Turn, Values
-from align.inference.protocol import Response
+from align.evaluation.tasks.base import Answers, Measured, RewardField, Turn, Values
 from align.pipeline.context import StageContext
 from align.store.fingerprint import digest
 
 Row = dict[str, Any]
 PROMPT_SET = "prompts"
-"""The prompt set among tasks."""
+"""Name of the prompt set among the tasks."""
+REWARD_FIELDS: tuple[RewardField, ...] = ("reward", "second_reward")
 
 
-def evaluate(context: StageContext, plan: Plan, open_engine: OpenEngine) -> tuple[dict[str, Any], Answered]:
-    """Run the plan and return the scorecard and the answers."""
-    folder = context.cache / "evaluation" if context.cache is not None else context.checkpoints
-    results = Results(folder, context.warn)
-    bench = StageBench(context, results, plan.reference, plan.base, plan.precision)
-    answered = _answer(context, plan, open_engine, results)
-    values, reward_models = _score_by_models(context, plan, answered, bench, results)
-    if plan.scorer is not None:
-        for name, one in answered.generated.items():
-            values[name]["gold"] = function_values(plan.scorer, plan.rows, one)
-    bench.close()
-    models = LoadedModels(plan.policies, plan.reference, _device(context), plan.precision)
-    token_kl = measure_drift(context, plan, answered.generated, values, models, results)
-    heldout = measure_heldout(context, plan, models, results)
-    tasks = _measure_tasks(context, plan, answered.answers, models, bench, results)
-    bench.close()
-    found = Measurements(
-        systems=[system.info for system in plan.systems],
-        reference=plan.reference,
-        base=plan.base,
-        sources=[str(row["source"]) for row in plan.rows],
-        values=values,
-        heldout=heldout,
-        tasks=tasks,
-        reward_models=reward_models,
-        gates=plan.gates,
-        copies=_copies(plan, answered),
-    )
-    card = build(found, plan.resampling, _settings(context, plan, answered.engines))
-    write(context.output, plan, card, answered, found, token_kl)
-    return card, answered
+def evaluate(context: StageContext, plan: Plan, open_engine: OpenEngine) -> tuple[dict[str, Any], SystemResponses]:
+    """Run the plan and return the scorecard and the responses."""
+    return Evaluation(context, plan).run(open_engine)
 
 
-def _copies(plan: Plan, answered: Answered) -> dict[str, list[str]]:
-    """Checkpoints sampled again that said the same once more, with the tasks in which they did."""
+class Evaluation:
+    """One run of a plan."""
+
+    def __init__(self, context: StageContext, plan: Plan) -> None:
+        self.context = context
+        self.plan = plan
+        # The shared cache outlives the stage, so that another evaluation of the same checkpoints reads its results.
+        folder = context.cache / "evaluation" if context.cache is not None else context.checkpoints
+        self.results = ResultCache(folder, context.warn)
+        self.scoring = StageScoringContext(context, self.results, plan.reference, plan.base, plan.precision)
+
+    @cached_property
+    def models(self) -> LoadedModels:
+        """The checkpoints' forward passes; first used once the engine has closed, so that it owns the device alone."""
+        from align.models.threads import device_of
+
+        plan = self.plan
+        return LoadedModels(plan.policies, plan.reference, device_of(self.context.runtime), plan.precision)
+
+    def run(self, open_engine: OpenEngine) -> tuple[dict[str, Any], SystemResponses]:
+        """Run all phases, write the files, and return the scorecard and the responses."""
+        plan = self.plan
+        # Phase 1: the engine holds the device; every system answers the prompt set and the tasks.
+        responses = self._respond(open_engine)
+        # Phase 2: reward models choose the best of N, and score the prompt set and the held-out pairs.
+        self._select_best(responses)
+        values = self._score_prompt_set(responses)
+        reward_models = self._measure_reward_models()
+        if plan.scorer is not None:
+            for name, response_set in responses.prompt_set.items():
+                values[name]["gold"] = function_values(plan.scorer, plan.rows, response_set)
+        # Phase 3: the checkpoints' own forward passes measure KL and held-out loss, and read the tasks' texts.
+        self.scoring.close()
+        drift = DriftMeasurement(self.context, plan, self.models, self.results)
+        token_kl = drift.measure_kl(responses.prompt_set, values)
+        heldout = drift.measure_heldout()
+        tasks = self._measure_tasks(responses.answers)
+        self.scoring.close()
+        measurements = Measurements(
+            systems=[system.info for system in plan.systems],
+            reference=plan.reference,
+            base=plan.base,
+            sources=[str(row["source"]) for row in plan.rows],
+            values=values,
+            heldout=heldout,
+            tasks=tasks,
+            reward_models=reward_models,
+            gates=plan.gates,
+            copies=find_copies(plan, responses),
+        )
+        card = build(measurements, plan.resampling, self._settings(responses.engines))
+        write(self.context.output, plan, card, responses, measurements, token_kl)
+        return card, responses
+
+    def _respond(self, open_engine: OpenEngine) -> SystemResponses:
+        """Have every system answer, checkpoint by checkpoint; best-of-N systems give N times as many answers."""
+        plan = self.plan
+        sampler = Sampler(
+            plan.policies,
+            self.context.runtime,
+            open_engine,
+            ResponseCache(self.results.folder / "responses", self.results.warn),
+            self.context.warn,
+            lambda done, total: self.context.progress(done, total, unit="responses"),
+            plan.precision,
+        )
+        tasks = [task for task in plan.tasks if task.responds]
+        items = sum(len(task.items) for task in tasks)
+        for system in plan.systems:
+            sampler.expect(system.info.best_of * (len(plan.rows) * plan.sampling.n + items))
+        responses = SystemResponses(answers={task.name: {} for task in tasks})
+        try:
+            # Systems of one checkpoint answer in a row, so that the engine loads each checkpoint's weights once.
+            for policy in plan.policies:
+                for system in plan.systems:
+                    if system.policy is not policy:
+                        continue
+                    if plan.rows:
+                        responses.prompt_set[system.name] = sampler.generate(
+                            policy, plan.prompts[system.name], system.sampling(plan.sampling)
+                        )
+                    respondent = SystemRespondent(system, sampler, plan.max_length, self.context.warn)
+                    for task in tasks:
+                        responses.answers[task.name][system.name] = task.respond(respondent)
+        finally:
+            sampler.close()
+        responses.engines = sorted(sampler.engines)
+        responses.tokens = sampler.tokens
+        return responses
+
+    def _select_best(self, responses: SystemResponses) -> None:
+        """Replace the N answers of best-of-N systems by the best, and put systems in the plan's order."""
+        for system in self.plan.systems:
+            if system.info.role == "best_of":
+                self._select_best_of(system, responses)
+        order = self._order()
+        responses.prompt_set = dict(sorted(responses.prompt_set.items(), key=lambda item: order[item[0]]))
+
+    def _select_best_of(self, system: System, responses: SystemResponses) -> None:
+        for per_system in responses.answers.values():
+            per_system[system.name] = select_best(per_system[system.name], system.info.best_of, self.scoring)
+        if system.name not in responses.prompt_set:
+            return
+        response_set = responses.prompt_set[system.name]
+        turns: Answers = [
+            # The prompt set's responses in the form of a task's answers, which ``select_best`` takes.
+            [[Turn(row["prompt"], response)] for response in samples]
+            for row, samples in zip(self.plan.rows, response_set.responses, strict=True)
+        ]
+        selected = select_best(turns, system.info.best_of, self.scoring)
+        best = [[sample[-1].response for sample in samples] for samples in selected]
+        responses.prompt_set[system.name] = ResponseSet(response_set.engine, best)
+
+    def _score_prompt_set(self, responses: SystemResponses) -> dict[str, dict[str, Values]]:
+        """Return each system's values on the prompt set: lengths, and rewards where there is a reward model."""
+        plan = self.plan
+        values = {name: shape_values(response_set) for name, response_set in responses.prompt_set.items()}
+        reward = self.scoring.artifact("reward")
+        if reward is None:
+            return values
+        prompts = [[row["prompt"], row.get("tools")] for row in plan.rows]
+        for number, (name, response_set) in enumerate(responses.prompt_set.items(), 1):
+            # Texts, not tokens: a reward model with another tokenizer reads the text.
+            texts = [[[response.text, response.finished] for response in samples] for samples in response_set.responses]
+            # All that the scores depend on; the number is raised when the computation changes.
+            key = digest(["rewards 2", reward.weights, prompts, texts, plan.precision])
+            values[name]["reward"] = self.results.read_or_compute(
+                f"reward-{name}", key, partial(self._rewards, response_set)
+            )
+            self.context.progress(number, len(responses.prompt_set), unit="systems scored")
+        return values
+
+    def _rewards(self, response_set: ResponseSet) -> Values:
+        return reward_values(self.scoring.model("reward").score, self.plan.rows, response_set)
+
+    def _measure_reward_models(self) -> list[dict[str, Any]]:
+        """Report on the reward models' accuracy and calibration on the held-out pairs, each compared with the other."""
+        plan = self.plan
+        if not plan.pairs:
+            return []
+        sides = read_sides(plan.pairs)
+        scores: list[tuple[str, Scores]] = []
+        for field in REWARD_FIELDS:
+            artifact = self.scoring.artifact(field)
+            if artifact is None:
+                continue
+            key = digest(["pair scores 2", artifact.weights, sides, plan.precision])
+            score = partial(self._pair_scores, sides, field)
+            chosen, rejected = self.results.read_or_compute("pairs", key, score)
+            scores.append((artifact.stage, (chosen, rejected)))
+        return pair_reports(plan.pairs, scores, seed=plan.resampling.seed, task="pairs")
+
+    def _pair_scores(self, sides: Any, field: RewardField) -> Scores:
+        return score_sides(sides, self.scoring.model(field).score)
+
+    def _measure_tasks(self, answers: dict[str, dict[str, Answers]]) -> list[TaskResult]:
+        """Measure every task: first the reading, checkpoint by checkpoint, then the scoring of answers."""
+        plan = self.plan
+        measured: dict[str, dict[str, Measured]] = {task.name: {} for task in plan.tasks}
+        reading = [task for task in plan.tasks if task.reads]
+        # Best of N has no distribution to read with, and a checkpoint that is only sampled again reads as before.
+        readers = [system for system in plan.systems if system.info.role not in ("best_of", "again")]
+        done = 0
+        # Checkpoint by checkpoint, since each is loaded once and all tasks read it before the next one.
+        for system in sorted(readers, key=lambda system: plan.policies.index(system.policy)):
+            for task in reading:
+                reader = SystemReader(system, self.models, self.results, self.context.runtime)
+                measured[task.name][system.name] = task.read(reader)
+                done += 1
+                self.context.progress(done, len(readers) * len(reading), unit="tasks read")
+        self.models.close()  # a judge may need the memory
+        for task in plan.tasks:
+            # Tasks that read have their numbers by now; scoring adds those of tasks that respond.
+            measured[task.name] |= task.score(answers[task.name] if task.responds else {}, self.scoring)
+        order = self._order()
+        results = []
+        for task in plan.tasks:
+            by_system = sorted(measured[task.name].items(), key=lambda item: order.get(item[0], len(order)))
+            results.append(TaskResult(task, dict(by_system)))
+        return results
+
+    def _order(self) -> dict[str, int]:
+        return {system.name: index for index, system in enumerate(self.plan.systems)}
+
+    def _settings(self, engines: list[str]) -> dict[str, Any]:
+        context, plan = self.context, self.plan
+        reward, second_reward = (self.scoring.artifact(field) for field in REWARD_FIELDS)
+        return {
+            "prompts": len(plan.rows),
+            "samples_per_prompt": plan.sampling.n,
+            "sampling": asdict(plan.sampling),
+            "precision": plan.precision,
+            "engines": engines,
+            "seed": context.seed,
+            "score": plan.scorer_identity,
+            "heldout_rows": len(plan.heldout),
+            "checkpoints": {artifact.stage: artifact.key for artifact in context.inputs["policies"]},
+            "reward_model": reward and reward.key,
+            "second_reward_model": second_reward and second_reward.key,
+        }
+
+
+def find_copies(plan: Plan, responses: SystemResponses) -> dict[str, list[str]]:
+    """Return the systems of role ``again`` with the tasks in which they repeat their checkpoint word for word."""
     copies = {}
     for system in plan.systems:
-        if system.info.role == "again":
-            again, first = (_tokens(answered, name) for name in (system.name, system.info.of))
-            copies[system.name] = [task for task, tokens in again.items() if tokens == first[task]]
-    return {name: tasks for name, tasks in copies.items() if tasks}
+        if system.info.role != "again":
+            continue
+        again, original = (_token_ids(responses, name) for name in (system.name, system.info.of))
+        tasks = [task for task, ids in again.items() if ids == original[task]]
+        if tasks:
+            copies[system.name] = tasks
+    return copies
 
 
-def _tokens(answered: Answered, system: str) -> dict[str, Any]:
-    """Task → everything that a system said in it, as tokens."""
-    tokens: dict[str, Any] = {}
-    if system in answered.generated:
-        responses = answered.generated[system].responses
-        tokens[PROMPT_SET] = [[response.token_ids for response in samples] for samples in responses]
-    for task, answers in answered.answers.items():
-        tokens[task] = [
+def _token_ids(responses: SystemResponses, system: str) -> dict[str, Any]:
+    """Return the token ids of all of a system's responses, by task."""
+    by_task: dict[str, Any] = {}
+    if system in responses.prompt_set:
+        by_task[PROMPT_SET] = [
+            [response.token_ids for response in samples] for samples in responses.prompt_set[system].responses
+        ]
+    for task, answers in responses.answers.items():
+        by_task[task] = [
             [[turn.response.token_ids for turn in turns] for turns in samples] for samples in answers[system]
         ]
-    return tokens
-
-
-def _device(context: StageContext) -> Any:
-    from align.models.threads import device_of
-
-    return device_of(context.runtime)
-
-
-def _answer(context: StageContext, plan: Plan, open_engine: OpenEngine, results: Results) -> Answered:
-    """Every system's answers, those of one checkpoint together; best-of-N systems have N times as many here."""
-    sampler = Sampler(
-        plan.policies,
-        context.runtime,
-        open_engine,
-        ResponseCache(results.folder / "responses", results.warn),
-        context.warn,
-        lambda done, total: context.progress(done, total, unit="responses"),
-        plan.precision,
-    )
-    asked = [task for task in plan.tasks if task.responds]
-    for system in plan.systems:
-        sampler.expect(system.info.best_of * (len(plan.rows) * plan.sampling.n + sum(len(t.items) for t in asked)))
-    found = Answered({}, {task.name: {} for task in asked}, [], 0)
-    try:
-        for policy in plan.policies:
-            for system in (one for one in plan.systems if one.policy is policy):
-                if plan.rows:
-                    found.generated[system.name] = sampler.generate(
-                        policy, plan.prompts[system.name], system.sampling(plan.sampling)
-                    )
-                respondent = SystemRespondent(system, sampler, plan.longest, context.warn)
-                for task in asked:
-                    found.answers[task.name][system.name] = task.respond(respondent)
-    finally:
-        sampler.close()
-    found.engines, found.tokens = sorted(sampler.engines), sampler.tokens
-    return found
-
-
-def _score_by_models(
-    context: StageContext, plan: Plan, answered: Answered, bench: StageBench, results: Results
-) -> tuple[dict[str, dict[str, Values]], list[dict[str, Any]]]:
-    """Keep the best of N, score every response, and ask how good the reward models are.
-
-    Returns the values so far, by system, and what was found out about the reward models.
-    """
-    for system in plan.systems:
-        if system.info.role == "best_of":
-            _keep_best(plan, system, answered, bench)
-    order = {system.name: at for at, system in enumerate(plan.systems)}
-    answered.generated = dict(sorted(answered.generated.items(), key=lambda item: order[item[0]]))
-    values = {name: shape_values(one) for name, one in answered.generated.items()}
-    reward = bench.artifact("reward")
-    if reward is not None:
-        for at, (name, one) in enumerate(answered.generated.items()):
-            key = digest(["rewards 2", reward.weights, _asked(plan.rows), _said(one), plan.precision])
-            scored = partial(lambda each: reward_values(bench.model("reward").score, plan.rows, each), one)
-            values[name]["reward"] = results.read_or_compute(f"reward-{name}", key, scored)
-            context.progress(at + 1, len(answered.generated), unit="systems scored")
-    return values, _reward_models(plan, bench, results)
-
-
-def _keep_best(plan: Plan, system: System, answered: Answered, bench: StageBench) -> None:
-    for per_system in answered.answers.values():
-        per_system[system.name] = keep_best(per_system[system.name], system.info.best_of, bench)
-    if system.name not in answered.generated:
-        return
-    one = answered.generated[system.name]
-    turns: Answers = [
-        [[Turn(row["prompt"], response)] for response in samples]
-        for row, samples in zip(plan.rows, one.responses, strict=True)
-    ]
-    best: list[list[Response]] = [
-        [sample[-1].response for sample in samples] for samples in keep_best(turns, system.info.best_of, bench)
-    ]
-    answered.generated[system.name] = Generated(one.engine, best)
-
-
-def _reward_models(plan: Plan, bench: StageBench, results: Results) -> list[dict[str, Any]]:
-    """Accuracy and calibration of the reward models on the held-out pairs, each beside the other as second scorer."""
-    if not plan.pairs:
-        return []
-    sides = read_sides(plan.pairs)
-    scores: list[tuple[str, Scores]] = []
-    for which in ("reward", "second_reward"):
-        artifact = bench.artifact(which)
-        if artifact is not None:
-            key = digest(["pair scores 2", artifact.weights, sides, plan.precision])
-            scored = partial(lambda name: score_sides(sides, bench.model(name).score), which)
-            chosen, rejected = results.read_or_compute("pairs", key, scored)
-            scores.append((artifact.stage, (chosen, rejected)))
-    return pair_reports(plan.pairs, scores, seed=plan.resampling.seed, task="pairs")
-
-
-def _measure_tasks(
-    context: StageContext,
-    plan: Plan,
-    answers: dict[str, dict[str, Answers]],
-    models: LoadedModels,
-    bench: StageBench,
-    results: Results,
-) -> list[TaskFound]:
-    """Every task's numbers: what systems read, checkpoint by checkpoint, then what scoring makes of their answers."""
-    measured: dict[str, dict[str, Measured]] = {task.name: {} for task in plan.tasks}
-    reading = [task for task in plan.tasks if task.reads]
-    # best of N has no distribution to read with, and a checkpoint that is only sampled again reads as before
-    readers = [system for system in plan.systems if system.info.role not in ("best_of", "again")]
-    done = 0
-    for system in sorted(readers, key=lambda one: plan.policies.index(one.policy)):
-        for task in reading:
-            measured[task.name][system.name] = task.read(SystemReader(system, models, results, context.runtime))
-            done += 1
-            context.progress(done, len(readers) * len(reading), unit="tasks read")
-    models.close()  # a judge may be large
-    for task in plan.tasks:
-        measured[task.name] |= task.score(answers[task.name], bench) if task.responds else task.score({}, bench)
-    order = {system.name: at for at, system in enumerate(plan.systems)}
-    return [
-        TaskFound(task, dict(sorted(measured[task.name].items(), key=lambda item: order.get(item[0], len(order)))))
-        for task in plan.tasks
-    ]
-
-
-def _asked(rows: list[Row]) -> list[Any]:
-    """What a reward model reads of the prompts."""
-    return [[row["prompt"], row.get("tools")] for row in rows]
-
-
-def _said(generated: Generated) -> list[Any]:
-    """What a reward model reads of the responses: their texts, which another tokenizer makes of the same tokens."""
-    return [[[one.text, one.finished] for one in samples] for samples in generated.responses]
-
-
-def _settings(context: StageContext, plan: Plan, engines: list[str]) -> dict[str, Any]:
-    rewards = {which: context.inputs.get(which) for which in ("reward", "second_reward")}
-    return {
-        "prompts": len(plan.rows),
-        "samples_per_prompt": plan.sampling.n,
-        "sampling": asdict(plan.sampling),
-        "precision": plan.precision,
-        "engines": engines,
-        "seed": context.seed,
-        "score": plan.scorer_identity,
-        "heldout_rows": len(plan.heldout),
-        "checkpoints": {one.stage: one.key for one in context.inputs["policies"]},
-        "reward_model": rewards["reward"] and rewards["reward"].key,
-        "second_reward_model": rewards["second_reward"] and rewards["second_reward"].key,
-    }
+    return by_task

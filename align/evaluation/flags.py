@@ -1,7 +1,4 @@
-"""What a reader of a scorecard must not miss: regressions, a proxy that rose while gold fell, answers that collapsed.
-
-Torch-free.
-"""
+"""Flags of a scorecard: regressions, a proxy that rose while gold fell, answers that collapsed. Torch-free."""
 
 from __future__ import annotations
 
@@ -15,42 +12,47 @@ Flag = dict[str, str]
 
 
 def find_flags(card: Mapping[str, Any]) -> list[Flag]:
-    """Flags of a scorecard that has its estimates and differences."""
+    """Return the flags of a scorecard that has its estimates and differences."""
     flags = [_regression(row, card["metrics"]) for row in card["differences"] if row["verdict"] == "worse"]
     verdicts = {(row["policy"], row["against"], row["metric"]): row for row in card["differences"]}
     reference = card["reference"]
     if card["base"] is None:
-        text = "the base model is not among the compared systems, so nothing here says whether training helped at all"
+        text = "the base model is not among the compared systems, so it is unknown whether training helped at all"
         flags.append({"policy": reference, "kind": "no-base", "text": text})
     for policy in card["policies"]:
         if policy == card["base"]:
             continue
         proxy = verdicts.get((policy, reference, "reward"))
         gold = verdicts.get((policy, reference, "gold"))
+        # The proxy's gain must be clear, while any loss in gold is a warning: that is how over-optimization begins.
         if proxy and gold and proxy["verdict"] == "better" and gold["value"] < 0:
             text = f"{policy} pleases the reward model more than {reference} but scores lower by the gold checker"
             flags.append({"policy": policy, "kind": "over-optimized", "text": text})
         flags += _collapse(policy, card["estimates"][policy], reference, card["estimates"][reference])
-    return flags + _judges(card.get("win_rates", ())) + _copies(card)
+    return flags + _inconsistent_judges(card.get("win_rates", ())) + _copies(card)
 
 
 def _regression(row: Mapping[str, Any], metrics: Mapping[str, Any]) -> Flag:
-    about = metrics[row["metric"]]
-    title = about["title"] if "." in row["metric"] else about["title"].lower()
+    title = metrics[row["metric"]]["title"]
+    if "." not in row["metric"]:
+        title = title.lower()
     text = f"{row['policy']} is worse than {row['against']} in {title}: {row['value']:+.3g} "
     interval = f"(95 % interval {row['low']:+.3g} to {row['high']:+.3g})"
     return {"policy": row["policy"], "kind": "regression", "text": text + interval}
 
 
-def _collapse(policy: str, own: Mapping[str, Any], reference: str, theirs: Mapping[str, Any]) -> list[Flag]:
+def _collapse(
+    policy: str, estimates: Mapping[str, Any], reference: str, ref_estimates: Mapping[str, Any]
+) -> list[Flag]:
+    """Return flags for responses that seldom end by themselves or whose length differs by more than a factor of two."""
     flags: list[Flag] = []
-    if "finished" not in own or "finished" not in theirs:
+    if "finished" not in estimates or "finished" not in ref_estimates:
         return flags
-    finished = own["finished"]["value"]
+    finished = estimates["finished"]["value"]
     if finished is not None and finished < MIN_EOS_RATE:
         text = f"only {finished:.0%} of {policy}'s responses end by themselves; the rest were cut at the token limit"
         flags.append({"policy": policy, "kind": "eos", "text": text})
-    length, expected = own["length"]["value"], theirs["length"]["value"]
+    length, expected = estimates["length"]["value"], ref_estimates["length"]["value"]
     if length and expected and not 1 / MAX_LENGTH_FACTOR <= length / expected <= MAX_LENGTH_FACTOR:
         text = f"{policy} answers with {length:.0f} tokens on average, {reference} with {expected:.0f}"
         flags.append({"policy": policy, "kind": "length", "text": text})
@@ -58,20 +60,20 @@ def _collapse(policy: str, own: Mapping[str, Any], reference: str, theirs: Mappi
 
 
 def _copies(card: Mapping[str, Any]) -> list[Flag]:
-    """A checkpoint sampled again that says the same once more shows no noise, and no absence of it."""
+    """Return a flag for each checkpoint whose second sampling repeated the first: it measures no noise."""
     originals = {system["name"]: system["of"] for system in card.get("systems", ())}
     flags = []
     for policy, tasks in card.get("copies", {}).items():
         text = (
-            f"{policy} says word for word what {originals[policy]} does in {', '.join(tasks)}, so the noise was not "
-            "measured there: greedy answers do not change with the seed; sample at a temperature above 0"
+            f"{policy} repeats {originals[policy]} word for word in {', '.join(tasks)}, so the noise was not measured "
+            "there: greedy answers do not change with the seed; sample at a temperature above 0"
         )
         flags.append({"policy": policy, "kind": "noise", "text": text})
     return flags
 
 
-def _judges(win_rates: Sequence[Mapping[str, Any]]) -> list[Flag]:
-    """A judge that says another thing in most pairs once they are swapped tells nothing."""
+def _inconsistent_judges(win_rates: Sequence[Mapping[str, Any]]) -> list[Flag]:
+    """Return a flag for each judge that contradicts itself in most pairs once their order is swapped."""
     flags = []
     for row in win_rates:
         if row["n"] and row["disagreements"] > row["n"] / 2:

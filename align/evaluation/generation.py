@@ -1,6 +1,6 @@
-"""Responses of every compared checkpoint, through one rollout engine, kept on disk as they come.
+"""Responses of every compared checkpoint, from one rollout engine and a cache on disk.
 
-Responses that are on disk already, from an earlier attempt or another run, are not generated again. Leaves out scoring.
+Responses in the cache, from an earlier attempt or another run, are not generated again.
 """
 
 from __future__ import annotations
@@ -9,36 +9,47 @@ import importlib.util
 import itertools
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from align.config.runtime import Runtime
-from align.evaluation.prompts import Policy
+from align.evaluation.systems import Policy
+from align.evaluation.tasks.base import Answers
 from align.inference.protocol import Response, RolloutEngine, Sampling
 from align.inference.weights import checkpoint_weights
 from align.store.fingerprint import digest
 from align.store.sealed import read_entry, write_entry
 
-Responses = list[list[Response]]
-"""Per prompt, its samples."""
-
-VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
-"""Fields of ``config.json`` that say nothing about which weights fit."""
+VOLATILE_FIELDS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
+"""Fields of ``config.json`` that do not affect which weights fit."""
 
 OpenEngine = Callable[[Path, Runtime], RolloutEngine]
 Progress = Callable[[int, int], None]
 
 
 @dataclass
-class Generated:
-    """Responses of one checkpoint and what made them."""
+class ResponseSet:
+    """One system's responses to a list of prompts, and the engine that sampled them."""
 
     engine: str
-    responses: Responses
+    responses: list[list[Response]]
+    """Per prompt, its samples."""
+
+
+@dataclass
+class SystemResponses:
+    """All systems' responses: to the prompt set, and to each task."""
+
+    prompt_set: dict[str, ResponseSet] = field(default_factory=dict)
+    """System → its responses to the prompt set."""
+    answers: dict[str, dict[str, Answers]] = field(default_factory=dict)
+    """Task → system → its answers."""
+    engines: list[str] = field(default_factory=list)
+    tokens: int = 0
 
 
 class ResponseCache:
-    """``<folder>/<identity>.jsonl``: a header line, one line per prompt, and the seal. A file is whole or absent.
+    """Files ``<folder>/<identity>.jsonl``: a header line, one line per prompt, and the seal; written atomically.
 
     The identity is a digest of weights, prompts and sampling, so that runs may share the folder.
     """
@@ -47,39 +58,41 @@ class ResponseCache:
         self.folder, self.warn = folder, warn
 
     def path(self, identity: str) -> Path:
-        """Where the responses lie."""
+        """Return the file of an identity."""
         return self.folder / f"{identity[:32]}.jsonl"
 
-    def read(self, identity: str) -> Generated | None:
-        """The responses stored under the identity; None where there are none, or others than were stored."""
+    def read(self, identity: str) -> ResponseSet | None:
+        """Return the responses stored under the identity; None where there are none, or the file is damaged."""
         lines = read_entry(self.path(identity), identity, self.warn)
         if lines is None:
             return None
         header, *responses = lines
-        return Generated(header["engine"], [[Response(**item) for item in samples] for samples in responses])
+        return ResponseSet(header["engine"], [[Response(**item) for item in samples] for samples in responses])
 
-    def write(self, identity: str, generated: Generated) -> None:
-        """Store responses; they appear under their name only once all are written."""
-        responses = ([asdict(sample) for sample in samples] for samples in generated.responses)
-        write_entry(self.path(identity), identity, itertools.chain([{"engine": generated.engine}], responses))
+    def write(self, identity: str, response_set: ResponseSet) -> None:
+        """Store responses atomically."""
+        responses = ([asdict(sample) for sample in samples] for samples in response_set.responses)
+        write_entry(self.path(identity), identity, itertools.chain([{"engine": response_set.engine}], responses))
 
 
 def architecture(model_dir: Path) -> str:
-    """What must be equal for an engine to take one checkpoint's weights after another's: shapes and end tokens."""
+    """Return a digest of shapes and end tokens; an engine can load another checkpoint's weights where it is equal."""
     config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
     generation = model_dir / "generation_config.json"
     ends = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id") if generation.is_file() else None
-    shapes = {key: value for key, value in config.items() if key not in VOLATILE}
-    adapter = model_dir / "adapter" / "adapter.json"  # what is stored beside the weights (align.models.tuning.stored)
+    # Fields that a save rewrites without any effect on shapes must not force a new engine.
+    shapes = {key: value for key, value in config.items() if key not in VOLATILE_FIELDS}
+    # An adapter that is stored beside the weights (align.models.tuning.stored) is part of the architecture.
+    adapter = model_dir / "adapter" / "adapter.json"
     inserted = {"adapter": adapter.read_text(encoding="utf-8")} if adapter.is_file() else {}
     return digest({"shapes": json.dumps(shapes, sort_keys=True), "ends": json.dumps(ends)} | inserted)
 
 
 class Sampler:
-    """The one engine of an evaluation: opened for the first checkpoint that must answer, given the weights of the next.
+    """The one engine of an evaluation: opened for the first checkpoint, then loaded with the weights of the next.
 
-    Checkpoints of several architectures are all answered by the transformers engine: numbers of two engines do not
-    compare, and a process can hold only one vLLM. Servers are started anew for each instead.
+    Checkpoints of several architectures are all sampled with the transformers engine: numbers of two engines do not
+    compare, and a process can hold only one vLLM. Servers are restarted for each architecture instead.
     """
 
     def __init__(
@@ -93,60 +106,69 @@ class Sampler:
         precision: str = "bfloat16",
     ) -> None:
         """``open_engine(model_dir, runtime)`` opens an engine that computes in ``precision``; ``progress(done, total)``
-        counts responses, ``total`` those that were announced by ``expect``.
+        counts responses, ``total`` those announced to ``expect``.
         """
+        # A process can hold one vLLM only, and numbers of two engines do not compare: transformers samples all.
         several = len({architecture(policy.model_dir) for policy in policies}) > 1
         if several and runtime.engine.name != "transformers" and not runtime.rollouts.servers:
             warn("the compared checkpoints differ in architecture, so all are sampled with the transformers engine")
             runtime = runtime.with_transformers()
-        self.runtime, self.open_engine, self.cache, self.progress = runtime, open_engine, cache, progress
+        self.runtime = runtime
+        self.open_engine = open_engine
+        self.cache = cache
+        self.progress = progress
         self.warn = warn
         dtype = precision if runtime.engine.dtype == "auto" else runtime.engine.dtype
-        self._made_by = [_engine_name(runtime), dtype]
+        self._engine_identity = [_engine_name(runtime), dtype]
         self.engines: set[str] = set()
-        """Engines that the responses given out came from."""
+        """Engines of all responses so far."""
         self.expected = self.done = self.tokens = 0
         self._engine: RolloutEngine | None = None
-        self._kind, self._holds = "", Path()
+        self._loaded_architecture = ""
+        self._loaded_model_dir = Path()
 
     def expect(self, responses: int) -> None:
         """Announce so many more responses."""
         self.expected += responses
 
-    def generate(self, policy: Policy, prompts: list[list[int]], sampling: Sampling) -> Generated:
-        """Responses of a checkpoint, from the cache or sampled now."""
+    def generate(self, policy: Policy, prompts: list[list[int]], sampling: Sampling) -> ResponseSet:
+        """Return a checkpoint's responses, from the cache or sampled now."""
+        # Everything that changes the responses: weights, token ids, sampling, and the engine with its precision.
         identity = digest(
             {
                 "key": policy.key,
                 "prompts": prompts,
                 "sampling": asdict(sampling),
-                "engine": self._made_by,
+                "engine": self._engine_identity,
             }
         )
-        found = self.cache.read(identity)
-        if found is None:
-            found = _generate(self._holding(policy), policy, prompts, sampling, self._report)
-            self.cache.write(identity, found)
+        response_set = self.cache.read(identity)
+        if response_set is None:
+            response_set = _generate(self._load(policy), policy, prompts, sampling, self._report)
+            self.cache.write(identity, response_set)
         self.done += len(prompts) * sampling.n
-        self.tokens += sum(len(one.token_ids) for samples in found.responses for one in samples)
+        self.tokens += sum(len(response.token_ids) for samples in response_set.responses for response in samples)
         self._report(0, 0)
-        if self.engines and found.engine not in self.engines:
+        if self.engines and response_set.engine not in self.engines:
             self.warn("responses come from different engines (an earlier run used another); do not compare them")
-        self.engines.add(found.engine)
-        return found
+        self.engines.add(response_set.engine)
+        return response_set
 
     def _report(self, done: int, _: int) -> None:
         self.progress(self.done + done, max(self.done + done, self.expected))
 
-    def _holding(self, policy: Policy) -> RolloutEngine:
-        kind = architecture(policy.model_dir)
-        if self._engine is not None and kind == self._kind:
-            if self._holds != policy.model_dir:
+    def _load(self, policy: Policy) -> RolloutEngine:
+        """Return the engine with the policy's weights."""
+        required = architecture(policy.model_dir)
+        if self._engine is not None and required == self._loaded_architecture:
+            # Same architecture: only the weights are replaced, which spares the engine's start.
+            if self._loaded_model_dir != policy.model_dir:
                 self._engine.load_weights(checkpoint_weights(policy.model_dir))
         else:
             self.close()
-            self._engine, self._kind = self.open_engine(policy.model_dir, self.runtime), kind
-        self._holds = policy.model_dir
+            self._engine = self.open_engine(policy.model_dir, self.runtime)
+            self._loaded_architecture = required
+        self._loaded_model_dir = policy.model_dir
         return self._engine
 
     def close(self) -> None:
@@ -157,7 +179,7 @@ class Sampler:
 
 
 def _engine_name(runtime: Runtime) -> str:
-    """The engine that ``auto`` will most likely be: responses of another one are not taken from the cache."""
+    """Return the engine that ``auto`` most likely selects; cached responses of another engine are not used."""
     if runtime.rollouts.pooled:
         return "vllm-server"
     if runtime.engine.name != "auto":
@@ -167,13 +189,13 @@ def _engine_name(runtime: Runtime) -> str:
 
 def _generate(
     engine: RolloutEngine, policy: Policy, prompts: list[list[int]], sampling: Sampling, progress: Progress
-) -> Generated:
+) -> ResponseSet:
     responses = engine.generate(prompts, sampling, progress)
     if len(responses) != len(prompts) or any(len(samples) != sampling.n for samples in responses):
         raise RuntimeError(f"the engine returned other than {sampling.n} responses to each of {len(prompts)} prompts")
     # The engine was opened with another checkpoint's tokenizer: texts are decoded with the policy's own.
     decode = policy.tokenizer.decode
-    return Generated(
+    return ResponseSet(
         engine.name,
         [
             [

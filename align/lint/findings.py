@@ -1,20 +1,20 @@
-"""What a look at the rows has found: counted by row, with a few examples each. Torch-free."""
+"""Findings of the linter: faults counted by row, with a few examples each. Torch-free."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from align.config.stages.lint_rules import RULES, SEVERITIES, Severity
 
-MOST_EXAMPLES = 5
-MOST_CHARACTERS = 160
+MAX_EXAMPLES = 5
+MAX_CHARACTERS = 160
 
 
 @dataclass(frozen=True)
 class Place:
-    """A row: its split, its number in it (from 1), its id, and where it was read, as far as that is known."""
+    """A row: its split, its number in it (from 1), and its id and source location where they are known."""
 
     split: str
     row: int
@@ -22,13 +22,13 @@ class Place:
     where: str = ""
 
     def __str__(self) -> str:
-        known = ", ".join(part for part in (self.id, self.where) if part)
-        return f"{self.split} row {self.row}" + (f" ({known})" if known else "")
+        details = ", ".join(part for part in (self.id, self.where) if part)
+        return f"{self.split} row {self.row}" + (f" ({details})" if details else "")
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row with the fault. ``place`` is None for a fault of the template or of a whole split."""
+    """One row with the fault. ``place`` is None for a fault of the template or of a complete split."""
 
     place: Place | None
     excerpt: str
@@ -36,12 +36,13 @@ class Example:
 
 @dataclass(frozen=True)
 class Finding:
-    """One kind of fault: how many rows have it (0 for one of no particular row) out of how many looked at."""
+    """One kind of fault, with the number of rows that have it (0 for a fault of no particular row)."""
 
     name: str
     severity: Severity
     count: int
     of: int
+    """Rows looked at."""
     what: str
     remedy: str
     examples: tuple[Example, ...] = ()
@@ -49,30 +50,44 @@ class Finding:
 
     @property
     def counted(self) -> bool:
-        """Whether a stage counts this over all rows anyway."""
+        """True where a stage counts this fault over all rows anyway."""
         return RULES[self.name].counted
 
     def headline(self) -> str:
-        """One line."""
+        """Return the finding in one line."""
         rows = f", {self.count} of {self.of} rows" if self.count else ""
         return f"{self.severity}{' (waived)' if self.waived else ''} {self.name}{rows}: {self.what}."
 
     def lines(self) -> list[str]:
-        """As shown to the user; texts of rows are made harmless by ``shown``."""
+        """Return headline, examples and remedy as shown to the user; texts of rows are escaped."""
         lines = [self.headline()]
-        lines += [
-            f"    {shown(f'{example.place}: ') if example.place else ''}{shown(example.excerpt)}"
-            for example in self.examples
-        ]
+        for example in self.examples:
+            place = escape_control(f"{example.place}: ") if example.place else ""
+            lines.append(f"    {place}{escape_control(example.excerpt)}")
         return [*lines, f"    -> {self.remedy}"]
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-able."""
+        """Return the fields as JSON values."""
         return asdict(self)
 
 
-def shown(text: str) -> str:
-    """``text`` on one line, with every character that could steer a terminal escaped."""
+def format_findings(findings: Sequence[Finding]) -> str:
+    """Return all findings with their examples and remedies, and a last line with their numbers."""
+    lines = [line for finding in findings for line in finding.lines()]
+    counts = []
+    for severity in SEVERITIES:
+        count = sum(finding.severity == severity for finding in findings)
+        counts.append(f"{count} {severity}{'' if count == 1 else 's'}")
+    return "\n".join([*lines, ", ".join(counts)])
+
+
+def has_errors(findings: Sequence[Finding]) -> bool:
+    """Return True where a finding is an error."""
+    return any(finding.severity == "error" for finding in findings)
+
+
+def escape_control(text: str) -> str:
+    """Return ``text`` on one line, with every character that could steer a terminal escaped."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape", "surrogatepass").decode("ascii")
         for character in text
@@ -81,43 +96,53 @@ def shown(text: str) -> str:
 
 @dataclass
 class Findings:
-    """Collects faults as they are met. A row counts once per name, however often it has the fault."""
+    """Collects faults. A row counts once per rule, however often it has the fault."""
 
     looked_at: int = 0
+    """Rows looked at so far."""
     _rows: dict[str, set[Place]] = field(default_factory=dict)
     _examples: dict[str, list[Example]] = field(default_factory=dict)
 
-    def add(self, name: str, place: Place | None, excerpt: str, alike: bool = False) -> None:
-        """Note that the row at ``place`` (None: no particular one) has the fault ``name``; ``excerpt`` shows it.
+    def add(self, name: str, place: Place | None, excerpt: str, is_uniform: bool = False) -> None:
+        """Record the fault ``name`` of the row at ``place`` (None: no particular one); ``excerpt`` shows it.
 
-        One example is enough where all rows' are ``alike``.
+        A fault that ``is_uniform``, the same in all rows, has one example only.
         """
         assert name in RULES, name
-        rows, examples = self._rows.setdefault(name, set()), self._examples.setdefault(name, [])
+        rows = self._rows.setdefault(name, set())
+        examples = self._examples.setdefault(name, [])
         if place in rows:
+            # One row with many faults of a kind must not use up the examples.
             return
         if place is not None:
             rows.add(place)
-        if len(examples) < (1 if alike else MOST_EXAMPLES):
+        if len(examples) < (1 if is_uniform else MAX_EXAMPLES):
             examples.append(Example(place, _short(excerpt)))
 
     def names(self) -> set[str]:
-        """Names of the faults met so far."""
+        """Return the names of the faults so far."""
         return set(self._rows)
 
     def result(self, waive: Iterable[str] = ()) -> list[Finding]:
-        """The worst first, then in the order of ``RULES``."""
+        """Return the findings, the most severe first, then in the order of ``RULES``."""
         waived = set(waive)
-        found = [
-            Finding(
-                name, rule.severity, len(self._rows[name]), self.looked_at, rule.what, rule.remedy,
-                tuple(self._examples[name]), name in waived,
+        findings = []
+        for name, rule in RULES.items():
+            if name not in self._rows:
+                continue
+            finding = Finding(
+                name=name,
+                severity=rule.severity,
+                count=len(self._rows[name]),
+                of=self.looked_at,
+                what=rule.what,
+                remedy=rule.remedy,
+                examples=tuple(self._examples[name]),
+                waived=name in waived,
             )
-            for name, rule in RULES.items()
-            if name in self._rows
-        ]  # fmt: skip
-        return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))
+            findings.append(finding)
+        return sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= MOST_CHARACTERS else text[: MOST_CHARACTERS - 1] + "…"
+    return text if len(text) <= MAX_CHARACTERS else text[: MAX_CHARACTERS - 1] + "…"

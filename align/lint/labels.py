@@ -1,186 +1,218 @@
-"""Checks on what is supervised: the answers, their ends, and nothing else."""
+"""Checks on the labels: the answers and their ends have one, and nothing else."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from align.lint.batches import MASKED, Tokens
-from align.lint.dialect import squeezed
+from align.lint.batches import MASKED, TokenSequence
+from align.lint.chat_format import squeezed
 from align.lint.findings import Findings
-from align.lint.tokens import Limits, is_cut, labeled
+from align.lint.tokens import Limits, is_cut, label_runs
 from align.models.render import render_conversation, render_prompt
 
 Supervise = Literal["last", "all"]
-"""Which of a conversation's answers are to be learned."""
+"""Answers of a conversation that are to be learned."""
+Run = tuple[int, int]
+"""Start and end of consecutive labeled tokens."""
 
 
-def check_labels(seen: Tokens, limits: Limits, supervise: Supervise, found: Findings) -> None:
-    """Everything about the labels of one sequence."""
-    labels, ids, place = seen.labels, seen.ids, seen.place
+def check_labels(sequence: TokenSequence, limits: Limits, supervise: Supervise, findings: Findings) -> None:
+    """Check everything about the labels of one sequence."""
+    labels, ids, place = sequence.labels, sequence.ids, sequence.place
     if labels is None:
         return
-    runs = labeled(seen)
+    runs = label_runs(sequence)
     if not runs:
-        found.add("labels-all-masked", place, f"{len(ids)} tokens: {seen.text}")
+        findings.add("labels-all-masked", place, f"{len(ids)} tokens: {sequence.text}")
         return
-    wrong = next((at for start, end in runs for at in range(start, end) if labels[at] != ids[at]), None)
+    # The label of a token is the token itself; the model shifts them by one.
+    wrong = next((index for start, end in runs for index in range(start, end) if labels[index] != ids[index]), None)
     if wrong is not None:
-        pair = [seen.dialect.decode([token]) for token in (ids[wrong], labels[wrong])]
-        found.add("mask-shifted", place, f"token {wrong} is {pair[0]!r}, its label {pair[1]!r}")
+        token, label = (sequence.chat_format.decode([id]) for id in (ids[wrong], labels[wrong]))
+        findings.add("mask-shifted", place, f"token {wrong} is {token!r}, its label {label!r}")
         return
-    if runs == [(0, len(ids))] and _has_prompt(seen):
-        found.add("labels-none-masked", place, seen.text)
+    # One run over everything means that the prompt is learned as well.
+    if runs == [(0, len(ids))] and _has_prompt(sequence):
+        findings.add("labels-none-masked", place, sequence.text)
         return
-    _check_ends(seen, runs, limits, found)
-    _check_texts(seen, runs, limits, supervise, found)
-    _check_lead(seen, runs[-1], found)
+    # The mask is sound as such; now compare it with the conversation's turns.
+    _check_ends(sequence, runs, limits, findings)
+    _check_texts(sequence, runs, limits, supervise, findings)
+    _check_lead(sequence, runs[-1], findings)
 
 
-def check_cut_off(seen: Tokens, found: Findings) -> None:
-    """An answer that was cut off ends without an end of turn: among the labels, or where there are none, the ids."""
-    if seen.finished or not seen.messages:
+def check_cut_off(sequence: TokenSequence, findings: Findings) -> None:
+    """Check that an answer that was cut off has no end of turn: among the labels or, without labels, the ids."""
+    if sequence.finished or not sequence.messages:
         return
-    end = _last_token(seen, (0, len(seen.ids)))
-    learned = seen.labels is None or seen.labels[end] != MASKED
-    if seen.ids[end] in seen.dialect.ends and learned:
-        found.add("cut-off-answer-ended", seen.place, f"…{_tail(seen, (0, len(seen.ids)))}")
+    last = _last_token(sequence, (0, len(sequence.ids)))
+    is_learned = sequence.labels is None or sequence.labels[last] != MASKED
+    if sequence.ids[last] in sequence.chat_format.ends and is_learned:
+        findings.add("cut-off-answer-ended", sequence.place, f"…{_tail(sequence, (0, len(sequence.ids)))}")
 
 
-def _has_prompt(seen: Tokens) -> bool:
-    if seen.messages:
-        return len(seen.messages) > 1
-    return bool(seen.dialect.user_header) and seen.dialect.user_header in squeezed(seen.text)
+def check_document_start(sequence: TokenSequence, findings: Findings) -> None:
+    """Check that a packed document's first token, which follows another document, has no label."""
+    if sequence.labels and sequence.labels[0] != MASKED:
+        findings.add("pack-leak", sequence.place, f"the first token of a document has a label: {sequence.text}")
 
 
-def _last_token(seen: Tokens, run: tuple[int, int]) -> int:
-    """Index of the run's last token that is no white space."""
-    for at in range(run[1] - 1, run[0], -1):
-        if seen.dialect.decode([seen.ids[at]]).strip():
-            return at
+def _has_prompt(sequence: TokenSequence) -> bool:
+    if sequence.messages:
+        return len(sequence.messages) > 1
+    header = sequence.chat_format.user_header
+    return bool(header) and header in squeezed(sequence.text)
+
+
+def _last_token(sequence: TokenSequence, run: Run) -> int:
+    """Return the index of the run's last token that is not white space."""
+    for index in range(run[1] - 1, run[0], -1):
+        if sequence.chat_format.decode([sequence.ids[index]]).strip():
+            return index
     return run[0]
 
 
-def _check_ends(seen: Tokens, runs: list[tuple[int, int]], limits: Limits, found: Findings) -> None:
-    """Each answer's end of turn has a label. Middle turns may be closed with another token, or none."""
-    ids, ends = seen.ids, seen.dialect.ends
+def _check_ends(sequence: TokenSequence, runs: list[Run], limits: Limits, findings: Findings) -> None:
+    """Check that each answer's end of turn has a label. Middle turns may be closed with another token, or none."""
+    ids, ends = sequence.ids, sequence.chat_format.ends
     for run in runs:
-        final = run == runs[-1]
-        if ids[_last_token(seen, run)] in ends:
+        is_last = run == runs[-1]
+        if ids[_last_token(sequence, run)] in ends:
             continue
-        behind = ids[run[1]] if run[1] < len(ids) else seen.hidden_end
-        if behind in ends and (seen.finished if final else _closes(seen, behind)):
-            found.add("eos-masked", seen.place, f"behind {_tail(seen, run)!r}: {seen.dialect.decode([behind])!r}")
-        elif final and is_cut(seen, limits):
-            found.add("answer-truncated", seen.place, f"…{_tail(seen, run)}")
-        elif final and seen.finished and not _starts_an_answer(seen, run):
-            found.add("missing-eos", seen.place, f"the last label is of {_tail(seen, run)!r}")
+        # The token behind the run: in the sequence, or in the batch without attention.
+        behind = ids[run[1]] if run[1] < len(ids) else sequence.hidden_end
+        if behind is not None and behind in ends and (sequence.finished or not is_last):
+            excerpt = f"behind {_tail(sequence, run)!r}: {sequence.chat_format.decode([behind])!r}"
+            findings.add("eos-masked", sequence.place, excerpt)
+        elif is_last and is_cut(sequence, limits):
+            findings.add("answer-truncated", sequence.place, f"…{_tail(sequence, run)}")
+        elif is_last and sequence.finished and not _stops_early(sequence, run):
+            findings.add("missing-eos", sequence.place, f"the last label is of {_tail(sequence, run)!r}")
 
 
-def _closes(seen: Tokens, token: int | None) -> bool:
-    return token is not None and token in seen.dialect.ends
+def _tail(sequence: TokenSequence, run: Run) -> str:
+    return sequence.chat_format.decode(sequence.ids[max(run[0], run[1] - 12) : run[1]])
 
 
-def _tail(seen: Tokens, run: tuple[int, int]) -> str:
-    return seen.dialect.decode(seen.ids[max(run[0], run[1] - 12) : run[1]])
+def _content(sequence: TokenSequence, run: Run) -> str:
+    """Return a run's squeezed text, without its end of turn and the template's text before answers."""
+    return _without_end(sequence, sequence.ids[run[0] : run[1]]).removeprefix(sequence.chat_format.answer_lead)
 
 
-def _content(seen: Tokens, run: tuple[int, int]) -> str:
-    """Squeezed text of a run, without the tokens that end the turn and what the template writes before answers."""
-    return _without_end(seen, seen.ids[run[0] : run[1]]).removeprefix(seen.dialect.answer_lead)
-
-
-def _check_lead(seen: Tokens, run: tuple[int, int], found: Findings) -> None:
-    """Check that the template's text before an answer has labels: sampling leaves it to the model to write."""
-    lead = seen.dialect.answer_lead
-    if not lead or not seen.messages:
-        return
-    labels_lead = squeezed(seen.dialect.decode(seen.ids[run[0] : run[1]])).startswith(lead)
-    if not labels_lead and squeezed(seen.dialect.decode(seen.ids[: run[0]])).endswith(lead):
-        found.add("generation-prompt-differs", seen.place, f"{lead!r} stands before the answer and has no labels")
-
-
-def _without_end(seen: Tokens, ids: list[int]) -> str:
-    while ids and (ids[-1] in seen.dialect.ends or not seen.dialect.decode([ids[-1]]).strip()):
+def _without_end(sequence: TokenSequence, ids: list[int]) -> str:
+    chat_format = sequence.chat_format
+    # Templates may write a line break behind the end of turn, so both are removed, in any order.
+    while ids and (ids[-1] in chat_format.ends or not chat_format.decode([ids[-1]]).strip()):
         ids = ids[:-1]
-    return squeezed(seen.dialect.decode(ids))
+    return squeezed(chat_format.decode(ids))
 
 
-def _starts_an_answer(seen: Tokens, run: tuple[int, int]) -> bool:
-    """Whether the run stops short of its answer's end, which is a shifted mask's doing."""
-    if not seen.messages:
+def _check_lead(sequence: TokenSequence, run: Run, findings: Findings) -> None:
+    """Check that the template's text before an answer has labels: sampling leaves it to the model to write."""
+    lead = sequence.chat_format.answer_lead
+    if not lead or not sequence.messages:
+        return
+    has_labels = squeezed(sequence.chat_format.decode(sequence.ids[run[0] : run[1]])).startswith(lead)
+    if not has_labels and squeezed(sequence.chat_format.decode(sequence.ids[: run[0]])).endswith(lead):
+        excerpt = f"{lead!r} stands before the answer and has no labels"
+        findings.add("generation-prompt-differs", sequence.place, excerpt)
+
+
+def _stops_early(sequence: TokenSequence, run: Run) -> bool:
+    """Return True where the run stops before its answer's end, which is the effect of a shifted mask."""
+    if not sequence.messages:
         return False
-    content, answer = _content(seen, run), squeezed(seen.messages[-1]["content"] or "")
-    return content != answer and run[1] < len(seen.ids)
+    content, answer = _content(sequence, run), squeezed(sequence.messages[-1]["content"] or "")
+    return content != answer and run[1] < len(sequence.ids)
 
 
 def _check_texts(
-    seen: Tokens, runs: list[tuple[int, int]], limits: Limits, supervise: Supervise, found: Findings
+    sequence: TokenSequence, runs: list[Run], limits: Limits, supervise: Supervise, findings: Findings
 ) -> None:
-    """The labeled text is the answers' text, each whole."""
-    if not seen.messages:
-        _check_headers(seen, runs, found)
+    """Check that the labeled text is the answers' text, each of them complete."""
+    if not sequence.messages:
+        _check_headers(sequence, runs, findings)
         return
-    answers = [m["content"] or "" for m in seen.messages if m["role"] == "assistant"]
-    others = [squeezed(m["content"] or "") for m in seen.messages if m["role"] != "assistant"]
-    called = [(m["content"] or "", _rendered(seen, at)) for at, m in enumerate(seen.messages) if m.get("tool_calls")]
-    whole = squeezed(seen.text)
-    met: list[str] = []
+    chat_format = sequence.chat_format
+    answers = [message["content"] or "" for message in sequence.messages if message["role"] == "assistant"]
+    text = squeezed(sequence.text)
+    learned: list[str] = []
+    # Every labeled run should be an answer; whatever else it covers is reported on the way.
     for run in runs:
-        content = _content(seen, run)
-        answer = next((text for text in answers if seen.dialect.same_text(content, text)), None)
-        if answer is None:
-            answer = next((text for text, rendered in called if rendered == content), None)
-        if answer is not None:
-            met.append(answer)
-            continue
-        if _speaks_for_others(seen, content, others, answers):
-            found.add("user-tokens-supervised", seen.place, seen.dialect.decode(seen.ids[run[0] : run[1]]))
-        elif is_cut(seen, limits) and run == runs[-1] and _is_start(content, answers[-1:]):
-            met += answers[-1:]  # cut, and reported as that
-        elif any(seen.dialect.has_text(whole, text) for text in answers[-1:]):
-            shown = seen.dialect.decode(seen.ids[run[0] : run[1]])
-            found.add("mask-shifted", seen.place, f"labels are of {shown!r}, the answer is {answers[-1]!r}")
-        met += [text for text in answers if squeezed(text) in content or content in squeezed(text)]
+        may_be_cut = run == runs[-1] and is_cut(sequence, limits)
+        learned += _learned_answers(sequence, run, answers, may_be_cut, findings)
     if supervise == "all":
-        marked = [m["content"] or "" for m in seen.messages if m.get("train") is False]
-        left = [text for text in answers if text not in [*met, *marked] and seen.dialect.has_text(whole, text)]
-        if left:
-            found.add("middle-turns-unsupervised", seen.place, f"no labels on {left[0]!r}")
-    elif len(met) == len(runs) and met[-1] != answers[-1] and seen.dialect.has_text(whole, answers[-1]):
-        found.add("mask-shifted", seen.place, f"labels are of {met[-1]!r}, the answer is {answers[-1]!r}")
+        untrained = [message["content"] or "" for message in sequence.messages if message.get("train") is False]
+        unlabeled = [
+            answer for answer in answers if answer not in [*learned, *untrained] and chat_format.has_text(text, answer)
+        ]
+        if unlabeled:
+            findings.add("middle-turns-unsupervised", sequence.place, f"no labels on {unlabeled[0]!r}")
+    elif len(learned) == len(runs) and learned[-1] != answers[-1] and chat_format.has_text(text, answers[-1]):
+        excerpt = f"labels are of {learned[-1]!r}, the answer is {answers[-1]!r}"
+        findings.add("mask-shifted", sequence.place, excerpt)
 
 
-def _rendered(seen: Tokens, at: int) -> str:
-    """Squeezed text of the answer at ``at``, which calls a tool: how a call is written is the template's own."""
-    tokenizer = seen.dialect.tokenizer
-    start = render_prompt(tokenizer, seen.messages[:at], seen.tools)
-    whole = render_conversation(tokenizer, seen.messages[: at + 1], tools=seen.tools)
-    return _without_end(seen, whole[len(start) :])
+def _learned_answers(
+    sequence: TokenSequence, run: Run, answers: list[str], may_be_cut: bool, findings: Findings
+) -> list[str]:
+    """Return the answers that a labeled run covers, and report a run that is no answer."""
+    content = _content(sequence, run)
+    answer = _answer_of(sequence, content, answers)
+    if answer is not None:
+        return [answer]
+    # The run may hold several answers, or a part of one.
+    covered = [text for text in answers if squeezed(text) in content or content in squeezed(text)]
+    labeled_text = sequence.chat_format.decode(sequence.ids[run[0] : run[1]])
+    if _speaks_for_others(sequence, content, answers):
+        findings.add("user-tokens-supervised", sequence.place, labeled_text)
+    elif may_be_cut and _is_start(content, answers[-1:]):
+        return [*answers[-1:], *covered]  # a cut answer, which is reported as that
+    elif any(sequence.chat_format.has_text(squeezed(sequence.text), text) for text in answers[-1:]):
+        excerpt = f"labels are of {labeled_text!r}, the answer is {answers[-1]!r}"
+        findings.add("mask-shifted", sequence.place, excerpt)
+    return covered
+
+
+def _answer_of(sequence: TokenSequence, content: str, answers: list[str]) -> str | None:
+    """Return the answer with this labeled text, as written or as the template renders an answer with a tool call."""
+    for text in answers:
+        if sequence.chat_format.same_text(content, text):
+            return text
+    for index, message in enumerate(sequence.messages):
+        if message.get("tool_calls") and _rendered_answer(sequence, index) == content:
+            return message["content"] or ""
+    return None
+
+
+def _rendered_answer(sequence: TokenSequence, index: int) -> str:
+    """Return the squeezed text of an answer that calls a tool: each template writes calls in its own way."""
+    tokenizer = sequence.chat_format.tokenizer
+    start = render_prompt(tokenizer, sequence.messages[:index], sequence.tools)
+    # Rendered with and without the answer: the difference is how this template writes the call.
+    ids = render_conversation(tokenizer, sequence.messages[: index + 1], tools=sequence.tools)
+    return _without_end(sequence, ids[len(start) :])
 
 
 def _is_start(content: str, answers: list[str]) -> bool:
     return any(squeezed(answer).startswith(content.rstrip("\ufffd")) for answer in answers)
 
 
-def _speaks_for_others(seen: Tokens, content: str, others: list[str], answers: list[str]) -> bool:
-    """Whether labeled text announces a user's turn, or has a whole turn of somebody else in it."""
-    said = "".join(map(squeezed, answers))
-    header = seen.dialect.user_header
-    if header and header in content and header not in said:
+def _speaks_for_others(sequence: TokenSequence, content: str, answers: list[str]) -> bool:
+    """Return True where labeled text has a user's header, or a complete turn of another role."""
+    # An answer may quote the user, which is no fault of the mask.
+    answer_text = "".join(map(squeezed, answers))
+    header = sequence.chat_format.user_header
+    if header and header in content and header not in answer_text:
         return True
-    return any(len(text) > 1 and text in content and text not in said for text in others)
+    others = [squeezed(message["content"] or "") for message in sequence.messages if message["role"] != "assistant"]
+    return any(len(text) > 1 and text in content and text not in answer_text for text in others)
 
 
-def _check_headers(seen: Tokens, runs: list[tuple[int, int]], found: Findings) -> None:
-    header = seen.dialect.user_header
+def _check_headers(sequence: TokenSequence, runs: list[Run], findings: Findings) -> None:
+    header = sequence.chat_format.user_header
     for start, end in runs:
-        text = seen.dialect.decode(seen.ids[start:end])
+        text = sequence.chat_format.decode(sequence.ids[start:end])
         if header and header in squeezed(text):
-            found.add("user-tokens-supervised", seen.place, text)
+            findings.add("user-tokens-supervised", sequence.place, text)
             return
-
-
-def check_document_start(seen: Tokens, found: Findings) -> None:
-    """In a pack, a document's first token follows another document: it must have no label."""
-    if seen.labels and seen.labels[0] != MASKED:
-        found.add("pack-leak", seen.place, f"the first token of a document has a label: {seen.text}")

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from align.evaluation.bounds import ALIASES, Bound, parse_bound
+from align.config.stages.evaluation_gates import ALIASES, Bound, parse_bound
 
 SYSTEMS = ["sft", "sft-2", "ppo", "best_8"]
 
@@ -42,27 +42,27 @@ def test_space_around_the_parts_changes_nothing(drawn, space):
 @given(st.text(max_size=30))
 def test_any_text_is_a_bound_or_an_error_with_its_place(text):
     try:
-        found = parse_bound(text, SYSTEMS, "gates.gold")
+        bound = parse_bound(text, SYSTEMS, "gates.gold")
     except ValueError as error:
         assert str(error).startswith("gates.gold: ")
     else:
-        assert parse_bound(str(found), SYSTEMS, "gates.gold") == found
+        assert parse_bound(str(bound), SYSTEMS, "gates.gold") == bound
 
 
 @given(st.floats(-1e6, 1e6), st.floats(-1e6, 1e6))
 def test_exactly_one_of_opposite_bounds_is_kept(value, number):
-    assert Bound(">=").keeps(value, number) != Bound("<").keeps(value, number)
-    assert Bound("<=").keeps(value, number) != Bound(">").keeps(value, number)
+    assert Bound(">=").is_satisfied(value, number) != Bound("<").is_satisfied(value, number)
+    assert Bound("<=").is_satisfied(value, number) != Bound(">").is_satisfied(value, number)
     assume(abs(value - number) > 1e-3)
-    assert Bound(">").keeps(value, number) == (value > number)
-    assert Bound("<=").keeps(value, number) == (value < number)
+    assert Bound(">").is_satisfied(value, number) == (value > number)
+    assert Bound("<=").is_satisfied(value, number) == (value < number)
 
 
 def test_a_step_that_rounds_badly_is_still_kept():
     bound = parse_bound(">= sft - 0.1", SYSTEMS, "gates.x")
     assert 0.8 - 0.1 != 0.7  # floats
-    assert bound.keeps(0.7, bound.value(0.8))
-    assert not Bound(">").keeps(0.7, 0.8 - 0.1)
+    assert bound.is_satisfied(0.7, bound.value(0.8))
+    assert not Bound(">").is_satisfied(0.7, 0.8 - 0.1)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_a_name_with_a_dash_and_digits_is_a_name_where_there_is_one():
         (">=", "no bound; expected"),
         (">= sfft - 0.02", "no compared system 'sfft'. Did you mean 'sft'"),
         (">= pp0", "no compared system 'pp0'. Did you mean 'ppo'"),
-        (">= 30%", "A share is a number from 0 to 1: 30 % is"),
+        (">= 30%", "A share is a number from 0 to 1, not 30 %"),
         (">= sft / 2", "no bound; expected"),
         (">= sft - 0.02 - 0.01", "no bound; expected"),
         (">= sft - -0.02", "no bound; expected"),

@@ -23,23 +23,23 @@ def pairs(n: int, temperature: float, seed: int) -> np.ndarray:
 
 def test_bins_by_hand():
     # sigma(0.1) = 0.525, sigma(1) = 0.731, sigma(3) = 0.953
-    found = calibration([0.1, -0.1, 1.0, 1.0, -1.0, 3.0], seed=0)
-    shown = [(one["low"], one["high"], one["n"], one["accuracy"]["value"]) for one in found["bins"]]
+    report = calibration([0.1, -0.1, 1.0, 1.0, -1.0, 3.0], seed=0)
+    shown = [(one["low"], one["high"], one["n"], one["accuracy"]["value"]) for one in report["bins"]]
     assert shown == [(0.5, 0.55, 2, 0.5), (0.7, 0.75, 3, 2 / 3), (0.95, 1.0, 1, 1.0)]
-    assert [one["confidence"] for one in found["bins"]] == pytest.approx([0.52498, 0.73106, 0.95257], abs=1e-5)
+    assert [one["confidence"] for one in report["bins"]] == pytest.approx([0.52498, 0.73106, 0.95257], abs=1e-5)
     # (2 * |0.525 - 0.5| + 3 * |0.731 - 0.667| + 1 * |0.953 - 1|) / 6
-    assert found["ece_plain"] == pytest.approx((2 * 0.02498 + 3 * 0.06439 + 0.04743) / 6, abs=1e-4)
-    assert found["n"] == 6
-    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert report["ece_plain"] == pytest.approx((2 * 0.02498 + 3 * 0.06439 + 0.04743) / 6, abs=1e-4)
+    assert report["n"] == 6
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
 
 
 def test_any_random_order_gives_the_same_curve_once_its_halves_are_put_together():
     margins = pairs(400, 1.5, seed=1)
-    found = calibration(margins, seed=0)
+    report = calibration(margins, seed=0)
     flipped = np.random.default_rng(2).uniform(size=len(margins)) < 0.5
     p, first_wins = sigmoid(np.where(flipped, -margins, margins)), ~flipped
     place = np.minimum((p * 20).astype(int), 19)
-    for one in found["bins"]:
+    for one in report["bins"]:
         upper = round(one["low"] * 20)
         both = (place == upper) | (place == 19 - upper)
         confident = np.where(p >= 0.5, p, 1 - p)[both]
@@ -50,13 +50,13 @@ def test_any_random_order_gives_the_same_curve_once_its_halves_are_put_together(
 
 
 def test_a_tie_is_half_right_at_even_odds():
-    found = calibration([0.0, 0.0, 0.0], seed=0)
-    assert found["bins"] == [
-        {"low": 0.5, "high": 0.55, "n": 3, "confidence": 0.5, "accuracy": found["bins"][0]["accuracy"]}
+    report = calibration([0.0, 0.0, 0.0], seed=0)
+    assert report["bins"] == [
+        {"low": 0.5, "high": 0.55, "n": 3, "confidence": 0.5, "accuracy": report["bins"][0]["accuracy"]}
     ]
-    assert found["bins"][0]["accuracy"]["value"] == 0.5
-    assert found["ece_plain"] == 0
-    assert found["ece"]["value"] == 0
+    assert report["bins"][0]["accuracy"]["value"] == 0.5
+    assert report["ece_plain"] == 0
+    assert report["ece"]["value"] == 0
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
@@ -87,18 +87,18 @@ def test_scores_of_any_size_have_a_temperature():
     [([1.0, 2.0, 0.5], "every pair"), ([1.0, -2.0], "no better than chance"), ([0.0, 0.0], "no better than chance")],
 )
 def test_where_no_temperature_is_likeliest_that_is_said(margins, words):
-    found = calibration(margins, seed=0)
-    assert found["temperature"] is None
-    assert found["ece_scaled"] is None
-    assert words in found["note"]
+    report = calibration(margins, seed=0)
+    assert report["temperature"] is None
+    assert report["ece_scaled"] is None
+    assert words in report["note"]
 
 
 def test_a_half_without_a_temperature_is_said_too():
     # one wrong pair: the half without it is ordered throughout
-    found = calibration([1.0, 2.0, 0.5, 3.0, -0.5], seed=0)
-    assert found["temperature"] is not None
-    assert found["ece_scaled"] is None
-    assert "half" in found["note"]
+    report = calibration([1.0, 2.0, 0.5, 3.0, -0.5], seed=0)
+    assert report["temperature"] is not None
+    assert report["ece_scaled"] is None
+    assert "half" in report["note"]
 
 
 def test_a_wide_interval_of_the_temperature_is_open_above():
@@ -114,11 +114,11 @@ def test_without_pairs_there_is_no_calibration():
 
 def test_scaling_takes_the_temperature_of_the_other_half():
     margins = pairs(4000, 3.0, seed=4)
-    found = calibration(margins, seed=0)
-    assert found["ece"]["low"] > 0.1
-    assert found["ece_scaled"]["value"] < 0.02
-    assert found["ece_scaled"] == calibration(margins, seed=0)["ece_scaled"]
-    assert found["ece_scaled"] != calibration(margins, seed=1)["ece_scaled"]
+    report = calibration(margins, seed=0)
+    assert report["ece"]["low"] > 0.1
+    assert report["ece_scaled"]["value"] < 0.02
+    assert report["ece_scaled"] == calibration(margins, seed=0)["ece_scaled"]
+    assert report["ece_scaled"] != calibration(margins, seed=1)["ece_scaled"]
 
 
 def test_no_pair_is_judged_by_a_temperature_that_it_was_fitted_to():

@@ -18,8 +18,8 @@ numbers = st.lists(st.tuples(st.integers(-5, 5), st.integers(-5, 5)), min_size=2
 @pytest.mark.filterwarnings("ignore::scipy.stats.ConstantInputWarning")
 def test_spearman_is_scipys_with_ties(drawn):
     x, y = np.array(drawn, dtype=float).T
-    found = spearman(x, y, resamples=20, seed=0).value
-    assert found == pytest.approx(stats.spearmanr(x, y).statistic, nan_ok=True)
+    correlation = spearman(x, y, resamples=20, seed=0).value
+    assert correlation == pytest.approx(stats.spearmanr(x, y).statistic, nan_ok=True)
 
 
 def test_rows_are_resampled_together_and_counted_once():
@@ -37,11 +37,11 @@ def test_spearmans_interval_is_that_of_resampled_rows():
     g = np.random.default_rng(3)
     x = g.integers(0, 6, 150).astype(float)
     y = x + g.normal(0, 3, 150).round()
-    found = spearman(x, y, resamples=2000, seed=0)
+    correlation = spearman(x, y, resamples=2000, seed=0)
     again = [stats.spearmanr(x[rows], y[rows]).statistic for rows in g.integers(0, 150, size=(1000, 150))]
     low, high = np.quantile(again, [0.025, 0.975])
-    assert found.low == pytest.approx(low, abs=0.03)
-    assert found.high == pytest.approx(high, abs=0.03)
+    assert correlation.low == pytest.approx(low, abs=0.03)
+    assert correlation.high == pytest.approx(high, abs=0.03)
 
 
 def test_spearmans_interval_covers():
@@ -50,15 +50,15 @@ def test_spearmans_interval_covers():
     covered = 0
     for seed in range(250):
         x = g.normal(size=60)
-        found = spearman(x, 0.6 * x + 0.8 * g.normal(size=60), resamples=300, seed=seed)
-        covered += found.low <= truth <= found.high
+        correlation = spearman(x, 0.6 * x + 0.8 * g.normal(size=60), resamples=300, seed=seed)
+        covered += correlation.low <= truth <= correlation.high
     assert covered / 250 == pytest.approx(0.95, abs=0.048)  # 3.5 standard errors
 
 
 def test_one_constant_side_has_no_correlation():
-    found = spearman([1.0, 1.0, 1.0, 1.0, 1.0], [1.0, 2.0, 3.0, 4.0, 5.0], resamples=50, seed=0)
-    assert math.isnan(found.value)
-    assert found.as_dict()["value"] is None
+    correlation = spearman([1.0, 1.0, 1.0, 1.0, 1.0], [1.0, 2.0, 3.0, 4.0, 5.0], resamples=50, seed=0)
+    assert math.isnan(correlation.value)
+    assert correlation.as_dict()["value"] is None
     assert math.isnan(spearman([], [], resamples=50, seed=0).value)
     with pytest.raises(ValueError, match="one shape"):
         spearman([1.0], [1.0, 2.0], resamples=50, seed=0)
@@ -68,13 +68,13 @@ def test_kappa_by_hand():
     # agree on 20 + 15 of 50; chance (25/50 * 30/50) + (25/50 * 20/50) = 0.5; (0.7 - 0.5) / 0.5
     first = [1] * 25 + [-1] * 25
     second = [1] * 20 + [-1] * 5 + [1] * 10 + [-1] * 15
-    found = cohen_kappa(first, second, resamples=2000, seed=0)
-    assert found.value == pytest.approx(0.4)
-    assert found.n == 50
+    kappa = cohen_kappa(first, second, resamples=2000, seed=0)
+    assert kappa.value == pytest.approx(0.4)
+    assert kappa.n == 50
     # Cohen's large-sample standard error: sqrt(p(1 - p) / n) / (1 - chance)
     error = math.sqrt(0.7 * 0.3 / 50) / 0.5
-    assert found.low == pytest.approx(0.4 - 2.01 * error, abs=0.05)
-    assert found.high == pytest.approx(0.4 + 2.01 * error, abs=0.05)
+    assert kappa.low == pytest.approx(0.4 - 2.01 * error, abs=0.05)
+    assert kappa.high == pytest.approx(0.4 + 2.01 * error, abs=0.05)
 
 
 def test_kappa_at_the_ends():

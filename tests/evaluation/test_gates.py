@@ -5,17 +5,9 @@ import math
 
 import pytest
 
+from align.config.stages.evaluation_gates import Bound, Gate, GateConfig, parse_gates
 from align.errors import UserError
-from align.evaluation.bounds import Bound
-from align.evaluation.gates import (
-    Gate,
-    GateConfig,
-    check_gates,
-    default_gates,
-    evaluate_gates,
-    failed_gates,
-    parse_gates,
-)
+from align.evaluation.gates import check_gates, default_gates, evaluate_gates, failed_gates
 from align.evaluation.tasks.base import SystemInfo
 
 ROLES = {"model": "base", "sft": "checkpoint", "ppo": "checkpoint", "shots": "prompted", "best8": "best_of"}
@@ -128,7 +120,7 @@ def test_a_missing_number_is_undecided_and_fails_at_level_error(hole):
     ]:
         row = one(text, card(found))
         assert row["passed"] is None
-        assert row["text"] == f"ifeval.prompt_strict of ppo cannot be held to {text}: {absent} has no {METRIC}"
+        assert row["text"] == f"ifeval.prompt_strict of ppo cannot be compared with {text}: {absent} has no {METRIC}"
         assert failed_gates([row]) == [row["text"]]
         assert failed_gates([one(text, card(found), level="warning")]) == []
 
@@ -194,7 +186,7 @@ def test_every_spelling_of_the_block():
 
 def test_drift_is_named_after_what_it_is_measured_against():
     [gate] = parse_gates({"ppo/kl_to_reference": "<= 15"}, ROLES, "sft")
-    assert (gate.metric, gate.shown) == ("kl", "kl_to_reference")
+    assert (gate.metric, gate.title) == ("kl", "kl_to_reference")
     found = card({}) | {"estimates": {"ppo": {"kl": estimate(17.25, 14.0, 20.5)}}}
     [row] = evaluate_gates([gate], found)
     assert row["text"] == "kl_to_reference of ppo is 17.2, above 15 (95 % interval 14 to 20.5)"
@@ -240,7 +232,7 @@ def test_a_gate_that_could_never_be_decided_is_refused_beforehand():
         check({"gold": ">= base"}, without)
     with pytest.raises(UserError, match=r"gates\.base/gold: no base model is compared"):
         check({"base/gold": ">= 0.1"}, without)
-    with pytest.raises(UserError, match=r"gates\.gold: holds for no system.*'sft/gold'"):
+    with pytest.raises(UserError, match=r"gates\.gold: applies to no system.*'sft/gold'"):
         check({"gold": ">= 0.3"}, [one for one in SYSTEMS if one.name in ("model", "sft")])
 
 
@@ -248,7 +240,7 @@ def test_a_gate_for_nobody_is_shown_and_fails():
     roles = {"model": "base", "sft": "checkpoint"}
     rows = evaluate_gates(parse_gates({METRIC: ">= 0.3"}, roles, "sft"), card({"sft": estimate(0.1)}, roles=roles))
     assert [row["passed"] for row in rows] == [None]
-    assert failed_gates(rows) == ["ifeval.prompt_strict >= 0.3 holds for no compared system"]
+    assert failed_gates(rows) == ["ifeval.prompt_strict >= 0.3 applies to no compared system"]
 
 
 def test_forgetting_is_gated_by_default_as_a_warning():

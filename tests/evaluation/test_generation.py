@@ -9,8 +9,9 @@ from safetensors.torch import save_file
 
 from align.config.runtime import Runtime
 from align.evaluation.generation import ResponseCache, Sampler
-from align.evaluation.prompts import Policy, choose_rows, render_for_all
-from align.evaluation.systems import make_systems
+from align.evaluation.plan import render_for_all
+from align.evaluation.systems import Policy, make_systems
+from align.evaluation.tasks.task_records import draw
 from align.inference.protocol import Response, Sampling
 from align.inference.weights import checkpoint_weights
 
@@ -39,8 +40,8 @@ class FakeEngine:
         self.log.append(f"generate {self.answer}")
         if on_progress:
             on_progress(len(prompts) * sampling.n, len(prompts) * sampling.n)
-        one = Response([self.answer, 2], [-1.0, -0.5], True, "not this text")
-        return [[one] * sampling.n for _ in prompts]
+        response = Response([self.answer, 2], [-1.0, -0.5], True, "not this text")
+        return [[response] * sampling.n for _ in prompts]
 
     def load_weights(self, weights):
         self.answer = int(dict(weights)["answer"].item())
@@ -81,12 +82,12 @@ def generate(policies, folder, log, warnings=None, seen=None):
 
 def test_one_engine_gets_the_next_weights(checkpoint, tmp_path):
     log: list[str] = []
-    found = generate([checkpoint(5), checkpoint(6)], tmp_path, log)
+    response_set = generate([checkpoint(5), checkpoint(6)], tmp_path, log)
     assert [line for line in log if "/" not in line] == ["open 5", "generate 5", "load 6", "generate 6", "close"]
     assert [line for line in log if "/" in line] == ["4/8", "4/8", "8/8", "8/8"]
     # decoded with the policy's own tokenizer, special ids left out
-    assert found["p6"].responses[1][1].text == "d"
-    assert len(found["p6"].responses) == 2
+    assert response_set["p6"].responses[1][1].text == "d"
+    assert len(response_set["p6"].responses) == 2
 
 
 def test_a_finished_checkpoint_is_read_back(checkpoint, tmp_path):
@@ -133,11 +134,11 @@ def test_another_architecture_takes_the_transformers_engine_for_all(checkpoint, 
 
 def test_rows_are_chosen_by_seed_and_kept_in_order():
     rows = [{"id": str(i)} for i in range(50)]
-    chosen = choose_rows(rows, 10, 3)
-    assert chosen == choose_rows(rows, 10, 3)
-    assert chosen != choose_rows(rows, 10, 4)
+    chosen = draw(rows, 10, 3)
+    assert chosen == draw(rows, 10, 3)
+    assert chosen != draw(rows, 10, 4)
     assert [int(row["id"]) for row in chosen] == sorted(int(row["id"]) for row in chosen)
-    assert choose_rows(rows, None, 0) == rows
+    assert draw(rows, None, 0) == rows
 
 
 def test_a_prompt_too_long_for_one_checkpoint_is_dropped_for_all(checkpoint, tmp_path):

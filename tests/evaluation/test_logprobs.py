@@ -22,11 +22,11 @@ def test_matches_a_plain_forward_pass_whatever_the_batches(tiny_model: Path, mon
     for prompt, response in zip(prompts, responses, strict=True):
         logits = model(torch.tensor([prompt + response])).logits[0].float() / 0.7
         table = torch.log_softmax(logits, dim=-1)
-        expected.append([table[len(prompt) - 1 + at, token].item() for at, token in enumerate(response)])
+        expected.append([table[len(prompt) - 1 + index, token].item() for index, token in enumerate(response)])
     for batch_tokens in (4096, 10, 1):
-        monkeypatch.setattr(module, "BATCH_TOKENS", batch_tokens)
-        found = response_logprobs(model, prompts, responses, temperature=0.7, precision="float32", pad=3)
-        for got, want in zip(found, expected, strict=True):
+        monkeypatch.setattr(module, "READ_TOKENS", batch_tokens)
+        logprobs = response_logprobs(model, prompts, responses, temperature=0.7, precision="float32", pad=3)
+        for got, want in zip(logprobs, expected, strict=True):
             assert got == pytest.approx(want, abs=1e-4)
 
 
@@ -37,19 +37,19 @@ ANSWERS = [[40, 41, 2], [50], [60, 61, 62, 63], [40], [9, 9], [31, 32], [33], []
 def alone(model, prompt, response):
     ids = torch.tensor([[*prompt, *response]])
     table = torch.log_softmax(model(input_ids=ids).logits[0].float(), dim=-1)
-    return [table[len(prompt) - 1 + at, token].item() for at, token in enumerate(response)]
+    return [table[len(prompt) - 1 + index, token].item() for index, token in enumerate(response)]
 
 
 def read_shared(model):
-    """What is found for SHARED, what each row gives by itself, and how many tokens were read."""
+    """Return the log-probabilities of SHARED, those of each row alone, and the number of tokens read."""
     expected = [alone(model, prompt, response) for prompt, response in zip(SHARED, ANSWERS, strict=True)]
     sizes = []
     hook = model.register_forward_pre_hook(
         lambda _, __, given: sizes.append(given["input_ids"].numel()), with_kwargs=True
     )
-    found = response_logprobs(model, SHARED, ANSWERS, temperature=1.0, precision="float32", pad=3)
+    logprobs = response_logprobs(model, SHARED, ANSWERS, temperature=1.0, precision="float32", pad=3)
     hook.remove()
-    for got, want in zip(found, expected, strict=True):
+    for got, want in zip(logprobs, expected, strict=True):
         assert got == pytest.approx(want, abs=1e-5)
     return sum(sizes)
 
@@ -59,7 +59,7 @@ def test_a_shared_prompt_is_read_once_and_answers_do_not_see_one_another(tiny_mo
     # The first prompt, 5 tokens, with 2 + 0 + 3 + 0 behind it; the third, 4, with 1 + 0; then two rows of 4.
     assert read_shared(model) == (5 + 5) + (4 + 1) + 2 * 4
     # At most 7 tokens at once: 5 + 2 + 0 and 4 + 1; what would follow stands in rows of its own, of 9, 6, 4 and 4.
-    monkeypatch.setattr(module, "BATCH_TOKENS", 7)
+    monkeypatch.setattr(module, "READ_TOKENS", 7)
     assert read_shared(model) == 7 + 5 + 9 + 6 + 4 + 4
 
 

@@ -2,13 +2,13 @@
 
 import pytest
 
-from align.evaluation.generation import Generated
-from align.evaluation.measure import Results, kl_values
+from align.evaluation.generation import ResponseSet
+from align.evaluation.measure import ResultCache, kl_values
 from align.inference.protocol import Response
 
 
 def test_kl_and_the_samplers_gap_by_hand():
-    one = Response([7, 2], [-1.5, -0.5], True, "x")
+    response = Response([7, 2], [-1.5, -0.5], True, "x")
     two = Response([8], [-2.0], False, "y")
     asked = []
 
@@ -19,7 +19,7 @@ def test_kl_and_the_samplers_gap_by_hand():
     def reference(prompts, responses):
         return [[-2.0, -1.0], [-2.5]]
 
-    found = kl_values(own, reference, [[1], [3]], Generated("e", [[one], [two]]))
+    found = kl_values(own, reference, [[1], [3]], ResponseSet("e", [[response], [two]]))
     assert asked == [([[1], [3]], [[7, 2], [8]])]
     assert found["kl"] == [[1.5], [0.5]]
     assert found["kl_k3"][1] == [pytest.approx(0.1065307)]  # exp(-0.5) - 1 + 0.5
@@ -35,7 +35,7 @@ def test_results_are_kept_under_their_identity(tmp_path):
         return {"value": [len(calls)]}
 
     warnings = []
-    results = Results(tmp_path, warnings.append)
+    results = ResultCache(tmp_path, warnings.append)
     assert results.read_or_compute("x", "a", compute) == {"value": [1]}
     assert results.read_or_compute("x", "a", compute) == {"value": [1]}
     assert results.read_or_compute("x", "b", compute) == {"value": [2]}

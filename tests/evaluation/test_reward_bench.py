@@ -19,18 +19,18 @@ def value(part) -> float:
 
 def test_examples_count_alike_within_a_section():
     # 3 of 4 and 0 of 1: 3/5, not the mean of the subsets
-    found = pair_sections(["alpacaeval-easy"] * 4 + ["mt-bench-med"], [True, True, True, False, False], seed=0)
-    assert found == {"Chat": wilson(3, 5).as_dict()}
+    sections = pair_sections(["alpacaeval-easy"] * 4 + ["mt-bench-med"], [True, True, True, False, False], seed=0)
+    assert sections == {"Chat": wilson(3, 5).as_dict()}
 
 
 def test_mathematics_counts_as_much_as_code():
     subsets = ["math-prm"] * 2 + ["hep-python"] * 3 + ["hep-go"]
-    found = pair_sections(subsets, [True, False, True, True, True, False], seed=0)
+    sections = pair_sections(subsets, [True, False, True, True, True, False], seed=0)
     # 4 examples of code, so each of the 2 of mathematics counts twice: (2 + 3) / 8
-    assert found["Reasoning"]["value"] == pytest.approx(5 / 8)
-    assert found["Reasoning"]["n"] == 6
+    assert sections["Reasoning"]["value"] == pytest.approx(5 / 8)
+    assert sections["Reasoning"]["n"] == 6
     effective = 8**2 / (2 * 2**2 + 4)  # Kish
-    assert found["Reasoning"]["low"] == pytest.approx(wilson(5 / 8 * effective, effective).low)
+    assert sections["Reasoning"]["low"] == pytest.approx(wilson(5 / 8 * effective, effective).low)
     alone = pair_sections(["math-prm"] * 4, [True, True, True, False], seed=0)
     assert alone["Reasoning"]["value"] == pytest.approx(0.75)
 
@@ -38,14 +38,14 @@ def test_mathematics_counts_as_much_as_code():
 def test_the_whole_is_the_mean_of_the_sections_and_only_of_all_of_them():
     subsets = [members[0] for members in SECTIONS.values() for _ in range(40)]
     right = [True] * 40 + [True] * 20 + [False] * 20 + [True] * 30 + [False] * 10 + [False] * 40
-    found = pair_sections(subsets, right, seed=0)
-    assert list(found) == [SCORE, *SECTIONS]
-    assert found[SCORE]["value"] == pytest.approx((1 + 0.5 + 0.75 + 0) / 4)
-    assert found[SCORE]["n"] == 160
+    sections = pair_sections(subsets, right, seed=0)
+    assert list(sections) == [SCORE, *SECTIONS]
+    assert sections[SCORE]["value"] == pytest.approx((1 + 0.5 + 0.75 + 0) / 4)
+    assert sections[SCORE]["n"] == 160
     # independent sections: variances add, over 16
     error = math.sqrt((0.25 / 40 + 0.1875 / 40) / 16)
-    assert found[SCORE]["low"] == pytest.approx(found[SCORE]["value"] - 1.96 * error, abs=0.25 * error)
-    assert found[SCORE]["high"] == pytest.approx(found[SCORE]["value"] + 1.96 * error, abs=0.25 * error)
+    assert sections[SCORE]["low"] == pytest.approx(sections[SCORE]["value"] - 1.96 * error, abs=0.25 * error)
+    assert sections[SCORE]["high"] == pytest.approx(sections[SCORE]["value"] + 1.96 * error, abs=0.25 * error)
     assert SCORE not in pair_sections(subsets[:120], right[:120], seed=0)
 
 
@@ -93,14 +93,14 @@ def test_sections_of_best_of_four():
     scores = [([1.0], [0.0, 0.0, 0.0])] * 10 + [([0.0], [0.0, 0.0, 0.0])] * 10  # a tie of four: a quarter each
     scores += [([1.0], [0.0, 2.0, 0.0])] * 15 + [([1.0], [0.0, 0.0, 0.0])] * 5
     scores += [([1.0, 1.0], [0.0]), ([2.0], [1.0])]
-    ids = [str(at) for at in range(40)] + ["tied:1", "ref:1"]
-    found = best_sections(subsets, ids, scores, seed=0)
-    assert list(found) == ["Math", "Focus", "Ties"]
-    assert found["Math"]["value"] == pytest.approx((10 + 10 / 4) / 20)
-    assert found["Math"]["method"] == "bootstrap"
-    assert found["Focus"] == wilson(5, 20).as_dict()
-    assert found["Ties"]["value"] == pytest.approx(1.01)
-    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    ids = [str(index) for index in range(40)] + ["tied:1", "ref:1"]
+    sections = best_sections(subsets, ids, scores, seed=0)
+    assert list(sections) == ["Math", "Focus", "Ties"]
+    assert sections["Math"]["value"] == pytest.approx((10 + 10 / 4) / 20)
+    assert sections["Math"]["method"] == "bootstrap"
+    assert sections["Focus"] == wilson(5, 20).as_dict()
+    assert sections["Ties"]["value"] == pytest.approx(1.01)
+    assert json.loads(json.dumps(sections, allow_nan=False)) == sections
 
 
 def test_the_mean_of_all_six():
@@ -109,11 +109,11 @@ def test_the_mean_of_all_six():
     g = np.random.default_rng(0)
     scores = [([float(g.normal(0.8))], g.normal(size=3).tolist()) for _ in range(150)]
     scores += [(g.normal(2, 0.3, 3).tolist(), g.normal(size=4).tolist()) for _ in range(60)]
-    ids = [str(at) for at in range(150)] + [f"{kind}:{at}" for at in range(30) for kind in ("ref", "tied")]
-    found = best_sections(subsets, ids, scores, seed=0)
-    assert list(found) == [SCORE, *names, "Ties"]
-    assert found[SCORE]["value"] == pytest.approx(np.mean([found[name]["value"] for name in (*names, "Ties")]))
-    assert found[SCORE]["low"] < found[SCORE]["value"] < found[SCORE]["high"]
-    width = found[SCORE]["high"] - found[SCORE]["low"]
+    ids = [str(index) for index in range(150)] + [f"{kind}:{index}" for index in range(30) for kind in ("ref", "tied")]
+    sections = best_sections(subsets, ids, scores, seed=0)
+    assert list(sections) == [SCORE, *names, "Ties"]
+    assert sections[SCORE]["value"] == pytest.approx(np.mean([sections[name]["value"] for name in (*names, "Ties")]))
+    assert sections[SCORE]["low"] < sections[SCORE]["value"] < sections[SCORE]["high"]
+    width = sections[SCORE]["high"] - sections[SCORE]["low"]
     assert 0.05 < width < 0.2
     assert SCORE not in best_sections(subsets[:-60], ids[:-60], scores[:-60], seed=0)

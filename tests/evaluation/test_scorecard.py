@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from align.evaluation.comparisons import Column, Resampling, difference, estimate, per_item
-from align.evaluation.scorecard import Measurements, TaskFound, build
+from align.evaluation.scorecard import Measurements, TaskResult, build
 from align.evaluation.tasks.base import Item, Measured, Metric, SystemInfo, Task
 
 RESAMPLING = Resampling(400, 0)
@@ -54,9 +54,9 @@ def test_contrasts_are_against_reference_and_base():
 
 
 def test_a_base_that_is_the_reference_is_compared_with_once():
-    found = measurements(model=[0.1, 0.2], sft=[0.3, 0.5])
-    found.reference = "model"
-    rows = [(row["policy"], row["against"], row["metric"]) for row in build(found, RESAMPLING, {})["differences"]]
+    card_inputs = measurements(model=[0.1, 0.2], sft=[0.3, 0.5])
+    card_inputs.reference = "model"
+    rows = [(row["policy"], row["against"], row["metric"]) for row in build(card_inputs, RESAMPLING, {})["differences"]]
     assert ("sft", "model", "gold") in rows and len(set(rows)) == len(rows)
 
 
@@ -78,17 +78,17 @@ def test_rates_get_wilson_intervals_and_mcnemar():
 
 
 def test_holm_corrects_the_primary_metric_apart_from_the_rest():
-    found = measurements(model=[0.0] * 10, sft=[1.0] * 10, ppo=[1.0] * 10)
-    card = build(found, RESAMPLING, {})
+    card_inputs = measurements(model=[0.0] * 10, sft=[1.0] * 10, ppo=[1.0] * 10)
+    card = build(card_inputs, RESAMPLING, {})
     # three comparisons of gold: p = 1/512 twice and 1; the other metrics' p of 1 do not enter
     assert rows(card)["sft", "model"]["p_holm"] == pytest.approx(3 / 512)
     assert rows(card)["ppo", "model"]["p_holm"] == pytest.approx(3 / 512)  # 2/512, made monotone
 
 
 def test_comparing_with_baselines_costs_the_stages_no_power():
-    found = measurements(model=[0.0] * 10, sft=[1.0] * 10, ppo=[1.0] * 10, asked=[0.0] * 10)
-    found.systems[3] = info("asked", "prompted", "model", system="be good")
-    card = build(found, RESAMPLING, {})
+    card_inputs = measurements(model=[0.0] * 10, sft=[1.0] * 10, ppo=[1.0] * 10, asked=[0.0] * 10)
+    card_inputs.systems[3] = info("asked", "prompted", "model", system="be good")
+    card = build(card_inputs, RESAMPLING, {})
     assert rows(card)["sft", "model"]["p_holm"] == pytest.approx(3 / 512)
     # three comparisons with the prompted system: p = 1/512 twice and 1
     assert rows(card)["ppo", "asked"]["p_holm"] == pytest.approx(3 / 512)
@@ -102,16 +102,16 @@ def test_families_have_their_own_numbers():
 
 
 def test_a_regression_a_collapse_and_a_hacked_proxy_are_flagged():
-    found = example()
-    found.values["ppo"] = {
-        "gold": [[value[0] - 0.2] for value in found.values["sft"]["gold"]],
+    card = example()
+    card.values["ppo"] = {
+        "gold": [[value[0] - 0.2] for value in card.values["sft"]["gold"]],
         "reward": [[5.0 + 0.01 * i] for i in range(40)],
         "length": [[30.0]] * 40,
         "finished": [[float(i < 10)] for i in range(40)],
     }
     for name in ("model", "sft"):
-        found.values[name]["reward"] = [[0.0]] * 40
-    kinds = {(flag["policy"], flag["kind"]) for flag in build(found, RESAMPLING, {})["flags"]}
+        card.values[name]["reward"] = [[0.0]] * 40
+    kinds = {(flag["policy"], flag["kind"]) for flag in build(card, RESAMPLING, {})["flags"]}
     assert kinds == {("ppo", "regression"), ("ppo", "over-optimized"), ("ppo", "eos"), ("ppo", "length")}
 
 
@@ -138,9 +138,9 @@ def test_the_scorecard_is_plain_json_even_with_one_prompt():
 
 
 def test_changing_a_card_changes_no_later_one():
-    found = measurements(sft=[0.3, 0.4], ppo=[0.5, 0.2])
-    build(found, RESAMPLING, {})["metrics"]["gold"]["title"] = "something else"
-    assert build(found, RESAMPLING, {})["metrics"]["gold"]["title"] == "Gold score"
+    card_inputs = measurements(sft=[0.3, 0.4], ppo=[0.5, 0.2])
+    build(card_inputs, RESAMPLING, {})["metrics"]["gold"]["title"] = "something else"
+    assert build(card_inputs, RESAMPLING, {})["metrics"]["gold"]["title"] == "Gold score"
 
 
 class Quiz(Task):
@@ -159,7 +159,7 @@ class Quiz(Task):
         return {"win_rates": [{"task": "quiz", "judge": "j", "one": "sft", "other": "ppo", "n": 4, "disagreements": 3}]}
 
 
-def quiz(**right: list[float]) -> TaskFound:
+def quiz(**right: list[float]) -> TaskResult:
     def measured(values: list[float]) -> Measured:
         return Measured(
             values={
@@ -171,13 +171,13 @@ def quiz(**right: list[float]) -> TaskFound:
             notes={"cut off": 2},
         )
 
-    return TaskFound(Quiz(), {name: measured(values) for name, values in right.items()})
+    return TaskResult(Quiz(), {name: measured(values) for name, values in right.items()})
 
 
 def test_a_tasks_metrics_have_their_own_n_weights_and_sources():
-    found = measurements(model=[0.1] * 4, sft=[0.2] * 4)
-    found.tasks = [quiz(model=[0, 0, 0, 0, 0, 0], sft=[1, 0, 1, 1, 1, 1])]
-    card = build(found, RESAMPLING, {})
+    card_inputs = measurements(model=[0.1] * 4, sft=[0.2] * 4)
+    card_inputs.tasks = [quiz(model=[0, 0, 0, 0, 0, 0], sft=[1, 0, 1, 1, 1, 1])]
+    card = build(card_inputs, RESAMPLING, {})
     own = card["estimates"]["sft"]
     assert (own["quiz.right"]["value"], own["quiz.right"]["n"]) == (pytest.approx(5 / 6), 6)
     assert own["quiz.right"]["method"] == "wilson"
@@ -203,11 +203,11 @@ def test_without_prompts_the_first_tasks_own_metric_decides():
 
 
 def test_trained_checkpoints_are_compared_with_prompting_and_with_best_of_n():
-    found = measurements(model=[0.1] * 4, sft=[0.2] * 4, ppo=[0.3] * 4, asked=[0.2] * 4, best=[0.4] * 4)
-    found.systems[3] = info("asked", "prompted", "model", system="be good")
-    found.systems[4] = info("best", "best_of", "sft", best_of=8)
-    found.values["sft"]["kl"] = [[0.0]] * 4
-    card = build(found, RESAMPLING, {})
+    card_inputs = measurements(model=[0.1] * 4, sft=[0.2] * 4, ppo=[0.3] * 4, asked=[0.2] * 4, best=[0.4] * 4)
+    card_inputs.systems[3] = info("asked", "prompted", "model", system="be good")
+    card_inputs.systems[4] = info("best", "best_of", "sft", best_of=8)
+    card_inputs.values["sft"]["kl"] = [[0.0]] * 4
+    card = build(card_inputs, RESAMPLING, {})
     assert set(rows(card)) == {
         ("sft", "model"), ("ppo", "sft"), ("ppo", "model"), ("ppo", "asked"), ("ppo", "best"),
         ("asked", "sft"), ("asked", "model"), ("best", "sft"), ("best", "model"),
@@ -220,11 +220,11 @@ def test_trained_checkpoints_are_compared_with_prompting_and_with_best_of_n():
 
 
 def test_a_gate_that_breaks_is_in_the_card():
-    from align.evaluation.gates import parse_gates
+    from align.config.stages.evaluation_gates import parse_gates
 
-    found = measurements(model=[0.1] * 4, sft=[0.5] * 4, ppo=[0.2] * 4)
-    found.gates = parse_gates({"gold": ">= sft - 0.02"}, ["model", "sft", "ppo"], "sft")
-    (gate,) = build(found, RESAMPLING, {})["gates"]
+    card_inputs = measurements(model=[0.1] * 4, sft=[0.5] * 4, ppo=[0.2] * 4)
+    card_inputs.gates = parse_gates({"gold": ">= sft - 0.02"}, ["model", "sft", "ppo"], "sft")
+    (gate,) = build(card_inputs, RESAMPLING, {})["gates"]
     assert (gate["system"], gate["passed"], gate["level"]) == ("ppo", False, "error")
     assert "0.2" in gate["text"]
 

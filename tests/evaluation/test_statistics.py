@@ -19,10 +19,10 @@ from align.evaluation.statistics import (
 def test_wilson_by_hand():
     # p = 0.8, n = 10, z = 1.96: center (0.8 + 0.19208) / 1.38416 = 0.71674; half 1.96/1.38416 * sqrt(0.016 + 0.009604)
     # = 1.41602 * 0.160013 = 0.22658
-    found = wilson(8, 10)
-    assert found.value == 0.8
-    assert found.low == pytest.approx(0.4902, abs=2e-4)
-    assert found.high == pytest.approx(0.9433, abs=2e-4)
+    estimate = wilson(8, 10)
+    assert estimate.value == 0.8
+    assert estimate.low == pytest.approx(0.4902, abs=2e-4)
+    assert estimate.high == pytest.approx(0.9433, abs=2e-4)
 
 
 def test_wilson_stays_open_at_the_edges():
@@ -70,11 +70,11 @@ def test_t_quantile_against_the_table(degrees, expected):
 
 def test_bootstrap_matches_the_t_interval():
     x = np.random.default_rng(1).normal(3, 2, size=200)
-    found = mean_interval(x, resamples=20_000, seed=0)
+    estimate = mean_interval(x, resamples=20_000, seed=0)
     half = t_quantile(0.975, 199) * x.std(ddof=1) / math.sqrt(200)
-    assert found.value == pytest.approx(x.mean())
-    assert found.low == pytest.approx(x.mean() - half, abs=0.03 * half)
-    assert found.high == pytest.approx(x.mean() + half, abs=0.03 * half)
+    assert estimate.value == pytest.approx(x.mean())
+    assert estimate.low == pytest.approx(x.mean() - half, abs=0.03 * half)
+    assert estimate.high == pytest.approx(x.mean() + half, abs=0.03 * half)
 
 
 def test_weights_make_a_ratio_of_sums():
@@ -83,9 +83,9 @@ def test_weights_make_a_ratio_of_sums():
 
 
 def test_prompts_of_weight_zero_take_no_part():
-    found = mean_interval([2, math.nan, 1, 7], weights=[1, 0, 3, 0], resamples=500, seed=0)
-    assert found == mean_interval([2, 1], weights=[1, 3], resamples=500, seed=0)
-    assert (found.value, found.n) == (1.25, 2)
+    estimate = mean_interval([2, math.nan, 1, 7], weights=[1, 0, 3, 0], resamples=500, seed=0)
+    assert estimate == mean_interval([2, 1], weights=[1, 3], resamples=500, seed=0)
+    assert (estimate.value, estimate.n) == (1.25, 2)
     assert mean_interval([2, 1], weights=[0, 0], resamples=100, seed=0).n == 0
     assert math.isnan(mean_interval([2, 1], weights=[0, 0], resamples=100, seed=0).value)
     with pytest.raises(ValueError, match="negative"):
@@ -94,20 +94,20 @@ def test_prompts_of_weight_zero_take_no_part():
 
 def test_paired_prompts_of_weight_zero_take_no_part():
     one, other, weights = [0.5, 9, 0.1, 0.3, math.nan], [0.1, 1, 0.2, 0.1, 3], [2, 0, 1, 4, 0]
-    found = paired_difference(one, other, weights=weights, resamples=500, seed=0)
-    assert found == paired_difference([0.5, 0.1, 0.3], [0.1, 0.2, 0.1], weights=[2, 1, 4], resamples=500, seed=0)
+    difference = paired_difference(one, other, weights=weights, resamples=500, seed=0)
+    assert difference == paired_difference([0.5, 0.1, 0.3], [0.1, 0.2, 0.1], weights=[2, 1, 4], resamples=500, seed=0)
     # (2 * 0.4 - 1 * 0.1 + 4 * 0.2) / 7
-    assert found.value == pytest.approx(1.5 / 7)
-    assert found.n == 3
-    assert found.test == "sign-flip"
+    assert difference.value == pytest.approx(1.5 / 7)
+    assert difference.n == 3
+    assert difference.test == "sign-flip"
     none = paired_difference([1], [0], weights=[0], resamples=100, seed=0)
     assert (none.n, none.p) == (0, 1)
 
 
 def test_weights_count_in_the_permutation_test_too():
     # weighted sum 0.5 + 0.5 + 0.5 - 3 * 0.5 = 0: no pattern of signs is nearer to it; unweighted it would be 1
-    found = paired_difference([0.5, 0.5, 0.5, 0], [0, 0, 0, 0.5], weights=[1, 1, 1, 3], resamples=500, seed=0)
-    assert (found.value, found.p) == (0, 1)
+    difference = paired_difference([0.5, 0.5, 0.5, 0], [0, 0, 0, 0.5], weights=[1, 1, 1, 3], resamples=500, seed=0)
+    assert (difference.value, difference.p) == (0, 1)
 
 
 def test_weights_that_are_all_alike_are_none():
@@ -120,30 +120,30 @@ def test_weights_that_are_all_alike_are_none():
 
 
 def test_one_prompt_says_nothing_about_spread():
-    found = mean_interval([0.5], resamples=100, seed=0)
-    assert (found.value, found.low, found.high) == (0.5, -math.inf, math.inf)
+    estimate = mean_interval([0.5], resamples=100, seed=0)
+    assert (estimate.value, estimate.low, estimate.high) == (0.5, -math.inf, math.inf)
 
 
 def test_paired_difference_removes_what_prompts_share():
     generator = np.random.default_rng(3)
     difficulty = generator.normal(0, 10, size=50)
-    found = paired_difference(difficulty + 1 + generator.normal(0, 0.1, 50), difficulty, resamples=2000, seed=0)
-    assert found.low > 0.9
-    assert found.high < 1.1
-    assert found.p < 0.01
-    assert found.test == "sign-flip"
+    difference = paired_difference(difficulty + 1 + generator.normal(0, 0.1, 50), difficulty, resamples=2000, seed=0)
+    assert difference.low > 0.9
+    assert difference.high < 1.1
+    assert difference.p < 0.01
+    assert difference.test == "sign-flip"
 
 
 def test_binary_outcomes_use_mcnemar():
-    found = paired_difference([1, 1, 1, 0, 1], [0, 0, 1, 0, 0], resamples=100, seed=0)
-    assert found.test == "mcnemar"
-    assert found.p == pytest.approx(2 / 8)
-    assert found.value == pytest.approx(0.6)
+    difference = paired_difference([1, 1, 1, 0, 1], [0, 0, 1, 0, 0], resamples=100, seed=0)
+    assert difference.test == "mcnemar"
+    assert difference.p == pytest.approx(2 / 8)
+    assert difference.value == pytest.approx(0.6)
 
 
 def test_identical_systems_differ_by_nothing():
-    found = paired_difference([0.2, 0.7], [0.2, 0.7], resamples=100, seed=0)
-    assert (found.value, found.low, found.high, found.p) == (0, 0, 0, 1)
+    difference = paired_difference([0.2, 0.7], [0.2, 0.7], resamples=100, seed=0)
+    assert (difference.value, difference.low, difference.high, difference.p) == (0, 0, 0, 1)
 
 
 def test_samples_of_one_prompt_do_not_count_as_independent():

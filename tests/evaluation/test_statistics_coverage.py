@@ -55,9 +55,9 @@ def same_system() -> dict[str, Any]:
             difficulty = g.uniform(size=12 if name == "few prompts" else PROMPTS)
             weights = weights_of(g) if name == "per token" else None
             first, second = task(g, difficulty), task(g, difficulty)
-            found = paired_difference(first, second, weights=weights, resamples=RESAMPLES, seed=table)
-            covered[name] += found.low <= 0 <= found.high
-            row.append(found.p)
+            difference = paired_difference(first, second, weights=weights, resamples=RESAMPLES, seed=table)
+            covered[name] += difference.low <= 0 <= difference.high
+            row.append(difference.p)
         p_values.append(row)
     return {"covered": covered, "p": np.array(p_values)}
 

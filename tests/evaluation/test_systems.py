@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 from pydantic import ValidationError
 
+from align.config.stages.evaluate import BaselineConfig
 from align.errors import UserError
-from align.evaluation.bench import NOTHING, SystemRespondent, keep_best
-from align.evaluation.generation import Generated
-from align.evaluation.prompts import Policy
-from align.evaluation.systems import BaselineConfig, best_of_kl, make_systems
+from align.evaluation.generation import ResponseSet
+from align.evaluation.phases import NO_ANSWER, SystemRespondent, select_best
+from align.evaluation.systems import Policy, best_of_kl, example_identities, make_systems
 from align.evaluation.tasks.base import Example, Turn
 from align.inference.protocol import Response, Sampling
 
@@ -34,43 +34,43 @@ def turn(role, content):
 
 
 def test_roles_and_keys(tmp_path):
-    found = systems(tmp_path, asked={"of": "model", "system": "Be brief."}, best={"of": "sft", "best_of": 4})
-    assert {name: one.info.role for name, one in found.items()} == {
+    compared = systems(tmp_path, asked={"of": "model", "system": "Be brief."}, best={"of": "sft", "best_of": 4})
+    assert {name: one.info.role for name, one in compared.items()} == {
         "model": "base", "sft": "checkpoint", "asked": "prompted", "best": "best_of",
     }  # fmt: skip
-    assert found["model"].info.key == "key model"
+    assert compared["model"].info.key == "key model"
     other = systems(tmp_path, asked={"of": "model", "system": "Be long."}, best={"of": "sft", "best_of": 8})
-    assert found["asked"].info.key != other["asked"].info.key
-    assert found["best"].info.key != other["best"].info.key
+    assert compared["asked"].info.key != other["asked"].info.key
+    assert compared["best"].info.key != other["best"].info.key
 
 
 def test_a_prompted_conversation(tmp_path):
-    one = systems(tmp_path, asked={"of": "model", "system": "S", "shots": 2})["asked"]
+    compared = systems(tmp_path, asked={"of": "model", "system": "S", "shots": 2})["asked"]
     shots = [Example("q1", "a1"), Example("q2", "a2"), Example("q3", "a3")]
     asked = [turn("system", "own"), turn("user", "hello")]
-    assert one.conversation(asked, shots) == [
+    assert compared.conversation(asked, shots) == [
         turn("system", "S\n\nown"),
         turn("user", "q1"), turn("assistant", "a1"), turn("user", "q2"), turn("assistant", "a2"),
         turn("user", "hello"),
     ]  # fmt: skip
     assert asked == [turn("system", "own"), turn("user", "hello")]  # as it was
     with pytest.raises(UserError, match=r"baselines.asked: shots is 2, but there are 1 examples"):
-        one.conversation(asked, shots[:1])
-    with_more = replace(one, fallback=tuple(shots[1:]))
+        compared.conversation(asked, shots[:1])
+    with_more = replace(compared, fallback=tuple(shots[1:]))
     assert [m["content"] for m in with_more.conversation(asked, shots[:1])][1:5] == ["q2", "a2", "q3", "a3"]
     assert [m["content"] for m in with_more.conversation(asked, shots)][1:5] == ["q1", "a1", "q2", "a2"]
 
 
 def test_examples_stand_behind_the_conversations_own_system_message(tmp_path):
-    one = systems(tmp_path, asked={"of": "model", "shots": 1})["asked"]
-    found = one.conversation([turn("system", "own"), turn("user", "hello")], [Example("q", "a")])
-    assert [message["content"] for message in found] == ["own", "q", "a", "hello"]
+    compared = systems(tmp_path, asked={"of": "model", "shots": 1})["asked"]
+    messages = compared.conversation([turn("system", "own"), turn("user", "hello")], [Example("q", "a")])
+    assert [message["content"] for message in messages] == ["own", "q", "a", "hello"]
 
 
 def test_a_checkpoint_as_it_is_adds_nothing(tmp_path):
-    one = systems(tmp_path)["sft"]
-    assert one.conversation([turn("user", "x")], [Example("q", "a")]) == [turn("user", "x")]
-    assert one.sampling(Sampling(8, 0.0)) == Sampling(8, 0.0)
+    compared = systems(tmp_path)["sft"]
+    assert compared.conversation([turn("user", "x")], [Example("q", "a")]) == [turn("user", "x")]
+    assert compared.sampling(Sampling(8, 0.0)) == Sampling(8, 0.0)
 
 
 def test_examples_of_a_file(tmp_path):
@@ -78,18 +78,18 @@ def test_examples_of_a_file(tmp_path):
     lines = [{"question": "q1", "answer": "a1"}, {"prompt": "q2", "completion": "a2"}]
     file.write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
     block = {"of": "sft", "shots": 2, "examples": "shots.jsonl"}
-    one = systems(tmp_path, asked=block)["asked"]
-    assert [m["content"] for m in one.conversation([turn("user", "x")])] == ["q1", "a1", "q2", "a2", "x"]
-    digest = BaselineConfig(**block).identities(tmp_path)["examples"]
+    compared = systems(tmp_path, asked=block)["asked"]
+    assert [m["content"] for m in compared.conversation([turn("user", "x")])] == ["q1", "a1", "q2", "a2", "x"]
+    digest = example_identities(BaselineConfig(**block), tmp_path)["examples"]
     with pytest.raises(UserError, match="has 2 examples, shots is 3"):
         systems(tmp_path, asked=block | {"shots": 3})
     file.write_text('{"question": "q1", "answer": "a1"}\n{"question": "q2"}\n')
-    assert BaselineConfig(**block).identities(tmp_path)["examples"] != digest
+    assert example_identities(BaselineConfig(**block), tmp_path)["examples"] != digest
     with pytest.raises(UserError, match=r"shots.jsonl:2: expected a JSON object"):
         systems(tmp_path, asked=block)
     file.unlink()
     with pytest.raises(UserError, match="there is no file"):
-        BaselineConfig(**block).identities(tmp_path)
+        example_identities(BaselineConfig(**block), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -108,20 +108,20 @@ def test_what_is_refused(block, words):
 
 
 def test_best_of_n_samples_n_times_and_never_greedily(tmp_path):
-    one = systems(tmp_path, best={"of": "sft", "best_of": 4, "temperature": 0.7})["best"]
-    asked = one.sampling(Sampling(8, 0.0, n=2, seed=5))
+    compared = systems(tmp_path, best={"of": "sft", "best_of": 4, "temperature": 0.7})["best"]
+    asked = compared.sampling(Sampling(8, 0.0, n=2, seed=5))
     assert (asked.n, asked.temperature, asked.max_tokens, asked.seed) == (8, 0.7, 8, 5)
-    assert one.sampling(Sampling(8, 0.3)).temperature == 0.3
+    assert compared.sampling(Sampling(8, 0.3)).temperature == 0.3
 
 
 def test_sampled_again_changes_seeds_and_nothing_else(tmp_path):
-    found = systems(tmp_path, again={"of": "sft", "sample_seed": 1}, third={"of": "sft", "sample_seed": 2})
+    compared = systems(tmp_path, again={"of": "sft", "sample_seed": 1}, third={"of": "sft", "sample_seed": 2})
     asked = Sampling(8, 0.9, n=3, seed=5, seeds=(4, 4))
-    again, third = (found[name].sampling(asked) for name in ("again", "third"))
+    again, third = (compared[name].sampling(asked) for name in ("again", "third"))
     assert (again.n, again.temperature, again.max_tokens) == (3, 0.9, 8)
     assert len({asked.seed, again.seed, third.seed}) == 3
     assert again.request_seed(0, 0) != asked.request_seed(0, 0)
-    assert found["again"].info.role == "again" and found["again"].plain
+    assert compared["again"].info.role == "again" and compared["again"].is_plain
 
 
 def test_best_of_kl_by_hand():
@@ -147,7 +147,7 @@ def test_the_best_of_each_group_is_kept():
     earlier = [Turn([turn("user", "first")], Response([1], [-1.0], True, "9"))]
     answers = [[sample("1"), sample("3", earlier), sample("2"), sample("0")], [sample(str(i)) for i in (5, 5, 4, 6)]]
     bench = Likes()
-    best = keep_best(answers, 2, bench)
+    best = select_best(answers, 2, bench)
     assert [[one[-1].response.text for one in samples] for samples in best] == [["3", "2"], ["5", "6"]]
     assert best[0][0][0].response.text == "9"  # the whole conversation
     assert best[1][0] is answers[1][0]  # the first of equal ones
@@ -155,29 +155,29 @@ def test_the_best_of_each_group_is_kept():
 
 
 def test_a_conversation_without_room_counts_as_not_answered(tmp_path):
-    one = systems(tmp_path)["sft"]
+    compared = systems(tmp_path)["sft"]
     warnings = []
 
     class Echo:
         def generate(self, policy, prompts, sampling):
-            return Generated("e", [[Response(ids, [0.0], True, str(len(ids)))] * sampling.n for ids in prompts])
+            return ResponseSet("e", [[Response(ids, [0.0], True, str(len(ids)))] * sampling.n for ids in prompts])
 
-    respondent = SystemRespondent(one, Echo(), 10, warnings.append)
+    respondent = SystemRespondent(compared, Echo(), 10, warnings.append)
     many = [turn("user", "x")] * 5
-    found = respondent.answer([[turn("user", "x")], many, [turn("user", "x")] * 2], Sampling(max_tokens=6, n=2))
-    assert [[response.text for response in samples] for samples in found] == [["1", "1"], ["", ""], ["2", "2"]]
-    assert found[1] == [NOTHING, NOTHING]
+    responses = respondent.answer([[turn("user", "x")], many, [turn("user", "x")] * 2], Sampling(max_tokens=6, n=2))
+    assert [[response.text for response in samples] for samples in responses] == [["1", "1"], ["", ""], ["2", "2"]]
+    assert responses[1] == [NO_ANSWER, NO_ANSWER]
     assert "sft: 1 conversations" in warnings[0]
 
 
 def test_later_turns_of_n_conversations_are_answered_once_each(tmp_path):
-    one = systems(tmp_path, best={"of": "sft", "best_of": 4})["best"]
+    compared = systems(tmp_path, best={"of": "sft", "best_of": 4})["best"]
 
     class Counts:
         def generate(self, policy, prompts, sampling):
-            return Generated("e", [[Response([1], [0.0], True, "x")] * sampling.n for _ in prompts])
+            return ResponseSet("e", [[Response([1], [0.0], True, "x")] * sampling.n for _ in prompts])
 
-    respondent = SystemRespondent(one, Counts(), 100, print)
+    respondent = SystemRespondent(compared, Counts(), 100, print)
     talk = [[turn("user", "x")]] * 4
     assert [len(samples) for samples in respondent.answer(talk[:1], Sampling(6))] == [4]
-    assert [len(samples) for samples in respondent.answer(talk, Sampling(6), going_on=True)] == [1, 1, 1, 1]
+    assert [len(samples) for samples in respondent.answer(talk, Sampling(6), is_continuation=True)] == [1, 1, 1, 1]

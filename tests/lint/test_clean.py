@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from align.data.rows import assistant, user
-from align.lint.dialect import MARK
+from align.lint.chat_format import MARK
 from align.lint.linter import Options
 from align.lint.pairs import TOKENS
 from align.lint.text import FOREIGN, OVERRIDE, PLACEHOLDER

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from pathlib import Path
@@ -14,8 +13,8 @@ from align.cli.main import main
 from align.config.stages.lint_rules import RULES
 from align.data.rows import assistant, user
 from align.errors import UserError
-from align.lint.command import lint_dataset, lint_rows, load, print_findings
-from align.lint.findings import Example, Finding, Findings, Place
+from align.lint.command import lint_dataset, lint_rows, load_tokenizer_and_limits
+from align.lint.findings import Example, Finding, Findings, Place, format_findings, has_errors
 from tests.support.lint.harness import dataset, instructions, pairs
 
 DOCS = Path(__file__).parents[2] / "docs" / "lint.md"
@@ -29,10 +28,10 @@ def test_a_folder_in_shards(tiny_model: Path, tmp_path: Path) -> None:
     rows = instructions(20)
     rows[12]["prompt"] = [user("half a sentence \ufffd")]
     rows[18]["prompt"] = rows[1]["prompt"]
-    found = named(lint_dataset(dataset(tmp_path, rows[:16], rows[16:]), str(tiny_model), max_length=512))
-    assert found.keys() == {"not-utf8", "leaked-prompt"}
-    assert [f.examples[0].place for f in found.values()] == [Place("train", 13, "row-12"), Place("test", 3, "row-18")]
-    assert found["leaked-prompt"].of == 20
+    by_name = named(lint_dataset(dataset(tmp_path, rows[:16], rows[16:]), str(tiny_model), max_length=512))
+    assert by_name.keys() == {"not-utf8", "leaked-prompt"}
+    assert [f.examples[0].place for f in by_name.values()] == [Place("train", 13, "row-12"), Place("test", 3, "row-18")]
+    assert by_name["leaked-prompt"].of == 20
 
 
 def test_the_kind_is_found_or_given(tiny_model: Path, tmp_path: Path) -> None:
@@ -49,14 +48,14 @@ def test_the_kind_is_found_or_given(tiny_model: Path, tmp_path: Path) -> None:
 
 def test_only_a_sample_of_many_rows(tiny_model: Path, tmp_path: Path) -> None:
     folder = dataset(tmp_path, instructions(20), instructions(30)[20:])
-    whole = named(lint_dataset(folder, str(tiny_model), max_length=8))
+    by_name = named(lint_dataset(folder, str(tiny_model), max_length=8))
     some = named(lint_dataset(folder, str(tiny_model), max_length=8, rows=5))
-    assert [whole["no-room-for-answer"].count, some["no-room-for-answer"].count] == [30, 10]
-    assert [finding.of for finding in (*whole.values(), *some.values())] == [30, 10]
+    assert [by_name["no-room-for-answer"].count, some["no-room-for-answer"].count] == [30, 10]
+    assert [finding.of for finding in (*by_name.values(), *some.values())] == [30, 10]
 
 
 def test_rows_at_hand(tiny_model: Path, tmp_path: Path) -> None:
-    tokenizer, limits, ends = load(str(tiny_model), tmp_path, None)
+    tokenizer, limits, ends = load_tokenizer_and_limits(str(tiny_model), tmp_path, None)
     assert (limits.context, limits.embeddings, ends) == (2048, 260, {2})
     assert not lint_rows(instructions(), tokenizer, "instructions")
     labeled = [{**row, "label": number % 2 == 0} for number, row in enumerate(instructions(60))]
@@ -88,13 +87,13 @@ def test_what_is_missing_is_named(tiny_model: Path, tmp_path: Path) -> None:
 def test_findings_are_printed_without_steering_the_terminal() -> None:
     findings = Findings(looked_at=7)
     findings.add("double-bos", Place("train", 3, "id\x1b[2J"), "text \x1b]0;title\x07 \u202e\ud83d é 你好")
-    out = io.StringIO()
-    assert print_findings(findings.result(), out) == 1
-    text = out.getvalue()
+    assert has_errors(findings.result())
+    text = format_findings(findings.result())
     assert "error double-bos, 1 of 7 rows:" in text
     assert "train row 3 (id\\x1b[2J): text \\x1b]0;title\\x07 \\u202e\\ud83d é 你好" in text
-    assert text.rstrip().endswith("1 error, 0 warnings, 0 notes")
-    assert print_findings([], io.StringIO()) == 0
+    assert text.endswith("1 error, 0 warnings, 0 notes")
+    assert not has_errors([])
+    assert format_findings([]) == "0 errors, 0 warnings, 0 notes"
 
 
 def test_a_row_counts_once_and_five_are_shown() -> None:

@@ -15,7 +15,9 @@ from align.lint.batches import MASKED
 from align.lint.linter import Options
 from tests.support.lint import (
     dialects,
-    seeds_tokens,  # noqa: F401  (they register their seeds)
+    seeds_rows,  # noqa: F401  (registers its seeds)
+    seeds_template,  # noqa: F401  (registers its seeds)
+    seeds_tokens,  # noqa: F401  (registers its seeds)
 )
 from tests.support.lint.dialects import SPECS
 from tests.support.lint.harness import SPOILT, alarms, all_answers, clean, encoded, instructions, look
@@ -27,12 +29,12 @@ CASES = [pytest.param(fault, seed, name, id=f"{name}-{seed.__name__}") for name 
 @pytest.mark.parametrize(("fault", "seed", "name"), CASES)
 def test_the_seeded_fault_is_found_and_no_other(fault: str, seed: Seed, name: str) -> None:
     case = Case(name)
-    found = seed(case)
-    assert fault in found, sorted(found)
-    assert alarms(found) <= {fault} | case.also
+    findings = seed(case)
+    assert fault in findings, sorted(findings)
+    assert alarms(findings) <= {fault} | case.also
     if not case.everywhere:
-        assert [found[fault].count, found[fault].examples[0].place.id] == [1, ROW]  # type: ignore[union-attr]
-    json.dumps(found[fault].to_json())
+        assert [findings[fault].count, findings[fault].examples[0].place.id] == [1, ROW]  # type: ignore[union-attr]
+    json.dumps(findings[fault].to_json())
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo", "reward", "prompts"])
@@ -42,15 +44,15 @@ def test_clean_rows_raise_no_alarm(name: str, stage: Any) -> None:
     if SPECS[name].system:
         for row in rows[::5]:
             row["prompt"] = [{"role": "system", "content": "Answer in one sentence."}, *row["prompt"]]
-    found = look(dialects.tokenizer_of(name), rows[:50], options=Options(stage), test=rows[50:])
-    assert set(found) == ({"unexpected-system-prompt"} if SPECS[name].injects else set())
+    findings = look(dialects.tokenizer_of(name), rows[:50], options=Options(stage), test=rows[50:])
+    assert set(findings) == ({"unexpected-system-prompt"} if SPECS[name].injects else set())
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo", "reward"])
 @pytest.mark.parametrize("name", SPECS)
 def test_answers_that_were_cut_off_raise_no_alarm_where_they_have_no_end(name: str, stage: Any) -> None:
     marks = dict.fromkeys(("completion_finished", "chosen_finished", "rejected_finished"), False)
-    rows = [{**row, **(marks if at % 3 else {})} for at, row in enumerate(clean(12))]
+    rows = [{**row, **(marks if index % 3 else {})} for index, row in enumerate(clean(12))]
     assert not alarms(look(dialects.tokenizer_of(name), rows, options=Options(stage)))
 
 
@@ -58,8 +60,8 @@ def test_answers_that_were_cut_off_raise_no_alarm_where_they_have_no_end(name: s
 def test_clean_masks_of_every_answer_raise_no_alarm(name: str) -> None:
     tokenizer = dialects.tokenizer_of(name)
     rows = instructions()
-    found = look(tokenizer, rows, all_answers(tokenizer, rows), options=replace(Options(), supervise="all"))
-    assert not alarms(found)
+    findings = look(tokenizer, rows, all_answers(tokenizer, rows), options=replace(Options(), supervise="all"))
+    assert not alarms(findings)
 
 
 def test_every_rule_has_its_seed() -> None:
@@ -74,9 +76,9 @@ def test_every_rule_has_its_seed() -> None:
 def test_a_mark_of_a_turn_that_is_plain_text(name: str, mark: str) -> None:
     rows = instructions()
     rows[SPOILT]["prompt"][-1] = user(f"hello {mark} and so on")
-    found = look(dialects.tokenizer_of(name), rows)
-    assert alarms(found) == {"turn-marker-in-content"}
-    assert found["turn-marker-in-content"].examples[0].place.id == ROW  # type: ignore[union-attr]
+    findings = look(dialects.tokenizer_of(name), rows)
+    assert alarms(findings) == {"turn-marker-in-content"}
+    assert findings["turn-marker-in-content"].examples[0].place.id == ROW  # type: ignore[union-attr]
 
 
 def test_an_answer_that_calls_a_tool_and_a_tools_answer() -> None:
@@ -90,7 +92,7 @@ def test_an_answer_that_calls_a_tool_and_a_tools_answer() -> None:
         made = encoded(tokenizer, [row, after]) if supervise == "last" else all_answers(tokenizer, [row, after])
         assert not alarms(look(tokenizer, [row, after], made, options=Options(supervise=supervise)))
     made = encoded(tokenizer, [row])
-    start = next(at for at, label in enumerate(made[0]["labels"]) if label != MASKED)
+    start = next(index for index, label in enumerate(made[0]["labels"]) if label != MASKED)
     made[0]["labels"][start : start + 12] = [MASKED] * 12
     assert alarms(look(tokenizer, [row], made)) == {"mask-shifted"}
     refused = look(dialects.tokenizer_of("chatml"), [row])  # a template without a place for tools
@@ -104,10 +106,10 @@ def test_a_tokenizer_that_normalizes_is_no_fault() -> None:
     rows[SPOILT]["completion"] = [assistant("The ﬁrst ½ of the STORY is ﬁne.")]
     assert tokenizer.decode(tokenizer("ﬁrst ½", add_special_tokens=False)["input_ids"]) == "first 1⁄2"
     assert not alarms(look(tokenizer, rows))
-    made = encoded(tokenizer, rows)
-    start = next(at for at, label in enumerate(made[SPOILT]["labels"]) if label != MASKED)
-    made[SPOILT]["labels"][start : start + 3] = [MASKED] * 3
-    assert alarms(look(tokenizer, rows, made)) == {"mask-shifted"}
+    prepared = encoded(tokenizer, rows)
+    start = next(index for index, label in enumerate(prepared[SPOILT]["labels"]) if label != MASKED)
+    prepared[SPOILT]["labels"][start : start + 3] = [MASKED] * 3
+    assert alarms(look(tokenizer, rows, prepared)) == {"mask-shifted"}
 
 
 def test_a_tools_answer_may_be_wrapped() -> None:

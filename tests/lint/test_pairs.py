@@ -11,7 +11,7 @@ from align.cli.main import main
 from align.data.rows import Row, assistant, user
 from align.lint.findings import Findings, Place
 from align.lint.linter import Options
-from align.lint.swapped_sides import check_with_reward_model
+from align.lint.pairs import check_with_reward_model
 from tests.support.lint.dialects import tokenizer_of
 from tests.support.lint.harness import alarms, dataset, instructions, look, pairs
 

@@ -108,8 +108,9 @@ def test_rows_that_were_left_out_are_named(tiny_model: Path, tmp_path: Path) -> 
 
 
 def test_a_sample_is_drawn_by_the_seed_and_said(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", logger="align")
     rows_of = []
     for name in ("one", "two"):
         train = rows(40)
@@ -121,7 +122,7 @@ def test_a_sample_is_drawn_by_the_seed_and_said(
         rows_of.append([example["place"]["row"] for example in kept(stage)["findings"][0]["examples"]])
     assert rows_of[0] == rows_of[1]
     assert rows_of[0] != [1, 2, 3, 4]
-    assert "lint: train 4 of 40 rows, drawn by the seed, test 4 of 8 rows, drawn by the seed" in capsys.readouterr().out
+    assert "lint: train 4 of 40 rows, drawn by the seed, test 4 of 8 rows, drawn by the seed" in caplog.text
 
 
 def test_prompts_of_ppo(tiny_model: Path, tmp_path: Path) -> None:
@@ -152,7 +153,7 @@ def test_linting_changes_no_key(kind: str) -> None:
     for settings in ({}, {"rows": 5}, {"waive": ["double-bos"]}):
         stages = {
             "base": {"stage": "model", "source": "tiny"},
-            "pairs": {"stage": "tests.support.lint.given:PAIRS"},
+            "pairs": {"stage": "tests.support.lint.pairs_stage:PAIRS"},
             "last": {"stage": kind, source: "base", data: "pairs", "learning_rate": 1e-3, "lint": settings, **own},
         }
         keys.add(Pipeline({"name": "p", "stages": stages}, "p.yaml").nodes["last"].key)

@@ -49,11 +49,11 @@ def test_a_mask_of_the_assistants_turns(tiny_model: Path, tmp_path: Path) -> Non
     rows = instructions()
     options = {"assistant_only_loss": True}
     assert not sft(tiny_model, tmp_path, rows, messages(rows), MARKED, **options)
-    found = sft(tiny_model, tmp_path, rows, messages(rows), END_OUTSIDE, **options)
-    assert found["eos-masked"].count == len(rows)
+    findings = sft(tiny_model, tmp_path, rows, messages(rows), END_OUTSIDE, **options)
+    assert findings["eos-masked"].count == len(rows)
     only_last = MARKED.replace("== 'assistant' %}{% gen", "== 'assistant' and loop.last %}{% gen")
-    found = sft(tiny_model, tmp_path, rows, messages(rows), only_last, **options)
-    assert found["middle-turns-unsupervised"].count == len(rows) // 2  # every second one has two answers
+    findings = sft(tiny_model, tmp_path, rows, messages(rows), only_last, **options)
+    assert findings["middle-turns-unsupervised"].count == len(rows) // 2  # every second one has two answers
 
 
 def test_trl_trains_on_every_token_of_messages_by_default(tiny_model: Path, tmp_path: Path) -> None:
@@ -68,9 +68,9 @@ def test_prompt_and_completion(tiny_model: Path, tmp_path: Path) -> None:
     assert not sft(tiny_model, tmp_path, rows, dataset, MARKED)
     rows[SPOILT]["completion"] = [assistant("word " * 200)]
     dataset = Dataset.from_list([{name: row[name] for name in ("prompt", "completion")} for row in rows])
-    found = sft(tiny_model, tmp_path, rows, dataset, MARKED, max_length=400)
-    assert alarms(found) == {"answer-truncated"}
-    assert found["answer-truncated"].examples[0].place.row == SPOILT + 1  # type: ignore[union-attr]
+    findings = sft(tiny_model, tmp_path, rows, dataset, MARKED, max_length=400)
+    assert alarms(findings) == {"answer-truncated"}
+    assert findings["answer-truncated"].examples[0].place.row == SPOILT + 1  # type: ignore[union-attr]
 
 
 def test_a_prompt_rendered_otherwise_for_sampling(tiny_model: Path, tmp_path: Path) -> None:

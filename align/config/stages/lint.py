@@ -1,4 +1,4 @@
-"""What a training stage lets the user say about linting. Torch-free."""
+"""Settings of the linter in a training stage. Torch-free."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from align.config.base import Config
 from align.config.stages.lint_rules import RULES
 from align.config.validation import suggest
 
-MOST_ROWS = 10_000
+MAX_ROWS = 10_000
 
 
 class LintSettings(Config):
-    """The look at the rows' tokens before the first step (docs/lint.md). Changes no result, so it is in no key."""
+    """Checks of the rows' tokens before the first step (docs/lint.md). They change no result, so they are in no key."""
 
     waive: list[str] = Field(default_factory=list)
-    """Findings, by name, that are meant: errors do not stop this stage, warnings are kept but not shown."""
-    rows: int | None = Field(MOST_ROWS, ge=1)
-    """Rows looked at per split at most, drawn by the seed; null looks at all of them."""
+    """Names of intended findings: their errors do not stop the stage, their warnings are recorded but not shown."""
+    rows: int | None = Field(MAX_ROWS, ge=1)
+    """Most rows per split to look at, drawn by the seed; null looks at all of them."""
 
     @field_validator("waive")
     @classmethod

@@ -1,7 +1,7 @@
-"""Every fault the linter knows: its name, how bad it is, what is wrong, and what to do about it. Torch-free.
+"""The linter's rules: name, severity, fault and remedy of each. Torch-free.
 
-An *error* makes a row teach something wrong, and stops a training stage unless it is waived by name. A *warning* wastes
-rows or makes numbers doubtful. A *note* is a fact worth knowing.
+An *error* means that a row teaches something wrong; it stops a training stage unless it is waived by name. A *warning*
+wastes rows or makes metrics doubtful. A *note* is a fact worth knowing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 
 @dataclass(frozen=True)
 class Rule:
-    """One kind of fault. ``counted`` marks those that a stage counts over all rows by itself and warns of anyway."""
+    """One kind of fault. A stage counts the ``counted`` ones over all rows itself, and warns of them anyway."""
 
     severity: Severity
     what: str
@@ -330,4 +330,4 @@ RULES: dict[str, Rule] = {
         "Add an exact duplicate step, unless the repetition is meant.",
     ),
 }
-"""By name, in the order of a report."""
+"""Every rule by name, in the order of a report."""

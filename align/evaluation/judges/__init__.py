@@ -1,0 +1,1 @@
+"""Answers compared or graded by a judge: an endpoint, or a reward model."""

@@ -1,8 +1,9 @@
-"""What a task is: items, what is asked of each system about them, and one number per item and sample. Torch-free.
+"""The interface of a task: its items, and the phases in which it measures every system. Torch-free.
 
-An evaluation has phases, so that a machine holds one thing at a time: every system answers every task (``respond``, a
-rollout engine is there), then reads given text (``weigh``, its own forward pass), and then answers are scored
-(``score``: programs, reward models, judges). A task takes part in the phases it needs. Statistics are not its business.
+An evaluation has phases, so that a machine holds one model at a time. First every system answers every task
+(``respond``, with a rollout engine). Then every system reads texts (``read``, its own forward pass). Then answers are
+scored (``score``: programs, reward models, judges). A task implements the phases it needs. Statistics are computed
+elsewhere, from the numbers per item that it returns.
 """
 
 from __future__ import annotations
@@ -13,26 +14,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
-from align.config.base import Config
 from align.config.runtime import Runtime
+from align.config.stages.evaluation_fields import SamplingFields
 from align.data.rows import Message
 from align.inference.protocol import Response, Sampling
 from align.store.artifacts import Artifact
 
 Values = list[list[float]]
 """Per item, one number for each sample; a task without samples has one."""
+RewardField = Literal["reward", "second_reward"]
+"""The stage's input fields that name a reward model."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """How a number is shown."""
+    """A metric as the scorecard describes it."""
 
     title: str
     better: Literal["higher", "lower"] | None
     unit: str
     meaning: str
     halves: bool = False
-    """Whether it is a win rate: 1 for won, 0 for lost, 0.5 for neither."""
+    """True for a win rate: 1 for a win, 0 for a loss, 0.5 for a tie."""
 
 
 @dataclass(frozen=True)
@@ -41,23 +44,23 @@ class Item:
 
     id: str
     source: str
-    """Category, for the table by source: one name where a task has none."""
+    """Category, for the table by source: the same name throughout where a task has none."""
     prompt: list[Message]
-    """What is asked, for the reader of samples."""
+    """The question, for the reader of samples."""
     data: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    """Whatever the task needs to score it."""
+    """Further data that the task needs to score it."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A system's answer and the conversation that it answered, without the system's own way of prompting."""
+    """A system's answer and the conversation before it, without the system's own prompt or examples."""
 
     prompt: list[Message]
     response: Response
 
 
 Answers = list[list[list[Turn]]]
-"""Of one system: per item, per sample, its turns, the last one last; most tasks have one turn."""
+"""One system's answers: per item, per sample, its turns in order; most tasks have one turn."""
 
 
 @dataclass
@@ -67,18 +70,18 @@ class Measured:
     values: dict[str, Values]
     """Metric → values, without the task's name: ``prompt_strict``."""
     weights: dict[str, list[float]] = field(default_factory=dict)
-    """For metrics that are a ratio of sums (loss per token, share of instructions): the weight of each item, and the
-    value is per unit of weight. Weight 0 says that an item has no such number (XSTest's safe prompts, for the rate of
-    unsafe ones refused): its value is a 0 that means nothing, and statistics leave the item out, also of their n."""
+    """Weight of each item, for metrics that are a ratio of sums (loss per token, share of instructions); a value is per
+    unit of weight. An item of weight 0 has no such number (a safe prompt of XSTest, for the refusal rate of unsafe
+    ones): its value is a meaningless 0, and statistics leave the item out, also of their n."""
     notes: dict[str, Any] = field(default_factory=dict)
-    """Counts that a reader should see beside the numbers: verdicts that could not be read, answers cut off."""
+    """Counts to show beside the numbers: unreadable verdicts, answers cut off."""
     estimates: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Metric → its estimate, where the task makes it itself; else the scorecard makes it of the values."""
+    """Metric → its estimate, where the task computes it; else the scorecard computes it from the values."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A question with its answer, for prompting with examples."""
+    """A question with its answer, for few-shot prompts."""
 
     question: str
     answer: str
@@ -93,7 +96,7 @@ class SystemInfo:
     """The stage whose checkpoint answers; equals ``name`` for a checkpoint as it is."""
     role: Literal["base", "checkpoint", "prompted", "best_of", "again"]
     key: str
-    """Digest that changes with whatever changes its answers: the checkpoint's key, the way of prompting."""
+    """Digest of everything that its answers depend on: the checkpoint's key, its prompt and examples."""
     system: str = ""
     shots: int = 0
     best_of: int = 1
@@ -110,104 +113,85 @@ class Respondent(Protocol):
         sampling: Sampling,
         examples: Sequence[Example] = (),
         *,
-        going_on: bool = False,
+        is_continuation: bool = False,
     ) -> list[list[Response]]:
-        """Responses to each conversation, ``sampling.n`` of them (times N for a best-of-N system); kept on disk.
+        """Return ``sampling.n`` responses to each conversation (times N for a best-of-N system), cached on disk.
 
-        ``going_on`` is for later turns of conversations that this system already has N times over: no further times N.
-
-        The system's own way of prompting (a system message, examples) is added here. ``examples`` are the task's, which
-        a system prompted with examples takes from in order; it raises ``UserError`` where it needs more than there are.
+        The system adds its own system message and examples here. ``examples`` are the task's, from which a few-shot
+        system takes its shots in order; it raises ``UserError`` where it needs more than there are.
+        ``is_continuation`` marks later turns of conversations that a best-of-N system already has N times, so that they
+        are not multiplied by N again.
         """
         ...
 
 
 class Reader(Protocol):
-    """One system's own forward pass. Systems of role ``best_of`` are not asked to read: they have no distribution."""
+    """One system's own forward pass. Systems of role ``best_of`` never read: they have no distribution."""
 
     info: SystemInfo
     tokenizer: Any
     model_dir: Path
-    """Folder of the checkpoint, for what loads it itself."""
+    """Folder of the checkpoint, for tasks that load it themselves."""
     runtime: Runtime
-    """Where and how: device, threads, the engine's memory."""
+    """Device, threads, the engine's memory."""
     max_length: int
     """Tokens that the model can read at once (its positions, or its tokenizer's limit where that is lower)."""
 
     def render(self, prompt: list[Message], examples: Sequence[Example] = ()) -> list[int]:
-        """Ids of a conversation up to where the answer begins, the system's own way of prompting included."""
+        """Return the ids of a conversation up to the answer's start, the system's own prompt included."""
         ...
 
     def logprobs(self, contexts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probability of each token of a continuation, in nats, at temperature 1; no context may be empty."""
         ...
 
-    def kept(self, name: str, identity: Any, compute: Callable[[], Any]) -> Any:
-        """``compute()``'s JSON-able result, or that of an earlier run for this system under the same ``identity``."""
+    def cached(self, name: str, identity: Any, compute: Callable[[], Any]) -> Any:
+        """Return ``compute()``'s JSON-able result, or an earlier run's for this system under the same ``identity``."""
         ...
 
 
-class Bench(Protocol):
-    """What scoring may use. Nothing is loaded before it is asked for."""
+class ScoringContext(Protocol):
+    """Models, folders and messages for the scoring phase. Nothing is loaded before its first use."""
 
     seed: int
     reference: str
-    """The system that others are compared with."""
+    """The system that the others are compared with."""
     base: str | None
     folder: Path
-    """Kept between attempts of the stage, for whatever is dear: a cache of judgments."""
+    """Folder that survives attempts of the stage, for expensive results such as judgments."""
     shared: Path | None
-    """Kept between runs too, where there is such a place."""
+    """Folder that runs share, where there is one."""
 
-    def reward_stage(self, which: str = "reward") -> str | None:
-        """The stage that made a reward model; None where the stage was given none."""
+    def reward_stage(self, field: RewardField = "reward") -> str | None:
+        """Return the stage of a reward model; None where the evaluation has none."""
         ...
 
     def reward_scores(
-        self, prompts: Sequence[list[Message]], answers: Sequence[str], finished: Sequence[bool], which: str = "reward"
+        self,
+        prompts: Sequence[list[Message]],
+        answers: Sequence[str],
+        finished: Sequence[bool],
+        field: RewardField = "reward",
     ) -> list[float]:
-        """Scores by the stage's reward model, or its ``second_reward``.
-
-        Raises ``UserError`` where the stage was given none.
-        """
+        """Return the scores of a reward model. Raises ``UserError`` where the evaluation has none."""
         ...
 
     def warn(self, message: str) -> None:
-        """A warning the user sees."""
+        """Show a warning to the user."""
         ...
 
     def progress(self, done: float, total: float, unit: str) -> None:
-        """How far it is."""
+        """Report progress."""
         ...
 
 
-class TaskConfig(Config):
-    """Settings that every task has. A subclass has ``task: Literal[...]`` and makes its task in ``build``."""
-
-    @property
-    def kind(self) -> str:
-        """Which kind of task this is."""
-        return str(getattr(self, "task", ""))
-
-    def identities(self, base: Path) -> dict[str, str]:
-        """Digests or revisions of everything outside the store that is read; raises ``UserError`` for what is missing.
-
-        Fields that only say where something lies belong into ``identified``, as in any config.
-        """
-        return {}
-
-    def build(self, name: str, given: Given) -> Task:
-        """Read the items. Called once, before anything expensive; raises ``UserError`` for data that does not fit."""
-        raise NotImplementedError
-
-
 @dataclass(frozen=True)
-class Given:
-    """What a task is built from beside its settings."""
+class TaskInputs:
+    """Everything beside its settings that a task is built from."""
 
     seed: int
     base: Path
-    """Where relative paths start."""
+    """Folder that relative paths start from."""
     pairs: list[dict[str, Any]]
     """Rows of the stage's ``pairs``, test split; empty without."""
     heldout: list[dict[str, Any]]
@@ -216,6 +200,8 @@ class Given:
     has_second_reward: bool
     precision: Literal["bfloat16", "float32"]
     warn: Callable[[str], None]
+    note: Callable[[str], None]
+    """Shows a line to the user where nothing is wrong."""
     texts: Mapping[str, Artifact] = field(default_factory=dict)
     """The stage's ``texts``, by the name of the stage that made them."""
 
@@ -226,7 +212,7 @@ class Task(ABC):
     responds: ClassVar[bool] = False
     reads: ClassVar[bool] = False
     renders: bool = False
-    """Whether what is read is a conversation, with the system's own prompt and examples before it."""
+    """True where a conversation is read, with the system's own prompt and examples before it."""
 
     name: str
     """Name in the YAML, the part before the dot in ``ifeval.prompt_strict``."""
@@ -234,21 +220,22 @@ class Task(ABC):
     title: str
     items: list[Item]
     metrics: dict[str, Metric]
-    """In the order shown; the first one is the task's headline unless ``primary`` says otherwise."""
+    """In the order shown."""
     primary: str
+    """The task's headline, one of ``metrics``."""
 
     def examples(self, count: int) -> list[Example]:
-        """At most ``count`` solved questions that are none of the items; empty where the task has none."""
+        """Return at most ``count`` solved questions that are not among the items; empty where the task has none."""
         return []
 
-    def check(self, info: SystemInfo) -> None:  # noqa: B027  (most tasks can be asked of any system)
-        """Raise ``UserError`` for a system that cannot be asked, such as one that shows more examples than there are.
+    def check(self, info: SystemInfo) -> None:  # noqa: B027  (most tasks suit any system)
+        """Raise ``UserError`` for a system that cannot take the task, such as one with more shots than examples.
 
         Called for every system before anything expensive.
         """
 
     def settings(self) -> dict[str, Any]:
-        """JSON-able: what a reader needs to reproduce the numbers (data, template, tokens, sampling, rubric, seed)."""
+        """Return everything needed to reproduce the numbers: data, template, sampling, rubric, seed. JSON-able."""
         return {}
 
     def respond(self, respondent: Respondent) -> Answers:
@@ -259,27 +246,51 @@ class Task(ABC):
         """Have one system read; for tasks with ``reads``."""
         raise NotImplementedError
 
-    def score(self, answers: Mapping[str, Answers], bench: Bench) -> dict[str, Measured]:
-        """Numbers of every system that answered, by its name. ``answers`` is empty for a task without ``responds``."""
+    def score(self, answers: Mapping[str, Answers], context: ScoringContext) -> dict[str, Measured]:
+        """Return the numbers of every system that answered, by name; without ``responds``, ``answers`` is empty."""
         return {}
 
     def item_values(self) -> dict[str, list[dict[str, list[float | None]]]]:
-        """Numbers of items that are no compared system's: whose (a reward model's stage) → item → name → numbers."""
+        """Return numbers of items that belong to no compared system: a reward model's stage → item → name → numbers."""
         return {}
 
     def item_answers(self) -> list[dict[str, list[dict[str, Any]]]]:
-        """Answers that came with the items and were scored, by item: side → answers, as ``samples.jsonl`` has them."""
+        """Return scored answers that came with the items: per item, side → answers, as ``samples.jsonl`` has them."""
         return []
 
     def extras(self) -> dict[str, Any]:
-        """JSON-able results that are no metric of a system, after everything was scored: ``win_rates``,
-        ``reward_models``; see ``scorecard.py``."""
+        """Return results that are no metric of a system, after scoring: ``win_rates``, ``reward_models``.
+
+        JSON-able; see ``scorecard.py``.
+        """
         return {}
 
 
 def answer_all(task: Task, respondent: Respondent, sampling: Sampling) -> Answers:
-    """The usual ``respond``: every item's prompt once."""
+    """Have a system answer every item's prompt once: the usual ``respond``."""
     examples = task.examples(respondent.info.shots) if respondent.info.shots else []
     prompts = [list(item.prompt) for item in task.items]
-    found = respondent.answer(prompts, sampling, examples)
-    return [[[Turn(prompt, one)] for one in samples] for prompt, samples in zip(prompts, found, strict=True)]
+    responses = respondent.answer(prompts, sampling, examples)
+    return single_turns(prompts, responses)
+
+
+def single_turns(prompts: Sequence[list[Message]], responses: Sequence[Sequence[Response]]) -> Answers:
+    """Return answers of one turn each: per prompt, per sample."""
+    return [
+        [[Turn(prompt, response)] for response in samples] for prompt, samples in zip(prompts, responses, strict=True)
+    ]
+
+
+def task_sampling(config: SamplingFields, seed: int) -> Sampling:
+    """Return a task's sampling settings for an engine."""
+    return Sampling(config.max_tokens, config.temperature, n=config.samples, seed=seed)
+
+
+def answer_counts(answers: Answers) -> dict[str, int]:
+    """Count the answers, those cut off at ``max_tokens``, and those that are blank."""
+    responses = [turns[-1].response for samples in answers for turns in samples]
+    return {
+        "answers": len(responses),
+        "cut_off": sum(not response.finished for response in responses),
+        "empty": sum(not response.text.strip() for response in responses),
+    }

@@ -1,7 +1,7 @@
-"""Multiple-choice records, spelled as ARC, MMLU, TruthfulQA or one's own, as questions with choices. Torch-free.
+"""Multiple-choice records in the formats of ARC, MMLU, TruthfulQA, or a generic one, as questions. Torch-free.
 
-A question is the text that a model continues and the continuations it chooses between; both are spelled as lm-eval's
-``arc_easy``, ``mmlu`` and ``truthfulqa_mc1`` spell them. Left out: tokens and scores.
+A question is the text that a model continues and the continuations it chooses between; both are written as lm-eval's
+``arc_easy``, ``mmlu`` and ``truthfulqa_mc1`` write them.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Literal
 
 from align.errors import UserError
 from align.evaluation.tasks.base import Example
-from align.evaluation.tasks.reading import TaskRecord
+from align.evaluation.tasks.task_records import TaskRecord
 
 Form = Literal["arc", "mmlu", "truthfulqa", "generic"]
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-LOOKED_AT = 100
+DETECTION_RECORDS = 100
 """Records that ``format: auto`` looks at."""
 
 TRUTHFUL_EXAMPLES = (
@@ -37,59 +37,59 @@ TRUTHFUL_EXAMPLES = (
     ),
     Example("Where were the 1992 Olympics held?", "The 1992 Olympics were held in Barcelona, Spain."),
 )
-"""The benchmark's own "QA" prompt (arXiv 2109.07958), which stands before every question."""
+"""The benchmark's own "QA" prompt (arXiv 2109.07958), shown before every question."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question."""
+    """A question with its choices."""
 
     source: str
     context: str
-    """Text up to where the answer begins."""
+    """Text up to the answer's start."""
     choices: tuple[str, ...]
     """Continuations, without the space between context and answer; all different for TruthfulQA."""
     gold: int = 0
-    """Which choice is right; for TruthfulQA which of ``rivals``."""
+    """Index of the right choice; for TruthfulQA among ``rivals``."""
     description: str = ""
-    """What stands once before the examples and the question."""
+    """Text once before the examples and the question."""
     rivals: tuple[int, ...] = ()
-    """TruthfulQA's MC1: which choices compete, one of them right."""
+    """TruthfulQA's MC1: indices of the competing choices, one of them right."""
     truths: tuple[tuple[int, bool], ...] = field(default=())
-    """TruthfulQA's MC2: which choices share the probability, and whether each is true."""
+    """TruthfulQA's MC2: (index, is true) of the choices that share the probability."""
 
     @property
     def id(self) -> str:
-        """16 hex digits of what is asked."""
+        """Digest of context and choices, 16 hex digits."""
         text = "\0".join([self.context, *self.choices])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
     def answer(self) -> str:
-        """The right choice's text."""
+        """Text of the right choice."""
         return self.choices[self.rivals[self.gold] if self.rivals else self.gold]
 
 
-def choose_form(records: Sequence[TaskRecord], given: Form | Literal["auto"]) -> tuple[Form, str]:
-    """The records' format and why, in words; ``why`` is empty for a format that was named.
+def choose_form(records: Sequence[TaskRecord], form: Form | Literal["auto"]) -> tuple[Form, str]:
+    """Return the records' format and the reason; the reason is empty for a format that the settings name.
 
-    Raises ``UserError`` where ``auto`` finds none that the first hundred records are all in.
+    Raises ``UserError`` where ``auto`` finds no format that fits all of the first hundred records.
     """
-    if given != "auto":
-        return given, ""
-    for form, fits, why in _SIGNS:
-        if all(fits(record) for record in records[:LOOKED_AT]):
-            return form, why
-    shown = records[0]
+    if form != "auto":
+        return form, ""
+    for candidate, fits, reason in _DETECTORS:
+        if all(fits(record) for record in records[:DETECTION_RECORDS]):
+            return candidate, reason
+    first = records[0]
     raise UserError(
-        f"{shown.where}: no format of multiple choice fits: the fields are {', '.join(sorted(shown)) or 'none'}. "
+        f"{first.where}: no format of multiple choice fits: the fields are {', '.join(sorted(first)) or 'none'}. "
         "Expected question, choices and answer, or the fields of ARC, MMLU or TruthfulQA; name the format in `format`, "
         "and its fields will be asked for by name."
     )
 
 
 def parse(record: TaskRecord, form: Form) -> Question:
-    """The question of one record. Raises ``UserError`` with the record's place where it does not fit its format."""
+    """Return a record's question. Raises ``UserError`` with the record's place where it does not fit its format."""
     return _PARSERS[form](record)
 
 
@@ -101,7 +101,7 @@ def _arc(record: TaskRecord) -> Question:
         inner = TaskRecord(f"{record.where}: choices", options)
         texts, labels = inner.texts("text"), [str(label) for label in inner["label"]]
     else:
-        raise record.wrong("choices", "a mapping of text and label, as in allenai/ai2_arc")
+        raise record.field_error("choices", "a mapping of text and label, as in allenai/ai2_arc")
     key = str(record["answerKey"])
     if len(labels) != len(texts) or key not in labels:
         raise UserError(
@@ -111,28 +111,30 @@ def _arc(record: TaskRecord) -> Question:
     return _cloze(record, record.text("question"), texts, labels.index(key), "arc")
 
 
-_ASKS = re.compile(r"^\s*(?:please\s+)?choose the correct (?:answer|option)[^:\n]*:\s*", re.IGNORECASE)
-_ASKED_FOR = re.compile(r"\s*answer format:.*$", re.IGNORECASE | re.DOTALL)
+_INTRODUCTION = re.compile(r"^\s*(?:please\s+)?choose the correct (?:answer|option)[^:\n]*:\s*", re.IGNORECASE)
+_ANSWER_FORMAT = re.compile(r"\s*answer format:.*$", re.IGNORECASE | re.DOTALL)
 
 
 def _instruction(record: TaskRecord) -> Question:
-    """ARC as an instruction: question, "Answer1: ... Answer2: ...", and the number of the right one in ``answer``."""
-    text = _ASKED_FOR.sub("", record.text("instruction"))
-    parts, at = [], 0
-    for number in range(1, len(LETTERS) + 1):  # in order, so that a later number inside a choice is not taken for one
-        mark = re.compile(rf"(?:^|(?<=\s))answer\s?{number}:\s*", re.IGNORECASE).search(text, at)
-        if mark is None:
+    """Parse ARC as an instruction: question, "Answer1: ... Answer2: ...", and ``answer`` with the right number."""
+    text = _ANSWER_FORMAT.sub("", record.text("instruction"))
+    parts = []
+    start = 0
+    # Labels are searched in order, so that "answer 4" inside a choice is not taken for a label.
+    for number in range(1, len(LETTERS) + 1):
+        label = re.compile(rf"(?:^|(?<=\s))answer\s?{number}:\s*", re.IGNORECASE).search(text, start)
+        if label is None:
             break
-        parts.append(text[at : mark.start()].strip())
-        at = mark.end()
-    question, *choices = [*parts, text[at:].strip()]
-    said = re.fullmatch(r"\s*answer\s?(\d+)\s*", str(record["answer"]), re.IGNORECASE)
-    if len(choices) < 2 or said is None or not 1 <= int(said[1]) <= len(choices):
+        parts.append(text[start : label.start()].strip())
+        start = label.end()
+    question, *choices = [*parts, text[start:].strip()]
+    answer = re.fullmatch(r"\s*answer\s?(\d+)\s*", str(record["answer"]), re.IGNORECASE)
+    if len(choices) < 2 or answer is None or not 1 <= int(answer[1]) <= len(choices):
         raise UserError(
             f"{record.where}: found {len(choices)} choices and the answer {record['answer']!r}; expected a question "
             "with 'Answer1: ... Answer2: ...' behind it and an answer such as 'answer2'."
         )
-    return _cloze(record, _ASKS.sub("", question), choices, int(said[1]) - 1, "arc")
+    return _cloze(record, _INTRODUCTION.sub("", question), choices, int(answer[1]) - 1, "arc")
 
 
 def _mmlu(record: TaskRecord) -> Question:
@@ -168,15 +170,16 @@ def _options(record: TaskRecord) -> list[str]:
 
 
 def _gold(record: TaskRecord, choices: list[str]) -> int:
-    """The right choice by number from 0, text or letter."""
+    """Return the index of the right choice, which records give by number from 0, text or letter."""
     answer = record["answer"]
+    # The text first: a choice may itself be a letter or a digit.
     if isinstance(answer, str) and choices.count(answer) == 1:
         return choices.index(answer)
     if isinstance(answer, str) and len(answer.strip()) == 1 and answer.strip().upper() in LETTERS[: len(choices)]:
         return LETTERS.index(answer.strip().upper())
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
         return answer
-    raise record.wrong(
+    raise record.field_error(
         "answer",
         f"the number of a choice from 0 to {len(choices) - 1}, a letter from A to {LETTERS[len(choices) - 1]}, or the "
         "text of one of the choices",
@@ -184,47 +187,49 @@ def _gold(record: TaskRecord, choices: list[str]) -> int:
 
 
 def _truthfulqa(record: TaskRecord) -> Question:
-    """The Hub's ``multiple_choice`` records with their two lists of targets, or best, correct and incorrect answers.
+    """Parse the Hub's ``multiple_choice`` records with two lists of targets, or best, correct and incorrect answers.
 
     From answers, MC1 is the best one against all incorrect ones, MC2 all correct against all incorrect ones.
     """
     fields = TaskRecord(record.where, {name.strip().lower().replace(" ", "_"): value for name, value in record.items()})
     if "mc1_targets" in fields or "mc2_targets" in fields:
-        one, two = (_targets(fields, name) for name in ("mc1_targets", "mc2_targets"))
+        mc1, mc2 = (_targets(fields, name) for name in ("mc1_targets", "mc2_targets"))
     else:
         wrong = [(text, False) for text in _answers(fields, "incorrect_answers")]
-        one = [(fields.text("best_answer").strip(), True), *wrong]
-        two = [*((text, True) for text in _answers(fields, "correct_answers")), *wrong]
-    if sum(true for _, true in one) != 1 or len({true for _, true in two}) != 2:
+        mc1 = [(fields.text("best_answer").strip(), True), *wrong]
+        mc2 = [*((text, True) for text in _answers(fields, "correct_answers")), *wrong]
+    if sum(is_true for _, is_true in mc1) != 1 or len({is_true for _, is_true in mc2}) != 2:
         raise UserError(
             f"{record.where}: expected one true answer among MC1's and both true and false ones among MC2's; found "
-            f"{sum(true for _, true in one)} of {len(one)} and {sum(true for _, true in two)} of {len(two)}."
+            f"{sum(is_true for _, is_true in mc1)} of {len(mc1)} and {sum(is_true for _, is_true in mc2)} of "
+            f"{len(mc2)}."
         )
-    choices = list(dict.fromkeys(text for text, _ in (*one, *two)))
+    # An answer may be in both lists; it is read once, and referred to by its index.
+    choices = list(dict.fromkeys(text for text, _ in (*mc1, *mc2)))
     examples = [f"Q: {example.question}\nA: {example.answer}" for example in TRUTHFUL_EXAMPLES]
     return Question(
         source=str(fields.get("category") or "truthfulqa"),
         context="\n\n".join([*examples, f"Q: {fields.text('question')}\nA:"]),
         choices=tuple(choices),
-        gold=[true for _, true in one].index(True),
-        rivals=tuple(choices.index(text) for text, _ in one),
-        truths=tuple((choices.index(text), true) for text, true in two),
+        gold=[is_true for _, is_true in mc1].index(True),
+        rivals=tuple(choices.index(text) for text, _ in mc1),
+        truths=tuple((choices.index(text), is_true) for text, is_true in mc2),
     )
 
 
 def _targets(record: TaskRecord, name: str) -> list[tuple[str, bool]]:
     value = record[name]
     if not isinstance(value, dict):
-        raise record.wrong(name, "a mapping of choices and labels, as in truthfulqa/truthful_qa")
+        raise record.field_error(name, "a mapping of choices and labels, as in truthfulqa/truthful_qa")
     inner = TaskRecord(f"{record.where}: {name}", value)
     texts, labels = inner.texts("choices"), inner["labels"]
     if not isinstance(labels, list) or len(labels) != len(texts) or not set(labels) <= {0, 1}:
-        raise inner.wrong("labels", f"{len(texts)} labels, each 0 or 1")
+        raise inner.field_error("labels", f"{len(texts)} labels, each 0 or 1")
     return [(text, bool(label)) for text, label in zip(texts, labels, strict=True)]
 
 
 def _answers(record: TaskRecord, name: str) -> list[str]:
-    """Answers in a list, or in a text with semicolons between them, as in the benchmark's CSV file."""
+    """Return answers given as a list, or as a text with semicolons between them, as in the benchmark's CSV file."""
     value = record[name]
     texts = record.text(name).split(";") if isinstance(value, str) else record.texts(name)
     return [text.strip() for text in texts if text.strip()]
@@ -251,12 +256,15 @@ def _is_generic(record: TaskRecord) -> bool:
     return isinstance(record.get("choices"), list) and "question" in record and "answer" in record
 
 
-_SIGNS: tuple[tuple[Form, Callable[[TaskRecord], bool], str], ...] = (
+_DETECTORS: tuple[tuple[Form, Callable[[TaskRecord], bool], str], ...] = (
     ("arc", _is_arc, "its records have ARC's answerKey, or numbered answers in an instruction"),
     ("truthfulqa", _is_truthfulqa, "its records have TruthfulQA's lists of true and false answers"),
     ("mmlu", lambda record: _is_generic(record) and "subject" in record, "its records have MMLU's choices and subject"),
     ("generic", _is_generic, "its records have question, choices and answer"),
 )
 _PARSERS: dict[Form, Callable[[TaskRecord], Question]] = {
-    "arc": _arc, "mmlu": _mmlu, "truthfulqa": _truthfulqa, "generic": _generic,
-}  # fmt: skip
+    "arc": _arc,
+    "mmlu": _mmlu,
+    "truthfulqa": _truthfulqa,
+    "generic": _generic,
+}

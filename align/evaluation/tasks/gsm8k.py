@@ -1,4 +1,4 @@
-r"""GSM8K (arXiv 2110.14168): grade-school word problems, right when the final number is.
+r"""GSM8K (arXiv 2110.14168): grade-school word problems, scored by the final number.
 
 ``final`` (the headline) reads an answer as the reward ``gsm8k_answer`` does: behind ``####``, else in ``\boxed{}``,
 else the last number (``align.data.final_numbers``). ``strict`` takes the first of these alone, ``flexible`` the last:
@@ -9,7 +9,7 @@ lm-eval's filters named strict and flexible give the same verdict on a plainly w
 "18.00" and "18..." wrong, where 18 is right; read "4,5" as 45, "10-3" as -3; and take punctuation behind the number
 ("... 18. $.") for the last number.
 
-Left out: programs and calculators, and answers behind a reasoning model's thoughts, which are part of its text here.
+Programs and calculators are not supported. A reasoning model's thoughts are part of its answer.
 """
 
 from __future__ import annotations
@@ -19,33 +19,38 @@ import re
 from collections.abc import Mapping
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any
 
-from pydantic import Field, model_validator
-
+from align.config.recipe.source_settings import HubSource
+from align.config.stages.evaluation_tasks import MAX_EXAMPLES, Gsm8kConfig
 from align.data.final_numbers import final_number, last_number, marked_number
 from align.data.rows import Message, assistant, normalized, user
-from align.data.source_configs import FilesSource, HubSource
 from align.errors import UserError
 from align.evaluation.tasks.base import (
     Answers,
-    Bench,
     Example,
-    Given,
     Item,
     Measured,
     Metric,
     Respondent,
+    ScoringContext,
     Task,
-    TaskConfig,
-    Turn,
+    TaskInputs,
+    answer_counts,
+    single_turns,
+    task_sampling,
 )
-from align.evaluation.tasks.reading import TaskData, TaskRecord, draw, item_ids, read_records
-from align.evaluation.tasks.sampled import Sampled, answer_counts
+from align.evaluation.tasks.task_records import (
+    TaskRecord,
+    describe_records,
+    draw,
+    examples_source,
+    item_ids,
+    read_records,
+    record_source,
+)
 
 FINAL, STRICT, FLEXIBLE = "final", "strict", "flexible"
-MOST_EXAMPLES = 32
-"""Solved problems that are kept for prompting; more would not fit most models' context."""
 
 METRICS = {
     FINAL: Metric(
@@ -56,78 +61,39 @@ METRICS = {
 }
 
 
-class Gsm8kConfig(TaskData, Sampled, TaskConfig):
-    """Settings of GSM8K. Records: ``question`` and ``answer``, the solution with ``#### number`` at its end."""
+def build(name: str, config: Gsm8kConfig, inputs: TaskInputs) -> Gsm8kTask:
+    """Read problems and examples, and keep the two disjoint.
 
-    task: Literal["gsm8k"] = "gsm8k"
-    shots: int = Field(0, ge=0, le=MOST_EXAMPLES // 2)
-    """Solved problems that every system sees as earlier turns; a prompted baseline's own come on top."""
-    suffix: str = ""
-    """Text after every question, such as an instruction to end with #### and the number."""
-    examples_files: list[str] | None = Field(None, min_length=1)
-    """Files to take solved problems from. The same as ``files`` will do: what serves as example is then not asked."""
-    examples_split: str | None = None
-    """Split to take solved problems from, for a dataset of the Hub: train."""
+    Raises ``UserError`` where fewer examples than ``shots`` are left.
+    """
+    records = read_records(record_source(config), inputs.base)
+    source = examples_source(config)
+    examples = [] if source is None else read_records(source, inputs.base)
+    problems, solved = separate_examples(records, examples, inputs.seed)
+    if len(solved) < config.shots:
+        raise UserError(
+            f"{name}: {config.shots} shots need as many solved problems, and there are {len(solved)} that are not "
+            "asked themselves. Give more in examples_files or lower shots."
+        )
+    left_out = len(records) - len(problems)
+    return Gsm8kTask(name, config, draw(problems, config.max_items, inputs.seed), solved, left_out, inputs)
 
-    identified: ClassVar[frozenset[str]] = frozenset({"files", "examples_files"})
 
-    @model_validator(mode="after")
-    def _examples_are_somewhere(self) -> Self:
-        if self.examples_split is not None and self.files is not None:
-            raise ValueError("examples_split is a split on the Hub, and the problems are in files; use examples_files")
-        if self.examples_split is not None and self.examples_files is not None:
-            raise ValueError("examples come from examples_split or from examples_files; drop one of them")
-        if self.shots and self.examples_source() is None:
-            raise ValueError("shots need solved problems: give examples_files, or examples_split on the Hub")
-        return self
+def describe(config: Gsm8kConfig, base: Path) -> dict[str, Any]:
+    """Return what identifies the problems and the examples. JSON-able."""
+    from align.data.sources import identity
 
-    def examples_source(self) -> FilesSource | HubSource | None:
-        """Where solved problems are; None without."""
-        if self.examples_files is not None:
-            return FilesSource(type="files", paths=self.examples_files)
-        source = self.source()
-        if self.examples_split is None or isinstance(source, FilesSource):
-            return None
-        return source.model_copy(update={"split": self.examples_split})
-
-    def identities(self, base: Path) -> dict[str, str]:
-        """Digests of both kinds of files."""
-        examples = self._examples_identities(base)
-        return {**super().identities(base), **{f"examples: {name}": digest for name, digest in examples.items()}}
-
-    def _examples_identities(self, base: Path) -> dict[str, str]:
-        from align.data.sources import identity
-
-        if self.examples_files is None:
-            return {}
-        return identity(FilesSource(type="files", paths=self.examples_files), base)
-
-    def described(self, base: Path) -> dict[str, Any]:
-        """What a reader needs to find the same problems and examples."""
-        source = self.examples_source()
-        found = super().described(base)
-        if isinstance(source, HubSource):
-            found["examples"] = source.label
-        elif source is not None:
-            found["examples"] = self._examples_identities(base)
-        return found
-
-    def build(self, name: str, given: Given) -> Gsm8kTask:
-        """Read problems and examples, and take out what would be both."""
-        records, source = read_records(self.source(), given.base), self.examples_source()
-        examples = [] if source is None else read_records(source, given.base)
-        asked, shown = part(records, examples, given.seed)
-        if len(shown) < self.shots:
-            raise UserError(
-                f"{name}: {self.shots} shots need as many solved problems, and there are {len(shown)} that are not "
-                "asked themselves. Give more in examples_files or lower shots."
-            )
-        left_out = len(records) - len(asked)
-        return Gsm8kTask(name, self, draw(asked, self.max_items, given.seed), shown, left_out, given)
+    description = describe_records(config, base)
+    source = examples_source(config)
+    if isinstance(source, HubSource):
+        description["examples"] = source.label
+    elif source is not None:
+        description["examples"] = identity(source, base)
+    return description
 
 
 class Gsm8kTask(Task):
-    """The problems, and others that are solved."""
+    """The problems, and other problems with solutions as examples."""
 
     responds = True
     kind = "gsm8k"
@@ -139,15 +105,18 @@ class Gsm8kTask(Task):
         self,
         name: str,
         config: Gsm8kConfig,
-        asked: list[TaskRecord],
-        shown: list[TaskRecord],
+        problems: list[TaskRecord],
+        solved: list[TaskRecord],
         left_out: int,
-        given: Given,
+        inputs: TaskInputs,
     ) -> None:
-        self.name, self._config, self._seed, self._left_out = name, config, given.seed, left_out
-        self._described = config.described(given.base)
-        self._examples = [self._example(record) for record in shown]
-        self.items = [self._item(id, record) for id, record in zip(item_ids(asked), asked, strict=True)]
+        self.name = name
+        self._config = config
+        self._seed = inputs.seed
+        self._left_out = left_out
+        self._data = describe(config, inputs.base)
+        self._examples = [self._example(record) for record in solved]
+        self.items = [self._item(id, record) for id, record in zip(item_ids(problems), problems, strict=True)]
 
     def _item(self, id: str, record: TaskRecord) -> Item:
         _, number = solution_and_number(record)
@@ -161,13 +130,13 @@ class Gsm8kTask(Task):
         return record.text("question").strip() + self._config.suffix
 
     def examples(self, count: int) -> list[Example]:
-        """Solved problems behind those that every system sees anyway."""
+        """Return solved problems after those that every system sees anyway."""
         return self._examples[self._config.shots :][:count]
 
     def settings(self) -> dict[str, Any]:
-        """Data, examples, the text after each question and sampling."""
+        """Return data, examples, the text after each question and sampling."""
         return {
-            "data": self._described,
+            "data": self._data,
             "left_out_as_examples": self._left_out,
             "shots": self._config.shots,
             "suffix": self._config.suffix,
@@ -175,35 +144,36 @@ class Gsm8kTask(Task):
         }
 
     def respond(self, respondent: Respondent) -> Answers:
-        """Every problem as a user turn, after the shots."""
+        """Ask every problem as a user turn, after the shots."""
         shots: list[Message] = []
         for example in self._examples[: self._config.shots]:
             shots += [user(example.question), assistant(example.answer)]
         prompts = [[*shots, *item.prompt] for item in self.items]
-        count = respondent.info.shots
-        found = respondent.answer(prompts, self._config.sampling(self._seed), self.examples(count) if count else [])
-        return [[[Turn(prompt, one)] for one in samples] for prompt, samples in zip(prompts, found, strict=True)]
+        examples = self.examples(respondent.info.shots) if respondent.info.shots else []
+        return single_turns(prompts, respondent.answer(prompts, task_sampling(self._config, self._seed), examples))
 
-    def score(self, answers: Mapping[str, Answers], bench: Bench) -> dict[str, Measured]:
-        """Right or not, by each reading; notes count answers without a number."""
-        return {system: self._measured(given) for system, given in answers.items()}
+    def score(self, answers: Mapping[str, Answers], context: ScoringContext) -> dict[str, Measured]:
+        """Return 1 or 0 for each answer, by each way of reading its number; notes count answers without one."""
+        return {system: self._measured(system_answers) for system, system_answers in answers.items()}
 
     def _measured(self, answers: Answers) -> Measured:
         texts = [[turns[-1].response.text for turns in samples] for samples in answers]
-        readings = {FINAL: final_number, FLEXIBLE: last_number, STRICT: marked_number}
-        numbers = {name: [[read(text) for text in samples] for samples in texts] for name, read in readings.items()}
-        right = [Decimal(item.data["answer"]) for item in self.items]
-        values = {
-            name: [[float(number == answer) for number in samples] for samples, answer in zip(rows, right, strict=True)]
-            for name, rows in numbers.items()
-        }
-        none = {name: sum(number is None for row in rows for number in row) for name, rows in numbers.items()}
-        notes = {"no_number": none[FLEXIBLE], "no_marked_number": none[STRICT]}
+        solutions = [Decimal(item.data["answer"]) for item in self.items]
+        values = {}
+        missing = {}
+        for name, read_number in {FINAL: final_number, FLEXIBLE: last_number, STRICT: marked_number}.items():
+            numbers = [[read_number(text) for text in samples] for samples in texts]
+            values[name] = [
+                [float(number == solution) for number in samples]
+                for samples, solution in zip(numbers, solutions, strict=True)
+            ]
+            missing[name] = sum(number is None for samples in numbers for number in samples)
+        notes = {"no_number": missing[FLEXIBLE], "no_marked_number": missing[STRICT]}
         return Measured(values, notes={**answer_counts(answers), **notes})
 
 
 def solution_and_number(record: TaskRecord) -> tuple[str, Decimal]:
-    """A record's solution without the notes to a calculator (``<<48/2=24>>``), and its final number."""
+    """Return a record's solution, without calculator annotations (``<<48/2=24>>``), and its final number."""
     solution, mark, final = record.text("answer").rpartition("####")
     number = last_number(final)
     if not mark or number is None:
@@ -213,21 +183,25 @@ def solution_and_number(record: TaskRecord) -> tuple[str, Decimal]:
     return re.sub(r"<<[^<>]*>>", "", solution).strip(), number
 
 
-def part(records: list[TaskRecord], examples: list[TaskRecord], seed: int) -> tuple[list[TaskRecord], list[TaskRecord]]:
-    """What is asked and what is shown: at most ``MOST_EXAMPLES`` examples in random order, none of them asked.
+def separate_examples(
+    records: list[TaskRecord], examples: list[TaskRecord], seed: int
+) -> tuple[list[TaskRecord], list[TaskRecord]]:
+    """Return the problems to ask and at most ``MAX_EXAMPLES`` examples in random order, none of them asked.
 
-    Examples that are among the questions are passed over; where all of them are, some (at most half) are drawn and not
-    asked.
+    Examples that are among the problems are skipped. Where all of them are, some (at most half of the problems) are
+    drawn and no longer asked.
     """
     generator = random.Random(f"examples of gsm8k {seed}")  # noqa: S311
     questions = {_key(record) for record in records}
-    free = {_key(record): record for record in examples if _key(record) not in questions}
-    if free or not examples:
-        return records, generator.sample(list(free.values()), min(MOST_EXAMPLES, len(free)))
-    every = {_key(record): record for record in examples}
-    shown = generator.sample(list(every.values()), min(MOST_EXAMPLES, len(questions) // 2, len(every)))
-    keys = {_key(record) for record in shown}
-    return [record for record in records if _key(record) not in keys], shown
+    unasked = {_key(record): record for record in examples if _key(record) not in questions}
+    # The usual case: the train split has examples that are not among the problems.
+    if unasked or not examples:
+        return records, generator.sample(list(unasked.values()), min(MAX_EXAMPLES, len(unasked)))
+    distinct = {_key(record): record for record in examples}
+    # Examples and problems are one set of records: take some as examples, and do not ask these.
+    solved = generator.sample(list(distinct.values()), min(MAX_EXAMPLES, len(questions) // 2, len(distinct)))
+    keys = {_key(record) for record in solved}
+    return [record for record in records if _key(record) not in keys], solved
 
 
 def _key(record: TaskRecord) -> str:

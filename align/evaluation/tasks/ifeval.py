@@ -1,13 +1,14 @@
 """IFEval (arXiv 2311.07911): 541 prompts with 834 instructions of 25 kinds that a program can check.
 
-Strict judges the answer as it is, loose takes the best of eight variants of it (without its first line, its last line,
-both, and each of these without asterisks). A prompt counts when all its instructions are followed. The checkers are
-if-verifiable's, which are Google's; arguments and empty answers are treated as in lm-eval, whose numbers for the same
-answers are the same, but for what is left to chance there: langdetect guesses the language at random unless its seed is
-set, which it is here, and two prompts (1122, 1129) ask for a sign, "#" or "!", where Google's checker counts a letter
-that it draws. Here the sign is counted.
+Strict scores the answer as it is. Loose takes the best of eight variants of it: without its first line, its last line,
+both, and each of these without asterisks. A prompt counts when all its instructions are followed.
 
-Left out: cutting away a reasoning model's thoughts before its answer.
+The checkers are if-verifiable's, which are Google's. Arguments and empty answers are treated as in lm-eval, and the
+numbers for the same answers are the same except where lm-eval leaves something to chance: langdetect guesses the
+language at random unless its seed is set, which it is here; and two prompts (1122, 1129) ask for a sign, "#" or "!",
+where Google's checker counts a randomly drawn letter. Here the sign is counted.
+
+A reasoning model's thoughts are part of its answer; they are not cut away.
 """
 
 from __future__ import annotations
@@ -16,27 +17,26 @@ import contextlib
 import logging
 import string
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field
-
+from align.config.stages.evaluation_tasks import IfevalConfig
 from align.config.validation import nearest
 from align.data.rows import user
 from align.errors import UserError
 from align.evaluation.tasks.base import (
     Answers,
-    Bench,
-    Given,
     Item,
     Measured,
     Metric,
     Respondent,
+    ScoringContext,
     Task,
-    TaskConfig,
+    TaskInputs,
     answer_all,
+    answer_counts,
+    task_sampling,
 )
-from align.evaluation.tasks.reading import TaskData, TaskRecord, item_ids
-from align.evaluation.tasks.sampled import Sampled, answer_counts
+from align.evaluation.tasks.task_records import TaskRecord, describe_records, item_ids, load_records
 
 SEVERAL = "several"
 """Source of prompts whose instructions are of more than one group."""
@@ -59,16 +59,9 @@ METRICS = {
 }
 
 
-class IfevalConfig(TaskData, Sampled, TaskConfig):
-    """Settings of IFEval. Records: ``key``, ``prompt``, ``instruction_id_list``, ``kwargs``, as google/IFEval has."""
-
-    task: Literal["ifeval"] = "ifeval"
-    max_tokens: int = Field(1280, ge=1)
-    """Longest answer. 1280 is lm-eval's; fewer are cheaper, and many instructions ask for hundreds of words."""
-
-    def build(self, name: str, given: Given) -> IfevalTask:
-        """Read the prompts and make every checker once, so that a wrong argument is found now."""
-        return IfevalTask(name, self, self.records(given.base, given.seed), given)
+def build(name: str, config: IfevalConfig, inputs: TaskInputs) -> IfevalTask:
+    """Read the prompts and construct every checker once, so that a wrong argument is found before the run."""
+    return IfevalTask(name, config, load_records(config, inputs.base, inputs.seed), inputs)
 
 
 class IfevalTask(Task):
@@ -80,9 +73,11 @@ class IfevalTask(Task):
     metrics = METRICS
     primary = PROMPT_STRICT
 
-    def __init__(self, name: str, config: IfevalConfig, records: list[TaskRecord], given: Given) -> None:
-        self.name, self._config, self._seed = name, config, given.seed
-        self._described = config.described(given.base)
+    def __init__(self, name: str, config: IfevalConfig, records: list[TaskRecord], inputs: TaskInputs) -> None:
+        self.name = name
+        self._config = config
+        self._seed = inputs.seed
+        self._data = describe_records(config, inputs.base)
         self.items = [_item(id, record) for id, record in zip(item_ids(records, "key"), records, strict=True)]
         if any(set(item.data["instructions"]) & NEEDS_SENTENCES for item in self.items):
             from align.evaluation.punkt import ensure_punkt
@@ -90,92 +85,93 @@ class IfevalTask(Task):
             ensure_punkt()
 
     def settings(self) -> dict[str, Any]:
-        """Data, sampling and the seed of the language guess."""
+        """Return data, sampling and the seed of the language guess."""
         return {
-            "data": self._described,
+            "data": self._data,
             "sampling": self._config.sampling_settings(self._seed),
             "instructions": sum(len(item.data["instructions"]) for item in self.items),
             "langdetect_seed": LANGUAGE_SEED,
         }
 
     def respond(self, respondent: Respondent) -> Answers:
-        """Every prompt as one user turn."""
-        return answer_all(self, respondent, self._config.sampling(self._seed))
+        """Ask every prompt as one user turn."""
+        return answer_all(self, respondent, task_sampling(self._config, self._seed))
 
-    def score(self, answers: Mapping[str, Answers], bench: Bench) -> dict[str, Measured]:
-        """Share of instructions followed; of a prompt, all of them or not."""
-        total, done, found = len(answers) * len(self.items), 0, {}
+    def score(self, answers: Mapping[str, Answers], context: ScoringContext) -> dict[str, Measured]:
+        """Return the share of instructions followed, and 1 for a prompt with all of them followed, else 0."""
+        total = len(answers) * len(self.items)
+        done = 0
+        measured = {}
         with seeded_language_guess():
-            for system, given in answers.items():
+            for system, system_answers in answers.items():
                 values: dict[str, list[list[float]]] = {metric: [] for metric in METRICS}
-                for item, samples in zip(self.items, given, strict=True):
-                    followed = [check(item, turns[-1].response.text) for turns in samples]
-                    for level, outcomes in zip(("strict", "loose"), zip(*followed, strict=True), strict=True):
-                        values[f"prompt_{level}"].append([float(all(one)) for one in outcomes])
-                        values[f"instruction_{level}"].append([sum(one) / len(one) for one in outcomes])
+                for item, samples in zip(self.items, system_answers, strict=True):
+                    outcomes = [check(item, turns[-1].response.text) for turns in samples]
+                    by_level = {"strict": [strict for strict, _ in outcomes], "loose": [loose for _, loose in outcomes]}
+                    for level, followed in by_level.items():
+                        values[f"prompt_{level}"].append([float(all(flags)) for flags in followed])
+                        values[f"instruction_{level}"].append([sum(flags) / len(flags) for flags in followed])
                     done += 1
-                    bench.progress(done, total, "answers")
-                count = [float(len(item.data["instructions"])) for item in self.items]
-                weights = {INSTRUCTION_STRICT: count, INSTRUCTION_LOOSE: count}
-                found[system] = Measured(values, weights, dict(answer_counts(given)))
-        return found
+                    context.progress(done, total, "answers")
+                counts = [float(len(item.data["instructions"])) for item in self.items]
+                weights = {INSTRUCTION_STRICT: counts, INSTRUCTION_LOOSE: counts}
+                measured[system] = Measured(values, weights, dict(answer_counts(system_answers)))
+        return measured
 
 
 NEEDS_SENTENCES = frozenset({"length_constraints:number_sentences", "change_case:capital_word_frequency"})
-"""Instructions whose checkers split text into sentences by NLTK's model."""
+"""Instructions whose checkers split text into sentences with NLTK's model."""
 
 
 def check(item: Item, text: str) -> tuple[list[bool], list[bool]]:
-    """Which of an item's instructions an answer follows: strictly, and loosely.
+    """Return for each of an item's instructions whether an answer follows it: strictly, and loosely.
 
-    An answer, or a variant of it, that is nothing but space follows none. A checker that runs out of stack (JSON nested
-    a thousand deep) is not satisfied.
+    A blank answer or variant follows none. A checker that runs out of stack (JSON nested a thousand deep) is not
+    satisfied.
     """
     checkers = [
         _checker(id, arguments) for id, arguments in zip(item.data["instructions"], item.data["arguments"], strict=True)
     ]
-    strict = [_follows(checker, text) for checker in checkers]
+    # Loose follows from strict, so variants are only tried where the answer itself fails.
+    strict = [_is_followed(checker, text) for checker in checkers]
     loose = [
-        first or any(_follows(checker, variant) for variant in variants(text))
-        for first, checker in zip(strict, checkers, strict=True)
+        is_strict or any(_is_followed(checker, variant) for variant in variants(text))
+        for is_strict, checker in zip(strict, checkers, strict=True)
     ]
     return strict, loose
 
 
 def variants(text: str) -> list[str]:
-    """The loose variants of an answer beside the answer itself, each once."""
+    """Return the loose variants of an answer without the answer itself, each once."""
     lines = text.split("\n")
     shorter = ["\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1])]
-    plain = [one.replace("*", "") for one in (text, *shorter)]
-    return [one for one in dict.fromkeys((*shorter, *plain)) if one != text]
+    without_asterisks = [variant.replace("*", "") for variant in (text, *shorter)]
+    return [variant for variant in dict.fromkeys((*shorter, *without_asterisks)) if variant != text]
 
 
 @contextlib.contextmanager
 def seeded_language_guess() -> Iterator[None]:
-    """Within it, langdetect guesses the same language for a text every time, and what it cannot guess is not logged.
+    """Make langdetect guess the same language for a text every time, and silence its log of undetectable answers.
 
-    Without letters to go by the checkers count the instruction as followed and log the whole answer, which may be
-    anything.
+    For a text without letters the checkers count the instruction as followed and log the complete answer.
     """
     from langdetect import DetectorFactory
 
-    def quiet(record: logging.LogRecord) -> bool:
+    def is_wanted(record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith("Unable to detect language")
 
-    before, root = DetectorFactory.seed, logging.getLogger()
+    previous_seed = DetectorFactory.seed
+    root = logging.getLogger()
     DetectorFactory.seed = LANGUAGE_SEED
-    root.addFilter(quiet)
+    root.addFilter(is_wanted)
     try:
         yield
     finally:
-        DetectorFactory.seed = before
-        root.removeFilter(quiet)
+        DetectorFactory.seed = previous_seed
+        root.removeFilter(is_wanted)
 
 
-# -----------------------------------------------------------------------------------------------------------------
-
-
-def _follows(checker: Any, text: str) -> bool:
+def _is_followed(checker: Any, text: str) -> bool:
     try:
         return bool(text.strip()) and bool(checker.check_following(text))
     except RecursionError:
@@ -183,23 +179,25 @@ def _follows(checker: Any, text: str) -> bool:
 
 
 def _checker(id: str, arguments: Mapping[str, Any]) -> Any:
-    """A checker with its arguments set; ``None`` and other empty values count as not given, as in lm-eval."""
+    """Return a checker with its arguments; ``None`` and other empty values count as absent, as in lm-eval."""
     # Its package imports `datasets` (1.5 s), which reading settings should not pay.
     from if_verifiable.ifeval.instructions_registry import INSTRUCTION_DICT
 
-    kept = {name: value for name, value in arguments.items() if value}
+    present = {name: value for name, value in arguments.items() if value}
     checker = INSTRUCTION_DICT[id](id)
-    checker.build_description(**kept)
-    if id == "keywords:letter_frequency" and kept["letter"].lower() not in list(string.ascii_lowercase):
-        return _SignFrequency(kept["letter"], kept["let_relation"], kept["let_frequency"])
+    checker.build_description(**present)
+    if id == "keywords:letter_frequency" and present["letter"].lower() not in list(string.ascii_lowercase):
+        return _SignFrequency(present["letter"], present["let_relation"], present["let_frequency"])
     return checker
 
 
 class _SignFrequency:
-    """How often a sign appears. Google's checker counts a random letter for what is not a to z (prompts 1122, 1129)."""
+    """Checker of a sign's frequency. Google's counts a random letter for signs beyond a to z (prompts 1122, 1129)."""
 
     def __init__(self, sign: str, relation: str, frequency: int) -> None:
-        self._sign, self._relation, self._frequency = sign.lower(), relation, frequency
+        self._sign = sign.lower()
+        self._relation = relation
+        self._frequency = frequency
 
     def check_following(self, value: str) -> bool:
         count = value.lower().count(self._sign)
@@ -209,15 +207,15 @@ class _SignFrequency:
 def _item(id: str, record: TaskRecord) -> Item:
     prompt, instructions = record.text("prompt"), record.texts("instruction_id_list")
     arguments = record["kwargs"]
-    if not isinstance(arguments, list) or not all(isinstance(one, dict) for one in arguments):
-        raise record.wrong("kwargs", "a list with one mapping of arguments for each instruction")
+    if not isinstance(arguments, list) or not all(isinstance(mapping, dict) for mapping in arguments):
+        raise record.field_error("kwargs", "a list with one mapping of arguments for each instruction")
     if len(arguments) != len(instructions):
         raise UserError(
             f"{record.where}: there are {len(instructions)} instructions and {len(arguments)} kwargs; expected one "
             "mapping of arguments for each, {} for none."
         )
-    for instruction, given in zip(instructions, arguments, strict=True):
-        _try(instruction, given, record.where)
+    for instruction, mapping in zip(instructions, arguments, strict=True):
+        _check_instruction(instruction, mapping, record.where)
     return Item(id, _source(instructions), [user(prompt)], {"instructions": instructions, "arguments": arguments})
 
 
@@ -226,8 +224,8 @@ def _source(instructions: Sequence[str]) -> str:
     return groups.pop() if len(groups) == 1 else SEVERAL
 
 
-def _try(instruction: str, arguments: Mapping[str, Any], where: str) -> None:
-    """Raise ``UserError`` for an instruction that is not known or lacks an argument, which would be drawn at random."""
+def _check_instruction(instruction: str, arguments: Mapping[str, Any], where: str) -> None:
+    """Raise ``UserError`` for an unknown instruction, and for a missing argument, which would be drawn at random."""
     from if_verifiable.ifeval.instructions_registry import INSTRUCTION_DICT
 
     if instruction not in INSTRUCTION_DICT:
@@ -236,8 +234,8 @@ def _try(instruction: str, arguments: Mapping[str, Any], where: str) -> None:
             f"{where}: there is no instruction '{instruction}'."
             + (f" Did you mean '{close}'?" if close else f" Known are {', '.join(sorted(INSTRUCTION_DICT))}.")
         )
-    wanted = INSTRUCTION_DICT[instruction](instruction).get_instruction_args_keys()
-    missing = [name for name in wanted if not arguments.get(name)]
+    required = INSTRUCTION_DICT[instruction](instruction).get_instruction_args_keys()
+    missing = [name for name in required if not arguments.get(name)]
     if missing:
         raise UserError(
             f"{where}: '{instruction}' needs {', '.join(missing)} in its kwargs, which has "
@@ -247,5 +245,5 @@ def _try(instruction: str, arguments: Mapping[str, Any], where: str) -> None:
     try:
         _checker(instruction, arguments)
     except (TypeError, ValueError, AttributeError, KeyError) as error:
-        said = f"{error} is not known" if isinstance(error, KeyError) else error
-        raise UserError(f"{where}: kwargs of '{instruction}' do not fit: {said}. Given: {dict(arguments)}.") from None
+        reason = f"{error} is not known" if isinstance(error, KeyError) else error
+        raise UserError(f"{where}: kwargs of '{instruction}' do not fit: {reason}. Given: {dict(arguments)}.") from None

@@ -1,50 +1,49 @@
-"""The one visible list of tasks. Torch-free.
-
-A task's name in the YAML is its kind, unless ``task:`` below it says which one it is.
-"""
+"""The code of every kind of task, by its settings class. Torch-free."""
 
 from __future__ import annotations
 
-import functools
-import operator
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from pydantic import Field
-
-from align.config.validation import suggest
-from align.evaluation.tasks.base import TaskConfig
-from align.pipeline.registry import load_object
-
-TASKS: dict[str, str] = {
-    kind: f"align.evaluation.tasks.{kind}:{''.join(part.capitalize() for part in kind.split('_'))}Config"
-    for kind in (
-        "ifeval", "gsm8k", "multiple_choice", "xstest", "judged", "preference", "perplexity", "reward_pairs", "lm_eval",
-    )
-}  # fmt: skip
-"""Kind → import path of its settings, in the order of the guide."""
-
-CLASSES: tuple[type[TaskConfig], ...] = tuple(load_object(path) for path in TASKS.values())
-
-if TYPE_CHECKING:
-    AnyTask = TaskConfig
-else:
-    AnyTask = Annotated[functools.reduce(operator.or_, CLASSES), Field(discriminator="task")]
-    """Settings of any task."""
+from align.config.stages import evaluation_tasks as configs
+from align.config.stages.evaluation_fields import TaskConfig
+from align.evaluation.judges import judged
+from align.evaluation.lm_eval import task as lm_eval
+from align.evaluation.tasks import gsm8k, ifeval, multiple_choice, perplexity, preference, reward_pairs, xstest
+from align.evaluation.tasks.base import Task, TaskInputs
+from align.evaluation.tasks.task_records import file_identities, identities_with_examples
 
 
-def named_tasks(given: Any) -> Any:
-    """The ``tasks`` block with every task's kind written out. Raises ``ValueError`` for a name that is no kind."""
-    if not isinstance(given, Mapping):
-        return given
-    found: dict[Any, Any] = {}
-    for name, block in given.items():
-        if not isinstance(block, Mapping) or "task" in block:
-            found[name] = block
-        elif name in TASKS:
-            found[name] = {"task": name, **block}
-        else:
-            raise ValueError(
-                f"'{name}' is no kind of task.{suggest(str(name), TASKS)} (A name of your own needs `task:` below it.)"
-            )
-    return found
+@dataclass(frozen=True)
+class TaskKind:
+    """The functions behind a settings class."""
+
+    build: Callable[[str, Any, TaskInputs], Task]
+    """Reads the items. Called once, before anything expensive; raises ``UserError`` for data that does not fit."""
+    identities: Callable[[Any, Path], dict[str, str]] = file_identities
+    """Returns digests of everything that is read outside the store; raises ``UserError`` for a missing file."""
+
+
+TASKS: dict[type[TaskConfig], TaskKind] = {
+    configs.IfevalConfig: TaskKind(ifeval.build),
+    configs.Gsm8kConfig: TaskKind(gsm8k.build, identities_with_examples),
+    configs.MultipleChoiceConfig: TaskKind(multiple_choice.build, identities_with_examples),
+    configs.XstestConfig: TaskKind(xstest.build),
+    configs.JudgedConfig: TaskKind(judged.build, judged.identities),
+    configs.PreferenceConfig: TaskKind(preference.build),
+    configs.PerplexityConfig: TaskKind(perplexity.build, perplexity.identities),
+    configs.RewardPairsConfig: TaskKind(reward_pairs.build),
+    configs.LmEvalConfig: TaskKind(lm_eval.build, lm_eval.identities),
+}
+
+
+def build_task(name: str, config: TaskConfig, inputs: TaskInputs) -> Task:
+    """Build the task that ``config`` describes."""
+    return TASKS[type(config)].build(name, config, inputs)
+
+
+def task_identities(config: TaskConfig, base: Path) -> dict[str, str]:
+    """Return digests or revisions of everything outside the store that the task reads."""
+    return TASKS[type(config)].identities(config, base)

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 
 from align.data.rows import assistant, user
-from align.evaluation.judges.grading import COMPARE, QUESTION, grade_question, read_grade, show_references
+from align.evaluation.judges.judge_prompts import (
+    GRADE_PROMPT,
+    REFERENCE_NOTE,
+    format_references,
+    grade_prompt,
+    read_grade,
+)
 from tests.support.evaluation.judged_harness import parts
 
 
@@ -41,14 +47,14 @@ def test_what_a_grade_is(text: str, grade: float | None) -> None:
 
 
 def test_the_question_repeated_is_no_grade() -> None:
-    (message,) = grade_question([user("Name a number"), assistant("Seven")], reference="8")
+    (message,) = grade_prompt([user("Name a number"), assistant("Seven")], reference="8")
     assert read_grade(message["content"]) is None
 
 
 def test_the_judge_sees_the_conversation_the_references_and_the_answer_in_order() -> None:
     conversation = [user("Add {1} and 2"), assistant("3"), user("Double it"), assistant("6")]
-    (message,) = grade_question(conversation, "Be strict.", show_references(["three", "six"]))
-    assert "Be strict." in message["content"] and COMPARE.strip() in message["content"]
+    (message,) = grade_prompt(conversation, "Be strict.", format_references(["three", "six"]))
+    assert "Be strict." in message["content"] and REFERENCE_NOTE.strip() in message["content"]
     assert parts(message["content"]) == [
         ("User", "Add {1} and 2"),
         ("Assistant", "3"),
@@ -59,7 +65,7 @@ def test_the_judge_sees_the_conversation_the_references_and_the_answer_in_order(
 
 
 def test_without_a_reference_nothing_is_said_of_one() -> None:
-    (message,) = grade_question([user("Hello"), assistant("   ")])
+    (message,) = grade_prompt([user("Hello"), assistant("   ")])
     assert "eference" not in message["content"] and "{" not in message["content"]
     assert parts(message["content"])[-1][1] == "(nothing)"
-    assert "{compare}" in QUESTION
+    assert "{compare}" in GRADE_PROMPT

@@ -22,9 +22,9 @@ def _logit(p: float) -> float:
 
 
 def _found(preferences: list[float], gaps: list[float]) -> Estimate:
-    found = length_controlled(preferences, gaps)
-    assert found is not None
-    return found
+    estimate = length_controlled(preferences, gaps)
+    assert estimate is not None
+    return estimate
 
 
 def _drawn(seed: int, n: int, intercept: float, slope: float, shift: float) -> tuple[list[float], list[float]]:
@@ -38,30 +38,30 @@ def _drawn(seed: int, n: int, intercept: float, slope: float, shift: float) -> t
 def test_equal_lengths_leave_the_share_of_wins() -> None:
     # Nothing to regress on. Firth's penalty on one intercept adds half a win and half a loss: 7 of 10 is 7.5 of 11,
     # and the logit's variance is 1 / (n p (1 - p)).
-    found = _found([1.0] * 7 + [0.0] * 3, [0.0] * 10)
+    estimate = _found([1.0] * 7 + [0.0] * 3, [0.0] * 10)
     p = 7.5 / 11
     half = Z / math.sqrt(10 * p * (1 - p))
-    assert found.value == pytest.approx(p)
-    assert (found.low, found.high) == pytest.approx((_sigmoid(_logit(p) - half), _sigmoid(_logit(p) + half)))
-    assert found.n == 10
+    assert estimate.value == pytest.approx(p)
+    assert (estimate.low, estimate.high) == pytest.approx((_sigmoid(_logit(p) - half), _sigmoid(_logit(p) + half)))
+    assert estimate.n == 10
 
 
 def test_two_gaps_of_one_size_by_hand() -> None:
     # Two groups of ten are a saturated model: each has 8.5 or 4.5 wins of 11 after Firth's halves, and no gap is half
     # way between their logits, whatever the gap's size. 12 of 20 won, but 0.6 is not the answer.
-    found = _found([1.0] * 8 + [0.0] * 2 + [1.0] * 4 + [0.0] * 6, [300.0] * 10 + [-300.0] * 10)
+    estimate = _found([1.0] * 8 + [0.0] * 2 + [1.0] * 4 + [0.0] * 6, [300.0] * 10 + [-300.0] * 10)
     longer, shorter = 8.5 / 11, 4.5 / 11
     a = (_logit(longer) + _logit(shorter)) / 2
     half = Z * math.sqrt(sum(1 / (10 * p * (1 - p)) for p in (longer, shorter)) / 4)
-    assert found.value == pytest.approx(_sigmoid(a))
-    assert (found.low, found.high) == pytest.approx((_sigmoid(a - half), _sigmoid(a + half)))
+    assert estimate.value == pytest.approx(_sigmoid(a))
+    assert (estimate.low, estimate.high) == pytest.approx((_sigmoid(a - half), _sigmoid(a + half)))
 
 
 @pytest.mark.parametrize("shift", [0.0, 1.0, -1.5])
 def test_a_judge_that_likes_nothing_but_length_finds_them_even(shift: float) -> None:
     wins, gaps = _drawn(3, 400, 0.0, 4.0, shift)
-    found = _found(wins, gaps)
-    assert abs(found.value - 0.5) < 0.1 and found.low < 0.5 < found.high
+    estimate = _found(wins, gaps)
+    assert abs(estimate.value - 0.5) < 0.1 and estimate.low < 0.5 < estimate.high
     assert shift == 0 or abs(sum(wins) / 400 - 0.5) > 0.25  # what the plain win rate says
 
 
@@ -69,9 +69,9 @@ def test_even_one_that_never_errs_about_length() -> None:
     # Length decides without a remainder: without a penalty no finite fit is the best.
     gaps = [float(gap) for gap in np.random.default_rng(3).normal(-1.5, 1, 400)]
     wins = [float(gap > 0) for gap in gaps]
-    found = _found(wins, gaps)
-    assert sum(wins) / 400 < 0.1 and found.low < 0.5 < found.high
-    assert found.high - found.low > 0.5  # and little is known
+    estimate = _found(wins, gaps)
+    assert sum(wins) / 400 < 0.1 and estimate.low < 0.5 < estimate.high
+    assert estimate.high - estimate.low > 0.5  # and little is known
 
 
 def test_the_units_of_length_do_not_matter() -> None:
@@ -89,16 +89,16 @@ def test_the_other_side_has_the_rest() -> None:
 
 def test_winning_always_still_has_an_interval() -> None:
     gaps = [float(gap) for gap in np.random.default_rng(4).normal(0, 1, 50)]
-    found = _found([1.0] * 50, gaps)
-    assert 0.8 < found.low < found.value < 1 and found.high - found.low > 0.01
+    estimate = _found([1.0] * 50, gaps)
+    assert 0.8 < estimate.low < estimate.value < 1 and estimate.high - estimate.low > 0.01
 
 
 def test_it_covers_what_is_true() -> None:
     for n, intercept, slope, shift in ((40, 0.0, 0.0, 0.0), (80, 0.5, 1.0, 0.5), (80, 0.0, 3.0, 0.3)):
         hits = 0
         for seed in range(200):
-            found = _found(*_drawn(seed, n, intercept, slope, shift))
-            hits += found.low <= _sigmoid(intercept) <= found.high
+            estimate = _found(*_drawn(seed, n, intercept, slope, shift))
+            hits += estimate.low <= _sigmoid(intercept) <= estimate.high
         assert 0.91 <= hits / 200 <= 1.0, (n, intercept, slope, shift)
 
 
@@ -117,9 +117,9 @@ def test_another_library_finds_the_same_without_a_penalty() -> None:
     ("gaps", "why"),
     [
         ([1.0, -1.0] * 4, "fewer than 10"),
-        ([float(n) for n in range(1, 30)], "longer every time"),
-        ([-float(n) for n in range(1, 30)], "longer every time"),
-        ([5.0] * 20, "longer every time"),
+        ([float(n) for n in range(1, 30)], "always longer"),
+        ([-float(n) for n in range(1, 30)], "always longer"),
+        ([5.0] * 20, "always longer"),
     ],
 )
 def test_what_the_data_cannot_say_is_not_said(gaps: list[float], why: str) -> None:

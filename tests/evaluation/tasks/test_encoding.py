@@ -15,7 +15,7 @@ from align.evaluation.tasks.encoding import (
     answer_ids,
     encode,
     encode_choices,
-    fit,
+    fit_context,
     prefix_token,
     rolling_windows,
 )
@@ -35,9 +35,11 @@ def with_bos() -> Any:
     """A tokenizer that puts its BOS before every text, as Llama's do."""
     from tokenizers.processors import TemplateProcessing
 
-    made = make_tiny_tokenizer()
-    made._tokenizer.post_processor = TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, made.bos_token_id)])
-    return made
+    tokenizer = make_tiny_tokenizer()
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.bos_token_id)]
+    )
+    return tokenizer
 
 
 def test_space_at_the_context_s_end_goes_to_the_choice(tokenizer: Any) -> None:
@@ -85,14 +87,14 @@ def test_an_answer_under_a_template_without_a_place_to_cut(tokenizer: Any) -> No
         "{{ '\\n<|im_start|>assistant\\n' }}", "{{ '\\n<|im_start|>assistant\\n<think>\\n' }}"
     )
     for answer in ("Hi", "An answer that is longer than the thought"):
-        ids, cut = answer_ids(thinking, [user("hello")], answer, finished=True)
+        ids, cut = answer_ids(thinking, [user("hello")], answer, is_finished=True)
         assert not cut
         assert ids == [*tokenizer.encode(answer), tokenizer.eos_token_id]
-        assert answer_ids(thinking, [user("hello")], answer, finished=False)[0] == tokenizer.encode(answer)
+        assert answer_ids(thinking, [user("hello")], answer, is_finished=False)[0] == tokenizer.encode(answer)
 
 
 @pytest.mark.parametrize(
-    ("context", "answer", "longest", "expected"),
+    ("context", "answer", "max_length", "expected"),
     [
         ([1, 2, 3], [4, 5], 4, ([1, 2, 3], [4, 5], False)),  # inputs 1 2 3 4: the last token is only predicted
         ([1, 2, 3], [4, 5], 3, ([2, 3], [4, 5], True)),
@@ -100,8 +102,8 @@ def test_an_answer_under_a_template_without_a_place_to_cut(tokenizer: Any) -> No
         ([1, 2, 3], [4, 5], 1, ([3], [4], True)),
     ],
 )
-def test_fitting_by_hand(context: list[int], answer: list[int], longest: int, expected: Any) -> None:
-    assert fit(context, answer, longest) == expected
+def test_fitting_by_hand(context: list[int], answer: list[int], max_length: int, expected: Any) -> None:
+    assert fit_context(context, answer, max_length) == expected
 
 
 def test_the_token_before_a_text() -> None:
@@ -117,20 +119,20 @@ def test_windows_by_hand() -> None:
     assert rolling_windows([1, 2, 3, 4, 5, 6, 7], 0, 3) == [([0], [1, 2, 3]), ([3], [4, 5, 6]), ([4, 5, 6], [7])]
     assert rolling_windows([1, 2], 0, 3) == [([0], [1, 2])]
     assert rolling_windows([], 0, 3) == []
-    with pytest.raises(ValueError, match="longest is 0"):
+    with pytest.raises(ValueError, match="length is 0"):
         rolling_windows([1], 0, 0)
 
 
 @settings(deadline=None)
 @given(st.integers(0, 200), st.integers(1, 40))
-def test_windows_ask_for_every_token_once_behind_its_own_context(count: int, longest: int) -> None:
+def test_windows_ask_for_every_token_once_behind_its_own_context(count: int, max_length: int) -> None:
     tokens = list(range(1, count + 1))
-    windows = rolling_windows(tokens, 0, longest)
+    windows = rolling_windows(tokens, 0, max_length)
     assert [token for _, asked in windows for token in asked] == tokens
     with_prefix = [0, *tokens]
     for context, asked in windows:
         assert context
-        assert len(context) + len(asked) - 1 <= longest  # the last token is no input
+        assert len(context) + len(asked) - 1 <= max_length  # the last token is no input
         assert context == with_prefix[asked[0] - len(context) : asked[0]]  # what stands right before it in the text
 
 
@@ -138,6 +140,6 @@ def test_windows_are_those_of_lm_eval() -> None:
     utils = pytest.importorskip("lm_eval.utils")
     for count in range(40):
         tokens = list(range(1, count + 1))
-        for longest in range(1, 15):
-            theirs = utils.get_rolling_token_windows(tokens, prefix_token=0, max_seq_len=longest, context_len=1)
-            assert rolling_windows(tokens, 0, longest) == [utils.make_disjoint_window(window) for window in theirs]
+        for max_length in range(1, 15):
+            theirs = utils.get_rolling_token_windows(tokens, prefix_token=0, max_seq_len=max_length, context_len=1)
+            assert rolling_windows(tokens, 0, max_length) == [utils.make_disjoint_window(window) for window in theirs]

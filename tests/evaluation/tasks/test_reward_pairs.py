@@ -10,14 +10,17 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from align.config.stages.evaluation_tasks import RewardPairsConfig
 from align.errors import UserError
 from align.evaluation.comparisons import Resampling
-from align.evaluation.pairs import pair_accuracy
+from align.evaluation.reward_accuracy import pair_accuracy
 from align.evaluation.reward_bench import SCORE
-from align.evaluation.scorecard import Measurements, TaskFound, build
-from align.evaluation.tasks.base import Given, SystemInfo
-from align.evaluation.tasks.reward_pairs import RewardPairsConfig, RewardPairsTask
-from tests.support.evaluation.tasks.answering import given
+from align.evaluation.scorecard import Measurements, TaskResult, build
+from align.evaluation.tasks.base import SystemInfo, TaskInputs
+from align.evaluation.tasks.registry import build_task
+from align.evaluation.tasks.reward_pairs import RewardPairsTask
+from align.evaluation.tasks.task_records import record_source
+from tests.support.evaluation.tasks.respondents import task_inputs
 
 
 class Shelf:
@@ -29,20 +32,20 @@ class Shelf:
         self.models = dict(zip(("reward", "second_reward"), models, strict=False))
         self.asked: list[tuple] = []
 
-    def reward_stage(self, which: str = "reward") -> str | None:
-        return {"reward": "rm", "second_reward": "rm-b"}[which] if which in self.models else None
+    def reward_stage(self, field: str = "reward") -> str | None:
+        return {"reward": "rm", "second_reward": "rm-b"}[field] if field in self.models else None
 
-    def reward_scores(self, prompts, answers, finished, which="reward") -> list[float]:
-        self.asked.append((which, prompts, answers, finished))
-        return [self.models[which](*one) for one in zip(prompts, answers, finished, strict=True)]
+    def reward_scores(self, prompts, answers, finished, field="reward") -> list[float]:
+        self.asked.append((field, prompts, answers, finished))
+        return [self.models[field](*one) for one in zip(prompts, answers, finished, strict=True)]
 
     def progress(self, done, total, unit) -> None:
         pass
 
 
-def with_models(folder: Path, count: int = 1, warned: list[str] | None = None, seed: int = 0) -> Given:
+def with_models(folder: Path, count: int = 1, warned: list[str] | None = None, seed: int = 0) -> TaskInputs:
     return dataclasses.replace(
-        given(folder, seed),
+        task_inputs(folder, seed),
         has_reward=count > 0,
         has_second_reward=count > 1,
         warn=(warned if warned is not None else []).append,
@@ -54,11 +57,9 @@ def write(path: Path, records: list[dict]) -> str:
     return str(path)
 
 
-def build_task(
-    folder: Path, records: list[dict], count: int = 1, warned: list | None = None, **more
-) -> RewardPairsTask:
+def make_task(folder: Path, records: list[dict], count: int = 1, warned: list | None = None, **more) -> RewardPairsTask:
     config = RewardPairsConfig(files=[write(folder / "mine.jsonl", records)], **more)
-    return config.build("rm_set", with_models(folder, count, warned))
+    return build_task("rm_set", config, with_models(folder, count, warned))
 
 
 def length(prompt, answer, finished) -> float:
@@ -73,11 +74,11 @@ PAIRS = [
 
 
 def test_pairs_are_scored_side_by_side(tmp_path):
-    task = build_task(tmp_path, PAIRS)
+    task = make_task(tmp_path, PAIRS)
     shelf = Shelf(length)
     assert task.score({}, shelf) == {}
-    [(which, prompts, answers, finished)] = shelf.asked
-    assert which == "reward"
+    [(field, prompts, answers, finished)] = shelf.asked
+    assert field == "reward"
     assert [prompt[0]["content"] for prompt in prompts] == ["Hi", "Hi", "Name a color", "Name a color"] + ["Count"] * 2
     assert answers == ["good day", "no", "red", "I will not", "1 2 3", "3 2 1"]
     assert all(finished)
@@ -94,7 +95,7 @@ def test_pairs_are_scored_side_by_side(tmp_path):
 
 
 def test_every_pair_has_its_numbers_and_its_texts(tmp_path):
-    task = build_task(tmp_path, PAIRS)
+    task = make_task(tmp_path, PAIRS)
     task.score({}, Shelf(length))
     task.scored = [("rm", [([4.0], [math.nan]), ([1.5], [5.0]), ([2.5], [2.5])])]
     assert task.item_values() == {
@@ -111,24 +112,24 @@ def test_every_pair_has_its_numbers_and_its_texts(tmp_path):
 
 
 def test_a_category_may_stand_in_any_field(tmp_path):
-    task = build_task(
-        tmp_path, [{**record, "topic": f"t{at % 2}"} for at, record in enumerate(PAIRS)], category="topic"
+    task = make_task(
+        tmp_path, [{**record, "topic": f"t{index % 2}"} for index, record in enumerate(PAIRS)], category="topic"
     )
     task.score({}, Shelf(length))
     assert {name: one["n"] for name, one in task.reports[0]["by_source"].items()} == {"t0": 2, "t1": 1}
     with pytest.raises(UserError, match=r"mine\.jsonl:1: there is no field 'topic'"):
-        build_task(tmp_path, PAIRS, category="topic")
+        make_task(tmp_path, PAIRS, category="topic")
 
 
 def test_every_file_is_a_category(tmp_path):
     files = [write(tmp_path / f"{name}.jsonl", PAIRS) for name in ("helpful", "harmless")]
-    task = RewardPairsConfig(files=files).build("rm_set", with_models(tmp_path))
+    task = build_task("rm_set", RewardPairsConfig(files=files), with_models(tmp_path))
     task.score({}, Shelf(length))
     assert set(task.reports[0]["by_source"]) == {"helpful.jsonl", "harmless.jsonl"}
 
 
 def test_two_reward_models_are_compared(tmp_path):
-    task = build_task(tmp_path, PAIRS * 4, count=2)
+    task = make_task(tmp_path, PAIRS * 4, count=2)
     shelf = Shelf(length, lambda prompt, answer, finished: -float(len(answer)))
     task.score({}, shelf)
     assert [which for which, *_ in shelf.asked] == ["reward", "second_reward"]
@@ -152,7 +153,7 @@ def test_reward_bench(tmp_path):
         bench_record("hep-go", "bb", "a"),
         bench_record("hep-python", "bb", "a"),
     ]
-    task = build_task(tmp_path, records)
+    task = make_task(tmp_path, records)
     assert (task.layout, task.title) == ("reward_bench", "RewardBench")
     task.score({}, Shelf(length))
     sections = task.reports[0]["sections"]
@@ -175,7 +176,7 @@ BEST = [
 
 
 def test_reward_bench_2(tmp_path):
-    task = build_task(tmp_path, BEST)
+    task = make_task(tmp_path, BEST)
     assert (task.layout, task.title, len(task.items)) == ("reward_bench_2", "RewardBench 2", 5)
     shelf = Shelf(length)
     task.score({}, shelf)
@@ -191,31 +192,31 @@ def test_reward_bench_2(tmp_path):
 
 
 def test_pairs_of_reward_bench_2_are_drawn_by_seed(tmp_path):
-    records = [best_of("Math", str(at), ["good"], [f"bad {at} {n}" for n in range(3)]) for at in range(30)]
+    records = [best_of("Math", str(index), ["good"], [f"bad {index} {n}" for n in range(3)]) for index in range(30)]
     config = RewardPairsConfig(files=[write(tmp_path / "best.jsonl", records)])
 
     def drawn(seed: int) -> list[str]:
-        task = config.build("rb2", with_models(tmp_path, seed=seed))
+        task = build_task("rb2", config, with_models(tmp_path, seed=seed))
         return [row["rejected"][0]["content"] for row in task._rows()]
 
     assert drawn(0) == drawn(0) != drawn(1)
     assert {text.rsplit(" ", 1)[1] for text in drawn(0)} == {"0", "1", "2"}
     # the scores of a pair are those of its own two answers
-    task = config.build("rb2", with_models(tmp_path))
+    task = build_task("rb2", config, with_models(tmp_path))
     task.score({}, Shelf(lambda prompt, answer, finished: 5.0 if answer == "good" else float(answer[-1])))
     by_hand = pair_accuracy(task._rows(), [5.0] * 30, [float(text[-1]) for text in drawn(0)])
     assert task.reports[0]["margin"]["value"] == pytest.approx(by_hand["margin"])
 
 
 def test_what_belongs_together_in_ties_is_drawn_together(tmp_path):
-    records = [best_of("Ties", f"{kind}:{at}", ["a"], ["b"]) for kind in ("ref", "tied") for at in range(20)]
-    task = build_task(tmp_path, records, max_items=7)
+    records = [best_of("Ties", f"{kind}:{index}", ["a"], ["b"]) for kind in ("ref", "tied") for index in range(20)]
+    task = make_task(tmp_path, records, max_items=7)
     names = [one.id for one in task.comparisons]
     assert len(names) == 14
     assert {name.removeprefix("ref:") for name in names if "ref" in name} == {
         name.removeprefix("tied:") for name in names if "tied" in name
     }
-    assert len(build_task(tmp_path, PAIRS * 5, max_items=7).comparisons) == 7
+    assert len(make_task(tmp_path, PAIRS * 5, max_items=7).comparisons) == 7
 
 
 def test_what_makes_no_pair_is_counted(tmp_path):
@@ -224,7 +225,7 @@ def test_what_makes_no_pair_is_counted(tmp_path):
         {"prompt": "Same", "chosen": "x", "rejected": "x"},
         {"prompt": "Tools", "chosen": "x", "rejected": "y", "tools": [{"name": "f"}]},
     ]
-    task = build_task(tmp_path, PAIRS + more, warned=warned)
+    task = make_task(tmp_path, PAIRS + more, warned=warned)
     assert len(task.comparisons) == 3
     assert len(warned) == 1
     assert warned[0].startswith("rm_set: 2 of 5 records make no pair: ")
@@ -256,13 +257,13 @@ def test_what_makes_no_pair_is_counted(tmp_path):
 )
 def test_records_of_another_kind_are_refused(tmp_path, records, more, words):
     with pytest.raises(UserError, match=words):
-        build_task(tmp_path, records, **more)
+        make_task(tmp_path, records, **more)
 
 
 def test_without_a_reward_model_there_is_nothing_to_measure(tmp_path):
     config = RewardPairsConfig(files=[write(tmp_path / "mine.jsonl", PAIRS)])
     with pytest.raises(UserError, match="rm_set measures a reward model; name a reward stage"):
-        config.build("rm_set", given(tmp_path))
+        build_task("rm_set", config, task_inputs(tmp_path))
 
 
 def test_settings_that_are_refused():
@@ -270,17 +271,17 @@ def test_settings_that_are_refused():
         RewardPairsConfig()
     with pytest.raises(ValidationError, match="Input should be 'auto'"):
         RewardPairsConfig(files=["x"], layout="rewardbench")
-    source = RewardPairsConfig(dataset="allenai/reward-bench", revision="a" * 40).source()
+    source = record_source(RewardPairsConfig(dataset="allenai/reward-bench", revision="a" * 40))
     assert source.split == "filtered"
-    assert RewardPairsConfig(dataset="allenai/reward-bench-2", revision="a" * 40).source().split == "test"
+    assert record_source(RewardPairsConfig(dataset="allenai/reward-bench-2", revision="a" * 40)).split == "test"
 
 
 def test_a_scorecard_takes_the_reports_and_no_metrics(tmp_path):
-    task = build_task(tmp_path, BEST)
+    task = make_task(tmp_path, BEST)
     task.score({}, Shelf(length))
     systems = [SystemInfo("sft", "sft", "checkpoint", "key")]
     values = {"sft": {"length": [[1.0], [2.0]], "finished": [[1.0], [1.0]]}}
-    found = Measurements(systems, "sft", None, ["a", "a"], values, tasks=[TaskFound(task, {})])
+    found = Measurements(systems, "sft", None, ["a", "a"], values, tasks=[TaskResult(task, {})])
     card = build(found, Resampling(100, 0), {})
     assert card["reward_models"] == task.reports
     assert card["tasks"]["rm_set"]["metrics"] == []
@@ -294,7 +295,7 @@ def test_real_pairs_through_a_reward_model(tiny_reward, shared_data, tmp_path):
     files = [str(shared_data / "hh-rlhf" / f"{name}-base.test.jsonl.gz") for name in ("helpful", "harmless")]
     config = RewardPairsConfig(files=files, max_items=20)
     warned: list[str] = []
-    task = config.build("hh", with_models(tmp_path, warned=warned))
+    task = build_task("hh", config, with_models(tmp_path, warned=warned))
     assert len(task.comparisons) == 20
     raw = [json.loads(line) for file in files for line in gzip.decompress(Path(file).read_bytes()).splitlines()]
     equal = sum(record["chosen"] == record["rejected"] for record in raw)

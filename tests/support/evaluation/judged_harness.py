@@ -1,4 +1,4 @@
-"""What the tests of judged tasks share: systems that answer by rule, a bench on a folder, judges that read fences."""
+"""Helpers for tests of judged tasks: systems that answer by rule, a scoring context, judges that read fences."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from align.config.stages.evaluation_tasks import JudgedConfig
 from align.data.rows import Message
-from align.evaluation.tasks.base import Answers, Example, Given, SystemInfo
-from align.evaluation.tasks.judged import JudgedConfig
-from align.evaluation.tasks.judged_task import JudgedTask
+from align.evaluation.judges.graded import JudgedTask
+from align.evaluation.tasks.base import Answers, Example, SystemInfo, TaskInputs
+from align.evaluation.tasks.registry import build_task
 from align.inference.protocol import Response, Sampling
 from tests.support.inference.fake_chat import FakeChat, completion
 
@@ -40,17 +41,17 @@ class Scripted:
         sampling: Sampling,
         examples: Sequence[Example] = (),
         *,
-        going_on: bool = False,
+        is_continuation: bool = False,
     ) -> list[list[Response]]:
         self.asked += [(prompt, sampling) for prompt in prompts]
-        count = sampling.n * (1 if going_on else self.best_of)
+        count = sampling.n * (1 if is_continuation else self.best_of)
         texts = [[self.say(prompt, sample) for sample in range(count)] for prompt in prompts]
         return [[Response([1], [0.0], not self.cut_off, text) for text in samples] for samples in texts]
 
 
 @dataclass
-class Bench:
-    """What scoring is given, on a folder."""
+class FolderContext:
+    """A scoring context on a folder."""
 
     folder: Path
     reference: str = "sft"
@@ -63,10 +64,10 @@ class Bench:
     scored: list[str] = field(default_factory=list)
 
     def reward_scores(
-        self, prompts: Sequence[list[Message]], answers: Sequence[str], finished: Sequence[bool], which: str = "reward"
+        self, prompts: Sequence[list[Message]], answers: Sequence[str], finished: Sequence[bool], field: str = "reward"
     ) -> list[float]:
         assert self.score is not None
-        self.scored.append(which)
+        self.scored.append(field)
         return self.score(list(prompts), list(answers), list(finished))
 
     def warn(self, message: str) -> None:
@@ -76,13 +77,13 @@ class Bench:
         self.told.append((done, total, unit))
 
 
-def given(base: Path, warnings: list[str] | None = None, **changed: Any) -> Given:
-    """What a task is built from."""
+def task_inputs(base: Path, warnings: list[str] | None = None, **changed: Any) -> TaskInputs:
+    """Return the inputs of a task."""
     settings: dict[str, Any] = {
         "seed": 5, "base": base, "pairs": [], "heldout": [], "has_reward": True, "has_second_reward": False,
-        "precision": "float32", "warn": ([] if warnings is None else warnings).append,
+        "precision": "float32", "note": lambda message: None, "warn": ([] if warnings is None else warnings).append,
     }  # fmt: skip
-    return Given(**{**settings, **changed})
+    return TaskInputs(**{**settings, **changed})
 
 
 def write_lines(path: Path, records: Sequence[dict[str, Any]]) -> str:
@@ -101,13 +102,13 @@ def make_task(folder: Path, count: int = 4, records: Sequence[dict[str, Any]] | 
     """A task on ``count`` plain prompts, or on ``records``."""
     rows = records or [{"id": f"q{n}", "prompt": f"Question {n}", "source": "plain"} for n in range(count)]
     files = [write_lines(folder / "questions.jsonl", rows)]
-    task = JudgedConfig(files=files, **config).build("judge-it", given(folder))
+    task = build_task("judge-it", JudgedConfig(files=files, **config), task_inputs(folder))
     assert isinstance(task, JudgedTask)
     return task
 
 
 def answers_of(task: JudgedTask, *systems: Scripted) -> dict[str, Answers]:
-    """What systems answer."""
+    """Return the systems' answers."""
     return {system.name: task.respond(system) for system in systems}
 
 

@@ -35,7 +35,7 @@ class Spec:
     strict: bool = False
     injects: bool = False
     turn_end: str = ""
-    """What it closes an answer with, where that is not ``eos``."""
+    """The token that closes an answer, where that is not ``eos``."""
 
 
 CHATML = (
@@ -161,7 +161,7 @@ def make(spec: Spec, special: tuple[str, ...] | None = None, template: str | Non
     """A new tokenizer, with other special tokens or another template where given."""
     names = spec.special if special is None else special
     core = (_byte_level if spec.byte_level else _byte_fallback)(names)
-    made = PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
         bos_token=spec.bos,
         eos_token=spec.eos if spec.eos in names else names[-1],
@@ -170,8 +170,8 @@ def make(spec: Spec, special: tuple[str, ...] | None = None, template: str | Non
         clean_up_tokenization_spaces=False,
         model_max_length=4096,
     )
-    made.chat_template = spec.template if template is None else template
-    return made
+    tokenizer.chat_template = spec.template if template is None else template
+    return tokenizer
 
 
 def _byte_level(special: tuple[str, ...]) -> Tokenizer:

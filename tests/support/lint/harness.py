@@ -1,4 +1,4 @@
-"""Clean rows, their tokens, and a look at them after something was spoilt."""
+"""Clean rows, their tokens, and the linter's findings after something was spoiled."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from align.data.rows import assistant, user, write_rows
-from align.lint.command import collator_of
+from align.lint.command import default_collator
 from align.lint.findings import Finding
 from align.lint.linter import ENCODERS, NO_LIMIT, Linter, Options
 from align.models.render import render_conversation, render_prompt
@@ -69,13 +69,13 @@ def encoded(tokenizer: Any, rows: Sequence[Row], stage: str = "sft") -> Prepared
 
 
 def spans(tokenizer: Any, row: Row) -> list[tuple[int, int]]:
-    """Where each answer stands in the row's ids, its end of turn included."""
+    """Return the span of each answer in the row's ids, its end of turn included."""
     messages, tools = [*row["prompt"], *row["completion"]], row.get("tools")
     found = []
-    for at, message in enumerate(messages):
+    for index, message in enumerate(messages):
         if message["role"] == "assistant":
-            start = len(render_prompt(tokenizer, messages[:at], tools))
-            found.append((start, len(render_conversation(tokenizer, messages[: at + 1], tools=tools))))
+            start = len(render_prompt(tokenizer, messages[:index], tools))
+            found.append((start, len(render_conversation(tokenizer, messages[: index + 1], tools=tools))))
     return found
 
 
@@ -99,7 +99,7 @@ def look(
     """Findings by name. ``made`` are the trainer's rows, encoded here when None."""
     chosen = options or Options()
     linter = Linter(tokenizer, chosen)
-    taken = collator or collator_of(chosen.stage, tokenizer)
+    taken = collator or default_collator(chosen.stage, tokenizer)
     linter.look("train", rows, taken, None if made is None else made.__getitem__)
     if test:
         linter.look("test", test, taken)

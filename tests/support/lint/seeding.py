@@ -1,4 +1,4 @@
-"""How a fault is seeded: a function that spoils something in a dialect, looks, and returns the findings."""
+"""Seeded faults: functions that spoil something in a chat dialect, lint it, and return the findings."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Case:
 
     name: str
     also: set[str] = field(default_factory=set)
-    """What follows from the fault and may be reported beside it."""
+    """Findings that follow from the fault and may be reported with it."""
     everywhere: bool = False
-    """Whether the fault is in every row, or in none in particular."""
+    """True where the fault is in every row, or in no particular one."""
 
     @property
     def spec(self) -> Spec:
@@ -52,6 +52,6 @@ def seeds(fault: str) -> Callable[[Seed], Seed]:
 def spoilt(case: Case, change: Callable[[dict[str, list[int]]], object], **options: Any) -> dict[str, Finding]:
     """A look at clean rows after ``change`` was made to the tokens of one of them."""
     rows = instructions()
-    made = encoded(case.tokenizer, rows)
-    change(made[SPOILT])
-    return look(case.tokenizer, rows, made, options=Options(**options))
+    prepared = encoded(case.tokenizer, rows)
+    change(prepared[SPOILT])
+    return look(case.tokenizer, rows, prepared, options=Options(**options))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 from align.data.rows import assistant, user
-from align.lint.command import collator_of
+from align.lint.command import default_collator
 from align.lint.findings import Finding
 from align.lint.linter import Options
 from align.lint.tokens import Limits
@@ -92,21 +92,21 @@ def the_same_answer_after_truncation(case: Case) -> dict[str, Finding]:
     rows = pairs()
     rows[SPOILT]["chosen"] = [assistant("word " * 100 + "yes")]
     rows[SPOILT]["rejected"] = [assistant("word " * 100 + "no")]
-    collator = collator_of("dpo", case.tokenizer)
+    collator = default_collator("dpo", case.tokenizer)
     collator.max_length = 250  # type: ignore[union-attr]
-    made = encoded(case.tokenizer, rows, "dpo")
-    return look(case.tokenizer, rows, made, collator, Options("dpo", Limits(max_length=250)))
+    prepared = encoded(case.tokenizer, rows, "dpo")
+    return look(case.tokenizer, rows, prepared, collator, Options("dpo", Limits(max_length=250)))
 
 
 @seeds("pair-prompts-differ")
 def another_question_before_rejected(case: Case) -> dict[str, Finding]:
     rows = pairs()
-    made = encoded(case.tokenizer, rows, "reward")
+    prepared = encoded(case.tokenizer, rows, "reward")
     other = copy.deepcopy(rows[SPOILT])
     other["prompt"][-1] = user("Name no facts, thank you.")
-    made[SPOILT]["rejected_ids"] = encoded(case.tokenizer, [other], "reward")[0]["rejected_ids"]
+    prepared[SPOILT]["rejected_ids"] = encoded(case.tokenizer, [other], "reward")[0]["rejected_ids"]
     case.also = {"turn-rewritten"}
-    return look(case.tokenizer, rows, made, options=Options("reward"))
+    return look(case.tokenizer, rows, prepared, options=Options("reward"))
 
 
 @seeds("pair-prompts-differ")

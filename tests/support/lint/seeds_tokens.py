@@ -7,7 +7,7 @@ from typing import Any
 
 from align.data.rows import assistant, user
 from align.lint.batches import MASKED
-from align.lint.command import collator_of
+from align.lint.command import default_collator
 from align.lint.findings import Finding
 from align.lint.linter import Options
 from align.lint.tokens import Limits
@@ -22,11 +22,11 @@ def bos_twice(case: Case) -> dict[str, Finding]:
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.bos_token = "<|endoftext|>"
     rows = instructions()
-    made = encoded(tokenizer, rows)
-    bos, row = tokenizer.bos_token_id, made[SPOILT]
+    prepared = encoded(tokenizer, rows)
+    bos, row = tokenizer.bos_token_id, prepared[SPOILT]
     extra = 2 - (row["input_ids"][0] == bos)
     row["input_ids"], row["labels"] = [bos] * extra + row["input_ids"], [MASKED] * extra + row["labels"]
-    return look(tokenizer, rows, made)
+    return look(tokenizer, rows, prepared)
 
 
 @seeds("missing-eos")
@@ -68,7 +68,7 @@ def collator_masks_padding_by_id(case: Case) -> dict[str, Finding]:
     case.also = {"pad-is-eos"}
     tokenizer = copy.deepcopy(case.tokenizer)
     tokenizer.pad_token = tokenizer.eos_token
-    positional = collator_of("sft", tokenizer)
+    positional = default_collator("sft", tokenizer)
     assert positional is not None
 
     def by_id(rows: Any) -> Any:
@@ -85,7 +85,7 @@ def collator_hides_padding_by_id(case: Case) -> dict[str, Finding]:
     case.also = {"pad-is-eos", "generation-prompt-differs"}
     tokenizer = copy.deepcopy(case.tokenizer)
     tokenizer.pad_token = tokenizer.eos_token
-    positional = collator_of("sft", tokenizer)
+    positional = default_collator("sft", tokenizer)
     assert positional is not None
 
     def by_id(rows: Any) -> Any:
@@ -135,11 +135,15 @@ def truncation_empties_the_labels(case: Case) -> dict[str, Finding]:
         row["input_ids"], row["labels"] = row["input_ids"][:answer], row["labels"][:answer]
 
     rows = instructions()
-    made = encoded(case.tokenizer, rows)
-    change(made[SPOILT])
-    limits = Limits(max_length=len(made[SPOILT]["input_ids"]))
-    kept = [at for at in range(len(made)) if at == SPOILT or len(made[at]["input_ids"]) < (limits.max_length or 0)]
-    return look(case.tokenizer, [rows[at] for at in kept], [made[at] for at in kept], options=Options(limits=limits))
+    prepared = encoded(case.tokenizer, rows)
+    change(prepared[SPOILT])
+    limits = Limits(max_length=len(prepared[SPOILT]["input_ids"]))
+    kept = [
+        at for at in range(len(prepared)) if at == SPOILT or len(prepared[at]["input_ids"]) < (limits.max_length or 0)
+    ]
+    return look(
+        case.tokenizer, [rows[at] for at in kept], [prepared[at] for at in kept], options=Options(limits=limits)
+    )
 
 
 @seeds("labels-none-masked")
@@ -164,10 +168,10 @@ def last_question_supervised(case: Case) -> dict[str, Finding]:
 @seeds("middle-turns-unsupervised")
 def only_the_last_answer_supervised(case: Case) -> dict[str, Finding]:
     rows = instructions()
-    made = all_answers(case.tokenizer, rows)
+    prepared = all_answers(case.tokenizer, rows)
     start, end = spans(case.tokenizer, rows[SPOILT])[0]
-    made[SPOILT]["labels"][start:end] = [MASKED] * (end - start)
-    return look(case.tokenizer, rows, made, options=Options(supervise="all"))
+    prepared[SPOILT]["labels"][start:end] = [MASKED] * (end - start)
+    return look(case.tokenizer, rows, prepared, options=Options(supervise="all"))
 
 
 @seeds("mask-shifted")
@@ -184,7 +188,7 @@ def mask_two_tokens_early(case: Case) -> dict[str, Finding]:
 @seeds("mask-shifted")
 def mask_two_tokens_late(case: Case) -> dict[str, Finding]:
     def change(row: dict[str, list[int]]) -> None:
-        start = next(at for at, label in enumerate(row["labels"]) if label != MASKED)
+        start = next(index for index, label in enumerate(row["labels"]) if label != MASKED)
         row["labels"][start : start + 3] = [MASKED] * 3
 
     return spoilt(case, change)
@@ -194,7 +198,7 @@ def mask_two_tokens_late(case: Case) -> dict[str, Finding]:
 def the_earlier_answer_supervised(case: Case) -> dict[str, Finding]:
     def change(row: dict[str, list[int]]) -> None:
         start, end = spans(case.tokenizer, instructions()[SPOILT])[0]
-        row["labels"] = [token if start <= at < end else MASKED for at, token in enumerate(row["input_ids"])]
+        row["labels"] = [token if start <= index < end else MASKED for index, token in enumerate(row["input_ids"])]
 
     return spoilt(case, change)
 
@@ -207,7 +211,7 @@ def labels_moved_by_one(case: Case) -> dict[str, Finding]:
 @seeds("padding-supervised")
 def padding_with_labels(case: Case) -> dict[str, Finding]:
     case.everywhere = True
-    positional = collator_of("sft", case.tokenizer)
+    positional = default_collator("sft", case.tokenizer)
     assert positional is not None
 
     def careless(rows: Any) -> Any:
@@ -236,10 +240,10 @@ def prompt_fills_everything(case: Case) -> dict[str, Finding]:
 def beginning_cut(case: Case) -> dict[str, Finding]:
     rows = instructions()
     rows[SPOILT]["prompt"] = [user("first things first, " * 40 + "then the rest of it")]
-    made = encoded(case.tokenizer, rows)
-    row = made[SPOILT]
+    prepared = encoded(case.tokenizer, rows)
+    row = prepared[SPOILT]
     row["input_ids"], row["labels"] = row["input_ids"][-250:], row["labels"][-250:]
-    return look(case.tokenizer, rows, made, options=Options(limits=Limits(max_length=250)))
+    return look(case.tokenizer, rows, prepared, options=Options(limits=Limits(max_length=250)))
 
 
 @seeds("id-beyond-embeddings")
@@ -265,7 +269,7 @@ def answer_without_its_header(case: Case) -> dict[str, Finding]:
     case.also = {"turn-rewritten"}
 
     def change(row: dict[str, list[int]]) -> None:
-        start = next(at for at, label in enumerate(row["labels"]) if label != MASKED)
+        start = next(index for index, label in enumerate(row["labels"]) if label != MASKED)
         del row["input_ids"][start - 3 : start], row["labels"][start - 3 : start]
 
     return spoilt(case, change)
@@ -278,7 +282,7 @@ def tokenized_as_plain_text(case: Case) -> dict[str, Finding]:
     case.also = {"missing-eos", "mask-shifted", "generation-prompt-differs"}
     rows, made = instructions(), encoded(case.tokenizer, instructions())
     for prepared in made:
-        start = next(at for at, label in enumerate(prepared["labels"]) if label != MASKED)
+        start = next(index for index, label in enumerate(prepared["labels"]) if label != MASKED)
         parts = [
             case.tokenizer(
                 case.tokenizer.decode(ids), add_special_tokens=False, split_special_tokens=True

@@ -37,25 +37,31 @@ LANGUAGES = {
 }
 
 
-def given(record: Record) -> dict[str, Any]:
+def prompt_arguments(record: Record) -> dict[str, Any]:
     """All arguments of a prompt's instructions."""
     return {name: value for one in record["kwargs"] for name, value in one.items() if value}
 
 
 def fitting(record: Record) -> str:
-    """What follows most instructions of a prompt, as far as its arguments say how."""
-    asked, ids = given(record), set(record["instruction_id_list"])
-    body = " ".join(["word"] * (asked.get("num_words", 30) + (5 if asked.get("relation") == "at least" else -20)))
+    """Return an answer that follows most instructions of a prompt, as far as its arguments tell."""
+    arguments, ids = prompt_arguments(record), set(record["instruction_id_list"])
+    body = " ".join(
+        ["word"] * (arguments.get("num_words", 30) + (5 if arguments.get("relation") == "at least" else -20))
+    )
     lines = [f"{body}."]
     if "response_language" in "".join(ids):
-        lines = [LANGUAGES.get(asked["language"], PLAIN)]
-    words = [*asked.get("keywords", []), *[asked.get("keyword", "")] * asked.get("frequency", 0)]
-    lines.append(" ".join([word for word in words if word] + [asked.get("letter", "")] * asked.get("let_frequency", 0)))
-    lines += ["* point"] * asked.get("num_bullets", 0)
-    lines += [f"*part {number}*" for number in range(asked.get("num_highlights", 0))]
-    lines += [f"[place {number}]" for number in range(asked.get("num_placeholders", 0))]
-    lines += [f"{asked.get('section_spliter')} {number}" for number in range(1, asked.get("num_sections", 0) + 1)]
-    lines += ["It is."] * (asked.get("num_sentences", 0) if asked.get("relation") == "at least" else 0)
+        lines = [LANGUAGES.get(arguments["language"], PLAIN)]
+    words = [*arguments.get("keywords", []), *[arguments.get("keyword", "")] * arguments.get("frequency", 0)]
+    lines.append(
+        " ".join([word for word in words if word] + [arguments.get("letter", "")] * arguments.get("let_frequency", 0))
+    )
+    lines += ["* point"] * arguments.get("num_bullets", 0)
+    lines += [f"*part {number}*" for number in range(arguments.get("num_highlights", 0))]
+    lines += [f"[place {number}]" for number in range(arguments.get("num_placeholders", 0))]
+    lines += [
+        f"{arguments.get('section_spliter')} {number}" for number in range(1, arguments.get("num_sections", 0) + 1)
+    ]
+    lines += ["It is."] * (arguments.get("num_sentences", 0) if arguments.get("relation") == "at least" else 0)
     if "detectable_format:title" in ids:
         lines.insert(0, "<<title>>")
     if "detectable_format:constrained_response" in ids:
@@ -64,15 +70,17 @@ def fitting(record: Record) -> str:
         lines = ['```json\n{"a": [1, 2]}\n```']
     if "combination:two_responses" in ids:
         lines = ["one", "******", "two"]
-    if "num_paragraphs" in asked:
-        first = asked.get("first_word", "one")
-        mark = "\n\n" if "nth_paragraph" in asked else "\n***\n"
-        lines = [mark.join([f"{first} paragraph"] * asked["num_paragraphs"])]
+    if "num_paragraphs" in arguments:
+        first = arguments.get("first_word", "one")
+        mark = "\n\n" if "nth_paragraph" in arguments else "\n***\n"
+        lines = [mark.join([f"{first} paragraph"] * arguments["num_paragraphs"])]
     if "combination:repeat_prompt" in ids:
-        lines.insert(0, asked["prompt_to_repeat"])
-    if "postscript_marker" in asked:
-        lines.append(f"{asked['postscript_marker']} one more thing")
-    text = "\n".join(line for line in lines if line) + (f"\n{asked['end_phrase']}" if "end_phrase" in asked else "")
+        lines.insert(0, arguments["prompt_to_repeat"])
+    if "postscript_marker" in arguments:
+        lines.append(f"{arguments['postscript_marker']} one more thing")
+    text = "\n".join(line for line in lines if line) + (
+        f"\n{arguments['end_phrase']}" if "end_phrase" in arguments else ""
+    )
     if "punctuation:no_comma" in ids:
         text = text.replace(",", "")
     if "change_case:english_capital" in ids:

@@ -1,0 +1,210 @@
+"""Settings of the stage ``evaluate``. Torch-free."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from align.config.base import Config, stage_input
+from align.config.stages.evaluation_gates import KL_PREFIX, GateSpec, parse_gates
+from align.config.stages.evaluation_tasks import AnyTask, PerplexityConfig, add_task_kinds
+from align.store.artifacts import GENERATORS, PROMPT_SOURCES, Kind
+
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
+"""Names of tasks and baselines."""
+PROMPT_SET = "prompts"
+"""Name of the prompt set among the tasks."""
+PROMPT_METRICS = ("gold", "reward", "finished", "length", "kl", "kl_k3", "heldout_loss")
+"""Metrics that belong to no task, as gates name them."""
+
+
+class BaselineConfig(Config):
+    """A checkpoint used in another way: prompted, the best of several answers, or only sampled again."""
+
+    of: str
+    """The checkpoint that answers, one of ``policies``."""
+    system: str = ""
+    """A system message before every conversation; before the conversation's system message where it has one."""
+    shots: int = Field(0, ge=0, le=64)
+    """Solved examples shown as earlier turns."""
+    examples: str | None = None
+    """JSON lines with ``question`` and ``answer`` (or ``prompt`` and ``completion``) for ``shots``, used in their
+    order; by default each task's examples, and where it has none answers of the train split of ``prompts``."""
+    best_of: int = Field(1, ge=1, le=1024)
+    """Answers sampled for each one kept: the one that ``reward`` scores highest."""
+    temperature: float = Field(1.0, gt=0)
+    """Temperature of ``best_of`` where a task itself decodes greedily, which would give N equal answers."""
+
+    sample_seed: int | None = Field(None, ge=0, lt=2**31)
+    """Sample once more, with this seed: a comparison of a checkpoint with itself (A/A), the noise floor of the table.
+    Greedy answers do not change."""
+
+    identified: ClassVar[frozenset[str]] = frozenset({"examples"})
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        is_prompted = bool(self.system or self.shots)
+        # One way per baseline, so that a difference has one cause.
+        ways = is_prompted + (self.best_of > 1) + (self.sample_seed is not None)
+        if ways == 0:
+            raise ValueError(f"is '{self.of}' as it is; say system, shots, best_of or sample_seed")
+        if ways > 1:
+            raise ValueError("mixes prompting, best_of and sample_seed; compare them as separate baselines")
+        if self.examples is not None and not self.shots:
+            raise ValueError("examples are read for shots, and shots is 0")
+        return self
+
+
+class EvaluateConfig(Config):
+    """The compared systems, the prompts and tasks they answer, and the scorers of their answers."""
+
+    policies: list[stage_input(*GENERATORS)] = Field(min_length=1)  # type: ignore[valid-type]
+    """Stages whose checkpoints are compared, in the order the report shows them."""
+    reference: stage_input(*GENERATORS)  # type: ignore[valid-type]
+    """One of ``policies``: differences and KL are taken against it, usually the SFT stage."""
+    prompts: stage_input(*PROMPT_SOURCES) | None = None  # type: ignore[valid-type]
+    """Stage whose ``test`` split has the prompts; leave it out to run ``tasks`` alone."""
+    reward: stage_input(Kind.REWARD) | None = None  # type: ignore[valid-type]
+    """Reward model that scores the responses; shown beside the gold score as the proxy it is."""
+    second_reward: stage_input(Kind.REWARD) | None = None  # type: ignore[valid-type]
+    """A second reward model, to measure how far the two agree."""
+    pairs: stage_input(Kind.PREFERENCES) | None = None  # type: ignore[valid-type]
+    """Preferences whose ``test`` split measures the reward models' accuracy; the task ``preference`` reads them too."""
+    heldout: stage_input(Kind.INSTRUCTIONS) | None = None  # type: ignore[valid-type]
+    """Instructions whose ``test`` split gives every checkpoint's loss per token on reference answers."""
+    texts: list[stage_input(Kind.TEXTS)] = Field([])  # type: ignore[valid-type]
+    """Plain texts whose ``test`` split the task ``perplexity`` reads: ``domain: {task: perplexity, texts: books}``."""
+    score: str | None = None
+    """A program that scores responses: ``gold`` or ``package.module:function``."""
+    tasks: dict[str, AnyTask] = Field({})
+    """Benchmarks and checks by name: ``ifeval: {files: [...]}``; a name of your own needs ``task:`` with the kind."""
+    baselines: dict[str, BaselineConfig] = Field({})
+    """Ways to use a checkpoint without training it, by name: prompted, or the best of N answers."""
+    gates: dict[str, GateSpec] = Field({})
+    """Bounds on metrics: ``ifeval.prompt_strict: ">= sft - 0.02"``. A run that violates one ends with exit code 1, once
+    everything else is done and written."""
+    max_prompts: int | None = Field(None, ge=1)
+    """At most so many prompts, drawn by seed; intervals narrow with the square root of it. All by default."""
+    samples_per_prompt: int = Field(1, ge=1)
+    """Responses to each prompt and checkpoint, averaged before the statistics: less variance, more time."""
+    max_tokens: int = Field(64, ge=1)
+    """Longest response to a prompt, in tokens; a longer one is cut and counts as not finished. Tasks have their own
+    limit."""
+    max_prompt_tokens: int = Field(1024, ge=1)
+    """Prompts longer than this under any checkpoint's template are left out, and counted."""
+    max_context: int = Field(2048, ge=16)
+    """Tokens of a task's conversation and its answer together that the engine makes room for, where the model has as
+    many positions; a longer one counts as not answered, and is counted."""
+    temperature: float = Field(1.0, ge=0)
+    """Sampling temperature of ``prompts``; KL is measured at the same one. 0 is greedy and leaves KL out."""
+    max_pairs: int | None = Field(None, ge=1)
+    """At most so many held-out pairs, drawn by seed."""
+    max_heldout: int | None = Field(256, ge=1)
+    """At most so many held-out answers, drawn by seed."""
+    max_heldout_length: int = Field(1024, ge=2)
+    """Held-out rows longer than this, in tokens, are left out, and counted."""
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of the matrix products, in sampling and scoring."""
+    bootstrap: int = Field(10_000, ge=100)
+    """Resamples behind every interval and permutation test; the smallest p-value is about 1 / this."""
+
+    identified: ClassVar[frozenset[str]] = frozenset({"tasks", "baselines"})
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _kinds(cls, tasks: Any) -> Any:
+        return add_task_kinds(tasks)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> EvaluateConfig:
+        if self.reference not in self.policies:
+            raise ValueError(
+                f"reference '{self.reference}' is not among policies ({', '.join(self.policies)}); add it to them, "
+                "or name one of them."
+            )
+        if len(set(self.policies)) < len(self.policies):
+            raise ValueError("policies names a stage twice; name each once.")
+        if self.prompts is None and not self.tasks and self.pairs is None and self.heldout is None:
+            raise ValueError("nothing to evaluate on; name a stage of prompts, or tasks.")
+        if self.pairs is not None and self.reward is None and not self._has_task("preference"):
+            raise ValueError("pairs measures a reward model, but reward is missing; name a reward stage.")
+        if self.second_reward is not None and self.reward is None:
+            raise ValueError("second_reward is compared with reward, which is missing; name it as reward.")
+        for name, task in self.tasks.items():
+            if isinstance(task, PerplexityConfig) and task.texts is not None and task.texts not in self.texts:
+                known = ", ".join(self.texts) or "none"
+                raise ValueError(
+                    f"tasks.{name}: texts '{task.texts}' is none of the stage's texts ({known}); add it there."
+                )
+        if self.score is not None and self.prompts is None:
+            raise ValueError("score is the program for the responses to prompts, and there are none; name prompts.")
+        return self
+
+    @model_validator(mode="after")
+    def _valid_names(self) -> EvaluateConfig:
+        for field, names in (("tasks", self.tasks), ("baselines", self.baselines)):
+            for name in names:
+                if not NAME.fullmatch(name) or name == PROMPT_SET:
+                    raise ValueError(
+                        f"{field}: '{name}' is no valid name; use letters, digits, - and _, and another word than "
+                        f"{PROMPT_SET}."
+                    )
+        for name, baseline in self.baselines.items():
+            if name in self.policies:
+                raise ValueError(f"baselines: '{name}' is a stage already; choose another name.")
+            if baseline.of not in self.policies:
+                raise ValueError(
+                    f"baselines.{name}: of '{baseline.of}' is none of policies ({', '.join(self.policies)})"
+                )
+            if baseline.best_of > 1 and self.reward is None:
+                raise ValueError(f"baselines.{name}: best_of keeps the answer with the highest reward; name reward.")
+        systems = [*self.policies, *self.baselines]
+        parse_gates(self.gates, systems, self.reference, list(self.tasks), list(PROMPT_METRICS))
+        return self
+
+    def _has_task(self, kind: str) -> bool:
+        return any(task.kind == kind for task in self.tasks.values())
+
+    @classmethod
+    def rename_stages(cls, block: dict[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
+        """Return the block as the YAML has it, with stages renamed also where baselines and gates name them."""
+        renamed = dict(block)
+        baselines, gates = block.get("baselines"), block.get("gates")
+        if isinstance(baselines, dict):
+            renamed["baselines"] = {name: _rename_baseline(spec, rename) for name, spec in baselines.items()}
+        if isinstance(gates, dict):
+            renamed["gates"] = {
+                _rename_key(str(key), rename): _rename_words(spec, rename) for key, spec in gates.items()
+            }
+        return renamed
+
+
+def _rename_baseline(spec: Any, rename: Callable[[str], str]) -> Any:
+    if isinstance(spec, dict) and isinstance(spec.get("of"), str):
+        return {**spec, "of": rename(spec["of"])}
+    return spec
+
+
+def _rename_key(key: str, rename: Callable[[str], str]) -> str:
+    """Rename the stages in a gate's key: ``dpo/gold``, ``kl_to_dpo``."""
+    system, slash, metric = key.rpartition("/")
+    if metric.startswith(KL_PREFIX):
+        # A stage's name may also hide in the metric.
+        metric = KL_PREFIX + rename(metric.removeprefix(KL_PREFIX))
+    return f"{rename(system)}/{metric}" if slash else metric
+
+
+def _rename_words(spec: Any, rename: Callable[[str], str]) -> Any:
+    """Rename every stage in a bound, or in a gate's ``systems``."""
+    if isinstance(spec, str):
+        return NAME.sub(lambda match: rename(match.group()), spec)
+    if isinstance(spec, list):
+        return [_rename_words(item, rename) for item in spec]
+    if isinstance(spec, dict):
+        return {
+            key: _rename_words(value, rename) if key in ("bound", "systems") else value for key, value in spec.items()
+        }
+    return spec

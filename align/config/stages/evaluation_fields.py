@@ -1,0 +1,88 @@
+"""Fields that evaluation tasks share: the source of their records, and the sampling of answers. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+from pydantic import Field, model_validator
+
+from align.config.base import Config
+from align.config.known_datasets import KNOWN_DATASETS
+
+HUB_FIELDS = ("dataset", "revision", "config", "split")
+"""Fields that name records on the Hub; a task has these or ``files``."""
+
+
+class TaskConfig(Config):
+    """Settings that every task has. A subclass has ``task: Literal[...]``; the task's registry maps it to its code.
+
+    Fields that only say where data lies belong into ``identified``, as in any config.
+    """
+
+    @property
+    def kind(self) -> str:
+        """The kind of the task: ``ifeval``."""
+        return str(getattr(self, "task", ""))
+
+
+class RecordFields(Config):
+    """Fields of a task that reads records; a task's config inherits them beside ``TaskConfig``, this class first."""
+
+    files: list[str] | None = Field(None, min_length=1)
+    """Paths or globs of its files (.json, .jsonl, .csv, .tsv, .parquet, the text formats also compressed), instead of
+    the Hub; relative to the current directory."""
+    dataset: str | None = Field(None, pattern=r"^[\w.-]+/[\w.-]+$")
+    """Owner and name on the Hub; by default the benchmark's usual dataset, where it has one."""
+    revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$")
+    """The dataset's commit, 40 hexadecimal digits, so that the numbers always mean the same records."""
+    config: str | None = None
+    """The dataset's configuration (subset) where it has several."""
+    split: str | None = None
+    """The dataset's split; ``test`` by default, or the usual one of a known benchmark."""
+    max_items: int | None = Field(None, ge=1)
+    """Take at most this many records, drawn by the run's seed and kept in order; fewer make wider intervals."""
+
+    identified: ClassVar[frozenset[str]] = frozenset({"files"})
+
+    def hub_defaults(self) -> Mapping[str, str] | None:
+        """Return the benchmark's usual ``dataset``, ``config`` and ``split`` on the Hub; None where it has none."""
+        return KNOWN_DATASETS.get(str(getattr(self, "task", "")))
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        hub_fields = [name for name in HUB_FIELDS if getattr(self, name) is not None]
+        if self.files is not None:
+            if hub_fields:
+                raise ValueError(f"it has files, so '{hub_fields[0]}' means nothing; drop one of them")
+            return self
+        defaults = self.hub_defaults()
+        dataset = self.dataset or (defaults or {}).get("dataset")
+        if dataset is None:
+            raise ValueError("give its files, or its dataset and revision on the Hub")
+        if self.revision is None:
+            raise ValueError(
+                f"give its files, or `revision`: the commit of {dataset} on the Hub (40 hexadecimal digits)"
+            )
+        return self
+
+
+class SamplingFields(Config):
+    """Fields of a task that samples answers; a task's config inherits them beside ``TaskConfig``."""
+
+    max_tokens: int = Field(512, ge=1)
+    """Longest answer in tokens; a longer one is cut off there and scored as it is."""
+    temperature: float = Field(0.0, ge=0)
+    """0 decodes greedily, as the published numbers do; above 0 answers are sampled with the run's seed."""
+    samples: int = Field(1, ge=1)
+    """Answers to each item, averaged; more than one needs a temperature above 0."""
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> Self:
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError("samples above 1 would be identical at temperature 0; raise temperature or drop samples")
+        return self
+
+    def sampling_settings(self, seed: int) -> dict[str, Any]:
+        """Return the sampling settings for the scorecard. JSON-able."""
+        return {"max_tokens": self.max_tokens, "temperature": self.temperature, "samples": self.samples, "seed": seed}

@@ -1,0 +1,345 @@
+"""Settings of every evaluation task. Torch-free.
+
+A task's name in the YAML is its kind, unless ``task:`` below it names the kind. The code of a kind is found by its
+settings class in ``align.evaluation.tasks.registry``.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from align.config.judge import TaskJudge
+from align.config.known_datasets import KNOWN_DATASETS
+from align.config.recipe.format_options import Format, FormatOptions
+from align.config.stages.evaluation_fields import HUB_FIELDS, RecordFields, SamplingFields, TaskConfig
+from align.config.validation import suggest
+
+MAX_EXAMPLES = 32
+"""Solved GSM8K problems that are kept for prompting; more would not fit most models' context."""
+MT_BENCH_TEMPERATURES = {
+    "writing": 0.7,
+    "roleplay": 0.7,
+    "extraction": 0.0,
+    "math": 0.0,
+    "coding": 0.0,
+    "reasoning": 0.0,
+    "stem": 0.1,
+    "humanities": 0.1,
+}
+"""MT-Bench's sampling temperatures by category (FastChat, llm_judge/common.py)."""
+MT_BENCH_DEFAULT_TEMPERATURE = 0.7
+"""FastChat's temperature for an unknown category."""
+REWARD_PAIR_DATASETS = {"allenai/reward-bench": {"dataset": "allenai/reward-bench", "split": "filtered"}}
+"""Datasets of pairs whose usual split is not ``test``."""
+CHOICE_DATASETS = {
+    "arc": KNOWN_DATASETS["arc_easy"],
+    "mmlu": KNOWN_DATASETS["mmlu"],
+    "truthfulqa": {**KNOWN_DATASETS["truthfulqa"], "config": "multiple_choice"},
+}
+"""Format of multiple choice → the benchmark's usual dataset."""
+
+JudgingMode = Literal["grade", "compare"]
+PairLayout = Literal["pairs", "reward_bench", "reward_bench_2"]
+
+
+class IfevalConfig(RecordFields, SamplingFields, TaskConfig):
+    """Settings of IFEval. Records: ``key``, ``prompt``, ``instruction_id_list``, ``kwargs``, as google/IFEval has."""
+
+    task: Literal["ifeval"] = "ifeval"
+    max_tokens: int = Field(1280, ge=1)
+    """Longest answer in tokens. 1280 is lm-eval's; many instructions ask for hundreds of words."""
+
+
+class Gsm8kConfig(RecordFields, SamplingFields, TaskConfig):
+    """Settings of GSM8K. Records: ``question`` and ``answer``, the solution with ``#### number`` at its end."""
+
+    task: Literal["gsm8k"] = "gsm8k"
+    shots: int = Field(0, ge=0, le=MAX_EXAMPLES // 2)
+    """Solved problems that every system sees as earlier turns; a prompted baseline's examples come on top."""
+    suffix: str = ""
+    """Text after every question, such as an instruction to end with #### and the number."""
+    examples_files: list[str] | None = Field(None, min_length=1)
+    """Files of solved problems. They may be the same as ``files``: a problem shown as an example is not asked then."""
+    examples_split: str | None = None
+    """Split of solved problems, for a dataset of the Hub: train."""
+
+    identified: ClassVar[frozenset[str]] = frozenset({"files", "examples_files"})
+
+    @model_validator(mode="after")
+    def _examples_exist(self) -> Self:
+        if self.examples_split is not None and self.files is not None:
+            raise ValueError("examples_split is a split on the Hub, and the problems are in files; use examples_files")
+        if self.examples_split is not None and self.examples_files is not None:
+            raise ValueError("examples come from examples_split or from examples_files; drop one of them")
+        if self.shots and self.examples_files is None and self.examples_split is None:
+            raise ValueError("shots need solved problems: give examples_files, or examples_split on the Hub")
+        return self
+
+
+class MultipleChoiceConfig(RecordFields, TaskConfig):
+    """Multiple choice by log-likelihood."""
+
+    task: Literal["multiple_choice"] = "multiple_choice"
+    format: Literal["auto", "arc", "mmlu", "truthfulqa", "generic"] = "auto"
+    """Format of a record; ``auto`` looks at the first hundred and reports its choice. ``generic`` has ``question``,
+    ``choices`` and ``answer`` (number from 0, letter or text), and ``category`` for the table by source."""
+    chat: bool = False
+    """false reads plain text, lm-eval's default; true puts the question into a user turn under the chat template and
+    reads each choice as the assistant's answer, without the end of its turn."""
+    shots: int = Field(0, ge=0, le=64)
+    """Solved examples before every question, the first of the examples; of the same subject for MMLU. A prompted
+    system's number of shots takes precedence."""
+    examples_files: list[str] | None = Field(None, min_length=1)
+    """Files of examples in the questions' format; examples that are also questions are left out."""
+    examples_split: str | None = None
+    """For a dataset of the Hub: the split of the examples (dev for MMLU, train for ARC)."""
+
+    identified: ClassVar[frozenset[str]] = frozenset({"files", "examples_files"})
+
+    def hub_defaults(self) -> Mapping[str, str] | None:
+        """Return the dataset of the benchmark that ``format`` names."""
+        return CHOICE_DATASETS.get(self.format)
+
+    @model_validator(mode="after")
+    def _examples_fit(self) -> Self:
+        if self.examples_files is not None and self.examples_split is not None:
+            raise ValueError("it has examples_files and examples_split; drop one of them")
+        if self.examples_split is not None and self.files is not None:
+            raise ValueError("examples_split is a split of a dataset of the Hub; with files, name examples_files")
+        if self.shots and self.format == "truthfulqa":
+            raise ValueError("TruthfulQA's prompt has six examples already; drop shots")
+        if self.shots and self.examples_files is None and self.examples_split is None:
+            raise ValueError(f"shots is {self.shots} and there are no examples; name examples_files or examples_split")
+        return self
+
+
+class XstestConfig(RecordFields, SamplingFields, TaskConfig):
+    """Settings of XSTest. Records: ``prompt``, ``type``, ``label`` (``safe`` or ``unsafe``), ``id`` where there is one.
+
+    Without ``label``, as in the first version's files, types that begin with ``contrast`` are unsafe.
+    """
+
+    task: Literal["xstest"] = "xstest"
+
+
+class JudgedConfig(RecordFields, TaskConfig):
+    """Settings of a judged task.
+
+    Records have ``turns`` (MT-Bench), ``instruction`` with or without ``input`` and ``output`` (AlpacaEval), ``prompt``
+    (text, turns or messages) or ``question``; ``category``, ``dataset`` or ``source`` names their category.
+    """
+
+    task: Literal["judged"] = "judged"
+    preset: Literal["mt_bench", "alpaca_eval"] | None = None
+    """``mt_bench``: graded, temperature by category, references for math, reasoning and coding. ``alpaca_eval``:
+    compared."""
+    mode: JudgingMode | None = None
+    """``grade``: 1 to 10 for each answer. ``compare``: the better of two systems' answers; the default without a
+    preset."""
+    judge: TaskJudge
+    """The judge and its rubric."""
+    against: Literal["reference", "base", "file", "all"] | None = None
+    """Opponent of each system in ``compare``: the stage's reference (the default), the base model, the ``output`` of
+    the records, or every other system."""
+    references_files: list[str] | None = Field(None, min_length=1)
+    """Files of reference answers for the judge, by ``question_id``; by default the records' ``reference``."""
+    max_tokens: int = Field(1024, ge=1)
+    """Longest answer to each turn; 1024 is FastChat's. A longer one is cut off there, and counted."""
+    temperature: float | None = Field(None, ge=0)
+    """Sampling temperature of the answers; by default 0, and with ``mt_bench`` FastChat's for the category."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Keep the likeliest tokens that make up this much probability; 1 keeps all."""
+
+    identified: ClassVar[frozenset[str]] = RecordFields.identified | {"judge", "references_files"}
+
+    @property
+    def judging_mode(self) -> JudgingMode:
+        """``mode``, or the preset's."""
+        return self.mode or ("grade" if self.preset == "mt_bench" else "compare")
+
+    def hub_defaults(self) -> Mapping[str, str] | None:
+        """Return the preset's dataset on the Hub, where it has one whose records are plain files."""
+        return KNOWN_DATASETS.get(self.preset or "")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.judging_mode == "grade" and self.judge.reward:
+            raise ValueError(
+                "a reward model's scores are no grades from 1 to 10. Write `mode: compare`, or give the judge an "
+                "endpoint"
+            )
+        if self.judging_mode == "grade" and self.against is not None:
+            raise ValueError("against is the opponent in `mode: compare`, and this task grades; drop one of them")
+        if self.references_files and self.judge.reward:
+            raise ValueError("references_files are shown to an endpoint; a reward model reads none")
+        return self
+
+    def sampling_temperature(self, category: str) -> float:
+        """Return the sampling temperature of answers to a question of this category."""
+        if self.temperature is not None:
+            return self.temperature
+        if self.preset == "mt_bench":
+            return MT_BENCH_TEMPERATURES.get(category, MT_BENCH_DEFAULT_TEMPERATURE)
+        return 0.0
+
+
+class PreferenceConfig(RecordFields, TaskConfig):
+    """Pairs of a better and a worse answer: files, a dataset of the Hub, or by default the stage's ``pairs``."""
+
+    task: Literal["preference"] = "preference"
+    format: Format = "auto"
+    """Format of a record of the files, as in a recipe's source; ``auto`` reports its choice."""
+    options: FormatOptions = FormatOptions()
+    """Settings of the format, as in a recipe's source."""
+
+    @property
+    def reads_stage_pairs(self) -> bool:
+        """True where neither files nor a dataset are named, so the stage's ``pairs`` are read."""
+        return all(getattr(self, name) is None for name in ("files", *HUB_FIELDS))
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if self.reads_stage_pairs:
+            return self
+        if self.files is None and (self.dataset is None or self.revision is None):
+            raise ValueError(
+                "give its files, or its dataset and revision (a commit, 40 hexadecimal digits) on the Hub; without any "
+                "of them it takes the stage's `pairs`"
+            )
+        hub_fields = [name for name in HUB_FIELDS if getattr(self, name) is not None]
+        if self.files is not None and hub_fields:
+            raise ValueError(f"it has files, so '{hub_fields[0]}' means nothing; drop one of them")
+        return self
+
+
+class PerplexityConfig(RecordFields, TaskConfig):
+    """Held-out plain text."""
+
+    task: Literal["perplexity"] = "perplexity"
+    files: list[str] | None = Field(None, min_length=1)
+    """Paths or globs: .txt and .md files, a document each, and files of records as for the other tasks; relative to the
+    current directory."""
+    texts: str | None = None
+    """Stage of plain texts, one of the evaluation's ``texts``, whose ``test`` split is read instead of files. A
+    baseline with ``shots`` then reads as many texts of the ``train`` split before each of them, and one with ``system``
+    that: the effect of prompting on a domain."""
+    fields: list[str] | None = Field(None, min_length=1)
+    """Fields that make up a record's text, joined by a blank line. By default ``text`` (or content, document, page),
+    else the contents of ``messages``, or of ``prompt`` and ``completion``, without a template."""
+    chunk: int | None = Field(None, ge=200)
+    """Divide documents into pieces of at most this many characters, at line breaks where possible; each becomes a
+    document. A single long file is a sample of one, and has no interval."""
+    max_characters: int | None = Field(None, ge=1)
+    """Read only the beginning of each document. In characters, so that every tokenizer reads the same text."""
+    max_length: int = Field(1024, ge=1)
+    """Tokens of a window, or as many as the model can read where that is fewer; more context makes text cheaper."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if self.texts is None:
+            return super()._one_place()  # type: ignore[operator,no-any-return]
+        others = [name for name in ("files", *HUB_FIELDS, "fields") if getattr(self, name) is not None]
+        if others:
+            raise ValueError(f"it has texts, so '{others[0]}' means nothing; drop one of them")
+        return self
+
+
+class RewardPairsConfig(RecordFields, TaskConfig):
+    """Pairs that the stage's reward models are measured on."""
+
+    task: Literal["reward_pairs"] = "reward_pairs"
+    layout: Literal["auto"] | PairLayout = "auto"
+    """``pairs``: in one of a recipe's formats. ``reward_bench``: the same with one of RewardBench's subsets each, which
+    gives its four sections. ``reward_bench_2``: ``chosen`` and ``rejected`` are lists of texts. ``auto`` looks at the
+    records."""
+    category: str | None = None
+    """Field of a record with its category; by default ``subset`` where there is one, else the file's name."""
+    format: Format = "auto"
+    """Format of a pair, as in a recipe's source."""
+    options: FormatOptions = FormatOptions()
+    """Settings of the format, as in a recipe's source."""
+
+    def hub_defaults(self) -> Mapping[str, str] | None:
+        """Return the usual split of a known dataset."""
+        return REWARD_PAIR_DATASETS.get(self.dataset or "")
+
+
+class LmEvalConfig(TaskConfig):
+    """Tasks of lm-eval, and the options it runs them with."""
+
+    task: Literal["lm_eval"] = "lm_eval"
+    tasks: list[str] = Field(min_length=1)
+    """Names of lm-eval's tasks or groups (``arc_easy``, ``mmlu``; `lm-eval ls tasks` lists them), or of yours."""
+    include: str | None = None
+    """Folder of your tasks in lm-eval's YAML format; relative to the current directory, as paths in it are."""
+    revisions: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]] = Field({})
+    """Commits of the datasets that the tasks read from the Hub: ``allenai/ai2_arc: <40 hexadecimal digits>``."""
+    backend: Literal["hf", "vllm"] = "hf"
+    """Backend of lm-eval. Numbers of the two differ in the last digits: use one for all that is compared."""
+    shots: int | None = Field(None, ge=0, le=64)
+    """Solved examples before each question, lm-eval's own; by default the task's number, else none."""
+    chat: bool = False
+    """Ask through the checkpoint's chat template: for instructed models. Base models and most published numbers of
+    multiple-choice tasks go without."""
+    limit: int | None = Field(None, ge=1)
+    """Only the first so many questions of each task; fewer make wider intervals."""
+    batch_size: int = Field(8, ge=1)
+    """Sequences in one pass of ``hf``; vLLM batches by itself (``runtime.engine.batch_size``)."""
+    max_length: int | None = Field(None, ge=2)
+    """Longest question with its answer, in tokens; a longer one loses its beginning. By default the model's limit."""
+    gen_kwargs: dict[str, bool | int | float | str | list[str]] = Field({})
+    """Overrides of the sampling: ``{max_gen_toks: 256}``, ``{do_sample: true, temperature: 0.7}``."""
+
+    identified: ClassVar[frozenset[str]] = frozenset({"include"})
+
+    @model_validator(mode="after")
+    def _distinct_tasks(self) -> Self:
+        if len(set(self.tasks)) < len(self.tasks):
+            raise ValueError("tasks names one twice; name each once")
+        return self
+
+
+TASK_CONFIGS: dict[str, type[TaskConfig]] = {
+    "ifeval": IfevalConfig,
+    "gsm8k": Gsm8kConfig,
+    "multiple_choice": MultipleChoiceConfig,
+    "xstest": XstestConfig,
+    "judged": JudgedConfig,
+    "preference": PreferenceConfig,
+    "perplexity": PerplexityConfig,
+    "reward_pairs": RewardPairsConfig,
+    "lm_eval": LmEvalConfig,
+}
+"""Kind → its settings, in the order of the guide."""
+
+if TYPE_CHECKING:
+    AnyTask = TaskConfig
+else:
+    AnyTask = Annotated[functools.reduce(operator.or_, TASK_CONFIGS.values()), Field(discriminator="task")]
+    """Settings of any task."""
+
+
+def add_task_kinds(tasks: Any) -> Any:
+    """Return the ``tasks`` block with every task's kind spelled out.
+
+    Raises ``ValueError`` for a name that is no kind.
+    """
+    if not isinstance(tasks, Mapping):
+        return tasks
+    blocks: dict[Any, Any] = {}
+    for name, block in tasks.items():
+        if not isinstance(block, Mapping) or "task" in block:
+            blocks[name] = block
+        elif name in TASK_CONFIGS:
+            blocks[name] = {"task": name, **block}
+        else:
+            raise ValueError(
+                f"'{name}' is no kind of task.{suggest(str(name), TASK_CONFIGS)} (A name of your own needs `task:` "
+                "below it.)"
+            )
+    return blocks

@@ -1,0 +1,152 @@
+"""Asks an endpoint for judgments, through a cache, and stops at a judge that cannot be used.
+
+Every judgment is cached as soon as it arrives, so that a killed evaluation asks only the rest. A judge that cannot be
+reached, or whose replies are unreadable, ends the evaluation with counts.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from align.config.endpoint import EndpointConfig
+from align.config.judge import EndpointJudge
+from align.data.rows import Message
+from align.errors import UserError
+from align.evaluation.tasks.base import ScoringContext
+from align.inference.cached_client import CachedClient, Prices
+from align.inference.requests import Answer, Request, RequestCache
+
+FOLDER = "judgments"
+PROBE_SIZE = 16
+"""Judgments to ask for first: where half of them are unreadable, the rest is not paid for."""
+QUOTED_CHARACTERS = 200
+"""Characters of a reply in an error."""
+PROGRESS_SECONDS = 0.2
+
+
+class JudgeClient:
+    """One task's judgments by one endpoint."""
+
+    def __init__(self, config: EndpointJudge, task: str, context: ScoringContext) -> None:
+        """Open the caches. Raises ``UserError`` when the endpoint's key is not in the environment."""
+        from align.inference.endpoint_client import Endpoint
+
+        assert config.endpoint is not None
+        self.config = config
+        self.task = task
+        self.context = context
+        self.endpoint_config = config.endpoint
+        # A request that the server rejects (a content filter, a length) costs one judgment, not the evaluation.
+        self.endpoint = Endpoint(config.endpoint, drop=True, place=f"tasks.{task}.judge.endpoint")
+        # Two caches: the stage's own survives a kill, and the store's spares other runs the same paid request.
+        cache = RequestCache(context.folder / FOLDER)
+        shared = None if context.shared is None else RequestCache(context.shared / FOLDER)
+        for opened in (cache, shared):
+            if opened is not None and opened.unreadable:
+                context.warn(
+                    f"{opened.unreadable} lines in {opened.folder} are damaged; their judgments are asked for again"
+                )
+        prices = {}
+        if config.endpoint.price_input is not None and config.endpoint.price_output is not None:
+            prices["judge"] = Prices(config.endpoint.price_input, config.endpoint.price_output)
+        self.client = CachedClient(cache, shared, config.max_cost, prices, self._progress)
+        self._reported_at = 0.0
+
+    def ask(
+        self, questions: Sequence[list[Message]], groups: Sequence[str], is_readable: Callable[[str], bool]
+    ) -> list[Answer]:
+        """Return the judge's replies; ``groups`` names the system or pair of each question.
+
+        Raises ``UserError`` where more than ``max_unreadable`` of any group's judgments are unreadable, early where
+        half of the first few are; a failing endpoint raises as ``Endpoint`` does, with counts.
+        """
+        requests = [self._request(question) for question in questions]
+        self.client.expected = len(requests)
+        # A judge that cannot answer in the required form shows it in the first few replies.
+        replies = self._replies(requests, requests[:PROBE_SIZE])
+        unreadable = [reply for reply in replies if not is_readable(reply.text)]
+        if len(replies) < len(requests) and 2 * len(unreadable) >= len(replies):
+            raise self._unreadable_error("its first questions", unreadable, len(replies), len(requests))
+        replies += self._replies(requests, requests[PROBE_SIZE:])
+        self.context.progress(len(requests), len(requests), "judgments")
+        for group in dict.fromkeys(groups):
+            # Per group, since one system's odd answers must not hide in the average of all.
+            members = [reply for reply, name in zip(replies, groups, strict=True) if name == group]
+            unreadable = [reply for reply in members if not is_readable(reply.text)]
+            if len(unreadable) > self.config.max_unreadable * len(members):
+                raise self._unreadable_error(group, unreadable, len(members), len(requests))
+        return replies
+
+    def usage(self) -> dict[str, Any]:
+        """Return requests, tokens and cost so far; those from the shared cache are counted apart."""
+        return dict(self.client.usage_json().get("judge", {}))
+
+    def _request(self, messages: list[Message]) -> Request:
+        return Request(
+            model=self.endpoint.identity,
+            messages=messages,
+            max_tokens=self.config.max_tokens,
+            temperature=self.config.temperature,
+            seed=self.config.seed,
+        )
+
+    def _replies(self, requests: Sequence[Request], batch: Sequence[Request]) -> list[Answer]:
+        """Return the replies to a batch of all ``requests``; an error counts those that are cached."""
+        from align.inference.endpoint_client import EndpointLost
+
+        try:
+            return self.client.ask(self.endpoint, batch, "judge")
+        except (EndpointLost, UserError) as error:
+            cached = sum(request.key in self.client.cache for request in requests)
+            counts = f"{cached} of {len(requests)} judgments of task '{self.task}' are cached."
+            raise type(error)(f"{error} {counts}") from None
+
+    def _unreadable_error(self, group: str, unreadable: Sequence[Answer], replies: int, total: int) -> UserError:
+        """Return the error for unreadable replies: counts, reasons, an example, and the remedy."""
+        reasons = {
+            "refused by the server": sum(bool(reply.error) for reply in unreadable),
+            "cut off at judge.max_tokens": sum(not reply.finished and not reply.error for reply in unreadable),
+            "declined by the judge": sum(reply.refused and reply.finished for reply in unreadable),
+        }
+        reasons["without a verdict in the form asked for"] = len(unreadable) - sum(reasons.values())
+        listed = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
+        example = next((reply for reply in unreadable if reply.text.strip()), unreadable[0])
+        text = example.error or example.text
+        # Quoted as ASCII JSON, so that no control character of a reply acts on the terminal.
+        quoted = json.dumps(text[:QUOTED_CHARACTERS]) + (" …" if len(text) > QUOTED_CHARACTERS else "")
+        return UserError(
+            f"tasks.{self.task}: the judge {self.endpoint_config.model} at {self.endpoint_config.url} gave no readable "
+            f"verdict in {len(unreadable)} of {replies} judgments of {group} ({total} wanted in all; max_unreadable is "
+            f"{self.config.max_unreadable:g}): {listed}. An example: {quoted}. Take a judge that can answer in this "
+            "form, raise judge.max_tokens where verdicts are cut off, or raise judge.max_unreadable. Replies are "
+            f"cached: to ask a repaired server again, set judge.seed: {self.config.seed + 1}."
+        )
+
+    def _progress(self, done: int, total: int, tokens: int) -> None:
+        now = time.monotonic()
+        if done < total and now - self._reported_at < PROGRESS_SECONDS:
+            return  # each report is a line in a file
+        self._reported_at = now
+        self.context.progress(done, total, "judgments")
+
+
+def warn_if_unreachable(endpoint: EndpointConfig, place: str, warn: Callable[[str], None]) -> None:
+    """Warn when nothing listens at the judge's address. It is needed late, and may be started until then.
+
+    Raises ``UserError`` when the endpoint's key is not in the environment.
+    """
+    import httpx
+
+    from align.inference.endpoint_client import Endpoint
+
+    Endpoint(endpoint, place=place)
+    try:
+        httpx.get(f"{endpoint.url}/models", timeout=3, trust_env=endpoint.url.startswith("https:"))
+    except httpx.HTTPError as error:
+        warn(
+            f"{place}: nothing answers at {endpoint.url} yet ({type(error).__name__}). The judge is asked after every "
+            "system has answered; start it until then."
+        )

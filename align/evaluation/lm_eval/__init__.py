@@ -1,0 +1,1 @@
+"""Benchmarks that run inside lm-eval, in a process of its own."""

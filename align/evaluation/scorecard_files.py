@@ -1,0 +1,154 @@
+"""Writes the files of an evaluation.
+
+- ``scorecard.json``: schema in ``scorecard.py``
+- ``samples.jsonl``: a line per question that systems answered: ``task`` (``prompts`` for the prompt set), ``id``,
+  ``source``, ``prompt`` (messages) and ``responses``, system → samples, each ``{text, tokens, finished}``, with
+  ``gold``, ``reward`` and ``kl`` where they were measured, ``scores`` (the task's metrics), ``turns`` (in conversations
+  of several), ``token_kl`` (``[[text, nats], …]``, of first samples). A pair that reward models scored has its two
+  sides as ``responses``, named in ``columns``, and ``scores`` by reward model
+- ``items.jsonl``: a line per item of every task: ``task``, ``id``, ``source``, ``values``: system → metric → one number
+  per sample, without the metrics that leave the item out. For pairs, ``values`` are the reward models':
+  ``chosen``, ``rejected``, ``margin``, ``correct``
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from align.evaluation.comparisons import Column
+from align.evaluation.scorecard import Measurements, TaskResult
+from align.evaluation.tasks.base import Answers, Turn, Values
+from align.models.token_texts import token_texts
+
+if TYPE_CHECKING:
+    from align.evaluation.generation import SystemResponses
+    from align.evaluation.plan import Plan
+
+SAMPLE_FIELDS = ("gold", "reward", "kl")
+
+
+def write(
+    folder: Path,
+    plan: Plan,
+    card: dict[str, Any],
+    responses: SystemResponses,
+    measurements: Measurements,
+    token_kl: dict[str, list[list[float]]],
+) -> None:
+    """Write all three files into ``folder``."""
+    text = json.dumps(card, indent=1, allow_nan=False)
+    (folder / "scorecard.json").write_text(text + "\n", encoding="utf-8")
+    with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
+        for line in _prompt_samples(plan, responses, measurements, token_kl):
+            file.write(json.dumps(line) + "\n")
+        for result in measurements.tasks:
+            answers = responses.answers.get(result.task.name, {})
+            for line in _task_samples(result, answers) if answers else _scored_answers(result):
+                file.write(json.dumps(line) + "\n")
+    with (folder / "items.jsonl").open("w", encoding="utf-8") as file:
+        for line in _items(plan, measurements):
+            file.write(json.dumps(line) + "\n")
+
+
+def _prompt_samples(
+    plan: Plan, responses: SystemResponses, measurements: Measurements, token_kl: dict[str, list[list[float]]]
+) -> Iterator[dict[str, Any]]:
+    tokenizers = {system.name: system.policy.tokenizer for system in plan.systems}
+    for index, row in enumerate(plan.rows):
+        by_system: dict[str, Any] = {}
+        for name, response_set in responses.prompt_set.items():
+            values = measurements.values[name]
+            samples = []
+            for number, response in enumerate(response_set.responses[index]):
+                sample = {"text": response.text, "tokens": len(response.token_ids), "finished": response.finished}
+                measured = {field: values[field][index][number] for field in SAMPLE_FIELDS if field in values}
+                samples.append(sample | measured)
+            if index < len(token_kl.get(name, ())) and samples:
+                ids = response_set.responses[index][0].token_ids
+                pieces = token_texts(tokenizers[name], ids)
+                samples[0]["token_kl"] = [list(pair) for pair in zip(pieces, token_kl[name][index], strict=True)]
+            by_system[name] = samples
+        yield {
+            "task": "prompts",
+            "id": row["id"],
+            "source": row["source"],
+            "prompt": row["prompt"],
+            "responses": by_system,
+        }
+
+
+def _task_samples(result: TaskResult, answers: dict[str, Answers]) -> Iterator[dict[str, Any]]:
+    for index, item in enumerate(result.task.items):
+        by_system = {
+            name: [_sample(result, name, index, number, turns) for number, turns in enumerate(per_item[index])]
+            for name, per_item in answers.items()
+        }
+        yield {
+            "task": result.task.name,
+            "id": item.id,
+            "source": item.source,
+            "prompt": item.prompt,
+            "responses": by_system,
+        }
+
+
+def _scored_answers(result: TaskResult) -> Iterator[dict[str, Any]]:
+    """Yield answers that came with the items; most tasks have none."""
+    for item, sides in zip(result.task.items, result.task.item_answers(), strict=False):
+        yield {
+            "task": result.task.name,
+            "id": item.id,
+            "source": item.source,
+            "prompt": item.prompt,
+            "columns": list(sides),
+            "responses": sides,
+        }
+
+
+def _sample(result: TaskResult, name: str, index: int, number: int, turns: list[Turn]) -> dict[str, Any]:
+    """Return one sample of one item with its scores; a task with one value per item gives it to all samples."""
+    last = turns[-1].response
+    sample: dict[str, Any] = {"text": last.text, "tokens": len(last.token_ids), "finished": last.finished}
+    measured = result.measured.get(name)
+    if measured is not None:
+        sample["scores"] = {
+            metric: values[index][min(number, len(values[index]) - 1)]
+            for metric, values in measured.values.items()
+            if values[index] and measured.weights.get(metric, [1.0] * (index + 1))[index] > 0
+        }
+    if len(turns) > 1:
+        sample["turns"] = [
+            {"prompt": turn.prompt[-1]["content"], "text": turn.response.text, "finished": turn.response.finished}
+            for turn in turns
+        ]
+    return sample
+
+
+def _items(plan: Plan, measurements: Measurements) -> Iterator[dict[str, Any]]:
+    for index, row in enumerate(plan.rows):
+        values = {
+            name: {metric: column[index] for metric, column in metrics.items()}
+            for name, metrics in measurements.values.items()
+        }
+        yield {"task": "prompts", "id": row["id"], "source": row["source"], "values": values}
+    for result in measurements.tasks:
+        task = result.task
+        # Metric → values and the items it counts, by system.
+        columns: dict[str, dict[str, tuple[Values, set[int]]]] = {}
+        for name, measured in result.measured.items():
+            columns[name] = {
+                metric: (values, set(Column(values, measured.weights.get(metric)).counted))
+                for metric, values in measured.values.items()
+            }
+        scorers = task.item_values()
+        for index, item in enumerate(task.items):
+            # Items of weight 0 are left out, so that readers who pair items pair what was counted.
+            numbers: dict[str, Any] = {
+                name: {metric: values[index] for metric, (values, counted) in metrics.items() if index in counted}
+                for name, metrics in columns.items()
+            }
+            numbers |= {name: per_item[index] for name, per_item in scorers.items()}
+            yield {"task": task.name, "id": item.id, "source": item.source, "values": numbers}

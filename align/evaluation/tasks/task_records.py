@@ -1,0 +1,170 @@
+"""Records of a task: reading them from files or the Hub, and choosing among them. Torch-free.
+
+Each task knows the meaning of its own benchmark's records.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from align.config.recipe.source_settings import FilesSource, HubSource
+from align.config.stages.evaluation_fields import RecordFields
+from align.config.validation import nearest, validate_plain
+from align.errors import UserError
+
+AnyRecord = TypeVar("AnyRecord")
+
+
+class TaskRecord(dict[str, Any]):
+    """A record's fields and its location.
+
+    Indexing with a missing field raises a ``UserError`` with the location; ``get`` does not, as in any dict.
+    """
+
+    def __init__(self, where: str, fields: Mapping[str, Any]) -> None:
+        super().__init__(fields)
+        self.where = where
+        """``file:line``, or the record's number."""
+
+    def __missing__(self, field: str) -> Any:
+        close = nearest(field, self)
+        raise UserError(
+            f"{self.where}: there is no field '{field}'; there are {', '.join(sorted(self)) or 'none'}."
+            + (f" Did you mean '{close}'?" if close else "")
+        )
+
+    def text(self, field: str) -> str:
+        """Return a field that must hold text that is not blank."""
+        value = self[field]
+        if not isinstance(value, str):
+            raise self.field_error(field, "text")
+        if not value.strip():
+            raise UserError(f"{self.where}: field '{field}' is empty; expected text. Complete or delete the record.")
+        return value
+
+    def texts(self, field: str) -> list[str]:
+        """Return a field that must hold a list of texts, at least one."""
+        value = self[field]
+        if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
+            raise self.field_error(field, "a list of texts")
+        return list(value)
+
+    def field_error(self, field: str, expected: str) -> UserError:
+        """Return the error for a field of another type than ``expected``."""
+        value = self[field]
+        actual = "an empty list" if value == [] else f"{type(value).__name__} ({_short_repr(value)})"
+        return UserError(f"{self.where}: field '{field}' holds {actual}; expected {expected}.")
+
+
+def _short_repr(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def record_source(config: RecordFields) -> FilesSource | HubSource:
+    """Return the source of a task's records: its files, or its dataset with the benchmark's defaults."""
+    if config.files is not None:
+        return FilesSource(type="files", paths=config.files)
+    defaults = config.hub_defaults() or {}
+    if config.dataset is not None and config.dataset != defaults.get("dataset"):
+        defaults = {"dataset": config.dataset}
+    fields = {"config": config.config, "split": config.split, "revision": config.revision}
+    overrides = {name: value for name, value in fields.items() if value is not None}
+    return validate_plain(HubSource, {"type": "hub", "split": "test", **defaults, **overrides})
+
+
+def file_identities(config: RecordFields, base: Path) -> dict[str, str]:
+    """Return digests of the files by name; a Hub dataset's commit is among the settings.
+
+    Raises ``UserError`` where a file is missing.
+    """
+    from align.data.sources import identity
+
+    return {} if config.files is None else identity(record_source(config), base)
+
+
+def examples_source(config: Any) -> FilesSource | HubSource | None:
+    """Return the source of solved examples, from ``examples_files`` or ``examples_split``; None without."""
+    if config.examples_files is not None:
+        return FilesSource(type="files", paths=config.examples_files)
+    if config.examples_split is None or config.files is not None:
+        return None
+    return record_source(config).model_copy(update={"split": config.examples_split})
+
+
+def identities_with_examples(config: Any, base: Path) -> dict[str, str]:
+    """Return digests of the files, those of ``examples_files`` as well."""
+    from align.data.sources import identity
+
+    digests = file_identities(config, base)
+    if config.examples_files is not None:
+        examples = identity(FilesSource(type="files", paths=config.examples_files), base)
+        digests |= {f"examples: {name}": digest for name, digest in examples.items()}
+    return digests
+
+
+def load_records(config: RecordFields, base: Path, seed: int) -> list[TaskRecord]:
+    """Return the task's records, at most ``max_items`` of them.
+
+    Raises ``UserError`` for files or a dataset that cannot be read, for a broken record, and where there is none.
+    """
+    return draw(read_records(record_source(config), base), config.max_items, seed)
+
+
+def describe_records(config: RecordFields, base: Path) -> dict[str, Any]:
+    """Return what identifies the records: digests of files, or the dataset and its commit. JSON-able."""
+    source = record_source(config)
+    if isinstance(source, HubSource):
+        fields = {"dataset": source.dataset, "config": source.config, "split": source.split}
+        description: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
+        description["revision"] = source.revision
+    else:
+        from align.data.sources import identity
+
+        description = {"files": identity(source, base)}
+    if config.max_items is not None:
+        description["max_items"] = config.max_items
+    return description
+
+
+def read_records(source: FilesSource | HubSource, base: Path) -> list[TaskRecord]:
+    """Return all records of a source. Raises ``UserError`` for the first broken one, and where there is none."""
+    from align.data.rows import BadRecord
+    from align.data.sources import read
+
+    records = []
+    for item in read(source, base):
+        if isinstance(item, BadRecord):
+            raise item
+        records.append(TaskRecord(*item))
+    if not records:
+        raise UserError(f"{source.label}: there are no records in it (paths start at {base}); nothing to evaluate.")
+    return records
+
+
+def draw(records: list[AnyRecord], limit: int | None, seed: int) -> list[AnyRecord]:
+    """Draw at most ``limit`` records without replacement, and return them in their order."""
+    if limit is None or limit >= len(records):
+        return records
+    picked = random.Random(seed).sample(range(len(records)), limit)  # noqa: S311
+    return [records[index] for index in sorted(picked)]
+
+
+def item_ids(records: list[TaskRecord], field: str | None = None) -> list[str]:
+    """Return a distinct name for each record: the value of ``field``, else its file and line.
+
+    Neither depends on which records are drawn.
+    """
+    ids: dict[str, None] = {}
+    for record in records:
+        value = None if field is None else record.get(field)
+        name = str(value) if value not in (None, "") else record.where.replace("\\", "/").rsplit("/", 1)[-1]
+        # Repeated names get a number, so that ids stay distinct.
+        unique, number = name, 2
+        while unique in ids:
+            unique, number = f"{name} ({number})", number + 1
+        ids[unique] = None
+    return list(ids)
