@@ -1,6 +1,6 @@
-"""Checks on what one stage hands to the next, whatever its tuning: each fault has a name, and is refused by it.
+"""Check the checkpoints that one stage passes to the next. Each fault has a name, by which it is refused or waived.
 
-``faults.py`` lists them. ``facts.py`` writes down, in ``model/align.json``, what a finished checkpoint is (template,
-tokenizer, head, base), so that a later change shows; ``folder.py`` looks at one folder, ``stage.py`` at all inputs of
-a stage before it starts and at its result before it is published. Reads files, loads no model, imports no torch.
+``faults.py`` has the faults. ``facts.py`` records digests of a finished checkpoint (template, tokenizer, head, base) in
+``model/align.json``, so that later changes are found. ``folder.py`` checks one folder; ``stage.py`` checks all inputs
+of a stage before it starts and its result before it is published. Reads files, loads no model, imports no torch.
 """

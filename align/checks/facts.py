@@ -1,6 +1,7 @@
-"""What a checkpoint is, in digests: written into ``model/align.json`` when it is made, compared when it is used.
+"""Digests of a checkpoint: written to ``model/align.json`` when it is finished, compared when it is used.
 
-The file travels with the folder, into other stores and out of them. Torch-free.
+The file is copied with the folder, into other stores and out of them. A bare adapter's ``align.json`` has the digest of
+its base. Torch-free.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from align.checks.weights import Tensor, tensor_digest
+from align.checks.faults import Fault
+from align.checks.weights import Tensor, read_tensors, tensor_digest, weights_digest
+from align.store.atomic_write import write_text_atomically
 from align.store.fingerprint import digest, file_digest
 
 FILE = "align.json"
@@ -21,103 +24,110 @@ HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
 
 @dataclass(frozen=True)
 class Facts:
-    """Digests are sha256 in hex; None for what a folder does not have."""
+    """Digests are sha256 in hex; None where a folder has no such part."""
 
     stage: str
-    """Kind of the stage that made it."""
+    """Kind of the stage that created it."""
     template: str | None
-    """Of the chat template's text."""
+    """Digest of the chat template's text."""
     tokenizer: str | None
-    """Of the tokenizer, without what only concerns padding and truncation."""
+    """Digest of the tokenizer, without its padding and truncation settings."""
     vocabulary: str | None
-    """Of the mapping of tokens to ids alone."""
+    """Digest of the mapping of tokens to ids."""
     eos: str | None
     """The token that ends a turn."""
     pad: str | None
     head: str | None = None
-    """Of a reward model's score head."""
+    """Digest of a reward model's score head."""
     turn_end: bool = False
-    """Whether eos was found to be the template's end of turn."""
+    """True once eos was verified to be the template's end of turn."""
     accuracy: float | None = None
-    """Of a reward model, on held-out pairs as labeled."""
+    """Accuracy of a reward model on held-out pairs as labeled."""
     pairs: int | None = None
-    """How many those were."""
+    """Number of those pairs."""
     adapter_base: str | None = None
-    """Of the weights beneath an adapter that lies beside them (``weights.weights_digest``)."""
+    """Digest of the weights below a stored adapter (``weights.weights_digest``)."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no such file or it holds something else."""
+    """Read a JSON object; empty for a missing file or other content."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def read_facts(folder: Path) -> Facts | None:
-    """What was written down about a model folder; None where nothing was, or by an align that knew other facts."""
-    found = read_json(folder / FILE).get("handover")
+    """Return the recorded facts of a model folder; None where there are none, or fields of another version."""
+    stored = read_json(folder / FILE).get("handover")
     try:
-        return Facts(**found) if isinstance(found, dict) else None
+        return Facts(**stored) if isinstance(stored, dict) else None
     except TypeError:
         return None
 
 
 def write_facts(folder: Path, facts: Facts) -> None:
-    """Add the facts to ``align.json``; what else stands there is kept."""
-    whole = read_json(folder / FILE) | {"handover": asdict(facts)}
-    (folder / FILE).write_text(json.dumps(whole, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    """Add the facts to ``align.json``, keeping its other fields."""
+    content = read_json(folder / FILE) | {"handover": asdict(facts)}
+    write_text_atomically(folder / FILE, json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
 def template_text(folder: Path) -> str | None:
-    """The chat template as saved: a file of its own, or a field of the tokenizer's config."""
+    """Return the saved chat template, from its own file or from a field of the tokenizer's config."""
     file = folder / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
-    found = read_json(folder / "tokenizer_config.json").get("chat_template")
-    return None if not found else found if isinstance(found, str) else json.dumps(found, sort_keys=True)
+    template = read_json(folder / "tokenizer_config.json").get("chat_template")
+    if not template:
+        return None
+    return template if isinstance(template, str) else json.dumps(template, sort_keys=True)
 
 
 def special_token(folder: Path, name: str) -> str | None:
-    """``eos_token`` or ``pad_token`` of a tokenizer's config."""
-    found = read_json(folder / "tokenizer_config.json").get(name)
-    if isinstance(found, dict):
-        found = found.get("content")
-    return found if isinstance(found, str) else None
+    """Return ``eos_token`` or ``pad_token`` of a tokenizer's config."""
+    token = read_json(folder / "tokenizer_config.json").get(name)
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
 
 
 def token_ids(folder: Path) -> dict[str, int]:
-    """Every token and its id; empty for a tokenizer that is no ``tokenizer.json``."""
+    """Return every token with its id; empty for a tokenizer without ``tokenizer.json``."""
     tokenizer = read_json(folder / "tokenizer.json")
     vocabulary = (tokenizer.get("model") or {}).get("vocab") or {}
     if isinstance(vocabulary, list):  # Unigram: pieces with their scores, in the order of their ids
-        vocabulary = {str(piece[0]): at for at, piece in enumerate(vocabulary)}
-    return vocabulary | {str(one["content"]): int(one["id"]) for one in tokenizer.get("added_tokens") or []}
+        vocabulary = {str(piece[0]): index for index, piece in enumerate(vocabulary)}
+    added = tokenizer.get("added_tokens") or []
+    return vocabulary | {str(entry["content"]): int(entry["id"]) for entry in added}
 
 
 def tokenizer_digest(folder: Path) -> str | None:
-    """Of all that decides which tokens a text becomes."""
+    """Return the digest of everything that decides how text is tokenized."""
     tokenizer = read_json(folder / "tokenizer.json")
     if not tokenizer:
-        plain = next((folder / name for name in ("tokenizer.model", "vocab.txt") if (folder / name).is_file()), None)
-        return None if plain is None else file_digest(plain)
-    kept = {name: value for name, value in tokenizer.items() if name not in ("padding", "truncation")}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+        vocabulary_file = next(
+            (folder / name for name in ("tokenizer.model", "vocab.txt") if (folder / name).is_file()), None
+        )
+        return None if vocabulary_file is None else file_digest(vocabulary_file)
+    # Padding and truncation are set by whoever uses the tokenizer.
+    fields = {name: value for name, value in tokenizer.items() if name not in ("padding", "truncation")}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def head_of(tensors: dict[str, Tensor]) -> Tensor | None:
-    """A reward model's score head."""
+    """Return a reward model's score head."""
     return next((tensors[name] for name in HEADS if name in tensors), None)
 
 
 def facts_of(
     folder: Path, stage: str, tensors: dict[str, Tensor], metrics: dict[str, Any], adapter_base: str | None = None
 ) -> Facts:
-    """Of a finished checkpoint, whose folder has been looked at without a fault; ``metrics`` are its stage's."""
+    """Return the facts of a finished checkpoint without faults; ``metrics`` are its stage's."""
     template, ids = template_text(folder), token_ids(folder)
     head = head_of(tensors)
     accuracy, pairs = metrics.get("test_accuracy_after"), metrics.get("test_pairs")
+    # Accuracy and pairs are facts of reward models only.
     scores = head is not None and isinstance(accuracy, (int, float)) and isinstance(pairs, int)
     return Facts(
         stage=stage,
@@ -132,3 +142,25 @@ def facts_of(
         pairs=int(pairs) if scores and pairs is not None else None,
         adapter_base=adapter_base,
     )
+
+
+BASE = "base_weights"
+
+
+def write_base_digest(adapter: Path, base: Path) -> None:
+    """Record the digest of the weights that an adapter was trained on in the adapter's folder."""
+    content = read_json(adapter / FILE) | {BASE: weights_digest(read_tensors(base))}
+    write_text_atomically(adapter / FILE, json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+def has_base_digest(adapter: Path) -> bool:
+    """Return True where the digest of the base is recorded."""
+    return isinstance(read_json(adapter / FILE).get(BASE), str)
+
+
+def check_base(adapter: Path, base: Path) -> list[Fault]:
+    """Return the fault of merging an adapter onto other weights than it was trained on; none without a record."""
+    recorded = read_json(adapter / FILE).get(BASE)
+    if not isinstance(recorded, str) or weights_digest(read_tensors(base)) == recorded:
+        return []
+    return [Fault("adapter-base", str(adapter), f"was trained on other weights than those of {base}")]

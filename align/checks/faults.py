@@ -1,4 +1,4 @@
-"""The faults of a hand-over: name, what is wrong, what to do. Torch-free."""
+"""Faults of checkpoints: name, problem, remedy. Torch-free."""
 
 from __future__ import annotations
 
@@ -11,27 +11,25 @@ from align.errors import UserError
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong with a hand-over: ``place`` is a folder or a config field."""
+    """One fault of a checkpoint; ``place`` is a folder or a config field, ``problem`` continues the sentence."""
 
     name: str
     place: str
-    found: str
+    problem: str
 
     def text(self) -> str:
-        """One sentence with its remedy."""
-        return f"{self.name}: {self.place} {self.found}. {REMEDIES[self.name]}"
+        """Return one sentence with its remedy."""
+        return f"{self.name}: {self.place} {self.problem}. {REMEDIES[self.name]}"
 
 
 def refuse(stage: str, faults: Iterable[Fault], waived: Iterable[str] = (), *, waivable: bool = True) -> None:
-    """``UserError`` with every fault that is not ``waived`` by name; ``waivable`` says how that is done."""
-    left = [fault for fault in faults if fault.name not in set(waived)]
-    if not left:
+    """Raise ``UserError`` with every fault that is not ``waived``; with ``waivable`` the message shows how."""
+    waived_names = set(waived)
+    remaining = [fault for fault in faults if fault.name not in waived_names]
+    if not remaining:
         return
-    names = ", ".join(dict.fromkeys(fault.name for fault in left))
-    raise UserError(
-        "\n".join([
-            f"{stage}: what it is handed cannot be used.",
-            *(f"  {fault.text()}" for fault in left),
-            *([f"What is meant can be waived: `runtime: {{handover: {{waive: [{names}]}}}}`."] if waivable else []),
-        ])
-    )  # fmt: skip
+    lines = [f"{stage}: its checkpoints cannot be used.", *(f"  {fault.text()}" for fault in remaining)]
+    if waivable:
+        names = ", ".join(dict.fromkeys(fault.name for fault in remaining))
+        lines.append(f"An intended difference can be waived: `runtime: {{handover: {{waive: [{names}]}}}}`.")
+    raise UserError("\n".join(lines))

@@ -1,7 +1,7 @@
-"""One model folder looked at: weights, vocabulary, head, template and special tokens. Torch-free until the last look.
+"""Check one model folder: weights, vocabulary, head, template and special tokens.
 
-That last one, whether the template ends a turn with eos, renders a conversation with transformers' tokenizer; it is
-left out where ``align.json`` says that it was done for this very template and tokenizer.
+The last check, that the template ends a turn with eos, renders a conversation with transformers' tokenizer. It is
+skipped where ``align.json`` records it for the same template and tokenizer. All others are torch-free.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from align.checks.weights import (
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
 ADAPTER = "adapter"
-"""Folder inside a model folder, of an adapter that is no change of weights and works on the ones beside it."""
+"""Folder inside a model folder, with an adapter that cannot be merged and works on the weights beside it."""
 
 
-def look(folder: Path, reward: bool, *, values: bool = True) -> list[Fault]:
-    """Every fault of a checkpoint's folder; ``reward`` says what it should be.
+def check_folder(folder: Path, reward: bool, *, values: bool = True) -> list[Fault]:
+    """Return every fault of a checkpoint's folder, which should be a reward model if ``reward``.
 
-    ``values`` reads all weights for NaN and infinity, about two seconds a GiB; without it only headers are read.
+    ``values`` reads all weights for NaN and infinity, about two seconds per GiB; without it only headers are read.
     """
     place = str(folder)
     try:
@@ -51,9 +51,10 @@ def look(folder: Path, reward: bool, *, values: bool = True) -> list[Fault]:
     config = read_json(folder / "config.json")
     if not config:
         return [Fault("weights-truncated", place, "has no config.json that can be read")]
-    other = _kind(place, config, reward)
-    if other:
-        return other
+    wrong_kind = _kind(place, config, reward)
+    # A model of the wrong kind would fail the other checks too.
+    if wrong_kind:
+        return wrong_kind
     facts = read_facts(folder)
     faults = [
         *_values(place, tensors, values),
@@ -63,6 +64,7 @@ def look(folder: Path, reward: bool, *, values: bool = True) -> list[Fault]:
         *_changes(folder, facts),
         *_special_tokens(folder),
     ]
+    # Rendering is slow and misleading with a wrong template or tokenizer.
     if not any(fault.name in ("pad-is-eos", "template-changed", "tokenizer-changed") for fault in faults):
         faults += _turn_end(folder, facts)
     return faults
@@ -74,8 +76,8 @@ def _kind(place: str, config: dict[str, Any], reward: bool) -> list[Fault]:
         return []
     scores = any(kind.endswith("ForSequenceClassification") for kind in kinds)
     if scores != reward:
-        wanted = "a reward model" if reward else "a model that writes"
-        return [Fault("wrong-kind", place, f"should be {wanted} and its config says {kinds[0]}")]
+        expected = "a reward model" if reward else "a generative model"
+        return [Fault("wrong-kind", place, f"should be {expected} and its config says {kinds[0]}")]
     labels = len(config.get("id2label") or {}) or 1
     if reward and labels != 1:
         return [Fault("wrong-kind", place, f"is a classifier with {labels} labels, where a reward model has one score")]
@@ -83,49 +85,55 @@ def _kind(place: str, config: dict[str, Any], reward: bool) -> list[Fault]:
 
 
 def _values(place: str, tensors: dict[str, Tensor], values: bool) -> list[Fault]:
-    odd = next((tensor for tensor in tensors.values() if tensor.dtype not in WIDTHS and tensor.size > 1), None)
-    if odd is not None:
-        return [Fault("weights-dtype", place, f"has the tensor {odd.name} of type {odd.dtype}")]
-    bad = not_finite(tensors) if values else None
-    return [] if bad is None else [Fault("weights-not-finite", place, f"has NaN or infinity in {bad}")]
+    unsupported = next((tensor for tensor in tensors.values() if tensor.dtype not in WIDTHS and tensor.size > 1), None)
+    if unsupported is not None:
+        return [Fault("weights-dtype", place, f"has the tensor {unsupported.name} of type {unsupported.dtype}")]
+    not_finite_name = not_finite(tensors) if values else None
+    return (
+        []
+        if not_finite_name is None
+        else [Fault("weights-not-finite", place, f"has NaN or infinity in {not_finite_name}")]
+    )
 
 
 def _vocabulary(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> list[Fault]:
     ids = token_ids(folder)
     tokens = max(ids.values()) + 1 if ids else 0
+    # Embedding and head have one row per token.
     named = [tensor for name, tensor in tensors.items() if name.endswith((*EMBEDDINGS, HEAD))]
-    said = (config.get("text_config") or config).get("vocab_size")
+    vocab_size = (config.get("text_config") or config).get("vocab_size")
     for tensor in named:
         if tokens > tensor.shape[0]:
-            what = f"has a tokenizer of {tokens} tokens and {tensor.shape[0]} rows in {tensor.name}"
-            return [Fault("vocabulary-size", str(folder), what)]
-        if isinstance(said, int) and said != tensor.shape[0]:
-            what = f"has {tensor.shape[0]} rows in {tensor.name} and a vocab_size of {said} in its config"
-            return [Fault("vocabulary-size", str(folder), what)]
+            problem = f"has a tokenizer of {tokens} tokens and {tensor.shape[0]} rows in {tensor.name}"
+            return [Fault("vocabulary-size", str(folder), problem)]
+        if isinstance(vocab_size, int) and vocab_size != tensor.shape[0]:
+            problem = f"has {tensor.shape[0]} rows in {tensor.name} and a vocab_size of {vocab_size} in its config"
+            return [Fault("vocabulary-size", str(folder), problem)]
     return []
 
 
 def _head(place: str, tensors: dict[str, Tensor], facts: Facts | None) -> list[Fault]:
     head = head_of(tensors)
+    # transformers fills a missing head with random numbers and only warns.
     if head is None:
         return [Fault("score-head", place, "has no score head, and a random one would be put there")]
     if head.dtype in WIDTHS and all_zero(head):
         return [Fault("score-head", place, f"has a score head of zeros ({head.name}): it was never trained")]
     if facts is not None and facts.head is not None and tensor_digest(head) != facts.head:
-        return [Fault("score-head", place, "has another score head than the one that was trained: it was drawn anew")]
+        return [Fault("score-head", place, "has another score head than the trained one: a random one replaced it")]
     return []
 
 
 def _adapter(folder: Path, tensors: dict[str, Tensor], facts: Facts | None) -> list[Fault]:
-    """An adapter inside the folder is whole, and works on the weights beside it and on no others."""
+    """Check that a stored adapter is intact and was trained on the weights beside it."""
     if not (folder / ADAPTER).is_dir():
         return []
     try:
-        bad = not_finite(read_tensors(folder / ADAPTER))
+        not_finite_name = not_finite(read_tensors(folder / ADAPTER))
     except Damaged as error:
         return [Fault("weights-truncated", str(folder / ADAPTER), str(error))]
-    if bad is not None:
-        return [Fault("weights-not-finite", str(folder / ADAPTER), f"has NaN or infinity in {bad}")]
+    if not_finite_name is not None:
+        return [Fault("weights-not-finite", str(folder / ADAPTER), f"has NaN or infinity in {not_finite_name}")]
     if facts is None or facts.adapter_base is None:
         return []
     if weights_digest(tensors) == facts.adapter_base:
@@ -136,30 +144,35 @@ def _adapter(folder: Path, tensors: dict[str, Tensor], facts: Facts | None) -> l
 def _changes(folder: Path, facts: Facts | None) -> list[Fault]:
     if facts is None:
         return []
-    found: list[Fault] = []
+    faults: list[Fault] = []
     text = template_text(folder)
     if facts.template is not None and (text is None or hashlib.sha256(text.encode()).hexdigest() != facts.template):
-        found.append(Fault("template-changed", str(folder), "has another chat template than it was trained with"))
+        faults.append(Fault("template-changed", str(folder), "has another chat template than it was trained with"))
     if facts.tokenizer is not None and tokenizer_digest(folder) != facts.tokenizer:
-        found.append(Fault("tokenizer-changed", str(folder), "has another tokenizer than it was trained with"))
-    for name, was in (("eos_token", facts.eos), ("pad_token", facts.pad)):
-        now = special_token(folder, name)
-        if now != was:
-            found.append(Fault("tokenizer-changed", str(folder), f"has {name} {now!r}; it was trained with {was!r}"))
-    return found
+        faults.append(Fault("tokenizer-changed", str(folder), "has another tokenizer than it was trained with"))
+    for name, trained_with in (("eos_token", facts.eos), ("pad_token", facts.pad)):
+        current = special_token(folder, name)
+        if current != trained_with:
+            faults.append(
+                Fault("tokenizer-changed", str(folder), f"has {name} {current!r}; it was trained with {trained_with!r}")
+            )
+    return faults
 
 
 def _special_tokens(folder: Path) -> list[Fault]:
     pad, eos = special_token(folder, "pad_token"), special_token(folder, "eos_token")
     if pad is not None and pad == eos:
-        what = f"pads with its end of turn, {eos!r}: masked as padding, the end of an answer is never learned"
-        return [Fault("pad-is-eos", str(folder), what)]
+        problem = f"pads with its end of turn, {eos!r}: masked as padding, the end of an answer is never learned"
+        return [Fault("pad-is-eos", str(folder), problem)]
     ids = token_ids(folder)
     ends = read_json(folder / "generation_config.json").get("eos_token_id")
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if ends is None:
+        return []
+    # A generation config may name one token or several.
+    ends = ends if isinstance(ends, list) else [ends]
     if eos is not None and eos in ids and ends and ids[eos] not in ends:
-        what = f"stops at the tokens {ends} and its tokenizer's eos is {eos!r} ({ids[eos]})"
-        return [Fault("eos-not-turn-end", str(folder), what)]
+        problem = f"stops at the tokens {ends} and its tokenizer's eos is {eos!r} ({ids[eos]})"
+        return [Fault("eos-not-turn-end", str(folder), problem)]
     return []
 
 
@@ -174,10 +187,10 @@ def _turn_end(folder: Path, facts: Facts | None) -> list[Fault]:
     tokenizer = open_tokenizer(folder)
     try:
         end = turn_end_token(tokenizer)
-    except TemplateError:  # it takes other roles; the rows themselves will show
+    except TemplateError:  # it expects other roles; rendering the rows will show it
         return []
     if end is None or end == tokenizer.eos_token_id:
         return []
     token = tokenizer.convert_ids_to_tokens(end)
-    what = f"ends turns with {token!r}, and its eos is {tokenizer.eos_token!r}: answers would never stop"
-    return [Fault("eos-not-turn-end", str(folder), what)]
+    problem = f"ends turns with {token!r}, and its eos is {tokenizer.eos_token!r}: answers would never stop"
+    return [Fault("eos-not-turn-end", str(folder), problem)]

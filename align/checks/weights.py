@@ -1,6 +1,6 @@
-"""safetensors files looked at without a framework: whole or not, types, finite or not, and digests.
+"""Check safetensors files without torch: completeness, types, finite values; and compute digests.
 
-Their headers are read by ``align.models.headers``. Torch-free. Left out: pickled weights, which are refused elsewhere.
+``align.models.headers`` reads their headers. Left out: pickled weights, which are refused elsewhere.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from align.models.headers import BadHeader, read_header
 
 INDEX = "model.safetensors.index.json"
 HEAD = "lm_head.weight"
-"""The output head, at the end of its name."""
+"""End of the output head's name."""
 CHUNK = 1 << 22
-"""Values looked at together."""
+"""Values per read."""
 WIDTHS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
-"""Types that weights may have, and their bytes."""
+"""Bytes per value of the types that weights may have."""
 EXPONENTS = {"F64": 0x7FF0000000000000, "F32": 0x7F800000, "BF16": 0x7F80, "F16": 0x7C00}
 """Bits that are all set in NaN and in infinity, and in no other number."""
 
 
 class Damaged(ValueError):
-    """Files that cannot be read as weights; the message continues a sentence that begins with the folder."""
+    """Files that cannot be read as weights; the message continues a sentence that starts with the folder."""
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor, by its place in a file."""
+    """Location of one tensor in a file."""
 
     name: str
     dtype: str
@@ -45,36 +45,36 @@ class Tensor:
 
     @property
     def size(self) -> int:
-        """Values."""
+        """Number of values."""
         return math.prod(self.shape)
 
     def chunks(self) -> Iterator[NDArray[Any]]:
-        """The values' bits, as unsigned integers of the type's width."""
+        """Yield the values' bits, as unsigned integers of the type's width."""
         if self.size:
             kind = np.dtype(f"<u{WIDTHS[self.dtype]}")
             bits = np.memmap(self.file, dtype=kind, mode="r", offset=self.start, shape=(self.size,))
-            for at in range(0, self.size, CHUNK):
-                yield bits[at : at + CHUNK]
+            for start in range(0, self.size, CHUNK):
+                yield bits[start : start + CHUNK]
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a model folder, from the headers. Raises ``Damaged`` for files that are missing or cut short."""
+    """Return every tensor of a model folder, from the headers. Raises ``Damaged`` for missing or truncated files."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise Damaged("holds no safetensors")
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for file in files:
-        found |= _read(file)
+        tensors |= _read(file)
     index = folder / INDEX
     if index.is_file():
         try:
             listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         except (ValueError, KeyError, TypeError):
             raise Damaged(f"has an index that cannot be read ({INDEX})") from None
-        missing = sorted(set(listed) - set(found))
+        missing = sorted(set(listed) - set(tensors))
         if missing:
             raise Damaged(f"lacks {len(missing)} of {len(listed)} tensors of its index, {missing[0]} among them")
-    return found
+    return tensors
 
 
 def _read(file: Path) -> dict[str, Tensor]:
@@ -86,7 +86,7 @@ def _read(file: Path) -> dict[str, Tensor]:
 
 
 def not_finite(tensors: dict[str, Tensor]) -> str | None:
-    """Name of the first tensor with NaN or infinity; None where there is none. Types other than floats are passed."""
+    """Return the name of the first tensor with NaN or infinity, or None. Types other than floats are skipped."""
     for tensor in tensors.values():
         exponent = EXPONENTS.get(tensor.dtype)
         if exponent is not None and any(bool(((bits & exponent) == exponent).any()) for bits in tensor.chunks()):
@@ -95,13 +95,14 @@ def not_finite(tensors: dict[str, Tensor]) -> str | None:
 
 
 def all_zero(tensor: Tensor) -> bool:
-    """Whether every value is 0 (or -0)."""
+    """Return True where every value is 0 (or -0)."""
+    # All bits but the sign are 0 in 0 and in -0.
     sign = 1 << (8 * WIDTHS[tensor.dtype] - 1)
     return not any(bool((bits & (sign - 1)).any()) for bits in tensor.chunks())
 
 
 def tensor_digest(tensor: Tensor) -> str:
-    """sha256 of a tensor's type, shape and bytes."""
+    """Return the sha256 of a tensor's type, shape and bytes."""
     hasher = hashlib.sha256(f"{tensor.dtype} {tensor.shape}".encode())
     for bits in tensor.chunks():
         hasher.update(bits.tobytes())
@@ -109,13 +110,14 @@ def tensor_digest(tensor: Tensor) -> str:
 
 
 def weights_digest(tensors: dict[str, Tensor]) -> str:
-    """sha256 of a model's weights rounded to bfloat16, so that a checkpoint and its bfloat16 copy are one base.
+    """Return the sha256 of a model's weights rounded to bfloat16; a checkpoint and its bfloat16 copy have the same.
 
-    An output head that repeats the embeddings is left out: some folders store it and some do not.
+    An output head that repeats the embeddings is skipped: some folders store it and some do not.
     """
     hasher = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name]
+        # Types other than floats, such as buffers of indices, are not weights.
         if tensor.dtype not in WIDTHS or (name.endswith(HEAD) and _repeats_another(tensor, tensors)):
             continue
         hasher.update(f"{name} {tensor.shape}\n".encode())
@@ -125,7 +127,7 @@ def weights_digest(tensors: dict[str, Tensor]) -> str:
 
 
 def _repeats_another(head: Tensor, tensors: dict[str, Tensor]) -> bool:
-    """Tell whether another matrix, the embeddings under whatever name, has the values of ``head`` in bfloat16."""
+    """Return True where another matrix, such as the embeddings, has the values of ``head`` in bfloat16."""
     alike = [tensor for tensor in tensors.values() if tensor.shape == head.shape and tensor.dtype in WIDTHS]
     return any(
         all(
@@ -138,12 +140,13 @@ def _repeats_another(head: Tensor, tensors: dict[str, Tensor]) -> bool:
 
 
 def _rounded(bits: NDArray[Any], dtype: str) -> NDArray[Any]:
-    """To bfloat16, ties to even, as bits."""
+    """Round to bfloat16, ties to even, and return the bits."""
     if dtype == "BF16":
         return bits
     if dtype != "F32":
         kind = np.float64 if dtype == "F64" else np.float16
         bits = bits.view(kind).astype(np.float32).view(np.uint32)
+    # Add half of the last kept bit, and one more where that bit is odd, then cut: ties go to even.
     wide = bits.astype(np.uint64)
     rounded: NDArray[Any] = ((wide + 0x7FFF + ((wide >> 16) & 1)) >> 16).astype("<u2")
     return rounded

@@ -1,8 +1,8 @@
-"""One ordinary transformers folder of a checkpoint: an adapter merged onto its base, safetensors, tokenizer, template.
+"""Export a checkpoint as one plain transformers folder: adapter merged, safetensors, tokenizer, chat template.
 
-The adapter is added in float32 by peft, once, onto a base that nobody uses afterwards; then the weights take the type
-they are written in. Left out: whether the folder answers as the checkpoint did (``align.export.verify``),
-quantized weights, and adapters that are no change of weights (prefix tuning, sequential bottlenecks, LLaMA-Adapter).
+peft merges the adapter in float32 into a base that is not used afterwards; then the weights are cast to their type on
+disk. Left out: comparing the folder's answers with the checkpoint's (``align.export.verify``), quantized weights, and
+adapters that cannot be merged (prefix tuning, sequential bottlenecks, LLaMA-Adapter).
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from align.models.folder_checks import check_adapter, check_folder
 
 ADAPTER = "adapter_config.json"
 STORED = Path("adapter", "adapter.json")
-"""In a model folder, what describes an adapter of our own (``align.models.tuning.stored``)."""
+"""In a model folder, the description of an inserted adapter (``align.models.tuning.stored``)."""
 SHARD = "5GB"
-"""Largest file of weights; a larger model is split, with an index."""
+"""Largest file of weights; a larger model is split and gets an index."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """What is exported: a model folder, and an adapter's folder that is merged onto it, if any."""
+    """A model folder to export, and an adapter's folder to merge into it, if any."""
 
     folder: Path
     adapter: Path | None = None
 
     def is_reward(self) -> bool:
-        """Whether it scores rather than writes: a sequence classifier."""
+        """Return True for a sequence classifier, which scores and does not generate."""
         if self.adapter is not None:
             return str(read_json(self.adapter / ADAPTER).get("task_type")) == "SEQ_CLS"
         kinds = read_json(self.folder / "config.json").get("architectures") or []
@@ -38,36 +38,45 @@ class Source:
 
     @property
     def tokenizer_folder(self) -> Path:
-        """Where its tokenizer is: with the adapter, if that brings one."""
-        own = self.adapter is not None and (self.adapter / "tokenizer_config.json").is_file()
-        return self.adapter if own and self.adapter is not None else self.folder
+        """The folder of the tokenizer: the adapter's, if it has one."""
+        if self.adapter is not None and (self.adapter / "tokenizer_config.json").is_file():
+            return self.adapter
+        return self.folder
 
 
 @dataclass(frozen=True)
 class Written:
-    """What was written."""
+    """Description of the written folder."""
 
     is_reward: bool
     dtype: str
     parameters: int
     architecture: str
     files: dict[str, int]
-    """Bytes by name."""
+    """Sizes in bytes by name."""
+
+
+def silence_transformers() -> None:
+    """Turn off transformers' progress bars and warnings in this process, whose output is the command's."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; ``UserError`` for one that is missing or holds something else."""
+    """Read a JSON object from a file. Raises ``UserError`` for a file that is missing or holds something else."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}).") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: expected an object, found {type(found).__name__}.")
-    return found
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected an object, found {type(content).__name__}.")
+    return content
 
 
 def check_source(source: Source) -> None:
-    """Raise ``UserError`` for pickled or quantized weights and for code that comes with a model. Imports no torch."""
+    """Raise ``UserError`` for pickled or quantized weights and for a model's own code. Imports no torch."""
     check_folder(source.folder)
     if source.adapter is not None:
         check_adapter(source.adapter)
@@ -75,9 +84,10 @@ def check_source(source: Source) -> None:
     if stored.is_file():
         method = (read_json(stored).get("tuning") or {}).get("method")
         raise UserError(
-            f"{source.folder}: its adapter of tuning {method} is no change of weights, so no ordinary folder can hold "
-            "it, and elsewhere the weights alone would answer as before the training. Use the checkpoint here, or "
-            "train with a tuning that is folded: lora, prompt, p_tuning, or adapters with position parallel."
+            f"{source.folder}: its adapter of tuning {method} cannot be merged into the weights, so no plain folder "
+            "can hold it. Elsewhere the weights alone would answer as before the training. Use the checkpoint with "
+            "align, or train with a tuning that can be merged: lora, prompt, p_tuning, or adapters with position "
+            "parallel."
         )
     config = read_json(source.folder / "config.json")
     if "auto_map" in config:
@@ -88,7 +98,7 @@ def check_source(source: Source) -> None:
 
 
 def load_source(source: Source, dtype: str = "float32") -> Any:
-    """The model on the CPU, in eval mode, of type ``dtype``; an adapter is merged in float32 before.
+    """Load the model to the CPU, in eval mode, as ``dtype``; an adapter is merged in float32 before.
 
     Raises ``UserError`` for weights that are missing or do not fit, and for an adapter that cannot be merged.
     """
@@ -96,31 +106,32 @@ def load_source(source: Source, dtype: str = "float32") -> Any:
 
     from align.models.loading import load_policy, load_reward, new_reward
 
-    wanted = getattr(torch, dtype)
+    torch_dtype = getattr(torch, dtype)
     if source.adapter is None:
-        return (load_reward if source.is_reward() else load_policy)(source.folder, wanted)
+        return (load_reward if source.is_reward() else load_policy)(source.folder, torch_dtype)
+    # The adapter brings its own score head, so the base's may be missing.
     base = (new_reward if source.is_reward() else load_policy)(source.folder)
-    return attach(base, source.adapter, merge=True).to(wanted)
+    return attach(base, source.adapter, merge=True).to(torch_dtype)
 
 
 def attach(base: Any, adapter: Path, merge: bool) -> Any:
-    """``base`` with the adapter of a folder, merged or beside it; ``base`` itself is changed by it."""
+    """Put the adapter of a folder on ``base``, in place, and merge it if required."""
     from align.models.pretrained import adapter_config, attach_adapter
 
     kind = adapter_config(adapter).peft_type
     try:
         model, warned = attach_adapter(base, adapter)
     except (ValueError, RuntimeError, KeyError) as error:
-        first = str(error).strip().splitlines()
-        detail = next((line.strip() for line in reversed(first) if line.strip()), type(error).__name__)
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        detail = lines[-1] if lines else type(error).__name__
         raise UserError(f"{adapter}: does not fit this base: {detail.rstrip('.')}. Name its own with --base.") from None
+    # peft warns of missing keys and leaves these adapters at their initial values.
     missing = [text.splitlines()[0] for text in warned if "missing adapter keys" in text]
     if missing:
         raise UserError(f"{adapter}: {missing[0][:300]} The file is damaged, or belongs to another base; see --base.")
     if not hasattr(model, "merge_and_unload") or model.active_peft_config.is_prompt_learning:
         raise UserError(
-            f"{adapter}: {str(kind).rpartition('.')[2]} is no change of weights, so it cannot be merged; use the "
-            "adapter beside its base."
+            f"{adapter}: {str(kind).rpartition('.')[2]} cannot be merged into weights; use the adapter beside its base."
         )
     if merge:
         try:
@@ -133,43 +144,46 @@ def attach(base: Any, adapter: Path, merge: bool) -> Any:
 def export(source: Source, out: Path, dtype: str | None = None, shard: str = SHARD) -> Written:
     """Write ``source`` to the folder ``out``; ``dtype`` is float32, bfloat16 or None for the type of its weights.
 
-    Raises ``UserError`` for whatever :func:`check_source` and :func:`load_source` refuse, and for weights that are not
-    finite.
+    Raises ``UserError`` for everything that :func:`check_source` and :func:`load_source` refuse, and for weights that
+    are not finite.
     """
-    from align.models.conversion import require_sane
+    from align.models.conversion import require_finite
     from align.models.loading import load_tokenizer
     from align.models.steps import Steps
+    from align.models.tokenizer_checks import require_embeddings
 
     check_source(source)
     tokenizer = load_tokenizer(source.tokenizer_folder)
-    chosen = dtype or stored_type(source.folder)
-    model = load_source(source, chosen)
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        raise UserError(
-            f"{source.tokenizer_folder}: its tokenizer has {len(tokenizer)} tokens and {source.folder} embeds {rows}; "
-            "the adapter was trained on a base with added tokens. Name that one with --base."
-        )
-    require_sane(model, source.folder)
+    written_dtype = dtype or stored_type(source.folder)
+    model = load_source(source, written_dtype)
+    require_embeddings(
+        tokenizer,
+        model,
+        str(source.tokenizer_folder),
+        "the adapter was trained on a base with added tokens. Name that one with --base.",
+    )
+    # Before anything is written: a folder with NaN would load everywhere and answer nothing.
+    require_finite(model, source.folder)
     for config in (model.config, getattr(model, "generation_config", None)):
         if config is not None:
-            _state_ends(config, tokenizer)
+            _set_special_tokens(config, tokenizer)
     model.save_pretrained(out, max_shard_size=shard)
     tokenizer.save_pretrained(out)
     steps = Steps.read(source.folder)
-    if steps is not None:  # without them a process reward model would be read as one of whole answers
+    if steps is not None:  # without this file a process reward model would score whole answers
         steps.write(out)
     return Written(
         is_reward=source.is_reward(),
-        dtype=chosen,
+        dtype=written_dtype,
         parameters=sum(weight.numel() for weight in model.parameters()),
         architecture=type(model).__name__,
         files={file.name: file.stat().st_size for file in sorted(out.iterdir()) if file.is_file()},
     )
 
 
-def _state_ends(config: Any, tokenizer: Any) -> None:
-    """Have a config name the tokenizer's end and padding tokens; further ends that it names stay."""
+def _set_special_tokens(config: Any, tokenizer: Any) -> None:
+    """Set the tokenizer's eos and pad tokens in a config; further eos tokens stay."""
+    # A generation config may name several tokens that end an answer.
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if tokenizer.eos_token_id not in ends:
         config.eos_token_id = tokenizer.eos_token_id
@@ -177,16 +191,16 @@ def _state_ends(config: Any, tokenizer: Any) -> None:
 
 
 def stored_type(folder: Path) -> str:
-    """The type that a model folder's weights have; float32 where its config does not say or says a rare one."""
+    """Return the type of a model folder's weights; float32 where its config has none or a rare one."""
     config = read_json(folder / "config.json")
-    found = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-    return found if found in ("float32", "bfloat16", "float16") else "float32"
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    return dtype if dtype in ("float32", "bfloat16", "float16") else "float32"
 
 
 def round_weights(model: Any, dtype: str) -> Any:
-    """``model``, its weights rounded to ``dtype`` and still of their own type: what a written file of it holds.
+    """Round ``model``'s weights to ``dtype`` in place, keeping their type; they then equal those of a written file.
 
-    ``model.to`` would round what is no weight, too: a rotary embedding's frequencies, which moves log-probabilities by
+    ``model.to`` would also round tensors that are not saved: rotary frequencies, which shifts log-probabilities by
     thousandths.
     """
     import torch

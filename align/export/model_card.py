@@ -1,8 +1,8 @@
 """The model card of an exported checkpoint: README.md with the Hub's metadata, results, recipe, data and licenses.
 
-Everything on it was recorded or measured: the records of all stages that the checkpoint was made by, their ledgers, and
-a scorecard with this checkpoint in it. What was not measured is said not to be. Names and texts of data, models and
-flags are other people's and stay text. Leaves out samples and texts of rows. Torch-free.
+Everything on it was recorded or measured: the records of all stages behind the checkpoint, their ledgers, and a
+scorecard with this checkpoint in it. The card names what was not measured. Names and texts of data, models and flags
+are untrusted and are escaped. Left out: samples and texts of rows. Torch-free.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from align.data.markdown import fenced, plain, table
 from align.errors import printable
 from align.export.model_card_facts import TRAINING, Facts, base_model, license_of, metadata
 from align.export.model_card_results import limitations, results
-from align.report.assets import Beside
-from align.report.ledgers import data_sections, license_rows
-from align.report.wording import duration, number, size
+from align.report.page.assets import AssetWriter
+from align.report.page.number_format import duration, number, size
+from align.report.run.data_ledgers import data_sections, license_rows
 from align.store.artifacts import Artifact
+from align.store.atomic_write import write_text_atomically
 from align.store.version import VERSION
 
 MOST_COUNTS = 12
@@ -31,7 +32,7 @@ def write_model_card(folder: Path, facts: Facts) -> Path:
     """Write ``folder/README.md`` and return its path."""
     text = f"---\n{metadata(facts).to_yaml()}\n---\n\n" + "\n".join(_body(facts)) + "\n"
     path = folder / CARD
-    path.write_text(text, encoding="utf-8")
+    write_text_atomically(path, text)
     return path
 
 
@@ -52,15 +53,16 @@ def _body(facts: Facts) -> list[str]:
 
 def _about(facts: Facts) -> list[str]:
     written = facts.written
-    what = "Reward model" if written.is_reward else "Language model"
+    kind = "Reward model" if written.is_reward else "Language model"
     lines = [
-        f"{what}, {written.parameters:,} parameters, {written.dtype} ({written.architecture}), written by align "
+        f"{kind}, {written.parameters:,} parameters, {written.dtype} ({written.architecture}), written by align "
         f"{VERSION}."
     ]
     artifact = facts.artifact
     if artifact is None:
         return [*lines, "Nothing is recorded of how it was trained."]
-    path = " → ".join(plain(one.stage) for one in facts.lineage if one.record.get("kind") in ("model", *TRAINING))
+    trained_by = [entry for entry in facts.lineage if entry.record.get("kind") in ("model", *TRAINING)]
+    path = " → ".join(plain(entry.stage) for entry in trained_by)
     base = base_model(facts.lineage)
     lines.append(
         f"It is the result of stage {plain(artifact.stage)} of the pipeline "
@@ -96,19 +98,23 @@ def _use(facts: Facts) -> list[str]:
 
 
 def _checked(facts: Facts) -> list[str]:
-    found = facts.agreement
-    if found is None:
+    agreement = facts.agreement
+    if agreement is None:
         return ["Not checked when it was written: whether the folder answers as the checkpoint did."]
     lines = [
-        f"Checked when it was written: {found.compared:,} greedy {found.what} of {found.prompts} prompts are the "
-        f"checkpoint's, in float32, in {' and '.join(found.engines)}."
+        f"Checked when it was written: {agreement.compared:,} greedy {agreement.what} of {agreement.prompts} prompts "
+        f"are the checkpoint's, in float32, in {' and '.join(agreement.engines)}."
     ]
-    if found.ties:
-        lines.append(f"{found.ties} answers part at two tokens of equal probability and were compared up to there.")
-    if found.rounding:
-        lines.append(f"Its type, {facts.written.dtype}, changes {found.rounding} of those answers by rounding alone.")
-    if found.unchecked:
-        lines.append(f"Not checked in vLLM: {plain(found.unchecked)}.")
+    if agreement.ties:
+        lines.append(
+            f"{agreement.ties} answers diverge at two tokens of equal probability and were compared up to there."
+        )
+    if agreement.rounding:
+        lines.append(
+            f"Its type, {facts.written.dtype}, changes {agreement.rounding} of those answers by rounding alone."
+        )
+    if agreement.unchecked:
+        lines.append(f"Not checked in vLLM: {plain(agreement.unchecked)}.")
     return lines
 
 
@@ -117,46 +123,63 @@ def _checked(facts: Facts) -> list[str]:
 
 def _training(facts: Facts) -> list[str]:
     rows = []
-    for one in facts.lineage:
-        record, metrics = one.record, one.record.get("metrics") or {}
+    for artifact in facts.lineage:
+        record, metrics = artifact.record, artifact.record.get("metrics") or {}
         steps = metrics.get("updates", metrics.get("steps"))
-        rows.append((
-            one.stage, str(record.get("kind", "")), str(one.kind), "" if steps is None else number(steps),
-            number(record.get("tokens")), duration(record.get("seconds")), size(record.get("peak_memory_bytes")),
-            str(record.get("seed", "")), f"`{one.key[:12]}`",
-        ))  # fmt: skip
+        rows.append(
+            (
+                artifact.stage,
+                str(record.get("kind", "")),
+                str(artifact.kind),
+                "" if steps is None else number(steps),
+                number(record.get("tokens")),
+                duration(record.get("seconds")),
+                size(record.get("peak_memory_bytes")),
+                str(record.get("seed", "")),
+                f"`{artifact.key[:12]}`",
+            )
+        )
     head = ("stage", "kind", "makes", "steps or updates", "tokens", "time", "peak memory", "seed", "key")
     return table(head, rows, numbers=range(3, 8))
 
 
 def _data(facts: Facts) -> list[str]:
     lines: list[str] = []
-    for section in data_sections(facts.lineage, Beside()):
+    for section in data_sections(facts.lineage, AssetWriter()):
         counted = [f"{rows:,} {plain(name)}" for name, rows in section["splits"].items()]
+        # Stages without splits list their counts instead.
         counted = counted or [f"{plain(name)} {number(value)}" for name, value in section["counts"][:MOST_COUNTS]]
-        rows_made = ", ".join(counted) or "rows not counted"
-        lines += [f"### {plain(section['stage'])}", "", f"{plain(section['makes'])}: {rows_made}.", ""]
+        row_counts = ", ".join(counted) or "rows not counted"
+        lines += [f"### {plain(section['stage'])}", "", f"{plain(section['makes'])}: {row_counts}.", ""]
         if section["sources"]:
             rows = [
-                (one["source"], one["type"], _license(one["license"]), f"{one['rows_in']:,}", f"{one['rows_out']:,}")
-                for one in section["sources"]
+                (
+                    source["source"],
+                    source["type"],
+                    _license(source["license"]),
+                    f"{source['rows_in']:,}",
+                    f"{source['rows_out']:,}",
+                )
+                for source in section["sources"]
             ]
             head = ("source", "type", "license", "records", "rows")
             lines += [*table(head, rows, numbers=(3, 4)), ""]
-        lines += [*dropped, ""] if (dropped := _dropped(section["steps"])) else []
+        dropped = _dropped(section["steps"])
+        if dropped:
+            lines += [*dropped, ""]
     return lines[:-1] or ["No rows are recorded."]
 
 
 def _dropped(steps: Sequence[Mapping[str, Any]]) -> list[str]:
     reasons: dict[str, int] = {}
     for step in steps:
-        for one in step["reasons"]:
-            reasons[one["reason"]] = reasons.get(one["reason"], 0) + one["rows"]
+        for entry in step["reasons"]:
+            reasons[entry["reason"]] = reasons.get(entry["reason"], 0) + entry["rows"]
     if not reasons:
         return ["No row was dropped."] if steps else []
-    most = sorted(reasons.items(), key=lambda one: (-one[1], one[0]))[:8]
-    whole = sum(reasons.values())
-    return [f"{whole:,} rows were dropped: " + ", ".join(f"{rows:,} {plain(reason)}" for reason, rows in most) + "."]
+    largest = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))[:8]
+    listed = ", ".join(f"{rows:,} {plain(reason)}" for reason, rows in largest)
+    return [f"{sum(reasons.values()):,} rows were dropped: {listed}."]
 
 
 def _license(name: str) -> str:
@@ -169,7 +192,7 @@ def _licenses(facts: Facts) -> list[str]:
     lines += [f"- {plain(concern)}." for concern in license.concerns]
     rows = [
         (row["stage"], row["what"], row["name"], _license(row["license"]), row["identity"])
-        for row in license_rows(facts.lineage, Beside())
+        for row in license_rows(facts.lineage, AssetWriter())
     ]
     if rows:
         lines += ["", *table(("stage", "what", "name", "license", "identity"), rows)]
@@ -181,38 +204,45 @@ def _recipe(facts: Facts) -> list[str]:
     if recipe is None:
         recipe = {
             "stages": {
-                one.stage: {"stage": one.record.get("kind"), **(one.record.get("config") or {})}
-                for one in facts.lineage
+                artifact.stage: {"stage": artifact.record.get("kind"), **(artifact.record.get("config") or {})}
+                for artifact in facts.lineage
             }
         }
         lines = ["The resolved settings of every stage; its pipeline file is not recorded.", ""]
     else:
         lines = ["The pipeline file; where and how it ran (`runtime`) changes no result and is left out.", ""]
+    # The runtime describes machines and does not change the result.
     shown = {name: value for name, value in recipe.items() if name != "runtime"}
-    text = _homeless(printable(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True, width=110)))
+    text = _without_home(printable(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True, width=110)))
     return [*lines, *fenced(text, "yaml")]
 
 
 def _reproduce(facts: Facts) -> list[str]:
-    commands = _distinct(_homeless(str(one.record["command"])) for one in facts.lineage if one.record.get("command"))
-    lines = [*fenced("\n".join(printable(command) for command in commands), "sh"), ""] if commands else []
+    commands = _distinct(
+        _without_home(str(artifact.record["command"])) for artifact in facts.lineage if artifact.record.get("command")
+    )
+    lines: list[str] = []
+    if commands:
+        lines = [*fenced("\n".join(printable(command) for command in commands), "sh"), ""]
     record = facts.lineage[-1].record
     packages = ", ".join(f"{name} {version}" for name, version in (record.get("packages") or {}).items())
     rows = [
-        ("align", f"{record.get('align', '')} {_commit(facts.lineage)}".strip()), ("packages", packages),
-        ("machine", str(record.get("platform", ""))), ("made", str(record.get("created", ""))[:19]),
-    ]  # fmt: skip
+        ("align", f"{record.get('align', '')} {_commit(facts.lineage)}".strip()),
+        ("packages", packages),
+        ("machine", str(record.get("platform", ""))),
+        ("made", str(record.get("created", ""))[:19]),
+    ]
     return [*lines, *table(("", ""), [row for row in rows if row[1]])]
 
 
-def _homeless(text: str) -> str:
-    """Without the name of who ran it, where paths begin at the home folder."""
+def _without_home(text: str) -> str:
+    """Replace the home folder by ``~``, which hides the user's name."""
     home = str(Path.home())
     return text.replace(f"{home}/", "~/") if len(home) > 1 else text
 
 
 def _commit(lineage: Sequence[Artifact]) -> str:
-    commits = _distinct(str(one.record["git"]) for one in lineage if one.record.get("git"))
+    commits = _distinct(str(artifact.record["git"]) for artifact in lineage if artifact.record.get("git"))
     return f"(commit {', '.join(commits)})" if commits else ""
 
 

@@ -1,4 +1,4 @@
-"""What a model card is written from, and the Hub's metadata on it. Torch-free."""
+"""Inputs of a model card, and the Hub's metadata on it. Torch-free."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from align.data.card import CARD, recipe_of
-from align.data.licenses import OTHER, License, normalize, of_mixture
+from align.data.card import CARD, read_recipe
+from align.data.licenses import OTHER, License, mixture_license, normalize
 from align.errors import UserError, printable
 from align.models.embedded import NAME as EMBEDDED
 from align.models.source import HUB_NAME
-from align.report.assets import Beside
-from align.report.ledgers import MADE_HERE, license_rows
-from align.report.wording import interval, number
+from align.report.page.assets import AssetWriter
+from align.report.page.number_format import interval, number
+from align.report.run.data_ledgers import MADE_HERE, license_rows
 from align.store.artifacts import Artifact, Kind
 
 if TYPE_CHECKING:
@@ -42,39 +42,40 @@ TRAINING = (
 )
 LICENSE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9.\- ]{0,60}")
 MOST_RESULTS = 60
-"""In the metadata; the table on the card has all."""
+"""Most results in the metadata; the table on the card has all."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a card is written from."""
+    """Inputs of a model card."""
 
     name: str
     written: Written
     agreement: Agreement | None
-    """None where the folder was not checked."""
+    """None where the folder was not verified."""
     lineage: Sequence[Artifact] = ()
-    """Every artifact that the checkpoint was made from, inputs first, itself last; empty where nothing is recorded."""
+    """Every artifact behind the checkpoint, inputs first, itself last; empty where nothing is recorded."""
     pipeline: Mapping[str, Any] | None = None
-    """The pipeline file that made it, as it was read."""
+    """The parsed pipeline file that produced it."""
     scorecard: Mapping[str, Any] | None = None
     scored_by: Artifact | None = None
     license: str | None = None
-    """As stated by who exports."""
+    """License as stated by the exporting user."""
     licenses: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def artifact(self) -> Artifact | None:
-        """The checkpoint's own."""
+        """The checkpoint's own artifact."""
         return self.lineage[-1] if self.lineage else None
 
 
 def metadata(facts: Facts) -> ModelCardData:
-    """The Hub's metadata."""
+    """Return the Hub's metadata."""
     from huggingface_hub import ModelCardData
 
     base, license = base_model(facts.lineage), license_of(facts.lineage, facts.license)
-    trained = [one.record.get("kind") for one in facts.lineage if one.record.get("kind") in TRAINING]
+    trained = [artifact.record.get("kind") for artifact in facts.lineage if artifact.record.get("kind") in TRAINING]
+    # Fields that exist only for some checkpoints.
     more: dict[str, Any] = {"base_model_relation": "finetune"} if base and trained else {}
     if license.names == (OTHER,):
         more |= {"license_name": "terms-of-all-sources", "license_link": f"{CARD}#licenses"}
@@ -95,7 +96,7 @@ def metadata(facts: Facts) -> ModelCardData:
 
 
 def base_model(lineage: Sequence[Artifact]) -> str | None:
-    """The Hub's name of the model that it all began with, where it has one."""
+    """Return the base model's name on the Hub, if it has one."""
     for artifact in lineage:
         if artifact.kind != Kind.MODEL:
             continue
@@ -108,34 +109,35 @@ def base_model(lineage: Sequence[Artifact]) -> str | None:
 
 
 def hub_datasets(lineage: Sequence[Artifact]) -> list[str]:
-    """Datasets of the Hub among the recipes that made its training data."""
-    found = []
+    """Return the Hub's datasets in the recipes of its training data."""
+    names = []
     for artifact in lineage:
-        for source in recipe_of(artifact.path).get("sources") or []:
+        for source in read_recipe(artifact.path).get("sources") or []:
             name = str(source.get("dataset", "")) if isinstance(source, Mapping) else ""
             if HUB_NAME.fullmatch(name):
-                found.append(name)
-    return sorted(set(found))
+                names.append(name)
+    return sorted(set(names))
 
 
 def license_of(lineage: Sequence[Artifact], stated: str | None = None) -> License:
-    """What the checkpoint may be passed on under, from the licenses of its base and its data, or as ``stated``.
+    """Return the checkpoint's license, from the licenses of its base and its data, or as ``stated``.
 
-    Raises ``UserError`` for a statement that is no license's name.
+    Raises ``UserError`` for a statement that is not the name of a license.
     """
-    names = [row["license"] for row in license_rows(lineage, Beside()) if row["license"] != MADE_HERE]
-    whole = of_mixture(names)
+    names = [row["license"] for row in license_rows(lineage, AssetWriter()) if row["license"] != MADE_HERE]
+    # The combined license of everything that the checkpoint was trained on or started from.
+    mixture = mixture_license(names)
     if stated is None:
         if not names:
-            return License(whole.names, "Nothing is recorded of where this model comes from.", whole.concerns)
-        return whole
+            return License(mixture.names, "Nothing is recorded of where this model comes from.", mixture.concerns)
+        return mixture
     if not LICENSE_ID.fullmatch(stated):
         raise UserError(f"--license {stated!r} is no name of a license; the Hub's names look like apache-2.0.")
-    return License((normalize(stated),), "Stated by who exported it.", whole.concerns)
+    return License((normalize(stated),), "Stated by who exported it.", mixture.concerns)
 
 
 def own_names(facts: Facts) -> list[str]:
-    """What the checkpoint is called in the scorecard."""
+    """Return the checkpoint's names in the scorecard."""
     card, artifact = facts.scorecard, facts.artifact
     if card is None or artifact is None:
         return []
@@ -144,10 +146,12 @@ def own_names(facts: Facts) -> list[str]:
 
 
 def reward_results(facts: Facts) -> list[Mapping[str, Any]]:
-    """A reward model's measurements in the scorecard."""
+    """Return a reward model's results in the scorecard."""
     if facts.scorecard is None or facts.artifact is None:
         return []
-    return [one for one in facts.scorecard.get("reward_models") or [] if one.get("stage") == facts.artifact.stage]
+    return [
+        result for result in facts.scorecard.get("reward_models") or [] if result.get("stage") == facts.artifact.stage
+    ]
 
 
 REWARD_METRICS = {
@@ -158,38 +162,30 @@ REWARD_METRICS = {
 
 
 def eval_results(facts: Facts) -> list[EvalResult]:
-    """The scorecard's estimates of this checkpoint for ``model-index``, each with its n and interval in words."""
+    """Return the scorecard's estimates of this checkpoint for ``model-index``, with n and interval in their names."""
     from huggingface_hub import EvalResult
 
     card = facts.scorecard
     if card is None:
         return []
     if facts.written.is_reward:
-        return [
-            EvalResult(
-                task_type="text-classification", dataset_type=_slug(one.get("task") or "pairs"),
-                dataset_name=_line(str(one.get("task") or "held-out pairs")), metric_type="accuracy",
-                metric_name=_measured(title, one[name]), metric_value=_value(one[name]["value"]),
-                metric_args=_arguments(one[name]),
-            )
-            for one in reward_results(facts) for name, title in REWARD_METRICS.items()
-            if name != "longer" and one.get(name) and one[name]["value"] is not None
-        ]  # fmt: skip
-    found = []
+        return _reward_eval_results(facts)
+    results = []
+    # A checkpoint may have several names in the scorecard; the metadata takes the first.
     for system in own_names(facts)[:1]:
         for metric, estimate in card["estimates"][system].items():
             if estimate["value"] is None or not math.isfinite(estimate["value"]):
                 continue
             title = card["metrics"].get(metric, {}).get("title", metric)
             task = card["metrics"].get(metric, {}).get("task", "prompts")
-            about = (card.get("tasks") or {}).get(task) or {}
-            settings = about.get("settings") or {}
+            task_entry = (card.get("tasks") or {}).get(task) or {}
+            settings = task_entry.get("settings") or {}
             dataset = settings.get("dataset")
-            found.append(
+            results.append(
                 EvalResult(
                     task_type="text-generation",
                     dataset_type=str(dataset) if HUB_NAME.fullmatch(str(dataset or "")) else _slug(task),
-                    dataset_name=_line(str(about.get("title") or task)),
+                    dataset_name=_line(str(task_entry.get("title") or task)),
                     dataset_revision=settings.get("revision") if dataset else None,
                     metric_type=_slug(metric.rpartition(".")[2]),
                     metric_name=_measured(title, estimate),
@@ -197,7 +193,31 @@ def eval_results(facts: Facts) -> list[EvalResult]:
                     metric_args=_arguments(estimate),
                 )
             )
-    return found[:MOST_RESULTS]
+    return results[:MOST_RESULTS]
+
+
+def _reward_eval_results(facts: Facts) -> list[EvalResult]:
+    from huggingface_hub import EvalResult
+
+    results = []
+    for result in reward_results(facts):
+        for name, title in REWARD_METRICS.items():
+            estimate = result.get(name)
+            # Taking the longer answer is a baseline, no result of this model.
+            if name == "longer" or not estimate or estimate["value"] is None:
+                continue
+            results.append(
+                EvalResult(
+                    task_type="text-classification",
+                    dataset_type=_slug(result.get("task") or "pairs"),
+                    dataset_name=_line(str(result.get("task") or "held-out pairs")),
+                    metric_type="accuracy",
+                    metric_name=_measured(title, estimate),
+                    metric_value=_value(estimate["value"]),
+                    metric_args=_arguments(estimate),
+                )
+            )
+    return results
 
 
 def _measured(title: str, estimate: Mapping[str, Any]) -> str:
@@ -218,5 +238,5 @@ def _slug(text: str) -> str:
 
 
 def _line(text: str) -> str:
-    """On one line, without control characters: a name must not end the metadata."""
+    """Return one line without control characters: a name must not end the metadata."""
     return " ".join(printable(text).split())

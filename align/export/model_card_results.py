@@ -1,4 +1,4 @@
-"""The results and limitations on a model card, from a scorecard of format 1 or 2. Torch-free."""
+"""Results and limitations on a model card, from a scorecard of any format. Torch-free."""
 
 from __future__ import annotations
 
@@ -7,44 +7,55 @@ from typing import Any
 
 from align.data.markdown import plain, table
 from align.export.model_card_facts import REWARD_METRICS, TRAINING, Facts, own_names, reward_results
-from align.report.curves import read_events
-from align.report.summary import find
-from align.report.wording import MISSING, interval, number, p_value, signed
+from align.report.curves.metric_series import read_events
+from align.report.page.number_format import MISSING, interval, number, p_value, signed
+from align.report.scorecard.conclusions import find_difference
 
 MOST_WARNINGS = 12
 MOST_RIVALS = 3
-"""Columns for ways of prompting and best-of-N."""
+"""Most columns for prompted and best-of-N systems."""
 
 
 def results(facts: Facts) -> list[str]:
-    """A table of every metric of this checkpoint, beside the reference and the base."""
+    """Return a table of every metric of this checkpoint, beside the reference and the base."""
     if facts.written.is_reward:
         return _reward_results(facts)
     card, names = facts.scorecard, own_names(facts)
     if card is None or not names:
         return ["No evaluation of this checkpoint is recorded."]
-    own, estimates = names[0], card["estimates"]
+    own_name, estimates = names[0], card["estimates"]
     rivals = [system for system in card.get("systems") or [] if system.get("role") in ("prompted", "best_of")]
+    # Columns: the reference, the base, and a few prompted or best-of-N systems, each once.
     named = (card["reference"], card["base"], *(str(system["name"]) for system in rivals[:MOST_RIVALS]))
-    others = [one for one in dict.fromkeys(named) if one is not None and one != own and one in estimates]
-    head = ["task", "metric", "unit", "n", f"**{plain(own)}**", *(plain(one) for one in others)]
+    others = [name for name in dict.fromkeys(named) if name is not None and name != own_name and name in estimates]
+    header = ["task", "metric", "unit", "n", f"**{plain(own_name)}**", *(plain(name) for name in others)]
     rows = []
-    for metric, estimate in estimates[own].items():
-        about = card["metrics"].get(metric, {})
-        row = [about.get("task", ""), about.get("title", metric), about.get("unit", ""), number(estimate["n"])]
-        row += [_estimate(estimate), *(_estimate(estimates[one].get(metric)) for one in others)]
-        rows.append(row + ([_change(card, own, others[0], metric)] if others else []))
-    lines = table([*head, *(f"change from {plain(one)}" for one in others[:1])], rows, numbers=(3,))
+    for metric, estimate in estimates[own_name].items():
+        description = card["metrics"].get(metric, {})
+        row = [
+            description.get("task", ""),
+            description.get("title", metric),
+            description.get("unit", ""),
+            number(estimate["n"]),
+            _estimate(estimate),
+            *(_estimate(estimates[name].get(metric)) for name in others),
+        ]
+        if others:
+            row.append(_change(card, own_name, others[0], metric))
+        rows.append(row)
+    lines = table([*header, *(f"change from {plain(name)}" for name in others[:1])], rows, numbers=(3,))
     return [
-        *lines, "",
+        *lines,
+        "",
         f"Measured by the evaluation {_cited(facts)}. In brackets 95 % intervals. Changes are paired over the same "
         "items, their p-values corrected for the number of comparisons (Holm).",
-        *(_rival(system) for system in rivals if system["name"] in others), *_settings(card),
-    ]  # fmt: skip
+        *(_describe_rival(system) for system in rivals if system["name"] in others),
+        *_settings(card),
+    ]
 
 
-def _rival(system: Mapping[str, Any]) -> str:
-    """What a way to use a checkpoint is: the honest rivals of training."""
+def _describe_rival(system: Mapping[str, Any]) -> str:
+    """Describe a prompted or best-of-N system: the fair alternatives to training."""
     name, of = plain(str(system["name"])), plain(str(system["of"]))
     if system["role"] == "best_of":
         return f"{name} is {of}, the best of {system.get('best_of')} answers by the reward model."
@@ -59,8 +70,8 @@ def _estimate(estimate: Mapping[str, Any] | None) -> str:
     return f"{number(estimate['value'])} ({interval(dict(estimate))})"
 
 
-def _change(card: Mapping[str, Any], own: str, against: str, metric: str) -> str:
-    row = find(dict(card), own, against, metric)
+def _change(card: Mapping[str, Any], own_name: str, against: str, metric: str) -> str:
+    row = find_difference(dict(card), own_name, against, metric)
     if row is None:
         return MISSING
     p = p_value(row.get("p_holm"))
@@ -75,25 +86,25 @@ def _cited(facts: Facts) -> str:
 def _settings(card: Mapping[str, Any]) -> list[str]:
     settings = card.get("settings") or {}
     sampling = settings.get("sampling") or {}
-    parts = [
-        f"{name.replace('_', ' ')} {value}"
-        for name, value in (
-            ("prompts", settings.get("prompts")), ("samples_per_prompt", settings.get("samples_per_prompt")),
-            ("temperature", sampling.get("temperature")), ("max_tokens", sampling.get("max_tokens")),
-            ("seed", settings.get("seed")), ("precision", settings.get("precision")),
-            ("engine", ", ".join(map(str, settings.get("engines") or [])) or None),
-        )
-        if value is not None
-    ]  # fmt: skip
+    shown = {
+        "prompts": settings.get("prompts"),
+        "samples per prompt": settings.get("samples_per_prompt"),
+        "temperature": sampling.get("temperature"),
+        "max tokens": sampling.get("max_tokens"),
+        "seed": settings.get("seed"),
+        "precision": settings.get("precision"),
+        "engine": ", ".join(map(str, settings.get("engines") or [])) or None,
+    }
+    parts = [f"{name} {value}" for name, value in shown.items() if value is not None]
     return ["", f"Sampling: {plain(', '.join(parts))}."] if parts else []
 
 
 def _reward_results(facts: Facts) -> list[str]:
     rows = [
-        (one.get("task") or "held-out pairs", title, number(one[name]["n"]), _estimate(one[name]))
-        for one in reward_results(facts)
+        (result.get("task") or "held-out pairs", title, number(result[name]["n"]), _estimate(result[name]))
+        for result in reward_results(facts)
         for name, title in REWARD_METRICS.items()
-        if one.get(name)
+        if result.get(name)
     ]
     if not rows:
         return ["No evaluation of this reward model is recorded."]
@@ -102,7 +113,7 @@ def _reward_results(facts: Facts) -> list[str]:
 
 
 def limitations(facts: Facts) -> list[str]:
-    """A list of what was measured to be wrong, and of what was not measured."""
+    """Return a list of measured problems and of what was not measured."""
     card, names = facts.scorecard, own_names(facts)
     lines: list[str] = []
     if card is not None:

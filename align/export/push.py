@@ -1,7 +1,7 @@
-"""Uploading an exported model folder to the Hugging Face Hub: what would go, and the one commit that does it.
+"""Upload an exported model folder to the Hugging Face Hub in one commit.
 
-Weights of an earlier export that this one does not replace are deleted in the same commit: a reader would load both.
-The token is huggingface_hub's business and is never printed. Torch-free; for datasets see ``align.data.push``.
+The commit also deletes weights of an earlier export that this one does not replace: a reader would load both. Only
+huggingface_hub handles the token, which is never printed. Torch-free; for datasets see ``align.data.push``.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from align.data.licenses import License
 from align.data.push import Part, check_repo, hub_errors, make_repository
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json")
-"""Files that decide which safetensors a loader takes: shards of an earlier push, an adapter that is merged now."""
+"""Files that decide which safetensors a loader reads: shards of an earlier push, an adapter that is now merged."""
 
 
 @dataclass(frozen=True)
 class ModelUpload:
-    """Everything that would be uploaded."""
+    """A planned upload."""
 
     folder: Path
     repo: str
@@ -31,12 +31,12 @@ class ModelUpload:
 
     @property
     def size(self) -> int:
-        """Bytes in all."""
+        """Total size in bytes."""
         return sum(part.size for part in self.parts)
 
 
 def prepare(folder: Path, repo: str, license: License, revision: str | None, private: bool) -> ModelUpload:
-    """What pushing ``folder`` would upload; touches no network."""
+    """Return the upload of ``folder``, without using the network."""
     check_repo(repo, "model")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     parts = tuple(Part(path.relative_to(folder).as_posix(), path) for path in files)
@@ -44,7 +44,7 @@ def prepare(folder: Path, repo: str, license: License, revision: str | None, pri
 
 
 def push(upload: ModelUpload, message: str, api: Any = None) -> dict[str, Any]:
-    """Make the repository where there is none, and commit the upload. Returns ``url``, ``commit``, ``deleted``.
+    """Create the repository if necessary and commit the upload. Returns ``url``, ``commit``, ``deleted``.
 
     ``api`` is a ``huggingface_hub.HfApi``. Raises ``UserError`` where the Hub refuses (no token, no right, a public
     repository that should be private) and ``StageFailed`` where it cannot be reached.
@@ -53,13 +53,18 @@ def push(upload: ModelUpload, message: str, api: Any = None) -> dict[str, Any]:
 
     api = api or HfApi(library_name="align")
     with hub_errors(upload.repo):
-        there = make_repository(api, upload.repo, "model", upload.revision, upload.private)
-        made = api.upload_folder(
-            repo_id=upload.repo, folder_path=upload.folder, repo_type="model", revision=upload.revision,
-            commit_message=message, delete_patterns=list(WEIGHTS),
-        )  # fmt: skip
-    kept = {part.name for part in upload.parts}
+        existing = make_repository(api, upload.repo, "model", upload.revision, upload.private)
+        commit = api.upload_folder(
+            repo_id=upload.repo,
+            folder_path=upload.folder,
+            repo_type="model",
+            revision=upload.revision,
+            commit_message=message,
+            delete_patterns=list(WEIGHTS),
+        )
+    # delete_patterns removes matching files that the upload does not contain; report those.
+    uploaded = {part.name for part in upload.parts}
     deleted = sorted(
-        name for name in there if name not in kept and any(fnmatch.fnmatch(name, pattern) for pattern in WEIGHTS)
+        name for name in existing if name not in uploaded and any(fnmatch.fnmatch(name, pattern) for pattern in WEIGHTS)
     )
-    return {"url": str(made.commit_url), "commit": str(made.oid), "deleted": deleted}
+    return {"url": str(commit.commit_url), "commit": str(commit.oid), "deleted": deleted}

@@ -1,9 +1,9 @@
-"""Does an exported folder answer as its checkpoint, in transformers and in vLLM? Greedy, in float32, token by token.
+"""Verify that an exported folder answers like its checkpoint, in transformers and in vLLM: greedy, float32, per token.
 
-Where answers part, the checkpoint itself is asked how far its two candidates were apart: two tokens that it gives the
-same probability within rounding part by chance, and the answer counts up to there. Anything else is a difference, with
-its place and its likely cause. A reward model's scores are compared in the same way. Torch-free; the models run in
-processes of their own (``answering.py``).
+Where two answers diverge, the checkpoint scores both candidate tokens. If their probabilities are equal within
+rounding, the divergence is a tie, and the answer counts up to there. Anything else is a difference, which is reported
+with its position and likely cause. A reward model's scores are compared in the same way. Torch-free; the models run in
+processes of their own (``verify_worker.py``).
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from align.errors import StageFailed
 from align.export.export import Source, stored_type
-from align.export.verify_worker import Done, Job, run_job
+from align.export.verify_worker import Job, JobResult, run_job
 from align.models.render import Message, render_conversation, render_prompt
 
-Runner = Callable[[Job, Path], Done]
+Runner = Callable[[Job, Path], JobResult]
 
 MAX_TOKENS = 48
 TIE = 1e-3
-"""Nats between two tokens that rounding may swap; engines differ by some 1e-5 in float32."""
+"""Difference in nats below which rounding may swap two tokens; engines differ by some 1e-5 in float32."""
 SCORE_TOLERANCE = 1e-3
 """Largest difference of two scores, relative to their size (at least 1)."""
 QUESTIONS: tuple[tuple[str, str], ...] = (
@@ -37,12 +37,17 @@ QUESTIONS: tuple[tuple[str, str], ...] = (
     ("List three colors.", "Red, green, blue."),
     ("Tell me a very short story about a fox.", "A fox found a key. It opened nothing. She kept it."),
 )
-"""What is asked, with answers for a reward model to score."""
+"""Prompts, with answers for a reward model to score."""
+READ_WRONGLY = (
+    "transformers reads the same files as the checkpoint, so the files are right and vLLM computes something else: a "
+    "setting of config.json that it does not know, another rope scaling or window, or for a difference at the first "
+    "token a head that is tied here and not there"
+)
 
 
 @dataclass
 class Agreement:
-    """What was compared, for the user and the model card."""
+    """Result of a verification, for the user and the model card."""
 
     what: str
     """``tokens`` or ``scores``."""
@@ -51,176 +56,226 @@ class Agreement:
     """Tokens, or scores, that agree in every engine."""
     engines: list[str] = field(default_factory=list)
     largest_gap: float = 0.0
-    """Between two engines: of a chosen token's log-probability in nats, or of a score."""
+    """Largest difference between two engines: of a chosen token's log-probability in nats, or of a score."""
     ties: int = 0
-    """Answers that part at two tokens of equal probability."""
+    """Answers that diverge at two tokens of equal probability."""
     rounding: int | None = None
-    """Of the answers, how many the type of the written weights changes by itself; None where they keep theirs."""
+    """Answers that change by the type of the written weights alone; None where the weights keep their type."""
     unchecked: str | None = None
-    """Why vLLM was not asked."""
+    """Why vLLM was not checked."""
+
+    def add(self, expected: JobResult, actual: JobResult, gap: float, ties: int, compared: int) -> None:
+        """Add the comparison of two engines."""
+        self.engines = list(dict.fromkeys([*self.engines, expected.version, actual.version]))
+        self.largest_gap = max(self.largest_gap, gap)
+        self.ties += ties
+        self.compared = compared if self.compared == 0 else min(self.compared, compared)
 
 
-def check(
-    source: Source, exported: Path, dtype: str, scratch: Path, run: Runner = run_job, say: Callable[[str], None] = print
+def verify(
+    source: Source,
+    exported: Path,
+    dtype: str,
+    scratch: Path,
+    *,
+    run: Runner = run_job,
+    log: Callable[[str], object] = print,
 ) -> Agreement:
     """Compare ``exported``, whose weights are ``dtype``, with ``source``; ``scratch`` is a folder for the processes.
 
-    Weights that were rounded on the way are compared with the checkpoint's own, rounded in the same way. Raises
+    Weights that were rounded on export are compared with the checkpoint's own, rounded in the same way. Raises
     ``StageFailed`` for a difference.
     """
-    rows = _rows(source, exported)
+    rows = _render_questions(source, exported)
     adapter = None if source.adapter is None else str(source.adapter)
-    want: Literal["tokens", "scores"] = "scores" if source.is_reward() else "tokens"
-    wanted = Job("transformers", str(source.folder), want, rows, max_tokens=MAX_TOKENS, adapter=adapter)
-    narrowed = None if dtype == "float32" or (adapter is None and dtype == stored_type(source.folder)) else dtype
-    say("the checkpoint answers, in transformers")
-    plain = run(wanted, scratch / "source")
-    reference = plain if narrowed is None else run(replace(wanted, round_to=narrowed), scratch / "rounded")
+    output: Literal["tokens", "scores"] = "scores" if source.is_reward() else "tokens"
     compare = _compare_scores if source.is_reward() else _compare_tokens
-    found = Agreement(want, len(rows), 0)
-    if narrowed is not None and not source.is_reward():
-        found.rounding = sum(one != other for one, other in zip(plain.tokens, reference.tokens, strict=True))
-    asker = _Asker(replace(wanted, want="logprobs", round_to=narrowed), scratch / "ties", run)
-    say("the exported folder answers, in transformers")
-    own = run(Job("transformers", str(exported), want, rows, max_tokens=MAX_TOKENS), scratch / "transformers")
-    compare(found, reference, own, asker, _saved_wrongly(source))
+    source_job = Job("transformers", str(source.folder), output, rows, max_tokens=MAX_TOKENS, adapter=adapter)
+    keeps_type = dtype == "float32" or (adapter is None and dtype == stored_type(source.folder))
+    round_to = None if keeps_type else dtype
+    agreement = Agreement(output, len(rows), 0)
+
+    log("the checkpoint answers, in transformers")
+    unrounded = run(source_job, scratch / "source")
+    expected = unrounded
+    if round_to is not None:
+        # Rounding changes answers by itself, so the export is compared with a checkpoint that is rounded alike.
+        expected = run(replace(source_job, round_to=round_to), scratch / "rounded")
+        if not source.is_reward():
+            agreement.rounding = sum(a != b for a, b in zip(unrounded.tokens, expected.tokens, strict=True))
+    gap_job = replace(source_job, want="logprobs", round_to=round_to)
+
+    log("the exported folder answers, in transformers")
+    exported_job = Job("transformers", str(exported), output, rows, max_tokens=MAX_TOKENS)
+    in_transformers = run(exported_job, scratch / "transformers")
+    # Ties are judged by the checkpoint's own probabilities.
+    meter = _GapMeter(gap_job, scratch / "ties", run)
+    compare(agreement, _Comparison(expected, in_transformers, meter, _cause_of_wrong_export(source)))
+
     if importlib.util.find_spec("vllm") is None:
-        found.unchecked = "vLLM is not installed"
-        return found
-    say("the exported folder answers, in vLLM")
-    theirs = run(Job("vllm", str(exported), want, rows, max_tokens=MAX_TOKENS), scratch / "vllm")
-    if theirs.unusable is not None:
-        found.unchecked = theirs.unusable
-        return found
-    itself = replace(asker, job=replace(asker.job, folder=str(exported), adapter=None, round_to=None))
-    compare(found, own, theirs, itself, READ_WRONGLY)
-    return found
+        agreement.unchecked = "vLLM is not installed"
+        return agreement
+    log("the exported folder answers, in vLLM")
+    in_vllm = run(replace(exported_job, engine="vllm"), scratch / "vllm")
+    if in_vllm.unusable is not None:
+        agreement.unchecked = in_vllm.unusable
+        return agreement
+    # The exported folder is right in transformers, so it is the reference for vLLM.
+    exported_meter = replace(meter, job=replace(gap_job, folder=str(exported), adapter=None, round_to=None))
+    compare(agreement, _Comparison(in_transformers, in_vllm, exported_meter, READ_WRONGLY))
+    return agreement
 
 
-READ_WRONGLY = (
-    "transformers reads the same files as the checkpoint, so the files are right and vLLM computes something else: a "
-    "setting of config.json that it does not know, another rope scaling or window, or for a difference at the first "
-    "token a head that is tied here and not there"
-)
-
-
-def _saved_wrongly(source: Source) -> str:
+def _cause_of_wrong_export(source: Source) -> str:
     if source.adapter is not None:
         return "the adapter does not merge as it is applied, or its base is another one than it was trained on"
     return "what was written is not what was loaded: a weight under another name, or a setting that was not kept"
 
 
-def _rows(source: Source, exported: Path) -> list[list[int]]:
-    """The questions in token ids, which the exported tokenizer and template must give alike."""
-    from align.models.loading import load_tokenizer
-
-    def rendered(folder: Path) -> list[list[int]]:
-        tokenizer = load_tokenizer(folder)
-        asked: list[list[Message]] = [[{"role": "user", "content": question}] for question, _ in QUESTIONS]
-        if not source.is_reward():
-            return [render_prompt(tokenizer, messages) for messages in asked]
-        return [
-            render_conversation(tokenizer, [*messages, {"role": "assistant", "content": answer}])
-            for messages, (_, answer) in zip(asked, QUESTIONS, strict=True)
-        ]
-
-    rows, again = rendered(source.tokenizer_folder), rendered(exported)
-    for number, (one, other) in enumerate(zip(rows, again, strict=True), start=1):
-        if one != other:
+def _render_questions(source: Source, exported: Path) -> list[list[int]]:
+    """Return the questions as token ids, which the exported tokenizer and template must reproduce."""
+    expected = _render_with(source.tokenizer_folder, source.is_reward())
+    actual = _render_with(exported, source.is_reward())
+    for number, (expected_ids, actual_ids) in enumerate(zip(expected, actual, strict=True), start=1):
+        if expected_ids != actual_ids:
             raise StageFailed(
                 f"the exported tokenizer or chat template gives question {number} other tokens, from position "
-                f"{_parting(one, other)} on. Export from the checkpoint's own folder."
+                f"{_first_difference(expected_ids, actual_ids)} on. Export from the checkpoint's own folder."
             )
+    return expected
+
+
+def _render_with(folder: Path, with_answers: bool) -> list[list[int]]:
+    from align.models.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(folder)
+    rows = []
+    for question, answer in QUESTIONS:
+        messages: list[Message] = [{"role": "user", "content": question}]
+        if with_answers:
+            rows.append(render_conversation(tokenizer, [*messages, {"role": "assistant", "content": answer}]))
+        else:
+            rows.append(render_prompt(tokenizer, messages))
     return rows
 
 
 @dataclass(frozen=True)
-class _Asker:
-    """Asks a model in transformers how probable single tokens are."""
+class _GapMeter:
+    """Measures by a model in transformers how far apart the probabilities of two tokens are."""
 
     job: Job
     scratch: Path
     run: Runner
 
     def gaps(self, contexts: Sequence[list[int]], pairs: Sequence[tuple[int, int]]) -> list[float]:
-        """Nats between the two tokens of each pair, behind its context."""
+        """Return the difference in nats between the two tokens of each pair, after its context."""
+        # Each context twice: once for each of its two tokens.
         rows = [list(context) for context in contexts for _ in range(2)]
         tokens = [[token] for pair in pairs for token in pair]
-        done = self.run(replace(self.job, rows=rows, responses=tokens), self.scratch)
-        values = [scores[0] for scores in done.logprobs]
-        return [abs(values[at] - values[at + 1]) for at in range(0, len(values), 2)]
+        result = self.run(replace(self.job, rows=rows, responses=tokens), self.scratch)
+        logprobs = [scores[0] for scores in result.logprobs]
+        return [abs(first - second) for first, second in zip(logprobs[::2], logprobs[1::2], strict=True)]
 
 
-def _parting(one: Sequence[int], other: Sequence[int]) -> int:
-    """The first place at which two sequences differ, or the shorter one ends."""
-    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+def _first_difference(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return the first index at which two sequences differ, or where the shorter one ends."""
+    shorter = min(len(first), len(second))
+    return next((index for index in range(shorter) if first[index] != second[index]), shorter)
 
 
-def _compare_tokens(found: Agreement, expected: Done, given: Done, asker: _Asker, cause: str) -> None:
-    """Add a comparison to ``found``; ``StageFailed`` for a difference that is no tie."""
-    partings = [
-        None if one == other else _parting(one, other) for one, other in zip(expected.tokens, given.tokens, strict=True)
-    ]
-    shared = [len(one) if at is None else at for one, at in zip(expected.tokens, partings, strict=True)]
-    gap = max(
-        (abs(a - b) for one, other, upto in zip(expected.logprobs, given.logprobs, shared, strict=True)
-         for a, b in zip(one[:upto], other[:upto], strict=True)), default=0.0,
-    )  # fmt: skip
-    places = [(row, at) for row, at in enumerate(partings) if at is not None]
-    if places:
-        _refuse_unless_tied(places, expected, given, asker, cause, gap, sum(shared))
-    _note(found, expected, given, gap, len(places), sum(shared))
+@dataclass(frozen=True)
+class _Divergence:
+    """Place where an answer differs from the expected one, with both tokens; None for an answer that has ended."""
+
+    row: int
+    index: int
+    expected: int | None
+    actual: int | None
 
 
-def _refuse_unless_tied(
-    places: list[tuple[int, int]], expected: Done, given: Done, asker: _Asker, cause: str, gap: float, shared: int
-) -> None:
-    def token(done: Done, row: int, at: int) -> int | None:
-        return done.tokens[row][at] if at < len(done.tokens[row]) else None
+@dataclass(frozen=True)
+class _Comparison:
+    """Results of two engines, and how a difference is measured and explained."""
 
-    pairs = [(token(expected, row, at), token(given, row, at)) for row, at in places]
-    whole = [(a, b) for a, b in pairs if a is not None and b is not None]
-    contexts = [
-        [*asker.job.rows[row], *expected.tokens[row][:at]]
-        for (row, at), (a, b) in zip(places, pairs, strict=True)
-        if a is not None and b is not None
-    ]
-    apart = iter(asker.gaps(contexts, whole) if whole else [])
-    gaps = [next(apart) if a is not None and b is not None else math.inf for a, b in pairs]
-    tied = sum(one <= TIE for one in gaps)
-    if tied == len(places) and shared * 2 >= sum(map(len, expected.tokens)):
+    expected: JobResult
+    actual: JobResult
+    meter: _GapMeter
+    cause: str
+
+
+def _compare_tokens(agreement: Agreement, comparison: _Comparison) -> None:
+    """Add a comparison of answers. Raises ``StageFailed`` for a difference that is not a tie."""
+    expected, actual = comparison.expected, comparison.actual
+    divergences: list[_Divergence] = []
+    shared = 0  # tokens that agree
+    gap = 0.0
+    for row, (expected_ids, actual_ids) in enumerate(zip(expected.tokens, actual.tokens, strict=True)):
+        length = len(expected_ids)
+        if expected_ids != actual_ids:
+            length = _first_difference(expected_ids, actual_ids)
+            # Behind the first difference the contexts differ, so nothing more can be compared.
+            divergences.append(
+                _Divergence(
+                    row,
+                    length,
+                    expected_ids[length] if length < len(expected_ids) else None,
+                    actual_ids[length] if length < len(actual_ids) else None,
+                )
+            )
+        shared += length
+        logprobs = zip(expected.logprobs[row][:length], actual.logprobs[row][:length], strict=True)
+        gap = max([gap, *(abs(a - b) for a, b in logprobs)])
+    if divergences:
+        _refuse_unless_tied(comparison, divergences, gap, shared)
+    agreement.add(expected, actual, gap, len(divergences), shared)
+
+
+def _refuse_unless_tied(comparison: _Comparison, divergences: Sequence[_Divergence], gap: float, shared: int) -> None:
+    """Raise ``StageFailed`` unless all divergences are ties and at least half of the tokens could be compared."""
+    expected, actual = comparison.expected, comparison.actual
+    # A tie in probability may fall either way without any fault; anything further apart is a real difference.
+    gaps = _measure_divergences(comparison, divergences)
+    are_ties = all(nats <= TIE for nats in gaps)
+    if are_ties and shared * 2 >= sum(map(len, expected.tokens)):
         return
-    (row, at), (a, b), nats = next(
-        one for one in zip(places, pairs, gaps, strict=True) if one[2] > TIE or tied == len(places)
-    )
-    parting = f"token {b} instead of {a}, which are {nats:.3g} nats apart"
-    if a is None or b is None:
-        parting = f"it {'goes on' if a is None else 'ends'} where the other {'ends' if a is None else 'goes on'}"
+    # Report the first real difference, or the first tie where there are too many of them.
+    index = 0 if are_ties else next(index for index, nats in enumerate(gaps) if nats > TIE)
+    first, nats = divergences[index], gaps[index]
+    if first.expected is None:
+        difference = "it goes on where the other ends"
+    elif first.actual is None:
+        difference = "it ends where the other goes on"
+    else:
+        difference = f"token {first.actual} instead of {first.expected}, which are {nats:.3g} nats apart"
     raise StageFailed(
-        f"the exported folder answers otherwise: {given.version} differs from {expected.version} in {len(places)} of "
-        f"{len(expected.tokens)} answers, first in answer {row + 1} at position {at + 1}: {parting}. Up to there "
-        f"log-probabilities agree within {gap:.2g}. Likely cause: {cause}."
+        f"the exported folder answers otherwise: {actual.version} differs from {expected.version} in "
+        f"{len(divergences)} of {len(expected.tokens)} answers, first in answer {first.row + 1} at position "
+        f"{first.index + 1}: {difference}. Up to there log-probabilities agree within {gap:.2g}. Likely cause: "
+        f"{comparison.cause}."
     )
 
 
-def _compare_scores(found: Agreement, expected: Done, given: Done, asker: _Asker, cause: str) -> None:
-    gaps = [abs(a - b) for a, b in zip(expected.scores, given.scores, strict=True)]
+def _measure_divergences(comparison: _Comparison, divergences: Sequence[_Divergence]) -> list[float]:
+    """Return the gap in nats at each divergence; infinity where an answer has ended."""
+    contexts, pairs = [], []
+    for divergence in divergences:
+        if divergence.expected is not None and divergence.actual is not None:
+            prompt = comparison.meter.job.rows[divergence.row]
+            contexts.append([*prompt, *comparison.expected.tokens[divergence.row][: divergence.index]])
+            pairs.append((divergence.expected, divergence.actual))
+    measured = iter(comparison.meter.gaps(contexts, pairs) if pairs else [])
+    return [math.inf if None in (entry.expected, entry.actual) else next(measured) for entry in divergences]
+
+
+def _compare_scores(agreement: Agreement, comparison: _Comparison) -> None:
+    """Add a comparison of scores. Raises ``StageFailed`` for a difference beyond the tolerance."""
+    expected, actual = comparison.expected, comparison.actual
+    gaps = [abs(a - b) for a, b in zip(expected.scores, actual.scores, strict=True)]
     for number, (gap, score) in enumerate(zip(gaps, expected.scores, strict=True), start=1):
         if not gap <= SCORE_TOLERANCE * max(1.0, abs(score)):  # also for NaN
             raise StageFailed(
-                f"the exported folder scores otherwise: {given.version} gives answer {number} "
-                f"{given.scores[number - 1]:.6g}, {expected.version} {score:.6g}. Likely cause: {cause}."
+                f"the exported folder scores otherwise: {actual.version} gives answer {number} "
+                f"{actual.scores[number - 1]:.6g}, {expected.version} {score:.6g}. Likely cause: "
+                f"{comparison.cause}."
             )
-    _note(found, expected, given, max(gaps), 0, len(gaps))
-
-
-def _note(found: Agreement, expected: Done, given: Done, gap: float, ties: int, compared: int) -> None:
-    found.engines = list(dict.fromkeys([*found.engines, expected.version, given.version]))
-    found.largest_gap = max(found.largest_gap, gap)
-    found.ties += ties
-    found.compared = compared if found.compared == 0 else min(found.compared, compared)
-
-
-def as_facts(found: Agreement) -> dict[str, Any]:
-    """For ``--json``."""
-    return dict(vars(found))
+    agreement.add(expected, actual, max(gaps), 0, len(gaps))

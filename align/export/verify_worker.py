@@ -1,7 +1,7 @@
-"""One model answers a few prompts, or scores a few texts, in a process of its own: ``python -m ... JOB.json``.
+"""Answer a few prompts or score a few texts by one model in a process of its own: ``python -m ... JOB.json``.
 
-A machine then holds one model at a time, and vLLM, which a process can start once, is loaded as anybody loads it. Used
-by ``agreement.py``; left out is any comparison.
+The machine then holds one model at a time, and vLLM, which can start once per process, is loaded as a user would load
+it. ``verify.py`` runs it and compares the results.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FLOAT32_GPU_SHARE = 0.9
 
 @dataclass(frozen=True)
 class Job:
-    """What one process does, in float32. ``rows`` are token ids: prompts, or for ``scores`` whole conversations."""
+    """Work of one process, in float32. ``rows`` are token ids: prompts, or for ``scores`` whole conversations."""
 
     engine: Engine
     folder: str
@@ -34,14 +34,14 @@ class Job:
     responses: list[list[int]] = field(default_factory=list)
     max_tokens: int = 48
     adapter: str | None = None
-    """Of transformers only: an adapter beside the model, not merged."""
+    """For transformers: an adapter that is applied, not merged."""
     round_to: str | None = None
-    """Of transformers only: the type that the weights are rounded to before they compute; adapters are merged then."""
+    """For transformers: type that the weights are rounded to first; an adapter is merged then."""
 
 
 @dataclass(frozen=True)
-class Done:
-    """What came back; ``unusable`` says why the engine could not be used at all."""
+class JobResult:
+    """Result of a job; ``unusable`` says why the engine cannot be used at all."""
 
     version: str = ""
     tokens: list[list[int]] = field(default_factory=list)
@@ -50,44 +50,46 @@ class Done:
     unusable: str | None = None
 
 
-def run_job(job: Job, scratch: Path) -> Done:
-    """Do ``job`` in a process of its own. Raises ``StageFailed`` with what it said last when it fails."""
+def run_job(job: Job, scratch: Path) -> JobResult:
+    """Run ``job`` in a process of its own. Raises ``StageFailed`` with the last line of its log when it fails."""
     scratch.mkdir(parents=True, exist_ok=True)
-    asked, answered, said = (scratch / name for name in ("job.json", "done.json", "log.txt"))
-    write_sealed(asked, asdict(job))
-    answered.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "align.export.verify_worker", str(asked), str(answered)]
-    with said.open("wb") as log:
-        ended = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, check=False)
-    if ended.returncode == 0 and answered.is_file():
+    job_file, result_file, log_file = (scratch / name for name in ("job.json", "done.json", "log.txt"))
+    write_sealed(job_file, asdict(job))
+    # A result of an earlier attempt must not be taken for this one's.
+    result_file.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "align.export.verify_worker", str(job_file), str(result_file)]
+    with log_file.open("wb") as log:
+        process = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, check=False)
+    if process.returncode == 0 and result_file.is_file():
         try:
-            return Done(**parse_sealed(answered.read_bytes()))
+            return JobResult(**parse_sealed(result_file.read_bytes()))
         except (DamagedFile, TypeError) as error:
-            raise StageFailed(f"{job.engine} answered from {job.folder}, but {answered} {error}.") from None
-    lines = said.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            raise StageFailed(f"{job.engine} answered from {job.folder}, but {result_file} {error}.") from None
+    lines = log_file.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     raise StageFailed(
-        f"{job.engine} could not answer from {job.folder} (exit code {ended.returncode}): "
+        f"{job.engine} could not answer from {job.folder} (exit code {process.returncode}): "
         + (lines[-1].strip() if lines else "it said nothing")
     )
 
 
-def do(job: Job) -> Done:
-    """Do ``job`` in this process."""
+def execute(job: Job) -> JobResult:
+    """Run ``job`` in this process."""
     if job.engine == "vllm":
         from align.inference.vllm import why_unusable
 
         reason = why_unusable()
         if reason is not None:
-            return Done(unusable=reason)
+            return JobResult(unusable=reason)
         return _vllm_scores(job) if job.want == "scores" else _answers(job)
     return _scores(job) if job.want == "scores" else _answers(job)
 
 
-def _answers(job: Job) -> Done:
+def _answers(job: Job) -> JobResult:
     from align.config.runtime import Runtime
     from align.inference.engine import open_engine
     from align.inference.protocol import Sampling
 
+    # Room for the longest prompt with the longest answer.
     longest = max(map(len, job.rows)) + max([job.max_tokens, *map(len, job.responses)])
     settings = {"name": job.engine, "batch_size": 16, "gpu_memory": FLOAT32_GPU_SHARE, "sleep": False}
     runtime = validate_plain(Runtime, {"engine": settings})
@@ -96,18 +98,20 @@ def _answers(job: Job) -> Done:
     )
     try:
         if job.engine == "transformers":
-            engine.model = _changed(engine.model, job)
+            engine.model = _prepare_model(engine.model, job)
         version = _version(job.engine)
         if job.want == "logprobs":
-            return Done(version, logprobs=engine.score_tokens(job.rows, job.responses, 1.0))
-        found = engine.generate(job.rows, Sampling(max_tokens=job.max_tokens, temperature=0.0))
-        return Done(version, [one.token_ids for (one,) in found], [one.logprobs for (one,) in found])
+            return JobResult(version, logprobs=engine.score_tokens(job.rows, job.responses, 1.0))
+        responses = engine.generate(job.rows, Sampling(max_tokens=job.max_tokens, temperature=0.0))
+        return JobResult(
+            version, [response.token_ids for (response,) in responses], [response.logprobs for (response,) in responses]
+        )
     finally:
         engine.close()
 
 
-def _changed(model: Any, job: Job) -> Any:
-    """The model with the job's adapter, and with rounded weights."""
+def _prepare_model(model: Any, job: Job) -> Any:
+    """Return the model with the job's adapter and rounded weights."""
     from align.export.export import attach, round_weights
 
     if job.adapter is not None:
@@ -118,8 +122,8 @@ def _changed(model: Any, job: Job) -> Any:
     return model.requires_grad_(False)
 
 
-def _scores(job: Job) -> Done:
-    """By transformers' own forward pass, one conversation at a time: no padding can matter."""
+def _scores(job: Job) -> JobResult:
+    """Score by transformers' own forward pass, one conversation at a time, so that there is no padding."""
     import torch
 
     from align.config.runtime import Runtime
@@ -133,46 +137,57 @@ def _scores(job: Job) -> Done:
         round_weights(model, job.round_to)
     with torch.inference_mode():
         scores = [float(model(input_ids=torch.tensor([row], device=model.device)).logits[0, 0]) for row in job.rows]
-    return Done(_version(job.engine), scores=scores)
+    return JobResult(_version(job.engine), scores=scores)
 
 
-def _vllm_scores(job: Job) -> Done:
+def _vllm_scores(job: Job) -> JobResult:
     from vllm import LLM, PoolingParams
 
     from align.config.runtime import Runtime
     from align.models.threads import device_of, use_threads
 
     use_threads(Runtime())
-    memory: dict[str, Any] = {"gpu_memory_utilization": FLOAT32_GPU_SHARE}
+    memory_options: dict[str, Any] = {"gpu_memory_utilization": FLOAT32_GPU_SHARE}
+    # On a CPU vLLM takes an absolute size of the cache.
     if device_of(Runtime()).type == "cpu":
-        memory = {"kv_cache_memory_bytes": 2**28, "block_size": 32}
+        memory_options = {"kv_cache_memory_bytes": 2**28, "block_size": 32}
     longest = max(map(len, job.rows)) + 1
     llm = LLM(
-        model=job.folder, trust_remote_code=False, runner="pooling",
-        dtype="float32", max_model_len=longest, max_num_seqs=8, enforce_eager=True,
-        enable_chunked_prefill=False, max_num_batched_tokens=8 * longest, disable_log_stats=True, **memory,
-    )  # fmt: skip
-    found = llm.encode(
+        model=job.folder,
+        trust_remote_code=False,
+        runner="pooling",
+        dtype="float32",
+        max_model_len=longest,
+        max_num_seqs=8,
+        enforce_eager=True,
+        enable_chunked_prefill=False,
+        max_num_batched_tokens=8 * longest,
+        disable_log_stats=True,
+        **memory_options,
+    )
+    outputs = llm.encode(
         [{"prompt_token_ids": row} for row in job.rows],  # type: ignore[arg-type]
-        pooling_params=PoolingParams(use_activation=False), pooling_task="classify", use_tqdm=False,
-    )  # fmt: skip
-    return Done(_version(job.engine), scores=[float(one.outputs.data[0]) for one in found])
+        pooling_params=PoolingParams(use_activation=False),
+        pooling_task="classify",
+        use_tqdm=False,
+    )
+    return JobResult(_version(job.engine), scores=[float(output.outputs.data[0]) for output in outputs])
 
 
 def _version(engine: Engine) -> str:
     return f"{engine} {getattr(sys.modules[engine], '__version__', '?')}"
 
 
-def main(words: Sequence[str]) -> int:
-    """Read a job, write what came of it; an error's last line is what a reader needs, so it comes last."""
-    asked, answered = map(Path, words)
+def main(arguments: Sequence[str]) -> int:
+    """Read a job and write its result. The last line of the log is the error, which ``run_job`` reports."""
+    job_file, result_file = map(Path, arguments)
     try:
-        done = do(Job(**parse_sealed(asked.read_bytes())))
+        result = execute(Job(**parse_sealed(job_file.read_bytes())))
     except Exception as error:
         traceback.print_exc()
-        print(f"{type(error).__name__}: " + " ".join(str(error).split())[:500], file=sys.stderr)
+        sys.stderr.write(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}\n")
         return 1
-    write_sealed(answered, asdict(done))
+    write_sealed(result_file, asdict(result))
     return 0
 
 

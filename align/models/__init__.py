@@ -1,1 +1,1 @@
-"""Models: where they come from, how they are loaded, rendered for and saved."""
+"""Models: sources, loading and checking, chat templates, precision, sharding, tuning, and scoring."""

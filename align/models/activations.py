@@ -1,7 +1,7 @@
-"""What a forward pass leaves for the backward pass, in bytes, counted from the sizes of a decoder alone. Torch-free.
+"""Estimate the memory of activations that a forward pass keeps for the backward pass. Torch-free.
 
-Counted from what autograd keeps of norms, linear layers, attention by a fused kernel and a gated MLP. Left out: padding
-inside attention, and one copy of its result where a flash kernel runs on ragged rows.
+Counts what autograd keeps of norms, linear layers, attention by a fused kernel and a gated MLP, from the sizes of a
+decoder. Left out: padding inside attention, and one copy of its result where a flash kernel runs on ragged rows.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from align.config.tuning import LowRank, TuningBase
 from align.models.architecture import Architecture
 
 if TYPE_CHECKING:
-    from align.models.precision import Precision
+    from align.config.base import Precision
 
 FLOAT = 4
 SHORT = 512
-"""Tokens of a row up to which a CPU takes attention's products as they are written
-(``align.models.fast.ragged_rows.SHORT``)."""
+"""Tokens of a row up to which a CPU uses plain matrix products for attention (``fast.ragged_rows.SHORT``)."""
 SIZES: dict[Precision, int] = {"float32": 4, "bfloat16": 2}
 
 
@@ -29,12 +28,12 @@ def activations_per_token(
     checkpointing: bool = False,
     flash: bool = False,
 ) -> int | None:
-    """Bytes that one token leaves in all layers for the backward pass; None for a layer or a tuning without a rule.
+    """Return the bytes that all layers keep per token; None for a layer or a tuning without a rule.
 
     Without ``low_residual`` (``align.models.precision``), as trl trains, float32 flows between the layers, and autocast
-    rounds it anew for every matrix. With ``checkpointing`` only what goes into a layer is kept, and one layer at a time
-    is computed again. ``flash``: ragged rows' attention is torch's own kernel, on a GPU or beyond ``SHORT``
-    tokens, as trl's always is; it keeps keys and values once for every head.
+    casts it for every matrix. With ``checkpointing`` only the inputs of layers are kept, and one layer at a time is
+    computed again. ``flash``: ragged rows use torch's attention kernel, on a GPU or above ``SHORT`` tokens, as trl
+    always does; it keeps keys and values once per query head.
     """
     layer = activations_of_layer(model, tuning, precision, low_residual, flash or not low_residual)
     if layer is None:
@@ -50,7 +49,7 @@ def activations_per_token(
 def activations_of_layer(
     model: Architecture, tuning: TuningBase, precision: Precision, low_residual: bool, flash: bool
 ) -> int | None:
-    """Bytes that one token leaves in one layer."""
+    """Return the bytes that one layer keeps per token."""
     plain = tuning.trains_all or (isinstance(tuning, LowRank) and not tuning.dora)
     if model.norms is None or not plain:
         return None
@@ -58,7 +57,9 @@ def activations_of_layer(
     out = next(linear for linear in model.linears if "o_proj" in linear.path)
     down = next(linear for linear in model.linears if "down_proj" in linear.path)
     norms = _norm(model, tuning, precision, low_residual) * (model.norms * model.hidden + model.normed_heads)
+    # Matrices that read the hidden states: queries, keys, values, gate and up.
     readers = sum(linear.inputs == model.hidden and linear not in (out, down) for linear in model.linears)
+    # Then autocast casts the float32 input once for each of these matrices.
     rounded_apart = precision == "bfloat16" and not low_residual
     inputs = size * (readers if rounded_apart else 2) * model.hidden  # of attention and of the MLP
     keys = out.inputs if flash else model.key_value_width
@@ -69,10 +70,10 @@ def activations_of_layer(
 
 
 def passing_per_token(model: Architecture, size: int, flowing: int) -> int:
-    """Bytes of one token in a pass without gradients, while the widest part of a layer is computed.
+    """Return the bytes per token in a pass without gradients, at the widest part of a layer.
 
-    ``size`` is that of a product's result, ``flowing`` that of what goes from layer to layer, which is there twice: as
-    it came in, and normed. Beside it stands the gate, what it is multiplied with and the result, or attention's input.
+    ``size`` is the bytes of a product's value, ``flowing`` those of a value between layers, which exists twice: as it
+    comes in, and normed. In addition there are the gate, its factor and their product, or attention's inputs.
     """
     queries = next((linear.inputs for linear in model.linears if "o_proj" in linear.path), model.hidden)
     inner = max((linear.inputs for linear in model.linears), default=model.hidden)
@@ -81,6 +82,8 @@ def passing_per_token(model: Architecture, size: int, flowing: int) -> int:
 
 
 def _norm(model: Architecture, tuning: TuningBase, precision: Precision, low_residual: bool) -> int:
-    """Bytes a feature that a norm keeps: a lean one its input, any other, in float32, what its weight meets too."""
+    """Return the bytes per feature that a norm keeps: its input; a norm that is not lean also its normed input."""
     lean = model.lean_norms and low_residual
-    return SIZES[precision] if lean and precision == "bfloat16" else (1 + tuning.trains_all) * FLOAT
+    if lean and precision == "bfloat16":
+        return SIZES[precision]
+    return (1 + tuning.trains_all) * FLOAT

@@ -1,7 +1,7 @@
-"""How many weights a decoder has and where, from its ``config.json`` alone: nothing is built, nothing downloaded.
+"""Parameter counts of a decoder and of its adapters, from its ``config.json`` alone. Torch-free.
 
-``RULES`` holds one function per ``model_type``; a type without one is refused rather than guessed. The tests hold each
-against the model that transformers builds. Left out: mixtures of experts, encoders, models of several parts (vision).
+``RULES`` has one function per ``model_type``; a type without one is refused rather than guessed. The tests compare each
+with the model that transformers builds. Left out: mixtures of experts, encoders, models of several parts (vision).
 """
 
 from __future__ import annotations
@@ -12,20 +12,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from align.config.tuning import IA3_INPUTS, IA3_OUTPUTS, FullTuning, Ia3Tuning, LowRank, TuningBase
-from align.models.inserted_sizes import inserted_parameters
+from align.config.tuning import (
+    IA3_INPUTS,
+    IA3_OUTPUTS,
+    AdaptersTuning,
+    FullTuning,
+    Ia3Tuning,
+    LowRank,
+    PrefixTuning,
+    PTuning,
+    TuningBase,
+    VirtualTokens,
+)
 
 EMBEDDINGS = ("embed_tokens", "embed_in", "wte")
-"""What the token embedding is called."""
+"""Names of the token embedding."""
 
 
 class UnknownArchitecture(ValueError):
-    """The size of a model cannot be told; the message says why, to be read after "unknown: "."""
+    """The size of a model is not known; the message gives the reason and follows "unknown: "."""
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A matrix of one layer; ``path`` is its module's name below the layer, ``self_attn.q_proj``."""
+    """A matrix of one layer; ``path`` is its module's name below the layer, such as ``self_attn.q_proj``."""
 
     path: str
     inputs: int
@@ -34,7 +44,7 @@ class Linear:
 
     @property
     def parameters(self) -> int:
-        """Of the matrix and its bias."""
+        """Parameters of the matrix and its bias."""
         return self.inputs * self.outputs + self.bias * self.outputs
 
 
@@ -47,33 +57,33 @@ class Architecture:
     layers: int
     vocabulary: int
     key_value_width: int
-    """Features of the keys of one token in one layer; its values have as many."""
+    """Features of one token's keys in one layer; the values have as many."""
     linears: tuple[Linear, ...]
     """The matrices of one layer."""
     vectors: int
-    """Parameters of one layer outside them: norms."""
+    """Parameters of one layer outside the matrices: norms."""
     embedded: int
     """Parameters of the token and position embeddings."""
     last_norm: int
-    """Parameters of the norm behind the layers."""
+    """Parameters of the norm after the layers."""
     tied: bool
-    """Whether the output head is the token embedding."""
+    """True where the output head is the token embedding."""
     norms: int | None = None
-    """Norms over a layer's width in one layer; None where what a layer keeps for its gradients has no rule."""
+    """Norms over a layer's width in one layer; None where there is no rule for a layer's activations."""
     normed_heads: int = 0
-    """Features of one layer's queries and keys that are normed by themselves."""
+    """Features of one layer's queries and keys that have norms of their own."""
     lean_norms: bool = False
-    """Whether norms are written as Llama's, and so keep little (``align.models.fast.norms``)."""
+    """True where norms are written as Llama's, and so keep little (``align.models.fast.norms``)."""
     conv1d: bool = False
-    """Whether the matrices are GPT-2's ``Conv1D``, no linear layers."""
+    """True where the matrices are GPT-2's ``Conv1D`` instead of linear layers."""
     layers_path: str = "model.layers"
     head_path: str = "lm_head"
     heads: tuple[int, int] = (0, 0)
-    """Of queries, and of keys and values; zeros where they are not known."""
+    """Heads of queries, and of keys and values; zeros where they are not known."""
 
     @property
     def matrices(self) -> int:
-        """Parameters of all layers' matrices, which is what is multiplied with."""
+        """Parameters of all layers' matrices."""
         return self.layers * sum(linear.parameters for linear in self.linears)
 
     @property
@@ -83,13 +93,13 @@ class Architecture:
 
     @property
     def rounded(self) -> int:
-        """Parameters of the trunk that ``align.models.precision.round_frozen`` keeps in bfloat16."""
+        """Parameters of the trunk that ``align.models.precision.cast_frozen_to_bf16`` keeps in bfloat16."""
         linears = 0 if self.conv1d else sum(linear.inputs * linear.outputs for linear in self.linears)
         return self.embedded + self.layers * linears
 
     @property
     def head(self) -> int:
-        """Parameters of the output head, whether tied or not."""
+        """Parameters of the output head, tied or not."""
         return self.vocabulary * self.hidden
 
     @property
@@ -98,30 +108,34 @@ class Architecture:
         return self.trunk + (0 if self.tied else self.head)
 
     def adapters(self, tuning: TuningBase, part: Literal["model", "trunk"]) -> int:
-        """Parameters that ``tuning`` puts beside the causal model's own, or its trunk's; 0 for full tuning.
+        """Count the parameters that ``tuning`` adds to the causal model, or to its trunk; 0 for full tuning.
 
-        A target names a module as peft does: its whole name, or the end of it after a dot. Raises
-        ``UnknownArchitecture`` for a method without a rule.
+        A target names a module as in peft: its full name, or the end of it after a dot. Raises ``UnknownArchitecture``
+        for a method without a rule.
         """
         if isinstance(tuning, FullTuning):
             return 0
         if isinstance(tuning, LowRank):
             return self._low_rank(tuning, part) + sum(self._module(name, part) for name in set(tuning.save_modules))
         if isinstance(tuning, Ia3Tuning):
-            targets, inner = tuning.targets or [*IA3_OUTPUTS, *IA3_INPUTS], tuning.feedforward
-            inner = list(IA3_INPUTS) if inner is None else inner
-            return sum(
-                linear.inputs if _is_target(name, inner) else linear.outputs
-                for name, linear in self._matrices()
-                if _is_target(name, targets)
-            )
+            return self._ia3(tuning)
         inserted = inserted_parameters(self, tuning)
         if inserted is None:
             raise UnknownArchitecture(f"there is no rule for what tuning {tuning.label} adds to a model")
         return inserted
 
+    def _ia3(self, tuning: Ia3Tuning) -> int:
+        targets = tuning.targets or [*IA3_OUTPUTS, *IA3_INPUTS]
+        scaled_inputs = list(IA3_INPUTS) if tuning.feedforward is None else tuning.feedforward
+        return sum(
+            linear.inputs if _is_target(name, scaled_inputs) else linear.outputs
+            for name, linear in self._matrices()
+            if _is_target(name, targets)
+        )
+
     def _low_rank(self, tuning: LowRank, part: Literal["model", "trunk"]) -> int:
         targets = tuning.targets if isinstance(tuning.targets, list) else None  # None is all-linear
+        # With last_layers only the uppermost layers have adapters, and the head has none.
         lowest = 0 if tuning.last_layers is None else self.layers - min(tuning.last_layers, self.layers)
         shapes = [
             (linear.inputs, linear.outputs)
@@ -131,10 +145,11 @@ class Architecture:
         head = targets is not None and tuning.last_layers is None and _is_target(self.head_path, targets)
         if part == "model" and head:
             shapes.append((self.hidden, self.vocabulary))
+        # A has rank x inputs, B outputs x rank; DoRA adds one magnitude per output.
         return sum(tuning.rank * (inputs + outputs) + tuning.dora * outputs for inputs, outputs in shapes)
 
     def learning_layers(self, tuning: TuningBase) -> int:
-        """Layers, counted from the last one, that gradients go through."""
+        """Count the layers, from the last one down, that gradients flow through."""
         last = tuning.last_layers if isinstance(tuning, LowRank) and not tuning.save_modules else None
         return self.layers if last is None else min(last, self.layers)
 
@@ -144,15 +159,15 @@ class Architecture:
                 yield f"{self.layers_path}.{layer}.{linear.path}", linear
 
     def _module(self, name: str, part: Literal["model", "trunk"]) -> int:
-        """Parameters of the modules called ``name``; a head tied to the embeddings counts with these alone."""
+        """Count the parameters of the modules called ``name``; a tied head counts with the embeddings only."""
         if name in EMBEDDINGS:
             return self.vocabulary * self.hidden
         if name == self.head_path:
             return self.head if part == "model" else 0
-        found = sum(linear.parameters for path, linear in self._matrices() if _is_target(path, [name]))
-        if not found:
+        count = sum(linear.parameters for path, linear in self._matrices() if _is_target(path, [name]))
+        if not count:
             raise UnknownArchitecture(f"there is no rule for the size of the module '{name}' in save_modules")
-        return found
+        return count
 
 
 def _is_target(name: str, targets: list[str]) -> bool:
@@ -160,7 +175,7 @@ def _is_target(name: str, targets: list[str]) -> bool:
 
 
 def read_architecture(config_file: Path) -> Architecture:
-    """The architecture in a model folder's ``config.json``; ``UnknownArchitecture`` where there is none to read."""
+    """Read the architecture from a model folder's ``config.json``. Raises ``UnknownArchitecture`` without one."""
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -169,14 +184,19 @@ def read_architecture(config_file: Path) -> Architecture:
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:
-    """From the parsed ``config.json``; ``UnknownArchitecture`` for a type without a rule or a size that is missing."""
+    """Return the architecture of a parsed ``config.json``.
+
+    Raises ``UnknownArchitecture`` for a type without a rule and for a missing size.
+    """
     kind = str(config.get("model_type"))
     if kind not in RULES:
         raise UnknownArchitecture(f"there is no rule for model_type '{kind}', only for {', '.join(sorted(RULES))}")
     try:
         return RULES[kind](config)
     except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise UnknownArchitecture(f"the config.json of this {kind} lacks or garbles a size ({error})") from None
+        raise UnknownArchitecture(
+            f"the config.json of this {kind} lacks a size or has an invalid one ({error})"
+        ) from None
 
 
 def _llama_like(
@@ -190,13 +210,13 @@ def _llama_like(
     tied: bool = False,
     fused: bool = False,
 ) -> Callable[[Mapping[str, Any]], Architecture]:
-    """A rule for decoders with RMS norms, grouped keys and a gated MLP.
+    """Return a rule for decoders with RMS norms, grouped keys and a gated MLP.
 
-    ``needs`` names sizes whose defaults follow from no other size, so that they must be given. ``qkv_bias`` None
-    follows ``attention_bias``, which is then of the output projection too; ``mlp_bias`` says whether the key of that
-    name means anything. ``head_norms``: norms of queries and keys over one head's features, or over all heads'.
-    ``norms`` counts those of a layer's width; ``lean``: written as Llama's. ``tied`` holds where the config does not
-    say. ``fused``: one matrix for queries, keys and values, one for gate and up.
+    ``needs``: sizes without a default that follows from others, so that the config must have them. ``qkv_bias``: None
+    follows ``attention_bias``, which then applies to the output projection too. ``mlp_bias``: the config's field of
+    that name counts. ``head_norms``: norms of queries and keys over one head's features, or over all heads'.
+    ``norms``: norms over a layer's width; ``lean``: written as Llama's. ``tied``: default where the config has no such
+    field. ``fused``: one matrix for queries, keys and values, and one for gate and up.
     """
 
     def rule(config: Mapping[str, Any]) -> Architecture:
@@ -207,8 +227,10 @@ def _llama_like(
         size = config.get("head_dim") or hidden // heads
         groups = config.get("num_key_value_heads") or heads
         queries, keys = heads * size, groups * size
-        out_bias = bool(config.get("attention_bias", False)) if qkv_bias is None else False
-        in_bias = out_bias if qkv_bias is None else qkv_bias
+        if qkv_bias is None:
+            in_bias = out_bias = bool(config.get("attention_bias", False))
+        else:
+            in_bias, out_bias = qkv_bias, False
         inner_bias = mlp_bias and bool(config.get("mlp_bias", False))
         if fused:
             inputs = [Linear("self_attn.qkv_proj", hidden, queries + 2 * keys, in_bias)]
@@ -219,6 +241,7 @@ def _llama_like(
             gated = [Linear(f"mlp.{name}", hidden, inner, inner_bias) for name in ("gate_proj", "up_proj")]
         outputs = [Linear("self_attn.o_proj", queries, hidden, out_bias)]
         down = [Linear("mlp.down_proj", inner, hidden, inner_bias)]
+        # Norms of queries and keys: one pair over a head's features, or over all heads' features.
         of_heads = {"none": 0, "head": 2 * size, "all": queries + keys}[head_norms]
         return Architecture(
             model_type=config["model_type"],
@@ -306,4 +329,32 @@ RULES: dict[str, Callable[[Mapping[str, Any]], Architecture]] = {
     "gpt_neox": _gpt_neox,
     "gpt2": _gpt2,
 }
-"""``model_type`` -> the architecture in a config of that type."""
+"""``model_type`` -> rule that reads the architecture from a config of that type."""
+
+
+def inserted_parameters(model: Architecture, tuning: TuningBase) -> int | None:
+    """Count what an inserted method trains beside the frozen model; None for a ``tuning`` of another kind."""
+    if isinstance(tuning, PTuning):
+        encoder = _p_tuning_encoder(model.hidden, tuning.hidden_size or model.hidden, tuning.encoder)
+        return tuning.tokens * model.hidden + encoder
+    if isinstance(tuning, PrefixTuning):
+        return tuning.tokens * model.layers * 2 * model.key_value_width
+    if isinstance(tuning, VirtualTokens):
+        return tuning.tokens * model.hidden
+    if not isinstance(tuning, AdaptersTuning):
+        return None
+    if tuning.kind == "llama_adapter":
+        layers = tuning.layers if tuning.layers is not None else max(1, model.layers - 2)
+        return layers * (tuning.tokens * model.hidden + 1)
+    if tuning.position == "parallel":
+        return model.layers * 3 * tuning.size * model.hidden
+    return model.layers * len(tuning.after) * (2 * tuning.size * model.hidden + tuning.size + model.hidden)
+
+
+def _p_tuning_encoder(hidden: int, inner: int, kind: str) -> int:
+    """Count peft's p-tuning network: three linear layers, or a bidirectional LSTM of two layers and two linear ones."""
+    if kind == "mlp":
+        return (hidden * inner + inner) + (inner * inner + inner) + (inner * hidden + hidden)
+    # Per direction four gates, each with a matrix for inputs, a matrix for the state, and two biases.
+    first, second = (2 * 4 * inner * (width + inner + 2) for width in (hidden, 2 * inner))
+    return first + second + (4 * inner * inner + 2 * inner) + (2 * inner * hidden + hidden)

@@ -1,11 +1,14 @@
-"""Chat templates in bounds: a template comes with a model, is a program, and may not run for ever or fill the memory.
+"""Limit the time and memory of chat templates, which are programs that come with a model.
 
-transformers renders in Jinja's sandbox, which keeps a template away from Python's insides but sets no limit: nested
-loops, ``'x' * 10**10`` or a text doubled forty times hang or kill a stage. The environment here counts what a template
-does: a step for each turn of a loop, call and filter, and the characters and items that it makes. A template that goes
-over a limit is refused, after the same step on every machine. Torch-free.
+transformers renders in Jinja's sandbox, which protects Python's internals but sets no limits: nested loops, ``'x' *
+10**10`` or a text doubled forty times hang or kill a stage. The environment here counts a step for each loop iteration,
+call and filter, and the characters and items that a template creates. A template that exceeds a limit is refused, at
+the same step on every machine. Torch-free.
 
-Left out: what a template writes, which the linter looks at (``align.lint.template``).
+It works in two places. The syntax tree is rewritten, so that loops, ``~``, ``in``, slices and literals pass through
+filters that count. Jinja's hooks for calls, operators and output count the rest.
+
+Left out: the contents of a template's output, which the linter checks (``align.lint.template``).
 """
 
 from __future__ import annotations
@@ -29,30 +32,34 @@ from align.models.template_budget import Budget, LocalBudget, TemplateOutOfBound
 from align.models.template_growth import formatted, growth, repeated, weight
 
 LONGEST_SOURCE = 500_000
-"""Characters of a template; the longest of a real model has about 20,000."""
+"""Most characters of a template; the longest of a real model has about 20,000."""
 MOST_BITS = 4096
-"""Of a whole number."""
+"""Most bits of an integer."""
 LARGEST_VALUE = 100_000
-"""Parts of a list or mapping written in a template, those of its parts counted wherever they stand."""
+"""Most parts of a list or mapping literal, nested ones included; a shared part counts at each place."""
 DEEPEST_INDENT = 100
+"""Most spaces of JSON's indentation."""
 UNUSED = ("urlize", "xmlattr", "striptags")
-"""Filters for web pages, which take long on long texts and which no chat template has a use for."""
+"""Filters for web pages, which are slow on long texts and useless in a chat template."""
 
 
 class _Bounds(NodeTransformer):
-    """Sends loops, ``~``, ``in``, slices and literals of a template's syntax tree through filters that count."""
+    """Routes loops, ``~``, ``in``, slices and literals of a syntax tree through filters that count."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         self.generic_visit(node)
+        # {% for x in items %} -> {% for x in items | bounded_turns %}
         node.iter = _filter("bounded_turns", node.iter)
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Filter:
         self.generic_visit(node)
+        # a ~ b -> [a, b] | bounded_joining
         return _filter("bounded_joining", nodes.List(node.nodes, lineno=node.lineno))
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Compare:
         self.generic_visit(node)
+        # A search reads its whole right side; a comparison may read both sides.
         for operand in node.ops:
             if operand.op in ("in", "notin") or not isinstance(operand.expr, nodes.Const):
                 operand.expr = _filter("bounded_search", operand.expr)
@@ -80,9 +87,9 @@ def _filter(name: str, node: Any) -> nodes.Filter:
 
 
 class _Generation(Extension):
-    """``{% generation %}``, by which a template marks the assistant's words; their places are told where asked for.
+    """``{% generation %}``, which marks the assistant's text; ``activate_tracker`` collects its character ranges.
 
-    As transformers' own extension of that name, which it defines inside a function.
+    A copy of transformers' extension of that name, which is defined inside a function and cannot be imported.
     """
 
     tags = {"generation"}  # noqa: RUF012  # jinja's own attribute
@@ -94,7 +101,7 @@ class _Generation(Extension):
         self._places: list[tuple[int, int]] | None = None
 
     def parse(self, parser: Any) -> nodes.Node:
-        """The block, as a call of :meth:`_note`."""
+        """Parse the block into a call of :meth:`_note`."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_note"), [], [], body).set_lineno(line)
@@ -108,7 +115,7 @@ class _Generation(Extension):
 
     @contextmanager
     def activate_tracker(self, pieces: list[str], places: list[tuple[int, int]]) -> Iterator[None]:
-        """Note the marked places while ``pieces`` are written."""
+        """Inside, collect the marked ranges while ``pieces`` are written."""
         self._pieces, self._places = pieces, places
         try:
             yield
@@ -117,21 +124,22 @@ class _Generation(Extension):
 
 
 class BoundedTemplate(Template):
-    """A template whose every rendering has a budget of its own."""
+    """A template that renders with a new budget each time."""
 
     def render(self, *args: Any, **kwargs: Any) -> str:
-        """The text. Raises ``TemplateError`` whatever goes wrong in the template."""
+        """Return the text. Raises ``TemplateError`` for any error in the template."""
         with self._in_bounds() as environment:
             return environment.joined(self.root_render_func(self.new_context(dict(*args, **kwargs))))
 
     def generate(self, *args: Any, **kwargs: Any) -> Iterator[str]:
-        """The text in pieces, as :meth:`render`."""
+        """Yield the text in pieces; errors as for :meth:`render`."""
         with self._in_bounds():
             yield from self.root_render_func(self.new_context(dict(*args, **kwargs)))
 
     @contextmanager
     def _in_bounds(self) -> Iterator[BoundedEnvironment]:
         environment: Any = self.environment
+        # A rendering inside another one, as from an include, gets a budget of its own and restores the outer one.
         before, environment.local.budget = environment.local.budget, Budget()
         try:
             yield environment
@@ -148,7 +156,7 @@ class BoundedTemplate(Template):
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """transformers' environment for chat templates, with a budget."""
+    """transformers' Jinja environment for chat templates, with a budget."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
     template_class = BoundedTemplate
@@ -156,8 +164,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def __init__(self) -> None:
         self.local = LocalBudget()
         extensions = [_Generation, loopcontrols]
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions, finalize=self._written)
-        self.concat = self.joined  # type: ignore[assignment]  # jinja joins blocks, macros and the whole by it
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions, finalize=self._finalize_value)
+        self.concat = self.joined  # type: ignore[assignment]  # Jinja joins blocks, macros and the output by it
         self.globals["raise_exception"] = _raise
         self.globals["strftime_now"] = self._date
         self.globals.pop("lipsum")
@@ -165,33 +173,35 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             self.filters.pop(name)
         self.filters["tojson"] = _to_json
         self.filters = {name: self._counted(name, function) for name, function in self.filters.items()}
-        self.filters["bounded_turns"] = self._turns
-        self.filters["bounded_joining"] = self._joining
+        self.filters["bounded_turns"] = self._count_iterations
+        self.filters["bounded_joining"] = self._concatenate
         self.filters["bounded_search"] = self._search
         self.filters["bounded_copy"] = self._counted_result
-        self.filters["bounded_value"] = self._weighed
+        self.filters["bounded_value"] = self._require_small
 
     @property
     def budget(self) -> Budget:
-        """Of the rendering under way in this thread."""
+        """Budget of this thread's current rendering."""
         return self.local.budget
 
     def _generate(self, source: nodes.Template, *args: Any, **options: Any) -> str:
+        # Rewrite the syntax tree before Jinja compiles it.
         bounded: nodes.Template = _Bounds().visit(source)
         return super()._generate(bounded, *args, **options)
 
     def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Jinja's hook for every call in a template."""
+        """Count a call; Jinja's hook for every call in a template."""
         self.budget.step()
         self._check_call(function, args, kwargs)
         if function is dict or function is Namespace:
-            self._weighed([*args, *kwargs.values()])
+            self._require_small([*args, *kwargs.values()])
+        # A recursive loop calls its LoopContext with the next level's items, which the syntax tree does not show.
         if isinstance(function, LoopContext):  # {% for … recursive %}: its turns do not pass through the tree's loop
-            args = (self._turns(args[0]), *args[1:])
+            args = (self._count_iterations(args[0]), *args[1:])
         return self._counted_result(super().call(context, function, *args, **kwargs))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Jinja's hook for the operators that can make much of little."""
+        """Count an operator; Jinja's hook for those whose result can be much larger than the operands."""
         self.budget.step()
         if operator == "%" and isinstance(left, str | bytes):
             self.budget.make(formatted(left, [right]))
@@ -207,47 +217,48 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return result
 
     def joined(self, pieces: Iterable[Any]) -> str:
-        """The pieces as one text; what a template writes in a block, a macro or in all."""
+        """Join and count the pieces of a block, a macro or the output."""
         texts = []
         for piece in pieces:
             self.budget.make(len(piece))
             texts.append(piece)
         return "".join(texts)
 
-    def _turns(self, items: Any) -> Any:
-        """``items``, each turn counted; what has a length still has one, for ``loop.length``."""
+    def _count_iterations(self, items: Any) -> Any:
+        """Return ``items`` with each iteration counted; a collection keeps its length, for ``loop.length``."""
         if isinstance(items, Undefined):
             return items
-        return _Turns(self, items) if hasattr(items, "__len__") else self._turn_by_turn(items)
+        return _CountedItems(self, items) if hasattr(items, "__len__") else self._iterate(items)
 
-    def _turn_by_turn(self, items: Iterable[Any]) -> Iterator[Any]:
+    def _iterate(self, items: Iterable[Any]) -> Iterator[Any]:
         for item in items:
             self.budget.step()
             yield item
 
-    def _joining(self, values: list[Any]) -> str:
-        return self.joined(str(self._written(value)) for value in values)
+    def _concatenate(self, values: list[Any]) -> str:
+        return self.joined(str(self._finalize_value(value)) for value in values)
 
-    def _written(self, value: Any) -> Any:
-        """Jinja's hook for every value that becomes text. A namespace may hold itself many times over."""
+    def _finalize_value(self, value: Any) -> Any:
+        """Count a value that becomes text; Jinja's hook. A namespace could contain itself and is refused."""
         self.budget.step()
         if isinstance(value, Namespace):
             raise TemplateError("a namespace is written out")
         return value
 
-    def _weighed(self, value: Any) -> Any:
-        """``value``, when it is small however often its parts stand in it: printed or compared, each place counts."""
-        parts, left = [value], LARGEST_VALUE
+    def _require_small(self, value: Any) -> Any:
+        """Return ``value`` if it has few parts; a shared part counts at each place, as in printing or comparing."""
+        # Count parts by repeated expansion. A value with many references to one list counts it at each place.
+        parts, remaining = [value], LARGEST_VALUE
         while parts:
             part = parts.pop()
             if isinstance(part, Mapping):
                 parts.extend(part.values())
             elif isinstance(part, list | tuple | set):
                 parts.extend(part)
-            left -= 1
-            if left < len(parts):
+            remaining -= 1
+            if remaining < len(parts):
                 raise TemplateOutOfBounds(f"makes a value of more than {LARGEST_VALUE} parts")
-        self.budget.step((LARGEST_VALUE - left) // 10)
+        self.budget.step((LARGEST_VALUE - remaining) // 10)
         return value
 
     def _date(self, form: str) -> str:
@@ -259,7 +270,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return values
 
     def _counted(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A filter that spends a step, and more on long values: filters read their whole value."""
+        """Wrap a filter to spend a step, and more for long values, which filters read completely."""
         leading = 1 if hasattr(function, "jinja_pass_arg") else 0  # the environment or context comes first
 
         @wraps(function)
@@ -267,18 +278,20 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             values = args[leading:]
             self.budget.step(1 + (_size(values[0]) // 1000 if values else 0))
             if values:
+                # These filters would consume a lazy iterator at once. A list has a known size.
                 if name in ("join", "sum") and isinstance(values[0], Iterator):
                     values = (list(values[0]), *values[1:])
                     args = (*args[:leading], *values)
                 self.budget.make(growth(name, values, kwargs, is_method=False))
             result = function(*args, **kwargs)
             if isinstance(result, Iterator):
-                return self._turn_by_turn(result)
+                return self._iterate(result)
             return self._counted_result(result)
 
         return counted
 
     def _check_call(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        # Methods of texts, such as replace and center, are found by the object that they are bound to.
         wrapped = getattr(function, "__wrapped__", function)  # jinja wraps text.format
         subject, name = getattr(wrapped, "__self__", None), getattr(wrapped, "__name__", "")
         if name == "striptags":
@@ -292,8 +305,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return value
 
 
-class _Turns:
-    """A collection whose turns are counted."""
+class _CountedItems:
+    """A collection whose iterations are counted."""
 
     def __init__(self, environment: BoundedEnvironment, items: Any) -> None:
         self._environment, self._items = environment, items
@@ -302,7 +315,7 @@ class _Turns:
         return len(self._items)
 
     def __iter__(self) -> Iterator[Any]:
-        return self._environment._turn_by_turn(self._items)
+        return self._environment._iterate(self._items)
 
 
 def _size(value: Any) -> int:
@@ -320,7 +333,7 @@ def _raise(message: str) -> None:
 def _to_json(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """As transformers': without HTML's escapes."""
+    """Return JSON as transformers' filter does, without HTML escapes."""
     if isinstance(indent, int) and indent > DEEPEST_INDENT:
         raise TemplateOutOfBounds(f"indents JSON by {indent}")
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
@@ -328,7 +341,7 @@ def _to_json(
 
 @lru_cache(maxsize=64)
 def compile_template(source: str) -> BoundedTemplate:
-    """The template of ``source``. Raises ``TemplateError`` for one that does not compile."""
+    """Compile the template ``source``. Raises ``TemplateError`` where it does not compile."""
     if len(source) > LONGEST_SOURCE:
         raise TemplateOutOfBounds(f"has {len(source)} characters, more than {LONGEST_SOURCE}")
     environment = BoundedEnvironment()
@@ -336,16 +349,16 @@ def compile_template(source: str) -> BoundedTemplate:
         template: Any = environment.from_string(source)
     except RecursionError:
         raise TemplateOutOfBounds("is nested too deeply") from None
-    except (SyntaxError, ValueError, TypeError, OverflowError) as error:  # Python's, of the code that Jinja makes
+    except (SyntaxError, ValueError, TypeError, OverflowError) as error:  # from the Python code that Jinja generates
         raise TemplateError(f"{type(error).__name__}: {error}") from None
     compiled: BoundedTemplate = template
     return compiled
 
 
 def bound_templates() -> None:
-    """Have transformers render every chat template in this process in these bounds; a second call changes nothing.
+    """Make transformers render every chat template in this process with a budget; a second call changes nothing.
 
-    transformers compiles a template in one place, for its tokenizers, trl, vLLM and lm-eval alike.
+    transformers compiles templates in one function, which its tokenizers, trl, vLLM and lm-eval all use.
     """
     from transformers.utils import chat_template_utils
 

@@ -1,7 +1,7 @@
-"""Checks of a ``config.json`` before a library acts on it: sizes, token ids, code and files that it names.
+"""Check a ``config.json`` before a library reads it: sizes, token ids, code and files that it names.
 
-Only what is wrong for every model is refused. Whether the weights have the shapes that follow from the sizes is for
-transformers to say (``pretrained.py``). Torch-free.
+Only values that are wrong for every model are refused. transformers compares the sizes with the weights' shapes
+(``pretrained.py``). Torch-free.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from align.errors import UserError
 from align.models.files import CONFIG, SINGLE, read_object, read_optional
 
 COUNTS = (
-    "vocab_size", "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head",
-    "num_key_value_heads", "head_dim", "intermediate_size", "n_inner", "max_position_embeddings", "n_positions",
-)  # fmt: skip
-"""Fields that count something, in the words of transformers' configs; null stands for a default."""
+    *("vocab_size", "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head"),
+    *("num_key_value_heads", "head_dim", "intermediate_size", "n_inner", "max_position_embeddings", "n_positions"),
+)
+"""Fields of transformers' configs that count something; null means a default."""
 LAYERS = ("num_hidden_layers", "n_layer")
 LARGEST = {"vocab_size": 2**24, "max_position_embeddings": 2**31, "n_positions": 2**31}
 LARGEST_COUNT = 2**20
-"""More than any model has of anything else that is counted."""
+"""Limit of every other count, above that of any model."""
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
 ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
@@ -30,9 +30,10 @@ FIX = "Fetch the model again, or correct the file."
 
 
 def check_config(folder: Path, tensors: int) -> dict[str, Any]:
-    """The folder's ``config.json``, when nothing in it is impossible or reaches out of the folder.
+    """Return the folder's ``config.json`` after checking that it is possible and stays inside the folder.
 
-    ``tensors`` is how many the weights hold: each layer has at least one. Raises ``UserError`` that names the field.
+    ``tensors`` is the number of tensors in the weights; each layer has at least one. Raises ``UserError`` that names
+    the field.
     """
     file = folder / CONFIG
     config = read_object(file)
@@ -42,6 +43,7 @@ def check_config(folder: Path, tensors: int) -> dict[str, Any]:
     for name, part in _parts(config):
         _check_counts(file, name, part, tensors)
         _check_numbers(file, name, part)
+    # Multimodal configs keep the sizes of the language model in text_config.
     text = config.get("text_config")
     sizes = config | text if isinstance(text, dict) else config
     check_token_ids(file, config, sizes.get("vocab_size"))
@@ -51,7 +53,7 @@ def check_config(folder: Path, tensors: int) -> dict[str, Any]:
 
 
 def _parts(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The config, and the configs of a model's parts inside it, with what to put before their fields' names."""
+    """Yield the config and the configs of its parts, each after the prefix of its fields' names."""
     yield "", config
     for name, value in config.items():
         if name.endswith("_config") and isinstance(value, dict):
@@ -59,9 +61,9 @@ def _parts(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]
 
 
 def _refuse_foreign(file: Path, config: Mapping[str, Any]) -> None:
-    """Code of the Hub, files by another name, weights in another form."""
+    """Refuse code from the Hub, weights under other names, and quantized weights."""
     for name in ATTENTION:
-        if any("/" in str(word) for word in _words(config.get(name))):
+        if any("/" in str(word) for word in _values(config.get(name))):
             raise UserError(
                 f"{file}: {name} is {config[name]!r}, code that would be fetched from the Hub and run. Remove the line."
             )
@@ -78,8 +80,10 @@ def _refuse_foreign(file: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def _words(value: Any) -> list[Any]:
-    return list(value.values()) if isinstance(value, dict) else [value] if value is not None else []
+def _values(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value.values()) if isinstance(value, dict) else [value]
 
 
 def _check_counts(file: Path, part: str, config: Mapping[str, Any], tensors: int) -> None:
@@ -104,7 +108,7 @@ def _is_count(value: Any, name: str) -> bool:
 
 
 def _check_numbers(file: Path, part: str, config: Mapping[str, Any]) -> None:
-    """``json`` reads NaN and Infinity, which no field of a config means."""
+    """Refuse NaN and infinity, which Python's ``json`` accepts."""
     for name, value in config.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{file}: {part}{name} is {value}; expected a finite number. {FIX}")
@@ -124,12 +128,14 @@ def check_token_ids(file: Path, settings: Mapping[str, Any], vocabulary: Any) ->
     """Raise ``UserError`` for a special token's id that is outside the vocabulary."""
     for name in TOKENS:
         ids = settings.get(name)
-        for token in ids if isinstance(ids, list) else [] if ids is None else [ids]:
+        if ids is None:
+            continue
+        for token in ids if isinstance(ids, list) else [ids]:
             if type(token) is not int:
                 raise UserError(f"{file}: {name} is {_shown(ids)}; expected a token's id or a list of them. {FIX}")
             # Llama's configs have had -1 for "no padding".
-            below = -1 if name == "pad_token_id" else 0
-            if token < below or (isinstance(vocabulary, int) and token >= vocabulary):
+            lowest = -1 if name == "pad_token_id" else 0
+            if token < lowest or (isinstance(vocabulary, int) and token >= vocabulary):
                 raise UserError(f"{file}: {name} is {token}, outside the vocabulary of {vocabulary} tokens. {FIX}")
 
 

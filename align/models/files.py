@@ -1,8 +1,8 @@
-"""Files of a model folder: which of them a loader reads, and whether they may be read at all. Torch-free.
+"""Files of a model folder: list those that a loader reads, and refuse unsafe ones. Torch-free.
 
-A folder is looked at before any loader sees it. Weights are safetensors files inside the folder, named by
+A folder is checked before any loader sees it. Weights are safetensors files inside the folder, named by
 ``model.safetensors.index.json`` or called ``model.safetensors``; a link may lead to another file of the folder or into
-the blobs of the Hub's cache, nowhere else. Left out: what the files say (``config_checks.py`` and its neighbors).
+the blobs of the Hub's cache, nowhere else. Left out: the files' contents (``config_checks.py`` and its neighbors).
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from align.store.fingerprint import file_digest
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 READ_SUFFIXES = frozenset({".json", ".safetensors", ".jinja", ".txt", ".model", ".py", ".tiktoken", ".bpe", ".spm"})
-"""Suffixes of the files that decide what a folder's model computes; a README or an optimizer state does not."""
+"""Suffixes of files that affect what the model computes; a README or an optimizer state does not."""
 READ_FOLDERS = ("additional_chat_templates", "adapter")
 """Folders inside a model folder that loaders read: transformers' further templates, and an adapter of align's own."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 LARGEST_JSON = 64 * 2**20
-"""Bytes of a JSON file that is read; tokenizers of 250,000 tokens take about 30 MB."""
+"""Most bytes of a JSON file; tokenizers of 250,000 tokens take about 30 MB."""
 
 
 def files_read(folder: Path) -> dict[str, Path]:
-    """Every file that a loader may read, by its path below ``folder``; a key is made of their contents."""
+    """Return every file that a loader may read, by its path below ``folder``. Keys are digests of their contents."""
     listed = {file.name: file for file in _files(folder)}
     for name in READ_FOLDERS:
         if (folder / name).is_dir():
@@ -38,12 +38,12 @@ def _files(folder: Path) -> list[Path]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """sha256 of every file that a loader may read, by its path below ``folder``."""
+    """Return the sha256 of every file that a loader may read, by its path below ``folder``."""
     return {name: file_digest(file) for name, file in files_read(folder).items()}
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """The JSON object in ``file``. Raises ``UserError`` for a file that is missing, too large or holds none."""
+    """Read the JSON object in ``file``. Raises ``UserError`` for a file that is missing, too large or no object."""
     try:
         size = file.stat().st_size
         if size > LARGEST_JSON:
@@ -60,12 +60,12 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def read_optional(file: Path) -> dict[str, Any]:
-    """The JSON object in ``file``; empty where there is no such file."""
+    """Read the JSON object in ``file``; empty where there is no such file."""
     return read_object(file) if file.exists() else {}
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors that hold the model's weights, as every loader agrees on them.
+    """Return the safetensors files of the model's weights, on which every loader agrees.
 
     Raises ``UserError`` for an index that is damaged, names anything but safetensors of this folder, or differs from a
     ``model.safetensors`` beside it, and for a folder without weights.
@@ -76,10 +76,11 @@ def weight_files(folder: Path) -> list[Path]:
             return [single]
         _refuse_no_weights(folder)
     names = _indexed(index)
+    # transformers prefers model.safetensors, other loaders prefer the index.
     if single.is_file() and names != [SINGLE]:
         raise UserError(
             f"{index}: names {names[0]} and there is a {SINGLE} as well, so loaders differ in which they read. Remove "
-            "the one that is not meant."
+            "the wrong one."
         )
     for name in names:
         if not (folder / name).is_file():
@@ -88,7 +89,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _indexed(index: Path) -> list[str]:
-    """The files that an index names, sorted; ``UserError`` for any that is not plainly a safetensors file beside it."""
+    """Return the files in an index, sorted. Raises ``UserError`` for any but a safetensors file beside it."""
     mapping = read_object(index).get("weight_map")
     if not isinstance(mapping, dict) or not mapping:
         raise UserError(f"{index}: has no weight_map that names the tensors' files. Fetch the model again.")
@@ -127,7 +128,8 @@ def _refuse_no_weights(folder: Path) -> None:
 
 
 def refuse_links(folder: Path) -> None:
-    """Raise ``UserError`` for a file that is read and lies elsewhere: its content would be copied, exported, pushed."""
+    """Raise ``UserError`` for a link out of the folder: its content would be copied, exported and pushed."""
+    # A snapshot in the Hub's cache consists of links into the blobs folder beside it.
     inside = folder.resolve()
     blobs = (inside.parent.parent / "blobs").resolve() if inside.parent.name == "snapshots" else inside
     for name, file in files_read(folder).items():

@@ -1,7 +1,7 @@
-"""A model folder, an adapter's folder or a GGUF file, looked at before any library sees it. Torch-free and fast.
+"""Check a model folder, an adapter's folder or a GGUF file before any library reads it. Torch-free and fast.
 
-Files are parsed and headers of weights are read; no tensor is. Left out: whether the weights have the shapes that the
-config asks for, which needs transformers (``pretrained.py``).
+Reads JSON files and the headers of weights, no tensor. Left out: comparing the weights' shapes with the config, which
+needs transformers (``pretrained.py``).
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ ADAPTER_CODE = ("megatron_config", "corda_config", "lora_ga_config", "prompt_tun
 
 
 def check_folder(folder: Path) -> None:
-    """Raise ``UserError`` for a model folder with a file that is damaged, hostile or not this model's.
+    """Raise ``UserError`` for a model folder with a file that is damaged, hostile or another model's.
 
-    Headers of weights are read, no tensor is. Looked at once in a process while its files stay as they are.
+    The result is cached in the process until a file changes.
     """
     if not (folder / CONFIG).is_file():
         if (folder / "adapter_config.json").is_file():
             raise UserError(f"{folder}: holds an adapter without its base model. Merge them first by `align export`.")
         raise UserError(f"{folder}: holds no {CONFIG}, so it is no transformers model folder. Name one that is.")
+    # Names, sizes, times and inodes of all files: the cache key of the check.
     signature = tuple((name, *_state(file)) for name, file in files_read(folder).items())
     _check(folder, signature)
 
@@ -51,7 +52,7 @@ def _check(folder: Path, signature: tuple[Any, ...]) -> None:
 
 
 def tensor_entries(folder: Path) -> dict[str, Entry]:
-    """The tensors of a model folder by name, from the headers. Raises ``UserError`` for a file that is damaged."""
+    """Return the tensors of a model folder by name, from the headers. Raises ``UserError`` for a damaged file."""
     entries: dict[str, Entry] = {}
     for file in weight_files(folder):
         try:
@@ -62,19 +63,18 @@ def tensor_entries(folder: Path) -> dict[str, Entry]:
         if twice:
             raise UserError(f"{file}: holds {twice[0]}, which another file of the model holds as well.")
         entries |= header
-    odd = next(
-        (entry for name, entry in entries.items() if entry.dtype not in FLOATS and name.endswith("weight")), None
-    )
-    if odd is not None:
+    weights = [entry for name, entry in entries.items() if name.endswith("weight")]
+    quantized = next((entry for entry in weights if entry.dtype not in FLOATS), None)
+    if quantized is not None:
         raise UserError(
-            f"{folder}: its tensor {odd.name} is of type {odd.dtype}, so the weights are quantized; align reads float "
-            "weights. Name the model that it was quantized from."
+            f"{folder}: its tensor {quantized.name} is of type {quantized.dtype}, so the weights are quantized; align "
+            "reads float weights. Name the model that it was quantized from."
         )
     return entries
 
 
 def check_adapter(adapter: Path) -> None:
-    """Raise ``UserError`` for an adapter's folder that is damaged, or that has peft import or open other things."""
+    """Raise ``UserError`` for an adapter's folder that is damaged, or that makes peft import or open other files."""
     file = adapter / "adapter_config.json"
     settings = read_object(file)
     for name in ADAPTER_CODE:
@@ -83,7 +83,7 @@ def check_adapter(adapter: Path) -> None:
     weights = adapter / ADAPTER_WEIGHTS
     if not weights.is_file():
         pickled = " and only pickled weights, which run code when opened" if list(adapter.glob("*.bin")) else ""
-        raise UserError(f"{adapter}: holds no {weights.name}{pickled}. Save the adapter anew by peft.")
+        raise UserError(f"{adapter}: holds no {weights.name}{pickled}. Save the adapter again with peft.")
     refuse_links(adapter)
     try:
         read_header(weights)
@@ -92,11 +92,12 @@ def check_adapter(adapter: Path) -> None:
 
 
 def check_gguf(gguf: Path) -> None:
-    """Raise ``UserError`` for a file that is no GGUF, or whose header counts more entries than the file has bytes."""
+    """Raise ``UserError`` for a file that is not a GGUF, or whose header counts more entries than fit into the file."""
     with gguf.open("rb") as opened:
         head = opened.read(24)
     if head[:4] != b"GGUF":
         raise UserError(f"{gguf}: begins with {head[:4]!r} instead of b'GGUF', so it is no GGUF file. Fetch it again.")
+    # A tensor's entry takes at least 24 bytes and a field at least 12, so huge counts cannot be true.
     total = gguf.stat().st_size
     tensors, fields = (int.from_bytes(head[start : start + 8], "little") for start in (8, 16))
     if len(head) < 24 or tensors * 24 + fields * 12 > total or not tensors:

@@ -1,6 +1,6 @@
-"""Freezing weights by pattern: those that are named never get a gradient.
+"""Freeze parameters by pattern.
 
-Patterns are globs over dotted names, not regular expressions: in one of these ``layers.1.`` also means layer 10.
+Patterns are globs over dotted names, not regular expressions: there ``layers.1.`` would also match layer 10.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
 def freeze(model: Any, patterns: Sequence[str]) -> list[str]:
-    """Take the gradient from every parameter that one of ``patterns`` names, and return their names.
+    """Freeze every parameter that one of ``patterns`` matches, and return their names.
 
-    A pattern names a parameter, or a module and with it all parameters below. Raises ``UserError`` for a pattern that
-    names nothing, and when nothing is left to train.
+    A pattern matches a parameter, or a module and thus all parameters below it. Raises ``UserError`` for a pattern that
+    matches nothing, and when no parameter is left to train.
     """
     names = [name for name, _ in model.named_parameters()]
     frozen: set[str] = set()
     for pattern in patterns:
-        found = [name for name in names if matches(pattern, name)]
-        if not found:
+        matched = [name for name in names if matches(pattern, name)]
+        if not matched:
             raise UserError(f"tuning.freeze: no weight is called '{pattern}'.{_nearest(model, pattern, names)}")
-        frozen.update(found)
+        frozen.update(matched)
     for name, parameter in model.named_parameters():
         if name in frozen:
             parameter.requires_grad_(False)
@@ -40,17 +40,18 @@ def freeze(model: Any, patterns: Sequence[str]) -> list[str]:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether ``pattern`` names the parameter ``name`` or a module above it."""
+    """Return True where ``pattern`` matches the parameter ``name`` or a module above it."""
     parts = name.split(".")
     prefixes = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
     return any(fnmatch.fnmatchcase(prefix, glob) for glob in expand(pattern) for prefix in prefixes)
 
 
 def expand(pattern: str) -> list[str]:
-    """``a{0..2}b`` -> a0b, a1b, a2b; ``{x,y}`` -> x, y; as a shell does it, without nesting."""
+    """Expand braces as a shell does, without nesting: ``a{0..2}b`` -> a0b, a1b, a2b; ``{x,y}`` -> x, y."""
+    # The split alternates between text outside braces and the contents of braces.
     pieces = BRACES.split(pattern)
-    options = [[piece] if at % 2 == 0 else _choices(piece) for at, piece in enumerate(pieces)]
-    return ["".join(chosen) for chosen in itertools.product(*options)]
+    options = [[piece] if index % 2 == 0 else _choices(piece) for index, piece in enumerate(pieces)]
+    return ["".join(choice) for choice in itertools.product(*options)]
 
 
 def _choices(inside: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Headers of safetensors files: names, types and shapes of tensors, without reading one.
+"""Read headers of safetensors files: names, types and shapes of tensors.
 
 A file is 8 bytes (length of the header, little-endian), a JSON header with type, shape and place of every tensor, and
 their bytes. Everything a header says is checked against the file's size. Torch-free. Left out: the tensors' values.
@@ -14,18 +14,21 @@ from pathlib import Path
 from typing import Any
 
 BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
-    "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
-}  # fmt: skip
-"""Types of the format, and the bits of a value."""
+    **dict.fromkeys(("F4",), 4),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+}
+"""Bits of a value by the format's types."""
 LONGEST = 100_000_000
-"""Bytes of a header that the safetensors library reads at most."""
+"""Most bytes of a header that the safetensors library reads."""
 METADATA = "__metadata__"
 
 
 class BadHeader(ValueError):
-    """A file that is no whole safetensors file; the message continues a sentence that begins with the file."""
+    """A damaged or incomplete safetensors file; the message continues a sentence that starts with the file."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,10 @@ class Entry:
 
 
 def read_header(file: Path) -> dict[str, Entry]:
-    """The tensors of ``file`` by name. Raises ``BadHeader`` for a file that is damaged, and ``OSError``."""
+    """Return the tensors of ``file`` by name. Raises ``BadHeader`` for a damaged file, and ``OSError``."""
     with file.open("rb") as opened:
         total = os.fstat(opened.fileno()).st_size
+        # The first 8 bytes are the length of the JSON header.
         length = int.from_bytes(opened.read(8), "little")
         if not 0 < length <= total - 8:
             raise BadHeader(f"has {total} bytes and begins with no header of safetensors")
@@ -55,6 +59,7 @@ def read_header(file: Path) -> dict[str, Entry]:
         raise BadHeader(f"has {total} bytes and begins with no header of safetensors that can be read") from None
     if not isinstance(header, dict):
         raise BadHeader("has a header that is no JSON object")
+    # Offsets in the header count from the end of the header.
     body = 8 + length
     entries = {name: _entry(name, value, body) for name, value in header.items() if name != METADATA}
     _require_contiguous(entries, body, total)
@@ -76,7 +81,7 @@ def _entry(name: str, value: Any, body: int) -> Entry:
 
 
 def _require_contiguous(entries: dict[str, Entry], body: int, total: int) -> None:
-    """The format leaves no hole between tensors and lets none overlap: each byte belongs to one of them."""
+    """Check that tensors neither overlap nor leave a hole: each byte belongs to one of them."""
     position = body
     for entry in sorted(entries.values(), key=lambda entry: (entry.start, entry.end)):
         if entry.start != position:

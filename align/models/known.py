@@ -1,4 +1,4 @@
-"""The sizes of a base model as far as they are known on this machine: nothing is fetched, torch is never imported."""
+"""Look up the sizes of a base model from what is on this machine. Fetches nothing and never imports torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EMBEDDED_SIZES: dict[str, Any] = {
     "vocab_size": 49152,
     "tie_word_embeddings": True,
 }
-"""Of SmolLM2-135M, known before it is fetched."""
+"""Sizes of SmolLM2-135M, known before it is fetched."""
 
 TINY_SIZES: dict[str, Any] = {
     "model_type": "llama",
@@ -29,21 +29,24 @@ TINY_SIZES: dict[str, Any] = {
     "vocab_size": 260,
     "tie_word_embeddings": True,
 }
-"""What ``make_tiny`` makes by default."""
+"""Sizes of ``make_tiny``'s default model."""
 
 
 def known_architecture(source: str, revision: str | None, base: Path) -> Architecture:
-    """The architecture behind a model stage's ``source``; ``UnknownArchitecture`` says what would make it known."""
-    found = resolve(source, revision, base)
-    if found.origin is Origin.EMBEDDED:
+    """Return the architecture of a model stage's ``source``.
+
+    Raises ``UnknownArchitecture``, which names the command that makes it known.
+    """
+    origin = resolve(source, revision, base)
+    if origin.origin is Origin.EMBEDDED:
         return architecture_of(EMBEDDED_SIZES)
-    if found.origin is Origin.TINY:
+    if origin.origin is Origin.TINY:
         return architecture_of(TINY_SIZES)
-    if found.origin is Origin.FOLDER and found.path is not None:
-        return read_architecture(found.path / "config.json")
-    if found.origin is Origin.GGUF:
+    if origin.origin is Origin.FOLDER and origin.path is not None:
+        return read_architecture(origin.path / "config.json")
+    if origin.origin is Origin.GGUF:
         raise UnknownArchitecture(f"'{source}' has no config.json before its model stage has run")
-    return read_architecture(_cached(found.name, found.revision))
+    return read_architecture(_cached(origin.name, origin.revision))
 
 
 def _cached(name: str, revision: str | None) -> Path:

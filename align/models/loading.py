@@ -1,7 +1,7 @@
-"""Checkpoints of the store: loading tokenizers, policies and reward models.
+"""Load tokenizers, policies and reward models from checkpoints of the store.
 
-All come through ``pretrained.py``, which refuses what is damaged or hostile. Left out: models from outside
-(``conversion.py``), and making them trainable and saving them (``tuning/apply.py``).
+All go through ``pretrained.py``, which refuses damaged or hostile files. Left out: models from outside
+(``conversion.py``), and preparing them for training and saving them (``tuning/apply.py``).
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ import torch
 from align.errors import UserError
 from align.models.pretrained import Task, open_model, open_tokenizer
 from align.models.render import require_chat_template
+from align.models.tuning.stored import load_adapter, tokenizer_for
 
 HEAD = "score.weight"
 
 SCORING: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
-"""What a reward model's config says: it gives one number, taken as it is. vLLM would put it through a sigmoid."""
+"""Config of a reward model: one number, used as it is. Without the problem type vLLM applies a sigmoid."""
 
 
 def load_tokenizer(model_dir: Path, tuning: Any = None) -> Any:
-    """The tokenizer of a checkpoint; for a stage that trains it by ``tuning``, with the virtual tokens that this adds.
+    """Load a checkpoint's tokenizer; for a stage that trains by ``tuning``, with the virtual tokens that this adds.
 
     Raises ``UserError`` when it has no chat template, no end token, or pads with its end token.
     """
@@ -35,22 +36,21 @@ def load_tokenizer(model_dir: Path, tuning: Any = None) -> Any:
             "needed and must differ, or the end of a turn is never learned. Bring the model in through a model stage."
         )
     if tuning is not None:
-        from align.models.tuning.stored import tokenizer_for
-
         return tokenizer_for(tokenizer, model_dir, tuning)
     return tokenizer
 
 
 def load_policy(model_dir: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The causal language model of a checkpoint, on the CPU, in eval mode.
+    """Load a checkpoint's causal language model to the CPU, in eval mode.
 
-    Train in float32 whatever the stage's precision: that is the type of the matrix products (``precision.py``).
+    Training uses float32 weights whatever the stage's precision, which is the type of the matrix products
+    (``precision.py``).
     """
     return _load("causal", model_dir, dtype)[0]
 
 
 def load_reward(model_dir: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """A trained reward model: one score per sequence, read at its last token that is no padding.
+    """Load a trained reward model: one score per sequence, at its last token that is not padding.
 
     Raises ``UserError`` when the checkpoint lacks its score head: transformers would put a random one there.
     """
@@ -64,11 +64,11 @@ def load_reward(model_dir: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def new_reward(model_dir: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """A reward model to train, made from a causal checkpoint: its trunk, and a new score head.
+    """Load a reward model to train: the trunk of a causal checkpoint with a new score head.
 
     The head starts at zero, so all first scores are 0 and the first loss is log 2. N(0, 1/(d+1)), as in arXiv
-    2403.17031 (detail 4), suits features of unit size; SmolLM2's are larger, and the first steps went into taking wide
-    scores back. A head that the checkpoint already has is kept.
+    2403.17031 (detail 4), suits features of unit size; SmolLM2's are larger, and the first steps only undid the wide
+    scores. A head that the checkpoint already has is kept.
     """
     model, missing = _load("classifier", model_dir, dtype, may_lack={HEAD}, **SCORING)
     if missing:
@@ -79,11 +79,10 @@ def new_reward(model_dir: Path, dtype: torch.dtype = torch.float32) -> Any:
 def _load(
     task: Task, model_dir: Path, dtype: torch.dtype, may_lack: Collection[str] = (), **options: Any
 ) -> tuple[Any, set[str]]:
-    """Load, and say which of ``may_lack`` the checkpoint lacked; any other tensor that it lacks is an error."""
+    """Return the model and those of ``may_lack`` that the checkpoint lacks; any other missing tensor is an error."""
     model, missing = open_model(task, model_dir, dtype, may_lack=may_lack, **options)
+    # transformers finds the last real token of a sequence by the pad token.
     pad = getattr(model.config, "pad_token_id", None)
     if "num_labels" in options and pad is None:
         raise UserError(f"{model_dir}/config.json names no pad token, so the last token of a batch cannot be found.")
-    from align.models.tuning.stored import attach  # here, because that package loads models too
-
-    return attach(model, model_dir).eval(), missing
+    return load_adapter(model, model_dir).eval(), missing

@@ -1,7 +1,8 @@
-"""Memory of the CPU that was freed and that C's allocator keeps: given back to the system.
+"""Return freed CPU memory that C's allocator holds to the operating system.
 
-glibc keeps the small blocks that a backward pass frees in its heap, as much as all activations; large ones, such as
-logits, then come on top of it. Between passes of different kinds it is worth giving back. Elsewhere nothing happens.
+glibc keeps the small blocks that a backward pass frees in its heap, as much as all activations together. Large blocks,
+such as logits, are then allocated on top of it. Trimming pays off between passes of different kinds. On other C
+libraries nothing happens.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ import gc
 import sys
 
 
-def give_back(garbage: bool = True) -> None:
-    """Have glibc return what it keeps of freed memory; some hundredths of a second a GiB.
+def trim_malloc(garbage: bool = True) -> None:
+    """Let glibc return the freed memory that it holds; takes some hundredths of a second per GiB.
 
-    Objects that refer to one another, as models do, are freed before; to look for them takes some tenths of a second
-    more, so what is done often goes without ``garbage``.
+    With ``garbage`` objects that refer to one another, as models do, are freed first. Finding them takes some tenths of
+    a second, so frequent callers leave it out.
     """
     if garbage:
         gc.collect()

@@ -1,9 +1,9 @@
-"""The type of the matrix products, and nothing else: weights and AdamW's state stay float32 whatever it says.
+"""Precision of the matrix products. Weights and AdamW's state are float32 whatever it is.
 
-bfloat16 keeps 8 bits of a number: at a learning rate of 1e-6 an update is below the rounding of a weight near 0.02 and
-is lost. So weights are float32 masters, and ``torch.autocast`` rounds only the operands of matrix products.
-``low_residual`` goes further: what flows between them is rounded too, as in vLLM and in the mixed precision of FSDP and
-DeepSpeed. Measured on SmolLM2-135M against float32: log-probabilities are off by 0.037 nats on average rather than
+bfloat16 keeps 8 bits of a number: at a learning rate of 1e-6 an update is smaller than the rounding of a weight near
+0.02 and is lost. So weights are float32 masters, and ``torch.autocast`` rounds only the operands of matrix products.
+``low_residual`` goes further and rounds the activations between them too, as vLLM and the mixed precision of FSDP and
+DeepSpeed do. Measured on SmolLM2-135M against float32: log-probabilities are off by 0.037 nats on average rather than
 0.031, the gradient's direction by 1 - cos = 4e-5 rather than 2e-5.
 """
 
@@ -11,31 +11,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
-Precision = Literal["bfloat16", "float32"]
+from align.config.base import Precision
 
 
 def compute_dtype(precision: Precision) -> Any:
-    """The ``torch.dtype`` of a precision."""
+    """Return the ``torch.dtype`` of a precision."""
     import torch
 
     return torch.bfloat16 if precision == "bfloat16" else torch.float32
 
 
 def autocast(device: Any, precision: Precision) -> Any:
-    """Context in which a forward pass computes in ``precision``; it changes nothing for float32."""
+    """Return a context in which a forward pass computes in ``precision``; it changes nothing for float32."""
     import torch
 
-    kind = torch.device(device).type
-    return torch.autocast(kind, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+    device_type = torch.device(device).type
+    return torch.autocast(device_type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
 
 
-def forget_copies(accelerator: Any) -> None:
-    """Have autocast make its copies of trained matrices anew at each use, rather than keep them all to a pass's end.
+def disable_autocast_cache(accelerator: Any) -> None:
+    """Let autocast cast trained matrices at each use instead of caching the copies until the end of the pass.
 
-    For models whose activations are checkpointed: each matrix is then used once in a pass, and the copies, 2 bytes a
-    weight, would be most of what is there. No number changes.
+    For models with gradient checkpointing: each matrix is used once per pass, and the copies, 2 bytes per weight, would
+    take most of the memory. No number changes.
     """
     from accelerate.utils import AutocastKwargs
 
@@ -43,11 +43,11 @@ def forget_copies(accelerator: Any) -> None:
 
 
 @contextmanager
-def copies_left_alone() -> Iterator[None]:
-    """Have autocast round every matrix anew inside, and keep none of these copies.
+def without_autocast_cache() -> Iterator[None]:
+    """Inside, autocast casts every matrix at each use and caches no copy.
 
-    For passes with other values in trained matrices. Autocast finds its copy of a matrix by the parameter, and would
-    take one of the values before, or leave one for the passes behind.
+    For passes with other values in trained matrices. Autocast caches copies by parameter: it would use a copy of the
+    earlier values, or leave one of these for later passes.
     """
     import torch
 
@@ -60,9 +60,9 @@ def copies_left_alone() -> Iterator[None]:
 
 
 def low_residual(model: Any) -> None:
-    """Under autocast, have embeddings and norms of ``model`` hand on its type, so that no float32 flows between layers.
+    """Under autocast, let embeddings and norms of ``model`` return its type, so that no float32 flows between layers.
 
-    The weights stay as they are; without autocast nothing changes.
+    The weights do not change. Without autocast nothing changes.
     """
     import torch
 
@@ -70,24 +70,24 @@ def low_residual(model: Any) -> None:
 
     lean_norms(model)
 
-    def lowered(module: Any, inputs: Any, output: Any) -> Any:
-        kind = output.device.type
-        return output.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else output
+    def cast_output(module: Any, inputs: Any, output: Any) -> Any:
+        device_type = output.device.type
+        if not torch.is_autocast_enabled(device_type):
+            return output
+        return output.to(torch.get_autocast_dtype(device_type))
 
     for module in model.modules():
-        norm = isinstance(module, torch.nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")
-        if isinstance(module, torch.nn.Embedding) or (norm and not hasattr(module, "lean")):
-            module.register_forward_hook(lowered)
-        if hasattr(
-            module, "cast_input_dtype_enabled"
-        ):  # peft would raise each input to float32 for autocast to lower it
-            module.cast_input_dtype_enabled = False
+        is_norm = isinstance(module, torch.nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")
+        if isinstance(module, torch.nn.Embedding) or (is_norm and not hasattr(module, "lean")):
+            module.register_forward_hook(cast_output)
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False  # else peft casts each input to float32, and autocast casts it back
 
 
-def round_frozen(model: Any) -> None:
-    """Keep the frozen matrices of ``model`` in bfloat16: autocast would round them in every pass, and not remember it.
+def cast_frozen_to_bf16(model: Any) -> None:
+    """Keep the frozen matrices of ``model`` in bfloat16, which autocast would otherwise cast in every pass.
 
-    For models that are neither trained nor saved any more. Whoever shares the tensors shares the rounding.
+    For models that are neither trained nor saved any more. Models that share the tensors are rounded too.
     """
     import torch
 
@@ -97,33 +97,34 @@ def round_frozen(model: Any) -> None:
             module.weight.data = module.weight.data.to(torch.bfloat16)
     for parameter in model.parameters():
         if not parameter.requires_grad and parameter.dtype == torch.float32:
-            # What is left (norms) may still be part of a mapped file, which would stay in memory whole for its sake.
+            # The rest (norms) may belong to a memory-mapped file, which would stay in memory as a whole.
             parameter.data = parameter.data.clone()
 
 
 @contextmanager
-def frozen_rounded(model: Any) -> Iterator[None]:
-    """Have the frozen float32 matrices of ``model`` rounded to bfloat16 once for all passes inside.
+def frozen_in_bf16(model: Any) -> Iterator[None]:
+    """Inside, keep one bfloat16 copy of ``model``'s frozen float32 matrices for all passes.
 
-    Autocast would round them in every pass, and each pass with a graph would hold its own copies. A graph that outlives
-    this keeps the one copy; the module has its float32 matrices again. No number changes under autocast.
+    Autocast would cast them in every pass, and each graph would hold copies of its own. A graph that outlives the
+    context keeps the one copy, while the module gets its float32 matrices back. No number changes under autocast.
     """
     import torch
 
-    whole: list[tuple[Any, Any]] = []
-    low: dict[int, Any] = {}
+    # Modules and their float32 weights, to be restored at the end.
+    replaced: list[tuple[Any, Any]] = []
+    rounded: dict[int, Any] = {}
     for module in model.modules():
         weight = getattr(module, "weight", None)
         if not isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) or type(weight) is not torch.nn.Parameter:
             continue
         if weight.requires_grad or weight.dtype != torch.float32:
             continue
-        if id(weight) not in low:  # tied ones stay one
-            low[id(weight)] = torch.nn.Parameter(weight.data.to(torch.bfloat16), requires_grad=False)
-        whole.append((module, weight))
-        module.weight = low[id(weight)]
+        if id(weight) not in rounded:  # tied matrices stay tied
+            rounded[id(weight)] = torch.nn.Parameter(weight.data.to(torch.bfloat16), requires_grad=False)
+        replaced.append((module, weight))
+        module.weight = rounded[id(weight)]
     try:
         yield
     finally:
-        for module, weight in whole:
+        for module, weight in replaced:
             module.weight = weight

@@ -1,9 +1,9 @@
-"""The one door through which models and tokenizers come into a process: every call of ``from_pretrained`` is here.
+"""Load models and tokenizers safely. Every call of ``from_pretrained`` in align is here.
 
-A folder is checked before a library sees it, only safetensors are read, and no code that comes with a model is run
-unless the caller says so, which the ``model`` stage alone does, by its config. A model is refused whose weights are not
-those that its config asks for: transformers fills what is missing with random numbers and drops what is left over. Left
-out: what a stage needs of a model beyond being whole (``loading.py``).
+A folder is checked before a library sees it. Only safetensors are read. Code that comes with a model runs only when the
+caller allows it, as the ``model`` stage does by its config. A model is refused when its weights differ from those that
+its config asks for: transformers would fill missing ones with random numbers and drop the others. Left out: what a
+stage needs beyond an intact model (``loading.py``).
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ AUTO_CLASSES: dict[Task, str] = {
     "encoder": "AutoModel",
 }
 NAMED = 5
-"""Tensors that a message names."""
+"""Most tensors that a message names."""
 
 
 def open_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The config of a model folder. Raises ``UserError`` for one that transformers refuses or has no class for."""
+    """Return a model folder's config. Raises ``UserError`` for one that transformers refuses or has no class for."""
     from transformers import AutoConfig
 
     check_folder(folder)
@@ -45,9 +45,9 @@ def open_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def open_tokenizer(folder: Path | str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The tokenizer in a folder, or of a Hub name at ``revision``; its chat template is bounded (``chat_template.py``).
+    """Load the tokenizer of a folder, or of a Hub name at ``revision``, with a bounded template (``chat_template.py``).
 
-    Raises ``UserError`` for files that are damaged or hostile, and for code that would have to be run.
+    Raises ``UserError`` for files that are damaged or hostile, and for code that would have to run.
     """
     from transformers import AutoTokenizer
 
@@ -71,19 +71,19 @@ def open_model(
     trust_remote_code: bool = False,
     **options: Any,
 ) -> tuple[Any, set[str]]:
-    """The model in a folder, on the CPU, and which of ``may_lack`` its files did not hold.
+    """Load the model in a folder to the CPU; return it and those of ``may_lack`` that its files lack.
 
-    ``options`` go into its config. The shapes that the config asks for are compared with the files' headers before
-    anything is read. Raises ``UserError`` for tensors that are missing, left over or of another shape.
+    ``options`` override fields of its config. The shapes that the config asks for are compared with the files' headers
+    before any tensor is read. Raises ``UserError`` for tensors that are missing, unexpected or of another shape.
     """
     import transformers
 
     config = open_config(folder, trust_remote_code=trust_remote_code)
     _refuse_adapter(folder)
-    if not trust_remote_code:  # a model of its own code is built by that code alone
+    if not trust_remote_code:  # only its own code knows which tensors such a model has
         compare_shapes(task, folder, config, may_lack, options)
     auto: Any = getattr(transformers, AUTO_CLASSES[task])
-    with _undisturbed(), refusing(folder):
+    with _preserved_rng(), refusing(folder):
         model, info = auto.from_pretrained(
             folder,
             use_safetensors=True,
@@ -97,10 +97,10 @@ def open_model(
 
 
 def _refuse_adapter(folder: Path) -> None:
-    """transformers would load it on top of the weights, from wherever its config says."""
+    """Refuse an adapter in the folder: transformers would load it on top of the weights, wherever its base is."""
     if (folder / "adapter_config.json").is_file():
         raise UserError(
-            f"{folder / 'adapter_config.json'}: an adapter among the weights, so it is not said which model is meant. "
+            f"{folder / 'adapter_config.json'}: an adapter among the weights, so it is unclear which model is meant. "
             "Remove the adapter's files, or merge it by `align export`."
         )
 
@@ -110,29 +110,31 @@ def compare_shapes(
 ) -> None:
     """Raise ``UserError`` unless the files hold the tensors that the config asks for, by name and shape.
 
-    transformers' own loader compares them on the meta device, with its rules for tied, renamed and merged weights:
-    no tensor is read.
+    transformers' own loader compares them on the meta device, with its rules for tied, renamed and merged weights. No
+    tensor is read.
     """
     import copy
 
     import torch
     import transformers
 
-    wanted = copy.deepcopy(config)
+    # The config as from_pretrained would change it.
+    expected_config = copy.deepcopy(config)
     for name, value in (options or {}).items():
-        setattr(wanted, name, value)
+        setattr(expected_config, name, value)
     auto: Any = getattr(transformers, AUTO_CLASSES[task])
-    if type(wanted) not in auto._model_mapping:
+    if type(expected_config) not in auto._model_mapping:
         raise UserError(
-            f"{folder / CONFIG}: {wanted.model_type} has no {AUTO_CLASSES[task]} in transformers. Name a language "
-            "model."
+            f"{folder / CONFIG}: {expected_config.model_type} has no {AUTO_CLASSES[task]} in transformers. Name a "
+            "language model."
         )
     entries = tensor_entries(folder)
+    # Tensors of the files' shapes without memory, for transformers to load into a model without memory.
     tensors = {name: torch.empty(entry.shape, device="meta") for name, entry in entries.items()}
-    with _quiet(), _undisturbed(), refusing(folder):
-        _, info = auto._model_mapping[type(wanted)].from_pretrained(
+    with _quiet(), _preserved_rng(), refusing(folder):
+        _, info = auto._model_mapping[type(expected_config)].from_pretrained(
             None,
-            config=wanted,
+            config=expected_config,
             state_dict=tensors,
             device_map={"": "meta"},
             output_loading_info=True,
@@ -142,30 +144,30 @@ def compare_shapes(
 
 
 def refuse_misfits(task: Task, folder: Path, info: dict[str, Any], may_lack: Collection[str] = ()) -> None:
-    """Raise ``UserError`` for tensors that transformers' loading info calls missing, left over or of another shape.
+    """Raise ``UserError`` for tensors that transformers' loading info lists as missing, unexpected or mismatched.
 
-    What transformers documents as ignorable (tied heads, buffers that are computed) is not among them. A classifier or
-    an encoder made from a causal model leaves its head aside; an encoder's pooler is not used.
+    Tied heads and computed buffers are not among them. A classifier or encoder made from a causal model ignores its
+    head; an encoder's pooler is not used.
     """
     missing = sorted(set(info["missing_keys"]) - set(may_lack))
     if task == "encoder":
         missing = [name for name in missing if "pooler" not in name]
-    left = sorted(name for name in info["unexpected_keys"] if not _is_unused_head(task, name))
-    misfits = sorted(info["mismatched_keys"])
+    unused = sorted(name for name in info["unexpected_keys"] if not _is_unused_head(task, name))
+    mismatched = sorted(info["mismatched_keys"])
     if missing:
         raise UserError(
             f"{folder}: lacks {_count(missing)} that its {CONFIG} asks for: {_named(missing)}. Random numbers would "
             "stand there. The model is damaged, or the config is another model's. Fetch the model again."
         )
-    if misfits:
-        name, stored, expected = misfits[0]
+    if mismatched:
+        name, stored, expected = mismatched[0]
         raise UserError(
             f"{folder}: the tensor {name} is of shape {list(stored)}, and its {CONFIG} asks for {list(expected)} "
-            f"({_count(misfits)} in all). The config is another model's. Fetch the model again."
+            f"({_count(mismatched)} in all). The config is another model's. Fetch the model again."
         )
-    if left:
+    if unused:
         raise UserError(
-            f"{folder}: holds {_count(left)} for which its {CONFIG} has no place: {_named(left)}. They would be "
+            f"{folder}: holds {_count(unused)} for which its {CONFIG} has no place: {_named(unused)}. They would be "
             "dropped. The config is another model's, or the model is of another kind. Fetch the model again."
         )
     if info["error_msgs"]:
@@ -173,7 +175,7 @@ def refuse_misfits(task: Task, folder: Path, info: dict[str, Any], may_lack: Col
 
 
 def _is_unused_head(task: Task, name: str) -> bool:
-    """True for a tensor of a head over the vocabulary, and for an encoder for one that is in no layer."""
+    """Return True for a tensor of the vocabulary head and, for an encoder, for one outside its layers."""
     if task == "classifier":
         return name in ("lm_head.weight", "lm_head.bias", "embed_out.weight")
     return task == "encoder" and not any(part.isdigit() for part in name.split("."))
@@ -184,24 +186,22 @@ def _count(names: list[Any]) -> str:
 
 
 def _named(names: list[str]) -> str:
-    more = len(names) - NAMED
-    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
+    omitted = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {omitted} more" if omitted > 0 else "")
 
 
 def open_gguf(gguf: Path, dtype: Any) -> tuple[Any, Any]:
-    """Tokenizer and model of a GGUF file, dequantized.
-
-    transformers also reads files beside a GGUF, which are no part of the model's identity: it is shown the file alone.
-    """
+    """Load tokenizer and model of a GGUF file, dequantized."""
     import transformers
 
     auto: Any = transformers.AutoModelForCausalLM
     bound_templates()
+    # transformers also reads files beside a GGUF. They are not part of the model's identity, so it sees the GGUF alone.
     with tempfile.TemporaryDirectory(prefix="align-gguf-") as isolated, refusing(gguf):
         (Path(isolated) / gguf.name).symlink_to(gguf.resolve())
         check_gguf(gguf)
         tokenizer = transformers.AutoTokenizer.from_pretrained(isolated, gguf_file=gguf.name, trust_remote_code=False)
-        with _undisturbed():
+        with _preserved_rng():
             model, info = auto.from_pretrained(
                 isolated, gguf_file=gguf.name, dtype=dtype, output_loading_info=True, trust_remote_code=False
             )
@@ -211,7 +211,7 @@ def open_gguf(gguf: Path, dtype: Any) -> tuple[Any, Any]:
 
 
 def open_static(folder: Path) -> Any:
-    """A model2vec model: word vectors with a tokenizer. Raises ``ImportError`` where model2vec is not installed."""
+    """Load a model2vec model: word vectors with a tokenizer. Raises ``ImportError`` where model2vec is missing."""
     from model2vec import StaticModel
 
     refuse_links(folder)
@@ -220,7 +220,7 @@ def open_static(folder: Path) -> Any:
 
 
 def adapter_config(adapter: Path) -> Any:
-    """peft's config of an adapter's folder. Raises ``UserError`` for one that names code or files to load."""
+    """Load peft's config of an adapter. Raises ``UserError`` for one that names code or files to load."""
     from peft import PeftConfig
 
     check_adapter(adapter)
@@ -229,32 +229,33 @@ def adapter_config(adapter: Path) -> Any:
 
 
 def attach_adapter(base: Any, adapter: Path) -> tuple[Any, list[str]]:
-    """``base`` with the adapter of a folder on it, by peft, and what peft warned of; ``base`` itself is changed.
+    """Put the adapter of a folder on ``base``, in place; return the peft model and peft's warnings.
 
-    Raises peft's own errors where it does not fit, and ``UserError`` for tensors that ``base`` has no place for: peft
-    drops them without a word.
+    Raises peft's own errors where it does not fit, and ``UserError`` for tensors that ``base`` has no place for, which
+    peft would drop silently.
     """
     from peft import PeftModel, get_peft_model_state_dict
 
     check_adapter(adapter)
-    with _undisturbed(), warnings.catch_warnings(record=True) as caught:
+    with _preserved_rng(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = PeftModel.from_pretrained(base, str(adapter), torch_device="cpu")
-    taken = get_peft_model_state_dict(model, save_embedding_layers=False).keys() | model.state_dict().keys()
-    left = sorted(read_header(adapter / ADAPTER_WEIGHTS).keys() - taken)
-    if left:
+    # peft drops tensors that match no module, so compare the file's names with those in the model.
+    known = get_peft_model_state_dict(model, save_embedding_layers=False).keys() | model.state_dict().keys()
+    unused = sorted(read_header(adapter / ADAPTER_WEIGHTS).keys() - known)
+    if unused:
         raise UserError(
-            f"{adapter / ADAPTER_WEIGHTS}: holds {_count(left)} for which the base has no place: {_named(left)}. They "
-            "would be dropped. Name the adapter's own base with --base."
+            f"{adapter / ADAPTER_WEIGHTS}: holds {_count(unused)} for which the base has no place: {_named(unused)}. "
+            "They would be dropped. Name the adapter's own base with --base."
         )
     return model, [str(warning.message) for warning in caught]
 
 
 @contextmanager
 def refusing(place: Path | str) -> Iterator[None]:
-    """Turn a library's error about files that it cannot take into the user's, with the place.
+    """Turn a library's error about files that it cannot read into a ``UserError`` with their place.
 
-    Libraries raise whatever a damaged file leads them into; a full disk or memory is not the file's fault.
+    A damaged file can make a library raise anything. A full disk or memory is not the file's fault and passes.
     """
     try:
         yield
@@ -275,8 +276,8 @@ def _unreadable(place: Path | str, error: Exception) -> str:
             f"{place}: cannot be loaded without running Python code that comes with it, which is not done here. A "
             "`model` stage with `trust_remote_code: true` runs it, if you trust it."
         )
-    kind = type(error).__name__
-    return f"{place}: cannot be loaded: {kind}: {_first_line(text)} Fetch it again, or name another model."
+    error_type = type(error).__name__
+    return f"{place}: cannot be loaded: {error_type}: {_first_line(text)} Fetch it again, or name another model."
 
 
 def _first_line(text: Any) -> str:
@@ -287,8 +288,8 @@ def _first_line(text: Any) -> str:
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
-    """transformers draws what a model lacks from the caller's randomness, which is put back."""
+def _preserved_rng() -> Iterator[None]:
+    """Restore torch's random state, from which transformers draws the weights that a model lacks."""
     import torch
 
     state = torch.get_rng_state()
@@ -300,7 +301,7 @@ def _undisturbed() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers' report and bar of a comparison, which loads nothing, are for nobody."""
+    """Silence transformers' report and progress bar for a comparison that loads nothing."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -1,7 +1,7 @@
-"""The processes that train one model together: how they join, agree, and share out what each can do alone.
+"""Collective operations of the processes that train one model together, and the split of independent work.
 
-Everything here is the identity where there is one process. What fails in one of them ends it, and the launcher then
-ends the others; so nothing here catches errors. Left out: the model itself (``align.training.sharding``).
+With one process everything here is the identity. A failure ends its process, and the launcher then ends the others, so
+nothing here catches errors. Left out: the model itself (``align.models.sharding``).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ T = TypeVar("T")
 
 
 def join(runtime: Runtime) -> None:
-    """Meet the stage's other processes: gloo on CPUs, NCCL between GPUs, one of which each process has.
+    """Join the stage's process group: gloo on CPUs, NCCL between GPUs, of which each process has one.
 
-    Before anything of transformers or accelerate, which take the group as they find it.
+    Call it before transformers or accelerate start, which use the group as it is.
     """
     if world_size() == 1:
         return
@@ -36,38 +36,39 @@ def join(runtime: Runtime) -> None:
 
 
 def leave() -> None:
-    """Take leave of the others, so that the interpreter does not end under the backend's running threads."""
+    """Destroy the process group, so that the interpreter does not exit while the backend's threads run."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def agreed(make: Callable[[], T]) -> T:
-    """What ``make`` gives in the first process, in all of them."""
+def broadcast(make: Callable[[], T]) -> T:
+    """Call ``make`` in the first process and return its result in all of them."""
     if world_size() == 1:
         return make()
-    found: list[Any] = [make() if rank() == 0 else None]
-    dist.broadcast_object_list(found, src=0)
-    result: T = found[0]
+    # broadcast_object_list writes the first process's objects into every process's list.
+    box: list[Any] = [make() if rank() == 0 else None]
+    dist.broadcast_object_list(box, src=0)
+    result: T = box[0]
     return result
 
 
 def wait_for_all() -> None:
-    """Go on once every process is here."""
+    """Return once every process has called this."""
     if world_size() > 1:
         dist.barrier()
 
 
-def gathered(own: T) -> list[T]:
-    """What each process has, the first one's first, in all of them."""
+def all_gather(value: T) -> list[T]:
+    """Return every process's value, ordered by rank, in all of them."""
     if world_size() == 1:
-        return [own]
-    found: list[Any] = [None] * world_size()
-    dist.all_gather_object(found, own)
-    return found
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
-def summed(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` added up over all processes."""
+def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the sum of ``tensor``, of any shape, over all processes."""
     if world_size() == 1:
         return tensor
     total = tensor.clone()
@@ -75,19 +76,21 @@ def summed(tensor: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def part_of(count: int) -> range:
-    """This process's part of ``count`` things in a row; parts differ by one at most, and may be empty."""
-    here, all_of_them = rank(), world_size()
-    return range(count * here // all_of_them, count * (here + 1) // all_of_them)
+def rank_range(count: int) -> range:
+    """Return this process's part of ``range(count)``; parts differ by one item at most and may be empty."""
+    index, processes = rank(), world_size()
+    return range(count * index // processes, count * (index + 1) // processes)
 
 
-def turns(items: Sequence[T]) -> list[tuple[int, T, bool]]:
-    """This process's items, dealt out by turns, as (number, item, whether it counts); as many in every process.
+def split_by_rank(items: Sequence[T]) -> list[tuple[int, T, bool]]:
+    """Return every ``world_size``-th item for this process, as (index, item, counts); as many in every process.
 
-    Where they do not come out even a process does the first item once more, which does not count: passes of a sharded
-    model are made by all processes together or by none.
+    A process that would have one item less gets the first item again with ``counts`` False: all processes must run the
+    forward passes of a sharded model together.
     """
-    mine = [(at, item, True) for at, item in enumerate(items)][rank() :: world_size()]
-    if items and len(mine) < -(-len(items) // world_size()):
-        mine.append((0, items[0], False))
-    return mine
+    share = [(number, item, True) for number, item in enumerate(items)][rank() :: world_size()]
+    longest_share = -(-len(items) // world_size())
+    # A repeat of the first item keeps the number of collective calls equal.
+    if items and len(share) < longest_share:
+        share.append((0, items[0], False))
+    return share

@@ -1,4 +1,4 @@
-"""Scoring responses with a trained reward model."""
+"""Score responses with a trained reward model."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from typing import Any
 
 import torch
 
+from align.config.base import Precision
 from align.config.batch_sizes import SCORED_AT_ONCE
-from align.models.fast.prefix_batch import Line, in_common
-from align.models.fast.ragged_rows import can_run_ragged, hidden_states, run_ragged, to_device
+from align.models.fast.prefix_batch import PrefixBatch, common_prefix
+from align.models.fast.ragged_rows import can_run_ragged, enable_ragged, hidden_states, to_device
 from align.models.loading import load_reward, load_tokenizer
-from align.models.precision import Precision, autocast, round_frozen
+from align.models.precision import autocast, cast_frozen_to_bf16
 from align.models.render import Message, render_conversation
-from align.models.steps import Steps, combined, step_ends
+from align.models.steps import Steps, combine_steps, tokenize_steps
 
 Answer = tuple[list[Message], str, bool, str | None]
-"""Prompt, text, whether it came to its end, and the tools of its row."""
+"""Prompt, text, whether the answer is finished, and the tools of its row."""
 
 
 class RewardModel:
@@ -33,8 +34,8 @@ class RewardModel:
     ) -> None:
         """Load the model. Raises ``UserError`` for a checkpoint without a score head.
 
-        With ``share_beginnings`` what all conversations of a batch begin with is read once. Rounding then depends on
-        which others are in the batch, so that the same answer may get another score in the next call.
+        With ``share_beginnings`` a prefix that all conversations of a batch share is computed once. Rounding then
+        depends on the batch, so the same answer may get a slightly different score in the next call.
         """
         self.tokenizer = load_tokenizer(model_dir)
         self.model = load_reward(model_dir).to(device).requires_grad_(False)
@@ -45,19 +46,19 @@ class RewardModel:
         self._steps = Steps.read(model_dir)
         self._ragged = can_run_ragged(self.model)
         if self._ragged:
-            run_ragged(self.model)
+            enable_ragged(self.model)
 
     def round_weights(self) -> None:
-        """Keep the trunk in bfloat16, where that is what it computes in: half the memory; scores move by rounding."""
+        """Keep the trunk in bfloat16 where it computes in it: half the memory; scores change by rounding."""
         if self.precision == "bfloat16":
-            round_frozen(getattr(self.model, self.model.base_model_prefix))
-            # The head is part of the mapped file still, which would stay in memory whole for its sake.
+            cast_frozen_to_bf16(getattr(self.model, self.model.base_model_prefix))
+            # The head still belongs to the memory-mapped file, which would stay in memory as a whole.
             for parameter in self.model.parameters():
                 parameter.data = parameter.data.clone()
 
     @property
     def steps(self) -> Steps | None:
-        """How answers are cut into steps, for a process reward model; None for one that scores whole answers."""
+        """Return how a process reward model splits answers into steps; None for one that scores whole answers."""
         return self._steps
 
     def score(
@@ -67,73 +68,82 @@ class RewardModel:
         finished: list[bool] | None = None,
         tools: list[str | None] | None = None,
     ) -> list[float]:
-        """Scores of ``responses[i]`` as the assistant's answer to ``prompts[i]``, with this model's own template.
+        """Score ``responses[i]`` as the assistant's answer to ``prompts[i]``, with this model's own chat template.
 
         Answers that are not ``finished`` (cut off at their length limit) are read without the end-of-turn token, which
-        the policy did not write; all are taken as finished when it is None. ``tools`` are those of each prompt's row.
-        A process reward model's score is what the chances of the answer's steps to be right come to, from 0 to 1.
+        the policy did not write; None means that all are finished. ``tools`` are those of each prompt's row. A process
+        reward model combines the probabilities that the steps are right into one score from 0 to 1.
         """
         ended = finished if finished is not None else [True] * len(responses)
         offered = tools if tools is not None else [None] * len(responses)
         answers = list(zip(prompts, responses, ended, offered, strict=True))
         if self._steps is not None:
-            return [combined(logits, self._steps.aggregate) for logits in self._score_steps(answers, self._steps)]
+            return [combine_steps(logits, self._steps.aggregate) for logits in self._score_steps(answers, self._steps)]
         rows = [
-            render_conversation(self.tokenizer, [*prompt, {"role": "assistant", "content": response}], one_ended, own)
-            for prompt, response, one_ended, own in answers
+            render_conversation(
+                self.tokenizer, [*prompt, {"role": "assistant", "content": response}], is_finished_answer, row_tools
+            )
+            for prompt, response, is_finished_answer, row_tools in answers
         ]
         return self.score_tokens(rows)
 
     def _score_steps(self, answers: Sequence[Answer], steps: Steps) -> list[list[float]]:
-        """The log-odds of each step of each answer."""
-        found = [
-            step_ends(self.tokenizer, prompt, [{"role": "assistant", "content": text}], steps.separator, ended, tools)
+        """Return the log-odds of each step of each answer."""
+        encoded = [
+            tokenize_steps(
+                self.tokenizer, prompt, [{"role": "assistant", "content": text}], steps.separator, ended, tools
+            )
             for prompt, text, ended, tools in answers
         ]
-        return self.score_places([ids for ids, _ in found], [places for _, places in found])
+        return self.score_places([ids for ids, _ in encoded], [ends for _, ends in encoded])
 
     def score_tokens(self, rows: list[list[int]]) -> list[float]:
-        """Scores of rendered conversations at their ends, in the order given."""
+        """Score rendered conversations at their last tokens, in order."""
         return [scores[0] for scores in self.score_places(rows, [[len(row) - 1] for row in rows])]
 
     @torch.inference_mode()
     def score_places(self, rows: list[list[int]], places: list[list[int]]) -> list[list[float]]:
-        """Scores at some tokens of each row, in the order given; rows of like length are read together.
+        """Return the scores at the tokens ``places[i]`` of each row, in order.
 
-        Of equal rows one is read, so that they tie.
+        Rows of similar length share a batch. Equal rows are computed once, so that their scores are equal too.
         """
-        asked = [(tuple(row), tuple(own)) for row, own in zip(rows, places, strict=True)]
+        # The longest rows come first: a batch then has rows of similar length, and memory peaks at the first batch.
+        requests = [(tuple(row), tuple(row_places)) for row, row_places in zip(rows, places, strict=True)]
         scores: dict[tuple[tuple[int, ...], tuple[int, ...]], list[float]] = {}
-        order = sorted(dict.fromkeys(asked), key=lambda one: -len(one[0]))
+        order = sorted(dict.fromkeys(requests), key=lambda request: -len(request[0]))
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
-            values = iter(self._forward([list(row) for row, _ in batch], [list(own) for _, own in batch]))
-            for one in batch:
-                scores[one] = [next(values) for _ in one[1]]
-        return [list(scores[one]) for one in asked]
+            values = iter(self._forward([list(row) for row, _ in batch], [list(row_places) for _, row_places in batch]))
+            for request in batch:
+                scores[request] = [next(values) for _ in request[1]]
+        return [list(scores[request]) for request in requests]
 
     def _forward(self, rows: list[list[int]], places: list[list[int]]) -> list[float]:
         with autocast(self.device, self.precision):
             states = (self._ragged_states if self._ragged else self._padded_states)(rows, places)  # (P, H)
-        # The head is one dot product: in float32, so that scores of like answers do not tie by rounding.
+        # The head is one dot product: in float32, so that scores of similar answers do not tie by rounding.
         values: list[float] = self.model.score(states.float())[:, 0].tolist()
         return values
 
-    def _ragged_states(self, rows: list[list[int]], wanted: list[list[int]]) -> torch.Tensor:
-        line, shared = Line(), in_common(rows) if self.share_beginnings else 0
-        beginning = line.add(rows[0][:shared]) if shared else None
-        at = []
-        for row, own in zip(rows, wanted, strict=True):
-            start = line.starts[line.add(row[shared:], beginning)] - shared
-            at += [place if place < shared else start + place for place in own]
-        batch = line.batch()
-        ids, places = batch["input_ids"].to(self.device), batch["position_ids"].to(self.device)
+    def _ragged_states(self, rows: list[list[int]], places: list[list[int]]) -> torch.Tensor:
+        """Return the (P, H) states at ``places`` from one ragged row, in which a common prefix appears once."""
+        batch_builder = PrefixBatch()
+        shared = common_prefix(rows) if self.share_beginnings else 0
+        prefix = batch_builder.add(rows[0][:shared]) if shared else None
+        indices = []
+        for row, row_places in zip(rows, places, strict=True):
+            segment = batch_builder.add(row[shared:], prefix)
+            offset = batch_builder.starts[segment] - shared
+            indices += [place if place < shared else offset + place for place in row_places]
+        batch = batch_builder.batch()
+        ids = batch["input_ids"].to(self.device)
+        position_ids = batch["position_ids"].to(self.device)
         trunk = getattr(self.model, self.model.base_model_prefix)
-        states = hidden_states(trunk, ids, places, to_device(batch["layout"], self.device))
-        return states[torch.tensor(at, device=self.device)]
+        states = hidden_states(trunk, ids, position_ids, to_device(batch["layout"], self.device))
+        return states[torch.tensor(indices, device=self.device)]
 
-    def _padded_states(self, rows: list[list[int]], wanted: list[list[int]]) -> torch.Tensor:
-        """Right-padded, so that positions need no shift and padding is never attended to."""
+    def _padded_states(self, rows: list[list[int]], places: list[list[int]]) -> torch.Tensor:
+        """Return the (P, H) states at ``places``, right-padded: positions need no shift, padding is masked."""
         lengths = torch.tensor([len(row) for row in rows], device=self.device)
         width = int(lengths.max())
         pad = self.tokenizer.pad_token_id
@@ -141,6 +151,8 @@ class RewardModel:
         mask = (torch.arange(width, device=self.device) < lengths[:, None]).long()
         trunk = getattr(self.model, self.model.base_model_prefix)
         hidden = trunk(input_ids=ids, attention_mask=mask).last_hidden_state  # (B, T, H)
-        at = torch.tensor([[row, place] for row, own in enumerate(wanted) for place in own], device=self.device)
-        states: torch.Tensor = hidden[at[:, 0], at[:, 1]]
+        indices = torch.tensor(
+            [[row, place] for row, row_places in enumerate(places) for place in row_places], device=self.device
+        )
+        states: torch.Tensor = hidden[indices[:, 0], indices[:, 1]]
         return states

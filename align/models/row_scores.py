@@ -1,6 +1,6 @@
-"""Numbers that models give to rows of data: a reward, a perplexity, an instruction-following difficulty.
+"""Score rows of data by a model: reward, perplexity, or instruction-following difficulty.
 
-Called by the data step ``score``. Left out: which rows are kept for them.
+The data step ``score`` uses it. Left out: filtering rows by their scores.
 """
 
 from __future__ import annotations
@@ -23,33 +23,35 @@ Scorer = Callable[[list[Row]], list[float]]
 
 
 def make_scorer(config: Any, folder: Path, device: str) -> Scorer:
-    """The scorer that a ``ScoreConfig`` asks for, its model loaded from ``folder``."""
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    """Return the scorer of a ``ScoreConfig``, with the model in ``folder``."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if config.by == "reward":
-        return _Reward(folder, chosen, config)
-    return _Likelihood(folder, chosen, config, alone=config.by == "ifd")
+        return _RewardScorer(folder, device, config)
+    return _PerplexityScorer(folder, device, config, alone=config.by == "ifd")
 
 
-def reply(row: Row) -> str | None:
-    """The text that is scored: the completion, or the chosen reply; None for a row that has neither."""
+def reply_text(row: Row) -> str | None:
+    """Return the text to score: the completion, or the chosen reply; None for a row without either."""
     answer = row.get(answer_side(row))
     return str(answer[-1]["content"]) if answer else None
 
 
-class _Reward:
+class _RewardScorer:
     def __init__(self, folder: Path, device: str, config: Any) -> None:
         self.model = RewardModel(folder, device=device, precision=config.precision, batch_size=config.batch_size)
 
     def __call__(self, rows: list[Row]) -> list[float]:
-        with_reply = [row for row in rows if reply(row) is not None]
+        with_reply = [row for row in rows if reply_text(row) is not None]
         finished = [is_finished(row, answer_side(row)) for row in with_reply]
-        prompts, texts = [row["prompt"] for row in with_reply], [reply(row) or "" for row in with_reply]
+        prompts = [row["prompt"] for row in with_reply]
+        texts = [reply_text(row) or "" for row in with_reply]
         scores = iter(self.model.score(prompts, texts, finished, [row.get("tools") for row in with_reply]))
-        return [next(scores) if reply(row) is not None else math.nan for row in rows]
+        return [next(scores) if reply_text(row) is not None else math.nan for row in rows]
 
 
-class _Likelihood:
-    """Perplexity of the reply given the prompt; over that of the reply alone, with ``alone``."""
+class _PerplexityScorer:
+    """Perplexity of the reply given the prompt; with ``alone``, divided by that of the reply without it (IFD)."""
 
     def __init__(self, folder: Path, device: str, config: Any, alone: bool) -> None:
         self.tokenizer = load_tokenizer(folder)
@@ -59,62 +61,67 @@ class _Likelihood:
         self.max_length, self.alone = config.max_length, alone
 
     def __call__(self, rows: list[Row]) -> list[float]:
-        texts: list[tuple[list[int], int]] = []  # ids, and how many of them are read but not scored
-        places: list[list[int]] = []
+        # Every row gives up to two texts: the reply after its prompt, and for IFD the reply alone.
+        texts: list[tuple[list[int], int]] = []  # ids, and how many of them are context only
+        indices: list[list[int]] = []
         for row in rows:
-            made = self._texts(row)
-            places.append(list(range(len(texts), len(texts) + len(made))))
-            texts += made
+            row_texts = self._texts(row)
+            indices.append(list(range(len(texts), len(texts) + len(row_texts))))
+            texts += row_texts
         losses = self._losses(texts)
-        found = []
-        for mine in places:
-            values = [losses[place] for place in mine]
+        scores = []
+        for own_indices in indices:
+            values = [losses[index] for index in own_indices]
             if not values:
-                found.append(math.nan)
-            else:  # a difference of logarithms rather than a ratio of exponentials, which overflow
-                found.append(math.exp(min(values[0] - (values[1] if self.alone else 0.0), 700.0)))
-        return found
+                scores.append(math.nan)
+            else:  # a difference of logarithms: a ratio of exponentials can overflow
+                scores.append(math.exp(min(values[0] - (values[1] if self.alone else 0.0), 700.0)))
+        return scores
 
     def _texts(self, row: Row) -> list[tuple[list[int], int]]:
-        text = reply(row)
+        text = reply_text(row)
         if not text:
             return []
         messages = [*row["prompt"], {"role": "assistant", "content": text}]
         tools = row.get("tools")
         prompt = render_prompt(self.tokenizer, row["prompt"], tools)
-        whole = render_conversation(self.tokenizer, messages, is_finished(row, answer_side(row)), tools)
-        answer = whole[len(prompt) :]
+        conversation = render_conversation(self.tokenizer, messages, is_finished(row, answer_side(row)), tools)
+        answer = conversation[len(prompt) :]
         if len(prompt) + 1 >= self.max_length or not answer:
             return []
-        conditioned = (whole[: self.max_length], len(prompt))
+        conditioned = (conversation[: self.max_length], len(prompt))
         if not self.alone:
             return [conditioned]
-        # The reply alone begins after whatever opens a text for this model, so that its first token is scored too.
+        # The reply alone follows the token that opens a text, so that its own first token is scored too.
         start = self.tokenizer.bos_token_id
         begin = prompt[:1] if start is None else [start]
         return [conditioned, ([*begin, *answer[: len(conditioned[0]) - len(prompt)]], 1)]
 
     def _losses(self, texts: list[tuple[list[int], int]]) -> list[float]:
-        """Mean negative log-likelihood of each text's scored tokens, in nats."""
-        order = sorted(range(len(texts)), key=lambda place: len(texts[place][0]))
-        found = [math.nan] * len(texts)
+        """Return the mean negative log-likelihood of each text's scored tokens, in nats."""
+        order = sorted(range(len(texts)), key=lambda index: len(texts[index][0]))
+        means = [math.nan] * len(texts)
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
-            for place, loss in zip(batch, self._batch([texts[place] for place in batch]), strict=True):
-                found[place] = loss
-        return found
+            for index, loss in zip(batch, self._batch([texts[index] for index in batch]), strict=True):
+                means[index] = loss
+        return means
 
     @torch.no_grad()
     def _batch(self, texts: list[tuple[list[int], int]]) -> list[float]:
         width = max(len(ids) for ids, _ in texts)
         pad = self.tokenizer.pad_token_id or 0
         ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row, _ in texts], device=self.device)  # (B, T)
-        scored = torch.tensor([[skip <= at < len(row) for at in range(1, width)] for row, skip in texts])  # (B, T-1)
+        scored = torch.tensor(
+            [[skip <= position < len(row) for position in range(1, width)] for row, skip in texts]
+        )  # (B, T-1)
         with autocast(self.device, self.precision):
+            # Rows are right-padded and attention is causal, so padding needs no mask.
             hidden = self._trunk(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]  # (B, T-1, H)
         scored = scored.to(self.device)
         with autocast(self.device, self.precision):
             logits = self._head(hidden[scored])  # only of tokens that count: (N, V)
+        # Sum the losses per row: nonzero()[:, 0] is the row of each scored token.
         losses = F.cross_entropy(logits.float(), ids[:, 1:][scored], reduction="none")
         sums = losses.new_zeros(len(texts)).index_add_(0, scored.nonzero()[:, 0], losses)
         means: list[float] = (sums / scored.sum(dim=1)).tolist()

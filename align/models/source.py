@@ -1,4 +1,4 @@
-"""Where a base model comes from, and what pins its identity. Torch-free, and never touches the network.
+"""Resolve the source of a base model and what pins its identity. Torch-free, never touches the network.
 
 A source is a built-in name, a transformers folder, a ``.gguf`` file, or a Hub name with the commit it is pinned to.
 Left out: fetching and conversion (``embedded.py``, ``stages/model.py``).
@@ -24,17 +24,17 @@ from align.store.fingerprint import digest, file_digest
 
 TINY = "tiny"
 TINY_VERSION = 1
-"""Bumped when ``make_tiny`` writes other weights for the same seed."""
+"""Increased when ``make_tiny`` writes other weights for the same seed."""
 BUILT_IN = (EMBEDDED, TINY)
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 STORED_ADAPTER = Path("adapter", "adapter.json")
-"""In a model folder, what describes an adapter of align's own (``align.models.tuning.stored``)."""
+"""In a model folder, the description of an adapter that only align applies (``align.models.tuning.stored``)."""
 
 
 class Origin(StrEnum):
-    """How a source is fetched."""
+    """Way in which a source is fetched."""
 
     EMBEDDED = "embedded"
     TINY = "tiny"
@@ -45,7 +45,7 @@ class Origin(StrEnum):
 
 @dataclass(frozen=True)
 class Source:
-    """A checked source. ``path`` is set for a folder or a GGUF file, ``revision`` for a Hub name."""
+    """A validated source. ``path`` is set for a folder or a GGUF file, ``revision`` for a Hub name."""
 
     origin: Origin
     name: str
@@ -54,7 +54,7 @@ class Source:
 
 
 def resolve(source: str, revision: str | None, base: Path) -> Source:
-    """Check ``source`` without fetching it; relative paths start at ``base``.
+    """Validate ``source`` without fetching it; relative paths start at ``base``.
 
     Raises ``UserError`` for a path that is missing, a model folder with a file that is damaged or hostile, a Hub name
     without a 40-digit commit, and a name that is none of these.
@@ -68,6 +68,7 @@ def resolve(source: str, revision: str | None, base: Path) -> Source:
         if revision is not None:
             raise UserError(f"revision: '{source}' is a path, pinned by its contents; leave revision out.")
         return _local(source, path)
+    # These look like paths, so the message must not suggest a Hub name.
     if source.endswith(".gguf") or source.startswith((".", "/", "~")):
         raise UserError(f"source: there is no '{path}'; give the path of a model folder or of a .gguf file.")
     if not HUB_NAME.fullmatch(source):
@@ -76,9 +77,9 @@ def resolve(source: str, revision: str | None, base: Path) -> Source:
             f"nor a Hub name like 'organization/model'.{suggest(source, BUILT_IN)}"
         )
     if revision is None or not COMMIT.fullmatch(revision):
-        found = "it is missing" if revision is None else f"'{revision}' can move"
+        problem = "it is missing" if revision is None else f"'{revision}' can move"
         raise UserError(
-            f"revision: the Hub model '{source}' needs the commit it is pinned to, 40 hexadecimal digits; {found}. "
+            f"revision: the Hub model '{source}' needs the commit it is pinned to, 40 hexadecimal digits; {problem}. "
             f"Copy it from https://huggingface.co/{source}/commits/main"
         )
     return Source(Origin.HUB, source, revision=revision)
@@ -93,8 +94,8 @@ def _local(source: str, path: Path) -> Source:
     _explain(check_folder, path)
     if (path / STORED_ADAPTER).is_file():
         raise UserError(
-            f"source: '{source}' carries an adapter that is no change of weights ({STORED_ADAPTER}), and a model stage "
-            "takes weights alone. Take the finished artifact by `stage: artifact`."
+            f"source: '{source}' carries an adapter that cannot be merged into its weights ({STORED_ADAPTER}), and a "
+            "model stage reads weights only. Use the finished artifact with `stage: artifact`."
         )
     return Source(Origin.FOLDER, source, path=path)
 
@@ -107,26 +108,27 @@ def _explain(check: Callable[[Path], None], path: Path) -> None:
 
 
 def identity(source: str, revision: str | None, base: Path) -> str:
-    """Text that changes whenever the model does: a commit, a checksum, or a digest of the files' contents."""
-    found = resolve(source, revision, base)
-    if found.origin is Origin.EMBEDDED:
+    """Return text that changes whenever the model does: a commit, a checksum, or a digest of the files' contents."""
+    resolved = resolve(source, revision, base)
+    if resolved.origin is Origin.EMBEDDED:
         return f"embedded:{WHEEL_SHA256}"
-    if found.origin is Origin.TINY:
+    if resolved.origin is Origin.TINY:
         return f"tiny:{TINY_VERSION}"
-    if found.origin is Origin.HUB:
-        return f"hub:{found.name}@{found.revision}"
-    assert found.path is not None
-    if found.origin is Origin.GGUF:
-        return f"gguf:{_digest(found.path)}"
-    return f"folder:{digest({name: _digest(file) for name, file in files.files_read(found.path).items()})}"
+    if resolved.origin is Origin.HUB:
+        return f"hub:{resolved.name}@{resolved.revision}"
+    assert resolved.path is not None
+    if resolved.origin is Origin.GGUF:
+        return f"gguf:{_digest(resolved.path)}"
+    return f"folder:{digest({name: _digest(file) for name, file in files.files_read(resolved.path).items()})}"
 
 
 def _digest(path: Path) -> str:
+    # Size and time identify an unchanged file, so a digest of gigabytes is computed once.
     status = path.stat()
     return _cached_digest(path, status.st_size, status.st_mtime_ns)
 
 
 @lru_cache(maxsize=1024)
 def _cached_digest(path: Path, size: int, modified: int) -> str:
-    """A file's digest, once per process while its size and time stay the same: a plan asks several times."""
+    """Return a file's digest, computed once per process while size and time are unchanged: a plan needs it often."""
     return file_digest(path)

@@ -1,7 +1,7 @@
-"""Which token ends a turn and which one pads, made to agree between tokenizer, config, generation config and template.
+"""Make the eos and pad tokens agree between tokenizer, config, generation config and chat template.
 
-Two faults ruin a chat model silently: an end token that differs from the one the chat template writes (the model never
-stops), and padding with the end token (masks hide it, so it is never learned). Both are put right once, when a model
+Two faults ruin a chat model silently: an eos token that differs from the one the chat template writes (the model never
+stops), and padding with the eos token (masks hide it, so it is never learned). Both are corrected once, when a model
 enters the store. Torch-free.
 """
 
@@ -14,10 +14,10 @@ from align.errors import UserError
 from align.models.render import MAX_TRAILING, explain_refusal
 
 PREFERRED_PADS = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>", "[UNK]")
-"""Special tokens taken for padding, in this order: made for it, or never found inside a conversation."""
+"""Special tokens to pad with, by preference: meant for it, or never part of a conversation."""
 
 
-def settle_special_tokens(tokenizer: Any, model: Any, warn: Callable[[str], None]) -> None:
+def unify_special_tokens(tokenizer: Any, model: Any, warn: Callable[[str], None]) -> None:
     """Make the end-of-turn token the eos everywhere, and choose a pad token that is not it.
 
     ``tokenizer`` must have a chat template. ``model`` gets its config and generation config set, and one more row of
@@ -32,11 +32,14 @@ def settle_special_tokens(tokenizer: Any, model: Any, warn: Callable[[str], None
     elif end != tokenizer.eos_token_id:
         token = tokenizer.convert_ids_to_tokens(end)
         if tokenizer.eos_token is not None:
-            warn(f"the tokenizer's eos is {tokenizer.eos_token!r} but its chat template ends turns with {token!r}; "
-                 f"eos is now {token!r}.")  # fmt: skip
+            warn(
+                f"the tokenizer's eos is {tokenizer.eos_token!r} but its chat template ends turns with {token!r}; "
+                f"eos is now {token!r}."
+            )
         tokenizer.eos_token = token
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no eos token and its chat template writes none: no response could ever end.")
+    # After eos is final: the pad token must differ from it.
     choose_pad(tokenizer, model)
     for settings in (model.config, model.generation_config):
         if settings is not None:
@@ -49,7 +52,7 @@ CONVERSATION = [{"role": "user", "content": "a"}, {"role": "assistant", "content
 
 
 def require_turn_end(tokenizer: Any) -> int | None:
-    """As :func:`turn_end_token`; ``UserError`` for a template that does not take a question and its answer."""
+    """Return :func:`turn_end_token`; ``UserError`` for a template that does not render a question and its answer."""
     from jinja2 import TemplateError
 
     try:
@@ -59,9 +62,9 @@ def require_turn_end(tokenizer: Any) -> int | None:
 
 
 def turn_end_token(tokenizer: Any) -> int | None:
-    """Id of the special token with which the chat template closes an assistant's turn, or None.
+    """Return the id of the special token with which the chat template closes an assistant's turn, or None.
 
-    Raises the template's ``TemplateError``; ``UserError`` for one that goes out of bounds (``chat_template.py``).
+    Raises the template's ``TemplateError``, and ``UserError`` for one that exceeds its bounds (``chat_template.py``).
     """
     from align.models.template_budget import TemplateOutOfBounds
 
@@ -69,6 +72,7 @@ def turn_end_token(tokenizer: Any) -> int | None:
         ids = tokenizer.apply_chat_template(CONVERSATION, tokenize=True, return_dict=False)
     except TemplateOutOfBounds as error:
         raise explain_refusal(tokenizer, CONVERSATION, error) from None
+    # Search backwards among the last tokens: some templates write a line break after the special token.
     special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
     for token in reversed(ids[-1 - MAX_TRAILING :]):
         if token in special:
@@ -77,13 +81,14 @@ def turn_end_token(tokenizer: Any) -> int | None:
 
 
 def choose_pad(tokenizer: Any, model: Any) -> None:
-    """Keep the pad token when it differs from eos and bos; else take an unused special token, or add one."""
-    taken = {tokenizer.eos_token_id, tokenizer.bos_token_id}
-    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in taken:
+    """Keep a pad token that differs from eos and bos; else use an unused special token, or add one."""
+    reserved = {tokenizer.eos_token_id, tokenizer.bos_token_id}
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in reserved:
         return
+    # Only tokens that the tokenizer has already; a new one would need another row of embeddings.
     added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     for token in PREFERRED_PADS:
-        if token in added and added[token] not in taken:
+        if token in added and added[token] not in reserved:
             tokenizer.pad_token = token
             return
     tokenizer.add_special_tokens({"pad_token": "<|pad|>"})

@@ -1,6 +1,6 @@
-"""Estimates of what a call in a chat template makes, before it is made: characters, and items by their memory.
+"""Estimate the size of a call's result in a chat template before the call: characters, and items by their memory.
 
-Filters and methods of texts can make much of little: a width, a replacement, a text that joins others. Left out: what a
+Filters and string methods can turn little input into much output: a width, a replacement, a join. Left out: text that a
 template writes piece by piece, which is counted as it comes (``chat_template.py``). Torch-free.
 """
 
@@ -13,24 +13,26 @@ from typing import Any
 from align.models.template_budget import TemplateOutOfBounds
 
 ITEM, PART = 16, 64
-"""Size of an item of a list, which refers to a value; of a part that a text is split into, a value of its own."""
+"""Size of a list item, which refers to a value, and of a part of a split text, which is a new value."""
 LARGEST_NUMBER = 1_000_000
-"""Of a width or a count that is passed to a function of the template language."""
-WIDENING = frozenset({
-    "batch", "center", "expandtabs", "indent", "ljust", "rjust", "round", "slice", "to_bytes", "truncate", "wordwrap",
-    "zfill",
-})  # fmt: skip
-"""Filters and methods that a number may have make as much as it says."""
+"""Limit of a width or count that is passed to a function of the template language."""
+WIDENING = frozenset(
+    {
+        *("batch", "center", "expandtabs", "indent", "ljust", "rjust", "round", "slice"),
+        *("to_bytes", "truncate", "wordwrap", "zfill"),
+    }
+)
+"""Filters and methods whose result can be as long as a number among their arguments."""
 PERCENT = re.compile(r"%(?:\([^)]*\))?[#0\- +]*(?:\*|\d{7,}|\d*\.(?:\*|\d{7,}))")
 BRACES = re.compile(r"\{[^{}]*:[^{}]*(?:\d{7,}|\{)")
-"""In a format: a width or precision of over six digits, or one that comes from the arguments."""
+"""Format specifiers whose width or precision has over six digits or comes from the arguments."""
 Text = str | bytes
 
 
 def growth(name: str, values: Sequence[Any], keywords: Mapping[str, Any], *, is_method: bool) -> int:
-    """Size of what the filter or method ``name`` makes of ``values``, the first of which it belongs to.
+    """Estimate the size of the result of the filter or method ``name`` on ``values``; the first is its subject.
 
-    0 where a call makes no more than it is given. Raises ``TemplateOutOfBounds`` for a huge width.
+    0 where a result is no larger than the input. Raises ``TemplateOutOfBounds`` for a huge width.
     """
     subject, arguments = values[0], [*values[1:], *keywords.values()]
     numbers = [value for value in arguments if isinstance(value, int)]
@@ -39,11 +41,14 @@ def growth(name: str, values: Sequence[Any], keywords: Mapping[str, Any], *, is_
     if name == "join":
         argument = arguments[0] if arguments else ""
         return _joined(subject, argument) if is_method else _joined(argument, subject)
+    # Every occurrence can grow to the length of the replacement.
     if name == "replace":
         return _replaced(subject, arguments)
+    # Each line or blank can become as long as the width, or as the indentation itself.
     if name in ("indent", "expandtabs", "wordwrap"):
         lines = 1 + sum(_count(subject, mark) for mark in ("\n", "\t", " "))
         return lines * max([8, *map(abs, numbers), *map(_size, arguments)])
+    # Every part is a new text.
     if name in ("split", "rsplit", "splitlines"):
         mark = next((value for value in arguments if isinstance(value, Text) and value), None)
         marks = [mark] if mark is not None else [" ", "\n", "\t", "\r"]
@@ -60,7 +65,7 @@ def growth(name: str, values: Sequence[Any], keywords: Mapping[str, Any], *, is_
 
 
 def formatted(text: Any, arguments: Sequence[Any], pattern: re.Pattern[str] = PERCENT) -> int:
-    """Size of a format filled in. Raises ``TemplateOutOfBounds`` for a width that is huge or not written out."""
+    """Estimate the size of a filled-in format. Raises ``TemplateOutOfBounds`` for a huge or dynamic width."""
     shown = text if isinstance(text, str) else str(text)
     if pattern.search(shown):
         raise TemplateOutOfBounds("formats with a width that is huge or not written out")
@@ -69,7 +74,7 @@ def formatted(text: Any, arguments: Sequence[Any], pattern: re.Pattern[str] = PE
 
 
 def repeated(left: Any, right: Any) -> int:
-    """Size of ``left * right`` where one of them is a text or a list."""
+    """Return the size of ``left * right`` where one of them is a text or a list."""
     for value, times in ((left, right), (right, left)):
         if isinstance(value, Text | list | tuple) and isinstance(times, int):
             return weight(value) * max(0, times)
@@ -77,7 +82,7 @@ def repeated(left: Any, right: Any) -> int:
 
 
 def weight(value: Any) -> int:
-    """Size of a value that was made: characters of a text, items of a collection by what they take."""
+    """Return the size of a new value: characters of a text, items of a collection by their memory."""
     if isinstance(value, Text):
         return len(value)
     return ITEM * len(value) if isinstance(value, list | tuple | dict | set) else 0
@@ -96,7 +101,7 @@ def _replaced(subject: Any, arguments: Sequence[Any]) -> int:
 
 
 def _count(text: Any, mark: Any) -> int:
-    """How often ``mark`` stands in ``text``; 0 where they are not texts of one type."""
+    """Count ``mark`` in ``text``; 0 where they are not texts of one type."""
     if isinstance(text, bytes) and isinstance(mark, str):
         mark = mark.encode()
     if isinstance(text, str) and isinstance(mark, str):

@@ -1,4 +1,4 @@
-"""CPU threads and the device, from ``runtime``. Changes speed, never results beyond rounding."""
+"""CPU threads and device of a process, from ``runtime``. They change speed, and results by rounding only."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from align.errors import UserError
 
 
 def cores() -> int:
-    """Cores this process may use, which a container or ``taskset`` may have made fewer than there are."""
+    """Return the cores this process may use; a container or ``taskset`` may allow fewer than the machine has."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def use_threads(runtime: Runtime) -> int:
-    """Set torch's thread count to ``runtime.threads`` or this process's share of the cores there are, and return it.
+    """Set torch's thread count to ``runtime.threads``, or to this process's share of the cores, and return it.
 
-    ``accelerate launch`` sets ``OMP_NUM_THREADS=1`` on a CPU, which would leave all cores but one idle.
+    ``accelerate launch`` sets ``OMP_NUM_THREADS=1`` on a CPU, which would leave all other cores idle.
     """
     import torch
 
-    wanted = runtime.threads or max(1, cores() // local_size())
-    os.environ["OMP_NUM_THREADS"] = str(wanted)
-    if torch.get_num_threads() != wanted:
-        torch.set_num_threads(wanted)
-    return wanted
+    threads = runtime.threads or max(1, cores() // local_size())
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+    return threads
 
 
 def device_of(runtime: Runtime) -> Any:
-    """The ``torch.device`` to work on. Raises ``UserError`` when CUDA is asked for and absent."""
+    """Return the ``torch.device`` to work on. Raises ``UserError`` when CUDA is required and not available."""
     import torch
 
     available = torch.cuda.is_available()

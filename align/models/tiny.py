@@ -1,8 +1,8 @@
-"""The two-layer model of the tests and of ``pipelines/smoke.yaml``, made on the spot: nothing is downloaded.
+"""Create the two-layer model of the tests and of ``pipelines/smoke.yaml``, without a download.
 
-It has everything a real chat model has (special tokens, chat template, tied embeddings, safetensors), knows nothing,
-and is under a megabyte. Head size is 32 because vLLM's CPU attention refuses 16. The tokenizer is one token per byte,
-so no text is ever out of vocabulary. Left out: any training.
+It has everything a real chat model has (special tokens, chat template, tied embeddings, safetensors), is untrained and
+smaller than a megabyte. The head size is 32 because vLLM's CPU attention refuses 16. The tokenizer has one token per
+byte, so it encodes any text.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte after the four special tokens: 260 in all."""
+    """Return a tokenizer with one token per byte after the four special tokens: 260 in all."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -61,6 +61,7 @@ MAX_POSITIONS = 2048
 def _config(vocabulary_size: int, hidden_size: int, layers: int, **extra: Any) -> LlamaConfig:
     from transformers import LlamaConfig
 
+    # The head size is fixed, so a wider model has more heads.
     heads = max(1, hidden_size // HEAD_DIM)
     return LlamaConfig(
         vocab_size=vocabulary_size,
@@ -100,7 +101,7 @@ def make_tiny(out_dir: Path, seed: int = 0, hidden_size: int = 64, layers: int =
 
 
 def make_tiny_reward(out_dir: Path, seed: int = 0, hidden_size: int = 64, layers: int = 2) -> Path:
-    """The same as a reward model: one score per conversation, its head random but saved."""
+    """Write a tiny reward model: one score per conversation, by a random head that is saved."""
     import torch
     from transformers import LlamaForSequenceClassification
 

@@ -1,4 +1,4 @@
-"""A response's tokens as pieces of its text, so that a number can stand over each. Torch-free."""
+"""Split a response's text by its tokens, for pages that show a number over each. Torch-free."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ from typing import Any
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """Text of each token, such that together they are the decoded response; a character's last token has it."""
-    texts, before = [], ""
+    """Return each token's text; joined, they are the decoded response.
+
+    A character of several tokens belongs to the last of them.
+    """
+    texts: list[str] = []
+    previous = ""
     for end in range(1, len(ids) + 1):
-        whole = str(tokenizer.decode(list(ids[:end]), skip_special_tokens=False, clean_up_tokenization_spaces=False))
-        if whole.endswith("\ufffd") and end < len(ids):  # half a character: it comes with the token that completes it
+        decoded = str(tokenizer.decode(list(ids[:end]), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        if decoded.endswith("\ufffd") and end < len(ids):  # half a character
             texts.append("")
             continue
-        texts.append(whole[len(before) :] if whole.startswith(before) else "")
-        before = whole
+        texts.append(decoded[len(previous) :] if decoded.startswith(previous) else "")
+        previous = decoded
     return texts

@@ -1,27 +1,28 @@
-"""Checks of a tokenizer's files before a library reads them. Torch-free.
+"""Check a tokenizer's files before a library reads them, and loaded tokenizers against models. Torch-free.
 
-Left out: chat templates (``chat_template.py``), and whether eos and pad make sense (``special_tokens.py``).
+Left out: chat templates (``chat_template.py``), and the choice of eos and pad (``special_tokens.py``).
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from align.errors import UserError
 from align.models.files import read_object, read_optional
 
 TOKENIZER, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 PLAIN = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
-"""Vocabularies that transformers reads where there is no ``tokenizer.json``."""
+"""Vocabulary files that transformers reads without a ``tokenizer.json``."""
 NAMES = ("tokenizer_class", "eos_token", "pad_token", "bos_token", "unk_token")
 """Fields of ``tokenizer_config.json`` that are text; a token may be an object with its text in ``content``."""
 FIX = "Fetch the model again, or correct the file."
 
 
 def check_tokenizer(folder: Path, rows: int | None) -> None:
-    """Raise ``UserError`` for files of a tokenizer that are damaged or another model's.
+    """Raise ``UserError`` for tokenizer files that are damaged or belong to another model.
 
-    ``rows`` is how many tokens the model embeds; None where it is not known.
+    ``rows`` is the number of tokens that the model embeds; None where it is not known.
     """
     file = folder / TOKENIZER
     _check_settings(folder)
@@ -38,10 +39,26 @@ def check_tokenizer(folder: Path, rows: int | None) -> None:
         )
 
 
+def require_embeddings(tokenizer: Any, model: Any, place: str, remedy: str) -> None:
+    """Raise ``UserError`` for a tokenizer with more tokens than ``model`` embeds; ``remedy`` ends the message."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UserError(f"{place}: the tokenizer has {len(tokenizer)} tokens and the model embeds {rows}; {remedy}")
+
+
+def require_same_vocabulary(first: Any, second: Any, names: tuple[str, str], remedy: str) -> None:
+    """Raise ``UserError`` unless two tokenizers give every token the same id; ``remedy`` ends the message."""
+    if first.get_vocab() != second.get_vocab():
+        raise UserError(
+            f"{names[0]} and {names[1]} have different vocabularies ({len(first)} and {len(second)} tokens); {remedy}"
+        )
+
+
 def _check_settings(folder: Path) -> None:
     file = folder / SETTINGS
     settings = read_optional(file)
     template = settings.get("chat_template")
+    # transformers also accepts a list of named templates.
     named = isinstance(template, list) and all(
         isinstance(entry, dict) and isinstance(entry.get("template"), str) and isinstance(entry.get("name"), str)
         for entry in template
@@ -72,7 +89,7 @@ def _check_text(file: Path) -> None:
 
 
 def token_ids(file: Path) -> dict[str, int]:
-    """Every token of a ``tokenizer.json`` and its id. Raises ``UserError`` for a file that does not hold such."""
+    """Return every token of a ``tokenizer.json`` with its id. Raises ``UserError`` for a damaged file."""
     content = read_object(file)
     model = content.get("model")
     if not isinstance(model, dict):
@@ -88,7 +105,9 @@ def token_ids(file: Path) -> dict[str, int]:
         ids = vocabulary | {entry["content"]: entry["id"] for entry in added}
     except (KeyError, TypeError):
         raise UserError(f"{file}: added_tokens holds an entry without content and id. {FIX}") from None
-    odd = next((token for token, index in ids.items() if type(index) is not int or index < 0), None)
-    if odd is not None:
-        raise UserError(f"{file}: the token {odd!r} has the id {ids[odd]!r}; expected a whole number from 0. {FIX}")
+    invalid = next((token for token, index in ids.items() if type(index) is not int or index < 0), None)
+    if invalid is not None:
+        raise UserError(
+            f"{file}: the token {invalid!r} has the id {ids[invalid]!r}; expected a whole number from 0. {FIX}"
+        )
     return ids

@@ -1,1 +1,1 @@
-"""What the SFT, reward and DPO stages share around trl's trainers: rows, arguments, order, progress, checkpoints."""
+"""Supervised and preference training on trl's trainers: rows, arguments, order, progress, checkpoints."""

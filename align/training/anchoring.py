@@ -1,4 +1,4 @@
-"""Holding a model near the weights, or the distributions, it started from, so that it forgets less of what it knew.
+"""Anchor a model to its initial weights or distributions, so that it forgets less.
 
 ``l2`` pulls weights back (L2-SP, arXiv 1802.01483), decoupled from the gradient as AdamW's weight decay is. ``kl`` adds
 KL(start || model) over the vocabulary at the answers' tokens (learning without forgetting, arXiv 1606.09282). Left out:
@@ -17,21 +17,20 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from align.errors import UserError
-from align.models.precision import round_frozen
-from align.models.sharding import full, whole
-from align.models.trunk import soft_cap, trunk_and_head
+from align.models.precision import cast_frozen_to_bf16
+from align.models.sharding import full_model, full_tensor
 from align.models.tuning.apply import initial_policy
-from align.training.token_losses import summed_kl
+from align.training.divergence import soft_cap, summed_kl, trunk_and_head
 
 
 class PullToStart(TrainerCallback):
-    """Before each step: weight -= learning rate * strength * (weight - first weight), for every open weight.
+    """Before each step: weight -= learning rate * strength * (weight - initial weight), for every trained weight.
 
-    Costs a copy of what is trained. Adapters are pulled to their own start, where they change nothing.
+    Costs one copy of the trained weights. Adapters are pulled to their initial values, where they change nothing.
     """
 
     def __init__(self, model: Any, strength: float) -> None:
-        """``strength`` is per unit of learning rate; ``model`` is as it came in."""
+        """Copy the initial weights of ``model``; ``strength`` is per unit of learning rate."""
         self.strength = strength
         self.start = {p: p.detach().clone() for p in model.parameters() if p.requires_grad}
 
@@ -41,53 +40,54 @@ class PullToStart(TrainerCallback):
     ) -> None:
         for group in kwargs["optimizer"].param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None:  # a closed weight does not move
+                if parameter.grad is not None:  # not frozen in this step
+                    # lerp(start, s) = weight + s (start - weight), with the scheduler's current learning rate.
                     parameter.lerp_(self.start[parameter], min(1.0, group["lr"] * self.strength))
 
     @torch.no_grad()
     def facts(self) -> dict[str, float]:
-        """``moved``: the length of the change as a share of the first weights' length."""
-        change = sum(float(full((p - first).double().square().sum())) for p, first in self.start.items())
-        length = sum(float(full(first.double().square().sum())) for first in self.start.values())
+        """Return ``moved``: the norm of the change relative to the norm of the initial weights."""
+        change = sum(float(full_tensor((p - first).double().square().sum())) for p, first in self.start.items())
+        length = sum(float(full_tensor(first.double().square().sum())) for first in self.start.values())
         return {"moved": math.sqrt(change / length)}
 
 
 class KLToStart:
-    """A loss term: ``weight`` times the mean over supervised tokens of KL(start || model), nats.
+    """Loss term: ``weight`` times the mean over supervised tokens of KL(initial || model), in nats.
 
-    The model's hidden states are read from its own forward pass; the start's cost a second one without gradients. With
-    adapters the start is the same model with them switched off, else a frozen copy (in bfloat16 where that is the
+    The model's hidden states come from its own forward pass; the initial model needs a second one without gradients.
+    With adapters it is the same model with adapters disabled, else a frozen copy (in bfloat16 where that is the
     precision).
     """
 
     of_the_step = False
 
     def __init__(self, trainer: Any, weight: float, low: bool) -> None:
-        """``trainer`` holds the model as it came in. Raises ``UserError`` for a model without distributions to hold."""
+        """Take the initial model from ``trainer``. Raises ``UserError`` for a model without a vocabulary head."""
         self.weight = weight
         self.model = trainer.model
         trunk, head = trunk_and_head(self.model)
         if head is None:
-            raise UserError("anchor: kl holds a model's distributions, and a reward model has none; take `to: l2`.")
+            raise UserError("anchor: kl compares distributions, and a reward model has none; take `to: l2`.")
         self.copy: tuple[Any, Any] | None = None
         if not hasattr(self.model, "disable_adapter"):
             device = next(trunk.parameters()).device
-            with whole(self.model) as plain:
+            with full_model(self.model) as plain:
                 self.copy = copy.deepcopy(trunk_and_head(plain))
             for module in self.copy:
                 module.to(device).requires_grad_(False).eval()
                 if low:
-                    round_frozen(module)
+                    cast_frozen_to_bf16(module)
         elif type(head) is not torch.nn.Linear:
             raise UserError("anchor: kl cannot tell the start's head from an adapted one; take lm_head out of targets.")
         self.hidden: torch.Tensor | None = None
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Keep the last hidden states of the forward pass inside."""
+        """Inside, store the last hidden states of the forward pass."""
         trunk, _ = trunk_and_head(self.model)
 
-        def keep(module: Any, given: Any, output: Any) -> None:
+        def keep(module: Any, args: Any, output: Any) -> None:
             self.hidden = output[0]
 
         hook = trunk.register_forward_hook(keep)
@@ -97,13 +97,12 @@ class KLToStart:
             hook.remove()
 
     def loss(self, trainer: Any, model: Any, inputs: Any, num_items: Any) -> torch.Tensor:
-        """The term for one micro-batch, of the tokens that ``labels`` or ``completion_mask`` of ``inputs`` name."""
+        """Return the scalar term of one micro-batch over the tokens in its ``labels`` or ``completion_mask``."""
         hidden, self.hidden = self.hidden, None
         if "input_ids" not in inputs or not {"labels", "completion_mask"} & set(inputs):
-            raise UserError("anchor: kl knows no answers' tokens in this stage's batches; take `to: l2`.")
-        if (
-            getattr(inputs.get("attention_mask"), "shape", None) != inputs["input_ids"].shape
-        ):  # the start would attend from one row to the next
+            raise UserError("anchor: kl finds no answer tokens in this stage's batches; take `to: l2`.")
+        # Without a padding mask the initial model would attend from one row to the next.
+        if getattr(inputs.get("attention_mask"), "shape", None) != inputs["input_ids"].shape:
             raise UserError("anchor: kl needs each row to stand alone; leave out packing and padding_free.")
         mask = inputs["labels"] != -100 if "labels" in inputs else inputs["completion_mask"] != 0
         mask = mask[:, 1:]  # (B, T - 1): the state before a token predicts it
@@ -111,13 +110,14 @@ class KLToStart:
         assert hidden.shape[:2] == inputs["input_ids"].shape, "hidden states are not those of the batch"
         trunk, head = trunk_and_head(self.model)
         names = ("input_ids", "attention_mask", "position_ids")
-        given = {name: inputs[name] for name in names if name in inputs}
+        model_inputs = {name: inputs[name] for name in names if name in inputs}
         # accelerate wraps the trained model's own forward pass in autocast, and nothing else.
         with trainer.accelerator.autocast():
-            base, base_head = self._start(trunk, head, given)
+            base, base_head = self._start(trunk, head, model_inputs)
             total = summed_kl(base[:, :-1][mask], base_head, hidden[:, :-1][mask], head, soft_cap(self.model))
         mean = total / mask.sum().clamp(min=1)
         trainer.add_metric("kl_to_start", float(mean.detach()))
+        # Scale the term as trl scales its loss: the micro-batch's mean, or the sum over the step's number of labels.
         if num_items is None:
             alone: torch.Tensor = self.weight * mean
             return alone
@@ -126,17 +126,17 @@ class KLToStart:
         return term
 
     @torch.no_grad()
-    def _start(self, trunk: Any, head: Any, given: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Any]:
-        """The start's last hidden states (B, T, H), and the head over them."""
+    def _start(self, trunk: Any, head: Any, model_inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Any]:
+        """Return the initial model's last hidden states (B, T, H) and its head."""
         if self.copy is not None:
-            return self.copy[0](**given, use_cache=False)[0], self.copy[1]
+            return self.copy[0](**model_inputs, use_cache=False)[0], self.copy[1]
         with initial_policy(self.model), _evaluated(trunk):
-            return trunk(**given, use_cache=False)[0], head
+            return trunk(**model_inputs, use_cache=False)[0], head
 
 
 @contextmanager
 def _evaluated(trunk: torch.nn.Module) -> Iterator[None]:
-    """Have ``trunk`` in evaluation mode, without the noise and dropout that are for what is trained."""
+    """Inside, ``trunk`` is in evaluation mode: no noise and no dropout."""
     training = [module for module in trunk.modules() if module.training]
     trunk.eval()
     try:

@@ -1,4 +1,4 @@
-"""From our fields to trl's config object: what every training stage sets the same way."""
+"""Create trl's config object from a stage's config: the options that all training stages share."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ SCHEDULERS = {
     "wsd": "warmup_stable_decay",
     "inverse_sqrt": "inverse_sqrt",
 }
-"""Our names, and transformers'."""
+"""align's scheduler names -> transformers'."""
 MIN_LR_RATIO = 0.1
-"""Where a cosine with a floor ends by default (Chinchilla's tenth, arXiv 2203.15556)."""
+"""Default final share of the learning rate for a cosine with a floor (Chinchilla's tenth, arXiv 2203.15556)."""
 
 
 def accumulation(stage: str, fields: TrainingFields, processes: int) -> int:
-    """Micro-batches per optimizer step and process; ``UserError`` when ``batch_size`` does not divide evenly."""
+    """Return the micro-batches per step and process. Raises ``UserError`` for a ``batch_size`` that leaves a rest."""
     objection = fields.processes_objection(LaunchConfig(processes=processes))
     if objection is not None:
         raise UserError(f"{stage}: {objection}")
@@ -36,7 +36,7 @@ def accumulation(stage: str, fields: TrainingFields, processes: int) -> int:
 
 
 def total_steps(stage: str, fields: TrainingFields, rows: int) -> int:
-    """Optimizer steps of the whole run, counted as transformers counts them: an epoch's short last batch is a step."""
+    """Return the optimizer steps of the run as transformers counts them: an epoch's short last batch is a step."""
     accumulation(stage, fields, world_size())
     per_epoch = math.ceil(rows / fields.batch_size)
     steps = math.ceil(fields.epochs * per_epoch)
@@ -44,7 +44,7 @@ def total_steps(stage: str, fields: TrainingFields, rows: int) -> int:
 
 
 def schedule_options(fields: TrainingFields, steps: int) -> dict[str, Any]:
-    """``lr_scheduler_kwargs`` for ``steps`` in all."""
+    """Return ``lr_scheduler_kwargs`` for a run of ``steps`` steps."""
     if fields.scheduler == "cosine_with_min_lr":
         return {"min_lr_rate": MIN_LR_RATIO if fields.min_lr_ratio is None else fields.min_lr_ratio}
     if fields.scheduler == "wsd":
@@ -54,7 +54,7 @@ def schedule_options(fields: TrainingFields, steps: int) -> dict[str, Any]:
 
 
 def parallel_options(context: StageContext, on_gpu: bool) -> dict[str, Any]:
-    """What the strategy of ``runtime.launch`` adds, where several processes train."""
+    """Return the options of ``runtime.launch``'s strategy, where several processes train."""
     launch = context.runtime.launch
     if launch.strategy != "deepspeed" or world_size() == 1:
         return {}
@@ -63,10 +63,10 @@ def parallel_options(context: StageContext, on_gpu: bool) -> dict[str, Any]:
     return zero_options(launch.deepspeed, on_gpu, context.config.precision == "bfloat16")
 
 
-def training_arguments(config_class: type[Any], context: StageContext, rows: int, **own: Any) -> Any:
-    """An instance of trl's ``config_class`` for ``rows`` training rows; ``own`` are the stage's own options.
+def training_arguments(config_class: type[Any], context: StageContext, rows: int, **stage_options: Any) -> Any:
+    """Create trl's ``config_class`` for ``rows`` training rows; ``stage_options`` are the stage's own options.
 
-    Weights stay float32: ``bf16`` here is autocast, and the stage hands trl a model that is loaded already.
+    Weights stay float32: ``bf16`` means autocast, and the stage passes a loaded model to trl.
     """
     fields: TrainingFields = context.config
     steps = total_steps(context.name, fields, rows)
@@ -87,7 +87,7 @@ def training_arguments(config_class: type[Any], context: StageContext, rows: int
         "warmup_steps": math.ceil(fields.warmup_ratio * steps),
         "weight_decay": fields.weight_decay,
         "max_grad_norm": fields.max_grad_norm,
-        "max_length": None,  # rows are cut already
+        "max_length": None,  # rows are already cut
         "save_strategy": "steps",
         "save_steps": fields.save_steps,
         "save_total_limit": 2,
@@ -102,18 +102,19 @@ def training_arguments(config_class: type[Any], context: StageContext, rows: int
         **tracking_options(context),
         **parallel_options(context, on_gpu),
     }
-    made = config_class(**{**options, **own, **fields.trainer})
-    made.launch, made.precision = context.runtime.launch, fields.precision
-    made.order_micro_batch = fields.micro_batch  # the rows' order is that of one process (``training.epochs``)
-    return use_one_device(made)
+    arguments = config_class(**{**options, **stage_options, **fields.trainer})
+    arguments.launch, arguments.precision = context.runtime.launch, fields.precision
+    arguments.order_micro_batch = fields.micro_batch  # the rows' order is that of one process (``training.epochs``)
+    return use_one_device(arguments)
 
 
 def use_one_device(arguments: T) -> T:
-    """Have a process train on one device, however many are visible; call it once ``arguments`` are built.
+    """Make a process train on one device, however many are visible; call it on finished ``arguments``.
 
-    transformers takes all of them for a process that is alone, puts the model into ``nn.DataParallel`` and multiplies
-    the rows of a step by their number. ``runtime.launch`` trains on several, with a process for each. The others stay
-    visible, for an engine in this process that is shared out over them.
+    A single process of transformers would use all devices through ``nn.DataParallel`` and multiply the rows of a step
+    by their number. ``runtime.launch`` trains on several devices with one process each. The others stay visible for an
+    engine in this process that is sharded over them.
     """
+    # transformers computes it in a property and multiplies batch sizes by it.
     arguments._n_gpu = min(1, arguments.n_gpu)  # type: ignore[attr-defined]
     return arguments

@@ -1,7 +1,7 @@
-"""An exponential average of the trained weights, kept beside them: what is scored and saved in their place.
+"""Exponential moving average (EMA) of the trained weights, which is scored and saved in their place.
 
-With adapters it is the adapters that are averaged, each factor by itself: the product of two averages, not the average
-of the products. Left out: averages over runs, which the stage ``merge`` makes.
+For adapters each factor is averaged by itself: the product of two averages, not the average of the products. Left out:
+averages over runs, which the stage ``merge`` computes.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from align.models.sharding import forget_gathered, full, is_sharded, part
+from align.models.sharding import full_tensor, is_sharded, local_shard, reshard
 
 FILE = "averages.safetensors"
 """The averages in a checkpoint's folder."""
 
 
 def decay_at(step: int, decay: float) -> float:
-    """``decay`` after a rise, (1 + step) / (10 + step), without which short runs would keep their first weights."""
+    """Return the decay of a step: at most (1 + step) / (10 + step), or short runs would keep their initial weights."""
     return min(decay, (1 + step) / (10 + step))
 
 
 class AverageWeights(TrainerCallback):
-    """Averages every trainable weight after each step, in float32; at the end the averages are the model's weights.
+    """Averages every trainable weight after each step, in float32; at the end the averages become the model's weights.
 
-    Costs a copy of what is trained. Weights that are closed for now (``unfreezing.py``) are averaged all the same.
+    Costs one copy of the trained weights. Weights that are frozen for some steps (``unfreezing.py``) are averaged too.
     """
 
     def __init__(self, model: Any, decay: float) -> None:
@@ -41,24 +41,25 @@ class AverageWeights(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take the averages of the checkpoint that is resumed from."""
+        """Load the averages of the checkpoint that training resumes from."""
         if state.global_step == 0:
             return
-        kept = load_file(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / FILE)
+        saved = load_file(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / FILE)
         for name, average in self.averages.items():
-            average.copy_(part(kept[name], average))
+            average.copy_(local_shard(saved[name], average))
 
     @torch.no_grad()
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """average = decay * average + (1 - decay) * weight"""
+        """Update: average = decay * average + (1 - decay) * weight."""
+        # average += (1 - decay) (weight - average)
         share = 1 - decay_at(state.global_step, self.decay)
         for name, parameter in self.trained.items():
             self.averages[name].lerp_(parameter.detach(), share)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        whole = {name: full(average).contiguous() for name, average in self.averages.items()}
+        averages = {name: full_tensor(average).contiguous() for name, average in self.averages.items()}
         if state.is_world_process_zero:
-            save_file(whole, Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / FILE)
+            save_file(averages, Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / FILE)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -80,12 +81,12 @@ class AverageWeights(TrainerCallback):
 
     @torch.no_grad()
     def _swap(self) -> None:
-        """Exchange weights and averages; the optimizer knows the parameters and notices nothing."""
-        forget_gathered(self.model)
+        """Swap weights and averages inside the same parameters, which the optimizer keeps."""
+        reshard(self.model)
         for name, parameter in self.trained.items():
-            if is_sharded(self.model):  # what is gathered is read from the parts' own memory
-                held = parameter.clone()
+            if is_sharded(self.model):  # gathering reads the shards' own memory, so values are copied
+                weights = parameter.clone()
                 parameter.copy_(self.averages[name])
-                self.averages[name] = held
+                self.averages[name] = weights
             else:
                 parameter.data, self.averages[name] = self.averages[name], parameter.data

@@ -1,15 +1,15 @@
-"""Which checkpoint a killed stage may resume from.
+"""Find the checkpoint that a killed stage resumes from, and store a stage's state in sealed files.
 
-transformers writes a checkpoint file by file, so a kill can leave one that looks whole and is not, and a disk can give
-back other bytes than it was given. A checkpoint counts only when its marker, written last, lists every file and the
-files still have the digests that stand there. Leaves out keeping the newest two: the trainer's ``save_total_limit``
-does that.
+transformers writes a checkpoint file by file, so a kill can leave one that looks complete and is not, and a disk can
+corrupt a file. A checkpoint counts only when its marker exists, which is written last, and every file still has the
+digest in it. Left out: keeping the newest two, which the trainer's ``save_total_limit`` does.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import uuid
@@ -22,21 +22,25 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from align.models.processes import wait_for_all
 from align.store.atomic_write import sync_folder, write_atomically
+from align.store.json_files import DamagedFile, parse_sealed, read_file, write_sealed
 
 MARKER = "complete.json"
 DAMAGED = "damaged"
-"""Folder beside the checkpoints for those whose files changed after they were written."""
+"""Folder beside the checkpoints for damaged ones."""
 BLOCK_BYTES, READ_BYTES = 64 * 2**20, 4 * 2**20
-"""A large file has a digest for every block, so that several threads can share it."""
+"""Size of a block, which has its own digest so that threads can share a file, and of one read."""
 READERS = min(8, os.cpu_count() or 1)
-"""Blocks read at once; a thread makes 2 GB of SHA-256 a second with the processor's own instructions."""
+"""Threads; each computes 2 GB of SHA-256 a second with the processor's own instructions."""
 
-Say = Callable[[str], object]
+LOG = logging.getLogger(__name__)
+
+Warn = Callable[[str], object]
 
 
 def mark_complete(folder: Path) -> None:
-    """Bring every file of ``folder`` to the disk, then write the marker with their digests in one rename."""
+    """Sync every file of ``folder`` to the disk, then write the marker with their digests atomically."""
     names = _list_files(folder)
+    # Files first, marker last: a marker promises that every byte of the checkpoint is on the disk.
     for name in names:
         _sync(folder / name)
     write_atomically(folder / MARKER, {"sha256": _hash_files(folder, names)})
@@ -44,7 +48,7 @@ def mark_complete(folder: Path) -> None:
 
 
 def find_damage(folder: Path) -> str | None:
-    """Say why a marked checkpoint is not as it was written, as the end of a sentence; None where it is."""
+    """Return why a marked checkpoint is damaged, as the end of a sentence; None for an intact one."""
     try:
         listed = _read_marker(folder)
         missing = sorted(listed.keys() - set(_list_files(folder)))
@@ -58,24 +62,27 @@ def find_damage(folder: Path) -> str | None:
 
 
 def is_complete(folder: Path) -> bool:
-    """True when the marker is there and every file that it lists has its digest."""
+    """Return True when the marker exists and every file in it has its digest."""
     return find_damage(folder) is None
 
 
-def last_complete(checkpoints: Path, warn: Say = print, unmarked: Literal["remove", "leave"] = "remove") -> Path | None:
-    """The newest complete ``checkpoint-<step>`` folder, or None.
+def last_complete(
+    checkpoints: Path, warn: Warn = LOG.warning, unmarked: Literal["remove", "leave"] = "remove"
+) -> Path | None:
+    """Return the newest complete ``checkpoint-<step>`` folder, or None.
 
-    One without a marker was cut short by a kill and is removed, unless the caller says that none is ever cut short: it
-    is another program's then. A damaged one is moved to ``damaged/``, and ``warn`` is told where training resumes
-    instead. Checkpoints older than the one returned are not read.
+    A folder without a marker is left from a kill and is removed; with ``unmarked="leave"`` it may be another program's
+    and stays. A damaged checkpoint is moved to ``damaged/``, and ``warn`` is called with the one that training resumes
+    from instead. Checkpoints older than the result are not read.
     """
     warnings = []
     newest = None
+    # From the newest to the oldest: the first intact one is the result, damaged ones before it are set aside.
     for folder in sorted(_list_checkpoints(checkpoints), key=_step, reverse=True):
         if not (folder / MARKER).is_file():
             if unmarked == "leave":
                 continue
-            print(f"removed {folder}: a kill cut it short")
+            LOG.warning("removed %s: a kill cut it short", folder)
             shutil.rmtree(folder)
             continue
         reason = None if newest is not None else find_damage(folder)
@@ -100,9 +107,10 @@ class MarkCheckpoints(TrainerCallback):
 def link(file: Path, target: Path) -> None:
     """Give ``file`` a second name, or copy it where the file system has no hard links; replaces ``target``."""
     if target.exists() and target.samefile(file):
-        return  # to rename one name of a file to another of its names does nothing, and the draft would stay
+        return  # renaming between two links of one file does nothing and would leave the draft
     draft = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
     try:
+        # A hard link costs no space; both names keep the content if one is deleted.
         draft.hardlink_to(file)
     except OSError:
         shutil.copyfile(file, draft)
@@ -110,7 +118,7 @@ def link(file: Path, target: Path) -> None:
 
 
 def _read_marker(folder: Path) -> dict[str, list[str]]:
-    """File -> digests of its blocks, as the marker has them; ``ValueError`` where it holds something else."""
+    """Read the digests of each file's blocks from the marker. Raises ``ValueError`` for other contents."""
     try:
         digests = json.loads((folder / MARKER).read_text(encoding="utf-8"))["sha256"]
     except (KeyError, TypeError, RecursionError) as error:
@@ -129,7 +137,7 @@ def _step(folder: Path) -> int:
 
 
 def _set_aside(folder: Path) -> Path:
-    """Move a damaged checkpoint out of the way; returns where it is now."""
+    """Move a damaged checkpoint to ``damaged/`` and return its new path."""
     target = folder.parent / DAMAGED / folder.name
     target.parent.mkdir(exist_ok=True)
     shutil.rmtree(target, ignore_errors=True)
@@ -143,11 +151,12 @@ def _list_files(folder: Path) -> list[str]:
 
 
 def _hash_files(folder: Path, names: Iterable[str]) -> dict[str, list[str]]:
-    """SHA-256 of each file's blocks, of which several are read at once."""
+    """Return the SHA-256 of each file's blocks, computed in several threads."""
     blocks = [
         (name, start) for name in names for start in range(0, max(1, (folder / name).stat().st_size), BLOCK_BYTES)
     ]
     digests: dict[str, list[str]] = {}
+    # hashlib releases the interpreter lock for large blocks, so threads run in parallel.
     with ThreadPoolExecutor(READERS) as readers:
         hashes = readers.map(lambda block: _hash_block(folder, *block), blocks)
         for (name, _), digest in zip(blocks, hashes, strict=True):
@@ -156,15 +165,31 @@ def _hash_files(folder: Path, names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _hash_block(folder: Path, name: str, start: int) -> str:
-    digest, left = hashlib.sha256(), BLOCK_BYTES
+    digest, remaining = hashlib.sha256(), BLOCK_BYTES
     with (folder / name).open("rb", buffering=0) as file:
         file.seek(start)
-        while left and (content := file.read(min(left, READ_BYTES))):
+        while remaining and (content := file.read(min(remaining, READ_BYTES))):
             digest.update(content)
-            left -= len(content)
+            remaining -= len(content)
     return digest.hexdigest()
 
 
 def _sync(file: Path) -> None:
     with file.open("rb") as opened:
         os.fsync(opened.fileno())
+
+
+def write_state(file: Path, content: dict[str, Any]) -> None:
+    """Write ``content``, which JSON must be able to hold, with a seal and sync it to the disk."""
+    write_sealed(file, content)
+
+
+def read_state(file: Path) -> dict[str, Any] | None:
+    """Return the content of a sealed ``file``; None where it is missing or damaged, which is logged."""
+    try:
+        return parse_sealed(read_file(file))
+    except FileNotFoundError:
+        return None
+    except (OSError, DamagedFile) as error:
+        LOG.warning("%s %s; its content is computed again", file, error)
+        return None

@@ -1,6 +1,6 @@
-"""trl's CPO trainer (arXiv 2401.08417), whose losses include SimPO's and AlphaPO's, on rows tokenized already.
+"""trl's CPO trainer (arXiv 2401.08417), whose losses include SimPO's and AlphaPO's, for tokenized rows.
 
-Experimental in trl. What is overridden is held by ``tests/training/test_cpo_trainer.py``.
+Experimental in trl; ``tests/training/test_cpo_trainer.py`` covers the overridden methods.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ class PreparedCPO(PairForward, CPOTrainer):  # type: ignore[misc,valid-type]
         return self.loss_type in ("ipo", "simpo")
 
     def pair_losses(self, chosen: torch.Tensor, rejected: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Losses and rewards of pairs; the loss that is trained is their mean and ``own_weight`` times the chosen
-        sides' loss per token.
+        """Return losses and both sides' rewards, each (B,), from log-probabilities (B,).
+
+        The trained loss is their mean plus ``own_weight`` times the chosen sides' loss per token.
         """
         losses, *rewards = self.cpo_loss(chosen, rejected)
         return losses, *rewards
@@ -42,21 +43,28 @@ class PreparedCPO(PairForward, CPOTrainer):  # type: ignore[misc,valid-type]
 
 
 def held_out(trainer: Any, encoded: Encoded) -> dict[str, float]:
-    """Scores of a CPO or ORPO trainer's model on held-out pairs: means over pairs, ``nll`` over tokens.
+    """Return scores of a CPO or ORPO trainer's model on held-out pairs: means over pairs, ``nll`` over tokens.
 
-    ``loss`` is what is trained, ``accuracy`` the share of pairs whose chosen side has the larger reward, ``margin`` the
-    mean difference; a reward is beta times a side's log-probability (the mean over its tokens where the loss has it).
+    ``loss`` is the trained loss, ``accuracy`` the share of pairs whose chosen side has the larger reward, ``margin``
+    the mean difference. A reward is beta times a side's log-probability (its mean over tokens where the loss uses it).
     """
     sums = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0, "chosen_reward": 0.0, "rejected_reward": 0.0}
     total, tokens = 0.0, 0
     with scoring(trainer):
         for batch in by_length(encoded.lengths, SCORING_TOKENS // 2):
-            inputs = trainer._prepare_inputs(trainer.data_collator([encoded.rows[at] for at in batch]))
-            chosen, rejected, _, _, loss = trainer.concatenated_forward(trainer.model, inputs)[:5]
-            losses, one, other = trainer.pair_losses(chosen, rejected)
-            counted = inputs["attention_mask" if trainer.prompt_too else "completion_mask"][: len(batch), 1:].sum()
-            total, tokens = total + float(loss) * int(counted), tokens + int(counted)
-            values = (losses, (one > other).float(), one - other, one, other)
+            inputs = trainer._prepare_inputs(trainer.data_collator([encoded.rows[row] for row in batch]))
+            chosen_logps, rejected_logps, _, _, loss = trainer.concatenated_forward(trainer.model, inputs)[:5]
+            losses, chosen_rewards, rejected_rewards = trainer.pair_losses(chosen_logps, rejected_logps)
+            token_count = inputs["attention_mask" if trainer.prompt_too else "completion_mask"][: len(batch), 1:].sum()
+            total += float(loss) * int(token_count)
+            tokens += int(token_count)
+            values = (
+                losses,
+                (chosen_rewards > rejected_rewards).float(),
+                chosen_rewards - rejected_rewards,
+                chosen_rewards,
+                rejected_rewards,
+            )
             for name, value in zip(sums, values, strict=True):
                 sums[name] += float(value.double().sum())
     means = {name: value / len(encoded.rows) for name, value in sums.items()}

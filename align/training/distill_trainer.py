@@ -1,7 +1,7 @@
-"""trl's SFTTrainer with a teacher's distributions in place of the rows' tokens, on answers of data or student.
+"""trl's SFTTrainer with a teacher's distributions as targets, on answers of the data or of the student (GKD).
 
-Which steps learn from the student's own answers follows from the seed and the step alone, and so do the answers' seeds:
-a resumed run repeats both. What is overridden is private in transformers and trl (``tests/training/test_distill.py``).
+Seed and step alone decide which steps train on the student's own answers, and seed the sampling, so a resumed run
+repeats both. Private methods of transformers and trl are overridden; ``tests/stages/test_distill.py`` covers them.
 """
 
 from __future__ import annotations
@@ -13,22 +13,20 @@ from typing import Any
 import torch
 from trl.trainer.sft_trainer import SFTTrainer
 
-from align.models.trunk import soft_cap, trunk_and_head
-from align.training.divergence import Known, Live, Measure, summed_divergence
+from align.training.divergence import Known, Live, Measure, soft_cap, summed_divergence, summed_nll, trunk_and_head
 from align.training.epochs import SHARE
 from align.training.held_out import scoring
 from align.training.order import by_length
 from align.training.rows import MASKED, Encoded
 from align.training.teacher import Teacher, answer_states
-from align.training.token_losses import summed_nll
 from align.training.trainers import SCORING_TOKENS, Prepared
 
 Sampler = Callable[[Any, list[list[int]], int], list[list[int]]]
-"""Answers of a model, given prompts' token ids and the step."""
+"""Samples a model's answers to prompts, as token ids, for a step."""
 
 
 class AnswerCollator:
-    """Right-padded ``input_ids``, ``attention_mask``, ``labels``; ``row`` (B,) is -1 for a student's own answer."""
+    """Collate ``input_ids``, ``attention_mask``, ``labels`` (B, T); ``row`` (B,) is -1 for sampled answers."""
 
     def __init__(self, pad: int) -> None:
         self.pad = pad
@@ -38,12 +36,13 @@ class AnswerCollator:
         ids = torch.full((len(rows), width), self.pad)  # (B, T)
         labels = torch.full((len(rows), width), MASKED)
         mask = torch.zeros((len(rows), width), dtype=torch.long)
-        for at, row in enumerate(rows):
+        for index, row in enumerate(rows):
             size = len(row["input_ids"])
-            ids[at, :size], labels[at, :size] = torch.tensor(row["input_ids"]), torch.tensor(row["labels"])
-            mask[at, :size] = 1
-        found = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-        return found | {"row": torch.tensor([row.get("row", -1) for row in rows])}
+            ids[index, :size] = torch.tensor(row["input_ids"])
+            labels[index, :size] = torch.tensor(row["labels"])
+            mask[index, :size] = 1
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        return batch | {"row": torch.tensor([row.get("row", -1) for row in rows])}
 
 
 class _Distilling(SFTTrainer):  # type: ignore[misc]
@@ -60,30 +59,32 @@ class _Distilling(SFTTrainer):  # type: ignore[misc]
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """The micro-batches of the next step; in a share of the steps with answers that the student samples now."""
+        """Return the micro-batches of the next step; in on-policy steps the student samples their answers now."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         step = self.state.global_step
-        if not batches or not own_answers(self.args.seed, step, self.on_policy):
+        if not batches or not is_on_policy_step(self.args.seed, step, self.on_policy):
             return batches, count
         assert self.sampler is not None
         prompts = [prompt_of(*row) for batch in batches for row in _rows_of(batch)]
         plain = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        answers = iter(self.sampler(plain, prompts, step))
-        places = iter(prompts)
-        own: list[Any] = []
+        # One call samples the answers of all micro-batches, which then go back to their batches in order.
+        sampled = iter(zip(prompts, self.sampler(plain, prompts, step), strict=True))
+        sampled_batches: list[Any] = []
         for batch in batches:
-            pairs = [(next(places), next(answers)) for _ in range(len(batch["row"]))]
-            made = self.data_collator([
-                {"input_ids": prompt + answer, "labels": [MASKED] * len(prompt) + answer} for prompt, answer in pairs
-            ])  # fmt: skip
-            kept = {SHARE: batch[SHARE]} if SHARE in batch else {}
-            own.append({name: value.to(device) for name, value in (made | kept).items()})
-        return own, self._get_num_items_in_batch(own, device)
+            rows = []
+            for _ in range(len(batch["row"])):
+                prompt, answer = next(sampled)
+                rows.append({"input_ids": prompt + answer, "labels": [MASKED] * len(prompt) + answer})
+            collated = self.data_collator(rows)
+            if SHARE in batch:
+                collated[SHARE] = batch[SHARE]
+            sampled_batches.append({name: value.to(device) for name, value in collated.items()})
+        return sampled_batches, self._get_num_items_in_batch(sampled_batches, device)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Divergence per token, and the data's tokens beside it."""
+        """Return the scalar divergence per token, plus ``sft_weight`` times the loss on the data's tokens."""
         plain = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         with self.accelerator.autocast():
             hidden = answer_states(model, plain, inputs)
@@ -92,32 +93,36 @@ class _Distilling(SFTTrainer):  # type: ignore[misc]
                 shifted = inputs["labels"][:, 1:]
                 targets, head = shifted[shifted != MASKED], trunk_and_head(plain)[1]
                 total = total + self.sft_weight * summed_nll(targets, hidden, head, soft_cap(plain))
+        # The Trainer passes the number of labels in all micro-batches of the step.
         loss = total / (len(hidden) if num_items_in_batch is None else num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # the count is of all processes, whose gradients are averaged
+            loss = (
+                loss * self.accelerator.num_processes
+            )  # the count is over all processes, whose gradients are averaged
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def divergence(self, plain: Any, hidden: torch.Tensor, inputs: Any, known: Sequence[Known] | None = None) -> Any:
-        """Summed over the batch's labeled tokens."""
+        """Return the scalar divergence, summed over the labeled tokens; ``hidden`` (N, H) predicts them."""
         rows = inputs["row"].tolist()
         known = self.known if known is None else known
-        said: Known | Live
+        teacher: Known | Live
+        # Cached tokens exist for rows of the data. Sampled answers (row -1) need the teacher itself.
         if known and rows[0] >= 0:
-            device = hidden.device
-            ids = torch.cat([known[row].ids for row in rows]).to(device, torch.long)
-            said = Known(ids, torch.cat([known[row].logprobs for row in rows]).to(device))
+            ids = torch.cat([known[row].ids for row in rows]).to(hidden.device, torch.long)
+            logprobs = torch.cat([known[row].logprobs for row in rows]).to(hidden.device)
+            teacher = Known(ids, logprobs)
         else:
             assert self.teacher is not None
-            said = self.teacher.live(inputs)
-        return summed_divergence(self.measure, hidden, trunk_and_head(plain)[1], said, soft_cap(plain))
+            teacher = self.teacher.live(inputs)
+        return summed_divergence(self.measure, hidden, trunk_and_head(plain)[1], teacher, soft_cap(plain))
 
 
 class PreparedDistill(Prepared, _Distilling):  # type: ignore[misc]
-    """Rows: ``input_ids``, ``labels`` and ``row``, their number in the training split."""
+    """Rows: ``input_ids``, ``labels`` and ``row``, their index in the training split."""
 
 
-def own_answers(seed: int, step: int, share: float) -> bool:
-    """Whether a step learns from the student's answers: ``share`` of the steps, by seed and step alone."""
+def is_on_policy_step(seed: int, step: int, share: float) -> bool:
+    """Return True for a step on the student's answers: ``share`` of the steps, from seed and step only."""
     return share > 0 and random.Random(f"on-policy:{seed}:{step}").random() < share  # noqa: S311
 
 
@@ -128,21 +133,21 @@ def _rows_of(batch: Any) -> Iterator[tuple[list[int], list[int]]]:
 
 
 def prompt_of(ids: list[int], labels: list[int]) -> list[int]:
-    """The tokens before the first one that is learned."""
-    return ids[: next((at for at, label in enumerate(labels) if label != MASKED), len(ids))]
+    """Return the tokens before the first labeled one."""
+    return ids[: next((index for index, label in enumerate(labels) if label != MASKED), len(ids))]
 
 
 def held_out(trainer: Any, encoded: Encoded, known: Sequence[Known]) -> dict[str, float]:
-    """``divergence`` from the teacher and ``loss`` on the data, nats per token of the held-out answers."""
-    apart, nll, tokens = 0.0, 0.0, 0
+    """Return ``divergence`` from the teacher and ``loss`` on the data, in nats per held-out answer token."""
+    divergence, nll, tokens = 0.0, 0.0, 0
     plain = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     with scoring(trainer):
         for batch in by_length(encoded.lengths, SCORING_TOKENS):
-            inputs = trainer._prepare_inputs(trainer.data_collator([encoded.rows[at] for at in batch]))
+            inputs = trainer._prepare_inputs(trainer.data_collator([encoded.rows[row] for row in batch]))
             hidden = answer_states(plain, plain, inputs)
             shifted = inputs["labels"][:, 1:]
             targets = shifted[shifted != MASKED]
-            apart += float(trainer.divergence(plain, hidden, inputs, known))
+            divergence += float(trainer.divergence(plain, hidden, inputs, known))
             nll += float(summed_nll(targets, hidden, trunk_and_head(plain)[1], soft_cap(plain)))
             tokens += len(targets)
-    return {"divergence": apart / tokens, "loss": nll / tokens}
+    return {"divergence": divergence / tokens, "loss": nll / tokens}

@@ -1,7 +1,11 @@
-"""How far a student's next-token distribution is from its teacher's (GKD, arXiv 2306.13649), by log-probabilities.
+"""Losses on next-token distributions, summed over tokens: KL, negative log-likelihood, and distillation (GKD).
 
-With only a teacher's most likely tokens, all others count as one token, for the student too: what is measured is a
-lower bound of the whole divergence, and still 0 only where the two agree.
+All of them start from hidden states and work in chunks of tokens: the logits of one chunk exist at a time, and the
+backward pass computes them again. Everything is float32 except the matrix product, which runs in autocast's type.
+
+Distillation measures how far a student's distribution is from its teacher's (GKD, arXiv 2306.13649). Where only a
+teacher's likeliest tokens are known, all others count as one token, for the student too. The result is a lower bound of
+the full divergence, and 0 only where the two agree.
 """
 
 from __future__ import annotations
@@ -20,17 +24,17 @@ CHUNK = 256
 
 @dataclass(frozen=True)
 class Measure:
-    """Which divergence; ``beta`` is the teacher's share of the mixture in ``jsd``."""
+    """Kind of divergence; ``beta`` is the teacher's share of the mixture in ``jsd``."""
 
     kind: Divergence = "forward"
     beta: float = 0.5
     temperature: float = 1.0
     """Both models' logits are divided by it."""
     top_k: int | None = None
-    """Tokens of the teacher that are told apart; None for all."""
+    """Likeliest tokens of the teacher that are compared one by one; None for all."""
 
     def of(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        """(N,) nats from (N, K) log-probabilities.
+        """Return the divergence (N,) in nats from (N, K) log-probabilities.
 
         ``forward`` is KL(teacher || student), ``reverse`` KL(student || teacher), ``jsd`` (equation 1 there)
         beta KL(teacher || mixture) + (1 - beta) KL(student || mixture), with beta teacher + (1 - beta) student.
@@ -40,29 +44,33 @@ class Measure:
         if self.kind == "reverse":
             return _kl(student, teacher)
         weight = torch.tensor(self.beta, dtype=student.dtype, device=student.device)
+        # log(beta p_teacher + (1 - beta) p_student), in log space.
         mixture = torch.logaddexp(teacher + weight.log(), student + torch.log1p(-weight))
         return self.beta * _kl(teacher, mixture) + (1 - self.beta) * _kl(student, mixture)
 
     def log_softmax(self, logits: torch.Tensor, cap: float | None) -> torch.Tensor:
-        """In float32, at this temperature; ``cap`` is the soft cap of models that have one."""
-        logits = logits.float()
-        logits = logits if cap is None else cap * torch.tanh(logits / cap)
-        return torch.log_softmax(logits / self.temperature, dim=-1)
+        """Return (N, V) log-probabilities in float32 at this temperature; ``cap`` is the model's soft cap, if any."""
+        return torch.log_softmax(_apply_cap(logits.float(), cap) / self.temperature, dim=-1)
 
 
 def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return (p.exp() * (p - q)).sum(dim=-1)
 
 
+def _apply_cap(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
 def with_rest(logprobs: torch.Tensor) -> torch.Tensor:
-    """(N, K) log-probabilities of some tokens, and behind them that of all others together."""
+    """Append the joint log-probability of all other tokens: (N, K) -> (N, K + 1)."""
+    # Clamped, because rounding can make the sum of probabilities exceed 1.
     rest = (1 - logprobs.exp().sum(dim=-1, keepdim=True)).clamp(min=1e-7).log()
     return torch.cat([logprobs, rest], dim=-1)
 
 
 @dataclass(frozen=True)
 class Known:
-    """A teacher's most likely tokens, (N, K) ids and log-probabilities."""
+    """A teacher's likeliest tokens: (N, K) ids and log-probabilities."""
 
     ids: torch.Tensor
     logprobs: torch.Tensor
@@ -70,7 +78,7 @@ class Known:
 
 @dataclass(frozen=True)
 class Live:
-    """A teacher's (N, H) hidden states, and what makes logits of them."""
+    """A teacher's (N, H) hidden states, and the head that maps them to logits."""
 
     hidden: torch.Tensor
     head: Any
@@ -80,35 +88,80 @@ class Live:
 def summed_divergence(
     measure: Measure, hidden: torch.Tensor, head: Any, teacher: Known | Live, cap: float | None = None
 ) -> torch.Tensor:
-    """Sum over N tokens, nats; ``hidden`` is the student's, (N, H). Distributions are made again for the gradient.
+    """Return the scalar sum of the divergence over N tokens, in nats; ``hidden`` (N, H) is the student's.
 
-    Of heads with unlike numbers of rows (padding) the common ones are compared.
+    Where the heads differ in rows (padding of the vocabulary), their common rows are compared.
     """
-    first, second = (teacher.ids, teacher.logprobs) if isinstance(teacher, Known) else (teacher.hidden, None)
+    if isinstance(teacher, Known):
 
-    def part(states: torch.Tensor, one: torch.Tensor, other: torch.Tensor | None) -> torch.Tensor:
+        def _known_loss(states: torch.Tensor, ids: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
+            student = measure.log_softmax(head(states), cap).gather(1, ids)
+            return measure.of(with_rest(student), with_rest(logprobs)).sum()
+
+        return _sum_over_chunks(_known_loss, hidden, teacher.ids, teacher.logprobs)
+
+    def _live_loss(states: torch.Tensor, teacher_states: torch.Tensor) -> torch.Tensor:
         logits = head(states)
-        if isinstance(teacher, Known):
-            assert other is not None
-            student = measure.log_softmax(logits, cap).gather(1, one)
-            return measure.of(with_rest(student), with_rest(other)).sum()
         with torch.no_grad():
-            wanted = teacher.head(one)
-            common = min(wanted.shape[-1], logits.shape[-1])
-            known = measure.log_softmax(wanted[:, :common], teacher.cap)
+            teacher_logits = teacher.head(teacher_states)
+            common = min(teacher_logits.shape[-1], logits.shape[-1])
+            target = measure.log_softmax(teacher_logits[:, :common], teacher.cap)
         student = measure.log_softmax(logits[:, :common], cap)
         if measure.top_k is None:
-            return measure.of(student, known).sum()
-        best = known.topk(min(measure.top_k, common), dim=-1)
+            return measure.of(student, target).sum()
+        # The teacher's likeliest tokens, and all others as one.
+        best = target.topk(min(measure.top_k, common), dim=-1)
         return measure.of(with_rest(student.gather(1, best.indices)), with_rest(best.values)).sum()
 
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for start in range(0, len(hidden), CHUNK):
-        chunk = slice(start, start + CHUNK)
-        total = total + _again(part, hidden[chunk], first[chunk], None if second is None else second[chunk])
+    return _sum_over_chunks(_live_loss, hidden, teacher.hidden)
+
+
+def summed_kl(
+    base: torch.Tensor, base_head: Any, hidden: torch.Tensor, head: Any, cap: float | None = None
+) -> torch.Tensor:
+    """Return the scalar sum of KL(base || model) over N tokens, in nats, from (N, H) hidden states and their heads.
+
+    ``cap`` is the soft cap on logits of models that have one.
+    """
+
+    def _kl_of(base_states: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            target = _log_softmax(base_head(base_states), cap)
+        return (target.exp() * (target - _log_softmax(head(states), cap))).sum()
+
+    return _sum_over_chunks(_kl_of, base, hidden)
+
+
+def summed_nll(targets: torch.Tensor, hidden: torch.Tensor, head: Any, cap: float | None = None) -> torch.Tensor:
+    """Return the scalar sum of -log p(target) over N tokens, in nats; ``targets`` is (N,), ``hidden`` (N, H)."""
+
+    def _nll_of(token_ids: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        return -_log_softmax(head(states), cap).gather(1, token_ids[:, None]).sum()
+
+    return _sum_over_chunks(_nll_of, targets, hidden)
+
+
+def _log_softmax(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    return torch.log_softmax(_apply_cap(logits.float(), cap), dim=-1)
+
+
+def _sum_over_chunks(loss: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
+    """Sum ``loss`` over chunks of rows of all ``tensors``; the backward pass computes each chunk again."""
+    total = tensors[0].new_zeros((), dtype=torch.float32)
+    for start in range(0, len(tensors[0]), CHUNK):
+        chunk = [tensor[start : start + CHUNK] for tensor in tensors]
+        part: torch.Tensor = checkpoint(loss, *chunk, use_reentrant=False, preserve_rng_state=False)
+        total = total + part
     return total
 
 
-def _again(part: Callable[..., torch.Tensor], *given: torch.Tensor | None) -> torch.Tensor:
-    made: torch.Tensor = checkpoint(part, *given, use_reentrant=False, preserve_rng_state=False)
-    return made
+def trunk_and_head(model: Any) -> tuple[Any, Any]:
+    """Return trunk and vocabulary head, unwrapped from an adapter; the head is None for a model without one."""
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return getattr(plain, plain.base_model_prefix), plain.get_output_embeddings()
+
+
+def soft_cap(model: Any) -> float | None:
+    """Return the bound that some models (Gemma 2) put on their logits by a tanh; None for others."""
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return None if cap is None else float(cap)

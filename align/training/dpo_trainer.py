@@ -1,12 +1,13 @@
-"""trl's DPO trainer on rows that are tokenized already and carry the reference's log-probabilities.
+"""trl's DPO trainer for tokenized rows with the reference's log-probabilities, and the schedule of beta.
 
-What is overridden is private in trl, so ``tests/training/test_dpo_trainer.py`` fails when an upgrade moves it.
+Private methods of trl are overridden; ``tests/training/test_dpo_trainer.py`` fails when an upgrade changes them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -16,7 +17,7 @@ from align.training.trainers import Prepared
 
 
 class _NoReference(torch.nn.Module):
-    """Handed to trl as the reference model, so that it makes none: no copy of an adapter, whatever its method."""
+    """Passed to trl as the reference model, so that it creates none and copies no adapter."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -27,9 +28,9 @@ class _NoReference(torch.nn.Module):
 
 
 class ScoredByReference(Prepared):
-    """Mixed in before trl's DPO or KTO trainer: the rows carry what a reference made of them, and beta may move.
+    """Mixin before trl's DPO or KTO trainer: rows contain the reference's log-probabilities, and beta may change.
 
-    ``beta_at`` gives beta by the number of optimizer steps done.
+    ``beta_at`` returns beta for the number of finished optimizer steps.
     """
 
     state: Any
@@ -38,9 +39,10 @@ class ScoredByReference(Prepared):
 
     def __init__(self, *, model: Any, beta_at: Callable[[int], float], **kwargs: Any) -> None:
         self._beta_at = beta_at
-        # trl copies a fresh adapter as its reference, which not every method can do.
+        # trl would copy a new adapter as its reference, which not every method supports.
         reference = _NoReference(model.config) if isinstance(model, PeftModel) else None
         super().__init__(model=model, ref_model=reference, **kwargs)  # type: ignore[call-arg]
+        # The placeholder must not be prepared, moved or saved with the trainer.
         self.ref_model = None
 
     def _precompute_ref_logps(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
@@ -54,3 +56,20 @@ class ScoredByReference(Prepared):
 
 class PreparedDPO(ScoredByReference, DPOTrainer):  # type: ignore[misc]
     """Rows: ``prompt_ids``, ``chosen_ids``, ``rejected_ids``, ``ref_chosen_logps``, ``ref_rejected_logps``."""
+
+
+BetaSchedule = Literal["constant", "linear", "cosine"]
+
+
+def beta_at(step: int, steps: int, initial: float, final: float | None, schedule: BetaSchedule) -> float:
+    """Return beta of optimizer step ``step`` (0 for the first) of ``steps``: ``initial`` to ``final``.
+
+    It depends on the step only, so a resumed run continues the schedule. Steps after the last keep the final value,
+    which scores the result.
+    """
+    if schedule == "constant" or final is None:
+        return initial
+    progress = min(step, steps - 1) / max(1, steps - 1)
+    if schedule == "cosine":
+        progress = (1 - math.cos(math.pi * progress)) / 2
+    return initial + (final - initial) * progress

@@ -1,9 +1,9 @@
-"""An epoch's rows shared out among processes so that every optimizer step learns from those it has in one process.
+"""Split an epoch's rows over processes so that every optimizer step uses the same rows as with one process.
 
-accelerate shares out whole micro-batches, and fills an epoch's last ones with rows from its beginning, which one
-process would not see. Here a step's micro-batches are those of one process, dealt out by turns. Where they do not come
-out even, a process runs one once more with weight 0, so that all make the same passes. Each micro-batch carries the
-weight under which the mean over processes is the one process's loss.
+accelerate distributes whole micro-batches and fills an epoch's last ones with rows from its beginning, which one
+process would not see again. Here a step's micro-batches are those of one process, distributed in turn. Where their
+number is not divisible, a process repeats one with weight 0, so that all run the same number of passes. Each
+micro-batch carries a weight, under which the mean over processes equals the loss of one process.
 """
 
 from __future__ import annotations
@@ -15,39 +15,44 @@ import torch
 from torch.utils.data import DataLoader
 
 SHARE = "loss_share"
-"""Name of a micro-batch's weight among its inputs."""
+"""Key of a micro-batch's weight among its inputs."""
 
-Micro = list[tuple[int, float]]
-"""Rows of a micro-batch, each with the micro-batch's weight."""
+MicroBatch = list[tuple[int, float]]
+"""Row indices of a micro-batch, each with the micro-batch's weight."""
 
 
-def dealt(order: Sequence[int], *, micro_batch: int, batch: int, part: int, rank: int, processes: int) -> list[Micro]:
-    """This process's micro-batches of an epoch whose rows come in ``order``.
+def micro_batches_of_rank(
+    order: Sequence[int], *, micro_batch: int, batch: int, part: int, rank: int, processes: int
+) -> list[MicroBatch]:
+    """Return the micro-batches of process ``rank`` for an epoch whose rows come in ``order``.
 
-    One process would take ``micro_batch`` rows at a time and make a step of ``batch`` rows, the last one of what is
-    left, and its loss is the mean of its micro-batches' means. Here they come in parts of ``part`` rows, which divides
-    ``micro_batch``. Every process gets as many.
+    One process would make steps of ``batch`` rows from micro-batches of ``micro_batch`` rows (the last ones shorter),
+    with the mean of the micro-batches' means as its loss. Here each micro-batch is cut into parts of ``part`` rows,
+    which divides ``micro_batch``. Every process gets equally many.
     """
-    mine: list[Micro] = []
+    micro_batches: list[MicroBatch] = []
     for start in range(0, len(order), batch):
-        step = order[start : start + batch]
-        whole = [step[at : at + micro_batch] for at in range(0, len(step), micro_batch)]
-        parts = [
-            (micro[at : at + part], min(part, len(micro) - at) / len(micro))
-            for micro in whole for at in range(0, len(micro), part)
-        ]  # fmt: skip
+        step_rows = order[start : start + batch]
+        # The micro-batches that one process would run in this step.
+        full_batches = [step_rows[first : first + micro_batch] for first in range(0, len(step_rows), micro_batch)]
+        parts: list[tuple[Sequence[int], float]] = []
+        for rows in full_batches:
+            for first in range(0, len(rows), part):
+                part_rows = rows[first : first + part]
+                parts.append((part_rows, len(part_rows) / len(rows)))
+        # Every process runs this many passes; part k belongs to process k modulo the number of processes.
         rounds = -(-len(parts) // processes)
-        for at in range(rounds):
-            number = at * processes + rank
-            rows, share = parts[number] if number < len(parts) else (parts[0][0], 0.0)
-            # The Trainer divides by the rounds, the exchange of gradients by the processes.
-            weight = share * rounds * processes / len(whole)
-            mine.append([(row, weight) for row in rows])
-    return mine
+        for index in range(rounds):
+            number = index * processes + rank
+            part_rows, share = parts[number] if number < len(parts) else (parts[0][0], 0.0)
+            # The Trainer divides by the rounds, DDP by the processes.
+            weight = share * rounds * processes / len(full_batches)
+            micro_batches.append([(row, weight) for row in part_rows])
+    return micro_batches
 
 
-class Dealt:
-    """A batch sampler over ``dealt``; ``set_epoch`` is called by the trainer at the start of each epoch."""
+class RankBatchSampler:
+    """Batch sampler over ``micro_batches_of_rank``; the trainer calls ``set_epoch`` at the start of each epoch."""
 
     def __init__(self, sampler: Any, **sizes: int) -> None:
         self.sampler, self.sizes = sampler, sizes
@@ -57,14 +62,14 @@ class Dealt:
         self.sampler.set_epoch(epoch)
 
     def __len__(self) -> int:
-        return len(dealt(range(len(self.sampler)), **self.sizes))  # type: ignore[arg-type]
+        return len(micro_batches_of_rank(range(len(self.sampler)), **self.sizes))  # type: ignore[arg-type]
 
-    def __iter__(self) -> Iterator[Micro]:
-        yield from dealt(list(self.sampler), **self.sizes)  # type: ignore[arg-type]
+    def __iter__(self) -> Iterator[MicroBatch]:
+        yield from micro_batches_of_rank(list(self.sampler), **self.sizes)  # type: ignore[arg-type]
 
 
 class _Weighted:
-    """A data set asked for (row, weight) pairs."""
+    """Dataset indexed by (row, weight) pairs."""
 
     def __init__(self, rows: Any) -> None:
         self.rows = rows
@@ -72,35 +77,36 @@ class _Weighted:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, asked: tuple[int, float]) -> tuple[Any, float]:
-        return self.rows[asked[0]], asked[1]
+    def __getitem__(self, item: tuple[int, float]) -> tuple[Any, float]:
+        return self.rows[item[0]], item[1]
 
 
 def shared_loader(
     rows: Any, collate: Callable[[list[Any]], dict[str, Any]], sampler: Any, **sizes: int
 ) -> DataLoader[Any]:
-    """A loader of this process's micro-batches, as they are dealt out; each has its weight under ``SHARE``."""
+    """Return a loader of this process's micro-batches; each has its weight under ``SHARE``."""
 
     def collated(items: list[tuple[Any, float]]) -> dict[str, Any]:
         return {**collate([row for row, _ in items]), SHARE: torch.tensor(items[0][1])}
 
-    return DataLoader(_Weighted(rows), batch_sampler=Dealt(sampler, **sizes), collate_fn=collated)  # type: ignore[arg-type]
+    return DataLoader(_Weighted(rows), batch_sampler=RankBatchSampler(sampler, **sizes), collate_fn=collated)  # type: ignore[arg-type]
 
 
 def is_copy(batch: dict[str, Any]) -> bool:
-    """Whether a micro-batch is run for company only."""
+    """Return True for a micro-batch with weight 0, which runs only because the other processes run one."""
     return SHARE in batch and float(batch[SHARE]) == 0.0
 
 
-def gathering_uneven(gather: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """accelerate's ``gather``, for tensors that may have more rows in one process than in another.
+def gather_uneven(gather: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Wrap accelerate's ``gather`` for tensors whose number of rows differs between processes.
 
-    trl gathers what it logs by row, and an epoch's last micro-batches are of different sizes.
+    trl gathers its metrics by row, and an epoch's last micro-batches have different sizes.
     """
 
     def gathered(tensor: Any) -> Any:
         if not isinstance(tensor, torch.Tensor) or tensor.dim() == 0:
             return gather(tensor)
+        # All processes exchange their number of rows, pad to the largest, gather, and cut the padding off.
         sizes = gather(torch.tensor([len(tensor)], device=tensor.device)).tolist()
         if len(set(sizes)) == 1:
             return gather(tensor)

@@ -1,7 +1,7 @@
-"""What a stage's config adds to the training loop beside trl's loss: one list of callbacks, in the order they must run.
+"""Callbacks and loss terms that a stage's config adds to trl's training loop.
 
-``fit`` adds them before its own, so that they see a step before the held-out rows are scored and a checkpoint before
-it is marked complete. A callback may have ``facts()``, whose values become metrics of the stage; ``scores()``, which
+``fit`` adds the callbacks before its own, so that they see a step before the held-out rows are scored, and a checkpoint
+before it is marked complete. A callback may have ``facts()``, which become metrics of the stage; ``scores()``, which
 join the held-out scores; and ``scoring()``, a context in which the model has the weights that will be its result.
 """
 
@@ -25,7 +25,7 @@ Scores = dict[str, float]
 
 
 def extra_callbacks(context: StageContext, trainer: Any) -> list[TrainerCallback]:
-    """Callbacks for ``context.config``; called once, with the model as it came in and before a checkpoint is loaded."""
+    """Create the callbacks of ``context.config``, once, from the initial model before a checkpoint is loaded."""
     config: TrainingFields = context.config
     tuning = config.tuning
     callbacks: list[TrainerCallback] = []
@@ -33,7 +33,7 @@ def extra_callbacks(context: StageContext, trainer: Any) -> list[TrainerCallback
         trainer.layer_decay = tuning.layer_decay
         if tuning.scheduled:
             callbacks.append(schedule_layers(context, trainer, tuning))
-    # Made once it is clear what is trained, and before any step: the start is the model as it is now.
+    # After the schedule has frozen weights and before the first step: the anchor is the model as it is now.
     if config.anchor is not None and config.anchor.to == "l2":
         callbacks.append(PullToStart(trainer.model, config.anchor.weight))
     if config.anchor is not None and config.anchor.to == "kl":
@@ -50,24 +50,26 @@ def extra_callbacks(context: StageContext, trainer: Any) -> list[TrainerCallback
 
 
 def has_scores(callbacks: Sequence[TrainerCallback]) -> bool:
-    """Whether a callback has scores of its own."""
+    """Return True where a callback has scores of its own."""
     return any(hasattr(callback, "scores") for callback in callbacks)
 
 
 def scored_with(callbacks: Sequence[TrainerCallback], held_out: Callable[[], Scores]) -> Callable[[], Scores]:
-    """``held_out`` and the callbacks' own ``scores()``, under the weights that will be the result.
+    """Return a function that joins ``held_out`` with the callbacks' ``scores()``, under the resulting weights.
 
-    These are there inside every callback's ``scoring()``, if it has one.
+    Those weights are in the model inside the ``scoring()`` contexts of all callbacks.
     """
 
     def scored() -> Scores:
+        # Enter every callback's context, for example the one that swaps in averaged weights.
         with contextlib.ExitStack() as weights:
             for callback in callbacks:
                 if hasattr(callback, "scoring"):
                     weights.enter_context(callback.scoring())
-            found = dict(held_out())
+            scores = dict(held_out())
             for callback in callbacks:
-                found |= callback.scores() if hasattr(callback, "scores") else {}
-            return found
+                if hasattr(callback, "scores"):
+                    scores |= callback.scores()
+            return scores
 
     return scored

@@ -3,110 +3,156 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
 from align.config.launch import rank
-from align.models.processes import agreed, gathered
+from align.models.processes import all_gather, broadcast
 from align.models.tuning.notice import notice, parameter_counts
 from align.pipeline.context import StageContext
-from align.training.checkpoints import MarkCheckpoints, last_complete
-from align.training.clock import TrainingClock
+from align.store.atomic_write import write_text_atomically
+from align.training.checkpoints import MarkCheckpoints, last_complete, read_state, write_state
 from align.training.extras import extra_callbacks, has_scores, scored_with
 from align.training.progress import ReportProgress, report_scores
-from align.training.state_files import read_state, write_state
-from align.training.stop_request import StopWhenAsked
+from align.training.stop_request import StopOnRequest
 from align.training.stopping import VALIDATION, best_so_far
 from align.training.tracking import follow
 from align.training.unfreezing import OpenLayers
 
+SECONDS_FILE = "training_seconds.txt"
+"""In a checkpoint's folder: the seconds of training up to it."""
+
 Scores = dict[str, float]
 HeldOut = Callable[[str], Scores]
-"""Scores of the rows of a split, ``test`` or ``validation``, with the trainer's model as it is."""
+"""Scores the rows of a split, ``test`` or ``validation``, with the trainer's current model."""
 
 
 def fit(trainer: Any, context: StageContext, held_out: HeldOut, before: bool = True) -> dict[str, Any]:
-    """Train, or go on from the last complete checkpoint, and return the stage's metrics.
+    """Train, or continue from the last complete checkpoint, and return the stage's metrics.
 
-    ``held_out`` of the ``test`` split comes back as ``test_<name>_before`` (unless ``before`` is False) and
-    ``test_<name>_after``. Where the config chooses a checkpoint, the ``validation`` split does so: it is scored on the
-    way in place of the ``test`` split, which only what was chosen meets. ``tokens`` counts the real tokens of the whole
-    run, ``training_seconds`` the time of its steps, those of earlier attempts included and those that a kill threw away
-    left out; ``tokens_per_second`` is the one over the other.
+    ``held_out`` of the ``test`` split becomes ``test_<name>_before`` (unless ``before`` is False) and
+    ``test_<name>_after``. Where the config chooses a checkpoint, the ``validation`` split is scored during training,
+    and the ``test`` split only with the chosen weights. ``tokens`` counts the real tokens of the whole run.
+    ``training_seconds`` is the time of its steps over all attempts, without steps that a kill threw away;
+    ``tokens_per_second`` is their quotient.
     """
 
     def warn(text: str) -> None:
         context.warn(f"{context.name}: {text}")
 
-    checkpoint = agreed(lambda: last_complete(context.checkpoints, warn))
-    done = _step_of(checkpoint)
-    with follow(context, trainer, done + 1 if checkpoint else 0):
-        # What follows from the scores, such as when to stop, is to be the same in all processes.
-        return _fit(trainer, context, lambda split: gathered(held_out(split))[0], before, checkpoint)
+    checkpoint = broadcast(lambda: last_complete(context.checkpoints, warn))
+    first_step = _step_of(checkpoint) + 1 if checkpoint else 0
+    with follow(context, trainer, first_step):
+        # Decisions that follow from the scores, such as when to stop, must be the same in all processes.
+        return _fit(trainer, context, lambda split: all_gather(held_out(split))[0], before, checkpoint)
 
 
 def _fit(
     trainer: Any, context: StageContext, held_out: HeldOut, before: bool, checkpoint: Path | None
 ) -> dict[str, Any]:
     extras = extra_callbacks(context, trainer)
-    at_once = next((extra.most for extra in extras if isinstance(extra, OpenLayers)), None)
-    context.note(notice(trainer.model, context.config.tuning, context.config.precision, at_once=at_once))
-    first = scored_with(extras, partial(held_out, "test") if before else dict)
-    at_first = _scored_before(context, first) if before or has_scores(extras) else {}
+    max_trained = next((extra.most for extra in extras if isinstance(extra, OpenLayers)), None)
+    context.note(notice(trainer.model, context.config.tuning, context.config.precision, max_trained=max_trained))
+
+    # The test rows before training; for a resumed run those of the first attempt.
+    score_before = scored_with(extras, partial(held_out, "test") if before else dict)
+    scores_before = _score_before(context, score_before) if before or has_scores(extras) else {}
+
+    # The order of the callbacks matters: extras change weights, then come the held-out scores, the best weights so far,
+    # and the seconds, which must be in the checkpoint when its marker is written. Stopping is last.
     for callback in extras:
         trainer.add_callback(callback)
-    result, best = scored_with(extras, partial(held_out, "test")), best_so_far(context, trainer)
-    on_the_way = result if best is None else scored_with(extras, best.watching(lambda: _named(held_out("validation"))))
-    trainer.add_callback(ReportProgress(context, on_the_way, context.config.eval_steps))
+    score_test = scored_with(extras, partial(held_out, "test"))
+    score_in_training = score_test
+    best = best_so_far(context, trainer)
     if best is not None:
-        trainer.add_callback(best)  # after the scores, before the mark
+        score_in_training = scored_with(extras, best.watching(lambda: _with_prefix(held_out("validation"))))
+    trainer.add_callback(ReportProgress(context, score_in_training, context.config.eval_steps))
+    if best is not None:
+        trainer.add_callback(best)
         extras = [*extras, best]
     clock = TrainingClock(checkpoint)
     trainer.add_callback(clock)
     trainer.add_callback(MarkCheckpoints())
-    trainer.add_callback(StopWhenAsked(context))  # after the mark
+    trainer.add_callback(StopOnRequest(context))
+
     if checkpoint is not None:
-        print(f"resuming from {checkpoint}")
+        context.note(f"resuming from {checkpoint}")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = clock.seconds()
     if best is not None:
-        report_scores(context, trainer.state.global_step, on_the_way())
+        report_scores(context, trainer.state.global_step, score_in_training())
         best.restore()
-    after = result()
-    context.log(trainer.state.global_step, **{f"test_{name}": value for name, value in after.items()})
+    scores_after = score_test()
+    context.log(trainer.state.global_step, **{f"test_{name}": value for name, value in scores_after.items()})
+
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     tokens = int(trainer.state.num_input_tokens_seen)
-    timed = tokens if clock.knows_all else tokens - _tokens_in(checkpoint)
-    return {
+    timed_tokens = tokens if clock.is_complete else tokens - _tokens_in(checkpoint)
+    trained, total = parameter_counts(trainer.model)
+    metrics = {
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
         "resumed_from_step": _step_of(checkpoint),
         "tokens": tokens,
         "training_seconds": seconds,
-        "tokens_per_second": timed / seconds,
-        **dict(zip(("trainable_parameters", "parameters"), parameter_counts(trainer.model), strict=True)),
-        **({"loss_first": losses[0], "loss_last": losses[-1]} if losses else {}),
-        **{name: value for extra in extras for name, value in getattr(extra, "facts", dict)().items()},
-        **{f"test_{name}_before": value for name, value in at_first.items()},
-        **{f"test_{name}_after": value for name, value in after.items()},
+        "tokens_per_second": timed_tokens / seconds,
+        "trainable_parameters": trained,
+        "parameters": total,
     }
+    if losses:
+        metrics |= {"loss_first": losses[0], "loss_last": losses[-1]}
+    for extra in extras:
+        metrics |= getattr(extra, "facts", dict)()
+    metrics |= {f"test_{name}_before": value for name, value in scores_before.items()}
+    return metrics | {f"test_{name}_after": value for name, value in scores_after.items()}
 
 
-def _named(scores: Scores) -> Scores:
+class TrainingClock(TrainerCallback):
+    """Counts seconds of training and stores them with each checkpoint, from which a resumed run goes on.
+
+    Steps that a kill threw away are run again and count once: tokens over these seconds are the speed of training. The
+    record's ``seconds`` is the time of the whole stage, lost work included.
+    """
+
+    def __init__(self, resumed: Path | None) -> None:
+        """Start to count; ``resumed`` is the checkpoint that training continues from."""
+        file = None if resumed is None else resumed / SECONDS_FILE
+        self.is_complete = file is None or file.is_file()
+        """False where the checkpoint has no seconds; the time before it then counts as 0."""
+        self.seconds_before = 0.0
+        if file is not None and self.is_complete:
+            self.seconds_before = float(file.read_text(encoding="utf-8"))
+        self.start = time.perf_counter()
+
+    def seconds(self) -> float:
+        """Return the seconds so far."""
+        return self.seconds_before + time.perf_counter() - self.start
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        if state.is_world_process_zero:
+            folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+            write_text_atomically(folder / SECONDS_FILE, f"{self.seconds():.3f}")
+
+
+def _with_prefix(scores: Scores) -> Scores:
     return {f"{VALIDATION}{name}": value for name, value in scores.items()}
 
 
-def _scored_before(context: StageContext, held_out: Callable[[], Scores]) -> Scores:
-    """Score the held-out rows before training; a resumed attempt reads what the first one wrote, unless it is damaged.
+def _score_before(context: StageContext, held_out: Callable[[], Scores]) -> Scores:
+    """Score the held-out rows before training; a resumed attempt reads the scores of the first one.
 
-    The model still has the weights that it came in with: no checkpoint is loaded yet.
+    The model still has its initial weights: no checkpoint is loaded yet.
     """
     file = context.checkpoints / "before.json"
-    known = agreed(lambda: read_state(file))
-    if known is not None:
-        return known
+    stored = broadcast(lambda: read_state(file))
+    if stored is not None:
+        return stored
     scores = held_out()
     context.log(0, **{f"test_{name}": value for name, value in scores.items()})
     if rank() == 0:

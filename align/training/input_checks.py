@@ -1,4 +1,4 @@
-"""Checks on what an earlier stage hands over, before any step is taken: each a known way to train for nothing."""
+"""Check model, tokenizer and rows before the first step. Each fault is a known way to waste a training run."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Any
 
 from align.errors import UserError
 from align.models.render import require_chat_template
+from align.models.tokenizer_checks import require_embeddings, require_same_vocabulary
 from align.training.rows import MASKED, Encoded
 
 
 def check_model(stage: str, model: Any, tokenizer: Any) -> None:
-    """Chat template, end-of-turn and padding tokens, embeddings and float32 weights; ``UserError`` otherwise."""
+    """Check chat template, end-of-turn and padding tokens, embeddings and float32 weights; raises ``UserError``."""
     require_chat_template(tokenizer, f"{stage}: the model")
     if tokenizer.eos_token_id is None:
         raise UserError(f"{stage}: the tokenizer has no eos token; set eos_token in the model's tokenizer_config.json.")
@@ -20,38 +21,34 @@ def check_model(stage: str, model: Any, tokenizer: Any) -> None:
             f"{stage}: the tokenizer pads with {tokenizer.pad_token!r} and ends turns with {tokenizer.eos_token!r}; "
             "the two must differ, or padding is read as an answer's end. Set pad_token to another special token."
         )
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        raise UserError(
-            f"{stage}: the tokenizer has {len(tokenizer)} tokens and the model embeds {rows}; "
-            "tokenizer and weights are not of the same model."
-        )
+    require_embeddings(tokenizer, model, stage, "tokenizer and weights are not of the same model.")
     narrow = {str(p.dtype) for p in model.parameters() if p.requires_grad and p.dtype.itemsize < 4}
-    # Not the user's doing: every loader here loads float32, because AdamW's steps are lost to rounding in 16 bits.
+    # Not the user's fault: every loader here loads float32, because 16 bits would round AdamW's steps away.
     assert not narrow, f"trainable weights are {narrow}, not float32"
 
 
 def check_encoded(
-    stage: str, encoded: Encoded, asked: int, split: str, max_length: int, warn: Callable[[str], None]
+    stage: str, encoded: Encoded, total: int, split: str, max_length: int, warn: Callable[[str], None]
 ) -> None:
-    """Warn of every cut or dropped row of ``asked``; ``UserError`` when none is left."""
-    for what, rows in encoded.counts.items():
-        warn(f"{stage}: {rows} of {asked} {split} rows {what} (max_length {max_length}).")
+    """Warn of every cut or dropped row of ``total`` rows. Raises ``UserError`` when none is left."""
+    for reason, rows in encoded.counts.items():
+        warn(f"{stage}: {rows} of {total} {split} rows {reason} (max_length {max_length}).")
     if not encoded.rows:
         raise UserError(
-            f"{stage}: none of the {asked} {split} rows can be used: "
-            + "; ".join(f"{rows} {what}" for what, rows in encoded.counts.items())
+            f"{stage}: none of the {total} {split} rows can be used: "
+            + "; ".join(f"{rows} {reason}" for reason, rows in encoded.counts.items())
             + f". Raise max_length (now {max_length}) or change the data."
         )
 
 
 def check_ends(stage: str, encoded: Encoded, tokenizer: Any) -> None:
-    """``UserError`` when no row teaches the end of a turn, or a row's labels are all masked.
+    """Raise ``UserError`` when no row teaches the end of a turn.
 
     The model would never learn to stop, which shows only when it is sampled from.
     """
     for row in encoded.rows:
         assert any(label != MASKED for label in row["labels"]), "a row without labels was not left out"
+    # The last label of an uncut row is its end of turn.
     ends = sum(row["labels"][-1] == tokenizer.eos_token_id for row in encoded.rows)
     if ends == 0:
         last = tokenizer.decode([row["labels"][-1] for row in encoded.rows[:1]])
@@ -63,10 +60,7 @@ def check_ends(stage: str, encoded: Encoded, tokenizer: Any) -> None:
         )
 
 
-def check_same_vocabulary(stage: str, one: Any, other: Any, names: tuple[str, str]) -> None:
-    """``UserError`` unless two tokenizers give every token the same id."""
-    if one.get_vocab() != other.get_vocab():
-        raise UserError(
-            f"{stage}: {names[0]} and {names[1]} have different vocabularies "
-            f"({len(one)} and {len(other)} tokens); take checkpoints that come from the same base model."
-        )
+def check_same_vocabulary(stage: str, first: Any, second: Any, names: tuple[str, str]) -> None:
+    """Raise ``UserError`` unless two tokenizers give every token the same id."""
+    labels = (f"{stage}: {names[0]}", names[1])
+    require_same_vocabulary(first, second, labels, "take checkpoints that come from the same base model.")

@@ -1,6 +1,6 @@
-"""trl's KTO trainer (arXiv 2402.01306) on rows that are tokenized already, in micro-batches that stay together.
+"""trl's KTO trainer (arXiv 2402.01306) for tokenized rows, in fixed micro-batches.
 
-What is overridden is private in trl, so ``tests/training/test_kto_trainer.py`` fails when an upgrade moves it.
+Private methods of trl are overridden; ``tests/training/test_kto_trainer.py`` fails when an upgrade changes them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from align.training.unpaired import GroupOrder
 
 class PreparedKTO(ScoredByReference, KTOTrainer):  # type: ignore[misc]
     """Rows: ``prompt_ids``, ``completion_ids``, ``label``, ``ref_logps``, and ``KL_completion_ids``, ``ref_KL_logps``
-    where the loss has a reference point. ``groups`` are the micro-batches of row numbers.
+    where the loss has a reference point. ``groups`` are the micro-batches of row indices.
     """
 
     groups: Sequence[Sequence[int]]
@@ -31,40 +31,41 @@ class PreparedKTO(ScoredByReference, KTOTrainer):  # type: ignore[misc]
 
 
 def held_out(trainer: PreparedKTO, encoded: Encoded) -> dict[str, float]:
-    """Scores of a KTO trainer's model on held-out answers, with one reference point for all of them.
+    """Return scores of a KTO trainer's model on held-out answers, with one reference point for all of them.
 
-    ``loss`` is KTO's (eq. 7 and 8) or APO-zero's; ``reference_point`` the mean drift on mismatched answers in nats, at
-    least 0; ``accuracy`` the share of answers on the right side of it; ``margin`` beta times how much more the wanted
-    drifted than the unwanted. A kind of answer that does not occur counts as 0 in ``margin``.
+    ``loss`` is KTO's (eq. 7 and 8) or APO-zero's. ``reference_point`` is the mean drift on mismatched answers in nats,
+    at least 0; ``accuracy`` the share of answers on the right side of it; ``margin`` beta times the difference of the
+    mean drifts of desirable and undesirable answers. A kind of answer that does not occur counts as 0 in ``margin``.
     """
     drifts = _drifts(trainer, encoded, "completion_ids", "ref_logps")
-    point = 0.0
+    reference_point = 0.0
     if trainer.calculate_KL:
-        point = max(0.0, float(_drifts(trainer, encoded, "KL_completion_ids", "ref_KL_logps").mean()))
-    wanted = torch.tensor([bool(row["label"]) for row in encoded.rows])
-    beyond = torch.where(wanted, drifts - point, point - drifts)
-    weights = torch.where(wanted, trainer.desirable_weight, trainer.undesirable_weight)
-    losses = weights * (1 - torch.sigmoid(trainer.beta * beyond))
-    means = [float(drifts[side].mean()) if bool(side.any()) else 0.0 for side in (wanted, ~wanted)]
+        reference_point = max(0.0, float(_drifts(trainer, encoded, "KL_completion_ids", "ref_KL_logps").mean()))
+    is_desirable = torch.tensor([bool(row["label"]) for row in encoded.rows])
+    # How far each answer drifted to its right side of the reference point.
+    margins = torch.where(is_desirable, drifts - reference_point, reference_point - drifts)
+    weights = torch.where(is_desirable, trainer.desirable_weight, trainer.undesirable_weight)
+    losses = weights * (1 - torch.sigmoid(trainer.beta * margins))
+    means = [float(drifts[side].mean()) if bool(side.any()) else 0.0 for side in (is_desirable, ~is_desirable)]
     return {
         "loss": float(losses.mean()),
-        "accuracy": float((beyond > 0).double().mean()),
+        "accuracy": float((margins > 0).double().mean()),
         "margin": trainer.beta * (means[0] - means[1]),
         "chosen_reward": trainer.beta * means[0],
         "rejected_reward": trainer.beta * means[1],
-        "reference_point": point,
+        "reference_point": reference_point,
     }
 
 
 def _drifts(trainer: PreparedKTO, encoded: Encoded, answers: str, reference: str) -> torch.Tensor:
-    """Log-probability of each answer by the model less by the reference, nats. (N,), float64."""
-    found = torch.zeros(len(encoded.rows), dtype=torch.float64)
+    """Return each answer's log-probability by the model minus by the reference, in nats: (N,) float64."""
+    drifts = torch.zeros(len(encoded.rows), dtype=torch.float64)
     rows = [{**row, "completion_ids": row[answers]} for row in encoded.rows]
     lengths = [len(row["prompt_ids"]) + len(row["completion_ids"]) for row in rows]
     trainer.beta = trainer._beta_at(trainer.state.global_step)
     with scoring(trainer):
         for batch in by_length(lengths, SCORING_TOKENS):
-            picked = [{name: rows[at][name] for name in ("prompt_ids", "completion_ids", "label")} for at in batch]
+            picked = [{name: rows[row][name] for name in ("prompt_ids", "completion_ids", "label")} for row in batch]
             inputs = trainer._prepare_inputs(trainer.data_collator(picked))
             labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
             outputs = trainer.model(
@@ -75,6 +76,6 @@ def _drifts(trainer: PreparedKTO, encoded: Encoded, answers: str, reference: str
                 fused_lm_head=True,
             )
             sums = outputs.log_probs[:, -(labels.shape[1] - 1) :].double().sum(dim=1)
-            given = torch.tensor([encoded.rows[at][reference] for at in batch], dtype=torch.float64)
-            found[torch.tensor(batch)] = sums.cpu() - given
-    return found
+            reference_sums = torch.tensor([encoded.rows[row][reference] for row in batch], dtype=torch.float64)
+            drifts[torch.tensor(batch)] = sums.cpu() - reference_sums
+    return drifts

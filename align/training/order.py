@@ -1,7 +1,7 @@
-"""The order in which training rows are seen: rows of like length together, a function of seed and epoch alone.
+"""Order training rows so that rows of similar length are together, as a function of seed and epoch only.
 
 transformers' own length grouping draws from the global random state, so a run resumed in its second epoch would see
-another order than the uninterrupted one. Leaves out distributed sharding: accelerate cuts the order up by batches.
+another order than the uninterrupted one. Left out: the split over processes (``epochs.py``).
 """
 
 from __future__ import annotations
@@ -11,29 +11,33 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 WINDOW = 16
-"""Batches per window inside which rows are sorted: enough to save the padding, few enough to stay random."""
+"""Batches per window in which rows are sorted: enough to save padding, few enough to stay random."""
 
 
 def grouped_order(lengths: Sequence[int], micro_batch: int, batch: int, seed: int, epoch: int) -> list[int]:
-    """Every row once, shuffled, such that each run of ``micro_batch`` rows has like lengths.
+    """Return every row once, shuffled, so that each micro-batch has rows of similar length.
 
-    Rows are shuffled, cut into windows of ``WINDOW`` batches, sorted by length inside each, cut into micro-batches,
-    and the micro-batches shuffled. Only the last micro-batch may be short.
+    Rows are shuffled, cut into windows of ``WINDOW`` batches, sorted by length in each window and cut into
+    micro-batches, which are shuffled in turn. Only the last micro-batch may be short.
     """
     random = np.random.default_rng([seed, epoch])
     rows = random.permutation(len(lengths))
     window = WINDOW * batch
     micro_batches: list[list[int]] = []
     for start in range(0, len(rows), window):
-        inside = sorted(rows[start : start + window].tolist(), key=lambda row: -lengths[row])
-        micro_batches += [inside[at : at + micro_batch] for at in range(0, len(inside), micro_batch)]
-    short = [micro for micro in micro_batches if len(micro) < micro_batch]
-    full = [micro for micro in micro_batches if len(micro) == micro_batch]
-    return [row for at in random.permutation(len(full)) for row in full[at]] + [row for micro in short for row in micro]
+        sorted_rows = sorted(rows[start : start + window].tolist(), key=lambda row: -lengths[row])
+        # The window is sorted by length and cut, so each micro-batch has similar lengths.
+        micro_batches += [sorted_rows[index : index + micro_batch] for index in range(0, len(sorted_rows), micro_batch)]
+    # Only the last micro-batch of a window can be short. These go last.
+    short = [batch_rows for batch_rows in micro_batches if len(batch_rows) < micro_batch]
+    full = [batch_rows for batch_rows in micro_batches if len(batch_rows) == micro_batch]
+    return [row for index in random.permutation(len(full)) for row in full[index]] + [
+        row for batch_rows in short for row in batch_rows
+    ]
 
 
 class GroupedOrder:
-    """A sampler over ``grouped_order``; ``set_epoch`` is called by the trainer at the start of each epoch."""
+    """Sampler over ``grouped_order``; the trainer calls ``set_epoch`` at the start of each epoch."""
 
     def __init__(self, lengths: Sequence[int], micro_batch: int, batch: int, seed: int) -> None:
         self.lengths, self.micro_batch, self.batch, self.seed = lengths, micro_batch, batch, seed
@@ -50,7 +54,7 @@ class GroupedOrder:
 
 
 def by_length(lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """Batches of row numbers for scoring, longest first: at most ``tokens`` padded tokens each, at least one row."""
+    """Return batches of row indices for scoring, longest first, of at most ``tokens`` padded tokens or one row."""
     batches: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
         if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= tokens:

@@ -1,6 +1,7 @@
-"""trl's ORPO trainer (arXiv 2403.07691) on rows tokenized already.
+"""trl's ORPO trainer (arXiv 2403.07691) for tokenized rows.
 
-Experimental in trl. What is overridden is held by ``tests/training/test_cpo_trainer.py``.
+Experimental in trl; ``tests/training/test_cpo_trainer.py`` covers the overridden methods. A module of its own, because
+trl may drop ORPO and keep CPO.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ Arguments = experimental("orpo", "ORPOConfig")
 
 
 class PreparedORPO(PairForward, ORPOTrainer):  # type: ignore[misc,valid-type]
-    """Rows: ``prompt_ids``, ``chosen_ids``, ``rejected_ids``. No reference: odds of the policy's own answers."""
+    """Rows: ``prompt_ids``, ``chosen_ids``, ``rejected_ids``. No reference: the loss is on the policy's own odds."""
 
     averaged = True
     own_weight = 1.0
@@ -24,6 +25,9 @@ class PreparedORPO(PairForward, ORPOTrainer):  # type: ignore[misc,valid-type]
         super().__init__(**kwargs)  # type: ignore[arg-type]
 
     def pair_losses(self, chosen: torch.Tensor, rejected: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Losses and rewards of pairs; the loss that is trained is their mean and the chosen sides' loss per token."""
-        gains, one, other, _, _ = self.odds_ratio_loss(chosen, rejected)
-        return -gains, one, other
+        """Return losses and both sides' rewards, each (B,), from log-probabilities (B,).
+
+        The trained loss is their mean plus the chosen sides' loss per token.
+        """
+        log_odds, chosen_rewards, rejected_rewards, _, _ = self.odds_ratio_loss(chosen, rejected)
+        return -log_odds, chosen_rewards, rejected_rewards

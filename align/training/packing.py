@@ -1,12 +1,14 @@
-"""Rows end to end instead of side by side: packing, and batches without padding.
+"""Packing, and batches without padding: rows are concatenated instead of stacked.
 
-Packing fills rows of ``max_length`` tokens with whole short ones (best fit decreasing, arXiv 2404.10830); a batch
-without padding puts its rows behind one another. Either way positions begin anew with every row and no row attends to
-another, so that what is computed is what is computed for each row alone. How attention keeps them apart depends on the
-model: ``ragged`` (``align.models.fast.ragged_rows``, the fastest on a CPU), ``flash`` (the kernels
-of flash attention, told where
-rows end) or ``blocks`` (transformers' own mask, made from the positions; its memory grows with the square of a batch's
-tokens). ``check_separate`` proves it on the model at hand. Left out: cutting rows to fill a pack to the brim.
+Packing fills sequences of ``max_length`` tokens with short rows (best fit decreasing, arXiv 2404.10830). A padding-free
+batch concatenates its rows. In both, positions restart with every row and no row attends to another, so each row's
+result is the same as alone. The model decides how attention separates the rows:
+
+- ``ragged``: ``align.models.fast.ragged_rows``, the fastest on a CPU.
+- ``flash``: flash attention's kernels, which get the offsets of the rows.
+- ``blocks``: transformers' own mask, made from the positions; its memory grows with the square of a batch's tokens.
+
+``check_separate`` verifies the separation on the model at hand. Left out: splitting rows to fill a pack completely.
 """
 
 from __future__ import annotations
@@ -19,41 +21,46 @@ from typing import Any, Literal
 import torch
 
 from align.errors import UserError
-from align.models.fast.ragged_rows import NotRaggedError, can_run_ragged, lay_out, run_ragged
+from align.models.fast.ragged_rows import NotRaggedError, can_run_ragged, enable_ragged, make_layout
 from align.training.rows import MASKED, Encoded
 
 Form = Literal["ragged", "flash", "blocks"]
 PROBE = 48
-"""Tokens of each of the two rows that are computed alone and together before training."""
+"""Tokens of each of the two rows that ``check_separate`` computes alone and together."""
 TOLERANCE, TOLERANCE_IN_16_BITS = 2e-3, 0.2
-"""Largest difference of a token's log-probability that the order of sums can explain; sight of another row changes it
-by whole nats."""
+"""Largest difference of a token's log-probability by rounding; attending to another row changes it by whole nats."""
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Row numbers of each pack of at most ``capacity`` tokens: the longest row first, into the fullest pack with room.
+    """Return the row indices of each pack of at most ``capacity`` tokens.
+
+    Rows are placed by falling length, each into the fullest pack that has room.
 
     Raises ``ValueError`` for a row longer than a pack.
     """
     if lengths and max(lengths) > capacity:
         raise ValueError(f"a row of {max(lengths)} tokens fits no pack of {capacity}")
     packs: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (tokens left, pack), ascending
+    open_packs: list[tuple[int, int]] = []  # (free tokens, index of the pack), ascending
     for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
-        at = bisect.bisect_left(room, (lengths[row], -1))
-        left, pack = room.pop(at) if at < len(room) else (capacity, len(packs))
+        # open_packs is sorted by free tokens, so the first entry with enough of them is the fullest pack with room.
+        index = bisect.bisect_left(open_packs, (lengths[row], -1))
+        left, pack = open_packs.pop(index) if index < len(open_packs) else (capacity, len(packs))
         if pack == len(packs):
             packs.append([])
         packs[pack].append(row)
-        bisect.insort(room, (left - lengths[row], pack))
+        bisect.insort(open_packs, (left - lengths[row], pack))
     return packs
 
 
-def packed(encoded: Encoded, capacity: int) -> list[dict[str, list[int]]]:
-    """``input_ids``, ``labels`` and ``seq_lengths`` of every pack; a row's first token follows a stranger: no label."""
+def pack_rows(encoded: Encoded, capacity: int) -> list[dict[str, list[int]]]:
+    """Return ``input_ids``, ``labels`` and ``seq_lengths`` of every pack.
+
+    A row's first token has no label, because the token before it belongs to another row.
+    """
     packs = []
     for members in best_fit(encoded.lengths, capacity):
-        rows = [encoded.rows[at] for at in members]
+        rows = [encoded.rows[row] for row in members]
         packs.append(
             {
                 "input_ids": [token for row in rows for token in row["input_ids"]],
@@ -64,16 +71,13 @@ def packed(encoded: Encoded, capacity: int) -> list[dict[str, list[int]]]:
     return packs
 
 
-def fill(packs: Sequence[dict[str, list[int]]], capacity: int) -> float:
-    """Share of the packs' room that holds tokens."""
+def fill_ratio(packs: Sequence[dict[str, list[int]]], capacity: int) -> float:
+    """Return the share of the packs' capacity that holds tokens."""
     return sum(len(pack["input_ids"]) for pack in packs) / (len(packs) * capacity)
 
 
-def form_of(model: Any) -> Form:
-    """How ``model`` can keep rows of one line apart.
-
-    Raises ``UserError`` for one that has no such way.
-    """
+def packing_form(model: Any) -> Form:
+    """Return how ``model`` can separate concatenated rows. Raises ``UserError`` for a model that cannot."""
     plain = plain_of(model)
     if str(plain.config._attn_implementation).startswith("flash"):
         return "flash"
@@ -88,19 +92,19 @@ def form_of(model: Any) -> Form:
 
 
 def plain_of(model: Any) -> Any:
-    """The transformers model behind an adapter's wrapping."""
+    """Return the transformers model inside a peft model."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def run_flat(model: Any, form: Form) -> None:
-    """Let ``model`` take what ``Flat`` collates."""
+def enable_flat(model: Any, form: Form) -> None:
+    """Prepare ``model`` for the batches of ``FlatCollator``."""
     if form != "ragged":
         return
     plain = plain_of(model)
-    run_ragged(plain)
+    enable_ragged(plain)
 
     def mark(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        if kwargs.get("layout") is not None:  # transformers leaves a mask of four dimensions alone
+        if kwargs.get("layout") is not None:  # transformers leaves a 4D mask alone
             device = kwargs["input_ids"].device
             kwargs = kwargs | {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)}
         return args, kwargs
@@ -108,9 +112,8 @@ def run_flat(model: Any, form: Form) -> None:
     plain.base_model.register_forward_pre_hook(mark, with_kwargs=True)
 
 
-class Flat:
-    """Collates rows, or packs of them, into one line: ``input_ids``, ``labels`` and ``position_ids`` (1, N), and what
-    ``form`` needs beside them."""
+class FlatCollator:
+    """Collate rows, or packs of them, into ``input_ids``, ``labels``, ``position_ids`` (1, N) and ``form``'s inputs."""
 
     def __init__(self, form: Form) -> None:
         self.form = form
@@ -119,6 +122,7 @@ class Flat:
         ids = [token for row in rows for token in row["input_ids"]]
         labels = [label for row in rows for label in row["labels"]]
         lengths = [size for row in rows for size in row.get("seq_lengths") or [len(row["input_ids"])]]
+        # The first token of each row would be predicted from the row before, so it has no label.
         start = 0
         for size in lengths:
             labels[start] = MASKED
@@ -129,7 +133,8 @@ class Flat:
             "position_ids": torch.tensor([[place for size in lengths for place in range(size)]]),
         }
         if self.form == "ragged":
-            batch["layout"] = lay_out(lengths)
+            batch["layout"] = make_layout(lengths)
+        # Flash attention reads the rows' offsets instead of a mask.
         if self.form == "flash":
             ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
             batch |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
@@ -138,31 +143,37 @@ class Flat:
 
 
 def check_separate(stage: str, trainer: Any, encoded: Encoded) -> float:
-    """The largest difference that standing in one line makes to a token's log-probability, in nats.
+    """Return the largest difference that concatenation makes to a token's log-probability, in nats.
 
-    Raises ``UserError`` when it is more than rounding: one row would then see another.
+    Raises ``UserError`` when it exceeds rounding: rows would then see one another.
     """
-    rows = [encoded.rows[at]["input_ids"][:PROBE] for at in (0, -1)]
+    rows = [encoded.rows[row]["input_ids"][:PROBE] for row in (0, -1)]
     rows = [ids for ids in rows if len(ids) > 1]
     if not rows:
         return 0.0
-    pair = [*rows, rows[0]] if len(rows) == 1 else rows
+    # A single row is compared with a copy of itself.
+    sequences = [*rows, rows[0]] if len(rows) == 1 else rows
     model, device = trainer.model, trainer.args.device
     training = model.training
     model.eval()
     try:
         with torch.no_grad(), _precise(trainer):
+            # The same two rows, each alone and then concatenated.
             alone = [
-                _logprobs(trainer, {"input_ids": torch.tensor([ids]), "labels": torch.tensor([ids])}) for ids in pair
+                _logprobs(trainer, {"input_ids": torch.tensor([ids]), "labels": torch.tensor([ids])})
+                for ids in sequences
             ]
-            line = Flat(trainer.data_collator.form)([{"input_ids": ids, "labels": list(ids)} for ids in pair])
-            together = _logprobs(trainer, line)
+            batch = FlatCollator(trainer.data_collator.form)(
+                [{"input_ids": ids, "labels": list(ids)} for ids in sequences]
+            )
+            together = _logprobs(trainer, batch)
     except NotRaggedError as error:
         raise UserError(f"{stage}: {error}; set packing off too.") from None
     finally:
         model.train(training)
     gap = float((torch.cat(alone) - together).abs().max())
     limit = TOLERANCE if device.type == "cpu" else TOLERANCE_IN_16_BITS
+    # Negated, so that NaN is refused too.
     if not gap <= limit:
         raise UserError(
             f"{stage}: rows in one line are not kept apart by this model: log-probabilities change by up to {gap:.3g} "
@@ -172,14 +183,14 @@ def check_separate(stage: str, trainer: Any, encoded: Encoded) -> float:
 
 
 def _precise(trainer: Any) -> Any:
-    """Kernels of flash attention take 16 bits only; elsewhere the comparison is made in full precision."""
+    """Return autocast on a GPU, whose flash kernels need 16 bits; elsewhere nothing, to compare in full precision."""
     return contextlib.nullcontext() if trainer.args.device.type == "cpu" else trainer.accelerator.autocast()
 
 
 def _logprobs(trainer: Any, batch: dict[str, Any]) -> torch.Tensor:
-    """(N,) of the tokens with a label."""
+    """Return the log-probabilities (N,) of the labeled tokens."""
     if "position_ids" not in batch:
         batch = batch | {"attention_mask": torch.ones_like(batch["input_ids"])}
     outputs = trainer.model(**trainer._prepare_inputs(batch), use_cache=False, fused_lm_head=True)
-    found: torch.Tensor = outputs.log_probs[outputs.label_mask].float().cpu()
-    return found
+    logprobs: torch.Tensor = outputs.log_probs[outputs.label_mask].float().cpu()
+    return logprobs

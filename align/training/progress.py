@@ -1,4 +1,4 @@
-"""From the trainer's callbacks to the stage's events: progress, curves, held-out scores along the way."""
+"""Write a trainer's progress, curves and held-out scores to the stage's events."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from align.pipeline.context import StageContext
 from align.training.stopping import VALIDATION
 
 HIDDEN = ("total_flos", "epoch", "num_tokens", "num_input_tokens_seen", "train_runtime", "train_tokens_per_second")
-"""Values trl logs that are no curve of their own."""
+"""Values in trl's logs that are not shown as curves."""
 
 
 def report_scores(context: StageContext, step: int, scores: Mapping[str, float]) -> None:
-    """A point of the held-out curves; scores that are not named as the validation rows' are the test rows'."""
+    """Log a point of the held-out curves; names without the validation prefix get ``test_``."""
     names = {name: name if name.startswith(VALIDATION) else f"test_{name}" for name in scores}
     context.log(step, **{names[name]: value for name, value in scores.items()})
 
 
 class ReportProgress(TrainerCallback):
-    """One progress event and one point of the curves per optimizer step; a loss that is not finite stops the stage.
+    """Logs progress and a point of the curves per optimizer step; a loss that is not finite stops the stage.
 
-    ``held_out`` scores the held-out rows (see ``align.training.held_out``) every ``eval_steps`` steps, if given.
+    ``held_out`` scores the held-out rows (``align.training.held_out``) every ``eval_steps`` steps.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class ReportProgress(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """``logs`` holds ``loss`` after a step, and only run totals at the end."""
+        """Report a step; ``logs`` has ``loss`` after a step, and only totals of the run at its end."""
         if not state.is_world_process_zero or not logs or "loss" not in logs:
             return
         loss = float(logs["loss"])
@@ -60,6 +60,7 @@ class ReportProgress(TrainerCallback):
             learning_rate=float(logs.get("learning_rate", 0.0)),
             **shown,
         )
+        # After logging, so that the curves show where the loss diverged.
         if not math.isfinite(loss):
             raise UserError(
                 f"{self.context.name}: the training loss is {loss} at step {state.global_step}. "
@@ -69,6 +70,6 @@ class ReportProgress(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         due = self.held_out is not None and self.eval_steps is not None and state.global_step % self.eval_steps == 0
-        # The last step's scores are the stage's result and are taken once training has ended.
+        # The last step's scores are the stage's result; ``fit`` computes them after training.
         if due and self.held_out is not None and state.global_step < state.max_steps:
             report_scores(self.context, state.global_step, self.held_out())

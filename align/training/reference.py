@@ -1,13 +1,14 @@
-"""A reference's log-probabilities of the answers that a stage learns from: computed once, and kept in the store.
+"""Log-probabilities of a stage's training answers by the reference model, computed once and cached in the store.
 
-They depend on the reference's weights and on the rows' tokens, and on nothing that is tuned: a run with another beta,
-loss or learning rate finds them. So no second model is in memory while the policy trains. Leaves out references that
-move during training (TR-DPO).
+They depend on the reference's weights and the rows' tokens, not on hyperparameters: a run with another beta, loss or
+learning rate finds them. No second model is in memory while the policy trains. Left out: references that change during
+training (TR-DPO).
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,14 +19,18 @@ import torch
 from trl.trainer.utils import add_fused_lm_head
 
 from align.config.launch import rank
-from align.models.processes import agreed, gathered, part_of
+from align.models.processes import all_gather, broadcast, rank_range
 from align.store.fingerprint import canonical
 from align.training.order import by_length
 from align.training.sealed_tensors import read_tensors, write_tensors
 from align.training.trainers import SCORING_TOKENS
 
+LOG = logging.getLogger(__name__)
+
 VERSION = 1
-"""Part of the key: raised when the same weights and rows should give other numbers."""
+"""Part of the key; increased when the same weights and rows should give other numbers."""
+NO_LIMIT = 1 << 30
+"""Length above that of any answer."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +44,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class Sums:
-    """Log-probabilities in nats, one per answer: of all its tokens, and of those beyond ``shared``."""
+    """Log-probabilities in nats, one per answer: of all its tokens, and of those after ``shared``."""
 
     total: list[float]
     tail: list[float]
 
     def weighted(self, tail_weight: float | None) -> list[float]:
-        """What is compared: the whole sum, or one in which the tail counts ``tail_weight`` (LD-DPO's alpha)."""
+        """Return the sums to compare; with ``tail_weight``, LD-DPO's alpha, the tail's part is scaled by it."""
         if tail_weight is None:
             return self.total
         return [total - (1 - tail_weight) * tail for total, tail in zip(self.total, self.tail, strict=True)]
@@ -53,42 +58,44 @@ class Sums:
 
 @dataclass
 class ReferenceCache:
-    """Where sums are looked for and kept: the stage's own checkpoints, then a folder that stages share.
+    """Cache of sums in two places: the stage's own checkpoints, then a folder that stages share.
 
-    ``identity`` names everything but the rows: the digest of the weights, how they were loaded, the precision. It
-    counts for the stage's own file too: the weights behind one key may be another making of them. ``found`` and
-    ``computed`` count the answers; ``warn`` is told of files that are not what was written.
+    ``identity`` names everything but the rows: the digest of the weights, how they were loaded, the precision. The
+    stage's own file is checked against it too, because the same stage key may stand for weights that were trained
+    again. ``hits`` and ``computed`` count answers; ``warn`` is called for damaged files.
     """
 
-    own: Path
+    stage_folder: Path
     shared: Path | None
     identity: dict[str, str]
-    warn: Callable[[str], object] = print
-    found: int = 0
+    warn: Callable[[str], object] = LOG.warning
+    hits: int = 0
     computed: int = 0
     files: list[Path] = field(default_factory=list)
 
     def sums(self, name: str, answers: Sequence[Answer], compute: Callable[[Sequence[Answer]], Sums]) -> Sums:
-        """The sums of ``answers``, from a file or from ``compute``. A file that is damaged counts as none."""
+        """Return the sums of ``answers``, from a file or from ``compute``. A damaged file is ignored."""
         key = self.key(answers)
-        places = [self.own / f"reference_{name}.safetensors"]
+        paths = [self.stage_folder / f"reference_{name}.safetensors"]
         if self.shared is not None:
-            places.append(self.shared / f"{key[:32]}.safetensors")
-        self.files += places[1:]
-        known = [_read(place, key, len(answers), self.warn) for place in places] if rank() == 0 else []
-        made = agreed(lambda: next((sums for sums in known if sums is not None), None))
-        if made is None:
-            made = _shared_out(answers, compute)
+            paths.append(self.shared / f"{key[:32]}.safetensors")
+        self.files += paths[1:]
+        # Only the first process reads, so that all take the same decision.
+        cached = [_read(path, key, len(answers), self.warn) for path in paths] if rank() == 0 else []
+        result = broadcast(lambda: next((entry for entry in cached if entry is not None), None))
+        if result is None:
+            result = _compute_in_parallel(answers, compute)
             self.computed += len(answers)
         else:
-            self.found += len(answers)
-        for place, sums in zip(places, known, strict=False):  # in the first process, which looked
-            if sums is None:
-                _write(place, key, made)
-        return made
+            self.hits += len(answers)
+        # Complete the places where the sums were missing or damaged.
+        for path, entry in zip(paths, cached, strict=False):  # ``cached`` is empty in all but the first process
+            if entry is None:
+                _write(path, key, result)
+        return result
 
     def key(self, answers: Sequence[Answer]) -> str:
-        """Digest of the identity and of every token, in order."""
+        """Return a digest of the identity and of every token, in order."""
         digest = hashlib.sha256(canonical({**self.identity, "version": VERSION}).encode())
         for answer in answers:
             line = f"{list(answer.prompt)}{list(answer.ids)}{answer.shared}\n"
@@ -96,18 +103,24 @@ class ReferenceCache:
         return digest.hexdigest()
 
 
-def _shared_out(answers: Sequence[Answer], compute: Callable[[Sequence[Answer]], Sums]) -> Sums:
-    """Sums of all answers, each process computing those of its part."""
-    mine = part_of(len(answers))
-    parts = gathered(compute(answers[mine.start : mine.stop]))
-    return Sums([one for part in parts for one in part.total], [one for part in parts for one in part.tail])
+def _compute_in_parallel(answers: Sequence[Answer], compute: Callable[[Sequence[Answer]], Sums]) -> Sums:
+    """Compute the sums of all answers, each process those of its part."""
+    indices = rank_range(len(answers))
+    parts = all_gather(compute(answers[indices.start : indices.stop]))
+    total = [value for part in parts for value in part.total]
+    tail = [value for part in parts for value in part.tail]
+    return Sums(total, tail)
 
 
 def _read(file: Path, key: str, count: int, warn: Callable[[str], object]) -> Sums | None:
-    found = read_tensors(file, key, warn)
-    if found is None or found.keys() != {"total", "tail"} or any(one.shape != (count,) for one in found.values()):
+    columns = read_tensors(file, key, warn)
+    if (
+        columns is None
+        or columns.keys() != {"total", "tail"}
+        or any(column.shape != (count,) for column in columns.values())
+    ):
         return None
-    return Sums(found["total"].tolist(), found["tail"].tolist())
+    return Sums(columns["total"].tolist(), columns["tail"].tolist())
 
 
 def _write(file: Path, key: str, sums: Sums) -> None:
@@ -117,17 +130,18 @@ def _write(file: Path, key: str, sums: Sums) -> None:
 
 @contextmanager
 def _fused(model: Any) -> Any:
-    """``model`` with trl's head that scores labeled positions only, and without it again afterwards."""
+    """Inside, ``model`` has trl's fused head, which scores labeled positions only."""
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    before = plain.__dict__.get("forward")
+    # trl replaces forward on the instance; the class's own method comes back by deleting that attribute.
+    original = plain.__dict__.get("forward")
     add_fused_lm_head(plain)
     try:
         yield model
     finally:
-        if before is None:
+        if original is None:
             del plain.forward
         else:
-            plain.forward = before
+            plain.forward = original
 
 
 def answer_sums(
@@ -137,22 +151,26 @@ def answer_sums(
     bfloat16: bool,
     on_progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Sums:
-    """Log-probabilities of ``answers`` by ``model`` in eval mode, on its device, as trl's trainers sum them.
+    """Sum the log-probabilities of ``answers`` by ``model`` in eval mode, on its device, as trl's trainers do.
 
-    ``bfloat16`` is the type of the matrix products. Batches are by length, so padding is little; the order of the
-    batches depends on the lengths alone.
+    ``bfloat16`` is the type of the matrix products. Batches are grouped by length to save padding; their order depends
+    on the lengths only.
     """
     device = next(model.parameters()).device
-    total, tail, done = [0.0] * len(answers), [0.0] * len(answers), 0
+    total, tail = [0.0] * len(answers), [0.0] * len(answers)
+    done = 0
     model.eval()
     with _fused(model), torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
         for batch in by_length([len(answer.prompt) + len(answer.ids) for answer in answers], SCORING_TOKENS):
-            logprobs, position = _token_logprobs(model, [answers[at] for at in batch], pad, device)  # (B, T - 1) each
-            limits = [answers[at].shared for at in batch]
-            beyond = torch.tensor([1 << 30 if limit is None else limit for limit in limits], device=device)
-            sums = logprobs.sum(dim=1), (logprobs * (position > beyond[:, None])).sum(dim=1)
-            for row, one, other in zip(batch, sums[0].tolist(), sums[1].tolist(), strict=True):
-                total[row], tail[row] = one, other
+            batch_answers = [answers[row] for row in batch]
+            logprobs, positions = _token_logprobs(model, batch_answers, pad, device)  # (B, T - 1) each
+            limits = [NO_LIMIT if answer.shared is None else answer.shared for answer in batch_answers]
+            # LD-DPO: tokens after the length of the pair's shorter answer.
+            in_tail = positions > torch.tensor(limits, device=device)[:, None]
+            batch_total = logprobs.sum(dim=1).tolist()
+            batch_tail = (logprobs * in_tail).sum(dim=1).tolist()
+            for index, row in enumerate(batch):
+                total[row], tail[row] = batch_total[index], batch_tail[index]
             done += len(batch)
             on_progress(done, len(answers))
     return Sums(total, tail)
@@ -161,18 +179,18 @@ def answer_sums(
 def _token_logprobs(
     model: Any, answers: Sequence[Answer], pad: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities, 0 off the answers, and each answer token's number in its answer, from 1. (B, T - 1) both."""
+    """Return log-probabilities, 0 outside the answers, and each token's position in its answer, from 1: (B, T - 1)."""
     longest = max(len(answer.prompt) + len(answer.ids) for answer in answers)
     ids = torch.full((len(answers), longest), pad)  # (B, T)
-    real = torch.zeros_like(ids)
-    answered = torch.zeros_like(ids)
+    attention_mask = torch.zeros_like(ids)
+    answer_mask = torch.zeros_like(ids)
     for row, answer in enumerate(answers):
         start, end = len(answer.prompt), len(answer.prompt) + len(answer.ids)
         ids[row, :end] = torch.tensor([*answer.prompt, *answer.ids])
-        real[row, :end] = 1
-        answered[row, start:end] = 1
-    ids, real, answered = ids.to(device), real.to(device), answered.to(device)
-    labels = ids.masked_fill(answered == 0, -100)
-    outputs = model(input_ids=ids, attention_mask=real, labels=labels, use_cache=False, fused_lm_head=True)
-    # Methods that put virtual tokens before the row have more positions than the row.
-    return outputs.log_probs[:, -(longest - 1) :].float(), answered[:, 1:].cumsum(dim=1)
+        attention_mask[row, :end] = 1
+        answer_mask[row, start:end] = 1
+    ids, attention_mask, answer_mask = ids.to(device), attention_mask.to(device), answer_mask.to(device)
+    labels = ids.masked_fill(answer_mask == 0, -100)
+    outputs = model(input_ids=ids, attention_mask=attention_mask, labels=labels, use_cache=False, fused_lm_head=True)
+    # Methods with virtual tokens have more positions than the row.
+    return outputs.log_probs[:, -(longest - 1) :].float(), answer_mask[:, 1:].cumsum(dim=1)

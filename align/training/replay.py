@@ -1,8 +1,8 @@
-"""General data learned beside a stage's own (ptx, arXiv 2203.02155 section 3.5), so that less is forgotten.
+"""Replay general data beside a stage's own (ptx, arXiv 2203.02155 section 3.5), so that the model forgets less.
 
-Each optimizer step sees ``fraction`` of its rows from the general data, drawn without repeats until all had their turn;
-their loss per token of the answers is added to the stage's, whichever that is. Which rows a step sees follows from its
-number, so a resumed run sees the same. Left out: mixing at the source, which a data recipe does.
+Each optimizer step sees ``fraction`` of its rows from the general data, drawn without replacement until all were seen.
+Their loss per answer token is added to the stage's loss. The rows depend on the step number only, so a resumed run sees
+the same ones. Left out: mixing the data beforehand, which a data recipe does.
 """
 
 from __future__ import annotations
@@ -17,31 +17,29 @@ import torch
 from transformers import TrainerCallback
 
 from align.config.launch import rank, world_size
-from align.models.trunk import soft_cap, trunk_and_head
+from align.training.divergence import soft_cap, summed_nll, trunk_and_head
 from align.training.order import by_length
 from align.training.rows import MASKED, Encoded
-from align.training.token_losses import summed_nll
-
-SCORING_TOKENS = 4096
-"""Padded tokens per forward pass without gradients."""
+from align.training.trainers import SCORING_TOKENS
 
 
-def drawn(count: int, start: int, stop: int, seed: int) -> list[int]:
-    """Numbers ``start`` to ``stop`` of an endless series of the rows 0 to ``count`` - 1, each pass in another order."""
-    found: list[int] = []
+def replayed_rows(count: int, start: int, stop: int, seed: int) -> list[int]:
+    """Return items ``start`` to ``stop`` of an endless sequence of the rows 0 to ``count`` - 1, shuffled per pass."""
+    rows: list[int] = []
     while start < stop:
-        turn, at = divmod(start, count)
+        # Each pass over the data has its own permutation, seeded by its number.
+        turn, offset = divmod(start, count)
         order = np.random.default_rng([seed, turn]).permutation(count)
-        taken = order[at : at + stop - start]
-        found += [int(row) for row in taken]
-        start += len(taken)
-    return found
+        part = order[offset : offset + stop - start]
+        rows += [int(row) for row in part]
+        start += len(part)
+    return rows
 
 
 class Replay(TrainerCallback):
-    """A loss term: ``weight`` times the mean over the answers' tokens of a step's replayed rows of -log p.
+    """Loss term: ``weight`` times the mean of -log p over the answers' tokens of a step's replayed rows.
 
-    As a callback it changes nothing; ``scores`` tell how well the general test rows are still answered.
+    As a callback it changes nothing. ``scores`` evaluate the general test rows.
     """
 
     of_the_step = True
@@ -49,67 +47,71 @@ class Replay(TrainerCallback):
     def __init__(
         self, trainer: Any, train: Encoded, test: Encoded, *, rows_per_step: float, weight: float, seed: int
     ) -> None:
-        """``train`` and ``test`` have ``input_ids`` and ``labels``; a fraction of ``rows_per_step`` is carried over."""
+        """Take ``train`` and ``test`` rows with ``input_ids`` and ``labels``; ``rows_per_step`` may be a fraction."""
         self.trainer, self.train, self.test = trainer, train, test
         self.rows_per_step, self.weight, self.seed = rows_per_step, weight, seed
         self.step, self.micro = -1, 0
 
     def watching(self) -> AbstractContextManager[None]:
-        """Nothing of the stage's own forward pass is read."""
+        """Return an empty context: the term does not read the stage's own forward pass."""
         return contextlib.nullcontext()
 
     def rows_of(self, step: int) -> list[int]:
-        """The rows that optimizer step ``step`` (0 for the first) replays."""
-        ends = (int(step * self.rows_per_step), int((step + 1) * self.rows_per_step))
-        return drawn(len(self.train.rows), *ends, self.seed)
+        """Return the rows that optimizer step ``step`` (0 for the first) replays."""
+        start, stop = int(step * self.rows_per_step), int((step + 1) * self.rows_per_step)
+        return replayed_rows(len(self.train.rows), start, stop, self.seed)
 
     def loss(self, trainer: Any, model: Any, inputs: Any, num_items: Any) -> torch.Tensor:
-        """This micro-batch's part: it takes turns with the step's others, in all processes, in taking its rows."""
-        step, parts = trainer.state.global_step, trainer.current_gradient_accumulation_steps
-        self.step, self.micro = step, self.micro + 1 if step == self.step else 0
-        every, processes = self.rows_of(step), world_size()
-        mine = [self.train.rows[row] for row in every[self.micro * processes + rank() :: parts * processes]]
-        if not mine:
+        """Return the scalar term of this micro-batch for its share of the step's rows."""
+        step = trainer.state.global_step
+        micro_batches = trainer.current_gradient_accumulation_steps
+        self.micro = self.micro + 1 if step == self.step else 0
+        self.step = step
+        # The micro-batches of all processes take the step's rows in turn.
+        step_rows, processes = self.rows_of(step), world_size()
+        first = self.micro * processes + rank()
+        rows = [self.train.rows[row] for row in step_rows[first :: micro_batches * processes]]
+        if not rows:
             return torch.zeros((), device=next(self.trainer.model.parameters()).device)
-        tokens = sum(_answer_tokens(self.train.rows[row]) for row in every)
-        total = self._summed(mine)
-        trainer.add_metric("replay_loss", float(total.detach()) / sum(map(_answer_tokens, mine)))
-        # Without num_items the Trainer takes the mean over micro-batches, of which this is to be a sum; and in any case
-        # gradients are averaged over processes.
-        return self.weight * total / tokens * processes * (parts if num_items is None else 1)
+        tokens = sum(_answer_tokens(self.train.rows[row]) for row in step_rows)
+        total = self._summed(rows)
+        trainer.add_metric("replay_loss", float(total.detach()) / sum(map(_answer_tokens, rows)))
+        # The terms of a step are to be summed. Gradients are averaged over processes, and without num_items over
+        # micro-batches too, so both divisions are undone.
+        return self.weight * total / tokens * processes * (micro_batches if num_items is None else 1)
 
     def _summed(self, rows: Sequence[dict[str, list[int]]]) -> torch.Tensor:
-        """Summed loss of the answers' tokens of ``rows``, nats."""
+        """Return the summed loss of the answers' tokens of ``rows``, in nats."""
         trunk, head = trunk_and_head(self.trainer.model)
         device = next(trunk.parameters()).device
         longest = max(len(row["input_ids"]) for row in rows)
         shape = (len(rows), longest)
         ids, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, MASKED)  # (B, T)
         mask = torch.zeros(shape, dtype=torch.long)
-        for at, row in enumerate(rows):
+        for index, row in enumerate(rows):
             length = len(row["input_ids"])
-            ids[at, :length] = torch.tensor(row["input_ids"])
-            labels[at, :length] = torch.tensor(row["labels"])
-            mask[at, :length] = 1
+            ids[index, :length] = torch.tensor(row["input_ids"])
+            labels[index, :length] = torch.tensor(row["labels"])
+            mask[index, :length] = 1
         ids, labels, mask = ids.to(device), labels.to(device)[:, 1:], mask.to(device)
         with self.trainer.accelerator.autocast():
             hidden = trunk(input_ids=ids, attention_mask=mask, use_cache=False)[0][:, :-1]
-            kept = labels != MASKED
-            return summed_nll(labels[kept], hidden[kept], head, soft_cap(self.trainer.model))
+            is_label = labels != MASKED
+            return summed_nll(labels[is_label], hidden[is_label], head, soft_cap(self.trainer.model))
 
     def scores(self) -> dict[str, float]:
-        """``replay_loss``: nats per token of the general test rows' answers."""
+        """Return ``replay_loss``: nats per answer token of the general test rows."""
         model = self.trainer.model
         training = model.training
         model.eval()
         with torch.no_grad():
             batches = by_length(self.test.lengths, SCORING_TOKENS)
-            total = sum(float(self._summed([self.test.rows[at] for at in batch])) for batch in batches)
+            total = sum(float(self._summed([self.test.rows[row] for row in batch])) for batch in batches)
         model.train(training)
         return {"replay_loss": total / sum(map(_answer_tokens, self.test.rows))}
 
     def facts(self) -> dict[str, Any]:
-        """``replayed_rows``: how many rows were seen, those seen twice counted twice."""
+        """Return ``replayed_rows``, the number of rows seen; repeats count again."""
         return {"replayed_rows": int(self.trainer.state.global_step * self.rows_per_step)}
 
 
@@ -118,24 +120,24 @@ def _answer_tokens(row: dict[str, list[int]]) -> int:
 
 
 def make_replay(context: Any, trainer: Any) -> Replay:
-    """The term for a stage whose config names ``replay``; rows that do not fit are counted and warned of.
+    """Return the term for a stage whose config has ``replay``, with a warning for rows that do not fit.
 
-    Raises ``UserError`` when no row of it can be used.
+    Raises ``UserError`` when no row can be used.
     """
     from align.training.input_checks import check_encoded
     from align.training.rows import encode_supervised, read_split
 
     config, data = context.config, context.artifact("replay")
-    found = {}
+    encoded = {}
     for split, most in (("train", None), ("test", config.eval_rows)):
         rows = read_split(data.split(split), most, f"{context.name}: replay")
-        found[split] = encode_supervised(trainer.processing_class, rows, config.max_length)
-        check_encoded(f"{context.name}: replay", found[split], len(rows), split, config.max_length, context.warn)
+        encoded[split] = encode_supervised(trainer.processing_class, rows, config.max_length)
+        check_encoded(f"{context.name}: replay", encoded[split], len(rows), split, config.max_length, context.warn)
     ratio = config.replay_fraction / (1 - config.replay_fraction)
     return Replay(
         trainer,
-        found["train"],
-        found["test"],
+        encoded["train"],
+        encoded["test"],
         rows_per_step=config.batch_size * ratio,
         weight=ratio if config.replay_weight is None else config.replay_weight,
         seed=context.seed,

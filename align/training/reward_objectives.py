@@ -1,6 +1,6 @@
-"""What a reward model learns from: pairs, scores of answers, or marks on their steps. Rows, trainer, measures of each.
+"""Objectives of reward models: pairs, scores of answers, or labels of steps. Rows, trainer and metrics of each.
 
-The stage (``align.stages.reward``) does what all three share.
+The stage (``align.stages.reward``) has what all three share.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ if TYPE_CHECKING:
 
 
 class Objective(ABC):
-    """Encoded splits of one objective and what is done with them."""
+    """Encoded splits, trainer and metrics of one objective."""
 
     lint: ClassVar[Literal["reward", "kto"]]
-    """As what the linter looks at the rows."""
+    """Kind of stage whose rules the linter applies to the rows."""
     kinds: ClassVar[tuple[Kind, ...]]
-    """Data it can learn from."""
+    """Kinds of data that it can train on."""
     steps: Steps | None = None
-    """How answers are cut into steps, where each has a score."""
+    """How answers are split into steps, where each has a score."""
 
     def __init__(self, context: StageContext, tokenizer: Any) -> None:
         self.config: RewardConfig = context.config
         self.tokenizer, self.context = tokenizer, context
-        self.given: dict[str, list[Row]] = {}
+        self.stored_rows: dict[str, list[Row]] = {}
         self.splits: dict[str, Encoded] = {}
         data = context.artifact("data")
         if data.kind not in self.kinds:
@@ -52,41 +52,41 @@ class Objective(ABC):
                 f"points at '{data.stage}', a {data.kind}. Change one of them."
             )
         for split, stored in read_splits(context).items():
-            rows = self.given[split] = self.rows(stored, split)
+            rows = self.stored_rows[split] = self.rows(stored, split)
             self.splits[split] = encoded = self.encode(rows)
             check_encoded(context.name, encoded, len(rows), split, self.config.max_length, context.warn)
 
     @property
     def center_rewards(self) -> float | None:
-        """trl's coefficient."""
+        """trl's coefficient for centered rewards."""
         return None
 
     @abstractmethod
     def rows(self, rows: list[Row], split: str) -> list[Row]:
-        """What is learned from a split's rows."""
+        """Return the rows to train on from a split's stored rows."""
 
     @abstractmethod
     def encode(self, rows: list[Row]) -> Encoded:
-        """Their token ids."""
+        """Encode rows to token ids."""
 
     @abstractmethod
     def sequences(self, row: dict[str, Any]) -> list[list[int]]:
-        """The token ids of an encoded row's answers."""
+        """Return the token ids of an encoded row's answers."""
 
     @abstractmethod
-    def trainer(self, **given: Any) -> Any:
-        """The trainer that takes the rows."""
+    def trainer(self, **options: Any) -> Any:
+        """Return the trainer for the rows."""
 
     @abstractmethod
     def held_out(self, trainer: Any, split: str) -> dict[str, float]:
-        """Scores on a held-out split."""
+        """Return the scores on a held-out split."""
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:
-        """Metrics that need no training; ``test_pairs`` is what ``accuracy`` rests on."""
+        """Return metrics that need no training; ``test_pairs`` is the number of pairs behind ``accuracy``."""
 
     def save(self, folder: Path) -> None:
-        """Write beside the weights what reading a score needs."""
+        """Write the settings that scoring needs beside the weights."""
         if self.steps is not None:
             self.steps.write(folder)
 
@@ -113,10 +113,10 @@ class Pairs(Objective):
     def sequences(self, row: dict[str, Any]) -> list[list[int]]:
         return [row["chosen_ids"], row["rejected_ids"]]
 
-    def trainer(self, **given: Any) -> Any:
-        made = PairReward(**given)
-        made.label_smoothing = self.config.label_smoothing
-        return made
+    def trainer(self, **options: Any) -> Any:
+        trainer = PairReward(**options)
+        trainer.label_smoothing = self.config.label_smoothing
+        return trainer
 
     def held_out(self, trainer: Any, split: str) -> dict[str, float]:
         return held_out.pairs(trainer, self.splits[split], self.tokenizer.pad_token_id)
@@ -134,18 +134,22 @@ class Regression(Objective):
     scale = Scale()
 
     def rows(self, rows: list[Row], split: str) -> list[Row]:
-        found = scored_answers(rows)
+        answers = scored_answers(rows)
         if split == "train":
-            scale = scale_of(found, self.context.name)
+            # The scale comes from the training rows only, which are the first split.
+            scale = scale_of(answers, self.context.name)
             self.scale = scale if self.config.score_loss == "mse" else self.scale
         if self.config.score_loss == "bce":
-            odd = [row["target"] for row in found if row["target"] is not None and not 0 <= row["target"] <= 1]
-            if odd:
+            out_of_range = [
+                row["target"] for row in answers if row["target"] is not None and not 0 <= row["target"] <= 1
+            ]
+            if out_of_range:
                 raise UserError(
-                    f"{self.context.name}: score_loss is bce, which takes scores from 0 to 1, and {len(odd)} of "
-                    f"{len(found)} {split} answers have others, such as {odd[0]:g}. Take `score_loss: mse`."
+                    f"{self.context.name}: score_loss is bce, which takes scores from 0 to 1, and "
+                    f"{len(out_of_range)} of {len(answers)} {split} answers have others, such as "
+                    f"{out_of_range[0]:g}. Take `score_loss: mse`."
                 )
-        return found
+        return answers
 
     def encode(self, rows: list[Row]) -> Encoded:
         return encode_scored(self.tokenizer, rows, self.config.max_length, self.scale)
@@ -153,10 +157,10 @@ class Regression(Objective):
     def sequences(self, row: dict[str, Any]) -> list[list[int]]:
         return [row["input_ids"]]
 
-    def trainer(self, **given: Any) -> Any:
-        made = NumberReward(data_collator=NumberCollator(self.tokenizer.pad_token_id), **given)
-        made.score_loss, made.label_smoothing = self.config.loss_of_numbers, self.config.label_smoothing
-        return made
+    def trainer(self, **options: Any) -> Any:
+        trainer = NumberReward(data_collator=NumberCollator(self.tokenizer.pad_token_id), **options)
+        trainer.score_loss, trainer.label_smoothing = self.config.loss_of_numbers, self.config.label_smoothing
+        return trainer
 
     def held_out(self, trainer: Any, split: str) -> dict[str, float]:
         return reward_held_out.numbers(trainer, self.splits[split])
@@ -164,13 +168,14 @@ class Regression(Objective):
     def facts(self) -> dict[str, Any]:
         train, test = self.splits["train"], self.splits["test"]
         targets = [float(row["targets"][0]) for row in test.rows]
+        # The number of pairs depends on the targets only.
         better, _ = reward_held_out.disjoint_pairs(targets, targets)
         scale = {"score_mean": self.scale.mean, "score_deviation": self.scale.deviation}
         return {"answers": len(train.rows), "test_answers": len(test.rows), "test_pairs": len(better), **scale}
 
 
 class Process(Regression):
-    """Marks on the steps of answers."""
+    """Labels of the steps of answers."""
 
     kinds = (Kind.UNPAIRED,)
 
@@ -206,12 +211,12 @@ OBJECTIVES: dict[str, type[Objective]] = {"pairs": Pairs, "regression": Regressi
 
 
 def prepare(context: StageContext, tokenizer: Any) -> Objective:
-    """The rows of ``context.config.objective``. Raises ``UserError`` for data it cannot learn from."""
+    """Return the objective of ``context.config``. Raises ``UserError`` for data that it cannot train on."""
     return OBJECTIVES[context.config.objective](context, tokenizer)
 
 
 def add_margins(encoded: Encoded, factor: float, stage: str) -> None:
-    """Give each pair ``factor`` times what its chosen side's score is ahead; 0 where it is behind or not known.
+    """Set each pair's margin to ``factor`` times its score difference; 0 where that is negative or unknown.
 
     Raises ``UserError`` where no pair has two scores.
     """

@@ -1,6 +1,6 @@
-"""trl's RewardTrainer with smoothed labels and margins, and with numbers to predict in place of pairs.
+"""trl's RewardTrainer with label smoothing and margins, and a variant that predicts numbers instead of pairs.
 
-The pairs' loss is trl's own, to which smoothing adds one term. What is private in trl is overridden in ``trainers.py``.
+The loss on pairs is trl's own; smoothing adds one term. Private methods of trl are overridden in ``trainers.py``.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ class _SmoothedPairs(RewardTrainer):  # type: ignore[misc]
     ) -> Any:
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if self.label_smoothing:
+            # trl stacks the chosen sides above the rejected ones.
             chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
             gap = chosen - rejected - inputs.get("margin", 0.0)
             # (1 - e) -log s(x) + e -log s(-x) = -log s(x) + e x
@@ -32,8 +33,8 @@ class _SmoothedPairs(RewardTrainer):  # type: ignore[misc]
 
 
 class PairReward(PreparedReward, _SmoothedPairs):  # type: ignore[misc]
-    """Rows: ``chosen_ids``, ``rejected_ids`` and perhaps ``margin``. Loss: Bradley-Terry, the chosen side ``margin``
-    ahead (arXiv 2307.09288, eq. 2), a share ``label_smoothing`` of the labels taken to be wrong (2403.00409).
+    """Rows: ``chosen_ids``, ``rejected_ids`` and optionally ``margin``. Loss: Bradley-Terry with a ``margin`` (arXiv
+    2307.09288, eq. 2) and a share ``label_smoothing`` of wrong labels (2403.00409).
     """
 
 
@@ -44,50 +45,55 @@ class _Numbers(RewardTrainer):  # type: ignore[misc]
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean over answers, or over steps; trl's own metrics are of pairs, so none is kept."""
+        """Return the scalar mean over answers, or over steps, without trl's metrics, which are for pairs."""
         scores, outputs = scores_at(model, inputs)
         loss = number_loss(scores, inputs["targets"], self.score_loss, self.label_smoothing)
         return (loss, outputs) if return_outputs else loss
 
 
 class NumberReward(PreparedReward, _Numbers):  # type: ignore[misc]
-    """Rows: ``input_ids``, ``places`` (tokens where a score is read) and ``targets`` (what it should be)."""
+    """Rows: ``input_ids``, ``places`` (tokens with a score) and ``targets`` (the scores to predict)."""
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["input_ids", "places", "targets"]  # type: ignore[assignment]
 
 
 def number_loss(scores: torch.Tensor, targets: torch.Tensor, loss: ScoreLoss, smoothing: float) -> torch.Tensor:
-    """Squared error, or cross-entropy with ``targets`` in [0, 1] moved ``smoothing`` of the way to the other side."""
+    """Return the scalar squared error, or cross-entropy, of scores (P,) against targets (P,).
+
+    For cross-entropy targets are in [0, 1] and move towards the other side by the share ``smoothing``.
+    """
     if loss == "mse":
         return F.mse_loss(scores, targets)
     return F.binary_cross_entropy_with_logits(scores, targets * (1 - smoothing) + (1 - targets) * smoothing)
 
 
 def scores_at(model: Any, inputs: Any) -> tuple[torch.Tensor, Any]:
-    """The score head's values at ``places`` (row, token), (P,), by one forward pass, and the model's own output.
+    """Return the scores (P,) at ``places`` (P, 2) of (row, token), by one forward pass, and the model's output.
 
-    transformers' classifiers run the head at every token and then keep the last one's; the others are taken from the
-    head itself.
+    transformers' classifiers apply the head at every token and return the last one's score, so a hook reads the head's
+    output.
     """
-    seen: list[torch.Tensor] = []
-    handle = score_head(model).register_forward_hook(lambda module, given, found: seen.append(found))
+    head_outputs: list[torch.Tensor] = []
+    handle = score_head(model).register_forward_hook(lambda module, inputs_, output: head_outputs.append(output))
     try:
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
     finally:
         handle.remove()
+    # The head's output is (B, T, 1).
     rows, tokens = inputs["places"].unbind(dim=1)
-    return seen[-1][rows, tokens, 0].float(), outputs
+    return head_outputs[-1][rows, tokens, 0].float(), outputs
 
 
 def score_head(model: Any) -> torch.nn.Module:
-    """The module named ``score``, with what PEFT may have put around it."""
-    found = [(name.count("."), module) for name, module in model.named_modules() if name.rpartition(".")[2] == "score"]
-    return min(found, key=lambda one: one[0])[1]  # type: ignore[no-any-return]
+    """Return the outermost module named ``score``, which includes peft's wrapper."""
+    heads = [(name, module) for name, module in model.named_modules() if name.rpartition(".")[2] == "score"]
+    _, outermost = min(heads, key=lambda head: head[0].count("."))
+    return outermost  # type: ignore[no-any-return]
 
 
 class NumberCollator:
-    """Right-padded rows; ``places`` (P, 2) are row and token, ``targets`` (P,) one number for each."""
+    """Collate right-padded rows; ``places`` (P, 2) are row and token, ``targets`` (P,) their numbers."""
 
     def __init__(self, pad: int) -> None:
         self.pad = pad
@@ -96,10 +102,10 @@ class NumberCollator:
         width = max(len(row["input_ids"]) for row in rows)
         ids = torch.full((len(rows), width), self.pad)  # (B, T)
         mask = torch.zeros((len(rows), width), dtype=torch.long)
-        for at, row in enumerate(rows):
-            ids[at, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
-            mask[at, : len(row["input_ids"])] = 1
-        places = [[at, place] for at, row in enumerate(rows) for place in row["places"]]
+        for index, row in enumerate(rows):
+            ids[index, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
+            mask[index, : len(row["input_ids"])] = 1
+        places = [[index, place] for index, row in enumerate(rows) for place in row["places"]]
         targets = [target for row in rows for target in row["targets"]]
         return {
             "input_ids": ids,

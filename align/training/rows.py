@@ -1,8 +1,7 @@
-"""From rows of messages to token ids, with every cut and every row left out counted.
+"""Tokenize rows of messages for training, counting every cut and every row that is left out.
 
-Done here and not by trl, whose own preparation caches on disk, drops over-long pairs without a word, and supervises
-whatever the chat template puts behind the end of the turn. Left out: packing (``packing.py``) and plain texts
-(``texts.py``).
+trl's own preparation is not used: it caches on disk, silently drops over-long pairs, and supervises whatever the chat
+template writes after the end of the turn. Left out: packing (``packing.py``) and plain texts (``texts.py``).
 """
 
 from __future__ import annotations
@@ -39,8 +38,8 @@ class PromptRewritten(UserError):
 class Encoded:
     """Token ids of one split.
 
-    ``rows`` are what trl's trainer of the stage takes, ``lengths`` their tokens (the longer side of a pair),
-    ``sources`` the rows they came from. ``counts`` says what was cut or left out, in words fit for a warning.
+    ``rows`` are the inputs of the stage's trl trainer, ``lengths`` their tokens (of a pair's longer side), ``sources``
+    the rows they come from. ``counts`` maps the reason for a cut or a left-out row, as in a warning, to its number.
     """
 
     rows: list[dict[str, list[int]]] = field(default_factory=list)
@@ -49,16 +48,18 @@ class Encoded:
     counts: dict[str, int] = field(default_factory=dict)
 
     def add(self, row: dict[str, list[int]], length: int, source: Row) -> None:
+        """Add an encoded row of ``length`` tokens, made from ``source``."""
         self.rows.append(row)
         self.lengths.append(length)
         self.sources.append(source)
 
-    def count(self, what: str) -> None:
-        self.counts[what] = self.counts.get(what, 0) + 1
+    def count(self, reason: str) -> None:
+        """Count a row that was cut or left out for ``reason``."""
+        self.counts[reason] = self.counts.get(reason, 0) + 1
 
 
 def read_split(path: Path, most: int | None, stage: str) -> list[Row]:
-    """The first ``most`` rows of a split; ``UserError`` when it has none."""
+    """Read the first ``most`` rows of a split. Raises ``UserError`` for an empty one."""
     rows = read_rows(path)
     if not rows:
         raise UserError(f"{stage}: {path} has no rows; loosen the filters of its data stage.")
@@ -66,12 +67,12 @@ def read_split(path: Path, most: int | None, stage: str) -> list[Row]:
 
 
 def read_splits(context: StageContext) -> dict[str, list[Row]]:
-    """Rows of the stage's ``data``: ``train``, ``test``, and ``validation`` where the config chooses a checkpoint."""
+    """Read the splits of the stage's ``data``: ``train``, ``test``, and ``validation`` for a checkpoint's choice."""
     config, data = context.config, context.artifact("data")
     train = read_split(data.split("train"), None, context.name)
     splits = {}
     if config.chooses:
-        train, splits["validation"] = held_back(context, train, config.eval_rows)
+        train, splits["validation"] = hold_back_validation(context, train, config.eval_rows)
     return {
         "train": train[: config.max_rows],
         **splits,
@@ -79,22 +80,23 @@ def read_splits(context: StageContext) -> dict[str, list[Row]]:
     }
 
 
-def counts(splits: Mapping[str, Encoded], what: str) -> dict[str, int]:
-    """Metrics: how many rows each held-out split has, as ``test_<what>``."""
-    return {f"{name}_{what}": len(split.rows) for name, split in splits.items() if name != "train"}
+def counts(splits: Mapping[str, Encoded], noun: str) -> dict[str, int]:
+    """Return the number of rows of each held-out split as metrics, ``test_<noun>``."""
+    return {f"{name}_{noun}": len(split.rows) for name, split in splits.items() if name != "train"}
 
 
-def held_back(context: StageContext, train: list[Row], most: int) -> tuple[list[Row], list[Row]]:
-    """``hold_back`` of a ``train`` split, with a note that says how many rows; ``UserError`` for a single question."""
+def hold_back_validation(context: StageContext, train: list[Row], most: int) -> tuple[list[Row], list[Row]]:
+    """Call ``hold_back`` on a ``train`` split and log its size. Raises ``UserError`` for a single question."""
+    # All rows of one question go to the same side, so that validation questions are new.
     learned, validation = hold_back(train, most)
     if not learned:
         raise UserError(
-            f"{context.name}: the train split has one question alone, and a checkpoint is chosen by rows that are not "
-            "learned from. Give more rows, or take `keep: last` without early_stopping."
+            f"{context.name}: the train split has one question only, and a checkpoint is chosen by rows that are not "
+            "trained on. Add rows, or take `keep: last` without early_stopping."
         )
     context.note(
-        f"{context.name}: {len(validation)} of {len(train)} train rows choose the checkpoint and are not learned from; "
-        "the test split has no part in it"
+        f"{context.name}: {len(validation)} of {len(train)} train rows choose the checkpoint and are not trained on; "
+        "the test split is not used for it"
     )
     return learned, validation
 
@@ -102,45 +104,51 @@ def held_back(context: StageContext, train: list[Row], most: int) -> tuple[list[
 def split_turn(
     tokenizer: Any, prompt: list[Row], answer: list[Row], finished: bool = True, tools: str | None = ""
 ) -> tuple[list[int], list[int]]:
-    """Ids of the prompt as it is rendered for sampling, and of the answer up to and with its end-of-turn token.
+    """Return the ids of the prompt as it is rendered for sampling, and of the answer including its end-of-turn token.
 
-    Where the tokenizer would join the prompt's last characters and the answer's first, they stay apart, as in sampling.
-    ``finished=False`` leaves the end of turn out, for an answer that was cut off. ``tools`` is the row's.
+    Where the tokenizer would merge the prompt's last characters with the answer's first, they are tokenized separately,
+    as in sampling. ``finished=False`` omits the end of turn, for an answer that was cut off. ``tools`` is the row's.
 
     Raises ``PromptRewritten`` when the chat template renders the prompt differently once an answer follows it: training
     and sampling would then see different contexts.
     """
     prompt_ids = render_prompt(tokenizer, prompt, tools)
-    whole = render_conversation(tokenizer, [*prompt, *answer], finished, tools)
-    if whole[: len(prompt_ids)] != prompt_ids:
+    conversation = render_conversation(tokenizer, [*prompt, *answer], finished, tools)
+    # The usual case: the conversation's ids continue the prompt's ids, so the rest is the answer. Where they do not,
+    # the boundary may lie inside a token; then the answer is tokenized separately.
+    if conversation[: len(prompt_ids)] != prompt_ids:
         answer_ids = render_answer(tokenizer, prompt, answer, finished, tools)
         if answer_ids is not None:
             return prompt_ids, answer_ids
-        shared = next((at for at, pair in enumerate(zip(prompt_ids, whole, strict=False)) if pair[0] != pair[1]), 0)
+        pairs = enumerate(zip(prompt_ids, conversation, strict=False))
+        shared = next((index for index, (before, after) in pairs if before != after), 0)
+        sampled = tokenizer.decode(prompt_ids[shared:])
+        trained = tokenizer.decode(conversation[shared:])[:60]
         raise PromptRewritten(
             "the chat template renders a prompt differently once an answer follows it: sampling would see "
-            f"{tokenizer.decode(prompt_ids[shared:])!r} where training sees {tokenizer.decode(whole[shared:])[:60]!r}. "
+            f"{sampled!r} where training sees {trained!r}. "
             "Give the model a chat template whose generation prompt is the beginning of an assistant turn."
         )
-    return prompt_ids, whole[len(prompt_ids) :]
+    return prompt_ids, conversation[len(prompt_ids) :]
 
 
 def split_answer(tokenizer: Any, row: Mapping[str, Any], side: str | None = None) -> tuple[list[int], list[int]]:
-    """``split_turn`` of a row's prompt and one of its answers: every stage's way from a row to trained tokens.
+    """Return ``split_turn`` of a row's prompt and one of its answers; every stage tokenizes its rows by it.
 
-    ``side`` is the answer's field, by default the one that is learned from. An answer that was cut off has no end.
+    ``side`` is the answer's field, by default the one that is trained on. An answer that was cut off has no end of
+    turn.
     """
     side = side or answer_side(row)
     return split_turn(tokenizer, row["prompt"], row[side], is_finished(row, side), row.get("tools"))
 
 
 def encode_answers(tokenizer: Any, rows: Sequence[Row], max_length: int) -> Encoded:
-    """As ``encode_supervised``, with labels on every answer of a conversation and not on the last alone.
+    """Encode as ``encode_supervised``, with labels on every answer of a conversation.
 
-    A turn with ``train: False`` has none; a row without any other is left out and counted. Where answers are is found
-    by rendering the conversation up to each of them, which works with any template. One that writes earlier answers
-    differently once others follow (thoughts that it drops) has no one rendering in which each stands as it is sampled:
-    such a conversation becomes a row for each of its answers, and is counted.
+    A turn with ``train: False`` has no labels; a row with only such turns is left out and counted. Answers are located
+    by rendering the conversation up to each of them, which works with any template. Some templates rewrite earlier
+    answers once others follow, for example to drop thoughts. Then no single rendering contains each answer as it is
+    sampled: the conversation becomes one row per answer, and is counted.
     """
     out = Encoded()
     for row in rows:
@@ -150,16 +158,18 @@ def encode_answers(tokenizer: Any, rows: Sequence[Row], max_length: int) -> Enco
         if not places:
             out.count(NOT_TRAINED)
             continue
+        # Each answer with the conversation before it, rendered as it would be sampled.
         parts = [
             split_turn(tokenizer, messages[:place], [messages[place]], ended or place < answers[-1], row.get("tools"))
             for place in places
         ]
-        whole = [*parts[-1][0], *parts[-1][1]]
-        if all(whole[: len(before) + len(answer)] == before + answer for before, answer in parts):
-            labels = [MASKED] * len(whole)
+        conversation = [*parts[-1][0], *parts[-1][1]]
+        # If all of these are prefixes of the last one, a single row can hold all answers.
+        if all(conversation[: len(before) + len(answer)] == before + answer for before, answer in parts):
+            labels = [MASKED] * len(conversation)
             for before, answer in parts:
                 labels[len(before) : len(before) + len(answer)] = answer
-            _add_cut(out, whole, labels, max_length, row)
+            _add_cut(out, conversation, labels, max_length, row)
         else:
             out.count(SPLIT_UP)
             for before, answer in parts:
@@ -168,7 +178,7 @@ def encode_answers(tokenizer: Any, rows: Sequence[Row], max_length: int) -> Enco
 
 
 def _add_cut(out: Encoded, ids: list[int], labels: list[int], max_length: int, row: Row) -> None:
-    """A row of at most ``max_length`` tokens; one that has no label left is left out."""
+    """Add a row, cut to ``max_length`` tokens; one without a label left is left out."""
     if all(label == MASKED for label in labels[:max_length]):
         out.count(NO_ROOM)
         return
@@ -178,11 +188,10 @@ def _add_cut(out: Encoded, ids: list[int], labels: list[int], max_length: int, r
 
 
 def encode_supervised(tokenizer: Any, rows: Sequence[Row], max_length: int) -> Encoded:
-    """``input_ids`` and ``labels`` (``MASKED`` on the prompt) for SFT; the answer is ``completion``, else ``chosen``.
+    """Encode ``input_ids`` and ``labels`` (``MASKED`` on the prompt) for SFT on ``completion``, else ``chosen``.
 
-    An answer that does not fit is cut at ``max_length`` tokens and loses its end of turn, which one that was cut off
-    when it was sampled has not; a prompt that leaves no room for an answer is left out, and so is an answer that is
-    marked as not to be trained on (``train: False``).
+    An answer that does not fit is cut at ``max_length`` tokens and loses its end of turn; one that was cut off in
+    sampling has none. Left out are prompts that leave no room for an answer, and answers with ``train: False``.
     """
     out = Encoded()
     for row in rows:
@@ -190,6 +199,7 @@ def encode_supervised(tokenizer: Any, rows: Sequence[Row], max_length: int) -> E
             out.count(NOT_TRAINED)
             continue
         prompt_ids, answer_ids = split_answer(tokenizer, row)
+        # Only the answer is cut: a cut prompt would be another prompt.
         room = max_length - len(prompt_ids)
         if room <= 0:
             out.count(NO_ROOM)
@@ -202,7 +212,7 @@ def encode_supervised(tokenizer: Any, rows: Sequence[Row], max_length: int) -> E
 
 
 def encode_pairs(tokenizer: Any, rows: Sequence[Row], max_length: int) -> Encoded:
-    """``prompt_ids``, ``chosen_ids`` and ``rejected_ids`` (answers only) for DPO.
+    """Encode ``prompt_ids``, ``chosen_ids`` and ``rejected_ids`` (answers only) for DPO.
 
     A pair with a side longer than ``max_length`` is left out: a cut answer would be judged by its missing end.
     """
@@ -214,6 +224,7 @@ def encode_pairs(tokenizer: Any, rows: Sequence[Row], max_length: int) -> Encode
         if chosen_ids == rejected_ids:
             out.count(SAME_ANSWERS)
             continue
+        # Both sides share the prompt, and trl pads them to the longer one.
         length = len(prompt_ids) + max(len(chosen_ids), len(rejected_ids))
         if length > max_length:
             out.count(TOO_LONG)
@@ -223,7 +234,10 @@ def encode_pairs(tokenizer: Any, rows: Sequence[Row], max_length: int) -> Encode
 
 
 def encode_conversations(tokenizer: Any, rows: Sequence[Row], max_length: int) -> Encoded:
-    """``chosen_ids`` and ``rejected_ids`` (prompt and answer, as a reward model reads them); too long ones left out."""
+    """Encode ``chosen_ids`` and ``rejected_ids``, prompt and answer as a reward model reads them.
+
+    Pairs with a side longer than ``max_length`` are left out.
+    """
     out = Encoded()
     for row in rows:
         chosen_ids, rejected_ids = (render_answered(tokenizer, row, side) for side in ("chosen", "rejected"))

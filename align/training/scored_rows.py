@@ -1,4 +1,4 @@
-"""Rows for reward models that learn from single answers: a number for each, or one for each of its steps.
+"""Rows for reward models that are trained on single answers: one number per answer, or one per step.
 
 Left out: pairs (``rows.py``).
 """
@@ -13,7 +13,7 @@ from typing import Any
 from align.data.rows import is_finished
 from align.errors import UserError
 from align.models.render import render_answered
-from align.models.steps import step_ends
+from align.models.steps import tokenize_steps
 from align.training.rows import TOO_LONG, Encoded, Row
 
 NO_SCORE = "left out, no score"
@@ -21,20 +21,21 @@ OTHER_STEPS = "left out, its text has another number of steps than it has labels
 
 
 def scored_answers(rows: Sequence[Row]) -> list[Row]:
-    """One row with ``completion`` and ``target`` for every answer that has a number.
+    """Return one row with ``completion`` and ``target`` per answer.
 
-    A pair gives two (``chosen_score``, ``rejected_score``); another row its ``score``, or its ``label`` as 1 or 0. The
-    same answer to the same prompt is taken once, so that rows sampled into several pairs do not count twice.
+    A pair has two answers (``chosen_score``, ``rejected_score``); another row has ``score``, or ``label`` as 1 or 0.
+    The same answer to the same prompt is used once, so that rows sampled into several pairs do not count twice.
     """
-    found: dict[str, Row] = {}
+    answers: dict[str, Row] = {}
     for row in rows:
         for answer, target, finished in _answers(row):
             single = {
                 name: value for name, value in row.items() if name not in ("chosen", "rejected", "label", "score")
             }
+            # Two answers are the same with equal prompt, text, end and tools.
             key = repr((row["prompt"], answer, finished, row.get("tools")))
-            found.setdefault(key, {**single, "completion": answer, "target": target, "completion_finished": finished})
-    return list(found.values())
+            answers.setdefault(key, {**single, "completion": answer, "target": target, "completion_finished": finished})
+    return list(answers.values())
 
 
 def _answers(row: Row) -> list[tuple[Any, float | None, bool]]:
@@ -47,7 +48,7 @@ def _answers(row: Row) -> list[tuple[Any, float | None, bool]]:
 
 @dataclass(frozen=True)
 class Scale:
-    """Targets as they are learned: less ``mean``, over ``deviation``."""
+    """Standardizes targets: subtracts ``mean`` and divides by ``deviation``."""
 
     mean: float = 0.0
     deviation: float = 1.0
@@ -57,7 +58,7 @@ class Scale:
 
 
 def scale_of(rows: Sequence[Row], stage: str) -> Scale:
-    """Mean and standard deviation of the rows' targets; ``UserError`` where they are all the same or there are none."""
+    """Return mean and standard deviation of the rows' targets. Raises ``UserError`` for no or equal targets."""
     targets = [row["target"] for row in rows if row["target"] is not None]
     if not targets:
         raise UserError(
@@ -73,7 +74,7 @@ def scale_of(rows: Sequence[Row], stage: str) -> Scale:
 
 
 def encode_scored(tokenizer: Any, rows: Sequence[Row], max_length: int, scale: Scale) -> Encoded:
-    """``input_ids`` (prompt and answer) and ``targets``, a list of one number; too long ones are left out."""
+    """Encode ``input_ids`` (prompt and answer) and ``targets``, a list of one number; too long rows are left out."""
     out = Encoded()
     for row in rows:
         if row["target"] is None:
@@ -88,26 +89,26 @@ def encode_scored(tokenizer: Any, rows: Sequence[Row], max_length: int, scale: S
 
 
 def stepwise_answers(rows: Sequence[Row], separator: str, stage: str) -> list[Row]:
-    """Rows whose ``completion`` is their steps with ``separator`` between them; ``UserError`` where none has steps."""
-    found = [
+    """Return rows whose ``completion`` joins their steps by ``separator``. Raises ``UserError`` for no steps."""
+    answers = [
         {**row, "completion": [{"role": "assistant", "content": separator.join(s["content"] for s in row["steps"])}]}
         for row in rows
         if row.get("steps")
     ]
-    if not found:
+    if not answers:
         raise UserError(
             f"{stage}: objective is process, and none of the {len(rows)} rows has steps. Build them with a recipe of "
             "kind unpaired and format stepwise (prompt, completions, labels)."
         )
-    return found
+    return answers
 
 
 def encode_steps(tokenizer: Any, rows: Sequence[Row], max_length: int, separator: str) -> Encoded:
-    """``input_ids``, ``places`` (each step's last token) and ``targets`` (how right each step is, 0 to 1)."""
+    """Encode ``input_ids``, ``places`` (each step's last token) and ``targets`` (each step's label, 0 to 1)."""
     out = Encoded()
     for row in rows:
         finished = is_finished(row, "completion")
-        ids, places = step_ends(tokenizer, row["prompt"], row["completion"], separator, finished, row.get("tools"))
+        ids, places = tokenize_steps(tokenizer, row["prompt"], row["completion"], separator, finished, row.get("tools"))
         targets = [float(step["label"]) for step in row["steps"] if step["content"].strip()]
         if len(places) != len(targets):
             out.count(OTHER_STEPS)

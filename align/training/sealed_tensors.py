@@ -1,12 +1,11 @@
-"""Tensors in a cache, with their key and a digest of their content in the file's own header.
+"""Cache files of tensors, with their key and a digest of their content in the header.
 
-As ``align.store.sealed`` does for JSON: a file that is damaged, or was written under another key, is no file.
+Like ``align.store.sealed`` for JSON: a file that is damaged or has another key is treated as missing.
 """
 
 from __future__ import annotations
 
 import hashlib
-import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -14,25 +13,23 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from align.store.atomic_write import atomic_draft
+
 KEY, DIGEST = "key", "sha256"
 
 
 def write_tensors(path: Path, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write a safetensors file, which appears under its name only once it is whole."""
+    """Write named tensors of any shape to a safetensors file, which gets its name once it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.draft")
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
+    with atomic_draft(path) as draft:
         save_file(plain, draft, {KEY: key, DIGEST: _digest(key, plain)})
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def read_tensors(path: Path, key: str, warn: Callable[[str], object]) -> dict[str, torch.Tensor] | None:
-    """The tensors that were written under ``key``, on the CPU; None where there are none.
+    """Return the tensors that were written under ``key``, in their shapes, on the CPU; None for a missing file.
 
-    A file that holds something else is None as well, with a warning.
+    A damaged file or another key gives None too, with a warning.
     """
     if not path.exists():
         return None
@@ -57,5 +54,6 @@ def _digest(key: str, tensors: Mapping[str, torch.Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         hasher.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        # View as bytes, because numpy has no bfloat16.
         hasher.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return hasher.hexdigest()

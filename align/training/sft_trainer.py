@@ -1,4 +1,10 @@
-"""What SFT adds around trl's trainer: a look at rows before they are packed, noise, and whether kernels are there."""
+"""Additions of SFT to trl's trainer: rows for the linter, NEFTune's noise, and a check for Liger's kernels.
+
+NEFTune (arXiv 2310.05914) adds noise to the embeddings in training, so that a model memorizes the wording less. The
+noise is uniform in ±alpha / sqrt(L d), with L the tokens of the row and d the size of the embeddings. L is each row's
+own length. transformers' hook (``trainer: {neftune_noise_alpha: ...}``) would use the padded or packed length, which
+gives packed rows a fraction of the noise. The noise comes from torch's global generator, whose state checkpoints store.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +14,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from datasets import Dataset
 
 from align.config.runtime import Runtime
 from align.errors import UserError
 from align.models.threads import device_of
-from align.training.neftune import NoisyEmbeddings
+from align.training.packing import plain_of
 from align.training.rows import Encoded
 
 
 @dataclass(frozen=True)
 class LintedRows:
-    """A trainer as ``align.lint.trainer`` reads one, with its rows one by one."""
+    """The parts of a trainer that ``align.lint.trainer`` reads, with unpacked rows."""
 
     train_dataset: Any
     data_collator: Any
@@ -28,14 +35,14 @@ class LintedRows:
 
 
 def lint_rows(trainer: Any, train: Encoded) -> LintedRows:
-    """``trainer`` with the rows that its packs were made of."""
+    """Return the view of ``trainer`` with the rows before packing."""
     rows = Dataset.from_list(train.rows)
     return LintedRows(rows, trainer.data_collator, trainer.processing_class, trainer.model)
 
 
 @contextmanager
 def noisy(model: Any, alpha: float | None) -> Iterator[None]:
-    """Within it, ``model`` has noise on its embeddings while training; none for ``alpha`` None."""
+    """Inside, ``model`` has noise on its embeddings in training mode; none for ``alpha`` None."""
     noise = NoisyEmbeddings(model, alpha) if alpha is not None else None
     try:
         yield
@@ -45,10 +52,10 @@ def noisy(model: Any, alpha: float | None) -> Iterator[None]:
 
 
 def check_kernels(stage: str, options: Mapping[str, Any], runtime: Runtime) -> None:
-    """``UserError`` where ``trainer: {use_liger_kernel: true}`` asks for what is not there.
+    """Raise ``UserError`` where ``trainer: {use_liger_kernel: true}`` cannot work.
 
     Liger's Triton kernels for norms, rotations and gated layers run on GPUs. Its fused cross-entropy stays off in trl
-    1.16, whose own fused head does that work.
+    1.16, which has its own fused head.
     """
     if not options.get("use_liger_kernel"):
         return
@@ -61,3 +68,46 @@ def check_kernels(stage: str, options: Mapping[str, Any], runtime: Runtime) -> N
         raise UserError(
             f"{stage}: trainer.use_liger_kernel needs the package liger-kernel; install it or leave it out."
         )
+
+
+class NoisyEmbeddings:
+    """Adds the noise in training mode until ``remove`` is called."""
+
+    def __init__(self, model: Any, alpha: float) -> None:
+        plain = plain_of(model)
+        self.alpha, self.lengths = alpha, torch.ones(1, 1)
+        self.hooks = [
+            plain.base_model.register_forward_pre_hook(self._measure, with_kwargs=True),
+            plain.get_input_embeddings().register_forward_hook(self._add),
+        ]
+
+    def remove(self) -> None:
+        """Remove the hooks."""
+        for hook in self.hooks:
+            hook.remove()
+
+    def _measure(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        mask = kwargs.get("attention_mask")
+        # Packed rows: positions restart at each row. Padded rows: the mask counts their tokens.
+        if kwargs.get("position_ids") is not None and ids is not None and ids.shape[0] == 1:
+            self.lengths = row_lengths(kwargs["position_ids"])
+        elif mask is not None and mask.dim() == 2:
+            self.lengths = mask.sum(dim=1, keepdim=True)
+        elif ids is not None:
+            self.lengths = torch.full((len(ids), 1), ids.shape[1], device=ids.device)
+
+    def _add(self, module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        if not module.training:
+            return output
+        bound = self.alpha / (self.lengths.to(output.device) * output.shape[-1]).float().sqrt()  # (B, 1) or (1, N)
+        noise = torch.empty_like(output, dtype=torch.float32).uniform_(-1, 1) * bound[..., None]
+        return output + noise.to(output.dtype)
+
+
+def row_lengths(position_ids: torch.Tensor) -> torch.Tensor:
+    """Return the length of each token's row from positions that restart with every row; both of shape (1, N)."""
+    # A row starts where its positions start.
+    starts = (position_ids[0] == 0).nonzero()[:, 0]
+    ends = torch.cat([starts[1:], starts.new_tensor([position_ids.shape[1]])])
+    return torch.repeat_interleave(ends - starts, ends - starts)[None]

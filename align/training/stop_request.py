@@ -1,6 +1,6 @@
-"""Stops a training loop that was asked to stop: a checkpoint after the step under way, then ``Stopped``.
+"""Stop a training loop on request: a checkpoint after the current step, then ``Stopped``.
 
-With several processes all of them stop after the same step, whoever saw the request first.
+With several processes all of them stop after the same step.
 """
 
 from __future__ import annotations
@@ -14,34 +14,34 @@ from align.pipeline.context import StageContext
 from align.pipeline.stop_signal import Stopped, is_stop_requested
 
 
-class StopWhenAsked(TrainerCallback):
-    """The last callback of a trainer. ``every``: a checkpoint can be resumed from at multiples of so many steps."""
+class StopOnRequest(TrainerCallback):
+    """The last callback of a trainer; only checkpoints at multiples of ``every`` steps can be resumed."""
 
     def __init__(self, context: StageContext, every: int = 1) -> None:
-        self.context, self.every, self.stops = context, every, False
+        self.context, self.every, self.is_stopping = context, every, False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.global_step % self.every or not _agreed(is_stop_requested(self.context.events.parent), args):
+        is_requested = is_stop_requested(self.context.events.parent)
+        if state.global_step % self.every or not _any_process(is_requested, args):
             return
-        if control.should_training_stop:  # it was the last step, or the method itself ends here: the result is near
+        if control.should_training_stop:  # training ends here anyway, so finish the stage
             return
-        self.stops = control.should_save = control.should_training_stop = True
+        self.is_stopping = control.should_save = control.should_training_stop = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Raise ``Stopped``: neither a last look at held-out rows nor the saving of a result is wanted now."""
-        if not self.stops:
+        """Raise ``Stopped``, which skips the held-out scores and the stage's result."""
+        if not self.is_stopping:
             return
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.barrier()  # the first process to end takes the others along: all of it must be saved
+            torch.distributed.barrier()  # the launcher ends all processes with the first, so wait until all have saved
         raise Stopped(f"stopped as asked, at step {state.global_step} of {state.max_steps}.")
 
 
-def _agreed(asked: bool, args: TrainingArguments) -> bool:
+def _any_process(requested: bool, args: TrainingArguments) -> bool:
+    """Return True in all processes where one of them has seen the request."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return asked
-    flag = torch.tensor(int(asked), device=args.device)
+        return requested
+    # The maximum over processes is 1 once one of them has seen the request.
+    flag = torch.tensor(int(requested), device=args.device)
     torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
     return bool(flag.item())
-
-
-__all__ = ["StopWhenAsked"]

@@ -1,12 +1,13 @@
-"""A teacher's word on the answers' tokens: its hidden states while it is in memory, or its likeliest tokens, kept.
+"""A teacher's distributions at the answers' tokens: its hidden states in memory, or its likeliest tokens from a cache.
 
-What is kept depends on the teacher's weights and on the rows' tokens, and not on how the student learns: another run
-finds it in the store's cache and needs no teacher in memory.
+The cached tokens depend on the teacher's weights and the rows' tokens, not on how the student learns. Another run finds
+them in the store's cache and needs no teacher in memory.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,54 +17,58 @@ from typing import Any
 
 import torch
 
-from align.models.trunk import soft_cap, trunk_and_head
 from align.store.fingerprint import canonical
-from align.training.divergence import CHUNK, Known, Live, Measure
+from align.training.divergence import CHUNK, Known, Live, Measure, soft_cap, trunk_and_head
 from align.training.order import by_length
 from align.training.rows import MASKED
 from align.training.sealed_tensors import read_tensors, write_tensors
 from align.training.trainers import SCORING_TOKENS
 
+LOG = logging.getLogger(__name__)
+
 VERSION = 1
-"""Part of the key: raised when the same weights and rows should give other numbers."""
+"""Part of the key; increased when the same weights and rows should give other numbers."""
 
 
 @contextmanager
 def hidden_states_of(model: Any) -> Any:
-    """A list that the trunk's (B, T, H) hidden states are added to, whatever is wrapped around the model."""
-    seen: list[torch.Tensor] = []
+    """Inside, yield a list that collects the trunk's (B, T, H) hidden states, whatever wraps the model."""
+    states: list[torch.Tensor] = []
     trunk = trunk_and_head(model)[0]
-    handle = trunk.register_forward_hook(lambda module, given, found: seen.append(found[0]))
+    handle = trunk.register_forward_hook(lambda module, args, output: states.append(output[0]))
     try:
-        yield seen
+        yield states
     finally:
         handle.remove()
 
 
 def answer_states(called: Any, plain: Any, inputs: Any) -> torch.Tensor:
-    """(N, H) hidden states that predict the N labeled tokens of a batch, in its order, by one call of ``called``.
+    """Return the (N, H) hidden states that predict a batch's N labeled tokens, in order, by one call of ``called``.
 
-    ``plain`` is the same model without what trains it in parallel. The head runs at one position alone.
+    ``plain`` is the same model without its parallel wrapper. The head runs at one position only.
     """
-    with hidden_states_of(plain) as seen:
+    # A hook reads the hidden states, so that the call goes through the parallel wrapper, whose gradients need it.
+    with hidden_states_of(plain) as hidden_states:
         called(
             input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False, logits_to_keep=1
         )
+    # Methods with virtual tokens return more positions than the row has.
     width = inputs["input_ids"].shape[1]
-    states: torch.Tensor = seen[-1][:, -width:][:, :-1][inputs["labels"][:, 1:] != MASKED]
-    return states
+    states = hidden_states[-1][:, -width:]  # (B, T, H), without virtual tokens in front
+    predicting: torch.Tensor = states[:, :-1][inputs["labels"][:, 1:] != MASKED]
+    return predicting
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A frozen model beside the student."""
+    """A frozen model in memory beside the student."""
 
     model: Any
     bfloat16: bool
-    """Type of the matrix products."""
+    """True for matrix products in bfloat16."""
 
     def live(self, inputs: Any) -> Live:
-        """For one batch. Its head stays with it."""
+        """Return the teacher's hidden states for one batch, with its head."""
         device = inputs["input_ids"].device
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=self.bfloat16):
             return Live(answer_states(self.model, self.model, inputs), self._head, soft_cap(self.model))
@@ -81,13 +86,13 @@ class Teacher:
         vocabulary: int,
         on_progress: Callable[[int, int], object],
     ) -> list[Known]:
-        """The ``top_k`` likeliest of the first ``vocabulary`` tokens at each labeled token of each row."""
+        """Return the ``top_k`` likeliest of the first ``vocabulary`` tokens at each labeled token of each row."""
         assert measure.top_k is not None
         device = next(self.model.parameters()).device
-        found: list[Known] = [Known(torch.empty(0), torch.empty(0))] * len(rows)
+        results: list[Known] = [Known(torch.empty(0), torch.empty(0))] * len(rows)
         done = 0
         for batch in by_length([len(row["input_ids"]) for row in rows], SCORING_TOKENS):
-            inputs = {name: value.to(device) for name, value in collator([rows[at] for at in batch]).items()}
+            inputs = {name: value.to(device) for name, value in collator([rows[row] for row in batch]).items()}
             live = self.live(inputs)
             ids, logprobs = [], []
             for start in range(0, len(live.hidden), CHUNK):
@@ -96,42 +101,45 @@ class Teacher:
                     best = measure.log_softmax(logits, live.cap).topk(min(measure.top_k, logits.shape[-1]), dim=-1)
                 ids.append(best.indices.to(torch.int32).cpu())
                 logprobs.append(best.values.cpu())
-            counts = [sum(label != MASKED for label in rows[at]["labels"][1:]) for at in batch]
-            for at, (a, b) in zip(batch, pairwise(accumulate([0, *counts])), strict=True):
-                found[at] = Known(torch.cat(ids)[a:b].clone(), torch.cat(logprobs)[a:b].clone())
+            # The batch's tokens are in one sequence; cut it into rows by their number of labels.
+            counts = [sum(label != MASKED for label in rows[row]["labels"][1:]) for row in batch]
+            for row, (start_token, end_token) in zip(batch, pairwise(accumulate([0, *counts])), strict=True):
+                results[row] = Known(
+                    torch.cat(ids)[start_token:end_token].clone(), torch.cat(logprobs)[start_token:end_token].clone()
+                )
             done += len(batch)
             on_progress(done, len(rows))
-        return found
+        return results
 
 
 @dataclass
 class TeacherCache:
-    """Files of ``Known``, by what they were made of. ``identity`` names all of that but the rows.
+    """Cache of ``Known``. ``identity`` names everything that they depend on except the rows.
 
-    ``warn`` is told of files that are not what was written.
+    ``warn`` is called for damaged files. ``hits`` and ``computed`` count rows.
     """
 
     folder: Path
     identity: dict[str, Any]
-    warn: Callable[[str], object] = print
-    found: int = 0
+    warn: Callable[[str], object] = LOG.warning
+    hits: int = 0
     computed: int = 0
 
     def known(self, rows: Sequence[dict[str, Any]], compute: Callable[[], list[Known]]) -> list[Known]:
-        """Of ``rows``, from a file or from ``compute``. A file that is damaged counts as none."""
+        """Return the tokens for ``rows``, from a file or from ``compute``. A damaged file is ignored."""
         key = self._key(rows)
         file = self.folder / f"{key[:32]}.safetensors"
         counts = [sum(label != MASKED for label in row["labels"][1:]) for row in rows]
-        kept = _read(file, key, sum(counts), self.warn)
-        if kept is not None:
-            self.found += len(rows)
+        cached = _read(file, key, sum(counts), self.warn)
+        if cached is not None:
+            self.hits += len(rows)
             ends = list(pairwise(accumulate([0, *counts])))
-            return [Known(kept["ids"][a:b], kept["logprobs"][a:b]) for a, b in ends]
-        made = compute()
+            return [Known(cached["ids"][start:end], cached["logprobs"][start:end]) for start, end in ends]
+        results = compute()
         self.computed += len(rows)
-        columns = {name: torch.cat([getattr(one, name) for one in made]) for name in ("ids", "logprobs")}
+        columns = {name: torch.cat([getattr(result, name) for result in results]) for name in ("ids", "logprobs")}
         write_tensors(file, key, columns)
-        return made
+        return results
 
     def _key(self, rows: Sequence[dict[str, Any]]) -> str:
         digest = hashlib.sha256(canonical({**self.identity, "version": VERSION}).encode())
@@ -141,8 +149,8 @@ class TeacherCache:
 
 
 def _read(file: Path, key: str, tokens: int, warn: Callable[[str], object]) -> dict[str, torch.Tensor] | None:
-    found = read_tensors(file, key, warn)
-    if found is None:
+    columns = read_tensors(file, key, warn)
+    if columns is None:
         return None
-    whole = found.keys() == {"ids", "logprobs"} and all(len(values) == tokens for values in found.values())
-    return found if whole else None
+    is_valid = columns.keys() == {"ids", "logprobs"} and all(len(values) == tokens for values in columns.values())
+    return columns if is_valid else None

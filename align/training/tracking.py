@@ -1,9 +1,9 @@
-"""Experiment trackers: the curves of a stage, as the report has them, to what ``runtime.report_to`` names.
+"""Send a stage's curves, as in the report, to the experiment trackers in ``runtime.report_to``.
 
-The integrations are transformers' own, the ones its ``report_to`` starts. A Trainer would feed them its raw logs: PPO's
-points under optimizer steps instead of updates, no held-out scores, every name with ``train/`` before it. So they are
-taken out of its hands and told what the stage tells its event file, under the same names and steps. One run per stage;
-a killed and resumed stage goes on with its run. Left out: uploading checkpoints (``align export --push`` does that).
+The integrations are transformers' own, as ``report_to`` starts them. A Trainer would send its raw logs: PPO's points
+under optimizer steps instead of updates, no held-out scores, ``train/`` before every name. So they are removed from the
+Trainer and receive what the stage writes to its event file, under the same names and steps. Each stage is one run,
+which a killed and resumed stage continues. Left out: uploading checkpoints (``align export --push``).
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ from typing import Any
 from align.config.user_paths import user_path
 from align.errors import UserError
 from align.pipeline.context import StageContext
-from align.training.state_files import read_state, write_state
+from align.training.checkpoints import read_state, write_state
 
 IDENTITY = "tracking.json"
-"""File beside the stage's checkpoints' folder that keeps the run's identity between attempts."""
+"""File beside the checkpoints' folder with the run's id, for later attempts."""
 
 
 def tracking_options(context: StageContext) -> dict[str, Any]:
-    """``report_to``, ``run_name`` and ``project`` for ``TrainingArguments``; call it before a Trainer is built.
+    """Return ``report_to``, ``run_name`` and ``project`` for ``TrainingArguments``; call it before creating a Trainer.
 
-    Sets the environment variables by which the integrations choose project, group and folder. What the user has set
-    there stays, except for what makes a resumed stage go on with its run.
+    Sets the environment variables from which the integrations read project, group and folder. The user's own values
+    stay, except for those by which a resumed stage continues its run.
     """
     names = list(context.runtime.report_to)
-    if not names or int(os.environ.get("RANK", "0")):  # of several processes the first one speaks
+    if not names or int(os.environ.get("RANK", "0")):  # only the first process reports
         return {"report_to": "none"}
+    # A stage that ran in this process before may have set it.
     os.environ.pop("MLFLOW_RUN_ID", None)
     os.environ.update(_environment(context, _identity(context)))
     return {"report_to": names, "run_name": context.name, "project": _project(context)}
@@ -42,13 +43,13 @@ def tracking_options(context: StageContext) -> dict[str, Any]:
 
 @contextmanager
 def follow(context: StageContext, trainer: Any, first_step: int) -> Iterator[None]:
-    """Within it, the trackers that ``trainer`` was built with hear every ``context.log``.
+    """Inside, the trackers of ``trainer`` receive every ``context.log``.
 
-    ``first_step`` is the first point that is still to come: 0, or the one after the checkpoint that a resumed stage
-    goes on from. Raises ``UserError`` when a tracker cannot start. One that fails later is warned of and left out: a
-    run of hours does not end for it.
+    ``first_step`` is the first point to come: 0, or the one after the checkpoint that a resumed stage continues from.
+    Raises ``UserError`` when a tracker cannot start. One that fails later is dropped with a warning: it must not end a
+    run of hours.
     """
-    callbacks = _taken_from(trainer) if context.runtime.report_to else []
+    callbacks = _remove_integrations(trainer) if context.runtime.report_to else []
     if not callbacks or not trainer.is_world_process_zero():
         yield
         return
@@ -57,9 +58,9 @@ def follow(context: StageContext, trainer: Any, first_step: int) -> Iterator[Non
 
 
 def track_result(context: StageContext, values: Mapping[str, float | None], settings: Mapping[str, Any]) -> None:
-    """One run with final values, for a stage without a Trainer; ``settings`` are shown as the run's configuration.
+    """Log final values as one run, for a stage without a Trainer; ``settings`` are the run's configuration.
 
-    A tracker that cannot start is warned of: the stage has its result already.
+    A tracker that cannot start causes a warning only: the stage has its result already.
     """
     options = tracking_options(context)
     if options["report_to"] == "none":
@@ -67,7 +68,7 @@ def track_result(context: StageContext, values: Mapping[str, float | None], sett
     from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
     arguments = _Arguments(context, options, settings)
-    callbacks = [made() for made in get_reporting_integration_callbacks(options["report_to"])]
+    callbacks = [integration() for integration in get_reporting_integration_callbacks(options["report_to"])]
     try:
         with _running(context, callbacks, arguments, None, 0) as runs:
             runs.log(0, {name: value for name, value in values.items() if value is not None})
@@ -76,17 +77,18 @@ def track_result(context: StageContext, values: Mapping[str, float | None], sett
 
 
 def scorecard_values(card: Mapping[str, Any]) -> dict[str, float | None]:
-    """A scorecard's estimates and the ends of their intervals: ``ppo/gold``, ``ppo/gold/low``, ``ppo/gold/high``."""
-    return {
-        f"{system}/{metric}{end and '/'}{end}": estimate[end or "value"]
-        for system, per in card["estimates"].items()
-        for metric, estimate in per.items()
-        for end in ("", "low", "high")
-    }
+    """Return a scorecard's estimates with their intervals: ``ppo/gold``, ``ppo/gold/low``, ``ppo/gold/high``."""
+    values: dict[str, float | None] = {}
+    for system, estimates in card["estimates"].items():
+        for metric, estimate in estimates.items():
+            values[f"{system}/{metric}"] = estimate["value"]
+            values[f"{system}/{metric}/low"] = estimate["low"]
+            values[f"{system}/{metric}/high"] = estimate["high"]
+    return values
 
 
 class _Arguments:
-    """What the integrations read of ``TrainingArguments``, for a stage that has none."""
+    """The fields of ``TrainingArguments`` that the integrations read, for a stage without a Trainer."""
 
     trackio_space_id = trackio_bucket_id = hub_private_repo = None
     trackio_static_space_id = False
@@ -110,16 +112,16 @@ class _Runs:
         from transformers import TrainerControl
 
         self.context, self.callbacks, self.control = context, callbacks, TrainerControl()
-        self.arguments = {callback: self._own_arguments(callback, arguments) for callback in callbacks}
+        self.arguments = {callback: self._arguments_for(callback, arguments) for callback in callbacks}
 
-    def _own_arguments(self, callback: Any, arguments: Any) -> Any:
-        """trackio knows a run by its name alone: there it carries the identity, and the group reaches ``init``."""
+    def _arguments_for(self, callback: Any, arguments: Any) -> Any:
+        """Return the arguments for an integration. trackio identifies a run by its name, so its name has the id."""
         if _name(callback) != "trackio":
             return arguments
-        callback._trackio = _Grouped(callback._trackio, _group(self.context))
-        own = copy.copy(arguments)
-        own.run_name = f"{self.context.name}-{_identity(self.context)['id']}"
-        return own
+        callback._trackio = _TrackioWithGroup(callback._trackio, _group(self.context))
+        copied = copy.copy(arguments)
+        copied.run_name = f"{self.context.name}-{_identity(self.context)['id']}"
+        return copied
 
     def begin(self, model: Any, first_step: int) -> None:
         from transformers import TrainerState
@@ -129,33 +131,34 @@ class _Runs:
             if _name(callback) == "tensorboard":
                 from torch.utils.tensorboard import SummaryWriter
 
-                # Points that a killed attempt wrote beyond its last checkpoint come again: the old ones are hidden.
+                # A resumed stage repeats the points after its checkpoint; purge_step hides the old ones.
                 folder = _folder(self.context) / self.context.pipeline / self.context.group / self.context.name
                 callback.tb_writer = SummaryWriter(log_dir=str(folder), purge_step=first_step)
             try:
                 callback.on_train_begin(self.arguments[callback], TrainerState(), self.control, model=model)
-            except Exception as error:  # every tracker has errors of its own
+            except Exception as error:  # every tracker raises its own errors
                 raise UserError(
                     f"runtime.report_to: {_name(callback)} cannot start: {_safe(error)}. Log in to it, have it work "
                     "offline (WANDB_MODE=offline; no MLFLOW_TRACKING_URI), or leave it out."
                 ) from None
+        # After the start, because mlflow knows its run's id only then.
         _remember(self.context, self.callbacks)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         from transformers import TrainerState
 
-        if step < self.first_step:  # a resumed PPO validates its checkpoint once more: the run has that point
+        if step < self.first_step:  # a resumed PPO validates its checkpoint again; the run has that point
             return
         for callback in list(self.callbacks):
             state = TrainerState(global_step=step)
-            with self._warned_of(callback):
+            with self._drop_on_failure(callback):
                 callback.on_log(self.arguments[callback], state, self.control, logs=dict(metrics))
 
     def end(self, failed: bool) -> None:
         from transformers import TrainerState
 
         for callback in list(self.callbacks):
-            with self._warned_of(callback):
+            with self._drop_on_failure(callback):
                 if failed and _name(callback) == "mlflow":
                     callback._ml_flow.end_run("FAILED")
                 callback.on_train_end(self.arguments[callback], TrainerState(), self.control)
@@ -163,7 +166,7 @@ class _Runs:
                     callback._wandb.finish(exit_code=int(failed))
 
     @contextmanager
-    def _warned_of(self, callback: Any) -> Iterator[None]:
+    def _drop_on_failure(self, callback: Any) -> Iterator[None]:
         try:
             yield
         except Exception as error:
@@ -174,8 +177,8 @@ class _Runs:
             )
 
 
-class _Grouped:
-    """The module trackio, whose ``init`` is told the group: transformers' integration leaves it out."""
+class _TrackioWithGroup:
+    """The module trackio with the group as an argument of ``init``, which transformers' integration omits."""
 
     def __init__(self, module: Any, group: str) -> None:
         self._module, self._group = module, group
@@ -183,8 +186,8 @@ class _Grouped:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
 
-    def init(self, **given: Any) -> Any:
-        return self._module.init(**given, group=self._group)
+    def init(self, **kwargs: Any) -> Any:
+        return self._module.init(**kwargs, group=self._group)
 
 
 @contextmanager
@@ -192,7 +195,8 @@ def _running(
     context: StageContext, callbacks: list[Any], arguments: Any, model: Any, first_step: int
 ) -> Iterator[_Runs]:
     _keep_names()
-    runs, failed = _Runs(context, callbacks, arguments), True
+    runs = _Runs(context, callbacks, arguments)
+    failed = True  # until the stage has ended normally
     follower = runs.log
     try:
         runs.begin(model, first_step)
@@ -206,27 +210,31 @@ def _running(
 
 
 def _keep_names() -> None:
-    """Have transformers' integrations leave names as they are: ``loss`` and ``test_loss``, as on the report's page.
+    """Stop transformers' integrations from renaming curves: ``loss`` and ``test_loss``, as on the report's page.
 
-    Theirs are ``train/loss`` and ``test/loss``, and not in all of them.
+    Some of them would send ``train/loss`` and ``test/loss``.
     """
     import transformers.integrations.integration_utils as module
 
     module.rewrite_logs = dict  # type: ignore[assignment]
 
 
-def _taken_from(trainer: Any) -> list[Any]:
-    """The integrations among a Trainer's callbacks, which it no longer calls itself."""
-    found = [one for one in trainer.callback_handler.callbacks if _name(one) in trainer.args.report_to]
-    for callback in found:
+def _remove_integrations(trainer: Any) -> list[Any]:
+    """Remove the integrations from a Trainer's callbacks and return them."""
+    integrations = [
+        callback for callback in trainer.callback_handler.callbacks if _name(callback) in trainer.args.report_to
+    ]
+    for callback in integrations:
         trainer.remove_callback(callback)
-    return found
+    return integrations
 
 
 def _name(callback: Any) -> str:
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-    return next((name for name, made in INTEGRATION_TO_CALLBACK.items() if type(callback) is made), "")
+    return next(
+        (name for name, callback_class in INTEGRATION_TO_CALLBACK.items() if type(callback) is callback_class), ""
+    )
 
 
 def _project(context: StageContext) -> str:
@@ -243,12 +251,13 @@ def _folder(context: StageContext) -> Path:
 
 def _environment(context: StageContext, identity: Mapping[str, str]) -> dict[str, str]:
     project, group, folder = _project(context), _group(context), _folder(context)
-    own = {"group": group, "pipeline": context.pipeline, "stage": context.name}
-    found = {"WANDB_RUN_GROUP": group, "WANDB_RUN_ID": identity["id"], "WANDB_RESUME": "allow"}
-    found["MLFLOW_TAGS"] = json.dumps(json.loads(os.environ.get("MLFLOW_TAGS") or "{}") | own)
+    tags = {"group": group, "pipeline": context.pipeline, "stage": context.name}
+    environment = {"WANDB_RUN_GROUP": group, "WANDB_RUN_ID": identity["id"], "WANDB_RESUME": "allow"}
+    # Add align's tags to the user's own.
+    environment["MLFLOW_TAGS"] = json.dumps(json.loads(os.environ.get("MLFLOW_TAGS") or "{}") | tags)
     if "mlflow" in identity:
-        found["MLFLOW_RUN_ID"] = identity["mlflow"]
-    usual = {
+        environment["MLFLOW_RUN_ID"] = identity["mlflow"]
+    defaults = {
         "WANDB_PROJECT": project,
         "MLFLOW_EXPERIMENT_NAME": project,
         "WANDB_DIR": str(folder),
@@ -256,31 +265,33 @@ def _environment(context: StageContext, identity: Mapping[str, str]) -> dict[str
         "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}",
     }
     folder.mkdir(parents=True, exist_ok=True)
-    chosen = {"WANDB_PROJECT", "MLFLOW_EXPERIMENT_NAME"} if context.runtime.tracking.project else set()
-    return found | {name: value for name, value in usual.items() if name in chosen or name not in os.environ}
+    overridden = {"WANDB_PROJECT", "MLFLOW_EXPERIMENT_NAME"} if context.runtime.tracking.project else set()
+    return environment | {
+        name: value for name, value in defaults.items() if name in overridden or name not in os.environ
+    }
 
 
 def _identity(context: StageContext) -> dict[str, str]:
-    """Of this stage's run: made by its first attempt, found by the next ones, gone once the stage is finished."""
+    """Return the id of this stage's run, which the first attempt creates and later ones read."""
     path = context.checkpoints.with_name(IDENTITY)
-    known = read_state(path)
-    if known is not None:
-        return known
-    made = {"id": secrets.token_hex(6)}
-    write_state(path, made)
-    return made
+    stored = read_state(path)
+    if stored is not None:
+        return stored
+    identity = {"id": secrets.token_hex(6)}
+    write_state(path, identity)
+    return identity
 
 
 def _remember(context: StageContext, callbacks: list[Any]) -> None:
-    """mlflow chooses a run's identity itself: note it, so that a resumed stage finds the run."""
+    """Store the id that mlflow chose for the run, so that a resumed stage continues it."""
     for callback in callbacks:
         if _name(callback) == "mlflow":
-            noted = _identity(context) | {"mlflow": callback._ml_flow.active_run().info.run_id}
-            write_state(context.checkpoints.with_name(IDENTITY), noted)
+            identity = _identity(context) | {"mlflow": callback._ml_flow.active_run().info.run_id}
+            write_state(context.checkpoints.with_name(IDENTITY), identity)
 
 
 def _safe(error: Exception) -> str:
-    """An error's first line, without what the environment keeps secret."""
+    """Return an error's first line without secrets of the environment."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     for name, value in os.environ.items():
         if len(value) >= 6 and any(word in name.upper() for word in ("KEY", "TOKEN", "SECRET", "PASSWORD")):

@@ -1,6 +1,6 @@
-"""trl's trainers, taking rows that are tokenized already, in an order that a resumed run repeats.
+"""trl's trainers for tokenized rows, in an order that a resumed run repeats.
 
-What is overridden is private in trl, so ``tests/training/test_trainers.py`` fails when an upgrade moves it.
+They override private methods of trl; ``tests/training/test_trainers.py`` fails when an upgrade changes these.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ import trl.trainer.utils
 from trl.trainer.reward_trainer import RewardTrainer
 from trl.trainer.sft_trainer import SFTTrainer
 
-from align.training.epochs import SHARE, gathering_uneven, is_copy, shared_loader
-from align.training.layer_rates import give_layers_their_rates
+from align.models.parameter_groups import ParameterGroup, layer_stack, parameter_groups
+from align.training.epochs import SHARE, gather_uneven, is_copy, shared_loader
 from align.training.order import GroupedOrder
 from align.training.sharded import ShardingTrainer
 
 COUNTED = ("labels", "shift_labels")
-"""Inputs by which transformers counts what a step's loss is divided by."""
+"""Inputs from which transformers counts the tokens that a step's loss is divided by."""
 SCORING_TOKENS = 4096
 """Padded tokens per forward pass without gradients."""
 
 
 def label_positions_only() -> None:
-    """Make trl's fused head score only the positions that have a label, on CPUs too.
+    """Make trl's fused head compute logits for labeled positions only, on CPUs too.
 
-    trl 1.16 does so on GPUs alone; elsewhere every prompt and padding token goes through the vocabulary, which with
-    49,000 tokens is most of a small model's work. The function is looked up in this module for that choice only.
+    trl 1.16 does so on GPUs only. Elsewhere every prompt and padding token gets logits, which with 49,000 tokens is
+    most of a small model's work. trl calls the patched function for that choice only.
     """
     trl.trainer.utils._use_triton = lambda device: True  # type: ignore[attr-defined]
 
@@ -39,6 +39,7 @@ class _Float32Head(torch.nn.Linear):
     """A linear layer that stays in float32 under autocast."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(B, T, H) -> (B, T, 1) float32."""
         with torch.autocast(hidden.device.type, enabled=False):
             return torch.nn.functional.linear(hidden.float(), self.weight, self.bias)
 
@@ -46,71 +47,75 @@ class _Float32Head(torch.nn.Linear):
 def score_in_float32(model: Any) -> None:
     """Compute a reward model's score in float32: in bfloat16, scores near 4 are 1/32 apart and pairs tie.
 
-    The class is swapped rather than ``forward`` replaced, so that the copy PEFT makes of the head keeps it.
+    The class is swapped instead of ``forward``, so that peft's copy of the head keeps it.
     """
     model.score.__class__ = _Float32Head
 
 
 class LossTerm(Protocol):
-    """Something added to a micro-batch's loss."""
+    """A term that is added to a micro-batch's loss."""
 
     of_the_step: bool
-    """Whether it is a part of something that all micro-batches of a step share out, rather than about this one."""
+    """True for a part of a sum over the step's micro-batches, False for a term about this micro-batch."""
 
     def watching(self) -> AbstractContextManager[None]:
-        """Entered around trl's own forward pass, for a term that reads what it computes."""
+        """Return a context around trl's own forward pass, for a term that reads its activations."""
 
     def loss(self, trainer: Any, model: Any, inputs: Any, num_items: Any) -> torch.Tensor:
-        """The term, scaled as trl's loss is: over ``num_items`` where that is given, else as the micro-batch's mean."""
+        """Return the scalar term, scaled as trl's loss: over ``num_items``, or as the micro-batch's mean without it."""
 
 
 class Prepared(ShardingTrainer):
-    """Mixed in before a trl trainer: rows come tokenized, grouped by length, and no model card is written."""
+    """Mixin before a trl trainer: tokenized rows, grouped by length, and no model card."""
 
     train_dataset: Any
     row_lengths: list[int]
     layer_decay: float = 1.0
-    """Each layer's learning rate as a share of the one's above it (``align.training.layer_rates``)."""
+    """Each layer's learning rate as a share of the next layer's (``learning_rate_share``)."""
     terms: Sequence[LossTerm] = ()
-    """What is added to trl's loss while training (``align.training.extras``)."""
+    """Terms added to trl's loss while training (``align.training.extras``)."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.share_out()
+        self.shard_model()
         if self.args.world_size > 1:
-            self.accelerator.gather = gathering_uneven(self.accelerator.gather)
+            self.accelerator.gather = gather_uneven(self.accelerator.gather)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        made = self.optimizer is None
+        is_new = self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)  # type: ignore[misc]
-        if made and self.layer_decay < 1:
-            give_layers_their_rates(optimizer, self.model if model is None else model, self.layer_decay)
+        if is_new and self.layer_decay < 1:
+            set_layer_learning_rates(optimizer, self.model if model is None else model, self.layer_decay)
         return optimizer
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """trl's loss and the terms, weighted where processes share a step (``align.training.epochs``)."""
+        """Return the scalar loss: trl's and the terms, weighted where processes share a step (``epochs.py``)."""
+        # The weight is not an input of the model.
         share = inputs.pop(SHARE, None) if isinstance(inputs, dict) else None
         terms = self.terms if self.model.training else ()
-        with contextlib.ExitStack() as watched:
+        with contextlib.ExitStack() as stack:
             for term in terms:
-                watched.enter_context(term.watching())
-            found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
-        loss, *rest = found if return_outputs else (found,)
-        # A loss over the step's items is a part of the whole as it is; only a copy of another's has to go.
-        weight = 1.0 if share is None else share if num_items_in_batch is None else (share > 0).to(share.dtype)
-        loss = loss if share is None else loss * weight
+                stack.enter_context(term.watching())
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+        loss, *rest = result if return_outputs else (result,)
+        weight: Any = 1.0
+        if share is not None:
+            # A loss divided by the step's items is already a part of the step's sum; only copies get weight 0.
+            weight = share if num_items_in_batch is None else (share > 0).to(share.dtype)
+            loss = loss * weight
         for term in terms:
-            own = term.loss(self, model, inputs, num_items_in_batch)
-            loss = loss + (own if term.of_the_step else own * weight)
+            term_loss = term.loss(self, model, inputs, num_items_in_batch)
+            loss = loss + (term_loss if term.of_the_step else term_loss * weight)
         return (loss, *rest) if return_outputs else loss
 
     def add_metric(self, name: str, value: float) -> None:
-        """Add to what trl logs with the step, as a mean over its micro-batches; its trainers keep that in two ways."""
-        kept = getattr(self, "_metrics", None)
-        if kept is not None:
-            kept["train"][name].append(value)
+        """Add a metric that trl logs with the step, as a mean over micro-batches; trl stores metrics in two ways."""
+        # Most of trl's trainers have _metrics; CPO's and ORPO's have store_metrics.
+        metrics = getattr(self, "_metrics", None)
+        if metrics is not None:
+            metrics["train"][name].append(value)
         else:
             self.store_metrics({name: value}, train_eval="train")  # type: ignore[attr-defined]
 
@@ -124,11 +129,11 @@ class Prepared(ShardingTrainer):
 
     @property
     def _order_micro_batch(self) -> int:
-        """Micro-batch of one process, by which rows are ordered however many processes there are."""
+        """Rows of one process's micro-batch, which order the rows whatever the number of processes."""
         return int(getattr(self.args, "order_micro_batch", self.args.train_batch_size))
 
     def get_train_dataloader(self) -> Any:
-        """trl's, or where processes share a step one that deals them what one process would have seen."""
+        """Return trl's loader; where processes share a step, one that splits the steps of one process over them."""
         plain = super().get_train_dataloader()  # type: ignore[misc]
         if self.args.world_size == 1:
             return plain
@@ -144,12 +149,8 @@ class Prepared(ShardingTrainer):
         )
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
-        """What the step's loss is divided by; a copy of another process's micro-batch is not counted."""
-        counted = [
-            {**batch, **{name: torch.full_like(batch[name], -100) for name in COUNTED if name in batch}}
-            if is_copy(batch) else batch
-            for batch in batch_samples
-        ]  # fmt: skip
+        """Count the items that the step's loss is divided by, without copies of other micro-batches."""
+        counted = [_without_labels(batch) if is_copy(batch) else batch for batch in batch_samples]
         return super()._get_num_items_in_batch(counted, device)  # type: ignore[misc]
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
@@ -161,7 +162,11 @@ class Prepared(ShardingTrainer):
         return dataset
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """trl writes one into every checkpoint folder; the artifact's record says more."""
+        """Write nothing: trl would put a card into every checkpoint folder, and the artifact's record says more."""
+
+
+def _without_labels(batch: Any) -> Any:
+    return {**batch, **{name: torch.full_like(batch[name], -100) for name in COUNTED if name in batch}}
 
 
 class PreparedSFT(Prepared, SFTTrainer):  # type: ignore[misc]
@@ -169,23 +174,57 @@ class PreparedSFT(Prepared, SFTTrainer):  # type: ignore[misc]
 
 
 class PreparedReward(Prepared, RewardTrainer):  # type: ignore[misc]
-    """Rows: ``chosen_ids``, ``rejected_ids``. The score head learns at ``head_learning_rate``."""
+    """Rows: ``chosen_ids``, ``rejected_ids``. The score head is trained with ``head_learning_rate``."""
 
     head_learning_rate: float
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        made = self.optimizer is None
+        is_new = self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-        if made:
-            give_head_its_rate(optimizer, self.model if model is None else model, self.head_learning_rate)
+        if is_new:
+            set_head_learning_rate(optimizer, self.model if model is None else model, self.head_learning_rate)
         return optimizer
 
 
-def give_head_its_rate(optimizer: torch.optim.Optimizer, model: Any, rate: float) -> None:
+def set_head_learning_rate(optimizer: torch.optim.Optimizer, model: Any, rate: float) -> None:
     """Move a reward model's trained head into a parameter group with the learning rate ``rate``."""
+    # peft names the trained copy of the head score.modules_to_save.
     head = {id(p): p for name, p in model.named_parameters() if "score." in name and p.requires_grad}
     for group in list(optimizer.param_groups):
-        found = [p for p in group["params"] if id(p) in head]
+        head_parameters = [p for p in group["params"] if id(p) in head]
         group["params"] = [p for p in group["params"] if id(p) not in head]
-        if found:
-            optimizer.add_param_group({**group, "params": found, "lr": rate})
+        if head_parameters:
+            optimizer.add_param_group({**group, "params": head_parameters, "lr": rate})
+
+
+def learning_rate_share(group: ParameterGroup, layers: int, decay: float) -> float:
+    """Return the share of the learning rate for a parameter group (discriminative fine-tuning, arXiv 1801.06146).
+
+    1 for the last layer and everything after it; each layer below has ``decay`` times the share of the next one. The
+    embeddings count as one below the first layer.
+    """
+    if group == "embeddings":
+        return float(decay**layers)
+    if isinstance(group, int):
+        return float(decay ** (layers - 1 - group))
+    return 1.0
+
+
+def set_layer_learning_rates(optimizer: torch.optim.Optimizer, model: Any, decay: float) -> None:
+    """Split the optimizer's groups by depth, each with its share of the group's learning rate.
+
+    Call it before a scheduler is created: a scheduler multiplies each group's rate at that time.
+    """
+    _, stack = layer_stack(model)
+    group_of = parameter_groups(model)
+    shares = {id(p): learning_rate_share(group_of[name], len(stack), decay) for name, p in model.named_parameters()}
+    for group in list(optimizer.param_groups):
+        by_share: dict[float, list[torch.nn.Parameter]] = {}
+        for parameter in group["params"]:
+            by_share.setdefault(shares[id(parameter)], []).append(parameter)
+        rate = group["lr"]
+        for index, share in enumerate(sorted(by_share, reverse=True)):
+            if index == 0:
+                group["params"], group["lr"] = by_share[share], rate * share
+            else:
+                optimizer.add_param_group({**group, "params": by_share[share], "lr": rate * share})

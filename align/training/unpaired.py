@@ -1,8 +1,8 @@
-"""Rows for KTO: single answers that are wanted or not, each with an answer to another prompt beside it.
+"""Rows for KTO: single answers, desirable or not, each with a mismatched answer to another prompt.
 
 KTO's reference point is the mean drift over answers that do not belong to their prompts. trl estimates it per
-micro-batch, from the micro-batch's own answers moved on by one; that needs micro-batches which stay together. So rows
-are grouped once, by length, and every epoch shuffles the groups. Leaves out tokenizing (``rows.py``).
+micro-batch, from the micro-batch's own answers shifted by one, which needs fixed micro-batches. So rows are grouped
+once, by length, and every epoch shuffles the groups. Left out: tokenizing a turn (``rows.py``).
 """
 
 from __future__ import annotations
@@ -19,21 +19,25 @@ SIDES = (("chosen", True), ("rejected", False))
 
 
 def unpair(rows: Sequence[Row]) -> list[Row]:
-    """Rows with ``completion`` and ``label``: those there are, and two of each pair."""
-    made: list[Row] = []
+    """Return rows with ``completion`` and ``label``: unpaired rows as they are, two rows for each pair."""
+    answers: list[Row] = []
     for row in rows:
         if row.get("label") is not None:
-            made.append(row)
+            answers.append(row)
             continue
-        kept = {name: value for name, value in row.items() if not name.startswith(("chosen", "rejected", "completion"))}
-        for side, wanted in SIDES:
+        shared_fields = {
+            name: value for name, value in row.items() if not name.startswith(("chosen", "rejected", "completion"))
+        }
+        for side, is_desirable in SIDES:
             finished = row.get(f"{side}_finished")
-            made.append({**kept, "completion": row[side], "completion_finished": finished, "label": wanted})
-    return made
+            answers.append(
+                {**shared_fields, "completion": row[side], "completion_finished": finished, "label": is_desirable}
+            )
+    return answers
 
 
 def encode_unpaired(tokenizer: Any, rows: Sequence[Row], max_length: int) -> Encoded:
-    """``prompt_ids``, ``completion_ids`` and ``label`` of each answer; too long ones are left out, not cut."""
+    """Encode ``prompt_ids``, ``completion_ids`` and ``label`` of each answer; too long ones are left out, not cut."""
     out = Encoded()
     for row in rows:
         prompt_ids, answer_ids = split_answer(tokenizer, row, "completion")
@@ -44,19 +48,23 @@ def encode_unpaired(tokenizer: Any, rows: Sequence[Row], max_length: int) -> Enc
         if length > max_length:
             out.count(TOO_LONG)
             continue
-        made: dict[str, Any] = {"prompt_ids": prompt_ids, "completion_ids": answer_ids, "label": bool(row["label"])}
-        out.add(made, length, row)
+        encoded_row: dict[str, Any] = {
+            "prompt_ids": prompt_ids,
+            "completion_ids": answer_ids,
+            "label": bool(row["label"]),
+        }
+        out.add(encoded_row, length, row)
     return out
 
 
 def fixed_groups(lengths: Sequence[int], micro_batch: int, batch: int, seed: int) -> list[list[int]]:
-    """Micro-batches of row numbers of like length, the same for the whole run; only the last may be short."""
+    """Return micro-batches of rows of similar length, the same for the whole run; only the last may be short."""
     order = grouped_order(lengths, micro_batch, batch, seed, epoch=0)
-    return [order[at : at + micro_batch] for at in range(0, len(order), micro_batch)]
+    return [order[start : start + micro_batch] for start in range(0, len(order), micro_batch)]
 
 
 class GroupOrder:
-    """A sampler that keeps micro-batches together and shuffles them, a function of seed and epoch alone."""
+    """Sampler that shuffles fixed micro-batches, as a function of seed and epoch only."""
 
     def __init__(self, groups: Sequence[Sequence[int]], seed: int) -> None:
         self.groups, self.seed, self.epoch = groups, seed, 0
@@ -71,28 +79,33 @@ class GroupOrder:
         size = len(self.groups[0])
         full = [group for group in self.groups if len(group) == size]
         order = np.random.default_rng([self.seed, self.epoch]).permutation(len(full))
-        yield from (row for at in order for row in full[at])
+        yield from (row for index in order for row in full[index])
         yield from (row for group in self.groups if len(group) != size for row in group)
 
 
 def add_mismatched(rows: Sequence[dict[str, Any]], groups: Sequence[Sequence[int]], max_length: int) -> int:
-    """Give each row ``KL_completion_ids``, another row's answer, from its own group where that has another prompt.
+    """Add ``KL_completion_ids`` to each row: another row's answer, if possible to another prompt.
 
-    A group's answers are moved on by as many places as bring the fewest back to their own prompt: the two sides of a
-    pair have one, and like lengths. Returns how many rows still have an answer to their own prompt.
+    A group's answers are shifted by the number of positions that returns the fewest to their own prompt; the two sides
+    of a pair share a prompt and have similar lengths, so a shift by one is not always best. Returns the number of rows
+    that still have an answer to their own prompt.
     """
-    own = 0
+    same_prompt = 0
     for number, group in enumerate(groups):
-        donors = list(group) if len(group) > 1 else [*group, groups[number - 1][0]]  # a group of one borrows
-        shifts = range(1, len(donors))
-        counts = {shift: sum(_same_prompt(rows, donors, at, shift) for at in range(len(group))) for shift in shifts}
-        shift = min(counts, key=lambda one: (counts[one], one), default=0)
-        own += counts.get(shift, 1)
-        for at, row in enumerate(group):
-            answer = rows[donors[at - shift]]["completion_ids"]
+        # A group of one row borrows the first row of the group before.
+        donors = list(group) if len(group) > 1 else [*group, groups[number - 1][0]]
+        # For every possible shift, count the rows that would get an answer to their own prompt; take the best one.
+        counts = {
+            shift: sum(_same_prompt(rows, donors, index, shift) for index in range(len(group)))
+            for shift in range(1, len(donors))
+        }
+        best = min(counts, key=lambda shift: (counts[shift], shift), default=0)
+        same_prompt += counts.get(best, 1)
+        for index, row in enumerate(group):
+            answer = rows[donors[index - best]]["completion_ids"]
             rows[row]["KL_completion_ids"] = answer[: max_length - len(rows[row]["prompt_ids"])]
-    return own
+    return same_prompt
 
 
-def _same_prompt(rows: Sequence[dict[str, Any]], group: Sequence[int], at: int, shift: int) -> bool:
-    return bool(rows[group[at]]["prompt_ids"] == rows[group[at - shift]]["prompt_ids"])
+def _same_prompt(rows: Sequence[dict[str, Any]], group: Sequence[int], index: int, shift: int) -> bool:
+    return bool(rows[group[index]]["prompt_ids"] == rows[group[index - shift]]["prompt_ids"])

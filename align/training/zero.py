@@ -1,8 +1,9 @@
-"""DeepSpeed's ZeRO under a Trainer: its configuration, whole checkpoints, whole models.
+"""DeepSpeed's ZeRO with a Trainer: configuration, and full checkpoints that any number of processes can read.
 
-The engine is accelerate's and transformers' (``TrainingArguments(deepspeed=...)``). What it would write is partitions
-that only the same number of processes can read; here the state of each parameter is gathered into what one process
-writes, by DeepSpeed's own access to it. What is private is touched here alone (``tests/training/test_zero.py``).
+The engine is started by accelerate and transformers (``TrainingArguments(deepspeed=...)``). Its own checkpoints are
+partitions that only the same number of processes can read. Here each parameter's state is gathered through DeepSpeed's
+API into the format of a single process. Private attributes are used in this module only;
+``tests/training/test_zero.py`` covers them.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from align.config.launch import DeepspeedConfig
 
 
 def zero_options(options: DeepspeedConfig, on_gpu: bool, bfloat16: bool) -> dict[str, Any]:
-    """What of ``TrainingArguments`` DeepSpeed needs: float32 weights, products of the stage's precision."""
+    """Return DeepSpeed's fields of ``TrainingArguments``: float32 weights, matrix products of the stage's precision."""
     if not on_gpu:
-        _have_cpus_count()
+        _allow_cpus()
     zero: dict[str, Any] = {"stage": options.stage}
     if options.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
@@ -41,10 +42,10 @@ def zero_options(options: DeepspeedConfig, on_gpu: bool, bfloat16: bool) -> dict
     return {"deepspeed": config, "use_cpu": False, "bf16": False}
 
 
-def _have_cpus_count() -> None:
-    """Have accelerate see several processes with gloo where it is not told that it is on CPUs.
+def _allow_cpus() -> None:
+    """Make accelerate use DeepSpeed on CPUs: several gloo processes without ``use_cpu``.
 
-    Told so it would leave DeepSpeed aside without a word, which runs on CPUs as well.
+    With ``use_cpu`` it would silently ignore DeepSpeed, which runs on CPUs too.
     """
     os.environ["DS_ACCELERATOR"] = os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
 
@@ -54,70 +55,75 @@ def _have_cpus_count() -> None:
     PartialState._prepare_backend = gloo
 
 
-def forget_global_config() -> None:
-    """Have models that are loaded from now on come whole: transformers would partition each while stage 3 is about."""
+def unset_global_config() -> None:
+    """Load later models unpartitioned; transformers would partition each while a stage-3 config is registered."""
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()
 
 
 Groups = list[list[torch.nn.Parameter]]
-"""Parameters of an optimizer's groups, as they were before DeepSpeed flattened them."""
+"""Parameters of an optimizer's groups, before DeepSpeed flattened them."""
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def _link(optimizer: Any) -> None:
-    """Have DeepSpeed find the state of each parameter, which it looked for before there was any."""
+def _link_states(optimizer: Any) -> None:
+    """Create missing optimizer state and link it to the parameters again; DeepSpeed linked them before it existed."""
     zero = optimizer.optimizer
+    # Stages 1 and 2 have one flat partition per group, stage 3 a list of partitions.
     flat = getattr(zero, "single_partition_of_fp32_groups", None)
     for partition in zero.fp32_partitioned_groups_flat if flat is None else flat:
-        kept = zero.optimizer.state[partition]
+        state = zero.optimizer.state[partition]
         for name in MOMENTS:
-            kept.setdefault(name, torch.zeros_like(partition))
-        kept.setdefault("step", torch.zeros(()))
+            state.setdefault(name, torch.zeros_like(partition))
+        state.setdefault("step", torch.zeros(()))
+    # Link again: DeepSpeed maps each parameter to its slice of the flat state.
     if flat is not None:
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
 
 
-def whole_state(groups: Groups, optimizer: Any, step: int) -> dict[str, Any]:
-    """AdamW's state as one process writes it; called by all processes."""
+def full_optimizer_state(groups: Groups, optimizer: Any, step: int) -> dict[str, Any]:
+    """Return AdamW's state in the format of a single process; call it in all processes."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    _link(optimizer)
+    _link_states(optimizer)
     state: dict[int, dict[str, torch.Tensor]] = {}
     described = []
     for parameters, group in zip(groups, optimizer.param_groups, strict=True):
+        # A single process numbers parameters consecutively over all groups.
         numbers = range(len(state), len(state) + len(parameters))
         described.append({name: value for name, value in group.items() if name != "params"} | {"params": [*numbers]})
         for number, parameter in zip(numbers, parameters, strict=True):
-            found = {name: safe_get_full_optimizer_state(parameter, name) for name in MOMENTS}
+            moments = {name: safe_get_full_optimizer_state(parameter, name) for name in MOMENTS}
+            # Stage 3 replaces the parameter's own shape by that of its partition.
             shape = getattr(parameter, "ds_shape", parameter.shape)
-            state[number] = {name: value.detach().cpu().view(shape).clone() for name, value in found.items()}
+            state[number] = {name: value.detach().cpu().view(shape).clone() for name, value in moments.items()}
             state[number]["step"] = torch.tensor(float(step))
     return {"state": state, "param_groups": described}
 
 
-def take_state(groups: Groups, optimizer: Any, found: dict[str, Any]) -> None:
-    """Go on from what ``whole_state``, or a process by itself, wrote; called by all processes."""
+def load_optimizer_state(groups: Groups, optimizer: Any, saved: dict[str, Any]) -> None:
+    """Load the state that ``full_optimizer_state`` or a single process saved; call it in all processes."""
     from deepspeed.utils import safe_set_full_optimizer_state
 
-    _link(optimizer)
+    _link_states(optimizer)
     every = [parameter for parameters in groups for parameter in parameters]
-    for number, kept in found["state"].items():
+    for number, values in saved["state"].items():
         for name in MOMENTS:
-            safe_set_full_optimizer_state(every[number], kept[name].to(every[number].device), name)
-    steps = [kept["step"] for kept in found["state"].values()]
-    for kept in optimizer.optimizer.optimizer.state.values():
-        if steps and "step" in kept:
-            kept["step"] = torch.as_tensor(steps[0]).clone()
-    for group, written in zip(optimizer.param_groups, found["param_groups"], strict=True):
+            safe_set_full_optimizer_state(every[number], values[name].to(every[number].device), name)
+    # All parameters have the same step, which DeepSpeed stores once per partition.
+    steps = [values["step"] for values in saved["state"].values()]
+    for values in optimizer.optimizer.optimizer.state.values():
+        if steps and "step" in values:
+            values["step"] = torch.as_tensor(steps[0]).clone()
+    for group, written in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         group.update({name: value for name, value in written.items() if name != "params"})
 
 
-def take_weights(groups: Groups) -> None:
-    """Have DeepSpeed's own copies of the weights follow what was read into the model."""
+def sync_master_weights(groups: Groups) -> None:
+    """Copy the model's weights, after a checkpoint was loaded, into DeepSpeed's float32 master copies."""
     import deepspeed
     from deepspeed.utils import safe_set_full_fp32_param
 
@@ -128,25 +134,29 @@ def take_weights(groups: Groups) -> None:
         safe_set_full_fp32_param(parameter, value)
 
 
-def clip_by(engine: Any, do: Callable[[], None]) -> None:
-    """Have ``do`` clip gradients instead of DeepSpeed: before each step, which follows a backward pass at once."""
+def clip_before_step(engine: Any, clip: Callable[[], None]) -> None:
+    """Call ``clip`` before each step in place of DeepSpeed's own clipping; steps directly follow the backward pass."""
     engine.optimizer.clip_grad = 0.0
     step = engine.step
 
-    def stepped(*args: Any, **kwargs: Any) -> Any:
-        do()
+    def clipped_step(*args: Any, **kwargs: Any) -> Any:
+        clip()
         return step(*args, **kwargs)
 
-    engine.step = stepped
+    engine.step = clipped_step
 
 
-def clip_part(parameters: list[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
-    """Scale the gradients of some parameters down to ``max_norm``; returns their norm before. By all processes."""
+def clip_grad_norm(parameters: list[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
+    """Scale the gradients of some parameters to ``max_norm`` and return their scalar norm before.
+
+    Call it in all processes.
+    """
     from deepspeed.utils import safe_get_full_grad, safe_set_full_grad
 
     gradients = [(p, grad) for p in parameters if (grad := safe_get_full_grad(p)) is not None]
     if not gradients:
         return torch.zeros(())
+    # The norm over several tensors is the norm of their norms.
     norm: torch.Tensor = torch.stack([grad.norm() for _, grad in gradients]).norm()
     scale = max_norm / (norm + 1e-6)
     if scale < 1:

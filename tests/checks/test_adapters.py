@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from align.checks.stage import check_inputs, check_made
+from align.checks.stage import check_inputs, check_output
 from align.checks.weights import read_tensors, weights_digest
 from align.cli.lineage import find_base
 from align.errors import UserError
 from align.models.tiny import make_tiny
 from align.store.artifacts import Artifact, Kind
-from tests.checks.test_faults import WEIGHTS, context, edit_weights
+from tests.support.checks.contexts import WEIGHTS, context, edit_weights
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def tuned(tiny_model: Path, tmp_path: Path) -> Artifact:
         folder.mkdir()
         save_file({"prefix": torch.ones(2, 4)}, folder / "adapter_model.safetensors")
     inputs = {"model": Artifact("base", Kind.MODEL, base, {})}
-    check_made(context(tmp_path / "sft", inputs), "sft", Kind.POLICY, {})
+    check_output(context(tmp_path / "sft", inputs), "sft", Kind.POLICY, {})
     return Artifact("sft", Kind.POLICY, tmp_path / "sft", {})
 
 
@@ -56,7 +56,7 @@ def test_a_bare_adapter_is_not_merged_onto_another_base(tuned: Artifact, tiny_mo
     (bare / "align.json").unlink()
     note = find_base(bare, "", other)[1]
     assert note is not None
-    assert "nothing records" in note
+    assert "no record says" in note
 
 
 def test_a_copy_in_bfloat16_is_the_same_base_and_one_changed_weight_is_not(tiny_model: Path, tmp_path: Path) -> None:

@@ -6,43 +6,25 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from align.checks.facts import read_facts
-from align.checks.stage import check_inputs, check_made
-from align.config.base import Config
+from align.checks.stage import check_inputs, check_output
 from align.config.faults import REMEDIES
 from align.config.runtime import Runtime
 from align.errors import UserError
-from align.pipeline.context import StageContext
 from align.store.artifacts import Artifact, Kind
-
-WEIGHTS = "model.safetensors"
-
-
-class Learner(Config):
-    """What a stage like PPO says of itself."""
-
-    reward_floor: float | None = 0.5
-    critic_source: Literal["reward", "policy"] = "reward"
-
-
-def context(
-    folder: Path, inputs: dict[str, Any], waive: list[str] | None = None, config: Learner | None = None
-) -> StageContext:
-    folder.mkdir(parents=True, exist_ok=True)
-    runtime = Runtime.model_validate({"handover": {"waive": waive or []}})
-    return StageContext("ppo", config or Learner(), inputs, 0, runtime, folder, folder, folder / "events.jsonl")
+from tests.support.checks.contexts import WEIGHTS, Learner, context, edit_weights
 
 
 def finished(folder: Path, source: Path, kind: Kind, **metrics: Any) -> Artifact:
     """A checkpoint as its stage leaves it: looked at, with its facts."""
     shutil.copytree(source, folder / "model")
-    check_made(context(folder, {}), "reward" if kind == Kind.REWARD else "sft", kind, metrics)
+    check_output(context(folder, {}), "reward" if kind == Kind.REWARD else "sft", kind, metrics)
     return Artifact("reward" if kind == Kind.REWARD else "sft", kind, folder, {})
 
 
@@ -58,12 +40,6 @@ def given(tiny_model: Path, tiny_reward: Path, tmp_path: Path) -> dict[str, Arti
 def edit_json(path: Path, **fields: Any) -> None:
     found = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(found | fields), encoding="utf-8")
-
-
-def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    weights = load_file(folder / WEIGHTS)
-    change(weights)
-    save_file(weights, folder / WEIGHTS, {"format": "pt"})
 
 
 def cut(models: dict[str, Path]) -> None:
@@ -219,7 +195,7 @@ def test_a_stage_does_not_publish_what_would_be_refused(tiny_model: Path, tmp_pa
     shutil.copytree(tiny_model, tmp_path / "sft" / "model")
     edit_weights(tmp_path / "sft" / "model", lambda w: w["model.norm.weight"].view(-1)[0:1].fill_(float("inf")))
     with pytest.raises(UserError, match="of its own result(.|\n)*weights-not-finite: .*model.norm.weight"):
-        check_made(context(tmp_path / "sft", {}), "sft", Kind.POLICY, {})
+        check_output(context(tmp_path / "sft", {}), "sft", Kind.POLICY, {})
     assert read_facts(tmp_path / "sft" / "model") is None
 
 
@@ -227,7 +203,7 @@ def test_a_head_that_learned_nothing_is_not_published(tiny_reward: Path, tmp_pat
     shutil.copytree(tiny_reward, tmp_path / "rm" / "model")
     edit_weights(tmp_path / "rm" / "model", lambda w: w["score.weight"].zero_())
     with pytest.raises(UserError, match="score-head: .* zeros .*never trained"):
-        check_made(context(tmp_path / "rm", {}), "reward", Kind.REWARD, {})
+        check_output(context(tmp_path / "rm", {}), "reward", Kind.REWARD, {})
 
 
 def test_a_floor_needs_a_known_accuracy_and_says_so(
@@ -237,7 +213,7 @@ def test_a_floor_needs_a_known_accuracy_and_says_so(
     shutil.copytree(tiny_reward, given["reward"].model)
     made = context(tmp_path / "ppo", given)
     check_inputs(made, Kind.POLICY)
-    assert "no accuracy of 'reward' on held-out pairs is written down" in made.events.read_text(encoding="utf-8")
+    assert "no accuracy of 'reward' on held-out pairs is recorded" in made.events.read_text(encoding="utf-8")
 
 
 def test_what_is_only_compared_may_differ(given: dict[str, Artifact], tmp_path: Path) -> None:
@@ -261,5 +237,5 @@ def test_a_floor_of_its_own_or_none(given: dict[str, Artifact], tmp_path: Path) 
 
 def test_a_folder_of_a_link_is_left_as_it_is(tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "model").symlink_to(tiny_model)
-    check_made(context(tmp_path, {}), "sft", Kind.POLICY, {})
+    check_output(context(tmp_path, {}), "sft", Kind.POLICY, {})
     assert not (tiny_model / "align.json").exists()

@@ -250,7 +250,7 @@ def test_an_adapter_that_is_unsafe_or_does_not_fit_is_refused(
 def test_prompt_tuning_is_no_change_of_weights(tiny_model: Path, tmp_path: Path) -> None:
     config = PromptTuningConfig(num_virtual_tokens=2, task_type=TaskType.CAUSAL_LM)
     adapter, _ = peft_adapter(tmp_path / "adapter", tiny_model, config)
-    with pytest.raises(UserError, match="PROMPT_TUNING is no change of weights"):
+    with pytest.raises(UserError, match="PROMPT_TUNING cannot be merged into weights"):
         export(Source(tiny_model, adapter), tmp_path / "out")
 
 
@@ -261,7 +261,9 @@ def test_a_tokenizer_with_more_tokens_than_the_base_embeds_is_refused(
     tokenizer = load_tokenizer(tiny_model)
     tokenizer.add_tokens(["<tool>"])
     tokenizer.save_pretrained(adapter)
-    with pytest.raises(UserError, match=r"261 tokens and .* embeds 260; the adapter was trained on a base with added"):
+    with pytest.raises(
+        UserError, match=r"261 tokens and the model embeds 260; the adapter was trained on a base with added"
+    ):
         export(Source(tiny_model, adapter), tmp_path / "out")
 
 

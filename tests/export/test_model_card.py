@@ -17,7 +17,7 @@ from align.export.model_card import write_model_card
 from align.export.model_card_facts import Facts, base_model, license_of
 from align.export.verify import Agreement
 from align.store.artifacts import Artifact, Kind
-from tests.support.data.by_hand import HOSTILE, row, write_build
+from tests.support.data.sample_build import HOSTILE, row, write_build
 from tests.support.report.example_card import full_card, small_card
 
 POLICY = Written(False, "bfloat16", 134_515_008, "LlamaForCausalLM", {"model.safetensors": 10})
@@ -160,7 +160,7 @@ def test_what_was_checked_is_said(tmp_path: Path) -> None:
         "371 greedy tokens of 8 prompts are the checkpoint's, in float32, in transformers 5.17.0 and vllm 0.31.0"
         in text
     )
-    assert "1 answers part at two tokens of equal probability" in text
+    assert "1 answers diverge at two tokens of equal probability" in text
     assert "bfloat16, changes 2 of those answers by rounding alone" in text
     unchecked = replace(CHECKED, unchecked="vLLM is not installed")
     _, text = written(tmp_path, Facts("x", POLICY, unchecked, lineage(tmp_path)))

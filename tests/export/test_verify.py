@@ -18,15 +18,15 @@ from safetensors.torch import load_file, save_file
 from align.config.tuning import LoraTuning
 from align.errors import StageFailed
 from align.export.export import Source, export
-from align.export.verify import MAX_TOKENS, QUESTIONS, TIE, Agreement, check
-from align.export.verify_worker import Done, Job, do, run_job
+from align.export.verify import MAX_TOKENS, QUESTIONS, TIE, Agreement, verify
+from align.export.verify_worker import Job, JobResult, execute, run_job
 from align.models.loading import load_policy, load_tokenizer, new_reward
 from align.models.tuning.apply import apply_tuning, save_tuned
 
 
-def here(job: Job, scratch: Path) -> Done:
+def here(job: Job, scratch: Path) -> JobResult:
     assert job.engine == "transformers"
-    return do(job)
+    return execute(job)
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def no_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def compared(source: Source, folder: Path, dtype: str = "float32", run: Any = here) -> Agreement:
-    return check(source, folder, dtype, folder.parent / "scratch", run, say=lambda text: None)
+    return verify(source, folder, dtype, folder.parent / "scratch", run=run, log=lambda text: None)
 
 
 def written(source: Source, out: Path, dtype: str | None = None) -> Path:
@@ -125,7 +125,7 @@ def test_another_template_is_found_before_any_model_is_asked(tiny_model: Path, t
     template = folder / "chat_template.jinja"
     template.write_text(template.read_text().replace("assistant\\n", "assistant: "))
 
-    def nobody(job: Job, scratch: Path) -> Done:
+    def nobody(job: Job, scratch: Path) -> JobResult:
         raise AssertionError("asked")
 
     with pytest.raises(StageFailed, match=r"gives question 1 other tokens, from position \d+ on"):
@@ -142,20 +142,20 @@ class Engines:
         self.place, self.apart, self.gap, self.unusable = place, apart, gap, unusable
         self.asked: list[Job] = []
 
-    def __call__(self, job: Job, scratch: Path) -> Done:
+    def __call__(self, job: Job, scratch: Path) -> JobResult:
         self.asked.append(job)
         if job.want == "logprobs":
             values = [-1.0 - self.apart * (number % 2) for number in range(len(job.rows))]
-            return Done("transformers 5", logprobs=[[value] for value in values])
+            return JobResult("transformers 5", logprobs=[[value] for value in values])
         tokens = [[10 + place % 7 for place in range(MAX_TOKENS)] for _ in job.rows]
         logprobs = [[-1.0] * MAX_TOKENS for _ in job.rows]
         if job.engine == "vllm":
             if self.unusable:
-                return Done(unusable=self.unusable)
+                return JobResult(unusable=self.unusable)
             logprobs = [[-1.0 + self.gap] * MAX_TOKENS for _ in job.rows]
             if self.place is not None:
                 tokens[0] = tokens[0][: self.place] + [99] * (MAX_TOKENS - self.place)
-        return Done(f"{job.engine} 5", tokens, logprobs)
+        return JobResult(f"{job.engine} 5", tokens, logprobs)
 
 
 @pytest.fixture
@@ -189,7 +189,7 @@ def test_tokens_that_are_no_tie_are_a_difference_of_vllm(tiny_model: Path, with_
 def test_an_answer_that_ends_earlier_is_no_tie(tiny_model: Path, with_vllm: None) -> None:
     engines = Engines(place=None, apart=0.0)
 
-    def shorter(job: Job, scratch: Path) -> Done:
+    def shorter(job: Job, scratch: Path) -> JobResult:
         done = engines(job, scratch)
         return done if job.engine != "vllm" else replace(done, tokens=[done.tokens[0][:5], *done.tokens[1:]])
 
@@ -200,7 +200,7 @@ def test_an_answer_that_ends_earlier_is_no_tie(tiny_model: Path, with_vllm: None
 def test_ties_alone_prove_nothing(tiny_model: Path, with_vllm: None) -> None:
     """A head of zeros ties everywhere: where most tokens could not be compared, nothing was checked."""
 
-    def flat(job: Job, scratch: Path) -> Done:
+    def flat(job: Job, scratch: Path) -> JobResult:
         done = Engines(place=None, apart=0.0)(job, scratch)
         return done if job.engine != "vllm" else replace(done, tokens=[[99, *one[1:]] for one in done.tokens])
 

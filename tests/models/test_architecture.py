@@ -11,13 +11,24 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from align.config.tuning import FullTuning, Ia3Tuning, LoraTuning, PeftTuning, TuningBase
+from align.config.tuning import (
+    AdaptersTuning,
+    FullTuning,
+    Ia3Tuning,
+    LoraTuning,
+    PeftTuning,
+    PrefixTuning,
+    PromptTuning,
+    PTuning,
+    TuningBase,
+)
 from align.errors import UserError
 from align.models.architecture import RULES, UnknownArchitecture, architecture_of, read_architecture
 from align.models.embedded import NAME, fetch
 from align.models.known import EMBEDDED_SIZES, TINY_SIZES, known_architecture
-from align.models.precision import low_residual, round_frozen
+from align.models.precision import cast_frozen_to_bf16, low_residual
 from align.models.tuning.apply import apply_tuning
+from tests.support.models.tuning.confident import confident_copy, tuned
 
 SIZES = {
     "vocab_size": 300, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -132,7 +143,7 @@ def test_what_is_rounded_and_which_norms_are_lean_is_as_the_trainer_has_it(kind:
     model = built(kind).requires_grad_(False)
     trunk = getattr(model, model.base_model_prefix)
     low_residual(model)
-    round_frozen(trunk)
+    cast_frozen_to_bf16(trunk)
     found = architecture_of({"model_type": kind, **settings(kind)})
     assert found.rounded == sum(p.numel() for p in trunk.parameters() if p.dtype is torch.bfloat16)
     assert found.lean_norms == any(hasattr(module, "lean") for module in model.modules())
@@ -150,10 +161,13 @@ def test_key_value_width_is_that_of_the_cache() -> None:
     [
         ({"model_type": "mamba", "hidden_size": 64}, "no rule for model_type 'mamba', only for gemma,"),
         ({}, "no rule for model_type 'None'"),
-        ({"model_type": "llama", "hidden_size": 64}, "this llama lacks or garbles a size ('intermediate_size')"),
-        ({"model_type": "qwen2", **SIZES}, "this qwen2 lacks or garbles a size ('num_key_value_heads')"),
-        ({"model_type": "llama", **SIZES, "num_attention_heads": 0}, "lacks or garbles a size"),
-        ({"model_type": "llama", **SIZES, "hidden_size": "64"}, "lacks or garbles a size"),
+        (
+            {"model_type": "llama", "hidden_size": 64},
+            "this llama lacks a size or has an invalid one ('intermediate_size')",
+        ),
+        ({"model_type": "qwen2", **SIZES}, "this qwen2 lacks a size or has an invalid one ('num_key_value_heads')"),
+        ({"model_type": "llama", **SIZES, "num_attention_heads": 0}, "lacks a size or has an invalid one"),
+        ({"model_type": "llama", **SIZES, "hidden_size": "64"}, "lacks a size or has an invalid one"),
     ],
 )
 def test_nothing_is_guessed(config: dict[str, Any], reason: str) -> None:
@@ -204,3 +218,24 @@ def test_a_folder_is_read_and_a_hub_model_only_from_the_cache(
         known_architecture("a.gguf", None, tmp_path)
     with pytest.raises(UserError, match="neither a built-in model"):
         known_architecture("nowhere", None, tmp_path)
+
+
+INSERTED_TUNINGS = [
+    PromptTuning(tokens=3),
+    PTuning(tokens=3),
+    PTuning(tokens=3, encoder="lstm", hidden_size=24),
+    PrefixTuning(tokens=3),
+    AdaptersTuning(size=16),
+    AdaptersTuning(size=16, position="sequential", after=["attention", "mlp"]),
+    AdaptersTuning(kind="llama_adapter", tokens=3),
+    AdaptersTuning(kind="llama_adapter", tokens=3, layers=2),
+]
+
+
+@pytest.mark.parametrize(
+    "tuning", INSERTED_TUNINGS, ids=[f"{tuning.label} {index}" for index, tuning in enumerate(INSERTED_TUNINGS)]
+)
+def test_inserted_parameters_are_those_that_are_trained(tuning: TuningBase, tiny_model: Path, tmp_path: Path) -> None:
+    model, _ = tuned(confident_copy(tiny_model, tmp_path / "base"), tuning)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert read_architecture(tiny_model / "config.json").adapters(tuning, "model") == trained

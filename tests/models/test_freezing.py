@@ -11,7 +11,7 @@ from align.config.tuning import FullTuning
 from align.errors import UserError
 from align.models.freezing import expand, freeze, matches
 from align.models.loading import load_policy, new_reward
-from align.models.parameter_groups import layer_stack, places, tied_head
+from align.models.parameter_groups import has_tied_head, layer_stack, parameter_groups
 from align.models.tuning.apply import apply_tuning
 
 
@@ -64,15 +64,15 @@ def test_a_pattern_that_fits_nothing_or_everything_is_refused(model: Any, patter
 
 
 def test_every_weight_has_a_place(model: Any, tiny_model: Path) -> None:
-    where = places(model)
+    where = parameter_groups(model)
     assert where.keys() == {name for name, _ in model.named_parameters()}
     assert where["model.embed_tokens.weight"] == "embeddings"
     assert where["model.norm.weight"] == "norm"
     assert where["model.layers.1.mlp.up_proj.weight"] == 1
-    assert tied_head(model)
+    assert has_tied_head(model)
     reward = new_reward(tiny_model)
-    assert places(reward)["score.weight"] == "score"
-    assert not tied_head(reward)
+    assert parameter_groups(reward)["score.weight"] == "score"
+    assert not has_tied_head(reward)
 
 
 def test_a_model_without_one_stack_is_refused(model: Any) -> None:

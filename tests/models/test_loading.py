@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 from align.config.tuning import FullTuning, LoraTuning
 from align.errors import UserError
 from align.models.loading import load_policy, load_reward, load_tokenizer, new_reward
-from align.models.merging import merged_weights
 from align.models.tuning.apply import apply_tuning, save_tuned
+from align.models.tuning.merged_weights import merged_weights
 
 IDS = torch.tensor([[1, 40, 41, 42, 2]])
 

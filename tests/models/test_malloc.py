@@ -22,7 +22,7 @@ def test_freed_blocks_go_back_to_the_system():
     pinned = blocks[::160]  # what is on top of the heap keeps all below it
     del blocks
     kept = memory("VmRSS")
-    malloc.give_back()
+    malloc.trim_malloc()
     assert memory("VmRSS") < full - 150 * MIB
     assert len(pinned) == 20
     assert kept > full - 50 * MIB, "glibc gave it back by itself: nothing was tested"
@@ -31,4 +31,4 @@ def test_freed_blocks_go_back_to_the_system():
 def test_elsewhere_nothing_happens(monkeypatch):
     monkeypatch.setattr(malloc.sys, "platform", "darwin")
     monkeypatch.setattr(malloc.ctypes, "CDLL", lambda _: pytest.fail("looked for glibc"))
-    malloc.give_back()
+    malloc.trim_malloc()

@@ -8,7 +8,7 @@ import torch
 
 from align.config.tuning import LoraTuning
 from align.models.loading import load_policy
-from align.models.precision import autocast, frozen_rounded, low_residual, round_frozen
+from align.models.precision import autocast, cast_frozen_to_bf16, frozen_in_bf16, low_residual
 from align.models.tuning.apply import apply_tuning
 
 RATE = 1e-6
@@ -78,7 +78,7 @@ def test_frozen_matrices_are_rounded_once_and_give_what_autocast_gave(tiny_model
         parameter.requires_grad_(parameter is trained)
     with torch.no_grad(), autocast("cpu", "bfloat16"):
         before = model(IDS).logits
-        round_frozen(model)
+        cast_frozen_to_bf16(model)
         # only the embedding's own rounding is new: the products rounded their operands already
         assert (model(IDS).logits - before).abs().max() < 0.02 * before.abs().max()
     assert trained.dtype == torch.float32
@@ -89,7 +89,7 @@ def test_frozen_matrices_are_rounded_once_and_give_what_autocast_gave(tiny_model
 def test_rounding_leaves_nothing_in_the_mapped_file(tiny_model: Path) -> None:
     model = load_policy(tiny_model).requires_grad_(False)
     before = {name: (p.data_ptr(), p.detach().clone()) for name, p in model.named_parameters()}
-    round_frozen(model)
+    cast_frozen_to_bf16(model)
     for name, parameter in model.named_parameters():
         place, value = before[name]
         assert parameter.data_ptr() != place
@@ -110,7 +110,7 @@ def test_frozen_matrices_are_rounded_for_a_while_and_no_number_changes(tiny_mode
         expected = plain(input_ids=IDS, labels=IDS).loss
     expected.backward()
     model, before = adapted()
-    with frozen_rounded(model), autocast("cpu", "bfloat16"):
+    with frozen_in_bf16(model), autocast("cpu", "bfloat16"):
         inside = dict(model.named_parameters())
         frozen = [p for name, p in inside.items() if "lora_" not in name and "norm" not in name]
         assert {p.dtype for p in frozen} == {torch.bfloat16}

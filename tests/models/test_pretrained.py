@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 import align
 from align.cli.arguments import find_tokenizer
-from align.cli.chat import Speaker
 from align.errors import UserError
-from align.lint.command import load as load_for_lint
+from align.inference.replier import Replier
+from align.lint.command import load_tokenizer_and_limits as load_for_lint
 from align.models.loading import load_policy, load_reward, load_tokenizer, new_reward
 from align.models.pretrained import open_model, open_tokenizer
 
@@ -75,7 +75,7 @@ def test_code_of_a_model_is_allowed_by_the_config_of_a_model_stage_alone() -> No
                 passed_on = ast.unparse(word.value) in ("trust_remote_code", "config.trust_remote_code")
                 assert passed_on, f"{file}:{call.lineno}"
                 assert file in PARAMETER or file == Path("stages", "model.py"), f"{file}:{call.lineno}"
-    text = (PACKAGE / "evaluation" / "lm_eval_run.py").read_text(encoding="utf-8")
+    text = (PACKAGE / "evaluation" / "lm_eval" / "worker.py").read_text(encoding="utf-8")
     assert '"trust_remote_code": False' in text
     for file in PACKAGE.rglob("*.py"):
         assert "--trust-remote-code" not in file.read_text(encoding="utf-8"), file
@@ -115,7 +115,7 @@ def with_code(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("name", ["chat", "data show", "lint", "policy", "reward", "tokenizer"])
 def test_no_command_asks_for_or_runs_code_that_comes_with_a_model(name: str, with_code: Path) -> None:
     commands = {
-        "chat": lambda: Speaker(with_code, 0.0, 8),
+        "chat": lambda: Replier(with_code, 0.0, 8),
         "data show": lambda: find_tokenizer(str(with_code), None),
         "lint": lambda: load_for_lint(str(with_code), with_code.parent, None),
         "policy": lambda: load_policy(with_code),

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from align.errors import UserError
-from align.models.sharding import give_each_its_own
+from align.models.sharding import separate_shared_parameters
 
 
 def two() -> tuple[nn.Module, list[nn.Module]]:
@@ -22,7 +22,7 @@ def two() -> tuple[nn.Module, list[nn.Module]]:
 def test_a_frozen_weight_of_two_layers_becomes_two() -> None:
     model, layers = two()
     layers[0].weight.requires_grad_(False)
-    give_each_its_own(model, layers)
+    separate_shared_parameters(model, layers)
     assert layers[0].weight is not layers[1].weight and torch.equal(layers[0].weight, layers[1].weight)
     assert not layers[1].weight.requires_grad and layers[1].bias.requires_grad
     assert model[0].weight is model[3].weight  # one group
@@ -30,7 +30,5 @@ def test_a_frozen_weight_of_two_layers_becomes_two() -> None:
 
 def test_a_trained_one_is_refused() -> None:
     model, layers = two()
-    with pytest.raises(
-        UserError, match="weight of Linear, is part of two layers, which cannot be shared out; take ddp"
-    ):
-        give_each_its_own(model, layers)
+    with pytest.raises(UserError, match="weight of Linear, is part of two layers, which cannot be sharded; take ddp"):
+        separate_shared_parameters(model, layers)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from align.runner.runner import run_pipeline
-from tests.support.training.several import Made, pipeline
+from tests.support.training.distributed_runs import Made, pipeline
 
 
 @pytest.fixture(scope="module")

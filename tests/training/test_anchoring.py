@@ -18,16 +18,15 @@ from align.config.tuning import AdaptersTuning, LoraTuning, Tuning
 from align.config.validation import validate
 from align.errors import UserError
 from align.models.loading import load_policy, load_reward
-from align.models.trunk import trunk_and_head
 from align.models.tuning.apply import apply_tuning
 from align.pipeline.registry import STAGES
 from align.training.anchoring import KLToStart, PullToStart
-from align.training.neftune import NoisyEmbeddings
-from align.training.token_losses import CHUNK, summed_kl
+from align.training.divergence import CHUNK, summed_kl, trunk_and_head
+from align.training.sft_trainer import NoisyEmbeddings
 from tests.support.models.tuning.confident import saved
 from tests.support.training.harness import events, losses
-from tests.training.test_resume import Killed, dying
-from tests.training.test_unfreezing import made
+from tests.support.training.killed_stage import Killed, dying
+from tests.support.training.training_stages import make_stage
 
 FULL: dict[str, Any] = {"method": "full"}
 LORA = {"method": "lora", "rank": 4}
@@ -122,8 +121,8 @@ def test_an_anchored_model_learns_and_stays_nearer(
 ) -> None:
     weight = {"l2": 200.0, "kl": 3.0}[to]
     fields = {"learning_rate": 5e-3, "max_steps": 15, "epochs": 9, "precision": "float32"}
-    free = made("sft", tmp_path / "free", tiny_model, tuning, **fields)
-    held = made("sft", tmp_path / "held", tiny_model, tuning, anchor={"to": to, "weight": weight}, **fields)
+    free = make_stage("sft", tmp_path / "free", tiny_model, tuning, **fields)
+    held = make_stage("sft", tmp_path / "held", tiny_model, tuning, anchor={"to": to, "weight": weight}, **fields)
     free_metrics, held_metrics = STAGES["sft"].runner()(free), STAGES["sft"].runner()(held)
     assert held_metrics["test_loss_after"] < held_metrics["test_loss_before"] - 0.3
     assert held_metrics["test_loss_after"] > free_metrics["test_loss_after"]
@@ -189,7 +188,7 @@ def test_resumed_run_equals_the_uninterrupted_one(
 ) -> None:
     run = STAGES[kind].runner()
     fields = {"max_steps": 8, "save_steps": 4, "anchor": {"to": to, "weight": 1.0}}
-    whole, parts = (made(kind, tmp_path / f, tiny_model, tuning, **fields) for f in ("a", "b"))
+    whole, parts = (make_stage(kind, tmp_path / f, tiny_model, tuning, **fields) for f in ("a", "b"))
     run(whole)
     with pytest.raises(Killed):
         run(dying(parts, 6))
@@ -228,7 +227,7 @@ def test_a_stored_adapter_is_held_to_what_it_was(precision: str, tiny_model: Pat
     fields: dict[str, Any] = {"max_steps": 3, "learning_rate": 1e-2, "precision": precision}
     tuning = stored.model_dump(exclude_defaults=True) | {"method": "adapters"}
     held, free = (
-        made("sft", tmp_path / name, source, tuning, anchor=anchor, **fields)
+        make_stage("sft", tmp_path / name, source, tuning, anchor=anchor, **fields)
         for name, anchor in (("held", {"to": "kl", "weight": 1e-6}), ("free", None))
     )
     for stage in (held, free):

@@ -15,8 +15,8 @@ from align.pipeline.registry import STAGES
 from align.training import fit
 from align.training.averaging import FILE, AverageWeights, decay_at
 from tests.support.training.harness import events, losses
-from tests.training.test_resume import Killed, dying
-from tests.training.test_unfreezing import made
+from tests.support.training.killed_stage import Killed, dying
+from tests.support.training.training_stages import make_stage
 
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
 FULL: dict[str, Any] = {"method": "full"}
@@ -42,7 +42,7 @@ def test_the_decay_rises_to_what_was_asked_for() -> None:
 def test_the_average_is_scored_and_saved(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw, extra = Raw(), fit.extra_callbacks
     monkeypatch.setattr(fit, "extra_callbacks", lambda *given: [*extra(*given), raw])
-    run = made("sft", tmp_path, tiny_model, FULL, max_steps=8, ema=0.6, eval_steps=4, learning_rate=1e-2)
+    run = make_stage("sft", tmp_path, tiny_model, FULL, max_steps=8, ema=0.6, eval_steps=4, learning_rate=1e-2)
     metrics = STAGES["sft"].runner()(run)
     wanted = load_policy(tiny_model).get_parameter(WEIGHT).detach()
     for step, weight in enumerate(raw.weights, start=1):
@@ -52,7 +52,7 @@ def test_the_average_is_scored_and_saved(tiny_model: Path, tmp_path: Path, monke
     assert torch.allclose(saved, wanted, atol=1e-6)
     assert not torch.allclose(saved, raw.weights[-1], atol=1e-4)
     # the same run without averages takes the same steps, and is scored otherwise at step 4 and at the end
-    plain = made("sft", tmp_path / "plain", tiny_model, FULL, max_steps=8, eval_steps=4, learning_rate=1e-2)
+    plain = make_stage("sft", tmp_path / "plain", tiny_model, FULL, max_steps=8, eval_steps=4, learning_rate=1e-2)
     other = STAGES["sft"].runner()(plain)
     assert losses(run) == losses(plain)
     scores, others = (
@@ -67,7 +67,7 @@ def test_the_average_is_scored_and_saved(tiny_model: Path, tmp_path: Path, monke
 def test_resumed_run_equals_the_uninterrupted_one(tuning: dict[str, Any], tiny_model: Path, tmp_path: Path) -> None:
     run = STAGES["sft"].runner()
     given = {"tuning": tuning, "ema": 0.9, "max_steps": 9, "save_steps": 4, "eval_steps": 3}
-    whole, parts = (made("sft", tmp_path / f, tiny_model, **given) for f in ("a", "b"))
+    whole, parts = (make_stage("sft", tmp_path / f, tiny_model, **given) for f in ("a", "b"))
     run(whole)
     with pytest.raises(Killed):
         run(dying(parts, 6))

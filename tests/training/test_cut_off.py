@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from align.data.formats.kinds import of_kind
+from align.data.formats.kinds import convert_kind
 from align.data.rows import read_rows, write_rows
 from align.evaluation.measure import heldout_losses
 from align.models.loading import load_tokenizer
 from align.models.render import render_answered
-from align.report.tokens import views
+from align.report.dataset.token_views import token_views
 from align.rl.ptx import PtxRows
 from align.training.rows import (
     MASKED,
@@ -60,7 +60,7 @@ def steps() -> Row:
 
 
 def texts(tokenizer: Any, row: Row) -> Ids:
-    (text,) = of_kind(row, "texts")
+    (text,) = convert_kind(row, "texts")
     (encoded,) = encode_texts(tokenizer, [text], 200, document_ends(tokenizer, None, "pretrain")).rows
     return learned(encoded)
 
@@ -91,7 +91,7 @@ ROADS: dict[str, tuple[str, Callable[[], Row], Callable[[Any, Row], Ids]]] = {
     "ptx": ("completion", answered, lambda t, r: PtxRows([r], t, 99).texts[0][1]),
     "ptx on pairs": ("chosen", pair, lambda t, r: PtxRows([r], t, 99).texts[0][1]),
     "texts of conversations": ("completion", answered, texts),
-    "shown": ("completion", answered, lambda t, r: list(views(t, {**r, "label": True})[0].ids)),
+    "shown": ("completion", answered, lambda t, r: list(token_views(t, {**r, "label": True})[0].ids)),
 }
 
 
@@ -129,20 +129,20 @@ def test_held_out_losses_are_of_what_was_written(tokenizer: Any) -> None:
 
 def test_the_mark_survives_the_way_from_kind_to_kind_and_to_the_disk(tmp_path: Path) -> None:
     row = {**pair(), "chosen_finished": False, "rejected_finished": True}
-    (instruction,) = of_kind(row, "instructions")
-    wanted, unwanted = of_kind(row, "unpaired")
+    (instruction,) = convert_kind(row, "instructions")
+    wanted, unwanted = convert_kind(row, "unpaired")
     best = {"content": "b", "score": 2.0, "rank": None, "finished": False}
-    (of_best,) = of_kind(
+    (of_best,) = convert_kind(
         {"prompt": row["prompt"], "responses": [{**best, "score": 1.0, "finished": True}, best]}, "instructions"
     )
     assert isinstance(instruction, dict)
     assert instruction["completion"] == row["chosen"]
     marks = [answer["completion_finished"] for answer in (instruction, wanted, unwanted, of_best)]  # type: ignore[index]
     assert marks == [False, False, True, False]
-    (again,) = of_kind(instruction, "instructions")
+    (again,) = convert_kind(instruction, "instructions")
     assert again == instruction
     for kind in ("prompts", "preferences"):
-        (converted,) = of_kind({**row, "completion_finished": False}, kind)
+        (converted,) = convert_kind({**row, "completion_finished": False}, kind)
         assert "completion_finished" not in converted
     base = {"id": "1", "source": "s", "checks": ""}
     write_rows(tmp_path / "rows.parquet", [{**base, **instruction}, {**base, **rows(1)[0]}])

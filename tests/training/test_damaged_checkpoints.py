@@ -13,12 +13,11 @@ import pytest
 import torch
 
 from align.pipeline.context import StageContext
-from align.training.checkpoints import MARKER, mark_complete
-from align.training.state_files import read_state, write_state
+from align.training.checkpoints import MARKER, mark_complete, read_state, write_state
+from tests.support.training.aimed_stages import MID_EPOCH, make_stage
 from tests.support.training.damage import DAMAGES, flip_bit
-from tests.support.training.harness import events
+from tests.support.training.harness import warnings
 from tests.support.training.kills import Kill, Killed, armed, assert_same, run
-from tests.training.test_aimed_kills import MID_EPOCH, make_stage
 
 FIELDS: dict[str, Any] = {"keep": "best", "eval_steps": 2, **MID_EPOCH}
 CASES = [
@@ -53,10 +52,6 @@ def runs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     with armed(Kill("after", 6)), pytest.raises(Killed):
         run(killed)
     return Runs(whole, expected, root / "killed", tiny_model)
-
-
-def warnings(stage: StageContext) -> list[str]:
-    return [event["message"] for event in events(stage, "warning")]
 
 
 @pytest.mark.parametrize(
@@ -95,12 +90,12 @@ def test_the_best_weights_are_those_of_the_checkpoint(runs: Runs, tmp_path: Path
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_scores_before_training_are_taken_again_where_their_file_is_damaged(
-    damage: str, runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    damage: str, runs: Runs, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     stage = runs.copied(tmp_path / "run")
     DAMAGES[damage](stage.checkpoints / "before.json")
     assert_same(runs.whole, stage, runs.expected, run(stage))
-    assert ("its content is computed again" in capsys.readouterr().out) == (damage != "deleted")
+    assert ("its content is computed again" in caplog.text) == (damage != "deleted")
 
 
 def test_a_checkpoint_without_logged_losses_can_be_finished(runs: Runs, tmp_path: Path) -> None:

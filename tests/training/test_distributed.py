@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from align.runner.runner import run_pipeline
-from tests.support.training.several import STAGES, WITHIN, Made, interrupted, pipeline, same
+from tests.support.training.distributed_runs import STAGES, WITHIN, Made, interrupted, pipeline, same
 
 pytestmark = pytest.mark.timeout(1800)
 

@@ -19,8 +19,7 @@ from align.models.tuning.apply import apply_tuning
 from align.store.artifacts import Kind
 from align.training import held_out
 from align.training.arguments import training_arguments
-from align.training.beta import beta_at
-from align.training.dpo_trainer import PreparedDPO
+from align.training.dpo_trainer import PreparedDPO, beta_at
 from align.training.rows import Encoded, encode_pairs
 from align.training.trainers import label_positions_only
 from tests.support.training.harness import context, data_artifact, rows

@@ -6,23 +6,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.training.epochs import dealt
+from align.training.epochs import micro_batches_of_rank
 
 
 def test_by_hand() -> None:
     # Batches of 4 rows in micro-batches of 2, two processes: 9 rows make steps of 2, 2 and 1 micro-batches.
     sizes = {"micro_batch": 2, "batch": 4, "part": 2, "processes": 2}
     order = [8, 7, 6, 5, 4, 3, 2, 1, 0]
-    assert dealt(order, rank=0, **sizes) == [[(8, 1.0), (7, 1.0)], [(4, 1.0), (3, 1.0)], [(0, 2.0)]]
+    assert micro_batches_of_rank(order, rank=0, **sizes) == [[(8, 1.0), (7, 1.0)], [(4, 1.0), (3, 1.0)], [(0, 2.0)]]
     # The last step's only row is the first process's; the other runs it for company, and the mean of 2 and 0 is 1.
-    assert dealt(order, rank=1, **sizes) == [[(6, 1.0), (5, 1.0)], [(2, 1.0), (1, 1.0)], [(0, 0.0)]]
+    assert micro_batches_of_rank(order, rank=1, **sizes) == [[(6, 1.0), (5, 1.0)], [(2, 1.0), (1, 1.0)], [(0, 0.0)]]
 
 
 def test_a_micro_batch_in_parts() -> None:
     # One process: one micro-batch of 4 and one of 1, whose means count alike. Two processes: parts of 2, 2 and 1 in two
     # rounds, so the mean over rounds and processes is a quarter of the sum: 2, 2, and 4 x 1/2 for each half.
     sizes = {"micro_batch": 4, "batch": 8, "part": 2, "processes": 2}
-    first, second = (dealt(range(5), rank=rank, **sizes) for rank in (0, 1))
+    first, second = (micro_batches_of_rank(range(5), rank=rank, **sizes) for rank in (0, 1))
     assert first == [[(0, 1.0), (1, 1.0)], [(4, 2.0)]]
     assert second == [[(2, 1.0), (3, 1.0)], [(0, 0.0), (1, 0.0)]]
 
@@ -41,7 +41,7 @@ def test_the_mean_over_processes_is_the_loss_of_one(rows, part, parts, micros, p
     values.shuffle(order)
     value = {row: values.uniform(-5, 5) for row in order}
     sizes = {"micro_batch": micro, "batch": batch, "part": part, "processes": processes}
-    mine = [dealt(order, rank=rank, **sizes) for rank in range(processes)]
+    mine = [micro_batches_of_rank(order, rank=rank, **sizes) for rank in range(processes)]
     assert len({len(one) for one in mine}) == 1
     assert sorted(row for one in mine for micro_rows in one for row, share in micro_rows if share) == sorted(order)
     at = 0

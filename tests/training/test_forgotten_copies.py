@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from align.config.runtime import Runtime
 from benchmarks.stage_work import run_stage
-from tests.capacity.test_memory import peak_of
+from tests.support.peak_memory import peak_of
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])

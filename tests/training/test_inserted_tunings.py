@@ -18,7 +18,7 @@ from align.pipeline.registry import STAGES
 from align.store.artifacts import Kind
 from tests.support.models.tuning.confident import confident_copy
 from tests.support.training.harness import context, data_artifact, events, losses
-from tests.training.test_resume import Killed, dying
+from tests.support.training.killed_stage import Killed, dying
 
 METHODS: dict[str, dict[str, Any]] = {
     "prompt": {"method": "prompt", "tokens": 8},
@@ -169,10 +169,10 @@ def test_a_misspelled_key_is_refused_with_the_right_name(tuning: dict[str, Any],
 REFUSED = [
     (
         {"method": "adapters", "tokens": 4},
-        "'tokens' means nothing for kind bottleneck, which has after, position, size",
+        "'tokens' has no effect with kind bottleneck, which has after, position, size",
     ),
-    ({"method": "adapters", "kind": "llama_adapter", "size": 8}, "'size' means nothing for kind llama_adapter"),
-    ({"method": "adapters", "after": ["attention"]}, "'after' is of a sequential bottleneck"),
+    ({"method": "adapters", "kind": "llama_adapter", "size": 8}, "'size' has no effect with kind llama_adapter"),
+    ({"method": "adapters", "after": ["attention"]}, "'after' is for a sequential bottleneck"),
     ({"method": "adapters", "position": "sequential", "after": ["mlp", "mlp"]}, "names a part twice"),
     ({"method": "adapters", "size": 12}, "multiple of 8"),
     ({"method": "prompt", "tokens": 0}, "greater than or equal to 1"),

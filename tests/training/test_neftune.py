@@ -11,8 +11,8 @@ import torch
 from align.config.tuning import LoraTuning
 from align.models.loading import load_policy
 from align.models.tuning.apply import apply_tuning
-from align.training.neftune import NoisyEmbeddings, row_lengths
-from align.training.packing import Flat, run_flat
+from align.training.packing import FlatCollator, enable_flat
+from align.training.sft_trainer import NoisyEmbeddings, row_lengths
 
 
 def embedded(model: object, **batch: torch.Tensor) -> torch.Tensor:
@@ -53,9 +53,9 @@ def test_noise_has_the_size_of_each_row(lora: bool, tiny_model: Path) -> None:
 
 def test_rows_in_one_line_have_their_own_noise(tiny_model: Path) -> None:
     model = load_policy(tiny_model)
-    run_flat(model, "ragged")
+    enable_flat(model, "ragged")
     lengths = [100, 4]
-    batch = Flat("ragged")([{"input_ids": list(range(4, 4 + n)), "labels": [0] * n} for n in lengths])
+    batch = FlatCollator("ragged")([{"input_ids": list(range(4, 4 + n)), "labels": [0] * n} for n in lengths])
     batch.pop("labels")
     clean = embedded(model.eval(), **batch)
     NoisyEmbeddings(model, 5.0)

@@ -16,10 +16,10 @@ import align.stages.distill
 import align.stages.rl
 import align.training.arguments
 import align.training.fit
-from align.rl.online_trainer import OnlineTrainer
-from tests.rl import test_aimed_kills as sampled
+from align.rl.trainer import RLTrainer
+from tests.support.rl import stages as sampled
+from tests.support.training import aimed_stages
 from tests.support.training.kills import assert_same, run
-from tests.training import test_aimed_kills as supervised
 
 
 class Built(Exception):
@@ -40,7 +40,7 @@ def check(trainer: Any, micro_batch: int) -> None:
 
 
 @pytest.mark.usefixtures("four_devices")
-@pytest.mark.parametrize("kind", supervised.KINDS)
+@pytest.mark.parametrize("kind", aimed_stages.KINDS)
 def test_a_stage_on_rows_builds_its_trainer_for_one(
     kind: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -49,7 +49,7 @@ def test_a_stage_on_rows_builds_its_trainer_for_one(
 
     for module in (align.training.fit, align.stages.distill):
         monkeypatch.setattr(module, "fit", stop)
-    stage = supervised.make_stage(kind, tmp_path, tiny_model, max_steps=1)
+    stage = aimed_stages.make_stage(kind, tmp_path, tiny_model, max_steps=1)
     with pytest.raises(Built) as built:
         run(stage)
     check(built.value.args[0], stage.config.micro_batch)
@@ -63,19 +63,19 @@ def test_a_stage_that_samples_builds_its_trainer_for_one(
     def stop(self: Any, *args: Any, **options: Any) -> None:
         raise Built(self)
 
-    monkeypatch.setattr(OnlineTrainer, "train", stop)
+    monkeypatch.setattr(RLTrainer, "train", stop)
     stage = sampled.make_stage(kind, tmp_path, tiny_model)
     with pytest.raises(Built) as built:
         run(stage)
     check(built.value.args[0], stage.config.micro_batch)
 
 
-@pytest.mark.parametrize(("tests", "kind"), [(supervised, "cpo"), (sampled, "ppo")], ids=["cpo", "ppo"])
+@pytest.mark.parametrize(("tests", "kind"), [(aimed_stages, "cpo"), (sampled, "ppo")], ids=["cpo", "ppo"])
 def test_the_machine_s_devices_change_nothing(
     tests: Any, kind: str, tiny_model: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """These two are trained by ``DataParallel`` without a word; trl's own trainers refuse it."""
-    fields = {"max_steps": 3} if tests is supervised else {"updates": 2}
+    fields = {"max_steps": 3} if tests is aimed_stages else {"updates": 2}
     plain, several = (tests.make_stage(kind, tmp_path / name, tiny_model, **fields) for name in ("plain", "several"))
     expected = run(plain)
     request.getfixturevalue("four_devices")
@@ -88,11 +88,12 @@ def test_a_script_s_own_config_is_for_one(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     for config in (PPOConfig, GRPOConfig, RLOOConfig, OnlineDPOConfig, BestOfNConfig):
         arguments = config(output_dir=str(tmp_path), rollout_batch=8, samples_per_prompt=4,
-                           per_device_train_batch_size=2, report_to="none")  # fmt: skip
+                           per_device_train_batch_size=2, learning_rate=1e-6,
+                           num_mini_batches=1, report_to="none")  # fmt: skip
         assert (arguments.n_gpu, arguments.train_batch_size) == (1, 2)
 
 
 def test_a_process_without_devices_has_none(tmp_path: Path) -> None:
     from align.rl import PPOConfig
 
-    assert PPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none").n_gpu == 0
+    assert PPOConfig(output_dir=str(tmp_path), use_cpu=True, learning_rate=1e-6, report_to="none").n_gpu == 0

@@ -12,22 +12,28 @@ from hypothesis import settings as limits
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from align.config.stages.sft import SftConfig
 from align.config.tuning import LoraTuning
 from align.errors import UserError
-from align.models.fast.ragged_rows import lay_out
+from align.models.fast.ragged_rows import make_layout
 from align.models.loading import load_policy, load_tokenizer
 from align.models.tuning.apply import apply_tuning
 from align.pipeline.registry import STAGES
 from align.stages.sft import run
-from align.store.artifacts import Kind
 from align.training import packing
-from align.training.packing import Flat, best_fit, check_separate, fill, form_of, packed, run_flat
+from align.training.packing import (
+    FlatCollator,
+    best_fit,
+    check_separate,
+    enable_flat,
+    fill_ratio,
+    pack_rows,
+    packing_form,
+)
 from align.training.rows import MASKED, Encoded, encode_supervised
 from align.training.trainers import PreparedSFT
-from tests.support.training.harness import context, data_artifact, events, losses, rows
-from tests.training.test_resume import Killed, dying
-from tests.training.test_trainers import sft
+from tests.support.training.harness import events, losses, rows
+from tests.support.training.killed_stage import Killed, dying
+from tests.support.training.sft_setup import make_packing_stage, make_sft_trainer
 
 
 @limits(max_examples=60, deadline=None)
@@ -49,18 +55,18 @@ def test_the_fullest_pack_with_room_is_taken() -> None:
 
 
 def test_the_fill_is_the_share_of_the_room() -> None:
-    assert fill([{"input_ids": [1] * 6}, {"input_ids": [1] * 9}], 10) == 0.75
+    assert fill_ratio([{"input_ids": [1] * 6}, {"input_ids": [1] * 9}], 10) == 0.75
 
 
 def test_a_row_s_first_token_has_no_label_in_a_pack() -> None:
     # as of plain texts, whose every token is learned
     encoded = Encoded([{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}, {"input_ids": [4, 5], "labels": [4, 5]}], [3, 2])
-    (pack,) = packed(encoded, 6)
+    (pack,) = pack_rows(encoded, 6)
     assert pack == {"input_ids": [1, 2, 3, 4, 5], "labels": [MASKED, 2, 3, MASKED, 5], "seq_lengths": [3, 2]}
 
 
 def flat_and_padded(root: Path, model: Path, form: str, lora: bool = False) -> tuple[PreparedSFT, Any, Any, Any]:
-    trainer, _, encoded = sft(root, model, precision="float32")
+    trainer, _, encoded = make_sft_trainer(root, model, precision="float32")
     if lora:
         trainer.model = apply_tuning(trainer.model, LoraTuning(rank=4), 0)
         with torch.no_grad():
@@ -68,8 +74,8 @@ def flat_and_padded(root: Path, model: Path, form: str, lora: bool = False) -> t
                 if "lora_B" in name:
                     parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(len(name)))
     padded = trainer._prepare_inputs(trainer.data_collator(encoded.rows[:5]))
-    run_flat(trainer.model, form)  # type: ignore[arg-type]
-    flat = trainer._prepare_inputs(Flat(form)(encoded.rows[:5]))  # type: ignore[arg-type]
+    enable_flat(trainer.model, form)  # type: ignore[arg-type]
+    flat = trainer._prepare_inputs(FlatCollator(form)(encoded.rows[:5]))  # type: ignore[arg-type]
     return trainer, padded, flat, encoded
 
 
@@ -96,16 +102,16 @@ def test_loss_and_gradient_are_those_of_padded_rows(form: str, lora: bool, tiny_
 def test_packs_have_positions_that_begin_anew_and_no_label_across(tiny_model: Path) -> None:
     tokenizer = load_tokenizer(tiny_model)
     encoded = encode_supervised(tokenizer, rows(16), 128)
-    packs = packed(encoded, 128)
+    packs = pack_rows(encoded, 128)
     assert len(packs) < 16 and sum(len(p["seq_lengths"]) for p in packs) == 16
-    batch = Flat("flash")(packs[:2])
+    batch = FlatCollator("flash")(packs[:2])
     sizes = [size for pack in packs[:2] for size in pack["seq_lengths"]]
     assert batch["position_ids"][0].tolist() == [place for size in sizes for place in range(size)]
     assert batch["cu_seq_lens_q"].tolist() == [0, *torch.tensor(sizes).cumsum(0).tolist()]
     assert batch["max_length_q"] == max(sizes)
     starts = batch["cu_seq_lens_q"][:-1].long()
     assert (batch["labels"][0][starts] == MASKED).all()
-    whole = Flat("ragged")([{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}])
+    whole = FlatCollator("ragged")([{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}])
     assert whole["labels"].tolist() == [[MASKED, 2, 3]]
 
 
@@ -113,10 +119,10 @@ def test_a_model_that_lets_rows_see_each_other_is_refused(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer, _, _, encoded = flat_and_padded(tmp_path, tiny_model, "ragged")
-    trainer.data_collator = Flat("ragged")
+    trainer.data_collator = FlatCollator("ragged")
     trainer.model.train()
     assert check_separate("sft", trainer, encoded) < 1e-4
-    monkeypatch.setattr(packing, "lay_out", lambda lengths: lay_out([sum(lengths)]))
+    monkeypatch.setattr(packing, "make_layout", lambda lengths: make_layout([sum(lengths)]))
     with pytest.raises(UserError, match=r"sft: rows in one line are not kept apart by this model.*packing"):
         check_separate("sft", trainer, encoded)
     assert trainer.model.training  # as it was
@@ -126,8 +132,8 @@ def test_a_model_that_lets_rows_see_each_other_is_refused(
 def test_a_gap_on_either_side_and_no_number_are_refused(
     gap: float, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer, _, encoded = sft(tmp_path, tiny_model, precision="float32")
-    trainer.data_collator = Flat("ragged")
+    trainer, _, encoded = make_sft_trainer(tmp_path, tiny_model, precision="float32")
+    trainer.data_collator = FlatCollator("ragged")
     said = iter([torch.zeros(3), torch.zeros(3), torch.tensor([0.0] * 5 + [gap])])
     monkeypatch.setattr(packing, "_logprobs", lambda *given: next(said))
     with pytest.raises(UserError, match="are not kept apart by this model"):
@@ -137,24 +143,20 @@ def test_a_gap_on_either_side_and_no_number_are_refused(
 def test_models_are_run_as_they_can_be(tiny_model: Path) -> None:
     small = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
     small["num_key_value_heads"] = 1
-    assert form_of(load_policy(tiny_model)) == "ragged"
-    assert form_of(MistralForCausalLM(MistralConfig(**small, sliding_window=4))) == "blocks"
+    assert packing_form(load_policy(tiny_model)) == "ragged"
+    assert packing_form(MistralForCausalLM(MistralConfig(**small, sliding_window=4))) == "blocks"
     flash = LlamaForCausalLM(LlamaConfig(**small))
     flash.config._attn_implementation = "flash_attention_2"
-    assert form_of(flash) == "flash"
+    assert packing_form(flash) == "flash"
     flash.config._attn_implementation = "something"
     with pytest.raises(UserError, match="the attention 'something' of this model cannot keep rows"):
-        form_of(flash)
-
-
-def made(root: Path, model: Path, **fields: Any) -> Any:
-    usual = {"learning_rate": 3e-3, "batch_size": 4, "max_length": 128, "precision": "float32"}
-    config = SftConfig(model="model", data="data", **{**usual, **fields})
-    return context(root, config, model, data_artifact(root / "data", Kind.INSTRUCTIONS, train=80))
+        packing_form(flash)
 
 
 def test_padding_free_training_is_training(tiny_model: Path, tmp_path: Path) -> None:
-    padded, flat = (made(tmp_path / str(on), tiny_model, padding_free=on, epochs=1) for on in (False, True))
+    padded, flat = (
+        make_packing_stage(tmp_path / str(on), tiny_model, padding_free=on, epochs=1) for on in (False, True)
+    )
     expected, found = run(padded), run(flat)
     assert found["tokens"] == expected["tokens"] and found["steps"] == expected["steps"] == 20
     for step, loss in losses(padded).items():
@@ -164,7 +166,7 @@ def test_padding_free_training_is_training(tiny_model: Path, tmp_path: Path) -> 
 
 
 def test_packed_training_learns_and_takes_fewer_steps(tiny_model: Path, tmp_path: Path) -> None:
-    stage = made(tmp_path, tiny_model, packing=True, epochs=16, learning_rate=1e-2)
+    stage = make_packing_stage(tmp_path, tiny_model, packing=True, epochs=16, learning_rate=1e-2)
     metrics = run(stage)
     assert metrics["packs"] < 50 and metrics["pack_fill"] > 0.75 and metrics["rows"] == 80
     assert metrics["test_loss_after"] < metrics["test_loss_before"] / 4
@@ -186,7 +188,7 @@ def test_resumed_packed_run_equals_the_uninterrupted_one(tiny_model: Path, tmp_p
     from safetensors.torch import load_file
 
     settings: dict[str, Any] = {"packing": True, "neftune": 5.0, "epochs": 2, "save_steps": 4}
-    whole, parts = (made(tmp_path / name, tiny_model, **settings) for name in ("whole", "parts"))
+    whole, parts = (make_packing_stage(tmp_path / name, tiny_model, **settings) for name in ("whole", "parts"))
     run(whole)
     with pytest.raises(Killed):
         run(dying(parts, 10))
@@ -198,5 +200,5 @@ def test_resumed_packed_run_equals_the_uninterrupted_one(tiny_model: Path, tmp_p
 
 @pytest.mark.parametrize("tuning", ["prompt", "prefix"])
 def test_tunings_of_the_input_do_not_go_with_one_line(tuning: str) -> None:
-    with pytest.raises(ValueError, match=f"packing puts rows into one line, and tuning {tuning} acts on the beginning"):
+    with pytest.raises(ValueError, match=f"packing concatenates rows, and tuning {tuning} changes the beginning"):
         STAGES["sft"].config_class()(model="m", data="d", learning_rate=1, packing=True, tuning={"method": tuning})

@@ -62,10 +62,10 @@ def test_another_run_finds_them_and_other_rows_or_weights_do_not(tmp_path: Path)
     compute = computed(Sums([-1.5, -2.5], [-0.5, 0.0]), calls)
     first = ReferenceCache(tmp_path / "a", tmp_path / "shared", IDENTITY)
     assert first.sums("train", given, compute).total == [-1.5, -2.5]  # type: ignore[arg-type]
-    assert (first.computed, first.found) == (2, 0)
+    assert (first.computed, first.hits) == (2, 0)
     other = ReferenceCache(tmp_path / "b", tmp_path / "shared", IDENTITY)
     assert other.sums("train", given, compute) == Sums([-1.5, -2.5], [-0.5, 0.0])  # type: ignore[arg-type]
-    assert (other.computed, other.found, len(calls)) == (0, 2, 1)
+    assert (other.computed, other.hits, len(calls)) == (0, 2, 1)
     for change in ("weights", "precision", "loaded", "device"):
         cache = ReferenceCache(tmp_path / f"c{change}", tmp_path / "shared", IDENTITY | {change: "other"})
         cache.sums("train", given, compute)  # type: ignore[arg-type]

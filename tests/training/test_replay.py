@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,46 +13,23 @@ from safetensors.torch import load_file
 from align.config.stages.reward import RewardConfig
 from align.config.stages.sft import SftConfig
 from align.config.validation import validate
-from align.data.rows import assistant, user, write_rows
 from align.errors import UserError
 from align.models.loading import load_policy
-from align.pipeline.context import StageContext
 from align.pipeline.registry import STAGES
-from align.store.artifacts import Artifact, Kind
-from align.training.replay import Replay, drawn
+from align.training.replay import Replay, replayed_rows
 from align.training.rows import Encoded
 from tests.support.training.harness import events, losses
-from tests.training.test_resume import Killed, dying
-from tests.training.test_unfreezing import made
-
-FULL: dict[str, Any] = {"method": "full"}
-
-
-def general(folder: Path, count: int = 12) -> Artifact:
-    """Rows of another task: count up."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for split in ("train", "test"):
-        rows = [
-            {"id": str(n), "source": "general", "checks": "", "prompt": [user(f"{n} {n + 1}")],
-             "completion": [assistant(f"then {n + 2}")]}
-            for n in range(count)
-        ]  # fmt: skip
-        write_rows(folder / f"{split}.parquet", rows)
-    return Artifact("general", Kind.INSTRUCTIONS, folder, {})
-
-
-def replaying(kind: str, root: Path, model: Path, **fields: Any) -> StageContext:
-    run = made(kind, root, model, FULL, replay="general", **fields)
-    return dataclasses.replace(run, inputs={**run.inputs, "replay": general(root / "general")})
+from tests.support.training.killed_stage import Killed, dying
+from tests.support.training.training_stages import FULL, make_replay_stage, make_stage
 
 
 def test_every_row_has_its_turn_before_one_comes_again() -> None:
-    series = drawn(5, 0, 15, seed=1)
+    series = replayed_rows(5, 0, 15, seed=1)
     assert all(sorted(series[at : at + 5]) == [0, 1, 2, 3, 4] for at in (0, 5, 10))
     assert series[:5] != series[5:10]
-    assert drawn(5, 3, 8, seed=1) == series[3:8]
-    assert drawn(5, 0, 5, seed=2) != series[:5]
-    assert drawn(5, 4, 4, seed=1) == []
+    assert replayed_rows(5, 3, 8, seed=1) == series[3:8]
+    assert replayed_rows(5, 0, 5, seed=2) != series[:5]
+    assert replayed_rows(5, 4, 4, seed=1) == []
 
 
 def test_a_step_replays_its_fraction_and_carries_the_rest() -> None:
@@ -93,7 +69,7 @@ def test_the_term_is_the_steps_mean_whatever_the_micro_batches(tiny_model: Path,
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["kto", "orpo", "cpo"])
 def test_every_loss_of_trl_takes_it(kind: str, tiny_model: Path, tmp_path: Path) -> None:
-    made_by = replaying(kind, tmp_path, tiny_model, replay_fraction=0.3, max_steps=2, ema=0.5)
+    made_by = make_replay_stage(kind, tmp_path, tiny_model, replay_fraction=0.3, max_steps=2, ema=0.5)
     metrics = STAGES[kind].runner()(made_by)
     assert metrics["replayed_rows"] == int(2 * 8 * 0.3 / 0.7)
     assert metrics["test_replay_loss_after"] != metrics["test_replay_loss_before"]
@@ -103,14 +79,14 @@ def test_every_loss_of_trl_takes_it(kind: str, tiny_model: Path, tmp_path: Path)
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_what_is_replayed_is_kept(kind: str, tiny_model: Path, tmp_path: Path) -> None:
     fields = {"learning_rate": 5e-3, "max_steps": 20, "epochs": 9}
-    only_scored = replaying(kind, tmp_path / "scored", tiny_model, replay_fraction=0, **fields)
-    replayed = replaying(kind, tmp_path / "kept", tiny_model, replay_fraction=0.3, replay_weight=1.0, **fields)
+    only_scored = make_replay_stage(kind, tmp_path / "scored", tiny_model, replay_fraction=0, **fields)
+    replayed = make_replay_stage(kind, tmp_path / "kept", tiny_model, replay_fraction=0.3, replay_weight=1.0, **fields)
     without, with_it = STAGES[kind].runner()(only_scored), STAGES[kind].runner()(replayed)
     assert without["test_replay_loss_before"] == with_it["test_replay_loss_before"]
     assert with_it["test_replay_loss_after"] < without["test_replay_loss_after"] - 0.5
     assert (without["replayed_rows"], with_it["replayed_rows"]) == (0, int(20 * 8 * 0.3 / 0.7))
     if kind == "sft":
-        plain = made("sft", tmp_path / "plain", tiny_model, FULL, **fields)
+        plain = make_stage("sft", tmp_path / "plain", tiny_model, FULL, **fields)
         STAGES["sft"].runner()(plain)
         assert losses(plain) == losses(only_scored)
 
@@ -118,7 +94,7 @@ def test_what_is_replayed_is_kept(kind: str, tiny_model: Path, tmp_path: Path) -
 def test_resumed_run_equals_the_uninterrupted_one(tiny_model: Path, tmp_path: Path) -> None:
     run = STAGES["sft"].runner()
     fields = {"replay_fraction": 0.2, "max_steps": 9, "save_steps": 4}
-    whole, parts = (replaying("sft", tmp_path / f, tiny_model, **fields) for f in ("a", "b"))
+    whole, parts = (make_replay_stage("sft", tmp_path / f, tiny_model, **fields) for f in ("a", "b"))
     run(whole)
     with pytest.raises(Killed):
         run(dying(parts, 6))
@@ -131,8 +107,8 @@ def test_resumed_run_equals_the_uninterrupted_one(tiny_model: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("config", "fields", "message"),
     [
-        (SftConfig, {"replay_fraction": 0.2}, "there is no `replay:` stage to replay from"),
-        (SftConfig, {"replay": "g", "replay_fraction": 0, "replay_weight": 1}, "has nothing to weigh"),
+        (SftConfig, {"replay_fraction": 0.2}, "needs a `replay:` stage to replay from"),
+        (SftConfig, {"replay": "g", "replay_fraction": 0, "replay_weight": 1}, "has no effect at"),
         (SftConfig, {"replay": "g", "replay_frac": 0.2}, "unknown key 'replay_frac'. Did you mean 'replay_fraction'"),
         (SftConfig, {"replays": "g"}, "unknown key 'replays'. Did you mean 'replay'"),
         (RewardConfig, {"replay": "g"}, "which a reward model cannot; mix pairs in the data"),

@@ -19,72 +19,42 @@ from safetensors.torch import load_file
 from align.pipeline.context import StageContext
 from align.pipeline.registry import STAGES
 from align.pipeline.stop_signal import Stopped, clear_request, request_stop
-from align.store.artifacts import Kind
 from align.training.checkpoints import MARKER, is_complete, mark_complete
-from align.training.clock import FILE
-from tests.support.training.harness import context, data_artifact, losses
+from align.training.fit import SECONDS_FILE
+from tests.support.training.harness import losses
+from tests.support.training.killed_stage import Killed, dying
+from tests.support.training.training_stages import FULL, make_stage
 
 LORA = {"method": "lora", "rank": 4}
-FULL = {"method": "full"}
-
-
-class Killed(BaseException):
-    pass
-
-
-class Dying(StageContext):
-    """A context that kills the stage when step ``DIES_AT`` is reported."""
-
-    dies_at = 0
-
-    def progress(self, done: float, total: float, unit: str = "steps", **shown: Any) -> None:
-        super().progress(done, total, unit, **shown)
-        if unit == "steps" and done == self.dies_at:
-            raise Killed
-
-
-def dying(plain: StageContext, step: int) -> StageContext:
-    made = Dying(**{field.name: getattr(plain, field.name) for field in fields(plain)})
-    object.__setattr__(made, "dies_at", step)
-    return made
-
-
-def made(kind: str, root: Path, model: Path, tuning: dict[str, Any], save_steps: int) -> StageContext:
-    source = "policy" if kind == "dpo" else "model"
-    config = STAGES[kind].config_class()(
-        **{source: "model"},
-        data="data",
-        tuning=tuning,
-        learning_rate=3e-3,
-        epochs=3,
-        batch_size=8,
-        micro_batch_size=4,
-        max_length=128,
-        save_steps=save_steps,
-    )
-    return context(root, config, model, data_artifact(root / "data", Kind.PREFERENCES), source)
 
 
 MID_EPOCH, EPOCH_END = (4, 10), (5, 12)
 
 
-@pytest.mark.parametrize(
-    ("save_steps", "dies_at", "tuning"),
-    [
-        pytest.param(*MID_EPOCH, LORA, id="mid-epoch-lora"),
-        pytest.param(*EPOCH_END, FULL, id="epoch-end-full"),
-        pytest.param(*MID_EPOCH, FULL, id="mid-epoch-full", marks=pytest.mark.slow),
-        pytest.param(*EPOCH_END, LORA, id="epoch-end-lora", marks=pytest.mark.slow),
-    ],
-)
-@pytest.mark.parametrize("kind", ["sft", "reward", "dpo"])
+MOMENTS = {
+    "mid-epoch-lora": (*MID_EPOCH, LORA),
+    "epoch-end-full": (*EPOCH_END, FULL),
+    "mid-epoch-full": (*MID_EPOCH, FULL),
+    "epoch-end-lora": (*EPOCH_END, LORA),
+}
+QUICK = ("sft-mid-epoch-lora", "reward-mid-epoch-lora", "dpo-mid-epoch-lora", "sft-epoch-end-full")
+"""The others are slow tests."""
+
+
+def resumptions() -> list[Any]:
+    names = [(kind, moment) for kind in ("sft", "reward", "dpo") for moment in MOMENTS]
+    marks = {name: () if "-".join(name) in QUICK else pytest.mark.slow for name in names}
+    return [pytest.param(name[0], *MOMENTS[name[1]], id="-".join(name), marks=marks[name]) for name in names]
+
+
+@pytest.mark.parametrize(("kind", "save_steps", "dies_at", "tuning"), resumptions())
 def test_resumed_run_equals_the_uninterrupted_one(
     kind: str, save_steps: int, dies_at: int, tuning: dict[str, Any], tiny_model: Path, tmp_path: Path
 ) -> None:
     run = STAGES[kind].runner()
-    whole = made(kind, tmp_path / "whole", tiny_model, tuning, save_steps)
+    whole = make_stage(kind, tmp_path / "whole", tiny_model, tuning, save_steps=save_steps)
     run(whole)
-    parts = made(kind, tmp_path / "parts", tiny_model, tuning, save_steps)
+    parts = make_stage(kind, tmp_path / "parts", tiny_model, tuning, save_steps=save_steps)
     with pytest.raises(Killed):
         run(dying(parts, dies_at))
     metrics = run(parts)
@@ -117,7 +87,7 @@ def test_a_stage_that_is_asked_to_stop_saves_at_once_and_goes_on_to_the_same_wei
     tiny_model: Path, tmp_path: Path
 ) -> None:
     run = STAGES["sft"].runner()
-    whole, parts = (made("sft", tmp_path / name, tiny_model, LORA, 100) for name in ("whole", "parts"))
+    whole, parts = (make_stage("sft", tmp_path / name, tiny_model, LORA, save_steps=100) for name in ("whole", "parts"))
     run(whole)
     with pytest.raises(Stopped, match="stopped as asked, at step [78] of 15"):  # the one under way is finished
         run(asking(parts, 7))
@@ -131,23 +101,25 @@ def test_a_stage_that_is_asked_to_stop_saves_at_once_and_goes_on_to_the_same_wei
 
 
 def test_a_stage_that_is_asked_at_its_last_step_is_finished(tiny_model: Path, tmp_path: Path) -> None:
-    context = made("sft", tmp_path / "run", tiny_model, LORA, 100)
+    context = make_stage("sft", tmp_path / "run", tiny_model, LORA, save_steps=100)
     assert STAGES["sft"].runner()(asking(context, 15))["steps"] == 15
     assert (context.output / "model" / "model.safetensors").is_file()
 
 
 def test_stage_killed_after_its_last_step_only_finishes(tiny_model: Path, tmp_path: Path) -> None:
     run = STAGES["sft"].runner()
-    whole = made("sft", tmp_path / "run", tiny_model, FULL, 4)
+    whole = make_stage("sft", tmp_path / "run", tiny_model, FULL, save_steps=4)
     first = run(whole)
     again = run(whole)
     assert again["resumed_from_step"] == 15
     assert again["test_loss_after"] == first["test_loss_after"]
     assert again["tokens"] == first["tokens"]
     last = whole.checkpoints / "checkpoint-15"
-    assert FILE in json.loads((last / MARKER).read_text())["sha256"]
-    assert first["training_seconds"] >= float((last / FILE).read_text()) > 0
-    assert again["training_seconds"] >= float((last / FILE).read_text())  # of training that this attempt found done
+    assert SECONDS_FILE in json.loads((last / MARKER).read_text())["sha256"]
+    assert first["training_seconds"] >= float((last / SECONDS_FILE).read_text()) > 0
+    assert again["training_seconds"] >= float(
+        (last / SECONDS_FILE).read_text()
+    )  # of training that this attempt found done
     for each in (first, again):
         assert each["tokens_per_second"] == pytest.approx(each["tokens"] / each["training_seconds"])
 
@@ -155,10 +127,10 @@ def test_stage_killed_after_its_last_step_only_finishes(tiny_model: Path, tmp_pa
 def test_a_checkpoint_that_does_not_say_how_long_it_took_is_left_out_of_the_speed(
     tiny_model: Path, tmp_path: Path
 ) -> None:
-    whole = made("sft", tmp_path / "run", tiny_model, FULL, 10)
+    whole = make_stage("sft", tmp_path / "run", tiny_model, FULL, save_steps=10)
     first = STAGES["sft"].runner()(whole)
     shutil.rmtree(whole.checkpoints / "checkpoint-15")
-    (whole.checkpoints / "checkpoint-10" / FILE).unlink()
+    (whole.checkpoints / "checkpoint-10" / SECONDS_FILE).unlink()
     mark_complete(whole.checkpoints / "checkpoint-10")
     again = STAGES["sft"].runner()(whole)
     rest = again["tokens_per_second"] * again["training_seconds"]
@@ -170,13 +142,13 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from align.pipeline.registry import STAGES
-from tests.training.test_resume import FULL, made
-STAGES["sft"].runner()(made("sft", Path(sys.argv[1]), Path(sys.argv[2]), FULL, 1))
+from tests.support.training.training_stages import FULL, make_stage
+STAGES["sft"].runner()(make_stage("sft", Path(sys.argv[1]), Path(sys.argv[2]), FULL, save_steps=1))
 """
 
 
 def test_sigkill_in_the_middle_of_saving(tiny_model: Path, tmp_path: Path) -> None:
-    whole = made("sft", tmp_path / "whole", tiny_model, FULL, 1)
+    whole = make_stage("sft", tmp_path / "whole", tiny_model, FULL, save_steps=1)
     STAGES["sft"].runner()(whole)
     root = tmp_path / "parts"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
@@ -190,7 +162,7 @@ def test_sigkill_in_the_middle_of_saving(tiny_model: Path, tmp_path: Path) -> No
     finally:
         child.send_signal(signal.SIGKILL)
         child.wait()
-    parts = made("sft", root, tiny_model, FULL, 1)
+    parts = make_stage("sft", root, tiny_model, FULL, save_steps=1)
     metrics = STAGES["sft"].runner()(parts)
     assert 4 <= metrics["resumed_from_step"] < 15
     assert losses(parts) == losses(whole)

@@ -13,7 +13,7 @@ from align.pipeline.pipeline import Node
 from align.pipeline.stop_signal import Stopped, StopRequest
 from align.runner.listener import Listener
 from align.runner.runner import run_pipeline
-from tests.training.test_distributed import WITHIN, pipeline
+from tests.support.training.distributed_runs import WITHIN, pipeline
 
 
 class AskAt(Listener):

@@ -21,7 +21,7 @@ from align.store.artifacts import Kind
 from align.training.arguments import SCHEDULERS, schedule_options
 from align.training.rows import read_splits
 from tests.support.training.harness import context, data_artifact, events, losses, rows
-from tests.training.test_resume import Killed, dying
+from tests.support.training.killed_stage import Killed, dying
 
 HOT = {"learning_rate": 0.05, "scheduler": "constant", "warmup_ratio": 0.0, "max_grad_norm": 100.0}
 """What makes the held-out loss rise again after a few steps."""
@@ -79,7 +79,7 @@ def test_validation_rows_are_of_questions_that_are_not_learned(tiny_model: Path,
     few = made(tmp_path, tiny_model, keep="best", max_rows=3, eval_rows=2)
     assert {name: len(split) for name, split in read_splits(few).items()} == {"train": 3, "validation": 2, "test": 2}
     write_rows(stage.artifact("data").split("train"), rows(1))
-    with pytest.raises(UserError, match="the train split has one question alone.*take `keep: last`"):
+    with pytest.raises(UserError, match="the train split has one question only.*take `keep: last`"):
         read_splits(stage)
 
 
@@ -129,12 +129,12 @@ def test_an_average_is_what_is_kept(tiny_model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "extra", "message"),
     [
-        (SftConfig, {"keep": "best"}, "keep: best goes by the held-out loss on the way; set eval_steps"),
-        (RewardConfig, {"early_stopping": {}}, "early_stopping goes by the held-out loss"),
+        (SftConfig, {"keep": "best"}, "keep: best needs the validation loss during training; set eval_steps"),
+        (RewardConfig, {"early_stopping": {}}, "early_stopping needs the validation loss"),
         (SftConfig, {"keep": "bst", "eval_steps": 1}, "Did you mean 'best'"),
         (SftConfig, {"early_stopping": {"patiense": 1}}, "Did you mean 'patience'"),
         (SftConfig, {"early_stoping": {}}, "Did you mean 'early_stopping'"),
-        (SftConfig, {"min_lr_ratio": 0.1}, "min_lr_ratio means nothing to scheduler cosine"),
+        (SftConfig, {"min_lr_ratio": 0.1}, "min_lr_ratio has no effect with scheduler cosine"),
         (SftConfig, {"scheduler": "wsd", "warmup_ratio": 0.5, "decay_ratio": 0.6}, "more than all steps"),
         (SftConfig, {"gradient_checkpoint": True}, "Did you mean 'gradient_checkpointing'"),
         (SftConfig, {"trainer": {"gradient_checkpointing": True}}, "set 'gradient_checkpointing' beside 'trainer'"),

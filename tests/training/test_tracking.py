@@ -22,11 +22,11 @@ from align.pipeline.registry import STAGES
 from align.runner.runner import run_pipeline
 from align.store.artifacts import Kind
 from align.training import tracking
-from align.training.state_files import read_state
+from align.training.checkpoints import read_state
 from align.training.tracking import scorecard_values, track_result
-from tests.stages.test_evaluate_run import context as evaluated
-from tests.stages.test_evaluate_run import inputs
 from tests.support import toy
+from tests.support.stages.evaluation_stage import context as evaluated
+from tests.support.stages.evaluation_stage import inputs
 from tests.support.training.harness import context, data_artifact, events
 
 __all__ = ["evaluated", "inputs"]  # fixtures
@@ -288,6 +288,7 @@ def test_runtime_names_one_or_several_and_no_other(tmp_path: Path) -> None:
         Pipeline(toy.pipeline() | {"runtime": {"report_to": ["comet"]}})
 
 
+@pytest.mark.usefixtures("stages_in_process")
 def test_a_stage_knows_its_pipeline_and_the_run_which_a_changed_field_makes_another(tmp_path: Path) -> None:
     def group(number: int, report_to: list[str]) -> tuple[str, str]:
         raw = toy.pipeline(two={"number": number, "crash": "user"}) | {"runtime": {"report_to": report_to}}

@@ -3,50 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import trl.trainer.utils
-from datasets import Dataset
-from trl.trainer.sft_config import SFTConfig
 
 from align.config.stages.reward import RewardConfig
-from align.config.stages.sft import SftConfig
 from align.errors import UserError
-from align.models.loading import load_policy, load_tokenizer, new_reward
+from align.models.loading import load_policy, new_reward
 from align.models.tuning.apply import apply_tuning
-from align.pipeline.context import StageContext
-from align.store.artifacts import Kind
 from align.training import held_out, order
-from align.training.arguments import training_arguments
 from align.training.fit import fit
 from align.training.progress import ReportProgress
-from align.training.rows import encode_supervised
-from align.training.trainers import PreparedSFT, give_head_its_rate, label_positions_only
-from tests.support.training.harness import context, data_artifact, rows
-
-
-def sft(root: Path, model: Path, **fields: Any) -> tuple[PreparedSFT, StageContext, Any]:
-    config = SftConfig(
-        model="model", data="data", **{"learning_rate": 1e-3, "batch_size": 4, "max_length": 128, **fields}
-    )
-    made = context(root, config, model, data_artifact(root / "data", Kind.INSTRUCTIONS))
-    tokenizer = load_tokenizer(model)
-    encoded = encode_supervised(tokenizer, rows(16), 128)
-    label_positions_only()
-    trainer = PreparedSFT(
-        model=load_policy(model),
-        args=training_arguments(SFTConfig, made, len(encoded.rows)),
-        train_dataset=Dataset.from_list(encoded.rows),
-        processing_class=tokenizer,
-    )
-    trainer.row_lengths = encoded.lengths
-    return trainer, made, encoded
+from align.training.trainers import set_head_learning_rate
+from tests.support.training.sft_setup import make_sft_trainer
 
 
 def test_a_small_update_survives_in_float32_and_is_lost_in_bfloat16(tiny_model: Path, tmp_path: Path) -> None:
-    trainer, made, encoded = sft(tmp_path, tiny_model, learning_rate=1e-6, warmup_ratio=0, max_steps=1)
+    trainer, made, encoded = make_sft_trainer(tmp_path, tiny_model, learning_rate=1e-6, warmup_ratio=0, max_steps=1)
     name = "model.layers.0.mlp.up_proj.weight"
     before = trainer.model.get_parameter(name).detach().clone()
     fit(trainer, made, lambda split: held_out.supervised(trainer, encoded))
@@ -71,7 +45,7 @@ def test_a_score_head_learns_at_its_own_rate(tiny_model: Path, tuning: str, give
     )  # type: ignore[arg-type]
     model = apply_tuning(new_reward(tiny_model), config.tuning, 0)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    give_head_its_rate(optimizer, model, config.head_rate)
+    set_head_learning_rate(optimizer, model, config.head_rate)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     assert rates.keys() == {id(p) for p in trained.values()}
@@ -82,7 +56,7 @@ def test_a_score_head_learns_at_its_own_rate(tiny_model: Path, tuning: str, give
 def test_held_out_loss_is_the_mean_over_tokens_whatever_the_batches(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer, _, encoded = sft(tmp_path, tiny_model, precision="float32")
+    trainer, _, encoded = make_sft_trainer(tmp_path, tiny_model, precision="float32")
     whole = held_out.supervised(trainer, encoded)
     monkeypatch.setattr(held_out, "SCORING_TOKENS", 1)  # one row at a time: no padding at all
     single = held_out.supervised(trainer, encoded)
@@ -100,7 +74,7 @@ def test_held_out_loss_is_the_mean_over_tokens_whatever_the_batches(
 def test_only_labeled_positions_reach_the_vocabulary(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer, _, encoded = sft(tmp_path, tiny_model)
+    trainer, _, encoded = make_sft_trainer(tmp_path, tiny_model)
     seen: list[int] = []
     original = trl.trainer.utils._ChunkedLogProbFunction.apply
     monkeypatch.setattr(
@@ -111,7 +85,7 @@ def test_only_labeled_positions_reach_the_vocabulary(
 
 
 def test_rows_are_seen_in_our_order(tiny_model: Path, tmp_path: Path) -> None:
-    trainer, _, encoded = sft(tmp_path, tiny_model, micro_batch_size=2)
+    trainer, _, encoded = make_sft_trainer(tmp_path, tiny_model, micro_batch_size=2)
     loader = trainer.get_train_dataloader()
     loader.set_epoch(3)
     expected = order.grouped_order(encoded.lengths, 2, 4, trainer.args.seed, 3)
@@ -120,7 +94,7 @@ def test_rows_are_seen_in_our_order(tiny_model: Path, tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_the_stage(tiny_model: Path, tmp_path: Path) -> None:
-    trainer, made, _ = sft(tmp_path, tiny_model)
+    trainer, made, _ = make_sft_trainer(tmp_path, tiny_model)
     with torch.no_grad():
         trainer.model.get_parameter("model.norm.weight").fill_(float("nan"))
     trainer.add_callback(ReportProgress(made))
@@ -129,6 +103,6 @@ def test_a_loss_that_is_not_finite_stops_the_stage(tiny_model: Path, tmp_path: P
 
 
 def test_trainer_options_reach_trl(tiny_model: Path, tmp_path: Path) -> None:
-    trainer, _, _ = sft(tmp_path, tiny_model, trainer={"adam_beta2": 0.9}, gradient_checkpointing=True)
+    trainer, _, _ = make_sft_trainer(tmp_path, tiny_model, trainer={"adam_beta2": 0.9}, gradient_checkpointing=True)
     assert trainer.args.adam_beta2 == 0.9
     assert trainer.args.gradient_checkpointing

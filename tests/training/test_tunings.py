@@ -17,7 +17,7 @@ from align.pipeline.registry import STAGES
 from align.store.artifacts import Kind
 from tests.support.models.tuning.pretended import CASES, FEW, peft_case
 from tests.support.training.harness import context, data_artifact, events, losses
-from tests.training.test_resume import Killed, dying
+from tests.support.training.killed_stage import Killed, dying
 
 KILLED_AT, RESUMED_FROM, STEPS = 7, 6, 10
 

@@ -15,28 +15,19 @@ from transformers import TrainerCallback
 
 from align.config.tuning import FullTuning
 from align.models.loading import load_policy, load_tokenizer, new_reward
-from align.models.parameter_groups import places
-from align.pipeline.context import StageContext
+from align.models.parameter_groups import parameter_groups
 from align.pipeline.registry import STAGES
-from align.store.artifacts import Kind
 from align.training import fit
-from align.training.layer_rates import give_layers_their_rates
-from align.training.lisa import drawn_layers
-from align.training.unfreezing import open_at, optimizer_bytes, steps_per_epoch
-from tests.support.training.harness import context, data_artifact, events, losses
-from tests.training.test_resume import Killed, dying
+from align.training.trainers import set_layer_learning_rates
+from align.training.unfreezing import layer_schedule, optimizer_bytes, sample_layers, steps_per_epoch
+from tests.support.training.harness import events, losses
+from tests.support.training.killed_stage import Killed, dying
+from tests.support.training.training_stages import make_stage
 
 UNFREEZE = {"method": "full", "unfreeze": {"at": {0: 1, 7: 2}, "embeddings": True}}
 LISA = {"method": "full", "lisa": {"layers": 1, "every": 3}}
 DECAY = {"method": "full", "layer_decay": 0.5, "freeze": ["model.embed_tokens"]}
 TUNINGS = {"unfreeze": UNFREEZE, "lisa": LISA, "decay": DECAY}
-
-
-def made(kind: str, root: Path, model: Path, tuning: dict[str, Any], **fields: Any) -> StageContext:
-    source = "model" if kind in ("sft", "reward") else "policy"
-    given = {"learning_rate": 3e-3, "epochs": 3, "batch_size": 8, "micro_batch_size": 4, "max_length": 128, **fields}
-    config = STAGES[kind].config_class()(**{source: "model"}, data="data", tuning=tuning, **given)
-    return context(root, config, model, data_artifact(root / "data", Kind.PREFERENCES), source)
 
 
 def layers_open(opened: frozenset[Any]) -> list[int]:
@@ -48,7 +39,7 @@ def test_layers_open_from_the_last_one_down(tiny_model: Path, unit: str) -> None
     model = load_policy(tiny_model)
     at = {0: 0, 4: 1, 9: 40} if unit == "steps" else {0: 0, 0.8: 1, 1.8: 2}  # more than all layers, and just all
     tuning = FullTuning(unfreeze={"at": at, "unit": unit, "embeddings": True})  # type: ignore[arg-type]
-    schedule = open_at(tuning, model, steps_per_epoch=5, seed=0)
+    schedule = layer_schedule(tuning, model, steps_per_epoch=5, seed=0)
     assert [layers_open(schedule(step)) for step in (0, 3, 4, 8, 9)] == [[], [], [1], [1], [0, 1]]
     assert ["embeddings" in schedule(step) for step in (0, 8, 9)] == [False, False, True]
     assert all("head" not in schedule(step) for step in range(12))
@@ -56,9 +47,9 @@ def test_layers_open_from_the_last_one_down(tiny_model: Path, unit: str) -> None
 
 def test_a_tied_head_opens_the_embeddings(tiny_model: Path) -> None:
     model = load_policy(tiny_model)
-    schedule = open_at(FullTuning(unfreeze={"at": {0: 1}, "head": True}), model, 5, 0)  # type: ignore[arg-type]
+    schedule = layer_schedule(FullTuning(unfreeze={"at": {0: 1}, "head": True}), model, 5, 0)  # type: ignore[arg-type]
     assert "embeddings" in schedule(0)
-    schedule = open_at(FullTuning(unfreeze={"at": {0: 1}, "head": True}), new_reward(tiny_model), 5, 0)  # type: ignore[arg-type]
+    schedule = layer_schedule(FullTuning(unfreeze={"at": {0: 1}, "head": True}), new_reward(tiny_model), 5, 0)  # type: ignore[arg-type]
     assert "embeddings" not in schedule(0)
     assert "score" in schedule(0)
 
@@ -66,7 +57,7 @@ def test_a_tied_head_opens_the_embeddings(tiny_model: Path) -> None:
 @pytest.mark.parametrize(("embeddings", "head"), [(True, False), (False, True)])
 def test_lisa_opens_around_its_layers_what_it_is_told(tiny_model: Path, embeddings: bool, head: bool) -> None:
     lisa = {"layers": 1, "embeddings": embeddings, "head": head}
-    schedule = open_at(FullTuning(lisa=lisa), new_reward(tiny_model), 5, 0)  # type: ignore[arg-type]
+    schedule = layer_schedule(FullTuning(lisa=lisa), new_reward(tiny_model), 5, 0)  # type: ignore[arg-type]
     assert ("embeddings" in schedule(0), "head" in schedule(0)) == (embeddings, head)
 
 
@@ -78,14 +69,14 @@ def test_an_epoch_has_the_steps_that_transformers_takes(processes: int, accumula
 
 
 def test_every_layer_is_drawn_as_often_and_by_step_alone() -> None:
-    drawn = [drawn_layers(8, 2, period, seed=3) for period in range(2000)]
-    assert drawn == [drawn_layers(8, 2, period, seed=3) for period in range(2000)]
-    assert drawn != [drawn_layers(8, 2, period, seed=4) for period in range(2000)]
+    drawn = [sample_layers(8, 2, period, seed=3) for period in range(2000)]
+    assert drawn == [sample_layers(8, 2, period, seed=3) for period in range(2000)]
+    assert drawn != [sample_layers(8, 2, period, seed=4) for period in range(2000)]
     assert all(len(set(layers)) == 2 for layers in drawn)
     times = Counter(layer for layers in drawn for layer in layers)
     # 2000 draws at 1/4: 500 each, standard deviation 19.4
     assert all(abs(times[layer] - 500) < 4 * math.sqrt(2000 * 0.25 * 0.75) for layer in range(8))
-    assert drawn_layers(2, 5, 0, 0) == [0, 1]
+    assert sample_layers(2, 5, 0, 0) == [0, 1]
 
 
 class Watch(TrainerCallback):
@@ -130,11 +121,11 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
 def test_only_what_is_open_has_gradients_and_optimizer_state(
     name: str, tiny_model: Path, tmp_path: Path, watch: Watch
 ) -> None:
-    run = made("sft", tmp_path, tiny_model, TUNINGS[name], max_steps=12)
+    run = make_stage("sft", tmp_path, tiny_model, TUNINGS[name], max_steps=12)
     metrics = STAGES["sft"].runner()(run)
     model = load_policy(tiny_model)
-    where = places(model)
-    schedule = open_at(run.config.tuning, model, 5, run.seed)
+    where = parameter_groups(model)
+    schedule = layer_schedule(run.config.tuning, model, 5, run.seed)
     for step, (graded, held, _) in enumerate(watch.seen):
         wanted = {name for name, place in where.items() if place in schedule(step)}
         assert graded == held == wanted, step
@@ -149,7 +140,7 @@ def test_only_what_is_open_has_gradients_and_optimizer_state(
 
 
 def test_closed_layers_stay_as_they_are(tiny_model: Path, tmp_path: Path) -> None:
-    run = made("sft", tmp_path, tiny_model, UNFREEZE, max_steps=6, weight_decay=0.1)
+    run = make_stage("sft", tmp_path, tiny_model, UNFREEZE, max_steps=6, weight_decay=0.1)
     STAGES["sft"].runner()(run)
     before, after = (load_file(f / "model.safetensors") for f in (tiny_model, run.output / "model"))
     changed = {name for name in after if not after[name].equal(before[name])}
@@ -160,7 +151,7 @@ def test_closed_layers_stay_as_they_are(tiny_model: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", TUNINGS)
 def test_it_learns(name: str, tiny_model: Path, tmp_path: Path) -> None:
-    run = made("sft", tmp_path, tiny_model, TUNINGS[name], learning_rate=1e-2, epochs=12)
+    run = make_stage("sft", tmp_path, tiny_model, TUNINGS[name], learning_rate=1e-2, epochs=12)
     metrics = STAGES["sft"].runner()(run)
     assert metrics["test_loss_after"] < metrics["test_loss_before"] / 2
     model = load_policy(run.output / "model").eval()
@@ -183,7 +174,7 @@ def test_resumed_run_equals_the_uninterrupted_one(
 ) -> None:
     run = STAGES[kind].runner()
     fields = {"save_steps": save_steps, "max_steps": 12}
-    whole, parts = (made(kind, tmp_path / f, tiny_model, TUNINGS[name], **fields) for f in ("a", "b"))
+    whole, parts = (make_stage(kind, tmp_path / f, tiny_model, TUNINGS[name], **fields) for f in ("a", "b"))
     first = run(whole)
     with pytest.raises(Killed):
         run(dying(parts, dies_at))
@@ -200,7 +191,7 @@ def test_rates_fall_from_the_last_layer_to_the_embeddings(tiny_model: Path) -> N
     decaying = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() == 1]
     optimizer = torch.optim.AdamW([{"params": decaying, "weight_decay": 0.1}, {"params": rest}], lr=8e-3)
-    give_layers_their_rates(optimizer, model, 0.5)
+    set_layer_learning_rates(optimizer, model, 0.5)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     named = {name: rates[id(p)] for name, p in model.named_parameters()}
     assert named["model.norm.weight"] == named["model.layers.1.mlp.up_proj.weight"] == 8e-3
@@ -214,7 +205,7 @@ def test_rates_fall_from_the_last_layer_to_the_embeddings(tiny_model: Path) -> N
 def test_a_run_learns_at_these_rates(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rates = Rates()
     added(rates, monkeypatch)
-    STAGES["sft"].runner()(made("sft", tmp_path, tiny_model, DECAY, max_steps=2))
+    STAGES["sft"].runner()(make_stage("sft", tmp_path, tiny_model, DECAY, max_steps=2))
     assert rates.found["model.norm.weight"] == rates.found["model.layers.1.mlp.up_proj.weight"] > 0
     assert rates.found["model.layers.0.mlp.up_proj.weight"] == 0.5 * rates.found["model.norm.weight"]
     assert "model.embed_tokens.weight" not in rates.found

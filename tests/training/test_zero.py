@@ -12,7 +12,7 @@ import torch
 from align.config.launch import DeepspeedConfig
 from align.errors import UserError
 from align.runner.runner import run_pipeline
-from tests.support.training.several import Made, interrupted, pipeline, same
+from tests.support.training.distributed_runs import Made, interrupted, pipeline, same
 
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.timeout(1800)
@@ -95,11 +95,11 @@ def _source(what: Any) -> str:
     ("launch", "sft", "words"),
     [
         ({"deepspeed": {"stage": 2, "offload_parameters": True}}, {}, "offload_parameters needs stage 3; it is 2"),
-        ({"strategy": "ddp", "deepspeed": {"stage": 1}}, {}, "read with `strategy: deepspeed` only; here it is ddp"),
+        ({"strategy": "ddp", "deepspeed": {"stage": 1}}, {}, "used with `strategy: deepspeed` only; it is ddp"),
         ({}, {"ema": 0.9}, "ema does not go with strategy deepspeed; take fsdp2, or leave it out."),
         ({}, {"anchor": {"to": "l2", "weight": 0.1}}, "anchor does not go with strategy deepspeed"),
         ({}, {"keep": "best", "eval_steps": 2}, "keep: best does not go with strategy deepspeed"),
-        ({}, {"tuning": {"method": "qlora", "rank": 4}}, "which strategy deepspeed cannot share out; take ddp."),
+        ({}, {"tuning": {"method": "qlora", "rank": 4}}, "which strategy deepspeed cannot shard; take ddp."),
     ],
 )
 def test_what_does_not_go_with_it_is_refused(launch: dict[str, Any], sft: dict[str, Any], words: str) -> None:
@@ -126,7 +126,7 @@ def test_without_the_package_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 def test_what_is_asked_for_reaches_its_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     from align.training import zero
 
-    monkeypatch.setattr(zero, "_have_cpus_count", lambda: None)
+    monkeypatch.setattr(zero, "_allow_cpus", lambda: None)
     options = zero.zero_options(
         DeepspeedConfig(stage=3, offload_optimizer=True, offload_parameters=True), on_gpu=False, bfloat16=True
     )

@@ -1,7 +1,7 @@
-"""RMS norms that compute and keep less than autograd would: what goes in, and one number a token.
+"""RMS norms that keep less for the backward pass than autograd would: the input, and one number per token.
 
-transformers writes the norm as six operations, whose float32 results all wait for the backward pass. Left out: norms
-that are not written as Llama's; they work as before.
+transformers writes the norm as six operations, and autograd keeps the float32 result of each. Left out: norms that are
+not written as Llama's; they work as before.
 """
 
 from __future__ import annotations
@@ -13,18 +13,20 @@ import torch
 
 
 class _RmsNorm(torch.autograd.Function):
-    """weight * x / sqrt(mean(x^2) + eps) over the last axis (arXiv 1910.07467), in ``x``'s type, inside in float32."""
+    """weight * x / sqrt(mean(x^2) + eps) over the last axis (arXiv 1910.07467), in float32; returns ``x``'s type."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:  # type: ignore[override]
+        """(B, T, H) -> (B, T, H); ``weight`` is (H,)."""
         wide = x.float()
-        # no vecdot: autocast would take it in bfloat16
+        # No vecdot: autocast would compute it in bfloat16.
         scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True).add_(eps))  # (..., 1)
         ctx.save_for_backward(x, weight, scale)
         return wide.mul(scale).mul_(weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        """(B, T, H) -> gradients of ``x`` (B, T, H) and ``weight`` (H,)."""
         x, weight, scale = ctx.saved_tensors
         unit = x.float().mul_(scale)  # x / rms
         grad = grad.float()
@@ -33,47 +35,48 @@ class _RmsNorm(torch.autograd.Function):
             grad_weight = (grad * unit).flatten(0, -2).sum(dim=0).to(weight.dtype)
         grad = grad * weight
         # d unit / d x = (1 - unit unit^T / width) / rms
-        shared = (grad * unit).mean(dim=-1, keepdim=True)
-        return grad.sub_(unit.mul_(shared)).mul_(scale).to(x.dtype), grad_weight, None
+        projection = (grad * unit).mean(dim=-1, keepdim=True)  # (..., 1)
+        return grad.sub_(unit.mul_(projection)).mul_(scale).to(x.dtype), grad_weight, None
 
 
 def lean_norms(model: Any) -> int:
-    """Under autocast, have ``model``'s norms that are written as Llama's keep little; returns how many these are.
+    """Replace the forward pass of every norm that is written as Llama's; return their number.
 
-    They then give autocast's type, rounded once at the end. Without autocast they compute as before.
+    Under autocast these norms return autocast's type, rounded once at the end. Without autocast they compute as before.
     """
     changed = 0
     for module in model.modules():
-        if _is_llamas(type(module)):
-            module.__class__ = _lean(type(module))
+        if _is_llama_norm(type(module)):
+            module.__class__ = _make_lean(type(module))
             changed += 1
     return changed
 
 
-def _lean(norm: type) -> type:
+def _make_lean(norm: type) -> type:
     def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-        kind = hidden_states.device.type
-        if not torch.is_autocast_enabled(kind):
+        """(B, T, H) -> (B, T, H)."""
+        device_type = hidden_states.device.type
+        if not torch.is_autocast_enabled(device_type):
             plain: torch.Tensor = norm.forward(self, hidden_states)  # type: ignore[attr-defined]
             return plain
-        low: torch.Tensor = _RmsNorm.apply(
-            hidden_states.to(torch.get_autocast_dtype(kind)), self.weight, self.variance_epsilon
-        )
-        return low
+        low_precision = hidden_states.to(torch.get_autocast_dtype(device_type))
+        normed: torch.Tensor = _RmsNorm.apply(low_precision, self.weight, self.variance_epsilon)
+        return normed
 
     return type(norm.__name__, (norm,), {"forward": forward, "lean": True})
 
 
-def _is_llamas(norm: type) -> bool:
+def _is_llama_norm(norm: type) -> bool:
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
     if not norm.__name__.endswith("RMSNorm") or hasattr(norm, "lean"):
         return False
-    return bool(_code(norm.forward)) and _code(norm.forward) == _code(LlamaRMSNorm.forward)  # type: ignore[attr-defined]
+    source = _source_lines(norm.forward)  # type: ignore[attr-defined]
+    return bool(source) and source == _source_lines(LlamaRMSNorm.forward)
 
 
-def _code(function: Any) -> list[str]:
-    """A function's lines without their layout; none where the source is not at hand."""
+def _source_lines(function: Any) -> list[str]:
+    """Return a function's lines without indentation; none where the source is not available."""
     try:
         return [line.strip() for line in inspect.getsource(function).splitlines()]
     except OSError:

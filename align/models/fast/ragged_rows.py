@@ -1,17 +1,24 @@
-"""Sequences of unlike lengths end to end in one row of tokens: no padding, except inside attention.
+"""Run sequences of different lengths as one row of tokens: no padding except inside attention.
 
-Everything but attention looks at one token at a time, so it can run over (1, N) real tokens. Attention gathers the
-sequences into a few right-padded groups of like length, and gives its results back to their places. It is an attention
-function of transformers' own registry, so any model that takes its attention from there can be run this way. On a CPU
-short sequences take the products of matrices as they are written: torch's flash kernel there needs 2 to 4 times as long
-up to a few hundred tokens, backwards above all. What several sequences begin with may stand there once (``Line``): each
-goes on from it, and looks at its keys and values. Left out: sliding windows, linear attention, caches.
+Everything but attention looks at one token at a time, so it can run over the N real tokens as a (1, N) row. Attention
+proceeds in three steps (``ragged_attention``):
+
+1. Gather the tokens' queries, keys and values into a few groups of sequences of similar length, right-padded.
+2. Attend within each group.
+3. Scatter the results back to the tokens' places in the row.
+
+It is registered as an attention function of transformers, so every model that takes its attention from that registry
+can run this way. On a CPU, short sequences use plain matrix products: torch's flash kernel there takes 2 to 4 times as
+long up to a few hundred tokens, most of all backwards. A prefix that several sequences share may appear once
+(``prefix_batch.PrefixBatch``): each of them attends to the prefix's keys and values. Left out: sliding windows, linear
+attention, caches.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,102 +26,158 @@ import torch.nn.functional as F
 
 NAME = "align_ragged"
 SHORT = 512
-"""Tokens up to which a CPU is better off without its flash kernel (benchmarks: 2 to 4 times at 100, even at 800)."""
-GROUP = 8
-"""Sequences of a group at most; a sequence much shorter than the longest of its group starts a new one."""
+"""Keys up to which a CPU is faster without its flash kernel (benchmarks: 2 to 4 times at 100, even at 800)."""
+GROUP_SIZE = 8
+"""Most sequences of a group. A sequence much shorter than the longest of its group starts a new one."""
+MIN_FILL = 0.8
+"""Least length of a sequence as a share of the longest in its group."""
 
 Layout = dict[str, Any]
-"""``gather`` (M,): for each place of the groups, the token that asks there, or N where it is padding; ``inverse`` (N,):
-the place of each token; ``shapes``: (pieces, queries, keys) of each group; ``masks``: (S, 1, Q, K) or (1, 1, Q, K) bool
-of each, True where a query may look. Where pieces go on from others, ``keys`` (K,) are the tokens that are looked at,
-``own`` (N,) each token's place among them as part of its own piece, and ``again`` the (place, token, count) of those
-that stand there once more, for a piece that goes on from theirs."""
+"""Where each token of a row goes for attention. A plain dict, because models pass it on as a keyword argument.
+
+``slot_tokens`` (M,): for each slot of the padded groups, the index of the token whose query is there; N for padding.
+``token_slots`` (N,): the slot of each token.
+``shapes``: (segments, queries, keys) of each group.
+``masks``: bool, (S, 1, Q, K) or (1, 1, Q, K) for each group; True where a query may look at a key.
+
+Only where segments continue others:
+``key_tokens`` (K,): for each key slot, the index of its token; N for padding.
+``token_keys`` (N,): the key slot of each token within its own segment.
+``prefix_copies``: (key slot, token, count) of each run of keys that is there again, for a segment that continues it.
+"""
 
 
-def lay_out(lengths: Sequence[int], parents: Sequence[int | None] | None = None) -> Layout:
-    """Groups for pieces of these lengths that follow one another. Causal.
+@dataclass
+class _LayoutBuilder:
+    """Collects the index tensors of a layout, segment by segment."""
 
-    ``parents[i]``, an earlier piece, is what piece i goes on from: it sees that one and all that one goes on from. Two
-    pieces that go on from the same see nothing of each other.
+    lengths: Sequence[int]
+    starts: Sequence[int]
+    """Offset of each segment in the row."""
+    ancestors: Sequence[Sequence[int]]
+    """The segments that each segment continues, the outermost first."""
+    total: int
+    """N, the tokens of the row; stands for padding in the index tensors."""
+    slot_tokens: list[torch.Tensor] = field(default_factory=list)
+    key_tokens: list[torch.Tensor] = field(default_factory=list)
+    prefix_copies: list[tuple[int, int, int]] = field(default_factory=list)
+    slots: int = 0
+    key_slots: int = 0
+
+    def __post_init__(self) -> None:
+        self.token_slots = torch.empty(self.total, dtype=torch.long)
+        self.token_keys = torch.empty(self.total, dtype=torch.long)
+
+    def add(self, segment: int, queries: int, prefix_width: int) -> None:
+        """Place one segment, padded to ``queries`` tokens, and behind its keys those of its ancestors, padded too."""
+        start, size = self.starts[segment], self.lengths[segment]
+        tokens = torch.full((queries,), self.total)
+        tokens[:size] = torch.arange(start, start + size)
+        self.token_slots[start : start + size] = torch.arange(self.slots, self.slots + size)
+        self.token_keys[start : start + size] = torch.arange(self.key_slots, self.key_slots + size)
+
+        prefix = torch.full((prefix_width,), self.total)
+        offset = 0
+        for ancestor in self.ancestors[segment]:
+            length = self.lengths[ancestor]
+            prefix[offset : offset + length] = torch.arange(self.starts[ancestor], self.starts[ancestor + 1])
+            self.prefix_copies.append((self.key_slots + queries + offset, self.starts[ancestor], length))
+            offset += length
+
+        self.slot_tokens.append(tokens)
+        self.key_tokens += [tokens, prefix]
+        self.slots += queries
+        self.key_slots += queries + prefix_width
+
+
+def make_layout(lengths: Sequence[int], parents: Sequence[int | None] | None = None) -> Layout:
+    """Return the layout of a row of segments with these lengths, for causal attention.
+
+    ``parents[i]``, an earlier segment, is the one that segment i continues: it sees that one and everything that one
+    continues. Two segments that continue the same one do not see each other.
     """
     starts = [0, *itertools.accumulate(lengths)]
-    total = starts[-1]
-    before = _before(parents or [None] * len(lengths))
-    seen = [sum(lengths[i] for i in path) for path in before]
-    gather, inverse = [], torch.empty(total, dtype=torch.long)
-    keys, own, again = [], torch.empty(total, dtype=torch.long), []
+    ancestors = _find_ancestors(parents or [None] * len(lengths))
+    prefix_lengths = [sum(lengths[i] for i in path) for path in ancestors]
+    builder = _LayoutBuilder(lengths, starts, ancestors, total=starts[-1])
     shapes, masks = [], []
-    place = of_keys = 0
-    for members in _groups(lengths, seen):
-        length, width = lengths[members[0]], max(seen[member] for member in members)
+    for members in _group_segments(lengths, prefix_lengths):
+        queries = lengths[members[0]]  # the first member is the longest
+        prefix_width = max(prefix_lengths[member] for member in members)
         for member in members:
-            size, start = lengths[member], starts[member]
-            tokens, more = torch.full((length,), total), torch.full((width,), total)
-            tokens[:size] = torch.arange(start, start + size)
-            inverse[start : start + size] = torch.arange(place, place + size)
-            own[start : start + size] = torch.arange(of_keys, of_keys + size)
-            at = 0
-            for i in before[member]:
-                more[at : at + lengths[i]] = torch.arange(starts[i], starts[i + 1])
-                again.append((of_keys + length + at, starts[i], lengths[i]))
-                at += lengths[i]
-            gather.append(tokens)
-            keys += [tokens, more]
-            place += length
-            of_keys += length + width
-        shapes.append((len(members), length, length + width))
-        masks.append(_visible(length, [seen[member] for member in members]))
-    layout: Layout = {"gather": torch.cat(gather), "inverse": inverse, "shapes": shapes, "masks": masks}
-    return layout | ({"keys": torch.cat(keys), "own": own, "again": again} if again else {})
+            builder.add(member, queries, prefix_width)
+        shapes.append((len(members), queries, queries + prefix_width))
+        masks.append(_make_mask(queries, [prefix_lengths[member] for member in members]))
+    layout: Layout = {
+        "slot_tokens": torch.cat(builder.slot_tokens),
+        "token_slots": builder.token_slots,
+        "shapes": shapes,
+        "masks": masks,
+    }
+    if builder.prefix_copies:
+        layout["key_tokens"] = torch.cat(builder.key_tokens)
+        layout["token_keys"] = builder.token_keys
+        layout["prefix_copies"] = builder.prefix_copies
+    return layout
 
 
-def _before(parents: Sequence[int | None]) -> list[list[int]]:
-    """The pieces that each goes on from, the first of all first."""
-    found: list[list[int]] = []
+def _find_ancestors(parents: Sequence[int | None]) -> list[list[int]]:
+    """Return the segments that each segment continues, the outermost first."""
+    ancestors: list[list[int]] = []
     for parent in parents:
-        found.append([] if parent is None else [*found[parent], parent])
-    return found
+        ancestors.append([] if parent is None else [*ancestors[parent], parent])
+    return ancestors
 
 
-def _groups(lengths: Sequence[int], seen: Sequence[int]) -> list[list[int]]:
-    """Pieces by falling length, in groups whose padding is a fifth of the longest at most, before them too."""
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], -seen[i]))
+def _group_segments(lengths: Sequence[int], prefix_lengths: Sequence[int]) -> list[list[int]]:
+    """Sort segments by falling length and cut them into groups.
+
+    A group's padding is at most a fifth of its longest member, in the segments and in their prefixes.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], -prefix_lengths[i]))
     groups: list[list[int]] = []
     for i in order:
-        first = groups[-1][0] if groups and len(groups[-1]) < GROUP else None
-        if first is not None and lengths[i] >= 0.8 * lengths[first] and _alike(seen[i], seen[first]):
+        longest = groups[-1][0] if groups and len(groups[-1]) < GROUP_SIZE else None
+        if (
+            longest is not None
+            and lengths[i] >= MIN_FILL * lengths[longest]
+            and _are_similar(prefix_lengths[i], prefix_lengths[longest])
+        ):
             groups[-1].append(i)
         else:
             groups.append([i])
     return groups
 
 
-def _alike(one: int, other: int) -> bool:
-    return min(one, other) >= 0.8 * max(one, other)
+def _are_similar(a: int, b: int) -> bool:
+    return min(a, b) >= MIN_FILL * max(a, b)
 
 
-def _visible(length: int, seen: Sequence[int]) -> torch.Tensor:
-    """A piece's own tokens in their order, and behind them all of those it goes on from."""
-    causal = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
-    width = max(seen)
-    if min(seen) == width:
-        return torch.cat([causal, causal.new_ones(1, 1, length, width)], dim=-1)
-    more = torch.arange(width) < torch.tensor(seen)[:, None]  # (S, W)
-    return torch.cat([causal.expand(len(seen), -1, -1, -1), more[:, None, None].expand(-1, 1, length, -1)], dim=-1)
+def _make_mask(queries: int, prefix_lengths: Sequence[int]) -> torch.Tensor:
+    """Let each token see its own segment causally and its whole prefix: (S, 1, Q, K), or (1, 1, Q, K) for all alike."""
+    causal = torch.ones(queries, queries, dtype=torch.bool).tril()[None, None]  # (1, 1, Q, Q)
+    width = max(prefix_lengths)
+    if min(prefix_lengths) == width:
+        return torch.cat([causal, causal.new_ones(1, 1, queries, width)], dim=-1)
+    count = len(prefix_lengths)
+    prefix = torch.arange(width) < torch.tensor(prefix_lengths)[:, None]  # (S, W)
+    prefix = prefix[:, None, None].expand(-1, 1, queries, -1)
+    return torch.cat([causal.expand(count, -1, -1, -1), prefix], dim=-1)
 
 
 def to_device(layout: Layout, device: Any) -> Layout:
-    """The layout with its tensors on ``device``."""
-    moved = {name: layout[name].to(device) for name in ("gather", "inverse", "keys", "own") if name in layout}
+    """Return the layout with its tensors on ``device``."""
+    names = ("slot_tokens", "token_slots", "key_tokens", "token_keys")
+    moved = {name: layout[name].to(device) for name in names if name in layout}
     return layout | moved | {"masks": [mask.to(device) for mask in layout["masks"]]}
 
 
 class NotRaggedError(RuntimeError):
-    """A model turned out, while running, to need more of attention than ragged rows have."""
+    """A model turned out, while running, to need more of attention than ragged rows offer."""
 
 
 def can_run_ragged(model: Any) -> bool:
-    """Whether ``model`` takes its attention from transformers' registry, and all its layers attend in full."""
+    """Return True for a model that takes its attention from transformers' registry and attends in full everywhere."""
     config = model.config.get_text_config()
     if getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None):
         return False
@@ -123,21 +186,25 @@ def can_run_ragged(model: Any) -> bool:
     return bool(model.is_backend_compatible()) and config._attn_implementation in ("sdpa", NAME)
 
 
-def run_ragged(model: Any) -> None:
-    """Let ``model`` take layouts; without one it works as before. Ask ``can_run_ragged`` first."""
+def enable_ragged(model: Any) -> None:
+    """Let ``model`` take layouts; without one it works as before. Check ``can_run_ragged`` first."""
     model.set_attn_implementation(NAME)
 
 
 def hidden_states(
     trunk: Any, input_ids: torch.Tensor, position_ids: torch.Tensor, layout: Layout, states: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """(N, H) last hidden states of ``trunk`` for (1, N) tokens laid out so, or from (N, H) ``states`` it is given."""
-    marker = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)  # transformers leaves a 4D mask alone
-    given: dict[str, Any] = {"input_ids": input_ids} if states is None else {"inputs_embeds": states[None]}
-    found: torch.Tensor = trunk(
-        **given, attention_mask=marker, position_ids=position_ids, use_cache=False, layout=layout
+    """Return the last hidden states (N, H) of ``trunk`` for a row of (1, N) tokens with this layout.
+
+    With ``states`` (N, H) these are its input in place of the tokens' embeddings.
+    """
+    # transformers leaves a 4D mask alone. This one marks the row as ragged for ragged_attention.
+    marker = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
+    inputs: dict[str, Any] = {"input_ids": input_ids} if states is None else {"inputs_embeds": states[None]}
+    output: torch.Tensor = trunk(
+        **inputs, attention_mask=marker, position_ids=position_ids, use_cache=False, layout=layout
     ).last_hidden_state
-    return found[0]
+    return output[0]
 
 
 def ragged_attention(
@@ -150,14 +217,16 @@ def ragged_attention(
     layout: Layout | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of (1, heads, N, D) queries within the sequences of ``layout``, (1, N, heads, D); without one, torch's.
+    """Attend within the sequences of ``layout``; without one, call torch's attention.
 
-    Raises ``NotRaggedError`` when a model was run by ``hidden_states`` but kept the layout to itself.
+    Shapes: ``query``, ``key`` and ``value`` (1, heads, N, D) to (1, N, heads, D).
+
+    Raises ``NotRaggedError`` when a model was run by ``hidden_states`` but did not pass the layout on.
     """
     if layout is None:
         if attention_mask is not None and attention_mask.numel() == 1 and query.shape[2] > 1:
             raise NotRaggedError(
-                f"{type(module).__name__} does not hand its arguments on to attention; set padding_free off"
+                f"{type(module).__name__} does not pass its arguments on to attention; set padding_free off"
             )
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -165,106 +234,127 @@ def ragged_attention(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
         return plain
-    unknown = [name for name in ("position_bias", "softcap", "s_aux", "sliding_window") if kwargs.get(name) is not None]
+    unsupported = ("position_bias", "softcap", "s_aux", "sliding_window")
+    unknown = [name for name in unsupported if kwargs.get(name) is not None]
     if unknown:
         raise NotRaggedError(
             f"{type(module).__name__} asks for {unknown[0]}, which ragged rows lack; set padding_free off"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (N, h, D)
-    queries = _TakeRows.apply(queries, layout["gather"])  # (M, h, D)
-    if "keys" in layout:
-        keys, values = (
-            _TakeKeys.apply(rows, layout["keys"], layout["own"], layout["again"]) for rows in (keys, values)
-        )
+
+    # 1. From the row to the slots of the groups.
+    queries = _TakeRows.apply(queries, layout["slot_tokens"])  # (M, h, D)
+    if "key_tokens" in layout:
+        index = (layout["key_tokens"], layout["token_keys"], layout["prefix_copies"])
+        keys, values = (_TakeKeys.apply(rows, *index) for rows in (keys, values))
     else:
-        keys, values = (_TakeRows.apply(rows, layout["gather"]) for rows in (keys, values))
-    results, at, of_keys = [], 0, 0
-    for (count, asking, seen), mask in zip(layout["shapes"], layout["masks"], strict=True):
-        part, of_part = slice(at, at := at + count * asking), slice(of_keys, of_keys := of_keys + count * seen)
-        q = queries[part].unflatten(0, (count, asking)).transpose(1, 2)  # (S, h, Q, D)
-        k, v = (rows[of_part].unflatten(0, (count, seen)).transpose(1, 2) for rows in (keys, values))  # (S, h, K, D)
+        keys, values = (_TakeRows.apply(rows, layout["slot_tokens"]) for rows in (keys, values))
+
+    # 2. Attention, group by group.
+    results = []
+    slot = key_slot = 0
+    for (count, query_width, key_width), mask in zip(layout["shapes"], layout["masks"], strict=True):
+        group_slots = slice(slot, slot + count * query_width)
+        group_keys = slice(key_slot, key_slot + count * key_width)
+        slot, key_slot = group_slots.stop, group_keys.stop
+        q = queries[group_slots].unflatten(0, (count, query_width)).transpose(1, 2)  # (S, h, Q, D)
+        k = keys[group_keys].unflatten(0, (count, key_width)).transpose(1, 2)  # (S, h, K, D)
+        v = values[group_keys].unflatten(0, (count, key_width)).transpose(1, 2)  # (S, h, K, D)
         results.append(_attend(q, k, v, mask, scale).transpose(1, 2).flatten(0, 1))
-    return _TakeRows.apply(torch.cat(results), layout["inverse"])[None], None
+
+    # 3. Back to the row.
+    return _TakeRows.apply(torch.cat(results), layout["token_slots"])[None], None
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
     if q.device.type == "cpu" and k.shape[2] <= SHORT:
-        short: torch.Tensor = _ShortAttention.apply(q, k, v, mask, scale)
-        return short
-    times = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(times, dim=1), v.repeat_interleave(times, dim=1)
+        output: torch.Tensor = _ShortAttention.apply(q, k, v, mask, scale)
+        return output
+    repeats = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
     if q.shape[2] == k.shape[2]:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
 class _TakeRows(torch.autograd.Function):
-    """``rows[index]``, where no row is named twice and ``len(rows)`` stands for any: its gradient is a plain copy."""
+    """``rows[index]`` where no row is named twice and ``len(rows)`` names any: its gradient is a plain copy."""
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """(N, ...) rows at (M,) indices -> (M, ...)."""
         ctx.save_for_backward(index)
         ctx.count = len(rows)
         return rows[index.clamp(max=len(rows) - 1)]
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        """(M, ...) -> (N, ...)."""
         (index,) = ctx.saved_tensors
-        rows = grad.new_zeros(ctx.count + 1, *grad.shape[1:])
+        rows = grad.new_zeros(ctx.count + 1, *grad.shape[1:])  # the last row takes the gradients of padding
         rows[index] = grad
         return rows[: ctx.count], None
 
 
 class _TakeKeys(torch.autograd.Function):
-    """``rows[index]``, where a row may be named by its own piece and again by those that go on from it.
+    """``rows[index]`` where a row may be named by its own segment and again by those that continue it.
 
-    Its gradient is their sum, in float32: a beginning that many share would lose the last of it in bfloat16.
+    Its gradient is their sum, in float32: a prefix that many segments share would lose the last bits in bfloat16.
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, rows: torch.Tensor, index: torch.Tensor, own: torch.Tensor, again: list[tuple[int, int, int]]
+        ctx: Any,
+        rows: torch.Tensor,
+        index: torch.Tensor,
+        token_keys: torch.Tensor,
+        prefix_copies: list[tuple[int, int, int]],
     ) -> torch.Tensor:
-        ctx.save_for_backward(own)
-        ctx.again = again
+        """(N, ...) rows at (K,) indices -> (K, ...); the other arguments are for the gradient (``Layout``)."""
+        ctx.save_for_backward(token_keys)
+        ctx.prefix_copies = prefix_copies
         return rows[index.clamp(max=len(rows) - 1)]
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
-        (own,) = ctx.saved_tensors
-        rows = grad[own].float()
-        for place, token, count in ctx.again:  # whole slices: index_add_ on a CPU goes row by row
-            rows[token : token + count] += grad[place : place + count]
+        """(K, ...) -> (N, ...)."""
+        (token_keys,) = ctx.saved_tensors
+        rows = grad[token_keys].float()
+        for slot, token, count in ctx.prefix_copies:  # whole slices: index_add_ on a CPU goes row by row
+            rows[token : token + count] += grad[slot : slot + count]
         return rows.to(grad.dtype), None, None, None
 
 
 class _ShortAttention(torch.autograd.Function):
     """softmax(q k^T scale) v of (S, h, Q, D) queries and (S, g, K, D) keys; g divides h, as in grouped-query attention.
 
-    Queries that share keys are multiplied together. Weights are made again in the backward pass rather than kept.
+    Queries that share keys are multiplied together. The backward pass recomputes the weights instead of keeping them.
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float
     ) -> torch.Tensor:
+        """(S, h, Q, D), (S, g, K, D), (S, g, K, D) -> (S, h, Q, D)."""
         q, k, v = _by_group(q, k.shape[1]), k.contiguous(), v.contiguous()
         ctx.save_for_backward(q, k, v, mask)
-        ctx.scale, ctx.heads = scale, q.shape[1] * q.shape[2] // mask.shape[2]
-        return _by_head(_weights(q, k, mask, scale).to(v.dtype) @ v, ctx.heads)
+        ctx.scale = scale
+        ctx.heads = q.shape[1] * q.shape[2] // mask.shape[2]
+        return _by_head(_attention_weights(q, k, mask, scale).to(v.dtype) @ v, ctx.heads)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        """(S, h, Q, D) -> gradients of q, k and v in their shapes."""
         q, k, v, mask = ctx.saved_tensors
-        weights = _weights(q, k, mask, ctx.scale)
+        weights = _attention_weights(q, k, mask, ctx.scale)
         grad = _by_group(grad, k.shape[1])
         grad_v = weights.to(grad.dtype).transpose(-1, -2) @ grad
-        of_weights = (grad @ v.transpose(-1, -2)).float()
-        # d softmax: w * (g - sum w g), row by row
-        inner = (of_weights * weights).sum(dim=-1, keepdim=True)
-        of_scores = of_weights.sub_(inner).mul_(weights).mul_(ctx.scale).to(q.dtype)
-        return _by_head(of_scores @ k, ctx.heads), of_scores.transpose(-1, -2) @ q, grad_v, None, None
+        grad_weights = (grad @ v.transpose(-1, -2)).float()
+        # Softmax, row by row: d score = w * (g - sum w g).
+        inner = (grad_weights * weights).sum(dim=-1, keepdim=True)
+        grad_scores = grad_weights.sub_(inner).mul_(weights).mul_(ctx.scale).to(q.dtype)
+        return _by_head(grad_scores @ k, ctx.heads), grad_scores.transpose(-1, -2) @ q, grad_v, None, None
 
 
 def _by_group(rows: torch.Tensor, groups: int) -> torch.Tensor:
@@ -273,11 +363,11 @@ def _by_group(rows: torch.Tensor, groups: int) -> torch.Tensor:
 
 
 def _by_head(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """... and back."""
+    """(S, g, h / g Q, D) -> (S, h, Q, D)."""
     return rows.view(len(rows), heads, -1, rows.shape[-1])
 
 
-def _weights(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+def _attention_weights(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
     """(S, g, h / g Q, K) float32."""
     scores = (q @ k.transpose(-1, -2)).float().mul_(scale)
     scores.unflatten(2, (-1, mask.shape[2])).masked_fill_(~mask[:, :, None], float("-inf"))

@@ -1,8 +1,9 @@
-"""The lower layers of a decoder, passed apart from the rest of it.
+"""Run the lower layers of a decoder apart from the upper ones.
 
-Where the last layers alone are trained, whatever shares the frozen weights below has the same states there: a policy,
-its reference, a critic beside it. They are passed once, without gradients, and each goes on from them. Left out:
-decoders that do more before, between or behind their layers than Llama does (``SPLIT``); they are passed whole.
+When only the last layers are trained, every model that shares the frozen weights below (a policy, its reference, a
+critic beside it) has the same hidden states there. The lower layers run once, without gradients, and each model
+continues from their states. Left out: decoders that do more before, between or after their layers than Llama does
+(``SPLITTABLE``); they run in one piece.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-SPLIT = ("llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
-"""Types of models whose trunk is embeddings, ``layers``, and a ``norm``; the tests hold each against the whole."""
+SPLITTABLE = ("llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
+"""Model types whose trunk is embeddings, ``layers`` and a ``norm``. The tests compare each with the unsplit model."""
 
 
-def frozen_below(trunk: Any) -> int:
-    """How many of the lowest layers have no trained weight, nor the embeddings below; 0 for another kind of model."""
-    if getattr(trunk.config, "model_type", "") not in SPLIT or _is_trained(trunk.embed_tokens):
+def count_frozen_layers(trunk: Any) -> int:
+    """Count the lowest layers without a trained weight; 0 for trained embeddings or a model that cannot be split."""
+    if getattr(trunk.config, "model_type", "") not in SPLITTABLE or _is_trained(trunk.embed_tokens):
         return 0
     count = 0
     while count < len(trunk.layers) and not _is_trained(trunk.layers[count]):
@@ -28,10 +29,10 @@ def frozen_below(trunk: Any) -> int:
     return count
 
 
-def same_below(trunk: Any) -> tuple[int, ...]:
-    """Equal for trunks that share their lowest weights."""
-    first = next(trunk.layers[0].parameters())
-    return trunk.embed_tokens.weight.data_ptr(), first.data_ptr()
+def lower_weights_key(trunk: Any) -> tuple[int, ...]:
+    """Return a key that is equal for trunks whose embeddings and first layer share memory."""
+    first_parameter = next(trunk.layers[0].parameters())
+    return trunk.embed_tokens.weight.data_ptr(), first_parameter.data_ptr()
 
 
 def _is_trained(module: nn.Module) -> bool:
@@ -39,36 +40,35 @@ def _is_trained(module: nn.Module) -> bool:
 
 
 @contextmanager
-def below(trunk: Any, count: int) -> Iterator[None]:
-    """Have ``trunk`` end behind its ``count`` lowest layers, before its norm."""
-    with _replaced(trunk, trunk.layers[:count], nn.Identity()):
+def run_lower_layers(trunk: Any, count: int) -> Iterator[None]:
+    """Inside, ``trunk`` ends after its ``count`` lowest layers and skips its final norm."""
+    with _replace_layers(trunk, trunk.layers[:count], nn.Identity()):
         yield
 
 
 @contextmanager
-def above(trunk: Any, count: int) -> Iterator[None]:
-    """Have ``trunk`` start from states behind its ``count`` lowest layers, as ``inputs_embeds``.
-
-    The layers keep their numbers, since transformers looks up a layer's mask in ``config.layer_types`` by its number.
-    """
-    layers = nn.ModuleList([_Passed()] * count)
+def run_upper_layers(trunk: Any, count: int) -> Iterator[None]:
+    """Inside, ``trunk`` takes the states after its ``count`` lowest layers as ``inputs_embeds``."""
+    # The layers keep their indices: transformers looks up a layer's mask in config.layer_types by its index.
+    layers = nn.ModuleList([_SkippedLayer()] * count)
     layers.extend(trunk.layers[count:])
-    with _replaced(trunk, layers, trunk.norm):
+    with _replace_layers(trunk, layers, trunk.norm):
         yield
 
 
-class _Passed(nn.Module):
-    """In the place of a layer whose work is done."""
+class _SkippedLayer(nn.Module):
+    """Stand-in for a layer that has run already."""
 
     def forward(self, states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return the (B, T, H) states unchanged."""
         return states
 
 
 @contextmanager
-def _replaced(trunk: Any, layers: nn.ModuleList, norm: nn.Module) -> Iterator[None]:
-    whole = trunk.layers, trunk.norm
+def _replace_layers(trunk: Any, layers: nn.ModuleList, norm: nn.Module) -> Iterator[None]:
+    original_layers, original_norm = trunk.layers, trunk.norm
     trunk.layers, trunk.norm = layers, norm
     try:
         yield
     finally:
-        trunk.layers, trunk.norm = whole
+        trunk.layers, trunk.norm = original_layers, original_norm

@@ -1,1 +1,1 @@
-"""Several checkpoints of one base made into one: the maths, the weights as they come from disk, and what is checked."""
+"""Merge several checkpoints of one base model: the maths, lazy reading of their weights, and checks."""

@@ -1,1 +1,1 @@
-"""What a way of fitting (``align.config.tuning``) does to a model: applied, referred to, saved."""
+"""Fit a model by a tuning (``align.config.tuning``): apply it, return to the initial policy, save the result."""

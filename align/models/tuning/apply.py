@@ -1,29 +1,29 @@
-"""The four things a stage does with its ``tuning``: load a model for it, apply it, refer to the start, save the result.
+"""Load a model for a stage's ``tuning``, apply it, return to the initial policy, save the result.
 
-Each family of methods has a module of its own beside this one; here is only which.
+This module dispatches; each family of methods has its own module.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from align.config.tuning import FullTuning, Ia3Tuning, LoraTuning, PeftTuning, QloraTuning, TuningBase, VirtualTokens
 from align.models.freezing import freeze
 from align.models.loading import load_policy, load_tokenizer, new_reward
-from align.models.malloc import give_back
-from align.models.merging import merged_weights
+from align.models.malloc import trim_malloc
 from align.models.tuning import stored, virtual_tokens
 from align.models.tuning.inserted import plain_save
-from align.models.tuning.lora import START, at_start, save_adapter
+from align.models.tuning.lora import START, at_initial_values, save_adapter
+from align.models.tuning.merged_weights import merged_weights
 
 
 def load_for_tuning(source: Path, tuning: TuningBase, *, reward: bool = False) -> Any:
-    """The checkpoint in ``source`` as ``tuning`` trains it: a policy, or a reward model with a new score head.
+    """Load the checkpoint in ``source`` for ``tuning``: a policy, or a reward model with a new score head.
 
-    float32 on the CPU, whatever the stage's precision (``align.models.precision``); in 4 bits for ``qlora``.
+    float32 on the CPU, whatever the stage's precision (``align.models.precision``); 4 bits for ``qlora``.
     """
     model = new_reward(source) if reward else load_policy(source)
     if isinstance(tuning, QloraTuning):
@@ -31,8 +31,8 @@ def load_for_tuning(source: Path, tuning: TuningBase, *, reward: bool = False) -
 
         quantize(model, tuning)
     if isinstance(tuning, VirtualTokens) and not stored.is_stored(source):
-        new = stored.tokenizer_for(load_tokenizer(source), source, tuning)
-        virtual_tokens.make_room(model, new.new_virtual_tokens)
+        tokenizer = stored.tokenizer_for(load_tokenizer(source), source, tuning)
+        virtual_tokens.add_embedding_rows(model, tokenizer.new_virtual_tokens)
     return model
 
 
@@ -42,13 +42,12 @@ def apply_tuning(
     seed: int,
     *,
     tokenizer: Any = None,
-    warn: Callable[[str], object] = print,
     rows: Sequence[Sequence[int]] | None = None,
 ) -> Any:
-    """``model`` made ready to be trained by ``tuning``; what is drawn at random is drawn from ``seed``.
+    """Prepare ``model`` for training by ``tuning`` and return it; random weights come from ``seed``.
 
-    ``tokenizer`` is for methods that add tokens, ``rows`` (token ids of training rows) for those that look at data.
-    The caller's randomness is untouched.
+    Methods that add tokens need ``tokenizer``; methods that initialize from data need ``rows``, the token ids of
+    training rows. The caller's random state is unchanged.
     """
     stored.require_same(model, tuning)
     if isinstance(tuning, stored.Inserted):
@@ -73,13 +72,13 @@ def apply_tuning(
 
 @contextlib.contextmanager
 def initial_policy(model: Any) -> Iterator[Any]:
-    """``model`` as it came in, before anything was learned: what DPO and PPO call the reference.
+    """Inside, ``model`` is the policy before training, the reference of DPO and PPO.
 
-    Adapters are switched off, or put back where they started if that was part of the model. A model that trains its own
-    weights has no such thing inside it; for one, its weights as they are now.
+    Adapters are disabled, or reset to their initial values if those were part of the model. A model that trains its own
+    weights cannot go back; it stays as it is.
     """
     if hasattr(model, START):
-        with at_start(model):
+        with at_initial_values(model):
             yield model
     elif hasattr(model, "disable_adapter"):
         with model.disable_adapter():
@@ -89,14 +88,15 @@ def initial_policy(model: Any) -> Iterator[Any]:
 
 
 def save_tuned(model: Any, tokenizer: Any, out_dir: Path) -> None:
-    """Write ``model`` (a policy or a reward model) to ``out_dir`` as an ordinary folder, adapters merged in float32.
+    """Write ``model`` (a policy or a reward model) to ``out_dir`` as a plain folder, adapters merged in float32.
 
-    The live model is left as it is. With adapters, the bare adapter goes to ``adapter/`` beside ``out_dir``; one that
-    no ordinary weights can hold goes into ``out_dir`` (``stored.py``).
+    The live model does not change. A bare adapter goes to ``adapter/`` beside ``out_dir``, and into ``out_dir`` when it
+    cannot be merged (``stored.py``).
     """
     from peft import PeftModel
 
-    give_back()
+    # Merging needs float32 copies of matrices, one at a time, so return what training has freed.
+    trim_malloc()
     plain = model
     if isinstance(model, PeftModel):
         save_adapter(model, out_dir.parent / "adapter")
@@ -107,7 +107,7 @@ def save_tuned(model: Any, tokenizer: Any, out_dir: Path) -> None:
     generation = getattr(plain, "generation_config", None)
     if generation is not None:
         generation.eos_token_id, generation.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-    weights, changes = stored.settle(plain, weights, tokenizer, out_dir)
+    weights, changes = stored.prepare_save(plain, weights, tokenizer, out_dir)
     with stored.config_with(config, changes):
         plain_save(plain, out_dir, weights)
     tokenizer.save_pretrained(out_dir)

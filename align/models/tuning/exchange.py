@@ -1,4 +1,4 @@
-"""Other values in trained parameters for a while: how a model whose start is part of its adapters looks back to it."""
+"""Temporarily put other values into trained parameters, to run a model as it started."""
 
 from __future__ import annotations
 
@@ -9,32 +9,33 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from align.errors import UserError
-from align.models.precision import copies_left_alone
+from align.models.precision import without_autocast_cache
 
 
 @contextmanager
-def exchanged(parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Have ``parameters`` hold the ``values`` of the same names inside.
+def swapped_values(parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Inside, ``parameters`` hold the ``values`` of the same names and shapes.
 
-    Tensors are exchanged, not written to: a graph that was built before waits for its backward pass with them. Raises
-    ``UserError`` for a parameter in parts: a pass gathers it from memory of its own, where the exchange is not seen.
+    The tensors behind the parameters are exchanged, not overwritten: a graph that was built before still needs the old
+    ones for its backward pass. Raises ``UserError`` for a partitioned parameter, which is gathered from memory of its
+    own, where the exchange would have no effect.
     """
-    if any(_is_in_parts(parameter) for parameter in parameters.values()):
+    if any(_is_partitioned(parameter) for parameter in parameters.values()):
         raise UserError(
-            "the adapters were part of the model that came in, and a model in parts cannot go back to it: fsdp2 and "
-            "stage 3 of deepspeed gather what the adapters are now. Take `strategy: ddp`."
+            "the adapters were part of the initial model, and a partitioned model cannot return to it: fsdp2 and "
+            "stage 3 of deepspeed always gather the current adapters. Take `strategy: ddp`."
         )
-    held = {name: parameter.data for name, parameter in parameters.items()}
+    original = {name: parameter.data for name, parameter in parameters.items()}
     for name, parameter in parameters.items():
         parameter.data = values[name].to(parameter.device, parameter.dtype)
     try:
-        with copies_left_alone():
+        with without_autocast_cache():
             yield
     finally:
         for name, parameter in parameters.items():
-            parameter.data = held[name]
+            parameter.data = original[name]
 
 
-def _is_in_parts(parameter: torch.Tensor) -> bool:
-    """True for a parameter that FSDP2 or ZeRO-3 has shared out."""
+def _is_partitioned(parameter: torch.Tensor) -> bool:
+    """Return True for a parameter that FSDP2 or ZeRO-3 has sharded."""
     return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")

@@ -1,8 +1,8 @@
-"""Trained modules of ours inside a frozen model of transformers, which keeps its class and the names of its weights.
+"""Insert trained modules into a frozen transformers model, which keeps its class and its weights' names.
 
-An insertion is a submodule of the module it changes, and a hook on that module: nothing is replaced, so trl,
-transformers and the code here go on finding what they look for. The trainer's checkpoints hold the trained tensors
-alone. Left out: what the insertions compute (``virtual_tokens``, ``prefix``, ``bottleneck``, ``llama_adapter``).
+An insertion is a submodule of the module that it changes, plus a hook on that module. Nothing is replaced, so trl,
+transformers and align still see the model they know. The trainer's checkpoints hold the trained tensors only. Left out:
+what the insertions compute (``virtual_tokens``, ``prefix``, ``bottleneck``, ``llama_adapter``).
 """
 
 from __future__ import annotations
@@ -16,43 +16,44 @@ from typing import Any
 import torch
 from torch import nn
 
-from align.models.tuning.exchange import exchanged
+from align.models.tuning.exchange import swapped_values
 
 WEIGHTS = "model.safetensors"
-"""Where transformers' Trainer looks for a checkpoint's weights on resuming."""
+"""File from which transformers' Trainer resumes a checkpoint's weights."""
 
 
 class Insertion(nn.Module):
-    """What is put inside a frozen module; without ``enabled`` the module does what it did before."""
+    """A trained module inside a frozen one; without ``enabled`` the frozen module computes as before."""
 
     enabled: bool = True
 
 
 def insertions(model: Any) -> dict[str, Insertion]:
-    """Every insertion of ``model`` by its name."""
+    """Return the insertions of ``model`` by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Insertion)}
 
 
 def inserted_weights(model: Any, keep_vars: bool = False) -> dict[str, torch.Tensor]:
-    """The insertions' tensors under their names in ``model``, buffers included; ``keep_vars``: not detached."""
-    found: dict[str, torch.Tensor] = {}
+    """Return the insertions' tensors, of any shape, by their names in ``model``; with ``keep_vars`` not detached."""
+    weights: dict[str, torch.Tensor] = {}
     for name, module in insertions(model).items():
-        found |= {f"{name}.{key}": tensor for key, tensor in module.state_dict(keep_vars=keep_vars).items()}
-    return found
+        weights |= {f"{name}.{key}": tensor for key, tensor in module.state_dict(keep_vars=keep_vars).items()}
+    return weights
 
 
 def train_insertions_only(model: Any, started: bool = False) -> Any:
-    """Freeze all of ``model`` but its insertions and, of a reward model, its score head; give it small checkpoints.
+    """Freeze ``model`` except its insertions and a reward model's score head, and save only these in checkpoints.
 
-    It gets ``disable_adapter()``, as peft's models have it: a context in which it is the model that came in. Where its
-    insertions have been trained already (``started``), that is the model with them as they are now.
+    The model gets ``disable_adapter()``, as peft's models have it: a context in which it is the initial model. For
+    insertions that were trained before (``started``) the initial model includes them as they are now.
     """
     inserted = insertions(model)
-    if started:  # a critic is made as a second tree over the policy's tensors; what both train must be two
-        for module in [part for one in inserted.values() for part in one.modules()]:
-            for name, parameter in list(module._parameters.items()):
-                module.register_parameter(name, None if parameter is None else nn.Parameter(parameter.detach().clone()))
-    model.initial_insertions = {n: t.clone() for n, t in inserted_weights(model).items()} if started else None
+    model.initial_insertions = None
+    if started:
+        # A critic is a second tree of modules over the policy's tensors, and both train their insertions.
+        for insertion in inserted.values():
+            _copy_parameters(insertion)
+        model.initial_insertions = {name: tensor.clone() for name, tensor in inserted_weights(model).items()}
     model.requires_grad_(False)
     for module in inserted.values():
         module.requires_grad_(True)
@@ -61,13 +62,21 @@ def train_insertions_only(model: Any, started: bool = False) -> Any:
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     # With these, a resumed run does not list every frozen tensor as one that the checkpoint lacks.
     model._keys_to_ignore_on_save = sorted(set(model.state_dict()) - trained)
+    # The Trainer calls save_pretrained for checkpoints.
     model.save_pretrained = types.MethodType(_save_trained, model)
     model.disable_adapter = types.MethodType(_without_insertions, model)
     return model
 
 
+def _copy_parameters(insertion: nn.Module) -> None:
+    for module in insertion.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                module.register_parameter(name, nn.Parameter(parameter.detach().clone()))
+
+
 def _save_trained(model: Any, save_directory: Any, **_: Any) -> None:
-    """In place of ``save_pretrained``, which the Trainer calls for a checkpoint: the trained tensors and no others."""
+    """Save the trained tensors only; replaces ``save_pretrained``, which the Trainer calls for a checkpoint."""
     from safetensors.torch import save_file
 
     trained = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if p.requires_grad}
@@ -78,9 +87,9 @@ def _save_trained(model: Any, save_directory: Any, **_: Any) -> None:
 
 @contextlib.contextmanager
 def _without_insertions(model: Any) -> Iterator[None]:
-    """``model`` as it came in; its insertions come back as they were."""
+    """Inside, ``model`` is the initial one; afterwards its insertions are as before."""
     if model.initial_insertions is not None:
-        with exchanged(inserted_weights(model, keep_vars=True), model.initial_insertions):
+        with swapped_values(inserted_weights(model, keep_vars=True), model.initial_insertions):
             yield
         return
     before = {module: module.enabled for module in insertions(model).values()}
@@ -94,7 +103,7 @@ def _without_insertions(model: Any) -> Iterator[None]:
 
 
 def plain_save(model: Any, out_dir: Path, weights: dict[str, torch.Tensor]) -> None:
-    """transformers' own ``save_pretrained`` of ``model`` with these weights, whatever was put in its place."""
+    """Call transformers' own ``save_pretrained`` of ``model`` with these weights, of any shapes, by name."""
     ignored, model._keys_to_ignore_on_save = model._keys_to_ignore_on_save, None
     try:
         type(model).save_pretrained(model, out_dir, state_dict=weights, is_main_process=True)

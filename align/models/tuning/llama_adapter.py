@@ -1,8 +1,8 @@
-"""LLaMA-Adapter: learned tokens that the upper layers attend to beside the text, through a gate that starts at 0.
+"""LLaMA-Adapter: learned tokens that the upper layers attend to in addition to the text, through a gate from 0.
 
-Of each such layer, ``output + gate * W_o softmax(q k^T / sqrt(d)) v`` with k and v made from the learned tokens by the
-layer's own matrices, and q the text's rotated queries (arXiv 2303.16199, section 3.2; one gate a layer, as in peft).
-Left out: the visual tokens of that paper, and models that norm their queries or rotate some of them only.
+Each such layer returns ``output + gate * W_o softmax(q k^T / sqrt(d)) v`` with k and v made from the learned tokens by
+the layer's own matrices, and q the text's rotated queries (arXiv 2303.16199, section 3.2; one gate per layer, as in
+peft). Left out: the visual tokens of that paper, and models that normalize their queries or rotate only some of them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from align.models.tuning.layers import attentions
 
 NAME = "llama_adapter"
 KINDS = ("llama", "mistral", "qwen2")
-"""Model types whose queries are a matrix and a rotation, nothing else."""
+"""Model types whose queries are a projection and a rotation, nothing else."""
 
 
 class Gated(Insertion):
@@ -34,18 +34,20 @@ class Gated(Insertion):
     def forward(
         self, attention: Any, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
-        """(B, T, hidden): what is added to the output of ``attention``."""
+        """(B, T, hidden) -> (B, T, hidden), to be added to the output of ``attention``."""
         size = attention.head_dim
         queries = _rotated(_heads(attention.q_proj(hidden), size), rotation)  # (B, heads, T, D)
         prompt = self.prompt.to(hidden.dtype)
         keys, values = (_heads(matrix(prompt), size) for matrix in (attention.k_proj, attention.v_proj))
-        times = queries.shape[1] // keys.shape[1]
-        keys, values = (part.repeat_interleave(times, dim=1) for part in (keys, values))  # (1, heads, N, D)
+        # Grouped-query attention: each key head serves several query heads.
+        repeats = queries.shape[1] // keys.shape[1]
+        keys, values = (part.repeat_interleave(repeats, dim=1) for part in (keys, values))  # (1, heads, N, D)
         scores = (queries @ keys.transpose(-1, -2).to(queries.dtype)).float() * size**-0.5
+        # The gate scales the weights of the learned tokens after their own softmax; at 0 the layer is unchanged.
         weights = self.gate.float() * torch.softmax(scores, dim=-1)
-        added = (weights.to(values.dtype) @ values).transpose(1, 2).flatten(2)
-        made: torch.Tensor = attention.o_proj(added)
-        return made
+        context = (weights.to(values.dtype) @ values).transpose(1, 2).flatten(2)
+        output: torch.Tensor = attention.o_proj(context)
+        return output
 
 
 def _heads(flat: torch.Tensor, size: int) -> torch.Tensor:
@@ -54,14 +56,14 @@ def _heads(flat: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _rotated(queries: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Rotary positions in halves, as Llama has them; cos and sin are (B, T, D)."""
+    """Apply rotary positions to (B, heads, T, D) queries in halves, as Llama does; cos and sin are (B, T, D)."""
     cos, sin = (part.unsqueeze(1) for part in rotation)
-    one, other = queries.chunk(2, dim=-1)
-    return queries * cos + torch.cat([-other, one], dim=-1) * sin
+    first_half, second_half = queries.chunk(2, dim=-1)
+    return queries * cos + torch.cat([-second_half, first_half], dim=-1) * sin
 
 
 def wrap(model: Any, tuning: AdaptersTuning, seed: int) -> Any:
-    """``model`` with gated tokens drawn from ``seed``, all that is trained."""
+    """Return ``model`` with gated tokens drawn from ``seed``; nothing else is trained."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         insert(model, tuning)
@@ -69,22 +71,22 @@ def wrap(model: Any, tuning: AdaptersTuning, seed: int) -> Any:
 
 
 def insert(model: Any, tuning: AdaptersTuning) -> None:
-    """Put the tokens into the last layers, with first values from torch's global generator."""
+    """Insert the tokens into the last layers, initialized from torch's global generator."""
     if model.config.model_type not in KINDS:
         raise UserError(
-            f"tuning.kind: llama_adapter knows models of the kind {', '.join(KINDS)}, and this one is "
+            f"tuning.kind: llama_adapter supports models of the kind {', '.join(KINDS)}, and this one is "
             f"{model.config.model_type}. Take kind: bottleneck."
         )
-    found = attentions(model, "adapters")
-    count = tuning.layers if tuning.layers is not None else max(1, len(found) - 2)
-    if count > len(found):
-        raise UserError(f"tuning.layers: {count} is more than the {len(found)} layers that this model has.")
-    if any(getattr(one.o_proj, "bias", None) is not None for one in found):
+    attention_modules = attentions(model, "adapters")
+    count = tuning.layers if tuning.layers is not None else max(1, len(attention_modules) - 2)
+    if count > len(attention_modules):
+        raise UserError(f"tuning.layers: {count} is more than the {len(attention_modules)} layers that this model has.")
+    if any(getattr(module.o_proj, "bias", None) is not None for module in attention_modules):
         raise UserError("tuning.kind: llama_adapter needs attention whose output has no bias. Take kind: bottleneck.")
-    for attention in found[-count:]:
+    for attention in attention_modules[-count:]:
         weight = attention.o_proj.weight
-        made = Gated(tuning.tokens, model.config.get_text_config().hidden_size)
-        attention.add_module(NAME, made.to(weight.device))
+        adapter = Gated(tuning.tokens, model.config.get_text_config().hidden_size)
+        attention.add_module(NAME, adapter.to(weight.device))
         attention.register_forward_hook(_add, with_kwargs=True)
 
 

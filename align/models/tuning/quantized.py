@@ -1,8 +1,8 @@
-"""QLoRA (arXiv 2305.14314): adapters beside matrices kept in 4 bits by bitsandbytes, on GPUs and CPUs.
+"""QLoRA (arXiv 2305.14314): adapters beside matrices that bitsandbytes keeps in 4 bits, on GPUs and CPUs.
 
-The matrices of the layers are quantized; embeddings, norms and heads stay as they are. LoftQ (arXiv 2310.08659) is done
-here with one round of quantization and decomposition, because peft's own needs a GPU. Left out: 8 bits, other
-libraries, and models that come quantized.
+The matrices of the layers are quantized; embeddings, norms and heads are not. LoftQ (arXiv 2310.08659) is computed here
+with one round of quantization and decomposition, because peft's own needs a GPU. Left out: 8 bits, other libraries, and
+models that come quantized.
 """
 
 from __future__ import annotations
@@ -25,74 +25,77 @@ except ModuleNotFoundError:
 
 
 class QuantizedLinear(bnb.nn.Linear4bit):  # type: ignore[misc]
-    """A linear layer in 4 bits that computes in the type autocast asks for, as a plain one does.
+    """A linear layer in 4 bits that computes in autocast's type, as a plain one does.
 
-    bitsandbytes' own keeps the type of its first input for ever, and on some CPUs packs the weight anew for inference.
+    bitsandbytes' own layer keeps the type of its first input, and on some CPUs repacks the weight for inference.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., in) -> (..., out)."""
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        """(B, T, in) -> (B, T, out)."""
+        device_type = x.device.type
+        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
-        with torch.autocast(kind, enabled=False):
+        with torch.autocast(device_type, enabled=False):
             result: torch.Tensor = bnb.matmul_4bit(x.to(dtype), self.weight, quant_state=self.weight.quant_state)
             return result if bias is None else result + bias
 
 
 def wrap(model: Any, tuning: QloraTuning, seed: int, rows: Any = None) -> Any:
-    """``model`` quantized, unless it is, with LoRA adapters drawn from ``seed``; see ``lora.wrap``."""
+    """Quantize ``model``, unless it is quantized, and add LoRA adapters drawn from ``seed`` (``lora.wrap``)."""
     quantize(model, tuning)
-    starts = {n: module.__dict__.pop("loftq") for n, module in model.named_modules() if hasattr(module, "loftq")}
-    model.is_loaded_in_4bit = True  # peft looks for its 4-bit layers only then; trl would round the adapters
+    loftq_starts = {n: module.__dict__.pop("loftq") for n, module in model.named_modules() if hasattr(module, "loftq")}
+    # peft uses its 4-bit layers only with this flag. It is removed again, because trl would round the adapters.
+    model.is_loaded_in_4bit = True
     try:
-        made = lora.wrap(model, tuning, seed, rows)
+        peft_model = lora.wrap(model, tuning, seed, rows)
     finally:
         del model.is_loaded_in_4bit
-    made.align_quantized = True
+    peft_model.align_quantized = True
     if tuning.init == "loftq":
-        from align.models.tuning.folding import tuner_layers
+        from align.models.tuning.layers import tuner_layers
 
-        for name, layer in tuner_layers(made).items():
-            if name in starts:
+        for name, layer in tuner_layers(peft_model).items():
+            if name in loftq_starts:
                 scale = layer.scaling["default"]
-                first, second = starts[name]
+                first, second = loftq_starts[name]
+                # peft multiplies B A by the scale, so it is divided out of B.
                 layer.lora_A["default"].weight.data = first.clone()
                 layer.lora_B["default"].weight.data = second / scale
         if tuning.dora:
-            _measure_lengths(made)
-        lora.keep_start(made)
-    return made
+            _set_dora_magnitudes(peft_model)
+        lora.store_initial_values(peft_model)
+    return peft_model
 
 
 def is_quantized(model: Any) -> bool:
-    """Whether any of its matrices is in 4 bits."""
+    """Return True for a model with a matrix in 4 bits."""
     return any(isinstance(module, QuantizedLinear) for module in model.modules())
 
 
 @torch.no_grad()
 def quantize(model: Any, tuning: QloraTuning) -> None:
-    """Put 4-bit matrices in the place of the layers' linear ones, in ``model`` itself; a second call changes nothing.
+    """Replace the layers' linear modules with 4-bit ones, in place; a second call changes nothing.
 
-    The tensors that were there stay as they are for whoever shares them. Raises ``UserError`` for a model without
-    linear layers (GPT-2's ``Conv1D``).
+    Models that share the original tensors keep them. Raises ``UserError`` for a model without linear layers (GPT-2's
+    ``Conv1D``).
     """
     if is_quantized(model):
         return
+    # Output and score heads are not quantized.
     heads = {id(model.get_output_embeddings()), id(getattr(model, "score", None))}
-    found = [
+    linears = [
         (name, module)
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and id(module) not in heads
     ]
-    if not found:
+    if not linears:
         raise UserError(f"tuning: qlora finds no linear layer in {type(model).__name__} to keep in 4 bits; take lora.")
-    for name, module in found:
+    for name, module in linears:
         model.set_submodule(name, _quantized(module, tuning))
 
 
 def _quantized(module: torch.nn.Linear, tuning: QloraTuning) -> QuantizedLinear:
-    made = QuantizedLinear(
+    quantized = QuantizedLinear(
         module.in_features,
         module.out_features,
         bias=module.bias is not None,
@@ -100,31 +103,32 @@ def _quantized(module: torch.nn.Linear, tuning: QloraTuning) -> QuantizedLinear:
         quant_type=tuning.quantization,
         device="meta",
     )
-    made.weight = bnb.nn.Params4bit(
+    quantized.weight = bnb.nn.Params4bit(
         module.weight.data.contiguous(),
         requires_grad=False,
         compress_statistics=tuning.double_quantization,
         quant_type=tuning.quantization,
-        module=made,
+        module=quantized,
     ).to(module.weight.device)
-    made.bias = module.bias
+    quantized.bias = module.bias
     if tuning.init == "loftq":
-        lost = module.weight.data.float() - dequantized(made)
-        left, sizes, right = torch.linalg.svd(lost, full_matrices=False)
+        # LoftQ: the adapters start as the best low-rank approximation of the quantization error.
+        error = module.weight.data.float() - dequantized(quantized)
+        left, sizes, right = torch.linalg.svd(error, full_matrices=False)
         root = sizes[: tuning.rank].sqrt()
-        made.loftq = (root[:, None] * right[: tuning.rank], left[:, : tuning.rank] * root)
-    return made
+        quantized.loftq = (root[:, None] * right[: tuning.rank], left[:, : tuning.rank] * root)
+    return quantized
 
 
 def dequantized(module: Any) -> torch.Tensor:
-    """The matrix of a quantized linear layer, (out, in) in float32."""
+    """Return the matrix of a quantized linear layer in float32, of shape (out, in)."""
     weight: torch.Tensor = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
     return weight.float()
 
 
-def _measure_lengths(made: Any) -> None:
-    """DoRA's row lengths were taken before LoftQ's start was there; take them of the model as it now is."""
-    for layer in made.modules():
+def _set_dora_magnitudes(peft_model: Any) -> None:
+    """Compute DoRA's row norms again: peft computed them before LoftQ's values were in the adapters."""
+    for layer in peft_model.modules():
         if getattr(layer, "lora_magnitude_vector", None) and "default" in layer.lora_magnitude_vector:
             update = layer.get_delta_weight("default")
             lengths = (dequantized(layer.get_base_layer()) + update).norm(dim=1)

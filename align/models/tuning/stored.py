@@ -1,9 +1,8 @@
-"""Methods of our own on their way into a model, out of it and back: applied, folded or stored, and loaded again.
+"""Apply the inserted methods (virtual tokens, prefix, bottleneck, LLaMA-Adapter), save them and load them again.
 
-What ordinary weights can hold is folded into them (``virtual_tokens``, a parallel ``bottleneck``). The rest stays
-beside the frozen model: ``model/adapter/`` holds ``adapter.json``, which says what was inserted, and
-``adapter.safetensors``. Without it, ``model/`` is the model as it was before, which must not be taken for the trained
-one; the loaders here never do.
+Adapters that plain weights can hold are merged into them (``virtual_tokens``, a parallel ``bottleneck``). The others
+are stored beside the frozen model: ``model/adapter/`` holds ``adapter.json``, the description, and
+``adapter.safetensors``. Without that folder ``model/`` is the untrained model; the loaders here always read both.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from align.config.tuning import AdaptersTuning, FullTuning, PrefixTuning, Prompt
 from align.errors import UserError
 from align.models.tuning import bottleneck, llama_adapter, prefix, virtual_tokens
 from align.models.tuning.inserted import inserted_weights, insertions, train_insertions_only
+from align.store.atomic_write import write_text_atomically
 
 FOLDER, DESCRIPTION, WEIGHTS = "adapter", "adapter.json", "adapter.safetensors"
 FORMAT = 1
@@ -28,43 +28,44 @@ Inserted = PrefixTuning | PromptTuning | PTuning | AdaptersTuning
 
 
 def is_stored(model_dir: Path) -> bool:
-    """Whether the checkpoint keeps an adapter of ours beside its weights."""
+    """Return True for a checkpoint with an inserted adapter beside its weights."""
     return (model_dir / FOLDER / DESCRIPTION).is_file()
 
 
 def stored_tuning(model_dir: Path) -> Inserted:
-    """What was inserted into the checkpoint. ``UserError`` for a description that cannot be read."""
+    """Return the tuning of a checkpoint's stored adapter. Raises ``UserError`` for a description that is damaged."""
     from pydantic import TypeAdapter, ValidationError
 
     file = model_dir / FOLDER / DESCRIPTION
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if found["format"] != FORMAT:
-            raise ValueError(f"its format is {found['format']}, this version reads {FORMAT}")
-        tuning: Any = TypeAdapter(Tuning).validate_python(found["tuning"])
+        description = json.loads(file.read_text(encoding="utf-8"))
+        if description["format"] != FORMAT:
+            raise ValueError(f"its format is {description['format']}, this version reads {FORMAT}")
+        tuning: Any = TypeAdapter(Tuning).validate_python(description["tuning"])
         assert isinstance(tuning, Inserted)
-        assert not isinstance(tuning, PrefixTuning) or int(found["first_token"]) >= 0
+        assert not isinstance(tuning, PrefixTuning) or int(description["first_token"]) >= 0
         return tuning
     except (OSError, ValueError, KeyError, TypeError, AssertionError, ValidationError) as error:
         raise UserError(f"{file} does not describe an adapter: {error}. The checkpoint is damaged.") from None
 
 
 def tokenizer_for(tokenizer: Any, model_dir: Path, tuning: Any) -> Any:
-    """``tokenizer`` of the checkpoint as ``tuning`` trains it: with its virtual tokens, if it has any."""
+    """Return the checkpoint's ``tokenizer`` with the virtual tokens that ``tuning`` trains, if any."""
     if not isinstance(tuning, PrefixTuning | PromptTuning | PTuning):
         return tokenizer
-    if is_stored(model_dir):  # training goes on with the tokens there are
+    if is_stored(model_dir):  # training continues with the existing tokens
         stored = stored_tuning(model_dir)
+        # A prefix keeps its tokens in the stored adapter's description; other methods have merged theirs.
         if isinstance(stored, PrefixTuning):
-            tokenizer.new_virtual_tokens = [_first_token(model_dir) + at for at in range(stored.tokens)]
+            tokenizer.new_virtual_tokens = [_first_token(model_dir) + index for index in range(stored.tokens)]
         return tokenizer
     return virtual_tokens.extend_tokenizer(tokenizer, tuning)
 
 
 def apply(model: Any, tuning: Inserted, seed: int, tokenizer: Any) -> Any:
-    """``model`` with what ``tuning`` inserts, and nothing else trained.
+    """Insert what ``tuning`` trains into ``model`` and freeze the rest.
 
-    Insertions that came with the checkpoint are trained further by the same tuning, and refused for any other.
+    Insertions of the checkpoint are trained further by the same tuning, and refused for any other.
     """
     if getattr(model, "inserted_tuning", None) is not None:
         require_same(model, tuning)
@@ -81,12 +82,13 @@ def apply(model: Any, tuning: Inserted, seed: int, tokenizer: Any) -> Any:
 
 
 def require_same(model: Any, tuning: Any) -> None:
-    """``UserError`` where a model with a stored adapter is to be trained in another way than by that or in full."""
+    """Raise ``UserError`` for a model with a stored adapter and a ``tuning`` that is neither its own nor full."""
     carried = getattr(model, "inserted_tuning", None)
     if carried is None or isinstance(tuning, FullTuning):
         return
-    same = type(carried) is type(tuning) and carried.model_dump(exclude={"text"}) == tuning.model_dump(exclude={"text"})
-    if not same:
+    # The initial text matters only when the tokens are created.
+    same_fields = carried.model_dump(exclude={"text"}) == tuning.model_dump(exclude={"text"})
+    if type(carried) is not type(tuning) or not same_fields:
         raise UserError(
             f"tuning.method: the checkpoint carries an adapter of tuning {carried.label}, which is trained further "
             f"by the same tuning or with method full, not by {tuning.label}. Take one of these, or start from the "
@@ -94,8 +96,8 @@ def require_same(model: Any, tuning: Any) -> None:
         )
 
 
-def insert(model: Any, tuning: Inserted, first_token: int | None) -> None:
-    """Put empty insertions of ``tuning`` into ``model``, for weights to be read into."""
+def insert_empty(model: Any, tuning: Inserted, first_token: int | None) -> None:
+    """Insert modules of ``tuning`` into ``model``, whose weights are read afterwards."""
     with torch.random.fork_rng(devices=[]):
         if isinstance(tuning, PrefixTuning):
             assert first_token is not None
@@ -112,8 +114,8 @@ def insert(model: Any, tuning: Inserted, first_token: int | None) -> None:
     model.inserted_tuning = tuning
 
 
-def attach(model: Any, model_dir: Path) -> Any:
-    """``model``, loaded from ``model_dir``, with the adapter that is stored there, if there is one.
+def load_adapter(model: Any, model_dir: Path) -> Any:
+    """Return ``model``, loaded from ``model_dir``, with the adapter that is stored there, if any.
 
     Raises ``UserError`` for an adapter that is damaged or of another model.
     """
@@ -124,17 +126,20 @@ def attach(model: Any, model_dir: Path) -> Any:
 
     tuning, file = stored_tuning(model_dir), model_dir / FOLDER / WEIGHTS
     try:
-        found = load_file(file)
+        stored = load_file(file)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} cannot be read: {error}. The checkpoint is damaged.") from None
-    insert(model, tuning, _first_token(model_dir) if isinstance(tuning, PrefixTuning) else None)
-    own = inserted_weights(model)
-    odd = sorted(own.keys() ^ found.keys()) or [name for name in own if own[name].shape != found[name].shape]
-    if odd:
-        raise UserError(f"{file} does not fit the model beside it: {odd[0]} differs ({len(odd)} in all).")
+    insert_empty(model, tuning, _first_token(model_dir) if isinstance(tuning, PrefixTuning) else None)
+    inserted = inserted_weights(model)
+    # Names first, then shapes.
+    mismatched = sorted(inserted.keys() ^ stored.keys()) or [
+        name for name in inserted if inserted[name].shape != stored[name].shape
+    ]
+    if mismatched:
+        raise UserError(f"{file} does not fit the model beside it: {mismatched[0]} differs ({len(mismatched)} in all).")
     with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(found[name])
+        for name, tensor in inserted.items():
+            tensor.copy_(stored[name])
     return model
 
 
@@ -142,8 +147,8 @@ def _first_token(model_dir: Path) -> int:
     return int(json.loads((model_dir / FOLDER / DESCRIPTION).read_text(encoding="utf-8"))["first_token"])
 
 
-def write(model: Any, folder: Path) -> None:
-    """Write the insertions of ``model`` and what they are to ``folder``."""
+def write_adapter(model: Any, folder: Path) -> None:
+    """Write the insertions of ``model`` and their description to ``folder``."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -156,64 +161,50 @@ def write(model: Any, folder: Path) -> None:
     }
     weights = {name: tensor.detach().float().cpu().contiguous() for name, tensor in inserted_weights(model).items()}
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / DESCRIPTION).write_text(json.dumps(described, indent=1), encoding="utf-8")
+    write_text_atomically(folder / DESCRIPTION, json.dumps(described, indent=1))
 
 
-def weights_to_hand_over(model: Any) -> dict[str, torch.Tensor]:
-    """Every weight of ``model`` by its name in what loads it: insertions folded where that is plain, by name where not.
+def plain_weights(model: Any) -> dict[str, torch.Tensor]:
+    """Return every weight of ``model``, of any shape, by its name in a saved folder and in an engine.
 
-    What an engine takes that was opened on :func:`engine_source`, and what is saved.
+    Insertions are merged where plain weights can hold them, and listed by name elsewhere. An engine that takes these
+    weights was opened on ``engine_source``.
     """
     weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    if virtual_tokens.prompt_of(model) is not None:
-        return virtual_tokens.folded(model, weights)
-    return bottleneck.folded(model, weights) if bottleneck.is_parallel(model) else weights
+    if virtual_tokens.learned_tokens(model) is not None:
+        return virtual_tokens.merge_into_embedding(model, weights)
+    return bottleneck.merge_into_mlps(model, weights) if bottleneck.is_parallel(model) else weights
 
 
-def settle(
+def prepare_save(
     model: Any, weights: dict[str, torch.Tensor], tokenizer: Any, out_dir: Path
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The plain ones of ``weights`` (``weights_to_hand_over``), and the fields of the config that go with them.
+    """Return the ``weights`` (``plain_weights``) of a plain folder, and the config fields that change with them.
 
-    The adapter by itself is written to ``adapter/``: beside ``out_dir`` when it is folded, in it when it is not.
+    Tensors are of any shape. The bare adapter is written to ``adapter/``: beside ``out_dir`` when it is merged, in
+    ``out_dir`` when it is not.
     """
     if not insertions(model):
         return weights, {}
-    tokens = virtual_tokens.prompt_of(model)
+    tokens = virtual_tokens.learned_tokens(model)
     if tokens is not None:
-        ids = [tokens.first + at for at in range(tokens.count)]
+        ids = [tokens.first + index for index in range(tokens.count)]
         where = f"tuning.method: {model.inserted_tuning.method}, after training"
         virtual_tokens.require_small_mass(model, tokenizer, ids, where)
         virtual_tokens.write_peft(tokens, out_dir.parent / FOLDER, reward=hasattr(model, "score"))
-        return weights, {} if model.get_output_embeddings() is None else {"tie_word_embeddings": False}
+        has_head = model.get_output_embeddings() is not None
+        return weights, {"tie_word_embeddings": False} if has_head else {}
     if bottleneck.is_parallel(model):
-        write(model, out_dir.parent / FOLDER)
-        return weights, {"intermediate_size": bottleneck.folded_width(model)}
-    write(model, out_dir / FOLDER)
-    own = inserted_weights(model)
-    return {name: tensor for name, tensor in weights.items() if name not in own}, {}
-
-
-def engine_source(source: Path, tuning: Any, scratch: Path) -> Path:
-    """The folder to open an engine on for the policy in ``source``: one with a place for all that ``tuning`` trains.
-
-    ``source`` itself where its shapes are right; else a checkpoint of the first step, written into ``scratch``.
-    """
-    if not isinstance(tuning, AdaptersTuning) or is_stored(source):
-        return source
-    from align.models.tuning.apply import apply_tuning, load_for_tuning, save_tuned
-
-    if not (scratch / "config.json").is_file():
-        from align.models.loading import load_tokenizer
-
-        model = apply_tuning(load_for_tuning(source, tuning), tuning, seed=0)  # all start as nothing, whatever the seed
-        save_tuned(model, load_tokenizer(source), scratch)
-    return scratch
+        write_adapter(model, out_dir.parent / FOLDER)
+        return weights, {"intermediate_size": bottleneck.merged_width(model)}
+    write_adapter(model, out_dir / FOLDER)
+    inserted = inserted_weights(model)
+    return {name: tensor for name, tensor in weights.items() if name not in inserted}, {}
 
 
 @contextlib.contextmanager
 def config_with(config: Any, changes: dict[str, Any]) -> Iterator[None]:
-    """``config`` (or the text part of it) with other values for a while."""
+    """Inside, ``config`` (or its text part) has other values."""
     part = config.get_text_config()
     before = {name: getattr(part, name) for name in changes}
     for name, value in changes.items():

@@ -1,10 +1,11 @@
-"""Virtual tokens: entries of the vocabulary with learned embeddings, with which every conversation begins.
+"""Virtual tokens: vocabulary entries with learned embeddings at the start of every conversation.
 
-The tokenizer gets the tokens and the chat template begins with them, so whatever renders a conversation has them in
-place: training, engines, scoring, a saved checkpoint elsewhere. Before training the vocabulary has a row of zeros for
-each; the learned vectors (of ``prompt``: arXiv 2104.08691; of ``p_tuning``, where a network makes them: arXiv
-2103.10385) stand in for those of the embedding. Saving writes them into the embedding and leaves the head's rows zero,
-untied if need be: a plain checkpoint with the very logits that were trained. ``prefix`` builds on this.
+The tokens are added to the tokenizer and to the start of the chat template, so everything that renders a conversation
+includes them: training, engines, scoring, a saved checkpoint elsewhere. Embedding and head get a row of zeros for each.
+While training, the learned vectors (``prompt``: arXiv 2104.08691; ``p_tuning``, where a network computes them: arXiv
+2103.10385) replace these embeddings in the forward pass. Saving writes them into the embedding and leaves the head's
+rows zero, untying the two if necessary. The result is a plain checkpoint with exactly the trained logits. ``prefix``
+builds on this.
 """
 
 from __future__ import annotations
@@ -22,20 +23,20 @@ from align.models.tuning.inserted import Insertion, train_insertions_only
 
 NAME = "virtual"
 LARGEST_MASS = 1e-3
-"""Probability that virtual tokens may have together: they must not be sampled, and other tokens' must not shrink."""
+"""Largest joint probability of the virtual tokens: they must not be sampled, nor take probability from others."""
 PROBES = ("Hello!", "What is 2 + 2?", "Name three colors of the rainbow.", "Write a short poem about the sea.")
 
 
 def token_text(number: int) -> str:
-    """How the virtual token of this number is written."""
+    """Return the text of the virtual token with this number."""
     return f"<|virtual_{number}|>"
 
 
 def extend_tokenizer(tokenizer: Any, tuning: Any) -> Any:
-    """``tokenizer`` with the virtual tokens that ``tuning`` wants, its chat template beginning with them.
+    """Add the virtual tokens of ``tuning`` to ``tokenizer`` and to the start of its chat template, and return it.
 
-    It is changed in place, and left alone where ``tuning`` wants none. A tokenizer that has some from an earlier stage
-    gets more, in front of those. Raises ``UserError`` where text behind the new tokens would be cut up differently.
+    It is changed in place, and not at all where ``tuning`` needs none. Tokens of an earlier stage stay, behind the new
+    ones. Raises ``UserError`` where the tokenizer would split the text after the new tokens differently.
     """
     if not isinstance(tuning, VirtualTokens):
         return tokenizer
@@ -47,86 +48,87 @@ def extend_tokenizer(tokenizer: Any, tuning: Any) -> Any:
     probe = [{"role": "user", "content": PROBES[0]}]
     before = render_prompt(tokenizer, probe)
     tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True)
-    ids = [int(one) for one in tokenizer.convert_tokens_to_ids(names)]
+    ids = [int(token) for token in tokenizer.convert_tokens_to_ids(names)]
     template = tokenizer.chat_template
+    # A tokenizer may have several templates by name. Each gets the tokens.
     if isinstance(template, str):
         tokenizer.chat_template = "".join(names) + template
     else:
         tokenizer.chat_template = {name: "".join(names) + text for name, text in template.items()}
+    # The rest of the prompt must keep its token ids, which some tokenizers change after new tokens.
     if render_prompt(tokenizer, probe) != ids + before or ids != list(range(ids[0], ids[0] + len(ids))):
         raise UserError(
-            f"tuning.method: {tuning.method}: with {len(ids)} new tokens in front, this tokenizer cuts the text behind "
-            "them up differently, so the model would not see what it knows. Take lora or adapters."
+            f"tuning.method: {tuning.method}: with {len(ids)} new tokens in front, this tokenizer splits the text "
+            "after them differently, so the model would see unfamiliar tokens. Take lora or adapters."
         )
     tokenizer.new_virtual_tokens = ids
     return tokenizer
 
 
 def new_tokens(tokenizer: Any, tuning: VirtualTokens) -> list[int]:
-    """The ids that :func:`extend_tokenizer` has added for this stage. ``UserError`` when it was not asked to."""
+    """Return the ids that :func:`extend_tokenizer` added for this stage. Raises ``UserError`` where there are none."""
     ids: list[int] = getattr(tokenizer, "new_virtual_tokens", [])
     if len(ids) != tuning.tokens:
         raise UserError(
             f"tuning.method: {tuning.method} puts virtual tokens in front of every conversation, which this kind of "
-            "stage does not do. Take lora or adapters."
+            "stage does not support. Take lora or adapters."
         )
     return ids
 
 
-def make_room(model: Any, ids: list[int]) -> None:
-    """Give ``model`` a row of zeros for each new token, in the embedding and in a head of its own.
+def add_embedding_rows(model: Any, ids: list[int]) -> None:
+    """Add a row of zeros for each new token to the embedding and to an untied head.
 
-    Until they are learned it reads rows as if the tokens were not there.
+    Until the tokens are trained, the model ignores them.
     """
     table = model.get_input_embeddings()
     if type(table) is not nn.Embedding:
         raise UserError(
             f"tuning: virtual tokens need a plain embedding, and this model's is {type(table).__name__}, which changes "
-            "what it looks up. Take lora or adapters."
+            "the vectors. Take lora or adapters."
         )
     if ids[-1] >= table.weight.shape[0]:
-        with torch.random.fork_rng(devices=[]):  # the new rows are drawn before they are zero
+        with torch.random.fork_rng(devices=[]):  # transformers draws the new rows before they are set to zero
             model.resize_token_embeddings(ids[-1] + 1, mean_resizing=False)
     with torch.no_grad():
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
             if module is not None:
                 module.weight[ids] = 0.0
+    # Disabled tokens are masked like padding, so the model behaves as without them.
     hidden = Tokens(ids[0], len(ids))
     hidden.enabled = False
-    put(model, hidden)
+    insert_tokens(model, hidden)
 
 
 class Tokens(Insertion):
-    """At the embedding: which places of the last rows are virtual tokens. ``vectors`` is None where only that counts.
-
-    ``places`` has the shape of the last ids seen while enabled: the number of the virtual token there, or -1.
-    """
+    """Insertion at the embedding that finds the virtual tokens in a batch and supplies their vectors."""
 
     places: torch.Tensor
+    """(B, T) for the last batch while enabled: the number of the virtual token at each position, or -1."""
 
     def __init__(self, first: int, count: int) -> None:
         super().__init__()
         self.first, self.count = first, count
 
     def vectors(self) -> torch.Tensor | None:
-        """(count, hidden) embeddings of the tokens."""
+        """Return the learned embeddings, of shape (count, hidden); None where only the positions matter."""
         return None
 
 
 class Prompt(Tokens):
-    """Embeddings that are trained themselves."""
+    """Virtual tokens whose embeddings are parameters."""
 
     def __init__(self, first: int, vectors: torch.Tensor) -> None:
         super().__init__(first, len(vectors))
         self.rows = nn.Parameter(vectors.detach().clone().float())
 
     def vectors(self) -> torch.Tensor:
-        """See ``Tokens``."""
+        """Return the embeddings, of shape (count, hidden)."""
         return self.rows
 
 
 class Encoded(Tokens):
-    """Embeddings that a network makes, which is trained; the network is peft's."""
+    """Virtual tokens whose embeddings a trained network of peft computes."""
 
     def __init__(self, first: int, count: int, hidden: int, tuning: PTuning) -> None:
         super().__init__(first, count)
@@ -143,44 +145,44 @@ class Encoded(Tokens):
         )
 
     def vectors(self) -> torch.Tensor:
-        """See ``Tokens``."""
-        made: torch.Tensor = self.encoder(torch.arange(self.count, device=self.encoder.embedding.weight.device))
-        return made
+        """Return the embeddings, of shape (count, hidden)."""
+        vectors: torch.Tensor = self.encoder(torch.arange(self.count, device=self.encoder.embedding.weight.device))
+        return vectors
 
 
 def wrap(model: Any, tuning: PromptTuning | PTuning, seed: int, tokenizer: Any) -> Any:
-    """``model`` with virtual tokens drawn from ``seed``, all that is trained.
+    """Return ``model`` with virtual tokens drawn from ``seed``; nothing else is trained.
 
-    ``tokenizer`` has been through :func:`extend_tokenizer`. Raises ``UserError`` where it was not, and for a model that
-    gives tokens without a row in its head too much of the probability.
+    ``tokenizer`` comes from :func:`extend_tokenizer`. Raises ``UserError`` where it does not, and for a model that
+    gives tokens with zero logits too much probability.
     """
     ids = new_tokens(tokenizer, tuning)
     if not hasattr(model.get_input_embeddings(), NAME):
-        make_room(model, ids)
+        add_embedding_rows(model, ids)
     require_small_mass(model, tokenizer, ids, f"tuning.method: {tuning.method}")
     table = model.get_input_embeddings().weight
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if isinstance(tuning, PTuning):
-            made: Tokens = Encoded(ids[0], len(ids), table.shape[1], tuning)
+            tokens: Tokens = Encoded(ids[0], len(ids), table.shape[1], tuning)
         else:
-            made = Prompt(ids[0], table[first_ids(tokenizer, tuning.text, len(ids))])
-    put(model, made)
+            tokens = Prompt(ids[0], table[first_ids(tokenizer, tuning.text, len(ids))])
+    insert_tokens(model, tokens)
     return train_insertions_only(model)
 
 
 def first_ids(tokenizer: Any, text: str | None, count: int) -> list[int]:
-    """Ids of ``count`` real tokens to start from: those of ``text`` again and again, or drawn at random."""
+    """Return ids of ``count`` real tokens to start from: those of ``text``, repeated, or random ones."""
     if text is not None:
-        known = [int(one) for one in tokenizer(text, add_special_tokens=False)["input_ids"]]
-        return [known[at % len(known)] for at in range(count)]
+        known = [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+        return [known[index % len(known)] for index in range(count)]
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    usable = [one for one in range(len(tokenizer)) if one not in special]
-    return [usable[at] for at in torch.randint(len(usable), (count,)).tolist()]
+    usable = [token for token in range(len(tokenizer)) if token not in special]
+    return [usable[index] for index in torch.randint(len(usable), (count,)).tolist()]
 
 
-def put(model: Any, tokens: Tokens) -> None:
-    """Insert ``tokens`` at the embedding of ``model``, in place of any that are there."""
+def insert_tokens(model: Any, tokens: Tokens) -> None:
+    """Insert ``tokens`` at the embedding of ``model``, replacing earlier ones."""
     embedding = model.get_input_embeddings()
     hooked = hasattr(embedding, NAME)
     embedding.add_module(NAME, tokens.to(embedding.weight.device))
@@ -191,88 +193,91 @@ def put(model: Any, tokens: Tokens) -> None:
     trunk.register_forward_pre_hook(_hide_when_off, with_kwargs=True)
 
 
-def _look_up(embedding: Any, inputs: tuple[torch.Tensor, ...], found: torch.Tensor) -> torch.Tensor:
+def _look_up(embedding: Any, inputs: tuple[torch.Tensor, ...], embedded: torch.Tensor) -> torch.Tensor:
     tokens = embedding.virtual
     if not tokens.enabled:
-        return found  # the places stay those of the pass before, whose layers checkpointing may run again
+        return embedded  # keep the places of the pass before: gradient checkpointing may run its layers again
+    # The virtual tokens have consecutive ids, so a subtraction gives their numbers.
     numbers = inputs[0] - tokens.first  # (B, T)
-    inside = (numbers >= 0) & (numbers < tokens.count)
-    tokens.places = torch.where(inside, numbers, -1)
+    is_virtual = (numbers >= 0) & (numbers < tokens.count)
+    tokens.places = torch.where(is_virtual, numbers, -1)
     vectors = tokens.vectors()
     if vectors is None:
-        return found
-    return torch.where(inside[..., None], vectors[numbers.clamp(0, tokens.count - 1)].to(found.dtype), found)
+        return embedded
+    return torch.where(is_virtual[..., None], vectors[numbers.clamp(0, tokens.count - 1)].to(embedded.dtype), embedded)
 
 
 def _hide_when_off(trunk: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Switched off, the tokens must not be seen at all: masked like padding, and not counted in the positions."""
+    """Hide disabled tokens completely: mask them like padding and leave them out of the positions."""
     tokens = trunk.get_input_embeddings().virtual
     if tokens.enabled:
         return None
     ids = args[0] if args else kwargs["input_ids"]
     mask = kwargs.get("attention_mask")
     if "layout" in kwargs or (mask is not None and mask.dim() != 2) or kwargs.get("past_key_values") is not None:
-        raise RuntimeError("virtual tokens can be switched off for padded rows without a cache only")
+        raise RuntimeError("virtual tokens can be disabled for padded rows without a cache only")
     numbers = ids - tokens.first
-    seen = (numbers < 0) | (numbers >= tokens.count)
-    mask = seen.long() if mask is None else mask * seen
+    is_real = (numbers < 0) | (numbers >= tokens.count)
+    mask = is_real.long() if mask is None else mask * is_real
     return args, kwargs | {"attention_mask": mask, "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0)}
 
 
 @torch.no_grad()
 def virtual_mass(model: Any, tokenizer: Any, ids: list[int]) -> float:
-    """Probability of the tokens ``ids`` together, the largest there is at any place of a few short prompts."""
+    """Return the largest joint probability of the tokens ``ids`` at any position of a few short prompts."""
     if model.get_output_embeddings() is None:
         return 0.0
     device, largest = model.get_input_embeddings().weight.device, 0.0
     for text in PROBES:
         row = torch.tensor([render_prompt(tokenizer, [{"role": "user", "content": text}])], device=device)
         logits = model(input_ids=row, use_cache=False).logits[0].float()  # (T, V)
+        # Only positions of real tokens count: no answer continues after a virtual token.
         real = (row[0] < ids[0]) | (row[0] > ids[-1])
         largest = max(largest, float(logits.softmax(dim=-1)[real][:, ids].sum(dim=-1).max()))
     return largest
 
 
 def require_small_mass(model: Any, tokenizer: Any, ids: list[int], where: str) -> None:
-    """``UserError`` when virtual tokens would be sampled: a model so unsure that logits of 0 matter is untrained."""
+    """Raise ``UserError`` when virtual tokens would be sampled, as from an untrained model whose logits are near 0."""
     mass = virtual_mass(model, tokenizer, ids)
     if mass > LARGEST_MASS:
         raise UserError(
             f"{where}: this model gives its {len(ids)} new tokens {mass:.2g} of the probability, and {LARGEST_MASS:g} "
-            "is the most that does no harm: it tells tokens apart too little, as an untrained model does. Train it "
+            "is the limit: it barely distinguishes tokens, as an untrained model does. Train it "
             "with lora or in full first, or take fewer tokens."
         )
 
 
-def prompt_of(model: Any) -> Tokens | None:
-    """The virtual tokens of ``model`` whose embeddings are learned, if it has any."""
-    found = getattr(model.get_input_embeddings(), NAME, None)
-    return found if isinstance(found, (Prompt, Encoded)) else None
+def learned_tokens(model: Any) -> Tokens | None:
+    """Return the virtual tokens of ``model`` whose embeddings are trained, if any."""
+    tokens = getattr(model.get_input_embeddings(), NAME, None)
+    return tokens if isinstance(tokens, (Prompt, Encoded)) else None
 
 
 @torch.no_grad()
-def folded(model: Any, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """``weights`` of ``model`` with the learned vectors in its embedding.
+def merge_into_embedding(model: Any, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return ``weights`` of ``model`` with the learned vectors in its embedding (V, hidden).
 
-    A tied head becomes one of its own, whose rows for the virtual tokens stay zero.
+    A tied head becomes a separate one, whose rows for the virtual tokens stay zero.
     """
-    tokens, embedding, head = prompt_of(model), model.get_input_embeddings(), model.get_output_embeddings()
+    tokens, embedding, head = learned_tokens(model), model.get_input_embeddings(), model.get_output_embeddings()
     assert tokens is not None
     names = {id(module): name for name, module in model.named_modules()}
-    prefix, found = f"{names[id(embedding)]}.{NAME}.", dict(weights)
-    for name in [one for one in found if one.startswith(prefix)]:
-        del found[name]
+    prefix, merged = f"{names[id(embedding)]}.{NAME}.", dict(weights)
+    for name in [name for name in merged if name.startswith(prefix)]:
+        del merged[name]
     key = f"{names[id(embedding)]}.weight"
+    # Untie: the head keeps the rows of zeros, and the embedding gets the learned vectors.
     if head is not None and head.weight is embedding.weight:
-        found[f"{names[id(head)]}.weight"] = found[key]
-    table, vectors = found[key].clone(), tokens.vectors()
+        merged[f"{names[id(head)]}.weight"] = merged[key]
+    table, vectors = merged[key].clone(), tokens.vectors()
     assert vectors is not None
     table[tokens.first : tokens.first + tokens.count] = vectors.to(table.dtype)
-    return found | {key: table}
+    return merged | {key: table}
 
 
 def write_peft(tokens: Tokens, folder: Path, reward: bool) -> None:
-    """The learned vectors as peft stores a soft prompt: ``PeftModel.from_pretrained(base, folder)`` reads it."""
+    """Write the learned vectors as peft's soft prompt, which ``PeftModel.from_pretrained(base, folder)`` reads."""
     from peft import PromptTuningConfig, TaskType
     from safetensors.torch import save_file
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from transformers import AutoModel, GPT2Config, LlamaConfig
 
 from align.models.fast import ragged_rows
-from align.models.fast.prefix_batch import WORTHWHILE, Line, in_common
-from align.models.fast.ragged_rows import hidden_states, run_ragged
+from align.models.fast.prefix_batch import MIN_PREFIX, PrefixBatch, common_prefix
+from align.models.fast.ragged_rows import enable_ragged, hidden_states
 
 SMALL = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -16,7 +16,7 @@ SMALL = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidd
 def trunk(config):
     torch.manual_seed(0)
     model = AutoModel.from_config(config).eval()
-    run_ragged(model)
+    enable_ragged(model)
     return model
 
 
@@ -40,7 +40,7 @@ def agree(model, lengths, parents):
     """Every piece's states are those of the whole sequence that ends with it; so are the gradients of all of them."""
     generator = torch.Generator().manual_seed(0)
     tokens = [torch.randint(0, 50, (length,), generator=generator).tolist() for length in lengths]
-    line, wholes = Line(), []
+    line, wholes = PrefixBatch(), []
     for own, parent in zip(tokens, parents, strict=True):
         line.add(own, parent)
         wholes.append([*(wholes[parent] if parent is not None else []), *own])
@@ -78,14 +78,14 @@ def test_learned_positions_go_on_too():
 def test_a_beginning_s_gradient_is_summed_in_float32(llama):
     """Of 64 pieces each adds a little: in bfloat16 the last of them would be rounded away."""
     rows = torch.zeros(64 + 1, 1, 1, dtype=torch.bfloat16, requires_grad=True)
-    line = Line()
+    line = PrefixBatch()
     beginning = line.add([0])
     for _ in range(64):
         line.add([1], beginning)
     layout = line.batch()["layout"]
-    taken = ragged_rows._TakeKeys.apply(rows, layout["keys"], layout["own"], layout["again"])
+    taken = ragged_rows._TakeKeys.apply(rows, layout["key_tokens"], layout["token_keys"], layout["prefix_copies"])
     grad = torch.full_like(taken, 1 / 64)
-    grad[layout["own"][0]] = 4.0
+    grad[layout["token_keys"][0]] = 4.0
     taken.backward(grad)
     assert rows.grad[0].item() == 5.0  # one by one in bfloat16: 4 + 1/64 is 4 again
     assert rows.grad[1:].tolist() == [[[1 / 64]]] * 64
@@ -93,12 +93,12 @@ def test_a_beginning_s_gradient_is_summed_in_float32(llama):
 
 def test_what_is_in_common_leaves_each_a_token():
     ten = list(range(10))
-    assert in_common([[*ten, 1], [*ten, 2]]) == 10
-    assert in_common([[*ten, 1], ten]) == 9  # the second is the beginning of the first
-    assert in_common([[*ten, 1], [*ten, 2], [*ten[:8], 0, 0]]) == 8 == WORTHWHILE
-    assert in_common([[*ten, 1], [*ten[:7], 0, 0, 0]]) == 0
-    assert in_common([ten]) == 0
-    assert in_common([ten, []]) == 0
+    assert common_prefix([[*ten, 1], [*ten, 2]]) == 10
+    assert common_prefix([[*ten, 1], ten]) == 9  # the second is the beginning of the first
+    assert common_prefix([[*ten, 1], [*ten, 2], [*ten[:8], 0, 0]]) == 8 == MIN_PREFIX
+    assert common_prefix([[*ten, 1], [*ten[:7], 0, 0, 0]]) == 0
+    assert common_prefix([ten]) == 0
+    assert common_prefix([ten, []]) == 0
 
 
 @given(
@@ -109,4 +109,4 @@ def test_in_common_is_what_comparing_all_would_find(rows, start):
     found = 0
     while all(found < len(row) - 1 for row in rows) and len({row[found] for row in rows}) == 1:
         found += 1
-    assert in_common(rows) == (found if found >= WORTHWHILE else 0)
+    assert common_prefix(rows) == (found if found >= MIN_PREFIX else 0)

@@ -10,7 +10,7 @@ from transformers import AutoModel, GPT2Config, LlamaConfig, MistralConfig, Qwen
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from align.models.fast import ragged_rows
-from align.models.fast.ragged_rows import can_run_ragged, hidden_states, lay_out, run_ragged
+from align.models.fast.ragged_rows import can_run_ragged, enable_ragged, hidden_states, make_layout
 
 SMALL = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -32,7 +32,7 @@ def rows_of(lengths, seed=0):
 
 def together(model, rows):
     positions = torch.tensor([[place for row in rows for place in range(len(row))]])
-    return hidden_states(model, torch.cat(rows)[None], positions, lay_out([len(row) for row in rows]))
+    return hidden_states(model, torch.cat(rows)[None], positions, make_layout([len(row) for row in rows]))
 
 
 def gradients(model, loss):
@@ -46,7 +46,7 @@ def agree(model, rows):
     expected = torch.cat(alone)
     weight = torch.sin(torch.arange(expected.numel())).view_as(expected)
     wanted = gradients(model, (expected * weight).sum())
-    run_ragged(model)
+    enable_ragged(model)
     found = together(model, rows)
     assert torch.allclose(found, expected, atol=1e-5)
     for name, gradient in gradients(model, (found * weight).sum()).items():
@@ -76,23 +76,23 @@ def test_other_architectures(config):
 
 
 def test_a_group_wastes_a_fifth_at_most_and_places_are_given_back():
-    layout = lay_out([10, 3, 9, 8, 7])
+    layout = make_layout([10, 3, 9, 8, 7])
     assert layout["shapes"] == [(3, 10, 10), (1, 7, 7), (1, 3, 3)]  # 10, 9, 8 together; 7 < 0.8 * 10
-    assert layout["gather"][layout["inverse"]].tolist() == list(range(37))
-    assert (layout["gather"] == 37).sum() == 3  # 9 and 8 are filled up to 10
+    assert layout["slot_tokens"][layout["token_slots"]].tolist() == list(range(37))
+    assert (layout["slot_tokens"] == 37).sum() == 3  # 9 and 8 are filled up to 10
 
 
 def test_pieces_that_see_as_much_before_them_are_together_and_no_mask_is_made_twice():
-    layout = lay_out([10, 4, 4, 5, 4], [None, 0, 0, None, 1])
+    layout = make_layout([10, 4, 4, 5, 4], [None, 0, 0, None, 1])
     assert layout["shapes"] == [(1, 10, 10), (1, 5, 5), (1, 4, 18), (2, 4, 14)]
     assert layout["masks"][3].shape == (1, 1, 4, 14)  # both see all of the 10
-    assert layout["keys"][layout["own"]].tolist() == list(range(27))
-    for place, token, count in layout["again"]:
-        assert layout["keys"][place : place + count].tolist() == list(range(token, token + count))
+    assert layout["key_tokens"][layout["token_keys"]].tolist() == list(range(27))
+    for place, token, count in layout["prefix_copies"]:
+        assert layout["key_tokens"][place : place + count].tolist() == list(range(token, token + count))
 
 
 def test_unlike_beginnings_in_a_group_have_masks_of_their_own():
-    layout = lay_out([10, 9, 3, 3], [None, None, 0, 1])
+    layout = make_layout([10, 9, 3, 3], [None, None, 0, 1])
     assert layout["shapes"][1] == (2, 3, 13)
     mask = layout["masks"][1]
     assert mask.shape == (2, 1, 3, 13)
@@ -111,13 +111,13 @@ def test_generation_and_padded_batches_work_as_before():
     ids = torch.stack(rows_of([6, 6]))
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
     expected = model(ids, attention_mask=mask).last_hidden_state
-    run_ragged(model)
+    enable_ragged(model)
     assert torch.equal(model(ids, attention_mask=mask).last_hidden_state, expected)
 
 
 def test_saved_weights_do_not_name_it(tmp_path):
     model = trunk(LlamaConfig(**SMALL, num_key_value_heads=2))
-    run_ragged(model)
+    enable_ragged(model)
     model.save_pretrained(tmp_path)
     assert ragged_rows.NAME not in (tmp_path / "config.json").read_text()
     assert "attn_implementation" not in json.loads((tmp_path / "config.json").read_text())
@@ -130,12 +130,12 @@ def test_a_model_that_drops_the_layout_is_named():
 
     torch.manual_seed(0)
     model = Deaf(LlamaConfig(**SMALL, num_key_value_heads=2))
-    run_ragged(model)
-    with pytest.raises(RuntimeError, match=r"LlamaAttention does not hand .* set padding_free off"):
+    enable_ragged(model)
+    with pytest.raises(RuntimeError, match=r"LlamaAttention does not pass .* set padding_free off"):
         together(model, rows_of([3, 2]))
 
 
 def test_attention_with_more_to_it_is_refused(llama):
     q = torch.zeros(1, 4, 3, 8)
     with pytest.raises(RuntimeError, match=r"asks for softcap.* set padding_free off"):
-        ragged_rows.ragged_attention(llama, q, q, q, None, layout=lay_out([3]), softcap=30.0)
+        ragged_rows.ragged_attention(llama, q, q, q, None, layout=make_layout([3]), softcap=30.0)

@@ -12,7 +12,7 @@ from align.config.tuning import LoraTuning
 from align.models.fast import shared_layers
 from align.models.loading import load_policy
 from align.models.tuning.apply import apply_tuning
-from align.rl.ppo.critic import trunk_of
+from align.rl.critic import trunk_of
 
 SIZES = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 5, "num_attention_heads": 4,
@@ -34,7 +34,7 @@ WINDOWS: dict[str, dict[str, object]] = {
 @pytest.mark.parametrize(
     ("model_type", "windows"),
     [
-        *((model_type, "plain") for model_type in shared_layers.SPLIT),
+        *((model_type, "plain") for model_type in shared_layers.SPLITTABLE),
         *((model_type, "window") for model_type in ("mistral", "phi3", "smollm3")),
         *((model_type, "upper_half") for model_type in ("qwen2", "qwen3")),
         *((model_type, "mixed") for model_type in ("qwen2", "qwen3", "smollm3")),
@@ -46,9 +46,9 @@ def test_in_two_parts_as_in_one(model_type: str, windows: str, count: int) -> No
     trunk = AutoModelForCausalLM.from_config(config).eval().model
     with torch.no_grad():
         whole = trunk(input_ids=IDS, use_cache=False).last_hidden_state
-        with shared_layers.below(trunk, count):
+        with shared_layers.run_lower_layers(trunk, count):
             states = trunk(input_ids=IDS, use_cache=False).last_hidden_state
-        with shared_layers.above(trunk, count):
+        with shared_layers.run_upper_layers(trunk, count):
             found = trunk(inputs_embeds=states, use_cache=False).last_hidden_state
     assert found.equal(whole)
     assert not states.equal(whole)
@@ -69,25 +69,25 @@ def test_the_windows_of_these_models_count(model_type: str, windows: str) -> Non
 
 def test_layers_below_the_first_adapter_are_frozen(tiny_model: Path) -> None:
     model = load_policy(tiny_model)
-    assert shared_layers.frozen_below(trunk_of(model)) == 0
-    assert shared_layers.frozen_below(trunk_of(apply_tuning(model, LoraTuning(last_layers=1), 0))) == 1
+    assert shared_layers.count_frozen_layers(trunk_of(model)) == 0
+    assert shared_layers.count_frozen_layers(trunk_of(apply_tuning(model, LoraTuning(last_layers=1), 0))) == 1
     everywhere = apply_tuning(load_policy(tiny_model), LoraTuning(), 0)
-    assert shared_layers.frozen_below(trunk_of(everywhere)) == 0
+    assert shared_layers.count_frozen_layers(trunk_of(everywhere)) == 0
     embedded = LoraTuning(last_layers=1, save_modules=["embed_tokens"])
-    assert shared_layers.frozen_below(trunk_of(apply_tuning(load_policy(tiny_model), embedded, 0))) == 0
+    assert shared_layers.count_frozen_layers(trunk_of(apply_tuning(load_policy(tiny_model), embedded, 0))) == 0
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "gemma2", "gemma3_text"])
 def test_another_kind_of_decoder_is_passed_whole(model_type: str) -> None:
     sizes = {"n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 99} if model_type == "gpt2" else SIZES
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes)).requires_grad_(False)
-    assert shared_layers.frozen_below(getattr(model, model.base_model_prefix)) == 0
+    assert shared_layers.count_frozen_layers(getattr(model, model.base_model_prefix)) == 0
 
 
 def test_the_stack_is_whole_again_after_an_error(tiny_model: Path) -> None:
     trunk = trunk_of(load_policy(tiny_model))
     layers, norm = trunk.layers, trunk.norm
-    with pytest.raises(ZeroDivisionError), shared_layers.below(trunk, 1):
+    with pytest.raises(ZeroDivisionError), shared_layers.run_lower_layers(trunk, 1):
         1 / 0  # noqa: B018
     assert trunk.layers is layers
     assert trunk.norm is norm

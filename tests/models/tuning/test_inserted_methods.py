@@ -299,7 +299,7 @@ def test_models_they_have_no_place_in_are_refused(tiny_model: Path, tmp_path: Pa
                     intermediate_size=32, vocab_size=40)
     )  # fmt: skip
     with pytest.raises(
-        UserError, match="llama_adapter knows models of the kind llama, mistral, qwen2, and this one is q"
+        UserError, match="llama_adapter supports models of the kind llama, mistral, qwen2, and this one is q"
     ):
         apply_tuning(qwen3, LLAMA, 1)
     with pytest.raises(UserError, match="tuning.layers: 3 is more than the 2 layers"):
@@ -319,16 +319,16 @@ def test_with_a_cache_and_without_it_says_the_same(method: str, tiny_model: Path
 
 @pytest.mark.parametrize("method", METHODS)
 def test_ragged_rows_say_the_same(method: str, tiny_model: Path) -> None:
-    from align.models.fast.ragged_rows import hidden_states, lay_out, run_ragged
+    from align.models.fast.ragged_rows import enable_ragged, hidden_states, make_layout
 
     model, tokenizer = tuned(tiny_model, METHODS[method])
     rows = [render_prompt(tokenizer, [{"role": "user", "content": text}]) for text in ("hello", "a longer one", "x")]
     with torch.no_grad():
         alone = torch.cat([model.model(torch.tensor([row])).last_hidden_state[0] for row in rows])
-        run_ragged(model)
+        enable_ragged(model)
         ids = torch.tensor([[token for row in rows for token in row]])
         places = torch.tensor([[place for row in rows for place in range(len(row))]])
-        together = hidden_states(model.model, ids, places, lay_out([len(row) for row in rows]))
+        together = hidden_states(model.model, ids, places, make_layout([len(row) for row in rows]))
     assert torch.allclose(alone, together, atol=1e-4)
 
 
@@ -337,7 +337,9 @@ def test_export_refuses_what_no_ordinary_folder_can_hold(method: str, tiny_model
     from align.export.export import Source, check_source, export
 
     folder = saved(tiny_model, STORED[method], tmp_path / "model")
-    with pytest.raises(UserError, match=f"its adapter of tuning {STORED[method].method} is no change of weights"):
+    with pytest.raises(
+        UserError, match=f"its adapter of tuning {STORED[method].method} cannot be merged into the weights"
+    ):
         check_source(Source(folder))
     plain = saved(tiny_model, PARALLEL, tmp_path / "parallel" / "model")
     export(Source(plain), tmp_path / "out")

@@ -12,8 +12,8 @@ import torch
 from align.config.tuning import LoraTuning
 from align.errors import UserError
 from align.models.loading import load_policy, load_tokenizer
-from align.models.merging import merged_weights
 from align.models.tuning.apply import apply_tuning, save_tuned
+from align.models.tuning.merged_weights import merged_weights
 from tests.support.models.tuning.pretended import ROWS, logits, push
 
 
@@ -53,7 +53,7 @@ def test_eva_spans_what_the_inputs_vary_in(tiny_model: Path) -> None:
     kept = (varied @ spanned.T).square().sum() / varied.square().sum()
     random = torch.linalg.qr(torch.randn(64, 4, generator=torch.Generator().manual_seed(0)))[0]
     assert kept > 1.5 * (varied @ random).square().sum() / varied.square().sum()
-    with pytest.raises(UserError, match="eva looks at training rows, and there are none here"):
+    with pytest.raises(UserError, match="eva reads training rows, and this stage has none"):
         apply_tuning(load_policy(tiny_model), LoraTuning(init="eva"), 0)
 
 

@@ -47,7 +47,7 @@ def test_full_tuning_trains_all_and_frozen_weights_are_not_counted_as_trained(ti
 
 def test_a_schedule_needs_memory_for_what_is_open_at_once(tiny_model: Path) -> None:
     model = load_policy(tiny_model)
-    found = notice(model, FullTuning(), "float32", at_once=LAYERS)
+    found = notice(model, FullTuning(), "float32", max_trained=LAYERS)
     share = f"({100 * LAYERS / WHOLE:.3g} %)"
     assert f"at most {LAYERS:,} of {WHOLE:,} parameters are trained in one step {share}" in found
     assert f"about {(4 * WHOLE + 12 * LAYERS) / 2**20:.2f} MiB for weights" in found

@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from align.config.tuning import LoraTuning, QloraTuning
 from align.errors import UserError
 from align.models.loading import load_policy
-from align.models.merging import merged_weights
 from align.models.tuning import quantized
 from align.models.tuning.apply import apply_tuning, load_for_tuning
+from align.models.tuning.merged_weights import merged_weights
 from align.models.tuning.notice import weight_bytes
 from align.models.tuning.quantized import QuantizedLinear, dequantized, quantize
 from tests.support.models.tuning.pretended import IDS, logits, push, wrapped

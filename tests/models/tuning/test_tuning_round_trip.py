@@ -44,9 +44,9 @@ def test_what_a_record_holds_is_read_back_the_same(block):
 @pytest.mark.parametrize(
     ("block", "said"),
     [
-        ({"method": "adapters", "tokens": 4}, "'tokens' means nothing for kind bottleneck"),
-        ({"method": "adapters", "kind": "llama_adapter", "size": 16}, "'size' means nothing for kind llama_adapter"),
-        ({"method": "adapters", "after": ["attention"]}, "'after' is of a sequential bottleneck"),
+        ({"method": "adapters", "tokens": 4}, "'tokens' has no effect with kind bottleneck"),
+        ({"method": "adapters", "kind": "llama_adapter", "size": 16}, "'size' has no effect with kind llama_adapter"),
+        ({"method": "adapters", "after": ["attention"]}, "'after' is for a sequential bottleneck"),
     ],
 )
 def test_a_field_of_the_other_kind_is_refused(block, said):

@@ -174,7 +174,7 @@ def test_only_they_are_trained(base: Path) -> None:
 
 
 def test_a_model_that_would_sample_them_is_refused_before_and_after_training(tiny_model: Path, base: Path) -> None:
-    with pytest.raises(UserError, match=r"gives its 5 new tokens 0\.\d+ of the probability, and 0\.001 is the most"):
+    with pytest.raises(UserError, match=r"gives its 5 new tokens 0\.\d+ of the probability, and 0\.001 is the limit"):
         tuned(tiny_model, METHODS["prompt"])
     model, tokenizer = tuned(base, METHODS["prompt"])
     ids = list(range(260, 265))
@@ -202,7 +202,7 @@ def test_a_tokenizer_that_cuts_text_otherwise_behind_them_is_refused(base: Path,
     file.write_text(json.dumps(parsed), encoding="utf-8")
     template = folder / "chat_template.jinja"
     template.write_text("{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}", encoding="utf-8")
-    with pytest.raises(UserError, match="tuning.method: prompt: with 5 new tokens in front, this tokenizer cuts"):
+    with pytest.raises(UserError, match="tuning.method: prompt: with 5 new tokens in front, this tokenizer splits"):
         load_tokenizer(folder, METHODS["prompt"])
 
 
@@ -212,10 +212,10 @@ def test_an_embedding_that_scales_is_refused(base: Path) -> None:
 
     model = load_policy(base)
     model.get_input_embeddings().__class__ = Scaled
-    from align.models.tuning.virtual_tokens import make_room
+    from align.models.tuning.virtual_tokens import add_embedding_rows
 
     with pytest.raises(UserError, match="this model's is Scaled"):
-        make_room(model, [260, 261])
+        add_embedding_rows(model, [260, 261])
 
 
 def test_positions_that_are_learned_are_those_of_the_text(base: Path, tmp_path: Path) -> None:

@@ -63,3 +63,7 @@ def events(context: StageContext, kind: str) -> list[dict[str, Any]]:
 
 def losses(context: StageContext) -> dict[int, float]:
     return {event["step"]: event["loss"] for event in events(context, "metrics") if "loss" in event}
+
+
+def warnings(stage: StageContext) -> list[str]:
+    return [event["message"] for event in events(stage, "warning")]

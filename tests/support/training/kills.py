@@ -20,8 +20,7 @@ import transformers
 from safetensors.torch import load_file
 
 import align.rl.saving
-import align.training.reload
-import align.training.saving
+import align.training.save
 from align.pipeline.context import StageContext
 from align.pipeline.registry import STAGES
 from align.training import checkpoints
@@ -70,7 +69,7 @@ def armed(kill: Kill) -> Iterator[None]:
         elif kill.moment == "trained":
             patch.setattr(trainer, "_finalize_training", _dying_trained)
         elif kill.moment == "saved":
-            for module in (align.training.saving, align.training.reload, align.rl.saving):
+            for module in (align.training.save, align.rl.saving):
                 patch.setattr(module, "save_tuned", _dying_half_saved)
         yield
 

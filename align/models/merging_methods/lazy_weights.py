@@ -1,4 +1,4 @@
-"""A checkpoint's tensors from disk, one at a time: what is merged need not fit in memory several times over."""
+"""Read a checkpoint's tensors from disk one at a time, so that several models need not fit in memory."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ HEAD = "lm_head.weight"
 
 
 class Weights:
-    """Tensors of a model folder by name, read when asked for."""
+    """Tensors of a model folder by name, read on access."""
 
     def __init__(self, folder: Path, label: str) -> None:
-        """``label`` is what messages call it. Raises ``UserError`` for a folder whose weights are not all in it."""
+        """Open a folder, called ``label`` in messages. Raises ``UserError`` where an adapter is stored in it."""
         self.folder, self.label = folder, label
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if (folder / "adapter").is_dir():
@@ -42,10 +42,10 @@ class Weights:
 
     def __getitem__(self, name: str) -> torch.Tensor:
         with safe_open(self._files[name], framework="pt") as tensors:
-            found: torch.Tensor = tensors.get_tensor(name)
-        return found
+            tensor: torch.Tensor = tensors.get_tensor(name)
+        return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor, without reading it."""
+        """Return a tensor's shape without reading its values."""
         with safe_open(self._files[name], framework="pt") as tensors:
             return tuple(tensors.get_slice(name).get_shape())

@@ -52,8 +52,8 @@ def pipeline(name: str, launch: dict[str, Any], **changes: Any) -> Pipeline:
     """``name`` trained from a tiny model under ``launch``."""
     stages = {
         "model": {"source": "tiny"},
-        "rows": {"stage": "tests.support.training.given_rows:ROWS", "train": 41},
-        "texts": {"stage": "tests.support.training.given_rows:TEXTS", "train": 200},
+        "rows": {"stage": "tests.support.training.row_stages:ROWS", "train": 41},
+        "texts": {"stage": "tests.support.training.row_stages:TEXTS", "train": 200},
         "prompts": {"stage": "tests.support.stages.given:PROMPTS", "count": 10},
         **({"teacher": {"stage": "sft", **STAGES["sft"]}} if name == "distill" else {}),  # or it would teach itself
         name: {**STAGES[name], **changes},
@@ -109,7 +109,8 @@ def interrupted(tmp_path: Path, name: str, first: dict[str, Any], then: dict[str
     killer.join()
     resumed = run_pipeline(pipeline(name, then, **more), store=store)
     found = Made(name, resumed.artifacts[name].path, resumed.metrics(name))
-    assert "resuming from" in (resumed.artifacts[name].path / "log.txt").read_text()
+    folder = resumed.artifacts[name].path
+    assert "resuming from" in (folder / "log.txt").read_text() + (folder / "events.jsonl").read_text()
     return found
 
 

@@ -1,0 +1,56 @@
+"""Save what a stage trained; for a reward model, verify that the saved one scores like the trained one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from align.config.launch import rank
+from align.models.loading import load_reward
+from align.models.malloc import trim_malloc
+from align.models.sharding import full_model
+from align.models.tuning.apply import save_tuned
+from align.pipeline.context import StageContext
+from align.training.held_out import scores
+
+TOLERANCE = 1e-3
+"""Largest difference of a score, relative to its size (at least 1), that merging in float32 may cause."""
+
+
+def save(context: StageContext, trainer: Any, tokenizer: Any) -> None:
+    """Write the trained model to ``model/``, from the first process; call it in all processes."""
+    with full_model(unwrapped_model(trainer)) as trained:
+        if rank() == 0:
+            save_tuned(trained, tokenizer, context.output / "model")
+
+
+def unwrapped_model(trainer: Any) -> Any:
+    """Return the trainer's model without its parallel wrapper; ``full_model`` gathers a sharded one."""
+    return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+
+
+def save_reward(trainer: Any, tokenizer: Any, out_dir: Path, probe: Sequence[Sequence[int]]) -> float:
+    """Write the trainer's reward model to ``out_dir``, LoRA merged; return the largest score difference on ``probe``.
+
+    transformers replaces a score head that is missing from the file by a random one, with no more than a log line. So
+    both models are scored in float32. Raises ``RuntimeError`` when they differ by more than rounding.
+    """
+    with full_model(unwrapped_model(trainer)) as live:
+        return 0.0 if rank() else _save_and_compare(live.eval(), tokenizer, out_dir, probe)
+
+
+def _save_and_compare(live: Any, tokenizer: Any, out_dir: Path, probe: Sequence[Sequence[int]]) -> float:
+    save_tuned(live, tokenizer, out_dir)
+    trim_malloc()
+    # Score a few rows by the live model and by the one that was just written.
+    pad = int(tokenizer.pad_token_id)
+    with torch.no_grad():
+        trained = scores(live, probe, pad)
+        loaded = scores(load_reward(out_dir).to(next(live.parameters()).device), probe, pad)
+    gaps = [abs(a - b) for a, b in zip(trained, loaded, strict=True)]
+    if any(gap > TOLERANCE * max(1.0, abs(score)) for gap, score in zip(gaps, trained, strict=True)):
+        raise RuntimeError(f"the saved reward model scores {loaded} where the trained one scores {trained}")
+    return max(gaps)
