@@ -6,15 +6,12 @@ Names are imported on first use, so that importing a module of this package neve
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from align.rl.critic_free.best_of_n import BestOfNTrainer
-    from align.rl.critic_free.config import BestOfNConfig, GRPOConfig, OnlineDPOConfig, RLOOConfig
-    from align.rl.critic_free.groups import GRPOTrainer, RLOOTrainer
-    from align.rl.critic_free.pairs import OnlineDPOTrainer
-    from align.rl.ppo.config import PPOConfig
-    from align.rl.ppo.trainer import PPOTrainer
+    from align.rl.arguments import BestOfNConfig, GRPOConfig, OnlineDPOConfig, PPOConfig, RLOOConfig
+    from align.rl.trainers import BestOfNTrainer, GRPOTrainer, OnlineDPOTrainer, PPOTrainer, RLOOTrainer
 
 __all__ = [
     "BestOfNConfig",
@@ -29,19 +26,9 @@ __all__ = [
     "RLOOTrainer",
 ]
 
-_MODULES = {
-    **dict.fromkeys(("BestOfNConfig", "GRPOConfig", "OnlineDPOConfig", "RLOOConfig"), "align.rl.critic_free.config"),
-    **dict.fromkeys(("GRPOTrainer", "RLOOTrainer"), "align.rl.critic_free.groups"),
-    "OnlineDPOTrainer": "align.rl.critic_free.pairs",
-    "BestOfNTrainer": "align.rl.critic_free.best_of_n",
-    "PPOConfig": "align.rl.ppo.config",
-    "PPOTrainer": "align.rl.ppo.trainer",
-}
-
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(_MODULES[name]), name)
+    module = "arguments" if name.endswith("Config") else "trainers"
+    return getattr(importlib.import_module(f"align.rl.{module}"), name)

@@ -1,11 +1,12 @@
-"""Warning signs in an update's metrics: collapse, exploding lengths, a score that climbs while gold falls.
+"""Warning signs in an update's metrics: collapse, exploding lengths, a score that rises while gold falls.
 
-A loss or gradient that is not finite stops the run by itself (``trainer.py``); here are the failures that do not. Works
-on logged numbers alone, so a resumed run raises what the uninterrupted one would have raised.
+A loss or gradient that is not finite stops the run by itself (``trainer.py``); these failures do not. They are found
+from logged metrics alone, so a resumed run raises what the uninterrupted one would have raised.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ Entry = Mapping[str, float]
 """The metrics of one update."""
 
 START = 3
-"""Updates at the start whose mean is what later ones are compared with."""
+"""Updates at the start; later ones are compared with their mean."""
 WINDOW = 5
 """Updates per side of a comparison of trends."""
 COLLAPSED_ENTROPY = 0.1
@@ -27,7 +28,7 @@ CLEAR = 2.0
 
 @dataclass(frozen=True)
 class Alarm:
-    """What is wrong, since which update; ``text`` says what it means and what usually helps."""
+    """A failure, and the update since which it holds; ``text`` says what it means and what usually helps."""
 
     name: str
     update: int
@@ -35,12 +36,20 @@ class Alarm:
 
 
 def alarms(history: Sequence[Entry]) -> list[Alarm]:
-    """Alarms that hold at the last of ``history``, one entry per update in order."""
+    """Return the alarms that hold at the last of ``history``, which has one entry per update in order."""
     if len(history) <= START:
         return []
     update = int(history[-1]["update"])
     checks = (_collapse, _explosion, _over_optimization)
-    return [Alarm(name, update, text) for name, text in (check(history) for check in checks) if text]
+    raised = (check(history) for check in checks)
+    return [Alarm(name, update, text) for name, text in raised if text]
+
+
+def new_alarms(history: Sequence[Entry]) -> list[Alarm]:
+    """Return the alarms that hold at the last of ``history`` and did not at the one before."""
+    # Each failure is reported when it begins, not in every update in which it holds.
+    earlier = {alarm.name for alarm in alarms(history[:-1])}
+    return [alarm for alarm in alarms(history) if alarm.name not in earlier]
 
 
 def _mean(history: Sequence[Entry], name: str) -> float:
@@ -48,56 +57,59 @@ def _mean(history: Sequence[Entry], name: str) -> float:
 
 
 def _collapse(history: Sequence[Entry]) -> tuple[str, str]:
-    """Nearly all entropy gone, or answers cut down to a fraction of what they were."""
-    now, text = history[-1], ""
-    entropy, length = (_mean(history[:START], name) for name in ("entropy", "length"))
-    if now["entropy"] < COLLAPSED_ENTROPY * entropy:
+    """Return an alarm for entropy that is nearly gone, or responses a fraction as long as they were."""
+    latest, text = history[-1], ""
+    entropy, length = _mean(history[:START], "entropy"), _mean(history[:START], "length")
+    if latest["entropy"] < COLLAPSED_ENTROPY * entropy:
         text = (
-            f"the policy's entropy fell from {entropy:.3g} to {now['entropy']:.3g} nats a token: it says nearly the "
-            "same to everything, and has nothing left to explore. Raise kl_coef or entropy_coef, or lower learning_rate"
+            f"the policy's entropy fell from {entropy:.3g} to {latest['entropy']:.3g} nats a token: it gives nearly "
+            "the same answer to everything, and no longer explores. Raise kl_coef or entropy_coef, or lower "
+            "learning_rate"
         )
-    elif now["length"] < COLLAPSED_LENGTH * length:
+    elif latest["length"] < COLLAPSED_LENGTH * length:
         text = (
-            f"responses fell from {length:.1f} to {now['length']:.1f} tokens: the score rewards saying little. Look at "
-            "the samples, and check the reward model on short answers"
+            f"responses fell from {length:.1f} to {latest['length']:.1f} tokens: the score rewards short answers. "
+            "Look at the samples, and check the reward model on short answers"
         )
     return "collapse", text
 
 
 def _explosion(history: Sequence[Entry]) -> tuple[str, str]:
-    """Answers twice as long and mostly cut off, though they used to end."""
-    now, start = history[-1], history[:START]
-    length, cut = _mean(start, "length"), _mean(start, "truncation_rate")
-    if now["length"] > EXPLODED_LENGTH * length or (now["truncation_rate"] > MANY_CUT and cut < MANY_CUT / 2):
+    """Return an alarm for responses twice as long as they were, or mostly truncated though they used to end."""
+    latest, start = history[-1], history[:START]
+    length, truncation = _mean(start, "length"), _mean(start, "truncation_rate")
+    is_truncated = latest["truncation_rate"] > MANY_CUT and truncation < MANY_CUT / 2
+    if latest["length"] > EXPLODED_LENGTH * length or is_truncated:
         return "length explosion", (
-            f"responses grew from {length:.1f} to {now['length']:.1f} tokens, {now['truncation_rate']:.0%} of them cut "
-            "off: the score rewards length, or ending is no longer learned. Set missing_eos_penalty or length_penalty, "
-            "or raise kl_coef"
+            f"responses grew from {length:.1f} to {latest['length']:.1f} tokens, {latest['truncation_rate']:.0%} of "
+            "them truncated: the score rewards length, or the policy no longer learns to stop. Set missing_eos_penalty "
+            "or length_penalty, or raise kl_coef"
         )
     return "length explosion", ""
 
 
 def _over_optimization(history: Sequence[Entry]) -> tuple[str, str]:
-    """The score's mean clearly up and gold's clearly down from one window to the next (arXiv 2210.10760)."""
+    """Return an alarm for a mean score clearly up and gold clearly down between two windows (arXiv 2210.10760)."""
     name = "over-optimization"
     if len(history) < 2 * WINDOW or "gold" not in history[-1]:
         return name, ""
+    # Scores scatter from update to update: two windows are compared in standard errors of their difference.
     before, after = history[-2 * WINDOW : -WINDOW], history[-WINDOW:]
     if _change(before, after, "score") > CLEAR and _change(before, after, "gold") < -CLEAR:
         return name, (
             f"in {WINDOW} updates the score rose from {_mean(before, 'score'):.3g} to {_mean(after, 'score'):.3g} "
-            f"while gold fell from {_mean(before, 'gold'):.3g} to {_mean(after, 'gold'):.3g}: the policy has "
-            "found what the reward model overrates. Keep an earlier checkpoint (keep: best), raise kl_coef, or train "
-            "the reward model on this policy's responses"
+            f"while gold fell from {_mean(before, 'gold'):.3g} to {_mean(after, 'gold'):.3g}: the policy "
+            "exploits what the reward model overrates. Keep an earlier checkpoint (keep: best), raise kl_coef, or "
+            "train the reward model on this policy's responses"
         )
     return name, ""
 
 
 def _change(before: Sequence[Entry], after: Sequence[Entry], name: str) -> float:
-    """Difference of two windows' means in standard errors of it; infinite where nothing scatters."""
-    sides = [[entry[name] for entry in side] for side in (before, after)]
-    difference = statistics.fmean(sides[1]) - statistics.fmean(sides[0])
-    error = sum(statistics.variance(side) / len(side) for side in sides) ** 0.5
-    if error == 0:
-        return 0.0 if difference == 0 else float("inf") if difference > 0 else float("-inf")
-    return float(difference / error)
+    """Return the difference of two windows' means in its standard errors; infinite where values do not vary."""
+    windows = [[entry[name] for entry in window] for window in (before, after)]
+    difference = statistics.fmean(windows[1]) - statistics.fmean(windows[0])
+    error = sum(statistics.variance(window) / len(window) for window in windows) ** 0.5
+    if error != 0:
+        return float(difference / error)
+    return math.copysign(math.inf, difference) if difference else 0.0

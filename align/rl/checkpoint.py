@@ -1,10 +1,10 @@
-"""What a PPO checkpoint holds beside the Trainer's files, and which one a killed run resumes from.
+"""Files of a checkpoint beside the Trainer's, and the checkpoint that a killed run resumes from.
 
-``model.safetensors`` has every trained tensor of policy and critic in float32; frozen ones come from the models the
-run starts from. ``ppo_state.json`` has the KL controller, the totals, and the fields that decide the data order. The
-Trainer adds optimizer, scheduler, random states and ``trainer_state.json``; where the best policy is kept, its weights
-are there as well. A checkpoint is written under another name, marked with the digests of its files
-(``align.training.checkpoints``), and renamed.
+``model.safetensors`` has every trained tensor of policy and critic in float32; frozen ones come from the models that
+the run starts from. ``ppo_state.json`` has the KL controller, the totals, and the arguments that decide the order of
+the data. The Trainer adds optimizer, scheduler, random states and ``trainer_state.json``. ``best.safetensors`` has the
+weights of the best policy, where ``keep`` asks for it. A checkpoint is written under another name, marked with the
+digests of its files (``align.training.checkpoints``), and renamed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import nn
 from transformers.trainer_utils import rotate_checkpoints
 
 from align.errors import UserError
-from align.store.atomic_write import sync_folder
+from align.store.atomic_write import sync_folder, write_text_atomically
 from align.training import checkpoints
 
 WEIGHTS = "model.safetensors"
@@ -31,7 +31,7 @@ DRAFT = ".draft"
 
 
 def save_trained(model: nn.Module, folder: Path) -> None:
-    """Write every parameter that is trained; tied ones once."""
+    """Write every trained parameter; tied ones once."""
     trained = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
     save_file(trained, folder / WEIGHTS, metadata={"format": "pt"})
 
@@ -40,33 +40,37 @@ def load_trained(model: nn.Module, folder: Path) -> None:
     """Copy a checkpoint's tensors into the live model. Raises ``UserError`` unless names and shapes are the same."""
     stored = load_file(folder / WEIGHTS)
     live = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    differing = sorted(stored.keys() ^ live.keys()) or [n for n, t in stored.items() if t.shape != live[n].shape]
+    differing = sorted(stored.keys() ^ live.keys())
+    if not differing:
+        differing = [name for name, tensor in stored.items() if tensor.shape != live[name].shape]
     if differing:
         raise UserError(
             f"{folder} was written by a run with another model, tuning or critic: {differing[0]} differs "
-            f"({len(differing)} in all). Resume with the settings it was started with, or start anew."
+            f"({len(differing)} in all). Resume with the settings it was started with, or start over."
         )
     with torch.no_grad():
+        # In place: the optimizer and tied modules keep their references to these parameters.
         for name, tensor in stored.items():
             live[name].copy_(tensor)
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
     """Write ``ppo_state.json``; Python's floats survive JSON exactly."""
-    (folder / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+    write_text_atomically(folder / STATE, json.dumps(state, indent=1))
 
 
 def load_state(folder: Path, fingerprint: dict[str, Any]) -> dict[str, Any]:
     """Read it back. Raises ``UserError`` when the run's data order would differ from the checkpoint's."""
     path = folder / STATE
     if not path.is_file():
-        raise UserError(f"{folder} has no {STATE}: it is not a checkpoint of PPO. Point at another, or start anew.")
+        raise UserError(f"{folder} has no {STATE}: it is not a checkpoint of PPO. Use another, or start over.")
     state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    # Another value would give the next update other prompts or another order, and the run would be a different one.
     for name, value in state["fingerprint"].items():
         if fingerprint.get(name) != value:
             raise UserError(
                 f"{folder} was written with {name} {value}, this run has {fingerprint.get(name)}; the resumed run "
-                "would not continue it. Set it back, or start anew."
+                "would not continue it. Set it back, or start over."
             )
     return state
 
@@ -82,6 +86,7 @@ def clear(draft: Path, accelerator: Any) -> None:
 def publish(draft: Path, output_dir: Path, limit: int | None) -> None:
     """Move the checkpoint in ``draft`` to its place, then delete the oldest beyond ``limit``."""
     (folder,) = draft.glob("checkpoint-*")
+    # The marker lists digests, so it is written last; the rename then makes the checkpoint visible at once.
     checkpoints.mark_complete(folder)
     target = output_dir / folder.name
     shutil.rmtree(target, ignore_errors=True)
@@ -91,10 +96,10 @@ def publish(draft: Path, output_dir: Path, limit: int | None) -> None:
     rotate_checkpoints(str(output_dir), save_total_limit=limit)
 
 
-def last_checkpoint(output_dir: Path, warn: checkpoints.Say = print) -> Path | None:
-    """The newest whole ``checkpoint-<step>`` in ``output_dir``, or None; leftovers of a killed save are removed.
+def last_checkpoint(output_dir: Path, warn: checkpoints.Warn = print) -> Path | None:
+    """Return the newest complete ``checkpoint-<step>`` in ``output_dir``, or None; remove leftovers of a killed save.
 
-    A damaged checkpoint is moved to ``damaged/``; ``warn`` is told, and where the run resumes instead. One without a
+    A damaged checkpoint is moved to ``damaged/``, with a warning that says where the run resumes instead. One without a
     marker is left alone: it is not of this trainer, which marks a checkpoint before it gets its name.
     """
     if not output_dir.is_dir():
@@ -103,11 +108,11 @@ def last_checkpoint(output_dir: Path, warn: checkpoints.Say = print) -> Path | N
     return checkpoints.last_complete(output_dir, warn, unmarked="leave")
 
 
-def check_whole(folder: Path) -> None:
-    """Raise ``UserError`` unless the files of a checkpoint that a script names are those that were written."""
+def check_files(folder: Path) -> None:
+    """Raise ``UserError`` if the files of a checkpoint that a script names have changed since they were written."""
     reason = checkpoints.find_damage(folder)
     if reason is not None:
         raise UserError(
-            f"{folder} is damaged: {reason}. Resume from an older checkpoint (`last_checkpoint(output_dir)` finds the "
-            "newest whole one), or start anew."
+            f"{folder} is damaged: {reason}. Resume from an older checkpoint (`last_checkpoint(output_dir)` returns "
+            "the newest complete one), or start over."
         )

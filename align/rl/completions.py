@@ -1,6 +1,6 @@
-"""A table of sampled responses, a few from every update: what the numbers do not show.
+"""A table of sampled responses, a few from every update.
 
-One JSON line a response, one file an update, so that a resumed run rewrites what it repeats.
+There is one JSON line per response and one file per update, so that a resumed run overwrites what it repeats.
 """
 
 from __future__ import annotations
@@ -20,18 +20,17 @@ PER_TOKEN = ("kl", "values", "raw_advantages")
 def write(folder: Path, rollout: Rollout, count: int, tokenizer: Any) -> None:
     """Write the first ``count`` responses of a rollout: ``update``, ``prompt``, ``response``, scores, length, KL.
 
-    ``by_token`` has ``[text, KL to the reference, the critic's value before the token, advantage]`` of each token:
-    where a response strays, and what the critic expected there.
+    ``by_token`` has ``[text, KL to the reference, the critic's value before the token, advantage]`` of each token. It
+    shows where a response drifts, and what the critic expected there.
     """
     path = folder / FOLDER / f"{rollout.update + 1:06d}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [
-        json.dumps(_line(rollout, index, tokenizer), ensure_ascii=False) for index in range(min(count, len(rollout)))
-    ]
-    write_text_atomically(path, "".join(f"{line}\n" for line in lines))
+    responses = [_describe(rollout, index, tokenizer) for index in range(min(count, len(rollout)))]
+    lines = [json.dumps(response, ensure_ascii=False) + "\n" for response in responses]
+    write_text_atomically(path, "".join(lines))
 
 
-def _line(rollout: Rollout, index: int, tokenizer: Any) -> dict[str, Any]:
+def _describe(rollout: Rollout, index: int, tokenizer: Any) -> dict[str, Any]:
     tensors = rollout.tensors
     scores = {name: float(tensors[name][index]) for name in tensors if name.startswith(COMPONENT)}
     gold = {"gold": float(tensors["gold"][index])} if "gold" in tensors else {}
@@ -51,17 +50,18 @@ def _line(rollout: Rollout, index: int, tokenizer: Any) -> dict[str, Any]:
 
 def _by_token(rollout: Rollout, index: int, tokenizer: Any) -> list[list[Any]]:
     ids = rollout.responses[index]
-    nothing = [0.0] * len(ids)  # a method without a critic has no values
-    columns = [rollout.tensors[name][index].tolist() if name in rollout.tensors else nothing for name in PER_TOKEN]
-    numbers = zip(*columns, strict=False)  # values: one more
-    return [
-        [text, *(round(value, 4) for value in own)]
-        for text, own in zip(token_texts(tokenizer, ids), numbers, strict=False)
-    ]
+    columns = []
+    for name in PER_TOKEN:
+        if name in rollout.tensors:
+            columns.append(rollout.tensors[name][index].tolist()[: len(ids)])
+        else:  # a method without a critic has no values
+            columns.append([0.0] * len(ids))
+    rows = zip(token_texts(tokenizer, ids), *columns, strict=True)
+    return [[text, *(round(value, 4) for value in numbers)] for text, *numbers in rows]
 
 
 def gather(folder: Path, target: Path) -> None:
-    """Put all updates' responses into one file."""
+    """Concatenate the files of all updates into one."""
     files = sorted((folder / FOLDER).glob("*.jsonl"))
     if files:
-        target.write_text("".join(file.read_text(encoding="utf-8") for file in files), encoding="utf-8")
+        write_text_atomically(target, "".join(file.read_text(encoding="utf-8") for file in files))

@@ -1,10 +1,11 @@
-"""How far the policy is from the reference: estimators, and controllers of the penalty's coefficient.
+"""KL of the policy to the reference: estimators, and controllers of the penalty's coefficient.
 
 As a reward only k1 has the right gradient, as a loss only k2 (and k3 that of the reverse KL).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
@@ -13,18 +14,29 @@ Estimator = Literal["k1", "k2", "k3"]
 
 
 def estimate_kl(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: Estimator = "k1") -> torch.Tensor:
-    """Per-token estimate of KL(policy || reference) in nats from tokens the policy sampled.
+    """Return estimates of KL(policy || reference) per token, (B, T), in nats, from tokens that the policy sampled.
 
-    With l = logprobs - ref_logprobs: k1 = l (unbiased, may be negative), k2 = l^2/2 (biased), k3 = exp(-l) - 1 + l
-    (unbiased, never negative). Source: joschu.net/blog/kl-approx. As a reward only k1 is right: the gradient that k2
-    and k3 give there nearly vanishes close to the reference.
+    ``logprobs`` and ``ref_logprobs`` are (B, T). With l = logprobs - ref_logprobs: k1 = l (unbiased, may be negative),
+    k2 = l^2/2 (biased), k3 = exp(-l) - 1 + l (unbiased, never negative). Source: joschu.net/blog/kl-approx. As a reward
+    only k1 is right: the gradient that k2 and k3 give there nearly vanishes close to the reference.
     """
     log_ratio = logprobs - ref_logprobs
     if estimator == "k1":
         return log_ratio
     if estimator == "k2":
         return log_ratio**2 / 2
+    # k1 with a control variate of mean 0: never negative, and of lower variance.
     return torch.exp(-log_ratio) - 1 + log_ratio
+
+
+@dataclass(frozen=True)
+class KLPenalty:
+    """Coefficients of the KL penalty during one update: one of them is 0."""
+
+    in_reward: float = 0.0
+    """Reward lost per nat of drift from the reference."""
+    in_loss: float = 0.0
+    """Weight of the KL term of the loss."""
 
 
 class KLController(Protocol):
@@ -33,7 +45,7 @@ class KLController(Protocol):
     value: float
 
     def update(self, kl: float, episodes: int) -> None:
-        """Take the mean sequence KL (nats) of ``episodes`` responses into account."""
+        """Take the mean KL of ``episodes`` responses, in nats per response, into account."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -47,7 +59,7 @@ class FixedKL:
         self.value = value
 
     def update(self, kl: float, episodes: int) -> None:
-        """Nothing changes."""
+        """Change nothing."""
 
     def state_dict(self) -> dict[str, Any]:
         return {"value": self.value}
@@ -59,8 +71,8 @@ class FixedKL:
 class AdaptiveKL(FixedKL):
     """Ziegler's proportional controller (arXiv 1909.08593, section 2.2).
 
-    ``value *= 1 + clip(kl / target - 1, -0.2, 0.2) * episodes / horizon``. ``target`` is in nats *per sequence* (6 for
-    24 tokens there), ``horizon`` in episodes. A target meant for token means does not transfer.
+    ``value *= 1 + clip(kl / target - 1, -0.2, 0.2) * episodes / horizon``. ``target`` is in nats *per response* (6 for
+    24 tokens there), ``horizon`` in responses. A target for token means does not transfer.
     """
 
     def __init__(self, value: float, target: float, horizon: int) -> None:
@@ -69,11 +81,12 @@ class AdaptiveKL(FixedKL):
         self.horizon = horizon
 
     def update(self, kl: float, episodes: int) -> None:
-        """Raise the coefficient when KL is above the target, lower it when below, by at most 20 % per horizon."""
+        """Raise the coefficient when the KL is above the target, lower it when below, by at most 20 % per horizon."""
+        # Relative error, limited, so that a single update cannot swing the coefficient.
         error = min(max(kl / self.target - 1.0, -0.2), 0.2)
         self.value *= 1.0 + error * episodes / self.horizon
 
 
 def make_controller(kind: Literal["fixed", "adaptive"], value: float, target: float, horizon: int) -> KLController:
-    """The controller a config asks for."""
+    """Return the controller that the settings ask for."""
     return AdaptiveKL(value, target, horizon) if kind == "adaptive" else FixedKL(value)

@@ -1,7 +1,7 @@
-"""Log-probabilities and entropies of response tokens from hidden states, without logits of the whole batch.
+"""Log-probabilities and entropies of response tokens from hidden states, without logits of the entire batch.
 
-The output head runs over blocks of the vocabulary: one block's logits exist at a time, in float32 for the softmax and
-small enough to stay in a core's cache, and are computed again in the backward pass instead of being kept.
+The output head runs over blocks of the vocabulary. The logits of one block exist at a time, in float32 for the softmax
+and small enough to stay in a core's cache. The backward pass computes them again instead of keeping them.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ import torch
 from torch import nn
 
 TOKENS = 1024
-"""Tokens that go through the head together."""
+"""Tokens per pass through the head."""
 LOGITS = {"cpu": 2**20, "cuda": 2**24}
-"""Logits of a block, 4 bytes each: 4 MiB stay in the caches of a few cores; a GPU is better off with large kernels."""
-
+"""Logits of a block, 4 bytes each: 4 MiB stay in the caches of a few cores; a GPU prefers large kernels."""
 
 Temperature = float | torch.Tensor
-"""What logits are divided by: a number for all tokens, or (N, 1), one for each."""
+"""Divisor of the logits: a number for all tokens, or one for each, (N, 1)."""
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -29,27 +28,30 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: Temperature
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return log-probabilities and entropies, (N,) each, of hidden states (N, H) and targets (N,)."""
         slices = [slice(start, start + TOKENS) for start in range(0, len(hidden), TOKENS)]
         parts = [_forward(hidden[part], weight, targets[part], _part_of(temperature, part)) for part in slices]
         empty = hidden.new_empty(0, dtype=torch.float32)
-        logprobs, normalizers, entropies = (torch.cat(found) for found in zip((empty,) * 3, *parts, strict=True))
+        logprobs, normalizers, entropies = (torch.cat(pieces) for pieces in zip((empty,) * 3, *parts, strict=True))
         ctx.save_for_backward(hidden, weight, targets, normalizers, entropies)
         ctx.temperature = temperature
         return logprobs, entropies
 
     @staticmethod
     def backward(ctx: Any, grad_logprobs: torch.Tensor, grad_entropies: torch.Tensor) -> Any:  # type: ignore[override]
+        """Return gradients of the hidden states (N, H) and, if it is trained, of the head's weight (V, H)."""
         hidden, weight, targets, normalizers, entropies = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         with_entropy = bool(grad_entropies.any())
         for start in range(0, len(hidden), TOKENS):
             part = slice(start, start + TOKENS)
-            own, places = hidden[part], torch.arange(len(hidden[part]), device=hidden.device)
+            states = hidden[part]
+            rows = torch.arange(len(states), device=hidden.device)
             temperature = _part_of(ctx.temperature, part)
             # d logp_y / d logit_v = 1[v = y] - p_v;  d H / d logit_v = -p_v (log p_v + H)
             factor = -grad_logprobs[part, None]
-            for block, logits in _blocks(own, weight, temperature):
+            for block, logits in _blocks(states, weight, temperature):
                 log_p = logits.sub_(normalizers[part, None])
                 if with_entropy:
                     by_entropy = (log_p + entropies[part, None]).mul_(grad_entropies[part, None])
@@ -57,11 +59,11 @@ class _TokenLogprobs(torch.autograd.Function):
                 else:
                     grad = log_p.exp_().mul_(factor)
                 inside, column = _within(targets[part], block)
-                grad[places[inside], column] += grad_logprobs[part][inside]
+                grad[rows[inside], column] += grad_logprobs[part][inside]
                 low = _divided(grad, temperature).to(hidden.dtype)
                 grad_hidden[part] += low @ weight[block]
                 if grad_weight is not None:
-                    grad_weight[block] += low.T @ own
+                    grad_weight[block] += low.T @ states
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         return grad_hidden.to(hidden.dtype), grad_weight, None, None
@@ -70,9 +72,9 @@ class _TokenLogprobs(torch.autograd.Function):
 def _forward(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: Temperature
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probabilities, logarithms of the softmax's denominators, and entropies, (n,) each.
+    """Return log-probabilities, logarithms of the softmax's denominators, and entropies, (n,) each.
 
-    The maximum, and sums relative to it, run along (as in arXiv 1805.02867).
+    Online softmax: the maximum so far, and sums relative to it, are updated block by block (arXiv 1805.02867).
     """
     highest = hidden.new_full((len(hidden), 1), float("-inf"), dtype=torch.float32)
     total, weighted = torch.zeros_like(highest), torch.zeros_like(highest)  # sums of e^d and of d e^d, d = l - highest
@@ -81,7 +83,7 @@ def _forward(
         inside, column = _within(targets, block)
         chosen[inside, 0] = logits[inside, column]
         higher = torch.maximum(highest, logits.amax(dim=-1, keepdim=True))
-        shift = (highest - higher).clamp(min=-1e4)  # the first is -inf, of which nothing is left
+        shift = (highest - higher).clamp(min=-1e4)  # at the first block -inf, and the factor 0
         lower = torch.exp(shift)
         weighted = lower * (weighted + shift * total)
         total = lower * total
@@ -92,14 +94,15 @@ def _forward(
         weighted += unnormalized.mul_(logits).sum(dim=-1, keepdim=True)
     log_total = torch.log(total)
     # H = -sum p log p = log sum e^d - sum p d
-    found = (chosen - highest - log_total, log_total + highest, log_total - weighted / total)
-    return tuple(one.squeeze(1) for one in found)  # type: ignore[return-value]
+    logprobs = chosen - highest - log_total
+    entropies = log_total - weighted / total
+    return logprobs.squeeze(1), (log_total + highest).squeeze(1), entropies.squeeze(1)
 
 
 def _blocks(
     hidden: torch.Tensor, weight: torch.Tensor, temperature: Temperature
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Parts of the vocabulary, and the (n, v) float32 logits there."""
+    """Yield parts of the vocabulary, and their float32 logits (n, v)."""
     size = max(256, LOGITS.get(hidden.device.type, LOGITS["cuda"]) // len(hidden))
     for start in range(0, len(weight), size):
         block = slice(start, start + size)
@@ -108,8 +111,10 @@ def _blocks(
 
 
 def _divided(values: torch.Tensor, temperature: Temperature) -> torch.Tensor:
-    """``values`` (n, v) over the temperature, in place."""
-    return values if not isinstance(temperature, torch.Tensor) and temperature == 1.0 else values.div_(temperature)
+    """Divide ``values`` (n, v) by the temperature, in place, and return them."""
+    if not isinstance(temperature, torch.Tensor) and temperature == 1.0:
+        return values
+    return values.div_(temperature)
 
 
 def _part_of(temperature: Temperature, part: slice) -> Temperature:
@@ -117,7 +122,7 @@ def _part_of(temperature: Temperature, part: slice) -> Temperature:
 
 
 def _within(targets: torch.Tensor, block: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which targets (n,) bool lie in a part of the vocabulary, and their columns there."""
+    """Return a mask (n,) of the targets that lie in a part of the vocabulary, and their columns there."""
     inside = (targets >= block.start) & (targets < block.stop)
     return inside, targets[inside] - block.start
 
@@ -125,11 +130,11 @@ def _within(targets: torch.Tensor, block: slice) -> tuple[torch.Tensor, torch.Te
 def token_logprobs(
     hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor, temperature: Temperature
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities of ``targets`` and entropies under ``softmax(head(hidden) / temperature)``, (N,) float32 each.
+    """Return log-probabilities of ``targets`` and entropies of ``softmax(head(hidden) / temperature)``, (N,) each.
 
-    ``hidden`` is (N, H), ``targets`` (N,), ``temperature`` a number or (N, 1). The matrix product runs in autocast's
-    type, the softmax in float32. A head that is more than a plain bias-free linear layer (an adapter, a bias) is run as
-    it is, with logits of all N tokens.
+    Both are float32. ``hidden`` is (N, H), ``targets`` (N,), ``temperature`` a number or (N, 1). The matrix product
+    runs in autocast's type, the softmax in float32. A head that is more than a plain bias-free linear layer (an
+    adapter, a bias) runs as it is, with logits of all N tokens.
     """
     device = hidden.device.type
     if type(head) is not nn.Linear or head.bias is not None:

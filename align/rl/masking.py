@@ -11,42 +11,45 @@ from collections.abc import Callable, Sequence
 import torch
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
-"""Adds a tensor up over all processes; the identity when there is one."""
+"""Adds a tensor up over all processes; the identity in a single process."""
 
 
 def local(total: torch.Tensor) -> torch.Tensor:
-    """The ``Reduce`` of a single process."""
+    """Return ``total`` unchanged, of any shape: the ``Reduce`` of a single process."""
     return total
 
 
 def response_mask(lengths: Sequence[int], width: int | None = None) -> torch.Tensor:
-    """True on the first ``lengths[i]`` of ``width`` columns (the longest row by default); (B, T) bool."""
+    """Return a mask (B, T), True on the first ``lengths[i]`` of ``width`` columns (by default the longest row)."""
     counts = torch.tensor(list(lengths))
     width = int(counts.max()) if width is None else width
     return torch.arange(width)[None, :] < counts[:, None]
 
 
 def last_index(mask: torch.Tensor) -> torch.Tensor:
-    """Column of each row's last real token; (B,). Every row needs at least one."""
+    """Return the column of each row's last real token, (B,), of a mask (B, T). Every row needs at least one."""
     return mask.sum(dim=1) - 1
 
 
 def pad_rows(rows: Sequence[Sequence[float]], width: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Right-pad ragged rows with zeros to (B, width)."""
-    out = torch.zeros(len(rows), width, dtype=dtype)
+    """Return ragged rows right-padded with zeros, (B, width)."""
+    padded = torch.zeros(len(rows), width, dtype=dtype)
     for index, row in enumerate(rows):
-        out[index, : len(row)] = torch.tensor(list(row), dtype=dtype)
-    return out
+        padded[index, : len(row)] = torch.tensor(list(row), dtype=dtype)
+    return padded
 
 
 def masked_sum(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Sum over real tokens. A NaN in the padding does not leak: it is replaced, not multiplied by zero."""
+    """Return the sum of ``values`` over real tokens, a scalar. Values and mask have one shape, usually (B, T).
+
+    Padding is replaced, not multiplied by 0, so that a NaN there does not leak.
+    """
     total: torch.Tensor = torch.where(mask, values, values.new_zeros(())).sum()
     return total
 
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor, reduce: Reduce = local) -> torch.Tensor:
-    """Mean over the real tokens of all processes."""
+    """Return the mean of ``values`` (B, T) over the real tokens of all processes, a scalar."""
     totals = reduce(torch.stack([masked_sum(values, mask), mask.sum().to(values.dtype)]))
     return totals[0] / totals[1]
 
@@ -54,16 +57,16 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor, reduce: Reduce = local
 def masked_mean_var(
     values: torch.Tensor, mask: torch.Tensor, reduce: Reduce = local
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and population variance over the real tokens of all processes, in two passes as the variance needs."""
+    """Return mean and population variance of ``values`` (B, T) over the real tokens of all processes, as scalars."""
     mean = masked_mean(values, mask, reduce)
-    return mean, masked_mean((values - mean) ** 2, mask, reduce)
+    return mean, masked_mean((values - mean) ** 2, mask, reduce)  # a second pass: one pass would cancel
 
 
 def whiten(values: torch.Tensor, mask: torch.Tensor, *, shift_mean: bool, reduce: Reduce = local) -> torch.Tensor:
-    """Scale the real tokens to variance one; ``shift_mean=True`` also moves their mean to zero.
+    """Return ``values`` (B, T) with the real tokens scaled to variance 1; ``shift_mean`` also moves their mean to 0.
 
-    The sense of ``shift_mean`` is that of lm-human-preferences: advantages are shifted, rewards are not, as moving
-    their mean would change what is asked for. Padding comes back as zero.
+    ``shift_mean`` is used as in lm-human-preferences: advantages are shifted, rewards are not, since moving their mean
+    would change the task. Padding comes back as 0.
     """
     mean, variance = masked_mean_var(values, mask, reduce)
     whitened = (values - mean) * torch.rsqrt(variance + 1e-8)

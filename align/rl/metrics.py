@@ -1,7 +1,4 @@
-"""What is logged about each update, as means over the tokens or responses of all processes.
-
-Leaves out alarms: the numbers say what happened, the caller decides what to make of them.
-"""
+"""Metrics of each update, as means over the tokens or responses of all processes. ``alarms.py`` judges them."""
 
 from __future__ import annotations
 
@@ -10,9 +7,9 @@ import sys
 
 import torch
 
+from align.rl.advantages import explained_variance
 from align.rl.kl import estimate_kl
-from align.rl.masking import Reduce, masked_sum
-from align.rl.ppo.advantages import explained_variance
+from align.rl.masking import Reduce, local, masked_sum
 from align.rl.rollout import COMPONENT, Rollout
 
 
@@ -23,15 +20,16 @@ class Averages:
         self._sums: dict[str, list[float]] = {}
 
     def add(self, name: str, total: torch.Tensor | float, count: torch.Tensor | float = 1) -> None:
-        """Add a sum over ``count`` items."""
+        """Add a sum over ``count`` items, both scalars."""
         entry = self._sums.setdefault(name, [0.0, 0.0])
         entry[0] += float(total)
         entry[1] += float(count)
 
     def means(self, reduce: Reduce) -> dict[str, float]:
-        """The mean under each name, over all processes; what was added is forgotten."""
+        """Return the mean of each name over all processes, and start over."""
         if not self._sums:
             return {}
+        # One reduction for all names, in the order in which they were added, which is the same in every process.
         totals = reduce(torch.tensor(list(self._sums.values()), dtype=torch.float64))
         names, self._sums = list(self._sums), {}
         return {
@@ -39,55 +37,74 @@ class Averages:
         }
 
 
+def rollout_statistics(averages: Averages, rollout: Rollout, is_prefetched: bool) -> dict[str, float]:
+    """Add a rollout's sums to ``averages``; return statistics that are no means, seconds by phase, and sampling speed.
+
+    ``is_prefetched``: sampling ran in the background, with weights that may be older.
+    """
+    statistics = add_rollout(averages, rollout, local)
+    statistics |= {f"seconds_{name}": value for name, value in rollout.seconds.items()}
+    seconds = rollout.seconds["sampling"]
+    if is_prefetched:
+        seconds = rollout.sampling_seconds
+        statistics["staleness"] = float(rollout.update - rollout.weights_update)
+    tokens = sum(part.tokens for part in rollout.sampled)
+    statistics["sampled_tokens_per_second"] = tokens / max(seconds, 1e-9)
+    return statistics
+
+
 def add_rollout(averages: Averages, rollout: Rollout, reduce: Reduce) -> dict[str, float]:
     """Add a rollout's sums to ``averages``, and return the statistics that are no means.
 
-    Scores and lengths are those of all responses that were drawn, the rest of those learned from.
+    Scores and lengths are of all responses that were sampled, the rest of those that are learned from.
     """
-    drawn = rollout.drawn or rollout
-    _add_scores(averages, drawn)
-    t = rollout.tensors
-    mask, responses = t["response_mask"], len(rollout)
+    candidates = rollout.candidates or rollout
+    _add_scores(averages, candidates)
+    tensors = rollout.tensors
+    mask, responses = tensors["response_mask"], len(rollout)
     tokens = mask.sum()
-    averages.add("kl", t["kl"].sum(), responses)
-    averages.add("kl_k3", masked_sum(estimate_kl(t["logprobs"], t["ref_logprobs"], "k3"), mask), responses)
-    averages.add("entropy", masked_sum(t["entropy"], mask), tokens)
-    if "rewards" in t:
-        averages.add("reward", t["rewards"].sum(), responses)
-    if "values" in t:
-        averages.add("value", masked_sum(t["values"][:, :-1], mask), tokens)
-        averages.add("return", masked_sum(t["returns"], mask), tokens)
-    if "raw_advantages" in t:
-        averages.add("advantage", masked_sum(t["raw_advantages"], mask), tokens)
-        averages.add("advantage_square", masked_sum(t["raw_advantages"] ** 2, mask), tokens)
-    gap = (t["logprobs"] - t["sampler_logprobs"]).abs()
-    known = mask & torch.isfinite(gap)
-    averages.add("parity_gap", masked_sum(gap, known), known.sum())
-    averages.add("parity_ratio", masked_sum(gap.exp(), known), known.sum())
-    found = {"parity_gap_max": float(torch.where(known, gap, gap.new_zeros(())).max())}
-    if "values" in t:
-        found["explained_variance"] = explained_variance(t["values"][:, :-1], t["returns"], mask, reduce)
-    lengths = drawn.tensors["response_mask"].sum(dim=1)
-    found["score_length_correlation"] = correlation(drawn.tensors["scores"], lengths, reduce)
-    return found
+    k3 = estimate_kl(tensors["logprobs"], tensors["ref_logprobs"], "k3")
+    averages.add("kl", tensors["kl"].sum(), responses)
+    averages.add("kl_k3", masked_sum(k3, mask), responses)
+    averages.add("entropy", masked_sum(tensors["entropy"], mask), tokens)
+    if "rewards" in tensors:
+        averages.add("reward", tensors["rewards"].sum(), responses)
+    if "values" in tensors:
+        averages.add("value", masked_sum(tensors["values"][:, :-1], mask), tokens)
+        averages.add("return", masked_sum(tensors["returns"], mask), tokens)
+    if "raw_advantages" in tensors:
+        averages.add("advantage", masked_sum(tensors["raw_advantages"], mask), tokens)
+        averages.add("advantage_square", masked_sum(tensors["raw_advantages"] ** 2, mask), tokens)
+    # Distance of the engine's log-probabilities from the trainer's; large gaps mean that they hold different models.
+    gap = (tensors["logprobs"] - tensors["sampler_logprobs"]).abs()
+    is_known = mask & torch.isfinite(gap)
+    averages.add("parity_gap", masked_sum(gap, is_known), is_known.sum())
+    averages.add("parity_ratio", masked_sum(gap.exp(), is_known), is_known.sum())
+    statistics = {"parity_gap_max": float(torch.where(is_known, gap, gap.new_zeros(())).max())}
+    if "values" in tensors:
+        values = tensors["values"][:, :-1]
+        statistics["explained_variance"] = explained_variance(values, tensors["returns"], mask, reduce)
+    lengths = candidates.tensors["response_mask"].sum(dim=1)
+    statistics["score_length_correlation"] = correlation(candidates.tensors["scores"], lengths, reduce)
+    return statistics
 
 
-def _add_scores(averages: Averages, drawn: Rollout) -> None:
-    t, responses = drawn.tensors, len(drawn)
-    averages.add("score", t["scores"].sum(), responses)
-    averages.add("score_square", (t["scores"].double() ** 2).sum(), responses)
-    for name in (name for name in t if name.startswith(COMPONENT)):
-        averages.add(name, t[name].sum(), responses)
-    if "gold" in t:
-        averages.add("gold", t["gold"].sum(), responses)
-    averages.add("length", t["response_mask"].sum(), responses)
-    averages.add("eos_rate", t["finished"].sum(), responses)
-    averages.add("truncation_rate", (~t["finished"]).sum(), responses)
+def _add_scores(averages: Averages, candidates: Rollout) -> None:
+    tensors, responses = candidates.tensors, len(candidates)
+    averages.add("score", tensors["scores"].sum(), responses)
+    averages.add("score_square", (tensors["scores"].double() ** 2).sum(), responses)
+    for name in (name for name in tensors if name.startswith(COMPONENT)):
+        averages.add(name, tensors[name].sum(), responses)
+    if "gold" in tensors:
+        averages.add("gold", tensors["gold"].sum(), responses)
+    averages.add("length", tensors["response_mask"].sum(), responses)
+    averages.add("eos_rate", tensors["finished"].sum(), responses)
+    averages.add("truncation_rate", (~tensors["finished"]).sum(), responses)
 
 
-def correlation(one: torch.Tensor, other: torch.Tensor, reduce: Reduce) -> float:
-    """Pearson correlation of two (B,) over all processes; 0 where one of them does not vary."""
-    x, y = one.double(), other.double()
+def correlation(x: torch.Tensor, y: torch.Tensor, reduce: Reduce) -> float:
+    """Return the Pearson correlation of ``x`` and ``y``, (B,) each, over all processes; 0 where one does not vary."""
+    x, y = x.double(), y.double()
     count, sum_x, sum_y = reduce(torch.stack([torch.tensor(float(len(x)), dtype=torch.float64), x.sum(), y.sum()]))
     x, y = x - sum_x / count, y - sum_y / count
     xx, yy, xy = reduce(torch.stack([(x * x).sum(), (y * y).sum(), (x * y).sum()])).tolist()
@@ -95,16 +112,17 @@ def correlation(one: torch.Tensor, other: torch.Tensor, reduce: Reduce) -> float
 
 
 def finish(means: dict[str, float]) -> dict[str, float]:
-    """Turn means of squares into standard deviations; the rest passes."""
-    out = {name: value for name, value in means.items() if not name.endswith("_square")}
+    """Return the means with those of squares turned into standard deviations."""
+    finished = {name: value for name, value in means.items() if not name.endswith("_square")}
     for name, square in means.items():
         if name.endswith("_square"):
             base = name.removesuffix("_square")
-            out[f"{base}_std"] = max(square - means[base] ** 2, 0.0) ** 0.5
-    return out
+            finished[f"{base}_std"] = max(square - means[base] ** 2, 0.0) ** 0.5
+    return finished
 
 
 def peak_memory_gib() -> float:
-    """Largest resident memory of this process so far, in GiB."""
+    """Return the largest resident memory of this process so far, in GiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes there, KiB on Linux
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB on Linux
+    return peak / unit

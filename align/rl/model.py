@@ -1,4 +1,4 @@
-"""Policy, reference and, for PPO, critic as the one module that the Trainer optimizes."""
+"""Policy, reference and, for PPO, critic in the one module that the Trainer optimizes."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import nn
 
 from align.errors import UserError
 from align.models.fast import ragged_rows, shared_layers
-from align.models.sharding import in_parts
+from align.models.sharding import is_partitioned
 from align.models.tuning.apply import initial_policy
+from align.rl.critic import Critic, trunk_of
 from align.rl.logprobs import Temperature, token_logprobs
 from align.rl.packing import Batch
-from align.rl.ppo.critic import Critic, trunk_of
 
 
 class PolicyAndReference(nn.Module):
     """``policy`` (a causal model, maybe with LoRA) and the frozen ``reference``.
 
-    A LoRA policy with its adapter off is the reference; a fully tuned one gets a frozen copy. Dropout is always off:
-    otherwise the ratio is not 1 at the first step and KL is noise.
+    A LoRA policy with its adapter off is the reference; a fully tuned one has a frozen copy. Dropout is always off:
+    otherwise the ratio would not be 1 at the first step, and the KL would be noise.
     """
 
     _keys_to_ignore_on_save = None
@@ -35,18 +35,19 @@ class PolicyAndReference(nn.Module):
         self.checkpointing = False
         self.frozen_layers = _frozen_layers(policy, trunk_of(policy))
         self.reference = None if hasattr(policy, "disable_adapter") else copy.deepcopy(policy).requires_grad_(False)
-        self._without_dropout()
+        self._disable_dropout()
 
-    def _without_dropout(self) -> None:
+    def _disable_dropout(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Dropout):
+                # Ratios compare two passes over the same tokens; dropout would make them differ by chance.
                 module.p = 0.0
             if isinstance(getattr(module, "attention_dropout", None), float):
                 setattr(module, "attention_dropout", 0.0)  # noqa: B010  (nn.Module types its attributes)
 
     @property
     def trained(self) -> list[Any]:
-        """The models with trunks that gradients flow through."""
+        """The models whose trunks are trained."""
         return [self.policy]
 
     def train(self, mode: bool = True) -> Self:
@@ -54,24 +55,25 @@ class PolicyAndReference(nn.Module):
         return super().train(mode and self.checkpointing)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **options: Any) -> None:
-        """What the Trainer calls for ``gradient_checkpointing=True``."""
+        """Checkpoint activations; the Trainer calls this for ``gradient_checkpointing=True``."""
         self.checkpointing = True
         options["gradient_checkpointing_kwargs"] = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
         for model in self.trained:
             model.gradient_checkpointing_enable(**options)
 
     def forward(self, batch: Batch, policy: bool = True, *, reference: bool = False) -> dict[str, torch.Tensor]:
-        """``logprobs`` and ``entropy`` (B, T), ``ref_logprobs`` (B, T): those asked for; float32, zero on padding.
+        """Return ``logprobs`` and ``entropy`` of the policy and ``ref_logprobs``, (B, T), as requested.
 
-        All at the sampling temperature, but at 1 for the last ``batch["supervised"]`` rows.
+        All are float32 and zero on padding, at the sampling temperature, but at 1 for the last ``batch["supervised"]``
+        rows.
         """
-        out = {}
+        outputs = {}
         if policy:
             states = self._states(trunk_of(self.policy), batch)
-            out["logprobs"], out["entropy"] = self._logprobs(self.policy, states, batch)
+            outputs["logprobs"], outputs["entropy"] = self._logprobs(self.policy, states, batch)
         if reference:
-            out["ref_logprobs"] = self._reference_logprobs(batch)
-        return out
+            outputs["ref_logprobs"] = self._reference_logprobs(batch)
+        return outputs
 
     def _reference_logprobs(self, batch: Batch) -> torch.Tensor:
         with torch.no_grad(), self.reference_policy() as model:
@@ -79,7 +81,7 @@ class PolicyAndReference(nn.Module):
 
     @contextlib.contextmanager
     def reference_policy(self) -> Any:
-        """The policy as it was before training."""
+        """Yield the policy as it was before training."""
         if self.reference is not None:
             yield self.reference
         else:
@@ -87,27 +89,34 @@ class PolicyAndReference(nn.Module):
                 yield model
 
     def _states(self, trunk: Any, batch: Batch) -> torch.Tensor:
-        """(R * L, H) or (N, H) hidden states; layers that nothing trains are passed once for all that share them"""
+        """Return hidden states (R * L, H), or (N, H) of rows without padding.
+
+        The lowest layers, if nothing trains them, run once for all models that share them: policy, reference and critic
+        on one frozen trunk have equal states there. The batch carries these states from one model to the next.
+        """
         count = self.frozen_layers.get(id(trunk), 0)
-        if not count or in_parts(self):
-            return _hidden(trunk, batch)
-        known = batch.setdefault("below", {})
-        key = (*shared_layers.same_below(trunk), count)
-        if key not in known:
-            with torch.no_grad(), shared_layers.below(trunk, count):
-                known[key] = _hidden(trunk, batch)
-        with shared_layers.above(trunk, count):
-            return _hidden(trunk, batch, known[key])
+        # Layers below the first adapter never change: their states are computed once for policy, reference and critic.
+        if not count or is_partitioned(self):
+            return _hidden_states(trunk, batch)
+        cached_states = batch.setdefault("below", {})
+        key = (*shared_layers.lower_weights_key(trunk), count)
+        if key not in cached_states:
+            with torch.no_grad(), shared_layers.run_lower_layers(trunk, count):
+                cached_states[key] = _hidden_states(trunk, batch)
+        with shared_layers.run_upper_layers(trunk, count):
+            return _hidden_states(trunk, batch, cached_states[key])
 
     def _logprobs(self, model: Any, states: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return log-probabilities and entropies of the response tokens, (B, T) each."""
         mask = batch["response_mask"]
-        hidden = states[batch["positions"][:, :-1][mask]]  # (N, H), response tokens only
+        # The head is the largest matrix: it runs on the states before response tokens only, not on prompts or padding.
+        hidden = states[batch["positions"][:, :-1][mask]]  # (N, H)
         head = model.get_output_embeddings()
         logprobs, entropy = token_logprobs(hidden, head, batch["targets"][mask], self._temperature(batch))
         return _scatter(logprobs, mask), _scatter(entropy, mask)
 
     def _temperature(self, batch: Batch) -> Temperature:
-        """The sampling temperature, and 1 for a batch's ``supervised`` rows, whose likelihood is learned as in SFT."""
+        """Return the sampling temperature; 1 for the tokens of a batch's ``supervised`` rows, (N, 1)."""
         if self.temperature == 1.0 or "supervised" not in batch:
             return self.temperature
         mask, supervised = batch["response_mask"], int(batch["supervised"])
@@ -117,15 +126,15 @@ class PolicyAndReference(nn.Module):
 
 
 class PolicyAndCritic(PolicyAndReference):
-    """... and the ``critic``."""
+    """Policy, reference, and the ``critic``."""
 
     def __init__(self, policy: Any, critic: Critic, temperature: float, critic_detach: bool = True) -> None:
-        """``critic_detach``: values of a head on the policy's own trunk send no gradient into it."""
+        """``critic_detach``: do not propagate the value loss of a head on the policy's trunk into the trunk."""
         super().__init__(policy, temperature)
         self.critic, self.critic_detach = critic, critic_detach
         if critic.trunk is not None:
             self.frozen_layers |= _frozen_layers(policy, critic.trunk)
-        self._without_dropout()
+        self._disable_dropout()
 
     @property
     def trained(self) -> list[Any]:
@@ -135,66 +144,67 @@ class PolicyAndCritic(PolicyAndReference):
     def forward(
         self, batch: Batch, policy: bool = True, critic: bool = True, reference: bool = False
     ) -> dict[str, torch.Tensor]:
-        """``logprobs`` and ``entropy`` (B, T), ``values`` (B, T+1), ``ref_logprobs`` (B, T): those asked for.
+        """Return ``logprobs`` and ``entropy`` (B, T), ``values`` (B, T+1), ``ref_logprobs`` (B, T), as requested.
 
-        The last ``batch["ptx"]`` rows, if any, are supervised texts: they have no values.
-
-        ``values[:, t]`` belongs to the state before token t, the column after a row's last token to the state at the
-        end. All are float32, and zero on padding.
+        The last ``batch["ptx"]`` rows, if any, are supervised texts: they have no values. ``values[:, t]`` belongs to
+        the state before token t, the column after a row's last token to the state at the end. All are float32 and zero
+        on padding.
         """
-        out = {}
+        outputs = {}
         states = None  # (R * L, H) or (N, H) of the policy's trunk
         if policy or (critic and self.critic.trunk is None):
+            # For values of a head alone the trunk runs without a graph.
             with torch.set_grad_enabled(torch.is_grad_enabled() and policy):
                 states = self._states(trunk_of(self.policy), batch)
         if policy and states is not None:
-            out["logprobs"], out["entropy"] = self._logprobs(self.policy, states, batch)
+            outputs["logprobs"], outputs["entropy"] = self._logprobs(self.policy, states, batch)
         if critic:
-            out["values"] = self._values(states, batch)
+            outputs["values"] = self._values(states, batch)
         if reference:
-            out["ref_logprobs"] = self._reference_logprobs(batch)
-        return out
+            outputs["ref_logprobs"] = self._reference_logprobs(batch)
+        return outputs
 
     def _values(self, states: torch.Tensor | None, batch: Batch) -> torch.Tensor:
+        """Return values (B, T+1) from the critic's trunk, or from the policy's ``states`` where it is only a head."""
         if self.critic.trunk is not None:
             batch = batch.get("without_ptx", batch)
             states = self._states(self.critic.trunk, batch)
         elif states is not None and self.critic_detach:
             states = states.detach()
         assert states is not None
-        own = len(batch["targets"]) - int(batch.get("ptx", 0))
-        mask = batch["response_mask"][:own]
+        responses = len(batch["targets"]) - int(batch.get("ptx", 0))
+        mask = batch["response_mask"][:responses]
         mask = torch.cat([mask.new_ones(len(mask), 1), mask], dim=1)  # (B, T+1)
-        return _scatter(self.critic.values(states[batch["positions"][:own][mask]]), mask)
+        return _scatter(self.critic.values(states[batch["positions"][:responses][mask]]), mask)
 
 
-def _hidden(trunk: Any, batch: Batch, states: torch.Tensor | None = None) -> torch.Tensor:
-    """(R * L, H), or (N, H) of ragged rows, from their tokens or from such ``states``."""
+def _hidden_states(trunk: Any, batch: Batch, states: torch.Tensor | None = None) -> torch.Tensor:
+    """Return hidden states (R * L, H), or (N, H) of rows without padding, from tokens or from such ``states``."""
     ids = batch["input_ids"]
     if "layout" in batch:
         return ragged_rows.hidden_states(trunk, ids, batch["position_ids"], batch["layout"], states)
-    given = {"input_ids": ids} if states is None else {"inputs_embeds": states.unflatten(0, ids.shape)}
-    flat: torch.Tensor = trunk(**given, use_cache=False).last_hidden_state.flatten(0, 1)
+    inputs = {"input_ids": ids} if states is None else {"inputs_embeds": states.unflatten(0, ids.shape)}
+    flat: torch.Tensor = trunk(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
     return flat
 
 
 def _frozen_layers(policy: Any, trunk: Any) -> dict[int, int]:
-    """By the trunk's id, how many of its lowest layers nothing trains; only adapters leave them so for good."""
-    return {id(trunk): shared_layers.frozen_below(trunk)} if hasattr(policy, "peft_config") else {}
+    """Return, by the trunk's id, the number of its lowest layers that are never trained; empty without adapters."""
+    return {id(trunk): shared_layers.count_frozen_layers(trunk)} if hasattr(policy, "peft_config") else {}
 
 
 def _scatter(flat: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """(N,) values of the real tokens -> mask's shape, zero elsewhere; differentiable."""
+    """Return values (N,) of the real tokens in the mask's shape (B, T), zero elsewhere; differentiable."""
     return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
 
 
 def _check_head(policy: Any) -> None:
-    """The head is applied to response tokens by ``logprobs.py``, which knows linear heads and nothing after them."""
+    """Raise ``UserError`` for a model that transforms its logits: ``logprobs.py`` applies a linear head only."""
     config = policy.config.get_text_config()
     for name, neutral in (("final_logit_softcapping", None), ("logits_scaling", 1), ("logit_scale", 1)):
         value = getattr(config, name, neutral)
         if value not in (None, neutral):
             raise UserError(
-                f"ppo: this model transforms its logits ({name}: {value}), which PPO here does not do; "
-                "its log-probabilities would be wrong. Use a model without."
+                f"ppo: this model transforms its logits ({name}: {value}), which PPO here does not do. "
+                "Its log-probabilities would be wrong. Use a model without it."
             )

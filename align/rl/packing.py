@@ -1,11 +1,11 @@
-"""From ragged token lists to the tensors of one micro-batch, and which responses go into which.
+"""Tensors of a micro-batch from token lists of different lengths, and the assignment of responses to micro-batches.
 
-``ragged``: rows stand end to end in one line of tokens, without padding (``align.models.fast.ragged_rows``).
-``shared``: so they do, and what is the same stands there once: the prompt of several responses to it, and the tokens
-that all prompts begin with, such as a template's system message. A response attends to its prompt and to itself; with n
-samples per prompt that saves n - 1 passes over the prompt.
-``padded``: for models that cannot do that, one right-padded row per response;
-causal, so padding is never attended to. The form changes no number beyond rounding.
+``ragged``: rows follow each other in one line of tokens, without padding (``align.models.fast.ragged_rows``).
+``shared``: likewise, and what rows have in common is there once: the prompt of several responses to it, and the tokens
+that all prompts begin with, such as a template's system message. A response attends to its prompt and to itself. With n
+samples per prompt this saves n - 1 passes over the prompt.
+``padded``: one right-padded row per response, for models that support neither. They are causal, so no real token
+attends to padding. The form changes results by rounding only.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from align.models.fast.prefix_batch import Line, in_common
+from align.models.fast.prefix_batch import PrefixBatch, common_prefix
 from align.rl.masking import response_mask
 
 Form = Literal["shared", "ragged", "padded"]
@@ -28,52 +28,64 @@ TokenLists = Sequence[Sequence[int]]
 
 
 def pack(prompts: TokenLists, responses: TokenLists, groups: Sequence[int], pad_id: int, form: Form) -> Batch:
-    """Tensors of a micro-batch of B responses; ``groups[i]`` is equal for responses whose prompt is the same."""
-    ends = torch.zeros(len(responses), dtype=torch.long)  # where the state before a response is: its prompt's end
-    starts = torch.zeros(len(responses), dtype=torch.long)
+    """Return the tensors of a micro-batch of B responses; ``groups[i]`` is equal for responses to the same prompt."""
     if form == "padded":
-        rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
-        longest = max(map(len, rows))
-        made: Batch = {"input_ids": torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in rows])}
-        starts += torch.tensor([i * longest + len(prompt) for i, prompt in enumerate(prompts)])
-        ends += starts - 1
+        inputs, prompt_ends, starts = _pad(prompts, responses, pad_id)
     else:
-        line = Line()
-        _fill(line, prompts, responses, _rows(groups, form == "shared"), form == "shared", starts, ends)
-        made = line.batch()
+        inputs, prompt_ends, starts = _lay_out(prompts, responses, groups, share=form == "shared")
     width = max(map(len, responses))
     positions = torch.zeros(len(responses), width + 1, dtype=torch.long)
     targets = torch.zeros(len(responses), width, dtype=torch.long)
     for i, response in enumerate(responses):
-        positions[i, 0] = ends[i]
+        # The state at a position predicts the next token: the prompt's last one predicts the first of the response.
+        positions[i, 0] = prompt_ends[i]
         positions[i, 1 : len(response) + 1] = starts[i] + torch.arange(len(response))
         targets[i, : len(response)] = torch.tensor(response)
     mask = response_mask([len(response) for response in responses])
-    return {"positions": positions, "targets": targets, "response_mask": mask, **made}
+    return {"positions": positions, "targets": targets, "response_mask": mask, **inputs}
 
 
-def _fill(
-    line: Line, prompts: TokenLists, responses: TokenLists, rows: list[list[int]], share: bool,
-    starts: torch.Tensor, ends: torch.Tensor,
-) -> None:  # fmt: skip
-    """Put the rows into the line, and where each response starts and its prompt ends into ``starts`` and ``ends``."""
-    shared = in_common([prompts[row[0]] for row in rows]) if share else 0
-    beginning = line.add(prompts[rows[0][0]][:shared]) if shared else None
+def _pad(prompts: TokenLists, responses: TokenLists, pad_id: int) -> tuple[Batch, list[int], list[int]]:
+    """Return right-padded inputs, and where in the flattened tokens each prompt ends and each response starts."""
+    rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
+    width = max(map(len, rows))
+    input_ids = torch.tensor([[*row, *[pad_id] * (width - len(row))] for row in rows])
+    starts = [i * width + len(prompt) for i, prompt in enumerate(prompts)]
+    return {"input_ids": input_ids}, [start - 1 for start in starts], starts
+
+
+def _lay_out(
+    prompts: TokenLists, responses: TokenLists, groups: Sequence[int], share: bool
+) -> tuple[Batch, list[int], list[int]]:
+    """Return inputs without padding, and where in them each prompt ends and each response starts.
+
+    With ``share`` the tokens that all prompts begin with come first, then each prompt's rest, which attends to them,
+    and behind it the responses to it. A prompt with a single response is one row together with it.
+    """
+    line = PrefixBatch()
+    # One row per prompt: its rest, then the responses, each of which attends to prefix, rest and itself.
+    rows = group_members(groups) if share else [[i] for i in range(len(groups))]
+    prefix_length = common_prefix([prompts[row[0]] for row in rows]) if share else 0
+    prefix = line.add(prompts[rows[0][0]][:prefix_length]) if prefix_length else None
+    prompt_ends, starts = [0] * len(responses), [0] * len(responses)
     for row in rows:
-        own = prompts[row[0]][shared:]
-        alone = [*own, *responses[row[0]]] if len(row) == 1 else own
-        prompt = line.add(alone, beginning)
+        rest = prompts[row[0]][prefix_length:]
+        is_alone = len(row) == 1  # one sequence is cheaper than two that attend to each other
+        prompt = line.add([*rest, *responses[row[0]]] if is_alone else rest, prefix)
         for i in row:
-            ends[i] = line.starts[prompt] + len(own) - 1
-            starts[i] = ends[i] + 1 if len(row) == 1 else line.starts[line.add(responses[i], prompt)]
+            prompt_ends[i] = line.starts[prompt] + len(rest) - 1
+            if is_alone:
+                starts[i] = prompt_ends[i] + 1
+            else:
+                starts[i] = line.starts[line.add(responses[i], prompt)]
+    return line.batch(), prompt_ends, starts
 
 
-def _rows(groups: Sequence[int], share: bool) -> list[list[int]]:
-    if not share:
-        return [[i] for i in range(len(groups))]
+def group_members(groups: Sequence[int]) -> list[list[int]]:
+    """Return the indices of the responses of each group, in the order in which the groups first appear."""
     members: dict[int, list[int]] = {}
-    for i, group in enumerate(groups):
-        members.setdefault(group, []).append(i)
+    for index, group in enumerate(groups):
+        members.setdefault(group, []).append(index)
     return list(members.values())
 
 
@@ -85,20 +97,23 @@ def plan(
     micro_batch_size: int,
     generator: torch.Generator,
 ) -> list[list[list[int]]]:
-    """Response indices of each micro-batch of each mini-batch of one epoch.
+    """Return the response indices of each micro-batch of each mini-batch of one epoch.
 
-    Prompts are shuffled over the whole rollout, a prompt's responses staying together; inside a mini-batch,
-    micro-batches are of similar length, so that little is padded. ``lengths[i]`` counts the tokens of
-    prompt and response i.
+    Prompts are shuffled over the entire rollout, and the responses to a prompt stay together. Inside a mini-batch,
+    micro-batches have similar lengths, so that there is little padding. ``lengths[i]`` counts the tokens of prompt and
+    response i.
     """
-    members = _rows(groups, share=True)
-    order = [i for g in torch.randperm(len(members), generator=generator).tolist() for i in members[g]]
+    members = group_members(groups)
+    # Groups are shuffled, not responses: a micro-batch then computes a prompt once for several of its responses.
+    order = [i for group in torch.randperm(len(members), generator=generator).tolist() for i in members[group]]
     size = len(order) // num_mini_batches
-    planned = []
+    mini_batches = []
     for start in range(0, len(order), size):
-        mini = order[start : start + size]
-        rows = [[mini[j] for j in row] for row in _rows([groups[i] for i in mini], share=True)]
+        indices = order[start : start + size]
+        rows = [[indices[i] for i in row] for row in group_members([groups[i] for i in indices])]
         rows.sort(key=lambda row: sum(lengths[i] for i in row))
-        flat = [i for row in rows for i in row]
-        planned.append([flat[at : at + micro_batch_size] for at in range(0, len(flat), micro_batch_size)])
-    return planned
+        by_length = [i for row in rows for i in row]
+        starts = range(0, len(by_length), micro_batch_size)
+        micro_batches = [by_length[first : first + micro_batch_size] for first in starts]
+        mini_batches.append(micro_batches)
+    return mini_batches

@@ -1,8 +1,8 @@
-"""Rollouts drawn before they are learned from, so that servers sample while the trainer learns.
+"""Rollouts sampled before they are learned from, so that servers sample while the trainer learns.
 
-The rollout of an update is drawn with the weights that the policy had ``max_staleness`` updates earlier, never with
-others: what is drawn depends on no clock, and is the same where nothing runs beside the trainer. That makes a run
-repeatable, and lets a checkpoint keep what was drawn ahead. Left out: rollouts that go on across a change of weights,
+The rollout of an update is sampled with the weights that the policy had ``max_staleness`` updates earlier, never with
+others. So nothing depends on a clock, and the result is the same where nothing runs in the background: runs are
+repeatable, and a checkpoint can store what was prefetched. Left out: rollouts that continue across a change of weights,
 and weights as new as there happen to be.
 """
 
@@ -22,125 +22,139 @@ from align.rl.rollout import Rollout
 Weights = Iterable[tuple[str, torch.Tensor]]
 
 
-class RolloutsAhead:
-    """Gives out the rollouts of updates in their order; ``give`` and ``take`` are called once each for every update.
+class RolloutPrefetcher:
+    """Returns the rollouts of updates in their order. Call ``set_weights`` and ``get`` once each for every update.
 
-    Servers draw in a thread of their own. An engine in the trainer's process draws when it is asked, since both need
-    the same cores: then nothing is saved, and the results are the same.
+    Servers sample in a background thread. An engine in the trainer's process samples when it is asked, since both need
+    the same cores: this saves no time, and the results are the same.
     """
 
-    def __init__(self, engine: Any, draw: Callable[[int], Rollout | None], staleness: int, updates: int) -> None:
-        """``draw(update)`` samples this process's part of an update's rollout from ``engine``, with the weights that it
-        holds; None where others have it all. It asks no other process for anything, since it may run at any time."""
-        self.engine, self._draw, self.staleness, self.updates = engine, draw, staleness, updates
-        self._kept: dict[int, Future[Rollout | None]] = {}
-        self._given = 0
-        self._next: int | None = None
-        """First update whose rollout nobody was asked for yet; None before the first."""
-        self.beside = staleness > 0 and isinstance(engine, PoolEngine)
-        """Whether rollouts are drawn while the trainer goes on."""
-        self.shared = is_shared(engine)
-        """Whether one process has all of every rollout, however many learn from it."""
+    def __init__(self, engine: Any, sample: Callable[[int], Rollout | None], staleness: int, updates: int) -> None:
+        """``sample(update)`` returns this process's part of an update's rollout, sampled from ``engine`` with the
+        weights that it holds; None where other processes sample all of it. It may run at any time, so it must not
+        communicate with other processes."""
+        self.engine, self._sample, self.staleness, self.updates = engine, sample, staleness, updates
+        self._rollouts: dict[int, Future[Rollout | None]] = {}
+        """Rollouts that were begun and not yet returned, by update."""
+        self._weights_update = 0
+        """Update that the engine's weights were set for."""
+        self._next_update: int | None = None
+        """First update whose rollout has not been begun; None before the first."""
+        self.in_background = staleness > 0 and isinstance(engine, PoolEngine)
+        """True where rollouts are sampled while the trainer goes on."""
+        self.shared_engine = is_shared(engine)
+        """True where one process has all of every rollout, however many learn from it."""
         self._thread: ThreadPoolExecutor | None = None
-        self._last: Future[Any] | None = None
-        self._adopted: Future[None] | None = None
-        """When the servers have read the weights given last. One that failed fails all that is begun behind it: later
-        weights that are taken must not hide that rollouts came from older ones."""
+        self._last_job: Future[Any] | None = None
+        self._adoption: Future[None] | None = None
+        """Done when the servers have loaded the last weights. If it failed, all jobs behind it fail: weights that are
+        loaded later must not hide that rollouts came from older ones."""
 
-    def give(self, update: int, weights: Weights) -> None:
-        """The policy's weights before ``update``, for what is drawn from now on. They may change when this returns."""
-        self._given = update
-        if self.beside and self.engine.takes_folders:
+    def set_weights(self, update: int, weights: Weights) -> None:
+        """Give the engine the policy's weights before ``update``, for what is sampled from now on.
+
+        The weights may change once this returns.
+        """
+        self._weights_update = update
+        if self.in_background and self.engine.takes_folders:
+            # Written now, since training will change them; loaded behind the rollouts that are still being sampled.
             version = self.engine.write_weights(weights)
-            self._last = self._adopted = self._beside(lambda: self.engine.adopt(version))
+            self._last_job = self._adoption = self._submit(lambda: self.engine.adopt(version))
             return
-        self.settle()
+        self.wait()  # a rollout must not be sampled with two versions of the weights
         self.engine.load_weights(weights)
 
-    def settle(self) -> None:
-        """Wait until the engine holds the weights given last, and nothing is drawn. Raises what went wrong there."""
-        if self._last is not None:
-            self._last.result()
+    def wait(self) -> None:
+        """Wait until the engine holds the last weights and samples nothing. Raises what went wrong there."""
+        if self._last_job is not None:
+            self._last_job.result()
 
-    def take(self, update: int) -> Rollout | None:
-        """The part of an update, waited for; what may be drawn with the weights given last is begun first."""
-        begin = update if self._next is None else self._next
+    def get(self, update: int) -> Rollout | None:
+        """Return this process's part of an update's rollout; begin all that the current weights may sample first."""
+        begin = update if self._next_update is None else self._next_update
+        # With staleness s, the weights before ``update`` may sample up to ``update + s``. At the first call that is
+        # s + 1 rollouts, later one per call.
         end = min(update + self.staleness, self.updates - 1)
-        for one in range(begin, end + 1):
-            self._kept[one] = self._begin(one)
-        self._next = max(begin, end + 1)
-        return self._kept.pop(update).result()
+        for upcoming in range(begin, end + 1):
+            self._rollouts[upcoming] = self._begin(upcoming)
+        self._next_update = max(begin, end + 1)
+        return self._rollouts.pop(update).result()
 
     def _begin(self, update: int) -> Future[Rollout | None]:
-        given = self._given
+        weights_update = self._weights_update
 
-        def drawn() -> Rollout | None:
-            began = time.perf_counter()
-            rollout = self._draw(update)
+        def sample() -> Rollout | None:
+            started = time.perf_counter()
+            rollout = self._sample(update)
             if rollout is not None:
-                rollout.weights_of, rollout.drawing = given, time.perf_counter() - began
+                rollout.weights_update = weights_update
+                rollout.sampling_seconds = time.perf_counter() - started
             return rollout
 
-        if self.beside:
-            self._last = begun = self._beside(drawn)
-            return begun
-        done: Future[Rollout | None] = Future()
-        done.set_result(drawn())
-        return done
+        if self.in_background:
+            self._last_job = job = self._submit(sample)
+            return job
+        return _completed(sample())
 
-    def _beside(self, do: Callable[[], Any]) -> Future[Any]:
+    def _submit(self, job: Callable[[], Any]) -> Future[Any]:
+        """Run ``job`` in the background thread, behind the jobs before it."""
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollouts-ahead")
-        adopted = self._adopted
+        adoption = self._adoption
 
-        def do_with_weights() -> Any:
-            if adopted is not None:
-                adopted.result()  # done, since the thread is one; raises what the servers rejected the weights with
-            return do()
+        def run_with_weights() -> Any:
+            if adoption is not None:
+                adoption.result()  # done, since there is one thread; raises where the servers rejected the weights
+            return job()
 
-        return self._thread.submit(do_with_weights)
+        return self._thread.submit(run_with_weights)
 
     def close(self) -> None:
-        """Draw nothing that was not begun; what is being drawn ends by itself, or with its engine."""
+        """Drop jobs that have not begun. A running one ends by itself, or with its engine."""
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
-        self._thread = self._last = None
+        self._thread = self._last_job = None
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """What was drawn ahead, waited for, as it is kept in a checkpoint."""
-        drawn = [self._kept[update].result() for update in sorted(self._kept)]
-        return [_as_json(rollout) for rollout in drawn if rollout is not None]
+        """Wait for the prefetched rollouts, and return them as JSON."""
+        rollouts = [self._rollouts[update].result() for update in sorted(self._rollouts)]
+        return [_to_json(rollout) for rollout in rollouts if rollout is not None]
 
     def load_state_dict(self, state: list[dict[str, Any]], restore: Callable[[int, list[Any]], Rollout | None]) -> None:
-        """Take it back; ``restore(update, answers)`` makes this process's part of a rollout of all answers to it."""
-        for kept in state:
-            rollout = restore(kept["update"], [[_Answer(**one) for one in some] for some in kept["answers"]])
+        """Restore prefetched rollouts; ``restore(update, responses)`` returns this process's part of one."""
+        for entry in state:
+            responses = [[_StoredResponse(**response) for response in group] for group in entry["answers"]]
+            rollout = restore(entry["update"], responses)
             if rollout is not None:
-                rollout.weights_of, rollout.drawing = kept["weights_of"], kept["drawing"]
-            done: Future[Rollout | None] = Future()
-            done.set_result(rollout)
-            self._kept[kept["update"]] = done
+                rollout.weights_update, rollout.sampling_seconds = entry["weights_of"], entry["drawing"]
+            self._rollouts[entry["update"]] = _completed(rollout)
         if state:
-            self._next = max(self._kept) + 1
+            self._next_update = max(self._rollouts) + 1
 
 
-class _Answer:
-    """What ``rollout_of`` needs of an engine's response."""
+def _completed(rollout: Rollout | None) -> Future[Rollout | None]:
+    future: Future[Rollout | None] = Future()
+    future.set_result(rollout)
+    return future
+
+
+class _StoredResponse:
+    """The attributes of an engine's response that ``make_rollout`` reads."""
 
     def __init__(self, token_ids: list[int], logprobs: list[float], finished: bool, text: str) -> None:
         self.token_ids, self.logprobs, self.finished, self.text = token_ids, logprobs, finished, text
 
 
-def _as_json(rollout: Rollout) -> dict[str, Any]:
-    """A rollout before it is scored. Python's floats survive JSON exactly, and float32 survives Python's."""
-    answers: dict[int, list[dict[str, Any]]] = {}
+def _to_json(rollout: Rollout) -> dict[str, Any]:
+    """Return a rollout that is not scored yet. Python's floats survive JSON exactly, and float32 survives Python's."""
+    responses: dict[int, list[dict[str, Any]]] = {}
     for i, tokens in enumerate(rollout.responses):
-        answer = {
+        response = {
             "token_ids": tokens,
             "logprobs": rollout.tensors["sampler_logprobs"][i, : len(tokens)].tolist(),
             "finished": bool(rollout.tensors["finished"][i]),
             "text": rollout.texts[i],
         }
-        answers.setdefault(rollout.groups[i], []).append(answer)
-    facts = {"update": rollout.update, "weights_of": rollout.weights_of, "drawing": rollout.drawing}
-    return facts | {"answers": list(answers.values())}
+        responses.setdefault(rollout.groups[i], []).append(response)
+    facts = {"update": rollout.update, "weights_of": rollout.weights_update, "drawing": rollout.sampling_seconds}
+    return facts | {"answers": list(responses.values())}

@@ -1,7 +1,7 @@
 """The prompts of a run: rendered once, then drawn epoch after epoch in an order that follows from the seed alone.
 
-Which prompts an update sees depends on (seed, update) and on nothing that happened before, so a resumed run needs no
-loader state.
+The prompts of an update depend on the seed and the update, and on nothing that happened before, so a resumed run needs
+no loader state.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Row = dict[str, Any]
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A seed below 2**31 from any parts; equal parts give equal seeds, and near ones unrelated seeds."""
+    """Return a seed below 2**31 from any parts; equal parts give equal seeds, similar ones unrelated seeds."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:4], "big") >> 1
 
@@ -43,7 +43,7 @@ class Prompts:
             self.token_ids.append(ids)
         if not self.rows:
             raise UserError(
-                f"no prompt left to train on ({self.dropped} were longer than max_prompt_tokens {max_length}); "
+                f"no prompt is left to train on ({self.dropped} were longer than max_prompt_tokens {max_length}); "
                 "check the prompts' split or raise max_prompt_tokens."
             )
 
@@ -51,14 +51,15 @@ class Prompts:
         return len(self.rows)
 
     def draw(self, start: int, count: int, seed: int) -> list[int]:
-        """Indices of prompts ``start`` to ``start + count`` of the endless sequence of shuffled epochs."""
-        drawn: list[int] = []
-        while len(drawn) < count:
-            epoch, offset = divmod(start + len(drawn), len(self))
+        """Return the indices of prompts ``start`` to ``start + count`` of the endless sequence of shuffled epochs."""
+        indices: list[int] = []
+        while len(indices) < count:
+            # Shuffle each epoch by its own seed, so that any position is found without the epochs before it.
+            epoch, offset = divmod(start + len(indices), len(self))
             generator = torch.Generator().manual_seed(derive_seed(seed, "prompts", epoch))
             order = torch.randperm(len(self), generator=generator).tolist()
-            drawn += order[offset : offset + count - len(drawn)]
-        return drawn
+            indices += order[offset : offset + count - len(indices)]
+        return indices
 
 
 def _token_ids(row: Mapping[str, Any], tokenizer: Any) -> list[int]:
@@ -70,5 +71,5 @@ def _token_ids(row: Mapping[str, Any], tokenizer: Any) -> list[int]:
     else:
         raise UserError(f"a row's 'prompt' should be a text or a list of messages; found {prompt!r}.")
     if not ids:
-        raise UserError("a prompt has no tokens; leave empty prompts out.")
+        raise UserError("a prompt has no tokens; remove empty prompts.")
     return ids

@@ -1,7 +1,7 @@
-"""Mixing in supervised text, so that the policy does not forget what it knew (InstructGPT's PPO-ptx, arXiv 2203.02155).
+"""Supervised texts mixed into the updates, against forgetting (InstructGPT's PPO-ptx, arXiv 2203.02155).
 
-The rows ride along in PPO's own forward pass, behind the responses. The term is ``ptx_coef`` times their mean loss per
-answer token, SFT's own: at temperature 1, whatever responses are sampled at. The paper's gamma multiplies a sum of
+The rows are part of the policy's own forward pass, behind the responses. The term is ``ptx_coef`` times their mean loss
+per answer token: SFT's loss, at temperature 1 for any sampling temperature. The paper's gamma multiplies a sum of
 gradients per episode instead, so its 27.8 does not carry over.
 """
 
@@ -15,20 +15,18 @@ import torch
 from align.data.rows import answer_side
 from align.errors import UserError
 from align.rl.prompts import derive_seed
+from align.rl.rollout import Text
 from align.training.rows import split_answer
 
 if TYPE_CHECKING:
     from align.rl.arguments import RolloutArguments
 
-Text = tuple[list[int], list[int]]
-"""Token ids of a prompt and of its answer, with an end of turn unless it was cut off."""
-
 
 class PtxRows:
-    """Rows with ``prompt`` and ``completion`` (or ``chosen``), tokenized, drawn by step from the seed alone."""
+    """Tokenized rows with ``prompt`` and ``completion`` (or ``chosen``), drawn by step from the seed alone."""
 
     def __init__(self, rows: Iterable[Mapping[str, Any]], tokenizer: Any, max_length: int) -> None:
-        """``dropped`` counts rows longer than ``max_length`` tokens; ``UserError`` when none is left."""
+        """``dropped`` counts rows longer than ``max_length`` tokens. Raises ``UserError`` when no row is left."""
         self.texts: list[Text] = []
         self.dropped = 0
         for row in rows:
@@ -45,37 +43,42 @@ class PtxRows:
             )
 
     def draw(self, step: int, count: int, seed: int) -> list[Text]:
-        """``count`` rows of the endless sequence of shuffled epochs, for optimizer step ``step``."""
-        drawn: list[Text] = []
+        """Return ``count`` rows of the endless sequence of shuffled epochs, for optimizer step ``step``."""
+        texts: list[Text] = []
         start = step * count
-        while len(drawn) < count:
-            epoch, offset = divmod(start + len(drawn), len(self.texts))
+        while len(texts) < count:
+            epoch, offset = divmod(start + len(texts), len(self.texts))
             generator = torch.Generator().manual_seed(derive_seed(seed, "ptx", epoch))
             order = torch.randperm(len(self.texts), generator=generator).tolist()
-            drawn += [self.texts[i] for i in order[offset : offset + count - len(drawn)]]
-        return drawn
+            texts += [self.texts[i] for i in order[offset : offset + count - len(texts)]]
+        return texts
 
 
 def make_ptx(args: RolloutArguments, rows: Iterable[Mapping[str, Any]] | None, tokenizer: Any) -> PtxRows | None:
-    """The texts that ``ptx_coef`` asks for; ``ValueError`` when none are given."""
+    """Return the texts that ``ptx_coef`` asks for, None where it is 0. Raises ``ValueError`` without rows."""
     if not args.ptx_coef:
         return None
     if rows is None:
         raise ValueError("ptx_coef is set, but no ptx_dataset is given.")
-    return PtxRows(rows, tokenizer, (args.max_prompt_tokens or 1024) + args.max_tokens)
+    return PtxRows(rows, tokenizer, args.max_prompt_tokens + args.max_tokens)
 
 
-def take_out(
-    out: dict[str, torch.Tensor], batch: Mapping[str, torch.Tensor], width: int
+def split_outputs(
+    outputs: dict[str, torch.Tensor], batch: Mapping[str, torch.Tensor], width: int
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None, float]:
-    """Part a forward pass's outputs into PPO's, (B, ``width``), and the texts' summed loss with its token count."""
+    """Split a forward pass into the responses' outputs and the supervised texts' loss.
+
+    Returns the outputs, (B, ``width``) and ``values`` (B, ``width`` + 1); the texts' summed loss, a scalar, None where
+    there are none; and their number of tokens.
+    """
     count = int(batch.get("ptx", 0))
     if count == 0:
-        return out, None, 0.0
-    own = {"values": out["values"][:, : width + 1]} if "values" in out else {}
-    if "logprobs" not in out:  # only the critic learns yet
-        return own, None, 0.0
+        return outputs, None, 0.0
+    responses = {"values": outputs["values"][:, : width + 1]} if "values" in outputs else {}
+    if "logprobs" not in outputs:  # only the critic learns yet
+        return responses, None, 0.0
     mask = batch["response_mask"][-count:]
-    loss = -(out["logprobs"][-count:] * mask).sum()
-    own |= {name: out[name][:-count, :width] for name in ("logprobs", "entropy")}
-    return own, loss, float(mask.sum())
+    loss = -(outputs["logprobs"][-count:] * mask).sum()
+    # Texts may be longer than the responses, so the outputs are cut to the responses' width.
+    responses |= {name: outputs[name][:-count, :width] for name in ("logprobs", "entropy")}
+    return responses, loss, float(mask.sum())

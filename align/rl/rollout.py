@@ -1,37 +1,22 @@
-"""One update's experience: responses, what was measured on them, and what the update learns from.
-
-Left out: the passes of the models over it, which need the Trainer (``trainer.py``).
-"""
+"""The rollout of one update: responses, what was measured on them, and what the update learns from."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from align.data.scoring import ScoreFunction, Scorer
-from align.errors import UserError
-from align.rl.masking import Reduce, local, pad_rows, response_mask
+from align.rl.masking import pad_rows, response_mask
 from align.rl.packing import Batch, Form, pack
-from align.rl.ppo.advantages import gae, whiten_advantages
 from align.rl.prompts import Prompts, Row
-from align.rl.rewards import adjust_scores, shape_rewards, whiten_rewards
-from align.rl.score_scale import RunningScale
-
-if TYPE_CHECKING:
-    from align.rl.arguments import RolloutArguments
-    from align.rl.ppo.config import PPOConfig
-
-AnyScorer = ScoreFunction | Scorer
-"""A function ``(rows, responses) -> scores``, or an object whose method ``score`` also hears which were truncated.
-One with a method ``score_parts`` has its components logged too (``align.rl.scoring``). Higher is better; NaN and
-infinities are refused."""
 
 COMPONENT = "score_"
-"""Before the names of a score's components among a rollout's tensors."""
+"""Prefix of the names of a score's components among a rollout's tensors."""
+
+Text = tuple[list[int], list[int]]
+"""Token ids of a supervised text's prompt and of its answer, with an end of turn unless it was cut off."""
 
 
 @dataclass
@@ -40,26 +25,28 @@ class Rollout:
 
     (B,): ``finished`` (EOS was reached), ``scores``, its components as ``score_<name>``, ``gold``; (B, T):
     ``response_mask``, ``sampler_logprobs``, ``logprobs``, ``ref_logprobs``, ``entropy``, ``kl``, ``rewards``,
-    ``advantages`` (whitened if asked for), ``raw_advantages``, ``returns``, ``learn_mask`` (tokens learned from);
-    (B, T+1): ``values``.
+    ``advantages`` (whitened if the settings say so), ``raw_advantages``, ``returns``, ``learn_mask`` (tokens that the
+    loss includes); (B, T+1): ``values``.
     """
 
     update: int
     rows: list[Row]
     groups: list[int]
+    """Equal for responses to the same prompt."""
     prompts: list[list[int]]
     responses: list[list[int]]
     texts: list[str]
     tensors: dict[str, torch.Tensor]
     seconds: dict[str, float] = field(default_factory=dict)
-    drawn: Rollout | None = None
-    """The rollout that this one was chosen from, whose scores are logged; None where all of it is learned from."""
-    redrawn: list[Rollout] = field(default_factory=list)
-    """Further responses that were sampled to choose from."""
-    weights_of: int = 0
-    """The update before which the policy had the weights that were sampled from."""
-    drawing: float = 0.0
-    """Seconds that sampling took, waited for or not."""
+    """Time by phase of the update."""
+    candidates: Rollout | None = None
+    """Rollout that these responses were selected from, whose scores are logged; None where none were left out."""
+    resampled: list[Rollout] = field(default_factory=list)
+    """Further responses that were sampled to select from."""
+    weights_update: int = 0
+    """Update before which the policy had the weights that sampled this."""
+    sampling_seconds: float = 0.0
+    """Time that sampling took, in the background or not."""
 
     def __len__(self) -> int:
         return len(self.responses)
@@ -72,45 +59,52 @@ class Rollout:
     @property
     def lengths(self) -> list[int]:
         """Tokens of each prompt and response together."""
-        return [len(p) + len(r) for p, r in zip(self.prompts, self.responses, strict=True)]
+        return [len(prompt) + len(response) for prompt, response in zip(self.prompts, self.responses, strict=True)]
 
-    def pack(
-        self, indices: list[int], pad_id: int, form: Form, ptx: Sequence[tuple[list[int], list[int]]] = ()
-    ) -> Batch:
-        """Model inputs of some of the responses.
+    @property
+    def sampled(self) -> list[Rollout]:
+        """All rollouts that were sampled for this one."""
+        return [self.candidates or self, *self.resampled]
 
-        (prompt, answer) texts may stand behind them; ``ptx`` then counts them, and ``without_ptx`` is a batch without.
-        ``supervised`` counts the last rows whose likelihood is learned as in SFT: the texts.
+    def pack(self, indices: list[int], pad_id: int, form: Form, texts: Sequence[Text] = ()) -> Batch:
+        """Return model inputs of some of the responses, with supervised ``texts`` behind them.
+
+        The batch then also has ``ptx``, the number of texts; ``supervised``, the number of last rows that are learned
+        by SFT's loss; and ``without_ptx``, a batch of the responses alone.
         """
         prompts, responses = [self.prompts[i] for i in indices], [self.responses[i] for i in indices]
         groups = [self.groups[i] for i in indices]
         batch = pack(prompts, responses, groups, pad_id, form)
-        if not ptx:
+        if not texts:
             return batch
-        together = pack(
-            [*prompts, *(prompt for prompt, _ in ptx)],
-            [*responses, *(answer for _, answer in ptx)],
-            [*groups, *(-1 - i for i in range(len(ptx)))],
+        # A critic with its own trunk learns nothing from texts, so it reads the first batch.
+        batch_with_texts = pack(
+            [*prompts, *(prompt for prompt, _ in texts)],
+            [*responses, *(answer for _, answer in texts)],
+            [*groups, *(-1 - i for i in range(len(texts)))],  # a group of its own for each text
             pad_id,
             form,
         )
-        count = torch.tensor(len(ptx))
-        return together | {"ptx": count, "supervised": count, "without_ptx": batch}
+        count = torch.tensor(len(texts))
+        return batch_with_texts | {"ptx": count, "supervised": count, "without_ptx": batch}
 
     def select(self, indices: list[int], names: tuple[str, ...]) -> Batch:
-        """Rows of the named tensors, cut to the longest of these responses."""
+        """Return rows of the named tensors, cut to the longest of these responses: (b, t), ``values`` (b, t+1)."""
         width = max(len(self.responses[i]) for i in indices)
+        # Values have one more place than tokens: the state before each token, and the one after the last.
         return {name: self.tensors[name][indices][:, : width + (name == "values")] for name in names}
 
     def subset(self, indices: Sequence[int]) -> Rollout:
-        """A rollout of some of the responses, cut to the longest of them; it remembers where it comes from."""
+        """Return a rollout of some of the responses, cut to the longest of them, with this one as ``candidates``."""
         width = max(len(self.responses[i]) for i in indices)
-        wanted = torch.tensor(list(indices))
-        full = self.tensors["response_mask"].shape[1]
+        rows = torch.tensor(list(indices))
+        full_width = self.tensors["response_mask"].shape[1]
 
-        def cut(tensor: torch.Tensor) -> torch.Tensor:
-            chosen = tensor[wanted]
-            return chosen[:, :width] if chosen.dim() == 2 and chosen.shape[1] == full else chosen
+        def select_rows(tensor: torch.Tensor) -> torch.Tensor:
+            """Return the rows of a tensor (B,), (B, 1), (B, T) or (B, T+1), cut to ``width``."""
+            selected = tensor[rows]
+            is_per_token = selected.dim() == 2 and selected.shape[1] == full_width
+            return selected[:, :width] if is_per_token else selected
 
         return Rollout(
             update=self.update,
@@ -119,142 +113,52 @@ class Rollout:
             prompts=[self.prompts[i] for i in indices],
             responses=[self.responses[i] for i in indices],
             texts=[self.texts[i] for i in indices],
-            tensors={name: cut(tensor) for name, tensor in self.tensors.items()},
-            drawn=self,
-            weights_of=self.weights_of,
-            drawing=self.drawing,
+            tensors={name: select_rows(tensor) for name, tensor in self.tensors.items()},
+            candidates=self,
+            weights_update=self.weights_update,
+            sampling_seconds=self.sampling_seconds,
         )
 
     def store(self, indices: list[int], results: Batch) -> None:
-        """Write model outputs for some of the responses into ``tensors``."""
+        """Write model outputs (b, t) for some of the responses into ``tensors``, in float32 on the CPU."""
         width = self.tensors["response_mask"].shape[1]
         for name, result in results.items():
-            full = width + (name == "values")
-            target = self.tensors.setdefault(name, torch.zeros(len(self), full))
+            full_width = width + (name == "values")
+            target = self.tensors.setdefault(name, torch.zeros(len(self), full_width))
             target[indices, : result.shape[1]] = result.float().cpu()
 
 
-def turn_of(args: RolloutArguments, update: int) -> range:
-    """Numbers of the prompts of an update in the endless sequence of all updates' prompts."""
-    count = args.rollout_batch // args.samples_per_prompt
-    return range(update * count, (update + 1) * count)
-
-
-def sample_prompts(
-    engine: Any, prompts: Prompts, args: RolloutArguments, update: int, indices: list[int], seeds: Sequence[int]
-) -> Rollout:
-    """Sample ``samples_per_prompt`` responses to each of the prompts at ``indices``, with a seed for each prompt."""
-    from align.inference.protocol import Sampling
-
-    sampling = Sampling(
-        max_tokens=args.max_tokens, temperature=args.temperature, n=args.samples_per_prompt, seeds=tuple(seeds)
-    )
-    answers = engine.generate([prompts.token_ids[i] for i in indices], sampling)
-    found, asked = sum(len(some) for some in answers), len(indices) * args.samples_per_prompt
-    if found != asked:
-        raise RuntimeError(f"engine {engine.name} returned {found} responses; asked: {asked}")
-    return rollout_of(prompts, indices, answers, update)
-
-
-def rollout_of(prompts: Prompts, indices: list[int], answers: Sequence[Sequence[Any]], update: int) -> Rollout:
-    """A rollout from an engine's ``Response`` lists to the prompts at ``indices``."""
-    pairs = [(place, index, answer) for place, index in enumerate(indices) for answer in answers[place]]
-    if any(not answer.token_ids for _, _, answer in pairs):
+def make_rollout(prompts: Prompts, indices: list[int], responses: Sequence[Sequence[Any]], update: int) -> Rollout:
+    """Return a rollout of an engine's ``Response`` lists to the prompts at ``indices``."""
+    flat = [(group, index, response) for group, index in enumerate(indices) for response in responses[group]]
+    if any(not response.token_ids for _, _, response in flat):
         raise RuntimeError("the engine returned an empty response; even one that ends at once has its end token")
-    lengths = [len(answer.token_ids) for _, _, answer in pairs]
+    lengths = [len(response.token_ids) for _, _, response in flat]
     return Rollout(
         update=update,
-        rows=[prompts.rows[index] for _, index, _ in pairs],
-        groups=[place for place, _, _ in pairs],
-        prompts=[prompts.token_ids[index] for _, index, _ in pairs],
-        responses=[list(answer.token_ids) for _, _, answer in pairs],
-        texts=[answer.text for _, _, answer in pairs],
+        rows=[prompts.rows[index] for _, index, _ in flat],
+        groups=[group for group, _, _ in flat],
+        prompts=[prompts.token_ids[index] for _, index, _ in flat],
+        responses=[list(response.token_ids) for _, _, response in flat],
+        texts=[response.text for _, _, response in flat],
         tensors={
-            "finished": torch.tensor([answer.finished for _, _, answer in pairs]),
+            "finished": torch.tensor([response.finished for _, _, response in flat]),
             "response_mask": response_mask(lengths),
-            "sampler_logprobs": pad_rows([answer.logprobs for _, _, answer in pairs], max(lengths)),
+            "sampler_logprobs": pad_rows([response.logprobs for _, _, response in flat], max(lengths)),
         },
     )
 
 
-def score_rollout(rollout: Rollout, scorer: AnyScorer, name: str = "scores") -> None:
-    """Add one number per response. Raises ``UserError`` for a scorer that returns too few, or a number not finite."""
-    truncated = (~rollout.tensors["finished"]).tolist()
-    if hasattr(scorer, "score_parts"):
-        parts = scorer.score_parts(rollout.rows, rollout.texts, truncated)
-    elif callable(scorer):
-        parts = {"": scorer(rollout.rows, rollout.texts)}
-    else:
-        parts = {"": scorer.score(rollout.rows, rollout.texts, truncated)}
-    for part, found in parts.items():
-        checked = _checked(rollout, [float(score) for score in found])
-        rollout.tensors[f"{COMPONENT}{part}" if part else name] = checked
-
-
-def _checked(rollout: Rollout, scores: list[float]) -> torch.Tensor:
-    if len(scores) != len(rollout):
-        raise UserError(f"the scorer returned {len(scores)} scores for {len(rollout)} responses; one each is expected.")
-    for score, text in zip(scores, rollout.texts, strict=True):
-        if not math.isfinite(score):
-            raise UserError(
-                f"update {rollout.update + 1}: the scorer gave {score} to {text[:80]!r}; scores must be finite."
-            )
-    return torch.tensor(scores)
-
-
-def add_advantages(
-    rollout: Rollout,
-    args: PPOConfig,
-    kl_coef: float,
-    reduce: Reduce = local,
-    scale: RunningScale | None = None,
-) -> None:
-    """From scores, log-probabilities and values to rewards, advantages and returns, all in float32 on the CPU.
-
-    ``kl_coef`` is what a nat of drift costs in the reward; ``scale`` puts scores on a running scale first.
-    """
-    tensors = rollout.tensors
-    mask, finished = tensors["response_mask"], tensors["finished"]
-    scores = adjusted_scores(rollout, args, reduce, scale)
-    rewards, tensors["kl"] = shape_rewards(scores, tensors["logprobs"], tensors["ref_logprobs"], mask, kl_coef)
-    if args.whiten_rewards:
-        rewards = whiten_rewards(rewards, mask, reduce)
-    advantages, returns = gae(
-        rewards, tensors["values"], mask, finished, gamma=args.gamma, lam=args.lam, truncation=args.truncation
-    )
-    tensors |= {"rewards": rewards, "raw_advantages": advantages, "returns": returns}
-    learned = mask & finished[:, None] if args.truncated == "mask" else mask
-    tensors["learn_mask"] = learned
-    tensors["advantages"] = whiten_advantages(advantages, learned, reduce) if args.whiten_advantages else advantages
-
-
-def adjusted_scores(
-    rollout: Rollout, args: RolloutArguments, reduce: Reduce = local, scale: RunningScale | None = None
-) -> torch.Tensor:
-    """Scores (B,) as they are learned from: on the running scale, clipped, penalties subtracted."""
-    tensors = rollout.tensors
-    scores = tensors["scores"]
-    if scale is not None:
-        scale.add(scores, reduce)
-        scores = scale.apply(scores)
-    return adjust_scores(
-        scores,
-        tensors["finished"],
-        missing_eos_penalty=args.missing_eos_penalty,
-        score_clip=args.score_clip,
-        length_penalty=args.length_penalty,
-        lengths=tensors["response_mask"].sum(dim=1),
-    )
-
-
-def joined(parts: Sequence[Rollout]) -> Rollout:
-    """One rollout of several of the same update, group after group; none of theirs are taken for the same."""
+def join_rollouts(parts: Sequence[Rollout]) -> Rollout:
+    """Return one rollout of several of the same update. Groups are numbered anew, so that none of them coincide."""
     width = max(part.tensors["response_mask"].shape[1] for part in parts)
+    # Each part counts its groups from 0, so equal numbers in two parts are different prompts.
     groups: list[int] = []
     for part in parts:
         first = max(groups, default=-1) + 1
-        places = {group: first + at for at, group in enumerate(dict.fromkeys(part.groups))}
-        groups += [places[group] for group in part.groups]
+        numbers = {group: first + number for number, group in enumerate(dict.fromkeys(part.groups))}
+        groups += [numbers[group] for group in part.groups]
+    tensors = {name: torch.cat([_pad_to(part.tensors[name], width) for part in parts]) for name in parts[0].tensors}
     return Rollout(
         update=parts[0].update,
         rows=[row for part in parts for row in part.rows],
@@ -262,38 +166,13 @@ def joined(parts: Sequence[Rollout]) -> Rollout:
         prompts=[prompt for part in parts for prompt in part.prompts],
         responses=[response for part in parts for response in part.responses],
         texts=[text for part in parts for text in part.texts],
-        tensors={name: torch.cat([_widened(part.tensors[name], width) for part in parts]) for name in parts[0].tensors},
-        weights_of=parts[0].weights_of,
-        drawing=max(part.drawing for part in parts),
+        tensors=tensors,
+        weights_update=parts[0].weights_update,
+        sampling_seconds=max(part.sampling_seconds for part in parts),
     )
 
 
-def _widened(tensor: torch.Tensor, width: int) -> torch.Tensor:
+def _pad_to(tensor: torch.Tensor, width: int) -> torch.Tensor:
     if tensor.dim() == 1:
         return tensor
     return torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]))
-
-
-class RolloutLoader:
-    """What the Trainer iterates over: micro-batches of rollouts that are made when their turn comes.
-
-    ``make`` returns the micro-batches of one update, none to end the run; ``start`` the first update to make, asked for
-    at iteration.
-    """
-
-    def __init__(
-        self, make: Callable[[int], Iterator[dict[str, Any]]], start: Callable[[], int], updates: int, per_update: int
-    ) -> None:
-        self._make, self._start, self._updates, self._per_update = make, start, updates, per_update
-
-    def __len__(self) -> int:
-        return self._updates * self._per_update
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for update in range(self._start(), self._updates):
-            made = self._make(update)
-            first = next(made, None)
-            if first is None:  # the trainer stops here
-                return
-            yield first
-            yield from made

@@ -1,51 +1,60 @@
-"""The Trainer's checkpoints as PPO needs them: whole or not there, the trained tensors alone, and PPO's own state.
+"""Checkpoints of a trainer that samples: atomic, with the trained tensors alone and the trainer's own state.
 
-What a checkpoint holds stands in ``checkpoint.py``.
+``checkpoint.py`` describes what a checkpoint holds.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import Trainer
-
-from align.models.sharding import whole
+from align.models.sharding import full_model
 from align.models.tuning.apply import save_tuned
 from align.rl import checkpoint
-from align.training.sharded import ShardingTrainer
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    Base = Trainer
+else:
+    Base = object
 
 
-class SavingTrainer(ShardingTrainer, Trainer):  # type: ignore[misc]
-    """A Trainer whose checkpoints appear by one rename; subclasses say what state they add."""
+class AtomicCheckpoints(Base):
+    """Mixed in before a Trainer: its checkpoints appear by one rename, and hold the state that it returns."""
 
     model: Any
     _draft: Path | None = None
+    """Folder that a checkpoint is being written to."""
 
     @abstractmethod
     def state_to_save(self) -> dict[str, Any]:
-        """JSON-able state for ``ppo_state.json``; the key ``fingerprint`` must be equal on loading."""
+        """Return JSON-able state for ``ppo_state.json``. Its ``fingerprint`` must be equal on loading."""
 
     @abstractmethod
-    def take_state(self, state: dict[str, Any]) -> None:
-        """Go on from what ``state_to_save`` gave."""
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from what ``state_to_save`` returned."""
 
-    def save_extras(self, folder: Path) -> None:
-        """Add files to a checkpoint, before it is marked; called by the process that writes it."""
+    @abstractmethod
+    def save_extra_files(self, folder: Path) -> None:
+        """Add files to a checkpoint before it is marked complete; called by the process that writes it."""
 
-    def load_extras(self, folder: Path) -> None:
-        """Take them up again, once ``take_state`` has run."""
+    @abstractmethod
+    def load_extra_files(self, folder: Path) -> None:
+        """Load what ``save_extra_files`` wrote; called after ``load_state``."""
 
+    @abstractmethod
     def after_saving(self) -> None:
-        """Called by the process that wrote a checkpoint, once it is in its place."""
+        """Clean up; called by the process that wrote a checkpoint, once it is in its place."""
 
     def _get_output_dir(self, trial: Any = None) -> str:
         return str(self._draft or super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
-        """Write a checkpoint under another name and rename it: at any moment it is whole or not there."""
+        """Write a checkpoint under another name and rename it: at any moment it is complete or not there."""
         output_dir = Path(super()._get_output_dir(trial))
+        # The Trainer asks ``_get_output_dir`` for its folder, which is the draft until this is done.
         self._draft = output_dir / checkpoint.DRAFT
         checkpoint.clear(self._draft, self.accelerator)
         try:
@@ -58,9 +67,9 @@ class SavingTrainer(ShardingTrainer, Trainer):  # type: ignore[misc]
             self.after_saving()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the policy, LoRA merged, as an ordinary model folder; inside a checkpoint, all that is trained."""
+        """Save the policy, LoRA merged, as an ordinary model folder; inside a checkpoint, all trained tensors."""
         folder = Path(output_dir or str(self.args.output_dir))
-        with whole(self.model) as model:
+        with full_model(self.model) as model:  # all processes gather a sharded model, one writes it
             if not self.args.should_save:
                 return
             if not _internal_call:
@@ -69,15 +78,15 @@ class SavingTrainer(ShardingTrainer, Trainer):  # type: ignore[misc]
             folder.mkdir(parents=True, exist_ok=True)
             checkpoint.save_trained(model, folder)
             checkpoint.save_state(folder, self.state_to_save())
-            self.save_extras(folder)
+            self.save_extra_files(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
         if self.args.should_save:
-            checkpoint.check_whole(folder)
+            checkpoint.check_files(folder)
         state = checkpoint.load_state(folder, self.state_to_save()["fingerprint"])
-        with whole(self.model, store=True) as plain:
+        with full_model(self.model, store=True) as plain:
             checkpoint.load_trained(plain, folder)
-        self.take_state(state)
+        self.load_state(state)
         if self.args.should_save:
-            self.load_extras(folder)
+            self.load_extra_files(folder)

@@ -1,4 +1,4 @@
-"""Scores on a running scale: reward models differ in theirs, and KL and clip ranges are set in units of score."""
+"""Running normalization of scores: reward models differ in scale, while KL and clip ranges are in units of score."""
 
 from __future__ import annotations
 
@@ -10,30 +10,34 @@ from align.rl.masking import Reduce, local
 
 
 class RunningScale:
-    """Mean and standard deviation of every score so far, over all processes (Chan et al. 1979, in one pass a batch)."""
+    """Mean and standard deviation of all scores so far, over all processes (Chan et al. 1979, one pass per batch)."""
 
     def __init__(self) -> None:
-        self.count, self.mean, self.squares = 0.0, 0.0, 0.0
+        self.count = 0.0
+        self.mean = 0.0
+        self.squares = 0.0
+        """Sum of squared deviations from the mean."""
 
     def add(self, scores: torch.Tensor, reduce: Reduce = local) -> None:
-        """Take one batch of scores (B,) into account."""
+        """Add a batch of scores (B,)."""
+        # Merge the batch's mean and squares into the running ones; the shift between the means adds to the squares.
         values = scores.double()
         count, total = reduce(torch.stack([torch.tensor(float(len(values)), dtype=torch.float64), values.sum()]))
         batch_mean = float(total / count)
-        around = float(reduce(((values - batch_mean) ** 2).sum()))
+        batch_squares = float(reduce(((values - batch_mean) ** 2).sum()))
         shift = batch_mean - self.mean
-        together = self.count + float(count)
-        self.squares += around + shift**2 * self.count * float(count) / together
-        self.mean += shift * float(count) / together
-        self.count = together
+        total_count = self.count + float(count)
+        self.squares += batch_squares + shift**2 * self.count * float(count) / total_count
+        self.mean += shift * float(count) / total_count
+        self.count = total_count
 
     @property
     def std(self) -> float:
-        """Population standard deviation; 0 before two different scores came."""
+        """Population standard deviation; 0 as long as all scores were equal."""
         return (self.squares / self.count) ** 0.5 if self.count else 0.0
 
     def apply(self, scores: torch.Tensor) -> torch.Tensor:
-        """``(scores - mean) / std``; only the mean is taken off while all scores were the same."""
+        """Return ``(scores - mean) / std``, (B,), of scores (B,); undivided as long as all scores were equal."""
         return (scores - self.mean) / (self.std or 1.0)
 
     def state_dict(self) -> dict[str, Any]:

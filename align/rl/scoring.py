@@ -1,6 +1,6 @@
-"""The score of a response in a pipeline: reward models, verifiable functions, or a weighted sum of both.
+"""The score of a response in a pipeline: reward models, verifying functions, or a weighted sum of both.
 
-Left out: penalties and normalization of scores (``rewards.py``, ``normalize.py``).
+Left out: penalties (``rewards.py``) and normalization (``score_scale.py``).
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from align.data.scoring import Scorer
 from align.rl.prompts import Row
 
 Combination = Literal["mean", "minimum", "uncertainty"]
-"""How the scores of several reward models become one (arXiv 2310.02743): their mean; the lowest, so that a response
-must please all; or the mean less ``weight`` times their variance."""
+"""Combination of the scores of several reward models (arXiv 2310.02743): their mean; their minimum, so that a response
+must satisfy all; or the mean minus ``weight`` times their variance."""
 
 Parts = dict[str, list[float]]
-"""Scores by the name of what gave them, in the order of the responses."""
+"""Scores by the name of their part, in the order of the responses."""
 
 
 @dataclass(frozen=True)
 class RewardScorer:
-    """``align.models.reward.RewardModel`` on rows. Prompts are rendered anew with the reward model's own template."""
+    """Scores rows by an ``align.models.reward.RewardModel``. Prompts are rendered with the reward model's template."""
 
     model: Any
 
     def score(self, rows: list[Row], responses: list[str], truncated: list[bool] | None = None) -> list[float]:
-        """One score per response; a truncated one is read without an end of turn."""
+        """Return one score per response; a truncated one is read without an end of turn."""
         finished = None if truncated is None else [not cut for cut in truncated]
         tools = [row.get("tools") for row in rows]
         scores: list[float] = self.model.score([row["prompt"] for row in rows], responses, finished, tools)
@@ -37,7 +37,7 @@ class RewardScorer:
 
 @dataclass(frozen=True)
 class Ensemble:
-    """Several scorers of the same thing as one: where they disagree, no training pair has said who is right."""
+    """Combines several scorers. Where they disagree, their training data did not decide."""
 
     members: tuple[Scorer, ...]
     how: Combination
@@ -45,23 +45,25 @@ class Ensemble:
     """Of the variance, for ``uncertainty``."""
 
     def score(self, rows: list[Row], responses: list[str], truncated: list[bool] | None = None) -> list[float]:
-        """One score per response."""
+        """Return one score per response."""
         return self.score_parts(rows, responses, truncated)[""]
 
     def score_parts(self, rows: list[Row], responses: list[str], truncated: list[bool] | None = None) -> Parts:
-        """The combined score under ``""`` and the members' standard deviation under ``spread``."""
-        every = [scorer.score(rows, responses, truncated) for scorer in self.members]
-        by_response = list(zip(*every, strict=True))
+        """Return the combined scores under ``""`` and the members' standard deviation under ``spread``."""
+        by_member = [scorer.score(rows, responses, truncated) for scorer in self.members]
+        by_response = list(zip(*by_member, strict=True))
         combined = [combine(scores, self.how, self.weight) for scores in by_response]
         return {"": combined, "spread": [statistics.pstdev(scores) for scores in by_response]}
 
 
 def combine(scores: Sequence[float], how: Combination, weight: float) -> float:
-    """One score from several of the same response; the variance is the population's."""
+    """Return one score from several of the same response; the variance is the population's."""
     if how == "minimum":
         return min(scores)
     mean = statistics.fmean(scores)
-    return mean - weight * statistics.pvariance(scores) if how == "uncertainty" else mean
+    if how == "uncertainty":
+        return mean - weight * statistics.pvariance(scores)
+    return mean
 
 
 @dataclass(frozen=True)
@@ -80,24 +82,24 @@ class WeightedSum:
     parts: tuple[Part, ...]
 
     def score(self, rows: list[Row], responses: list[str], truncated: list[bool] | None = None) -> list[float]:
-        """One score per response."""
+        """Return one score per response."""
         return self.score_parts(rows, responses, truncated)[""]
 
     def score_parts(self, rows: list[Row], responses: list[str], truncated: list[bool] | None = None) -> Parts:
-        """The sum under ``""``, each part's unweighted scores under its name, an ensemble's under ``name_spread`` too.
+        """Return the sum under ``""``, each part's unweighted scores under its name, and an ensemble's ``name_spread``.
 
-        A single plain part is the sum, and is not repeated.
+        The scores of a single part are the sum, and are not repeated.
         """
         totals = [0.0] * len(responses)
-        found: Parts = {"": totals}
+        parts: Parts = {"": totals}
         for part in self.parts:
-            scores, more = _scores_of(part.scorer, rows, responses, truncated)
+            scores, components = _scores_of(part.scorer, rows, responses, truncated)
             for index, score in enumerate(scores):
                 totals[index] += part.weight * score
             if len(self.parts) > 1:
-                found[part.name] = scores
-            found |= {f"{part.name}_{name}": values for name, values in more.items()}
-        return found
+                parts[part.name] = scores
+            parts |= {f"{part.name}_{name}": values for name, values in components.items()}
+        return parts
 
 
 def _scores_of(

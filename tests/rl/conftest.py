@@ -6,18 +6,13 @@ import pytest
 import torch
 from transformers.utils import logging
 
-from align.inference.transformers import TransformersEngine
 from align.models.loading import load_policy, load_reward, load_tokenizer
 from align.rl import PPOConfig, PPOTrainer
+from tests.support.rl.arguments import unbounded
+from tests.support.rl.trainers import ROWS, make_engine, options_in, share_of_vowels
 
 PASSED = ("critic", "eval_dataset", "ptx_dataset", "notify")
 """Arguments of ``PPOTrainer`` that are no fields of its config."""
-ROWS = [{"id": str(i), "prompt": [{"role": "user", "content": f"say {'abc' * i}"}]} for i in range(8)]
-
-
-def share_of_vowels(rows, responses):
-    """Share of a response's bytes that are vowels."""
-    return [sum(c in "aeiou" for c in text) / max(len(text), 1) for text in responses]
 
 
 @pytest.fixture(autouse=True)
@@ -28,23 +23,6 @@ def one_thread():
     logging.disable_progress_bar()
     yield
     torch.set_num_threads(before)
-
-
-def options_in(folder):
-    """Fields of a trainer's config for two updates of eight responses, without anything written but the run's own."""
-    return {
-        "output_dir": str(folder / "run"),
-        "updates": 2,
-        "rollout_batch": 8,
-        "max_tokens": 6,
-        "learning_rate": 1e-3,
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "probe_parity": False,
-        "seed": 3,
-    }
 
 
 @pytest.fixture
@@ -59,7 +37,7 @@ def make_trainer(tiny_model, tiny_reward, tmp_path):
         torch.manual_seed(0)
         return PPOTrainer(
             model=load_policy(tiny_model),
-            args=PPOConfig(**(options | fields)),
+            args=unbounded(PPOConfig, **(options | fields)),
             train_dataset=rows,
             processing_class=load_tokenizer(tiny_model),
             scorer=scorer,
@@ -72,7 +50,3 @@ def make_trainer(tiny_model, tiny_reward, tmp_path):
         )
 
     return make
-
-
-def make_engine(model_dir):
-    return TransformersEngine(model_dir, device=torch.device("cpu"), dtype=torch.float32, batch_size=64)

@@ -37,10 +37,10 @@ def test_a_healthy_run_raises_none():
 @pytest.mark.parametrize(
     ("changes", "name", "says"),
     [
-        ({"entropy": [0.15]}, "collapse", "says nearly the same"),
-        ({"length": [4.0]}, "collapse", "rewards saying little"),
+        ({"entropy": [0.15]}, "collapse", "gives nearly the same"),
+        ({"length": [4.0]}, "collapse", "rewards short answers"),
         ({"length": [41.0]}, "length explosion", "missing_eos_penalty"),
-        ({"truncation_rate": [0.6]}, "length explosion", "60% of them cut"),
+        ({"truncation_rate": [0.6]}, "length explosion", "60% of them truncated"),
         ({"gold": [0.30, 0.29, 0.31, 0.30, 0.29]}, "over-optimization", "keep: best"),
     ],
 )

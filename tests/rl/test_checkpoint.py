@@ -7,51 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import TrainerCallback
 
 from align.config.tuning import FullTuning, LoraTuning
 from align.errors import UserError
 from align.rl.checkpoint import DRAFT, last_checkpoint
-
-FIELDS = {
-    "updates": 4,
-    "num_epochs": 2,
-    "num_mini_batches": 2,
-    "per_device_train_batch_size": 2,
-    "save_strategy": "steps",
-    "save_updates": 1,
-    "kl_controller": "adaptive",
-    "kl_target": 0.1,
-    "kl_horizon": 100,
-    "lr_scheduler_type": "linear",
-    "weight_decay": 0.01,
-    "whiten_rewards": True,
-    "normalize_scores": True,
-}
-TIMED = ("seconds", "per_second", "peak_memory", "runtime")
-
-
-class Killed(BaseException):
-    """As abrupt as a signal: nothing below catches it."""
-
-
-class KillAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise Killed
-
-
-def outcome(trainer):
-    weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
-    logs = [
-        {k: v for k, v in entry.items() if not any(word in k for word in TIMED)}
-        for entry in trainer.state.log_history
-        if "score" in entry
-    ]
-    return weights, logs
+from tests.support.rl.runs import FIELDS, KillAt, Killed, outcome
 
 
 @pytest.mark.parametrize("tuning", [FullTuning(), LoraTuning(rank=4, alpha=8)], ids=["full", "lora"])

@@ -13,11 +13,11 @@ from align.errors import UserError
 from align.pipeline.context import StageContext
 from align.rl.checkpoint import last_checkpoint
 from align.training.checkpoints import MARKER
-from tests.rl.test_aimed_kills import make_stage
-from tests.rl.test_checkpoint import FIELDS, outcome
+from tests.support.rl.runs import FIELDS, outcome
+from tests.support.rl.stages import make_stage
 from tests.support.training.damage import DAMAGES, flip_bit
+from tests.support.training.harness import warnings
 from tests.support.training.kills import Kill, Killed, armed, assert_same, run
-from tests.training.test_damaged_checkpoints import warnings
 
 SETTINGS: dict[str, Any] = {"eval_updates": 1, "keep": "best"}
 CASES = [

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.rl.one_of_two import launch
+from tests.support.rl.distributed_run import launch
 
-MODULE = "tests.support.rl.one_of_two"
+MODULE = "tests.support.rl.distributed_run"
 SAME = ("loss", "score", "score_std", "kl", "entropy", "reward", "advantage", "advantage_std", "explained_variance")
 ALSO = ("value_loss", "policy_loss", "ratio", "clipfrac", "length", "eos_rate", "grad_norm_policy", "grad_norm_critic")
 VALIDATED = ("eval_score", "eval_kl", "eval_length", "eval_eos_rate")

@@ -5,26 +5,11 @@ from __future__ import annotations
 import pytest
 
 from align.config.tuning import FullTuning, LoraTuning
-from tests.rl.conftest import share_of_vowels
+from tests.support.rl.runs import SETTINGS, history
+from tests.support.rl.trainers import share_of_vowels
 
-SETTINGS = {
-    "rollout_batch": 64,
-    "samples_per_prompt": 8,
-    "per_device_train_batch_size": 32,
-    "num_epochs": 2,
-    "num_mini_batches": 2,
-    "max_tokens": 8,
-    "learning_rate": 5e-3,
-    "temperature": 0.5,
-    "completions": 0,
-}
 SEEDS = [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3))]
 LETTERS = [{"id": str(i), "prompt": [{"role": "user", "content": f"say {'abcdefgh'[i] * 4}"}]} for i in range(8)]
-
-
-def history(trainer):
-    trainer.train()
-    return [entry for entry in trainer.state.log_history if "score" in entry]
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -14,17 +14,17 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from align.capacity.estimators.rl import estimate
 from align.capacity.memory import Estimate, ppo_memory
-from align.capacity.memory_rl import estimate
 from align.config.runtime import Runtime
+from align.config.stages.ppo import PpoConfig
 from align.config.tuning import FullTuning, LoraTuning
 from align.inference.transformers import TransformersEngine
 from align.models.architecture import read_architecture
 from align.models.embedded import fetch
 from align.models.loading import load_reward
-from align.models.precision import round_frozen
+from align.models.precision import cast_frozen_to_bf16
 from align.models.tiny import make_tiny
-from align.stages.ppo import PpoConfig
 
 LORA = LoraTuning(rank=4)
 
@@ -90,7 +90,7 @@ def test_the_count_is_what_is_there(make_trainer, tiny_model, tiny_reward, monke
     weigh.trainer = make_trainer(tuning=tuning, reward=True, critic=critic, engine=engine, callbacks=[weigh], bf16=low)
     weigh.reward = reward
     if low:
-        round_frozen(reward.model)  # as the stage does
+        cast_frozen_to_bf16(reward.model)  # as the stage does
     weigh.trainer.train()
     sizes = read_architecture(tiny_model / "config.json")
     counted = ppo_memory(sizes, [sizes], tuning=tuning, critic=critic, precision=precision)
@@ -150,7 +150,7 @@ def test_what_does_not_apply_is_not_said(tiny_model):
 
 def measured(folder: Any, tmp_path: Any, *words: str) -> dict[str, float]:
     """Peak bytes of a process that makes two PPO updates, beyond its imports, and what was counted for them."""
-    command = [sys.executable, "-m", "tests.support.rl.weighed_run", str(folder), str(tmp_path), *words]
+    command = [sys.executable, "-m", "tests.support.rl.memory_run", str(folder), str(tmp_path), *words]
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(os.cpu_count())}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-3000:]

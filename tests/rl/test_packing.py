@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from align.config.tuning import FullTuning
-from align.models.fast.ragged_rows import can_run_ragged, lay_out, run_ragged
+from align.models.fast.ragged_rows import can_run_ragged, enable_ragged, make_layout
 from align.models.loading import load_policy, load_reward
+from align.rl.critic import critic_from_policy, critic_from_reward
 from align.rl.model import PolicyAndCritic
 from align.rl.packing import pack, plan
-from align.rl.ppo.critic import critic_from_policy, critic_from_reward
 
 PROMPTS = [[5, 6, 7], [5, 6, 7], [9], [9]]
 RESPONSES = [[10, 11, 2], [12, 2], [13, 14, 15, 16], [2]]
@@ -43,7 +43,7 @@ def test_responses_share_their_prompt_and_do_not_see_each_other():
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 3, 4, 0, 1, 2, 3, 4, 1]]
     assert batch["positions"][1].tolist() == [2, 6, 7, 0, 0]
     lengths, parents = [3, 3, 2, 1, 4, 1], [None, 0, 0, None, 3, 3]
-    assert batch["layout"]["again"] == lay_out(lengths, parents)["again"]
+    assert batch["layout"]["prefix_copies"] == make_layout(lengths, parents)["prefix_copies"]
 
 
 LONG = [[*range(20, 32), *prompt] for prompt in PROMPTS]
@@ -72,7 +72,7 @@ def model(tiny_model):
     critic.head.weight.data.normal_()
     for trunk in (policy, critic.trunk):
         assert can_run_ragged(trunk)
-        run_ragged(trunk)
+        enable_ragged(trunk)
     return PolicyAndCritic(policy, critic, temperature=0.8)
 
 
@@ -116,7 +116,7 @@ def test_log_probabilities_are_those_of_the_plain_model(model):
 def test_a_new_critic_from_the_reward_model_gives_its_score_at_the_last_token(tiny_model, tiny_reward):
     reward = load_reward(tiny_reward)
     critic = critic_from_reward(reward, FullTuning(), seed=0)
-    run_ragged(critic.trunk)
+    enable_ragged(critic.trunk)
     model = PolicyAndCritic(load_policy(tiny_model), critic, temperature=1.0)
     values = model(pack(PROMPTS, RESPONSES, GROUPS, pad_id=3, form="ragged"), policy=False)["values"]
     for i, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):

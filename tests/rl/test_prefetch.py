@@ -9,29 +9,28 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from align.config.stages.grpo import GrpoConfig
+from align.config.stages.ppo import PpoConfig
 from align.config.tuning import LoraTuning
 from align.inference.pool import PoolEngine
 from align.inference.server_client import BadReply
 from align.inference.transformers import TransformersEngine
 from align.rl import PPOConfig
+from align.rl.arguments import BestOfNConfig, GRPOConfig, OnlineDPOConfig
 from align.rl.checkpoint import last_checkpoint
-from align.rl.critic_free.config import BestOfNConfig, GRPOConfig, OnlineDPOConfig
-from align.rl.prefetch import RolloutsAhead
+from align.rl.prefetch import RolloutPrefetcher
 from align.rl.rollout import Rollout
-from align.stages.grpo import GrpoConfig
-from align.stages.ppo import PpoConfig
-from tests.rl.conftest import options_in
-from tests.rl.test_checkpoint import FIELDS, KillAt, Killed, outcome
-from tests.rl.test_learning import SETTINGS, history
 from tests.support.inference.model_server import ModelServer
 from tests.support.inference.server_harness import served_at
+from tests.support.rl.runs import FIELDS, SETTINGS, KillAt, Killed, history, outcome
+from tests.support.rl.trainers import options_in
 
 AHEAD = {**FIELDS, "updates": 5, "num_epochs": 1, "probe_parity": False}
 """Two steps an update."""
 
 
-class Noted:
-    """An engine that knows only which weights it was given last."""
+class WeightsRecorder:
+    """An engine that only records its last weights."""
 
     def __init__(self) -> None:
         self.holds = -1
@@ -40,27 +39,27 @@ class Noted:
         self.holds = weights
 
 
-def drawn_with(staleness: int, updates: int, start: int = 0, ahead: RolloutsAhead | None = None) -> list[tuple]:
-    """(update, weights that sampled it, what is noted of them), as the trainer would be given them."""
-    engine = Noted()
+def sampled_with(staleness: int, updates: int) -> list[tuple]:
+    """(update, weights that sampled it, the update they are recorded for), as the trainer would get them."""
+    engine = WeightsRecorder()
 
-    def draw(update: int) -> Rollout:
+    def sample(update: int) -> Rollout:
         return Rollout(update, [], [], [], [], [str(engine.holds)], {})
 
-    ahead = RolloutsAhead(engine, draw, staleness, updates)
+    prefetcher = RolloutPrefetcher(engine, sample, staleness, updates)
     found = []
-    for update in range(start, updates):
-        ahead.give(update, update)
-        rollout = ahead.take(update)
-        found.append((rollout.update, int(rollout.texts[0]), rollout.weights_of))
+    for update in range(updates):
+        prefetcher.set_weights(update, update)
+        rollout = prefetcher.get(update)
+        found.append((rollout.update, int(rollout.texts[0]), rollout.weights_update))
     return found
 
 
 def test_weights_are_as_old_as_is_said() -> None:
-    assert drawn_with(0, 4) == [(0, 0, 0), (1, 1, 1), (2, 2, 2), (3, 3, 3)]
-    assert drawn_with(1, 4) == [(0, 0, 0), (1, 0, 0), (2, 1, 1), (3, 2, 2)]
-    assert drawn_with(2, 5) == [(0, 0, 0), (1, 0, 0), (2, 0, 0), (3, 1, 1), (4, 2, 2)]
-    assert drawn_with(9, 3) == [(0, 0, 0), (1, 0, 0), (2, 0, 0)]  # no rollout behind the last update
+    assert sampled_with(0, 4) == [(0, 0, 0), (1, 1, 1), (2, 2, 2), (3, 3, 3)]
+    assert sampled_with(1, 4) == [(0, 0, 0), (1, 0, 0), (2, 1, 1), (3, 2, 2)]
+    assert sampled_with(2, 5) == [(0, 0, 0), (1, 0, 0), (2, 0, 0), (3, 1, 1), (4, 2, 2)]
+    assert sampled_with(9, 3) == [(0, 0, 0), (1, 0, 0), (2, 0, 0)]  # no rollout behind the last update
 
 
 class Rejecting(PoolEngine):
@@ -85,34 +84,37 @@ def test_no_rollout_is_drawn_after_weights_were_rejected(staleness: int, rejecte
     """Later versions that would be taken hide nothing: the run ends at the first rollout of the rejected weights."""
     engine = Rejecting({rejected})
 
-    def draw(update: int) -> Rollout:
+    def sample(update: int) -> Rollout:
         return Rollout(update, [], [], [], [], [str(engine.holds)], {})
 
-    ahead = RolloutsAhead(engine, draw, staleness, updates=6)
+    prefetcher = RolloutPrefetcher(engine, sample, staleness, updates=6)
     taken = []
     try:
         with pytest.raises(BadReply, match=f"weights {rejected} were rejected"):
             for update in range(6):
-                ahead.give(update, update)
-                taken.append(ahead.take(update))
+                prefetcher.set_weights(update, update)
+                taken.append(prefetcher.get(update))
         with pytest.raises(BadReply):
-            ahead.settle()
+            prefetcher.wait()
     finally:
-        ahead.close()
+        prefetcher.close()
     assert len(taken) == drawn
-    assert all(int(rollout.texts[0]) == rollout.weights_of for rollout in taken)
+    assert all(int(rollout.texts[0]) == rollout.weights_update for rollout in taken)
 
 
 def test_weights_rejected_behind_the_last_rollout_end_the_run_too() -> None:
-    ahead = RolloutsAhead(Rejecting({1}), lambda update: Rollout(update, [], [], [], [], [""], {}), 1, updates=2)
+    def sample(update: int) -> Rollout:
+        return Rollout(update, [], [], [], [], [""], {})
+
+    prefetcher = RolloutPrefetcher(Rejecting({1}), sample, 1, updates=2)
     try:
         for update in range(2):
-            ahead.give(update, update)
-            ahead.take(update)
+            prefetcher.set_weights(update, update)
+            prefetcher.get(update)
         with pytest.raises(BadReply, match="weights 1 were rejected"):
-            ahead.settle()
+            prefetcher.wait()
     finally:
-        ahead.close()
+        prefetcher.close()
 
 
 @pytest.fixture
@@ -140,7 +142,7 @@ def test_servers_beside_the_trainer_change_nothing(make_trainer, tiny_model, tmp
     found = []
     for name, engine in (("alone", alone(tiny_model)), ("pool", pool)):
         trainer = make_trainer(engine=engine, output_dir=str(tmp_path / name), max_staleness=staleness, **AHEAD)
-        assert trainer.ahead.beside == (name == "pool" and staleness > 0)
+        assert trainer.prefetcher.in_background == (name == "pool" and staleness > 0)
         trainer.train()
         found.append(outcome(trainer))
     (weights, logs), (others, other_logs) = found
@@ -226,15 +228,15 @@ def test_what_cannot_be_corrected_is_refused(tmp_path) -> None:
     fields = {"policy": "p", "prompts": "q", "score": "gold", "learning_rate": 1e-3, "max_staleness": 1}
     with pytest.raises(ValidationError, match="max_staleness is 1, so older weights sample, which importance_cap"):
         PpoConfig.model_validate({**fields, "importance_cap": None})
-    with pytest.raises(ValidationError, match="`zero_variance: resample` asks the engine for more"):
+    with pytest.raises(ValidationError, match="`zero_variance: resample` samples more for the current"):
         GrpoConfig.model_validate({**fields, "zero_variance": "resample"})
     options = options_in(tmp_path) | {"max_staleness": 1, "samples_per_prompt": 2, "per_device_train_batch_size": 4}
-    with pytest.raises(ValueError, match="set importance_cap, or max_staleness 0"):
+    with pytest.raises(ValueError, match="older weights sample, which importance_cap corrects for. Set importance_cap"):
         PPOConfig(**options, importance_cap=None)
     for kind in (OnlineDPOConfig, BestOfNConfig):
-        with pytest.raises(ValueError, match="a method whose loss has no such weights"):
-            kind(**{**options, "samples_per_prompt": 2})
-    with pytest.raises(ValueError, match="resampling asks the engine"):
+        with pytest.raises(ValueError, match="this method has no importance weights"):
+            kind(**{**options, "samples_per_prompt": 2, "num_mini_batches": 1})
+    with pytest.raises(ValueError, match="`zero_variance: resample` samples more for the current"):
         GRPOConfig(**options, zero_variance="resample")
     with pytest.raises(ValueError, match="max_staleness is -1"):
         PPOConfig(**{**options, "max_staleness": -1})

@@ -29,7 +29,7 @@ def test_long_prompts_are_left_out_and_counted(tiny_model):
     shortest = len(Prompts(rows(1), tokenizer, None).token_ids[0])
     prompts = Prompts(rows(5), tokenizer, shortest + 1)
     assert (len(prompts), prompts.dropped) == (2, 3)
-    with pytest.raises(UserError, match="no prompt left"):
+    with pytest.raises(UserError, match="no prompt is left"):
         Prompts(rows(5), tokenizer, 1)
 
 

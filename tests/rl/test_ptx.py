@@ -4,48 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import TrainerCallback
 
 from align.config.tuning import FullTuning, LoraTuning
 from align.errors import UserError
 from align.models.loading import load_policy, load_tokenizer
-from align.rl.ptx import PtxRows, take_out
+from align.rl.ptx import PtxRows, split_outputs
 from align.training.rows import split_turn
-
-TEXTS = [
-    {
-        "prompt": [{"role": "user", "content": f"repeat {'xy' * i}"}],
-        "completion": [{"role": "assistant", "content": "xy" * (i + 1)}],
-    }
-    for i in range(5)
-]
-
-
-class Gradients(TrainerCallback):
-    def __init__(self):
-        self.found = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+from tests.support.rl.gradients import TEXTS, Gradients, sft_gradient
 
 
 def first_gradients(make_trainer, **fields):
     capture = Gradients()
     make_trainer(callbacks=[capture], updates=1, max_grad_norm=1e9, **fields).train()
     return capture.found[0]
-
-
-def sft_gradient(policy, texts):
-    """Backward pass of SFT's loss, transformers' own, on the answers of (prompt, answer) texts."""
-    width = max(len(prompt) + len(answer) for prompt, answer in texts)
-    ids, labels = torch.zeros((len(texts), width), dtype=torch.long), torch.full((len(texts), width), -100)
-    for row, (prompt, answer) in enumerate(texts):
-        end = len(prompt) + len(answer)
-        ids[row, :end] = torch.tensor([*prompt, *answer])
-        labels[row, len(prompt) : end] = torch.tensor(answer)
-    loss = policy(input_ids=ids, labels=labels).loss
-    loss.backward()
-    return loss.item()
 
 
 @pytest.mark.parametrize(
@@ -98,7 +69,7 @@ def test_rows_are_drawn_by_step_and_long_ones_left_out(tiny_model):
 
 def test_outputs_without_texts_pass_through():
     out = {"logprobs": torch.ones(2, 3)}
-    assert take_out(out, {}, 3) == (out, None, 0.0)
+    assert split_outputs(out, {}, 3) == (out, None, 0.0)
 
 
 @pytest.mark.parametrize("tuning", [FullTuning(), LoraTuning(rank=4)], ids=["full", "lora"])

@@ -12,7 +12,7 @@ import torch
 from transformers import TrainerCallback
 
 from align.config.tuning import FullTuning
-from tests.rl.conftest import make_engine
+from tests.support.rl.trainers import make_engine
 
 KL_COEF, GAMMA, LAM, CLIP, DUAL, VALUE_CLIP, VF, ENTROPY, CAP, PENALTY, TEMPERATURE = (
     0.3, 0.97, 0.9, 0.01, 1.02, 0.01, 0.7, 0.02, 1.1, 0.25, 0.9,
@@ -212,9 +212,9 @@ def test_a_whole_update_equals_the_plain_implementation(
         for parameter in trainer.model.policy.parameters():  # away from the reference, so that KL is not zero
             parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7)))
     plans, rollouts = [], []
-    plan, finish = trainer._plan, trainer._finish
-    trainer._plan = lambda rollout, epoch: plans.append(plan(rollout, epoch)) or plans[-1]
-    trainer._finish = lambda rollout: rollouts.append(rollout) or finish(rollout)
+    plan, compute_advantages = trainer.buffer.plan, trainer.compute_advantages
+    trainer.buffer.plan = lambda rollout, epoch: plans.append(plan(rollout, epoch)) or plans[-1]
+    trainer.compute_advantages = lambda rollout: rollouts.append(rollout) or compute_advantages(rollout)
     trainer.train()
 
     (rollout,) = rollouts

@@ -25,7 +25,7 @@ def live(tiny_model: Path, tiny_reward: Path, folder: Path, updates: int, points
     """Folders of the uninterrupted run and of the one with a life for each point."""
     whole, killed = folder / "whole", folder / "killed"
     plan = json.dumps([[str(whole), updates, []], [str(killed), updates, points]])
-    command = [sys.executable, "-m", "tests.support.rl.vllm_lives", str(tiny_model), str(tiny_reward), plan]
+    command = [sys.executable, "-m", "tests.support.rl.vllm_killed_run", str(tiny_model), str(tiny_reward), plan]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     return whole, killed

@@ -1,13 +1,13 @@
 """Sampling an update: the same requests, with the same seeds, however many processes share them."""
 
-from types import MethodType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 
 from align.inference.protocol import Response
-from align.rl import rollout_trainer
+from align.rl import sampler as module
 from align.rl.prompts import Prompts, derive_seed
-from align.rl.rollout import turn_of
+from align.rl.sampler import RolloutSampler
 
 
 class Recorder:
@@ -27,24 +27,29 @@ class Recorder:
         return [[Response([2], [-1.0], True, "")] * sampling.n for _ in prompts]
 
 
-def requests(world_size, update, seed=3):
+def make_sampler(seed):
     prompts = Prompts.__new__(Prompts)
     prompts.rows = [{"id": str(at)} for at in range(6)]
     prompts.token_ids = [[10 + at] for at in range(6)]
-    args = SimpleNamespace(rollout_batch=8, samples_per_prompt=2, seed=seed, max_tokens=4, temperature=1.0)
-    turn, found = turn_of(args, update), []
+    args = SimpleNamespace(samples_per_prompt=2, prompts_per_update=4, seed=seed, max_tokens=4, temperature=1.0)
+    return RolloutSampler(prompts, Recorder(), lambda rows, texts: [0.0] * len(texts), None, args)
+
+
+def requests(world_size, update, seed=3, local=False):
+    found = []
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(rollout_trainer, "gathered", lambda own: [own])
+        patched.setattr(module, "all_gather", lambda own: [own])
         patched.setenv("WORLD_SIZE", str(world_size))
         for process in range(world_size):
             patched.setenv("RANK", str(process))
-            trainer = SimpleNamespace(engine=Recorder(), prompts=prompts, args=args, score=lambda rollout: None)
-            indices = prompts.draw(turn.start, len(turn), seed)
-            seeds = [derive_seed(seed, "sampling", number) for number in turn]
-            for name in ("_own", "together"):
-                setattr(trainer, name, MethodType(getattr(rollout_trainer.RolloutTrainer, name), trainer))
-            rollout_trainer.RolloutTrainer.draw(trainer, update, indices, seeds)
-            found += trainer.engine.requests
+            sampler = make_sampler(seed)
+            if local:
+                sampler.sample_local(update)
+            else:
+                numbers = sampler.prompt_range(update)
+                indices = sampler.prompts.draw(numbers.start, len(numbers), seed)
+                sampler.sample(update, indices, [derive_seed(seed, "sampling", number) for number in numbers])
+            found += sampler.engine.requests
     return found
 
 
@@ -53,7 +58,19 @@ def test_processes_share_out_the_requests_of_one(update):
     assert requests(2, update) == requests(1, update) == requests(3, update)
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_process_s_part_of_an_update_is_that_of_its_prompts(world_size):
+    assert requests(world_size, 5, local=True) == requests(1, 5)
+
+
 def test_a_prompt_that_comes_again_is_answered_anew():
     seeds = [seed for update in range(4) for _, seed in requests(1, update)]
     assert len(set(seeds)) == len(seeds)
     assert requests(1, 0) != requests(1, 0, seed=4)
+
+
+def test_a_missing_response_is_named():
+    sampler = make_sampler(3)
+    sampler.engine.generate = lambda prompts, sampling: [[]] * len(prompts)
+    with pytest.raises(RuntimeError, match="engine recorder returned 0 responses; expected 8"):
+        sampler.sample_local(0)

@@ -3,14 +3,7 @@
 import pytest
 
 from align.rl.scoring import Ensemble, Part, WeightedSum, combine
-
-
-class Fixed:
-    def __init__(self, *values):
-        self.values = list(values)
-
-    def score(self, rows, responses, truncated=None):
-        return self.values
+from tests.support.rl.trainers import Fixed
 
 
 def test_combinations_by_hand():

@@ -6,8 +6,8 @@ import pytest
 
 from align.config.tuning import LoraTuning
 from align.models.fast import shared_layers
-from align.rl.ppo.critic import trunk_of
-from tests.rl.test_ptx import TEXTS
+from align.rl.critic import trunk_of
+from tests.support.rl.gradients import TEXTS
 
 LAST = LoraTuning(rank=4, last_layers=1)
 
@@ -41,8 +41,8 @@ def test_layers_that_nothing_trains_are_passed_once_and_change_no_number(
     if "ptx_coef" in changed:
         changed = changed | {"ptx_rows": 4, "ptx_dataset": TEXTS}
     weights, passes = [], []
-    for split in (shared_layers.SPLIT, ()):
-        monkeypatch.setattr(shared_layers, "SPLIT", split)
+    for split in (shared_layers.SPLITTABLE, ()):
+        monkeypatch.setattr(shared_layers, "SPLITTABLE", split)
         trainer = make_trainer(tuning=LAST, reward=reward, updates=2, num_epochs=2, learning_rate=1e-2, **changed)
         calls = [0, 0]
         for trunk in (trunk_of(trainer.model.policy), trainer.model.critic.trunk):

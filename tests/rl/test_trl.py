@@ -25,11 +25,11 @@ import pytest
 import torch
 
 from align.rl import PPOConfig
+from align.rl.advantages import gae, whiten_advantages
 from align.rl.kl import estimate_kl
+from align.rl.losses import policy_loss, value_loss
 from align.rl.masking import last_index, response_mask
 from align.rl.packing import pack
-from align.rl.ppo.advantages import gae, whiten_advantages
-from align.rl.ppo.losses import policy_loss, value_loss
 from align.rl.rewards import adjust_scores, shape_rewards, whiten_rewards
 from tests.support.rl.make_trl_fixture import PAD
 from tests.support.rl.trl_runs import fill, of, ours, read_fixture, theirs
@@ -254,7 +254,7 @@ def test_whitened_rewards_differ_by_the_slot_and_by_the_variance(trl, tmp_path):
     close(returns, found["returns"], "returns")
     close(whiten_advantages(advantages, mask) * bessel(mask), found["advantages"], "whitened advantages")
     with pytest.raises(ValueError, match="kl_estimator is k3"):  # difference 10
-        PPOConfig(output_dir=str(tmp_path), use_cpu=True, kl_estimator="k3")
+        PPOConfig(output_dir=str(tmp_path), use_cpu=True, learning_rate=1e-6, kl_estimator="k3")
 
 
 def test_truncated_responses_end_as_in_trl_unless_asked_otherwise(trl, tmp_path):
@@ -268,14 +268,14 @@ def test_truncated_responses_end_as_in_trl_unless_asked_otherwise(trl, tmp_path)
 def test_steps_follow_from_the_settings(trl, tmp_path):
     runs = trl.runs
     assert runs["full"]["settings"] == {"num_mini_batches": 2} and len(runs["full"]["steps"]) == 2  # difference 6
-    config = PPOConfig(output_dir=str(tmp_path), use_cpu=True, num_epochs=2, num_mini_batches=2)
+    config = PPOConfig(output_dir=str(tmp_path), use_cpu=True, learning_rate=1e-6, num_epochs=2, num_mini_batches=2)
     assert config.steps_per_update == 4
     assert len(runs["last batch of the data"]["steps"]) == 4  # difference 7
     assert all(len(step["micro_batches"]) == 1 for step in runs["last batch of the data"]["steps"])
 
 
 def test_defaults_differ_on_purpose(trl, tmp_path):
-    config = PPOConfig(output_dir=str(tmp_path), use_cpu=True)
+    config = PPOConfig(output_dir=str(tmp_path), use_cpu=True, learning_rate=1e-6)
     names = {"clip_range": "cliprange", "value_clip_range": "cliprange_value", "num_epochs": "num_ppo_epochs"}
     both = {
         name: (getattr(config, name), trl.defaults[names.get(name, name)])

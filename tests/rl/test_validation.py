@@ -12,8 +12,8 @@ from align.errors import UserError
 from align.models.loading import load_tokenizer
 from align.rl.checkpoint import last_checkpoint
 from align.rl.validation import make_validation
-from tests.rl.conftest import ROWS
-from tests.rl.test_checkpoint import KillAt, Killed, outcome
+from tests.support.rl.runs import KillAt, Killed, outcome
+from tests.support.rl.trainers import ROWS
 
 HELD_OUT = [{"id": f"h{i}", "prompt": [{"role": "user", "content": f"tell {'z' * i}"}]} for i in range(6)]
 FIELDS = {"eval_dataset": HELD_OUT, "eval_updates": 2, "updates": 5}
@@ -58,7 +58,7 @@ def test_the_best_policy_takes_the_last_ones_place(make_trainer, tmp_path):
     trainer = make_trainer(**FIELDS, keep="best", scorer=Rising(0.1, 0.9, 0.3, 0.2))
     seen = {}
     validate = trainer.validation.run
-    trainer.validation.run = lambda t, update: seen.update({update: weights_of(t)}) or validate(t, update)
+    trainer.validation.run = lambda *given: seen.update({given[1]: weights_of(trainer)}) or validate(*given)
     trainer.train()
     assert trainer.validation.best["update"] == 2
     assert any(not torch.equal(tensor, seen[5][name]) for name, tensor in seen[2].items())
@@ -99,15 +99,13 @@ def test_a_killed_run_keeps_the_same_best(make_trainer, tmp_path, killed_at):
 
 def test_a_prompt_is_answered_alike_in_any_number_of_processes(make_trainer, monkeypatch):
     trainer = make_trainer(**FIELDS, temperature=2.0)
-    monkeypatch.setattr("align.rl.validation.gathered", lambda own: [own])
+    monkeypatch.setattr("align.rl.sampler.all_gather", lambda own: [own])
     answers = {}
     for world in (1, 2):
         monkeypatch.setenv("WORLD_SIZE", str(world))
         for rank in range(world):
             monkeypatch.setenv("RANK", str(rank))
-            args = SimpleNamespace(max_tokens=6, temperature=2.0, seed=3)
-            asked = SimpleNamespace(args=args, engine=trainer.engine, score=lambda rollout: None)
-            found = trainer.validation._answer(asked)
+            found = trainer.sampler.answer(trainer.validation.prompts)
             for row, response in zip(found.rows, found.responses, strict=True):
                 answers.setdefault(row["id"], []).append(response)
     assert list(answers) == [row["id"] for row in HELD_OUT]

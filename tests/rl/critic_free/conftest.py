@@ -6,26 +6,9 @@ import pytest
 import torch
 
 from align.models.loading import load_policy, load_tokenizer
-from align.rl import (
-    BestOfNConfig,
-    BestOfNTrainer,
-    GRPOConfig,
-    GRPOTrainer,
-    OnlineDPOConfig,
-    OnlineDPOTrainer,
-    RLOOConfig,
-    RLOOTrainer,
-)
-from tests.rl.conftest import ROWS, make_engine, one_thread, options_in, share_of_vowels
+from tests.support.rl.arguments import unbounded
+from tests.support.rl.trainers import METHODS, ROWS, make_engine, options_in, share_of_vowels
 
-__all__ = ["one_thread"]  # a fixture: bit-for-bit comparisons need a fixed thread count
-
-METHODS = {
-    "grpo": (GRPOTrainer, GRPOConfig),
-    "rloo": (RLOOTrainer, RLOOConfig),
-    "online_dpo": (OnlineDPOTrainer, OnlineDPOConfig),
-    "rejection": (BestOfNTrainer, BestOfNConfig),
-}
 PASSED = ("eval_dataset", "ptx_dataset", "notify", "callbacks", "gold")
 
 
@@ -38,11 +21,12 @@ def make_online(tiny_model, tmp_path):
         others = {name: fields.pop(name) for name in PASSED if name in fields}
         options = options_in(tmp_path) | {"samples_per_prompt": 4, "per_device_train_batch_size": 2}
         if method == "rejection":
-            options |= {"truncated": "learn"}  # the tiny model hardly ever ends
+            # The tiny model hardly ever ends; and the stage has more steps in a round.
+            options |= {"truncated": "learn", "num_mini_batches": 1}
         torch.manual_seed(0)
         return trainer(
             model=load_policy(tiny_model),
-            args=config(**(options | fields)),
+            args=unbounded(config, **(options | fields)),
             train_dataset=rows,
             processing_class=load_tokenizer(tiny_model),
             scorer=scorer,
@@ -52,11 +36,3 @@ def make_online(tiny_model, tmp_path):
         )
 
     return make
-
-
-def updates(trainer):
-    return [entry for entry in trainer.state.log_history if "score" in entry]
-
-
-def weights(trainer):
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}

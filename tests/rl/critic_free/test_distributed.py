@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from tests.rl.critic_free.conftest import METHODS
-from tests.support.rl.one_of_two import launch
+from tests.support.rl.distributed_run import launch
+from tests.support.rl.trainers import METHODS
 
-MODULE = "tests.support.rl.critic_free.one_of_two"
+MODULE = "tests.support.rl.critic_free.distributed_run"
 DIFFERENT = ("seconds", "per_second", "peak_memory", "runtime", "parity", "learning_rate", "epoch")
 
 

@@ -8,10 +8,8 @@ import torch
 from align.config.tuning import FullTuning, LoraTuning
 from align.errors import UserError
 from align.models.loading import load_policy
-from tests.rl.conftest import share_of_vowels
-from tests.rl.critic_free.conftest import METHODS, updates, weights
-from tests.rl.ppo.test_trainer import Gradients as FlatGradients
-from tests.rl.test_ptx import TEXTS, Gradients, sft_gradient
+from tests.support.rl.gradients import TEXTS, FlatGradients, Gradients, sft_gradient
+from tests.support.rl.trainers import METHODS, share_of_vowels, updates, weights
 
 LORA = LoraTuning(rank=8, alpha=16)
 LEARNING = {
@@ -106,6 +104,12 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(make_online, tmp_pat
     assert told(again) == told(whole)
 
 
+def noted(owner, name, rollouts):
+    """Have a method of ``owner`` note the rollout that it is called with."""
+    method = getattr(owner, name)
+    setattr(owner, name, lambda rollout, *others: rollouts.append(rollout) or method(rollout, *others))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_micro_batches_and_packing_change_no_gradient(make_online, method):
     gradients = []
@@ -179,14 +183,13 @@ def test_groups_without_variance_are_counted_and_by_choice_replaced(make_online)
     trainer = make_online("grpo", scorer=by_prompt, rollout_batch=16, updates=1, zero_variance="resample",
                           resample_rounds=8)  # fmt: skip
     learned = []
-    estimate = trainer.estimate
-    trainer.estimate = lambda rollout, kl_coef: learned.append(rollout) or estimate(rollout, kl_coef)
+    noted(trainer.objective, "advantages", learned)
     trainer.train()
     (again,) = updates(trainer)
     assert again["score"] == entry["score"] and again["zero_variance"] == entry["zero_variance"]  # of the first draw
     assert again["zero_variance_left"] < again["zero_variance"]
     (rollout,) = learned
-    assert again["episodes"] == 16 + sum(map(len, rollout.redrawn)) > 16
+    assert again["episodes"] == 16 + sum(map(len, rollout.resampled)) > 16
     assert len(rollout) == 16 and sorted(rollout.groups.count(g) for g in set(rollout.groups)) == [4] * 4
     for group in set(rollout.groups):  # a group is of one prompt
         places = [i for i, other in enumerate(rollout.groups) if other == group]
@@ -206,10 +209,10 @@ def test_where_nothing_varies_the_rounds_end(make_online):
 def test_the_best_and_the_worst_are_a_pair_and_ties_teach_nothing(make_online):
     trainer = make_online("online_dpo", updates=1, rollout_batch=8)
     scores = iter([[0.1, 0.9, 0.3, 0.2, 0.5, 0.5, 0.5, 0.5]])
-    trainer.scorer = lambda rows, texts: next(scores)
+    trainer.sampler.scorer = lambda rows, texts: next(scores)
     seen = []
-    choose = trainer.choose
-    trainer.choose = lambda rollout: seen.append((rollout, choose(rollout))) or seen[0][1]
+    select = trainer.objective.select
+    trainer.objective.select = lambda rollout, sampler: seen.append((rollout, select(rollout, sampler))) or seen[0][1]
     trainer.train()
     drawn, pairs = seen[0]
     assert pairs.tensors["sides"].flatten().tolist() == [1.0, -1.0, 0.0, 0.0]
@@ -222,10 +225,9 @@ def test_the_best_and_the_worst_are_a_pair_and_ties_teach_nothing(make_online):
 def test_the_best_above_the_threshold_are_learned(make_online):
     trainer = make_online("rejection", updates=2, best=2, threshold=[0.4, 0.95], rollout_batch=8)
     scores = iter([[0.1, 0.9, 0.3, 0.5, 0.2, 0.3, 0.1, 0.6]] * 2)
-    trainer.scorer = lambda rows, texts: next(scores)
+    trainer.sampler.scorer = lambda rows, texts: next(scores)
     seen = []
-    estimate = trainer.estimate
-    trainer.estimate = lambda rollout, kl_coef: seen.append(rollout) or estimate(rollout, kl_coef)
+    noted(trainer.objective, "advantages", seen)
     trainer.train()
     assert seen[0].tensors["scores"].tolist() == pytest.approx([0.9, 0.5, 0.6, 0.3])
     assert seen[0].tensors["learn_mask"].any(dim=1).tolist() == [True, True, True, False]
@@ -242,8 +244,7 @@ def test_the_best_are_learned_by_the_loss_of_sft_whatever_the_temperature(make_o
         "rejection", updates=1, best=2, rollout_batch=8, temperature=temperature, callbacks=[capture],
         max_grad_norm=1e9, reuse_forward=1.0,
     )  # fmt: skip
-    estimate = trainer.estimate
-    trainer.estimate = lambda rollout, kl_coef: seen.append(rollout) or estimate(rollout, kl_coef)
+    noted(trainer.objective, "advantages", seen)
     trainer.train()
     policy = load_policy(tiny_model)
     loss = sft_gradient(policy, list(zip(seen[0].prompts, seen[0].responses, strict=True)))
@@ -255,7 +256,7 @@ def test_the_best_are_learned_by_the_loss_of_sft_whatever_the_temperature(make_o
 
 def test_what_is_cut_off_or_said_twice_is_not_among_the_best(make_online):
     trainer = make_online("rejection", updates=1, best=4, truncated="mask")
-    sample = trainer._sample
+    sample = trainer.sample
     seen = []
 
     def told(update):
@@ -268,7 +269,7 @@ def test_what_is_cut_off_or_said_twice_is_not_among_the_best(make_online):
         rollout.tensors["finished"] = torch.tensor([True] * 7 + [False])
         rollout.tensors["scores"] = torch.linspace(0, 1, 8)
 
-    trainer._sample, trainer.score = told, score
+    trainer.sample, trainer.sampler.score = told, score
     trainer.train()
     assert seen[0].tensors["good"].tolist() == [True, True, True, False, True, True, True, False]
 
@@ -280,8 +281,8 @@ def test_what_is_cut_off_or_said_twice_is_not_among_the_best(make_online):
         ("rloo", {"samples_per_prompt": 1}, "samples_per_prompt is 1"),
         ("online_dpo", {"per_device_train_batch_size": 1}, "it must be even"),
         ("online_dpo", {"per_device_train_batch_size": 4, "rollout_batch": 8, "num_mini_batches": 2}, "4 responses"),
-        ("rejection", {"best": 5}, "best is 5"),
-        ("grpo", {"overlong_buffer": 7}, "overlong_buffer is 7"),
+        ("rejection", {"best": 5}, "best 5 is more than samples_per_prompt 4"),
+        ("grpo", {"overlong_buffer": 7}, "overlong_buffer 7 is longer than max_tokens 6"),
     ],
 )
 def test_arguments_that_cannot_be_meant_are_refused(make_online, method, fields, message):
@@ -291,6 +292,6 @@ def test_arguments_that_cannot_be_meant_are_refused(make_online, method, fields,
 
 def test_a_loss_that_is_not_finite_names_the_method_and_the_update(make_online):
     trainer = make_online("grpo")
-    trainer.score = lambda rollout: rollout.tensors.update(scores=torch.full((len(rollout),), float("nan")))
+    trainer.sampler.score = lambda rollout: rollout.tensors.update(scores=torch.full((len(rollout),), float("nan")))
     with pytest.raises(UserError, match=r"grpo: update 1 .*loss is nan.* Lower learning_rate \(now 0.001\) or max"):
         trainer.train()

@@ -1,4 +1,4 @@
-"""What ``test_sigkill.py`` and ``vllm_lives.py`` kill: updates on the tiny model, from the last checkpoint there is.
+"""Updates on the tiny model from the last checkpoint; ``test_sigkill.py`` and ``vllm_killed_run.py`` kill them.
 
 ``python -m tests.support.rl.killed_run POLICY REWARD FOLDER`` runs it with the transformers sampler.
 """
@@ -20,7 +20,7 @@ from align.config.tuning import LoraTuning
 from align.models.loading import load_policy, load_reward, load_tokenizer
 from align.rl import PPOConfig, PPOTrainer
 from align.rl.checkpoint import last_checkpoint
-from tests.rl.conftest import ROWS, make_engine, share_of_vowels
+from tests.support.rl.trainers import ROWS, make_engine, share_of_vowels
 
 TIMED = ("seconds", "per_second", "peak_memory", "runtime")
 HELD_OUT = [{"id": f"h{i}", "prompt": f"tell {'z' * i}"} for i in range(3)]

@@ -34,7 +34,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '\\n<|im_start|>assistant\\n' }}{% endif %}"
 )
-CONTENTS = ("a", "say it", "tell me more", "go on", "why", "name three colors", "ok", "count to ten")
+CONTENTS = ("a", "say it", "tell me more", "go on", "why", "name three colours", "ok", "count to ten")
 
 LLAMA = {
     "vocab_size": len(SPECIAL) + len(LETTERS),

@@ -13,6 +13,7 @@ from align.inference.protocol import Response
 from align.models.reward import RewardModel
 from align.rl import PPOConfig, PPOTrainer
 from align.rl.scoring import RewardScorer
+from tests.support.rl.arguments import unbounded
 from tests.support.rl.make_trl_fixture import FIXTURE, make_tokenizer
 
 
@@ -90,7 +91,8 @@ def ours(trl, run, folder, account=None, **fields):
     """
     s = trl.settings
     options = {
-        "output_dir": str(folder / "run"), "updates": 1, "rollout_batch": 8, "max_tokens": s["response_length"],
+        "output_dir": str(folder / "run"), "updates": 1, "rollout_batch": 8, "samples_per_prompt": 1,
+        "max_tokens": s["response_length"],
         "temperature": s["temperature"] + 1e-7, "num_epochs": s["num_ppo_epochs"],  # difference 12
         "per_device_train_batch_size": 4, "learning_rate": s["learning_rate"],
         "adam_epsilon": s["adam_epsilon"], "critic_adam_epsilon": s["adam_epsilon"],  # trl has one for both
@@ -104,7 +106,7 @@ def ours(trl, run, folder, account=None, **fields):
     steps, found = Steps(), {}
     trainer = PPOTrainer(
         model=load(trl, "reference"),
-        args=PPOConfig(**(options | fields)),
+        args=unbounded(PPOConfig, **(options | fields)),
         train_dataset=[{"prompt": message} for message in trl.messages],
         processing_class=make_tokenizer(),
         scorer=RewardScorer(RewardModel(folder / "reward", precision="float32")),
@@ -115,16 +117,16 @@ def ours(trl, run, folder, account=None, **fields):
     fill(trainer.model.policy, of(trl, "policy"))
     assert trainer.model.critic.head.bias.item() == 0  # difference 11: it would move from the second step on
     trainer.model.critic.head.bias.requires_grad_(False)
-    finish = trainer._finish
+    compute_advantages = trainer.compute_advantages
 
-    def finish_and_account(rollout):
-        finish(rollout)
+    def compute_and_account(rollout):
+        compute_advantages(rollout)
         order = [trl.prompts.index(prompt) for prompt in rollout.prompts]
         found.update({n: t[torch.tensor(order).argsort()].clone() for n, t in rollout.tensors.items()})
         if account is not None:
             account(rollout.tensors, order)
 
-    trainer._finish = finish_and_account
+    trainer.compute_advantages = compute_and_account
     trainer.train()
     (logged,) = [entry for entry in trainer.state.log_history if "score" in entry]
     return SimpleNamespace(trainer=trainer, tensors=found, steps=steps, logged=logged)

@@ -1,0 +1,50 @@
+"""Settings of stage ``rejection``. Torch-free."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from align.config.stages.rl import RolloutFields
+
+
+class RejectionConfig(RolloutFields):
+    """An update is a round: sample, select the best responses to each prompt, learn them as in SFT, and sample again.
+
+    A round has ``rollout_batch / samples_per_prompt`` prompts and ``num_epochs x num_mini_batches`` optimizer steps.
+    The loss has no reference: the policy learns only from its own responses. The loss is SFT's, at temperature 1, so
+    with a lower sampling ``temperature`` the policy's entropy falls with every round.
+    """
+
+    kind: ClassVar[str] = "rejection"
+
+    updates: int = Field(3, ge=1)
+    """Rounds."""
+    rollout_batch: int = Field(512, ge=1)
+    """Responses per round."""
+    samples_per_prompt: int = Field(8, ge=1)
+    """Responses to each prompt to select from. More gives better ones, with diminishing returns."""
+    num_mini_batches: int = Field(4, ge=1)
+    """Optimizer steps per pass over the selected responses."""
+    best: int = Field(1, ge=1)
+    """Best responses to each prompt to learn from. Duplicates count once."""
+    threshold: float | list[float] | None = None
+    """Minimum score, penalties subtracted, to learn from. A list has one for each round; its last one stays."""
+    truncated: Literal["learn", "mask"] = "mask"
+    """``mask`` never selects a response cut at ``max_tokens``. ``learn`` may, which teaches the policy not to stop."""
+
+    @property
+    def kept_per_prompt(self) -> int:
+        """``best``."""
+        return self.best
+
+    @model_validator(mode="after")
+    def _check_selection(self) -> Self:
+        if self.best > self.samples_per_prompt:
+            raise ValueError(f"best {self.best} is more than samples_per_prompt {self.samples_per_prompt}.")
+        if self.samples_per_prompt == 1 and self.threshold is None:
+            raise ValueError("samples_per_prompt is 1 without a threshold: nothing is selected. Set one of them.")
+        if isinstance(self.threshold, list) and not 1 <= len(self.threshold) <= self.updates:
+            raise ValueError(f"threshold has {len(self.threshold)} values for {self.updates} rounds (updates).")
+        return self

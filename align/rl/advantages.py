@@ -1,0 +1,156 @@
+"""Advantages of sampled responses: by a critic (GAE), or compared with other responses to the same prompt."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from align.rl.masking import Reduce, last_index, local, masked_mean_var, whiten
+
+Truncation = Literal["bootstrap", "terminal"]
+"""Value after a response cut at its maximum length: the critic's value of the state reached, or 0."""
+Scale = Literal["group", "batch", "none"]
+"""Standard deviation that centered scores are divided by: the group's, the batch's, or none."""
+
+EPSILON = 1e-4
+"""Added to a standard deviation before dividing by it, as in trl, so that nearly equal scores do not blow up."""
+
+
+# ---- with a critic: one advantage per token ----
+
+
+def gae(
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    response_mask: torch.Tensor,
+    finished: torch.Tensor,
+    *,
+    gamma: float,
+    lam: float,
+    truncation: Truncation,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return advantages and returns, both (B, T), zero on padding (arXiv 1506.02438, equation 16).
+
+    ``delta_t = r_t + gamma V_{t+1} - V_t``, ``A_t = delta_t + gamma lam A_{t+1}``, ``return_t = A_t + V_t``.
+    ``rewards`` and ``response_mask`` are (B, T), ``finished`` (B,) is True where EOS was reached. ``values`` is
+    (B, T+1): ``values[:, t]`` is the value of the state *before* token t, and the column after a row's last real token
+    the value of the state the response ended in. After EOS that one counts as 0, since the episode is over. After
+    truncation it is used (``bootstrap``, arXiv 1712.00378) or 0 (``terminal``). Values past a row's end are not read.
+    """
+    batch, width = rewards.shape
+    last = last_index(response_mask)  # (B,)
+    rows = torch.arange(batch, device=rewards.device)
+    value_at_end = values[rows, last + 1]  # (B,) value of the state each response ended in
+    value_at_end = torch.where(finished, torch.zeros_like(value_at_end), value_at_end)
+    if truncation == "terminal":
+        value_at_end = torch.zeros_like(value_at_end)
+
+    advantages = torch.zeros_like(rewards)
+    next_value = value_at_end
+    next_advantage = torch.zeros_like(value_at_end)
+    for t in range(width - 1, -1, -1):
+        is_real = response_mask[:, t]
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = delta + gamma * lam * next_advantage
+        # Padding carries both unchanged, so that a row's recursion starts at its own last token.
+        next_advantage = torch.where(is_real, advantage, next_advantage)
+        next_value = torch.where(is_real, values[:, t], next_value)
+        advantages[:, t] = torch.where(is_real, advantage, advantages[:, t])
+    returns = torch.where(response_mask, advantages + values[:, :-1], torch.zeros_like(advantages))
+    return advantages, returns
+
+
+def whiten_advantages(advantages: torch.Tensor, response_mask: torch.Tensor, reduce: Reduce = local) -> torch.Tensor:
+    """Scale advantages (B, T) to mean 0 and variance 1 over the real tokens of the rollout, over all processes."""
+    return whiten(advantages, response_mask, shift_mean=True, reduce=reduce)
+
+
+def explained_variance(
+    values: torch.Tensor, returns: torch.Tensor, response_mask: torch.Tensor, reduce: Reduce = local
+) -> float:
+    """Return ``1 - Var(returns - values) / Var(returns)``: 1 is a perfect critic, below 0 is worse than a constant.
+
+    ``values``, ``returns`` and ``response_mask`` are (B, T). 0 where the returns do not vary.
+    """
+    _, variance = masked_mean_var(returns, response_mask, reduce)
+    _, residual = masked_mean_var(returns - values, response_mask, reduce)
+    if float(variance) == 0.0:
+        return 0.0
+    return float(1.0 - residual / variance)
+
+
+# ---- without a critic: one advantage per response; ``groups`` (B,) is equal for responses to the same prompt ----
+
+
+def group_sums(values: torch.Tensor, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the sum of ``values`` (B,) over each response's group, and the group's size, both (B,)."""
+    _, group_index = torch.unique(groups, return_inverse=True)
+    count = int(group_index.max()) + 1
+    totals = values.new_zeros(count).index_add_(0, group_index, values)
+    sizes = values.new_zeros(count).index_add_(0, group_index, torch.ones_like(values))
+    return totals[group_index], sizes[group_index]
+
+
+def group_advantages(scores: torch.Tensor, groups: torch.Tensor, scale: Scale, reduce: Reduce = local) -> torch.Tensor:
+    """Return scores minus the group's mean, over a sample standard deviation, (B,) (arXiv 2402.03300, section 4.1.2).
+
+    ``scores`` and ``groups`` are (B,). ``scale`` selects the standard deviation: within the group, over the batch
+    (arXiv 2508.08221), or none: dividing favors prompts that are nearly always or nearly never solved
+    (arXiv 2503.20783).
+    """
+    sums, sizes = group_sums(scores, groups)
+    centered = scores - sums / sizes
+    if scale == "none":
+        return centered
+    if scale == "group":
+        squares, _ = group_sums(centered**2, groups)
+        return centered / ((squares / (sizes - 1).clamp(min=1)).sqrt() + EPSILON)
+    return centered / (_standard_deviation(scores, reduce) + EPSILON)
+
+
+def leave_one_out(scores: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """Return scores minus the mean of the *other* responses to the prompt, (B,); unbiased.
+
+    ``scores`` and ``groups`` are (B,). Source: arXiv 2402.14740, equation 8.
+    """
+    sums, sizes = group_sums(scores, groups)
+    return scores - (sums - scores) / (sizes - 1).clamp(min=1)
+
+
+def whiten_responses(advantages: torch.Tensor, reduce: Reduce = local) -> torch.Tensor:
+    """Scale advantages (B,) to mean 0 and sample variance 1 over the responses of all processes."""
+    count, total = reduce(torch.stack([advantages.new_tensor(float(len(advantages))), advantages.sum()]))
+    whitened: torch.Tensor = (advantages - total / count) / (_standard_deviation(advantages, reduce) + EPSILON)
+    return whitened
+
+
+def _standard_deviation(values: torch.Tensor, reduce: Reduce) -> torch.Tensor:
+    """Return the sample standard deviation of ``values`` (B,) over all processes, a scalar."""
+    count, total = reduce(torch.stack([values.new_tensor(float(len(values))), values.sum()]))
+    squares = reduce(((values - total / count) ** 2).sum())
+    deviation: torch.Tensor = (squares / (count - 1).clamp(min=1)).sqrt()
+    return deviation
+
+
+def overlong_penalty(lengths: torch.Tensor, max_tokens: int, buffer: int, penalty: float) -> torch.Tensor:
+    """Return DAPO's soft overlong punishment, (B,): 0, rising to ``penalty`` over the last ``buffer`` tokens.
+
+    ``lengths`` (B,) and ``max_tokens`` are in tokens. Source: arXiv 2503.14476, equation 13.
+    """
+    if buffer == 0:
+        return torch.zeros_like(lengths, dtype=torch.float32)
+    excess: torch.Tensor = (lengths - (max_tokens - buffer)).clamp(min=0).float() / buffer
+    return penalty * excess
+
+
+def without_variance(scores: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """Return True for responses whose group's scores are all equal, (B,): such a group teaches nothing.
+
+    ``scores`` and ``groups`` are (B,).
+    """
+    _, group_index = torch.unique(groups, return_inverse=True)
+    count = int(group_index.max()) + 1
+    low = scores.new_full((count,), float("inf")).scatter_reduce_(0, group_index, scores, "amin")
+    high = scores.new_full((count,), float("-inf")).scatter_reduce_(0, group_index, scores, "amax")
+    return ((high - low) <= 1e-8)[group_index]

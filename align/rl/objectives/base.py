@@ -1,0 +1,108 @@
+"""The part of a trainer that differs between methods: what is learned from a rollout, and by which loss."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from align.rl.kl import KLPenalty, estimate_kl
+from align.rl.masking import Reduce, local
+from align.rl.metrics import Averages
+from align.rl.packing import Batch
+from align.rl.rewards import adjust_scores
+from align.rl.rollout import Rollout
+from align.rl.sampler import RolloutSampler
+from align.rl.score_scale import RunningScale
+
+
+@dataclass(frozen=True)
+class Step:
+    """The optimizer step that a micro-batch is a part of."""
+
+    update: int
+    count: torch.Tensor | float
+    """Divisor of its loss sums: ``token_count`` over all micro-batches and processes."""
+    penalty: KLPenalty
+
+
+class Objective(ABC):
+    """A method of learning from rollouts. The trainer calls its methods in the order in which they stand here."""
+
+    name: ClassVar[str]
+    """Kind of the stage, for messages."""
+    loss_inputs: ClassVar[tuple[str, ...]]
+    """Tensors of a rollout that ``loss`` reads, ``learn_mask`` among them."""
+    learns_likelihood: ClassVar[bool] = False
+    """True for SFT's loss: log-probabilities are then taken at temperature 1, not at the sampling temperature."""
+
+    def __init__(self, args: Any) -> None:
+        self.args = args
+        self.averages = Averages()
+        """Metrics that the trainer logs with its own."""
+        self.scale = RunningScale() if args.normalize_scores else None
+
+    def select(self, rollout: Rollout, sampler: RolloutSampler) -> Rollout:
+        """Return the scored responses to measure and learn from, ``args.local_responses`` per process; here all."""
+        return rollout
+
+    @abstractmethod
+    def advantages(self, rollout: Rollout, penalty: KLPenalty) -> None:
+        """Add ``loss_inputs`` and ``kl`` (B, T) to a rollout with scores and log-probabilities."""
+
+    @abstractmethod
+    def token_count(self, batches: list[Batch]) -> float:
+        """Return what the loss is divided by, for this process's micro-batches of an optimizer step.
+
+        Each of ``batches`` has the ``loss_inputs`` of a micro-batch.
+        """
+
+    @abstractmethod
+    def loss(self, outputs: Batch, batch: Batch, step: Step) -> torch.Tensor:
+        """Return a micro-batch's share of its optimizer step's loss, a scalar.
+
+        ``outputs`` are the model's (``logprobs`` and ``entropy`` (B, T), for PPO ``values`` (B, T+1)), ``batch`` the
+        rollout's ``loss_inputs``.
+        """
+
+    def rests_policy(self, update: int) -> bool:
+        """Return True where only a critic learns in this update."""
+        return False
+
+    def adjusted_scores(
+        self, rollout: Rollout, reduce: Reduce = local, scale: RunningScale | None = None
+    ) -> torch.Tensor:
+        """Return scores (B,) as they are learned from: on the running scale, clipped, penalties subtracted."""
+        tensors = rollout.tensors
+        scores = tensors["scores"]
+        if scale is not None:
+            scale.add(scores, reduce)
+            scores = scale.apply(scores)
+        return adjust_scores(
+            scores,
+            tensors["finished"],
+            missing_eos_penalty=self.args.missing_eos_penalty,
+            score_clip=self.args.score_clip,
+            length_penalty=self.args.length_penalty,
+            lengths=tensors["response_mask"].sum(dim=1),
+        )
+
+    def _log_sums(self, sums: Mapping[str, torch.Tensor], count: torch.Tensor | float) -> None:
+        for name, total in sums.items():
+            self.averages.add(name, total, count)
+
+
+def masked_kl(rollout: Rollout) -> torch.Tensor:
+    """Return the KL estimate (k1) of each token of a measured rollout in nats, (B, T), 0 on padding."""
+    tensors = rollout.tensors
+    kl = estimate_kl(tensors["logprobs"], tensors["ref_logprobs"])
+    return torch.where(tensors["response_mask"], kl, kl.new_zeros(()))
+
+
+def mask_to_learn(rollout: Rollout, truncated: str) -> torch.Tensor:
+    """Return the mask (B, T) of tokens that the loss includes; ``mask`` leaves truncated responses out."""
+    mask = rollout.tensors["response_mask"]
+    return mask & rollout.tensors["finished"][:, None] if truncated == "mask" else mask

@@ -1,0 +1,123 @@
+"""GRPO and its variants: a response's advantage is its score above the others to its prompt, without a critic."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+import torch
+
+from align.rl.advantages import group_advantages, overlong_penalty, without_variance
+from align.rl.arguments import GRPOConfig
+from align.rl.kl import KLPenalty, estimate_kl
+from align.rl.losses import Aggregation, RatioLevel, aggregate, group_loss, importance_weights, loss_count
+from align.rl.objectives.base import Objective, Step, mask_to_learn, masked_kl
+from align.rl.objectives.resampling import resample
+from align.rl.packing import Batch
+from align.rl.rollout import Rollout
+from align.rl.sampler import RolloutSampler
+
+
+class GroupObjective(Objective):
+    """Shared by GRPO and RLOO: one advantage per response, a KL penalty in score or loss, a clipped surrogate."""
+
+    loss_inputs: ClassVar[tuple[str, ...]] = (
+        "logprobs",
+        "sampler_logprobs",
+        "ref_logprobs",
+        "advantages",
+        "learn_mask",
+    )
+    args: Any
+    aggregation: Aggregation
+    ratio_level: RatioLevel
+    clips: bool = True
+    """False caps the ratio as a weight instead of clipping the surrogate (CISPO)."""
+
+    @abstractmethod
+    def compare(self, totals: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+        """Return advantages (B,) of responses that earned ``totals`` (B,), penalties included; ``groups`` is (B,)."""
+
+    def score_penalty(self, lengths: torch.Tensor) -> torch.Tensor:
+        """Return what to subtract from the scores of responses of these lengths, both (B,)."""
+        return torch.zeros_like(lengths, dtype=torch.float32)
+
+    def advantages(self, rollout: Rollout, penalty: KLPenalty) -> None:
+        """Compare each response's score, minus its KL penalty, with its group's. All its tokens get the result."""
+        tensors = rollout.tensors
+        mask = tensors["response_mask"]
+        scores = self.adjusted_scores(rollout, scale=self.scale) - self.score_penalty(mask.sum(dim=1))
+        kl = masked_kl(rollout)
+        # In the reward, a response pays for its whole drift before it is compared with its group.
+        totals = scores - penalty.in_reward * kl.sum(dim=1)
+        advantages = self.compare(totals, torch.tensor(rollout.groups))[:, None] * mask
+        tensors |= {"kl": kl, "rewards": totals, "raw_advantages": advantages, "advantages": advantages}
+        tensors["learn_mask"] = mask_to_learn(rollout, self.args.truncated)
+        # Logged for the prompts as they came, before any resampling.
+        flat = _is_flat(rollout.candidates or rollout)
+        self.averages.add("zero_variance", flat.sum(), len(flat))
+
+    def token_count(self, batches: list[Batch]) -> float:
+        """Return the tokens or responses of an optimizer step, by the loss's aggregation."""
+        return loss_count([batch["learn_mask"] for batch in batches], self.aggregation, self.args.max_tokens)
+
+    def loss(self, outputs: Batch, batch: Batch, step: Step) -> torch.Tensor:
+        """Return the surrogate, minus an entropy bonus, plus the KL penalty where it is in the loss; a scalar."""
+        args, mask = self.args, batch["learn_mask"]
+        weights = importance_weights(
+            batch["logprobs"], batch["sampler_logprobs"], mask, args.importance_cap, args.importance_sequence_cap
+        )
+        terms = group_loss(
+            outputs["logprobs"],
+            batch["logprobs"],
+            batch["advantages"],
+            mask,
+            step.count,
+            clip=args.clip,
+            level=self.ratio_level,
+            clips=self.clips,
+            weights=weights,
+            aggregation=self.aggregation,
+        )
+        loss = terms.loss
+        if args.entropy_coef:
+            loss = loss - args.entropy_coef * aggregate(outputs["entropy"], mask, step.count, self.aggregation)
+        if step.penalty.in_loss and args.kl_estimator:
+            drift = estimate_kl(outputs["logprobs"], batch["ref_logprobs"], args.kl_estimator)
+            loss = loss + step.penalty.in_loss * aggregate(drift, mask, step.count, self.aggregation)
+        self._log_sums({**terms.sums, "importance_weight": (weights * mask).sum()}, mask.sum())
+        return loss
+
+
+class GRPOObjective(GroupObjective):
+    """Group-relative policy optimization (arXiv 2402.03300) and its variants (``align.config.stages.grpo``)."""
+
+    name: ClassVar[str] = "grpo"
+    args: GRPOConfig
+
+    def __init__(self, args: GRPOConfig) -> None:
+        super().__init__(args)
+        self.aggregation, self.ratio_level = args.preset.aggregation, args.preset.ratio
+        self.clips = args.preset.clips
+
+    def select(self, rollout: Rollout, sampler: RolloutSampler) -> Rollout:
+        """With ``zero_variance: resample``, replace groups without variance by groups of other prompts (DAPO)."""
+        if self.args.zero_variance == "keep":
+            return rollout
+        selected = resample(rollout, sampler, self.args.resample_rounds)
+        flat = _is_flat(selected)
+        self.averages.add("zero_variance_left", flat.sum(), len(flat))
+        return selected
+
+    def compare(self, totals: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+        """Return ``totals`` minus the group's mean, over a standard deviation by ``scale_rewards``, (B,)."""
+        return group_advantages(totals, groups, self.args.scale)
+
+    def score_penalty(self, lengths: torch.Tensor) -> torch.Tensor:
+        """Return DAPO's penalty for the last ``overlong_buffer`` tokens, (B,)."""
+        return overlong_penalty(lengths, self.args.max_tokens, self.args.overlong_buffer, self.args.overlong_penalty)
+
+
+def _is_flat(rollout: Rollout) -> torch.Tensor:
+    """Return True for responses in groups whose scores are all equal, (B,)."""
+    return without_variance(rollout.tensors["scores"], torch.tensor(rollout.groups))

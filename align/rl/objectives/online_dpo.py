@@ -1,0 +1,66 @@
+"""Online DPO (arXiv 2402.04792): pairs of the policy's own responses, ranked by the scorer in every update."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from align.rl.arguments import OnlineDPOConfig
+from align.rl.kl import KLPenalty
+from align.rl.losses import pair_loss
+from align.rl.objectives.base import Objective, Step, masked_kl
+from align.rl.packing import Batch, group_members
+from align.rl.rollout import Rollout
+from align.rl.sampler import RolloutSampler
+
+
+class OnlineDPOObjective(Objective):
+    """The best and the worst response to a prompt are a pair for DPO's loss against the reference."""
+
+    name: ClassVar[str] = "online_dpo"
+    loss_inputs: ClassVar[tuple[str, ...]] = ("ref_logprobs", "sides", "learn_mask")
+    args: OnlineDPOConfig
+
+    def select(self, rollout: Rollout, sampler: RolloutSampler) -> Rollout:
+        """Return the best and the worst of each group, one after the other, and their ``sides`` (B, 1).
+
+        A side is 1 for the better, -1 for the worse, and 0 for both where all score the same.
+        """
+        scores = self.adjusted_scores(rollout).tolist()
+        groups = group_members(rollout.groups)
+        selected: list[int] = []
+        sides: list[float] = []
+        for members in groups:
+            best = max(members, key=scores.__getitem__)
+            worst = min((i for i in members if i != best), key=scores.__getitem__)
+            # Neighbors: ``plan`` keeps a group together, so a pair is in one micro-batch.
+            selected += [best, worst]
+            sides += [1.0, -1.0] if scores[best] > scores[worst] else [0.0, 0.0]
+        pairs = rollout.subset(selected)
+        pairs.tensors["sides"] = torch.tensor(sides)[:, None]
+        self.averages.add("tied_pairs", float(sides.count(0.0)) / 2, len(groups))
+        return pairs
+
+    def advantages(self, rollout: Rollout, penalty: KLPenalty) -> None:
+        """Add the KL to log. There are no advantages: the loss learns only which response is better."""
+        rollout.tensors |= {"kl": masked_kl(rollout), "learn_mask": rollout.tensors["response_mask"]}
+
+    def token_count(self, batches: list[Batch]) -> float:
+        """Return the pairs of an optimizer step that are no ties."""
+        return float(sum(int(batch["sides"].ne(0).sum()) for batch in batches)) / 2
+
+    def loss(self, outputs: Batch, batch: Batch, step: Step) -> torch.Tensor:
+        """Return the loss of the pairs, a scalar. ``accuracy``: the share that the policy ranks as the scorer does."""
+        terms = pair_loss(
+            outputs["logprobs"],
+            batch["ref_logprobs"],
+            batch["sides"],
+            batch["learn_mask"],
+            step.count,
+            kind=self.args.loss,
+            beta=self.args.beta,
+            label_smoothing=self.args.label_smoothing,
+        )
+        self._log_sums(terms.sums, batch["sides"].ne(0).sum() / 2)
+        return terms.loss

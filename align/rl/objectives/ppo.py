@@ -1,0 +1,127 @@
+"""PPO with a critic: advantages by GAE, a clipped surrogate and a value loss (arXiv 1707.06347, 1909.08593)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from align.rl.advantages import gae, whiten_advantages
+from align.rl.arguments import PPOConfig
+from align.rl.kl import KLPenalty, estimate_kl
+from align.rl.losses import aggregate, importance_weights, loss_count, policy_loss, value_loss
+from align.rl.objectives.base import Objective, Step, mask_to_learn
+from align.rl.packing import Batch
+from align.rl.rewards import shape_rewards, whiten_rewards
+from align.rl.rollout import Rollout
+
+
+class PPOObjective(Objective):
+    """Every token is an action. Its advantage compares what followed with the critic's expectation."""
+
+    name: ClassVar[str] = "ppo"
+    loss_inputs: ClassVar[tuple[str, ...]] = (
+        "logprobs",
+        "sampler_logprobs",
+        "ref_logprobs",
+        "values",
+        "advantages",
+        "returns",
+        "learn_mask",
+    )
+    args: PPOConfig
+
+    def advantages(self, rollout: Rollout, penalty: KLPenalty) -> None:
+        """Add rewards per token, advantages by the critic, and returns, all (B, T), in float32 on the CPU."""
+        args, tensors = self.args, rollout.tensors
+        mask = tensors["response_mask"]
+        scores = self.adjusted_scores(rollout, scale=self.scale)
+        rewards, tensors["kl"] = shape_rewards(
+            scores, tensors["logprobs"], tensors["ref_logprobs"], mask, penalty.in_reward
+        )
+        if args.whiten_rewards:
+            rewards = whiten_rewards(rewards, mask)
+        advantages, returns = gae(
+            rewards,
+            tensors["values"],
+            mask,
+            tensors["finished"],
+            gamma=args.gamma,
+            lam=args.lam,
+            truncation=args.truncation,
+        )
+        tensors |= {"rewards": rewards, "raw_advantages": advantages, "returns": returns}
+        # Whitened over the tokens that are learned from; metrics log the raw advantages.
+        tensors["learn_mask"] = mask_to_learn(rollout, args.truncated)
+        if args.whiten_advantages:
+            advantages = whiten_advantages(advantages, tensors["learn_mask"])
+        tensors["advantages"] = advantages
+
+    def token_count(self, batches: list[Batch]) -> float:
+        """Return the tokens or responses of an optimizer step, by ``loss_aggregation``."""
+        masks = [batch["learn_mask"] for batch in batches]
+        return loss_count(masks, self.args.loss_aggregation, self.args.max_tokens)
+
+    def rests_policy(self, update: int) -> bool:
+        """Return True while the critic warms up."""
+        return bool(update < self.args.critic_warmup_updates)
+
+    def loss(self, outputs: Batch, batch: Batch, step: Step) -> torch.Tensor:
+        """Return the loss of those parts that ``outputs`` has: critic (``values``), policy (``logprobs``); a scalar.
+
+        While the policy rests, its part counts for nothing but stays in the graph.
+        """
+        mask = batch["learn_mask"]
+        loss: torch.Tensor = mask.new_zeros((), dtype=torch.float32)
+        sums: dict[str, torch.Tensor] = {}
+        if "values" in outputs:
+            loss, sums = self._critic_loss(outputs, batch, step)
+        if "logprobs" in outputs:
+            policy_part, policy_sums = self._policy_loss(outputs, batch, step)
+            # Times 0.0, not left out: under DDP every parameter must get a gradient.
+            loss = loss + (0.0 if self.rests_policy(step.update) else 1.0) * policy_part
+            sums |= policy_sums
+        self._log_sums(sums, mask.sum())
+        return loss
+
+    def _critic_loss(self, outputs: Batch, batch: Batch, step: Step) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return vf_coef x value loss, and its sums to log."""
+        terms = value_loss(
+            outputs["values"][:, :-1],
+            batch["values"][:, :-1],
+            batch["returns"],
+            batch["learn_mask"],
+            step.count,
+            value_clip_range=self.args.value_clip_range,
+            aggregation=self.args.loss_aggregation,
+        )
+        return self.args.vf_coef * terms.loss, dict(terms.sums)
+
+    def _policy_loss(self, outputs: Batch, batch: Batch, step: Step) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return policy loss - entropy_coef x entropy (+ KL penalty), and its sums to log.
+
+        The gradient of the KL term is that of the KL (k2) at the rollout's weights, and an approximation after steps
+        away from them.
+        """
+        args, mask = self.args, batch["learn_mask"]
+        weights = importance_weights(
+            batch["logprobs"], batch["sampler_logprobs"], mask, args.importance_cap, args.importance_sequence_cap
+        )
+        terms = policy_loss(
+            outputs["logprobs"],
+            batch["logprobs"],
+            batch["advantages"],
+            mask,
+            step.count,
+            clip_range=args.clip_range,
+            dual_clip=args.dual_clip,
+            weights=weights,
+            aggregation=args.loss_aggregation,
+        )
+        loss = terms.loss
+        if args.entropy_coef:
+            loss = loss - args.entropy_coef * aggregate(outputs["entropy"], mask, step.count, args.loss_aggregation)
+        if step.penalty.in_loss and args.kl_estimator:
+            drift = estimate_kl(outputs["logprobs"], batch["ref_logprobs"], args.kl_estimator)
+            loss = loss + step.penalty.in_loss * aggregate(drift, mask, step.count, args.loss_aggregation)
+        return loss, terms.sums | {"importance_weight": (weights * mask).sum()}

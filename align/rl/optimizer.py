@@ -1,0 +1,61 @@
+"""One optimizer for policy and critic, with separate learning rates and gradient clipping."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from align.config.tuning import LORA_HEAD_RATE
+from align.rl.model import PolicyAndReference
+
+PARTS = ("policy", "critic")
+
+
+def make_optimizer(trainer: Any, model: Any) -> torch.optim.Optimizer:
+    """Return the Trainer's optimizer with up to six groups: policy, critic and value head, with and without decay."""
+    args = trainer.args
+    optimizer_class, options = trainer.get_optimizer_cls_and_kwargs(args, model)
+    decaying = set(trainer.get_decay_parameter_names(model))
+    groups = []
+    for part, rate in learning_rates(args, model).items():
+        trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        named = [(name, parameter) for name, parameter in trained if _part(name) == part]
+        for decays in (True, False):
+            parameters = [parameter for name, parameter in named if (name in decaying) == decays]
+            if not parameters:
+                continue
+            decay = args.weight_decay if decays else 0.0  # biases and norms do not decay
+            group = {"params": parameters, "lr": rate, "weight_decay": decay}
+            if part != "policy" and isinstance(options.get("eps"), float):
+                group["eps"] = args.critic_adam_epsilon
+            groups.append(group)
+    optimizer: torch.optim.Optimizer = optimizer_class(groups, **options)
+    return optimizer
+
+
+def learning_rates(args: Any, model: PolicyAndReference) -> dict[str, float]:
+    """Return the peak rates of ``policy`` and, where there is a critic, ``critic`` (its trunk) and ``head``."""
+    if not hasattr(model, "critic"):
+        return {"policy": args.learning_rate}
+    critic = args.learning_rate if args.critic_learning_rate is None else args.critic_learning_rate
+    head = args.critic_head_learning_rate
+    if head is None:
+        has_adapters = any(not parameter.requires_grad for parameter in model.policy.parameters())
+        head = critic * (LORA_HEAD_RATE if has_adapters else 1.0)
+    return {"policy": args.learning_rate, "critic": critic, "head": head}
+
+
+def _part(name: str) -> str:
+    return "head" if name.startswith("critic.head.") else name.split(".")[0]
+
+
+def clip_by_part(model: PolicyAndReference, max_norm: float) -> dict[str, torch.Tensor]:
+    """Scale each part's gradients down to ``max_norm``; return the norms before, scalars, 0 without gradients."""
+    norms = {}
+    for part in PARTS:
+        if not hasattr(model, part):
+            continue
+        parameters = [parameter for parameter in getattr(model, part).parameters() if parameter.grad is not None]
+        norms[part] = torch.nn.utils.clip_grad_norm_(parameters, max_norm) if parameters else torch.zeros(())
+    return norms

@@ -1,0 +1,193 @@
+"""Scored responses to the prompts of an update, sampled by all processes together."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from align.config.launch import rank
+from align.data.scoring import ScoreFunction, Scorer
+from align.errors import UserError
+from align.inference.parity import Parity, probe
+from align.inference.protocol import RolloutEngine, Sampling
+from align.inference.shared_engine import ask_each, part_for, returns
+from align.models.processes import all_gather
+from align.rl.prompts import Prompts, derive_seed
+from align.rl.rollout import COMPONENT, Rollout, join_rollouts, make_rollout
+
+if TYPE_CHECKING:
+    from align.rl.arguments import RolloutArguments
+
+logger = logging.getLogger(__name__)
+
+AnyScorer = ScoreFunction | Scorer
+"""A function ``(rows, responses) -> scores``, or an object whose method ``score`` also gets which are truncated. The
+components of one with a method ``score_parts`` are logged, too (``align.rl.scoring``). Higher is better; NaN and
+infinities are refused."""
+
+
+class RolloutSampler:
+    """Samples and scores responses. Prompts and seeds follow from the run's seed and the update alone.
+
+    So a resumed run samples what the uninterrupted one would have, in any number of processes.
+    """
+
+    def __init__(
+        self,
+        prompts: Prompts,
+        engine: Any,
+        scorer: AnyScorer,
+        gold: AnyScorer | None,
+        args: RolloutArguments,
+    ) -> None:
+        self.prompts, self.engine, self.scorer, self.gold, self.args = prompts, engine, scorer, gold, args
+
+    def sample_local(self, update: int) -> Rollout | None:
+        """Return this process's part of an update's rollout, unscored; None where other processes sample all of it.
+
+        Does not communicate with other processes, so it may run in a thread at any time.
+        """
+        numbers = self.prompt_range(update)
+        indices = self.prompts.draw(numbers.start, len(numbers), self.args.seed)
+        seeds = [derive_seed(self.args.seed, "sampling", number) for number in numbers]
+        return self._sample_part(update, indices, seeds)
+
+    def sample(self, update: int, indices: list[int], seeds: list[int]) -> Rollout:
+        """Return scored responses to the prompts at ``indices``, with a seed for each; every process samples a part."""
+        started = time.perf_counter()
+        return self.gather_rollouts(self._sample_part(update, indices, seeds), started)
+
+    def gather_rollouts(self, local: Rollout | None, started: float) -> Rollout:
+        """Score this process's part and return the parts of all processes as one rollout, the same in each of them.
+
+        ``started``: time (``perf_counter``) since which ``local`` was sampled or waited for.
+        """
+        sampled = time.perf_counter()
+        # Scored before gathering: each process scores its part, at the same time.
+        if local is not None:
+            self.score(local)
+        rollout = join_rollouts([part for part in all_gather(local) if part is not None])
+        rollout.seconds = {"sampling": sampled - started, "scoring": time.perf_counter() - sampled}
+        return rollout
+
+    def score(self, rollout: Rollout) -> None:
+        """Add scores, and gold scores where there is a gold function."""
+        score_rollout(rollout, self.scorer)
+        if self.gold is not None:
+            score_rollout(rollout, self.gold, "gold")
+
+    def restore(self, update: int, responses: list[Any]) -> Rollout | None:
+        """Return the rollout of an update from a checkpoint's responses; all of it belongs to the first process."""
+        if rank() > 0:
+            return None
+        numbers = self.prompt_range(update)
+        indices = self.prompts.draw(numbers.start, len(numbers), self.args.seed)
+        return make_rollout(self.prompts, indices, responses, update)
+
+    def prompt_range(self, update: int) -> range:
+        """Return the numbers of an update's prompts in the endless sequence of all updates' prompts."""
+        count = self.args.prompts_per_update
+        return range(update * count, (update + 1) * count)
+
+    def answer(self, prompts: Prompts) -> Rollout:
+        """Return one scored response to each of ``prompts``, sampled alike at every call; for validation."""
+        local_range = part_for(self.engine, len(prompts))
+        local = None
+        if local_range:
+            sampling = Sampling(
+                max_tokens=self.args.max_tokens,
+                temperature=self.args.temperature,
+                # The same at every call, in any number of processes: only the policy differs between two validations.
+                seeds=tuple(derive_seed(self.args.seed, "validation", index) for index in local_range),
+            )
+            responses = self.engine.generate([prompts.token_ids[index] for index in local_range], sampling)
+            local = make_rollout(prompts, list(local_range), responses, update=0)
+            self.score(local)
+        return join_rollouts([part for part in all_gather(local) if part is not None])
+
+    def _sample_part(self, update: int, indices: list[int], seeds: Sequence[int]) -> Rollout | None:
+        # Of servers, the first process asks for all; an engine in each process gets its share of the prompts.
+        local_range = part_for(self.engine, len(indices))
+        if not local_range:
+            return None
+        part = slice(local_range.start, local_range.stop)
+        local_indices = indices[part]
+        sampling = Sampling(
+            max_tokens=self.args.max_tokens,
+            temperature=self.args.temperature,
+            n=self.args.samples_per_prompt,
+            seeds=tuple(seeds[part]),
+        )
+        responses = self.engine.generate([self.prompts.token_ids[index] for index in local_indices], sampling)
+        count, expected = sum(map(len, responses)), len(local_indices) * self.args.samples_per_prompt
+        if count != expected:
+            raise RuntimeError(f"engine {self.engine.name} returned {count} responses; expected {expected}")
+        return make_rollout(self.prompts, local_indices, responses, update)
+
+
+class ParityProbe:
+    """Checks from time to time that the engine holds the trainer's weights, by comparing log-probabilities."""
+
+    def __init__(self, engine: Any, prompts: Prompts, args: RolloutArguments) -> None:
+        self.engine, self.prompts, self.args = engine, prompts, args
+        self._has_run = False
+        self._server_returns = 0
+        """Times that a server had come back when the probe last ran."""
+
+    def is_due(self, update: int) -> bool:
+        """Return True at the start, every ``probe_updates``, and when a server came back since the last probe."""
+        if not self.args.probe_parity:
+            return False
+        came_back = returns(self.engine) > self._server_returns
+        return not self._has_run or update % self.args.probe_updates == 0 or came_back
+
+    def run(self, policy: Any) -> None:
+        """Compare on a few prompts. Raises ``ParityError`` where the engine holds another model than ``policy``."""
+
+        def compare(engine: RolloutEngine) -> Parity:
+            return probe(engine, policy, self.prompts.token_ids[:4], temperature=self.args.temperature)
+
+        self._server_returns = returns(self.engine)
+        for parity in ask_each(self.engine, compare):
+            logger.info(
+                "parity of %s and trainer: %.2g nats per token over %d tokens",
+                self.engine.name,
+                parity.mean_gap,
+                parity.tokens,
+            )
+        self._has_run = True
+
+
+def score_rollout(rollout: Rollout, scorer: AnyScorer, name: str = "scores") -> None:
+    """Add one number per response to the rollout's tensors under ``name``, and a scorer's components.
+
+    Raises ``UserError`` for a scorer that returns too few numbers, or one that is not finite.
+    """
+    truncated = (~rollout.tensors["finished"]).tolist()
+    parts: dict[str, Any]
+    if hasattr(scorer, "score_parts"):
+        parts = scorer.score_parts(rollout.rows, rollout.texts, truncated)
+    elif callable(scorer):
+        parts = {"": scorer(rollout.rows, rollout.texts)}
+    else:
+        parts = {"": scorer.score(rollout.rows, rollout.texts, truncated)}
+    for part, scores in parts.items():
+        tensor = _check_scores(rollout, [float(score) for score in scores])
+        rollout.tensors[f"{COMPONENT}{part}" if part else name] = tensor
+
+
+def _check_scores(rollout: Rollout, scores: list[float]) -> torch.Tensor:
+    """Return scores as a tensor (B,). Raises ``UserError`` where their number or one of them is wrong."""
+    if len(scores) != len(rollout):
+        raise UserError(f"the scorer returned {len(scores)} scores for {len(rollout)} responses; one each is expected.")
+    for score, text in zip(scores, rollout.texts, strict=True):
+        if not math.isfinite(score):
+            raise UserError(
+                f"update {rollout.update + 1}: the scorer gave {score} to {text[:80]!r}; scores must be finite."
+            )
+    return torch.tensor(scores)

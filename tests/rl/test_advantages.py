@@ -1,0 +1,88 @@
+"""Generalized advantage estimation, worked by hand on three tokens."""
+
+import pytest
+import torch
+
+from align.rl.advantages import explained_variance, gae, whiten_advantages
+from align.rl.masking import response_mask
+
+GAMMA, LAM = 0.9, 0.5
+
+
+def test_gae_ends_at_eos_or_goes_on_from_the_state_reached():
+    rewards = torch.tensor([[0.0, 0.0, 1.0]])
+    values = torch.tensor([[0.5, 0.4, 0.2, 0.8]])
+    mask = response_mask([3])
+    # EOS:       d2 = 1 + 0 - 0.2 = 0.8        A2 = 0.8
+    #            d1 = 0.9*0.2 - 0.4 = -0.22    A1 = -0.22 + 0.45*0.8 = 0.14
+    #            d0 = 0.9*0.4 - 0.5 = -0.14    A0 = -0.14 + 0.45*0.14 = -0.077
+    advantages, returns = gae(rewards, values, mask, torch.tensor([True]), gamma=GAMMA, lam=LAM, truncation="bootstrap")
+    assert advantages[0].tolist() == pytest.approx([-0.077, 0.14, 0.8], abs=1e-6)
+    assert returns[0].tolist() == pytest.approx([0.423, 0.54, 1.0], abs=1e-6)
+    # truncated: d2 = 1 + 0.9*0.8 - 0.2 = 1.52  A2 = 1.52
+    #            A1 = -0.22 + 0.45*1.52 = 0.464  A0 = -0.14 + 0.45*0.464 = 0.0688
+    cut = torch.tensor([False])
+    advantages, _ = gae(rewards, values, mask, cut, gamma=GAMMA, lam=LAM, truncation="bootstrap")
+    assert advantages[0].tolist() == pytest.approx([0.0688, 0.464, 1.52], abs=1e-6)
+    advantages, _ = gae(rewards, values, mask, cut, gamma=GAMMA, lam=LAM, truncation="terminal")
+    assert advantages[0].tolist() == pytest.approx([-0.077, 0.14, 0.8], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("finished", "truncation"),
+    [(True, "bootstrap"), (True, "terminal"), (False, "terminal"), (False, "bootstrap")],
+)
+def test_gae_ignores_what_follows_a_row(finished, truncation):
+    # The value of the state after the last token, 0.8, counts in the last case alone: nothing else may read it, or
+    # what lies behind it.
+    short = gae(
+        torch.tensor([[0.0, 1.0]]),
+        torch.tensor([[0.5, 0.4, 0.8]]),
+        response_mask([2]),
+        torch.tensor([finished]),
+        gamma=GAMMA,
+        lam=LAM,
+        truncation=truncation,
+    )
+    padded = gae(
+        torch.tensor([[0.0, 1.0, 50.0, float("nan")]]),
+        torch.tensor([[0.5, 0.4, 0.8, float("nan"), 70.0]]),
+        response_mask([2], 4),
+        torch.tensor([finished]),
+        gamma=GAMMA,
+        lam=LAM,
+        truncation=truncation,
+    )
+    # last token: 1 + 0.9 * (0.8 or 0) - 0.4
+    after_end = 0.8 if (finished, truncation) == (False, "bootstrap") else 0.0
+    assert padded[0][0, 1].item() == pytest.approx(1.0 + GAMMA * after_end - 0.4)
+    for a, b in zip(short, padded, strict=True):
+        assert torch.equal(a, b[:, :2])
+        assert b[:, 2:].abs().sum() == 0
+
+
+def test_lambda_one_is_the_return_minus_the_value():
+    rewards = torch.tensor([[0.25, -1.0, 2.0]])
+    values = torch.tensor([[0.5, 0.4, 0.2, 9.0]])
+    advantages, returns = gae(
+        rewards, values, response_mask([3]), torch.tensor([True]), gamma=1.0, lam=1.0, truncation="terminal"
+    )
+    # rewards to go: 1.25, 1, 2
+    assert returns[0].tolist() == pytest.approx([1.25, 1.0, 2.0], abs=1e-6)
+    assert advantages[0].tolist() == pytest.approx([0.75, 0.6, 1.8], abs=1e-6)
+
+
+def test_whitened_advantages_have_mean_zero():
+    mask = response_mask([2, 1], 3)
+    whitened = whiten_advantages(torch.tensor([[1.0, 3.0, 77.0], [5.0, 77.0, 77.0]]), mask)
+    assert whitened[mask].tolist() == pytest.approx([-1.2247449, 0.0, 1.2247449], abs=1e-6)
+
+
+def test_explained_variance():
+    mask = response_mask([3])
+    returns = torch.tensor([[1.0, 2.0, 3.0]])
+    assert explained_variance(returns, returns, mask) == 1.0
+    # residuals -1, 0, 1 have the returns' own variance
+    assert explained_variance(torch.tensor([[2.0, 2.0, 2.0]]), returns, mask) == pytest.approx(0.0)
+    # values in the wrong order: residuals -2, 0, 2: four times the variance
+    assert explained_variance(torch.tensor([[3.0, 2.0, 1.0]]), returns, mask) == pytest.approx(-3.0)

@@ -1,0 +1,97 @@
+"""A trainer's arguments are the fields of its stage: same names, bounds, defaults and help."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from transformers import TrainingArguments
+
+from align.config.stages.rl import DriftFields, RolloutFields, trainer_fields
+from align.config.trl_options import trainer_options
+from align.pipeline.registry import STAGES
+from align.rl.arguments import RolloutArguments
+from align.stages.rl import TRAINERS
+
+SCRIPT_ONLY = {"reuse_forward", "padding_free", "share_prompts", "probe_parity"}
+"""Arguments that no stage has a field for; ``trainer:`` passes them on."""
+OUT_OF_BOUNDS = (-1, 0, 1, 2, 10**6, -1.0, 0.0, 0.5, 1.0, 1.5, 1e6, "nonsense", True, None, [])
+"""Values one of which lies outside of any field's bounds."""
+KINDS = pytest.mark.parametrize("kind", TRAINERS)
+
+
+def settings_of(kind: str) -> type[RolloutFields]:
+    return STAGES[kind].config_class()  # type: ignore[return-value]
+
+
+def make_arguments(kind: str, **fields: Any) -> RolloutArguments:
+    """Arguments whose micro-batch divides every batch."""
+    micro_batch = 2 if kind == "online_dpo" else 1
+    return TRAINERS[kind][1](**{"output_dir": "x", "use_cpu": True, "report_to": "none", "learning_rate": 1e-6,
+                                "per_device_train_batch_size": micro_batch} | fields)  # fmt: skip
+
+
+def make_settings(kind: str, **fields: Any) -> RolloutFields:
+    base = {"policy": "p", "prompts": "q", "score": "gold", "gold": "gold", "learning_rate": 1e-6}
+    if fields.get("ptx_coef"):
+        base["ptx"] = "data"
+    return settings_of(kind)(**(base | fields))
+
+
+@KINDS
+def test_every_field_has_the_default_and_the_help_of_the_stage(kind: str) -> None:
+    fields = {field.name: field for field in dataclasses.fields(TRAINERS[kind][1])}
+    for name, info in trainer_fields(settings_of(kind)).items():
+        assert fields[name].default == (None if info.is_required() else info.default), name
+        assert fields[name].metadata["help"] == info.description, name
+        assert fields[name].type == info.annotation, name
+    made, stage = make_arguments(kind), make_settings(kind)
+    for name in trainer_fields(settings_of(kind)):
+        if name != "kl_estimator":  # resolved
+            assert getattr(made, name) == getattr(stage, name), name
+
+
+@KINDS
+def test_there_is_no_argument_but_those_of_stages_and_of_transformers(kind: str) -> None:
+    fields = {field.name for field in dataclasses.fields(TRAINERS[kind][1])}
+    transformers = {field.name for field in dataclasses.fields(TrainingArguments)}
+    shared = set(trainer_fields(DriftFields)) | set(trainer_fields(settings_of(kind)))
+    assert fields - transformers - shared == SCRIPT_ONLY | ({"critic_adam_epsilon"} if kind == "ppo" else set())
+
+
+@KINDS
+def test_a_value_is_refused_by_both_or_by_neither(kind: str) -> None:
+    for name in trainer_fields(settings_of(kind)):
+        for value in OUT_OF_BOUNDS:
+            field = {name: value}
+            try:
+                make_settings(kind, **field)
+            except ValidationError:
+                with pytest.raises(ValueError, match=r"\w"):
+                    make_arguments(kind, **field)
+            else:
+                if name not in ("eval_updates", "num_mini_batches", "best"):  # these go with the micro-batch
+                    make_arguments(kind, **field)
+
+
+def test_a_refusal_names_the_argument_its_value_and_its_bound() -> None:
+    with pytest.raises(ValueError, match=r"^gamma is 2\.0; it should be less than or equal to 1\.$"):
+        make_arguments("ppo", gamma=2.0)
+    with pytest.raises(ValueError, match=r"^learning_rate is None; it should be a valid number\.$"):
+        make_arguments("ppo", learning_rate=None)
+
+
+@KINDS
+def test_arguments_take_every_field_by_keyword(kind: str) -> None:
+    parameters = inspect.signature(TRAINERS[kind][1]).parameters
+    assert set(trainer_fields(settings_of(kind))) <= set(parameters)
+
+
+@KINDS
+def test_options_of_a_stage_are_those_of_the_class_and_the_stage(kind: str) -> None:
+    """Read from source: the class's fields, and the stage's, which are set beside ``trainer``."""
+    fields = {field.name for field in dataclasses.fields(TRAINERS[kind][1]) if field.init}
+    assert set(trainer_options(kind)) == fields | set(settings_of(kind).model_fields) | set(DriftFields.model_fields)
