@@ -1,5 +1,7 @@
-"""Which hardware a pipeline fits on, and what it takes there: counted from configs and ``config.json``. Never torch.
+"""Memory, time and cost of a pipeline's stages on given hardware, from configs and ``config.json``. Never imports
+torch.
 
-``hardware`` says what devices are, ``strategies`` in which ways they can work together, ``sharing`` what each holds
-then, ``timing`` how long that takes, ``choosing`` which way is best; ``plan`` does it for a pipeline, ``table`` shows.
+``estimators`` say what each kind of stage asks of devices, ``hardware`` describes the devices, and ``layouts`` the
+ways in which these work together. ``training_ways`` and ``sampling_ways`` find the cheapest way that fits, ``plan``
+does so for a pipeline, and ``table`` prints it.
 """

@@ -1,6 +1,6 @@
-"""Devices: memory, speed, links, price; and ``4x8xh100`` as a user writes it. Never imports torch.
+"""Devices with their memory, speed, links and price, and the notation ``4x8xh100``. Never imports torch.
 
-Speeds are the makers' data sheets (dense products, without sparsity). Memory is what torch reports on such a card,
+Speeds are from the makers' data sheets (dense products, no sparsity). Memory is what torch reports on such a card,
 which is less than its name says.
 """
 
@@ -18,38 +18,38 @@ PRICES_FROM = (
     "rates on demand in US dollars, early 2026: RunPod's as listed by deploybase.ai (March 2026), an A100 of 40 GB by "
     "alloclabs.com (February 2026); prices move, so give yours with --price"
 )
-"""Where the prices are from."""
+"""Source of the prices."""
 CPU_GFLOPS_PER_CORE = {"bfloat16": 200.0, "float32": 90.0}
-"""Of a 2048-square product on one core of an AMD EPYC with avx512_bf16 (docs/performance.md)."""
+"""Rate of a 2048-square matrix product on one core of an AMD EPYC with avx512_bf16 (docs/performance.md)."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """One accelerator, or a machine's processor."""
+    """One accelerator, or one machine's processor."""
 
     name: str
     memory: int
-    """Bytes that programs can have."""
+    """Bytes available to programs."""
     flops: float
-    """Products in bfloat16 a second, at best."""
+    """Peak operations per second of matrix products in bfloat16."""
     flops_float32: float
     bandwidth: float
-    """Bytes a second from its memory."""
+    """Bytes per second from its memory."""
     link: float
-    """Bytes a second to the other devices of a machine, each way."""
+    """Bytes per second to the other devices of a machine, each way."""
     network: float = 50e9
-    """Bytes a second to other machines for each device, each way: 400 Gbit/s."""
+    """Bytes per second and device to other machines, each way: 400 Gbit/s."""
     price: float | None = None
-    """US dollars an hour."""
+    """US dollars per hour."""
     context: int = int(0.7 * GIB)
-    """Bytes that the driver and the libraries take before any tensor."""
+    """Bytes that the driver and the libraries need before any tensor."""
     host: int = 200 * GIB
     """Bytes of the machine's own memory for each device."""
     gpu: bool = True
 
     @property
     def usable(self) -> int:
-        """Bytes for tensors; a twentieth is left for what the allocator cannot use."""
+        """Bytes for tensors; 5 % of the memory stays free for fragmentation."""
         return int(0.95 * self.memory) - self.context
 
 
@@ -75,10 +75,10 @@ DEVICES: dict[str, Device] = {
         _card("rtx3090", 23.6, 71, 36, 0.936, 25, 0.22),
     )
 }
-"""Cards by the name they have in ``--hardware``."""
+"""Cards by their name in ``--hardware``."""
 ALIASES = {"a100": "a100-80", "4090": "rtx4090", "3090": "rtx3090", "h100-80": "h100"}
 CPU = re.compile(r"cpu(-(?P<gib>[1-9]\d{0,4}))?")
-WRITTEN = re.compile(r"((?P<first>[1-9]\d{0,3})x)?((?P<second>[1-9]\d{0,3})x)?(?P<name>[a-z][a-z0-9-]*|\d{4})")
+NOTATION = re.compile(r"((?P<first>[1-9]\d{0,3})x)?((?P<second>[1-9]\d{0,3})x)?(?P<name>[a-z][a-z0-9-]*|\d{4})")
 
 
 @dataclass(frozen=True)
@@ -91,47 +91,62 @@ class Hardware:
 
     @property
     def devices(self) -> int:
-        """All of them."""
+        """Number of devices on all machines."""
         return self.nodes * self.per_node
 
     @property
     def label(self) -> str:
-        """As a user writes it."""
-        count = f"{self.nodes}x{self.per_node}x" if self.nodes > 1 else f"{self.per_node}x" if self.per_node > 1 else ""
-        return f"{count}{self.device.name}"
+        """Notation of the hardware, such as ``4x8xh100``."""
+        if self.nodes > 1:
+            return f"{self.nodes}x{self.per_node}x{self.device.name}"
+        if self.per_node > 1:
+            return f"{self.per_node}x{self.device.name}"
+        return self.device.name
 
 
 def parse_hardware(text: str, price: float | None = None) -> Hardware:
-    """``cpu``, ``1xa100-40``, ``8xh100``, ``4x8xh100`` (machines, devices of each); ``cpu-64`` is one with 64 GiB.
+    """Parse ``cpu``, ``1xa100-40``, ``8xh100`` or ``4x8xh100`` (machines, devices of each); ``cpu-64`` has 64 GiB.
 
-    ``price`` replaces the table's, in dollars an hour and device. Raises ``UserError`` for anything else.
+    ``price`` replaces the table's, in dollars per hour and device. Raises ``UserError`` for any other text.
     """
-    found = WRITTEN.fullmatch(text.strip().lower())
-    name = found["name"] if found else text
+    match = NOTATION.fullmatch(text.strip().lower())
+    name = match["name"] if match else text
     processor = CPU.fullmatch(name)
     device = _processor(processor["gib"]) if processor else DEVICES.get(ALIASES.get(name, name))
-    if found is None or device is None:
+    if match is None or device is None:
         raise UserError(
             f"--hardware {text}: expected a number of devices and their name, such as 8xh100, 1xa100-40, cpu, or "
             f"4x8xh100 for four machines of eight.{suggest(name, [*DEVICES, *ALIASES, 'cpu'])}"
         )
     if price is not None:
         device = replace(device, price=price)
-    first, second = int(found["first"] or 1), found["second"]
+    first, second = int(match["first"] or 1), match["second"]
+    # ``8xh100`` is one machine with eight devices, ``4x8xh100`` four such machines.
     nodes, per_node = (first, int(second)) if second else (1, first)
-    if not device.gpu and per_node > 1:
-        shared = per_node  # processes of one machine, which share its memory and its cores
-        device = replace(
-            device, memory=device.memory // shared, flops=device.flops / shared, host=device.memory // shared,
-            flops_float32=device.flops_float32 / shared, bandwidth=device.bandwidth / shared,
-        )  # fmt: skip
+    if not device.gpu:
+        # Processes on one processor share its cores and memory, which cards do not.
+        device = _divide_processor(device, per_node)
     return Hardware(device, nodes, per_node)
 
 
+def _divide_processor(device: Device, processes: int) -> Device:
+    """Return one process's share of a processor's memory and cores."""
+    if processes == 1:
+        return device
+    return replace(
+        device,
+        memory=device.memory // processes,
+        flops=device.flops / processes,
+        flops_float32=device.flops_float32 / processes,
+        bandwidth=device.bandwidth / processes,
+        host=device.memory // processes,
+    )
+
+
 def _processor(gib: str | None) -> Device:
-    """This machine's processor; with ``gib`` as much memory instead of what the machine has."""
+    """Return this machine's processor; ``gib`` replaces the machine's memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    memory = int(gib) * GIB if gib else _memory()
+    memory = int(gib) * GIB if gib else _machine_memory()
     return Device(
         name="cpu" if gib is None else f"cpu-{gib}",
         memory=memory,
@@ -147,8 +162,8 @@ def _processor(gib: str | None) -> Device:
     )
 
 
-def _memory() -> int:
-    """Of this machine, or of the container it is."""
+def _machine_memory() -> int:
+    """Return the bytes of this machine's memory, or of its container's limit."""
     import psutil
 
     total = int(psutil.virtual_memory().total)
@@ -157,4 +172,5 @@ def _memory() -> int:
             limit = file.read().strip()
     except OSError:
         return total
+    # In a container the limit counts, not the machine; without one the file says ``max``.
     return min(total, int(limit)) if limit.isdigit() else total

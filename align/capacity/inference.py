@@ -1,198 +1,218 @@
-"""What a stage that samples and scores asks of devices: sequences, passes, their bytes and operations. Torch-free.
+"""Load of a stage that samples and scores: its sequences and passes, their bytes and operations. Torch-free.
 
-The counterpart of ``align.capacity.job`` for stages that learn nothing. Each kind of stage makes its own
-(``align.capacity.memory_sample``, ``align.capacity.memory_evaluate``, ``align.capacity.memory_synthesize``);
-what devices make of it is counted in ``align.capacity``. Left out: what an allocator keeps for itself, and kernels'
-scratch space.
+The counterpart of ``align.capacity.job`` for stages that do not train. The estimators of ``sample``, ``evaluate`` and
+``synthesize`` build an ``Inference``; ``align.capacity.sampling_ways`` places it on devices. Left out: what an
+allocator keeps for itself, and kernels' scratch space.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from align.capacity.memory import engine_memory
+from align.config.base import Precision
 from align.config.batch_sizes import CPU_STEP_TOKENS, SCORED_AT_ONCE
 from align.config.runtime import Runtime
 from align.models.activations import FLOAT, SIZES, passing_per_token
 from align.models.architecture import Architecture
 from align.models.flops import forward_flops
 
-if TYPE_CHECKING:
-    from align.models.precision import Precision
-
 HEAD_ROWS = 256
 """Tokens whose logits are in float32 at a time (``align.evaluation.logprobs``)."""
 GPU_STEP_TOKENS = 16384
 """Prompt tokens that vLLM reads in one step on a GPU: the largest of vLLM's own defaults, which begin at 2,048."""
+UNKNOWN_CALL = 1 << 20
+"""Sequences handed over at a time where their number is not known: as many as an engine takes."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """How many rows a stage's data has; without a record of it, ``stand_in`` takes the place of a split."""
+    """Numbers of rows of a stage's data; ``stand_in`` replaces them if the data has no record."""
 
     train: int | None = None
     test: int | None = None
     stand_in: int = 0
 
     @property
-    def known(self) -> bool:
-        """Whether its record says so."""
+    def is_known(self) -> bool:
+        """True if the data's record has a number."""
         return self.train is not None or self.test is not None
 
-    def both(self, most_train: int | None, most_test: int | None) -> int:
-        """Of both splits, at most so many of each; a stand-in is of the train split."""
-        if not self.known:
-            return _at_most(self.stand_in, most_train)
-        return _at_most(self.train or 0, most_train) + _at_most(self.test or 0, most_test)
+    def count_both(self, max_train: int | None, max_test: int | None) -> int:
+        """Return the rows of both splits, each up to its limit; a stand-in counts as the train split."""
+        if not self.is_known:
+            return _limit(self.stand_in, max_train)
+        return _limit(self.train or 0, max_train) + _limit(self.test or 0, max_test)
 
-    def held_out(self, most: int | None) -> int:
-        """Of the test split."""
-        return _at_most((self.test or 0) if self.known else self.stand_in, most)
+    def count_test(self, maximum: int | None) -> int:
+        """Return the rows of the test split, up to ``maximum``."""
+        return _limit((self.test or 0) if self.is_known else self.stand_in, maximum)
 
 
-def _at_most(number: int, most: int | None) -> int:
-    return number if most is None else min(number, most)
+def _limit(number: int, maximum: int | None) -> int:
+    return number if maximum is None else min(number, maximum)
 
 
 @dataclass(frozen=True)
-class Lot:
+class SamplingLoad:
     """Sequences that an engine samples from one checkpoint, each of the greatest length."""
 
-    who: str
+    name: str
+    """Who samples: ``policy``, ``judge``, or a checkpoint's name."""
     model: Architecture
     sequences: int | None
-    """None where their number is not known before: they take memory and no time then."""
+    """None if their number is not known in advance: they count for memory, not for time."""
     prompts: int
-    """Different prompts among them: vLLM reads one once for all its sequences."""
-    prompt: int
+    """Different prompts among them; vLLM reads each once for all of its sequences."""
+    prompt_tokens: int
     """Tokens of the longest prompt."""
-    response: int
+    response_tokens: int
+    """Tokens of the longest response."""
     call: int
     """Sequences that the stage hands to its engines at a time."""
-    cut: bool = False
+    uses_top_p: bool = False
     """Whether ``top_p`` sorts the vocabulary for each token."""
-    plain: bool = False
-    """Whether transformers samples them wherever the engine is in the stage's own process."""
+    needs_transformers: bool = False
+    """Whether transformers samples them if the engine is in the stage's own process."""
 
     @property
     def length(self) -> int:
-        """Tokens of a whole sequence."""
-        return self.prompt + self.response
+        """Tokens of the longest prompt with its response."""
+        return self.prompt_tokens + self.response_tokens
 
-    def flops(self, share: float = 1.0, shared_prompts: bool = True) -> float:
-        """Operations of all of them, of ``share`` of the greatest length."""
-        prompt, length = share * self.prompt, share * self.length
-        read = forward_flops(self.model, prompt, prompt)
-        whole = forward_flops(self.model, length, length, share * self.response)
-        number = self.sequences or 0
-        return (self.prompts if shared_prompts else number) * read + number * (whole - read)
+    def flops(self, fill: float = 1.0, shares_prompts: bool = True) -> float:
+        """Return the operations of all sequences, whose mean length is ``fill`` of the greatest.
+
+        With ``shares_prompts`` each prompt is read once for all of its sequences.
+        """
+        prompt, length = fill * self.prompt_tokens, fill * self.length
+        prompt_flops = forward_flops(self.model, prompt, prompt)
+        sequence_flops = forward_flops(self.model, length, length, fill * self.response_tokens)
+        sequences = self.sequences or 0
+        # A shared prompt is read once; each of its sequences then pays for its own tokens only.
+        prompts = self.prompts if shares_prompts else sequences
+        return prompts * prompt_flops + sequences * (sequence_flops - prompt_flops)
 
 
 @dataclass(frozen=True)
-class Reading:
-    """Passes without gradients over given rows, by a model that the stage itself loads, in float32 with autocast."""
+class ScoringLoad:
+    """Passes without gradients over texts, by a model that the stage itself loads, in float32 with autocast."""
 
-    who: str
+    name: str
+    """Who scores: ``reward``, or a checkpoint's name."""
     model: Architecture
     length: int
     """Tokens of the longest row."""
-    together: int
-    """Tokens of a pass."""
+    pass_tokens: int
+    """Tokens of one forward pass."""
     rows: int | None = None
-    """None where their number, or how long they are, is not known before: they take memory and no time then."""
-    words: int = 0
-    """Tokens of a row that logits are made for; 0 for a reward model."""
-    beside: tuple[Architecture, ...] = ()
-    """Other policies that are there meanwhile."""
+    """None if their number or length is not known in advance: they count for memory, not for time."""
+    logit_tokens: int = 0
+    """Tokens of a row that need logits; 0 for a reward model."""
+    other_models: tuple[Architecture, ...] = ()
+    """Other checkpoints in memory at the same time."""
 
-    def flops(self, share: float = 1.0) -> float:
-        """Operations of all rows, of ``share`` of the greatest length."""
-        length = share * self.length
-        return (self.rows or 0) * forward_flops(self.model, length, length, share * self.words)
+    @property
+    def is_reward_model(self) -> bool:
+        """True if the model has a score head, no vocabulary head."""
+        return not self.logit_tokens
+
+    def flops(self, fill: float = 1.0) -> float:
+        """Return the operations of all rows, whose mean length is ``fill`` of the greatest."""
+        length = fill * self.length
+        return (self.rows or 0) * forward_flops(self.model, length, length, fill * self.logit_tokens)
 
 
 @dataclass(frozen=True)
 class Inference:
-    """One stage that samples or scores and does not learn."""
+    """One stage that samples or scores and does not train."""
 
     precision: Precision
-    lots: tuple[Lot, ...]
-    readings: tuple[Reading, ...]
+    sampling: tuple[SamplingLoad, ...]
+    scoring: tuple[ScoringLoad, ...]
     row: str
-    """What ``rows`` counts: ``prompts``."""
+    """Name of a row in the plural, such as ``prompts``."""
     rows: int
-    """Those that are answered, or as many as are counted for."""
-    known: bool
-    """Whether ``rows`` comes from the data's record or the config, rather than from a stand-in."""
-    elsewhere: str = ""
+    """Rows that are processed, or assumed to be."""
+    rows_are_known: bool
+    """Whether ``rows`` comes from the data's record or the config, not from a stand-in."""
+    external: str = ""
     """What other servers do, in words; it is not counted."""
-    partly: bool = False
-    """Whether something of it takes time that is not counted, as the notes say."""
+    is_partial: bool = False
+    """Whether some of the time is not counted, as the notes say."""
     notes: tuple[str, ...] = ()
 
     @property
-    def timed(self) -> bool:
-        """Whether any of it takes time that is known."""
-        return any(lot.sequences is not None for lot in self.lots) or any(one.rows is not None for one in self.readings)
+    def has_known_time(self) -> bool:
+        """True if the size of any load is known."""
+        sizes = [load.sequences for load in self.sampling] + [load.rows for load in self.scoring]
+        return any(size is not None for size in sizes)
 
     @property
     def models(self) -> tuple[Architecture, ...]:
-        """All that sample or read, each once."""
-        found = [*(lot.model for lot in self.lots), *(reading.model for reading in self.readings)]
-        return tuple(dict.fromkeys([*found, *(model for one in self.readings for model in one.beside)]))
+        """Every model that samples or reads, each once."""
+        models = [*(load.model for load in self.sampling), *(load.model for load in self.scoring)]
+        for load in self.scoring:
+            models.extend(load.other_models)
+        return tuple(dict.fromkeys(models))
 
 
-def scored(who: str, model: Architecture, rows: int | None, length: int) -> Reading:
-    """Rows that a reward model scores."""
-    return Reading(who, model, length, SCORED_AT_ONCE * length, rows)
+def reward_scoring(name: str, model: Architecture, rows: int | None, length: int) -> ScoringLoad:
+    """Return the load of a reward model that scores ``rows`` rows of ``length`` tokens."""
+    return ScoringLoad(name, model, length, SCORED_AT_ONCE * length, rows)
 
 
 def sampling_memory(
-    lot: Lot, runtime: Runtime, precision: Precision, sequences: int, engine: str, gpu: bool
+    load: SamplingLoad, runtime: Runtime, precision: Precision, sequences: int, engine: str, *, gpu: bool
 ) -> dict[str, int]:
-    """Bytes by part of one whole engine that decodes ``sequences`` at a time.
+    """Return the bytes of one engine on one device that decodes ``sequences`` at a time, by purpose.
 
-    ``runtime`` names the device and the engine, and servers none. Transformers reads the prompts of all sequences in
-    one padded pass; vLLM so many tokens at a time, and on a CPU its cache is set aside whatever is sampled.
+    ``runtime`` names the device and the engine, and no servers. Transformers reads the prompts of all sequences in one
+    padded pass. vLLM reads a limited number of tokens at a time, and on a CPU its cache has a fixed size.
     """
-    wanted = runtime.engine.dtype
-    size = SIZES[precision if wanted == "auto" else wanted]
-    weights, cache, _ = engine_memory(lot.model, runtime, precision=precision, sequences=sequences, length=lot.length)
-    tokens = sequences * lot.prompt
+    dtype = runtime.engine.dtype
+    size = SIZES[precision if dtype == "auto" else dtype]
+    weights, cache, _ = engine_memory(load.model, runtime, precision=precision, sequences=sequences, length=load.length)
+    tokens = sequences * load.prompt_tokens
     masks = 0
     if engine == "transformers":
-        masks = (1 + size) * tokens * lot.prompt  # what each token of a padded prompt sees, and as it is added
+        # the boolean mask of a padded batch, and the same mask as it is added to attention's scores
+        masks = (1 + size) * tokens * load.prompt_tokens
     else:
-        tokens = min(tokens, GPU_STEP_TOKENS if gpu else max(CPU_STEP_TOKENS, lot.length))
+        tokens = min(tokens, GPU_STEP_TOKENS if gpu else max(CPU_STEP_TOKENS, load.length))
     return {
         "engine": weights,
         "kv_cache": cache,
-        "activations": tokens * passing_per_token(lot.model, size, size) + masks,
-        "logits": sequences * lot.model.vocabulary * _sampled_bytes(size, lot.cut),
+        "activations": tokens * passing_per_token(load.model, size, size) + masks,
+        "logits": sequences * load.model.vocabulary * _sampler_bytes(size, load.uses_top_p),
     }
 
 
-def _sampled_bytes(size: int, cut: bool) -> int:
-    """Of one word of a token that is drawn: its logit, log-probability and probability, and a copy in blocks.
+def _sampler_bytes(size: int, uses_top_p: bool) -> int:
+    """Return the bytes per word of the vocabulary while a token is sampled.
 
-    With ``top_p`` before that: sorted values and their places, probabilities, their sums, and what was ahead.
+    They hold the logit, its log-probability and probability, and a copy in blocks. ``top_p`` needs sorted values and
+    their indices, probabilities, their cumulative sum and the sum before each word.
     """
-    return size + 3 * FLOAT if not cut else size + 5 * FLOAT + 8
+    return size + 5 * FLOAT + 8 if uses_top_p else size + 3 * FLOAT
 
 
-def reading_memory(reading: Reading, precision: Precision) -> dict[str, int]:
-    """Bytes by part while given rows are read."""
-    model, size = reading.model, SIZES[precision]
-    low, scores = precision == "bfloat16", not reading.words
+def scoring_memory(load: ScoringLoad, precision: Precision) -> dict[str, int]:
+    """Return the bytes of one device while texts are scored, by purpose."""
+    model, size = load.model, SIZES[precision]
     widest = max((linear.parameters for linear in model.linears), default=0)
-    own = FLOAT * (model.trunk + model.hidden if scores else model.parameters)
-    kept = round(reading.together * reading.words / reading.length)
-    chunk = 3 * FLOAT * min(HEAD_ROWS, kept) * model.vocabulary  # in float32, scaled, and their sum's work space
-    return {
-        "reward" if scores else "weights": own,
-        "reference": sum(FLOAT * other.parameters for other in reading.beside),
-        "copies": 2 * max(widest, 0 if scores else model.head) if low else 0,
-        "activations": reading.together * passing_per_token(model, size, FLOAT),
-        "logits": 2 * size * kept * model.vocabulary + chunk,
+    if load.is_reward_model:
+        weights = {"reward": FLOAT * (model.trunk + model.hidden)}
+    else:
+        weights = {"weights": FLOAT * model.parameters}
+        widest = max(widest, model.head)
+    # Only positions that predict a wanted token have logits.
+    logit_rows = round(load.pass_tokens * load.logit_tokens / load.length)
+    # one chunk of logits in float32, scaled, and the work space of their sum
+    chunk = 3 * FLOAT * min(HEAD_ROWS, logit_rows) * model.vocabulary
+    return weights | {
+        "reference": sum(FLOAT * other.parameters for other in load.other_models),
+        "copies": 2 * widest if precision == "bfloat16" else 0,
+        "activations": load.pass_tokens * passing_per_token(model, size, FLOAT),
+        "logits": 2 * size * logit_rows * model.vocabulary + chunk,
     }

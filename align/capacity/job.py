@@ -1,28 +1,26 @@
-"""What a stage that trains asks of devices, as a function of how it is run on them. Torch-free.
+"""Load of a stage that trains, as a function of how it is run on devices. Torch-free.
 
-Each kind of stage makes its own (``align.capacity.memory_training``, ``align.capacity.memory_rl``); what devices make
-of it is counted in ``align.capacity``. Left out: how many rows a dataset has, which its artifact says.
+The estimators of training kinds (``estimators/training.py``, ``estimators/rl.py``) build a ``Job``;
+``align.capacity.training_ways`` places it on devices. The number of rows of a dataset comes from its artifact.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from align.capacity.memory import Memory
+from align.config.base import Precision
 from align.config.tuning import TuningBase
 from align.models.architecture import Architecture
-
-if TYPE_CHECKING:
-    from align.models.precision import Precision
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How a stage is run on one device; ``rows`` are a micro-batch's."""
+    """The way in which a stage runs in one process."""
 
     rows: int
+    """Rows of a micro-batch."""
     accumulated: bool = True
     """Whether an optimizer step has several micro-batches."""
     processes: int = 1
@@ -32,23 +30,23 @@ class Setting:
 
 @dataclass(frozen=True)
 class Work:
-    """Floating-point operations and tokens of one row that is learned from."""
+    """Floating-point operations and tokens per row trained on."""
 
     learning: float
-    """Forward and backward passes, every epoch over a rollout included."""
-    again: float
-    """What ``checkpointing`` computes a second time."""
+    """Operations of forward and backward passes, in all epochs over a rollout."""
+    recomputation: float
+    """Operations that checkpointing adds."""
     scoring: float = 0.0
-    """Passes without gradients: of references, reward models, and to measure a rollout."""
+    """Operations of passes without gradients: references, reward models, log-probabilities of a rollout."""
     tokens: float = 0.0
-    """Tokens learned from, padding included."""
+    """Tokens trained on, padding included."""
     sampled: float = 0.0
-    """Tokens sampled by the policy."""
+    """Tokens that the policy samples."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One stage: the model it trains, the memory of a setting, the work of a row."""
+    """One stage that trains: its model, its memory in a setting, its work per row."""
 
     model: Architecture
     tuning: TuningBase
@@ -56,26 +54,27 @@ class Job:
     batch: int
     """Rows of an optimizer step, over all processes."""
     micro_batch: int
-    """Rows of a micro-batch that the config asks for."""
+    """Rows of a micro-batch in the config."""
     row: str
-    """What a row is called: ``rows``, ``pairs``, ``responses``."""
+    """Name of a row in the plural: ``rows``, ``pairs``, ``responses``."""
     tokens: Callable[[int], int]
-    """Most tokens that so many rows have in memory."""
+    """Return the most tokens that so many rows have in memory."""
     memory: Callable[[Setting], Memory]
+    """Return the bytes of one process in a setting."""
     work: Callable[[float], Work]
-    """Of a row, with rows this share as long as they may be."""
+    """Return the work per row, for rows with this mean length as a share of the greatest."""
     rows: Callable[[int | None], int | None]
-    """Rows learned in the whole stage, given those that its data has (None where that is not known)."""
+    """Return the rows trained on in the stage from those of its data; None for unknown."""
     steps: Callable[[int], int]
-    """Optimizer steps for so many rows."""
+    """Return the optimizer steps for so many rows."""
     rollout: int = 0
-    """Rows sampled at a time; 0 for a stage that samples nothing."""
+    """Responses of one rollout; 0 for a stage that does not sample."""
     trained: int = 0
     """Parameters with gradients, the critic's included."""
     gathered: int = 0
-    """Parameters that sharding has to bring together for a micro-batch: the policy's, and a critic's own."""
+    """Parameters that sharding gathers for a micro-batch: the policy's, and a separate critic's."""
     checkpointing: bool = False
-    """Whether the config asks for it."""
+    """Whether the config asks for gradient checkpointing."""
     checkpointing_field: str = "gradient_checkpointing"
-    """The config's word for it."""
+    """The config's field for it."""
     notes: tuple[str, ...] = ()

@@ -1,11 +1,12 @@
-"""What ``align plan --hardware`` prints: a table of ways for each stage. Never imports torch."""
+"""The text that ``align plan --hardware`` prints: a table of ways for each stage. Never imports torch."""
 
 from __future__ import annotations
 
-from align.capacity.choosing import Option
 from align.capacity.hardware import GIB, PRICES_FROM, Hardware
+from align.capacity.layouts import EngineLayout, Strategy
 from align.capacity.plan import ROWS_SHOWN, StagePlan
-from align.capacity.serving import Serving
+from align.capacity.timing import TimeEstimate
+from align.capacity.ways import Way
 
 COLUMNS = {
     "weights": "weights", "gradients": "grads", "optimizer": "AdamW", "activations": "acts", "logits": "logits",
@@ -13,136 +14,156 @@ COLUMNS = {
     "kv_cache": "KV", "file": "file", "saving": "saving", "buffers": "buffers", "context": "driver",
 }  # fmt: skip
 """Parts of a device's memory, with their headings."""
-MOST_SHOWN = 5
+MAX_SHOWN = 5
 """Ways of a stage that fit and are shown."""
+NOT_MEASURED = (
+    "Times and dollars are ranges by assumed efficiencies (docs/scaling.md); nothing of them was measured on a GPU."
+)
 
 
 def lines(plans: list[StagePlan], hardware: Hardware, fill: float) -> list[str]:
-    """All that is printed."""
+    """Return every line of the output."""
     device = hardware.device
     price = "no price known, give --price" if device.price is None else f"{device.price:g} dollars an hour each"
-    found = [f"{hardware.label}: {device.memory / GIB:.1f} GiB each, {price}"]
+    result = [f"{hardware.label}: {device.memory / GIB:.1f} GiB each, {price}"]
     for plan in plans:
-        found += ["", *_stage(plan, hardware, fill)]
-    total = [plan.cost(hardware) for plan in plans]
-    known = [cost for cost in total if cost is not None]
-    if known and device.price:
-        but = ", but for what is not counted" * any(plan.asked is not None and plan.asked.partly for plan in plans)
-        found += ["", f"all of these stages{but}: {sum(known):,.2f} dollars. Prices: {PRICES_FROM}."]
-    return found
+        result += ["", *_stage_lines(plan, hardware, fill)]
+    if any(plan.best is not None and plan.best.time is not None for plan in plans):
+        result += ["", NOT_MEASURED]
+    costs = [cost for cost in (plan.dollars(hardware) for plan in plans) if cost is not None]
+    if costs and device.price:
+        is_partial = any(plan.inference is not None and plan.inference.is_partial for plan in plans)
+        exception = ", but for what is not counted" if is_partial else ""
+        total = _range(sum(cost[0] for cost in costs), sum(cost[2] for cost in costs))
+        result.append(f"all of these stages{exception}: {total} dollars. Prices: {PRICES_FROM}.")
+    return result
 
 
-def _stage(plan: StagePlan, hardware: Hardware, fill: float) -> list[str]:
+def _stage_lines(plan: StagePlan, hardware: Hardware, fill: float) -> list[str]:
     if plan.unknown:
         return [f"{plan.name}: not known: {plan.unknown}; or give one with --model-config STAGE=FILE."]
-    head = _head(plan)
-    if not plan.options:
-        return [head, *(f"  {note}" for note in plan.notes)]
-    at_once = "micro-batch" if plan.job is not None else "at once"
-    shown = [name for name in COLUMNS if any(option.parts.get(name) for option in plan.options)]
-    every = [option for option in plan.options if not option.why_not]
-    fitting = every[:MOST_SHOWN]
-    table = [["", "way", at_once, "largest", *(COLUMNS[name] for name in shown), "peak", "time", "dollars"]]
-    table += [_row(option, shown, hardware, option is plan.best) for option in fitting]
-    result = [head, *(f"  {line}" for line in _aligned(table))] if fitting else [head]
-    result += [f"     {option.label}: {option.why_not}" for option in plan.options if option.why_not]
-    if len(every) > MOST_SHOWN:
-        result.append(f"     {len(every) - MOST_SHOWN} slower ways fit too (--json has them)")
-    return result + _amounts(plan, hardware, fill) + [f"  {note}" for note in plan.notes]
+    notes = [f"  {note}" for note in plan.notes]
+    if not plan.ways:
+        return [_heading(plan), *notes]
+    fitting = [way for way in plan.ways if way.fits]
+    result = [_heading(plan)]
+    if fitting:
+        # What fits first, as a table; what does not follows with its obstacle.
+        result += [f"  {line}" for line in _table(plan, fitting[:MAX_SHOWN], hardware)]
+    result += [f"     {way.label}: {way.obstacle}" for way in plan.ways if not way.fits]
+    if len(fitting) > MAX_SHOWN:
+        result.append(f"     {len(fitting) - MAX_SHOWN} slower ways fit too (--json has them)")
+    return result + _summary(plan, hardware, fill) + notes
 
 
-def _head(plan: StagePlan) -> str:
-    """The stage, and what is counted of it."""
-    job, asked = plan.job, plan.asked
+def _heading(plan: StagePlan) -> str:
+    """Return the stage with its size and what is counted of it."""
+    job, inference = plan.job, plan.inference
     if job is not None:
-        what = f"{job.tuning.label}, {job.batch} {job.row} a step"
+        load = f"{job.tuning.label}, {job.batch} {job.row} a step"
         parameters = f"{job.model.parameters / 1e6:,.1f} million parameters"
-    elif asked is not None and asked.models:
-        names = dict.fromkeys([*(lot.who for lot in asked.lots), *(reading.who for reading in asked.readings)])
-        what = f"{asked.rows:,} {asked.row} (" * bool(asked.rows) + ", ".join(names) + ")" * bool(asked.rows)
-        sizes = sorted({model.parameters for model in asked.models})
+    elif inference is not None and inference.models:
+        names = [part.name for part in inference.sampling] + [part.name for part in inference.scoring]
+        load = ", ".join(dict.fromkeys(names))
+        if inference.rows:
+            load = f"{inference.rows:,} {inference.row} ({load})"
+        sizes = sorted({model.parameters for model in inference.models})
         parameters = " and ".join(f"{size / 1e6:,.1f}" for size in sizes) + " million parameters"
     else:
-        elsewhere = f"{asked.elsewhere}; " if asked is not None and asked.elsewhere else ""
-        return f"{plan.name}: {elsewhere}nothing of it is counted."
-    return f"{plan.name}: {parameters}, {what}, GiB of a device when it is fullest"
+        servers = f"{inference.external}; " if inference is not None and inference.external else ""
+        return f"{plan.name}: {servers}nothing of it is counted."
+    return f"{plan.name}: {parameters}, {load}, GiB of a device at its peak"
 
 
-def _amounts(plan: StagePlan, hardware: Hardware, fill: float) -> list[str]:
-    """Rows, tokens, operations of the best way, and what to set for it."""
+def _table(plan: StagePlan, ways: list[Way], hardware: Hardware) -> list[str]:
+    """Return the aligned table of ways, with only the columns that some way of the stage needs."""
+    parts = [name for name in COLUMNS if any(way.parts.get(name) for way in plan.ways)]
+    batch = "micro-batch" if plan.job is not None else "at once"
+    headings = [COLUMNS[name] for name in parts]
+    rows = [["", "way", batch, "largest", *headings, "peak", "time (estimate)", "dollars (estimate)"]]
+    for way in ways:
+        amounts = [f"{way.parts[name] / GIB:.2f}" if way.parts.get(name) else "-" for name in parts]
+        dollars = way.dollars(hardware)
+        rows.append(
+            [
+                "*" if way is plan.best else "",
+                way.label,
+                str(way.batch or "-"),
+                str(way.largest or "-"),
+                *amounts,
+                f"{way.peak / GIB:.2f}",
+                "-" if way.time is None else _duration_range(way.time),
+                "-" if not dollars or not hardware.device.price else _range(dollars[0], dollars[2]),
+            ]
+        )
+    return _aligned(rows)
+
+
+def _summary(plan: StagePlan, hardware: Hardware, fill: float) -> list[str]:
+    """Return rows, tokens and operations of the best way, and the settings that select it."""
     best = plan.best
     if best is None or best.time is None:
         return []
-    length = "all of the greatest length (--fill)" if fill == 1 else f"of {fill:g} of the greatest length"
-    if isinstance(best, Serving):
-        assert plan.asked is not None
-        rows, row = plan.asked.rows, plan.asked.row
-        tokens = f"{_count(best.time.sampled)} tokens sampled, {_count(best.time.read)} read"
-    else:
-        assert plan.job is not None
-        rows, row = plan.rows or ROWS_SHOWN, plan.job.row
+    if plan.job is not None:
+        rows, row, is_known = plan.rows or ROWS_SHOWN, plan.job.row, bool(plan.rows)
         sampled = f", {_count(best.time.sampled)} sampled" if best.time.sampled else ""
-        tokens = f"{_count(best.time.tokens)} tokens learned{sampled}"
-    there = plan.rows is not None if isinstance(best, Serving) else plan.rows
-    unknown = "" if there else f", time for {rows:,} of them, since its data is not there yet (--rows)"
-    found = [f"  {rows:,} {row}{unknown}, {length}: {tokens}, {best.time.flops:.2g} operations"]
-    if isinstance(best, Serving):
-        return found + _settings(best, plan)
-    if plan.given is not None and plan.used is not None:
-        found.append(f"  runtime.launch asks for this way, on {plan.used.devices} of {hardware.devices} devices")
-    if plan.job is not None and best.strategy.checkpointing and not plan.job.checkpointing:
-        found.append(f"  checkpointing is a setting of the stage: {plan.job.checkpointing_field}: true")
-    return found
+        tokens = f"{_count(best.time.tokens)} tokens trained on{sampled}"
+    else:
+        assert plan.inference is not None
+        rows, row, is_known = plan.inference.rows, plan.inference.row, plan.rows is not None
+        tokens = f"{_count(best.time.sampled)} tokens sampled, {_count(best.time.read)} read"
+    length = "all of the greatest length (--fill)" if fill == 1 else f"of {fill:g} of the greatest length"
+    unknown = "" if is_known else f", time for {rows:,} of them, since its data is not there yet (--rows)"
+    summary = f"  {rows:,} {row}{unknown}, {length}: {tokens}, {best.time.flops:.2g} operations"
+    return [summary, *_settings(plan, best, hardware)]
 
 
-def _settings(best: Serving, plan: StagePlan) -> list[str]:
-    """What is to be written for a way of sampling that is not what the run would do."""
-    found = []
-    if best.way.setting and not best.asked_for:
-        found.append(f"  servers are a setting of the run: {best.way.setting}")
-    if 0 < best.at_once < best.wanted and best.way.engine == "transformers":
-        found.append(f"  {best.wanted} at once do not fit: runtime.engine.batch_size: {best.at_once}")
-    elif 0 < best.at_once < best.wanted:
-        found.append(f"  {best.wanted} at once do not fit: vLLM lets the others wait")
-    return found
+def _settings(plan: StagePlan, best: Way, hardware: Hardware) -> list[str]:
+    """Return the settings of the best way that differ from what the run would do."""
+    result = []
+    if plan.requested is not None and plan.hardware is not None:
+        devices = f"{plan.hardware.devices} of {hardware.devices} devices"
+        result.append(f"  runtime.launch asks for this way, on {devices}")
+    layout = best.layout
+    if plan.job is not None and isinstance(layout, Strategy):
+        if layout.checkpointing and not plan.job.checkpointing:
+            result.append(f"  checkpointing is a setting of the stage: {plan.job.checkpointing_field}: true")
+    elif isinstance(layout, EngineLayout):
+        if layout.setting and not best.is_requested:
+            result.append(f"  servers are a setting of the run: {layout.setting}")
+        # The engine fits, but not with all sequences that the settings ask for at once.
+        if 0 < best.batch < best.wanted:
+            remedy = "vLLM queues the others"
+            if layout.engine == "transformers":
+                remedy = f"runtime.engine.batch_size: {best.batch}"
+            result.append(f"  {best.wanted} at once do not fit: {remedy}")
+    return result
 
 
-def _row(option: Option | Serving, shown: list[str], hardware: Hardware, best: bool) -> list[str]:
-    parts = [f"{option.parts[name] / GIB:.2f}" if option.parts.get(name) else "-" for name in shown]
-    seconds = option.time.seconds if option.time is not None else None
-    price = hardware.device.price
-    dollars = "-" if seconds is None or not price else f"{seconds / 3600 * hardware.devices * price:,.2f}"
-    return [
-        "*" if best else "",
-        option.label,
-        *_sizes(option),
-        *parts,
-        f"{option.peak / GIB:.2f}",
-        "-" if seconds is None else _duration(seconds),
-        dollars,
-    ]
+def _aligned(rows: list[list[str]]) -> list[str]:
+    """Align the first two columns to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    result = []
+    for row in rows:
+        left = [f"{cell:<{width}}" for cell, width in zip(row[:2], widths[:2], strict=True)]
+        right = [f"{cell:>{width}}" for cell, width in zip(row[2:], widths[2:], strict=True)]
+        result.append("  ".join(left + right).rstrip())
+    return result
 
 
-def _sizes(option: Option | Serving) -> list[str]:
-    """Rows of a micro-batch, or sequences at once; and how many there could be."""
-    size = option.at_once if isinstance(option, Serving) else option.micro_batch
-    return [str(size or "-"), str(option.largest or "-")]
+def _duration_range(time: TimeEstimate) -> str:
+    return f"{_duration(time.fastest)} - {_duration(time.slowest)}"
 
 
-def _aligned(table: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return [
-        "  ".join(f"{cell:<{width}}" if at < 2 else f"{cell:>{width}}"
-                  for at, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
-        for row in table
-    ]  # fmt: skip
+def _range(low: float, high: float) -> str:
+    return f"{low:,.2f} - {high:,.2f}"
 
 
 def _duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f}s"
     if seconds < 3600:
-        return f"{seconds / 60:.0f}m"
+        return f"{seconds / 60:.1f}m" if seconds < 600 else f"{seconds / 60:.0f}m"
     return f"{seconds / 3600:.1f}h"
 
 

@@ -1,10 +1,12 @@
-"""Sizes that a stage works with and that an estimate of its memory counts with. No user sets them. Torch-free."""
+"""Batch sizes that stages use and estimates of memory count with; users do not set them. Torch-free."""
 
 CPU_STEP_TOKENS = 8192
-"""Prompt tokens that vLLM reads in one step on a CPU at most, or one longer prompt."""
+"""Most prompt tokens that vLLM reads in one step on a CPU; a longer prompt is read alone."""
 SCORED_AT_ONCE = 32
 """Rows that a reward model reads at a time."""
 SAMPLE_CHUNK = 128
 """Prompts that the stage ``sample`` answers between two writes: a killed stage repeats at most these."""
 SYNTHESIS_CHUNK = 128
-"""Requests that the stage ``synthesize`` answers and keeps together: a killed stage repeats at most these."""
+"""Requests that the stage ``synthesize`` answers between two writes: a killed stage repeats at most these."""
+READ_TOKENS = 2048
+"""Tokens, padding included, that an evaluation reads in one forward pass, or one longer row."""

@@ -1,4 +1,4 @@
-"""Faults of what one stage hands to the next, by name, each with its remedy. Torch-free."""
+"""Faults of checkpoints that one stage hands to the next, by name, with remedies. Torch-free."""
 
 from __future__ import annotations
 

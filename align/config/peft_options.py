@@ -1,7 +1,4 @@
-"""Which methods peft has and what their config classes take, read from its installed source. Torch-free.
-
-As ``align.config.trl_options`` does for trl: importing peft would cost seconds and torch.
-"""
+"""Methods of the installed peft and the options of their config classes, read from its source. Torch-free."""
 
 from __future__ import annotations
 
@@ -11,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from align.config.trl_options import Option, class_options, package_folder
+from align.config.class_options import Option, class_options, find_option, package_folder
 from align.config.validation import nearest
 
-OWN = {
+METHODS = {
     "lora": "method: lora",
     "ia3": "method: ia3",
     "prefix_tuning": "method: prefix",
@@ -22,10 +19,10 @@ OWN = {
     "p_tuning": "method: p_tuning",
     "adaption_prompt": "method: adapters, kind: llama_adapter",
 }
-"""Methods with words of their own here."""
+"""Methods that have a ``method`` of their own, with its YAML."""
 
 REFUSED = {
-    "adalora": "its ranks are shared out anew at every step, by calls that trainers here do not make",
+    "adalora": "its ranks are redistributed at every step, by calls that trainers here do not make",
     "beft": "it trains biases, which most models here do not have",
     "cartridge": "it is a key-value cache, not a change of weights",
     "cpt": "it needs its own way to build batches",
@@ -37,7 +34,7 @@ REFUSED = {
     "trainable_tokens": "it trains rows of the embedding alone; `method: lora` has `save_modules: [embed_tokens]`",
     "xlora": "it mixes adapters that were trained before",
 }
-"""Methods that cannot be used, and why."""
+"""Methods that cannot be used, with the reason."""
 
 SET_HERE = {
     "peft_type": "it follows from 'type'",
@@ -49,69 +46,67 @@ SET_HERE = {
     "peft_version": "peft writes it",
     "runtime_config": "the stage loads the model",
 }
-"""Fields of every config class that are no user's."""
+"""Fields of every config class that no user sets, with the reason."""
 
 
 def peft_types() -> list[str]:
-    """Every method of the installed peft that can be asked for."""
+    """Return every method of the installed peft that ``type`` may name."""
     folders = (package_folder("peft") / "tuners").iterdir()
-    known = {folder.name for folder in folders if (folder / "config.py").is_file()}
-    return sorted(known - set(REFUSED) - set(OWN))
+    installed = {folder.name for folder in folders if (folder / "config.py").is_file()}
+    return sorted(installed - set(REFUSED) - set(METHODS))
 
 
 def check_type(name: str) -> None:
-    """``ValueError`` for a method that peft does not have or that cannot be used."""
-    if name in OWN:
-        raise ValueError(f"'{name}' is set with `{OWN[name]}`.")
+    """Raise ``ValueError`` for a method that peft does not have or that cannot be used."""
+    if name in METHODS:
+        raise ValueError(f"'{name}' is set with `{METHODS[name]}`.")
     if name in REFUSED:
         raise ValueError(f"'{name}' cannot be used: {REFUSED[name]}.")
-    known = peft_types()
-    if name not in known:
-        close = nearest(name, [*known, *OWN])
+    types = peft_types()
+    if name not in types:
+        close = nearest(name, [*types, *METHODS])
         hint = f" Did you mean '{close}'?" if close else ""
-        raise ValueError(f"the installed peft has no method '{name}', only {', '.join(known)}.{hint}")
+        raise ValueError(f"the installed peft has no method '{name}', only {', '.join(types)}.{hint}")
 
 
-def check_options(kind: str, given: Mapping[str, Any]) -> None:
-    """``ValueError`` for the first option that peft's config class of ``kind`` does not have or would not take."""
+def check_options(kind: str, mapping: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` for the first option that peft's config class of ``kind`` does not have or accept."""
     options = peft_options(kind)
-    for name, value in given.items():
-        option = options.get(name)
-        if option is None:
-            close = nearest(name, options)
-            hint = f" Did you mean '{close}'?" if close else ""
-            raise ValueError(f"unknown key '{name}': peft's {kind} has no such option.{hint}")
+    for name, value in mapping.items():
+        option = find_option(options, name, f"peft's {kind}")
         if name in SET_HERE:
             raise ValueError(f"'{name}' is not set here: {SET_HERE[name]}.")
         if name == "bias" and value != "none":
             raise ValueError("'bias' trains the model's own biases, which then cannot be switched off for a reference.")
-        if not option.accepts(value):
-            raise ValueError(f"'{name}' should be {option.annotation}; found {value!r}.")
-        if option.choices and value not in option.choices:
-            raise ValueError(f"'{name}' should be one of {', '.join(map(repr, option.choices))}; found {value!r}.")
+        option.check(value)
 
 
 @functools.cache
 def peft_options(kind: str) -> dict[str, Option]:
-    """Every field of peft's config class for ``kind``, by name, base classes included."""
+    """Return every field of peft's config class for ``kind`` by name, base classes included."""
+    # Read as source: importing peft would import torch, which takes seconds.
     file = f"tuners/{kind}/config.py"
     tree = ast.parse((package_folder("peft") / file).read_text(encoding="utf-8"))
-    wanted = kind.replace("_", "") + "config"
-    names = [node.name for node in tree.body if isinstance(node, ast.ClassDef) and node.name.lower() == wanted]
+    class_name = kind.replace("_", "") + "config"
+    names = [node.name for node in tree.body if isinstance(node, ast.ClassDef) and node.name.lower() == class_name]
     if not names:
-        raise LookupError(f"peft/{file} has no class {wanted}; this version of peft is not one align knows.")
+        raise LookupError(f"peft/{file} has no class {class_name}; this version of peft is not one align knows.")
     return {name: _plain(option) for name, option in class_options("peft", file, names[0]).items()}
 
 
 def _plain(option: Option) -> Option:
-    """``Optional[Union[str, Literal["a"]]]`` as ``str | ...``; the literals are choices where nothing else is taken."""
+    """Rewrite ``Optional[Union[str, Literal["a"]]]`` as ``str | ...``.
+
+    Literals become choices if the annotation allows nothing else but None.
+    """
+    # The annotation is source text, since peft is not imported; only its literals and type names matter.
     members = _members(ast.parse(option.annotation, mode="eval").body)
     literals = [member for member in members if isinstance(member, tuple)]
     plain = [member for member in members if isinstance(member, str)]
     if literals and set(plain) <= {"None"}:
         choices = tuple(value for literal in literals for value in literal)
         return replace(option, choices=(*choices, *([None] if plain else [])))
-    if literals:  # a value of a type beside it, or one of the literals, which are texts
+    if literals:  # literals are texts
         plain += ["str"]
     return replace(option, annotation=" | ".join(dict.fromkeys(plain)))
 

@@ -1,4 +1,4 @@
-"""Where and how a pipeline runs: the block ``runtime``, which is never part of a key. Torch-free."""
+"""The block ``runtime``: where and how a pipeline runs. It is never part of a key. Torch-free."""
 
 from __future__ import annotations
 
@@ -16,57 +16,57 @@ from align.store.object_store import check_address
 
 
 class EngineConfig(Config):
-    """How responses are sampled. Changes speed and memory; samples come from the same distribution."""
+    """The engine that samples responses. It changes speed and memory, not the distribution of samples."""
 
     name: Literal["auto", "vllm", "transformers"] = "auto"
-    """``auto`` takes vLLM where it imports, else transformers, and says which; for servers see ``rollouts``."""
+    """``auto`` uses vLLM if it is installed, else transformers; for servers see ``rollouts``."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Compute type of the engine; ``auto`` follows the stage's ``precision``."""
     gpu_memory: float = Field(0.35, gt=0, le=0.95)
     """Share of each GPU's memory that vLLM may take."""
     sleep: bool = True
-    """On a GPU, ``vllm`` leaves its memory to the trainer between rollouts, for a copy of the weights each way."""
+    """On a GPU, ``vllm`` frees its memory for the trainer between rollouts; this copies the weights twice."""
     cpu_kv_cache_gb: float = Field(1.0, gt=0)
     """GiB of key-value cache on a CPU."""
     compile: bool = False
-    """Compile the engine's graphs: 85 s at start on a CPU, about 1.3 times the speed afterwards."""
+    """Compile the engine's graphs: 85 s at start on a CPU, then about 1.3 times as fast."""
     batch_size: int = Field(128, ge=1)
-    """Sequences decoded at once."""
+    """Most sequences decoded at a time."""
     timeout: float = Field(600, gt=0)
-    """Seconds that an engine may take to start, to load weights, to answer; then the stage fails and can be resumed.
+    """Seconds that an engine may take to start, to load weights or to answer. Then the stage fails and can be resumed.
 
-    In this process only seconds without progress count: no token, no tensor. The default is generous because a healthy
-    call can be quiet for minutes (85 s of compiling on two idle cores, weights from a network disk) and a stage that is
-    ended for nothing costs an update, while one that hangs costs the night.
+    In the stage's own process only seconds without progress count (no new token, no loaded tensor). The default is
+    generous because a healthy call can be silent for minutes: 85 s of compiling on two cores, weights on a network
+    disk.
     """
 
     @model_validator(mode="before")
     @classmethod
-    def _servers_moved(cls, given: Any) -> Any:
-        return refuse_moved(given)
+    def _servers_moved(cls, value: Any) -> Any:
+        return refuse_moved(value)
 
 
 class ExecutorConfig(Config):
-    """What does the shards of data builds. ``executor: slurm`` is short for ``executor: {name: slurm}``."""
+    """The executor of data builds. ``executor: slurm`` is short for ``executor: {name: slurm}``."""
 
     name: Literal["local", "slurm", "ray"] = "local"
-    """``local``: ``workers`` processes here. ``slurm`` and ``ray``: jobs of a cluster, through datatrove."""
+    """``local``: ``workers`` processes on this machine. ``slurm``, ``ray``: jobs of a cluster, through datatrove."""
     tasks: int = Field(100, ge=1)
-    """Jobs of a pass at most; each does its share of the shards."""
+    """Most jobs of a pass; each processes its share of the shards."""
     cpus: int = Field(1, ge=1)
-    """Cores of a job."""
+    """Cores per job."""
     gpus: int = Field(0, ge=0)
-    """GPUs of a job, for steps that run a model."""
+    """GPUs per job, for steps that run a model."""
     memory_gb: int = Field(4, ge=1)
-    """GiB for each core."""
+    """GiB per core."""
     partition: str | None = None
     """Slurm's partition."""
     time: str = Field("04:00:00", pattern=r"^(\d+-)?\d{1,2}(:\d{2}){0,2}$")
-    """Slurm's time limit of a job, hours:minutes:seconds."""
+    """Slurm's time limit per job, hours:minutes:seconds."""
     qos: str | None = None
-    """Slurm's quality of service, where the cluster asks for one."""
+    """Slurm's quality of service, if the cluster requires one."""
     setup: str | None = None
-    """Shell commands that make this program's environment ready on a node; by default its folder goes into the PATH."""
+    """Shell commands that set up the environment on a node; by default align's folder is added to PATH."""
     sbatch: dict[str, str] = Field({})
     """Further options of sbatch: ``{account: nlp}``."""
 
@@ -78,37 +78,37 @@ class ExecutorConfig(Config):
 
 
 class TrackingConfig(Config):
-    """Where experiment trackers put a run. Addresses and keys come from their own environment variables, never here."""
+    """Experiment trackers. Addresses and keys come only from the trackers' own environment variables."""
 
     project: str | None = Field(None, min_length=1, max_length=120)
     """Project of wandb and trackio, experiment of mlflow; by default the pipeline's name."""
     folder: str = "tracking"
-    """Folder of what trackers write on this machine; a relative one starts at the current folder."""
+    """Folder for the trackers' local files; a relative path starts at the current folder."""
 
 
 class StoreConfig(Config):
-    """Where artifacts are kept, and how long one waits for what is away (docs/store.md)."""
+    """The store of artifacts, and its timeouts (docs/store.md)."""
 
     folder: str | None = None
-    """Folder of the artifacts; ``--store`` and ``$ALIGN_STORE`` come first, ``./store`` last."""
+    """Folder of the artifacts; ``--store`` and ``$ALIGN_STORE`` take precedence, ``./store`` is the default."""
     remote: str | None = None
-    """Bucket that finished stages are fetched from and put into, s3://bucket/prefix; ``--store`` takes it, too."""
+    """Bucket that finished stages are fetched from and uploaded to, s3://bucket/prefix; ``--store`` takes it, too."""
     lease: float = Field(120.0, ge=1)
-    """Seconds of silence after which a machine that holds a stage's lock counts as dead, and another takes over."""
+    """Seconds without a heartbeat after which the holder of a stage's lock counts as dead and another takes over."""
     patience: float = Field(300.0, ge=0)
-    """Seconds that a folder or a bucket which does not answer is tried before the run ends or goes on without."""
+    """Seconds to retry a folder or bucket that does not answer, before the run fails or goes on without it."""
 
     @field_validator("remote")
     @classmethod
-    def _an_address(cls, given: str | None) -> str | None:
-        return given if given is None else check_address(given)
+    def _check_remote(cls, remote: str | None) -> str | None:
+        return None if remote is None else check_address(remote)
 
 
 class HandoverConfig(Config):
-    """The look at every checkpoint that one stage hands to the next (docs/methods.md)."""
+    """Checks of every checkpoint that one stage hands to the next (docs/methods.md)."""
 
     waive: list[str] = Field([])
-    """Faults, by name, that are meant: they refuse nothing."""
+    """Faults to accept, by name."""
 
     @field_validator("waive")
     @classmethod
@@ -120,55 +120,55 @@ class HandoverConfig(Config):
 
 
 class StageRuntime(Config):
-    """What differs for one stage. What is not said here is as ``runtime`` says, field by field inside a block too."""
+    """Overrides for one stage; fields that are not set keep the value of ``runtime``, inside blocks too."""
 
     device: Literal["auto", "cpu", "cuda"] | None = None
     """Instead of ``runtime.device``."""
     threads: int | None = Field(None, ge=1)
     """Instead of ``runtime.threads``."""
     engine: EngineConfig | None = None
-    """Fields that are other than in ``runtime.engine``."""
+    """Overrides of ``runtime.engine``, field by field."""
     rollouts: RolloutsConfig | None = None
-    """Fields that are other than in ``runtime.rollouts``."""
+    """Overrides of ``runtime.rollouts``, field by field."""
     launch: LaunchConfig | None = None
-    """Fields that are other than in ``runtime.launch``."""
+    """Overrides of ``runtime.launch``, field by field."""
     slurm: SlurmConfig | None = None
-    """Fields that are other than in ``runtime.slurm``."""
+    """Overrides of ``runtime.slurm``, field by field."""
     ray: RayConfig | None = None
-    """Fields that are other than in ``runtime.ray``."""
+    """Overrides of ``runtime.ray``, field by field."""
 
 
 class Runtime(Config):
-    """Where and how a pipeline runs. Never part of a key: the same results are found whatever it says."""
+    """Machines and engines of a pipeline. Never part of a key, so finished results are found with any setting."""
 
     store: StoreConfig = StoreConfig()
-    """Where the artifacts are; ``store: FOLDER`` is short for its folder, ``store: s3://…`` for its remote."""
+    """The store; ``store: FOLDER`` is short for its folder, ``store: s3://…`` for its remote."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """``auto`` takes CUDA where torch has it."""
+    """``auto`` uses CUDA if torch finds it."""
     threads: int | None = Field(None, ge=1)
-    """CPU threads per process; by default the cores there are, shared out among a stage's processes."""
+    """CPU threads per process; by default all cores, divided among a stage's processes."""
     workers: int | None = Field(None, ge=1)
-    """Processes that build data; by default the cores there are."""
+    """Processes that build data; by default one per core."""
     executor: ExecutorConfig = ExecutorConfig()
-    """What does the shards of data builds: ``local``, ``slurm`` or ``ray``."""
+    """Executor of data builds: ``local``, ``slurm`` or ``ray``."""
     slurm: SlurmConfig = SlurmConfig()
-    """What each stage's job asks of Slurm under ``--on slurm``."""
+    """Resources of each stage's job under ``--on slurm``."""
     ray: RayConfig = RayConfig()
-    """What each stage's task asks of Ray under ``--on ray``."""
+    """Resources of each stage's task under ``--on ray``."""
     engine: EngineConfig = EngineConfig()
     """Engine that samples responses, and its share of the machine."""
     rollouts: RolloutsConfig = RolloutsConfig()
-    """vLLM servers that sample instead of the engine in the stage's own process."""
+    """vLLM servers that sample in place of an engine in the stage's own process."""
     launch: LaunchConfig = LaunchConfig()
-    """Processes of every stage that trains; a stage's own under ``stages`` (docs/distributed.md)."""
+    """Processes of every stage that trains; override one stage under ``stages`` (docs/distributed.md)."""
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field([])
-    """Trackers that get each stage's curves and scores while it runs, beside the report (docs/evaluation.md)."""
+    """Trackers that log each stage's curves and scores while it runs (docs/evaluation.md)."""
     tracking: TrackingConfig = TrackingConfig()
-    """Where those trackers put them."""
+    """Project and folder of those trackers."""
     handover: HandoverConfig = HandoverConfig()
-    """What of the look at checkpoints between stages is waived."""
+    """Faults of checkpoints between stages to accept."""
     stages: dict[str, StageRuntime] = Field({})
-    """What differs for one stage, by its name: ``{ppo: {threads: 4}}``. A name in a loop means every round's stage."""
+    """Overrides per stage: ``{ppo: {threads: 4}}``. The name of a stage in a loop means that stage in every round."""
 
     @field_validator("rollouts")
     @classmethod
@@ -186,14 +186,16 @@ class Runtime(Config):
         return self
 
     def with_transformers(self) -> Runtime:
-        """The same, but sampled with transformers in the stage's own process."""
+        """Return the same settings, but with transformers as the engine, in the stage's own process."""
         engine = self.engine.model_copy(update={"name": "transformers"})
         return self.model_copy(update={"engine": engine, "rollouts": RolloutsConfig()})
 
     @field_validator("store", mode="before")
     @classmethod
-    def _folder_alone(cls, given: Any) -> Any:
-        return {"remote" if "://" in given else "folder": given} if isinstance(given, str) else given
+    def _from_text(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        return {"remote" if "://" in value else "folder": value}
 
     @field_validator("launch")
     @classmethod
@@ -205,34 +207,35 @@ class Runtime(Config):
 
     @field_validator("executor", mode="before")
     @classmethod
-    def _by_name(cls, given: Any) -> Any:
-        return {"name": given} if isinstance(given, str) else given
+    def _from_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
 
     @field_validator("report_to", mode="before")
     @classmethod
-    def _one_or_several(cls, given: Any) -> Any:
-        names = [given] if isinstance(given, str) else given
-        plain = isinstance(names, list) and all(isinstance(name, str) for name in names)
-        return list(dict.fromkeys(names)) if plain else names
+    def _to_list(cls, value: Any) -> Any:
+        names = [value] if isinstance(value, str) else value
+        are_texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        return list(dict.fromkeys(names)) if are_texts else names
 
     def for_stage(self, *names: str, where: str = "runtime.stages") -> Runtime:
-        """What holds for a stage that goes by one of ``names``, the first that ``stages`` knows; it has no ``stages``.
+        """Return the settings of one stage: these, with the overrides of the first of ``names`` in ``stages``.
 
-        Raises ``UserError``, its place below ``where``, if the stage's own fields do not go with the run's.
+        Raises ``UserError``, its place below ``where``, if the stage's overrides contradict the run's settings.
         """
-        said = self.model_dump(exclude_unset=True, exclude={"stages"})
+        # Only what was set: written-out defaults would override each other instead of giving way.
+        explicit = self.model_dump(exclude_unset=True, exclude={"stages"})
         name = next((name for name in names if name in self.stages), None)
         if name is None:
             return self.model_copy(update={"stages": {}})
-        return validate(Runtime, _over(said, self.stages[name].model_dump(exclude_unset=True)), f"{where}.{name}")
+        return validate(Runtime, _merge(explicit, self.stages[name].model_dump(exclude_unset=True)), f"{where}.{name}")
 
 
-def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """``below`` with what ``above`` says; blocks field by field, and a null says nothing."""
-    found = dict(below)
-    for name, value in above.items():
-        if isinstance(value, dict) and isinstance(found.get(name), dict):
-            found[name] = _over(found[name], value)
+def _merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Return ``base`` with the overrides; blocks are merged field by field, and a null overrides nothing."""
+    merged = dict(base)
+    for name, value in overrides.items():
+        if isinstance(value, dict) and isinstance(merged.get(name), dict):
+            merged[name] = _merge(merged[name], value)
         elif value is not None:
-            found[name] = value
-    return found
+            merged[name] = value
+    return merged

@@ -1,6 +1,6 @@
-"""Which experiment trackers ``runtime.report_to`` may name, and whether they are installed. Torch-free.
+"""Check that the experiment trackers of ``runtime.report_to`` are installed. Torch-free.
 
-Feeding them is ``align.training.tracking``'s.
+``align.training.tracking`` logs to them.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from align.errors import UserError
 
 
 def is_installed(package: str) -> bool:
-    """Whether ``package`` can be imported; a mere folder of that name (wandb makes one where it runs) is none."""
+    """Return whether ``package`` can be imported; a plain folder of that name, as wandb creates, does not count."""
     spec = importlib.util.find_spec(package)
+    # A folder of that name in the current directory is found too, as a namespace without an origin.
     return spec is not None and spec.origin is not None
 
 
@@ -21,7 +22,8 @@ def require_trackers(names: Iterable[str]) -> None:
     """Raise ``UserError`` for the trackers among ``names`` whose package, called as the tracker is, is missing."""
     missing = [name for name in names if not is_installed(name)]
     if missing:
+        verb, pronoun = ("is", "it") if len(missing) == 1 else ("are", "them")
         raise UserError(
-            f"runtime.report_to: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed. "
-            f"`pip install {' '.join(missing)}`, or leave {'it' if len(missing) == 1 else 'them'} out."
+            f"runtime.report_to: {', '.join(missing)} {verb} not installed. "
+            f"`pip install {' '.join(missing)}`, or leave {pronoun} out."
         )

@@ -1,21 +1,15 @@
-"""Which trainer options exist, read from the installed source of trl and transformers without importing either.
+"""Options under a stage's ``trainer:``, checked against the config class of trl or align that they go to. Torch-free.
 
-``trainer:`` in a stage passes options straight to trl's (or PPO's) config class. Checking them by importing the class
-would cost seconds and torch; reading the class bodies with ``ast`` takes milliseconds, and follows whatever
-version is installed. Leaves out cross-field rules: the class itself checks those when the stage runs.
+The classes are read from source (``class_options``). Rules across fields are left to the class itself when the stage
+runs.
 """
 
 from __future__ import annotations
 
-import ast
-import functools
-import importlib.util
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from align.config.validation import nearest
+from align.config.class_options import Option, class_options, find_option
 
 CLASSES: dict[str, tuple[str, str, str]] = {
     "sft": ("trl", "trainer/sft_config.py", "SFTConfig"),
@@ -24,19 +18,13 @@ CLASSES: dict[str, tuple[str, str, str]] = {
     "kto": ("trl", "trainer/kto_config.py", "KTOConfig"),
     "cpo": ("trl", "experimental/cpo/cpo_config.py", "CPOConfig"),
     "orpo": ("trl", "experimental/orpo/orpo_config.py", "ORPOConfig"),
-    "ppo": ("align", "rl/ppo/config.py", "PPOConfig"),
-    "grpo": ("align", "rl/critic_free/config.py", "GRPOConfig"),
-    "rloo": ("align", "rl/critic_free/config.py", "RLOOConfig"),
-    "online_dpo": ("align", "rl/critic_free/config.py", "OnlineDPOConfig"),
-    "rejection": ("align", "rl/critic_free/config.py", "BestOfNConfig"),
+    "ppo": ("align", "rl/arguments.py", "PPOConfig"),
+    "grpo": ("align", "rl/arguments.py", "GRPOConfig"),
+    "rloo": ("align", "rl/arguments.py", "RLOOConfig"),
+    "online_dpo": ("align", "rl/arguments.py", "OnlineDPOConfig"),
+    "rejection": ("align", "rl/arguments.py", "BestOfNConfig"),
 }
 """Stage kind → (package, file in it, config class)."""
-
-EXPORTS: dict[str, tuple[str, str, str]] = {
-    "TrainingArguments": ("transformers", "training_args.py", "TrainingArguments"),
-    "PushToHubMixin": ("transformers", "utils/hub.py", "PushToHubMixin"),
-}
-"""Base classes imported from a package's front, whose file the import does not name."""
 
 OWNED: dict[str, str] = {
     "learning_rate": "set 'learning_rate' beside 'trainer'",
@@ -93,7 +81,7 @@ OWNED: dict[str, str] = {
     "use_cpu": "set 'runtime.device'",
     "push_to_hub": "publish the finished artifact instead",
 }
-"""Options the stage sets itself, and what to do instead."""
+"""Options that the stage sets itself, with what to do instead."""
 
 OWNED_BY_PPO: dict[str, str] = {
     "num_train_epochs": "set 'updates' and 'num_epochs' beside 'trainer'",
@@ -112,149 +100,33 @@ OWNED_BY_PPO: dict[str, str] = {
     "train_sampling_strategy": "prompts are shuffled by the seed",
     "length_column_name": "prompts are shuffled by the seed",
 }
-"""Where PPO's stage has other words for it."""
-
-_SIMPLE: dict[str, tuple[type, ...]] = {
-    "bool": (bool,),
-    "int": (int,),
-    "float": (int, float),
-    "str": (str,),
-    "dict": (dict,),
-    "list": (list,),
-    "None": (type(None),),
-}
-
-
-@dataclass(frozen=True)
-class Option:
-    """One field of a config class: its annotation as written and the values it may take, where the source says so."""
-
-    name: str
-    annotation: str
-    choices: tuple[Any, ...] = ()
-
-    def accepts(self, value: Any) -> bool:
-        """Whether ``value`` has one of the plain types the annotation names; True where it names others too."""
-        names = [part.strip().split("[")[0] for part in _split_union(self.annotation)]
-        if any(name not in _SIMPLE for name in names):
-            return True
-        if isinstance(value, bool):  # Python's bool is an int; a YAML author's is not
-            return "bool" in names
-        return any(isinstance(value, _SIMPLE[name]) for name in names)
+"""The same for PPO and its kin, where they differ."""
 
 
 def check_trainer_options(kind: str, mapping: Mapping[str, Any], reserved: Iterable[str] = ()) -> None:
     """Check a ``trainer:`` block against the config class of stage ``kind`` (``sft``, ``reward``, ``dpo``, ``ppo``).
 
     ``reserved`` names the stage's own fields, beyond the shared ones, that the class also has. Raises ``ValueError``
-    for the first key that does not exist (the nearest name is suggested), that the stage sets itself (its own field
-    is named), or whose value has the wrong type.
+    for the first key that does not exist (with the nearest name), that the stage sets itself (with its own field), or
+    whose value has the wrong type.
     """
     options = trainer_options(kind)
-    own = set(reserved)
-    owned = OWNED | OWNED_BY_PPO if CLASSES[kind][0] == "align" else OWNED
+    package, _, class_name = CLASSES[kind]
+    owned = OWNED | OWNED_BY_PPO if package == "align" else OWNED
+    reserved = set(reserved)
     for name, value in mapping.items():
-        option = options.get(name)
-        if option is None:
-            close = nearest(name, options)
-            hint = f" Did you mean '{close}'?" if close else ""
-            raise ValueError(f"unknown key '{name}': {CLASSES[kind][2]} has no such option.{hint}")
-        if name in own:
+        # An unknown name first: a misspelling should not be told that the stage decides it.
+        option = find_option(options, name, class_name)
+        if name in reserved:
             raise ValueError(f"'{name}' is not set here: set '{name}' beside 'trainer'.")
         if name in owned:
             raise ValueError(f"'{name}' is not set here: {owned[name]}.")
-        if not option.accepts(value):
-            raise ValueError(f"'{name}' should be {option.annotation}; found {value!r}.")
-        if option.choices and value not in option.choices:
-            raise ValueError(f"'{name}' should be one of {', '.join(map(repr, option.choices))}; found {value!r}.")
+        option.check(value)
 
 
-@functools.cache
 def trainer_options(kind: str) -> dict[str, Option]:
-    """Every option of the config class of ``kind``, base classes included, by name.
+    """Return every option of the config class of ``kind`` by name, base classes included.
 
-    Raises ``LookupError`` when the installed source no longer has the class where it is expected.
+    Raises ``LookupError`` if the installed source no longer has the class where it is expected.
     """
     return class_options(*CLASSES[kind])
-
-
-@functools.cache
-def class_options(package: str, file: str, class_name: str) -> dict[str, Option]:
-    """Every option of a dataclass in a package's source, base classes included, by name; none of it is imported.
-
-    Raises ``LookupError`` when the source does not have it there.
-    """
-    path = package_folder(package) / file
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    found = next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name), None)
-    if found is None:
-        raise LookupError(f"{path} has no class {class_name}; this version of {package} is not one align knows.")
-    options: dict[str, Option] = {}
-    for base in found.bases:
-        place = _home(tree, ast.unparse(base).rpartition(".")[2], package, file)
-        if place is not None:
-            options |= class_options(*place)
-    for node in found.body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            name, annotation = node.target.id, ast.unparse(node.annotation)
-            # ClassVar and underscore names are no dataclass options; nor are fields with init=False.
-            if not name.startswith("_") and "ClassVar" not in annotation and not _computed(node.value):
-                options[name] = Option(name, annotation, _choices(node.value))
-    return options
-
-
-def package_folder(package: str) -> Path:
-    """Folder of a top-level package; finding its spec runs none of its code."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise LookupError(f"the package {package} is not installed")
-    return Path(next(iter(spec.submodule_search_locations)))
-
-
-def _home(tree: ast.Module, name: str, package: str, file: str) -> tuple[str, str, str] | None:
-    """Where the base class ``name`` is defined: this file, the module it is imported from, or a known export."""
-    if name in EXPORTS:
-        return EXPORTS[name]
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ClassDef) and node.name == name:
-            return package, file, name
-        if isinstance(node, ast.ImportFrom) and any(alias.name == name for alias in node.names):
-            parts = (node.module or "").split(".") if node.module else []
-            if node.level:
-                parents = Path(file).parts[: -node.level]
-                return package, "/".join((*parents, *parts)) + ".py", name
-            if parts and parts[0] in ("trl", "transformers", "peft", "align"):
-                return parts[0], "/".join(parts[1:]) + ".py", name
-    return None
-
-
-def _computed(value: ast.expr | None) -> bool:
-    """True for ``field(init=False, ...)``."""
-    return isinstance(value, ast.Call) and any(
-        keyword.arg == "init" and isinstance(keyword.value, ast.Constant) and keyword.value.value is False
-        for keyword in value.keywords
-    )
-
-
-def _choices(value: ast.expr | None) -> tuple[Any, ...]:
-    """Values listed under ``metadata={"choices": [...]}``, when they are literals."""
-    for keyword in value.keywords if isinstance(value, ast.Call) else []:
-        if keyword.arg == "metadata" and isinstance(keyword.value, ast.Dict):
-            for key, item in zip(keyword.value.keys, keyword.value.values, strict=True):
-                if isinstance(key, ast.Constant) and key.value == "choices":
-                    try:
-                        return tuple(ast.literal_eval(item))
-                    except (ValueError, TypeError):
-                        return ()
-    return ()
-
-
-def _split_union(annotation: str) -> list[str]:
-    """``dict[str, Any] | str | None`` → its members; a bar inside brackets does not split."""
-    members, depth, start = [], 0, 0
-    for index, char in enumerate(annotation):
-        depth += (char == "[") - (char == "]")
-        if char == "|" and depth == 0:
-            members.append(annotation[start:index])
-            start = index + 1
-    return [*members, annotation[start:]]

@@ -1,4 +1,4 @@
-"""Functions that a YAML names as ``package.module:function``: loading them, and their identity in keys. Torch-free."""
+"""Functions that a YAML names as ``package.module:function``: loading, and identity in keys. Torch-free."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from align.config.validation import suggest
 from align.errors import UserError
@@ -15,62 +15,62 @@ from align.store.code_identity import code_identity
 from align.store.fingerprint import file_digest
 
 CHECKERS = "align.data.checkers"
-"""Functions of our own; they are identified by their ``VERSION``, not by their source."""
+"""Module of align's own functions, which are identified by its ``VERSION``, not by its source."""
 SHORT = {"gold": f"{CHECKERS}:gold", "gsm8k_answer": f"{CHECKERS}:gsm8k_answer"}
-"""Short names of functions of our own."""
+"""Short names of align's own functions."""
 
 
-def load_function(path: str, what: str = "score") -> Callable[..., Any]:
-    """The function behind ``module:name``. ``UserError``, which begins with ``what`` it is, where there is none."""
-    full = _full(path, what)
+def load_function(path: str, role: str = "score") -> Callable[..., Any]:
+    """Import the function ``module:name``; raise ``UserError``, which begins with its ``role``, if there is none."""
+    full = _full(path, role)
     module_name, _, name = full.partition(":")
-    _find(full, what)
+    _find(full, role)
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise UserError(f"{what} '{path}': importing {module_name} failed: {error}.") from error
+        raise UserError(f"{role} '{path}': importing {module_name} failed: {error}.") from error
     function = getattr(module, name, None)
     if not callable(function):
-        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise UserError(f"{what} '{path}': {module_name} has no function '{name}'.{suggest(name, known)}")
-    found: Callable[..., Any] = function
-    return found
+        names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise UserError(f"{role} '{path}': {module_name} has no function '{name}'.{suggest(name, names)}")
+    return cast(Callable[..., Any], function)
 
 
-def function_identity(path: str, what: str = "score") -> str:
-    """What a key holds of a verifiable function: align's own by version, another one by its code.
+def function_identity(path: str, role: str = "score") -> str:
+    """Return a function's identity for keys: the version of align's own functions, the code of any other.
 
-    The code is the module's and that of the user's modules which it imports (``align.store.code_identity``). Imports
-    nothing of the module itself (only its parent packages). Raises ``UserError``, which begins with ``what`` it is,
-    when there is none.
+    The code is that of its module and of the user's modules that this imports (``align.store.code_identity``). Does
+    not import the module, only its parent packages. Raises ``UserError``, which begins with the function's ``role``,
+    if there is no such function.
     """
-    full = _full(path, what)
-    origin = _find(full, what)
+    full = _full(path, role)
+    origin = _find(full, role)
     module = full.partition(":")[0]
     if module == CHECKERS:
+        # align's checkers have a version, so that a reformatted file makes nothing run again.
         return f"{full} version {importlib.import_module(module).VERSION}"
     if module.partition(".")[0] == "align":
         return f"{full} sha256:{file_digest(origin)}"
     try:
         return f"{full} sha256:{code_identity(module)}"
     except UserError as error:
-        raise UserError(f"{what} '{full}': {error}") from None
+        raise UserError(f"{role} '{full}': {error}") from None
 
 
-def _full(path: str, what: str) -> str:
+def _full(path: str, role: str) -> str:
     full = SHORT.get(path, path)
     module, colon, name = full.partition(":")
     if not (module and colon and name):
-        raise UserError(f"{what} '{path}': expected 'gold' or 'module:name'.{suggest(path, SHORT)}")
+        raise UserError(f"{role} '{path}': expected 'gold' or 'module:name'.{suggest(path, SHORT)}")
     return full
 
 
-def _find(full: str, what: str) -> Path:
-    """File of the module, looked for in the current directory too, as ``python -m`` does."""
+def _find(full: str, role: str) -> Path:
+    """Return the module's file; the current directory is searched too, as ``python -m`` does."""
     module = full.partition(":")[0]
-    here = str(Path.cwd())
-    if here not in sys.path and "" not in sys.path:
-        sys.path.insert(0, here)
+    directory = str(Path.cwd())
+    if directory not in sys.path and "" not in sys.path:
+        sys.path.insert(0, directory)
     importlib.invalidate_caches()
     try:
         spec = importlib.util.find_spec(module)
@@ -78,7 +78,7 @@ def _find(full: str, what: str) -> Path:
         spec = None
     if spec is None or spec.origin is None or not Path(spec.origin).is_file():
         raise UserError(
-            f"{what} '{full}': there is no module '{module}'; write it as package.module:function, importable from the "
+            f"{role} '{full}': there is no module '{module}'; write it as package.module:function, importable from the "
             "current directory or installed."
         )
     return Path(spec.origin)

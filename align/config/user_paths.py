@@ -1,4 +1,4 @@
-"""Paths that a user wrote, looked at before anything else touches them. Never imports torch."""
+"""Check paths that a user wrote. Never imports torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from align.errors import UserError, shorten
 
 REFUSED = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
-"""What the system says of a path that cannot be one; that nothing is there is said by whoever looks for it."""
+"""Errors of paths that cannot exist. A missing file is no error here: its reader reports it."""
 
 
 def user_path(text: str, base: Path | None = None) -> Path:
@@ -20,21 +20,22 @@ def user_path(text: str, base: Path | None = None) -> Path:
     try:
         path = Path(text).expanduser()
         path = path if base is None else base / path
+        # Looked at only for errors that no later reader could explain better.
         os.fsencode(path).decode("utf-8")
         os.lstat(path)
     except RuntimeError:
         user = shorten(text.partition("/")[0])
         raise UserError(f"'{shorten(text)}': there is no user '{user[1:]}' here; write the folder itself.") from None
     except ValueError as error:
-        raise UserError(f"'{shorten(text)}' is no path: {_why_no_text(error)}.") from None
+        raise UserError(f"'{shorten(text)}' is no path: {_encoding_problem(error)}.") from None
     except OSError as error:
         if error.errno in REFUSED:
             raise UserError(f"'{shorten(text)}' is no path: {error.strerror}.") from None
     return path
 
 
-def _why_no_text(error: ValueError) -> str:
-    """``UnicodeError`` is a ``ValueError``, as is the one for a NUL character."""
+def _encoding_problem(error: ValueError) -> str:
+    """Describe a path that is not text; both ``UnicodeError`` and the error for a NUL character are ``ValueError``."""
     if isinstance(error, UnicodeError):
         return "it has bytes or half characters that are no UTF-8 text"
     return str(error)

@@ -1,6 +1,6 @@
-"""From a mapping to a checked config object, with errors that name the place and the remedy.
+"""Validate a mapping against a config class, with errors that name the place and the remedy. Never imports torch.
 
-Leaves out reading the file (``yaml_file.py``) and what the fields mean (the config classes). Never imports torch.
+``yaml.py`` reads files; the config classes define the fields.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ Model = TypeVar("Model", bound=BaseModel)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def suggest(name: str, known: Iterable[str]) -> str:
-    """``" Did you mean 'x'?"`` for the nearest known name, else the known names, else nothing."""
-    names = sorted(set(known))
+def suggest(name: str, candidates: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the nearest candidate, else all candidates, else an empty text."""
+    names = sorted(set(candidates))
     close = nearest(name[:MOST_SHOWN], names)
     if close is not None:
         return f" Did you mean '{close}'?"
     return f" Known here: {', '.join(names)}." if names else ""
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that ``name`` most likely misspells, or None."""
-    lowered = {candidate.lower().replace("-", "_"): candidate for candidate in known}
+def nearest(name: str, candidates: Iterable[str]) -> str | None:
+    """Return the candidate that ``name`` most likely misspells, or None."""
+    lowered = {candidate.lower().replace("-", "_"): candidate for candidate in candidates}
     close = difflib.get_close_matches(name.lower().replace("-", "_"), lowered, n=1, cutoff=0.55)
     return lowered[close[0]] if close else None
 
 
 def validate(config_class: type[Model], mapping: Any, where: str) -> Model:
-    """Check ``mapping`` against ``config_class``; ``UserError`` lists every mistake with its path below ``where``.
+    """Return ``mapping`` as a ``config_class``; raise ``UserError`` with every mistake and its path below ``where``.
 
-    ``where`` reads like ``pipelines/ppo.yaml: stages.ppo``.
+    ``where`` reads like ``pipelines/hh.yaml: stages.ppo``.
     """
     if not isinstance(mapping, Mapping):
         raise UserError(f"{where}: expected a mapping of keys to values, found {_shown(mapping)}.")
@@ -55,34 +55,36 @@ def validate(config_class: type[Model], mapping: Any, where: str) -> Model:
     try:
         return validate_plain(config_class, mapping)
     except ValidationError as error:
-        # An unknown key explains the missing one beside it, so it comes first.
-        details = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
-        walked = [(detail, _walk(config_class, detail)) for detail in details]
-        raise UserError("\n".join(_explain(detail, at, where) for detail, at in _telling(walked))) from None
+        # an unknown key explains a missing one, so it comes first
+        details = sorted(error.errors(include_url=False), key=lambda detail: detail["type"] != "extra_forbidden")
+        # pydantic reports a mistake once for every member of a union; only the most specific report helps.
+        mistakes = [(detail, _locate(config_class, detail)) for detail in details]
+        lines = [_explain(detail, place, where) for detail, place in _most_specific(mistakes)]
+        raise UserError("\n".join(lines)) from None
 
 
 def validate_plain(config_class: type[Model], mapping: Mapping[str, Any]) -> Model:
-    """Validate what YAML, JSON or Python's plain values say, by the types that JSON has.
+    """Validate plain values of YAML, JSON or Python as pydantic validates JSON.
 
-    Strict fields take a list for a tuple, text for a path and text for a mapping's numeric key, since JSON has no
-    others, and no text for a number. Raises pydantic's ``ValidationError``.
+    Strict fields then accept a list for a tuple, text for a path and text for a mapping's numeric key, but no text for
+    a number. Raises pydantic's ``ValidationError``.
     """
     return config_class.model_validate_json(json.dumps(dict(mapping), default=_plain_value))
 
 
 def _plain_value(value: Any) -> Any:
-    """Convert what JSON has no form for: a config that Python code has made, or a number of numpy's."""
+    """Convert values that JSON lacks: a config object from Python code, or a number of numpy."""
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     return value.item()
 
 
-MOST_INTEGER = 2**63
-"""What no file format that rows and records are kept in goes beyond."""
+MAX_INTEGER = 2**63
+"""Limit of integers in the file formats of rows and records."""
 
 
 def _problems(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Values that no field takes, whatever its type, with their paths: a field of any type takes them in silence."""
+    """Yield path and problem of values that no field may have; fields of type ``Any`` would accept them."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             if not isinstance(key, str | int | float) or isinstance(key, bool):
@@ -105,20 +107,20 @@ def _problem(value: Any) -> str | None:
         return "has half a character (a lone surrogate), which is no text." if _SURROGATE.search(value) else None
     if isinstance(value, float) and not math.isfinite(value):
         return f"should be a finite number; found {value}."
-    if isinstance(value, int) and not -MOST_INTEGER <= value < MOST_INTEGER:
+    if isinstance(value, int) and not -MAX_INTEGER <= value < MAX_INTEGER:
         return f"should be from -2**63 to 2**63-1; found {_shown(value)}."
     if value is None or isinstance(value, bool | int | float | BaseModel):
         return None
-    if isinstance(value, numbers.Number) and hasattr(value, "item"):  # numpy's, which are checked as Python's are
+    if isinstance(value, numbers.Number) and hasattr(value, "item"):  # numpy's numbers are checked like Python's
         return _problem(value.item())
     return f"found {_shown(value)}, a {type(value).__name__}; write text in quotes, or a number."
 
 
 def _shown(value: Any) -> str:
-    """A value as a message repeats it: the beginning of a long one."""
+    """Return a value as messages quote it; a long one is cut."""
     try:
         return shorten(repr(value))
-    except ValueError:  # an integer of more digits than Python writes
+    except ValueError:  # an integer with more digits than Python prints
         return f"an integer of {value.bit_length()} bits"
 
 
@@ -129,25 +131,31 @@ def _place(where: str, path: tuple[str, ...]) -> str:
 
 
 @dataclass(frozen=True)
-class _At:
-    """Where a mistake is: its path as the YAML spells it, without labels of unions, and what is expected there."""
+class _Place:
+    """Place of a mistake: its path in the YAML, without pydantic's labels of unions, and the expected types."""
 
     path: tuple[str, ...]
-    """Below the block that is checked; an index stands with its list, ``several[1]``."""
+    """Path below the validated block; an index follows its list, ``several[1]``."""
     holders: list[type[BaseModel]]
-    """Models that may hold the last key."""
+    """Models that may have the last key."""
     expected: list[Any]
     """Member types of the annotation at the path."""
 
 
-def _telling(walked: list[tuple[ErrorDetails, _At]]) -> list[tuple[ErrorDetails, _At]]:
-    """One mistake a place: pydantic reports every branch of a union, of which the one that got furthest was meant."""
-    kept: dict[tuple[str, ...], tuple[ErrorDetails, _At]] = {}
-    for detail, at in walked:
-        deeper = any(_is_below(other.path, at.path) for _, other in walked)
-        if not (deeper and _is_about_type(detail)) and (at.path not in kept or _is_about_type(kept[at.path][0])):
-            kept[at.path] = detail, at
-    return list(kept.values())
+def _most_specific(mistakes: list[tuple[ErrorDetails, _Place]]) -> list[tuple[ErrorDetails, _Place]]:
+    """Return one mistake per place.
+
+    pydantic reports every branch of a union. The branch that got furthest is the one that the user meant.
+    """
+    chosen: dict[tuple[str, ...], tuple[ErrorDetails, _Place]] = {}
+    for detail, place in mistakes:
+        has_deeper = any(_is_below(deeper.path, place.path) for _, deeper in mistakes)
+        if has_deeper and _is_about_type(detail):
+            # A member that fails on type is not the one that was meant, if another got further in.
+            continue
+        if place.path not in chosen or _is_about_type(chosen[place.path][0]):
+            chosen[place.path] = detail, place
+    return list(chosen.values())
 
 
 def _is_below(path: tuple[str, ...], above: tuple[str, ...]) -> bool:
@@ -159,27 +167,29 @@ def _is_below(path: tuple[str, ...], above: tuple[str, ...]) -> bool:
 
 
 def _is_about_type(detail: ErrorDetails) -> bool:
-    """Whether the value is of another type than the branch, rather than a wrong value of the right type."""
+    """Return whether the value has a wrong type, rather than a wrong value of the right type."""
     kind = detail["type"]
     return kind.endswith(("_type", "_parsing")) or kind in ("literal_error", "int_from_float")
 
 
-def _explain(detail: ErrorDetails, at: _At, where: str) -> str:
-    shown, models = at.path, at.holders
+def _explain(detail: ErrorDetails, location: _Place, where: str) -> str:
+    """Return the message of one mistake."""
+    shown, models = location.path, location.holders
     prefix, _, path = where.partition(": ") if ": " in where else (where, "", "")
     full = ".".join((path, *shown) if path else shown)
     place = _place(where, shown)
     kind, context = detail["type"], detail.get("ctx", {})
     if kind == "extra_forbidden":
         parent = place.rsplit(".", 1)[0] if "." in full else prefix
-        known = [name for model in models for name in model.model_fields]
-        return f"{parent}: unknown key '{shorten(str(detail['loc'][-1]))}'.{suggest(str(detail['loc'][-1]), known)}"
+        key = str(detail["loc"][-1])
+        fields = [name for model in models for name in model.model_fields]
+        return f"{parent}: unknown key '{shorten(key)}'.{suggest(key, fields)}"
     if kind == "missing":
         return f"{place}: this key is required and missing."
     if kind == "union_tag_not_found":
         key = str(context.get("discriminator", "")).strip("'")
-        given = detail["input"] if isinstance(detail["input"], Mapping) else {}
-        slip = nearest(key, [str(name) for name in given])
+        block = detail["input"] if isinstance(detail["input"], Mapping) else {}
+        slip = nearest(key, [str(name) for name in block])
         if slip:
             return f"{place}: unknown key '{slip}'. Did you mean '{key}'?"
         return f"{place}: the key '{key}' is required and missing."
@@ -188,12 +198,12 @@ def _explain(detail: ErrorDetails, at: _At, where: str) -> str:
         expected = [tag.strip(" '") for tag in str(context.get("expected_tags", "")).split(",")]
         tag = str(context.get("tag"))
         return f"{place}.{key}: unknown value '{shorten(tag)}'.{suggest(tag, expected)}"
-    special = kind in ("model_type", "dict_type") or _names_a_stage(at.expected)
-    if _is_about_type(detail) and (len(at.expected) > 1 or special):
-        listed = [word.strip("'") for kind in at.expected for word in _words(kind) if word.startswith("'")]
+    special = kind in ("model_type", "dict_type") or _names_a_stage(location.expected)
+    if _is_about_type(detail) and (len(location.expected) > 1 or special):
+        listed = [word.strip("'") for kind in location.expected for word in _words(kind) if word.startswith("'")]
         close = nearest(detail["input"], listed) if isinstance(detail["input"], str) else None
         hint = f" Did you mean '{close}'?" if close else ""
-        return f"{place}: should be {_in_words(at.expected)}; found {_shown(detail['input'])}.{hint}"
+        return f"{place}: should be {_in_words(location.expected)}; found {_shown(detail['input'])}.{hint}"
     if kind == "literal_error":
         choices = str(context.get("expected", ""))
         names = [part.strip(" '") for part in choices.replace(" or ", ",").split(",")]
@@ -204,7 +214,8 @@ def _explain(detail: ErrorDetails, at: _At, where: str) -> str:
     return f"{place}: {message}; found {_shown(detail['input'])}."
 
 
-def _walk(config_class: type[BaseModel], detail: ErrorDetails) -> _At:
+def _locate(config_class: type[BaseModel], detail: ErrorDetails) -> _Place:
+    """Follow pydantic's location of a mistake through the config classes."""
     current: list[Any] = [config_class]
     shown: list[str] = []
     holders: list[type[BaseModel]] = [config_class]
@@ -212,12 +223,14 @@ def _walk(config_class: type[BaseModel], detail: ErrorDetails) -> _At:
     for part in detail["loc"]:
         holders = [kind for kind in current if isinstance(kind, type) and issubclass(kind, BaseModel)]
         lists = [kind for kind in current if typing.get_origin(kind) is list]
-        if isinstance(part, int) and not lists:  # a mapping's key that is a number
+        if isinstance(part, int) and not lists:  # a numeric key of a mapping
             part = str(part)
         if isinstance(part, int):
+            # An index belongs to its list: ``several[1]``, not ``several.1``.
             shown[-1:] = [f"{shown[-1] if shown else ''}[{part}]"]
             current = [arg for kind in lists for arg in _members(typing.get_args(kind))]
             continue
+        # pydantic puts the discriminator's value into the path, where the YAML has no such key.
         tagged = [model for model in holders if part in _tags(model)]
         if tagged and (len(holders) > 1 or not any(part in model.model_fields for model in holders)):
             current = list(tagged)
@@ -233,31 +246,31 @@ def _walk(config_class: type[BaseModel], detail: ErrorDetails) -> _At:
             continue  # a branch label of a plain union, which the YAML does not spell
         shown.append(part)
         current = [member for field in fields for member in _members([_annotation(field)])]
-    return _At(tuple(shown), holders, current)
+    return _Place(tuple(shown), holders, current)
 
 
 def _annotation(field: FieldInfo) -> Any:
-    """With the marker that pydantic takes out of the annotation of a field that names one stage."""
+    """Return a field's annotation with the marker of a stage's name, which pydantic moves to the metadata."""
     marks = [item for item in field.metadata if hasattr(item, "kinds")]
     return typing.Annotated[field.annotation, marks[0]] if marks else field.annotation
 
 
 def _members(annotations: Iterable[Any]) -> list[Any]:
-    """Flatten ``Annotated`` and unions into their member types; what names a stage stays marked."""
-    found: list[Any] = []
+    """Flatten ``Annotated`` and unions into their member types; types that name a stage keep their marker."""
+    members: list[Any] = []
     for annotation in annotations:
         origin = typing.get_origin(annotation)
         if origin is typing.Annotated and not _names_a_stage([annotation]):
-            found += _members(typing.get_args(annotation)[:1])
+            members += _members(typing.get_args(annotation)[:1])
         elif origin in (typing.Union, types.UnionType):
-            found += _members(typing.get_args(annotation))
+            members += _members(typing.get_args(annotation))
         else:
-            found.append(annotation)
-    return found
+            members.append(annotation)
+    return members
 
 
 def _names_a_stage(annotations: Iterable[Any]) -> bool:
-    """Whether one is marked with the ``kinds`` of artifact a stage must make"""
+    """Return whether an annotation is marked with the ``kinds`` of artifact that a stage must make."""
     return any(hasattr(item, "kinds") for a in annotations for item in getattr(a, "__metadata__", ()))
 
 
@@ -267,7 +280,7 @@ WORDS: dict[Any, str] = {
 
 
 def _in_words(expected: list[Any]) -> str:
-    """``a text, a list of these, or null``."""
+    """Return the types in words, such as ``a text, a list of these, or null``."""
     parts: list[str] = []
     for kind in sorted(expected, key=lambda kind: kind is type(None)):
         if typing.get_origin(kind) is list and parts and _in_words(_members(typing.get_args(kind))) == parts[-1]:
@@ -290,7 +303,7 @@ def _words(kind: Any) -> list[str]:
 
 
 def _tags(model: type[BaseModel]) -> set[str]:
-    """Values of the model's single-value literal fields, which discriminate unions."""
+    """Return the values of the model's literal fields, which discriminate unions."""
     return {
         str(value)
         for field in model.model_fields.values()

@@ -1,4 +1,4 @@
-"""Which vLLM servers sample instead of the stage's own process: the block ``runtime.rollouts``. Torch-free."""
+"""The block ``runtime.rollouts``: vLLM servers that sample in place of the stage's own process. Torch-free."""
 
 from __future__ import annotations
 
@@ -12,59 +12,64 @@ from align.errors import redact
 
 ADDRESS = re.compile(r"^(http://[A-Za-z0-9._-]+(:[0-9]{1,5})?/?|unix:/[^\s\x00]+)$")
 MOVED = ("address", "weights", "weights_folder")
-"""Fields that ``runtime.engine`` once had for its one server."""
+"""Fields for servers that belong in this block, not in ``runtime.engine``."""
 
 
 class RolloutsConfig(Config):
-    """vLLM servers that sample, score and answer for a stage; none: it samples in its own process."""
+    """vLLM servers that sample and score for a stage; without any it samples in its own process."""
 
     servers: int = Field(0, ge=0, le=1024)
-    """Servers that a stage starts on this machine, each on a Unix socket of its own, and ends with it."""
+    """Servers that a stage starts on this machine, each on its own Unix socket, and stops when it ends."""
     addresses: list[str] = Field([])
-    """Servers that run already, http://127.0.0.1:8000 or unix:/run/vllm.sock, instead of ``servers``; they go on
-    afterwards."""
+    """Running servers to use in place of ``servers``: http://127.0.0.1:8000 or unix:/run/vllm.sock. They keep
+    running."""
     key_variable: str = Field("ALIGN_SERVER_KEY", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
-    """Environment variable that holds the key of the servers at ``addresses``; the key itself is never written."""
+    """Environment variable with the API key of the servers at ``addresses``; the key itself is never stored."""
     tensor_parallel: int = Field(1, ge=1, le=64)
-    """GPUs (processes, on a CPU) that share the weights of one of ``servers``."""
+    """GPUs (processes, on a CPU) that share the weights of each of ``servers``."""
     gpus: list[int] | None = None
-    """GPUs of ``servers``, ``tensor_parallel`` each, as CUDA counts them; null takes those behind the trainer's."""
+    """GPUs of ``servers``, ``tensor_parallel`` each, in CUDA's order; null takes those after the trainer's."""
     weights: Literal["folder", "nccl"] = "folder"
-    """How servers get new ones: from a folder, or from the trainer's GPU to theirs, which must be others."""
+    """Transfer of new weights to the servers: through a folder, or by NCCL from the trainer's GPU to other GPUs."""
     weights_folder: str | None = None
-    """Folder that servers read new weights from, under the same path as here; null takes a temporary one."""
+    """Folder that servers read new weights from, under the same path as here; null takes a temporary folder."""
     restarts: int = Field(3, ge=0, le=100)
-    """Times that a server may be lost: started anew, or asked again once it answers. Then the stage goes on without."""
+    """Restarts of a lost server, or retries of one at ``addresses``. After that the stage goes on without it."""
 
     @property
     def pooled(self) -> bool:
-        """Whether servers sample at all."""
+        """True if servers sample."""
         return self.servers > 0 or bool(self.addresses)
 
     @field_validator("addresses", mode="before")
     @classmethod
-    def _one_or_several(cls, given: Any) -> Any:
-        return [given] if isinstance(given, str) else given
+    def _to_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
     @field_validator("addresses")
     @classmethod
-    def _are_addresses(cls, given: list[str]) -> list[str]:
-        for one in given:
-            if not ADDRESS.match(one):
-                raise ValueError(f"'{redact(one)}' is no address of a vLLM server; write http://127.0.0.1:8000")
-        bare = [one.rstrip("/") for one in given]
-        twice = sorted({one for one in bare if bare.count(one) > 1})
-        if twice:
-            raise ValueError(f"{twice[0]} stands there twice")
+    def _check_addresses(cls, addresses: list[str]) -> list[str]:
+        for address in addresses:
+            if not ADDRESS.match(address):
+                raise ValueError(f"'{redact(address)}' is not an address of a vLLM server; write http://127.0.0.1:8000")
+        bare = [address.rstrip("/") for address in addresses]
+        duplicates = sorted({address for address in bare if bare.count(address) > 1})
+        if duplicates:
+            raise ValueError(f"{duplicates[0]} is listed twice")
         return bare
 
     def refuse_unfit(self) -> None:
-        """Raise ``ValueError`` for fields that do not go together; a stage's own block may hold a part of them."""
+        """Raise ``ValueError`` for fields that contradict each other.
+
+        No validator, since a stage's overrides may hold only some of the fields.
+        """
         if self.servers and self.addresses:
-            raise ValueError("servers are started, addresses are those of servers that run already; give one of them.")
+            raise ValueError(
+                "servers are started by the stage, addresses name servers that run already; give one of them."
+            )
         if self.addresses and (self.tensor_parallel > 1 or self.gpus is not None):
             raise ValueError(
-                "tensor_parallel and gpus are of `servers` that a stage starts; those at `addresses` have their own."
+                "tensor_parallel and gpus are for `servers` that a stage starts; those at `addresses` have their own."
             )
         settings = self.weights == "nccl" or self.weights_folder is not None or self.tensor_parallel > 1
         if not self.pooled and (settings or self.gpus is not None):
@@ -75,30 +80,33 @@ class RolloutsConfig(Config):
                 f"{self.servers * self.tensor_parallel}."
             )
 
-    def gpus_of(self, server: int, there: int, trainers: int = 1) -> list[int]:
-        """GPUs of one of ``servers`` on a machine that has ``there`` of them, of which ``trainers`` take the first.
+    def gpus_of(self, server: int, available: int, trainers: int = 1) -> list[int]:
+        """Return the GPUs of one of ``servers`` on a machine with ``available`` GPUs.
 
-        Where there are too few to leave the trainers theirs, servers share them by turns.
+        Trainers use the first ``trainers`` of them. If there are too few for both, servers share GPUs with the
+        trainers, round robin.
         """
         size = self.tensor_parallel
         if self.gpus is not None:
             return self.gpus[server * size : (server + 1) * size]
-        first = trainers if there >= trainers + self.servers * size else 0
-        return [(first + server * size + at) % max(there, 1) for at in range(size)]
+        # Behind the trainer's GPUs if there are enough; else servers share GPUs with it, going round.
+        first = trainers if available >= trainers + self.servers * size else 0
+        start = first + server * size
+        return [(start + offset) % max(available, 1) for offset in range(size)]
 
 
-def refuse_moved(given: Any) -> Any:
-    """Raise ``ValueError`` where ``runtime.engine`` says what ``runtime.rollouts`` says now; else return it."""
-    if not isinstance(given, dict):
-        return given
-    named = given.get("name") == "vllm-server"
-    found = {name: given[name] for name in MOVED if given.get(name) is not None}
-    if not named and not found:
-        return given
-    place = {"addresses": [found.pop("address")]} if "address" in found else {"servers": 1}
-    block = ", ".join(f"{name}: {value}" for name, value in {**place, **found}.items()).replace("'", "")
-    left_out = [*(["name: vllm-server"] if named else []), *(name for name in MOVED if name in given)]
+def refuse_moved(engine: Any) -> Any:
+    """Return the block ``runtime.engine``; raise ``ValueError`` for fields that belong in ``runtime.rollouts``."""
+    if not isinstance(engine, dict):
+        return engine
+    is_server = engine.get("name") == "vllm-server"
+    moved = {name: engine[name] for name in MOVED if engine.get(name) is not None}
+    if not is_server and not moved:
+        return engine
+    place = {"addresses": [moved.pop("address")]} if "address" in moved else {"servers": 1}
+    block = ", ".join(f"{name}: {value}" for name, value in {**place, **moved}.items()).replace("'", "")
+    left_out = [*(["name: vllm-server"] if is_server else []), *(name for name in MOVED if name in engine)]
     raise ValueError(
-        f"servers of vLLM have a block of their own. Write `runtime: {{rollouts: {{{block}}}}}`, and leave "
+        f"vLLM servers have their own block. Write `runtime: {{rollouts: {{{block}}}}}`, and leave "
         f"{', '.join(left_out)} out of engine."
     )

@@ -1,9 +1,8 @@
-"""Reads YAML: safely, with errors that name line and column, and with the slips that YAML lets pass refused. No torch.
+"""Read and write YAML safely, with line and column in errors; duplicate keys are refused. Never imports torch.
 
-Plain scalars are what YAML 1.2 makes of them: ``true`` and ``false`` are the only booleans, and numbers are decimal.
-What YAML 1.1 takes for an octal number (010), a time in base 60 (1:30:00), a date or a boolean (no) is text here, which
-a field that wants a number refuses and a field that wants a time limit takes. Leaves out what the keys mean
-(``validation.py``).
+Plain scalars follow YAML 1.2: ``true`` and ``false`` are the only booleans, and numbers are decimal. What YAML 1.1
+reads as an octal number (010), a time in base 60 (1:30:00), a date or a boolean (no) is text here. ``validation.py``
+checks the keys.
 """
 
 from __future__ import annotations
@@ -18,30 +17,31 @@ import yaml
 
 from align.errors import UserError, shorten
 
-MOST_VALUES = 1_000_000
-"""Values in a YAML file once every alias stands for itself; a few lines of nested aliases could ask for any number."""
+MAX_VALUES = 1_000_000
+"""Most values of a file after its aliases are expanded; a few lines of nested aliases could mean billions."""
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key written twice, which YAML readers otherwise drop in silence.
+    """SafeLoader that refuses duplicate keys, of which YAML readers otherwise silently drop one.
 
-    A key that a merge (``<<: *other``) brings is no second one: the mapping's own takes its place, as YAML has it.
+    A key from a merge (``<<: *base``) is no duplicate: the mapping's own key overrides it.
     """
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Put merged keys into the mapping; looked at before that, since afterwards they stand beside its own."""
-        seen: set[Any] = set()
+        """Merge keys into the mapping, after checking its own keys for duplicates."""
+        keys: set[Any] = set()
+        # An alias leads to its node several times; from the second on, merged keys would look like duplicates.
         for key_node, _ in [] if getattr(node, "flattened", False) else node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":
                 continue
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
                 raise yaml.constructor.ConstructorError(None, None, "a key must be a plain value", key_node.start_mark)
-            if key in seen:
+            if key in keys:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} stands here a second time", key_node.start_mark
                 )
-            seen.add(key)
+            keys.add(key)
         node.flattened = True  # type: ignore[attr-defined]
         super().flatten_mapping(node)
 
@@ -57,7 +57,7 @@ SCALARS = (
         "-+.0123456789",
     ),
 )
-"""Tag, spelling and first characters of plain scalars that are no text."""
+"""Tag, pattern and first characters of plain scalars that are not text."""
 REPLACED = frozenset(f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "timestamp", "value"))
 
 _Loader.yaml_implicit_resolvers = {
@@ -89,15 +89,15 @@ def load_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"'{shorten(str(path))}' cannot be read: {reason}.") from None
     data = parse_yaml(text, str(path))
     if not isinstance(data, dict):
-        what = "is empty" if data is None else f"holds {type(data).__name__}"
-        raise UserError(f"{path}: expected a mapping of keys to values, but the file {what}.")
+        content = "is empty" if data is None else f"holds {type(data).__name__}"
+        raise UserError(f"{path}: expected a mapping of keys to values, but the file {content}.")
     return data
 
 
 def parse_yaml(text: str, where: str) -> Any:
     """Parse YAML text safely; ``UserError`` names line and column."""
     try:
-        return _apart(yaml.load(text, Loader=_Loader), [0])  # noqa: S506  (a SafeLoader)
+        return _expand(yaml.load(text, Loader=_Loader), [0])  # noqa: S506  (a SafeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "an unknown place"
@@ -111,14 +111,18 @@ def parse_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where}: invalid YAML: {shorten(str(error))}.") from None
 
 
-def _apart(value: Any, made: list[int]) -> Any:
-    """A copy in which nothing stands twice, so that setting a field of one stage leaves those that share it alone."""
-    made[0] += 1
-    if made[0] > MOST_VALUES:
-        raise ValueError(f"its aliases (*name) unfold to more than {MOST_VALUES:,} values, or into themselves")
+def _expand(value: Any, count: list[int]) -> Any:
+    """Return a copy without shared objects, so that overriding a field of one stage does not change another.
+
+    ``count`` holds the number of values so far.
+    """
+    # A shared counter: nested aliases multiply, and the limit is on what the whole file unfolds to.
+    count[0] += 1
+    if count[0] > MAX_VALUES:
+        raise ValueError(f"its aliases (*name) unfold to more than {MAX_VALUES:,} values, or into themselves")
     if isinstance(value, dict):
-        return {key: _apart(item, made) for key, item in value.items()}
-    return [_apart(item, made) for item in value] if isinstance(value, list) else value
+        return {key: _expand(item, count) for key, item in value.items()}
+    return [_expand(item, count) for item in value] if isinstance(value, list) else value
 
 
 def _similar_files(path: Path) -> str:
@@ -133,10 +137,10 @@ def _similar_files(path: Path) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes every text which ``parse_yaml`` would read as something else."""
+    """SafeDumper that quotes every text that ``parse_yaml`` would read as another type."""
 
     def ignore_aliases(self, data: Any) -> bool:
-        """Write what stands twice twice, as a person would."""
+        """Write repeated values in full."""
         return True
 
 
@@ -145,7 +149,11 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
         quoted = yaml.load(text, Loader=_Loader) != text  # noqa: S506  (a SafeLoader)
     except yaml.YAMLError:
         quoted = True
-    style = "|" if "\n" in text.strip() else '"' if quoted else None
+    style = None
+    if "\n" in text.strip():
+        style = "|"
+    elif quoted:
+        style = '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
@@ -153,5 +161,5 @@ _Dumper.add_representer(str, _represent_text)
 
 
 def dump_yaml(value: Any) -> str:
-    """Write plain values as YAML that ``parse_yaml`` reads as the same values."""
+    """Return plain values as YAML text that ``parse_yaml`` reads back as the same values."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)

@@ -1,1 +1,1 @@
-"""One thin file per stage: its configuration and ``run``."""
+"""The work of each kind of stage: one file with ``run`` per kind."""

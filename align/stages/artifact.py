@@ -1,7 +1,7 @@
-"""Stage ``artifact``: take a finished artifact into a pipeline as it is, so that nothing of it is made again.
+"""Stage ``artifact``: use a finished artifact in a pipeline as it is.
 
-The files are shared with the original (hard links) where the file system can, and copied elsewhere. A reward model's
-plain folder is taken, too; a plain folder that answers prompts is what the ``model`` stage reads.
+Its files are hard links to the original, or copies if the file system has no links. A reward model's plain folder is
+accepted, too; the ``model`` stage reads plain folders of language models.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def artifact_folder(config: ArtifactConfig, base: Path) -> Path:
-    """Return the folder; ``UserError`` where there is none."""
+    """Return the folder; raise ``UserError`` if there is none."""
     folder = user_path(config.path, base)
     if not folder.is_dir():
         raise UserError(f"path: there is no folder '{folder}'; relative paths start at the current folder.")
@@ -44,7 +44,7 @@ def makes(config: ArtifactConfig) -> Kind:
 
 
 def identities(config: ArtifactConfig, base: Path) -> dict[str, str]:
-    """Return the artifact's key; for a reward model's folder the digest of its files."""
+    """Return the artifact's key, or for a reward model's folder the digest of its files."""
     folder = artifact_folder(config, base)
     record = read_record(folder)
     if record is not None:
@@ -55,7 +55,7 @@ def identities(config: ArtifactConfig, base: Path) -> dict[str, str]:
 
 
 def architecture(config: ArtifactConfig, base: Path) -> Architecture:
-    """Return the model's sizes, for the memory of the stages that use it."""
+    """Return the model's sizes, for estimates of the stages that use it."""
     from align.models.architecture import read_architecture
 
     folder = artifact_folder(config, base)
@@ -64,7 +64,7 @@ def architecture(config: ArtifactConfig, base: Path) -> Architecture:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """The record of a finished artifact, or None; ``UserError`` for one that cannot be read."""
+    """Return the record of a finished artifact, or None; raise ``UserError`` if it cannot be read."""
     try:
         return read_checked(folder)
     except FileNotFoundError:
@@ -76,7 +76,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def _refuse_other_models(folder: Path) -> None:
-    """Without a record only a reward model's folder is taken: all else has a stage that reads it properly."""
+    """Raise ``UserError`` for a folder without a record that is not a reward model's."""
     try:
         kinds = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or ["?"]
     except (OSError, ValueError, AttributeError):
@@ -91,9 +91,9 @@ def _refuse_other_models(folder: Path) -> None:
 
 
 def run(context: StageContext) -> dict[str, Any]:
-    """Fill the output with the artifact's files and say where it comes from: its ``key``, ``stage`` and ``kind``.
+    """Fill the output with the artifact's files, and return its origin: ``key``, ``stage`` and ``kind``.
 
-    Raises ``UserError`` for a file that is gone or is not what the record says.
+    Raises ``UserError`` for a file that is missing or differs from the record.
     """
     config: ArtifactConfig = context.config
     folder = artifact_folder(config, Path.cwd())
@@ -102,33 +102,36 @@ def run(context: StageContext) -> dict[str, Any]:
         _copy_model(folder, context.output / "model")
         return {"key": identities(config, Path.cwd())["path"], "stage": folder.name, "kind": "folder"}
     total = sum(entry["bytes"] for entry in record["outputs"].values())
-    done = 0
+    # In bytes, since a few large files take nearly all of the time.
+    copied = 0
     for name, entry in record["outputs"].items():
-        _take(folder / name, context.output / name, context.output, entry["sha256"])
-        done += entry["bytes"]
-        context.progress(done, total, unit="bytes")
+        _link(folder / name, context.output / name, context.output, entry["sha256"])
+        copied += entry["bytes"]
+        context.progress(copied, total, unit="bytes")
     return {"key": original_key(record), "stage": record["stage"], "kind": record["kind"]}
 
 
-def _take(source: Path, target: Path, root: Path, sha256: str) -> None:
-    """One file, checked: the key stands for these bytes, and a name must not lead out of the folder."""
+def _link(source: Path, target: Path, root: Path, sha256: str) -> None:
+    """Link or copy one file, after checking its digest, and that its name does not lead out of the folder."""
     if not target.resolve().is_relative_to(root.resolve()):
         raise UserError(f"path: the record names the file '{source}', outside the artifact; do not use it.")
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        found = file_digest(source)
+        digest = file_digest(source)
     except OSError as error:
         raise UserError(f"path: {source} cannot be read ({error.strerror}); the artifact is not whole.") from None
-    if found != sha256:
+    if digest != sha256:
+        # Checked before linking: the new artifact vouches for these bytes under its own record.
         raise UserError(f"path: {source} has another sha256 than its record; the artifact is corrupted.")
     try:
+        # A hard link costs no space, and finished artifacts never change.
         os.link(source, target)
     except OSError:  # another disk, or a file system without links
         shutil.copy2(source, target)
 
 
 def _copy_model(folder: Path, target: Path) -> None:
-    """A folder that someone may still change: copied, never shared."""
+    """Copy a plain folder; no hard links, since someone may still change it."""
     from align.models.files import files_read
 
     for name, file in files_read(folder).items():

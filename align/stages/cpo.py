@@ -1,4 +1,4 @@
-"""Contrastive preference optimization (arXiv 2401.08417) and its relatives without a reference, SimPO among them.
+"""Stage ``cpo``: contrastive preference optimization (arXiv 2401.08417) and other losses without a reference.
 
 Experimental in trl, which may move or drop its CPOTrainer.
 """
@@ -27,7 +27,7 @@ def run(context: StageContext) -> dict[str, Any]:
         beta=config.beta,
         loss_type=config.loss,
         label_smoothing=config.label_smoothing,
-        cpo_alpha=config.own_weight,
+        cpo_alpha=config.sft_weight,
         simpo_gamma=0.5 if config.simpo_gamma is None else config.simpo_gamma,
         alpha=config.alpha,
     )

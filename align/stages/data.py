@@ -9,19 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from align.config.base import Config
+from align.config.recipe.recipe import Recipe, load_recipe
+from align.config.recipe.source_settings import FilesSource, InputSource
 from align.config.stages.data import DataConfig
 from align.data.build import build
 from align.data.card import write_card
 from align.data.ledger import summary_lines
-from align.data.recipe import Recipe, load_recipe
-from align.data.source_configs import FilesSource, InputSource
 from align.data.sources import identity
-from align.data.workers import Machine
+from align.data.steps.step_kinds import step_identities
+from align.data.workers import BuildResources
 from align.errors import UserError
+from align.models.step_models import StepModels
 from align.pipeline.context import StageContext
 from align.pipeline.stop_signal import die_with_parent
-from align.report.dataset.page import write_preview
+from align.report.dataset.preview import write_preview
 from align.store.artifacts import Kind
+from align.store.atomic_write import write_text_atomically
 from align.store.fingerprint import digest
 
 
@@ -48,26 +51,26 @@ def resolved_recipe(config: DataConfig, base: Path) -> Recipe:
 
 
 def identities(config: DataConfig, base: Path) -> dict[str, str]:
-    """Return the digest of the recipe's content, and what every source and step reads: digests, commits, versions."""
+    """Return the digest of the recipe's content, and digests, commits and versions of what sources and steps read."""
     recipe = resolved_recipe(config, base)
     content = _without_identified(recipe)
+    # Words for readers must not build a dataset again.
     for name in ("description", "language", "files_variable"):
         content.pop(name)
-    found = {}
+    identities = {}
     for index, source in enumerate(recipe.sources):
         if isinstance(source, InputSource):
-            continue  # an input's key is part of the stage's own
+            continue  # the key of an input is part of the stage's key
         for name, value in identity(source, base).items():
-            found[f"sources[{index}] {name}".strip()] = value
+            identities[f"sources[{index}] {name}".strip()] = value
     for index, step in enumerate(recipe.steps):
-        if hasattr(step, "identities"):
-            for name, value in step.identities(base).items():
-                found[f"steps[{index}] {name}".strip()] = value
-    return {"recipe": digest(content), **found}
+        for name, value in step_identities(step, base, StepModels()).items():
+            identities[f"steps[{index}] {name}".strip()] = value
+    return {"recipe": digest(content), **identities}
 
 
 def _without_identified(value: Any) -> Any:
-    """A config as plain values, without fields whose meaning its ``identities`` cover, however deep they are."""
+    """Return a config as plain values, at every level without the fields that its identities cover."""
     if isinstance(value, Config):
         names = [name for name in type(value).model_fields if name not in value.identified]
         return {name: _without_identified(getattr(value, name)) for name in names}
@@ -77,18 +80,20 @@ def _without_identified(value: Any) -> Any:
 
 
 def run(context: StageContext) -> dict[str, Any]:
-    """Build the recipe (``align.data.build``) with its card and preview page. Returns the row counts."""
+    """Build the recipe (``align.data.build``) with its card and preview page, and return the row counts."""
     config: DataConfig = context.config
     base = Path.cwd()
     recipe = resolved_recipe(config, base)
     if config.files and any(isinstance(source, FilesSource) for source in recipe.sources):
         print(f"reading {len(config.files)} local patterns instead of the recipe's sources")
+    # Cores that this process may use: a container or scheduler often grants fewer than there are.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    machine = Machine(
+    resources = BuildResources(
         workers=context.runtime.workers or cores,
         device=context.runtime.device,
         start_worker=functools.partial(die_with_parent, os.getpid()),
         executor=context.runtime.executor,
+        models=StepModels(),
     )
     inputs = [artifact.path for artifact in context.inputs.get("inputs") or []]
     ledger = build(
@@ -96,16 +101,17 @@ def run(context: StageContext) -> dict[str, Any]:
         base,
         context.checkpoints,
         context.output,
-        inputs,
-        machine,
-        lambda done, step: context.progress(done, done, unit="rows", step=step),
+        inputs=inputs,
+        resources=resources,
+        progress=lambda done, step: context.progress(done, done, unit="rows", step=step),
     )
     for line in summary_lines(ledger):
         print(line)
-    (context.output / "ledger.json").write_text(json.dumps(ledger, indent=2) + "\n", encoding="utf-8")
-    name, said = Path(config.recipe).stem, recipe.model_dump(mode="json", exclude_unset=True)
-    write_card(context.output, said, ledger, name)
-    write_preview(context.output, said, name)
+    write_text_atomically(context.output / "ledger.json", json.dumps(ledger, indent=2) + "\n")
+    name = Path(config.recipe).stem
+    settings = recipe.model_dump(mode="json", exclude_unset=True)
+    write_card(context.output, settings, ledger, name)
+    write_preview(context.output, settings, name)
     total = sum(ledger["splits"].values())
     context.progress(total, total, unit="rows")
     return {

@@ -1,4 +1,4 @@
-"""The ``distill`` stage's work: student, teacher and its cache, the engine for the student's own answers."""
+"""Stage ``distill``: train a student on a teacher's distributions, cached or computed, and on its own answers."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from align.inference.engine import open_engine
 from align.inference.protocol import RolloutEngine, Sampling
 from align.lint.trainer import Split, lint_stage
 from align.models.loading import load_policy, load_tokenizer
-from align.models.merging import merged_weights
-from align.models.processes import agreed
-from align.models.sharding import whole
+from align.models.processes import broadcast
+from align.models.sharding import full_model
 from align.models.threads import device_of, use_threads
 from align.models.tuning.apply import apply_tuning, load_for_tuning
-from align.models.tuning.stored import engine_source
+from align.models.tuning.engine_source import engine_source
+from align.models.tuning.merged_weights import merged_weights
 from align.pipeline.context import StageContext
 from align.store.artifacts import Artifact
 from align.training.arguments import training_arguments
-from align.training.distill_trainer import AnswerCollator, PreparedDistill, held_out, own_answers
+from align.training.distill_trainer import AnswerCollator, PreparedDistill, held_out, is_on_policy_step
 from align.training.divergence import Known, Measure
 from align.training.fit import fit
 from align.training.input_checks import check_encoded, check_ends, check_model, check_same_vocabulary
 from align.training.rows import Encoded, Row, counts, encode_supervised, read_splits
-from align.training.saving import save
+from align.training.save import save
 from align.training.teacher import Teacher, TeacherCache
 
 if TYPE_CHECKING:
@@ -45,16 +45,15 @@ def run(context: StageContext) -> dict[str, Any]:
     tokenizer, model = load_tokenizer(source, config.tuning), load_for_tuning(source, config.tuning)
     check_model(context.name, model, tokenizer)
     _check_teacher(context, tokenizer, teacher)
-    given, splits = _splits(context, tokenizer)
+    stored, splits = _splits(context, tokenizer)
     train_rows = splits["train"]
     check_ends(context.name, train_rows, tokenizer)
-    lesson = _Lesson(context, tokenizer, teacher, splits, model.get_output_embeddings().weight.shape[0])
+    targets = _TeacherTargets(context, tokenizer, teacher, splits, model.get_output_embeddings().weight.shape[0])
     model = apply_tuning(
         model,
         config.tuning,
         context.seed,
         tokenizer=tokenizer,
-        warn=context.warn,
         rows=[row["input_ids"] for row in train_rows.rows],
     )
     trainer = PreparedDistill(
@@ -62,35 +61,37 @@ def run(context: StageContext) -> dict[str, Any]:
         args=training_arguments(Arguments, context, len(train_rows.rows)),
         train_dataset=Dataset.from_list(train_rows.rows),
         processing_class=tokenizer,
-        data_collator=lesson.collator,
+        data_collator=targets.collator,
     )
     trainer.row_lengths = train_rows.lengths
-    looked_at = {name: Split(given[name], splits[name]) for name in splits}
-    lint_stage(context, "sft", trainer, looked_at, config.max_length)
-    lesson.prepare()
-    trainer.measure, trainer.teacher, trainer.known = lesson.measure, lesson.teacher, lesson.known["train"]
+    linted = {name: Split(stored[name], splits[name]) for name in splits}
+    lint_stage(context, "sft", trainer, linted, config.max_length)
+    # After the linter, since the teacher's passes are the expensive part.
+    targets.prepare()
+    trainer.measure, trainer.teacher, trainer.known = targets.measure, targets.teacher, targets.known["train"]
     trainer.sft_weight, trainer.on_policy = config.sft_weight, config.on_policy
     engine = _engine(context) if config.on_policy else None
     try:
         if engine is not None:
             trainer.sampler = _sampler(context, engine)
-        metrics = fit(trainer, context, lambda split: held_out(trainer, splits[split], lesson.known[split]))
+        metrics = fit(trainer, context, lambda split: held_out(trainer, splits[split], targets.known[split]))
     finally:
         if engine is not None:
             engine.close()
     save(context, trainer, tokenizer)
-    facts = {"rows": len(train_rows.rows), **counts(splits, "rows"), **lesson.facts()}
+    facts = {"rows": len(train_rows.rows), **counts(splits, "rows"), **targets.facts()}
     if engine is not None:
-        drawn = (own_answers(trainer.args.seed, step, config.on_policy) for step in range(metrics["steps"]))
-        facts |= {"own_steps": sum(drawn), "engine": engine.name}
+        on_policy_steps = (
+            is_on_policy_step(trainer.args.seed, step, config.on_policy) for step in range(metrics["steps"])
+        )
+        facts |= {"own_steps": sum(on_policy_steps), "engine": engine.name}
     return {**metrics, **facts}
 
 
 def _check_teacher(context: StageContext, tokenizer: Any, teacher: Artifact) -> None:
-    other = load_tokenizer(teacher.model)
-    names = ("the student", "the teacher")
-    check_same_vocabulary(context.name, tokenizer, other, names)
-    if tokenizer.chat_template != other.chat_template:
+    teacher_tokenizer = load_tokenizer(teacher.model)
+    check_same_vocabulary(context.name, tokenizer, teacher_tokenizer, ("the student", "the teacher"))
+    if tokenizer.chat_template != teacher_tokenizer.chat_template:
         raise UserError(
             f"{context.name}: student and teacher have different chat templates, so the teacher would read what it was "
             "never trained on. Give both `model` stages one chat_template."
@@ -98,24 +99,26 @@ def _check_teacher(context: StageContext, tokenizer: Any, teacher: Artifact) -> 
 
 
 def _splits(context: StageContext, tokenizer: Any) -> tuple[dict[str, list[Row]], dict[str, Encoded]]:
+    """Return the rows of both splits as stored and as encoded; encoded rows have their number in ``row``."""
     config: DistillConfig = context.config
     stored, splits = read_splits(context), {}
     for split, rows in stored.items():
         splits[split] = encoded = encode_supervised(tokenizer, rows, config.max_length)
         check_encoded(context.name, encoded, len(rows), split, config.max_length, context.warn)
         for number, row in enumerate(encoded.rows):
+            # Batches are shuffled; the number leads from a row back to the teacher's distribution for it.
             row["row"] = number  # type: ignore[assignment]
     return stored, splits
 
 
-class _Lesson:
-    """What the teacher says of both splits, and the teacher itself where it is still needed."""
+class _TeacherTargets:
+    """The teacher's distributions for both splits, and the teacher itself if training still needs it."""
 
     def __init__(
-        self, context: StageContext, tokenizer: Any, artifact: Artifact, splits: dict[str, Encoded], rows: int
+        self, context: StageContext, tokenizer: Any, artifact: Artifact, splits: dict[str, Encoded], vocabulary: int
     ) -> None:
         config: DistillConfig = context.config
-        self.context, self.artifact, self.splits, self.vocabulary = context, artifact, splits, rows
+        self.context, self.artifact, self.splits, self.vocabulary = context, artifact, splits, vocabulary
         self.measure = Measure(config.divergence, config.jsd_beta, config.temperature, config.top_k)
         self.collator = AnswerCollator(tokenizer.pad_token_id)
         self.known: dict[str, list[Known]] = {name: [] for name in splits}
@@ -125,20 +128,21 @@ class _Lesson:
             "precision": config.precision,
             "temperature": config.temperature,
             "top_k": config.top_k,
-            "vocabulary": rows,
+            "vocabulary": vocabulary,
         }
         folder = (context.cache or context.checkpoints) / "teachers"
         self.cache = TeacherCache(folder, identity, context.warn)
 
     def prepare(self) -> None:
-        """Look up or compute what the teacher says; it is loaded only where something is left for it to say."""
+        """Read the teacher's distributions from the cache or compute them; load the teacher only if it is needed."""
         if self.measure.top_k is not None:
             for name, split in self.splits.items():
-                self.known[name] = self.cache.known(split.rows, lambda split=split: self._ask(split))  # type: ignore[misc]
-        needed = self.measure.top_k is None or self.context.config.on_policy > 0
-        self.teacher = self._load() if needed else None
+                self.known[name] = self.cache.known(split.rows, lambda split=split: self._compute(split))  # type: ignore[misc]
+        # With ``top_k`` the distributions are small enough to store, and the teacher can leave memory before training.
+        trains_with_teacher = self.measure.top_k is None or self.context.config.on_policy > 0
+        self.teacher = self._load() if trains_with_teacher else None
 
-    def _ask(self, split: Encoded) -> list[Known]:
+    def _compute(self, split: Encoded) -> list[Known]:
         def report(done: int, total: int) -> None:
             self.context.progress(done, total, unit="teacher rows")
 
@@ -152,14 +156,14 @@ class _Lesson:
         return self.teacher
 
     def facts(self) -> dict[str, Any]:
-        """How much of the teacher's word was found, and how much computed."""
-        return {"teacher_rows_cached": self.cache.found, "teacher_rows_computed": self.cache.computed}
+        """Return the numbers of rows that came from the cache and that the teacher computed."""
+        return {"teacher_rows_cached": self.cache.hits, "teacher_rows_computed": self.cache.computed}
 
 
 def _engine(context: StageContext) -> RolloutEngine:
     config: DistillConfig = context.config
     return open_engine(
-        agreed(
+        broadcast(
             lambda: engine_source(
                 context.artifact("model").model, config.tuning, context.checkpoints / "engine" / "model"
             )
@@ -177,8 +181,10 @@ def _sampler(context: StageContext, engine: RolloutEngine) -> Any:
     config: DistillConfig = context.config
 
     def sample(model: Any, prompts: list[list[int]], step: int) -> list[list[int]]:
-        with torch.no_grad(), whole(model) as plain:
+        # On-policy: the engine gets the student's current weights before each of its steps.
+        with torch.no_grad(), full_model(model) as plain:
             engine.load_weights(merged_weights(plain))
+        # A seed per step, so that a resumed run samples what the uninterrupted one would have.
         sampling = Sampling(config.max_tokens, config.sample_temperature, seed=context.seed + (step << 20))
         return [answers[0].token_ids for answers in engine.generate(prompts, sampling)]
 

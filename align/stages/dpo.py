@@ -1,5 +1,4 @@
-"""Direct preference optimization (arXiv 2305.18290) and the losses that vary it: learning from pairs without a reward
-model (trl's DPOTrainer)."""
+"""Stage ``dpo``: direct preference optimization (arXiv 2305.18290) and its variants, with trl's DPOTrainer."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from align.stages.preference import beta_of
 def run(context: StageContext) -> dict[str, Any]:
     """Train, save ``model/`` and return steps, tokens, speed, and held-out loss, accuracy and margin.
 
-    With the policy itself as reference nothing is scored before training: every margin is 0 then, by construction.
+    With the policy itself as the reference, held-out rows are not scored before training: every margin is 0 then.
 
     Raises ``UserError`` for a model without chat template, data without usable pairs, or a reference of another
     vocabulary.
@@ -25,30 +24,31 @@ def run(context: StageContext) -> dict[str, Any]:
     from trl.trainer.dpo_config import DPOConfig as Arguments
     from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-    from align.stages.preference import Reference, make_ready
+    from align.stages.preference import Reference, prepare_policy
     from align.training import held_out
     from align.training.arguments import total_steps, training_arguments
     from align.training.dpo_trainer import PreparedDPO
     from align.training.fit import fit
     from align.training.rows import counts, encode_pairs
-    from align.training.saving import save
+    from align.training.save import save
 
     config: DpoConfig = context.config
-    ready = make_ready(context, encode_pairs, DataCollatorForPreference)
-    ready.lint(context, "dpo")
+    prepared = prepare_policy(context, encode_pairs, DataCollatorForPreference)
+    prepared.lint(context, "dpo")
     facts = {}
     if config.reference_free:
-        for encoded in ready.splits.values():
+        # A reference of zeros cancels out of the loss, and nothing has to be computed for it.
+        for encoded in prepared.splits.values():
             for row in encoded.rows:
                 row |= {"ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0}  # type: ignore[dict-item]
     else:
-        reference = Reference(context, ready)
-        for split, encoded in ready.splits.items():
+        reference = Reference(context, prepared)
+        for split, encoded in prepared.splits.items():
             add_reference(encoded.rows, config.ld_alpha, lambda answers, split=split: reference.sums(split, answers))
         facts = reference.facts()
-    rows = len(ready.train.rows)
+    rows = len(prepared.train.rows)
     trainer = PreparedDPO(
-        model=ready.wrapped(context),
+        model=prepared.tuned_model(context),
         beta_at=beta_of(config, total_steps(context.name, config, rows)),
         args=training_arguments(
             Arguments,
@@ -63,27 +63,29 @@ def run(context: StageContext) -> dict[str, Any]:
             f_alpha_divergence_coef=0.5 if config.f_alpha_divergence_coef is None else config.f_alpha_divergence_coef,
             discopop_tau=config.discopop_tau,
             use_weighting=config.use_weighting,
+            # Computed above and cached; without this, trl would hold a second model in memory.
             precompute_ref_log_probs=True,
         ),
-        data_collator=ready.collator,
-        train_dataset=Dataset.from_list(ready.train.rows),
-        processing_class=ready.tokenizer,
+        data_collator=prepared.collator,
+        train_dataset=Dataset.from_list(prepared.train.rows),
+        processing_class=prepared.tokenizer,
     )
-    trainer.row_lengths = ready.train.lengths
+    trainer.row_lengths = prepared.train.lengths
     start = config.reference_free or config.reference is not None
-    metrics = fit(trainer, context, lambda split: held_out.preferences(trainer, ready.splits[split]), before=start)
-    save(context, trainer, ready.tokenizer)
-    return {**metrics, **facts, "pairs": rows, **counts(ready.splits, "pairs")}
+    metrics = fit(trainer, context, lambda split: held_out.preferences(trainer, prepared.splits[split]), before=start)
+    save(context, trainer, prepared.tokenizer)
+    return {**metrics, **facts, "pairs": rows, **counts(prepared.splits, "pairs")}
 
 
 def add_reference(rows: list[dict[str, Any]], ld_alpha: float | None, sums: Any) -> None:
-    """Give each pair ``ref_chosen_logps`` and ``ref_rejected_logps`` (nats); ``sums`` scores a list of answers."""
+    """Add ``ref_chosen_logps`` and ``ref_rejected_logps`` (nats) to each pair; ``sums`` scores a list of answers."""
     from align.training.reference import Answer
 
     answers = []
     for row in rows:
+        # LD-DPO weighs the tokens up to the shorter answer's length apart from those beyond it.
         shared = min(len(row["chosen_ids"]), len(row["rejected_ids"]))
         answers += [Answer(row["prompt_ids"], row[side], shared) for side in ("chosen_ids", "rejected_ids")]
-    found = sums(answers).weighted(ld_alpha)
-    for at, row in enumerate(rows):
-        row["ref_chosen_logps"], row["ref_rejected_logps"] = found[2 * at], found[2 * at + 1]
+    logps = sums(answers).weighted(ld_alpha)
+    for row, chosen, rejected in zip(rows, logps[::2], logps[1::2], strict=True):
+        row["ref_chosen_logps"], row["ref_rejected_logps"] = chosen, rejected

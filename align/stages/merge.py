@@ -1,4 +1,4 @@
-"""The ``merge`` stage's work: checks, then tensor by tensor into a model of the first checkpoint's kind, and saved."""
+"""Stage ``merge``: check the checkpoints, merge them tensor by tensor into the first one's architecture, and save."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from align.models.merging_methods import methods
-from align.models.merging_methods.checks import check_architecture, check_language, check_origin, check_tensors
-from align.models.merging_methods.weights import Weights
+from align.models.merging_methods.compatibility import check_architecture, check_language, check_origin, check_tensors
+from align.models.merging_methods.lazy_weights import Weights
 from align.pipeline.context import StageContext
 from align.store.artifacts import Artifact
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from align.config.stages.merge import MergeConfig
 
 SCORE = frozenset({"score.weight"})
-"""A reward model's head, which starts at zero on a base that has none."""
+"""A reward model's head; for a base without one it counts as zero."""
 
 
 def run(context: StageContext) -> dict[str, Any]:
-    """Merge, save ``model/``, and return each checkpoint's distance from the base and how alike their directions are.
+    """Merge, save ``model/``, and return each checkpoint's distance from the base and the cosines of their directions.
 
     Raises ``UserError`` for checkpoints of different architectures, vocabularies, templates or origins, and for one
-    whose adapter is no part of its weights.
+    whose adapter is not merged into its weights.
     """
     from align.models.threads import use_threads
 
@@ -35,43 +35,51 @@ def run(context: StageContext) -> dict[str, Any]:
 
     config: MergeConfig = context.config
     field = "rewards" if config.rewards else "policies"
-    given: list[Artifact] = context.inputs[field]
-    models = [Weights(artifact.model, f"{field} ('{artifact.stage}')") for artifact in given]
+    artifacts: list[Artifact] = context.inputs[field]
+    models = [Weights(artifact.model, f"{field} ('{artifact.stage}')") for artifact in artifacts]
     start: Artifact | None = context.inputs["base"]
     base = None if start is None else Weights(start.model, f"base ('{start.stage}')")
-    tokenizer = load_tokenizer(given[0].model)
-    others = [*zip(models[1:], given[1:], strict=True)] + ([] if base is None or start is None else [(base, start)])
-    for weights, artifact in others:
+    tokenizer = load_tokenizer(artifacts[0].model)
+    compared = list(zip(models[1:], artifacts[1:], strict=True))
+    if base is not None and start is not None:
+        compared.append((base, start))
+    for weights, artifact in compared:
         check_architecture(models[0], weights)
         check_language(tokenizer, load_tokenizer(artifact.model), (models[0].label, weights.label))
         check_tensors(models[0], weights, SCORE if weights is base and config.rewards else frozenset())
+    # Checkpoints of another origin average to noise, which no later check would notice.
     cosines = check_origin(models, base)
-    model = (load_reward if config.rewards else load_policy)(given[0].model)
-    found = _Distances(len(models))
+    model = (load_reward if config.rewards else load_policy)(artifacts[0].model)
+    distances = _Distances(len(models))
+    # Merged tensors are written into the first model, one by one: memory for a single tensor of each is enough.
     slots = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     with torch.no_grad():
-        for done, name in enumerate(sorted(models[0].names), start=1):
+        for count, name in enumerate(sorted(models[0].names), start=1):
             tensors = [weights[name].float() for weights in models]
             origin = None if base is None else _origin(base, name, tensors[0])
             merged = merge_tensor(config, name, tensors, origin, context.seed)
             if not bool(torch.isfinite(merged).all()):
                 raise RuntimeError(f"{name} is not finite after merging by {config.method}")
-            found.add(tensors, origin, merged)
+            distances.add(tensors, origin, merged)
             slots[name].copy_(merged)
-            context.progress(done, len(models[0].names), unit="tensors")
+            context.progress(count, len(models[0].names), unit="tensors")
     save_tuned(model, tokenizer, context.output / "model")
-    return {"models": len(models), "cosine_to_start": cosines, **found.facts()}
+    return {"models": len(models), "cosine_to_start": cosines, **distances.facts()}
 
 
 def merge_tensor(
     config: MergeConfig, name: str, tensors: list[torch.Tensor], origin: torch.Tensor | None, seed: int
 ) -> torch.Tensor:
-    """One tensor of the result. With a base: base + scale * (merge of the task vectors)."""
+    """Return one tensor of the result; with a base it is base + scale * merge(task vectors).
+
+    ``tensors`` and ``origin`` have the same shape; ``origin`` is the base's tensor.
+    """
     weights = config.coefficients(len(tensors))
     if origin is None:
         if config.method == "slerp":
             return methods.slerp(tensors[0], tensors[1], weights[1])
         return methods.linear(tensors, weights)
+    # Task vectors: each checkpoint's change from the base.
     vectors = [tensor - origin for tensor in tensors]
     if config.method == "slerp":
         return origin + config.scale * (methods.slerp(tensors[0], tensors[1], weights[1]) - origin)
@@ -80,47 +88,58 @@ def merge_tensor(
     elif config.method == "ties":
         merged = methods.ties(vectors, weights, config.density)
     elif config.method in ("dare_linear", "dare_ties"):
-        drawn = methods.seed_of(seed, name)
-        merged = methods.dare(vectors, weights, config.density, drawn, elect=config.method == "dare_ties")
+        tensor_seed = methods.seed_of(seed, name)
+        merged = methods.dare(vectors, weights, config.density, tensor_seed, elect=config.method == "dare_ties")
     else:
         merged = methods.linear(vectors, weights)
     return origin + config.scale * merged
 
 
 def _origin(base: Weights, name: str, like: torch.Tensor) -> torch.Tensor:
+    """Return the base's tensor, or zeros of the same shape if it has none."""
     return base[name].float() if name in base.names else torch.zeros_like(like)
 
 
 class _Distances:
-    """How far models went from the base and in how different directions, summed up tensor by tensor."""
+    """Distances of the models from the base and cosines of their directions, accumulated tensor by tensor."""
 
     def __init__(self, count: int) -> None:
         self.products = torch.zeros(count, count, dtype=torch.float64)
         self.base = self.merged = 0.0
-        self.known = False
+        self.has_base = False
 
     def add(self, tensors: list[torch.Tensor], origin: torch.Tensor | None, merged: torch.Tensor) -> None:
-        """One tensor of each model, the base's and the result's."""
+        """Add one tensor of each model, of the base and of the result; all have the same shape."""
         if origin is None:
             return
-        self.known = True
+        self.has_base = True
         vectors = torch.stack([(tensor - origin).flatten() for tensor in tensors]).double()
+        # Inner products add up over tensors; lengths and cosines follow from them at the end.
         self.products += vectors @ vectors.T
         self.base += float(origin.double().square().sum())
         self.merged += float((merged - origin).double().square().sum())
 
+    def _lengths(self) -> torch.Tensor:
+        """Norms of the task vectors, shape (models,)."""
+        return self.products.diagonal().sqrt()
+
+    def _cosine(self, first: int, second: int) -> float:
+        lengths = self._lengths()
+        product = lengths[first] * lengths[second]
+        return float(self.products[first, second] / product) if product else 0.0
+
     def facts(self) -> dict[str, Any]:
-        """``moved``: each model's way from the base as a share of the base's length; ``merged_moved``: the result's.
-        ``task_cosines``: of each two task vectors, in the order 1-2, 1-3, 2-3; near 1 says that merging adds little."""
-        if not self.known or not self.base:
+        """Return metrics.
+
+        ``moved`` are the norms of the task vectors as shares of the base's norm, ``merged_moved`` the result's.
+        ``task_cosines`` are those of every two task vectors (1-2, 1-3, 2-3, …); near 1, merging adds little.
+        """
+        if not self.has_base or not self.base:
             return {}
-        lengths = self.products.diagonal().sqrt()
+        lengths = self._lengths()
         pairs = itertools.combinations(range(len(lengths)), 2)
         return {
             "moved": [float(length) / math.sqrt(self.base) for length in lengths],
             "merged_moved": math.sqrt(self.merged / self.base),
-            "task_cosines": [
-                float(self.products[a, b] / (lengths[a] * lengths[b])) if lengths[a] * lengths[b] else 0.0
-                for a, b in pairs
-            ],
+            "task_cosines": [self._cosine(first, second) for first, second in pairs],
         }

@@ -1,4 +1,4 @@
-"""Stage ``model``: bring a base model into the store as plain safetensors and a tokenizer one can trust."""
+"""Stage ``model``: bring a base model into the store as safetensors with a checked tokenizer."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def identities(config: ModelConfig, base: Path) -> dict[str, str]:
 
 
 def architecture(config: ModelConfig, base: Path) -> Architecture:
-    """Return the model's sizes from a ``config.json`` on this machine; ``UnknownArchitecture`` where there is none."""
+    """Return the model's sizes from a ``config.json`` on this machine; raise ``UnknownArchitecture`` without one."""
     from align.models.known import known_architecture
 
     return known_architecture(config.source, config.revision, base)
 
 
 def run(context: StageContext) -> dict[str, Any]:
-    """Fetch, convert and write ``model/``. Returns parameters, vocabulary and the special tokens."""
+    """Fetch, convert and write ``model/``; return parameters, vocabulary and the special tokens."""
     config: ModelConfig = context.config
     source = resolve(config.source, config.revision, Path.cwd())
     out_dir = context.output / "model"
@@ -64,6 +64,7 @@ def _write(context: StageContext, source: Source, out_dir: Path) -> None:
     elif source.origin is Origin.GGUF:
         from align.models.conversion import convert_gguf
 
+        # GGUF is converted straight into the output; every other origin becomes a folder that is copied.
         assert source.path is not None
         convert_gguf(source.path, out_dir, (lambda _: template) if template else None, context.warn, config.dtype)
         return
@@ -82,16 +83,16 @@ def _write(context: StageContext, source: Source, out_dir: Path) -> None:
 
 
 def _download(source: Source) -> str:
-    """Fetch a Hub model's files at its commit, weights as safetensors only; returns the local folder.
+    """Download a Hub model's files at its commit, weights only as safetensors; return the local folder.
 
-    A network that fails raises ``OSError``, in whichever class the Hub's client dresses it.
+    Raises ``OSError`` for any failure of the network.
     """
     import httpx
     from huggingface_hub import snapshot_download
 
-    wanted = [f"*{suffix}" for suffix in sorted(READ_SUFFIXES)]
+    patterns = [f"*{suffix}" for suffix in sorted(READ_SUFFIXES)]
     try:
-        folder = snapshot_download(source.name, revision=source.revision, allow_patterns=wanted)
+        folder = snapshot_download(source.name, revision=source.revision, allow_patterns=patterns)
     except httpx.HTTPError as error:
         raise OSError(f"{type(error).__name__}: {error}") from error
     check_folder(Path(folder))

@@ -1,4 +1,4 @@
-"""Odds-ratio preference optimization (arXiv 2403.07691): supervised fine-tuning and preference learning in one loss.
+"""Stage ``orpo``: odds-ratio preference optimization (arXiv 2403.07691), SFT and preferences in one loss.
 
 Experimental in trl, which may move or drop its ORPOTrainer.
 """
@@ -21,5 +21,5 @@ def run(context: StageContext) -> dict[str, Any]:
     from align.training.orpo_trainer import Arguments, PreparedORPO
 
     config: OrpoConfig = context.config
-    make = functools.partial(PreparedORPO, prompt_too=config.prompt_loss)
-    return train_without_reference(context, make, Arguments, beta=config.beta)
+    trainer_class = functools.partial(PreparedORPO, prompt_too=config.prompt_loss)
+    return train_without_reference(context, trainer_class, Arguments, beta=config.beta)

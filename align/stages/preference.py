@@ -1,7 +1,6 @@
-"""What the stages that learn from preferences do alike: their fields, rows and reference. Torch-free at import.
+"""Shared work of the stages on preferences: policy, rows and reference. Torch-free at import.
 
-``dpo``, ``kto``, ``orpo``, ``cpo`` and ``simpo`` train a policy on answers that are better or worse; each says in its
-own module by which loss.
+``dpo``, ``kto``, ``orpo``, ``cpo`` and ``simpo`` use it; each has its loss in its own module.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from align.config.stages.preference import PreferenceFields, ReferenceFields
 from align.config.tuning import TuningBase
 from align.pipeline.context import StageContext
 from align.store.artifacts import Artifact
-from align.training.beta import beta_at
 
 if TYPE_CHECKING:
     from align.lint.linter import StageKind
@@ -23,65 +21,73 @@ if TYPE_CHECKING:
     from align.training.rows import Encoded, Row
 
 ADAPTER_FIELDS = {"rank", "alpha", "dropout", "targets", "last_layers", "rslora", "dora", "init", "save_modules"}
-"""Fields of ``qlora`` that say nothing of the quantized weights, unless the start is partly in the adapters."""
+"""Fields of ``qlora`` that do not affect the quantized weights, unless the adapters start from the weights."""
 
 
 def beta_of(config: ReferenceFields, steps: int) -> Callable[[int], float]:
-    """Return beta as a function of the number of optimizer steps done, out of ``steps``."""
+    """Return beta as a function of the number of optimizer steps done, of ``steps`` in total."""
+    from align.training.dpo_trainer import beta_at
+
     return lambda step: beta_at(step, steps, config.beta, config.final_beta, config.beta_schedule)
 
 
 @dataclass
-class Ready:
-    """A policy as it is loaded, and its rows, encoded and linted. ``collator`` is the trainer's."""
+class PreparedPolicy:
+    """A loaded policy with its encoded rows, and the trainer's collator."""
 
     tokenizer: Any
     model: Any
     splits: Mapping[str, Encoded]
     collator: Any
-    _shown: Mapping[str, Split]
-    _wrapped: Any = None
+    _linted: Mapping[str, Split]
+    """Splits as the linter reads them."""
+    _tuned: Any = None
 
     @property
     def train(self) -> Encoded:
-        """What is learned."""
+        """The rows to train on."""
         return self.splits["train"]
 
     def lint(self, context: StageContext, stage: StageKind) -> None:
-        """Look at the rows as the trainer will see them, before anything expensive."""
+        """Lint the rows as the trainer will see them, before anything expensive."""
         from align.lint.trainer import lint_stage
 
-        lint_stage(context, stage, _Seen(self), self._shown, context.config.max_length)
+        lint_stage(context, stage, _TrainerView(self), self._linted, context.config.max_length)
 
-    def wrapped(self, context: StageContext) -> Any:
-        """The model made ready to be trained by the stage's tuning; the same one whenever it is asked for."""
+    def tuned_model(self, context: StageContext) -> Any:
+        """Return the model with the stage's tuning applied; every call returns the same one."""
         from align.models.tuning.apply import apply_tuning
 
-        if self._wrapped is None:
-            shown = [
+        # Some initializations (EVA, LoftQ) look at rows or weights, so the tuning is applied once, late.
+        if self._tuned is None:
+            sequences = [
                 [*row["prompt_ids"], *row.get("chosen_ids", row.get("completion_ids", []))] for row in self.train.rows
             ]
-            self._wrapped = apply_tuning(
-                self.model, context.config.tuning, context.seed, tokenizer=self.tokenizer, warn=context.warn, rows=shown
+            self._tuned = apply_tuning(
+                self.model,
+                context.config.tuning,
+                context.seed,
+                tokenizer=self.tokenizer,
+                rows=sequences,
             )
-        return self._wrapped
+        return self._tuned
 
 
-class _Seen:
-    """What ``lint_stage`` reads of a trainer: the rows are looked at before there is one."""
+class _TrainerView:
+    """The attributes of a trainer that ``lint_stage`` reads; rows are linted before there is a trainer."""
 
-    def __init__(self, ready: Ready) -> None:
-        self.processing_class, self.model = ready.tokenizer, ready.model
-        self.train_dataset, self.data_collator = ready.train.rows, ready.collator
+    def __init__(self, prepared: PreparedPolicy) -> None:
+        self.processing_class, self.model = prepared.tokenizer, prepared.model
+        self.train_dataset, self.data_collator = prepared.train.rows, prepared.collator
 
 
-def make_ready(
+def prepare_policy(
     context: StageContext,
     encode: Callable[[Any, Sequence[Row], int], Encoded],
     collator: Callable[..., Any],
     rows_of: Callable[[Sequence[Row]], Sequence[Row]] = lambda rows: rows,
-) -> Ready:
-    """Load the policy and encode its rows; ``rows_of`` turns rows as stored into rows as trained on.
+) -> PreparedPolicy:
+    """Load the policy and encode its rows; ``rows_of`` converts stored rows into rows to train on.
 
     Raises ``UserError`` for a model without chat template or data without usable rows.
     """
@@ -97,37 +103,38 @@ def make_ready(
     tokenizer, model = load_tokenizer(source, config.tuning), load_for_tuning(source, config.tuning)
     check_model(context.name, model, tokenizer)
     label_positions_only()
-    shown, splits = {}, {}
+    linted, splits = {}, {}
     for split, stored in read_splits(context).items():
         rows = rows_of(stored)
         encoded = splits[split] = encode(tokenizer, rows, config.max_length)
         check_encoded(context.name, encoded, len(rows), split, config.max_length, context.warn)
-        shown[split] = Split(rows, encoded)
-    return Ready(tokenizer, model, splits, collator(pad_token_id=tokenizer.pad_token_id), shown)
+        linted[split] = Split(rows, encoded)
+    return PreparedPolicy(tokenizer, model, splits, collator(pad_token_id=tokenizer.pad_token_id), linted)
 
 
 class Reference:
-    """The stage's reference: the policy before its first step, or the checkpoint of another stage, loaded if needed."""
+    """The stage's reference: the policy before its first step, or another stage's checkpoint, loaded if needed."""
 
-    def __init__(self, context: StageContext, ready: Ready) -> None:
+    def __init__(self, context: StageContext, prepared: PreparedPolicy) -> None:
         from align.training.reference import ReferenceCache
 
-        self.context, self.ready = context, ready
+        self.context, self.prepared = context, prepared
         self.named: Artifact | None = context.inputs.get("reference")
         if self.named is not None:
-            _check_reference(context, ready.tokenizer, self.named)
+            # Checked before anything is computed: another vocabulary would make every log-probability meaningless.
+            _check_reference(context, prepared.tokenizer, self.named)
         self._loaded: Any = None
         shared = None if context.cache is None else context.cache / "reference_logprobs"
         identity = _identity(context, self.named)
         self.cache: ReferenceCache = ReferenceCache(context.checkpoints, shared, identity, context.warn)
 
     def sums(self, split: str, answers: Sequence[Answer]) -> Sums:
-        """Log-probabilities of a split's answers, from the cache where they are in it."""
+        """Return the log-probabilities of a split's answers (nats), cached ones from the cache."""
         return self.cache.sums(split, answers, self._compute)
 
     def facts(self) -> dict[str, int]:
-        """Metrics: how many answers the reference had to score, and how many were found scored."""
-        return {"reference_computed": self.cache.computed, "reference_cached": self.cache.found}
+        """Return the numbers of answers that the reference scored and that came from the cache."""
+        return {"reference_computed": self.cache.computed, "reference_cached": self.cache.hits}
 
     def _compute(self, answers: Sequence[Answer]) -> Sums:
         from align.models.threads import device_of
@@ -136,21 +143,23 @@ class Reference:
 
         config = self.context.config
         if self._loaded is None:
-            self._loaded = self.ready.wrapped(self.context) if self.named is None else self._load(self.named)
+            self._loaded = self.prepared.tuned_model(self.context) if self.named is None else self._load(self.named)
         device = device_of(self.context.runtime)
+        # Moved only now: with every answer in the cache, the reference never needs the device.
         if next(self._loaded.parameters()).device.type != device.type:
             self._loaded.to(device)
+        # Adapters off, or their initial values: the policy as it was before its first step.
         with initial_policy(self._loaded) as start:
             return answer_sums(
                 start,
                 answers,
-                self.ready.tokenizer.pad_token_id,
+                self.prepared.tokenizer.pad_token_id,
                 config.precision == "bfloat16",
                 lambda done, total: self.context.progress(done, total, unit="reference answers"),
             )
 
     def _load(self, artifact: Artifact) -> Any:
-        """Another checkpoint, as the policy's is before its first step."""
+        """Load another stage's checkpoint like the policy before its first step."""
         from align.models.tuning.apply import apply_tuning, load_for_tuning
 
         tuning: TuningBase = self.context.config.tuning
@@ -159,14 +168,18 @@ class Reference:
 
 
 def _identity(context: StageContext, named: Artifact | None) -> dict[str, str]:
-    """All that decides a reference's numbers but the rows; ``named`` is the checkpoint that is not the policy's."""
+    """Return everything but the rows that affects a reference's log-probabilities, for the cache's key.
+
+    ``named`` is the reference's checkpoint if it is not the policy's.
+    """
     from align.models.threads import device_of
 
     tuning: TuningBase = context.config.tuning
     loaded = "float32"
+    # Tuning changes the reference only where it changes frozen weights: by quantization, or by its initialization.
     if tuning.completes_weights or (tuning.starts_from_weights and named is None):
         loaded = f"{tuning.model_dump_json()} {context.seed}"
-    elif tuning.method == "qlora":  # scored as it is trained: all but the adapter's own fields decides its weights
+    elif tuning.method == "qlora":  # the reference is quantized like the policy; the adapter's fields do not matter
         loaded = tuning.model_dump_json(exclude=ADAPTER_FIELDS)
     return {
         "weights": (named or context.artifact("policy")).weights,
@@ -177,14 +190,14 @@ def _identity(context: StageContext, named: Artifact | None) -> dict[str, str]:
 
 
 def _check_reference(context: StageContext, tokenizer: Any, artifact: Artifact) -> None:
-    """A reference reads the policy's tokens: ``UserError`` for another vocabulary, a warning for another template."""
+    """Raise ``UserError`` if the reference has another vocabulary; warn if it has another chat template."""
     from align.models.loading import load_tokenizer
     from align.training.input_checks import check_same_vocabulary
 
-    other = load_tokenizer(artifact.model, context.config.tuning)
+    reference_tokenizer = load_tokenizer(artifact.model, context.config.tuning)
     names = (f"policy '{context.artifact('policy').stage}'", f"reference '{artifact.stage}'")
-    check_same_vocabulary(context.name, tokenizer, other, names)
-    if tokenizer.chat_template != other.chat_template:
+    check_same_vocabulary(context.name, tokenizer, reference_tokenizer, names)
+    if tokenizer.chat_template != reference_tokenizer.chat_template:
         context.warn(
             f"{context.name}: {names[0]} and {names[1]} have different chat templates; the reference is shown the "
             "policy's, which it was not trained on."
@@ -192,11 +205,11 @@ def _check_reference(context: StageContext, tokenizer: Any, artifact: Artifact) 
 
 
 def train_without_reference(
-    context: StageContext, make: Callable[..., Any], arguments: type[Any], **options: Any
+    context: StageContext, trainer_class: Callable[..., Any], arguments: type[Any], **options: Any
 ) -> dict[str, Any]:
-    """Train on pairs by a loss that needs no reference, save ``model/``, and return the stage's metrics.
+    """Train on pairs with a loss without a reference, save ``model/``, and return the stage's metrics.
 
-    ``make`` is the trainer, ``arguments`` its arguments' class, ``options`` what of these is the loss's own.
+    ``arguments`` is the class of the trainer's arguments, ``options`` are those of the loss.
     """
     from align.models.threads import use_threads
 
@@ -207,25 +220,25 @@ def train_without_reference(
     from align.training.cpo_trainer import held_out
     from align.training.fit import fit
     from align.training.rows import counts, encode_pairs
-    from align.training.saving import save
+    from align.training.save import save
 
-    ready = make_ready(context, encode_pairs, DataCollatorForPreference)
-    ready.lint(context, "dpo")
-    trainer = make(
-        model=ready.wrapped(context),
+    prepared = prepare_policy(context, encode_pairs, DataCollatorForPreference)
+    prepared.lint(context, "dpo")
+    trainer = trainer_class(
+        model=prepared.tuned_model(context),
         args=training_arguments(
             arguments,
             context,
-            len(ready.train.rows),
+            len(prepared.train.rows),
             **options,
-            max_length=context.config.max_length,  # read by what tokenizes, which has nothing to do
+            max_length=context.config.max_length,  # trl reads it when it tokenizes, which is done already
             remove_unused_columns=False,
         ),
-        data_collator=ready.collator,
-        train_dataset=ready.train.rows,
-        processing_class=ready.tokenizer,
+        data_collator=prepared.collator,
+        train_dataset=prepared.train.rows,
+        processing_class=prepared.tokenizer,
     )
-    trainer.row_lengths = ready.train.lengths
-    metrics = fit(trainer, context, lambda split: held_out(trainer, ready.splits[split]))
-    save(context, trainer, ready.tokenizer)
-    return {**metrics, "pairs": len(ready.train.rows), **counts(ready.splits, "pairs")}
+    trainer.row_lengths = prepared.train.lengths
+    metrics = fit(trainer, context, lambda split: held_out(trainer, prepared.splits[split]))
+    save(context, trainer, prepared.tokenizer)
+    return {**metrics, "pairs": len(prepared.train.rows), **counts(prepared.splits, "pairs")}

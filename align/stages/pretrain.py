@@ -1,4 +1,4 @@
-"""Continued pre-training: the model reads a domain's plain texts, before it is taught to answer (arXiv 2004.10964)."""
+"""Stage ``pretrain``: continued pre-training on plain texts (arXiv 2004.10964)."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def run(context: StageContext) -> dict[str, Any]:
     from align.training.arguments import training_arguments
     from align.training.fit import fit
     from align.training.input_checks import check_encoded, check_model
-    from align.training.packing import Flat, check_separate, fill, form_of, packed, run_flat
+    from align.training.packing import FlatCollator, check_separate, enable_flat, fill_ratio, pack_rows, packing_form
     from align.training.rows import read_splits
-    from align.training.saving import save
+    from align.training.save import save
     from align.training.texts import document_ends, encode_texts
     from align.training.trainers import PreparedSFT, label_positions_only
 
@@ -41,30 +41,30 @@ def run(context: StageContext) -> dict[str, Any]:
         splits[split] = encode_texts(tokenizer, rows, config.max_length, ends, learn_end=split == "train")
         check_encoded(context.name, splits[split], len(rows), split, config.max_length, context.warn)
     train = splits["train"]
-    packs = packed(train, config.max_length)
+    packs = pack_rows(train, config.max_length)
     model = apply_tuning(
         model,
         config.tuning,
         context.seed,
         tokenizer=tokenizer,
-        warn=context.warn,
         rows=[row["input_ids"] for row in train.rows],
     )
     label_positions_only()
-    form = form_of(model)
-    run_flat(model, form)
+    form = packing_form(model)
+    enable_flat(model, form)
     trainer = PreparedSFT(
         model=model,
         args=training_arguments(Arguments, context, len(packs)),
-        data_collator=Flat(form),
+        data_collator=FlatCollator(form),
         train_dataset=Dataset.from_list(packs),
         processing_class=tokenizer,
     )
     trainer.row_lengths = [len(pack["input_ids"]) for pack in packs]
     gap = check_separate(context.name, trainer, train)
+    # Bytes of the raw text, so that bits per byte compare models with different tokenizers.
     sizes = {split: sum(len(row["text"].encode()) for row in rows) for split, rows in stored.items()}
     metrics = fit(trainer, context, lambda split: held_out.texts(trainer, splits[split], sizes[split]))
     save(context, trainer, tokenizer)
     facts = {"packs": len(packs), "texts": len(stored["train"])}
     facts |= {f"{split}_texts": len(rows) for split, rows in stored.items() if split != "train"}
-    return {**metrics, **facts, "pack_fill": fill(packs, config.max_length), "pack_difference": gap}
+    return {**metrics, **facts, "pack_fill": fill_ratio(packs, config.max_length), "pack_difference": gap}

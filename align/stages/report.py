@@ -1,4 +1,4 @@
-"""One self-contained HTML page about the stages it is given."""
+"""Stage ``report``: one self-contained HTML page about other stages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from align.pipeline.context import StageContext
 def run(context: StageContext) -> dict[str, Any]:
     """Write ``report.html``. Raises ``UserError`` for a scorecard of another format."""
     from align.evaluation.scorecard import FORMAT
-    from align.report.page import write_report
+    from align.report.run.run_report import write_report
 
     config: ReportConfig = context.config
     artifacts = list(context.inputs.get("stages") or [])
@@ -26,8 +26,8 @@ def run(context: StageContext) -> dict[str, Any]:
                 f"scorecard: {source.path} has format {card.get('format')}, this align reads {FORMAT}; rebuild "
                 f"{source.stage}."
             )
-        # the one asked for comes last: its samples are shown
-        same = [one for one in artifacts if one.path == source.path]
-        artifacts = [one for one in artifacts if one.path != source.path] + (same or [source])
+        # the page shows the samples of the last scorecard, so the named one goes to the end
+        named = [artifact for artifact in artifacts if artifact.path == source.path]
+        artifacts = [artifact for artifact in artifacts if artifact.path != source.path] + (named or [source])
     page = write_report(artifacts, card, context.output / "report.html", title=config.title)
     return {"stages": len(artifacts), "bytes": page.stat().st_size}

@@ -1,4 +1,4 @@
-"""Reward model: one score per answer, learned from pairs, from scores, or from marks on the steps of answers."""
+"""Stage ``reward``: a model that scores answers, trained on pairs, on scores, or on labeled steps."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from align.pipeline.context import StageContext
 
 
 def run(context: StageContext) -> dict[str, Any]:
-    """Train, save ``model/``, check that it scores as the trained model did, and return the metrics.
+    """Train, save ``model/``, check that the saved model gives the same scores, and return the metrics.
 
-    Held-out accuracy comes on the labels as given and, where the data knows the true scores, on those.
+    Held-out accuracy is measured on the labels and, if the data has the true scores, on these.
     Raises ``UserError`` for a model without chat template or data without usable rows.
     """
     from align.models.threads import use_threads
@@ -27,9 +27,9 @@ def run(context: StageContext) -> dict[str, Any]:
     from align.training.arguments import training_arguments
     from align.training.fit import fit
     from align.training.input_checks import check_model
-    from align.training.reload import save_reward
     from align.training.reward_objectives import prepare
     from align.training.rows import counts
+    from align.training.save import save_reward
     from align.training.trainers import score_in_float32
 
     config: RewardConfig = context.config
@@ -39,13 +39,13 @@ def run(context: StageContext) -> dict[str, Any]:
     check_model(context.name, model, tokenizer)
     prepared = prepare(context, tokenizer)
     train, test = prepared.splits["train"], prepared.splits["test"]
+    # Scores are compared and subtracted, which bfloat16's three digits would blur.
     score_in_float32(model)
     model = apply_tuning(
         model,
         config.tuning,
         context.seed,
         tokenizer=tokenizer,
-        warn=context.warn,
         rows=[prepared.sequences(row)[0] for row in train.rows],
     )
     trainer = prepared.trainer(
@@ -57,11 +57,13 @@ def run(context: StageContext) -> dict[str, Any]:
         processing_class=tokenizer,
     )
     trainer.row_lengths, trainer.head_learning_rate = train.lengths, config.head_rate
-    looked_at = {name: Split(prepared.given[name], prepared.splits[name]) for name in prepared.splits}
-    lint_stage(context, prepared.lint, trainer, looked_at, config.max_length)
+    linted = {name: Split(prepared.stored_rows[name], prepared.splits[name]) for name in prepared.splits}
+    lint_stage(context, prepared.lint, trainer, linted, config.max_length)
     metrics = fit(trainer, context, lambda split: prepared.held_out(trainer, split))
+    # Two rows are scored before saving and after reading back: a lost head shows as a difference.
     probe = [prepared.sequences(test.rows[0])[0], prepared.sequences(test.rows[-1])[-1]]
     gap = save_reward(trainer, tokenizer, context.output / "model", probe)
     if rank() == 0:
+        # Only the first process writes files beside the model.
         prepared.save(context.output / "model")
     return {**metrics, **counts(prepared.splits, "rows"), **prepared.facts(), "reload_difference": gap}

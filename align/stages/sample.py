@@ -1,4 +1,4 @@
-"""The work of the ``sample`` stage: chunks of prompts answered, scored and kept, so that a killed stage goes on."""
+"""Stage ``sample``: sample responses chunk by chunk, score and pair them; a killed stage resumes at its last chunk."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from align.config.batch_sizes import SAMPLE_CHUNK
-from align.data.pairs import make_pairs
+from align.data.response_pairs import make_pairs
 from align.data.rows import read_rows, write_rows
 from align.data.scoring import function_scorer
 from align.errors import UserError
@@ -27,56 +27,60 @@ SPLITS = ("train", "test")
 
 
 @dataclass
-class Job:
-    """Prompts of one split: rows and their token ids, too long ones left out."""
+class SplitPrompts:
+    """Prompts of one split that are short enough: rows and their token ids."""
 
     split: str
     rows: list[dict[str, Any]]
     prompts: list[list[int]]
     too_long: int
+    """Number of prompts that were dropped."""
 
     def chunks(self) -> range:
-        """Where each chunk starts."""
+        """Return the index of each chunk's first row."""
         return range(0, len(self.rows), SAMPLE_CHUNK)
 
 
 def run(context: StageContext) -> dict[str, Any]:
     """Sample both splits, write ``train.parquet``, ``test.parquet`` and ``samples.jsonl``; return counts and rates.
 
-    Raises ``UserError`` when no train pair comes out.
+    Raises ``UserError`` if there is no training pair.
     """
     use_threads(context.runtime)
     config = context.config
     tokenizer = load_tokenizer(context.artifact("policy").model)
-    jobs = [_job(context, split, tokenizer) for split in SPLITS]
-    samples = {job.split: [] for job in jobs}  # type: dict[str, list[dict[str, Any]]]
-    made = _Chunks(context, sum(len(job.rows) for job in jobs) * config.n)
-    for job in jobs:
-        for start in job.chunks():
-            samples[job.split] += made.chunk(job, start)
-    made.close()
-    _score(context, jobs, samples)
-    metrics = _write(context, jobs, samples)
-    return metrics | {"engine": made.engine_name, **made.speed()}
+    splits = [_read_prompts(context, split, tokenizer) for split in SPLITS]
+    samples: dict[str, list[dict[str, Any]]] = {prompts.split: [] for prompts in splits}
+    sampler = _ChunkSampler(context, sum(len(prompts.rows) for prompts in splits) * config.n)
+    for prompts in splits:
+        for start in prompts.chunks():
+            samples[prompts.split] += sampler.chunk(prompts, start)
+    sampler.close()
+    # The engine goes before scoring, so that a reward model has the device to itself.
+    _score(context, splits, samples)
+    metrics = _write(context, splits, samples)
+    return metrics | {"engine": sampler.engine_name, **sampler.speed()}
 
 
-def _job(context: StageContext, split: str, tokenizer: Any) -> Job:
+def _read_prompts(context: StageContext, split: str, tokenizer: Any) -> SplitPrompts:
     rows = read_rows(context.artifact("prompts").split(split))
     rows = rows[: getattr(context.config.max_prompts, split)]
     rendered = [(row, render_prompt(tokenizer, row["prompt"], row.get("tools"))) for row in rows]
-    kept = [(row, ids) for row, ids in rendered if len(ids) <= context.config.max_prompt_tokens]
-    if len(kept) < len(rows):
+    # Cutting a prompt would ask another question, so long ones are left out and counted.
+    fitting = [(row, ids) for row, ids in rendered if len(ids) <= context.config.max_prompt_tokens]
+    too_long = len(rows) - len(fitting)
+    if too_long:
         context.warn(
-            f"{len(rows) - len(kept)} of {len(rows)} {split} prompts are longer than max_prompt_tokens "
+            f"{too_long} of {len(rows)} {split} prompts are longer than max_prompt_tokens "
             f"({context.config.max_prompt_tokens}) and left out"
         )
-    if rows and not kept:
+    if rows and not fitting:
         raise UserError(f"every {split} prompt is longer than max_prompt_tokens {context.config.max_prompt_tokens}.")
-    return Job(split, [row for row, _ in kept], [ids for _, ids in kept], len(rows) - len(kept))
+    return SplitPrompts(split, [row for row, _ in fitting], [ids for _, ids in fitting], too_long)
 
 
-class _Chunks:
-    """Chunks of responses, read back where an earlier attempt made them; the engine starts with the first new one."""
+class _ChunkSampler:
+    """Samples chunks of responses, or reads those of an earlier attempt back; the first new chunk starts the engine."""
 
     def __init__(self, context: StageContext, total: int) -> None:
         self.context, self.total = context, total
@@ -85,42 +89,45 @@ class _Chunks:
         self.done = self.tokens = self.new_tokens = 0
         self.seconds = 0.0
 
-    def chunk(self, job: Job, start: int) -> list[dict[str, Any]]:
-        """Samples of one chunk: ``n`` texts per row, whether each finished, and its tokens."""
-        path = self.context.checkpoints / f"{job.split}-{start:07d}.jsonl"
-        sampling = self._sampling(job, start)
+    def chunk(self, prompts: SplitPrompts, start: int) -> list[dict[str, Any]]:
+        """Return the samples of one chunk: ``n`` texts per row, whether each finished, and their numbers of tokens."""
+        path = self.context.checkpoints / f"{prompts.split}-{start:07d}.jsonl"
+        sampling = self._sampling(prompts, start)
         key = digest(
             {
+                # All that the responses depend on. A chunk of an earlier attempt is used only under the same key.
                 "policy": self.context.artifact("policy").weights,
                 "precision": self.context.config.precision,
                 "sampling": asdict(sampling),
-                "rows": [row["id"] for row in job.rows[start : start + SAMPLE_CHUNK]],
-                "prompts": job.prompts[start : start + SAMPLE_CHUNK],
+                "rows": [row["id"] for row in prompts.rows[start : start + SAMPLE_CHUNK]],
+                "prompts": prompts.prompts[start : start + SAMPLE_CHUNK],
             }
         )
         lines = read_entry(path, key, self.context.warn)
         if lines is None:
-            found = self._sample(job, start, sampling)
-            write_entry(path, key, [self.engine_name, *found])
+            samples = self._sample(prompts, start, sampling)
+            # Written at once: a kill loses at most the chunk that is being sampled.
+            write_entry(path, key, [self.engine_name, *samples])
         else:
-            self.engine_name, *found = lines
-        self.done += sum(len(sample["texts"]) for sample in found)
-        self.tokens += sum(sum(sample["tokens"]) for sample in found)
+            self.engine_name, *samples = lines
+        self.done += sum(len(sample["texts"]) for sample in samples)
+        self.tokens += sum(sum(sample["tokens"]) for sample in samples)
         self.context.progress(self.done, self.total, "responses", self.tokens)
-        return found
+        return samples
 
-    def _sampling(self, job: Job, start: int) -> Sampling:
-        """The seed follows from where the chunk starts: it is the same whether or not an earlier one was read back."""
+    def _sampling(self, prompts: SplitPrompts, start: int) -> Sampling:
+        """Return the sampling parameters; the seed depends only on the chunk's start, so that a resumed run agrees."""
         config = self.context.config
         return Sampling(
             max_tokens=config.max_tokens,
             temperature=config.temperature,
             top_p=config.top_p,
             n=config.n,
-            seed=self.context.seed + start + (1 << 40) * SPLITS.index(job.split),
+            # Far apart for the splits, so that no chunk of one shares its seed with a chunk of the other.
+            seed=self.context.seed + start + (1 << 40) * SPLITS.index(prompts.split),
         )
 
-    def _sample(self, job: Job, start: int, sampling: Sampling) -> list[dict[str, Any]]:
+    def _sample(self, prompts: SplitPrompts, start: int, sampling: Sampling) -> list[dict[str, Any]]:
         context, config = self.context, self.context.config
         if self.engine is None:
             self.engine = open_engine(
@@ -133,26 +140,27 @@ class _Chunks:
                 on_hang=context.fail_at_once,
             )
             self.engine_name = self.engine.name
-        began = time.perf_counter()
-        answers = self.engine.generate(job.prompts[start : start + SAMPLE_CHUNK], sampling, self._report)
-        self.seconds += time.perf_counter() - began
-        found = [
+        chunk = slice(start, start + SAMPLE_CHUNK)
+        started = time.perf_counter()
+        responses = self.engine.generate(prompts.prompts[chunk], sampling, self._report)
+        self.seconds += time.perf_counter() - started
+        samples = [
             {
                 "id": row["id"],
-                "texts": [answer.text for answer in some],
-                "finished": [answer.finished for answer in some],
-                "tokens": [len(answer.token_ids) for answer in some],
+                "texts": [response.text for response in row_responses],
+                "finished": [response.finished for response in row_responses],
+                "tokens": [len(response.token_ids) for response in row_responses],
             }
-            for row, some in zip(job.rows[start : start + SAMPLE_CHUNK], answers, strict=True)
+            for row, row_responses in zip(prompts.rows[chunk], responses, strict=True)
         ]
-        self.new_tokens += sum(sum(sample["tokens"]) for sample in found)
-        return found
+        self.new_tokens += sum(sum(sample["tokens"]) for sample in samples)
+        return samples
 
     def _report(self, done: int, _: int) -> None:
         self.context.progress(self.done + done, self.total, "responses", self.tokens)
 
     def speed(self) -> dict[str, float]:
-        """Tokens sampled, and tokens a second in this attempt."""
+        """Return the tokens sampled, and the tokens per second of this attempt."""
         return {"tokens": self.tokens, "tokens_per_second": self.new_tokens / self.seconds if self.seconds else 0.0}
 
     def close(self) -> None:
@@ -161,23 +169,25 @@ class _Chunks:
             self.engine.close()
 
 
-def _score(context: StageContext, jobs: list[Job], samples: dict[str, list[dict[str, Any]]]) -> None:
+def _score(context: StageContext, splits: list[SplitPrompts], samples: dict[str, list[dict[str, Any]]]) -> None:
+    """Add ``scores`` to every sample."""
     score = _scorer(context)
-    for job in jobs:
-        flat = [(row, i, sample) for row, sample in zip(job.rows, samples[job.split], strict=True)
-                for i in range(len(sample["texts"]))]  # fmt: skip
-        if not flat:
+    cut_off_score = context.config.cut_off_score
+    for prompts in splits:
+        rows, texts, cut_off = [], [], []
+        for row, sample in zip(prompts.rows, samples[prompts.split], strict=True):
+            rows += [row] * len(sample["texts"])
+            texts += sample["texts"]
+            cut_off += [not finished for finished in sample["finished"]]
+        if not rows:
             continue
-        values = score(
-            [row for row, _, _ in flat],
-            [sample["texts"][i] for _, i, sample in flat],
-            [not sample["finished"][i] for _, i, sample in flat],
-        )
-        cut_off = context.config.cut_off_score
-        for (_, i, sample), value in zip(flat, values, strict=True):
-            if cut_off is not None and not sample["finished"][i]:
-                value = cut_off
-            sample.setdefault("scores", [0.0] * len(sample["texts"]))[i] = value
+        # one call for all responses of a split, so that a reward model batches them
+        scores = iter(score(rows, texts, cut_off))
+        for sample in samples[prompts.split]:
+            sample["scores"] = [next(scores) for _ in sample["texts"]]
+            if cut_off_score is not None:
+                pairs = zip(sample["scores"], sample["finished"], strict=True)
+                sample["scores"] = [value if finished else cut_off_score for value, finished in pairs]
 
 
 def _scorer(context: StageContext) -> Callable[[list[dict[str, Any]], list[str], list[bool]], list[float]]:
@@ -186,33 +196,40 @@ def _scorer(context: StageContext) -> Callable[[list[dict[str, Any]], list[str],
     from align.models.reward import RewardModel
 
     model = RewardModel(context.artifact("reward").model, device_of(context.runtime), context.config.precision)
-    return lambda rows, texts, cut: model.score(
-        [row["prompt"] for row in rows], texts, [not one for one in cut], [row.get("tools") for row in rows]
-    )
+
+    def score(rows: list[dict[str, Any]], texts: list[str], cut_off: list[bool]) -> list[float]:
+        finished = [not is_cut for is_cut in cut_off]
+        return model.score([row["prompt"] for row in rows], texts, finished, [row.get("tools") for row in rows])
+
+    return score
 
 
-def _write(context: StageContext, jobs: list[Job], samples: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    config, metrics = context.config, {}  # type: Any, dict[str, Any]
+def _write(
+    context: StageContext, splits: list[SplitPrompts], samples: dict[str, list[dict[str, Any]]]
+) -> dict[str, Any]:
+    """Write samples and pairs, and return the stage's metrics."""
+    config = context.config
+    metrics: dict[str, Any] = {}
     with (context.output / "samples.jsonl").open("w", encoding="utf-8") as file:
-        for job in jobs:
-            for row, sample in zip(job.rows, samples[job.split], strict=True):
-                line = {"split": job.split, "prompt": row["prompt"], **sample}
+        for prompts in splits:
+            for row, sample in zip(prompts.rows, samples[prompts.split], strict=True):
+                line = {"split": prompts.split, "prompt": row["prompt"], **sample}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    for job in jobs:
-        some = samples[job.split]
+    for prompts in splits:
+        split, split_samples = prompts.split, samples[prompts.split]
         pairs, counts = make_pairs(
-            job.rows,
-            [sample["texts"] for sample in some],
-            [sample["scores"] for sample in some],
+            prompts.rows,
+            [sample["texts"] for sample in split_samples],
+            [sample["scores"] for sample in split_samples],
             config.pairs,
-            config.noise,
-            context.seed,
-            [sample["finished"] for sample in some],
+            noise=config.noise,
+            seed=context.seed,
+            finished=[sample["finished"] for sample in split_samples],
         )
-        write_pairs(context.output / f"{job.split}.parquet", pairs)
-        metrics |= {f"{job.split}_{name}": count for name, count in counts.items()}
-        metrics[f"{job.split}_too_long"] = job.too_long
-        metrics |= {f"{job.split}_{name}": value for name, value in _rates(some).items()}
+        write_pairs(context.output / f"{split}.parquet", pairs)
+        metrics |= {f"{split}_{name}": count for name, count in counts.items()}
+        metrics[f"{split}_too_long"] = prompts.too_long
+        metrics |= {f"{split}_{name}": value for name, value in _rates(split_samples).items()}
     if metrics["train_pairs"] == 0:
         raise UserError(
             f"no train pair came out of {metrics['train_prompts']} prompts: every prompt's responses score alike (mean "
@@ -225,22 +242,23 @@ def _write(context: StageContext, jobs: list[Job], samples: dict[str, list[dict[
 
 
 def write_pairs(path: Path, pairs: list[dict[str, Any]]) -> None:
-    """Write preference rows, with their columns even when there are none."""
+    """Write preference rows; an empty file has all columns, too."""
     if pairs:
         write_rows(path, pairs)
         return
     import pyarrow.parquet as pq
 
+    # Write one row and cut it off again, so that the empty file has the columns of a full one.
     blank = {"id": "", "source": "", "prompt": [], "checks": "", "chosen": [], "rejected": []}
     write_rows(path, [blank])
     pq.write_table(pq.read_table(path).slice(0, 0), path)
 
 
 def _rates(samples: list[dict[str, Any]]) -> dict[str, float]:
-    """Means over all responses: score, share that ended by itself, tokens."""
-    found = {}
+    """Return means over all responses: score, share that ended with EOS, tokens."""
+    rates = {}
     for name, field in (("mean_score", "scores"), ("eos_rate", "finished"), ("mean_tokens", "tokens")):
         values = [float(value) for sample in samples for value in sample[field]]
         if values:
-            found[name] = sum(values) / len(values)
-    return found
+            rates[name] = sum(values) / len(values)
+    return rates

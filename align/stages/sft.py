@@ -1,6 +1,6 @@
-"""Supervised fine-tuning: the model learns to give the dataset's answers (trl's SFTTrainer, loss on answers only).
+"""Stage ``sft``: supervised fine-tuning on answers, with trl's SFTTrainer.
 
-Cross-entropy is trl's fused head: only tokens with a label go through the vocabulary, in chunks.
+The loss is on answers only. trl's fused head computes logits only for tokens with a label, in chunks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from align.pipeline.context import StageContext
 def run(context: StageContext) -> dict[str, Any]:
     """Train, save ``model/`` and return steps, tokens, speed and held-out loss before and after.
 
-    Raises ``UserError`` for a model without chat template, data without usable rows, or rows that never teach the end
+    Raises ``UserError`` for a model without chat template, data without usable rows, or rows that never contain the end
     of an answer.
     """
     from align.models.threads import use_threads
@@ -30,13 +30,14 @@ def run(context: StageContext) -> dict[str, Any]:
     from align.training.arguments import training_arguments
     from align.training.fit import fit
     from align.training.input_checks import check_encoded, check_ends, check_model
-    from align.training.packing import Flat, check_separate, fill, form_of, packed, run_flat
+    from align.training.packing import FlatCollator, check_separate, enable_flat, fill_ratio, pack_rows, packing_form
     from align.training.rows import counts, encode_answers, encode_supervised, read_splits
-    from align.training.saving import save
+    from align.training.save import save
     from align.training.sft_trainer import check_kernels, lint_rows, noisy
     from align.training.trainers import PreparedSFT, label_positions_only
 
     config: SftConfig = context.config
+    # Before anything is loaded: kernels that are not installed are refused at once.
     check_kernels(context.name, config.trainer, context.runtime)
     encode = encode_answers if config.supervise == "all" else encode_supervised
     source = context.artifact("model").model
@@ -53,30 +54,30 @@ def run(context: StageContext) -> dict[str, Any]:
         config.tuning,
         context.seed,
         tokenizer=tokenizer,
-        warn=context.warn,
         rows=[row["input_ids"] for row in train.rows],
     )
     label_positions_only()
     flat = config.packing or config.padding_free
-    rows = packed(train, config.max_length) if config.packing else train.rows
-    form = form_of(model) if flat else None
+    rows = pack_rows(train, config.max_length) if config.packing else train.rows
+    # Packed documents must not attend to each other; the form is how this model is told where they end.
+    form = packing_form(model) if flat else None
     if form is not None:
-        run_flat(model, form)
+        enable_flat(model, form)
     trainer = PreparedSFT(
         model=model,
         args=training_arguments(Arguments, context, len(rows)),
-        data_collator=None if form is None else Flat(form),
+        data_collator=None if form is None else FlatCollator(form),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
     )
     trainer.row_lengths = [len(row["input_ids"]) for row in rows]
-    looked_at = {name: Split(stored[name], splits[name]) for name in splits}
-    lint_stage(context, "sft", lint_rows(trainer, train), looked_at, config.max_length, config.supervise)
+    linted = {name: Split(stored[name], splits[name]) for name in splits}
+    lint_stage(context, "sft", lint_rows(trainer, train), linted, config.max_length, config.supervise)
     facts: dict[str, Any] = {"rows": len(train.rows), **counts(splits, "rows")}
     if flat:
         facts |= {"pack_difference": check_separate(context.name, trainer, train)}
     if config.packing:
-        facts |= {"packs": len(rows), "pack_fill": fill(rows, config.max_length)}
+        facts |= {"packs": len(rows), "pack_fill": fill_ratio(rows, config.max_length)}
     with noisy(trainer.model, config.neftune):
         metrics = fit(trainer, context, lambda split: held_out.supervised(trainer, splits[split]))
     save(context, trainer, tokenizer)

@@ -1,6 +1,6 @@
-"""SimPO (arXiv 2405.14734): preference optimization per token, without a reference and towards a margin.
+"""Stage ``simpo``: SimPO (arXiv 2405.14734), a loss per token with a target margin and no reference.
 
-Stage ``cpo`` with ``loss: simpo`` and the paper's scale of beta. Experimental in trl, whose CPOTrainer it runs on.
+It is stage ``cpo`` with ``loss: simpo`` and the paper's scale of beta. trl's CPOTrainer is experimental.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Stage ``synthesize``: instructions, responses, best answers or preference pairs from a model, here or by HTTP."""
+"""Stage ``synthesize``: instructions, responses, best answers or pairs from a local model or an HTTP endpoint."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from align.pipeline.context import StageContext
 
 
 def run(context: StageContext) -> dict[str, Any]:
-    """Ask, choose, and write ``train.parquet``, ``test.parquet``, ``samples.jsonl``, ``dropped.jsonl`` and
-    ``ledger.json``; of pairs ``ties.parquet`` too. Returns counts, tokens and cost.
+    """Generate and select rows; return counts, tokens and cost.
+
+    Writes ``train.parquet``, ``test.parquet``, ``samples.jsonl``, ``dropped.jsonl``, ``ledger.json``, and
+    ``ties.parquet`` for pairs.
     """
     from align.synthesis.run import synthesize
 

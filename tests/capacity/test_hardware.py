@@ -21,9 +21,9 @@ from align.errors import UserError
     ],
 )
 def test_hardware_is_read_as_it_is_written(text: str, nodes: int, per_node: int, name: str) -> None:
-    found = parse_hardware(text)
-    assert (found.nodes, found.per_node, found.device.name) == (nodes, per_node, name)
-    assert found.devices == nodes * per_node
+    hardware = parse_hardware(text)
+    assert (hardware.nodes, hardware.per_node, hardware.device.name) == (nodes, per_node, name)
+    assert hardware.devices == nodes * per_node
 
 
 @pytest.mark.parametrize("text", ["8xh10", "0xh100", "h100x8", "2x2x2xh100", "", "8 h100", "cpu-0", "8xh100;ls"])
@@ -43,9 +43,9 @@ def test_a_price_of_one_s_own_replaces_the_table_s() -> None:
 
 
 def test_processes_of_one_processor_share_it() -> None:
-    one, four = parse_hardware("cpu-64").device, parse_hardware("4xcpu-64").device
-    assert one.memory == 64 * GIB and four.memory == 16 * GIB
-    assert four.flops == pytest.approx(one.flops / 4)
+    single, quarter = parse_hardware("cpu-64").device, parse_hardware("4xcpu-64").device
+    assert single.memory == 64 * GIB and quarter.memory == 16 * GIB
+    assert quarter.flops == pytest.approx(single.flops / 4)
     assert parse_hardware("4x1xcpu-64").device.memory == 64 * GIB  # four machines
 
 

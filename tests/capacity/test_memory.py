@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from align.capacity import inference, memory
-from align.capacity.memory import Memory, engine_memory, engine_of, model_bytes, ppo_memory
+from align.capacity.memory import Memory, engine_memory, model_bytes, ppo_memory, resolve_engine
 from align.config.runtime import Runtime
 from align.config.tuning import FullTuning, LoraTuning, QloraTuning, TuningBase
 from align.evaluation import logprobs as evaluation
@@ -20,13 +19,14 @@ from align.models import activations
 from align.models.activations import FLOAT, activations_per_token
 from align.models.architecture import Architecture, Linear, architecture_of
 from align.models.fast import ragged_rows
-from align.models.fast.ragged_rows import hidden_states, lay_out, run_ragged
+from align.models.fast.ragged_rows import enable_ragged, hidden_states, make_layout
 from align.models.precision import low_residual
 from align.models.tuning.apply import apply_tuning
 from align.models.tuning.notice import weight_bytes
 from align.models.tuning.quantized import quantize
 from align.rl import logprobs
-from align.rl.ppo.critic import trunk_of
+from align.rl.critic import trunk_of
+from tests.support.peak_memory import peak_of
 
 TOY = Architecture("toy", hidden=4, layers=2, vocabulary=10, key_value_width=3, linears=(Linear("q", 4, 5, True),),
                    vectors=4, embedded=40, last_norm=4, tied=True)  # fmt: skip
@@ -39,19 +39,19 @@ def cost(tuning: Any, critic: Any, model: Architecture = TOY, precision: Any = "
 
 
 def test_full_tuning_by_hand() -> None:
-    found = cost(FullTuning(), "policy", replace(TOY, tied=False))
-    assert (found.weights, found.gradients, found.optimizer) == (4 * 142, 4 * 142, 8 * 142)
-    assert found.reference == 4 * 142
-    assert found.critic == 16 * (102 + 4 + 1)  # the trunk without its vocabulary head, a value head, its bias
-    assert found.reward == 4 * (102 + 4)
-    assert found.copies == 0
+    counted = cost(FullTuning(), "policy", replace(TOY, tied=False))
+    assert (counted.weights, counted.gradients, counted.optimizer) == (4 * 142, 4 * 142, 8 * 142)
+    assert counted.reference == 4 * 142
+    assert counted.critic == 16 * (102 + 4 + 1)  # the trunk without its vocabulary head, a value head, its bias
+    assert counted.reward == 4 * (102 + 4)
+    assert counted.copies == 0
 
 
 def test_lora_shares_what_is_frozen() -> None:
-    found = cost(LORA, "policy")
-    assert (found.weights, found.gradients, found.optimizer) == (4 * (102 + 36), 4 * 36, 8 * 36)
-    assert found.reference == 0
-    assert found.critic == 16 * (36 + 4 + 1)
+    counted = cost(LORA, "policy")
+    assert (counted.weights, counted.gradients, counted.optimizer) == (4 * (102 + 36), 4 * 36, 8 * 36)
+    assert counted.reference == 0
+    assert counted.critic == 16 * (36 + 4 + 1)
     assert cost(LORA, "head").critic == 16 * (4 + 1)
 
 
@@ -66,9 +66,9 @@ def test_bfloat16_copies_the_float32_matrices_of_one_model_at_a_time() -> None:
 def test_what_is_frozen_and_not_saved_is_rounded_but_for_vectors_and_biases() -> None:
     # 40 of the embedding and 2 x 20 of matrices without their biases; 5 + 4 in each layer and 4 behind stay float32
     trunk = 2 * 80 + 4 * 22
-    found = cost(FullTuning(), "policy", precision="bfloat16")
-    assert found.reference == trunk
-    assert found.reward == trunk + 4 * 4
+    counted = cost(FullTuning(), "policy", precision="bfloat16")
+    assert counted.reference == trunk
+    assert counted.reward == trunk + 4 * 4
     assert cost(FullTuning(), "policy", replace(TOY, tied=False), "bfloat16").reference == trunk + 2 * 40
     assert cost(LORA, "policy", precision="bfloat16").weights == 4 * (102 + 36)
     assert replace(TOY, conv1d=True).rounded == 40
@@ -77,9 +77,9 @@ def test_what_is_frozen_and_not_saved_is_rounded_but_for_vectors_and_biases() ->
 def test_the_critic_has_the_reward_model_s_size() -> None:
     larger = replace(TOY, embedded=1040)
     options: Any = {"tuning": FullTuning(), "precision": "float32"}
-    found = ppo_memory(TOY, [larger, TOY], critic="reward", **options)
-    assert found.critic == 16 * (1102 + 5)
-    assert found.reward == 4 * (1102 + 4 + 102 + 4)
+    counted = ppo_memory(TOY, [larger, TOY], critic="reward", **options)
+    assert counted.critic == 16 * (1102 + 5)
+    assert counted.reward == 4 * (1102 + 4 + 102 + 4)
     with pytest.raises(ValueError, match="there is no reward model"):
         ppo_memory(TOY, [], critic="reward", **options)
 
@@ -88,9 +88,9 @@ def test_what_an_engine_lends_and_the_backward_pass_are_never_there_together() -
     parts = Memory(weights=1, gradients=10, optimizer=100, copies=1000, logits=5, kv_cache=800)
     assert parts.total == 101 + 1015
     assert replace(parts, kv_cache=2000).total == 101 + 2000
-    assert replace(parts, lent="nothing").total == 101 + 1015 + 800
-    assert replace(parts, engine=300, lent="all").total == 101 + 800 + 300
-    assert replace(parts, engine=200, lent="all").total == 101 + 1015
+    assert replace(parts, released="nothing").total == 101 + 1015 + 800
+    assert replace(parts, engine=300, released="all").total == 101 + 800 + 300
+    assert replace(parts, engine=200, released="all").total == 101 + 1015
     assert replace(parts, reference=1, critic=2, reward=3, engine=4).total == 101 + 1015 + 10
 
 
@@ -120,26 +120,26 @@ def test_the_engine_has_weights_and_a_cache_of_its_own() -> None:
 @pytest.mark.parametrize(("installed", "name"), [(object(), "vllm"), (None, "transformers")])
 def test_auto_is_what_would_be_taken(installed: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory.importlib.util, "find_spec", lambda module: installed)
-    assert engine_of(runtime(name="auto")) == (name, False)
-    assert engine_of(runtime(name="transformers")) == ("transformers", False)
+    assert resolve_engine(runtime(name="auto")) == (name, False)
+    assert resolve_engine(runtime(name="transformers")) == ("transformers", False)
 
 
 def kept_bytes(model: Any, tokens: int, precision: str) -> int:
     """Bytes that autograd keeps of a forward pass of two rows, as the trainer makes it; weights left out."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, Any] = {}
+    weights = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    storages: dict[int, Any] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage
+        if storage.data_ptr() not in weights:
+            storages[storage.data_ptr()] = storage
         return tensor
 
     computing: Any = torch.autocast("cpu", torch.bfloat16) if precision == "bfloat16" else contextlib.nullcontext()
     ids, places = torch.full((1, 2 * tokens), 5), torch.arange(tokens).repeat(2)[None]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), computing:
-        assert hidden_states(trunk_of(model), ids, places, lay_out([tokens, tokens])).requires_grad
-        return sum(storage.nbytes() for storage in kept.values())
+        assert hidden_states(trunk_of(model), ids, places, make_layout([tokens, tokens])).requires_grad
+        return sum(storage.nbytes() for storage in storages.values())
 
 
 SHAPE = {"vocab_size": 300, "hidden_size": 512, "intermediate_size": 1280, "num_hidden_layers": 3, "pad_token_id": 0,
@@ -155,13 +155,13 @@ def test_activations_are_what_autograd_keeps(kind: str, tuning: Any, precision: 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SHAPE)).eval()
     sizes = architecture_of(model.config.to_dict())
-    run_ragged(model)
+    enable_ragged(model)
     model = apply_tuning(model, tuning, 0)
     low_residual(model)
     # What does not grow with the tokens, the bfloat16 copies of the matrices, drops out of the difference.
     few, more = (kept_bytes(model, tokens, precision) for tokens in (24, 40))
-    found = activations_per_token(sizes, tuning, precision)
-    assert found == pytest.approx((more - few) / (2 * 16), rel=0.06)
+    counted = activations_per_token(sizes, tuning, precision)
+    assert counted == pytest.approx((more - few) / (2 * 16), rel=0.06)
     if precision == "bfloat16" and isinstance(tuning, FullTuning):
         copies = few - 2 * 24 * (more - few) / (2 * 16)
         assert 2 * sizes.matrices == pytest.approx(copies, rel=0.02)
@@ -171,30 +171,30 @@ def test_beyond_short_rows_keys_and_values_are_kept_once_for_every_head(monkeypa
     assert activations.SHORT == ragged_rows.SHORT and inference.HEAD_ROWS == evaluation.HEAD_ROWS
     monkeypatch.setattr(ragged_rows, "SHORT", 0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SHAPE)).eval()
-    run_ragged(model)
+    enable_ragged(model)
     low_residual(model)
     few, more = (kept_bytes(model, tokens, "bfloat16") for tokens in (24, 40))
     sizes = architecture_of(model.config.to_dict())
-    found = activations_per_token(sizes, FullTuning(), "bfloat16", flash=True)
-    assert found == pytest.approx((more - few) / (2 * 16), rel=0.06)
-    assert found > activations_per_token(sizes, FullTuning(), "bfloat16")  # type: ignore[operator]
+    counted = activations_per_token(sizes, FullTuning(), "bfloat16", flash=True)
+    assert counted == pytest.approx((more - few) / (2 * 16), rel=0.06)
+    assert counted > activations_per_token(sizes, FullTuning(), "bfloat16")  # type: ignore[operator]
 
 
 def kept_by_padded_rows(model: Any, tokens: int, precision: str) -> int:
     """As ``kept_bytes``, of a forward pass as trl makes it."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, Any] = {}
+    weights = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    storages: dict[int, Any] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage().data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        if tensor.untyped_storage().data_ptr() not in weights:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
     computing: Any = torch.autocast("cpu", torch.bfloat16) if precision == "bfloat16" else contextlib.nullcontext()
     ids = torch.full((2, tokens), 5)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), computing:
         assert trunk_of(model)(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)[0].requires_grad
-        return sum(storage.nbytes() for storage in kept.values())
+        return sum(storage.nbytes() for storage in storages.values())
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
@@ -208,8 +208,8 @@ def test_activations_of_trl_s_trainers_are_near_what_autograd_keeps(
     sizes = architecture_of(model.config.to_dict())
     model = apply_tuning(model, tuning, 0)
     few, more = (kept_by_padded_rows(model, tokens, precision) for tokens in (24, 40))
-    found = activations_per_token(sizes, tuning, precision, low_residual=False)
-    assert found == pytest.approx((more - few) / (2 * 16), rel=0.12)
+    counted = activations_per_token(sizes, tuning, precision, low_residual=False)
+    assert counted == pytest.approx((more - few) / (2 * 16), rel=0.12)
 
 
 @pytest.mark.parametrize("double", [True, False])
@@ -227,10 +227,10 @@ def test_ppo_with_matrices_that_cannot_be_shared() -> None:
     four = ppo_memory(TOY, [TOY], tuning=QloraTuning(rank=2), critic="policy", **options)
     assert four.copies == 2 * 40  # those of the head: 4-bit matrices are dequantized anew in the backward pass
     assert four.critic == 16 * (36 + 4 + 1)
-    other = ppo_memory(TOY, [TOY], tuning=QloraTuning(rank=2), critic="reward", **options)
-    assert other.critic == four.critic + round(50 / 2 + 50 / 64 + 4 * 50 / 64 / 256)
-    taken = ppo_memory(TOY, [TOY], tuning=LoraTuning(rank=2, init="pissa"), critic="policy", **options)
-    assert taken.critic == 16 * (36 + 4 + 1) + 4 * 50
+    reward_critic = ppo_memory(TOY, [TOY], tuning=QloraTuning(rank=2), critic="reward", **options)
+    assert reward_critic.critic == four.critic + round(50 / 2 + 50 / 64 + 4 * 50 / 64 / 256)
+    pissa = ppo_memory(TOY, [TOY], tuning=LoraTuning(rank=2, init="pissa"), critic="policy", **options)
+    assert pissa.critic == 16 * (36 + 4 + 1) + 4 * 50
 
 
 def test_a_kind_of_layer_without_a_rule_has_no_activations() -> None:
@@ -245,9 +245,9 @@ def test_activations_are_those_of_the_larger_of_policy_and_critic() -> None:
     def activations(critic: Any, reward: Architecture) -> int | None:
         return ppo_memory(sizes, [reward], tuning=LORA, critic=critic, precision="bfloat16").activations
 
-    own = activations_per_token(sizes, LORA, "bfloat16")
-    assert activations("head", twice) == activations("policy", twice) == own
-    assert activations("reward", twice) == activations_per_token(twice, LORA, "bfloat16") != own
+    weights = activations_per_token(sizes, LORA, "bfloat16")
+    assert activations("head", twice) == activations("policy", twice) == weights
+    assert activations("reward", twice) == activations_per_token(twice, LORA, "bfloat16") != weights
     assert activations("reward", TOY) is None
 
 
@@ -260,21 +260,9 @@ def test_the_head_s_work_space_is_what_the_profiler_sees(precision: Any, trained
     head = torch.nn.Linear(hidden, vocabulary, bias=False).requires_grad_(trained)
     states = torch.randn(600, hidden, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-        found, _ = logprobs.token_logprobs(states, head, torch.zeros(600, dtype=torch.long), 1.0)
-    loss = found.sum()
+        log_probabilities, _ = logprobs.token_logprobs(states, head, torch.zeros(600, dtype=torch.long), 1.0)
+    loss = log_probabilities.sum()
     sizes = replace(TOY, vocabulary=vocabulary, hidden=hidden)
     counted = cost(FullTuning() if trained else LORA, "head", sizes, precision).logits
     counted += FLOAT * states.numel()  # their gradient
     assert counted == pytest.approx(peak_of(loss.backward), rel=0.05)
-
-
-def peak_of(work: Callable[[], Any]) -> int:
-    """Most bytes that ``work`` has allocated at a time."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        work()
-    held = most = 0
-    for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return most

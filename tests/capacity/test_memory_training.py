@@ -6,52 +6,51 @@ from typing import Any
 
 import pytest
 
-from align.capacity import memory_training
+from align.capacity.estimators import training as memory_training
 from align.config.runtime import Runtime
 from align.config.stages.reward import RewardConfig
 from align.config.stages.sft import SftConfig
 from align.config.tuning import FullTuning
 from align.models.activations import activations_of_layer, activations_per_token
-from align.models.architecture import Architecture, Linear, UnknownArchitecture, architecture_of
+from align.models.architecture import UnknownArchitecture, architecture_of
+from tests.support.capacity.models import TOY
 
-TOY = Architecture("toy", hidden=4, layers=2, vocabulary=10, key_value_width=3, linears=(Linear("q", 4, 5, True),),
-                   vectors=4, embedded=40, last_norm=4, tied=False)  # fmt: skip
 # A layer: 25 in its matrix with its bias, 4 in its norm. The trunk: 44 + 2 * 29 = 102; the head 40.
 LORA = {"method": "lora", "rank": 2}  # 2 layers x 2 x (4 + 5) = 36
 
 
-def found(stage: Any, tuning: dict[str, Any], **fields: Any) -> Any:
+def counted(stage: Any, tuning: dict[str, Any], **fields: Any) -> Any:
     runtime = fields.pop("runtime", Runtime(device="cpu"))
     config = stage(model="m", data="d", learning_rate=1e-3, tuning=tuning, **fields)
     return memory_training.estimate(config, {"model": [TOY]}, runtime)
 
 
 def test_sft_by_hand() -> None:
-    full, lora = found(SftConfig, LORA).choices[::-1]
+    full, lora = counted(SftConfig, LORA).choices[::-1]
     assert [c.settings["tuning"] for c in (lora, full)] == ["lora r2", "full"]
     assert (lora.chosen, full.chosen) == (True, False)
     assert (lora.memory.weights, lora.memory.gradients, lora.memory.optimizer) == (4 * 178, 4 * 36, 8 * 36)
     assert (full.memory.weights, full.memory.gradients, full.memory.optimizer) == (4 * 142, 4 * 142, 8 * 142)
     assert lora.memory.copies == 2 * 50  # the head's copies are made and dropped tile by tile
-    assert found(SftConfig, LORA, precision="float32").choices[0].memory.copies == 0
+    assert counted(SftConfig, LORA, precision="float32").choices[0].memory.copies == 0
 
 
 def test_the_head_s_work_space_by_hand() -> None:
     tile = 4096 * 10  # of 8 x 1024 tokens and 10 words
     cpu = 2 * tile + 2 * 40 + 4 * 8192 * 4 + 29 * tile  # a tile, the head's part, the states' gradient, float32 tiles
     gpu = 2 * tile + 2 * 40 + 4 * 8192 * 4 + 4 * (tile + 40)
-    lora = found(SftConfig, LORA).choices[0].memory
+    lora = counted(SftConfig, LORA).choices[0].memory
     assert (lora.logits, lora.scoring) == (cpu, (2 + 12) * tile + 4 * 4096 * 4)
     assert lora.total == 4 * 178 + 12 * 36 + 2 * 50 + cpu
     card = {"runtime": Runtime(device="cuda")}
-    assert found(SftConfig, LORA, **card).choices[0].memory.logits == gpu
-    full = found(SftConfig, {"method": "full"}, **card).choices[0].memory
+    assert counted(SftConfig, LORA, **card).choices[0].memory.logits == gpu
+    full = counted(SftConfig, {"method": "full"}, **card).choices[0].memory
     assert full.logits == gpu + 4 * 40  # the head's own gradient is summed up in float32
 
 
 def test_what_stands_beside_the_model_is_counted() -> None:
     plain, averaged = (
-        found(SftConfig, {"method": "full"}, **fields).choices[0].memory
+        counted(SftConfig, {"method": "full"}, **fields).choices[0].memory
         for fields in ({}, {"ema": 0.99, "anchor": {"to": "l2", "weight": 0.1}})
     )
     assert averaged.reference == plain.reference + 2 * 4 * 142
@@ -70,19 +69,19 @@ def test_checkpointing_keeps_a_layer_s_input_and_one_layer() -> None:
 
 
 def test_a_reward_model_has_a_score_head_in_the_place_of_the_other() -> None:
-    lora = found(RewardConfig, LORA).choices[0].memory
+    lora = counted(RewardConfig, LORA).choices[0].memory
     assert (lora.weights, lora.gradients, lora.copies) == (4 * (102 + 36 + 4), 4 * (36 + 4), 2 * 50)
-    full = found(RewardConfig, {"method": "full"}).choices[0].memory
+    full = counted(RewardConfig, {"method": "full"}).choices[0].memory
     assert (full.weights, full.optimizer) == (4 * 106, 8 * 106)
 
 
 def test_a_method_without_a_rule_is_said_to_be_unknown() -> None:
     with pytest.raises(UnknownArchitecture, match="no rule for what tuning vera adds"):
-        found(SftConfig, {"method": "peft", "type": "vera"})
+        counted(SftConfig, {"method": "peft", "type": "vera"})
 
 
 def test_what_may_differ_is_noted() -> None:
-    scheduled = found(SftConfig, {"method": "full", "unfreeze": {"at": {0: 1}}}, trainer={"optim": "adafactor"})
-    assert any("at most what is counted" in note for note in scheduled.notes)
+    scheduled = counted(SftConfig, {"method": "full", "unfreeze": {"at": {0: 1}}}, trainer={"optim": "adafactor"})
+    assert any("an upper bound" in note for note in scheduled.notes)
     assert any("optim adafactor" in note for note in scheduled.notes)
-    assert not any("at most" in note for note in found(SftConfig, LORA).notes)
+    assert not any("at most" in note for note in counted(SftConfig, LORA).notes)

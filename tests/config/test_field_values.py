@@ -41,13 +41,13 @@ SCALARS = [
 @functools.cache
 def shipped() -> dict[str, tuple[Path, str]]:
     """A shipped pipeline and the name of a stage in it for each kind that there is one of."""
-    found: dict[str, tuple[Path, str]] = {}
+    stages_by_kind: dict[str, tuple[Path, str]] = {}
     for path in sorted((REPOSITORY / "pipelines").rglob("*.yaml")):
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
         for name, block in raw.get("stages", {}).items():
             if name != "loop" and block.get("stage") != "loop":
-                found.setdefault(stage_of(name, block, "x").kind, (path, name))
-    return found
+                stages_by_kind.setdefault(stage_of(name, block, "x").kind, (path, name))
+    return stages_by_kind
 
 
 def paths_below(model: type[BaseModel], above: tuple[str, ...] = (), depth: int = 3) -> Iterator[tuple[str, ...]]:
@@ -79,11 +79,11 @@ def outcome(model: type[BaseModel], path: tuple[str, ...], scalar: str) -> str |
         block = parse_yaml(block_of(path, scalar), "p.yaml")
         config: Any = validate(model, block, "p.yaml: stages.s")
     except UserError as error:
-        said = str(error)
-        assert said.startswith("p.yaml"), said
-        assert len(said) < 3000, said[:3000]
-        assert "geheim" not in said, said
-        return said
+        message = str(error)
+        assert message.startswith("p.yaml"), message
+        assert len(message) < 3000, message[:3000]
+        assert "geheim" not in message, message
+        return message
     for name in path:
         field = type(config).model_fields[name]
         config = getattr(config, name)
@@ -201,7 +201,7 @@ def change(pipeline: Pipeline, path: str, scalar: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "scalar", "said"),
+    ("field", "scalar", "message"),
     [
         ("max_steps", "true", "p.yaml: stages.s.max_steps: should be a whole number or null; found True."),
         ("max_steps", '"3"', "p.yaml: stages.s.max_steps: should be a whole number or null; found '3'."),
@@ -214,8 +214,8 @@ def change(pipeline: Pipeline, path: str, scalar: str) -> None:
         ("model", "[1]", "p.yaml: stages.s.model: "),
     ],
 )
-def test_the_message_names_the_place_and_the_finding(field: str, scalar: str, said: str) -> None:
-    assert said in (outcome(STAGES["sft"].config_class(), (field,), scalar) or "")
+def test_the_message_names_the_place_and_the_finding(field: str, scalar: str, message: str) -> None:
+    assert message in (outcome(STAGES["sft"].config_class(), (field,), scalar) or "")
 
 
 def test_numbers_in_every_usual_spelling_are_taken() -> None:
@@ -237,9 +237,9 @@ def test_messages_repeat_no_character_that_a_terminal_obeys(capsys: pytest.Captu
     pipeline = tmp_path / "p.yaml"
     pipeline.write_text('name: n\nstages: {one: {stage: "\\u202egnp.exe\\u200b\\x1b[2J"}}\n', encoding="utf-8")
     assert main(["plan", str(pipeline), "--store", str(tmp_path / "store")]) == 2
-    said = capsys.readouterr().err
-    assert "\\u202egnp.exe\\u200b\\x1b[2J" in said
-    assert printable(said) == said
+    message = capsys.readouterr().err
+    assert "\\u202egnp.exe\\u200b\\x1b[2J" in message
+    assert printable(message) == message
 
 
 @pytest.mark.parametrize("store", ["~nosuchuser/x", "\ud800", "\udcff", "x" * 5000, "a\0b", "s3://key:geheim@bucket/x"])
@@ -247,8 +247,8 @@ def test_a_store_that_cannot_be_one(store: str, capsys: pytest.CaptureFixture[st
     from align.cli.main import main
 
     assert main(["list", "--store", store]) == 2
-    said = capsys.readouterr().err
-    assert said.strip() and "geheim" not in said and "Traceback" not in said
+    message = capsys.readouterr().err
+    assert message.strip() and "geheim" not in message and "Traceback" not in message
 
 
 @pytest.mark.parametrize("path", ["x" * 5000, "a\0b", "\ud800.yaml", "~nosuchuser/x.yaml"])

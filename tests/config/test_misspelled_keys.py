@@ -13,23 +13,19 @@ from align.config.peft_options import SET_HERE, peft_options, peft_types
 from align.config.validation import validate
 from align.errors import UserError
 from align.pipeline.registry import STAGES
-from align.store.artifacts import Kind
-
-METHODS = [kind for kind, stage in STAGES.items() if stage.makes in (Kind.POLICY, Kind.REWARD)] + ["merge"]
-TRAINED = [kind for kind in METHODS if kind != "merge"]
-"""Stages with a ``tuning`` and a ``trainer`` block."""
+from tests.support.stages.kinds import METHODS, TRAINED
 
 
 def slips(name: str) -> list[str]:
     """One letter left out, doubled, wrong, and two that changed places, each somewhere else in the word."""
     drop, double, wrong, swap = (len(name) * share // 4 for share in (3, 1, 2, 1))
-    made = [
+    misspellings = [
         name[:drop] + name[drop + 1 :],
         name[:double] + name[double] + name[double:],
         name[:wrong] + ("x" if name[wrong] != "x" else "y") + name[wrong + 1 :],
         name[:swap] + name[swap : swap + 2][::-1] + name[swap + 2 :],
     ]
-    return [slip for slip in dict.fromkeys(made) if slip not in ("", name)]
+    return [slip for slip in dict.fromkeys(misspellings) if slip not in ("", name)]
 
 
 def models_in(annotation: Any) -> list[type[Config]]:
@@ -40,8 +36,8 @@ def models_in(annotation: Any) -> list[type[Config]]:
 
 def tags(model: type[Config]) -> dict[str, str]:
     """What says in a YAML which of several blocks this is: ``{method: lora}``."""
-    found = {name: typing.get_args(field.annotation) for name, field in model.model_fields.items()}
-    return {name: values[0] for name, values in found.items() if len(values) == 1 and isinstance(values[0], str)}
+    annotations = {name: typing.get_args(field.annotation) for name, field in model.model_fields.items()}
+    return {name: values[0] for name, values in annotations.items() if len(values) == 1 and isinstance(values[0], str)}
 
 
 def blocks(
@@ -72,11 +68,11 @@ def test_blocks_are_found() -> None:
 
 def refusal(config: type[Config], path: Any, model: type[Config], name: str, wrong: str) -> str:
     """What is said of a block in which ``name`` stands as ``wrong``."""
-    own = tags(model)
-    block: Any = {key: value for key, value in own.items() if key != name} | {wrong: own.get(name, 1)}
-    for at in range(len(path) - 1, -1, -1):
-        above = path[at - 1][1] if at else {}
-        block = {**above, path[at][0]: block}
+    tag_values = tags(model)
+    block: Any = {key: value for key, value in tag_values.items() if key != name} | {wrong: tag_values.get(name, 1)}
+    for depth in range(len(path) - 1, -1, -1):
+        above = path[depth - 1][1] if depth else {}
+        block = {**above, path[depth][0]: block}
     with pytest.raises(UserError) as caught:
         validate(config, block, "p.yaml: stages.x")
     return str(caught.value)
@@ -92,10 +88,10 @@ def test_every_misspelled_key_is_refused_at_its_place(kind: str) -> None:
             for wrong in slips(name):
                 if wrong in model.model_fields:
                     continue
-                said = refusal(config, path, model, name, wrong)
-                assert f"{place}: unknown key '{wrong}'." in said, said
+                message = refusal(config, path, model, name, wrong)
+                assert f"{place}: unknown key '{wrong}'." in message, message
                 tried += 1
-                if f"unknown key '{wrong}'. Did you mean '{name}'?" not in said:
+                if f"unknown key '{wrong}'. Did you mean '{name}'?" not in message:
                     missed.append(f"{place}.{name} as {wrong}")
     assert tried > (20 if kind == "merge" else 200)
     assert len(missed) <= 0.05 * tried, missed  # a slip can make a word that is nearer to another key
@@ -115,11 +111,11 @@ def test_a_misspelled_option_of_the_trainer_is_refused(kind: str) -> None:
 @pytest.mark.parametrize("kind", peft_types())
 def test_every_misspelled_option_of_peft_is_refused(kind: str) -> None:
     config, options = STAGES["sft"].config_class(), peft_options(kind)
-    given = {"model": "m", "data": "d", "learning_rate": 1e-3}
+    fields = {"model": "m", "data": "d", "learning_rate": 1e-3}
     for name in set(options) - set(SET_HERE):
         for wrong in slips(name):
             if wrong in options:
                 continue
             tuning = {"method": "peft", "type": kind, "options": {wrong: 1}}
             with pytest.raises(UserError, match=f"stages.x.tuning: unknown key '{wrong}': peft's {kind} has no such"):
-                validate(config, given | {"tuning": tuning}, "p.yaml: stages.x")
+                validate(config, fields | {"tuning": tuning}, "p.yaml: stages.x")

@@ -9,7 +9,7 @@ import sys
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from align.config.peft_options import OWN, REFUSED, check_options, check_type, peft_options, peft_types
+from align.config.peft_options import METHODS, REFUSED, check_options, check_type, peft_options, peft_types
 from align.config.tuning import Tuning
 
 
@@ -18,8 +18,8 @@ def test_every_type_and_option_is_pefts_own() -> None:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     theirs = {kind.value.lower(): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    assert set(peft_types()) == set(theirs) - set(OWN) - set(REFUSED)
-    assert set(OWN) <= set(theirs)
+    assert set(peft_types()) == set(theirs) - set(METHODS) - set(REFUSED)
+    assert set(METHODS) <= set(theirs)
     for kind in peft_types():
         assert set(peft_options(kind)) == {field.name for field in dataclasses.fields(theirs[kind]) if field.init}
 
@@ -35,22 +35,22 @@ def test_reading_them_imports_neither_peft_nor_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("verra", "has no method 'verra', only .*Did you mean 'vera'"),
         ("lora", "'lora' is set with `method: lora`"),
         ("prefix_tuning", "is set with `method: prefix`"),
         ("lily", "cannot be merged into the weights"),
-        ("adalora", "its ranks are shared out anew"),
+        ("adalora", "its ranks are redistributed"),
     ],
 )
-def test_a_type_that_is_not_to_be_had_is_refused(name: str, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_a_type_that_is_not_to_be_had_is_refused(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         check_type(name)
 
 
 @pytest.mark.parametrize(
-    ("kind", "options", "said"),
+    ("kind", "options", "message"),
     [
         (
             "vera",
@@ -65,13 +65,13 @@ def test_a_type_that_is_not_to_be_had_is_refused(name: str, said: str) -> None:
         ("lokr", {"init_weights": 3}, r"should be bool \| str; found 3"),
     ],
 )
-def test_an_option_that_peft_would_not_take_is_refused(kind: str, options: dict[str, object], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_an_option_that_peft_would_not_take_is_refused(kind: str, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         check_options(kind, options)
 
 
 @pytest.mark.parametrize(
-    ("tuning", "said"),
+    ("tuning", "message"),
     [
         ({"method": "lora", "rnak": 8}, "rnak"),
         ({"method": "lora", "init": "pisa"}, "Did you mean 'pissa'"),
@@ -89,26 +89,26 @@ def test_an_option_that_peft_would_not_take_is_refused(kind: str, options: dict[
         ({"method": "peft", "type": "vera", "rank": 4}, "rank"),
     ],
 )
-def test_what_a_tuning_block_does_not_take(tuning: dict[str, object], said: str) -> None:
-    with pytest.raises(ValidationError, match=said):
+def test_what_a_tuning_block_does_not_take(tuning: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
         TypeAdapter(Tuning).validate_python(tuning)
 
 
 @pytest.mark.parametrize(
-    ("tuning", "said"),
+    ("tuning", "message"),
     [
         ({"method": "qlora", "dropout": 0.1}, "set it to 0"),
         ({"method": "lora", "init": "eva"}, "there are none yet"),
         ({"method": "peft", "type": "vera", "options": {"vera_dropout": 0.1}}, "vera_dropout is 0.1"),
         ({"method": "peft", "type": "pvera"}, "at random in each pass"),
-        ({"method": "prompt"}, "acts on the model's input"),
+        ({"method": "prompt"}, "changes the model's input"),
         ({"method": "lora", "init": "pissa"}, None),
         ({"method": "ia3"}, None),
     ],
 )
-def test_what_ppo_cannot_train(tuning: dict[str, object], said: str | None) -> None:
-    found = TypeAdapter(Tuning).validate_python(tuning).online_objection
-    assert found is None if said is None else said in found
+def test_what_ppo_cannot_train(tuning: dict[str, object], message: str | None) -> None:
+    objection = TypeAdapter(Tuning).validate_python(tuning).online_objection
+    assert objection is None if message is None else message in objection
 
 
 def test_labels_say_what_is_not_plain() -> None:

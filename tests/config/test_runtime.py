@@ -13,8 +13,8 @@ from align.config.runtime import Runtime
 from align.errors import UserError
 from align.runner.runner import run_pipeline
 from align.runner.worker import WAITING
-from tests.pipeline.test_loops import looped
 from tests.support import toy
+from tests.support.loops import looped
 
 
 def with_runtime(runtime: dict[str, Any], raw: dict[str, Any] | None = None) -> Pipeline:
@@ -24,9 +24,9 @@ def with_runtime(runtime: dict[str, Any], raw: dict[str, Any] | None = None) -> 
 def test_a_stage_has_what_is_said_for_it_and_else_what_the_run_has() -> None:
     engine = {"name": "vllm", "batch_size": 32}
     pipeline = with_runtime({"threads": 3, "engine": engine, "stages": {"one": {"engine": {"batch_size": 64}}}})
-    one, two = pipeline.runtimes["one"], pipeline.runtimes["two"]
-    assert (one.engine.name, one.engine.batch_size, one.threads) == ("vllm", 64, 3)
-    assert two.engine.batch_size == 32 and one.stages == two.stages == {}
+    first, second = pipeline.runtimes["one"], pipeline.runtimes["two"]
+    assert (first.engine.name, first.engine.batch_size, first.threads) == ("vllm", 64, 3)
+    assert second.engine.batch_size == 32 and first.stages == second.stages == {}
 
 
 def test_a_null_says_nothing() -> None:
@@ -39,15 +39,17 @@ def test_a_stages_process_gets_its_own_part_and_its_key_stays(tmp_path: Path) ->
     raw["stages"]["wide"]["number"] = 2  # another key
     pipeline = with_runtime({"threads": 1, "stages": {"wide": {"threads": 5}}}, raw)
     run = run_pipeline(pipeline, store=tmp_path)
-    found = {name: json.loads((run.artifacts[name].path / "environment.json").read_text()) for name in raw["stages"]}
-    assert {name: each["OMP_NUM_THREADS"] for name, each in found.items()} == {"narrow": "1", "wide": "5"}
+    environments = {
+        name: json.loads((run.artifacts[name].path / "environment.json").read_text()) for name in raw["stages"]
+    }
+    assert {name: each["OMP_NUM_THREADS"] for name, each in environments.items()} == {"narrow": "1", "wide": "5"}
     assert {node.key for node in Pipeline(raw)} == {node.key for node in pipeline}
 
 
 def test_threads_turn_a_moment_before_they_sleep_unless_the_user_says_how_they_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def found(folder: str) -> dict[str, str]:
+    def wait_policy(folder: str) -> dict[str, str]:
         pipeline = Pipeline({"name": "envs", "stages": {"one": {"stage": "tests.support.toy:ENV"}}})
         run = run_pipeline(pipeline, store=tmp_path / folder)
         environment = json.loads((run.artifacts["one"].path / "environment.json").read_text())
@@ -55,15 +57,15 @@ def test_threads_turn_a_moment_before_they_sleep_unless_the_user_says_how_they_w
 
     for name in WAITING:
         monkeypatch.delenv(name, raising=False)
-    assert found("none") == WAITING
+    assert wait_policy("none") == WAITING
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    assert found("own") == {"OMP_WAIT_POLICY": "ACTIVE"}
+    assert wait_policy("own") == {"OMP_WAIT_POLICY": "ACTIVE"}
 
 
 def test_a_name_in_a_loop_means_every_round_unless_one_is_named() -> None:
     pipeline = with_runtime({"stages": {"drawn": {"threads": 4}, "drawn-2": {"threads": 7}}}, looped())
-    found = {name: runtime.threads for name, runtime in pipeline.runtimes.items()}
-    assert found == {
+    threads = {name: runtime.threads for name, runtime in pipeline.runtimes.items()}
+    assert threads == {
         "start": None, "drawn-1": 4, "total-1": None, "drawn-2": 7, "total-2": None, "drawn-3": 4, "total-3": None
     }  # fmt: skip
 

@@ -10,10 +10,10 @@ import time
 import pytest
 
 from align.config.stages.dpo import DpoConfig
+from align.config.stages.ppo import PpoConfig
 from align.config.stages.reward import RewardConfig
 from align.config.stages.sft import SftConfig
 from align.config.trl_options import CLASSES, OWNED, OWNED_BY_PPO, check_trainer_options, trainer_options
-from align.stages.ppo import PpoConfig
 
 TRL_KINDS = ("sft", "reward", "dpo", "kto", "cpo", "orpo")
 

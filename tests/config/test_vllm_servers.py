@@ -19,13 +19,13 @@ def test_none_is_named_by_default() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("settings", "message"),
     [
         ({"servers": 2, "addresses": ["http://h:1"]}, "give one of them"),
-        ({"addresses": ["http://h:1", "http://h:1/"]}, "http://h:1 stands there twice"),
-        ({"addresses": ["127.0.0.1:8000"]}, "'127.0.0.1:8000' is no address of a vLLM server"),
-        ({"addresses": ["https://h:1"]}, "is no address"),
-        ({"addresses": ["http://h:1/v1"]}, "is no address"),
+        ({"addresses": ["http://h:1", "http://h:1/"]}, "http://h:1 is listed twice"),
+        ({"addresses": ["127.0.0.1:8000"]}, "'127.0.0.1:8000' is not an address of a vLLM server"),
+        ({"addresses": ["https://h:1"]}, "is not an address"),
+        ({"addresses": ["http://h:1/v1"]}, "is not an address"),
         ({"addresses": ["http://h:1"], "tensor_parallel": 2}, "those at `addresses` have their own"),
         ({"addresses": ["http://h:1"], "gpus": [0]}, "those at `addresses` have their own"),
         ({"weights": "nccl"}, "no server is named: write `servers: 2`"),
@@ -35,21 +35,21 @@ def test_none_is_named_by_default() -> None:
         ({"servers": 2, "gpus": [1, 1]}, "gpus names 1 GPUs"),
     ],
 )
-def test_what_cannot_be_is_refused(given: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValidationError, match=said):
-        Runtime.model_validate({"rollouts": given})
+def test_what_cannot_be_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Runtime.model_validate({"rollouts": settings})
 
 
 def test_a_stage_has_servers_of_its_own() -> None:
-    given: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "rollouts": {"servers": 2},
         "stages": {"judge": {"rollouts": {"tensor_parallel": 2, "weights": "nccl"}}},
     }
-    found = Runtime.model_validate(given).for_stage("judge").rollouts
-    assert (found.servers, found.tensor_parallel, found.weights) == (2, 2, "nccl")
-    given["stages"]["judge"]["rollouts"] = {"addresses": ["http://h:1"]}
+    rollouts = Runtime.model_validate(settings).for_stage("judge").rollouts
+    assert (rollouts.servers, rollouts.tensor_parallel, rollouts.weights) == (2, 2, "nccl")
+    settings["stages"]["judge"]["rollouts"] = {"addresses": ["http://h:1"]}
     with pytest.raises(UserError, match=r"runtime\.stages\.judge: rollouts: servers are started.*give one of them"):
-        Runtime.model_validate(given).for_stage("judge")
+        Runtime.model_validate(settings).for_stage("judge")
 
 
 @pytest.mark.parametrize(

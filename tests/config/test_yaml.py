@@ -30,11 +30,11 @@ one: &one {stage: sft, tuning: {rank: 1}, rate: 1}
 two: &two {<<: *one, rate: 2}
 three: {<<: *two, n: 3}
 """
-    found = parse_yaml(text, "x")
-    assert found["two"] == {"stage": "sft", "tuning": {"rank": 1}, "rate": 2}
-    assert found["three"] == {"stage": "sft", "tuning": {"rank": 1}, "rate": 2, "n": 3}
-    found["one"]["tuning"]["rank"] = 9
-    assert found["three"]["tuning"] == {"rank": 1}  # nothing is shared
+    parsed = parse_yaml(text, "x")
+    assert parsed["two"] == {"stage": "sft", "tuning": {"rank": 1}, "rate": 2}
+    assert parsed["three"] == {"stage": "sft", "tuning": {"rank": 1}, "rate": 2, "n": 3}
+    parsed["one"]["tuning"]["rank"] = 9
+    assert parsed["three"]["tuning"] == {"rank": 1}  # nothing is shared
 
 
 def test_a_key_written_twice_beside_a_merge_is_refused() -> None:

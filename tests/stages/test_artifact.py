@@ -18,41 +18,43 @@ from align.store.store import Store
 from tests.support import toy
 from tests.support.records import change_record
 
+pytestmark = pytest.mark.usefixtures("stages_in_process")
+
 
 @pytest.fixture
-def made(tmp_path: Path) -> Artifact:
+def original(tmp_path: Path) -> Artifact:
     """A finished number in a store of its own."""
     raw = {"name": "toy", "stages": {"one": {"stage": "tests.support.toy:NUMBER", "number": 41}}}
     return Pipeline(raw).run(store=tmp_path / "old").artifacts["one"]
 
 
-def taking(path: Path | str, **stages: Any) -> Pipeline:
+def pipeline_with(path: Path | str, **stages: Any) -> Pipeline:
     return Pipeline({"name": "takes", "stages": {"mine": {"stage": "artifact", "path": str(path)}, **stages}}, "p.yaml")
 
 
-def test_a_later_stage_reads_it_and_its_files_are_shared(made: Artifact, tmp_path: Path) -> None:
-    pipeline = taking(made.path, total={"stage": "tests.support.toy:SUM", "first": "mine"})
+def test_a_later_stage_reads_it_and_its_files_are_shared(original: Artifact, tmp_path: Path) -> None:
+    pipeline = pipeline_with(original.path, total={"stage": "tests.support.toy:SUM", "first": "mine"})
     assert pipeline.nodes["mine"].makes == Kind.PROMPTS
     run = pipeline.run(store=tmp_path / "store")
     assert run.metrics("total") == {"total": 41}
-    taken = run.artifacts["mine"]
-    assert os.path.samefile(taken.path / "number.txt", made.path / "number.txt")
-    assert run.metrics("mine") == {"key": made.record["key"], "stage": "one", "kind": "number"}
-    assert set(taken.record["outputs"]) == {"number.txt"}
-    assert "41" not in (taken.path / "log.txt").read_text()
-    assert Store(tmp_path / "store").problems(taken, thorough=True) == []
-    assert taking(made.path).run(store=tmp_path / "store").ran == []
+    artifact = run.artifacts["mine"]
+    assert os.path.samefile(artifact.path / "number.txt", original.path / "number.txt")
+    assert run.metrics("mine") == {"key": original.record["key"], "stage": "one", "kind": "number"}
+    assert set(artifact.record["outputs"]) == {"number.txt"}
+    assert "41" not in (artifact.path / "log.txt").read_text()
+    assert Store(tmp_path / "store").problems(artifact, thorough=True) == []
+    assert pipeline_with(original.path).run(store=tmp_path / "store").ran == []
 
 
-def test_what_was_taken_twice_keeps_the_key_of_the_original(made: Artifact, tmp_path: Path) -> None:
-    once = taking(made.path).run(store=tmp_path / "store").artifacts["mine"]
-    twice = taking(once.path).run(store=tmp_path / "store").artifacts["mine"]
-    assert once.record["key"] != made.record["key"] != twice.record["key"]
-    assert once.key == twice.key == made.key == made.record["key"]
+def test_what_was_taken_twice_keeps_the_key_of_the_original(original: Artifact, tmp_path: Path) -> None:
+    first = pipeline_with(original.path).run(store=tmp_path / "store").artifacts["mine"]
+    second = pipeline_with(first.path).run(store=tmp_path / "store").artifacts["mine"]
+    assert first.record["key"] != original.record["key"] != second.record["key"]
+    assert first.key == second.key == original.key == original.record["key"]
 
 
 def test_where_links_are_impossible_files_are_copied(
-    made: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    original: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from align.config.runtime import Runtime
     from align.config.stages.artifact import ArtifactConfig
@@ -65,44 +67,53 @@ def test_where_links_are_impossible_files_are_copied(
     monkeypatch.setattr(os, "link", refuse)
     (tmp_path / "out").mkdir()
     context = StageContext(
-        "mine", ArtifactConfig(path=str(made.path)), {}, 0, Runtime(), tmp_path / "out", tmp_path, tmp_path / "events"
+        "mine",
+        ArtifactConfig(path=str(original.path)),
+        {},
+        0,
+        Runtime(),
+        tmp_path / "out",
+        tmp_path,
+        tmp_path / "events",
     )
     run(context)
     assert (tmp_path / "out" / "number.txt").read_text() == "41"
-    assert not os.path.samefile(tmp_path / "out" / "number.txt", made.path / "number.txt")
+    assert not os.path.samefile(tmp_path / "out" / "number.txt", original.path / "number.txt")
 
 
-def test_the_key_follows_the_artifact_and_not_its_place(made: Artifact, tmp_path: Path) -> None:
+def test_the_key_follows_the_artifact_and_not_its_place(original: Artifact, tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere"
-    shutil.copytree(made.path, moved)
-    assert taking(moved).nodes["mine"].key == taking(made.path).nodes["mine"].key
+    shutil.copytree(original.path, moved)
+    assert pipeline_with(moved).nodes["mine"].key == pipeline_with(original.path).nodes["mine"].key
     change_record(moved, key="0" * 64)
-    assert taking(moved).nodes["mine"].key != taking(made.path).nodes["mine"].key
+    assert pipeline_with(moved).nodes["mine"].key != pipeline_with(original.path).nodes["mine"].key
 
 
 def test_a_reward_models_folder_needs_no_record(tiny_reward: Path, tmp_path: Path) -> None:
-    pipeline = taking(tiny_reward)
+    pipeline = pipeline_with(tiny_reward)
     assert pipeline.nodes["mine"].makes == Kind.REWARD
-    taken = pipeline.run(store=tmp_path / "store").artifacts["mine"]
+    artifact = pipeline.run(store=tmp_path / "store").artifacts["mine"]
     from align.models.reward import RewardModel
 
     scores = [
         RewardModel(folder).score([[{"role": "user", "content": "hi"}]], ["ho"])
-        for folder in (taken.model, tiny_reward)
+        for folder in (artifact.model, tiny_reward)
     ]
     assert scores[0] == scores[1]
-    assert not os.path.samefile(taken.model / "config.json", tiny_reward / "config.json")
+    assert not os.path.samefile(artifact.model / "config.json", tiny_reward / "config.json")
 
 
 def test_its_sizes_are_known_to_the_plan(tiny_reward: Path) -> None:
     from align.models.architecture import read_architecture
     from align.stages.artifact import architecture
 
-    config = taking(tiny_reward).nodes["mine"].config
+    config = pipeline_with(tiny_reward).nodes["mine"].config
     assert architecture(config, Path.cwd()) == read_architecture(tiny_reward / "config.json")  # type: ignore[arg-type]
 
 
-def test_what_cannot_be_taken_is_refused_before_anything_runs(made: Artifact, tiny_model: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_taken_is_refused_before_anything_runs(
+    original: Artifact, tiny_model: Path, tmp_path: Path
+) -> None:
     (tmp_path / "empty").mkdir()
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -114,7 +125,7 @@ def test_what_cannot_be_taken_is_refused_before_anything_runs(made: Artifact, ti
         (tiny_model, f"bring it in with `stage: model` and `source: {tiny_model}`"),
     ):
         with pytest.raises(UserError) as caught:
-            taking(path)
+            pipeline_with(path)
         assert expected in str(caught.value)
 
 
@@ -149,15 +160,15 @@ def lead_out(folder: Path) -> None:
     ],
 )
 def test_an_artifact_that_is_not_what_its_record_says_is_refused(
-    harm: Any, expected: str, made: Artifact, tmp_path: Path
+    harm: Any, expected: str, original: Artifact, tmp_path: Path
 ) -> None:
-    harm(made.path)
+    harm(original.path)
     with pytest.raises(UserError, match=expected):
-        taking(made.path).run(store=tmp_path / "store")
+        pipeline_with(original.path).run(store=tmp_path / "store")
     assert not list(tmp_path.rglob("outside.txt"))
 
 
-def test_the_toy_is_not_a_checkpoint(made: Artifact) -> None:
+def test_the_toy_is_not_a_checkpoint(original: Artifact) -> None:
     with pytest.raises(UserError, match="points at 'mine', a PromptData"):
-        taking(made.path, sample={"policy": "mine", "prompts": "mine", "score": "examples.scorers:letters"})
+        pipeline_with(original.path, sample={"policy": "mine", "prompts": "mine", "score": "examples.scorers:letters"})
     assert toy.NUMBER.makes == Kind.PROMPTS

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from align.config.runtime import Runtime
 from align.config.stages.distill import DistillConfig
 from align.errors import UserError
 from align.inference.protocol import Response, Sampling
@@ -20,34 +18,20 @@ from align.models.tiny import make_tiny
 from align.pipeline.context import StageContext
 from align.stages import distill as work
 from align.stages.distill import run
-from align.store.artifacts import Artifact, Kind
-from align.training.distill_trainer import AnswerCollator, own_answers, prompt_of
+from align.training.distill_trainer import AnswerCollator, is_on_policy_step, prompt_of
 from align.training.divergence import Known, Live, Measure, summed_divergence, with_rest
 from align.training.rows import MASKED, encode_supervised
 from align.training.teacher import TeacherCache
 from tests.support.stages.more_tokens import add_token
-from tests.support.training.harness import context, data_artifact, losses, rows
-from tests.training.test_resume import Killed, dying
-
-ENGINE = Runtime.model_validate({"device": "cpu", "engine": {"name": "transformers"}})
+from tests.support.stages.stage_contexts import distill_stage
+from tests.support.training.harness import losses, rows
+from tests.support.training.killed_stage import Killed, dying
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Wider and deeper than the student, and of other weights."""
     return make_tiny(tmp_path_factory.mktemp("teacher") / "model", seed=5, hidden_size=96, layers=3)
-
-
-def made(root: Path, student: Path, teacher: Path, **fields: Any) -> StageContext:
-    given = {"learning_rate": 3e-3, "batch_size": 8, "max_length": 64, "precision": "float32", **fields}
-    config = DistillConfig(model="model", teacher="teacher", data="data", **given)
-    plain = context(root, config, student, data_artifact(root / "data", Kind.INSTRUCTIONS, train=24, test=8))
-    folder = root / "teacher"
-    if not folder.exists():
-        folder.mkdir()
-        (folder / "model").symlink_to(teacher)
-    given = {**plain.inputs, "teacher": Artifact("teacher", Kind.MODEL, folder, {"key": str(teacher)})}
-    return replace(plain, inputs=given, runtime=ENGINE, cache=root.parent / "cache")
 
 
 @pytest.mark.parametrize(
@@ -60,24 +44,27 @@ def made(root: Path, student: Path, teacher: Path, **fields: Any) -> StageContex
     ids=["forward", "reverse-lora", "jsd-own"],
 )
 def test_the_student_comes_nearer(fields: dict[str, Any], tiny_model: Path, teacher: Path, tmp_path: Path) -> None:
-    stage = made(tmp_path / "run", tiny_model, teacher, epochs=6, **fields)
+    stage = distill_stage(tmp_path / "run", tiny_model, teacher, epochs=6, **fields)
     metrics = run(stage)
     assert metrics["test_divergence_after"] < 0.7 * metrics["test_divergence_before"]
     assert metrics["steps"] == 18
-    own = sum(own_answers(stage.seed, step, fields.get("on_policy", 0.0)) for step in range(18))
-    assert metrics.get("own_steps", 0) == own
+    on_policy_steps = sum(is_on_policy_step(stage.seed, step, fields.get("on_policy", 0.0)) for step in range(18))
+    assert metrics.get("own_steps", 0) == on_policy_steps
     # The saved student, read back, is as near to the teacher as the trained one was.
     test = encode_supervised(load_tokenizer(tiny_model), rows(8, start=24), 64)
     measure = Measure(fields["divergence"], top_k=fields["top_k"])
     student, model = load_policy(stage.output / "model"), load_policy(teacher)
     apart, tokens = 0.0, 0
     for row in test.rows:
-        ids, kept = torch.tensor([row["input_ids"]]), torch.tensor([label != MASKED for label in row["labels"][1:]])
+        ids, answer_tokens = (
+            torch.tensor([row["input_ids"]]),
+            torch.tensor([label != MASKED for label in row["labels"][1:]]),
+        )
         with torch.no_grad():
-            one = student.model(ids).last_hidden_state[0, :-1][kept]
-            live = Live(model.model(ids).last_hidden_state[0, :-1][kept], model.lm_head)
-            apart += float(summed_divergence(measure, one, student.lm_head, live))
-        tokens += len(one)
+            states = student.model(ids).last_hidden_state[0, :-1][answer_tokens]
+            live = Live(model.model(ids).last_hidden_state[0, :-1][answer_tokens], model.lm_head)
+            apart += float(summed_divergence(measure, states, student.lm_head, live))
+        tokens += len(states)
     assert apart / tokens == pytest.approx(metrics["test_divergence_after"], rel=1e-3)
 
 
@@ -105,11 +92,11 @@ def test_a_few_tokens_of_the_teacher_bound_the_whole_from_below() -> None:
     torch.manual_seed(1)
     student, teacher = torch.randn(7, 20), torch.randn(7, 20)
     identity = torch.nn.Identity()
-    whole, some, most = (
+    full, some, most = (
         float(summed_divergence(Measure(top_k=k), student, identity, Live(teacher, identity))) for k in (None, 4, 19)
     )
-    assert 0 < some < whole
-    assert most == pytest.approx(whole, rel=1e-4)  # 19 of 20 and the rest are all 20
+    assert 0 < some < full
+    assert most == pytest.approx(full, rel=1e-4)  # 19 of 20 and the rest are all 20
     best = torch.log_softmax(teacher, dim=-1).topk(4, dim=-1)
     known = Known(best.indices, best.values)
     assert float(summed_divergence(Measure(top_k=4), student, identity, known)) == pytest.approx(some, rel=1e-6)
@@ -132,65 +119,69 @@ def test_soft_caps_are_those_of_each_model() -> None:
     torch.manual_seed(6)
     student, teacher = 4 * torch.randn(5, 11), 4 * torch.randn(5, 11)
     identity = torch.nn.Identity()
-    found = summed_divergence(Measure(temperature=2.0), student, identity, Live(teacher, identity, cap=3.0), cap=5.0)
-    one, other = 5 * torch.tanh(student / 5), 3 * torch.tanh(teacher / 3)
-    wanted = summed_divergence(Measure(temperature=2.0), one, identity, Live(other, identity))
-    assert float(found) == pytest.approx(float(wanted), rel=1e-6)
+    divergence = summed_divergence(
+        Measure(temperature=2.0), student, identity, Live(teacher, identity, cap=3.0), cap=5.0
+    )
+    capped_student, capped_teacher = 5 * torch.tanh(student / 5), 3 * torch.tanh(teacher / 3)
+    expected = summed_divergence(Measure(temperature=2.0), capped_student, identity, Live(capped_teacher, identity))
+    assert float(divergence) == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_the_gradient_is_that_of_the_whole_whatever_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(3)
     teacher, identity = torch.randn(10, 6), torch.nn.Identity()
-    found = []
+    gradients = []
     for chunk in (256, 3):
         monkeypatch.setattr("align.training.divergence.CHUNK", chunk)
         student = torch.randn(10, 6, generator=torch.Generator().manual_seed(4), requires_grad=True)
         summed_divergence(Measure("reverse"), student, identity, Live(teacher, identity)).backward()
         assert student.grad is not None
-        found.append(student.grad)
-    assert found[0].abs().sum() > 0
-    assert torch.allclose(found[0], found[1], atol=1e-6)
+        gradients.append(student.grad)
+    assert gradients[0].abs().sum() > 0
+    assert torch.allclose(gradients[0], gradients[1], atol=1e-6)
 
 
 def test_the_teachers_word_is_computed_once(
     tiny_model: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = run(made(tmp_path / "one", tiny_model, teacher, max_steps=1))
+    first = run(distill_stage(tmp_path / "one", tiny_model, teacher, max_steps=1))
     assert (first["teacher_rows_cached"], first["teacher_rows_computed"]) == (0, 32)
-    monkeypatch.setattr(work, "load_policy", lambda *given: pytest.fail("the teacher was loaded"))
-    second = run(made(tmp_path / "two", tiny_model, teacher, max_steps=1, learning_rate=1e-3, divergence="reverse"))
+    monkeypatch.setattr(work, "load_policy", lambda *fields: pytest.fail("the teacher was loaded"))
+    second = run(
+        distill_stage(tmp_path / "two", tiny_model, teacher, max_steps=1, learning_rate=1e-3, divergence="reverse")
+    )
     assert (second["teacher_rows_cached"], second["teacher_rows_computed"]) == (32, 0)
-    for name, given in (("warmer", {"temperature": 2.0}), ("fewer", {"top_k": 8}), ("low", {"precision": "bfloat16"})):
+    for name, fields in (("warmer", {"temperature": 2.0}), ("fewer", {"top_k": 8}), ("low", {"precision": "bfloat16"})):
         with pytest.raises(pytest.fail.Exception, match="the teacher was loaded"):
-            run(made(tmp_path / name, tiny_model, teacher, max_steps=1, **given))
-    other = make_tiny(tmp_path / "other" / "model", seed=6)
+            run(distill_stage(tmp_path / name, tiny_model, teacher, max_steps=1, **fields))
+    other_teacher = make_tiny(tmp_path / "other" / "model", seed=6)
     with pytest.raises(pytest.fail.Exception, match="the teacher was loaded"):
-        run(made(tmp_path / "another", tiny_model, other, max_steps=1))
+        run(distill_stage(tmp_path / "another", tiny_model, other_teacher, max_steps=1))
 
 
 def test_a_damaged_cache_is_made_again(tmp_path: Path) -> None:
     cache = TeacherCache(tmp_path, {"teacher": "t"})
-    given = [{"input_ids": [1, 2, 3], "labels": [MASKED, 2, 3]}]
+    encoded = [{"input_ids": [1, 2, 3], "labels": [MASKED, 2, 3]}]
     word = [Known(torch.tensor([[4], [5]], dtype=torch.int32), torch.tensor([[-1.0], [-2.0]]))]
-    assert cache.known(given, lambda: word)[0].ids.tolist() == [[4], [5]]
+    assert cache.known(encoded, lambda: word)[0].ids.tolist() == [[4], [5]]
     (file,) = tmp_path.glob("*.safetensors")
-    assert cache.known(given, lambda: pytest.fail("computed"))[0].logprobs.tolist() == [[-1.0], [-2.0]]
+    assert cache.known(encoded, lambda: pytest.fail("computed"))[0].logprobs.tolist() == [[-1.0], [-2.0]]
     file.write_bytes(file.read_bytes()[:-4])
-    assert cache.known(given, lambda: word)[0].ids.tolist() == [[4], [5]]
-    assert (cache.found, cache.computed) == (1, 2)
+    assert cache.known(encoded, lambda: word)[0].ids.tolist() == [[4], [5]]
+    assert (cache.hits, cache.computed) == (1, 2)
 
 
 def test_a_changed_number_is_computed_again(tmp_path: Path) -> None:
     warnings: list[str] = []
     cache = TeacherCache(tmp_path, {"teacher": "t"}, warnings.append)
-    given = [{"input_ids": [1, 2, 3], "labels": [MASKED, 2, 3]}]
+    encoded = [{"input_ids": [1, 2, 3], "labels": [MASKED, 2, 3]}]
     word = [Known(torch.tensor([[4], [5]], dtype=torch.int32), torch.tensor([[-1.0], [-2.0]]))]
-    cache.known(given, lambda: word)
+    cache.known(encoded, lambda: word)
     (file,) = tmp_path.glob("*.safetensors")
     with safe_open(file, "pt") as tensors:
         header = tensors.metadata()
     save_file({**load_file(file), "ids": torch.tensor([[4], [9]], dtype=torch.int32)}, file, header)
-    assert cache.known(given, lambda: word)[0].ids.tolist() == [[4], [5]]
+    assert cache.known(encoded, lambda: word)[0].ids.tolist() == [[4], [5]]
     assert len(warnings) == 1 and file.name in warnings[0]
 
 
@@ -199,64 +190,73 @@ def test_a_cache_tells_apart_which_tokens_are_learned(tmp_path: Path) -> None:
     word = [Known(torch.tensor([[4]], dtype=torch.int32), torch.tensor([[-1.0]]))]
     for labels in ([MASKED, 2, MASKED], [MASKED, MASKED, 3]):  # as many
         cache.known([{"input_ids": [1, 2, 3], "labels": labels}], lambda: word)
-    assert (cache.found, cache.computed) == (0, 2)
+    assert (cache.hits, cache.computed) == (0, 2)
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one(tiny_model: Path, teacher: Path, tmp_path: Path) -> None:
     def stage(name: str) -> StageContext:
         fields = {"epochs": 2, "save_steps": 2, "on_policy": 0.5, "max_tokens": 6, "tuning": {"method": "lora"}}
-        return made(tmp_path / name, tiny_model, teacher, **fields)
+        return distill_stage(tmp_path / name, tiny_model, teacher, **fields)
 
-    whole, parts = stage("whole"), stage("parts")
-    own = [step for step in range(6) if own_answers(whole.seed, step, 0.5)]
-    assert own
-    assert own[-1] >= 4  # a step after the checkpoint samples too
-    run(whole)
+    uninterrupted, parts = stage("whole"), stage("parts")
+    on_policy_steps = [step for step in range(6) if is_on_policy_step(uninterrupted.seed, step, 0.5)]
+    assert on_policy_steps
+    assert on_policy_steps[-1] >= 4  # a step after the checkpoint samples too
+    run(uninterrupted)
     with pytest.raises(Killed):
         run(dying(parts, 5))
     assert run(parts)["resumed_from_step"] == 4
-    assert losses(parts) == losses(whole)
-    one, other = (load_file(c.output / "model" / "model.safetensors") for c in (whole, parts))
-    assert all(one[name].equal(other[name]) for name in one)
+    assert losses(parts) == losses(uninterrupted)
+    expected, resumed = (load_file(c.output / "model" / "model.safetensors") for c in (uninterrupted, parts))
+    assert all(expected[name].equal(resumed[name]) for name in expected)
 
 
 def test_own_answers_follow_the_datas_prompts(
     tiny_model: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[list[int]] = []
+    sampled_prompts: list[list[int]] = []
 
     def sampler(context: StageContext, engine: Any) -> Any:
         def sample(model: Any, prompts: list[list[int]], step: int) -> list[list[int]]:
-            seen.extend(prompts)
+            sampled_prompts.extend(prompts)
             return [[40, 41, 2] for _ in prompts]
 
         return sample
 
     monkeypatch.setattr(work, "_sampler", sampler)
-    stage = made(tmp_path / "run", tiny_model, teacher, max_steps=2, on_policy=1.0, sft_weight=9.0, max_tokens=4)
+    stage = distill_stage(
+        tmp_path / "run", tiny_model, teacher, max_steps=2, on_policy=1.0, sft_weight=9.0, max_tokens=4
+    )
     assert run(stage)["own_steps"] == 2
     encoded = encode_supervised(load_tokenizer(tiny_model), rows(24), 64)
     prompts = {tuple(prompt_of(row["input_ids"], row["labels"])) for row in encoded.rows}
-    assert len(seen) == 16
-    assert {tuple(prompt) for prompt in seen} <= prompts
+    assert len(sampled_prompts) == 16
+    assert {tuple(prompt) for prompt in sampled_prompts} <= prompts
     # The student's tokens alone count: neither the prompts', nor the data's answers with their weight.
-    answered = [{"input_ids": [*p, 40, 41, 2], "labels": [MASKED] * len(p) + [40, 41, 2]} for p in seen[:8]]
+    answered = [{"input_ids": [*p, 40, 41, 2], "labels": [MASKED] * len(p) + [40, 41, 2]} for p in sampled_prompts[:8]]
     apart, _, tokens = by_hand(tiny_model, teacher, answered)
     assert tokens == 8 * 3
     assert losses(stage)[1] == pytest.approx(apart / tokens, rel=1e-4)
 
 
-def by_hand(student: Path, teacher: Path, given: list[dict[str, Any]]) -> tuple[float, float, int]:
+def by_hand(student: Path, teacher: Path, encoded_rows: list[dict[str, Any]]) -> tuple[float, float, int]:
     """Divergence (forward, 64 tokens) and negative log-likelihood, summed over the labeled tokens, and how many."""
-    one, other = load_policy(student), load_policy(teacher)
+    student_model, teacher_model = load_policy(student), load_policy(teacher)
     apart, nll, tokens = 0.0, 0.0, 0
-    for row in given:
-        ids, kept = torch.tensor([row["input_ids"]]), torch.tensor([label != MASKED for label in row["labels"][1:]])
+    for row in encoded_rows:
+        ids, answer_tokens = (
+            torch.tensor([row["input_ids"]]),
+            torch.tensor([label != MASKED for label in row["labels"][1:]]),
+        )
         with torch.no_grad():
-            states = one.model(ids).last_hidden_state[0, :-1][kept]
-            live = Live(other.model(ids).last_hidden_state[0, :-1][kept], other.lm_head)
-            apart += float(summed_divergence(Measure(top_k=64), states, one.lm_head, live))
-            nll += float(torch.nn.functional.cross_entropy(one.lm_head(states), ids[0, 1:][kept], reduction="sum"))
+            states = student_model.model(ids).last_hidden_state[0, :-1][answer_tokens]
+            live = Live(teacher_model.model(ids).last_hidden_state[0, :-1][answer_tokens], teacher_model.lm_head)
+            apart += float(summed_divergence(Measure(top_k=64), states, student_model.lm_head, live))
+            nll += float(
+                torch.nn.functional.cross_entropy(
+                    student_model.lm_head(states), ids[0, 1:][answer_tokens], reduction="sum"
+                )
+            )
         tokens += len(states)
     return apart, nll, tokens
 
@@ -265,7 +265,7 @@ def test_the_datas_tokens_count_by_their_weight_beside_the_divergence(
     tiny_model: Path, teacher: Path, tmp_path: Path
 ) -> None:
     fields: dict[str, Any] = {"max_steps": 1, "batch_size": 24, "micro_batch_size": 8, "sft_weight": 0.5}
-    stage = made(tmp_path / "run", tiny_model, teacher, **fields)
+    stage = distill_stage(tmp_path / "run", tiny_model, teacher, **fields)
     run(stage)
     apart, nll, tokens = by_hand(tiny_model, teacher, encode_supervised(load_tokenizer(tiny_model), rows(24), 64).rows)
     assert losses(stage)[1] == pytest.approx((apart + 0.5 * nll) / tokens, rel=1e-4)
@@ -294,7 +294,7 @@ def test_each_step_samples_anew_from_the_student_as_it_is(
     tiny_model: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = Asked()
-    monkeypatch.setattr(work, "open_engine", lambda *given, **options: engine)
+    monkeypatch.setattr(work, "open_engine", lambda *loaded_weights, **options: engine)
     fields: dict[str, Any] = {
         "temperature": 2.0,
         "sample_temperature": 0.7,
@@ -302,22 +302,26 @@ def test_each_step_samples_anew_from_the_student_as_it_is(
         "max_steps": 3,
         "on_policy": 1.0,
     }
-    run(made(tmp_path / "run", tiny_model, teacher, **fields))
-    given, asked = engine.calls[::2], engine.calls[1::2]
+    run(distill_stage(tmp_path / "run", tiny_model, teacher, **fields))
+    loaded_weights, samplings = engine.calls[::2], engine.calls[1::2]
     start = load_file(tiny_model / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
-    assert given[0][name].equal(start[name])
-    assert not given[2][name].equal(start[name])  # the first step warms up, at a rate of 0
-    assert [(one.temperature, one.max_tokens) for one in asked] == 3 * [(0.7, 4)]
-    assert len({one.seed for one in asked}) == 3
+    assert loaded_weights[0][name].equal(start[name])
+    assert not loaded_weights[2][name].equal(start[name])  # the first step warms up, at a rate of 0
+    assert [(sampling.temperature, sampling.max_tokens) for sampling in samplings] == 3 * [(0.7, 4)]
+    assert len({sampling.seed for sampling in samplings}) == 3
 
 
 def test_steps_of_own_answers_follow_seed_and_step() -> None:
-    drawn = [own_answers(7, step, 0.3) for step in range(2000)]
-    assert sum(drawn) / 2000 == pytest.approx(0.3, abs=0.04)
-    assert drawn == [own_answers(7, step, 0.3) for step in range(2000)] != [own_answers(8, s, 0.3) for s in range(2000)]
-    assert not any(own_answers(7, step, 0.0) for step in range(9))
-    assert all(own_answers(7, step, 1.0) for step in range(9))
+    steps = [is_on_policy_step(7, step, 0.3) for step in range(2000)]
+    assert sum(steps) / 2000 == pytest.approx(0.3, abs=0.04)
+    assert (
+        steps
+        == [is_on_policy_step(7, step, 0.3) for step in range(2000)]
+        != [is_on_policy_step(8, s, 0.3) for s in range(2000)]
+    )
+    assert not any(is_on_policy_step(7, step, 0.0) for step in range(9))
+    assert all(is_on_policy_step(7, step, 1.0) for step in range(9))
 
 
 def test_a_batch_of_answers() -> None:
@@ -331,23 +335,25 @@ def test_a_batch_of_answers() -> None:
 
 
 def test_teachers_that_cannot_teach_are_refused(tiny_model: Path, tmp_path: Path) -> None:
-    other = make_tiny(tmp_path / "template", seed=1)
-    (other / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}")
+    other_teacher = make_tiny(tmp_path / "template", seed=1)
+    (other_teacher / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}"
+    )
     with pytest.raises(UserError, match="student and teacher have different chat templates"):
-        run(made(tmp_path / "a", tiny_model, other))
+        run(distill_stage(tmp_path / "a", tiny_model, other_teacher))
     more = make_tiny(tmp_path / "vocabulary", seed=1)
     add_token(more, "zebra")
     with pytest.raises(
         UserError, match=r"the student and the teacher have different vocabularies \(260 and 261 tokens\)"
     ):
-        run(made(tmp_path / "b", tiny_model, more))
+        run(distill_stage(tmp_path / "b", tiny_model, more))
 
 
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
         ({"teacher": "model"}, "teacher is 'model', the student itself"),
-        ({"on_policy": 0.5, "tuning": {"method": "prefix"}}, "on_policy samples from the student as it learns"),
+        ({"on_policy": 0.5, "tuning": {"method": "prefix"}}, "on_policy samples from the student during training"),
         ({"on_policy": 0.5, "max_tokens": 64}, "max_tokens 64 leaves no room for a prompt"),
         ({"divergance": "jsd"}, "divergance"),
         ({"trainer": {"packing": True}}, "packing"),

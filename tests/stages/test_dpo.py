@@ -46,16 +46,16 @@ def test_it_prefers_what_it_was_shown(tuning: dict[str, object], loss: str, tiny
         max_length=128,
         precision="float32",
     )
-    made = context(tmp_path, config, tiny_model, data_artifact(tmp_path / "data", Kind.PREFERENCES), "policy")
-    metrics = run(made)
+    stage = context(tmp_path, config, tiny_model, data_artifact(tmp_path / "data", Kind.PREFERENCES), "policy")
+    metrics = run(stage)
     assert metrics["test_accuracy_after"] == 1.0
     assert metrics["pairs"] == 40
-    moved = margin(made.output / "model") - margin(tiny_model)
+    moved = margin(stage.output / "model") - margin(tiny_model)
     # trl's margin is beta times the change of the log-probability gap, against the reference before training.
     assert 0.2 * moved == pytest.approx(metrics["test_margin_after"], rel=1e-3)
     # Before the first step every margin is 0: ln 2 for the sigmoid, (0 - 1 / (2 * 0.2))^2 for IPO.
-    assert losses(made)[1] == pytest.approx({"sigmoid": 0.693147, "ipo": 6.25}[loss], abs=1e-4)
-    assert any(event["unit"] == "reference answers" for event in events(made, "progress"))
+    assert losses(stage)[1] == pytest.approx({"sigmoid": 0.693147, "ipo": 6.25}[loss], abs=1e-4)
+    assert any(event["unit"] == "reference answers" for event in events(stage, "progress"))
 
 
 def test_an_sft_term_adds_the_chosen_answers_loss_per_token(tiny_model: Path, tmp_path: Path) -> None:
@@ -70,8 +70,8 @@ def test_an_sft_term_adds_the_chosen_answers_loss_per_token(tiny_model: Path, tm
         max_length=128,
         precision="float32",
     )
-    made = context(tmp_path, config, tiny_model, data_artifact(tmp_path / "data", Kind.PREFERENCES), "policy")
-    run(made)
+    stage = context(tmp_path, config, tiny_model, data_artifact(tmp_path / "data", Kind.PREFERENCES), "policy")
+    run(stage)
     model, total, count = load_policy(tiny_model), 0.0, 0
     for row in encode_pairs(load_tokenizer(tiny_model), rows(40), 128).rows:
         ids = torch.tensor([row["prompt_ids"] + row["chosen_ids"]])
@@ -79,4 +79,4 @@ def test_an_sft_term_adds_the_chosen_answers_loss_per_token(tiny_model: Path, tm
             logprobs = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
         total -= float(logprobs[-len(row["chosen_ids"]) :].sum())
         count += len(row["chosen_ids"])
-    assert losses(made)[1] == pytest.approx(0.693147 + 0.5 * total / count, rel=1e-4)
+    assert losses(stage)[1] == pytest.approx(0.693147 + 0.5 * total / count, rel=1e-4)

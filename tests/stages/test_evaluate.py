@@ -3,8 +3,9 @@
 import pytest
 from pydantic import ValidationError
 
+from align.config.stages.evaluate import EvaluateConfig
 from align.errors import UserError
-from align.stages.evaluate import EvaluateConfig
+from align.evaluation.inspect import identities
 
 GOOD = {"policies": ["model", "sft"], "reference": "sft", "prompts": "data"}
 
@@ -29,7 +30,7 @@ def test_a_minimal_config_is_enough():
         ({"baselines": {"sft": {"of": "sft", "shots": 1}}}, "is a stage already"),
         ({"baselines": {"b": {"of": "ppo", "shots": 1}}}, "is none of policies"),
         ({"baselines": {"b": {"of": "sft", "best_of": 4}}}, "name reward"),
-        ({"tasks": {"prompts": {"task": "ifeval", "files": ["x"]}}}, "no name for one"),
+        ({"tasks": {"prompts": {"task": "ifeval", "files": ["x"]}}}, "is no valid name"),
         ({"prompts": None}, "nothing to evaluate on"),
     ],
 )
@@ -43,9 +44,9 @@ def test_the_scoring_program_is_part_of_the_key(tmp_path, monkeypatch):
     scorer = tmp_path / "my_scorer_of_tests.py"
     scorer.write_text("def score(rows, responses): return [0.0] * len(rows)\n")
     config = EvaluateConfig(**GOOD, score="my_scorer_of_tests:score")
-    before = config.identities(tmp_path)
+    before = identities(config, tmp_path)
     scorer.write_text("def score(rows, responses): return [1.0] * len(rows)\n")
-    assert config.identities(tmp_path) != before
-    assert EvaluateConfig(**GOOD).identities(tmp_path) == {}
+    assert identities(config, tmp_path) != before
+    assert identities(EvaluateConfig(**GOOD), tmp_path) == {}
     with pytest.raises(UserError, match="no module"):
-        EvaluateConfig(**GOOD, score="no_such_module:score").identities(tmp_path)
+        identities(EvaluateConfig(**GOOD, score="no_such_module:score"), tmp_path)

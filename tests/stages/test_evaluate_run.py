@@ -3,91 +3,19 @@
 import json
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-from align.config.runtime import EngineConfig, Runtime
+from align.config.stages.evaluate import EvaluateConfig
 from align.data.rows import assistant, read_rows, user, write_rows
 from align.errors import UserError
-from align.evaluation.planning import make_plan
+from align.evaluation.plan import make_plan
 from align.inference.transformers import TransformersEngine
-from align.models.tiny import make_tiny
 from align.pipeline.context import StageContext
 from align.stages import evaluate
-from align.stages.evaluate import EvaluateConfig
-from align.store.artifacts import Artifact, Kind
+from tests.support.stages.evaluation_stage import PROMPTS, context, inputs
 
-PROMPTS = 6
-
-
-@pytest.fixture
-def inputs(tmp_path: Path, tiny_model: Path, tiny_reward: Path) -> dict:
-    """Artifacts for every input: base and reference share their weights, the third checkpoint has others."""
-    other = make_tiny(tmp_path / "ppo" / "model", seed=1)
-
-    def artifact(stage: str, kind: Kind, model: Path | None = None) -> Artifact:
-        folder = model.parent if model else tmp_path / stage
-        folder.mkdir(exist_ok=True)
-        return Artifact(stage, kind, folder, {"key": f"{stage}-key"})
-
-    data, pairs = artifact("data", Kind.INSTRUCTIONS), artifact("sample", Kind.PREFERENCES)
-    base = {"source": "words", "checks": ""}
-    rows = [
-        base | {"id": str(i), "prompt": [user("say " + "x" * i)], "completion": [assistant(f"ok {i}")]}
-        for i in range(PROMPTS)
-    ]
-    rows.append(base | {"id": "long", "prompt": [user("x" * 300)], "completion": [assistant("no")]})
-    write_rows(data.split("test"), rows)
-    sides = {"chosen": [assistant("aaa")], "rejected": [assistant("b")], "chosen_score": 1.0, "rejected_score": 0.0}
-    write_rows(pairs.split("test"), [base | {"id": str(i), "prompt": [user(f"q{i}")]} | sides for i in range(4)])
-    policies = [
-        artifact("model", Kind.MODEL, tiny_model),
-        artifact("sft", Kind.POLICY, tiny_model),
-        artifact("ppo", Kind.POLICY, other),
-    ]
-    return {
-        "policies": policies,
-        "reference": policies[1],
-        "prompts": data,
-        "heldout": data,
-        "reward": artifact("reward", Kind.REWARD, tiny_reward),
-        "pairs": pairs,
-    }
-
-
-@pytest.fixture
-def context(tmp_path: Path, inputs: dict, monkeypatch: pytest.MonkeyPatch) -> StageContext:
-    scorer = tmp_path / "scorer_of_this_test.py"
-    scorer.write_text("def score(rows, responses): return [min(1.0, len(set(r)) / 9) for r in responses]\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    config = EvaluateConfig(
-        policies=["model", "sft", "ppo"],
-        reference="sft",
-        prompts="data",
-        heldout="data",
-        reward="reward",
-        pairs="sample",
-        score="scorer_of_this_test:score",
-        samples_per_prompt=2,
-        max_tokens=8,
-        max_prompt_tokens=100,
-        max_heldout_length=100,
-        precision="float32",
-        bootstrap=200,
-    )
-    for name in ("out", "checkpoints"):
-        (tmp_path / name).mkdir()
-    return StageContext(
-        name="evaluate",
-        config=config,
-        inputs=inputs,
-        seed=3,
-        runtime=Runtime(device="cpu", engine=EngineConfig(name="transformers")),
-        output=tmp_path / "out",
-        checkpoints=tmp_path / "checkpoints",
-        events=tmp_path / "events.jsonl",
-    )
+__all__ = ["context", "inputs"]  # fixtures
 
 
 def test_everything_at_once_and_again_from_what_is_kept(context, monkeypatch):
@@ -304,7 +232,7 @@ def test_a_greedy_checkpoint_sampled_again_is_no_measure_of_noise(context, input
     assert compared == {("ppo", "sft"), ("other", "sft")}
     noise = [flag["text"] for flag in card["flags"] if flag["kind"] == "noise"]
     assert len(noise) == 2
-    assert noise[0].startswith("again says word for word what sft does in prompts, so the noise was not measured")
+    assert noise[0].startswith("again repeats sft word for word in prompts, so the noise was not measured")
 
 
 def test_examples_come_from_the_train_split_and_from_many_sources(context, inputs):

@@ -14,54 +14,23 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from align import Pipeline
-from align.config.runtime import Runtime
 from align.config.stages.merge import MergeConfig
 from align.errors import UserError
 from align.models.loading import load_policy, load_reward, load_tokenizer
 from align.models.merging_methods import methods
 from align.pipeline.context import StageContext
 from align.stages.merge import merge_tensor, run
-from align.store.artifacts import Artifact, Kind
-
-
-def moved(source: Path, folder: Path, seed: int, size: float = 0.01) -> Path:
-    """``source`` with noise on its weights: a model that was trained from it."""
-    shutil.copytree(source, folder)
-    generator = torch.Generator().manual_seed(seed)
-    weights = load_file(source / "model.safetensors")
-    for name in sorted(weights):
-        if name != "lm_head.weight":
-            weights[name] = weights[name] + size * torch.randn(weights[name].shape, generator=generator)
-    if "lm_head.weight" in weights:
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-def artifact(name: str, model: Path, kind: Kind) -> Artifact:
-    """``model`` lies in a folder of that name."""
-    return Artifact(name, kind, model.parent, {})
+from align.store.artifacts import Kind
+from tests.support.stages.stage_contexts import merge_stage, perturbed_copy
 
 
 @pytest.fixture
 def trained(tiny_model: Path, tmp_path: Path) -> dict[str, Path]:
-    found = {"base": tmp_path / "base" / "model"}
-    shutil.copytree(tiny_model, found["base"])
-    return found | {name: moved(tiny_model, tmp_path / name / "model", seed) for seed, name in enumerate("abc")}
-
-
-def context(root: Path, folders: dict[str, Path], kind: Kind = Kind.POLICY, **fields: Any) -> StageContext:
-    config = MergeConfig(**fields)
-    inputs: dict[str, Any] = {
-        name: [artifact(stage, folders[stage], kind) for stage in getattr(config, name)]
-        for name in ("policies", "rewards")
+    folders = {"base": tmp_path / "base" / "model"}
+    shutil.copytree(tiny_model, folders["base"])
+    return folders | {
+        name: perturbed_copy(tiny_model, tmp_path / name / "model", seed) for seed, name in enumerate("abc")
     }
-    inputs["base"] = None if config.base is None else artifact(config.base, folders[config.base], Kind.MODEL)
-    for folder in ("output", "checkpoints"):
-        (root / folder).mkdir(parents=True)
-    return StageContext(
-        "soup", config, inputs, 5, Runtime(device="cpu"), root / "output", root / "checkpoints", root / "events.jsonl"
-    )
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -77,59 +46,63 @@ def test_a_config_reads_back_as_it_was_resolved() -> None:
 
 
 def test_a_soup_is_the_average_and_answers_like_a_model(trained: dict[str, Path], tmp_path: Path) -> None:
-    made = context(tmp_path / "run", trained, policies=["a", "b", "c"], weights=[2, 1, 1])
-    metrics = run(made)
-    result = made.output / "model"
-    found, given = weights_of(result), [weights_of(trained[name]) for name in "abc"]
-    assert found.keys() == given[0].keys()
-    for name, tensor in found.items():
-        assert torch.allclose(tensor, 0.5 * given[0][name] + 0.25 * given[1][name] + 0.25 * given[2][name], atol=1e-6)
+    stage = merge_stage(tmp_path / "run", trained, policies=["a", "b", "c"], weights=[2, 1, 1])
+    metrics = run(stage)
+    result = stage.output / "model"
+    merged, weights = weights_of(result), [weights_of(trained[name]) for name in "abc"]
+    assert merged.keys() == weights[0].keys()
+    for name, tensor in merged.items():
+        assert torch.allclose(
+            tensor, 0.5 * weights[0][name] + 0.25 * weights[1][name] + 0.25 * weights[2][name], atol=1e-6
+        )
     assert metrics["models"] == 3
     assert all(cosine > 0.9 for cosine in metrics["cosine_to_start"])
     model, ids = load_policy(result), torch.tensor([[40, 50, 60]])
     assert load_tokenizer(result).chat_template == load_tokenizer(trained["a"]).chat_template
     reference = load_policy(trained["a"])
-    reference.load_state_dict(found | {"lm_head.weight": found["model.embed_tokens.weight"]})
+    reference.load_state_dict(merged | {"lm_head.weight": merged["model.embed_tokens.weight"]})
     with torch.no_grad():
         assert torch.allclose(model(ids).logits, reference(ids).logits, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties", "warp"])
 def test_every_method_goes_from_the_base_by_its_scale(method: str, trained: dict[str, Path], tmp_path: Path) -> None:
-    full = context(tmp_path / "full", trained, policies=["a", "b"], base="base", method=method)
-    half = context(tmp_path / "half", trained, policies=["a", "b"], base="base", method=method, scale=0.5)
-    whole, part = run(full), run(half)
-    base, one, two = (weights_of(folder) for folder in (trained["base"], full.output / "model", half.output / "model"))
+    full = merge_stage(tmp_path / "full", trained, policies=["a", "b"], base="base", method=method)
+    half = merge_stage(tmp_path / "half", trained, policies=["a", "b"], base="base", method=method, scale=0.5)
+    full_metrics, half_metrics = run(full), run(half)
+    base, full_weights, half_weights = (
+        weights_of(folder) for folder in (trained["base"], full.output / "model", half.output / "model")
+    )
     for name in base:
-        assert torch.allclose(two[name] - base[name], 0.5 * (one[name] - base[name]), atol=1e-6)
-    assert part["merged_moved"] == pytest.approx(whole["merged_moved"] / 2, rel=1e-4)
-    assert whole["task_cosines"] == [pytest.approx(0, abs=0.05)]
+        assert torch.allclose(half_weights[name] - base[name], 0.5 * (full_weights[name] - base[name]), atol=1e-6)
+    assert half_metrics["merged_moved"] == pytest.approx(full_metrics["merged_moved"] / 2, rel=1e-4)
+    assert full_metrics["task_cosines"] == [pytest.approx(0, abs=0.05)]
     # Two ways at right angles: an average is as long as one of them over sqrt 2, WARP's merge as long as one of them.
     if method == "warp":
-        assert whole["merged_moved"] == pytest.approx(whole["moved"][0], rel=0.02)
+        assert full_metrics["merged_moved"] == pytest.approx(full_metrics["moved"][0], rel=0.02)
     if method in ("linear", "task_arithmetic"):
         way = sum(float((weights_of(trained["a"])[name] - base[name]).double().square().sum()) for name in base)
         length = sum(float(base[name].double().square().sum()) for name in base)
-        assert whole["moved"][0] == pytest.approx(math.sqrt(way / length), rel=1e-5)
-        assert whole["merged_moved"] == pytest.approx(whole["moved"][0] / 2**0.5, rel=0.02)
+        assert full_metrics["moved"][0] == pytest.approx(math.sqrt(way / length), rel=1e-5)
+        assert full_metrics["merged_moved"] == pytest.approx(full_metrics["moved"][0] / 2**0.5, rel=0.02)
 
 
 @pytest.mark.parametrize("base", [None, "base"])
 def test_slerp_stays_nearer_to_the_one_with_the_larger_share(
     base: str | None, trained: dict[str, Path], tmp_path: Path
 ) -> None:
-    made = context(tmp_path / "run", trained, policies=["a", "b"], base=base, method="slerp", weights=[3, 1])
-    run(made)
-    found, one, other = (weights_of(f) for f in (made.output / "model", trained["a"], trained["b"]))
-    for name in found:
-        assert torch.allclose(found[name], methods.slerp(one[name], other[name], 0.25), atol=1e-6), name
+    stage = merge_stage(tmp_path / "run", trained, policies=["a", "b"], base=base, method="slerp", weights=[3, 1])
+    run(stage)
+    merged, first, second = (weights_of(f) for f in (stage.output / "model", trained["a"], trained["b"]))
+    for name in merged:
+        assert torch.allclose(merged[name], methods.slerp(first[name], second[name], 0.25), atol=1e-6), name
 
 
 def test_what_dare_drops_differs_from_tensor_to_tensor() -> None:
     config = MergeConfig(policies=["a", "b"], base="base", method="dare_linear", density=0.5)
     tensors, origin = [torch.ones(64), torch.ones(64)], torch.zeros(64)
-    one, other = (merge_tensor(config, name, tensors, origin, seed=5) for name in ("q_proj", "k_proj"))
-    assert not one.equal(other)
+    first, second = (merge_tensor(config, name, tensors, origin, seed=5) for name in ("q_proj", "k_proj"))
+    assert not first.equal(second)
 
 
 class Stopped(BaseException):
@@ -147,47 +120,49 @@ class Stopping(StageContext):
 def test_a_killed_merge_makes_the_same_when_it_is_run_again(trained: dict[str, Path], tmp_path: Path) -> None:
     """There is nothing to go on from: what a method draws at random follows from the seed and the tensor's name."""
     fields: dict[str, Any] = {"policies": ["a", "b"], "base": "base", "method": "dare_ties"}
-    whole, killed = (context(tmp_path / name, trained, **fields) for name in ("whole", "killed"))
-    expected = run(whole)
+    uninterrupted, killed = (merge_stage(tmp_path / name, trained, **fields) for name in ("whole", "killed"))
+    expected = run(uninterrupted)
     with pytest.raises(Stopped):
         run(Stopping(**{field.name: getattr(killed, field.name) for field in dataclasses.fields(killed)}))
     assert not (killed.output / "model").exists()
     torch.manual_seed(999)  # a fresh process has another random state
     assert run(killed) == expected
-    one, other = ((stage.output / "model" / "model.safetensors").read_bytes() for stage in (whole, killed))
-    assert one == other
-    weights = weights_of(whole.output / "model")
+    expected_bytes, resumed_bytes = (
+        (stage.output / "model" / "model.safetensors").read_bytes() for stage in (uninterrupted, killed)
+    )
+    assert expected_bytes == resumed_bytes
+    weights = weights_of(uninterrupted.output / "model")
     assert any(not weights[name].equal(tensor) for name, tensor in weights_of(trained["base"]).items())
 
 
 def test_a_single_policy_may_go_part_of_its_way(trained: dict[str, Path], tmp_path: Path) -> None:
-    made = context(tmp_path / "run", trained, policies=["a"], base="base", scale=0.3)
-    run(made)
-    found, base, policy = (weights_of(f) for f in (made.output / "model", trained["base"], trained["a"]))
-    assert all(torch.allclose(found[n], 0.7 * base[n] + 0.3 * policy[n], atol=1e-6) for n in found)
+    stage = merge_stage(tmp_path / "run", trained, policies=["a"], base="base", scale=0.3)
+    run(stage)
+    merged, base, policy = (weights_of(f) for f in (stage.output / "model", trained["base"], trained["a"]))
+    assert all(torch.allclose(merged[n], 0.7 * base[n] + 0.3 * policy[n], atol=1e-6) for n in merged)
 
 
 def test_reward_models_merge_with_their_heads(tiny_reward: Path, tiny_model: Path, tmp_path: Path) -> None:
-    folders = {name: moved(tiny_reward, tmp_path / name / "model", seed) for seed, name in enumerate("ab")}
-    made = context(tmp_path / "run", folders, Kind.REWARD, rewards=["a", "b"])
-    assert made.config.makes() == Kind.REWARD
-    run(made)
-    heads = [load_reward(folder).score.weight for folder in (*folders.values(), made.output / "model")]
+    folders = {name: perturbed_copy(tiny_reward, tmp_path / name / "model", seed) for seed, name in enumerate("ab")}
+    stage = merge_stage(tmp_path / "run", folders, Kind.REWARD, rewards=["a", "b"])
+    assert stage.config.makes() == Kind.REWARD
+    run(stage)
+    heads = [load_reward(folder).score.weight for folder in (*folders.values(), stage.output / "model")]
     assert torch.allclose(heads[2], (heads[0] + heads[1]) / 2, atol=1e-6)
 
 
 def test_reward_models_merge_from_a_policy_which_has_no_head(
     tiny_reward: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
-    folders = {name: moved(tiny_reward, tmp_path / name / "model", seed) for seed, name in enumerate("ab")}
+    folders = {name: perturbed_copy(tiny_reward, tmp_path / name / "model", seed) for seed, name in enumerate("ab")}
     folders["base"] = tmp_path / "base" / "model"
     shutil.copytree(tiny_model, folders["base"])
-    made = context(tmp_path / "run", folders, Kind.REWARD, rewards=["a", "b"], base="base", scale=0.5)
-    run(made)
+    stage = merge_stage(tmp_path / "run", folders, Kind.REWARD, rewards=["a", "b"], base="base", scale=0.5)
+    run(stage)
     heads = [load_reward(folders[name]).score.weight for name in "ab"]
     # a head starts at zero, so half the way to the average is a quarter of the sum
-    found = load_reward(made.output / "model").score.weight
-    assert torch.allclose(found, (heads[0] + heads[1]) / 4, atol=1e-6)
+    head = load_reward(stage.output / "model").score.weight
+    assert torch.allclose(head, (heads[0] + heads[1]) / 4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -232,24 +207,27 @@ def test_what_does_not_fit_together_is_refused(
             weights = {n: torch.randn_like(t) * t.std() if t.dim() > 1 else t for n, t in weights.items()}
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=message):
-        run(context(tmp_path / "run", trained, policies=["a", "b"]))
+        run(merge_stage(tmp_path / "run", trained, policies=["a", "b"]))
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({}, "name either policies or rewards, the checkpoints to merge; found neither"),
-        ({"policies": ["sft"]}, "there is one checkpoint, and merging takes two or more"),
-        ({"policies": ["sft", "sft"]}, "the same stage stands twice"),
-        ({"policies": ["sft", "dpo"], "method": "ties"}, "ties merges the ways from a base; name it"),
-        ({"policies": ["sft", "dpo"], "scale": 0.5}, "scale is how far to go from the base, and there is none"),
-        ({"policies": ["sft", "dpo"], "density": 0.3}, "density is read by ties"),
+        ({"policies": ["sft"]}, "there is one checkpoint, and merging needs two or more"),
+        ({"policies": ["sft", "sft"]}, "the same stage is listed twice"),
+        ({"policies": ["sft", "dpo"], "method": "ties"}, "ties merges task vectors from a base; name it"),
+        (
+            {"policies": ["sft", "dpo"], "scale": 0.5},
+            "scale is the factor of the change from the base, and there is none",
+        ),
+        ({"policies": ["sft", "dpo"], "density": 0.3}, "density is used by ties"),
         ({"policies": ["sft", "dpo"], "weights": [1]}, "weights has 1 numbers for 2 checkpoints"),
         ({"policies": ["sft", "dpo"], "weights": [1, -1]}, "is for task_arithmetic only"),
-        ({"policies": ["sft", "dpo"], "base": "sft", "method": "warp"}, "'sft' is the base of itself"),
+        ({"policies": ["sft", "dpo"], "base": "sft", "method": "warp"}, "'sft' is the base and a checkpoint to merge"),
         (
             {"policies": ["sft", "dpo", "model"], "method": "slerp"},
-            "slerp goes between two checkpoints, and there are 3",
+            "slerp interpolates two checkpoints, and there are 3",
         ),
         ({"policies": ["sft", "dpo"], "metod": "ties"}, "unknown key 'metod'. Did you mean 'method'"),
         ({"policy": ["sft", "dpo"]}, "unknown key 'policy'. Did you mean 'policies'"),

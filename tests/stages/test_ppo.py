@@ -14,17 +14,19 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from align.config.runtime import Runtime
+from align.config.stages.ppo import PpoConfig
+from align.config.stages.rl import trainer_fields
 from align.data.rows import assistant, user, write_rows
 from align.errors import UserError
 from align.models.loading import load_reward, load_tokenizer
 from align.models.reward import RewardModel
 from align.pipeline.context import StageContext
 from align.pipeline.stop_signal import Stopped, clear_request, request_stop
+from align.rl.arguments import PPOConfig
 from align.rl.checkpoint import DRAFT
-from align.rl.ppo.config import PPOConfig
 from align.rl.scoring import RewardScorer
-from align.stages.ppo import PpoConfig, run
-from align.stages.rl import PASSED_ON, ReportUpdates, _prompts, _scorer
+from align.stages.ppo import run
+from align.stages.rl import ReportUpdates, _make_scorer, _read_prompts
 from align.store.artifacts import Artifact, Kind
 
 BASE = {"policy": "sft", "prompts": "data", "learning_rate": 1e-3}
@@ -50,8 +52,8 @@ BASE = {"policy": "sft", "prompts": "data", "learning_rate": 1e-3}
         ({"score": "gold", "keep_kl": 3.0}, "keep is last"),
         ({"score": "gold", "ptx": "data"}, "ptx and ptx_coef go together"),
         ({"score": "gold", "ptx_coef": 0.5}, "ptx and ptx_coef go together"),
-        ({"score": "gold", "kl_estimator": "k3"}, "take k1, or set `kl_in: loss`"),
-        ({"score": "gold", "kl_in": "loss", "kl_estimator": "k1"}, "take k2 or k3"),
+        ({"score": "gold", "kl_estimator": "k3"}, "use k1, or set `kl_in: loss`"),
+        ({"score": "gold", "kl_in": "loss", "kl_estimator": "k1"}, "use k2 or k3"),
     ],
 )
 def test_wrong_configs_are_refused_with_a_remedy(given, message):
@@ -76,11 +78,11 @@ def test_scoring_functions_are_part_of_the_identity(tmp_path):
 
 def test_every_field_with_the_trainer_s_name_reaches_it():
     shared = {field.name for field in fields(PPOConfig)} & set(PpoConfig.model_fields)
-    assert shared == set(PASSED_ON)
+    assert shared == set(trainer_fields(PpoConfig))
 
 
 def test_importing_the_config_imports_no_torch():
-    code = "import sys; import align.stages.ppo; sys.exit('torch' in sys.modules)"
+    code = "import sys; import align.config.stages.ppo; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -189,15 +191,15 @@ def test_prompts_that_choose_the_policy_are_not_learned_and_are_none_of_the_test
     tested = [{"id": f"t{i}", "source": "test", "prompt": [user(f"shout {i}")], "checks": ""} for i in range(4)]
     write_rows(tmp_path / "data" / "test.parquet", tested)
     fields = {"score": "gold", "eval_updates": 1, "eval_prompts": 1}
-    rows, validation = _prompts(make_context("best", keep="best", **fields))
+    rows, validation = _read_prompts(make_context("best", keep="best", **fields))
     assert len(validation) == 1 and len(rows) == 7
     seen = {row["id"] for row in [*rows, *validation]}
     assert seen == {str(i) for i in range(8)}
-    rows, validation = _prompts(make_context("few", keep="best", max_prompts=2, **fields))
+    rows, validation = _read_prompts(make_context("few", keep="best", max_prompts=2, **fields))
     assert (len(rows), len(validation)) == (2, 1)
-    rows, monitored = _prompts(make_context("last", **fields))
+    rows, monitored = _read_prompts(make_context("last", **fields))
     assert len(rows) == 8 and monitored[0]["id"] == "t0"  # looked at, and nothing chosen
-    assert _prompts(make_context("none", score="gold"))[1] is None
+    assert _read_prompts(make_context("none", score="gold"))[1] is None
 
 
 def test_run_on_a_verifiable_function_alone(make_context):
@@ -208,7 +210,7 @@ def test_run_on_a_verifiable_function_alone(make_context):
 
 def test_scores_of_a_reward_model_and_a_function_have_the_config_s_weights():
     config = PpoConfig(**BASE, reward="reward", score="gsm8k_answer", reward_weight=0.5, score_weight=2.0)
-    parts = _scorer(config, [object()]).parts
+    parts = _make_scorer(config, [object()]).parts
     assert [(part.name, part.weight) for part in parts] == [("reward", 0.5), ("function", 2.0)]
 
 

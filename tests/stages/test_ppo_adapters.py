@@ -11,12 +11,13 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from align.config.runtime import Runtime
+from align.config.stages.ppo import PpoConfig
 from align.config.tuning import AdaptersTuning
 from align.data.rows import user, write_rows
 from align.models.loading import load_policy, load_tokenizer
 from align.models.render import render_prompt
 from align.pipeline.context import StageContext
-from align.stages.ppo import PpoConfig, run
+from align.stages.ppo import run
 from align.store.artifacts import Artifact, Kind
 from tests.support.models.tuning.confident import saved
 
@@ -93,14 +94,14 @@ def test_a_policy_that_brings_its_adapter_is_trained_further(
 
 @pytest.mark.parametrize("method", ["prompt", "p_tuning", "prefix"])
 def test_virtual_tokens_are_refused_by_name(method: str) -> None:
-    with pytest.raises(ValidationError, match=f"tuning {method} acts on the model's input"):
+    with pytest.raises(ValidationError, match=f"tuning {method} changes the model's input"):
         PpoConfig(policy="sft", prompts="data", score="gold", learning_rate=1e-3, tuning={"method": method})
 
 
 def test_a_critic_on_such_a_policy_has_an_adapter_of_its_own(tiny_model: Path, tmp_path: Path) -> None:
     from align.models.tuning.apply import apply_tuning, load_for_tuning
     from align.models.tuning.inserted import inserted_weights
-    from align.rl.ppo.critic import critic_from_policy
+    from align.rl.critic import critic_from_policy
 
     start = saved(tiny_model, SEQUENTIAL, tmp_path / "start" / "model")
     policy = load_for_tuning(start, SEQUENTIAL)

@@ -24,13 +24,15 @@ from align.config.runtime import Runtime
 from align.errors import StageFailed
 from align.inference.server_client import EngineLost
 from align.pipeline.context import StageContext
+from align.runner import run_stage
 from align.runner.listener import Listener
 from align.runner.plan import plan
 from align.runner.runner import run_pipeline
 from align.stages.ppo import run as run_ppo
-from align.stages.rl import _saying_what_is_kept
+from align.stages.rl import _explain_lost_engine
 from align.store.artifacts import Artifact
 from align.store.store import Store
+from tests.support import in_process
 from tests.support.inference.model_server import ModelServer
 
 UPDATES = 3
@@ -47,6 +49,17 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(1)
         yield
         torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def inputs_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run only the ppo stage in a process of its own."""
+    start = run_stage.run_attempt
+
+    def run_attempt(name: str, *rest: Any) -> dict[str, Any]:
+        return start(name, *rest) if name == "ppo" else in_process.run_attempt(name, *rest)
+
+    monkeypatch.setattr(run_stage, "run_attempt", run_attempt)
 
 
 @pytest.fixture
@@ -177,8 +190,8 @@ def run_whole(raw: dict[str, Any], store: Path, rollouts: dict[str, Any] | None,
 
 
 def test_a_server_lost_before_the_first_checkpoint(tmp_path: Path) -> None:
-    said = "(?s)gone.*run again to start anew, since no checkpoint"
-    with pytest.raises(EngineLost, match=said), _saying_what_is_kept(SimpleNamespace(checkpoints=tmp_path)):
+    said = "(?s)gone.*run again to start over, since no checkpoint"
+    with pytest.raises(EngineLost, match=said), _explain_lost_engine(SimpleNamespace(checkpoints=tmp_path)):
         raise EngineLost("the server is gone")
 
 
@@ -192,7 +205,7 @@ def test_a_server_that_hangs(
     waited = f"EngineLost: the vLLM server at {server.address} did not answer /v1/completions within 5 s"
     assert f"{waited} (runtime.engine.timeout)" in said
     assert "/health answers" in said
-    assert "With a server that answers, run again to go on from checkpoint-2." in said
+    assert "Once the server answers, run again to resume from checkpoint-2." in said
     found = finish(raw, tmp_path / "store", one)
     assert_as_without_failure(found, raw, tmp_path / "store", wholes, one)
 
@@ -224,7 +237,7 @@ def test_the_last_server_of_the_stage_s_own_that_dies(
     said = fail(raw, tmp_path / "store", {"servers": 1, "restarts": 0})
     assert re.search(r"EngineLost: the vLLM server at unix:/\S+ could not be asked for /v1/completions", said)
     assert "Its process was ended by SIGKILL" in said
-    assert "With a server that answers, run again to go on from checkpoint-2." in said
+    assert "Once the server answers, run again to resume from checkpoint-2." in said
     monkeypatch.delenv("FAKE_DIES_AT")
     found = finish(raw, tmp_path / "store", {"servers": 1})
     assert_as_without_failure(found, raw, tmp_path / "store", wholes, {"addresses": [server.address]})
@@ -244,7 +257,7 @@ def test_servers_that_die_are_started_anew(
     events = [json.loads(line) for line in (found.path / "events.jsonl").read_text().splitlines()]
     warned = [event["message"] for event in events if event["event"] == "warning"]
     assert {text.splitlines()[-1] for text in warned} == {
-        f"Server {number} of 2 is lost, for the first time: it is started anew." for number in (1, 2)
+        f"Server {number} of 2 is lost, for the first time: it is restarted." for number in (1, 2)
     }
     assert all("Its process was ended by SIGKILL" in text for text in warned)
     assert_as_without_failure(found, raw, tmp_path / "store", wholes, {"addresses": [server.address]})

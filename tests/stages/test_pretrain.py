@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,39 +16,17 @@ from align.config.validation import validate
 from align.data.rows import write_rows
 from align.errors import UserError
 from align.models.loading import load_policy, load_tokenizer
-from align.pipeline.context import StageContext
 from align.stages.pretrain import run
-from align.store.artifacts import Artifact, Kind
 from align.training.rows import MASKED
 from align.training.texts import Ends, document_ends, encode_texts
-from tests.support.training.harness import context, events, losses
-from tests.training.test_resume import Killed, dying
-
-FIELDS: dict[str, Any] = {
-    "model": "model", "data": "data", "learning_rate": 1e-2, "batch_size": 4, "max_length": 64, "precision": "float32",
-}  # fmt: skip
-
-
-def verse(number: int) -> str:
-    chance = random.Random(number)
-    return " ".join(chance.choice(["kilo", "lima", "mike", "oscar"]) for _ in range(chance.randrange(2, 14))) + "."
-
-
-def texts_artifact(folder: Path, train: int = 60, test: int = 12) -> Artifact:
-    folder.mkdir(parents=True, exist_ok=True)
-    for split, numbers in (("train", range(train)), ("test", range(train, train + test))):
-        write_rows(folder / f"{split}.parquet", [{"id": str(n), "source": "t", "text": verse(n)} for n in numbers])
-    return Artifact("data", Kind.TEXTS, folder, {})
-
-
-def made(root: Path, model: Path, **fields: Any) -> StageContext:
-    config = PretrainConfig(**{**FIELDS, **fields})
-    return context(root, config, model, texts_artifact(root / "data"))
+from tests.support.stages.stage_contexts import PRETRAIN_FIELDS, pretrain_stage, verse
+from tests.support.training.harness import events, losses
+from tests.support.training.killed_stage import Killed, dying
 
 
 @pytest.mark.parametrize("tuning", [{"method": "full"}, {"method": "lora", "rank": 16, "alpha": 64}], ids=str)
 def test_it_learns_a_domain(tuning: dict[str, Any], tiny_model: Path, tmp_path: Path) -> None:
-    stage = made(tmp_path, tiny_model, tuning=tuning, epochs=12, eval_steps=40)
+    stage = pretrain_stage(tmp_path, tiny_model, tuning=tuning, epochs=12, eval_steps=40)
     metrics = run(stage)
     assert metrics["test_bits_per_byte_after"] < metrics["test_bits_per_byte_before"] / 3
     assert metrics["test_perplexity_after"] == pytest.approx(math.exp(metrics["test_loss_after"]), rel=1e-4)
@@ -60,12 +37,12 @@ def test_it_learns_a_domain(tuning: dict[str, Any], tiny_model: Path, tmp_path: 
     assert not events(stage, "warning")
     model, tokenizer = load_policy(stage.output / "model"), load_tokenizer(stage.output / "model")
     start = torch.tensor([[tokenizer.eos_token_id, *tokenizer.encode("kilo li", add_special_tokens=False)]])
-    said = tokenizer.decode(model.generate(start, do_sample=False, max_new_tokens=8)[0, 1:])
-    assert said.startswith("kilo lima")
+    text = tokenizer.decode(model.generate(start, do_sample=False, max_new_tokens=8)[0, 1:])
+    assert text.startswith("kilo lima")
 
 
 def test_held_out_loss_is_that_of_each_text_alone(tiny_model: Path, tmp_path: Path) -> None:
-    stage = made(tmp_path, tiny_model, max_steps=1)
+    stage = pretrain_stage(tmp_path, tiny_model, max_steps=1)
     metrics = run(stage)
     model, tokenizer = load_policy(tiny_model), load_tokenizer(tiny_model)
     nats = tokens = size = 0.0
@@ -84,16 +61,18 @@ def test_held_out_loss_is_that_of_each_text_alone(tiny_model: Path, tmp_path: Pa
 
 
 def test_resumed_run_equals_the_uninterrupted_one(tiny_model: Path, tmp_path: Path) -> None:
-    whole = made(tmp_path / "whole", tiny_model, epochs=3, save_steps=4)
-    expected = run(whole)
-    parts = made(tmp_path / "parts", tiny_model, epochs=3, save_steps=4)
+    uninterrupted = pretrain_stage(tmp_path / "whole", tiny_model, epochs=3, save_steps=4)
+    expected = run(uninterrupted)
+    parts = pretrain_stage(tmp_path / "parts", tiny_model, epochs=3, save_steps=4)
     with pytest.raises(Killed):
         run(dying(parts, 10))
-    found = run(parts)
-    assert found["resumed_from_step"] == 8
-    assert losses(parts) == losses(whole) and found["tokens"] == expected["tokens"]
-    one, other = (load_file(c.output / "model" / "model.safetensors") for c in (whole, parts))
-    assert all(one[name].equal(other[name]) for name in one)
+    metrics = run(parts)
+    assert metrics["resumed_from_step"] == 8
+    assert losses(parts) == losses(uninterrupted) and metrics["tokens"] == expected["tokens"]
+    expected_weights, resumed_weights = (
+        load_file(c.output / "model" / "model.safetensors") for c in (uninterrupted, parts)
+    )
+    assert all(expected_weights[name].equal(resumed_weights[name]) for name in expected_weights)
 
 
 @pytest.fixture
@@ -129,11 +108,11 @@ def test_a_tokenizer_that_begins_texts_with_bos_begins_documents_so(tokenizer: A
 
 def test_an_end_of_several_tokens_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"stage\.document_end: 'The end' is 7 tokens.*Name one"):
-        run(made(tmp_path, tiny_model, document_end="The end"))
+        run(pretrain_stage(tmp_path, tiny_model, document_end="The end"))
 
 
 def test_no_text_is_an_error(tiny_model: Path, tmp_path: Path) -> None:
-    stage = made(tmp_path, tiny_model)
+    stage = pretrain_stage(tmp_path, tiny_model)
     write_rows(tmp_path / "data" / "train.parquet", [{"id": "0", "source": "t", "text": ""}])
     with pytest.raises(UserError, match="none of the 1 train rows can be used: 1 left out, without a token"):
         run(replace(stage))
@@ -145,9 +124,9 @@ def test_no_text_is_an_error(tiny_model: Path, tmp_path: Path) -> None:
         ({"document_ends": "x"}, "Did you mean 'document_end'"),
         ({"dat": "x"}, "Did you mean 'data'"),
         ({"trainer": {"packing": True}}, "set 'packing' beside"),
-        ({"tuning": {"method": "prompt"}}, "acts on a row's beginning"),
+        ({"tuning": {"method": "prompt"}}, "changes a row's beginning"),
     ],
 )
 def test_mistakes_are_named(extra: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        validate(PretrainConfig, {**FIELDS, **extra}, "p.yaml: stages.x")
+        validate(PretrainConfig, {**PRETRAIN_FIELDS, **extra}, "p.yaml: stages.x")

@@ -19,10 +19,10 @@ from align.models.loading import load_tokenizer
 from align.models.tiny import make_tiny
 from align.models.tuning.apply import save_tuned
 from tests.support.models.tuning.pretended import CASES, FEW, peft_case, push, tuning_of, wrapped
-from tests.support.stages.made_checkpoints import IDS, POLICIES, REWARDS, Given, run
-from tests.support.stages.vllm_reader import ANSWER
+from tests.support.stages import vllm_reader
+from tests.support.stages.made_checkpoints import IDS, POLICIES, REWARDS, BaseModels, run
 
-READER = Path(__file__).parent / "vllm_reader.py"
+READER = Path(vllm_reader.__file__)
 HAS_VLLM = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 QUICK = ("pretrain", "sft-packed", "distill", "merge", "reward")
 """Those that no other test of the short run reads back."""
@@ -37,20 +37,20 @@ Read = Callable[[Path], dict[str, float]]
 
 
 @pytest.fixture(scope="module")
-def given(tiny_model: Path, tiny_reward: Path, tmp_path_factory: pytest.TempPathFactory) -> Given:
+def base_models(tiny_model: Path, tiny_reward: Path, tmp_path_factory: pytest.TempPathFactory) -> BaseModels:
     teacher = make_tiny(tmp_path_factory.mktemp("teacher") / "model", seed=5, hidden_size=96, layers=3)
-    return Given(tiny_model, tiny_reward, teacher)
+    return BaseModels(tiny_model, tiny_reward, teacher)
 
 
 @pytest.fixture(scope="module")
-def checkpoint(given: Given, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+def checkpoint(base_models: BaseModels, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """Makes each checkpoint once; its folder, and what the live model said to ``IDS``."""
-    made: dict[str, tuple[Path, torch.Tensor]] = {}
+    checkpoints: dict[str, tuple[Path, torch.Tensor]] = {}
 
     def get(name: str) -> tuple[Path, torch.Tensor]:
-        if name not in made:
-            made[name] = run(name, tmp_path_factory.mktemp("made") / name, given)
-        return made[name]
+        if name not in checkpoints:
+            checkpoints[name] = run(name, tmp_path_factory.mktemp("made") / name, base_models)
+        return checkpoints[name]
 
     return get
 
@@ -69,8 +69,8 @@ def reading(kind: str, folder: Path, log: Path) -> Iterator[Read]:
             process.stdin.write(f"{checkpoint}\n")
             process.stdin.flush()
             for line in process.stdout:
-                if line.startswith(ANSWER):
-                    return json.loads(line.removeprefix(ANSWER))
+                if line.startswith(vllm_reader.ANSWER):
+                    return json.loads(line.removeprefix(vllm_reader.ANSWER))
             raise AssertionError(f"vLLM read no checkpoint at {checkpoint}:\n{log.read_text()[-4000:]}")
 
         try:
@@ -91,17 +91,19 @@ def vllm_reward(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.mark.parametrize("name", slow_but_quick({**POLICIES, **REWARDS}))
-def test_transformers_says_what_the_trained_model_said(name: str, checkpoint: Checkpoint, given: Given) -> None:
+def test_transformers_says_what_the_trained_model_said(
+    name: str, checkpoint: Checkpoint, base_models: BaseModels
+) -> None:
     """By transformers' own loading, which knows nothing of ours; and something was trained or merged."""
     folder, live = checkpoint(name)
     loader = AutoModelForSequenceClassification if name in REWARDS else AutoModelForCausalLM
     model, info = loader.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
     with torch.no_grad():
-        found = model.eval()(input_ids=IDS).logits
-        start = AutoModelForCausalLM.from_pretrained(given.policy)(input_ids=IDS).logits
-    assert found.shape == live.shape
-    assert (found - live).abs().max() < 1e-4 * max(1.0, float(live.abs().max()))
+        outputs = model.eval()(input_ids=IDS).logits
+        start = AutoModelForCausalLM.from_pretrained(base_models.policy)(input_ids=IDS).logits
+    assert outputs.shape == live.shape
+    assert (outputs - live).abs().max() < 1e-4 * max(1.0, float(live.abs().max()))
     if name in REWARDS:
         assert live.abs().min() > 1e-3  # a new head gives 0
     else:
@@ -112,9 +114,9 @@ def test_transformers_says_what_the_trained_model_said(name: str, checkpoint: Ch
 @pytest.mark.parametrize("name", slow_but_quick(POLICIES))
 def test_vllm_says_it_too(name: str, checkpoint: Checkpoint, vllm_policy: Read) -> None:
     """Log-probabilities in nats, in float32."""
-    found = vllm_policy(checkpoint(name)[0])
-    assert found["apart"] < 1e-3
-    assert found["moved"] > 0.01  # an engine that kept the weights it had would be no test
+    difference = vllm_policy(checkpoint(name)[0])
+    assert difference["apart"] < 1e-3
+    assert difference["moved"] > 0.01  # an engine that kept the weights it had would be no test
 
 
 @HAS_VLLM
@@ -122,9 +124,9 @@ def test_vllm_says_it_too(name: str, checkpoint: Checkpoint, vllm_policy: Read) 
 def test_vllm_scores_as_the_reward_model(name: str, checkpoint: Checkpoint, vllm_reward: Read) -> None:
     """At the end and on the way, as a process model's steps are read; with vLLM's defaults, which would put a score
     through a sigmoid if the checkpoint did not say that it is a number."""
-    found = vllm_reward(checkpoint(name)[0])
-    assert found["apart"] < 1e-4
-    assert (found["moved"] > 0.01) == (name != "reward")
+    difference = vllm_reward(checkpoint(name)[0])
+    assert difference["apart"] < 1e-4
+    assert (difference["moved"] > 0.01) == (name != "reward")
 
 
 TUNINGS = [*CASES, *(kind for kind in peft_types() if kind not in FEW)]
@@ -134,10 +136,10 @@ TUNINGS = [*CASES, *(kind for kind in peft_types() if kind not in FEW)]
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TUNINGS)
 def test_vllm_reads_what_every_tuning_folds(name: str, tiny_model: Path, tmp_path: Path, vllm_policy: Read) -> None:
-    """After a pretended training; ``tests/models/tuning/test_folding.py`` has the same in transformers."""
+    """After a pretended training; ``tests/models/tuning/test_merged_weights.py`` has the same in transformers."""
     model = wrapped(tiny_model, tuning_of(CASES.get(name) or peft_case(name)))
     push(model)
     save_tuned(model, load_tokenizer(tiny_model), tmp_path / "model")
-    found = vllm_policy(tmp_path / "model")
-    assert found["apart"] < 1e-3
-    assert found["moved"] > 2e-3  # some move little, but more than what is let pass as equal
+    difference = vllm_policy(tmp_path / "model")
+    assert difference["apart"] < 1e-3
+    assert difference["moved"] > 2e-3  # some move little, but more than what is let pass as equal

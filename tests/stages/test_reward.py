@@ -11,7 +11,7 @@ from align.config.stages.reward import RewardConfig
 from align.models.loading import load_reward, load_tokenizer
 from align.stages.reward import run
 from align.store.artifacts import Kind
-from align.training import held_out, reload
+from align.training import held_out, save
 from align.training.held_out import pair_accuracy
 from align.training.rows import encode_conversations
 from align.training.trainers import score_in_float32
@@ -26,22 +26,22 @@ def config(**fields: object) -> RewardConfig:
 
 @pytest.mark.parametrize("tuning", TUNINGS)
 def test_it_learns_the_labels_and_saves_its_head(tuning: str, tiny_model: Path, tmp_path: Path) -> None:
-    made = context(
+    stage = context(
         tmp_path,
         config(tuning=TUNINGS[tuning], epochs=3),
         tiny_model,
         data_artifact(tmp_path / "data", Kind.PREFERENCES, train=48, test=16),
     )
-    metrics = run(made)
+    metrics = run(stage)
     assert metrics["test_accuracy_after"] == 1.0 > metrics["test_accuracy_before"]
     # A quarter of the labels are wrong: agreeing with all of them is 0.75 against the truth.
     assert metrics["test_mislabeled"] == 0.25
     assert metrics["test_accuracy_true_after"] == 0.75
     assert metrics["test_length_accuracy"] == 0.0  # the wrong answers are the longer ones
     assert abs(metrics["test_score_mean_after"]) < 1  # centerd
-    tokenizer = load_tokenizer(made.output / "model")
+    tokenizer = load_tokenizer(stage.output / "model")
     encoded = encode_conversations(tokenizer, rows(16, start=48), 128)
-    model = load_reward(made.output / "model")
+    model = load_reward(stage.output / "model")
     with torch.no_grad():
         chosen = held_out.scores(model, [row["chosen_ids"] for row in encoded.rows], tokenizer.pad_token_id)
         rejected = held_out.scores(model, [row["rejected_ids"] for row in encoded.rows], tokenizer.pad_token_id)
@@ -53,10 +53,10 @@ def test_it_learns_the_labels_and_saves_its_head(tuning: str, tiny_model: Path, 
 def test_a_head_that_was_not_saved_is_noticed(
     tiny_model: Path, tiny_reward: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reload, "load_reward", lambda folder: load_reward(tiny_reward))
-    made = context(tmp_path, config(max_steps=1), tiny_model, data_artifact(tmp_path / "data", Kind.PREFERENCES))
+    monkeypatch.setattr(save, "load_reward", lambda folder: load_reward(tiny_reward))
+    stage = context(tmp_path, config(max_steps=1), tiny_model, data_artifact(tmp_path / "data", Kind.PREFERENCES))
     with pytest.raises(RuntimeError, match="the saved reward model scores"):
-        run(made)
+        run(stage)
 
 
 def test_padding_moves_no_score_and_the_head_stays_float32(tiny_reward: Path) -> None:

@@ -12,36 +12,27 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from align.config.stages.reward import RewardConfig
 from align.errors import UserError
 from align.models.reward import RewardModel
-from align.models.steps import Steps, combined, step_ends
+from align.models.steps import Steps, combine_steps, tokenize_steps
 from align.models.tiny import make_tiny_tokenizer
 from align.pipeline.context import StageContext
 from align.stages.reward import run
-from align.store.artifacts import Artifact, Kind
+from align.store.artifacts import Kind
 from align.training.held_out import pair_accuracy
 from align.training.reward_held_out import correlation, disjoint_pairs, ranks
 from align.training.reward_trainer import NumberCollator, PairReward, number_loss
-from tests.support.training.harness import context, data_artifact, losses
-from tests.support.training.scored import SEPARATOR, artifact, labeled, scored, stepwise
-from tests.training.test_resume import Killed, dying
+from tests.support.stages.stage_contexts import reward_config, reward_stage
+from tests.support.training.harness import data_artifact, losses
+from tests.support.training.killed_stage import Killed, dying
+from tests.support.training.scored_rows import SEPARATOR, artifact, labeled, scored, stepwise
 
 LORA = {"method": "lora", "rank": 8}
 
 
-def config(**fields: Any) -> RewardConfig:
-    given = {"learning_rate": 3e-3, "batch_size": 8, "max_length": 128, "precision": "float32", **fields}
-    return RewardConfig(model="model", data="data", **given)
-
-
-def made(root: Path, model: Path, data: Artifact, **fields: Any) -> StageContext:
-    return context(root, config(**fields), model, data)
-
-
 def test_it_learns_scores_of_answers(tiny_model: Path, tmp_path: Path) -> None:
     data = artifact(tmp_path / "data", Kind.INSTRUCTIONS, scored(64), scored(24, start=64))
-    stage = made(tmp_path, tiny_model, data, objective="regression", epochs=8)
+    stage = reward_stage(tmp_path, tiny_model, data, objective="regression", epochs=8)
     metrics = run(stage)
     assert metrics["test_pearson_after"] > 0.9 > metrics["test_pearson_before"]
     assert metrics["test_spearman_after"] > 0.9
@@ -57,7 +48,7 @@ def test_it_learns_scores_of_answers(tiny_model: Path, tmp_path: Path) -> None:
 
 def test_scores_of_pairs_are_scores_of_answers(tiny_model: Path, tmp_path: Path) -> None:
     data = data_artifact(tmp_path / "data", Kind.PREFERENCES, train=16, test=8)
-    metrics = run(made(tmp_path, tiny_model, data, objective="regression", max_steps=1))
+    metrics = run(reward_stage(tmp_path, tiny_model, data, objective="regression", max_steps=1))
     assert metrics["answers"] == 32
     assert metrics["test_answers"] == 16
     assert metrics["test_pairs"] == 8  # of 16 answers, the lower half by score with the upper
@@ -66,7 +57,7 @@ def test_scores_of_pairs_are_scores_of_answers(tiny_model: Path, tmp_path: Path)
 @pytest.mark.parametrize("tuning", [{"method": "full"}, LORA], ids=["full", "lora"])
 def test_it_learns_labels_as_log_odds(tuning: dict[str, Any], tiny_model: Path, tmp_path: Path) -> None:
     data = artifact(tmp_path / "data", Kind.UNPAIRED, labeled(48), labeled(16, start=48))
-    stage = made(tmp_path, tiny_model, data, objective="regression", score_loss="bce", epochs=3, tuning=tuning)
+    stage = reward_stage(tmp_path, tiny_model, data, objective="regression", score_loss="bce", epochs=3, tuning=tuning)
     metrics = run(stage)
     assert metrics["test_loss_before"] == pytest.approx(math.log(2), abs=1e-6)
     assert metrics["test_accuracy_after"] == 1.0
@@ -76,7 +67,7 @@ def test_it_learns_labels_as_log_odds(tuning: dict[str, Any], tiny_model: Path, 
 @pytest.mark.parametrize("tuning", [{"method": "full"}, LORA], ids=["full", "lora"])
 def test_it_learns_which_steps_are_right(tuning: dict[str, Any], tiny_model: Path, tmp_path: Path) -> None:
     data = artifact(tmp_path / "data", Kind.UNPAIRED, stepwise(48), stepwise(18, start=48))
-    stage = made(
+    stage = reward_stage(
         tmp_path, tiny_model, data, objective="process", epochs=6, tuning=tuning,
         steps={"separator": SEPARATOR, "aggregate": "product"}, head_learning_rate=3e-3,
     )  # fmt: skip
@@ -93,9 +84,11 @@ def test_it_learns_which_steps_are_right(tuning: dict[str, Any], tiny_model: Pat
     assert 0 <= bad < 0.3 < 0.7 < good <= 1
     assert blank > 0.7
     # The same from single passes over the conversation, cut after each step.
-    ids, places = step_ends(model.tokenizer, prompt, [{"role": "assistant", "content": "0 ok\n1 no\n2 ok"}], SEPARATOR)
+    ids, places = tokenize_steps(
+        model.tokenizer, prompt, [{"role": "assistant", "content": "0 ok\n1 no\n2 ok"}], SEPARATOR
+    )
     cut = model.score_tokens([ids[: place + 1] for place in places])
-    assert bad == pytest.approx(combined(cut, "product"), abs=1e-4)
+    assert bad == pytest.approx(combine_steps(cut, "product"), abs=1e-4)
     assert model.score_places([ids], [places])[0] == pytest.approx(cut, abs=1e-4)
 
 
@@ -108,23 +101,23 @@ def test_a_resumed_run_equals_the_uninterrupted_one(objective: str, tiny_model: 
             fields |= {"steps": {"separator": SEPARATOR}}
         else:
             data = artifact(folder, Kind.INSTRUCTIONS, scored(24), scored(6, start=24))
-        return made(tmp_path / name, tiny_model, data, tuning=LORA, **fields)
+        return reward_stage(tmp_path / name, tiny_model, data, tuning=LORA, **fields)
 
-    whole, parts = stage("whole"), stage("parts")
-    run(whole)
+    uninterrupted, parts = stage("whole"), stage("parts")
+    run(uninterrupted)
     with pytest.raises(Killed):
         run(dying(parts, 5))
     assert run(parts)["resumed_from_step"] == 4
-    assert losses(parts) == losses(whole)
-    one, other = (load_file(c.output / "model" / "model.safetensors") for c in (whole, parts))
-    assert all(one[name].equal(other[name]) for name in one)
+    assert losses(parts) == losses(uninterrupted)
+    expected, resumed = (load_file(c.output / "model" / "model.safetensors") for c in (uninterrupted, parts))
+    assert all(expected[name].equal(resumed[name]) for name in expected)
 
 
 def test_margins_and_smoothing_change_what_is_learned(tiny_model: Path, tmp_path: Path) -> None:
     gaps = {}
     for name, fields in {"plain": {}, "margin": {"margin": 4.0}, "smooth": {"label_smoothing": 0.3}}.items():
         data = data_artifact(tmp_path / name / "data", Kind.PREFERENCES, train=48, test=8)
-        metrics = run(made(tmp_path / name, tiny_model, data, epochs=3, center_rewards=0.0, **fields))
+        metrics = run(reward_stage(tmp_path / name, tiny_model, data, epochs=3, center_rewards=0.0, **fields))
         gaps[name] = metrics["test_margin_after"]
     assert gaps["smooth"] < gaps["plain"] < gaps["margin"]
     # With a share e of wrong labels the best gap is log((1 - e) / e): there the loss has its least.
@@ -137,7 +130,7 @@ def test_the_loss_of_pairs_by_hand() -> None:
             self.label_smoothing, self.terms = 0.1, ()
 
     class Model(torch.nn.Module):
-        def forward(self, **given: Any) -> Any:
+        def forward(self, **inputs: Any) -> Any:
             return type("Out", (), {"logits": torch.tensor([[2.0], [0.5]])})()  # one pair: chosen 2, rejected 0.5
 
     trainer = Fixed()
@@ -164,12 +157,12 @@ def test_the_loss_of_numbers_by_hand() -> None:
 
 def test_steps_come_to_one_score() -> None:
     logits = [0.0, math.log(3), -math.log(3)]  # chances 1/2, 3/4, 1/4
-    assert combined(logits, "min") == pytest.approx(0.25)
-    assert combined(logits, "product") == pytest.approx(0.09375)
-    assert combined(logits, "last") == pytest.approx(0.25)
-    assert combined(list(reversed(logits)), "last") == pytest.approx(0.5)
-    assert combined(logits, "mean") == pytest.approx(0.5)
-    assert combined([-1000.0], "min") == 0.0
+    assert combine_steps(logits, "min") == pytest.approx(0.25)
+    assert combine_steps(logits, "product") == pytest.approx(0.09375)
+    assert combine_steps(logits, "last") == pytest.approx(0.25)
+    assert combine_steps(list(reversed(logits)), "last") == pytest.approx(0.5)
+    assert combine_steps(logits, "mean") == pytest.approx(0.5)
+    assert combine_steps([-1000.0], "min") == 0.0
 
 
 @pytest.mark.parametrize(
@@ -186,7 +179,7 @@ def test_steps_come_to_one_score() -> None:
 def test_where_steps_end(text: str, finished: bool, ends: list[str]) -> None:
     tokenizer = make_tiny_tokenizer()
     prompt, answer = [{"role": "user", "content": "p\nq"}], [{"role": "assistant", "content": text}]
-    ids, places = step_ends(tokenizer, prompt, answer, "\n", finished)
+    ids, places = tokenize_steps(tokenizer, prompt, answer, "\n", finished)
     start = len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
     starts = [start, *(place + 1 for place in places)]
     assert [tokenizer.decode(ids[a:b]) for a, b in pairwise(starts)] == ends
@@ -216,8 +209,8 @@ def test_held_out_measures_by_hand() -> None:
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"objective": "regression", "margin": 1.0}, "margin is for pairs, and objective is regression"),
-        ({"objective": "process", "center_rewards": 0.5}, "center_rewards is for pairs"),
+        ({"objective": "regression", "margin": 1.0}, "margin is only for pairs, and objective is regression"),
+        ({"objective": "process", "center_rewards": 0.5}, "center_rewards is only for pairs"),
         ({"score_loss": "bce"}, "score_loss is for regression, and objective is pairs"),
         ({"steps": {"separator": "\n"}}, "steps are for `objective: process`"),
         ({"objective": "regression", "label_smoothing": 0.1}, "label_smoothing is for labels"),
@@ -227,7 +220,7 @@ def test_held_out_measures_by_hand() -> None:
 )
 def test_settings_that_do_nothing_are_refused(fields: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        config(**fields)
+        reward_config(**fields)
 
 
 @pytest.mark.parametrize(
@@ -243,7 +236,7 @@ def test_data_that_does_not_fit_is_refused(
 ) -> None:
     data = artifact(tmp_path / "data", kind, rows(8), rows(4, start=8))
     with pytest.raises(UserError, match=says):
-        run(made(tmp_path, tiny_model, data, **fields))
+        run(reward_stage(tmp_path, tiny_model, data, **fields))
 
 
 def test_margins_need_scores_and_scores_need_to_differ(tiny_model: Path, tmp_path: Path) -> None:
@@ -251,20 +244,20 @@ def test_margins_need_scores_and_scores_need_to_differ(tiny_model: Path, tmp_pat
             for row in scored(12)]  # fmt: skip
     data = artifact(tmp_path / "a", Kind.PREFERENCES, bare[:8], bare[8:])
     with pytest.raises(UserError, match="margin is 1, and none of the 8 pairs has chosen_score and rejected_score"):
-        run(made(tmp_path / "a", tiny_model, data, margin=1.0))
+        run(reward_stage(tmp_path / "a", tiny_model, data, margin=1.0))
     with pytest.raises(UserError, match="none of the .* training answers has a score"):
-        run(made(tmp_path / "a", tiny_model, data, objective="regression"))
+        run(reward_stage(tmp_path / "a", tiny_model, data, objective="regression"))
     equal = [{**row, "score": 2.0} for row in scored(12)]
     data = artifact(tmp_path / "b", Kind.INSTRUCTIONS, equal[:8], equal[8:])
     with pytest.raises(UserError, match="all 8 training answers have the score 2"):
-        run(made(tmp_path / "b", tiny_model, data, objective="regression"))
+        run(reward_stage(tmp_path / "b", tiny_model, data, objective="regression"))
 
 
 def test_steps_that_hold_the_separator_are_left_out_and_counted(tiny_model: Path, tmp_path: Path) -> None:
     rows = stepwise(24)
     rows[0]["steps"][0]["content"] = "0 ok\nand more"
     data = artifact(tmp_path / "data", Kind.UNPAIRED, rows, stepwise(6, start=24))
-    stage = made(tmp_path, tiny_model, data, objective="process", max_steps=1, steps={"separator": SEPARATOR})
+    stage = reward_stage(tmp_path, tiny_model, data, objective="process", max_steps=1, steps={"separator": SEPARATOR})
     assert run(stage)["answers"] == 23
-    said = [json.loads(line) for line in stage.events.read_text(encoding="utf-8").splitlines()]
-    assert any("1 of 24 train rows left out, its text has another number of steps" in str(one) for one in said)
+    events = [json.loads(line) for line in stage.events.read_text(encoding="utf-8").splitlines()]
+    assert any("1 of 24 train rows left out, its text has another number of steps" in str(event) for event in events)

@@ -88,24 +88,24 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_result(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sample, "SAMPLE_CHUNK", 2)
-    whole = _context(tmp_path / "whole", tiny_model)
-    run(whole)
+    uninterrupted = _context(tmp_path / "whole", tiny_model)
+    run(uninterrupted)
     parts = _context(tmp_path / "parts", tiny_model)
-    real, calls = sample._Chunks._sample, []
+    real, calls = sample._ChunkSampler._sample, []
 
-    def dies_third(self: Any, job: Any, start: int, sampling: Any) -> Any:
-        calls.append((job.split, start))
+    def dies_third(self: Any, prompts: Any, start: int, sampling: Any) -> Any:
+        calls.append((prompts.split, start))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(self, job, start, sampling)
+        return real(self, prompts, start, sampling)
 
-    monkeypatch.setattr(sample._Chunks, "_sample", dies_third)
+    monkeypatch.setattr(sample._ChunkSampler, "_sample", dies_third)
     with pytest.raises(KeyboardInterrupt):
         run(parts)
     run(parts)
     assert calls == [("train", 0), ("train", 2), ("train", 4), ("train", 4), ("test", 0), ("test", 2)]
     name = "samples.jsonl"
-    assert (parts.output / name).read_text() == (whole.output / name).read_text()
+    assert (parts.output / name).read_text() == (uninterrupted.output / name).read_text()
 
 
 def test_responses_that_were_changed_between_two_attempts_are_sampled_again(tiny_model: Path, tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_exactly_one_scorer() -> None:
 
 
 def test_an_engine_that_hangs_ends_the_stage(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def hangs(engine: TransformersEngine, *given: Any) -> None:
+    def hangs(engine: TransformersEngine, *arguments: Any) -> None:
         engine.watchdog.on_hang("it hangs")  # type: ignore[misc]
 
     def end(message: str) -> None:

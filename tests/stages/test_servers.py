@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from align.config.runtime import Runtime
+from align.config.stages.evaluate import EvaluateConfig
 from align.config.stages.sample import SampleConfig
 from align.config.stages.synthesize import SynthesizeConfig
 from align.data.rows import read_rows, user, write_rows
@@ -18,7 +19,6 @@ from align.evaluation import generation
 from align.models.tiny import make_tiny
 from align.pipeline.context import StageContext
 from align.stages import evaluate, sample, synthesize
-from align.stages.evaluate import EvaluateConfig
 from align.store.artifacts import Artifact, Kind
 from align.synthesis import local_model
 from tests.support.inference.fake_server import info
@@ -36,11 +36,11 @@ def distinct(rows: list[dict[str, Any]], responses: list[str]) -> list[float]:
 @pytest.fixture(scope="module")
 def servers(tiny_model: Path) -> Iterator[list[ModelServer]]:
     two = [ModelServer(tiny_model), ModelServer(tiny_model)]
-    for one in two:
-        one.answers["/server_info"] = lambda body: info(max_model_len=4096)
+    for server in two:
+        server.answers["/server_info"] = lambda body: info(max_model_len=4096)
     yield two
-    for one in two:
-        one.stop()
+    for server in two:
+        server.stop()
 
 
 def artifact(folder: Path, stage: str, kind: Kind, model: Path | None = None) -> Artifact:
@@ -53,15 +53,15 @@ def artifact(folder: Path, stage: str, kind: Kind, model: Path | None = None) ->
 @pytest.fixture
 def inputs(tmp_path: Path, tiny_model: Path) -> dict[str, Artifact]:
     """Two policies of one architecture, and prompts."""
-    made = {
+    artifacts = {
         "sft": artifact(tmp_path, "sft", Kind.POLICY, tiny_model),
         "other": artifact(tmp_path, "other", Kind.POLICY, make_tiny(tmp_path / "made" / "model", seed=1)),
         "prompts": artifact(tmp_path, "prompts", Kind.PROMPTS),
     }
     rows = [{"id": str(i), "source": "t", "prompt": [user(f"say {i}")], "checks": ""} for i in range(6)]
     for split in ("train", "test"):
-        write_rows(made["prompts"].split(split), rows)
-    return made
+        write_rows(artifacts["prompts"].split(split), rows)
+    return artifacts
 
 
 def both_ways(
@@ -69,17 +69,17 @@ def both_ways(
 ) -> list[StageContext]:
     """The stage run with the engine in this process, and with the pool, in which both servers must have answered."""
     done = []
-    pool = {"device": "cpu", "threads": 1, "rollouts": {"addresses": [one.address for one in servers]}}
+    pool = {"device": "cpu", "threads": 1, "rollouts": {"addresses": [server.address for server in servers]}}
     for name, runtime in (("alone", ALONE), ("pool", pool)):
         for part in ("output", "checkpoints"):
             (folder / name / part).mkdir(parents=True)
         places = folder / name / "output", folder / name / "checkpoints", folder / name / "events.jsonl"
-        for one in servers:
-            one.calls.clear()
+        for server in servers:
+            server.calls.clear()
         context = StageContext("s", config, inputs, 11, Runtime.model_validate(runtime), *places)
         run(context)
         done.append(context)
-    assert all("/v1/completions" in one.paths() for one in servers)
+    assert all("/v1/completions" in server.paths() for server in servers)
     return done
 
 
@@ -92,8 +92,8 @@ def test_sample(servers: list[ModelServer], inputs: dict[str, Artifact], tmp_pat
         score="tests.stages.test_servers:distinct",
         precision="float32",
     )
-    given = {"policy": inputs["sft"], "prompts": inputs["prompts"], "reward": None}
-    alone, pool = both_ways(sample.run, config, given, servers, tmp_path)
+    stage_inputs = {"policy": inputs["sft"], "prompts": inputs["prompts"], "reward": None}
+    alone, pool = both_ways(sample.run, config, stage_inputs, servers, tmp_path)
     for file in ("samples.jsonl", "train.parquet", "test.parquet"):
         assert (alone.output / file).read_bytes() == (pool.output / file).read_bytes(), file
 
@@ -105,13 +105,13 @@ def test_evaluate(servers: list[ModelServer], inputs: dict[str, Artifact], tmp_p
         max_tokens=8, precision="float32", max_prompt_tokens=100, bootstrap=200,
     )  # fmt: skip
     empty = dict.fromkeys(EvaluateConfig.model_fields)
-    given = empty | {
+    stage_inputs = empty | {
         "policies": [inputs["sft"], inputs["other"]],
         "reference": inputs["sft"],
         "prompts": inputs["prompts"],
     }
-    alone, pool = both_ways(evaluate.run, config, given, servers, tmp_path)
-    cards = [json.loads((one.output / "scorecard.json").read_text()) for one in (alone, pool)]
+    alone, pool = both_ways(evaluate.run, config, stage_inputs, servers, tmp_path)
+    cards = [json.loads((folder.output / "scorecard.json").read_text()) for folder in (alone, pool)]
     assert cards[0]["estimates"] == cards[1]["estimates"]
     assert [card["settings"]["engines"] for card in cards] == [["transformers"], ["vllm-server"]]
     assert cards[0]["estimates"]["sft"] != cards[0]["estimates"]["other"]
@@ -120,11 +120,11 @@ def test_evaluate(servers: list[ModelServer], inputs: dict[str, Artifact], tmp_p
 def test_synthesis(servers: list[ModelServer], inputs: dict[str, Artifact], tmp_path: Path) -> None:
     task = {"type": "responses", "n": 2, "cut_off": "keep"}
     settings = {"model": "sft", "prompts": "prompts", "task": task, "precision": "float32", "max_tokens": 8}
-    given = dict.fromkeys(SynthesizeConfig.model_fields) | {"model": inputs["sft"], "prompts": inputs["prompts"]}
+    stage_inputs = dict.fromkeys(SynthesizeConfig.model_fields) | {"model": inputs["sft"], "prompts": inputs["prompts"]}
     config = SynthesizeConfig.model_validate(settings)
-    alone, pool = both_ways(synthesize.run, config, given, servers, tmp_path)
+    alone, pool = both_ways(synthesize.run, config, stage_inputs, servers, tmp_path)
     for split in ("train", "test"):
-        rows = [read_rows(one.output / f"{split}.parquet") for one in (alone, pool)]
+        rows = [read_rows(folder.output / f"{split}.parquet") for folder in (alone, pool)]
         assert rows[0] == rows[1] and rows[0]
 
 
@@ -147,10 +147,10 @@ def test_a_judge_of_another_architecture(
     rollouts: dict[str, Any], then: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Own servers are started anew for it; those at addresses keep their model, so transformers answers instead."""
-    asked: list[Runtime] = []
+    runtimes: list[Runtime] = []
 
     def open_engine(model_dir: Path, runtime: Runtime, **others: Any) -> Opened:
-        asked.append(runtime)
+        runtimes.append(runtime)
         return Opened()
 
     monkeypatch.setattr(local_model, "open_engine", open_engine)
@@ -160,12 +160,12 @@ def test_a_judge_of_another_architecture(
     config = SimpleNamespace(precision="float32")
     context = StageContext("s", config, {}, 0, runtime, tmp_path, tmp_path, tmp_path / "events.jsonl")
     engines = local_model.Engines(context, 64)
-    first = engines.holding(tiny_model)
-    assert engines.holding(tiny_model) is first and len(asked) == 1
-    engines.holding(tmp_path / "judge")
-    assert len(asked) == 2 and first.closed  # type: ignore[attr-defined]
-    assert ("servers" if asked[1].rollouts.servers else asked[1].engine.name) == then
-    assert not asked[1].rollouts.addresses
+    first = engines.with_weights(tiny_model)
+    assert engines.with_weights(tiny_model) is first and len(runtimes) == 1
+    engines.with_weights(tmp_path / "judge")
+    assert len(runtimes) == 2 and first.closed  # type: ignore[attr-defined]
+    assert ("servers" if runtimes[1].rollouts.servers else runtimes[1].engine.name) == then
+    assert not runtimes[1].rollouts.addresses
 
 
 @pytest.mark.parametrize(
@@ -176,14 +176,14 @@ def test_policies_of_several_architectures(
 ) -> None:
     monkeypatch.setattr(generation, "architecture", lambda folder: folder.name)
     policies: Any = [SimpleNamespace(model_dir=Path(name)) for name in ("one", "two")]
-    told: list[str] = []
+    messages: list[str] = []
     sampler = generation.Sampler(
         policies,
         Runtime.model_validate({"rollouts": rollouts}),
         lambda folder, runtime: None,  # type: ignore[arg-type, return-value]
         generation.ResponseCache(tmp_path, print),
-        told.append,
+        messages.append,
         lambda done, total: None,
     )
     assert ("servers" if sampler.runtime.rollouts.servers else sampler.runtime.engine.name) == then
-    assert len(told) == (then == "transformers")
+    assert len(messages) == (then == "transformers")

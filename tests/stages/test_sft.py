@@ -30,19 +30,19 @@ def test_it_learns_to_answer_and_to_stop(tuning: str, tiny_model: Path, tmp_path
         max_length=128,
         eval_steps=20,
     )
-    made = context(tmp_path, config, tiny_model, data_artifact(tmp_path / "data", Kind.INSTRUCTIONS, train=80))
-    metrics = run(made)
+    stage = context(tmp_path, config, tiny_model, data_artifact(tmp_path / "data", Kind.INSTRUCTIONS, train=80))
+    metrics = run(stage)
     assert metrics["test_loss_after"] < metrics["test_loss_before"] / 5
     assert metrics["rows"] == 80
     assert metrics["tokens"] > 0
     assert metrics["tokens_per_second"] > 0
-    assert len(losses(made)) == metrics["steps"] == 120
-    shown = events(made, "progress")
+    assert len(losses(stage)) == metrics["steps"] == 120
+    shown = events(stage, "progress")
     assert (shown[-1]["done"], shown[-1]["total"], shown[-1]["tokens"]) == (120, 120, metrics["tokens"])
-    assert {e["step"] for e in events(made, "metrics") if "test_loss" in e} == {0, 20, 40, 60, 80, 100, 120}
-    assert not events(made, "warning")
-    folder = made.output / "model"
-    assert (made.output / "adapter").is_dir() == (tuning == "lora")
+    assert {e["step"] for e in events(stage, "metrics") if "test_loss" in e} == {0, 20, 40, 60, 80, 100, 120}
+    assert not events(stage, "warning")
+    folder = stage.output / "model"
+    assert (stage.output / "adapter").is_dir() == (tuning == "lora")
     assert all(tensor.dtype == torch.float32 for tensor in load_file(folder / "model.safetensors").values())
     tokenizer, model = load_tokenizer(folder), load_policy(folder)
     prompt = torch.tensor([render_prompt(tokenizer, rows(1)[0]["prompt"])])
@@ -54,8 +54,8 @@ def test_parameters_trained_are_counted(tiny_model: Path, tmp_path: Path) -> Non
     config = SftConfig(
         model="model", data="data", tuning=TUNINGS["lora"], learning_rate=1e-3, max_steps=1, max_length=128
     )
-    made = context(tmp_path, config, tiny_model, data_artifact(tmp_path / "data", Kind.PREFERENCES))
-    metrics = run(made)
+    stage = context(tmp_path, config, tiny_model, data_artifact(tmp_path / "data", Kind.PREFERENCES))
+    metrics = run(stage)
     assert metrics["steps"] == 1
     # rank 16, two layers: q, k, v, o (64 + 64 each), gate and up (64 + 128), down (128 + 64)
     assert metrics["trainable_parameters"] == 16 * 2 * (4 * 128 + 3 * 192)

@@ -172,20 +172,22 @@ def test_prices_and_a_budget(fake: FakeChat, tmp_path: Path) -> None:
 
 def test_a_second_stage_takes_what_the_first_put_into_the_shared_cache(fake: FakeChat, tmp_path: Path) -> None:
     config = {"task": {"type": "responses", "n": 3}, "prompts": "data", "cache": str(tmp_path / "cache")}
-    one = make_context(tmp_path / "one", endpoint=endpoint_of(fake), **config)
-    run(one)
-    two = make_context(tmp_path / "two", endpoint=endpoint_of(fake), **config)
-    run(two)
+    first = make_context(tmp_path / "one", endpoint=endpoint_of(fake), **config)
+    run(first)
+    second = make_context(tmp_path / "two", endpoint=endpoint_of(fake), **config)
+    run(second)
     assert len(fake.bodies) == 27
-    usage = read_ledger(two)["usage"]["model"]
+    usage = read_ledger(second)["usage"]["model"]
     assert (usage["requests"], usage["copied"]) == (0, 27)
     names = set(FILES) - {"ledger.json"}
-    assert {name: digests(one.output)[name] for name in names} == {name: digests(two.output)[name] for name in names}
+    assert {name: digests(first.output)[name] for name in names} == {
+        name: digests(second.output)[name] for name in names
+    }
 
 
-@pytest.mark.parametrize(("settings", "asked"), [({}, 27), ({"cache": True}, 27), ({"cache": False}, 54)])
+@pytest.mark.parametrize(("settings", "requests"), [({}, 27), ({"cache": True}, 27), ({"cache": False}, 54)])
 def test_by_default_the_stores_cache_is_shared(
-    fake: FakeChat, tmp_path: Path, settings: dict[str, Any], asked: int
+    fake: FakeChat, tmp_path: Path, settings: dict[str, Any], requests: int
 ) -> None:
     """Sampled answers too: each has its number and its seed in its key, and so its draw."""
     config = {"task": {"type": "responses", "n": 3}, "prompts": "data", "temperature": 1.0, **settings}
@@ -197,9 +199,9 @@ def test_by_default_the_stores_cache_is_shared(
     for context in contexts:
         run(context)
         samples.append((context.output / "samples.jsonl").read_text())
-    assert len(fake.bodies) == asked
+    assert len(fake.bodies) == requests
     assert samples[0] == samples[1]
-    assert (tmp_path / "store" / "cache" / "requests").is_dir() == (asked == 27)
+    assert (tmp_path / "store" / "cache" / "requests").is_dir() == (requests == 27)
     first = json.loads(samples[0].splitlines()[0])["texts"]
     assert len(set(first)) > 1, "the answers to one prompt are drawn one by one"
 
@@ -217,16 +219,18 @@ def test_more_answers_to_the_same_prompts_ask_for_the_others_alone(fake: FakeCha
 
 def test_a_changed_answer_in_the_stores_cache_is_asked_for_again(fake: FakeChat, tmp_path: Path) -> None:
     config = {"task": {"type": "responses"}, "prompts": "data", "endpoint": endpoint_of(fake)}
-    one, two = (replace(make_context(tmp_path / name, **config), cache=tmp_path / "cache") for name in ("one", "two"))
-    run(one)
+    first, second = (
+        replace(make_context(tmp_path / name, **config), cache=tmp_path / "cache") for name in ("one", "two")
+    )
+    run(first)
     (file,) = (tmp_path / "cache" / "requests").iterdir()
     lines = file.read_text().splitlines(keepends=True)
     lines[0] = lines[0].replace('"text": "', '"text": "not this ')
     file.write_text("".join(lines))
-    run(two)
+    run(second)
     assert len(fake.bodies) == 9 + 1
-    assert (two.output / "samples.jsonl").read_text() == (one.output / "samples.jsonl").read_text()
-    assert "1 lines in" in two.events.read_text()
+    assert (second.output / "samples.jsonl").read_text() == (first.output / "samples.jsonl").read_text()
+    assert "1 lines in" in second.events.read_text()
 
 
 def test_a_prompt_that_is_there_twice_has_answers_of_its_own(fake: FakeChat, tmp_path: Path) -> None:

@@ -72,10 +72,10 @@ def _process(folder: Path) -> subprocess.Popen[bytes]:
 def test_killed_again_and_again_it_comes_to_the_same_bytes_and_asks_nothing_twice(
     fake: FakeChat, tmp_path: Path, kind: str, most: int
 ) -> None:
-    whole = _work(tmp_path / "whole", fake, kind, tmp_path)
-    process = _process(whole)
+    uninterrupted = _work(tmp_path / "whole", fake, kind, tmp_path)
+    process = _process(uninterrupted)
     assert process.wait() == 0, process.stderr and process.stderr.read()
-    asked = len(fake.bodies)
+    requests = len(fake.bodies)
     fake.bodies.clear()
     fake.delay = 0.01
     killed = _work(tmp_path / "killed", fake, kind, tmp_path)
@@ -83,7 +83,7 @@ def test_killed_again_and_again_it_comes_to_the_same_bytes_and_asks_nothing_twic
     while True:
         before = len(fake.bodies)
         process = _process(killed)
-        aim = before + rng.randint(1, max(2, asked // 4))
+        aim = before + rng.randint(1, max(2, requests // 4))
         while process.poll() is None and (len(fake.bodies) < aim or kills == most):
             time.sleep(0.002)
         if process.poll() is not None:
@@ -101,8 +101,8 @@ def test_killed_again_and_again_it_comes_to_the_same_bytes_and_asks_nothing_twic
     assert kills >= 3
     # only what was under way at a kill, three requests at most, may be asked once more
     keys = [json.dumps(body, sort_keys=True) for body in fake.bodies]
-    assert len(set(keys)) == asked and len(keys) - asked <= 3 * kills
-    assert digests(killed / "output") == digests(whole / "output")
+    assert len(set(keys)) == requests and len(keys) - requests <= 3 * kills
+    assert digests(killed / "output") == digests(uninterrupted / "output")
 
 
 def test_a_killed_checkpoint_run_comes_to_the_same_bytes(
@@ -118,16 +118,16 @@ def test_a_killed_checkpoint_run_comes_to_the_same_bytes(
         "prompts": "data",
         "max_tokens": 48,
     }
-    whole = make_context(tmp_path / "whole", tiny_model, **config)
-    run(whole)
+    uninterrupted = make_context(tmp_path / "whole", tiny_model, **config)
+    run(uninterrupted)
     killed = make_context(tmp_path / "killed", tiny_model, **config)
     real, calls = TransformersEngine.generate, []
 
-    def dies_third(self: Any, *given: Any) -> Any:
-        calls.append(len(given[0]))
+    def dies_third(self: Any, *arguments: Any) -> Any:
+        calls.append(len(arguments[0]))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(self, *given)
+        return real(self, *arguments)
 
     monkeypatch.setattr(TransformersEngine, "generate", dies_third)
     with pytest.raises(KeyboardInterrupt):
@@ -136,7 +136,7 @@ def test_a_killed_checkpoint_run_comes_to_the_same_bytes(
         file.write(b'{"answers": [{"answer": {"completion_tok')
     run(killed)
     assert calls == [4, 4, 4, 4, 4, 4, 4, 3], "27 answers in chunks of 4, the third twice"
-    assert digests(killed.output) == digests(whole.output)
+    assert digests(killed.output) == digests(uninterrupted.output)
 
 
 @pytest.mark.slow
@@ -149,12 +149,12 @@ def test_vllm_killed_between_its_chunks_comes_to_the_same_bytes(tiny_model: Path
     def answered(folder: Path) -> int:
         return sum(path.read_bytes().count(b"\n") for path in (folder / "checkpoints").glob("answers-*.jsonl"))
 
-    whole, killed = (
+    uninterrupted, killed = (
         lay_out(make_context(tmp_path / name, tiny_model, **config), "vllm") for name in ("whole", "killed")
     )
-    process = _process(whole)
+    process = _process(uninterrupted)
     assert process.wait() == 0, process.stderr and process.stderr.read()
-    assert answered(whole) == 8, "984 answers in chunks of 128"
+    assert answered(uninterrupted) == 8, "984 answers in chunks of 128"
     for chunks in (1, 4):
         process = _process(killed)
         while process.poll() is None and answered(killed) < chunks:
@@ -165,4 +165,4 @@ def test_vllm_killed_between_its_chunks_comes_to_the_same_bytes(tiny_model: Path
     process = _process(killed)
     assert process.wait() == 0, process.stderr and process.stderr.read()
     assert answered(killed) == 8
-    assert digests(killed / "output") == digests(whole / "output")
+    assert digests(killed / "output") == digests(uninterrupted / "output")

@@ -24,22 +24,22 @@ PAIRS = {"task": {"type": "pairs"}, "prompts": "data", "endpoint": SERVER}
 @pytest.mark.parametrize(
     ("config", "text"),
     [
-        (RESPONSES | {"endpoint": None}, "model or endpoint answers, one of them; neither is set"),
+        (RESPONSES | {"endpoint": None}, "either model or endpoint answers; neither is set"),
         (RESPONSES | {"model": "sft"}, "both are set"),
         (RESPONSES | {"prompts": None}, "responses needs prompts"),
         (RESPONSES | {"seeds": "x.jsonl"}, "seeds are for instructions"),
-        (RESPONSES | {"score": "gold"}, "responses has no use for score"),
+        (RESPONSES | {"score": "gold"}, "responses does not use score"),
         (RESPONSES | {"max_cost": 1}, "max_cost needs endpoint.price_input"),
         (RESPONSES | {"endpoint": None, "model": "sft", "max_cost": 1}, "max_cost is for endpoints"),
         (RESPONSES | {"task": {"type": "responses", "n": 2}, "temperature": 0}, "temperature 0 gives the same answer"),
-        ({"task": {"type": "instructions"}, "endpoint": SERVER}, "instructions need seeds"),
+        ({"task": {"type": "instructions"}, "endpoint": SERVER}, "instructions need either seeds or prompts"),
         (PAIRS, "pairs needs one of reward, score, judge; none set"),
         (PAIRS | {"score": "gold", "reward": "r"}, "needs one of reward, score, judge; reward, score set"),
-        (PAIRS | {"judge": {}}, "judge.endpoint or judge_model judges, one of them; neither is set"),
+        (PAIRS | {"judge": {}}, "either judge.endpoint or judge_model judges; neither is set"),
         (PAIRS | {"judge": {"endpoint": SERVER}, "judge_model": "sft"}, "both are set"),
         (PAIRS | {"score": "gold", "judge_model": "sft"}, "judge_model needs `judge"),
         (PAIRS | {"task": {"type": "pairs", "min_margin": 1}, "judge": {"endpoint": SERVER}}, "a judge gives none"),
-        (PAIRS | {"task": {"type": "best_of"}, "judge": {"endpoint": SERVER}}, "best_of has no use for judge"),
+        (PAIRS | {"task": {"type": "best_of"}, "judge": {"endpoint": SERVER}}, "best_of does not use judge"),
         (PAIRS | {"task": {"type": "best_of", "n": 2, "keep": 3}, "score": "gold"}, "keep 3 is more than n 2"),
     ],
 )
@@ -67,8 +67,8 @@ def test_the_key_holds_what_decides_the_rows_and_nothing_else() -> None:
         {"endpoint": SERVER | {"price_input": 1, "price_output": 1}, "max_cost": 5,
          "judge": {"endpoint": SERVER | {"price_input": 1, "price_output": 1}}},
     ]  # fmt: skip
-    assert {_pipeline(base, **one).nodes["synthesize"].key for one in same} == {node.key}
-    other = [
+    assert {_pipeline(base, **changes).nodes["synthesize"].key for changes in same} == {node.key}
+    different = [
         {"endpoint": SERVER | {"model": "n"}},
         {"endpoint": SERVER | {"url": "https://api.example.org/v1"}},
         {"endpoint": SERVER | {"extra": {"top_k": 2}}},
@@ -78,7 +78,7 @@ def test_the_key_holds_what_decides_the_rows_and_nothing_else() -> None:
         {"on_error": "drop"},
         {"task": {"type": "pairs", "n": 3}},
     ]
-    assert len({_pipeline(base, **one).nodes["synthesize"].key for one in other} | {node.key}) == 9
+    assert len({_pipeline(base, **changes).nodes["synthesize"].key for changes in different} | {node.key}) == 9
 
 
 def test_a_seed_file_counts_by_its_content(tmp_path: Path) -> None:
@@ -102,5 +102,5 @@ def test_what_the_guide_shows_is_accepted(tmp_path: Path) -> None:
     (block,) = re.findall(r"```yaml\n(.*?)```", Path("docs/synthesis.md").read_text(encoding="utf-8"), re.DOTALL)
     shown = yaml.safe_load(block)
     shown["stages"]["instructions"]["seeds"] = write_seeds(tmp_path)
-    made = {node.name: node.makes for node in Pipeline(shown, "docs/synthesis.md")}
-    assert list(made.values()) == [Kind.MODEL, Kind.PROMPTS, Kind.INSTRUCTIONS, Kind.PREFERENCES]
+    kinds = {node.name: node.makes for node in Pipeline(shown, "docs/synthesis.md")}
+    assert list(kinds.values()) == [Kind.MODEL, Kind.PROMPTS, Kind.INSTRUCTIONS, Kind.PREFERENCES]

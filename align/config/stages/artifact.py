@@ -1,4 +1,4 @@
-"""Settings of the stage ``artifact``: a finished artifact taken as it is. Torch-free."""
+"""Settings of the stage ``artifact``: a finished artifact to use as it is. Torch-free."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from align.config.base import Config
 
 
 class ArtifactConfig(Config):
-    """Where the artifact is."""
+    """The artifact's folder."""
 
     path: str
     """Folder of a finished artifact (with its record.json), or a reward model's folder (safetensors)."""

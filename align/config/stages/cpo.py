@@ -12,50 +12,50 @@ from align.store.artifacts import Kind
 
 
 class CpoConfig(PreferenceFields):
-    """No reference, so half the memory and time of DPO's start; ``batch_size`` counts pairs. Experimental in trl."""
+    """No reference, so no scoring before training. ``batch_size`` counts pairs. Experimental in trl."""
 
     data: stage_input(Kind.PREFERENCES)  # type: ignore[valid-type]
-    """Stage with the pairs; best sampled from ``policy`` itself."""
+    """Stage with the pairs; best if sampled from ``policy`` itself."""
     beta: float = Field(0.1, gt=0)
-    """Scale of the log-probabilities that are compared. Those of ``simpo`` and ``alphapo`` are means over tokens and
-    small: 2 or more there."""
+    """Scale of the compared log-probabilities. Those of ``simpo`` and ``alphapo`` are means over tokens, so use 2 or
+    more."""
     loss: Literal["sigmoid", "hinge", "ipo", "simpo", "alphapo"] = "sigmoid"
     """``sigmoid`` is CPO; ``hinge`` SLiC (2305.10425); ``ipo`` 2310.12036; ``simpo`` 2405.14734, per token and with a
     target margin; ``alphapo`` 2501.03884, SimPO with rewards bent by ``alpha``. See stage ``simpo`` for SimPO alone."""
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-    """Share of pairs believed to be mislabeled; not for ``hinge`` and ``ipo``."""
+    """Assumed share of mislabeled pairs; not for ``hinge`` and ``ipo``."""
     cpo_alpha: float | None = Field(None, ge=0)
-    """Weight of the chosen answers' loss per token, which keeps them likely; by default 1, and 0 for ``simpo`` and
+    """Weight of an SFT loss on the chosen answers, which keeps them likely; by default 1, and 0 for ``simpo`` and
     ``alphapo``, as in their papers."""
     simpo_gamma: float | None = Field(None, ge=0)
-    """Margin that ``simpo`` and ``alphapo`` aim at, in units of the reward, 0.5 by default; half of beta is usual."""
+    """Target margin of ``simpo`` and ``alphapo`` in units of the reward, 0.5 by default; half of beta is usual."""
     alpha: float = 0.0
-    """Bend of ``alphapo``'s reward; 0 is SimPO, 0.25 the paper's choice for most models."""
+    """Curvature of ``alphapo``'s reward; 0 is SimPO, 0.25 the paper's choice for most models."""
 
     @property
-    def own_weight(self) -> float:
-        """``cpo_alpha`` or its default."""
+    def sft_weight(self) -> float:
+        """``cpo_alpha``, or its default."""
         if self.cpo_alpha is not None:
             return self.cpo_alpha
         return 0.0 if self.loss in ("simpo", "alphapo") else 1.0
 
     @property
     def rows_add_up(self) -> bool:
-        """Not the chosen answers' part, which is the mean over a micro-batch's tokens."""
+        """False: the SFT loss is the mean over a micro-batch's tokens."""
         return False
 
     @model_validator(mode="after")
     def _options_fit_the_loss(self) -> Self:
         if self.label_smoothing and self.loss in ("hinge", "ipo"):
             raise ValueError(
-                f"label_smoothing means nothing to {self.loss}; take `loss: sigmoid` or `simpo`, or drop it."
+                f"label_smoothing has no effect with {self.loss}; take `loss: sigmoid` or `simpo`, or drop it."
             )
         if self.simpo_gamma is not None and self.loss not in ("simpo", "alphapo"):
-            raise ValueError(f"simpo_gamma means nothing to {self.loss}; take `loss: simpo`, or drop it.")
+            raise ValueError(f"simpo_gamma has no effect with {self.loss}; take `loss: simpo`, or drop it.")
         if self.alpha and self.loss != "alphapo":
-            raise ValueError(f"alpha means nothing to {self.loss} here; take `loss: alphapo`, or drop it.")
+            raise ValueError(f"alpha has no effect with {self.loss}; take `loss: alphapo`, or drop it.")
         if self.loss == "alphapo" and self.cpo_alpha:
-            raise ValueError("alphapo has no loss of the chosen answers beside it (cpo_alpha); drop cpo_alpha.")
+            raise ValueError("alphapo has no SFT loss (cpo_alpha); drop cpo_alpha.")
         check_experimental("cpo")
         return self
 
@@ -64,5 +64,5 @@ class CpoConfig(PreferenceFields):
     def _trainer_exists(cls, options: dict[str, Any]) -> dict[str, Any]:
         if "loss_type" in options:
             raise ValueError("'loss_type' is not set here: set 'loss' beside 'trainer'.")
-        own = {"beta", "label_smoothing", "cpo_alpha", "simpo_gamma", "alpha"}
-        return checked_experimental_options("cpo", options, own)
+        reserved = {"beta", "label_smoothing", "cpo_alpha", "simpo_gamma", "alpha"}
+        return checked_experimental_options("cpo", options, reserved)

@@ -1,4 +1,4 @@
-"""Settings of the stage ``data``: which recipe, and where its files are. Torch-free."""
+"""Settings of the stage ``data``: the recipe and its files. Torch-free."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from align.store.artifacts import DATASETS, Kind
 
 
 class DataConfig(Config):
-    """Which recipe, and where its files are."""
+    """The recipe and its files."""
 
     recipe: str
-    """Path of a recipe (data_recipes/*.yaml), relative to the current directory; its content is what counts."""
+    """Path of a recipe (data_recipes/*.yaml), relative to the current directory; its content enters the key."""
     files: list[str] | None = Field(None, min_length=1)
-    """Local files (paths or globs) to read instead of the recipe's sources, in the recipe's format."""
+    """Local files (paths or globs) in the recipe's format, to read instead of its sources."""
 
     inputs: list[stage_input(*DATASETS, Kind.POLICY, Kind.REWARD)] = Field([])  # type: ignore[valid-type]
-    """Earlier stages whose data the recipe's sources of type ``input`` read, or whose model its steps use."""
+    """Earlier stages with data for the recipe's sources of type ``input``, or with models for its steps."""
     max_rows: int | None = Field(None, ge=2)
-    """Keep this many rows at most, both splits together; comes before the recipe's own."""
+    """Most rows, both splits together; overrides the recipe's."""
 
     identified: ClassVar[frozenset[str]] = frozenset({"recipe", "files", "max_rows"})

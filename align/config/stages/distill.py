@@ -13,35 +13,35 @@ from align.store.artifacts import GENERATORS, Kind
 
 
 class DistillConfig(TrainingFields):
-    """The loss is the divergence of teacher and student, in nats per token of the answers."""
+    """The loss is the divergence between teacher and student, in nats per token of the answers."""
 
     model: stage_input(*GENERATORS)  # type: ignore[valid-type]
     """Stage whose checkpoint is the student."""
     teacher: stage_input(*GENERATORS)  # type: ignore[valid-type]
-    """Stage whose checkpoint is the teacher: same tokens, same chat template, usually more layers."""
+    """Stage whose checkpoint is the teacher: same tokenizer and chat template, usually a larger model."""
     data: stage_input(Kind.INSTRUCTIONS, Kind.PREFERENCES)  # type: ignore[valid-type]
     """Stage with the conversations: the answer is ``completion``, or ``chosen``."""
     divergence: Literal["forward", "reverse", "jsd"] = "forward"
-    """``forward``, KL(teacher || student), covers all the teacher may say; ``reverse`` keeps to what it says most;
-    ``jsd`` lies between."""
+    """``forward`` is KL(teacher || student), which covers all modes of the teacher; ``reverse`` seeks its main modes;
+    ``jsd`` is in between."""
     jsd_beta: float = Field(0.5, gt=0, lt=1)
-    """For ``jsd``: the teacher's share of the mixture; near 0 it is like ``forward``, near 1 like ``reverse``."""
+    """The teacher's share of ``jsd``'s mixture; near 0 like ``forward``, near 1 like ``reverse``."""
     temperature: float = Field(1.0, gt=0, le=10)
-    """Both models' logits are divided by it; higher shows more of what the teacher thinks less likely."""
+    """Divisor of both models' logits; higher values give more weight to the teacher's less likely tokens."""
     top_k: int | None = Field(64, ge=1, le=4096)
-    """Tokens of the teacher that are told apart, all others counting as one; computed once and kept in the store's
-    cache, 8 bytes each. null compares whole distributions, with the teacher in memory at every step."""
+    """Most likely tokens of the teacher to compare; all others count as one. They are computed once and cached in the
+    store, 8 bytes each. null compares full distributions, with the teacher in memory at every step."""
     sft_weight: float = Field(0.0, ge=0)
-    """Weight of the data's answers' own loss per token beside the divergence."""
+    """Weight of an SFT loss on the data's answers, in addition to the divergence."""
     on_policy: float = Field(0.0, ge=0, le=1)
-    """Share of the steps that learn from answers sampled by the student at that step, which needs teacher and engine in
-    memory; corrects mistakes that the data's answers never make."""
+    """Share of the steps that train on answers sampled by the student at that step. It corrects the student's own
+    mistakes, and needs teacher and engine in memory."""
     max_tokens: int = Field(64, ge=1)
-    """Tokens of a sampled answer at most."""
+    """Most tokens of a sampled answer."""
     sample_temperature: float = Field(1.0, gt=0, le=5)
-    """Of sampling the student's answers."""
+    """Temperature of the student's answers."""
     lint: LintSettings = LintSettings()
-    """What of the look at the rows' tokens, before the first step, is waived (docs/lint.md)."""
+    """Lint of the rows' tokens before the first step: findings to accept (docs/lint.md)."""
 
     identified: ClassVar[frozenset[str]] = frozenset({"lint"})
 
@@ -55,12 +55,13 @@ class DistillConfig(TrainingFields):
     @model_validator(mode="after")
     def _student_and_teacher_can_be_run(self) -> Self:
         if self.model == self.teacher:
-            raise ValueError(f"teacher is '{self.teacher}', the student itself: there is nothing to learn from it.")
+            raise ValueError(f"teacher is '{self.teacher}', the student itself; name another stage.")
         if self.on_policy and self.tuning.input_only:
             raise ValueError(
-                f"on_policy samples from the student as it learns, and `tuning: {self.tuning.method}` acts on its "
-                "input, which the engines take from a finished checkpoint only. Take on_policy 0, or another tuning."
+                f"on_policy samples from the student during training, and `tuning: {self.tuning.method}` changes its "
+                "input, which engines support only from a finished checkpoint. Take on_policy 0, or another tuning."
             )
+        # Prompt and sampled answer together become a row of training.
         if self.on_policy and self.max_tokens >= self.max_length:
             raise ValueError(f"max_tokens {self.max_tokens} leaves no room for a prompt in max_length.")
         return self

@@ -13,33 +13,33 @@ from align.store.artifacts import Kind
 
 
 class KtoConfig(ReferenceFields):
-    """For feedback of one answer at a time, thumbs up or down; pairs are taken apart. ``batch_size`` counts answers."""
+    """Feedback on single answers, thumbs up or down; pairs are split. ``batch_size`` counts answers."""
 
     data: stage_input(Kind.UNPAIRED, Kind.PREFERENCES)  # type: ignore[valid-type]
-    """Stage with the answers and their labels, or with pairs, of which each becomes two answers."""
+    """Stage with labeled answers, or with pairs, each of which becomes two answers."""
     loss: Literal["kto", "apo_zero_unpaired"] = "kto"
-    """``kto`` measures answers from a reference point, the drift on answers to other prompts in the micro-batch;
-    ``apo_zero_unpaired`` (2408.06266) from none."""
+    """``kto`` subtracts a reference point, the drift on answers to other prompts of the micro-batch;
+    ``apo_zero_unpaired`` (2408.06266) has none."""
     desirable_weight: float = Field(1.0, gt=0)
-    """Weight of wanted answers; raise it when they are few, until together they weigh 1 to 4/3 of the others."""
+    """Weight of desirable answers; if they are few, raise it until their total weight is 1 to 4/3 of the others'."""
     undesirable_weight: float = Field(1.0, gt=0)
-    """Weight of unwanted answers."""
+    """Weight of undesirable answers."""
 
     @property
     def rows_add_up(self) -> bool:
-        """Not where a micro-batch has a reference point."""
+        """False for ``kto``, whose reference point is the micro-batch's."""
         return self.loss != "kto"
 
     @property
     def sides(self) -> int:
-        """Answers come one by one."""
+        """An answer has one sequence."""
         return 1
 
     @model_validator(mode="after")
     def _a_reference_point_needs_others(self) -> Self:
         if self.loss == "kto" and self.micro_batch < 2:
             raise ValueError(
-                "kto's reference point is the drift on the micro-batch's other answers; set micro_batch_size to 2 or "
+                "kto's reference point comes from the micro-batch's other answers; set micro_batch_size to 2 or "
                 "more, 8 is better, or take `loss: apo_zero_unpaired`."
             )
         return self

@@ -12,18 +12,18 @@ from align.store.artifacts import Kind
 
 
 class OrpoConfig(PreferenceFields):
-    """No reference and no SFT stage before it is needed; ``batch_size`` counts pairs. Experimental in trl."""
+    """Needs no reference and no SFT stage before it. ``batch_size`` counts pairs. Experimental in trl."""
 
     data: stage_input(Kind.PREFERENCES)  # type: ignore[valid-type]
     """Stage with the pairs; its chosen answers should be worth imitating."""
     beta: float = Field(0.1, gt=0)
-    """Weight of the odds ratio beside the chosen answers' loss; the paper's lambda."""
+    """Weight of the odds-ratio term, relative to the SFT loss; the paper's lambda."""
     prompt_loss: bool = True
-    """Whether the chosen answers' loss takes in their prompts, as the paper's code and trl do; off, answers alone."""
+    """Include the prompts in the chosen answers' loss, as the paper's code and trl do."""
 
     @property
     def rows_add_up(self) -> bool:
-        """Not the chosen answers' part, which is the mean over a micro-batch's tokens."""
+        """False: the SFT loss is the mean over a micro-batch's tokens."""
         return False
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""Settings that the stages on preferences share. Torch-free."""
+"""Settings of every stage on preferences. Torch-free."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from align.store.artifacts import GENERATORS
 
 
 class PreferenceFields(TrainingFields):
-    """Fields of every such stage."""
+    """Fields of every stage on preferences."""
 
     policy: stage_input(*GENERATORS)  # type: ignore[valid-type]
     """Stage whose checkpoint is trained; usually the SFT stage."""
     lint: LintSettings = LintSettings()
-    """What of the look at the rows' tokens, before the first step, is waived (docs/lint.md)."""
+    """Lint of the rows' tokens before the first step: findings to accept (docs/lint.md)."""
 
     identified: ClassVar[frozenset[str]] = frozenset({"lint"})
 
     @property
     def sides(self) -> int:
-        """A pair is two sequences."""
+        """A pair has two sequences."""
         return 2
 
 
 class ReferenceFields(PreferenceFields):
-    """Fields of those that hold the policy to a reference."""
+    """Fields of the stages that compare the policy with a reference."""
 
     refers: ClassVar[bool] = True
 
     reference: stage_input(*GENERATORS) | None = None  # type: ignore[valid-type]
-    """Stage whose checkpoint the policy is held to; by default the policy as it comes in. It is scored once."""
+    """Stage whose checkpoint is the reference; by default the policy before training. It scores every row once."""
     beta: float = Field(0.1, gt=0)
-    """How much a nat of drift from the reference costs; smaller drifts further. For ``ipo`` it is that paper's tau."""
+    """Penalty per nat of drift from the reference; smaller values drift further. For ``ipo`` it is the paper's tau."""
     beta_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How beta moves to ``final_beta`` over the steps: not at all, along a line, or a half cosine."""
+    """Schedule from beta to ``final_beta`` over the steps."""
     final_beta: float | None = Field(None, gt=0)
-    """beta of the last step, which the held-out rows are scored with afterwards; only with a schedule."""
+    """beta of the last step, also used for the final evaluation; only with a schedule."""
 
     @model_validator(mode="after")
     def _a_schedule_has_an_end(self) -> Self:
@@ -56,7 +56,7 @@ class ReferenceFields(PreferenceFields):
 
 
 def check_experimental(kind: str) -> None:
-    """``ValueError`` where the installed trl has no trainer for a stage that runs on an experimental one."""
+    """Raise ``ValueError`` if the installed trl lacks the experimental trainer of a stage."""
     try:
         trainer_options(kind)
     except (LookupError, OSError):
@@ -67,12 +67,12 @@ def check_experimental(kind: str) -> None:
         ) from None
 
 
-def checked_experimental_options(kind: str, options: dict[str, Any], own: set[str]) -> dict[str, Any]:
-    """``checked_options`` for such a stage: what its trainer tokenizes or generates by is not set at all."""
+def checked_experimental_options(kind: str, options: dict[str, Any], reserved: set[str]) -> dict[str, Any]:
+    """Return the options as ``checked_options`` does; refuse those for tokenizing and generating."""
     check_experimental(kind)
     for name in ("max_completion_length", "is_encoder_decoder", "padding_value"):
         if name in options:
             raise ValueError(f"'{name}' is not set here: rows are tokenized before training.")
     if "generate_during_eval" in options:
         raise ValueError("'generate_during_eval' is not set here: the 'evaluate' stage samples.")
-    return checked_options(kind, options, own)
+    return checked_options(kind, options, reserved)

@@ -14,18 +14,18 @@ from align.store.artifacts import GENERATORS, Kind
 class PretrainConfig(TrainingFields):
     """Loss on every token of every text. ``batch_size`` counts packs of ``max_length`` tokens.
 
-    Texts are packed: whole windows of documents share a row of ``max_length`` tokens, none sees another. To keep what
-    the model knew, mix general texts in by the recipe's ``mix`` step, train few weights (``tuning``) or hold it near
-    its start (``anchor``).
+    Texts are packed: windows of documents share a row of ``max_length`` tokens, without attention between them. To keep
+    what the model knew, mix in general texts with the recipe's ``mix`` step, train few weights (``tuning``) or keep the
+    model near its start (``anchor``).
     """
 
     model: stage_input(*GENERATORS)  # type: ignore[valid-type]
-    """Stage whose checkpoint is trained further."""
+    """Stage whose checkpoint is trained."""
     data: stage_input(Kind.TEXTS)  # type: ignore[valid-type]
-    """Stage with the texts: its ``train`` split is learned, its ``test`` split only scored."""
+    """Stage with the texts: the ``train`` split is trained on, the ``test`` split only evaluated."""
     document_end: str | None = Field(None, min_length=1)
-    """Token behind every document, the tokenizer's EOS by default. A chat model's EOS ends a turn: name what its
-    pre-training had (``<|endoftext|>``), or it is taught that texts end as turns do."""
+    """Token after every document, by default the tokenizer's EOS. A chat model's EOS ends a turn, so name the token of
+    its pre-training (``<|endoftext|>``); otherwise it learns that texts end like turns."""
 
     @field_validator("trainer")
     @classmethod
@@ -38,7 +38,7 @@ class PretrainConfig(TrainingFields):
     def _tuning_reads_packs(self) -> PretrainConfig:
         if self.tuning.input_only:
             raise ValueError(
-                f"tuning: {self.tuning.method} acts on a row's beginning, and packed texts share rows; take full, lora "
-                "or another method that acts on modules."
+                f"tuning: {self.tuning.method} changes a row's beginning, and packed texts share rows; take full, lora "
+                "or another method that changes modules."
             )
         return self

@@ -11,12 +11,12 @@ SHOWN = tuple(kind for kind in Kind if kind != Kind.REPORT)
 
 
 class ReportConfig(Config):
-    """What the page shows."""
+    """The report's contents."""
 
     scorecard: stage_input(Kind.SCORECARD) | None = None  # type: ignore[valid-type]
-    """Evaluation whose numbers and samples are shown; without one the page has cost and curves only."""
+    """Evaluation whose results and samples are shown; without one the page has only costs and curves."""
     stages: list[stage_input(*SHOWN)] = Field(default_factory=list)  # type: ignore[valid-type]
-    """Stages in the picture, with their curves, cost and settings, in the order shown."""
+    """Stages to show, with curves, cost and settings, in this order."""
     title: str = Field("Alignment report", min_length=1, max_length=120)
     """Heading of the page."""
 

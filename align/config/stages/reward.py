@@ -11,69 +11,69 @@ from align.config.stages.lint import LintSettings
 from align.config.stages.training import TrainingFields, checked_options
 from align.store.artifacts import GENERATORS, Kind
 
-OF_PAIRS = {"margin": 0.0, "center_rewards": 0.01}
-"""Fields that only pairs have a use for, and their defaults."""
+PAIR_FIELDS = {"margin": 0.0, "center_rewards": 0.01}
+"""Fields that only pairs use, with their defaults."""
 
 
 class StepsConfig(Config):
-    """How the steps of an answer are told apart, and what they come to."""
+    """Steps of an answer: their separator, and the answer's score from theirs."""
 
     separator: str = Field("\n\n", min_length=1)
-    """Text between two steps; a policy that is to be scored must write it."""
+    """Text between two steps; the scored policy must write it."""
     aggregate: Literal["min", "product", "last", "mean"] = "min"
-    """An answer's score from the chances of its steps to be right: a chain is as good as its weakest step."""
+    """Aggregate of the steps' probabilities of being right; ``min`` because a chain is as good as its weakest step."""
 
 
 class RewardConfig(TrainingFields):
-    """The score is read at an answer's last token; ``batch_size`` counts pairs, or answers where there are no pairs."""
+    """The score is read at an answer's last token. ``batch_size`` counts pairs, or answers for other objectives."""
 
     model: stage_input(*GENERATORS)  # type: ignore[valid-type]
-    """Stage whose checkpoint gets a score head in place of its vocabulary head; usually the SFT stage."""
+    """Stage whose checkpoint gets a score head instead of its vocabulary head; usually the SFT stage."""
     data: stage_input(Kind.PREFERENCES, Kind.INSTRUCTIONS, Kind.UNPAIRED)  # type: ignore[valid-type]
-    """Stage with the pairs; with scored answers for regression, with unpaired rows that have steps for process."""
+    """Stage with the pairs; for regression with scored answers, for process with unpaired rows that have steps."""
     objective: Literal["pairs", "regression", "process"] = "pairs"
     """``pairs``: which of two answers is better (Bradley-Terry). ``regression``: the answer's score itself.
     ``process``: whether each step is right (arXiv 2305.20050)."""
     margin: float = Field(0.0, ge=0)
-    """Lead that the chosen answer must have, per unit that its score is ahead (2307.09288, eq. 2); needs scored pairs.
-    Scores differ by about 1 between good and bad in most data; 1 is a strong setting."""
+    """Margin of the chosen answer, per unit of difference between the pair's scores (2307.09288, eq. 2); needs scored
+    pairs. In most data good and bad answers differ by about 1, so 1 is a strong setting."""
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-    """Share of the labels believed to be wrong; keeps scores from growing on pairs that contradict the others."""
+    """Assumed share of wrong labels; keeps scores from growing on contradictory pairs."""
     score_loss: Literal["mse", "bce"] = "mse"
-    """For regression: squared error of scores brought to mean 0 and variance 1, or cross-entropy of scores in [0, 1]
-    (and of labels), where the model's score is their log-odds."""
+    """Loss of regression: squared error of scores normalized to mean 0 and variance 1, or cross-entropy of scores (or
+    labels) in [0, 1], with the model's score as log-odds."""
     steps: StepsConfig = StepsConfig()
-    """For process."""
+    """Settings of process."""
     head_learning_rate: float | None = Field(None, gt=0, le=1)
-    """Peak step size of the score head; by default ``learning_rate``, and a tenth of it with adapters."""
+    """Peak learning rate of the score head; by default ``learning_rate``, or a tenth of it with adapters."""
     center_rewards: float = Field(0.01, ge=0)
-    """For pairs: weight of the squared sum of a pair's scores (2312.09244, eq. 2), which keeps them near 0."""
+    """Pairs: weight of the squared sum of a pair's scores (2312.09244, eq. 2), which keeps scores near 0."""
     lint: LintSettings = LintSettings()
-    """What of the look at the rows' tokens, before the first step, is waived (docs/lint.md)."""
+    """Lint of the rows' tokens before the first step: findings to accept (docs/lint.md)."""
 
     identified: ClassVar[frozenset[str]] = frozenset({"lint"})
     has_vocabulary: ClassVar[bool] = False
 
     @property
     def rows_add_up(self) -> bool:
-        """Not where a loss is the mean over a micro-batch's steps."""
+        """False for process, whose loss is the mean over a micro-batch's steps."""
         return self.objective != "process"
 
     @property
     def sides(self) -> int:
-        """A pair is two sequences."""
+        """A pair has two sequences."""
         return 2 if self.objective == "pairs" else 1
 
     @property
     def head_rate(self) -> float:
-        """``head_learning_rate`` or its default."""
+        """``head_learning_rate``, or its default."""
         if self.head_learning_rate is not None:
             return self.head_learning_rate
         return self.learning_rate * self.tuning.head_share
 
     @property
     def loss_of_numbers(self) -> Literal["mse", "bce"]:
-        """What regression and process minimize."""
+        """The loss of regression and process."""
         return "bce" if self.objective == "process" else self.score_loss
 
     @field_validator("trainer")
@@ -86,9 +86,9 @@ class RewardConfig(TrainingFields):
     @model_validator(mode="after")
     def _fields_fit_the_objective(self) -> Self:
         if self.objective != "pairs":
-            for name, default in OF_PAIRS.items():
+            for name, default in PAIR_FIELDS.items():
                 if getattr(self, name) != default:
-                    raise ValueError(f"{name} is for pairs, and objective is {self.objective}; leave it out.")
+                    raise ValueError(f"{name} is only for pairs, and objective is {self.objective}; leave it out.")
         if self.objective != "regression" and self.score_loss != "mse":
             raise ValueError(f"score_loss is for regression, and objective is {self.objective}; leave it out.")
         if self.objective != "process" and self.steps != StepsConfig():

@@ -13,26 +13,26 @@ from align.store.artifacts import GENERATORS, Kind
 
 
 class SftConfig(TrainingFields):
-    """Takes ``completion`` of instructions, or ``chosen`` of preferences, as the answer to learn.
+    """Trains on ``completion`` of instructions, or ``chosen`` of preferences.
 
-    Rows of like length share a batch. With ``packing``, ``batch_size`` counts packs of ``max_length`` tokens.
+    Rows of similar length share a batch. With ``packing``, ``batch_size`` counts packs of ``max_length`` tokens.
     """
 
     model: stage_input(*GENERATORS)  # type: ignore[valid-type]
-    """Stage whose checkpoint is trained further; it needs a chat template."""
+    """Stage whose checkpoint is trained; it needs a chat template."""
     data: stage_input(Kind.INSTRUCTIONS, Kind.PREFERENCES)  # type: ignore[valid-type]
-    """Stage with the answers: its ``train`` split is learned, its ``test`` split only scored."""
+    """Stage with the answers: the ``train`` split is trained on, the ``test`` split only evaluated."""
     supervise: Literal["last", "all"] = "last"
-    """Which answers of a conversation are learned: the last one, or every one of the assistant's. Where each stands is
-    found by rendering the conversation up to it, with any chat template."""
+    """Train on the last answer of a conversation, or on every assistant turn. Their positions are found by rendering
+    the conversation up to each turn, with any chat template."""
     packing: bool = False
-    """Fill rows of ``max_length`` tokens with whole short ones, none of which sees another (best fit decreasing)."""
+    """Pack short rows into rows of ``max_length`` tokens, without attention between them (best fit decreasing)."""
     padding_free: bool = False
-    """Put a micro-batch's rows behind one another instead of padding them; ``packing`` does so in any case."""
+    """Concatenate a micro-batch's rows instead of padding them; ``packing`` always does."""
     neftune: float | None = Field(None, gt=0, le=100)
-    """Noise on the embeddings while training, NEFTune's alpha (2310.05914); 5 is usual."""
+    """Noise on the embeddings in training, NEFTune's alpha (2310.05914); 5 is usual."""
     lint: LintSettings = LintSettings()
-    """What of the look at the rows' tokens, before the first step, is waived (docs/lint.md)."""
+    """Lint of the rows' tokens before the first step: findings to accept (docs/lint.md)."""
 
     identified: ClassVar[frozenset[str]] = frozenset({"lint"})
 
@@ -54,7 +54,7 @@ class SftConfig(TrainingFields):
     def _one_line_needs_modules(self) -> SftConfig:
         if self.tuning.input_only and (self.packing or self.padding_free):
             raise ValueError(
-                f"{'packing' if self.packing else 'padding_free'} puts rows into one line, and tuning "
-                f"{self.tuning.method} acts on the beginning of each; turn one of them off."
+                f"{'packing' if self.packing else 'padding_free'} concatenates rows, and tuning "
+                f"{self.tuning.method} changes the beginning of each; turn one of them off."
             )
         return self

@@ -10,11 +10,11 @@ from align.config.stages.cpo import CpoConfig
 
 
 class SimpoConfig(CpoConfig):
-    """Length-controlled by construction: what is compared is the mean log-probability of a token."""
+    """Compares mean log-probabilities per token, so length does not help."""
 
     loss: Literal["simpo"] = "simpo"  # type: ignore[assignment]
-    """Only ``simpo``; the others are stage ``cpo``'s."""
+    """Only ``simpo``; stage ``cpo`` has the other losses."""
     beta: float = Field(2.0, gt=0)
-    """Scale of the mean log-probabilities that are compared; the paper takes 2 to 10."""
+    """Scale of the compared mean log-probabilities; 2 to 10 in the paper."""
     simpo_gamma: float = Field(1.0, ge=0)  # type: ignore[assignment]
-    """Margin that is aimed at, in units of the reward; the paper takes 0.3 to 0.6 of beta."""
+    """Target margin in units of the reward; 0.3 to 0.6 of beta in the paper."""

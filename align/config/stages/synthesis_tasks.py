@@ -1,4 +1,4 @@
-"""Settings of what is synthesized. Torch-free."""
+"""Tasks of the stage ``synthesize``. Torch-free."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ BLACKLIST = (
     "image", "images", "graph", "graphs", "picture", "pictures", "photo", "photos", "file", "files", "map", "maps",
     "draw", "plot", "go to", "video", "videos", "audio", "music", "flowchart", "diagram",
 )  # fmt: skip
-"""What a model of text cannot do; close to self-instruct's list."""
+"""Words of tasks that a text model cannot do; close to self-instruct's list."""
 
 
 class InstructionsTask(Config):
-    """New instructions in the manner of seeds (self-instruct, arXiv 2212.10560)."""
+    """New instructions like the seeds (self-instruct, arXiv 2212.10560)."""
 
     type: Literal["instructions"]
     count: int = Field(100, ge=1)
-    """New instructions wanted."""
+    """Number of new instructions."""
     max_requests: int | None = Field(None, ge=1)
-    """Requests at most, whether or not ``count`` is reached; as many as ``count`` by default."""
+    """Most requests, even if ``count`` is not reached; by default ``count``."""
     seed_examples: int = Field(6, ge=1, le=64)
-    """Seeds shown in each request."""
+    """Seeds per request."""
     made_examples: int = Field(2, ge=0, le=64)
-    """New instructions shown beside them, seeds in their place until there are some."""
+    """New instructions per request, in addition to the seeds; replaced by seeds until there are some."""
     per_request: int = Field(8, ge=1, le=64)
-    """Instructions asked for in each request."""
+    """Instructions to generate per request."""
     at_once: int = Field(8, ge=1, le=1024)
-    """Requests made from the same pool; more of them run in parallel, and know less of each other."""
+    """Requests with the same pool of examples; more run in parallel, and repeat each other more."""
     min_words: int = Field(4, ge=1)
     """Shorter instructions are dropped."""
     max_words: int = Field(150, ge=1)
@@ -47,11 +47,12 @@ class InstructionsTask(Config):
     max_similarity: float = Field(0.7, gt=0, le=1)
     """Highest ROUGE-L against every seed and every instruction kept so far; 1 drops nothing."""
     blacklist: tuple[str, ...] = Field(BLACKLIST, strict=False)
-    """Words or phrases no instruction may hold, in any case."""
+    """Words or phrases that no instruction may contain (case-insensitive)."""
     blacklist_starts: tuple[str, ...] = Field(("write a program",), strict=False)
-    """What no instruction may begin with, in any case."""
+    """Phrases that no instruction may begin with (case-insensitive)."""
     prompt: str = PROMPT
-    """The request: ``{tasks}`` becomes the examples, ``{first}`` and ``{last}`` the numbers to go on with."""
+    """Template of the request: ``{tasks}`` are the examples, ``{first}`` and ``{last}`` the numbers to continue
+    with."""
     test_size: float = Field(0.1, gt=0, lt=1)
     """Share of the new instructions that goes to the test split, by prompt."""
 
@@ -78,9 +79,9 @@ class ResponsesTask(Config):
 
     type: Literal["responses"]
     n: int = Field(1, ge=1, le=64)
-    """Answers to each prompt; each becomes a row."""
+    """Answers per prompt; each becomes a row."""
     cut_off: Literal["drop", "keep"] = "drop"
-    """What becomes of an answer that reached ``max_tokens``: one that is trained on teaches not to end."""
+    """Answers that reached ``max_tokens``: training on them teaches the model not to stop."""
 
 
 class BestOfTask(Config):
@@ -88,13 +89,13 @@ class BestOfTask(Config):
 
     type: Literal["best_of"]
     n: int = Field(8, ge=2, le=256)
-    """Answers to choose from; more find a better one, and cost as much more."""
+    """Answers to choose from; more give a better one, and cost proportionally more."""
     keep: int = Field(1, ge=1)
-    """The best so many different answers of each prompt become rows."""
+    """Number of best different answers per prompt that become rows."""
     min_score: float | None = None
-    """Answers that score less are not kept; a prompt without a better one is dropped. null keeps the best anyway."""
+    """Answers with a lower score are dropped, and prompts without a better answer. null always keeps the best."""
     cut_off: Literal["drop", "keep"] = "drop"
-    """What becomes of an answer that reached ``max_tokens``."""
+    """Answers that reached ``max_tokens``."""
 
     @model_validator(mode="after")
     def _keeps_fewer(self) -> BestOfTask:
@@ -108,11 +109,11 @@ class PairsTask(Config):
 
     type: Literal["pairs"]
     n: int = Field(4, ge=2, le=64)
-    """Answers to each prompt. A judge compares every two in both orders, n (n - 1) requests a prompt."""
+    """Answers per prompt. A judge compares every two in both orders: n (n - 1) requests per prompt."""
     pairs: Literal["best_worst", "all"] = "best_worst"
-    """One pair a prompt (best and worst answer), or every two."""
+    """One pair per prompt (best and worst answer), or every two answers."""
     min_margin: float = Field(0.0, ge=0)
-    """Pairs whose scores differ by less count as ties; not for a judge, who gives no scores."""
+    """Pairs whose scores differ by less count as ties; not for a judge, which gives no scores."""
 
 
 Task = Annotated[InstructionsTask | ResponsesTask | BestOfTask | PairsTask, Field(discriminator="type")]

@@ -4,12 +4,12 @@ import pytest
 
 from align.config.launch import LaunchConfig
 from align.config.stages.dpo import DpoConfig
+from align.config.stages.grpo import GrpoConfig
+from align.config.stages.ppo import PpoConfig
 from align.config.stages.reward import RewardConfig
 from align.config.stages.sft import SftConfig
 from align.config.validation import validate
 from align.errors import UserError
-from align.stages.grpo import GrpoConfig
-from align.stages.ppo import PpoConfig
 from align.training.arguments import total_steps
 
 SFT = {"model": "model", "data": "data", "learning_rate": 1e-4}
@@ -78,7 +78,7 @@ def test_adapters_that_are_a_part_of_the_start_cannot_be_looked_back_from_in_par
     kind: type, fields: dict[str, object]
 ) -> None:
     objection = kind(**fields, tuning=PISSA).processes_objection(IN_PARTS)
-    assert "tuning.init makes the adapters a part of the start" in objection and "take ddp" in objection
+    assert "tuning.init makes the adapters a part of the initial policy" in objection and "take ddp" in objection
     assert kind(**fields, tuning={"method": "lora", "rank": 4}).processes_objection(IN_PARTS) is None
     assert kind(**fields, tuning=PISSA).processes_objection(LaunchConfig(processes=2)) is None
 

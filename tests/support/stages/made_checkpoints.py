@@ -1,4 +1,4 @@
-"""A few steps of every stage that makes weights, from the two-layer model, and what the model said that it saved."""
+"""Checkpoints of every stage that makes weights, after a few steps, with the outputs of the live models."""
 
 from __future__ import annotations
 
@@ -17,10 +17,18 @@ from align.models.tuning import apply
 from align.pipeline.context import StageContext
 from align.pipeline.registry import STAGES
 from align.store.artifacts import Artifact, Kind
-from tests.stages import test_distill, test_merge, test_preference, test_pretrain, test_reward_objectives
+from tests.support.stages.stage_contexts import (
+    PREFERENCE_KINDS,
+    distill_stage,
+    merge_stage,
+    perturbed_copy,
+    preference_stage,
+    pretrain_stage,
+    reward_stage,
+)
+from tests.support.training import sft_setup, training_stages
 from tests.support.training.harness import data_artifact
-from tests.support.training.scored import SEPARATOR, artifact, scored, stepwise
-from tests.training import test_packing, test_replay, test_unfreezing
+from tests.support.training.scored_rows import SEPARATOR, artifact, scored, stepwise
 
 IDS = torch.randint(5, 200, (2, 24), generator=torch.Generator().manual_seed(1))
 LORA: dict[str, Any] = {"method": "lora", "rank": 8}
@@ -29,7 +37,7 @@ FEW: dict[str, Any] = {"max_steps": 4, "learning_rate": 1e-2, "precision": "floa
 
 
 @dataclasses.dataclass(frozen=True)
-class Given:
+class BaseModels:
     """Folders of models to start from."""
 
     policy: Path
@@ -37,41 +45,43 @@ class Given:
     teacher: Path
 
 
-Way = Callable[[Path, Given], StageContext]
-"""From a folder of one's own and what there is to a stage that is ready to run."""
+MakeStage = Callable[[Path, BaseModels], StageContext]
+"""From a folder and the models to start from to a stage that is ready to run."""
 
 
-def supervised(**fields: Any) -> Way:
-    return lambda root, given: test_unfreezing.made("sft", root, given.policy, **{"tuning": FULL, **FEW, **fields})
+def supervised(**fields: Any) -> MakeStage:
+    return lambda root, models: training_stages.make_stage(
+        "sft", root, models.policy, **{"tuning": FULL, **FEW, **fields}
+    )
 
 
-def replaying(root: Path, given: Given) -> StageContext:
-    return test_replay.replaying("sft", root, given.policy, **FEW)
+def replaying(root: Path, models: BaseModels) -> StageContext:
+    return training_stages.make_replay_stage("sft", root, models.policy, **FEW)
 
 
-def packed(root: Path, given: Given) -> StageContext:
-    return test_packing.made(root, given.policy, packing=True, **FEW)
+def packed(root: Path, models: BaseModels) -> StageContext:
+    return sft_setup.make_packing_stage(root, models.policy, packing=True, **FEW)
 
 
-def pretrained(tuning: dict[str, Any]) -> Way:
-    return lambda root, given: test_pretrain.made(root, given.policy, tuning=tuning, **FEW)
+def pretrained(tuning: dict[str, Any]) -> MakeStage:
+    return lambda root, models: pretrain_stage(root, models.policy, tuning=tuning, **FEW)
 
 
-def distilled(tuning: dict[str, Any]) -> Way:
-    return lambda root, given: test_distill.made(root, given.policy, given.teacher, tuning=tuning, **FEW)
+def distilled(tuning: dict[str, Any]) -> MakeStage:
+    return lambda root, models: distill_stage(root, models.policy, models.teacher, tuning=tuning, **FEW)
 
 
-def preferring(kind: str, tuning: dict[str, Any]) -> Way:
-    fields = {**test_preference.KINDS[kind], **FEW, "tuning": tuning}
-    return lambda root, given: test_preference.made(root, given.policy, kind, **fields)
+def preferring(kind: str, tuning: dict[str, Any]) -> MakeStage:
+    fields = {**PREFERENCE_KINDS[kind], **FEW, "tuning": tuning}
+    return lambda root, models: preference_stage(root, models.policy, kind, **fields)
 
 
-def sampling(kind: str, tuning: dict[str, Any], **fields: Any) -> Way:
-    """A stage that learns from what it samples, scored by the reward model."""
+def sampling(kind: str, tuning: dict[str, Any], **fields: Any) -> MakeStage:
+    """Make a stage that trains on its own samples, scored by the reward model."""
 
-    def made(root: Path, given: Given) -> StageContext:
+    def make(root: Path, models: BaseModels) -> StageContext:
         inputs: dict[str, Any] = {"ptx": None}
-        for field, source, model in (("policy", Kind.POLICY, given.policy), ("reward", Kind.REWARD, given.reward)):
+        for field, source, model in (("policy", Kind.POLICY, models.policy), ("reward", Kind.REWARD, models.reward)):
             (root / field).mkdir(parents=True)
             (root / field / "model").symlink_to(model)
             inputs[field] = Artifact(field, source, root / field, {})
@@ -89,21 +99,21 @@ def sampling(kind: str, tuning: dict[str, Any], **fields: Any) -> Way:
         runtime = Runtime(engine={"name": "transformers"}, threads=1, device="cpu")  # type: ignore[arg-type]
         return StageContext(kind, config, inputs, 5, runtime, root / "output", root / "checkpoints", root / "events")
 
-    return made
+    return make
 
 
-def merged(method: str) -> Way:
-    def made(root: Path, given: Given) -> StageContext:
+def merged(method: str) -> MakeStage:
+    def make(root: Path, models: BaseModels) -> StageContext:
         (root / "base").mkdir(parents=True)
-        (root / "base" / "model").symlink_to(given.policy)
-        folders = {name: test_merge.moved(given.policy, root / name / "model", seed) for seed, name in enumerate("ab")}
+        (root / "base" / "model").symlink_to(models.policy)
+        folders = {name: perturbed_copy(models.policy, root / name / "model", seed) for seed, name in enumerate("ab")}
         folders["base"] = root / "base" / "model"
-        return test_merge.context(root, folders, policies=["a", "b"], base="base", method=method)
+        return merge_stage(root, folders, policies=["a", "b"], base="base", method=method)
 
-    return made
+    return make
 
 
-POLICIES: dict[str, Way] = {
+POLICIES: dict[str, MakeStage] = {
     "sft": supervised(),
     "sft-lora": supervised(tuning=LORA),
     "sft-unfreeze": supervised(tuning={**FULL, "unfreeze": {"at": {0: 1, 2: 2}, "head": True}, "layer_decay": 0.8}),
@@ -116,8 +126,8 @@ POLICIES: dict[str, Way] = {
     "pretrain-lora": pretrained(LORA),
     "distill": distilled(FULL),
     "distill-lora": distilled(LORA),
-    **{kind: preferring(kind, FULL) for kind in test_preference.KINDS},
-    **{f"{kind}-lora": preferring(kind, LORA) for kind in test_preference.KINDS},
+    **{kind: preferring(kind, FULL) for kind in PREFERENCE_KINDS},
+    **{f"{kind}-lora": preferring(kind, LORA) for kind in PREFERENCE_KINDS},
     "ppo": sampling("ppo", FULL),
     "ppo-lora": sampling("ppo", LORA),
     "grpo-lora": sampling("grpo", LORA),
@@ -127,28 +137,27 @@ POLICIES: dict[str, Way] = {
     "merge": merged("ties"),
     **{f"merge-{m}": merged(m) for m in ("linear", "slerp", "task_arithmetic", "dare_linear", "dare_ties", "warp")},
 }
-"""Every stage that makes a policy, by its kind and what is special about it. What only the loss tells apart is saved
-alike, and is here once."""
+"""Every stage that makes a policy, by its kind and variant. Variants that differ only in the loss are here once."""
 
 
-def scoring(rows: str, tuning: dict[str, Any], **fields: Any) -> Way:
-    def made(root: Path, given: Given) -> StageContext:
+def scoring(rows: str, tuning: dict[str, Any], **fields: Any) -> MakeStage:
+    def make(root: Path, models: BaseModels) -> StageContext:
         data = {
             "pairs": lambda folder: data_artifact(folder, Kind.PREFERENCES, train=24, test=8),
             "scored": lambda folder: artifact(folder, Kind.INSTRUCTIONS, scored(24), scored(8, start=24)),
             "steps": lambda folder: artifact(folder, Kind.UNPAIRED, stepwise(24), stepwise(6, start=24)),
         }[rows](root / "data")
-        return test_reward_objectives.made(root, given.policy, data, tuning=tuning, **FEW, **fields)
+        return reward_stage(root, models.policy, data, tuning=tuning, **FEW, **fields)
 
-    return made
-
-
-def merged_rewards(root: Path, given: Given) -> StageContext:
-    folders = {name: test_merge.moved(given.reward, root / name / "model", seed) for seed, name in enumerate("ab")}
-    return test_merge.context(root, folders, Kind.REWARD, rewards=["a", "b"])
+    return make
 
 
-REWARDS: dict[str, Way] = {
+def merged_rewards(root: Path, models: BaseModels) -> StageContext:
+    folders = {name: perturbed_copy(models.reward, root / name / "model", seed) for seed, name in enumerate("ab")}
+    return merge_stage(root, folders, Kind.REWARD, rewards=["a", "b"])
+
+
+REWARDS: dict[str, MakeStage] = {
     "reward": scoring("pairs", FULL),
     "reward-lora": scoring("pairs", LORA),
     "reward-regression": scoring("scored", FULL, objective="regression"),
@@ -159,30 +168,30 @@ REWARDS: dict[str, Way] = {
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[list[torch.Tensor]]:
-    """What the models that stages save in here say to ``IDS`` just before: logits, or scores."""
+def recorded_outputs() -> Iterator[list[torch.Tensor]]:
+    """Record the logits or scores for ``IDS`` of every model just before a stage saves it."""
     from align.rl import saving as ppo_saving
-    from align.training import reload, saving
+    from align.training import save as training_save
 
-    heard: list[torch.Tensor] = []
+    outputs: list[torch.Tensor] = []
     original = apply.save_tuned
 
     def save(model: Any, tokenizer: Any, out_dir: Path) -> None:
         training = model.training
         with torch.no_grad():
-            heard.append(model.eval()(input_ids=IDS).logits.clone())
+            outputs.append(model.eval()(input_ids=IDS).logits.clone())
         model.train(training)
         original(model, tokenizer, out_dir)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (apply, saving, ppo_saving, reload):
+        for module in (apply, ppo_saving, training_save):
             patch.setattr(module, "save_tuned", save)
-        yield heard
+        yield outputs
 
 
-def run(name: str, root: Path, given: Given) -> tuple[Path, torch.Tensor]:
-    """The folder that a way saves, and what its model said before it was saved."""
-    stage = (POLICIES | REWARDS)[name](root, given)
-    with listening() as heard:
+def run(name: str, root: Path, models: BaseModels) -> tuple[Path, torch.Tensor]:
+    """Run a stage; return the saved folder, and the outputs of the live model."""
+    stage = (POLICIES | REWARDS)[name](root, models)
+    with recorded_outputs() as outputs:
         STAGES[name.partition("-")[0]].runner()(stage)
-    return stage.output / "model", heard[-1]
+    return stage.output / "model", outputs[-1]

@@ -86,8 +86,8 @@ def endpoint_of(fake: FakeChat, **settings: Any) -> dict[str, Any]:
 
 
 def read_ledger(context: StageContext) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((context.output / "ledger.json").read_text())
-    return found
+    ledger: dict[str, Any] = json.loads((context.output / "ledger.json").read_text())
+    return ledger
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from align.config.runtime import EngineConfig, Runtime
 from align.inference.engine import open_engine
 from align.inference.vllm import VllmEngine, why_unusable
-from align.inference.vllm_insides import model_runner
+from align.inference.vllm_internals import model_runner
 from align.inference.weights import checkpoint_weights
 from align.models.loading import load_policy
 from align.models.reward import RewardModel
@@ -57,19 +57,19 @@ class Rewards:
         self.start = self.ours(folder)
 
     def ours(self, folder: Path) -> list[float]:
-        found = RewardModel(folder, precision="float32").score_places(ROWS, [[HALF, len(row) - 1] for row in ROWS])
-        return [score for row in found for score in row]
+        scores = RewardModel(folder, precision="float32").score_places(ROWS, [[HALF, len(row) - 1] for row in ROWS])
+        return [score for row in scores for score in row]
 
     def read(self, folder: Path) -> dict[str, float]:
         model_runner(self.llm).reload_weights(weights_iterator=checkpoint_weights(folder))
         rows = [cut for row in ROWS for cut in (row[: HALF + 1], row)]
-        found = self.llm.classify([{"prompt_token_ids": row} for row in rows], use_tqdm=False)
-        scores = [one.outputs.probs[0] for one in found]
+        results = self.llm.classify([{"prompt_token_ids": row} for row in rows], use_tqdm=False)
+        scores = [result.outputs.probs[0] for result in results]
         return {"apart": largest(scores, self.ours(folder)), "moved": largest(scores, self.start)}
 
 
-def largest(one: list[float], other: list[float]) -> float:
-    return max(abs(a - b) for a, b in zip(one, other, strict=True))
+def largest(result: list[float], other: list[float]) -> float:
+    return max(abs(a - b) for a, b in zip(result, other, strict=True))
 
 
 def main(kind: str, folder: Path) -> None:

@@ -1,0 +1,40 @@
+"""Estimator of ``sample``: what the stage asks of devices, from its config alone. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from align.capacity.inference import Inference, Rows, SamplingLoad, reward_scoring
+from align.config.batch_sizes import SAMPLE_CHUNK
+from align.config.stages.sample import SampleConfig
+from align.models.architecture import Architecture
+
+
+def inference(
+    config: SampleConfig, models: Mapping[str, Sequence[Architecture]], rows: Mapping[str, Rows]
+) -> Inference:
+    """Return the prompts of both splits, ``n`` responses to each, and a reward model's scores of them."""
+    prompts = rows["prompts"].count_both(config.max_prompts.train, config.max_prompts.test)
+    load = SamplingLoad(
+        name="policy",
+        model=models["policy"][0],
+        sequences=prompts * config.n,
+        prompts=prompts,
+        prompt_tokens=config.max_prompt_tokens,
+        response_tokens=config.max_tokens,
+        call=SAMPLE_CHUNK * config.n,
+        uses_top_p=config.top_p < 1,
+    )
+    scoring = [reward_scoring("reward", model, load.sequences, load.length) for model in models.get("reward", ())]
+    notes = []
+    if config.score not in (None, "gold"):
+        notes.append(f"The time of {config.score}, which scores, is not counted.")
+    return Inference(
+        precision=config.precision,
+        sampling=(load,),
+        scoring=tuple(scoring),
+        row="prompts",
+        rows=prompts,
+        rows_are_known=rows["prompts"].is_known,
+        notes=tuple(notes),
+    )
