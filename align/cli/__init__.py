@@ -1,1 +1,1 @@
-"""What the groups of commands do (``align data ...``); ``align.cli.main`` is the command line itself."""
+"""Groups of commands (``align data ...``); ``align.cli.main`` is the command line itself."""

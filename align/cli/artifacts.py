@@ -15,15 +15,17 @@ from align.errors import NO_SPACE, UserError
 if TYPE_CHECKING:
     from align.store.store import Store
 
+MIB = 2**20
 
-def say_damage(errors: Iterable[Exception]) -> None:
-    """A line on standard error for each damaged file, which harms only its own artifact or run."""
+
+def print_damage(errors: Iterable[Exception]) -> None:
+    """Print a line on standard error for each damaged file; it harms only its own artifact or run."""
     for error in errors:
         print(printable(f"! {error}"), file=sys.stderr)
 
 
 def list_artifacts(options: argparse.Namespace) -> int:
-    """list the artifacts in the store and the runs that reach them"""
+    """list the artifacts in the store and the runs that use them"""
     from align.runner.open_store import open_store
 
     store = open_store(None, options.store)
@@ -33,32 +35,37 @@ def list_artifacts(options: argparse.Namespace) -> int:
         for entry in run["stages"].values():
             users.setdefault(entry["key"], []).append(name)
     artifacts, damaged = store.survey()
-    here = {artifact.record["key"]: artifact.record for artifact in artifacts}
-    remote, damaged_there = store.remote.survey() if store.remote is not None else ([], [])
-    there = {record["key"]: record for record in remote}
-    records = sorted({**there, **here}.values(), key=lambda record: str(record["created"]))
+    local = {artifact.record["key"]: artifact.record for artifact in artifacts}
+    remote_records, damaged_remote = store.remote.survey() if store.remote is not None else ([], [])
+    remote = {record["key"]: record for record in remote_records}
+    # An artifact that is in both places is listed once, by its local record.
+    records = sorted({**remote, **local}.values(), key=lambda record: str(record["created"]))
 
-    def where(key: str) -> str:
-        return "bucket" if key not in here else "both" if key in there else "here"
+    def place(key: str) -> str:
+        if key not in local:
+            return "bucket"
+        return "both" if key in remote else "here"
 
-    say_damage([*damaged_runs, *damaged, *damaged_there])
+    print_damage([*damaged_runs, *damaged, *damaged_remote])
     if options.json:
         names = ("kind", "key", "stage", "created", "seconds", "metrics")
-        print_json([{**{name: r.get(name) for name in names}, "where": where(r["key"])} for r in records])
+        print_json(
+            [{**{name: record.get(name) for name in names}, "where": place(record["key"])} for record in records]
+        )
         return 0
     if not records and not damaged:
         print(printable(f"{store.root}: empty"))
     for record in records:
-        size = sum(entry["bytes"] for entry in record["outputs"].values()) / 2**20
+        size = sum(entry["bytes"] for entry in record["outputs"].values()) / MIB
         reaching = ", ".join(users.get(record["key"], [])) or "no run"
         name = f"{record['kind']}/{record['key'][:12]}"
-        place = f"  {where(record['key']):<6}" if store.remote is not None else ""
-        print(printable(f"{name}  {record['created'][:16]}  {size:8.1f} MiB{place}  {record['makes']}  {reaching}"))
+        where = f"  {place(record['key']):<6}" if store.remote is not None else ""
+        print(printable(f"{name}  {record['created'][:16]}  {size:8.1f} MiB{where}  {record['makes']}  {reaching}"))
     return 0
 
 
 def show(options: argparse.Namespace) -> int:
-    """show one artifact's record; --log prints its log, --verify checks every digest"""
+    """show an artifact's record; --log prints its log, --verify checks the digest of every file"""
     from align.runner.open_store import open_store
 
     store = open_store(None, options.store)
@@ -66,8 +73,8 @@ def show(options: argparse.Namespace) -> int:
     if options.verify:
         problems = store.problems(artifact, thorough=True)
         for problem in problems:
-            print(printable(f"{problem.path} {problem.what}"))
-        print(printable(f"{artifact.path}: {'corrupted' if problems else 'every digest agrees'}"))
+            print(printable(f"{problem.path} {problem.description}"))
+        print(printable(f"{artifact.path}: {'corrupted' if problems else 'all digests agree'}"))
         return 1 if problems else 0
     if options.log:
         return _print_log(artifact.path / "log.txt")
@@ -92,61 +99,69 @@ def _print_log(path: Path) -> int:
 
 
 def collect_garbage(options: argparse.Namespace) -> int:
-    """list what no named run reaches any more; --delete deletes it"""
-    from align.clusters.slurm.used import used_by_jobs
+    """list artifacts that no run uses any more; --delete deletes them"""
+    from align.clusters.slurm.submit import used_by_jobs
     from align.runner.open_store import open_store
+    from align.store.garbage import delete_garbage, find_garbage
 
     store = open_store(None, options.store)
-    folders = store.garbage(used_by_jobs(store))
+    folders = find_garbage(store, used_by_jobs(store))
     sizes = {folder: _size(folder) for folder in folders}
+    # Without --delete nothing is locked: the list may be out of date, and deleting checks again.
     outcomes: dict[Path, bool] = {}
     if options.delete and folders:
-        _say_wait(store)
+        _print_wait(store)
         try:
-            outcomes = store.delete_garbage(lambda: used_by_jobs(store))
+            outcomes = delete_garbage(store, lambda: used_by_jobs(store))
         except OSError as error:
             if error.errno not in NO_SPACE:
                 raise
             raise UserError(
-                f"no space left on the disk that holds {store.root}, not even for gc's own lock of 1 KiB. Delete "
+                f"no space left on the disk of {store.root}, not even for gc's lock of 1 KiB. Delete "
                 f"{store.cache}, which only saves time, and run again."
             ) from None
         folders = list(outcomes)
     if options.json:
-        print_json([
-            {"path": str(folder), "bytes": sizes.get(folder, 0), "deleted": outcomes.get(folder, False)}
-            for folder in folders
-        ])  # fmt: skip
+        print_json(
+            [
+                {"path": str(folder), "bytes": sizes.get(folder, 0), "deleted": outcomes.get(folder, False)}
+                for folder in folders
+            ]
+        )
         return 0
-    _say_users(store)
+    _print_active_runs(store)
     for folder in folders:
-        state = "deleted" if outcomes.get(folder) else "in use" if options.delete else "unreached"
-        print(printable(f"{state}  {sizes.get(folder, 0) / 2**20:8.1f} MiB  {folder}"))
-    total = sum(sizes.get(folder, 0) for folder in folders) / 2**20
-    tail = "" if options.delete or not folders else "; `align gc --delete` deletes them"
-    print(f"{len(folders)} folders, {total:.1f} MiB that no named run reaches{tail}")
+        kept = "in use" if options.delete else "unused"
+        state = "deleted" if outcomes.get(folder) else kept
+        print(printable(f"{state}  {sizes.get(folder, 0) / MIB:8.1f} MiB  {folder}"))
+    total = sum(sizes.get(folder, 0) for folder in folders) / MIB
+    remedy = "" if options.delete or not folders else "; `align gc --delete` deletes them"
+    print(f"{len(folders)} folders, {total:.1f} MiB unused by any run{remedy}")
     return 0
 
 
-def _say_wait(store: Store) -> None:
-    """Say what may take a while: whether a run on another machine lives shows within its lease."""
-    names = sorted({uses.run for uses in store.uses()})
+def _active_runs(store: Store) -> list[str]:
+    """Return the names of the runs that use the store now."""
+    return sorted({uses.run for uses in store.uses()})
+
+
+def _print_wait(store: Store) -> None:
+    """Print that gc may have to wait: only after its lease is it known whether a run on another machine is alive."""
+    names = _active_runs(store)
     if names:
-        text = (
-            f"looking whether these runs are still under way, for up to {store.lease.seconds:g} s: {', '.join(names)}"
-        )
+        text = f"checking whether these runs are still active, for up to {store.lease.seconds:g} s: {', '.join(names)}"
         print(printable(text), file=sys.stderr)
 
 
-def _say_users(store: Store) -> None:
-    """The runs under way, whose stages are kept."""
-    names = sorted({uses.run for uses in store.uses()})
+def _print_active_runs(store: Store) -> None:
+    """Print the active runs, whose stages are kept."""
+    names = _active_runs(store)
     if names:
-        print(printable(f"kept for runs that are under way: {', '.join(names)}"))
+        print(printable(f"kept for active runs: {', '.join(names)}"))
 
 
 def _size(folder: Path) -> int:
-    """Bytes in a folder, which may be deleted or moved meanwhile."""
+    """Return the bytes in a folder; files that vanish meanwhile count as 0."""
     total = 0
     for path in folder.rglob("*"):
         try:
@@ -157,12 +172,12 @@ def _size(folder: Path) -> int:
 
 
 def add_arguments(list_parser: Any, show_parser: Any, gc_parser: Any) -> None:
-    """The options of the three commands."""
+    """Add the options of the three commands."""
     from align.cli.parser import add_store
 
     for parser in (list_parser, show_parser, gc_parser):
         add_store(parser)
     show_parser.add_argument("key", metavar="KEY", help="the beginning of an artifact's key")
     show_parser.add_argument("--log", action="store_true", help="print the stage's log")
-    show_parser.add_argument("--verify", action="store_true", help="check every file's digest")
-    gc_parser.add_argument("--delete", action="store_true", help="delete what is listed")
+    show_parser.add_argument("--verify", action="store_true", help="check the digest of every file")
+    gc_parser.add_argument("--delete", action="store_true", help="delete the listed artifacts")

@@ -1,4 +1,4 @@
-"""``align cancel``: end what lives of a run, its jobs on a cluster and its process here. Imports nothing heavy."""
+"""``align cancel``: end a run's jobs on a cluster and its process on this machine. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -14,54 +14,60 @@ from align.config.validation import suggest
 from align.errors import StageFailed, UserError
 
 if TYPE_CHECKING:
-    from align.cli.run_page import RunOf
+    from align.cli.run_page import RunOutline
     from align.store.store import Store
 
 
 def run(options: argparse.Namespace) -> int:
-    """end a run's jobs on a cluster, or its process here; finished stages and checkpoints are kept"""
+    """end a run's cluster jobs or its local process; finished stages and checkpoints are kept"""
     from align.cli.run_page import find_run
-    from align.clusters.follow import NoAnswer
+    from align.clusters.follow import SchedulerError
     from align.clusters.slurm.submission import submissions
-    from align.clusters.slurm.submit import call_off
+    from align.clusters.slurm.submit import cancel_jobs
     from align.runner.open_store import open_store
     from align.store.store import JOBS
 
     store = open_store(None, options.store)
-    if (store.root / JOBS / options.run).is_dir() and options.run not in store.runs():
-        one, name = None, options.run  # a sweep
-    else:
-        one = find_run(options.run, store)
-        name = one.name
+    # A sweep on a cluster has jobs of its own, but is no run of the store.
+    is_sweep = (store.root / JOBS / options.run).is_dir() and options.run not in store.runs()
+    outline = None if is_sweep else find_run(options.run, store)
+    name = options.run if outline is None else outline.name
+    known_stages = {} if outline is None else outline.stages
     for stage in options.stages:
-        if one is None or stage not in one.stages:
-            raise UserError(f"{stage}: run '{name}' has no such stage.{suggest(stage, one.stages if one else [])}")
+        if stage not in known_stages:
+            raise UserError(f"{stage}: run '{name}' has no such stage.{suggest(stage, known_stages)}")
     try:
-        jobs = call_off(submissions(store, name), set(options.stages) or None)
-    except NoAnswer as error:
-        raise StageFailed(f"Slurm does not answer ({error}); its jobs may go on. Run the same command again.") from None
-    processes = [] if one is None else _stop_here(one, store, set(options.stages))
+        jobs = cancel_jobs(submissions(store, name), set(options.stages) or None)
+    except SchedulerError as error:
+        raise StageFailed(
+            f"Slurm does not answer ({error}); its jobs may still run. Run the same command again."
+        ) from None
+    processes = [] if outline is None else _stop_processes(outline, store, set(options.stages))
     if options.json:
         print_json({"run": name, "jobs": jobs, "processes": processes})
     elif jobs or processes:
         ended = [f"job {job}" for job in jobs] + [f"process {process}" for process in processes]
         print(f"ended {', '.join(ended)}; finished stages and checkpoints are kept")
     else:
-        print(f"nothing of '{name}' waits or runs")
+        print(f"'{name}' has nothing that waits or runs")
     return 0
 
 
-def _stop_here(one: RunOf, store: Store, stages: set[str]) -> list[int]:
-    """End, as Ctrl-C would, the processes of this machine that hold locks of the run's stages."""
-    found: set[int] = set()
-    for stage, (kind, key) in one.stages.items():
+def _stop_processes(outline: RunOutline, store: Store, stages: set[str]) -> list[int]:
+    """Send SIGTERM to the processes of this machine that hold locks of the run's stages; return their ids.
+
+    A run ends on SIGTERM as on Ctrl-C. ``stages`` restricts this to some stages; empty means all.
+    """
+    holders: set[int] = set()
+    for stage, (kind, key) in outline.stages.items():
         if (stages and stage not in stages) or not store.is_locked(kind, key):
             continue
         holder = store.holder_of(kind, key)
         if holder is not None and holder.get("host") == socket.gethostname():
-            found.add(int(holder["pid"]))
+            holders.add(int(holder["pid"]))
     ended = []
-    for process in found - {os.getpid()}:
+    # This process may hold a lock itself while it looks.
+    for process in holders - {os.getpid()}:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(process, signal.SIGTERM)
             ended.append(process)
@@ -69,7 +75,7 @@ def _stop_here(one: RunOf, store: Store, stages: set[str]) -> list[int]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``align cancel``."""
+    """Add the options of ``align cancel``."""
     parser.add_argument("run", metavar="RUN", help="a run's or sweep's name, or its pipeline file")
-    parser.add_argument("stages", nargs="*", metavar="STAGE", help="only the jobs of these stages")
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help="end only the jobs of these stages")
     add_store(parser)

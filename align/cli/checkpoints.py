@@ -1,7 +1,7 @@
-"""Checkpoints on the command line of ``align eval``: what each word means, what to call it, where it comes from.
+"""Resolves the words of ``align eval`` to checkpoints: their names, the stages that bring them in, their bases.
 
 A word is a finished artifact (its folder, the beginning of its key, PIPELINE:STAGE), a plain model folder, a ``.gguf``
-file, a built-in model, or a Hub name with ``@`` and its commit; ``NAME=`` before it names it. Imports nothing heavy.
+file, a built-in model, or a Hub name with ``@`` and its commit. ``NAME=`` before it names it. Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -37,109 +37,117 @@ class Checkpoint:
     stage: dict[str, Any]
     """``{stage: artifact, path: ...}`` or ``{stage: model, source: ...}``."""
     artifact: Artifact | None
-    """With its record, where it is a finished artifact."""
+    """None for a plain model, which has no record."""
 
     @property
     def is_plain(self) -> bool:
-        """Whether nothing is known of where it comes from."""
+        """Return whether it has no record of its origin."""
         return self.artifact is None
 
 
 def find_all(words: Iterable[str], store: str | None) -> list[Checkpoint]:
-    """The checkpoints that ``words`` mean, in order, each under a name of its own.
+    """Return the checkpoints that ``words`` name, in order, each under a unique name.
 
-    Raises ``UserError`` for a word that means none, and for a name that was given twice.
+    Raises ``UserError`` for a word that names none, and for a name that is used twice.
     """
-    found: list[Checkpoint] = []
-    split = [_split(word) for word in words]
-    given = [name for name, _ in split if name is not None]
-    for name in given:
-        if given.count(name) > 1:
-            raise UserError(f"two checkpoints are called '{name}'; give each a name of its own: NAME=CHECKPOINT.")
-    taken = set(given)
-    for chosen, word in split:
-        one = _find(word, store)
-        called = chosen if chosen is not None else unique(one.name, taken)
-        taken.add(called)
-        found.append(Checkpoint(called, one.stage, one.artifact))
-    return found
+    split = [_split_name(word) for word in words]
+    chosen_names = [name for name, _ in split if name is not None]
+    for name in chosen_names:
+        if chosen_names.count(name) > 1:
+            raise UserError(f"two checkpoints are called '{name}'; give each its own name: NAME=CHECKPOINT.")
+    # Chosen names are reserved first, so that no automatic name takes one of them.
+    used_names = set(chosen_names)
+    checkpoints: list[Checkpoint] = []
+    for chosen_name, word in split:
+        checkpoint = _find(word, store)
+        name = chosen_name if chosen_name is not None else unique_name(checkpoint.name, used_names)
+        used_names.add(name)
+        checkpoints.append(Checkpoint(name, checkpoint.stage, checkpoint.artifact))
+    return checkpoints
 
 
-def _split(word: str) -> tuple[str | None, str]:
+def _split_name(word: str) -> tuple[str | None, str]:
+    """Return the name and the rest of ``NAME=CHECKPOINT``; an existing path wins over that reading."""
     named = NAMED.fullmatch(word)
     return (named[1], named[2]) if named and not Path(word).exists() else (None, word)
 
 
-def unique(name: str, taken: Iterable[str]) -> str:
-    """``name``, or with a number behind it where it is taken."""
-    number, found = 1, name
-    while found in taken:
+def unique_name(name: str, used_names: Iterable[str]) -> str:
+    """Return ``name``, with a number behind it where it is used already."""
+    number = 1
+    unique = name
+    while unique in used_names:
         number += 1
-        found = f"{name}-{number}"
-    return found
+        unique = f"{name}-{number}"
+    return unique
 
 
 def _find(word: str, store: str | None) -> Checkpoint:
+    """Return the checkpoint that a word without ``NAME=`` names."""
     folder = user_path(word)
+    # An artifact's model folder stands for the artifact, whose record says where it comes from.
     if folder.name == "model" and (folder.parent / RECORD).is_file():
         folder = folder.parent
     if (folder / RECORD).is_file():
         artifact = artifact_at(folder)
     elif word in source.BUILT_IN or folder.exists():
-        return _plain(word)
+        return _find_plain_model(word)
+    # A Hub name is only taken with its commit, so that the same word always means the same weights.
     elif "@" in word and HUB_NAME.fullmatch(word):
         name, _, revision = word.partition("@")
-        return _model(word, {"source": name, "revision": revision}, name.rpartition("/")[2])
+        return _model_checkpoint(word, {"source": name, "revision": revision}, name.rpartition("/")[2])
     else:
         try:
             artifact = find_artifact(word, store)
         except UserError as error:
-            raise UserError(f"{error}{_other_meanings(word)}") from None
+            raise UserError(f"{error}{_hint(word)}") from None
     if artifact.kind not in GENERATORS:
         raise UserError(f"{word} is a {artifact.kind}, not a checkpoint that can answer.")
-    return Checkpoint(_name(artifact.stage), {"stage": "artifact", "path": str(artifact.path)}, artifact)
+    return Checkpoint(_stage_name(artifact.stage), {"stage": "artifact", "path": str(artifact.path)}, artifact)
 
 
-def _other_meanings(word: str) -> str:
+def _hint(word: str) -> str:
+    """Return a hint for a word that names nothing in the store."""
     if source.HUB_NAME.fullmatch(word):
-        return f" A model of the Hub needs its commit: {word}@<40 hexadecimal digits>."
+        return f" A model on the Hub needs its commit: {word}@<40 hexadecimal digits>."
     return "" if ":" in word else suggest(word, source.BUILT_IN)
 
 
-def _plain(word: str) -> Checkpoint:
-    """A built-in model, a folder without a record, or a .gguf file."""
+def _find_plain_model(word: str) -> Checkpoint:
+    """Return a built-in model, a folder without a record, or a ``.gguf`` file."""
     path = user_path(word)
     if word in source.BUILT_IN or path.is_file():
-        return _model(word, {"source": word}, path.stem if path.is_file() else word)
+        return _model_checkpoint(word, {"source": word}, path.stem if path.is_file() else word)
     folder = find_checkpoint(str(path), None)
     name = folder.parent.name if folder.name == "model" else folder.name
-    return _model(word, {"source": str(folder)}, name or folder.resolve().name)
+    return _model_checkpoint(word, {"source": str(folder)}, name or folder.resolve().name)
 
 
-def _model(word: str, block: dict[str, Any], name: str) -> Checkpoint:
+def _model_checkpoint(word: str, block: dict[str, Any], name: str) -> Checkpoint:
+    """Return a checkpoint that a ``model`` stage with ``block`` brings in; raise ``UserError`` where it could not."""
     try:
         source.resolve(block["source"], block.get("revision"), Path.cwd())
     except UserError as error:
         raise UserError(f"{word}: {str(error).removeprefix('source: ').removeprefix('revision: ')}") from None
-    return Checkpoint(_name(name), {"stage": "model", **block}, None)
+    return Checkpoint(_stage_name(name), {"stage": "model", **block}, None)
 
 
-def _name(text: str) -> str:
-    """``text`` as a stage's name."""
+def _stage_name(text: str) -> str:
+    """Return ``text`` as a stage's name: letters, digits, ``-`` and ``_``, beginning with a letter."""
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-_")[:60]
     return name if re.fullmatch(NAME_PATTERN, name) else f"model-{name}".rstrip("-")
 
 
 def artifact_at(folder: Path) -> Artifact:
-    """The finished artifact in ``folder``; ``UserError`` for one that cannot be read."""
+    """Return the finished artifact in ``folder``; raise ``UserError`` where there is none that can be read."""
     record = read_record(folder)
     if record is None:
-        raise UserError(f"{folder}: no {RECORD} in it, so not a finished artifact.")
+        raise UserError(f"{folder}: not a finished artifact; it has no {RECORD}.")
     return Artifact(record["stage"], Kind(record["makes"]), folder, record)
 
 
 def find_reward(option: str, word: str, store: str | None) -> dict[str, Any]:
-    """The stage that brings in the reward model that ``word`` means: an artifact, or a plain folder with a head."""
+    """Return the stage that brings in a reward model: an artifact, or a plain folder with a score head."""
     folder = user_path(word)
     if folder.name == "model" and (folder.parent / RECORD).is_file():
         folder = folder.parent
@@ -154,8 +162,8 @@ def find_reward(option: str, word: str, store: str | None) -> dict[str, Any]:
             stage.makes_with(config)
             stage.identities(config, Path.cwd())
         except UserError as error:
-            said = str(error).removeprefix("path: ").removeprefix("source: ")
-            raise UserError(f"{option} {word} is no reward model: {said}") from None
+            reason = str(error).removeprefix("path: ").removeprefix("source: ")
+            raise UserError(f"{option} {word} is no reward model: {reason}") from None
         return {"stage": "artifact", "path": str(folder)}
     else:
         artifact = find_artifact(word, store)
@@ -165,43 +173,45 @@ def find_reward(option: str, word: str, store: str | None) -> dict[str, Any]:
 
 
 def find_rows(option: str, word: str, store: str | None, kinds: tuple[Kind, ...]) -> dict[str, Any]:
-    """The stage that brings in the rows that ``word`` means (what ``find_build`` takes); a recipe is built first."""
+    """Return the stage that brings in rows: anything that ``find_build`` takes; a recipe is built first."""
     build = find_build(word, store)
     if not (build.folder / RECORD).is_file():
         raise UserError(
-            f"{option} {word}: rows without a {RECORD}, so nothing says what they are; name their recipe, or the "
+            f"{option} {word}: these rows have no {RECORD} that says what kind they are; name their recipe, or the "
             "build in its store."
         )
     artifact = artifact_at(build.folder)
     if artifact.kind not in kinds:
-        raise UserError(f"{option} {word} is {artifact.kind}; {' or '.join(kinds)} is needed there.")
+        raise UserError(f"{option} {word} is {artifact.kind}; it must be {' or '.join(kinds)}.")
     return {"stage": "artifact", "path": str(artifact.path)}
 
 
 def base_of(artifact: Artifact, store: Store) -> Artifact | None:
-    """The base model that a checkpoint was trained from, by the records of its store; None where they do not say.
+    """Return the base model from which a checkpoint was trained, by the records of its store; None if unknown.
 
-    Only what became the policy is followed: a reward model or data may have come from another base.
+    Only the inputs that became the policy are followed: a reward model or data may have come from another base.
     """
-    store = _store_of(artifact) or store
-    queue, seen = [artifact], set()
+    store = store_of(artifact) or store
+    # Breadth first through the inputs that can generate, up to a base model.
+    queue = [artifact]
+    visited: set[tuple[str, str]] = set()
     while queue:
-        one = queue.pop(0)
-        if one.kind == Kind.MODEL:
-            return one
-        links = [(link["kind"], link["key"]) for link in one.record["input_stages"]]
-        metrics = one.record.get("metrics") or {}
-        if one.record.get("kind") == "artifact":
+        checkpoint = queue.pop(0)
+        if checkpoint.kind == Kind.MODEL:
+            return checkpoint
+        links = [(link["kind"], link["key"]) for link in checkpoint.record["input_stages"]]
+        if checkpoint.record.get("kind") == "artifact":  # an imported artifact: go on from its original
+            metrics = checkpoint.record.get("metrics") or {}
             links.append((str(metrics.get("kind")), str(metrics.get("key"))))
         for link in links:
-            found = store.find_intact(*link) if link not in seen else None
-            seen.add(link)
-            if found is not None and found.kind in GENERATORS:
-                queue.append(found)
+            source = store.find_intact(*link) if link not in visited else None
+            visited.add(link)
+            if source is not None and source.kind in GENERATORS:
+                queue.append(source)
     return None
 
 
-def _store_of(artifact: Artifact) -> Store | None:
-    """The store that an artifact's folder lies in, which need not be the one that results go to."""
+def store_of(artifact: Artifact) -> Store | None:
+    """Return the store in which an artifact lies; None for one outside of any store."""
     root = artifact.path.resolve().parents[1]
     return Store(root) if (root / MARKER).is_file() else None

@@ -1,7 +1,7 @@
-"""``align data show``: rows in a terminal as the model will see them.
+"""``align data show``: rows in a terminal as a model sees them.
 
-Tokens a loss is taken on are green, special tokens have a color; without colors (``NO_COLOR``, a pipe) trained runs
-stand in ⟦brackets⟧. Text of a dataset never reaches the terminal raw.
+Trained tokens are green and special tokens have their own color. Without colors (``NO_COLOR``, a pipe) trained runs are
+in ⟦brackets⟧. Text of a dataset never reaches the terminal unescaped.
 """
 
 from __future__ import annotations
@@ -17,29 +17,32 @@ from rich.text import Text
 from align.cli.arguments import find_build, find_tokenizer
 from align.cli.parser import print_json
 from align.config.validation import suggest
-from align.data.built import SPLITS, count_rows, message_text, rows, shards
+from align.data.build_files import SPLITS, count_rows, message_text, rows, shards
 from align.data.rows import Row, is_text
 from align.errors import UserError, printable
 
-TRAINED, SPECIAL, SPECIAL_TRAINED, QUIET = "bold green", "cyan", "bold black on green", "dim"
+TRAINED, SPECIAL, SPECIAL_TRAINED, DIM = "bold green", "cyan", "bold black on green", "dim"
+STYLES = {(True, True): SPECIAL_TRAINED, (True, False): SPECIAL, (False, True): TRAINED, (False, False): ""}
+"""Style of a piece, by whether it is a special token and whether it is trained on."""
 OPEN, CLOSE = "⟦", "⟧"
 Numbered = tuple[int, Row]
 
 
 def show(options: argparse.Namespace) -> int:
-    """print rows as the model will see them: the rendered template, trained tokens in color"""
+    """show rows as a model sees them: the rendered template, with trained tokens in color"""
     build = find_build(options.recipe, options.store, options.workers)
     if options.split not in SPLITS:
         raise UserError(f"--split {options.split}: train or test.{suggest(options.split, SPLITS)}")
+    # Only the tokenizer is loaded, not the model.
     tokenizer = find_tokenizer(options.model, options.store) if options.model else None
     if options.page:
-        return _page(options, build.folder, build.name, tokenizer)
+        return _write_page(options, build.folder, build.name, tokenizer)
     if not shards(build.folder, options.split):
         raise UserError(f"{build.folder}: has no {options.split} split.")
     total = count_rows(build.folder, options.split)
     chosen = list(choose(rows(build.folder, options.split), options.rows, options.start, options.id, options.source))
     if not chosen:
-        raise UserError(f"{build.folder}: {_nothing(options, total)}")
+        raise UserError(f"{build.folder}: {_nothing_chosen(options, total)}")
     if options.json:
         print_json([_as_json(number, row, tokenizer, options.max_length) for number, row in chosen])
         return 0
@@ -52,49 +55,58 @@ def show(options: argparse.Namespace) -> int:
 
 
 def choose(
-    found: Iterator[Row], most: int, start: int, name: str | None = None, source: str | None = None
+    build_rows: Iterator[Row], limit: int, start: int, id_prefix: str | None = None, source: str | None = None
 ) -> Iterator[Numbered]:
-    """At most ``most`` rows from number ``start`` (counted from 1) on, whose id begins and source is as asked."""
-    if most < 1 or start < 1:
+    """Yield at most ``limit`` rows from number ``start`` on, which match ``id_prefix`` and ``source``.
+
+    Rows are counted from 1. Raises ``UserError`` for a ``limit`` or ``start`` below 1.
+    """
+    if limit < 1 or start < 1:
         raise UserError("--rows and --start are at least 1; rows are counted from 1.")
-    left = most
-    for number, row in enumerate(found, start=1):
-        if number < start or (name and not str(row.get("id", "")).startswith(name)):
+    count = 0
+    for number, row in enumerate(build_rows, start=1):
+        if number < start or (id_prefix and not str(row.get("id", "")).startswith(id_prefix)):
             continue
         if source is not None and row.get("source") != source:
             continue
         yield number, row
-        left -= 1
-        if not left:
+        count += 1
+        if count == limit:
             return
 
 
-def _nothing(options: argparse.Namespace, total: int) -> str:
-    wanted = [f"id {options.id}…" if options.id else "", f"source '{options.source}'" if options.source else ""]
-    words = " and ".join(word for word in wanted if word)
-    where = f" from row {options.start} on" if options.start > 1 else ""
-    return f"no row of {words} in its {total} {options.split} rows{where}." if words else (
-        f"its {options.split} split has {total} rows, so none{where}."
-    )  # fmt: skip
+def _nothing_chosen(options: argparse.Namespace, total: int) -> str:
+    """Return the message for options that match no row."""
+    filters = []
+    if options.id:
+        filters.append(f"id {options.id}…")
+    if options.source:
+        filters.append(f"source '{options.source}'")
+    start = f" from row {options.start} on" if options.start > 1 else ""
+    if filters:
+        return f"no row of {' and '.join(filters)} in its {total} {options.split} rows{start}."
+    return f"its {options.split} split has {total} rows, so none{start}."
 
 
-def _page(options: argparse.Namespace, folder: Any, name: str, tokenizer: Any) -> int:
+def _write_page(options: argparse.Namespace, folder: Any, name: str, tokenizer: Any) -> int:
     from pathlib import Path
 
-    from align.data.card import recipe_of
-    from align.report.dataset.page import write_preview
+    from align.data.card import read_recipe
+    from align.report.dataset.preview import write_preview
 
-    path = write_preview(folder, recipe_of(folder), name, Path(options.page), tokenizer, options.max_length)
+    path = write_preview(
+        folder, read_recipe(folder), name, Path(options.page), tokenizer=tokenizer, max_length=options.max_length
+    )
     print(f"Page: {path.resolve()}")
     return 0
 
 
 def _as_json(number: int, row: Row, tokenizer: Any, max_length: int | None) -> dict[str, Any]:
-    from align.report.tokens import views
+    from align.report.dataset.token_views import token_views
 
-    found: dict[str, Any] = {"number": number, "row": row}
+    document: dict[str, Any] = {"number": number, "row": row}
     if tokenizer is not None:
-        found["views"] = [
+        document["views"] = [
             {
                 "title": view.title,
                 "ids": list(view.ids),
@@ -102,13 +114,13 @@ def _as_json(number: int, row: Row, tokenizer: Any, max_length: int | None) -> d
                 "notes": list(view.notes),
                 "pieces": [vars(piece) for piece in view.pieces(tokenizer)],
             }
-            for view in views(tokenizer, row, max_length)
+            for view in token_views(tokenizer, row, max_length)
         ]
-    return found
+    return document
 
 
 class Printer:
-    """Prints rows to a console, as tokens where there is a tokenizer, else as messages."""
+    """Prints rows to a console: as tokens where there is a tokenizer, else as messages."""
 
     def __init__(self, console: Console, tokenizer: Any, max_length: int | None = None) -> None:
         self.console = console
@@ -116,17 +128,17 @@ class Printer:
         self.colored = console.color_system is not None and not console.no_color and "NO_COLOR" not in os.environ
 
     def row(self, row: Row, title: str) -> None:
-        """One row under a line that says which."""
+        """Print a row below a line with its number, id and source."""
         head = f"── {title} · {row.get('id', '')} · {row.get('source', '')}"
         if self.tokenizer is None:
-            self._print(Text(printable(head), QUIET if self.colored else ""))
+            self._print(Text(printable(head), DIM if self.colored else ""))
             self._messages(row)
             return
-        from align.report.tokens import views
+        from align.report.dataset.token_views import token_views
 
-        for view in views(self.tokenizer, row, self.max_length):
+        for view in token_views(self.tokenizer, row, self.max_length):
             counts = f"{view.title}: {len(view.ids)} tokens, {sum(view.trained)} trained on"
-            self._print(Text(printable(f"{head} · {counts}"), QUIET if self.colored else ""))
+            self._print(Text(printable(f"{head} · {counts}"), DIM if self.colored else ""))
             for note in view.notes:
                 self._print(Text(printable(f"! {note}"), "yellow" if self.colored else ""))
             self._print(self._colored(view) if self.colored else self._bracketed(view))
@@ -135,13 +147,14 @@ class Printer:
     def _colored(self, view: Any) -> Text:
         text = Text()
         for piece in view.pieces(self.tokenizer):
-            style = SPECIAL_TRAINED if piece.special and piece.trained else SPECIAL if piece.special else ""
-            text.append(printable(piece.text), style or (TRAINED if piece.trained else ""))
+            text.append(printable(piece.text), STYLES[piece.special, piece.trained])
         return text
 
     def _bracketed(self, view: Any) -> Text:
-        text, inside = Text(), False
+        text = Text()
+        inside = False
         for piece in view.pieces(self.tokenizer):
+            # A bracket opens or closes wherever training starts or stops, special tokens included.
             if piece.trained != inside:
                 text.append(OPEN if piece.trained else CLOSE)
                 inside = piece.trained
@@ -172,12 +185,12 @@ class Printer:
         self._print(text.append(printable(message_text(turn)), style if self.colored else ""))
 
     def legend(self) -> None:
-        """What colors or brackets mean."""
+        """Print what colors or brackets mean."""
         if self.tokenizer is None:
-            self._print(Text("As messages; --model MODEL shows the tokens a model is given.", QUIET))
+            self._print(Text("Shown as messages; --model MODEL shows the tokens of a model.", DIM))
         elif self.colored:
-            legend = Text("Trained on: ", QUIET).append("this", TRAINED).append(". Special tokens: ", QUIET)
-            self._print(legend.append("<one>", SPECIAL).append(", trained on ", QUIET).append("<one>", SPECIAL_TRAINED))
+            legend = Text("Trained on: ", DIM).append("this", TRAINED).append(". Special tokens: ", DIM)
+            self._print(legend.append("<one>", SPECIAL).append(", trained on ", DIM).append("<one>", SPECIAL_TRAINED))
         else:
             self._print(Text(f"Trained on: {OPEN}this{CLOSE}."))
 

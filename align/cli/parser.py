@@ -1,4 +1,4 @@
-"""The argument parser of every command, and what commands share. Imports nothing heavy."""
+"""The argument parser of every command, and the options and output that commands share. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from align.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """Refuses abbreviations, and answers a wrong option with the nearest right one instead of a page of usage."""
+    """Argument parser that refuses abbreviations and answers a wrong option or command with the nearest one."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "allow_abbrev": False})
 
     def error(self, message: str) -> NoReturn:
+        """Raise ``UserError`` with the message and a hint, instead of printing the usage."""
         from align.config.validation import nearest
 
         hint = ""
@@ -41,30 +42,30 @@ _SUBPARSERS = argparse._SubParsersAction
 
 
 def option_names(parser: argparse.ArgumentParser) -> list[str]:
-    """Options of a parser and of all commands below it."""
+    """Return the options of a parser and of all its subcommands."""
     names = list(parser._option_string_actions)
     for action in parser._actions:
         if isinstance(action, _SUBPARSERS):
-            for below in action.choices.values():
-                names += option_names(below)
+            for subparser in action.choices.values():
+                names += option_names(subparser)
     return names
 
 
 def add_store(parser: argparse.ArgumentParser) -> None:
-    """``--store`` and ``--json``, which most commands have."""
+    """Add ``--store`` and ``--json``, which most commands have."""
     parser.add_argument(
         "--store",
         metavar="DIR",
-        help="folder of the artifacts, or s3://bucket/prefix (else $ALIGN_STORE, else ./store)",
+        help="the store: a folder or s3://bucket/prefix (default: $ALIGN_STORE, else ./store)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
 
 
 def printable_json(value: Any) -> str:
-    """Indented JSON; control characters stay escaped, so the terminal is safe."""
+    """Return indented JSON; control characters stay escaped, so the terminal is safe."""
     return json.dumps(value, indent=1, ensure_ascii=True, default=str)
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on standard output."""
+    """Print one JSON document on standard output."""
     print(printable_json(value))

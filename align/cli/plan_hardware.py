@@ -1,4 +1,4 @@
-"""``align plan PIPELINE --hardware 8xh100``: where each stage fits, and what it takes there."""
+"""``align plan PIPELINE --hardware 8xh100``: whether and how each stage fits, with its time and cost."""
 
 from __future__ import annotations
 
@@ -13,27 +13,33 @@ if TYPE_CHECKING:
     from align.store.store import Store
 
 ONLY_WITH_HARDWARE: dict[str, Any] = {"price": None, "rows": None, "fill": 1.0, "model_config": []}
-"""Options that mean nothing without ``--hardware``, with their defaults."""
+"""Options that have no effect without ``--hardware``, with their defaults."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of ``plan`` that are about hardware."""
+    """Add the options of ``plan`` about hardware."""
     parser.add_argument(
-        "--hardware", metavar="HARDWARE", help="8xh100, 1xa100-40, 4x8xh100, cpu: where each stage fits, and its cost"
+        "--hardware",
+        metavar="HARDWARE",
+        help="8xh100, 1xa100-40, 4x8xh100, cpu: how each stage fits, and its cost",
     )
-    parser.add_argument("--price", type=_positive, metavar="DOLLARS", help="of a device and hour, for the table's")
-    parser.add_argument("--rows", type=_count, metavar="N", help="rows or prompts of data that is not there yet")
+    parser.add_argument("--price", type=_positive, metavar="DOLLARS", help="price of a device per hour")
+    parser.add_argument("--rows", type=_count, metavar="N", help="rows or prompts of data that is not built yet")
     parser.add_argument(
-        "--fill", type=_share, default=1.0, metavar="SHARE", help="mean length of rows over the greatest (default 1)"
+        "--fill", type=_share, default=1.0, metavar="SHARE", help="mean row length as a share of max_length (default 1)"
     )
     parser.add_argument(
-        "--model-config", action="append", default=[], metavar="STAGE=FILE", dest="model_config",
+        "--model-config",
+        action="append",
+        default=[],
+        metavar="STAGE=FILE",
+        dest="model_config",
         help="config.json of a model stage's model that is not on this machine",
-    )  # fmt: skip
+    )
 
 
 def run(options: argparse.Namespace, pipeline: Pipeline, store: Store) -> int:
-    """Print the plan; ``UserError`` after it where a stage fits in no way."""
+    """Print the plan; raise ``UserError`` after it where a stage fits in no way."""
     from align.capacity.hardware import PRICES_FROM, parse_hardware
     from align.capacity.plan import plan_hardware, read_configs, refuse_what_fits_nowhere
     from align.capacity.table import lines
@@ -54,12 +60,13 @@ def run(options: argparse.Namespace, pipeline: Pipeline, store: Store) -> int:
         )
     else:
         print("\n".join(printable(line) for line in lines(plans, hardware, options.fill)))
+    # The table comes first: it shows why a stage does not fit.
     refuse_what_fits_nowhere(pipeline, plans, hardware)
     return 0
 
 
 def refuse_without_hardware(options: argparse.Namespace) -> None:
-    """``UserError`` for an option that would be ignored."""
+    """Raise ``UserError`` for an option that would be ignored."""
     for name, default in ONLY_WITH_HARDWARE.items():
         if getattr(options, name) != default:
             raise UserError(f"--{name.replace('_', '-')} goes with --hardware, such as --hardware 8xh100.")

@@ -6,56 +6,65 @@ import argparse
 import sys
 import webbrowser
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from align.cli.console import printable
 from align.cli.parser import add_store, print_json
 from align.errors import UserError
 
+if TYPE_CHECKING:
+    from align.cli.run_page import RunOutline
+    from align.store.store import Store
+
 
 def run(options: argparse.Namespace) -> int:
-    """write the report of a run anew, by name or by its pipeline file, and open it with --open"""
-    from align.cli.artifacts import say_damage
-    from align.cli.run_page import RunOf, damages, find_run, remembered, unfinished, write_page
+    """write the report of a run, by name or by pipeline file; --open opens it in a browser"""
+    from align.cli.run_page import damaged_stages, find_failure, find_run, write_page
     from align.pipeline.pipeline import Pipeline
     from align.runner.open_store import open_store
 
     word = options.run
-    named = None if word is None or not word.endswith((".yaml", ".yml")) else Pipeline.load(word)
-    store = open_store(named, options.store)
-    found: RunOf
-    if word is not None:
-        found = find_run(word, store)
-    else:
-        runs, damaged = store.survey_runs()
-        say_damage(damaged)
-        if not runs:
-            raise UserError(f"{store.root}: no run has been made in this store yet; `align run PIPELINE` makes one.")
-        latest = max(runs, key=lambda name: float(runs[name].get("when", 0)))
-        found = remembered(latest, runs[latest])
-    for name, text in damages(found, store).items():
+    # A pipeline file names its own store (runtime.store); a run's name is looked up in the default store.
+    pipeline = Pipeline.load(word) if word is not None and word.endswith((".yaml", ".yml")) else None
+    store = open_store(pipeline, options.store)
+    outline = _latest_run(store) if word is None else find_run(word, store)
+    for name, text in damaged_stages(outline, store).items():
         print(printable(f"! stage '{name}' is left out: {text}"), file=sys.stderr)
-    page = write_page(found, store, unfinished(found, store), output_folder(options.output))
+    page = write_page(outline, store, find_failure(outline, store), output_folder(options.output))
     if options.json:
-        print_json({"name": found.name, "path": str(page.resolve())})
+        print_json({"name": outline.name, "path": str(page.resolve())})
     else:
-        show(page, options.open)
+        show_page(page, options.open)
     return 0
 
 
-def output_folder(given: str | None) -> Path | None:
-    """The folder of ``--output``; ``UserError`` where it is a file."""
-    if given is None:
+def _latest_run(store: Store) -> RunOutline:
+    """Return the run that the store saw last; raise ``UserError`` where it has none."""
+    from align.cli.artifacts import print_damage
+    from align.cli.run_page import stored_outline
+
+    runs, damaged = store.survey_runs()
+    print_damage(damaged)
+    if not runs:
+        raise UserError(f"{store.root}: this store has no runs yet; start one with `align run PIPELINE`.")
+    latest = max(runs, key=lambda name: float(runs[name].get("when", 0)))
+    return stored_outline(latest, runs[latest])
+
+
+def output_folder(path: str | None) -> Path | None:
+    """Return the folder of ``--output``; raise ``UserError`` where it is a file."""
+    if path is None:
         return None
-    folder = Path(given)
+    folder = Path(path)
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output {given}: is a file; name a folder.")
+        raise UserError(f"--output {path}: is a file; name a folder.")
     return folder
 
 
-def show(page: Path, wanted: bool) -> None:
-    """Say where the page is, and open it where that is wanted and can be done."""
+def show_page(page: Path, in_browser: bool) -> None:
+    """Print the page's path, and open the page where ``in_browser`` is set and a browser can be started."""
     print(f"Report: {printable(str(page.resolve()))}")
-    if wanted and not _open(page):
+    if in_browser and not _open(page):
         print("note: no browser could be started here; open the file yourself.", file=sys.stderr)
 
 
@@ -67,17 +76,17 @@ def _open(page: Path) -> bool:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``align report``."""
+    """Add the options of ``align report``."""
     parser.add_argument(
-        "run", nargs="?", metavar="RUN", help="a run's name or a pipeline file; by default the store's latest run"
+        "run", nargs="?", metavar="RUN", help="a run's name or a pipeline file (default: the store's latest run)"
     )
     add_output(parser)
     add_store(parser)
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
-    """``--open`` and ``--output``, which every command that writes a page has."""
+    """Add ``--open`` and ``--output``, which every command that writes a page has."""
     parser.add_argument("--open", action="store_true", help="open the page in a browser")
     parser.add_argument(
-        "--output", metavar="DIR", help="write it there, with figures and tables, instead of into the store"
+        "--output", metavar="DIR", help="write the page, its figures and tables there instead of into the store"
     )

@@ -13,17 +13,17 @@ from rich.table import Table
 from rich.text import Text
 
 from align.cli.console import printable
-from align.report.wording import ACCURACIES, MARKS, interval, number
+from align.report.page.number_format import ACCURACIES, MARKS, interval, number
 
 STYLES = {"better": "green", "worse": "red"}
 PLAIN_WIDTH = 400
-"""Columns where nobody watches: a table in a file is not folded."""
+"""Columns where output is not a terminal, so that a table in a file is not folded."""
 
 Card = dict[str, Any]
 
 
 def print_scorecard(path: Path, console: Console | None = None) -> None:
-    """Print the scorecard in ``path``: metrics down, systems across, then its gates and what a reader must not miss."""
+    """Print the scorecard in ``path``: metrics down, systems across, then its gates and flags."""
     card: Card = json.loads(path.read_text(encoding="utf-8"))
     if console is None:
         console = Console(highlight=False)
@@ -40,26 +40,27 @@ def print_scorecard(path: Path, console: Console | None = None) -> None:
 
 
 def score_table(card: Card) -> Table:
-    """The table itself. All text in it is shown as it is: no markup, no control characters."""
+    """Return the table of metrics by system. Its text has no markup and no control characters."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
     for system in card["policies"]:
         tag = _tag(card, system)
         table.add_column(_text(f"{system} ({tag})" if tag else system))
     task = None
-    for name, about in card["metrics"].items():
+    for name, metric in card["metrics"].items():
         cells = [_cell(card, system, name) for system in card["policies"]]
         if not any(cell.plain for cell in cells):
             continue
-        if about.get("task") != task and task is not None:
+        # A line between the metrics of different tasks.
+        if metric.get("task") != task and task is not None:
             table.add_section()
-        task = about.get("task")
-        table.add_row(_title(name, about), *cells, style="bold" if name == card["primary"] else "")
+        task = metric.get("task")
+        table.add_row(_title(name, metric), *cells, style="bold" if name == card["primary"] else "")
     return table
 
 
 def reward_table(card: Card) -> Table:
-    """How good the reward models are: numbers down, a column for each model and set of pairs."""
+    """Return the table of reward models: numbers down, a column for each model and set of pairs."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     reports = card.get("reward_models") or []
     table.add_column(_text("reward models"))
@@ -69,8 +70,8 @@ def reward_table(card: Card) -> Table:
         column = _text(f"{report.get('stage', 'reward model')} on {title}")
         column.append(f"\n{printable(task)}", style="dim not bold")
         table.add_column(column)
-    for key, title in {"pairs": "pairs", "ties": "ties of its scores"}.items():
-        if reports:
+    if reports:
+        for key, title in {"pairs": "pairs", "ties": "ties of its scores"}.items():
             table.add_row(_text(title), *(_text(number(report.get(key))) for report in reports))
     names = {key: f"ordered right, {title}" for key, title in ACCURACIES.items()} | {"margin": "mean score difference"}
     for key, title in names.items():
@@ -81,7 +82,7 @@ def reward_table(card: Card) -> Table:
 
 
 def _estimate(estimate: Any) -> Text:
-    """A number over its interval; empty where there is none."""
+    """Return a number above its interval; empty where there is none."""
     row = estimate if isinstance(estimate, dict) else {"value": estimate}
     if row.get("value") is None:
         return Text()
@@ -91,9 +92,9 @@ def _estimate(estimate: Any) -> Text:
     return text
 
 
-def _title(name: str, about: dict[str, Any]) -> Text:
-    """What is measured, over the name that gates and ``--set`` know it by."""
-    text = _text(str(about["title"]))
+def _title(name: str, metric: dict[str, Any]) -> Text:
+    """Return a metric's title above its name, which gates and ``--set`` use."""
+    text = _text(str(metric["title"]))
     text.append(f"\n{printable(name)}", style="dim not bold")
     return text
 
@@ -105,7 +106,7 @@ def _tag(card: Card, system: str) -> str:
 
 
 def _cell(card: Card, system: str, metric: str) -> Text:
-    """``0.412 ▲`` over its interval; empty where the system has no such number."""
+    """Return ``0.412 ▲`` above its interval; empty where the system has no such number."""
     estimate = card["estimates"].get(system, {}).get(metric)
     if estimate is None or estimate.get("value") is None:
         return Text()
@@ -118,7 +119,8 @@ def _cell(card: Card, system: str, metric: str) -> Text:
 
 
 def _verdict(card: Card, system: str, metric: str) -> str:
-    """Against the reference; of the reference itself against the base."""
+    """Return a system's verdict against the reference; that of the reference is against the base."""
+    # The reference is not compared with itself, so it shows whether training helped at all.
     against = card["base"] if system == card["reference"] else card["reference"]
     for row in card["differences"]:
         if (row["policy"], row["against"], row["metric"]) == (system, against, metric):
@@ -127,32 +129,35 @@ def _verdict(card: Card, system: str, metric: str) -> str:
 
 
 def legend(card: Card) -> str:
-    """What the numbers and marks mean."""
+    """Return the explanation of numbers and marks."""
     if len(card["policies"]) == 1:
         return "Below each number its 95 % interval."
     with_base = card["base"] is not None and card["base"] != card["reference"]
-    own = f", {card['reference']} with {card['base']}" if with_base else ""
+    base = f", {card['reference']} with {card['base']}" if with_base else ""
     return (
-        f"Below each number its 95 % interval. ▲ better, ▼ worse, ↑ ↓ other: clear of zero in a paired comparison with "
-        f"{card['reference']}{own} and after Holm's correction; no mark: no clear difference."
+        f"Below each number its 95 % interval. ▲ better, ▼ worse, ↑ ↓ higher or lower: clear of zero in a paired "
+        f"comparison with {card['reference']}{base} and after Holm's correction; no mark: no clear difference."
     )
 
 
 def findings(card: Card) -> list[tuple[str, str]]:
-    """Gates and flags as lines with a style."""
+    """Return gates and flags as lines, each with its style."""
     lines = []
     for gate in card.get("gates") or []:
-        if gate["passed"] is None:
-            mark, style = "?", "yellow"
-        else:
-            warning = gate["level"] == "warning"
-            mark = "✓" if gate["passed"] else "!" if warning else "✗"
-            style = "dim" if gate["passed"] else "yellow" if warning else "red"
+        mark, style = _gate_mark(gate)
         lines.append((f"{mark} {gate['text']}", style))
-    lines += [(f"! {flag['text']}", "yellow") for flag in card["flags"]]
-    return lines
+    return lines + [(f"! {flag['text']}", "yellow") for flag in card["flags"]]
+
+
+def _gate_mark(gate: dict[str, Any]) -> tuple[str, str]:
+    """Return a gate's mark and style."""
+    if gate["passed"] is None:
+        return "?", "yellow"
+    if gate["passed"]:
+        return "✓", "dim"
+    return ("!", "yellow") if gate["level"] == "warning" else ("✗", "red")
 
 
 def _text(text: str) -> Text:
-    """Plain text: never markup, nothing hidden."""
+    """Return plain text without markup or hidden characters."""
     return Text(printable(text.replace("\n", " ")))

@@ -1,11 +1,12 @@
-"""``align status``: what of a run is done, runs, waits, has failed; here and on a cluster. Imports nothing heavy."""
+"""``align status``: the state of each stage of a run, here and on a cluster. Imports nothing heavy."""
 
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from align.cli.parser import add_store, print_json
 from align.store.events import parse_event
@@ -14,102 +15,117 @@ from align.store.record import DamagedRecord
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from align.cli.run_page import RunOf
+    from align.cli.run_page import RunOutline
     from align.clusters.slurm.commands import Job
     from align.clusters.slurm.submission import StageJob
     from align.store.store import Store
 
-LAST_BYTES = 65536
-"""Of an event file, what is read to find the last progress."""
+    LiveJobs = dict[tuple[str, str], tuple[StageJob, Job]]
+    """(run, stage) → the submitted job and its state."""
+
+TAIL_BYTES = 65536
+"""Bytes at the end of an event file that are searched for the last progress."""
 
 
 @dataclass(frozen=True)
 class StageStatus:
-    """How a stage is.
-
-    ``state`` is ``done``, ``runs``, ``waits``, ``failed``, ``stopped``, ``damaged`` or ``not begun``; ``what`` says
-    more.
-    """
+    """State of a stage: ``done``, ``runs``, ``waits``, ``failed``, ``stopped``, ``damaged`` or ``not begun``."""
 
     stage: str
     state: str
-    what: str = ""
+    detail: str = ""
     job: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the status as the JSON output has it."""
+        return {"stage": self.stage, "state": self.state, "what": self.detail, "job": self.job}
 
 
 def run(options: argparse.Namespace) -> int:
-    """say what of a run is done, runs, waits or has failed, here and on a cluster; without a name, of every run"""
-    from align.cli.artifacts import say_damage
-    from align.cli.run_page import find_run, remembered
+    """show the state of each stage of a run, here and on a cluster; without a name, of every run"""
+    from align.cli.artifacts import print_damage
+    from align.cli.run_page import find_run, stored_outline
     from align.runner.open_store import open_store
 
     store = open_store(None, options.store)
     if options.run is None:
-        known, damaged = store.survey_runs()
-        say_damage(damaged)
-        runs = {name: remembered(name, found) for name, found in known.items()}
+        entries, damaged = store.survey_runs()
+        print_damage(damaged)
+        runs = {name: stored_outline(name, entry) for name, entry in entries.items()}
     else:
-        one = find_run(options.run, store)
-        runs = {one.name: one}
-    jobs, silent = live_jobs(store, runs.values())
-    found = {name: [_status(one, stage, store, jobs) for stage in one.stages] for name, one in runs.items()}
+        outline = find_run(options.run, store)
+        runs = {outline.name: outline}
+    jobs, slurm_error = live_jobs(store, runs.values())
+    statuses = {
+        name: [_status(outline, stage, store, jobs) for stage in outline.stages] for name, outline in runs.items()
+    }
     if options.json:
-        print_json({name: [asdict(stage) for stage in stages] for name, stages in found.items()})
+        print_json({name: [status.to_json() for status in stages] for name, stages in statuses.items()})
         return 0
-    if silent:
-        print(f"! Slurm does not answer, so what its jobs do is not known: {silent}")
-    if not found:
-        print(f"{store.root}: no run has been made there yet")
+    if slurm_error:
+        print(f"! Slurm does not answer, so the state of its jobs is not known: {slurm_error}")
+    if not statuses:
+        print(f"{store.root}: this store has no runs yet")
     elif options.run is None:
-        _print_runs(found)
+        _print_runs(statuses)
     else:
-        _print_stages(next(iter(found.values())))
+        _print_stages(next(iter(statuses.values())))
     return 0
 
 
-def live_jobs(store: Store, runs: Iterable[RunOf]) -> tuple[dict[tuple[str, str], tuple[StageJob, Job]], str]:
-    """The live job of each (run, stage) that has one, and why that is not known, where Slurm does not answer."""
-    from align.clusters.follow import NoAnswer
+def live_jobs(store: Store, runs: Iterable[RunOutline]) -> tuple[LiveJobs, str]:
+    """Return the live job of each (run, stage) that has one.
+
+    The second value is the error where Slurm does not answer, so that the jobs are not known.
+    """
+    from align.clusters.follow import SchedulerError
     from align.clusters.slurm import commands
     from align.clusters.slurm.submission import submissions
 
-    keys = {(one.name, stage): key for one in runs for stage, (_, key) in one.stages.items()}
-    known = [
-        (place.run, job)
-        for place in submissions(store)
-        for job in place.stages
-        if keys.get((place.run, job.stage)) == job.key
+    # A submission may be older than the pipeline: only jobs with the stage's present key count.
+    keys = {(outline.name, stage): key for outline in runs for stage, (_, key) in outline.stages.items()}
+    submitted = [
+        (submission.run, job)
+        for submission in submissions(store)
+        for job in submission.stages
+        if keys.get((submission.run, job.stage)) == job.key
     ]
     try:
-        states = commands.jobs({job.job for _, job in known})
-    except NoAnswer as error:
+        states = commands.jobs({job.job for _, job in submitted})
+    except SchedulerError as error:
         return {}, str(error)
-    found: dict[tuple[str, str], tuple[StageJob, Job]] = {}
-    for name, job in known:
+    live: LiveJobs = {}
+    for run_name, job in submitted:
         if job.job in states and states[job.job].is_live:
-            found.setdefault((name, job.stage), (job, states[job.job]))
-    return found, ""
+            live.setdefault((run_name, job.stage), (job, states[job.job]))
+    return live, ""
 
 
-def _status(run_: RunOf, stage: str, store: Store, jobs: dict[tuple[str, str], tuple[StageJob, Job]]) -> StageStatus:
-    kind, key = run_.stages[stage]
-    partial, damage = store.partial(kind, key), ""
+def _status(outline: RunOutline, stage: str, store: Store, jobs: LiveJobs) -> StageStatus:
+    """Return the state of a stage; a live job counts first, then the artifact, a local process, what was left."""
+    kind, key = outline.stages[stage]
+    partial = store.partial(kind, key)
+    damage = ""
     try:
         artifact = store.find(kind, key, stage)
     except DamagedRecord as error:
-        artifact, damage = None, str(error)
-    held = jobs.get((run_.name, stage))
-    if held is not None and (artifact is None or held[0].anew):
-        _, job = held
+        artifact = None
+        damage = str(error)
+    live_job = jobs.get((outline.name, stage))
+    # A job that reruns a finished stage is live although the stage has an artifact.
+    if live_job is not None and (artifact is None or live_job[0].force):
+        job = live_job[1]
         if job.waits:
-            return StageStatus(stage, "waits", f"job {job.number}{f' ({job.why})' if job.why else ''}", job.number)
-        return StageStatus(stage, "runs", _joined(f"job {job.number} on {job.nodes}", _progress(partial)), job.number)
+            reason = f" ({job.reason})" if job.reason else ""
+            return StageStatus(stage, "waits", f"job {job.number}{reason}", job.number)
+        detail = _join_parts(f"job {job.number} on {job.nodes}", _progress(partial))
+        return StageStatus(stage, "runs", detail, job.number)
     if artifact is not None:
         return StageStatus(stage, "done", str(artifact.record["created"])[:16].replace("T", " "))
     if store.is_locked(kind, key):
         holder = store.holder_of(kind, key) or {}
-        where = f"process {holder['pid']} on {holder['host']}" if {"pid", "host"} <= holder.keys() else ""
-        return StageStatus(stage, "runs", _joined(where, _progress(partial)))
+        process = f"process {holder['pid']} on {holder['host']}" if {"pid", "host"} <= holder.keys() else ""
+        return StageStatus(stage, "runs", _join_parts(process, _progress(partial)))
     if damage:
         return StageStatus(stage, "damaged", damage)
     if partial.is_dir():
@@ -118,25 +134,28 @@ def _status(run_: RunOf, stage: str, store: Store, jobs: dict[tuple[str, str], t
 
 
 def _left_behind(stage: str, partial: Path) -> StageStatus:
-    """A stage that was begun and is not being made."""
+    """Return the state of a stage that was begun and is not running."""
     from align.runner.stage_result import left_result
     from align.store.partial import CHECKPOINTS
 
-    kept = "goes on from its checkpoint" if any((partial / CHECKPOINTS).glob("*")) else "starts anew"
+    # What the next run would do with the stage, which is what the reader wants to know.
+    has_checkpoint = any((partial / CHECKPOINTS).glob("*"))
+    next_start = "resumes from its checkpoint" if has_checkpoint else "starts over"
     result = left_result(partial)
     if result is not None and result.status in ("failed", "refused"):
         return StageStatus(stage, "failed", result.message)
-    return StageStatus(stage, "stopped", _joined(_progress(partial), kept))
+    return StageStatus(stage, "stopped", _join_parts(_progress(partial), next_start))
 
 
 def _progress(partial: Path) -> str:
-    """The last progress in a stage's event file: ``12/40 steps``."""
+    """Return the last progress in a stage's event file: ``12/40 steps``."""
     from align.store.partial import EVENTS
 
     try:
         with (partial / EVENTS).open("rb") as file:
+            # The last progress is near the end: files of long runs have megabytes of events before it.
             file.seek(0, 2)
-            file.seek(max(0, file.tell() - LAST_BYTES))
+            file.seek(max(0, file.tell() - TAIL_BYTES))
             lines = file.read().splitlines()
     except OSError:
         return ""
@@ -147,26 +166,26 @@ def _progress(partial: Path) -> str:
     return ""
 
 
-def _joined(*parts: str) -> str:
+def _join_parts(*parts: str) -> str:
     return ", ".join(part for part in parts if part)
 
 
 def _print_stages(stages: list[StageStatus]) -> None:
     from align.cli.console import printable
 
-    width = max(len(one.stage) for one in stages)
-    for one in stages:
-        print(printable(f"{one.stage:<{width}}  {one.state:<9}  {one.what}").rstrip())
+    width = max(len(status.stage) for status in stages)
+    for status in stages:
+        print(printable(f"{status.stage:<{width}}  {status.state:<9}  {status.detail}").rstrip())
 
 
-def _print_runs(found: dict[str, list[StageStatus]]) -> None:
-    width = max(len(name) for name in found)
-    for name, stages in found.items():
-        counts = {state: sum(one.state == state for one in stages) for state in dict.fromkeys(s.state for s in stages)}
+def _print_runs(runs: dict[str, list[StageStatus]]) -> None:
+    width = max(len(name) for name in runs)
+    for name, stages in runs.items():
+        counts = Counter(status.state for status in stages)
         print(f"{name:<{width}}  {', '.join(f'{count} {state}' for state, count in counts.items())}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``align status``."""
+    """Add the options of ``align status``."""
     parser.add_argument("run", nargs="?", metavar="RUN", help="a run's name, or its pipeline file")
     add_store(parser)

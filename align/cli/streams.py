@@ -1,6 +1,6 @@
-"""Standard output and error of a command, which a reader may close (``align run ... | head -1``) and a disk may fill.
+"""Standard output and error that may fail: a reader closes them (``align run ... | head -1``), or a disk is full.
 
-A command that works on, like a run, goes on without them; one that only prints has nothing left to do and ends.
+A command that does work, like ``run``, goes on without them. A command that only prints ends.
 """
 
 from __future__ import annotations
@@ -13,23 +13,24 @@ from typing import Any, TextIO, cast
 
 
 class OutputEnded(BaseException):
-    """Nobody reads what the command prints, and printing is all that it does. No ``except Exception`` takes it."""
+    """Raised when output fails in a command that only prints. A ``BaseException``, so that no handler swallows it."""
 
 
 class GuardedStream:
-    """A text stream that drops what is written to it once that has failed.
+    """A text stream that drops all further output once a write has failed.
 
-    ``error`` is why; unless the command ``goes_on`` the failure raises ``OutputEnded``.
+    ``error`` is the first failure. It raises ``OutputEnded`` unless the command ``goes_on``.
     """
 
     def __init__(self, stream: TextIO, goes_on: bool) -> None:
         self.stream, self.goes_on = stream, goes_on
         self.error: OSError | None = None
         self.is_document = False
-        """Whether one JSON document is printed, of which a part is of no use."""
+        """The output is one JSON document, of which a part is useless."""
 
     def write(self, text: str) -> int:
-        """Write, or drop."""
+        """Write ``text``, or drop it after a failure."""
+        # After the first failure text is dropped, but counted as written: the caller goes on.
         if self.error is None:
             try:
                 return self.stream.write(text)
@@ -38,7 +39,7 @@ class GuardedStream:
         return len(text)
 
     def flush(self) -> None:
-        """Flush what is not dropped."""
+        """Flush, unless the stream has failed."""
         if self.error is None:
             try:
                 self.stream.flush()
@@ -46,13 +47,13 @@ class GuardedStream:
                 self._fail(error)
 
     def writelines(self, lines: Any) -> None:
-        """Write each."""
+        """Write each line."""
         for line in lines:
             self.write(line)
 
     def _fail(self, error: OSError) -> None:
         self.error = error
-        # Python writes what is buffered once more at its end: that must not fail again.
+        # Python flushes its buffer once more when it exits. Point the descriptor at /dev/null, so that this succeeds.
         with contextlib.suppress(OSError, ValueError):
             devnull = os.open(os.devnull, os.O_WRONLY)
             os.dup2(devnull, self.stream.fileno())
@@ -66,19 +67,22 @@ class GuardedStream:
 
 @contextlib.contextmanager
 def guarded_streams() -> Iterator[GuardedStream]:
-    """Guard standard output, which is given, and standard error, which always goes on."""
+    """Guard standard output, which is yielded, and standard error, which always goes on."""
     before = sys.stdout, sys.stderr
-    output = GuardedStream(before[0] or _nowhere(1), goes_on=False)
+    output = GuardedStream(before[0] or _open_devnull(1), goes_on=False)
     sys.stdout = cast(TextIO, output)
-    sys.stderr = cast(TextIO, GuardedStream(before[1] or _nowhere(2), goes_on=True))
+    sys.stderr = cast(TextIO, GuardedStream(before[1] or _open_devnull(2), goes_on=True))
     try:
         yield output
     finally:
         sys.stdout, sys.stderr = before
 
 
-def _nowhere(number: int) -> TextIO:
-    """A stream for one that was closed before the command began, under its number: no other file may get that."""
+def _open_devnull(number: int) -> TextIO:
+    """Return a stream for a descriptor that was closed before the command began.
+
+    It takes the same ``number``; otherwise the next file to be opened would get it and receive the output.
+    """
     handle = os.open(os.devnull, os.O_WRONLY)
     if handle != number:
         os.dup2(handle, number)

@@ -14,11 +14,11 @@ import yaml
 from align.cli.main import main
 from tests.support import toy
 
-Said = pytest.CaptureFixture[str]
+Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+def example(tmp_path_factory: pytest.TempPathFactory, stages_in_process: None) -> SimpleNamespace:
     """A store with three runs of the toy pipeline, the last of which failed; read-only but for its reports."""
     folder = tmp_path_factory.mktemp("runs")
     files = {}
@@ -37,9 +37,11 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_runs_by_name_and_by_file_under_names_of_their_own(made: SimpleNamespace, tmp_path: Path, capsys: Said) -> None:
+def test_runs_by_name_and_by_file_under_names_of_their_own(
+    example: SimpleNamespace, tmp_path: Path, capsys: Capture
+) -> None:
     out = tmp_path / "out"
-    words = ["compare", "low", f"five={made.files['high']}", "--store", made.store, "--output", str(out)]
+    words = ["compare", "low", f"five={example.files['high']}", "--store", example.store, "--output", str(out)]
     assert main([*words, "--title", "Low <and> high"]) == 0
     assert capsys.readouterr().out == f"Report: {(out / 'compare.html').resolve()}\n"
     assert [(row["run"], row["set two.number"], row["set two.steps"]) for row in rows(out)] == [
@@ -51,37 +53,37 @@ def test_runs_by_name_and_by_file_under_names_of_their_own(made: SimpleNamespace
     assert (out / "figures" / "curve-two-loss.svg").is_file() and not list(out.rglob("curve-one-*"))
 
 
-def test_without_a_folder_it_goes_into_the_store(made: SimpleNamespace, capsys: Said) -> None:
-    assert main(["compare", "low", "high", "--store", made.store, "--json"]) == 0
+def test_without_a_folder_it_goes_into_the_store(example: SimpleNamespace, capsys: Capture) -> None:
+    assert main(["compare", "low", "high", "--store", example.store, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     page = Path(document["path"])
-    assert page == (Path(made.store) / "reports" / "_compare" / "low-high" / "compare.html").resolve()
+    assert page == (Path(example.store) / "reports" / "_compare" / "low-high" / "compare.html").resolve()
     assert page.is_file() and document["runs"] == ["low", "high"] and Path(document["tables"]).is_dir()
-    assert main(["gc", "--store", made.store]) == 0
+    assert main(["gc", "--store", example.store]) == 0
     assert "compare" not in capsys.readouterr().out
 
 
-def test_an_unfinished_run_is_compared_as_far_as_it_got_and_says_so(made: SimpleNamespace, tmp_path: Path) -> None:
-    assert main(["compare", "low", "bad", "--store", made.store, "--output", str(tmp_path)]) == 0
-    found = rows(tmp_path)
-    assert found[1]["note"].startswith("two failed: ValueError: a bug")
-    assert found[0]["set stages"] == "one, two, total" and found[1]["set stages"] == "one"
+def test_an_unfinished_run_is_compared_as_far_as_it_got_and_says_so(example: SimpleNamespace, tmp_path: Path) -> None:
+    assert main(["compare", "low", "bad", "--store", example.store, "--output", str(tmp_path)]) == 0
+    table = rows(tmp_path)
+    assert table[1]["note"].startswith("two failed: ValueError: a bug")
+    assert table[0]["set stages"] == "one, two, total" and table[1]["set stages"] == "one"
     assert "⚠ two failed: ValueError: a bug" in (tmp_path / "compare.html").read_text()
 
 
-def test_it_opens_on_request(made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
-    monkeypatch.setattr(webbrowser, "open", lambda url: asked.append(url) or True)
-    assert main(["compare", "low", "high", "--store", made.store, "--output", str(tmp_path), "--open"]) == 0
-    assert asked == [(tmp_path / "compare.html").resolve().as_uri()]
+def test_it_opens_on_request(example: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(webbrowser, "open", lambda url: calls.append(url) or True)
+    assert main(["compare", "low", "high", "--store", example.store, "--output", str(tmp_path), "--open"]) == 0
+    assert calls == [(tmp_path / "compare.html").resolve().as_uri()]
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["lwo", "high"], "lwo: neither a pipeline file nor a run of the store {store}. Did you mean 'low'?"),
-        (["low"], "low: one run alone is compared with nothing; name another, or use `align report`."),
-        (["low", "low"], "two runs are called 'low'; give each a name of its own: NAME=RUN."),
+        (["low"], "low: a comparison needs two runs; name another, or use `align report`."),
+        (["low", "low"], "two runs are called 'low'; give each its own name: NAME=RUN."),
         (["a=low", "a=high"], "two runs are called 'a'"),
         (["low", "{folder}/new.yaml"], "new.yaml: stages.total.others: stage 'two' comes later"),
         (["low", "{folder}/nowhere.yaml"], "nowhere.yaml: there is no such file"),
@@ -89,17 +91,21 @@ def test_it_opens_on_request(made: SimpleNamespace, tmp_path: Path, monkeypatch:
         ([], "the following arguments are required: RUN."),
     ],
 )
-def test_mistakes(words: list[str], said: str, made: SimpleNamespace, capsys: Said) -> None:
-    filled = [word.format(folder=made.folder) for word in words]
-    assert main(["compare", *filled, "--store", made.store]) == 2
+def test_mistakes(words: list[str], message: str, example: SimpleNamespace, capsys: Capture) -> None:
+    filled = [word.format(folder=example.folder) for word in words]
+    assert main(["compare", *filled, "--store", example.store]) == 2
     captured = capsys.readouterr()
-    assert said.format(store=made.store) in captured.err and captured.out == "" and "Traceback" not in captured.err
+    assert (
+        message.format(store=example.store) in captured.err and captured.out == "" and "Traceback" not in captured.err
+    )
 
 
-def test_a_run_of_which_nothing_is_finished_is_refused(made: SimpleNamespace, tmp_path: Path, capsys: Said) -> None:
+def test_a_run_of_which_nothing_is_finished_is_refused(
+    example: SimpleNamespace, tmp_path: Path, capsys: Capture
+) -> None:
     file = tmp_path / "new.yaml"
     file.write_text(
         yaml.safe_dump({"name": "new", "stages": {"one": {"stage": "tests.support.toy:NUMBER", "number": 77}}})
     )
-    assert main(["compare", "low", str(file), "--store", made.store]) == 2
+    assert main(["compare", "low", str(file), "--store", example.store]) == 2
     assert "new: no stage is finished yet" in capsys.readouterr().err

@@ -12,9 +12,10 @@ from rich.console import Console
 
 from align.capacity.memory import Choice, Estimate, Memory
 from align.cli.console import ConsoleListener, duration, memory_lines
+from align.pipeline.registry import STAGES
 from align.store.artifacts import Artifact, Kind
 
-NODE: Any = SimpleNamespace(name="one")
+NODE: Any = SimpleNamespace(name="one", stage=STAGES["evaluate"])
 
 
 def listener(terminal: bool = False) -> tuple[ConsoleListener, io.StringIO]:
@@ -33,35 +34,37 @@ def test_durations(seconds: float, text: str) -> None:
 
 
 def test_a_closing_line_has_time_memory_and_what_was_measured() -> None:
-    shown, out = listener()
+    console_listener, out = listener()
     values = {"sft": {"gold": 0.25}, "dpo": {"gold": 0.375}}
-    shown.stage_done(NODE, artifact("evaluate", {"reward_accuracy": 0.71, "values": values}))
+    console_listener.stage_done(NODE, artifact("evaluate", {"reward_accuracy": 0.71, "values": values}))
     assert out.getvalue() == "✓ one   1m 15s   3.0 GiB  RM accuracy 0.71  sft 0.25  dpo 0.375\n"
 
 
 def test_what_was_not_measured_is_not_shown() -> None:
-    shown, out = listener()
-    shown.stage_done(NODE, artifact("evaluate", {"reward_accuracy": None, "values": {"sft": {"gold": 0.25}}}))
+    console_listener, out = listener()
+    console_listener.stage_done(
+        NODE, artifact("evaluate", {"reward_accuracy": None, "values": {"sft": {"gold": 0.25}}})
+    )
     assert "None" not in out.getvalue() and "RM accuracy" not in out.getvalue()
 
 
 def test_text_from_a_model_or_a_file_can_neither_steer_the_terminal_nor_the_markup() -> None:
-    shown, out = listener(terminal=True)
-    shown.stage_event(NODE, {"event": "warning", "message": "bad\x1b[2Jrow [bold]x[/bold] \x07"})
+    console_listener, out = listener(terminal=True)
+    console_listener.stage_event(NODE, {"event": "warning", "message": "bad\x1b[2Jrow [bold]x[/bold] \x07"})
     assert "bad\\x1b[2Jrow [bold]x[/bold] \\x07" in out.getvalue()
 
 
 def test_a_note_is_a_line_of_its_own() -> None:
-    shown, out = listener()
-    shown.stage_event(NODE, {"event": "note", "message": "lora r16: 5 of 100 parameters are trained (5 %)"})
+    console_listener, out = listener()
+    console_listener.stage_event(NODE, {"event": "note", "message": "lora r16: 5 of 100 parameters are trained (5 %)"})
     assert out.getvalue() == "· one  lora r16: 5 of 100 parameters are trained (5 %)\n"
 
 
 def test_rates_and_time_left_count_from_this_attempts_first_event() -> None:
-    shown, _ = listener()
+    console_listener, _ = listener()
     first = {"time": 100.0, "done": 10, "total": 40, "tokens": 1000}
     event = {"time": 110.0, "done": 20, "total": 40, "unit": "steps", "tokens": 4000, "loss": 1.5}
-    assert shown._status(event, first) == "20/40 steps · 300 tok/s · loss 1.5 · 20s left"
+    assert console_listener._status(event, first) == "20/40 steps · 300 tok/s · loss 1.5 · 20s left"
 
 
 GIB = 2**30

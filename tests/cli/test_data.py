@@ -16,7 +16,7 @@ from align.cli.data import COMMANDS
 from align.cli.main import main
 from align.data.card import write_card
 from align.store.store import Store
-from tests.support.data.by_hand import HOSTILE, row, write_build
+from tests.support.data.sample_build import HOSTILE, row, write_build
 
 LINES = [
     *(
@@ -26,11 +26,11 @@ LINES = [
     {"instruction": "Name a thing that is number 3 in order.", "input": "", "output": "thing 3"},
     {"instruction": HOSTILE.replace("\x00", ""), "input": "", "output": "no"},
 ]
-Said = pytest.CaptureFixture[str]
+Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+def example(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A recipe and its build, in a store of their own."""
     folder = tmp_path_factory.mktemp("recipes")
     (folder / "things.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
@@ -77,7 +77,7 @@ def by_hand(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "output"),
     [
         (["data", "biuld", "x"], "align data: unknown command 'biuld'. Did you mean 'build'?"),
         (["data", "zzz"], "align data: unknown command 'zzz'. Commands: build, show, lint, diff, push."),
@@ -96,7 +96,7 @@ def by_hand(tmp_path: Path) -> Path:
         (["data", "show", "{hand}", "--start", "9"], "its train split has 2 rows, so none from row 9 on."),
         (["data", "show", "{hand}", "--rows", "0"], "--rows and --start are at least 1"),
         (["data", "show", "{hand}", "--model", "tinny"], "Did you mean 'tiny'?"),
-        (["data", "show", "{empty}"], "no train or test Parquet files in it"),
+        (["data", "show", "{empty}"], "has no train or test Parquet files"),
         (["data", "show", "abc"], "no artifact's key starts with 'abc'"),
         (["data", "build", "nowhere.yaml"], "nowhere.yaml: there is no such file"),
         (["data", "diff", "{hand}", "{hand}/ledger.json"], "neither a build's folder nor a recipe (.yaml)"),
@@ -107,7 +107,7 @@ def by_hand(tmp_path: Path) -> Path:
     ],
 )
 def test_mistakes_end_with_2_and_one_message(
-    words: list[str], said: str, by_hand: Path, tmp_path: Path, capsys: Said
+    words: list[str], output: str, by_hand: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     (tmp_path / "empty").mkdir()
     filled = [word.format(hand=by_hand, empty=tmp_path / "empty") for word in words]
@@ -115,11 +115,11 @@ def test_mistakes_end_with_2_and_one_message(
         filled += ["--store", str(tmp_path / "store")]
     assert main(filled) == 2
     captured = capsys.readouterr()
-    assert said in captured.err and captured.err.count("\n") == 1
+    assert output in captured.err and captured.err.count("\n") == 1
     assert "Traceback" not in captured.err
 
 
-def test_every_command_has_help(capsys: Said) -> None:
+def test_every_command_has_help(capsys: Capture) -> None:
     for name in COMMANDS:
         with pytest.raises(SystemExit) as caught:
             main(["data", name, "--help"])
@@ -127,33 +127,35 @@ def test_every_command_has_help(capsys: Said) -> None:
         assert f"usage: align data {name}" in capsys.readouterr().out
 
 
-def test_a_build_is_cached_counted_and_documented(made: SimpleNamespace, capsys: Said) -> None:
-    assert main(["data", "build", made.recipe, "--store", made.store, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["ran"] is False and found["path"] == str(made.build) and found["key"] == made.key
-    assert found["ledger"]["rows_in"] == 14 and found["ledger"]["rows_out"] == 13
-    assert {"README.md", "ledger.json", "preview.html"} <= {path.name for path in made.build.iterdir()}
-    assert main(["data", "build", made.recipe, "--store", made.store]) == 0
-    said = capsys.readouterr()
-    assert "things: 14 rows read, 13 kept" in said.out and f"Page:  {made.build.resolve()}/preview.html" in said.out
-    assert "cached" in said.err
+def test_a_build_is_cached_counted_and_documented(example: SimpleNamespace, capsys: Capture) -> None:
+    assert main(["data", "build", example.recipe, "--store", example.store, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["ran"] is False and document["path"] == str(example.build) and document["key"] == example.key
+    assert document["ledger"]["rows_in"] == 14 and document["ledger"]["rows_out"] == 13
+    assert {"README.md", "ledger.json", "preview.html"} <= {path.name for path in example.build.iterdir()}
+    assert main(["data", "build", example.recipe, "--store", example.store]) == 0
+    output = capsys.readouterr()
+    assert (
+        "things: 14 rows read, 13 kept" in output.out and f"Page:  {example.build.resolve()}/preview.html" in output.out
+    )
+    assert "cached" in output.err
     # the run has a name of its own: a pipeline called like the recipe would otherwise lose what it reaches
-    assert list(Store.open(Path(made.store)).runs()) == ["data-things"]
+    assert list(Store.open(Path(example.store)).runs()) == ["data-things"]
 
 
-def test_datasets_reads_a_real_build(made: SimpleNamespace, tmp_path: Path) -> None:
+def test_datasets_reads_a_real_build(example: SimpleNamespace, tmp_path: Path) -> None:
     from datasets import load_dataset
 
-    found = load_dataset(str(made.build), cache_dir=str(tmp_path))
-    assert found["train"].num_rows + found["test"].num_rows == 13
-    assert found["train"].column_names[:3] == ["id", "source", "prompt"]
+    dataset = load_dataset(str(example.build), cache_dir=str(tmp_path))
+    assert dataset["train"].num_rows + dataset["test"].num_rows == 13
+    assert dataset["train"].column_names[:3] == ["id", "source", "prompt"]
 
 
-def test_output_is_a_copy_that_replaces_only_builds(made: SimpleNamespace, tmp_path: Path, capsys: Said) -> None:
-    words = ["data", "build", made.recipe, "--store", made.store, "--output"]
+def test_output_is_a_copy_that_replaces_only_builds(example: SimpleNamespace, tmp_path: Path, capsys: Capture) -> None:
+    words = ["data", "build", example.recipe, "--store", example.store, "--output"]
     assert main([*words, str(tmp_path / "a" / "out")]) == 0
     names = {path.name for path in (tmp_path / "a" / "out").iterdir()}
-    assert names == {path.name for path in made.build.iterdir()} - {"log.txt", "events.jsonl"}
+    assert names == {path.name for path in example.build.iterdir()} - {"log.txt", "events.jsonl"}
     (tmp_path / "a" / "out" / "left over").write_text("x")
     assert main([*words, str(tmp_path / "a" / "out")]) == 0
     assert {path.name for path in (tmp_path / "a" / "out").iterdir()} == names
@@ -162,21 +164,21 @@ def test_output_is_a_copy_that_replaces_only_builds(made: SimpleNamespace, tmp_p
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     assert main([*words, str(tmp_path / "mine")]) == 2
-    assert "not empty, and not a build that could be replaced" in capsys.readouterr().err
+    assert "not empty, and not a build that can be replaced" in capsys.readouterr().err
     assert (tmp_path / "mine" / "thesis.tex").exists()
 
 
-def test_show_takes_a_recipe_a_folder_and_a_key(made: SimpleNamespace, capsys: Said) -> None:
+def test_show_takes_a_recipe_a_folder_and_a_key(example: SimpleNamespace, capsys: Capture) -> None:
     shown = []
-    for word in (made.recipe, str(made.build), made.key[:8]):
-        assert main(["data", "show", word, "--store", made.store, "--model", "tiny", "--rows", "2"]) == 0
+    for word in (example.recipe, str(example.build), example.key[:8]):
+        assert main(["data", "show", word, "--store", example.store, "--model", "tiny", "--rows", "2"]) == 0
         shown.append(capsys.readouterr().out)
     assert shown[0] == shown[1] == shown[2]
     assert shown[0].count("<|im_start|>assistant\n⟦thing ") == 2
     assert shown[0].count("<|im_end|>⟧") == 2 and "Trained on: ⟦this⟧." in shown[0]
 
 
-def test_show_never_prints_what_could_steer_a_terminal(by_hand: Path, capsys: Said) -> None:
+def test_show_never_prints_what_could_steer_a_terminal(by_hand: Path, capsys: Capture) -> None:
     for more in ([], ["--model", "tiny"], ["--model", "tiny", "--json"]):
         assert main(["data", "show", str(by_hand), "--source", "second", *more]) == 0
         out = capsys.readouterr().out
@@ -184,7 +186,7 @@ def test_show_never_prints_what_could_steer_a_terminal(by_hand: Path, capsys: Sa
         assert "<script>" in out
 
 
-def test_show_colors_what_is_trained(by_hand: Path, monkeypatch: pytest.MonkeyPatch, capsys: Said) -> None:
+def test_show_colors_what_is_trained(by_hand: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     words = ["data", "show", str(by_hand), "--model", "tiny", "--rows", "1"]
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("FORCE_COLOR", "1")
@@ -203,23 +205,23 @@ def test_show_colors_what_is_trained(by_hand: Path, monkeypatch: pytest.MonkeyPa
     assert "⟦é<|im_end|>⟧" in out and "\x1b[" not in out
 
 
-def test_show_as_messages_and_as_json(by_hand: Path, capsys: Said) -> None:
+def test_show_as_messages_and_as_json(by_hand: Path, capsys: Capture) -> None:
     assert main(["data", "show", str(by_hand), "--rows", "1"]) == 0
     assert "user: Say é.\nassistant: é\n" in capsys.readouterr().out
     assert main(["data", "show", str(by_hand), "--rows", "1", "--model", "tiny", "--json"]) == 0
-    ((found),) = json.loads(capsys.readouterr().out)
-    (view,) = found["views"]
-    assert found["number"] == 1 and len(view["ids"]) == len(view["trained"])
+    (document,) = json.loads(capsys.readouterr().out)
+    (view,) = document["views"]
+    assert document["number"] == 1 and len(view["ids"]) == len(view["trained"])
     assert [piece["text"] for piece in view["pieces"] if piece["trained"]] == ["é", "<|im_end|>"]
 
 
-def test_show_cuts_as_training_does(by_hand: Path, capsys: Said) -> None:
+def test_show_cuts_as_training_does(by_hand: Path, capsys: Capture) -> None:
     assert main(["data", "show", str(by_hand), "--rows", "1", "--model", "tiny", "--max-length", "5"]) == 0
     assert "! left out, the prompt alone fills max_length" in capsys.readouterr().out
 
 
 def test_show_takes_a_model_folder_and_says_what_a_model_stage_would_change(
-    by_hand: Path, tiny_model: Path, tmp_path: Path, capsys: Said
+    by_hand: Path, tiny_model: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     from transformers import AutoTokenizer
 
@@ -227,45 +229,45 @@ def test_show_takes_a_model_folder_and_says_what_a_model_stage_would_change(
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(tmp_path / "model")
     assert main(["data", "show", str(by_hand), "--rows", "1", "--model", str(tmp_path / "model")]) == 0
-    said = capsys.readouterr()
-    assert "note: pad is eos, '<|im_end|>'; a model stage chooses another" in said.err
-    assert "⟦é<|im_end|>⟧" in said.out
+    output = capsys.readouterr()
+    assert "note: pad is eos, '<|im_end|>'; a model stage chooses another" in output.err
+    assert "⟦é<|im_end|>⟧" in output.out
 
 
-def test_show_writes_the_page_with_masks(made: SimpleNamespace, tmp_path: Path, capsys: Said) -> None:
+def test_show_writes_the_page_with_masks(example: SimpleNamespace, tmp_path: Path, capsys: Capture) -> None:
     page = tmp_path / "page.html"
-    words = ["data", "show", made.recipe, "--store", made.store, "--model", "tiny", "--page", str(page)]
+    words = ["data", "show", example.recipe, "--store", example.store, "--model", "tiny", "--page", str(page)]
     assert main(words) == 0
     text = page.read_text(encoding="utf-8")
     assert 'class="s t"' in text and "Things in order." in text  # the recipe is read back from the card
-    assert 'class="s t"' not in (made.build / "preview.html").read_text(encoding="utf-8")
+    assert 'class="s t"' not in (example.build / "preview.html").read_text(encoding="utf-8")
 
 
-def test_diff_of_two_recipes(made: SimpleNamespace, capsys: Said) -> None:
-    words = ["data", "diff", made.recipe, made.fewer, "--store", made.store, "--workers", "1"]
+def test_diff_of_two_recipes(example: SimpleNamespace, capsys: Capture) -> None:
+    words = ["data", "diff", example.recipe, example.fewer, "--store", example.store, "--workers", "1"]
     assert main([*words, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert sum(line["removed"] for line in found["groups"]) == 7
-    assert sum(line["unchanged"] for line in found["groups"]) == 6
+    document = json.loads(capsys.readouterr().out)
+    assert sum(line["removed"] for line in document["groups"]) == 7
+    assert sum(line["unchanged"] for line in document["groups"]) == 6
     assert main(words) == 0
     out = capsys.readouterr().out
     assert "removed:" in out and "\x1b" not in out
     assert "over max_rows" in out or "max_rows" in out
-    assert main(["data", "diff", made.recipe, made.key[:8], "--store", made.store]) == 0
+    assert main(["data", "diff", example.recipe, example.key[:8], "--store", example.store]) == 0
     assert "The same rows in the same order: the digests agree." in capsys.readouterr().out
 
 
-def test_diff_prints_hostile_rows_safely(by_hand: Path, tmp_path: Path, capsys: Said) -> None:
-    other = write_build(tmp_path / "other", [row("Say é.", "e")], [row("t", "u"), row(HOSTILE, "x")])
-    assert main(["data", "diff", str(by_hand), str(other)]) == 0
+def test_diff_prints_hostile_rows_safely(by_hand: Path, tmp_path: Path, capsys: Capture) -> None:
+    second_build = write_build(tmp_path / "other", [row("Say é.", "e")], [row("t", "u"), row(HOSTILE, "x")])
+    assert main(["data", "diff", str(by_hand), str(second_build)]) == 0
     out = capsys.readouterr().out
     assert "1 prompt of A's train split is in B's test split" in out
     assert "completion: é → e" in out
     assert "\x1b" not in out and "\u202e" not in out
 
 
-def test_push_says_what_would_go_and_goes_nowhere(made: SimpleNamespace, by_hand: Path, capsys: Said) -> None:
-    words = ["data", "push", str(made.build), "me/things", "--private", "--dry-run"]
+def test_push_says_what_would_go_and_goes_nowhere(example: SimpleNamespace, by_hand: Path, capsys: Capture) -> None:
+    words = ["data", "push", str(example.build), "me/things", "--private", "--dry-run"]
     assert main(words) == 0
     out = capsys.readouterr().out
     assert "To the Hub: datasets/me/things, main, private" in out
@@ -278,16 +280,16 @@ def test_push_says_what_would_go_and_goes_nowhere(made: SimpleNamespace, by_hand
     assert "! a source's license is not known" in capsys.readouterr().out
 
 
-def test_push_goes_on_with_yes_and_says_where(by_hand: Path, monkeypatch: pytest.MonkeyPatch, capsys: Said) -> None:
+def test_push_goes_on_with_yes_and_says_where(by_hand: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     monkeypatch.setattr(
         "align.data.push.push", lambda upload: {"url": f"hub/{upload.repo}", "commit": "c", "deleted": ["x"]}
     )
     assert main(["data", "push", str(by_hand), "me/hand", "--yes"]) == 0
     out = capsys.readouterr().out
-    assert "deleted there: x" in out and "Pushed: hub/me/hand" in out
+    assert "deleted on the Hub: x" in out and "Pushed: hub/me/hand" in out
 
 
-def test_lint_ends_with_1_where_there_are_errors(by_hand: Path, tmp_path: Path, capsys: Said) -> None:
+def test_lint_ends_with_1_where_there_are_errors(by_hand: Path, tmp_path: Path, capsys: Capture) -> None:
     clean = write_build(
         tmp_path / "clean", [row(f"Is {n} odd?", "yes, it is" if n % 2 else "no") for n in range(4)], [row("t?", "u")]
     )
@@ -300,16 +302,16 @@ def test_lint_ends_with_1_where_there_are_errors(by_hand: Path, tmp_path: Path, 
     assert any(finding["severity"] == "error" for finding in json.loads(capsys.readouterr().out))
 
 
-def test_what_needs_no_model_answers_without_torch(made: SimpleNamespace, by_hand: Path) -> None:
+def test_what_needs_no_model_answers_without_torch(example: SimpleNamespace, by_hand: Path) -> None:
     code = (
         "import sys\nfrom align.cli.main import main\nmain(sys.argv[1:])\n"
         "heavy = {'torch', 'transformers', 'trl', 'vllm', 'datasets'} & set(sys.modules)\n"
         "print('HEAVY', sorted(heavy), file=sys.stderr)\n"
     )
     for words in (
-        ["build", made.recipe, "--store", made.store],
+        ["build", example.recipe, "--store", example.store],
         ["show", str(by_hand)],
-        ["diff", str(by_hand), str(made.build)],
+        ["diff", str(by_hand), str(example.build)],
         ["push", str(by_hand), "me/x", "--dry-run"],
     ):
         done = subprocess.run(
@@ -320,8 +322,8 @@ def test_what_needs_no_model_answers_without_torch(made: SimpleNamespace, by_han
 
 
 def test_the_recipe_of_the_guide_is_one() -> None:
+    from align.config.recipe.recipe import Recipe
     from align.config.validation import validate
-    from align.data.recipe import Recipe
 
     guide = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
     recipe = yaml.safe_load(guide.split("```yaml\n")[1].split("```")[0])

@@ -19,37 +19,37 @@ BROKEN = "Traceback\nModuleNotFoundError: No module named 'x'\n"
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Modules that do not import, and what comes of trying; every other one does."""
-    found: dict[str, Any] = {}
+    modules: dict[str, Any] = {}
 
     def run(command: list[str], **options: Any) -> Any:
         module = command[-1].removeprefix("import ")
-        if isinstance(found.get(module), Exception):
-            raise found[module]
-        return SimpleNamespace(returncode=int(module in found), stderr=found.get(module, ""))
+        if isinstance(modules.get(module), Exception):
+            raise modules[module]
+        return SimpleNamespace(returncode=int(module in modules), stderr=modules.get(module, ""))
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(subprocess, "run", run)
-    return found
+    return modules
 
 
 def test_both_ways_to_vllm_are_named(broken: dict[str, Any]) -> None:
-    own, server = doctor._engine()
-    assert (own.level, own.what) == ("ok", "engine vllm, in process")
+    engine, server = doctor._engine()
+    assert (engine.level, engine.text) == ("ok", "engine vllm, in process")
     assert server.level == "ok"
-    assert server.what == f"servers (runtime.rollouts): python -m {MODULE}, each at a Unix socket with a key of its own"
+    assert server.text == f"servers (runtime.rollouts): python -m {MODULE}, each with its own Unix socket and key"
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "reason"),
     [(BROKEN, "ModuleNotFoundError: No module named 'x'"), (subprocess.TimeoutExpired("x", 180), "not within 180 s")],
 )
-def test_a_server_that_does_not_import_is_noted(broken: dict[str, Any], error: Any, said: str) -> None:
+def test_a_server_that_does_not_import_is_noted(broken: dict[str, Any], error: Any, reason: str) -> None:
     broken[MODULE] = error
-    own, server = doctor._engine()
-    assert own.level == "ok"
-    assert (server.level, server.what) == (
+    engine, server = doctor._engine()
+    assert engine.level == "ok"
+    assert (server.level, server.text) == (
         "note",
-        f"no servers of its own (runtime.rollouts): {MODULE} does not import ({said})",
+        f"no rollout servers (runtime.rollouts): {MODULE} does not import ({reason})",
     )
 
 
@@ -60,12 +60,12 @@ def test_a_machine_without_sockets_is_noted(broken: dict[str, Any], monkeypatch:
     monkeypatch.setattr(socket, "socket", unsupported)
     assert doctor._engine()[1] == doctor.Finding(
         "note",
-        "no servers of its own (runtime.rollouts): no Unix socket can be opened (Address family not supported)",
+        "no rollout servers (runtime.rollouts): no Unix socket can be opened (Address family not supported)",
     )
 
 
 def test_a_vllm_that_does_not_import_is_a_problem(broken: dict[str, Any]) -> None:
     broken["vllm"] = BROKEN
-    (found,) = doctor._engine()
-    assert found.level == "problem"
-    assert "No module named 'x'" in found.what
+    (finding,) = doctor._engine()
+    assert finding.level == "problem"
+    assert "No module named 'x'" in finding.text

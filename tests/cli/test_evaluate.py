@@ -16,14 +16,15 @@ from align import Pipeline
 from align.cli.checkpoints import base_of, find_all
 from align.cli.evaluate import with_bases
 from align.cli.main import main
-from align.cli.suite import choose_reference, load_suite, suite_pipeline
+from align.cli.suite import ComparedCheckpoints, choose_reference, load_suite, suite_pipeline
 from align.errors import UserError
 from align.models.tiny import make_tiny
 from align.store.artifacts import Artifact, Kind
 from align.store.store import Store
 from tests.support.records import record_of
 
-Said = pytest.CaptureFixture[str]
+pytestmark = pytest.mark.usefixtures("stages_in_process")
+Capture = pytest.CaptureFixture[str]
 QUESTIONS = [
     {"key": 1, "prompt": "Say x without a comma.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
     {"key": 2, "prompt": "Say y in capitals.", "instruction_id_list": ["change_case:english_capital"], "kwargs": [{}]},
@@ -58,12 +59,14 @@ def pipeline_of(folder: Path, tiny_model: Path, tiny_reward: Path, name: str = "
 
 
 def suite_of(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(json.dumps(SUITE).replace("{folder}", str(folder)))
-    return found
+    evaluated: dict[str, Any] = json.loads(json.dumps(SUITE).replace("{folder}", str(folder)))
+    return evaluated
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_reward: Path) -> SimpleNamespace:
+def chain(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_reward: Path, stages_in_process: None
+) -> SimpleNamespace:
     """A finished pipeline with everything that can be evaluated in its store, and a suite."""
     folder = tmp_path_factory.mktemp("chain")
     make_tiny(folder / "sft", seed=1)
@@ -79,63 +82,63 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_reward
     )  # fmt: skip
 
 
-def key_of(made: SimpleNamespace, stage: str) -> str:
-    return str(made.artifacts[stage].record["key"])
+def key_of(chain: SimpleNamespace, stage: str) -> str:
+    return str(chain.artifacts[stage].record["key"])
 
 
 # --- what words mean --------------------------------------------------------------------------------------------------
 
 
-def test_every_way_to_say_a_checkpoint(made: SimpleNamespace) -> None:
-    artifact = made.artifacts["sft"]
+def test_every_way_to_say_a_checkpoint(chain: SimpleNamespace) -> None:
+    artifact = chain.artifacts["sft"]
     for word in (
-        f"{made.file}:sft", key_of(made, "sft")[:10], f"policy/{key_of(made, 'sft')[:10]}", str(artifact.path),
+        f"{chain.file}:sft", key_of(chain, "sft")[:10], f"policy/{key_of(chain, 'sft')[:10]}", str(artifact.path),
         str(artifact.path / "model"),
     ):  # fmt: skip
-        (found,) = find_all([word], made.store)
-        assert (found.name, found.stage["stage"]) == ("sft", "artifact"), word
-        assert Path(found.stage["path"]).resolve() == artifact.path.resolve()
-        assert not found.is_plain
+        (evaluated,) = find_all([word], chain.store)
+        assert (evaluated.name, evaluated.stage["stage"]) == ("sft", "artifact"), word
+        assert Path(evaluated.stage["path"]).resolve() == artifact.path.resolve()
+        assert not evaluated.is_plain
     commit = "0123456789abcdef0123456789abcdef01234567"
-    found_all = find_all([made.plain, "tiny", f"some-org/My.Model-1b@{commit}"], made.store)
-    assert [one.stage for one in found_all] == [
-        {"stage": "model", "source": made.plain},
+    plain_models = find_all([chain.plain, "tiny", f"some-org/My.Model-1b@{commit}"], chain.store)
+    assert [checkpoint.stage for checkpoint in plain_models] == [
+        {"stage": "model", "source": chain.plain},
         {"stage": "model", "source": "tiny"},
         {"stage": "model", "source": "some-org/My.Model-1b", "revision": commit},
     ]
-    assert found_all[0].name == Path(made.plain).parent.name  # its folder is called `model`, as all are
-    assert [one.name for one in found_all][1:] == ["tiny", "My-Model-1b"]
+    assert plain_models[0].name == Path(chain.plain).parent.name  # its folder is called `model`, as all are
+    assert [checkpoint.name for checkpoint in plain_models][1:] == ["tiny", "My-Model-1b"]
 
 
-def test_names_are_made_unique_and_may_be_given(made: SimpleNamespace) -> None:
-    sft = f"{made.file}:sft"
-    assert [one.name for one in find_all([sft, sft, f"mine={sft}", "tiny"], made.store)] == [
+def test_names_are_made_unique_and_may_be_given(chain: SimpleNamespace) -> None:
+    sft = f"{chain.file}:sft"
+    assert [checkpoint.name for checkpoint in find_all([sft, sft, f"mine={sft}", "tiny"], chain.store)] == [
         "sft", "sft-2", "mine", "tiny",
     ]  # fmt: skip
     # a name that was given is kept, whatever the others are called
-    assert [one.name for one in find_all([sft, f"sft={made.file}:ppo"], made.store)] == ["sft-2", "sft"]
+    assert [checkpoint.name for checkpoint in find_all([sft, f"sft={chain.file}:ppo"], chain.store)] == ["sft-2", "sft"]
     with pytest.raises(UserError, match="two checkpoints are called 'a'"):
-        find_all([f"a={sft}", f"a={made.file}:ppo"], made.store)
+        find_all([f"a={sft}", f"a={chain.file}:ppo"], chain.store)
 
 
 # --- the base model ---------------------------------------------------------------------------------------------------
 
 
-def bases(made: SimpleNamespace, words: list[str], wanted: bool = True) -> tuple[list[str], list[str]]:
-    found, names = with_bases(find_all(words, made.store), Store(Path(made.store)), wanted)
-    return [one.name for one in found], names
+def bases(chain: SimpleNamespace, words: list[str], add_bases: bool = True) -> tuple[list[str], list[str]]:
+    evaluated, names = with_bases(find_all(words, chain.store), Store(Path(chain.store)), add_bases)
+    return [checkpoint.name for checkpoint in evaluated], names
 
 
-def test_the_base_model_of_a_checkpoint_is_added_in_front(made: SimpleNamespace, capsys: Said) -> None:
-    sft, ppo, model = (f"{made.file}:{stage}" for stage in ("sft", "ppo", "model"))
-    assert bases(made, [sft, ppo]) == (["base", "sft", "ppo"], ["base"])
-    assert bases(made, [ppo, model]) == (["model", "ppo"], ["model"]), "given already, so not added"
-    assert bases(made, [ppo, f"start={model}"]) == (["start", "ppo"], ["start"])
-    assert bases(made, [f"base={ppo}"]) == (["base-2", "base"], ["base-2"])
-    assert bases(made, [ppo], wanted=False) == (["ppo"], [])
+def test_the_base_model_of_a_checkpoint_is_added_in_front(chain: SimpleNamespace, capsys: Capture) -> None:
+    sft, ppo, model = (f"{chain.file}:{stage}" for stage in ("sft", "ppo", "model"))
+    assert bases(chain, [sft, ppo]) == (["base", "sft", "ppo"], ["base"])
+    assert bases(chain, [ppo, model]) == (["model", "ppo"], ["model"]), "given already, so not added"
+    assert bases(chain, [ppo, f"start={model}"]) == (["start", "ppo"], ["start"])
+    assert bases(chain, [f"base={ppo}"]) == (["base-2", "base"], ["base-2"])
+    assert bases(chain, [ppo], add_bases=False) == (["ppo"], [])
     assert capsys.readouterr().err == ""
-    assert bases(made, [ppo, made.plain])[1] == ["base"], "a record says more than an order"
-    assert bases(made, ["tiny", made.plain])[1] == ["tiny"]
+    assert bases(chain, [ppo, chain.plain])[1] == ["base"], "a record says more than an order"
+    assert bases(chain, ["tiny", chain.plain])[1] == ["tiny"]
     assert "'tiny' counts as the base model" in capsys.readouterr().err
 
 
@@ -146,40 +149,44 @@ def test_the_base_of_a_reward_model_is_not_that_of_the_policy(tmp_path: Path) ->
         key = f"{number}" * 64
         output = tmp_path / key
         output.mkdir()
-        links = [{"stage": one.stage, "kind": one.record["kind"], "key": one.record["key"]} for one in reads]
+        links = [
+            {"stage": source.stage, "kind": source.record["kind"], "key": source.record["key"]} for source in reads
+        ]
         return store.publish(output, record_of(kind, str(number), makes, input_stages=links))
 
     (store.root / "model").mkdir()
     for folder in ("sft", "reward", "ppo"):
         (store.root / folder).mkdir()
-    others, own = put("model", Kind.MODEL, 1), put("model", Kind.MODEL, 2)
-    reward, sft = put("reward", Kind.REWARD, 3, (others,)), put("sft", Kind.POLICY, 4, (own,))
-    assert base_of(put("ppo", Kind.POLICY, 5, (reward, sft)), store) == own
+    other_base, base = put("model", Kind.MODEL, 1), put("model", Kind.MODEL, 2)
+    reward, sft = put("reward", Kind.REWARD, 3, (other_base,)), put("sft", Kind.POLICY, 4, (base,))
+    assert base_of(put("ppo", Kind.POLICY, 5, (reward, sft)), store) == base
 
 
-def test_the_base_is_found_in_the_store_of_the_checkpoint(made: SimpleNamespace, tmp_path: Path) -> None:
-    other = Store.open(tmp_path / "other")
-    found, names = with_bases(find_all([str(made.artifacts["ppo"].path)], str(other.root)), other, True)
-    assert [one.name for one in found] == ["base", "ppo"] and names == ["base"]
-    assert Path(found[0].stage["path"]).resolve() == made.artifacts["model"].path.resolve()
+def test_the_base_is_found_in_the_store_of_the_checkpoint(chain: SimpleNamespace, tmp_path: Path) -> None:
+    second_store = Store.open(tmp_path / "other")
+    evaluated, names = with_bases(
+        find_all([str(chain.artifacts["ppo"].path)], str(second_store.root)), second_store, True
+    )
+    assert [checkpoint.name for checkpoint in evaluated] == ["base", "ppo"] and names == ["base"]
+    assert Path(evaluated[0].stage["path"]).resolve() == chain.artifacts["model"].path.resolve()
 
 
-def test_a_base_that_is_gone_is_said(made: SimpleNamespace, tmp_path: Path, capsys: Said) -> None:
-    shutil.copytree(made.store, tmp_path / "store")
+def test_a_base_that_is_gone_is_said(chain: SimpleNamespace, tmp_path: Path, capsys: Capture) -> None:
+    shutil.copytree(chain.store, tmp_path / "store")
     store = Store(tmp_path / "store")
-    shutil.rmtree(store.folder("found", key_of(made, "model")))
-    found, names = with_bases(find_all([key_of(made, "ppo")], str(store.root)), store, True)
-    assert ([one.name for one in found], names) == (["ppo"], [])
-    said = capsys.readouterr().err
-    assert said.startswith("note: the base model of ppo is not in the store any more") and "--no-base" in said
+    shutil.rmtree(store.folder("found", key_of(chain, "model")))
+    evaluated, names = with_bases(find_all([key_of(chain, "ppo")], str(store.root)), store, True)
+    assert ([checkpoint.name for checkpoint in evaluated], names) == (["ppo"], [])
+    printed = capsys.readouterr().err
+    assert printed.startswith("note: the base model of ppo is no longer in the store") and "--no-base" in printed
 
 
 # --- a whole evaluation -----------------------------------------------------------------------------------------------
 
 
-def evaluate(made: SimpleNamespace, *words: str, checkpoints: tuple[str, ...] = ("sft", "ppo")) -> int:
-    named = [f"{made.file}:{stage}" for stage in checkpoints]
-    return main(["eval", *named, "--suite", made.suite, "--store", made.store, *words])
+def evaluate(chain: SimpleNamespace, *words: str, checkpoints: tuple[str, ...] = ("sft", "ppo")) -> int:
+    named = [f"{chain.file}:{stage}" for stage in checkpoints]
+    return main(["eval", *named, "--suite", chain.suite, "--store", chain.store, *words])
 
 
 def rows_of_table(text: str) -> dict[str, str]:
@@ -187,19 +194,19 @@ def rows_of_table(text: str) -> dict[str, str]:
     return {line.split("  ")[0].strip(): line for line in text.splitlines() if line.strip()}
 
 
-def test_it_is_what_the_pipelines_own_stage_finds(made: SimpleNamespace, tmp_path: Path, capsys: Said) -> None:
-    inputs = ["--prompts", key_of(made, "prompts"), "--reward", f"{made.file}:reward", "--reference", "sft"]
+def test_it_is_what_the_pipelines_own_stage_finds(chain: SimpleNamespace, tmp_path: Path, capsys: Capture) -> None:
+    inputs = ["--prompts", key_of(chain, "prompts"), "--reward", f"{chain.file}:reward", "--reference", "sft"]
     out = tmp_path / "out"
-    assert evaluate(made, *inputs, "--output", str(out)) == 0
+    assert evaluate(chain, *inputs, "--output", str(out)) == 0
     captured = capsys.readouterr()
     card = json.loads((out / "scorecard.json").read_text())
-    own = json.loads((made.artifacts["evaluate"].path / "scorecard.json").read_text())
+    pipeline_card = json.loads((chain.artifacts["evaluate"].path / "scorecard.json").read_text())
     assert card["policies"] == ["base", "sft", "ppo", "prompted"] and card["base"] == "base"
     renamed = {"base": "model", "sft": "sft", "ppo": "ppo", "prompted": "prompted"}
-    assert {renamed[name]: found for name, found in card["estimates"].items()} == own["estimates"]
-    assert [one["key"] for one in card["systems"]] == [one["key"] for one in own["systems"]]
+    assert {renamed[name]: estimates for name, estimates in card["estimates"].items()} == pipeline_card["estimates"]
+    assert [system["key"] for system in card["systems"]] == [system["key"] for system in pipeline_card["systems"]]
     samples = [[json.loads(line) for line in (path / "samples.jsonl").read_text().splitlines()]
-               for path in (out, made.artifacts["evaluate"].path)]  # fmt: skip
+               for path in (out, chain.artifacts["evaluate"].path)]  # fmt: skip
     assert samples[0][0]["responses"]["ppo"][0]["text"] == samples[1][0]["responses"]["ppo"][0]["text"]
     assert (out / "items.jsonl").is_file()
     # what is printed
@@ -213,20 +220,20 @@ def test_it_is_what_the_pipelines_own_stage_finds(made: SimpleNamespace, tmp_pat
     assert rows["ifeval.prompt_strict"].count(" to ") == 4, "an interval below each number"
     assert any("base (base)" in line and "sft (reference)" in line for line in captured.out.splitlines())
     # once more: nothing runs, and no model is trained or copied again
-    assert evaluate(made, *inputs, "--json") == 0
+    assert evaluate(chain, *inputs, "--json") == 0
     document = json.loads(capsys.readouterr().out)
     assert [name for name, stage in document["stages"].items() if stage["ran"]] == []
     assert document["name"] == "eval-suite" and Path(document["scorecard"]).is_file()
-    runs = Store(Path(made.store)).runs()
+    runs = Store(Path(chain.store)).runs()
     assert set(runs) == {"chain", "eval-suite"}
 
 
 def test_a_failed_gate_ends_with_1_and_everything_is_written(
-    made: SimpleNamespace, tmp_path: Path, capsys: Said
+    chain: SimpleNamespace, tmp_path: Path, capsys: Capture
 ) -> None:
     words = ["--set", "gates={ifeval.prompt_strict: '>= 1.01', ifeval.prompt_loose: '>= 0'}", "--name", "gated",
              "--set", "tasks.ifeval.max_items=1", "--set", "runtime.threads=1"]  # fmt: skip
-    code = evaluate(made, *words, "--output", str(tmp_path / "out"), checkpoints=("ppo",))
+    code = evaluate(chain, *words, "--output", str(tmp_path / "out"), checkpoints=("ppo",))
     captured = capsys.readouterr()
     assert code == 1
     gates = [line for line in captured.err.splitlines() if line.startswith("gate failed: ")]
@@ -237,30 +244,36 @@ def test_a_failed_gate_ends_with_1_and_everything_is_written(
     card = json.loads((tmp_path / "out" / "scorecard.json").read_text())
     assert card["tasks"]["ifeval"]["n"] == 1
     assert card["reference"] == "base", "one checkpoint has only its base to be compared with"
-    assert [one["name"] for one in card["systems"]] == ["base", "ppo", "prompted"]
+    assert [system["name"] for system in card["systems"]] == ["base", "ppo", "prompted"]
 
 
-def test_a_baseline_of_the_base_is_left_out_where_none_is_compared(made: SimpleNamespace) -> None:
-    said: list[str] = []
+def test_a_baseline_of_the_base_is_left_out_where_none_is_compared(chain: SimpleNamespace) -> None:
+    printed: list[str] = []
 
     def built(no_base: bool) -> Pipeline:
-        found, bases = with_bases(find_all([f"{made.file}:ppo"], made.store), Store(Path(made.store)), not no_base)
-        names = [one.name for one in found]
+        evaluated, bases = with_bases(
+            find_all([f"{chain.file}:ppo"], chain.store), Store(Path(chain.store)), not no_base
+        )
+        names = [checkpoint.name for checkpoint in evaluated]
         reference = choose_reference(None, names, bases)
-        return suite_pipeline(load_suite(made.suite), found, bases, reference, {}, None, said.append)[0]
+        return suite_pipeline(
+            load_suite(chain.suite), ComparedCheckpoints(evaluated, bases, reference), {}, None, printed.append
+        )[0]
 
     block = built(no_base=False).nodes["evaluate"].config
-    assert block.baselines["prompted"].of == "base" and said == []  # type: ignore[attr-defined]
+    assert block.baselines["prompted"].of == "base" and printed == []  # type: ignore[attr-defined]
     assert built(no_base=True).nodes["evaluate"].config.baselines == {}  # type: ignore[attr-defined]
-    assert said == ["baseline 'prompted' left out: it uses the base model, and none is compared"]
+    assert printed == ["baseline 'prompted' is left out: it uses the base model, and this evaluation has none"]
 
 
-def test_a_baseline_of_the_reference_has_its_name(made: SimpleNamespace, tmp_path: Path) -> None:
-    suite = suite_of(made.folder)
+def test_a_baseline_of_the_reference_has_its_name(chain: SimpleNamespace, tmp_path: Path) -> None:
+    suite = suite_of(chain.folder)
     suite["baselines"] = {"again": {"of": "reference", "sample_seed": 1}}
     (tmp_path / "s.yaml").write_text(yaml.safe_dump(suite))
-    found = find_all([f"{made.file}:sft", f"{made.file}:ppo"], made.store)
-    pipeline, _ = suite_pipeline(load_suite(str(tmp_path / "s.yaml")), found, [], "ppo", {}, None, print)
+    evaluated = find_all([f"{chain.file}:sft", f"{chain.file}:ppo"], chain.store)
+    pipeline, _ = suite_pipeline(
+        load_suite(str(tmp_path / "s.yaml")), ComparedCheckpoints(evaluated, [], "ppo"), {}, None, print
+    )
     config = pipeline.nodes["evaluate"].config
     assert config.baselines["again"].of == "ppo" and config.reference == "ppo"  # type: ignore[attr-defined]
 
@@ -275,15 +288,15 @@ CASES: list[tuple[list[str], str]] = [
     (["{file}:sfd", "--suite", "{suite}"], "the pipeline has no stage 'sfd'; it has model, sft"),
     (["{file}:reward", "--suite", "{suite}"], "is a RewardCheckpoint, not a checkpoint that can answer."),
     (["tinny", "--suite", "{suite}"], "no artifact's key starts with 'tinny'; `align list` shows them. Did you mean"),
-    (["org/name", "--suite", "{suite}"], "A model of the Hub needs its commit: org/name@<40 hexadecimal digits>."),
+    (["org/name", "--suite", "{suite}"], "A model on the Hub needs its commit: org/name@<40 hexadecimal digits>."),
     (["org/name@main", "--suite", "{suite}"], "the commit it is pinned to, 40 hexadecimal digits; 'main' can move"),
-    (["{dir}", "--suite", "{suite}"], "no config.json in it, so not a checkpoint."),
-    (["a={file}:sft", "a={file}:ppo", "--suite", "{suite}"], "two checkpoints are called 'a'; give each a name"),
-    ([*SFT, "--reference", "stf"], "--reference stf: no checkpoint is called so. Did you mean 'sft'?"),
+    (["{dir}", "--suite", "{suite}"], "not a checkpoint; it has no config.json."),
+    (["a={file}:sft", "a={file}:ppo", "--suite", "{suite}"], "two checkpoints are called 'a'; give each its own name"),
+    ([*SFT, "--reference", "stf"], "--reference stf: no checkpoint has this name. Did you mean 'sft'?"),
     ([*SFT, "--reward", "{file}:ppo"], "--reward {file}:ppo is a PolicyCheckpoint, not a RewardCheckpoint."),
     ([*SFT, "--reward", "{plain}"], "--reward {plain} is no reward model: "),
     ([*SFT, "--prompts", "{ppo}"], "is a PolicyCheckpoint, not rows."),
-    ([*SFT, "--pairs", "{prompts}"], "is PromptData; PreferenceData is needed there."),
+    ([*SFT, "--pairs", "{prompts}"], "is PromptData; it must be PreferenceData."),
     ([*SFT, "--output", "{suite}"], "is a file; name a folder."),
     ([*SFT, "--set", "bootstrp=3"], "--set bootstrp: unknown key 'bootstrp'. Did you mean 'bootstrap'?"),
     ([*SFT, "--set", "bootstrap"], "--set bootstrap: expected path=value, like tasks.ifeval.max_items=50."),
@@ -291,7 +304,7 @@ CASES: list[tuple[list[str], str]] = [
     ([*SFT, "--set", "bootstrap.x=3"], "--set bootstrap.x: 'bootstrap' is 200, not a block of keys."),
     (
         [*SFT, "--set", "policies=[a]"],
-        "{suite}: policies is given on the command line (CHECKPOINT...), not in a suite.",
+        "{suite}: policies belongs on the command line (CHECKPOINT...), not in a suite.",
     ),
     (
         [*SFT, "--set", "tasks.ifeval.max_itms=1"],
@@ -304,25 +317,25 @@ CASES: list[tuple[list[str], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("words", "said"), CASES, ids=[said[:40] for _, said in CASES])
+@pytest.mark.parametrize(("words", "printed"), CASES, ids=[printed[:40] for _, printed in CASES])
 def test_mistakes_end_with_2_before_anything_runs(
-    words: list[str], said: str, made: SimpleNamespace, capsys: Said
+    words: list[str], printed: str, chain: SimpleNamespace, capsys: Capture
 ) -> None:
     places = {
-        "file": made.file, "dir": str(made.folder), "suite": made.suite, "plain": made.plain,
-        "ppo": key_of(made, "ppo")[:12], "prompts": key_of(made, "prompts")[:12],
+        "file": chain.file, "dir": str(chain.folder), "suite": chain.suite, "plain": chain.plain,
+        "ppo": key_of(chain, "ppo")[:12], "prompts": key_of(chain, "prompts")[:12],
     }  # fmt: skip
-    filled = [word.format(**places) for word in words] + ["--store", made.store]
-    before = {path for path in Path(made.store).rglob("*") if "locks" not in path.parts}
+    filled = [word.format(**places) for word in words] + ["--store", chain.store]
+    before = {path for path in Path(chain.store).rglob("*") if "locks" not in path.parts}
     assert main(["eval", *filled]) == 2
     captured = capsys.readouterr()
-    assert said.format(**places) in captured.err, captured.err
+    assert printed.format(**places) in captured.err, captured.err
     assert "Traceback" not in captured.err and "stages.evaluate" not in captured.err
     assert captured.out == ""
-    assert {path for path in Path(made.store).rglob("*") if "locks" not in path.parts} == before
+    assert {path for path in Path(chain.store).rglob("*") if "locks" not in path.parts} == before
 
 
-def test_the_table_shows_reward_models_also_where_nothing_else_was_measured(tmp_path: Path, capsys: Said) -> None:
+def test_the_table_shows_reward_models_also_where_nothing_else_was_measured(tmp_path: Path, capsys: Capture) -> None:
     from align.cli.score_table import print_scorecard
 
     def rate(value: float) -> dict[str, object]:
@@ -343,17 +356,17 @@ def test_the_table_shows_reward_models_also_where_nothing_else_was_measured(tmp_
     }  # fmt: skip
     (tmp_path / "scorecard.json").write_text(json.dumps(card))
     print_scorecard(tmp_path / "scorecard.json")
-    said = capsys.readouterr().out
-    assert "rm on Reward-model pairs" in said and "rm-b on held-out pairs" in said
-    lines = [line.split() for line in said.splitlines()]
+    printed = capsys.readouterr().out
+    assert "rm on Reward-model pairs" in printed and "rm-b on held-out pairs" in printed
+    lines = [line.split() for line in printed.splitlines()]
     assert ["pairs", "399", "399"] in lines
     assert ["ordered", "right,", "as", "labeled", "0.625", "0.625"] in lines
     assert ["0.500", "to", "0.750", "0.500", "to", "0.750"] in lines
-    assert "by gold score" not in said
-    assert "sft" not in said, "a table of systems without a number is left out"
+    assert "by gold score" not in printed
+    assert "sft" not in printed, "a table of systems without a number is left out"
 
 
-def test_what_a_model_or_a_task_is_called_is_shown_and_never_run(tmp_path: Path, capsys: Said) -> None:
+def test_what_a_model_or_a_task_is_called_is_shown_and_never_run(tmp_path: Path, capsys: Capture) -> None:
     from align.cli.score_table import print_scorecard
 
     hostile = "[bold red]x\x1b[2J"
@@ -365,7 +378,7 @@ def test_what_a_model_or_a_task_is_called_is_shown_and_never_run(tmp_path: Path,
     }  # fmt: skip
     (tmp_path / "scorecard.json").write_text(json.dumps(card))
     print_scorecard(tmp_path / "scorecard.json")
-    said = capsys.readouterr().out
-    assert "\x1b" not in said
-    assert said.count("[bold red]x\\x1b[2J") == 3, "the system, the metric, the flag"
-    assert "0.250 to 0.750" in said
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed
+    assert printed.count("[bold red]x\\x1b[2J") == 3, "the system, the metric, the flag"
+    assert "0.250 to 0.750" in printed

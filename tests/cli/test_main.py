@@ -28,8 +28,8 @@ def test_run_plan_list_show_gc(pipeline_file: Path, store: str, capsys: pytest.C
     assert main(["plan", str(pipeline_file), "--store", store]) == 0
     assert capsys.readouterr().out.count(" run ") == 3
     assert main(["run", str(pipeline_file), "--store", store, "--set", "stages.two.number=5"]) == 0
-    said = capsys.readouterr().out
-    assert "total 6" in said
+    output = capsys.readouterr().out
+    assert "total 6" in output
     assert main(["run", str(pipeline_file), "--store", store, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["stages"]["total"]["ran"] is True
@@ -42,7 +42,7 @@ def test_run_plan_list_show_gc(pipeline_file: Path, store: str, capsys: pytest.C
     assert main(["show", key[:8], "--store", store, "--log"]) == 0
     assert "total" in capsys.readouterr().out
     assert main(["show", key[:8], "--store", store, "--verify"]) == 0
-    assert "every digest agrees" in capsys.readouterr().out
+    assert "all digests agree" in capsys.readouterr().out
     assert main(["list", "--store", store]) == 0
     listed = capsys.readouterr().out
     assert listed.count("no run") == 2
@@ -119,10 +119,10 @@ def test_a_plan_says_on_request_what_ppo_costs_in_memory(store: str, capsys: pyt
     assert main(words) == 0
     plain = capsys.readouterr().out
     assert main([*words, "--memory"]) == 0
-    asked = capsys.readouterr().out
-    assert asked.startswith(plain) and "GiB" not in plain
-    assert "ppo: memory of a process in GiB, counted for 134.5 million parameters" in asked
-    assert asked.count("\n  *  lora r16  policy ") == 1
+    with_memory = capsys.readouterr().out
+    assert with_memory.startswith(plain) and "GiB" not in plain
+    assert "ppo: memory of a process in GiB, counted for 134.5 million parameters" in with_memory
+    assert with_memory.count("\n  *  lora r16  policy ") == 1
     assert main([*words, "--memory", "--json"]) == 0
     stages = {entry["stage"]: entry for entry in json.loads(capsys.readouterr().out)}
     assert [name for name, entry in stages.items() if "memory" in entry] == ["sft", "reward", "dpo", "ppo"]

@@ -20,11 +20,11 @@ import pytest
 import yaml
 
 from align.cli.main import main
-from align.cli.run_page import remembered, write_page
+from align.cli.run_page import stored_outline, write_page
 from align.store.store import Store
 from tests.support import toy
 
-Said = pytest.CaptureFixture[str]
+Capture = pytest.CaptureFixture[str]
 FAST = "stages.two.number=5"
 
 
@@ -63,25 +63,25 @@ def ran(file: Path, store: Path, *words: str) -> int:
 def boxes(store: Path) -> dict[str, str]:
     """Status of every stage in the picture of the pipeline."""
     text = page_of(store).read_text()
-    found = re.findall(r'<g class="box (\w+)"><title>(\w+)</title>', text)
-    return {name: status for status, name in found}
+    outline = re.findall(r'<g class="box (\w+)"><title>(\w+)</title>', text)
+    return {name: status for status, name in outline}
 
 
 def page_of(store: Path, name: str = "toy") -> Path:
     return store / "reports" / name / "report.html"
 
 
-def test_a_run_leaves_a_page_and_says_where_once(pipeline_file: Path, store: Path, capsys: Said) -> None:
+def test_a_run_leaves_a_page_and_says_where_once(pipeline_file: Path, store: Path, capsys: Capture) -> None:
     assert ran(pipeline_file, store) == 0
-    said = capsys.readouterr().out
-    assert said.count("Report: ") == 1 and said.rstrip().endswith(f"Report: {page_of(store).resolve()}")
+    message = capsys.readouterr().out
+    assert message.count("Report: ") == 1 and message.rstrip().endswith(f"Report: {page_of(store).resolve()}")
     text = page_of(store).read_text()
     assert "<title>toy</title>" in text and "loss over steps" in text
     assert 'id="failure"' not in text
 
 
 def test_the_page_of_a_failed_run_has_the_error_the_log_and_what_was_not_run(
-    pipeline_file: Path, store: Path, capsys: Said
+    pipeline_file: Path, store: Path, capsys: Capture
 ) -> None:
     assert ran(pipeline_file, store, "--set", "stages.two.crash=bug") == 1
     captured = capsys.readouterr()
@@ -154,12 +154,12 @@ def test_a_stopped_run_has_a_page(pipeline_file: Path, store: Path) -> None:
 
 
 def test_an_error_in_the_report_changes_nothing_else(
-    pipeline_file: Path, store: Path, capsys: Said, monkeypatch: pytest.MonkeyPatch
+    pipeline_file: Path, store: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise ValueError("no\x1b[31m figure")
 
-    monkeypatch.setattr("align.report.page.write_report", fail)
+    monkeypatch.setattr("align.report.run.run_report.write_report", fail)
     assert ran(pipeline_file, store) == 0
     captured = capsys.readouterr()
     assert "note: the report could not be written: ValueError: no\\x1b[31m figure" in captured.err
@@ -208,9 +208,9 @@ def test_one_page_is_written_by_one_at_a_time_on_whatever_machine(
         page.write_text("x")
         return page
 
-    monkeypatch.setattr("align.report.page.write_report", write)
+    monkeypatch.setattr("align.report.run.run_report.write_report", write)
     opened = Store.open(finished)
-    run = remembered("toy", opened.runs()["toy"])
+    run = stored_outline("toy", opened.runs()["toy"])
     writers = [threading.Thread(target=write_page, args=(run, opened)) for _ in range(3)]
     for writer in writers:
         writer.start()
@@ -219,7 +219,7 @@ def test_one_page_is_written_by_one_at_a_time_on_whatever_machine(
     assert most == [1, 1, 1]
 
 
-def test_the_garbage_collector_leaves_pages_alone(finished: Path, capsys: Said) -> None:
+def test_the_garbage_collector_leaves_pages_alone(finished: Path, capsys: Capture) -> None:
     store = finished
     assert main(["gc", "--delete", "--store", str(store)]) == 0
     assert "0 folders" in capsys.readouterr().out
@@ -227,7 +227,7 @@ def test_the_garbage_collector_leaves_pages_alone(finished: Path, capsys: Said) 
     assert len(Store.open(store).all()) == 3
 
 
-def test_failed_gates_end_with_1_after_the_page(pipeline_file: Path, store: Path, capsys: Said) -> None:
+def test_failed_gates_end_with_1_after_the_page(pipeline_file: Path, store: Path, capsys: Capture) -> None:
     raw = toy.pipeline()
     raw["stages"]["gates"] = {"stage": "tests.support.cli.gated:GATED", "failed": ["kl_to_sft 17 > 15\x1b[2J"]}
     pipeline_file.write_text(yaml.safe_dump(raw, sort_keys=False))
@@ -241,7 +241,7 @@ def test_failed_gates_end_with_1_after_the_page(pipeline_file: Path, store: Path
     assert ran(pipeline_file, store, "--set", "stages.gates.failed=[]") == 0
 
 
-def test_json_has_the_page(pipeline_file: Path, store: Path, capsys: Said) -> None:
+def test_json_has_the_page(pipeline_file: Path, store: Path, capsys: Capture) -> None:
     assert ran(pipeline_file, store, "--json") == 0
     document = json.loads(capsys.readouterr().out)
     assert document["report"] == str(page_of(store).resolve()) and document["failed_gates"] == []
@@ -259,12 +259,12 @@ def test_the_title_is_that_of_the_report_stage(pipeline_file: Path, store: Path)
 
 
 def test_report_by_name_by_file_and_by_default(
-    pipeline_file: Path, finished: Path, tmp_path: Path, capsys: Said
+    pipeline_file: Path, finished: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     store = finished
-    other = tmp_path / "other.yaml"
-    other.write_text(yaml.safe_dump({**toy.pipeline(one={"number": 7}), "name": "other"}, sort_keys=False))
-    assert ran(other, store) == 0
+    second_file = tmp_path / "other.yaml"
+    second_file.write_text(yaml.safe_dump({**toy.pipeline(one={"number": 7}), "name": "other"}, sort_keys=False))
+    assert ran(second_file, store) == 0
     for words, name in ((["toy"], "toy"), ([str(pipeline_file)], "toy"), ([], "other")):
         page_of(store, name).unlink()
         capsys.readouterr()
@@ -292,22 +292,22 @@ def test_report_while_a_stage_is_being_made(pipeline_file: Path, store: Path) ->
     entry = opened.runs()["toy"]["stages"]["two"]
     with opened.lock(entry["kind"], entry["key"], lambda _: None):
         assert main(["report", "toy", "--store", str(store)]) == 0
-        assert "being made right now" in page_of(store).read_text()
+        assert "running now; this page shows its state" in page_of(store).read_text()
         assert boxes(store)["two"] == "running"
     assert main(["report", "toy", "--store", str(store)]) == 0
-    assert "being made right now" not in page_of(store).read_text()
+    assert "running now; this page shows its state" not in page_of(store).read_text()
 
 
 def test_report_opens_a_browser_or_says_that_there_is_none(
-    finished: Path, capsys: Said, monkeypatch: pytest.MonkeyPatch
+    finished: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = finished
-    asked: list[str] = []
-    monkeypatch.setattr(webbrowser, "open", lambda url: asked.append(url) or True)
+    calls: list[str] = []
+    monkeypatch.setattr(webbrowser, "open", lambda url: calls.append(url) or True)
     assert main(["report", "toy", "--store", str(store)]) == 0
-    assert asked == []
+    assert calls == []
     assert main(["report", "toy", "--store", str(store), "--open"]) == 0
-    assert asked == [page_of(store).resolve().as_uri()]
+    assert calls == [page_of(store).resolve().as_uri()]
     assert "no browser" not in capsys.readouterr().err
     monkeypatch.setattr(webbrowser, "open", lambda url: False)
     assert main(["report", "toy", "--store", str(store), "--open"]) == 0
@@ -316,7 +316,7 @@ def test_report_opens_a_browser_or_says_that_there_is_none(
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["report", "toi"], "toi: neither a pipeline file nor a run of the store {store}. Did you mean 'toy'?"),
         (["report", "nowhere.yaml"], "nowhere.yaml: there is no such file"),
@@ -324,17 +324,19 @@ def test_report_opens_a_browser_or_says_that_there_is_none(
         (["report", "toy", "--opne"], "Did you mean '--open'?"),
     ],
 )
-def test_mistakes_of_report(words: list[str], said: str, pipeline_file: Path, finished: Path, capsys: Said) -> None:
+def test_mistakes_of_report(
+    words: list[str], message: str, pipeline_file: Path, finished: Path, capsys: Capture
+) -> None:
     store = finished
     assert main([word.format(file=pipeline_file) for word in words] + ["--store", str(store)]) == 2
     captured = capsys.readouterr()
-    assert said.format(store=store) in captured.err and captured.out == ""
+    assert message.format(store=store) in captured.err and captured.out == ""
 
 
-def test_an_empty_store_has_nothing_to_report(pipeline_file: Path, store: Path, capsys: Said) -> None:
+def test_an_empty_store_has_nothing_to_report(pipeline_file: Path, store: Path, capsys: Capture) -> None:
     assert main(["report", "--store", str(store)]) == 2
-    assert "no run has been made in this store yet" in capsys.readouterr().err
+    assert "this store has no runs yet" in capsys.readouterr().err
     assert main(["report", "toy", "--store", str(store)]) == 2
-    assert "No run has been made there yet." in capsys.readouterr().err
+    assert "This store has no runs yet." in capsys.readouterr().err
     assert main(["report", str(pipeline_file), "--store", str(store)]) == 2
     assert "no stage is finished yet" in capsys.readouterr().err

@@ -29,21 +29,21 @@ def store(tmp_path: Path) -> Path:
 def states(store: Path, capsys: pytest.CaptureFixture[str], run: str = "toy") -> dict[str, str]:
     capsys.readouterr()
     assert main(["status", run, "--store", str(store), "--json"]) == 0
-    return {one["stage"]: f"{one['state']}: {one['what']}" for one in json.loads(capsys.readouterr().out)[run]}
+    return {row["stage"]: f"{row['state']}: {row['what']}" for row in json.loads(capsys.readouterr().out)[run]}
 
 
 def test_each_stage_is_said_to_be_what_it_is(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", "--store", str(store)]) == 0
-    assert "no run has been made there yet" in capsys.readouterr().out
+    assert "this store has no runs yet" in capsys.readouterr().out
     with pytest.raises(StageFailed):
         run_pipeline(Pipeline(toy.pipeline(two={"crash": "bug"})), store=store)
-    found = states(store, capsys)
-    assert found["one"].startswith("done: 20")
-    assert found["two"] == "failed: ValueError: a bug"
-    assert found["total"] == "not begun: "
+    stages = states(store, capsys)
+    assert stages["one"].startswith("done: 20")
+    assert stages["two"] == "failed: ValueError: a bug"
+    assert stages["total"] == "not begun: "
     with pytest.raises(StageFailed):
         run_pipeline(Pipeline(toy.pipeline(two={"crash": "kill"})), store=store)
-    assert states(store, capsys)["two"] == "stopped: 2/3 steps, goes on from its checkpoint"
+    assert states(store, capsys)["two"] == "stopped: 2/3 steps, resumes from its checkpoint"
     assert main(["status", "--store", str(store)]) == 0
     assert capsys.readouterr().out == "toy  1 done, 1 stopped, 1 not begun\n"
     assert main(["status", "toi", "--store", str(store)]) == 2
@@ -51,7 +51,7 @@ def test_each_stage_is_said_to_be_what_it_is(store: Path, capsys: pytest.Capture
     assert main(["cancel", "toy", "twoo", "--store", str(store)]) == 2
     assert "run 'toy' has no such stage. Did you mean 'two'?" in capsys.readouterr().err
     assert main(["cancel", "toy", "--store", str(store)]) == 0
-    assert capsys.readouterr().out == "nothing of 'toy' waits or runs\n"
+    assert capsys.readouterr().out == "'toy' has nothing that waits or runs\n"
 
 
 def test_a_run_of_this_machine_is_seen_and_ended(
@@ -69,10 +69,10 @@ def test_a_run_of_this_machine_is_seen_and_ended(
     while len(list(store.glob("number/*.partial/checkpoints/step-*"))) < 2:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
-    found = states(store, capsys)["one"]
-    assert found.startswith(f"runs: process {process.pid} on ") and "/400 steps" in found
+    stages = states(store, capsys)["one"]
+    assert stages.startswith(f"runs: process {process.pid} on ") and "/400 steps" in stages
     assert main(["cancel", "toy", "--store", str(store)]) == 0
     assert capsys.readouterr().out == f"ended process {process.pid}; finished stages and checkpoints are kept\n"
-    said, _ = process.communicate(timeout=240)
-    assert process.returncode == 130, said
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 130, output
     assert states(store, capsys)["one"].startswith("stopped: ")

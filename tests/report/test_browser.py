@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from align.report.page import write_report
+from align.report.run.run_report import write_report
 from align.store.artifacts import Kind
-from tests.report.conftest import HOSTILE, write_artifact
 from tests.support.report.browser import chromium, console, needs_browser, open_page, requests, resize
+from tests.support.report.example_run import HOSTILE, write_artifact
 
 pytestmark = needs_browser
 
 
 @pytest.fixture(scope="module")
 def driver():
-    with chromium() as found:
-        yield found
+    with chromium() as browser:
+        yield browser
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def all_of(driver, selector):
     return driver.find_elements("css selector", selector)
 
 
-def one(driver, selector):
+def first(driver, selector):
     return driver.find_element("css selector", selector)
 
 
@@ -50,11 +50,11 @@ def choose(driver, name, value):
 
 
 def titles(driver):
-    return [found.text for found in all_of(driver, "#list .sample .turn:first-child .text")]
+    return [element.text for element in all_of(driver, "#list .sample .turn:first-child .text")]
 
 
 def test_it_loads_without_an_error_and_without_a_request(driver, opened):
-    assert one(driver, "#shown").text == "10 of 66 prompts"  # our own script ran, under the page's policy
+    assert first(driver, "#shown").text == "10 of 66 prompts"  # our own script ran, under the page's policy
     assert console(driver) == []
     assert requests(driver, opened) == []
 
@@ -84,14 +84,14 @@ def test_figures_are_drawn(driver, opened):
 
 def test_filters_and_order(driver, opened):
     choose(driver, "task", "ifeval")
-    assert one(driver, "#shown").text == "10 of 40 prompts"
+    assert first(driver, "#shown").text == "10 of 40 prompts"
     assert titles(driver)[:3] == ["instruction 0", "instruction 1", "instruction 2"]  # where ppo did better
-    sources = [found.text for found in all_of(driver, "#source option")]
+    sources = [element.text for element in all_of(driver, "#source option")]
     assert sources == ["all", "length"]
     choose(driver, "find", "DID 17")
     assert titles(driver) == ["instruction 17"]
     choose(driver, "find", "")
-    one(driver, "#more").click()
+    first(driver, "#more").click()
     assert len(titles(driver)) == 20
     choose(driver, "task", "prompts")
     choose(driver, "sort", "up:ppo")
@@ -99,7 +99,7 @@ def test_filters_and_order(driver, opened):
     choose(driver, "sort", "down:ppo")
     assert HOSTILE[:8] not in titles(driver)[0]
     choose(driver, "source", "<b>lists</b>")
-    assert one(driver, "#shown").text == "10 of 24 prompts"
+    assert first(driver, "#shown").text == "10 of 24 prompts"
 
 
 def test_turns_of_a_conversation(driver, opened):
@@ -111,7 +111,7 @@ def test_turns_of_a_conversation(driver, opened):
 def test_numbers_by_token(driver, opened):
     from selenium.webdriver import ActionChains
 
-    card = next(found for found in all_of(driver, "#list .answer") if found.text.startswith("ppo"))
+    card = next(element for element in all_of(driver, "#list .answer") if element.text.startswith("ppo"))
     kl, value = card.find_elements("css selector", ".heat-buttons button")
     plain = card.find_element("css selector", ".text").text
     kl.click()
@@ -120,11 +120,11 @@ def test_numbers_by_token(driver, opened):
     assert "document.title" in box.text  # hostile tokens are text too
     assert driver.title == "Alignment report"
     tokens = box.find_elements("css selector", ".tok")
-    widths = {found.value_of_css_property("text-decoration-thickness") for found in tokens}
-    styles = {found.value_of_css_property("text-decoration-style") for found in tokens}
+    widths = {element.value_of_css_property("text-decoration-thickness") for element in tokens}
+    styles = {element.value_of_css_property("text-decoration-style") for element in tokens}
     assert len(widths) > 3  # tells sizes apart without color
     assert styles == {"solid", "dotted"}  # and signs
-    ActionChains(driver).move_to_element(card.find_element("css selector", ".who")).perform()  # off the tokens
+    ActionChains(driver).move_to_element(card.find_element("css selector", ".title")).perform()  # off the tokens
     driver.execute_script("arguments[0].focus()", tokens[1])
     reading = card.find_element("css selector", ".reading")
     assert "token 2 of" in reading.text
@@ -133,7 +133,7 @@ def test_numbers_by_token(driver, opened):
     assert "token 3 of" in reading.text
     assert "KL 0.00 nats" in reading.text
     value.click()
-    ActionChains(driver).move_to_element(card.find_element("css selector", ".who")).perform()
+    ActionChains(driver).move_to_element(card.find_element("css selector", ".title")).perform()
     driver.execute_script("arguments[0].focus()", card.find_elements("css selector", ".tok")[2])
     assert "value +0.20" in card.find_element("css selector", ".reading").text
     value.click()
@@ -143,7 +143,7 @@ def test_numbers_by_token(driver, opened):
 
 def test_rollouts_of_training(driver, opened):
     choose(driver, "task", "rollouts ppo")
-    card = one(driver, "#list .answer")
+    card = first(driver, "#list .answer")
     assert [button.text for button in card.find_elements("css selector", "button")] == [
         "KL by token", "Value by token", "Advantage by token",
     ]  # fmt: skip
@@ -151,7 +151,7 @@ def test_rollouts_of_training(driver, opened):
 
 def test_values_are_read_off_a_curve(driver, opened):
     figures = all_of(driver, "figure.curve")
-    pair = next(found for found in figures if "test_loss" in found.get_attribute("aria-label"))
+    pair = next(element for element in figures if "test_loss" in element.get_attribute("aria-label"))
     driver.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", pair)
     from selenium.webdriver import ActionChains
 
@@ -164,12 +164,14 @@ def test_values_are_read_off_a_curve(driver, opened):
     driver.execute_script("arguments[0].focus()", pair)
     pair.send_keys("\ue014")
     assert reading.text == "step 1 · loss 0.5 · test_loss 0.5"
-    ppo = [found for found in figures if found.find_elements("css selector", "[id*=none], svg") and found is not pair][
-        -1
-    ]
+    ppo = [
+        element
+        for element in figures
+        if element.find_elements("css selector", "[id*=none], svg") and element is not pair
+    ][-1]
     driver.execute_script("arguments[0].focus()", ppo)
     ppo.send_keys("\ue014", "\ue014")
-    shown = [found.text for found in all_of(driver, "figure.curve .reading") if found.text]
+    shown = [element.text for element in all_of(driver, "figure.curve .reading") if element.text]
     assert len(shown) == 4  # ppo's own four, and no longer sft's
     assert all(text.startswith("step 1 · ") for text in shown)
 
@@ -186,10 +188,10 @@ def test_nothing_is_wider_than_the_window(driver, opened, width):
 def test_pages_of_unfinished_and_empty_runs(driver, tmp_path):
     model = write_artifact(tmp_path, "model", Kind.MODEL)
     failed = {"stage": "sft", "message": HOSTILE, "pending": ["evaluate"], "inputs": ["model"]}
-    for number, (artifacts, what) in enumerate(
+    for number, (artifacts, failure) in enumerate(
         (([model], failed), ([model], {**failed, "status": "running"}), ([], None))
     ):
-        page = write_report(artifacts, None, tmp_path / f"{number}.html", what)
+        page = write_report(artifacts, None, tmp_path / f"{number}.html", failure)
         open_page(driver, page)
         assert driver.title == "Alignment report"
         assert console(driver) == []

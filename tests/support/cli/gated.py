@@ -1,4 +1,4 @@
-"""A stage whose record says that gates failed, and a score it is compared by; for tests of what commands do then."""
+"""Stages whose gates fail, or that fail while a file exists, for tests of the commands."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from align.store.artifacts import Kind
 
 
 class GatedConfig(Config):
-    """Which gates it finds failed."""
+    """Gates that the record reports as failed."""
 
     failed: list[str] = []
 
 
 def gated(context: StageContext) -> dict[str, Any]:
-    """Write a file and the gates that failed."""
+    """Write a file and report the failed gates."""
     (context.output / "card.txt").write_text("card")
     return {"failed_gates": context.config.failed}
 
@@ -29,7 +29,7 @@ GATED = Stage(
 
 
 class SwitchedConfig(Config):
-    """A file that makes the stage fail while it is there."""
+    """A file that makes the stage fail while it exists."""
 
     file: str
 

@@ -1,4 +1,4 @@
-"""Stages that "train" a checkpoint by copying a folder: a chain of records without the time that training takes."""
+"""Stages that "train" a checkpoint by copying a folder, which gives a chain of records in no time."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from align.store.artifacts import GENERATORS, Kind
 
 
 class TrainedConfig(Config):
-    """What it is trained from, and the folder that it comes to."""
+    """The checkpoint to train, and the folder that is copied as the result."""
 
     model: stage_input(*GENERATORS)  # type: ignore[valid-type]
     folder: str
 
 
-class FoundConfig(Config):
+class BaseConfig(Config):
     """A base model's folder."""
 
     folder: str
 
 
-def found(context: StageContext) -> dict[str, Any]:
-    """Copy the folder."""
+def copy_base(context: StageContext) -> dict[str, Any]:
+    """Copy the folder as a base model."""
     shutil.copytree(context.config.folder, context.output / "model")
     return {}
 
 
-def trained(context: StageContext) -> dict[str, Any]:
+def copy_trained(context: StageContext) -> dict[str, Any]:
     """Copy the folder."""
     assert (context.artifact("model").model / "config.json").is_file()
     shutil.copytree(context.config.folder, context.output / "model")
@@ -41,9 +41,11 @@ def trained(context: StageContext) -> dict[str, Any]:
 
 
 def _stage(name: str, makes: Kind) -> Stage:
-    return Stage(name, 1, makes, f"{__name__}:TrainedConfig", f"{__name__}:trained", name, f"{__name__}:{name.upper()}")
+    return Stage(
+        name, 1, makes, f"{__name__}:TrainedConfig", f"{__name__}:copy_trained", name, f"{__name__}:{name.upper()}"
+    )
 
 
 POLICY = _stage("policy", Kind.POLICY)
 REWARD = _stage("reward", Kind.REWARD)
-MODEL = Stage("found", 1, Kind.MODEL, f"{__name__}:FoundConfig", f"{__name__}:found", "found", f"{__name__}:MODEL")
+MODEL = Stage("found", 1, Kind.MODEL, f"{__name__}:BaseConfig", f"{__name__}:copy_base", "found", f"{__name__}:MODEL")

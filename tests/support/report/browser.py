@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 CHROMIUM = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
 )
 DRIVER = shutil.which("chromedriver") or ""
 MISSING = "no Chromium with its driver here: `make browser` (apt-get install chromium chromium-driver)"
@@ -65,8 +65,8 @@ def open_page(driver: Any, page: Path) -> None:
     console(driver), requests(driver, page)
     driver.get(page.as_uri())
     # on a busy machine the driver may be back before the last of a page of this size is parsed
-    whole = "return document.readyState === 'complete' && document.querySelector('footer') !== null"
-    WebDriverWait(driver, 60).until(lambda one: one.execute_script(whole))
+    is_loaded = "return document.readyState === 'complete' && document.querySelector('footer') !== null"
+    WebDriverWait(driver, 60).until(lambda page: page.execute_script(is_loaded))
 
 
 def resize(driver: Any, width: int, height: int) -> None:
@@ -82,11 +82,11 @@ def console(driver: Any) -> list[str]:
 
 def requests(driver: Any, page: Path) -> list[str]:
     """Addresses that were asked for since the last call, without the page itself and what it carries in it."""
-    found = []
+    addresses = []
     for entry in driver.get_log("performance"):
         message = json.loads(entry["message"])["message"]
         if message["method"] == "Network.requestWillBeSent":
             address = message["params"]["request"]["url"].partition("#")[0]
             if address != page.as_uri() and not address.startswith("data:"):
-                found.append(address)
-    return found
+                addresses.append(address)
+    return addresses

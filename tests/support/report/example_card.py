@@ -1,4 +1,4 @@
-"""A scorecard of format 2 with everything in it, built by the evaluation's own code from made-up measurements."""
+"""A scorecard of format 3 with everything in it, built by the evaluation's own code from invented measurements."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from align.config.stages.evaluation_gates import parse_gates
 from align.evaluation.comparisons import Resampling
-from align.evaluation.gates import parse_gates
-from align.evaluation.pairs import pair_accuracy
-from align.evaluation.scorecard import Measurements, TaskFound, build
+from align.evaluation.reward_accuracy import pair_accuracy
+from align.evaluation.scorecard import Measurements, TaskResult, build
 from align.evaluation.statistics import mean_interval, wilson
 from align.evaluation.tasks.base import Item, Measured, Metric, SystemInfo, Task
 
@@ -29,8 +29,8 @@ def systems() -> list[SystemInfo]:
     ]
 
 
-class MadeUp(Task):
-    """A task with numbers that nobody measured."""
+class StubTask(Task):
+    """A task with invented numbers."""
 
     responds = True
 
@@ -40,7 +40,7 @@ class MadeUp(Task):
     ) -> None:  # fmt: skip
         self.name, self.kind, self.title, self.metrics = name, kind, title, metrics
         self.primary = next(iter(metrics))
-        self.items = [Item(f"{name}-{at}", source, []) for at, source in enumerate(sources)]
+        self.items = [Item(f"{name}-{index}", source, []) for index, source in enumerate(sources)]
         self._settings, self._extra = settings, extra or {}
 
     def settings(self) -> dict[str, Any]:
@@ -55,33 +55,33 @@ def share(title: str, better: Any = "higher") -> Metric:
     return Metric(title, better, "share", f"what {title} means")
 
 
-def example_tasks(rates: dict[str, float]) -> list[TaskFound]:
+def example_tasks(rates: dict[str, float]) -> list[TaskResult]:
     """An instruction task, refusals in both directions, perplexity, and a judged one with win rates."""
     generator = np.random.default_rng(1)
 
     def coins(system: str, shift: float = 0.0) -> list[list[float]]:
         return [[float(hit)] for hit in generator.random(ITEMS) < np.clip(rates[system] + shift, 0, 1)]
 
-    ifeval = MadeUp(
+    ifeval = StubTask(
         "ifeval", "ifeval", "IFEval",
         {"prompt_strict": share("Prompt, strict"), "prompt_loose": share("Prompt, loose")},
         ["length", "format"] * (ITEMS // 2), {"files": ["input_data.jsonl"], "max_tokens": 256, "seed": 17},
     )  # fmt: skip
-    xstest = MadeUp(
+    xstest = StubTask(
         "refusals", "xstest", "XSTest", {"refused_safe": share("Safe prompts refused", "lower"),
                                          "refused_unsafe": share("Unsafe prompts refused")},
         ["safe", "unsafe"] * (ITEMS // 2), {"rule": "words"},
     )  # fmt: skip
-    general = MadeUp(
+    general = StubTask(
         "general", "perplexity", "General text", {"bits_per_byte": Metric("Bits per byte", "lower", "bits", "text")},
         ["wiki"] * ITEMS, {"window": 512},
     )  # fmt: skip
-    judged = MadeUp(
+    judged = StubTask(
         "mt", "judged", "MT-Bench", {"score": Metric("Judge's score", "higher", "1 to 10", "mean of both turns")},
         ["writing"] * ITEMS, {"judge": "judge-7b"},
         {"win_rates": [win_rate("ppo", "sft", 25, 5, 10), win_rate("ppo", "model", 36, 2, 2, True)]},
     )  # fmt: skip
-    found = []
+    tasks = []
     half = [1.0, 0.0] * (ITEMS // 2)
     for task in (ifeval, xstest, general, judged):
         measured = {}
@@ -89,17 +89,17 @@ def example_tasks(rates: dict[str, float]) -> list[TaskFound]:
             if task is general and name == "best8":
                 continue  # it has no distribution
             if task is general:
-                values = {"bits_per_byte": [[1.0 + 0.3 * (name == "ppo") + one] for one in generator.random(ITEMS)]}
+                values = {"bits_per_byte": [[1.0 + 0.3 * (name == "ppo") + draw] for draw in generator.random(ITEMS)]}
             elif task is judged:
-                values = {"score": [[5 + 3 * rates[name] + one] for one in generator.random(ITEMS)]}
+                values = {"score": [[5 + 3 * rates[name] + draw] for draw in generator.random(ITEMS)]}
             else:
-                values = {metric: coins(name, 0.1 * at) for at, metric in enumerate(task.metrics)}
-            one = Measured(values, notes={"cut off": 3} if name == "ppo" else {})
+                values = {metric: coins(name, 0.1 * index) for index, metric in enumerate(task.metrics)}
+            measurement = Measured(values, notes={"cut off": 3} if name == "ppo" else {})
             if task is xstest:
-                one.weights = {"refused_safe": half, "refused_unsafe": half[::-1]}
-            measured[name] = one
-        found.append(TaskFound(task, measured))
-    return found
+                measurement.weights = {"refused_safe": half, "refused_unsafe": half[::-1]}
+            measured[name] = measurement
+        tasks.append(TaskResult(task, measured))
+    return tasks
 
 
 def win_rate(one: str, other: str, wins: int, ties: int, losses: int, controlled: bool = False) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def win_rate(one: str, other: str, wins: int, ties: int, losses: int, controlled
 
 
 def reward_report(stage: str = "reward", sections: bool = False) -> dict[str, Any]:
-    """What is known of a reward model: pairs, calibration, margins, length, a second scorer."""
+    """A report on a reward model: pairs, calibration, margins, length, a second scorer."""
     pair = {"chosen": [{"content": "aa"}], "rejected": [{"content": "b"}], "source": "words"}
     other = {**pair, "source": "<b>lists</b>"}
     accuracy = pair_accuracy([pair, other] * 5, [1.0] * 8 + [0.0] * 2, [0.5] * 10)
@@ -136,9 +136,9 @@ def reward_report(stage: str = "reward", sections: bool = False) -> dict[str, An
             "note": None,
             "ece_scaled": mean_interval([0.05, 0.1, 0.1], resamples=100, seed=0).as_dict(),
             "bins": [
-                {"low": at / 4, "high": (at + 1) / 4, "n": 10, "confidence": confidence,
+                {"low": index / 4, "high": (index + 1) / 4, "n": 10, "confidence": confidence,
                  "accuracy": wilson(hit, 10).as_dict()}
-                for at, (confidence, hit) in enumerate(zip(confidences, hits, strict=True))
+                for index, (confidence, hit) in enumerate(zip(confidences, hits, strict=True))
             ],
         },
         "length_correlation": mean_interval([0.3, 0.4, 0.2], resamples=100, seed=0).as_dict(),
@@ -179,27 +179,29 @@ SETTINGS = {
 
 def small_card() -> dict[str, Any]:
     """Three checkpoints on 24 prompts of two sources, and a reward model; no tasks."""
-    found = Measurements(systems()[:3], "sft", "model", ["<b>lists</b>", "words"] * (PROMPTS // 2))
-    found.values = prompt_values(POLICIES)
+    measurements = Measurements(systems()[:3], "sft", "model", ["<b>lists</b>", "words"] * (PROMPTS // 2))
+    measurements.values = prompt_values(POLICIES)
     pair = {"chosen": [{"content": "aa"}], "rejected": [{"content": "b"}], "source": "words"}
     accuracy = pair_accuracy([pair] * 10, [1.0] * 8 + [0.0] * 2, [0.5] * 10)
-    found.reward_models = [accuracy | {"stage": "reward", "task": "pairs"}]
-    return build(found, Resampling(300, 0), SETTINGS)
+    measurements.reward_models = [accuracy | {"stage": "reward", "task": "pairs"}]
+    return build(measurements, Resampling(300, 0), SETTINGS)
 
 
 def full_card(prompts: bool = True) -> dict[str, Any]:
     """Five systems, four tasks, gates that fail, hold and cannot be decided, win rates and two reward models."""
     names = [system.name for system in systems()]
-    found = Measurements(systems(), "sft", "model", ["<b>lists</b>", "words"] * (PROMPTS // 2) if prompts else [])
+    measurements = Measurements(
+        systems(), "sft", "model", ["<b>lists</b>", "words"] * (PROMPTS // 2) if prompts else []
+    )
     if prompts:
-        found.values = prompt_values(names)
-        del found.values["best8"]["kl"]  # it has no distribution; the scorecard states a bound
-    found.tasks = example_tasks({"model": 0.2, "sft": 0.5, "ppo": 0.75, "prompted": 0.3, "best8": 0.6})
-    found.reward_models = [reward_report(), reward_report("reward-b", sections=True)]
+        measurements.values = prompt_values(names)
+        del measurements.values["best8"]["kl"]  # it has no distribution; the scorecard states a bound
+    measurements.tasks = example_tasks({"model": 0.2, "sft": 0.5, "ppo": 0.75, "prompted": 0.3, "best8": 0.6})
+    measurements.reward_models = [reward_report(), reward_report("reward-b", sections=True)]
     gates = {
         "ifeval.prompt_strict": ">= sft - 0.02",
         "refusals.refused_safe": {"bound": "<= 0.05", "level": "warning"},
         "best8/general.bits_per_byte": ">= 0.5",
     } | ({"kl_to_sft": "<= 0.5", "gold": [">= 0.1"]} if prompts else {})
-    found.gates = parse_gates(gates, names, "sft")
-    return build(found, Resampling(300, 0), SETTINGS if prompts else {**SETTINGS, "prompts": 0})
+    measurements.gates = parse_gates(gates, names, "sft")
+    return build(measurements, Resampling(300, 0), SETTINGS if prompts else {**SETTINGS, "prompts": 0})

@@ -1,0 +1,241 @@
+"""Writes the page that compares several runs: changed settings, results, and the best trade-offs.
+
+It shares its sections with the page of one run (scorecard, behavior, samples), with the systems of all runs side by
+side. Like that page it needs no network, and nothing that a model or a log wrote becomes markup. The merged
+``scorecard.json`` and ``samples.jsonl``, figures and tables lie next to it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from align.report.compare.merged_scorecard import (
+    SAMPLES,
+    SCORECARD,
+    Card,
+    EvaluatedRun,
+    differing_item_counts,
+    merge,
+    merge_samples,
+    read_cards,
+)
+from align.report.compare.overlays import overlays, pareto_front, pareto_plot, points
+from align.report.compare.run_table import Runs, cost_rows, run_table
+from align.report.compare.sweep_trials import SweepTrials, sweep_section
+from align.report.curves.curve_panels import MAX_PANELS, add_panels, curve_section
+from align.report.curves.metric_series import Events, read_events
+from align.report.page.assets import FIGURES, TABLES, AssetWriter, Figure
+from align.report.page.escape import script_json
+from align.report.page.number_format import interval, number, signed
+from align.report.page.panels import Panel
+from align.report.page.templates import load_template, page_shell
+from align.report.scorecard.conclusions import find_difference, metric_phrase
+from align.report.scorecard.sections import evaluation_sections
+from align.store.artifacts import Artifact, Kind
+from align.store.atomic_write import write_text_atomically
+
+SCORES = ("gold", "reward")
+TRADE_OFF_COLUMNS = {
+    "score": "Score",
+    "system": "System",
+    "run": "Run",
+    "kl": "KL",
+    "value": "Value",
+    "best": "Best trade-off",
+}
+
+
+def write_comparison(
+    runs: Mapping[str, Mapping[str, Artifact]],
+    out: Path,
+    title: str = "Comparison of runs",
+    notes: Mapping[str, str] | None = None,
+    sweep: SweepTrials | None = None,
+) -> Path:
+    """Write the page about ``runs`` (name → artifacts by stage, as in ``Run.artifacts``) to ``out`` and return ``out``.
+
+    ``notes`` warn about single runs: that one failed, that stages are missing. ``sweep`` are the trials that the runs
+    come from. Figures and tables go into ``figures`` and ``tables`` in the same folder.
+    """
+    Panel.start_page()
+    assets = AssetWriter()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    evaluated, problems = read_cards(runs)
+    # One merged scorecard: the sections of a single run's report then work for several runs, too.
+    card = merge(evaluated) if evaluated else None
+    run_notes = {run: " · ".join(filter(None, ((notes or {}).get(run), problems.get(run)))) for run in runs}
+    merged = _write_merged(evaluated, card, out.parent)
+    events = {
+        run: {stage: read_events(artifact.path) for stage, artifact in artifacts.items()}
+        for run, artifacts in runs.items()
+    }
+    curves, readings, same_stages = _curve_sections(runs, events, assets)
+    table = run_table(runs, evaluated, card, run_notes, assets)
+    sections = evaluation_sections(merged, card, _events_by_label(runs, events), assets)
+    # The trade-off figures below show the same points as the plots of score against KL.
+    assets.figures[:] = [figure for figure in assets.figures if figure not in sections["drift"]]
+    trade_offs = _trade_offs(evaluated, card, assets)
+    html = load_template("comparison.html.jinja").render(
+        **page_shell(title),
+        **{**sections, "drift": []},
+        sweep=sweep_section(sweep, assets),
+        runs=table,
+        first=evaluated[0].name if evaluated else "",
+        heads=_headlines(evaluated, card),
+        findings=_findings(evaluated, card, trade_offs),
+        trade_offs=[trade_off["figure"] for trade_off in trade_offs],
+        other_items=differing_item_counts(evaluated),
+        curves=curves,
+        curves_json=script_json(readings),
+        same=same_stages,
+        costs=cost_rows(runs, assets),
+        folders=(FIGURES, TABLES),
+    )
+    assets.write(out.parent)
+    write_text_atomically(out, html)
+    return out
+
+
+def _write_merged(evaluated: Sequence[EvaluatedRun], card: Card | None, folder: Path) -> list[Artifact]:
+    """Write the merged scorecard and samples as files, from which the page's sections read them."""
+    if card is None:
+        for name in (SCORECARD, SAMPLES):  # an earlier comparison may have left them
+            (folder / name).unlink(missing_ok=True)
+        return []
+    write_text_atomically(folder / SCORECARD, json.dumps(card, indent=1) + "\n")
+    samples = "".join(json.dumps(line) + "\n" for line in merge_samples(evaluated))
+    write_text_atomically(folder / SAMPLES, samples)
+    return [Artifact("comparison", Kind.SCORECARD, folder, {})]
+
+
+def _headlines(evaluated: Sequence[EvaluatedRun], card: Card | None) -> list[dict[str, Any]]:
+    """Return a box for each run: the primary metric of the checkpoint that the run is about."""
+    if card is None:
+        return []
+    first = evaluated[0]
+    return [
+        {
+            "run": run.name,
+            "subject": run.subject,
+            "estimate": card["estimates"][run.subject_label].get(card["primary"]),
+            "difference": find_difference(card, run.subject_label, first.subject_label, card["primary"]),
+            "against": first.name,
+        }
+        for run in evaluated
+    ]
+
+
+def _findings(
+    evaluated: Sequence[EvaluatedRun], card: Card | None, trade_offs: Sequence[Mapping[str, Any]]
+) -> list[dict[str, str]]:
+    """Return the comparison's findings as sentences; ``kind`` is a verdict or ``note``."""
+    if card is None:
+        return []
+    lines = _best_run(evaluated, card)
+    first = evaluated[0]
+    for run in evaluated[1:]:
+        row = find_difference(card, run.subject_label, first.subject_label, card["primary"])
+        if row is not None:
+            unclear = row["verdict"] == "unclear"
+            relation = "is not clearly different from" if unclear else f"is {row['verdict']} than"
+            text = f"{run.name} {relation} {first.name}: {signed(row['value'])} (95 % interval {interval(row, True)})."
+            lines.append({"kind": row["verdict"], "text": text})
+    return lines + [{"kind": "note", "text": trade_off["text"]} for trade_off in trade_offs]
+
+
+def _best_run(evaluated: Sequence[EvaluatedRun], card: Card) -> list[dict[str, str]]:
+    """Return the sentence about the run with the best primary value; none where fewer than two have one."""
+    metric = card["primary"]
+    estimates = {run.name: card["estimates"][run.subject_label].get(metric) for run in evaluated}
+    measured = [run for run in evaluated if (estimate := estimates[run.name]) and estimate["value"] is not None]
+    if len(measured) < 2:
+        return []
+    sign = 1 if card["metrics"].get(metric, {}).get("better") == "lower" else -1
+    # The smallest after the sign: by value, whichever direction is better.
+    best = min(measured, key=lambda run: sign * estimates[run.name]["value"])
+    estimate = estimates[best.name]
+    text = (
+        f"{best.name} comes out first in {metric_phrase(card, metric)}: {best.subject} {number(estimate['value'])} "
+        f"(95 % interval {interval(estimate)})."
+    )
+    return [{"kind": "note", "text": text}]
+
+
+def _trade_offs(evaluated: Sequence[EvaluatedRun], card: Card | None, assets: AssetWriter) -> list[dict[str, Any]]:
+    """Return figures of score against KL, each with a sentence on its front; none where KL was not measured."""
+    if card is None:
+        return []
+    run_of = {label: run.name for run in evaluated for name, label in run.labels.items() if label != name}
+    # KL is a distance from the reference; with different references the points share no axis.
+    references = {_system_key(run.card, run.card["reference"]) for run in evaluated}
+    warning = ""
+    if len(references) > 1:
+        warning = " Runs measure KL to different references, so compare it within a run only."
+    trade_offs: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
+    for name in [name for name in SCORES if name in card["metrics"]] or [card["primary"]]:
+        metric = card["metrics"].get(name)
+        candidates = points(card, name, run_of)
+        if metric is None or len(candidates) < 2:
+            continue
+        front = pareto_front(candidates, metric["better"])
+        for point in candidates:
+            values = {"kl": point.kl["value"], "value": point.score["value"], "best": point in front}
+            rows.append({"score": name, "system": point.label, "run": point.run, **values})
+        names = ", ".join(point.label for point in front)
+        caption = (
+            f"{metric['title']} against KL to {card['reference']}, one point per checkpoint with 95 % intervals. "
+            f"Ringed and joined: the checkpoints that no other beats in both.{warning}"
+        )
+        plot = pareto_plot(candidates, front, metric["title"], card["reference"])
+        figure: Figure = assets.add_figure(f"trade-off-{name}", plot, caption)
+        text = f"Best trade-offs of {metric_phrase(card, name)} and KL: {names}.{warning}"
+        trade_offs.append({"figure": figure, "text": text})
+    if rows:
+        assets.add_table("trade-offs", "Score against KL", TRADE_OFF_COLUMNS, rows)
+    return trade_offs
+
+
+def _system_key(card: Card, name: str) -> str:
+    return next((str(system["key"]) for system in card["systems"] if system["name"] == name), name)
+
+
+def _stage_keys(runs: Runs, stage: str) -> set[str]:
+    return {str(artifacts[stage].record.get("key")) for artifacts in runs.values() if stage in artifacts}
+
+
+def _events_by_label(runs: Runs, events: Mapping[str, Mapping[str, Events]]) -> dict[str, Events]:
+    """Return the stages' events: under ``run: stage``, or under the stage's name where all runs share it."""
+    labeled: dict[str, Events] = {}
+    for run, by_stage in events.items():
+        for stage, stage_events in by_stage.items():
+            # With a single run every stage has one key, and its name needs no label either way.
+            is_shared = len(_stage_keys(runs, stage)) == 1 and len(runs) > 1
+            labeled.setdefault(stage if is_shared else f"{run}: {stage}", stage_events)
+    return labeled
+
+
+def _curve_sections(
+    runs: Runs, events: Mapping[str, Mapping[str, Events]], assets: AssetWriter
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[str]]:
+    """Return panels with a line for each run, by stage; the panels' numbers; and the stages that all runs share.
+
+    A shared stage has the same curves in every run, so it gets no panels.
+    """
+    sections: list[dict[str, Any]] = []
+    readings: list[dict[str, Any]] = []
+    same_stages: list[str] = []
+    for stage in dict.fromkeys(stage for artifacts in runs.values() for stage in artifacts):
+        by_run = {run: by_stage[stage] for run, by_stage in events.items() if stage in by_stage}
+        # A stage that all runs share has one curve, which would be drawn once for each run.
+        if len(by_run) > 1 and len(_stage_keys(runs, stage)) == 1:
+            same_stages.append(stage)
+            continue
+        curves, left_out = overlays(by_run, MAX_PANELS)
+        if curves:
+            panels = add_panels(stage, curves, readings, assets)
+            sections.append(curve_section(stage, panels, left_out, steps_per_point=1))
+    return sections, readings, same_stages

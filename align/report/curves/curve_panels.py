@@ -1,0 +1,204 @@
+"""Training curves as small panels, with the numbers that the page's script needs to read values off them.
+
+The axes of a panel have a fixed place. That makes a panel cheap to draw, and the script can put a line over it. A curve
+with more logged steps than points is drawn as means, with the range of the averaged values behind them. Curves are not
+smoothed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from align.errors import printable
+from align.report.curves.metric_series import Events, group_by_panel
+from align.report.page.assets import AssetWriter
+from align.report.page.number_format import number
+from align.report.page.panels import COLORS, INK, LINES, MARKERS, Panel, legend_name, nth, styled
+
+OPEN_PANELS = 8
+"""Curves of a stage that are open at first; the rest is folded."""
+MAX_PANELS = 18
+WIDTH, HEIGHT = 3.0, 1.95
+"""Inches."""
+AXES_BOX = (0.17, 0.2, 0.8, 0.66)
+"""Left, bottom, width and height of the axes, as shares of the panel."""
+POINTS_PER_INCH = 72
+MAX_MARKERS = 20
+"""Curves with at most so many points are drawn with markers."""
+DIGITS = 6
+MIN_PLAIN, MAX_PLAIN = 0.01, 1e5
+"""Axes whose largest number is outside this range have powers of ten on them."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A drawn panel and its numbers: ``reading`` is plain data, in the units of the SVG's view box."""
+
+    title: str
+    svg: Markup
+    reading: dict[str, Any]
+
+
+def curve_sections(
+    events: Mapping[str, Events], assets: AssetWriter
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the panels of each stage, and every panel's numbers in the same order.
+
+    The first panels of a stage are open, the rest is folded.
+    """
+    sections: list[dict[str, Any]] = []
+    readings: list[dict[str, Any]] = []
+    for stage, stage_events in events.items():
+        curves, left_out = stage_curves(stage_events, MAX_PANELS)
+        if curves:
+            panels = add_panels(stage, curves, readings, assets)
+            sections.append(curve_section(stage, panels, left_out, _steps_per_point(stage_events)))
+    return sections, readings
+
+
+def add_panels(
+    stage: str, curves: Sequence[Curve], readings: list[dict[str, Any]], assets: AssetWriter
+) -> list[dict[str, Any]]:
+    """Add the curves' figures to ``assets`` and their numbers to ``readings``; return the panels for the template."""
+    panels = []
+    for curve in curves:
+        figure = assets.add_figure(f"curve-{stage}-{curve.title}", curve.svg, f"{stage}: {curve.title}")
+        # The page's script finds a panel's numbers by this index.
+        panels.append({"figure": figure, "number": len(readings)})
+        readings.append({"stage": stage, **curve.reading})
+    return panels
+
+
+def curve_section(
+    stage: str, panels: list[dict[str, Any]], left_out: list[str], steps_per_point: int
+) -> dict[str, Any]:
+    """Return a stage's panels for the template: the first ones open, the rest folded."""
+    return {
+        "stage": stage,
+        "first": panels[:OPEN_PANELS],
+        "more": panels[OPEN_PANELS:],
+        "left_out": left_out,
+        "averaged": steps_per_point,
+    }
+
+
+def _steps_per_point(events: Events) -> int:
+    """Return how many logged steps a point averages in the longest curve; 1 where every step is drawn."""
+    averaged = [-(-events.logged[name] // len(events.series[name][0])) for name in events.spread]
+    return max(averaged, default=1)
+
+
+def stage_curves(events: Events, limit: int) -> tuple[list[Curve], list[str]]:
+    """Return a stage's panels in reading order, and the titles of those beyond ``limit``.
+
+    A single point is no curve; the record has its value.
+    """
+    panels = group_by_panel({name: points for name, points in events.series.items() if len(points[0]) > 1})
+    curves = [draw_curve(title, names, events) for title, names in panels[:limit]]
+    return curves, [title for title, _ in panels[limit:]]
+
+
+@styled
+def draw_curve(title: str, names: Sequence[str], events: Events) -> Curve:
+    """Draw one panel: the metrics ``names`` (training first, then held out) over steps."""
+    panel = Panel(WIDTH, HEIGHT, AXES_BOX)
+    axes = panel.axes
+    for index, name in enumerate(names):
+        steps, values = events.series[name]
+        if name in events.spread:
+            low, high = events.spread[name]
+            axes.fill_between(steps, low, high, color=nth(COLORS, index), alpha=0.2, linewidth=0)
+        axes.plot(
+            steps,
+            values,
+            color=nth(COLORS, index),
+            linestyle=nth(LINES, index),
+            marker=nth(MARKERS, index) if len(steps) <= MAX_MARKERS else None,
+            markersize=3.5,
+            label=legend_name(name),
+        )
+    _label_axes(axes)
+    axes.set_title(printable(title)[:44], fontsize=9.5, loc="left", color=INK)
+    if len(names) > 1:
+        axes.legend(loc="best")
+    svg = panel.svg(_spoken_label(title, names, events.series))
+    lines = [_line_numbers(name, events) for name in names]
+    return Curve(title, svg, axes_reading(axes, AXES_BOX, (WIDTH, HEIGHT), lines))
+
+
+def _label_axes(axes: Any) -> None:
+    """Set few and short tick labels: the room next to the axes is fixed."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+    for axis, ends in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+        # Both ends of an axis decide together, so that its labels look alike.
+        powers = not MIN_PLAIN <= max(map(abs, ends)) < MAX_PLAIN
+        axis.set_major_formatter(FuncFormatter(lambda value, _, powers=powers: _tick_label(value, powers)))
+    axes.tick_params(labelsize=8)
+    axes.set_xlabel("step", labelpad=1)
+
+
+def axes_reading(
+    axes: Any, box: tuple[float, float, float, float], size: tuple[float, float], lines: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Return what the script needs to place values: the axes' box in the SVG's points, their limits, and the lines.
+
+    ``box`` is left, bottom, width and height as shares of ``size`` (inches). SVG counts downwards from the top.
+    """
+    left, bottom, box_width, box_height = box
+    width, height = size
+    x_limits, y_limits = axes.get_xlim(), axes.get_ylim()
+    return {
+        "box": [
+            left * width * POINTS_PER_INCH,
+            # matplotlib counts from the bottom, SVG from the top.
+            (1 - bottom - box_height) * height * POINTS_PER_INCH,
+            (left + box_width) * width * POINTS_PER_INCH,
+            (1 - bottom) * height * POINTS_PER_INCH,
+        ],
+        "x": [short_number(x_limits[0]), short_number(x_limits[1])],
+        "y": [short_number(y_limits[0]), short_number(y_limits[1])],
+        "lines": lines,
+    }
+
+
+def _line_numbers(name: str, events: Events) -> dict[str, Any]:
+    steps, values = events.series[name]
+    line: dict[str, Any] = {"name": name, "x": short_numbers(steps), "y": short_numbers(values)}
+    if name in events.spread:
+        low, high = events.spread[name]
+        line |= {"low": short_numbers(low), "high": short_numbers(high)}
+    return line
+
+
+def _spoken_label(
+    title: str, names: Sequence[str], series: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+) -> str:
+    """Return the text for screen readers: the first and the last value of each line."""
+    changes = [f"{name} from {number(series[name][1][0])} to {number(series[name][1][-1])}" for name in names]
+    return f"{title} over steps: {', '.join(changes)}"
+
+
+def _tick_label(value: float, powers: bool) -> str:
+    """Return a tick's label, short enough for the fixed room to the left of the axes."""
+    if not value or not powers:
+        return f"{value:.4g}".replace("-", "−")
+    digits, _, power = f"{value:.1e}".partition("e")
+    return f"{digits.removesuffix('.0')}e{int(power)}".replace("-", "−")
+
+
+def short_number(value: float) -> float:
+    """Return a number with :data:`DIGITS` significant digits, so that thousands of them stay small as JSON."""
+    short = float(f"{value:.{DIGITS}g}")
+    return int(short) if short.is_integer() and abs(short) < 1e15 else short
+
+
+def short_numbers(values: Sequence[float]) -> list[float]:
+    """Return ``values`` as :func:`short_number` has them."""
+    return [short_number(value) for value in values]

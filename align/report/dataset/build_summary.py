@@ -1,0 +1,233 @@
+"""Summary of a build's rows for the preview page: samples of each source, lengths, turns, clusters of duplicates.
+
+It takes one pass over the rows and two over the dropped ones, a batch at a time. Its memory does not grow with the
+rows, except for 8 bytes per duplicate. Samples are chosen by their ids, so they are the same on every machine.
+Torch-free.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import json
+import zlib
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from align.data.build_files import SPLITS, batches, row_of_batch
+from align.data.rows import Row
+
+MAX_SOURCES = 24
+"""Sources with samples on the page, the largest first."""
+SAMPLES_PER_SOURCE = 3
+MAX_CLUSTERS, MAX_MEMBERS = 8, 4
+"""Clusters of duplicates on the page, and dropped rows shown of each."""
+MAX_TURNS = 20
+"""Longer conversations are counted as having this many turns."""
+EDGES = np.unique(np.round(2.0 ** (np.arange(0, 4 * 22 + 1) / 4)).astype(np.int64))
+"""Bins of lengths in characters, four to a doubling, up to four million."""
+ANSWERS = ("completion", "chosen", "rejected")
+INSTEAD = '"instead"'
+_SERIAL_NUMBERS = itertools.count()
+"""Breaks ties between samples in a heap, which would otherwise compare their rows."""
+
+
+@dataclass
+class Lengths:
+    """Histograms of one source: characters by bin of :data:`EDGES` (the last bin is open), turns, rows by split."""
+
+    prompt: np.ndarray = field(default_factory=lambda: np.zeros(len(EDGES), np.int64))
+    answers: dict[str, np.ndarray] = field(default_factory=dict)
+    turns: np.ndarray = field(default_factory=lambda: np.zeros(MAX_TURNS + 1, np.int64))
+    rows: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def total(self) -> int:
+        """Rows of all splits."""
+        return sum(self.rows.values())
+
+
+@dataclass
+class Cluster:
+    """Dropped duplicates and the row kept instead of them.
+
+    ``instead`` is the id and place of that row, as the ledger has it; ``kept`` is the row itself, if
+    the build has it.
+    """
+
+    instead: dict[str, str]
+    size: int
+    kept: Row | None = None
+    members: list[dict[str, Any]] = field(default_factory=list)
+    """``row``, ``where``, ``step``, ``reason``, ``detail``."""
+
+
+@dataclass
+class BuildSummary:
+    """Lengths and samples of a build by source, its largest clusters, and the number of dropped duplicates."""
+
+    lengths: dict[str, Lengths]
+    samples: dict[str, list[tuple[str, Row]]]
+    """Source → (split, row)."""
+    clusters: list[Cluster]
+    duplicates: int
+
+
+def summarize(folder: Path) -> BuildSummary:
+    """Read the build in ``folder`` and summarize its rows."""
+    clusters, duplicates = _largest_clusters(folder)
+    # The kept rows of the clusters are found in the same pass that counts lengths and draws samples.
+    clusters_by_id: dict[str, list[Cluster]] = defaultdict(list)
+    for cluster in clusters:
+        clusters_by_id[cluster.instead.get("id", "")].append(cluster)
+    lengths: dict[str, Lengths] = defaultdict(Lengths)
+    heaps: dict[str, list[tuple[int, str, int, str, Row]]] = defaultdict(list)
+    for split in SPLITS:
+        for batch in batches(folder, split):
+            sources = batch.column("source").to_pylist()
+            ids = batch.column("id").to_pylist()
+            _count_lengths(batch, split, sources, lengths)
+            _draw_samples(batch, split, sources, ids, heaps)
+            for index, row_id in enumerate(ids) if clusters else ():
+                for cluster in clusters_by_id.get(row_id, ()):
+                    cluster.kept = cluster.kept or row_of_batch(batch, index)
+    largest = sorted(heaps, key=lambda name: (-lengths[name].total, name))[:MAX_SOURCES]
+    samples = {name: _in_order(heaps[name]) for name in largest}
+    return BuildSummary(dict(lengths), samples, clusters, duplicates)
+
+
+def _draw_samples(batch: pa.RecordBatch, split: str, sources: list[str], ids: list[str], heaps: dict[str, Any]) -> None:
+    """Keep in each source's heap the rows whose ids have the lowest checksums.
+
+    A checksum is as good as a random draw, and depends on nothing but the id: not on the order of rows or on a seed.
+    """
+    for index, (source, row_id) in enumerate(zip(sources, ids, strict=True)):
+        # A checksum instead of a random draw: the page shows the same rows after every build.
+        priority = -zlib.crc32(str(row_id).encode())  # the heap's first entry has the highest checksum
+        heap = heaps[source]
+        is_full = len(heap) == SAMPLES_PER_SOURCE
+        if is_full and priority <= heap[0][0]:
+            continue
+        entry = (priority, str(row_id), next(_SERIAL_NUMBERS), split, row_of_batch(batch, index))
+        if is_full:
+            heapq.heapreplace(heap, entry)
+        else:
+            heapq.heappush(heap, entry)
+
+
+def _in_order(heap: list[tuple[int, str, int, str, Row]]) -> list[tuple[str, Row]]:
+    """Return a heap's samples as (split, row), lowest checksum first."""
+    return [(split, row) for _, _, _, split, row in sorted(heap, key=lambda entry: (-entry[0], entry[1]))]
+
+
+def _count_lengths(batch: pa.RecordBatch, split: str, sources: list[str], lengths: dict[str, Lengths]) -> None:
+    """Add a batch's characters, turns and rows to the histograms of its sources."""
+    # Source names as small numbers, so that each source's rows are found by one comparison.
+    names, codes = np.unique(np.array(sources, dtype=object).astype(str), return_inverse=True)
+    if "prompt" in batch.schema.names:
+        prompt, turns = _characters(batch.column("prompt"))
+        answers = {name: _characters(batch.column(name))[0] for name in ANSWERS if name in batch.schema.names}
+    else:  # plain texts have no turns
+        prompt = np.zeros(len(sources), np.int64)
+        turns = prompt
+        answers = {"text": pc.utf8_length(batch.column("text")).to_numpy(zero_copy_only=False)}
+    # Sources are few and rows many: numpy handles all rows of a source at once.
+    for code, name in enumerate(names.tolist()):
+        mask = codes == code
+        histograms = lengths[name]
+        histograms.rows[split] += int(mask.sum())
+        histograms.prompt += _histogram(prompt[mask])
+        histograms.turns += np.bincount(np.minimum(turns[mask], MAX_TURNS), minlength=MAX_TURNS + 1)
+        for side, sizes in answers.items():
+            histograms.answers.setdefault(side, np.zeros(len(EDGES), np.int64))
+            histograms.answers[side] += _histogram(sizes[mask])
+
+
+def _histogram(sizes: np.ndarray) -> np.ndarray:
+    """Return counts by bin of :data:`EDGES`."""
+    return np.bincount(np.searchsorted(EDGES, np.maximum(sizes, 1), side="right") - 1, minlength=len(EDGES))
+
+
+def _characters(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Return the characters and the number of messages in each row's list of messages; an empty field has 0 of both."""
+    contents = pc.struct_field(pc.list_flatten(column), "content")
+    sizes = np.asarray(pc.fill_null(pc.utf8_length(contents), 0), dtype=np.int64)
+    # The messages of all rows lie in one flat array; sum their lengths by the row that each belongs to.
+    parents = np.asarray(pc.list_parent_indices(column), dtype=np.int64)
+    characters = np.bincount(parents, weights=sizes, minlength=len(column)).astype(np.int64)
+    return characters, np.bincount(parents, minlength=len(column))
+
+
+def _largest_clusters(folder: Path) -> tuple[list[Cluster], int]:
+    """Return the largest clusters of dropped duplicates, and the number of all dropped duplicates.
+
+    The first pass counts duplicates by a 64-bit hash of the row kept instead; the second reads the largest clusters.
+    """
+    hashes = array("Q")
+    # The first pass counts clusters by a hash of the row that stays: eight bytes for each dropped row.
+    for instead, _ in _dropped_duplicates(folder):
+        hashes.append(_hash(instead))
+    if not hashes:
+        return [], 0
+    unique, counts = np.unique(np.frombuffer(hashes, dtype=np.uint64), return_counts=True)
+    order = np.lexsort((unique, -counts))[:MAX_CLUSTERS]
+    sizes = {int(unique[index]): int(counts[index]) for index in order}
+    clusters: dict[int, Cluster] = {}
+    for instead, line in _dropped_duplicates(folder):
+        key = _hash(instead)
+        # The second pass keeps members of the largest clusters only.
+        if key not in sizes:
+            continue
+        cluster = clusters.setdefault(key, Cluster(instead, sizes[key]))
+        if len(cluster.members) < MAX_MEMBERS:
+            cluster.members.append({**line, "row": _parse(line["row"]), "detail": _parse(line["detail"])})
+    ordered = sorted(clusters.values(), key=lambda cluster: (-cluster.size, cluster.instead["where"]))
+    return ordered, len(hashes)
+
+
+def _dropped_duplicates(folder: Path) -> Iterator[tuple[dict[str, str], dict[str, str]]]:
+    """Yield (row kept instead, line of the dropped rows) of each duplicate."""
+    for batch in batches(folder, "dropped"):
+        duplicates = batch.filter(pc.match_substring(batch.column("detail"), INSTEAD))
+        for line in duplicates.to_pylist():
+            instead = _parse(line["detail"]).get("instead")
+            if instead:
+                yield _row_reference(instead), line
+
+
+def _row_reference(instead: Any) -> dict[str, str]:
+    """Return the id and the place of a row; steps write both, or the id alone."""
+    if isinstance(instead, dict):
+        return {"id": str(instead.get("id", "")), "where": str(instead.get("where", ""))}
+    return {"id": str(instead), "where": ""}
+
+
+def _hash(instead: dict[str, str]) -> int:
+    text = f"{instead['id']}\0{instead['where']}".encode("utf-8", "surrogatepass")
+    # Two checksums of 32 bits, of the text and of its reverse: fast, and the same in every process.
+    return (zlib.crc32(text) << 32) | zlib.crc32(text[::-1])
+
+
+def _parse(text: str) -> dict[str, Any]:
+    """Return a JSON object; an empty one for anything else."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def quantile(counts: Iterable[int], share: float) -> int:
+    """Return the lower edge of the bin of :data:`EDGES` that holds the quantile ``share``; 0 for no rows."""
+    numbers = np.asarray(list(counts))
+    if numbers.sum() == 0:
+        return 0
+    return int(EDGES[np.searchsorted(np.cumsum(numbers), share * numbers.sum())])

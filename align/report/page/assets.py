@@ -1,0 +1,163 @@
+"""Files next to a page: every figure as SVG, every table as CSV and as JSON, and an index of each folder.
+
+Texts in tables come from models and datasets. A spreadsheet would run a text cell as a formula when it begins with
+``=``, ``+``, ``-``, ``@``, a tab or a line end, plain or full-width. Such a cell gets a leading ``'`` in CSV, as
+OWASP's page on CSV injection advises. Numbers stay numbers, negative ones too. JSON keeps the texts as they are. Hidden
+characters are spelled out in both. Torch-free.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from align.errors import printable
+from align.report.page.panels import standalone
+from align.store.atomic_write import write_text_atomically
+from align.store.json_files import DamagedFile, parse_object
+
+FIGURES, TABLES, INDEX = "figures", "tables", "index.json"
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
+"""Beginnings of a cell that Excel, LibreOffice or Google Sheets may take for a formula."""
+MAX_NAME_LENGTH = 80
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure: the name of its file without the suffix, its markup for the page, and its caption."""
+
+    name: str
+    svg: Markup
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of plain values under ``columns`` (name → heading); a value that a row lacks is empty."""
+
+    name: str
+    title: str
+    columns: Mapping[str, str]
+    rows: Sequence[Mapping[str, Any]]
+
+
+@dataclass
+class AssetWriter:
+    """Collects a page's figures and tables while the page is built, then writes them next to it."""
+
+    figures: list[Figure] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+
+    def add_figure(self, name: str, svg: Markup, caption: str = "") -> Figure:
+        """Add a figure under a unique file name and return it."""
+        names = {figure.name for figure in self.figures}
+        figure = Figure(_unique_name(file_name(name), names), svg, caption)
+        self.figures.append(figure)
+        return figure
+
+    def add_table(self, name: str, title: str, columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> Table:
+        """Add a table under a unique file name and return it."""
+        names = {table.name for table in self.tables}
+        table = Table(_unique_name(file_name(name), names), title, columns, rows)
+        self.tables.append(table)
+        return table
+
+    def write(self, folder: Path) -> None:
+        """Write all figures and tables below ``folder``.
+
+        Files that an earlier page wrote (by its index) and this page lacks are deleted.
+        """
+        drawings = {f"{figure.name}.svg": standalone(figure.svg) for figure in self.figures}
+        captions = {f"{figure.name}.svg": figure.caption for figure in self.figures}
+        _replace_files(folder / FIGURES, drawings, captions)
+        texts: dict[str, str] = {}
+        titles: dict[str, str] = {}
+        for table in self.tables:
+            texts[f"{table.name}.csv"] = as_csv(table)
+            texts[f"{table.name}.json"] = as_json(table)
+            titles[f"{table.name}.csv"] = table.title
+            titles[f"{table.name}.json"] = table.title
+        _replace_files(folder / TABLES, texts, titles)
+
+
+def as_csv(table: Table) -> str:
+    """Return the table as CSV (RFC 4180) with a header line of column names."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(table.columns)
+    for row in table.rows:
+        writer.writerow([csv_cell(row.get(name)) for name in table.columns])
+    return text.getvalue()
+
+
+def csv_cell(value: Any) -> str:
+    """Return a value as CSV: ``1.5``, ``-2``, ``true``; empty for None; text that no spreadsheet runs."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (int, float)):
+        return repr(value)
+    text = printable(str(value))
+    # A leading apostrophe makes spreadsheets show such a cell as text instead of running it.
+    return f"'{text}" if text.startswith(FORMULA) else text
+
+
+def as_json(table: Table) -> str:
+    """Return ``title``, ``columns`` (name → heading) and ``rows`` as JSON; numbers that are not finite are null."""
+    rows = [{name: _json_value(row.get(name)) for name in table.columns} for row in table.rows]
+    body = {"title": printable(table.title), "columns": dict(table.columns), "rows": rows}
+    return json.dumps(body, ensure_ascii=False, indent=1) + "\n"
+
+
+def file_name(text: str) -> str:
+    """Return ``text`` as a file name on any system, without a suffix: letters, digits, ``_``, ``-`` and inner dots."""
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", text).strip("-.")
+    return name[:MAX_NAME_LENGTH].rstrip("-.").lower() or "unnamed"
+
+
+def _unique_name(name: str, names: set[str]) -> str:
+    """Return ``name``, with a number behind it when ``names`` has it already."""
+    number = 1
+    unique = name
+    while unique in names:
+        number += 1
+        unique = f"{name}-{number}"
+    return unique
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    return printable(str(value))
+
+
+def _replace_files(folder: Path, texts: Mapping[str, str], titles: Mapping[str, str]) -> None:
+    """Write ``texts`` (file name → content) and the index, and delete what only the earlier index lists."""
+    index = folder / INDEX
+    # The index of the earlier page says which files are ours: others in the folder stay.
+    try:
+        earlier = parse_object(index.read_bytes())
+    except (OSError, DamagedFile):
+        earlier = {}
+    if not texts and not earlier:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        write_text_atomically(folder / name, text)
+    for name in earlier:
+        # The index may be damaged or forged: only plain names with our suffixes are deleted.
+        if name not in texts and Path(name).name == name and name.endswith((".svg", ".csv", ".json")):
+            (folder / name).unlink(missing_ok=True)
+    write_text_atomically(index, json.dumps({name: printable(titles[name]) for name in texts}, indent=1) + "\n")

@@ -1,0 +1,66 @@
+"""Jinja templates of ``align/report/templates``, and what every page has around its content."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from markupsafe import Markup
+
+from align.report.page.escape import finalize
+from align.report.page.number_format import MARKS, count, duration, interval, number, signed, size
+from align.store.version import VERSION
+
+FOLDER = Path(__file__).parents[1] / "templates"
+SCRIPTS = ("samples.js", "curves.js")
+STYLE = "page.css"
+
+
+def page_shell(title: str) -> dict[str, Any]:
+    """Return what a page with the script has around its content: heading, date, style, script and its hash.
+
+    The page's content security policy allows only the script with this hash.
+    """
+    script = "\n".join((FOLDER / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    return {
+        "title": title,
+        "version": VERSION,
+        "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "style": style_sheets(STYLE),
+        "script": Markup(script),  # noqa: S704  (our own file)
+        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    }
+
+
+def style_sheets(*names: str) -> Markup:
+    """Return the style sheets ``names`` as one text for a ``<style>`` element."""
+    text = "\n".join((FOLDER / name).read_text(encoding="utf-8") for name in names)
+    return Markup(text)  # noqa: S704  (our own file)
+
+
+@cache
+def load_template(name: str) -> Template:
+    """Return a template with the escaping and the filters that every page relies on.
+
+    Autoescape makes markup of texts harmless, ``finalize`` spells out hidden characters, and a name that the page does
+    not define is an error.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=finalize,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    # Filters turn numbers into text; everything that they return is escaped like any other text.
+    environment.filters.update(
+        number=number, signed=signed, interval=interval, duration=duration, size=size, count=count
+    )
+    environment.globals["marks"] = MARKS
+    return environment.get_template(name)

@@ -1,0 +1,110 @@
+"""Writes the report of a run as one HTML file: for a finished run, a partial one or a failed one.
+
+The page fetches nothing. Nothing that a model, a dataset or a log wrote becomes markup: Jinja escapes it, hidden
+characters are spelled out, and a content security policy allows only the page's own script, by its hash. Figures as SVG
+and tables as CSV and JSON lie next to the page (``align.report.page.assets``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from align.report.curves.curve_panels import curve_sections
+from align.report.curves.metric_series import read_events
+from align.report.page.assets import FIGURES, TABLES, AssetWriter
+from align.report.page.escape import script_json
+from align.report.page.panels import Panel
+from align.report.page.templates import load_template, page_shell
+from align.report.run import data_ledgers, stage_costs
+from align.report.run.pipeline_diagram import pipeline_diagram
+from align.report.scorecard.sections import evaluation_sections
+from align.store.artifacts import Artifact
+from align.store.atomic_write import write_text_atomically
+
+LOG_TAIL = 6_000
+"""Bytes of a failed stage's log on the page."""
+STATUSES = {"failed": ("✗", "failed"), "stopped": ("✗", "was stopped"), "running": ("…", "is running")}
+"""Mark and words for an unfinished stage, by its ``status``."""
+
+
+def write_report(
+    artifacts: Sequence[Artifact],
+    scorecard: dict[str, Any] | None,
+    out: Path,
+    failed: dict[str, Any] | None = None,
+    title: str = "Alignment report",
+    *,
+    cached: Collection[str] = (),
+    pending: Mapping[str, Sequence[str]] | None = None,
+) -> Path:
+    """Write the page about ``artifacts`` (finished stages, in order) to ``out`` and return ``out``.
+
+    Figures and tables go into ``figures`` and ``tables`` in the same folder. ``scorecard`` is a parsed
+    ``scorecard.json``; None takes that of the last scorecard among the artifacts. ``failed`` describes a stage that did
+    not finish: ``stage`` and ``message``, and optionally ``status`` (``failed``, ``stopped`` or ``running``), ``kind``,
+    ``log`` (path), ``folder`` (its partial folder, whose curves are shown), ``inputs`` and ``pending`` (stage names).
+    ``cached`` names the finished stages that this run did not have to run. ``pending`` has further stages that were not
+    run, each with the names of the stages that it reads.
+    """
+    Panel.start_page()
+    assets = AssetWriter()
+    # Each section reads what it shows and adds its figures and tables to ``assets``. Nothing is written before the
+    # page has been rendered, so that an error leaves the earlier page as it was.
+    finished_events = {artifact.stage: read_events(artifact.path) for artifact in artifacts}
+    events = dict(finished_events)
+    if failed and failed.get("folder"):
+        # An unfinished stage has curves, but no place among the costs and warnings of finished stages.
+        events[str(failed["stage"])] = read_events(Path(failed["folder"]))
+    curves, readings = curve_sections(events, assets)
+    licenses = data_ledgers.license_rows(artifacts, assets)
+    stage_costs.add_cost_table(artifacts, assets)
+    html = load_template("run_report.html.jinja").render(
+        **page_shell(title),
+        totals=stage_costs.totals(artifacts),
+        failure=_failure(failed),
+        diagram=pipeline_diagram(artifacts, failed, cached, pending or {}),
+        stages=stage_costs.stage_rows(artifacts, finished_events),
+        data=data_ledgers.data_sections(artifacts, assets),
+        licenses=licenses,
+        data_license=data_ledgers.data_license(licenses),
+        curves=curves,
+        curves_json=script_json(readings),
+        folders=(FIGURES, TABLES),
+        **evaluation_sections(artifacts, scorecard, events, assets),
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    assets.write(out.parent)
+    write_text_atomically(out, html)
+    return out
+
+
+def _failure(failed: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return what the page shows of the unfinished stage: its state, its message and the end of its log."""
+    if failed is None:
+        return None
+    status = str(failed.get("status") or "failed")
+    mark, words = STATUSES[status]
+    log = failed.get("log")
+    return {
+        "stage": str(failed["stage"]),
+        "running": status == "running",
+        "mark": mark,
+        "words": words,
+        "message": str(failed.get("message", "")),
+        "log": str(log or ""),
+        "tail": _log_tail(Path(log)) if log else "",
+        "pending": [str(name) for name in failed.get("pending", [])],
+    }
+
+
+def _log_tail(log: Path) -> str:
+    """Return the last :data:`LOG_TAIL` bytes of ``log`` as text."""
+    try:
+        with log.open("rb") as file:
+            end = file.seek(0, 2)
+            file.seek(max(0, end - LOG_TAIL))
+            return file.read().decode("utf-8", errors="replace")
+    except OSError:
+        return "(the log cannot be read)"

@@ -1,0 +1,238 @@
+"""Findings of an evaluation in sentences: which stage helped, by how much, and how certain that is. Torch-free."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from align.report.page.number_format import MISSING, interval, number, p_value, signed
+
+Card = dict[str, Any]
+
+UNTRAINED = ("prompted", "best_of")
+"""Roles of systems that use a checkpoint in another way, without training."""
+RELATIONS = {
+    "better": "beats",
+    "worse": "is worse than",
+    "higher": "is higher than",
+    "lower": "is lower than",
+    "unclear": "is not clearly different from",
+}
+"""Words between two systems, by verdict."""
+GATE_STATES = ("failed", "undecided", "warning", "passed")
+
+
+def find_difference(card: Card, policy: str, against: str, metric: str) -> dict[str, Any] | None:
+    """Return the scorecard's paired difference of two systems in one metric; None where it has none."""
+    for row in card["differences"]:
+        if (row["policy"], row["against"], row["metric"]) == (policy, against, metric):
+            return dict(row)
+    return None
+
+
+def baseline_of(card: Card, policy: str) -> str | None:
+    """Return the system that ``policy`` is compared with first: the reference, or the base for the reference itself."""
+    if policy == card["reference"]:
+        # The reference has nothing but the base to be compared with.
+        return card["base"] if card["base"] != policy else None
+    return None if policy == card["base"] else str(card["reference"])
+
+
+def role(card: Card, policy: str) -> str:
+    """Return a system's role in a word or two; empty for an ordinary checkpoint."""
+    system = _system(card, policy)
+    if system.get("role") == "best_of":
+        return f"best of {system['best_of']}"
+    if system.get("role") == "prompted":
+        return "prompted"
+    if policy == card["base"]:
+        return "base"
+    return "reference" if policy == card["reference"] else ""
+
+
+def setup(card: Card, policy: str) -> str:
+    """Return how an untrained system uses a checkpoint, ``of sft, 3 examples, a system prompt``; empty for others."""
+    system = _system(card, policy)
+    if system.get("role") not in UNTRAINED:
+        return ""
+    parts = [f"of {system['of']}"]
+    if system.get("shots"):
+        parts.append(f"{system['shots']} example{'' if system['shots'] == 1 else 's'}")
+    if system.get("system"):
+        parts.append("a system prompt")
+    return ", ".join(parts)
+
+
+def _system(card: Card, policy: str) -> dict[str, Any]:
+    return next((system for system in card["systems"] if system["name"] == policy), {})
+
+
+def headlines(card: Card) -> list[dict[str, Any]]:
+    """Return for each system its primary value and the paired difference to its baseline.
+
+    Empty where no system was measured, as in an evaluation of reward models alone.
+    """
+    primary = card["primary"]
+    if primary not in card["metrics"]:
+        return []
+    boxes = []
+    for policy in card["policies"]:
+        against = baseline_of(card, policy)
+        boxes.append(
+            {
+                "policy": policy,
+                "estimate": card["estimates"][policy].get(primary),
+                "against": against,
+                "difference": None if against is None else find_difference(card, policy, against, primary),
+                "role": role(card, policy),
+                "setup": setup(card, policy),
+            }
+        )
+    return boxes
+
+
+def measured_on(card: Card) -> str:
+    """Return the data behind the headlines: ``400 held-out prompts``, or a task's items, with their count."""
+    task = card["metrics"].get(card["primary"], {}).get("task")
+    if task in card["tasks"]:
+        return f"{card['tasks'][task]['n']:,} items of {card['tasks'][task]['title']}"
+    return f"{card['settings'].get('prompts', 0):,} held-out prompts"
+
+
+def metric_phrase(card: Card, metric: str) -> str:
+    """Return a metric as it stands in a sentence; the title of a task's metric keeps its case and names the task."""
+    title = str(card["metrics"][metric]["title"])
+    task = card["tasks"].get(card["metrics"][metric]["task"])
+    if task is None:
+        return title.lower()
+    task_title = str(task["title"])
+    return title if task_title.lower() in title.lower() else f"{task_title}: {title}"
+
+
+def sentences(card: Card) -> list[dict[str, str]]:
+    """Return the findings as sentences, most important first; ``kind`` is a verdict or ``note``."""
+    findings = []
+    for policy in card["policies"]:
+        against = baseline_of(card, policy)
+        row = None if against is None else find_difference(card, policy, against, card["primary"])
+        if row is not None:
+            findings.append(_change_sentence(card, row))
+    # After the changes between stages: did they beat what needs no training?
+    findings += _untrained_rivals(card)
+    # The primary metric against the baseline has its sentence above.
+    for flag in card["flags"]:
+        if not _is_repetition(card, flag):
+            findings.append({"kind": "worse", "text": _flag_sentence(flag["text"])})
+    return findings + [{"kind": "note", "text": _accuracy_sentence(report)} for report in card["reward_models"]]
+
+
+def _change_sentence(card: Card, row: dict[str, Any]) -> dict[str, str]:
+    policy, against = row["policy"], row["against"]
+    title = metric_phrase(card, row["metric"])
+    before = number(card["estimates"][against][row["metric"]]["value"])
+    after = number(card["estimates"][policy][row["metric"]]["value"])
+    evidence = _evidence(row)
+    if row["verdict"] == "unclear":
+        text = f"{policy}: no clear change in {title} over {against} ({before} → {after}; {evidence})."
+    else:
+        verb = "raised" if row["value"] > 0 else "lowered"
+        text = f"{policy} {verb} the {title} over {against} from {before} to {after} ({evidence})."
+    return {"kind": row["verdict"], "text": text}
+
+
+def _untrained_rivals(card: Card) -> list[dict[str, str]]:
+    """Return the comparisons of trained checkpoints with prompted and best-of-N systems: did training pay off?"""
+    untrained = {system["name"] for system in card["systems"] if system["role"] in UNTRAINED}
+    findings = []
+    for row in card["differences"]:
+        if row["metric"] != card["primary"] or row["against"] not in untrained:
+            continue
+        against = f"{row['against']} ({role(card, row['against'])}, not trained)"
+        text = f"{row['policy']} {RELATIONS[row['verdict']]} {against}: {_evidence(row)}."
+        findings.append({"kind": row["verdict"], "text": text})
+    return findings
+
+
+def gate_rows(card: Card) -> list[dict[str, Any]]:
+    """Return the gates by weight: those that fail the run, those that only warn, those that passed.
+
+    ``state`` is one of :data:`GATE_STATES`, ``mark`` its sign and ``outcome`` its words.
+    """
+    rows = []
+    for gate in card["gates"]:
+        state, mark, outcome = _gate_state(gate)
+        rows.append({**gate, "state": state, "mark": mark, "outcome": outcome})
+
+    def weight(row: dict[str, Any]) -> tuple[bool, bool, int]:
+        return row["state"] == "passed", row["level"] == "warning", GATE_STATES.index(row["state"])
+
+    return sorted(rows, key=weight)
+
+
+def _gate_state(gate: dict[str, Any]) -> tuple[str, str, str]:
+    """Return a gate's state, its mark and its words."""
+    is_warning = gate["level"] == "warning"
+    if gate["passed"]:
+        return "passed", "✓", "passed"
+    if gate["passed"] is None:
+        return "undecided", "?", "could not be decided" + ("" if is_warning else ", which fails the run")
+    # A failed gate whose interval reaches over the bound may be noise, and the reader should know.
+    certainty = ", the interval too" if gate["clear"] else ", but the interval reaches over the bound"
+    if is_warning:
+        return "warning", "⚠", "not met (a warning)" + certainty
+    return "failed", "✗", "failed" + certainty
+
+
+def gate_sentence(rows: list[dict[str, Any]]) -> str:
+    """Return how many gates failed, warned and passed."""
+    failed = sum(row["state"] in ("failed", "undecided") and row["level"] != "warning" for row in rows)
+    passed = sum(row["state"] == "passed" for row in rows)
+    warned = len(rows) - failed - passed
+    parts = []
+    if failed:
+        parts.append(f"{failed} failed")
+    if warned:
+        parts.append(f"{warned} not met as a warning")
+    return ", ".join([*parts, f"{passed} of {len(rows)} passed"])
+
+
+def _evidence(row: dict[str, Any]) -> str:
+    """Return a difference with its interval and corrected p.
+
+    A verdict needs both: the interval may be clear of zero while p is not small after the correction.
+    """
+    p = p_value(row["p_holm"])
+    equation = p if p.startswith("<") or p == MISSING else f"= {p}"
+    return f"{signed(row['value'])}, 95 % interval {interval(row, True)}, corrected p {equation}"
+
+
+def _flag_sentence(text: str) -> str:
+    """Return a flag as a sentence; a stage's name at its start keeps its case."""
+    if text.startswith("only "):
+        text = "Only" + text.removeprefix("only")
+    return f"{text}."
+
+
+def _is_repetition(card: Card, flag: dict[str, str]) -> bool:
+    """Return whether a flag is about the primary metric against the baseline, which has its own sentence."""
+    if card["primary"] not in card["metrics"]:
+        return False
+    metric = card["metrics"][card["primary"]]
+    title = metric["title"] if metric["task"] in card["tasks"] else metric["title"].lower()
+    against = baseline_of(card, flag["policy"])
+    return flag["kind"] == "regression" and f"worse than {against} in {title}:" in flag["text"]
+
+
+def _accuracy_sentence(report: dict[str, Any]) -> str:
+    """Return how many pairs a reward model orders correctly."""
+    labeled = report["as_labeled"]
+    pairs = f"pairs of {report['task']}" if report.get("task") not in (None, "pairs") else "held-out pairs"
+    name = f"The reward model {report['stage']}" if report.get("stage") else "The reward model"
+    text = (
+        f"{name} orders {number(labeled['value'])} of {labeled['n']} {pairs} as labeled "
+        f"(95 % interval {interval(labeled)})"
+    )
+    if report.get("true"):
+        text += f", and {number(report['true']['value'])} as the gold score does ({interval(report['true'])})"
+    if report.get("longer"):
+        text += f"; always taking the longer answer gets {number(report['longer']['value'])}"
+    return f"{text}."

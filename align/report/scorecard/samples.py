@@ -1,0 +1,314 @@
+"""Samples for the page's script: responses of all systems to a prompt, and rollouts of training.
+
+Samples are sorted by score change and bounded in size. Torch-free.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from align.report.page.escape import script_json
+from align.report.scorecard.scorecard_tables import PROMPTS, task_title
+
+MAX_BYTES = 7_000_000
+"""Text on the page; beyond it the prompts with the smallest score changes are left out, and counted."""
+MAX_HEAT_BYTES = 2_500_000
+"""Numbers by token on the page, on top of the text."""
+MAX_TEXT = 6_000
+"""Characters of one response or turn on the page."""
+MAX_TOKENS = 2_000
+"""Tokens of a response that are shown with numbers."""
+MAX_ROLLOUTS = 48
+RESPONSE_FIELDS = ("tokens", "finished", "gold", "reward", "kl")
+TOKEN_NUMBERS = ("k", "v", "a")
+"""KL, value and advantage, in the order in which a line of rollouts has them behind each token's text."""
+HUNDREDTHS = 100
+
+Sample = dict[str, Any]
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """Return the lines of a ``samples.jsonl``; a missing file is an empty list, a damaged line is left out."""
+    return [line for line in _read_lines(path) if "responses" in line and "prompt" in line]
+
+
+def read_rollouts(path: Path) -> list[Sample]:
+    """Return at most :data:`MAX_ROLLOUTS` lines of a ``completions.jsonl``, evenly from its first to its last."""
+    lines = [line for line in _read_lines(path) if "response" in line and "prompt" in line]
+    count = min(MAX_ROLLOUTS, len(lines))
+    # Evenly spaced, so that the page shows the beginning and the end of training and what lies between.
+    return [lines[round(index * (len(lines) - 1) / max(1, count - 1))] for index in range(count)]
+
+
+def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for text in file:
+                try:
+                    line = json.loads(text)
+                except ValueError:
+                    continue
+                if isinstance(line, dict):
+                    yield line
+    except OSError:
+        return
+
+
+def page_samples(
+    samples: list[Sample], card: dict[str, Any] | None, rollouts: Mapping[str, list[Sample]] | None = None
+) -> dict[str, Any]:
+    """Return the script's data: ``policies``, ``reference``, ``tasks``, ``items``, and these as JSON in ``encoded``.
+
+    An item has its ``task``, ``source`` and ``prompt`` turns, ``answers`` and mean ``score`` by policy (the score is
+    the task's own metric, named in ``tasks``), and the ``change`` of each policy against the reference. The items with
+    the largest change come first; a change counts as a share of its task's largest, since tasks have different scales.
+    Numbers by token go with the first items until :data:`MAX_HEAT_BYTES` is used. ``rollouts`` (stage → lines) come
+    last, each with its stage as its only column (``columns``).
+
+    ``left_out`` counts the samples beyond :data:`MAX_BYTES`, ``without_heat`` those without their numbers by token.
+    """
+    policies, reference = _compared_policies(samples, card)
+    metrics = {task: _sort_metric(card, task) for task in dict.fromkeys(map(_task_of, samples))}
+    items = [_item(sample, policies, reference, metrics[_task_of(sample)][0]) for sample in samples]
+    _set_weights(items)
+    # The index breaks ties, so that equal changes keep the order of the file.
+    order = sorted(range(len(items)), key=lambda index: (-items[index]["weight"], index))
+    ordered = [(items[index], samples[index]) for index in order]
+    shown, encoded, without_heat = _fill_page(ordered, policies)
+    tasks = {
+        task: {"title": task_title(card, task) if card else task, "metric": title, "key": key}
+        for task, (key, title) in metrics.items()
+    }
+    rollout_items = []
+    for stage, lines in (rollouts or {}).items():
+        if lines:
+            tasks[f"rollouts {stage}"] = {"title": f"rollouts of {stage}", "metric": "score", "key": "score"}
+            rollout_items += [_rollout_item(stage, line) for line in lines]
+    return {
+        "policies": policies,
+        "reference": reference,
+        "tasks": tasks,
+        "items": shown + rollout_items,
+        "encoded": encoded + [script_json(item) for item in rollout_items],
+        "left_out": len(items) - len(shown),
+        "without_heat": without_heat,
+    }
+
+
+def _compared_policies(samples: list[Sample], card: dict[str, Any] | None) -> tuple[list[str], str]:
+    """Return the compared systems and the reference; without a scorecard those that occur in the samples."""
+    if card:
+        return list(card["policies"]), str(card["reference"])
+    policies = sorted({name for sample in samples for name in sample["responses"]})
+    return policies, policies[0] if policies else ""
+
+
+def _task_of(sample: Sample) -> str:
+    return str(sample.get("task", PROMPTS))
+
+
+def _set_weights(items: Sequence[Sample]) -> None:
+    """Give each item its ``weight``: its largest change as a share of the largest change in its task."""
+    largest: dict[str, float] = {}
+    for item in items:
+        # Scores of tasks have different units: as shares of their task's largest change they can be sorted together.
+        largest[item["task"]] = max(largest.get(item["task"], 0.0), _largest_change(item))
+    for item in items:
+        scale = largest[item["task"]]
+        item["weight"] = round(_largest_change(item) / scale, 4) if scale else 0.0
+
+
+def _fill_page(
+    ordered: Sequence[tuple[Sample, Sample]], policies: Sequence[str]
+) -> tuple[list[Sample], list[Markup], int]:
+    """Return the items that fit on the page, each as JSON too, and the number of them without numbers by token.
+
+    ``ordered`` has pairs of item and sample. Texts and numbers by token have a budget of bytes each. Once the second is
+    used up, items go without numbers.
+    """
+    shown: list[Sample] = []
+    encoded: list[Markup] = []
+    text_bytes, heat_bytes_left, without_heat = 0, MAX_HEAT_BYTES, 0
+    for item, sample in ordered:
+        text = script_json(item)
+        text_bytes += len(text.encode())
+        # Items are sorted by weight: everything from here on changed less.
+        if text_bytes > MAX_BYTES:
+            break
+        if _has_token_numbers(sample, policies):
+            # Numbers by token have their own budget, or a few long answers would push out the other prompts.
+            heat = _token_numbers(sample, policies) if heat_bytes_left > 0 else {}
+            heat_bytes_left -= len(script_json(heat).encode())
+            if heat_bytes_left > 0:
+                for policy, numbers in heat.items():
+                    item["answers"][policy][0]["heat"] = numbers
+                text = script_json(item)
+            else:
+                without_heat += 1
+        shown.append(item)
+        encoded.append(text)
+    return shown, encoded, without_heat
+
+
+def page_json(page: Mapping[str, Any]) -> Markup:
+    """Return the result of :func:`page_samples` as JSON for the page's script; its items are encoded already."""
+    # Items were encoded to measure them; encoding several MB again would double the time.
+    head = script_json({name: page[name] for name in ("policies", "reference", "tasks")})
+    return Markup(f'{head[:-1]},"items":[{",".join(page["encoded"])}]}}')  # noqa: S704  (parts are encoded)
+
+
+def response_lengths(samples: Iterable[Sample], policies: list[str]) -> dict[str, dict[str, list[int]]]:
+    """Return task → policy → response lengths in tokens, over prompts and samples.
+
+    Conversations of several turns are left out, and so are samples of systems that are not compared (``columns``).
+    """
+    lengths: dict[str, dict[str, list[int]]] = {}
+    for sample in samples:
+        if "columns" in sample:
+            continue
+        by_policy = lengths.setdefault(_task_of(sample), {policy: [] for policy in policies})
+        for policy in policies:
+            responses = sample["responses"].get(policy, [])
+            by_policy[policy] += [response["tokens"] for response in responses if "turns" not in response]
+    return lengths
+
+
+def _sort_metric(card: dict[str, Any] | None, task: str) -> tuple[str, str]:
+    """Return the metric whose change sorts a task's samples, as ``samples.jsonl`` names it, and its title."""
+    if card is None:
+        return "gold", "gold"
+    if task in card["tasks"]:
+        primary = str(card["tasks"][task]["primary"])
+        scorers = [str(report.get("stage")) for report in card.get("reward_models", ()) if report.get("task") == task]
+        # Pairs for reward models have no metric of their own: sort them by the first model's score.
+        if primary not in card["metrics"] and scorers:
+            return scorers[0], f"score by {scorers[0]}"
+        return primary.removeprefix(f"{task}."), str(card["metrics"].get(primary, {}).get("title", primary))
+    name = card["primary"] if card["primary"] in ("gold", "reward") else "gold"
+    return name, name
+
+
+def _largest_change(item: Mapping[str, Any]) -> float:
+    return max((abs(change) for change in item["change"].values()), default=0.0)
+
+
+def _item(sample: Sample, policies: list[str], reference: str, metric: str) -> Sample:
+    """Return a sample for the script: turns, answers, scores by ``metric`` and changes against the reference."""
+    columns = sample.get("columns")  # set where the responses are not those of the compared systems
+    if columns is not None:
+        policies = [str(name) for name in columns]
+    responses = {policy: sample["responses"].get(policy) or [] for policy in policies}
+    scores = {policy: _mean(_score(response, metric) for response in responses[policy]) for policy in policies}
+    reference_score = scores.get(reference)
+    # Without a score on both sides there is no change, and the sample sorts last.
+    changes = {
+        policy: _round(score - reference_score)
+        for policy, score in scores.items()
+        if policy != reference and score is not None and reference_score is not None
+    }
+    item: Sample = {} if columns is None else {"columns": policies}
+    return item | {
+        "id": str(sample.get("id", "")),
+        "task": _task_of(sample),
+        "source": str(sample.get("source", "")),
+        "prompt": _turns(sample["prompt"]),
+        "answers": {policy: [_answer(response) for response in responses[policy]] for policy in policies},
+        "score": {policy: _round(score) for policy, score in scores.items()},
+        "change": changes,
+    }
+
+
+def _rollout_item(stage: str, line: Sample) -> dict[str, Any]:
+    """Return a response sampled in training, with each token's KL, value and advantage where the line has them."""
+    answer = _answer({**line, "text": line["response"]})
+    tokens = [token for token in (line.get("by_token") or [])[:MAX_TOKENS] if len(token) > len(TOKEN_NUMBERS)]
+    if tokens:
+        answer["heat"] = {"t": [str(token[0]) for token in tokens]}
+        for column, key in enumerate(TOKEN_NUMBERS, start=1):
+            answer["heat"][key] = [_hundredths(token[column]) for token in tokens]
+    return {
+        "id": "",
+        "task": f"rollouts {stage}",
+        "source": f"update {line.get('update', '?')}",
+        "prompt": _turns(line["prompt"]),
+        "columns": [stage],
+        "answers": {stage: [answer]},
+        "score": {stage: _round(line.get("score"))},
+        "change": {},
+        "weight": 0.0,
+    }
+
+
+def _turns(prompt: Any) -> list[dict[str, str]]:
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return [{"role": str(turn["role"]), "text": _shorten(str(turn.get("content") or ""))} for turn in turns]
+
+
+def _answer(response: Mapping[str, Any]) -> dict[str, Any]:
+    answer = {key: _round(response[key]) for key in RESPONSE_FIELDS if response.get(key) is not None}
+    answer["text"] = _shorten(str(response.get("text", "")))
+    if response.get("scores"):
+        answer["scores"] = {str(name): _round(value) for name, value in response["scores"].items()}
+    if response.get("turns"):  # the last turn is the answer itself
+        answer["turns"] = [
+            {"prompt": _shorten(str(turn.get("prompt", ""))), "text": _shorten(str(turn.get("text", "")))}
+            for turn in response["turns"]
+        ]
+    return answer
+
+
+def _first_response(sample: Sample, policy: str) -> Mapping[str, Any]:
+    return next(iter(sample["responses"].get(policy) or []), {})
+
+
+def _has_token_numbers(sample: Sample, policies: Sequence[str]) -> bool:
+    return any(_first_response(sample, policy).get("token_kl") for policy in policies)
+
+
+def _token_numbers(sample: Sample, policies: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return numbers by token of each policy's first response: ``t`` texts, ``k`` KL and ``v`` value in hundredths."""
+    by_policy = {}
+    for policy in policies:
+        response = _first_response(sample, policy)
+        pairs = (response.get("token_kl") or [])[:MAX_TOKENS]
+        if not pairs:
+            continue
+        numbers = {"t": [str(text) for text, _ in pairs], "k": [_hundredths(kl) for _, kl in pairs]}
+        values = response.get("token_value") or []
+        if len(values) >= len(pairs):
+            numbers["v"] = [_hundredths(value) for value in values[: len(pairs)]]
+        by_policy[policy] = numbers
+    return by_policy
+
+
+def _hundredths(value: float | None) -> int | None:
+    """Return a number in whole hundredths, which take a third of a float's room as JSON."""
+    return None if value is None or not math.isfinite(value) else round(value * HUNDREDTHS)
+
+
+def _score(response: Mapping[str, Any], metric: str) -> float | None:
+    if response.get(metric) is not None:
+        return float(response[metric])
+    value = (response.get("scores") or {}).get(metric)
+    return None if value is None else float(value)
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _round(value: Any) -> Any:
+    if not isinstance(value, float):
+        return value
+    return round(value, 4) if math.isfinite(value) else None
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}… ({len(text) - MAX_TEXT:,} more characters)"

@@ -1,0 +1,200 @@
+"""Puts together everything on a page that comes from an evaluation: numbers in tables, in figures and in sentences."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from align.evaluation.scorecard import FORMAT
+from align.report.curves.metric_series import Events
+from align.report.page.assets import AssetWriter, Figure
+from align.report.scorecard import conclusions, kl_plots, reward_models, score_plots, tuning_methods, win_rates
+from align.report.scorecard import scorecard_tables as tables
+from align.report.scorecard.samples import (
+    page_json,
+    page_samples,
+    read_rollouts,
+    read_samples,
+    response_lengths,
+)
+from align.report.scorecard.scorecard_tables import PROMPTS
+from align.store.artifacts import Artifact, Kind
+
+Card = dict[str, Any]
+
+MAX_TASK_FIGURES = 12
+LISTS = (
+    "headlines",
+    "sentences",
+    "gates",
+    "columns",
+    "groups",
+    "differences",
+    "families",
+    "sources",
+    "task_settings",
+    "task_figures",
+    "drift",
+    "matrices",
+    "reward_models",
+    "lengths",
+    "rates",
+)
+"""Lists that the template needs; they are empty without an evaluation."""
+SINGLES = ("family_figure", "on", "gate_sentence", "methods")
+"""Further names that the template needs; they are None without an evaluation."""
+SCORECARD, SAMPLES, ROLLOUTS = "scorecard.json", "samples.jsonl", "completions.jsonl"
+
+
+def load_scorecard(artifacts: Sequence[Artifact], scorecard: Card | None) -> tuple[Card | None, str]:
+    """Return the scorecard to show, and a message where there should be one that cannot be shown.
+
+    That is ``scorecard``, or else the last scorecard among the artifacts. One of another format cannot be shown.
+    """
+    evaluations = [artifact for artifact in artifacts if artifact.kind == Kind.SCORECARD]
+    stage = evaluations[-1].stage if evaluations else "evaluate"
+    if scorecard is None and evaluations:
+        try:
+            scorecard = json.loads((evaluations[-1].path / SCORECARD).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            return None, f"The scorecard of {stage} cannot be read ({error}); rebuild it with --rebuild {stage}."
+    if scorecard is not None and scorecard.get("format") != FORMAT:
+        return None, (
+            f"The scorecard of {stage} has format {scorecard.get('format')}, this align shows {FORMAT}; "
+            f"rebuild it with --rebuild {stage}."
+        )
+    return scorecard, ""
+
+
+def evaluation_sections(
+    artifacts: Sequence[Artifact], scorecard: Card | None, events: Mapping[str, Events], assets: AssetWriter
+) -> dict[str, Any]:
+    """Return what the template needs of an evaluation, by name; the same names, but empty, without one."""
+    card, problem = load_scorecard(artifacts, scorecard)
+    evaluations = [artifact for artifact in artifacts if artifact.kind == Kind.SCORECARD]
+    samples = read_samples(evaluations[-1].path / SAMPLES) if evaluations else []
+    rollouts = {artifact.stage: read_rollouts(artifact.path / ROLLOUTS) for artifact in artifacts}
+    # Samples and training paths exist without a scorecard that can be shown, too.
+    page = page_samples(samples, card, rollouts)
+    sections: dict[str, Any] = {
+        "card": card,
+        "card_problem": problem,
+        "samples": page,
+        "samples_json": page_json(page),
+        "paths": _training_paths(events, assets),
+        **{name: [] for name in LISTS},
+        **dict.fromkeys(SINGLES),
+    }
+    if card is None:
+        return sections
+    tables.add_scorecard_tables(card, assets)
+    gates = conclusions.gate_rows(card)
+    return sections | {
+        "headlines": conclusions.headlines(card),
+        "on": conclusions.measured_on(card),
+        "sentences": conclusions.sentences(card),
+        "gates": gates,
+        "gate_sentence": conclusions.gate_sentence(gates),
+        "columns": tables.columns(card),
+        "methods": tuning_methods.methods_section(artifacts, card, assets),
+        "groups": tables.task_groups(card),
+        "differences": tables.difference_rows(card),
+        "families": tables.family_rows(card) if len(card["families"]) > 1 else [],
+        "family_figure": _family_figure(card, assets),
+        "sources": tables.source_tables(card),
+        "task_settings": tables.task_settings(card),
+        "task_figures": _task_figures(card, assets),
+        "drift": _kl_figures(card, assets),
+        "matrices": win_rates.matrices(card, assets),
+        "reward_models": reward_models.sections(card, assets),
+        "lengths": _length_figures(card, samples, assets),
+        "rates": _rate_figures(card, assets),
+    }
+
+
+def _task_figures(card: Card, assets: AssetWriter) -> list[Figure]:
+    """Return a figure of each task's primary metric and of the prompt set's; none where there would be only one."""
+    metrics = [(task["primary"], str(task["title"])) for task in card["tasks"].values()]
+    if card["metrics"].get(card["primary"], {}).get("task") == PROMPTS:
+        metrics.insert(0, (card["primary"], "Held-out prompts"))
+    figures = []
+    for name, task in metrics[:MAX_TASK_FIGURES]:
+        if not any(name in estimates for estimates in card["estimates"].values()):
+            continue
+        metric = card["metrics"][name]
+        better = f"; {metric['better']} is better" if metric["better"] else ""
+        caption = f"{metric['title']}{better}. Dotted: {card['reference']}."
+        figures.append(assets.add_figure(f"task-{name}", score_plots.task_scores(card, name, task), caption))
+    return figures if len(figures) > 1 else []
+
+
+def _family_figure(card: Card, assets: AssetWriter) -> Figure | None:
+    """Return the primary metric by source (family) of the prompt set; None where there is one source or none."""
+    metric = card["metrics"].get(card["primary"])
+    if len(card["families"]) < 2 or metric is None or metric["task"] != PROMPTS:
+        return None
+    svg = score_plots.scores_by_family(card, card["primary"])
+    return None if svg is None else assets.add_figure("sources", svg, str(metric["title"]))
+
+
+def _kl_figures(card: Card, assets: AssetWriter) -> list[Figure]:
+    """Return score against KL, the proxy first and the gold score second; none where KL was not measured."""
+    if not any("kl" in estimates for estimates in card["estimates"].values()):
+        return []
+    subjects = {"reward": "The proxy, the reward model's score,", "gold": "The gold score, which the proxy stands for,"}
+    return [
+        assets.add_figure(
+            f"kl-{name}",
+            kl_plots.reward_against_kl(card, name),
+            f"{subjects[name]} against drift from {card['reference']}: up is better, right is further away.",
+        )
+        for name in kl_plots.SCORES
+        if name in card["metrics"]
+    ]
+
+
+def _training_paths(events: Mapping[str, Events], assets: AssetWriter) -> list[Figure]:
+    """Return score against KL over the updates of training, for the stages that logged both."""
+    with_path = {stage: stage_events for stage, stage_events in events.items() if kl_plots.has_path(stage_events)}
+    figures = []
+    for name, title in kl_plots.PATHS.items():
+        svg = kl_plots.training_path(with_path, name)
+        if svg is not None:
+            caption = (
+                f"The {title} against drift over the updates of training, with the numbers of the first and the last: "
+                "means over an update's own rollouts, against the model that the stage started from."
+            )
+            figures.append(assets.add_figure(f"path-{name}", svg, caption))
+    return figures
+
+
+def _length_figures(card: Card, samples: list[dict[str, Any]], assets: AssetWriter) -> list[Figure]:
+    figures = []
+    for task, lengths in response_lengths(samples, card["policies"]).items():
+        answered = {policy: tokens for policy, tokens in lengths.items() if tokens}
+        if not answered:
+            continue
+        suffix = "" if task == PROMPTS else f", {tables.task_title(card, task)}"
+        caption = f"Response lengths{suffix}; a peak at the right edge is responses cut at the limit."
+        figures.append(assets.add_figure(f"lengths-{task}", score_plots.length_histogram(answered, suffix), caption))
+    return figures
+
+
+def _rate_figures(card: Card, assets: AssetWriter) -> list[Figure]:
+    """Return the share of responses that end by themselves, and the refusal rates of each task about refusing."""
+    figures = []
+    finished = [name for name in card["metrics"] if name.rpartition(".")[2] == "finished"]
+    if finished:
+        label = "share of responses that end by themselves"
+        svg = score_plots.rates(card, finished, label, "Share of finished responses")
+        figures.append(assets.add_figure("finished", svg, "Below 0.9, a policy has not learned to stop."))
+    for task, metrics in score_plots.refusal_metrics(card).items():
+        if metrics:
+            svg = score_plots.rates(card, metrics, "share of prompts", f"Refusals of each system, {task}")
+            meanings = "; ".join(
+                f"{card['metrics'][name]['title']}: {card['metrics'][name]['meaning']}" for name in metrics
+            )
+            caption = f"{card['tasks'][task]['title']}. {meanings}."
+            figures.append(assets.add_figure(f"refusals-{task}", svg, caption))
+    return figures

@@ -1,0 +1,47 @@
+"""Panels of training curves: labels that fit, numbers for the page's script where the drawing has them."""
+
+import re
+
+import pytest
+
+from align.report.curves.curve_panels import AXES_BOX, _tick_label, draw_curve, stage_curves
+from align.report.curves.metric_series import Events
+
+
+@pytest.mark.parametrize(
+    ("value", "powers", "label"),
+    [(0.00015, True, "1.5e−4"), (0.0002, True, "2e−4"), (-3e6, True, "−3e6"), (0, True, "0"), (-0.25, False, "−0.25")],
+)
+def test_labels_are_short(value, powers, label):
+    assert _tick_label(value, powers) == label
+
+
+def test_readings_are_where_the_line_is_drawn():
+    events = Events({"loss": ([0.0, 50.0, 100.0], [1.0, 0.5, 0.25])})
+    curve = draw_curve("loss", ["loss"], events)
+    box, reading = curve.reading["box"], curve.reading
+    view = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', curve.svg)
+    assert view is not None
+    assert box[0] == pytest.approx(AXES_BOX[0] * float(view[1]))
+    path = next(
+        text for text in re.findall(r'<path d="([^"]+)"[^>]*stroke: #0072b2', curve.svg, re.I) if text.count("L") == 2
+    )
+    points = [tuple(map(float, pair)) for pair in re.findall(r"([\d.]+) ([\d.]+)", path)]
+
+    def position(x, y):
+        across = box[0] + (x - reading["x"][0]) / (reading["x"][1] - reading["x"][0]) * (box[2] - box[0])
+        down = box[3] - (y - reading["y"][0]) / (reading["y"][1] - reading["y"][0]) * (box[3] - box[1])
+        return across, down
+
+    for index, (x, y) in enumerate(((0, 1), (50, 0.5), (100, 0.25))):
+        assert points[index] == pytest.approx(position(x, y), abs=0.05)
+    assert reading["lines"] == [{"name": "loss", "x": [0, 50, 100], "y": [1, 0.5, 0.25]}]
+
+
+def test_a_single_point_is_no_curve_and_the_rest_is_named():
+    line = ([1.0, 2.0], [1.0, 2.0])
+    events = Events({"loss": line, "once": ([1.0], [1.0]), "zebra": line, "ant": line})
+    curves, left_out = stage_curves(events, 2)
+    assert [curve.title for curve in curves] == ["loss", "ant"]
+    assert left_out == ["zebra"]
+    assert "loss from 1.00 to 2.00" in curves[0].svg  # what a screen reader says

@@ -1,0 +1,100 @@
+"""Samples of the page: order across tasks, room for numbers by token, rollouts of training, damaged files."""
+
+import json
+
+from align.report.scorecard.samples import HUNDREDTHS, page_samples, read_rollouts, read_samples, response_lengths
+from tests.support.report.example_card import POLICIES, full_card
+from tests.support.report.example_run import prompt_samples, task_samples
+
+
+def test_a_change_counts_as_a_share_of_its_task_s_largest():
+    def sample(task, name, **scores):
+        responses = {system: [{"text": "", "tokens": 1, **numbers}] for system, numbers in scores.items()}
+        return {"task": task, "prompt": "p", "id": name, "source": "s", "responses": responses}
+
+    small = [
+        sample("prompts", str(index), sft={"gold": 0.0}, ppo={"gold": gold}) for index, gold in enumerate((0.01, 0.04))
+    ]
+    large = [
+        sample("mt", f"m{number}", sft={"scores": {"score": 1.0}}, ppo={"scores": {"score": score}})
+        for number, score in enumerate((7.0, 9.0))
+    ]
+    page = page_samples(small + large, full_card())
+    assert [item["id"] for item in page["items"]] == ["1", "m1", "m0", "0"]
+    assert page["items"][1]["change"]["ppo"] == 8.0
+    assert page["tasks"]["mt"] == {"title": "MT-Bench", "metric": "Judge's score", "key": "score"}
+
+
+def test_numbers_by_token_go_with_the_largest_changes_until_their_room_is_full(monkeypatch):
+    samples, card = list(prompt_samples(POLICIES, heat=True)), full_card()
+    page = page_samples(samples, card)
+    assert page["without_heat"] == 0
+    first = page["items"][0]["answers"]["ppo"][0]["heat"]
+    assert first["k"][:3] == [-HUNDREDTHS, -HUNDREDTHS // 2, 0]
+    assert first["v"][:3] == [0, 10, 20]
+    assert first["t"][0] == ""
+    monkeypatch.setattr("align.report.scorecard.samples.MAX_HEAT_BYTES", 1_500)
+    bounded = page_samples(samples, card)
+    with_heat = ["heat" in item["answers"]["ppo"][0] for item in bounded["items"]]
+    assert with_heat[0]
+    assert 0 < sum(with_heat) < len(samples)
+    assert bounded["without_heat"] == len(samples) - sum(with_heat)
+
+
+def test_numbers_that_are_none_or_not_finite_are_shown_as_missing():
+    sample = next(prompt_samples(["sft"], heat=True))
+    sample["responses"]["sft"][0] |= {
+        "token_kl": [["a", None], ["b", float("nan")]],
+        "token_value": [],
+        "gold": float("nan"),
+    }
+    page = page_samples([sample], None)
+    answer = page["items"][0]["answers"]["sft"][0]
+    assert answer["heat"] == {"t": ["a", "b"], "k": [None, None]}
+    assert answer["gold"] is None
+
+
+def test_pairs_that_reward_models_scored_have_columns_of_their_own():
+    def side(text, score):
+        return [{"text": text, "finished": True, "scores": {"rm": score, "rm-b": None}}]
+
+    sides = {"chosen": side("yes", 1.25), "rejected": side("no", -0.5)}
+    pair = {"task": "hh", "prompt": "p", "id": "a:1", "source": "s", "columns": [*sides], "responses": sides}
+    card = full_card()
+    card["tasks"]["hh"] = {"title": "Reward-model pairs", "primary": "hh.", "metrics": [], "n": 1}
+    card["reward_models"].append({"stage": "rm", "task": "hh"})
+    page = page_samples([pair, *task_samples(["sft"])], card)
+    item = page["items"][0]
+    assert (item["columns"], item["score"]) == (["chosen", "rejected"], {"chosen": 1.25, "rejected": -0.5})
+    assert item["answers"]["rejected"][0] == {"finished": True, "text": "no", "scores": {"rm": -0.5, "rm-b": None}}
+    assert page["tasks"]["hh"] == {"title": "Reward-model pairs", "metric": "score by rm", "key": "rm"}
+    assert response_lengths([pair], ["sft"]) == {}
+
+
+def test_rollouts_are_spread_over_the_updates(tmp_path):
+    path = tmp_path / "completions.jsonl"
+    rest = {"prompt": [{"role": "user", "content": "q"}], "score": 1.0, "tokens": 1, "finished": True,
+            "by_token": [["r", 0.5, -0.25, 1.0]]}  # fmt: skip
+    lines = [{"update": update, "response": f"r{update}", **rest} for update in range(1, 201)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rollouts = read_rollouts(path)
+    assert len(rollouts) == 48
+    assert (rollouts[0]["update"], rollouts[-1]["update"]) == (1, 200)
+    page = page_samples([], None, {"ppo": rollouts})
+    item = page["items"][0]
+    assert (item["source"], item["columns"]) == ("update 1", ["ppo"])
+    assert item["answers"]["ppo"][0]["heat"] == {"t": ["r"], "k": [50], "v": [-25], "a": [100]}
+    assert page["tasks"] == {"rollouts ppo": {"title": "rollouts of ppo", "metric": "score", "key": "score"}}
+
+
+def test_damaged_lines_are_left_out(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    path.write_text('{"prompt": [], "responses": {}}\n{"prompt": \n[1]\n{"id": 2}\n')
+    assert len(read_samples(path)) == 1
+    assert read_samples(tmp_path / "none") == []
+
+
+def test_lengths_by_task_leave_conversations_out():
+    lengths = response_lengths(task_samples(POLICIES), POLICIES)
+    assert lengths["ifeval"]["ppo"] == [4] * 40
+    assert lengths["mt"]["ppo"] == []
