@@ -67,10 +67,10 @@ docs: $(READY)
 	$(BIN)/mkdocs build --strict
 
 test: $(READY)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "slow or not slow" --timeout 3600
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "slow or not slow" --timeout 3600
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu tests/gpu --timeout 900 -rs

@@ -1,4 +1,4 @@
-"""What scripts import: ``from align import Pipeline, Run``."""
+"""Names that scripts import: ``from align import Pipeline, Run``."""
 
 from __future__ import annotations
 

@@ -44,14 +44,14 @@ def shorten(text: str, most: int = MOST_SHOWN) -> str:
 
 
 def redact(text: str) -> str:
-    """Text with the names, passwords and tokens in its addresses replaced by ``***``."""
+    """Return the text with the names, passwords and tokens in its addresses replaced by ``***``."""
     for pattern, shown in SECRETS:
         text = pattern.sub(shown, text)
     return text
 
 
 def printable(text: str) -> str:
-    r"""Text with every hidden character as ``\x1b`` or ``\u202e``; what is left can be encoded as UTF-8.
+    r"""Return the text with every hidden character as ``\x1b`` or ``\u202e``; what is left can be encoded as UTF-8.
 
     Terminals obey such characters, and text reads as what it is not. What ``HARMLESS`` names stays.
     """
@@ -62,7 +62,11 @@ def printable(text: str) -> str:
         rest = rest.replace(character, "")
     if rest.isprintable():  # what is not: HIDDEN, and spaces other than the common one
         return text
-    return "".join(_escape(one) if one not in HARMLESS and unicodedata.category(one) in HIDDEN else one for one in text)
+    return "".join(_escape(character) if _is_hidden(character) else character for character in text)
+
+
+def _is_hidden(character: str) -> bool:
+    return character not in HARMLESS and unicodedata.category(character) in HIDDEN
 
 
 def _escape(character: str) -> str:
@@ -99,7 +103,7 @@ def explain_os_error(error: OSError, folder: Path) -> str:
 
 
 def no_space(folder: Path) -> str:
-    """What to do about the full disk that holds ``folder``."""
+    """Return the remedy for a full disk that holds ``folder``."""
     return (
         f"no space left on the disk that holds {folder}; free some (`align gc` lists what no run needs) "
         "or name another --store, then run again: finished stages are kept."
@@ -107,5 +111,5 @@ def no_space(folder: Path) -> str:
 
 
 def disk_is_full(folder: Path) -> bool:
-    """Whether next to nothing can be written any more where ``folder`` lies."""
+    """Return whether the disk that holds ``folder`` is as good as full."""
     return shutil.disk_usage(folder).free < LITTLE_SPACE

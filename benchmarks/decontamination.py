@@ -26,11 +26,12 @@ from pathlib import Path
 
 import numpy as np
 
-from align.data.evaluation_sets import EvaluationSet
+from align.config.recipe.evaluation_set import EvaluationSet
+from align.config.recipe.step_settings import DecontaminateStep
 from align.data.formats import convert
 from align.data.rows import Row, assistant, user
 from align.data.steps.base import StepContext, Table
-from align.data.steps.decontaminate import Decontaminate
+from align.data.steps.step_kinds import start_step
 
 CHOICES = "A. the first\nB. the second\nC. the third\nD. the fourth"
 FILLER = "Here is something to think about before you go on with your day."
@@ -161,8 +162,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "items.jsonl"
         path.write_text("".join(json.dumps({"question": item}) + "\n" for item in items), encoding="utf-8")
-        config = Decontaminate(type="decontaminate", sets=[EvaluationSet(name="set", files=["items.jsonl"])])
-        step = config.start(StepContext("instructions", 0, Path(folder), Path(folder)))
+        config = DecontaminateStep(type="decontaminate", sets=[EvaluationSet(name="set", files=["items.jsonl"])])
+        step = start_step(config, StepContext("instructions", 0, Path(folder), Path(folder)))
         measure(step, items, list(clean_rows(options.data)), options.show)
 
 

@@ -29,10 +29,11 @@ from typing import Any
 
 import numpy as np
 
+from align.config.recipe.step_settings import NearDuplicatesStep
 from align.data.minhash import choose_bands
 from align.data.rows import Row, assistant, normalized, take_rows, user, write_rows
 from align.data.steps.base import StepContext, Table
-from align.data.steps.near_duplicates import NearDuplicates
+from align.data.steps.step_kinds import start_step
 
 SHINGLE, PERMUTATIONS, SHARD = 5, 128, 10_000
 SIDES = ("align", "datasketch")
@@ -117,8 +118,8 @@ def read_back(folder: Path, places: np.ndarray) -> Iterator[Row]:
 
 def run_align(folder: Path, threshold: float) -> dict[str, Any]:
     """The step as a build runs it: sketches shard by shard, then one verdict."""
-    config = NearDuplicates(type="near_duplicates", threshold=threshold, permutations=PERMUTATIONS, shingle=SHINGLE)
-    step = config.start(StepContext(kind="instructions", seed=0, base=folder, work=folder))
+    config = NearDuplicatesStep(type="near_duplicates", threshold=threshold, permutations=PERMUTATIONS, shingle=SHINGLE)
+    step = start_step(config, StepContext(kind="instructions", seed=0, base=folder, work=folder))
     sketches, sketching = [], 0.0
     for records in shards(folder):
         rows = [as_row(record) for record in records]

@@ -13,10 +13,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from align.config.recipe.filter_settings import FilterStep
+from align.config.recipe.step_settings import NormalizeStep
 from align.data.rows import Row, assistant, user
 from align.data.steps.base import RowStep, StepContext
-from align.data.steps.filter import FilterStep
-from align.data.steps.normalize import NormalizeStep
+from align.data.steps.step_kinds import start_step
+from align.models.step_models import StepModels
 
 WORDS = """
     the of to and a in is it you that he was for on are with as his they be at one have this from or had by hot word
@@ -65,16 +67,16 @@ def measure(name: str, steps: list[RowStep], rows: list[Row]) -> None:
 
 def main() -> None:
     """Measure and print."""
-    context = StepContext("instructions", 0, Path(), Path())
+    context = StepContext("instructions", 0, Path(), Path(), models=StepModels())
     rows = make_rows(20_000)
 
     def filtering(**settings: Any) -> RowStep:
-        return FilterStep(type="filter", **settings).start(context)
+        return start_step(FilterStep(type="filter", **settings), context)
 
-    normalize = NormalizeStep(type="normalize").start(context)
+    normalize = start_step(NormalizeStep(type="normalize"), context)
     measure("normalize + " + ", ".join(GOAL), [normalize, filtering(**{name: FILTERS[name] for name in GOAL})], rows)
     measure("normalize", [normalize], rows)
-    measure("normalize, fix_encoding", [NormalizeStep(type="normalize", fix_encoding=True).start(context)], rows)
+    measure("normalize, fix_encoding", [start_step(NormalizeStep(type="normalize", fix_encoding=True), context)], rows)
     for name, value in FILTERS.items():
         measure(name, [filtering(**{name: value})], rows)
     for tokenizer in sys.argv[1:2]:

@@ -37,12 +37,13 @@ def model_folder(folder: Path) -> Path:
 
 def task_of(options: argparse.Namespace) -> Any:
     """The task, as an evaluation builds it."""
-    from align.evaluation.tasks.base import Given
-    from align.evaluation.tasks.ifeval import IfevalConfig
+    from align.config.stages.evaluation_tasks import IfevalConfig
+    from align.evaluation.tasks.base import TaskInputs
+    from align.evaluation.tasks.registry import build_task
 
     config = IfevalConfig(files=[options.file], max_tokens=options.tokens, max_items=options.prompts)
-    given = Given(0, Path.cwd(), [], [], False, False, "bfloat16", lambda text: None)
-    return config.build("ifeval", given)
+    given = TaskInputs(0, Path.cwd(), [], [], False, False, "bfloat16", lambda text: None, lambda text: None)
+    return build_task("ifeval", config, given)
 
 
 def run_vllm(model: Path, options: argparse.Namespace) -> dict[str, float]:
@@ -72,10 +73,9 @@ def run_vllm(model: Path, options: argparse.Namespace) -> dict[str, float]:
 def run_align(model: Path, options: argparse.Namespace) -> dict[str, float]:
     """The task through the evaluation's own parts."""
     from align.config.runtime import EngineConfig, Runtime
-    from align.evaluation.bench import SystemRespondent
     from align.evaluation.generation import ResponseCache, Sampler
-    from align.evaluation.prompts import Policy
-    from align.evaluation.systems import make_systems
+    from align.evaluation.phases import SystemRespondent
+    from align.evaluation.systems import Policy, make_systems
     from align.inference.engine import open_engine
     from align.inference.protocol import Sampling
     from align.models.loading import load_tokenizer

@@ -22,11 +22,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 def rows_of(count: int, file: str | None) -> list[dict[str, Any]]:
     """``count`` instruction rows with ids of their own."""
-    from align.data import embedded
+    from align.config.recipe.source_settings import EMBEDDED_MAX_ROWS
+    from align.data.embedded import generate
     from align.data.rows import assistant, user
 
     if file is None:
-        found = embedded.generate(min(count, embedded.MAX_ROWS), seed=0)
+        found = generate(min(count, EMBEDDED_MAX_ROWS), seed=0)
     else:
         records = json.loads(Path(file).read_text(encoding="utf-8"))
         texts = [(f"{r['instruction']}\n\n{r.get('input', '')}".strip(), r["output"].strip()) for r in records]
@@ -45,13 +46,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
 
-    from align.lint.command import collator_of, load
+    from align.lint.command import default_collator, load_tokenizer_and_limits
     from align.lint.linter import Linter, Options
     from align.training.rows import encode_supervised
 
-    tokenizer, limits, ends = load(options.model, Path("."), options.max_length)
+    tokenizer, limits, ends = load_tokenizer_and_limits(options.model, Path("."), options.max_length)
     rows = rows_of(options.rows, options.files)
-    collator = collator_of("sft", tokenizer)
+    collator = default_collator("sft", tokenizer)
     encoding, linting, tokens, names = [], [], 0, []
     for _ in range(options.repeats):
         start = time.process_time()

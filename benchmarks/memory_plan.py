@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.capacity import memory_sample
-from align.capacity.engines import EngineWay
 from align.capacity.estimate import estimator_of
+from align.capacity.estimators import sample as memory_sample
 from align.capacity.hardware import parse_hardware
 from align.capacity.inference import Rows
 from align.capacity.job import Setting
-from align.capacity.serving import serving
+from align.capacity.layouts import EngineLayout
+from align.capacity.sampling_ways import sampling_way
 from align.config.runtime import Runtime
 from align.models.architecture import Architecture, architecture_of
 from align.models.known import EMBEDDED_SIZES, TINY_SIZES
@@ -111,10 +111,12 @@ def counted(wanted: Configuration) -> dict[str, int]:
 def _sampled(wanted: Configuration, model: Architecture) -> dict[str, int]:
     """The same for a stage that samples, whose baseline has the libraries in it already."""
     models = {"policy": [model]} | ({"reward": [model]} if wanted.fields.get("reward") else {})
-    asked = memory_sample.inference(config_of("sample", wanted.fields), models, {"prompts": Rows(wanted.rows, 4)})
+    config = config_of("sample", wanted.fields)
+    inference = memory_sample.inference(config, models, {"prompts": Rows(wanted.rows, 4)})
     runtime = Runtime.model_validate(RUNTIME)
-    found = serving(asked, runtime, parse_hardware("cpu"), EngineWay("process", "transformers"), 1.0)
-    return {name: amount for name, amount in found.parts.items() if name != "context"}
+    layout = EngineLayout("process", "transformers")
+    way = sampling_way(inference, runtime, parse_hardware("cpu"), layout, 1.0)
+    return {name: amount for name, amount in way.parts.items() if name != "context"}
 
 
 def _architecture(name: str) -> Architecture:

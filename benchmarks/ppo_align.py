@@ -92,9 +92,9 @@ def make_trainer(work: dict[str, Any], method: str, engine: str, folder: str, re
     from align.models.loading import load_policy, load_tokenizer
     from align.models.reward import RewardModel
     from align.models.threads import use_threads
-    from align.rl.ppo.config import PPOConfig
-    from align.rl.ppo.trainer import PPOTrainer
+    from align.rl.arguments import PPOConfig
     from align.rl.scoring import Part, RewardScorer, WeightedSum
+    from align.rl.trainers import PPOTrainer
 
     shape, model = work["shape"], Path(work["model"])
     runtime = Runtime(device="cpu", engine=EngineConfig(name=engine))  # type: ignore[arg-type]
@@ -138,7 +138,7 @@ def count_read(trainer: Any, read: list[int]) -> None:
     measure = trainer.measure
 
     def counted(rollout: Any, micro_batches: list[list[int]], keep: int = 0) -> Any:
-        packs = [rollout.pack(indices, trainer._pad_id, trainer.form) for indices in micro_batches]
+        packs = [rollout.pack(indices, trainer.buffer.pad_id, trainer.buffer.form) for indices in micro_batches]
         read.append(sum(pack["input_ids"].numel() for pack in packs))
         return measure(rollout, micro_batches, keep)
 

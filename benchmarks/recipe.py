@@ -26,9 +26,9 @@ from typing import Any
 
 import psutil
 
+from align.config.recipe.recipe import Recipe
 from align.data.build import Build
-from align.data.recipe import Recipe
-from align.data.workers import Machine
+from align.data.workers import BuildResources
 from benchmarks import dedup
 
 SETS, ITEMS = 3, 500
@@ -106,7 +106,7 @@ def run(folder: Path, workers: int) -> dict[str, Any]:
     for path in (work, out):
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir()
-    build = Build(recipe(), folder, work, machine=Machine(workers=workers))
+    build = Build(recipe(), folder, work, resources=BuildResources(workers=workers))
     began = time.perf_counter()
     ledger = build.run(out)
     wall = time.perf_counter() - began

@@ -85,7 +85,7 @@ def sample(rng: random.Random, index: int, tokens: int) -> dict[str, Any]:
 def scorecard(rng: random.Random, prompts: int) -> dict[str, Any]:
     """A scorecard of the prompt set and four tasks, by the evaluation's own code."""
     from align.evaluation.comparisons import Resampling
-    from align.evaluation.scorecard import Measurements, TaskFound, build
+    from align.evaluation.scorecard import Measurements, TaskResult, build
     from align.evaluation.tasks.base import Item, Measured, Metric, SystemInfo, Task
 
     class MadeUp(Task):
@@ -105,7 +105,7 @@ def scorecard(rng: random.Random, prompts: int) -> dict[str, Any]:
         [f"source {at % 20}" for at in range(prompts)],
         {system: {name: draw(prompts, rate) for name, rate in names.items()} for system in SYSTEMS},
         tasks=[
-            TaskFound(task, {s: Measured({name: draw(500, True) for name in task.metrics}) for s in SYSTEMS})
+            TaskResult(task, {s: Measured({name: draw(500, True) for name in task.metrics}) for s in SYSTEMS})
             for task in tasks
         ],
     )  # fmt: skip
@@ -117,7 +117,7 @@ def scorecard(rng: random.Random, prompts: int) -> dict[str, Any]:
 def write(folder: Path, out: Path) -> None:
     """Write the page and print how long it took; in a process of its own."""
     started = time.perf_counter()
-    from align.report.page import write_report
+    from align.report.run.run_report import write_report
 
     imported, cpu = time.perf_counter(), time.process_time()
     artifacts = [

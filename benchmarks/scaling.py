@@ -12,10 +12,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from align.capacity.choosing import Option, options
 from align.capacity.estimate import estimator_of
 from align.capacity.hardware import DEVICES, GIB, Hardware
 from align.capacity.job import Job
+from align.capacity.training_ways import training_ways
+from align.capacity.ways import Way
 from align.config.runtime import Runtime
 from align.models.architecture import Architecture, architecture_of
 from align.pipeline.registry import find_stage
@@ -91,13 +92,13 @@ def table(jobs: dict[str, Job]) -> list[str]:
         base: float | None = None
         for count in COUNTS:
             hardware = hardware_of(count)
-            best = options(job, hardware, ROWS, 1.0)[0]
+            best = training_ways(job, hardware, ROWS, 1.0)[0]
             cells, base = _cells(best, hardware, base)
             lines.append(f"| {' | '.join([name, str(count), *cells])} |")
     return lines
 
 
-def _cells(best: Option, hardware: Hardware, base: float | None) -> tuple[list[str], float | None]:
+def _cells(best: Way, hardware: Hardware, base: float | None) -> tuple[list[str], float | None]:
     """``base`` is what the first number of devices that fits does for each of them, in tokens a second."""
     if best.time is None:
         return ["does not fit", *["-"] * 8], base
@@ -106,8 +107,8 @@ def _cells(best: Option, hardware: Hardware, base: float | None) -> tuple[list[s
     base = each if base is None else base
     price = (hardware.device.price or 0.0) * count * time.seconds / 3600 / time.tokens * 1e6
     return [
-        best.strategy.label,
-        str(best.micro_batch),
+        best.label,
+        str(best.batch),
         f"{best.peak / GIB:.0f}",
         f"{time.seconds:.3g}",
         f"{count * each:,.0f}",

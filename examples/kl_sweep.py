@@ -10,7 +10,7 @@ settings against the results, score against KL with the best trade-offs marked, 
 import sys
 
 from align import Pipeline
-from align.report.compare.page import write_comparison
+from align.report.compare.comparison import write_comparison
 
 
 def main(path: str, coefficients: list[float]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 from collections.abc import Iterator
@@ -26,6 +27,50 @@ os.environ.setdefault("ALIGN_SERVER_KEY", "the-key-of-stand-ins-for-servers")
 
 BUCKETS = itertools.count()
 REPOSITORY = Path(__file__).resolve().parents[1]
+LONGEST = (
+    "test_end_to_end.py",
+    "rl/test_learning.py",
+    "cli/test_export.py",
+    "stages/test_reload.py",
+    "training/test_aimed_kills.py",
+    "rl/critic_free/test_trainers.py",
+    "stages/test_ppo_engine_lost.py",
+    "training/test_inserted_tunings.py",
+    "training/test_tunings.py",
+    "evaluation/lm_eval/test_task.py",
+    "inference/test_vllm.py",
+    "inference/test_server_vllm.py",
+    "rl/test_aimed_kills.py",
+    "runner/test_ranks.py",
+)
+"""The files that take longest, the longest first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start the longest files first, so that no process is left with one when the others are done."""
+    places = {REPOSITORY / "tests" / file: place for place, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen_imports() -> None:
+    """Keep what earlier files imported out of garbage collections.
+
+    A collection walks every object of torch, transformers and trl, which takes a second, and each training run on the
+    two-layer model asks for several. Garbage is collected first, so that none of it is frozen.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def stages_in_process() -> Iterator[None]:
+    """Run the stages of a file's pipelines in this process, which has torch and transformers already."""
+    from tests.support import in_process
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("align.runner.run_stage.run_attempt", in_process.run_attempt)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -156,3 +156,9 @@ def test_agents_and_contributors_are_told_paths_that_exist():
 def test_agents_are_told_every_package():
     packages = {path.parent.name for path in (ROOT / "align").glob("*/__init__.py")}
     assert packages <= set(re.findall(r"align/(\w+)/", read("AGENTS.md")))
+
+
+def test_the_files_of_tests_that_start_first_exist():
+    from tests.conftest import LONGEST
+
+    assert [name for name in LONGEST if not (ROOT / "tests" / name).is_file()] == []

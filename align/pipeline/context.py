@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StageContext:
-    """What ``run(context)`` is given.
+    """Everything that ``run(context)`` gets.
 
     ``inputs`` maps each input field of the config to its artifact, or to a list of them, or None.
     ``output`` is the folder that becomes the artifact; ``checkpoints`` is kept between attempts and dropped
@@ -55,6 +55,7 @@ class StageContext:
     def emit(self, kind: str, **values: Any) -> None:
         """Append one event to the stage's event file, which the console and the report read."""
         line = json.dumps({"event": kind, "time": time.time(), **values}, default=float)
+        # Opened and closed for each event, so that a kill loses at most one line.
         with self.events.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 

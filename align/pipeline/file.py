@@ -34,7 +34,8 @@ def read_pipeline_file(path: Path, overrides: Overrides, known_keys: Collection[
     for a file that cannot be read, base files that extend each other in a circle, a variable that is not set, and an
     override that names no field.
     """
-    raw = fill_in_variables(_read_with_bases(path, ()), str(path))
+    # The order is part of the interface: bases, then variables, then overrides, which therefore always win.
+    raw: dict[str, Any] = fill_in_variables(_read_with_bases(path, ()), str(path))
     pairs = overrides.items() if isinstance(overrides, Mapping) else [parse_assignment(text) for text in overrides]
     for place, value in pairs:
         assign(raw, place, copy.deepcopy(value), known_keys)
@@ -43,11 +44,11 @@ def read_pipeline_file(path: Path, overrides: Overrides, known_keys: Collection[
 
 def _read_with_bases(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
     """Read ``path`` on top of what it extends; ``readers`` are the files that led here, the first one first."""
+    raw = load_yaml(path)  # first: it refuses paths that no file can have
     resolved = path.resolve()
     if resolved in readers:
         circle = " -> ".join(file.name for file in (*readers[readers.index(resolved) :], resolved))
         raise UserError(f"{readers[-1]}: extends: files extend each other in a circle ({circle}). Take one link out.")
-    raw = load_yaml(path)
     base = raw.pop(EXTENDS, None)
     if base is None:
         return raw
@@ -58,6 +59,7 @@ def _read_with_bases(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(
             f"{path}: extends: there is no file '{base_path}'; the path starts at the folder of {path.name}."
         )
+    # The base is read with its own bases first, so the file nearest to the user wins.
     return merge(_read_with_bases(base_path, (*readers, resolved)), raw)
 
 
@@ -110,6 +112,7 @@ def _value_of(place: str) -> Callable[[re.Match[str]], str]:
             raise UserError(
                 f"{place}: '${{' begins a variable that has no plain name; write ${{NAME}}, or $${{ for the text."
             )
+        # Whatever is filled in ends up in records and reports, where a secret must never be.
         if SECRET.search(name):
             raise UserError(
                 f"{place}: ${{{name}}} looks like a secret, and values of a pipeline are written into records. "

@@ -123,6 +123,7 @@ def _check_stages(loop: LoopConfig, reserved: set[str], repeated: Mapping[str, l
 def _check_carry(loop: LoopConfig, outside: set[str], place: str) -> None:
     """Check that every carried name is read in the block, and that its stages are there."""
     names_read = [target for name, block in loop.stages.items() for target in _names_read(name, block, loop)]
+    # Names that nothing else explains: one of them may be a carried name, misspelled.
     unknown = [
         name for name in names_read if name not in outside and name not in loop.stages and name not in loop.carry
     ]
@@ -172,6 +173,7 @@ def _check_changes(loop: LoopConfig, place: str) -> None:
 def _names_read(name: str, block: Mapping[str, Any], loop: LoopConfig) -> list[str]:
     """Return the names that a stage of the block reads, in any round."""
     names: list[str] = []
+    # A name may be read only after a round's changes, so every version of the block counts.
     versions = [block, *(changes[name] for changes in loop.changes.values() if name in changes)]
     for version in versions:
         for value in _inputs(name, {**block, **version}).values():
@@ -195,6 +197,7 @@ def _write_out(loop_name: str, loop: LoopConfig, expanded: Expanded, seed: int) 
 
         def in_this_round(name: str, number: int = number) -> str:
             """Return the stage that a name in the block means in this round."""
+            # A carried name: an outside stage in round 1, afterwards the result of the round before.
             carried = loop.carry.get(name)
             if carried is not None:
                 first, then = _first_and_then(name, carried)
@@ -205,6 +208,7 @@ def _write_out(loop_name: str, loop: LoopConfig, expanded: Expanded, seed: int) 
             """Return the stages that ``dpo-*`` means inside the block."""
             name = pattern.removesuffix(EVERY)
             if pattern.endswith(EVERY) and name in written:
+                # Inside the block a pattern means the rounds so far, since later ones do not exist yet.
                 return list(written[name])
             return expanded.match_rounds(pattern)
 
@@ -220,6 +224,7 @@ def _write_out(loop_name: str, loop: LoopConfig, expanded: Expanded, seed: int) 
                 and isinstance(stage_seed, int)
                 and not isinstance(stage_seed, bool)
             ):
+                # Another seed each round, or every round would sample the same responses from the same prompts.
                 stage_block["seed"] = (stage_seed + number - 1) % MAX_SEED
             stage_name = f"{name}-{number}"
             expanded.stages[stage_name] = stage_block

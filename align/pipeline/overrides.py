@@ -36,8 +36,10 @@ def assign(raw: dict[str, Any], path: str, value: Any, known: Collection[str]) -
     stages = raw.get("stages")
     if parts[0] == "stages" and len(parts) > 2 and isinstance(stages, dict):
         if parts[1] not in stages:
+            # Not a stage at the top level, so perhaps the short path of one in a loop.
             parts = _in_loop(stages, parts, path)
         _keep_siblings(stages, parts)
+    # Walk down to the block that holds the field, and create blocks that are missing.
     for index, part in enumerate(parts[:-1]):
         block = block.setdefault(_key(block, part), {})
         if not isinstance(block, dict):
@@ -59,6 +61,7 @@ def _in_loop(stages: dict[str, Any], parts: list[str], path: str) -> list[str]:
             continue
         if parts[1] in inner:
             return ["stages", str(loop_name), "stages", *parts[1:]]
+        # ``dpo-2``: a change of round 2 alone, which lives in the loop's ``changes``.
         name, _, number = parts[1].rpartition("-")
         if name in inner and number.isdecimal():
             return ["stages", str(loop_name), "changes", number, name, *parts[2:]]
@@ -71,6 +74,7 @@ def _keep_siblings(stages: dict[str, Any], parts: list[str]) -> None:
     if len(parts) < 7 or parts[2] != "changes":
         return
     loop = stages.get(parts[1]) or {}
+    # A round's change replaces a field as a unit, so start from a copy of what the block says.
     original = ((loop.get("stages") or {}).get(parts[4]) or {}).get(parts[5])
     if isinstance(original, dict):
         changes = loop.setdefault("changes", {})

@@ -86,6 +86,7 @@ class Pipeline:
         self.raw: dict[str, Any] = copy.deepcopy(dict(raw))
         self.where = where
         self.base = base or Path.cwd()
+        # Loops are written out first, so that everything below sees plain stages only.
         self.config = validate(PipelineConfig, self.raw, where)
         self.expanded = expand(self.config.stages, where, self.config.seed)
         self.expanded.rounds.update(rounds or {})
@@ -95,6 +96,7 @@ class Pipeline:
         kinds = {name: stage_of(name, block, f"{where}: stages") for name, block in self.expanded.stages.items()}
         # All keys and values first: a slip in the last stage is found even where the first one's file is missing.
         checked = {name: self._validated(name, stage) for name, stage in kinds.items()}
+        # In the file's order: a stage's key contains the keys of its inputs, which must stand above it.
         for name, (config, seed) in checked.items():
             self.nodes[name] = self._build(name, config, seed, kinds)
         self.runtimes = self._runtimes()
@@ -142,7 +144,9 @@ class Pipeline:
         Takes ``"stages.ppo.kl_coef=0.1"`` (the value is YAML), ``("stages.ppo.kl_coef", 0.1)`` as two positional
         arguments, or keywords with ``__`` for dots: ``set(stages__ppo__kl_coef=0.1)``.
         """
+        # Python allows no dots in keyword names, so ``stages__ppo__kl_coef`` stands for the path.
         pairs = [(key.replace("__", "."), value) for key, value in values.items()]
+        # ``set(path, value)`` and ``set("a=1", "b=2")`` both have two arguments; the equals sign tells them apart.
         if len(assignments) == 2 and "=" not in assignments[0]:
             pairs.append((assignments[0], assignments[1]))
         else:
@@ -165,10 +169,12 @@ class Pipeline:
         """The stage's block as its config, and its seed."""
         block = dict(self.expanded.stages[name])
         block.pop("stage", None)
+        # ``seed`` and ``stage`` belong to the pipeline, not to the config of the kind.
         seed = block.pop("seed", self.config.seed)
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
             raise UserError(f"{self._place(name)}.seed: should be a whole number from 0 to 2**32-1; found {seed!r}.")
         config_class = stage.config_class()
+        # A first pass with ``seed`` as a field, only for its error messages: ``sed: 1`` then suggests ``seed``.
         if "seed" not in config_class.model_fields:
             validate(_with_seed(config_class), block, self._place(name))
         return validate(config_class, block, self._place(name)), seed
@@ -240,6 +246,7 @@ class Pipeline:
                 place = f"{self._place(name)}.{field_name}"
                 if target not in kinds:
                     raise UserError(f"{place}: there is no stage '{target}'.{suggest(target, kinds)}")
+                # Nodes are built in order, so a target without a node stands below, or closes a circle.
                 if target not in self.nodes:
                     cycle = self._cycle(name, target, kinds)
                     if cycle:
@@ -251,11 +258,13 @@ class Pipeline:
                     remedy = f"Point it at '{fitting[-1]}'." if fitting else "Add such a stage above it."
                     needs = " or ".join(wanted.kinds)
                     raise UserError(
-                        f"{place} points at '{target}', a {kind_made}; {kinds[name].kind} needs a {needs} there. {remedy}"
+                        f"{place} points at '{target}', a {kind_made}; {kinds[name].kind} needs a {needs} there. "
+                        f"{remedy}"
                     )
 
     def _cycle(self, name: str, target: str, kinds: dict[str, Stage]) -> list[str] | None:
         """Return the circle of stages that leads from ``target`` back to ``name``, if there is one."""
+        # Depth-first search along the inputs as written; ``visited`` ends it in circles that do not contain ``name``.
         path, visited = [name], {name}
 
         def follow(stage_name: str) -> bool:
@@ -279,10 +288,12 @@ class Pipeline:
         self, stage: Stage, config: Config, seed: int, inputs: Mapping[str, Any], identities: dict[str, str]
     ) -> dict[str, Any]:
         """Return the parts of the key. A single input's name is dropped; in a list names are labels, so they stay."""
+        # Fields with an identity count by content: a renamed file leaves the key as it is, an edited one changes it.
         settings = config.model_dump(mode="python", exclude=set(config.identified))
         keys: dict[str, Any] = {}
         for field_name, value in inputs.items():
             if isinstance(value, str):
+                # The input's key replaces its name, so that renaming a stage makes nothing run again.
                 settings.pop(field_name)
                 keys[field_name] = self.nodes[value].key
             elif value is not None:

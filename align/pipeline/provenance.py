@@ -1,4 +1,4 @@
-"""Where a result came from: source digest, git commit, command line. Never imports torch."""
+"""Origin of a result: source digest, git commit, command line. Never imports torch."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ def source_digest(stage: Stage) -> str:
 
     Read from the source files, so that nothing is imported.
     """
+    # Follow imports until no new module of align turns up.
     queue = [path.partition(":")[0] for path in (stage.run, stage.config)]
     sources: dict[str, bytes] = {}
     while queue:
@@ -32,6 +33,7 @@ def source_digest(stage: Stage) -> str:
         sources[module] = path.read_bytes()
         queue += sorted(_imports(sources[module], module))
     hasher = hashlib.sha256()
+    # Sorted, and with separators, so that the digest depends neither on order nor on where one file ends.
     for module in sorted(sources):
         hasher.update(module.encode() + b"\0" + sources[module] + b"\0")
     return hasher.hexdigest()[:16]
@@ -63,18 +65,18 @@ def _imports(source: bytes, module: str) -> set[str]:
 def git_commit() -> str | None:
     """Commit of the align checkout, with ``+`` when files differ from it; None outside a checkout."""
     try:
-        head = subprocess.run(
-            ["git", "-C", str(PACKAGE.parent), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10
-        )
-        changed = subprocess.run(
-            ["git", "-C", str(PACKAGE.parent), "status", "--porcelain", "-uno"],
-            capture_output=True, text=True, timeout=10,
-        )  # fmt: skip
+        head = _git("rev-parse", "HEAD")
+        changed = _git("status", "--porcelain", "-uno")
     except (OSError, subprocess.TimeoutExpired):
         return None
     if head.returncode != 0:
         return None
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def _git(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run git on the checkout that this package lies in."""
+    return subprocess.run(["git", "-C", str(PACKAGE.parent), *arguments], capture_output=True, text=True, timeout=10)
 
 
 def command_line() -> str:

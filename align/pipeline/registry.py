@@ -1,4 +1,4 @@
-"""What a stage is, what it is given when it runs, and the one visible dict of stages.
+"""The description of a stage, and the one visible dict of all stages.
 
 Torch-free: a stage's ``run`` is named by import path and imported only in the stage's own process.
 """
@@ -9,8 +9,8 @@ import difflib
 import importlib
 import re
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,9 @@ class Stage:
     inspector: str | None = None
     """Import path of the module that looks at what a config names outside the store, where the config cannot do that
     itself: ``identities(config, base)``, ``makes(config)``, ``architecture(config, base)``; each is optional."""
+    headline: Mapping[str, str] | None = field(default=None, hash=False)
+    """Metrics of a finished stage that its closing line in a terminal shows: name → label. None shows the first
+    numbers that there are."""
 
     def makes_with(self, config: Config) -> Kind:
         """Return the kind of artifact that the stage makes with this config."""
@@ -90,10 +93,12 @@ def load_object(path: str) -> Any:
     try:
         imported = importlib.import_module(module)
     except ModuleNotFoundError as error:
+        # The dots keep ``my`` from matching ``mypackage``.
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise  # the module is there; something that it imports is not
         if str(Path.cwd()) in sys.path:
             raise UserError(f"'{path}': there is no module '{error.name}' here or installed.") from None
+        # Appended, not put first: a file of the user's must not hide an installed module.
         sys.path.append(str(Path.cwd()))
         return load_object(path)
     if not hasattr(imported, name):
@@ -109,18 +114,35 @@ TRAINING = (
 """Kinds that train a model, alone or in several processes."""
 
 
-INSPECTED = ("model", "artifact", "data")
-"""Kinds whose run file has functions that look at what the config names."""
-CAPACITY = "align.capacity"
+INSPECTORS: dict[str, str] = {
+    **{kind: f"align.stages.{kind}" for kind in ("model", "artifact", "data")},
+    "evaluate": "align.evaluation.inspect",
+}
+"""Kind -> module that looks at what its config names outside the store."""
+CAPACITY = "align.capacity.estimators"
 ESTIMATORS: dict[str, str] = {
-    **dict.fromkeys(TRAINING, f"{CAPACITY}.memory_training"),
-    **dict.fromkeys(("ppo", "grpo", "rloo", "online_dpo", "rejection"), f"{CAPACITY}.memory_rl"),
-    "sample": f"{CAPACITY}.memory_sample",
-    "synthesize": f"{CAPACITY}.memory_synthesize",
-    "evaluate": f"{CAPACITY}.memory_evaluate",
+    **dict.fromkeys(TRAINING, f"{CAPACITY}.training"),
+    **dict.fromkeys(("ppo", "grpo", "rloo", "online_dpo", "rejection"), f"{CAPACITY}.rl"),
+    "sample": f"{CAPACITY}.sample",
+    "synthesize": f"{CAPACITY}.synthesize",
+    "evaluate": f"{CAPACITY}.evaluate",
 }
 """Kind -> module that estimates its memory and work."""
-OLD = ("ppo", "grpo", "rloo", "online_dpo", "rejection", "evaluate")
+PAIR_HEADLINE = {"test_accuracy_after": "held-out accuracy", "test_margin_after": "margin"}
+RL_HEADLINE = {"score_first": "score", "score_last": "→", "kl_last": "KL", "engine": "engine"}
+HEADLINES: dict[str, dict[str, str]] = {
+    "model": {"parameters": "parameters", "architecture": ""},
+    "data": {"train_rows": "train", "test_rows": "test"},
+    "sft": {"test_loss_before": "held-out loss", "test_loss_after": "→"},
+    "sample": {"train_pairs": "pairs", "train_mean_score": "mean score", "engine": "engine"},
+    "reward": {"test_accuracy_after": "held-out accuracy", "test_accuracy_true_after": "on true labels"},
+    **dict.fromkeys(("dpo", "kto", "orpo", "cpo", "simpo"), PAIR_HEADLINE),
+    **dict.fromkeys(("ppo", "grpo", "rloo", "online_dpo", "rejection"), RL_HEADLINE),
+    "distill": {"test_divergence_before": "held-out nats from the teacher", "test_divergence_after": "→"},
+    "evaluate": {"reward_accuracy": "RM accuracy"},
+    "report": {"stages": "stages"},
+}
+"""Kind -> metrics of its closing line, with their labels."""
 
 
 def _stage(kind: str, version: int, makes: Kind | None, purpose: str) -> Stage:
@@ -130,12 +152,13 @@ def _stage(kind: str, version: int, makes: Kind | None, purpose: str) -> Stage:
         kind,
         version,
         makes,
-        config=f"align.stages.{kind}:{name}Config" if kind in OLD else f"align.config.stages.{kind}:{name}Config",
+        config=f"align.config.stages.{kind}:{name}Config",
         run=f"{run}:run",
         purpose=purpose,
         distributed=kind in TRAINING,
         estimator=ESTIMATORS.get(kind),
-        inspector=run if kind in INSPECTED else None,
+        inspector=INSPECTORS.get(kind),
+        headline=HEADLINES.get(kind),
     )
 
 

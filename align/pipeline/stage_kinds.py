@@ -1,4 +1,4 @@
-"""Which kind of stage a block of the YAML is, and what is meant where it is none. Never imports torch."""
+"""Find the kind of stage that a block of the YAML is, and the nearest one where it is none. Never imports torch."""
 
 from __future__ import annotations
 

@@ -45,18 +45,19 @@ class StopRequest:
     def request(self) -> None:
         """Request a stop; a second request ends the patience."""
         if self._requested_at is None:
+            # Called in a signal handler: it only takes a note, and the runner's loop acts on it.
             self._requested_at = time.monotonic()
         else:
             self._repeated = True
 
     @property
     def is_requested(self) -> bool:
-        """Whether a stop was requested."""
+        """True once a stop was requested."""
         return self._requested_at is not None
 
     @property
     def is_over(self) -> bool:
-        """Whether a stage has had its time to stop by itself."""
+        """True once a stage has had its time to stop by itself."""
         if self._requested_at is None:
             return False
         return self._repeated or (self.patience is not None and time.monotonic() - self._requested_at >= self.patience)

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from field_tables import anchor, block_section, discriminator, nested_models, reachable_models
 from pydantic import BaseModel
 
+from align.config.recipe.recipe import Recipe
 from align.config.runtime import Runtime
+from align.config.stages.evaluation_tasks import TASK_CONFIGS
 from align.config.tuning import Tuning
-from align.data.recipe import Recipe
-from align.evaluation.tasks.registry import CLASSES as TASK_CLASSES
 from align.pipeline.loops import LoopConfig
 from align.pipeline.pipeline import PipelineConfig
 from align.pipeline.registry import STAGES, Stage
@@ -59,7 +59,7 @@ def _topic_pages() -> list[ReferencePage]:
         "runtime": (Runtime,),
         "tuning": tuple(nested_models(Tuning)),
         "recipes": (Recipe,),
-        "tasks": TASK_CLASSES,
+        "tasks": tuple(TASK_CONFIGS.values()),
         "sweeps": (SweepConfig, RangeConfig),
     }
     return [ReferencePage(f"reference/{name}.md", *INTRODUCTIONS[name], roots[name]) for name in roots]

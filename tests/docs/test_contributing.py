@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,8 @@ def project(tmp_path, monkeypatch):
     (tmp_path / "data_recipes").symlink_to(ROOT / "data_recipes")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
+    for name in [name for name in sys.modules if name.split(".")[0] == "mypackage"]:
+        monkeypatch.delitem(sys.modules, name)  # another test's
     return tmp_path
 
 
@@ -36,6 +39,7 @@ def answer_lengths(artifact: Artifact) -> list[int]:
     return [len(row["completion"][-1]["content"].split()) for row in read_rows(artifact.split("train"))]
 
 
+@pytest.mark.usefixtures("stages_in_process")
 def test_the_stage_of_the_page_runs_and_is_cached(project):
     """One test for the whole page, because each run builds the dataset in a process."""
     pipeline = Pipeline.load("short.yaml")

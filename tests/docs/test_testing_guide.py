@@ -8,7 +8,7 @@ import typing
 from pathlib import Path
 
 from align.config.tuning import FullTuning, Tuning
-from tests.config.test_misspelled_keys import METHODS
+from tests.support.stages.kinds import METHODS
 
 GUIDE = Path("docs/testing.md").read_text(encoding="utf-8")
 CLAIMS = ["learns", "resumes exactly", "transformers", "vLLM"]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from align.capacity import memory_training
+from align.capacity.estimators import training as memory_training
 from align.capacity.job import Setting
 from align.config.runtime import Runtime
 from align.models.architecture import read_architecture
@@ -51,12 +51,12 @@ def test_four_bits_train(device: str, tiny_model: Path, tmp_path: Path) -> None:
 
 
 def test_ragged_attention_is_torch_s_own(device: str) -> None:
-    from align.models.fast.ragged_rows import lay_out, ragged_attention, to_device
+    from align.models.fast.ragged_rows import make_layout, ragged_attention, to_device
 
     torch.manual_seed(0)
     lengths = [700, 30, 600]  # beyond and below what a processor does by plain products
     q, k, v = (torch.randn(1, heads, sum(lengths), 32, device=device) for heads in (4, 2, 2))
-    found = ragged_attention(torch.nn.Identity(), q, k, v, None, layout=to_device(lay_out(lengths), device))[0]
+    found = ragged_attention(torch.nn.Identity(), q, k, v, None, layout=to_device(make_layout(lengths), device))[0]
     start = 0
     for length in lengths:
         part = slice(start, start + length)
@@ -75,7 +75,7 @@ def test_vllm_has_the_trainer_s_weights_and_sleeps(device: str, tiny_model: Path
     script = (
         "import torch\n"
         "from align.models.loading import load_policy\n"
-        "from align.models.merging import merged_weights\n"
+        "from align.models.tuning.merged_weights import merged_weights\n"
         "from align.inference.engine import open_engine\n"
         "from align.inference.parity import probe\n"
         "from align.config.runtime import Runtime\n"

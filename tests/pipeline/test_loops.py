@@ -16,24 +16,10 @@ from align.runner.plan import History, choose_stages, plan
 from align.runner.runner import run_pipeline
 from align.store.store import Store
 from tests.support import toy
+from tests.support.loops import NUMBER, SUM, looped
 
-NUMBER, SUM = "tests.support.toy:NUMBER", "tests.support.toy:SUM"
+pytestmark = pytest.mark.usefixtures("stages_in_process")
 TUNING = {"method": "lora", "rank": 4, "alpha": 9}
-
-
-def looped(rounds: int = 3, after: dict[str, Any] | None = None, **loop: Any) -> dict[str, Any]:
-    """Starts at 1; every round draws a number and adds it to what the round before came to."""
-    block = {
-        "rounds": rounds,
-        "carry": {"before": {"first": "start", "then": "total"}},
-        "stages": {
-            "drawn": {"stage": NUMBER, "number": 2},
-            "total": {"stage": SUM, "first": "before", "others": ["drawn"]},
-        },
-        **loop,
-    }
-    stages = {"start": {"stage": NUMBER, "number": 1}, "loop": block, **(after or {})}
-    return {"name": "looped", "seed": 3, "stages": stages}
 
 
 def refused(raw: dict[str, Any]) -> str:

@@ -1,0 +1,44 @@
+"""Stages run in the test's process, where a process of their own is not what the test is about.
+
+A stage's process imports torch and transformers anew, which takes longer than most stages of a test.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from align.runner import worker
+from align.runner.stage_result import RESULT, read_result, read_work, write_attempts
+from align.runner.subprocess import Tail, seconds_of_attempts
+from align.store.partial import EVENTS, LOG
+
+
+def run_attempt(name: str, partial: Path, follow: Callable[[dict[str, Any]], None], *_: Any) -> dict[str, Any]:
+    """Run the stage laid out in ``partial`` here: replaces ``align.runner.subprocess.run_attempt``.
+
+    Its output goes to its log and its events to ``follow``, after its end. It cannot be stopped, and it trains in one
+    process. Torch's number of threads is as before afterwards.
+    """
+    events, attempts, started = Tail(partial / EVENTS), seconds_of_attempts(partial), time.time()
+    threads = torch.get_num_threads()
+    try:
+        with (
+            (partial / LOG).open("a", encoding="utf-8") as log,
+            contextlib.redirect_stdout(log),
+            contextlib.redirect_stderr(log),
+        ):
+            print(f"--- {name}")
+            result = worker._outcome(partial, read_work(partial).model_dump(), started, RESULT)
+            worker._finish(partial, RESULT, result)
+    finally:
+        torch.set_num_threads(threads)
+    for event in events.read():
+        follow(event)
+    write_attempts(partial, [*attempts, round(time.time() - started, 2)])
+    return read_result(partial / RESULT).model_dump()
