@@ -107,86 +107,109 @@ def load_object(path: str) -> Any:
     return getattr(imported, name)
 
 
-TRAINING = (
-    *("pretrain", "sft", "reward", "dpo", "kto", "orpo", "cpo", "simpo", "distill"),
-    *("ppo", "grpo", "rloo", "online_dpo", "rejection"),
-)
-"""Kinds that train a model, alone or in several processes."""
+PAIRS = {"test_accuracy_after": "held-out accuracy", "test_margin_after": "margin"}
+"""Closing line of a stage that learns from pairs."""
+ROLLOUTS = {"score_first": "score", "score_last": "→", "kl_last": "KL", "engine": "engine"}
+"""Closing line of a stage that learns from its own rollouts."""
 
 
-INSPECTORS: dict[str, str] = {
-    **{kind: f"align.stages.{kind}" for kind in ("model", "artifact", "data")},
-    "evaluate": "align.evaluation.inspect",
-}
-"""Kind -> module that looks at what its config names outside the store."""
-CAPACITY = "align.capacity.estimators"
-ESTIMATORS: dict[str, str] = {
-    **dict.fromkeys(TRAINING, f"{CAPACITY}.training"),
-    **dict.fromkeys(("ppo", "grpo", "rloo", "online_dpo", "rejection"), f"{CAPACITY}.rl"),
-    "sample": f"{CAPACITY}.sample",
-    "synthesize": f"{CAPACITY}.synthesize",
-    "evaluate": f"{CAPACITY}.evaluate",
-}
-"""Kind -> module that estimates its memory and work."""
-PAIR_HEADLINE = {"test_accuracy_after": "held-out accuracy", "test_margin_after": "margin"}
-RL_HEADLINE = {"score_first": "score", "score_last": "→", "kl_last": "KL", "engine": "engine"}
-HEADLINES: dict[str, dict[str, str]] = {
-    "model": {"parameters": "parameters", "architecture": ""},
-    "data": {"train_rows": "train", "test_rows": "test"},
-    "sft": {"test_loss_before": "held-out loss", "test_loss_after": "→"},
-    "sample": {"train_pairs": "pairs", "train_mean_score": "mean score", "engine": "engine"},
-    "reward": {"test_accuracy_after": "held-out accuracy", "test_accuracy_true_after": "on true labels"},
-    **dict.fromkeys(("dpo", "kto", "orpo", "cpo", "simpo"), PAIR_HEADLINE),
-    **dict.fromkeys(("ppo", "grpo", "rloo", "online_dpo", "rejection"), RL_HEADLINE),
-    "distill": {"test_divergence_before": "held-out nats from the teacher", "test_divergence_after": "→"},
-    "evaluate": {"reward_accuracy": "RM accuracy"},
-    "report": {"stages": "stages"},
-}
-"""Kind -> metrics of its closing line, with their labels."""
-
-
-def _stage(kind: str, version: int, makes: Kind | None, purpose: str) -> Stage:
-    run = f"align.stages.{kind}"
+def _stage(kind: str, version: int, makes: Kind | None, purpose: str, **others: Any) -> Stage:
+    """Return the record of a kind whose files have its name; ``others`` are further fields of ``Stage``."""
     name = "".join(part.capitalize() for part in kind.split("_"))
-    return Stage(
-        kind,
-        version,
-        makes,
-        config=f"align.config.stages.{kind}:{name}Config",
-        run=f"{run}:run",
-        purpose=purpose,
-        distributed=kind in TRAINING,
-        estimator=ESTIMATORS.get(kind),
-        inspector=INSPECTORS.get(kind),
-        headline=HEADLINES.get(kind),
-    )
+    config = f"align.config.stages.{kind}:{name}Config"
+    return Stage(kind, version, makes, config, f"align.stages.{kind}:run", purpose, **others)
+
+
+def _inspected(kind: str, version: int, makes: Kind | None, purpose: str, **others: Any) -> Stage:
+    """Return the record of a kind whose run file also looks at what its config names."""
+    return _stage(kind, version, makes, purpose, inspector=f"align.stages.{kind}", **others)
+
+
+def _trained(kind: str, version: int, purpose: str, headline: Mapping[str, str] | None = None, **others: Any) -> Stage:
+    """Return the record of a kind that trains on rows."""
+    fields = {"makes": Kind.POLICY, "estimator": "align.capacity.estimators.training", **others}
+    return _stage(kind, version, purpose=purpose, headline=headline, distributed=True, **fields)
+
+
+def _on_policy(kind: str, version: int, purpose: str) -> Stage:
+    """Return the record of a kind that trains on its own rollouts."""
+    return _trained(kind, version, purpose, ROLLOUTS, estimator="align.capacity.estimators.rl")
 
 
 STAGES: dict[str, Stage] = {
     stage.kind: stage
     for stage in (
-        _stage("model", 1, Kind.MODEL, "bring a base model into the store as plain safetensors"),
-        _stage("artifact", 1, None, "take a finished artifact from a store or a checkpoint's folder as it is"),
-        _stage("data", 4, None, "build a dataset from a recipe"),
-        _stage("pretrain", 2, Kind.POLICY, "continued pre-training on plain texts, packed"),
-        _stage("sft", 2, Kind.POLICY, "supervised fine-tuning on responses"),
-        _stage("sample", 2, Kind.PREFERENCES, "sample responses from a checkpoint, score and pair them"),
-        _stage("synthesize", 2, None, "make instructions, responses or pairs with a model or an endpoint"),
-        _stage("reward", 3, Kind.REWARD, "train a reward model on pairs"),
-        _stage("dpo", 2, Kind.POLICY, "direct preference optimization on pairs"),
-        _stage("kto", 2, Kind.POLICY, "learning from single answers marked as wanted or not"),
-        _stage("orpo", 2, Kind.POLICY, "fine-tuning and preference learning in one loss, without a reference"),
-        _stage("cpo", 2, Kind.POLICY, "contrastive preference optimization, without a reference"),
-        _stage("simpo", 2, Kind.POLICY, "preference optimization per token with a margin, without a reference"),
-        _stage("distill", 2, Kind.POLICY, "learn a larger teacher's distribution over the next token"),
-        _stage("ppo", 3, Kind.POLICY, "PPO with a critic against a reward model or a checker"),
-        _stage("grpo", 2, Kind.POLICY, "GRPO and its variants: responses to a prompt compared, without a critic"),
-        _stage("rloo", 2, Kind.POLICY, "REINFORCE with the other responses to a prompt as the baseline"),
-        _stage("online_dpo", 2, Kind.POLICY, "DPO on pairs of the policy's own responses, update by update"),
-        _stage("rejection", 2, Kind.POLICY, "best-of-N fine-tuning on the policy's own responses, in rounds"),
+        _inspected(
+            "model",
+            1,
+            Kind.MODEL,
+            "bring a base model into the store as plain safetensors",
+            headline={"parameters": "parameters", "architecture": ""},
+        ),
+        _inspected("artifact", 1, None, "take a finished artifact from a store or a checkpoint's folder as it is"),
+        _inspected(
+            "data",
+            4,
+            None,
+            "build a dataset from a recipe",
+            headline={"train_rows": "train", "test_rows": "test"},
+        ),
+        _trained("pretrain", 2, "continued pre-training on plain texts, packed"),
+        _trained(
+            "sft",
+            2,
+            "supervised fine-tuning on responses",
+            {"test_loss_before": "held-out loss", "test_loss_after": "→"},
+        ),
+        _stage(
+            "sample",
+            2,
+            Kind.PREFERENCES,
+            "sample responses from a checkpoint, score and pair them",
+            estimator="align.capacity.estimators.sample",
+            headline={"train_pairs": "pairs", "train_mean_score": "mean score", "engine": "engine"},
+        ),
+        _stage(
+            "synthesize",
+            2,
+            None,
+            "make instructions, responses or pairs with a model or an endpoint",
+            estimator="align.capacity.estimators.synthesize",
+        ),
+        _trained(
+            "reward",
+            3,
+            "train a reward model on pairs",
+            {"test_accuracy_after": "held-out accuracy", "test_accuracy_true_after": "on true labels"},
+            makes=Kind.REWARD,
+        ),
+        _trained("dpo", 2, "direct preference optimization on pairs", PAIRS),
+        _trained("kto", 2, "learning from single answers marked as wanted or not", PAIRS),
+        _trained("orpo", 2, "fine-tuning and preference learning in one loss, without a reference", PAIRS),
+        _trained("cpo", 2, "contrastive preference optimization, without a reference", PAIRS),
+        _trained("simpo", 2, "preference optimization per token with a margin, without a reference", PAIRS),
+        _trained(
+            "distill",
+            2,
+            "learn a larger teacher's distribution over the next token",
+            {"test_divergence_before": "held-out nats from the teacher", "test_divergence_after": "→"},
+        ),
+        _on_policy("ppo", 3, "PPO with a critic against a reward model or a checker"),
+        _on_policy("grpo", 2, "GRPO and its variants: responses to a prompt compared, without a critic"),
+        _on_policy("rloo", 2, "REINFORCE with the other responses to a prompt as the baseline"),
+        _on_policy("online_dpo", 2, "DPO on pairs of the policy's own responses, update by update"),
+        _on_policy("rejection", 2, "best-of-N fine-tuning on the policy's own responses, in rounds"),
         _stage("merge", 1, None, "make one checkpoint of several: soups, SLERP, TIES, DARE, WARP"),
-        _stage("evaluate", 4, Kind.SCORECARD, "compare systems on prompts, benchmarks and by judges, with intervals"),
-        _stage("report", 2, Kind.REPORT, "one HTML page about the whole run"),
+        _stage(
+            "evaluate",
+            4,
+            Kind.SCORECARD,
+            "compare systems on prompts, benchmarks and by judges, with intervals",
+            estimator="align.capacity.estimators.evaluate",
+            inspector="align.evaluation.inspect",
+            headline={"reward_accuracy": "RM accuracy"},
+        ),
+        _stage("report", 2, Kind.REPORT, "one HTML page about the whole run", headline={"stages": "stages"}),
     )
 }
 """Every stage there is, in the order of a usual pipeline."""
