@@ -22,7 +22,7 @@ SHORT = {"gold": f"{CHECKERS}:gold", "gsm8k_answer": f"{CHECKERS}:gsm8k_answer"}
 
 def load_function(path: str, role: str = "score") -> Callable[..., Any]:
     """Import the function ``module:name``; raise ``UserError``, which begins with its ``role``, if there is none."""
-    full = _full(path, role)
+    full = full_path(path, role)
     module_name, _, name = full.partition(":")
     _find(full, role)
     try:
@@ -43,7 +43,7 @@ def function_identity(path: str, role: str = "score") -> str:
     not import the module, only its parent packages. Raises ``UserError``, which begins with the function's ``role``,
     if there is no such function.
     """
-    full = _full(path, role)
+    full = full_path(path, role)
     origin = _find(full, role)
     module = full.partition(":")[0]
     if module == CHECKERS:
@@ -57,7 +57,8 @@ def function_identity(path: str, role: str = "score") -> str:
         raise UserError(f"{role} '{full}': {error}") from None
 
 
-def _full(path: str, role: str) -> str:
+def full_path(path: str, role: str) -> str:
+    """Return ``module:name`` for a path or a short name; raise ``UserError`` for anything else."""
     full = SHORT.get(path, path)
     module, colon, name = full.partition(":")
     if not (module and colon and name):

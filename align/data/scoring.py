@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from align.config.user_functions import _full, load_function
+from align.config.user_functions import full_path, load_function
 from align.data.rows import Row
 from align.errors import UserError
 
@@ -45,4 +45,4 @@ class FunctionScorer:
 
 def function_scorer(path: str) -> FunctionScorer:
     """Return the scorer behind ``module:name`` or a short name. Raises ``UserError`` when it cannot be imported."""
-    return FunctionScorer(_full(path, "score"), load_function(path))
+    return FunctionScorer(full_path(path, "score"), load_function(path))

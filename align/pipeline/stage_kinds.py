@@ -12,14 +12,14 @@ from align.pipeline.registry import STAGES, Stage, find_stage
 
 NAME_PATTERN = r"^[A-Za-z][A-Za-z0-9_-]{0,63}$"
 LOOP = "loop"
-"""What repeats stages stands among them, and is spelled like one."""
+"""Name and kind of a loop, which is written like a stage."""
 
 
 def stage_of(name: str, block: Mapping[str, Any], above: str) -> Stage:
-    """The stage that ``block`` sets up: the kind in its ``stage``, else its name.
+    """Return the record of the stage that ``block`` sets up: by its ``stage``, else by its name.
 
-    ``above`` is the place of the blocks, ``pipelines/ppo.yaml: stages``. Raises ``UserError`` for a name that is none
-    and for a kind that does not exist, with the nearest one that does.
+    ``above`` is the place of the blocks, ``pipelines/hh.yaml: stages``. Raises ``UserError`` for a name that is not
+    allowed and for an unknown kind, with the nearest known one.
     """
     kind = block.get("stage", name)
     place = f"{above}.{name}"
