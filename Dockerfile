@@ -1,7 +1,7 @@
 # align for CPUs, with the packages of `make setup`:
 #
 #   docker build --tag align .
-#   docker run --rm --volume align-store:/work/store --volume align-cache:/home/align/.cache \
+#   docker run --rm --volume align-store:/workspace/store --volume align-cache:/home/align/.cache \
 #       align run pipelines/quickstart.yaml
 #
 # pip's default builds of torch may be those for CUDA. A pip.conf that names CPU builds is passed as a secret, which stays
@@ -29,9 +29,9 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ libgomp1 libnuma1 \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 1000 align \
-    && install --directory --owner align /work /work/store /home/align/.cache
+    && install --directory --owner align /workspace /workspace/store /home/align/.cache
 COPY --from=build /opt/align /opt/align
-WORKDIR /work
+WORKDIR /workspace
 COPY --chown=align pipelines pipelines
 COPY --chown=align data_recipes data_recipes
 COPY --chown=align examples examples

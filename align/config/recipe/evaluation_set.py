@@ -10,20 +10,9 @@ from typing import ClassVar, Self
 from pydantic import Field, model_validator
 
 from align.config.base import Config
+from align.config.known_datasets import KNOWN_DATASETS
 from align.config.recipe.source_settings import FilesSource, HubSource
 from align.config.validation import suggest, validate_plain
-
-HUB = {
-    "arc_challenge": {"dataset": "allenai/ai2_arc", "config": "ARC-Challenge", "split": "test"},
-    "arc_easy": {"dataset": "allenai/ai2_arc", "config": "ARC-Easy", "split": "test"},
-    "gsm8k": {"dataset": "openai/gsm8k", "config": "main", "split": "test"},
-    "ifeval": {"dataset": "google/IFEval", "split": "train"},
-    "mmlu": {"dataset": "cais/mmlu", "config": "all", "split": "test"},
-    "mt_bench": {"dataset": "HuggingFaceH4/mt_bench_prompts", "split": "train"},
-    "truthfulqa": {"dataset": "truthfulqa/truthful_qa", "config": "generation", "split": "validation"},
-    "xstest": {"dataset": "walledai/XSTest", "split": "test"},
-}
-"""Datasets of the Hub behind the known names."""
 
 
 class EvaluationSet(Config):
@@ -57,15 +46,15 @@ class EvaluationSet(Config):
                 raise ValueError(
                     f"evaluation set '{self.name}' has files, so '{ignored[0]}' means nothing; drop one of them"
                 )
-        elif self.dataset is None and self.name not in HUB:
+        elif self.dataset is None and self.name not in KNOWN_DATASETS:
             raise ValueError(
                 f"evaluation set '{self.name}': give its files, or its dataset and revision on the Hub; known by name "
-                f"are {', '.join(HUB)}.{suggest(self.name, HUB)}"
+                f"are {', '.join(KNOWN_DATASETS)}.{suggest(self.name, KNOWN_DATASETS)}"
             )
         elif self.revision is None:
             raise ValueError(
                 f"evaluation set '{self.name}' needs `revision`, the commit of "
-                f"{self.dataset or HUB[self.name]['dataset']} on the Hub (40 hexadecimal digits), or `files`"
+                f"{self.dataset or KNOWN_DATASETS[self.name]['dataset']} on the Hub (40 hexadecimal digits), or `files`"
             )
         return self
 
@@ -73,7 +62,7 @@ class EvaluationSet(Config):
         """Return the source that its records are read from."""
         if self.files is not None:
             return FilesSource(type="files", paths=self.files)
-        usual = HUB.get(self.name, {}) if self.dataset is None else {"dataset": self.dataset}
+        usual = KNOWN_DATASETS.get(self.name, {}) if self.dataset is None else {"dataset": self.dataset}
         # The usual values of a known name, overridden by what the recipe states.
         settings = {"type": "hub", "split": "test", **usual}
         for name in ("config", "split", "revision"):
