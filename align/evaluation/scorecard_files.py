@@ -22,6 +22,7 @@ from align.evaluation.comparisons import Column
 from align.evaluation.scorecard import Measurements, TaskResult
 from align.evaluation.tasks.base import Answers, Turn, Values
 from align.models.token_texts import token_texts
+from align.store.atomic_write import write_text_atomically
 
 if TYPE_CHECKING:
     from align.evaluation.generation import SystemResponses
@@ -40,7 +41,7 @@ def write(
 ) -> None:
     """Write all three files into ``folder``."""
     text = json.dumps(card, indent=1, allow_nan=False)
-    (folder / "scorecard.json").write_text(text + "\n", encoding="utf-8")
+    write_text_atomically(folder / "scorecard.json", text + "\n")
     with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
         for line in _prompt_samples(plan, responses, measurements, token_kl):
             file.write(json.dumps(line) + "\n")
