@@ -58,6 +58,12 @@ def test_every_stage_is_done_and_a_second_run_runs_none(store: Path) -> None:
     assert not list(store.glob("*/*.partial"))
 
 
+def test_no_stage_reports_leaks_of_what_was_kept_from_collections(store: Path) -> None:
+    logs = [path.read_text(encoding="utf-8") for path in store.glob("*/*/log.txt")]
+    assert len(logs) == 9
+    assert not any("leaked" in log for log in logs)
+
+
 def test_the_report_and_the_scorecard_name_every_policy(store: Path) -> None:
     page = next(iter(store.glob("report/*/report.html"))).read_text(encoding="utf-8")
     scorecard = json.loads(next(iter(store.glob("evaluate/*/scorecard.json"))).read_text(encoding="utf-8"))

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from align.config.validation import validate_plain
 from align.errors import StageFailed
+from align.pipeline.garbage_collection import relax_collections
 from align.store.json_files import DamagedFile, parse_sealed, write_sealed
 
 Engine = Literal["transformers", "vllm"]
@@ -192,4 +193,5 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    relax_collections()
     sys.exit(main(sys.argv[1:]))

@@ -24,6 +24,7 @@ from align.inference.vllm_internals import install_sampler, model_runner, report
 from align.inference.watchdog import Watchdog
 from align.inference.weights import refuse_missing, weight_names, with_tied_head
 from align.models.loading import load_tokenizer
+from align.pipeline.garbage_collection import resume_collections
 
 WEIGHTS, CACHE = "weights", "kv_cache"
 """vLLM's tags of the memory that sleeps."""
@@ -109,6 +110,7 @@ class VllmEngine:
         with self.watchdog.watch("start"), _preserve_global_state():
             from vllm import LLM
 
+            resume_collections()
             self.llm = LLM(
                 model=str(model_dir),
                 trust_remote_code=False,

@@ -21,6 +21,7 @@ from align.models.files import CONFIG, refuse_links
 from align.models.folder_checks import ADAPTER_WEIGHTS, check_adapter, check_folder, check_gguf, tensor_entries
 from align.models.headers import read_header
 from align.models.tokenizer_checks import check_tokenizer
+from align.pipeline.garbage_collection import resume_collections
 
 Task = Literal["causal", "classifier", "encoder"]
 AUTO_CLASSES: dict[Task, str] = {
@@ -83,6 +84,7 @@ def open_model(
     if not trust_remote_code:  # only its own code knows which tensors such a model has
         compare_shapes(task, folder, config, may_lack, options)
     auto: Any = getattr(transformers, AUTO_CLASSES[task])
+    resume_collections()
     with _preserved_rng(), refusing(folder):
         model, info = auto.from_pretrained(
             folder,
@@ -196,6 +198,7 @@ def open_gguf(gguf: Path, dtype: Any) -> tuple[Any, Any]:
 
     auto: Any = transformers.AutoModelForCausalLM
     bound_templates()
+    resume_collections()
     # transformers also reads files beside a GGUF. They are not part of the model's identity, so it sees the GGUF alone.
     with tempfile.TemporaryDirectory(prefix="align-gguf-") as isolated, refusing(gguf):
         (Path(isolated) / gguf.name).symlink_to(gguf.resolve())

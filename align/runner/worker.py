@@ -25,6 +25,7 @@ from align.config.runtime import Runtime
 from align.config.validation import validate_plain
 from align.errors import UserError, explain_os_error, no_space
 from align.pipeline.context import StageContext
+from align.pipeline.garbage_collection import relax_collections
 from align.pipeline.registry import Stage, find_stage, load_object
 from align.pipeline.stop_signal import Stopped, die_with_parent
 from align.runner.stage_result import RESULT, read_work, write_result
@@ -274,4 +275,5 @@ def _start(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    relax_collections()
     sys.exit(_start(sys.argv[1:]))

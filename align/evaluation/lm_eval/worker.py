@@ -18,6 +18,7 @@ from typing import Any
 from align.config.batch_sizes import CPU_STEP_TOKENS
 from align.errors import UserError
 from align.evaluation.lm_eval.describe import describe, offer_nltk_data, pin_data, task_index
+from align.pipeline.garbage_collection import relax_collections, resume_collections
 from align.store.atomic_write import write_text_atomically
 
 JOB, RESULT = "job.json", "result.json"
@@ -67,6 +68,7 @@ def evaluate(job: Mapping[str, Any]) -> dict[str, Any]:
     bound_templates()
     pin_data(job["revisions"])
     offer_nltk_data()
+    resume_collections()
     results = lm_eval.simple_evaluate(
         model=job["backend"],
         model_args=_model_arguments(job),
@@ -194,4 +196,5 @@ def _model_arguments(job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    relax_collections()
     sys.exit(main(Path(sys.argv[1])))
